@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks.logits``. Run from the root of the checkout."""

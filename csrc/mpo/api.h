@@ -1,0 +1,103 @@
+// The whole ABI of the native code: plain parameter structs and the functions that take them. Free of torch, pybind11
+// and Python; csrc/bindings.cpp fills the structs in.
+#pragma once
+
+#include <cstdint>
+
+namespace mpo {
+
+enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+/// Instruction sets of the CPU kernels, the best first.
+enum class Isa : int { kAvx512, kAvx2, kPortable };
+
+/// Bits that ask token_logp for statistics of each row. The order is that of mpo_ext.ops.STATS.
+enum RowStats : unsigned {
+  kEntropy = 1u << 0,      // of the softmax, in nats
+  kMeanLogit = 1u << 1,    // mean over the vocabulary
+  kTop1 = 1u << 2,         // 1 if the label has the row's largest logit
+  kSumPSquared = 1u << 3,  // sum of squared probabilities
+};
+constexpr int kNumRowStats = 4;
+
+/// Rows of logits and their labels. Strides are in elements; everything that meets one is 64-bit, since rows * vocab
+/// passes 2^31 in practice. "Result" below is float, or double where the logits are double.
+struct Rows {
+  const void* logits;     // row i starts at (i / inner) * outer_stride + (i % inner) * row_stride
+  const int64_t* labels;  // [rows]
+  int64_t rows;
+  int64_t vocab;
+  int64_t inner;
+  int64_t outer_stride;
+  int64_t row_stride;
+  int64_t ignore_index;
+};
+
+struct TokenLogpParams {
+  Rows in;
+  void* logp;       // [rows] Result; 0 where the label is ignore_index, NaN where it is outside [0, vocab)
+  void* row_max;    // [rows] Result, for the backward
+  void* row_sum;    // [rows] Result, sum of exp(z - row_max), for the backward
+  void* row_stats;  // [number of bits in stats, rows] Result
+  unsigned stats;   // RowStats
+};
+
+struct LogitsGradParams {
+  Rows in;
+  const void* row_max;  // [rows] Result
+  const void* row_sum;  // [rows] Result
+  const void* weight;   // [rows] Result, d loss / d logp
+  const double* scale;  // one factor on all of it, or nullptr for 1
+  void* grad;           // like the logits, same dtype; may be the logits themselves
+  int64_t grad_inner;
+  int64_t grad_outer_stride;
+  int64_t grad_row_stride;
+  bool is_zeroed;  // grad holds zeros already, so ignored rows need not be written
+};
+
+/// How a batch of rewards moves the state of the reward shift (mpo_ext/reward_shift.py).
+enum class ShiftRule : int { kHold, kCumulative, kEma };
+
+struct PairLossConfig {
+  double beta;
+  double dpo_weight;
+  double bco_weight;
+  double ntp_weight;
+  double label_smoothing;
+  bool average_sequences;  // NTP: mean of the responses' means instead of the mean over tokens
+  ShiftRule rule;
+  bool update_first;  // delta already includes this batch
+  double decay;
+};
+
+/// Sequences 0 .. pairs - 1 are the chosen ones, i and pairs + i make a pair.
+struct PairLossParams {
+  const void* logp;        // [rows] Result
+  const int64_t* labels;   // [rows]
+  const int64_t* offsets;  // [2 * pairs + 1], from 0 to rows, not decreasing
+  const double* ref_logp;  // [2 * pairs]
+  const double* state;     // [2] delta, number of updates behind it
+  void* loss;              // [1] Result
+  void* terms;             // [3] Result: DPO, BCO, NTP, without their weights
+  void* reward_shift;      // [1] Result: the delta used
+  void* sums;              // [2 * pairs] Result
+  void* reward;            // [2 * pairs] Result
+  int64_t* tokens;         // [2 * pairs]
+  double* new_state;       // [2]
+  double* batch;           // [2] sum and count of the rewards that move the state
+  void* weight;            // [rows] Result: d loss / d logp, 0 where the label is ignore_index
+  int64_t pairs;
+  int64_t rows;
+  int64_t ignore_index;
+  PairLossConfig config;
+};
+
+/// Whether this machine runs the kernels of an instruction set, and whether they were compiled.
+bool can_run(Isa isa);
+
+/// The three operators on host memory. The result does not depend on the number of threads.
+void token_logp_cpu(const TokenLogpParams& p, DType dtype, int threads, Isa isa);
+void pair_loss_cpu(const PairLossParams& p, bool is_double);
+void logits_grad_cpu(const LogitsGradParams& p, DType dtype, int threads, Isa isa);
+
+}  // namespace mpo

@@ -1,0 +1,20 @@
+// The CPU kernels of one instruction set, as a table. kernels_*.cpp fill one in each; dispatch.cpp picks.
+#pragma once
+
+#include "mpo/api.h"
+
+namespace mpo {
+
+struct CpuKernels {
+  /// Both handle the rows begin .. end - 1 on the calling thread.
+  void (*token_logp)(const TokenLogpParams& p, DType dtype, int64_t begin, int64_t end);
+  void (*logits_grad)(const LogitsGradParams& p, DType dtype, int64_t begin, int64_t end);
+};
+
+extern const CpuKernels kPortableKernels;
+#ifdef MPO_WITH_X86_KERNELS
+extern const CpuKernels kAvx2Kernels;
+extern const CpuKernels kAvx512Kernels;
+#endif
+
+}  // namespace mpo

@@ -1,0 +1,257 @@
+// token_logp and logits_grad on a range of rows, for the vector width MPO_VECTOR_BYTES. Compiled once per instruction
+// set by kernels_*.cpp; vec.inl says what must not be called from here.
+#include <cmath>
+#include <cstdint>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "mpo/cpu/kernels.h"
+#include "mpo/math.h"
+
+namespace mpo {
+namespace {
+
+#include "mpo/cpu/vec.inl"
+
+constexpr int64_t kCacheLine = 64;
+constexpr int kUnroll = 4;  // vectors in flight, and partial sums, so that no addition waits for the one before
+
+/// Elements of a vector, of a group of vectors that is loaded at once, and of one step of the main loops.
+template <typename Format>
+constexpr int64_t kLanes = MPO_VECTOR_BYTES / static_cast<int64_t>(sizeof(typename Format::Real));
+template <typename Format>
+constexpr int64_t kGroupSize = kLanes<Format> * Format::kGroup;
+template <typename Format>
+constexpr int64_t kStep = kLanes<Format> * kUnroll;
+
+/// Elements of a block: it stays in the first-level cache between the two passes over it, and its sums are kept apart
+/// until its end, since one running float over 150,000 terms would lose four digits.
+template <typename Format>
+constexpr int64_t kBlock = 8192 / static_cast<int64_t>(sizeof(typename Format::Real));
+
+template <typename Format>
+const typename Format::Scalar* row_start(const Rows& in, int64_t row) {
+  return static_cast<const typename Format::Scalar*>(in.logits) + (row / in.inner) * in.outer_stride +
+         (row % in.inner) * in.row_stride;
+}
+
+/// Calls body(u, v) for each vector v of [x, x + size): whole steps first, u from 0 to kUnroll - 1, then the rest in
+/// groups, the last of them filled up with `fill`. `ahead` elements further on are called into the cache; 0 for none.
+template <typename Format, typename Body>
+inline void for_each_vector(const typename Format::Scalar* x, int64_t size, typename Format::Scalar fill, int64_t ahead,
+                            const Body& body) {
+  typename Format::Vec v[Format::kGroup];
+  int64_t i = 0;
+  for (; i + kStep<Format> <= size; i += kStep<Format>) {
+    if (ahead != 0) {
+      const char* next = reinterpret_cast<const char*>(x + i + ahead);
+      for (int64_t line = 0; line < static_cast<int64_t>(kStep<Format> * sizeof(*x)); line += kCacheLine) {
+        __builtin_prefetch(next + line);
+      }
+    }
+    for (int u = 0; u < kUnroll; u += Format::kGroup) {
+      Format::load(x + i + u * kLanes<Format>, v);
+      for (int k = 0; k < Format::kGroup; ++k) body(u + k, v[k]);
+    }
+  }
+  for (; i < size; i += kGroupSize<Format>) {
+    if (i + kGroupSize<Format> <= size) {
+      Format::load(x + i, v);
+    } else {
+      typename Format::Scalar padded[kGroupSize<Format>];
+      for (int64_t k = 0; k < kGroupSize<Format>; ++k) padded[k] = i + k < size ? x[i + k] : fill;
+      Format::load(padded, v);
+    }
+    for (int k = 0; k < Format::kGroup; ++k) body(k, v[k]);
+  }
+}
+
+/// What one pass over a row yields; e = exp(z - max).
+struct RowSums {
+  double max;
+  double sum;      // of e
+  double e_d;      // of e * (z - max)
+  double z;        // of z
+  double squared;  // of e * e
+};
+
+template <typename Format, bool kStats>
+RowSums read_row(const typename Format::Scalar* x, int64_t vocab) {
+  typedef typename Format::Vec Vec;
+  typedef typename Format::Real Real;
+  typedef typename Format::Exp Exp;
+  const Exp exponential(1);
+
+  RowSums row{-__builtin_inf(), 0, 0, 0, 0};
+  for (int64_t begin = 0; begin < vocab; begin += kBlock<Format>) {
+    const typename Format::Scalar* block = x + begin;
+    const int64_t size = vocab - begin < kBlock<Format> ? vocab - begin : kBlock<Format>;
+
+    Vec max[kUnroll];
+    for (Vec& m : max) m = splat<Vec>(-__builtin_inff());
+    for_each_vector<Format>(block, size, Format::kMinusInfinity, 0, [&](int u, Vec z) { max[u] = larger(z, max[u]); });
+    for (int u = 1; u < kUnroll; ++u) max[0] = larger(max[u], max[0]);
+    const double block_max = horizontal_max<Real>(max[0]);
+    if (block_max > row.max) {
+      const double gap = row.max - block_max;  // -inf at the first block, where all sums are 0
+      const double scale = exp(gap);
+      if (kStats && row.sum != 0) {
+        row.e_d = (row.e_d + gap * row.sum) * scale;
+        row.squared *= scale * scale;
+      }
+      row.sum *= scale;
+      row.max = block_max;
+    }
+
+    // Nothing but -inf so far: any finite number in place of the maximum makes exp give 0 (or NaN of NaN).
+    const Vec row_max = splat<Vec>(row.max == -__builtin_inf() ? Real(0) : static_cast<Real>(row.max));
+    Vec sum[kUnroll] = {}, e_d[kUnroll] = {}, z_sum[kUnroll] = {}, squared[kUnroll] = {};
+    // The next block comes into the cache while this one is computed on.
+    for_each_vector<Format>(block, size, Format::kMinusInfinity, kBlock<Format>, [&](int u, Vec z) {
+      const Vec d = Exp::clamp(z - row_max);
+      const Vec e = exponential(d);
+      sum[u] += e;
+      if (kStats) {
+        e_d[u] += e * d;
+        squared[u] += e * e;
+        z_sum[u] += z;
+      }
+    });
+    for (int u = 1; u < kUnroll; ++u) sum[0] += sum[u];
+    row.sum += horizontal_sum<Real>(sum[0]);
+    if (kStats) {
+      for (int u = 1; u < kUnroll; ++u) {
+        e_d[0] += e_d[u];
+        z_sum[0] += z_sum[u];
+        squared[0] += squared[u];
+      }
+      row.e_d += horizontal_sum<Real>(e_d[0]);
+      row.z += horizontal_sum<Real>(z_sum[0]);
+      row.squared += horizontal_sum<Real>(squared[0]);
+    }
+  }
+  return row;
+}
+
+/// Log-probability of the label of each row, each logit of a labelled row read from memory once.
+///
+///   logp[i] = (z[y] - m) - log(sum_v exp(z[v] - m)),    m = max_v z[v]
+///
+/// Reads   vocab elements per labelled row; a block of them is passed over twice, the second time in the cache
+/// Writes  three numbers per row, and one per statistic
+template <typename Format>
+void token_logp_rows(const TokenLogpParams& p, int64_t begin, int64_t end) {
+  typedef typename Format::Real Real;
+  Real* logp = static_cast<Real*>(p.logp);
+  Real* row_max = static_cast<Real*>(p.row_max);
+  Real* row_sum = static_cast<Real*>(p.row_sum);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t label = p.in.labels[row];
+    const bool is_ignored = label == p.in.ignore_index;
+    double values[kNumRowStats];
+    if (is_ignored || !in_vocab(label, p.in.vocab)) {
+      const double filler = is_ignored ? 0.0 : __builtin_nan("");
+      logp[row] = static_cast<Real>(filler);
+      row_max[row] = row_sum[row] = 0;
+      for (double& value : values) value = filler;
+    } else {
+      const typename Format::Scalar* x = row_start<Format>(p.in, row);
+      const RowSums s = p.stats != 0 ? read_row<Format, true>(x, p.in.vocab) : read_row<Format, false>(x, p.in.vocab);
+      const double z_label = Format::value(x[label]);
+      logp[row] = static_cast<Real>(label_logp(z_label, s.max, s.sum));
+      row_max[row] = static_cast<Real>(s.max);
+      row_sum[row] = static_cast<Real>(s.sum);
+      const double poison = s.sum - s.sum;  // 0, or NaN if the row has one
+      values[0] = log(s.sum) - s.e_d / s.sum;
+      values[1] = s.z / static_cast<double>(p.in.vocab);
+      values[2] = (z_label == s.max ? 1.0 : 0.0) + poison;
+      values[3] = s.squared / (s.sum * s.sum);
+    }
+    Real* out = static_cast<Real*>(p.row_stats) + row;
+    for (int bit = 0; bit < kNumRowStats; ++bit) {
+      if ((p.stats & (1u << bit)) == 0) continue;
+      *out = static_cast<Real>(values[bit]);
+      out += p.in.rows;
+    }
+  }
+}
+
+/// grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i); the logits may be overwritten by it.
+///
+/// Reads   vocab elements per labelled row
+/// Writes  vocab elements per labelled row, and as many zeros per ignored row unless they are there already
+template <typename Format>
+void logits_grad_rows(const LogitsGradParams& p, int64_t begin, int64_t end) {
+  typedef typename Format::Vec Vec;
+  typedef typename Format::Real Real;
+  typedef typename Format::Scalar Scalar;
+  typedef typename Format::Exp Exp;
+  const int64_t vocab = p.in.vocab;
+  const double scale = p.scale == nullptr ? 1.0 : *p.scale;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t label = p.in.labels[row];
+    Scalar* out = static_cast<Scalar*>(p.grad) + (row / p.grad_inner) * p.grad_outer_stride +
+                  (row % p.grad_inner) * p.grad_row_stride;
+    if (label == p.in.ignore_index) {
+      if (!p.is_zeroed) write_zeros(out, static_cast<size_t>(vocab) * sizeof(Scalar));
+      continue;
+    }
+    const Scalar* x = row_start<Format>(p.in, row);
+    const double max = static_cast<const Real*>(p.row_max)[row];
+    const double sum = static_cast<const Real*>(p.row_sum)[row];
+    const double weight = static_cast<const Real*>(p.weight)[row] * scale;
+    const Real factor = static_cast<Real>(-weight / sum);
+    // A bad label, a row with a NaN, with +inf or of -inf only, an overflowed weight: NaN, and none of it below.
+    if (!in_vocab(label, vocab) || !__builtin_isfinite(factor) || !__builtin_isfinite(max)) {
+      for (int64_t v = 0; v < vocab; ++v) out[v] = Format::kNan;
+      continue;
+    }
+    // The label's own gradient, weight * (1 - p), as -expm1(logp): 1 - p cancels once p is near 1.
+    const double logp = label_logp(Format::value(x[label]), max, sum);
+    const Scalar label_grad = Format::rounded(static_cast<Real>(weight * -expm1(logp)));
+
+    const Vec row_max = splat<Vec>(static_cast<Real>(max));
+    const Exp scaled_exponential(factor);
+    const auto transform = [&](const Scalar* from, Scalar* to) {
+      Vec v[Format::kGroup];
+      Format::load(from, v);
+      for (Vec& g : v) g = scaled_exponential(Exp::clamp(g - row_max));
+      Format::store(to, v);
+    };
+    int64_t i = 0;
+#pragma GCC unroll 4
+    for (; i + kGroupSize<Format> <= vocab; i += kGroupSize<Format>) transform(x + i, out + i);
+    if (i < vocab) {
+      Scalar padded[kGroupSize<Format>] = {};
+      for (int64_t k = 0; i + k < vocab; ++k) padded[k] = x[i + k];
+      transform(padded, padded);
+      for (int64_t k = 0; i + k < vocab; ++k) out[i + k] = padded[k];
+    }
+    out[label] = label_grad;
+  }
+}
+
+void token_logp_range(const TokenLogpParams& p, DType dtype, int64_t begin, int64_t end) {
+  switch (dtype) {
+    case DType::kFloat32: return token_logp_rows<Float32>(p, begin, end);
+    case DType::kBFloat16: return token_logp_rows<BFloat16>(p, begin, end);
+    case DType::kFloat16: return token_logp_rows<Float16>(p, begin, end);
+    case DType::kFloat64: return token_logp_rows<Float64>(p, begin, end);
+  }
+}
+
+void logits_grad_range(const LogitsGradParams& p, DType dtype, int64_t begin, int64_t end) {
+  switch (dtype) {
+    case DType::kFloat32: return logits_grad_rows<Float32>(p, begin, end);
+    case DType::kBFloat16: return logits_grad_rows<BFloat16>(p, begin, end);
+    case DType::kFloat16: return logits_grad_rows<Float16>(p, begin, end);
+    case DType::kFloat64: return logits_grad_rows<Float64>(p, begin, end);
+  }
+}
+
+}  // namespace
+
+const CpuKernels MPO_KERNEL_TABLE = {&token_logp_range, &logits_grad_range};
+
+}  // namespace mpo

@@ -1,0 +1,97 @@
+// The loss of B pairs from the log-probs of their tokens, and the weight of each row's gradient. All in double: it
+// costs nothing beside the logits, and a sum of thousands of log-probs has no digits to spare.
+#include <vector>
+
+#include "mpo/math.h"
+
+namespace mpo {
+namespace {
+
+template <typename Real>
+void pair_loss(const PairLossParams& p) {
+  const PairLossConfig& c = p.config;
+  const Real* logp = static_cast<const Real*>(p.logp);
+  Real* sums = static_cast<Real*>(p.sums);
+  Real* reward = static_cast<Real*>(p.reward);
+  Real* weight = static_cast<Real*>(p.weight);
+  Real* terms = static_cast<Real*>(p.terms);
+  const int64_t pairs = p.pairs;
+
+  std::vector<double> sum(static_cast<size_t>(2 * pairs));  // not read back from `sums`, which may be float
+  for (int64_t s = 0; s < 2 * pairs; ++s) {
+    p.tokens[s] = 0;
+    for (int64_t row = p.offsets[s]; row < p.offsets[s + 1]; ++row) {
+      if (p.labels[row] == p.ignore_index) continue;
+      sum[s] += logp[row];
+      ++p.tokens[s];
+    }
+    sums[s] = static_cast<Real>(sum[s]);
+  }
+
+  // A pair with an empty side compares nothing, so its rewards are 0 and move nothing.
+  const auto has_both = [&](int64_t pair) { return p.tokens[pair] > 0 && p.tokens[pairs + pair] > 0; };
+  const auto reward_of = [&](int64_t s) { return has_both(s % pairs) ? c.beta * (sum[s] - p.ref_logp[s]) : 0.0; };
+  double reward_sum = 0, reward_count = 0, chosen_sum = 0, mean_sum = 0;
+  int64_t chosen_tokens = 0, responses = 0;
+  for (int64_t s = 0; s < 2 * pairs; ++s) {
+    reward[s] = static_cast<Real>(reward_of(s));
+    reward_sum += reward_of(s);
+    reward_count += has_both(s % pairs) ? 1 : 0;
+    if (s < pairs && p.tokens[s] > 0) {
+      chosen_sum += sum[s];
+      mean_sum += sum[s] / static_cast<double>(p.tokens[s]);
+      chosen_tokens += p.tokens[s];
+      ++responses;
+    }
+  }
+  const ShiftState before{p.state[0], p.state[1]};
+  const ShiftState after = moved(before, reward_sum, reward_count, c.rule, c.decay);
+  const double delta = c.update_first ? after.value : before.value;
+
+  double ntp = 0;
+  if (responses > 0) {
+    ntp = c.average_sequences ? -mean_sum / static_cast<double>(responses)
+                              : -chosen_sum / static_cast<double>(chosen_tokens);
+  }
+  double dpo = 0, bco = 0;
+  const double per_pair = c.beta / static_cast<double>(pairs);
+  for (int64_t i = 0; i < pairs; ++i) {
+    const PairTerms t = pair_terms(reward_of(i), reward_of(pairs + i), delta, c);
+    dpo += t.dpo;
+    bco += t.bco;
+    double coefficient[2] = {has_both(i) ? per_pair * t.grad_chosen : 0, has_both(i) ? per_pair * t.grad_rejected : 0};
+    if (c.ntp_weight > 0 && p.tokens[i] > 0) {
+      coefficient[0] -=
+          c.ntp_weight / (c.average_sequences ? static_cast<double>(p.tokens[i]) * static_cast<double>(responses)
+                                              : static_cast<double>(chosen_tokens));
+    }
+    for (int side = 0; side < 2; ++side) {
+      const int64_t s = i + side * pairs;
+      for (int64_t row = p.offsets[s]; row < p.offsets[s + 1]; ++row) {
+        weight[row] = p.labels[row] == p.ignore_index ? Real(0) : static_cast<Real>(coefficient[side]);
+      }
+    }
+  }
+  dpo /= static_cast<double>(pairs);
+  bco /= static_cast<double>(pairs);
+
+  double loss = 0;  // a weight of 0 leaves its term out: 0 * inf would be NaN
+  if (c.dpo_weight > 0) loss += c.dpo_weight * dpo;
+  if (c.bco_weight > 0) loss += c.bco_weight * bco;
+  if (c.ntp_weight > 0) loss += c.ntp_weight * ntp;
+  *static_cast<Real*>(p.loss) = static_cast<Real>(loss);
+  terms[0] = static_cast<Real>(dpo);
+  terms[1] = static_cast<Real>(bco);
+  terms[2] = static_cast<Real>(ntp);
+  *static_cast<Real*>(p.reward_shift) = static_cast<Real>(delta);
+  p.new_state[0] = after.value;
+  p.new_state[1] = after.updates;
+  p.batch[0] = reward_sum;
+  p.batch[1] = reward_count;
+}
+
+}  // namespace
+
+void pair_loss_cpu(const PairLossParams& p, bool is_double) { is_double ? pair_loss<double>(p) : pair_loss<float>(p); }
+
+}  // namespace mpo

@@ -1,0 +1,35 @@
+"""mpo_ext: Mixed Preference Optimization (arXiv 2411.10442) for multimodal and text language models.
+
+The public names are imported when they are first used, so that ``import mpo_ext`` is quick and works where half of the
+installation is broken (see ``mpo-ext doctor``).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpo_ext.config import MPOConfig
+    from mpo_ext.loss import MPOOutput, mpo_loss, token_logp
+    from mpo_ext.reward_shift import RewardShift
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "MPOConfig": "mpo_ext.config",
+    "MPOOutput": "mpo_ext.loss",
+    "RewardShift": "mpo_ext.reward_shift",
+    "mpo_loss": "mpo_ext.loss",
+    "token_logp": "mpo_ext.loss",
+}
+
+__all__ = ["MPOConfig", "MPOOutput", "RewardShift", "__version__", "mpo_loss", "token_logp"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mpo_ext' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,84 @@
+"""Command line: ``mpo-ext SUBCOMMAND`` or ``python -m mpo_ext SUBCOMMAND``. One function each, no work at import."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+
+import mpo_ext
+
+_PACKAGES = ("torch", "numpy", "transformers", "accelerate", "triton")
+
+
+def add_doctor(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Registers ``mpo-ext doctor``."""
+    parser = subcommands.add_parser("doctor", help="say what is installed and which backends can run here")
+    parser.set_defaults(run=doctor)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Prints a fact a line, for a bug report. Returns 1 if not even the CPU kernels can run."""
+    for name, fact in _facts():
+        print(f"{name:<18}{fact}")
+    return 0 if _try(lambda: importlib.import_module("mpo_ext._native").cpu_isas())[0] else 1
+
+
+def _facts() -> Iterator[tuple[str, str]]:
+    yield "mpo_ext", f"{mpo_ext.__version__} in {os.path.dirname(mpo_ext.__file__)}"
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    for package in _PACKAGES:
+        yield package, _try(functools.partial(importlib.metadata.version, package))[1]
+    has_torch, torch_error = _try(lambda: importlib.import_module("torch").__version__)
+    torch = importlib.import_module("torch") if has_torch else None
+    if torch is None:
+        yield "torch import", torch_error
+    else:
+        yield "torch's CUDA", f"{torch.version.cuda or 'none'}, {torch.cuda.device_count()} GPU(s)"
+
+    has_native, text = _try(lambda: importlib.import_module("mpo_ext._native")._C.__file__)
+    yield "native module", text
+    if not has_native:
+        yield "backends", "reference" if has_torch else "none"
+        return
+    native = importlib.import_module("mpo_ext._native")
+    yield "compiled by", native._C.compiler
+    yield "CPU kernels", f"run here as {', '.join(native.cpu_isas())}"
+    in_use = _try(lambda: importlib.import_module("mpo_ext.ops").cpu_isa())[1] if has_torch else native.cpu_isas()[0]
+    yield "in use", f"{in_use} (MPO_CPU_ISA={os.environ.get('MPO_CPU_ISA', '')})"
+    yield "CUDA architectures", "none: built without CUDA kernels"
+    yield "backends", "cpu (tensors on the CPU), reference (any device)" if has_torch else "none: torch is missing"
+
+
+def _try(fact: Callable[[], object]) -> tuple[bool, str]:
+    """Returns whether it could be had, and the fact or what went wrong; a doctor works when half of it is broken."""
+    try:
+        return True, str(fact())
+    except importlib.metadata.PackageNotFoundError:
+        return False, "not installed"
+    except Exception as error:  # whatever an import may raise
+        return False, f"{type(error).__name__}: {error}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    from mpo_ext.demo.run import add_parser as add_demo
+
+    parser = argparse.ArgumentParser(
+        prog="mpo-ext", description="Mixed Preference Optimization of multimodal and text language models."
+    )
+    parser.add_argument("--version", action="version", version=f"mpo-ext {mpo_ext.__version__}")
+    subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
+    add_doctor(subcommands)
+    add_demo(subcommands)
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

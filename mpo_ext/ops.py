@@ -1,0 +1,534 @@
+"""The kernels as torch operators: every check, every allocation and the choice of backend live here and nowhere below.
+
+Each operator is functional (it returns fresh tensors and writes to no input), but for ``logits_grad_``, which says so
+in its name. So ``torch.compile`` can trace past them, and no caller finds its logits overwritten without having asked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+#: Statistics of a row of logits, in the order of the bits that ask for them (csrc/mpo/api.h: RowStats).
+STATS = ("entropy", "mean_logit", "top1", "sum_p_squared")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FRESH_PAGES_BYTES = 1 << 20
+
+
+# ------------------------------------------------------------------------------------------------------------ backends
+
+
+def choose_backend(backend: str | None, logits: Tensor) -> str:
+    """Returns the backend that serves these logits.
+
+    Raises:
+        ValueError: If ``backend`` is not the name of one.
+        RuntimeError: If it cannot run here, or not on the device of the logits.
+    """
+    device = logits.device.type
+    if device == "meta":
+        raise RuntimeError("logits must be on a device that holds data, got device meta")
+    if backend is None:
+        return "cpu" if device == "cpu" else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend in ("cuda", "triton"):
+        raise RuntimeError(
+            f"backend {backend!r} cannot run: this version of mpo_ext has no {backend} kernels; "
+            "use backend=None for the best one available"
+        )
+    if backend == "cpu" and device != "cpu":
+        raise RuntimeError(f"backend 'cpu' needs logits on the CPU, got logits on {logits.device}")
+    return backend
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    """Raises unless these are logits that the kernels take."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
+    if logits.dtype not in _DTYPES:
+        names = ", ".join(str(dtype) for dtype in _DTYPES)
+        raise TypeError(f"{name} must be one of {names}, got {logits.dtype}")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have a vocabulary axis of at least 1 at the end, got shape {_shape(logits)}")
+
+
+def check_labels(logits: Tensor, labels: Tensor, name: str = "logits") -> None:
+    """Raises unless ``labels`` is int64, of the logits' leading shape and on their device."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have the shape of {name} without the last axis, got {name} {_shape(logits)} and labels "
+            f"{_shape(labels)}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"labels must be on the device of {name}, {logits.device}, got {labels.device}")
+
+
+def check_pairs(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Raises unless logits and labels hold whole pairs, padded or packed; returns the number of sequences, 2B."""
+    check_logits("logits", logits)
+    if cu_seqlens is None:
+        if logits.ndim != 3:
+            raise ValueError(f"logits must be [2B, T, V], or [N, V] with cu_seqlens, got shape {_shape(logits)}")
+        check_labels(logits, labels)
+        sequences = logits.shape[0]
+        if sequences == 0 or sequences % 2:
+            raise ValueError(
+                f"logits must hold 2B sequences, B chosen and then B rejected, B at least 1, got {sequences}"
+            )
+        return sequences
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be [N, V] when cu_seqlens is given, got shape {_shape(logits)}")
+    check_labels(logits, labels)
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be torch.int32 or torch.int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != logits.device:
+        raise ValueError(f"cu_seqlens must be on the device of logits, {logits.device}, got {cu_seqlens.device}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 3 or cu_seqlens.shape[0] % 2 == 0:
+        raise ValueError(
+            f"cu_seqlens must be [2B + 1] for B chosen and B rejected sequences, B at least 1, got shape "
+            f"{_shape(cu_seqlens)}"
+        )
+    # Looking at the values would wait for a GPU; there pair_loss gives NaN instead.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_offsets(cu_seqlens, logits.shape[0])
+    return cu_seqlens.shape[0] - 1
+
+
+def check_offsets(cu_seqlens: Tensor, rows: int) -> None:
+    """Raises unless the offsets run from 0 to the number of rows and increase at every step."""
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
+    for before, after in itertools.pairwise(offsets):
+        if after <= before:
+            raise ValueError(f"cu_seqlens must increase at every step, got {before} followed by {after}")
+    if offsets[-1] != rows:
+        raise ValueError(f"cu_seqlens must end at N, the number of rows, {rows}, got {offsets[-1]}")
+
+
+def check_reference(logits: Tensor, sequences: int, ref_logp: Tensor | None, ref_logits: Tensor | None) -> None:
+    """Raises unless exactly one of the two references is given, and fits."""
+    if (ref_logp is None) == (ref_logits is None):
+        got = "neither" if ref_logp is None else "both"
+        raise ValueError(f"exactly one of ref_logp and ref_logits must be given, got {got}")
+    if ref_logits is not None:
+        check_logits("ref_logits", ref_logits)
+        if ref_logits.shape != logits.shape:
+            raise ValueError(f"ref_logits must have the shape of logits, {_shape(logits)}, got {_shape(ref_logits)}")
+        if ref_logits.device != logits.device:
+            raise ValueError(f"ref_logits must be on the device of logits, {logits.device}, got {ref_logits.device}")
+        return
+    if not isinstance(ref_logp, Tensor):
+        raise TypeError(f"ref_logp must be a torch.Tensor, got {type(ref_logp).__name__}")
+    if ref_logp.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"ref_logp must be torch.float32 or torch.float64 (half precision rounds a sum of hundreds of "
+            f"log-probs to whole nats), got {ref_logp.dtype}"
+        )
+    if tuple(ref_logp.shape) != (sequences,):
+        raise ValueError(f"ref_logp must be [2B] = [{sequences}], got shape {_shape(ref_logp)}")
+    if ref_logp.device != logits.device:
+        raise ValueError(f"ref_logp must be on the device of logits, {logits.device}, got {ref_logp.device}")
+
+
+def check_stats(stats: Sequence[str], allowed: Sequence[str] = STATS) -> tuple[str, ...]:
+    """Returns the statistics in the order of ``STATS``, without repetitions.
+
+    Raises:
+        ValueError: If one is unknown.
+    """
+    if isinstance(stats, str):
+        raise TypeError(f"stats must be a sequence of names, got the single string {stats!r}")
+    for name in stats:
+        if name not in allowed:
+            raise ValueError(f"stats must be names out of {', '.join(map(repr, allowed))}, got {name!r}")
+    return tuple(name for name in STATS if name in stats)
+
+
+def stats_mask(stats: Sequence[str]) -> int:
+    """Returns the bits by which ``token_logp`` is asked for these statistics."""
+    return sum(1 << STATS.index(name) for name in set(stats))
+
+
+def check_reuse(logits: Tensor) -> None:
+    """Raises unless a gradient of these logits can be written into their own memory."""
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(
+            f"reuse_logits needs logits whose vocabulary axis has stride 1, got strides {tuple(logits.stride())}"
+        )
+    span = 1
+    for size, stride in sorted(zip(logits.shape, logits.stride(), strict=True), key=lambda axis: axis[1]):
+        if size > 1 and stride < span:
+            raise ValueError(
+                f"reuse_logits needs logits whose rows do not overlap, got shape {_shape(logits)} with strides "
+                f"{tuple(logits.stride())}"
+            )
+        span += (size - 1) * stride
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("mpo_ext::token_logp", mutates_args=(), device_types="cpu")
+def token_logp(logits: Tensor, labels: Tensor, ignore_index: int, stats: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability of each label under its row of logits. Reads each logit of a labelled row once.
+
+    Args:
+        logits: ``[..., V]``. Copied only if V is not the contiguous axis, or the rows need more than two strides.
+        labels: ``[...]`` int64, in ``[0, V)`` or equal to ``ignore_index``; any other value gives NaN.
+        ignore_index: Label of the rows that are not read and give 0.
+        stats: Statistics wanted: bit i asks for ``STATS[i]``.
+
+    Returns:
+        ``(logp, row_max, row_sum, row_stats)``: three of ``[...]`` with ``sum_v exp(z_v - row_max) == row_sum``, and
+        ``[number of statistics, ...]``, in the order of ``STATS``; float32, or float64 for float64 logits.
+    """
+    check_logits("logits", logits)
+    check_labels(logits, labels)
+    logp, row_max, row_sum, row_stats = _token_logp_outputs(logits, labels, stats)
+    if labels.numel() > 0:
+        layout, row_labels = _row_layout(logits), labels.contiguous()
+        _native().token_logp_cpu(
+            **_row_arguments(layout, row_labels, ignore_index),
+            logp=logp.data_ptr(),
+            row_max=row_max.data_ptr(),
+            row_sum=row_sum.data_ptr(),
+            row_stats=row_stats.data_ptr(),
+            stats=stats,
+            threads=torch.get_num_threads(),
+            isa=cpu_isa(),
+        )
+    return logp, row_max, row_sum, row_stats
+
+
+@token_logp.register_fake
+def _(logits: Tensor, labels: Tensor, ignore_index: int, stats: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _token_logp_outputs(logits, labels, stats)
+
+
+def _token_logp_outputs(logits: Tensor, labels: Tensor, stats: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _result_dtype(logits)
+    logp, row_max, row_sum = (logits.new_empty(labels.shape, dtype=dtype) for _ in range(3))
+    return logp, row_max, row_sum, logits.new_empty((stats.bit_count(), *labels.shape), dtype=dtype)
+
+
+@torch.library.custom_op("mpo_ext::pair_loss", mutates_args=(), device_types="cpu")
+def pair_loss(
+    logp: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor,
+    state: Tensor,
+    rule: int,
+    update_first: bool,
+    decay: float,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    dpo_weight: float,
+    bco_weight: float,
+    ntp_weight: float,
+    label_smoothing: float,
+    average_sequences: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss of B pairs, and the weight that each row's gradient gets. Reads nothing of the size of the logits.
+
+    Args and definition as in ``reference.pair_loss``.
+
+    Returns:
+        ``(loss, terms, reward_shift, logp, reward, tokens, state, batch)`` as in ``reference.PairLoss``, then
+        ``weight``, shaped like the input ``logp``: d loss / d logp of each row.
+    """
+    outputs = _pair_loss_outputs(logp, ref_logp, state)
+    loss, terms, reward_shift, sums, reward, tokens, new_state, batch, weight = outputs
+    sequences = ref_logp.shape[0]
+    offsets = cu_seqlens
+    if offsets is None:
+        offsets = torch.arange(sequences + 1, dtype=torch.int64) * logp.shape[-1]
+    else:
+        check_offsets(offsets, logp.numel())
+    # Held in names until the call is over: an address does not keep its tensor alive.
+    rows, row_labels, references = logp.contiguous(), labels.contiguous(), ref_logp.double().contiguous()
+    offsets, old_state = offsets.to(torch.int64).contiguous(), state.contiguous()
+    _native().pair_loss_cpu(
+        logp=rows.data_ptr(),
+        labels=row_labels.data_ptr(),
+        offsets=offsets.data_ptr(),
+        ref_logp=references.data_ptr(),
+        state=old_state.data_ptr(),
+        loss=loss.data_ptr(),
+        terms=terms.data_ptr(),
+        reward_shift=reward_shift.data_ptr(),
+        sums=sums.data_ptr(),
+        reward=reward.data_ptr(),
+        tokens=tokens.data_ptr(),
+        new_state=new_state.data_ptr(),
+        batch=batch.data_ptr(),
+        weight=weight.data_ptr(),
+        pairs=sequences // 2,
+        rows=rows.numel(),
+        ignore_index=ignore_index,
+        rule=rule,
+        update_first=update_first,
+        decay=decay,
+        beta=beta,
+        dpo_weight=dpo_weight,
+        bco_weight=bco_weight,
+        ntp_weight=ntp_weight,
+        label_smoothing=label_smoothing,
+        average_sequences=average_sequences,
+        is_double=logp.dtype == torch.float64,
+    )
+    return outputs
+
+
+@pair_loss.register_fake
+def _(
+    logp: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor,
+    state: Tensor,
+    rule: int,
+    update_first: bool,
+    decay: float,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    dpo_weight: float,
+    bco_weight: float,
+    ntp_weight: float,
+    label_smoothing: float,
+    average_sequences: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _pair_loss_outputs(logp, ref_logp, state)
+
+
+def _pair_loss_outputs(
+    logp: Tensor, ref_logp: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sequences = ref_logp.shape[0]
+    return (
+        logp.new_empty(()),
+        logp.new_empty(3),
+        logp.new_empty(()),
+        logp.new_empty(sequences),
+        logp.new_empty(sequences),
+        logp.new_empty(sequences, dtype=torch.int64),
+        state.new_empty(2),
+        state.new_empty(2),
+        logp.new_empty(logp.shape),
+    )
+
+
+@torch.library.custom_op("mpo_ext::logits_grad", mutates_args=(), device_types="cpu")
+def logits_grad(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """The gradient ``scale * weight * (onehot(label) - softmax(logits))``; 0 in rows that are ignored.
+
+    Reads each logit of a labelled row once and writes once; rows of zeros are pages that the system hands out zeroed
+    and that nobody touches.
+
+    Args:
+        logits: ``[..., V]`` as given to ``token_logp``.
+        labels: ``[...]`` int64.
+        row_max: ``[...]`` from ``token_logp``.
+        row_sum: ``[...]`` from ``token_logp``.
+        weight: ``[...]`` d loss / d logp.
+        scale: 0-d factor on all of it, or None for 1.
+        ignore_index: Label of the rows without a gradient.
+
+    Returns:
+        ``[..., V]`` in the logits' dtype, contiguous.
+    """
+    _check_grad(logits, labels, row_max, row_sum, weight)
+    grad = _zeros(logits)
+    _logits_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, grad, is_zeroed=True)
+    return grad
+
+
+@logits_grad.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("mpo_ext::logits_grad_", mutates_args=("logits",), device_types="cpu")
+def logits_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    ignore_index: int,
+) -> None:
+    """Turns the logits into their gradient, in place. Arguments as in ``logits_grad``; see ``check_reuse``."""
+    _check_grad(logits, labels, row_max, row_sum, weight)
+    check_reuse(logits)
+    if _row_layout(logits).tensor is not logits:
+        raise ValueError(f"logits must have rows that two strides describe, got strides {tuple(logits.stride())}")
+    _logits_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, logits, is_zeroed=False)
+
+
+def _check_grad(logits: Tensor, labels: Tensor, row_max: Tensor, row_sum: Tensor, weight: Tensor) -> None:
+    check_logits("logits", logits)
+    check_labels(logits, labels)
+    dtype = _result_dtype(logits)
+    for name, tensor in (("row_max", row_max), ("row_sum", row_sum), ("weight", weight)):
+        if tensor.shape != labels.shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{name} must be {dtype} of the shape of labels, {_shape(labels)}, got {tensor.dtype} of shape "
+                f"{_shape(tensor)}"
+            )
+
+
+def _logits_grad(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    ignore_index: int,
+    grad: Tensor,
+    *,
+    is_zeroed: bool,
+) -> None:
+    if labels.numel() == 0:
+        return
+    # Held in names until the call is over: an address does not keep its tensor alive.
+    rows = [tensor.contiguous() for tensor in (row_max, row_sum, weight)]
+    factor = None if scale is None else scale.to(torch.float64)
+    layout, row_labels, out = _row_layout(logits), labels.contiguous(), _row_layout(grad)
+    _native().logits_grad_cpu(
+        **_row_arguments(layout, row_labels, ignore_index),
+        row_max=rows[0].data_ptr(),
+        row_sum=rows[1].data_ptr(),
+        weight=rows[2].data_ptr(),
+        scale=0 if factor is None else factor.data_ptr(),
+        grad=out.tensor.data_ptr(),
+        grad_inner=out.inner,
+        grad_outer_stride=out.outer_stride,
+        grad_row_stride=out.row_stride,
+        is_zeroed=is_zeroed,
+        threads=torch.get_num_threads(),
+        isa=cpu_isa(),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def cpu_isa() -> str:
+    """Returns the instruction set of the CPU kernels: the best that runs here, or what MPO_CPU_ISA names.
+
+    Raises:
+        ValueError: If MPO_CPU_ISA names none that can run here.
+    """
+    runnable = _native().cpu_isas()
+    wanted = os.environ.get("MPO_CPU_ISA")
+    if wanted and wanted not in runnable:
+        raise ValueError(f"MPO_CPU_ISA must be one of {', '.join(runnable)} on this machine, got {wanted!r}")
+    return wanted or runnable[0]
+
+
+def _native() -> Any:
+    # Imported late, so that the package imports without its compiled part.
+    from mpo_ext._native import _C
+
+    return _C
+
+
+def _result_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros of this shape and dtype, contiguous. Large ones are fresh pages of the system, untouched and huge.
+
+    On a CPU the page faults of a fresh gradient cost more than computing it. numpy's calloc gets zeroed pages that are
+    not touched until written, and asks for huge ones; torch.zeros writes them all.
+    """
+    nbytes = math.prod(like.shape) * like.dtype.itemsize
+    if nbytes < _FRESH_PAGES_BYTES:
+        return torch.zeros(like.shape, dtype=like.dtype)
+    return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(like.dtype).view(like.shape)
+
+
+class RowLayout(NamedTuple):
+    """Rows in memory: row i starts at ``(i // inner) * outer_stride + (i % inner) * row_stride`` elements."""
+
+    tensor: Tensor
+    inner: int
+    outer_stride: int
+    row_stride: int
+
+
+def _row_layout(tensor: Tensor) -> RowLayout:
+    """Describes the rows of ``[..., V]``; copies them if V is not contiguous or two strides do not suffice."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    axes: list[
+        tuple[int, int]
+    ] = []  # (size, stride) of the leading axes from the right, merged where strides allow it
+    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if axes and stride == axes[-1][0] * axes[-1][1]:
+            axes[-1] = (axes[-1][0] * size, axes[-1][1])
+        else:
+            axes.append((size, stride))
+    if len(axes) > 2:
+        return _row_layout(tensor.contiguous())
+    inner, row_stride = axes[0] if axes else (1, 0)
+    return RowLayout(tensor, inner, axes[1][1] if len(axes) == 2 else 0, row_stride)
+
+
+def _row_arguments(layout: RowLayout, labels: Tensor, ignore_index: int) -> dict[str, object]:
+    """The arguments that token_logp and logits_grad share. The caller holds both tensors until the call is over."""
+    return {
+        "logits": layout.tensor.data_ptr(),
+        "labels": labels.data_ptr(),
+        "rows": labels.numel(),
+        "inner": layout.inner,
+        "outer_stride": layout.outer_stride,
+        "row_stride": layout.row_stride,
+        "vocab": layout.tensor.shape[-1],
+        "ignore_index": ignore_index,
+        "dtype": str(layout.tensor.dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,279 @@
+// Tests of the CPU kernels that need no Python, so that sanitizers can watch them: `make sanitize`. Buffers are as
+// small as they may be, so that any access beyond them is caught; results are compared with plain double arithmetic.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "mpo/api.h"
+
+namespace {
+
+constexpr int64_t kIgnore = -100;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+int failures = 0;
+int checks = 0;
+
+void check(bool holds, const char* what, const char* where) {
+  ++checks;
+  if (holds) return;
+  ++failures;
+  std::printf("FAILED: %s (%s)\n", what, where);
+}
+
+double to_double(uint16_t bits, mpo::DType dtype) {
+  if (dtype == mpo::DType::kBFloat16) {
+    const uint32_t wide = uint32_t{bits} << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof(value));
+    return value;
+  }
+  const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+  const double sign = bits & 0x8000 ? -1 : 1;
+  if (exponent == 31) return mantissa ? std::nan("") : sign * kInfinity;
+  return sign * (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24));
+}
+
+/// A logit that every 16-bit format can hold: small multiples of 1/8, some far out, some banned.
+uint16_t random_bits(std::mt19937& random, mpo::DType dtype) {
+  const double z = static_cast<double>(static_cast<int>(random() % 161) - 80) / 8;
+  if (random() % 50 == 0) return dtype == mpo::DType::kBFloat16 ? 0xff80 : 0xfc00;  // -inf
+  if (dtype == mpo::DType::kBFloat16) {
+    const float value = static_cast<float>(z);
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return static_cast<uint16_t>(bits >> 16);
+  }
+  if (z == 0) return 0;
+  int exponent;
+  const double mantissa = std::frexp(std::fabs(z), &exponent);  // in [0.5, 1)
+  return static_cast<uint16_t>((z < 0 ? 0x8000 : 0) | ((exponent + 14) << 10) |
+                               static_cast<int>((mantissa * 2 - 1) * 1024));
+}
+
+/// One batch of rows: the last is ignored, and its logits are not even allocated.
+struct Batch {
+  std::vector<char> memory;
+  std::vector<int64_t> labels;
+  std::vector<std::vector<double>> logits;
+  mpo::Rows rows;
+};
+
+Batch make_batch(std::mt19937& random, mpo::DType dtype, int64_t count, int64_t vocab, int64_t stride, int64_t offset) {
+  const int64_t width = dtype == mpo::DType::kFloat64 ? 8 : dtype == mpo::DType::kFloat32 ? 4 : 2;
+  Batch b;
+  const int64_t elements = offset + (count - 2) * stride + vocab;  // up to the end of the last row that may be read
+  b.memory.resize(static_cast<size_t>(elements * width));
+  for (int64_t i = 0; i < count - 1; ++i) {
+    std::vector<double> row;
+    for (int64_t v = 0; v < vocab; ++v) {
+      char* at = b.memory.data() + (offset + i * stride + v) * width;
+      const uint16_t bits = random_bits(random, dtype);
+      if (width == 2) {
+        std::memcpy(at, &bits, 2);
+        row.push_back(to_double(bits, dtype));
+      } else {
+        const double z =
+            to_double(bits == 0xfc00 ? 0xff80 : random_bits(random, mpo::DType::kBFloat16), mpo::DType::kBFloat16);
+        const float narrow = static_cast<float>(z);
+        std::memcpy(at, width == 8 ? static_cast<const void*>(&z) : &narrow, static_cast<size_t>(width));
+        row.push_back(z);
+      }
+    }
+    b.logits.push_back(row);
+    b.labels.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(vocab)));
+  }
+  b.labels.push_back(kIgnore);
+  if (count > 3) b.labels[1] = vocab;  // just out of range
+  if (count > 4) b.labels[2] = -1;
+  b.rows = {b.memory.data() + offset * width, b.labels.data(), count, vocab, count, 0, stride, kIgnore};
+  return b;
+}
+
+template <typename Real>
+void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64_t stride, int64_t offset) {
+  char where[160];
+  std::snprintf(where, sizeof(where), "dtype %d, isa %d, threads %d, vocab %lld, stride %lld, offset %lld",
+                static_cast<int>(dtype), static_cast<int>(isa), threads, static_cast<long long>(vocab),
+                static_cast<long long>(stride), static_cast<long long>(offset));
+  std::mt19937 random(static_cast<unsigned>(vocab * 7 + stride + offset));
+  const int64_t count = 7;
+  Batch b = make_batch(random, dtype, count, vocab, stride, offset);
+
+  std::vector<Real> logp(count), row_max(count), row_sum(count), stats(mpo::kNumRowStats * count),
+      weight(count, Real(0.5));
+  mpo::token_logp_cpu({b.rows, logp.data(), row_max.data(), row_sum.data(), stats.data(), 15u}, dtype, threads, isa);
+  std::vector<Real> again(count), plain_max(count), plain_sum(count);
+  mpo::token_logp_cpu({b.rows, again.data(), plain_max.data(), plain_sum.data(), nullptr, 0u}, dtype, 1, isa);
+
+  const double tolerance = sizeof(Real) == 8 ? 1e-12 : 2e-6;
+  std::vector<std::vector<double>> expected_grad;
+  for (int64_t i = 0; i < count; ++i) {
+    check(std::memcmp(&logp[i], &again[i], sizeof(Real)) == 0, "threads and statistics leave logp as it is", where);
+    const int64_t label = b.labels[i];
+    std::vector<double> grad(static_cast<size_t>(vocab), 0.0);
+    if (label == kIgnore) {
+      check(logp[i] == 0, "an ignored row gives 0", where);
+    } else if (label < 0 || label >= vocab) {
+      check(std::isnan(logp[i]), "a label out of range gives NaN", where);
+      for (double& g : grad) g = std::nan("");
+    } else {
+      double max = -kInfinity, sum = 0, entropy = 0, squared = 0;
+      for (double z : b.logits[i]) max = std::fmax(max, z);
+      for (double z : b.logits[i]) sum += std::exp(z - max);
+      const double exact = b.logits[i][label] - max - std::log(sum);
+      for (int64_t v = 0; v < vocab; ++v) {
+        const double log_p = b.logits[i][v] - max - std::log(sum), p = std::exp(log_p);
+        if (p > 0) entropy -= p * log_p;
+        squared += p * p;
+        grad[v] = 0.5 * ((v == label) - p);
+      }
+      if (max == -kInfinity) {
+        check(std::isnan(logp[i]), "a row of -inf gives NaN", where);
+        for (double& g : grad) g = std::nan("");
+      } else {
+        const bool is_banned = exact == -kInfinity;
+        check(is_banned ? logp[i] == -std::numeric_limits<Real>::infinity()
+                        : std::fabs(logp[i] - exact) <= tolerance * (1 + std::fabs(exact)),
+              "logp", where);
+        check(std::fabs(stats[0 * count + i] - entropy) <= 10 * tolerance * (1 + entropy), "entropy", where);
+        check(stats[2 * count + i] == (b.logits[i][label] == max), "top1", where);
+        check(std::fabs(stats[3 * count + i] - squared) <= tolerance, "sum of squares", where);
+      }
+    }
+    expected_grad.push_back(grad);
+  }
+
+  // The gradient into memory of its own, and then over the logits.
+  const int64_t width = dtype == mpo::DType::kFloat64 ? 8 : dtype == mpo::DType::kFloat32 ? 4 : 2;
+  std::vector<char> grad(static_cast<size_t>(count * vocab * width), 0x7f);
+  const double scale = 2;
+  const mpo::LogitsGradParams out_of_place = {
+      b.rows, row_max.data(), row_sum.data(), weight.data(), &scale, grad.data(), count, 0, vocab, false};
+  mpo::logits_grad_cpu(out_of_place, dtype, threads, isa);
+  b.rows.rows = count - 1;  // the last row has no memory to be written to
+  const mpo::LogitsGradParams in_place = {
+      b.rows, row_max.data(), row_sum.data(), weight.data(), &scale, const_cast<void*>(b.rows.logits), count,
+      0,      stride,         false};
+  mpo::logits_grad_cpu(in_place, dtype, threads, isa);
+  const double grad_tolerance = sizeof(Real) == 8               ? 1e-12
+                                : width == 4                    ? 1e-6
+                                : dtype == mpo::DType::kFloat16 ? 1e-3
+                                                                : 8e-3;
+  const auto value_at = [&](const char* at) {
+    if (width == 8) {
+      double value;
+      std::memcpy(&value, at, 8);
+      return value;
+    }
+    if (width == 4) {
+      float value;
+      std::memcpy(&value, at, 4);
+      return static_cast<double>(value);
+    }
+    uint16_t bits;
+    std::memcpy(&bits, at, 2);
+    return to_double(bits, dtype);
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t v = 0; v < vocab; ++v) {
+      const double exact = scale * expected_grad[i][v];
+      const char* at = grad.data() + (i * vocab + v) * width;
+      const double g = value_at(at);
+      check(std::isnan(exact) ? std::isnan(g) : std::fabs(g - exact) <= grad_tolerance * (0.1 + std::fabs(exact)),
+            "gradient", where);
+      if (i + 1 < count) {
+        const char* over = static_cast<const char*>(b.rows.logits) + (i * stride + v) * width;
+        check(std::memcmp(at, over, static_cast<size_t>(width)) == 0, "in place gives the same bits", where);
+      }
+    }
+  }
+}
+
+template <typename Real>
+void test_pair_loss(bool is_double) {
+  const int64_t pairs = 3, rows = 23;
+  const std::vector<int64_t> offsets = {0, 3, 7, 8, 12, 19, 23};
+  std::vector<int64_t> labels(rows, 1);
+  std::mt19937 random(3);
+  std::vector<Real> logp(rows), loss(1), terms(3), shift(1), sums(6), reward(6), weight(rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    logp[i] = -static_cast<Real>(random() % 100) / 10;
+    if (random() % 4 == 0) labels[i] = kIgnore;
+  }
+  for (int64_t i = 7; i < 8; ++i) labels[i] = kIgnore;  // the third chosen response is empty
+  const std::vector<double> ref_logp = {-10, -20, -5, -15, -9, -8}, state = {0.25, 3};
+  std::vector<int64_t> tokens(6);
+  std::vector<double> new_state(2), batch(2);
+  const mpo::PairLossConfig config = {0.1, 0.8, 0.2, 1.0, 0.1, false, mpo::ShiftRule::kCumulative, true, 0.99};
+  const auto run = [&] {
+    mpo::pair_loss_cpu({logp.data(), labels.data(), offsets.data(), ref_logp.data(), state.data(), loss.data(),
+                        terms.data(), shift.data(), sums.data(), reward.data(), tokens.data(), new_state.data(),
+                        batch.data(), weight.data(), pairs, rows, kIgnore, config},
+                       is_double);
+    return static_cast<double>(loss[0]);
+  };
+  run();
+  check(tokens[2] == 0 && reward[2] == 0 && reward[5] == 0, "a pair with an empty side compares nothing", "pair_loss");
+  check(batch[1] == 4 && new_state[1] == 4, "an empty pair moves no reward shift", "pair_loss");
+  // delta is a constant to the gradient, so it is held at what this batch made it.
+  mpo::PairLossConfig held = config;
+  held.rule = mpo::ShiftRule::kHold;
+  const std::vector<double> moved = new_state;
+  const auto run_held = [&] {
+    mpo::pair_loss_cpu({logp.data(), labels.data(), offsets.data(), ref_logp.data(), moved.data(), loss.data(),
+                        terms.data(), shift.data(), sums.data(), reward.data(), tokens.data(), new_state.data(),
+                        batch.data(), weight.data(), pairs, rows, kIgnore, held},
+                       is_double);
+    return static_cast<double>(loss[0]);
+  };
+  if (!is_double) return;  // differences need the digits
+  const std::vector<Real> analytic = weight;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (labels[i] == kIgnore) {
+      check(analytic[i] == 0, "an ignored row has no weight", "pair_loss");
+      continue;
+    }
+    const Real before = logp[i];
+    const double h = 1e-5;
+    logp[i] = static_cast<Real>(before + h);
+    const double up = run_held();
+    logp[i] = static_cast<Real>(before - h);
+    const double down = run_held();
+    logp[i] = before;
+    check(std::fabs((up - down) / (2 * h) - analytic[i]) < 1e-8, "weight is d loss / d logp", "pair_loss");
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const mpo::Isa isa : {mpo::Isa::kAvx512, mpo::Isa::kAvx2, mpo::Isa::kPortable}) {
+    if (!mpo::can_run(isa)) {
+      std::printf("instruction set %d cannot run here: left out\n", static_cast<int>(isa));
+      continue;
+    }
+    for (const int64_t vocab : {1, 2, 7, 31, 64, 129, 1003, 4099}) {
+      for (const int64_t extra : {0, 3}) {
+        for (const int64_t offset : {0, 1}) {
+          for (const int threads : {1, 4}) {
+            test_rows<float>(mpo::DType::kFloat32, isa, threads, vocab, vocab + extra, offset);
+            test_rows<float>(mpo::DType::kBFloat16, isa, threads, vocab, vocab + extra, offset);
+            test_rows<float>(mpo::DType::kFloat16, isa, threads, vocab, vocab + extra, offset);
+            test_rows<double>(mpo::DType::kFloat64, isa, threads, vocab, vocab + extra, offset);
+          }
+        }
+      }
+    }
+    // Enough pieces for several threads to share: 7 rows of this size are 7 pieces.
+    test_rows<float>(mpo::DType::kFloat32, isa, 4, 70001, 70001, 0);
+  }
+  test_pair_loss<float>(false);
+  test_pair_loss<double>(true);
+  std::printf("%d checks, %d failed\n", checks, failures);
+  return failures == 0 ? 0 : 1;
+}
