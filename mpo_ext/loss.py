@@ -213,7 +213,7 @@ def shift_labels(labels: Tensor, ignore_index: int = -100, cu_seqlens: Tensor | 
     The last position of each sequence gets ``ignore_index``; with ``cu_seqlens`` the sequences lie one after the other
     along the last axis.
     """
-    shifted = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     if cu_seqlens is not None:
         shifted = shifted.index_fill(-1, cu_seqlens[1:].long() - 1, ignore_index)
     return shifted
