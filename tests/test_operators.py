@@ -21,19 +21,19 @@ def rows() -> tuple[Tensor, Tensor]:
 
 def test_opcheck_passes_for_every_operator(rows: tuple[Tensor, Tensor]) -> None:
     logits, labels = rows
-    logp, row_max, row_sum, _ = ops.token_logp(logits, labels, -100, 0)
+    logp, row_max, row_sum, _ = ops.token_logp(logits, labels, -100, 0, "cpu")
     state = torch.zeros(2, dtype=torch.float64)
-    pair_options = (0.1, 0.8, 0.2, 1.0, 0.0, False, -100)
+    pair_options = (0.1, 0.8, 0.2, 1.0, 0.0, False, -100, "cpu")
     offsets = torch.tensor([0, 5, 16, 20, 36])
     grad_args = (logits, labels, row_max, row_sum, torch.randn_like(logp))
     cases = [
-        (ops.token_logp, (logits, labels, -100, 0)),
-        (ops.token_logp, (logits.bfloat16()[:, 1:], labels[:, 1:], -100, ops.stats_mask(ops.STATS))),
+        (ops.token_logp, (logits, labels, -100, 0, "cpu")),
+        (ops.token_logp, (logits.bfloat16()[:, 1:], labels[:, 1:], -100, ops.stats_mask(ops.STATS), "cpu")),
         (ops.pair_loss, (logp, labels, torch.zeros(4), state, 1, True, 0.99, None, *pair_options)),
         (ops.pair_loss, (logp, labels, torch.zeros(4), state, 0, False, 0.99, offsets, *pair_options)),
-        (ops.logits_grad, (*grad_args, torch.tensor(2.0), -100)),
-        (ops.logits_grad, (*grad_args, None, -100)),
-        (ops.logits_grad_, (logits.clone(), *grad_args[1:], None, -100)),
+        (ops.logits_grad, (*grad_args, torch.tensor(2.0), -100, "cpu")),
+        (ops.logits_grad, (*grad_args, None, -100, "cpu")),
+        (ops.logits_grad_, (logits.clone(), *grad_args[1:], None, -100, "cpu")),
     ]
     for operator, args in cases:
         result = torch.library.opcheck(operator, args)
@@ -121,8 +121,8 @@ def test_large_gradients_of_few_labelled_rows_touch_few_pages() -> None:
     logits = torch.randn(2, 64, 30000)
     labels = torch.full((2, 64), -100)
     labels[:, -2:] = 5
-    _, row_max, row_sum, _ = ops.token_logp(logits, labels, -100, 0)
-    grad = ops.logits_grad(logits, labels, row_max, row_sum, torch.ones(2, 64), None, -100)
+    _, row_max, row_sum, _ = ops.token_logp(logits, labels, -100, 0, "cpu")
+    grad = ops.logits_grad(logits, labels, row_max, row_sum, torch.ones(2, 64), None, -100, "cpu")
     assert not grad[:, :-2].any()
     assert grad[:, -2:].any()
     assert grad.is_contiguous()

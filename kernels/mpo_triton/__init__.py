@@ -1,10 +1,10 @@
 """Triton kernels of mpo_ext, for GPUs without a CUDA build; installed as ``mpo_ext.kernels``. Needs triton.
 
-One file per operator, with the contracts of ``mpo_ext.ops``. Only ``mpo_ext.ops`` calls them; it has checked everything.
+One file per operator, with the contracts of ``mpo_ext.ops``, which alone calls them and has checked everything.
 """
 
 from mpo_ext.kernels.logits_grad import logits_grad
-from mpo_ext.kernels.pair_loss import pair_loss
+from mpo_ext.kernels.pair_loss import PairLossOutputs, pair_loss
 from mpo_ext.kernels.token_logp import token_logp
 
-__all__ = ["logits_grad", "pair_loss", "token_logp"]
+__all__ = ["PairLossOutputs", "logits_grad", "pair_loss", "token_logp"]

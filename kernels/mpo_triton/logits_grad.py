@@ -3,9 +3,8 @@
 import torch
 import triton
 import triton.language as tl
+from mpo_ext.kernels.rows import VECTOR_BYTES, aligned_rows, blocks, row_offset
 from torch import Tensor
-
-from mpo_ext.kernels.rows import VECTOR_BYTES, Layout, blocks, row_offset
 
 _STRIDES = ["misalignment", "inner", "outer_stride", "row_stride"]
 _INTEGERS = ["vocab", *_STRIDES, *(f"grad_{name}" for name in _STRIDES), "ignore_index"]
@@ -44,7 +43,6 @@ def logits_grad_kernel(
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)
     is_ignored = label == ignore_index
-    is_valid = (label >= 0) & (label < vocab)
     grad_start = row_offset(row, grad_misalignment, grad_inner, grad_outer_stride, grad_row_stride)
     shift = grad_start % VECTOR  # positions follow the gradient's alignment
     grad_row_ptr = grad_ptr + tl.multiple_of(grad_start - shift, VECTOR)
@@ -98,19 +96,20 @@ def logits_grad_kernel(
 
 
 def logits_grad(
-    rows: Layout,
+    layout: tuple[Tensor, int, int, int],
     labels: Tensor,
     vocab: int,
-    dtype: torch.dtype,
     ignore_index: int,
     row_max: Tensor,
     row_sum: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    grad: Layout,
+    scale: Tensor | None,
+    grad_layout: tuple[Tensor, int, int, int],
 ) -> None:
     """Fills the gradient of ``ops.logits_grad``; one launch."""
+    rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)
+    grad = aligned_rows(grad_layout)
     vector = VECTOR_BYTES // dtype.itemsize
     is_alike = rows.inner == grad.inner and all(
         (ours - theirs) % vector == 0 for ours, theirs in zip(rows[1:], grad[1:], strict=True)
@@ -121,7 +120,7 @@ def logits_grad(
         row_max,
         row_sum,
         weight,
-        scale,
+        torch.ones_like(row_max.view(-1)[:1]) if scale is None else scale.float(),
         grad.base,
         vocab,
         *rows[1:],

@@ -221,8 +221,7 @@ def pair_loss(
 ) -> None:
     """Fills the outputs of ``ops.pair_loss``; three launches, no waiting for the device.
 
-    Args:
-        settings: beta, the weights of DPO, BCO and NTP, label smoothing, decay.
+    ``settings`` are beta, the weights of DPO, BCO and NTP, label smoothing, and the decay of EMA.
     """
     sequences = ref_logp.shape[0]
     sums = ref_logp.new_empty(sequences, dtype=torch.float64)

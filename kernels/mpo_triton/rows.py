@@ -15,9 +15,11 @@ from torch import Tensor
 VECTOR_BYTES = 16
 
 
-class Layout(NamedTuple):
-    """Rows in memory: row i starts ``misalignment + (i // inner) * outer_stride + (i % inner) * row_stride`` elements
-    behind ``base``, which is aligned to 16 bytes."""
+class AlignedRows(NamedTuple):
+    """Rows from a base that is aligned to 16 bytes.
+
+    Row i starts ``misalignment + (i // inner) * outer_stride + (i % inner) * row_stride`` elements behind it.
+    """
 
     base: Tensor
     misalignment: int
@@ -26,14 +28,15 @@ class Layout(NamedTuple):
     row_stride: int
 
 
-def layout(tensor: Tensor, inner: int, outer_stride: int, row_stride: int) -> Layout:
-    """Describes the rows of a tensor whose strides ``ops`` has merged."""
+def aligned_rows(layout: tuple[Tensor, int, int, int]) -> AlignedRows:
+    """Gives an ``ops.RowLayout`` an aligned base."""
+    tensor, *strides = layout
     offset = tensor.data_ptr() % VECTOR_BYTES // tensor.element_size()
     if offset == 0:
-        return Layout(tensor, 0, inner, outer_stride, row_stride)
-    # A view from the grid point on: it lies in the same storage, whose own start is aligned.
+        return AlignedRows(tensor, 0, *strides)
+    # A view from the grid point before: it lies in the same storage, whose own start is aligned.
     base = torch.as_strided(tensor, (1,), (1,), tensor.storage_offset() - offset)
-    return Layout(base, offset, inner, outer_stride, row_stride)
+    return AlignedRows(base, offset, *strides)
 
 
 class Blocks(NamedTuple):
@@ -51,8 +54,8 @@ class Blocks(NamedTuple):
 def blocks(vocab: int, dtype: torch.dtype) -> Blocks:
     """The rule for block sizes: by vocabulary and dtype alone, so nothing is tuned or compiled again while training.
 
-    A thread holds 32 elements (float32: 16), several 16-byte loads in flight. A row is cut into chunks of four blocks, so
-    that a handful of labelled rows fill a GPU as well as thousands do.
+    A thread holds 32 elements (float32: 16), several 16-byte loads in flight. A row is cut into chunks of four blocks,
+    so that a handful of labelled rows fill a GPU as well as thousands do.
     """
     elements_per_warp = 32 * (16 if dtype.itemsize == 4 else 32)
     num_warps = 4

@@ -1,11 +1,9 @@
 """Triton twin of token_logp: the log-probability of each label, each logit of a labelled row read once."""
 
-import torch
 import triton
 import triton.language as tl
+from mpo_ext.kernels.rows import VECTOR_BYTES, aligned_rows, blocks, row_offset
 from torch import Tensor
-
-from mpo_ext.kernels.rows import VECTOR_BYTES, Layout, blocks, row_offset
 
 _INTEGERS = ["vocab", "misalignment", "inner", "outer_stride", "row_stride", "ignore_index"]
 _STATE = 2  # of a chunk: maximum, sum of exponentials; then what statistics need
@@ -159,10 +157,9 @@ def token_logp_kernel(
 
 
 def token_logp(
-    rows: Layout,
+    layout: tuple[Tensor, int, int, int],
     labels: Tensor,
     vocab: int,
-    dtype: torch.dtype,
     ignore_index: int,
     stats: int,
     logp: Tensor,
@@ -171,17 +168,17 @@ def token_logp(
     row_stats: Tensor,
 ) -> None:
     """Fills the outputs of ``ops.token_logp``; two launches, no waiting for the device."""
+    rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)
     chunks = sizes.count(vocab, dtype)
     state_size = _STATE_WITH_STATS if stats else _STATE
     states = logp.new_empty(labels.numel(), chunks, state_size)
-    strides = (rows.misalignment, rows.inner, rows.outer_stride, rows.row_stride)
     token_logp_chunk_kernel[(labels.numel(), chunks)](
         rows.base,
         labels,
         states,
         vocab,
-        *strides,
+        *rows[1:],
         ignore_index,
         VECTOR=VECTOR_BYTES // dtype.itemsize,
         BLOCK=sizes.block,
@@ -201,7 +198,7 @@ def token_logp(
         labels.numel(),
         chunks,
         vocab,
-        *strides,
+        *rows[1:],
         ignore_index,
         MAX_CHUNKS=triton.next_power_of_2(chunks),
         STATE=state_size,
