@@ -3,8 +3,8 @@
 One file per operator, with the contracts of ``mpo_ext.ops``, which alone calls them and has checked everything.
 """
 
-from mpo_ext.kernels.logits_grad import logits_grad
-from mpo_ext.kernels.pair_loss import PairLossOutputs, pair_loss
-from mpo_ext.kernels.token_logp import token_logp
+from .logits_grad import logits_grad
+from .pair_loss import PairLossOutputs, pair_loss
+from .token_logp import token_logp
 
 __all__ = ["PairLossOutputs", "logits_grad", "pair_loss", "token_logp"]

@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from mpo_ext.kernels.rows import VECTOR_BYTES, aligned_rows, blocks, row_offset
 from torch import Tensor
+
+from .rows import VECTOR_BYTES, aligned_rows, blocks, row_offset
 
 _STRIDES = ["misalignment", "inner", "outer_stride", "row_stride"]
 _INTEGERS = ["vocab", *_STRIDES, *(f"grad_{name}" for name in _STRIDES), "ignore_index"]
@@ -19,7 +20,7 @@ def logits_grad_kernel(
     weight_ptr,  # [rows] float32, d loss / d logp
     scale_ptr,  # [1] float32, one factor on all of it
     grad_ptr,  # like the logits, out; may be the logits themselves
-    vocab: tl.int64,
+    vocab: tl.int32,
     misalignment: tl.int64,
     inner: tl.int64,
     outer_stride: tl.int64,
@@ -44,7 +45,7 @@ def logits_grad_kernel(
     label = tl.load(labels_ptr + row)
     is_ignored = label == ignore_index
     grad_start = row_offset(row, grad_misalignment, grad_inner, grad_outer_stride, grad_row_stride)
-    shift = grad_start % VECTOR  # positions follow the gradient's alignment
+    shift = (grad_start % VECTOR).to(tl.int32)  # positions follow the gradient's alignment
     grad_row_ptr = grad_ptr + tl.multiple_of(grad_start - shift, VECTOR)
     start = row_offset(row, misalignment, inner, outer_stride, row_stride)
     if IS_ALIKE:
@@ -52,7 +53,7 @@ def logits_grad_kernel(
     else:
         row_ptr = logits_ptr + (start - shift)
     end = vocab + shift
-    begin = tl.program_id(1).to(tl.int64) * CHUNK
+    begin = tl.program_id(1) * CHUNK
     lanes = tl.arange(0, BLOCK)
 
     if is_ignored | (label < 0) | (label >= vocab):
@@ -75,13 +76,13 @@ def logits_grad_kernel(
         at = tl.multiple_of(at, BLOCK)
         positions = at + lanes
         is_whole = (at >= shift) & (at + BLOCK <= end)
-        mask = (positions >= shift) & (positions < end)
         if is_whole:
             z = tl.load(row_ptr + positions).to(tl.float32)
         else:
+            mask = (positions >= shift) & (positions < end)
             z = tl.load(row_ptr + positions, mask=mask, other=-float("inf")).to(tl.float32)
         grad = tl.exp(z - row_max) * factor
-        label_at = label + shift
+        label_at = label.to(tl.int32) + shift
         if (label_at >= at) & (label_at < at + BLOCK):
             # weight * (1 - p) as -expm1(logp), in double since Triton has no expm1; 1 - p cancels once p is near 1.
             z_label = tl.sum(tl.where(positions == label_at, z, 0.0), axis=0)
@@ -92,7 +93,7 @@ def logits_grad_kernel(
         if is_whole:
             tl.store(grad_row_ptr + positions, grad)
         else:
-            tl.store(grad_row_ptr + positions, grad, mask=mask)
+            tl.store(grad_row_ptr + positions, grad, mask=(positions >= shift) & (positions < end))
 
 
 def logits_grad(

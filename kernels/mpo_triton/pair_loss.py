@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 _ROWS_BLOCK = 1024
-_PAIRS_BLOCK = 128
+_PAIRS_BLOCK = 64
 _HOLD, _CUMULATIVE = tl.constexpr(0), tl.constexpr(1)  # mpo_ext.reward_shift; whatever else is EMA
 
 
@@ -39,73 +39,59 @@ def sequence_sums_kernel(
 
 
 @triton.jit
-def log_sigmoid(x):
+def sigmoids(x):
+    """log sigmoid(x), log sigmoid(-x), sigmoid(x) and sigmoid(-x), none of which overflows."""
     small = tl.exp(-tl.abs(x))
-    return tl.minimum(x, 0.0) - tl.log(1.0 + small)  # in double, 1 + small keeps all digits a float32 result has
-
-
-@triton.jit
-def sigmoid(x):
-    small = tl.exp(-tl.abs(x))
-    return tl.where(x < 0, small / (1.0 + small), 1.0 / (1.0 + small))
-
-
-@triton.jit
-def load_pairs(sums_ptr, tokens_ptr, ref_logp_ptr, at, pairs, beta, BLOCK: tl.constexpr):
-    """Rewards and chosen side of the pairs at .. at + BLOCK - 1; rewards are 0 where a side is empty."""
-    pair = at + tl.arange(0, BLOCK)
-    mask = pair < pairs
-    chosen_sum = tl.load(sums_ptr + pair, mask=mask, other=0.0)
-    rejected_sum = tl.load(sums_ptr + pairs + pair, mask=mask, other=0.0)
-    chosen_tokens = tl.load(tokens_ptr + pair, mask=mask, other=0)
-    rejected_tokens = tl.load(tokens_ptr + pairs + pair, mask=mask, other=0)
-    chosen_ref = tl.load(ref_logp_ptr + pair, mask=mask, other=0.0)
-    rejected_ref = tl.load(ref_logp_ptr + pairs + pair, mask=mask, other=0.0)
-    has_both = (chosen_tokens > 0) & (rejected_tokens > 0)
-    chosen = tl.where(has_both, beta * (chosen_sum - chosen_ref), 0.0)
-    rejected = tl.where(has_both, beta * (rejected_sum - rejected_ref), 0.0)
-    return pair, mask, has_both, chosen, rejected, chosen_sum, chosen_tokens, rejected_sum
+    log_sum = tl.log(1.0 + small)  # in double, 1 + small keeps all digits that a float32 result has
+    above = tl.where(x < 0, small, 1.0) / (1.0 + small)
+    below = tl.where(x < 0, 1.0, small) / (1.0 + small)
+    return tl.minimum(x, 0.0) - log_sum, tl.minimum(-x, 0.0) - log_sum, above, below
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def pair_loss_kernel(
+def pair_rewards_kernel(
     sums_ptr,  # [2B] float64
     tokens_ptr,  # [2B] int64
     ref_logp_ptr,  # [2B] float64
     state_ptr,  # [2] float64: delta, number of updates
-    loss_ptr,  # [1] float32, out
-    terms_ptr,  # [3] float32, out
+    rewards_ptr,  # [2B] float64, out
+    scalars_ptr,  # [3] float64, out: delta, the NTP term, what its sum was divided by
     reward_shift_ptr,  # [1] float32, out
     out_sums_ptr,  # [2B] float32, out
-    reward_ptr,  # [2B] float32, out
+    out_rewards_ptr,  # [2B] float32, out
     new_state_ptr,  # [2] float64, out
     batch_ptr,  # [2] float64, out: sum and count of the rewards
-    coefficients_ptr,  # [2B] float64, out: d loss / d logp of the rows of each sequence
     pairs: tl.int64,
     beta: tl.float64,
-    dpo_weight: tl.float64,
-    bco_weight: tl.float64,
-    ntp_weight: tl.float64,
-    smoothing: tl.float64,
     decay: tl.float64,
     AVERAGE_SEQUENCES: tl.constexpr,
     RULE: tl.constexpr,
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """All that happens per pair, in one program: it costs nothing beside the logits. Grid (1,)."""
+    """Rewards, NTP and the reward shift, which need all pairs. Rewards are 0 where a side is empty. Grid (1,)."""
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # of the chosen responses, or of their means
     ntp_count = tl.zeros((BLOCK,), tl.float64)  # of their tokens, or of the responses
     for at in range(0, pairs, BLOCK):
-        pair, mask, has_both, chosen, rejected, chosen_sum, chosen_tokens, rejected_sum = load_pairs(
-            sums_ptr, tokens_ptr, ref_logp_ptr, at, pairs, beta, BLOCK
-        )
+        pair = at + tl.arange(0, BLOCK)
+        mask = pair < pairs
+        chosen_sum = tl.load(sums_ptr + pair, mask=mask, other=0.0)
+        rejected_sum = tl.load(sums_ptr + pairs + pair, mask=mask, other=0.0)
+        chosen_tokens = tl.load(tokens_ptr + pair, mask=mask, other=0)
+        rejected_tokens = tl.load(tokens_ptr + pairs + pair, mask=mask, other=0)
+        chosen_ref = tl.load(ref_logp_ptr + pair, mask=mask, other=0.0)
+        rejected_ref = tl.load(ref_logp_ptr + pairs + pair, mask=mask, other=0.0)
+        has_both = (chosen_tokens > 0) & (rejected_tokens > 0)
+        chosen = tl.where(has_both, beta * (chosen_sum - chosen_ref), 0.0)
+        rejected = tl.where(has_both, beta * (rejected_sum - rejected_ref), 0.0)
+        tl.store(rewards_ptr + pair, chosen, mask=mask)
+        tl.store(rewards_ptr + pairs + pair, rejected, mask=mask)
+        tl.store(out_rewards_ptr + pair, chosen.to(tl.float32), mask=mask)
+        tl.store(out_rewards_ptr + pairs + pair, rejected.to(tl.float32), mask=mask)
         tl.store(out_sums_ptr + pair, chosen_sum.to(tl.float32), mask=mask)
         tl.store(out_sums_ptr + pairs + pair, rejected_sum.to(tl.float32), mask=mask)
-        tl.store(reward_ptr + pair, chosen.to(tl.float32), mask=mask)
-        tl.store(reward_ptr + pairs + pair, rejected.to(tl.float32), mask=mask)
         reward_sum += chosen + rejected
         reward_count += tl.where(has_both, 2.0, 0.0)
         if AVERAGE_SEQUENCES:
@@ -117,7 +103,6 @@ def pair_loss_kernel(
     batch_sum = tl.sum(reward_sum, axis=0)
     batch_count = tl.sum(reward_count, axis=0)
     ntp_denominator = tl.maximum(tl.sum(ntp_count, axis=0), 1.0)
-    ntp = -tl.sum(ntp_sum, axis=0) / ntp_denominator
 
     before = tl.load(state_ptr)
     updates = tl.load(state_ptr + 1)
@@ -136,22 +121,51 @@ def pair_loss_kernel(
     tl.store(batch_ptr, batch_sum)
     tl.store(batch_ptr + 1, batch_count)
     tl.store(reward_shift_ptr, delta.to(tl.float32))
+    tl.store(scalars_ptr, delta)
+    tl.store(scalars_ptr + 1, -tl.sum(ntp_sum, axis=0) / ntp_denominator)
+    tl.store(scalars_ptr + 2, ntp_denominator)
 
+
+@triton.jit(do_not_specialize=["pairs"])
+def pair_loss_kernel(
+    rewards_ptr,  # [2B] float64
+    tokens_ptr,  # [2B] int64
+    scalars_ptr,  # [3] float64 from pair_rewards_kernel
+    loss_ptr,  # [1] float32, out
+    terms_ptr,  # [3] float32, out
+    coefficients_ptr,  # [2B] float64, out: d loss / d logp of the rows of each sequence
+    pairs: tl.int64,
+    beta: tl.float64,
+    dpo_weight: tl.float64,
+    bco_weight: tl.float64,
+    ntp_weight: tl.float64,
+    smoothing: tl.float64,
+    AVERAGE_SEQUENCES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The terms and their derivatives, in one program: they cost nothing beside the logits. Grid (1,)."""
+    delta = tl.load(scalars_ptr)
+    ntp = tl.load(scalars_ptr + 1)
+    ntp_denominator = tl.load(scalars_ptr + 2)
     dpo_sum = tl.zeros((BLOCK,), tl.float64)
     bco_sum = tl.zeros((BLOCK,), tl.float64)
     for at in range(0, pairs, BLOCK):
-        pair, mask, has_both, chosen, rejected, chosen_sum, chosen_tokens, rejected_sum = load_pairs(
-            sums_ptr, tokens_ptr, ref_logp_ptr, at, pairs, beta, BLOCK
-        )
-        margin = chosen - rejected
-        dpo = -(1.0 - smoothing) * log_sigmoid(margin)
-        dpo = tl.where(smoothing > 0, dpo - smoothing * log_sigmoid(-margin), dpo)  # 0 * inf would be NaN
+        pair = at + tl.arange(0, BLOCK)
+        mask = pair < pairs
+        chosen = tl.load(rewards_ptr + pair, mask=mask, other=0.0)
+        rejected = tl.load(rewards_ptr + pairs + pair, mask=mask, other=0.0)
+        chosen_tokens = tl.load(tokens_ptr + pair, mask=mask, other=0)
+        has_both = (chosen_tokens > 0) & (tl.load(tokens_ptr + pairs + pair, mask=mask, other=0) > 0)
+        log_wins, log_loses, wins, loses = sigmoids(chosen - rejected)
+        dpo = -(1.0 - smoothing) * log_wins
+        dpo = tl.where(smoothing > 0, dpo - smoothing * log_loses, dpo)  # 0 * inf would be NaN
         dpo_sum += tl.where(mask, dpo, 0.0)
-        bco_sum += tl.where(mask, -log_sigmoid(chosen - delta) - log_sigmoid(delta - rejected), 0.0)
-        dpo_grad = dpo_weight * (smoothing * sigmoid(margin) - (1.0 - smoothing) * sigmoid(-margin))
-        dpo_grad = tl.where(dpo_weight > 0, dpo_grad, 0.0)
-        chosen_grad = dpo_grad - tl.where(bco_weight > 0, bco_weight * sigmoid(delta - chosen), 0.0)
-        rejected_grad = -dpo_grad + tl.where(bco_weight > 0, bco_weight * sigmoid(rejected - delta), 0.0)
+        dpo_grad = tl.where(dpo_weight > 0, dpo_weight * (smoothing * wins - (1.0 - smoothing) * loses), 0.0)
+        log_good, _, _, not_good = sigmoids(chosen - delta)
+        _, log_bad, not_bad, _ = sigmoids(rejected - delta)
+        bco_sum += tl.where(mask, -log_good - log_bad, 0.0)
+        chosen_grad = dpo_grad - tl.where(bco_weight > 0, bco_weight * not_good, 0.0)
+        rejected_grad = -dpo_grad + tl.where(bco_weight > 0, bco_weight * not_bad, 0.0)
         chosen_grad = tl.where(has_both, chosen_grad * beta / pairs, 0.0)
         rejected_grad = tl.where(has_both, rejected_grad * beta / pairs, 0.0)
         ntp_grad = ntp_weight / ntp_denominator
@@ -219,36 +233,52 @@ def pair_loss(
     ignore_index: int,
     out: PairLossOutputs,
 ) -> None:
-    """Fills the outputs of ``ops.pair_loss``; three launches, no waiting for the device.
+    """Fills the outputs of ``ops.pair_loss``; four launches, no waiting for the device.
 
     ``settings`` are beta, the weights of DPO, BCO and NTP, label smoothing, and the decay of EMA.
     """
     sequences = ref_logp.shape[0]
     sums = ref_logp.new_empty(sequences, dtype=torch.float64)
-    coefficients = torch.empty_like(sums)
+    rewards, coefficients, scalars = torch.empty_like(sums), torch.empty_like(sums), sums.new_empty(3)
     sequence_sums_kernel[(sequences,)](
         logp, labels, offsets, sums, out.tokens, ignore_index, BLOCK=_ROWS_BLOCK, num_warps=4
     )
-    pair_loss_kernel[(1,)](
+    beta, *weights, smoothing, decay = settings
+    pair_rewards_kernel[(1,)](
         sums,
         out.tokens,
         ref_logp,
         state,
-        out.loss,
-        out.terms,
+        rewards,
+        scalars,
         out.reward_shift,
         out.logp,
         out.reward,
         out.state,
         out.batch,
-        coefficients,
         sequences // 2,
-        *settings,
+        beta,
+        decay,
         AVERAGE_SEQUENCES=average_sequences,
         RULE=rule,
         UPDATE_FIRST=update_first,
         BLOCK=_PAIRS_BLOCK,
-        num_warps=4,
+        num_warps=1,
+    )
+    pair_loss_kernel[(1,)](
+        rewards,
+        out.tokens,
+        scalars,
+        out.loss,
+        out.terms,
+        coefficients,
+        sequences // 2,
+        beta,
+        *weights,
+        smoothing,
+        AVERAGE_SEQUENCES=average_sequences,
+        BLOCK=_PAIRS_BLOCK,
+        num_warps=1,
     )
     row_weights_kernel[(sequences,)](
         labels, offsets, coefficients, out.weight, ignore_index, BLOCK=_ROWS_BLOCK, num_warps=4

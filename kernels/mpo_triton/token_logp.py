@@ -2,8 +2,9 @@
 
 import triton
 import triton.language as tl
-from mpo_ext.kernels.rows import VECTOR_BYTES, aligned_rows, blocks, row_offset
 from torch import Tensor
+
+from .rows import VECTOR_BYTES, aligned_rows, blocks, row_offset
 
 _INTEGERS = ["vocab", "misalignment", "inner", "outer_stride", "row_stride", "ignore_index"]
 _STATE = 2  # of a chunk: maximum, sum of exponentials; then what statistics need
@@ -15,7 +16,7 @@ def token_logp_chunk_kernel(
     logits_ptr,  # 16-byte aligned; rows as rows.py describes them
     labels_ptr,  # [rows] int64
     states_ptr,  # [rows, chunks, STATE] float32, out; only where a label is valid
-    vocab: tl.int64,
+    vocab: tl.int32,
     misalignment: tl.int64,
     inner: tl.int64,
     outer_stride: tl.int64,
@@ -38,10 +39,10 @@ def token_logp_chunk_kernel(
     if (label == ignore_index) | (label < 0) | (label >= vocab):
         return
     start = row_offset(row, misalignment, inner, outer_stride, row_stride)
-    shift = start % VECTOR
+    shift = (start % VECTOR).to(tl.int32)
     row_ptr = logits_ptr + tl.multiple_of(start - shift, VECTOR)
     end = vocab + shift
-    begin = tl.program_id(1).to(tl.int64) * CHUNK
+    begin = tl.program_id(1) * CHUNK
 
     lanes = tl.arange(0, BLOCK)
     running_max = -float("inf")
@@ -93,7 +94,7 @@ def token_logp_kernel(
     row_stats_ptr,  # [bits in STATS, rows] float32, out
     rows: tl.int64,
     chunks: tl.int32,
-    vocab: tl.int64,
+    vocab: tl.int32,
     misalignment: tl.int64,
     inner: tl.int64,
     outer_stride: tl.int64,
