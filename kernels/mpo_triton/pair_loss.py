@@ -40,7 +40,7 @@ def sequence_sums_kernel(
 
 @triton.jit
 def sigmoids(x):
-    """log sigmoid(x), log sigmoid(-x), sigmoid(x) and sigmoid(-x), none of which overflows."""
+    """Log sigmoid(x), log sigmoid(-x), sigmoid(x) and sigmoid(-x), none of which overflows."""
     small = tl.exp(-tl.abs(x))
     log_sum = tl.log(1.0 + small)  # in double, 1 + small keeps all digits that a float32 result has
     above = tl.where(x < 0, small, 1.0) / (1.0 + small)
