@@ -27,6 +27,7 @@ __device__ __forceinline__ void block_sum(double (&x)[n], PairLossShared& shared
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     x[i] = 0;
+#pragma unroll 1
     for (int w = 0; w < kWarps; ++w) x[i] += shared.values[i][w];
   }
 }

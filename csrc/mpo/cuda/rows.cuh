@@ -17,7 +17,8 @@ constexpr int kWarps = kCudaThreads / kWarp;
 constexpr unsigned kAllLanes = ~0u;
 constexpr int kUnroll = 4;       // vectors that a thread has in flight
 constexpr int kListRows = 1024;  // labelled rows that a block lists at a time
-constexpr int kScanUnroll = 8;   // labels that a thread has in flight
+constexpr int kScanUnroll = 8;   // labels that a thread has in flight while they are counted,
+constexpr int kListUnroll = 4;   // and while rows are listed, where registers are short
 constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(static_cast<int>(0xff800000u)); }
@@ -231,15 +232,15 @@ struct RowFinder {
   __device__ void list(const Rows& in, bool wanted, int first, int size, int* rows) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     int rank = wanted ? scored_before : begin - scored_before;
-    for (int64_t base = begin; base < end && rank < first + size; base += kScanUnroll * kWarp) {
-      int64_t label[kScanUnroll];
+    for (int64_t base = begin; base < end && rank < first + size; base += kListUnroll * kWarp) {
+      int64_t label[kListUnroll];
 #pragma unroll
-      for (int u = 0; u < kScanUnroll; ++u) {
+      for (int u = 0; u < kListUnroll; ++u) {
         const int64_t row = base + u * kWarp + lane;
         label[u] = row < end ? in.labels[row] : 0;
       }
 #pragma unroll
-      for (int u = 0; u < kScanUnroll; ++u) {
+      for (int u = 0; u < kListUnroll; ++u) {
         const int64_t row = base + u * kWarp + lane;
         const bool is_wanted = row < end && is_scored(in, label[u]) == wanted;
         const unsigned mask = __ballot_sync(kAllLanes, is_wanted);

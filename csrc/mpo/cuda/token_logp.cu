@@ -128,8 +128,9 @@ __device__ __forceinline__ bool hand_on(const TokenLogpArgs& a, const Split& spl
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t row_begin = static_cast<int64_t>(rank) * split.row_vectors;
   const int first = split.part_of(row_begin), last = split.part_of(row_begin + split.row_vectors - 1);
-  // A block has at most two split rows, its first and its last one.
-  const auto slot = [&](int part) { return 2 * part + (split.start(part) / split.row_vectors == rank ? 0 : 1); };
+  // A block has at most two split rows, its first and its last one: all blocks but the row's first start within it.
+  const int slot_of_first = 2 * first + (split.start(first) == row_begin ? 0 : 1);
+  const auto slot = [&](int part) { return part == first ? slot_of_first : 2 * part; };
   int is_last = 0;
   if (lane == 0) {
     a.pieces[slot(static_cast<int>(blockIdx.x))].sums = s;
