@@ -11,6 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
 
 test: $(VENV)/.dev
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev

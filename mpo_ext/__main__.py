@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import mpo_ext
 
@@ -25,7 +26,7 @@ def add_doctor(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
 def doctor(args: argparse.Namespace) -> int:
     """Prints a fact a line, for a bug report. Returns 1 if not even the CPU kernels can run."""
     for name, fact in _facts():
-        print(f"{name:<18}{fact}")
+        print(f"{name:<20}{fact}")
     return 0 if _try(lambda: importlib.import_module("mpo_ext._native").cpu_isas())[0] else 1
 
 
@@ -35,7 +36,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     for package in _PACKAGES:
         yield package, _try(functools.partial(importlib.metadata.version, package))[1]
     has_torch, torch_error = _try(lambda: importlib.import_module("torch").__version__)
-    torch = importlib.import_module("torch") if has_torch else None
+    torch: Any = importlib.import_module("torch") if has_torch else None
     if torch is None:
         yield "torch import", torch_error
     else:
@@ -52,7 +53,19 @@ def _facts() -> Iterator[tuple[str, str]]:
     in_use = _try(lambda: importlib.import_module("mpo_ext.ops").cpu_isa())[1] if has_torch else native.cpu_isas()[0]
     yield "in use", f"{in_use} (MPO_CPU_ISA={os.environ.get('MPO_CPU_ISA', '')})"
     yield "CUDA architectures", "none: built without CUDA kernels"
-    yield "backends", "cpu (tensors on the CPU), reference (any device)" if has_torch else "none: torch is missing"
+    if not has_torch:
+        yield "backends", "none: torch is missing"
+        return
+    ops = importlib.import_module("mpo_ext.ops")
+    backends = ["cpu (tensors on the CPU)", "reference (any device)"]
+    device = "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cuda"
+    problem = ops.triton_problem(device)
+    if problem is None and not (torch.cuda.is_available() or device == "xpu"):
+        problem = "torch sees no GPU"
+    if problem is None:
+        backends.insert(0, f"triton (tensors on {device})")
+    yield "Triton kernels", problem or "can run"
+    yield "backends", ", ".join(backends)
 
 
 def _try(fact: Callable[[], object]) -> tuple[bool, str]:

@@ -131,7 +131,7 @@ def mpo_loss(
     else:
         detached = logits.detach()
         logp, row_max, row_sum, row_stats = ops.token_logp(
-            detached, labels, config.ignore_index, ops.stats_mask(names)
+            detached, labels, config.ignore_index, ops.stats_mask(names), chosen_backend
         )
         weight = logp  # replaced by the call below
 
@@ -140,12 +140,14 @@ def mpo_loss(
             *pair, weight = ops.pair_loss(
                 logp, labels, ref_logp, state, rule, update_first, decay, cu_seqlens, config.beta, config.dpo_weight,
                 config.bco_weight, config.ntp_weight, config.label_smoothing, config.ntp_average == "sequence",
-                config.ignore_index,
+                config.ignore_index, chosen_backend,
             )  # fmt: skip
             return reference.PairLoss(*pair)
 
         pair = _with_reward_shift(pairs, reward_shift, logits.device)
-        loss = _Loss.apply(logits, pair.loss, labels, row_max, row_sum, weight, config.ignore_index, reuse_logits)
+        loss = _Loss.apply(
+            logits, pair.loss, labels, row_max, row_sum, weight, config.ignore_index, reuse_logits, chosen_backend
+        )
 
     chosen_logp, rejected_logp = pair.logp.chunk(2)
     chosen_reward, rejected_reward = pair.reward.chunk(2)
@@ -203,8 +205,8 @@ def token_logp(
         labels = shift_labels(labels, ignore_index)
     if chosen_backend == "reference":
         return reference.token_logp(logits, labels, ignore_index)
-    logp, row_max, row_sum, _ = ops.token_logp(logits.detach(), labels, ignore_index, 0)
-    return _TokenLogp.apply(logits, logp, labels, row_max, row_sum, ignore_index)
+    logp, row_max, row_sum, _ = ops.token_logp(logits.detach(), labels, ignore_index, 0, chosen_backend)
+    return _TokenLogp.apply(logits, logp, labels, row_max, row_sum, ignore_index, chosen_backend)
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -213,7 +215,7 @@ def shift_labels(labels: Tensor, ignore_index: int = -100, cu_seqlens: Tensor | 
     The last position of each sequence gets ``ignore_index``; with ``cu_seqlens`` the sequences lie one after the other
     along the last axis.
     """
-    shifted = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     if cu_seqlens is not None:
         shifted = shifted.index_fill(-1, cu_seqlens[1:].long() - 1, ignore_index)
     return shifted
@@ -237,10 +239,12 @@ class _Loss(torch.autograd.Function):
         weight: Tensor,
         ignore_index: int,
         reuse_logits: bool,
+        backend: str,
     ) -> Tensor:
         ctx.save_for_backward(logits, labels, row_max, row_sum, weight)
         ctx.ignore_index = ignore_index
         ctx.reuse_logits = reuse_logits
+        ctx.backend = backend
         ctx.is_spent = False
         return loss.clone()
 
@@ -256,10 +260,10 @@ class _Loss(torch.autograd.Function):
         # grad_loss stays on the device: comparing it with 1 to save a multiplication would wait for it.
         if ctx.reuse_logits:
             ctx.is_spent = True
-            ops.logits_grad_(grad, *rows, grad_loss.detach(), ctx.ignore_index)
+            ops.logits_grad_(grad, *rows, grad_loss.detach(), ctx.ignore_index, ctx.backend)
         else:
-            grad = ops.logits_grad(grad, *rows, grad_loss.detach(), ctx.ignore_index)
-        return _once_differentiable(grad, logits, grad_loss), *[None] * 7
+            grad = ops.logits_grad(grad, *rows, grad_loss.detach(), ctx.ignore_index, ctx.backend)
+        return _once_differentiable(grad, logits, grad_loss), *[None] * 8
 
 
 class _TokenLogp(torch.autograd.Function):
@@ -274,16 +278,18 @@ class _TokenLogp(torch.autograd.Function):
         row_max: Tensor,
         row_sum: Tensor,
         ignore_index: int,
+        backend: str,
     ) -> Tensor:
         ctx.save_for_backward(logits, labels, row_max, row_sum)
         ctx.ignore_index = ignore_index
+        ctx.backend = backend
         return logp.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor | None, ...]:
         logits, *rows = ctx.saved_tensors
-        grad = ops.logits_grad(logits.detach(), *rows, grad_logp.detach(), None, ctx.ignore_index)
-        return _once_differentiable(grad, logits, grad_logp), *[None] * 5
+        grad = ops.logits_grad(logits.detach(), *rows, grad_logp.detach(), None, ctx.ignore_index, ctx.backend)
+        return _once_differentiable(grad, logits, grad_logp), *[None] * 6
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -6,10 +6,12 @@ in its name. So ``torch.compile`` can trace past them, and no caller finds its l
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,17 +39,36 @@ def choose_backend(backend: str | None, logits: Tensor) -> str:
     if device == "meta":
         raise RuntimeError("logits must be on a device that holds data, got device meta")
     if backend is None:
-        return "cpu" if device == "cpu" else "reference"
+        if device == "cpu":
+            return "cpu"
+        return "triton" if logits.dtype != torch.float64 and triton_problem(device) is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if backend in ("cuda", "triton"):
+    if backend == "cuda":
         raise RuntimeError(
-            f"backend {backend!r} cannot run: this version of mpo_ext has no {backend} kernels; "
-            "use backend=None for the best one available"
+            "backend 'cuda' cannot run: this version of mpo_ext has no CUDA kernels; use backend=None for the best "
+            "available"
         )
     if backend == "cpu" and device != "cpu":
         raise RuntimeError(f"backend 'cpu' needs logits on the CPU, got logits on {logits.device}")
+    if backend == "triton":
+        problem = triton_problem(device)
+        if problem is not None:
+            raise RuntimeError(f"backend 'triton' cannot run: {problem}")
+        if logits.dtype == torch.float64:
+            raise TypeError("logits must not be torch.float64 with backend 'triton', got torch.float64")
     return backend
+
+
+def triton_problem(device: str) -> str | None:
+    """Says why the Triton kernels cannot run on tensors of this device type, or returns None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'mpo-ext[triton]'"
+    if device in ("cuda", "xpu"):
+        return None
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"it needs tensors on a GPU, got device {device} (TRITON_INTERPRET=1 runs its interpreter on a CPU)"
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -191,8 +212,10 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 # ----------------------------------------------------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("mpo_ext::token_logp", mutates_args=(), device_types="cpu")
-def token_logp(logits: Tensor, labels: Tensor, ignore_index: int, stats: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op("mpo_ext::token_logp", mutates_args=())
+def token_logp(
+    logits: Tensor, labels: Tensor, ignore_index: int, stats: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability of each label under its row of logits. Reads each logit of a labelled row once.
 
     Args:
@@ -200,6 +223,7 @@ def token_logp(logits: Tensor, labels: Tensor, ignore_index: int, stats: int) ->
         labels: ``[...]`` int64, in ``[0, V)`` or equal to ``ignore_index``; any other value gives NaN.
         ignore_index: Label of the rows that are not read and give 0.
         stats: Statistics wanted: bit i asks for ``STATS[i]``.
+        backend: What ``choose_backend`` returned, but for "reference".
 
     Returns:
         ``(logp, row_max, row_sum, row_stats)``: three of ``[...]`` with ``sum_v exp(z_v - row_max) == row_sum``, and
@@ -208,23 +232,32 @@ def token_logp(logits: Tensor, labels: Tensor, ignore_index: int, stats: int) ->
     check_logits("logits", logits)
     check_labels(logits, labels)
     logp, row_max, row_sum, row_stats = _token_logp_outputs(logits, labels, stats)
-    if labels.numel() > 0:
-        layout, row_labels = _row_layout(logits), labels.contiguous()
-        _native().token_logp_cpu(
-            **_row_arguments(layout, row_labels, ignore_index),
-            logp=logp.data_ptr(),
-            row_max=row_max.data_ptr(),
-            row_sum=row_sum.data_ptr(),
-            row_stats=row_stats.data_ptr(),
-            stats=stats,
-            threads=torch.get_num_threads(),
-            isa=cpu_isa(),
-        )
+    if labels.numel() == 0:
+        return logp, row_max, row_sum, row_stats
+    layout, row_labels = _row_layout(logits), labels.contiguous()
+    if backend == "triton":
+        with _device_guard(logits):
+            _kernels().token_logp(
+                layout, row_labels, logits.shape[-1], ignore_index, stats, logp, row_max, row_sum, row_stats
+            )
+        return logp, row_max, row_sum, row_stats
+    _native().token_logp_cpu(
+        **_row_arguments(layout, row_labels, ignore_index),
+        logp=logp.data_ptr(),
+        row_max=row_max.data_ptr(),
+        row_sum=row_sum.data_ptr(),
+        row_stats=row_stats.data_ptr(),
+        stats=stats,
+        threads=torch.get_num_threads(),
+        isa=cpu_isa(),
+    )
     return logp, row_max, row_sum, row_stats
 
 
 @token_logp.register_fake
-def _(logits: Tensor, labels: Tensor, ignore_index: int, stats: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    logits: Tensor, labels: Tensor, ignore_index: int, stats: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _token_logp_outputs(logits, labels, stats)
 
 
@@ -234,7 +267,7 @@ def _token_logp_outputs(logits: Tensor, labels: Tensor, stats: int) -> tuple[Ten
     return logp, row_max, row_sum, logits.new_empty((stats.bit_count(), *labels.shape), dtype=dtype)
 
 
-@torch.library.custom_op("mpo_ext::pair_loss", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("mpo_ext::pair_loss", mutates_args=())
 def pair_loss(
     logp: Tensor,
     labels: Tensor,
@@ -251,6 +284,7 @@ def pair_loss(
     label_smoothing: float,
     average_sequences: bool,
     ignore_index: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss of B pairs, and the weight that each row's gradient gets. Reads nothing of the size of the logits.
 
@@ -265,12 +299,21 @@ def pair_loss(
     sequences = ref_logp.shape[0]
     offsets = cu_seqlens
     if offsets is None:
-        offsets = torch.arange(sequences + 1, dtype=torch.int64) * logp.shape[-1]
-    else:
+        offsets = torch.arange(sequences + 1, dtype=torch.int64, device=logp.device) * logp.shape[-1]
+    elif offsets.device.type == "cpu":  # on a GPU, looking at them would wait for it
         check_offsets(offsets, logp.numel())
     # Held in names until the call is over: an address does not keep its tensor alive.
     rows, row_labels, references = logp.contiguous(), labels.contiguous(), ref_logp.double().contiguous()
     offsets, old_state = offsets.to(torch.int64).contiguous(), state.contiguous()
+    if backend == "triton":
+        kernels = _kernels()
+        with _device_guard(logp):
+            kernels.pair_loss(
+                rows, row_labels, offsets, references, old_state,
+                (beta, dpo_weight, bco_weight, ntp_weight, label_smoothing, decay),
+                rule, update_first, average_sequences, ignore_index, kernels.PairLossOutputs(*outputs),
+            )  # fmt: skip
+        return outputs
     _native().pair_loss_cpu(
         logp=rows.data_ptr(),
         labels=row_labels.data_ptr(),
@@ -320,6 +363,7 @@ def _(
     label_smoothing: float,
     average_sequences: bool,
     ignore_index: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _pair_loss_outputs(logp, ref_logp, state)
 
@@ -341,7 +385,7 @@ def _pair_loss_outputs(
     )
 
 
-@torch.library.custom_op("mpo_ext::logits_grad", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("mpo_ext::logits_grad", mutates_args=())
 def logits_grad(
     logits: Tensor,
     labels: Tensor,
@@ -350,6 +394,7 @@ def logits_grad(
     weight: Tensor,
     scale: Tensor | None,
     ignore_index: int,
+    backend: str,
 ) -> Tensor:
     """The gradient ``scale * weight * (onehot(label) - softmax(logits))``; 0 in rows that are ignored.
 
@@ -364,13 +409,15 @@ def logits_grad(
         weight: ``[...]`` d loss / d logp.
         scale: 0-d factor on all of it, or None for 1.
         ignore_index: Label of the rows without a gradient.
+        backend: What ``choose_backend`` returned, but for "reference".
 
     Returns:
         ``[..., V]`` in the logits' dtype, contiguous.
     """
     _check_grad(logits, labels, row_max, row_sum, weight)
-    grad = _zeros(logits)
-    _logits_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, grad, is_zeroed=True)
+    is_zeroed = backend == "cpu"
+    grad = _zeros(logits) if is_zeroed else logits.new_empty(logits.shape)
+    _logits_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, backend, grad, is_zeroed=is_zeroed)
     return grad
 
 
@@ -383,11 +430,12 @@ def _(
     weight: Tensor,
     scale: Tensor | None,
     ignore_index: int,
+    backend: str,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("mpo_ext::logits_grad_", mutates_args=("logits",), device_types="cpu")
+@torch.library.custom_op("mpo_ext::logits_grad_", mutates_args=("logits",))
 def logits_grad_(
     logits: Tensor,
     labels: Tensor,
@@ -396,13 +444,14 @@ def logits_grad_(
     weight: Tensor,
     scale: Tensor | None,
     ignore_index: int,
+    backend: str,
 ) -> None:
     """Turns the logits into their gradient, in place. Arguments as in ``logits_grad``; see ``check_reuse``."""
     _check_grad(logits, labels, row_max, row_sum, weight)
     check_reuse(logits)
     if _row_layout(logits).tensor is not logits:
         raise ValueError(f"logits must have rows that two strides describe, got strides {tuple(logits.stride())}")
-    _logits_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, logits, is_zeroed=False)
+    _logits_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, backend, logits, is_zeroed=False)
 
 
 def _check_grad(logits: Tensor, labels: Tensor, row_max: Tensor, row_sum: Tensor, weight: Tensor) -> None:
@@ -425,6 +474,7 @@ def _logits_grad(
     weight: Tensor,
     scale: Tensor | None,
     ignore_index: int,
+    backend: str,
     grad: Tensor,
     *,
     is_zeroed: bool,
@@ -433,8 +483,12 @@ def _logits_grad(
         return
     # Held in names until the call is over: an address does not keep its tensor alive.
     rows = [tensor.contiguous() for tensor in (row_max, row_sum, weight)]
-    factor = None if scale is None else scale.to(torch.float64)
     layout, row_labels, out = _row_layout(logits), labels.contiguous(), _row_layout(grad)
+    if backend == "triton":
+        with _device_guard(logits):
+            _kernels().logits_grad(layout, row_labels, logits.shape[-1], ignore_index, *rows, scale, out)
+        return
+    factor = None if scale is None else scale.to(torch.float64)
     _native().logits_grad_cpu(
         **_row_arguments(layout, row_labels, ignore_index),
         row_max=rows[0].data_ptr(),
@@ -465,6 +519,20 @@ def cpu_isa() -> str:
     if wanted and wanted not in runnable:
         raise ValueError(f"MPO_CPU_ISA must be one of {', '.join(runnable)} on this machine, got {wanted!r}")
     return wanted or runnable[0]
+
+
+def _kernels() -> Any:
+    # Imported late, since triton is optional.
+    from mpo_ext import kernels
+
+    return kernels
+
+
+def _device_guard(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device the current one, to which launches go."""
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    return getattr(torch, tensor.device.type).device(tensor.device)
 
 
 def _native() -> Any:

@@ -122,8 +122,9 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
       check(std::isnan(logp[i]), "a label out of range gives NaN", where);
       for (double& g : grad) g = std::nan("");
     } else {
-      double max = -kInfinity, sum = 0, entropy = 0, squared = 0;
+      double max = -kInfinity, sum = 0, entropy = 0, squared = 0, mean = 0;
       for (double z : b.logits[i]) max = std::fmax(max, z);
+      for (double z : b.logits[i]) mean += z / static_cast<double>(vocab);
       for (double z : b.logits[i]) sum += std::exp(z - max);
       const double exact = b.logits[i][label] - max - std::log(sum);
       for (int64_t v = 0; v < vocab; ++v) {
@@ -141,6 +142,9 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
                         : std::fabs(logp[i] - exact) <= tolerance * (1 + std::fabs(exact)),
               "logp", where);
         check(std::fabs(stats[0 * count + i] - entropy) <= 10 * tolerance * (1 + entropy), "entropy", where);
+        check(mean == -kInfinity ? stats[1 * count + i] == -std::numeric_limits<Real>::infinity()
+                                 : std::fabs(stats[1 * count + i] - mean) <= 10 * tolerance * (1 + std::fabs(mean)),
+              "mean logit", where);
         check(stats[2 * count + i] == (b.logits[i][label] == max), "top1", where);
         check(std::fabs(stats[3 * count + i] - squared) <= tolerance, "sum of squares", where);
       }

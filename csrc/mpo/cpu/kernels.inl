@@ -106,9 +106,11 @@ RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
       if (kStats) {
         e_d[u] += e * d;
         squared[u] += e * e;
-        z_sum[u] += z;
       }
     });
+    if (kStats) {  // apart, since what fills up the last vector must be 0 here
+      for_each_vector<Format>(block, size, 0, 0, [&](int u, Vec z) { z_sum[u] += z; });
+    }
     for (int u = 1; u < kUnroll; ++u) sum[0] += sum[u];
     row.sum += horizontal_sum<Real>(sum[0]);
     if (kStats) {

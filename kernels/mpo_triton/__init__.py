@@ -1,0 +1,10 @@
+"""Triton kernels of mpo_ext, for GPUs without a CUDA build; installed as ``mpo_ext.kernels``. Needs triton.
+
+One file per operator, with the contracts of ``mpo_ext.ops``, which alone calls them and has checked everything.
+"""
+
+from .logits_grad import logits_grad
+from .pair_loss import PairLossOutputs, pair_loss
+from .token_logp import token_logp
+
+__all__ = ["PairLossOutputs", "logits_grad", "pair_loss", "token_logp"]

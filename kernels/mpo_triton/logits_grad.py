@@ -1,0 +1,135 @@
+"""Triton twin of logits_grad: each logit of a labelled row read once, each element of the gradient written once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import VECTOR_BYTES, aligned_rows, blocks, row_offset
+
+_STRIDES = ["misalignment", "inner", "outer_stride", "row_stride"]
+_INTEGERS = ["vocab", *_STRIDES, *(f"grad_{name}" for name in _STRIDES), "ignore_index"]
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def logits_grad_kernel(
+    logits_ptr,  # 16-byte aligned; rows as rows.py describes them
+    labels_ptr,  # [rows] int64
+    row_max_ptr,  # [rows] float32
+    row_sum_ptr,  # [rows] float32
+    weight_ptr,  # [rows] float32, d loss / d logp
+    scale_ptr,  # [1] float32, one factor on all of it
+    grad_ptr,  # like the logits, out; may be the logits themselves
+    vocab: tl.int32,
+    misalignment: tl.int64,
+    inner: tl.int64,
+    outer_stride: tl.int64,
+    row_stride: tl.int64,
+    grad_misalignment: tl.int64,
+    grad_inner: tl.int64,
+    grad_outer_stride: tl.int64,
+    grad_row_stride: tl.int64,
+    ignore_index: tl.int64,
+    VECTOR: tl.constexpr,  # elements in 16 bytes
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IS_ALIKE: tl.constexpr,  # every row of the gradient is as misaligned as that of the logits
+):
+    """grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i) for CHUNK columns of one row.
+
+    Grid    (rows, chunks)
+    Reads   each logit of a labelled row once
+    Writes  each element once, in 16-byte vectors but for a first and a last block; zeros in ignored rows
+    """
+    row = tl.program_id(0)
+    label = tl.load(labels_ptr + row)
+    is_ignored = label == ignore_index
+    grad_start = row_offset(row, grad_misalignment, grad_inner, grad_outer_stride, grad_row_stride)
+    shift = (grad_start % VECTOR).to(tl.int32)  # positions follow the gradient's alignment
+    grad_row_ptr = grad_ptr + tl.multiple_of(grad_start - shift, VECTOR)
+    start = row_offset(row, misalignment, inner, outer_stride, row_stride)
+    if IS_ALIKE:
+        row_ptr = logits_ptr + tl.multiple_of(start - shift, VECTOR)
+    else:
+        row_ptr = logits_ptr + (start - shift)
+    end = vocab + shift
+    begin = tl.program_id(1) * CHUNK
+    lanes = tl.arange(0, BLOCK)
+
+    if is_ignored | (label < 0) | (label >= vocab):
+        filler = tl.full((BLOCK,), 0.0, tl.float32) + tl.where(is_ignored, 0.0, float("nan"))
+        filler = filler.to(grad_ptr.dtype.element_ty)
+        for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
+            at = tl.multiple_of(at, BLOCK)
+            positions = at + lanes
+            if (at >= shift) & (at + BLOCK <= end):
+                tl.store(grad_row_ptr + positions, filler)
+            else:
+                tl.store(grad_row_ptr + positions, filler, mask=(positions >= shift) & (positions < end))
+        return
+
+    row_max = tl.load(row_max_ptr + row)
+    row_sum = tl.load(row_sum_ptr + row)
+    weight = tl.load(weight_ptr + row) * tl.load(scale_ptr)
+    factor = -weight / row_sum
+    for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
+        at = tl.multiple_of(at, BLOCK)
+        positions = at + lanes
+        is_whole = (at >= shift) & (at + BLOCK <= end)
+        if is_whole:
+            z = tl.load(row_ptr + positions).to(tl.float32)
+        else:
+            mask = (positions >= shift) & (positions < end)
+            z = tl.load(row_ptr + positions, mask=mask, other=-float("inf")).to(tl.float32)
+        grad = tl.exp(z - row_max) * factor
+        label_at = label.to(tl.int32) + shift
+        if (label_at >= at) & (label_at < at + BLOCK):
+            # weight * (1 - p) as -expm1(logp), in double since Triton has no expm1; 1 - p cancels once p is near 1.
+            z_label = tl.sum(tl.where(positions == label_at, z, 0.0), axis=0)
+            logp = (z_label.to(tl.float64) - row_max.to(tl.float64)) - tl.log(row_sum.to(tl.float64))
+            label_grad = (weight.to(tl.float64) * (1.0 - tl.exp(logp))).to(tl.float32)
+            grad = tl.where(positions == label_at, label_grad, grad)
+        grad = grad.to(grad_ptr.dtype.element_ty)
+        if is_whole:
+            tl.store(grad_row_ptr + positions, grad)
+        else:
+            tl.store(grad_row_ptr + positions, grad, mask=(positions >= shift) & (positions < end))
+
+
+def logits_grad(
+    layout: tuple[Tensor, int, int, int],
+    labels: Tensor,
+    vocab: int,
+    ignore_index: int,
+    row_max: Tensor,
+    row_sum: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    grad_layout: tuple[Tensor, int, int, int],
+) -> None:
+    """Fills the gradient of ``ops.logits_grad``; one launch."""
+    rows, dtype = aligned_rows(layout), layout[0].dtype
+    sizes = blocks(vocab, dtype)
+    grad = aligned_rows(grad_layout)
+    vector = VECTOR_BYTES // dtype.itemsize
+    is_alike = rows.inner == grad.inner and all(
+        (ours - theirs) % vector == 0 for ours, theirs in zip(rows[1:], grad[1:], strict=True)
+    )
+    logits_grad_kernel[(labels.numel(), sizes.count(vocab, dtype))](
+        rows.base,
+        labels,
+        row_max,
+        row_sum,
+        weight,
+        torch.ones_like(row_max.view(-1)[:1]) if scale is None else scale.float(),
+        grad.base,
+        vocab,
+        *rows[1:],
+        *grad[1:],
+        ignore_index,
+        VECTOR=vector,
+        BLOCK=sizes.block,
+        CHUNK=sizes.chunk,
+        IS_ALIKE=is_alike,
+        num_warps=sizes.num_warps,
+    )

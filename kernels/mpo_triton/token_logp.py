@@ -1,0 +1,208 @@
+"""Triton twin of token_logp: the log-probability of each label, each logit of a labelled row read once."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import VECTOR_BYTES, aligned_rows, blocks, row_offset
+
+_INTEGERS = ["vocab", "misalignment", "inner", "outer_stride", "row_stride", "ignore_index"]
+_STATE = 2  # of a chunk: maximum, sum of exponentials; then what statistics need
+_STATE_WITH_STATS = 5  # sum of e * (z - max), sum of z, sum of e * e
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def token_logp_chunk_kernel(
+    logits_ptr,  # 16-byte aligned; rows as rows.py describes them
+    labels_ptr,  # [rows] int64
+    states_ptr,  # [rows, chunks, STATE] float32, out; only where a label is valid
+    vocab: tl.int32,
+    misalignment: tl.int64,
+    inner: tl.int64,
+    outer_stride: tl.int64,
+    row_stride: tl.int64,
+    ignore_index: tl.int64,
+    VECTOR: tl.constexpr,  # elements in 16 bytes
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STATE: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+):
+    """The softmax state of CHUNK columns of one row.
+
+    Grid    (rows, chunks); rows first, since the other axes of a grid end at 65,535
+    Reads   each logit of a row with a valid label once, in 16-byte vectors but for a first and a last block
+    Writes  STATE floats per chunk
+    """
+    row = tl.program_id(0)
+    label = tl.load(labels_ptr + row)
+    if (label == ignore_index) | (label < 0) | (label >= vocab):
+        return
+    start = row_offset(row, misalignment, inner, outer_stride, row_stride)
+    shift = (start % VECTOR).to(tl.int32)
+    row_ptr = logits_ptr + tl.multiple_of(start - shift, VECTOR)
+    end = vocab + shift
+    begin = tl.program_id(1) * CHUNK
+
+    lanes = tl.arange(0, BLOCK)
+    running_max = -float("inf")
+    total = tl.zeros((BLOCK,), tl.float32)
+    e_d = tl.zeros((BLOCK,), tl.float32)
+    z_sum = tl.zeros((BLOCK,), tl.float32)
+    squared = tl.zeros((BLOCK,), tl.float32)
+    for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
+        at = tl.multiple_of(at, BLOCK)
+        positions = at + lanes
+        if (at >= shift) & (at + BLOCK <= end):
+            z = tl.load(row_ptr + positions).to(tl.float32)
+            z_or_zero = z
+        else:
+            mask = (positions >= shift) & (positions < end)
+            z = tl.load(row_ptr + positions, mask=mask, other=-float("inf")).to(tl.float32)
+            z_or_zero = tl.where(mask, z, 0.0)
+        block_max = tl.maximum(running_max, tl.max(z, axis=0))
+        # Nothing but -inf so far: 0 in its place keeps -inf - -inf, a NaN, away.
+        safe_max = tl.where(block_max == -float("inf"), 0.0, block_max)
+        gap = tl.where(running_max == -float("inf"), 0.0, running_max - safe_max)
+        scale = tl.where(running_max == -float("inf"), 0.0, tl.exp(gap))
+        d = z - safe_max
+        e = tl.exp(d)
+        if HAS_STATS:
+            e_d = (e_d + gap * total) * scale + tl.where(e > 0, e * d, 0.0)
+            squared = squared * scale * scale + e * e
+            z_sum += z_or_zero
+        total = total * scale + e
+        running_max = block_max
+
+    state_ptr = states_ptr + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * STATE
+    tl.store(state_ptr, running_max)
+    tl.store(state_ptr + 1, tl.sum(total, axis=0))
+    if HAS_STATS:
+        tl.store(state_ptr + 2, tl.sum(e_d, axis=0))
+        tl.store(state_ptr + 3, tl.sum(z_sum, axis=0))
+        tl.store(state_ptr + 4, tl.sum(squared, axis=0))
+
+
+@triton.jit(do_not_specialize=[*_INTEGERS, "rows", "chunks"])
+def token_logp_kernel(
+    logits_ptr,
+    labels_ptr,  # [rows] int64
+    states_ptr,  # [rows, chunks, STATE] float32
+    logp_ptr,  # [rows] float32, out
+    row_max_ptr,  # [rows] float32, out
+    row_sum_ptr,  # [rows] float32, out
+    row_stats_ptr,  # [bits in STATS, rows] float32, out
+    rows: tl.int64,
+    chunks: tl.int32,
+    vocab: tl.int32,
+    misalignment: tl.int64,
+    inner: tl.int64,
+    outer_stride: tl.int64,
+    row_stride: tl.int64,
+    ignore_index: tl.int64,
+    MAX_CHUNKS: tl.constexpr,  # power of two, at least chunks
+    STATE: tl.constexpr,
+    STATS: tl.constexpr,  # bits of mpo_ext.ops.STATS
+):
+    """Merges the chunks of one row in their order: logp = (z[y] - m) - log(sum), and the statistics.
+
+    Grid    (rows,)
+    Reads   the states and one logit per row with a valid label
+    Writes  three floats per row and one per statistic
+    """
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    is_ignored = label == ignore_index
+    is_valid = (label >= 0) & (label < vocab) & (label != ignore_index)
+    filler = tl.where(is_ignored, 0.0, float("nan"))
+
+    lanes = tl.arange(0, MAX_CHUNKS)
+    mask = (lanes < chunks) & is_valid
+    state_ptr = states_ptr + (row * chunks + lanes) * STATE
+    maxima = tl.load(state_ptr, mask=mask, other=-float("inf"))
+    row_max = tl.max(maxima, axis=0)
+    safe_max = tl.where(row_max == -float("inf"), 0.0, row_max)
+    gap = tl.where(maxima == -float("inf"), 0.0, maxima - safe_max)
+    scale = tl.where(maxima == -float("inf"), 0.0, tl.exp(gap))
+    sums = tl.load(state_ptr + 1, mask=mask, other=0.0)
+    # A NaN hides from the maximum, but not from the sum.
+    row_sum = tl.sum(tl.where(sums == sums, sums * scale, sums), axis=0)
+
+    start = row_offset(row, misalignment, inner, outer_stride, row_stride)
+    z_label = tl.load(logits_ptr + start + label, mask=is_valid, other=0.0).to(tl.float32)
+    # In double: the fast logarithm of a GPU has no relative accuracy near 1, where a confident token's logp is.
+    log_sum = tl.log(row_sum.to(tl.float64))
+    logp = ((z_label.to(tl.float64) - row_max.to(tl.float64)) - log_sum).to(tl.float32)
+    tl.store(logp_ptr + row, tl.where(is_valid, logp, filler))
+    tl.store(row_max_ptr + row, tl.where(is_valid, row_max, 0.0))
+    tl.store(row_sum_ptr + row, tl.where(is_valid, row_sum, 0.0))
+
+    if STATS & 1:
+        e_d = tl.load(state_ptr + 2, mask=mask, other=0.0)
+        e_d = tl.sum((e_d + gap * sums) * scale, axis=0)
+        entropy = log_sum.to(tl.float32) - e_d / row_sum
+        tl.store(row_stats_ptr + row, tl.where(is_valid, entropy, filler))
+        row_stats_ptr += rows
+    if STATS & 2:
+        z_sum = tl.sum(tl.load(state_ptr + 3, mask=mask, other=0.0), axis=0)
+        tl.store(row_stats_ptr + row, tl.where(is_valid, z_sum / vocab, filler))
+        row_stats_ptr += rows
+    if STATS & 4:
+        top1 = tl.where(z_label == row_max, 1.0, 0.0) + (row_sum - row_sum)
+        tl.store(row_stats_ptr + row, tl.where(is_valid, top1, filler))
+        row_stats_ptr += rows
+    if STATS & 8:
+        squared = tl.load(state_ptr + 4, mask=mask, other=0.0)
+        squared = tl.sum(squared * scale * scale, axis=0) / (row_sum * row_sum)
+        tl.store(row_stats_ptr + row, tl.where(is_valid, squared, filler))
+
+
+def token_logp(
+    layout: tuple[Tensor, int, int, int],
+    labels: Tensor,
+    vocab: int,
+    ignore_index: int,
+    stats: int,
+    logp: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    row_stats: Tensor,
+) -> None:
+    """Fills the outputs of ``ops.token_logp``; two launches, no waiting for the device."""
+    rows, dtype = aligned_rows(layout), layout[0].dtype
+    sizes = blocks(vocab, dtype)
+    chunks = sizes.count(vocab, dtype)
+    state_size = _STATE_WITH_STATS if stats else _STATE
+    states = logp.new_empty(labels.numel(), chunks, state_size)
+    token_logp_chunk_kernel[(labels.numel(), chunks)](
+        rows.base,
+        labels,
+        states,
+        vocab,
+        *rows[1:],
+        ignore_index,
+        VECTOR=VECTOR_BYTES // dtype.itemsize,
+        BLOCK=sizes.block,
+        CHUNK=sizes.chunk,
+        STATE=state_size,
+        HAS_STATS=bool(stats),
+        num_warps=sizes.num_warps,
+    )
+    token_logp_kernel[(labels.numel(),)](
+        rows.base,
+        labels,
+        states,
+        logp,
+        row_max,
+        row_sum,
+        row_stats,
+        labels.numel(),
+        chunks,
+        vocab,
+        *rows[1:],
+        ignore_index,
+        MAX_CHUNKS=triton.next_power_of_2(chunks),
+        STATE=state_size,
+        STATS=stats,
+        num_warps=1,
+    )

@@ -1,0 +1,134 @@
+"""Plots and self-contained HTML pages. Knows figures, tables and templates, and nothing of what they are about."""
+
+import base64
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_COLUMNS = 3
+_PANEL_INCHES = (4.6, 3.4)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a panel.
+
+    Attributes:
+        label: For the legend.
+        x: Positions.
+        y: Values, as many.
+        color: Any matplotlib colour.
+        style: A matplotlib line style such as "-" or "--".
+        smooth: Width of a running mean; 1 draws the values as they are. The raw values stay visible behind the mean.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str = "C0"
+    style: str = "-"
+    smooth: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bars:
+    """One group of bars of a panel: a value for each name of the panel's axis, with an optional error."""
+
+    label: str
+    names: Sequence[str]
+    values: Sequence[float]
+    errors: Sequence[float] | None = None
+    color: str = "C0"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Panel:
+    """One plot of a figure: lines or bars, not both."""
+
+    title: str
+    x_label: str
+    y_label: str
+    content: Sequence[Line] | Sequence[Bars]
+
+
+def save_panels(path: Path, title: str, panels: Sequence[Panel]) -> None:
+    """Draws the panels in rows of three and writes the figure as PNG. Needs matplotlib, but no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    size = (_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for index, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, index)
+        axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+        axes.grid(alpha=0.3)
+        bars = [content for content in panel.content if isinstance(content, Bars)]
+        for position, group in enumerate(bars):
+            width = 0.8 / len(bars)
+            x = np.arange(len(group.names)) + (position - (len(bars) - 1) / 2) * width
+            drawn = axes.bar(x, group.values, width, yerr=group.errors, label=group.label, color=group.color)
+            axes.bar_label(drawn, fmt="%.1f", fontsize=8)
+            axes.set_xticks(np.arange(len(group.names)), group.names)
+        for line in panel.content:
+            if isinstance(line, Line):
+                _draw_line(axes, line)
+        if len(panel.content) > 1:
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_line(axes: Any, line: Line) -> None:
+    if line.smooth > 1 and len(line.y) >= line.smooth:
+        axes.plot(line.x, line.y, color=line.color, linewidth=0.6, alpha=0.25)
+        mean = np.convolve(line.y, np.full(line.smooth, 1 / line.smooth), mode="valid")
+        start = line.smooth // 2
+        axes.plot(line.x[start : start + len(mean)], mean, line.style, color=line.color, label=line.label)
+    else:
+        axes.plot(line.x, line.y, line.style, color=line.color, label=line.label, marker=".")
+
+
+def save_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
+    """Fills a template of ``mpo_ext/templates`` and writes the page. Every value is escaped. Needs jinja2."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mpo_ext", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    path.write_text(environment.get_template(template).render(**values), encoding="utf-8")
+
+
+def png_data_uri(pixels: np.ndarray) -> str:
+    """Turns grey values ``[H, W]`` in [0, 1] into a PNG that a page can hold inline."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray((pixels * 255).round().astype(np.uint8)).save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lays out a Markdown table; the first column is aligned to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    return "\n".join([line(header), line(rule), *map(line, rows)]) + "\n"

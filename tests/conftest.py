@@ -1,0 +1,89 @@
+"""Fixtures: which backends run, on which device, and with which instruction sets of the CPU."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Tensors are small here: threads would wait for one another longer than they work. Tests of threads set a number.
+torch.set_num_threads(1)
+
+# Every backend of the package can be named here; `cuda` and `triton` need a GPU.
+BACKENDS = os.environ.get("MPO_TEST_BACKENDS", "reference,cpu").split(",")
+
+
+def _engines() -> list[str]:
+    """Backends, the CPU one once for each instruction set that this machine has."""
+    engines = [name for name in BACKENDS if name != "cpu"]
+    if "cpu" in BACKENDS:
+        try:
+            from mpo_ext._native import cpu_isas
+
+            engines += [f"cpu-{isa}" for isa in cpu_isas()]
+        except ImportError:
+            engines.append("cpu")  # its tests then fail, with the package's own words
+    return engines
+
+
+ENGINES = _engines()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend by name."""
+    return request.param
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend by name; for "cpu", MPO_CPU_ISA is set to each instruction set in turn."""
+    return _select(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[name for name in ENGINES if name != "reference"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Like engine without "reference", which is plain autograd: for what only kernels promise."""
+    return _select(request.param, monkeypatch)
+
+
+def _select(engine: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    name, _, isa = engine.partition("-")
+    if isa:
+        monkeypatch.setenv("MPO_CPU_ISA", isa)
+    return name
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the tensors of the test's backend live."""
+    (fixture,) = {"backend", "engine", "kernel"}.intersection(request.fixturenames)
+    return device_of(request.getfixturevalue(fixture))
+
+
+def device_of(backend: str) -> str:
+    """The device that a backend runs on here."""
+    on_gpu = backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
+    return "cuda" if on_gpu else "cpu"
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs the backends of a case one after the other, so that the oracle's answer, once computed, serves them all."""
+    order: dict[tuple, int] = {}
+
+    def place(item: pytest.Item) -> int:
+        indices = item.callspec.indices if hasattr(item, "callspec") else {}
+        case = tuple((name, index) for name, index in indices.items() if name not in ("backend", "engine", "kernel"))
+        return order.setdefault((item.path, item.parent, getattr(item, "originalname", item.name), case), len(order))
+
+    for item in items:
+        place(item)
+    items.sort(key=place)

@@ -1,0 +1,253 @@
+"""The Triton kernels as compilers make them: PTX executed by a simulator, and what can be read off the code."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+from oracle import Case, assert_output_as_accurate, lay_out, make_case
+from simulated import FILES, signature, simulation
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mpo_ext import MPOConfig, RewardShift, mpo_loss, ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets ops take CPU tensors for this backend: the simulator stands in for the GPU."""
+    monkeypatch.setattr(ops, "triton_problem", lambda device: None)
+
+
+def loss_and_grad(case: Case, layout: str = "contiguous", delta: float = 0.0, **options: Any) -> tuple[Any, Tensor]:
+    logits = lay_out(case.logits, layout).requires_grad_()
+    output = mpo_loss(
+        logits,
+        case.labels,
+        case.ref_logp,
+        config=MPOConfig(**case.options),
+        reward_shift=delta,
+        cu_seqlens=case.cu_seqlens,
+        shift=case.shift,
+        backend="triton",
+        **options,
+    )
+    (gradient,) = torch.autograd.grad(output.loss, logits)
+    return output._replace(loss=output.loss.detach()), gradient
+
+
+def check(case: Case, layout: str = "contiguous", **options: Any) -> tuple[Any, Tensor]:
+    output, gradient = loss_and_grad(case, layout, **options)
+    assert_output_as_accurate(output, gradient, case.exact(0.0), case.eager(0.0), stats=options.get("stats", ()))
+    return output, gradient
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("vocab", [1, 2, 7, 1003, 5003])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_simulated_ptx_matches_the_definition(ptxsim: ModuleType, dtype: torch.dtype, vocab: int, arch: int) -> None:
+    with simulation(ptxsim, arch):
+        check(make_case(dtype, vocab, pairs=1, length=4))
+
+
+@pytest.mark.parametrize("layout", ["sliced", "unaligned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_simulated_ptx_takes_any_stride_and_alignment(ptxsim: ModuleType, dtype: torch.dtype, layout: str) -> None:
+    with simulation(ptxsim):
+        check(make_case(dtype, 1003, pairs=1, length=3), layout, stats=("entropy", "mean_logit", "top1"))
+
+
+def test_simulated_ptx_takes_packed_sequences_and_keeps_to_ignored_rows(ptxsim: ModuleType) -> None:
+    with simulation(ptxsim):
+        check(make_case(torch.bfloat16, 259, packed=True))
+        check(make_case(torch.bfloat16, 259, labelled=0.0))
+        check(make_case(torch.bfloat16, 259, labelled=1.0))
+
+
+def test_schedules_leave_the_bits_as_they_are(ptxsim: ModuleType) -> None:
+    case = make_case(torch.bfloat16, 5003, pairs=1, length=3)
+    with simulation(ptxsim):
+        expected = loss_and_grad(case)
+    for seed in range(5):
+        with simulation(ptxsim, schedule="random", seed=seed):
+            output, gradient = loss_and_grad(case)
+        assert torch.equal(output.loss, expected[0].loss)
+        assert torch.equal(gradient, expected[1])
+
+
+@pytest.mark.parametrize("vocab", [4096, 5003])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_labelled_logit_is_read_once_and_written_once(ptxsim: ModuleType, dtype: torch.dtype, vocab: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.full((6, vocab), torch.nan, dtype=dtype)
+    labels = torch.full((6,), -100)
+    labels[[1, 4, 5]] = torch.randint(vocab, (3,))
+    logits[labels != -100] = torch.randn(3, vocab).to(dtype)
+    labelled_bytes = 3 * vocab * dtype.itemsize
+    with simulation(ptxsim) as reports:
+        _, row_max, row_sum, _ = ops.token_logp(logits, labels, -100, 15, "triton")
+        read = sum(_bytes_read(reports[name], "logits_ptr") for name in FILES["token_logp"])
+        assert labelled_bytes <= read <= 1.01 * labelled_bytes
+        grad = ops.logits_grad(logits, labels, row_max, row_sum, torch.ones(6), None, -100, "triton")
+        report = reports["logits_grad_kernel"]
+        assert labelled_bytes <= _bytes_read(report, "logits_ptr") <= 1.01 * labelled_bytes
+        assert _stats(report, "grad_ptr").bytes_written == 6 * vocab * dtype.itemsize
+    assert torch.isfinite(grad).all()
+
+
+def test_triton_and_the_cpu_kernels_agree_on_random_cases(ptxsim: ModuleType) -> None:
+    random = np.random.default_rng(0)
+    with simulation(ptxsim):
+        for _ in range(20):
+            dtype = DTYPES[random.integers(3)]
+            vocab = int(random.integers(1, 300))
+            case = make_case(dtype, vocab, pairs=int(random.integers(1, 3)), length=4, seed=int(random.integers(1000)))
+            ours, gradient = check(case)
+            z = case.logits.clone().requires_grad_()
+            cpu = mpo_loss(z, case.labels, case.ref_logp, backend="cpu")
+            (cpu_gradient,) = torch.autograd.grad(cpu.loss, z)
+            torch.testing.assert_close(ours.loss, cpu.loss.detach(), rtol=2e-6, atol=2e-6)
+            ulp = torch.finfo(dtype).eps * cpu_gradient.abs().max().item()
+            assert (gradient.double() - cpu_gradient.double()).abs().max() <= max(ulp, 1e-6)
+
+
+def _stats(report: tuple[Any, dict], argument: str) -> Any:
+    launched, buffers = report
+    return next(stats for stats in launched.buffers if stats.buffer is buffers[argument])
+
+
+def _bytes_read(report: tuple[Any, dict], argument: str) -> int:
+    return _stats(report, argument).bytes_read
+
+
+def _compile_all(target: GPUTarget, dtype: torch.dtype, vocab: int) -> dict[str, Any]:
+    """Every kernel for one target, as its launcher would have it, by recording the launches."""
+    compiled = {}
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return self.launch
+
+        def launch(self, *args: Any, num_warps: int, **constexprs: Any) -> None:
+            values = dict(zip(self.kernel.arg_names, args, strict=False))
+            tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+            types = signature(self.kernel, tensors, constexprs)
+            names = self.kernel.arg_names
+            source = ASTSource(
+                fn=self.kernel,
+                signature={name: types.get(name, "constexpr") for name in names},
+                constexprs=constexprs,
+                attrs={(names.index(name),): [["tt.divisibility", 16]] for name in tensors},
+            )
+            compiled[self.kernel.__name__] = triton.compile(source, target=target, options={"num_warps": num_warps})
+
+    with pytest.MonkeyPatch.context() as patch:
+        for file, kernels in FILES.items():
+            module = importlib.import_module(f"mpo_ext.kernels.{file}")
+            for name in kernels:
+                patch.setattr(module, name, Recorder(getattr(module, name)))
+        logits = torch.zeros(2, 3, vocab, dtype=dtype, requires_grad=True)
+        labels = torch.zeros(2, 3, dtype=torch.int64)
+        out = mpo_loss(
+            logits,
+            labels,
+            torch.zeros(2),
+            reward_shift=RewardShift(),
+            stats=("entropy", "mean_logit"),
+            backend="triton",
+        )
+        torch.autograd.grad(out.loss, logits)
+    return compiled
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compiled_code_has_wide_loads_and_no_spills(dtype: torch.dtype, target: str) -> None:
+    compiled = _compile_all(TARGETS[target], dtype, 151674)
+    assert len(compiled) == 7
+    for name, kernel in compiled.items():
+        assert kernel.metadata.shared <= 48 * 1024, name
+        if target == "gfx942":
+            code = kernel.asm["amdgcn"]
+            for field in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
+                assert set(re.findall(rf"\.{field}:\s*(\d+)", code)) == {"0"}, (name, field)
+            wide_load, wide_store = "load_dwordx4", "store_dwordx4"
+        else:
+            code = kernel.asm["ptx"]
+            assert ".local" not in code, f"{name} spills"
+            wide_load, wide_store = r"ld\.global\S*\.v4\.b32", r"st\.global\S*\.v4\.b32"
+        if name in ("token_logp_chunk_kernel", "logits_grad_kernel"):
+            assert len(re.findall(wide_load, code)) >= 3, (
+                name
+            )  # at an odd vocabulary: rows are read from aligned addresses
+        if name == "logits_grad_kernel":
+            assert len(re.findall(wide_store, code)) >= 4, name
+
+
+def test_nothing_is_compiled_again_while_training() -> None:
+    """1,000 steps with changing lengths, labels and reward shift ask for one variant per alignment of the memory."""
+    variants: dict[str, set] = {}
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*args: Any, **constexprs: Any) -> None:
+                bound = dict(zip(self.kernel.arg_names, args, strict=False))
+                key = tuple(
+                    _specialisation(parameter, bound[parameter.name])
+                    for parameter in self.kernel.params
+                    if parameter.name in bound
+                )
+                variants.setdefault(self.kernel.__name__, set()).add((key, tuple(constexprs.items())))
+
+            return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for file, kernels in FILES.items():
+            module = importlib.import_module(f"mpo_ext.kernels.{file}")
+            for name in kernels:
+                patch.setattr(module, name, Recorder(getattr(module, name)))
+        random = np.random.default_rng(0)
+        for _ in range(1000):
+            length, vocab = int(random.integers(2, 90)), 67
+            logits = torch.zeros(
+                2 * int(random.integers(1, 4)), length, vocab, dtype=torch.bfloat16, requires_grad=True
+            )
+            labels = torch.randint(-1, vocab, logits.shape[:-1])
+            out = mpo_loss(
+                logits, labels, torch.zeros(len(labels)), reward_shift=float(random.normal()), backend="triton"
+            )
+            torch.autograd.grad(out.loss, logits, torch.tensor(float(random.normal())))
+    assert len(variants) == 7
+    for name, kinds in variants.items():
+        assert len(kinds) <= 2, (name, kinds)
+
+
+def _specialisation(parameter: Any, value: Any) -> Any:
+    """What the JIT distinguishes in an argument (triton.runtime.jit): for one not specialised, its type alone."""
+    if isinstance(value, Tensor):
+        return (value.dtype, value.data_ptr() % 16 == 0)
+    assert parameter.annotation_type, f"{parameter.name} would be specialised on its width"
+    if parameter.do_not_specialize or parameter.annotation_type.startswith("fp"):
+        return parameter.annotation_type
+    return (parameter.annotation_type, value == 1, value % 16 == 0)
