@@ -377,7 +377,6 @@ def simulated_backend(native: SimulatedNative) -> Iterator[SimulatedNative]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_native", lambda: native)
-        patch.setattr(ops, "_on_device", lambda tensor: contextlib.nullcontext())
         patch.setattr(ops, "_current_stream", lambda tensor: 0)
         patch.setattr(ops, "_multiprocessors", lambda device: MULTIPROCESSORS)
         patch.setattr(ops, "choose_backend", lambda backend, logits: backend or "cuda")
