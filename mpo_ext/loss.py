@@ -131,29 +131,29 @@ def mpo_loss(
     else:
         detached = logits.detach()
         mask = ops.stats_mask(names)
-        rows: tuple[Tensor, ...] | None = None
+        scored: tuple[Tensor, ...] | None = None
         if chosen_backend != "cuda":  # where it comes with the first pair loss, in one launch
-            rows = ops.token_logp(detached, labels, config.ignore_index, mask, chosen_backend)
+            scored = ops.token_logp(detached, labels, config.ignore_index, mask, chosen_backend)
         weight = logits  # replaced by the call below
 
         def pairs(state: Tensor, rule: int, update_first: bool, decay: float) -> reference.PairLoss:
-            nonlocal rows, weight
+            nonlocal scored, weight
             settings = (
                 ref_logp, state, rule, update_first, decay, cu_seqlens, config.beta, config.dpo_weight,
                 config.bco_weight, config.ntp_weight, config.label_smoothing, config.ntp_average == "sequence",
                 config.ignore_index,
             )  # fmt: skip
-            if rows is None:
+            if scored is None:
                 outputs = ops.forward(detached, labels, *settings, mask, chosen_backend)
-                rows, outputs = outputs[:4], outputs[4:]
+                scored, outputs = outputs[:4], outputs[4:]
             else:
-                outputs = ops.pair_loss(rows[0], labels, *settings, chosen_backend)
+                outputs = ops.pair_loss(scored[0], labels, *settings, chosen_backend)
             *pair, weight = outputs
             return reference.PairLoss(*pair)
 
         pair = _with_reward_shift(pairs, reward_shift, logits.device)
-        assert rows is not None  # pairs has seen to it
-        _, row_max, row_sum, row_stats = rows
+        assert scored is not None  # pairs has seen to it
+        _, row_max, row_sum, row_stats = scored
         loss = _Loss.apply(
             logits, pair.loss, labels, row_max, row_sum, weight, config.ignore_index, reuse_logits, chosen_backend
         )

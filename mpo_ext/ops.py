@@ -268,9 +268,11 @@ def token_logp(
         return logp, row_max, row_sum, row_stats
     if backend == "cuda":
         with _device_guard(logits):
-            arguments, kept = _cuda_forward_arguments(layout, row_labels, ignore_index, 0)
+            arguments, _kept = _cuda_forward_arguments(layout, row_labels, ignore_index, 0)
             _native().token_logp_cuda(
-                **arguments, **_addresses(logp=logp, row_max=row_max, row_sum=row_sum, row_stats=row_stats), stats=stats
+                **arguments,
+                **_addresses(logp=logp, row_max=row_max, row_sum=row_sum, row_stats=row_stats),
+                stats=stats,
             )
         return logp, row_max, row_sum, row_stats
     _native().token_logp_cpu(
@@ -332,7 +334,7 @@ def pair_loss(
         shape = _native().cuda_pair_loss_shape(pairs=ref_logp.shape[0] // 2)
         with _device_guard(logp):
             scratch = torch.empty(shape["scratch_bytes"], dtype=torch.uint8, device=logp.device)
-            arguments, kept = _cuda_pair_arguments(
+            arguments, _kept = _cuda_pair_arguments(
                 outputs, ref_logp, state, rule, update_first, decay, cu_seqlens, beta, dpo_weight, bco_weight,
                 ntp_weight, label_smoothing, average_sequences,
             )  # fmt: skip
@@ -476,8 +478,8 @@ def forward(
     outputs = _pair_loss_outputs(logp, ref_logp, state)
     layout, row_labels = _row_layout(logits), labels.contiguous()
     with _device_guard(logits):
-        row_arguments, kept = _cuda_forward_arguments(layout, row_labels, ignore_index, ref_logp.shape[0] // 2)
-        pair_arguments, kept_too = _cuda_pair_arguments(
+        row_arguments, _kept = _cuda_forward_arguments(layout, row_labels, ignore_index, ref_logp.shape[0] // 2)
+        pair_arguments, _kept_too = _cuda_pair_arguments(
             outputs, ref_logp, state, rule, update_first, decay, cu_seqlens, beta, dpo_weight, bco_weight, ntp_weight,
             label_smoothing, average_sequences,
         )  # fmt: skip
@@ -691,7 +693,7 @@ def _cuda_pair_arguments(
     """
     names = ("loss", "terms", "reward_shift", "sums", "reward", "tokens", "new_state", "batch", "weight")
     kept = [ref_logp.contiguous(), state.contiguous(), None if cu_seqlens is None else cu_seqlens.contiguous()]
-    arguments = {
+    arguments: dict[str, object] = {
         **_addresses(**dict(zip(names, outputs, strict=True))),
         **_addresses(ref_logp=kept[0], state=kept[1], offsets=kept[2]),
         "pairs": ref_logp.shape[0] // 2,

@@ -41,7 +41,9 @@ def resources(module: str, cuobjdump: str) -> dict[tuple[str, str], dict[str, in
         elif match := re.match(r"\s*Function (\S+):", line):
             kernel = match[1]
         elif line.lstrip().startswith("REG:"):
-            found[arch, kernel] = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+            found[arch, kernel] = {
+                key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)
+            }
     return found
 
 

@@ -12,6 +12,7 @@ import importlib
 import math
 import os
 import re
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ MULTIPROCESSORS = 2  # of the simulated GPU; a real one has a hundred
 
 
 def load_ptxsim() -> types.ModuleType:
-    """The simulator: installed, or in the folder MPO_PTXSIM names, or in ../shared. Skips the tests if it is absent."""
+    """The simulator: installed, or in the folder MPO_PTXSIM names, or in ../shared. Skips the tests without it."""
     for folder in (os.environ.get("MPO_PTXSIM"), str(ROOT.parent / "shared")):
         if folder and (Path(folder) / "ptxsim").is_dir() and folder not in sys.path:
             sys.path.append(folder)
@@ -41,8 +42,7 @@ def load_ptxsim() -> types.ModuleType:
 
 
 def need_nvcc() -> None:
-    import shutil
-
+    """Skips the tests if there is nothing to compile the kernels with."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc on PATH to compile the kernels to PTX", allow_module_level=True)
 
@@ -155,7 +155,11 @@ def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
         sizes["scratch"] = native.cuda_pair_loss_shape(pairs=a["pairs"])["scratch_bytes"]
     elif name in ("token_logp", "forward"):
         shape = native.cuda_forward_shape(
-            rows=rows, vocab=a["vocab"], dtype=a["dtype"], pairs=a.get("pairs", 0), multiprocessors=a["multiprocessors"]
+            rows=rows,
+            vocab=a["vocab"],
+            dtype=a["dtype"],
+            pairs=a.get("pairs", 0),
+            multiprocessors=a["multiprocessors"],
         )
         sizes["scratch"], sizes["counters"] = shape["scratch_bytes"], 4 * shape["counters"]
     return sizes
@@ -269,7 +273,11 @@ class Pairs:
     """Inputs and poisoned outputs of a pair loss."""
 
     def __init__(
-        self, rows: int, ref_logp: np.ndarray, offsets: np.ndarray | None = None, state: tuple[float, float] = (0.2, 3.0)
+        self,
+        rows: int,
+        ref_logp: np.ndarray,
+        offsets: np.ndarray | None = None,
+        state: tuple[float, float] = (0.2, 3.0),
     ) -> None:
         simulator = load_ptxsim()
         self.pairs = len(ref_logp) // 2

@@ -77,7 +77,12 @@ def test_reused_logits_and_strided_logits() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mode": "ema", "update": "after"}, {"per": "optimizer_step", "update": "after"}, {"mode": "fixed", "value": 0.3}],
+    [
+        {},
+        {"mode": "ema", "update": "after"},
+        {"per": "optimizer_step", "update": "after"},
+        {"mode": "fixed", "value": 0.3},
+    ],
     ids=str,
 )
 def test_the_reward_shift_moves_as_on_the_cpu(options: dict[str, object]) -> None:
@@ -104,7 +109,9 @@ def test_pooling_over_ranks_costs_one_launch_more(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_config_reaches_the_kernel() -> None:
-    config = MPOConfig(beta=0.3, dpo_weight=0.5, bco_weight=0.0, ntp_weight=0.7, label_smoothing=0.1, ntp_average="sequence")
+    config = MPOConfig(
+        beta=0.3, dpo_weight=0.5, bco_weight=0.0, ntp_weight=0.7, label_smoothing=0.1, ntp_average="sequence"
+    )
     batch = make_batch(torch.float32)
     with simulated_backend(SimulatedNative()):
         ours, grad = run("cuda", *batch, config=config)
@@ -136,7 +143,9 @@ def test_no_rows_at_all() -> None:
 
 def test_without_a_gpu_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_native", lambda: SimpleNamespace(has_cuda=True))
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: it needs tensors on an NVIDIA GPU, got device cpu"):
+    with pytest.raises(
+        RuntimeError, match="backend 'cuda' cannot run: it needs tensors on an NVIDIA GPU, got device cpu"
+    ):
         ops.choose_backend("cuda", torch.zeros(2, 3))
 
 
@@ -168,5 +177,5 @@ def test_a_launch_without_a_driver_is_an_error_in_words() -> None:
         patch.setattr(ops, "_multiprocessors", lambda device: 2)
         patch.setattr(ops, "_counters", lambda count, like: torch.zeros(count, dtype=torch.int32))
         patch.setattr(ops, "_device_guard", lambda tensor: contextlib.nullcontext())
-        with pytest.raises(RuntimeError, match="token_logp: .*(driver|device)"):
+        with pytest.raises(RuntimeError, match=r"token_logp: .*(driver|device)"):
             ops.token_logp(logits, labels, -100, 0, "cuda")

@@ -1,9 +1,10 @@
 """The compiled CUDA kernels on the simulator, against the definition in float64.
 
-Buffers are poisoned: reading what nobody wrote, reading outside of labelled rows, or not writing an output is an error.
-MPO_PTXSIM_ALL=1 runs every combination; CI runs those that differ in kind.
+Buffers are poisoned: to read what nobody wrote or what lies outside of labelled rows is an error, and so is not writing
+an output. MPO_PTXSIM_ALL=1 runs every combination; CI runs those that differ in kind.
 """
 
+import itertools
 import os
 
 import numpy as np
@@ -28,7 +29,7 @@ need_nvcc()
 
 ALL = os.environ.get("MPO_PTXSIM_ALL") == "1"
 ARCHS = ("sm_80", "sm_90", "sm_100")
-# 1, 2, 7: less than a vector. 1003, 5003: rows start off the 16-byte grid, and need one round of the main loop with and
+# 1, 2, 7: less than a vector. 1003, 5003: rows start off the 16-byte grid; one round of the main loop, with and
 # without a rest. 4096: full vectors only.
 VOCABS = (1, 2, 7, 1003, 4096, 5003)
 ALL_STATS = 15
@@ -198,7 +199,12 @@ def test_zeros_that_are_there_already_are_not_written() -> None:
 
 
 def exact_pair_loss(
-    logp: np.ndarray, labels: np.ndarray, ref_logp: np.ndarray, bounds: np.ndarray, state: tuple[float, float], **c: object
+    logp: np.ndarray,
+    labels: np.ndarray,
+    ref_logp: np.ndarray,
+    bounds: np.ndarray,
+    state: tuple[float, float],
+    **c: object,
 ) -> dict[str, np.ndarray]:
     """The loss of B pairs, written for reading."""
 
@@ -209,7 +215,7 @@ def exact_pair_loss(
         return float(np.exp(log_sigmoid(x)))
 
     pairs = len(ref_logp) // 2
-    parts = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(bounds)]
     labelled = [labels[part] != -100 for part in parts]
     sums = [float(logp[part][on].sum()) for part, on in zip(parts, labelled, strict=True)]
     tokens = np.array([int(on.sum()) for on in labelled])
@@ -219,7 +225,9 @@ def exact_pair_loss(
     count = 2 * both.sum()
     if c["rule"] and count:
         mean = reward.sum() / count
-        moved = delta + (mean - delta) / (updates + 1) if c["rule"] == 1 else c["decay"] * delta + (1 - c["decay"]) * mean
+        moved = (
+            delta + (mean - delta) / (updates + 1) if c["rule"] == 1 else c["decay"] * delta + (1 - c["decay"]) * mean
+        )
         new_state = (moved, updates + 1)
     else:
         new_state = (delta, updates)
@@ -304,7 +312,10 @@ def test_the_forward_is_the_loss_in_one_launch(lengths: list[int], config: dict[
 )
 def test_offsets_that_make_no_sense_give_nan(offsets: list[int]) -> None:
     out = run_pair_loss(
-        SimulatedNative(), np.full(10, -1, np.float32), np.ones(10, np.int64), Pairs(10, np.zeros(2), np.array(offsets))
+        SimulatedNative(),
+        np.full(10, -1, np.float32),
+        np.ones(10, np.int64),
+        Pairs(10, np.zeros(2), np.array(offsets)),
     )
     assert np.isnan(out["loss"]).all()
     assert np.isnan(out["weight"]).all()

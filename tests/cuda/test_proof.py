@@ -98,7 +98,11 @@ def test_a_fence_stands_on_either_side_of_each_ticket(arch: str) -> None:
     reads = re.compile(r"\b(ld\.global|bar\.sync|barrier\.sync|bar\.warp)")
     fence = re.compile(r"\b(membar\.gl|fence\.(acq_rel|sc)\.gpu)\b")
     for kernel in kernels:
-        lines = [line.strip() for line in kernel.splitlines() if line.strip() and not line.strip().startswith((".loc", "//"))]
+        lines = [
+            line.strip()
+            for line in kernel.splitlines()
+            if line.strip() and not line.strip().startswith((".loc", "//"))
+        ]
         tickets = [i for i, line in enumerate(lines) if re.search(r"\batom\.\S*inc", line)]
         is_fused = "Lb1EEEv" in kernel.split("(")[0]
         assert len(tickets) == (2 if is_fused else 1)
@@ -129,7 +133,9 @@ def test_a_missing_barrier_is_caught() -> None:
 
 
 def test_a_tail_that_is_off_by_one_is_caught() -> None:
-    broken = results(("g.tail = max(g.skip + vocab - g.end * kVec, 0);", "g.tail = max(g.skip + vocab - g.end * kVec - 1, 0);"))
+    broken = results(
+        ("g.tail = max(g.skip + vocab - g.end * kVec, 0);", "g.tail = max(g.skip + vocab - g.end * kVec - 1, 0);")
+    )
     whole = results(None)
     assert not np.array_equal(broken["row_sum"], whole["row_sum"])
 

@@ -1,5 +1,8 @@
 """The machine code in the built module; see check_sass.py."""
 
+import gzip
+from pathlib import Path
+
 import check_sass
 import pytest
 
@@ -13,3 +16,7 @@ def test_the_machine_code_neither_spills_nor_loads_by_halves() -> None:
     if cuobjdump is None:
         pytest.skip("needs cuobjdump, on PATH or in the triton package")
     assert check_sass.problems(_C.__file__, cuobjdump) == []
+
+
+def test_the_module_is_small_enough_for_a_wheel() -> None:
+    assert len(gzip.compress(Path(_C.__file__).read_bytes())) < 8 * 2**20
