@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | sanitize. Each sets up what it needs, the virtual environment included.
+# make demo | test | lint | bench | sanitize | gpu-check. Each sets up what it needs, the virtual environment included.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench sanitize gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
@@ -22,6 +22,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.logits
+
+# All that needs a GPU; leaves a report in gpu-report/.
+gpu-check: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu_check
 
 # Address and undefined behaviour, then threads, over the native code and its tests.
 sanitize: $(VENV)/.dev

@@ -1,7 +1,7 @@
 """The compiled CUDA kernels on the simulator, against the definition in float64.
 
-Buffers are poisoned: to read what nobody wrote or what lies outside of labelled rows is an error, and so is not writing
-an output. MPO_PTXSIM_ALL=1 runs every combination; CI runs those that differ in kind.
+Buffers are poisoned: to read what nobody wrote or what lies outside of labelled rows is an error, and so is an output
+that is not written. MPO_PTXSIM_ALL=1 runs every combination; CI runs those that differ in kind.
 """
 
 import itertools
@@ -154,6 +154,23 @@ def test_lists_longer_than_a_block_holds() -> None:
     out = run_token_logp(native, rows, multiprocessors=1)
     assert native.reports[-1][1].grid[0] <= 3
     check_token_logp(rows, out, 0)
+
+
+def test_rows_beyond_2_to_the_31_elements_are_found() -> None:
+    vocab, stride = 1003, 2**30 + 8
+    rows = Rows("bfloat16", [5, -100, 1002], vocab, vocab)
+    far = load_ptxsim().Buffer(nbytes=16)
+    far.nbytes = 2 * (2 * stride + vocab)
+    far.raw = np.zeros(far.nbytes + 64, np.uint8)  # pages that nobody touches
+    for row in (0, 2):
+        far.raw[2 * row * stride :][: 2 * vocab] = rows.values[row].view(torch.uint8).numpy()
+    rows.buffer, rows.stride = far, stride
+    native = SimulatedNative(traffic=False)
+    out = run_token_logp(native, rows)
+    check_token_logp(rows, out, 0)
+    weight = np.ones(3, np.float32)
+    run_logits_grad(native, rows, out["row_max"], out["row_sum"], weight, is_in_place=True)
+    check_grad(rows, rows, far, weight)
 
 
 @pytest.mark.parametrize("vocab", [5, 3000])
