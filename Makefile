@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | sanitize. Each sets up what it needs, the virtual environment included.
+# make demo | test | lint | bench | sanitize | gpu-check. Each sets up what it needs, the virtual environment included.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench sanitize gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
@@ -18,10 +18,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.logits
+
+# All that needs a GPU; leaves a report in gpu-report/.
+gpu-check: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu_check
 
 # Address and undefined behaviour, then threads, over the native code and its tests.
 sanitize: $(VENV)/.dev

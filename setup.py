@@ -24,6 +24,8 @@ class CMakeBuild(build_ext):
             "MPO_WERROR": os.environ.get("MPO_WERROR", "OFF"),
             "MPO_OUTPUT_DIR": out.parent,
         }
+        if archs := os.environ.get("MPO_CUDA_ARCHS"):
+            options["MPO_CUDA_ARCHS"] = archs
         # --fresh: a cache from an earlier `pip install .` names a ninja in a build environment that pip has deleted.
         configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(work)]
         self.spawn(configure + [f"-D{name}={value}" for name, value in options.items()])

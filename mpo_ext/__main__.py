@@ -52,7 +52,8 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "CPU kernels", f"run here as {', '.join(native.cpu_isas())}"
     in_use = _try(lambda: importlib.import_module("mpo_ext.ops").cpu_isa())[1] if has_torch else native.cpu_isas()[0]
     yield "in use", f"{in_use} (MPO_CPU_ISA={os.environ.get('MPO_CPU_ISA', '')})"
-    yield "CUDA architectures", "none: built without CUDA kernels"
+    archs = native._C.cuda_archs
+    yield "CUDA architectures", f"{archs}, {native._C.cuda_compiler}" if archs else "none: built without CUDA kernels"
     if not has_torch:
         yield "backends", "none: torch is missing"
         return
@@ -64,6 +65,10 @@ def _facts() -> Iterator[tuple[str, str]]:
         problem = "torch sees no GPU"
     if problem is None:
         backends.insert(0, f"triton (tensors on {device})")
+    cuda_problem = ops.cuda_problem(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if cuda_problem is None:
+        backends.insert(0, "cuda (tensors on cuda)")
+    yield "CUDA kernels", cuda_problem or "can run"
     yield "Triton kernels", problem or "can run"
     yield "backends", ", ".join(backends)
 

@@ -110,7 +110,7 @@ def mpo_loss(
         logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
         ref_logits = None if ref_logits is None else ref_logits.unsqueeze(0)
     if shift:
-        labels = shift_labels(labels, config.ignore_index, cu_seqlens)
+        labels = shift_labels(labels, config.ignore_index, cu_seqlens).contiguous()  # once, also for the backward
 
     if ref_logits is not None:
         with torch.no_grad():
@@ -130,21 +130,30 @@ def mpo_loss(
         loss = pair.loss
     else:
         detached = logits.detach()
-        logp, row_max, row_sum, row_stats = ops.token_logp(
-            detached, labels, config.ignore_index, ops.stats_mask(names), chosen_backend
-        )
-        weight = logp  # replaced by the call below
+        mask = ops.stats_mask(names)
+        scored: tuple[Tensor, ...] | None = None
+        if chosen_backend != "cuda":  # where it comes with the first pair loss, in one launch
+            scored = ops.token_logp(detached, labels, config.ignore_index, mask, chosen_backend)
+        weight = logits  # replaced by the call below
 
         def pairs(state: Tensor, rule: int, update_first: bool, decay: float) -> reference.PairLoss:
-            nonlocal weight
-            *pair, weight = ops.pair_loss(
-                logp, labels, ref_logp, state, rule, update_first, decay, cu_seqlens, config.beta, config.dpo_weight,
+            nonlocal scored, weight
+            settings = (
+                ref_logp, state, rule, update_first, decay, cu_seqlens, config.beta, config.dpo_weight,
                 config.bco_weight, config.ntp_weight, config.label_smoothing, config.ntp_average == "sequence",
-                config.ignore_index, chosen_backend,
+                config.ignore_index,
             )  # fmt: skip
+            if scored is None:
+                outputs = ops.forward(detached, labels, *settings, mask, chosen_backend)
+                scored, outputs = outputs[:4], outputs[4:]
+            else:
+                outputs = ops.pair_loss(scored[0], labels, *settings, chosen_backend)
+            *pair, weight = outputs
             return reference.PairLoss(*pair)
 
         pair = _with_reward_shift(pairs, reward_shift, logits.device)
+        assert scored is not None  # pairs has seen to it
+        _, row_max, row_sum, row_stats = scored
         loss = _Loss.apply(
             logits, pair.loss, labels, row_max, row_sum, weight, config.ignore_index, reuse_logits, chosen_backend
         )

@@ -6,6 +6,7 @@ in its name. So ``torch.compile`` can trace past them, and no caller finds its l
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -41,14 +42,19 @@ def choose_backend(backend: str | None, logits: Tensor) -> str:
     if backend is None:
         if device == "cpu":
             return "cpu"
-        return "triton" if logits.dtype != torch.float64 and triton_problem(device) is None else "reference"
+        if logits.dtype == torch.float64:
+            return "reference"
+        if cuda_problem(logits.device) is None:
+            return "cuda"
+        return "triton" if triton_problem(device) is None else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "cuda":
-        raise RuntimeError(
-            "backend 'cuda' cannot run: this version of mpo_ext has no CUDA kernels; use backend=None for the best "
-            "available"
-        )
+        problem = cuda_problem(logits.device)
+        if problem is not None:
+            raise RuntimeError(f"backend 'cuda' cannot run: {problem}")
+        if logits.dtype == torch.float64:
+            raise TypeError("logits must not be torch.float64 with backend 'cuda', got torch.float64")
     if backend == "cpu" and device != "cpu":
         raise RuntimeError(f"backend 'cpu' needs logits on the CPU, got logits on {logits.device}")
     if backend == "triton":
@@ -58,6 +64,25 @@ def choose_backend(backend: str | None, logits: Tensor) -> str:
         if logits.dtype == torch.float64:
             raise TypeError("logits must not be torch.float64 with backend 'triton', got torch.float64")
     return backend
+
+
+def cuda_problem(device: torch.device) -> str | None:
+    """Says why the CUDA kernels cannot run on tensors of this device, or returns None if they can."""
+    try:
+        has_cuda = bool(_native().has_cuda)
+    except ImportError as error:
+        return str(error)
+    if not has_cuda:
+        return "this mpo_ext was built without CUDA kernels; with nvcc on PATH, MPO_CUDA=ON pip install . builds them"
+    if device.type != "cuda":
+        seen = "" if torch.cuda.is_available() else ", and torch sees no GPU"
+        return f"it needs tensors on an NVIDIA GPU, got device {device}{seen}"
+    if torch.version.hip is not None:
+        return "it needs an NVIDIA GPU, got an AMD one"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs a GPU of compute capability 8.0 or newer, got {major}.{minor}"
+    return None
 
 
 def triton_problem(device: str) -> str | None:
@@ -241,6 +266,15 @@ def token_logp(
                 layout, row_labels, logits.shape[-1], ignore_index, stats, logp, row_max, row_sum, row_stats
             )
         return logp, row_max, row_sum, row_stats
+    if backend == "cuda":
+        with _device_guard(logits):
+            arguments, _kept = _cuda_forward_arguments(layout, row_labels, ignore_index, 0)
+            _native().token_logp_cuda(
+                **arguments,
+                **_addresses(logp=logp, row_max=row_max, row_sum=row_sum, row_stats=row_stats),
+                stats=stats,
+            )
+        return logp, row_max, row_sum, row_stats
     _native().token_logp_cpu(
         **_row_arguments(layout, row_labels, ignore_index),
         logp=logp.data_ptr(),
@@ -295,6 +329,23 @@ def pair_loss(
         ``weight``, shaped like the input ``logp``: d loss / d logp of each row.
     """
     outputs = _pair_loss_outputs(logp, ref_logp, state)
+    if backend == "cuda":
+        rows, row_labels = logp.contiguous(), labels.contiguous()
+        shape = _native().cuda_pair_loss_shape(pairs=ref_logp.shape[0] // 2)
+        with _device_guard(logp):
+            scratch = torch.empty(shape["scratch_bytes"], dtype=torch.uint8, device=logp.device)
+            arguments, _kept = _cuda_pair_arguments(
+                outputs, ref_logp, state, rule, update_first, decay, cu_seqlens, beta, dpo_weight, bco_weight,
+                ntp_weight, label_smoothing, average_sequences,
+            )  # fmt: skip
+            _native().pair_loss_cuda(
+                **arguments,
+                **_addresses(logp=rows, labels=row_labels, scratch=scratch),
+                rows=rows.numel(),
+                ignore_index=ignore_index,
+                stream=_current_stream(logp),
+            )
+        return outputs
     loss, terms, reward_shift, sums, reward, tokens, new_state, batch, weight = outputs
     sequences = ref_logp.shape[0]
     offsets = cu_seqlens
@@ -383,6 +434,88 @@ def _pair_loss_outputs(
         state.new_empty(2),
         logp.new_empty(logp.shape),
     )
+
+
+@torch.library.custom_op("mpo_ext::forward", mutates_args=())
+def forward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor,
+    state: Tensor,
+    rule: int,
+    update_first: bool,
+    decay: float,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    dpo_weight: float,
+    bco_weight: float,
+    ntp_weight: float,
+    label_smoothing: float,
+    average_sequences: bool,
+    ignore_index: int,
+    stats: int,
+    backend: str,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """``token_logp`` and ``pair_loss`` one after the other; with backend "cuda" in one launch, with the same bits.
+
+    For where nothing has to be pooled over ranks in between. Args as of the two.
+
+    Returns:
+        The four outputs of ``token_logp``, then the nine of ``pair_loss``.
+    """
+    if backend != "cuda" or labels.numel() == 0:
+        rows = token_logp(logits, labels, ignore_index, stats, backend)
+        pair = pair_loss(
+            rows[0], labels, ref_logp, state, rule, update_first, decay, cu_seqlens, beta, dpo_weight, bco_weight,
+            ntp_weight, label_smoothing, average_sequences, ignore_index, backend,
+        )  # fmt: skip
+        return (*rows, *pair)
+    check_logits("logits", logits)
+    check_labels(logits, labels)
+    logp, row_max, row_sum, row_stats = rows = _token_logp_outputs(logits, labels, stats)
+    outputs = _pair_loss_outputs(logp, ref_logp, state)
+    layout, row_labels = _row_layout(logits), labels.contiguous()
+    with _device_guard(logits):
+        row_arguments, _kept = _cuda_forward_arguments(layout, row_labels, ignore_index, ref_logp.shape[0] // 2)
+        pair_arguments, _kept_too = _cuda_pair_arguments(
+            outputs, ref_logp, state, rule, update_first, decay, cu_seqlens, beta, dpo_weight, bco_weight, ntp_weight,
+            label_smoothing, average_sequences,
+        )  # fmt: skip
+        _native().forward_cuda(
+            **row_arguments,
+            **pair_arguments,
+            **_addresses(logp=logp, row_max=row_max, row_sum=row_sum, row_stats=row_stats),
+            stats=stats,
+        )
+    return (*rows, *outputs)
+
+
+@forward.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor,
+    state: Tensor,
+    rule: int,
+    update_first: bool,
+    decay: float,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    dpo_weight: float,
+    bco_weight: float,
+    ntp_weight: float,
+    label_smoothing: float,
+    average_sequences: bool,
+    ignore_index: int,
+    stats: int,
+    backend: str,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    rows = _token_logp_outputs(logits, labels, stats)
+    return (*rows, *_pair_loss_outputs(rows[0], ref_logp, state))
 
 
 @torch.library.custom_op("mpo_ext::logits_grad", mutates_args=())
@@ -488,6 +621,22 @@ def _logits_grad(
         with _device_guard(logits):
             _kernels().logits_grad(layout, row_labels, logits.shape[-1], ignore_index, *rows, scale, out)
         return
+    if backend == "cuda":
+        if scale is not None and scale.dtype not in (torch.float32, torch.float64):
+            scale = scale.double()
+        with _device_guard(logits):
+            _native().logits_grad_cuda(
+                **_row_arguments(layout, row_labels, ignore_index),
+                **_addresses(row_max=rows[0], row_sum=rows[1], weight=rows[2], scale=scale, grad=out.tensor),
+                grad_inner=out.inner,
+                grad_outer_stride=out.outer_stride,
+                grad_row_stride=out.row_stride,
+                is_zeroed=is_zeroed,
+                scale_is_float=scale is not None and scale.dtype == torch.float32,
+                multiprocessors=_multiprocessors(logits.device),
+                stream=_current_stream(logits),
+            )
+        return
     factor = None if scale is None else scale.to(torch.float64)
     _native().logits_grad_cpu(
         **_row_arguments(layout, row_labels, ignore_index),
@@ -503,6 +652,95 @@ def _logits_grad(
         threads=torch.get_num_threads(),
         isa=cpu_isa(),
     )
+
+
+# --------------------------------------------------------------------------------------------------------------- CUDA
+
+
+def _cuda_forward_arguments(
+    layout: RowLayout, labels: Tensor, ignore_index: int, pairs: int
+) -> tuple[dict[str, object], list[Tensor]]:
+    """The inputs of token_logp and forward, and the memory they work in, which the caller holds until the launch."""
+    rows = _row_arguments(layout, labels, ignore_index)
+    size = {"multiprocessors": _multiprocessors(labels.device)}
+    shape = _native().cuda_forward_shape(
+        rows=rows["rows"], vocab=rows["vocab"], dtype=rows["dtype"], pairs=pairs, **size
+    )
+    scratch = torch.empty(shape["scratch_bytes"], dtype=torch.uint8, device=labels.device)
+    counters = _counters(shape["counters"], labels)
+    rows |= {**_addresses(scratch=scratch, counters=counters), **size, "stream": _current_stream(labels)}
+    return rows, [scratch, counters]
+
+
+def _cuda_pair_arguments(
+    outputs: tuple[Tensor, ...],
+    ref_logp: Tensor,
+    state: Tensor,
+    rule: int,
+    update_first: bool,
+    decay: float,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    dpo_weight: float,
+    bco_weight: float,
+    ntp_weight: float,
+    label_smoothing: float,
+    average_sequences: bool,
+) -> tuple[dict[str, object], list[Tensor | None]]:
+    """What pair_loss and forward take beyond rows, and the tensors behind it, which the caller holds until the launch.
+
+    ref_logp and cu_seqlens go in with the type they have: converting them would be launches of their own.
+    """
+    names = ("loss", "terms", "reward_shift", "sums", "reward", "tokens", "new_state", "batch", "weight")
+    kept = [ref_logp.contiguous(), state.contiguous(), None if cu_seqlens is None else cu_seqlens.contiguous()]
+    arguments: dict[str, object] = {
+        **_addresses(**dict(zip(names, outputs, strict=True))),
+        **_addresses(ref_logp=kept[0], state=kept[1], offsets=kept[2]),
+        "pairs": ref_logp.shape[0] // 2,
+        "ref_is_float": ref_logp.dtype == torch.float32,
+        "offsets_are_int32": cu_seqlens is not None and cu_seqlens.dtype == torch.int32,
+        "rule": rule,
+        "update_first": update_first,
+        "decay": decay,
+        "beta": beta,
+        "dpo_weight": dpo_weight,
+        "bco_weight": bco_weight,
+        "ntp_weight": ntp_weight,
+        "label_smoothing": label_smoothing,
+        "average_sequences": average_sequences,
+    }
+    return arguments, kept
+
+
+def _addresses(**tensors: Tensor | None) -> dict[str, int]:
+    return {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _current_stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+_stream_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(count: int, like: Tensor) -> Tensor:
+    """Zeros in which a kernel counts its blocks; it leaves zeros behind, so one tensor serves a stream for good.
+
+    A launch that is being captured into a CUDA graph gets zeros of its own, zeroed at each replay: a graph may be
+    replayed on any stream.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
+    key = (like.device, _current_stream(like))
+    counters = _stream_counters.get(key)
+    if counters is None or counters.numel() < count:
+        counters = _stream_counters[key] = torch.zeros(count, dtype=torch.int32, device=like.device)
+    return counters
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+typedef struct CUstream_st* cudaStream_t;  // as cuda_runtime_api.h has it; keeps CUDA headers out of the bindings
+
 namespace mpo {
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
@@ -99,5 +101,42 @@ bool can_run(Isa isa);
 void token_logp_cpu(const TokenLogpParams& p, DType dtype, int threads, Isa isa);
 void pair_loss_cpu(const PairLossParams& p, bool is_double);
 void logits_grad_cpu(const LogitsGradParams& p, DType dtype, int threads, Isa isa);
+
+/// What a launch of a CUDA kernel consists of, and the memory that it works in.
+struct CudaShape {
+  int grid;
+  int block;
+  int64_t scratch_bytes;  // any contents, 16-byte aligned
+  int counters;           // zeros before the launch, and zeros again after it; not shared with another stream
+};
+
+struct CudaWork {
+  void* scratch;
+  unsigned* counters;
+};
+
+/// The types in which the GPU takes some parameters as they come: to convert them would be launches of their own.
+struct CudaPairTypes {
+  bool ref_is_float;       // PairLossParams::ref_logp points to float
+  bool offsets_are_int32;  // PairLossParams::offsets points to int32_t; nullptr means sequences of equal length
+};
+
+/// The shapes of the launches below, for a GPU of `multiprocessors`. Callable without one; `pairs` is 0 where
+/// token_logp runs by itself.
+CudaShape cuda_forward_shape(int64_t rows, int64_t vocab, DType dtype, int64_t pairs, int multiprocessors);
+CudaShape cuda_pair_loss_shape(int64_t pairs);
+CudaShape cuda_logits_grad_shape(int64_t rows, int64_t vocab, DType dtype, int multiprocessors);
+
+/// The operators on GPU memory: float32, bfloat16 and float16, Result is float. Each enqueues one kernel on `stream`
+/// and returns at once, allocating nothing; nullptr, or what went wrong. launch_forward is token_logp and pair_loss
+/// in one kernel, with the same bits as the two.
+const char* launch_token_logp(const TokenLogpParams& p, DType dtype, const CudaWork& work, int multiprocessors,
+                              cudaStream_t stream);
+const char* launch_pair_loss(const PairLossParams& p, const CudaPairTypes& types, const CudaWork& work,
+                             cudaStream_t stream);
+const char* launch_forward(const TokenLogpParams& token, const PairLossParams& pair, const CudaPairTypes& types,
+                           DType dtype, const CudaWork& work, int multiprocessors, cudaStream_t stream);
+const char* launch_logits_grad(const LogitsGradParams& p, bool scale_is_float, DType dtype, int multiprocessors,
+                               cudaStream_t stream);
 
 }  // namespace mpo

@@ -29,6 +29,38 @@ MPO_HD double label_logp(double z_label, double row_max, double row_sum) { retur
 
 MPO_HD bool in_vocab(int64_t label, int64_t vocab) { return label >= 0 && label < vocab; }
 
+/// What one pass over a row, or over a piece of it, yields; e = exp(z - max). No member initialisers: CUDA keeps these
+/// in shared memory.
+template <typename Real>
+struct RowSums {
+  Real max;
+  Real sum;      // of e
+  Real e_d;      // of e * (z - max)
+  Real z;        // of z
+  Real squared;  // of e * e
+};
+
+/// The same sums relative to a larger maximum; `scale` is exp(s.max - max). Without statistics only max and sum count.
+template <bool kStats, typename Real>
+MPO_HD RowSums<Real> rescaled(RowSums<Real> s, Real max, Real scale) {
+  if (kStats && s.sum != 0) {  // at 0 the old maximum may be -inf, and 0 * inf would be NaN
+    s.e_d = (s.e_d + (s.max - max) * s.sum) * scale;
+    s.squared *= scale * scale;
+  }
+  s.sum *= scale;
+  s.max = max;
+  return s;
+}
+
+/// The statistics of a row in the order of RowStats. A NaN in the row makes all of them NaN.
+MPO_HD void row_statistics(const RowSums<double>& s, double z_label, int64_t vocab, double (&values)[kNumRowStats]) {
+  const double poison = s.sum - s.sum;  // 0, or NaN if the row has one
+  values[0] = log(s.sum) - s.e_d / s.sum;
+  values[1] = s.z / static_cast<double>(vocab);
+  values[2] = (z_label == s.max ? 1.0 : 0.0) + poison;
+  values[3] = s.squared / (s.sum * s.sum);
+}
+
 /// The terms of one pair and their derivatives by its two rewards.
 struct PairTerms {
   double dpo;
@@ -69,6 +101,35 @@ MPO_HD ShiftState moved(ShiftState s, double sum, double count, ShiftRule rule, 
   const double value = rule == ShiftRule::kCumulative ? s.value + (mean - s.value) / (s.updates + 1)
                                                       : decay * s.value + (1 - decay) * mean;
   return {value, s.updates + 1};
+}
+
+/// What the NTP term is averaged over, summed over the chosen responses that have tokens.
+struct ChosenSums {
+  double logp;
+  double mean_logp;  // of the responses' means per token
+  double tokens;
+  double responses;
+};
+
+/// Cross entropy of the chosen responses; 0 if there is no chosen token.
+MPO_HD double ntp_loss(const ChosenSums& s, const PairLossConfig& c) {
+  if (!(s.responses > 0)) return 0;
+  return c.average_sequences ? -s.mean_logp / s.responses : -s.logp / s.tokens;
+}
+
+/// d loss / d logp of the tokens of one chosen response through the NTP term.
+MPO_HD double ntp_grad(const ChosenSums& s, double tokens, const PairLossConfig& c) {
+  if (!(c.ntp_weight > 0) || !(tokens > 0)) return 0;
+  return -c.ntp_weight / (c.average_sequences ? tokens * s.responses : s.tokens);
+}
+
+/// The weighted sum of the terms. A weight of 0 leaves its term out: 0 * inf would be NaN.
+MPO_HD double total_loss(double dpo, double bco, double ntp, const PairLossConfig& c) {
+  double loss = 0;
+  if (c.dpo_weight > 0) loss += c.dpo_weight * dpo;
+  if (c.bco_weight > 0) loss += c.bco_weight * bco;
+  if (c.ntp_weight > 0) loss += c.ntp_weight * ntp;
+  return loss;
 }
 
 }  // namespace mpo

@@ -67,23 +67,14 @@ inline void for_each_vector(const typename Format::Scalar* x, int64_t size, type
   }
 }
 
-/// What one pass over a row yields; e = exp(z - max).
-struct RowSums {
-  double max;
-  double sum;      // of e
-  double e_d;      // of e * (z - max)
-  double z;        // of z
-  double squared;  // of e * e
-};
-
 template <typename Format, bool kStats>
-RowSums read_row(const typename Format::Scalar* x, int64_t vocab) {
+RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
   typedef typename Format::Vec Vec;
   typedef typename Format::Real Real;
   typedef typename Format::Exp Exp;
   const Exp exponential(1);
 
-  RowSums row{-__builtin_inf(), 0, 0, 0, 0};
+  RowSums<double> row{-__builtin_inf(), 0, 0, 0, 0};
   for (int64_t begin = 0; begin < vocab; begin += kBlock<Format>) {
     const typename Format::Scalar* block = x + begin;
     const int64_t size = vocab - begin < kBlock<Format> ? vocab - begin : kBlock<Format>;
@@ -159,16 +150,13 @@ void token_logp_rows(const TokenLogpParams& p, int64_t begin, int64_t end) {
       for (double& value : values) value = filler;
     } else {
       const typename Format::Scalar* x = row_start<Format>(p.in, row);
-      const RowSums s = p.stats != 0 ? read_row<Format, true>(x, p.in.vocab) : read_row<Format, false>(x, p.in.vocab);
+      const RowSums<double> s =
+          p.stats != 0 ? read_row<Format, true>(x, p.in.vocab) : read_row<Format, false>(x, p.in.vocab);
       const double z_label = Format::value(x[label]);
       logp[row] = static_cast<Real>(label_logp(z_label, s.max, s.sum));
       row_max[row] = static_cast<Real>(s.max);
       row_sum[row] = static_cast<Real>(s.sum);
-      const double poison = s.sum - s.sum;  // 0, or NaN if the row has one
-      values[0] = log(s.sum) - s.e_d / s.sum;
-      values[1] = s.z / static_cast<double>(p.in.vocab);
-      values[2] = (z_label == s.max ? 1.0 : 0.0) + poison;
-      values[3] = s.squared / (s.sum * s.sum);
+      row_statistics(s, z_label, p.in.vocab, values);
     }
     Real* out = static_cast<Real*>(p.row_stats) + row;
     for (int bit = 0; bit < kNumRowStats; ++bit) {

@@ -31,28 +31,25 @@ void pair_loss(const PairLossParams& p) {
   // A pair with an empty side compares nothing, so its rewards are 0 and move nothing.
   const auto has_both = [&](int64_t pair) { return p.tokens[pair] > 0 && p.tokens[pairs + pair] > 0; };
   const auto reward_of = [&](int64_t s) { return has_both(s % pairs) ? c.beta * (sum[s] - p.ref_logp[s]) : 0.0; };
-  double reward_sum = 0, reward_count = 0, chosen_sum = 0, mean_sum = 0;
-  int64_t chosen_tokens = 0, responses = 0;
+  double reward_sum = 0, reward_count = 0;
+  ChosenSums chosen{0, 0, 0, 0};
   for (int64_t s = 0; s < 2 * pairs; ++s) {
     reward[s] = static_cast<Real>(reward_of(s));
     reward_sum += reward_of(s);
     reward_count += has_both(s % pairs) ? 1 : 0;
     if (s < pairs && p.tokens[s] > 0) {
-      chosen_sum += sum[s];
-      mean_sum += sum[s] / static_cast<double>(p.tokens[s]);
-      chosen_tokens += p.tokens[s];
-      ++responses;
+      const double tokens = static_cast<double>(p.tokens[s]);
+      chosen.logp += sum[s];
+      chosen.mean_logp += sum[s] / tokens;
+      chosen.tokens += tokens;
+      ++chosen.responses;
     }
   }
   const ShiftState before{p.state[0], p.state[1]};
   const ShiftState after = moved(before, reward_sum, reward_count, c.rule, c.decay);
   const double delta = c.update_first ? after.value : before.value;
 
-  double ntp = 0;
-  if (responses > 0) {
-    ntp = c.average_sequences ? -mean_sum / static_cast<double>(responses)
-                              : -chosen_sum / static_cast<double>(chosen_tokens);
-  }
+  const double ntp = ntp_loss(chosen, c);
   double dpo = 0, bco = 0;
   const double per_pair = c.beta / static_cast<double>(pairs);
   for (int64_t i = 0; i < pairs; ++i) {
@@ -60,11 +57,7 @@ void pair_loss(const PairLossParams& p) {
     dpo += t.dpo;
     bco += t.bco;
     double coefficient[2] = {has_both(i) ? per_pair * t.grad_chosen : 0, has_both(i) ? per_pair * t.grad_rejected : 0};
-    if (c.ntp_weight > 0 && p.tokens[i] > 0) {
-      coefficient[0] -=
-          c.ntp_weight / (c.average_sequences ? static_cast<double>(p.tokens[i]) * static_cast<double>(responses)
-                                              : static_cast<double>(chosen_tokens));
-    }
+    coefficient[0] += ntp_grad(chosen, static_cast<double>(p.tokens[i]), c);
     for (int side = 0; side < 2; ++side) {
       const int64_t s = i + side * pairs;
       for (int64_t row = p.offsets[s]; row < p.offsets[s + 1]; ++row) {
@@ -75,11 +68,7 @@ void pair_loss(const PairLossParams& p) {
   dpo /= static_cast<double>(pairs);
   bco /= static_cast<double>(pairs);
 
-  double loss = 0;  // a weight of 0 leaves its term out: 0 * inf would be NaN
-  if (c.dpo_weight > 0) loss += c.dpo_weight * dpo;
-  if (c.bco_weight > 0) loss += c.bco_weight * bco;
-  if (c.ntp_weight > 0) loss += c.ntp_weight * ntp;
-  *static_cast<Real*>(p.loss) = static_cast<Real>(loss);
+  *static_cast<Real*>(p.loss) = static_cast<Real>(total_loss(dpo, bco, ntp, c));
   terms[0] = static_cast<Real>(dpo);
   terms[1] = static_cast<Real>(bco);
   terms[2] = static_cast<Real>(ntp);

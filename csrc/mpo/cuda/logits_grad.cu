@@ -1,0 +1,197 @@
+// logits_grad on the GPU: the whole backward of the loss with respect to the logits.
+#include "mpo/cuda/rows.cuh"
+
+namespace mpo {
+namespace {
+
+struct LogitsGradShared {
+  int rows[kListRows];
+  int counts[kWarps];
+};
+
+/// d loss / d logp of a row, and what all elements of its gradient have in common.
+__device__ __forceinline__ double row_weight(const LogitsGradArgs& a, int64_t row) {
+  const double weight = static_cast<double>(static_cast<const float*>(a.p.weight)[row]);
+  if (a.p.scale == nullptr) return weight;
+  return weight * (a.scale_is_float ? static_cast<double>(*reinterpret_cast<const float*>(a.p.scale)) : *a.p.scale);
+}
+
+struct RowFactor {
+  float max;
+  float factor;  // -scale * weight / sum; NaN where the row has no gradient to speak of
+};
+
+__device__ __forceinline__ RowFactor row_factor(const LogitsGradArgs& a, int64_t row) {
+  const float max = static_cast<const float*>(a.p.row_max)[row], sum = static_cast<const float*>(a.p.row_sum)[row];
+  const float factor = static_cast<float>(-row_weight(a, row)) / sum;
+  // A row with a NaN, with +inf or of -inf only, an overflowed weight: NaN everywhere.
+  return {max, isfinite(factor) && isfinite(max) ? factor : __int_as_float(0x7fffffff)};
+}
+
+/// The label's own gradient, weight * (1 - p), as -expm1(logp): 1 - p cancels once p is near 1. One thread per row
+/// computes it; it fetches the row's numbers anew, so that nobody has to keep them in registers.
+__device__ __forceinline__ float label_grad(const LogitsGradArgs& a, int64_t row, float factor, float z_label) {
+  if (isnan(factor)) return factor;
+  const double max = static_cast<double>(static_cast<const float*>(a.p.row_max)[row]);
+  const double sum = static_cast<double>(static_cast<const float*>(a.p.row_sum)[row]);
+  return static_cast<float>(row_weight(a, row) * -expm1(label_logp(static_cast<double>(z_label), max, sum)));
+}
+
+/// The label's logit, in the one thread that wrote the label's element. That thread corrects it after its loop; it has
+/// read the logit before, since the gradient may be written over it.
+struct LabelLogit {
+  bool is_mine;
+  float z;
+};
+
+/// A piece of a row's gradient where logits and gradient lie alike on the grid of vectors.
+template <typename Scalar>
+__device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Scalar* out, int vocab, int label, int from, int to,
+                                                  int row_vectors, const RowFactor& f) {
+  typedef Format<Scalar> F;
+  const RowGrid grid = RowGrid::of(out, vocab);
+  const char* base = grid.base + (reinterpret_cast<const char*>(x) - reinterpret_cast<const char*>(out));
+  const int begin = max(from, grid.begin), end = min(to, grid.end);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int edge = grid.edge(from, to, row_vectors, vocab);
+
+  const int label_vector = (grid.skip + label) / kPerVector<Scalar>;
+  LabelLogit at_label{edge == label, 0};
+  if (label_vector >= begin && label_vector < end) at_label.is_mine = (label_vector - begin) % kCudaThreads == thread;
+  if (at_label.is_mine) at_label.z = load_value(x + label);
+  if (edge >= 0) out[edge] = F::rounded(f.factor * fast_exp(load_value(x + edge) - f.max));
+
+#pragma unroll 1
+  for (int i = begin + thread; i < end; i += kUnroll * kCudaThreads) {
+    Vector v[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = i + u * kCudaThreads;
+      if (at < end) v[u] = load_vector(base + static_cast<int64_t>(at) * kVectorBytes);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = i + u * kCudaThreads;
+      if (at >= end) break;
+#pragma unroll
+      for (unsigned& word : v[u].word) {
+        float z[kPerWord<Scalar>];
+        F::unpack(word, z);
+#pragma unroll
+        for (float& g : z) g = f.factor * fast_exp(g - f.max);
+        word = F::pack(z);
+      }
+      store_vector(const_cast<char*>(grid.base) + static_cast<int64_t>(at) * kVectorBytes, v[u]);
+    }
+  }
+  return at_label;
+}
+
+/// The same where they lie differently (logits with a padded stride, say), so that no vector of one is a vector of
+/// the other: element by element, neighbours by neighbouring threads.
+template <typename Scalar>
+__device__ __forceinline__ LabelLogit write_piece_singly(const Scalar* x, Scalar* out, int vocab, int label, int from,
+                                                         int to, const RowFactor& f) {
+  constexpr int kSteps = 8;
+  LabelLogit at_label{false, 0};
+  const int begin = from * kPerVector<Scalar> + static_cast<int>(threadIdx.x);
+  const int end = static_cast<int>(min(int64_t{to} * kPerVector<Scalar>, static_cast<int64_t>(vocab)));
+#pragma unroll 1
+  for (int i = begin; i < end; i += kSteps * kCudaThreads) {
+    float z[kSteps];
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      if (i + u * kCudaThreads < end) z[u] = load_value(x + i + u * kCudaThreads);
+    }
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      const int at = i + u * kCudaThreads;
+      if (at >= end) break;
+      if (at == label) at_label = {true, z[u]};
+      out[at] = Format<Scalar>::rounded(f.factor * fast_exp(z[u] - f.max));
+    }
+  }
+  return at_label;
+}
+
+template <typename Scalar>
+__device__ __forceinline__ void fill_piece(Scalar* out, int vocab, int from, int to, int row_vectors, float value) {
+  typedef Format<Scalar> F;
+  const RowGrid grid = RowGrid::of(out, vocab);
+  const int edge = grid.edge(from, to, row_vectors, vocab);
+  if (edge >= 0) out[edge] = F::rounded(value);
+  float lanes[kPerWord<Scalar>];
+#pragma unroll
+  for (float& lane : lanes) lane = value;
+  const unsigned word = F::pack(lanes);
+  const int end = min(to, grid.end);
+#pragma unroll 4
+  for (int i = max(from, grid.begin) + static_cast<int>(threadIdx.x); i < end; i += kCudaThreads) {
+    store_vector(const_cast<char*>(grid.base) + static_cast<int64_t>(i) * kVectorBytes, {{word, word, word, word}});
+  }
+}
+
+/// grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i); the logits may be overwritten by it.
+///
+/// Grid    cuda_logits_grad_shape: at most what fits on the GPU at once. Labelled rows, which are read and written,
+///         and the others, which are only written, are each cut into as many equal parts as there are blocks
+/// Block   kCudaThreads threads
+/// Shared  a list of rows
+/// Reads   labels, once per block; vocab elements per labelled row
+/// Writes  vocab elements per labelled row, and as many zeros per ignored row unless they are there already
+template <typename Scalar>
+__global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
+    logits_grad_kernel(const __grid_constant__ LogitsGradArgs a) {
+  __shared__ LogitsGradShared shared;
+  const LogitsGradParams& p = a.p;
+  const int vocab = static_cast<int>(p.in.vocab);
+  const auto grad_row = [&](int64_t row) {
+    return static_cast<Scalar*>(p.grad) + row_offset(row, p.grad_inner, p.grad_outer_stride, p.grad_row_stride);
+  };
+  const RowFinder finder(p.in, shared.counts);
+
+  const Split scored(finder.count(true), a.row_vectors, static_cast<int>(gridDim.x));
+  for_each_piece(p.in, finder, true, scored, shared.rows, [&](int64_t row, int from, int to, int) {
+    const Scalar* x =
+        static_cast<const Scalar*>(p.in.logits) + row_offset(row, p.in.inner, p.in.outer_stride, p.in.row_stride);
+    Scalar* out = grad_row(row);
+    const int label = static_cast<int>(p.in.labels[row]);
+    const RowFactor f = row_factor(a, row);
+    const bool are_alike = (reinterpret_cast<uintptr_t>(x) ^ reinterpret_cast<uintptr_t>(out)) % kVectorBytes == 0;
+    const LabelLogit at_label = are_alike ? write_piece(x, out, vocab, label, from, to, a.row_vectors, f)
+                                          : write_piece_singly(x, out, vocab, label, from, to, f);
+    if (at_label.is_mine) out[label] = Format<Scalar>::rounded(label_grad(a, row, f.factor, at_label.z));
+  });
+
+  const Split others(finder.count(false), a.row_vectors, static_cast<int>(gridDim.x));
+  for_each_piece(p.in, finder, false, others, shared.rows, [&](int64_t row, int from, int to, int) {
+    const int64_t label = p.in.labels[row];
+    if (label == p.in.ignore_index && p.is_zeroed) return;
+    fill_piece(grad_row(row), vocab, from, to, a.row_vectors, filler(p.in, label));
+  });
+}
+
+template <typename Scalar>
+cudaError_t launch(const LogitsGradArgs& args, const CudaShape& shape, cudaStream_t stream) {
+  logits_grad_kernel<Scalar><<<shape.grid, shape.block, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+const char* launch_logits_grad(const LogitsGradParams& p, bool scale_is_float, DType dtype, int multiprocessors,
+                               cudaStream_t stream) {
+  if (const char* error = rows_error(p.in, dtype)) return error;
+  const CudaShape shape = cuda_logits_grad_shape(p.in.rows, p.in.vocab, dtype, multiprocessors);
+  const LogitsGradArgs args = logits_grad_args(p, scale_is_float, dtype);
+  cudaError_t status = cudaErrorInvalidValue;
+  switch (dtype) {
+    case DType::kFloat32: status = launch<float>(args, shape, stream); break;
+    case DType::kBFloat16: status = launch<__nv_bfloat16>(args, shape, stream); break;
+    case DType::kFloat16: status = launch<__half>(args, shape, stream); break;
+    case DType::kFloat64: break;
+  }
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace mpo

@@ -1,0 +1,210 @@
+// The pair loss on one block: the last one of token_logp's grid, or the only one of pair_loss's.
+#pragma once
+
+#include "mpo/cuda/rows.cuh"
+
+namespace mpo {
+
+/// Shared memory of pair_loss_block.
+struct PairLossShared {
+  double values[6][kWarps];
+  int64_t tokens[kWarps];
+};
+
+/// Sums of n values over the block, in every thread; always in the same order. The values of one call must have been
+/// read by all before the next: it begins and ends with a barrier.
+template <int n>
+__device__ __forceinline__ void block_sum(double (&x)[n], PairLossShared& shared) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int i = 0; i < n; ++i) x[i] = warp_sum(x[i]);
+  __syncthreads();  // the shared values of an earlier use have been read
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) shared.values[i][warp] = x[i];
+  }
+  __syncthreads();  // values[] is complete
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    x[i] = 0;
+#pragma unroll 1
+    for (int w = 0; w < kWarps; ++w) x[i] += shared.values[i][w];
+  }
+}
+
+/// The inputs of a pair loss as the GPU takes them. logp was written by other blocks of the same grid: __ldcg reads it
+/// from where all of them see it, and not from this multiprocessor's first-level cache.
+struct PairInputs {
+  const PairLossArgs& a;
+
+  __device__ __forceinline__ int64_t offset(int64_t s) const {
+    if (a.p.offsets == nullptr) return a.p.rows / (2 * a.p.pairs) * s;
+    return a.types.offsets_are_int32 ? reinterpret_cast<const int*>(a.p.offsets)[s] : a.p.offsets[s];
+  }
+  __device__ __forceinline__ double ref_logp(int64_t s) const {
+    return a.types.ref_is_float ? static_cast<double>(reinterpret_cast<const float*>(a.p.ref_logp)[s])
+                                : a.p.ref_logp[s];
+  }
+  __device__ __forceinline__ bool has_both(int64_t pair) const {
+    return a.p.tokens[pair] > 0 && a.p.tokens[a.p.pairs + pair] > 0;
+  }
+  __device__ __forceinline__ double reward(int64_t s) const {
+    return has_both(s % a.p.pairs) ? a.p.config.beta * (a.sums[s] - ref_logp(s)) : 0.0;
+  }
+  /// Offsets that do not rise from 0 to rows would send reads and writes astray. Known to all threads.
+  __device__ __forceinline__ bool are_valid() const {
+    if (a.p.offsets == nullptr) return true;
+    int is_bad = threadIdx.x == 0 && (offset(0) != 0 || offset(2 * a.p.pairs) != a.p.rows);
+    for (int64_t s = threadIdx.x; s < 2 * a.p.pairs; s += kCudaThreads) is_bad |= offset(s + 1) <= offset(s);
+    return __syncthreads_or(is_bad) == 0;
+  }
+};
+
+/// How the warps of the block are shared out over the sequences: all of them to few sequences, one each to many.
+struct SequenceShare {
+  int warps;     // per sequence
+  int together;  // sequences at a time
+  int mine;      // which of these is this warp's
+  int part;      // which of its warps this is
+
+  __device__ __forceinline__ explicit SequenceShare(int64_t sequences) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    warps = sequences >= kWarps ? 1 : kWarps / static_cast<int>(sequences);
+    together = kWarps / warps;
+    mine = warp / warps;
+    part = warp % warps;
+  }
+};
+
+/// The loss of B pairs and the weight of each row's gradient, on the whole of one block. Sums in double, in an order
+/// that depends on nothing but the sizes. Offsets that make no sense give NaN and leave the reward shift alone.
+///
+/// Reads   12 bytes per row, and labels again
+/// Writes  4 bytes per row, and a few numbers per sequence
+__device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossShared& shared) {
+  const PairLossParams& p = a.p;
+  const PairLossConfig& c = p.config;
+  const PairInputs in{a};
+  const float* logp = static_cast<const float*>(p.logp);
+  float* sums = static_cast<float*>(p.sums);
+  float* rewards = static_cast<float*>(p.reward);
+  float* weight = static_cast<float*>(p.weight);
+  const int64_t sequences = 2 * p.pairs;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp, lane = thread % kWarp;
+  const float nan = __int_as_float(0x7fffffff);
+
+  if (!in.are_valid()) {
+    for (int64_t row = thread; row < p.rows; row += kCudaThreads) weight[row] = nan;
+    for (int64_t s = thread; s < sequences; s += kCudaThreads) {
+      sums[s] = rewards[s] = nan;
+      p.tokens[s] = 0;
+    }
+    if (thread < 3) static_cast<float*>(p.terms)[thread] = nan;
+    if (thread < 2) {
+      p.new_state[thread] = p.state[thread];
+      p.batch[thread] = 0;
+    }
+    if (thread == 0) *static_cast<float*>(p.loss) = *static_cast<float*>(p.reward_shift) = nan;
+    return;
+  }
+
+  // Sums and tokens of each sequence.
+  const SequenceShare share(sequences);
+  for (int64_t first = 0; first < sequences; first += share.together) {
+    const int64_t s = first + share.mine;
+    const bool has_work = share.mine < share.together && s < sequences;
+    double sum = 0;
+    int count = 0;
+    if (has_work) {
+      const int64_t end = in.offset(s + 1);
+#pragma unroll 4
+      for (int64_t row = in.offset(s) + share.part * kWarp + lane; row < end; row += share.warps * kWarp) {
+        if (p.labels[row] == p.ignore_index) continue;
+        sum += static_cast<double>(__ldcg(logp + row));
+        ++count;
+      }
+    }
+    sum = warp_sum(sum);
+    count = __reduce_add_sync(kAllLanes, count);
+    if (lane == 0) {
+      shared.values[0][warp] = sum;
+      shared.tokens[warp] = count;
+    }
+    __syncthreads();  // the warps' sums are complete
+    if (has_work && share.part == 0 && lane == 0) {
+      double total = 0;
+      int64_t tokens = 0;
+      for (int w = warp; w < warp + share.warps; ++w) {
+        total += shared.values[0][w];
+        tokens += shared.tokens[w];
+      }
+      a.sums[s] = total;
+      sums[s] = static_cast<float>(total);
+      p.tokens[s] = tokens;
+    }
+    __syncthreads();  // the warps' sums have been read; after the last round, a.sums and p.tokens are complete
+  }
+
+  // Rewards, and what is averaged over the batch.
+  double totals[6] = {0, 0, 0, 0, 0, 0};  // sum and count of rewards, then ChosenSums
+  for (int64_t s = thread; s < sequences; s += kCudaThreads) {
+    const double reward = in.reward(s);
+    rewards[s] = static_cast<float>(reward);
+    totals[0] += reward;
+    totals[1] += in.has_both(s % p.pairs) ? 1 : 0;
+    if (s < p.pairs && p.tokens[s] > 0) {
+      const double tokens = static_cast<double>(p.tokens[s]);
+      totals[2] += a.sums[s];
+      totals[3] += a.sums[s] / tokens;
+      totals[4] += tokens;
+      totals[5] += 1;
+    }
+  }
+  block_sum(totals, shared);
+  const ChosenSums chosen{totals[2], totals[3], totals[4], totals[5]};
+  const ShiftState before{p.state[0], p.state[1]};
+  const ShiftState after = moved(before, totals[0], totals[1], c.rule, c.decay);
+  const double delta = c.update_first ? after.value : before.value;
+
+  // The pairs' terms, and the coefficient of each sequence's log-probs in the loss.
+  double terms[2] = {0, 0};
+  const double per_pair = c.beta / static_cast<double>(p.pairs);
+  for (int64_t i = thread; i < p.pairs; i += kCudaThreads) {
+    const PairTerms t = pair_terms(in.reward(i), in.reward(p.pairs + i), delta, c);
+    const bool compares = in.has_both(i);
+    terms[0] += t.dpo;
+    terms[1] += t.bco;
+    a.coefficients[i] =
+        (compares ? per_pair * t.grad_chosen : 0) + ntp_grad(chosen, static_cast<double>(p.tokens[i]), c);
+    a.coefficients[p.pairs + i] = compares ? per_pair * t.grad_rejected : 0;
+  }
+  block_sum(terms, shared);  // its barriers also complete a.coefficients
+
+  for (int64_t first = 0; first < sequences; first += share.together) {
+    const int64_t s = first + share.mine;
+    if (share.mine >= share.together || s >= sequences) continue;
+    const float coefficient = static_cast<float>(a.coefficients[s]);
+    const int64_t end = in.offset(s + 1);
+#pragma unroll 4
+    for (int64_t row = in.offset(s) + share.part * kWarp + lane; row < end; row += share.warps * kWarp) {
+      weight[row] = p.labels[row] == p.ignore_index ? 0.0f : coefficient;
+    }
+  }
+
+  if (thread == 0) {
+    const double dpo = terms[0] / static_cast<double>(p.pairs), bco = terms[1] / static_cast<double>(p.pairs);
+    const double ntp = ntp_loss(chosen, c);
+    *static_cast<float*>(p.loss) = static_cast<float>(total_loss(dpo, bco, ntp, c));
+    static_cast<float*>(p.terms)[0] = static_cast<float>(dpo);
+    static_cast<float*>(p.terms)[1] = static_cast<float>(bco);
+    static_cast<float*>(p.terms)[2] = static_cast<float>(ntp);
+    *static_cast<float*>(p.reward_shift) = static_cast<float>(delta);
+    p.new_state[0] = after.value;
+    p.new_state[1] = after.updates;
+    p.batch[0] = totals[0];
+    p.batch[1] = totals[1];
+  }
+}
+
+}  // namespace mpo

@@ -1,0 +1,264 @@
+// token_logp on the GPU, alone or as the whole forward: then the last block to finish goes on with the pair loss.
+#include "mpo/cuda/pair_loss.cuh"
+#include "mpo/cuda/rows.cuh"
+
+namespace mpo {
+namespace {
+
+struct TokenLogpShared {
+  RowSums<float> warps[2][kWarps];  // two, so that one barrier per row suffices
+  int rows[kListRows];
+  int counts[kWarps];
+  bool is_last;
+};
+
+/// Takes in one logit.
+template <bool kStats>
+__device__ __forceinline__ RowSums<float> sums_of(float z) {
+  const float max = fmaxf(z, minus_infinity());  // NaN stays out of the maximum, and gets into the sum
+  const float d = z - (max == minus_infinity() ? 0.0f : max);
+  const float e = fast_exp(d);
+  return {max, e, kStats ? e * fmaxf(d, -128.0f) : 0, kStats ? z : 0, kStats ? e * e : 0};
+}
+
+/// This thread's share of the vectors from .. to - 1 of a row. kUnroll vectors are in flight; their sums are formed
+/// apart and then added, since one running float over a row would lose digits.
+template <typename Scalar, bool kStats>
+__device__ __forceinline__ RowSums<float> read_piece(const Scalar* x, int vocab, int from, int to, int row_vectors) {
+  typedef Format<Scalar> F;
+  const RowGrid grid = RowGrid::of(x, vocab);
+  const int edge = grid.edge(from, to, row_vectors, vocab);
+  RowSums<float> s = edge >= 0 ? sums_of<kStats>(load_value(x + edge)) : empty_sums();
+
+  const int end = min(to, grid.end);
+#pragma unroll 1
+  for (int i = max(from, grid.begin) + static_cast<int>(threadIdx.x); i < end; i += kUnroll * kCudaThreads) {
+    Vector v[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = i + u * kCudaThreads;
+      if (at < end) {
+        v[u] = load_vector(grid.base + static_cast<int64_t>(at) * kVectorBytes);
+      } else {
+#pragma unroll
+        for (unsigned& word : v[u].word) word = F::kFill;
+      }
+    }
+
+    unsigned largest = F::kFill;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+      for (const unsigned word : v[u].word) largest = F::larger(largest, word);
+    }
+    float lanes[kPerWord<Scalar>];
+    F::unpack(largest, lanes);
+    float max = s.max;
+#pragma unroll
+    for (const float z : lanes) max = fmaxf(max, z);
+    s = raised_to<kStats>(s, max);
+
+    // Nothing but -inf so far: any finite number in place of the maximum makes exp give 0 (or NaN of NaN).
+    const float reference = max == minus_infinity() ? 0.0f : max;
+    float sum[kWords] = {}, e_d[kWords] = {}, squared[kWords] = {};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      float z_sum = 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        float z[kPerWord<Scalar>];
+        F::unpack(v[u].word[w], z);
+#pragma unroll
+        for (const float logit : z) {
+          const float d = logit - reference;
+          const float e = fast_exp(d);
+          sum[w] += e;
+          if (kStats) {
+            e_d[w] += e * fmaxf(d, -128.0f);  // exp(-128) is 0 in float; 0 * -inf would be NaN
+            squared[w] += e * e;
+            z_sum += logit;
+          }
+        }
+      }
+      if (kStats && i + u * kCudaThreads < end) s.z += z_sum;
+    }
+    s.sum += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    if (kStats) {
+      s.e_d += (e_d[0] + e_d[1]) + (e_d[2] + e_d[3]);
+      s.squared += (squared[0] + squared[1]) + (squared[2] + squared[3]);
+    }
+  }
+  return s;
+}
+
+/// Writes what token_logp yields for a row. One thread, in double as on the CPU: it waits for memory anyway.
+template <typename Scalar, bool kStats>
+__device__ __forceinline__ void store_row(const TokenLogpParams& p, int64_t row, const RowSums<float>& s) {
+  const int64_t label = p.in.labels[row];
+  const Scalar* x =
+      static_cast<const Scalar*>(p.in.logits) + row_offset(row, p.in.inner, p.in.outer_stride, p.in.row_stride);
+  const double z_label = static_cast<double>(load_value(x + label));
+  static_cast<float*>(p.logp)[row] =
+      static_cast<float>(label_logp(z_label, static_cast<double>(s.max), static_cast<double>(s.sum)));
+  static_cast<float*>(p.row_max)[row] = s.max;
+  static_cast<float*>(p.row_sum)[row] = s.sum;
+  if (!kStats) return;
+  double values[kNumRowStats];
+  row_statistics({static_cast<double>(s.max), static_cast<double>(s.sum), static_cast<double>(s.e_d),
+                  static_cast<double>(s.z), static_cast<double>(s.squared)},
+                 z_label, p.in.vocab, values);
+  float* out = static_cast<float*>(p.row_stats) + row;
+#pragma unroll
+  for (int bit = 0; bit < kNumRowStats; ++bit) {
+    if ((p.stats & (1u << bit)) == 0) continue;
+    *out = static_cast<float>(values[bit]);
+    out += p.in.rows;
+  }
+}
+
+/// Hands on this block's piece of a row that is split, and returns true to all lanes of the warp if it was the last.
+/// Called by one warp; only the sums of lane 0 count. `s` then holds the sums of the whole row.
+///
+/// Why the fences suffice (PTX memory model): lane 0 writes its piece, fences, and draws a ticket. The block that
+/// draws the last one has observed the tickets of all others, each behind its fence, and fences again before it reads:
+/// fence, atomic, atomic, fence is a release pattern that synchronises with an acquire pattern at gpu scope. The other
+/// lanes are ordered behind lane 0 by __syncwarp.
+template <bool kStats>
+__device__ __forceinline__ bool hand_on(const TokenLogpArgs& a, const Split& split, int rank, RowSums<float>& s) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t row_begin = static_cast<int64_t>(rank) * split.row_vectors;
+  const int first = split.part_of(row_begin), last = split.part_of(row_begin + split.row_vectors - 1);
+  // A block has at most two split rows, its first and its last one: all blocks but the row's first start within it.
+  const int slot_of_first = 2 * first + (split.start(first) == row_begin ? 0 : 1);
+  const auto slot = [&](int part) { return part == first ? slot_of_first : 2 * part; };
+  int is_last = 0;
+  if (lane == 0) {
+    a.pieces[slot(static_cast<int>(blockIdx.x))].sums = s;
+    __threadfence();  // the piece is visible before the ticket is
+    // Wraps to 0 at the last ticket, so the counter is as it was found.
+    is_last = atomicInc(a.counters + first, static_cast<unsigned>(last - first)) == static_cast<unsigned>(last - first);
+    __threadfence();  // no piece is read before the last ticket is drawn
+  }
+  __syncwarp();
+  if (!__shfl_sync(kAllLanes, is_last, 0)) return false;
+  s = empty_sums();
+  for (int part = first + lane; part <= last; part += kWarp) {
+    const float* piece = &a.pieces[slot(part)].sums.max;
+    RowSums<float> other{__ldcg(piece), __ldcg(piece + 1), 0, 0, 0};
+    if (kStats) {
+      other.e_d = __ldcg(piece + 2);
+      other.z = __ldcg(piece + 3);
+      other.squared = __ldcg(piece + 4);
+    }
+    s = merged<kStats>(s, other);
+  }
+  s = warp_merged<kStats>(s);
+  return true;
+}
+
+/// Log-probability of the label of each row, each logit of a labelled row read once; with kPair the loss as well.
+///
+///   logp[i] = (z[y] - m) - log(sum_v exp(z[v] - m)),    m = max_v z[v]
+///
+/// Grid    cuda_forward_shape: at most what fits on the GPU at once. The labelled rows, laid end to end, are cut into
+///         as many equal parts as there are blocks; a row that is cut is put together by the last of its blocks
+/// Block   kCudaThreads threads
+/// Shared  a list of rows, and a state per warp
+/// Reads   labels, once per block; vocab elements per labelled row
+/// Writes  three numbers per row, and one per statistic; with kPair a weight per row
+template <typename Scalar, bool kStats, bool kPair>
+__global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
+    token_logp_kernel(const __grid_constant__ TokenLogpArgs a) {
+  __shared__ TokenLogpShared shared;
+  const TokenLogpParams& p = a.p;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp, lane = thread % kWarp;
+  const int vocab = static_cast<int>(p.in.vocab);
+
+  // Rows without a score, in equal shares whatever they are.
+  const int64_t share_end = p.in.rows * (blockIdx.x + 1) / gridDim.x;
+  for (int64_t row = p.in.rows * blockIdx.x / gridDim.x + thread; row < share_end; row += kCudaThreads) {
+    const int64_t label = p.in.labels[row];
+    if (is_scored(p.in, label)) continue;
+    const float value = filler(p.in, label);
+    static_cast<float*>(p.logp)[row] = value;
+    static_cast<float*>(p.row_max)[row] = 0;
+    static_cast<float*>(p.row_sum)[row] = 0;
+    if (kStats) {
+      const int wanted = __popc(p.stats);
+      for (int i = 0; i < wanted; ++i) static_cast<float*>(p.row_stats)[i * p.in.rows + row] = value;
+    }
+  }
+
+  const RowFinder finder(p.in, shared.counts);
+  const Split split(finder.scored, a.row_vectors, static_cast<int>(gridDim.x));
+  int buffer = 0;
+  for_each_piece(p.in, finder, true, split, shared.rows, [&](int64_t row, int from, int to, int rank) {
+    const Scalar* x =
+        static_cast<const Scalar*>(p.in.logits) + row_offset(row, p.in.inner, p.in.outer_stride, p.in.row_stride);
+    RowSums<float> s = warp_merged<kStats>(read_piece<Scalar, kStats>(x, vocab, from, to, a.row_vectors));
+    if (lane == 0) shared.warps[buffer][warp] = s;
+    // warps[buffer] is complete; and warp 0 has read the other one, which the next row overwrites.
+    __syncthreads();
+    if (warp == 0) {  // the other warps go on to the next row
+      s = warp_merged<kStats>(lane < kWarps ? shared.warps[buffer][lane] : empty_sums());
+      const bool is_whole = from == 0 && to == a.row_vectors;
+      const bool is_done = is_whole || hand_on<kStats>(a, split, rank, s);
+      if (is_done && lane == 0) store_row<Scalar, kStats>(p, row, s);
+    }
+    buffer ^= 1;
+  });
+
+  if constexpr (kPair) {
+    // The last block sees what all others wrote, as in hand_on: each block's writes come before thread 0's fence by
+    // the barrier, the ticket after it; the last block fences again before its barrier lets the other threads read.
+    __syncthreads();  // this block's rows are written
+    if (thread == 0) {
+      __threadfence();
+      shared.is_last = atomicInc(a.counters + gridDim.x, gridDim.x - 1) == gridDim.x - 1;
+      __threadfence();
+    }
+    __syncthreads();  // is_last is known
+    __shared__ PairLossShared pair_shared;
+    if (shared.is_last) pair_loss_block(a.pair, pair_shared);
+  }
+}
+
+template <typename Scalar, bool kPair>
+cudaError_t launch(const TokenLogpArgs& args, const CudaShape& shape, cudaStream_t stream) {
+  if (args.p.stats != 0) {
+    token_logp_kernel<Scalar, true, kPair><<<shape.grid, shape.block, 0, stream>>>(args);
+  } else {
+    token_logp_kernel<Scalar, false, kPair><<<shape.grid, shape.block, 0, stream>>>(args);
+  }
+  return cudaGetLastError();
+}
+
+template <bool kPair>
+const char* launch(const TokenLogpArgs& args, DType dtype, const CudaShape& shape, cudaStream_t stream) {
+  if (const char* error = rows_error(args.p.in, dtype)) return error;
+  cudaError_t status = cudaErrorInvalidValue;
+  switch (dtype) {
+    case DType::kFloat32: status = launch<float, kPair>(args, shape, stream); break;
+    case DType::kBFloat16: status = launch<__nv_bfloat16, kPair>(args, shape, stream); break;
+    case DType::kFloat16: status = launch<__half, kPair>(args, shape, stream); break;
+    case DType::kFloat64: break;
+  }
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace
+
+const char* launch_token_logp(const TokenLogpParams& p, DType dtype, const CudaWork& work, int multiprocessors,
+                              cudaStream_t stream) {
+  const CudaShape shape = cuda_forward_shape(p.in.rows, p.in.vocab, dtype, 0, multiprocessors);
+  return launch<false>(token_logp_args(p, dtype, work), dtype, shape, stream);
+}
+
+const char* launch_forward(const TokenLogpParams& token, const PairLossParams& pair, const CudaPairTypes& types,
+                           DType dtype, const CudaWork& work, int multiprocessors, cudaStream_t stream) {
+  const CudaShape shape = cuda_forward_shape(token.in.rows, token.in.vocab, dtype, pair.pairs, multiprocessors);
+  return launch<true>(forward_args(token, pair, types, dtype, work, shape), dtype, shape, stream);
+}
+
+}  // namespace mpo

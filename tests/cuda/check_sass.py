@@ -1,0 +1,143 @@
+"""Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE]`` prints a table, or fails.
+
+No kernel may spill or have a stack frame. In the code for sm_80 and sm_90 the main loop of token_logp must load, and
+that of logits_grad load and store, 128 bits at a time. cuobjdump is taken from PATH or from the triton package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+KERNELS = 16  # token_logp: 3 types, with and without statistics and pair loss; logits_grad: 3 types; pair_loss
+VECTORS_IN_FLIGHT = 4  # rows.cuh: kUnroll
+DISASSEMBLED = ("sm_80", "sm_90")
+
+
+def find_cuobjdump() -> str | None:
+    """cuobjdump on PATH, or the one inside the triton package."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        return None
+    bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(bundled) if bundled.exists() else None
+
+
+def resources(module: str, cuobjdump: str) -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, kernel) to its use of registers, stack, local and shared memory."""
+    text = subprocess.run([cuobjdump, "--dump-resource-usage", module], capture_output=True, text=True, check=True)
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    arch = kernel = ""
+    for line in text.stdout.splitlines():
+        if match := re.match(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            kernel = match[1]
+        elif line.lstrip().startswith("REG:"):
+            found[arch, kernel] = {
+                key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)
+            }
+    return found
+
+
+def disassembly(module: str, cuobjdump: str, arch: str) -> dict[str, list[tuple[int, str]]]:
+    """Kernel to its instructions with their addresses."""
+    text = subprocess.run([cuobjdump, "-sass", "-arch", arch, module], capture_output=True, text=True, check=True)
+    found: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    kernel = ""
+    for line in text.stdout.splitlines():
+        if match := re.match(r"\s*Function : (\S+)", line):
+            kernel = match[1]
+        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+([^;]+);", line):
+            found[kernel].append((int(match[1], 16), match[2].strip()))
+    return dict(found)
+
+
+def main_loop(code: list[tuple[int, str]]) -> list[str]:
+    """The instructions of the innermost loop that computes the most exponentials."""
+    loops = []
+    for address, instruction in code:
+        if match := re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)", instruction):
+            target = int(match[1], 16)
+            if target < address:
+                loops.append((target, address))
+    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [[text for address, text in code if begin <= address <= end] for begin, end in innermost]
+    return max(bodies, key=lambda body: sum("MUFU.EX2" in text for text in body), default=[])
+
+
+def name_of(kernel: str) -> str:
+    """``token_logp bfloat16 stats pair`` for a mangled name."""
+    kind = next(kind for kind in ("token_logp", "logits_grad", "pair_loss") if f"{kind}_kernel" in kernel)
+    match = re.search(r"_kernelI(f|6__half|13__nv_bfloat16)(?:Lb(\d)ELb(\d))?", kernel)
+    if match is None:
+        return kind
+    parts = [kind, {"f": "float32", "6__half": "float16"}.get(match[1], "bfloat16")]
+    return " ".join(parts + ["stats"] * (match[2] == "1") + ["pair"] * (match[3] == "1"))
+
+
+def problems(module: str, cuobjdump: str) -> list[str]:
+    """What is wrong with the module; empty if nothing is."""
+    found = []
+    table = resources(module, cuobjdump)
+    per_arch: dict[str, int] = defaultdict(int)
+    for (arch, kernel), use in table.items():
+        per_arch[arch] += 1
+        if use["STACK"] or use["LOCAL"]:
+            found.append(f"{name_of(kernel)} for {arch} has a stack of {use['STACK']} bytes, {use['LOCAL']} local")
+    if not per_arch:
+        found.append(f"there are no kernels in {module}")
+    found += [f"{arch} has {n} kernels instead of {KERNELS}" for arch, n in per_arch.items() if n != KERNELS]
+    for arch in DISASSEMBLED:
+        if arch not in per_arch:
+            continue
+        for kernel, code in disassembly(module, cuobjdump, arch).items():
+            name = name_of(kernel)
+            if any(re.match(r"(@\S+ )?(STL|LDL)\b", text) for _, text in code):
+                found.append(f"{name} for {arch} spills")
+            if name == "pair_loss":
+                continue
+            body = main_loop(code)
+            loads = sum(bool(re.search(r"\bLDG\.E\S*\.128", text)) for text in body)
+            stores = sum(bool(re.search(r"\bSTG\.E\S*\.128", text)) for text in body)
+            wanted = VECTORS_IN_FLIGHT if name.startswith("logits_grad") else 0
+            if loads != VECTORS_IN_FLIGHT or stores != wanted:
+                found.append(f"{name} for {arch}: its main loop has {loads} loads and {stores} stores of 128 bits")
+    return found
+
+
+def report(module: str, cuobjdump: str) -> str:
+    """Registers of each kernel by architecture."""
+    table = resources(module, cuobjdump)
+    archs = sorted({arch for arch, _ in table}, key=lambda arch: int(arch[3:].rstrip("af")))
+    names: dict[str, dict[str, int]] = defaultdict(dict)
+    for (arch, kernel), use in table.items():
+        names[name_of(kernel)][arch] = use["REG"]
+    lines = [f"{'registers per thread':<38}" + "".join(f"{arch:>8}" for arch in archs)]
+    lines += [f"{name:<38}" + "".join(f"{names[name].get(arch, 0):>8}" for arch in archs) for name in sorted(names)]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Returns the exit status."""
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        print("cuobjdump is neither on PATH nor in a triton package")
+        return 2
+    built = sorted((Path(__file__).parents[2] / "mpo_ext").glob("_C*.so"))
+    module = sys.argv[1] if len(sys.argv) > 1 else str(built[0])
+    print(report(module, cuobjdump))
+    found = problems(module, cuobjdump)
+    print("\n".join(found) or "no spills, no stack frames; 128-bit loads and stores in the main loops")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,416 @@
+"""Runs the launches of the CUDA backend on the simulator ptxsim: the compiled PTX, without a GPU.
+
+``SimulatedNative`` stands in for ``mpo_ext._C``. It asks the real module to describe each launch (shape, and the bytes
+of the kernel's argument), so what runs here is what would be launched on a GPU; addresses are those of simulated
+buffers. Tests use it directly, with poisoned buffers and counters, or put it under ``mpo_ext.ops``.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import math
+import os
+import re
+import shutil
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MANGLED = {"float32": "f", "bfloat16": "13__nv_bfloat16", "float16": "6__half"}
+_FILES = {"token_logp": "token_logp", "forward": "token_logp", "pair_loss": "pair_loss", "logits_grad": "logits_grad"}
+MULTIPROCESSORS = 2  # of the simulated GPU; a real one has a hundred
+
+
+def load_ptxsim() -> types.ModuleType:
+    """The simulator: installed, or in the folder MPO_PTXSIM names, or in ../shared. Skips the tests without it."""
+    for folder in (os.environ.get("MPO_PTXSIM"), str(ROOT.parent / "shared")):
+        if folder and (Path(folder) / "ptxsim").is_dir() and folder not in sys.path:
+            sys.path.append(folder)
+    try:
+        return importlib.import_module("ptxsim")
+    except ImportError:
+        pytest.skip("needs ptxsim, which is not installed, in $MPO_PTXSIM or in ../shared", allow_module_level=True)
+
+
+def need_nvcc() -> None:
+    """Skips the tests if there is nothing to compile the kernels with."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc on PATH to compile the kernels to PTX", allow_module_level=True)
+
+
+@functools.cache
+def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> str:
+    """PTX of a kernel file; ``edit`` replaces text in its source, or in a header of its folder, to break it."""
+    simulator = load_ptxsim()
+    source = ROOT / "csrc" / "mpo" / "cuda" / f"{file}.cu"
+    if edit is None:
+        return simulator.compile_cuda(source, arch=arch, include_dirs=[ROOT / "csrc"])
+    text = source.read_text()
+    for header in ("pair_loss.cuh", "rows.cuh"):  # written into the source, so that they can be edited too
+        body = (source.parent / header).read_text().replace("#pragma once", "")
+        text = text.replace(f'#include "mpo/cuda/{header}"', body, 1)
+        text = text.replace(f'#include "mpo/cuda/{header}"', "")
+    assert text.count(edit[0]) == 1, f"the text to break is not there once: {edit[0]!r}"
+    text = re.sub(r"case DType::kFloat(16|32): status = launch.*", "", text)  # compile bfloat16 only
+    return simulator.compile_cuda(text.replace(*edit), arch=arch, include_dirs=[ROOT / "csrc"])
+
+
+@functools.cache
+def module(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> Any:
+    return load_ptxsim().Module(ptx(file, arch, edit))
+
+
+class SimulatedNative:
+    """The functions of ``mpo_ext._C`` whose names end in ``_cuda``, run by ptxsim.
+
+    ``options`` go to ``Kernel.launch``; ``reports`` collects what it returns, with the name of the function.
+    """
+
+    def __init__(self, arch: str = "sm_90", edit: tuple[str, str] | None = None, **options: Any) -> None:
+        from mpo_ext._native import _C
+
+        self.real = _C
+        self.arch = arch
+        self.edit = edit
+        self.options = options
+        self.reports: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("token_logp_cuda", "forward_cuda", "pair_loss_cuda", "logits_grad_cuda")):
+            return functools.partial(self.launch_on_host_memory, name.removesuffix("_cuda"))
+        return {"has_cuda": True}.get(name) or getattr(self.real, name)
+
+    def launch(self, name: str, arguments: dict[str, Any]) -> Any:
+        """One launch; addresses among the arguments are those of ptxsim buffers."""
+        launch = getattr(self.real, f"describe_{name}_cuda")(**arguments)
+        kernel = {
+            "token_logp": lambda: f"I{_MANGLED[arguments['dtype']]}Lb{int(arguments['stats'] != 0)}ELb0E",
+            "forward": lambda: f"I{_MANGLED[arguments['dtype']]}Lb{int(arguments['stats'] != 0)}ELb1E",
+            "pair_loss": lambda: "",
+            "logits_grad": lambda: f"I{_MANGLED[arguments['dtype']]}E",
+        }[name]()
+        edit = self.edit
+        entry = module(_FILES[name], self.arch, edit).kernel(launch["kernel"] + kernel)
+        options = {"check_races": "raise", "check_poison": True, **self.options}
+        report = entry.launch(launch["grid"], launch["block"], [launch["args"]], **options)
+        self.reports.append((name, report))
+        return report
+
+    def launch_on_host_memory(self, name: str, **arguments: Any) -> None:
+        """One launch as ops.py makes it, on host addresses: copies all buffers in and those written out again."""
+        arguments.pop("stream")
+        simulator = load_ptxsim()
+        sizes = {key: size for key, size in _sizes(self.real, name, arguments).items() if arguments.get(key)}
+        extents: dict[int, int] = {}  # the gradient may be the logits
+        for key, size in sizes.items():
+            extents[arguments[key]] = max(size, extents.get(arguments[key], 0))
+        buffers = {}
+        for address, size in extents.items():
+            # At the same place within a line as on the host, so that alignment is what it is.
+            shift = address % 128
+            buffer = simulator.Buffer(nbytes=size + shift)
+            host = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+            buffer.raw[shift : shift + size] = host
+            buffers[address] = (buffer, shift, host)
+        moved = {
+            key: buffers[value][0].address + buffers[value][1] if key in sizes else value
+            for key, value in arguments.items()
+        }
+        self.launch(name, moved)
+        for buffer, shift, host in buffers.values():
+            host[:] = buffer.raw[shift : shift + len(host)]
+
+
+def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
+    """Bytes behind each address among the arguments of a launch."""
+    rows = a["rows"]
+    sizes = {"labels": 8 * rows, **dict.fromkeys(("logp", "row_max", "row_sum", "weight"), 4 * rows)}
+    if "vocab" in a:
+        width = DTYPES[a["dtype"]].itemsize
+
+        def extent(inner: int, outer_stride: int, row_stride: int) -> int:
+            return width * ((rows - 1) // inner * outer_stride + (min(rows, inner) - 1) * row_stride + a["vocab"])
+
+        sizes["logits"] = extent(a["inner"], a["outer_stride"], a["row_stride"])
+        sizes["row_stats"] = 4 * rows * a.get("stats", 0).bit_count()
+        if "grad" in a:
+            sizes["grad"] = extent(a["grad_inner"], a["grad_outer_stride"], a["grad_row_stride"])
+            sizes["scale"] = 4 if a["scale_is_float"] else 8
+    if "pairs" in a:
+        pairs = a["pairs"]
+        sizes |= {"loss": 4, "terms": 12, "reward_shift": 4, "state": 16, "new_state": 16, "batch": 16}
+        sizes |= {"sums": 8 * pairs, "reward": 8 * pairs, "tokens": 16 * pairs}
+        sizes["ref_logp"] = 2 * pairs * (4 if a["ref_is_float"] else 8)
+        sizes["offsets"] = (2 * pairs + 1) * (4 if a["offsets_are_int32"] else 8)
+    if name == "pair_loss":
+        sizes["scratch"] = native.cuda_pair_loss_shape(pairs=a["pairs"])["scratch_bytes"]
+    elif name in ("token_logp", "forward"):
+        shape = native.cuda_forward_shape(
+            rows=rows,
+            vocab=a["vocab"],
+            dtype=a["dtype"],
+            pairs=a.get("pairs", 0),
+            multiprocessors=a["multiprocessors"],
+        )
+        sizes["scratch"], sizes["counters"] = shape["scratch_bytes"], 4 * shape["counters"]
+    return sizes
+
+
+class Rows:
+    """Rows of logits as a kernel gets them: a poisoned buffer that holds nothing but the labelled rows.
+
+    Reading anything else of it is a fault: the rows that are ignored, the gap that a wide stride leaves, and what lies
+    before an unaligned start.
+    """
+
+    def __init__(self, dtype: str, labels: list[int], vocab: int, stride: int, offset: int = 0, seed: int = 0) -> None:
+        simulator = load_ptxsim()
+        self.dtype, self.vocab, self.stride, self.offset = dtype, vocab, stride, offset
+        self.labels = np.array(labels, np.int64)
+        self.rows = len(labels)
+        self.width = DTYPES[dtype].itemsize
+        generator = torch.Generator().manual_seed(seed)
+        values = 3 * torch.randn(self.rows, vocab, generator=generator)
+        for row, label in enumerate(labels):
+            if row % 4 == 1 and 0 <= label < vocab:
+                values[row, label] += 12  # a confident row: 1 - p cancels
+        self.values = values.to(DTYPES[dtype])
+        self.buffer = simulator.Buffer(nbytes=(offset + self.rows * stride) * self.width, init=None)
+        self.write()
+
+    @property
+    def is_scored(self) -> np.ndarray:
+        return (self.labels >= 0) & (self.labels < self.vocab)
+
+    @property
+    def exact(self) -> np.ndarray:
+        return self.values.double().numpy()
+
+    def place(self, row: int) -> slice:
+        start = (self.offset + row * self.stride) * self.width
+        return slice(start, start + self.vocab * self.width)
+
+    def write(self) -> None:
+        """Puts the labelled rows into the buffer."""
+        for row in np.flatnonzero(self.is_scored):
+            self.buffer.raw[self.place(row)] = self.values[row].view(torch.uint8).numpy()
+            self.buffer.valid[self.place(row)] = 1
+
+    def read(self, buffer: Any, row: int) -> np.ndarray:
+        """A row of the same shape and place out of another buffer, as float64."""
+        data = torch.from_numpy(buffer.raw[self.place(row)].copy()).view(DTYPES[self.dtype])
+        return data.double().numpy()
+
+    def arguments(self) -> dict[str, Any]:
+        self.label_buffer = load_ptxsim().Buffer(self.labels)
+        return {
+            "logits": self.buffer.address + self.offset * self.width,
+            "labels": self.label_buffer.address,
+            "rows": self.rows,
+            "vocab": self.vocab,
+            "inner": self.rows,
+            "outer_stride": 0,
+            "row_stride": self.stride,
+            "ignore_index": -100,
+            "dtype": self.dtype,
+        }
+
+
+def poisoned(nbytes: int) -> Any:
+    """Memory that nobody has written yet."""
+    return load_ptxsim().Buffer(nbytes=nbytes, init=None)
+
+
+def run_token_logp(
+    native: SimulatedNative, rows: Rows, stats: int = 0, multiprocessors: int = MULTIPROCESSORS
+) -> dict[str, np.ndarray]:
+    """Launches token_logp; returns its outputs. All of them were poisoned, and all must have been written."""
+    simulator = load_ptxsim()
+    shape = native.real.cuda_forward_shape(
+        rows=rows.rows, vocab=rows.vocab, dtype=rows.dtype, pairs=0, multiprocessors=multiprocessors
+    )
+    counters = simulator.Buffer(np.zeros(shape["counters"], np.uint32))
+    out = {name: poisoned(4 * rows.rows) for name in ("logp", "row_max", "row_sum")}
+    out["row_stats"] = poisoned(4 * rows.rows * stats.bit_count())
+    scratch = poisoned(shape["scratch_bytes"])
+    native.launch(
+        "token_logp",
+        rows.arguments()
+        | {name: buffer.address for name, buffer in out.items()}
+        | {"stats": stats, "scratch": scratch.address, "counters": counters.address}
+        | {"multiprocessors": multiprocessors},
+    )
+    assert not counters.array().any(), "a counter was not reset"
+    return {name: written(buffer, np.float32) for name, buffer in out.items()}
+
+
+PAIR_OUTPUTS = {  # bytes per pair or in all, and type
+    "loss": (0, 4, np.float32),
+    "terms": (0, 12, np.float32),
+    "reward_shift": (0, 4, np.float32),
+    "sums": (8, 0, np.float32),
+    "reward": (8, 0, np.float32),
+    "tokens": (16, 0, np.int64),
+    "new_state": (0, 16, np.float64),
+    "batch": (0, 16, np.float64),
+}
+CONFIG = {
+    "beta": 0.1, "dpo_weight": 0.8, "bco_weight": 0.2, "ntp_weight": 1.0, "label_smoothing": 0.0,
+    "average_sequences": False, "rule": 1, "update_first": True, "decay": 0.99,
+}  # fmt: skip
+
+
+class Pairs:
+    """Inputs and poisoned outputs of a pair loss."""
+
+    def __init__(
+        self,
+        rows: int,
+        ref_logp: np.ndarray,
+        offsets: np.ndarray | None = None,
+        state: tuple[float, float] = (0.2, 3.0),
+    ) -> None:
+        simulator = load_ptxsim()
+        self.pairs = len(ref_logp) // 2
+        self.inputs = {"ref_logp": simulator.Buffer(ref_logp), "state": simulator.Buffer(np.array(state))}
+        if offsets is not None:
+            self.inputs["offsets"] = simulator.Buffer(offsets)
+        self.out = {name: poisoned(each * self.pairs + once) for name, (each, once, _) in PAIR_OUTPUTS.items()}
+        self.out["weight"] = poisoned(4 * rows)
+        self.types = {
+            "ref_is_float": ref_logp.dtype == np.float32,
+            "offsets_are_int32": offsets is not None and offsets.dtype == np.int32,
+        }
+
+    def arguments(self, **config: Any) -> dict[str, Any]:
+        buffers = {name: buffer.address for name, buffer in (self.inputs | self.out).items()}
+        return {"offsets": 0, "pairs": self.pairs, **buffers, **self.types, **CONFIG, **config}
+
+    def results(self) -> dict[str, np.ndarray]:
+        found = {name: written(self.out[name], dtype) for name, (_, _, dtype) in PAIR_OUTPUTS.items()}
+        return found | {"weight": written(self.out["weight"], np.float32)}
+
+
+def run_forward(
+    native: SimulatedNative, rows: Rows, pairs: Pairs, stats: int = 0, multiprocessors: int = MULTIPROCESSORS,
+    **config: Any,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Launches the one-kernel forward; returns all its outputs."""
+    simulator = load_ptxsim()
+    shape = native.real.cuda_forward_shape(
+        rows=rows.rows, vocab=rows.vocab, dtype=rows.dtype, pairs=pairs.pairs, multiprocessors=multiprocessors
+    )
+    counters = simulator.Buffer(np.zeros(shape["counters"], np.uint32))
+    out = {name: poisoned(4 * rows.rows) for name in ("logp", "row_max", "row_sum")}
+    out["row_stats"] = poisoned(4 * rows.rows * stats.bit_count())
+    scratch = poisoned(shape["scratch_bytes"])
+    native.launch(
+        "forward",
+        rows.arguments()
+        | pairs.arguments(**config)
+        | {name: buffer.address for name, buffer in out.items()}
+        | {"stats": stats, "scratch": scratch.address, "counters": counters.address}
+        | {"multiprocessors": multiprocessors},
+    )
+    assert not counters.array().any(), "a counter was not reset"
+    return {name: written(buffer, np.float32) for name, buffer in out.items()} | pairs.results()
+
+
+def run_pair_loss(
+    native: SimulatedNative, logp: np.ndarray, labels: np.ndarray, pairs: Pairs, **config: Any
+) -> dict[str, np.ndarray]:
+    """Launches pair_loss by itself."""
+    simulator = load_ptxsim()
+    scratch = poisoned(native.real.cuda_pair_loss_shape(pairs=pairs.pairs)["scratch_bytes"])
+    inputs = simulator.Buffer(logp), simulator.Buffer(labels)
+    native.launch(
+        "pair_loss",
+        pairs.arguments(**config)
+        | {"logp": inputs[0].address, "labels": inputs[1].address, "rows": len(logp), "ignore_index": -100}
+        | {"scratch": scratch.address},
+    )
+    return pairs.results()
+
+
+def run_logits_grad(
+    native: SimulatedNative,
+    rows: Rows,
+    row_max: np.ndarray,
+    row_sum: np.ndarray,
+    weight: np.ndarray,
+    *,
+    scale: np.ndarray | None = None,
+    grad: Rows | None = None,
+    is_in_place: bool = False,
+    is_zeroed: bool = False,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> Any:
+    """Launches logits_grad; returns the buffer with the gradient, laid out like the logits or like ``grad``."""
+    simulator = load_ptxsim()
+    inputs = [simulator.Buffer(np.ascontiguousarray(rows_)) for rows_ in (row_max, row_sum, weight)]
+    factor = None if scale is None else simulator.Buffer(scale)
+    place = grad or rows
+    out = rows.buffer if is_in_place else poisoned((place.offset + place.rows * place.stride) * place.width)
+    native.launch(
+        "logits_grad",
+        rows.arguments()
+        | {"row_max": inputs[0].address, "row_sum": inputs[1].address, "weight": inputs[2].address}
+        | {"scale": 0 if factor is None else factor.address, "grad": out.address + place.offset * place.width}
+        | {"scale_is_float": scale is not None and scale.dtype == np.float32, "is_zeroed": is_zeroed}
+        | {"grad_inner": rows.rows, "grad_outer_stride": 0, "grad_row_stride": place.stride}
+        | {"multiprocessors": multiprocessors},
+    )
+    return out
+
+
+def written(buffer: Any, dtype: Any) -> np.ndarray:
+    """The contents of a poisoned buffer, all of which must have been written."""
+    assert buffer.valid[: buffer.nbytes].all(), "part of an output was not written"
+    return buffer.array(dtype).copy()
+
+
+@contextlib.contextmanager
+def simulated_backend(native: SimulatedNative) -> Iterator[SimulatedNative]:
+    """Lets ``mpo_ext`` serve tensors on the CPU with backend="cuda", by way of the simulator."""
+    from mpo_ext import ops
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_native", lambda: native)
+        patch.setattr(ops, "_current_stream", lambda tensor: 0)
+        patch.setattr(ops, "_multiprocessors", lambda device: MULTIPROCESSORS)
+        patch.setattr(ops, "choose_backend", lambda backend, logits: backend or "cuda")
+        patch.setattr(ops, "_counters", lambda size, tensor: torch.zeros(size, dtype=torch.int32))
+        yield native
+
+
+def exact_rows(rows: Rows) -> dict[str, np.ndarray]:
+    """The definition, in float64."""
+    n = rows.rows
+    found = {name: np.zeros(n) for name in ("logp", "entropy", "mean_logit", "top1", "sum_p_squared")}
+    found["p"] = np.zeros((n, rows.vocab))
+    for row, label in enumerate(rows.labels):
+        if label == -100:
+            continue
+        if not rows.is_scored[row]:
+            for name in found:
+                found[name][row] = math.nan
+            continue
+        z = rows.exact[row]
+        with np.errstate(invalid="ignore"):
+            shifted = z - z.max()
+            logp = shifted - np.log(np.exp(shifted).sum())
+            p = np.exp(logp)
+            found["entropy"][row] = -np.where(p > 0, p * logp, np.where(np.isnan(p), p, 0)).sum()
+        found["p"][row], found["logp"][row] = p, logp[label]
+        found["mean_logit"][row], found["sum_p_squared"][row] = z.mean(), (p * p).sum()
+        found["top1"][row] = float(z[label] == z.max())
+    return found

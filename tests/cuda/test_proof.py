@@ -1,0 +1,168 @@
+"""What the results alone do not show: memory traffic, fences, and that broken kernels are caught."""
+
+import re
+
+import numpy as np
+import pytest
+from simulator import (
+    Pairs,
+    Rows,
+    SimulatedNative,
+    load_ptxsim,
+    need_nvcc,
+    ptx,
+    run_forward,
+    run_logits_grad,
+    run_token_logp,
+)
+
+load_ptxsim()
+need_nvcc()
+
+
+# ---------------------------------------------------------------------------------------------------------- traffic
+
+
+def bytes_of(report: object, buffer: object) -> tuple[int, int]:
+    found = [b for b in report.buffers if b.buffer is buffer]
+    return (found[0].bytes_read, found[0].bytes_written) if found else (0, 0)
+
+
+def efficiency(report: object, kind: str, width: int) -> float:
+    """Bytes asked for by the vector loads (or stores) of logits over the bytes of the sectors they touch."""
+    accesses = [
+        a for a in report.accesses if a.space == "global" and a.kind == kind and f".v{width // 4}." in a.ins.text
+    ]
+    return sum(a.bytes for a in accesses) / (32 * sum(a.sectors for a in accesses))
+
+
+@pytest.mark.parametrize(("vocab", "at_least"), [(4096, 0.95), (5003, 0.9), (15001, 0.9)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_each_labelled_logit_is_read_once_and_each_gradient_written_once(
+    dtype: str, vocab: int, at_least: float
+) -> None:
+    labels = [-100] * 6 + [3, -100, vocab - 1, 700, -100, 0]
+    rows = Rows(dtype, labels, vocab, vocab)
+    native = SimulatedNative()
+    out = run_forward(native, rows, Pairs(rows.rows, np.array([-20.0, -30.0])))
+    labelled_bytes = int(rows.is_scored.sum()) * vocab * rows.width
+    _, forward = native.reports[-1]
+    read, _ = bytes_of(forward, rows.buffer)
+    assert labelled_bytes <= read <= 1.01 * labelled_bytes
+    assert forward.global_bytes_stored <= 64 * rows.rows + 64 * forward.grid[0] + 512
+    assert efficiency(forward, "load", 16) >= at_least
+
+    grad = run_logits_grad(native, rows, out["row_max"], out["row_sum"], out["weight"])
+    _, backward = native.reports[-1]
+    read, _ = bytes_of(backward, rows.buffer)
+    _, write = bytes_of(backward, grad)
+    assert labelled_bytes <= read <= 1.01 * labelled_bytes
+    assert rows.rows * vocab * rows.width <= write <= 1.01 * rows.rows * vocab * rows.width
+    assert efficiency(backward, "load", 16) >= at_least
+    assert efficiency(backward, "store", 16) >= at_least
+
+
+def test_the_work_of_the_blocks_is_even() -> None:
+    """Labelled rows that lie together at the end are shared out like any others."""
+    vocab = 9001
+    rows = Rows("bfloat16", [-100] * 40 + [5] * 13, vocab, vocab)
+    native = SimulatedNative()
+    shape = native.real.cuda_forward_shape(rows=53, vocab=vocab, dtype="bfloat16", pairs=0, multiprocessors=2)
+    assert shape["grid"] == 6
+    run_token_logp(native, rows)
+    vectors = 13 * ((vocab + 63 + 7) // 8)
+    starts = [split_start(vectors, vectors // 13, part, 6) for part in range(7)]
+    sizes = np.diff(starts)
+    assert sizes.max() / sizes.mean() < 1.03
+
+
+def split_start(vectors: int, row_vectors: int, part: int, parts: int) -> int:
+    row, offset = divmod(vectors * part // parts, row_vectors)
+    return row * row_vectors + offset // 32 * 32
+
+
+# ----------------------------------------------------------------------------------------------------------- fences
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_a_fence_stands_on_either_side_of_each_ticket(arch: str) -> None:
+    """ptxsim's memory is sequentially consistent, so it cannot miss a fence; hence this look at the PTX.
+
+    A block publishes what it wrote (store, or the barrier behind its threads' stores), fences, draws a ticket, fences,
+    and only then reads what others published. So: between the last global store or barrier before a ticket and the
+    ticket there is a fence, and there is one between the ticket and the next global load, store or barrier.
+    """
+    kernels = re.split(r"\.visible \.entry|\.entry", ptx("token_logp", arch))[1:]
+    assert len(kernels) == 12
+    publishes = re.compile(r"\b(st\.global|st\.shared|bar\.sync|barrier\.sync)|\bst\.v\d")
+    reads = re.compile(r"\b(ld\.global|bar\.sync|barrier\.sync|bar\.warp)")
+    fence = re.compile(r"\b(membar\.gl|fence\.(acq_rel|sc)\.gpu)\b")
+    for kernel in kernels:
+        lines = [
+            line.strip()
+            for line in kernel.splitlines()
+            if line.strip() and not line.strip().startswith((".loc", "//"))
+        ]
+        tickets = [i for i, line in enumerate(lines) if re.search(r"\batom\.\S*inc", line)]
+        is_fused = "Lb1EEEv" in kernel.split("(")[0]
+        assert len(tickets) == (2 if is_fused else 1)
+        for ticket in tickets:
+            before = next(i for i in range(ticket - 1, -1, -1) if publishes.search(lines[i]) or fence.search(lines[i]))
+            assert fence.search(lines[before]), f"{lines[before]} comes before {lines[ticket]} without a fence"
+            after = next(i for i in range(ticket + 1, len(lines)) if reads.search(lines[i]) or fence.search(lines[i]))
+            assert fence.search(lines[after]), f"{lines[after]} follows {lines[ticket]} without a fence"
+
+
+# --------------------------------------------------------------------------------------------------- broken kernels
+
+
+def results(edit: tuple[str, str] | None, vocab: int = 9001, **options: object) -> dict[str, np.ndarray]:
+    rows = Rows("bfloat16", [3, -100, 5, vocab - 1], vocab, vocab)
+    return run_forward(SimulatedNative(edit=edit, traffic=False, **options), rows, Pairs(4, np.array([-20.0, -30.0])))
+
+
+def test_the_means_to_break_kernels_leave_them_whole() -> None:
+    untouched = results(("constexpr int kWords = 4;", "constexpr int kWords = 2 + 2;"))
+    assert {k: v.tobytes() for k, v in results(None).items()} == {k: v.tobytes() for k, v in untouched.items()}
+
+
+def test_a_missing_barrier_is_caught() -> None:
+    barrier = "    // warps[buffer] is complete; and warp 0 has read the other one, which the next row overwrites.\n"
+    with pytest.raises(load_ptxsim().RaceError):
+        results((barrier + "    __syncthreads();\n", ""))
+
+
+def test_a_tail_that_is_off_by_one_is_caught() -> None:
+    broken = results(
+        ("g.tail = max(g.skip + vocab - g.end * kVec, 0);", "g.tail = max(g.skip + vocab - g.end * kVec - 1, 0);")
+    )
+    whole = results(None)
+    assert not np.array_equal(broken["row_sum"], whole["row_sum"])
+
+
+def test_a_head_that_is_off_by_one_is_caught() -> None:
+    with pytest.raises(load_ptxsim().MemoryFault):
+        results(("g.head = min(vocab, g.begin * kVec - g.skip);", "g.head = min(vocab, g.begin * kVec - g.skip) - 1;"
+                 "\n    g.base -= 2;"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("atomicInc(a.counters + gridDim.x, gridDim.x - 1)", "atomicAdd(a.counters + gridDim.x, 1u)"),
+        (
+            "atomicInc(a.counters + first, static_cast<unsigned>(last - first))",
+            "atomicAdd(a.counters + first, 1u)",
+        ),
+    ],
+    ids=["of the grid", "of a row"],
+)
+def test_a_counter_that_is_not_reset_is_caught(edit: tuple[str, str]) -> None:
+    with pytest.raises(AssertionError, match="a counter was not reset"):
+        results(edit)
+
+
+def test_a_last_block_that_is_not_the_last_is_caught() -> None:
+    ticket = "shared.is_last = atomicInc(a.counters + gridDim.x, gridDim.x - 1) == gridDim.x - 1;"
+    with pytest.raises(load_ptxsim().MemoryFault):  # it reads what other blocks have not written yet
+        results((ticket, ticket.replace("== gridDim.x - 1;", "== 0;")), resident=1)
