@@ -52,7 +52,7 @@ class Settings:
     dropout_ntp_pairs: int = 1000
     branch_steps: int = 100
     branch_batch: int = 64
-    branch_rate: float = 5e-4
+    branch_rate: float = 2e-4
     warmup_steps: int = 10
     evaluation_tasks: int = 1500
     validation_tasks: int = 300
