@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 
+sys.path.append(str(ROOT / "tests" / "cuda"))  # simulator.py, for the cases that all kernels must agree on
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore = ["test_triton_compiled.py", "test_triton_choice.py"]
 else:
