@@ -79,9 +79,9 @@ def test_labelled_rows_are_cut_evenly_wherever_they_lie() -> None:
 def fence_problems(text: str) -> list[str]:
     """Tickets that do not stand between two fences.
 
-    A block publishes what it wrote (a store, or the barrier behind its threads' stores), fences, draws a ticket, fences,
-    and only then reads what others published. So: between the last global store or barrier before a ticket and the
-    ticket there is a fence, and there is one between the ticket and the next global load or barrier.
+    A block publishes what it wrote (a store, or the barrier behind its threads' stores), fences, draws a ticket,
+    fences, and only then reads what others published. So: between the last global store or barrier before a ticket
+    and the ticket there is a fence, and there is one between the ticket and the next global load or barrier.
     """
     publishes = re.compile(r"\b(st\.global|st\.shared|bar\.sync|barrier\.sync)|\bst\.v\d")
     reads = re.compile(r"\b(ld\.global|bar\.sync|barrier\.sync|bar\.warp)")
