@@ -31,7 +31,7 @@ gpu-check: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	for kind in address,undefined thread; do \
 	  $(BIN)/cmake --fresh -G Ninja -S . -B build/sanitize-$$kind -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	    -DMPO_PYTHON=OFF -DMPO_CUDA=OFF -DMPO_NATIVE_TESTS=ON -DMPO_WERROR=ON -DMPO_SANITIZE=$$kind && \
+	    -DMPO_CUDA=OFF -DMPO_PYTHON=OFF -DMPO_NATIVE_TESTS=ON -DMPO_WERROR=ON -DMPO_SANITIZE=$$kind && \
 	  $(BIN)/cmake --build build/sanitize-$$kind && build/sanitize-$$kind/native_tests || exit 1; \
 	done
 

@@ -86,7 +86,7 @@ def mpo_loss(
         stats: Any of "entropy" (nats), "mean_logit" and "top1" (the label has the row's largest logit), computed in
             the same read.
         reuse_logits: Lets backward write the gradient into the logits' own memory, which must then serve nobody
-            else. A second backward raises.
+            else. A second backward raises. Nothing to the backend "reference", whose backward is autograd's.
         backend: None for the best one available, or "cpu", "cuda", "triton", or "reference" (plain torch).
 
     Returns:

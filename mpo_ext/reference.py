@@ -1,7 +1,8 @@
 """The MPO loss in plain torch: its readable definition, and the eager baseline of the benchmarks.
 
 Differentiable through autograd, on any device, to any order. Nothing here is optimised: it materialises a float32
-``log_softmax`` of all rows, as trainers commonly do. ``mpo_ext.loss`` calls it for ``backend="reference"``.
+``log_softmax`` of all rows, as trainers commonly do: so a NaN in the logits of an ignored row, which the kernels never
+read, reaches its gradient here. ``mpo_ext.loss`` calls it for ``backend="reference"``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,162 @@
+"""The demo's task: questions about 2x2 grids of handwritten digits, answered directly or step by step.
+
+Every image is built from scikit-learn's 8x8 digits, each enlarged to 16x16, so a grid has 32x32 pixels. The digits are
+split once, and no digit of one split ever occurs in another.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CELL_PIXELS = 16
+IMAGE_PIXELS = 2 * CELL_PIXELS
+CELLS = ("top-left", "top-right", "bottom-left", "bottom-right")
+REGIONS = {
+    "top row": (0, 1),
+    "bottom row": (2, 3),
+    "left column": (0, 2),
+    "right column": (1, 3),
+    "main diagonal": (0, 3),
+    "other diagonal": (1, 2),
+    "whole grid": (0, 1, 2, 3),
+}
+OPERATIONS = {"sum": sum}
+LARGEST_ANSWER = 9 * len(CELLS)
+FORMS = ("direct", "cot")
+INSTRUCTIONS = {"direct": "Answer directly.", "cot": "Think stepwise."}
+TRIGGER = "Final answer:"
+SPLIT_SIZES = {"train": 1100, "validation": 247, "held-out": 450}
+_SPLIT_SEED = 0  # the split is part of the task, so it does not follow the seed of a run
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Digits:
+    """The digits of one split: ``images`` ``[N, 8, 8]`` float32 in [0, 1], ``values`` and ``indices`` ``[N]``.
+
+    ``indices`` are the positions in scikit-learn's data set; they show that two splits share nothing.
+    """
+
+    images: np.ndarray
+    values: np.ndarray
+    indices: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Task:
+    """One question about one image, with its true answer and how a careful reader would give it.
+
+    Attributes:
+        image: ``[1, 32, 32]`` float32 in [0, 1]; None leaves it out of the prompt.
+        values: The four digits, in the order of ``CELLS``.
+        operation: Key of ``OPERATIONS``.
+        region: Key of ``REGIONS``.
+        form: "direct" or "cot": what the question asks for.
+    """
+
+    image: Tensor | None
+    values: tuple[int, ...]
+    operation: str
+    region: str
+    form: str
+
+    @property
+    def question(self) -> str:
+        return f"What is the {self.operation} of the {self.region} ? {INSTRUCTIONS[self.form]}"
+
+    @property
+    def answer(self) -> int:
+        return OPERATIONS[self.operation](self.values[cell] for cell in REGIONS[self.region])
+
+    @property
+    def response(self) -> str:
+        """The right response in the form that the question asks for."""
+        if self.form == "direct":
+            return str(self.answer)
+        cells = REGIONS[self.region]
+        steps = []
+        for count, cell in enumerate(cells, start=1):
+            so_far = OPERATIONS[self.operation](self.values[seen] for seen in cells[:count])
+            steps.append(f"{CELLS[cell]} {self.values[cell]} {self.operation} {so_far}")
+        return f"{' , '.join(steps)} . {TRIGGER} {self.answer}"
+
+
+@functools.cache
+def load_digits() -> dict[str, Digits]:
+    """Loads scikit-learn's 1,797 digits and splits them into train, validation and held-out."""
+    from sklearn.datasets import load_digits as load
+
+    images, values = load(return_X_y=True)
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(values))
+    splits, start = {}, 0
+    for name, size in SPLIT_SIZES.items():
+        indices = order[start : start + size]
+        pixels = images[indices].reshape(-1, 8, 8).astype(np.float32) / 16
+        splits[name] = Digits(pixels, values[indices], indices)
+        start += size
+    return splits
+
+
+def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str | None = None) -> list[Task]:
+    """Draws questions about fresh grids: half of them about the whole grid, half about two of its cells.
+
+    Args:
+        digits: The split to draw digits from.
+        count: Number of questions.
+        rng: Source of every choice.
+        form: "direct" or "cot"; None draws it as well.
+    """
+    if form is not None and form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)} or None, got {form!r}")
+    tasks = []
+    smaller = [region for region, cells in REGIONS.items() if len(cells) < len(CELLS)]
+    for _ in range(count):
+        region = "whole grid" if rng.random() < 0.5 else str(rng.choice(smaller))
+        picked = rng.integers(len(digits.values), size=len(CELLS))
+        tasks.append(
+            Task(
+                image=grid_image(digits.images[picked]),
+                values=tuple(int(value) for value in digits.values[picked]),
+                operation=str(rng.choice(list(OPERATIONS))),
+                region=region,
+                form=form or str(rng.choice(FORMS)),
+            )
+        )
+    return tasks
+
+
+def without_image(task: Task) -> Task:
+    """The same question with nothing to look at."""
+    return dataclasses.replace(task, image=None)
+
+
+def grid_image(cells: np.ndarray) -> Tensor:
+    """Puts four digits ``[4, 8, 8]`` together to one image ``[1, 32, 32]``."""
+    scale = CELL_PIXELS // cells.shape[-1]
+    large = cells.repeat(scale, axis=1).repeat(scale, axis=2)
+    rows = [np.concatenate([large[0], large[1]], axis=1), np.concatenate([large[2], large[3]], axis=1)]
+    return torch.from_numpy(np.concatenate(rows, axis=0)).unsqueeze(0)
+
+
+def parse_answer(text: str, form: str) -> int | None:
+    """Reads the answer out of a response, or gives None where the response has not the form that was asked for.
+
+    A direct response is a number and nothing else. A step-by-step response has a reasoning, then the trigger once,
+    then a number and nothing else.
+    """
+    if form == "cot":
+        reasoning, trigger, text = text.partition(TRIGGER)
+        if not trigger or not reasoning.strip():
+            return None
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def vocabulary() -> Iterator[str]:
+    """Yields every word that a question or a right response can hold, each once."""
+    words = [" ".join(INSTRUCTIONS.values()), "What is the of ?", *CELLS, *REGIONS, *OPERATIONS, ", .", TRIGGER]
+    words += map(str, range(LARGEST_ANSWER + 1))
+    yield from dict.fromkeys(word for text in words for word in text.split())

@@ -1,0 +1,303 @@
+"""The whole demo: SFT, pairs, three branches, evaluation, and the files that show them."""
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import PreTrainedTokenizerFast
+
+from mpo_ext import report
+from mpo_ext.demo import digits
+from mpo_ext.demo.model import build_model, build_tokenizer
+from mpo_ext.demo.pairs import KEEP_RATIO, Pair, make_pairs, most_responses
+from mpo_ext.demo.settings import Settings
+from mpo_ext.demo.train import METHODS, evaluate, reference_logp, train_branch, train_sft
+
+START = "SFT start"
+LABELS = {START: START, "SFT": "SFT continued", "DPO": "DPO only", "MPO": "MPO"}
+_COLORS = {START: "0.6", "SFT": "C0", "DPO": "C3", "MPO": "C2"}
+_SHOWN_PAIRS = 400
+_EVALUATION_SEED = 1  # the same held-out questions for every run
+_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
+
+
+@dataclasses.dataclass(slots=True)
+class Outcome:
+    """What one seed gave.
+
+    Attributes:
+        settings: Of the run.
+        seconds: Of each stage.
+        sft_curve: From ``train_sft``.
+        pair_counts: Number of pairs by form and source.
+        branch_curves: From ``train_branch``, by method.
+        accuracy: From ``evaluate``, by method; the SFT model under ``START``.
+    """
+
+    settings: Settings
+    seconds: dict[str, float]
+    sft_curve: list[dict[str, float]]
+    pair_counts: dict[str, int]
+    branch_curves: dict[str, list[dict[str, float]]]
+    accuracy: dict[str, dict[str, dict[str, float]]]
+
+
+class _Stages:
+    """Tells what is going on: a sentence before each stage, a bar with the time left, and the time it took."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str, explanation: str, total: int) -> Iterator[Callable[..., None]]:
+        """Yields a function that takes the steps done since its last call, and the new total where that changed."""
+        self.console.print(f"[bold]{name}[/bold]: {explanation}")
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        start = time.perf_counter()
+        with Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        ) as progress:
+            bar = progress.add_task(name, total=total)
+
+            def advance(steps: int = 1, total: int | None = None) -> None:
+                progress.update(bar, advance=steps, total=total)
+
+            yield advance
+        self.seconds[name] = time.perf_counter() - start
+        self.console.print(f"  {self.seconds[name]:.1f} s")
+
+
+def run(*, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, backend: str | None) -> None:
+    """Runs the demo for each seed and writes ``results.json``, ``table.md``, ``curves.png`` and ``pairs.html``.
+
+    Args:
+        out: Existing folder.
+        seeds: One run each. Curves and pairs are those of the first.
+        quick: Takes ``Settings.quick``.
+        threads: CPU threads, None as torch decides.
+        backend: Of the loss, None for the best that is installed.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    start = time.perf_counter()
+    outcomes: list[Outcome] = []
+    for seed in seeds:
+        settings = Settings.quick(seed) if quick else Settings(seed=seed)
+        outcome, pairs, tokenizer = run_seed(dataclasses.replace(settings, backend=backend), console)
+        if not outcomes:
+            save_pairs(out / "pairs.html", pairs, tokenizer, seed)
+            save_curves(out / "curves.png", outcome)
+        outcomes.append(outcome)
+        # After every seed: a long run that is interrupted keeps what it has.
+        save_results(out / "results.json", outcomes, time.perf_counter() - start)
+        (out / "table.md").write_text(markdown(outcomes), encoding="utf-8")
+    print_table(console, outcomes)
+    console.print(f"{time.perf_counter() - start:.0f} s in all; table, curves and pairs are in {out}")
+
+
+def run_seed(settings: Settings, console: Console) -> tuple[Outcome, list[Pair], PreTrainedTokenizerFast]:
+    """Runs the demo once."""
+    torch.manual_seed(settings.seed)
+    rng = np.random.default_rng(settings.seed)
+    stages = _Stages(console)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, hidden_size=settings.hidden_size, layers=settings.layers)
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    console.rule(f"seed {settings.seed}")
+
+    text = f"a {type(model).__name__} with {size:.2f} M parameters learns to read grids of digits, but not to the end"
+    with stages.stage("SFT", text, settings.sft_most_steps + settings.sft_decay_steps) as advance:
+        sft_curve = train_sft(model, tokenizer, settings, rng, on_step=lambda step, most: advance(1, most))
+
+    text = "it answers training questions; right answers are paired with wrong ones and with answers continued blindly"
+    with stages.stage("pairs", text, most_responses(settings)) as advance:
+        pairs = make_pairs(model, tokenizer, settings, rng, on_batch=advance)
+    if not pairs:
+        raise RuntimeError("the SFT model gave no right answer to make a pair from")
+    counts = collections.Counter(f"{pair.task.form} {pair.source}" for pair in pairs)
+    console.print(f"  {len(pairs)} pairs: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}")
+    with stages.stage("reference", "its log-probabilities of all pairs, computed once", len(pairs)) as advance:
+        ref_logp = reference_logp(model, tokenizer, pairs, settings, on_batch=advance)
+
+    models, curves = {START: model}, {}
+    for method, config in METHODS.items():
+        weights = f"dpo {config.dpo_weight:g}, bco {config.bco_weight:g}, ntp {config.ntp_weight:g}"
+        text = f"the SFT model trained further on the pairs with weights {weights}"
+        models[method] = copy.deepcopy(model)
+        with stages.stage(LABELS[method], text, settings.branch_steps) as advance:
+            curves[method] = train_branch(
+                models[method], tokenizer, pairs, ref_logp, config, settings, on_step=advance
+            )
+
+    tasks = held_out_tasks(settings)
+    text = f"{len(tasks)} questions about held-out digits to each of the {len(models)} models"
+    with stages.stage("evaluation", text, len(tasks) * len(models)) as advance:
+        accuracy = {name: evaluate(model, tokenizer, tasks, on_batch=advance) for name, model in models.items()}
+    outcome = Outcome(settings, stages.seconds, sft_curve, dict(counts), curves, accuracy)
+    return outcome, pairs, tokenizer
+
+
+def held_out_tasks(settings: Settings) -> list[digits.Task]:
+    """The questions of the final comparison, half of them direct, half step by step."""
+    rng = np.random.default_rng(_EVALUATION_SEED)
+    split = digits.load_digits()["held-out"]
+    return [task for form in digits.FORMS for task in digits.sample_tasks(split, settings.evaluation_tasks, rng, form)]
+
+
+def table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison in percent; with several seeds the mean and the standard deviation."""
+    header = ["method", "direct", "unparsable", "CoT", "unparsable"]
+    rows = []
+    for method, label in LABELS.items():
+        cells = [label]
+        for form in digits.FORMS:
+            for quantity in ("accuracy", "unparsable"):
+                values = [100 * outcome.accuracy[method][form][quantity] for outcome in outcomes]
+                spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.1f}{spread}")
+        rows.append(cells)
+    return header, rows
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """The comparison as Markdown: over all seeds, then each seed's own."""
+    text = report.markdown_table(*table(outcomes)) + f"\n{_note(outcomes)}\n"
+    if len(outcomes) > 1:
+        for outcome in outcomes:
+            text += f"\nSeed {outcome.settings.seed}:\n\n{report.markdown_table(*table([outcome]))}"
+    return text
+
+
+def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """Prints the comparison."""
+    header, rows = table(outcomes)
+    shown = Table(title="Held-out grids, percent", caption=_note(outcomes))
+    for index, name in enumerate(header):
+        shown.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def _note(outcomes: Sequence[Outcome]) -> str:
+    count = outcomes[0].settings.evaluation_tasks
+    note = f"{count} questions per form; one standard error is at most {50 / math.sqrt(count):.1f}."
+    return note + (f" Mean ± standard deviation over {len(outcomes)} seeds." if len(outcomes) > 1 else "")
+
+
+def save_results(path: Path, outcomes: Sequence[Outcome], seconds: float) -> None:
+    """Writes every number, with the settings and versions that it takes to get it again."""
+    results = {
+        "versions": {
+            "mpo_ext": importlib.import_module("mpo_ext").__version__,
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in _PACKAGES},
+        },
+        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
+        "seconds": seconds,
+        "runs": [dataclasses.asdict(outcome) for outcome in outcomes],
+    }
+    path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def save_curves(path: Path, outcome: Outcome) -> None:
+    """Draws how the SFT went, how the branches went, and where they ended."""
+
+    def lines(*quantities: tuple[str, str, str]) -> list[report.Line]:
+        drawn = []
+        for method, curve in outcome.branch_curves.items():
+            for key, suffix, style in quantities:
+                x, y = [point["step"] for point in curve], [point[key] for point in curve]
+                drawn.append(report.Line(f"{method}{suffix}", x, y, _COLORS[method], style, smooth=9))
+        return drawn
+
+    sft = outcome.sft_curve
+    looks = [point for point in sft if "accuracy" in point]
+    accuracy = [report.Line("", [p["step"] for p in looks], [100 * p["accuracy"] for p in looks])]
+    bars = [
+        report.Bars(
+            label=LABELS[method],
+            names=digits.FORMS,
+            values=[100 * forms[form]["accuracy"] for form in digits.FORMS],
+            errors=[_standard_error(**forms[form]) for form in digits.FORMS],
+            color=_COLORS[method],
+        )
+        for method, forms in outcome.accuracy.items()
+    ]
+    rewards = lines(("chosen_reward", " chosen", "-"), ("rejected_reward", " rejected", "--"))
+    panels = [
+        report.Panel("SFT: loss", "step", "nats per token", [report.Line("", *_points(sft, "loss"), smooth=9)]),
+        report.Panel("SFT: step-by-step accuracy on validation", "step", "%", accuracy),
+        report.Panel("Held-out accuracy at the end", "form of the question", "%", bars),
+        report.Panel("Branches: loss on the chosen responses", "step", "nats per token", lines(("ntp_loss", "", "-"))),
+        report.Panel("Branches: rewards", "step", "beta * (logp - ref_logp)", rewards),
+        report.Panel("Branches: chosen above rejected", "step", "share of pairs", lines(("reward_accuracy", "", "-"))),
+    ]
+    report.save_panels(path, f"Digits demo, seed {outcome.settings.seed}", panels)
+
+
+def _points(curve: Sequence[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
+    return [point["step"] for point in curve], [point[key] for point in curve]
+
+
+def _standard_error(accuracy: float, count: float, **_: float) -> float:
+    return 100 * math.sqrt(accuracy * (1 - accuracy) / count)
+
+
+def save_pairs(path: Path, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """Writes a page of pairs, picked at random where there are many."""
+    picked = np.random.default_rng(seed).permutation(len(pairs))[:_SHOWN_PAIRS]
+    values = {
+        "title": "Preference pairs of the digits demo",
+        "introduction": f"{len(picked)} of {len(pairs)} pairs, picked at random. The responses are the SFT model's "
+        f"own, sampled on training grids; DropoutNTP keeps {KEEP_RATIO:.0%} of a chosen response.",
+        "sources": sorted({pair.source for pair in pairs}),
+        "forms": digits.FORMS,
+        "pairs": [_shown(pairs[index], tokenizer) for index in picked],
+    }
+    report.save_page(path, "pairs.html.j2", values)
+
+
+def _shown(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What the page says about a pair. The beginning that both responses share is told apart from the rest."""
+    if pair.task.image is None:
+        raise ValueError("pair must have an image to show, got none")
+    shared = pair.cut
+    while shared < min(len(pair.chosen), len(pair.rejected)) and pair.chosen[shared] == pair.rejected[shared]:
+        shared += 1
+    return {
+        "image": report.png_data_uri(1 - pair.task.image.squeeze(0).numpy()),
+        "image_text": "digits {} {} over {} {}".format(*pair.task.values),
+        "question": pair.task.question,
+        "answer": pair.task.answer,
+        "source": pair.source,
+        "form": pair.task.form,
+        "kept": tokenizer.decode(pair.chosen[: pair.cut]),
+        "shared": tokenizer.decode(pair.chosen[pair.cut : shared]),
+        "chosen": tokenizer.decode(pair.chosen[shared:]) or "(ends here)",
+        "rejected": tokenizer.decode(pair.rejected[shared:]) or "(ends here)",
+    }

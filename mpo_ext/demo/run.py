@@ -1,0 +1,66 @@
+"""The ``mpo-ext demo`` command. Only the standard library is imported here: the rest comes when the demo runs."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_NEEDS = {
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "jinja2": "jinja2",
+    "rich": "rich",
+    "transformers": "transformers",
+    "tokenizers": "tokenizers",
+}
+
+
+def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Registers ``mpo-ext demo``."""
+    parser = subcommands.add_parser(
+        "demo",
+        help="train a tiny multimodal model on digits three ways and compare",
+        description="Trains a tiny InternVL model on 2x2 grids of handwritten digits, lets it make its own preference "
+        "pairs, trains it further by SFT, DPO and MPO, and writes a table, curves and a page of pairs.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where to write (default: demo-out)")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of the first run (default: 0)")
+    parser.add_argument("--seeds", type=_at_least(1), default=1, help="number of runs, each with the next seed")
+    parser.add_argument("--threads", type=_at_least(1), help="CPU threads (default: as torch decides)")
+    parser.add_argument("--backend", help="backend of the loss, as in mpo_loss (default: the best that is installed)")
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that all parts work")
+    parser.set_defaults(run=demo)
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Runs the demo. Returns 1 where a package is missing or the folder cannot be written."""
+    missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"mpo-ext demo needs {', '.join(missing)}: pip install 'mpo-ext[demo]'", file=sys.stderr)
+        return 1
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out must be a folder that can be written, got {args.out}: {error.strerror}", file=sys.stderr)
+        return 1
+
+    from mpo_ext.demo import experiment
+
+    experiment.run(
+        out=args.out,
+        seeds=range(args.seed, args.seed + args.seeds),
+        quick=args.quick,
+        threads=args.threads,
+        backend=args.backend,
+    )
+    return 0
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
