@@ -66,6 +66,7 @@ def choose_backend(backend: str | None, logits: Tensor) -> str:
     return backend
 
 
+@torch.compiler.assume_constant_result  # torch.compile need not trace what the driver is asked
 def cuda_problem(device: torch.device) -> str | None:
     """Says why the CUDA kernels cannot run on tensors of this device, or returns None if they can."""
     try:

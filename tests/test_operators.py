@@ -31,6 +31,10 @@ def test_opcheck_passes_for_every_operator(rows: tuple[Tensor, Tensor]) -> None:
         (ops.token_logp, (logits.bfloat16()[:, 1:], labels[:, 1:], -100, ops.stats_mask(ops.STATS), "cpu")),
         (ops.pair_loss, (logp, labels, torch.zeros(4), state, 1, True, 0.99, None, *pair_options)),
         (ops.pair_loss, (logp, labels, torch.zeros(4), state, 0, False, 0.99, offsets, *pair_options)),
+        (
+            ops.forward,
+            (logits, labels, torch.zeros(4), state, 1, True, 0.99, None, *pair_options[:-1], 0, "cpu"),
+        ),
         (ops.logits_grad, (*grad_args, torch.tensor(2.0), -100, "cpu")),
         (ops.logits_grad, (*grad_args, None, -100, "cpu")),
         (ops.logits_grad_, (logits.clone(), *grad_args[1:], None, -100, "cpu")),

@@ -161,7 +161,7 @@ def test_rows_beyond_2_to_the_31_elements_are_found() -> None:
     rows = Rows("bfloat16", [5, -100, 1002], vocab, vocab)
     far = load_ptxsim().Buffer(nbytes=16)
     far.nbytes = 2 * (2 * stride + vocab)
-    far.raw = np.zeros(far.nbytes + 64, np.uint8)  # pages that nobody touches
+    far.raw = np.zeros(-(-far.nbytes // 32) * 32, np.uint8)  # pages that nobody touches
     for row in (0, 2):
         far.raw[2 * row * stride :][: 2 * vocab] = rows.values[row].view(torch.uint8).numpy()
     rows.buffer, rows.stride = far, stride

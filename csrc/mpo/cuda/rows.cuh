@@ -124,6 +124,7 @@ __device__ __forceinline__ float filler(const Rows& in, int64_t label) {
 }
 
 __device__ __forceinline__ int64_t row_offset(int64_t row, int64_t inner, int64_t outer_stride, int64_t row_stride) {
+  if (row < inner) return row * row_stride;  // as in any contiguous tensor: spares the division
   return row / inner * outer_stride + row % inner * row_stride;
 }
 

@@ -214,9 +214,9 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
     // the barrier, the ticket after it; the last block fences again before its barrier lets the other threads read.
     __syncthreads();  // this block's rows are written
     if (thread == 0) {
-      __threadfence();
+      __threadfence();  // this block's rows are visible before its ticket is
       shared.is_last = atomicInc(a.counters + gridDim.x, gridDim.x - 1) == gridDim.x - 1;
-      __threadfence();
+      __threadfence();  // no row is read before the last ticket is drawn
     }
     __syncthreads();  // is_last is known
     __shared__ PairLossShared pair_shared;
