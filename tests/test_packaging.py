@@ -95,7 +95,9 @@ def test_an_installed_wheel_works_elsewhere_and_in_the_checkout(wheel: Path, che
 
 def test_a_missing_native_module_says_what_to_do(checkout: Path) -> None:
     code = (
-        "import importlib.metadata as m; m.distributions = lambda **k: []\n"
+        "import importlib.metadata as m, sys; m.distributions = lambda **k: []\n"
+        # An editable install of the tree under test would find its module through a finder of its own.
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in f'{f} {type(f)}'.lower()]\n"
         "try:\n    import mpo_ext._native\nexcept ImportError as e: print(e)"
     )
     said = run(sys.executable, "-c", code, cwd=checkout)

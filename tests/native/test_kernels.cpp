@@ -107,13 +107,14 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
   std::vector<Real> logp(count), row_max(count), row_sum(count), stats(mpo::kNumRowStats * count),
       weight(count, Real(0.5));
   mpo::token_logp_cpu({b.rows, logp.data(), row_max.data(), row_sum.data(), stats.data(), 15u}, dtype, threads, isa);
-  std::vector<Real> again(count), plain_max(count), plain_sum(count);
-  mpo::token_logp_cpu({b.rows, again.data(), plain_max.data(), plain_sum.data(), nullptr, 0u}, dtype, 1, isa);
+  std::vector<Real> again(count), again_max(count), again_sum(count), again_stats(mpo::kNumRowStats * count);
+  mpo::token_logp_cpu({b.rows, again.data(), again_max.data(), again_sum.data(), again_stats.data(), 15u}, dtype, 1,
+                      isa);
 
   const double tolerance = sizeof(Real) == 8 ? 1e-12 : 2e-6;
   std::vector<std::vector<double>> expected_grad;
   for (int64_t i = 0; i < count; ++i) {
-    check(std::memcmp(&logp[i], &again[i], sizeof(Real)) == 0, "threads and statistics leave logp as it is", where);
+    check(std::memcmp(&logp[i], &again[i], sizeof(Real)) == 0, "the number of threads leaves logp as it is", where);
     const int64_t label = b.labels[i];
     std::vector<double> grad(static_cast<size_t>(vocab), 0.0);
     if (label == kIgnore) {
