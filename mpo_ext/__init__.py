@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpo_ext.config import MPOConfig
-    from mpo_ext.loss import MPOOutput, mpo_loss, token_logp
+    from mpo_ext.loss import MPOOutput, mpo_loss, shift_labels, token_logp
     from mpo_ext.reward_shift import RewardShift
 
 __version__ = "0.1.0"
@@ -19,10 +19,11 @@ _HOMES = {
     "MPOOutput": "mpo_ext.loss",
     "RewardShift": "mpo_ext.reward_shift",
     "mpo_loss": "mpo_ext.loss",
+    "shift_labels": "mpo_ext.loss",
     "token_logp": "mpo_ext.loss",
 }
 
-__all__ = ["MPOConfig", "MPOOutput", "RewardShift", "__version__", "mpo_loss", "token_logp"]
+__all__ = ["MPOConfig", "MPOOutput", "RewardShift", "__version__", "mpo_loss", "shift_labels", "token_logp"]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ def doctor(args: argparse.Namespace) -> int:
     """Prints a fact a line, for a bug report. Returns 1 if not even the CPU kernels can run."""
     for name, fact in _facts():
         print(f"{name:<20}{fact}")
-    return 0 if _try(lambda: importlib.import_module("mpo_ext._native").cpu_isas())[0] else 1
+    return 0 if _try(lambda: importlib.import_module("mpo_ext.ops").cpu_isa())[0] else 1
 
 
 def _facts() -> Iterator[tuple[str, str]]:
@@ -50,7 +50,9 @@ def _facts() -> Iterator[tuple[str, str]]:
     native = importlib.import_module("mpo_ext._native")
     yield "compiled by", native._C.compiler
     yield "CPU kernels", f"run here as {', '.join(native.cpu_isas())}"
-    in_use = _try(lambda: importlib.import_module("mpo_ext.ops").cpu_isa())[1] if has_torch else native.cpu_isas()[0]
+    has_isa, in_use = True, native.cpu_isas()[0]
+    if has_torch:
+        has_isa, in_use = _try(lambda: importlib.import_module("mpo_ext.ops").cpu_isa())
     yield "in use", f"{in_use} (MPO_CPU_ISA={os.environ.get('MPO_CPU_ISA', '')})"
     archs = native._C.cuda_archs
     yield "CUDA architectures", f"{archs}, {native._C.cuda_compiler}" if archs else "none: built without CUDA kernels"
@@ -58,7 +60,7 @@ def _facts() -> Iterator[tuple[str, str]]:
         yield "backends", "none: torch is missing"
         return
     ops = importlib.import_module("mpo_ext.ops")
-    backends = ["cpu (tensors on the CPU)", "reference (any device)"]
+    backends = ["cpu (tensors on the CPU)", "reference (any device)"] if has_isa else ["reference (any device)"]
     device = "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cuda"
     problem = ops.triton_problem(device)
     if problem is None and not (torch.cuda.is_available() or device == "xpu"):

@@ -3,8 +3,15 @@
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, Literal
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises TypeError unless the value is a real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +33,7 @@ class MPOConfig:
         ignore_index: Label of the positions that count for nothing.
 
     Raises:
+        TypeError: If a value is no number where one belongs (YAML reads 1e-1 as a string; write 0.1 or 1.0e-1).
         ValueError: If a value is out of its range. The message names the setting, the rule and the value.
     """
 
@@ -38,6 +46,8 @@ class MPOConfig:
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
+        for name in ("beta", "dpo_weight", "bco_weight", "ntp_weight", "label_smoothing"):
+            check_number(name, getattr(self, name))
         if not 0 < self.beta < math.inf:  # also catches NaN
             raise ValueError(f"beta must be positive and finite, got {self.beta}")
         weights = {name: getattr(self, name) for name in ("dpo_weight", "bco_weight", "ntp_weight")}
@@ -56,6 +66,8 @@ class MPOConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MPOConfig":
         """Builds the config from a parsed file. An unknown key is an error, not a silent default."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values must be a mapping of settings, got {values!r}")
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:

@@ -75,7 +75,8 @@ def mpo_loss(
             with ``cu_seqlens``. float32, bfloat16, float16, or float64. Any strides; -inf is fine (a banned token).
         labels: ``[2B, T]`` or ``[N]`` int64, ``config.ignore_index`` where nothing is to be scored. A label that is
             neither that nor in ``[0, V)`` makes the loss NaN.
-        ref_logp: ``[2B]`` float32 or float64, summed log-probs of the same tokens under the reference model, or
+        ref_logp: ``[2B]`` float32 or float64, summed log-probs of the same tokens under the reference model, as
+            ``token_logp(ref_logits, labels, shift=True).sum(-1)`` gives them for padded input under no_grad, or
         ref_logits: the reference model's logits, like ``logits``; exactly one of the two. Neither gets a gradient.
         config: Weights, beta and the rest.
         reward_shift: delta of the BCO term: None for 0, a number, a 0-d tensor, or a ``RewardShift``, which is updated
@@ -86,7 +87,8 @@ def mpo_loss(
         stats: Any of "entropy" (nats), "mean_logit" and "top1" (the label has the row's largest logit), computed in
             the same read.
         reuse_logits: Lets backward write the gradient into the logits' own memory, which must then serve nobody
-            else. A second backward raises. Nothing to the backend "reference", whose backward is autograd's.
+            else: a loss that has saved them raises torch's "modified by an inplace operation". A second backward
+            raises. Nothing to the backend "reference", whose backward is autograd's.
         backend: None for the best one available, or "cpu", "cuda", "triton", or "reference" (plain torch).
 
     Returns:
@@ -188,6 +190,9 @@ def token_logp(
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability of each label, differentiable, without a float32 copy of the logits.
+
+    Mind that ``shift`` is off here and on in ``mpo_loss``, and that it knows of no packed sequences: pass
+    ``shift_labels(labels, cu_seqlens=cu_seqlens)`` for those, with ``shift=False``.
 
     Args:
         logits: ``[..., V]`` float32, bfloat16, float16 or float64, any strides.

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mpo_ext.config import check_number
+
 # The rules by which pair_loss moves the state itself, when no collective must come between (api.h: ShiftRule).
 HOLD, CUMULATIVE, EMA = 0, 1, 2
 
@@ -34,7 +36,14 @@ class RewardShift:
             the result does not depend on gradient accumulation (needs ``update="after"``).
 
     Raises:
+        TypeError: If ``decay`` or ``value`` is no number.
         ValueError: If an argument is not one of the above.
+
+    The semantics in use elsewhere, and how to get them::
+
+        RewardShift()                                                     # the authors' code, ms-swift, LLaMA-Factory
+        RewardShift("ema", update="after", per="optimizer_step")          # NeMo-RL
+        None, or RewardShift("fixed")                                     # TRL >= 0.29: no shift
     """
 
     def __init__(
@@ -52,6 +61,8 @@ class RewardShift:
             raise ValueError(f"update must be 'before' or 'after', got {update!r}")
         if per not in ("micro_batch", "optimizer_step"):
             raise ValueError(f"per must be 'micro_batch' or 'optimizer_step', got {per!r}")
+        check_number("decay", decay)
+        check_number("value", value)
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         if not math.isfinite(value):
@@ -108,10 +119,14 @@ class RewardShift:
         Raises:
             ValueError: If a key is missing, or the state was made with other settings than this instance's.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"state must be what RewardShift.state_dict() returned, got {state!r}")
         settings = self._settings()
         missing = [key for key in (*settings, "value", "count", "pending_sum", "pending_count") if key not in state]
         if missing:
             raise ValueError(f"state must be what RewardShift.state_dict() returned, lacks {', '.join(missing)}")
+        for name in ("value", "count", "pending_sum", "pending_count"):
+            check_number(name, state[name])
         for name, ours in settings.items():
             if state[name] != ours:
                 raise ValueError(f"state must come from a RewardShift with {name}={ours!r}, got {state[name]!r}")

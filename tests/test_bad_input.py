@@ -270,3 +270,24 @@ def test_an_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MPO_CPU_ISA", "sse9")
     with pytest.raises(ValueError, match=r"MPO_CPU_ISA must .*'sse9'"):
         mpo_loss(**good(), backend="cpu")
+
+
+@pytest.mark.parametrize("name", ["beta", "dpo_weight", "label_smoothing"])
+@pytest.mark.parametrize("value", ["1e-1", True, None], ids=repr)
+def test_a_setting_that_is_no_number_is_named(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=rf"{name} must be a number, got {value!r}"):
+        MPOConfig.from_dict({name: value})
+
+
+def test_an_empty_file_of_settings_is_refused() -> None:
+    with pytest.raises(TypeError, match="values must be a mapping of settings, got None"):
+        MPOConfig.from_dict(None)
+
+
+def test_a_reward_shift_names_what_is_no_number() -> None:
+    with pytest.raises(TypeError, match="decay must be a number, got 'x'"):
+        RewardShift(decay="x")
+    with pytest.raises(TypeError, match=r"state must be what RewardShift\.state_dict\(\) returned, got None"):
+        RewardShift().load_state_dict(None)
+    with pytest.raises(TypeError, match="value must be a number, got 'abc'"):
+        RewardShift().load_state_dict({**RewardShift().state_dict(), "value": "abc"})

@@ -129,7 +129,7 @@ def run_seed(settings: Settings, console: Console) -> tuple[Outcome, list[Pair],
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.rule(f"seed {settings.seed}")
 
-    text = f"a {type(model).__name__} with {size:.2f} M parameters learns to read grids of digits, but not to the end"
+    text = f"an {type(model).__name__} with {size:.2f} M parameters learns to read grids of digits, but not to the end"
     with stages.stage("SFT", text, settings.sft_most_steps + settings.sft_decay_steps) as advance:
         sft_curve = train_sft(model, tokenizer, settings, rng, on_step=lambda step, most: advance(1, most))
 

@@ -28,7 +28,9 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of the first run (default: 0)")
     parser.add_argument("--seeds", type=_at_least(1), default=1, help="number of runs, each with the next seed")
     parser.add_argument("--threads", type=_at_least(1), help="CPU threads (default: as torch decides)")
-    parser.add_argument("--backend", help="backend of the loss, as in mpo_loss (default: the best that is installed)")
+    parser.add_argument(
+        "--backend", choices=("cpu", "reference"), help="backend of the loss (default: the best that is installed)"
+    )
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that all parts work")
     parser.set_defaults(run=demo)
 
