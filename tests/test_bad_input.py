@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpo_ext import MPOConfig, mpo_loss, token_logp
+from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
 
 NEITHER_OR_BOTH = r"ref_logp.*ref_logits"
 
