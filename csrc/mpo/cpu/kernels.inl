@@ -111,17 +111,11 @@ RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
     if (kStats) {  // apart, since what fills up the last vector must be 0 here
       for_each_vector<Format>(block, size, 0, 0, [&](int u, Vec z) { z_sum[u] += z; });
     }
-    for (int u = 1; u < kUnroll; ++u) sum[0] += sum[u];
-    row.sum += horizontal_sum<Real>(sum[0]);
+    row.sum += sum_of(sum);
     if (kStats) {
-      for (int u = 1; u < kUnroll; ++u) {
-        e_d[0] += e_d[u];
-        z_sum[0] += z_sum[u];
-        squared[0] += squared[u];
-      }
-      row.e_d += horizontal_sum<Real>(e_d[0]);
-      row.z += horizontal_sum<Real>(z_sum[0]);
-      row.squared += horizontal_sum<Real>(squared[0]);
+      row.e_d += sum_of(e_d);
+      row.z += sum_of(z_sum);
+      row.squared += sum_of(squared);
     }
   }
   return row;

@@ -82,11 +82,25 @@ inline FloatVec larger(FloatVec a, FloatVec b) {
 }
 inline DoubleVec larger(DoubleVec a, DoubleVec b) { return a > b ? a : b; }
 
-template <typename Real, typename Vec>
-inline Real horizontal_sum(Vec v) {
-  Real sum = 0;
-  for (unsigned k = 0; k < sizeof(Vec) / sizeof(Real); ++k) sum += v[k];
+/// The sum of all lanes, in double: near 1, where a confident row's sum of exponentials lies, each float addition would
+/// cost as much as the label's log-probability has to lose.
+inline double horizontal_sum(DoubleVec v) {
+  double sum = 0;
+  for (unsigned k = 0; k < sizeof(v) / sizeof(double); ++k) sum += v[k];
   return sum;
+}
+inline DoubleVec widened_sum(FloatVec v) {
+  typedef float HalfVec __attribute__((vector_size(MPO_VECTOR_BYTES / 2)));
+  HalfVec halves[2];
+  __builtin_memcpy(&halves, &v, sizeof(v));
+  return __builtin_convertvector(halves[0], DoubleVec) + __builtin_convertvector(halves[1], DoubleVec);
+}
+inline DoubleVec widened_sum(DoubleVec v) { return v; }
+template <typename Vec, int N>
+inline double sum_of(const Vec (&v)[N]) {
+  DoubleVec sum = widened_sum(v[0]);
+  for (int u = 1; u < N; ++u) sum += widened_sum(v[u]);
+  return horizontal_sum(sum);
 }
 
 template <typename Real, typename Vec>
