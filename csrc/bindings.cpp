@@ -43,53 +43,66 @@ mpo::Isa runnable_isa(const std::string& name) {
   return isa;
 }
 
-mpo::Rows rows_of(uintptr_t logits, uintptr_t labels, int64_t rows, int64_t vocab, int64_t inner, int64_t outer_stride,
-                  int64_t row_stride, int64_t ignore_index) {
+mpo::Rows rows_of(uintptr_t logits, uintptr_t labels, int64_t rows, int64_t vocab, int64_t first, int64_t total,
+                  int64_t inner, int64_t outer_stride, int64_t row_stride, int64_t ignore_index) {
   if (rows < 1 || vocab < 1 || inner < 1) {
     throw std::invalid_argument("rows, vocab and inner must be at least 1, got " + std::to_string(rows) + ", " +
                                 std::to_string(vocab) + " and " + std::to_string(inner));
+  }
+  if (first < 0 || first > total - vocab) {
+    throw std::invalid_argument("first must be at least 0 and at most total - vocab, got " + std::to_string(first));
   }
   return {as_ptr<const void>(logits, "logits"),
           as_ptr<const int64_t>(labels, "labels"),
           rows,
           vocab,
+          first,
+          total,
           inner,
           outer_stride,
           row_stride,
           ignore_index};
 }
 
-void token_logp_cpu(uintptr_t logits, uintptr_t labels, int64_t rows, int64_t vocab, int64_t inner,
-                    int64_t outer_stride, int64_t row_stride, int64_t ignore_index, const std::string& dtype,
-                    uintptr_t logp, uintptr_t row_max, uintptr_t row_sum, uintptr_t row_stats, unsigned stats,
-                    int threads, const std::string& isa) {
-  const mpo::TokenLogpParams p = {rows_of(logits, labels, rows, vocab, inner, outer_stride, row_stride, ignore_index),
-                                  as_ptr<void>(logp, "logp"),
-                                  as_ptr<void>(row_max, "row_max"),
-                                  as_ptr<void>(row_sum, "row_sum"),
-                                  stats == 0 ? nullptr : as_ptr<void>(row_stats, "row_stats"),
-                                  stats};
+/// The state that tiles of a vocabulary hand on; the whole vocabulary needs none.
+double* row_state_of(uintptr_t row_state, int64_t vocab, int64_t total) {
+  return vocab == total ? reinterpret_cast<double*>(row_state) : as_ptr<double>(row_state, "row_state");
+}
+
+void token_logp_cpu(uintptr_t logits, uintptr_t labels, int64_t rows, int64_t vocab, int64_t first, int64_t total,
+                    int64_t inner, int64_t outer_stride, int64_t row_stride, int64_t ignore_index,
+                    const std::string& dtype, uintptr_t row_state, uintptr_t logp, uintptr_t row_max, uintptr_t row_sum,
+                    uintptr_t row_stats, unsigned stats, int threads, const std::string& isa) {
+  const mpo::TokenLogpParams p = {
+      rows_of(logits, labels, rows, vocab, first, total, inner, outer_stride, row_stride, ignore_index),
+      row_state_of(row_state, vocab, total),
+      as_ptr<void>(logp, "logp"),
+      as_ptr<void>(row_max, "row_max"),
+      as_ptr<void>(row_sum, "row_sum"),
+      stats == 0 ? nullptr : as_ptr<void>(row_stats, "row_stats"),
+      stats};
   const mpo::DType type = by_name(kDTypes, dtype, "dtype");
   const mpo::Isa set = runnable_isa(isa);
   py::gil_scoped_release no_gil;
   mpo::token_logp_cpu(p, type, threads, set);
 }
 
-void logits_grad_cpu(uintptr_t logits, uintptr_t labels, int64_t rows, int64_t vocab, int64_t inner,
-                     int64_t outer_stride, int64_t row_stride, int64_t ignore_index, const std::string& dtype,
-                     uintptr_t row_max, uintptr_t row_sum, uintptr_t weight, uintptr_t scale, uintptr_t grad,
-                     int64_t grad_inner, int64_t grad_outer_stride, int64_t grad_row_stride, bool is_zeroed,
-                     int threads, const std::string& isa) {
-  const mpo::LogitsGradParams p = {rows_of(logits, labels, rows, vocab, inner, outer_stride, row_stride, ignore_index),
-                                   as_ptr<const void>(row_max, "row_max"),
-                                   as_ptr<const void>(row_sum, "row_sum"),
-                                   as_ptr<const void>(weight, "weight"),
-                                   scale == 0 ? nullptr : as_ptr<const double>(scale, "scale"),
-                                   as_ptr<void>(grad, "grad"),
-                                   grad_inner,
-                                   grad_outer_stride,
-                                   grad_row_stride,
-                                   is_zeroed};
+void logits_grad_cpu(uintptr_t logits, uintptr_t labels, int64_t rows, int64_t vocab, int64_t first, int64_t total,
+                     int64_t inner, int64_t outer_stride, int64_t row_stride, int64_t ignore_index,
+                     const std::string& dtype, uintptr_t row_max, uintptr_t row_sum, uintptr_t weight, uintptr_t scale,
+                     uintptr_t grad, int64_t grad_inner, int64_t grad_outer_stride, int64_t grad_row_stride,
+                     bool is_zeroed, int threads, const std::string& isa) {
+  const mpo::LogitsGradParams p = {
+      rows_of(logits, labels, rows, vocab, first, total, inner, outer_stride, row_stride, ignore_index),
+      as_ptr<const void>(row_max, "row_max"),
+      as_ptr<const void>(row_sum, "row_sum"),
+      as_ptr<const void>(weight, "weight"),
+      scale == 0 ? nullptr : as_ptr<const double>(scale, "scale"),
+      as_ptr<void>(grad, "grad"),
+      grad_inner,
+      grad_outer_stride,
+      grad_row_stride,
+      is_zeroed};
   const mpo::DType type = by_name(kDTypes, dtype, "dtype");
   const mpo::Isa set = runnable_isa(isa);
   py::gil_scoped_release no_gil;
@@ -166,13 +179,16 @@ mpo::Rows rows_of(Arguments& a) {
   // One by one, since the order in which a call's arguments are evaluated is open.
   const uintptr_t logits = a.get<uintptr_t>("logits"), labels = a.get<uintptr_t>("labels");
   const int64_t rows = a.get<int64_t>("rows"), vocab = a.get<int64_t>("vocab"), inner = a.get<int64_t>("inner");
+  const int64_t first = a.get<int64_t>("first"), total = a.get<int64_t>("total");
   const int64_t outer_stride = a.get<int64_t>("outer_stride"), row_stride = a.get<int64_t>("row_stride");
-  return rows_of(logits, labels, rows, vocab, inner, outer_stride, row_stride, a.get<int64_t>("ignore_index"));
+  return rows_of(logits, labels, rows, vocab, first, total, inner, outer_stride, row_stride,
+                 a.get<int64_t>("ignore_index"));
 }
 
 mpo::TokenLogpParams token_logp_params(Arguments& a) {
   mpo::TokenLogpParams p;
   p.in = rows_of(a);
+  p.row_state = row_state_of(a.get<uintptr_t>("row_state"), p.in.vocab, p.in.total);
   p.logp = a.address<void>("logp");
   p.row_max = a.address<void>("row_max");
   p.row_sum = a.address<void>("row_sum");
@@ -413,12 +429,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("describe_logits_grad_cuda", &describe_logits_grad);
   m.attr("compiler") = MPO_COMPILER;
   m.def("cpu_isas", &cpu_isas, "Instruction sets of the CPU kernels that run here, the best first.");
-  m.def("token_logp_cpu", &token_logp_cpu, py::kw_only(), "logits"_a, "labels"_a, "rows"_a, "vocab"_a, "inner"_a,
-        "outer_stride"_a, "row_stride"_a, "ignore_index"_a, "dtype"_a, "logp"_a, "row_max"_a, "row_sum"_a,
-        "row_stats"_a, "stats"_a, "threads"_a, "isa"_a);
-  m.def("logits_grad_cpu", &logits_grad_cpu, py::kw_only(), "logits"_a, "labels"_a, "rows"_a, "vocab"_a, "inner"_a,
-        "outer_stride"_a, "row_stride"_a, "ignore_index"_a, "dtype"_a, "row_max"_a, "row_sum"_a, "weight"_a, "scale"_a,
-        "grad"_a, "grad_inner"_a, "grad_outer_stride"_a, "grad_row_stride"_a, "is_zeroed"_a, "threads"_a, "isa"_a);
+  m.def("token_logp_cpu", &token_logp_cpu, py::kw_only(), "logits"_a, "labels"_a, "rows"_a, "vocab"_a, "first"_a,
+        "total"_a, "inner"_a, "outer_stride"_a, "row_stride"_a, "ignore_index"_a, "dtype"_a, "row_state"_a, "logp"_a,
+        "row_max"_a, "row_sum"_a, "row_stats"_a, "stats"_a, "threads"_a, "isa"_a);
+  m.def("logits_grad_cpu", &logits_grad_cpu, py::kw_only(), "logits"_a, "labels"_a, "rows"_a, "vocab"_a, "first"_a,
+        "total"_a, "inner"_a, "outer_stride"_a, "row_stride"_a, "ignore_index"_a, "dtype"_a, "row_max"_a, "row_sum"_a,
+        "weight"_a, "scale"_a, "grad"_a, "grad_inner"_a, "grad_outer_stride"_a, "grad_row_stride"_a, "is_zeroed"_a,
+        "threads"_a, "isa"_a);
   m.def("pair_loss_cpu", &pair_loss_cpu, py::kw_only(), "logp"_a, "labels"_a, "offsets"_a, "ref_logp"_a, "state"_a,
         "loss"_a, "terms"_a, "reward_shift"_a, "sums"_a, "reward"_a, "tokens"_a, "new_state"_a, "batch"_a, "weight"_a,
         "pairs"_a, "rows"_a, "ignore_index"_a, "rule"_a, "update_first"_a, "decay"_a, "beta"_a, "dpo_weight"_a,

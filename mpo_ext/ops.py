@@ -22,23 +22,27 @@ from torch import Tensor
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 #: Statistics of a row of logits, in the order of the bits that ask for them (csrc/mpo/api.h: RowStats).
 STATS = ("entropy", "mean_logit", "top1", "sum_p_squared")
+#: Numbers in the state of a row that tiles of its vocabulary hand on (csrc/mpo/math.h: RowState).
+ROW_STATE = 6
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ROW_OUTPUTS = ("logp", "row_max", "row_sum", "row_stats")
 _FRESH_PAGES_BYTES = 1 << 20
 
 
 # ------------------------------------------------------------------------------------------------------------ backends
 
 
-def choose_backend(backend: str | None, logits: Tensor) -> str:
-    """Returns the backend that serves these logits.
+def choose_backend(backend: str | None, logits: Tensor, name: str = "logits") -> str:
+    """Returns the backend that serves these logits, or what they come from.
 
     Raises:
+        TypeError: If the backend does not take their dtype.
         ValueError: If ``backend`` is not the name of one.
-        RuntimeError: If it cannot run here, or not on the device of the logits.
+        RuntimeError: If it cannot run here, or not on their device.
     """
     device = logits.device.type
     if device == "meta":
-        raise RuntimeError("logits must be on a device that holds data, got device meta")
+        raise RuntimeError(f"{name} must be on a device that holds data, got device meta")
     if backend is None:
         if device == "cpu":
             return "cpu"
@@ -54,15 +58,15 @@ def choose_backend(backend: str | None, logits: Tensor) -> str:
         if problem is not None:
             raise RuntimeError(f"backend 'cuda' cannot run: {problem}")
         if logits.dtype == torch.float64:
-            raise TypeError("logits must not be torch.float64 with backend 'cuda', got torch.float64")
+            raise TypeError(f"{name} must not be torch.float64 with backend 'cuda', got torch.float64")
     if backend == "cpu" and device != "cpu":
-        raise RuntimeError(f"backend 'cpu' needs logits on the CPU, got logits on {logits.device}")
+        raise RuntimeError(f"backend 'cpu' needs {name} on the CPU, got {name} on {logits.device}")
     if backend == "triton":
         problem = triton_problem(device)
         if problem is not None:
             raise RuntimeError(f"backend 'triton' cannot run: {problem}")
         if logits.dtype == torch.float64:
-            raise TypeError("logits must not be torch.float64 with backend 'triton', got torch.float64")
+            raise TypeError(f"{name} must not be torch.float64 with backend 'triton', got torch.float64")
     return backend
 
 
@@ -100,19 +104,19 @@ def triton_problem(device: str) -> str | None:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_logits(name: str, logits: Tensor) -> None:
-    """Raises unless these are logits that the kernels take."""
+def check_logits(name: str, logits: Tensor, axis: str = "vocabulary") -> None:
+    """Raises unless these are logits that the kernels take, or hidden states whose last axis is called otherwise."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
     if logits.dtype not in _DTYPES:
         names = ", ".join(str(dtype) for dtype in _DTYPES)
         raise TypeError(f"{name} must be one of {names}, got {logits.dtype}")
     if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{name} must have a vocabulary axis of at least 1 at the end, got shape {_shape(logits)}")
+        raise ValueError(f"{name} must have a {axis} axis of at least 1 at the end, got shape {_shape(logits)}")
 
 
-def check_labels(logits: Tensor, labels: Tensor, name: str = "logits") -> None:
-    """Raises unless ``labels`` is int64, of the logits' leading shape and on their device."""
+def check_labels(logits: Tensor, labels: Tensor, name: str = "logits", *, may_be_on_cpu: bool = False) -> None:
+    """Raises unless ``labels`` is int64, of the logits' leading shape and on their device, or on the CPU if it may."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
@@ -122,32 +126,38 @@ def check_labels(logits: Tensor, labels: Tensor, name: str = "logits") -> None:
             f"labels must have the shape of {name} without the last axis, got {name} {_shape(logits)} and labels "
             f"{_shape(labels)}"
         )
-    if labels.device != logits.device:
+    if labels.device != logits.device and not (may_be_on_cpu and labels.device.type == "cpu"):
         raise ValueError(f"labels must be on the device of {name}, {logits.device}, got {labels.device}")
 
 
-def check_pairs(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Raises unless logits and labels hold whole pairs, padded or packed; returns the number of sequences, 2B."""
-    check_logits("logits", logits)
+def check_pairs(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, name: str = "logits") -> int:
+    """Raises unless logits and labels hold whole pairs, padded or packed; returns the number of sequences, 2B.
+
+    With the name "hidden" they are hidden states, whose labels may be on the CPU.
+    """
+    size, axis = ("D", "feature") if name == "hidden" else ("V", "vocabulary")
+    check_logits(name, logits, axis)
     if cu_seqlens is None:
         if logits.ndim != 3:
-            raise ValueError(f"logits must be [2B, T, V], or [N, V] with cu_seqlens, got shape {_shape(logits)}")
-        check_labels(logits, labels)
+            raise ValueError(
+                f"{name} must be [2B, T, {size}], or [N, {size}] with cu_seqlens, got shape {_shape(logits)}"
+            )
+        check_labels(logits, labels, name, may_be_on_cpu=name == "hidden")
         sequences = logits.shape[0]
         if sequences == 0 or sequences % 2:
             raise ValueError(
-                f"logits must hold 2B sequences, B chosen and then B rejected, B at least 1, got {sequences}"
+                f"{name} must hold 2B sequences, B chosen and then B rejected, B at least 1, got {sequences}"
             )
         return sequences
     if logits.ndim != 2:
-        raise ValueError(f"logits must be [N, V] when cu_seqlens is given, got shape {_shape(logits)}")
-    check_labels(logits, labels)
+        raise ValueError(f"{name} must be [N, {size}] when cu_seqlens is given, got shape {_shape(logits)}")
+    check_labels(logits, labels, name, may_be_on_cpu=name == "hidden")
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be torch.int32 or torch.int64, got {cu_seqlens.dtype}")
     if cu_seqlens.device != logits.device:
-        raise ValueError(f"cu_seqlens must be on the device of logits, {logits.device}, got {cu_seqlens.device}")
+        raise ValueError(f"cu_seqlens must be on the device of {name}, {logits.device}, got {cu_seqlens.device}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 3 or cu_seqlens.shape[0] % 2 == 0:
         raise ValueError(
             f"cu_seqlens must be [2B + 1] for B chosen and B rejected sequences, B at least 1, got shape "
@@ -171,17 +181,23 @@ def check_offsets(cu_seqlens: Tensor, rows: int) -> None:
         raise ValueError(f"cu_seqlens must end at N, the number of rows, {rows}, got {offsets[-1]}")
 
 
-def check_reference(logits: Tensor, sequences: int, ref_logp: Tensor | None, ref_logits: Tensor | None) -> None:
-    """Raises unless exactly one of the two references is given, and fits."""
+def check_reference(
+    logits: Tensor, sequences: int, ref_logp: Tensor | None, ref_logits: Tensor | None, name: str = "logits"
+) -> None:
+    """Raises unless exactly one of the two references is given, and fits; ``ref_hidden`` may have its own width."""
+    ref_name = f"ref_{name}"
     if (ref_logp is None) == (ref_logits is None):
         got = "neither" if ref_logp is None else "both"
-        raise ValueError(f"exactly one of ref_logp and ref_logits must be given, got {got}")
+        raise ValueError(f"exactly one of ref_logp and {ref_name} must be given, got {got}")
     if ref_logits is not None:
-        check_logits("ref_logits", ref_logits)
-        if ref_logits.shape != logits.shape:
-            raise ValueError(f"ref_logits must have the shape of logits, {_shape(logits)}, got {_shape(ref_logits)}")
+        check_logits(ref_name, ref_logits, "feature" if name == "hidden" else "vocabulary")
+        if ref_logits.shape[:-1] != logits.shape[:-1] or (name == "logits" and ref_logits.shape != logits.shape):
+            but = " but for the last axis" if name == "hidden" else ""
+            raise ValueError(
+                f"{ref_name} must have the shape of {name}{but}, {_shape(logits)}, got {_shape(ref_logits)}"
+            )
         if ref_logits.device != logits.device:
-            raise ValueError(f"ref_logits must be on the device of logits, {logits.device}, got {ref_logits.device}")
+            raise ValueError(f"{ref_name} must be on the device of {name}, {logits.device}, got {ref_logits.device}")
         return
     if not isinstance(ref_logp, Tensor):
         raise TypeError(f"ref_logp must be a torch.Tensor, got {type(ref_logp).__name__}")
@@ -193,7 +209,56 @@ def check_reference(logits: Tensor, sequences: int, ref_logp: Tensor | None, ref
     if tuple(ref_logp.shape) != (sequences,):
         raise ValueError(f"ref_logp must be [2B] = [{sequences}], got shape {_shape(ref_logp)}")
     if ref_logp.device != logits.device:
-        raise ValueError(f"ref_logp must be on the device of logits, {logits.device}, got {ref_logp.device}")
+        raise ValueError(f"ref_logp must be on the device of {name}, {logits.device}, got {ref_logp.device}")
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    memory_budget: int | None,
+    prefix: str = "",
+) -> None:
+    """Raises unless these are a head for the hidden states, and numbers that it can be used with."""
+    for name, tensor in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
+        if tensor is None and name.endswith("bias"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _DTYPES:
+            names = ", ".join(str(dtype) for dtype in _DTYPES)
+            raise TypeError(f"{name} must be one of {names}, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of {prefix}hidden, {hidden.device}, got {tensor.device}")
+    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{prefix}weight must be [V, D] with D that of {prefix}hidden, {hidden.shape[-1]}, got shape "
+            f"{_shape(weight)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{prefix}bias must be [V] = [{weight.shape[0]}], got shape {_shape(bias)}")
+    for name, value, rule in (
+        ("logit_scale", logit_scale, lambda x: x != 0),
+        ("softcap", softcap, lambda x: x > 0),
+        ("temperature", temperature, lambda x: x > 0),
+    ):
+        if value is None and name == "softcap":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not math.isfinite(value) or not rule(value):
+            raise ValueError(
+                f"{name} must be finite and {'not 0' if name == 'logit_scale' else 'above 0'}, got {value}"
+            )
+    if memory_budget is None:
+        return
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        raise TypeError(f"memory_budget must be an int, a number of bytes, got {type(memory_budget).__name__}")
+    if memory_budget < 1:
+        raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
 
 
 def check_stats(stats: Sequence[str], allowed: Sequence[str] = STATS) -> tuple[str, ...]:
@@ -257,49 +322,70 @@ def token_logp(
     """
     check_logits("logits", logits)
     check_labels(logits, labels)
-    logp, row_max, row_sum, row_stats = _token_logp_outputs(logits, labels, stats)
-    if labels.numel() == 0:
-        return logp, row_max, row_sum, row_stats
-    layout, row_labels = _row_layout(logits), labels.contiguous()
-    if backend == "triton":
-        with _device_guard(logits):
-            _kernels().token_logp(
-                layout, row_labels, logits.shape[-1], ignore_index, stats, logp, row_max, row_sum, row_stats
-            )
-        return logp, row_max, row_sum, row_stats
-    if backend == "cuda":
-        with _device_guard(logits):
-            arguments, _kept = _cuda_forward_arguments(layout, row_labels, ignore_index, 0)
-            _native().token_logp_cuda(
-                **arguments,
-                **_addresses(logp=logp, row_max=row_max, row_sum=row_sum, row_stats=row_stats),
-                stats=stats,
-            )
-        return logp, row_max, row_sum, row_stats
-    _native().token_logp_cpu(
-        **_row_arguments(layout, row_labels, ignore_index),
-        logp=logp.data_ptr(),
-        row_max=row_max.data_ptr(),
-        row_sum=row_sum.data_ptr(),
-        row_stats=row_stats.data_ptr(),
-        stats=stats,
-        threads=torch.get_num_threads(),
-        isa=cpu_isa(),
-    )
-    return logp, row_max, row_sum, row_stats
+    outputs = token_logp_outputs(logits, labels, stats)
+    score(logits, labels, ignore_index, stats, backend, outputs)
+    return outputs
 
 
 @token_logp.register_fake
 def _(
     logits: Tensor, labels: Tensor, ignore_index: int, stats: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _token_logp_outputs(logits, labels, stats)
+    return token_logp_outputs(logits, labels, stats)
 
 
-def _token_logp_outputs(logits: Tensor, labels: Tensor, stats: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def token_logp_outputs(logits: Tensor, labels: Tensor, stats: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _result_dtype(logits)
     logp, row_max, row_sum = (logits.new_empty(labels.shape, dtype=dtype) for _ in range(3))
     return logp, row_max, row_sum, logits.new_empty((stats.bit_count(), *labels.shape), dtype=dtype)
+
+
+class Tile(NamedTuple):
+    """Says that logits are columns ``first`` .. ``first + V - 1`` of ``total``; labels count from the first of all.
+
+    Attributes:
+        first: The tiles of a row are scored in their order, so this is the columns scored before.
+        total: Size of the whole vocabulary.
+        state: ``[rows, ROW_STATE]`` float64, what the tiles hand on; any contents before the first one. ``write_grad``
+            needs none.
+    """
+
+    first: int
+    total: int
+    state: Tensor | None
+
+
+def score(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    stats: int,
+    backend: str,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    tile: Tile | None = None,
+) -> None:
+    """Fills the outputs of ``token_logp``; with a tile, as of the vocabulary up to the tile's end."""
+    if labels.numel() == 0:
+        return
+    layout, row_labels = _row_layout(logits), labels.contiguous()
+    addresses = _addresses(
+        **dict(zip(_ROW_OUTPUTS, outputs, strict=True)), row_state=None if tile is None else tile.state
+    )
+    if backend == "triton":
+        with _device_guard(logits):
+            _kernels().token_logp(layout, row_labels, logits.shape[-1], ignore_index, stats, *outputs, tile)
+    elif backend == "cuda":
+        with _device_guard(logits):
+            arguments, _kept = _cuda_forward_arguments(layout, row_labels, ignore_index, 0, tile)
+            _native().token_logp_cuda(**arguments, **addresses, stats=stats)
+    else:
+        _native().token_logp_cpu(
+            **_row_arguments(layout, row_labels, ignore_index, tile),
+            **addresses,
+            stats=stats,
+            threads=torch.get_num_threads(),
+            isa=cpu_isa(),
+        )
 
 
 @torch.library.custom_op("mpo_ext::pair_loss", mutates_args=())
@@ -475,8 +561,8 @@ def forward(
         return (*rows, *pair)
     check_logits("logits", logits)
     check_labels(logits, labels)
-    logp, row_max, row_sum, row_stats = rows = _token_logp_outputs(logits, labels, stats)
-    outputs = _pair_loss_outputs(logp, ref_logp, state)
+    rows = token_logp_outputs(logits, labels, stats)
+    outputs = _pair_loss_outputs(rows[0], ref_logp, state)
     layout, row_labels = _row_layout(logits), labels.contiguous()
     with _device_guard(logits):
         row_arguments, _kept = _cuda_forward_arguments(layout, row_labels, ignore_index, ref_logp.shape[0] // 2)
@@ -487,7 +573,7 @@ def forward(
         _native().forward_cuda(
             **row_arguments,
             **pair_arguments,
-            **_addresses(logp=logp, row_max=row_max, row_sum=row_sum, row_stats=row_stats),
+            **_addresses(**dict(zip(_ROW_OUTPUTS, rows, strict=True)), row_state=None),
             stats=stats,
         )
     return (*rows, *outputs)
@@ -515,7 +601,7 @@ def _(
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
-    rows = _token_logp_outputs(logits, labels, stats)
+    rows = token_logp_outputs(logits, labels, stats)
     return (*rows, *_pair_loss_outputs(rows[0], ref_logp, state))
 
 
@@ -550,8 +636,8 @@ def logits_grad(
     """
     _check_grad(logits, labels, row_max, row_sum, weight)
     is_zeroed = backend == "cpu"
-    grad = _zeros(logits) if is_zeroed else logits.new_empty(logits.shape)
-    _logits_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, backend, grad, is_zeroed=is_zeroed)
+    grad = fresh_zeros(logits.shape, logits.dtype) if is_zeroed else logits.new_empty(logits.shape)
+    write_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, backend, grad, is_zeroed=is_zeroed)
     return grad
 
 
@@ -585,7 +671,7 @@ def logits_grad_(
     check_reuse(logits)
     if _row_layout(logits).tensor is not logits:
         raise ValueError(f"logits must have rows that two strides describe, got strides {tuple(logits.stride())}")
-    _logits_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, backend, logits, is_zeroed=False)
+    write_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, backend, logits)
 
 
 def _check_grad(logits: Tensor, labels: Tensor, row_max: Tensor, row_sum: Tensor, weight: Tensor) -> None:
@@ -600,7 +686,7 @@ def _check_grad(logits: Tensor, labels: Tensor, row_max: Tensor, row_sum: Tensor
             )
 
 
-def _logits_grad(
+def write_grad(
     logits: Tensor,
     labels: Tensor,
     row_max: Tensor,
@@ -611,8 +697,24 @@ def _logits_grad(
     backend: str,
     grad: Tensor,
     *,
-    is_zeroed: bool,
+    is_zeroed: bool = False,
+    tile: Tile | None = None,
 ) -> None:
+    """Fills the gradient of ``logits_grad``, of a tile where these are not all columns.
+
+    Args:
+        logits: As of ``logits_grad``, and so the next six.
+        labels: See ``logits``.
+        row_max: See ``logits``.
+        row_sum: See ``logits``.
+        weight: See ``logits``.
+        scale: See ``logits``.
+        ignore_index: See ``logits``.
+        backend: What ``choose_backend`` returned, but for "reference".
+        grad: Like the logits; may be the logits.
+        is_zeroed: The gradient holds zeros already, which spares writing those of ignored rows.
+        tile: Where these columns lie, if they are not all.
+    """
     if labels.numel() == 0:
         return
     # Held in names until the call is over: an address does not keep its tensor alive.
@@ -620,14 +722,14 @@ def _logits_grad(
     layout, row_labels, out = _row_layout(logits), labels.contiguous(), _row_layout(grad)
     if backend == "triton":
         with _device_guard(logits):
-            _kernels().logits_grad(layout, row_labels, logits.shape[-1], ignore_index, *rows, scale, out)
+            _kernels().logits_grad(layout, row_labels, logits.shape[-1], ignore_index, *rows, scale, out, tile)
         return
     if backend == "cuda":
         if scale is not None and scale.dtype not in (torch.float32, torch.float64):
             scale = scale.double()
         with _device_guard(logits):
             _native().logits_grad_cuda(
-                **_row_arguments(layout, row_labels, ignore_index),
+                **_row_arguments(layout, row_labels, ignore_index, tile),
                 **_addresses(row_max=rows[0], row_sum=rows[1], weight=rows[2], scale=scale, grad=out.tensor),
                 grad_inner=out.inner,
                 grad_outer_stride=out.outer_stride,
@@ -640,7 +742,7 @@ def _logits_grad(
         return
     factor = None if scale is None else scale.to(torch.float64)
     _native().logits_grad_cpu(
-        **_row_arguments(layout, row_labels, ignore_index),
+        **_row_arguments(layout, row_labels, ignore_index, tile),
         row_max=rows[0].data_ptr(),
         row_sum=rows[1].data_ptr(),
         weight=rows[2].data_ptr(),
@@ -659,10 +761,10 @@ def _logits_grad(
 
 
 def _cuda_forward_arguments(
-    layout: RowLayout, labels: Tensor, ignore_index: int, pairs: int
+    layout: RowLayout, labels: Tensor, ignore_index: int, pairs: int, tile: Tile | None = None
 ) -> tuple[dict[str, object], list[Tensor]]:
     """The inputs of token_logp and forward, and the memory they work in, which the caller holds until the launch."""
-    rows = _row_arguments(layout, labels, ignore_index)
+    rows = _row_arguments(layout, labels, ignore_index, tile)
     size = {"multiprocessors": _multiprocessors(labels.device)}
     shape = _native().cuda_forward_shape(
         rows=rows["rows"], vocab=rows["vocab"], dtype=rows["dtype"], pairs=pairs, **size
@@ -785,16 +887,16 @@ def _result_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _zeros(like: Tensor) -> Tensor:
-    """Zeros of this shape and dtype, contiguous. Large ones are fresh pages of the system, untouched and huge.
+def fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU, contiguous. Large ones are fresh pages of the system, untouched and huge.
 
     On a CPU the page faults of a fresh gradient cost more than computing it. numpy's calloc gets zeroed pages that are
     not touched until written, and asks for huge ones; torch.zeros writes them all.
     """
-    nbytes = math.prod(like.shape) * like.dtype.itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _FRESH_PAGES_BYTES:
-        return torch.zeros(like.shape, dtype=like.dtype)
-    return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(like.dtype).view(like.shape)
+        return torch.zeros(shape, dtype=dtype)
+    return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 class RowLayout(NamedTuple):
@@ -826,7 +928,9 @@ def _row_layout(tensor: Tensor) -> RowLayout:
     return RowLayout(tensor, inner, axes[1][1] if len(axes) == 2 else 0, row_stride)
 
 
-def _row_arguments(layout: RowLayout, labels: Tensor, ignore_index: int) -> dict[str, object]:
+def _row_arguments(
+    layout: RowLayout, labels: Tensor, ignore_index: int, tile: Tile | None = None
+) -> dict[str, object]:
     """The arguments that token_logp and logits_grad share. The caller holds both tensors until the call is over."""
     return {
         "logits": layout.tensor.data_ptr(),
@@ -836,6 +940,8 @@ def _row_arguments(layout: RowLayout, labels: Tensor, ignore_index: int) -> dict
         "outer_stride": layout.outer_stride,
         "row_stride": layout.row_stride,
         "vocab": layout.tensor.shape[-1],
+        "first": 0 if tile is None else tile.first,
+        "total": layout.tensor.shape[-1] if tile is None else tile.total,
         "ignore_index": ignore_index,
         "dtype": str(layout.tensor.dtype).removeprefix("torch."),
     }

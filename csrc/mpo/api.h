@@ -24,24 +24,35 @@ constexpr int kNumRowStats = 4;
 
 /// Rows of logits and their labels. Strides are in elements; everything that meets one is 64-bit, since rows * vocab
 /// passes 2^31 in practice. "Result" below is float, or double where the logits are double.
+///
+/// The columns may be a tile of the vocabulary: columns first .. first + vocab - 1 of `total`. Labels count from the
+/// vocabulary's start, so a row's label may lie in another tile.
 struct Rows {
   const void* logits;     // row i starts at (i / inner) * outer_stride + (i % inner) * row_stride
   const int64_t* labels;  // [rows]
   int64_t rows;
-  int64_t vocab;
+  int64_t vocab;  // columns of these logits
+  int64_t first;
+  int64_t total;
   int64_t inner;
   int64_t outer_stride;
   int64_t row_stride;
   int64_t ignore_index;
 };
 
+/// What token_logp knows of a row after some tiles of its vocabulary, in their order: kRowStateSize doubles, a
+/// RowState of math.h.
+constexpr int kRowStateSize = 6;
+
 struct TokenLogpParams {
   Rows in;
-  void* logp;       // [rows] Result; 0 where the label is ignore_index, NaN where it is outside [0, vocab)
-  void* row_max;    // [rows] Result, for the backward
-  void* row_sum;    // [rows] Result, sum of exp(z - row_max), for the backward
-  void* row_stats;  // [number of bits in stats, rows] Result
-  unsigned stats;   // RowStats
+  double* row_state;  // [rows, kRowStateSize]; nullptr where the logits are the whole vocabulary. Read but in the first
+                      // tile, written but in the last, from which on the results below are meant
+  void* logp;         // [rows] Result; 0 where the label is ignore_index, NaN where it is outside [0, total)
+  void* row_max;      // [rows] Result, for the backward
+  void* row_sum;      // [rows] Result, sum of exp(z - row_max), for the backward
+  void* row_stats;    // [number of bits in stats, rows] Result
+  unsigned stats;     // RowStats
 };
 
 struct LogitsGradParams {

@@ -52,6 +52,29 @@ MPO_HD RowSums<Real> rescaled(RowSums<Real> s, Real max, Real scale) {
   return s;
 }
 
+/// What is known of a row after a part of its vocabulary. The label's logit counts once its part has been there.
+struct RowState {
+  RowSums<double> sums;
+  double z_label;
+};
+static_assert(sizeof(RowState) == kRowStateSize * sizeof(double), "api.h says what a state is");
+
+/// The state after one more part.
+template <bool kStats>
+MPO_HD RowState continued(RowState s, RowState part, bool has_label) {
+  const double max = part.sums.max > s.sums.max ? part.sums.max : s.sums.max;
+  if (s.sums.max < max) s.sums = rescaled<kStats>(s.sums, max, exp(s.sums.max - max));
+  if (part.sums.max < max) part.sums = rescaled<kStats>(part.sums, max, exp(part.sums.max - max));
+  s.sums.sum += part.sums.sum;
+  if (kStats) {
+    s.sums.e_d += part.sums.e_d;
+    s.sums.z += part.sums.z;
+    s.sums.squared += part.sums.squared;
+  }
+  if (has_label) s.z_label = part.z_label;
+  return s;
+}
+
 /// The statistics of a row in the order of RowStats. A NaN in the row makes all of them NaN.
 MPO_HD void row_statistics(const RowSums<double>& s, double z_label, int64_t vocab, double (&values)[kNumRowStats]) {
   const double poison = s.sum - s.sum;  // 0, or NaN if the row has one

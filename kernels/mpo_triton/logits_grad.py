@@ -8,7 +8,7 @@ from torch import Tensor
 from .rows import VECTOR_BYTES, aligned_rows, blocks, row_offset
 
 _STRIDES = ["misalignment", "inner", "outer_stride", "row_stride"]
-_INTEGERS = ["vocab", *_STRIDES, *(f"grad_{name}" for name in _STRIDES), "ignore_index"]
+_INTEGERS = ["vocab", "first", "total", *_STRIDES, *(f"grad_{name}" for name in _STRIDES), "ignore_index"]
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -21,6 +21,8 @@ def logits_grad_kernel(
     scale_ptr,  # [1] float32, one factor on all of it
     grad_ptr,  # like the logits, out; may be the logits themselves
     vocab: tl.int32,
+    first: tl.int64,  # the vocabulary entry of column 0
+    total: tl.int64,  # size of the vocabulary of which these are columns
     misalignment: tl.int64,
     inner: tl.int64,
     outer_stride: tl.int64,
@@ -56,7 +58,7 @@ def logits_grad_kernel(
     begin = tl.program_id(1) * CHUNK
     lanes = tl.arange(0, BLOCK)
 
-    if is_ignored | (label < 0) | (label >= vocab):
+    if is_ignored | (label < 0) | (label >= total):
         filler = tl.full((BLOCK,), 0.0, tl.float32) + tl.where(is_ignored, 0.0, float("nan"))
         filler = filler.to(grad_ptr.dtype.element_ty)
         for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
@@ -82,7 +84,7 @@ def logits_grad_kernel(
             mask = (positions >= shift) & (positions < end)
             z = tl.load(row_ptr + positions, mask=mask, other=-float("inf")).to(tl.float32)
         grad = tl.exp(z - row_max) * factor
-        label_at = label.to(tl.int32) + shift
+        label_at = label - first + shift  # beyond all columns if another tile has the label
         if (label_at >= at) & (label_at < at + BLOCK):
             # weight * (1 - p) as -expm1(logp), in double since Triton has no expm1; 1 - p cancels once p is near 1.
             z_label = tl.sum(tl.where(positions == label_at, z, 0.0), axis=0)
@@ -106,8 +108,10 @@ def logits_grad(
     weight: Tensor,
     scale: Tensor | None,
     grad_layout: tuple[Tensor, int, int, int],
+    tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Fills the gradient of ``ops.logits_grad``; one launch."""
+    """Fills the gradient of ``ops.logits_grad``, of an ``ops.Tile`` if given; one launch."""
+    first, total, _ = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)
     grad = aligned_rows(grad_layout)
@@ -124,6 +128,8 @@ def logits_grad(
         torch.ones_like(row_max.view(-1)[:1]) if scale is None else scale.float(),
         grad.base,
         vocab,
+        first,
+        total,
         *rows[1:],
         *grad[1:],
         ignore_index,

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .rows import VECTOR_BYTES, aligned_rows, blocks, row_offset
 
-_INTEGERS = ["vocab", "misalignment", "inner", "outer_stride", "row_stride", "ignore_index"]
+_INTEGERS = ["vocab", "total", "misalignment", "inner", "outer_stride", "row_stride", "ignore_index"]
+_ROW_STATE = 6  # doubles that the tiles of a row hand on: csrc/mpo/math.h, RowState
 _STATE = 2  # of a chunk: maximum, sum of exponentials; then what statistics need
 _STATE_WITH_STATS = 5  # sum of e * (z - max), sum of z, sum of e * e
 
@@ -17,6 +18,7 @@ def token_logp_chunk_kernel(
     labels_ptr,  # [rows] int64
     states_ptr,  # [rows, chunks, STATE] float32, out; only where a label is valid
     vocab: tl.int32,
+    total: tl.int64,  # size of the vocabulary of which these are columns
     misalignment: tl.int64,
     inner: tl.int64,
     outer_stride: tl.int64,
@@ -36,7 +38,7 @@ def token_logp_chunk_kernel(
     """
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)
-    if (label == ignore_index) | (label < 0) | (label >= vocab):
+    if (label == ignore_index) | (label < 0) | (label >= total):
         return
     start = row_offset(row, misalignment, inner, outer_stride, row_stride)
     shift = (start % VECTOR).to(tl.int32)
@@ -46,7 +48,7 @@ def token_logp_chunk_kernel(
 
     lanes = tl.arange(0, BLOCK)
     running_max = -float("inf")
-    total = tl.zeros((BLOCK,), tl.float32)
+    e_sum = tl.zeros((BLOCK,), tl.float32)
     e_d = tl.zeros((BLOCK,), tl.float32)
     z_sum = tl.zeros((BLOCK,), tl.float32)
     squared = tl.zeros((BLOCK,), tl.float32)
@@ -68,26 +70,27 @@ def token_logp_chunk_kernel(
         d = z - safe_max
         e = tl.exp(d)
         if HAS_STATS:
-            e_d = (e_d + gap * total) * scale + tl.where(e > 0, e * d, 0.0)
+            e_d = (e_d + gap * e_sum) * scale + tl.where(e > 0, e * d, 0.0)
             squared = squared * scale * scale + e * e
             z_sum += z_or_zero
-        total = total * scale + e
+        e_sum = e_sum * scale + e
         running_max = block_max
 
     state_ptr = states_ptr + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * STATE
     tl.store(state_ptr, running_max)
-    tl.store(state_ptr + 1, tl.sum(total, axis=0))
+    tl.store(state_ptr + 1, tl.sum(e_sum, axis=0))
     if HAS_STATS:
         tl.store(state_ptr + 2, tl.sum(e_d, axis=0))
         tl.store(state_ptr + 3, tl.sum(z_sum, axis=0))
         tl.store(state_ptr + 4, tl.sum(squared, axis=0))
 
 
-@triton.jit(do_not_specialize=[*_INTEGERS, "rows", "chunks"])
+@triton.jit(do_not_specialize=[*_INTEGERS, "rows", "chunks", "first"])
 def token_logp_kernel(
     logits_ptr,
     labels_ptr,  # [rows] int64
     states_ptr,  # [rows, chunks, STATE] float32
+    row_states_ptr,  # [rows, ROW_STATE] float64, in (but in the first tile) and out; unused unless IS_TILE
     logp_ptr,  # [rows] float32, out
     row_max_ptr,  # [rows] float32, out
     row_sum_ptr,  # [rows] float32, out
@@ -95,6 +98,8 @@ def token_logp_kernel(
     rows: tl.int64,
     chunks: tl.int32,
     vocab: tl.int32,
+    first: tl.int64,  # the vocabulary entry of column 0
+    total: tl.int64,  # size of the vocabulary
     misalignment: tl.int64,
     inner: tl.int64,
     outer_stride: tl.int64,
@@ -102,18 +107,22 @@ def token_logp_kernel(
     ignore_index: tl.int64,
     MAX_CHUNKS: tl.constexpr,  # power of two, at least chunks
     STATE: tl.constexpr,
+    ROW_STATE: tl.constexpr,
+    IS_TILE: tl.constexpr,
     STATS: tl.constexpr,  # bits of mpo_ext.ops.STATS
 ):
     """Merges the chunks of one row in their order: logp = (z[y] - m) - log(sum), and the statistics.
 
+    A tile of a vocabulary is merged into what the tiles before it left.
+
     Grid    (rows,)
     Reads   the states and one logit per row with a valid label
-    Writes  three floats per row and one per statistic
+    Writes  three floats per row and one per statistic; ROW_STATE doubles if it is a tile
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     is_ignored = label == ignore_index
-    is_valid = (label >= 0) & (label < vocab) & (label != ignore_index)
+    is_valid = (label >= 0) & (label < total) & (label != ignore_index)
     filler = tl.where(is_ignored, 0.0, float("nan"))
 
     lanes = tl.arange(0, MAX_CHUNKS)
@@ -129,32 +138,70 @@ def token_logp_kernel(
     row_sum = tl.sum(tl.where(sums == sums, sums * scale, sums), axis=0)
 
     start = row_offset(row, misalignment, inner, outer_stride, row_stride)
-    z_label = tl.load(logits_ptr + start + label, mask=is_valid, other=0.0).to(tl.float32)
+    column = label - first
+    has_label = is_valid & (column >= 0) & (column < vocab)
+    z_label = tl.load(logits_ptr + start + column, mask=has_label, other=0.0).to(tl.float64)
+    row_max = row_max.to(tl.float64)
+    row_sum = row_sum.to(tl.float64)
+    e_d = row_sum
+    z_sum = row_sum
+    squared = row_sum
+    if STATS:
+        e_d = tl.load(state_ptr + 2, mask=mask, other=0.0)
+        e_d = tl.sum((e_d + gap * sums) * scale, axis=0).to(tl.float64)
+        z_sum = tl.sum(tl.load(state_ptr + 3, mask=mask, other=0.0), axis=0).to(tl.float64)
+        squared = tl.load(state_ptr + 4, mask=mask, other=0.0)
+        squared = tl.sum(squared * scale * scale, axis=0).to(tl.float64)
+
+    if IS_TILE:
+        row_state_ptr = row_states_ptr + row * ROW_STATE
+        is_later = is_valid & (first != 0)
+        old_max = tl.load(row_state_ptr, mask=is_later, other=-float("inf"))
+        old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)
+        old_label = tl.load(row_state_ptr + 5, mask=is_later, other=0.0)
+        new_max = tl.maximum(row_max, old_max)
+        # The sum of a part without a maximum is 0, or NaN: neither is scaled.
+        gap = tl.where(row_max == -float("inf"), 0.0, row_max - new_max)
+        old_gap = tl.where(old_max == -float("inf"), 0.0, old_max - new_max)
+        scale = tl.exp(gap)
+        old_scale = tl.exp(old_gap)
+        if STATS:
+            old_e_d = tl.load(row_state_ptr + 2, mask=is_later, other=0.0)
+            e_d = (e_d + gap * row_sum) * scale + (old_e_d + old_gap * old_sum) * old_scale
+            z_sum += tl.load(row_state_ptr + 3, mask=is_later, other=0.0)
+            old_squared = tl.load(row_state_ptr + 4, mask=is_later, other=0.0)
+            squared = squared * scale * scale + old_squared * old_scale * old_scale
+            tl.store(row_state_ptr + 2, e_d, mask=is_valid)
+            tl.store(row_state_ptr + 3, z_sum, mask=is_valid)
+            tl.store(row_state_ptr + 4, squared, mask=is_valid)
+        row_sum = row_sum * scale + old_sum * old_scale
+        row_max = new_max
+        z_label = tl.where(has_label, z_label, old_label)
+        tl.store(row_state_ptr, row_max, mask=is_valid)
+        tl.store(row_state_ptr + 1, row_sum, mask=is_valid)
+        tl.store(row_state_ptr + 5, z_label, mask=is_valid)
+
     # In double: the fast logarithm of a GPU has no relative accuracy near 1, where a confident token's logp is.
-    log_sum = tl.log(row_sum.to(tl.float64))
-    logp = ((z_label.to(tl.float64) - row_max.to(tl.float64)) - log_sum).to(tl.float32)
-    tl.store(logp_ptr + row, tl.where(is_valid, logp, filler))
-    tl.store(row_max_ptr + row, tl.where(is_valid, row_max, 0.0))
-    tl.store(row_sum_ptr + row, tl.where(is_valid, row_sum, 0.0))
+    log_sum = tl.log(row_sum)
+    logp = (z_label - row_max) - log_sum
+    tl.store(logp_ptr + row, tl.where(is_valid, logp, filler).to(tl.float32))
+    tl.store(row_max_ptr + row, tl.where(is_valid, row_max, 0.0).to(tl.float32))
+    tl.store(row_sum_ptr + row, tl.where(is_valid, row_sum, 0.0).to(tl.float32))
 
     if STATS & 1:
-        e_d = tl.load(state_ptr + 2, mask=mask, other=0.0)
-        e_d = tl.sum((e_d + gap * sums) * scale, axis=0)
-        entropy = log_sum.to(tl.float32) - e_d / row_sum
-        tl.store(row_stats_ptr + row, tl.where(is_valid, entropy, filler))
+        entropy = log_sum - e_d / row_sum
+        tl.store(row_stats_ptr + row, tl.where(is_valid, entropy, filler).to(tl.float32))
         row_stats_ptr += rows
     if STATS & 2:
-        z_sum = tl.sum(tl.load(state_ptr + 3, mask=mask, other=0.0), axis=0)
-        tl.store(row_stats_ptr + row, tl.where(is_valid, z_sum / vocab, filler))
+        tl.store(row_stats_ptr + row, tl.where(is_valid, z_sum / total, filler).to(tl.float32))
         row_stats_ptr += rows
     if STATS & 4:
         top1 = tl.where(z_label == row_max, 1.0, 0.0) + (row_sum - row_sum)
-        tl.store(row_stats_ptr + row, tl.where(is_valid, top1, filler))
+        tl.store(row_stats_ptr + row, tl.where(is_valid, top1, filler).to(tl.float32))
         row_stats_ptr += rows
     if STATS & 8:
-        squared = tl.load(state_ptr + 4, mask=mask, other=0.0)
-        squared = tl.sum(squared * scale * scale, axis=0) / (row_sum * row_sum)
-        tl.store(row_stats_ptr + row, tl.where(is_valid, squared, filler))
+        squared = squared / (row_sum * row_sum)
+        tl.store(row_stats_ptr + row, tl.where(is_valid, squared, filler).to(tl.float32))
 
 
 def token_logp(
@@ -167,8 +214,10 @@ def token_logp(
     row_max: Tensor,
     row_sum: Tensor,
     row_stats: Tensor,
+    tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Fills the outputs of ``ops.token_logp``; two launches, no waiting for the device."""
+    """Fills the outputs of ``ops.token_logp``, or of a tile (``ops.Tile``); two launches, no waiting for the device."""
+    first, total, row_states = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)
     chunks = sizes.count(vocab, dtype)
@@ -179,6 +228,7 @@ def token_logp(
         labels,
         states,
         vocab,
+        total,
         *rows[1:],
         ignore_index,
         VECTOR=VECTOR_BYTES // dtype.itemsize,
@@ -192,6 +242,7 @@ def token_logp(
         rows.base,
         labels,
         states,
+        states if row_states is None else row_states,
         logp,
         row_max,
         row_sum,
@@ -199,10 +250,14 @@ def token_logp(
         labels.numel(),
         chunks,
         vocab,
+        first,
+        total,
         *rows[1:],
         ignore_index,
         MAX_CHUNKS=triton.next_power_of_2(chunks),
         STATE=state_size,
+        ROW_STATE=_ROW_STATE,
+        IS_TILE=tile is not None,
         STATS=stats,
         num_warps=1,
     )

@@ -141,6 +141,7 @@ def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
             return width * ((rows - 1) // inner * outer_stride + (min(rows, inner) - 1) * row_stride + a["vocab"])
 
         sizes["logits"] = extent(a["inner"], a["outer_stride"], a["row_stride"])
+        sizes["row_state"] = 48 * rows
         sizes["row_stats"] = 4 * rows * a.get("stats", 0).bit_count()
         if "grad" in a:
             sizes["grad"] = extent(a["grad_inner"], a["grad_outer_stride"], a["grad_row_stride"])
@@ -217,6 +218,8 @@ class Rows:
             "labels": self.label_buffer.address,
             "rows": self.rows,
             "vocab": self.vocab,
+            "first": 0,
+            "total": self.vocab,
             "inner": self.rows,
             "outer_stride": 0,
             "row_stride": self.stride,
@@ -247,7 +250,7 @@ def run_token_logp(
         rows.arguments()
         | {name: buffer.address for name, buffer in out.items()}
         | {"stats": stats, "scratch": scratch.address, "counters": counters.address}
-        | {"multiprocessors": multiprocessors},
+        | {"multiprocessors": multiprocessors, "row_state": 0},
     )
     assert not counters.array().any(), "a counter was not reset"
     return {name: written(buffer, np.float32) for name, buffer in out.items()}
@@ -319,7 +322,7 @@ def run_forward(
         | pairs.arguments(**config)
         | {name: buffer.address for name, buffer in out.items()}
         | {"stats": stats, "scratch": scratch.address, "counters": counters.address}
-        | {"multiprocessors": multiprocessors},
+        | {"multiprocessors": multiprocessors, "row_state": 0},
     )
     assert not counters.array().any(), "a counter was not reset"
     return {name: written(buffer, np.float32) for name, buffer in out.items()} | pairs.results()
@@ -367,7 +370,7 @@ def run_logits_grad(
         | {"scale": 0 if factor is None else factor.address, "grad": out.address + place.offset * place.width}
         | {"scale_is_float": scale is not None and scale.dtype == np.float32, "is_zeroed": is_zeroed}
         | {"grad_inner": rows.rows, "grad_outer_stride": 0, "grad_row_stride": place.stride}
-        | {"multiprocessors": multiprocessors},
+        | {"multiprocessors": multiprocessors, "row_state": 0},
     )
     return out
 
@@ -387,7 +390,7 @@ def simulated_backend(native: SimulatedNative) -> Iterator[SimulatedNative]:
         patch.setattr(ops, "_native", lambda: native)
         patch.setattr(ops, "_current_stream", lambda tensor: 0)
         patch.setattr(ops, "_multiprocessors", lambda device: MULTIPROCESSORS)
-        patch.setattr(ops, "choose_backend", lambda backend, logits: backend or "cuda")
+        patch.setattr(ops, "choose_backend", lambda backend, logits, name="logits": backend or "cuda")
         patch.setattr(ops, "_counters", lambda size, tensor: torch.zeros(size, dtype=torch.int32))
         yield native
 

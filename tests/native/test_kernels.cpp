@@ -90,7 +90,7 @@ Batch make_batch(std::mt19937& random, mpo::DType dtype, int64_t count, int64_t 
   b.labels.push_back(kIgnore);
   if (count > 3) b.labels[1] = vocab;  // just out of range
   if (count > 4) b.labels[2] = -1;
-  b.rows = {b.memory.data() + offset * width, b.labels.data(), count, vocab, count, 0, stride, kIgnore};
+  b.rows = {b.memory.data() + offset * width, b.labels.data(), count, vocab, 0, vocab, count, 0, stride, kIgnore};
   return b;
 }
 
@@ -106,15 +106,42 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
 
   std::vector<Real> logp(count), row_max(count), row_sum(count), stats(mpo::kNumRowStats * count),
       weight(count, Real(0.5));
-  mpo::token_logp_cpu({b.rows, logp.data(), row_max.data(), row_sum.data(), stats.data(), 15u}, dtype, threads, isa);
-  std::vector<Real> again(count), again_max(count), again_sum(count), again_stats(mpo::kNumRowStats * count);
-  mpo::token_logp_cpu({b.rows, again.data(), again_max.data(), again_sum.data(), again_stats.data(), 15u}, dtype, 1,
+  mpo::token_logp_cpu({b.rows, nullptr, logp.data(), row_max.data(), row_sum.data(), stats.data(), 15u}, dtype, threads,
                       isa);
+  std::vector<Real> again(count), again_max(count), again_sum(count), again_stats(mpo::kNumRowStats * count);
+  mpo::token_logp_cpu({b.rows, nullptr, again.data(), again_max.data(), again_sum.data(), again_stats.data(), 15u},
+                      dtype, 1, isa);
+
+  // The same rows tile by tile, as the projection of hidden states yields them.
+  const std::vector<int64_t> edges = {0, vocab / 3, vocab - 1, vocab};
+  const auto tile_of = [&](mpo::Rows rows, int64_t first, int64_t end) {
+    rows.logits = static_cast<const char*>(rows.logits) + first * width;
+    rows.first = first;
+    rows.vocab = end - first;
+    return rows;
+  };
+  std::vector<Real> tiled(count), tiled_max(count), tiled_sum(count), tiled_stats(mpo::kNumRowStats * count);
+  std::vector<double> state(mpo::kRowStateSize * count, std::nan(""));
+  for (size_t k = 1; k < edges.size(); ++k) {
+    if (edges[k] == edges[k - 1]) continue;
+    mpo::token_logp_cpu({tile_of(b.rows, edges[k - 1], edges[k]), state.data(), tiled.data(), tiled_max.data(),
+                         tiled_sum.data(), tiled_stats.data(), 15u},
+                        dtype, threads, isa);
+  }
 
   const double tolerance = sizeof(Real) == 8 ? 1e-12 : 2e-6;
   std::vector<std::vector<double>> expected_grad;
   for (int64_t i = 0; i < count; ++i) {
     check(std::memcmp(&logp[i], &again[i], sizeof(Real)) == 0, "the number of threads leaves logp as it is", where);
+    const double slack = sizeof(Real) == 8 ? 1e-12 : 2e-6;
+    const auto agree = [&](Real a, Real b) {
+      return a == b || (std::isnan(a) && std::isnan(b)) || std::fabs(a - b) <= slack * (1 + std::fabs(b));
+    };
+    check(agree(tiled[i], logp[i]), "logp of tiles", where);
+    check(agree(tiled_max[i], row_max[i]) && agree(tiled_sum[i], row_sum[i]), "softmax state of tiles", where);
+    for (int64_t s = 0; s < mpo::kNumRowStats; ++s) {
+      check(agree(tiled_stats[s * count + i], stats[s * count + i]), "statistics of tiles", where);
+    }
     const int64_t label = b.labels[i];
     std::vector<double> grad(static_cast<size_t>(vocab), 0.0);
     if (label == kIgnore) {
@@ -160,6 +187,15 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
   const mpo::LogitsGradParams out_of_place = {
       b.rows, row_max.data(), row_sum.data(), weight.data(), &scale, grad.data(), count, 0, vocab, false};
   mpo::logits_grad_cpu(out_of_place, dtype, threads, isa);
+  std::vector<char> tiled_grad(grad.size(), 0x7f);
+  for (size_t k = 1; k < edges.size(); ++k) {
+    if (edges[k] == edges[k - 1]) continue;
+    mpo::LogitsGradParams tile = out_of_place;
+    tile.in = tile_of(b.rows, edges[k - 1], edges[k]);
+    tile.grad = tiled_grad.data() + edges[k - 1] * width;
+    mpo::logits_grad_cpu(tile, dtype, threads, isa);
+  }
+  check(grad == tiled_grad, "the gradient of tiles has the bits of the whole", where);
   b.rows.rows = count - 1;  // the last row has no memory to be written to
   const mpo::LogitsGradParams in_place = {
       b.rows, row_max.data(), row_sum.data(), weight.data(), &scale, const_cast<void*>(b.rows.logits), count,

@@ -137,20 +137,26 @@ void token_logp_rows(const TokenLogpParams& p, int64_t begin, int64_t end) {
     const int64_t label = p.in.labels[row];
     const bool is_ignored = label == p.in.ignore_index;
     double values[kNumRowStats];
-    if (is_ignored || !in_vocab(label, p.in.vocab)) {
+    if (is_ignored || !in_vocab(label, p.in.total)) {
       const double filler = is_ignored ? 0.0 : __builtin_nan("");
       logp[row] = static_cast<Real>(filler);
       row_max[row] = row_sum[row] = 0;
       for (double& value : values) value = filler;
     } else {
       const typename Format::Scalar* x = row_start<Format>(p.in, row);
-      const RowSums<double> s =
-          p.stats != 0 ? read_row<Format, true>(x, p.in.vocab) : read_row<Format, false>(x, p.in.vocab);
-      const double z_label = Format::value(x[label]);
-      logp[row] = static_cast<Real>(label_logp(z_label, s.max, s.sum));
-      row_max[row] = static_cast<Real>(s.max);
-      row_sum[row] = static_cast<Real>(s.sum);
-      row_statistics(s, z_label, p.in.vocab, values);
+      const int64_t column = label - p.in.first;
+      const bool has_label = in_vocab(column, p.in.vocab);
+      RowState s{p.stats != 0 ? read_row<Format, true>(x, p.in.vocab) : read_row<Format, false>(x, p.in.vocab),
+                 has_label ? Format::value(x[column]) : 0.0};
+      if (p.row_state != nullptr) {
+        RowState* state = reinterpret_cast<RowState*>(p.row_state) + row;
+        if (p.in.first != 0) s = continued<true>(*state, s, has_label);
+        *state = s;
+      }
+      logp[row] = static_cast<Real>(label_logp(s.z_label, s.sums.max, s.sums.sum));
+      row_max[row] = static_cast<Real>(s.sums.max);
+      row_sum[row] = static_cast<Real>(s.sums.sum);
+      row_statistics(s.sums, s.z_label, p.in.total, values);
     }
     Real* out = static_cast<Real*>(p.row_stats) + row;
     for (int bit = 0; bit < kNumRowStats; ++bit) {
@@ -187,13 +193,18 @@ void logits_grad_rows(const LogitsGradParams& p, int64_t begin, int64_t end) {
     const double weight = static_cast<const Real*>(p.weight)[row] * scale;
     const Real factor = static_cast<Real>(-weight / sum);
     // A bad label, a row with a NaN, with +inf or of -inf only, an overflowed weight: NaN, and none of it below.
-    if (!in_vocab(label, vocab) || !__builtin_isfinite(factor) || !__builtin_isfinite(max)) {
+    if (!in_vocab(label, p.in.total) || !__builtin_isfinite(factor) || !__builtin_isfinite(max)) {
       for (int64_t v = 0; v < vocab; ++v) out[v] = Format::kNan;
       continue;
     }
+    const int64_t column = label - p.in.first;
+    const bool has_label = in_vocab(column, vocab);
     // The label's own gradient, weight * (1 - p), as -expm1(logp): 1 - p cancels once p is near 1.
-    const double logp = label_logp(Format::value(x[label]), max, sum);
-    const Scalar label_grad = Format::rounded(static_cast<Real>(weight * -expm1(logp)));
+    Scalar label_grad = {};
+    if (has_label) {
+      const double logp = label_logp(Format::value(x[column]), max, sum);
+      label_grad = Format::rounded(static_cast<Real>(weight * -expm1(logp)));
+    }
 
     const Vec row_max = splat<Vec>(static_cast<Real>(max));
     const Exp scaled_exponential(factor);
@@ -212,7 +223,7 @@ void logits_grad_rows(const LogitsGradParams& p, int64_t begin, int64_t end) {
       transform(padded, padded);
       for (int64_t k = 0; i + k < vocab; ++k) out[i + k] = padded[k];
     }
-    out[label] = label_grad;
+    if (has_label) out[column] = label_grad;
   }
 }
 

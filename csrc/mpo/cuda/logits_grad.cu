@@ -56,8 +56,9 @@ __device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Scalar* out, 
   const int edge = grid.edge(from, to, row_vectors, vocab);
 
   const int label_vector = (grid.skip + label) / kPerVector<Scalar>;
-  LabelLogit at_label{edge == label, 0};
-  if (label_vector >= begin && label_vector < end) at_label.is_mine = (label_vector - begin) % kCudaThreads == thread;
+  LabelLogit at_label{label >= 0 && edge == label, 0};
+  if (label >= 0 && label_vector >= begin && label_vector < end)
+    at_label.is_mine = (label_vector - begin) % kCudaThreads == thread;
   if (at_label.is_mine) at_label.z = load_value(x + label);
   if (edge >= 0) out[edge] = F::rounded(f.factor * fast_exp(load_value(x + edge) - f.max));
 
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
     const Scalar* x =
         static_cast<const Scalar*>(p.in.logits) + row_offset(row, p.in.inner, p.in.outer_stride, p.in.row_stride);
     Scalar* out = grad_row(row);
-    const int label = static_cast<int>(p.in.labels[row]);
+    const int label = label_column(p.in, p.in.labels[row]);  // -1: another tile has it
     const RowFactor f = row_factor(a, row);
     const bool are_alike = (reinterpret_cast<uintptr_t>(x) ^ reinterpret_cast<uintptr_t>(out)) % kVectorBytes == 0;
     const LabelLogit at_label = are_alike ? write_piece(x, out, vocab, label, from, to, a.row_vectors, f)

@@ -115,7 +115,13 @@ __device__ __forceinline__ float load_value(const __half* at) { return __half2fl
 // ------------------------------------------------------------------------------------------------------------- rows
 
 __device__ __forceinline__ bool is_scored(const Rows& in, int64_t label) {
-  return label != in.ignore_index && in_vocab(label, in.vocab);
+  return label != in.ignore_index && in_vocab(label, in.total);
+}
+
+/// The column of a label, or -1 if it lies in another tile of the vocabulary.
+__device__ __forceinline__ int label_column(const Rows& in, int64_t label) {
+  const int64_t column = label - in.first;
+  return in_vocab(column, in.vocab) ? static_cast<int>(column) : -1;
 }
 
 /// What stands in for a row that cannot be scored: 0 if it is ignored, else NaN.

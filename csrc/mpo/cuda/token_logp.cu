@@ -94,19 +94,23 @@ __device__ __forceinline__ RowSums<float> read_piece(const Scalar* x, int vocab,
 /// Writes what token_logp yields for a row. One thread, in double as on the CPU: it waits for memory anyway.
 template <typename Scalar, bool kStats>
 __device__ __forceinline__ void store_row(const TokenLogpParams& p, int64_t row, const RowSums<float>& s) {
-  const int64_t label = p.in.labels[row];
+  const int column = label_column(p.in, p.in.labels[row]);
   const Scalar* x =
       static_cast<const Scalar*>(p.in.logits) + row_offset(row, p.in.inner, p.in.outer_stride, p.in.row_stride);
-  const double z_label = static_cast<double>(load_value(x + label));
-  static_cast<float*>(p.logp)[row] =
-      static_cast<float>(label_logp(z_label, static_cast<double>(s.max), static_cast<double>(s.sum)));
-  static_cast<float*>(p.row_max)[row] = s.max;
-  static_cast<float*>(p.row_sum)[row] = s.sum;
+  RowState state{{static_cast<double>(s.max), static_cast<double>(s.sum), static_cast<double>(s.e_d),
+                  static_cast<double>(s.z), static_cast<double>(s.squared)},
+                 column < 0 ? 0.0 : static_cast<double>(load_value(x + column))};
+  if (p.row_state != nullptr) {
+    RowState* carried = reinterpret_cast<RowState*>(p.row_state) + row;
+    if (p.in.first != 0) state = continued<kStats>(*carried, state, column >= 0);
+    *carried = state;
+  }
+  static_cast<float*>(p.logp)[row] = static_cast<float>(label_logp(state.z_label, state.sums.max, state.sums.sum));
+  static_cast<float*>(p.row_max)[row] = static_cast<float>(state.sums.max);
+  static_cast<float*>(p.row_sum)[row] = static_cast<float>(state.sums.sum);
   if (!kStats) return;
   double values[kNumRowStats];
-  row_statistics({static_cast<double>(s.max), static_cast<double>(s.sum), static_cast<double>(s.e_d),
-                  static_cast<double>(s.z), static_cast<double>(s.squared)},
-                 z_label, p.in.vocab, values);
+  row_statistics(state.sums, state.z_label, p.in.total, values);
   float* out = static_cast<float*>(p.row_stats) + row;
 #pragma unroll
   for (int bit = 0; bit < kNumRowStats; ++bit) {
