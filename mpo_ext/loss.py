@@ -1,4 +1,4 @@
-"""The public loss functions: autograd functions over the operators token_logp, pair_loss and logits_grad."""
+"""The public loss functions: autograd functions over the operators of ops.py and linear_ops.py."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpo_ext import ops, reference
+from mpo_ext import linear_ops, ops, reference
 from mpo_ext.config import MPOConfig
 from mpo_ext.reward_shift import HOLD, RewardShift
 
 _PUBLIC_STATS = ("entropy", "mean_logit", "top1")
 _DEFAULT_CONFIG = MPOConfig()
+_CPU_MEMORY_BUDGET = 64 << 20
+_GPU_MEMORY_BUDGET = 256 << 20
 
 
 class MPOOutput(NamedTuple):
-    """What ``mpo_loss`` returns. Only ``loss`` is differentiable.
+    """What ``mpo_loss`` and ``linear_mpo_loss`` return. Only ``loss`` is differentiable.
 
     Attributes:
         loss: 0-d, float32 (float64 for float64 logits).
@@ -136,30 +138,191 @@ def mpo_loss(
         scored: tuple[Tensor, ...] | None = None
         if chosen_backend != "cuda":  # where it comes with the first pair loss, in one launch
             scored = ops.token_logp(detached, labels, config.ignore_index, mask, chosen_backend)
-        weight = logits  # replaced by the call below
 
-        def pairs(state: Tensor, rule: int, update_first: bool, decay: float) -> reference.PairLoss:
-            nonlocal scored, weight
-            settings = (
-                ref_logp, state, rule, update_first, decay, cu_seqlens, config.beta, config.dpo_weight,
-                config.bco_weight, config.ntp_weight, config.label_smoothing, config.ntp_average == "sequence",
-                config.ignore_index,
-            )  # fmt: skip
-            if scored is None:
-                outputs = ops.forward(detached, labels, *settings, mask, chosen_backend)
-                scored, outputs = outputs[:4], outputs[4:]
-            else:
-                outputs = ops.pair_loss(scored[0], labels, *settings, chosen_backend)
-            *pair, weight = outputs
-            return reference.PairLoss(*pair)
+        def score_with(*settings: Any) -> tuple[Tensor, ...]:
+            return ops.forward(detached, labels, *settings, mask, chosen_backend)
 
-        pair = _with_reward_shift(pairs, reward_shift, logits.device)
-        assert scored is not None  # pairs has seen to it
-        _, row_max, row_sum, row_stats = scored
+        pair, weight, (_, row_max, row_sum, row_stats) = _kernel_pairs(
+            scored, score_with, labels, ref_logp, config, reward_shift, cu_seqlens, chosen_backend
+        )
         loss = _Loss.apply(
             logits, pair.loss, labels, row_max, row_sum, weight, config.ignore_index, reuse_logits, chosen_backend
         )
+    return _output(loss, pair, names, row_stats, chosen_backend)
 
+
+def linear_mpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    memory_budget: int | None = None,
+    recompute: bool = True,
+    config: MPOConfig = _DEFAULT_CONFIG,
+    reward_shift: RewardShift | Tensor | float | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = True,
+    stats: Sequence[str] = (),
+    backend: str | None = None,
+) -> MPOOutput:
+    """``mpo_loss`` from hidden states and the output head: the logits never exist as a whole.
+
+    The logits are ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``, without the
+    tanh if there is no softcap. Only labelled rows are projected, in tiles of rows by vocabulary; the loss is that of
+    ``mpo_loss`` on the logits before they are rounded to the hidden states' dtype. ``hidden_and_head`` gets the
+    arguments out of a Hugging Face model.
+
+    Matrix products of n labelled rows by the whole head: one forward and three backward; where neither weight nor
+    bias needs a gradient two forward and none backward; with ``recompute=False`` one and two. Memory beyond
+    inputs and gradients: ``memory_budget``, and two copies of the n rows of ``hidden`` in float32; with
+    ``recompute=False`` the n rows of logits in float32 besides, from forward to backward.
+
+    Args:
+        hidden: ``[2B, T, D]``, final hidden states of B chosen and then B rejected sequences; or packed ``[N, D]``
+            with ``cu_seqlens``. float32, bfloat16, float16, or float64.
+        weight: ``[V, D]`` of the output head; its dtype may differ (float32 parameters under autocast).
+        labels: As in ``mpo_loss``. On a GPU pass labels that are still on the CPU, best in pinned memory, to spare
+            the host the wait for their number; either works.
+        ref_logp: As in ``mpo_loss``, or
+        ref_hidden: hidden states of the reference model, ``[2B, T, D']`` or ``[N, D']``; exactly one of the two.
+        ref_weight: ``[V', D']`` head of the reference model; None for ``weight``. Neither gets a gradient.
+        bias: ``[V]`` of the head, or None.
+        ref_bias: Of the reference head. None for none, and for ``bias`` where there is no ``ref_weight``.
+        logit_scale: Factor on the product (Cohere), not 0. The reference's logits are scaled and capped alike.
+        softcap: Bound of the logits (Gemma 2), above 0, or None.
+        temperature: Divides the logits at last, above 0.
+        memory_budget: Bytes for a tile and what is computed from it; None for 64 MiB on a CPU, 256 MiB on a GPU. It
+            bounds memory and changes speed, not the result.
+        recompute: Whether backward computes the tiles again. False keeps the logits of the labelled rows in float32:
+            n * V * 4 bytes buy one product in four. Means nothing where the head needs no gradient.
+        config: As in ``mpo_loss``.
+        reward_shift: As in ``mpo_loss``.
+        cu_seqlens: As in ``mpo_loss``.
+        shift: As in ``mpo_loss``.
+        stats: As in ``mpo_loss``.
+        backend: As in ``mpo_loss``. "reference" materialises the logits in plain torch.
+
+    Returns:
+        An ``MPOOutput``. Its loss is differentiable by hidden, weight and bias.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or value is wrong.
+        RuntimeError: If the backend cannot run here; in backward, if it is differentiated twice.
+    """
+    if not isinstance(config, MPOConfig):
+        raise TypeError(f"config must be an MPOConfig, got {type(config).__name__}")
+    sequences = ops.check_pairs(hidden, labels, cu_seqlens, "hidden")
+    ops.check_head(hidden, weight, bias, logit_scale, softcap, temperature, memory_budget)
+    ops.check_reference(hidden, sequences, ref_logp, ref_hidden, "hidden")
+    if ref_hidden is None:
+        if ref_weight is not None or ref_bias is not None:
+            raise ValueError("ref_weight and ref_bias go with ref_hidden, got one of them without it")
+    else:
+        if ref_weight is None:
+            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+        ops.check_head(ref_hidden, ref_weight, ref_bias, logit_scale, softcap, temperature, None, "ref_")
+    names = ops.check_stats(stats, _PUBLIC_STATS)
+    chosen_backend = ops.choose_backend(backend, hidden, "hidden")
+
+    if chosen_backend == "reference":
+        labels = labels.to(hidden.device)
+        logits = reference.linear_logits(hidden, weight, bias, logit_scale, softcap, temperature)
+        if ref_hidden is not None:
+            assert ref_weight is not None
+            with torch.no_grad():
+                rows = reference.linear_logits(ref_hidden, ref_weight, ref_bias, logit_scale, softcap, temperature)
+                aligned = shift_labels(labels, config.ignore_index, cu_seqlens) if shift else labels
+                ref_logp = reference.sequence_sums(
+                    reference.token_logp(rows, aligned, config.ignore_index).double(), cu_seqlens
+                )
+        return mpo_loss(
+            logits, labels, ref_logp, config=config, reward_shift=reward_shift, cu_seqlens=cu_seqlens, shift=shift,
+            stats=stats, backend="reference",
+        )  # fmt: skip
+
+    if cu_seqlens is not None:  # packed rows are one sequence of rows to the kernels
+        hidden, labels = hidden.unsqueeze(0), labels.unsqueeze(0)
+        ref_hidden = None if ref_hidden is None else ref_hidden.unsqueeze(0)
+    if shift:
+        offsets = None if cu_seqlens is None else cu_seqlens.to(labels.device)
+        labels = shift_labels(labels, config.ignore_index, offsets).contiguous()
+    options = (config.ignore_index, logit_scale, softcap, temperature, _memory_budget(memory_budget, hidden.device))
+    if ref_hidden is not None:
+        assert ref_weight is not None
+        rows, *_ = linear_ops.linear_token_logp(
+            ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach(), labels,
+            *options, 0, linear_ops.KEEP_NOTHING, _product_dtype(ref_hidden, ref_weight), chosen_backend,
+        )  # fmt: skip
+        ref_logp = reference.sequence_sums(rows.double(), cu_seqlens)
+    assert ref_logp is not None  # check_reference has seen to it
+
+    keep = _what_to_keep(hidden, weight, bias, recompute)
+    product = _product_dtype(hidden, weight)
+    *scored, kept = linear_ops.linear_token_logp(
+        hidden.detach(), weight.detach(), None if bias is None else bias.detach(), labels, *options,
+        ops.stats_mask(names), keep, product, chosen_backend,
+    )  # fmt: skip
+    device_labels = labels.to(hidden.device, non_blocking=True)
+    pair, row_weight, (_, row_max, row_sum, row_stats) = _kernel_pairs(
+        tuple(scored), None, device_labels, ref_logp.detach(), config, reward_shift, cu_seqlens, chosen_backend
+    )
+    loss = _Linear.apply(
+        hidden, weight, bias, pair.loss, labels, row_max, row_sum, row_weight, kept, *options, keep, product,
+        chosen_backend,
+    )  # fmt: skip
+    return _output(loss, pair, names, row_stats, chosen_backend)
+
+
+def _kernel_pairs(
+    scored: tuple[Tensor, ...] | None,
+    score_with: Callable[..., tuple[Tensor, ...]] | None,
+    labels: Tensor,
+    ref_logp: Tensor,
+    config: MPOConfig,
+    reward_shift: RewardShift | Tensor | float | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[reference.PairLoss, Tensor, tuple[Tensor, ...]]:
+    """The pair loss of rows that are scored, or that ``score_with`` scores with the first pair loss in one launch.
+
+    Returns:
+        The pair loss, the weight of each row, and the outputs of ``ops.token_logp``.
+    """
+    weight = ref_logp  # replaced by the call below
+
+    def pairs(state: Tensor, rule: int, update_first: bool, decay: float) -> reference.PairLoss:
+        nonlocal scored, weight
+        settings = (
+            ref_logp, state, rule, update_first, decay, cu_seqlens, config.beta, config.dpo_weight,
+            config.bco_weight, config.ntp_weight, config.label_smoothing, config.ntp_average == "sequence",
+            config.ignore_index,
+        )  # fmt: skip
+        if scored is None:
+            assert score_with is not None
+            outputs = score_with(*settings)
+            scored, outputs = outputs[:4], outputs[4:]
+        else:
+            outputs = ops.pair_loss(scored[0], labels, *settings, backend)
+        *pair, weight = outputs
+        return reference.PairLoss(*pair)
+
+    pair = _with_reward_shift(pairs, reward_shift, ref_logp.device)
+    assert scored is not None  # pairs has seen to it
+    return pair, weight, scored
+
+
+def _output(
+    loss: Tensor, pair: reference.PairLoss, names: Sequence[str], row_stats: Tensor, backend: str
+) -> MPOOutput:
     chosen_logp, rejected_logp = pair.logp.chunk(2)
     chosen_reward, rejected_reward = pair.reward.chunk(2)
     dpo_loss, bco_loss, ntp_loss = pair.terms.unbind()
@@ -177,7 +340,7 @@ def mpo_loss(
         pair.reward_shift,
         pair.tokens,
         dict(zip(names, averages, strict=True)),
-        chosen_backend,
+        backend,
     )
 
 
@@ -221,6 +384,71 @@ def token_logp(
         return reference.token_logp(logits, labels, ignore_index)
     logp, row_max, row_sum, _ = ops.token_logp(logits.detach(), labels, ignore_index, 0, chosen_backend)
     return _TokenLogp.apply(logits, logp, labels, row_max, row_sum, ignore_index, chosen_backend)
+
+
+def linear_token_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    memory_budget: int | None = None,
+    recompute: bool = True,
+    shift: bool = False,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> Tensor:
+    """``token_logp`` from hidden states and the output head: the logits never exist as a whole.
+
+    What is said in ``linear_mpo_loss`` of the logits, of products and of memory holds here.
+
+    Args:
+        hidden: ``[..., D]`` float32, bfloat16, float16 or float64.
+        weight: ``[V, D]``.
+        labels: ``[...]`` int64, in ``[0, V)`` or ``ignore_index``; on a GPU they may be on the CPU.
+        bias: ``[V]``, or None.
+        logit_scale: As in ``linear_mpo_loss``.
+        softcap: As in ``linear_mpo_loss``.
+        temperature: As in ``linear_mpo_loss``.
+        memory_budget: As in ``linear_mpo_loss``.
+        recompute: As in ``linear_mpo_loss``.
+        shift: As in ``token_logp``.
+        ignore_index: As in ``token_logp``.
+        backend: As in ``mpo_loss``.
+
+    Returns:
+        ``[...]`` float32 (float64 if hidden or weight is float64), in nats, differentiable by hidden, weight and
+        bias; NaN where a label is neither ``ignore_index`` nor in ``[0, V)``.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or value is wrong.
+        RuntimeError: If the backend cannot run here, or the result is differentiated twice.
+    """
+    ops.check_logits("hidden", hidden, "feature")
+    ops.check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
+    ops.check_head(hidden, weight, bias, logit_scale, softcap, temperature, memory_budget)
+    chosen_backend = ops.choose_backend(backend, hidden, "hidden")
+    if shift:
+        if labels.ndim == 0:
+            raise ValueError("shift needs labels with at least one axis, got shape ()")
+        labels = shift_labels(labels, ignore_index)
+    if chosen_backend == "reference":
+        logits = reference.linear_logits(hidden, weight, bias, logit_scale, softcap, temperature)
+        return reference.token_logp(logits, labels.to(hidden.device), ignore_index)
+    keep = _what_to_keep(hidden, weight, bias, recompute)
+    product = _product_dtype(hidden, weight)
+    options = (ignore_index, logit_scale, softcap, temperature, _memory_budget(memory_budget, hidden.device))
+    logp, row_max, row_sum, _, kept = linear_ops.linear_token_logp(
+        hidden.detach(), weight.detach(), None if bias is None else bias.detach(), labels, *options, 0, keep, product,
+        chosen_backend,
+    )  # fmt: skip
+    return _Linear.apply(
+        hidden, weight, bias, logp, labels, row_max, row_sum, None, kept, *options, keep, product, chosen_backend
+    )
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -306,6 +534,83 @@ class _TokenLogp(torch.autograd.Function):
         return _once_differentiable(grad, logits, grad_logp), *[None] * 6
 
 
+class _Linear(torch.autograd.Function):
+    """Hangs the gradients by hidden states and head on a loss, or on log-probs, that the operators have computed.
+
+    A loss comes with the weight of each row, d loss / d logp; of log-probs the incoming gradient is that.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        value: Tensor,
+        labels: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+        row_weight: Tensor | None,
+        kept: Tensor,
+        ignore_index: int,
+        logit_scale: float,
+        softcap: float | None,
+        temperature: float,
+        memory_budget: int,
+        keep: int,
+        product: torch.dtype,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, labels, row_max, row_sum, row_weight, kept)
+        ctx.options = (ignore_index, logit_scale, softcap, temperature, memory_budget, keep, product)
+        ctx.backend = backend
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, row_max, row_sum, row_weight, kept = ctx.saved_tensors
+        incoming = grad_value.detach()
+        row_weight, scale = (incoming, None) if row_weight is None else (row_weight, incoming)
+        wanted = ctx.needs_input_grad[:3]
+        gradients = linear_ops.linear_grad(
+            hidden.detach(), weight.detach(), None if bias is None else bias.detach(), labels, row_max, row_sum,
+            row_weight, scale, kept, *ctx.options, *wanted, ctx.backend,
+        )  # fmt: skip
+        sources = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+        return (
+            *(
+                _once_differentiable(gradient, *sources, grad_value) if is_wanted else None
+                for gradient, is_wanted in zip(gradients, wanted, strict=True)
+            ),
+            *[None] * 14,
+        )
+
+
+def _what_to_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, recompute: bool) -> int:
+    """What the forward keeps for the backward (linear_ops.py)."""
+    head_needs_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not (head_needs_grad or hidden.requires_grad):
+        return linear_ops.KEEP_NOTHING
+    if not head_needs_grad:
+        return linear_ops.KEEP_HIDDEN_GRAD
+    return linear_ops.KEEP_NOTHING if recompute else linear_ops.KEEP_LOGITS
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The type that a model's own head would multiply in."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    device = hidden.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _memory_budget(memory_budget: int | None, device: torch.device) -> int:
+    if memory_budget is not None:
+        return memory_budget
+    return _CPU_MEMORY_BUDGET if device.type == "cpu" else _GPU_MEMORY_BUDGET
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """Passes a gradient through, and refuses to be differentiated itself.
 
@@ -314,7 +619,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, logits: Tensor, grad_output: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -325,10 +630,11 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def _once_differentiable(grad: Tensor, logits: Tensor, grad_output: Tensor) -> Tensor:
+def _once_differentiable(grad: Tensor, *sources: Tensor) -> Tensor:
+    """A gradient that raises if it is differentiated by what it was computed from."""
     if not torch.is_grad_enabled():  # which it is under create_graph=True only
         return grad
-    return _OnceDifferentiable.apply(grad, logits, grad_output)
+    return _OnceDifferentiable.apply(grad, *sources)
 
 
 def _with_reward_shift(

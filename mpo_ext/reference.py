@@ -42,6 +42,31 @@ def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tens
     return torch.where(labels == ignore_index, 0.0, picked)
 
 
+def linear_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Logits as a model computes them: ``[..., D]`` and ``[V, D]`` give ``[..., V]``.
+
+    ``softcap * tanh(z / softcap) / temperature`` with ``z = logit_scale * (hidden @ weight.T + bias)``, as Gemma 2
+    has it; without a softcap ``z / temperature``.
+    """
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    logits = F.linear(hidden, weight, bias)
+    if logit_scale != 1:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits if temperature == 1 else logits / temperature
+
+
 def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Sums a value per row over each sequence: ``[2B, T]``, or ``[1, N]`` with ``cu_seqlens``, gives ``[2B]``."""
     if cu_seqlens is None:

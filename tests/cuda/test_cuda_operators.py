@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from simulator import SimulatedNative, load_ptxsim, need_nvcc, simulated_backend
+from tiles import LINEAR_OPTIONS, check_linear, check_tiles
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss, ops, token_logp
 
@@ -47,6 +48,19 @@ def test_the_loss_and_its_gradient_are_those_of_the_cpu(dtype: torch.dtype, shif
     expected, expected_grad = run("cpu", *batch, shift=shift, stats=stats)
     assert_same(ours, expected)
     torch.testing.assert_close(grad, expected_grad, rtol=torch.finfo(dtype).eps * 1.01 + 1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vocab", "edges"), [(203, (64, 65, 128)), (9001, (5000,))], ids=["narrow", "split rows"])
+def test_tiles_of_a_vocabulary_give_what_the_whole_gives(dtype: torch.dtype, vocab: int, edges: tuple) -> None:
+    with simulated_backend(SimulatedNative()):
+        check_tiles("cuda", dtype, vocab, edges)
+
+
+@pytest.mark.parametrize("options", LINEAR_OPTIONS, ids=str)
+def test_the_loss_from_hidden_states_is_that_of_the_cpu(options: dict) -> None:
+    with simulated_backend(SimulatedNative()):
+        check_linear("cuda", torch.bfloat16, **options)
 
 
 def test_packed_sequences_and_every_kind_of_offset() -> None:

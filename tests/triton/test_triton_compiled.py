@@ -16,6 +16,7 @@ import torch
 import triton
 from oracle import Case, assert_output_as_accurate, lay_out, make_case
 from simulated import FILES, signature, simulation
+from tiles import check_tiles
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -80,6 +81,16 @@ def test_simulated_ptx_takes_packed_sequences_and_keeps_to_ignored_rows(ptxsim: 
         check(make_case(torch.bfloat16, 259, packed=True))
         check(make_case(torch.bfloat16, 259, labelled=0.0))
         check(make_case(torch.bfloat16, 259, labelled=1.0))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("vocab", "edges"), [(203, (64, 65, 128)), (9001, (5000,))], ids=["narrow", "many chunks"])
+def test_simulated_ptx_scores_tiles_of_a_vocabulary(
+    ptxsim: ModuleType, dtype: torch.dtype, vocab: int, edges: tuple, arch: int
+) -> None:
+    with simulation(ptxsim, arch):
+        check_tiles("triton", dtype, vocab, edges)
 
 
 def test_schedules_leave_the_bits_as_they_are(ptxsim: ModuleType) -> None:

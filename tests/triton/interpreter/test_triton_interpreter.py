@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import STATS, Case, assert_output_as_accurate, lay_out, make_case
+from tiles import LINEAR_OPTIONS, check_linear, check_tiles
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss, ops, token_logp
 
@@ -38,6 +39,17 @@ def check(case: Case, layout: str = "contiguous", delta: float = 0.0, **options:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_and_vocabulary(dtype: torch.dtype, vocab: int) -> None:
     check(make_case(dtype, vocab, pairs=1, length=4), stats=STATS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("vocab", "edges"), [(203, (64, 65, 128)), (9001, (5000,))], ids=["narrow", "many chunks"])
+def test_tiles_of_a_vocabulary_give_what_the_whole_gives(dtype: torch.dtype, vocab: int, edges: tuple) -> None:
+    check_tiles("triton", dtype, vocab, edges)
+
+
+@pytest.mark.parametrize("options", LINEAR_OPTIONS, ids=str)
+def test_the_loss_from_hidden_states_is_that_of_the_cpu(options: dict) -> None:
+    check_linear("triton", torch.float32, **options)
 
 
 @pytest.mark.parametrize("layout", ["sliced", "unaligned", "transposed"])

@@ -1,0 +1,561 @@
+"""The operators from hidden states: logits exist one tile at a time.
+
+A tile is some labelled rows by some part of the vocabulary. It is projected by torch's matrix product, and scored or
+turned into its gradient by the kernels of ``mpo_ext.ops`` while it is hot. Tiles go over the vocabulary first and over
+rows within, so that each part of the head is read, and widened, once for all rows, and the gradient of that part is
+complete when its tiles are done.
+
+On a CPU the products are computed in float32 (float64 for float64): bfloat16 and float16 operands are widened part by
+part, which is exact, and faster than their own products wherever the CPU has no matrix unit for them. On a GPU the
+operands keep their type and the product comes out in float32; only its gradient is rounded to that type, as the
+operand of the next products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpo_ext import ops
+
+#: What ``linear_token_logp`` keeps for the backward: nothing, the unscaled gradient by the hidden states, the logits.
+KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS = 0, 1, 2
+_CPU_TILE_BYTES = 8 << 20  # of logits: smaller than the last-level cache, large enough for the matrix product
+_MIN_COLUMNS = 256  # of a tile, where there are so many: narrower products are slow
+_COLUMN_STEP = 64
+
+
+class Head(NamedTuple):
+    """How logits come from hidden states: ``cap * tanh(z / cap) / temperature``, or ``z / temperature`` without a cap.
+
+    ``z = logit_scale * (hidden @ weight.T + bias)``.
+    """
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    product: torch.dtype  # of the operands of the matrix products on a GPU
+
+    @property
+    def inner_scale(self) -> float:
+        """Factor on the product before tanh, or on all of it where there is no tanh."""
+        return self.logit_scale / (self.temperature if self.softcap is None else self.softcap)
+
+    @property
+    def outer_scale(self) -> float:
+        """Factor on tanh; 1 where there is none."""
+        return 1.0 if self.softcap is None else self.softcap / self.temperature
+
+    @property
+    def slope(self) -> float:
+        """Derivative of a logit by the product, but for the derivative of tanh."""
+        return self.logit_scale / self.temperature
+
+
+@torch.library.custom_op("mpo_ext::linear_token_logp", mutates_args=())
+def linear_token_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    memory_budget: int,
+    stats: int,
+    keep: int,
+    product: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability of each label from hidden states; only labelled rows are projected.
+
+    Args:
+        hidden: ``[..., D]``.
+        weight: ``[V, D]`` of the head, of any floating-point dtype.
+        bias: ``[V]`` of the head, or None.
+        labels: ``[...]`` int64, on the device of ``hidden`` or on the CPU. On a GPU, labels that are there too make
+            the host wait until it can count them; labels on the CPU do not.
+        ignore_index: Label of the rows that cost nothing and give 0.
+        logit_scale: See ``Head``.
+        softcap: See ``Head``.
+        temperature: See ``Head``.
+        memory_budget: Bytes that a tile, and what is computed from it, may take.
+        stats: As of ``ops.token_logp``.
+        keep: ``KEEP_NOTHING``, ``KEEP_HIDDEN_GRAD`` or ``KEEP_LOGITS``.
+        product: dtype of the operands of the matrix products on a GPU.
+        backend: What ``ops.choose_backend`` returned, but for "reference".
+
+    Returns:
+        The four outputs of ``ops.token_logp``, on the device of ``hidden``; and what was to be kept of the n labelled
+        rows: ``[0]``, ``[n, D]`` d logp / d hidden, or ``[n * V]`` logits, tile after tile, in the type of logp.
+    """
+    head = Head(weight, bias, logit_scale, softcap, temperature, product)
+    work = _Work(hidden, labels, head, ignore_index, memory_budget, backend)
+    full = ops.token_logp_outputs(work.like, work.labels_like(labels), stats)
+    for output in full:
+        output.zero_()
+    rows = work.rows.shape[0]
+    kept = _memory(work.like, {KEEP_NOTHING: (0,), KEEP_HIDDEN_GRAD: work.rows.shape}.get(keep, (rows * work.vocab,)))
+    if rows == 0:
+        return *full, kept
+
+    chunks = [
+        _Chunk(rows, labels, ops.token_logp_outputs(work.like, labels, stats), _new_state(labels))
+        for rows, labels in work.chunks()
+    ]
+    total = work.vocab
+    for first, end in work.columns():
+        operand = work.operand(first, end)
+        for chunk in chunks:
+            out = work.kept_tile(kept, chunk.rows, first, end) if keep == KEEP_LOGITS else None
+            logits, tanh = work.logits(chunk.rows, operand, first, end, out)
+            tile = ops.Tile(first, total, chunk.state)
+            old_max = chunk.outputs[1].clone() if keep == KEEP_HIDDEN_GRAD else None
+            ops.score(logits, chunk.labels, ignore_index, stats, backend, chunk.outputs, tile)
+            if old_max is not None:
+                _fold_hidden_grad(work, chunk, logits, tanh, operand, old_max, tile, kept[chunk.rows])
+    for target, *parts in zip(full, *(chunk.outputs for chunk in chunks), strict=True):
+        # Rows are the last axis of each output once the leading axes of the labels are one.
+        target.view(*target.shape[: target.ndim - labels.ndim], labels.numel())[..., work.index] = torch.cat(parts, -1)
+    if keep == KEEP_HIDDEN_GRAD:
+        for chunk in chunks:
+            _finish_hidden_grad(work, chunk, kept[chunk.rows])
+    return *full, kept
+
+
+@linear_token_logp.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    memory_budget: int,
+    stats: int,
+    keep: int,
+    product: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like = hidden.new_empty((1, 1), dtype=_result_dtype(hidden, weight))
+    outputs = ops.token_logp_outputs(like, hidden.new_empty(labels.shape, dtype=torch.int64), stats)
+    if keep == KEEP_NOTHING:
+        return *outputs, like.new_empty(0)
+    rows = torch.library.get_ctx().new_dynamic_size()
+    return *outputs, like.new_empty((rows, hidden.shape[-1]) if keep == KEEP_HIDDEN_GRAD else (rows,))
+
+
+@torch.library.custom_op("mpo_ext::linear_grad", mutates_args=())
+def linear_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    row_weight: Tensor,
+    scale: Tensor | None,
+    kept: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    memory_budget: int,
+    keep: int,
+    product: torch.dtype,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``scale * (row_weight * logp).sum()`` by hidden states and head.
+
+    Tiles are projected again, unless the logits were kept, and turned into their gradient in place. Sums are formed in
+    float32 (float64 for float64) and rounded once.
+
+    Args:
+        hidden: As given to ``linear_token_logp``, and so where nothing else is said.
+        weight: See there.
+        bias: See there.
+        labels: See there.
+        row_max: ``[...]`` from ``linear_token_logp``.
+        row_sum: ``[...]`` from ``linear_token_logp``.
+        row_weight: ``[...]`` d loss / d logp.
+        scale: 0-d factor on all of it, or None for 1.
+        kept: From ``linear_token_logp``.
+        ignore_index: See there.
+        logit_scale: See there.
+        softcap: See there.
+        temperature: See there.
+        memory_budget: See there.
+        keep: What ``kept`` is.
+        product: See there.
+        wants_hidden: Whether the gradient by hidden is computed. With ``KEEP_HIDDEN_GRAD`` it is the only one.
+        wants_weight: Likewise.
+        wants_bias: Likewise.
+        backend: See there.
+
+    Returns:
+        Gradients by hidden, weight and bias, each like its tensor, or ``[0]`` where it is not wanted.
+    """
+    head = Head(weight, bias, logit_scale, softcap, temperature, product)
+    work = _Work(hidden, labels, head, ignore_index, memory_budget, backend, converts_weight_grad=wants_weight)
+
+    def nothing() -> Tensor:
+        return work.like.new_empty(0)
+
+    if work.rows.shape[0] == 0:
+        tensors = ((hidden, wants_hidden), (weight, wants_weight), (bias, wants_bias))
+        d_hidden, d_weight, d_bias = (
+            torch.zeros_like(x) if is_wanted and x is not None else nothing() for x, is_wanted in tensors
+        )
+        return d_hidden, d_weight, d_bias
+
+    row_weights = row_weight.reshape(-1)[work.index]
+    if keep == KEEP_HIDDEN_GRAD:
+        factor = row_weights if scale is None else row_weights * scale.to(row_weights.dtype)
+        return work.scattered(kept * factor[:, None], hidden), nothing(), nothing()
+
+    factor = work.like.new_full((), head.slope, dtype=torch.float64)
+    if scale is not None:
+        factor = factor * scale.to(torch.float64)
+    maxima, sums = row_max.reshape(-1)[work.index], row_sum.reshape(-1)[work.index]
+    d_rows = work.like.new_empty(work.rows.shape) if wants_hidden else nothing()
+    d_weight = _memory(weight, weight.shape) if wants_weight else nothing()
+    d_bias = torch.empty_like(bias) if wants_bias and bias is not None else nothing()
+    chunks = list(work.chunks())
+    for first, end in work.columns():
+        operand = work.operand(first, end)
+        for number, (rows, row_labels) in enumerate(chunks):
+            tile = ops.Tile(first, work.vocab, None)
+            grad = work.buffer("logits", (rows.stop - rows.start, end - first))
+            if keep == KEEP_LOGITS:
+                logits = work.kept_tile(kept, rows, first, end)
+                tanh = None if head.softcap is None else work.buffer("tanh", grad.shape).copy_(logits)
+                if tanh is not None:
+                    tanh.mul_(1 / head.outer_scale)
+            else:
+                logits, tanh = work.logits(rows, operand, first, end)
+                grad = logits
+            ops.write_grad(
+                logits, row_labels, maxima[rows], sums[rows], row_weights[rows], factor, ignore_index, backend, grad,
+                tile=tile,
+            )  # fmt: skip
+            _through_tanh_(grad, tanh)
+            if wants_bias and bias is not None:
+                work.add_bias_grad(d_bias, grad, first, end, is_first=number == 0, is_last=number == len(chunks) - 1)
+            grad = work.as_operand(grad)
+            if wants_hidden:
+                _accumulate(d_rows[rows], grad, operand, is_first=first == 0)
+            if wants_weight:
+                work.add_weight_grad(
+                    d_weight[first:end], grad, rows, is_first=number == 0, is_last=number == len(chunks) - 1
+                )
+    return work.scattered(d_rows, hidden) if wants_hidden else nothing(), d_weight, d_bias
+
+
+@linear_grad.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    row_weight: Tensor,
+    scale: Tensor | None,
+    kept: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    memory_budget: int,
+    keep: int,
+    product: torch.dtype,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _result_dtype(hidden, weight)
+    return (
+        hidden.new_empty(hidden.shape) if wants_hidden else hidden.new_empty(0, dtype=dtype),
+        weight.new_empty(weight.shape) if wants_weight else hidden.new_empty(0, dtype=dtype),
+        bias.new_empty(bias.shape) if wants_bias and bias is not None else hidden.new_empty(0, dtype=dtype),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- tiles
+
+
+@dataclass
+class _Chunk:
+    """Labelled rows that share tiles, and what is known of them so far."""
+
+    rows: slice
+    labels: Tensor
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor]
+    state: Tensor
+
+
+class _Work:
+    """The labelled rows of one call, the cut into tiles, and the buffers that all tiles share."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        head: Head,
+        ignore_index: int,
+        memory_budget: int,
+        backend: str,
+        *,
+        converts_weight_grad: bool = False,
+    ) -> None:
+        self.head, self.ignore_index, self.backend = head, ignore_index, backend
+        self.vocab, depth = head.weight.shape
+        self.like = hidden.new_empty((1, 1), dtype=_result_dtype(hidden, head.weight))
+        # The type of the operands: what a product on this device takes without rounding its result to less.
+        self.operand_dtype = head.product if _widens_results(hidden.device) else self.like.dtype
+        is_labelled = labels.reshape(-1) != ignore_index
+        index = is_labelled.nonzero().squeeze(-1)  # on a GPU this waits, unless the labels are on the CPU
+        self.is_whole = index.shape[0] == labels.numel()
+        self.index = index.to(hidden.device, non_blocking=True)
+        self.labels = labels.reshape(-1)[index].to(hidden.device, non_blocking=True)
+        rows = hidden.reshape(-1, depth)
+        self.rows = (rows if self.is_whole else rows.index_select(0, self.index)).to(self.operand_dtype)
+        self._buffers: dict[str, Tensor] = {}
+        widens = head.weight.dtype != self.operand_dtype
+        converts = converts_weight_grad and head.weight.dtype != self.like.dtype
+        planes = 1 + (head.softcap is not None) + (self.operand_dtype.itemsize < self.like.dtype.itemsize)
+        self._chunk_rows, self._chunk_columns = tile_shape(
+            self.rows.shape[0],
+            self.vocab,
+            per_element=planes * self.like.dtype.itemsize,
+            per_column=(widens * self.operand_dtype.itemsize + converts * self.like.dtype.itemsize) * depth,
+            budget=memory_budget,
+            # Where logits are not larger than a cache, they are scored in the cache.
+            preferred=_CPU_TILE_BYTES if hidden.device.type == "cpu" else memory_budget,
+        )
+
+    def labels_like(self, labels: Tensor) -> Tensor:
+        """Labels of the shape of ``labels`` on the device of the rows; their values mean nothing."""
+        return self.like.new_empty(labels.shape, dtype=torch.int64)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The rows, in equal pieces, with their labels."""
+        for begin in range(0, self.rows.shape[0], self._chunk_rows):
+            rows = slice(begin, min(begin + self._chunk_rows, self.rows.shape[0]))
+            yield rows, self.labels[rows]
+
+    def columns(self) -> Iterator[tuple[int, int]]:
+        """The vocabulary, in pieces."""
+        for first in range(0, self.vocab, self._chunk_columns):
+            yield first, min(first + self._chunk_columns, self.vocab)
+
+    def kept_tile(self, kept: Tensor, rows: slice, first: int, end: int) -> Tensor:
+        """Where the logits of a tile are kept: together, since rows of the whole would lie on as many pages."""
+        size = rows.stop - rows.start
+        begin = rows.start * self.vocab + size * first
+        return kept[begin : begin + size * (end - first)].view(size, end - first)
+
+    def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Memory of two axes that stays from tile to tile, any contents."""
+        rows, columns = shape
+        dtype = dtype or self.like.dtype
+        memory = self._buffers.get(name)
+        if memory is None or memory.numel() < rows * columns:
+            memory = self._buffers[name] = self.like.new_empty(rows * columns, dtype=dtype)
+        return memory[: rows * columns].view(rows, columns)
+
+    def operand(self, first: int, end: int) -> Tensor:
+        """Rows first .. end - 1 of the head, in the type of the operands."""
+        part = self.head.weight[first:end]
+        if part.dtype == self.operand_dtype:
+            return part
+        return self.buffer("operand", part.shape, self.operand_dtype).copy_(part)
+
+    def as_operand(self, grad: Tensor) -> Tensor:
+        """The gradient of a tile as operand of a product."""
+        if grad.dtype == self.operand_dtype:
+            return grad
+        return self.buffer("grad operand", grad.shape, self.operand_dtype).copy_(grad)
+
+    def logits(
+        self, rows: slice, operand: Tensor, first: int, end: int, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The logits of a tile, and tanh where there is a cap; in buffers that the next tile overwrites, or in ``out``."""
+        if out is None:
+            out = self.buffer("logits", (rows.stop - rows.start, end - first))
+        head = self.head
+        raw = out if head.softcap is None else self.buffer("tanh", out.shape)
+        bias = None if head.bias is None else head.bias[first:end].to(raw.dtype)
+        _product(self.rows[rows], operand.T, raw, head.inner_scale, bias)
+        if head.softcap is None:
+            return out, None
+        raw.tanh_()
+        torch.mul(raw, head.outer_scale, out=out)
+        return out, raw
+
+    def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
+        """Adds the part of a tile to the gradient of its columns; the last chunk of rows rounds and stores it."""
+        direct = target.dtype == self.like.dtype
+        total = target if direct else self.buffer("weight grad", target.shape)
+        _accumulate(total, grad.T, self.rows[rows], is_first=is_first)
+        if is_last and not direct:
+            target.copy_(total)
+
+    def add_bias_grad(
+        self, d_bias: Tensor, grad: Tensor, first: int, end: int, *, is_first: bool, is_last: bool
+    ) -> None:
+        """The same for the bias."""
+        total = self.buffer("bias grad", (1, end - first))[0]
+        if is_first:
+            total.zero_()
+        total.add_(grad.sum(0))
+        if is_last:
+            d_bias[first:end].copy_(total)
+
+    def scattered(self, rows: Tensor, like: Tensor) -> Tensor:
+        """A value per labelled row as a tensor shaped like ``like``, zeros elsewhere."""
+        rows = rows.to(like.dtype)
+        if self.is_whole:
+            return rows.view(like.shape)
+        full = torch.zeros_like(like, memory_format=torch.contiguous_format)
+        full.view(-1, like.shape[-1])[self.index] = rows
+        return full
+
+
+def tile_shape(
+    rows: int, vocab: int, *, per_element: int, per_column: int, budget: int, preferred: int
+) -> tuple[int, int]:
+    """Rows and columns of a tile.
+
+    All rows and as many columns as fit; where that leaves fewer than 256 columns, fewer rows. One row and one column
+    are the least, whatever the budget.
+
+    Args:
+        rows: Labelled rows.
+        vocab: Columns in all.
+        per_element: Bytes that an element of a tile costs.
+        per_column: Bytes that a column of a tile costs besides.
+        budget: Bytes that a tile may cost.
+        preferred: Bytes of ``rows * columns * per_element`` beyond which a tile does not get faster.
+    """
+    columns = min(vocab, _MIN_COLUMNS)
+    if per_column:  # at most half of the budget goes into what does not depend on the rows
+        columns = max(min(columns, budget // (2 * per_column)), 1)
+    room = max(min(budget - columns * per_column, preferred), 0)
+    pieces = -(-rows // max(room // (columns * per_element), 1))
+    chunk = max(-(-rows // max(pieces, 1)), 1)
+    widest = min(budget // (chunk * per_element + per_column), preferred // (chunk * per_element))
+    step = _COLUMN_STEP if widest >= _COLUMN_STEP else 1
+    return chunk, min(max(widest // step * step, 1), vocab)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor | None) -> None:
+    """Computes ``out = scale * (a @ b + bias)``, in the type of ``out`` whatever that of the operands."""
+    if a.dtype == out.dtype:
+        if bias is not None:
+            torch.addmm(bias, a, b, beta=scale, alpha=scale, out=out)
+        elif scale != 1:
+            torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+        else:
+            torch.mm(a, b, out=out)
+        return
+    product = torch.mm(a, b, out_dtype=out.dtype)
+    if bias is not None:
+        product.add_(bias)
+    torch.mul(product, scale, out=out)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+    """Adds ``a @ b`` in the type of ``total`` whatever that of the operands; the first time in place of what is there."""
+    if a.dtype == total.dtype:
+        if is_first:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+        return
+    product = torch.mm(a, b, out_dtype=total.dtype)
+    if is_first:
+        total.copy_(product)
+    else:
+        total.add_(product)
+
+
+def _through_tanh_(grad: Tensor, tanh: Tensor | None) -> None:
+    """Takes a gradient by ``tanh(x)`` to one by ``x``; uses up ``tanh``."""
+    if tanh is not None:
+        grad.addcmul_(grad, tanh.square_(), value=-1)
+
+
+def _fold_hidden_grad(
+    work: _Work,
+    chunk: _Chunk,
+    logits: Tensor,
+    tanh: Tensor | None,
+    operand: Tensor,
+    old_max: Tensor,
+    tile: ops.Tile,
+    total: Tensor,
+) -> None:
+    """Adds ``exp(z - max) @ weight`` of a tile without the label's own column; ``max`` is that of the tiles so far.
+
+    The label is left out since it joins with ``1 - p``, which would cancel. A row that has seen only -inf has 0 in
+    place of its maximum.
+    """
+    new_max = chunk.outputs[1]
+    safe = torch.where(new_max == -math.inf, 0.0, new_max)
+    ones = torch.ones_like(safe)
+    ops.write_grad(logits, chunk.labels, safe, ones, -ones, None, work.ignore_index, work.backend, logits, tile=tile)
+    column = (chunk.labels - tile.first).unsqueeze(1)
+    is_here = (column >= 0) & (column < logits.shape[1])
+    column = column.clamp(0, logits.shape[1] - 1)
+    logits.scatter_(1, column, torch.where(is_here, 0.0, logits.gather(1, column)))
+    _through_tanh_(logits, tanh)
+    if tile.first > 0:
+        total.mul_(torch.where(old_max == -math.inf, 0.0, torch.exp(old_max - safe)).unsqueeze(1))
+    _accumulate(total, work.as_operand(logits), operand, is_first=tile.first == 0)
+
+
+def _finish_hidden_grad(work: _Work, chunk: _Chunk, total: Tensor) -> None:
+    """Completes d logp / d hidden = slope * ((1 - p_y) * tanh'_y * weight_y - the sum over the others)."""
+    logp, _, row_sum, _ = chunk.outputs
+    head = work.head
+    own = -torch.expm1(logp)
+    if head.softcap is not None:
+        tanh = chunk.state[:, -1] / head.outer_scale
+        own = own * (1 - tanh.square()).to(own.dtype)
+    label_rows = head.weight[chunk.labels.clamp(0, work.vocab - 1)].to(total.dtype)
+    total.div_(-row_sum.unsqueeze(1)).addcmul_(label_rows, own.unsqueeze(1)).mul_(head.slope)
+
+
+def _new_state(labels: Tensor) -> Tensor:
+    return torch.empty(labels.shape[0], ops.ROW_STATE, dtype=torch.float64, device=labels.device)
+
+
+def _result_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+
+
+def _memory(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory of this shape in the type of ``like``, all of which will be written."""
+    if like.device.type == "cpu":  # where large fresh memory costs page faults
+        return ops.fresh_zeros(shape, like.dtype)
+    return like.new_empty(shape)
+
+
+def _widens_results(device: torch.device) -> bool:
+    """Whether products on this device take operands of half precision and give float32."""
+    return device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads()

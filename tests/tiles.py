@@ -1,0 +1,91 @@
+"""Tiles of a vocabulary, and the loss from hidden states, on any backend: what every backend's tests share."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from oracle import (
+    assert_as_accurate,
+    assert_gradient_as_accurate,
+    score_rows,
+    token_logp_eager,
+    token_logp_exact,
+    wide,
+)
+
+from mpo_ext import MPOOutput, linear_mpo_loss, ops
+
+ALL_STATS = 15
+
+
+def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Sequence[int], seed: int = 0) -> None:
+    """Tiles end at the given columns. There are rows of every kind: ignored, impossible, banned, confident."""
+    generator = torch.Generator().manual_seed(seed + vocab)
+    edges = [0, *inner_edges, vocab]
+    labels = torch.tensor([0, -100, vocab - 1, edges[1], edges[1] - 1, vocab, -1, vocab // 2, -100, vocab // 3])
+    logits = (3 * torch.randn(len(labels), vocab, generator=generator)).to(dtype)
+    logits[labels == -100] = torch.nan  # never read
+    logits[3, : edges[1]] = -torch.inf  # a first tile without a maximum
+    logits[7, -2:] = -torch.inf
+    logits[2, -1] = 16  # a confident label in the last tile
+    logits[0, 0] = 16  # and one in the first
+    # One column of another row before and behind, so that tiles start anywhere and reading beyond them shows.
+    wide_logits = torch.full((len(labels), vocab + 2), torch.nan, dtype=dtype)
+    view = wide_logits[:, 1:-1]
+    view.copy_(logits)
+
+    outputs = ops.token_logp_outputs(view, labels, ALL_STATS)
+    state = torch.full((len(labels), ops.ROW_STATE), torch.nan, dtype=torch.float64)
+    for first, end in itertools.pairwise(edges):
+        ops.score(view[:, first:end], labels, -100, ALL_STATS, backend, outputs, ops.Tile(first, vocab, state))
+    logp, row_max, row_sum, row_stats = outputs
+    weight = torch.linspace(-1, 2, len(labels), dtype=logp.dtype)
+    exact, gradient, share = token_logp_exact(logits, labels, weight)
+    eager, eager_gradient = token_logp_eager(logits, labels.where((labels >= 0) & (labels < vocab), -100), weight)
+    assert_as_accurate(logp, eager, exact, name="logp")
+    rows = score_rows(wide(logits), labels.numpy(), -100)
+    possible = rows.labelled & np.isfinite(rows.logp)
+    for values, name in zip(row_stats, ops.STATS, strict=True):
+        expected = np.square(np.abs(share - np.eye(vocab)[labels.clamp(0, vocab - 1)])).sum(-1)
+        expected = expected if name == "sum_p_squared" else getattr(rows, name)
+        np.testing.assert_allclose(values.numpy()[possible], expected[possible].astype(float), rtol=1e-5, atol=1e-5)
+
+    # In place, as the backward of hidden states does it.
+    scale = torch.tensor(0.5, dtype=torch.float64)
+    for first, end in itertools.pairwise(edges):
+        part = view[:, first:end]
+        tile = ops.Tile(first, vocab, None)
+        ops.write_grad(part, labels, row_max, row_sum, weight, scale, -100, backend, part, tile=tile)
+    assert_gradient_as_accurate(view, eager_gradient * 0.5, gradient * 0.5, share)
+    assert wide_logits[:, [0, -1]].isnan().all(), "something beside the tiles was written"
+
+
+def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
+    """The loss from hidden states, in many tiles, against the CPU's."""
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(4, 5, 13, generator=generator).to(dtype)
+    weight = (0.5 * torch.randn(203, 13, generator=generator)).to(dtype)
+    labels = torch.randint(203, (4, 5), generator=generator)
+    labels[:, :2] = -100
+    frozen = bool(options.pop("frozen", False))
+
+    def run(name: str) -> tuple[MPOOutput, tuple[torch.Tensor, ...]]:
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
+        output = linear_mpo_loss(
+            *inputs, labels, torch.linspace(-20, -10, 4), stats=("entropy", "top1"), memory_budget=2000, backend=name,
+            **options,
+        )  # fmt: skip
+        return output, torch.autograd.grad(2 * output.loss, [x for x in inputs if x.requires_grad])
+
+    ours, gradients = run(backend)
+    expected, expected_gradients = run("cpu")
+    assert ours.backend == backend
+    torch.testing.assert_close(ours.loss, expected.loss, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(ours.stats, expected.stats, rtol=1e-5, atol=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        largest = expected_gradient.abs().max().item()
+        torch.testing.assert_close(gradient, expected_gradient, rtol=torch.finfo(dtype).eps, atol=2e-6 * largest)
+
+
+LINEAR_OPTIONS = [{}, {"recompute": False}, {"frozen": True}, {"softcap": 5.0, "logit_scale": 0.5}]
