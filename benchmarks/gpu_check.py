@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import environment
-from mpo_ext import mpo_loss, token_logp
+from mpo_ext import linear_mpo_loss, mpo_loss, token_logp
 
-STEPS = ("build", "tests", "sanitizer", "hardware", "measure")
+STEPS = ("build", "tests", "sanitizer", "hardware", "measure", "linear")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PEERS = {  # distribution to what it computes from the same logits
     "liger-kernel": "mean cross entropy; writes the gradient over the logits in the forward",
@@ -100,7 +100,10 @@ def commands(step: str, root: Path) -> dict[str, list[str]]:
         program = [python, "-m", "benchmarks.gpu_check", "--small-program"]
         return {f"sanitizer-{tool}": ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program]
                 for tool in SANITIZERS}  # fmt: skip
-    raise ValueError(f"step must be build, tests or sanitizer, got {step!r}")
+    if step == "linear":  # from hidden states: one pair of 4,096 tokens each, as one GPU of a training run sees it
+        sizes = ["--tokens", "4096", "--depth", "4096", "--shares", "1.0", "0.1", "--dtypes", "bfloat16"]
+        return {"linear": [python, "-m", "benchmarks.linear", "--device", "cuda", "--runs", "10", *sizes]}
+    raise ValueError(f"step must be build, tests, sanitizer or linear, got {step!r}")
 
 
 def step_environment(step: str) -> dict[str, str]:
@@ -171,7 +174,37 @@ def small_program(device: str = "cuda", backend: str = "cuda") -> list[str]:
             rows = token_logp(batch[0], batch[1], backend=backend)
             if not torch.allclose(rows, token_logp(batch[0], batch[1], backend="reference"), rtol=1e-5, atol=1e-5):
                 wrong.append(f"{dtype}, V = {vocab}: token_logp differs from plain torch")
+            wrong += [f"{dtype}, V = {vocab}: {problem}" for problem in linear_problems(device, dtype, vocab, backend)]
     return wrong
+
+
+def linear_problems(device: str, dtype: torch.dtype, vocab: int, backend: str) -> list[str]:
+    """The loss from hidden states in many tiles, in its three modes, compared with float64 on the same values."""
+    generator = torch.Generator().manual_seed(vocab)
+    hidden = torch.randn(4, 9, 64, generator=generator).to(device, dtype)
+    weight = (torch.randn(vocab, 64, generator=generator) / 8).to(device, dtype)
+    labels = torch.randint(vocab, (4, 9), generator=generator)
+    labels[:, :3] = -100
+    ref_logp = torch.linspace(-60, -30, 4).to(device)
+
+    def run(
+        precision: torch.dtype, head_backend: str, is_frozen: bool, **options: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        inputs = [hidden.to(precision).requires_grad_(), weight.to(precision).requires_grad_(not is_frozen)]
+        loss = linear_mpo_loss(*inputs, labels, ref_logp, backend=head_backend, **options).loss
+        return loss.detach(), torch.autograd.grad(loss, [tensor for tensor in inputs if tensor.requires_grad])
+
+    problems = []
+    for is_frozen, recompute in ((False, True), (False, False), (True, True)):
+        loss, gradients = run(dtype, backend, is_frozen, recompute=recompute, memory_budget=1 << 16)
+        expected, expected_gradients = run(torch.float64, "reference", is_frozen)
+        mode = "frozen head" if is_frozen else f"recompute={recompute}"
+        if not torch.allclose(loss.double(), expected.double(), rtol=1e-5, atol=1e-5):
+            problems.append(f"linear_mpo_loss, {mode}: loss {float(loss)}, expected {float(expected)}")
+        for found, exact in zip(gradients, expected_gradients, strict=True):
+            if (found.double() - exact).norm() > 2 * torch.finfo(dtype).eps * exact.norm() + 1e-6:
+                problems.append(f"linear_mpo_loss, {mode}: a gradient is off by {(found.double() - exact).norm():.2e}")
+    return problems
 
 
 def check_bits() -> str | None:
@@ -539,7 +572,7 @@ def main(argv: list[str] | None = None) -> int:
     root = Path(__file__).parents[1]
     args.out.mkdir(parents=True, exist_ok=True)
     steps: list[Step] = []
-    for name in ("build", "tests", "sanitizer"):
+    for name in ("build", "tests", "sanitizer", "linear"):
         if name in args.steps:
             print(f"{name} ...", flush=True)
             steps.append(run_step(name, root, args.out))

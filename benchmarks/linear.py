@@ -8,6 +8,7 @@ products of the same size in float32, hidden by head and the two of the backward
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,27 +32,31 @@ FROZEN = "mpo_ext, frozen head"
 class Batch:
     """One pair: hidden ``[2, T, D]``, head ``[V, D]``, labels ``[2, T]`` of which the last ``share`` are labelled."""
 
-    def __init__(self, dtype: torch.dtype, tokens: int, depth: int, vocab: int, share: float) -> None:
+    def __init__(
+        self, dtype: torch.dtype, tokens: int, depth: int, vocab: int, share: float, device: str = "cpu"
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.hidden = torch.randn(2, tokens, depth, generator=generator).to(dtype)
         self.weight = (torch.randn(vocab, depth, generator=generator) / depth**0.5).to(dtype)
         self.labels = torch.randint(vocab, (2, tokens), generator=generator)
         self.labels[:, : tokens - round(tokens * share)] = -100
-        self.ref_logp = torch.full((2,), -12.0 * tokens * share)
+        self.ref_logp = torch.full((2,), -12.0 * tokens * share, device=device)
+        self.hidden, self.weight = self.hidden.to(device), self.weight.to(device)
+        self.labels_on_cpu, self.labels = self.labels, self.labels.to(device)
 
     def inputs(self, frozen: bool = False) -> tuple[Tensor, Tensor]:
         return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not frozen)
 
 
 def _mpo_of_tokens(logp: Tensor, batch: Batch) -> Tensor:
-    state = torch.zeros(2, dtype=torch.float64)
+    state = torch.zeros(2, dtype=torch.float64, device=logp.device)
     return reference.pair_loss(logp, batch.labels, batch.ref_logp, state, HOLD, False, 0.0, None, MPOConfig()).loss
 
 
 def ours(batch: Batch, frozen: bool = False, **options: Any) -> tuple[Tensor, ...]:
     """Loss and gradients by ``linear_mpo_loss``."""
     hidden, weight = batch.inputs(frozen)
-    loss = linear_mpo_loss(hidden, weight, batch.labels, batch.ref_logp, shift=False, **options).loss
+    loss = linear_mpo_loss(hidden, weight, batch.labels_on_cpu, batch.ref_logp, shift=False, **options).loss
     return loss.detach(), *torch.autograd.grad(loss, (hidden,) if frozen else (hidden, weight))
 
 
@@ -127,11 +132,13 @@ RIVALS: dict[str, Callable[[], Callable[[Batch], tuple[Tensor, ...]]]] = {
 }
 
 
-def providers(names: list[str]) -> tuple[dict[str, Callable[[Batch], tuple[Tensor, ...]]], dict[str, str]]:
+def providers(
+    names: list[str], device: str = "cpu"
+) -> tuple[dict[str, Callable[[Batch], tuple[Tensor, ...]]], dict[str, str]]:
     """The cases that can run, and why the others cannot."""
     cases: dict[str, Callable[[Batch], tuple[Tensor, ...]]] = {}
     missing: dict[str, str] = {}
-    small = Batch(torch.float32, 4, 16, 64, 1.0)
+    small = Batch(torch.float32, 4, 16, 64, 1.0, device)
     for name in names:
         if name in OURS:
             options = OURS[name]
@@ -147,10 +154,12 @@ def providers(names: list[str]) -> tuple[dict[str, Callable[[Batch], tuple[Tenso
 
 
 def floor_cases(batch: Batch) -> dict[str, Callable[[], Any]]:
-    """The three matrix products of the labelled rows, in float32, into memory that is there already."""
-    rows = batch.hidden.float().flatten(0, 1)[batch.labels.flatten() != -100]
-    weight = batch.weight.float()
-    logits = torch.zeros(rows.shape[0], weight.shape[0])
+    """The three matrix products of the labelled rows into memory that is there already; in float32 on a CPU."""
+    rows = batch.hidden.flatten(0, 1)[batch.labels.flatten() != -100]
+    weight = batch.weight
+    if rows.device.type == "cpu":
+        rows, weight = rows.float(), weight.float()
+    logits = rows.new_zeros(rows.shape[0], weight.shape[0])
     d_hidden, d_weight = torch.empty_like(rows), torch.empty_like(weight)
     return {
         "mm forward": lambda: torch.mm(rows, weight.T, out=logits),
@@ -161,12 +170,20 @@ def floor_cases(batch: Batch) -> dict[str, Callable[[], Any]]:
 
 def time_case(dtype: str, share: float, names: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """Times all cases of one dtype and share of labelled rows, interleaved, and prints them."""
-    batch = Batch(DTYPES[dtype], args.tokens, args.depth, args.vocab, share)
-    cases, missing = providers(names)
-    timed: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        name: (lambda: None, lambda run=run: run(batch)) for name, run in cases.items()
-    }
-    timed |= {name: (lambda: None, run) for name, run in floor_cases(batch).items()}
+    batch = Batch(DTYPES[dtype], args.tokens, args.depth, args.vocab, share, args.device)
+    cases, missing = providers(names, args.device)
+    synchronize = getattr(torch, args.device.partition(":")[0]).synchronize
+
+    def timed_to_its_end(run: Callable[[], Any]) -> Callable[[], Any]:
+        def whole() -> Any:
+            result = run()
+            synchronize()
+            return result
+
+        return whole
+
+    runs = {name: functools.partial(run, batch) for name, run in cases.items()} | floor_cases(batch)
+    timed = {name: (synchronize, timed_to_its_end(run)) for name, run in runs.items()}
     timings = interleaved(timed, args.runs)
     median = {name: timing.median_s for name, timing in timings.items()}
     forward, d_hidden, d_weight = (median[name] for name in ("mm forward", "mm d hidden", "mm d weight"))
@@ -196,6 +213,20 @@ def time_case(dtype: str, share: float, names: list[str], args: argparse.Namespa
     }
 
 
+def _gpu_peak(name: str, dtype: str, share: float, args: argparse.Namespace) -> int:
+    cases, missing = providers([name], args.device)
+    if name in missing:
+        raise RuntimeError(missing[name])
+    batch = Batch(DTYPES[dtype], args.tokens, args.depth, args.vocab, share, args.device)
+    cases[name](batch)  # compiled, and torch's own workspaces allocated
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    cases[name](batch)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _memory_target(begin: Callable[[], None], name: str, dtype: str, share: float, sizes: tuple[int, ...]) -> None:
     cases, missing = providers([name])
     if name in missing:
@@ -208,15 +239,18 @@ def _memory_target(begin: Callable[[], None], name: str, dtype: str, share: floa
 
 
 def measure_memory(dtype: str, share: float, names: list[str], args: argparse.Namespace) -> dict[str, int | str]:
-    """Peak resident memory of a fresh process beyond inputs and gradients, in bytes."""
+    """Peak memory beyond inputs and gradients, in bytes: resident in a fresh process, or allocated on the GPU."""
     sizes = (args.tokens, args.depth, args.vocab)
     width = DTYPES[dtype].itemsize
     d_hidden, d_weight = 2 * args.tokens * args.depth * width, args.vocab * args.depth * width
-    print(f"\n{dtype}, peak resident memory beyond inputs and gradients, MiB")
+    print(f"\n{dtype}, peak memory beyond inputs and gradients, MiB")
     results: dict[str, int | str] = {}
     for name in names:
         try:
-            peak = peak_bytes(_memory_target, name, dtype, share, sizes)
+            if args.device == "cpu":
+                peak = peak_bytes(_memory_target, name, dtype, share, sizes)
+            else:
+                peak = _gpu_peak(name, dtype, share, args)
         except RuntimeError as error:
             results[name] = str(error)
             print(f"{name:<34}not run")
@@ -235,6 +269,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--runs", type=int, default=5, help="counted runs of each case")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda, where the fused backend is the default one")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.15], help="shares of rows with a label")
     parser.add_argument("--cases", nargs="+", choices=[*OURS, *RIVALS], default=[*OURS, *RIVALS])

@@ -98,7 +98,8 @@ def linear_token_logp(
         rows: ``[0]``, ``[n, D]`` d logp / d hidden, or ``[n * V]`` logits, tile after tile, in the type of logp.
     """
     head = Head(weight, bias, logit_scale, softcap, temperature, product)
-    work = _Work(hidden, labels, head, ignore_index, memory_budget, backend)
+    # Kept logits lie tile by tile, so the backward must cut the same tiles.
+    work = _Work(hidden, labels, head, ignore_index, memory_budget, backend, converts_weight_grad=keep == KEEP_LOGITS)
     full = ops.token_logp_outputs(work.like, work.labels_like(labels), stats)
     for output in full:
         output.zero_()
@@ -209,7 +210,15 @@ def linear_grad(
         Gradients by hidden, weight and bias, each like its tensor, or ``[0]`` where it is not wanted.
     """
     head = Head(weight, bias, logit_scale, softcap, temperature, product)
-    work = _Work(hidden, labels, head, ignore_index, memory_budget, backend, converts_weight_grad=wants_weight)
+    work = _Work(
+        hidden,
+        labels,
+        head,
+        ignore_index,
+        memory_budget,
+        backend,
+        converts_weight_grad=wants_weight or keep == KEEP_LOGITS,
+    )
 
     def nothing() -> Tensor:
         return work.like.new_empty(0)
@@ -394,7 +403,7 @@ class _Work:
     def logits(
         self, rows: slice, operand: Tensor, first: int, end: int, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The logits of a tile, and tanh where there is a cap; in buffers that the next tile overwrites, or in ``out``."""
+        """The logits of a tile, and tanh where there is a cap; in buffers that the next tile takes, or in ``out``."""
         if out is None:
             out = self.buffer("logits", (rows.stop - rows.start, end - first))
         head = self.head
@@ -480,7 +489,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor | Non
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """Adds ``a @ b`` in the type of ``total`` whatever that of the operands; the first time in place of what is there."""
+    """Adds ``a @ b`` in the type of ``total`` whatever that of the operands; at first what is there does not count."""
     if a.dtype == total.dtype:
         if is_first:
             torch.mm(a, b, out=total)

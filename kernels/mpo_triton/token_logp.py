@@ -216,7 +216,7 @@ def token_logp(
     row_stats: Tensor,
     tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Fills the outputs of ``ops.token_logp``, or of a tile (``ops.Tile``); two launches, no waiting for the device."""
+    """Fills the outputs of ``ops.token_logp``, or of a tile; two launches, no waiting for the device."""
     first, total, row_states = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)
