@@ -9,21 +9,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpo_ext.config import MPOConfig
-    from mpo_ext.loss import MPOOutput, mpo_loss, shift_labels, token_logp
+    from mpo_ext.head import HiddenAndHead, hidden_and_head
+    from mpo_ext.loss import (
+        MPOOutput,
+        linear_mpo_loss,
+        linear_token_logp,
+        mpo_loss,
+        shift_labels,
+        token_logp,
+    )
     from mpo_ext.reward_shift import RewardShift
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "HiddenAndHead": "mpo_ext.head",
     "MPOConfig": "mpo_ext.config",
     "MPOOutput": "mpo_ext.loss",
     "RewardShift": "mpo_ext.reward_shift",
+    "hidden_and_head": "mpo_ext.head",
+    "linear_mpo_loss": "mpo_ext.loss",
+    "linear_token_logp": "mpo_ext.loss",
     "mpo_loss": "mpo_ext.loss",
     "shift_labels": "mpo_ext.loss",
     "token_logp": "mpo_ext.loss",
 }
 
-__all__ = ["MPOConfig", "MPOOutput", "RewardShift", "__version__", "mpo_loss", "shift_labels", "token_logp"]
+__all__ = [
+    "HiddenAndHead",
+    "MPOConfig",
+    "MPOOutput",
+    "RewardShift",
+    "__version__",
+    "hidden_and_head",
+    "linear_mpo_loss",
+    "linear_token_logp",
+    "mpo_loss",
+    "shift_labels",
+    "token_logp",
+]
 
 
 def __getattr__(name: str) -> Any:
