@@ -25,7 +25,7 @@ from mpo_ext import ops
 
 #: What ``linear_token_logp`` keeps for the backward: nothing, the unscaled gradient by the hidden states, the logits.
 KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS = 0, 1, 2
-_CPU_TILE_BYTES = 8 << 20  # of logits: smaller than the last-level cache, large enough for the matrix product
+_CPU_TILE_BYTES = 16 << 20  # of logits: they stay in the last-level cache, and are enough for the matrix product
 _MIN_COLUMNS = 256  # of a tile, where there are so many: narrower products are slow
 _COLUMN_STEP = 64
 
@@ -98,13 +98,13 @@ def linear_token_logp(
         rows: ``[0]``, ``[n, D]`` d logp / d hidden, or ``[n * V]`` logits, tile after tile, in the type of logp.
     """
     head = Head(weight, bias, logit_scale, softcap, temperature, product)
-    # Kept logits lie tile by tile, so the backward must cut the same tiles.
-    work = _Work(hidden, labels, head, ignore_index, memory_budget, backend, converts_weight_grad=keep == KEEP_LOGITS)
+    work = _Work(hidden, labels, head, ignore_index, memory_budget, backend, keeps_logits=keep == KEEP_LOGITS)
     full = ops.token_logp_outputs(work.like, work.labels_like(labels), stats)
     for output in full:
         output.zero_()
     rows = work.rows.shape[0]
-    kept = _memory(work.like, {KEEP_NOTHING: (0,), KEEP_HIDDEN_GRAD: work.rows.shape}.get(keep, (rows * work.vocab,)))
+    kept_shape = {KEEP_NOTHING: (0,), KEEP_HIDDEN_GRAD: work.rows.shape, KEEP_LOGITS: (rows * work.vocab,)}[keep]
+    kept = work.like.new_empty(kept_shape)
     if rows == 0:
         return *full, kept
 
@@ -166,13 +166,12 @@ def linear_grad(
     row_sum: Tensor,
     row_weight: Tensor,
     scale: Tensor | None,
-    kept: Tensor,
+    hidden_grad: Tensor | None,
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
     memory_budget: int,
-    keep: int,
     product: torch.dtype,
     wants_hidden: bool,
     wants_weight: bool,
@@ -181,8 +180,8 @@ def linear_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``scale * (row_weight * logp).sum()`` by hidden states and head.
 
-    Tiles are projected again, unless the logits were kept, and turned into their gradient in place. Sums are formed in
-    float32 (float64 for float64) and rounded once.
+    Tiles are projected again and turned into their gradient in place. Sums are formed in float32 (float64 for
+    float64) and rounded once.
 
     Args:
         hidden: As given to ``linear_token_logp``, and so where nothing else is said.
@@ -193,84 +192,31 @@ def linear_grad(
         row_sum: ``[...]`` from ``linear_token_logp``.
         row_weight: ``[...]`` d loss / d logp.
         scale: 0-d factor on all of it, or None for 1.
-        kept: From ``linear_token_logp``.
+        hidden_grad: What ``linear_token_logp`` kept with ``KEEP_HIDDEN_GRAD``: then nothing is projected, and the
+            gradient by hidden is the only one to be had. Else None.
         ignore_index: See there.
         logit_scale: See there.
         softcap: See there.
         temperature: See there.
         memory_budget: See there.
-        keep: What ``kept`` is.
         product: See there.
-        wants_hidden: Whether the gradient by hidden is computed. With ``KEEP_HIDDEN_GRAD`` it is the only one.
+        wants_hidden: Whether the gradient by hidden is computed.
         wants_weight: Likewise.
         wants_bias: Likewise.
         backend: See there.
 
     Returns:
-        Gradients by hidden, weight and bias, each like its tensor, or ``[0]`` where it is not wanted.
+        Gradients by hidden, weight and bias, each like its tensor and contiguous, or ``[0]`` where it is not wanted.
     """
     head = Head(weight, bias, logit_scale, softcap, temperature, product)
-    work = _Work(
-        hidden,
-        labels,
-        head,
-        ignore_index,
-        memory_budget,
-        backend,
-        converts_weight_grad=wants_weight or keep == KEEP_LOGITS,
-    )
-
-    def nothing() -> Tensor:
-        return work.like.new_empty(0)
-
-    if work.rows.shape[0] == 0:
-        tensors = ((hidden, wants_hidden), (weight, wants_weight), (bias, wants_bias))
-        d_hidden, d_weight, d_bias = (
-            torch.zeros_like(x) if is_wanted and x is not None else nothing() for x, is_wanted in tensors
-        )
-        return d_hidden, d_weight, d_bias
-
-    row_weights = row_weight.reshape(-1)[work.index]
-    if keep == KEEP_HIDDEN_GRAD:
-        factor = row_weights if scale is None else row_weights * scale.to(row_weights.dtype)
-        return work.scattered(kept * factor[:, None], hidden), nothing(), nothing()
-
-    factor = work.like.new_full((), head.slope, dtype=torch.float64)
+    work = _Work(hidden, labels, head, ignore_index, memory_budget, backend, converts_weight_grad=wants_weight)
+    wanted = (wants_hidden, wants_weight, wants_bias)
+    if hidden_grad is None:
+        return _gradients(work, hidden, row_max, row_sum, row_weight, scale, None, wanted)
+    factor = row_weight.reshape(-1)[work.index]
     if scale is not None:
-        factor = factor * scale.to(torch.float64)
-    maxima, sums = row_max.reshape(-1)[work.index], row_sum.reshape(-1)[work.index]
-    d_rows = work.like.new_empty(work.rows.shape) if wants_hidden else nothing()
-    d_weight = _memory(weight, weight.shape) if wants_weight else nothing()
-    d_bias = torch.empty_like(bias) if wants_bias and bias is not None else nothing()
-    chunks = list(work.chunks())
-    for first, end in work.columns():
-        operand = work.operand(first, end)
-        for number, (rows, row_labels) in enumerate(chunks):
-            tile = ops.Tile(first, work.vocab, None)
-            grad = work.buffer("logits", (rows.stop - rows.start, end - first))
-            if keep == KEEP_LOGITS:
-                logits = work.kept_tile(kept, rows, first, end)
-                tanh = None if head.softcap is None else work.buffer("tanh", grad.shape).copy_(logits)
-                if tanh is not None:
-                    tanh.mul_(1 / head.outer_scale)
-            else:
-                logits, tanh = work.logits(rows, operand, first, end)
-                grad = logits
-            ops.write_grad(
-                logits, row_labels, maxima[rows], sums[rows], row_weights[rows], factor, ignore_index, backend, grad,
-                tile=tile,
-            )  # fmt: skip
-            _through_tanh_(grad, tanh)
-            if wants_bias and bias is not None:
-                work.add_bias_grad(d_bias, grad, first, end, is_first=number == 0, is_last=number == len(chunks) - 1)
-            grad = work.as_operand(grad)
-            if wants_hidden:
-                _accumulate(d_rows[rows], grad, operand, is_first=first == 0)
-            if wants_weight:
-                work.add_weight_grad(
-                    d_weight[first:end], grad, rows, is_first=number == 0, is_last=number == len(chunks) - 1
-                )
-    return work.scattered(d_rows, hidden) if wants_hidden else nothing(), d_weight, d_bias
+        factor = factor * scale.to(factor.dtype)
+    return work.scattered(hidden_grad * factor[:, None], hidden), work.like.new_empty(0), work.like.new_empty(0)
 
 
 @linear_grad.register_fake
@@ -283,25 +229,132 @@ def _(
     row_sum: Tensor,
     row_weight: Tensor,
     scale: Tensor | None,
-    kept: Tensor,
+    hidden_grad: Tensor | None,
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
     memory_budget: int,
-    keep: int,
     product: torch.dtype,
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(hidden, weight, bias, (wants_hidden, wants_weight, wants_bias))
+
+
+@torch.library.custom_op("mpo_ext::linear_grad_", mutates_args=("logits",))
+def linear_grad_(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    row_weight: Tensor,
+    scale: Tensor | None,
+    logits: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    memory_budget: int,
+    product: torch.dtype,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``linear_grad`` from logits that ``linear_token_logp`` kept; the gradient by them takes their place."""
+    head = Head(weight, bias, logit_scale, softcap, temperature, product)
+    work = _Work(hidden, labels, head, ignore_index, memory_budget, backend, keeps_logits=True)
+    wanted = (wants_hidden, wants_weight, wants_bias)
+    return _gradients(work, hidden, row_max, row_sum, row_weight, scale, logits, wanted)
+
+
+@linear_grad_.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    row_weight: Tensor,
+    scale: Tensor | None,
+    logits: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    memory_budget: int,
+    product: torch.dtype,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(hidden, weight, bias, (wants_hidden, wants_weight, wants_bias))
+
+
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _result_dtype(hidden, weight)
-    return (
-        hidden.new_empty(hidden.shape) if wants_hidden else hidden.new_empty(0, dtype=dtype),
-        weight.new_empty(weight.shape) if wants_weight else hidden.new_empty(0, dtype=dtype),
-        bias.new_empty(bias.shape) if wants_bias and bias is not None else hidden.new_empty(0, dtype=dtype),
+    d_hidden, d_weight, d_bias = (
+        tensor.new_empty(tensor.shape) if is_wanted and tensor is not None else hidden.new_empty(0, dtype=dtype)
+        for tensor, is_wanted in zip((hidden, weight, bias), wanted, strict=True)
     )
+    return d_hidden, d_weight, d_bias
+
+
+def _gradients(
+    work: _Work,
+    hidden: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    row_weight: Tensor,
+    scale: Tensor | None,
+    kept: Tensor | None,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients from tiles that are projected again, or from kept ones, which are overwritten."""
+    head = work.head
+    wants_hidden, wants_weight, wants_bias = wanted
+    d_hidden, d_weight, d_bias = _empty_gradients(hidden, head.weight, head.bias, wanted)
+    if work.rows.shape[0] == 0:
+        return d_hidden.zero_(), d_weight.zero_(), d_bias.zero_()
+
+    # One factor for all of it. Only here, and not in the tiles, the scale of the loss comes in.
+    factor = work.like.new_full((), head.slope, dtype=torch.float64)
+    if scale is not None:
+        factor = factor * scale.to(torch.float64)
+    row_weights, maxima, sums = (rows.reshape(-1)[work.index] for rows in (row_weight, row_max, row_sum))
+    d_rows = work.like.new_empty(work.rows.shape) if wants_hidden else d_hidden
+    chunks = list(work.chunks())
+    for first, end in work.columns():
+        operand = work.operand(first, end)
+        for number, (rows, labels) in enumerate(chunks):
+            place = {"is_first": number == 0, "is_last": number == len(chunks) - 1}
+            if kept is None:
+                grad, tanh = work.logits(rows, operand, first, end)
+            else:
+                grad = work.kept_tile(kept, rows, first, end)
+                tanh = work.tanh_of(grad)
+            ops.write_grad(
+                grad, labels, maxima[rows], sums[rows], row_weights[rows], factor, work.ignore_index, work.backend,
+                grad, tile=ops.Tile(first, work.vocab, None),
+            )  # fmt: skip
+            _through_tanh_(grad, tanh)
+            if wants_bias and head.bias is not None:
+                work.add_bias_grad(d_bias[first:end], grad, **place)
+            grad = work.as_operand(grad)
+            if wants_hidden:
+                _accumulate(d_rows[rows], grad, operand, is_first=first == 0)
+            if wants_weight:
+                work.add_weight_grad(d_weight[first:end], grad, rows, **place)
+    return work.scattered(d_rows, hidden) if wants_hidden else d_hidden, d_weight, d_bias
 
 
 # --------------------------------------------------------------------------------------------------------------- tiles
@@ -330,6 +383,7 @@ class _Work:
         backend: str,
         *,
         converts_weight_grad: bool = False,
+        keeps_logits: bool = False,
     ) -> None:
         self.head, self.ignore_index, self.backend = head, ignore_index, backend
         self.vocab, depth = head.weight.shape
@@ -345,15 +399,17 @@ class _Work:
         self.rows = (rows if self.is_whole else rows.index_select(0, self.index)).to(self.operand_dtype)
         self._buffers: dict[str, Tensor] = {}
         widens = head.weight.dtype != self.operand_dtype
-        converts = converts_weight_grad and head.weight.dtype != self.like.dtype
-        planes = 1 + (head.softcap is not None) + (self.operand_dtype.itemsize < self.like.dtype.itemsize)
+        # Kept logits lie tile by tile, so forward and backward must cut the same tiles.
+        converts = (converts_weight_grad or keeps_logits) and head.weight.dtype != self.like.dtype
+        # A product of half precision is a tensor of its own, and so is the gradient as operand of the next two.
+        is_narrow = self.operand_dtype.itemsize < self.like.dtype.itemsize
+        planes = (not keeps_logits) + (head.softcap is not None) + 2 * is_narrow
         self._chunk_rows, self._chunk_columns = tile_shape(
             self.rows.shape[0],
             self.vocab,
             per_element=planes * self.like.dtype.itemsize,
             per_column=(widens * self.operand_dtype.itemsize + converts * self.like.dtype.itemsize) * depth,
             budget=memory_budget,
-            # Where logits are not larger than a cache, they are scored in the cache.
             preferred=_CPU_TILE_BYTES if hidden.device.type == "cpu" else memory_budget,
         )
 
@@ -416,6 +472,12 @@ class _Work:
         torch.mul(raw, head.outer_scale, out=out)
         return out, raw
 
+    def tanh_of(self, logits: Tensor) -> Tensor | None:
+        """Tanh of logits that were kept, where there is a cap."""
+        if self.head.softcap is None:
+            return None
+        return torch.mul(logits, 1 / self.head.outer_scale, out=self.buffer("tanh", logits.shape))
+
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
         """Adds the part of a tile to the gradient of its columns; the last chunk of rows rounds and stores it."""
         direct = target.dtype == self.like.dtype
@@ -424,16 +486,14 @@ class _Work:
         if is_last and not direct:
             target.copy_(total)
 
-    def add_bias_grad(
-        self, d_bias: Tensor, grad: Tensor, first: int, end: int, *, is_first: bool, is_last: bool
-    ) -> None:
+    def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
         """The same for the bias."""
-        total = self.buffer("bias grad", (1, end - first))[0]
+        total = self.buffer("bias grad", (1, target.shape[0]))[0]
         if is_first:
             total.zero_()
         total.add_(grad.sum(0))
         if is_last:
-            d_bias[first:end].copy_(total)
+            target.copy_(total)
 
     def scattered(self, rows: Tensor, like: Tensor) -> Tensor:
         """A value per labelled row as a tensor shaped like ``like``, zeros elsewhere."""
@@ -464,12 +524,16 @@ def tile_shape(
     columns = min(vocab, _MIN_COLUMNS)
     if per_column:  # at most half of the budget goes into what does not depend on the rows
         columns = max(min(columns, budget // (2 * per_column)), 1)
-    room = max(min(budget - columns * per_column, preferred), 0)
-    pieces = -(-rows // max(room // (columns * per_element), 1))
-    chunk = max(-(-rows // max(pieces, 1)), 1)
-    widest = min(budget // (chunk * per_element + per_column), preferred // (chunk * per_element))
-    step = _COLUMN_STEP if widest >= _COLUMN_STEP else 1
-    return chunk, min(max(widest // step * step, 1), vocab)
+    chunk = max(rows, 1)
+    if per_element:
+        room = max(min(budget - columns * per_column, preferred), 0)
+        pieces = -(-chunk // max(room // (columns * per_element), 1))
+        chunk = -(-chunk // pieces)
+    cost = chunk * per_element + per_column
+    widest = min(budget // cost if cost else vocab, preferred // (chunk * per_element) if per_element else vocab)
+    if widest >= vocab:
+        return chunk, vocab
+    return chunk, max(widest // _COLUMN_STEP * _COLUMN_STEP, min(widest, _COLUMN_STEP), 1)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor | None) -> None:
@@ -556,13 +620,6 @@ def _new_state(labels: Tensor) -> Tensor:
 
 def _result_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-
-
-def _memory(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory of this shape in the type of ``like``, all of which will be written."""
-    if like.device.type == "cpu":  # where large fresh memory costs page faults
-        return ops.fresh_zeros(shape, like.dtype)
-    return like.new_empty(shape)
 
 
 def _widens_results(device: torch.device) -> bool:

@@ -202,7 +202,8 @@ def linear_mpo_loss(
         memory_budget: Bytes for a tile and what is computed from it; None for 64 MiB on a CPU, 256 MiB on a GPU. It
             bounds memory and changes speed, not the result.
         recompute: Whether backward computes the tiles again. False keeps the logits of the labelled rows in float32:
-            n * V * 4 bytes buy one product in four. Means nothing where the head needs no gradient.
+            n * V * 4 bytes buy one product in four; a second backward computes them again. Means nothing where the
+            head needs no gradient.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.
@@ -561,18 +562,24 @@ class _Linear(torch.autograd.Function):
         product: torch.dtype,
         backend: str,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, labels, row_max, row_sum, row_weight, kept)
-        ctx.options = (ignore_index, logit_scale, softcap, temperature, memory_budget, keep, product)
+        hidden_grad = kept if keep == linear_ops.KEEP_HIDDEN_GRAD else None
+        ctx.save_for_backward(hidden, weight, bias, labels, row_max, row_sum, row_weight, hidden_grad)
+        # Not among the saved, since backward overwrites and then frees it.
+        ctx.logits = kept if keep == linear_ops.KEEP_LOGITS else None
+        ctx.options = (ignore_index, logit_scale, softcap, temperature, memory_budget, product)
         ctx.backend = backend
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, row_max, row_sum, row_weight, kept = ctx.saved_tensors
+        hidden, weight, bias, labels, row_max, row_sum, row_weight, hidden_grad = ctx.saved_tensors
         incoming = grad_value.detach()
         row_weight, scale = (incoming, None) if row_weight is None else (row_weight, incoming)
         wanted = ctx.needs_input_grad[:3]
-        gradients = linear_ops.linear_grad(
+        logits, ctx.logits = ctx.logits, None
+        # A second backward finds no logits, and computes them again.
+        operator, kept = (linear_ops.linear_grad, hidden_grad) if logits is None else (linear_ops.linear_grad_, logits)
+        gradients = operator(
             hidden.detach(), weight.detach(), None if bias is None else bias.detach(), labels, row_max, row_sum,
             row_weight, scale, kept, *ctx.options, *wanted, ctx.backend,
         )  # fmt: skip

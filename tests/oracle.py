@@ -36,17 +36,26 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def wide(tensor: Tensor) -> Array:
-    """The values of a tensor in a type wide enough to judge them: long double for float64, else float64."""
+def wide(tensor: Tensor | Array) -> Array:
+    """The values of a tensor in a type wide enough to judge them: long double for float64, else float64.
+
+    An array is wide already: logits that were computed from tensors here, and never rounded.
+    """
+    if isinstance(tensor, np.ndarray):
+        return tensor
     values = tensor.detach().cpu()
     if values.dtype == torch.float64:
         return values.numpy().astype(np.longdouble)
     return values.double().numpy()
 
 
-def accumulation_eps(dtype: torch.dtype) -> float:
-    """Machine epsilon of the arithmetic that logits of this type are computed in: float32, or float64 for float64."""
-    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
+    """Machine epsilon of the arithmetic that logits of this type are computed in: float32, or float64 for float64.
+
+    The dtype may be that of ``wide`` logits: long double stands for float64.
+    """
+    is_double = dtype == (torch.float64 if isinstance(dtype, torch.dtype) else np.longdouble)
+    return torch.finfo(torch.float64 if is_double else torch.float32).eps
 
 
 # The definition.
@@ -109,7 +118,12 @@ def shifted_left(labels: np.ndarray, ignore_index: int) -> np.ndarray:
 
 
 def token_logp_exact(
-    logits: Tensor, labels: Tensor, weight: Tensor | None = None, *, shift: bool = False, ignore_index: int = -100
+    logits: Tensor | Array,
+    labels: Tensor,
+    weight: Tensor | None = None,
+    *,
+    shift: bool = False,
+    ignore_index: int = -100,
 ) -> tuple[Array, Array, Array]:
     """Log-probabilities of labels, and the gradient of their weighted sum.
 
@@ -215,10 +229,10 @@ def sequence_slices(labels: Tensor, cu_seqlens: Tensor | None) -> list[Any]:
 
 
 def mpo_exact(
-    logits: Tensor,
+    logits: Tensor | Array,
     labels: Tensor,
     ref_logp: Tensor | None = None,
-    ref_logits: Tensor | None = None,
+    ref_logits: Tensor | Array | None = None,
     *,
     reward_shift: float | Callable[[float, int], float] = 0.0,
     cu_seqlens: Tensor | None = None,
@@ -379,6 +393,82 @@ def _noise(
         "mean_logit": eps * max(rows.largest_logit for rows in scored),
         "top1": eps,
     }
+
+
+# Logits from hidden states and an output head.
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactHead:
+    """Logits from hidden states, never rounded to their dtype, and what their gradients by hand need."""
+
+    hidden: Array  # [..., D]
+    weight: Array  # [V, D]
+    logits: Array  # [..., V]
+    slope: Array  # [..., V], d logit / d (hidden @ weight.T + bias)
+    magnitude: Array  # [..., V], a logit if no terms of its product cancelled: one rounding of it is beyond blame
+
+    def gradients(self, gradient: Array) -> dict[str, Array]:
+        """Gradients by hidden, weight and bias from one by the logits. Rows where it is 0 do not count."""
+        vocab, depth = self.weight.shape
+        used = (gradient != 0).any(-1).reshape(-1)
+        by_product = (gradient * self.slope).reshape(-1, vocab)[used]
+        by_hidden = np.zeros((used.size, depth), gradient.dtype)
+        by_hidden[used] = by_product @ self.weight
+        return {
+            "hidden": by_hidden.reshape(self.hidden.shape),
+            "weight": by_product.T @ self.hidden.reshape(-1, depth)[used],
+            "bias": by_product.sum(0),
+        }
+
+    def sizes(self, gradient: Array) -> dict[str, Array]:
+        """The same with all terms positive: what the gradients would be if nothing in their sums cancelled."""
+        positive = dataclasses.replace(
+            self, hidden=np.abs(self.hidden), weight=np.abs(self.weight), slope=np.abs(self.slope)
+        )
+        return positive.gradients(np.abs(gradient))
+
+
+def head_exact(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> ExactHead:
+    """The definition of the logits: cap * tanh(logit_scale * (hidden @ weight.T + bias) / cap) / temperature."""
+    is_double = torch.float64 in (hidden.dtype, weight.dtype)
+    h, w = (wide(x).astype(np.longdouble if is_double else np.float64) for x in (hidden, weight))
+    real = h.dtype.type
+    b = np.zeros(w.shape[0], h.dtype) if bias is None else wide(bias).astype(h.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        inner = real(logit_scale) * (h @ w.T + b)
+        size = np.abs(real(logit_scale)) * (np.abs(h) @ np.abs(w).T + np.abs(np.where(np.isfinite(b), b, 0)))
+        slope = np.full_like(inner, logit_scale)
+        if softcap is not None:
+            slope = slope / np.cosh(inner / real(softcap)) ** 2
+            inner = real(softcap) * np.tanh(inner / real(softcap))
+    return ExactHead(h, w, inner / real(temperature), slope / real(temperature), size / real(temperature))
+
+
+def head_eager(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Logits as a model computes them in the dtype of its tensors, differentiable."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
 
 
 # Eager torch.
@@ -588,6 +678,55 @@ def assert_gradient_as_accurate(
     assert not excess[worst] > 1, (
         f"{name}{list(worst)} off the label: error {float(error[worst]):.3e}, allowed {float(allowed[worst]):.3e}; "
         f"got {got[worst]!r}, eager {usual[worst]!r}, exact {exact[worst]!r}"
+    )
+
+
+def assert_product_as_accurate(
+    actual: Tensor,
+    eager: Tensor,
+    exact: Array,
+    size: Array,
+    factor: float = 2.0,
+    *,
+    noise: float = 0.0,
+    extra: Array | float = 0.0,
+    name: str = "product",
+) -> None:
+    """A matrix product, each entry judged by the size of its own terms.
+
+    Rows of confident tokens and columns of rare ones are many orders smaller than the largest entry, and would be
+    beyond notice beside it. So the error of an entry is divided by what it would be if its terms did not cancel, and
+    the largest such quotient may be ``factor`` times that of eager torch, plus one unit in the last place and
+    ``noise``. Where there are no terms the entry must be 0.
+
+    Args:
+        actual: Any shape.
+        eager: Likewise; it may be of a wider dtype.
+        exact: Likewise.
+        size: Likewise, the sum of the absolute terms.
+        factor: Allowed multiple of the error of eager torch.
+        noise: Relative error of a term that its own inputs make unavoidable.
+        extra: Absolute error, likewise, of each entry.
+        name: What to call it on failure.
+    """
+    assert tuple(actual.shape) == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {exact.shape}"
+    got, usual = wide(actual), wide(eager)
+    info = torch.finfo(actual.dtype)
+    has_terms = size > 0
+    assert not got[~has_terms].any(), f"{name}: got {got[~has_terms][got[~has_terms] != 0][0]} where nothing adds up"
+    safe = np.where(has_terms, size, 1)
+    usual_error = float((np.abs(usual - exact) / safe)[has_terms].max(initial=0.0))
+    # Float16 has its own grid below the normal numbers; float32 arithmetic may flush there, for bfloat16 too.
+    tiny = info.smallest_normal * (info.eps if actual.dtype == torch.float16 else 1)
+    allowed = (factor * usual_error + info.eps + noise) * size + extra + tiny
+    error = np.abs(got - exact)
+    if error.size == 0 or (error <= allowed).all():
+        return
+    excess = np.where(np.isnan(error), np.inf, error / allowed)
+    worst = tuple(int(i) for i in np.unravel_index(np.argmax(excess), excess.shape))
+    raise AssertionError(
+        f"{name}{list(worst)} of shape {exact.shape}: error {float(error[worst]):.3e}, allowed "
+        f"{float(allowed[worst]):.3e}; got {got[worst]!r}, eager {usual[worst]!r}, exact {exact[worst]!r}"
     )
 
 
