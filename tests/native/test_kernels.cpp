@@ -113,6 +113,7 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
                       dtype, 1, isa);
 
   // The same rows tile by tile, as the projection of hidden states yields them.
+  const int64_t width = dtype == mpo::DType::kFloat64 ? 8 : dtype == mpo::DType::kFloat32 ? 4 : 2;
   const std::vector<int64_t> edges = {0, vocab / 3, vocab - 1, vocab};
   const auto tile_of = [&](mpo::Rows rows, int64_t first, int64_t end) {
     rows.logits = static_cast<const char*>(rows.logits) + first * width;
@@ -181,7 +182,6 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
   }
 
   // The gradient into memory of its own, and then over the logits.
-  const int64_t width = dtype == mpo::DType::kFloat64 ? 8 : dtype == mpo::DType::kFloat32 ? 4 : 2;
   std::vector<char> grad(static_cast<size_t>(count * vocab * width), 0x7f);
   const double scale = 2;
   const mpo::LogitsGradParams out_of_place = {
