@@ -1,0 +1,1 @@
+"""Making preference data: prompts, sampled responses, answer matching, pairs."""

@@ -1,0 +1,192 @@
+r"""Named prompt templates: how a question is put, and in which form its answer is asked for.
+
+A template's text holds ``{question}`` once and, on a line of its own, ``{options}`` where it is to show them. Braces
+after a word or a backslash are no field, so ``\boxed{}`` may stand in a text; a question may hold any braces it likes.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpo_ext.generate.answers import REGEX_PREFIX, STYLES, label_options
+
+FIELDS = ("question", "options")
+_FIELD = re.compile(r"(?<![\w\\])\{(\w+)\}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PromptTemplate:
+    """A way to put a question.
+
+    Attributes:
+        name: Name of the template.
+        text: The prompt, with the fields ``{question}`` and, if it shows them, ``{options}``.
+        answer_style: Style by which ``extract_answer`` reads the answer that the text asks for.
+    """
+
+    name: str
+    text: str
+    answer_style: str
+
+    def __post_init__(self) -> None:
+        for attribute in ("name", "text", "answer_style"):
+            value = getattr(self, attribute)
+            if not isinstance(value, str):
+                raise TypeError(f"{attribute} of a template must be a string, got {value!r}")
+            if not value.strip():
+                raise ValueError(f"{attribute} of a template must not be empty, got {value!r}")
+        if self.answer_style not in STYLES and not self.answer_style.startswith(REGEX_PREFIX):
+            raise ValueError(
+                f"answer_style of template {self.name!r} must be one of {', '.join(STYLES)} or '{REGEX_PREFIX}...', "
+                f"got {self.answer_style!r}"
+            )
+        fields = _FIELD.findall(self.text)
+        for field in fields:
+            if field not in FIELDS:
+                raise ValueError(
+                    f"template {self.name!r} must use no fields but {{question}} and {{options}}, got {{{field}}}"
+                )
+        if fields.count("question") != 1 or fields.count("options") > 1:
+            raise ValueError(
+                f"template {self.name!r} must hold {{question}} once and {{options}} at most once, "
+                f"got {fields.count('question')} and {fields.count('options')}"
+            )
+
+
+_FINAL_ANSWER = 'Close with a line of its own that reads "Final answer: <answer>" and holds nothing but the answer.'
+_QUESTION = "{question}\n{options}\n\n"
+
+TEMPLATES: dict[str, PromptTemplate] = {
+    template.name: template
+    for template in (
+        PromptTemplate("direct", _QUESTION + "Give a short answer and no explanation.", "direct"),
+        PromptTemplate("direct_word", _QUESTION + "Reply with one word, one number or a brief phrase only.", "direct"),
+        PromptTemplate("direct_letter", _QUESTION + "Reply with the letter of the right option only.", "direct"),
+        PromptTemplate("cot", _QUESTION + f"Reason step by step first. {_FINAL_ANSWER}", "final_answer"),
+        PromptTemplate(
+            "cot_boxed",
+            _QUESTION + "Reason step by step first. Close with the answer, and nothing else, inside \\boxed{}.",
+            "boxed",
+        ),
+        PromptTemplate(
+            "cot_background",
+            _QUESTION
+            + "Start with the facts, laws or definitions that this question rests on, then apply them step by step to "
+            + f"what is shown. {_FINAL_ANSWER}",
+            "final_answer",
+        ),
+        PromptTemplate(
+            "cot_visual",
+            _QUESTION
+            + "Start by writing down what the image says about this: the labels, values and words that matter, as "
+            + f"they stand there. Then reason from them step by step. {_FINAL_ANSWER}",
+            "final_answer",
+        ),
+        PromptTemplate(
+            "cot_grounded",
+            _QUESTION
+            + "Reason step by step, and point at each object that you rely on: <ref>its name</ref>"
+            + "<box>[[x1, y1, x2, y2]]</box>, whole numbers from 0 to 1000, left and top edge first, in thousandths "
+            + f"of the width and height of the image. {_FINAL_ANSWER}",
+            "final_answer",
+        ),
+    )
+}
+
+
+def get_template(name: str, templates: Mapping[str, PromptTemplate] = TEMPLATES) -> PromptTemplate:
+    """Looks a template up by its name.
+
+    Args:
+        name: The name.
+        templates: Where to look: the built-in ones, or what ``load_templates`` gave.
+    """
+    if name not in templates:
+        close = difflib.get_close_matches(str(name), list(templates), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"template must be one of {', '.join(templates)}, got {name!r}{hint}")
+    return templates[name]
+
+
+def load_templates(path: str | Path) -> dict[str, PromptTemplate]:
+    """Reads templates from a file and gives them together with the built-in ones.
+
+    Args:
+        path: A YAML or JSON file that maps names to ``text`` and ``answer_style``. An entry with the name of a
+            built-in template may give one of the two and keeps the other.
+
+    Raises:
+        ValueError: If the file does not hold such a mapping. The message names the file and the template.
+    """
+    path = Path(path)
+    entries = _read(path)
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"{path}: must map names of templates to their settings, got {entries!r}")
+    templates = dict(TEMPLATES)
+    for name, entry in entries.items():
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{path}: template {name!r} must be a mapping with text and answer_style, got {entry!r}")
+        for key in entry:
+            if key not in ("text", "answer_style"):
+                raise ValueError(
+                    f"{path}: template {name!r} must have no settings but text and answer_style, got {key!r}"
+                )
+        known = (
+            {"text": TEMPLATES[name].text, "answer_style": TEMPLATES[name].answer_style} if name in TEMPLATES else {}
+        )
+        settings = known | dict(entry)
+        for key in ("text", "answer_style"):
+            if key not in settings:
+                raise ValueError(f"{path}: template {name!r} must have the setting {key!r}, got {sorted(entry)}")
+        try:
+            templates[name] = PromptTemplate(name, **settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    return templates
+
+
+def _read(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: must be JSON: {error}") from error
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"path must end in .yaml, .yml or .json, got {str(path)!r}")
+    try:
+        import yaml  # type: ignore[import-untyped, unused-ignore]
+    except ImportError:
+        raise ImportError(f"{path}: YAML needs the package PyYAML: pip install pyyaml, or write JSON") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: must be YAML: {error}") from error
+
+
+def render(template: PromptTemplate, question: str, options: Sequence[str] | Mapping[str, str] | None = None) -> str:
+    """Puts a question into a template.
+
+    Args:
+        template: The template.
+        question: The question. It comes through as it is, braces included.
+        options: Texts of the options in the order A, B, ..., or a mapping from letter to text. None leaves the line of
+            ``{options}`` out: there are none, or the question has them.
+    """
+    if not isinstance(question, str):
+        raise TypeError(f"question for template {template.name!r} must be a string, got {question!r}")
+    if not question.strip():
+        raise ValueError(f"question for template {template.name!r} must not be empty, got {question!r}")
+    if options is not None and "options" not in _FIELD.findall(template.text):
+        raise ValueError(f"template {template.name!r} must hold {{options}} to show options, got {template.text!r}")
+    text = template.text
+    values = {"question": question}
+    if options is None:
+        text = re.sub(r"\n?(?<![\w\\])\{options\}", "", text)
+    else:
+        values["options"] = "\n".join(f"{label}. {option}" for label, option in label_options(options).items())
+    return _FIELD.sub(lambda match: values[match.group(1)], text)
