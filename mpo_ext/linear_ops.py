@@ -5,15 +5,18 @@ turned into its gradient by the kernels of ``mpo_ext.ops`` while it is hot. Tile
 rows within, so that each part of the head is read, and widened, once for all rows, and the gradient of that part is
 complete when its tiles are done.
 
-On a CPU the products are computed in float32 (float64 for float64): bfloat16 and float16 operands are widened part by
-part, which is exact, and faster than their own products wherever the CPU has no matrix unit for them. On a GPU the
-operands keep their type and the product comes out in float32; only its gradient is rounded to that type, as the
-operand of the next products.
+On a CPU bfloat16 and float16 operands are widened to float32 part by part, which is exact, where the CPU multiplies
+them no faster than float32; where it does, tiles are of their type, as a model's own logits are. On a GPU the operands
+keep their type and the product comes out in float32; only its gradient is rounded to that type, as the operand of the
+next products.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,7 +44,7 @@ class Head(NamedTuple):
     logit_scale: float
     softcap: float | None
     temperature: float
-    product: torch.dtype  # of the operands of the matrix products on a GPU
+    product: torch.dtype  # of the operands of the matrix products
 
     @property
     def inner_scale(self) -> float:
@@ -90,7 +93,7 @@ def linear_token_logp(
         memory_budget: Bytes that a tile, and what is computed from it, may take.
         stats: As of ``ops.token_logp``.
         keep: ``KEEP_NOTHING``, ``KEEP_HIDDEN_GRAD`` or ``KEEP_LOGITS``.
-        product: dtype of the operands of the matrix products on a GPU.
+        product: dtype of the operands of the matrix products, from ``product_dtype``.
         backend: What ``ops.choose_backend`` returned, but for "reference".
 
     Returns:
@@ -104,7 +107,7 @@ def linear_token_logp(
         output.zero_()
     rows = work.rows.shape[0]
     kept_shape = {KEEP_NOTHING: (0,), KEEP_HIDDEN_GRAD: work.rows.shape, KEEP_LOGITS: (rows * work.vocab,)}[keep]
-    kept = work.like.new_empty(kept_shape)
+    kept = work.like.new_empty(kept_shape, dtype=work.tile_dtype if keep == KEEP_LOGITS else work.like.dtype)
     if rows == 0:
         return *full, kept
 
@@ -153,7 +156,9 @@ def _(
     if keep == KEEP_NOTHING:
         return *outputs, like.new_empty(0)
     rows = torch.library.get_ctx().new_dynamic_size()
-    return *outputs, like.new_empty((rows, hidden.shape[-1]) if keep == KEEP_HIDDEN_GRAD else (rows,))
+    if keep == KEEP_HIDDEN_GRAD:
+        return *outputs, like.new_empty(rows, hidden.shape[-1])
+    return *outputs, like.new_empty(rows, dtype=product if hidden.device.type == "cpu" else like.dtype)
 
 
 @torch.library.custom_op("mpo_ext::linear_grad", mutates_args=())
@@ -389,7 +394,9 @@ class _Work:
         self.vocab, depth = head.weight.shape
         self.like = hidden.new_empty((1, 1), dtype=_result_dtype(hidden, head.weight))
         # The type of the operands: what a product on this device takes without rounding its result to less.
-        self.operand_dtype = head.product if _widens_results(hidden.device) else self.like.dtype
+        on_cpu = hidden.device.type == "cpu"
+        self.operand_dtype = head.product if on_cpu or _widens_results(hidden.device) else self.like.dtype
+        self.tile_dtype = self.operand_dtype if on_cpu else self.like.dtype
         is_labelled = labels.reshape(-1) != ignore_index
         index = is_labelled.nonzero().squeeze(-1)  # on a GPU this waits, unless the labels are on the CPU
         self.is_whole = index.shape[0] == labels.numel()
@@ -402,12 +409,12 @@ class _Work:
         # Kept logits lie tile by tile, so forward and backward must cut the same tiles.
         converts = (converts_weight_grad or keeps_logits) and head.weight.dtype != self.like.dtype
         # A product of half precision is a tensor of its own, and so is the gradient as operand of the next two.
-        is_narrow = self.operand_dtype.itemsize < self.like.dtype.itemsize
+        is_narrow = self.operand_dtype != self.tile_dtype
         planes = (not keeps_logits) + (head.softcap is not None) + 2 * is_narrow
         self._chunk_rows, self._chunk_columns = tile_shape(
             self.rows.shape[0],
             self.vocab,
-            per_element=planes * self.like.dtype.itemsize,
+            per_element=planes * self.tile_dtype.itemsize,
             per_column=(widens * self.operand_dtype.itemsize + converts * self.like.dtype.itemsize) * depth,
             budget=memory_budget,
             preferred=_CPU_TILE_BYTES if hidden.device.type == "cpu" else memory_budget,
@@ -435,9 +442,9 @@ class _Work:
         return kept[begin : begin + size * (end - first)].view(size, end - first)
 
     def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Memory of two axes that stays from tile to tile, any contents."""
+        """Memory of two axes that stays from tile to tile, any contents; of the type of a tile by default."""
         rows, columns = shape
-        dtype = dtype or self.like.dtype
+        dtype = dtype or self.tile_dtype
         memory = self._buffers.get(name)
         if memory is None or memory.numel() < rows * columns:
             memory = self._buffers[name] = self.like.new_empty(rows * columns, dtype=dtype)
@@ -480,18 +487,19 @@ class _Work:
 
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
         """Adds the part of a tile to the gradient of its columns; the last chunk of rows rounds and stores it."""
-        direct = target.dtype == self.like.dtype
-        total = target if direct else self.buffer("weight grad", target.shape)
+        # One product may be rounded by itself; the sum of several is formed in float32.
+        direct = target.dtype == (grad.dtype if is_first and is_last else self.like.dtype)
+        total = target if direct else self.buffer("weight grad", target.shape, self.like.dtype)
         _accumulate(total, grad.T, self.rows[rows], is_first=is_first)
         if is_last and not direct:
             target.copy_(total)
 
     def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
         """The same for the bias."""
-        total = self.buffer("bias grad", (1, target.shape[0]))[0]
+        total = self.buffer("bias grad", (1, target.shape[0]), self.like.dtype)[0]
         if is_first:
             total.zero_()
-        total.add_(grad.sum(0))
+        total.add_(grad.sum(0, dtype=total.dtype))
         if is_last:
             target.copy_(total)
 
@@ -560,7 +568,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
         else:
             total.addmm_(a, b)
         return
-    product = torch.mm(a, b, out_dtype=total.dtype)
+    product = torch.mm(a, b) if a.device.type == "cpu" else torch.mm(a, b, out_dtype=total.dtype)
     if is_first:
         total.copy_(product)
     else:
@@ -620,6 +628,41 @@ def _new_state(labels: Tensor) -> Tensor:
 
 def _result_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which operands of this type are multiplied: on a CPU the faster one of it and float32.
+
+    MPO_CPU_PRODUCT decides in place of the clock: "float32" widens always (logits are then rounded nowhere), "native"
+    never.
+
+    Raises:
+        ValueError: If MPO_CPU_PRODUCT is neither.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    wanted = os.environ.get("MPO_CPU_PRODUCT")
+    if wanted not in (None, "", "float32", "native"):
+        raise ValueError(f"MPO_CPU_PRODUCT must be 'float32' or 'native', got {wanted!r}")
+    is_native = _is_fast_on_cpu(dtype) if not wanted else wanted == "native"
+    return dtype if is_native else torch.float32
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not trace a stopwatch
+@functools.cache
+def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of this type clearly faster than of float32; measured once."""
+
+    def seconds(kind: torch.dtype) -> float:
+        a, b = torch.ones(256, 512, dtype=kind), torch.ones(512, 2048, dtype=kind)
+        best = math.inf
+        for _ in range(4):  # the first one sets the library up
+            start = time.perf_counter()
+            torch.mm(a, b)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(dtype) < seconds(torch.float32) / 1.2
 
 
 def _widens_results(device: torch.device) -> bool:

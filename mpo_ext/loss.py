@@ -608,8 +608,8 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     device = hidden.device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return dtype
+        dtype = torch.get_autocast_dtype(device)
+    return linear_ops.product_dtype(dtype, hidden.device)
 
 
 def _memory_budget(memory_budget: int | None, device: torch.device) -> int:

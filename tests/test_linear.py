@@ -409,6 +409,44 @@ def test_the_budget_and_what_is_kept_change_no_result(kernel: str) -> None:
         assert_matches(case, output, gradients, stats=STATS)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_native_products_are_as_accurate_as_a_models_own_head(
+    dtype: torch.dtype, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPO_CPU_PRODUCT", "native")
+    case = make_linear(dtype, 1003, 65, labelled=1.0, has_bias=True)
+    wanted = wanted_in(mode)
+    options = {"recompute": MODES[mode]["recompute"], "memory_budget": 40_000}
+
+    def gradients_of(precision: torch.dtype, backend: str, **options: Any) -> tuple[Tensor, list[Tensor]]:
+        tensors = {name: tensor.detach().to(precision) for name, tensor in leaves(case, wanted).items()}
+        inputs = {name: tensor.requires_grad_(name in wanted) for name, tensor in tensors.items()}
+        hidden, weight, bias = inputs.values()
+        output = linear_mpo_loss(hidden, weight, case.labels, case.ref_logp, bias=bias, backend=backend, **options)
+        return output.chosen_logp, list(torch.autograd.grad(output.loss, [inputs[name] for name in wanted]))
+
+    logp, ours = gradients_of(dtype, "cpu", **options)
+    usual_logp, usual = gradients_of(dtype, "reference")
+    exact_logp, exact = gradients_of(torch.float64, "reference")
+    assert_as_accurate(logp, usual_logp, exact_logp.numpy(), name="logp")
+    for gradient, usual_gradient, exact_gradient in zip(ours, usual, exact, strict=True):
+        assert_as_accurate(gradient, usual_gradient, exact_gradient.numpy())
+
+
+def test_the_product_is_chosen_by_measurement_or_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("MPO_CPU_PRODUCT")
+    assert linear_ops.product_dtype(torch.float64, cpu) == torch.float64
+    for is_fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(linear_ops, "_is_fast_on_cpu", lambda dtype, is_fast=is_fast: is_fast)
+        assert linear_ops.product_dtype(torch.bfloat16, cpu) == expected
+    monkeypatch.undo()
+    assert linear_ops._is_fast_on_cpu(torch.bfloat16) in (True, False)
+    monkeypatch.setenv("MPO_CPU_PRODUCT", "fast")
+    with pytest.raises(ValueError, match="MPO_CPU_PRODUCT must be 'float32' or 'native', got 'fast'"):
+        linear_ops.product_dtype(torch.bfloat16, cpu)
+
+
 def test_backward_cuts_the_same_tiles_as_forward_where_they_are_kept(kernel: str) -> None:
     # The gradient of a bfloat16 head costs backward memory per column that forward does not need.
     case = make_linear(torch.bfloat16, 1003, 257, labelled=1.0)
