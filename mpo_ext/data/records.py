@@ -1,0 +1,155 @@
+"""The preference pair: the one record that every reader yields and every writer takes."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# Where `Pair.extra` keeps how the source wrote the pair; every other key is a field of the source.
+SOURCE = "$source"
+
+
+def check_json(name: str, value: object) -> None:
+    """Raises unless the value survives JSON unchanged.
+
+    Args:
+        name: What the value is called in the message; its parts are named ``name.key`` and ``name[index]``.
+        value: Anything.
+
+    Raises:
+        TypeError: If something in it is not None, a bool, an int, a float, a str, a list or a dict with str keys.
+        ValueError: If a number is not finite, or a text holds half of a surrogate pair.
+    """
+    if isinstance(value, str):
+        _check_text(name, value)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{name} must have keys of type str, got {_shown(key)}")
+            _check_text(f"{name}: a key", key)
+            check_json(f"{name}.{key}", part)
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            check_json(f"{name}[{index}]", part)
+    elif value is not None and not isinstance(value, (bool, int)):
+        raise TypeError(f"{name} must be JSON (None, bool, int, float, str, list, dict), got {_shown(value)}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pair:
+    """A question with a response to prefer and one to avoid.
+
+    Attributes:
+        question: The whole prompt as the model sees it, with an ``<image>`` where each image belongs. A single image
+            needs none: it then comes first.
+        chosen: The response to prefer.
+        rejected: The response to avoid.
+        images: Paths of the images, in order.
+        answer_gt: The true answer, None where there is none.
+        provenance: How the pair was made, any JSON: pipeline, model, sampling settings, seed, verdicts. The page of
+            ``mpo-ext data view`` reads ``pipeline`` and ``cut``, the number of characters of ``chosen`` that a
+            DropoutNTP continuation kept; ``cut`` may also be ``{"characters": 17, "tokens": 4}``.
+        extra: Fields of the source that the record does not know, and under ``"$source"`` what a faithful way back
+            needs: the subset, its settings, how ``image`` was written.
+
+    Raises:
+        TypeError: If a field has another type. The message names the field, the rule and the value.
+        ValueError: If a text cannot be written as UTF-8 or a number is not finite.
+    """
+
+    question: str
+    chosen: str
+    rejected: str
+    images: tuple[str, ...] = ()
+    answer_gt: str | None = None
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for name in ("question", "chosen", "rejected"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be a str, got {_shown(value)}")
+            _check_text(name, value)
+        if not isinstance(self.images, tuple):
+            raise TypeError(f"images must be a tuple of paths, got {_shown(self.images)}")
+        for index, image in enumerate(self.images):
+            if not isinstance(image, str):
+                raise TypeError(f"images[{index}] must be a str, got {_shown(image)}")
+            if not image or "\0" in image:
+                raise ValueError(f"images[{index}] must be a path, got {_shown(image)}")
+            _check_text(f"images[{index}]", image)
+        if self.answer_gt is not None:
+            if not isinstance(self.answer_gt, str):
+                raise TypeError(f"answer_gt must be a str or None, got {_shown(self.answer_gt)}")
+            _check_text("answer_gt", self.answer_gt)
+        for name in ("provenance", "extra"):
+            value = getattr(self, name)
+            if not isinstance(value, dict):
+                raise TypeError(f"{name} must be a dict, got {_shown(value)}")
+            check_json(name, value)
+        if not isinstance(self.extra.get(SOURCE, {}), dict):
+            raise TypeError(f"extra.{SOURCE} must be a dict, got {_shown(self.extra[SOURCE])}")
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """How the source wrote the pair; empty for a pair that was made here."""
+        return self.extra.get(SOURCE, {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the record as JSON has it. The dicts are shared with the record, not copied."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**values, "images": list(self.images)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Pair":
+        """Builds the record from parsed JSON.
+
+        Args:
+            values: ``question``, ``chosen`` and ``rejected``, and any of the other fields.
+
+        Raises:
+            TypeError: If a field has the wrong type.
+            ValueError: If a field is missing or unknown.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a pair must be an object, got {_shown(values)}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"unknown field {name!r}; known fields: {', '.join(known)}")
+        for name in ("question", "chosen", "rejected"):
+            if name not in values:
+                raise ValueError(
+                    f"{name} must be given, got an object with {', '.join(map(repr, values)) or 'nothing'}"
+                )
+        images = values.get("images", [])
+        if not isinstance(images, (list, tuple)):
+            raise TypeError(f"images must be a list of paths, got {_shown(images)}")
+        return cls(**{**values, "images": tuple(images)})
+
+    def key(self) -> str:
+        """Returns a hash of question, responses and images: the same in every run and on every machine."""
+        text = json.dumps([self.question, self.chosen, self.rejected, *self.images], ensure_ascii=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _check_text(name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be text that UTF-8 can hold, got the lone surrogate {value[error.start]!r} "
+            f"at character {error.start}"
+        ) from None
+
+
+def _shown(value: object) -> str:
+    """The value for a message: its type and a bounded piece of it."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

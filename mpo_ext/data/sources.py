@@ -1,0 +1,127 @@
+"""Opens pairs of any format under one roof: for the commands, and for a trainer that takes a path."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mpo_ext.data.hf import load_dataset_folder, read_trl
+from mpo_ext.data.jsonl import MAX_LINE_BYTES, BadLine, LineFile, Location, Pairs, read_pairs
+from mpo_ext.data.mmpr import MMPRDataset, Subset, read_annotation
+from mpo_ext.data.records import Pair
+
+Format = Literal["mmpr", "pairs", "trl", "hf"]
+FORMATS: tuple[Format, ...] = ("mmpr", "pairs", "trl", "hf")
+_SNIFFED_LINES = 100
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """Opened pairs.
+
+    Attributes:
+        path: What was opened.
+        format: "mmpr" (a meta file, or the lines of one subset), "pairs" (our own), "trl" (lines) or "hf" (a folder).
+        pairs: The pairs, each line once.
+        root: Folder that relative images start at.
+        subsets: The entries of a meta file, by name; empty for the other formats.
+    """
+
+    path: str
+    format: Format
+    pairs: Pairs
+    root: str
+    subsets: dict[str, Subset]
+
+    def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
+        """Yields every entry with its place: the pair with absolute images, or what is wrong with it."""
+        for index in range(len(self.pairs)):
+            yield self.read(index)
+
+    def read(self, index: int) -> tuple[Location, Pair | BadLine]:
+        """Reads one entry, as ``scan`` yields it."""
+        where = self.pairs.locate(index)
+        try:
+            pair = self.pairs[index]
+        except BadLine as bad:
+            return where, bad
+        if not all(map(os.path.isabs, pair.images)):
+            pair = dataclasses.replace(pair, images=tuple(os.path.join(self.root, image) for image in pair.images))
+        subset = pair.source.get("subset")
+        if self.format != "mmpr" and isinstance(subset, str):  # what the pair remembers, where the format has none
+            where = dataclasses.replace(where, subset=subset)
+        return where, pair
+
+
+def open_pairs(
+    path: str | os.PathLike[str],
+    *,
+    format: Format | None = None,
+    root: str | os.PathLike[str] | None = None,
+    root_map: Sequence[tuple[str, str]] = (),
+    image_dir: str | os.PathLike[str] | None = None,
+    max_line_bytes: int = MAX_LINE_BYTES,
+) -> Source:
+    """Opens pairs of any format.
+
+    Args:
+        path: A meta file (.json), a file of lines (.jsonl) or the folder of a Hugging Face dataset.
+        format: Of the path; None finds out: a folder is "hf", a .json file "mmpr", and a .jsonl file what its first
+            good line looks like ("prompt": trl; "images": pairs; else mmpr).
+        root: Folder that relative images start at; default: the folder of the file. A meta file has its own.
+        root_map: Pairs of prefixes (old, new): where images and annotations have moved to.
+        image_dir: Folder for images of a Hugging Face dataset that have no path.
+        max_line_bytes: A longer line is a bad one.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If an argument is wrong or the format cannot be told.
+        ImportError: If Hugging Face datasets is needed and missing.
+    """
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    name = os.fspath(path)
+    if not os.path.exists(name):
+        raise FileNotFoundError(f"path must exist, got {name}")
+    if format is None:
+        format = "hf" if os.path.isdir(name) else "mmpr" if name.endswith(".json") else _sniff(name, max_line_bytes)
+    if format != "hf" and os.path.isdir(name):
+        raise ValueError(f"path must be a file for the format {format!r}, got the folder {name}")
+    folder = os.path.abspath(os.path.dirname(name) if root is None else root)
+    subsets: dict[str, Subset] = {}
+    pairs: Pairs
+    if format == "hf":
+        pairs = load_dataset_folder(name, root_map=root_map, image_dir=image_dir)
+    elif format == "trl":
+        pairs = read_trl(name, root_map=root_map, max_line_bytes=max_line_bytes)
+    elif format == "pairs":
+        pairs = read_pairs(name, root_map=root_map, max_line_bytes=max_line_bytes)
+    elif name.endswith(".json"):
+        pairs = MMPRDataset(name, root_map=root_map, repeat=False, max_line_bytes=max_line_bytes)
+        subsets = {subset.name: subset for subset in pairs.subsets}
+    else:
+        settings: dict[str, Any] = {"data_augment": False, "repeat_time": 1}
+        subset = Subset(Path(name).stem, folder, os.path.abspath(name), 1, None, settings)
+        pairs = read_annotation(subset, max_line_bytes=max_line_bytes)
+    return Source(name, format, pairs, folder, subsets)
+
+
+def _sniff(path: str, max_line_bytes: int) -> Format:
+    def parse(values: dict[str, Any], line: str) -> Pair:
+        found.append(set(values))
+        return Pair("", "", "")
+
+    found: list[set[str]] = []
+    lines = LineFile(path, parse, max_line_bytes=max_line_bytes)
+    for index in range(min(len(lines), _SNIFFED_LINES)):
+        try:
+            lines[index]
+        except BadLine:
+            continue
+        fields = found[-1]
+        return "trl" if "prompt" in fields else "pairs" if "images" in fields else "mmpr"
+    raise ValueError(
+        f"format must be told apart by a good line, got none among the first {_SNIFFED_LINES} of {path}: "
+        f"name it ({', '.join(FORMATS)})"
+    )

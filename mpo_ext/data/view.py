@@ -1,0 +1,207 @@
+"""A page of preference pairs that needs no server: images, responses side by side, search and filters."""
+
+import base64
+import collections
+import hashlib
+import io
+import json
+import os
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+from mpo_ext.data.jsonl import BadLine, Skipped
+from mpo_ext.data.records import SOURCE, Pair
+from mpo_ext.data.sources import Source
+from mpo_ext.report import save_page
+
+_TEMPLATE = "pairs_view.html.j2"
+
+
+def write_view(
+    path: str | os.PathLike[str],
+    source: Source,
+    *,
+    title: str | None = None,
+    limit: int = 2000,
+    seed: int = 0,
+    thumbnail: int = 320,
+    image_budget: int = 64 << 20,
+    max_characters: int = 20_000,
+) -> tuple[int, Skipped]:
+    """Writes the page, whole or not at all.
+
+    Args:
+        path: The HTML file.
+        source: The pairs.
+        title: Of the page; default: the path of the source.
+        limit: Most lines to show. Of more, so many are drawn at random and shown in their order; the page says so.
+        seed: Of the draw.
+        thumbnail: Largest side of an image in pixels; 0 leaves the images out.
+        image_budget: Most bytes that the images may take in the page; it names those that no longer fit.
+        max_characters: A longer text is cut there, and the page says so.
+
+    Returns:
+        The number of pairs shown, and the lines that hold none.
+
+    Raises:
+        ValueError: If a number is out of its range.
+        ImportError: If jinja2 or PIL is missing.
+        OSError: If the page cannot be written.
+    """
+    for name, value, least in (
+        ("limit", limit, 1),
+        ("thumbnail", thumbnail, 0),
+        ("image_budget", image_budget, 0),
+        ("max_characters", max_characters, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    total = len(source.pairs)
+    picked = range(total) if total <= limit else sorted(random.Random(seed).sample(range(total), limit))
+    images, skipped = _Thumbnails(thumbnail, image_budget), Skipped()
+    pairs: list[dict[str, Any]] = []
+    for index in picked:
+        where, pair = source.read(index)
+        if isinstance(pair, BadLine):
+            skipped.add(pair)
+        else:
+            pairs.append(
+                _entry(pair, where.subset, f"{os.path.basename(where.file)}:{where.line}", images, max_characters)
+            )
+    notes = [] if total <= limit else [f"{limit:,} of {total:,} lines, drawn at random with seed {seed}."]
+    notes += [f"{line.strip()}" for line in skipped.lines()]
+    if images.left_out:
+        notes.append(f"{images.left_out:,} images did not fit into {image_budget:,} bytes.")
+    values = {
+        "title": title or os.fspath(source.path),
+        "notes": notes,
+        "subsets": _names(pair["subset"] for pair in pairs),
+        "pipelines": _names(pair["pipeline"] for pair in pairs),
+        "data": _script_json({"pairs": pairs, "images": images.uris}),
+    }
+    values["nonce"] = hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own until it is whole; save_page knows nothing of that.
+    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}.tmp")
+    try:
+        save_page(temporary, _TEMPLATE, values)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(pairs), skipped
+
+
+def _names(names: Any) -> list[tuple[str, int]]:
+    return sorted(collections.Counter(name for name in names if name).items())
+
+
+def _entry(pair: Pair, subset: str, where: str, images: "_Thumbnails", max_characters: int) -> dict[str, Any]:
+    shared = _shared(pair.chosen, pair.rejected)
+    entry: dict[str, Any] = {
+        "subset": subset,
+        "where": where,
+        "pipeline": str(pair.provenance.get("pipeline", ""))[:100],
+        "images": [images.add(image) for image in pair.images],
+        "shared": _utf16(pair.chosen[: min(shared, max_characters)]),
+        "cut": None,
+        "answer": None if pair.answer_gt is None else _bounded(pair.answer_gt, max_characters),
+        "more": {},
+    }
+    cut = _cut(pair)
+    if cut is not None:
+        entry["cut"] = _utf16(pair.chosen[: min(cut, max_characters)])
+    for name in ("question", "chosen", "rejected"):
+        entry[name] = _bounded(getattr(pair, name), max_characters)
+    if pair.provenance:
+        entry["more"]["provenance"] = pair.provenance
+    rest = {name: value for name, value in pair.extra.items() if name != SOURCE}
+    if rest:
+        entry["more"]["extra"] = rest
+    entry["more"] = _bounded(json.dumps(entry["more"], ensure_ascii=False, indent=1), max_characters)
+    return entry
+
+
+def _cut(pair: Pair) -> int | None:
+    """Number of characters of the chosen response that the rejected one was begun with, if the pair knows it."""
+    cut = pair.provenance.get("cut")
+    cut = cut.get("characters") if isinstance(cut, dict) else cut
+    if isinstance(cut, bool) or not isinstance(cut, int) or not 0 < cut <= len(pair.chosen):
+        return None
+    return cut
+
+
+def _shared(chosen: str, rejected: str) -> int:
+    """Number of characters that both begin with."""
+    equal = (one == other for one, other in zip(chosen, rejected, strict=False))
+    return next((index for index, same in enumerate(equal) if not same), min(len(chosen), len(rejected)))
+
+
+def _utf16(text: str) -> int:
+    """Length as JavaScript counts it."""
+    return len(text.encode("utf-16-le")) // 2
+
+
+def _bounded(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} … [{len(text) - most:,} more characters]"
+
+
+def _script_json(value: Any) -> Any:
+    """JSON that may stand in a script element: nothing in it can end the element or begin another."""
+    from markupsafe import Markup
+
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # escaped just above
+
+
+class _Thumbnails:
+    """Small copies of images as data URIs, each once."""
+
+    def __init__(self, size: int, budget: int) -> None:
+        self.uris: list[str] = []
+        self.left_out = 0
+        self._size, self._budget = size, budget
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def add(self, path: str) -> dict[str, Any]:
+        """Returns the image's name and its number among the URIs, or why it has none."""
+        if path not in self._known:
+            self._known[path] = {"name": os.path.basename(path)[:120], **self._make(path)}
+        return self._known[path]
+
+    def _make(self, path: str) -> dict[str, Any]:
+        if not self._size:
+            return {"problem": "left out"}
+        if self._budget <= 0:
+            self.left_out += 1
+            return {"problem": "no room left in the page"}
+        from PIL import Image
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(path) as image:
+                    image.draft("RGB", (self._size, self._size))
+                    has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+                    small = image.convert("RGBA" if has_alpha else "RGB")
+        except FileNotFoundError:
+            return {"problem": "missing"}
+        except Exception as error:  # PIL's plugins raise almost anything
+            return {"problem": f"broken: {type(error).__name__}"}
+        if has_alpha:
+            small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
+        small.thumbnail((self._size, self._size))
+        buffer = io.BytesIO()
+        small.save(buffer, format="JPEG", quality=80)
+        uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        if len(uri) > self._budget:
+            self._budget = 0
+            self.left_out += 1
+            return {"problem": "no room left in the page"}
+        self._budget -= len(uri)
+        self.uris.append(uri)
+        return {"index": len(self.uris) - 1}
