@@ -87,7 +87,9 @@ def _try(fact: Callable[[], object]) -> tuple[bool, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
+    from mpo_ext.data.cli import add_parser as add_data
     from mpo_ext.demo.run import add_parser as add_demo
+    from mpo_ext.generate.cli import add_parser as add_sample
 
     parser = argparse.ArgumentParser(
         prog="mpo-ext", description="Mixed Preference Optimization of multimodal and text language models."
@@ -95,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"mpo-ext {mpo_ext.__version__}")
     subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     add_doctor(subcommands)
+    add_data(subcommands)
+    add_sample(subcommands)
     add_demo(subcommands)
     args = parser.parse_args(argv)
     return args.run(args)

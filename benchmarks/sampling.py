@@ -1,0 +1,99 @@
+"""Speed of sampling: ``python -m benchmarks.sampling``. Batches against single prompts, and what a run costs beyond.
+
+The model is the untrained InternVL of the digits demo, the items are questions about grids of digits with their right
+step-by-step responses. "Overhead" is what a whole run of DropoutNTP takes beyond ``TransformersEngine.generate`` on
+the same requests: cutting, joining, filters, journal with its syncs, and outputs. All in one process, repetitions
+interleaved, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpo_ext.demo import digits
+from mpo_ext.demo.model import build_model, build_tokenizer
+from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
+from mpo_ext.generate.engine import Request, SamplingConfig, TransformersEngine
+from mpo_ext.generate.sampling import run
+
+
+class Recording(TransformersEngine):
+    """Keeps the time that generating takes."""
+
+    seconds = 0.0
+
+    def generate(self, requests: Any) -> Any:
+        """Continues every request and counts the time."""
+        begin = time.perf_counter()
+        try:
+            return super().generate(requests)
+        finally:
+            self.seconds += time.perf_counter() - begin
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--items", type=int, default=1024)
+    parser.add_argument("--single", type=int, default=64, help="prompts of the comparison one by one")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    model.generation_config.eos_token_id = None  # all responses get the same length
+    tokenizer.eos_token = None
+    sampling = SamplingConfig(temperature=1.0, top_k=0, max_new_tokens=args.tokens)
+    tasks = digits.sample_tasks(digits.load_digits()["train"], args.items, np.random.default_rng(0), "cot")
+    requests = [Request(question=task.question, seed=row, sampling=sampling) for row, task in enumerate(tasks)]
+
+    engines = {size: TransformersEngine(model, tokenizer, batch_size=size) for size in (1, args.batch_size)}
+    cases: dict[str, Callable[[], object]] = {
+        "one by one": lambda: engines[1].generate(requests[: args.single]),
+        f"batches of {args.batch_size}": lambda: engines[args.batch_size].generate(requests[: args.single]),
+    }
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    shares = []
+    for _ in range(args.repeat + 1):
+        for name, case in cases.items():
+            begin = time.perf_counter()
+            case()
+            times[name].append(time.perf_counter() - begin)
+        shares.append(_overhead(model, tokenizer, tasks, sampling, args.batch_size))
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    single, batched = medians.values()
+    for name, value in medians.items():
+        print(f"{name:<20} {1e3 * value:8.1f} ms for {args.single} prompts of {args.tokens} new tokens")
+    print(f"{'ratio':<20} {single / batched:8.2f} x")
+    print(f"{'overhead of a run':<20} {100 * statistics.median(shares[1:]):8.2f} % of its generating")
+
+
+def _overhead(model: Any, tokenizer: Any, tasks: Any, sampling: SamplingConfig, batch_size: int) -> float:
+    """Time of a whole run beyond the generating, as a share of the generating."""
+    engine = Recording(model, tokenizer, batch_size=batch_size)
+    pipeline = DropoutNTP(DropoutNTPConfig(sampling=sampling, allow_truncated=True, matcher={"kind": "number"}))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "items.jsonl")
+        lines = ({"question": t.question, "chosen": t.response, "answer_gt": str(t.answer)} for t in tasks)
+        source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        begin = time.perf_counter()
+        run(pipeline, engine, source, Path(folder, "out"), block_size=batch_size)
+        return (time.perf_counter() - begin) / engine.seconds - 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,484 @@
+"""Engines that continue prompts: one interface over transformers and vLLM, called by the pipelines of this package.
+
+What a request gets depends on its prompt, its seed and its sampling settings; not on the requests beside it, nor on
+their order, but for the rounding of the model's own arithmetic.
+"""
+
+import dataclasses
+import hashlib
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from mpo_ext.config import check_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGE_PLACEHOLDER = "<image>"
+_VLLM_ADVICE = "VLLMEngine needs vllm: pip install 'mpo-ext[vllm]'"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn. The defaults are those of the authors' scripts.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_p: Share of the probability that the likeliest tokens must reach together; the others are left out.
+        top_k: Number of the likeliest tokens to draw from; 0 draws from all.
+        max_new_tokens: Longest continuation.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 50
+    max_new_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            check_number(name, getattr(self, name))
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        check_integer("top_k", self.top_k, least=0)
+        check_integer("max_new_tokens", self.max_new_tokens, least=1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+        key: Name of the request, for errors.
+        question: What the user says; ``<image>`` stands where an image belongs, images without one come first.
+        messages: The conversation as a chat template takes it, instead of ``question``; images as in ``images``.
+        images: PIL images or paths of images.
+        prefix_ids: Token ids that the assistant's turn begins with; the turn stays open, and the continuation follows.
+        seed: Source of every draw.
+        sampling: How tokens are drawn.
+    """
+
+    key: str = ""
+    question: str = ""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    images: tuple[Any, ...] = ()
+    prefix_ids: tuple[int, ...] = ()
+    seed: int = 0
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Generation:
+    """What came of a request.
+
+    Attributes:
+        token_ids: The continuation, without the prefix and without the end token.
+        text: The same as text.
+        finish_reason: "stop" where the model ended its turn, "length" where ``max_new_tokens`` cut it off.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+class Engine(Protocol):
+    """What the pipelines ask of an engine."""
+
+    name: str
+
+    def settings(self) -> dict[str, Any]:
+        """What the generations depend on, as JSON can hold it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any that the tokenizer would add around it."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """Continues every request; the results have the order of the requests."""
+
+
+def check_integer(name: str, value: object, *, least: int) -> None:
+    """Raises unless the value is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed of 63 bits that depends on all parts and on nothing else."""
+    digest = hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process and of all, as ``accelerate launch``, torchrun and srun say; (0, 1) without them.
+
+    The processes of a run never talk to one another, so no process group is made.
+    """
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and world in os.environ:
+            return int(os.environ[rank]), int(os.environ[world])
+    return 0, 1
+
+
+def load_image(image: Any) -> Any:
+    """Opens an image where it is a path; as RGB, and wholly read."""
+    if not isinstance(image, (str, os.PathLike)):
+        return image
+    from PIL import Image
+
+    with Image.open(image) as opened:
+        return opened.convert("RGB")
+
+
+def chat_messages(request: Request, *, as_parts: bool) -> list[dict[str, Any]]:
+    """The conversation of a request as chat templates take it.
+
+    Args:
+        request: The request.
+        as_parts: Whether the content is a list of images and texts, as templates of multimodal models want it.
+    """
+    if request.messages:
+        return [dict(message) for message in request.messages]
+    if not as_parts:
+        return [{"role": "user", "content": request.question}]
+    content: list[dict[str, Any]] = []
+    pieces = request.question.split(IMAGE_PLACEHOLDER) if request.images else [request.question]
+    if request.images and len(pieces) == 1:
+        pieces = [""] * len(request.images) + pieces
+    if request.images and len(pieces) - 1 != len(request.images):
+        raise ValueError(
+            f"question must have one {IMAGE_PLACEHOLDER} for each of the {len(request.images)} images, "
+            f"got {len(pieces) - 1} in request {request.key!r}"
+        )
+    for number, piece in enumerate(pieces):
+        if number > 0:
+            content.append({"type": "image"})
+            piece = piece.removeprefix("\n")  # templates put one after an image themselves
+        if piece:
+            content.append({"type": "text", "text": piece})
+    return [{"role": "user", "content": content}]
+
+
+def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig) -> "Tensor":
+    """Draws one token per row by inverting the cumulated distribution at the row's own number.
+
+    Args:
+        scores: ``[B, V]`` logits.
+        uniforms: ``[B]`` float64 in [0, 1).
+        sampling: How to draw.
+
+    Returns:
+        ``[B]`` int64.
+
+    Raises:
+        FloatingPointError: If a row has no finite distribution.
+    """
+    import torch
+
+    if sampling.temperature == 0:
+        return scores.argmax(dim=-1)
+    scores = scores.float() / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[-1]:
+        smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < smallest, -math.inf)
+    probs = torch.softmax(scores, dim=-1)
+    if sampling.top_p < 1:
+        largest_first = probs.sort(dim=-1, descending=True).values
+        before = largest_first.cumsum(dim=-1) - largest_first
+        smallest = largest_first.masked_fill(before >= sampling.top_p, math.inf).amin(dim=-1, keepdim=True)
+        probs = probs.masked_fill(probs < smallest, 0)
+    cumulated = probs.double().cumsum(dim=-1)
+    total = cumulated[:, -1:]
+    if not bool(torch.isfinite(total).all()):
+        raise FloatingPointError("logits must have a finite largest value and no NaN, got a row that has not")
+    picked = torch.searchsorted(cumulated, uniforms[:, None].to(cumulated.device) * total, right=True)
+    return picked.squeeze(-1).clamp_max(scores.shape[-1] - 1)
+
+
+class _SeededDraw:
+    """A logits processor that leaves one token to choose: the one that the row's own generator draws."""
+
+    def __init__(self, seeds: Sequence[int], sampling: SamplingConfig) -> None:
+        self.generators = [random.Random(seed) for seed in seeds]
+        self.sampling = sampling
+
+    def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":
+        import torch
+
+        uniforms = torch.tensor([generator.random() for generator in self.generators], dtype=torch.float64)
+        picked = sample_token(scores, uniforms, self.sampling)
+        return torch.full_like(scores, -math.inf).scatter_(1, picked[:, None], 0.0)
+
+
+class TransformersEngine:
+    """Runs a Hugging Face causal or image-text-to-text model, in batches padded on the left, with a KV cache.
+
+    Args:
+        model: The model; put into evaluation mode.
+        processor: Its processor, or its tokenizer where it takes text only. Without a chat template a prompt is the
+            question on a line of its own.
+        name: Name of the model, for the records; None takes the model's own.
+        batch_size: Prompts at a time. Prompts of about one length go together.
+        chat_template: Replaces the template of the processor.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        name: str | None = None,
+        batch_size: int = 16,
+        chat_template: str | None = None,
+    ) -> None:
+        check_integer("batch_size", batch_size, least=1)
+        self.model = model.eval()
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.batch_size = batch_size
+        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self.chat_template = chat_template or getattr(processor, "chat_template", None)
+        if self.chat_template is None:
+            self.chat_template = getattr(self.tokenizer, "chat_template", None)
+        own = model.generation_config
+        ends = own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id
+        self.end_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
+        pad = self.tokenizer.pad_token_id
+        self._pad_id = pad if pad is not None else min(self.end_ids, default=0)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int = 16,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> "TransformersEngine":
+        """Loads a model and its processor.
+
+        Args:
+            name: Folder or name of the model. A model with images must be in the format of transformers itself (for
+                InternVL the ``-hf`` checkpoints).
+            dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+            device: Where to run; None takes the GPU of this process, or the CPU where there is none.
+            batch_size: As in the class.
+            chat_template: As in the class.
+            **options: Handed on to ``from_pretrained``, as ``revision`` or ``gguf_file``.
+        """
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoTokenizer as Tokenizer
+
+        if device is None:
+            local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+            device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+        config = AutoConfig.from_pretrained(name, **options)
+        has_images = type(config) in AutoModelForImageTextToText._model_mapping
+        loader = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+        model = loader.from_pretrained(name, dtype=dtype, **options).to(device)
+        processor = (AutoProcessor if has_images else Tokenizer).from_pretrained(name, **options)
+        return cls(model, processor, name=name, batch_size=batch_size, chat_template=chat_template)
+
+    def settings(self) -> dict[str, Any]:
+        """What the generations depend on. Batch size and device are left out: they only change rounding."""
+        return {"engine": "transformers", "model": self.name, "dtype": str(self.model.dtype).removeprefix("torch.")}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any that the tokenizer would add around it."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included: some models write boxes with them."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def prompt(self, request: Request) -> str:
+        """The text of a request up to where the assistant's turn begins."""
+        if self.chat_template is None:
+            image = getattr(self.processor, "image_token", IMAGE_PLACEHOLDER)
+            missing = max(0, len(request.images) - request.question.count(IMAGE_PLACEHOLDER))
+            return f"{image * missing}{request.question.replace(IMAGE_PLACEHOLDER, image)}\n"
+        as_parts = self.processor is not self.tokenizer
+        return self.processor.apply_chat_template(
+            chat_messages(request, as_parts=as_parts),
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """Continues every request; the results have the order of the requests."""
+        prompts = [self.prompt(request) for request in requests]
+        lengths = [
+            len(self.tokenizer.encode(prompt, add_special_tokens=False)) + len(request.prefix_ids)
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
+        results: dict[int, Generation] = {}
+        for rows in _batches(requests, lengths, self.batch_size):
+            outputs = self._generate_batch([requests[row] for row in rows], [prompts[row] for row in rows])
+            results.update(zip(rows, outputs, strict=True))
+        return [results[row] for row in range(len(requests))]
+
+    def _generate_batch(self, requests: Sequence[Request], prompts: Sequence[str]) -> list[Generation]:
+        import torch
+
+        inputs = self._inputs(requests, prompts)
+        sampling = requests[0].sampling
+        config = self._generation_config(sampling)
+        draw = [_SeededDraw([request.seed for request in requests], sampling)] if sampling.temperature > 0 else []
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, generation_config=config, logits_processor=draw)
+        return [self._generation(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _generation(self, ids: list[int]) -> Generation:
+        end = next((index for index, token in enumerate(ids) if token in self.end_ids), None)
+        ids = ids if end is None else ids[:end]
+        return Generation(tuple(ids), self.decode(ids), "length" if end is None else "stop")
+
+    def _generation_config(self, sampling: SamplingConfig) -> Any:
+        """Greedy search with the model's own end and suppressed tokens; what draws is ``_SeededDraw``."""
+        from transformers import GenerationConfig
+
+        own = self.model.generation_config
+        return GenerationConfig(
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(self.end_ids) or None,
+            pad_token_id=self._pad_id,
+            bos_token_id=own.bos_token_id,
+            suppress_tokens=own.suppress_tokens,
+            bad_words_ids=own.bad_words_ids,
+            use_cache=True,
+        )
+
+    def _inputs(self, requests: Sequence[Request], prompts: Sequence[str]) -> dict[str, Any]:
+        """Inputs of the model, each row a prompt with its prefix, padded on the left."""
+        import torch
+
+        begin = getattr(self.tokenizer, "bos_token", None)
+        special = {"add_special_tokens": not (begin and prompts[0].startswith(begin))}
+        inputs: dict[str, Any]
+        if any(request.images for request in requests):
+            images = [[load_image(image) for image in request.images] for request in requests]
+            inputs = dict(
+                self.processor(text=list(prompts), images=images, padding=True, return_tensors="pt", **special)
+            )
+            shape, mask = inputs["input_ids"].shape, inputs.pop("attention_mask").bool()
+            per_token = {name for name, value in inputs.items() if getattr(value, "shape", None) == shape}
+            rows = {name: [row[kept] for row, kept in zip(inputs[name], mask, strict=True)] for name in per_token}
+        else:
+            inputs = {}
+            rows = {"input_ids": [torch.tensor(ids) for ids in self.tokenizer(list(prompts), **special)["input_ids"]]}
+        prefixes = [torch.tensor(request.prefix_ids, dtype=torch.int64) for request in requests]
+        for name, values in rows.items():
+            is_ids = name == "input_ids"
+            joined = [
+                torch.cat([row.to(torch.int64), prefix if is_ids else torch.zeros_like(prefix)])
+                for row, prefix in zip(values, prefixes, strict=True)
+            ]
+            inputs[name] = _pad_left(joined, self._pad_id if is_ids else 0)
+            if is_ids:
+                inputs["attention_mask"] = _pad_left([torch.ones_like(row) for row in joined], 0)
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+
+class VLLMEngine:
+    """Runs a model in vLLM's offline engine, which batches the requests itself. Each has its own seed.
+
+    Args:
+        model: Folder or name of the model.
+        **options: Handed on to ``vllm.LLM``, as ``dtype``, ``tensor_parallel_size`` or ``limit_mm_per_prompt``.
+
+    Raises:
+        ImportError: If vllm is missing.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        try:
+            import vllm
+        except ImportError as error:
+            raise ImportError(f"{_VLLM_ADVICE} ({error})") from error
+        self._sampling_params = vllm.SamplingParams
+        self.name = model
+        self.options = options
+        self.llm = vllm.LLM(model=model, **options)
+        self.tokenizer = self.llm.get_tokenizer()
+
+    def settings(self) -> dict[str, Any]:
+        """What the generations depend on."""
+        return {"engine": "vllm", "model": self.name, "dtype": str(self.options.get("dtype", "auto"))}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any that the tokenizer would add around it."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """Continues every request; the results have the order of the requests."""
+        prompts, params = [], []
+        for request in requests:
+            prompts.append(self._prompt(request))
+            params.append(
+                self._sampling_params(
+                    temperature=request.sampling.temperature,
+                    top_p=request.sampling.top_p,
+                    top_k=request.sampling.top_k or -1,
+                    max_tokens=request.sampling.max_new_tokens,
+                    seed=request.seed,
+                    skip_special_tokens=False,
+                )
+            )
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [self._generation(output.outputs[0]) for output in outputs]
+
+    def _prompt(self, request: Request) -> dict[str, Any]:
+        messages = chat_messages(request, as_parts=bool(request.images))
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt: dict[str, Any] = {"prompt_token_ids": [*self.encode(text), *request.prefix_ids]}
+        if request.images:
+            prompt["multi_modal_data"] = {"image": [load_image(image) for image in request.images]}
+        return prompt
+
+    def _generation(self, completion: Any) -> Generation:
+        """Takes off the end token, which vLLM leaves in the ids."""
+        ids = list(completion.token_ids)
+        is_length = completion.finish_reason == "length"
+        if not is_length and ids and ids[-1] in {self.tokenizer.eos_token_id, completion.stop_reason}:
+            ids.pop()
+        return Generation(tuple(ids), self.decode(ids), "length" if is_length else "stop")
+
+
+def _batches(requests: Sequence[Request], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Rows that go through the model together: the same settings and number of images, and about the same length."""
+    groups: dict[tuple[SamplingConfig, int], list[int]] = {}
+    for row, request in enumerate(requests):
+        groups.setdefault((request.sampling, len(request.images)), []).append(row)
+    for rows in groups.values():
+        rows.sort(key=lambda row: lengths[row])
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def _pad_left(rows: "Sequence[Tensor]", value: int) -> "Tensor":
+    import torch
+
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")

@@ -1,0 +1,105 @@
+"""The pipelines as a stage of Ray Data: actors with an engine each, and a driver that keeps the journal.
+
+The driver reads the items (all that are still to do, at once), sends out the blocks that the journal lacks, and
+appends what comes back in the order of the input. So a run with Ray resumes like any other, and gives the same
+outputs.
+"""
+
+import functools
+import itertools
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from mpo_ext.generate import sampling
+from mpo_ext.generate.engine import Engine, check_integer
+from mpo_ext.generate.journal import Journal
+
+
+def run(
+    pipeline: sampling.Pipeline,
+    make_engine: Callable[[], Engine],
+    source: str | Path,
+    out: str | Path,
+    *,
+    engine_settings: dict[str, Any],
+    model: str,
+    workers: int = 1,
+    gpus_per_worker: float = 0,
+    block_size: int = 64,
+    limit: int | None = None,
+    image_root: str = "",
+    stream: TextIO | None = None,
+) -> sampling.Summary | None:
+    """Does what ``sampling.run`` does, on the machines of a Ray cluster.
+
+    Args:
+        pipeline: ``DropoutNTP`` or ``Correctness``.
+        make_engine: Called once in each worker.
+        source: JSONL file of items, which the driver reads.
+        out: Folder of the run, which the driver writes.
+        engine_settings: What ``settings()`` of the engines gives; the driver has no engine to ask.
+        model: Name of the model.
+        workers: Number of workers.
+        gpus_per_worker: GPUs of each.
+        block_size: Samples that a worker is asked for at a time.
+        limit: Takes the first items only.
+        image_root: Folder that relative image paths start from; the same on every machine.
+        stream: Where progress is shown; None shows none.
+
+    Raises:
+        ImportError: If ray is missing.
+    """
+    try:
+        import ray
+        from ray.data import ActorPoolStrategy, DataContext
+    except ImportError as error:
+        raise ImportError(f"ray_stages needs Ray Data: pip install 'mpo-ext[ray]' ({error})") from error
+    check_integer("workers", workers, least=1)
+    check_integer("block_size", block_size, least=1)
+    source, out = Path(source), Path(out)
+    digest, total = sampling.scan(source)
+    settings = sampling.run_settings(pipeline, engine_settings, digest, 1)
+    items = functools.partial(sampling.take, source, image_root, limit)
+    per_block = max(1, block_size // max(1, len(pipeline.keys(sampling.Item()))))
+    DataContext.get_current().execution_options.preserve_order = True
+
+    with Journal(sampling.journal_path(out, 0, 1), settings) as journal:
+        finished = sum(1 for _ in journal.records())
+        per_item = len(pipeline.keys(sampling.Item()))
+        whole, partial = divmod(finished, per_item * per_block)
+        numbered = enumerate(sampling.blocks(items(), per_block))
+        # Bytes, because Arrow would give all dicts of a column the same keys.
+        todo = [
+            {"number": number, "block": pickle.dumps(block)}
+            for number, block in itertools.islice(numbered, whole, None)
+        ]
+        with sampling.Progress(pipeline.name, total if limit is None else min(total, limit), stream) as progress:
+            if todo:
+                data = ray.data.from_items(todo, override_num_blocks=len(todo))
+                stage = data.map_batches(
+                    _Worker,
+                    fn_constructor_args=(pipeline, make_engine),
+                    batch_size=1,
+                    compute=ActorPoolStrategy(size=workers),
+                    num_gpus=gpus_per_worker or None,
+                )
+                for row in stage.iter_rows():
+                    block, records = pickle.loads(row["block"]), pickle.loads(row["records"])
+                    journal.append(list(itertools.chain(*records))[partial if row["number"] == whole else 0 :])
+                    for item, own in zip(block, records, strict=True):
+                        progress.add(pipeline.judge(item, own, model), len(own))
+        return sampling.write_outputs(pipeline, items(), out, world=1, model=model)
+
+
+class _Worker:
+    """Holds the engine of one worker."""
+
+    def __init__(self, pipeline: sampling.Pipeline, make_engine: Callable[[], Engine]) -> None:
+        self.pipeline = pipeline
+        self.engine = make_engine()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        blocks = map(pickle.loads, batch["block"])
+        return {**batch, "records": [pickle.dumps(self.pipeline.sample(block, self.engine)) for block in blocks]}

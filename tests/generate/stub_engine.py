@@ -1,0 +1,66 @@
+"""An engine without a model: words drawn by the seed of the request, and the digits InternVL behind a processor."""
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from mpo_ext.generate.engine import Generation, Request
+
+
+class StubEngine:
+    """Every character is a token. Responses end with a right, a wrong or no answer, as the seed has it."""
+
+    name = "stub"
+
+    def __init__(self, *, delay_s: float = 0.0, script: dict[str, Generation] | None = None) -> None:
+        self.delay_s = delay_s
+        self.script = script or {}
+        self.requests: list[Request] = []
+        self.keep_requests = True
+
+    def settings(self) -> dict[str, Any]:
+        return {"engine": "stub"}
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        if self.keep_requests:
+            self.requests += requests
+        time.sleep(self.delay_s * len(requests))
+        return [self.script.get(request.key) or self._answer(request) for request in requests]
+
+    def _answer(self, request: Request) -> Generation:
+        rng = random.Random(request.seed)
+        words = " ".join(rng.choice(["one", "two", "\u4e09", "four"]) for _ in range(rng.randrange(1, 9)))
+        answer = rng.choice(["\nFinal answer: 7", "\nFinal answer: 8", "\nFinal answer: 9", ""])
+        text = f"{words}{answer}"
+        finish = "length" if rng.random() < 0.1 else "stop"
+        return Generation(tuple(self.encode(text)), text, finish)
+
+
+class DigitsProcessor:
+    """What a processor of transformers does, for the digits demo's tokenizer and images."""
+
+    chat_template = "the demo's own"
+    image_token = "<IMG_CONTEXT>"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        parts = messages[0]["content"]
+        images = sum(part["type"] == "image" for part in parts) * 4 * f"{self.image_token} "
+        return f"<|user|> {images}{''.join(part.get('text', '') for part in parts)} <|assistant|>"
+
+    def __call__(self, text: list[str], images: Any, **options: Any) -> dict[str, Any]:
+        import numpy as np
+        import torch
+
+        flat = [np.asarray(image.convert("L"), dtype=np.float32) / 255 for row in images for image in row]
+        pixels = (torch.from_numpy(np.stack(flat))[:, None] - 0.3) / 0.35
+        return {**self.tokenizer(text, **options, return_token_type_ids=False), "pixel_values": pixels}

@@ -1,0 +1,194 @@
+"""Correctness: which samples make pairs, and which questions give none."""
+
+import collections
+import itertools
+import random
+from typing import Any
+
+import pytest
+from stub_engine import StubEngine
+
+from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
+from mpo_ext.generate.engine import Generation
+from mpo_ext.generate.sampling import Item, Outcome
+
+ITEM = Item(question="How many?", truths=("7",))
+
+
+def judged(texts: list[str], item: Item = ITEM, finish: dict[str, str] | None = None, **options: Any) -> Outcome:
+    """What comes of an item whose samples are these texts."""
+    pipeline = Correctness(CorrectnessConfig(samples=len(texts), **options))
+    script = {
+        key: Generation(tuple(map(ord, text)), text, (finish or {}).get(text, "stop"))
+        for key, text in zip(pipeline.keys(item), texts, strict=True)
+    }
+    engine = StubEngine(script=script)
+    (records,) = pipeline.sample([item], engine)
+    return pipeline.judge(item, records, engine.name)
+
+
+def answered(answer: object, steps: str = "Counting.") -> str:
+    return f"{steps}\nFinal answer: {answer}"
+
+
+def pairs(outcome: Outcome, output: str = "pairs") -> list[tuple[str, str]]:
+    return [(line["chosen"], line["rejected"]) for name, line in outcome.lines if name == output]
+
+
+def test_right_samples_meet_wrong_and_unreadable_ones() -> None:
+    outcome = judged([answered(7), answered(8), answered(9), "I cannot say."])
+    assert sorted(pairs(outcome)) == [(answered(7), answered(8)), (answered(7), answered(9))]
+    assert pairs(outcome, "format_pairs") == [(answered(7), "I cannot say.")]
+    for name, line in outcome.lines:
+        provenance = line["provenance"]
+        assert provenance["pipeline"] == {"pairs": "correctness", "format_pairs": "format"}[name]
+        assert provenance["chosen_answer"] == "7"
+        assert provenance["accuracy"] == 0.25
+        assert line["answer_gt"] == "7"
+
+
+def test_the_same_answer_is_never_on_both_sides() -> None:
+    """A truth with a tolerance: 7.4 is right and 7.5 wrong, though the two are as close as 7 and 7.4."""
+    options = {"matcher": {"kind": "number", "relative": 0.06}}
+    outcome = judged([answered("7.4"), answered("7.5"), answered("12")], **options)
+    assert pairs(outcome) == [(answered("7.4"), answered("12"))]
+    assert outcome.refused["same answer on both sides"] == 1
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("1", "12"), ("no", "none"), ("D", "A"), ("5", "-5")])
+def test_answers_that_contain_each_other_make_pairs(right: str, wrong: str) -> None:
+    item = Item(question="Q", truths=(right,))
+    assert pairs(judged([answered(right), answered(wrong)], item)) == [(answered(right), answered(wrong))]
+
+
+@pytest.mark.parametrize("right", ["no", "one", "n", "none"])
+def test_unreadable_samples_are_paired_whatever_the_answer(right: str) -> None:
+    item = Item(question="Q", truths=(right,))
+    outcome = judged([answered(right), "Hm."], item, matcher={"kind": "exact"})
+    assert pairs(outcome, "format_pairs") == [(answered(right), "Hm.")]
+
+
+def test_a_question_gives_no_more_pairs_than_asked() -> None:
+    texts = [answered(7, f"Way {n}.") for n in range(5)] + [answered(8, f"Way {n}.") for n in range(5)]
+    assert len(pairs(judged(texts))) == 15
+    assert len(pairs(judged(texts, pairs_per_question=0))) == 25
+    assert len(pairs(judged(texts, pairs_per_question=4))) == 4
+
+
+def test_the_choice_depends_on_the_seed_and_on_no_order() -> None:
+    texts = [answered(7, f"Way {n}.") for n in range(6)] + [answered(8, f"Way {n}.") for n in range(6)]
+    expected = pairs(judged(texts))
+    for attempt in range(5):
+        random.Random(attempt).shuffle(texts)
+        assert pairs(judged(texts)) == expected
+    assert set(pairs(judged(texts, seed=1))) != set(expected)
+
+
+def test_a_response_is_used_no_more_often_than_allowed() -> None:
+    texts = [answered(7, f"Way {n}.") for n in range(3)] + [answered(8, f"Way {n}.") for n in range(6)]
+    found = pairs(judged(texts, reuse_limit=2))
+    assert len(found) == 6
+    for side in (0, 1):
+        assert max(collections.Counter(pair[side] for pair in found).values()) <= 2
+
+
+def test_equal_responses_count_once_unless_told_otherwise() -> None:
+    texts = [answered(7), answered(7) + "\n", answered(8), answered(8), answered(9)]
+    outcome = judged(texts)
+    assert len(pairs(outcome)) == 2
+    assert outcome.refused["sample is a duplicate"] == 2
+    assert len(pairs(judged(texts, dedupe=False))) == 4  # no pair twice
+
+
+def test_lengths_are_balanced_where_asked() -> None:
+    right = [answered(7, "a " * count) for count in (10, 40, 160)]
+    wrong = [answered(8, "b c " * count) for count in (5, 20, 80)]
+    options = {"pairs_per_question": 3, "allow_degenerate": True}
+    even = pairs(judged(right + wrong, length_balance=True, **options))
+    assert sorted(even) == sorted(zip(right, wrong, strict=True))
+
+
+@pytest.mark.parametrize(("accuracy", "count"), [((0.0, 1.0), 1), ((0.25, 0.25), 1), ((0.3, 1.0), 0), ((0.0, 0.2), 0)])
+def test_the_accuracy_band(accuracy: tuple[float, float], count: int) -> None:
+    outcome = judged([answered(7), answered(8), answered(8), answered(8)], accuracy=accuracy)
+    assert len(pairs(outcome)) == count
+    assert outcome.refused["accuracy outside the band"] == 1 - count
+
+
+def test_samples_that_teach_nothing_are_refused() -> None:
+    loop = "I see a cat. " * 20
+    texts = [answered(7), answered(8), "Cut", " ", loop]
+    outcome = judged(texts, finish={"Cut": "length"})
+    assert outcome.refused == {
+        "sample cut off at max_new_tokens": 1,
+        "sample is empty": 1,
+        "sample repeats itself": 1,
+    }
+    assert len(outcome.lines) == 1
+    both = judged(texts, finish={"Cut": "length"}, allow_truncated=True, allow_degenerate=True)
+    assert {rejected for _, rejected in pairs(both, "format_pairs")} == {"Cut", loop}
+
+
+def test_questions_without_a_right_or_a_wrong_sample_give_no_pair() -> None:
+    right_only = judged([answered(7), answered(7, "Looking.")])
+    assert (right_only.lines, right_only.refused) == ([], {"question with right answers only": 1})
+    wrong_only = judged([answered(8), "Hm."])
+    assert wrong_only.refused == {"question without a right answer": 1}
+    ((name, line),) = wrong_only.lines
+    assert name == "unsolved"
+    assert line == {
+        "question": "How many?",
+        "chosen": answered(8),
+        "answer_gt": "7",
+        "chosen_source": "wrong sample",
+    }
+    ((_, line),) = judged(["Hm.", "Hm?"]).lines
+    assert "chosen" not in line
+
+
+def test_an_unsolved_question_keeps_the_response_it_came_with() -> None:
+    item = Item(question="Q", truths=("7",), chosen="By hand.\nFinal answer: 7")
+    ((_, line),) = judged([answered(8), answered(9)], item).lines
+    assert (line["chosen"], line["chosen_source"]) == (item.chosen, "input")
+
+
+def test_any_of_several_truths_is_right() -> None:
+    item = Item.from_dict({"question": "Q", "answer": ["7", "seven o'clock"]})
+    outcome = judged([answered("seven o'clock"), answered(8)], item, matcher={"kind": "exact"})
+    assert pairs(outcome) == [(answered("seven o'clock"), answered(8))]
+
+
+def test_each_answer_is_matched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Correctness(CorrectnessConfig(samples=6))
+    texts = itertools.cycle([answered(7), answered(8, "x"), answered(8, "y")])
+    script = {key: Generation((1,), next(texts), "stop") for key in pipeline.keys(ITEM)}
+    asked: list[str] = []
+    real = pipeline._matcher
+    monkeypatch.setattr(pipeline, "_matcher", lambda answer, truth: asked.append(answer) or real(answer, truth))
+    pipeline.sample([ITEM], StubEngine(script=script))
+    assert sorted(asked) == ["7", "8"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 1}, "samples must be at least 2, got 1"),
+        ({"accuracy": (0.5, 0.2)}, r"accuracy must be two numbers in \[0, 1\], the lower first, got \(0.5, 0.2\)"),
+        ({"pairs_per_question": -1}, "pairs_per_question must be at least 0, got -1"),
+    ],
+)
+def test_bad_settings_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CorrectnessConfig(**options)
+
+
+def test_a_template_is_in_the_prompt_and_in_the_pair() -> None:
+    from mpo_ext.generate.prompts import TEMPLATES, render
+
+    (name, template), *_ = TEMPLATES.items()
+    pipeline = Correctness(CorrectnessConfig(samples=2, template=name, style="direct"))
+    texts = dict(zip(pipeline.keys(ITEM), ("7", "8"), strict=True))
+    engine = StubEngine(script={key: Generation((1,), text, "stop") for key, text in texts.items()})
+    (records,) = pipeline.sample([ITEM], engine)
+    ((_, pair),) = pipeline.judge(ITEM, records, "stub").lines
+    assert pair["question"] == engine.requests[0].question == render(template, "How many?") != "How many?"

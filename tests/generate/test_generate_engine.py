@@ -1,0 +1,276 @@
+"""Engines: the digits demo's InternVL behind TransformersEngine, and VLLMEngine on a module of its interface."""
+
+# ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
+import dataclasses
+import multiprocessing
+import random
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+for package in ("transformers", "sklearn", "PIL"):
+    pytest.importorskip(package)
+
+import torch
+from PIL import Image
+from stub_engine import DigitsProcessor
+
+from mpo_ext.demo import digits
+from mpo_ext.demo.model import build_model, build_tokenizer
+from mpo_ext.generate import sampling
+from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
+from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
+from mpo_ext.generate.engine import (
+    Request,
+    SamplingConfig,
+    TransformersEngine,
+    VLLMEngine,
+    chat_messages,
+    derive_seed,
+    rank_and_world,
+    sample_token,
+)
+
+SAMPLING = SamplingConfig(max_new_tokens=12, top_k=0, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def engine() -> TransformersEngine:
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    return TransformersEngine(build_model(tokenizer, hidden_size=32, layers=1), DigitsProcessor(tokenizer))
+
+
+def requests_of(count: int, *, seed: int = 0, **options: Any) -> list[Request]:
+    """Questions with and without an image, with prefixes of several lengths."""
+    tasks = digits.sample_tasks(digits.load_digits()["train"], count, np.random.default_rng(seed))
+    requests = []
+    for number, task in enumerate(tasks):
+        pixels = (task.image.squeeze(0).numpy() * 255).astype(np.uint8)
+        requests.append(
+            Request(
+                key=str(number),
+                question=task.question,
+                images=(Image.fromarray(pixels),) if number % 3 else (),
+                prefix_ids=tuple(range(8, 8 + number % 5)),
+                seed=derive_seed(seed, number),
+                sampling=SAMPLING,
+            )
+        )
+    return [dataclasses.replace(request, **options) for request in requests]
+
+
+def with_batch(engine: TransformersEngine, size: int) -> TransformersEngine:
+    return TransformersEngine(engine.model, engine.processor, batch_size=size)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_result_does_not_depend_on_the_batch_or_the_order(engine: TransformersEngine, temperature: float) -> None:
+    requests = requests_of(24, sampling=dataclasses.replace(SAMPLING, temperature=temperature))
+    alone = with_batch(engine, 1).generate(requests)
+    assert len({generation.token_ids for generation in alone}) > 1
+    assert with_batch(engine, 8).generate(requests) == alone
+    order = random.Random(0).sample(range(24), 24)
+    shuffled = with_batch(engine, 5).generate([requests[row] for row in order])
+    assert shuffled == [alone[row] for row in order]
+
+
+def test_padding_on_the_left_changes_no_logits(engine: TransformersEngine) -> None:
+    requests = [request for request in requests_of(12) if request.images]
+    prompts = [engine.prompt(request) for request in requests]
+    batch = engine._inputs(requests, prompts)
+    assert (batch["attention_mask"] == 0).any()
+    logits = engine.model(**batch).logits[:, -1]
+    for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        alone = engine.model(**engine._inputs([request], [prompt])).logits[:, -1]
+        torch.testing.assert_close(logits[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prefix_is_what_the_turn_begins_with(engine: TransformersEngine) -> None:
+    """A greedy response, cut anywhere and continued, comes out as it was."""
+    (request,) = requests_of(2, sampling=dataclasses.replace(SAMPLING, temperature=0.0), prefix_ids=())[1:]
+    (whole,) = engine.generate([request])
+    for cut in range(1, len(whole.token_ids)):
+        (rest,) = engine.generate([dataclasses.replace(request, prefix_ids=whole.token_ids[:cut])])
+        assert (*whole.token_ids[:cut], *rest.token_ids)[: len(whole.token_ids)] == whole.token_ids
+
+
+def test_the_image_is_seen(engine: TransformersEngine) -> None:
+    requests = [request for request in requests_of(6, prefix_ids=()) if request.images]
+    seen = [engine._inputs([request], [engine.prompt(request)]) for request in requests]
+    assert all("pixel_values" in inputs for inputs in seen)
+    blind = [dataclasses.replace(request, images=()) for request in requests]
+    assert "pixel_values" not in engine._inputs(blind, [engine.prompt(request) for request in blind])
+    assert "<IMG_CONTEXT>" not in engine.prompt(blind[0])
+
+
+def test_the_reason_to_finish_and_the_end_token(engine: TransformersEngine) -> None:
+    (request, *_) = requests_of(1)
+    end = next(iter(engine.end_ids))
+    assert engine._generation([9, 10, end, 11]).token_ids == (9, 10)
+    assert engine._generation([9, 10, end, 11]).finish_reason == "stop"
+    assert engine._generation([9, 10]).finish_reason == "length"
+    assert len(engine.generate([request])[0].token_ids) <= SAMPLING.max_new_tokens
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -30.0]])
+    uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    rows = logits.expand(20_000, -1)
+
+    def shares(**options: Any) -> torch.Tensor:
+        return torch.bincount(sample_token(rows, uniforms, SamplingConfig(**options)), minlength=5) / 20_000
+
+    def close(left: torch.Tensor, right: torch.Tensor) -> None:
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-4)
+
+    close(shares(temperature=1.0, top_k=0), torch.softmax(logits[0], -1))
+    close(shares(temperature=0.5, top_k=0), torch.softmax(logits[0] / 0.5, -1))
+    close(shares(temperature=1.0, top_k=2)[:2], torch.softmax(logits[0, :2], -1))
+    close(shares(temperature=1.0, top_k=0, top_p=0.7)[:2], torch.softmax(logits[0, :2], -1))
+    close(shares(temperature=1.0, top_k=0, top_p=1e-6), torch.eye(5)[0])
+    close(shares(temperature=0), torch.eye(5)[0])
+
+
+def test_a_row_of_nan_is_an_error() -> None:
+    with pytest.raises(FloatingPointError, match="logits must have a finite largest value"):
+        sample_token(torch.full((1, 5), torch.nan), torch.zeros(1, dtype=torch.float64), SamplingConfig())
+
+
+def test_images_stand_where_the_question_has_them() -> None:
+    parts = chat_messages(Request(question="Is <image>\nlike <image>?", images=(1, 2)), as_parts=True)[0]["content"]
+    image = {"type": "image"}
+    assert parts == [{"type": "text", "text": "Is "}, image, {"type": "text", "text": "like "}, image,
+                     {"type": "text", "text": "?"}]  # fmt: skip
+    first = chat_messages(Request(question="Why?", images=(1,)), as_parts=True)[0]["content"]
+    assert first == [image, {"type": "text", "text": "Why?"}]
+    assert chat_messages(Request(question="Why?"), as_parts=False) == [{"role": "user", "content": "Why?"}]
+    with pytest.raises(ValueError, match=r"question must have one <image> for each of the 2 images, got 1"):
+        chat_messages(Request(question="<image>", images=(1, 2)), as_parts=True)
+
+
+def test_a_tokenizer_without_a_template_gets_a_plain_prompt(engine: TransformersEngine) -> None:
+    plain = TransformersEngine(engine.model, engine.tokenizer)
+    assert plain.prompt(Request(question="What is the sum ?")) == "What is the sum ?\n"
+    (generation,) = plain.generate([Request(question="What is the sum ?", sampling=SAMPLING)])
+    assert generation.text == plain.decode(generation.token_ids)
+
+
+def test_ranks_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert rank_and_world() == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert rank_and_world() == (2, 4)
+
+
+@pytest.fixture
+def grids(tmp_path: Path) -> Path:
+    """Items about grids of digits."""
+    import json
+
+    lines = []
+    tasks = digits.sample_tasks(digits.load_digits()["train"], 16, np.random.default_rng(1), "cot")
+    for number, task in enumerate(tasks):
+        Image.fromarray((task.image.squeeze(0).numpy() * 255).astype(np.uint8)).save(tmp_path / f"{number}.png")
+        item = {"image": f"{number}.png", "question": f"<image>\n{task.question}", "chosen": task.response}
+        lines.append(json.dumps({**item, "answer_gt": str(task.answer)}))
+    (tmp_path / "items.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["dropout_ntp", "correctness"])
+def test_a_killed_run_of_the_model_ends_with_the_same_bytes(
+    engine: TransformersEngine, grids: Path, name: str
+) -> None:
+    options = {"sampling": SAMPLING, "matcher": {"kind": "number"}}
+    pipeline: Any = DropoutNTP(DropoutNTPConfig(samples=2, allow_truncated=True, **options))
+    if name == "correctness":
+        pipeline = Correctness(CorrectnessConfig(samples=4, allow_truncated=True, **options))
+
+    def run(out: str) -> Any:
+        per_block = {"block_size": 8, "image_root": str(grids)}
+        return sampling.run(pipeline, engine, grids / "items.jsonl", grids / out, stream=None, **per_block)
+
+    def files(out: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (grids / out).glob("*.jsonl")}
+
+    summary = run("whole")
+    assert summary.items == 16
+    assert sum(summary.lines.values()) > 0
+    rng = random.Random(0)
+    for _ in range(4):
+        process = multiprocessing.get_context("fork").Process(target=run, args=("killed",))
+        process.start()
+        process.join(rng.uniform(0.05, 0.4))
+        process.kill()
+        process.join()
+    run("killed")
+    assert files("killed") == files("whole")
+
+
+class FakeVLLM(types.ModuleType):
+    """The part of vLLM's interface that the engine calls."""
+
+    def __init__(self) -> None:
+        super().__init__("vllm")
+        self.calls: list[tuple[Any, Any]] = []
+        outer = self
+
+        class SamplingParams:
+            def __init__(self, **options: Any) -> None:
+                self.options = options
+
+        class LLM:
+            def __init__(self, model: str, **options: Any) -> None:
+                self.options = options
+
+            def get_tokenizer(self) -> Any:
+                tokenizer = build_tokenizer()
+                tokenizer.chat_template = (
+                    "<|user|> {% for message in messages %}{% if message.content is string %}{{ message.content }}"
+                    "{% else %}{% for part in message.content %}{{ part.text or '<IMG_CONTEXT> ' }}{% endfor %}"
+                    "{% endif %}{% endfor %} <|assistant|>"
+                )
+                return tokenizer
+
+            def generate(self, prompts: Any, params: Any, *, use_tqdm: bool) -> Any:
+                outer.calls.append((prompts, params))
+                end = build_tokenizer().eos_token_id
+                stopped = types.SimpleNamespace(token_ids=[9, 10, end], finish_reason="stop", stop_reason=None)
+                cut = types.SimpleNamespace(token_ids=[9, 10], finish_reason="length", stop_reason=None)
+                return [types.SimpleNamespace(outputs=[[stopped, cut][row % 2]]) for row in range(len(prompts))]
+
+        self.SamplingParams, self.LLM = SamplingParams, LLM
+
+
+def test_vllm_gets_ids_images_and_a_seed_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeVLLM()
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    engine = VLLMEngine("some/model", dtype="bfloat16")
+    image = Image.new("RGB", (4, 4))
+    first = Request(question="What is the sum", images=(image,), prefix_ids=(11, 12), seed=5, sampling=SAMPLING)
+    stopped, cut = engine.generate([first, Request(question="What is the sum", seed=6)])
+    assert (stopped.token_ids, stopped.finish_reason) == ((9, 10), "stop")
+    assert (cut.token_ids, cut.finish_reason) == ((9, 10), "length")
+    assert stopped.text == engine.decode((9, 10))
+    prompts, params = fake.calls[0]
+    assert prompts[0]["prompt_token_ids"][-2:] == [11, 12]
+    assert prompts[0]["prompt_token_ids"][:-2] == engine.encode("<|user|> <IMG_CONTEXT> What is the sum <|assistant|>")
+    assert prompts[0]["multi_modal_data"] == {"image": [image]}
+    assert "multi_modal_data" not in prompts[1]
+    assert [each.options["seed"] for each in params] == [5, 6]
+    assert params[0].options["top_k"] == -1
+    assert params[0].options["max_tokens"] == 12
+    assert engine.settings() == {"engine": "vllm", "model": "some/model", "dtype": "bfloat16"}
+
+
+def test_a_missing_vllm_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r"VLLMEngine needs vllm: pip install 'mpo-ext\[vllm\]'"):
+        VLLMEngine("some/model")

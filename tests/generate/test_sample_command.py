@@ -1,0 +1,80 @@
+"""The command: its options reach the pipelines, and what goes wrong is said in one line."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from stub_engine import StubEngine
+
+from mpo_ext.generate import cli
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    lines = [{"question": f"Q{n}", "chosen": f"It is {n}, as one sees.", "answer_gt": "7"} for n in range(6)]
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def sample(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(cli, "_engine", lambda args: StubEngine())
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args(["sample", *map(str, arguments), "--model", "stub"])
+    return args.run(args)
+
+
+def test_dropout_ntp_takes_its_options(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ["--keep", "0.25", "--unit", "words", "--samples", "2", "--temperature", "1", "--matcher", "number"]
+    assert sample(monkeypatch, "dropout-ntp", items, out, *options, "--matcher-option", "relative=0.05") == 0
+    header = json.loads((out / "journal-00000-of-00001.jsonl").read_text().splitlines()[0])["settings"]["pipeline"]
+    assert (header["keep"], header["unit"], header["samples"]) == (0.25, "words", 2)
+    assert header["sampling"]["temperature"] == 1.0
+    assert header["matcher"] == {"kind": "number", "relative": 0.05}
+    assert "6 items, 12 samples" in capsys.readouterr().err
+
+
+def test_correctness_takes_its_options(items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    options = ["--samples", "4", "--accuracy", "0.1", "0.9", "--reuse-limit", "2", "--length-balance", "--limit", "3"]
+    assert sample(monkeypatch, "correctness", items, out, *options) == 0
+    header = json.loads((out / "journal-00000-of-00001.jsonl").read_text().splitlines()[0])["settings"]["pipeline"]
+    assert (header["accuracy"], header["reuse_limit"], header["length_balance"]) == ([0.1, 0.9], 2, True)
+    assert {path.name for path in out.glob("*s*.json*")} >= {"pairs.jsonl", "format_pairs.jsonl", "summary.json"}
+    assert json.loads((out / "summary.json").read_text())["items"] == 3
+
+
+def test_a_run_of_other_settings_is_refused_in_words(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out") == 0
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out", "--top-k", "20") == 1
+    assert "pipeline.sampling.top_k: 50 in the file, 20 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "1.5"], "keep must be in [0, 1), got 1.5"),
+        (["--matcher", "guess"], "kind must be one of"),
+        (["--matcher-option", "tolerance"], "--matcher-option must read NAME=JSON, got 'tolerance'"),
+    ],
+)
+def test_bad_options_are_named(
+    options: list[str], message: str, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out", *options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_input_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sample(monkeypatch, "correctness", tmp_path / "none.jsonl", tmp_path / "out") == 1
+    assert "none.jsonl" in capsys.readouterr().err

@@ -1,0 +1,259 @@
+"""Runs of both pipelines: killed and resumed, on several processes, over many items."""
+
+import json
+import multiprocessing
+import os
+import random
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stub_engine import StubEngine
+
+from mpo_ext.data.records import Pair
+from mpo_ext.generate import sampling
+from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
+from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
+from mpo_ext.generate.journal import LockedError, SettingsMismatchError, read_records
+from mpo_ext.generate.sampling import Item, is_degenerate, journal_path, read_items
+
+KILLS = int(os.environ.get("MPO_KILLS", "3"))
+RECORDS = int(os.environ.get("MPO_SAMPLING_RECORDS", "4000"))
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "dropout_ntp": lambda: DropoutNTP(DropoutNTPConfig(samples=2)),
+    "correctness": lambda: Correctness(CorrectnessConfig(samples=8, pairs_per_question=3)),
+}
+
+
+def write_items(path: Path, count: int) -> Path:
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(count):
+            item = {"question": f"Question {number}?", "chosen": f"It is {number} and\nFinal answer: 7", "answer": "7"}
+            file.write(json.dumps(item) + "\n")
+    return path
+
+
+def outputs(out: Path) -> dict[str, bytes]:
+    names = ("pairs.jsonl", "format_pairs.jsonl", "unsolved.jsonl", "summary.json")
+    return {name: (out / name).read_bytes() for name in names if (out / name).exists()}
+
+
+def run(pipeline: Any, source: Path, out: Path, engine: StubEngine | None = None, **options: Any) -> Any:
+    return sampling.run(pipeline, engine or StubEngine(), source, out, stream=None, **options)
+
+
+def run_until_killed(target: Callable[[], Any], after_s: float) -> bool:
+    """Runs it in a process that is killed after a while; says whether it was."""
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    process.join(after_s)
+    process.kill()
+    process.join()
+    return process.exitcode != 0
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_killed_run_ends_with_the_same_bytes(name: str, tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 40)
+    pipeline = PIPELINES[name]()
+    per_item = len(pipeline.keys(Item()))
+    run(pipeline, items, tmp_path / "whole")
+    delay_s = 1.2 / (40 * per_item)
+    rng = random.Random(name)
+    kills = 0
+    for attempt in range(20 * KILLS):
+        out = tmp_path / f"killed-{attempt}"
+        for _ in range(4):
+            kills += run_until_killed(
+                lambda out=out: run(pipeline, items, out, StubEngine(delay_s=delay_s), block_size=2 * per_item),
+                rng.uniform(0.05, 0.5),
+            )
+        engine = StubEngine()
+        before = len(list(read_records(journal_path(out, 0, 1)))) if journal_path(out, 0, 1).exists() else 0
+        run(pipeline, items, out, engine, block_size=2 * per_item)
+        keys = [record["key"] for record in read_records(journal_path(out, 0, 1))]
+        assert keys == [key for item in read_items(items) for key in pipeline.keys(item)]
+        assert len(engine.requests) <= len(keys) - before + 2 * per_item
+        assert outputs(out) == outputs(tmp_path / "whole")
+        if kills >= KILLS:
+            return
+    pytest.fail(f"{kills} kills of {KILLS}")
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_journal_cut_anywhere_is_completed(name: str, tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 5)
+    pipeline = PIPELINES[name]()
+    run(pipeline, items, tmp_path / "whole")
+    journal = journal_path(tmp_path / "whole", 0, 1).read_bytes()
+    expected = outputs(tmp_path / "whole")
+    for size in range(0, len(journal), 101):
+        journal_path(tmp_path / "whole", 0, 1).write_bytes(journal[:size])
+        run(pipeline, items, tmp_path / "whole", block_size=16)
+        assert journal_path(tmp_path / "whole", 0, 1).read_bytes() == journal
+        assert outputs(tmp_path / "whole") == expected
+
+
+def test_a_finished_run_asks_the_engine_for_nothing(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 5)
+    summary = run(PIPELINES["correctness"](), items, tmp_path / "out")
+    engine = StubEngine()
+    assert run(PIPELINES["correctness"](), items, tmp_path / "out", engine) == summary
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_block_size_and_the_order_of_items_change_no_pair(name: str, tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 12)
+    lines = items.read_text().splitlines(keepends=True)
+    random.Random(0).shuffle(lines)
+    shuffled = tmp_path / "shuffled.jsonl"
+    shuffled.write_text("".join(lines))
+    run(PIPELINES[name](), items, tmp_path / "a")
+    run(PIPELINES[name](), shuffled, tmp_path / "b", block_size=1)
+    first, second = ((tmp_path / out / "pairs.jsonl").read_bytes().splitlines() for out in "ab")
+    assert len(first) > 0
+    assert sorted(first) == sorted(second)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_several_processes_give_the_outputs_of_one(name: str, tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 11)
+    run(PIPELINES[name](), items, tmp_path / "one")
+    results = [run(PIPELINES[name](), items, tmp_path / "three", rank=rank, world=3) for rank in (1, 0, 2)]
+    assert results[:2] == [None, None]
+    assert outputs(tmp_path / "three") == outputs(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"processes must be the 3 that .* was begun with, got 2"):
+        run(PIPELINES[name](), items, tmp_path / "three", rank=0, world=2)
+
+
+def test_more_items_may_follow(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 9)
+    run(PIPELINES["dropout_ntp"](), items, tmp_path / "whole")
+    run(PIPELINES["dropout_ntp"](), items, tmp_path / "parts", limit=4)
+    run(PIPELINES["dropout_ntp"](), items, tmp_path / "parts")
+    assert outputs(tmp_path / "parts") == outputs(tmp_path / "whole")
+
+
+def test_other_settings_and_another_input_are_refused(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 3)
+    run(DropoutNTP(DropoutNTPConfig(keep=0.5)), items, tmp_path / "out")
+    before = outputs(tmp_path / "out")
+    with pytest.raises(SettingsMismatchError, match=r"pipeline\.keep: 0\.5 in the file, 0\.25 now"):
+        run(DropoutNTP(DropoutNTPConfig(keep=0.25)), items, tmp_path / "out")
+    write_items(items, 4)
+    with pytest.raises(SettingsMismatchError, match=r"input\.blake2b"):
+        run(DropoutNTP(DropoutNTPConfig(keep=0.5)), items, tmp_path / "out")
+    assert outputs(tmp_path / "out") == before
+
+
+def test_two_runs_of_one_folder_are_refused(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 40)
+    out = tmp_path / "out"
+    process = multiprocessing.get_context("fork").Process(
+        target=run, args=(PIPELINES["dropout_ntp"](), items, out, StubEngine(delay_s=10))
+    )
+    process.start()
+    try:
+        while not (journal_path(out, 0, 1)).exists():
+            process.join(0.01)
+        with pytest.raises(LockedError, match=rf"process {process.pid} is writing it"):
+            run(PIPELINES["dropout_ntp"](), items, out)
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_a_journal_of_other_records_is_refused(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 3)
+    run(PIPELINES["dropout_ntp"](), items, tmp_path / "out")
+    path = journal_path(tmp_path / "out", 0, 1)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], *lines[2:]]))
+    with pytest.raises(ValueError, match=r"must hold the records of this input in its order"):
+        run(PIPELINES["dropout_ntp"](), items, tmp_path / "out")
+
+
+def test_lines_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None:
+    items = tmp_path / "items.jsonl"
+    good = {"question": "Q?", "chosen": "A long response", "answer_gt": "7"}
+    lines = [
+        "{", "[]", json.dumps({"chosen": "x"}), json.dumps({**good, "image": "missing.png"}),
+        json.dumps({**good, "image": ["a", "b"], "question": "<image> one"}), json.dumps({"question": "Q?"}),
+        '{"question": "\\ud800"}', '{"question": "Q?", "score": NaN}', "", json.dumps(good),
+    ]  # fmt: skip
+    items.write_text("\n".join(lines) + "\n")
+    counts = run(PIPELINES["correctness"](), items, tmp_path / "out").refused
+    assert counts["unreadable line"] == 4
+    assert counts["no question"] == counts["image cannot be read"] == 1
+    assert counts["number of <image> is not that of the images"] == 1
+    assert counts["no true answer"] == 1
+    assert run(DropoutNTP(), items, tmp_path / "blind").refused["no chosen response"] == 1
+
+
+def test_every_output_line_is_a_pair(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 10)
+    for name, make in PIPELINES.items():
+        run(make(), items, tmp_path / name)
+        for output in ("pairs", "format_pairs"):
+            path = tmp_path / name / f"{output}.jsonl"
+            for line in path.read_text().splitlines() if path.exists() else ():
+                pair = Pair.from_dict(json.loads(line))
+                assert pair.provenance["model"] == "stub"
+                assert pair.provenance["sampling"]["temperature"] == 0.7
+
+
+def test_the_summary_says_what_became_of_every_sample(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 20)
+    summary = run(PIPELINES["dropout_ntp"](), items, tmp_path / "out")
+    assert summary.items == 20
+    assert summary.records == 40 == summary.pairs + sum(summary.refused.values())
+    text = str(summary)
+    assert f"{summary.generated_tokens / summary.pairs:.1f} generated tokens per pair" in text
+    for reason, count in summary.refused.items():
+        assert f"{count:>7}  {reason}" in text
+    saved = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert saved["generated_tokens_per_pair"] == round(summary.generated_tokens / summary.pairs, 2)
+
+
+def test_progress_says_rate_time_left_and_counts(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 6)
+    with open(tmp_path / "log", "w") as stream:
+        summary = sampling.run(PIPELINES["dropout_ntp"](), StubEngine(), items, tmp_path / "out", stream=stream)
+    refused = sum(summary.refused.values())
+    line = (tmp_path / "log").read_text()
+    assert line.startswith("dropout_ntp: 6/6 items, ")
+    assert line.endswith(f"/s, 0 s left, {summary.pairs} pairs, {refused} refused\n")
+
+
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", RECORDS // 2)
+    engine = StubEngine()
+    engine.keep_requests = False
+    peaks = []
+    for limit in (RECORDS // 20, RECORDS // 2):
+        tracemalloc.start()
+        run(PIPELINES["dropout_ntp"](), items, tmp_path / f"out-{limit}", engine, limit=limit)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 500_000  # the records alone would take more than that
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["I see " + "a cat and " * 10, "\u4e00\u53ea\u732b\u5750\u5728\u57ab\u5b50\u4e0a\u3002" * 8, "x" * 60,
+     " ".join(f"the red car is next to the blue car , and {number} so on" for number in "ab" * 8)],
+)  # fmt: skip
+def test_loops_are_seen(text: str) -> None:
+    assert is_degenerate(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "7", "no no no no no", "The sum is 10000000000000000000.", "a b c d e f g h i j k l m n o p",
+     "\n".join(f"Step {number}: add {number} to {number * 7}, which gives {number * 8}." for number in range(40))],
+)  # fmt: skip
+def test_what_is_no_loop_is_let_through(text: str) -> None:
+    assert not is_degenerate(text)
