@@ -370,7 +370,7 @@ def run_logits_grad(
         | {"scale": 0 if factor is None else factor.address, "grad": out.address + place.offset * place.width}
         | {"scale_is_float": scale is not None and scale.dtype == np.float32, "is_zeroed": is_zeroed}
         | {"grad_inner": rows.rows, "grad_outer_stride": 0, "grad_row_stride": place.stride}
-        | {"multiprocessors": multiprocessors, "row_state": 0},
+        | {"multiprocessors": multiprocessors},
     )
     return out
 
