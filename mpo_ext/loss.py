@@ -177,8 +177,9 @@ def linear_mpo_loss(
 
     The logits are ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``, without the
     tanh if there is no softcap. Only labelled rows are projected, in tiles of rows by vocabulary; the loss is that of
-    ``mpo_loss`` on the logits before they are rounded to the hidden states' dtype. ``hidden_and_head`` gets the
-    arguments out of a Hugging Face model.
+    ``mpo_loss`` on the logits before they are rounded to the hidden states' dtype, but on a CPU that multiplies that
+    dtype faster than float32, where they are rounded (MPO_CPU_PRODUCT=float32 avoids it). ``hidden_and_head`` gets
+    the arguments out of a Hugging Face model.
 
     Matrix products of n labelled rows by the whole head: one forward and three backward; where neither weight nor
     bias needs a gradient two forward and none backward; with ``recompute=False`` one and two. Memory beyond
