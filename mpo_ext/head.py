@@ -46,6 +46,11 @@ class HiddenAndHead(NamedTuple):
     softcap: float | None
     outputs: Any
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Bias, logit_scale and softcap, to be passed on as ``**head.options`` so that none is forgotten."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
 
 def hidden_and_head(model: nn.Module, /, **inputs: Any) -> HiddenAndHead:
     """Runs the model without its output head, and gets what ``linear_mpo_loss`` needs.

@@ -155,9 +155,7 @@ def loss_of(out: HiddenAndHead, labels: torch.Tensor) -> torch.Tensor:
         out.weight,
         labels,
         REF_LOGP,
-        bias=out.bias,
-        logit_scale=out.logit_scale,
-        softcap=out.softcap,
+        **out.options,
     ).loss
 
 
