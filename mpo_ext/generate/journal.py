@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mpo_ext.data.jsonl import sync_folder
+
 _FORMAT = "mpo_ext.journal/1"
 _TAIL_BYTES = 1 << 16
 _MISSING = "(absent)"
@@ -114,7 +116,7 @@ class Journal:
             if header is None:
                 self._write([{"format": _FORMAT, "settings": self.settings}])
                 self._sync()
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
             elif differences := list(_differences(header, self.settings)):
                 raise SettingsMismatchError(self.path, differences)
             self._close = stack.pop_all()
@@ -207,7 +209,7 @@ def replaced(path: Path) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -236,14 +238,6 @@ def _line_start(file: int, end: int) -> int:
             return start + newline + 1
         end = start
     return 0
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
