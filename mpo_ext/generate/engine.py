@@ -12,13 +12,13 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from mpo_ext.config import check_number
+from mpo_ext.config import check_number, install_hint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_PLACEHOLDER = "<image>"
-_VLLM_ADVICE = "VLLMEngine needs vllm: pip install 'mpo-ext[vllm]'"
+_VLLM_ADVICE = f"VLLMEngine needs vllm: {install_hint('vllm')}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +168,42 @@ def chat_messages(request: Request, *, as_parts: bool) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
+def find_chat_template(processor: Any, chat_template: str | None = None) -> str | None:
+    """The template to take: the given one, else that of the processor, else that of its tokenizer; None without any.
+
+    Where a processor has several by name it is the one called "default".
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    found = chat_template or getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    return found.get("default") if isinstance(found, Mapping) else found
+
+
+def render_prompt(processor: Any, request: Request, chat_template: str | None) -> str:
+    """The text of a request up to where the assistant's turn begins: the same in sampling and in training.
+
+    Args:
+        processor: A processor, or a tokenizer where the model takes text only.
+        request: The request; its images are not opened.
+        chat_template: From ``find_chat_template``. None puts the question on a line of its own.
+    """
+    if chat_template is None:
+        image = getattr(processor, "image_token", IMAGE_PLACEHOLDER)
+        missing = max(0, len(request.images) - request.question.count(IMAGE_PLACEHOLDER))
+        return f"{image * missing}{request.question.replace(IMAGE_PLACEHOLDER, image)}\n"
+    return processor.apply_chat_template(
+        chat_messages(request, as_parts=hasattr(processor, "tokenizer")),
+        chat_template=chat_template,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+
+
+def lacks_special_tokens(tokenizer: Any, prompt: str) -> bool:
+    """Whether the tokenizer is to put its special tokens around a prompt: the template has not begun with one."""
+    begin = getattr(tokenizer, "bos_token", None)
+    return not (begin and prompt.startswith(begin))
+
+
 def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig) -> "Tensor":
     """Draws one token per row by inverting the cumulated distribution at the row's own number.
 
@@ -246,9 +282,7 @@ class TransformersEngine:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.batch_size = batch_size
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self.chat_template = chat_template or getattr(processor, "chat_template", None)
-        if self.chat_template is None:
-            self.chat_template = getattr(self.tokenizer, "chat_template", None)
+        self.chat_template = find_chat_template(processor, chat_template)
         own = model.generation_config
         ends = own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id
         self.end_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
@@ -305,17 +339,7 @@ class TransformersEngine:
 
     def prompt(self, request: Request) -> str:
         """The text of a request up to where the assistant's turn begins."""
-        if self.chat_template is None:
-            image = getattr(self.processor, "image_token", IMAGE_PLACEHOLDER)
-            missing = max(0, len(request.images) - request.question.count(IMAGE_PLACEHOLDER))
-            return f"{image * missing}{request.question.replace(IMAGE_PLACEHOLDER, image)}\n"
-        as_parts = self.processor is not self.tokenizer
-        return self.processor.apply_chat_template(
-            chat_messages(request, as_parts=as_parts),
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
+        return render_prompt(self.processor, request, self.chat_template)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """Continues every request; the results have the order of the requests."""
@@ -366,8 +390,7 @@ class TransformersEngine:
         """Inputs of the model, each row a prompt with its prefix, padded on the left."""
         import torch
 
-        begin = getattr(self.tokenizer, "bos_token", None)
-        special = {"add_special_tokens": not (begin and prompts[0].startswith(begin))}
+        special = {"add_special_tokens": lacks_special_tokens(self.tokenizer, prompts[0])}
         inputs: dict[str, Any]
         if any(request.images for request in requests):
             images = [[load_image(image) for image in request.images] for request in requests]

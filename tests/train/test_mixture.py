@@ -1,0 +1,292 @@
+"""Mixtures and samplers: which pairs a step takes, on which rank, after which resume."""
+
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from mpo_ext.data.jsonl import BadLine, write_pairs
+from mpo_ext.data.records import Pair
+from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
+from mpo_ext.train.recipe import SourceRecipe
+
+
+def pairs_file(path: Path, count: int, name: str = "q") -> SourceRecipe:
+    write_pairs(path, [Pair(f"{name}{index}", "yes", "no", (f"{index}.png",)) for index in range(count)])
+    return SourceRecipe(path=str(path))
+
+
+def meta_file(folder: Path, subsets: dict[str, tuple[int, float]]) -> SourceRecipe:
+    """An MMPR meta file; each subset has a number of lines and a repeat_time."""
+    entries = {}
+    for name, (count, repeat) in subsets.items():
+        lines = [
+            json.dumps({"image": f"{name}{index}.png", "question": f"{name}{index}", "chosen": "a", "rejected": "b"})
+            for index in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        entries[name] = {"root": "images", "annotation": f"{name}.jsonl", "repeat_time": repeat, "length": count}
+    (folder / "meta.json").write_text(json.dumps(entries))
+    return SourceRecipe(path=str(folder / "meta.json"))
+
+
+def with_repeat(recipe: SourceRecipe, repeat: float) -> SourceRecipe:
+    return SourceRecipe(path=recipe.path, repeat_time=repeat)
+
+
+def numbers(count: int) -> Callable[[int], np.ndarray]:
+    return lambda epoch: np.arange(count, dtype=np.int64)
+
+
+def test_sources_lie_behind_one_another(tmp_path: Path) -> None:
+    sources = [pairs_file(tmp_path / "a.jsonl", 3), meta_file(tmp_path, {"x": (2, 1), "empty": (0, 1), "y": (4, 1)})]
+    mixture = Mixture([*sources, pairs_file(tmp_path / "b.jsonl", 2, "r")])
+    questions = ["q0", "q1", "q2", "x0", "x1", "y0", "y1", "y2", "y3", "r0", "r1"]
+    assert len(mixture) == len(questions) == mixture.pairs
+    assert [pair.question for pair in mixture] == questions
+    assert [mixture.locate(index) for index in (0, 2, 3, 5, 8, 9, 10, -1)] == [
+        (0, 0), (0, 2), (1, 0), (1, 2), (1, 5), (2, 0), (2, 1), (2, 1),
+    ]  # fmt: skip
+    pair, name = mixture.read(4)
+    assert isinstance(pair, Pair)
+    assert name == f"{tmp_path / 'x.jsonl'}:2"
+    assert pair.images == (str(tmp_path / "images" / "x1.png"),)
+    assert mixture.read(0)[0].images == (str(tmp_path / "0.png"),)
+    assert [pair.question for pair in mixture[2:4]] == ["q2", "x0"]
+    for index in (11, -12):
+        with pytest.raises(IndexError, match=rf"index must be in \[-11, 11\), got {index}"):
+            mixture.read(index)
+
+
+def test_bad_lines_are_handed_out_as_findings(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    source = pairs_file(path, 2)
+    path.write_bytes(path.read_bytes() + b'{"question": "?"}\n')
+    mixture = Mixture([source])
+    found, name = mixture.read(2)
+    assert isinstance(found, BadLine)
+    assert name == f"{path}:3"
+    assert isinstance(mixture[2], BadLine)
+
+
+@pytest.mark.parametrize(
+    ("lines", "repeat", "expected"),
+    [(10, 1, 10), (10, 0.5, 5), (100, 0.29, 29), (3, 0.5, 1), (10, 2, 20), (10, 2.5, 25), (7, 1.2, 8), (1, 0.3, 0)],
+)
+def test_repeat_time_says_how_often_lines_are_met(tmp_path: Path, lines: int, repeat: float, expected: int) -> None:
+    source = with_repeat(pairs_file(tmp_path / "a.jsonl", lines), repeat)
+    mixture = Mixture([source, pairs_file(tmp_path / "b.jsonl", 4)])
+    assert [subset.pairs for subset in mixture.subsets] == [expected, 4]
+    for epoch in range(3):
+        indices = mixture.epoch(epoch)
+        assert indices.dtype == np.int64
+        assert len(indices) == mixture.pairs == expected + 4
+        times = Counter(indices.tolist())
+        whole = int(repeat)
+        assert all(whole <= times[index] <= whole + 1 for index in range(lines))
+        assert [times[index] for index in range(lines, lines + 4)] == [1] * 4
+        assert indices.tolist() == sorted(indices.tolist())
+
+
+def test_the_repeat_times_of_source_and_subset_multiply(tmp_path: Path) -> None:
+    source = with_repeat(meta_file(tmp_path, {"half": (40, 0.5), "twice": (10, 2), "once": (7, 1)}), 3)
+    mixture = Mixture([source])
+    assert [(s.name, s.lines, s.repeat_time, s.pairs) for s in mixture.subsets] == [
+        ("half", 40, 1.5, 60), ("twice", 10, 6.0, 60), ("once", 7, 3.0, 21),
+    ]  # fmt: skip
+    table = list(mixture.lines())
+    assert len(table) == 5
+    assert table[1].split() == ["half", "40", "1.5", "60"]
+    assert table[-1].split() == ["all", "57", "141"]
+
+
+def test_draws_are_anew_for_each_epoch_and_depend_on_seed_and_subset_alone(tmp_path: Path) -> None:
+    part = with_repeat(pairs_file(tmp_path / "a.jsonl", 200), 0.5)
+    mixture = Mixture([part], seed=3)
+    first, second = mixture.epoch(0), mixture.epoch(1)
+    assert first.tolist() != second.tolist()
+    assert mixture.epoch(0).tolist() == first.tolist()
+    assert Mixture([part], seed=3).epoch(1).tolist() == second.tolist()
+    assert Mixture([part], seed=4).epoch(0).tolist() != first.tolist()
+    assert 30 < len(set(first.tolist()) & set(second.tolist())) < 70  # half of 100, as chance has it
+    beside = Mixture([part, with_repeat(pairs_file(tmp_path / "b.jsonl", 200), 0.5)], seed=3).epoch(0)
+    assert beside[:100].tolist() == first.tolist()
+    assert (beside[100:] - 200).tolist() != first.tolist()
+
+
+def test_wrong_sources_are_named(tmp_path: Path) -> None:
+    source = pairs_file(tmp_path / "a.jsonl", 2)
+    with pytest.raises(ValueError, match=r"at least one pair, got none from .*a.jsonl"):
+        Mixture([with_repeat(source, 0.1)])
+    with pytest.raises(ValueError, match="at least one pair, got none from no sources"):
+        Mixture([])
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+        Mixture([SourceRecipe(path=str(tmp_path / "none.jsonl"))])
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        Mixture([source], seed=-1)
+    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
+        Mixture([source]).epoch(-1)
+
+
+def test_a_copy_opens_its_sources_anew(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    rows = [{"prompt": f"t{index}", "chosen": "a", "rejected": "b"} for index in range(5)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    mixture = Mixture([SourceRecipe(path=str(path)), pairs_file(tmp_path / "a.jsonl", 5000)])
+    packed = pickle.dumps(mixture)
+    assert len(packed) < 5000  # no index of lines goes along
+    copy = pickle.loads(packed)
+    assert [copy.read(index)[0].question for index in (0, 4, 5, 5004)] == ["t0", "t4", "q0", "q4999"]
+    assert copy.epoch(1).tolist() == mixture.epoch(1).tolist()
+    path.write_text(path.read_text() + json.dumps(rows[0]) + "\n")
+    with pytest.raises(RuntimeError, match=r"t.jsonl must not change while it is read, got 6 lines after 5"):
+        pickle.loads(packed).read(0)
+
+
+def question(items: list[Any]) -> str:
+    return items[0].question
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_read_the_same(tmp_path: Path, context: str) -> None:
+    mixture = Mixture([pairs_file(tmp_path / "a.jsonl", 6)])
+    mixture.read(0)
+    loader = DataLoader(mixture, batch_size=1, num_workers=1, collate_fn=question, multiprocessing_context=context)
+    assert list(loader) == [f"q{index}" for index in range(6)]
+
+
+def test_groups_are_equal_for_pairs_of_one_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    several = {"$source": {"messages": [{"role": "user", "content": "before"}, {"role": "user", "content": "q"}]}}
+    pairs = [
+        Pair("q", "a", "b", ("1.png",)),
+        Pair("q", "c", "d", ("1.png",)),
+        Pair("q", "a", "b", ("2.png",)),
+        Pair("q", "a", "b"),
+        Pair("q", "e", "f"),
+        Pair("q", "e", "f", extra=several),
+    ]
+    write_pairs(path, pairs)
+    path.write_bytes(path.read_bytes() + b"{}\n{}\n")
+    groups = Mixture([SourceRecipe(path=str(path))]).prompt_groups()
+    assert groups.dtype == np.int64
+    assert groups[0] == groups[1]
+    assert groups[3] == groups[4]
+    assert len(set(groups.tolist())) == 6
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 4), (12, 4), (3, 8), (1, 1), (257, 16)])
+def test_every_pair_is_met_once_in_each_epoch(count: int, size: int) -> None:
+    sampler = StepSampler(numbers(count), batch_size=size)
+    assert sampler.steps_per_epoch == -(-count // size)
+    for epoch in range(3):
+        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+        taken = [sampler.step(step).tolist() for step in steps]
+        assert sorted(pair for pairs in taken for pair in pairs) == list(range(count))
+        assert [len(pairs) for pairs in taken[:-1]] == [size] * (len(taken) - 1)
+        assert len(taken[-1]) == (count % size or size)
+
+
+def test_orders_differ_between_epochs_and_seeds() -> None:
+    orders = [StepSampler(numbers(50), batch_size=50, seed=seed).step(k).tolist() for seed in (0, 1) for k in (0, 1)]
+    assert len(set(map(tuple, [*orders, range(50)]))) == 5
+
+
+def test_a_step_depends_on_seed_and_number_alone() -> None:
+    """So a run that goes on from any step, even a later epoch's, takes what the whole run took."""
+    whole = StepSampler(numbers(23), batch_size=5, seed=7)
+    steps = [whole.step(step).tolist() for step in range(15)]
+    for step in (14, 3, 9, 0, 5):
+        assert StepSampler(numbers(23), batch_size=5, seed=7).step(step).tolist() == steps[step]
+        assert whole.step(step).tolist() == steps[step]
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_share_the_same_step_whatever_their_number(world_size: int, is_grouped: bool) -> None:
+    groups = np.arange(37) // 3 if is_grouped else None
+    sampler = StepSampler(numbers(37), batch_size=7, seed=1, groups=groups)
+    for step in range(2 * sampler.steps_per_epoch):
+        shares = [sampler.share(step, rank, world_size) for rank in range(world_size)]
+        assert np.concatenate(shares).tolist() == sampler.step(step).tolist()
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+    assert len(sampler.step(5)) == 2
+    assert [len(sampler.share(5, rank, 8)) for rank in range(8)].count(0) == 6
+
+
+def test_pairs_of_a_prompt_stand_next_to_each_other() -> None:
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 20, 100) * 10**15 - 7
+    sampler = StepSampler(numbers(100), batch_size=8, seed=2, groups=groups)
+    seen = []
+    for epoch in range(2):
+        order = groups[sampler.order(epoch)]
+        runs = 1 + int((order[1:] != order[:-1]).sum())
+        assert runs == len(set(groups.tolist()))
+        assert sorted(sampler.order(epoch).tolist()) == list(range(100))
+        seen.append(order[np.flatnonzero(np.diff(order, prepend=order[0] - 1))].tolist())
+    assert seen[0] != seen[1]
+    assert seen[0] != sorted(seen[0])
+    inside = [sampler.order(epoch)[groups[sampler.order(epoch)] == groups[0]].tolist() for epoch in range(2)]
+    assert sorted(inside[0]) == sorted(inside[1])
+    assert inside[0] != inside[1]
+
+
+def test_copies_of_a_pair_stand_in_groups_of_their_own() -> None:
+    """Three copies of 300 pairs, four to a prompt: a step of 16 that held a pair twice would hold a group twice."""
+    times = np.repeat(np.arange(300), 3)
+    groups = np.arange(300) // 4
+    sampler = StepSampler(lambda epoch: times, batch_size=16, groups=groups)
+    order = sampler.order(0)
+    assert Counter(order.tolist()) == dict.fromkeys(range(300), 3)
+    blocks = order.reshape(-1, 4)
+    assert all(len(set(block)) == 4 for block in blocks.tolist())
+    assert all(len(set(groups[block])) == 1 for block in blocks)
+
+
+def test_wrong_arguments_of_the_sampler() -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        StepSampler(numbers(3), batch_size=0)
+    with pytest.raises(ValueError, match="epoch must give at least one pair, got none"):
+        StepSampler(numbers(0), batch_size=1)
+    with pytest.raises(ValueError, match="epoch must give 3 pairs each time, got 4 for epoch 1"):
+        StepSampler(lambda epoch: np.arange(3 + epoch), batch_size=3).step(1)
+    sampler = StepSampler(numbers(3), batch_size=1)
+    with pytest.raises(ValueError, match="rank must be less than world_size 2, got 2"):
+        sampler.share(0, 2, 2)
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        sampler.step(-1)
+
+
+def test_a_mixture_and_its_sampler_hold_millions_of_lines(tmp_path: Path) -> None:
+    """An order of 2 million pairs with groups: numpy's time, not Python's."""
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 200_000, 2_000_000)
+    sampler = StepSampler(numbers(2_000_000), batch_size=256, groups=groups)
+    order = sampler.order(0)
+    assert int((np.diff(groups[order]) != 0).sum()) + 1 == len(np.unique(groups))
+
+
+def test_micro_batches_are_sorted_by_length_and_stable() -> None:
+    lengths = [5, 9, 5, 2, 9, 7, 5]
+    assert micro_batches(lengths, 3) == [[1, 4, 5], [0, 2, 6], [3]]
+    assert micro_batches(lengths, 1) == [[1], [4], [5], [0], [2], [6], [3]]
+    assert micro_batches(lengths, 100) == [[1, 4, 5, 0, 2, 6, 3]]
+    assert micro_batches([], 4) == []
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        micro_batches(lengths, 0)
+
+
+def test_micro_batches_keep_the_pairs_of_a_prompt_together() -> None:
+    lengths = [5, 9, 5, 2, 9, 7, 6]
+    groups = ["a", "b", "a", "b", "c", "a", "d"]
+    assert micro_batches(lengths, 2, groups=groups) == [[1, 3], [4, 5], [0, 2], [6]]
+    with pytest.raises(ValueError, match="groups must be as many as the 7 lengths, got 1"):
+        micro_batches(lengths, 2, groups=["a"])
