@@ -1,0 +1,307 @@
+"""Small models of transformers with random weights, and samples for them with images as processors give them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from mpo_ext.train.samples import Sample
+
+VOCAB = 61
+IMAGE = 60  # the token that stands for a piece of an image
+PAD = 0
+WINDOW = 4  # of sliding attention
+
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": PAD,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+}
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": IMAGE - 1,
+    "vision_start_token_id": IMAGE - 2,
+    "vision_end_token_id": IMAGE - 3,
+}
+
+
+def text_model(family: str, **settings: Any) -> nn.Module:
+    config = getattr(transformers, f"{family}Config")(**{**TEXT, **settings})
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def internvl() -> nn.Module:
+    vision = {**VISION, "image_size": [8, 8], "patch_size": [4, 4], "num_channels": 1, "layer_scale_init_value": 1.0}
+    config = transformers.InternVLConfig(
+        vision_config=vision,
+        text_config={"model_type": "qwen2", **TEXT},
+        image_token_id=IMAGE,
+        image_seq_length=1,
+        downsample_ratio=0.5,
+    )
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def llava() -> nn.Module:
+    vision = {**VISION, "image_size": 8, "patch_size": 4, "num_channels": 1, "projection_dim": 16}
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **vision},
+        text_config={"model_type": "llama", **TEXT},
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        vision_feature_layer=-1,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def qwen2_vl() -> nn.Module:
+    vision = {
+        "depth": 2,
+        "embed_dim": 16,
+        "hidden_size": 16,
+        "mlp_ratio": 2,
+        "num_heads": 2,
+        "in_channels": 1,
+        "patch_size": 4,
+        "temporal_patch_size": 1,
+    }
+    text = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    config = transformers.Qwen2VLConfig(vision_config=vision, text_config=text, **QWEN_TOKENS)
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def qwen2_5_vl(**text: Any) -> nn.Module:
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "in_channels": 1,
+        "patch_size": 4,
+        "temporal_patch_size": 1,
+        "out_hidden_size": 16,
+        "window_size": 8,
+        "fullatt_block_indexes": [1],
+    }
+    text = {**TEXT, **text, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **QWEN_TOKENS)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl() -> nn.Module:
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "in_channels": 1,
+        "patch_size": 4,
+        "temporal_patch_size": 1,
+        "out_hidden_size": 16,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    text = {**TEXT, "head_dim": 8, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    config = transformers.Qwen3VLConfig(vision_config=vision, text_config=text, **QWEN_TOKENS)
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
+def smolvlm() -> nn.Module:
+    config = transformers.SmolVLMConfig(
+        vision_config={**VISION, "image_size": 8, "patch_size": 4, "num_channels": 1},
+        text_config={"model_type": "llama", **TEXT},
+        image_token_id=IMAGE,
+        scale_factor=2,
+        pad_token_id=PAD,
+    )
+    return transformers.SmolVLMForConditionalGeneration(config)
+
+
+def gemma3_vlm() -> nn.Module:
+    config = transformers.Gemma3Config(
+        vision_config={**VISION, "image_size": 8, "patch_size": 4, "num_channels": 1},
+        text_config={**TEXT, "head_dim": 8, "sliding_window": WINDOW},
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
+        mm_tokens_per_image=4,
+        boi_token_index=IMAGE - 1,
+        eoi_token_index=IMAGE - 2,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+Images = Callable[[int, torch.Generator], tuple[list[list[int]], dict[str, torch.Tensor]]]
+
+
+def tiles(tokens: int, *, axis: bool = False) -> Images:
+    """Images of 8 x 8 that are ``tokens`` tokens each; Idefics has an axis for the conversation before them."""
+
+    def images(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+        pixels = torch.randn(count, 1, 8, 8, generator=generator)
+        return [[IMAGE] * tokens] * count, {"pixel_values": pixels.unsqueeze(0) if axis else pixels}
+
+    return images
+
+
+def patches(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    """Images of several sizes as patches of 4 x 4, of which 2 x 2 are a token: Qwen-VL."""
+    grids = [[1, 2 * int(side), 4] for side in torch.randint(1, 4, (count,), generator=generator)]
+    total = sum(t * h * w for t, h, w in grids)
+    pixels = torch.randn(total, 16, generator=generator)
+    ids = [[IMAGE - 2, *[IMAGE] * (t * h * w // 4), IMAGE - 3] for t, h, w in grids]
+    return ids, {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How to build a model, what its images are, and the name of its vision tower."""
+
+    model: Callable[[], nn.Module]
+    images: Images | None = None
+    types: str | None = None
+    tower: str = ""
+
+
+GEMMA = {"head_dim": 8, "sliding_window": WINDOW}
+FAMILIES: dict[str, Family] = {
+    "internvl": Family(internvl, tiles(1), tower="model.vision_tower"),
+    "llava": Family(llava, tiles(4), tower="model.vision_tower"),
+    "qwen2_vl": Family(qwen2_vl, patches, "mm_token_type_ids", "model.visual"),
+    "qwen2_5_vl": Family(qwen2_5_vl, patches, "mm_token_type_ids", "model.visual"),
+    "qwen2_5_vl-sliding": Family(
+        partial(qwen2_5_vl, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+        patches,
+        "mm_token_type_ids",
+        "model.visual",
+    ),
+    "qwen3_vl": Family(qwen3_vl, patches, "mm_token_type_ids", "model.visual"),
+    "smolvlm": Family(smolvlm, tiles(1, axis=True), tower="model.vision_model"),
+    "qwen2": Family(partial(text_model, "Qwen2")),
+    "llama": Family(partial(text_model, "Llama")),
+    "cohere": Family(partial(text_model, "Cohere", logit_scale=0.3)),
+    "gemma2": Family(partial(text_model, "Gemma2", **GEMMA, final_logit_softcapping=9.0, attn_logit_softcapping=3.0)),
+    "gemma3": Family(
+        partial(text_model, "Gemma3Text", **GEMMA, layer_types=["sliding_attention", "full_attention"]),
+    ),
+    "mistral": Family(partial(text_model, "Mistral", sliding_window=WINDOW)),
+    "qwen2-sliding": Family(
+        partial(text_model, "Qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
+    ),
+}
+REFUSED: dict[str, Family] = {
+    "gemma3_vlm": Family(gemma3_vlm, tiles(4), "token_type_ids", "model.vision_tower"),
+    "qwen3_next": Family(
+        partial(
+            text_model,
+            "Qwen3Next",
+            head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_value_heads=2,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=8,
+        )
+    ),
+    "mamba": Family(
+        lambda: transformers.MambaForCausalLM(
+            transformers.MambaConfig(
+                vocab_size=VOCAB, hidden_size=16, state_size=4, num_hidden_layers=2, expand=2, pad_token_id=PAD
+            )
+        )
+    ),
+}
+
+
+def build(name: str, attention: str | None = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = {**FAMILIES, **REFUSED}[name].model().to(dtype).train()
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    with torch.no_grad():  # as they are initialised, no token would look at any other in particular
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    return model
+
+
+def sample(
+    family: str,
+    seed: int,
+    *,
+    text: int = 5,
+    chosen: int = 4,
+    rejected: int = 3,
+    images: int = 0,
+    prompt: int | None = None,
+    name: str = "",
+) -> Sample:
+    """One pair. The prompt depends on the seed ``prompt``, the responses on ``seed``."""
+    generator = torch.Generator().manual_seed(1000 + (seed if prompt is None else prompt))
+    family_of = {**FAMILIES, **REFUSED}[family]
+    ids = torch.randint(2, 50, (text,), generator=generator).tolist()
+    image_inputs: dict[str, torch.Tensor] = {}
+    if images:
+        assert family_of.images is not None
+        pieces, image_inputs = family_of.images(images, generator)
+        for place in reversed(range(images)):
+            at = 1 + place * (text // (images + 1))
+            ids[at:at] = pieces[place]
+    prompt_ids = torch.tensor(ids, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    responses = [torch.randint(2, 50, (count,), generator=generator) for count in (chosen, rejected)]
+    return Sample(
+        key=f"key{seed}",
+        name=name or f"file:{seed}",
+        prompt_key=f"prompt{seed if prompt is None else prompt}",
+        prompt_ids=prompt_ids,
+        chosen_ids=responses[0],
+        rejected_ids=responses[1],
+        token_inputs={family_of.types: (prompt_ids == IMAGE).long()} if family_of.types else {},
+        image_inputs=image_inputs,
+        digest=f"digest{seed}",
+    )
+
+
+def samples_of(family: str) -> list[Sample]:
+    """Pairs of unequal lengths: two of one question with two images, one with one image, one of text alone."""
+    some = 1 if {**FAMILIES, **REFUSED}[family].images else 0
+    return [
+        sample(family, 1, prompt=9, text=8, chosen=6, rejected=3, images=2 * some),
+        sample(family, 2, text=4, chosen=1, rejected=5),
+        sample(family, 3, prompt=9, text=8, chosen=2, rejected=7, images=2 * some),
+        sample(family, 4, text=6, chosen=5, rejected=1, images=some),
+    ]
+
+
+def image_rows(samples: Sequence[Sample]) -> int:
+    """Images, tiles or patches that these samples hold."""
+    return sum(
+        value.shape[0] * (value.shape[1] if value.ndim == 5 else 1)
+        for one in samples
+        for name, value in one.image_inputs.items()
+        if name == "pixel_values"
+    )
