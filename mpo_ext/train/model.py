@@ -1,0 +1,212 @@
+"""The model that is trained: how it is loaded, which parts learn, and what must be off for the loss to be exact."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpo_ext import head as heads
+from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
+
+_SAMPLED = 4096  # values of each parameter that go into a fingerprint
+
+# Where transformers' models keep their parts, by the names in a recipe; a model has one of each at most.
+PARTS = {
+    "vision_tower": ("vision_tower", "visual", "vision_model", "vision_embed_tokens"),
+    "projector": ("multi_modal_projector", "connector", "visual.merger", "aligner", "embed_vision"),
+    "language_model": ("language_model", "text_model"),
+}
+
+
+def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
+    """Loads the model and its processor (its tokenizer where it takes text only), on the CPU.
+
+    Parts are frozen, adapters added and dropout is switched off as the recipe says.
+
+    Raises:
+        OSError: If there is no such model.
+        ImportError: If a package for adapters or quantization is missing.
+        ValueError: If the model has not what the recipe names.
+    """
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(recipe.path, revision=recipe.revision)
+    loader, has_images = loader_of(config)
+    options: dict[str, Any] = {}
+    if recipe.lora is not None and recipe.lora.quantization is not None:
+        options["quantization_config"] = _quantization(recipe)
+    model = loader.from_pretrained(
+        recipe.path,
+        revision=recipe.revision,
+        dtype=recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+        attn_implementation=recipe.attention,
+        **options,
+    )
+    processor = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(recipe.path, revision=recipe.revision)
+    return prepare_model(model, recipe), processor
+
+
+def loader_of(config: Any) -> tuple[Any, bool]:
+    """The auto class that loads models of a config, and whether they take images."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    has_images = type(config) in AutoModelForImageTextToText._model_mapping
+    return (AutoModelForImageTextToText if has_images else AutoModelForCausalLM), has_images
+
+
+def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
+    """Freezes parts, adds adapters and switches off what is random, as the recipe says. Returns the model to train."""
+    switch_off_dropout(model)
+    config: Any = model.config
+    config.use_cache = False
+    if recipe.lora is not None:
+        model = add_lora(model, recipe.lora)
+    else:
+        freeze_parts(model, recipe.freeze)
+    if recipe.gradient_checkpointing:
+        inner: Any = heads._unwrap(model)
+        # The reentrant kind finds no input that needs a gradient where the embeddings are frozen.
+        enable = getattr(inner, "activation_checkpointing_enable", None)  # the later name
+        if enable is not None:
+            enable({"use_reentrant": False})
+        else:
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"freeze must leave something to train, got {', '.join(recipe.freeze)}")
+    return model.train()
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets dropout and drop path to 0 everywhere: policy and reference must agree at the first step.
+
+    The authors' trainer leaves the drop path of the vision tower on, so its rewards are not 0 there.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or "drop_prob" in name or "drop_path" in name):
+                setattr(module, name, 0.0)
+
+
+def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
+    """Takes the parts out of training. "language_model" includes the output head.
+
+    Raises:
+        ValueError: If a part is unknown, or the model has none of that kind.
+    """
+    inner: Any = heads._unwrap(model)
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"freeze must name parts among {', '.join(PARTS)}, got {part!r}")
+        if part == "language_model" and not has_vision(inner):
+            raise ValueError(f"freeze must leave something to train, got {part!r} of the text model {_kind(inner)}")
+        modules = [module for _, module in _modules_of(inner, part)]
+        if not modules:
+            raise ValueError(f"freeze must name parts that the model has, got {part!r}, not found in {_kind(inner)}")
+        if part == "language_model":
+            modules += [inner.get_output_embeddings(), inner.get_input_embeddings()]
+        for module in modules:
+            module.requires_grad_(False)
+        if part == "vision_tower":  # Qwen2-VL keeps its projector inside of its vision tower
+            for _, module in _modules_of(inner, "projector"):
+                module.requires_grad_("projector" not in parts)
+
+
+def has_vision(model: nn.Module) -> bool:
+    """Whether the model has a vision tower."""
+    return bool(list(_modules_of(heads._unwrap(model), "vision_tower")))
+
+
+def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
+    """Puts LoRA adapters on the model; all else is frozen.
+
+    Raises:
+        ImportError: If peft is missing.
+        ValueError: If no layer fits the target.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("model.lora needs peft: pip install peft") from error
+    inner: Any = heads._unwrap(model)
+    target: str | list[str] = recipe.target if isinstance(recipe.target, str) else list(recipe.target)
+    if target == "all-linear":
+        roots = [name for name, _ in _modules_of(inner, "language_model")] if has_vision(inner) else [""]
+        head = inner.get_output_embeddings()
+        target = [
+            name
+            for name, module in inner.named_modules()
+            if isinstance(module, nn.Linear)
+            and module is not head
+            and any(not root or name.startswith(f"{root}.") for root in roots)
+        ]
+    if recipe.quantization is not None:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = peft.LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # peft takes a float
+        lora_dropout=recipe.dropout,
+        target_modules=target,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of a model's config and of its weights, of which up to 4,096 values of each parameter are read.
+
+    Adapters are left out: it names what the reference is.
+    """
+    inner: Any = heads._unwrap(model)
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(type(inner).__name__.encode())
+    for name, parameter in sorted(inner.named_parameters()):
+        if "lora_" in name:
+            continue
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // _SAMPLED)
+        values = flat[::stride].contiguous().cpu()
+        digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _modules_of(inner: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a part with their names, the outermost only."""
+    for prefix in ("model.", "", "model.model."):
+        for name in PARTS[part]:
+            try:
+                yield f"{prefix}{name}", inner.get_submodule(f"{prefix}{name}")
+            except AttributeError:
+                continue
+            return
+
+
+def _quantization(recipe: ModelRecipe) -> Any:
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("model.lora.quantization needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def _kind(inner: nn.Module) -> str:
+    return type(inner).__name__
+
+
+def without_adapters(recipe: ModelRecipe) -> ModelRecipe:
+    """The recipe of the reference: nothing in it learns."""
+    return dataclasses.replace(recipe, lora=None, freeze=(), gradient_checkpointing=False)
