@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.samples import BadPairError, Dropped, Encoder, Sample, Tally
 
 INTERRUPTED = 128 + signal.SIGTERM  # what a shell calls the end by SIGTERM
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # What may change between a checkpoint and the run that goes on from it: what is learnt depends on it by rounding only,
 # or by how long it is learnt, or (micro-batches) as the user must be free to change when memory ends.
@@ -204,6 +206,17 @@ class Collate:
         )  # fmt: skip
 
 
+class _SignalledError(Exception):
+    """A signal ends the run before there is anything to save."""
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """In a worker: a signal to all processes at once ends the run, and that its workers. A second SIGTERM works."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
 class Trainer:
     """One run. ``train`` is the way to call it."""
 
@@ -252,8 +265,9 @@ class Trainer:
         self.tally, self.eval_tally = Tally(), Tally()
         self.skipped_steps = 0
         self.step = 0
-        self._stop: int | None = None
-        self._score: float | None = None
+        self._signal: int | None = None  # that has come to this rank
+        self._stop: int | None = None  # that all ranks know of
+        self._evaluation: dict[str, float] | None = None  # line of the last one
         self._build(model, processor)
 
     # What is set up.
@@ -352,8 +366,17 @@ class Trainer:
             sampler=steps,  # type: ignore[arg-type]
             num_workers=workers,
             multiprocessing_context="spawn" if workers else None,  # forked threads of the tokenizers may lock up
+            generator=torch.Generator(),  # else it draws from torch's own, and a run that goes on draws once more
+            worker_init_fn=_leave_signals_to_the_run,
         )
-        return iter(loader)
+        if not workers:
+            return iter(loader)
+        multiprocessing.resource_tracker.ensure_running()  # unblocks the signals when it starts
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # workers begin with what is blocked here
+        try:
+            return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _choose_layout(self) -> None:
         """Takes the shared prefix where the model allows it and the first pairs show that it works."""
@@ -380,7 +403,11 @@ class Trainer:
                 blank = dataclasses.replace(with_images, chosen_ids=nothing, rejected_ids=nothing)
                 self._collate = dataclasses.replace(self._collate, blank=blank)
         self._dummy = dataclasses.replace(
-            samples[0], chosen_ids=samples[0].chosen_ids[:0], rejected_ids=samples[0].rejected_ids[:0], name="no pair"
+            samples[0],
+            chosen_ids=samples[0].chosen_ids[:0],
+            rejected_ids=samples[0].rejected_ids[:0],
+            name="no pair",
+            digest=references.NO_PAIR,
         )
         reason: str | None = "loss.shared_prefix is false"
         if self.recipe.loss.shared_prefix:
@@ -457,6 +484,8 @@ class Trainer:
         for share in self._equal_shares(known):
             for count in references.precompute(path, settings, share, logp, rank=self.rank):
                 done += count
+            if self._must_end():
+                raise _SignalledError
         self.accelerator.wait_for_everyone()
         if self.is_main:
             count = references.merge(path, settings)
@@ -486,14 +515,21 @@ class Trainer:
             for line in self.mixture.lines():
                 self.console.say(line)
             self._choose_layout()
-            self.reference = self._make_reference()
+            try:
+                self.reference = self._make_reference()
+            except _SignalledError:
+                return self._interrupted("while the log-probs of the reference were computed")
             if path is not None:
                 self._resume(path)
             elif self.is_main:
                 self.log.rewind(0)
             self.console.done = self.console._begun = self.step
-            loader = self._loader(self._shares(self.mixture, self.sampler), range(self.step, self.total))
             self.model.train()
+            # A signal ends a run before the evaluation that is due.
+            is_due = path is not None and self.step < self.total and self._evaluated() is None
+            if is_due and self._evaluate_if_due() is not None:
+                self._save()
+            loader = self._loader(self._shares(self.mixture, self.sampler), range(self.step, self.total))
             for share in loader:
                 if self._step(share):
                     return self._end_early()
@@ -510,18 +546,17 @@ class Trainer:
             self.tally.add(result)
         self.tally.kept += sum(counts[0] for counts in share.counts)
         self.tally.cut += share.cut
-        states = self._gather((share.error, *_summed(share.counts), len(share.batches), self._stop))
+        states = self._gather((share.error, *_summed(share.counts), len(share.batches)))
         errors = [state[0] for state in states if state[0] is not None]
         if errors:
             raise ValueError("; ".join(errors))
         totals = dict(zip(_COUNTS, (sum(state[1 + place] for state in states) for place in range(3)), strict=True))
         micro_steps = max(state[4] for state in states)
         averages = sum(state[4] for state in states)
-        self._stop = next((state[5] for state in states if state[5] is not None), None)
         if micro_steps == 0:
             self.step += 1
             self.console.say(f"step {self.step}: all of its pairs were left out, so nothing is learnt from it")
-            return self._stop is not None
+            return self._end_step()
         before = copy.deepcopy(self.reward_shift)
         sums = Totals(self.device)
         losses: list[tuple[tuple[str, ...], Tensor]] = []
@@ -553,6 +588,8 @@ class Trainer:
             self.reward_shift.step()
         else:
             self._nonfinite(losses, norm, before)
+        if "reward_shift" in line:  # as it is after the step, whatever moves it
+            line["reward_shift"] = self.reward_shift.value
         self.optimizer.zero_grad()
         if self.accelerator.optimizer_step_was_skipped:
             self.skipped_steps += 1
@@ -572,9 +609,21 @@ class Trainer:
         }
         line = {"step": self.step, "epoch": self.step / self.sampler.steps_per_epoch, **line}
         self._report(line)
-        if self._stop is None and self.step < self.total:
-            self._evaluate_if_due()
-            self._save()
+        return self._end_step()
+
+    def _end_step(self) -> bool:
+        """Evaluates and saves where it is time to. Returns whether a signal asks to end."""
+        if self._must_end():
+            return True
+        if self.step == self.total:
+            return False
+        evaluation = self._evaluate_if_due()
+        self._save()
+        return evaluation is not None and self._must_end()  # it may have taken long
+
+    def _must_end(self) -> bool:
+        """Whether a signal has come to any rank. All of them ask together, so that they end together."""
+        self._stop = next((one for one in self._gather(self._signal) if one is not None), None)
         return self._stop is not None
 
     def _loss(self, batch: Batch, config: MPOConfig) -> MPOOutput:
@@ -710,8 +759,10 @@ class Trainer:
         every = self.recipe.output.eval_every
         if self.eval_mixture is None or not (is_end or (every and self.step % every == 0)):
             return None
+        if (known := self._evaluated()) is not None:
+            return known
         line = {"step": self.step, **{f"eval_{name}": value for name, value in self.evaluate().items()}}
-        self._score = line[f"eval_{self.recipe.output.best_metric}"]
+        self._evaluation = line
         if self.is_main:
             self.log.append(line)
             self.console.say(
@@ -722,6 +773,11 @@ class Trainer:
             values = {f"eval/{name.removeprefix('eval_')}": value for name, value in line.items()}
             self.accelerator.log(values, step=self.step)
         return line
+
+    def _evaluated(self) -> dict[str, float] | None:
+        """The line of an evaluation after this very step, if there was one, perhaps before a checkpoint."""
+        line = self._evaluation
+        return line if line is not None and line["step"] == self.step else None
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -756,19 +812,28 @@ class Trainer:
         every = self.recipe.output.save_every
         if not is_end and not (every and self.step % every == 0):
             return
+        evaluation = self._evaluated()
+        score = None if evaluation is None else evaluation[f"eval_{self.recipe.output.best_metric}"]
+        tally = self._whole_tally()
         state = {
             "step": self.step,
             "reward_shift": self.reward_shift.state_dict(),
             "recipe": _plain(self.recipe.to_dict()),
             "log_position": self.log.position() if self.is_main else 0,
             "skipped_steps": self.skipped_steps,
+            "evaluation": evaluation,
+            "tally": {**vars(tally), "dropped": dict(tally.dropped)},
         }
-        try:
-            self.checkpoints.save(
-                self.accelerator, self.step, self.model, self.optimizer, state, score=self._score, **self._extra()
-            )
-        finally:
-            self._score = None
+        self.checkpoints.save(
+            self.accelerator, self.step, self.model, self.optimizer, state, score=score, **self._extra()
+        )
+
+    def _whole_tally(self) -> Tally:
+        """Of all ranks."""
+        whole = Tally()
+        for one in self._gather(self.tally):
+            whole.merge(one)
+        return whole
 
     def _extra(self) -> dict[str, Any]:
         """A reference that has moved must be kept, too."""
@@ -788,6 +853,12 @@ class Trainer:
         for _, text in changed:
             self.console.say(f"since the checkpoint: {text}")
         self.step = state["step"]
+        if not any(name.startswith("data.eval") for name, _ in changed):
+            self._evaluation = state["evaluation"]
+        if self.is_main:
+            self.tally.kept, self.tally.cut = state["tally"]["kept"], state["tally"]["cut"]
+            self.tally.dropped.update(state["tally"]["dropped"])
+            self.tally.examples.update(state["tally"]["examples"])
         self.skipped_steps = state["skipped_steps"]
         self.reward_shift.load_state_dict(state["reward_shift"])
         if self.is_main:
@@ -797,8 +868,11 @@ class Trainer:
 
     def _end_early(self) -> int:
         self._save(is_end=True)
+        return self._interrupted(f"after step {self.step} of {self.total}")
+
+    def _interrupted(self, when: str) -> int:
         name = signal.Signals(self._stop or signal.SIGTERM).name
-        self.console.say(f"{name}: ended after step {self.step} of {self.total}; the same command goes on from here")
+        self.console.say(f"{name}: ended {when}; the same command goes on from here")
         self.accelerator.end_training()
         return INTERRUPTED
 
@@ -807,11 +881,8 @@ class Trainer:
 
         folder = self.out / "final"
         export_model(self.accelerator, self.model, self.processor, folder, merged=self.recipe.output.save_merged)
-        tallies = self._gather(self.tally)
+        tally = self._whole_tally()
         if self.is_main:
-            tally = Tally()
-            for one in tallies:
-                tally.merge(one)
             for text in tally.lines():
                 self.console.say(text)
             lines = self.log.read()
@@ -834,11 +905,11 @@ class Trainer:
         """A first SIGTERM or SIGINT ends the run after the step at work; a second SIGINT at once."""
 
         def note(number: int, frame: object) -> None:
-            self._stop = number
+            self._signal = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+            before = {number: signal.signal(number, note) for number in _SIGNALS}
         except ValueError:  # not the main thread: signals are somebody else's there
             before = {}
         try:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mpo_ext import head as heads
-from mpo_ext.generate.journal import Journal, SettingsMismatchError, encode_line, read_header, read_records, replaced
+from mpo_ext.generate.journal import Journal, encode_line, read_header, read_records, replaced
 from mpo_ext.loss import linear_token_logp, token_logp
 from mpo_ext.reference import sequence_sums
 from mpo_ext.train.layout import Batch, forward, forward_logits
 from mpo_ext.train.recipe import LossRecipe
+
+NO_PAIR = ""  # digest of what a rank that has no more pairs computes beside the others
 
 
 class Reference(Protocol):
@@ -111,14 +113,14 @@ class PrecomputedReference:
         settings: What they depend on besides the samples; those in the file must be equal.
 
     Raises:
-        SettingsMismatchError: If the file was made with other settings.
+        ValueError: If the file was made with other settings.
         OSError: If there is no such file.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         check_settings(path, settings)
-        self._logp = {record["key"]: record["logp"] for record in read_records(path)}
+        self._logp = {NO_PAIR: [0.0, 0.0], **{record["key"]: record["logp"] for record in read_records(path)}}
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._logp
@@ -144,13 +146,14 @@ class PrecomputedReference:
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ``SettingsMismatchError``, with what differs, unless the file was made with these settings."""
-    header = read_header(path)
-    wanted = json.loads(json.dumps(settings))
-    if header != wanted:
-        old = header or {}
-        raise SettingsMismatchError(
-            path, [(name, old.get(name), value) for name, value in wanted.items() if old.get(name) != value]
+    """Raises ``ValueError``, with what differs, unless the file was made with these settings."""
+    old, new = read_header(path) or {}, json.loads(json.dumps(settings))
+    differing = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+    if differing:
+        lines = "".join(f"\n  {name} was {old.get(name)!r}, is {new.get(name)!r}" for name in differing)
+        raise ValueError(
+            f"reference.file must have been made for this run, but {path} is stale:{lines}\n"
+            "delete it to compute it anew, or name another file"
         )
 
 
@@ -177,7 +180,8 @@ def precompute(
     with Journal(_part(path, rank), settings) as journal:
         for batch in batches:
             both = logp(batch).view(2, -1).T.tolist()
-            journal.append([{"key": digest, "logp": pair} for digest, pair in zip(batch.digests, both, strict=True)])
+            found = {digest: pair for digest, pair in zip(batch.digests, both, strict=True) if digest != NO_PAIR}
+            journal.append([{"key": digest, "logp": pair} for digest, pair in found.items()])
             yield len(both)
 
 
@@ -185,7 +189,7 @@ def known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
     """Digests that journals of an interrupted run hold.
 
     Raises:
-        SettingsMismatchError: If they were begun with other settings.
+        ValueError: If they were begun with other settings.
     """
     known: set[str] = set()
     for part in _parts(path):
