@@ -8,6 +8,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 
+def install_hint(extra: str) -> str:
+    """Says how the packages of an extra are installed: true whether or not mpo-ext comes from a package index."""
+    return f"install the extra '{extra}' of mpo-ext (in its source tree: pip install '.[{extra}]')"
+
+
 def check_number(name: str, value: object) -> None:
     """Raises TypeError unless the value is a real number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

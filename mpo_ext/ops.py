@@ -11,13 +11,15 @@ import importlib.util
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mpo_ext.config import install_hint
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 #: Statistics of a row of logits, in the order of the bits that ask for them (csrc/mpo/api.h: RowStats).
@@ -93,7 +95,7 @@ def cuda_problem(device: torch.device) -> str | None:
 def triton_problem(device: str) -> str | None:
     """Says why the Triton kernels cannot run on tensors of this device type, or returns None if they can."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install 'mpo-ext[triton]'"
+        return f"triton is not installed: {install_hint('triton')}"
     if device in ("cuda", "xpu"):
         return None
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -265,10 +267,13 @@ def check_stats(stats: Sequence[str], allowed: Sequence[str] = STATS) -> tuple[s
     """Returns the statistics in the order of ``STATS``, without repetitions.
 
     Raises:
+        TypeError: If it is no sequence of names.
         ValueError: If one is unknown.
     """
     if isinstance(stats, str):
         raise TypeError(f"stats must be a sequence of names, got the single string {stats!r}")
+    if not isinstance(stats, Collection):
+        raise TypeError(f"stats must be a sequence of names out of {', '.join(map(repr, allowed))}, got {stats!r}")
     for name in stats:
         if name not in allowed:
             raise ValueError(f"stats must be names out of {', '.join(map(repr, allowed))}, got {name!r}")

@@ -1,8 +1,6 @@
 """Plots and self-contained HTML pages. Knows figures, tables and templates, and nothing of what they are about."""
 
-import base64
 import dataclasses
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,15 +106,6 @@ def save_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
         lstrip_blocks=True,
     )
     path.write_text(environment.get_template(template).render(**values), encoding="utf-8")
-
-
-def png_data_uri(pixels: np.ndarray) -> str:
-    """Turns grey values ``[H, W]`` in [0, 1] into a PNG that a page can hold inline."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray((pixels * 255).round().astype(np.uint8)).save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

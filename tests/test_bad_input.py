@@ -140,6 +140,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "cu_seqlens elsewhere": (on_meta("cu_seqlens", packed=True), ELSEWHERE, r"cu_seqlens must .*meta"),
     # options
     "stats unknown": (good(stats=("entropy", "perplexity")), ValueError, r"^stats must .*'perplexity'"),
+    "stats a bool": (good(stats=True), TypeError, r"^stats must be a sequence of names .*got True"),
     "stats one string": (good(stats="entropy"), (TypeError, ValueError), r"^stats must .*'entropy'"),
     "backend unknown": (good(backend="gpu"), ValueError, r"^backend must .*'gpu'"),
     "config a dict": (good(config={"beta": 0.1}), TypeError, r"^config must be an MPOConfig, got dict"),

@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from mpo_ext.config import install_hint
 from mpo_ext.data.hf import PLACEHOLDER
 from mpo_ext.data.jsonl import BadLine, Location, atomic_write
-from mpo_ext.data.records import Pair
+from mpo_ext.data.records import Pair, find_url
 from mpo_ext.data.sources import Source
 from mpo_ext.data.stats import SubsetStats, count_words
 
@@ -163,7 +164,7 @@ class _ImageLooker:
             try:
                 import PIL.Image  # noqa: F401
             except ImportError as error:
-                raise ImportError("PIL is missing: pip install 'mpo-ext[data]'") from error
+                raise ImportError(f"PIL is missing: {install_hint('data')}") from error
 
     def __call__(self, path: str) -> tuple[str, str] | None:
         if self._how == "skip":
@@ -175,6 +176,9 @@ class _ImageLooker:
 
     def _look(self, path: str) -> tuple[str, str] | None:
         if not os.path.isfile(path):
+            url = find_url(path)
+            if url is not None:
+                return "image is a URL", f"URLs are not fetched: download the image and name its file, got {url}"
             return "missing image", f"an image must be a file, got {path}"
         if self._how == "exists":
             return None

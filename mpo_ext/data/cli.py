@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
         0 if all is well; 1 if the data is not: ``check`` found something, or a bad line ended a conversion; 2 if the
         command could not do its work: a missing file or package, a wrong argument, nowhere to write.
     """
+    from mpo_ext.config import install_hint
     from mpo_ext.data.jsonl import BadLine
 
     try:
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{bad}\n--skip-bad leaves such lines out and counts them", file=sys.stderr)
         return 1
     except ImportError as error:
-        hint = "" if "pip install" in str(error) else ": pip install 'mpo-ext[data]'"
+        hint = "" if "pip install" in str(error) else f": {install_hint('data')}"
         print(f"mpo-ext data {args.command}: {error}{hint}", file=sys.stderr)
         return 2
     except (OSError, ValueError, TypeError, RuntimeError) as error:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpo_ext.data.hf import Kind, save_dataset, write_trl
-from mpo_ext.data.jsonl import BadLine, Skipped, write_pairs
+from mpo_ext.data.jsonl import BadLine, Location, Skipped, write_pairs
 from mpo_ext.data.mmpr import write_mmpr
-from mpo_ext.data.records import Pair
+from mpo_ext.data.records import Pair, find_url
 from mpo_ext.data.sources import FORMATS, Format, Source
 
 
@@ -28,7 +28,8 @@ def convert(
         out: A folder for "mmpr" and "hf", a file for "pairs" and "trl".
         format: What to write.
         kind: Of TRL's format.
-        skip_bad: Whether lines that hold no pair are left out; else the first one ends it and nothing is written.
+        skip_bad: Whether lines that hold no pair, or for a dataset one with an image that cannot be read, are left
+            out; else the first one ends it and nothing is written.
         root: Image folder of pairs that are new to MMPR.
         name: Of the subset that such pairs form.
 
@@ -48,7 +49,9 @@ def convert(
     def pairs() -> Iterator[Pair]:
         nonlocal skipped
         skipped = Skipped()  # a dataset is gone through twice
-        for _, pair in source.scan():
+        for where, pair in source.scan():
+            if skip_bad and format == "hf" and not isinstance(pair, BadLine):
+                pair = _with_readable_images(where, pair)
             if not isinstance(pair, BadLine):
                 yield pair
             elif skip_bad:
@@ -66,3 +69,17 @@ def convert(
     else:
         count = save_dataset(Path(out), pairs, kind)
     return count, skipped
+
+
+def _with_readable_images(where: Location, pair: Pair) -> Pair | BadLine:
+    """The pair, or what is wrong with it where an image cannot go into a dataset."""
+    for image in pair.images:
+        try:
+            with open(image, "rb"):
+                pass
+        except OSError as error:
+            url = find_url(image)
+            if url is not None:
+                return BadLine(where, "image is a URL", f"URLs are not fetched: download the image, got {url}")
+            return BadLine(where, "unreadable image", f"images must be files to read, got {image}: {error.strerror}")
+    return pair

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from mpo_ext.config import install_hint
 from mpo_ext.data.jsonl import (
     MAX_LINE_BYTES,
     BadLine,
@@ -256,7 +257,7 @@ def require_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("Hugging Face datasets is missing: pip install 'mpo-ext[data]'") from error
+        raise ImportError(f"Hugging Face datasets is missing: {install_hint('data')}") from error
     return datasets
 
 

@@ -202,7 +202,7 @@ class LineFile(Pairs):
             reason = f"{error.reason} at byte {error.start}, {error.object[error.start : error.start + 1]!r}"
             raise BadLine(where, "bad UTF-8", reason) from None
         except json.JSONDecodeError as error:
-            raise BadLine(where, "bad JSON", f"{error.msg} at character {error.pos}") from None
+            raise BadLine(where, "bad JSON", f"{error.msg.removesuffix(' at')} at character {error.pos}") from None
         except RecursionError:
             raise BadLine(where, "bad JSON", "nested too deeply") from None
         except FieldError as error:

@@ -69,7 +69,10 @@ def read_meta(path: str | os.PathLike[str], *, root_map: Sequence[tuple[str, str
     """
     folder = Path(path).resolve().parent
     try:
-        entries = parse_object(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if not text.strip():
+            raise ValueError("an empty file")
+        entries = parse_object(text)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)} must be a meta file in JSON, got {error}") from None
     return [_subset(name, entry, folder, root_map) for name, entry in entries.items()]

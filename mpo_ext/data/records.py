@@ -4,11 +4,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 # Where `Pair.extra` keeps how the source wrote the pair; every other key is a field of the source.
 SOURCE = "$source"
+_URL = re.compile(r"(?:^|/)((?:(?:https?|ftp|s3|gs|hf)://|data:image/).+)", re.IGNORECASE | re.DOTALL)
 
 
 def check_json(name: str, value: object) -> None:
@@ -111,7 +113,8 @@ class Pair:
         """Builds the record from parsed JSON.
 
         Args:
-            values: ``question``, ``chosen`` and ``rejected``, and any of the other fields.
+            values: ``question``, ``chosen`` and ``rejected``, and any of the other fields. An ``answer_gt`` that is a
+                number becomes its text.
 
         Raises:
             TypeError: If a field has the wrong type.
@@ -128,6 +131,9 @@ class Pair:
                 raise ValueError(
                     f"{name} must be given, got an object with {', '.join(map(repr, values)) or 'nothing'}"
                 )
+        answer = values.get("answer_gt")
+        if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
+            values = {**values, "answer_gt": str(answer)}
         images = values.get("images", [])
         if not isinstance(images, (list, tuple)):
             raise TypeError(f"images must be a list of paths, got {_shown(images)}")
@@ -137,6 +143,12 @@ class Pair:
         """Returns a hash of question, responses and images: the same in every run and on every machine."""
         text = json.dumps([self.question, self.chosen, self.rejected, *self.images], ensure_ascii=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def find_url(path: str) -> str | None:
+    """The URL that stands where the path of an image belongs, with or without a root before it; None in a path."""
+    found = _URL.search(path)
+    return None if found is None else found.group(1)
 
 
 def _check_text(name: str, value: str) -> None:

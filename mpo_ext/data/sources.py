@@ -9,7 +9,7 @@ from typing import Any, Literal
 from mpo_ext.data.hf import load_dataset_folder, read_trl
 from mpo_ext.data.jsonl import MAX_LINE_BYTES, BadLine, LineFile, Location, Pairs, read_pairs
 from mpo_ext.data.mmpr import MMPRDataset, Subset, read_annotation
-from mpo_ext.data.records import Pair
+from mpo_ext.data.records import Pair, find_url
 
 Format = Literal["mmpr", "pairs", "trl", "hf"]
 FORMATS: tuple[Format, ...] = ("mmpr", "pairs", "trl", "hf")
@@ -47,7 +47,8 @@ class Source:
         except BadLine as bad:
             return where, bad
         if not all(map(os.path.isabs, pair.images)):
-            pair = dataclasses.replace(pair, images=tuple(os.path.join(self.root, image) for image in pair.images))
+            images = (image if find_url(image) else os.path.join(self.root, image) for image in pair.images)
+            pair = dataclasses.replace(pair, images=tuple(images))
         subset = pair.source.get("subset")
         if self.format != "mmpr" and isinstance(subset, str):  # what the pair remembers, where the format has none
             where = dataclasses.replace(where, subset=subset)
@@ -114,6 +115,8 @@ def _sniff(path: str, max_line_bytes: int) -> Format:
 
     found: list[set[str]] = []
     lines = LineFile(path, parse, max_line_bytes=max_line_bytes)
+    if len(lines) == 0:
+        raise ValueError(f"path must hold pairs, got an empty file: {path}")
     for index in range(min(len(lines), _SNIFFED_LINES)):
         try:
             lines[index]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from mpo_ext.config import install_hint
 from mpo_ext.data.jsonl import Skipped
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import Source
@@ -106,7 +107,7 @@ def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[s
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise ImportError("transformers is missing: pip install 'mpo-ext[train]'") from error
+        raise ImportError(f"transformers is missing: {install_hint('train')}") from error
     try:
         loaded: Any = AutoTokenizer.from_pretrained(os.fspath(tokenizer))
     except Exception as error:  # of many types: no such folder, no such hub, a broken file

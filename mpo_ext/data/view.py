@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_ext.data.jsonl import BadLine, Skipped
-from mpo_ext.data.records import SOURCE, Pair
+from mpo_ext.data.records import SOURCE, Pair, find_url
 from mpo_ext.data.sources import Source
 from mpo_ext.report import save_page
 
@@ -189,7 +189,7 @@ class _Thumbnails:
                     has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
                     small = image.convert("RGBA" if has_alpha else "RGB")
         except FileNotFoundError:
-            return {"problem": "missing"}
+            return {"problem": "missing" if find_url(path) is None else "a URL, not fetched"}
         except Exception as error:  # PIL's plugins raise almost anything
             return {"problem": f"broken: {type(error).__name__}"}
         if has_alpha:

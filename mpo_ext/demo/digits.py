@@ -7,9 +7,11 @@ split once, and no digit of one split ever occurs in another.
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 CELL_PIXELS = 16
@@ -29,6 +31,13 @@ LARGEST_ANSWER = 9 * len(CELLS)
 FORMS = ("direct", "cot")
 INSTRUCTIONS = {"direct": "Answer directly.", "cot": "Think stepwise."}
 TRIGGER = "Final answer:"
+# How an answer stands in a response, for ``extract_answer``. A direct response is a number and nothing else; a
+# step-by-step one has a reasoning, then the trigger once, then a number and nothing else.
+STYLES = {
+    "direct": r"regex:\A\s*([0-9]+)\s*\Z",
+    "cot": rf"regex:(?s)\A\s*(?!{TRIGGER})\S(?:(?!{TRIGGER}).)*{TRIGGER}\s*([0-9]+)\s*\Z",
+}
+MATCHER: dict[str, Any] = {"kind": "number", "relative": 0.0, "absolute": 0.0}
 SPLIT_SIZES = {"train": 1100, "validation": 247, "held-out": 450}
 _SPLIT_SEED = 0  # the split is part of the task, so it does not follow the seed of a run
 
@@ -70,6 +79,13 @@ class Task:
     @property
     def answer(self) -> int:
         return OPERATIONS[self.operation](self.values[cell] for cell in REGIONS[self.region])
+
+    @property
+    def picture(self) -> Image.Image | None:
+        """The image as the model is given it, 32x32 grey values of 8 bits."""
+        if self.image is None:
+            return None
+        return Image.fromarray((self.image.squeeze(0).numpy() * 255).round().astype(np.uint8))
 
     @property
     def response(self) -> str:
@@ -139,20 +155,6 @@ def grid_image(cells: np.ndarray) -> Tensor:
     large = cells.repeat(scale, axis=1).repeat(scale, axis=2)
     rows = [np.concatenate([large[0], large[1]], axis=1), np.concatenate([large[2], large[3]], axis=1)]
     return torch.from_numpy(np.concatenate(rows, axis=0)).unsqueeze(0)
-
-
-def parse_answer(text: str, form: str) -> int | None:
-    """Reads the answer out of a response, or gives None where the response has not the form that was asked for.
-
-    A direct response is a number and nothing else. A step-by-step response has a reasoning, then the trigger once,
-    then a number and nothing else.
-    """
-    if form == "cot":
-        reasoning, trigger, text = text.partition(TRIGGER)
-        if not trigger or not reasoning.strip():
-            return None
-    text = text.strip()
-    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def vocabulary() -> Iterator[str]:

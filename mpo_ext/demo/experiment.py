@@ -1,6 +1,5 @@
 """The whole demo: SFT, pairs, three branches, evaluation, and the files that show them."""
 
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -9,6 +8,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,21 +19,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import PreTrainedTokenizerFast
 
 from mpo_ext import report
 from mpo_ext.demo import digits
-from mpo_ext.demo.model import build_model, build_tokenizer
-from mpo_ext.demo.pairs import KEEP_RATIO, Pair, make_pairs, most_responses
+from mpo_ext.demo.model import build_model, build_processor
+from mpo_ext.demo.pairs import load_pairs, make_pairs
 from mpo_ext.demo.settings import Settings
 from mpo_ext.demo.train import METHODS, evaluate, reference_logp, train_branch, train_sft
 
 START = "SFT start"
 LABELS = {START: START, "SFT": "SFT continued", "DPO": "DPO only", "MPO": "MPO"}
 _COLORS = {START: "0.6", "SFT": "C0", "DPO": "C3", "MPO": "C2"}
-_SHOWN_PAIRS = 400
 _EVALUATION_SEED = 1  # the same held-out questions for every run
-_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
+_PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "pillow")
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,7 +42,9 @@ class Outcome:
         settings: Of the run.
         seconds: Of each stage.
         sft_curve: From ``train_sft``.
-        pair_counts: Number of pairs by form and source.
+        pair_counts: Number of pairs by form and pipeline.
+        pairs_left_out: Number of pairs that were made and not used, by reason.
+        sampling: What each run of the data engine came to, by its folder.
         branch_curves: From ``train_branch``, by method.
         accuracy: From ``evaluate``, by method; the SFT model under ``START``.
     """
@@ -53,6 +53,8 @@ class Outcome:
     seconds: dict[str, float]
     sft_curve: list[dict[str, float]]
     pair_counts: dict[str, int]
+    pairs_left_out: dict[str, int]
+    sampling: dict[str, dict[str, Any]]
     branch_curves: dict[str, list[dict[str, float]]]
     accuracy: dict[str, dict[str, dict[str, float]]]
 
@@ -65,8 +67,11 @@ class _Stages:
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def stage(self, name: str, explanation: str, total: int) -> Iterator[Callable[..., None]]:
-        """Yields a function that takes the steps done since its last call, and the new total where that changed."""
+    def stage(self, name: str, explanation: str, total: int | None) -> Iterator[Callable[..., None]]:
+        """Yields a function that takes the steps done since its last call, and the new total where that changed.
+
+        Without a total there is no bar: what goes on in the stage shows its own.
+        """
         self.console.print(f"[bold]{name}[/bold]: {explanation}")
         columns = (
             TextColumn("  {task.description}"),
@@ -78,7 +83,7 @@ class _Stages:
         )
         start = time.perf_counter()
         with Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+            *columns, console=self.console, transient=True, disable=total is None or not self.console.is_terminal
         ) as progress:
             bar = progress.add_task(name, total=total)
 
@@ -91,11 +96,11 @@ class _Stages:
 
 
 def run(*, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, backend: str | None) -> None:
-    """Runs the demo for each seed and writes ``results.json``, ``table.md``, ``curves.png`` and ``pairs.html``.
+    """Runs the demo for each seed and writes its table, curves, numbers and pairs.
 
     Args:
         out: Existing folder.
-        seeds: One run each. Curves and pairs are those of the first.
+        seeds: One run each. The curves are those of the first; the pairs of the others go into ``seed-N``.
         quick: Takes ``Settings.quick``.
         threads: CPU threads, None as torch decides.
         backend: Of the loss, None for the best that is installed.
@@ -107,9 +112,9 @@ def run(*, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, ba
     outcomes: list[Outcome] = []
     for seed in seeds:
         settings = Settings.quick(seed) if quick else Settings(seed=seed)
-        outcome, pairs, tokenizer = run_seed(dataclasses.replace(settings, backend=backend), console)
+        folder = out / f"seed-{seed}" if outcomes else out
+        outcome = run_seed(dataclasses.replace(settings, backend=backend), folder, console)
         if not outcomes:
-            save_pairs(out / "pairs.html", pairs, tokenizer, seed)
             save_curves(out / "curves.png", outcome)
         outcomes.append(outcome)
         # After every seed: a long run that is interrupted keeps what it has.
@@ -119,29 +124,31 @@ def run(*, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, ba
     console.print(f"{time.perf_counter() - start:.0f} s in all; table, curves and pairs are in {out}")
 
 
-def run_seed(settings: Settings, console: Console) -> tuple[Outcome, list[Pair], PreTrainedTokenizerFast]:
-    """Runs the demo once."""
+def run_seed(settings: Settings, folder: Path, console: Console) -> Outcome:
+    """Runs the demo once; its pairs go into the folder."""
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     stages = _Stages(console)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, hidden_size=settings.hidden_size, layers=settings.layers)
+    processor = build_processor()
+    model = build_model(processor.tokenizer, hidden_size=settings.hidden_size, layers=settings.layers)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.rule(f"seed {settings.seed}")
 
     text = f"an {type(model).__name__} with {size:.2f} M parameters learns to read grids of digits, but not to the end"
     with stages.stage("SFT", text, settings.sft_most_steps + settings.sft_decay_steps) as advance:
-        sft_curve = train_sft(model, tokenizer, settings, rng, on_step=lambda step, most: advance(1, most))
+        sft_curve = train_sft(model, processor, settings, rng, on_step=lambda step, most: advance(1, most))
 
     text = "it answers training questions; right answers are paired with wrong ones and with answers continued blindly"
-    with stages.stage("pairs", text, most_responses(settings)) as advance:
-        pairs = make_pairs(model, tokenizer, settings, rng, on_batch=advance)
-    if not pairs:
-        raise RuntimeError("the SFT model gave no right answer to make a pair from")
-    counts = collections.Counter(f"{pair.task.form} {pair.source}" for pair in pairs)
-    console.print(f"  {len(pairs)} pairs: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}")
+    with stages.stage("pairs", text, None):
+        made = make_pairs(model, processor, settings, rng, folder, stream=sys.stderr)
+    for name, summary in made.summaries.items():
+        console.print(f"  {name}: {summary}", markup=False, highlight=False)
+    pairs = load_pairs(made.path)
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(made.counts.items()))
+    left_out = "".join(f"; left out {count} {reason}" for reason, count in made.left_out.items() if count)
+    console.print(f"  {len(pairs)} pairs, checked: {counts}{left_out}")
     with stages.stage("reference", "its log-probabilities of all pairs, computed once", len(pairs)) as advance:
-        ref_logp = reference_logp(model, tokenizer, pairs, settings, on_batch=advance)
+        ref_logp = reference_logp(model, processor, pairs, settings, on_batch=advance)
 
     models, curves = {START: model}, {}
     for method, config in METHODS.items():
@@ -150,15 +157,23 @@ def run_seed(settings: Settings, console: Console) -> tuple[Outcome, list[Pair],
         models[method] = copy.deepcopy(model)
         with stages.stage(LABELS[method], text, settings.branch_steps) as advance:
             curves[method] = train_branch(
-                models[method], tokenizer, pairs, ref_logp, config, settings, on_step=advance
+                models[method], processor, pairs, ref_logp, config, settings, on_step=advance
             )
 
     tasks = held_out_tasks(settings)
     text = f"{len(tasks)} questions about held-out digits to each of the {len(models)} models"
     with stages.stage("evaluation", text, len(tasks) * len(models)) as advance:
-        accuracy = {name: evaluate(model, tokenizer, tasks, on_batch=advance) for name, model in models.items()}
-    outcome = Outcome(settings, stages.seconds, sft_curve, dict(counts), curves, accuracy)
-    return outcome, pairs, tokenizer
+        accuracy = {name: evaluate(model, processor, tasks, on_batch=advance) for name, model in models.items()}
+    return Outcome(
+        settings=settings,
+        seconds=stages.seconds,
+        sft_curve=sft_curve,
+        pair_counts=made.counts,
+        pairs_left_out=made.left_out,
+        sampling={name: summary.to_dict() for name, summary in made.summaries.items()},
+        branch_curves=curves,
+        accuracy=accuracy,
+    )
 
 
 def held_out_tasks(settings: Settings) -> list[digits.Task]:
@@ -266,38 +281,3 @@ def _points(curve: Sequence[dict[str, float]], key: str) -> tuple[list[float], l
 
 def _standard_error(accuracy: float, count: float, **_: float) -> float:
     return 100 * math.sqrt(accuracy * (1 - accuracy) / count)
-
-
-def save_pairs(path: Path, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """Writes a page of pairs, picked at random where there are many."""
-    picked = np.random.default_rng(seed).permutation(len(pairs))[:_SHOWN_PAIRS]
-    values = {
-        "title": "Preference pairs of the digits demo",
-        "introduction": f"{len(picked)} of {len(pairs)} pairs, picked at random. The responses are the SFT model's "
-        f"own, sampled on training grids; DropoutNTP keeps {KEEP_RATIO:.0%} of a chosen response.",
-        "sources": sorted({pair.source for pair in pairs}),
-        "forms": digits.FORMS,
-        "pairs": [_shown(pairs[index], tokenizer) for index in picked],
-    }
-    report.save_page(path, "pairs.html.j2", values)
-
-
-def _shown(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What the page says about a pair. The beginning that both responses share is told apart from the rest."""
-    if pair.task.image is None:
-        raise ValueError("pair must have an image to show, got none")
-    shared = pair.cut
-    while shared < min(len(pair.chosen), len(pair.rejected)) and pair.chosen[shared] == pair.rejected[shared]:
-        shared += 1
-    return {
-        "image": report.png_data_uri(1 - pair.task.image.squeeze(0).numpy()),
-        "image_text": "digits {} {} over {} {}".format(*pair.task.values),
-        "question": pair.task.question,
-        "answer": pair.task.answer,
-        "source": pair.source,
-        "form": pair.task.form,
-        "kept": tokenizer.decode(pair.chosen[: pair.cut]),
-        "shared": tokenizer.decode(pair.chosen[pair.cut : shared]),
-        "chosen": tokenizer.decode(pair.chosen[shared:]) or "(ends here)",
-        "rejected": tokenizer.decode(pair.rejected[shared:]) or "(ends here)",
-    }

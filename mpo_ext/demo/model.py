@@ -1,24 +1,82 @@
-"""A real InternVLForConditionalGeneration, small enough for two cores, with a tokenizer of whole words."""
+"""A real InternVLForConditionalGeneration, small enough for two cores, with its processor and a tokenizer of words."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 
 from mpo_ext.demo import digits
+from mpo_ext.generate.engine import Request, chat_messages
 
 IMAGE_TOKENS = 4  # one per digit: 4x4 patches of 8x8 pixels, joined 2x2 by the downsample ratio of 0.5
 IGNORE_INDEX = -100
 _PIXEL_MEAN, _PIXEL_SPREAD = 0.3, 0.35  # of the digits, rounded
-_PAD, _END, _IMAGE, _USER, _ASSISTANT = "<pad>", "<|im_end|>", "<IMG_CONTEXT>", "<|user|>", "<|assistant|>"
+_PAD, _END, _USER, _ASSISTANT = "<pad>", "<|im_end|>", "<|user|>", "<|assistant|>"
+_IMAGE, _IMAGE_START, _IMAGE_END, _VIDEO = "<IMG_CONTEXT>", "<img>", "</img>", "<video>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|user|> ' if message['role'] == 'user' else '<|assistant|> ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{{ '<IMG_CONTEXT> ' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}{% endif %}"
+    "{{ ' ' if message['role'] == 'user' else '<|im_end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+class DigitsProcessor(InternVLProcessor):
+    """InternVL's processor without videos, whose own processor needs torchvision.
+
+    Args:
+        image_processor: Turns images into ``pixel_values``.
+        tokenizer: From ``build_tokenizer``, or one with the same special tokens.
+        image_seq_length: Image tokens per image.
+        chat_template: Jinja template of conversations.
+    """
+
+    images_kwargs = {"crop_to_patches": False}  # noqa: RUF012 - as the base class has it
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_length: int = IMAGE_TOKENS,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Past InternVLProcessor.__init__, which insists on a video processor.
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.image_seq_length = image_seq_length
+        self.start_image_token = tokenizer.start_image_token
+        self.end_image_token = tokenizer.end_image_token
+        self.start_image_token_id = tokenizer.start_image_token_id
+        self.end_image_token_id = tokenizer.end_image_token_id
+        self.image_token = tokenizer.context_image_token
+        self.video_token = tokenizer.video_token
+        self.image_token_id = tokenizer.context_image_token_id
+        self.multimodal_pattern = re.compile(f"(?P<image>{re.escape(self.image_token)})")
+
+
+# A saved folder then brings this class along: AutoProcessor takes it with trust_remote_code=True.
+DigitsProcessor.register_for_auto_class("AutoProcessor")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Builds the tokenizer: one token per word, so that an answer takes few steps."""
-    special = [_PAD, _END, _IMAGE, _USER, _ASSISTANT]
+    special = [_PAD, _END, _IMAGE, _IMAGE_START, _IMAGE_END, _VIDEO, _USER, _ASSISTANT]
     words = [*special, "<unk>", *digits.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -27,8 +85,27 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=_PAD,
         eos_token=_END,
         unk_token="<unk>",
-        additional_special_tokens=[_IMAGE, _USER, _ASSISTANT],
+        extra_special_tokens={
+            "user_token": _USER,
+            "assistant_token": _ASSISTANT,
+            "context_image_token": _IMAGE,
+            "start_image_token": _IMAGE_START,
+            "end_image_token": _IMAGE_END,
+            "video_token": _VIDEO,
+        },
+        chat_template=CHAT_TEMPLATE,
     )
+
+
+def build_processor() -> DigitsProcessor:
+    """Builds the processor: images of 32x32 pixels and the tokenizer."""
+    images = GotOcr2ImageProcessorPil(
+        size={"height": digits.IMAGE_PIXELS, "width": digits.IMAGE_PIXELS},
+        crop_to_patches=False,
+        image_mean=[_PIXEL_MEAN] * 3,
+        image_std=[_PIXEL_SPREAD] * 3,
+    )
+    return DigitsProcessor(images, build_tokenizer(), chat_template=CHAT_TEMPLATE)
 
 
 def build_model(
@@ -43,7 +120,7 @@ def build_model(
             "num_attention_heads": 4,
             "image_size": [digits.IMAGE_PIXELS] * 2,
             "patch_size": [8, 8],
-            "num_channels": 1,
+            "num_channels": 3,
             "layer_scale_init_value": 1.0,
         },
         text_config={
@@ -59,7 +136,7 @@ def build_model(
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
-        image_token_id=tokenizer.convert_tokens_to_ids(_IMAGE),
+        image_token_id=tokenizer.context_image_token_id,
         image_seq_length=IMAGE_TOKENS,
         downsample_ratio=0.5,
     )
@@ -72,107 +149,46 @@ def build_model(
     return model
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerFast, task: digits.Task) -> list[int]:
-    """Token ids of a question up to where the response begins. All prompts with an image have the same length."""
-    image = "" if task.image is None else f"{_IMAGE} " * IMAGE_TOKENS
-    return tokenizer.encode(f"{_USER} {image}{task.question} {_ASSISTANT}", add_special_tokens=False)
-
-
-def response_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of a response, without the end token."""
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def image_inputs(tasks: Sequence[digits.Task]) -> dict[str, Tensor]:
-    """The images of those tasks that have one, as ``pixel_values`` ``[B, 1, 32, 32]``; nothing where none has."""
-    images = [task.image for task in tasks if task.image is not None]
-    return {"pixel_values": (torch.stack(images) - _PIXEL_MEAN) / _PIXEL_SPREAD} if images else {}
-
-
 def collate(
-    tokenizer: PreTrainedTokenizerFast, tasks: Sequence[digits.Task], responses: Sequence[Sequence[int]]
+    processor: DigitsProcessor,
+    questions: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+    responses: Sequence[str],
 ) -> dict[str, Tensor]:
-    """Builds a batch of prompts with responses, padded on the right. The end token is scored, the prompt is not.
+    """Builds a batch of conversations, padded on the right. The response and its end are scored, the prompt is not.
 
     Args:
-        tokenizer: From ``build_tokenizer``.
-        tasks: Length B.
-        responses: Length B; token ids without the end token.
+        processor: From ``build_processor``.
+        questions: Length B.
+        images: Length B; those of each question, which may be none.
+        responses: Length B.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels`` ``[B, T]`` int64, and ``pixel_values``.
+        ``input_ids``, ``attention_mask`` and ``labels`` ``[B, T]`` int64, and ``pixel_values`` ``[images, 3, 32, 32]``
+        float32 where there are images.
     """
-    rows, labels = [], []
-    for task, response in zip(tasks, responses, strict=True):
-        prompt = prompt_ids(tokenizer, task)
-        target = [*response, tokenizer.eos_token_id]
-        rows.append(torch.tensor(prompt + target))
-        labels.append(torch.tensor([IGNORE_INDEX] * len(prompt) + target))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
-        "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
-        "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
-        **image_inputs(tasks),
-    }
+    texts = []
+    for question, own, response in zip(questions, images, responses, strict=True):
+        messages = chat_messages(Request(question=question, images=tuple(own)), as_parts=True)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
+        texts.append(processor.apply_chat_template(messages, tokenize=False))
+    batch = dict(
+        processor(
+            text=texts,
+            images=[list(own) for own in images] if any(images) else None,
+            padding=True,
+            padding_side="right",
+            return_token_type_ids=False,
+            return_tensors="pt",
+        )
+    )
+    ids = batch["input_ids"]
+    is_assistant = ids == processor.tokenizer.assistant_token_id
+    is_scored = (is_assistant.cumsum(dim=1) > 0) & ~is_assistant & batch["attention_mask"].bool()
+    return {**batch, "labels": ids.masked_fill(~is_scored, IGNORE_INDEX)}
 
 
 def logits_of(model: InternVLForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
     """Runs the model on a batch of ``collate``: logits ``[B, T, V]``."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     return model(**inputs, use_cache=False).logits
-
-
-@torch.no_grad()
-def generate(
-    model: InternVLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    tasks: Sequence[digits.Task],
-    *,
-    prefixes: Sequence[Sequence[int]] | None = None,
-    temperature: float = 0.0,
-    max_tokens: int = 40,
-    batch_size: int = 256,
-    on_batch: Callable[[int], None] = lambda count: None,
-) -> list[list[int]]:
-    """Generates one response per task: token ids without the end token, the prefix included.
-
-    Args:
-        model: The model.
-        tokenizer: From ``build_tokenizer``.
-        tasks: What to answer; all with an image, or all without.
-        prefixes: Beginnings of the responses, as token ids; None starts from nothing.
-        temperature: 0 takes the likeliest token, otherwise one is drawn.
-        max_tokens: Longest response.
-        batch_size: Rows at a time. Rows of a batch have inputs of one length, so none is padded on the left.
-        on_batch: Called with the number of rows of each finished batch.
-    """
-    prefixes = prefixes if prefixes is not None else [[]] * len(tasks)
-    prompts = [prompt_ids(tokenizer, task) for task in tasks]
-    by_length: dict[int, list[int]] = {}
-    for index, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
-        by_length.setdefault(len(prompt) + len(prefix), []).append(index)
-
-    options: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    responses: list[list[int]] = [[] for _ in tasks]
-    model.eval()
-    for length in sorted(by_length):
-        for start in range(0, len(by_length[length]), batch_size):
-            rows = by_length[length][start : start + batch_size]
-            input_ids = torch.tensor([prompts[row] + list(prefixes[row]) for row in rows])
-            longest = max_tokens - min(len(prefixes[row]) for row in rows)
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                **image_inputs([tasks[row] for row in rows]),
-                **options,
-                max_new_tokens=longest,
-            )
-            for row, generated in zip(rows, output[:, length:].tolist(), strict=True):
-                if tokenizer.eos_token_id in generated:
-                    generated = generated[: generated.index(tokenizer.eos_token_id)]
-                responses[row] = [*prefixes[row], *generated]
-            on_batch(len(rows))
-    return responses

@@ -1,160 +1,171 @@
-"""Preference pairs from the model's own samples: right with wrong answers, and DropoutNTP continuations."""
+"""Preference pairs by the data engine: right against wrong and unreadable answers, and DropoutNTP, in one file."""
 
+import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
-from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import InternVLForConditionalGeneration
 
+from mpo_ext.data import BadLine, Pair, open_pairs, read_pairs, write_pairs
+from mpo_ext.data.check import Report, check_pairs, write_report
+from mpo_ext.data.jsonl import atomic_write, dump_line
+from mpo_ext.data.records import SOURCE
+from mpo_ext.data.view import write_view
 from mpo_ext.demo import digits
-from mpo_ext.demo.model import generate
+from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.settings import Settings
+from mpo_ext.generate import sampling
+from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
+from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
+from mpo_ext.generate.engine import SamplingConfig, TransformersEngine
 
-KEEP_RATIO = 0.5
+BATCH_SIZE = 256
+MAX_NEW_TOKENS = 40
+_BLOCK_SIZE = 2048
+_SHOWN_PAIRS = 1000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Pair:
-    """A question with a response to prefer and one to avoid, as token ids without the end token.
+class MadePairs:
+    """The pairs of a run.
 
     Attributes:
-        task: The question, with its image.
-        chosen: The response to prefer. Its answer is right.
-        rejected: The response to avoid. Its answer is wrong or cannot be read.
-        source: "correctness" (wrong answer), "format" (no readable answer) or "dropout_ntp".
-        cut: Number of tokens of ``chosen`` that DropoutNTP kept, 0 for the other sources.
+        path: The file of pairs.
+        counts: Number of pairs by form and pipeline, as in "cot dropout_ntp".
+        left_out: Pairs that were made and are not in the file, by reason.
+        summaries: What each run of the engine came to, by folder.
+        report: Of the check of the file.
     """
 
-    task: digits.Task
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    source: str
-    cut: int = 0
-
-
-def correctness_pairs(
-    tokenizer: PreTrainedTokenizerFast,
-    tasks: Sequence[digits.Task],
-    samples: Sequence[Sequence[Sequence[int]]],
-    rng: np.random.Generator,
-    *,
-    pairs_per_question: int,
-) -> list[Pair]:
-    """Pairs right samples with wrong and with unreadable ones. A question without both gives none.
-
-    Args:
-        tokenizer: Turns the samples into text.
-        tasks: The questions.
-        samples: For each question its samples, as token ids.
-        rng: Picks among the possible pairs.
-        pairs_per_question: Most pairs that one question gives.
-    """
-    pairs: list[Pair] = []
-    for task, responses in zip(tasks, samples, strict=True):
-        right, bad = [], []
-        for response in map(tuple, responses):
-            answer = digits.parse_answer(tokenizer.decode(response), task.form)
-            if answer == task.answer:
-                right.append(response)
-            else:
-                bad.append((response, "format" if answer is None else "correctness"))
-        # Picked before doubles are dropped: what the model says often should be met often.
-        candidates = [Pair(task, chosen, rejected, source) for chosen in right for rejected, source in bad]
-        picked = [candidates[index] for index in rng.permutation(len(candidates))[:pairs_per_question]]
-        pairs += {(pair.chosen, pair.rejected): pair for pair in picked}.values()
-    return pairs
-
-
-def prefix_length(chosen: Sequence[int], keep_ratio: float = KEEP_RATIO) -> int:
-    """How many tokens of a chosen response DropoutNTP keeps."""
-    return int(len(chosen) * keep_ratio)
-
-
-def dropout_ntp_pairs(
-    model: InternVLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    tasks: Sequence[digits.Task],
-    chosen: Sequence[Sequence[int]],
-    *,
-    temperature: float = 1.0,
-    on_batch: Callable[[int], None] = lambda count: None,
-) -> list[Pair]:
-    """Cuts each chosen response in half and lets the model finish it without the image.
-
-    A continuation makes no pair where it is empty, where it repeats the chosen response, or where its answer is right
-    all the same. A response too short to keep a token of makes none either.
-
-    Args:
-        model: Continues the responses.
-        tokenizer: Of the model.
-        tasks: The questions.
-        chosen: Their right responses, as token ids.
-        temperature: Of the continuation.
-        on_batch: Called with the number of rows of each finished batch.
-    """
-    kept = [index for index, response in enumerate(chosen) if prefix_length(response) > 0]
-    on_batch(len(chosen) - len(kept))
-    tasks = [tasks[index] for index in kept]
-    chosen = [tuple(chosen[index]) for index in kept]
-    prefixes = [response[: prefix_length(response)] for response in chosen]
-    blind = [digits.without_image(task) for task in tasks]
-    continued = generate(model, tokenizer, blind, prefixes=prefixes, temperature=temperature, on_batch=on_batch)
-    pairs = []
-    for task, preferred, prefix, response in zip(tasks, chosen, prefixes, continued, strict=True):
-        pair = Pair(task, tuple(preferred), tuple(response), "dropout_ntp", cut=len(prefix))
-        if is_dropout_ntp_pair(tokenizer, pair):
-            pairs.append(pair)
-    return pairs
-
-
-def is_dropout_ntp_pair(tokenizer: PreTrainedTokenizerFast, pair: Pair) -> bool:
-    """Says whether a continuation is a negative: not empty, not the chosen response, and not right after all."""
-    if len(pair.rejected) == pair.cut or pair.rejected == pair.chosen:
-        return False
-    return digits.parse_answer(tokenizer.decode(pair.rejected), pair.task.form) != pair.task.answer
+    path: Path
+    counts: dict[str, int]
+    left_out: dict[str, int]
+    summaries: dict[str, sampling.Summary]
+    report: Report
 
 
 def make_pairs(
     model: InternVLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
+    processor: DigitsProcessor,
     settings: Settings,
     rng: np.random.Generator,
+    folder: Path,
     *,
-    on_batch: Callable[[int], None] = lambda count: None,
-) -> list[Pair]:
-    """Lets the model answer fresh questions about training grids and makes pairs of both kinds from its answers.
+    stream: TextIO | None = None,
+) -> MadePairs:
+    """Lets the model answer fresh questions about training grids and makes pairs of three kinds from its answers.
+
+    Writes the questions (``images``, ``direct.jsonl``, ``cot.jsonl``), a folder for each run of the engine, and
+    ``pairs.jsonl``, ``check.json`` and ``pairs.html``.
 
     Args:
         model: The SFT model.
-        tokenizer: Of the model.
+        processor: Of the model.
         settings: How much of each.
-        rng: Source of questions and choices; the sampling itself follows torch's generator.
-        on_batch: Called with the number of responses of each finished batch, ``most_responses`` in all at most.
+        rng: Source of the questions, and of the choice among direct pairs where there are too many.
+        folder: Where to write; relative paths of images in the files start there.
+        stream: Where the engine shows its progress.
+
+    Raises:
+        RuntimeError: If the model gave no right answer to make a pair from, or the check of the file found something.
     """
-    pairs = []
+    engine = TransformersEngine(model, processor, name=f"digits demo, seed {settings.seed}", batch_size=BATCH_SIZE)
+    drawn = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
+    summaries: dict[str, sampling.Summary] = {}
+    pairs: list[Pair] = []
+    left_out: collections.Counter[str] = collections.Counter()
+
+    def run(pipeline: sampling.Pipeline, form: str, limit: int | None = None) -> list[Pair]:
+        name = pipeline.name.replace("_", "-")
+        out = folder / (f"{name}-{form}" if pipeline.name == "correctness" else name)
+        # The engine would go on with the journal of an earlier demo: it knows the model's name, not its weights.
+        sampling.journal_path(out, 0, 1).unlink(missing_ok=True)
+        summary = sampling.run(
+            pipeline,
+            engine,
+            folder / f"{form}.jsonl",
+            out,
+            block_size=_BLOCK_SIZE,
+            limit=limit,
+            image_root=str(folder),
+            stream=stream,
+        )
+        assert summary is not None  # it is the only process
+        summaries[out.name] = summary
+        outputs = [output for output in pipeline.outputs if output != "unsolved"]
+        return list(itertools.chain.from_iterable(read_pairs(out / f"{output}.jsonl") for output in outputs))
+
     for form in digits.FORMS:
         tasks = digits.sample_tasks(digits.load_digits()["train"], settings.questions, rng, form)
-        repeated = [task for task in tasks for _ in range(settings.samples)]
-        flat = generate(model, tokenizer, repeated, temperature=settings.temperature, on_batch=on_batch)
-        samples = [flat[start : start + settings.samples] for start in range(0, len(flat), settings.samples)]
-        correctness = correctness_pairs(tokenizer, tasks, samples, rng, pairs_per_question=settings.pairs_per_question)
+        write_items(folder, form, tasks)
+        common: dict[str, Any] = {
+            "sampling": drawn,
+            "seed": settings.seed,
+            "style": digits.STYLES[form],
+            "matcher": digits.MATCHER,
+        }
+        config = CorrectnessConfig(samples=settings.samples, pairs_per_question=settings.pairs_per_question, **common)
+        made = run(Correctness(config), form)
         if form == "direct":
-            pairs += correctness[: settings.direct_pairs]
+            picked = sorted(rng.permutation(len(made))[: settings.direct_pairs])
+            left_out["direct pairs above the limit"] += len(made) - len(picked)
+            pairs += [made[index] for index in picked]
             continue
-        pairs += correctness
-        right = [
-            (task, response)
-            for task, response in zip(repeated, flat, strict=True)
-            if digits.parse_answer(tokenizer.decode(response), form) == task.answer
-        ]
-        picked = [right[index] for index in rng.permutation(len(right))[: settings.dropout_ntp_pairs]]
-        blind_tasks, chosen = [task for task, _ in picked], [response for _, response in picked]
-        pairs += dropout_ntp_pairs(
-            model, tokenizer, blind_tasks, chosen, temperature=settings.temperature, on_batch=on_batch
-        )
+        pairs += made
+        blind = DropoutNTPConfig(keep=settings.keep, sample_chosen=True, **common)
+        pairs += run(DropoutNTP(blind), form, settings.dropout_ntp_questions)
+    distinct = {pair.key(): pair for pair in pairs}
+    left_out["equal to another pair"] = len(pairs) - len(distinct)
+    if not distinct:
+        raise RuntimeError("the SFT model gave no right answer to make a pair from")
+    path = folder / "pairs.jsonl"
+    write_pairs(path, map(_with_subset, distinct.values()))
+    report = _check(path)
+    write_view(path.with_suffix(".html"), open_pairs(path), title="Preference pairs of the digits demo",
+               limit=_SHOWN_PAIRS, seed=settings.seed)  # fmt: skip
+    counts = collections.Counter(f"{pair.extra['form']} {pair.provenance['pipeline']}" for pair in distinct.values())
+    return MadePairs(path, dict(counts), dict(left_out), summaries, report)
+
+
+def write_items(folder: Path, form: str, tasks: Sequence[digits.Task]) -> None:
+    """Writes questions as the engine reads them: ``FORM.jsonl``, and their images as PNG."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / f"{form}.jsonl") as file:
+        for number, task in enumerate(tasks):
+            if task.picture is None:
+                raise ValueError(f"tasks must have images, got none in task {number}")
+            image = f"images/{form}-{number:05d}.png"
+            task.picture.save(folder / image)
+            item = {"image": image, "question": task.question, "answer_gt": str(task.answer)}
+            file.write(dump_line({**item, "form": form, "digits": list(task.values)}))
+
+
+def load_pairs(path: Path) -> list[Pair]:
+    """Reads a file of pairs; the paths of their images are absolute.
+
+    Raises:
+        BadLine: If a line holds no pair.
+    """
+    pairs = []
+    for _, pair in open_pairs(path).scan():
+        if isinstance(pair, BadLine):
+            raise pair
+        pairs.append(pair)
     return pairs
 
 
-def most_responses(settings: Settings) -> int:
-    """How many responses ``make_pairs`` asks of the model, at most."""
-    return len(digits.FORMS) * settings.questions * settings.samples + settings.dropout_ntp_pairs
+def _with_subset(pair: Pair) -> Pair:
+    """The pair with its form as its subset: what the check counts by and the page can be narrowed to."""
+    return dataclasses.replace(pair, extra={**pair.extra, SOURCE: {"subset": pair.extra["form"]}})
+
+
+def _check(path: Path) -> Report:
+    report = check_pairs(open_pairs(path))
+    write_report(path.with_name("check.json"), report)
+    if not report.is_clean:
+        raise RuntimeError(f"{path} must pass its check, got {dict(report.totals())}")
+    return report

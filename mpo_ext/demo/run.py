@@ -6,10 +6,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mpo_ext.config import install_hint
+
 _NEEDS = {
     "sklearn": "scikit-learn",
     "matplotlib": "matplotlib",
     "jinja2": "jinja2",
+    "PIL": "pillow",
     "rich": "rich",
     "transformers": "transformers",
     "tokenizers": "tokenizers",
@@ -39,7 +42,7 @@ def demo(args: argparse.Namespace) -> int:
     """Runs the demo. Returns 1 where a package is missing or the folder cannot be written."""
     missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        print(f"mpo-ext demo needs {', '.join(missing)}: pip install 'mpo-ext[demo]'", file=sys.stderr)
+        print(f"mpo-ext demo needs {', '.join(missing)}: {install_hint('demo')}", file=sys.stderr)
         return 1
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -22,9 +22,11 @@ class Settings:
         questions: Questions per form that the model answers to make pairs.
         samples: Answers per question.
         temperature: Of these answers and of the blind continuations.
-        pairs_per_question: Most correctness pairs that one question gives.
-        direct_pairs: Most correctness pairs with direct answers.
-        dropout_ntp_pairs: Right step-by-step answers to cut in half; some of them give no pair.
+        pairs_per_question: Most pairs that one question gives to each of two kinds: wrong answers, unreadable ones.
+        direct_pairs: Most pairs with direct answers.
+        dropout_ntp_questions: Step-by-step questions whose answer is cut and finished blindly, if it is right; some of
+            them give no pair.
+        keep: Share of the tokens of such an answer that is kept.
         branch_steps: Steps of each of the three branches.
         branch_batch: Pairs per step.
         branch_rate: Learning rate of the three branches, one for all.
@@ -49,7 +51,8 @@ class Settings:
     temperature: float = 0.7
     pairs_per_question: int = 2
     direct_pairs: int = 1000
-    dropout_ntp_pairs: int = 1000
+    dropout_ntp_questions: int = 1500
+    keep: float = 0.5
     branch_steps: int = 100
     branch_batch: int = 64
     branch_rate: float = 2e-4
@@ -73,7 +76,7 @@ class Settings:
             questions=100,
             samples=4,
             direct_pairs=30,
-            dropout_ntp_pairs=30,
+            dropout_ntp_questions=100,
             branch_steps=3,
             branch_batch=8,
             warmup_steps=2,

@@ -5,14 +5,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import InternVLForConditionalGeneration
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
+from mpo_ext.data import Pair
 from mpo_ext.demo import digits
-from mpo_ext.demo.model import IGNORE_INDEX, collate, generate, logits_of, response_ids
-from mpo_ext.demo.pairs import Pair
+from mpo_ext.demo.model import IGNORE_INDEX, DigitsProcessor, collate, logits_of
+from mpo_ext.demo.pairs import BATCH_SIZE, MAX_NEW_TOKENS
 from mpo_ext.demo.settings import Settings
+from mpo_ext.generate.answers import extract_answer, matcher
+from mpo_ext.generate.engine import Request, SamplingConfig, TransformersEngine, load_image
 
 METHODS = {
     "SFT": MPOConfig(dpo_weight=0, bco_weight=0, ntp_weight=1),
@@ -23,7 +27,7 @@ METHODS = {
 
 def train_sft(
     model: InternVLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
+    processor: DigitsProcessor,
     settings: Settings,
     rng: np.random.Generator,
     *,
@@ -48,14 +52,19 @@ def train_sft(
         tasks = digits.sample_tasks(splits["train"], settings.sft_batch, rng)
         blind = int(settings.sft_blind_share * len(tasks))
         tasks[:blind] = map(digits.without_image, tasks[:blind])
-        batch = collate(tokenizer, tasks, [response_ids(tokenizer, task.response) for task in tasks])
+        batch = collate(
+            processor,
+            [task.question for task in tasks],
+            [_pictures(task) for task in tasks],
+            [task.response for task in tasks],
+        )
         model.train()
         logp = token_logp(logits_of(model, batch), batch["labels"], shift=True, backend=settings.backend)
         loss = -logp.sum() / (batch["labels"] != IGNORE_INDEX).sum()
         _update(model, optimizer, loss, settings.sft_rate * rate)
         curve.append({"step": step, "loss": loss.item()})
         if not decaying and step % settings.sft_check_steps == 0:
-            accuracy = evaluate(model, tokenizer, validation)["cot"]["accuracy"]
+            accuracy = evaluate(model, processor, validation)["cot"]["accuracy"]
             curve[-1]["accuracy"] = accuracy
             decaying = accuracy >= settings.sft_target or step >= settings.sft_most_steps
         on_step(step, step + decay_left if decaying else settings.sft_most_steps + decay_left)
@@ -64,7 +73,7 @@ def train_sft(
 
 def reference_logp(
     model: InternVLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
+    processor: DigitsProcessor,
     pairs: Sequence[Pair],
     settings: Settings,
     *,
@@ -76,7 +85,7 @@ def reference_logp(
     with torch.no_grad():
         for start in range(0, len(pairs), settings.branch_batch):
             part = pairs[start : start + settings.branch_batch]
-            batch = _pair_batch(tokenizer, part)
+            batch = _pair_batch(processor, part)
             logp = token_logp(logits_of(model, batch), batch["labels"], shift=True, backend=settings.backend)
             parts.append(logp.sum(-1).view(2, -1).T)
             on_batch(len(part))
@@ -93,7 +102,7 @@ def pair_order(count: int, settings: Settings) -> list[list[int]]:
 
 def train_branch(
     model: InternVLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
+    processor: DigitsProcessor,
     pairs: Sequence[Pair],
     ref_logp: Tensor,
     config: MPOConfig,
@@ -108,8 +117,8 @@ def train_branch(
 
     Args:
         model: The SFT model, changed in place.
-        tokenizer: From ``build_tokenizer``.
-        pairs: Length N.
+        processor: Of the model.
+        pairs: Length N; their images are opened where their paths say.
         ref_logp: ``[N, 2]`` from ``reference_logp``.
         config: Weights of the terms.
         settings: Steps, batch and rate.
@@ -122,7 +131,7 @@ def train_branch(
     reward_shift = RewardShift()
     curve = []
     for step, rows in enumerate(pair_order(len(pairs), settings), start=1):
-        batch = _pair_batch(tokenizer, [pairs[row] for row in rows])
+        batch = _pair_batch(processor, [pairs[row] for row in rows])
         model.train()
         out = mpo_loss(
             logits_of(model, batch),
@@ -158,31 +167,47 @@ def train_branch(
 
 def evaluate(
     model: InternVLForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
+    processor: DigitsProcessor,
     tasks: Sequence[digits.Task],
     *,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> dict[str, dict[str, float]]:
     """Answers the questions with the likeliest tokens: for each form ``accuracy``, ``unparsable`` and ``count``."""
+    engine = TransformersEngine(model, processor, batch_size=BATCH_SIZE)
+    is_right = matcher(**digits.MATCHER)
+    greedy = SamplingConfig(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
     result = {}
     for form in digits.FORMS:
         asked = [task for task in tasks if task.form == form]
         if not asked:
             continue
-        responses = generate(model, tokenizer, asked, on_batch=on_batch)
-        answers = [digits.parse_answer(tokenizer.decode(response), form) for response in responses]
+        requests = [Request(question=task.question, images=_pictures(task), sampling=greedy) for task in asked]
+        answers: list[str | None] = []
+        for start in range(0, len(requests), BATCH_SIZE):
+            generations = engine.generate(requests[start : start + BATCH_SIZE])
+            answers += [extract_answer(generation.text, digits.STYLES[form]) for generation in generations]
+            on_batch(len(generations))
+        right = [
+            answer is not None and is_right(answer, str(task.answer)).correct
+            for answer, task in zip(answers, asked, strict=True)
+        ]
         result[form] = {
-            "accuracy": sum(answer == task.answer for answer, task in zip(answers, asked, strict=True)) / len(asked),
+            "accuracy": sum(right) / len(asked),
             "unparsable": sum(answer is None for answer in answers) / len(asked),
             "count": len(asked),
         }
     return result
 
 
-def _pair_batch(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+def _pictures(task: digits.Task) -> tuple[Image.Image, ...]:
+    return () if task.picture is None else (task.picture,)
+
+
+def _pair_batch(processor: DigitsProcessor, pairs: Sequence[Pair]) -> dict[str, Tensor]:
     """Rows 0 to B-1 hold the chosen responses, rows B to 2B-1 the rejected ones."""
-    tasks = [pair.task for pair in pairs]
-    return collate(tokenizer, tasks * 2, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+    images = [[load_image(image) for image in pair.images] for pair in pairs]
+    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return collate(processor, [pair.question for pair in pairs] * 2, images * 2, responses)
 
 
 def _optimizer(model: InternVLForConditionalGeneration) -> torch.optim.Optimizer:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, cast
 
-from mpo_ext.config import check_number
+from mpo_ext.config import check_number, install_hint
 
 STYLES = ("final_answer", "boxed", "answer", "direct")
 REGEX_PREFIX = "regex:"
@@ -699,7 +699,7 @@ class MathMatcher(Matcher):
         if not 0 < self.seconds < math.inf:
             raise ValueError(f"seconds must be positive and finite, got {self.seconds!r}")
         if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("the matcher 'math' needs the package math-verify: pip install 'mpo-ext[math]'")
+            raise ImportError(f"the matcher 'math' needs the package math-verify: {install_hint('math')}")
 
     def _compare(self, prediction: str, truth: str) -> Verdict:
         prediction, truth = clean_answer(prediction.translate(_ASCII)), clean_answer(truth.translate(_ASCII))

@@ -61,7 +61,12 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens: int) -> None:
-    parser.add_argument("source", type=Path, help="JSONL file of items: question, image, and chosen or answer_gt")
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="JSONL file of items (question, image, and chosen or answer_gt), or a "
+        "meta file (.json) of such files, as MMPR's prompts are published",
+    )
     parser.add_argument("out", type=Path, help="folder of the run")
     parser.add_argument("--model", required=True, help="folder or name of the model")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
@@ -75,7 +80,11 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
     parser.add_argument(
         "--block-size", type=int, default=64, help="samples per block, the most that a kill costs (default: 64)"
     )
-    parser.add_argument("--image-root", default="", help="folder that image paths start from")
+    parser.add_argument("--image-root", default="", help="folder that image paths start from; a meta file has its own")
+    parser.add_argument(
+        "--root-map", action="append", default=[], metavar="OLD=NEW",
+        help="where the folders in a meta file have moved to; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, help="take the first items only")
     parser.add_argument("--seed", type=int, default=0, help="source of every draw (default: 0)")
     parser.add_argument("--samples", type=int, default=samples, help=f"responses per item (default: {samples})")
@@ -97,6 +106,7 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
 
 def run_sample(args: argparse.Namespace) -> int:
     """Runs a pipeline. Returns 1 where the run cannot begin or go on, and 0 where this process has done its share."""
+    from mpo_ext.data.jsonl import parse_root_map
     from mpo_ext.generate.engine import rank_and_world
     from mpo_ext.generate.sampling import run
 
@@ -111,6 +121,7 @@ def run_sample(args: argparse.Namespace) -> int:
             block_size=args.block_size,
             limit=args.limit,
             image_root=args.image_root,
+            root_map=[parse_root_map(text) for text in args.root_map],
             rank=rank,
             world=world,
             stream=sys.stderr,

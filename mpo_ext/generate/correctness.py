@@ -257,10 +257,10 @@ class Correctness:
             question=self._prompt(item),
             chosen=chosen.text,
             rejected=other.text,
-            images=item.images,
+            images=item.pair_images,
             answer_gt=item.answer_gt,
             provenance=provenance,
-            extra=dict(item.extra),
+            extra=item.pair_extra,
         )
 
     def _unsolved(self, item: Item, wrong: Sequence[_Response]) -> dict[str, Any]:

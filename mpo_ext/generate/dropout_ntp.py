@@ -229,10 +229,10 @@ class DropoutNTP:
                 question=item.question,
                 chosen=chosen,
                 rejected=record["text"],
-                images=item.images,
+                images=item.pair_images,
                 answer_gt=item.answer_gt,
                 provenance=provenance,
-                extra=dict(item.extra),
+                extra=item.pair_extra,
             )
             outcome.lines.append(("pairs", pair.to_dict()))
         return outcome

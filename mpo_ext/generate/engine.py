@@ -119,11 +119,16 @@ def derive_seed(*parts: object) -> int:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Number of this process and of all, as ``accelerate launch``, torchrun and srun say; (0, 1) without them.
+    """Number of this process and of all, as ``accelerate launch``, torchrun, srun and mpirun say; (0, 1) without.
 
     The processes of a run never talk to one another, so no process group is made.
     """
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+    for rank, world in (
+        ("RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+        ("SLURM_PROCID", "SLURM_NTASKS"),
+    ):
         if rank in os.environ and world in os.environ:
             return int(os.environ[rank]), int(os.environ[world])
     return 0, 1

@@ -8,10 +8,11 @@ outputs.
 import functools
 import itertools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from mpo_ext.config import install_hint
 from mpo_ext.generate import sampling
 from mpo_ext.generate.engine import Engine, check_integer
 from mpo_ext.generate.journal import Journal
@@ -30,6 +31,7 @@ def run(
     block_size: int = 64,
     limit: int | None = None,
     image_root: str = "",
+    root_map: Sequence[tuple[str, str]] = (),
     stream: TextIO | None = None,
 ) -> sampling.Summary | None:
     """Does what ``sampling.run`` does, on the machines of a Ray cluster.
@@ -37,7 +39,7 @@ def run(
     Args:
         pipeline: ``DropoutNTP`` or ``Correctness``.
         make_engine: Called once in each worker.
-        source: JSONL file of items, which the driver reads.
+        source: JSONL file of items, or a meta file of such files; the driver reads them.
         out: Folder of the run, which the driver writes.
         engine_settings: What ``settings()`` of the engines gives; the driver has no engine to ask.
         model: Name of the model.
@@ -45,7 +47,8 @@ def run(
         gpus_per_worker: GPUs of each.
         block_size: Samples that a worker is asked for at a time.
         limit: Takes the first items only.
-        image_root: Folder that relative image paths start from; the same on every machine.
+        image_root: Folder that relative image paths start from; the same on every machine. A meta file has its own.
+        root_map: Pairs of prefixes (old, new): where the folders in a meta file have moved to.
         stream: Where progress is shown; None shows none.
 
     Raises:
@@ -55,13 +58,14 @@ def run(
         import ray
         from ray.data import ActorPoolStrategy, DataContext
     except ImportError as error:
-        raise ImportError(f"ray_stages needs Ray Data: pip install 'mpo-ext[ray]' ({error})") from error
+        raise ImportError(f"ray_stages needs Ray Data: {install_hint('ray')} ({error})") from error
     check_integer("workers", workers, least=1)
     check_integer("block_size", block_size, least=1)
-    source, out = Path(source), Path(out)
-    digest, total = sampling.scan(source)
+    out = Path(out)
+    files = sampling.item_files(source, image_root=image_root, root_map=root_map)
+    digest, total = sampling.scan(files)
     settings = sampling.run_settings(pipeline, engine_settings, digest, 1)
-    items = functools.partial(sampling.take, source, image_root, limit)
+    items = functools.partial(sampling.take, files, limit)
     per_block = max(1, block_size // max(1, len(pipeline.keys(sampling.Item()))))
     DataContext.get_current().execution_options.preserve_order = True
 

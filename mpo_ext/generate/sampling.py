@@ -16,13 +16,16 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from mpo_ext.data.records import SOURCE, check_json
+from mpo_ext.data.jsonl import FieldError
+from mpo_ext.data.mmpr import read_meta, resolve_image
+from mpo_ext.data.records import SOURCE, check_json, find_url
 from mpo_ext.generate.engine import IMAGE_PLACEHOLDER, Engine, check_integer, load_image
 from mpo_ext.generate.journal import FileLock, Journal, encode_line, read_header, read_records, replaced
 
@@ -46,6 +49,8 @@ class Item:
         truths: The true answers, any of which is right; most items have one.
         extra: What else the input says of it.
         image_root: Folder that relative image paths start from.
+        subset: Name of its subset where it comes from a meta file; its pairs then have absolute images, and remember
+            subset and root.
         problem: Why the item cannot be used.
     """
 
@@ -55,7 +60,22 @@ class Item:
     truths: tuple[str, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     image_root: str = ""
+    subset: str | None = None
     problem: str | None = None
+
+    @property
+    def pair_images(self) -> tuple[str, ...]:
+        """The images as the pairs of the item name them: as the input does, but absolute where a subset has a root."""
+        if self.subset is None:
+            return self.images
+        return tuple(os.path.join(self.image_root, image) for image in self.images)
+
+    @property
+    def pair_extra(self) -> dict[str, Any]:
+        """What the pairs of the item keep of it beside their own fields."""
+        if self.subset is None:
+            return dict(self.extra)
+        return {**self.extra, SOURCE: {"subset": self.subset, "root": self.image_root}}
 
     @property
     def answer_gt(self) -> str | None:
@@ -77,13 +97,14 @@ class Item:
         return tuple(load_image(Path(self.image_root, image)) for image in self.images)
 
     @classmethod
-    def from_dict(cls, values: Any, *, image_root: str = "") -> "Item":
+    def from_dict(cls, values: Any, *, image_root: str = "", subset: str | None = None) -> "Item":
         """Reads an item; one that cannot be used says so in ``problem``.
 
         Args:
             values: ``question``; ``image`` or ``images``, a path or a list of them; ``chosen``; ``answer_gt`` or
                 ``answer``. All else is kept as ``extra``.
             image_root: As in the class.
+            subset: As in the class. Its images must stay below ``image_root``.
         """
         if not isinstance(values, Mapping):
             return cls(problem="unreadable line")
@@ -92,7 +113,7 @@ class Item:
         except (TypeError, ValueError):
             return cls(problem="unreadable line")
         rest = dict(values)
-        rest.pop(SOURCE, None)
+        source = rest.pop(SOURCE, None)
         question, chosen = rest.pop("question", None), rest.pop("chosen", None)
         images = rest.pop("images", None) or rest.pop("image", None) or ()
         images = (images,) if isinstance(images, str) else images
@@ -103,10 +124,16 @@ class Item:
         for key in ("image", "images"):
             rest.pop(key, None)
         problem = None
+        if subset is None:
+            subset, image_root = _known_subset(source, images, image_root)
         if not isinstance(question, str) or not question.strip():
             problem = "no question"
         elif not isinstance(images, (list, tuple)) or not all(map(_is_path, images)):
             problem = "images are no paths"
+        elif any(map(find_url, images)):
+            problem = "images are URLs, which are not fetched: download them first"
+        elif subset is not None and not all(_is_inside(image, image_root) for image in images):
+            problem = "image outside the root of its subset"
         elif question.count(IMAGE_PLACEHOLDER) not in {0, len(images)}:
             problem = f"number of {IMAGE_PLACEHOLDER} is not that of the images"
         if problem is not None:
@@ -118,17 +145,18 @@ class Item:
             truths=tuple(map(str, truths)),
             extra=rest,
             image_root=image_root,
+            subset=subset,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The item as ``from_dict`` reads it."""
-        values: dict[str, Any] = {"image": list(self.images)} if self.images else {}
+        values: dict[str, Any] = {"image": list(self.pair_images)} if self.images else {}
         values["question"] = self.question
         if self.chosen is not None:
             values["chosen"] = self.chosen
         if self.truths:
             values["answer_gt"] = self.truths[0] if len(self.truths) == 1 else list(self.truths)
-        return {**values, **self.extra}
+        return {**values, **self.pair_extra}
 
 
 @dataclasses.dataclass(slots=True)
@@ -150,7 +178,10 @@ class Pipeline(Protocol):
     """A way to make pairs. ``sample`` asks the engine, ``judge`` draws nothing and asks nobody."""
 
     name: str
-    outputs: tuple[str, ...]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs, each a file of lines."""
 
     def settings(self) -> dict[str, Any]:
         """What the records and the outputs depend on, as JSON can hold it."""
@@ -218,17 +249,58 @@ class Summary:
         return text
 
 
-def read_items(path: str | Path, *, image_root: str = "") -> Iterator[Item]:
-    """Yields the items of a JSONL file; a line that cannot be read is an item with a ``problem``."""
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except ValueError:
-                values = None
-            yield Item.from_dict(values, image_root=image_root)
+@dataclasses.dataclass(frozen=True, slots=True)
+class ItemFile:
+    """A file of items.
+
+    Attributes:
+        path: The file, one JSON object a line.
+        image_root: Folder that relative image paths start from.
+        subset: Its name in the meta file that names it; None where there is none.
+    """
+
+    path: str
+    image_root: str = ""
+    subset: str | None = None
+
+
+def item_files(
+    source: str | Path, *, image_root: str = "", root_map: Sequence[tuple[str, str]] = ()
+) -> tuple[ItemFile, ...]:
+    """The files of items that a source stands for: itself, or the annotations of a meta file (.json) as in MMPR.
+
+    Args:
+        source: A JSONL file, or a meta file.
+        image_root: Folder that relative image paths start from; a meta file has its own.
+        root_map: Pairs of prefixes (old, new): where the folders in a meta file have moved to.
+
+    Raises:
+        OSError: If the meta file cannot be read.
+        ValueError: If it is none, or an argument does not belong to the kind of the source.
+    """
+    if Path(source).suffix != ".json":
+        if root_map:
+            raise ValueError(f"root_map must be left out unless source is a meta file (.json), got {root_map}")
+        return (ItemFile(str(source), image_root),)
+    if image_root:
+        raise ValueError(
+            f"image_root must be left out for a meta file, which has roots of its own, got {image_root!r}"
+        )
+    return tuple(ItemFile(one.annotation, one.root, one.name) for one in read_meta(source, root_map=root_map))
+
+
+def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
+    """Yields the items of files in their order; a line that cannot be read is an item with a ``problem``."""
+    for each in files:
+        with open(each.path, "rb") as file:
+            for line in file:
+                if not line.strip():
+                    continue
+                try:
+                    values = json.loads(line)
+                except ValueError:
+                    values = None
+                yield Item.from_dict(values, image_root=each.image_root, subset=each.subset)
 
 
 def is_degenerate(text: str) -> bool:
@@ -257,6 +329,7 @@ def run(
     block_size: int = 64,
     limit: int | None = None,
     image_root: str = "",
+    root_map: Sequence[tuple[str, str]] = (),
     rank: int = 0,
     world: int = 1,
     fsync_s: float = 5.0,
@@ -267,11 +340,12 @@ def run(
     Args:
         pipeline: ``DropoutNTP`` or ``Correctness``.
         engine: Answers the requests.
-        source: JSONL file of items.
+        source: JSONL file of items, or a meta file (.json) of such files, as MMPR's prompts are published.
         out: Folder of the run.
         block_size: Samples that are asked for at a time, and the most that a kill can cost.
         limit: Takes the first items only; a later run may take more.
-        image_root: Folder that relative image paths start from.
+        image_root: Folder that relative image paths start from; a meta file has its own.
+        root_map: Pairs of prefixes (old, new): where the folders in a meta file have moved to.
         rank: Number of this process; it takes the items whose number leaves this remainder.
         world: Number of processes. They need not run at the same time.
         fsync_s: Seconds between two syncs of the journal to disk.
@@ -292,12 +366,13 @@ def run(
         raise ValueError(f"rank must be below world ({world}), got {rank}")
     if limit is not None:
         check_integer("limit", limit, least=1)
-    source, out = Path(source), Path(out)
-    digest, total = scan(source)
+    out = Path(out)
+    files = item_files(source, image_root=image_root, root_map=root_map)
+    digest, total = scan(files)
     total = total if limit is None else min(total, limit)
     settings = run_settings(pipeline, engine.settings(), digest, world)
     _refuse_other_world(out, world)
-    items = functools.partial(take, source, image_root, limit)
+    items = functools.partial(take, files, limit)
     mine = range(rank, total, world)
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(Journal(journal_path(out, rank, world), settings, fsync_s=fsync_s))
@@ -420,6 +495,24 @@ def _is_path(image: object) -> bool:
     return isinstance(image, str) and image != "" and "\0" not in image
 
 
+def _known_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
+    """The subset and root that a line written here remembers; it does so where its images are absolute."""
+    subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
+    if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):
+        return None, image_root
+    if not all(_is_path(image) and os.path.isabs(image) and _is_inside(image, root) for image in images):
+        return None, image_root
+    return subset, root
+
+
+def _is_inside(image: str, root: str) -> bool:
+    try:
+        resolve_image(image, root)
+    except FieldError:
+        return False
+    return True
+
+
 def run_settings(pipeline: Pipeline, engine: Mapping[str, Any], digest: str, world: int) -> dict[str, Any]:
     """All that the journals of a run depend on."""
     return {
@@ -430,9 +523,9 @@ def run_settings(pipeline: Pipeline, engine: Mapping[str, Any], digest: str, wor
     }
 
 
-def take(source: Path, image_root: str, limit: int | None) -> Iterator[Item]:
+def take(files: Sequence[ItemFile], limit: int | None) -> Iterator[Item]:
     """The items of a run."""
-    return itertools.islice(read_items(source, image_root=image_root), limit)
+    return itertools.islice(read_items(files), limit)
 
 
 def blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -442,13 +535,16 @@ def blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield block
 
 
-def scan(path: Path) -> tuple[str, int]:
-    """Digest of a file, and how many of its lines are not blank."""
+def scan(files: Sequence[ItemFile]) -> tuple[str, int]:
+    """Digest of files and their subsets, wherever they stand, and how many of their lines are not blank."""
     digest, lines = hashlib.blake2b(digest_size=16), 0
-    with open(path, "rb") as file:
-        for line in file:
-            digest.update(line)
-            lines += bool(line.strip())
+    for each in files:
+        if each.subset is not None:
+            digest.update(repr(each.subset).encode(errors="surrogatepass"))
+        with open(each.path, "rb") as file:
+            for line in file:
+                digest.update(line)
+                lines += bool(line.strip())
     return digest.hexdigest(), lines
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from mpo_ext.data import Pair, open_pairs, write_pairs
 from mpo_ext.data.check import check_pairs
 from mpo_ext.data.cli import add_parser
+from mpo_ext.data.hf import load_dataset_folder
 from mpo_ext.data.stats import collect_stats, count_words, token_counter
 from mpo_ext.data.view import write_view
 
@@ -220,6 +221,48 @@ def test_a_dataset_with_a_missing_image_is_not_written(
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_a_dataset_leaves_out_and_counts_images_that_cannot_be_read(
+    write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("datasets")
+    missing, url = {**GOOD, "image": "none.png"}, {**GOOD, "image": "https://host/a.png"}
+    meta = write_lines("none", [missing, GOOD, b"{\n", url])
+    assert run("convert", meta, tmp_path / "out", "--to", "hf", "--skip-bad") == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"wrote 1 pairs to {tmp_path / 'out'}\n"
+    assert "left out 1 for unreadable image" in captured.err
+    assert "none.png: No such file or directory" in captured.err
+    assert "left out 1 for image is a URL" in captured.err
+    assert "left out 1 for bad JSON" in captured.err
+    assert len(load_dataset_folder(tmp_path / "out")) == 1
+
+
+def test_a_url_in_the_place_of_an_image_is_said_to_be_one(
+    write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("check", write_lines("web", [{**GOOD, "image": "https://host/a.png"}])) == 1
+    words = "image is a URL: URLs are not fetched: download the image and name its file, got https://host/a.png"
+    assert words in capsys.readouterr().out
+    write_pairs(tmp_path / "p.jsonl", [Pair("q", "c", "r", ("s3://bucket/a.png",))])
+    assert run("check", tmp_path / "p.jsonl") == 1
+    assert "got s3://bucket/a.png" in capsys.readouterr().out
+    write_view(tmp_path / "p.html", open_pairs(tmp_path / "p.jsonl"))
+    assert "a URL, not fetched" in (tmp_path / "p.html").read_text()
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("empty.jsonl", "empty.json"):
+        (tmp_path / name).write_text("\n")
+        assert run("check", tmp_path / name) == 2
+        assert "got an empty file" in capsys.readouterr().err
+
+
+def test_a_message_of_json_says_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text('{"question": "\t\n')
+    assert run("check", tmp_path / "p.jsonl", "--from", "pairs") == 1
+    assert "Invalid control character at character 14" in capsys.readouterr().out
+
+
 def test_relative_images_start_at_the_file(images: Path, tmp_path: Path) -> None:
     write_pairs(images / "p.jsonl", [Pair("q", "c", "r", ("a.png",))])
     assert run("check", images / "p.jsonl") == 0
@@ -360,5 +403,5 @@ def test_a_missing_package_is_named(package: str, command: str, mmpr: Path, tmp_
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert package in done.stderr
-    assert "pip install 'mpo-ext[data]'" in done.stderr
+    assert "pip install '.[data]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -189,7 +189,8 @@ def test_what_is_no_meta_file_is_refused(text: str, tmp_path: Path) -> None:
         ({"images": "a.png"}, TypeError, "images must be a list of paths, got str"),
         ({"images": ["a", 1]}, TypeError, r"images\[1\] must be a str, got int 1"),
         ({"images": [""]}, ValueError, r"images\[0\] must be a path"),
-        ({"answer_gt": 3}, TypeError, "answer_gt must be a str or None, got int 3"),
+        ({"answer_gt": True}, TypeError, "answer_gt must be a str or None, got bool True"),
+        ({"answer_gt": float("inf")}, TypeError, "answer_gt must be a str or None, got float inf"),
         ({"provenance": []}, TypeError, r"provenance must be a dict, got list \[\]"),
         ({"provenance": {"a": [0, float("nan")]}}, ValueError, r"provenance.a\[1\] must be finite, got nan"),
         ({"extra": {"a": {1: 2}}}, TypeError, r"extra.a must have keys of type str, got int 1"),
@@ -209,6 +210,13 @@ def test_a_pair_needs_question_and_both_responses() -> None:
     with pytest.raises(TypeError, match="a pair must be an object"):
         Pair.from_dict([])  # type: ignore[arg-type]
     assert Pair.from_dict({"question": "q", "chosen": "c", "rejected": "r"}) == PAIR
+
+
+def test_an_answer_that_is_a_number_becomes_its_text(tmp_path: Path) -> None:
+    for number, text in ((3, "3"), (0.5, "0.5"), (-1e30, "-1e+30")):
+        assert Pair.from_dict({**PAIR.to_dict(), "answer_gt": number}) == dataclasses.replace(PAIR, answer_gt=text)
+    (tmp_path / "p.jsonl").write_text(json.dumps({**PAIR.to_dict(), "answer_gt": 7}) + "\n")
+    assert read_pairs(tmp_path / "p.jsonl")[0].answer_gt == "7"
 
 
 def test_the_key_hangs_on_question_responses_and_images_alone() -> None:
@@ -332,7 +340,8 @@ def test_datasets_is_only_needed_for_datasets() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "Hugging Face datasets is missing: pip install 'mpo-ext[data]'", done.stderr
+    advice = "install the extra 'data' of mpo-ext (in its source tree: pip install '.[data]')"
+    assert done.stdout.strip() == f"Hugging Face datasets is missing: {advice}", done.stderr
 
 
 def test_a_writer_that_fails_leaves_what_stood_there(tmp_path: Path, mmpr: Path) -> None:

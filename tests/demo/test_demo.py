@@ -2,36 +2,46 @@
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import argparse
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
-for package in ("torch", "transformers", "sklearn", "matplotlib", "jinja2", "rich"):
+for package in ("torch", "transformers", "sklearn", "matplotlib", "jinja2", "rich", "PIL"):
     pytest.importorskip(package)
 
 import torch
+from transformers import AutoProcessor
 
-from mpo_ext.demo import digits, pairs, run
-from mpo_ext.demo.model import build_model, build_tokenizer, collate, generate, prompt_ids, response_ids
+from mpo_ext.data import open_pairs
+from mpo_ext.data.check import check_pairs
+from mpo_ext.demo import digits, run
+from mpo_ext.demo import pairs as demo_pairs
+from mpo_ext.demo.model import DigitsProcessor, build_model, build_processor, collate
+from mpo_ext.demo.pairs import load_pairs, make_pairs, write_items
 from mpo_ext.demo.settings import Settings
-from mpo_ext.demo.train import METHODS, pair_order
+from mpo_ext.demo.train import METHODS, evaluate, pair_order, reference_logp, train_branch, train_sft
+from mpo_ext.generate.answers import extract_answer, matcher
+from mpo_ext.generate.engine import Request, SamplingConfig, TransformersEngine
+from mpo_ext.generate.journal import read_records
 
 BACKEND = "reference"
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
+def processor() -> DigitsProcessor:
+    return build_processor()
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer):
+def model(processor: DigitsProcessor):
     torch.manual_seed(0)
-    return build_model(tokenizer, hidden_size=32, layers=1)
+    return build_model(processor.tokenizer, hidden_size=32, layers=1)
 
 
 @pytest.fixture
@@ -61,11 +71,15 @@ def test_a_grid_shows_its_digits_in_order() -> None:
         np.testing.assert_array_equal(cell[1::2, 1::2], digit)
 
 
-def test_right_responses_parse_to_the_truth(tasks: list[digits.Task]) -> None:
+def test_right_responses_are_read_and_right(tasks: list[digits.Task]) -> None:
     assert {task.form for task in tasks} == set(digits.FORMS)
     assert {task.region for task in tasks} == set(digits.REGIONS)
+    is_right = matcher(**digits.MATCHER)
     for task in tasks:
-        assert digits.parse_answer(task.response, task.form) == task.answer
+        answer = extract_answer(task.response, digits.STYLES[task.form])
+        assert answer is not None
+        assert is_right(answer, str(task.answer)).correct
+        assert not is_right(answer, str(task.answer + 1)).correct
 
 
 def test_the_step_by_step_form_reads_the_region() -> None:
@@ -87,101 +101,200 @@ def test_the_step_by_step_form_reads_the_region() -> None:
     ],
 )
 def test_a_response_without_the_form_asked_for_is_unparsable(text: str, form: str) -> None:
-    assert digits.parse_answer(text, form) is None
+    assert extract_answer(text, digits.STYLES[form]) is None
 
 
-def test_every_word_has_its_token(tokenizer, tasks: list[digits.Task]) -> None:
+def test_every_word_has_its_token(processor: DigitsProcessor, tasks: list[digits.Task]) -> None:
+    """So a response may be cut between any two of its tokens and put together again."""
+    tokenizer = processor.tokenizer
     for task in tasks:
-        ids = prompt_ids(tokenizer, task) + response_ids(tokenizer, task.response)
-        assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(response_ids(tokenizer, task.response)) == task.response
-    assert len({len(prompt_ids(tokenizer, task)) for task in tasks}) == 1
+        for text in (task.question, task.response):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == text
+            for cut in range(len(ids)):
+                assert text.startswith(tokenizer.decode(ids[:cut]))
 
 
-def test_only_the_response_and_its_end_are_scored(tokenizer) -> None:
-    tasks = [make_task("cot"), make_task("direct")]
-    batch = collate(tokenizer, tasks, [response_ids(tokenizer, task.response) for task in tasks])
-    for task, ids, labels, mask in zip(
-        tasks, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
+def test_only_the_response_and_its_end_are_scored(processor: DigitsProcessor) -> None:
+    tasks = [make_task("cot"), make_task("direct"), digits.without_image(make_task("cot"))]
+    images = [[] if task.picture is None else [task.picture] for task in tasks]
+    batch = collate(processor, [task.question for task in tasks], images, [task.response for task in tasks])
+    assert batch["pixel_values"].shape == (2, 3, 32, 32)
+    engine = TransformersEngine(build_model(processor.tokenizer, hidden_size=32, layers=1), processor)
+    for task, own, ids, labels, mask in zip(
+        tasks, images, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
     ):
+        request = Request(question=task.question, images=tuple(own))
+        prompt = engine._inputs([request], [engine.prompt(request)])["input_ids"][0].tolist()
+        expected = [*engine.encode(task.response), processor.tokenizer.eos_token_id]
         scored = labels != -100
-        expected = [*response_ids(tokenizer, task.response), tokenizer.eos_token_id]
         assert ids[scored].tolist() == labels[scored].tolist() == expected
-        assert mask.sum() == len(prompt_ids(tokenizer, task)) + len(expected)
+        assert ids[mask.bool()].tolist() == prompt + expected  # what is trained is what is sampled from
+        assert (ids == processor.image_token_id).sum() == 4 * len(own)
 
 
-def test_correctness_pairs_join_right_with_wrong_and_unreadable(tokenizer) -> None:
+def test_the_processor_comes_back_from_its_folder(processor: DigitsProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    loaded = DigitsProcessor.from_pretrained(tmp_path)
     task = make_task()
-    right = "top-left 3 sum 3 , top-right 5 sum 8 . Final answer: 8"
-    wrong = "top-left 3 sum 3 , top-right 6 sum 9 . Final answer: 9"
-    samples = [[response_ids(tokenizer, text) for text in (right, wrong, "sum sum", right)]]
-    made = pairs.correctness_pairs(tokenizer, [task], samples, np.random.default_rng(0), pairs_per_question=100)
-    found = {(tokenizer.decode(pair.chosen), tokenizer.decode(pair.rejected), pair.source) for pair in made}
-    assert found == {(right, wrong, "correctness"), (right, "sum sum", "format")}
-    assert len(made) == 2
+    picture = digits.sample_tasks(digits.load_digits()["train"], 1, np.random.default_rng(0))[0].picture
+    batches = [collate(each, [task.question], [[picture]], [task.response]) for each in (processor, loaded)]
+    for name, tensor in batches[0].items():
+        torch.testing.assert_close(tensor, batches[1][name], rtol=0, atol=0)
+    automatic = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(automatic).__name__ == "DigitsProcessor"
 
 
-@pytest.mark.parametrize("texts", [["8", "8"], ["9", "7"]], ids=["all right", "all wrong"])
-def test_a_question_without_both_kinds_gives_no_pair(tokenizer, texts: list[str]) -> None:
-    samples = [[response_ids(tokenizer, text) for text in texts]]
-    assert not pairs.correctness_pairs(
-        tokenizer, [make_task("direct")], samples, np.random.default_rng(0), pairs_per_question=4
-    )
+def test_the_model_is_given_the_grey_values_of_the_grid(processor: DigitsProcessor) -> None:
+    task = digits.sample_tasks(digits.load_digits()["train"], 1, np.random.default_rng(0))[0]
+    batch = collate(processor, [task.question], [[task.picture]], [task.response])
+    expected = ((task.image - 0.3) / 0.35).expand(3, -1, -1)
+    torch.testing.assert_close(batch["pixel_values"][0], expected, rtol=0, atol=0.5 / 255 / 0.35 + 1e-5)
 
 
-def test_dropout_ntp_keeps_the_first_half_token_by_token(tokenizer, model) -> None:
-    tasks = [make_task("cot"), make_task("cot", (9, 9, 1, 1))] * 4
-    chosen = [response_ids(tokenizer, task.response) for task in tasks]
-    made = pairs.dropout_ntp_pairs(model, tokenizer, tasks, chosen)
-    assert made
-    for pair in made:
-        assert pair.cut == len(pair.chosen) // 2 > 0
-        assert pair.rejected[: pair.cut] == pair.chosen[: pair.cut]
-        assert pair.rejected != pair.chosen
-        assert pair.task.image is not None
-
-
-def test_dropout_ntp_never_shows_the_image(tokenizer, model, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def watch(model, tokenizer, tasks, **options):
-        seen.extend(tasks)
-        return generate(model, tokenizer, tasks, **options)
-
-    monkeypatch.setattr(pairs, "generate", watch)
-    pairs.dropout_ntp_pairs(model, tokenizer, [make_task()], [response_ids(tokenizer, make_task().response)])
-    assert [task.image for task in seen] == [None]
-    assert "<IMG_CONTEXT>" not in tokenizer.decode(prompt_ids(tokenizer, seen[0]))
-
-
-@pytest.mark.parametrize(
-    ("rejected", "is_pair"),
-    [
-        ("top-left 3 sum 3 , top-right", False),
-        ("top-left 3 sum 3 , top-right 5 sum 8 . Final answer: 8", False),
-        ("top-left 3 sum 3 , top-right 4 sum 8 . Final answer: 8", False),
-        ("top-left 3 sum 3 , top-right 4 sum 7 . Final answer: 7", True),
-        ("top-left 3 sum 3 , top-right 4 4", True),
-    ],
-    ids=["empty", "equal", "right after all", "wrong", "unreadable"],
-)
-def test_dropout_ntp_refuses_what_is_no_negative(tokenizer, rejected: str, is_pair: bool) -> None:
+def test_samples_never_hold_tokens_that_stand_for_something_else(processor: DigitsProcessor, model) -> None:
+    engine = TransformersEngine(model, processor, batch_size=200)
+    sampling = SamplingConfig(temperature=5.0, top_k=0, max_new_tokens=20)
     task = make_task()
-    chosen = tuple(response_ids(tokenizer, task.response))
-    pair = pairs.Pair(task, chosen, tuple(response_ids(tokenizer, rejected)), "dropout_ntp", len(chosen) // 2)
-    assert pairs.is_dropout_ntp_pair(tokenizer, pair) == is_pair
-
-
-def test_a_response_too_short_to_cut_makes_no_pair(tokenizer, model) -> None:
-    task = make_task("direct")
-    assert not pairs.dropout_ntp_pairs(model, tokenizer, [task], [response_ids(tokenizer, task.response)])
-
-
-def test_samples_never_hold_tokens_that_stand_for_something_else(tokenizer, model) -> None:
-    responses = generate(model, tokenizer, [make_task()] * 200, temperature=5.0, max_tokens=20)
-    drawn = {token for response in responses for token in response}
+    asked = [Request(question=task.question, images=(task.picture,), seed=n, sampling=sampling) for n in range(200)]
+    drawn = {token for generation in engine.generate(asked) for token in generation.token_ids}
     assert len(drawn) > 50
-    assert not drawn & set(tokenizer.all_special_ids)
+    assert not drawn & set(processor.tokenizer.all_special_ids)
+
+
+class Scripted(TransformersEngine):
+    """The demo's engine with a script in the place of the model: it knows the truth, and is sometimes wrong."""
+
+    blind: ClassVar[list[Request]] = []
+
+    def generate(self, requests):
+        return [self._generation([*self.encode(self._answer(request)), *self.end_ids]) for request in requests]
+
+    def _answer(self, request: Request) -> str:
+        if not request.images:
+            self.blind.append(request)
+            # Now and then the wrong answer that the model also gives with the image: one pair in two ways.
+            return "2 sum 3 . Final answer: 17" if request.seed % 2 else "top-left . Final answer: 36"
+        right = self.truths[request.question, request.images[0].tobytes()]
+        answer = [right, right, "17", "sum sum"][request.seed % 4]
+        if "directly" in request.question:
+            return answer
+        return answer if answer == "sum sum" else f"top-left 1 sum 1 , top-right 2 sum 3 . Final answer: {answer}"
+
+
+@pytest.fixture
+def made(processor: DigitsProcessor, model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pairs of the scripted engine."""
+    Scripted.truths, Scripted.blind = {}, []  # type: ignore[attr-defined]
+    written = demo_pairs.write_items
+
+    def write(folder: Path, form: str, tasks: list[digits.Task]) -> None:
+        for task in tasks:
+            assert task.picture is not None
+            seen = task.picture.convert("RGB").tobytes()
+            Scripted.truths[task.question, seen] = str(task.answer)  # type: ignore[attr-defined]
+        written(folder, form, tasks)
+
+    monkeypatch.setattr(demo_pairs, "write_items", write)
+    monkeypatch.setattr(demo_pairs, "TransformersEngine", Scripted)
+    settings = Settings(questions=40, samples=4, direct_pairs=30, dropout_ntp_questions=20)
+    return make_pairs(model, processor, settings, np.random.default_rng(0), tmp_path)
+
+
+def test_the_pairs_are_of_all_kinds_and_pass_their_check(made) -> None:
+    pairs = load_pairs(made.path)
+    assert sum(made.counts.values()) == len(pairs)
+    assert {"direct correctness", "direct format", "cot correctness", "cot format", "cot dropout_ntp"} == set(
+        made.counts
+    )
+    assert sum(count for name, count in made.counts.items() if name.startswith("direct")) == 30
+    total = sum(summary.pairs for summary in made.summaries.values())
+    assert total == len(pairs) + sum(made.left_out.values())
+    assert made.left_out["equal to another pair"] > 0
+    assert check_pairs(open_pairs(made.path)).is_clean
+    assert set(check_pairs(open_pairs(made.path)).stats) == {"direct", "cot"}
+    is_right = matcher(**digits.MATCHER)
+    for pair in pairs:
+        style = digits.STYLES[pair.extra["form"]]
+        answer, other = extract_answer(pair.chosen, style), extract_answer(pair.rejected, style)
+        assert answer is not None
+        assert is_right(answer, pair.answer_gt).correct
+        assert (other is None) == (pair.provenance["pipeline"] == "format")
+        assert other is None or not is_right(other, pair.answer_gt).correct
+        assert len(pair.images) == 1
+        assert Path(pair.images[0]).is_file()
+    relative = json.loads(made.path.read_text().splitlines()[0])["images"]
+    assert relative[0].startswith("images/")
+
+
+def test_dropout_ntp_keeps_the_first_half_and_never_shows_the_image(made, processor: DigitsProcessor) -> None:
+    pairs = [pair for pair in load_pairs(made.path) if pair.provenance["pipeline"] == "dropout_ntp"]
+    assert pairs
+    for pair in pairs:
+        chosen = processor.tokenizer.encode(pair.chosen, add_special_tokens=False)
+        rejected = processor.tokenizer.encode(pair.rejected, add_special_tokens=False)
+        assert pair.provenance["cut"]["tokens"] == len(chosen) // 2
+        assert rejected[: len(chosen) // 2] == chosen[: len(chosen) // 2]
+    assert Scripted.blind
+    assert all(request.prefix_ids and "Think stepwise" in request.question for request in Scripted.blind)
+
+
+def test_another_demo_in_the_same_folder_samples_anew(made, processor: DigitsProcessor, model) -> None:
+    journal = made.path.parent / "dropout-ntp" / "journal-00000-of-00001.jsonl"
+    before = list(read_records(journal))
+    Scripted.blind.clear()
+    settings = Settings(questions=40, samples=4, direct_pairs=30, dropout_ntp_questions=20)
+    again = make_pairs(model, processor, settings, np.random.default_rng(0), made.path.parent)
+    assert Scripted.blind
+    assert list(read_records(journal)) == before
+    assert again.counts == made.counts
+
+
+def test_a_pair_file_that_fails_its_check_ends_the_demo(made) -> None:
+    (made.path.parent / "images" / "direct-00000.png").unlink()
+    for image in (made.path.parent / "images").glob("cot-*.png"):
+        image.unlink()
+    with pytest.raises(RuntimeError, match=r"pairs.jsonl must pass its check, got \{'missing image'"):
+        demo_pairs._check(made.path)
+
+
+def test_items_need_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tasks must have images, got none in task 0"):
+        write_items(tmp_path, "cot", [digits.without_image(make_task())])
+
+
+def test_a_branch_takes_the_pairs_and_starts_at_the_reference(made, processor: DigitsProcessor, model) -> None:
+    pairs = load_pairs(made.path)
+    settings = Settings(branch_steps=2, branch_batch=8, backend=BACKEND)
+    policy = copy.deepcopy(model)
+    ref_logp = reference_logp(policy, processor, pairs, settings)
+    assert ref_logp.shape == (len(pairs), 2)
+    curve = train_branch(policy, processor, pairs, ref_logp, METHODS["MPO"], settings)
+    assert curve[0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert curve[1]["dpo_loss"] != pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_evaluation_is_as_strict_as_the_form(processor: DigitsProcessor, model, monkeypatch) -> None:
+    tasks = digits.sample_tasks(digits.load_digits()["validation"], 4, np.random.default_rng(0), "direct")
+    texts = [tasks[0].response, f"{tasks[1].response} {tasks[1].response}", "sum", str(tasks[3].answer + 1)]
+
+    def generate(self, requests):
+        return [self._generation(self.encode(text)) for text in texts]
+
+    monkeypatch.setattr(TransformersEngine, "generate", generate)
+    assert evaluate(model, processor, tasks) == {"direct": {"accuracy": 0.25, "unparsable": 0.5, "count": 4}}
+
+
+def test_sft_learns_from_questions_with_and_without_images(processor: DigitsProcessor) -> None:
+    torch.manual_seed(0)
+    small = build_model(processor.tokenizer, hidden_size=32, layers=1)
+    settings = Settings(sft_most_steps=10, sft_check_steps=10, sft_decay_steps=2, sft_batch=16, validation_tasks=4,
+                        warmup_steps=2, backend=BACKEND)  # fmt: skip
+    curve = train_sft(small, processor, settings, np.random.default_rng(0))
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
+    assert len(curve) == 12
+    assert "accuracy" in curve[9]
 
 
 def test_branches_differ_in_their_weights_only() -> None:
@@ -230,8 +343,13 @@ def test_a_quick_run_leaves_all_files(tmp_path: Path) -> None:
     assert (out / "table.md").read_text().count("\n| ") == 5
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "pairs.html").read_text()
-    assert page.count("<article") == min(400, sum(only["pair_counts"].values()))
+    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    assert len(data["pairs"]) == sum(only["pair_counts"].values())
+    assert all(image["index"] >= 0 for pair in data["pairs"] for image in pair["images"])
     assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
+    assert json.loads((out / "check.json").read_text())["clean"]
+    assert set(only["sampling"]) == {"correctness-direct", "correctness-cot", "dropout-ntp"}
+    assert only["sampling"]["correctness-direct"]["items"] == 100
 
 
 _CLI = """
@@ -279,7 +397,7 @@ def test_a_missing_package_comes_with_the_command(
     monkeypatch.setattr(run, "_NEEDS", {"no_such_module": "scikit-learn"})
     args = parse()
     assert args.run(args) == 1
-    assert capsys.readouterr().err == "mpo-ext demo needs scikit-learn: pip install 'mpo-ext[demo]'\n"
+    assert capsys.readouterr().err.startswith("mpo-ext demo needs scikit-learn: install the extra 'demo'")
 
 
 def test_an_unknown_form_is_named() -> None:

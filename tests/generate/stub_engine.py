@@ -1,4 +1,4 @@
-"""An engine without a model: words drawn by the seed of the request, and the digits InternVL behind a processor."""
+"""An engine without a model: words drawn by the seed of the request."""
 
 import random
 import time
@@ -41,26 +41,3 @@ class StubEngine:
         text = f"{words}{answer}"
         finish = "length" if rng.random() < 0.1 else "stop"
         return Generation(tuple(self.encode(text)), text, finish)
-
-
-class DigitsProcessor:
-    """What a processor of transformers does, for the digits demo's tokenizer and images."""
-
-    chat_template = "the demo's own"
-    image_token = "<IMG_CONTEXT>"
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def apply_chat_template(self, messages: Any, **options: Any) -> str:
-        parts = messages[0]["content"]
-        images = sum(part["type"] == "image" for part in parts) * 4 * f"{self.image_token} "
-        return f"<|user|> {images}{''.join(part.get('text', '') for part in parts)} <|assistant|>"
-
-    def __call__(self, text: list[str], images: Any, **options: Any) -> dict[str, Any]:
-        import numpy as np
-        import torch
-
-        flat = [np.asarray(image.convert("L"), dtype=np.float32) / 255 for row in images for image in row]
-        pixels = (torch.from_numpy(np.stack(flat))[:, None] - 0.3) / 0.35
-        return {**self.tokenizer(text, **options, return_token_type_ids=False), "pixel_values": pixels}

@@ -526,7 +526,7 @@ def test_a_dead_process_is_replaced():
 
 def test_without_math_verify_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'mpo-ext\[math\]'"):
+    with pytest.raises(ImportError, match=r"install the extra 'math' of mpo-ext"):
         matcher("math")
 
 

@@ -17,10 +17,9 @@ for package in ("transformers", "sklearn", "PIL"):
 
 import torch
 from PIL import Image
-from stub_engine import DigitsProcessor
 
 from mpo_ext.demo import digits
-from mpo_ext.demo.model import build_model, build_tokenizer
+from mpo_ext.demo.model import build_model, build_processor, build_tokenizer
 from mpo_ext.generate import sampling
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
@@ -41,8 +40,8 @@ SAMPLING = SamplingConfig(max_new_tokens=12, top_k=0, temperature=1.0)
 @pytest.fixture(scope="module")
 def engine() -> TransformersEngine:
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    return TransformersEngine(build_model(tokenizer, hidden_size=32, layers=1), DigitsProcessor(tokenizer))
+    processor = build_processor()
+    return TransformersEngine(build_model(processor.tokenizer, hidden_size=32, layers=1), processor)
 
 
 def requests_of(count: int, *, seed: int = 0, **options: Any) -> list[Request]:
@@ -50,13 +49,12 @@ def requests_of(count: int, *, seed: int = 0, **options: Any) -> list[Request]:
     tasks = digits.sample_tasks(digits.load_digits()["train"], count, np.random.default_rng(seed))
     requests = []
     for number, task in enumerate(tasks):
-        pixels = (task.image.squeeze(0).numpy() * 255).astype(np.uint8)
         requests.append(
             Request(
                 key=str(number),
                 question=task.question,
-                images=(Image.fromarray(pixels),) if number % 3 else (),
-                prefix_ids=tuple(range(8, 8 + number % 5)),
+                images=(task.picture,) if number % 3 else (),
+                prefix_ids=tuple(range(9, 9 + number % 5)),
                 seed=derive_seed(seed, number),
                 sampling=SAMPLING,
             )
@@ -154,16 +152,24 @@ def test_images_stand_where_the_question_has_them() -> None:
 
 
 def test_a_tokenizer_without_a_template_gets_a_plain_prompt(engine: TransformersEngine) -> None:
-    plain = TransformersEngine(engine.model, engine.tokenizer)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    plain = TransformersEngine(engine.model, tokenizer)
     assert plain.prompt(Request(question="What is the sum ?")) == "What is the sum ?\n"
     (generation,) = plain.generate([Request(question="What is the sum ?", sampling=SAMPLING)])
     assert generation.text == plain.decode(generation.token_ids)
 
 
 def test_ranks_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+    launchers = [("SLURM_PROCID", "SLURM_NTASKS"), ("PMI_RANK", "PMI_SIZE"),
+                 ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("RANK", "WORLD_SIZE")]  # fmt: skip
+    for name in (name for launcher in launchers for name in launcher):
         monkeypatch.delenv(name, raising=False)
     assert rank_and_world() == (0, 1)
+    for number, (rank, world) in enumerate(launchers):  # each goes before those above it
+        monkeypatch.setenv(rank, str(number))
+        monkeypatch.setenv(world, "9")
+        assert rank_and_world() == (number, 9)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert rank_and_world() == (2, 4)
@@ -177,7 +183,7 @@ def grids(tmp_path: Path) -> Path:
     lines = []
     tasks = digits.sample_tasks(digits.load_digits()["train"], 16, np.random.default_rng(1), "cot")
     for number, task in enumerate(tasks):
-        Image.fromarray((task.image.squeeze(0).numpy() * 255).astype(np.uint8)).save(tmp_path / f"{number}.png")
+        task.picture.save(tmp_path / f"{number}.png")
         item = {"image": f"{number}.png", "question": f"<image>\n{task.question}", "chosen": task.response}
         lines.append(json.dumps({**item, "answer_gt": str(task.answer)}))
     (tmp_path / "items.jsonl").write_text("\n".join(lines) + "\n")
@@ -272,5 +278,5 @@ def test_vllm_gets_ids_images_and_a_seed_for_each_request(monkeypatch: pytest.Mo
 
 def test_a_missing_vllm_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match=r"VLLMEngine needs vllm: pip install 'mpo-ext\[vllm\]'"):
+    with pytest.raises(ImportError, match="VLLMEngine needs vllm: install the extra 'vllm'"):
         VLLMEngine("some/model")

@@ -25,7 +25,7 @@ def run(source: Path, out: Path, **options: Any) -> Any:
 
 
 def test_two_workers_give_the_outputs_of_a_plain_run(tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'mpo-ext[ray]'")
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
     items = write_items(tmp_path / "items.jsonl")
     pipeline = DropoutNTP(DropoutNTPConfig(samples=2))
     sampling.run(pipeline, StubEngine(), items, tmp_path / "plain", stream=None, block_size=4)
@@ -46,5 +46,5 @@ def test_two_workers_give_the_outputs_of_a_plain_run(tmp_path: Path) -> None:
 
 def test_a_missing_ray_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"ray_stages needs Ray Data: pip install 'mpo-ext\[ray\]'"):
+    with pytest.raises(ImportError, match="ray_stages needs Ray Data: install the extra 'ray' of mpo-ext"):
         run(write_items(tmp_path / "items.jsonl"), tmp_path / "out")

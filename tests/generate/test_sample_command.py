@@ -57,6 +57,17 @@ def test_a_run_of_other_settings_is_refused_in_words(
     assert "pipeline.sampling.top_k: 50 in the file, 20 now" in capsys.readouterr().err
 
 
+def test_root_map_moves_a_meta_file(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"one": {"root": "/gone/images", "annotation": "/gone/items.jsonl"}}))
+    assert sample(monkeypatch, "dropout-ntp", meta, tmp_path / "out") == 1
+    assert "/gone/items.jsonl" in capsys.readouterr().err
+    assert sample(monkeypatch, "dropout-ntp", meta, tmp_path / "out", "--root-map", f"/gone={tmp_path}") == 0
+    assert "6 items, 6 samples" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

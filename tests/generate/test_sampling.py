@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from stub_engine import StubEngine
 
+from mpo_ext.data.mmpr import write_mmpr
 from mpo_ext.data.records import Pair
 from mpo_ext.generate import sampling
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.journal import LockedError, SettingsMismatchError, read_records
-from mpo_ext.generate.sampling import Item, is_degenerate, journal_path, read_items
+from mpo_ext.generate.sampling import Item, is_degenerate, item_files, journal_path, read_items
 
 KILLS = int(os.environ.get("MPO_KILLS", "3"))
 RECORDS = int(os.environ.get("MPO_SAMPLING_RECORDS", "4000"))
@@ -74,7 +75,7 @@ def test_a_killed_run_ends_with_the_same_bytes(name: str, tmp_path: Path) -> Non
         before = len(list(read_records(journal_path(out, 0, 1)))) if journal_path(out, 0, 1).exists() else 0
         run(pipeline, items, out, engine, block_size=2 * per_item)
         keys = [record["key"] for record in read_records(journal_path(out, 0, 1))]
-        assert keys == [key for item in read_items(items) for key in pipeline.keys(item)]
+        assert keys == [key for item in read_items(item_files(items)) for key in pipeline.keys(item)]
         assert len(engine.requests) <= len(keys) - before + 2 * per_item
         assert outputs(out) == outputs(tmp_path / "whole")
         if kills >= KILLS:
@@ -191,6 +192,79 @@ def test_lines_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None
     assert counts["number of <image> is not that of the images"] == 1
     assert counts["no true answer"] == 1
     assert run(DropoutNTP(), items, tmp_path / "blind").refused["no chosen response"] == 1
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """A meta file of two subsets as MMPR's prompts are published: questions with an answer and no response."""
+    Image = pytest.importorskip("PIL.Image")  # noqa: N806
+    meta = {}
+    for name in ("charts", "maps"):
+        (tmp_path / "old" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "old" / name / "a.png")
+        lines = [{"image": "a.png", "question": f"<image>\n{name} {n}?", "answer": "7"} for n in range(4)]
+        lines[3]["image"] = "../maps/a.png"
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        meta[name] = {"root": str(tmp_path / "old" / name), "annotation": f"{name}.jsonl", "length": 4}
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(meta))
+    return path
+
+
+def test_a_meta_file_of_prompts_is_a_source(prompts: Path, tmp_path: Path) -> None:
+    """Its subsets keep their names and roots, through unsolved questions and back into MMPR."""
+    correctness = Correctness(CorrectnessConfig(samples=4, pairs_per_question=1))
+    summary = run(correctness, prompts, tmp_path / "out")
+    assert summary.items == 8
+    assert summary.refused["image outside the root of its subset"] == 1  # for "maps" it is inside
+    pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
+    unsolved = [json.loads(line) for line in (tmp_path / "out" / "unsolved.jsonl").read_text().splitlines()]
+    run(DropoutNTP(), tmp_path / "out" / "unsolved.jsonl", tmp_path / "blind")
+    blind = [json.loads(line) for line in (tmp_path / "blind" / "pairs.jsonl").read_text().splitlines()]
+    assert pairs
+    assert unsolved
+    assert blind
+    for pair in [*pairs, *blind]:
+        subset = pair["question"].split()[1]
+        root = str(tmp_path / "old" / subset)
+        assert pair["extra"]["$source"] == {"subset": subset, "root": root}
+        assert pair["images"][0].startswith(root)
+    written = write_mmpr(tmp_path / "mmpr", map(Pair.from_dict, [*pairs, *blind]))
+    assert sum(written.values()) == len(pairs) + len(blind)
+    assert set(written) == {"charts", "maps"}
+
+
+def test_a_meta_file_that_moved_is_the_same_input(prompts: Path, tmp_path: Path) -> None:
+    correctness = Correctness(CorrectnessConfig(samples=4))
+    run(correctness, prompts, tmp_path / "out")
+    (tmp_path / "old").rename(tmp_path / "new")
+    engine = StubEngine()
+    root_map = [(str(tmp_path / "old"), str(tmp_path / "new"))]
+    summary = run(correctness, prompts, tmp_path / "out", engine, root_map=root_map)
+    assert summary.items == 8
+    assert not engine.requests  # all of it was in the journal
+    pair = json.loads((tmp_path / "out" / "pairs.jsonl").read_text().splitlines()[0])
+    assert pair["images"][0].startswith(str(tmp_path / "new"))
+    fresh = run(correctness, prompts, tmp_path / "again", root_map=root_map)
+    assert fresh.refused["image cannot be read"] == 0
+    (tmp_path / "maps.jsonl").write_text("")
+    with pytest.raises(SettingsMismatchError):
+        run(correctness, prompts, tmp_path / "out", root_map=root_map)
+
+
+def test_roots_belong_to_the_kind_of_the_source(prompts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="image_root must be left out for a meta file"):
+        run(DropoutNTP(), prompts, tmp_path / "out", image_root="images")
+    items = write_items(tmp_path / "items.jsonl", 1)
+    with pytest.raises(ValueError, match="root_map must be left out unless source is a meta file"):
+        run(DropoutNTP(), items, tmp_path / "out", root_map=[("a", "b")])
+
+
+def test_images_that_are_urls_are_said_to_be(tmp_path: Path) -> None:
+    items = tmp_path / "items.jsonl"
+    items.write_text(json.dumps({"question": "Q?", "image": "https://host/a.png", "answer": "7"}) + "\n")
+    refused = run(PIPELINES["correctness"](), items, tmp_path / "out").refused
+    assert refused == {"images are URLs, which are not fetched: download them first": 1}
 
 
 def test_every_output_line_is_a_pair(tmp_path: Path) -> None:
