@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     from mpo_ext.data.cli import add_parser as add_data
     from mpo_ext.demo.run import add_parser as add_demo
     from mpo_ext.generate.cli import add_parser as add_sample
+    from mpo_ext.train.cli import add_parser as add_train
 
     parser = argparse.ArgumentParser(
         prog="mpo-ext", description="Mixed Preference Optimization of multimodal and text language models."
@@ -99,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     add_doctor(subcommands)
     add_data(subcommands)
     add_sample(subcommands)
+    add_train(subcommands)
     add_demo(subcommands)
     args = parser.parse_args(argv)
     return args.run(args)

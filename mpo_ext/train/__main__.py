@@ -1,0 +1,8 @@
+"""``accelerate launch -m mpo_ext.train RECIPE [KEY=VALUE ...]``."""
+
+import sys
+
+from mpo_ext.train.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

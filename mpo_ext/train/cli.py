@@ -1,0 +1,116 @@
+"""The ``mpo-ext train`` command. What it needs is imported when it runs."""
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpo_ext.train.plan import Plan
+
+
+def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Registers ``mpo-ext train``."""
+    parser = subcommands.add_parser(
+        "train",
+        help="train a model on preference pairs as a recipe says",
+        description="Trains a model as a recipe says. A run that was ended goes on when the same command is given "
+        "again. On several GPUs: accelerate launch -m mpo_ext.train RECIPE [KEY=VALUE ...].",
+    )
+    add_arguments(parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``mpo-ext train`` and ``python -m mpo_ext.train`` take."""
+    parser.add_argument("recipe", help="YAML file; relative paths in it start at the current folder")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE",
+        help="setting in place of the recipe's, as in optim.learning_rate=1e-6 or 'data.train=[a.jsonl, b.jsonl]'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check recipe, model and data, say what the run needs, and end"
+    )
+    parser.add_argument(
+        "--world", type=int, metavar="N", help="processes that --dry-run plans for (default: those launched)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run_train)
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        """Takes the settings behind an option too, which argparse leaves over."""
+        namespace, left = parse(args, namespace)
+        late = [text for text in left if "=" in text and not text.startswith("-")]
+        namespace.overrides = [*namespace.overrides, *late]
+        return namespace, [text for text in left if text not in late]
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        What ``loop.train`` returns; 0 after a dry run; 1 where the run cannot begin or go on.
+    """
+    try:
+        from mpo_ext.train.recipe import load_recipe
+
+        recipe = load_recipe(args.recipe, args.overrides)
+        if not args.dry_run:
+            if args.world is not None:
+                raise ValueError(f"--world must come with --dry-run, got {args.world} without it")
+            from mpo_ext.train.loop import train
+
+            return train(recipe) or 0
+        from mpo_ext.train.plan import plan
+
+        planned = plan(recipe, world=args.world or int(os.environ.get("WORLD_SIZE", "1")))
+        if int(os.environ.get("RANK", "0")) == 0:
+            print_plan(planned)
+        return 0
+    except ImportError as error:
+        hint = "" if "pip install" in str(error) else ": pip install 'mpo-ext[train]'"
+        return _fail(args, error, hint)
+    except (OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        return _fail(args, error)
+
+
+def print_plan(plan: "Plan") -> None:
+    """Prints a plan in tables on a terminal, and as text elsewhere."""
+    if not sys.stdout.isatty():
+        print(plan)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for title, header, rows in plan.tables():
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=any(header), pad_edge=False)
+        for column, name in enumerate(header):
+            is_number = column > 0 and all(row[column][:1].isdigit() or not row[column] for row in rows)
+            table.add_column(name, justify="right" if is_number and any(header) else "left")
+        for row in rows:
+            table.add_row(*row, end_section=False)
+        console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+
+
+def _fail(args: argparse.Namespace, error: Exception, hint: str = "") -> int:
+    if args.debug:
+        raise error
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"mpo-ext train: {text}{hint}", file=sys.stderr)
+    return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs ``python -m mpo_ext.train`` and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mpo_ext.train", description="Trains a model as a recipe says: mpo-ext train for launchers."
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    return args.run(args)
