@@ -1,0 +1,344 @@
+"""Runs of a recipe in processes of their own, as one of several ranks, killed or signalled where a test wants it.
+
+Processes are forked from a server that has imported what they need, so that one costs no more than its steps. As a
+program it writes a small text model with its tokenizer, and pairs: what the command line can be tested with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+LIMIT_S = 120.0
+HERE = Path(__file__).parent
+# One thread: sums are in one order then. No GPU: other tests have it.
+_ENVIRONMENT = {
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "MPO_CPU_PRODUCT": "float32",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run of the tiny model of ``digits_run``.
+
+    Attributes:
+        out: Folder of the run. Beside it stand ``.text`` (what it printed), ``.rank0`` ... (what each rank ended with)
+            and ``.events``.
+        pairs: File to train on.
+        settings: Overrides of the recipe, as in ``digits_run.recipe``.
+        hook: Called in each process with its rank, before the run.
+        world: Number of processes.
+        sharded: Whether they shard the model (FSDP2); else it is DDP.
+    """
+
+    out: Path
+    pairs: Path
+    settings: dict[str, Any]
+    hook: Callable[[int], None] | None = None
+    world: int = 1
+    sharded: bool = False
+
+    def beside(self, suffix: str) -> Path:
+        return self.out.with_name(f"{self.out.name}.{suffix}")
+
+
+@functools.lru_cache(None)
+def _server() -> Any:
+    """The context of a server that has imported the trainer."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["run_recipe_preload", "run_recipe"])
+    before = dict(os.environ)
+    os.environ.update(_ENVIRONMENT)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), before.get("PYTHONPATH"))))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def start(job: Job) -> list[Any]:
+    """Starts the processes of a run."""
+    context = _server()
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in ("store", "begun"):
+        job.beside(name).unlink(missing_ok=True)
+    for rank in range(job.world):
+        job.beside(f"rank{rank}").unlink(missing_ok=True)
+    processes = [context.Process(target=_work, args=(job, rank)) for rank in range(job.world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: Sequence[Any], limit_s: float = LIMIT_S) -> list[int]:
+    """Waits for processes and returns their exit codes; those that take longer are killed, and it is an error."""
+    end_s = time.monotonic() + limit_s
+    for process in processes:
+        process.join(max(end_s - time.monotonic(), 0.01))
+    late = [number for number, process in enumerate(processes) if process.exitcode is None]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not late, f"processes {late} of {len(processes)} must end within {limit_s} s"
+    return [process.exitcode for process in processes]
+
+
+def run(job: Job, limit_s: float = LIMIT_S) -> list[int]:
+    """Runs to the end and returns the exit code of each process."""
+    return finish(start(job), limit_s)
+
+
+def text_of(job: Job) -> str:
+    """What all runs into this folder have printed."""
+    path = job.beside("text")
+    return path.read_text() if path.exists() else ""
+
+
+def log_of(job: Job) -> list[dict[str, Any]]:
+    """The log but for what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in line if name not in ("tokens_per_s", "memory_mib")} for line in lines]
+
+
+def result_of(job: Job, rank: int = 0) -> dict[str, Any]:
+    """Parameters, by name, and state of the reward shift that a rank ended with."""
+    import torch
+
+    return torch.load(job.beside(f"rank{rank}"))
+
+
+def _work(job: Job, rank: int) -> None:
+    """A process of a run; its exit code is that of the trainer."""
+    with open(job.beside("text"), "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ.update(_ENVIRONMENT)
+    try:
+        code = _train(job, rank)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(code)
+
+
+def _train(job: Job, rank: int) -> int:
+    import digits_run
+    import torch
+
+    from mpo_ext.train import card, loop
+
+    torch.set_num_threads(1)
+    card.write_card = lambda *args, **kwargs: None  # draws, which takes longer than the run
+    if job.world > 1:
+        _join_ranks(job, rank)
+    if job.hook is not None:
+        job.hook(rank)
+    model, processor = digits_run.tiny()
+    recipe = digits_run.recipe(job.out.with_name(f"{job.out.name}.{rank}") / job.out.name, job.pairs, **job.settings)
+    recipe = dataclasses.replace(recipe, output=dataclasses.replace(recipe.output, dir=str(job.out)))
+    job.beside("begun").touch()
+    trainer = loop.Trainer(recipe, model=model, processor=processor)
+    end_training = trainer.accelerator.end_training
+
+    def keep_and_end() -> None:
+        weights = {}
+        for name, value in trainer.model.named_parameters():
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            weights[name.removeprefix("module.")] = whole.detach().clone()
+        torch.save({"weights": weights, "reward_shift": trainer.reward_shift.state_dict()}, job.beside(f"rank{rank}"))
+        trainer.accelerator.wait_for_everyone()
+        end_training()
+
+    trainer.accelerator.end_training = keep_and_end
+    return trainer.run()
+
+
+def _join_ranks(job: Job, rank: int) -> None:
+    from datetime import timedelta
+
+    import accelerate
+    import torch.distributed as dist
+
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.world, "LOCAL_WORLD_SIZE": job.world}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{job.beside('store')}",
+        rank=rank,
+        world_size=job.world,
+        timeout=timedelta(seconds=60),
+    )
+    if job.sharded:
+        os.environ.update(_FSDP2)
+        accelerate.PartialState(cpu=True)
+        # accelerate shards on accelerators only; all else of it works on a CPU too.
+        accelerate.PartialState._shared_state["distributed_type"] = accelerate.DistributedType.MULTI_GPU
+
+
+# Hooks
+
+
+def _count_calls(owner: Any, name: str, before: Callable[[], None]) -> None:
+    call = getattr(owner, name)
+
+    @functools.wraps(call)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        before()
+        return call(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def die_at_event(number: int | None, events: Path, rank: int) -> None:
+    """Counts what the run does (forward passes, updates, changes on the disk) and kills it before one of them.
+
+    Args:
+        number: Of the event, from 0; None lets it live.
+        events: File that the number of all events is written to.
+        rank: Of the process.
+    """
+    import torch
+
+    from mpo_ext.train import loop, reference
+
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        if done == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+        if number is None:
+            events.write_text(str(done))
+
+    for name in ("rename", "replace", "unlink", "rmdir", "fsync", "mkdir", "truncate"):
+        _count_calls(os, name, count)
+    for name in ("linear_mpo_loss", "mpo_loss"):
+        _count_calls(loop, name, count)
+    _count_calls(reference, "linear_token_logp", count)
+    _count_calls(torch.optim.AdamW, "step", count)
+    _count_calls(loop.Log, "append", count)
+    _count_calls(reference.Journal, "append", count)
+
+
+def signal_at_forward(number: int, signals: Sequence[int], only: int | None, rank: int) -> None:
+    """Sends signals to the process itself in the number-th forward pass of the policy, from 0.
+
+    Args:
+        number: Of the pass.
+        signals: One after the other.
+        only: The rank that does it; None for all.
+        rank: Of the process.
+    """
+    from mpo_ext.train import loop
+
+    passes = 0
+
+    def count() -> None:
+        nonlocal passes
+        if passes == number and only in (None, rank):
+            for one in signals:
+                os.kill(os.getpid(), one)
+        passes += 1
+
+    _count_calls(loop, "linear_mpo_loss", count)
+
+
+def count_reference_pairs(path: Path, rank: int) -> None:
+    """Writes a line into a file for each pair whose log-probs under the reference are computed."""
+    from mpo_ext.train import reference
+
+    original = reference.sequence_logp
+
+    def counted(model: Any, batch: Any, recipe: Any) -> Any:
+        with open(path, "a") as file:
+            file.writelines(f"{digest}\n" for digest in batch.digests)
+        return original(model, batch, recipe)
+
+    reference.sequence_logp = counted
+
+
+def all_of(hooks: Sequence[Callable[[int], None]], rank: int) -> None:
+    """Several hooks."""
+    for hook in hooks:
+        hook(rank)
+
+
+# A text model on the disk, for the command line
+
+
+def write_text_run(folder: Path) -> Path:
+    """Writes a model, its tokenizer, pairs and a recipe. Returns the path of the recipe."""
+    import torch
+    import transformers
+
+    from mpo_ext.demo.model import build_processor
+
+    tokenizer = build_processor().tokenizer
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lines = [
+        {"question": f"Read row {number % 8 + 1} .", "chosen": f"{number % 10} , 3", "rejected": f"{number % 7}"}
+        for number in range(10)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = {
+        "model": {"path": str(folder / "model")},
+        "data": {"train": str(folder / "pairs.jsonl")},
+        "optim": {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3},
+        "output": {"dir": str(folder / "out"), "save_every": 1},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+@contextlib.contextmanager
+def program(command: Sequence[str], text: Path) -> Iterator[Any]:
+    """A program with a session of its own; whatever is left of it at the end is killed."""
+    import subprocess
+
+    with open(text, "w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **_ENVIRONMENT}, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
