@@ -5,6 +5,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from mpo_ext.config import install_hint
+
 if TYPE_CHECKING:
     from mpo_ext.train.plan import Plan
 
@@ -70,7 +72,7 @@ def run_train(args: argparse.Namespace) -> int:
             print_plan(planned)
         return 0
     except ImportError as error:
-        hint = "" if "pip install" in str(error) else ": pip install 'mpo-ext[train]'"
+        hint = "" if "pip install" in str(error) else f": {install_hint('train')}"
         return _fail(args, error, hint)
     except (OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         return _fail(args, error)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mpo_ext import head as heads
+from mpo_ext.config import install_hint
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
 
 _SAMPLED = 4096  # values of each parameter that go into a fingerprint
@@ -131,7 +132,7 @@ def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("model.lora needs peft: pip install peft") from error
+        raise ImportError(f"model.lora needs peft: {install_hint('lora')}") from error
     inner: Any = heads._unwrap(model)
     target: str | list[str] = recipe.target if isinstance(recipe.target, str) else list(recipe.target)
     if target == "all-linear":

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mpo_ext import head as heads
+from mpo_ext.config import install_hint
 from mpo_ext.train import model as models
 from mpo_ext.train.layout import Layout, supports_shared_prefix
 from mpo_ext.train.mixture import Mixture, Subset
@@ -393,7 +394,7 @@ def _meta_model(recipe: ModelRecipe) -> nn.Module:
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise ImportError("training needs transformers: pip install 'mpo-ext[train]'") from error
+        raise ImportError(f"training needs transformers: {install_hint('train')}") from error
 
     config = AutoConfig.from_pretrained(recipe.path, revision=recipe.revision)
     loader, _ = models.loader_of(config)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mpo_ext.config import MPOConfig
+from mpo_ext.config import MPOConfig, install_hint
 
 #: What ``ModelRecipe.freeze`` may name.
 FREEZABLE = ("vision_tower", "projector", "language_model")
@@ -654,7 +654,7 @@ def _import_yaml() -> Any:
     try:
         import yaml
     except ImportError as error:
-        raise ImportError("recipes need PyYAML: pip install 'mpo-ext[train]'") from error
+        raise ImportError(f"recipes need PyYAML: {install_hint('train')}") from error
     return yaml
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from mpo_ext.__main__ import main
-from mpo_ext.config import MPOConfig
+from mpo_ext.config import MPOConfig, install_hint
 from mpo_ext.ops import BACKENDS
 from mpo_ext.reward_shift import RewardShift
 from mpo_ext.train import __main__ as module_main
@@ -362,7 +362,7 @@ def test_python_values_take_the_types_of_their_fields() -> None:
 
 def test_a_missing_yaml_names_the_extra(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Recipe]) -> None:
     monkeypatch.setitem(sys.modules, "yaml", None)
-    with pytest.raises(ImportError, match=r"recipes need PyYAML: pip install 'mpo-ext\[train\]'"):
+    with pytest.raises(ImportError, match=r"recipes need PyYAML: install the extra 'train' of mpo-ext"):
         load()
 
 
@@ -447,7 +447,7 @@ def test_missing_packages_name_the_extra(
     (tmp_path / "r.yaml").write_text(SMALL)
     monkeypatch.setattr(builtins, "__import__", without_accelerate)
     assert main(["train", str(tmp_path / "r.yaml")]) == 1
-    assert capsys.readouterr().err == ("mpo-ext train: No module named 'accelerate': pip install 'mpo-ext[train]'\n")
+    assert capsys.readouterr().err == (f"mpo-ext train: No module named 'accelerate': {install_hint('train')}\n")
 
 
 def test_words_that_are_no_settings_are_refused(
