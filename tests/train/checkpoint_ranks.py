@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from families import VOCAB, text_model
+from run_recipe import LIMIT_S, server
 from torch import nn
 
 from mpo_ext.train import checkpoint
@@ -205,7 +207,7 @@ CASES = {case.__name__: case for case in (save_by_two, load_by_two, adapters_by_
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     accelerate.state.AcceleratorState._reset_state(True)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
@@ -224,10 +226,13 @@ def worker(rank: int, folder: str) -> None:
 
 def run_all(folder: Path) -> None:
     """Runs all cases on two ranks. A case that fails ends the run, with its words in a file."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
+    server()
+    ranks = mp.start_processes(worker, args=(str(folder),), nprocs=2, join=False, start_method="forkserver")
+    end_s = time.monotonic() + LIMIT_S
     try:
-        mp.start_processes(worker, args=(str(folder),), nprocs=2, start_method="fork")
+        while not ranks.join(max(end_s - time.monotonic(), 1)):
+            if time.monotonic() > end_s:
+                for process in ranks.processes:
+                    process.kill()
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
         (folder / "end").write_text(str(error))

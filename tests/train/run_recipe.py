@@ -67,8 +67,9 @@ class Job:
 
 
 @functools.lru_cache(None)
-def _server() -> Any:
-    """The context of a server that has imported the trainer."""
+def server() -> Any:
+    """The context of processes forked from a server that has imported the trainer and has no thread: a fork of the
+    tests' own process, which has had some, may wait for their locks for ever."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run_recipe_preload", "run_recipe"])
     before = dict(os.environ)
@@ -84,7 +85,7 @@ def _server() -> Any:
 
 def start(job: Job) -> list[Any]:
     """Starts the processes of a run."""
-    context = _server()
+    context = server()
     job.out.parent.mkdir(parents=True, exist_ok=True)
     for name in ("store", "begun"):
         job.beside(name).unlink(missing_ok=True)

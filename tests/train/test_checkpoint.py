@@ -7,7 +7,6 @@ import errno
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import random
 import resource
@@ -25,6 +24,7 @@ import torch
 import transformers
 from checkpoint_ranks import assert_same, optimizer_of, snapshot, tied, train, with_adapters
 from families import IMAGE, VOCAB, internvl, text_model
+from run_recipe import server
 from torch import nn
 
 from mpo_ext.train import checkpoint
@@ -375,7 +375,7 @@ def save_forever(folder: Path, first: int) -> None:
 
 def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_whole(accelerator: Any, tmp_path: Path) -> None:
     rng = random.Random(os.environ.get("MPO_KILLS", "0"))
-    context = multiprocessing.get_context("fork")
+    context = server()
     told = 0
     for _ in range(KILLS):
         process = context.Process(target=save_forever, args=(tmp_path, told + 1))
@@ -429,7 +429,7 @@ def test_a_death_before_any_change_on_the_disk_leaves_a_whole_checkpoint(
     for number in itertools.count():
         store = Checkpoints(tmp_path / str(number), keep_last=1)
         save(store, 1)
-        process = multiprocessing.get_context("fork").Process(target=die_at, args=(store.folder, number, step))
+        process = server().Process(target=die_at, args=(store.folder, number, step))
         process.start()
         process.join(60)
         latest = store.latest()
@@ -503,9 +503,7 @@ def write_past_a_limit(folder: Path, limit: int, result: Path) -> None:
 @pytest.mark.parametrize("limit", [500_000, 3000], ids=["tensors", "random state"])
 def test_a_write_that_fails_costs_the_new_checkpoint_only(accelerator: Any, tmp_path: Path, limit: int) -> None:
     store = Checkpoints(tmp_path / "checkpoints")
-    process = multiprocessing.get_context("fork").Process(
-        target=write_past_a_limit, args=(store.folder, limit, tmp_path / "result")
-    )
+    process = server().Process(target=write_past_a_limit, args=(store.folder, limit, tmp_path / "result"))
     process.start()
     process.join(60)
     text = (tmp_path / "result").read_text()
