@@ -1,0 +1,30 @@
+"""An engine that says what it is told to, and files of questions for it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stub_engine import StubEngine
+
+from mpo_ext.generate.engine import Generation, Request
+
+
+class ScriptedEngine(StubEngine):
+    """Answers a question, found by its first line, with the text of the sample; "..." at the end means cut off."""
+
+    def __init__(self, answers: Mapping[str, Sequence[str]], *, name: str = "scripted") -> None:
+        super().__init__()
+        self.answers, self.name = answers, name
+
+    def settings(self) -> dict[str, Any]:
+        return {"engine": "scripted", "model": self.name}
+
+    def _answer(self, request: Request) -> Generation:
+        text = self.answers[request.question.splitlines()[0]][int(request.key.rpartition("-")[2])]
+        return Generation(tuple(self.encode(text)), text, "length" if text.endswith("...") else "stop")
+
+
+def write_lines(path: Path, lines: Sequence[Any]) -> Path:
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
