@@ -89,8 +89,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     from mpo_ext.data.cli import add_parser as add_data
     from mpo_ext.demo.run import add_parser as add_demo
+    from mpo_ext.evaluate.cli import add_parser as add_evaluate
     from mpo_ext.generate.cli import add_parser as add_sample
     from mpo_ext.train.cli import add_parser as add_train
+    from mpo_ext.train.cli import add_plan_parser as add_plan
 
     parser = argparse.ArgumentParser(
         prog="mpo-ext", description="Mixed Preference Optimization of multimodal and text language models."
@@ -101,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     add_data(subcommands)
     add_sample(subcommands)
     add_train(subcommands)
+    add_plan(subcommands)
+    add_evaluate(subcommands)
     add_demo(subcommands)
     args = parser.parse_args(argv)
     return args.run(args)

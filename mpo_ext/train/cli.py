@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mpo_ext.config import install_hint
 
 if TYPE_CHECKING:
+    from mpo_ext.cost import Machine
     from mpo_ext.train.plan import Plan
 
 
@@ -47,6 +48,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return namespace, [text for text in left if text not in late]
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def add_plan_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Registers ``mpo-ext plan``."""
+    parser = subcommands.add_parser(
+        "plan",
+        help="predict time and memory of a recipe on a GPU",
+        description="Says what mpo-ext train --dry-run says, and what a step is predicted to take on a GPU, as the "
+        "recipe has it and otherwise. Nothing of it is measured.",
+    )
+    parser.add_argument("recipe", help="YAML file; relative paths in it start at the current folder")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="setting in place of the recipe's")
+    parser.add_argument("--gpu", metavar="NAME", help="A100, H100, H200 or B200, by its data sheet (default: H100)")
+    parser.add_argument("--bandwidth", type=float, metavar="TB/S", help="peak memory bandwidth, in place of --gpu")
+    parser.add_argument("--tflops", type=float, help="peak dense TFLOP/s in the recipe's precision, with --bandwidth")
+    parser.add_argument("--world", type=int, default=1, metavar="N", help="processes (default: 1)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run_plan)
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Runs ``mpo-ext plan``.
+
+    Returns:
+        0, or 1 where recipe, model, data or GPU are not as they must be.
+    """
+    try:
+        from mpo_ext.train.plan import plan
+        from mpo_ext.train.recipe import load_recipe
+
+        planned = plan(load_recipe(args.recipe, args.overrides), world=args.world)
+        machine = _machine(args, planned.cost_model.compute)
+        print_plan(planned)
+        title = f"Time of a step on a {machine.name}, PREDICTED ({machine.source}; communication and data left out)"
+        print_table(title, ("", "step", "of this recipe", "memory"), planned.times(machine))
+        for line in planned.advice(machine):
+            print(f"- {line}")
+        return 0
+    except ImportError as error:
+        hint = "" if "pip install" in str(error) else f": {install_hint('train')}"
+        return _fail(args, error, hint, "plan")
+    except (OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        return _fail(args, error, command="plan")
+
+
+def _machine(args: argparse.Namespace, dtype: str) -> "Machine":
+    """The GPU that the options name.
+
+    Raises:
+        ValueError: If they do not name one.
+    """
+    from mpo_ext import cost
+
+    given = {"--bandwidth": args.bandwidth, "--tflops": args.tflops}
+    if args.bandwidth is None and args.tflops is None:
+        return cost.gpu(args.gpu or "H100")
+    if args.gpu is not None:
+        raise ValueError(f"--gpu must not come with --bandwidth or --tflops, got {args.gpu!r} with them")
+    for name, value in given.items():
+        if value is None:
+            raise ValueError(f"{name} must be given too, got only {', '.join(k for k, v in given.items() if v)}")
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    name = f"GPU of {args.bandwidth:g} TB/s and {args.tflops:g} TFLOP/s"
+    return cost.peaks(args.bandwidth * 1e12, {dtype: args.tflops * 1e12}, name)
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -100,11 +166,24 @@ def print_plan(plan: "Plan") -> None:
         console.print(f"note: {note}", markup=False, highlight=False)
 
 
-def _fail(args: argparse.Namespace, error: Exception, hint: str = "") -> int:
+def print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Prints a table as text."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    print(f"\n{title}")
+    for row in (header, *rows):
+        cells = [
+            cell.rjust(width) if n else cell.ljust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print(f"  {'  '.join(cells)}".rstrip())
+    print()
+
+
+def _fail(args: argparse.Namespace, error: Exception, hint: str = "", command: str = "train") -> int:
     if args.debug:
         raise error
     text = " ".join(str(error).split()) or type(error).__name__
-    print(f"mpo-ext train: {text}{hint}", file=sys.stderr)
+    print(f"mpo-ext {command}: {text}{hint}", file=sys.stderr)
     return 1
 
 

@@ -1,6 +1,6 @@
-"""What a run will do and need, told without weights: for ``mpo-ext train --dry-run``.
+"""What a run will do and need, told without weights: for ``mpo-ext train --dry-run`` and ``mpo-ext plan``.
 
-All of memory is an estimate; docs/train.md explains the formulas.
+All of memory is an estimate, docs/train.md explains the formulas; all of time is a prediction of ``mpo_ext.cost``.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpo_ext import cost
 from mpo_ext import head as heads
 from mpo_ext.config import install_hint
 from mpo_ext.train import model as models
@@ -70,6 +71,8 @@ class Plan:
         memory: The parts of a rank's memory.
         other_activations: Activations with gradient checkpointing the other way, in bytes.
         eager_loss: What the same loss on logits of separate rows in plain torch needs, in bytes.
+        cost_model: The model as ``mpo_ext.cost`` takes it.
+        cost_step: A rank's step of longest pairs, likewise.
         notes: What to know besides.
     """
 
@@ -94,6 +97,8 @@ class Plan:
     memory: tuple[Memory, ...]
     other_activations: int
     eager_loss: int
+    cost_model: cost.Model
+    cost_step: cost.Step
     notes: tuple[str, ...]
 
     @property
@@ -110,6 +115,62 @@ class Plan:
     def total_sharded(self) -> int:
         """Estimated memory of a rank, parameters, gradients and optimizer sharded."""
         return sum(part.sharded for part in self.memory)
+
+    def predict(self, trainer: str, machine: cost.Machine, **changes: Any) -> cost.Cost:
+        """Predicts a step of a rank on a machine; ``changes`` are those of ``cost_step``."""
+        return cost.step_cost(trainer, self.cost_model, dataclasses.replace(self.cost_step, **changes), machine)
+
+    def times(self, machine: cost.Machine) -> list[tuple[str, ...]]:
+        """Rows of what a step is predicted to take: as the recipe has it first, then otherwise."""
+        trainer, step = self._trainer(), self.cost_step
+        cases: dict[str, tuple[str, dict[str, Any]]] = {"this recipe": (trainer, {})}
+        if step.has_reference:
+            name = "a copy as reference" if step.precomputed else "reference.kind=precomputed"
+            cases[name] = (trainer, {"precomputed": not step.precomputed})
+        if self.cost_model.head_learns and "from logits" not in trainer:
+            recompute = trainer != "mpo_ext, recompute=False"
+            other = "mpo_ext, recompute=False" if recompute else "mpo_ext"
+            cases[f"loss.recompute={str(not recompute).lower()}"] = (other, {})
+        if "from logits" not in trainer:
+            cases["loss.from_logits=true"] = (f"{trainer.removesuffix(', recompute=False')}, from logits", {})
+        cases[f"model.gradient_checkpointing={str(not step.checkpointing).lower()}"] = (
+            trainer, {"checkpointing": not step.checkpointing},
+        )  # fmt: skip
+        cases["TRL's DPOTrainer"] = ("TRL", {"precomputed": False})
+        found = {name: self.predict(one, machine, **changes) for name, (one, changes) in cases.items()}
+        first = found["this recipe"].seconds
+        return [
+            (name, _seconds(one.seconds), f"{one.seconds / first:.2f}", _size(round(one.memory)))
+            for name, one in found.items()
+        ]
+
+    def _trainer(self) -> str:
+        """The key of ``cost.STEPS`` that is like the recipe."""
+        loss = self.recipe.loss
+        name = "mpo_ext" if self.layout == "shared" else "mpo_ext, separate rows"
+        if loss.from_logits:
+            return f"{name}, from logits"
+        return "mpo_ext, recompute=False" if not loss.recompute and self.layout == "shared" else name
+
+    def advice(self, machine: cost.Machine) -> Iterator[str]:
+        """Yields which path to take when, as predicted for the machine."""
+        kept = 4 * 2 * self.cost_step.response * self.cost_step.pairs * self.vocab_size
+        if self.cost_model.head_learns:
+            yield (
+                f"loss.recompute=false saves one of four products with the head and keeps {_size(kept)} of logits: "
+                "take it where that memory is free"
+            )
+        else:
+            yield "the head is frozen: the loss projects once, and loss.recompute changes nothing"
+        yield "loss.from_logits=true is for models whose head is no plain linear layer; it is never faster"
+        if self.cost_step.has_reference:
+            whole = self.predict(self._trainer(), machine, precomputed=False).seconds
+            saved = whole - self.predict(self._trainer(), machine, precomputed=True).seconds
+            epochs = self.recipe.optim.epochs
+            yield (
+                f"reference.kind=precomputed saves {saved / whole:.0%} of a step and the reference's memory, for one "
+                f"forward per pair before the first step: in time it pays from the second epoch on (here: {epochs})"
+            )
 
     def tables(self) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
         """Yields title, header and rows of each table."""
@@ -247,6 +308,8 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
         memory=tuple(estimate.parts()),
         other_activations=estimate.activations(checkpointed=not recipe.model.gradient_checkpointing),
         eager_loss=estimate.eager_loss(),
+        cost_model=estimate.cost_model(),
+        cost_step=estimate.cost_step(math.ceil(pairs_per_rank / optim.micro_batch_size)),
         notes=tuple(notes),
     )
 
@@ -313,6 +376,46 @@ class _Estimate:
             patches = self.prompt * _patches_per_token(heads._unwrap(self.model).config)
             total += self._activations(self.vision, patches, checkpointed=checkpointed)
         return total
+
+    def cost_model(self) -> cost.Model:
+        """The model as ``mpo_ext.cost`` takes it."""
+        parameters = list(self.model.parameters())
+        compute = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.recipe.precision]
+        dtype = str(self.head_weight.dtype).removeprefix("torch.")
+        return cost.Model(
+            parameters=sum(parameter.numel() for parameter in parameters),
+            trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            decoder=_linear_weights(self.decoder),
+            layers=len(self.decoder),
+            width=self.width,
+            vocab=self.vocab,
+            kept=sum(map(self._per_position, self.decoder)),
+            vision=_linear_weights(self.vision),
+            vision_layers=len(self.vision),
+            vision_width=max(map(_width, self.vision), default=0),
+            vision_kept=sum(map(self._per_position, self.vision)),
+            vision_learns=any(one.requires_grad for layer in self.vision for one in layer.parameters()),
+            head_learns=self.head_weight.requires_grad,
+            dtype=dtype,
+            compute=compute,
+        )
+
+    def cost_step(self, micro_batches: int) -> cost.Step:
+        """A step of longest pairs, whose prompts are full of images where there is a vision tower."""
+        response = round(self.tokens * RESPONSE_SHARE)
+        kind = self.recipe.reference_kind
+        return cost.Step(
+            prompt=self.tokens - response,
+            response=response,
+            pairs=self.micro,
+            micro_batches=micro_batches,
+            image_tokens=self.tokens - response if self.vision else 0,
+            patches=_patches_per_token(heads._unwrap(self.model).config) if self.vision else 1,
+            image_size=_patches_per_image(heads._unwrap(self.model).config),
+            checkpointing=self.recipe.model.gradient_checkpointing,
+            precomputed=kind == "precomputed",
+            has_reference=kind is not None,
+        )
 
     def eager_loss(self) -> int:
         """All logits of separate rows, with what log_softmax and its backward make of them."""
@@ -443,6 +546,29 @@ def _width(layer: nn.Module) -> int:
         if type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
             return weight.numel()
     return next((module.in_features for module in layer.modules() if isinstance(module, nn.Linear)), 0)
+
+
+def _linear_weights(layers: Sequence[nn.Module]) -> int:
+    """Weights of the linear layers."""
+    modules = (module for layer in layers for module in layer.modules())
+    return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
+
+
+def _patches_per_image(config: Any) -> int | None:
+    """How many patches attend to each other in the vision tower; None where the config does not say."""
+    vision = getattr(config, "vision_config", None)
+    image, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    if image is None or patch is None:
+        return None
+    height, width = image if isinstance(image, list | tuple) else (image, image)
+    patch_height, patch_width = patch if isinstance(patch, list | tuple) else (patch, patch)
+    return (height // patch_height) * (width // patch_width)
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.1f} ms"
 
 
 def _patches_per_token(config: Any) -> int:
