@@ -78,7 +78,9 @@ def _front_matter(recipe: Recipe, summary: Mapping[str, Any]) -> str:
         values["base_model"] = recipe.model.path
         values["base_model_relation"] = "finetune" if recipe.model.lora is None else "adapter"
     values["library_name"] = "transformers" if recipe.model.lora is None else "peft"
-    tags = ["mpo", "preference-optimization"] if recipe.loss.has_preference else ["sft"]
+    tags = ["preference-optimization"] if recipe.loss.has_preference else ["sft"]
+    if recipe.loss.has_preference and recipe.loss.preference is None:
+        tags = ["mpo", *tags]
     values["tags"] = [*tags, "mpo_ext"]
     if datasets := summary.get("datasets"):
         values["datasets"] = list(datasets)
@@ -89,12 +91,19 @@ def _front_matter(recipe: Recipe, summary: Mapping[str, Any]) -> str:
 
 def _title(recipe: Recipe) -> str:
     name = Path(os.path.normpath(recipe.model.path)).name
-    return f"{name}, {'trained with MPO' if recipe.loss.has_preference else 'fine-tuned on chosen responses'}"
+    if not recipe.loss.has_preference:
+        return f"{name}, fine-tuned on chosen responses"
+    return f"{name}, trained with {recipe.loss.preference or 'MPO'}"
 
 
 def _description(recipe: Recipe) -> str:
     loss = recipe.loss
-    if loss.has_preference:
+    if loss.preference is not None:
+        how = (
+            f"{loss.dpo_weight:g} x the preference loss `{loss.preference}` of mpo_ext.losses + {loss.ntp_weight:g} x "
+            f"next-token loss, beta {loss.beta:g}"
+        )
+    elif loss.has_preference:
         how = (
             "Mixed Preference Optimization ([arXiv 2411.10442](https://arxiv.org/abs/2411.10442)): "
             f"{loss.dpo_weight:g} x DPO + {loss.bco_weight:g} x BCO + {loss.ntp_weight:g} x next-token loss, "

@@ -10,6 +10,7 @@ parameters that never had a gradient, and saves a frozen head under its second n
 """
 
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -394,7 +395,8 @@ def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Pat
 
     With LoRA it is the adapters, and with ``merged`` the whole model in ``folder/merged`` besides. That one is the
     model that the adapters were put on, read again from where it came from, in the dtype that it was trained in: under
-    any sharding and quantization, at the price of one copy in memory of the main rank.
+    any sharding and quantization, at the price of one copy in memory of the main rank. A model that came from nowhere
+    is copied in memory, unless it is sharded: see ``check_mergeable``.
 
     Args:
         accelerator: Of accelerate.
@@ -458,16 +460,28 @@ def _write_export(inner: Any, whole: dict[str, Tensor] | None, processor: Any, p
 
 
 def _merged(inner: Any, base: Any, adapters: Path) -> Any:
-    """The base model, read from where it came from, with the adapters that were just written merged into it."""
+    """The base model, read from where it came from or copied, with the adapters merged into it."""
     from peft import PeftModel
 
     config = inner.peft_config[inner.active_adapter]
     source = config.base_model_name_or_path
     if not source:
-        raise CheckpointError("a model to be merged must have come from from_pretrained, got one without a name")
+        check_mergeable(inner)
+        return copy.deepcopy(inner).merge_and_unload(safe_merge=True)
     whole = type(base).from_pretrained(source, revision=config.revision, dtype=base.dtype)
     whole.generation_config = base.generation_config
     return PeftModel.from_pretrained(whole, adapters).merge_and_unload(safe_merge=True)  # type: ignore[operator]
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raises ``CheckpointError`` where ``export_model`` could not merge the adapters of this model, as prepared."""
+    owner: Any = next(one for one in model.modules() if hasattr(one, "peft_config"))
+    if owner.peft_config[owner.active_adapter].base_model_name_or_path:
+        return
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise CheckpointError(
+            "a sharded model to be merged must have come from from_pretrained, got one without a name"
+        )
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -45,6 +45,7 @@ class Batch:
         names: B names, for messages.
         keys: B keys of the pairs.
         digests: B digests of the samples.
+        copies: Rows of each prompt: 2 in the layout "separate" with rejected responses, else 1.
     """
 
     layout: Layout
@@ -56,6 +57,7 @@ class Batch:
     names: tuple[str, ...]
     keys: tuple[str, ...]
     digests: tuple[str, ...]
+    copies: int
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The batch on a device, but for ``labels``, which stay where they are.
@@ -254,7 +256,7 @@ def collate(
         row_owners = owners
 
     responses = chosen + rejected
-    rows = len(row_owners)
+    rows, copies = len(row_owners), len(row_owners) // len(owners)
     used = [one for one in responses if one.row < rows]
     length = max(1, *(len(owner.prompt_ids) for owner in owners), *(one.start + len(one.ids) for one in used))
     input_ids = torch.full((rows, length), pad_id, dtype=torch.int64)
@@ -271,7 +273,7 @@ def collate(
     inputs = {"input_ids": input_ids}
     if positions is not None:
         prompts = [positions(owner) for owner in owners]
-        inputs["position_ids"] = _positions(prompts * (rows // len(owners)), used, rows, length)
+        inputs["position_ids"] = _positions(prompts * copies, used, rows, length)
     elif layout == "shared":
         inputs["position_ids"] = _sequence_positions(segments)
     inputs |= _token_inputs(row_owners, rows, length)
@@ -296,6 +298,7 @@ def collate(
         names=tuple(sample.name for sample in samples),
         keys=tuple(sample.key for sample in samples),
         digests=tuple(sample.digest for sample in samples),
+        copies=copies,
     )
 
 
@@ -659,7 +662,7 @@ def _images_encoded_once(inner: nn.Module, batch: Batch) -> Iterator[dict[str, A
         for name, values in batch.inputs.items()
         if name not in ("input_ids", "position_ids") and values.shape != per_token
     ]
-    if batch.layout == "shared" or batch.rows == batch.pairs or not images:
+    if batch.copies == 1 or not images:
         yield inputs
         return
     owners = [(module, name) for name in _FEATURES for module in _encoders(inner, name)]

@@ -29,11 +29,12 @@ from mpo_ext.loss import MPOOutput, linear_mpo_loss, mpo_loss
 from mpo_ext.reward_shift import RewardShift
 from mpo_ext.train import layout as layouts
 from mpo_ext.train import reference as references
-from mpo_ext.train.checkpoint import Checkpoints, export_model
+from mpo_ext.train.checkpoint import Checkpoints, check_mergeable, export_model
 from mpo_ext.train.layout import Batch, Layout
 from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
 from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_model, without_adapters
 from mpo_ext.train.monitor import Console, Log, Totals, means, peak_memory_mib
+from mpo_ext.train.preference import preference_output
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.samples import BadPairError, Dropped, Encoder, Sample, Tally
 
@@ -59,7 +60,7 @@ def train(
     *,
     model: nn.Module | None = None,
     processor: Any = None,
-    on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+    on_step: Callable[[int, Mapping[str, float]], object] | None = None,
 ) -> int:
     """Trains as the recipe says.
 
@@ -67,7 +68,9 @@ def train(
         recipe: The run.
         model: Takes the place of ``recipe.model.path``, with its ``processor``; it is changed in place.
         processor: Of ``model``.
-        on_step: Called after each step with its number, from 1, and its line of the log; on the main process.
+        on_step: Called after each step with its number, from 1, and its line of the log; on the main process. Where it
+            returns True the run comes to its end with this step, as if it were the last.
+            The line of a step whose pairs were all left out has 0 for ``pairs`` and no loss.
 
     Returns:
         0 where the run came to its end, ``INTERRUPTED`` where SIGTERM or SIGINT ended it after a checkpoint.
@@ -226,7 +229,7 @@ class Trainer:
         *,
         model: nn.Module | None = None,
         processor: Any = None,
-        on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+        on_step: Callable[[int, Mapping[str, float]], object] | None = None,
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.utils import set_seed
@@ -267,6 +270,7 @@ class Trainer:
         self.step = 0
         self._signal: int | None = None  # that has come to this rank
         self._stop: int | None = None  # that all ranks know of
+        self._is_over = False  # as ``on_step`` has said, and then all ranks know
         self._evaluation: dict[str, float] | None = None  # line of the last one
         self._build(model, processor)
 
@@ -326,6 +330,8 @@ class Trainer:
         )
         self._set_deepspeed_sizes()
         self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
+        if recipe.output.save_merged:  # now, and not when all is learnt
+            check_mergeable(self.model)
         self._second = None if second is None else self._prepare_second(second)
 
     def _set_deepspeed_sizes(self) -> None:
@@ -338,7 +344,7 @@ class Trainer:
 
     def _prepare_second(self, model: nn.Module) -> nn.Module:
         """The reference where the policy is, and sharded where the policy is."""
-        model.requires_grad_(False)
+        model.eval().requires_grad_(False)
         if getattr(self.accelerator, "is_fsdp2", False):
             from accelerate.utils import fsdp2_prepare_model
 
@@ -533,6 +539,8 @@ class Trainer:
             for share in loader:
                 if self._step(share):
                     return self._end_early()
+                if self._is_over:
+                    break
             last = self._evaluate_if_due(is_end=True)
             self._save(is_end=True)
             self._finish(last)
@@ -554,9 +562,7 @@ class Trainer:
         micro_steps = max(state[4] for state in states)
         averages = sum(state[4] for state in states)
         if micro_steps == 0:
-            self.step += 1
-            self.console.say(f"step {self.step}: all of its pairs were left out, so nothing is learnt from it")
-            return self._end_step()
+            return self._step_of_nothing()
         before = copy.deepcopy(self.reward_shift)
         sums = Totals(self.device)
         losses: list[tuple[tuple[str, ...], Tensor]] = []
@@ -595,10 +601,7 @@ class Trainer:
             self.skipped_steps += 1
         if self.step == 0 and is_finite:
             self._check_step_0(line)
-        self.step += 1
-        every = recipe.reference.sync_every
-        if every and self.reference is not None and self.step % every == 0:
-            self.reference.sync(self.model, recipe.reference.sync_mix)
+        self._count_step()
         seconds = time.perf_counter() - began_s
         line |= {
             "learning_rate": rate,
@@ -611,11 +614,28 @@ class Trainer:
         self._report(line)
         return self._end_step()
 
+    def _step_of_nothing(self) -> bool:
+        """A step whose pairs were all left out. What it learns is nothing, but it is one: its line has no loss."""
+        rate = self._rate(self.step)
+        self._count_step()
+        self.console.say(f"step {self.step}: all of its pairs were left out, so nothing is learnt from it")
+        epoch = self.step / self.sampler.steps_per_epoch
+        line = {"step": self.step, "epoch": epoch, "pairs": 0.0, "learning_rate": rate}
+        self._report({**line, "skipped_steps": self.skipped_steps})
+        return self._end_step()
+
+    def _count_step(self) -> None:
+        """Numbers the step, and moves the reference where it is time to."""
+        self.step += 1
+        every = self.recipe.reference.sync_every
+        if every and self.reference is not None and self.step % every == 0:
+            self.reference.sync(self.model, self.recipe.reference.sync_mix)
+
     def _end_step(self) -> bool:
         """Evaluates and saves where it is time to. Returns whether a signal asks to end."""
         if self._must_end():
             return True
-        if self.step == self.total:
+        if self._is_over or self.step == self.total:
             return False
         evaluation = self._evaluate_if_due()
         self._save()
@@ -623,7 +643,9 @@ class Trainer:
 
     def _must_end(self) -> bool:
         """Whether a signal has come to any rank. All of them ask together, so that they end together."""
-        self._stop = next((one for one in self._gather(self._signal) if one is not None), None)
+        states = self._gather((self._signal, self._is_over))
+        self._stop = next((signal for signal, _ in states if signal is not None), None)
+        self._is_over = any(is_over for _, is_over in states)
         return self._stop is not None
 
     def _loss(self, batch: Batch, config: MPOConfig) -> MPOOutput:
@@ -636,6 +658,9 @@ class Trainer:
             ref_logp = torch.zeros(2 * batch.pairs, dtype=torch.float64, device=self.device)
         shift = self.reward_shift if self.reference is not None else None
         with self.accelerator.autocast():
+            if recipe.preference is not None:
+                logp = references.label_logp(self.model, batch, recipe)
+                return preference_output(recipe.preference, logp, batch, ref_logp, config)
             if recipe.from_logits:
                 logits = layouts.forward_logits(self.model, batch)
                 return mpo_loss(
@@ -701,6 +726,8 @@ class Trainer:
         if not self.recipe.loss.has_preference:
             kept = ("loss", "ntp_loss", "chosen_logp", "entropy", "top1", "pairs", "chosen_tokens")
             return {name: line[name] for name in kept}
+        if self.recipe.loss.preference is not None:
+            return {name: value for name, value in line.items() if name not in _STATS}
         return {**line, "reward_shift": self.reward_shift.value}
 
     def _report(self, line: Mapping[str, float]) -> None:
@@ -708,8 +735,8 @@ class Trainer:
         if self.is_main:
             self.console.step(step, line)
             if self.on_step is not None:
-                self.on_step(step, line)
-        if step % self.recipe.output.log_every == 0 or step == self.total:
+                self._is_over = self.on_step(step, line) is True
+        if step % self.recipe.output.log_every == 0 or step == self.total or self._is_over:
             if self.is_main:
                 self.log.append(line)
             if self.recipe.output.trackers:
@@ -717,7 +744,8 @@ class Trainer:
 
     def _check_step_0(self, line: Mapping[str, float]) -> None:
         """Says what the first loss should be: with policy and reference equal, all rewards are 0."""
-        if self.reference is None or self.recipe.reference.path is not None:
+        recipe = self.recipe
+        if self.reference is None or recipe.reference.path is not None or recipe.loss.preference is not None:
             return
         config, shift = self.config, self.recipe.reward_shift
         delta = shift.value if shift.mode != "cumulative" or shift.update == "after" else 0.0
@@ -873,7 +901,7 @@ class Trainer:
     def _interrupted(self, when: str) -> int:
         name = signal.Signals(self._stop or signal.SIGTERM).name
         self.console.say(f"{name}: ended {when}; the same command goes on from here")
-        self.accelerator.end_training()
+        self._close()
         return INTERRUPTED
 
     def _finish(self, evaluation: Mapping[str, float] | None) -> None:
@@ -890,6 +918,15 @@ class Trainer:
             summary = {**last, **(evaluation or {}), "dropped": dict(tally.dropped)}
             write_card(folder, recipe=self.recipe, curves=lines, summary=summary)
             self.console.say(f"the model is in {folder}, the log in {self.log.path}")
+        self._close()
+
+    def _close(self) -> None:
+        """Ends the trackers and the process group.
+
+        DDP goes before its group: as the last to hold it, it would wait for gloo's threads, and these for the
+        interpreter, to let go of the last tensors that were gathered.
+        """
+        self.model = self.accelerator.unwrap_model(self.model)
         self.accelerator.end_training()
 
     def _trackers(self) -> None:

@@ -172,7 +172,7 @@ class Console:
         """Shows a step that is done."""
         self.done = step
         text = (
-            f"loss {line['loss']:.4f}, accuracy {line.get('reward_accuracy', math.nan):.2f}, "
+            f"loss {line.get('loss', math.nan):.4f}, accuracy {line.get('reward_accuracy', math.nan):.2f}, "
             f"margin {line.get('reward_margin', math.nan):.3f}, rate {line['learning_rate']:.2e}"
         )
         if self._bar is not None:

@@ -90,7 +90,8 @@ class ModelRecipe(_Section):
         path: Folder or name of a Hugging Face causal or image-text-to-text model.
         revision: Of a model from the hub.
         dtype: Of the parameters: "float32", "bfloat16", "float16", or "auto" (as saved).
-        attention: Implementation, as transformers names it: "sdpa", "eager", "flex_attention", "flash_attention_2".
+        attention: Implementation, as transformers names it: "sdpa" or "eager"; with others ("flash_attention_2",
+            "flex_attention"), for which no masks are made, the two responses run as two rows.
         freeze: Parts that are not trained: any of "vision_tower", "projector", "language_model".
         lora: Adapters in place of the full weights; None trains the weights.
         gradient_checkpointing: Whether backward computes the activations of each layer again.
@@ -192,6 +193,7 @@ class LossRecipe(_Section):
         ntp_weight: See there.
         label_smoothing: See there.
         ntp_average: See there.
+        preference: Name of a loss of ``mpo_ext.losses`` that takes the place of the DPO term; None is DPO.
         average_over: "step" averages over all pairs and chosen tokens of an optimizer step, on whatever ranks and in
             whatever micro-batches they are; "micro_batch" averages the means of the micro-batches, as the authors'
             code does.
@@ -209,6 +211,7 @@ class LossRecipe(_Section):
     ntp_weight: float = 1.0
     label_smoothing: float = 0.0
     ntp_average: Literal["token", "sequence"] = "token"
+    preference: str | None = None
     average_over: Literal["step", "micro_batch"] = "step"
     from_logits: bool = False
     shared_prefix: bool = True
@@ -220,6 +223,8 @@ class LossRecipe(_Section):
         if not (self.dpo_weight or self.bco_weight or self.ntp_weight):
             raise ValueError("dpo_weight, bco_weight or ntp_weight must be positive, got 0 for all")
         _ = self.config  # has checks of its own
+        if self.preference is not None:
+            self._check_preference(self.preference)
         self._check_range(">= 1", "memory_budget_mib")
         if self.from_logits:
             if self.memory_budget_mib is not None:
@@ -232,6 +237,32 @@ class LossRecipe(_Section):
         if self.backend is not None and self.backend not in _BACKENDS:
             raise ValueError(f"backend must be None or one of {', '.join(map(repr, _BACKENDS))}, got {self.backend!r}")
 
+    def _check_preference(self, name: str) -> None:
+        import torch
+
+        from mpo_ext.losses import preference_loss
+
+        none, no_tokens = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+        try:  # of no pair, for its checks
+            preference_loss(
+                name,
+                none,
+                none,
+                none,
+                none,
+                no_tokens,
+                no_tokens,
+                beta=self.beta,
+                label_smoothing=self.label_smoothing,
+            )
+        except ValueError as error:
+            raise ValueError(f"preference: {error}") from None
+        if self.bco_weight or not self.dpo_weight:
+            raise ValueError(
+                "preference needs a positive dpo_weight, which is its weight, and bco_weight 0, got "
+                f"{self.dpo_weight} and {self.bco_weight}"
+            )
+
     @property
     def config(self) -> MPOConfig:
         """The part that the loss functions take."""
@@ -242,6 +273,15 @@ class LossRecipe(_Section):
     def has_preference(self) -> bool:
         """Whether rejected responses and a reference are needed."""
         return self.dpo_weight > 0 or self.bco_weight > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the preference compares with a reference."""
+        if self.preference is None:
+            return self.has_preference
+        from mpo_ext.losses import LOSSES  # imports torch
+
+        return LOSSES[self.preference].needs_reference
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -431,7 +471,7 @@ class Recipe(_Section):
     @property
     def reference_kind(self) -> str | None:
         """The reference that is taken; None where the loss needs none."""
-        if not self.loss.has_preference:
+        if not self.loss.needs_reference:
             return None
         return self.reference.kind or ("adapter" if self.model.lora is not None else "copy")
 

@@ -30,8 +30,8 @@ class Reference(Protocol):
         """Moves the reference towards the policy: ``mix`` of it (TR-DPO, arXiv 2404.09656)."""
 
 
-def sequence_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
-    """Summed log-probs of the 2B responses of a batch, by the arithmetic of the policy's own: ``[2B]`` float64.
+def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
+    """Log-probs of the labels of a batch: ``[N]`` float32, differentiable.
 
     Args:
         model: As in ``layout.forward``.
@@ -40,13 +40,17 @@ def sequence_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
     """
     if recipe.from_logits:
         logits = forward_logits(model, batch)
-        rows = token_logp(logits, batch.labels.to(logits.device), backend=recipe.backend)
-    else:
-        out = forward(model, batch)
-        rows = linear_token_logp(
-            out.hidden, out.weight, batch.labels, memory_budget=budget(recipe), backend=recipe.backend, **out.options
-        )
-    return sequence_sums(rows.double(), batch.cu_seqlens)
+        return token_logp(logits, batch.labels.to(logits.device), backend=recipe.backend)
+    out = forward(model, batch)
+    return linear_token_logp(
+        out.hidden, out.weight, batch.labels, memory_budget=budget(recipe), recompute=recipe.recompute,
+        backend=recipe.backend, **out.options,
+    )  # fmt: skip
+
+
+def sequence_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
+    """Summed log-probs of the 2B responses of a batch, by the arithmetic of the policy's own: ``[2B]`` float64."""
+    return sequence_sums(label_logp(model, batch, recipe).double(), batch.cu_seqlens)
 
 
 def budget(recipe: LossRecipe) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -170,10 +171,12 @@ def _train(job: Job, rank: int) -> int:
     end_training = trainer.accelerator.end_training
 
     def keep_and_end() -> None:
+        # As the last to hold its process group, DDP may wait for ever for the group's threads.
+        assert not [one for one in gc.get_objects() if type(one) is torch.nn.parallel.DistributedDataParallel]
         weights = {}
         for name, value in trainer.model.named_parameters():
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-            weights[name.removeprefix("module.")] = whole.detach().clone()
+            weights[name] = whole.detach().clone()
         torch.save({"weights": weights, "reward_shift": trainer.reward_shift.state_dict()}, job.beside(f"rank{rank}"))
         trainer.accelerator.wait_for_everyone()
         end_training()
@@ -330,7 +333,10 @@ def write_text_run(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def program(command: Sequence[str], text: Path) -> Iterator[Any]:
-    """A program with a session of its own; whatever is left of it at the end is killed."""
+    """A program with a session of its own; whatever is left of it at the end is killed.
+
+    SIGTERM comes first: a launcher's workers have sessions of their own, and it ends them.
+    """
     import subprocess
 
     with open(text, "w") as file:
@@ -340,6 +346,10 @@ def program(command: Sequence[str], text: Path) -> Iterator[Any]:
     try:
         yield process
     finally:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(40)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

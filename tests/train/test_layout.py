@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -203,6 +204,34 @@ def test_dtype_of_pixels_is_that_of_the_model() -> None:
         assert out.hidden.isfinite().all()
 
 
+def test_a_blank_image_runs_the_tower_and_changes_nothing() -> None:
+    model = build("internvl")
+    samples = [sample("internvl", 1), sample("internvl", 2, chosen=1, rejected=6)]
+    blank = dataclasses.replace(sample("internvl", 3, images=2, chosen=0, rejected=0), name="blank")
+    expected = gradients(model, plain_loss(model, samples))
+    for kind, rows in (("shared", 3), ("separate", 6)):
+        batch = batch_of(model, samples, kind, blank=blank)
+        assert (batch.rows, batch.pairs) == (rows, 2)
+        assert len(batch.inputs["pixel_values"]) == 2
+        assert_same(gradients(model, loss_of(model, batch)), expected)
+        chosen = batch_of(model, samples, kind, blank=blank, with_rejected=False)
+        assert (chosen.rows, len(chosen.inputs["pixel_values"])) == (3, 2)
+        loss = loss_of(model, chosen)
+        torch.testing.assert_close(loss, plain_loss(model, samples, with_rejected=False), rtol=1e-5, atol=1e-6)
+        with_image = [samples[0], sample("internvl", 4, images=1)]
+        own, plain = (batch_of(model, with_image, kind, **one) for one in ({"blank": blank}, {}))
+        assert own.rows == plain.rows
+        assert len(own.inputs["pixel_values"]) == 1
+
+
+def test_separate_rows_come_with_a_mask_of_their_padding() -> None:
+    batch = collate([sample("llama", 1, chosen=6), sample("llama", 2, chosen=2)], "separate", pad_id=PAD)
+    with layout._images_encoded_once(build("llama"), batch) as inputs:
+        mask = inputs["attention_mask"]
+    assert torch.equal(mask, (batch.segments >= 0).long())
+    assert not mask.all()
+
+
 # What is computed.
 
 
@@ -351,6 +380,17 @@ def test_autocast_within_the_model_sets_the_tolerance_of_the_check() -> None:
     reason = check_shared_prefix(model, samples, pad_id=PAD, tolerance=1e-6)
     assert reason is not None
     assert "which is more than 1e-06" in reason
+
+
+def test_autocast_that_only_its_middle_shows_sets_the_tolerance_too() -> None:
+    model = build("llama")
+    inner_forward = model.forward
+    model.forward = torch.autocast("cpu", torch.bfloat16)(inner_forward)
+    model.model.norm.register_forward_hook(lambda module, args, output: output.float())  # as accelerate does
+    samples = samples_of("llama")
+    assert check_shared_prefix(model, samples, pad_id=PAD) is None
+    _, epsilon = layout._logp(model, collate(samples, "shared", pad_id=PAD))
+    assert epsilon == torch.finfo(torch.bfloat16).eps
 
 
 # Features of images that come in other forms.
@@ -609,6 +649,32 @@ def test_the_check_finds_a_model_that_takes_no_mask() -> None:
     assert "differ by" in (checked(model, "llama") or "")
 
 
+def test_the_check_measures_what_a_leak_would_change() -> None:
+    reason = checked(build("llama"), "llama", tolerance=1e-12)
+    assert reason is not None
+    ours, leak = (float(re.search(rf"{words} ([^ ;]+)", reason)[1]) for words in ("differ by", "change them by"))  # type: ignore[index]
+    assert ours < 1e-4
+    assert leak > 0.1
+
+
+def test_the_check_leaves_nothing_behind_where_the_model_raises() -> None:
+    model = build("llama")
+    embed = model.get_input_embeddings()
+    model.model.norm.register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checked(model, "llama")
+    assert not embed._forward_pre_hooks
+    assert model.training
+
+
+def test_the_check_is_without_dropout() -> None:
+    model = build("llama")
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: nn.functional.dropout(output, 0.5, module.training)
+    )
+    assert checked(model, "llama") is None
+
+
 def test_the_check_says_what_the_model_has_raised() -> None:
     model = build("llama")
 
@@ -759,6 +825,12 @@ FIRST = sample("internvl", 1, images=1)
         ),
         (
             [FIRST, changed(FIRST, prompt_ids=FIRST.prompt_ids[1:], name="other")],
+            "shared",
+            ValueError,
+            "one prompt_key must have one prompt, got two for 'prompt1': in file:1 and in other",
+        ),
+        (
+            [FIRST, changed(FIRST, image_inputs={"pixel_values": torch.zeros(2, 1, 8, 8)}, name="other")],
             "shared",
             ValueError,
             "one prompt_key must have one prompt, got two for 'prompt1': in file:1 and in other",

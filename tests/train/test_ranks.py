@@ -57,6 +57,7 @@ def test_two_ranks_learn_what_one_does(sharded: bool, job_of: Callable[..., Job]
     assert run(job) == [0, 0], text_of(job)
     lines, expected = log_of(job), log_of(single)
     assert len(lines) == len(expected) == 7  # six steps and an evaluation
+    assert text_of(job).count("checked on the first pairs") == 1  # one rank speaks
     for line, other in zip(lines, expected, strict=True):
         assert line.keys() == other.keys()
         for name, value in other.items():

@@ -1,0 +1,778 @@
+"""What surrounds the steps of a run: where its settings go, what it logs and counts, and what it goes on with."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import families
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState
+from digits_run import recipe, tiny, weights, write_pairs
+from test_trainer import TEXT, log, run, text_pairs, text_tokenizer
+from torch import nn
+
+from mpo_ext.train import card, loop
+from mpo_ext.train import reference as references
+from mpo_ext.train.loop import Trainer
+from mpo_ext.train.model import fingerprint, freeze_parts, load_model, prepare_model, switch_off_dropout
+from mpo_ext.train.monitor import Console, Log, Totals
+from mpo_ext.train.recipe import ModelRecipe
+from mpo_ext.train.samples import Tally
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty pairs: steps of 8, 8 and 4."""
+    return write_pairs(tmp_path_factory.mktemp("pairs"), 20)
+
+
+@pytest.fixture(autouse=True)
+def cards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What cards were to be written with: drawing their curves takes longer than a run."""
+    written: list[Any] = []
+    monkeypatch.setattr(card, "write_card", lambda folder, **values: written.append(values))
+    return written
+
+
+@pytest.fixture
+def any_precision() -> Iterator[None]:
+    """accelerate takes one precision per process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def trainer_of(out: Path, pairs: Path, model: nn.Module | None = None, **settings: Any) -> Trainer:
+    own, processor = tiny()
+    return Trainer(recipe(out, pairs, **settings), model=own if model is None else model, processor=processor)
+
+
+def with_lines(pairs: Path, name: str, change: Callable[[list[dict[str, Any]]], None]) -> Path:
+    """A file beside another, with its lines changed."""
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    change(lines)
+    path = pairs.with_name(name)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+# Precision.
+
+
+def test_autocast_is_on_for_policy_and_reference(tmp_path: Path, pairs: Path, any_precision: None) -> None:
+    losses = {}
+    for name, settings in {
+        "copy": {},
+        "adapter": {"model__lora": {"rank": 2}},
+        "precomputed": {"reference__kind": "precomputed"},
+        "fp32": {"precision": "fp32"},
+    }.items():
+        AcceleratorState._reset_state(True)
+        settings = {"precision": "bf16", "optim__max_steps": 1, **settings}
+        (line,) = run(recipe(tmp_path / name, pairs, **settings))
+        losses[name] = line["loss"]
+        assert abs(line["chosen_reward"]) < 1e-6, name
+    for name in ("copy", "adapter", "precomputed"):
+        assert 1e-6 < abs(losses[name] - losses["fp32"]) < 0.05, name
+
+
+# What the loss is given.
+
+
+@pytest.mark.parametrize("kind", ["softcap", "scale"])
+def test_a_head_with_options_has_its_own_logits(tmp_path: Path, kind: str) -> None:
+    data = text_pairs(tmp_path / "text.jsonl", 9)
+    lines = []
+    for from_logits in (False, True):
+        torch.manual_seed(0)
+        if kind == "softcap":
+            config = transformers.Gemma2Config(**TEXT, head_dim=8, final_logit_softcapping=0.5)
+            model: Any = transformers.Gemma2ForCausalLM(config)
+        else:
+            model = transformers.CohereForCausalLM(transformers.CohereConfig(**TEXT, logit_scale=0.1))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(20)
+        settings = {"loss__from_logits": from_logits, "optim__warmup_ratio": 0}
+        lines.append(run(recipe(tmp_path / str(from_logits), data, **settings), model, text_tokenizer()))
+    for ours, theirs in zip(*lines, strict=True):
+        for name in ("loss", "chosen_logp", "chosen_reward", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
+    assert lines[0][0]["chosen_reward"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_memory_budget_is_that_of_the_recipe(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+    for owner, name in ((loop, "linear_mpo_loss"), (references, "linear_token_logp")):
+        whole = getattr(owner, name)
+
+        def note(*args: Any, _whole: Any = whole, _name: str = name, **options: Any) -> Any:
+            seen.append((_name, options["memory_budget"]))
+            return _whole(*args, **options)
+
+        monkeypatch.setattr(owner, name, note)
+    run(recipe(tmp_path / "out", pairs, loss__memory_budget_mib=3, optim__max_steps=1))
+    assert set(seen) == {("linear_mpo_loss", 3 << 20), ("linear_token_logp", 3 << 20)}
+
+
+def test_long_pairs_come_first(tmp_path: Path, pairs: Path) -> None:
+    trainer = trainer_of(tmp_path / "out", pairs, optim__micro_batch_size=2)
+    share = trainer._shares(trainer.mixture, trainer.sampler)[0]
+    prompts = [int((batch.segments == 0).sum(1).max()) for batch in share.batches]
+    lengths = [int((batch.segments >= 0).sum(1).max()) for batch in share.batches]
+    assert len(share.batches) == 4
+    assert max(lengths) == lengths[0] > lengths[-1], prompts
+
+
+def test_the_template_of_the_recipe_reaches_the_encoder(tmp_path: Path, pairs: Path) -> None:
+    template = "{% for message in messages %}<|{{ message['role'] }}|> x {% endfor %}<|assistant|> "
+    with pytest.raises(ValueError, match=r"(?i)template"):  # it writes no response
+        trainer_of(tmp_path / "template", pairs, model__chat_template=template)
+
+
+# The model.
+
+
+def test_drop_path_is_off_and_so_are_probabilities_that_are_attributes() -> None:
+    model = nn.Module()
+    for name in ("drop_path_rate", "drop_prob", "attention_dropout", "scale"):
+        setattr(model, name, 0.3)
+    model.drop = nn.Dropout2d(0.3)
+    switch_off_dropout(model)
+    assert (model.drop_path_rate, model.drop_prob, model.attention_dropout, model.drop.p) == (0, 0, 0, 0)
+    assert model.scale == 0.3
+
+
+def learning(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_a_frozen_language_model_has_a_frozen_head_that_is_not_tied() -> None:
+    model: Any = families.build("llava")
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    freeze_parts(model, ["language_model"])
+    assert learning(model)
+    assert all("vision_tower" in name or "projector" in name for name in learning(model))
+
+
+@pytest.mark.parametrize(("parts", "learns"), [(["vision_tower"], True), (["vision_tower", "projector"], False)])
+def test_a_projector_inside_of_a_frozen_tower_learns_unless_it_is_named(parts: list[str], learns: bool) -> None:
+    model = families.build("qwen2_vl")
+    freeze_parts(model, parts)
+    assert {name.startswith("model.visual.merger") for name in learning(model) if "visual" in name} == (
+        {True} if learns else set()
+    )
+
+
+def test_a_model_in_which_nothing_learns_is_refused() -> None:
+    model = families.build("llama").requires_grad_(False)
+    with pytest.raises(ValueError, match="freeze must leave something to train"):
+        prepare_model(model, ModelRecipe(path="unused"))
+
+
+def test_adapters_are_on_the_layers_that_are_named() -> None:
+    lora = {"rank": 2, "target": ["q_proj"], "dropout": 0.25}
+    model = prepare_model(families.build("llama"), ModelRecipe(path="unused", lora=lora))  # type: ignore[arg-type]
+    assert {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[1] for name in learning(model)} == {"q_proj"}
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.25}
+
+
+def test_adapters_learn_the_same_with_gradient_checkpointing(tmp_path: Path, pairs: Path) -> None:
+    settings = {"model__lora": {"rank": 2}, "optim__learning_rate": 1e-2, "optim__warmup_ratio": 0}
+    plain = run(recipe(tmp_path / "plain", pairs, **settings))
+    again = run(recipe(tmp_path / "again", pairs, model__gradient_checkpointing=True, **settings))
+    assert plain[0]["grad_norm"] > 0
+    assert abs(plain[2]["chosen_reward"]) > 1e-4
+    for one, other in zip(plain, again, strict=True):
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_a_model_is_loaded_as_the_recipe_says(tmp_path: Path) -> None:
+    saved = families.build("llama", dtype=torch.bfloat16)
+    saved.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    text_tokenizer().save_pretrained(tmp_path / "model")
+    for dtype, expected in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        model: Any = load_model(ModelRecipe(path=str(tmp_path / "model"), dtype=dtype, attention="eager"))[0]  # type: ignore[arg-type]
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+        assert model.config._attn_implementation == "eager"
+
+
+def test_a_fingerprint_sees_all_of_a_small_parameter_and_its_type() -> None:
+    model = families.build("llama")
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.model.norm.weight[-1] += 1e-3  # type: ignore[index, operator, union-attr]
+    assert fingerprint(model) != before
+
+
+def test_adapters_begin_as_the_seed_says(tmp_path: Path, pairs: Path) -> None:
+    begun = []
+    for number in range(3):
+        torch.manual_seed(number)
+        model, processor = tiny()
+        torch.manual_seed(number)
+        trained = recipe(tmp_path / str(number), pairs, model__lora={"rank": 2}, optim__seed=number // 2)
+        trainer = Trainer(trained, model=model, processor=processor)
+        begun.append({name: one for name, one in weights(trainer.model).items() if "lora_A" in name})
+    assert all(torch.equal(begun[0][name], begun[1][name]) for name in begun[0])
+    assert not any(torch.equal(begun[0][name], begun[2][name]) for name in begun[0])
+
+
+def test_merged_adapters_of_a_model_that_came_from_nowhere(tmp_path: Path, pairs: Path) -> None:
+    settings = {"model__lora": {"rank": 2}, "output__save_merged": True, "optim__learning_rate": 1e-2}
+    trainer = trainer_of(tmp_path / "out", pairs, **settings)
+    assert trainer.run() == 0
+    merged: Any = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "final" / "merged")
+    ids = torch.tensor([[3, 5, 7, 9]])
+    with torch.no_grad():
+        ours, truth = (model.eval()(input_ids=ids).logits for model in (merged, trainer.model))
+        with trainer.model.disable_adapter():
+            untrained = trainer.model(input_ids=ids).logits
+    torch.testing.assert_close(ours, truth, atol=1e-5, rtol=1e-5)
+    assert (truth - untrained).abs().max() > 1e-4
+
+
+def test_what_cannot_be_merged_ends_a_run_before_it_begins(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpo_ext.train import checkpoint
+
+    monkeypatch.setattr(checkpoint, "FSDPModule", nn.Linear)  # as if its layers were sharded
+    with pytest.raises(checkpoint.CheckpointError, match="a sharded model to be merged must have come from"):
+        trainer_of(tmp_path / "out", pairs, model__lora={"rank": 2}, output__save_merged=True)
+
+
+def test_model_and_processor_go_together(tmp_path: Path, pairs: Path) -> None:
+    with pytest.raises(ValueError, match="model and processor go together"):
+        Trainer(recipe(tmp_path / "out", pairs), model=tiny()[0])
+
+
+# The reference.
+
+
+@pytest.fixture
+def two_models(tmp_path: Path) -> tuple[Path, Path]:
+    folders = tmp_path / "one", tmp_path / "two"
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT)).save_pretrained(folder)
+        text_tokenizer().save_pretrained(folder)
+    return folders
+
+
+@pytest.mark.parametrize("kind", ["copy", "precomputed"])
+def test_another_model_is_the_reference_as_it_is_on_the_disk(
+    tmp_path: Path, two_models: tuple[Path, Path], kind: str, capsys: Any
+) -> None:
+    one, two = two_models
+    data = text_pairs(tmp_path / "pairs.jsonl", 9)
+    settings = {"model__path": str(one), "model__lora": {"rank": 2, "dropout": 0.5}, "reference__path": str(two)}
+    trainer = Trainer(recipe(tmp_path / "out", data, reference__kind=kind, **settings))
+    truth = transformers.AutoModelForCausalLM.from_pretrained(two)
+    assert trainer.fingerprint == fingerprint(truth) != fingerprint(trainer.model)
+    assert trainer._second is not None
+    ours = weights(trainer._second)
+    assert ours.keys() == weights(truth).keys()  # and no adapters
+    assert all(torch.equal(ours[name], value) for name, value in weights(truth).items())
+    assert not any(module.training for module in trainer._second.modules())
+    assert trainer.run() == 0
+    assert "policy and reference" not in capsys.readouterr().err
+
+
+def settings_of(out: Path, data: Path, **settings: Any) -> dict[str, Any]:
+    AcceleratorState._reset_state(True)
+    return trainer_of(out, data, reference__kind="precomputed", **settings)._reference_settings()
+
+
+def test_log_probs_are_stale_when_what_they_depend_on_has_changed(
+    tmp_path: Path, pairs: Path, any_precision: None
+) -> None:
+    first = settings_of(tmp_path / "first", pairs)
+    shuffled = with_lines(pairs, "shuffled.jsonl", lambda lines: lines.reverse())
+    assert settings_of(tmp_path / "shuffled", shuffled) == first
+
+    def other(lines: list[dict[str, Any]]) -> None:
+        lines[3]["rejected"] += " 7"
+
+    for name, changes in {
+        "data": {"data__train": [str(with_lines(pairs, "other.jsonl", other))]},
+        "pairs": {"data__eval": [str(pairs)]},
+        "precision": {"precision": "bf16"},
+        "dtype": {"model__dtype": "bfloat16"},
+        "attention": {"model__attention": "eager"},
+        "too_long": {"data__too_long": "truncate"},
+        "from_logits": {"loss__from_logits": True},
+    }.items():
+        settings = settings_of(tmp_path / name, pairs, **changes)
+        assert {key for key in settings if settings[key] != first[key]} >= {name}
+    assert settings_of(tmp_path / "same", pairs, optim__learning_rate=0.1, loss__beta=0.3) == first
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_log_probs_that_are_known_are_not_computed_again(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    settings = {"reference__kind": "precomputed", "optim__micro_batch_size": 1, "optim__max_steps": 1}
+    whole = references.sequence_logp
+    computed: list[str] = []
+
+    def stop_at(limit: int) -> None:
+        def counted(model: Any, batch: Any, recipe: Any) -> Any:
+            if len(computed) == limit:
+                raise KeyboardInterrupt
+            computed.extend(batch.digests)
+            return whole(model, batch, recipe)
+
+        monkeypatch.setattr(references, "sequence_logp", counted)
+
+    stop_at(7)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tmp_path / "out", pairs, **settings).run()
+    with pytest.raises(ValueError, match=r"(?s)is stale:.*max_length was 4096, is 900"):
+        trainer_of(tmp_path / "out", pairs, data__max_length=900, **settings).run()
+    stop_at(1000)
+    settings["optim__micro_batch_size"] = size  # batches may then hold some that are known
+    assert trainer_of(tmp_path / "out", pairs, **settings).run() == 0
+    assert len(set(computed)) == 20
+    assert len(computed) == 20 or size > 1
+
+
+def test_a_signal_while_log_probs_are_computed_ends_the_run_and_loses_none(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = references.sequence_logp
+    computed: list[str] = []
+
+    def counted(model: Any, batch: Any, recipe: Any) -> Any:
+        if not computed:
+            signal.raise_signal(signal.SIGTERM)
+        computed.extend(batch.digests)
+        return whole(model, batch, recipe)
+
+    monkeypatch.setattr(references, "sequence_logp", counted)
+    settings = {"reference__kind": "precomputed", "optim__max_steps": 1}
+    assert trainer_of(tmp_path / "out", pairs, **settings).run() == loop.INTERRUPTED
+    assert len(computed) == 8  # those of a step
+    assert trainer_of(tmp_path / "out", pairs, **settings).run() == 0
+    assert len(computed) == len(set(computed)) == 20
+
+
+def test_a_bad_pair_ends_a_run_with_known_log_probs_by_its_name(tmp_path: Path, pairs: Path) -> None:
+    data = with_lines(pairs, "broken.jsonl", lambda lines: lines[19].update(images=["gone.png"]))
+    trainer = trainer_of(tmp_path / "out", data, reference__kind="precomputed")
+    with pytest.raises(ValueError, match=r"broken\.jsonl:20.*gone\.png"):
+        trainer.run()
+    assert len((tmp_path / "out" / "reference.jsonl").read_text().splitlines()) == 1 + 19
+
+
+# The first step.
+
+
+def test_the_first_loss_counts_the_reward_shift(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+    settings = {"reward_shift__mode": "fixed", "reward_shift__value": 2.0, "optim__max_steps": 3}
+    run(recipe(tmp_path / "out", pairs, **settings))
+    expected = 0.8 * math.log(2) + 0.2 * (math.log1p(math.exp(2)) + math.log1p(math.exp(-2)))
+    text = capsys.readouterr().err
+    assert f"expected {expected:.4f} + " in text
+    assert text.count("policy and reference") == 1
+    assert "policy and reference agree" in text
+
+
+def test_dropout_of_adapters_is_named_where_the_first_rewards_are_not_0(
+    tmp_path: Path, pairs: Path, capsys: Any
+) -> None:
+    lora = {"rank": 4, "dropout": 0.5, "alpha": 400.0}
+
+    class Moved(Trainer):
+        def _make_reference(self) -> Any:
+            with torch.no_grad():  # adapters begin with 0, whatever is dropped
+                for name, parameter in self.model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.fill_(0.05)
+            return super()._make_reference()
+
+    model, processor = tiny()
+    Moved(
+        recipe(tmp_path / "out", pairs, model__lora=lora, optim__max_steps=1), model=model, processor=processor
+    ).run()
+    assert "DIFFER" in (text := capsys.readouterr().err)
+    assert "the adapters' dropout (model.lora.dropout) is on" in text
+
+
+def test_the_layout_is_tried_on_a_pair_with_images(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def but_one(lines: list[dict[str, Any]]) -> None:
+        for line in lines[:-1]:
+            line["images"] = []
+
+    seen: list[Any] = []
+    monkeypatch.setattr(loop.layouts, "check_shared_prefix", lambda model, samples, **options: seen.extend(samples))
+    trainer_of(tmp_path / "out", with_lines(pairs, "one.jsonl", but_one))._choose_layout()
+    assert [bool(sample.image_inputs) for sample in seen] == [False, True]
+
+
+# Steps of which nothing, or nothing finite, is learnt.
+
+
+def test_a_step_whose_pairs_are_all_left_out_is_logged_and_saved(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+    order = trainer_of(tmp_path / "order", pairs, optim__batch_size=4).sampler
+
+    def long(lines: list[dict[str, Any]]) -> None:
+        for index in order.step(1):
+            lines[index]["chosen"] = "1 , " * 200
+
+    model, processor = tiny()
+    called: list[tuple[int, dict[str, float]]] = []
+    settings = {
+        "data__max_length": 100, "optim__batch_size": 4, "optim__warmup_ratio": 0, "optim__max_steps": 3,
+        "output__save_every": 2, "reference__sync_every": 2, "reference__sync_mix": 1.0, "output__keep_last": 9,
+    }  # fmt: skip
+    trained = recipe(tmp_path / "out", with_lines(pairs, "long.jsonl", long), **settings)
+    code = loop.train(
+        trained, model=model, processor=processor, on_step=lambda step, line: called.append((step, dict(line)))
+    )
+    assert code == 0
+    lines = log(trained)
+    assert [line["step"] for line in lines] == [step for step, _ in called] == [1, 2, 3]
+    assert lines[1].items() >= {"pairs": 0, "epoch": 2 / 5, "skipped_steps": 0}.items()
+    rates = [0.5e-3 * (1 + math.cos(math.pi * step / 3)) for step in range(3)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
+    assert "loss" not in lines[1]
+    assert lines[0]["pairs"] == lines[2]["pairs"] == 4
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == [
+        "step-00000002", "step-00000003"
+    ]  # fmt: skip
+    assert lines[2]["chosen_reward"] == pytest.approx(0, abs=1e-6)  # the reference has moved at step 2
+    assert "step 2: all of its pairs were left out" in capsys.readouterr().err
+
+
+def poison(model: Any, calls: set[int], factor: float = math.nan) -> None:
+    """Spoils the hidden states in some forwards of training, or, where the factor is finite, their gradients alone."""
+    count = 0
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal count
+        if not torch.is_grad_enabled():
+            return output
+        count += 1
+        if count in calls and math.isnan(factor):
+            return output * math.nan
+        if count in calls:
+            output.register_hook(lambda gradient: gradient * math.inf)
+        return output
+
+    model.model.language_model.norm.register_forward_hook(hook)
+
+
+def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(tmp_path: Path, pairs: Path) -> None:
+    model, processor = tiny()
+    poison(model, {3}, 1.0)
+    before = weights(model)
+    with pytest.raises(FloatingPointError, match=r"step 2: not finite: the gradient \(norm (inf|nan)\)"):
+        run(recipe(tmp_path / "out", pairs), model, processor)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())  # step 1 has rate 0
+
+
+def test_only_the_pairs_of_a_micro_batch_that_is_not_finite_are_named(tmp_path: Path, pairs: Path) -> None:
+    model, processor = tiny()
+    poison(model, {3})
+    with pytest.raises(FloatingPointError) as caught:  # a reward shift that moved would spoil what comes behind
+        run(recipe(tmp_path / "out", pairs, reward_shift__mode="fixed"), model, processor)
+    assert str(caught.value).count("pairs.jsonl:") == 4
+
+
+def test_a_skipped_step_leaves_the_reward_shift_as_it_was(tmp_path: Path, pairs: Path) -> None:
+    settings = {"output__on_nonfinite": "skip", "optim__warmup_ratio": 0, "optim__learning_rate": 1e-2}
+    settings |= {"optim__batch_size": 4, "optim__max_steps": 4, "output__log_every": 1}
+    model, processor = tiny()
+    poison(model, {3}, 1.0)  # its rewards are finite
+    lines = run(recipe(tmp_path / "out", pairs, **settings), model, processor)
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1]
+    assert lines[2]["reward_shift"] == lines[1]["reward_shift"] != 0
+    assert lines[3]["reward_shift"] != lines[2]["reward_shift"]
+
+
+# What is shown.
+
+
+def test_tokens_per_second_and_memory_have_their_units(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 4))
+    fake = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(loop, "time", fake)
+    trainer = trainer_of(tmp_path / "out", pairs, optim__max_steps=99)  # more than an epoch has
+    tokens = []
+    for step in range(3):
+        share = trainer._shares(trainer.mixture, trainer.sampler)[step]
+        tokens.append(sum(int((batch.segments >= 0).sum()) for batch in share.batches))
+    assert trainer.run() == 0
+    lines = log(trainer.recipe)
+    assert [line["tokens_per_s"] for line in lines] == [count / 4 for count in tokens]
+    assert all(64 < line["memory_mib"] < 2**17 for line in lines)
+    assert [line["epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+@pytest.mark.parametrize(("every", "logged"), [(2, [2, 3]), (9, [3])])
+def test_on_step_is_called_for_each_and_the_log_has_some_and_the_last(
+    tmp_path: Path, pairs: Path, every: int, logged: list[int]
+) -> None:
+    model, processor = tiny()
+    called: list[int] = []
+    trained = recipe(tmp_path / "out", pairs, output__log_every=every, optim__max_steps=3)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.jsonl").write_text('{"step": 77}\n')  # of a run without a checkpoint
+    loop.train(trained, model=model, processor=processor, on_step=lambda step, line: called.append(step))
+    assert called == [1, 2, 3]
+    assert [line["step"] for line in log(trained)] == logged
+
+
+def test_trackers_get_settings_steps_and_evaluations(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, cards: list[Any], capsys: Any
+) -> None:
+    double = with_lines(pairs, "double.jsonl", lambda lines: lines[4].update(rejected=lines[4]["chosen"]))
+    trainer = trainer_of(tmp_path / "out", double, data__eval=[str(double)], output__log_every=1)
+    trainer.recipe = dataclasses.replace(
+        trainer.recipe, output=dataclasses.replace(trainer.recipe.output, trackers=("mine",))
+    )
+    sent: list[tuple[int, set[str]]] = []
+    begun: list[Any] = []
+    monkeypatch.setattr(trainer.accelerator, "log", lambda values, step: sent.append((step, set(values))))
+    monkeypatch.setattr(trainer.accelerator, "init_trackers", lambda name, config: begun.append((name, config)))
+    assert trainer.run() == 0
+    assert begun[0][0] == "mpo_ext"
+    assert begun[0][1]["optim.batch_size"] == 8
+    assert [step for step, _ in sent] == [1, 2, 3, 3]
+    assert all(name.startswith("train/") for _, names in sent[:3] for name in names)
+    assert {"eval/loss", "eval/reward_accuracy"} <= sent[3][1]
+    (values,) = cards
+    last, evaluation = log(trainer.recipe)[-2:]
+    assert values["summary"].items() >= {"loss": last["loss"], "eval_loss": evaluation["eval_loss"]}.items()
+    assert values["summary"]["dropped"] == {"chosen and rejected are equal": 1}
+    assert "left out 1: chosen and rejected are equal" in capsys.readouterr().err
+    assert trainer.tally.kept == 19
+    assert sum(trainer.eval_tally.dropped.values()) == 1
+
+
+def test_a_reward_that_is_equal_is_not_accurate() -> None:
+    totals = Totals(torch.device("cpu"))
+    rewards = torch.tensor([0.0, 2.0]), torch.tensor([0.0, 1.0])
+    zero = torch.zeros(())
+    out: Any = SimpleNamespace(
+        loss=zero, dpo_loss=zero, bco_loss=zero, ntp_loss=zero, chosen_reward=rewards[0], rejected_reward=rewards[1],
+        chosen_logp=rewards[0], rejected_logp=rewards[1], stats={}, tokens=torch.ones(4), reward_shift=None,
+    )  # fmt: skip
+    totals.add(out, ntp_parts=2, tokens=9)
+    sums = totals.reduce(SimpleNamespace(num_processes=1))
+    assert (sums["reward_accuracy"], sums["pairs"], sums["tokens"]) == (1, 2, 9)
+
+
+def test_the_log_is_json_whatever_the_numbers_are(tmp_path: Path) -> None:
+    kept = Log(tmp_path / "log.jsonl")
+    kept.append({"loss": math.nan, "norm": -math.inf, "step": 3})
+    assert kept.read() == [{"loss": "nan", "norm": "-inf", "step": 3}]
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_console_shows_some_steps_the_last_and_what_is_left(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from mpo_ext.train import monitor
+
+    now = [100.0]
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    stream = io.StringIO()
+    console = Console(10, 4, stream)
+    line = {"loss": 1.5, "learning_rate": 0.1}
+    for step in (5, 6, 7, 10):
+        now[0] += 20
+        console.step(step, line)
+    shown = [text.split(":")[0] for text in stream.getvalue().splitlines()]
+    assert shown == ["step 5/10, 100 s left", "step 7/10, 60 s left", "step 10/10, 0 s left"]
+    Console(10, 0, None).say("nothing")
+    Console(10, 0, None).step(1, line)
+    assert capsys.readouterr() == ("", "")
+    with Console(10, 4, Screen()) as bar:
+        bar.step(6, line)
+        bar.say("words [in] brackets")
+        (task,) = bar._bar.tasks
+        assert (task.completed, task.total) == (6, 10)
+    assert "words [in] brackets" in bar.stream.getvalue()  # type: ignore[union-attr]
+
+
+def test_a_full_memory_of_a_machine_is_told_like_that_of_a_device(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text, expected in (
+        (
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+            "out of memory in step 1 with 4",
+        ),
+        ("another error", "^another error$"),
+    ):
+
+        def fail(*args: Any, _text: str = text, **options: Any) -> Any:
+            raise RuntimeError(_text)
+
+        monkeypatch.setattr(loop, "linear_mpo_loss", fail)
+        with pytest.raises(RuntimeError, match=expected):
+            run(recipe(tmp_path / text[:3], pairs))
+
+
+def test_a_run_leaves_the_handlers_of_signals_and_runs_in_a_thread(tmp_path: Path, pairs: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    lines = run(recipe(tmp_path / "main", pairs, optim__max_steps=1))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.extend(run(recipe(tmp_path / "thread", pairs, optim__max_steps=1))))
+    thread.start()
+    thread.join()
+    assert [line["loss"] for line in found] == [line["loss"] for line in lines]
+
+
+# Evaluation and what is kept.
+
+
+def test_an_evaluation_is_without_dropout_and_training_goes_on_with_it(tmp_path: Path, pairs: Path) -> None:
+    lora = {"rank": 4, "dropout": 0.5}
+    trainer = trainer_of(tmp_path / "out", pairs, model__lora=lora, data__eval=[str(pairs)], optim__learning_rate=1e-1)
+    assert trainer.run() == 0
+    shift = trainer.reward_shift.state_dict()
+    first = trainer.evaluate()
+    assert first["pairs"] == 20
+    assert first["reward_margin"] != 0
+    assert trainer.model.training
+    assert trainer.evaluate() == first
+    assert trainer.reward_shift.state_dict() == shift
+    assert trainer.reward_shift.training
+
+
+def test_a_signal_in_an_evaluation_ends_the_run_behind_it(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(self: Trainer) -> dict[str, float]:
+        signal.raise_signal(signal.SIGTERM)
+        return {"loss": 1.0, "reward_accuracy": 0.5}
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    trainer = trainer_of(tmp_path / "out", pairs, data__eval=[str(pairs)], output__eval_every=1)
+    assert trainer.run() == loop.INTERRUPTED
+    assert trainer.step == 1
+
+
+def test_a_bad_pair_to_evaluate_on_ends_the_run_by_name(tmp_path: Path, pairs: Path) -> None:
+    broken = with_lines(pairs, "bad-eval.jsonl", lambda lines: lines[1].update(images=["gone.png"]))
+    with pytest.raises(ValueError, match=r"bad-eval\.jsonl:2.*gone\.png"):
+        trainer_of(tmp_path / "out", pairs, data__eval=[str(broken)], optim__max_steps=1).run()
+
+
+@pytest.mark.parametrize(("metric", "best"), [("reward_accuracy", 2), ("loss", 1)])
+def test_the_best_checkpoint_is_kept_by_its_metric(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, metric: str, best: int
+) -> None:
+    values = iter([(0.2, 1.0), (0.9, 2.0), (0.1, 3.0)])
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda self: dict(zip(("reward_accuracy", "loss"), next(values), strict=True))
+    )
+    settings = {"eval_every": 1, "save_every": 1, "keep_last": 1, "keep_best": True, "best_metric": metric}
+    settings = {f"output__{name}": value for name, value in settings.items()}
+    trainer = trainer_of(tmp_path / "out", pairs, data__eval=[str(pairs)], optim__max_steps=3, **settings)
+    assert trainer.run() == 0
+    kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert kept == [f"step-{best:08d}", "step-00000003"]
+
+
+# What a run goes on with.
+
+
+class EndedError(Exception):
+    pass
+
+
+def test_counts_go_on_where_a_run_goes_on(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+    def change(lines: list[dict[str, Any]]) -> None:
+        for line in lines[:5]:
+            line["rejected"] = line["chosen"]
+        for line in lines[5:]:
+            line["chosen"] += " , 9" * 30
+
+    data = with_lines(pairs, "counted.jsonl", change)
+    settings = {
+        "output__save_every": 1, "output__on_nonfinite": "skip", "data__too_long": "truncate", "data__max_length": 40
+    }  # fmt: skip
+
+    def end_at_3(step: int, line: Any) -> None:
+        if step == 3:
+            raise EndedError
+
+    model, processor = tiny()
+    poison(model, {1})
+    with pytest.raises(EndedError):
+        loop.train(recipe(tmp_path / "out", data, **settings), model=model, processor=processor, on_step=end_at_3)
+    trainer = trainer_of(tmp_path / "out", data, **settings)
+    assert trainer.run() == 0
+    assert [line["skipped_steps"] for line in log(trainer.recipe)] == [1, 1, 1]
+    straight = trainer_of(tmp_path / "straight", data, **settings)
+    assert straight.run() == 0
+    assert vars(trainer.tally) == vars(straight.tally)
+    assert (trainer.tally.kept, trainer.tally.cut) == (15, 15)
+    assert "cut the responses of 15 pairs" in capsys.readouterr().err
+    assert trainer.tally.dropped == collections.Counter({"chosen and rejected are equal": 5})
+
+
+def test_counts_of_all_ranks_are_one(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(tmp_path / "out", pairs)
+    other = Tally()
+    other.kept, trainer.tally.kept = 3, 4
+    monkeypatch.setattr(trainer, "_gather", lambda value: [value, other])
+    assert trainer._whole_tally().kept == 7
+
+
+def test_what_may_change_in_a_run_that_goes_on(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {"data__eval": [str(pairs)], "optim__max_steps": 1}
+    trainer = trainer_of(tmp_path / "out", pairs, **base)
+    assert trainer.run() == 0
+    path = trainer.checkpoints.latest()
+    assert path is not None
+    state = trainer.checkpoints.load(trainer.accelerator, path, trainer.model, trainer.optimizer)
+    monkeypatch.setattr(trainer.checkpoints, "load", lambda *args, **options: state)
+    free = {
+        "loss__memory_budget_mib": 5, "loss__recompute": False, "loss__shared_prefix": False,
+        "loss__from_logits": True, "loss__backend": "reference", "model__attention": "eager",
+        "model__gradient_checkpointing": True,
+        "optim__epochs": 3, "optim__max_steps": 2, "optim__micro_batch_size": 2, "data__workers": 1,
+        "data__eval": [], "output__log_every": 3, "output__save_every": 7,
+    }  # fmt: skip
+    for name, value in free.items():
+        trainer.recipe = recipe(tmp_path / "out", pairs, **{**base, name: value})
+        trainer._evaluation = None
+        trainer._resume(path)
+        assert (trainer._evaluation is None) == (name == "data__eval"), name
+    trainer.is_main, trainer.tally = False, Tally()
+    trainer._resume(path)
+    assert trainer.tally.kept == 0  # the main process has them all
+    fixed = {
+        "loss__beta": 0.2, "loss__ntp_average": "sequence", "loss__average_over": "micro_batch", "precision": "bf16",
+        "model__dtype": "bfloat16", "model__freeze": ["vision_tower"], "optim__seed": 1, "optim__batch_size": 4,
+        "optim__betas": [0.5, 0.5], "optim__warmup_ratio": 0.5, "data__max_length": 77, "data__group_prompts": True,
+        "reward_shift__decay": 0.5, "reference__kind": "precomputed", "reference__sync_every": 2,
+    }  # fmt: skip
+    for name, value in fixed.items():
+        trainer.recipe = recipe(tmp_path / "out", pairs, **{**base, name: value})
+        with pytest.raises(ValueError, match=rf"(?s){name.replace('__', '.')} was .*, is .*take another output\.dir"):
+            trainer._resume(path)
