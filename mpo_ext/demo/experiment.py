@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -23,9 +24,9 @@ from rich.table import Table
 from mpo_ext import report
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import build_model, build_processor
-from mpo_ext.demo.pairs import load_pairs, make_pairs
+from mpo_ext.demo.pairs import make_pairs
 from mpo_ext.demo.settings import Settings
-from mpo_ext.demo.train import METHODS, evaluate, reference_logp, train_branch, train_sft
+from mpo_ext.demo.train import METHODS, evaluate, train_branch, train_sft
 
 START = "SFT start"
 LABELS = {START: START, "SFT": "SFT continued", "DPO": "DPO only", "MPO": "MPO"}
@@ -107,6 +108,9 @@ def run(*, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, ba
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    os.environ["ACCELERATE_USE_CPU"] = (
+        "true"  # the model is too small for a GPU to pay, and the pairs come from the CPU
+    )
     console = Console()
     start = time.perf_counter()
     outcomes: list[Outcome] = []
@@ -135,30 +139,25 @@ def run_seed(settings: Settings, folder: Path, console: Console) -> Outcome:
     console.rule(f"seed {settings.seed}")
 
     text = f"an {type(model).__name__} with {size:.2f} M parameters learns to read grids of digits, but not to the end"
-    with stages.stage("SFT", text, settings.sft_most_steps + settings.sft_decay_steps) as advance:
-        sft_curve = train_sft(model, processor, settings, rng, on_step=lambda step, most: advance(1, most))
+    with stages.stage("SFT", text, None):
+        sft_curve = train_sft(model, processor, settings, rng, folder)
 
     text = "it answers training questions; right answers are paired with wrong ones and with answers continued blindly"
     with stages.stage("pairs", text, None):
         made = make_pairs(model, processor, settings, rng, folder, stream=sys.stderr)
     for name, summary in made.summaries.items():
         console.print(f"  {name}: {summary}", markup=False, highlight=False)
-    pairs = load_pairs(made.path)
     counts = ", ".join(f"{count} {name}" for name, count in sorted(made.counts.items()))
     left_out = "".join(f"; left out {count} {reason}" for reason, count in made.left_out.items() if count)
-    console.print(f"  {len(pairs)} pairs, checked: {counts}{left_out}")
-    with stages.stage("reference", "its log-probabilities of all pairs, computed once", len(pairs)) as advance:
-        ref_logp = reference_logp(model, processor, pairs, settings, on_batch=advance)
+    console.print(f"  {sum(made.counts.values())} pairs, checked: {counts}{left_out}")
+    (folder / "reference.jsonl").unlink(missing_ok=True)  # of an earlier demo, whose model was another
 
     models, curves = {START: model}, {}
-    for method, config in METHODS.items():
-        weights = f"dpo {config.dpo_weight:g}, bco {config.bco_weight:g}, ntp {config.ntp_weight:g}"
-        text = f"the SFT model trained further on the pairs with weights {weights}"
+    for method, weights in METHODS.items():
+        text = ", ".join(f"{name.removesuffix('_weight')} {weight:g}" for name, weight in weights.items())
         models[method] = copy.deepcopy(model)
-        with stages.stage(LABELS[method], text, settings.branch_steps) as advance:
-            curves[method] = train_branch(
-                models[method], processor, pairs, ref_logp, config, settings, on_step=advance
-            )
+        with stages.stage(LABELS[method], f"the SFT model trained further on the pairs with weights {text}", None):
+            curves[method] = train_branch(models[method], processor, made.path, method, settings, folder)
 
     tasks = held_out_tasks(settings)
     text = f"{len(tasks)} questions about held-out digits to each of the {len(models)} models"
@@ -246,7 +245,9 @@ def save_curves(path: Path, outcome: Outcome) -> None:
         drawn = []
         for method, curve in outcome.branch_curves.items():
             for key, suffix, style in quantities:
-                x, y = [point["step"] for point in curve], [point[key] for point in curve]
+                if key not in curve[0]:
+                    continue  # SFT has no rewards
+                x, y = _points(curve, key)
                 drawn.append(report.Line(f"{method}{suffix}", x, y, _COLORS[method], style, smooth=9))
         return drawn
 

@@ -1,12 +1,9 @@
 """A real InternVLForConditionalGeneration, small enough for two cores, with its processor and a tokenizer of words."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
 from transformers import (
     GotOcr2ImageProcessorPil,
     InternVLConfig,
@@ -17,10 +14,8 @@ from transformers import (
 )
 
 from mpo_ext.demo import digits
-from mpo_ext.generate.engine import Request, chat_messages
 
 IMAGE_TOKENS = 4  # one per digit: 4x4 patches of 8x8 pixels, joined 2x2 by the downsample ratio of 0.5
-IGNORE_INDEX = -100
 _PIXEL_MEAN, _PIXEL_SPREAD = 0.3, 0.35  # of the digits, rounded
 _PAD, _END, _USER, _ASSISTANT = "<pad>", "<|im_end|>", "<|user|>", "<|assistant|>"
 _IMAGE, _IMAGE_START, _IMAGE_END, _VIDEO = "<IMG_CONTEXT>", "<img>", "</img>", "<video>"
@@ -147,48 +142,3 @@ def build_model(
     special = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
     model.generation_config.suppress_tokens = sorted(special)
     return model
-
-
-def collate(
-    processor: DigitsProcessor,
-    questions: Sequence[str],
-    images: Sequence[Sequence[Image.Image]],
-    responses: Sequence[str],
-) -> dict[str, Tensor]:
-    """Builds a batch of conversations, padded on the right. The response and its end are scored, the prompt is not.
-
-    Args:
-        processor: From ``build_processor``.
-        questions: Length B.
-        images: Length B; those of each question, which may be none.
-        responses: Length B.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels`` ``[B, T]`` int64, and ``pixel_values`` ``[images, 3, 32, 32]``
-        float32 where there are images.
-    """
-    texts = []
-    for question, own, response in zip(questions, images, responses, strict=True):
-        messages = chat_messages(Request(question=question, images=tuple(own)), as_parts=True)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-        texts.append(processor.apply_chat_template(messages, tokenize=False))
-    batch = dict(
-        processor(
-            text=texts,
-            images=[list(own) for own in images] if any(images) else None,
-            padding=True,
-            padding_side="right",
-            return_token_type_ids=False,
-            return_tensors="pt",
-        )
-    )
-    ids = batch["input_ids"]
-    is_assistant = ids == processor.tokenizer.assistant_token_id
-    is_scored = (is_assistant.cumsum(dim=1) > 0) & ~is_assistant & batch["attention_mask"].bool()
-    return {**batch, "labels": ids.masked_fill(~is_scored, IGNORE_INDEX)}
-
-
-def logits_of(model: InternVLForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
-    """Runs the model on a batch of ``collate``: logits ``[B, T, V]``."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return model(**inputs, use_cache=False).logits

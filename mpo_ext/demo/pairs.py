@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import numpy as np
 from transformers import InternVLForConditionalGeneration
 
-from mpo_ext.data import BadLine, Pair, open_pairs, read_pairs, write_pairs
+from mpo_ext.data import Pair, open_pairs, read_pairs, write_pairs
 from mpo_ext.data.check import Report, check_pairs, write_report
 from mpo_ext.data.jsonl import atomic_write, dump_line
 from mpo_ext.data.records import SOURCE
@@ -142,20 +142,6 @@ def write_items(folder: Path, form: str, tasks: Sequence[digits.Task]) -> None:
             task.picture.save(folder / image)
             item = {"image": image, "question": task.question, "answer_gt": str(task.answer)}
             file.write(dump_line({**item, "form": form, "digits": list(task.values)}))
-
-
-def load_pairs(path: Path) -> list[Pair]:
-    """Reads a file of pairs; the paths of their images are absolute.
-
-    Raises:
-        BadLine: If a line holds no pair.
-    """
-    pairs = []
-    for _, pair in open_pairs(path).scan():
-        if isinstance(pair, BadLine):
-            raise pair
-        pairs.append(pair)
-    return pairs
 
 
 def _with_subset(pair: Pair) -> Pair:

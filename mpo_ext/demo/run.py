@@ -15,6 +15,8 @@ _NEEDS = {
     "PIL": "pillow",
     "rich": "rich",
     "transformers": "transformers",
+    "accelerate": "accelerate",
+    "yaml": "pyyaml",
     "tokenizers": "tokenizers",
 }
 
@@ -25,7 +27,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "demo",
         help="train a tiny multimodal model on digits three ways and compare",
         description="Trains a tiny InternVL model on 2x2 grids of handwritten digits, lets it make its own preference "
-        "pairs, trains it further by SFT, DPO and MPO, and writes a table, curves and a page of pairs.",
+        "pairs, trains it further by SFT, DPO and MPO, and writes a table, curves, a page of pairs and the models.",
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where to write (default: demo-out)")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of the first run (default: 0)")

@@ -13,6 +13,7 @@ class Settings:
         layers: Depth of the language model.
         sft_rate: Learning rate of the first training.
         sft_batch: Questions per step of the first training.
+        sft_questions: Questions of the first training, which meets them again and again.
         sft_blind_share: Share of those questions that come without their image. A large model has read plenty of text
             without images; so this one too has met such prompts before it makes DropoutNTP pairs.
         sft_target: Step-by-step accuracy on validation grids at which the first training begins to end.
@@ -41,11 +42,12 @@ class Settings:
     layers: int = 3
     sft_rate: float = 2e-3
     sft_batch: int = 64
+    sft_questions: int = 16000
     sft_blind_share: float = 0.125
     sft_target: float = 0.4
     sft_check_steps: int = 25
-    sft_decay_steps: int = 50
-    sft_most_steps: int = 500
+    sft_decay_steps: int = 100
+    sft_most_steps: int = 800
     questions: int = 2000
     samples: int = 8
     temperature: float = 0.7
@@ -69,6 +71,7 @@ class Settings:
             hidden_size=64,
             layers=1,
             sft_rate=5e-3,
+            sft_questions=500,
             sft_target=1.0,
             sft_check_steps=50,
             sft_decay_steps=50,

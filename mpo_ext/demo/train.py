@@ -1,27 +1,37 @@
-"""The demo's two training loops, SFT and a branch on pairs, and the evaluation they share."""
+"""The demo's runs of the trainer, SFT and a branch on pairs, and the evaluation they share."""
 
-import math
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
-from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
-from mpo_ext.data import Pair
+from mpo_ext.data import Pair, write_pairs
 from mpo_ext.demo import digits
-from mpo_ext.demo.model import IGNORE_INDEX, DigitsProcessor, collate, logits_of
+from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.pairs import BATCH_SIZE, MAX_NEW_TOKENS
 from mpo_ext.demo.settings import Settings
 from mpo_ext.generate.answers import extract_answer, matcher
-from mpo_ext.generate.engine import Request, SamplingConfig, TransformersEngine, load_image
+from mpo_ext.generate.engine import Request, SamplingConfig, TransformersEngine
+from mpo_ext.train.loop import train
+from mpo_ext.train.recipe import (
+    DataRecipe,
+    LossRecipe,
+    ModelRecipe,
+    OptimRecipe,
+    OutputRecipe,
+    Recipe,
+    ReferenceRecipe,
+    SourceRecipe,
+)
 
-METHODS = {
-    "SFT": MPOConfig(dpo_weight=0, bco_weight=0, ntp_weight=1),
-    "DPO": MPOConfig(dpo_weight=1, bco_weight=0, ntp_weight=0),
-    "MPO": MPOConfig(),
+METHODS: dict[str, dict[str, Any]] = {
+    "SFT": {"dpo_weight": 0, "bco_weight": 0, "ntp_weight": 1},
+    "DPO": {"dpo_weight": 1, "bco_weight": 0, "ntp_weight": 0},
+    "MPO": {"dpo_weight": 0.8, "bco_weight": 0.2, "ntp_weight": 1},
 }
 
 
@@ -30,139 +40,150 @@ def train_sft(
     processor: DigitsProcessor,
     settings: Settings,
     rng: np.random.Generator,
-    *,
-    on_step: Callable[[int, int], None] = lambda step, most: None,
+    folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains on right responses to fresh questions, until validation accuracy reaches the target and the rate is zero.
+    """Trains on right responses until accuracy on validation reaches the target, then until the rate is zero.
+
+    Args:
+        model: Changed in place.
+        processor: Of the model.
+        settings: Questions, steps and rates.
+        rng: Source of the questions.
+        folder: The questions with their responses go to ``sft.jsonl`` in it, the runs to ``runs/SFT-start`` and
+            ``runs/SFT-end``.
 
     Returns:
-        One entry per step: ``step``, ``loss``, and where it was looked at ``accuracy`` (step by step, on validation).
+        One line of the log per step, and where it was looked at ``accuracy`` (step by step, on validation).
     """
     splits = digits.load_digits()
     validation = digits.sample_tasks(splits["validation"], settings.validation_tasks, np.random.default_rng(0), "cot")
-    optimizer = _optimizer(model)
+    tasks = digits.sample_tasks(splits["train"], settings.sft_questions, rng)
+    blind = int(settings.sft_blind_share * len(tasks))
+    tasks[:blind] = map(digits.without_image, tasks[:blind])
+    path = _write_sft(folder, tasks)
     curve: list[dict[str, float]] = []
-    decay_left = settings.sft_decay_steps
-    decaying = False
-    while decay_left > 0:
-        step = len(curve) + 1
-        if decaying:
-            decay_left -= 1
-        rate = min(1.0, step / settings.warmup_steps) * (decay_left / settings.sft_decay_steps)
-        tasks = digits.sample_tasks(splits["train"], settings.sft_batch, rng)
-        blind = int(settings.sft_blind_share * len(tasks))
-        tasks[:blind] = map(digits.without_image, tasks[:blind])
-        batch = collate(
-            processor,
-            [task.question for task in tasks],
-            [_pictures(task) for task in tasks],
-            [task.response for task in tasks],
+
+    def note(step: int, line: Any) -> bool:
+        curve.append({**line, "step": len(curve) + 1})
+        if step % settings.sft_check_steps:
+            return False
+        curve[-1]["accuracy"] = evaluate(model, processor, validation)["cot"]["accuracy"]
+        return curve[-1]["accuracy"] >= settings.sft_target
+
+    for name, steps, schedule in (
+        ("SFT-start", settings.sft_most_steps, "constant"),
+        ("SFT-end", settings.sft_decay_steps, "linear"),
+    ):
+        recipe = make_recipe(
+            path,
+            folder / "runs" / name,
+            loss=METHODS["SFT"],
+            steps=steps,
+            batch=settings.sft_batch,
+            rate=settings.sft_rate,
+            schedule=schedule,
+            settings=settings,
         )
-        model.train()
-        logp = token_logp(logits_of(model, batch), batch["labels"], shift=True, backend=settings.backend)
-        loss = -logp.sum() / (batch["labels"] != IGNORE_INDEX).sum()
-        _update(model, optimizer, loss, settings.sft_rate * rate)
-        curve.append({"step": step, "loss": loss.item()})
-        if not decaying and step % settings.sft_check_steps == 0:
-            accuracy = evaluate(model, processor, validation)["cot"]["accuracy"]
-            curve[-1]["accuracy"] = accuracy
-            decaying = accuracy >= settings.sft_target or step >= settings.sft_most_steps
-        on_step(step, step + decay_left if decaying else settings.sft_most_steps + decay_left)
+        train(recipe, model=model, processor=processor, on_step=note)
     return curve
-
-
-def reference_logp(
-    model: InternVLForConditionalGeneration,
-    processor: DigitsProcessor,
-    pairs: Sequence[Pair],
-    settings: Settings,
-    *,
-    on_batch: Callable[[int], None] = lambda count: None,
-) -> Tensor:
-    """Log-probabilities of all pairs under the reference: ``[N, 2]`` float32, chosen, rejected. Needed once only."""
-    model.eval()
-    parts = []
-    with torch.no_grad():
-        for start in range(0, len(pairs), settings.branch_batch):
-            part = pairs[start : start + settings.branch_batch]
-            batch = _pair_batch(processor, part)
-            logp = token_logp(logits_of(model, batch), batch["labels"], shift=True, backend=settings.backend)
-            parts.append(logp.sum(-1).view(2, -1).T)
-            on_batch(len(part))
-    return torch.cat(parts)
-
-
-def pair_order(count: int, settings: Settings) -> list[list[int]]:
-    """Which pairs each step takes: the same for every branch. All pairs are met before one is met again."""
-    rng = np.random.default_rng(settings.seed)
-    needed = settings.branch_steps * settings.branch_batch
-    order = np.concatenate([rng.permutation(count) for _ in range(math.ceil(needed / count))])
-    return order[:needed].reshape(settings.branch_steps, settings.branch_batch).tolist()
 
 
 def train_branch(
     model: InternVLForConditionalGeneration,
     processor: DigitsProcessor,
-    pairs: Sequence[Pair],
-    ref_logp: Tensor,
-    config: MPOConfig,
+    pairs: Path,
+    method: str,
     settings: Settings,
+    folder: Path,
     *,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[int, Any], object] | None = None,
 ) -> list[dict[str, float]]:
     """Trains the model further on the pairs with one mixture of the three terms.
 
-    Every branch does the same work: the rejected responses go through the model even where the loss gives them no
-    weight, so that the curves show what becomes of them.
+    Pairs, their order, steps and rate are the same for each method. The log-probabilities of the reference, which is
+    the model as it comes, are computed by the first branch that needs them, into ``reference.jsonl``.
 
     Args:
         model: The SFT model, changed in place.
         processor: Of the model.
-        pairs: Length N; their images are opened where their paths say.
-        ref_logp: ``[N, 2]`` from ``reference_logp``.
-        config: Weights of the terms.
+        pairs: File of pairs.
+        method: Key of ``METHODS``.
         settings: Steps, batch and rate.
-        on_step: Called after each step.
+        folder: The run goes to ``runs/METHOD`` in it.
+        on_step: As in ``mpo_ext.train.loop.train``.
 
     Returns:
-        One entry per step: the terms of the loss, both rewards, both log-probabilities per token, the reward shift.
+        One line of the log per step.
     """
-    optimizer = _optimizer(model)
-    reward_shift = RewardShift()
-    curve = []
-    for step, rows in enumerate(pair_order(len(pairs), settings), start=1):
-        batch = _pair_batch(processor, [pairs[row] for row in rows])
-        model.train()
-        out = mpo_loss(
-            logits_of(model, batch),
-            batch["labels"],
-            ref_logp[rows].T.flatten(),
-            config=config,
-            reward_shift=reward_shift,
-            backend=settings.backend,
-        )
-        rate = (
-            min(1.0, step / settings.warmup_steps) * (1 + math.cos(math.pi * (step - 1) / settings.branch_steps)) / 2
-        )
-        _update(model, optimizer, out.loss, settings.branch_rate * rate)
-        tokens = out.tokens.view(2, -1)
-        curve.append(
-            {
-                "step": step,
-                "loss": out.loss.item(),
-                "dpo_loss": out.dpo_loss.item(),
-                "bco_loss": out.bco_loss.item(),
-                "ntp_loss": out.ntp_loss.item(),
-                "chosen_reward": out.chosen_reward.mean().item(),
-                "rejected_reward": out.rejected_reward.mean().item(),
-                "reward_accuracy": (out.chosen_reward > out.rejected_reward).float().mean().item(),
-                "chosen_logp": (out.chosen_logp.sum() / tokens[0].sum()).item(),
-                "rejected_logp": (out.rejected_logp.sum() / tokens[1].sum()).item(),
-                "reward_shift": out.reward_shift.item(),
-            }
-        )
-        on_step()
+    curve: list[dict[str, float]] = []
+
+    def note(step: int, line: Any) -> object:
+        curve.append(dict(line))
+        return on_step(step, line) if on_step is not None else None
+
+    recipe = make_recipe(
+        pairs,
+        folder / "runs" / method,
+        loss=METHODS[method],
+        steps=settings.branch_steps,
+        batch=settings.branch_batch,
+        rate=settings.branch_rate,
+        schedule="cosine",
+        settings=settings,
+        reference=folder / "reference.jsonl",
+    )
+    train(recipe, model=model, processor=processor, on_step=note)
     return curve
+
+
+def make_recipe(
+    pairs: Path,
+    out: Path,
+    *,
+    loss: dict[str, Any],
+    steps: int,
+    batch: int,
+    rate: float,
+    schedule: Any,
+    settings: Settings,
+    reference: Path | None = None,
+) -> Recipe:
+    """Builds the recipe of one of the demo's runs. What an earlier demo left in its folder is removed."""
+    shutil.rmtree(out, ignore_errors=True)
+    return Recipe(
+        model=ModelRecipe(path=f"digits demo, seed {settings.seed}"),
+        data=DataRecipe(train=(SourceRecipe(path=str(pairs)),), max_length=None),
+        loss=LossRecipe(**loss, backend=settings.backend),
+        reference=ReferenceRecipe(kind="precomputed", file=str(reference)) if reference else ReferenceRecipe(),
+        optim=OptimRecipe(
+            learning_rate=rate,
+            batch_size=batch,
+            micro_batch_size=batch,
+            epochs=steps,  # more than enough: max_steps ends it
+            max_steps=steps,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            warmup_ratio=min(settings.warmup_steps / steps, 0.5),
+            schedule=schedule,
+            seed=settings.seed,
+        ),
+        output=OutputRecipe(dir=str(out), save_every=0, keep_last=1, resume="never"),
+    )
+
+
+def _write_sft(folder: Path, tasks: Sequence[digits.Task]) -> Path:
+    """Writes questions with their right responses as pairs without a rejected one, which SFT never reads."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    pairs = []
+    for number, task in enumerate(tasks):
+        images: tuple[str, ...] = ()
+        if task.picture is not None:
+            images = (f"images/sft-{number:05d}.png",)
+            task.picture.save(folder / images[0])
+        pairs.append(Pair(task.question, task.response, "", images, answer_gt=str(task.answer)))
+    path = folder / "sft.jsonl"
+    write_pairs(path, pairs)
+    return path
 
 
 def evaluate(
@@ -201,26 +222,3 @@ def evaluate(
 
 def _pictures(task: digits.Task) -> tuple[Image.Image, ...]:
     return () if task.picture is None else (task.picture,)
-
-
-def _pair_batch(processor: DigitsProcessor, pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    """Rows 0 to B-1 hold the chosen responses, rows B to 2B-1 the rejected ones."""
-    images = [[load_image(image) for image in pair.images] for pair in pairs]
-    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    return collate(processor, [pair.question for pair in pairs] * 2, images * 2, responses)
-
-
-def _optimizer(model: InternVLForConditionalGeneration) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-
-
-def _update(
-    model: InternVLForConditionalGeneration, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float
-) -> None:
-    """Takes one step at the given learning rate, with the gradient clipped to norm 1."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()

@@ -18,17 +18,18 @@ for package in ("torch", "transformers", "sklearn", "matplotlib", "jinja2", "ric
 import torch
 from transformers import AutoProcessor
 
-from mpo_ext.data import open_pairs
+from mpo_ext.data import Pair, open_pairs
 from mpo_ext.data.check import check_pairs
 from mpo_ext.demo import digits, run
 from mpo_ext.demo import pairs as demo_pairs
-from mpo_ext.demo.model import DigitsProcessor, build_model, build_processor, collate
-from mpo_ext.demo.pairs import load_pairs, make_pairs, write_items
+from mpo_ext.demo.model import DigitsProcessor, build_model, build_processor
+from mpo_ext.demo.pairs import make_pairs, write_items
 from mpo_ext.demo.settings import Settings
-from mpo_ext.demo.train import METHODS, evaluate, pair_order, reference_logp, train_branch, train_sft
+from mpo_ext.demo.train import METHODS, evaluate, train_branch, train_sft
 from mpo_ext.generate.answers import extract_answer, matcher
 from mpo_ext.generate.engine import Request, SamplingConfig, TransformersEngine
 from mpo_ext.generate.journal import read_records
+from mpo_ext.train.samples import Encoder, Sample
 
 BACKEND = "reference"
 
@@ -116,41 +117,47 @@ def test_every_word_has_its_token(processor: DigitsProcessor, tasks: list[digits
                 assert text.startswith(tokenizer.decode(ids[:cut]))
 
 
-def test_only_the_response_and_its_end_are_scored(processor: DigitsProcessor) -> None:
-    tasks = [make_task("cot"), make_task("direct"), digits.without_image(make_task("cot"))]
-    images = [[] if task.picture is None else [task.picture] for task in tasks]
-    batch = collate(processor, [task.question for task in tasks], images, [task.response for task in tasks])
-    assert batch["pixel_values"].shape == (2, 3, 32, 32)
+def encode(processor: DigitsProcessor, task: digits.Task, folder: Path) -> Sample:
+    """What the trainer makes of a task."""
+    images: tuple[str, ...] = ()
+    if task.picture is not None:
+        images = (str(folder / "image.png"),)
+        task.picture.save(images[0])
+    sample = Encoder(processor, max_length=None).encode(Pair(task.question, task.response, "", images), "line 1")
+    assert isinstance(sample, Sample)
+    return sample
+
+
+@pytest.mark.parametrize("form", ["cot", "direct", "blind"])
+def test_what_is_trained_is_what_is_sampled_from(processor: DigitsProcessor, tmp_path: Path, form: str) -> None:
+    task = make_task("direct") if form == "direct" else make_task()
+    if form == "blind":
+        task = digits.without_image(task)
+    sample = encode(processor, task, tmp_path)
+    own = () if task.picture is None else (task.picture,)
     engine = TransformersEngine(build_model(processor.tokenizer, hidden_size=32, layers=1), processor)
-    for task, own, ids, labels, mask in zip(
-        tasks, images, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
-    ):
-        request = Request(question=task.question, images=tuple(own))
-        prompt = engine._inputs([request], [engine.prompt(request)])["input_ids"][0].tolist()
-        expected = [*engine.encode(task.response), processor.tokenizer.eos_token_id]
-        scored = labels != -100
-        assert ids[scored].tolist() == labels[scored].tolist() == expected
-        assert ids[mask.bool()].tolist() == prompt + expected  # what is trained is what is sampled from
-        assert (ids == processor.image_token_id).sum() == 4 * len(own)
+    request = Request(question=task.question, images=own)
+    prompt = engine._inputs([request], [engine.prompt(request)])["input_ids"][0].tolist()
+    assert sample.prompt_ids.tolist() == prompt
+    assert sample.chosen_ids.tolist() == [*engine.encode(task.response), processor.tokenizer.eos_token_id]
+    assert (sample.prompt_ids == processor.image_token_id).sum() == 4 * len(own)
 
 
 def test_the_processor_comes_back_from_its_folder(processor: DigitsProcessor, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     loaded = DigitsProcessor.from_pretrained(tmp_path)
-    task = make_task()
-    picture = digits.sample_tasks(digits.load_digits()["train"], 1, np.random.default_rng(0))[0].picture
-    batches = [collate(each, [task.question], [[picture]], [task.response]) for each in (processor, loaded)]
-    for name, tensor in batches[0].items():
-        torch.testing.assert_close(tensor, batches[1][name], rtol=0, atol=0)
+    task = digits.sample_tasks(digits.load_digits()["train"], 1, np.random.default_rng(0))[0]
+    before, after = (encode(each, task, tmp_path) for each in (processor, loaded))
+    assert before.digest == after.digest
     automatic = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(automatic).__name__ == "DigitsProcessor"
 
 
-def test_the_model_is_given_the_grey_values_of_the_grid(processor: DigitsProcessor) -> None:
+def test_the_model_is_given_the_grey_values_of_the_grid(processor: DigitsProcessor, tmp_path: Path) -> None:
     task = digits.sample_tasks(digits.load_digits()["train"], 1, np.random.default_rng(0))[0]
-    batch = collate(processor, [task.question], [[task.picture]], [task.response])
+    pixels = encode(processor, task, tmp_path).image_inputs["pixel_values"]
     expected = ((task.image - 0.3) / 0.35).expand(3, -1, -1)
-    torch.testing.assert_close(batch["pixel_values"][0], expected, rtol=0, atol=0.5 / 255 / 0.35 + 1e-5)
+    torch.testing.assert_close(pixels[0], expected, rtol=0, atol=0.5 / 255 / 0.35 + 1e-5)
 
 
 def test_samples_never_hold_tokens_that_stand_for_something_else(processor: DigitsProcessor, model) -> None:
@@ -202,8 +209,12 @@ def made(processor: DigitsProcessor, model, tmp_path: Path, monkeypatch: pytest.
     return make_pairs(model, processor, settings, np.random.default_rng(0), tmp_path)
 
 
+def pairs_of(made) -> list[Pair]:
+    return [pair for _, pair in open_pairs(made.path).scan()]
+
+
 def test_the_pairs_are_of_all_kinds_and_pass_their_check(made) -> None:
-    pairs = load_pairs(made.path)
+    pairs = pairs_of(made)
     assert sum(made.counts.values()) == len(pairs)
     assert {"direct correctness", "direct format", "cot correctness", "cot format", "cot dropout_ntp"} == set(
         made.counts
@@ -229,7 +240,7 @@ def test_the_pairs_are_of_all_kinds_and_pass_their_check(made) -> None:
 
 
 def test_dropout_ntp_keeps_the_first_half_and_never_shows_the_image(made, processor: DigitsProcessor) -> None:
-    pairs = [pair for pair in load_pairs(made.path) if pair.provenance["pipeline"] == "dropout_ntp"]
+    pairs = [pair for pair in pairs_of(made) if pair.provenance["pipeline"] == "dropout_ntp"]
     assert pairs
     for pair in pairs:
         chosen = processor.tokenizer.encode(pair.chosen, add_special_tokens=False)
@@ -264,15 +275,21 @@ def test_items_need_images(tmp_path: Path) -> None:
         write_items(tmp_path, "cot", [digits.without_image(make_task())])
 
 
-def test_a_branch_takes_the_pairs_and_starts_at_the_reference(made, processor: DigitsProcessor, model) -> None:
-    pairs = load_pairs(made.path)
-    settings = Settings(branch_steps=2, branch_batch=8, backend=BACKEND)
-    policy = copy.deepcopy(model)
-    ref_logp = reference_logp(policy, processor, pairs, settings)
-    assert ref_logp.shape == (len(pairs), 2)
-    curve = train_branch(policy, processor, pairs, ref_logp, METHODS["MPO"], settings)
-    assert curve[0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-4)
-    assert curve[1]["dpo_loss"] != pytest.approx(np.log(2), abs=1e-6)
+def test_branches_start_at_the_same_reference_with_the_same_pairs(
+    made, processor: DigitsProcessor, model, tmp_path: Path
+) -> None:
+    settings = Settings(branch_steps=3, branch_batch=8, warmup_steps=1, backend=BACKEND)
+    curves = {
+        method: train_branch(copy.deepcopy(model), processor, made.path, method, settings, tmp_path)
+        for method in METHODS
+    }
+    assert curves["DPO"][0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert curves["DPO"][2]["dpo_loss"] != pytest.approx(np.log(2), abs=1e-7)
+    assert curves["MPO"][0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert curves["MPO"][0]["ntp_loss"] == pytest.approx(curves["SFT"][0]["ntp_loss"], rel=1e-5)
+    assert curves["MPO"][0]["chosen_logp"] == pytest.approx(curves["DPO"][0]["chosen_logp"], rel=1e-5)
+    for method in METHODS:
+        assert (tmp_path / "runs" / method / "final" / "model.safetensors").is_file()
 
 
 def test_evaluation_is_as_strict_as_the_form(processor: DigitsProcessor, model, monkeypatch) -> None:
@@ -286,27 +303,23 @@ def test_evaluation_is_as_strict_as_the_form(processor: DigitsProcessor, model, 
     assert evaluate(model, processor, tasks) == {"direct": {"accuracy": 0.25, "unparsable": 0.5, "count": 4}}
 
 
-def test_sft_learns_from_questions_with_and_without_images(processor: DigitsProcessor) -> None:
+def test_sft_learns_from_questions_with_and_without_images(processor: DigitsProcessor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     small = build_model(processor.tokenizer, hidden_size=32, layers=1)
-    settings = Settings(sft_most_steps=10, sft_check_steps=10, sft_decay_steps=2, sft_batch=16, validation_tasks=4,
-                        warmup_steps=2, backend=BACKEND)  # fmt: skip
-    curve = train_sft(small, processor, settings, np.random.default_rng(0))
-    assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
-    assert len(curve) == 12
+    settings = Settings(sft_questions=100, sft_most_steps=20, sft_check_steps=10, sft_decay_steps=2, sft_batch=16,
+                        sft_target=0.0, validation_tasks=4, warmup_steps=2, backend=BACKEND)  # fmt: skip
+    curve = train_sft(small, processor, settings, np.random.default_rng(0), tmp_path)
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
+    assert [line["step"] for line in curve] == list(range(1, 13))  # the target is met at the first look
     assert "accuracy" in curve[9]
+    assert [line["learning_rate"] for line in curve[3:10]] == [settings.sft_rate] * 7
+    images = [json.loads(line)["images"] for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
+    assert images.count([]) == 12  # an eighth
 
 
 def test_branches_differ_in_their_weights_only() -> None:
-    assert {(m.dpo_weight, m.bco_weight, m.ntp_weight) for m in METHODS.values()} == {
-        (0, 0, 1),
-        (1, 0, 0),
-        (0.8, 0.2, 1.0),
-    }
-    settings = Settings(branch_steps=5, branch_batch=8)
-    order = pair_order(20, settings)
-    assert order == pair_order(20, settings)
-    assert sorted(row for rows in order for row in rows)[::2] == list(range(20))
+    assert {tuple(weights.values()) for weights in METHODS.values()} == {(0, 0, 1), (1, 0, 0), (0.8, 0.2, 1)}
+    assert len({tuple(weights) for weights in METHODS.values()}) == 1
 
 
 def test_a_quick_run_leaves_all_files(tmp_path: Path) -> None:
