@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | sanitize | gpu-check. Each sets up what it needs, the virtual environment included.
+# make demo | test | lint | docs | bench | sanitize | gpu-check. Each sets up what it needs, the virtual environment included.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint bench sanitize gpu-check clean
+.PHONY: demo test lint docs bench sanitize gpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
@@ -20,8 +20,14 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.logits
+# The site, in build/site. Reads the docstrings from the source: needs neither torch nor the built package.
+docs: $(BIN)/python
+	$(BIN)/pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
+	$(BIN)/mkdocs build --strict
+
+# Measures for a quarter of an hour, writes results/ and the marked blocks of README.md and docs/.
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks --docs
 
 # All that needs a GPU; leaves a report in gpu-report/.
 gpu-check: $(VENV)/.dev
@@ -44,6 +50,11 @@ $(BIN)/python:
 # The stamps are made again when the native code or the requirements change.
 $(VENV)/.demo: $(BIN)/python $(NATIVE)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
+	touch $@
+
+# Peers that need other versions of their dependencies must not change ours.
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt 'cut-cross-entropy>=25.1' 'liger-kernel>=0.8' 'trl>=1.15'
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python $(NATIVE)

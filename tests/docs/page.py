@@ -1,0 +1,156 @@
+"""The fenced blocks of a page, and how they are run: each in a process forked from server.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PRELUDES = Path(__file__).parent / "preludes"
+RUN = ("python", "bash")  # other languages are files, which need a title, or no code
+
+_FENCE = re.compile(r"^(?P<fence>`{3,})(?P<info>[^`\n]*)\n(?P<text>.*?)^(?P=fence)[ ]*$", re.DOTALL | re.MULTILINE)
+_TITLE = re.compile(r'title="([^"]+)"')
+# The reason stands in a comment on the line before the block or behind it.
+_NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]*\S) -->")
+# Makes the one command of the next block smaller; the page says so too.
+_CHECKED_WITH = re.compile(r"<!-- checked with: (?P<words>[^>]*\S) -->")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Attributes:
+        page: Path of the page from the root of the repository.
+        line: Of the fence, from 1.
+        language: As the fence says; "" for none.
+        title: Name of the file that the block is; None where it is no file.
+        text: What stands in it.
+        reason: Why it is not run; None where it is.
+        number: Among the blocks of its language on the page, from 1.
+    """
+
+    page: str
+    line: int
+    language: str
+    title: str | None
+    text: str
+    reason: str | None
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+    @property
+    def prelude(self) -> str:
+        """Code that runs before the block, for names that the page takes as given; "" for none."""
+        path = PRELUDES / f"{self.page.replace('/', '-').removesuffix('.md')}-{self.number}.py"
+        return path.read_text() if self.language == "python" and path.exists() else ""
+
+
+def blocks(page: Path) -> list[Block]:
+    """All fenced blocks of a page."""
+    text = page.read_text(encoding="utf-8")
+    found: list[Block] = []
+    for match in _FENCE.finditer(text):
+        before = text[: match.start()].rstrip("\n").rpartition("\n")[2]
+        after = text[match.end() :].lstrip("\n").partition("\n")[0]
+        # A comment between two blocks belongs to the one that it touches.
+        touches = text[match.end() : match.end() + 2] != "\n\n"
+        smaller = _CHECKED_WITH.fullmatch(before)
+        reason = _NOT_RUN.fullmatch(before) or (_NOT_RUN.fullmatch(after) if touches else None)
+        language, _, rest = match["info"].strip().partition(" ")
+        title = _TITLE.search(rest)
+        found.append(
+            Block(
+                page=page.relative_to(ROOT).as_posix(),
+                line=text.count("\n", 0, match.start()) + 1,
+                language=language,
+                title=title[1] if title else None,
+                text=match["text"].rstrip("\n") + f" {smaller['words']}\n" if smaller else match["text"],
+                reason=reason["reason"] if reason else None,
+                number=1 + sum(block.language == language for block in found),
+            )
+        )
+    return found
+
+
+def commands(text: str) -> Iterator[list[str] | str]:
+    """The commands of a bash block: words where it is a plain call of mpo-ext or python, else a line for a shell."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        words = shlex.split(line, comments=True)
+        is_plain = words[0] in ("mpo-ext", "python") and not set(words) & {"|", ">", "<", "&&", "||", ";", "&"}
+        yield words if is_plain else line
+
+
+class Server:
+    """Runs blocks, each in a process of its own."""
+
+    def __init__(self) -> None:
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": "",
+            "ACCELERATE_USE_CPU": "true",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "PYTHONPATH": str(ROOT),
+        }
+        self.environment = environment
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("server.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+
+    def run(self, block: Block, folder: Path) -> str:
+        """Runs or writes a block in a folder. Returns what it printed.
+
+        Raises:
+            AssertionError: If it fails; the message ends with what it printed.
+        """
+        if block.title is not None:
+            path = folder / block.title
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text, encoding="utf-8")
+            return ""
+        if block.language == "python":
+            return self._ask(block, folder, ["-c", block.prelude + block.text])
+        said = ""
+        for command in commands(block.text):
+            if isinstance(command, str):
+                done = subprocess.run(
+                    ["bash", "-ec", command], cwd=folder, env=self.environment,
+                    capture_output=True, text=True, check=False,
+                )  # fmt: skip
+                assert done.returncode == 0, f"{block}: {command}\n{done.stdout}\n{done.stderr}"
+                said += done.stdout + done.stderr
+            else:
+                said += self._ask(block, folder, command)
+        return said
+
+    def _ask(self, block: Block, folder: Path, words: list[str]) -> str:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        output = folder / ".printed"
+        self.process.stdin.write(json.dumps([words, str(folder), str(output)]) + "\n")
+        self.process.stdin.flush()
+        code = self.process.stdout.readline().strip()
+        said = output.read_text(encoding="utf-8", errors="replace")
+        assert code == "0", f"{block} ended with {code!r}: {' '.join(words[:3])[:200]}\n{said[-3000:]}"
+        return said
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)

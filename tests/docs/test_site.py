@@ -1,0 +1,145 @@
+"""The site builds, no link is dead, and what a forge or an index reads of the project can be read."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+_CODE = re.compile(r"^(`{3,}).*?^\1\s*$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+_LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]+)\)")
+_HEADING = re.compile(r"^#+ +(.+?)(?: +#+)?$", re.MULTILINE)
+
+
+def links(text: str) -> list[str]:
+    return [link for link in _LINK.findall(_CODE.sub("", text)) if not re.match(r"[a-z]+:", link)]
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of the headings, as the site makes them; the second of two equal ones gets _1."""
+    found: set[str] = set()
+    for heading in _HEADING.findall(re.sub(r"^(`{3,}).*?^\1\s*$", "", text, flags=re.DOTALL | re.MULTILINE)):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", heading)
+        plain = unicodedata.normalize("NFKD", plain).encode("ascii", "ignore").decode()
+        slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
+        found.add(slug if slug not in found else f"{slug}_1")
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_link_is_dead(path: Path) -> None:
+    for link in links(path.read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), f"{path.name}: {link} leads to no file"
+        if DOCS in path.parents:
+            assert DOCS in target.parents, f"{path.name}: {link} leads out of docs/, where the site has no page"
+        if anchor and target.suffix == ".md" and "reference" not in target.parts:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{path.name}: {link} leads to no heading"
+
+
+def test_links_and_anchors_are_read_as_meant() -> None:
+    assert links("[a](b.md#c) `[x](y)` [d](https://e) ![i](j.png)\n```\n[f](g)\n```\n[h](k.md)") == [
+        "b.md#c",
+        "j.png",
+        "k.md",
+    ]
+    assert anchors("# A `b` c: 4.5 %\n```\n# no\n```\n## A training step\n## A training step\n") == {
+        "a-b-c-45",
+        "a-training-step",
+        "a-training-step_1",
+    }
+
+
+def leaves(node: Any) -> list[str]:
+    if isinstance(node, str):
+        return [node]
+    return [leaf for value in (node.values() if isinstance(node, dict) else node) for leaf in leaves(value)]
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    listed = leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_every_documented_name_exists() -> None:
+    import importlib
+
+    for path in (DOCS / "reference").glob("*.md"):
+        for name in re.findall(r"^::: (\S+)$", path.read_text(), re.MULTILINE):
+            module, _, attribute = name.rpartition(".")
+            try:
+                found = hasattr(importlib.import_module(module), attribute)
+            except ModuleNotFoundError:
+                found = False
+            assert found or importlib.import_module(name), f"{path.name}: {name} is not there"
+
+
+def test_every_public_name_is_documented() -> None:
+    import mpo_ext
+
+    text = "".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
+    for name in mpo_ext.__all__:
+        assert name.startswith("_") or re.search(rf"^::: mpo_ext\.[\w.]*\b{name}$", text, re.MULTILINE), name
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="needs the extra docs (pip install '.[docs]')")
+    pytest.importorskip("mkdocstrings", reason="needs the extra docs (pip install '.[docs]')")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "reference" / "loss" / "index.html").exists()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_is_well_formed(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["name"]
+    assert workflow[True], "a workflow must say when it runs"  # YAML 1.1 reads `on` as a boolean
+    assert workflow["permissions"], "a workflow must say what it may do"
+    for name, job in workflow["jobs"].items():
+        assert job["runs-on"], name
+        assert all("run" in step or "uses" in step for step in job["steps"]), name
+        for needed in [job.get("needs", [])] if isinstance(job.get("needs", []), str) else job.get("needs", []):
+            assert needed in workflow["jobs"], f"{name} needs {needed}"
+
+
+def test_ci_runs_what_must_hold_for_every_change() -> None:
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["ci"]["steps"]
+    assert any(step.get("run") == ".ci/run" for step in steps)
+
+
+def test_issue_templates_and_citation_are_well_formed() -> None:
+    templates = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(templates) >= 3
+    for path in templates:
+        form = yaml.safe_load(path.read_text())
+        if path.name != "config.yml":
+            assert {"name", "description", "body"} <= set(form), path.name
+            assert all(field["type"] == "markdown" or field["attributes"]["label"] for field in form["body"])
+    import mpo_ext
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license", "type"} <= set(citation)
+    assert str(citation["version"]) == mpo_ext.__version__
+
+
+def test_make_docs_installs_the_extra() -> None:
+    (extra,) = re.findall(r"^docs = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    for requirement in yaml.safe_load(extra):
+        assert f"'{requirement}'" in makefile
