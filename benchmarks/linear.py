@@ -105,6 +105,16 @@ def _cut_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return token_logp
 
 
+def _quack() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from quack.cross_entropy import cross_entropy
+
+    def token_logp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        # Its own linear cross entropy gives sums only: the logits are materialised for its kernel.
+        return -cross_entropy(F.linear(hidden, weight), labels, reduction="none", ignore_index=-100)
+
+    return token_logp
+
+
 def _liger() -> Callable[[Batch], tuple[Tensor, ...]]:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -129,6 +139,7 @@ RIVALS: dict[str, Callable[[], Callable[[Batch], tuple[Tensor, ...]]]] = {
     "trl ChunkedLogProb": lambda: _from_tokens(_trl()),
     "cut-cross-entropy torch_compile": lambda: _from_tokens(_cut_cross_entropy()),
     "liger chunked DPO": _liger,
+    "quack": lambda: _from_tokens(_quack()),
 }
 
 

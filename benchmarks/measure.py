@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import json
+import math
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -34,15 +38,26 @@ class Timing:
         return ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
 
 
-def interleaved(cases: Mapping[str, tuple[Callable[[], Any], Callable[[], Any]]], runs: int) -> dict[str, Timing]:
+def interleaved(
+    cases: Mapping[str, tuple[Callable[[], Any], Callable[[], Any]]],
+    runs: int,
+    *,
+    seconds_in_all: float = math.inf,
+    least: int = 2,
+) -> dict[str, Timing]:
     """Times each case once per round, in turn, after a round that is not counted.
 
     Args:
         cases: Name to ``(prepare, run)``; only ``run`` is timed, its result is freed outside of the timed part.
         runs: Counted rounds.
+        seconds_in_all: Once this has gone by no further round begins, but ``least`` are always counted.
+        least: See there.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    begin = time.perf_counter()
     for round_number in range(runs + 1):
+        if round_number > least and time.perf_counter() - begin > seconds_in_all:
+            break
         for name, (prepare, run) in cases.items():
             prepare()
             start = time.perf_counter()
@@ -106,6 +121,47 @@ def environment() -> dict[str, str]:
         "command": " ".join(
             ["python -m", Path(sys.argv[0]).parent.name + "." + Path(sys.argv[0]).stem, *sys.argv[1:]]
         ),
+    }
+
+
+_DISTRIBUTIONS = (
+    "torch", "mpo-ext", "numpy", "transformers", "accelerate", "triton", "trl", "liger-kernel", "cut-cross-entropy",
+    "quack-kernels",
+)  # fmt: skip
+
+
+def provenance(command: str, started: str, load_before: tuple[float, ...]) -> dict[str, Any]:
+    """Hardware, versions, commit and command, as ``benchmarks.schema`` wants them.
+
+    Args:
+        command: That was given.
+        started: When, in ISO 8601.
+        load_before: The load average then.
+    """
+    versions = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    short = environment()
+    changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": short["cpu"],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": short["commit"],
+        "modified": bool(changed.stdout.strip()) or changed.returncode != 0,
+        "command": command,
+        "started": started,
+        "ended": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "load_before": [round(value, 2) for value in load_before],
+        "load_after": [round(value, 2) for value in os.getloadavg()],
     }
 
 

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", help="write the figures here; - is the last line of the output")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -80,6 +81,14 @@ def main() -> None:
         print(f"{name:<20} {1e3 * value:8.1f} ms for {args.single} prompts of {args.tokens} new tokens")
     print(f"{'ratio':<20} {single / batched:8.2f} x")
     print(f"{'overhead of a run':<20} {100 * statistics.median(shares[1:]):8.2f} % of its generating")
+    if args.json:
+        shape = {"prompts": args.single, "new_tokens": args.tokens, "batch_size": args.batch_size}
+        figures: dict[str, Any] = {name: {"seconds": values[1:], **shape} for name, values in times.items()}
+        figures[f"batches of {args.batch_size}"]["overhead_share"] = statistics.median(shares[1:])
+        if args.json == "-":
+            print(json.dumps(figures))
+        else:
+            Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _overhead(model: Any, tokenizer: Any, tasks: Any, sampling: SamplingConfig, batch_size: int) -> float:

@@ -1,0 +1,104 @@
+"""Rates of this machine for mpo_ext.cost: small programs that are timed beside everything else, in the same rounds."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.measure import interleaved
+from mpo_ext import mpo_loss, ops
+from mpo_ext.cost import Machine
+
+_WORDS = 32 << 20  # float32: four times the last-level cache of a common server
+_FRESH_BYTES = 64 << 20
+_ROWS, _DEPTH, _COLUMNS = 256, 896, 8192  # of the matrix products
+_CACHED = (2, 16, 65536)  # logits that stay in a last-level cache
+DTYPES = ("float32", "bfloat16")
+
+
+def _nothing() -> None:
+    pass
+
+
+@functools.cache
+def programs() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Name to ``(prepare, run)``, for ``interleaved``. What they allocate is kept."""
+    words = torch.ones(_WORDS)
+    cached = torch.randn(_CACHED)
+    labels = torch.randint(_CACHED[-1], _CACHED[:-1])
+    out, grad = torch.empty_like(cached), torch.empty_like(cached)
+    small, small_labels, ref_logp = torch.randn(2, 4, 64), torch.randint(64, (2, 4)), torch.zeros(2)
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor, *, reuse: bool) -> torch.Tensor:
+        logits = logits.detach().requires_grad_()
+        output = mpo_loss(logits, labels, ref_logp, shift=False, reuse_logits=reuse)
+        return torch.autograd.grad(output.loss, logits)[0]
+
+    def softmax() -> None:
+        torch.ops.aten._log_softmax.out(cached, -1, False, out=out)
+        torch.ops.aten._log_softmax_backward_data.out(cached, out, -1, torch.float32, out=grad)
+
+    def fresh() -> None:
+        torch.empty(_FRESH_BYTES, dtype=torch.uint8).fill_(1)
+
+    def huge() -> None:
+        ops.fresh_zeros((_FRESH_BYTES,), torch.uint8).fill_(1)
+
+    runs: dict[str, Callable[[], Any]] = {
+        "read": words.sum,
+        "update": lambda: words.mul_(1.0),
+        "fill": lambda: words.view(torch.uint8)[:_FRESH_BYTES].fill_(0),
+        "fresh": fresh,
+        "huge": huge,
+        "kernels": lambda: loss(cached, labels, reuse=True),
+        "softmax": softmax,
+        "overhead": lambda: loss(small, small_labels, reuse=False),
+    }
+    for dtype in DTYPES:
+        kind = getattr(torch, dtype)
+        rows, weight = torch.randn(_ROWS, _DEPTH).to(kind), torch.randn(_COLUMNS, _DEPTH).to(kind)
+        product = torch.empty(_ROWS, _COLUMNS, dtype=kind)
+        runs[f"product {dtype}"] = functools.partial(torch.mm, rows, weight.T, out=product)
+    return {f"machine: {name}": (_nothing, run) for name, run in runs.items()}
+
+
+def sample(runs: int = 5) -> dict[str, list[float]]:
+    """Seconds of each program, with nothing beside it."""
+    return {name: timing.seconds for name, timing in interleaved(programs(), runs).items()}
+
+
+def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Machine:
+    """The machine from the seconds of its programs: medians over all of them.
+
+    Raises:
+        ValueError: If a program has not been timed.
+    """
+    wanted = ["read", "update", "fill", "fresh", "huge", "kernels", "softmax", "overhead"]
+    for key in (*wanted, *(f"product {dtype}" for dtype in DTYPES)):
+        if not seconds.get(f"machine: {key}"):
+            raise ValueError(f"seconds must have 'machine: {key}', got {', '.join(seconds) or 'nothing'}")
+    median = {key.removeprefix("machine: "): statistics.median(values) for key, values in seconds.items()}
+    size = 4 * _WORDS
+    logits = _CACHED[0] * _CACHED[1] * _CACHED[2]
+    flop = 2 * _ROWS * _DEPTH * _COLUMNS
+
+    def beyond(value: float) -> float:
+        """Seconds beyond those of writing; a machine whose fresh memory is free has a rate of its own size a ns."""
+        return max(value - median["fill"], 1e-9)
+
+    return Machine(
+        name=name,
+        is_gpu=False,
+        bandwidth=3 * size / (median["read"] + median["update"]),
+        products={dtype: flop / median[f"product {dtype}"] for dtype in DTYPES},
+        kernel_rate=logits / max(median["kernels"] - median["overhead"], 1e-9),
+        softmax_rate=logits / median["softmax"],
+        fresh=_FRESH_BYTES / beyond(median["fresh"]),
+        huge=_FRESH_BYTES / beyond(median["huge"]),
+        overhead=median["overhead"],
+        source="measured by benchmarks.machine",
+    )

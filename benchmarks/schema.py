@@ -1,0 +1,89 @@
+"""The one form of all result files, and a check of it.
+
+A file has ``schema``, ``benchmark``, ``quick``, ``environment``, ``settings``, ``missing`` and ``points``. A point is
+one provider on one shape: it was measured, or it says why it was not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+BENCHMARKS = ("logits", "linear", "train_step", "sampling", "machine", "cost_model")
+ENVIRONMENT = (
+    "cpu", "cores", "threads", "memory_bytes", "gpu", "os", "python", "versions", "commit", "modified", "command",
+    "started", "ended", "load_before", "load_after",
+)  # fmt: skip
+_TEXTS = ("id", "sweep", "provider", "status", "reason")
+_SHAPE = ("dtype", "pairs", "tokens", "vocab", "hidden", "share")  # None where a benchmark has no such thing
+_NUMBERS = ("median_s", "p20_s", "p80_s", "peak_bytes", "floor_s", "share_of_floor", "predicted_s", "predicted_bytes")
+
+
+def check(document: Mapping[str, Any], name: str) -> None:
+    """Checks a result file.
+
+    Raises:
+        ValueError: At the first thing that is not as it should be, with its place.
+    """
+
+    def must(holds: bool, where: str, rule: str, value: object) -> None:
+        if not holds:
+            raise ValueError(f"{name}: {where} must be {rule}, got {value!r}")
+
+    keys = {"schema", "benchmark", "quick", "environment", "settings", "missing", "points"}
+    must(set(document) == keys, "the file", f"an object of {', '.join(sorted(keys))}", sorted(document))
+    must(document["schema"] == VERSION, "schema", str(VERSION), document["schema"])
+    must(document["benchmark"] in BENCHMARKS, "benchmark", f"one of {', '.join(BENCHMARKS)}", document["benchmark"])
+    must(isinstance(document["quick"], bool), "quick", "a bool", document["quick"])
+    environment = document["environment"]
+    must(set(environment) == set(ENVIRONMENT), "environment", f"an object of {', '.join(ENVIRONMENT)}", environment)
+    for key in ("cpu", "python", "commit", "command", "started", "ended"):
+        must(bool(environment[key]) and isinstance(environment[key], str), f"environment.{key}", "a text", None)
+    must("torch" in environment["versions"], "environment.versions", "with torch", environment["versions"])
+    must("/" not in environment["command"].split(" ")[0], "environment.command", "no path", environment["command"])
+    for provider, reason in document["missing"].items():
+        must(isinstance(reason, str) and bool(reason), f"missing[{provider!r}]", "a reason", reason)
+    points = document["points"]
+    must(isinstance(points, list) and bool(points), "points", "a list that is not empty", points)
+    seen: set[str] = set()
+    for index, point in enumerate(points):
+        where = f"points[{index}]"
+        for key in _TEXTS:
+            must(isinstance(point.get(key), str), f"{where}.{key}", "a text", point.get(key))
+        for key in _SHAPE:
+            must(key in point, where, f"an object with {key}", sorted(point))
+        must(point["id"] not in seen, f"{where}.id", "used once", point["id"])
+        seen.add(point["id"])
+        must(point["status"] in ("measured", "not run"), f"{where}.status", "'measured' or 'not run'", point["status"])
+        must(point["status"] == "measured" or bool(point["reason"]), f"{where}.reason", "given", point["reason"])
+        for key in _NUMBERS:
+            value = point.get(key)
+            is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+            must(value is None or is_number, f"{where}.{key}", "a finite number or null", value)
+        must(
+            point["status"] != "measured" or point.get("median_s") is not None or point.get("peak_bytes") is not None,
+            where, "measured with median_s or peak_bytes", point["id"],
+        )  # fmt: skip
+        if point.get("median_s") is not None:
+            must(point["median_s"] > 0, f"{where}.median_s", "positive", point["median_s"])
+            must(bool(point.get("seconds")), f"{where}.seconds", "the counted runs", point.get("seconds"))
+            low, high = min(point["seconds"]), max(point["seconds"])
+            must(low <= point["median_s"] <= high, f"{where}.median_s", "among its seconds", point["median_s"])
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads and checks a result file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not as it should be.
+    """
+    import json
+
+    document: dict[str, Any] = json.loads(path.read_text())
+    check(document, path.name)
+    return document

@@ -1,0 +1,164 @@
+"""The suite on tiny shapes: nobody is dropped, the time is kept, rates are those of their programs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import check_model, linear, machine, schema, suite
+from benchmarks.measure import interleaved
+from mpo_ext import cost
+from mpo_ext.cost import Loss
+
+TINY = Loss(tokens=8, vocab=512, dtype="float32", share=0.5)
+
+
+@pytest.fixture(autouse=True)
+def _small_programs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(machine, "_WORDS", 1 << 12)
+    monkeypatch.setattr(machine, "_FRESH_BYTES", 1 << 14)
+    monkeypatch.setattr(machine, "_COLUMNS", 64)
+    monkeypatch.setattr(machine, "_CACHED", (2, 4, 64))
+    machine.programs.cache_clear()
+    yield
+    machine.programs.cache_clear()
+
+
+def test_every_provider_becomes_a_point_with_time_or_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise ImportError("no such peer")
+
+    monkeypatch.setitem(suite.LOGITS_PROVIDERS, "quack cross entropy", broken)
+    providers = ("mpo_ext", "mpo_ext, reuse_logits", "eager", "quack cross entropy", "mpo_ext, cuda")
+    results = suite.Results()
+    suite.run_logits(suite.Group("base", TINY, providers, runs=2), results, math.inf)
+    found = {point["provider"]: point for point in results.points}
+    assert tuple(found) == providers
+    assert (
+        found["quack cross entropy"]["reason"] == results.missing["quack cross entropy"] == "ImportError: no such peer"
+    )
+    if not torch.cuda.is_available():
+        assert found["mpo_ext, cuda"]["status"] == "not run"
+        assert "cuda" in results.missing["mpo_ext, cuda"]
+    for name in providers[:3]:
+        assert len(found[name]["seconds"]) == 2
+        assert found[name]["share_of_floor"] == found[name]["floor_s"] / found[name]["median_s"]
+    assert set(results.machine) == set(machine.programs())
+    assert all(len(seconds) == 2 for seconds in results.machine.values())
+
+
+def test_hidden_states_have_the_products_as_floor() -> None:
+    loss = Loss(tokens=8, vocab=512, hidden=16, dtype="float32", share=0.5)
+    results = suite.Results()
+    suite.run_linear(suite.Group("base", loss, ("mpo_ext", linear.FROZEN, "quack"), runs=2), results, math.inf)
+    ours, frozen, absent = results.points
+    assert 0 < frozen["floor_s"] < ours["floor_s"]
+    assert ours["product"] == "float32"
+    assert absent["status"] == "not run"
+
+
+def test_a_provider_that_is_too_slow_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "_TRIAL_SECONDS", 0.0)
+    cases, missing = suite._logits_cases(suite.Group("base", TINY, ("eager",)))
+    assert not cases
+    assert missing["eager"].startswith("would take too long: ")
+
+
+def test_groups_beyond_the_time_are_points_with_that_reason() -> None:
+    groups = [suite.Group("base", TINY, ("mpo_ext",), runs=2), suite.Group("vocab", TINY, ("mpo_ext", "eager"))]
+    results = suite.run_groups(groups, suite.run_logits, 0.0, lambda text: None)
+    assert [point["status"] for point in results.points] == ["measured", "not run", "not run"]
+    assert results.points[1]["reason"] == "the 0 s of this benchmark were over"
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_groups_have_what_the_sweeps_promise(quick: bool) -> None:
+    groups = [*suite.logits_groups(quick=quick), *suite.linear_groups(quick=quick)]
+    ids = [
+        suite.point(group.sweep, name, group.loss, reason="x")["id"] for group in groups for name in group.providers
+    ]
+    assert len(ids) == len(set(ids))
+    assert {group.sweep for group in groups} >= {"base", "vocab", "share", "tokens", "hidden"}
+    if not quick:
+        assert {32768, 262144} <= {group.loss.vocab for group in groups}
+        assert {group.loss.pairs for group in groups} >= {1, 2, 4, 8}
+        assert {group.loss.dtype for group in groups} == {"float32", "bfloat16", "float16"}
+        compared = [n for g in groups for n in g.providers if check_model.is_ours(n)]
+        assert len(compared) >= 30
+
+
+def test_interleaved_stops_when_the_time_is_over_but_not_before_the_least() -> None:
+    calls = {"x": 0}
+
+    def run() -> None:
+        calls["x"] += 1
+
+    timing = interleaved({"x": (lambda: None, run)}, 100, seconds_in_all=0.0, least=3)
+    assert len(timing["x"].seconds) == 3
+    assert calls["x"] == 4
+    assert len(interleaved({"x": (lambda: None, run)}, 5)["x"].seconds) == 5
+
+
+def seconds(**changes: float) -> dict[str, list[float]]:
+    base = {
+        "read": 1.0, "update": 2.0, "fill": 0.5, "fresh": 2.5, "huge": 1.0, "kernels": 1.25, "softmax": 4.0,
+        "overhead": 0.25, "product float32": 2.0, "product bfloat16": 1.0,
+    }  # fmt: skip
+    return {f"machine: {name}": [9.0, value, 0.0] for name, value in {**base, **changes}.items()}
+
+
+def test_rates_are_what_the_programs_do_by_their_medians() -> None:
+    found = machine.rates(seconds())
+    assert found.bandwidth == 3 * 4 * (1 << 12) / 3.0  # one read, one read and one write
+    assert found.fresh == (1 << 14) / (2.5 - 0.5)
+    assert found.huge == (1 << 14) / (1.0 - 0.5)
+    assert found.kernel_rate == 2 * 4 * 64 / (1.25 - 0.25)
+    assert found.softmax_rate == 2 * 4 * 64 / 4.0
+    assert found.products == {"float32": 256 * 896 * 64, "bfloat16": 2 * 256 * 896 * 64}
+    assert found.overhead == 0.25
+
+
+def test_rates_need_every_program() -> None:
+    some = seconds()
+    del some["machine: fresh"]
+    with pytest.raises(ValueError, match="seconds must have 'machine: fresh'"):
+        machine.rates(some)
+
+
+def test_predictions_stand_beside_what_was_measured() -> None:
+    beside = {name: values[1] for name, values in seconds().items()}
+    rates = machine.rates(seconds())
+    points = [
+        suite.point("base", "mpo_ext", TINY, seconds=[1.0], beside=beside),
+        suite.point("base", "Liger cross entropy", TINY, seconds=[1.0], beside=beside),
+        suite.point("vocab", "eager", TINY, reason="too slow"),
+    ]
+    found = check_model.compared({"logits": {"points": points}})
+    assert [one["provider"] for one in found] == ["mpo_ext"]  # the model has no method for the second
+    assert found[0]["predicted_s"] == cost.loss_cost("mpo_ext", TINY, rates).seconds
+    assert check_model.error(found[0]) == found[0]["predicted_s"] / found[0]["median_s"] - 1
+    (line,) = check_model.summary([{**found[0], "median_s": found[0]["predicted_s"] * 2}])
+    assert (line["kind"], line["points"], line["within"], line["worst_error"]) == ("mpo_ext, logits", 1, 0, -0.5)
+
+
+def test_a_training_step_is_described_by_its_own_model() -> None:
+    from benchmarks import train_step
+
+    sizes = suite._TINY
+    model, step = check_model.step_inputs(sizes, precomputed=True)
+    assert (model.vocab, model.width, model.layers) == (sizes.vocab, sizes.hidden, sizes.layers)
+    assert (step.image_tokens, step.response, step.precomputed) == (16, 16, True)
+    attention, mlp = 4 * sizes.hidden**2, 3 * 3 * sizes.hidden**2
+    assert model.decoder == attention + mlp
+    assert isinstance(sizes, train_step.Sizes)
+
+
+def test_schema_takes_what_the_suite_writes() -> None:
+    assert schema.VERSION == 1
+    names = {f"machine: {name}" for name in ("read", "product float32", "product bfloat16")}
+    assert names <= set(machine.programs())
+    points = suite.machine_points({"machine: read": [1.0, 2.0]})
+    assert points[0]["provider"] == "read"
