@@ -108,9 +108,7 @@ def run(*, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, ba
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    os.environ["ACCELERATE_USE_CPU"] = (
-        "true"  # the model is too small for a GPU to pay, and the pairs come from the CPU
-    )
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # the model is too small for a GPU to pay
     console = Console()
     start = time.perf_counter()
     outcomes: list[Outcome] = []

@@ -95,8 +95,6 @@ def train_branch(
     method: str,
     settings: Settings,
     folder: Path,
-    *,
-    on_step: Callable[[int, Any], object] | None = None,
 ) -> list[dict[str, float]]:
     """Trains the model further on the pairs with one mixture of the three terms.
 
@@ -110,16 +108,11 @@ def train_branch(
         method: Key of ``METHODS``.
         settings: Steps, batch and rate.
         folder: The run goes to ``runs/METHOD`` in it.
-        on_step: As in ``mpo_ext.train.loop.train``.
 
     Returns:
         One line of the log per step.
     """
     curve: list[dict[str, float]] = []
-
-    def note(step: int, line: Any) -> object:
-        curve.append(dict(line))
-        return on_step(step, line) if on_step is not None else None
 
     recipe = make_recipe(
         pairs,
@@ -132,7 +125,7 @@ def train_branch(
         settings=settings,
         reference=folder / "reference.jsonl",
     )
-    train(recipe, model=model, processor=processor, on_step=note)
+    train(recipe, model=model, processor=processor, on_step=lambda _, line: curve.append(dict(line)))
     return curve
 
 

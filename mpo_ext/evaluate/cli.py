@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_ext.config import install_hint
+from mpo_ext.generate.cli import add_engine_arguments
 
 _PROMPTS = {"both": ("direct", "cot")}
 
@@ -63,17 +64,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--page-limit", type=int, default=5000, help="most questions in the page of failures (default: 5000)"
     )
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument(
-        "--engine-option", action="append", default=[], metavar="NAME=JSON",
-        help="handed on to from_pretrained or vllm.LLM, as in --engine-option trust_remote_code=true",
-    )  # fmt: skip
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    parser.add_argument("--device", help="where transformers runs (default: the GPU of this process, or the CPU)")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time, for transformers (default: 16)")
-    parser.add_argument(
-        "--block-size", type=int, default=64, help="responses per block, the most that a kill costs (default: 64)"
-    )
+    add_engine_arguments(parser)
     parser.set_defaults(run=run_evaluate)
 
 

@@ -60,15 +60,8 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     correctness.set_defaults(run=run_sample, build=_correctness)
 
 
-def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens: int) -> None:
-    parser.add_argument(
-        "source",
-        type=Path,
-        help="JSONL file of items (question, image, and chosen or answer_gt), or a "
-        "meta file (.json) of such files, as MMPR's prompts are published",
-    )
-    parser.add_argument("out", type=Path, help="folder of the run")
-    parser.add_argument("--model", required=True, help="folder or name of the model")
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says how a model generates."""
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument(
         "--engine-option", action="append", default=[], metavar="NAME=JSON",
@@ -78,8 +71,20 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
     parser.add_argument("--device", help="where transformers runs (default: the GPU of this process, or the CPU)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time, for transformers (default: 16)")
     parser.add_argument(
-        "--block-size", type=int, default=64, help="samples per block, the most that a kill costs (default: 64)"
+        "--block-size", type=int, default=64, help="responses per block, the most that a kill costs (default: 64)"
     )
+
+
+def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens: int) -> None:
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="JSONL file of items (question, image, and chosen or answer_gt), or a "
+        "meta file (.json) of such files, as MMPR's prompts are published",
+    )
+    parser.add_argument("out", type=Path, help="folder of the run")
+    parser.add_argument("--model", required=True, help="folder or name of the model")
+    add_engine_arguments(parser)
     parser.add_argument("--image-root", default="", help="folder that image paths start from; a meta file has its own")
     parser.add_argument(
         "--root-map", action="append", default=[], metavar="OLD=NEW",
