@@ -25,7 +25,8 @@ docs: $(BIN)/python
 	$(BIN)/pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
 	$(BIN)/mkdocs build --strict
 
-# Measures for a quarter of an hour, writes results/ and the marked blocks of README.md and docs/.
+# Measures for about twenty minutes, on a machine that should do nothing else; writes results/ and the marked blocks of
+# README.md and docs/.
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks --docs
 

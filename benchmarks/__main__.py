@@ -31,20 +31,31 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--only must be any of {', '.join(SHARES)}, got {name}")
     if not args.minutes > 0:
         parser.error(f"--minutes must be positive, got {args.minutes}")
+    if args.docs and args.quick:
+        parser.error("--docs must not be given with --quick: documents show full runs")
     torch.set_num_threads(args.threads)
     out = Path(args.out or ("build/benchmarks" if args.quick else "results"))
     out.mkdir(parents=True, exist_ok=True)
     if not args.render:
         _measure(chosen, out, args, argv if argv is not None else sys.argv[1:])
     documents = numbers.load(out)
-    for path in plots.draw(documents, Path("docs/plots") if args.docs else out / "plots"):
+    for path in plots.draw(documents, numbers.PLOTS if args.docs else out / "plots"):
         print(path)
-    if args.docs:
-        for name in numbers.DOCUMENTS:
-            path = Path(name)
-            _write(path, numbers.rewrite(path.read_text(encoding="utf-8"), documents))
+    return _write_documents(documents) if args.docs else 0
+
+
+def _write_documents(documents: numbers.Documents) -> int:
+    """Makes the blocks of all documents anew. One that cannot be made stays as it is, and the status is 1."""
+    failed: list[str] = []
+    for path in numbers.pages(Path()):
+        text = path.read_text(encoding="utf-8")
+        new = numbers.rewrite(text, documents, failed)
+        if new != text:
+            _write(path, new)
             print(path)
-    return 0
+    for reason in failed:
+        print(f"left as it was: {reason}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _write(path: Path, text: str) -> None:

@@ -123,6 +123,7 @@ class Gpu:
         clock: Hertz.
         memory: Bytes.
         source: Name of the data sheet.
+        unconfirmed: Figures that are in no document of the vendor that was looked at.
     """
 
     bandwidth: float
@@ -131,22 +132,24 @@ class Gpu:
     clock: float
     memory: float
     source: str
+    unconfirmed: tuple[str, ...] = ()
 
 
 def _halves(dense: float, float32: float) -> dict[str, float]:
     return {"float32": float32, "bfloat16": dense, "float16": dense}
 
 
-#: Dense figures: the sheets of Hopper and Blackwell print those with sparsity, twice as much.
+#: Dense figures: the sheets of Hopper and Blackwell print those with sparsity, twice as much. Clocks are those at
+#: which the float32 lanes reach the sheet's float32 peak; the tensor cores of Hopper and Blackwell clock lower.
 GPUS = {
     "A100": Gpu(bandwidth=2.039e12, products=_halves(312e12, 19.5e12), multiprocessors=108, clock=1.41e9, memory=80e9,
-                source="NVIDIA A100 data sheet, SXM 80 GB"),
-    "H100": Gpu(bandwidth=3.35e12, products=_halves(989e12, 67e12), multiprocessors=132, clock=1.755e9, memory=80e9,
-                source="NVIDIA H100 data sheet, SXM"),
-    "H200": Gpu(bandwidth=4.8e12, products=_halves(989e12, 67e12), multiprocessors=132, clock=1.755e9, memory=141e9,
-                source="NVIDIA H200 data sheet, SXM"),
-    "B200": Gpu(bandwidth=8e12, products=_halves(2250e12, 75e12), multiprocessors=148, clock=1.85e9, memory=180e9,
-                source="NVIDIA DGX B200 data sheet, an eighth of the system"),
+                source="NVIDIA A100 data sheet, SXM 80 GB; A100 architecture white paper"),
+    "H100": Gpu(bandwidth=3.35e12, products=_halves(989e12, 67e12), multiprocessors=132, clock=1.98e9, memory=80e9,
+                source="NVIDIA H100 data sheet, SXM; H100 architecture white paper"),
+    "H200": Gpu(bandwidth=4.8e12, products=_halves(989e12, 67e12), multiprocessors=132, clock=1.98e9, memory=141e9,
+                source="NVIDIA H200 data sheet, SXM", unconfirmed=("multiprocessors", "clock")),
+    "B200": Gpu(bandwidth=7.7e12, products=_halves(2250e12, 75e12), multiprocessors=148, clock=1.98e9, memory=180e9,
+                source="NVIDIA Blackwell data sheet, HGX B200", unconfirmed=("multiprocessors", "clock")),
 }  # fmt: skip
 
 
@@ -394,13 +397,15 @@ LOGITS: dict[str, Callable[[Loss, Machine], _Parts]] = {
     "eager": _logits_eager,
 }
 
-#: Methods that start from hidden states, under the names that benchmarks.linear has for them.
+#: Methods that start from hidden states, under the names that benchmarks.linear has for them where it has them.
 LINEAR: dict[str, Callable[[Loss, Machine], _Parts]] = {
     "mpo_ext": _linear_recompute,
     "mpo_ext, recompute=False": _linear_kept,
     "mpo_ext, frozen head": _linear_frozen,
     "eager": _linear_of_logits(_logits_eager),
     "torch.compile": _linear_of_logits(_logits_compiled),
+    "mpo_ext, from logits": _linear_of_logits(_logits_ours),
+    "mpo_ext, from logits, reuse_logits": _linear_of_logits(_logits_in_place),
     "F.linear_cross_entropy": _linear_torch,
     "trl ChunkedLogProb": _linear_trl,
     "cut-cross-entropy torch_compile": _linear_cce,

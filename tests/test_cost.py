@@ -70,6 +70,8 @@ def test_fresh_memory_and_kernels_of_the_loss_from_logits() -> None:
         ("mpo_ext, frozen head", 10, 2),
         ("eager", 20, 3),
         ("torch.compile", 20, 3),
+        ("mpo_ext, from logits", 20, 3),
+        ("mpo_ext, from logits, reuse_logits", 20, 3),
         ("F.linear_cross_entropy", 20, 4),
         ("trl ChunkedLogProb", 20, 4),
         ("cut-cross-entropy torch_compile", 10, 3),
@@ -198,7 +200,7 @@ def test_gpus_are_taken_at_the_stated_shares_of_their_sheets() -> None:
     machine = gpu("H100")
     assert machine.bandwidth == cost.BANDWIDTH_SHARE * 3.35e12
     assert machine.products["bfloat16"] == cost.PRODUCT_SHARE * 989e12
-    assert math.isclose(machine.kernel_rate, 16 * 132 * 1.755e9 / 2)
+    assert math.isclose(machine.kernel_rate, 16 * 132 * 1.98e9 / 2)
     assert "NVIDIA H100 data sheet" in machine.source
     # docs/performance.md has these as times of one read and one read-write at the peak.
     loss = Loss(tokens=4096, vocab=151936)
@@ -206,6 +208,19 @@ def test_gpus_are_taken_at_the_stated_shares_of_their_sheets() -> None:
         "mpo_ext", loss, dataclasses.replace(machine, bandwidth=3.35e12, kernel_rate=math.inf, overhead=0)
     )
     assert round(1e3 * peak.seconds, 2) == 2.23
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_figures_of_a_sheet_fit_each_other(name: str) -> None:
+    sheet = GPUS[name]
+    lanes = 64 if name == "A100" else 128  # float32 lanes of a multiprocessor, a multiplication and an addition each
+    assert math.isclose(2 * lanes * sheet.multiprocessors * sheet.clock, sheet.products["float32"], rel_tol=0.01)
+    # Tensor cores: multiply-adds of a multiprocessor per clock; on Hopper and Blackwell they clock up to 8 % lower.
+    per_clock = {"A100": 1024, "H100": 2048, "H200": 2048, "B200": 4096}[name]
+    tensor_clock = sheet.products["bfloat16"] / (2 * per_clock * sheet.multiprocessors)
+    assert 0.92 * sheet.clock < tensor_clock < 1.01 * sheet.clock
+    assert sheet.products["float16"] == sheet.products["bfloat16"]
+    assert set(sheet.unconfirmed) <= {"multiprocessors", "clock"}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +252,8 @@ def test_methods_have_the_names_of_the_benchmarks() -> None:
     from benchmarks import linear, suite, train_step
 
     assert set(LOGITS) <= set(suite.LOGITS_PROVIDERS)
-    assert set(LINEAR) <= {*linear.OURS, *linear.RIVALS}
+    modelled_only = {"mpo_ext, from logits", "mpo_ext, from logits, reuse_logits"}  # benchmarks.logits, and a head
+    assert set(LINEAR) - modelled_only <= {*linear.OURS, *linear.RIVALS}
     assert set(STEPS) <= set(train_step.CASES)
 
 
@@ -283,7 +299,7 @@ def test_plan_predicts_the_step_of_a_recipe(tmp_path: Path, capsys: pytest.Captu
 
     assert main(["plan", str(recipe), "precision=bf16", "--gpu", "B200"]) == 0
     text = capsys.readouterr().out
-    assert "Time of a step on a B200, PREDICTED (NVIDIA DGX B200 data sheet" in text
+    assert "Time of a step on a B200, PREDICTED (NVIDIA Blackwell data sheet, HGX B200" in text
     assert "measured" not in text
     assert main(["plan", str(recipe), "precision=bf16", "--bandwidth", "8", "--tflops", "2250"]) == 0
     assert "GPU of 8 TB/s and 2250 TFLOP/s" in capsys.readouterr().out

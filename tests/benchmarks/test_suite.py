@@ -61,7 +61,7 @@ def test_hidden_states_have_the_products_as_floor() -> None:
 
 
 def test_a_provider_that_is_too_slow_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "_TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(suite, "_RUN_SECONDS", 0.0)
     cases, missing = suite._logits_cases(suite.Group("base", TINY, ("eager",)))
     assert not cases
     assert missing["eager"].startswith("would take too long: ")

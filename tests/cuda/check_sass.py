@@ -1,22 +1,28 @@
 """Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE]`` prints a table, or fails.
 
 No kernel may spill or have a stack frame. In the code for sm_80 and sm_90 the main loop of token_logp must load, and
-that of logits_grad load and store, 128 bits at a time. cuobjdump is taken from PATH or from the triton package.
+that of logits_grad load and store, 128 bits at a time. ``--json results/machine_code.json`` writes registers and
+lengths of the main loops, for docs/performance.md. cuobjdump is taken from PATH or from the triton package.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 KERNELS = 16  # token_logp: 3 types, with and without statistics and pair loss; logits_grad: 3 types; pair_loss
 VECTORS_IN_FLIGHT = 4  # rows.cuh: kUnroll
 DISASSEMBLED = ("sm_80", "sm_90")
+COUNTED = ("sm_80", "sm_90", "sm_100")
 
 
 def find_cuobjdump() -> str | None:
@@ -125,17 +131,59 @@ def report(module: str, cuobjdump: str) -> str:
     return "\n".join(lines)
 
 
+def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, float]]:
+    """Kernel to the instructions and the exponentials in its main loop, per logit."""
+    found = {}
+    for kernel, code in disassembly(module, cuobjdump, arch).items():
+        name, body = name_of(kernel), main_loop(code)
+        if name != "pair_loss":
+            logits = VECTORS_IN_FLIGHT * 16 / (4 if "float32" in name else 2)
+            exponentials = sum("MUFU.EX2" in text for text in body)
+            found[name] = {"per_logit": len(body) / logits, "exponentials": exponentials / logits}
+    return dict(sorted(found.items()))
+
+
+def document(module: str, cuobjdump: str, command: str, compiler: str) -> dict[str, Any]:
+    """The figures as benchmarks/machine_code.py reads them."""
+    registers: dict[str, dict[str, int]] = defaultdict(dict)
+    for (arch, kernel), use in resources(module, cuobjdump).items():
+        registers[name_of(kernel)][arch] = use["REG"]
+    return {
+        "schema": 1,
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "compiler": compiler,
+        "registers": {name: dict(sorted(registers[name].items(), key=_by_arch)) for name in sorted(registers)},
+        "instructions": {arch: instructions(module, cuobjdump, arch) for arch in COUNTED},
+    }
+
+
+def _by_arch(item: tuple[str, int]) -> int:
+    return int(item[0][3:].rstrip("af"))
+
+
 def main() -> int:
     """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", nargs="?", help="the module (default: the built one)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures here")
+    args = parser.parse_args()
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         print("cuobjdump is neither on PATH nor in a triton package")
         return 2
     built = sorted((Path(__file__).parents[2] / "mpo_ext").glob("_C*.so"))
-    module = sys.argv[1] if len(sys.argv) > 1 else str(built[0])
+    module = args.file or str(built[0])
     print(report(module, cuobjdump))
     found = problems(module, cuobjdump)
     print("\n".join(found) or "no spills, no stack frames; 128-bit loads and stores in the main loops")
+    if args.json is not None and not found:
+        from mpo_ext._native import _C
+
+        command = f"python tests/cuda/check_sass.py --json {args.json}"
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        one = document(module, cuobjdump, command, _C.cuda_compiler)
+        args.json.write_text(json.dumps(one, indent=1) + "\n")
     return 1 if found else 0
 
 
