@@ -10,6 +10,7 @@ import numpy as np
 
 _COLUMNS = 3
 _PANEL_INCHES = (4.6, 3.4)
+_BAR_INCHES = 0.35
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,42 +47,61 @@ class Bars:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Panel:
-    """One plot of a figure: lines or bars, not both."""
+    """One plot of a figure: lines or bars, not both. Horizontal bars have their names on the y axis, from the top."""
 
     title: str
     x_label: str
     y_label: str
     content: Sequence[Line] | Sequence[Bars]
+    is_horizontal: bool = False
 
 
 def save_panels(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """Draws the panels in rows of three and writes the figure as PNG. Needs matplotlib, but no display."""
+    """Draws the panels in rows of three and writes the figure in the format of the suffix, as ``.png`` or ``.svg``.
+
+    Needs matplotlib, but no display.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    size = (_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + 0.4)
+    heights = [max(map(_height, panels[row * columns : (row + 1) * columns])) for row in range(rows)]
+    size = (_PANEL_INCHES[0] * columns, sum(heights) + 0.4)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    for index, panel in enumerate(panels, start=1):
-        axes = figure.add_subplot(rows, columns, index)
+    grid = figure.add_gridspec(rows, columns, height_ratios=heights)
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(grid[divmod(index, columns)])
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         axes.grid(alpha=0.3)
         bars = [content for content in panel.content if isinstance(content, Bars)]
         for position, group in enumerate(bars):
             width = 0.8 / len(bars)
-            x = np.arange(len(group.names)) + (position - (len(bars) - 1) / 2) * width
-            drawn = axes.bar(x, group.values, width, yerr=group.errors, label=group.label, color=group.color)
-            axes.bar_label(drawn, fmt="%.1f", fontsize=8)
-            axes.set_xticks(np.arange(len(group.names)), group.names)
+            ticks = np.arange(len(group.names))
+            at = ticks + (position - (len(bars) - 1) / 2) * width
+            if panel.is_horizontal:
+                drawn = axes.barh(at, group.values, width, xerr=group.errors, label=group.label, color=group.color)
+                axes.set_yticks(ticks, group.names, fontsize=8)
+            else:
+                drawn = axes.bar(at, group.values, width, yerr=group.errors, label=group.label, color=group.color)
+                axes.set_xticks(ticks, group.names)
+            axes.bar_label(drawn, fmt="%.1f", fontsize=5 if panel.is_horizontal else 8)
+        if panel.is_horizontal:
+            axes.invert_yaxis()
         for line in panel.content:
             if isinstance(line, Line):
                 _draw_line(axes, line)
         if len(panel.content) > 1:
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _height(panel: Panel) -> float:
+    """Inches, more where there are many horizontal bars."""
+    names = [name for content in panel.content if isinstance(content, Bars) for name in content.names]
+    return max(_PANEL_INCHES[1], 0.8 + _BAR_INCHES * len(set(names)) * panel.is_horizontal)
 
 
 def _draw_line(axes: Any, line: Line) -> None:

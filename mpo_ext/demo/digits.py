@@ -64,6 +64,7 @@ class Task:
         operation: Key of ``OPERATIONS``.
         region: Key of ``REGIONS``.
         form: "direct" or "cot": what the question asks for.
+        is_named: Whether the question names the digits: it then needs no image.
     """
 
     image: Tensor | None
@@ -71,10 +72,15 @@ class Task:
     operation: str
     region: str
     form: str
+    is_named: bool = False
 
     @property
     def question(self) -> str:
-        return f"What is the {self.operation} of the {self.region} ? {INSTRUCTIONS[self.form]}"
+        asked = f"What is the {self.operation} of the {self.region} ? {INSTRUCTIONS[self.form]}"
+        if not self.is_named:
+            return asked
+        named = " , ".join(f"{cell} {value}" for cell, value in zip(CELLS, self.values, strict=True))
+        return f"{named} . {asked}"
 
     @property
     def answer(self) -> int:
@@ -147,6 +153,11 @@ def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str
 def without_image(task: Task) -> Task:
     """The same question with nothing to look at."""
     return dataclasses.replace(task, image=None)
+
+
+def in_words(task: Task) -> Task:
+    """The same question without its image, with the digits named in the text."""
+    return dataclasses.replace(task, image=None, is_named=True)
 
 
 def grid_image(cells: np.ndarray) -> Tensor:

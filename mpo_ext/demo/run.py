@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mpo_ext.config import install_hint
 
@@ -27,7 +28,8 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "demo",
         help="train a tiny multimodal model on digits three ways and compare",
         description="Trains a tiny InternVL model on 2x2 grids of handwritten digits, lets it make its own preference "
-        "pairs, trains it further by SFT, DPO and MPO, and writes a table, curves, a page of pairs and the models.",
+        "pairs, trains it further by SFT, DPO and MPO, and writes a table, curves, a page of pairs and the models. "
+        "With --study it compares many more losses, data and settings, and writes tables and a plot.",
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where to write (default: demo-out)")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of the first run (default: 0)")
@@ -37,11 +39,23 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--backend", choices=("cpu", "reference"), help="backend of the loss (default: the best that is installed)"
     )
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that all parts work")
+    parser.add_argument(
+        "--study", action="store_true", help="run the paper's ablations in small; goes on where it was ended"
+    )
+    parser.add_argument("--jobs", type=_at_least(1), help="processes of the study (default: 1)")
     parser.set_defaults(run=demo)
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Runs the demo. Returns 1 where a package is missing or the folder cannot be written."""
+    """Runs the demo or the study.
+
+    Returns:
+        0; 1 where a package is missing, the folder cannot be written or a run of the study failed; 130 where the study
+        was interrupted.
+    """
+    if args.jobs is not None and not args.study:
+        print(f"--jobs must be left out without --study, got {args.jobs}", file=sys.stderr)
+        return 1
     missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(f"mpo-ext demo needs {', '.join(missing)}: {install_hint('demo')}", file=sys.stderr)
@@ -52,16 +66,28 @@ def demo(args: argparse.Namespace) -> int:
         print(f"--out must be a folder that can be written, got {args.out}: {error.strerror}", file=sys.stderr)
         return 1
 
+    seeds = range(args.seed, args.seed + args.seeds)
+    common = {"out": args.out, "seeds": seeds, "quick": args.quick, "threads": args.threads, "backend": args.backend}
+    if args.study:
+        return _study(common, args)
     from mpo_ext.demo import experiment
 
-    experiment.run(
-        out=args.out,
-        seeds=range(args.seed, args.seed + args.seeds),
-        quick=args.quick,
-        threads=args.threads,
-        backend=args.backend,
-    )
+    experiment.run(**common)
     return 0
+
+
+def _study(common: dict[str, Any], args: argparse.Namespace) -> int:
+    from mpo_ext.demo import study_run
+
+    given = {"--seed": args.seed, "--seeds": args.seeds, "--jobs": args.jobs, "--threads": args.threads,
+             "--backend": args.backend, "--quick": args.quick}  # fmt: skip
+    options = [f"{name} {value}" for name, value in given.items() if value and value is not True]
+    options += ["--quick"] if args.quick else []
+    try:
+        return study_run.run(**common, jobs=args.jobs or 1, command=" ".join(["mpo-ext demo --study", *options]))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -86,3 +86,63 @@ class Settings:
             evaluation_tasks=20,
             validation_tasks=20,
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StudySettings(Settings):
+    """Sizes and rates of one seed of the study, chosen on the validation digits; the attributes of ``Settings`` too.
+
+    The first training has ``sft_most_steps`` with a rate that falls to zero, so that it ends where it no longer learns
+    much: ``sft_target``, ``sft_decay_steps``, ``direct_pairs`` and ``keep`` are not used.
+
+    Attributes:
+        sft_digits: Training digits of the first training; pairs are made with the others, which are new to the model.
+        direct_questions: As ``questions``, which is of the step-by-step ones here.
+        sft_text_share: Share of the first training's questions that name the digits and come without image.
+        text_questions: Questions without image that the model answers to make pairs.
+        pairs: Mixed pairs.
+        mixed_shares: Shares of them that are direct correctness, step-by-step correctness and DropoutNTP pairs.
+        kind_pairs: Most pairs of each of the files that are compared by the kind of their pairs.
+    """
+
+    sft_digits: int = 700
+    sft_most_steps: int = 700
+    sft_check_steps: int = 50
+    sft_blind_share: float = 0.0625
+    sft_text_share: float = 0.2
+    questions: int = 3000
+    direct_questions: int = 1000
+    temperature: float = 1.0
+    dropout_ntp_questions: int = 3000
+    text_questions: int = 2000
+    pairs: int = 3200
+    mixed_shares: tuple[float, float, float] = (0.25, 0.5, 0.25)
+    kind_pairs: int = 1600
+    branch_batch: int = 32
+    evaluation_tasks: int = 500
+
+    @classmethod
+    def quick(cls, seed: int = 0) -> "StudySettings":
+        """Builds the settings of a study that takes a minute and learns next to nothing."""
+        return cls(
+            seed=seed,
+            hidden_size=64,
+            layers=1,
+            sft_rate=5e-3,
+            sft_questions=500,
+            sft_check_steps=40,
+            sft_most_steps=40,
+            questions=400,
+            direct_questions=60,
+            samples=4,
+            temperature=0.7,
+            dropout_ntp_questions=400,
+            text_questions=100,
+            pairs=40,
+            kind_pairs=20,
+            branch_steps=4,
+            branch_batch=4,
+            warmup_steps=1,
+            evaluation_tasks=8,
+            validation_tasks=20,
+        )

@@ -60,7 +60,7 @@ def train_sft(
     tasks = digits.sample_tasks(splits["train"], settings.sft_questions, rng)
     blind = int(settings.sft_blind_share * len(tasks))
     tasks[:blind] = map(digits.without_image, tasks[:blind])
-    path = _write_sft(folder, tasks)
+    path = write_sft(folder, tasks)
     curve: list[dict[str, float]] = []
 
     def note(step: int, line: Any) -> bool:
@@ -164,7 +164,7 @@ def make_recipe(
     )
 
 
-def _write_sft(folder: Path, tasks: Sequence[digits.Task]) -> Path:
+def write_sft(folder: Path, tasks: Sequence[digits.Task]) -> Path:
     """Writes questions with their right responses as pairs without a rejected one, which SFT never reads."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     pairs = []
@@ -186,7 +186,12 @@ def evaluate(
     *,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> dict[str, dict[str, float]]:
-    """Answers the questions with the likeliest tokens: for each form ``accuracy``, ``unparsable`` and ``count``."""
+    """Answers the questions with the likeliest tokens.
+
+    Returns:
+        For each form ``accuracy`` and ``unparsable``, shares of the questions, ``tokens``, the mean number in a
+        response, and ``count``.
+    """
     engine = TransformersEngine(model, processor, batch_size=BATCH_SIZE)
     is_right = matcher(**digits.MATCHER)
     greedy = SamplingConfig(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
@@ -197,9 +202,11 @@ def evaluate(
             continue
         requests = [Request(question=task.question, images=_pictures(task), sampling=greedy) for task in asked]
         answers: list[str | None] = []
+        tokens = 0
         for start in range(0, len(requests), BATCH_SIZE):
             generations = engine.generate(requests[start : start + BATCH_SIZE])
             answers += [extract_answer(generation.text, digits.STYLES[form]) for generation in generations]
+            tokens += sum(len(generation.token_ids) for generation in generations)
             on_batch(len(generations))
         right = [
             answer is not None and is_right(answer, str(task.answer)).correct
@@ -208,6 +215,7 @@ def evaluate(
         result[form] = {
             "accuracy": sum(right) / len(asked),
             "unparsable": sum(answer is None for answer in answers) / len(asked),
+            "tokens": tokens / len(asked),
             "count": len(asked),
         }
     return result

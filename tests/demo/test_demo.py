@@ -300,7 +300,8 @@ def test_evaluation_is_as_strict_as_the_form(processor: DigitsProcessor, model, 
         return [self._generation(self.encode(text)) for text in texts]
 
     monkeypatch.setattr(TransformersEngine, "generate", generate)
-    assert evaluate(model, processor, tasks) == {"direct": {"accuracy": 0.25, "unparsable": 0.5, "count": 4}}
+    expected = {"accuracy": 0.25, "unparsable": 0.5, "tokens": 1.25, "count": 4}
+    assert evaluate(model, processor, tasks) == {"direct": expected}
 
 
 def test_sft_learns_from_questions_with_and_without_images(processor: DigitsProcessor, tmp_path: Path) -> None:
