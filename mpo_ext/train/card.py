@@ -111,6 +111,12 @@ def _description(recipe: Recipe) -> str:
         )
     else:
         how = "next-token loss on the chosen responses alone (no preference term)"
+    moves = recipe.reference
+    if moves.sync_every:
+        how += (
+            f", with a reference that moves by {moves.sync_mix:g} of the way to the policy every {moves.sync_every:,} "
+            "steps (TR-DPO, [arXiv 2404.09656](https://arxiv.org/abs/2404.09656))"
+        )
     lora = recipe.model.lora
     what = "LoRA adapters" if lora is not None else "all weights"
     if recipe.model.freeze:

@@ -36,6 +36,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mpo_ext.data.jsonl import sync_folder
 from mpo_ext.data.records import check_json
+from mpo_ext.train.model import reshard
 
 _FORMAT = "mpo_ext.checkpoint/1"
 _MANIFEST, _STATE, _TRAINER, _TENSORS, _DEEPSPEED = "manifest.json", "state.json", "trainer.pt", "tensors", "deepspeed"
@@ -247,6 +248,17 @@ class Checkpoints:
                 )
         return state
 
+    def state(self, accelerator: Any, path: Path) -> dict[str, Any]:
+        """Returns the state that ``load`` would, and changes nothing. All ranks call it.
+
+        Raises:
+            CheckpointError: If the files are not as the manifest says.
+        """
+        with _together(accelerator):
+            _Manifest.read(Path(path))
+            state: dict[str, Any] = json.loads((Path(path) / _STATE).read_bytes())
+        return state
+
     def latest(self) -> Path | None:
         """Returns the newest complete checkpoint, or None. Those whose files have gone or changed are logged."""
         complete = self._complete()
@@ -419,7 +431,7 @@ def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Pat
         inner = _unwrapped(accelerator, model)
         if hasattr(inner, "peft_config"):
             _check_only_adapters(inner)
-        _reshard(inner)
+        reshard(inner)
     try:
         with _together(accelerator):
             whole = None
@@ -526,7 +538,7 @@ def _model_tensors(accelerator: Any, model: nn.Module, reference: nn.Module | No
 def _named_parameters(accelerator: Any, model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters, by the name that they have without any wrapper. Tied ones have the first of their names."""
     inner = _unwrapped(accelerator, model)
-    _reshard(inner)
+    reshard(inner)
     return {_plain(name): parameter for name, parameter in inner.named_parameters()}
 
 
@@ -549,13 +561,6 @@ def _unwrapped(accelerator: Any, model: nn.Module) -> Any:
 def _plain(name: str) -> str:
     """A name without what torch.compile and activation checkpointing put into it."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
-def _reshard(model: nn.Module) -> None:
-    """Frees whole parameters that FSDP2 left in place of its shards after a forward without backward."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:

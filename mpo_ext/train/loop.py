@@ -321,6 +321,8 @@ class Trainer:
             second = copy.deepcopy(model)
         if recipe.reference_kind == "precomputed" and self._reference_file().exists():
             second = None
+        if recipe.reference.sync_every and second is not None:
+            self._check_can_move(model, second)
         self.optimizer: Any = torch.optim.AdamW(
             _decay_groups(model, recipe.optim.weight_decay),
             lr=recipe.optim.learning_rate,
@@ -341,6 +343,19 @@ class Trainer:
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.recipe.optim.micro_batch_size
             plugin.deepspeed_config["gradient_accumulation_steps"] = 1
             plugin.deepspeed_config["gradient_clipping"] = self.recipe.optim.max_grad_norm
+
+    def _check_can_move(self, policy: nn.Module, reference: nn.Module) -> None:
+        """Raises ``ValueError`` where the reference could not follow the policy, or not be kept in a checkpoint."""
+        every = self.recipe.reference.sync_every
+        sharding = self.accelerator.distributed_type.value
+        if sharding == "FSDP" and not getattr(self.accelerator, "is_fsdp2", False):
+            sharding = "FSDP of fsdp_version 1"
+        if sharding in ("DEEPSPEED", "MEGATRON_LM", "FSDP of fsdp_version 1"):
+            raise ValueError(
+                f"reference.sync_every must be 0 under {sharding}, got {every}: "
+                "its shards of policy and reference cannot be mixed here, nor kept in a checkpoint; FSDP2 and DDP can"
+            )
+        references.check_can_follow(reference, policy, every)
 
     def _prepare_second(self, model: nn.Module) -> nn.Module:
         """The reference where the policy is, and sharded where the policy is."""
@@ -870,7 +885,7 @@ class Trainer:
         return {}
 
     def _resume(self, path: Path) -> None:
-        state = self.checkpoints.load(self.accelerator, path, self.model, self.optimizer, **self._extra())
+        state = self.checkpoints.state(self.accelerator, path)
         changed = _changes(state["recipe"], _plain(self.recipe.to_dict()))
         refused = [text for name, text in changed if not name.startswith(_FREE)]
         if refused:
@@ -878,6 +893,7 @@ class Trainer:
                 f"the recipe must be the one that {path} was made with, but:\n  " + "\n  ".join(refused) + "\n"
                 "take another output.dir to begin anew"
             )
+        self.checkpoints.load(self.accelerator, path, self.model, self.optimizer, **self._extra())
         for _, text in changed:
             self.console.say(f"since the checkpoint: {text}")
         self.step = state["step"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from mpo_ext import head as heads
 from mpo_ext.config import install_hint
@@ -174,6 +175,13 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees whole parameters that FSDP2 left in place of its shards after a forward without backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _modules_of(inner: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:

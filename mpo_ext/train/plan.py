@@ -18,6 +18,7 @@ from mpo_ext.train import model as models
 from mpo_ext.train.layout import Layout, supports_shared_prefix
 from mpo_ext.train.mixture import Mixture, Subset
 from mpo_ext.train.recipe import ModelRecipe, Recipe
+from mpo_ext.train.reference import check_can_follow
 
 #: Share of ``data.max_length`` that each response is taken to have; the rest is the prompt, full of images.
 RESPONSE_SHARE = 0.25
@@ -186,7 +187,7 @@ class Plan:
                 ("trainable", f"{self.trainable:,} ({self.trainable / self.parameters:.2%})"),
                 ("vocabulary x hidden size", f"{self.vocab_size:,} x {self.hidden_size:,}"),
                 ("decoder layers", f"{self.layers:,}"),
-                ("reference", recipe.reference_kind or "none: the loss needs none"),
+                ("reference", _reference_text(recipe)),
             ],
         )
         yield "Data", ("subset", "lines", "repeat_time", "pairs"), list(_data_rows(self.subsets, self.eval_subsets))
@@ -285,6 +286,15 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
         notes.append(f"optim.batch_size {optim.batch_size} leaves some of the {world} processes without a pair")
 
     estimate = _Estimate(recipe, model, head, "separate" if reason is not None else "shared", world)
+    memory = tuple(estimate.parts())
+    if recipe.reference.sync_every:
+        size = next(part.bytes for part in memory if part.name == "reference")
+        notes.append(f"reference.sync_every: each checkpoint holds the reference, too, {_size(size)} more on the disk")
+        if recipe.output.keep_best:
+            notes.append(
+                "output.keep_best compares evaluations under references that differ: let output.eval_every be so that "
+                "all are equally long after a move"
+            )
     parameters = list(model.parameters())
     return Plan(
         recipe=recipe,
@@ -305,13 +315,21 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
         layout=estimate.layout,
         tokens=estimate.tokens,
         positions=estimate.positions,
-        memory=tuple(estimate.parts()),
+        memory=memory,
         other_activations=estimate.activations(checkpointed=not recipe.model.gradient_checkpointing),
         eager_loss=estimate.eager_loss(),
         cost_model=estimate.cost_model(),
         cost_step=estimate.cost_step(math.ceil(pairs_per_rank / optim.micro_batch_size)),
         notes=tuple(notes),
     )
+
+
+def _reference_text(recipe: Recipe) -> str:
+    """The reference in words."""
+    moves = recipe.reference
+    if moves.sync_every:
+        return f"copy, moved by {moves.sync_mix:g} of the way to the policy every {moves.sync_every:,} steps (TR-DPO)"
+    return recipe.reference_kind or "none: the loss needs none"
 
 
 class _Estimate:
@@ -463,6 +481,8 @@ class _Estimate:
         if path is None:
             return "reference", weights, "a copy: as parameters"
         other = _meta_model(models.without_adapters(dataclasses.replace(self.recipe.model, path=path, revision=None)))
+        if self.recipe.reference.sync_every:
+            check_can_follow(other, self.model, self.recipe.reference.sync_every)
         return "reference", sum(map(_bytes, other.parameters())), "reference.path: number x size of model.dtype"
 
     def _loss(self) -> tuple[int, str]:

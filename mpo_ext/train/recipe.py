@@ -310,8 +310,10 @@ class ReferenceRecipe(_Section):
             None takes "adapter" with LoRA and "copy" without.
         path: Another model for "copy" and "precomputed"; None takes the one that is trained, as it is at the start.
         file: Where "precomputed" keeps the log-probs; None is ``reference.jsonl`` in the output folder.
-        sync_every: Steps between two moves of a "copy" towards the policy (TR-DPO, arXiv 2404.09656); 0 never.
-        sync_mix: Share of the policy in such a move.
+        sync_every: Steps between two moves of a "copy" towards the policy (TR-DPO, arXiv 2404.09656); 0 never. TRL's
+            ``ref_model_sync_steps``.
+        sync_mix: Share of the policy in such a move: ``mix * policy + (1 - mix) * reference``, of each parameter; 1 is
+            the paper's hard update. TRL's ``ref_model_mixup_alpha``.
     """
 
     kind: Literal["copy", "adapter", "precomputed"] | None = None
@@ -454,6 +456,11 @@ class Recipe(_Section):
             raise ValueError(
                 f"reference.sync_every must be 0 unless the reference is a 'copy', got {self.reference.sync_every} "
                 f"with {'none, since the loss needs none' if kind is None else repr(kind)}"
+            )
+        if self.reference.sync_every and self.model.lora is not None and self.reference.path is not None:
+            raise ValueError(
+                "reference.sync_every must be 0 with model.lora and reference.path, whose model has no adapters that "
+                f"could follow, got {self.reference.sync_every} with {self.reference.path!r}"
             )
         if not self.data.eval:
             for name in ("keep_best", "eval_every"):

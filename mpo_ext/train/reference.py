@@ -1,6 +1,7 @@
 """The reference model: a frozen copy, the policy without its adapters, or log-probs that were computed once."""
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,12 +10,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mpo_ext import head as heads
 from mpo_ext.generate.journal import Journal, encode_line, read_header, read_records, replaced
 from mpo_ext.loss import linear_token_logp, token_logp
 from mpo_ext.reference import sequence_sums
 from mpo_ext.train.layout import Batch, forward, forward_logits
+from mpo_ext.train.model import reshard
 from mpo_ext.train.recipe import LossRecipe
 
 NO_PAIR = ""  # digest of what a rank that has no more pairs computes beside the others
@@ -81,10 +84,41 @@ class CopyReference:
 
     @torch.no_grad()
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """As in ``Reference``."""
-        theirs = dict(heads._unwrap(policy).named_parameters())
-        for name, parameter in heads._unwrap(self.model).named_parameters():
-            parameter.lerp_(theirs[name].detach().to(parameter.dtype), mix)
+        """As in ``Reference``. Parameters move, in float32 at least and rounded once; buffers stay, as in TRL.
+
+        Each rank moves what it has: under DDP all of it, under FSDP2 its shards, which are those of the policy.
+        """
+        target, source = heads._unwrap(self.model), heads._unwrap(policy)
+        for model in (target, source):
+            reshard(model)
+        theirs = dict(source.named_parameters())
+        for name, parameter in target.named_parameters():
+            if not parameter.is_floating_point():  # 4-bit weights: frozen, so equal to the policy's
+                continue
+            mine, other = _local(parameter), _local(theirs[name])
+            wide = functools.reduce(torch.promote_types, (mine.dtype, other.dtype), torch.float32)
+            mine.copy_(torch.lerp(mine.to(wide), other.to(wide), mix))
+
+
+def check_can_follow(reference: nn.Module, policy: nn.Module, every: int) -> None:
+    """Raises ``ValueError``, with a parameter that differs, unless both models have the same, of the same shapes.
+
+    Args:
+        reference: That is to move.
+        policy: That it is to follow.
+        every: ``reference.sync_every``, for the message.
+    """
+    shapes = [
+        {name: tuple(parameter.shape) for name, parameter in heads._unwrap(model).named_parameters()}
+        for model in (reference, policy)
+    ]
+    for name in dict.fromkeys([*shapes[0], *shapes[1]]):
+        mine, other = (one.get(name, "none") for one in shapes)
+        if mine != other:
+            raise ValueError(
+                "reference.sync_every must be 0 unless reference.path has the parameters of model.path, got "
+                f"{every} with {name}: {mine} in the reference, {other} in the policy"
+            )
 
 
 class AdapterReference:
@@ -235,6 +269,12 @@ def _parts(path: Path) -> list[Path]:
 
 def _part(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.name}.part-{rank:05d}")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank has of a parameter."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _peft_of(model: nn.Module) -> Any:

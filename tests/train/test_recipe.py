@@ -314,6 +314,13 @@ def test_a_file_that_is_not_there_or_no_mapping(load: Callable[..., Recipe], tmp
             "reference.sync_every must be 0 .* got 5 with none, since the loss needs none",
         ),
         (
+            lambda: small(
+                model=ModelRecipe(path="m", lora=LoraRecipe()),
+                reference=ReferenceRecipe(kind="copy", path="n", sync_every=5),
+            ),
+            "reference.sync_every must be 0 with model.lora and reference.path, .* got 5 with 'n'",
+        ),
+        (
             lambda: small(output=OutputRecipe(dir="o", keep_best=True)),
             "output.keep_best must be False without data.eval, got True",
         ),
@@ -344,7 +351,8 @@ def test_what_looks_alike_is_allowed() -> None:
     assert ModelRecipe(path="m", dtype="float16", lora=LoraRecipe()).dtype == "float16"
     assert small(reference=ReferenceRecipe(sync_every=5)).reference_kind == "copy"
     lora = ModelRecipe(path="m", lora=LoraRecipe())
-    assert small(model=lora, reference=ReferenceRecipe(kind="copy", path="n", sync_every=5)).reference_kind == "copy"
+    assert small(model=lora, reference=ReferenceRecipe(kind="copy", sync_every=5)).reference_kind == "copy"
+    assert small(reference=ReferenceRecipe(path="n", sync_every=5)).reference_kind == "copy"
     evaluated = DataRecipe(train=("a",), eval=("b",))  # type: ignore[arg-type]
     assert small(data=evaluated, output=OutputRecipe(dir="o", keep_best=True, eval_every=1)).output.keep_best
     assert small(loss=LossRecipe(dpo_weight=0, bco_weight=0)).reference_kind is None
