@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import copy
 import dataclasses
@@ -17,15 +16,12 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import platform
 import re
 import shutil
-import signal
 import statistics
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +41,7 @@ from mpo_ext.demo.pairs import BATCH_SIZE, MAX_NEW_TOKENS, write_items
 from mpo_ext.demo.settings import StudySettings
 from mpo_ext.demo.study import Row
 from mpo_ext.demo.train import METHODS, evaluate, make_recipe, write_sft
+from mpo_ext.demo.workers import Workers, sigterm_as_interrupt
 from mpo_ext.generate import sampling
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
@@ -54,7 +51,6 @@ from mpo_ext.train.recipe import Recipe, ReferenceRecipe, RewardShiftRecipe
 from mpo_ext.train.samples import Dropped, Encoder, Sample
 
 _EVALUATION_SEED = 1  # the same held-out questions for every seed and row
-_WATCH_S = 2.0
 _WRITE_S = 10.0
 _LOGGED = 5  # steps at either end whose mean is kept of a run's log
 _LOG_KEYS = ("loss", "dpo_loss", "bco_loss", "ntp_loss", "reward_accuracy", "chosen_reward", "rejected_reward",
@@ -125,7 +121,7 @@ def run(
     )
     pending: dict[concurrent.futures.Future[dict[str, Any]], tuple[int, str]] = {}
     try:
-        with _Workers(jobs, threads) as workers, _sigterm_as_interrupt():
+        with Workers(jobs, _begin_process, threads) as workers, sigterm_as_interrupt():
             while queue or pending:
                 while queue and len(pending) < jobs:
                     seed, row = queue.popleft()
@@ -153,83 +149,9 @@ def run(
     return 1 if failed else 0
 
 
-class _Workers:
-    """Runs tasks in this process (one job) or in several, which end when this one does.
-
-    Args:
-        jobs: Number of processes.
-        threads: CPU threads of each.
-    """
-
-    def __init__(self, jobs: int, threads: int) -> None:
-        self.jobs, self.threads = jobs, threads
-        self._context = multiprocessing.get_context("spawn")  # forked threads of torch may lock up
-        self._stop = self._context.Event()
-        self._executor: concurrent.futures.ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> _Workers:
-        if self.jobs == 1:
-            torch.set_num_threads(self.threads)
-            os.environ["ACCELERATE_USE_CPU"] = "true"
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._stop.set()
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-
-    def submit(self, task: Callable[..., dict[str, Any]], *args: Any) -> concurrent.futures.Future[dict[str, Any]]:
-        """Begins a task, or runs it where there is one job."""
-        if self.jobs == 1:
-            future: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
-            try:
-                future.set_result(task(*args))
-            except BaseException as error:  # the caller asks the future
-                future.set_exception(error)
-            return future
-        try:
-            return self._processes().submit(task, *args)
-        except concurrent.futures.process.BrokenProcessPool:  # one was killed, for its memory perhaps
-            self._executor = None
-            return self._processes().submit(task, *args)
-
-    def _processes(self) -> concurrent.futures.ProcessPoolExecutor:
-        if self._executor is None:
-            self._executor = concurrent.futures.ProcessPoolExecutor(
-                self.jobs, self._context, _begin_worker, (self.threads, os.getpid(), self._stop)
-            )
-        return self._executor
-
-
-def _begin_worker(threads: int, parent: int, stop: Any) -> None:
-    """Sets a worker up, and lets it end when its parent is gone or asks for it, whatever it is at."""
+def _begin_process(threads: int) -> None:
     torch.set_num_threads(threads)
     os.environ["ACCELERATE_USE_CPU"] = "true"  # the model is too small for a GPU to pay
-
-    def watch() -> None:
-        while os.getppid() == parent and not stop.wait(_WATCH_S):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Ends the study at SIGTERM as at Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _told(result: Mapping[str, Any]) -> str:

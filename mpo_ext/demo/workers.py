@@ -1,0 +1,96 @@
+"""Tasks side by side in processes that end with the one that began them. Imports nothing that takes long."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import concurrent.futures.process
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_WATCH_S = 1.0
+
+Future = concurrent.futures.Future
+
+
+class Workers:
+    """Runs tasks in this process (one job) or in several. Left by an exception, it ends what is at work.
+
+    Args:
+        jobs: Number of processes.
+        begin: Called once in each of them before its first task. Like the tasks, it must be importable.
+        args: Of ``begin``.
+    """
+
+    def __init__(self, jobs: int, begin: Callable[..., object], *args: Any) -> None:
+        self.jobs = jobs
+        self._begin, self._args = begin, args
+        self._context = multiprocessing.get_context("spawn")  # forked threads of torch may lock up
+        self._stop = self._context.Event()
+        self._executor: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        if self.jobs == 1:
+            self._begin(*self._args)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._stop.set()
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Begins a task; with one job it is done when this returns. What it raises is in the future."""
+        if self.jobs == 1:
+            future: Future[Any] = Future()
+            try:
+                future.set_result(task(*args))
+            except BaseException as error:
+                future.set_exception(error)
+            return future
+        try:
+            return self._processes().submit(task, *args)
+        except concurrent.futures.process.BrokenProcessPool:  # one was killed, for its memory perhaps
+            self._executor = None
+            return self._processes().submit(task, *args)
+
+    def _processes(self) -> concurrent.futures.ProcessPoolExecutor:
+        if self._executor is None:
+            self._executor = concurrent.futures.ProcessPoolExecutor(
+                self.jobs, self._context, _begin, (os.getpid(), self._stop, self._begin, self._args)
+            )
+        return self._executor
+
+
+def _begin(parent: int, stop: Any, begin: Callable[..., object], args: tuple[Any, ...]) -> None:
+    """In a worker: it ends when its parent is gone or asks for it, whatever it is at."""
+
+    def watch() -> None:
+        while os.getppid() == parent and not stop.wait(_WATCH_S):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    begin(*args)
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Within it SIGTERM raises KeyboardInterrupt, as Ctrl-C does; outside of the main thread it changes nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
