@@ -143,6 +143,7 @@ def _check(args: argparse.Namespace) -> int:
             source, images=args.images, keep=args.examples, length=length, on_line=lambda: progress.advance(task)
         )
     console = _console()
+    console.print(_format_line(args, source, report.stats), markup=False, highlight=False)
     console.print(_stats_table(report.stats, unit))
     if report.is_clean:
         console.print("Nothing found.", style="green")
@@ -167,10 +168,16 @@ def _stats(args: argparse.Namespace) -> int:
     length, unit = token_counter(args.tokenizer)
     skipped = Skipped()
     stats = collect_stats(source, length, skipped)
-    _console().print(_stats_table(stats, unit))
+    console = _console()
+    console.print(_format_line(args, source, stats), markup=False, highlight=False)
+    console.print(_stats_table(stats, unit))
     _print_skipped(skipped)
     if args.json is not None:
-        values = {"unit": unit, "subsets": {name: subset.to_dict() for name, subset in stats.items()}}
+        values = {
+            "format": source.format,
+            "unit": unit,
+            "subsets": {name: subset.to_dict() for name, subset in stats.items()},
+        }
         with atomic_write(args.json) as file:
             file.write(json.dumps(values, ensure_ascii=False, indent=2).encode() + b"\n")
     return 0
@@ -208,6 +215,14 @@ def _view(args: argparse.Namespace) -> int:
 def _print_skipped(skipped: Any) -> None:
     for line in skipped.lines():
         print(_printable(line), file=sys.stderr)
+
+
+def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:
+    """How the file was read, and how many of its pairs have images: so that none is lost in silence."""
+    how = "found out" if args.format is None else "as --from says"
+    pairs = sum(subset.pairs for subset in stats.values())
+    text_only = sum(subset.text_only for subset in stats.values())
+    return f"Format {source.format} ({how}): {pairs - text_only:,} of {pairs:,} pairs with images"
 
 
 def _stats_table(stats: Any, unit: str) -> Any:

@@ -348,6 +348,12 @@ class _PairParser:
     root_map: tuple[tuple[str, str], ...]
 
     def __call__(self, values: dict[str, Any], line: str) -> Pair:
+        if "image" in values:
+            raise FieldError(
+                "bad field",
+                f"images of a line of pairs must be a list named 'images', got 'image' {str(values['image'])[:80]!r}: "
+                "a file of such lines is read with the format 'mmpr' (--from mmpr, in a recipe format: mmpr)",
+            )
         return remap(Pair.from_dict(values), self.root_map)
 
 

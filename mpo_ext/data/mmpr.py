@@ -204,6 +204,12 @@ class _LineParser:
         for name in ("question", "chosen", "rejected"):
             if name not in values:
                 raise FieldError("bad field", f"{name} must be given, got fields {', '.join(map(repr, values))}")
+        if values.get("images"):  # as a field nobody knows it would go along, and no image would be seen
+            raise FieldError(
+                "bad field",
+                f"images of an MMPR line must be named by 'image', got 'images' {str(values['images'])[:80]}: "
+                "a file of such lines is read with the format 'pairs' (--from pairs, in a recipe format: pairs)",
+            )
         relative, source["image"] = _images(values)
         images = tuple(resolve_image(image, self.root) for image in relative)
         if [_below(image, self.root) for image in images] != relative:

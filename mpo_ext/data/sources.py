@@ -13,7 +13,8 @@ from mpo_ext.data.records import Pair, find_url
 
 Format = Literal["mmpr", "pairs", "trl", "hf"]
 FORMATS: tuple[Format, ...] = ("mmpr", "pairs", "trl", "hf")
-_SNIFFED_LINES = 100
+_TELLING: dict[Format, str] = {"trl": "prompt", "pairs": "images", "mmpr": "image"}  # fields that only they have
+_SNIFFED_LINES = 1000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,8 +69,9 @@ def open_pairs(
 
     Args:
         path: A meta file (.json), a file of lines (.jsonl) or the folder of a Hugging Face dataset.
-        format: Of the path; None finds out: a folder is "hf", a .json file "mmpr", and a .jsonl file what its first
-            good line looks like ("prompt": trl; "images": pairs; else mmpr).
+        format: Of the path; None finds out: a folder is "hf", a .json file "mmpr", and a .jsonl file what the first
+            line tells that can ("prompt": trl; "images": pairs; "image": mmpr), or mmpr where none of the first
+            thousand can. A later line of another format is a bad one.
         root: Folder that relative images start at; default: the folder of the file. A meta file has its own.
         root_map: Pairs of prefixes (old, new): where images and annotations have moved to.
         image_dir: Folder for images of a Hugging Face dataset that have no path.
@@ -122,8 +124,11 @@ def _sniff(path: str, max_line_bytes: int) -> Format:
             lines[index]
         except BadLine:
             continue
-        fields = found[-1]
-        return "trl" if "prompt" in fields else "pairs" if "images" in fields else "mmpr"
+        for format, field in _TELLING.items():
+            if field in found[-1]:
+                return format
+    if found:  # pairs of text only, which the formats write alike
+        return "mmpr"
     raise ValueError(
         f"format must be told apart by a good line, got none among the first {_SNIFFED_LINES} of {path}: "
         f"name it ({', '.join(FORMATS)})"

@@ -36,7 +36,7 @@ LINES: dict[str, list[dict[str, Any]]] = {
         {"image": None, "question": "3 + 1?", "chosen": "4", "rejected": "5", "answer_gt": ""},
         {"image": [], "question": "4 + 1?", "chosen": "5", "rejected": "6", "provenance": {}},
         {"id": 7, "question": "5 + 1?", "chosen": "6", "rejected": "7", "provenance": {"pipeline": "correctness"}},
-        {"chosen": "8", "rejected": "9", "question": "字段顺序", "images": ["kept"], "extra": 1},
+        {"chosen": "8", "rejected": "9", "question": "字段顺序", "pictures": ["kept"], "extra": 1},
     ],
 }
 SETTINGS: dict[str, dict[str, Any]] = {

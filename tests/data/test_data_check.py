@@ -144,6 +144,23 @@ def test_check_exits_with_0_1_or_2(
         run("check", broken, "--examples", "-1")
 
 
+def test_check_and_stats_name_the_format_and_count_pairs_with_images(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = {"question": "q", "chosen": "c", "rejected": "r"}
+    lines = [
+        pair,
+        {**pair, "images": ["a.png"]},
+        {**pair, "images": ["a.png", "sub/b.jpg"], "question": "<image>" * 2},
+    ]
+    (images / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for command in ("check", "stats"):
+        assert run(command, images / "p.jsonl") == 0
+        assert "Format pairs (found out): 2 of 3 pairs with images\n" in capsys.readouterr().out
+    assert run("stats", images / "p.jsonl", "--from", "pairs") == 0
+    assert "Format pairs (as --from says)" in capsys.readouterr().out
+
+
 def test_a_hostile_file_cannot_steer_the_terminal(write_lines: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", write_lines("evil", [{**GOOD, "image": "\x1b[2J[bold]\r.png"}])) == 1
     out = capsys.readouterr().out
