@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         shift_labels,
         token_logp,
     )
+    from mpo_ext.reference import sequence_sums
     from mpo_ext.reward_shift import RewardShift
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _HOMES = {
     "linear_mpo_loss": "mpo_ext.loss",
     "linear_token_logp": "mpo_ext.loss",
     "mpo_loss": "mpo_ext.loss",
+    "sequence_sums": "mpo_ext.reference",
     "shift_labels": "mpo_ext.loss",
     "token_logp": "mpo_ext.loss",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "linear_mpo_loss",
     "linear_token_logp",
     "mpo_loss",
+    "sequence_sums",
     "shift_labels",
     "token_logp",
 ]

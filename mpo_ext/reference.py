@@ -67,10 +67,23 @@ def linear_logits(
     return logits if temperature == 1 else logits / temperature
 
 
-def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Sums a value per row over each sequence: ``[2B, T]``, or ``[1, N]`` with ``cu_seqlens``, gives ``[2B]``."""
+def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Sums a value per token over each sequence, as ``ref_logp`` of ``mpo_loss`` is made of ``token_logp``.
+
+    Args:
+        rows: ``[2B, T]``, or packed ``[N]`` or ``[1, N]`` with ``cu_seqlens``: a value per token.
+        cu_seqlens: ``[2B + 1]`` int32 or int64: where each sequence starts, and N at the end. None for padded input.
+
+    Returns:
+        ``[2B]`` in the dtype of ``rows``; 0 for an empty sequence. Differentiable.
+
+    Raises:
+        ValueError: If there are ``cu_seqlens`` and ``rows`` are not packed.
+    """
     if cu_seqlens is None:
         return rows.sum(-1)
+    if rows.ndim == 0 or rows.numel() != rows.shape[-1]:
+        raise ValueError(f"rows must be [N] or [1, N] when cu_seqlens is given, got shape {tuple(rows.shape)}")
     positions = torch.arange(rows.shape[-1], device=rows.device)
     sequence = torch.searchsorted(cu_seqlens.to(positions.dtype), positions, right=True) - 1
     return rows.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence, rows.reshape(-1))

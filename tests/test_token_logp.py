@@ -16,7 +16,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from mpo_ext import token_logp
+from mpo_ext import sequence_sums, token_logp
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # 1, 2 and 7: shorter than a vector. 1003: rows start off any grid, and head and tail hold several elements. 32768:
@@ -304,3 +304,22 @@ def test_a_second_derivative_is_refused(kernel: str, device: str) -> None:
     (gradient,) = torch.autograd.grad(logp.sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError):
         (gradient.square().sum() + logits.sum()).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_sums_of_packed_sequences_are_those_of_padded_ones(dtype: torch.dtype) -> None:
+    lengths = [4, 0, 1, 7]
+    cu_seqlens = torch.tensor([0, 4, 4, 5, 12], dtype=dtype)
+    rows = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    padded = torch.nn.utils.rnn.pad_sequence(rows.split(lengths), batch_first=True)
+    for packed in (rows, rows[None]):
+        sums = sequence_sums(packed, cu_seqlens)
+        torch.testing.assert_close(sums, sequence_sums(padded))
+    assert sums.dtype == torch.float64
+    (grad,) = torch.autograd.grad(sums @ torch.arange(4.0).double(), rows)
+    assert grad.tolist() == [0.0] * 4 + [2.0] + [3.0] * 7
+
+
+def test_sums_of_packed_sequences_refuse_padded_rows() -> None:
+    with pytest.raises(ValueError, match=r"rows must be \[N\] or \[1, N\] .*, got shape \(2, 3\)"):
+        sequence_sums(torch.zeros(2, 3), torch.tensor([0, 3, 6]))
