@@ -289,22 +289,31 @@ def _gradients(loss: Loss, *, has_head: bool = True) -> float:
     return loss.size * loss.width * (loss.rows + (loss.vocab if has_head else 0))
 
 
-def _linear_ours(loss: Loss, machine: Machine, *, products: int, kept: int = 0, has_head: bool = True) -> _Parts:
+def _linear_ours(loss: Loss, machine: Machine, *, products: int, keeps: bool = False, has_head: bool = True) -> _Parts:
     product = loss.dtype if loss.product is None or machine.is_gpu else loss.product
     logits = loss.labelled * loss.vocab
     # On a GPU a tile is larger than the cache: float32 out of the product, through the kernel, and in half precision
-    # into the next ones. On a CPU it stays in the cache, but for kept logits.
+    # into the next ones. On a CPU it stays in the cache.
     tile = {True: 4 * 6 + 2 * 3 if loss.size < 4 else 4 * 8, False: 0}[machine.is_gpu]
-    moved = (tile + 5 * kept * (not machine.is_gpu)) * logits
+    moved = tile * logits
     widened = 0 if product == loss.dtype else products * (loss.size + _SIZES[product]) * loss.vocab * loss.width
     grads = _gradients(loss, has_head=has_head)
+    held = grads
+    if keeps:
+        # The gradient by the head takes the memory of the logits; in half of float32's width they are a copy, else
+        # the tile itself.
+        width = 4 if machine.is_gpu or product == "float32" else loss.size
+        is_narrow = width == 4 and loss.dtype == "bfloat16"
+        width = 2 if is_narrow else width
+        moved += (2 if is_narrow else 5) * width * logits * (not machine.is_gpu)
+        held += max(width * logits - loss.size * loss.vocab * loss.width, 0)
     budget = _GPU_TILES if machine.is_gpu else _CPU_TILES
     stages = [
         _products(loss, loss.labelled, products, "matrix products", product),
         Stage(name="kernels", moved=moved, kernel=logits),
-        Stage(name="gradients and copies", moved=grads + widened, fresh=grads + kept * logits),
+        Stage(name="gradients and copies", moved=grads + widened, fresh=held),
     ]
-    return stages, grads + min(budget, 4 * logits) + kept * logits + 8 * loss.labelled * loss.width
+    return stages, held + min(budget, 4 * logits) + 8 * loss.labelled * loss.width
 
 
 def _linear_recompute(loss: Loss, machine: Machine) -> _Parts:
@@ -312,8 +321,7 @@ def _linear_recompute(loss: Loss, machine: Machine) -> _Parts:
 
 
 def _linear_kept(loss: Loss, machine: Machine) -> _Parts:
-    size = 4 if machine.is_gpu else _SIZES[loss.product or loss.dtype]
-    return _linear_ours(loss, machine, products=3, kept=size)
+    return _linear_ours(loss, machine, products=3, keeps=True)
 
 
 def _linear_frozen(loss: Loss, machine: Machine) -> _Parts:

@@ -29,6 +29,8 @@ from mpo_ext import ops
 #: What ``linear_token_logp`` keeps for the backward: nothing, the unscaled gradient by the hidden states, the logits.
 KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS = 0, 1, 2
 _CPU_TILE_BYTES = 16 << 20  # of logits: they stay in the last-level cache, and are enough for the matrix product
+_GPU_KEPT_BYTES = 64 << 20  # of columns of kept logits: backward needs that much room to get out of its own way
+_ALIGNMENT = 64  # bytes: where kept logits may begin
 _MIN_COLUMNS = 256  # of a tile, where there are so many: narrower products are slow
 _COLUMN_STEP = 64
 
@@ -98,17 +100,18 @@ def linear_token_logp(
 
     Returns:
         The four outputs of ``ops.token_logp``, on the device of ``hidden``; and what was to be kept of the n labelled
-        rows: ``[0]``, ``[n, D]`` d logp / d hidden, or ``[n * V]`` logits, tile after tile, in the type of logp.
+        rows: ``[0]``, ``[n, D]`` d logp / d hidden, or bytes with their logits as ``KeptLogits`` lays them out.
     """
     head = Head(weight, bias, logit_scale, softcap, temperature, product)
     work = _Work(hidden, labels, head, ignore_index, memory_budget, backend, keeps_logits=keep == KEEP_LOGITS)
     full = ops.token_logp_outputs(work.like, work.labels_like(labels), stats)
     for output in full:
         output.zero_()
-    rows = work.rows.shape[0]
-    kept_shape = {KEEP_NOTHING: (0,), KEEP_HIDDEN_GRAD: work.rows.shape, KEEP_LOGITS: (rows * work.vocab,)}[keep]
-    kept = work.like.new_empty(kept_shape, dtype=work.tile_dtype if keep == KEEP_LOGITS else work.like.dtype)
-    if rows == 0:
+    if keep == KEEP_LOGITS:
+        kept = work.like.new_empty(work.kept_logits.size, dtype=torch.uint8)
+    else:
+        kept = work.like.new_empty(work.rows.shape if keep == KEEP_HIDDEN_GRAD else (0,))
+    if work.rows.shape[0] == 0:
         return *full, kept
 
     chunks = [
@@ -119,11 +122,13 @@ def linear_token_logp(
     for first, end in work.columns():
         operand = work.operand(first, end)
         for chunk in chunks:
-            out = work.kept_tile(kept, chunk.rows, first, end) if keep == KEEP_LOGITS else None
+            out = work.kept_logits.tile(kept, chunk.rows, first, end) if work.keeps_in_place else None
             logits, tanh = work.logits(chunk.rows, operand, first, end, out)
             tile = ops.Tile(first, total, chunk.state)
             old_max = chunk.outputs[1].clone() if keep == KEEP_HIDDEN_GRAD else None
             ops.score(logits, chunk.labels, ignore_index, stats, backend, chunk.outputs, tile)
+            if keep == KEEP_LOGITS and not work.keeps_in_place:
+                work.kept_logits.store_(kept, chunk.rows, first, end, logits, chunk.outputs[1])
             if old_max is not None:
                 _fold_hidden_grad(work, chunk, logits, tanh, operand, old_max, tile, kept[chunk.rows])
     for target, *parts in zip(full, *(chunk.outputs for chunk in chunks), strict=True):
@@ -155,10 +160,10 @@ def _(
     outputs = ops.token_logp_outputs(like, hidden.new_empty(labels.shape, dtype=torch.int64), stats)
     if keep == KEEP_NOTHING:
         return *outputs, like.new_empty(0)
-    rows = torch.library.get_ctx().new_dynamic_size()
+    size = torch.library.get_ctx().new_dynamic_size()
     if keep == KEEP_HIDDEN_GRAD:
-        return *outputs, like.new_empty(rows, hidden.shape[-1])
-    return *outputs, like.new_empty(rows, dtype=product if hidden.device.type == "cpu" else like.dtype)
+        return *outputs, like.new_empty(size, hidden.shape[-1])
+    return *outputs, like.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.custom_op("mpo_ext::linear_grad", mutates_args=())
@@ -271,11 +276,22 @@ def linear_grad_(
     wants_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``linear_grad`` from logits that ``linear_token_logp`` kept; the gradient by them takes their place."""
+    """``linear_grad`` from logits that ``linear_token_logp`` kept.
+
+    They are used up: the gradient by them takes their place, and the gradient by weight, where it is wanted, takes
+    that of all of it. ``kept_weight_grad`` finds it there; what is returned for it is ``[0]``.
+    """
     head = Head(weight, bias, logit_scale, softcap, temperature, product)
     work = _Work(hidden, labels, head, ignore_index, memory_budget, backend, keeps_logits=True)
     wanted = (wants_hidden, wants_weight, wants_bias)
-    return _gradients(work, hidden, row_max, row_sum, row_weight, scale, logits, wanted)
+    d_hidden, _, d_bias = _gradients(work, hidden, row_max, row_sum, row_weight, scale, logits, wanted)
+    return d_hidden, work.like.new_empty(0), d_bias
+
+
+def kept_weight_grad(logits: Tensor, weight: Tensor) -> Tensor:
+    """The gradient by weight, ``[V, D]``, in the memory of kept logits that ``linear_grad_`` has used up."""
+    size = weight.numel() * weight.dtype.itemsize
+    return logits.as_strided((size,), (1,)).view(weight.dtype).view(weight.shape)  # a slice cannot be compiled
 
 
 @linear_grad_.register_fake
@@ -300,7 +316,7 @@ def _(
     wants_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(hidden, weight, bias, (wants_hidden, wants_weight, wants_bias))
+    return _empty_gradients(hidden, weight, bias, (wants_hidden, False, wants_bias))
 
 
 def _empty_gradients(
@@ -327,7 +343,10 @@ def _gradients(
     """Gradients from tiles that are projected again, or from kept ones, which are overwritten."""
     head = work.head
     wants_hidden, wants_weight, wants_bias = wanted
-    d_hidden, d_weight, d_bias = _empty_gradients(hidden, head.weight, head.bias, wanted)
+    fresh = (wants_hidden, wants_weight and kept is None, wants_bias)
+    d_hidden, d_weight, d_bias = _empty_gradients(hidden, head.weight, head.bias, fresh)
+    if wants_weight and kept is not None:
+        d_weight = kept_weight_grad(kept, head.weight)
     if work.rows.shape[0] == 0:
         return d_hidden.zero_(), d_weight.zero_(), d_bias.zero_()
 
@@ -345,7 +364,7 @@ def _gradients(
             if kept is None:
                 grad, tanh = work.logits(rows, operand, first, end)
             else:
-                grad = work.kept_tile(kept, rows, first, end)
+                grad = work.kept(kept, rows, first, end)
                 tanh = work.tanh_of(grad)
             ops.write_grad(
                 grad, labels, maxima[rows], sums[rows], row_weights[rows], factor, work.ignore_index, work.backend,
@@ -373,6 +392,68 @@ class _Chunk:
     labels: Tensor
     outputs: tuple[Tensor, Tensor, Tensor, Tensor]
     state: Tensor
+
+
+class KeptLogits:
+    """Where kept logits lie, in memory that the gradient by the head takes over while they are used up.
+
+    Columns are used up from the first to the last, and the gradient by them is written to the front. So the logits
+    begin as far behind as it takes that the gradient by a tile's columns ends before the logits of that tile: with
+    n labelled rows the memory is that of ``max(n, D)`` rows and a tile, not of ``n + D``.
+
+    In float16, which is for gradients in bfloat16, a logit is kept as what it lies below the largest one that its row
+    had so far, which lies behind the logits. That errs by 2^-12 of itself, so exp(logit) errs by less than a rounding
+    to bfloat16 where it is above 3e-4 of the largest, and by little of the whole elsewhere.
+
+    Args:
+        rows: n.
+        vocab: Columns in all.
+        columns: Of a tile.
+        grad_bytes: Of the gradient by a column.
+        dtype: Of the logits.
+
+    Attributes:
+        size: Bytes of it all.
+    """
+
+    def __init__(self, rows: int, vocab: int, columns: int, grad_bytes: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._rows, self._columns = rows, columns
+        self._column_bytes = rows * dtype.itemsize
+        last = (vocab - 1) // columns * columns
+        self._begin = _aligned(max(columns * grad_bytes, vocab * grad_bytes - last * self._column_bytes))
+        self._maxima = _aligned(self._begin + vocab * self._column_bytes)
+        tiles = -(-vocab // columns) if dtype == torch.float16 else 0
+        self.size = self._maxima + tiles * rows * torch.float32.itemsize
+
+    def tile(self, memory: Tensor, rows: slice, first: int, end: int) -> Tensor:
+        """The logits of a tile, next to each other: rows of the whole would lie on as many pages."""
+        width = end - first
+        begin = self._begin + self._column_bytes * first + rows.start * width * self.dtype.itemsize
+        return _typed(memory, begin, (rows.stop - rows.start, width), self.dtype)
+
+    def store_(self, memory: Tensor, rows: slice, first: int, end: int, logits: Tensor, largest: Tensor) -> None:
+        """Keeps a tile of float32 logits, which it uses up, in float16; ``largest`` is that of each row so far."""
+        safe = self._largest(memory, rows, first)
+        safe.copy_(torch.where(largest == -math.inf, 0.0, largest).unsqueeze(1))
+        self.tile(memory, rows, first, end).copy_(logits.sub_(safe))
+
+    def restore(self, memory: Tensor, rows: slice, first: int, end: int, out: Tensor) -> Tensor:
+        """Puts a tile that ``store_`` has kept into ``out``, in float32."""
+        return out.copy_(self.tile(memory, rows, first, end)).add_(self._largest(memory, rows, first))
+
+    def _largest(self, memory: Tensor, rows: slice, first: int) -> Tensor:
+        begin = self._maxima + (first // self._columns * self._rows + rows.start) * torch.float32.itemsize
+        return _typed(memory, begin, (rows.stop - rows.start, 1), torch.float32)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _typed(memory: Tensor, begin: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """A matrix in memory given as bytes."""
+    return memory[begin : begin + shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
 
 
 class _Work:
@@ -410,15 +491,28 @@ class _Work:
         converts = (converts_weight_grad or keeps_logits) and head.weight.dtype != self.like.dtype
         # A product of half precision is a tensor of its own, and so is the gradient as operand of the next two.
         is_narrow = self.operand_dtype != self.tile_dtype
-        planes = (not keeps_logits) + (head.softcap is not None) + 2 * is_narrow
+        is_rounded = (
+            hidden.dtype == head.weight.dtype == torch.bfloat16
+        )  # as gradients are, to fewer bits than float16
+        kept_dtype = torch.float16 if is_rounded and self.tile_dtype == torch.float32 else self.tile_dtype
+        self.keeps_in_place = keeps_logits and kept_dtype == self.tile_dtype
+        planes = (not self.keeps_in_place) + (head.softcap is not None) + 2 * is_narrow
+        per_column = (widens * self.operand_dtype.itemsize + converts * self.like.dtype.itemsize) * depth
+        preferred = _CPU_TILE_BYTES if on_cpu else memory_budget
+        count = self.rows.shape[0]
+        grad_bytes = depth * head.weight.dtype.itemsize
+        if keeps_logits:
+            per_column += min(count * kept_dtype.itemsize, grad_bytes)  # of the room that ``KeptLogits`` leaves free
+            memory_budget = min(memory_budget, _CPU_TILE_BYTES if on_cpu else _GPU_KEPT_BYTES)
         self._chunk_rows, self._chunk_columns = tile_shape(
-            self.rows.shape[0],
+            count,
             self.vocab,
             per_element=planes * self.tile_dtype.itemsize,
-            per_column=(widens * self.operand_dtype.itemsize + converts * self.like.dtype.itemsize) * depth,
+            per_column=per_column,
             budget=memory_budget,
-            preferred=_CPU_TILE_BYTES if hidden.device.type == "cpu" else memory_budget,
+            preferred=preferred,
         )
+        self.kept_logits = KeptLogits(count, self.vocab, self._chunk_columns, grad_bytes, kept_dtype)
 
     def labels_like(self, labels: Tensor) -> Tensor:
         """Labels of the shape of ``labels`` on the device of the rows; their values mean nothing."""
@@ -434,12 +528,6 @@ class _Work:
         """The vocabulary, in pieces."""
         for first in range(0, self.vocab, self._chunk_columns):
             yield first, min(first + self._chunk_columns, self.vocab)
-
-    def kept_tile(self, kept: Tensor, rows: slice, first: int, end: int) -> Tensor:
-        """Where the logits of a tile are kept: together, since rows of the whole would lie on as many pages."""
-        size = rows.stop - rows.start
-        begin = rows.start * self.vocab + size * first
-        return kept[begin : begin + size * (end - first)].view(size, end - first)
 
     def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """Memory of two axes that stays from tile to tile, any contents; of the type of a tile by default."""
@@ -478,6 +566,13 @@ class _Work:
         raw.tanh_()
         torch.mul(raw, head.outer_scale, out=out)
         return out, raw
+
+    def kept(self, memory: Tensor, rows: slice, first: int, end: int) -> Tensor:
+        """The logits of a tile that were kept: where they lie, or in the buffer of all tiles."""
+        if self.keeps_in_place:
+            return self.kept_logits.tile(memory, rows, first, end)
+        out = self.buffer("logits", (rows.stop - rows.start, end - first))
+        return self.kept_logits.restore(memory, rows, first, end, out)
 
     def tanh_of(self, logits: Tensor) -> Tensor | None:
         """Tanh of logits that were kept, where there is a cap."""

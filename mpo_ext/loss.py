@@ -183,8 +183,9 @@ def linear_mpo_loss(
 
     Matrix products of n labelled rows by the whole head: one forward and three backward; where neither weight nor
     bias needs a gradient two forward and none backward; with ``recompute=False`` one and two. Memory beyond
-    inputs and gradients: ``memory_budget``, and two copies of the n rows of ``hidden`` in float32; with
-    ``recompute=False`` the n rows of logits in float32 besides, from forward to backward.
+    inputs and gradients: ``memory_budget``, and two copies of the n rows of ``hidden`` in float32. With
+    ``recompute=False`` the n rows of logits besides, from forward to backward; but the gradient by ``weight`` then
+    takes their memory, so that beyond gradients it is what n rows of logits take more than ``weight``.
 
     Args:
         hidden: ``[2B, T, D]``, final hidden states of B chosen and then B rejected sequences; or packed ``[N, D]``
@@ -202,9 +203,11 @@ def linear_mpo_loss(
         temperature: Divides the logits at last, above 0.
         memory_budget: Bytes for a tile and what is computed from it; None for 64 MiB on a CPU, 256 MiB on a GPU. It
             bounds memory and changes speed, not the result.
-        recompute: Whether backward computes the tiles again. False keeps the logits of the labelled rows in float32:
-            n * V * 4 bytes buy one product in four; a second backward computes them again. Means nothing where the
-            head needs no gradient.
+        recompute: Whether backward computes the tiles again. False keeps the logits of the labelled rows, which saves
+            one product in four: in float32, or in the type that the CPU multiplies in; with bfloat16 hidden states and
+            weight in float16 relative to each row's largest, where products come out in float32. The gradient by
+            weight is formed in the same memory, whose size is that of the larger of both and a tile; a second
+            backward computes the logits again. Means nothing where ``weight`` needs no gradient.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.
@@ -584,6 +587,9 @@ class _Linear(torch.autograd.Function):
             hidden.detach(), weight.detach(), None if bias is None else bias.detach(), labels, row_max, row_sum,
             row_weight, scale, kept, *ctx.options, *wanted, ctx.backend,
         )  # fmt: skip
+        if logits is not None and wanted[1]:
+            d_hidden, _, d_bias = gradients
+            gradients = d_hidden, linear_ops.kept_weight_grad(logits, weight.detach()), d_bias
         sources = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
         return (
             *(
@@ -601,7 +607,8 @@ def _what_to_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, recompute
         return linear_ops.KEEP_NOTHING
     if not head_needs_grad:
         return linear_ops.KEEP_HIDDEN_GRAD
-    return linear_ops.KEEP_NOTHING if recompute else linear_ops.KEEP_LOGITS
+    # Kept logits lie in the memory of the gradient by weight.
+    return linear_ops.KEEP_LOGITS if weight.requires_grad and not recompute else linear_ops.KEEP_NOTHING
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
