@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 BANDWIDTH_SHARE, PRODUCT_SHARE = 0.9, 0.7
 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_GPU_TILES = 256 << 20  # memory_budget of linear_mpo_loss on a GPU
+GPU_TILES = 256 << 20  #: Default memory_budget of linear_mpo_loss on a GPU, in bytes.
 _CPU_TILES = 16 << 20
 _TRL_ROWS, _TRL_COLUMNS = 4096, 32768  # of a tile of TRL's ChunkedLogProb
 
@@ -307,13 +307,27 @@ def _linear_ours(loss: Loss, machine: Machine, *, products: int, keeps: bool = F
         width = 2 if is_narrow else width
         moved += (2 if is_narrow else 5) * width * logits * (not machine.is_gpu)
         held += max(width * logits - loss.size * loss.vocab * loss.width, 0)
-    budget = _GPU_TILES if machine.is_gpu else _CPU_TILES
+    budget = GPU_TILES if machine.is_gpu else _CPU_TILES
     stages = [
         _products(loss, loss.labelled, products, "matrix products", product),
         Stage(name="kernels", moved=moved, kernel=logits),
         Stage(name="gradients and copies", moved=grads + widened, fresh=held),
     ]
-    return stages, held + min(budget, 4 * logits) + 8 * loss.labelled * loss.width
+    tiles = tile_bytes(loss.labelled, loss.vocab, budget=budget)
+    return stages, held + tiles + 8 * loss.labelled * loss.width
+
+
+def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, converted: int = 0) -> int:
+    """Memory of the tiles of ``linear_mpo_loss``: its budget, or what all of the logits would take if that is less.
+
+    Args:
+        rows: Labelled rows.
+        vocab: V.
+        budget: ``memory_budget``, in bytes.
+        is_half: Whether the operands of the products are of half precision: a tile then has two more copies.
+        converted: Bytes of the head in the type of the products, where it is of another.
+    """
+    return min(budget, (12 if is_half else 4) * rows * vocab + converted)
 
 
 def _linear_recompute(loss: Loss, machine: Machine) -> _Parts:

@@ -308,14 +308,20 @@ def test_plan_predicts_the_step_of_a_recipe(tmp_path: Path, capsys: pytest.Captu
     text = capsys.readouterr().out
     assert "Time of a step on a B200, PREDICTED (NVIDIA Blackwell data sheet, HGX B200" in text
     assert "measured" not in text
+    assert main(["plan", str(recipe), "precision=bf16"]) == 0
+    assert "Time of a step on an H100, PREDICTED" in capsys.readouterr().out
     assert main(["plan", str(recipe), "precision=bf16", "--bandwidth", "8", "--tflops", "2250"]) == 0
-    assert "GPU of 8 TB/s and 2250 TFLOP/s" in capsys.readouterr().out
+    assert "on a GPU of 8 TB/s and 2250 TFLOP/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpu", "V100"], "gpu must be one of A100, H100, H200, B200, got 'V100'"),
+        (
+            ["--gpu", "V100"],
+            "gpu must be one of A100, H100, H200, B200, got 'V100': describe another one by its "
+            "peaks, with --bandwidth and --tflops",
+        ),
         (["--tflops", "100"], "--bandwidth must be given too, got only --tflops"),
         (["--bandwidth", "3"], "--tflops must be given too, got only --bandwidth"),
         (["--bandwidth", "3", "--tflops", "-1"], "--tflops must be positive, got -1.0"),

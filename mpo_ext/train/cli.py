@@ -60,7 +60,10 @@ def add_plan_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
     parser.add_argument("recipe", help="YAML file; relative paths in it start at the current folder")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="setting in place of the recipe's")
-    parser.add_argument("--gpu", metavar="NAME", help="A100, H100, H200 or B200, by its data sheet (default: H100)")
+    parser.add_argument(
+        "--gpu", metavar="NAME",
+        help="A100, H100, H200 or B200, by its data sheet (default: H100); others by --bandwidth and --tflops",
+    )  # fmt: skip
     parser.add_argument("--bandwidth", type=float, metavar="TB/S", help="peak memory bandwidth, in place of --gpu")
     parser.add_argument("--tflops", type=float, help="peak dense TFLOP/s in the recipe's precision, with --bandwidth")
     parser.add_argument("--world", type=int, default=1, metavar="N", help="processes (default: 1)")
@@ -81,8 +84,9 @@ def run_plan(args: argparse.Namespace) -> int:
         planned = plan(load_recipe(args.recipe, args.overrides), world=args.world)
         machine = _machine(args, planned.cost_model.compute)
         print_plan(planned)
-        title = f"Time of a step on a {machine.name}, PREDICTED ({machine.source}; communication and data left out)"
-        print_table(title, ("", "step", "of this recipe", "memory"), planned.times(machine))
+        article = "an" if machine.name[0] in "AH" else "a"  # an A100, an H200
+        title = f"Time of a step on {article} {machine.name}, PREDICTED ({machine.source}; communication and data "
+        print_table(f"{title}left out)", ("", "step", "of this recipe", "memory"), planned.times(machine))
         for line in planned.advice(machine):
             print(f"- {line}")
         return 0
@@ -103,7 +107,10 @@ def _machine(args: argparse.Namespace, dtype: str) -> "Machine":
 
     given = {"--bandwidth": args.bandwidth, "--tflops": args.tflops}
     if args.bandwidth is None and args.tflops is None:
-        return cost.gpu(args.gpu or "H100")
+        try:
+            return cost.gpu(args.gpu or "H100")
+        except ValueError as error:
+            raise ValueError(f"{error}: describe another one by its peaks, with --bandwidth and --tflops") from error
     if args.gpu is not None:
         raise ValueError(f"--gpu must not come with --bandwidth or --tflops, got {args.gpu!r} with them")
     for name, value in given.items():

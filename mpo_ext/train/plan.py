@@ -24,7 +24,7 @@ from mpo_ext.train.reference import check_can_follow
 RESPONSE_SHARE = 0.25
 
 _ASSUMED_LENGTH = 4096  # tokens of a pair, where the recipe sets no limit
-_GPU_MEMORY_BUDGET = 256 << 20  # of linear_mpo_loss, where the recipe sets none
+_FEW_STEPS = 30  # below which the curves show no trend
 _NF4_BYTES = 4.127 / 8  # of a weight, its share of the doubly quantized scales included
 _EAGER_BYTES = {2: 18, 4: 16, 8: 32}  # per logit, that plain torch needs at the peak, by the size of a logit
 
@@ -44,6 +44,23 @@ class Memory:
     bytes: int
     sharded: int
     formula: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Variant:
+    """The run with a setting changed.
+
+    Attributes:
+        name: The setting, or "this recipe".
+        trainer: Key of ``cost.STEPS``.
+        changes: Of ``Plan.cost_step``.
+        bytes: Estimated memory of a rank, nothing sharded; None where only ``mpo_ext.cost`` knows it.
+    """
+
+    name: str
+    trainer: str
+    changes: dict[str, Any]
+    bytes: int | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +91,7 @@ class Plan:
         eager_loss: What the same loss on logits of separate rows in plain torch needs, in bytes.
         cost_model: The model as ``mpo_ext.cost`` takes it.
         cost_step: A rank's step of longest pairs, likewise.
+        variants: The run as the recipe has it, then otherwise.
         notes: What to know besides.
     """
 
@@ -100,6 +118,7 @@ class Plan:
     eager_loss: int
     cost_model: cost.Model
     cost_step: cost.Step
+    variants: tuple[Variant, ...]
     notes: tuple[str, ...]
 
     @property
@@ -122,51 +141,36 @@ class Plan:
         return cost.step_cost(trainer, self.cost_model, dataclasses.replace(self.cost_step, **changes), machine)
 
     def times(self, machine: cost.Machine) -> list[tuple[str, ...]]:
-        """Rows of what a step is predicted to take: as the recipe has it first, then otherwise."""
-        trainer, step = self._trainer(), self.cost_step
-        cases: dict[str, tuple[str, dict[str, Any]]] = {"this recipe": (trainer, {})}
-        if step.has_reference:
-            name = "a copy as reference" if step.precomputed else "reference.kind=precomputed"
-            cases[name] = (trainer, {"precomputed": not step.precomputed})
-        if self.cost_model.head_learns and "from logits" not in trainer:
-            recompute = trainer != "mpo_ext, recompute=False"
-            other = "mpo_ext, recompute=False" if recompute else "mpo_ext"
-            cases[f"loss.recompute={str(not recompute).lower()}"] = (other, {})
-        if "from logits" not in trainer:
-            cases["loss.from_logits=true"] = (f"{trainer.removesuffix(', recompute=False')}, from logits", {})
-        cases[f"model.gradient_checkpointing={str(not step.checkpointing).lower()}"] = (
-            trainer, {"checkpointing": not step.checkpointing},
-        )  # fmt: skip
-        cases["TRL's DPOTrainer"] = ("TRL", {"precomputed": False})
-        found = {name: self.predict(one, machine, **changes) for name, (one, changes) in cases.items()}
-        first = found["this recipe"].seconds
-        return [
-            (name, _seconds(one.seconds), f"{one.seconds / first:.2f}", _size(round(one.memory)))
-            for name, one in found.items()
-        ]
+        """Rows of what a step is predicted to take: as the recipe has it first, then otherwise.
 
-    def _trainer(self) -> str:
-        """The key of ``cost.STEPS`` that is like the recipe."""
-        loss = self.recipe.loss
-        name = "mpo_ext" if self.layout == "shared" else "mpo_ext, separate rows"
-        if loss.from_logits:
-            return f"{name}, from logits"
-        return "mpo_ext, recompute=False" if not loss.recompute and self.layout == "shared" else name
+        The memory of "this recipe" is ``total_bytes``.
+        """
+        found = [self.predict(one.trainer, machine, **one.changes) for one in self.variants]
+        first = found[0]
+        rows: list[tuple[str, ...]] = []
+        for variant, one in zip(self.variants, found, strict=True):
+            memory = variant.bytes
+            if memory is None:  # of another trainer: what the cost model says that it needs more or less
+                memory = max(0, self.total_bytes + round(one.memory - first.memory))
+            rows.append((variant.name, _seconds(one.seconds), f"{one.seconds / first.seconds:.2f}", _size(memory)))
+        return rows
 
     def advice(self, machine: cost.Machine) -> Iterator[str]:
         """Yields which path to take when, as predicted for the machine."""
-        kept = 4 * 2 * self.cost_step.response * self.cost_step.pairs * self.vocab_size
         if self.cost_model.head_learns:
-            yield (
-                f"loss.recompute=false saves one of four products with the head and keeps {_size(kept)} of logits: "
-                "take it where that memory is free"
-            )
+            for other in self.variants:
+                if other.name.startswith("loss.recompute") and other.bytes is not None:
+                    yield (
+                        "loss.recompute=false saves one of four products with the head and takes "
+                        f"{_size(abs(other.bytes - self.total_bytes))} more: take it where that memory is free"
+                    )
         else:
             yield "the head is frozen: the loss projects once, and loss.recompute changes nothing"
         yield "loss.from_logits=true is for models whose head is no plain linear layer; it is never faster"
         if self.cost_step.has_reference:
-            whole = self.predict(self._trainer(), machine, precomputed=False).seconds
-            saved = whole - self.predict(self._trainer(), machine, precomputed=True).seconds
+            trainer = self.variants[0].trainer
+            whole = self.predict(trainer, machine, precomputed=False).seconds
+            saved = whole - self.predict(trainer, machine, precomputed=True).seconds
             epochs = self.recipe.optim.epochs
             yield (
                 f"reference.kind=precomputed saves {saved / whole:.0%} of a step and the reference's memory, for one "
@@ -275,13 +279,17 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
     reason = _separate_reason(model, recipe)
     if reason is not None:
         notes.append(f"layout separate: {reason}")
+    tokens, positions = _longest(recipe, model)
     if recipe.data.max_length is None:
-        notes.append(f"data.max_length is not set: memory is that of {_ASSUMED_LENGTH:,} tokens")
+        why = ", the positions that the model has" if tokens == positions else ""
+        notes.append(f"data.max_length is not set: pairs are taken to have {tokens:,} tokens{why}")
     if recipe.model.dtype == "bfloat16" and recipe.model.lora is None:
         notes.append(
             "model.dtype bfloat16 has 8 significant bits: most updates at a learning rate of "
             f"{optim.learning_rate:g} are rounded away; use float32 with precision bf16"
         )
+    if steps < _FEW_STEPS and recipe.loss.has_preference:
+        notes.append(f"only {steps} steps: the margin needs about {_FEW_STEPS} to show a trend")
     if pairs_per_rank * (world - 1) >= optim.batch_size:
         notes.append(f"optim.batch_size {optim.batch_size} leaves some of the {world} processes without a pair")
 
@@ -320,8 +328,17 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
         eager_loss=estimate.eager_loss(),
         cost_model=estimate.cost_model(),
         cost_step=estimate.cost_step(math.ceil(pairs_per_rank / optim.micro_batch_size)),
+        variants=tuple(estimate.variants()),
         notes=tuple(notes),
     )
+
+
+def _longest(recipe: Recipe, model: nn.Module) -> tuple[int, int | None]:
+    """Tokens of the longest pair, and the positions that the model has, where its config says so."""
+    positions = getattr(_text_config(model), "max_position_embeddings", None)
+    if recipe.data.max_length is not None:
+        return recipe.data.max_length, positions
+    return min(_ASSUMED_LENGTH, positions or _ASSUMED_LENGTH), positions
 
 
 def _reference_text(recipe: Recipe) -> str:
@@ -350,7 +367,7 @@ class _Estimate:
         self.weight_bytes: int = self.head_weight.element_size()
         self.bytes = self.weight_bytes if recipe.precision == "fp32" else 2  # of what layers compute
         self.decoder, self.vision = _layers(model)
-        self.tokens = recipe.data.max_length or _ASSUMED_LENGTH
+        self.tokens, _ = _longest(recipe, model)
         self.micro = recipe.optim.micro_batch_size
         sides = 2 if recipe.loss.has_preference else 1
         response = round(self.tokens * RESPONSE_SHARE)
@@ -435,6 +452,48 @@ class _Estimate:
             has_reference=kind is not None,
         )
 
+    def variants(self) -> Iterator[Variant]:
+        """Yields the run as the recipe has it, then with one setting changed at a time, then by TRL."""
+        loss, kind = self.recipe.loss, self.recipe.reference_kind
+        trainer = self._trainer(self.recipe)
+        yield Variant("this recipe", trainer, {}, self._total(self.recipe))
+        if kind is not None:
+            recipe, other = self.recipe.reference, "precomputed"
+            if kind == "precomputed":
+                other = "adapter" if self.recipe.model.lora is not None and recipe.path is None else "copy"
+            changed = dataclasses.replace(recipe, kind=other, file=None, sync_every=0)  # type: ignore[arg-type]
+            yield self._variant(f"reference.kind={other}", precomputed=other == "precomputed", reference=changed)
+        if not loss.from_logits:
+            if self.head_weight.requires_grad:
+                flipped = dataclasses.replace(loss, recompute=not loss.recompute)
+                yield self._variant(f"loss.recompute={str(flipped.recompute).lower()}", loss=flipped)
+            logits = dataclasses.replace(loss, from_logits=True, recompute=True, memory_budget_mib=None)
+            yield self._variant("loss.from_logits=true", loss=logits)
+        checkpointing = not self.recipe.model.gradient_checkpointing
+        model = dataclasses.replace(self.recipe.model, gradient_checkpointing=checkpointing)
+        name = f"model.gradient_checkpointing={str(checkpointing).lower()}"
+        yield self._variant(name, checkpointing=checkpointing, model=model)
+        yield Variant("TRL's DPOTrainer", "TRL", {"precomputed": False}, None)
+
+    def _variant(
+        self, name: str, *, precomputed: bool | None = None, checkpointing: bool | None = None, **sections: Any
+    ) -> Variant:
+        recipe = dataclasses.replace(self.recipe, **sections)
+        given = {"precomputed": precomputed, "checkpointing": checkpointing}
+        changes = {key: value for key, value in given.items() if value is not None}
+        return Variant(name, self._trainer(recipe), changes, self._total(recipe))
+
+    def _total(self, recipe: Recipe) -> int:
+        other = _Estimate(recipe, self.model, self.head, self.layout, self.world)
+        return sum(part.bytes for part in other.parts())
+
+    def _trainer(self, recipe: Recipe) -> str:
+        """The key of ``cost.STEPS`` that is like a recipe."""
+        name = "mpo_ext" if self.layout == "shared" else "mpo_ext, separate rows"
+        if recipe.loss.from_logits:
+            return f"{name}, from logits"
+        return "mpo_ext, recompute=False" if not recipe.loss.recompute and self.layout == "shared" else name
+
     def eager_loss(self) -> int:
         """All logits of separate rows, with what log_softmax and its backward make of them."""
         return self.separate * self.vocab * _EAGER_BYTES[self.bytes]
@@ -490,15 +549,22 @@ class _Estimate:
         if loss.from_logits:
             size = 2 * self.bytes * self.vocab * (self.positions + self.rows)
             return size, "logits of all positions and of the labelled rows, with gradients"
-        budget = _GPU_MEMORY_BUDGET if loss.memory_budget_mib is None else loss.memory_budget_mib << 20
-        size = budget + 2 * 4 * self.rows * self.width
-        formula = f"budget + 2 x float32 hidden rows ({self.rows:,})"
+        budget = cost.GPU_TILES if loss.memory_budget_mib is None else loss.memory_budget_mib << 20
+        tiles = cost.tile_bytes(
+            self.rows, self.vocab, budget=budget, is_half=self.bytes == 2,
+            converted=0 if self.bytes == self.weight_bytes else self.bytes * self.vocab * self.width,
+        )  # fmt: skip
+        size = tiles + 2 * 4 * self.rows * self.width
+        formula = "budget" if tiles == budget else "one tile"
+        formula += f" + 2 x float32 hidden rows ({self.rows:,})"
         if self.head_weight.requires_grad:
             size += _bytes(self.head_weight)
             formula += " + head's gradient"
             if not loss.recompute:
-                size += 4 * self.rows * self.vocab
-                formula += " + float32 logits of the rows"
+                # They lie in the gradient's memory, in half of float32's width where the model is in bfloat16.
+                width = 2 if self.bytes == 2 and self.head_weight.dtype == torch.bfloat16 else 4
+                size += max(0, width * self.rows * self.vocab - _bytes(self.head_weight))
+                formula += f" or {8 * width}-bit logits"
         return size, formula
 
     def _gathered(self) -> int:

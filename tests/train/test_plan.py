@@ -16,6 +16,7 @@ import transformers
 from families import IMAGE, TEXT, VISION, VOCAB
 from torch import nn
 
+from mpo_ext import cost
 from mpo_ext.__main__ import main
 from mpo_ext.data.jsonl import write_pairs
 from mpo_ext.data.records import Pair
@@ -144,9 +145,9 @@ def test_the_schedule(tmp_path: Path, overrides: tuple[str, ...], steps: int, wa
 
 
 def test_the_layout_is_told_with_its_reason(tmp_path: Path) -> None:
-    shared = plan(make(tmp_path))
+    shared = plan(make(tmp_path, pairs=240))
     assert (shared.layout, shared.tokens, shared.positions, shared.notes) == ("shared", 64, 48 + 32, ())
-    separate = plan(make(tmp_path, "loss.shared_prefix=false"))
+    separate = plan(make(tmp_path, "loss.shared_prefix=false", pairs=240))
     assert (separate.layout, separate.positions) == ("separate", 128)
     assert separate.notes == ("layout separate: loss.shared_prefix is false",)
     flash = plan(make(tmp_path, "model.attention=flash_attention_2"))
@@ -171,13 +172,58 @@ def test_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
     planned = plan(
         make(tmp_path, "model.dtype=bfloat16", "data.max_length=null", "optim.batch_size=3"), world=4
     )  # fmt: skip
-    assert planned.tokens == 4096
     text = "\n".join(planned.notes)
-    assert "data.max_length is not set: memory is that of 4,096 tokens" in text
+    assert "only 17 steps: the margin needs about 30 to show a trend" in text
     assert "most updates at a learning rate of 1e-06 are rounded away" in text
     assert "leaves some of the 4 processes without a pair" in text
-    assert plan(make(tmp_path, "optim.batch_size=4"), world=4).notes == ()
-    assert plan(make(tmp_path, "model.dtype=bfloat16", "model.lora={}")).notes == ()
+    assert plan(make(tmp_path, "optim.batch_size=4", pairs=120), world=4).notes == ()
+    assert plan(make(tmp_path, "model.dtype=bfloat16", "model.lora={}", pairs=240)).notes == ()
+    assert plan(make(tmp_path, "loss.dpo_weight=0", "loss.bco_weight=0")).notes == ()  # SFT has no margin
+
+
+def test_a_pair_without_max_length_has_no_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
+    short = plan(make(tmp_path, "data.max_length=null", pairs=240))
+    assert (short.tokens, short.positions, short.cost_step.prompt) == (128, 96 + 2 * 32, 96)
+    assert short.notes == ("data.max_length is not set: pairs are taken to have 128 tokens, the positions that the "
+                           "model has",)  # fmt: skip
+    long = plan(make(tmp_path, "data.max_length=null", pairs=240, max_position_embeddings=8192))
+    assert long.tokens == 4096
+    assert long.notes == ("data.max_length is not set: pairs are taken to have 4,096 tokens",)
+    assert plan(make(tmp_path, "data.max_length=200")).tokens == 200  # as the recipe says
+    images = plan(make(tmp_path, "data.max_length=null", family="internvl"))
+    assert images.tokens == 128
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (), ("model.lora={}",), ("reference.kind=precomputed",), ("reference.kind=precomputed", "model.lora={}"),
+        ("reference.sync_every=2",), ("loss.recompute=false",), ("loss.from_logits=true",), ("precision=bf16",),
+        ("model.gradient_checkpointing=true",), ("loss.dpo_weight=0", "loss.bco_weight=0"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_there_is_one_figure_of_memory(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    planned = plan(make(tmp_path, *overrides, **WIDE))
+    rows = {name: memory for name, *_, memory in planned.times(cost.gpu("H100"))}
+    assert rows["this recipe"] == plans._size(planned.total_bytes)
+    assert "TRL's DPOTrainer" in rows
+    for variant in planned.variants[1:-1]:  # what the same recipe with the setting changed is planned to take
+        changed = [one for one in overrides if not one.startswith(("reference.", variant.name.partition("=")[0]))]
+        if variant.name == "loss.from_logits=true":
+            changed = [one for one in changed if one != "loss.recompute=false"]
+        kept = [one for one in overrides if one.startswith("reference.") and not variant.name.startswith("reference.")]
+        other = plan(make(tmp_path, *changed, *kept, variant.name, **WIDE))
+        assert variant.bytes == other.total_bytes, variant.name
+        assert rows[variant.name] == plans._size(other.total_bytes)
+
+
+def test_the_loss_needs_no_more_tiles_than_it_has_logits(tmp_path: Path) -> None:
+    few = plan(make(tmp_path))
+    assert part(few, "loss").formula.startswith("one tile + ")
+    many = plan(make(tmp_path, "data.max_length=4000", vocab_size=50000))
+    assert part(many, "loss").formula.startswith("budget + ")
+    assert part(many, "loss").bytes == (256 << 20) + 2 * 4 * 2000 * 16 + 4 * 50000 * 16
 
 
 def test_memory_by_part(tmp_path: Path) -> None:
@@ -186,7 +232,8 @@ def test_memory_by_part(tmp_path: Path) -> None:
     assert part(plain, "reference").bytes == weights
     assert "half-precision copies" not in [one.name for one in plain.memory]
     rows = 2 * 16
-    assert part(plain, "loss").bytes == (256 << 20) + 2 * 4 * rows * 16 + 4 * VOCAB * 16
+    tiles = 4 * rows * VOCAB
+    assert part(plain, "loss").bytes == tiles + 2 * 4 * rows * 16 + 4 * VOCAB * 16
     assert plain.total_bytes == sum(one.bytes for one in plain.memory)
     assert plain.eager_loss == 2 * 64 * VOCAB * 16
 
@@ -196,13 +243,17 @@ def test_memory_by_part(tmp_path: Path) -> None:
     assert half.eager_loss == 2 * 64 * VOCAB * 18
     assert part(plan(make(tmp_path, "model.dtype=bfloat16")), "parameters").bytes == 2 * plain.parameters
 
-    small = plan(make(tmp_path, "loss.memory_budget_mib=3", "loss.recompute=false"))
-    assert part(small, "loss").bytes == (3 << 20) + 2 * 4 * rows * 16 + 4 * VOCAB * 16 + 4 * rows * VOCAB
+    # The tile's copies in half precision, and the head in it, besides the gradient of the float32 head.
+    assert part(half, "loss").bytes == 12 * rows * VOCAB + 2 * VOCAB * 16 + 2 * 4 * rows * 16 + 4 * VOCAB * 16
+
+    kept = plan(make(tmp_path, "loss.memory_budget_mib=3", "loss.recompute=false", vocab_size=50000))
+    logits, grad = 4 * rows * 50000, 4 * 50000 * 16  # the larger holds the smaller
+    assert part(kept, "loss").bytes == (3 << 20) + 2 * 4 * rows * 16 + grad + (logits - grad)
     logits = plan(make(tmp_path, "loss.from_logits=true"))
     assert part(logits, "loss").bytes == 2 * 4 * VOCAB * (80 + rows)
     lora = plan(make(tmp_path, "model.lora={}"))
     assert part(lora, "reference").bytes == 0
-    assert part(lora, "loss").bytes == (256 << 20) + 2 * 4 * rows * 16
+    assert part(lora, "loss").bytes == tiles + 2 * 4 * rows * 16
     assert part(plan(make(tmp_path, "reference.kind=precomputed")), "reference").bytes == 0
     assert part(plan(make(tmp_path, "model.lora={}", "reference.kind=copy")), "reference").bytes == 4 * lora.parameters
 
