@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,6 +13,33 @@ from typing import Any, Literal
 def install_hint(extra: str) -> str:
     """Says how the packages of an extra are installed: true whether or not mpo-ext comes from a package index."""
     return f"install the extra '{extra}' of mpo-ext (in its source tree: pip install '.[{extra}]')"
+
+
+class LinesError(ValueError):
+    """An error whose message is several lines, which a command prints as they are."""
+
+
+def check_model_path(name: str, path: str) -> None:
+    """Raises where a path that can only be one of a folder here is none, which the hub would be asked for.
+
+    Args:
+        name: What the path is called in the message.
+        path: Folder of a model, or its id on the hub.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+    if os.path.exists(path):
+        return
+    parent = os.path.dirname(path)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or (parent and os.path.isdir(parent)):
+        raise FileNotFoundError(f"{name} must be a folder here or a hub id, got {path}: there is no such folder")
+
+
+def leave_broken_pipe() -> int:
+    """Lets nothing more be written to a pipe whose reader has gone, as ``head`` does. Returns the exit status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def check_number(name: str, value: object) -> None:

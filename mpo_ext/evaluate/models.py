@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.config import install_hint
+from mpo_ext.config import check_model_path, install_hint
 from mpo_ext.generate.engine import Engine, TransformersEngine
 
 _SHOWN = 8
@@ -30,11 +30,13 @@ def find_model(name: str) -> Source:
     """Says what to load for a folder or name: a model, the ``final`` of a run, or adapters with their base model.
 
     Raises:
+        FileNotFoundError: If a path of a folder here is none.
         ValueError: If nothing here can be loaded. The message says what to do.
     """
     folder = Path(name)
     if not folder.exists():
         if _is_hub_name(name):
+            check_model_path("model", name)
             return Source(name)
         raise ValueError(f"model must be a folder or a name on the hub, got {name!r}: there is no such folder")
     if not folder.is_dir():

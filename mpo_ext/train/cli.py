@@ -5,11 +5,12 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mpo_ext.config import install_hint
+from mpo_ext.config import LinesError, install_hint, leave_broken_pipe
 
 if TYPE_CHECKING:
     from mpo_ext.cost import Machine
     from mpo_ext.train.plan import Plan
+    from mpo_ext.train.recipe import Recipe
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,11 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run_train)
+    _take_late_settings(parser)
+
+
+def _take_late_settings(parser: argparse.ArgumentParser) -> None:
     parse = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
         """Takes the settings behind an option too, which argparse leaves over."""
         namespace, left = parse(args, namespace)
+        for text in left:
+            if text.startswith("--") and "." in text.partition("=")[0]:
+                setting = text.lstrip("-")
+                shown = setting if "=" in setting else f"{setting}=VALUE"
+                parser.error(f"settings must be given as KEY=VALUE without dashes, as {shown}, got {text}")
         late = [text for text in left if "=" in text and not text.startswith("-")]
         namespace.overrides = [*namespace.overrides, *late]
         return namespace, [text for text in left if text not in late]
@@ -69,6 +79,7 @@ def add_plan_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument("--world", type=int, default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run_plan)
+    _take_late_settings(parser)
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -89,6 +100,7 @@ def run_plan(args: argparse.Namespace) -> int:
         print_table(f"{title}left out)", ("", "step", "of this recipe", "memory"), planned.times(machine))
         for line in planned.advice(machine):
             print(f"- {line}")
+        sys.stdout.flush()
         return 0
     except ImportError as error:
         hint = "" if "pip install" in str(error) else f": {install_hint('train')}"
@@ -143,6 +155,9 @@ def run_train(args: argparse.Namespace) -> int:
         planned = plan(recipe, world=args.world or int(os.environ.get("WORLD_SIZE", "1")))
         if int(os.environ.get("RANK", "0")) == 0:
             print_plan(planned)
+            is_sound = print_look(recipe)
+            sys.stdout.flush()
+            return 0 if is_sound else 1
         return 0
     except ImportError as error:
         hint = "" if "pip install" in str(error) else f": {install_hint('train')}"
@@ -173,6 +188,45 @@ def print_plan(plan: "Plan") -> None:
         console.print(f"note: {note}", markup=False, highlight=False)
 
 
+def print_look(recipe: "Recipe") -> bool:
+    """Prints what a first look at the data finds: formats, pairs with images, lines and images that are not there.
+
+    Returns:
+        Whether the trainer can go through it; with ``data.skip_bad`` that takes one good pair.
+    """
+    from mpo_ext.train.mixture import Mixture
+
+    is_sound = True
+    print("\nData, looked at")
+    for sources in filter(None, (recipe.data.train, recipe.data.eval)):
+        looks = Mixture(sources, seed=recipe.optim.seed).look()
+        for look in looks:
+            print(f"  {look}")
+            if look.images:
+                found = f"{look.missing:,} MISSING" if look.missing else "all there"
+                print(f"    {look.images:,} different images: {found}")
+            for example in look.examples:
+                print(f"    {example}")
+            if look.missing and look.path.endswith(".json"):
+                print("    root_map moves the folders of a meta file: {path: ..., root_map: ...}")
+            elif look.missing:
+                print(
+                    f"    relative images start at {look.root}; root names another folder, as in "
+                    f"{{path: {look.path}, root: .}}"
+                )
+        bad = sum(look.bad + look.pairs_missing for look in looks)
+        read = sum(look.looked_at for look in looks)
+        is_sound &= bad == 0 or (recipe.data.skip_bad and bad < read)
+    print(
+        "  not looked at: whether the images can be opened (mpo-ext data check does that), tokens, lengths, and the "
+        "lines between those of a long file"
+    )
+    if not is_sound:
+        end = "every pair would be left out" if recipe.data.skip_bad else "the run would end at the first of them"
+        print(f"  NOT SOUND: {end}")
+    return is_sound
+
+
 def print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Prints a table as text."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
@@ -189,7 +243,9 @@ def print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]
 def _fail(args: argparse.Namespace, error: Exception, hint: str = "", command: str = "train") -> int:
     if args.debug:
         raise error
-    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, BrokenPipeError):
+        return leave_broken_pipe()
+    text = str(error) if isinstance(error, LinesError) else " ".join(str(error).split()) or type(error).__name__
     print(f"mpo-ext {command}: {text}{hint}", file=sys.stderr)
     return 1
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mpo_ext import head as heads
-from mpo_ext.config import MPOConfig
+from mpo_ext.config import LinesError, MPOConfig, check_model_path
 from mpo_ext.data.jsonl import BadLine
 from mpo_ext.loss import MPOOutput, linear_mpo_loss, mpo_loss
 from mpo_ext.reward_shift import RewardShift
@@ -36,7 +36,7 @@ from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_mod
 from mpo_ext.train.monitor import Console, Log, Totals, means, peak_memory_mib
 from mpo_ext.train.preference import preference_output
 from mpo_ext.train.recipe import Recipe
-from mpo_ext.train.samples import BadPairError, Dropped, Encoder, Sample, Tally
+from mpo_ext.train.samples import BadPairError, Dropped, Encoder, MissingImageError, Sample, Tally
 
 INTERRUPTED = 128 + signal.SIGTERM  # what a shell calls the end by SIGTERM
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -51,6 +51,7 @@ _FREE = (
 _STATS = ("entropy", "top1")
 _CHECKED_SAMPLES = 2
 _SEARCHED_PAIRS = 1000
+_COUNTED_LINES = 10_000  # of a source, among which pairs with images are counted
 _STEP_0_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 _COUNTS = ("pairs", "chosen_tokens", "chosen_responses")
 
@@ -76,7 +77,7 @@ def train(
         0 where the run came to its end, ``INTERRUPTED`` where SIGTERM or SIGINT ended it after a checkpoint.
 
     Raises:
-        ValueError: If the recipe, the data or a checkpoint do not fit.
+        ValueError: If the recipe, the data or a checkpoint do not fit, or every pair was left out.
         OSError: If something cannot be read or written.
         FloatingPointError: If loss or gradient are not finite.
         RuntimeError: If memory ends, or a rank fails.
@@ -150,7 +151,7 @@ class Shares(torch.utils.data.Dataset[Share]):
             elif isinstance(result, Dropped) or self.skip_bad:
                 results.append(result)
             else:
-                return Share(step, (), (), (), error=f"{result} (data.skip_bad=true leaves such pairs out)")
+                return Share(step, (), (), (), error=f"{result} ({self._advice(int(index), result)})")
         lengths = [len(one.prompt_ids) + max(len(one.chosen_ids), len(one.rejected_ids)) for one in samples]
         groups = [one.prompt_key for one in samples] if self.group_prompts else None
         split = micro_batches(lengths, self.micro_batch_size, groups=groups)
@@ -161,6 +162,19 @@ class Shares(torch.utils.data.Dataset[Share]):
         )
         cut = sum(one.is_cut for one in samples)
         return Share(step, tuple(map(self.collate, parts)), counts, tuple(results), cut)
+
+    def _advice(self, index: int, result: BadLine | BadPairError) -> str:
+        """What to do about a pair that ends the run: mend the path first, leave pairs out last."""
+        last = "data.skip_bad=true leaves such pairs out"
+        if not isinstance(result, MissingImageError):
+            return last
+        source = self.mixture.sources[self.mixture.locate(index)[0]]
+        if source.path.endswith(".json"):
+            return f"root_map moves the folders of a meta file: {{path: {source.path}, root_map: ...}}; {last}"
+        return (
+            "relative images start at the folder of their file; root names another folder, as in data.train="
+            f"{{path: {source.path}, root: .}}; mpo-ext data check finds all that are missing; {last}"
+        )
 
     def encode(self, index: int) -> Sample | Dropped | BadLine | BadPairError:
         """Reads a pair of the mixture and encodes it; what is wrong with it is returned."""
@@ -278,6 +292,8 @@ class Trainer:
 
     def _build(self, model: nn.Module | None, processor: Any) -> None:
         recipe = self.recipe
+        if recipe.reference.path is not None:
+            check_model_path("reference.path", recipe.reference.path)
         if model is None:
             model, self.processor = load_model(recipe.model)
         else:
@@ -535,16 +551,28 @@ class Trainer:
             self._trackers()
             for line in self.mixture.lines():
                 self.console.say(line)
+            for look in self.mixture.look(files=False, most=_COUNTED_LINES) if self.is_main else ():
+                self.console.say(str(look))
             self._choose_layout()
             try:
                 self.reference = self._make_reference()
             except _SignalledError:
                 return self._interrupted("while the log-probs of the reference were computed")
             if path is not None:
-                self._resume(path)
+                changes = self._resume(path)
+                if self.step >= self.total and not changes and self._is_exported(path):
+                    if not (self.out / "final" / "README.md").exists():  # it was killed between model and card
+                        self._write_card(self._evaluated())
+                    self.console.say(
+                        f"already finished (step {self.step} of {self.total}): the model is in {self.out / 'final'}"
+                    )
+                    self._close()
+                    return 0
             elif self.is_main:
+                if self.log.position():
+                    self.console.say(f"no checkpoint in {self.checkpoints.folder} yet: starts anew, and the log too")
                 self.log.rewind(0)
-            self.console.done = self.console._begun = self.step
+            self.console.done = self.step
             self.model.train()
             # A signal ends a run before the evaluation that is due.
             is_due = path is not None and self.step < self.total and self._evaluated() is None
@@ -556,6 +584,7 @@ class Trainer:
                     return self._end_early()
                 if self._is_over:
                     break
+            self._check_something_learnt()
             last = self._evaluate_if_due(is_end=True)
             self._save(is_end=True)
             self._finish(last)
@@ -652,6 +681,8 @@ class Trainer:
             return True
         if self._is_over or self.step == self.total:
             return False
+        if self.step == self.sampler.steps_per_epoch:  # the next epochs would be like the first
+            self._check_something_learnt()
         evaluation = self._evaluate_if_due()
         self._save()
         return evaluation is not None and self._must_end()  # it may have taken long
@@ -878,18 +909,34 @@ class Trainer:
             whole.merge(one)
         return whole
 
+    def _check_something_learnt(self) -> None:
+        """Raises where every pair was left out: what would be saved is the model as it came."""
+        tally = self._whole_tally()
+        if tally.kept == 0 and self.step > 0:
+            raise LinesError(
+                "every pair was left out, so nothing was learnt and no model is saved:\n  "
+                + "\n  ".join(tally.lines())
+            )
+
+    def _is_exported(self, checkpoint: Path) -> bool:
+        """Whether ``final``, which is written whole or not at all, is from after a checkpoint."""
+        final = self.out / "final"
+        configs = [final / name for name in ("config.json", "adapter_config.json") if (final / name).exists()]
+        return all(self._gather(any(one.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns for one in configs)))
+
     def _extra(self) -> dict[str, Any]:
         """A reference that has moved must be kept, too."""
         if self.recipe.reference.sync_every and isinstance(self.reference, references.CopyReference):
             return {"reference": self.reference.model}
         return {}
 
-    def _resume(self, path: Path) -> None:
+    def _resume(self, path: Path) -> list[tuple[str, str]]:
+        """Takes up a checkpoint. Returns the settings that have changed since, each with a text that shows how."""
         state = self.checkpoints.state(self.accelerator, path)
         changed = _changes(state["recipe"], _plain(self.recipe.to_dict()))
         refused = [text for name, text in changed if not name.startswith(_FREE)]
         if refused:
-            raise ValueError(
+            raise LinesError(
                 f"the recipe must be the one that {path} was made with, but:\n  " + "\n  ".join(refused) + "\n"
                 "take another output.dir to begin anew"
             )
@@ -908,7 +955,9 @@ class Trainer:
         if self.is_main:
             self.log.rewind(state["log_position"])
         self.accelerator.wait_for_everyone()
-        self.console.say(f"goes on from {path} after step {self.step}")
+        if self.step < self.total:
+            self.console.say(f"goes on from {path} after step {self.step}")
+        return changed
 
     def _end_early(self) -> int:
         self._save(is_end=True)
@@ -921,20 +970,31 @@ class Trainer:
         return INTERRUPTED
 
     def _finish(self, evaluation: Mapping[str, float] | None) -> None:
-        from mpo_ext.train.card import write_card
-
         folder = self.out / "final"
         export_model(self.accelerator, self.model, self.processor, folder, merged=self.recipe.output.save_merged)
         tally = self._whole_tally()
         if self.is_main:
             for text in tally.lines():
                 self.console.say(text)
-            lines = self.log.read()
-            last: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
-            summary = {**last, **(evaluation or {}), "dropped": dict(tally.dropped)}
-            write_card(folder, recipe=self.recipe, curves=lines, summary=summary)
-            self.console.say(f"the model is in {folder}, the log in {self.log.path}")
+            if tally.left_out > tally.kept:
+                self.console.say(
+                    f"WARNING: MOST PAIRS WERE LEFT OUT, {tally.left_out:,} of {tally.left_out + tally.kept:,}: "
+                    "the model has learnt from the few others"
+                )
+        self._write_card(evaluation)
+        self.console.say(f"the model is in {folder}, the log in {self.log.path}")
         self._close()
+
+    def _write_card(self, evaluation: Mapping[str, float] | None) -> None:
+        from mpo_ext.train.card import write_card
+
+        tally = self._whole_tally()
+        if not self.is_main:
+            return
+        lines = self.log.read()
+        last: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
+        summary = {**last, **(evaluation or {}), "dropped": dict(tally.dropped)}
+        write_card(self.out / "final", recipe=self.recipe, curves=lines, summary=summary)
 
     def _close(self) -> None:
         """Ends the trackers and the process group.

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,13 +13,16 @@ import numpy as np
 
 from mpo_ext.data.jsonl import BadLine
 from mpo_ext.data.mmpr import MMPRDataset
-from mpo_ext.data.records import Pair
+from mpo_ext.data.records import Pair, find_url
 from mpo_ext.data.sources import Source, open_pairs
 from mpo_ext.generate.engine import check_integer
 from mpo_ext.train.recipe import SourceRecipe
 from mpo_ext.train.samples import prompt_key
 
 _DRAW, _ORDER = 1, 2  # streams of the generator: which lines an epoch takes, and in which order
+_LOOKED_AT = 20_000  # lines of a source that ``Mixture.look`` reads at most
+_LOOKED_AT_HF = 200  # rows of a Hugging Face dataset, whose images may have to be written out
+_EXAMPLES = 3
 _ROUNDING = 1e-6  # 100 lines by 0.29 are 29, though the product is 28.999999999999996
 
 
@@ -33,6 +37,7 @@ class Subset:
         lines: Number of its lines.
         repeat_time: Of the source, times that of the subset.
         pairs: How many of an epoch's pairs it gives: ``lines * repeat_time``, rounded down.
+        label: Its name, with as much of the path as tells it from the others.
     """
 
     source: int
@@ -41,6 +46,47 @@ class Subset:
     lines: int
     repeat_time: float
     pairs: int
+    label: str = dataclasses.field(default="", compare=False)
+
+
+@dataclasses.dataclass(slots=True)
+class Look:
+    """What a first look at the lines of a source has found.
+
+    Attributes:
+        path: Of the source.
+        format: How it is read.
+        is_told: Whether the recipe names the format.
+        root: Folder that its relative images start at.
+        lines: Number of its lines.
+        looked_at: Number of those that were read, evenly spread.
+        bad: Number of those that hold no pair.
+        with_images: Number of pairs with images.
+        images: Number of different images; 0 where no files were looked for.
+        missing: How many of them are no files here.
+        pairs_missing: Number of pairs that lack at least one image.
+        examples: The first bad lines and missing images.
+    """
+
+    path: str
+    format: str
+    is_told: bool
+    root: str
+    lines: int
+    looked_at: int = 0
+    bad: int = 0
+    with_images: int = 0
+    images: int = 0
+    missing: int = 0
+    pairs_missing: int = 0
+    examples: list[str] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        how = "" if self.is_told else ", found out"
+        share = "" if self.looked_at == self.lines else f" among {self.looked_at:,} of its {self.lines:,} lines"
+        pairs = self.looked_at - self.bad
+        text = f"{self.path}: format {self.format}{how}; {self.with_images:,} of {pairs:,} pairs with images{share}"
+        return text + (f"; {self.bad:,} lines hold NO PAIR" if self.bad else "")
 
 
 class Mixture(Sequence[Pair | BadLine]):
@@ -78,7 +124,8 @@ class Mixture(Sequence[Pair | BadLine]):
                 pairs = math.floor(lines * repeat + _ROUNDING)
                 subsets.append(Subset(number, name, first, lines, repeat, pairs))
             self._starts.append(subsets[-1].first + subsets[-1].lines if subsets else 0)
-        self.subsets = tuple(subsets)
+        labels = _labels([self.sources[one.source].path for one in subsets], [one.name for one in subsets])
+        self.subsets = tuple(dataclasses.replace(one, label=label) for one, label in zip(subsets, labels, strict=True))
         if self.pairs == 0:
             named = ", ".join(recipe.path for recipe in self.sources) or "no sources"
             raise ValueError(f"sources must give an epoch at least one pair, got none from {named}")
@@ -149,12 +196,41 @@ class Mixture(Sequence[Pair | BadLine]):
             groups[index] = int.from_bytes(digest, "big", signed=True)
         return groups
 
+    def look(self, *, files: bool = True, most: int = _LOOKED_AT) -> list[Look]:
+        """Takes a first look at each source: its format, pairs with images, and images that are no files.
+
+        Args:
+            files: Whether to look for the files of the images.
+            most: Lines of a source to read; of more, so many are taken at even distances.
+        """
+        looks = []
+        for number, recipe in enumerate(self.sources):
+            source, first = self._source(number), self._starts[number]
+            size = len(source.pairs)
+            look = Look(recipe.path, source.format, recipe.format is not None, source.root, size)
+            count = min(size, most if source.format != "hf" else min(most, _LOOKED_AT_HF))
+            known: dict[int, bool] = {}
+            for line in np.linspace(0, size - 1, count).round().astype(int) if count else ():
+                pair, name = self.read(first + int(line))
+                look.looked_at += 1
+                if isinstance(pair, BadLine):
+                    look.bad += 1
+                    if look.bad <= _EXAMPLES:
+                        look.examples.append(str(pair))
+                    continue
+                look.with_images += bool(pair.images)
+                if files:
+                    look.pairs_missing += not _has_images(pair, name, known, look)
+            look.images = len(known)
+            looks.append(look)
+        return looks
+
     def lines(self) -> Iterator[str]:
         """Yields the table as text."""
-        width = max(len(subset.name) for subset in self.subsets)
+        width = max(len(subset.label) for subset in self.subsets)
         yield f"{'subset':<{width}}  {'lines':>11}  {'repeat_time':>11}  {'pairs/epoch':>11}"
         for subset in self.subsets:
-            yield f"{subset.name:<{width}}  {subset.lines:>11,}  {subset.repeat_time:>11.4g}  {subset.pairs:>11,}"
+            yield f"{subset.label:<{width}}  {subset.lines:>11,}  {subset.repeat_time:>11.4g}  {subset.pairs:>11,}"
         yield f"{'all':<{width}}  {len(self):>11,}  {'':>11}  {self.pairs:>11,}"
 
     def _source(self, number: int) -> Source:
@@ -177,6 +253,36 @@ class Mixture(Sequence[Pair | BadLine]):
                     )
             self._opened[number] = source
         return source
+
+
+def _has_images(pair: Pair, name: str, known: dict[int, bool], look: Look) -> bool:
+    """Whether all images of a pair are files; each is looked for once."""
+    found = True
+    for image in pair.images:
+        key = hash(image)
+        if key not in known:
+            known[key] = os.path.isfile(image)
+            if not known[key]:
+                look.missing += 1
+                if look.missing <= _EXAMPLES:
+                    look.examples.append(f"{name}: no such image: {find_url(image) or image}")
+        found = found and known[key]
+    return found
+
+
+def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names, with the shortest end of their paths where others have the same name."""
+    parts = [Path(os.path.normpath(path)).parts for path in paths]
+    labels = []
+    for own, name in zip(parts, names, strict=True):
+        rivals = [other for other, theirs in zip(parts, names, strict=True) if theirs == name and other != own]
+        if not rivals:
+            labels.append(name)
+            continue
+        size = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in rivals)), len(own))
+        path = str(Path(*own[-size:]))
+        labels.append(path if own[-1] == name else f"{path}: {name}")
+    return labels
 
 
 def _subsets(source: Source, recipe: SourceRecipe) -> Iterator[tuple[str, int, float]]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from mpo_ext import head as heads
-from mpo_ext.config import install_hint
+from mpo_ext.config import check_model_path, install_hint
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
 
 _SAMPLED = 4096  # values of each parameter that go into a fingerprint
@@ -35,6 +35,7 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
+    check_model_path("model.path", recipe.path)
     config = AutoConfig.from_pretrained(recipe.path, revision=recipe.revision)
     loader, has_images = loader_of(config)
     options: dict[str, Any] = {}

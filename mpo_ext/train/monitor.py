@@ -134,7 +134,8 @@ class Console:
 
     def __init__(self, total: int, done: int, stream: TextIO | None) -> None:
         self.total, self.done, self.stream = total, done, stream
-        self._begun, self._begin_s, self._shown_s = done, time.monotonic(), -math.inf
+        self._first: tuple[int, float] | None = None  # step and time of the first that was done here
+        self._shown_s = -math.inf
         self._bar: Any = None
         self._task: Any = None
         self._exit = contextlib.ExitStack()
@@ -171,16 +172,18 @@ class Console:
     def step(self, step: int, line: Mapping[str, float]) -> None:
         """Shows a step that is done."""
         self.done = step
-        text = (
-            f"loss {line.get('loss', math.nan):.4f}, accuracy {line.get('reward_accuracy', math.nan):.2f}, "
-            f"margin {line.get('reward_margin', math.nan):.3f}, rate {line['learning_rate']:.2e}"
-        )
+        shown = {"loss": ("loss", ".4f"), "accuracy": ("reward_accuracy", ".2f"), "margin": ("reward_margin", ".3f")}
+        parts = [f"{name} {line[key]:{form}}" for name, (key, form) in shown.items() if key in line]  # SFT has one
+        text = ", ".join([*(parts or ["no pairs"]), f"rate {line['learning_rate']:.2e}"])
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=text)
             return
         now = time.monotonic()
+        if self._first is None:  # it takes longer than the others, which are as long as the second
+            self._first = step, now
         if self.stream is None or (now - self._shown_s < _REPORT_S and step < self.total):
             return
         self._shown_s = now
-        left = (self.total - step) * (now - self._begin_s) / max(step - self._begun, 1)
-        print(f"step {step}/{self.total}, {left:.0f} s left: {text}", file=self.stream, flush=True)
+        first, first_s = self._first
+        left = f", {(self.total - step) * (now - first_s) / (step - first):.0f} s left" if step > first else ""
+        print(f"step {step}/{self.total}{left}: {text}", file=self.stream, flush=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from mpo_ext import cost
 from mpo_ext import head as heads
-from mpo_ext.config import install_hint
+from mpo_ext.config import check_model_path, install_hint
 from mpo_ext.train import model as models
 from mpo_ext.train.layout import Layout, supports_shared_prefix
 from mpo_ext.train.mixture import Mixture, Subset
@@ -539,6 +539,7 @@ class _Estimate:
             return "reference", 0, why
         if path is None:
             return "reference", weights, "a copy: as parameters"
+        check_model_path("reference.path", path)
         other = _meta_model(models.without_adapters(dataclasses.replace(self.recipe.model, path=path, revision=None)))
         if self.recipe.reference.sync_every:
             check_can_follow(other, self.model, self.recipe.reference.sync_every)
@@ -585,6 +586,7 @@ def _meta_model(recipe: ModelRecipe) -> nn.Module:
     except ImportError as error:
         raise ImportError(f"training needs transformers: {install_hint('train')}") from error
 
+    check_model_path("model.path", recipe.path)
     config = AutoConfig.from_pretrained(recipe.path, revision=recipe.revision)
     loader, _ = models.loader_of(config)
     if recipe.dtype == "auto":
@@ -677,11 +679,11 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _data_rows(subsets: Sequence[Subset], eval_subsets: Sequence[Subset]) -> Iterator[tuple[str, ...]]:
     for subset in subsets:
-        yield subset.name, f"{subset.lines:,}", f"{subset.repeat_time:g}", f"{subset.pairs:,}"
+        yield subset.label, f"{subset.lines:,}", f"{subset.repeat_time:g}", f"{subset.pairs:,}"
     lines, pairs = sum(subset.lines for subset in subsets), sum(subset.pairs for subset in subsets)
     yield "train, an epoch", f"{lines:,}", "", f"{pairs:,}"
     for subset in eval_subsets:
-        yield f"eval: {subset.name}", f"{subset.lines:,}", f"{subset.repeat_time:g}", f"{subset.pairs:,}"
+        yield f"eval: {subset.label}", f"{subset.lines:,}", f"{subset.repeat_time:g}", f"{subset.pairs:,}"
 
 
 def _is_numeric(rows: Sequence[tuple[str, ...]], column: int) -> bool:

@@ -517,6 +517,8 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     yaml = _import_yaml()
     loader = _yaml_classes()[0]
     source = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"recipe must exist, got {source}")
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -35,6 +35,10 @@ class BadPairError(ValueError):
     """A pair that cannot be encoded; the message names it, the rule and the value. Takes one text, for pickling."""
 
 
+class MissingImageError(BadPairError):
+    """A pair whose image is no file here; the message names the path."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
     """A pair as the model takes it.
@@ -115,6 +119,11 @@ class Tally:
         self.cut += other.cut
         self.dropped.update(other.dropped)
         self.examples = {**other.examples, **self.examples}
+
+    @property
+    def left_out(self) -> int:
+        """Number of pairs left out, for all reasons."""
+        return self.dropped.total()
 
     def lines(self) -> Iterator[str]:
         """Yields the counts and the examples as text."""
@@ -367,7 +376,8 @@ def _open(path: str, index: int, name: str) -> Any:
     try:
         return load_image(path)
     except Exception as error:  # a broken file makes Pillow raise many things
-        raise BadPairError(
+        kind = MissingImageError if isinstance(error, FileNotFoundError) else BadPairError
+        raise kind(
             f"{name}: images[{index}] must be an image that can be read, got {path}: {type(error).__name__}: {error}"
         ) from error
 

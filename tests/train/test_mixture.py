@@ -64,6 +64,36 @@ def test_sources_lie_behind_one_another(tmp_path: Path) -> None:
             mixture.read(index)
 
 
+def test_sources_of_one_name_are_told_apart_and_draw_as_before(tmp_path: Path) -> None:
+    for folder in ("correctness", "dropout-ntp"):
+        (tmp_path / folder).mkdir()
+    sources = [pairs_file(tmp_path / folder / "pairs.jsonl", 9) for folder in ("correctness", "dropout-ntp")]
+    mixture = Mixture([*sources, pairs_file(tmp_path / "other.jsonl", 2)])
+    assert [one.label for one in mixture.subsets] == [
+        "correctness/pairs.jsonl", "dropout-ntp/pairs.jsonl", "other.jsonl",
+    ]  # fmt: skip
+    assert "dropout-ntp/pairs.jsonl" in "\n".join(mixture.lines())
+    alone = Mixture([with_repeat(sources[0], 0.5)])
+    beside = Mixture([with_repeat(sources[0], 0.5), sources[1]])
+    assert alone.epoch(0).tolist() == beside.epoch(0)[:4].tolist()  # the draw hangs on the name, not on the label
+
+
+def test_a_look_counts_formats_images_and_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "0.png").touch()
+    source = pairs_file(tmp_path / "a.jsonl", 3)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"question": "q", "chosen": "c", "rejected": "r"}\n{\n')
+    long = pairs_file(tmp_path / "long.jsonl", 1000)
+    first, second = Mixture([source, SourceRecipe(path=long.path, format="pairs")]).look(most=100)
+    assert (first.format, first.is_told, first.looked_at, first.bad, first.with_images) == ("pairs", False, 5, 1, 3)
+    assert (first.images, first.missing, first.pairs_missing) == (3, 2, 2)
+    assert str(first).endswith("a.jsonl: format pairs, found out; 3 of 4 pairs with images; 1 lines hold NO PAIR")
+    assert any("1.png" in example for example in first.examples)
+    assert (second.looked_at, second.lines, second.images) == (100, 1000, 100)
+    assert str(second).endswith("format pairs; 100 of 100 pairs with images among 100 of its 1,000 lines")
+    assert Mixture([source]).look(files=False)[0].missing == 0
+
+
 def test_bad_lines_are_handed_out_as_findings(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     source = pairs_file(path, 2)

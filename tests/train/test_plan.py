@@ -18,6 +18,7 @@ from torch import nn
 
 from mpo_ext import cost
 from mpo_ext.__main__ import main
+from mpo_ext.config import LinesError, check_model_path
 from mpo_ext.data.jsonl import write_pairs
 from mpo_ext.data.records import Pair
 from mpo_ext.train import plan as plans
@@ -385,6 +386,7 @@ def test_the_command_prints_the_plan_and_trains_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:
     recipe = make(tmp_path)
+    (tmp_path / "no_such_image.png").write_bytes(b"now there is one, whatever it holds")
     monkeypatch.setitem(sys.modules, "mpo_ext.train.loop", None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     assert main(["train", str(tmp_path / "r.yaml"), "--dry-run", "--world", "2"]) == 0
@@ -392,7 +394,9 @@ def test_the_command_prints_the_plan_and_trains_nothing(
     assert "Memory per rank (an estimate)" in text
     assert "Qwen2ForCausalLM" in text
     if not terminal:
-        assert text.rstrip() == str(plan(recipe, world=2))
+        assert text.startswith(f"{plan(recipe, world=2)}\n")
+    assert "a.jsonl: format pairs, found out; 50 of 50 pairs with images\n    1 different images: all there" in text
+    assert "not looked at: whether the images can be opened" in text
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 0
@@ -400,6 +404,82 @@ def test_the_command_prints_the_plan_and_trains_nothing(
     monkeypatch.setenv("RANK", "1")
     assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_a_dry_run_finds_images_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    write_pairs(tmp_path / "b.jsonl", [Pair("q", "yes", "no", (f"{number}.png",)) for number in range(30)])
+    for number in range(20):
+        (tmp_path / f"{number}.png").touch()
+    run = ["train", str(tmp_path / "r.yaml"), "--dry-run", f"data.train={tmp_path / 'b.jsonl'}"]
+    assert main(run) == 1
+    text = capsys.readouterr().out
+    assert "30 different images: 10 MISSING" in text
+    assert f"b.jsonl:21: no such image: {tmp_path}/20.png" in text
+    assert f"{{path: {tmp_path / 'b.jsonl'}, root: .}}" in text
+    assert "the run would end at the first of them" in text
+    assert main([*run, "data.skip_bad=true"]) == 0
+    (tmp_path / "images").mkdir()
+    assert main([*run[:-1], f"data.train={{path: {tmp_path / 'b.jsonl'}, root: {tmp_path / 'images'}}}"]) == 1
+    assert main([*run[:-1], "data.skip_bad=true"]) == 1
+    assert "every pair would be left out" in capsys.readouterr().out
+    (tmp_path / "b.jsonl").write_text("{\n")
+    assert main([*run, "model.dtype=float32"]) == 1
+
+
+def test_a_reader_that_leaves_ends_a_dry_run_quietly(tmp_path: Path) -> None:
+    make(tmp_path)
+    command = [sys.executable, "-m", "mpo_ext", "train", str(tmp_path / "r.yaml"), "--dry-run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()  # as head does; all that is written comes too late
+        assert process.stderr is not None
+        assert "Broken pipe" not in (text := process.stderr.read())
+        assert "Errno" not in text
+
+
+def test_settings_with_dashes_are_told_how_to_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    for command in ("train", "plan"):
+        with pytest.raises(SystemExit, match="2"):
+            main([command, str(tmp_path / "r.yaml"), "--optim.learning_rate=1e-5"])
+        assert "KEY=VALUE without dashes, as optim.learning_rate=1e-5" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", str(tmp_path / "r.yaml"), "--optim.seed", "1"])
+    assert "as optim.seed=VALUE" in capsys.readouterr().err
+
+
+def test_each_setting_that_has_changed_has_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpo_ext.train import loop
+
+    def refuse(recipe: Recipe) -> int:
+        raise LinesError("the recipe must be the same, but:\n  loss.beta was 0.1, is 0.2\n  optim.seed was 0, is 1")
+
+    make(tmp_path)
+    monkeypatch.setattr(loop, "train", refuse)
+    assert main(["train", str(tmp_path / "r.yaml")]) == 1
+    assert "but:\n  loss.beta was 0.1, is 0.2\n  optim.seed was 0, is 1\n" in capsys.readouterr().err
+
+
+def test_a_missing_recipe_and_a_missing_model_are_told_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path)
+    assert main(["train", "nope.yaml"]) == 1
+    assert capsys.readouterr().err == "mpo-ext train: recipe must exist, got nope.yaml\n"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/nope", "./nope", "~/nope", "/nope", "a/b/c"):
+        told = f"model.path must be a folder here or a hub id, got {path}: there is no such folder"
+        for command in (["train"], ["train", "--dry-run"], ["plan"]):
+            assert main([*command[:1], "r.yaml", f"model.path={path}", *command[1:]]) == 1
+            assert told in capsys.readouterr().err
+        assert main(["train", "r.yaml", f"reference.path={path}"]) == 1
+        assert told.replace("model", "reference", 1) in capsys.readouterr().err
+    check_model_path("model.path", "OpenGVLab/InternVL3-1B-hf")
+    check_model_path("model.path", "gpt2")
 
 
 def test_errors_of_model_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -356,7 +356,11 @@ def test_what_goes_on_must_be_the_same_run(job_of: Callable[..., Job], whole: Ca
     assert 'resume must be "auto" or a checkpoint where there is one' in text_of(again)
     changed = job_of("same", "copy", optim__learning_rate=2e-3, loss__beta=0.2, data__workers=0)
     assert run(changed) == [1]
-    for words in ("optim.learning_rate was 0.001, is 0.002", "loss.beta was 0.1, is 0.2", "take another output.dir"):
+    for words in (
+        "optim.learning_rate was 0.001, is 0.002\n",
+        "loss.beta was 0.1, is 0.2\n",
+        "take another output.dir",
+    ):
         assert words in text_of(changed)
     assert again.out.stat().st_mtime_ns == before
     assert run(job_of("never", "copy", output__resume="never", optim__max_steps=1)) == [0]
@@ -389,9 +393,25 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(job_of: Callable[...
 
 def test_a_finished_run_ends_as_it_did(job_of: Callable[..., Job], whole: Callable[[str], Job]) -> None:
     job = job_of("finished", "copy")
-    for _ in range(2):
+    final, told = job.out / "final", f"already finished (step {STEPS} of {STEPS}): the model is in"
+    inodes = []
+    for number in range(3):
         assert run(job) == [0], text_of(job)
         assert_same(job, whole("copy"))
+        inodes.append((final / "config.json").stat().st_ino)
+        assert text_of(job).count(told) == min(number, 1)
+        if number == 1:
+            assert inodes[0] == inodes[1]  # it stands as it stood
+            shutil.move(final, job.out / "gone")
+
+
+def test_a_run_that_starts_anew_says_so(job_of: Callable[..., Job]) -> None:
+    job = job_of("anew", "copy", optim__max_steps=1)
+    job.out.mkdir(parents=True)
+    (job.out / "log.jsonl").write_text('{"step": 1, "loss": 9}\n')
+    assert run(job) == [0], text_of(job)
+    assert f"no checkpoint in {job.out / 'checkpoints'} yet: starts anew" in text_of(job)
+    assert all(line.get("loss") != 9 for line in log_of(job))
 
 
 # The command line

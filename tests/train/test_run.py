@@ -603,7 +603,11 @@ def test_the_console_shows_some_steps_the_last_and_what_is_left(monkeypatch: pyt
         now[0] += 20
         console.step(step, line)
     shown = [text.split(":")[0] for text in stream.getvalue().splitlines()]
-    assert shown == ["step 5/10, 100 s left", "step 7/10, 60 s left", "step 10/10, 0 s left"]
+    # The first step, which takes longest, counts for nothing.
+    assert shown == ["step 5/10", "step 7/10, 60 s left", "step 10/10, 0 s left"]
+    assert stream.getvalue().startswith("step 5/10: loss 1.5000, rate 1.00e-01\n")  # SFT has no accuracy, no margin
+    console.step(10, {**line, "reward_accuracy": 0.5, "reward_margin": 0.25})
+    assert stream.getvalue().endswith("loss 1.5000, accuracy 0.50, margin 0.250, rate 1.00e-01\n")
     Console(10, 0, None).say("nothing")
     Console(10, 0, None).step(1, line)
     assert capsys.readouterr() == ("", "")

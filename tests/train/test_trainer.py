@@ -272,19 +272,37 @@ def test_a_bad_pair_ends_the_run_by_name_or_is_counted(tmp_path: Path, pairs: Pa
     lines[3] = json.dumps(broken)
     data = pairs.with_name("broken.jsonl")
     data.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match=r"broken\.jsonl:4.*gone\.png.*data\.skip_bad=true"):
+    advice = r"broken\.jsonl:4.*gone\.png.*data\.train={path: .*broken\.jsonl, root: \.}.*data\.skip_bad=true"
+    with pytest.raises(ValueError, match=advice):
         run(recipe(tmp_path / "stop", data))
     run(recipe(tmp_path / "skip", data, data__skip_bad=True))
-    assert re.search(r"left out 1: .*broken\.jsonl:4", capsys.readouterr().err)
+    text = capsys.readouterr().err
+    assert re.search(r"left out 1: .*broken\.jsonl:4", text)
+    assert "MOST PAIRS" not in text
+    assert re.search(r"broken\.jsonl: format pairs, found out; 20 of 20 pairs with images\n", text)
 
 
-def test_a_run_of_pairs_that_are_all_too_long_says_so(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+def test_a_run_with_most_pairs_left_out_says_so_loudly(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for line in lines[:11]:
+        line["images"] = ["gone.png"]
+    data = pairs.with_name("most.jsonl")
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(recipe(tmp_path / "out", data, data__skip_bad=True))
+    assert "WARNING: MOST PAIRS WERE LEFT OUT, 11 of 20" in capsys.readouterr().err
+
+
+def test_a_run_of_which_nothing_is_learnt_is_an_error_and_saves_no_model(
+    tmp_path: Path, pairs: Path, capsys: Any
+) -> None:
     model, processor = tiny()
     before = weights(model)
-    assert loop.train(recipe(tmp_path / "out", pairs, data__max_length=5), model=model, processor=processor) == 0
-    text = capsys.readouterr().err
-    assert "all of its pairs were left out" in text
-    assert "left out 20:" in text
+    settings = recipe(tmp_path / "out", pairs, data__max_length=5, optim__epochs=3)
+    with pytest.raises(ValueError, match=r"every pair was left out, so nothing was learnt(.|\n)*left out 20:"):
+        loop.train(settings, model=model, processor=processor)
+    assert "all of its pairs were left out" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "final").exists()
+    assert not list((tmp_path / "out").glob("checkpoints/step*"))
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
