@@ -52,7 +52,7 @@ class HiddenAndHead(NamedTuple):
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
-def hidden_and_head(model: nn.Module, /, **inputs: Any) -> HiddenAndHead:
+def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> HiddenAndHead:
     """Runs the model without its output head, and gets what ``linear_mpo_loss`` needs.
 
     The logits that the model would have returned are ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) /
@@ -65,17 +65,24 @@ def hidden_and_head(model: nn.Module, /, **inputs: Any) -> HiddenAndHead:
     Args:
         model: A Hugging Face model with a linear output head, as it is trained: in DDP, FSDP or what accelerate makes
             of it, with or without LoRA adapters, but not on the head. FSDP must shard the head with the root module.
-        inputs: What ``model(...)`` is called with, without labels.
+        positional: None: the model's inputs go by keyword.
+        inputs: What ``model(...)`` is called with, without labels, as in ``input_ids=input_ids``.
 
     Returns:
         A ``HiddenAndHead``.
 
     Raises:
-        TypeError: If the model has no output head, or one that is not a plain linear layer.
+        TypeError: If the model has no output head, or one that is not a plain linear layer; if inputs are not passed
+            by keyword.
         ValueError: If labels are among the inputs.
         RuntimeError: If the forward does not call the head once, does something unknown to its logits, or leaves no
             weight behind, being sharded.
     """
+    if positional:
+        raise TypeError(
+            "inputs must be passed by keyword, as in hidden_and_head(model, input_ids=input_ids), got "
+            f"{len(positional)} without: {', '.join(type(one).__name__ for one in positional)}"
+        )
     if inputs.get("labels") is not None:
         raise ValueError(
             "inputs must not hold labels, since the model would compute its own loss from what stands in for logits, "

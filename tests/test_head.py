@@ -714,3 +714,10 @@ def test_outputs_without_logits_are_refused(model: nn.Module, inputs: dict[str, 
     model.register_forward_hook(lambda *args: outputs)
     with pytest.raises(RuntimeError, match=r"must return an object with logits, got .*mpo_loss\(model"):
         hidden_and_head(model, **inputs)
+
+
+def test_inputs_that_are_not_passed_by_keyword_are_told_how_to_be() -> None:
+    with pytest.raises(
+        TypeError, match=r"by keyword, as in hidden_and_head\(model, input_ids=input_ids\), got 1 without: T"
+    ):
+        hidden_and_head(nn.Linear(2, 2), torch.zeros(1, 2))
