@@ -70,6 +70,8 @@ def _facts() -> Iterator[tuple[str, str]]:
     cuda_problem = ops.cuda_problem(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if cuda_problem is None:
         backends.insert(0, "cuda (tensors on cuda)")
+    if archs and not torch.cuda.is_available():
+        cuda_problem = "built; no GPU here" + (", and a torch without CUDA" if torch.version.cuda is None else "")
     yield "CUDA kernels", cuda_problem or "can run"
     yield "Triton kernels", problem or "can run"
     yield "backends", ", ".join(backends)
