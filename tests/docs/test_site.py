@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,69 @@ def test_every_public_name_is_documented() -> None:
     text = "".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
     for name in mpo_ext.__all__:
         assert name.startswith("_") or re.search(rf"^::: mpo_ext\.[\w.]*\b{name}$", text, re.MULTILINE), name
+
+
+def commands(
+    parser: argparse.ArgumentParser, before: str = "mpo-ext"
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """The commands that do something, with their parsers."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield before, parser
+    for action in below:
+        for name, one in action.choices.items():
+            yield from commands(one, f"{before} {name}")
+
+
+def whole_parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """The parser of ``mpo-ext``, caught where it would parse."""
+    from mpo_ext.__main__ import main
+
+    class CaughtError(Exception):
+        pass
+
+    caught: list[argparse.ArgumentParser] = []
+
+    def parse_args(self: argparse.ArgumentParser, *_: Any) -> None:
+        caught.append(self)
+        raise CaughtError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(CaughtError):
+        main([])
+    return caught[0]
+
+
+def test_every_command_is_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (DOCS / "reference" / "cli.md").read_text()
+    found = dict(commands(whole_parser(monkeypatch)))
+    assert {"mpo-ext doctor", "mpo-ext plan", "mpo-ext data view", "mpo-ext sample correctness"} <= set(found)
+    for command in found:
+        assert re.search(rf"^\| `{command}\b[^`]*` \|", text, re.MULTILINE), f"{command} has no line in cli.md"
+        assert command == "mpo-ext doctor" or f"\n{command} --help\n" in text, f"cli.md does not try {command} --help"
+    listed = re.findall(r"^\| `(mpo-ext(?: [a-z-]+)+)", text, re.MULTILINE)
+    assert set(listed) == set(found), "cli.md has a command that is not there"
+
+
+def test_variables_that_the_commands_read_are_in_the_reference() -> None:
+    text = (DOCS / "reference" / "cli.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "mpo_ext").rglob("*.py"))
+    for name in {*re.findall(r"""environ(?:\.get\(|\[)"(MPO_\w+)\"""", sources), "OMP_NUM_THREADS"}:
+        assert f"`{name}" in text, name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_every_extra_is_named_where_installing_is_told(page: str) -> None:
+    text = (ROOT / page).read_text()
+    extras = re.findall(
+        r"^(\w+) = \[",
+        (ROOT / "pyproject.toml").read_text().partition("optional-dependencies]")[2].partition("\n[")[0],
+        re.MULTILINE,
+    )
+    assert "bench" in extras
+    told = text[text.index("Extras: ") :].partition("\n\n")[0]
+    for extra in extras:
+        assert extra == "dev" or f"`{extra}`" in told or f"[{extra}]" in told, extra
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
