@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -380,6 +381,9 @@ def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_whole(accelerator: 
     for _ in range(KILLS):
         process = context.Process(target=save_forever, args=(tmp_path, told + 1))
         process.start()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "saved").exists() and time.monotonic() < deadline:  # on a busy machine it begins late
+            time.sleep(0.01)
         process.join(rng.uniform(0.1, 0.5))
         process.kill()
         process.join()

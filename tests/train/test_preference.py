@@ -49,8 +49,14 @@ def test_sigmoid_is_dpo(tmp_path: Path, pairs: Path, average: str, smoothing: fl
     }
     dpo = run(tmp_path / "dpo", pairs, **common)
     other = run(tmp_path / "other", pairs, loss__preference="sigmoid", **common)
-    assert_same(other, dpo, "loss", "dpo_loss", "ntp_loss", "chosen_reward", "rejected_reward", "reward_accuracy",
-                "chosen_logp", "rejected_logp", "grad_norm", "chosen_tokens")  # fmt: skip
+    assert_same(other, dpo, "loss", "dpo_loss", "ntp_loss", "chosen_reward", "rejected_reward", "chosen_logp",
+                "rejected_logp", "grad_norm", "chosen_tokens")  # fmt: skip
+    for line, expected in zip(other[0], dpo[0], strict=True):
+        if (
+            abs(expected["reward_margin"]) > 1e-4
+        ):  # while policy and reference agree, rounding decides which reward is larger
+            assert line["reward_accuracy"] == expected["reward_accuracy"]
+    assert abs(dpo[0][-1]["reward_margin"]) > 1e-4
     assert not {"entropy", "top1", "reward_shift"} & set(other[0][0])
 
 
