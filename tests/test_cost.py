@@ -309,7 +309,11 @@ def test_plan_predicts_the_step_of_a_recipe(tmp_path: Path, capsys: pytest.Captu
     assert "Time of a step on a B200, PREDICTED (NVIDIA Blackwell data sheet, HGX B200" in text
     assert "measured" not in text
     assert main(["plan", str(recipe), "precision=bf16"]) == 0
-    assert "Time of a step on an H100, PREDICTED" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Time of a step on an H100, PREDICTED" in text
+    assert "one copy per rank" not in text
+    assert main(["plan", str(recipe), "precision=bf16", "--world", "2"]) == 0
+    assert capsys.readouterr().out.count("one copy per rank") == 2  # of the table of parts, and of that of times
     assert main(["plan", str(recipe), "precision=bf16", "--bandwidth", "8", "--tflops", "2250"]) == 0
     assert "on a GPU of 8 TB/s and 2250 TFLOP/s" in capsys.readouterr().out
 

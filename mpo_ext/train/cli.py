@@ -97,7 +97,8 @@ def run_plan(args: argparse.Namespace) -> int:
         print_plan(planned)
         article = "an" if machine.name[0] in "AH" else "a"  # an A100, an H200
         title = f"Time of a step on {article} {machine.name}, PREDICTED ({machine.source}; communication and data "
-        print_table(f"{title}left out)", ("", "step", "of this recipe", "memory"), planned.times(machine))
+        memory = "memory" if planned.world == 1 else "memory, one copy per rank"
+        print_table(f"{title}left out)", ("", "step", "of this recipe", memory), planned.times(machine))
         for line in planned.advice(machine):
             print(f"- {line}")
         sys.stdout.flush()

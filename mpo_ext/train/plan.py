@@ -279,10 +279,12 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
     reason = _separate_reason(model, recipe)
     if reason is not None:
         notes.append(f"layout separate: {reason}")
-    tokens, positions = _longest(recipe, model)
-    if recipe.data.max_length is None:
-        why = ", the positions that the model has" if tokens == positions else ""
-        notes.append(f"data.max_length is not set: pairs are taken to have {tokens:,} tokens{why}")
+    asked, tokens = recipe.data.max_length, _longest(recipe, model)
+    limit = "is not set" if asked is None else f"is {asked:,}"
+    if tokens < (asked or _ASSUMED_LENGTH):
+        notes.append(f"data.max_length {limit}, and the model has {tokens:,} positions: pairs are taken to fill them")
+    elif asked is None:
+        notes.append(f"data.max_length {limit}: pairs are taken to have {tokens:,} tokens")
     if recipe.model.dtype == "bfloat16" and recipe.model.lora is None:
         notes.append(
             "model.dtype bfloat16 has 8 significant bits: most updates at a learning rate of "
@@ -333,12 +335,10 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
     )
 
 
-def _longest(recipe: Recipe, model: nn.Module) -> tuple[int, int | None]:
-    """Tokens of the longest pair, and the positions that the model has, where its config says so."""
-    positions = getattr(_text_config(model), "max_position_embeddings", None)
-    if recipe.data.max_length is not None:
-        return recipe.data.max_length, positions
-    return min(_ASSUMED_LENGTH, positions or _ASSUMED_LENGTH), positions
+def _longest(recipe: Recipe, model: nn.Module) -> int:
+    """Tokens of the longest pair: no more than the positions that the model has, where its config says so."""
+    tokens = recipe.data.max_length or _ASSUMED_LENGTH
+    return min(tokens, getattr(_text_config(model), "max_position_embeddings", None) or tokens)
 
 
 def _reference_text(recipe: Recipe) -> str:
@@ -367,7 +367,7 @@ class _Estimate:
         self.weight_bytes: int = self.head_weight.element_size()
         self.bytes = self.weight_bytes if recipe.precision == "fp32" else 2  # of what layers compute
         self.decoder, self.vision = _layers(model)
-        self.tokens, _ = _longest(recipe, model)
+        self.tokens = _longest(recipe, model)
         self.micro = recipe.optim.micro_batch_size
         sides = 2 if recipe.loss.has_preference else 1
         response = round(self.tokens * RESPONSE_SHARE)

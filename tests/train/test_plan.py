@@ -182,15 +182,18 @@ def test_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
     assert plan(make(tmp_path, "loss.dpo_weight=0", "loss.bco_weight=0")).notes == ()  # SFT has no margin
 
 
-def test_a_pair_without_max_length_has_no_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
+def test_a_pair_has_no_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
     short = plan(make(tmp_path, "data.max_length=null", pairs=240))
     assert (short.tokens, short.positions, short.cost_step.prompt) == (128, 96 + 2 * 32, 96)
-    assert short.notes == ("data.max_length is not set: pairs are taken to have 128 tokens, the positions that the "
-                           "model has",)  # fmt: skip
+    told = ", and the model has 128 positions: pairs are taken to fill them"
+    assert short.notes == (f"data.max_length is not set{told}",)
+    set_too_long = plan(make(tmp_path, "data.max_length=4096", pairs=240))
+    assert (set_too_long.tokens, set_too_long.notes) == (128, (f"data.max_length is 4,096{told}",))
     long = plan(make(tmp_path, "data.max_length=null", pairs=240, max_position_embeddings=8192))
     assert long.tokens == 4096
     assert long.notes == ("data.max_length is not set: pairs are taken to have 4,096 tokens",)
-    assert plan(make(tmp_path, "data.max_length=200")).tokens == 200  # as the recipe says
+    fits = plan(make(tmp_path, "data.max_length=128", pairs=240))
+    assert (fits.tokens, fits.notes) == (128, ())
     images = plan(make(tmp_path, "data.max_length=null", family="internvl"))
     assert images.tokens == 128
 
@@ -222,7 +225,7 @@ def test_there_is_one_figure_of_memory(tmp_path: Path, overrides: tuple[str, ...
 def test_the_loss_needs_no_more_tiles_than_it_has_logits(tmp_path: Path) -> None:
     few = plan(make(tmp_path))
     assert part(few, "loss").formula.startswith("one tile + ")
-    many = plan(make(tmp_path, "data.max_length=4000", vocab_size=50000))
+    many = plan(make(tmp_path, "data.max_length=4000", vocab_size=50000, max_position_embeddings=4096))
     assert part(many, "loss").formula.startswith("budget + ")
     assert part(many, "loss").bytes == (256 << 20) + 2 * 4 * 2000 * 16 + 4 * 50000 * 16
 
