@@ -29,7 +29,7 @@ def check_model_path(name: str, path: str) -> None:
     Raises:
         FileNotFoundError: If there is no such folder.
     """
-    if os.path.exists(path):
+    if os.path.exists(path) or "://" in path:
         return
     parent = os.path.dirname(path)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or (parent and os.path.isdir(parent)):

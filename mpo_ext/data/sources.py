@@ -1,6 +1,7 @@
 """Opens pairs of any format under one roof: for the commands, and for a trainer that takes a path."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,12 +49,28 @@ class Source:
         except BadLine as bad:
             return where, bad
         if not all(map(os.path.isabs, pair.images)):
-            images = (image if find_url(image) else os.path.join(self.root, image) for image in pair.images)
+            images = (image if find_url(image) else _join(self.root, image) for image in pair.images)
             pair = dataclasses.replace(pair, images=tuple(images))
         subset = pair.source.get("subset")
         if self.format != "mmpr" and isinstance(subset, str):  # what the pair remembers, where the format has none
             where = dataclasses.replace(where, subset=subset)
         return where, pair
+
+
+def _join(root: str, image: str) -> str:
+    """The path of an image below a root, or beside it: ``..`` leads out of where the root really lies.
+
+    So one image has one path, from whichever folder it is named.
+    """
+    if not image.startswith("../"):
+        return os.path.join(root, image)
+    root = _real(root)
+    while image.startswith("../"):
+        root, image = os.path.dirname(root), image[3:]
+    return os.path.join(root, image)
+
+
+_real = functools.lru_cache(maxsize=64)(os.path.realpath)
 
 
 def open_pairs(

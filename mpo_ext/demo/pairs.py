@@ -3,7 +3,8 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -97,7 +98,7 @@ def make_pairs(
         assert summary is not None  # it is the only process
         summaries[out.name] = summary
         outputs = [output for output in pipeline.outputs if output != "unsolved"]
-        return list(itertools.chain.from_iterable(read_pairs(out / f"{output}.jsonl") for output in outputs))
+        return list(itertools.chain.from_iterable(read_made(out / f"{output}.jsonl", folder) for output in outputs))
 
     for form in digits.FORMS:
         tasks = digits.sample_tasks(digits.load_digits()["train"], settings.questions, rng, form)
@@ -142,6 +143,13 @@ def write_items(folder: Path, form: str, tasks: Sequence[digits.Task]) -> None:
             task.picture.save(folder / image)
             item = {"image": image, "question": task.question, "answer_gt": str(task.answer)}
             file.write(dump_line({**item, "form": form, "digits": list(task.values)}))
+
+
+def read_made(path: Path, folder: Path) -> Iterator[Pair]:
+    """Yields the pairs of a run of the engine, with images that start at a folder above that of the run."""
+    for pair in read_pairs(path):
+        images = (os.path.relpath(path.parent.resolve() / image, folder.resolve()) for image in pair.images)
+        yield dataclasses.replace(pair, images=tuple(images))
 
 
 def _with_subset(pair: Pair) -> Pair:

@@ -33,11 +33,11 @@ from rich.console import Console
 from transformers import InternVLForConditionalGeneration
 
 from mpo_ext import report
-from mpo_ext.data import Pair, read_pairs, write_pairs
+from mpo_ext.data import Pair, write_pairs
 from mpo_ext.data.jsonl import atomic_write, dump_line
 from mpo_ext.demo import digits, study
 from mpo_ext.demo.model import DigitsProcessor, build_model, build_processor
-from mpo_ext.demo.pairs import BATCH_SIZE, MAX_NEW_TOKENS, write_items
+from mpo_ext.demo.pairs import BATCH_SIZE, MAX_NEW_TOKENS, read_made, write_items
 from mpo_ext.demo.settings import StudySettings
 from mpo_ext.demo.study import Row
 from mpo_ext.demo.train import METHODS, evaluate, make_recipe, write_sft
@@ -453,7 +453,7 @@ def _sample(
         assert summary is not None  # it is the only process
         summaries[name] = summary.to_dict()
         outputs = [output for output in pipeline.outputs if output != "unsolved"]
-        found = [pair for output in outputs for pair in read_pairs(out / f"{output}.jsonl")]
+        found = [pair for output in outputs for pair in read_made(out / f"{output}.jsonl", folder)]
         pool[name] = list({pair.key(): pair for pair in found}.values())
 
     for source, form in (*zip(digits.FORMS, digits.FORMS, strict=True), (study.TEXT, "cot")):

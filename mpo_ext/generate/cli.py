@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mpo_ext.config import check_model_path
 from mpo_ext.generate.journal import LockedError
 
 
@@ -34,6 +35,11 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     dropout.add_argument(
         "--sample-chosen", action="store_true", help="let the model answer items that have no chosen response first"
     )
+    dropout.add_argument(
+        "--allow-wrong-chosen", action="store_true",
+        help="take items whose chosen response is a sample that was wrong, as 'correctness' writes them into "
+        "unsolved.jsonl (default: they are left out and counted)",
+    )  # fmt: skip
     dropout.set_defaults(run=run_sample, build=_dropout_ntp)
 
     correctness = pipelines.add_parser(
@@ -112,12 +118,20 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
 def run_sample(args: argparse.Namespace) -> int:
     """Runs a pipeline. Returns 1 where the run cannot begin or go on, and 0 where this process has done its share."""
     from mpo_ext.data.jsonl import parse_root_map
-    from mpo_ext.generate.engine import rank_and_world
-    from mpo_ext.generate.sampling import run
+    from mpo_ext.generate.engine import check_integer, rank_and_world
+    from mpo_ext.generate.sampling import check_run, run
 
     rank, world = rank_and_world()
     try:
+        for name, value in (("block_size", args.block_size), ("batch_size", args.batch_size), ("limit", args.limit)):
+            if value is not None:
+                check_integer(name, value, least=1)
         pipeline = args.build(args)
+        root_map = [parse_root_map(text) for text in args.root_map]
+        check_run(
+            pipeline, args.source, args.out, image_root=args.image_root, root_map=root_map, world=world
+        )  # before the model, which may take minutes
+        check_model_path("--model", args.model)
         summary = run(
             pipeline,
             _engine(args),
@@ -126,7 +140,7 @@ def run_sample(args: argparse.Namespace) -> int:
             block_size=args.block_size,
             limit=args.limit,
             image_root=args.image_root,
-            root_map=[parse_root_map(text) for text in args.root_map],
+            root_map=root_map,
             rank=rank,
             world=world,
             stream=sys.stderr,
@@ -174,6 +188,7 @@ def _dropout_ntp(args: argparse.Namespace) -> Any:
             unit=args.unit,
             with_image=args.with_image,
             sample_chosen=args.sample_chosen,
+            allow_wrong_chosen=args.allow_wrong_chosen,
             style=args.style or "final_answer",
             **_shared(args),
         )

@@ -17,7 +17,7 @@ from mpo_ext.data.records import Pair
 from mpo_ext.generate.answers import extract_answer, is_same_answer, matcher
 from mpo_ext.generate.engine import Engine, Request, SamplingConfig, check_integer, derive_seed
 from mpo_ext.generate.prompts import get_template, render
-from mpo_ext.generate.sampling import Item, Outcome, is_degenerate
+from mpo_ext.generate.sampling import WRONG_SAMPLE, Item, Outcome, is_degenerate
 
 _LENGTH_BINS = 4  # per doubling of the length
 
@@ -153,22 +153,22 @@ class Correctness:
         """Pairs the samples of a question."""
         outcome = Outcome(tokens=sum(record.get("tokens", 0) for record in records))
         if problem := next((record["problem"] for record in records if "problem" in record), None):
-            outcome.refused[problem] += 1
+            outcome.refuse(problem)
             return outcome
         responses = [response for response in map(_response, records) if self._is_usable(response, outcome)]
         right = [response for response in responses if response.record.get("correct")]
         wrong = [response for response in responses if response.record.get("correct") is False]
         unreadable = [response for response in responses if response.answer is None]
         if not right:
-            outcome.refused["question without a right answer"] += 1
+            outcome.refuse("question without a right answer")
             outcome.lines.append(("unsolved", self._unsolved(item, wrong)))
             return outcome
         accuracy = len(right) / len(responses)
         if not self.config.accuracy[0] <= accuracy <= self.config.accuracy[1]:
-            outcome.refused["accuracy outside the band"] += 1
+            outcome.refuse("accuracy outside the band")
             return outcome
         if len(right) == len(responses):
-            outcome.refused["question with right answers only"] += 1
+            outcome.refuse("question with right answers only")
             return outcome
         if self.config.dedupe:
             right, wrong, unreadable = (self._distinct(kind, outcome) for kind in (right, wrong, unreadable))
@@ -177,7 +177,7 @@ class Correctness:
                 pair = self._pair(item, left, other, model=model, accuracy=accuracy)
                 outcome.lines.append((name, pair.to_dict()))
         if not outcome.lines:
-            outcome.refused["question without a pair"] += 1
+            outcome.refuse("question without a pair")
         return outcome
 
     def _prompt(self, item: Item) -> str:
@@ -268,7 +268,7 @@ class Correctness:
         source = "input"
         if item.chosen is None and wrong:
             picked = min(wrong, key=lambda response: self._rank(item, response))
-            item, source = dataclasses.replace(item, chosen=picked.text), "wrong sample"
+            item, source = dataclasses.replace(item, chosen=picked.text), WRONG_SAMPLE
         item = dataclasses.replace(item, question=self._prompt(item))
         return {**item.to_dict(), **({"chosen_source": source} if item.chosen is not None else {})}
 

@@ -19,8 +19,9 @@ from mpo_ext.generate.engine import (
     check_integer,
     derive_seed,
 )
-from mpo_ext.generate.sampling import Item, Outcome, is_degenerate
+from mpo_ext.generate.sampling import WRONG_SAMPLE, Item, Outcome, is_degenerate
 
+WRONG_CHOSEN = "chosen is a sample that was wrong (--allow-wrong-chosen takes it)"
 _BROKEN = "\ufffd"  # what decoding puts for half a character
 
 
@@ -39,6 +40,8 @@ class DropoutNTPConfig:
         sample_chosen: Where an item has no chosen response, lets the model answer it with its image first, as the
             paper does; otherwise such an item is refused.
         allow_truncated: Takes continuations that ``max_new_tokens`` cut off.
+        allow_wrong_chosen: Takes items whose chosen response is a sample that was wrong, as they stand in the
+            ``unsolved.jsonl`` of the correctness pipeline; otherwise such an item is refused.
         style: How the answer stands in a response, as in ``extract_answer``; for items that have a true answer.
         matcher: Kind of the matcher that compares it, and its options. None compares nothing.
     """
@@ -51,6 +54,7 @@ class DropoutNTPConfig:
     seed: int = 0
     sample_chosen: bool = False
     allow_truncated: bool = False
+    allow_wrong_chosen: bool = False
     style: str = "final_answer"
     matcher: Mapping[str, Any] | None = dataclasses.field(default_factory=lambda: {"kind": "vqa"})
 
@@ -104,7 +108,10 @@ class DropoutNTP:
 
     def settings(self) -> dict[str, Any]:
         """What the records and the outputs depend on, as JSON can hold it."""
-        return dataclasses.asdict(self.config)
+        settings = dataclasses.asdict(self.config)
+        if not self.config.allow_wrong_chosen:  # as journals have it that were written before there was a choice
+            del settings["allow_wrong_chosen"]
+        return settings
 
     def keys(self, item: Item) -> list[str]:
         """Names of the records of an item, in their order."""
@@ -134,6 +141,8 @@ class DropoutNTP:
         for row, item in enumerate(items):
             if item.problem:
                 problems[row] = item.problem
+            elif _is_wrong(item) and not self.config.allow_wrong_chosen:
+                problems[row] = WRONG_CHOSEN
             elif item.chosen is None and not self.config.sample_chosen:
                 problems[row] = "no chosen response"
             elif self.config.with_image or item.chosen is None:
@@ -197,8 +206,10 @@ class DropoutNTP:
         outcome = Outcome(tokens=sum(record.get("tokens", 0) for record in records))
         outcome.tokens += records[0].get("chosen_tokens", 0)
         if problem := next((record["problem"] for record in records if "problem" in record), None):
-            outcome.refused[problem] += 1
-            return outcome
+            return outcome.refuse(problem)
+        is_wrong = _is_wrong(item)
+        if is_wrong and not self.config.allow_wrong_chosen:  # in a journal from before there was this rule
+            return outcome.refuse(WRONG_CHOSEN)
         seen: set[str] = set()
         for sample, record in enumerate(records):
             chosen = item.chosen if item.chosen is not None else record.get("chosen", "")
@@ -222,7 +233,7 @@ class DropoutNTP:
                 "key": record["key"],
                 "finish": record["finish"],
                 "generated_tokens": record["tokens"],
-                "chosen_source": "input" if item.chosen is not None else "sample",
+                "chosen_source": WRONG_SAMPLE if is_wrong else "input" if item.chosen is not None else "sample",
                 "rejected_answer": record.get("answer"),
             }
             pair = Pair(
@@ -235,6 +246,8 @@ class DropoutNTP:
                 extra=item.pair_extra,
             )
             outcome.lines.append(("pairs", pair.to_dict()))
+            if is_wrong:
+                outcome.notes["pairs whose chosen response is a sample that was wrong"] += 1
         return outcome
 
     def _reason(self, chosen: str, record: Mapping[str, Any]) -> str | None:
@@ -290,6 +303,10 @@ class DropoutNTP:
 def without_placeholders(question: str) -> str:
     """The question without the places for images."""
     return question.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
+
+
+def _is_wrong(item: Item) -> bool:
+    return item.chosen is not None and item.extra.get("chosen_source") == WRONG_SAMPLE
 
 
 def _common(chosen: str, prefix: str) -> int:

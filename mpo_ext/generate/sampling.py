@@ -29,7 +29,9 @@ from mpo_ext.data.records import SOURCE, check_json, find_url
 from mpo_ext.generate.engine import IMAGE_PLACEHOLDER, Engine, check_integer, load_image
 from mpo_ext.generate.journal import FileLock, Journal, encode_line, read_header, read_records, replaced
 
+WRONG_SAMPLE = "wrong sample"  # what ``chosen_source`` says of a chosen response that is known to be wrong
 _REPORT_S = 30.0
+_CHECKED_ITEMS = 100
 _PERIODS = 400
 _LEAST_REPEATS = 5
 _LEAST_REPEATED_CHARS = 60
@@ -50,7 +52,7 @@ class Item:
         extra: What else the input says of it.
         image_root: Folder that relative image paths start from.
         subset: Name of its subset where it comes from a meta file; its pairs then have absolute images, and remember
-            subset and root.
+            subset and root. Those of other items have images that start at the folder of the written file.
         problem: Why the item cannot be used.
     """
 
@@ -65,7 +67,7 @@ class Item:
 
     @property
     def pair_images(self) -> tuple[str, ...]:
-        """The images as the pairs of the item name them: as the input does, but absolute where a subset has a root."""
+        """The images as the input names them, but absolute where a subset has a root."""
         if self.subset is None:
             return self.images
         return tuple(os.path.join(self.image_root, image) for image in self.images)
@@ -165,13 +167,23 @@ class Outcome:
 
     Attributes:
         lines: Lines for the outputs: the name of the output, and the object.
-        refused: Reasons, with how often each was met.
+        refused: Reasons, with how often each was met, for samples and for the item as a whole.
+        is_refused: Whether the item as a whole is.
+        notes: What to know of the lines, with how often.
         tokens: Generated tokens.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
     refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    is_refused: bool = False
+    notes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     tokens: int = 0
+
+    def refuse(self, reason: str) -> "Outcome":
+        """Refuses the item as a whole. Returns this."""
+        self.refused[reason] += 1
+        self.is_refused = True
+        return self
 
 
 class Pipeline(Protocol):
@@ -207,6 +219,13 @@ class Summary:
     chosen_chars: int = 0
     rejected_chars: int = 0
     refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    refused_items: int = 0
+    notes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    @property
+    def refused_samples(self) -> int:
+        """Samples that were refused by themselves, not with their item."""
+        return self.refused.total() - self.refused_items
 
     @property
     def pairs(self) -> int:
@@ -219,6 +238,8 @@ class Summary:
         self.records += records
         self.generated_tokens += outcome.tokens
         self.refused.update(outcome.refused)
+        self.refused_items += outcome.is_refused
+        self.notes.update(outcome.notes)
         for name, line in outcome.lines:
             self.lines[name] = self.lines.get(name, 0) + 1
             if name != "unsolved":
@@ -233,6 +254,9 @@ class Summary:
             "records": self.records,
             "lines": dict(self.lines),
             "refused": dict(sorted(self.refused.items())),
+            "refused_items": self.refused_items,
+            "refused_samples": self.refused_samples,
+            "notes": dict(sorted(self.notes.items())),
             "generated_tokens": self.generated_tokens,
             "generated_tokens_per_pair": round(self.generated_tokens / pairs, 2) if self.pairs else None,
             "chosen_chars_per_pair": round(self.chosen_chars / pairs, 2) if self.pairs else None,
@@ -244,6 +268,10 @@ class Summary:
         text = f"{self.items} items, {self.records} samples, {self.generated_tokens} generated tokens: {outputs}"
         if self.pairs:
             text += f"; {self.generated_tokens / self.pairs:.1f} generated tokens per pair"
+        for note, count in self.notes.most_common():
+            text += f"\n  {note}: {count}"
+        if self.refused:
+            text += f"\n  {self.refused_items} items without a pair, {self.refused_samples} samples refused:"
         for reason, count in self.refused.most_common():
             text += f"\n  refused {count:>7}  {reason}"
         return text
@@ -388,10 +416,61 @@ def run(
                 outcome = pipeline.judge(item, own, engine.name)
                 progress.add(outcome, len(own))
                 if outputs is not None:
-                    outputs.add(outcome, len(own))
+                    outputs.add(item, outcome, len(own))
         if outputs is None:
             return write_outputs(pipeline, items(), out, world=world, model=engine.name)
     return outputs.summary
+
+
+def check_run(
+    pipeline: Pipeline,
+    source: str | Path,
+    out: str | Path,
+    *,
+    image_root: str = "",
+    root_map: Sequence[tuple[str, str]] = (),
+    world: int = 1,
+) -> None:
+    """Raises for what ``run`` would stumble over, without a model.
+
+    Args:
+        pipeline: As in ``run``.
+        source: As in ``run``. One of its first lines must hold an item that can be used.
+        out: As in ``run``.
+        image_root: As in ``run``.
+        root_map: As in ``run``.
+        world: As in ``run``.
+
+    Raises:
+        OSError: If a file is missing or the folder cannot be written.
+        ValueError: If no line holds an item, or an argument does not fit.
+    """
+    if not Path(source).exists():
+        raise FileNotFoundError(f"source must exist, got {source}")
+    files = item_files(source, image_root=image_root, root_map=root_map)
+    for each in files:
+        if not os.path.isfile(each.path):
+            raise FileNotFoundError(f"source must be a file of items, got {each.path}: there is no such file")
+    first = list(take(files, _CHECKED_ITEMS))
+    if not first:
+        raise ValueError(f"source must hold items, got an empty file: {source}")
+    if all(item.problem for item in first):
+        raise ValueError(
+            f"source must hold items (question, image, and chosen or answer_gt), one JSON object a line, got none "
+            f"among the first {len(first)} of {source}: {first[0].problem}"
+        )
+    if pipeline.name == "correctness" and not any(item.truths for item in first):
+        raise ValueError(
+            f"items must have a true answer (answer_gt), got none among the first {len(first)} of {source}"
+        )
+    place = Path(os.path.abspath(out))
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"out must be a folder, got {out}: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"out must be a folder that can be written, got {out}")
+    _refuse_other_world(Path(out), world)
 
 
 def journal_path(out: Path, rank: int, world: int) -> Path:
@@ -424,16 +503,21 @@ def write_outputs(
             records = list(_stored(journals[number % world], keys, path))
             if len(records) < len(keys):
                 raise _IncompleteError
-            outputs.add(pipeline.judge(item, records, model), len(records))
+            outputs.add(item, pipeline.judge(item, records, model), len(records))
         return outputs.summary
     return None
 
 
 class _Outputs:
-    """The outputs and the summary; they take their places when the block ends well, and else stay as they were."""
+    """The outputs and the summary; they take their places when the block ends well, and else stay as they were.
+
+    Journals and ``unsolved``, which is an input again, keep images as the input names them. In the files of pairs
+    relative images start at the folder of the file, as every reader of pairs takes them.
+    """
 
     def __init__(self, pipeline: Pipeline, out: Path) -> None:
         self.pipeline, self.out = pipeline, out
+        self._folder = os.path.realpath(out)  # what ".." leads out of
         self.summary = Summary(lines=dict.fromkeys(pipeline.outputs, 0))
         self._files: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
@@ -450,10 +534,19 @@ class _Outputs:
             self._report.write(json.dumps(self.summary.to_dict(), indent=2, ensure_ascii=False).encode() + b"\n")
         self._stack.__exit__(kind, error, trace)
 
-    def add(self, outcome: Outcome, records: int) -> None:
+    def add(self, item: Item, outcome: Outcome, records: int) -> None:
         self.summary.add(outcome, records)
         for name, line in outcome.lines:
+            if line.get("images"):
+                line = {**line, "images": [self._from_folder(image, item.image_root) for image in line["images"]]}
             self._files[name].write(encode_line(line))
+
+    def _from_folder(self, image: str, root: str) -> str:
+        """The path of an image from the folder of the outputs; an absolute one stays as it is."""
+        if os.path.isabs(image) or find_url(image):
+            return image
+        path = os.path.relpath(os.path.abspath(os.path.join(root, image)), self._folder)
+        return path.replace(os.sep, "/")
 
 
 class _IncompleteError(Exception):
@@ -582,7 +675,8 @@ class Progress:
         self._update()
 
     def _counts(self) -> str:
-        return f"{self.summary.pairs} pairs, {sum(self.summary.refused.values())} refused"
+        items, samples = self.summary.refused_items, self.summary.refused_samples
+        return f"{self.summary.pairs} pairs, {items} items without a pair, {samples} samples refused"
 
     def _bar(self) -> Callable[[], None]:
         from rich import console, progress

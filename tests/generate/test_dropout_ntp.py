@@ -167,12 +167,33 @@ def test_unsolved_questions_are_items_for_it(tmp_path: Path) -> None:
     items.write_text("".join(json.dumps({"question": f"Q{n}", "answer_gt": "impossible"}) + "\n" for n in range(9)))
     pipeline = Correctness(CorrectnessConfig(samples=4))
     first = sampling.run(pipeline, StubEngine(), items, tmp_path / "first", stream=None)
-    second = sampling.run(
-        DropoutNTP(), StubEngine(), tmp_path / "first" / "unsolved.jsonl", tmp_path / "second", stream=None
-    )
+    unsolved = tmp_path / "first" / "unsolved.jsonl"
+    taken = DropoutNTP(DropoutNTPConfig(allow_wrong_chosen=True))
+    second = sampling.run(taken, StubEngine(), unsolved, tmp_path / "second", stream=None)
     assert first.lines == {"pairs": 0, "format_pairs": 0, "unsolved": 9}
     assert second.items == 9
     assert second.pairs > 4
+    note = "pairs whose chosen response is a sample that was wrong"
+    assert second.notes == {note: second.pairs}
+    assert f"{note}: {second.pairs}" in str(second)
+    pair = json.loads((tmp_path / "second" / "pairs.jsonl").read_text().splitlines()[0])
+    assert pair["provenance"]["chosen_source"] == "wrong sample"
+
+
+def test_a_chosen_response_that_was_wrong_is_left_out_and_counted(tmp_path: Path) -> None:
+    item = {"question": "Q", "answer_gt": "5", "chosen": "It is 6 .", "chosen_source": "wrong sample"}
+    items = tmp_path / "items.jsonl"
+    items.write_text(json.dumps(item) + "\n" + json.dumps({**item, "chosen_source": "input"}) + "\n")
+    engine = StubEngine()
+    summary = sampling.run(DropoutNTP(), engine, items, tmp_path / "out", stream=None)
+    assert summary.refused["chosen is a sample that was wrong (--allow-wrong-chosen takes it)"] == 1
+    assert len(engine.requests) == 1
+    # A journal that was written before there was this rule goes on, and its records give no pair.
+    assert "allow_wrong_chosen" not in DropoutNTP().settings()
+    (wrong, _) = sampling.read_items(sampling.item_files(items))
+    records = [{"key": "k", "text": "It is 7 .", "finish": "stop", "tokens": 2, "cut": {"characters": 5, "tokens": 2}}]
+    assert not DropoutNTP().judge(wrong, records, "stub").lines
+    assert DropoutNTP(DropoutNTPConfig(allow_wrong_chosen=True)).judge(wrong, records, "stub").lines
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,36 @@ def test_bad_options_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_a_missing_input_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_needs_no_model_is_checked_before_it_is_loaded(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sample(monkeypatch, "correctness", tmp_path / "none.jsonl", tmp_path / "out") == 1
-    assert "none.jsonl" in capsys.readouterr().err
+    def load(args: argparse.Namespace) -> StubEngine:
+        raise AssertionError("the model was loaded")
+
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers(required=True))
+    monkeypatch.setattr(cli, "_engine", load)
+    monkeypatch.chdir(tmp_path)
+
+    def refused(pipeline: str, source: object, out: object, *options: object, model: str = "stub") -> str:
+        args = parser.parse_args(["sample", pipeline, *map(str, (source, out)), "--model", model, *map(str, options)])
+        assert args.run(args) == 1
+        return capsys.readouterr().err
+
+    assert refused("correctness", "none.jsonl", "out") == "mpo-ext sample: source must exist, got none.jsonl\n"
+    (tmp_path / "pairs.json").write_text("[1, 2]")
+    assert "must be a meta file in JSON" in refused("correctness", "pairs.json", "out")
+    (tmp_path / "list.jsonl").write_text('[\n{"a": 1},\n]\n')
+    assert "got none among the first 3 of list.jsonl: unreadable line" in refused("correctness", "list.jsonl", "out")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert "got an empty file: empty.jsonl" in refused("dropout-ntp", "empty.jsonl", "out")
+    (tmp_path / "truthless.jsonl").write_text('{"question": "Q"}\n')
+    assert "must have a true answer" in refused("correctness", "truthless.jsonl", "out")
+    assert "out must be a folder, got items.jsonl/sub" in refused("correctness", items, "items.jsonl/sub")
+    assert "kind must be one of" in refused("dropout-ntp", items, "out", "--matcher", "guess")
+    assert "style must be one of" in refused("correctness", items, "out", "--style", "loud")
+    assert "block_size must be at least 1, got 0" in refused("correctness", items, "out", "--block-size", 0)
+    (tmp_path / "runs").mkdir()
+    told = refused("correctness", items, "out", model="runs/nope")
+    assert "--model must be a folder here or a hub id, got runs/nope: there is no such folder" in told
+    assert not (tmp_path / "out").exists()

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from stub_engine import StubEngine
 
+from mpo_ext.data.check import check_pairs
 from mpo_ext.data.mmpr import write_mmpr
 from mpo_ext.data.records import Pair
+from mpo_ext.data.sources import open_pairs
 from mpo_ext.generate import sampling
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
@@ -219,7 +221,8 @@ def test_a_meta_file_of_prompts_is_a_source(prompts: Path, tmp_path: Path) -> No
     assert summary.refused["image outside the root of its subset"] == 1  # for "maps" it is inside
     pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
     unsolved = [json.loads(line) for line in (tmp_path / "out" / "unsolved.jsonl").read_text().splitlines()]
-    run(DropoutNTP(), tmp_path / "out" / "unsolved.jsonl", tmp_path / "blind")
+    taken = DropoutNTP(DropoutNTPConfig(samples=16, allow_wrong_chosen=True))  # what is drawn hangs on the path
+    run(taken, tmp_path / "out" / "unsolved.jsonl", tmp_path / "blind")
     blind = [json.loads(line) for line in (tmp_path / "blind" / "pairs.jsonl").read_text().splitlines()]
     assert pairs
     assert unsolved
@@ -296,10 +299,76 @@ def test_progress_says_rate_time_left_and_counts(tmp_path: Path) -> None:
     items = write_items(tmp_path / "items.jsonl", 6)
     with open(tmp_path / "log", "w") as stream:
         summary = sampling.run(PIPELINES["dropout_ntp"](), StubEngine(), items, tmp_path / "out", stream=stream)
-    refused = sum(summary.refused.values())
     line = (tmp_path / "log").read_text()
     assert line.startswith("dropout_ntp: 6/6 items, ")
-    assert line.endswith(f"/s, 0 s left, {summary.pairs} pairs, {refused} refused\n")
+    refused = sum(summary.refused.values())
+    assert line.endswith(f"/s, 0 s left, {summary.pairs} pairs, 0 items without a pair, {refused} samples refused\n")
+
+
+def test_refused_samples_and_items_without_a_pair_are_told_apart(tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 20)
+    with open(items, "a") as file:
+        file.write('{"question": ""}\n{"question": "no answer"}\n')
+    summary = run(PIPELINES["correctness"](), items, tmp_path / "out")
+    whole = {"no question", "no true answer", "question without a right answer", "question with right answers only"}
+    whole |= {"accuracy outside the band", "question without a pair"}
+    assert summary.refused_items == sum(count for reason, count in summary.refused.items() if reason in whole) >= 2
+    assert summary.refused_samples == summary.refused.total() - summary.refused_items > 0
+    told = f"{summary.refused_items} items without a pair, {summary.refused_samples} samples refused:"
+    assert told in str(summary)
+    saved = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (saved["refused_items"], saved["refused_samples"]) == (summary.refused_items, summary.refused_samples)
+
+
+@pytest.mark.parametrize("image_root", ["", "data", "ABSOLUTE"])
+def test_images_of_pairs_start_at_the_folder_of_their_file(
+    image_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image = pytest.importorskip("PIL.Image")  # noqa: N806
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "data" / "images" / f"{name}.png")
+    prefix = "data/" if not image_root else ""
+    lines = [
+        {"question": "Q", "image": f"{prefix}images/a.png", "answer": "7", "chosen": "It is 7 , as one sees"},
+        {"question": "R", "images": [str(tmp_path / "data/images/b.png")], "answer": "7", "chosen": "It is 7 , yes"},
+    ]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    root = str(tmp_path / "data") if image_root == "ABSOLUTE" else image_root
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere" / "deep")  # ".." leads out of where a folder really lies
+    for out in (Path("runs/one"), tmp_path / "two", Path("linked/three")):
+        run(DropoutNTP(DropoutNTPConfig(samples=16)), Path("items.jsonl"), out, image_root=root)
+        written = [json.loads(line)["images"][0] for line in (out / "pairs.jsonl").read_text().splitlines()]
+        absolute = str(tmp_path / "data/images/b.png")
+        relative = os.path.relpath(tmp_path / "data/images/a.png", out.resolve())
+        assert set(written) == {relative, absolute}
+        monkeypatch.chdir("/")  # whatever the current folder
+        source = open_pairs(tmp_path / out / "pairs.jsonl")
+        assert check_pairs(source).is_clean
+        assert {pair.images[0] for pair in source.pairs if isinstance(pair, Pair)} == set(written)
+        assert source.read(0)[1].images == (str(tmp_path / "data/images/a.png"),)
+        monkeypatch.chdir(tmp_path)
+
+
+def test_a_journal_from_before_gives_relative_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Journals name no images: an old one gives what a new one does. ``unsolved`` is an input and stays as it was."""
+    Image = pytest.importorskip("PIL.Image")  # noqa: N806
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save("a.png")
+    items = [{"question": f"Q{n}", "image": "a.png", "answer": "7" if n else "impossible"} for n in range(4)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    for _ in range(2):
+        engine = StubEngine()
+        run(PIPELINES["correctness"](), tmp_path / "items.jsonl", Path("out"), engine)
+        lines = [json.loads(line) for line in Path("out/pairs.jsonl").read_text().splitlines()]
+        assert {line["images"][0] for line in lines} == {"../a.png"}
+        unsolved = [json.loads(line) for line in Path("out/unsolved.jsonl").read_text().splitlines()]
+        assert {line["image"][0] for line in unsolved} == {"a.png"}
+        Path("out/pairs.jsonl").unlink()
+    assert not engine.requests
+    assert '"a.png' not in Path("out/journal-00000-of-00001.jsonl").read_text()
 
 
 def test_memory_stays_flat(tmp_path: Path) -> None:
