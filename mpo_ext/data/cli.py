@@ -26,11 +26,13 @@ def run(args: argparse.Namespace) -> int:
         0 if all is well; 1 if the data is not: ``check`` found something, or a bad line ended a conversion; 2 if the
         command could not do its work: a missing file or package, a wrong argument, nowhere to write.
     """
-    from mpo_ext.config import install_hint
+    from mpo_ext.config import install_hint, leave_broken_pipe
     from mpo_ext.data.jsonl import BadLine
 
     try:
-        return args.data_command(args)
+        status = args.data_command(args)
+        sys.stdout.flush()
+        return status
     except BadLine as bad:
         print(f"{bad}\n--skip-bad leaves such lines out and counts them", file=sys.stderr)
         return 1
@@ -38,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
         hint = "" if "pip install" in str(error) else f": {install_hint('data')}"
         print(f"mpo-ext data {args.command}: {error}{hint}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return leave_broken_pipe()
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         print(f"mpo-ext data {args.command}: {error}", file=sys.stderr)
         return 2
@@ -128,6 +132,22 @@ def _open(args: argparse.Namespace) -> Any:
     )
 
 
+def _open_and_look(args: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
+    """Opens the pairs. Returns them, and what warns at the end of images that were missing from those read."""
+    import dataclasses
+
+    from mpo_ext.data.sources import MissingImages
+
+    missing = MissingImages()
+    source = dataclasses.replace(_open(args), on_pair=missing.add)
+
+    def warn() -> None:
+        if (warning := missing.warning(source)) is not None:
+            print(_printable(warning), file=sys.stderr)
+
+    return source, warn
+
+
 def _check(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
@@ -164,7 +184,7 @@ def _stats(args: argparse.Namespace) -> int:
     from mpo_ext.data.jsonl import Skipped, atomic_write
     from mpo_ext.data.stats import collect_stats, token_counter
 
-    source = _open(args)
+    source, warn = _open_and_look(args)
     length, unit = token_counter(args.tokenizer)
     skipped = Skipped()
     stats = collect_stats(source, length, skipped)
@@ -172,6 +192,7 @@ def _stats(args: argparse.Namespace) -> int:
     console.print(_format_line(args, source, stats), markup=False, highlight=False)
     console.print(_stats_table(stats, unit))
     _print_skipped(skipped)
+    warn()
     if args.json is not None:
         values = {
             "format": source.format,
@@ -191,24 +212,26 @@ def _convert(args: argparse.Namespace) -> int:
         raise FileExistsError(f"out must not exist without --force, got {written}")
     if args.out.exists() and args.to != "mmpr" and args.out.samefile(args.path):
         raise ValueError(f"out must be another place than path, got {args.out}")
-    source = _open(args)
+    source, warn = _open_and_look(args)
     count, skipped = convert(
         source, args.out, args.to, kind=args.kind, skip_bad=args.skip_bad, root=args.out_root, name=args.name
     )
     print(f"wrote {count:,} pairs to {args.out}")
     _print_skipped(skipped)
+    warn()
     return 0
 
 
 def _view(args: argparse.Namespace) -> int:
     from mpo_ext.data.view import write_view
 
-    source = _open(args)
+    source, warn = _open_and_look(args)
     count, skipped = write_view(
         args.out, source, title=args.title, limit=args.limit, seed=args.seed, thumbnail=args.thumbnail
     )
     print(f"wrote {count:,} of {len(source.pairs):,} pairs to {args.out}")
     _print_skipped(skipped)
+    warn()
     return 0
 
 

@@ -23,6 +23,9 @@ def convert(
 ) -> tuple[int, Skipped]:
     """Writes the pairs in another format, whole or not at all.
 
+    Images are written with absolute paths. In the formats "pairs" and "trl" relative ones stay relative where ``out``
+    lies in the folder that they start at, or in one above them.
+
     Args:
         source: The pairs.
         out: A folder for "mmpr" and "hf", a file for "pairs" and "trl".
@@ -49,7 +52,8 @@ def convert(
     def pairs() -> Iterator[Pair]:
         nonlocal skipped
         skipped = Skipped()  # a dataset is gone through twice
-        for where, pair in source.scan():
+        is_file = format in ("pairs", "trl")
+        for where, pair in source.scan_for(Path(out).absolute().parent) if is_file else source.scan():
             if skip_bad and format == "hf" and not isinstance(pair, BadLine):
                 pair = _with_readable_images(where, pair)
             if not isinstance(pair, BadLine):

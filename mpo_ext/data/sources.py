@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ class Source:
         pairs: The pairs, each line once.
         root: Folder that relative images start at.
         subsets: The entries of a meta file, by name; empty for the other formats.
+        on_pair: Is told of each pair that is read, with its absolute images; None tells nobody.
     """
 
     path: str
@@ -35,6 +36,7 @@ class Source:
     pairs: Pairs
     root: str
     subsets: dict[str, Subset]
+    on_pair: Callable[[Pair], object] | None = None
 
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
         """Yields every entry with its place: the pair with absolute images, or what is wrong with it."""
@@ -43,18 +45,73 @@ class Source:
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
         """Reads one entry, as ``scan`` yields it."""
+        where, _, pair = self._read(index)
+        return where, pair
+
+    def scan_for(self, folder: str | os.PathLike[str]) -> Iterator[tuple[Location, Pair | BadLine]]:
+        """Yields every entry as ``scan`` does, but relative images stay so where a file in a folder can name them so.
+
+        That is where it is the folder that they start at now, or one above them.
+        """
+        folder = os.path.realpath(folder)
+        for index in range(len(self.pairs)):
+            where, named, pair = self._read(index)
+            if not isinstance(pair, BadLine) and named != pair.images:
+                images = (self._from(folder, image, path) for image, path in zip(named, pair.images, strict=True))
+                pair = dataclasses.replace(pair, images=tuple(images))
+            yield where, pair
+
+    def _read(self, index: int) -> tuple[Location, tuple[str, ...], Pair | BadLine]:
+        """The place, the images as they are named there, and the pair with absolute ones or what is wrong with it."""
         where = self.pairs.locate(index)
         try:
             pair = self.pairs[index]
         except BadLine as bad:
-            return where, bad
-        if not all(map(os.path.isabs, pair.images)):
-            images = (image if find_url(image) else _join(self.root, image) for image in pair.images)
-            pair = dataclasses.replace(pair, images=tuple(images))
+            return where, (), bad
+        named = pair.images
+        if not all(map(os.path.isabs, named)):
+            pair = dataclasses.replace(pair, images=tuple(map(self._absolute, named)))
+        if self.on_pair is not None:
+            self.on_pair(pair)
         subset = pair.source.get("subset")
         if self.format != "mmpr" and isinstance(subset, str):  # what the pair remembers, where the format has none
             where = dataclasses.replace(where, subset=subset)
-        return where, pair
+        return where, named, pair
+
+    def _from(self, folder: str, image: str, path: str) -> str:
+        if os.path.isabs(image) or folder == _real(self.root):
+            return image
+        inside = os.path.relpath(path, folder)
+        return path if inside.startswith("..") or find_url(image) else inside.replace(os.sep, "/")
+
+    def _absolute(self, image: str) -> str:
+        return image if find_url(image) else _join(self.root, image)
+
+
+class MissingImages:
+    """Counts the images of pairs that are no files here, each once. ``Source.on_pair`` takes its ``add``."""
+
+    def __init__(self) -> None:
+        self.first = ""
+        self._known: dict[int, bool] = {}
+
+    def add(self, pair: Pair) -> None:
+        """Looks for the images of a pair."""
+        for image in pair.images:
+            key = hash(image)
+            if key not in self._known:
+                self._known[key] = os.path.isfile(image)
+                self.first = self.first or ("" if self._known[key] else image)
+
+    def warning(self, source: Source) -> str | None:
+        """What to say at the end; None where none is missing."""
+        missing = sum(not found for found in self._known.values())
+        if not missing:
+            return None
+        told = f"warning: {missing:,} of {len(self._known):,} images are no files here, as {self.first}"
+        if source.format == "hf" or source.subsets:
+            return f"{told}: try --root-map"
+        return f"{told}: relative images start at {source.root}: try --root"
 
 
 def _join(root: str, image: str) -> str:

@@ -290,6 +290,40 @@ def test_relative_images_start_at_the_file(images: Path, tmp_path: Path) -> None
     assert run("check", tmp_path / "mmpr/meta.json") == 0
 
 
+def test_missing_images_are_warned_of_with_their_number(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [Pair(f"q{n}", "c", "r", (name,)) for n, name in enumerate(("a.png", "b.png", "b.png", "sub/b.jpg"))]
+    write_pairs(tmp_path / "p.jsonl", pairs)
+    convert = ["convert", tmp_path / "out.jsonl", "--to", "trl"]
+    for command in (["stats"], convert, ["view", "--out", tmp_path / "p.html"]):
+        assert run(command[0], tmp_path / "p.jsonl", *command[1:]) == 0
+        warning = capsys.readouterr().err
+        assert f"warning: 3 of 3 images are no files here, as {tmp_path}/a.png: " in warning
+        assert warning.endswith(f"relative images start at {tmp_path}: try --root\n")
+    assert run("stats", tmp_path / "p.jsonl", "--root", images) == 0
+    assert "warning: 1 of 3 images are no files here" in capsys.readouterr().err
+    write_pairs(tmp_path / "good.jsonl", [pairs[0]])
+    assert run("stats", tmp_path / "good.jsonl", "--root", images) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_meta_file_is_helped_by_root_map(write_lines: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("stats", write_lines("gone", [{**GOOD, "image": "gone.png"}])) == 0
+    assert capsys.readouterr().err.endswith(": try --root-map\n")
+
+
+def test_a_reader_that_leaves_ends_a_command_quietly(mmpr: Path) -> None:
+    command = [sys.executable, "-m", "mpo_ext", "data", "stats", str(mmpr)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        text = process.stderr.read()
+    assert "roken pipe" not in text
+    assert "Errno" not in text
+
+
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",

@@ -520,6 +520,26 @@ def test_the_format_is_found_out(mmpr: Path, tmp_path: Path) -> None:
         open_pairs(mmpr, format="csv")  # type: ignore[arg-type]
 
 
+def test_relative_images_come_back_relative(images: Path, tmp_path: Path) -> None:
+    absolute = (str(images / "a.png"), str(images / "sub/b.jpg"))
+    pairs = [Pair("q", "c", "r", ("a.png", "sub/b.jpg")), Pair("p", "c", "r", absolute), Pair("t", "c", "r")]
+    write_pairs(images / "p.jsonl", pairs)
+
+    def there_and_back(folder: Path) -> list[Any]:
+        convert(open_pairs(images / "p.jsonl"), folder / "t.jsonl", "trl")
+        convert(open_pairs(folder / "t.jsonl"), folder / "back.jsonl", "pairs")
+        back = open_pairs(folder / "back.jsonl")
+        assert [back.read(index)[1].images for index in range(3)] == [absolute, absolute, ()]
+        return [pair.images for pair in back.pairs]
+
+    assert there_and_back(images) == [pair.images for pair in pairs]
+    assert (images / "back.jsonl").read_bytes() == (images / "p.jsonl").read_bytes()
+    above = there_and_back(tmp_path)
+    assert above == [("images/a.png", "images/sub/b.jpg"), absolute, ()]
+    (tmp_path / "beside").mkdir()
+    assert there_and_back(tmp_path / "beside")[0] == absolute
+
+
 TEXT_ONLY = {"question": "1 + 1?", "chosen": "2", "rejected": "3"}
 
 
