@@ -313,8 +313,18 @@ def test_a_meta_file_is_helped_by_root_map(write_lines: Any, capsys: pytest.Capt
     assert capsys.readouterr().err.endswith(": try --root-map\n")
 
 
-def test_a_reader_that_leaves_ends_a_command_quietly(mmpr: Path) -> None:
-    command = [sys.executable, "-m", "mpo_ext", "data", "stats", str(mmpr)]
+def test_a_reader_that_leaves_ends_a_command_quietly(mmpr: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mpo_ext",
+        "data",
+        "convert",
+        str(mmpr),
+        str(tmp_path / "out.jsonl"),
+        "--to",
+        "trl",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()

@@ -48,6 +48,17 @@ def test_options_reach_the_evaluation(items: Path, tmp_path: Path, monkeypatch: 
     assert len(list((tmp_path / "o" / "lmms-eval").rglob("*.jsonl"))) == 2 * 2 * 3
 
 
+def test_all_models_are_looked_for_before_the_first_is_asked(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/nope", "model/final/it", "./nope"):
+        assert run(monkeypatch, "a=model", f"b={name}", "--data", items, "--out", tmp_path / "o") == 1
+        assert "there is no such folder" in capsys.readouterr().err
+        assert not (tmp_path / "o" / "journals").exists()
+
+
 def test_models_are_named_by_their_folder(tmp_path: Path) -> None:
     (tmp_path / "a=b" / "final").mkdir(parents=True)
     (tmp_path / "items.v2.jsonl").touch()
