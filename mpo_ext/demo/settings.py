@@ -100,6 +100,8 @@ class StudySettings(Settings):
         direct_questions: As ``questions``, which is of the step-by-step ones here.
         sft_text_share: Share of the first training's questions that name the digits and come without image.
         text_questions: Questions without image that the model answers to make pairs.
+        late_continuations: Continuations of each answer of which 0.75 are kept, since few of them go wrong: all digits
+            are in what is kept. One elsewhere.
         pairs: Mixed pairs.
         mixed_shares: Shares of them that are direct correctness, step-by-step correctness and DropoutNTP pairs.
         kind_pairs: Most pairs of each of the files that are compared by the kind of their pairs.
@@ -110,15 +112,19 @@ class StudySettings(Settings):
     sft_check_steps: int = 50
     sft_blind_share: float = 0.0625
     sft_text_share: float = 0.2
-    questions: int = 3000
-    direct_questions: int = 1000
+    questions: int = 2000
+    direct_questions: int = 800
+    samples: int = 6
     temperature: float = 1.0
-    dropout_ntp_questions: int = 3000
-    text_questions: int = 2000
-    pairs: int = 3200
+    dropout_ntp_questions: int = 2000
+    late_continuations: int = 6
+    text_questions: int = 1000
+    pairs: int = 2560
     mixed_shares: tuple[float, float, float] = (0.25, 0.5, 0.25)
-    kind_pairs: int = 1600
+    kind_pairs: int = 1280
+    branch_steps: int = 80
     branch_batch: int = 32
+    branch_rate: float = 1e-4
     evaluation_tasks: int = 500
 
     @classmethod

@@ -52,6 +52,7 @@ from mpo_ext.train.samples import Dropped, Encoder, Sample
 
 _EVALUATION_SEED = 1  # the same held-out questions for every seed and row
 _WRITE_S = 10.0
+_LATE = 0.5  # share of an answer behind which few blind continuations go wrong
 _LOGGED = 5  # steps at either end whose mean is kept of a run's log
 _LOG_KEYS = ("loss", "dpo_loss", "bco_loss", "ntp_loss", "reward_accuracy", "chosen_reward", "rejected_reward",
              "grad_norm", "reward_shift")  # fmt: skip
@@ -461,7 +462,9 @@ def _sample(
                                    style=digits.STYLES[form], **common)  # fmt: skip
         sample(source, source, Correctness(config))
     for name, keep in study.KEEPS.items():
-        blind = DropoutNTPConfig(keep=keep, sample_chosen=True, style=digits.STYLES["cot"], **common)
+        continuations = settings.late_continuations if keep > _LATE else 1
+        blind = DropoutNTPConfig(keep=keep, samples=continuations, sample_chosen=True, style=digits.STYLES["cot"],
+                                 **common)  # fmt: skip
         sample(name, "cot", DropoutNTP(blind), settings.dropout_ntp_questions)
     return pool, summaries
 

@@ -98,7 +98,7 @@ def test_no_two_rows_are_the_same_run() -> None:
 
 @pytest.mark.parametrize("row", study.ROWS)
 def test_a_rows_recipe_says_what_the_row_says(row: str, tmp_path: Path) -> None:
-    settings, run_of = StudySettings(seed=3), study.ROWS[row]
+    settings, run_of = StudySettings(seed=3, branch_steps=100, branch_batch=32), study.ROWS[row]
     recipe = study_run.row_recipe(run_of, settings, tmp_path, tmp_path / "run")
     plain = LossRecipe()
     for name in ("dpo_weight", "bco_weight", "ntp_weight", "preference", "label_smoothing"):
