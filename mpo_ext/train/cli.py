@@ -197,7 +197,7 @@ def print_look(recipe: "Recipe") -> bool:
     """
     from mpo_ext.train.mixture import Mixture
 
-    is_sound = True
+    is_sound, is_whole = True, True
     print("\nData, looked at")
     for sources in filter(None, (recipe.data.train, recipe.data.eval)):
         looks = Mixture(sources, seed=recipe.optim.seed).look()
@@ -217,11 +217,10 @@ def print_look(recipe: "Recipe") -> bool:
                 )
         bad = sum(look.bad + look.pairs_missing for look in looks)
         read = sum(look.looked_at for look in looks)
+        is_whole &= all(look.looked_at == look.lines for look in looks)
         is_sound &= bad == 0 or (recipe.data.skip_bad and bad < read)
-    print(
-        "  not looked at: whether the images can be opened (mpo-ext data check does that), tokens, lengths, and the "
-        "lines between those of a long file"
-    )
+    rest = "" if is_whole else ", and the lines between those that were read"
+    print(f"  not looked at: whether images can be opened (mpo-ext data check does that), lengths in tokens{rest}")
     if not is_sound:
         end = "every pair would be left out" if recipe.data.skip_bad else "the run would end at the first of them"
         print(f"  NOT SOUND: {end}")

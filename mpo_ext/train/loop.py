@@ -561,13 +561,15 @@ class Trainer:
             if path is not None:
                 changes = self._resume(path)
                 if self.step >= self.total and not changes and self._is_exported(path):
-                    if not (self.out / "final" / "README.md").exists():  # it was killed between model and card
+                    has_card = self._gather((self.out / "final" / "README.md").exists())
+                    if not all(has_card):  # it was killed between model and card
                         self._write_card(self._evaluated())
                     self.console.say(
                         f"already finished (step {self.step} of {self.total}): the model is in {self.out / 'final'}"
                     )
                     self._close()
                     return 0
+                self.console.say(f"goes on from {path} after step {self.step}")
             elif self.is_main:
                 if self.log.position():
                     self.console.say(f"no checkpoint in {self.checkpoints.folder} yet: starts anew, and the log too")
@@ -955,8 +957,6 @@ class Trainer:
         if self.is_main:
             self.log.rewind(state["log_position"])
         self.accelerator.wait_for_everyone()
-        if self.step < self.total:
-            self.console.say(f"goes on from {path} after step {self.step}")
         return changed
 
     def _end_early(self) -> int:

@@ -399,7 +399,7 @@ def test_the_command_prints_the_plan_and_trains_nothing(
     if not terminal:
         assert text.startswith(f"{plan(recipe, world=2)}\n")
     assert "a.jsonl: format pairs, found out; 50 of 50 pairs with images\n    1 different images: all there" in text
-    assert "not looked at: whether the images can be opened" in text
+    assert "not looked at: whether images can be opened (mpo-ext data check does that), lengths in tokens\n" in text
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 0
