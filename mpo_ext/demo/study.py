@@ -22,6 +22,7 @@ SFT = "SFT"  # what a row is compared with besides
 TEXT = "text"  # the step-by-step question without image, its digits named
 COLUMNS = (*FORMS, TEXT)
 QUANTITIES = ("accuracy", "unparsable", "tokens")
+NOT_RUN = "not run"  # the reason of a run that a study was ended before
 STEPS_BETWEEN_SYNCS = 4  # TR-DPO: the run's steps divided by this
 
 
@@ -327,9 +328,12 @@ def _setup(document: Mapping[str, Any]) -> str:
     failed = [
         f"{result['row']} (seed {result['seed']}: {_plain(result['reason'])})"
         for result in document["results"]
-        if result["status"] == "failed"
+        if result["status"] == "failed" and result["reason"] != NOT_RUN
     ]
     lines.append(f"Failed: {'; '.join(failed)}." if failed else "No run failed.")
+    not_run = sum(result.get("reason") == NOT_RUN for result in document["results"])
+    if not_run:
+        lines.append(f'Runs left out: {not_run}; the column "seeds" says how many a row has.')
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,6 @@ several seeds may run side by side, each in a process of its own.
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -97,9 +96,15 @@ def run(
     left = sum(map(len, todo.values()))
     say(f"{len(study.ROWS)} rows for each of {len(seeds)} seeds; {left} of these runs are still to do")
     began = written = time.monotonic()
+    rows = [study.START, *study.ROWS]
 
     def document() -> dict[str, Any]:
         return _document(results, settings, environment, quick)
+
+    def order(run: tuple[int, str]) -> tuple[int, int]:
+        """Row by row, each over all seeds: a study that is ended early has the first rows whole."""
+        seed, row = run
+        return rows.index(row), seed
 
     def finish(seed: int, row: str, result: dict[str, Any]) -> None:
         nonlocal left, written
@@ -108,6 +113,7 @@ def run(
         say(f"{(time.monotonic() - began) / 60:5.1f} min, {left} to do: seed {seed}, {row}: {_told(result)}")
         if row == study.START and _is_measured(result):
             queue.extend((seed, other) for other in todo[seed])
+            queue.sort(key=order)
         elif row == study.START:
             for other in todo[seed]:
                 failure = {"status": "failed", "reason": f"{_NO_START}: {result['reason']}"}
@@ -117,15 +123,13 @@ def run(
             _write(out, document())
             written = time.monotonic()
 
-    queue = collections.deque(
-        (seed, study.START) for seed in seeds if todo[seed] or (seed, study.START) not in results
-    )
+    queue = [(seed, study.START) for seed in seeds if todo[seed] or (seed, study.START) not in results]
     pending: dict[concurrent.futures.Future[dict[str, Any]], tuple[int, str]] = {}
     try:
         with Workers(jobs, _begin_process, threads) as workers, sigterm_as_interrupt():
             while queue or pending:
                 while queue and len(pending) < jobs:
-                    seed, row = queue.popleft()
+                    seed, row = queue.pop(0)
                     task = prepare if row == study.START else run_row
                     pending[workers.submit(task, out / f"seed-{seed}", settings[seed], row)] = seed, row
                 for future in concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED).done:
@@ -217,7 +221,7 @@ def _document(
     quick: bool,
 ) -> dict[str, Any]:
     """The result file as far as there are results."""
-    missing = {"status": "failed", "reason": "not run yet"}
+    missing = {"status": "failed", "reason": study.NOT_RUN}
     starts, results = [], []
     for seed in settings:
         for row in (study.START, *study.ROWS):
@@ -338,6 +342,7 @@ def prepare(folder: Path, settings: StudySettings, row: str = study.START) -> di
     for path in folder.iterdir():  # what another start has left does not belong to this one; results know their own
         if path.name != _RESULTS:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _known.clear()
     with _logged(folder), _Clock() as clock:
         torch.manual_seed(settings.seed)
         rng = np.random.default_rng(settings.seed)
@@ -351,7 +356,7 @@ def prepare(folder: Path, settings: StudySettings, row: str = study.START) -> di
             _compute_reference(model, processor, settings, name, folder)
         evaluation = _evaluate(model, processor, settings)
         torch.save(model.state_dict(), _start_file(folder))
-    _known.clear()
+    _known.clear()  # most of it was of the first training
     return _save(
         folder.parent,
         settings,
@@ -416,7 +421,7 @@ def _train_start(
         schedule="linear",
         settings=settings,
     )
-    _train(recipe, model, processor, folder, on_step=note)
+    _train(recipe, model, processor, on_step=note)
     return curve
 
 
@@ -517,7 +522,7 @@ def _compute_reference(
         batch=settings.branch_batch, rate=0.0, schedule="constant", settings=settings,
         reference=_reference_file(folder, name),
     )  # fmt: skip
-    _train(recipe, copy.deepcopy(model), processor, folder)
+    _train(recipe, copy.deepcopy(model), processor)
 
 
 # --------------------------------------------------------------------------------------------------------------- a row
@@ -541,7 +546,7 @@ def run_row(folder: Path, settings: StudySettings, row: str) -> dict[str, Any]:
         model = build_model(processor.tokenizer, hidden_size=settings.hidden_size, layers=settings.layers)
         model.load_state_dict(torch.load(_start_file(folder), weights_only=True))
         recipe = row_recipe(run, settings, folder, folder / "runs" / slug(row))
-        _train(recipe, model, processor, folder, on_step=lambda _, line: lines.append(dict(line)))
+        _train(recipe, model, processor, on_step=lambda _, line: lines.append(dict(line)))
         evaluation = _evaluate(model, processor, settings)
     log = {"first": _means(lines[:_LOGGED]), "last": _means(lines[-_LOGGED:])}
     result = {"status": "measured", "evaluation": evaluation, "log": log, "steps": len(lines), **clock.seconds}
@@ -578,7 +583,6 @@ def _means(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------- what they share
 
 _known: dict[str, Sample | Dropped] = {}  # what this process has encoded, by the pair and the path of its image
-_known_of: Path | None = None  # folder of the seed that it is of
 
 
 class _RememberingEncoder(Encoder):
@@ -617,14 +621,9 @@ def _train(
     recipe: Recipe,
     model: InternVLForConditionalGeneration,
     processor: DigitsProcessor,
-    folder: Path,
     on_step: Callable[[int, Mapping[str, float]], object] | None = None,
 ) -> None:
     """One run of the trainer. What it writes is removed."""
-    global _known_of
-    if _known_of != folder:
-        _known.clear()
-        _known_of = folder
     if _Run(recipe, model=model, processor=processor, on_step=on_step).run() != 0:
         raise KeyboardInterrupt  # the trainer has caught the signal
     shutil.rmtree(recipe.output.dir, ignore_errors=True)

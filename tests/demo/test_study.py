@@ -221,6 +221,10 @@ def test_a_failed_run_is_listed() -> None:
     row.update(status="failed", reason="ValueError: a | b")
     setup = study.tables(document)["study_setup"]
     assert "Failed: IPO (seed 1: ValueError: a / b)." in setup
+    assert "Runs left out" not in setup
+    row.update(reason=study.NOT_RUN)
+    setup = study.tables(document)["study_setup"]
+    assert "No run failed.\nRuns left out: 1;" in setup
 
 
 def test_there_is_a_block_for_each_table() -> None:
@@ -317,6 +321,12 @@ def test_a_study_that_was_ended_goes_on(scripted, tmp_path: Path) -> None:
     assert asked == [(1, "IPO")]
     assert dict(study.load(tmp_path / "study.json"), environment=None) == before
     assert (tmp_path / "study.png").read_text() == (tmp_path / "study.svg").read_text() == "drawn"
+
+
+def test_rows_are_run_one_after_the_other_over_all_seeds(scripted, tmp_path: Path) -> None:
+    asked, _ = scripted
+    assert run_study(tmp_path) == 0
+    assert asked == [(seed, row) for row in (study.START, *study.ROWS) for seed in range(2)]
 
 
 def test_what_has_changed_is_run_again(scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
