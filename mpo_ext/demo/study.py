@@ -172,6 +172,9 @@ TABLES: dict[str, Table] = {
     ),
 }  # fmt: skip
 
+#: The tables whose rows are run first.
+MAIN = ("main", "losses")
+
 
 # ---------------------------------------------------------------------------------------------------------- documents
 

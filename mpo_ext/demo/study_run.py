@@ -97,14 +97,16 @@ def run(
     say(f"{len(study.ROWS)} rows for each of {len(seeds)} seeds; {left} of these runs are still to do")
     began = written = time.monotonic()
     rows = [study.START, *study.ROWS]
+    main = {row for name in study.MAIN for _, row in study.TABLES[name].rows}
 
     def document() -> dict[str, Any]:
         return _document(results, settings, environment, quick)
 
-    def order(run: tuple[int, str]) -> tuple[int, int]:
-        """Row by row, each over all seeds: a study that is ended early has the first rows whole."""
+    def order(run: tuple[int, str]) -> tuple[int, int, int]:
+        """The main rows over all seeds, then the others seed by seed: an early end costs other rows' seeds first."""
         seed, row = run
-        return rows.index(row), seed
+        place = rows.index(row)
+        return (0, place, seed) if row in main else (1, seed, place)
 
     def finish(seed: int, row: str, result: dict[str, Any]) -> None:
         nonlocal left, written
