@@ -491,9 +491,8 @@ class _Work:
         converts = (converts_weight_grad or keeps_logits) and head.weight.dtype != self.like.dtype
         # A product of half precision is a tensor of its own, and so is the gradient as operand of the next two.
         is_narrow = self.operand_dtype != self.tile_dtype
-        is_rounded = (
-            hidden.dtype == head.weight.dtype == torch.bfloat16
-        )  # as gradients are, to fewer bits than float16
+        # Gradients in bfloat16 are rounded to fewer bits than float16 has.
+        is_rounded = hidden.dtype == head.weight.dtype == torch.bfloat16
         kept_dtype = torch.float16 if is_rounded and self.tile_dtype == torch.float32 else self.tile_dtype
         self.keeps_in_place = keeps_logits and kept_dtype == self.tile_dtype
         planes = (not self.keeps_in_place) + (head.softcap is not None) + 2 * is_narrow
