@@ -28,7 +28,7 @@ from mpo_ext.reward_shift import HOLD
 
 STATISTICS = "mpo_ext, all statistics"
 _TRIAL = 16  # a trial has this fraction of rows and of vocabulary
-_RUN_SECONDS = 120.0  # what a run may take if it takes as much longer as its work is larger, which few runs do
+_RUN_SECONDS = 20.0  # that a run may take, if it takes as much longer than its trial as its work is larger
 
 
 @dataclasses.dataclass(frozen=True)
