@@ -14,7 +14,7 @@ from mpo_ext import mpo_loss, ops
 from mpo_ext.cost import Machine
 
 _WORDS = 32 << 20  # float32: four times the last-level cache of a common server
-_FRESH_BYTES = 256 << 20  # a system may give small amounts back at once that were freed just before
+_FRESH_BYTES = 128 << 20  # a system may give small amounts back at once that were freed just before
 _ROWS, _DEPTH, _COLUMNS = 256, 896, 8192  # of the matrix products
 _CACHED = (2, 16, 65536)  # logits that stay in a last-level cache
 DTYPES = ("float32", "bfloat16")
