@@ -157,7 +157,10 @@ def _where_short(document: Mapping[str, Any]) -> str:
 
 
 def _missing(document: Mapping[str, Any]) -> str:
-    reasons = "; ".join(f"{_name(name)} ({_escape(reason)})" for name, reason in document["missing"].items())
+    measured = {point["provider"] for point in document["points"] if point["status"] == "measured"}
+    reasons = "; ".join(
+        f"{_name(name)} ({_escape(reason)})" for name, reason in document["missing"].items() if name not in measured
+    )
     return f"Not run: {reasons}." if reasons else ""
 
 

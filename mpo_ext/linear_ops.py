@@ -29,7 +29,8 @@ from mpo_ext import ops
 #: What ``linear_token_logp`` keeps for the backward: nothing, the unscaled gradient by the hidden states, the logits.
 KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS = 0, 1, 2
 _CPU_TILE_BYTES = 16 << 20  # of logits: they stay in the last-level cache, and are enough for the matrix product
-_GPU_KEPT_BYTES = 64 << 20  # of columns of kept logits: backward needs that much room to get out of its own way
+# Of columns of kept logits: the room that backward needs to get out of its own way.
+_CPU_KEPT_BYTES, _GPU_KEPT_BYTES = 32 << 20, 64 << 20
 _ALIGNMENT = 64  # bytes: where kept logits may begin
 _MIN_COLUMNS = 256  # of a tile, where there are so many: narrower products are slow
 _COLUMN_STEP = 64
@@ -108,7 +109,7 @@ def linear_token_logp(
     for output in full:
         output.zero_()
     if keep == KEEP_LOGITS:
-        kept = work.like.new_empty(work.kept_logits.size, dtype=torch.uint8)
+        kept = _fresh(work.like, (work.kept_logits.size,), torch.uint8)
     else:
         kept = work.like.new_empty(work.rows.shape if keep == KEEP_HIDDEN_GRAD else (0,))
     if work.rows.shape[0] == 0:
@@ -343,9 +344,10 @@ def _gradients(
     """Gradients from tiles that are projected again, or from kept ones, which are overwritten."""
     head = work.head
     wants_hidden, wants_weight, wants_bias = wanted
-    fresh = (wants_hidden, wants_weight and kept is None, wants_bias)
-    d_hidden, d_weight, d_bias = _empty_gradients(hidden, head.weight, head.bias, fresh)
-    if wants_weight and kept is not None:
+    d_hidden, d_weight, d_bias = _empty_gradients(hidden, head.weight, head.bias, (wants_hidden, False, wants_bias))
+    if wants_weight and kept is None:
+        d_weight = _fresh(work.like, head.weight.shape, head.weight.dtype)
+    elif wants_weight:
         d_weight = kept_weight_grad(kept, head.weight)
     if work.rows.shape[0] == 0:
         return d_hidden.zero_(), d_weight.zero_(), d_bias.zero_()
@@ -447,6 +449,11 @@ class KeptLogits:
         return _typed(memory, begin, (rows.stop - rows.start, 1), torch.float32)
 
 
+def _fresh(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory of the size of a head, any contents: on a CPU in huge pages, since its page faults cost seconds a run."""
+    return ops.fresh_zeros(shape, dtype) if like.device.type == "cpu" else like.new_empty(shape, dtype=dtype)
+
+
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
@@ -502,7 +509,7 @@ class _Work:
         grad_bytes = depth * head.weight.dtype.itemsize
         if keeps_logits:
             per_column += min(count * kept_dtype.itemsize, grad_bytes)  # of the room that ``KeptLogits`` leaves free
-            memory_budget = min(memory_budget, _CPU_TILE_BYTES if on_cpu else _GPU_KEPT_BYTES)
+            memory_budget = min(memory_budget, _CPU_KEPT_BYTES if on_cpu else _GPU_KEPT_BYTES)
         self._chunk_rows, self._chunk_columns = tile_shape(
             count,
             self.vocab,
