@@ -345,10 +345,9 @@ def _gradients(
     head = work.head
     wants_hidden, wants_weight, wants_bias = wanted
     d_hidden, d_weight, d_bias = _empty_gradients(hidden, head.weight, head.bias, (wants_hidden, False, wants_bias))
-    if wants_weight and kept is None:
-        d_weight = _fresh(work.like, head.weight.shape, head.weight.dtype)
-    elif wants_weight:
-        d_weight = kept_weight_grad(kept, head.weight)
+    if wants_weight:
+        weight = head.weight
+        d_weight = _fresh(work.like, weight.shape, weight.dtype) if kept is None else kept_weight_grad(kept, weight)
     if work.rows.shape[0] == 0:
         return d_hidden.zero_(), d_weight.zero_(), d_bias.zero_()
 
