@@ -312,7 +312,7 @@ def _setup(document: Mapping[str, Any]) -> str:
     """Where the numbers come from, and what has failed."""
     environment, settings = document["environment"], document["settings"]
     count = settings["evaluation_tasks"]
-    runs = sum(result["row"] != START for result in document["results"])
+    runs = sum(result["row"] != START and result["status"] == "measured" for result in document["results"])
     seeds = len(document["seeds"])
     lines = [
         f"{seeds} seed{'s' * (seeds > 1)}, {runs} runs of {settings['branch_steps']} steps of "
