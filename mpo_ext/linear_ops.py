@@ -449,7 +449,7 @@ class KeptLogits:
 
 
 def _fresh(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory of the size of a head, any contents: on a CPU in huge pages, since its page faults cost seconds a run."""
+    """Memory of the size of a head, any contents: on a CPU in huge pages, since small ones fault more often."""
     return ops.fresh_zeros(shape, dtype) if like.device.type == "cpu" else like.new_empty(shape, dtype=dtype)
 
 
