@@ -422,7 +422,11 @@ class KeptLogits:
         self._rows, self._columns = rows, columns
         self._column_bytes = rows * dtype.itemsize
         last = (vocab - 1) // columns * columns
-        self._begin = _aligned(max(columns * grad_bytes, vocab * grad_bytes - last * self._column_bytes))
+        # What a tile asks for changes evenly from the first to the last full one; one that is not full may follow.
+        tight = {0, max(last - columns, 0), last}
+        self._begin = _aligned(
+            max(min(first + columns, vocab) * grad_bytes - first * self._column_bytes for first in tight)
+        )
         self._maxima = _aligned(self._begin + vocab * self._column_bytes)
         tiles = -(-vocab // columns) if dtype == torch.float16 else 0
         self.size = self._maxima + tiles * rows * torch.float32.itemsize
