@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -882,10 +882,14 @@ def _device_guard(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def _native() -> Any:
-    # Imported late, so that the package imports without its compiled part.
+    # Where it is used, so that the package imports without its compiled part.
     from mpo_ext._native import _C
 
     return _C
+
+
+with suppress(ImportError):
+    _native()  # now already: it has to know of every fork from here on
 
 
 def _result_dtype(logits: Tensor) -> torch.dtype:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -147,6 +151,30 @@ def test_an_isa_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, rows
     monkeypatch.setenv("MPO_CPU_ISA", "neon2")
     with pytest.raises(ValueError, match=r"MPO_CPU_ISA must be one of .*portable.*, got 'neon2'"):
         token_logp(*rows)
+
+
+_FORK = """
+import os
+import torch
+from mpo_ext import token_logp
+
+torch.set_num_threads(2)
+logits, labels = torch.arange(4.0 * 65536).view(4, 65536).sin(), torch.arange(4)  # by two threads
+expected = token_logp(logits, labels, backend="reference")
+child = os.fork()  # before our kernels had anything to do
+found = token_logp(logits, labels)
+if child == 0:
+    os._exit(max(abs(a - b) for a, b in zip(found.tolist(), expected.tolist())) > 1e-4)
+grandchild = os.fork()
+if grandchild == 0:
+    os._exit(not torch.equal(token_logp(logits, labels), found))
+raise SystemExit(any(os.waitpid(one, 0)[1] for one in (child, grandchild)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_computes_with_threads_of_its_own() -> None:
+    subprocess.run([sys.executable, "-c", _FORK], check=True, timeout=60)
 
 
 def test_an_empty_batch_of_rows_gives_an_empty_result() -> None:

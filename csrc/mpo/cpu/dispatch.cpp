@@ -1,8 +1,14 @@
 // Chooses the kernels for an instruction set and shares the rows out over threads.
 #include <atomic>
+#include <functional>
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#ifndef _WIN32
+#include <dlfcn.h>
+#include <pthread.h>
+#endif
 
 #include "mpo/cpu/kernels.h"
 
@@ -19,30 +25,57 @@ const CpuKernels& kernels_of(Isa isa) {
   return kPortableKernels;
 }
 
-/// Calls work(begin, end) on pieces of [0, rows) that cost about the same, on up to `threads` threads of its own: they
-/// live for this call only, so a fork of the process finds no pool half copied. A piece is a few rows, taken when a
-/// thread is free, since ignored rows cost nothing and lie together.
+/// The OpenMP runtime's call that lets each thread of a team do work(data). The runtime is torch's, looked up and not
+/// linked: its threads spin for a while after each operator of torch, and others of ours would have to wait for them.
+using Parallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+
+#ifdef _WIN32
+Parallel openmp_parallel() { return nullptr; }
+#else
+std::atomic<bool> is_forked{false};
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+
+/// GOMP_parallel, which the runtimes of GCC, LLVM and Intel have; null where there is none, and in a forked process,
+/// which has inherited a pool without its threads.
+Parallel openmp_parallel() {
+  static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return is_forked ? nullptr : found;
+}
+#endif
+
+/// Calls run() on `threads` threads at once, or on fewer where there are no more to be had; run() does what is left.
+template <typename Run>
+void on_threads(int64_t threads, Run& run) {
+  if (threads <= 1) return run();
+  if (const Parallel parallel = openmp_parallel()) {
+    return parallel([](void* data) { (*static_cast<Run*>(data))(); }, &run, static_cast<unsigned>(threads), 0);
+  }
+  std::vector<std::thread> helpers;
+  try {
+    for (int64_t i = 1; i < threads; ++i) helpers.emplace_back(std::ref(run));
+  } catch (const std::system_error&) {
+    // Those that started, and this one, do the work.
+  }
+  run();
+  for (std::thread& helper : helpers) helper.join();
+}
+
+/// Calls work(begin, end) on pieces of [0, rows) that cost about the same, on up to `threads` threads. A piece is a few
+/// rows, taken when a thread is free, since ignored rows cost nothing and lie together.
 template <typename Work>
 void for_each_piece(int64_t rows, int64_t vocab, int threads, const Work& work) {
-  constexpr int64_t kPieceElements = 1 << 16;  // some 20 microseconds of work, as much as starting a thread costs
+  constexpr int64_t kPieceElements = 1 << 16;  // some 20 microseconds of work, as much as waking a thread costs
   const int64_t piece = vocab >= kPieceElements ? 1 : kPieceElements / vocab;
   const int64_t pieces = (rows + piece - 1) / piece;
   std::atomic<int64_t> next{0};
-  const auto run = [&] {
+  auto run = [&] {
     for (int64_t i = next.fetch_add(1); i < pieces; i = next.fetch_add(1)) {
       const int64_t begin = i * piece;
       work(begin, begin + piece < rows ? begin + piece : rows);
     }
   };
-  std::vector<std::thread> helpers;
-  const int64_t wanted = (pieces < threads ? pieces : threads) - 1;
-  try {
-    for (int64_t i = 0; i < wanted; ++i) helpers.emplace_back(run);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that started, and this one, do the work.
-  }
-  run();
-  for (std::thread& helper : helpers) helper.join();
+  // As many as asked for, since a team of another size than torch's has to be put together anew.
+  on_threads(pieces > 1 ? threads : 1, run);
 }
 
 }  // namespace
