@@ -28,7 +28,7 @@ class Machine:
         is_gpu: Whether methods do what they do on a GPU.
         bandwidth: Bytes per second, read or written, of memory that is in use already.
         products: FLOP per second of large matrix products, by dtype.
-        kernel_rate: Logits per second that our kernels compute in cache, forward and backward together.
+        kernel_rate: Logits per second that our kernels compute, forward and backward together, where memory keeps up.
         softmax_rate: Logits per second that torch's log_softmax and its backward compute in cache, together.
         fresh: Bytes per second that small pages of fresh memory cost besides being written.
         huge: The same for huge pages.
@@ -311,7 +311,7 @@ def _linear_ours(loss: Loss, machine: Machine, *, products: int, keeps: bool = F
     stages = [
         _products(loss, loss.labelled, products, "matrix products", product),
         Stage(name="kernels", moved=moved, kernel=logits),
-        Stage(name="gradients and copies", moved=grads + widened, fresh=held),
+        Stage(name="gradients and copies", moved=grads + widened, huge=held),
     ]
     tiles = tile_bytes(loss.labelled, loss.vocab, budget=budget)
     return stages, held + tiles + 8 * loss.labelled * loss.width

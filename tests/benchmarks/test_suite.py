@@ -22,6 +22,7 @@ def _small_programs(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(machine, "_FRESH_BYTES", 1 << 14)
     monkeypatch.setattr(machine, "_COLUMNS", 64)
     monkeypatch.setattr(machine, "_CACHED", (2, 4, 64))
+    monkeypatch.setattr(machine, "_NARROW", (2, 8, 64))
     machine.programs.cache_clear()
     yield
     machine.programs.cache_clear()
@@ -104,7 +105,7 @@ def test_interleaved_stops_when_the_time_is_over_but_not_before_the_least() -> N
 
 def seconds(**changes: float) -> dict[str, list[float]]:
     base = {
-        "read": 1.0, "update": 2.0, "fill": 0.5, "fresh": 2.5, "huge": 1.0, "kernels": 1.25, "softmax": 4.0,
+        "read": 1.0, "update": 2.0, "fill": 0.5, "fresh": 2.5, "huge": 3.25, "kernels": 1.25, "softmax": 4.0,
         "overhead": 0.25, "product float32": 2.0, "product bfloat16": 1.0,
     }  # fmt: skip
     return {f"machine: {name}": [9.0, value, 0.0] for name, value in {**base, **changes}.items()}
@@ -114,8 +115,8 @@ def test_rates_are_what_the_programs_do_by_their_medians() -> None:
     found = machine.rates(seconds())
     assert found.bandwidth == 3 * 4 * (1 << 12) / 3.0  # one read, one read and one write
     assert found.fresh == (1 << 14) / (2.5 - 0.5)
-    assert found.huge == (1 << 14) / (1.0 - 0.5)
-    assert found.kernel_rate == 2 * 4 * 64 / (1.25 - 0.25)
+    assert found.huge == 2 * 2 * 8 * 64 / (3.25 - 1.25)
+    assert found.kernel_rate == 2 * 8 * 64 / (1.25 - 0.25)
     assert found.softmax_rate == 2 * 4 * 64 / 4.0
     assert found.products == {"float32": 256 * 896 * 64, "bfloat16": 2 * 256 * 896 * 64}
     assert found.overhead == 0.25
