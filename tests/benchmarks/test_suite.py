@@ -18,6 +18,7 @@ TINY = Loss(tokens=8, vocab=512, dtype="float32", share=0.5)
 
 @pytest.fixture(autouse=True)
 def _small_programs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("benchmarks.measure._FREE_BYTES", 1 << 12)
     monkeypatch.setattr(machine, "_WORDS", 1 << 12)
     monkeypatch.setattr(machine, "_FRESH_BYTES", 1 << 14)
     monkeypatch.setattr(machine, "_COLUMNS", 64)
