@@ -159,7 +159,11 @@ def provenance(command: str, started: str, load_before: tuple[float, ...]) -> di
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     short = environment()
-    changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
+    # But for what a run itself writes.
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", ":!results", ":!docs", ":!README.md"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     return {
         "cpu": short["cpu"],
         "cores": os.cpu_count(),
