@@ -50,7 +50,7 @@ def demo(args: argparse.Namespace) -> int:
     """Runs the demo or the study.
 
     Returns:
-        0; 1 where a package is missing, the folder cannot be written or a run of the study failed; 130 where the study
+        0; 1 where a package is missing, the folder cannot be written or a run of the study failed; 130 where it
         was interrupted.
     """
     if args.jobs is not None and not args.study:
@@ -72,7 +72,11 @@ def demo(args: argparse.Namespace) -> int:
         return _study(common, args)
     from mpo_ext.demo import experiment
 
-    experiment.run(**common)
+    try:
+        experiment.run(**common)
+    except KeyboardInterrupt:
+        print("interrupted; the same command begins anew", file=sys.stderr)
+        return 130
     return 0
 
 

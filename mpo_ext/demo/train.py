@@ -84,7 +84,7 @@ def train_sft(
             schedule=schedule,
             settings=settings,
         )
-        train(recipe, model=model, processor=processor, on_step=note)
+        _train(recipe, model, processor, note)
     return curve
 
 
@@ -125,8 +125,18 @@ def train_branch(
         settings=settings,
         reference=folder / "reference.jsonl",
     )
-    train(recipe, model=model, processor=processor, on_step=lambda _, line: curve.append(dict(line)))
+    _train(recipe, model, processor, lambda _, line: curve.append(dict(line)))
     return curve
+
+
+def _train(
+    recipe: Recipe,
+    model: InternVLForConditionalGeneration,
+    processor: DigitsProcessor,
+    on_step: Callable[[int, Any], object],
+) -> None:
+    if train(recipe, model=model, processor=processor, on_step=on_step) != 0:
+        raise KeyboardInterrupt  # the trainer has caught the signal
 
 
 def make_recipe(

@@ -965,7 +965,8 @@ class Trainer:
 
     def _interrupted(self, when: str) -> int:
         name = signal.Signals(self._stop or signal.SIGTERM).name
-        self.console.say(f"{name}: ended {when}; the same command goes on from here")
+        goes_on = "" if self.recipe.output.resume == "never" else "; the same command goes on from here"
+        self.console.say(f"{name}: ended {when}{goes_on}")
         self._close()
         return INTERRUPTED
 

@@ -4,8 +4,11 @@
 import argparse
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,6 +32,8 @@ from mpo_ext.demo.train import METHODS, evaluate, train_branch, train_sft
 from mpo_ext.generate.answers import extract_answer, matcher
 from mpo_ext.generate.engine import Request, SamplingConfig, TransformersEngine
 from mpo_ext.generate.journal import read_records
+from mpo_ext.train.loop import train
+from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.samples import Encoder, Sample
 
 BACKEND = "reference"
@@ -381,6 +386,25 @@ def parse(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     run.add_parser(parser.add_subparsers(required=True))
     return parser.parse_args(["demo", *argv])
+
+
+def test_a_signal_in_a_training_ends_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def signalled(recipe: Recipe, *, on_step: Callable[[int, dict[str, float]], object], **kept: object) -> int:
+        def step(number: int, line: dict[str, float]) -> object:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return on_step(number, line)
+
+        return train(recipe, on_step=step, **kept)
+
+    monkeypatch.setattr("mpo_ext.demo.train.train", signalled)
+    args = parse("--quick", "--threads", "1", "--out", str(tmp_path))
+    assert args.run(args) == 130
+    text = capsys.readouterr().err
+    assert "interrupted; the same command begins anew" in text
+    assert text.count("SIGTERM: ended after step 1 of") == 1
+    assert "goes on from here" not in text
 
 
 @pytest.mark.parametrize(
