@@ -50,6 +50,7 @@ $(BIN)/python:
 
 # The stamps are made again when the native code or the requirements change.
 $(VENV)/.demo: $(BIN)/python $(NATIVE)
+	@echo "Installing and compiling, for CUDA too where nvcc is on PATH (MPO_CUDA=OFF leaves that out): some minutes"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
 	touch $@
 
