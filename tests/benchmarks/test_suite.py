@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -102,6 +103,20 @@ def test_interleaved_stops_when_the_time_is_over_but_not_before_the_least() -> N
     assert len(timing["x"].seconds) == 3
     assert calls["x"] == 4
     assert len(interleaved({"x": (lambda: None, run)}, 5)["x"].seconds) == 5
+
+
+def test_free_memory_is_touched_after_slow_cases_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    touched: list[str] = []
+    done: list[str] = []
+    monkeypatch.setattr("benchmarks.measure._KEPT_SECONDS", 0.05)
+    monkeypatch.setattr("benchmarks.measure._touch_free_memory", lambda: touched.append(done[-1]))
+    cases = {
+        "slow": (lambda: None, lambda: (time.sleep(0.1), done.append("slow"))),
+        "fast": (lambda: None, lambda: done.append("fast")),
+    }
+    interleaved(cases, 2)
+    assert done == ["slow", "fast"] * 3
+    assert touched == ["slow"] * 3
 
 
 def seconds(**changes: float) -> dict[str, list[float]]:
