@@ -54,6 +54,7 @@ def test_each_block_is_what_the_result_files_say(page: Path, results: dict[str, 
 def test_results_are_of_full_runs(results: dict[str, Any]) -> None:
     for one in schema.BENCHMARKS:
         assert results[one]["quick"] is False, f"results/{one}.json is of a quick run: {HOW}"
+        assert "--only" not in results[one]["environment"]["command"]
 
 
 def test_the_cost_model_holds_for_at_least_thirty_measured_points(results: dict[str, Any]) -> None:
