@@ -146,7 +146,13 @@ struct FloatExp {
   inline Vec operator()(Vec d) const {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
     const Vec shifted = d * (1.44269504088896341f * kSteps) + magic;
-    const Vec r = d - (shifted - magic) * (0.693147180559945309f / kSteps);
+    const Vec n = shifted - magic;
+#if defined(__FMA__)
+    const Vec r = d - n * (0.693147180559945309f / kSteps);
+#else
+    // log(2) in two parts, the first so short that its product is exact: no fused operation spares the rounding.
+    const Vec r = (d - n * (0.693359375f / kSteps)) - n * (-2.12194440e-4f / kSteps);
+#endif
     Vec p = coefficients[kDegree];
     for (int k = kDegree - 1; k >= 0; --k) p = p * r + coefficients[k];
     return p * power(bit_cast<UintVec>(shifted));
