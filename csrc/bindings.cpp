@@ -72,7 +72,7 @@ double* row_state_of(uintptr_t row_state, int64_t vocab, int64_t total) {
 void token_logp_cpu(uintptr_t logits, uintptr_t labels, int64_t rows, int64_t vocab, int64_t first, int64_t total,
                     int64_t inner, int64_t outer_stride, int64_t row_stride, int64_t ignore_index,
                     const std::string& dtype, uintptr_t row_state, uintptr_t logp, uintptr_t row_max, uintptr_t row_sum,
-                    uintptr_t row_stats, unsigned stats, int threads, const std::string& isa) {
+                    uintptr_t row_stats, unsigned stats, uintptr_t numerators, int threads, const std::string& isa) {
   const mpo::TokenLogpParams p = {
       rows_of(logits, labels, rows, vocab, first, total, inner, outer_stride, row_stride, ignore_index),
       row_state_of(row_state, vocab, total),
@@ -84,7 +84,7 @@ void token_logp_cpu(uintptr_t logits, uintptr_t labels, int64_t rows, int64_t vo
   const mpo::DType type = by_name(kDTypes, dtype, "dtype");
   const mpo::Isa set = runnable_isa(isa);
   py::gil_scoped_release no_gil;
-  mpo::token_logp_cpu(p, type, threads, set);
+  mpo::token_logp_cpu(p, reinterpret_cast<void*>(numerators), type, threads, set);
 }
 
 void logits_grad_cpu(uintptr_t logits, uintptr_t labels, int64_t rows, int64_t vocab, int64_t first, int64_t total,
@@ -431,7 +431,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &cpu_isas, "Instruction sets of the CPU kernels that run here, the best first.");
   m.def("token_logp_cpu", &token_logp_cpu, py::kw_only(), "logits"_a, "labels"_a, "rows"_a, "vocab"_a, "first"_a,
         "total"_a, "inner"_a, "outer_stride"_a, "row_stride"_a, "ignore_index"_a, "dtype"_a, "row_state"_a, "logp"_a,
-        "row_max"_a, "row_sum"_a, "row_stats"_a, "stats"_a, "threads"_a, "isa"_a);
+        "row_max"_a, "row_sum"_a, "row_stats"_a, "stats"_a, "numerators"_a, "threads"_a, "isa"_a);
   m.def("logits_grad_cpu", &logits_grad_cpu, py::kw_only(), "logits"_a, "labels"_a, "rows"_a, "vocab"_a, "first"_a,
         "total"_a, "inner"_a, "outer_stride"_a, "row_stride"_a, "ignore_index"_a, "dtype"_a, "row_max"_a, "row_sum"_a,
         "weight"_a, "scale"_a, "grad"_a, "grad_inner"_a, "grad_outer_stride"_a, "grad_row_stride"_a, "is_zeroed"_a,

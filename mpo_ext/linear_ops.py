@@ -126,12 +126,15 @@ def linear_token_logp(
             out = work.kept_logits.tile(kept, chunk.rows, first, end) if work.keeps_in_place else None
             logits, tanh = work.logits(chunk.rows, operand, first, end, out)
             tile = ops.Tile(first, total, chunk.state)
-            old_max = chunk.outputs[1].clone() if keep == KEEP_HIDDEN_GRAD else None
-            ops.score(logits, chunk.labels, ignore_index, stats, backend, chunk.outputs, tile)
+            folds = keep == KEEP_HIDDEN_GRAD
+            old_max = chunk.outputs[1].clone() if folds else None
+            ops.score(
+                logits, chunk.labels, ignore_index, stats, backend, chunk.outputs, tile, leaves_numerators=folds
+            )
             if keep == KEEP_LOGITS and not work.keeps_in_place:
                 work.kept_logits.store_(kept, chunk.rows, first, end, logits, chunk.outputs[1])
             if old_max is not None:
-                _fold_hidden_grad(work, chunk, logits, tanh, operand, old_max, tile, kept[chunk.rows])
+                _fold_hidden_grad(work, chunk, logits, tanh, operand, old_max, kept[chunk.rows], is_first=first == 0)
     for target, *parts in zip(full, *(chunk.outputs for chunk in chunks), strict=True):
         # Rows are the last axis of each output once the leading axes of the labels are one.
         target.view(*target.shape[: target.ndim - labels.ndim], labels.numel())[..., work.index] = torch.cat(parts, -1)
@@ -688,30 +691,23 @@ def _through_tanh_(grad: Tensor, tanh: Tensor | None) -> None:
 def _fold_hidden_grad(
     work: _Work,
     chunk: _Chunk,
-    logits: Tensor,
+    numerators: Tensor,
     tanh: Tensor | None,
     operand: Tensor,
     old_max: Tensor,
-    tile: ops.Tile,
     total: Tensor,
+    *,
+    is_first: bool,
 ) -> None:
-    """Adds ``exp(z - max) @ weight`` of a tile without the label's own column; ``max`` is that of the tiles so far.
+    """Adds ``numerators @ weight`` of a tile to what the tiles before gave under their maximum.
 
-    The label is left out since it joins with ``1 - p``, which would cancel. A row that has seen only -inf has 0 in
-    place of its maximum.
+    The label's own numerator is 0, since it joins with ``1 - p``, which would cancel.
     """
-    new_max = chunk.outputs[1]
-    safe = torch.where(new_max == -math.inf, 0.0, new_max)
-    ones = torch.ones_like(safe)
-    ops.write_grad(logits, chunk.labels, safe, ones, -ones, None, work.ignore_index, work.backend, logits, tile=tile)
-    column = (chunk.labels - tile.first).unsqueeze(1)
-    is_here = (column >= 0) & (column < logits.shape[1])
-    column = column.clamp(0, logits.shape[1] - 1)
-    logits.scatter_(1, column, torch.where(is_here, 0.0, logits.gather(1, column)))
-    _through_tanh_(logits, tanh)
-    if tile.first > 0:
-        total.mul_(torch.where(old_max == -math.inf, 0.0, torch.exp(old_max - safe)).unsqueeze(1))
-    _accumulate(total, work.as_operand(logits), operand, is_first=tile.first == 0)
+    _through_tanh_(numerators, tanh)
+    if not is_first:
+        scale = torch.exp(old_max - chunk.outputs[1])
+        total.mul_(torch.where(old_max == -math.inf, 0.0, scale).unsqueeze(1))
+    _accumulate(total, work.as_operand(numerators), operand, is_first=is_first)
 
 
 def _finish_hidden_grad(work: _Work, chunk: _Chunk, total: Tensor) -> None:

@@ -368,8 +368,14 @@ def score(
     backend: str,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     tile: Tile | None = None,
+    *,
+    leaves_numerators: bool = False,
 ) -> None:
-    """Fills the outputs of ``token_logp``; with a tile, as of the vocabulary up to the tile's end."""
+    """Fills the outputs of ``token_logp``; with a tile, as of the vocabulary up to the tile's end.
+
+    With ``leaves_numerators`` the logits become ``exp(z - row_max)``, with ``row_max`` as of this tile, and 0 for the
+    label; where a row's label is bad, or its logp NaN, what they become is not defined.
+    """
     if labels.numel() == 0:
         return
     layout, row_labels = _row_layout(logits), labels.contiguous()
@@ -388,9 +394,26 @@ def score(
             **_row_arguments(layout, row_labels, ignore_index, tile),
             **addresses,
             stats=stats,
+            numerators=layout.tensor.data_ptr() if leaves_numerators else 0,
             threads=torch.get_num_threads(),
             isa=cpu_isa(),
         )
+        return
+    if leaves_numerators:
+        _write_numerators(logits, labels, outputs[1], ignore_index, backend, tile)
+
+
+def _write_numerators(
+    logits: Tensor, labels: Tensor, row_max: Tensor, ignore_index: int, backend: str, tile: Tile | None
+) -> None:
+    """What ``score`` says of ``leaves_numerators``, by a pass of its own."""
+    safe = torch.where(row_max == -math.inf, 0.0, row_max)  # nothing but -inf so far
+    ones = torch.ones_like(safe)
+    write_grad(logits, labels, safe, ones, -ones, None, ignore_index, backend, logits, tile=tile)
+    column = (labels - (0 if tile is None else tile.first)).unsqueeze(-1)
+    is_here = (column >= 0) & (column < logits.shape[-1])
+    column = column.clamp(0, logits.shape[-1] - 1)
+    logits.scatter_(-1, column, torch.where(is_here, 0.0, logits.gather(-1, column)))
 
 
 @torch.library.custom_op("mpo_ext::pair_loss", mutates_args=())

@@ -106,11 +106,11 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
 
   std::vector<Real> logp(count), row_max(count), row_sum(count), stats(mpo::kNumRowStats * count),
       weight(count, Real(0.5));
-  mpo::token_logp_cpu({b.rows, nullptr, logp.data(), row_max.data(), row_sum.data(), stats.data(), 15u}, dtype, threads,
-                      isa);
+  mpo::token_logp_cpu({b.rows, nullptr, logp.data(), row_max.data(), row_sum.data(), stats.data(), 15u}, nullptr, dtype,
+                      threads, isa);
   std::vector<Real> again(count), again_max(count), again_sum(count), again_stats(mpo::kNumRowStats * count);
   mpo::token_logp_cpu({b.rows, nullptr, again.data(), again_max.data(), again_sum.data(), again_stats.data(), 15u},
-                      dtype, 1, isa);
+                      nullptr, dtype, 1, isa);
 
   // The same rows tile by tile, as the projection of hidden states yields them.
   const int64_t width = dtype == mpo::DType::kFloat64 ? 8 : dtype == mpo::DType::kFloat32 ? 4 : 2;
@@ -127,7 +127,7 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
     if (edges[k] == edges[k - 1]) continue;
     mpo::token_logp_cpu({tile_of(b.rows, edges[k - 1], edges[k]), state.data(), tiled.data(), tiled_max.data(),
                          tiled_sum.data(), tiled_stats.data(), 15u},
-                        dtype, threads, isa);
+                        nullptr, dtype, threads, isa);
   }
 
   const double tolerance = sizeof(Real) == 8 ? 1e-12 : 2e-6;
@@ -181,6 +181,65 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
     expected_grad.push_back(grad);
   }
 
+  const double grad_tolerance = sizeof(Real) == 8               ? 1e-12
+                                : width == 4                    ? 1e-6
+                                : dtype == mpo::DType::kFloat16 ? 1e-3
+                                                                : 8e-3;
+  const auto value_at = [&](const char* at) {
+    if (width == 8) {
+      double value;
+      std::memcpy(&value, at, 8);
+      return value;
+    }
+    if (width == 4) {
+      float value;
+      std::memcpy(&value, at, 4);
+      return static_cast<double>(value);
+    }
+    uint16_t bits;
+    std::memcpy(&bits, at, 2);
+    return to_double(bits, dtype);
+  };
+
+  // Numerators in place of the logits, tile by tile, with statistics and without.
+  for (const unsigned wanted : {0u, 15u}) {
+    std::vector<char> memory = b.memory;
+    mpo::Rows rows = b.rows;
+    rows.logits = memory.data() + offset * width;
+    for (size_t k = 1; k < edges.size(); ++k) {
+      if (edges[k] == edges[k - 1]) continue;
+      const mpo::Rows tile = tile_of(rows, edges[k - 1], edges[k]);
+      mpo::token_logp_cpu(
+          {tile, state.data(), again.data(), again_max.data(), again_sum.data(), again_stats.data(), wanted},
+          const_cast<void*>(tile.logits), dtype, threads, isa);
+    }
+    for (int64_t i = 0; i + 1 < count; ++i) {
+      if (b.labels[i] < 0 || b.labels[i] >= vocab) continue;
+      const auto close = [&](Real x, Real y) {
+        return x == y || (std::isnan(x) && std::isnan(y)) || std::fabs(x - y) <= tolerance * (1 + std::fabs(y));
+      };
+      check(close(again[i], logp[i]) && close(again_max[i], row_max[i]) && close(again_sum[i], row_sum[i]),
+            "what is known of a row beside its numerators", where);
+      for (int64_t s = 0; wanted != 0 && s < mpo::kNumRowStats; ++s) {
+        check(close(again_stats[s * count + i], stats[s * count + i]), "statistics beside numerators", where);
+      }
+      double max = -kInfinity;
+      for (size_t k = 1; k < edges.size(); ++k) {
+        for (int64_t v = edges[k - 1]; v < edges[k]; ++v) max = std::fmax(max, b.logits[i][v]);
+        for (int64_t v = edges[k - 1]; v < edges[k]; ++v) {
+          const bool is_zero = v == b.labels[i] || max == -kInfinity;
+          const double exact = is_zero ? 0 : std::exp(b.logits[i][v] - max);
+          const double numerator = value_at(memory.data() + (offset + i * stride + v) * width);
+          check(std::fabs(numerator - exact) <= 2 * grad_tolerance * exact + 1e-7 * (width == 2), "numerators", where);
+        }
+      }
+      for (int64_t at = offset + i * stride + vocab; i + 2 < count && at < offset + (i + 1) * stride; ++at) {
+        check(std::memcmp(&memory[at * width], &b.memory[at * width], static_cast<size_t>(width)) == 0,
+              "nothing beside the rows is written", where);
+      }
+    }
+  }
+
   // The gradient into memory of its own, and then over the logits.
   std::vector<char> grad(static_cast<size_t>(count * vocab * width), 0x7f);
   const double scale = 2;
@@ -201,25 +260,6 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
       b.rows, row_max.data(), row_sum.data(), weight.data(), &scale, const_cast<void*>(b.rows.logits), count,
       0,      stride,         false};
   mpo::logits_grad_cpu(in_place, dtype, threads, isa);
-  const double grad_tolerance = sizeof(Real) == 8               ? 1e-12
-                                : width == 4                    ? 1e-6
-                                : dtype == mpo::DType::kFloat16 ? 1e-3
-                                                                : 8e-3;
-  const auto value_at = [&](const char* at) {
-    if (width == 8) {
-      double value;
-      std::memcpy(&value, at, 8);
-      return value;
-    }
-    if (width == 4) {
-      float value;
-      std::memcpy(&value, at, 4);
-      return static_cast<double>(value);
-    }
-    uint16_t bits;
-    std::memcpy(&bits, at, 2);
-    return to_double(bits, dtype);
-  };
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t v = 0; v < vocab; ++v) {
       const double exact = scale * expected_grad[i][v];

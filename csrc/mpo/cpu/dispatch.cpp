@@ -43,16 +43,17 @@ Parallel openmp_parallel() {
 }
 #endif
 
-/// Calls run() on `threads` threads at once, or on fewer where there are no more to be had; run() does what is left.
+/// Calls run() on up to `threads` threads at once, of which `most` have something to do; run() does what is left.
 template <typename Run>
-void on_threads(int64_t threads, Run& run) {
-  if (threads <= 1) return run();
+void on_threads(int64_t threads, int64_t most, Run& run) {
+  if (threads <= 1 || most <= 1) return run();
   if (const Parallel parallel = openmp_parallel()) {
+    // All of them: a team of another size than torch's would have to be put together anew.
     return parallel([](void* data) { (*static_cast<Run*>(data))(); }, &run, static_cast<unsigned>(threads), 0);
   }
   std::vector<std::thread> helpers;
   try {
-    for (int64_t i = 1; i < threads; ++i) helpers.emplace_back(std::ref(run));
+    for (int64_t i = 1; i < threads && i < most; ++i) helpers.emplace_back(std::ref(run));
   } catch (const std::system_error&) {
     // Those that started, and this one, do the work.
   }
@@ -74,8 +75,7 @@ void for_each_piece(int64_t rows, int64_t vocab, int threads, const Work& work) 
       work(begin, begin + piece < rows ? begin + piece : rows);
     }
   };
-  // As many as asked for, since a team of another size than torch's has to be put together anew.
-  on_threads(pieces > 1 ? threads : 1, run);
+  on_threads(threads, pieces, run);
 }
 
 }  // namespace
@@ -96,10 +96,10 @@ bool can_run(Isa isa) {
   return false;
 }
 
-void token_logp_cpu(const TokenLogpParams& p, DType dtype, int threads, Isa isa) {
+void token_logp_cpu(const TokenLogpParams& p, void* numerators, DType dtype, int threads, Isa isa) {
   const CpuKernels& kernels = kernels_of(isa);
   for_each_piece(p.in.rows, p.in.vocab, threads,
-                 [&](int64_t begin, int64_t end) { kernels.token_logp(p, dtype, begin, end); });
+                 [&](int64_t begin, int64_t end) { kernels.token_logp(p, numerators, dtype, begin, end); });
 }
 
 void logits_grad_cpu(const LogitsGradParams& p, DType dtype, int threads, Isa isa) {

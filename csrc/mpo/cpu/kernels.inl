@@ -30,10 +30,12 @@ constexpr int64_t kStep = kLanes<Format> * kUnroll;
 template <typename Format>
 constexpr int64_t kBlock = 8192 / static_cast<int64_t>(sizeof(typename Format::Real));
 
+int64_t row_offset(const Rows& in, int64_t row) {
+  return (row / in.inner) * in.outer_stride + (row % in.inner) * in.row_stride;
+}
 template <typename Format>
 const typename Format::Scalar* row_start(const Rows& in, int64_t row) {
-  return static_cast<const typename Format::Scalar*>(in.logits) + (row / in.inner) * in.outer_stride +
-         (row % in.inner) * in.row_stride;
+  return static_cast<const typename Format::Scalar*>(in.logits) + row_offset(in, row);
 }
 
 /// Calls body(u, v) for each vector v of [x, x + size): whole steps first, u from 0 to kUnroll - 1, then the rest in
@@ -67,10 +69,26 @@ inline void for_each_vector(const typename Format::Scalar* x, int64_t size, type
   }
 }
 
+template <typename Format>
+double largest_of(const typename Format::Scalar* x, int64_t size, int64_t ahead) {
+  typedef typename Format::Vec Vec;
+  Vec max[kUnroll];
+  for (Vec& m : max) m = splat<Vec>(-__builtin_inff());
+  for_each_vector<Format>(x, size, Format::kMinusInfinity, ahead, [&](int u, Vec z) { max[u] = larger(z, max[u]); });
+  for (int u = 1; u < kUnroll; ++u) max[0] = larger(max[u], max[0]);
+  return horizontal_max<typename Format::Real>(max[0]);
+}
+
+/// What is subtracted before exp. Nothing but -inf so far: any finite number makes exp give 0 (or NaN of NaN).
+template <typename Format>
+typename Format::Vec subtrahend(double max) {
+  typedef typename Format::Real Real;
+  return splat<typename Format::Vec>(max == -__builtin_inf() ? Real(0) : static_cast<Real>(max));
+}
+
 template <typename Format, bool kStats>
 RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
   typedef typename Format::Vec Vec;
-  typedef typename Format::Real Real;
   typedef typename Format::Exp Exp;
   const Exp exponential(1);
 
@@ -79,11 +97,7 @@ RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
     const typename Format::Scalar* block = x + begin;
     const int64_t size = vocab - begin < kBlock<Format> ? vocab - begin : kBlock<Format>;
 
-    Vec max[kUnroll];
-    for (Vec& m : max) m = splat<Vec>(-__builtin_inff());
-    for_each_vector<Format>(block, size, Format::kMinusInfinity, 0, [&](int u, Vec z) { max[u] = larger(z, max[u]); });
-    for (int u = 1; u < kUnroll; ++u) max[0] = larger(max[u], max[0]);
-    const double block_max = horizontal_max<Real>(max[0]);
+    const double block_max = largest_of<Format>(block, size, 0);
     if (block_max > row.max) {
       const double gap = row.max - block_max;  // -inf at the first block, where all sums are 0
       const double scale = exp(gap);
@@ -95,8 +109,7 @@ RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
       row.max = block_max;
     }
 
-    // Nothing but -inf so far: any finite number in place of the maximum makes exp give 0 (or NaN of NaN).
-    const Vec row_max = splat<Vec>(row.max == -__builtin_inf() ? Real(0) : static_cast<Real>(row.max));
+    const Vec row_max = subtrahend<Format>(row.max);
     Vec sum[kUnroll] = {}, e_d[kUnroll] = {}, z_sum[kUnroll] = {}, squared[kUnroll] = {};
     // The next block comes into the cache while this one is computed on.
     for_each_vector<Format>(block, size, Format::kMinusInfinity, kBlock<Format>, [&](int u, Vec z) {
@@ -121,15 +134,55 @@ RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
   return row;
 }
 
+/// Writes exp(z - max) for each z of a row, and returns their sum.
+template <typename Format>
+double write_numerators(const typename Format::Scalar* x, typename Format::Scalar* out, int64_t vocab, double max) {
+  typedef typename Format::Vec Vec;
+  typedef typename Format::Scalar Scalar;
+  typedef typename Format::Exp Exp;
+  const Exp exponential(1);
+  const Vec row_max = subtrahend<Format>(max);
+  double total = 0;
+  for (int64_t begin = 0; begin < vocab; begin += kBlock<Format>) {
+    const int64_t end = vocab - begin < kBlock<Format> ? vocab : begin + kBlock<Format>;
+    Vec sum[kUnroll] = {};
+    const auto transform = [&](const Scalar* from, Scalar* to, int u) {
+      Vec v[Format::kGroup];
+      Format::load(from, v);
+      for (int k = 0; k < Format::kGroup; ++k) {
+        v[k] = exponential(Exp::clamp(v[k] - row_max));
+        sum[u + k] += v[k];
+      }
+      Format::store(to, v);
+    };
+    int64_t i = begin;
+    for (; i + kStep<Format> <= end; i += kStep<Format>) {
+      for (int u = 0; u < kUnroll; u += Format::kGroup) {
+        transform(x + i + u * kLanes<Format>, out + i + u * kLanes<Format>, u);
+      }
+    }
+    for (; i < end; i += kGroupSize<Format>) {
+      const int64_t size = end - i < kGroupSize<Format> ? end - i : kGroupSize<Format>;
+      Scalar padded[kGroupSize<Format>];
+      for (int64_t k = 0; k < kGroupSize<Format>; ++k) padded[k] = k < size ? x[i + k] : Format::kMinusInfinity;
+      transform(padded, padded, 0);
+      for (int64_t k = 0; k < size; ++k) out[i + k] = padded[k];
+    }
+    total += sum_of(sum);
+  }
+  return total;
+}
+
 /// Log-probability of the label of each row, each logit of a labelled row read from memory once.
 ///
 ///   logp[i] = (z[y] - m) - log(sum_v exp(z[v] - m)),    m = max_v z[v]
 ///
 /// Reads   vocab elements per labelled row; a block of them is passed over twice, the second time in the cache
-/// Writes  three numbers per row, and one per statistic
+/// Writes  three numbers per row, and one per statistic; vocab elements where numerators are asked for
 template <typename Format>
-void token_logp_rows(const TokenLogpParams& p, int64_t begin, int64_t end) {
+void token_logp_rows(const TokenLogpParams& p, void* numerators, int64_t begin, int64_t end) {
   typedef typename Format::Real Real;
+  typedef typename Format::Scalar Scalar;
   Real* logp = static_cast<Real*>(p.logp);
   Real* row_max = static_cast<Real*>(p.row_max);
   Real* row_sum = static_cast<Real*>(p.row_sum);
@@ -146,13 +199,26 @@ void token_logp_rows(const TokenLogpParams& p, int64_t begin, int64_t end) {
       const typename Format::Scalar* x = row_start<Format>(p.in, row);
       const int64_t column = label - p.in.first;
       const bool has_label = in_vocab(column, p.in.vocab);
-      RowState s{p.stats != 0 ? read_row<Format, true>(x, p.in.vocab) : read_row<Format, false>(x, p.in.vocab),
-                 has_label ? Format::value(x[column]) : 0.0};
-      if (p.row_state != nullptr) {
-        RowState* state = reinterpret_cast<RowState*>(p.row_state) + row;
-        if (p.in.first != 0) s = continued<true>(*state, s, has_label);
-        *state = s;
+      RowState* const state = p.row_state == nullptr ? nullptr : reinterpret_cast<RowState*>(p.row_state) + row;
+      const bool continues = state != nullptr && p.in.first != 0;
+      RowState s{{}, has_label ? Format::value(x[column]) : 0.0};
+      if (numerators == nullptr || p.stats != 0) {
+        s.sums = p.stats != 0 ? read_row<Format, true>(x, p.in.vocab) : read_row<Format, false>(x, p.in.vocab);
+      } else {
+        s.sums.max = largest_of<Format>(x, p.in.vocab, kBlock<Format>);
       }
+      if (numerators != nullptr) {
+        const double max = continues && state->sums.max > s.sums.max ? state->sums.max : s.sums.max;
+        Scalar* const out = static_cast<Scalar*>(numerators) + row_offset(p.in, row);
+        const double sum = write_numerators<Format>(x, out, p.in.vocab, max);
+        if (has_label) out[column] = Scalar{};
+        if (p.stats == 0) {
+          s.sums.max = max;
+          s.sums.sum = sum;
+        }
+      }
+      if (continues) s = continued<true>(*state, s, has_label);
+      if (state != nullptr) *state = s;
       logp[row] = static_cast<Real>(label_logp(s.z_label, s.sums.max, s.sums.sum));
       row_max[row] = static_cast<Real>(s.sums.max);
       row_sum[row] = static_cast<Real>(s.sums.sum);
@@ -227,12 +293,12 @@ void logits_grad_rows(const LogitsGradParams& p, int64_t begin, int64_t end) {
   }
 }
 
-void token_logp_range(const TokenLogpParams& p, DType dtype, int64_t begin, int64_t end) {
+void token_logp_range(const TokenLogpParams& p, void* numerators, DType dtype, int64_t begin, int64_t end) {
   switch (dtype) {
-    case DType::kFloat32: return token_logp_rows<Float32>(p, begin, end);
-    case DType::kBFloat16: return token_logp_rows<BFloat16>(p, begin, end);
-    case DType::kFloat16: return token_logp_rows<Float16>(p, begin, end);
-    case DType::kFloat64: return token_logp_rows<Float64>(p, begin, end);
+    case DType::kFloat32: return token_logp_rows<Float32>(p, numerators, begin, end);
+    case DType::kBFloat16: return token_logp_rows<BFloat16>(p, numerators, begin, end);
+    case DType::kFloat16: return token_logp_rows<Float16>(p, numerators, begin, end);
+    case DType::kFloat64: return token_logp_rows<Float64>(p, numerators, begin, end);
   }
 }
 
