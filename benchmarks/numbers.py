@@ -109,6 +109,7 @@ _TWO = ("float32", "bfloat16")
 _NAMES = {
     "mpo_ext, reuse_logits": "mpo_ext, `reuse_logits=True`",
     "mpo_ext, recompute=False": "mpo_ext, `recompute=False`",
+    "mpo_ext, memory_budget of 512 KiB": "mpo_ext, `memory_budget=2**19`",
     "mpo_ext, from logits, reuse_logits": "mpo_ext, from logits, `reuse_logits=True`",
     "eager": "the same loss in eager torch",
     "torch.compile": "the same loss under torch.compile",

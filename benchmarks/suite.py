@@ -130,14 +130,14 @@ def linear_groups(*, quick: bool) -> list[Group]:
     """From hidden states: everyone on the base, ours on the sweeps, everyone where few rows have a label."""
     # F.linear_cross_entropy takes seconds even on these small shapes; the full run has a trial of it.
     rivals = tuple(name for name in linear.RIVALS if not (quick and name == "F.linear_cross_entropy"))
-    ours, everyone = tuple(linear.OURS), (*linear.OURS, *rivals)
+    ours, everyone = tuple(linear.OURS), (*linear.OURS, *linear.SMALL, *rivals)
     base = Loss(tokens=64, vocab=16384, hidden=256) if quick else Loss(tokens=128, vocab=151936, hidden=896)
     runs = 2
     groups = [
         Group(
             "base", dataclasses.replace(base, dtype="float32"), everyone, runs, memory=ours[:1] if quick else everyone
         ),
-        Group("base", dataclasses.replace(base, dtype="bfloat16"), everyone, runs),
+        Group("base", dataclasses.replace(base, dtype="bfloat16"), everyone, runs, memory=() if quick else everyone),
     ]
     few = dataclasses.replace(base, share=0.15, dtype="float32")
     groups.append(Group("share", few, ours if quick else everyone, 2))
@@ -249,11 +249,7 @@ def _logits_cases(group: Group) -> tuple[dict[str, Callable[[Any], Any]], dict[s
 
 
 def _linear_cases(group: Group) -> tuple[dict[str, Callable[[Any], Any]], dict[str, str]]:
-    def of_ours(name: str) -> Callable[[], Callable[[Any], Any]]:
-        frozen = name == linear.FROZEN
-        return lambda: lambda batch: linear.ours(batch, frozen, **linear.OURS[name])
-
-    makers = {name: of_ours(name) if name in linear.OURS else linear.RIVALS[name] for name in group.providers}
+    makers = {name: functools.partial(linear.provider, name) for name in group.providers}
     return _usable(group, makers, linear_batch)
 
 

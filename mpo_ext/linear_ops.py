@@ -128,9 +128,7 @@ def linear_token_logp(
             tile = ops.Tile(first, total, chunk.state)
             folds = keep == KEEP_HIDDEN_GRAD
             old_max = chunk.outputs[1].clone() if folds else None
-            ops.score(
-                logits, chunk.labels, ignore_index, stats, backend, chunk.outputs, tile, leaves_numerators=folds
-            )
+            ops.score(logits, chunk.labels, ignore_index, stats, backend, chunk.outputs, tile, leaves_numerators=folds)
             if keep == KEEP_LOGITS and not work.keeps_in_place:
                 work.kept_logits.store_(kept, chunk.rows, first, end, logits, chunk.outputs[1])
             if old_max is not None:

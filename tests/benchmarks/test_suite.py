@@ -63,6 +63,20 @@ def test_hidden_states_have_the_products_as_floor() -> None:
     assert absent["status"] == "not run"
 
 
+def test_every_case_from_hidden_states_has_run_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def ours(batch: linear.Batch, frozen: bool = False, **options: Any) -> None:
+        calls.append((frozen, options))
+
+    monkeypatch.setattr(linear, "ours", ours)
+    names = [*linear.OURS, *linear.SMALL]
+    cases, missing = linear.providers(names)
+    assert tuple(cases) == tuple(names)
+    assert not missing
+    assert calls == [(False, {}), (False, {"recompute": False}), (True, {}), (False, {"memory_budget": 1 << 19})]
+
+
 def test_a_provider_that_is_too_slow_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "_RUN_SECONDS", 0.0)
     cases, missing = suite._logits_cases(suite.Group("base", TINY, ("eager",)))
