@@ -183,7 +183,7 @@ def linear_mpo_loss(
 
     Matrix products of n labelled rows by the whole head: one forward and three backward; where neither weight nor
     bias needs a gradient two forward and none backward; with ``recompute=False`` one and two. Memory beyond
-    inputs and gradients: ``memory_budget``, and two copies of the n rows of ``hidden`` in float32. With
+    inputs and gradients: ``memory_budget``, and up to two copies of the n rows of ``hidden`` in float32. With
     ``recompute=False`` the n rows of logits besides, from forward to backward; but the gradient by ``weight`` then
     takes their memory, so that beyond gradients it is what n rows of logits take more than ``weight``.
 
@@ -202,12 +202,13 @@ def linear_mpo_loss(
         softcap: Bound of the logits (Gemma 2), above 0, or None.
         temperature: Divides the logits at last, above 0.
         memory_budget: Bytes for a tile and what is computed from it; None for 64 MiB on a CPU, 256 MiB on a GPU. It
-            bounds memory and changes speed, not the result.
+            changes speed, and the result by rounding only. A CPU stays fast down to some 4 MiB and usable to some
+            100 KiB; a budget of bytes makes tiles of a few numbers, and takes as long as that sounds.
         recompute: Whether backward computes the tiles again. False keeps the logits of the labelled rows, which saves
-            one product in four: in float32, or in the type that the CPU multiplies in; with bfloat16 hidden states and
-            weight in float16 relative to each row's largest, where products come out in float32. The gradient by
-            weight is formed in the same memory, whose size is that of the larger of both and a tile; a second
-            backward computes the logits again. Means nothing where ``weight`` needs no gradient.
+            one product in four. They are kept as tiles are, in float32 mostly; with bfloat16 hidden states and weight
+            in float16, as their distance from the row's largest. The gradient by weight is formed in the same memory,
+            whose size is that of the larger of both and a tile; a second backward computes the logits again. Means
+            nothing where ``weight`` needs no gradient.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.
@@ -226,7 +227,7 @@ def linear_mpo_loss(
     if not isinstance(config, MPOConfig):
         raise TypeError(f"config must be an MPOConfig, got {type(config).__name__}")
     sequences = ops.check_pairs(hidden, labels, cu_seqlens, "hidden")
-    ops.check_head(hidden, weight, bias, logit_scale, softcap, temperature, memory_budget)
+    ops.check_head(hidden, weight, bias, logit_scale, softcap, temperature, memory_budget, recompute)
     ops.check_reference(hidden, sequences, ref_logp, ref_hidden, "hidden")
     if ref_hidden is None:
         if ref_weight is not None or ref_bias is not None:
@@ -234,7 +235,7 @@ def linear_mpo_loss(
     else:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
-        ops.check_head(ref_hidden, ref_weight, ref_bias, logit_scale, softcap, temperature, None, "ref_")
+        ops.check_head(ref_hidden, ref_weight, ref_bias, logit_scale, softcap, temperature, None, prefix="ref_")
     names = ops.check_stats(stats, _PUBLIC_STATS)
     chosen_backend = ops.choose_backend(backend, hidden, "hidden")
 
@@ -435,7 +436,7 @@ def linear_token_logp(
     """
     ops.check_logits("hidden", hidden, "feature")
     ops.check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
-    ops.check_head(hidden, weight, bias, logit_scale, softcap, temperature, memory_budget)
+    ops.check_head(hidden, weight, bias, logit_scale, softcap, temperature, memory_budget, recompute)
     chosen_backend = ops.choose_backend(backend, hidden, "hidden")
     if shift:
         if labels.ndim == 0:
@@ -622,7 +623,7 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def _memory_budget(memory_budget: int | None, device: torch.device) -> int:
     if memory_budget is not None:
-        return memory_budget
+        return min(memory_budget, 1 << 62)  # what an operator's argument holds
     return _CPU_MEMORY_BUDGET if device.type == "cpu" else _GPU_MEMORY_BUDGET
 
 

@@ -222,6 +222,8 @@ def check_head(
     softcap: float | None,
     temperature: float,
     memory_budget: int | None,
+    recompute: bool = True,
+    *,
     prefix: str = "",
 ) -> None:
     """Raises unless these are a head for the hidden states, and numbers that it can be used with."""
@@ -255,10 +257,12 @@ def check_head(
             raise ValueError(
                 f"{name} must be finite and {'not 0' if name == 'logit_scale' else 'above 0'}, got {value}"
             )
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute must be a bool, got {recompute!r}")
     if memory_budget is None:
         return
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-        raise TypeError(f"memory_budget must be an int, a number of bytes, got {type(memory_budget).__name__}")
+        raise TypeError(f"memory_budget must be an int, a number of bytes, got {memory_budget!r}")
     if memory_budget < 1:
         raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
 
