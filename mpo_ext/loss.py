@@ -203,7 +203,7 @@ def linear_mpo_loss(
         temperature: Divides the logits at last, above 0.
         memory_budget: Bytes for a tile and what is computed from it; None for 64 MiB on a CPU, 256 MiB on a GPU. It
             changes speed, and the result by rounding only. A CPU stays fast down to some 4 MiB and usable to some
-            100 KiB; a budget of bytes makes tiles of a few numbers, and takes as long as that sounds.
+            256 KiB; a budget of bytes makes tiles of a few numbers, and takes as long as that sounds.
         recompute: Whether backward computes the tiles again. False keeps the logits of the labelled rows, which saves
             one product in four. They are kept as tiles are, in float32 mostly; with bfloat16 hidden states and weight
             in float16, as their distance from the row's largest. The gradient by weight is formed in the same memory,
