@@ -62,6 +62,15 @@ def test_fresh_memory_and_kernels_of_the_loss_from_logits() -> None:
     assert loss_cost("eager", LOGITS_LOSS, only(fresh=1.0)).seconds == 20 * 100 * 12
 
 
+def test_gradients_of_hidden_states_and_head_are_huge_pages() -> None:
+    d_hidden, d_weight, logits = 20 * 8 * 4, 100 * 8 * 4, 10 * 100 * 4
+    pages = only(huge=1.0)
+    assert loss_cost("mpo_ext", LINEAR_LOSS, pages).seconds == d_hidden + d_weight
+    assert loss_cost("mpo_ext, recompute=False", LINEAR_LOSS, pages).seconds == d_hidden + max(d_weight, logits)
+    assert loss_cost("mpo_ext, frozen head", LINEAR_LOSS, pages).seconds == d_hidden
+    assert loss_cost("mpo_ext", LINEAR_LOSS, only(fresh=1.0)).seconds == 0
+
+
 @pytest.mark.parametrize(
     ("method", "rows", "products"),
     [
