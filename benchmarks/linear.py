@@ -231,9 +231,7 @@ def time_case(dtype: str, share: float, names: list[str], args: argparse.Namespa
 
 
 def _gpu_peak(name: str, dtype: str, share: float, args: argparse.Namespace) -> int:
-    cases, missing = providers([name], args.device)
-    if name in missing:
-        raise RuntimeError(missing[name])
+    cases, _ = providers([name], args.device)
     batch = Batch(DTYPES[dtype], args.tokens, args.depth, args.vocab, share, args.device)
     cases[name](batch)  # compiled, and torch's own workspaces allocated
     torch.cuda.synchronize()
@@ -261,21 +259,23 @@ def measure_memory(dtype: str, share: float, names: list[str], args: argparse.Na
     sizes = (args.tokens, args.depth, args.vocab)
     width = DTYPES[dtype].itemsize
     d_hidden, d_weight = 2 * args.tokens * args.depth * width, args.vocab * args.depth * width
+    cases, missing = providers(names, args.device)
     print(f"\n{dtype}, peak memory beyond inputs and gradients, MiB")
-    results: dict[str, int | str] = {}
-    for name in names:
+    results: dict[str, int | str] = dict(missing)
+    for name in cases:
         try:
             if args.device == "cpu":
                 peak = peak_bytes(_memory_target, name, dtype, share, sizes)
             else:
                 peak = _gpu_peak(name, dtype, share, args)
         except RuntimeError as error:
-            results[name] = str(error)
-            print(f"{name:<34}not run")
+            missing[name] = results[name] = str(error)
             continue
         beyond = peak - d_hidden - (0 if name == FROZEN else d_weight)
         results[name] = beyond
         print(f"{name:<34}{beyond / 2**20:>9.1f}")
+    for name, reason in missing.items():
+        print(f"{name:<34}not run: {reason}")
     return results
 
 
