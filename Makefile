@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 PYTEST_ARGS ?=
+# Most tests keep to one thread. A process gets a run of neighbouring tests, which share fixtures and oracles.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo test lint docs bench sanitize gpu-check clean
 
@@ -11,8 +14,8 @@ demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
 
 test: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
