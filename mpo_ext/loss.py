@@ -183,9 +183,10 @@ def linear_mpo_loss(
 
     Matrix products of n labelled rows by the whole head: one forward and three backward; where neither weight nor
     bias needs a gradient two forward and none backward; with ``recompute=False`` one and two. Memory beyond
-    inputs and gradients: ``memory_budget``, and up to two copies of the n rows of ``hidden`` in float32. With
-    ``recompute=False`` the n rows of logits besides, from forward to backward; but the gradient by ``weight`` then
-    takes their memory, so that beyond gradients it is what n rows of logits take more than ``weight``.
+    inputs and gradients: ``memory_budget``, up to two copies of the n rows of ``hidden`` in float32, and what torch's
+    products take themselves (on a CPU most where they multiply bfloat16 natively). With ``recompute=False`` the n
+    rows of logits besides, from forward to backward; but the gradient by ``weight`` then takes their memory, so that
+    beyond gradients it is what n rows of logits take more than ``weight``.
 
     Args:
         hidden: ``[2B, T, D]``, final hidden states of B chosen and then B rejected sequences; or packed ``[N, D]``
