@@ -230,14 +230,13 @@ def time_case(dtype: str, share: float, names: list[str], args: argparse.Namespa
     }
 
 
-def _gpu_peak(name: str, dtype: str, share: float, args: argparse.Namespace) -> int:
-    cases, _ = providers([name], args.device)
+def _gpu_peak(run: Callable[[Batch], Any], dtype: str, share: float, args: argparse.Namespace) -> int:
     batch = Batch(DTYPES[dtype], args.tokens, args.depth, args.vocab, share, args.device)
-    cases[name](batch)  # compiled, and torch's own workspaces allocated
+    run(batch)  # compiled, and torch's own workspaces allocated
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    cases[name](batch)
+    run(batch)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
@@ -262,12 +261,12 @@ def measure_memory(dtype: str, share: float, names: list[str], args: argparse.Na
     cases, missing = providers(names, args.device)
     print(f"\n{dtype}, peak memory beyond inputs and gradients, MiB")
     results: dict[str, int | str] = dict(missing)
-    for name in cases:
+    for name, run in cases.items():
         try:
             if args.device == "cpu":
                 peak = peak_bytes(_memory_target, name, dtype, share, sizes)
             else:
-                peak = _gpu_peak(name, dtype, share, args)
+                peak = _gpu_peak(run, dtype, share, args)
         except RuntimeError as error:
             missing[name] = results[name] = str(error)
             continue

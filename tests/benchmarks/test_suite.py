@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from typing import Any
@@ -117,6 +118,25 @@ def test_interleaved_stops_when_the_time_is_over_but_not_before_the_least() -> N
     assert len(timing["x"].seconds) == 3
     assert calls["x"] == 4
     assert len(interleaved({"x": (lambda: None, run)}, 5)["x"].seconds) == 5
+
+
+def test_a_peer_that_is_absent_is_named_and_no_process_measures_its_memory(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def absent() -> Any:
+        raise ImportError("no such peer")
+
+    monkeypatch.setitem(linear.RIVALS, "quack", absent)
+    monkeypatch.setattr(linear, "peak_bytes", lambda target, name, *rest: {"eager": 5 << 20}[name])
+    sizes = argparse.Namespace(tokens=1, depth=1, vocab=1, device="cpu")
+    found = linear.measure_memory("float32", 1.0, ["quack", "eager"], sizes)
+    assert found == {"quack": "ImportError: no such peer", "eager": (5 << 20) - 4 * 2 - 4}
+    printed, errors = capfd.readouterr()
+    assert [line.split(maxsplit=1) for line in printed.splitlines()[2:]] == [
+        ["eager", "5.0"],
+        ["quack", "not run: ImportError: no such peer"],
+    ]
+    assert not errors
 
 
 def test_free_memory_is_touched_after_slow_cases_only(monkeypatch: pytest.MonkeyPatch) -> None:
