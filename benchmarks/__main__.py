@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import check_model, machine, numbers, plots, schema, suite
 from benchmarks.measure import provenance
-from mpo_ext.data.jsonl import atomic_write
+from mpo_ext.files import atomic_write
 
 #: Benchmark to its share of the time.
 SHARES = {"logits": 0.3, "linear": 0.4, "train_step": 0.26, "sampling": 0.04}

@@ -1,4 +1,4 @@
-"""Predictions of mpo_ext.cost beside what was measured: every measured point that the model has a method for."""
+"""Predictions of mpo_ext.plan.roofline beside what was measured: every measured point that the model has a method for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import machine, train_step
 from benchmarks.suite import middle
-from mpo_ext import cost
+from mpo_ext.plan import roofline as cost
 
 WITHIN = 0.25
 
@@ -71,7 +71,7 @@ def _predict(benchmark: str, point: Mapping[str, Any], rates: cost.Machine) -> c
 @functools.cache
 def step_inputs(sizes: train_step.Sizes, *, precomputed: bool) -> tuple[cost.Model, cost.Step]:
     """The model and the step of ``benchmarks.train_step`` as the cost model takes them."""
-    from mpo_ext.train.plan import _Estimate
+    from mpo_ext.plan.memory import _Estimate
 
     with torch.device("meta"):
         model, _ = train_step.build(sizes)

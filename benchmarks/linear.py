@@ -18,8 +18,9 @@ from torch import Tensor
 
 from benchmarks.logits import DTYPES
 from benchmarks.measure import environment, interleaved, peak_bytes, write_json
-from mpo_ext import MPOConfig, linear_mpo_loss, reference
-from mpo_ext.reward_shift import HOLD
+from mpo_ext import MPOConfig, linear_mpo_loss
+from mpo_ext.loss import eager as reference
+from mpo_ext.loss.reward_shift import HOLD
 
 OURS = {
     "mpo_ext": {},

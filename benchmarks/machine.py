@@ -1,4 +1,4 @@
-"""Rates of this machine for mpo_ext.cost: small programs that are timed beside everything else, in the same rounds."""
+"""Rates of this machine for mpo_ext.plan.roofline: small programs that are timed beside everything else, in the same rounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.measure import interleaved
 from mpo_ext import mpo_loss
-from mpo_ext.cost import Machine
+from mpo_ext.plan.roofline import Machine
 
 _WORDS = 32 << 20  # float32: four times the last-level cache of a common server
 _FRESH_BYTES = 128 << 20  # a system may give small amounts back at once that were freed just before

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mpo_ext import ops
+from mpo_ext.ops import logits as ops
 
 _FREE_BYTES = 1 << 30  # what most cases allocate
 _KEPT_SECONDS = 1.0

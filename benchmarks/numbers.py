@@ -2,7 +2,7 @@
 
 A block begins with ``<!-- results: NAME -->`` and ends with ``<!-- end of results -->``, each on a line of its own.
 tests/benchmarks/test_numbers.py fails where a block is not what its files say. Blocks whose name begins with
-"predicted" come from mpo_ext.cost alone and say so; those that begin with "study_" are made by mpo_ext.demo.study.
+"predicted" come from mpo_ext.plan.roofline alone and say so; those that begin with "study_" are made by benchmarks.study.tables.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import check_model, machine_code, schema
-from mpo_ext import cost
+from mpo_ext.plan import roofline as cost
 from mpo_ext.report import markdown_table
 
 PLOTS = Path("docs/plots")
@@ -30,7 +30,7 @@ def load(folder: Path) -> dict[str, Any]:
     if (folder / "machine_code.json").exists():
         found["machine_code"] = machine_code.load(folder / "machine_code.json")
     if (folder / "study.json").exists():
-        from mpo_ext.demo import study
+        from benchmarks.study import tables as study
 
         found["study"] = study.load(folder / "study.json")
     return found
@@ -93,7 +93,7 @@ def render(name: str, documents: Documents) -> str:
             raise ValueError(f"block {name!r} must have results/{one}.json, got {', '.join(documents) or 'no file'}")
     if not is_study:
         return f"\n{BLOCKS[name][1](documents).strip()}\n\n"
-    from mpo_ext.demo import study
+    from benchmarks.study import tables as study
 
     tables = study.tables(documents["study"])
     if name not in tables:

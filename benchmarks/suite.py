@@ -21,10 +21,11 @@ from torch import Tensor
 
 from benchmarks import linear, logits, machine, train_step
 from benchmarks.measure import Timing, interleaved, peak_bytes
-from mpo_ext import MPOConfig, reference
-from mpo_ext.cost import Loss
-from mpo_ext.linear_ops import product_dtype
-from mpo_ext.reward_shift import HOLD
+from mpo_ext import MPOConfig
+from mpo_ext.loss import eager as reference
+from mpo_ext.loss.reward_shift import HOLD
+from mpo_ext.ops.linear import product_dtype
+from mpo_ext.plan.roofline import Loss
 
 STATISTICS = "mpo_ext, all statistics"
 _TRIAL = 16  # a trial has this fraction of rows and of vocabulary

@@ -331,7 +331,7 @@ class _DoneError(Exception):
 def run_ours(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> None:
     """Trains with ``mpo_ext.train``; the gate is called after each step."""
     from mpo_ext.train import loop
-    from mpo_ext.train import reference as references
+    from mpo_ext.train import reference_model as references
 
     def on_step(step: int, line: Mapping[str, float]) -> None:
         gate(line["loss"])

@@ -1,5 +1,5 @@
 // Python bindings. Addresses come in as integers, so this module knows nothing of torch and one build serves every
-// torch version. mpo_ext/ops.py is the only caller; it checks shapes, dtypes and devices.
+// torch version. mpo_ext/ops/logits.py is the only caller; it checks shapes, dtypes and devices.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -397,7 +397,7 @@ std::vector<std::string> cpu_isas() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Kernels of mpo_ext. Private: call mpo_ext.ops instead.";
+  m.doc() = "Kernels of mpo_ext. Private: call mpo_ext.ops.logits instead.";
 #ifdef MPO_WITH_CUDA
   m.attr("has_cuda") = true;
   m.attr("cuda_archs") = MPO_CUDA_ARCHS;

@@ -8,9 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpo_ext.config import MPOConfig
-    from mpo_ext.head import HiddenAndHead, hidden_and_head
-    from mpo_ext.loss import (
+    from mpo_ext.loss.config import MPOConfig
+    from mpo_ext.loss.eager import sequence_sums
+    from mpo_ext.loss.functions import (
         MPOOutput,
         linear_mpo_loss,
         linear_token_logp,
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
         shift_labels,
         token_logp,
     )
-    from mpo_ext.reference import sequence_sums
-    from mpo_ext.reward_shift import RewardShift
+    from mpo_ext.loss.hf_head import HiddenAndHead, hidden_and_head
+    from mpo_ext.loss.reward_shift import RewardShift
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "HiddenAndHead": "mpo_ext.head",
-    "MPOConfig": "mpo_ext.config",
-    "MPOOutput": "mpo_ext.loss",
-    "RewardShift": "mpo_ext.reward_shift",
-    "hidden_and_head": "mpo_ext.head",
-    "linear_mpo_loss": "mpo_ext.loss",
-    "linear_token_logp": "mpo_ext.loss",
-    "mpo_loss": "mpo_ext.loss",
-    "sequence_sums": "mpo_ext.reference",
-    "shift_labels": "mpo_ext.loss",
-    "token_logp": "mpo_ext.loss",
+    "HiddenAndHead": "mpo_ext.loss.hf_head",
+    "MPOConfig": "mpo_ext.loss.config",
+    "MPOOutput": "mpo_ext.loss.functions",
+    "RewardShift": "mpo_ext.loss.reward_shift",
+    "hidden_and_head": "mpo_ext.loss.hf_head",
+    "linear_mpo_loss": "mpo_ext.loss.functions",
+    "linear_token_logp": "mpo_ext.loss.functions",
+    "mpo_loss": "mpo_ext.loss.functions",
+    "sequence_sums": "mpo_ext.loss.eager",
+    "shift_labels": "mpo_ext.loss.functions",
+    "token_logp": "mpo_ext.loss.functions",
 }
 
 __all__ = [

@@ -21,7 +21,7 @@ def _engines() -> list[str]:
     engines = [name for name in BACKENDS if name != "cpu"]
     if "cpu" in BACKENDS:
         try:
-            from mpo_ext._native import cpu_isas
+            from mpo_ext.ops.native import cpu_isas
 
             engines += [f"cpu-{isa}" for isa in cpu_isas()]
         except ImportError:

@@ -98,7 +98,7 @@ def test_a_missing_native_module_says_what_to_do(checkout: Path) -> None:
         "import importlib.metadata as m, sys; m.distributions = lambda **k: []\n"
         # An editable install of the tree under test would find its module through a finder of its own.
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in f'{f} {type(f)}'.lower()]\n"
-        "try:\n    import mpo_ext._native\nexcept ImportError as e: print(e)"
+        "try:\n    import mpo_ext.ops.native\nexcept ImportError as e: print(e)"
     )
     said = run(sys.executable, "-c", code, cwd=checkout)
     assert "did not load" in said

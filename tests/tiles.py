@@ -14,7 +14,8 @@ from oracle import (
     wide,
 )
 
-from mpo_ext import MPOOutput, linear_mpo_loss, ops
+from mpo_ext import MPOOutput, linear_mpo_loss
+from mpo_ext.ops import logits as ops
 
 ALL_STATS = 15
 

@@ -13,7 +13,7 @@ enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
 /// Instruction sets of the CPU kernels, the best first.
 enum class Isa : int { kAvx512, kAvx2, kPortable };
 
-/// Bits that ask token_logp for statistics of each row. The order is that of mpo_ext.ops.STATS.
+/// Bits that ask token_logp for statistics of each row. The order is that of mpo_ext.ops.logits.STATS.
 enum RowStats : unsigned {
   kEntropy = 1u << 0,      // of the softmax, in nats
   kMeanLogit = 1u << 1,    // mean over the vocabulary
@@ -68,7 +68,7 @@ struct LogitsGradParams {
   bool is_zeroed;  // grad holds zeros already, so ignored rows need not be written
 };
 
-/// How a batch of rewards moves the state of the reward shift (mpo_ext/reward_shift.py).
+/// How a batch of rewards moves the state of the reward shift (mpo_ext/loss/reward_shift.py).
 enum class ShiftRule : int { kHold, kCumulative, kEma };
 
 struct PairLossConfig {

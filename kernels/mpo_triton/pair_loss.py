@@ -9,7 +9,7 @@ from torch import Tensor
 
 _ROWS_BLOCK = 1024
 _PAIRS_BLOCK = 64
-_HOLD, _CUMULATIVE = tl.constexpr(0), tl.constexpr(1)  # mpo_ext.reward_shift; whatever else is EMA
+_HOLD, _CUMULATIVE = tl.constexpr(0), tl.constexpr(1)  # mpo_ext.loss.reward_shift; whatever else is EMA
 
 
 @triton.jit(do_not_specialize=["ignore_index"])

@@ -109,7 +109,7 @@ def token_logp_kernel(
     STATE: tl.constexpr,
     ROW_STATE: tl.constexpr,
     IS_TILE: tl.constexpr,
-    STATS: tl.constexpr,  # bits of mpo_ext.ops.STATS
+    STATS: tl.constexpr,  # bits of mpo_ext.ops.logits.STATS
 ):
     """Merges the chunks of one row in their order: logp = (z[y] - m) - log(sum), and the statistics.
 

@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mpo_ext.config import install_hint
+from mpo_ext.checks import install_hint
 from mpo_ext.data.hf import PLACEHOLDER
-from mpo_ext.data.jsonl import BadLine, Location, atomic_write
+from mpo_ext.data.jsonl import BadLine, Location
 from mpo_ext.data.records import Pair, find_url
 from mpo_ext.data.sources import Source
 from mpo_ext.data.stats import SubsetStats, count_words
+from mpo_ext.files import atomic_write
 
 ImageCheck = Literal["verify", "decode", "exists", "skip"]
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mpo_ext.config import install_hint
+from mpo_ext.checks import install_hint
 from mpo_ext.data.jsonl import (
     MAX_LINE_BYTES,
     BadLine,
@@ -25,13 +25,12 @@ from mpo_ext.data.jsonl import (
     LineFile,
     Location,
     Pairs,
-    atomic_write,
     dump_line,
     parse_object,
     remap,
-    sync_folder,
 )
 from mpo_ext.data.records import Pair
+from mpo_ext.files import atomic_write, sync_folder
 
 if TYPE_CHECKING:
     import datasets

@@ -1,12 +1,10 @@
 """Files of one JSON object a line: an index of byte offsets for random access, strict parsing, atomic writing."""
 
 import collections
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import secrets
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from mpo_ext.data.records import Pair
+from mpo_ext.files import atomic_write
 
 MAX_LINE_BYTES = 16 << 20
 _CHUNK = 1 << 20
@@ -295,36 +294,6 @@ def _finite(text: str) -> float:
 def dump_line(values: Mapping[str, Any], *, ensure_ascii: bool = False) -> bytes:
     """Returns a line of JSON as the authors of MMPR write it, its end included."""
     return json.dumps(values, ensure_ascii=ensure_ascii, allow_nan=False).encode() + b"\n"
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Opens a file that appears under its name only when it is whole and on the disk.
-
-    Args:
-        path: Where it goes; a file that stands there is replaced at the end, or left alone if the block raises.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        sync_folder(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(path: Path) -> None:
-    """Puts the names in a folder on the disk, so that a rename survives a loss of power."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read_pairs(

@@ -19,18 +19,9 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from mpo_ext.data.jsonl import (
-    MAX_LINE_BYTES,
-    FieldError,
-    LineFile,
-    Location,
-    Pairs,
-    atomic_write,
-    dump_line,
-    map_root,
-    parse_object,
-)
+from mpo_ext.data.jsonl import MAX_LINE_BYTES, FieldError, LineFile, Location, Pairs, dump_line, map_root, parse_object
 from mpo_ext.data.records import SOURCE, Pair
+from mpo_ext.files import atomic_write
 
 _FIELDS = ("image", "question", "chosen", "rejected", "answer_gt", "provenance")
 _PER_RUN = ("annotation", "length")  # settings of a subset that a written copy has values of its own for

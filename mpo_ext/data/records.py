@@ -8,38 +8,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mpo_ext.checks import check_json, check_text, type_and_value
+
 # Where `Pair.extra` keeps how the source wrote the pair; every other key is a field of the source.
 SOURCE = "$source"
 _URL = re.compile(r"(?:^|/)((?:(?:https?|ftp|s3|gs|hf)://|data:image/).+)", re.IGNORECASE | re.DOTALL)
-
-
-def check_json(name: str, value: object) -> None:
-    """Raises unless the value survives JSON unchanged.
-
-    Args:
-        name: What the value is called in the message; its parts are named ``name.key`` and ``name[index]``.
-        value: Anything.
-
-    Raises:
-        TypeError: If something in it is not None, a bool, an int, a float, a str, a list or a dict with str keys.
-        ValueError: If a number is not finite, or a text holds half of a surrogate pair.
-    """
-    if isinstance(value, str):
-        _check_text(name, value)
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{name} must have keys of type str, got {_shown(key)}")
-            _check_text(f"{name}: a key", key)
-            check_json(f"{name}.{key}", part)
-    elif isinstance(value, list):
-        for index, part in enumerate(value):
-            check_json(f"{name}[{index}]", part)
-    elif value is not None and not isinstance(value, (bool, int)):
-        raise TypeError(f"{name} must be JSON (None, bool, int, float, str, list, dict), got {_shown(value)}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,27 +49,27 @@ class Pair:
         for name in ("question", "chosen", "rejected"):
             value = getattr(self, name)
             if not isinstance(value, str):
-                raise TypeError(f"{name} must be a str, got {_shown(value)}")
-            _check_text(name, value)
+                raise TypeError(f"{name} must be a str, got {type_and_value(value)}")
+            check_text(name, value)
         if not isinstance(self.images, tuple):
-            raise TypeError(f"images must be a tuple of paths, got {_shown(self.images)}")
+            raise TypeError(f"images must be a tuple of paths, got {type_and_value(self.images)}")
         for index, image in enumerate(self.images):
             if not isinstance(image, str):
-                raise TypeError(f"images[{index}] must be a str, got {_shown(image)}")
+                raise TypeError(f"images[{index}] must be a str, got {type_and_value(image)}")
             if not image or "\0" in image:
-                raise ValueError(f"images[{index}] must be a path, got {_shown(image)}")
-            _check_text(f"images[{index}]", image)
+                raise ValueError(f"images[{index}] must be a path, got {type_and_value(image)}")
+            check_text(f"images[{index}]", image)
         if self.answer_gt is not None:
             if not isinstance(self.answer_gt, str):
-                raise TypeError(f"answer_gt must be a str or None, got {_shown(self.answer_gt)}")
-            _check_text("answer_gt", self.answer_gt)
+                raise TypeError(f"answer_gt must be a str or None, got {type_and_value(self.answer_gt)}")
+            check_text("answer_gt", self.answer_gt)
         for name in ("provenance", "extra"):
             value = getattr(self, name)
             if not isinstance(value, dict):
-                raise TypeError(f"{name} must be a dict, got {_shown(value)}")
+                raise TypeError(f"{name} must be a dict, got {type_and_value(value)}")
             check_json(name, value)
         if not isinstance(self.extra.get(SOURCE, {}), dict):
-            raise TypeError(f"extra.{SOURCE} must be a dict, got {_shown(self.extra[SOURCE])}")
+            raise TypeError(f"extra.{SOURCE} must be a dict, got {type_and_value(self.extra[SOURCE])}")
 
     @property
     def source(self) -> dict[str, Any]:
@@ -121,7 +94,7 @@ class Pair:
             ValueError: If a field is missing or unknown.
         """
         if not isinstance(values, Mapping):
-            raise TypeError(f"a pair must be an object, got {_shown(values)}")
+            raise TypeError(f"a pair must be an object, got {type_and_value(values)}")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
@@ -136,7 +109,7 @@ class Pair:
             values = {**values, "answer_gt": str(answer)}
         images = values.get("images", [])
         if not isinstance(images, (list, tuple)):
-            raise TypeError(f"images must be a list of paths, got {_shown(images)}")
+            raise TypeError(f"images must be a list of paths, got {type_and_value(images)}")
         return cls(**{**values, "images": tuple(images)})
 
     def key(self) -> str:
@@ -149,19 +122,3 @@ def find_url(path: str) -> str | None:
     """The URL that stands where the path of an image belongs, with or without a root before it; None in a path."""
     found = _URL.search(path)
     return None if found is None else found.group(1)
-
-
-def _check_text(name: str, value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} must be text that UTF-8 can hold, got the lone surrogate {value[error.start]!r} "
-            f"at character {error.start}"
-        ) from None
-
-
-def _shown(value: object) -> str:
-    """The value for a message: its type and a bounded piece of it."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

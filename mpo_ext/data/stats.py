@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from mpo_ext.config import install_hint
+from mpo_ext.checks import install_hint
 from mpo_ext.data.jsonl import Skipped
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import Source

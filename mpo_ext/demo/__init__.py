@@ -1,4 +1,4 @@
 """The digits demo: SFT, pairs from the model's own answers, and three ways to train on, in minutes on a CPU.
 
-``mpo-ext demo`` runs it (``mpo_ext.demo.run``). It needs the packages of the extra ``demo``.
+``mpo-ext demo`` runs it (``mpo_ext.cli.demo``). It needs the packages of the extra ``demo``.
 """

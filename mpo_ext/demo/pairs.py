@@ -13,12 +13,13 @@ from transformers import InternVLForConditionalGeneration
 
 from mpo_ext.data import Pair, open_pairs, read_pairs, write_pairs
 from mpo_ext.data.check import Report, check_pairs, write_report
-from mpo_ext.data.jsonl import atomic_write, dump_line
+from mpo_ext.data.jsonl import dump_line
 from mpo_ext.data.records import SOURCE
 from mpo_ext.data.view import write_view
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.settings import Settings
+from mpo_ext.files import atomic_write
 from mpo_ext.generate import sampling
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig

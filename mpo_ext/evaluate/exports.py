@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.data.jsonl import atomic_write
+from mpo_ext.answers.matching import label_options
 from mpo_ext.evaluate.scoring import Response
-from mpo_ext.generate.answers import label_options
-from mpo_ext.generate.journal import encode_line
+from mpo_ext.files import atomic_write
 from mpo_ext.generate.sampling import Item
+from mpo_ext.journal import encode_line
 
 Add = Callable[[int, Item, str, Sequence[Response]], None]
 _NO_ANSWER = "[invalid]"  # what the extraction filters of lm-eval and lmms-eval put there

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.config import check_model_path, install_hint
+from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.generate.engine import Engine, TransformersEngine
 
 _SHOWN = 8

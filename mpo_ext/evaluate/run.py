@@ -21,16 +21,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import mpo_ext
-from mpo_ext.data.jsonl import atomic_write
-from mpo_ext.evaluate import pages
+from mpo_ext.checks import check_integer
+from mpo_ext.evaluate import report as pages
 from mpo_ext.evaluate.exports import EXPORTS, vlmevalkit_columns
 from mpo_ext.evaluate.models import Fingerprinted, find_model, load_engine
 from mpo_ext.evaluate.scoring import Evaluation, EvaluationConfig, Question, Response, Visit
 from mpo_ext.evaluate.statistics import Comparison, compare, mean_and_error, pass_at_k, wilson
+from mpo_ext.files import FileLock, atomic_write
 from mpo_ext.generate import sampling
-from mpo_ext.generate.engine import Engine, TransformersEngine, check_integer
-from mpo_ext.generate.journal import FileLock, encode_line
+from mpo_ext.generate.engine import Engine, TransformersEngine
 from mpo_ext.generate.sampling import Item, ItemFile, Outcome, item_files, scan, take
+from mpo_ext.journal import encode_line
 
 FORMAT = "mpo_ext.evaluation/1"
 ALL = "all"

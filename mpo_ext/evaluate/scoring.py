@@ -8,12 +8,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mpo_ext.config import check_number
-from mpo_ext.data.records import check_json
+from mpo_ext.answers.matching import extract_answer, is_same_answer, matcher
+from mpo_ext.checks import check_integer, check_json, check_number
 from mpo_ext.evaluate.statistics import majority
-from mpo_ext.generate.answers import extract_answer, is_same_answer, matcher
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
-from mpo_ext.generate.engine import Engine, SamplingConfig, check_integer
+from mpo_ext.generate.engine import Engine, SamplingConfig
 from mpo_ext.generate.prompts import PromptTemplate, get_template
 from mpo_ext.generate.sampling import Item, Outcome
 

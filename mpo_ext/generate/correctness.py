@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mpo_ext.config import check_number
+from mpo_ext.answers.matching import extract_answer, is_same_answer, matcher
+from mpo_ext.checks import check_integer, check_number
 from mpo_ext.data.records import Pair
-from mpo_ext.generate.answers import extract_answer, is_same_answer, matcher
-from mpo_ext.generate.engine import Engine, Request, SamplingConfig, check_integer, derive_seed
+from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.prompts import get_template, render
 from mpo_ext.generate.sampling import WRONG_SAMPLE, Item, Outcome, is_degenerate
 

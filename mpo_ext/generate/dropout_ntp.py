@@ -8,17 +8,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from mpo_ext.config import check_number
+from mpo_ext.answers.matching import Matcher, extract_answer, matcher
+from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.checks import check_integer, check_number
 from mpo_ext.data.records import Pair
-from mpo_ext.generate.answers import Matcher, extract_answer, matcher
-from mpo_ext.generate.engine import (
-    IMAGE_PLACEHOLDER,
-    Engine,
-    Request,
-    SamplingConfig,
-    check_integer,
-    derive_seed,
-)
+from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.sampling import WRONG_SAMPLE, Item, Outcome, is_degenerate
 
 WRONG_CHOSEN = "chosen is a sample that was wrong (--allow-wrong-chosen takes it)"

@@ -9,15 +9,22 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from mpo_ext.config import check_number, install_hint
+from mpo_ext.chat import (
+    Conversation,
+    chat_messages,
+    find_chat_template,
+    lacks_special_tokens,
+    load_image,
+    render_prompt,
+)
+from mpo_ext.checks import check_integer, check_number, install_hint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-IMAGE_PLACEHOLDER = "<image>"
 _VLLM_ADVICE = f"VLLMEngine needs vllm: {install_hint('vllm')}"
 
 
@@ -49,23 +56,15 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(Conversation):
     """One prompt to continue.
 
     Attributes:
-        key: Name of the request, for errors.
-        question: What the user says; ``<image>`` stands where an image belongs, images without one come first.
-        messages: The conversation as a chat template takes it, instead of ``question``; images as in ``images``.
-        images: PIL images or paths of images.
         prefix_ids: Token ids that the assistant's turn begins with; the turn stays open, and the continuation follows.
         seed: Source of every draw.
         sampling: How tokens are drawn.
     """
 
-    key: str = ""
-    question: str = ""
-    messages: tuple[Mapping[str, Any], ...] = ()
-    images: tuple[Any, ...] = ()
     prefix_ids: tuple[int, ...] = ()
     seed: int = 0
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
@@ -104,14 +103,6 @@ class Engine(Protocol):
         """Continues every request; the results have the order of the requests."""
 
 
-def check_integer(name: str, value: object, *, least: int) -> None:
-    """Raises unless the value is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
 def derive_seed(*parts: object) -> int:
     """A seed of 63 bits that depends on all parts and on nothing else."""
     digest = hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=8).digest()
@@ -132,81 +123,6 @@ def rank_and_world() -> tuple[int, int]:
         if rank in os.environ and world in os.environ:
             return int(os.environ[rank]), int(os.environ[world])
     return 0, 1
-
-
-def load_image(image: Any) -> Any:
-    """Opens an image where it is a path; as RGB, and wholly read."""
-    if not isinstance(image, (str, os.PathLike)):
-        return image
-    from PIL import Image
-
-    with Image.open(image) as opened:
-        return opened.convert("RGB")
-
-
-def chat_messages(request: Request, *, as_parts: bool) -> list[dict[str, Any]]:
-    """The conversation of a request as chat templates take it.
-
-    Args:
-        request: The request.
-        as_parts: Whether the content is a list of images and texts, as templates of multimodal models want it.
-    """
-    if request.messages:
-        return [dict(message) for message in request.messages]
-    if not as_parts:
-        return [{"role": "user", "content": request.question}]
-    content: list[dict[str, Any]] = []
-    pieces = request.question.split(IMAGE_PLACEHOLDER) if request.images else [request.question]
-    if request.images and len(pieces) == 1:
-        pieces = [""] * len(request.images) + pieces
-    if request.images and len(pieces) - 1 != len(request.images):
-        raise ValueError(
-            f"question must have one {IMAGE_PLACEHOLDER} for each of the {len(request.images)} images, "
-            f"got {len(pieces) - 1} in request {request.key!r}"
-        )
-    for number, piece in enumerate(pieces):
-        if number > 0:
-            content.append({"type": "image"})
-            piece = piece.removeprefix("\n")  # templates put one after an image themselves
-        if piece:
-            content.append({"type": "text", "text": piece})
-    return [{"role": "user", "content": content}]
-
-
-def find_chat_template(processor: Any, chat_template: str | None = None) -> str | None:
-    """The template to take: the given one, else that of the processor, else that of its tokenizer; None without any.
-
-    Where a processor has several by name it is the one called "default".
-    """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    found = chat_template or getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
-    return found.get("default") if isinstance(found, Mapping) else found
-
-
-def render_prompt(processor: Any, request: Request, chat_template: str | None) -> str:
-    """The text of a request up to where the assistant's turn begins: the same in sampling and in training.
-
-    Args:
-        processor: A processor, or a tokenizer where the model takes text only.
-        request: The request; its images are not opened.
-        chat_template: From ``find_chat_template``. None puts the question on a line of its own.
-    """
-    if chat_template is None:
-        image = getattr(processor, "image_token", IMAGE_PLACEHOLDER)
-        missing = max(0, len(request.images) - request.question.count(IMAGE_PLACEHOLDER))
-        return f"{image * missing}{request.question.replace(IMAGE_PLACEHOLDER, image)}\n"
-    return processor.apply_chat_template(
-        chat_messages(request, as_parts=hasattr(processor, "tokenizer")),
-        chat_template=chat_template,
-        add_generation_prompt=True,
-        tokenize=False,
-    )
-
-
-def lacks_special_tokens(tokenizer: Any, prompt: str) -> bool:
-    """Whether the tokenizer is to put its special tokens around a prompt: the template has not begun with one."""
-    begin = getattr(tokenizer, "bos_token", None)
-    return not (begin and prompt.startswith(begin))
 
 
 def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig) -> "Tensor":

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from mpo_ext.config import install_hint
+from mpo_ext.checks import check_integer, install_hint
 from mpo_ext.generate import sampling
-from mpo_ext.generate.engine import Engine, check_integer
-from mpo_ext.generate.journal import Journal
+from mpo_ext.generate.engine import Engine
+from mpo_ext.journal import Journal
 
 
 def run(

@@ -1,7 +1,7 @@
 """Runs a pipeline over a file of items, so that a kill at any moment costs at most the block being generated.
 
 A run has a folder. Each of its processes takes every n-th item and writes what it samples into a journal of its own
-(``mpo_ext.generate.journal``). Whoever finds all journals complete turns them into the outputs, item by item in the
+(``mpo_ext.journal``). Whoever finds all journals complete turns them into the outputs, item by item in the
 order of the input; that step draws nothing, so the outputs depend on the journals alone. Memory does not grow with the
 number of items.
 
@@ -23,11 +23,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from mpo_ext.chat import IMAGE_PLACEHOLDER, load_image
+from mpo_ext.checks import check_integer, check_json
 from mpo_ext.data.jsonl import FieldError
 from mpo_ext.data.mmpr import read_meta, resolve_image
-from mpo_ext.data.records import SOURCE, check_json, find_url
-from mpo_ext.generate.engine import IMAGE_PLACEHOLDER, Engine, check_integer, load_image
-from mpo_ext.generate.journal import FileLock, Journal, encode_line, read_header, read_records, replaced
+from mpo_ext.data.records import SOURCE, find_url
+from mpo_ext.files import FileLock, replaced
+from mpo_ext.generate.engine import Engine
+from mpo_ext.journal import Journal, encode_line, read_header, read_records
 
 WRONG_SAMPLE = "wrong sample"  # what ``chosen_source`` says of a chosen response that is known to be wrong
 _REPORT_S = 30.0

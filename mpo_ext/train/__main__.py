@@ -2,7 +2,7 @@
 
 import sys
 
-from mpo_ext.train.cli import main
+from mpo_ext.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

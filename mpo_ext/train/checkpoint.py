@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from mpo_ext.data.jsonl import sync_folder
-from mpo_ext.data.records import check_json
+from mpo_ext.checks import check_json
+from mpo_ext.files import sync_folder
 from mpo_ext.train.model import reshard
 
 _FORMAT = "mpo_ext.checkpoint/1"

@@ -22,21 +22,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpo_ext import head as heads
-from mpo_ext.config import LinesError, MPOConfig, check_model_path
+from mpo_ext.checks import LinesError, check_model_path
 from mpo_ext.data.jsonl import BadLine
-from mpo_ext.loss import MPOOutput, linear_mpo_loss, mpo_loss
-from mpo_ext.reward_shift import RewardShift
-from mpo_ext.train import layout as layouts
-from mpo_ext.train import reference as references
+from mpo_ext.loss import hf_head as heads
+from mpo_ext.loss.config import MPOConfig
+from mpo_ext.loss.functions import MPOOutput, linear_mpo_loss, mpo_loss
+from mpo_ext.loss.reward_shift import RewardShift
+from mpo_ext.train import batch as layouts
+from mpo_ext.train import reference_model as references
+from mpo_ext.train.batch import Batch, Layout
 from mpo_ext.train.checkpoint import Checkpoints, check_mergeable, export_model
-from mpo_ext.train.layout import Batch, Layout
+from mpo_ext.train.encode import BadPairError, Dropped, Encoder, MissingImageError, Sample, Tally
+from mpo_ext.train.metrics import Console, Log, Totals, means, peak_memory_mib
 from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
 from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_model, without_adapters
-from mpo_ext.train.monitor import Console, Log, Totals, means, peak_memory_mib
 from mpo_ext.train.preference import preference_output
 from mpo_ext.train.recipe import Recipe
-from mpo_ext.train.samples import BadPairError, Dropped, Encoder, MissingImageError, Sample, Tally
 
 INTERRUPTED = 128 + signal.SIGTERM  # what a shell calls the end by SIGTERM
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -987,7 +988,7 @@ class Trainer:
         self._close()
 
     def _write_card(self, evaluation: Mapping[str, float] | None) -> None:
-        from mpo_ext.train.card import write_card
+        from mpo_ext.train.model_card import write_card
 
         tally = self._whole_tally()
         if not self.is_main:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from mpo_ext.checks import check_integer
 from mpo_ext.data.jsonl import BadLine
 from mpo_ext.data.mmpr import MMPRDataset
 from mpo_ext.data.records import Pair, find_url
 from mpo_ext.data.sources import Source, open_pairs
-from mpo_ext.generate.engine import check_integer
+from mpo_ext.train.encode import prompt_key
 from mpo_ext.train.recipe import SourceRecipe
-from mpo_ext.train.samples import prompt_key
 
 _DRAW, _ORDER = 1, 2  # streams of the generator: which lines an epoch takes, and in which order
 _LOOKED_AT = 20_000  # lines of a source that ``Mixture.look`` reads at most

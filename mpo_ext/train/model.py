@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from mpo_ext import head as heads
-from mpo_ext.config import check_model_path, install_hint
+from mpo_ext.checks import check_model_path, install_hint
+from mpo_ext.loss import hf_head as heads
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
 
 _SAMPLED = 4096  # values of each parameter that go into a fingerprint

@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor
 
-from mpo_ext.config import MPOConfig
-from mpo_ext.loss import MPOOutput
-from mpo_ext.losses import LOSSES, preference_loss
-from mpo_ext.reference import sequence_sums
-from mpo_ext.train.layout import Batch
+from mpo_ext.loss.config import MPOConfig
+from mpo_ext.loss.eager import sequence_sums
+from mpo_ext.loss.functions import MPOOutput
+from mpo_ext.loss.preference import LOSSES, preference_loss
+from mpo_ext.train.batch import Batch
 
 
 def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, config: MPOConfig) -> MPOOutput:
     """The loss ``dpo_weight * mean(preference loss) + ntp_weight * NTP`` of a micro-batch.
 
     Args:
-        name: Key of ``mpo_ext.losses.LOSSES``.
+        name: Key of ``mpo_ext.loss.preference.LOSSES``.
         logp: ``[N]``, differentiable: log-probs of the batch's labels.
         batch: Its labels and ``cu_seqlens``, on the device of ``logp``.
         ref_logp: ``[2B]`` float64, summed log-probs under the reference; not looked at where there is none.

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mpo_ext.config import MPOConfig, install_hint
+from mpo_ext.checks import install_hint
+from mpo_ext.loss.config import MPOConfig
 
 #: What ``ModelRecipe.freeze`` may name.
 FREEZABLE = ("vision_tower", "projector", "language_model")
@@ -193,7 +194,7 @@ class LossRecipe(_Section):
         ntp_weight: See there.
         label_smoothing: See there.
         ntp_average: See there.
-        preference: Name of a loss of ``mpo_ext.losses`` that takes the place of the DPO term; None is DPO.
+        preference: Name of a loss of ``mpo_ext.loss.preference`` that takes the place of the DPO term; None is DPO.
         average_over: "step" averages over all pairs and chosen tokens of an optimizer step, on whatever ranks and in
             whatever micro-batches they are; "micro_batch" averages the means of the micro-batches, as the authors'
             code does.
@@ -240,7 +241,7 @@ class LossRecipe(_Section):
     def _check_preference(self, name: str) -> None:
         import torch
 
-        from mpo_ext.losses import preference_loss
+        from mpo_ext.loss.preference import preference_loss
 
         none, no_tokens = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
         try:  # of no pair, for its checks
@@ -279,7 +280,7 @@ class LossRecipe(_Section):
         """Whether the preference compares with a reference."""
         if self.preference is None:
             return self.has_preference
-        from mpo_ext.losses import LOSSES  # imports torch
+        from mpo_ext.loss.preference import LOSSES  # imports torch
 
         return LOSSES[self.preference].needs_reference
 
@@ -295,7 +296,7 @@ class RewardShiftRecipe(_Section):
     per: Literal["micro_batch", "optimizer_step"] = "micro_batch"
 
     def _check(self) -> None:
-        from mpo_ext.reward_shift import RewardShift  # imports torch
+        from mpo_ext.loss.reward_shift import RewardShift  # imports torch
 
         RewardShift(**dataclasses.asdict(self))
 

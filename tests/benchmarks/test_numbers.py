@@ -13,8 +13,8 @@ import pytest
 from benchmarks import __main__ as program
 from benchmarks import by_hand, check_model, machine_code, numbers, schema, suite
 from benchmarks.measure import provenance
-from mpo_ext import cost
-from mpo_ext.cost import Loss
+from mpo_ext.plan import roofline as cost
+from mpo_ext.plan.roofline import Loss
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -269,10 +269,10 @@ def test_a_block_that_nobody_makes_and_a_file_that_is_not_there_are_errors() -> 
 
 
 def test_the_study_makes_its_own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = types.ModuleType("mpo_ext.demo.study")
+    study = types.ModuleType("benchmarks.study.tables")
     study.load = lambda path: {"from": path.name}  # type: ignore[attr-defined]
     study.tables = lambda document: {"study_main": f"| {document['from']} |"}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mpo_ext.demo.study", study)
+    monkeypatch.setitem(sys.modules, "benchmarks.study.tables", study)
     import mpo_ext.demo
 
     monkeypatch.setattr(mpo_ext.demo, "study", study, raising=False)

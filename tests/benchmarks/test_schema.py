@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import schema, suite
 from benchmarks.measure import provenance
-from mpo_ext.cost import Loss
+from mpo_ext.plan.roofline import Loss
 
 
 def make() -> dict[str, Any]:

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import check_model, linear, machine, schema, suite
 from benchmarks.measure import interleaved
-from mpo_ext import cost
-from mpo_ext.cost import Loss
+from mpo_ext.plan import roofline as cost
+from mpo_ext.plan.roofline import Loss
 
 TINY = Loss(tokens=8, vocab=512, dtype="float32", share=0.5)
 

@@ -178,7 +178,7 @@ def main() -> int:
     found = problems(module, cuobjdump)
     print("\n".join(found) or "no spills, no stack frames; 128-bit loads and stores in the main loops")
     if args.json is not None and not found:
-        from mpo_ext._native import _C
+        from mpo_ext.ops.native import _C
 
         command = f"python tests/cuda/check_sass.py --json {args.json}"
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 ``SimulatedNative`` stands in for ``mpo_ext._C``. It asks the real module to describe each launch (shape, and the bytes
 of the kernel's argument), so what runs here is what would be launched on a GPU; addresses are those of simulated
-buffers. Tests use it directly, with poisoned buffers and counters, or put it under ``mpo_ext.ops``.
+buffers. Tests use it directly, with poisoned buffers and counters, or put it under ``mpo_ext.ops.logits``.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ class SimulatedNative:
     """
 
     def __init__(self, arch: str = "sm_90", edit: tuple[str, str] | None = None, **options: Any) -> None:
-        from mpo_ext._native import _C
+        from mpo_ext.ops.native import _C
 
         self.real = _C
         self.arch = arch
@@ -384,7 +384,7 @@ def written(buffer: Any, dtype: Any) -> np.ndarray:
 @contextlib.contextmanager
 def simulated_backend(native: SimulatedNative) -> Iterator[SimulatedNative]:
     """Lets ``mpo_ext`` serve tensors on the CPU with backend="cuda", by way of the simulator."""
-    from mpo_ext import ops
+    from mpo_ext.ops import logits as ops
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_native", lambda: native)

@@ -8,7 +8,8 @@ import torch
 from simulator import SimulatedNative, load_ptxsim, need_nvcc, simulated_backend
 from tiles import LINEAR_OPTIONS, check_linear, check_tiles
 
-from mpo_ext import MPOConfig, RewardShift, mpo_loss, ops, token_logp
+from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
+from mpo_ext.ops import logits as ops
 
 load_ptxsim()
 need_nvcc()

@@ -6,7 +6,7 @@ from pathlib import Path
 import check_sass
 import pytest
 
-from mpo_ext._native import _C
+from mpo_ext.ops.native import _C
 
 
 def test_the_machine_code_neither_spills_nor_loads_by_halves() -> None:

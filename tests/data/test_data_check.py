@@ -14,9 +14,9 @@ import pytest
 from mmpr_lines import LINES
 from PIL import Image
 
+from mpo_ext.cli.data import add_parser
 from mpo_ext.data import Pair, open_pairs, write_pairs
 from mpo_ext.data.check import check_pairs
-from mpo_ext.data.cli import add_parser
 from mpo_ext.data.hf import load_dataset_folder
 from mpo_ext.data.stats import collect_stats, count_words, token_counter
 from mpo_ext.data.view import write_view
@@ -457,7 +457,7 @@ def test_a_missing_package_is_named(package: str, command: str, mmpr: Path, tmp_
     rest = {"convert": [str(tmp_path / "out"), "--to", "hf"]}.get(command, [])
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "import argparse; from mpo_ext.data.cli import add_parser\n"
+        "import argparse; from mpo_ext.cli.data import add_parser\n"
         "parser = argparse.ArgumentParser(); add_parser(parser.add_subparsers())\n"
         f"args = parser.parse_args({['data', command, str(mmpr), *rest]!r}); sys.exit(args.run(args))"
     )

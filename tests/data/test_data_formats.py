@@ -28,8 +28,9 @@ from mpo_ext.data import (
 )
 from mpo_ext.data.convert import convert
 from mpo_ext.data.hf import from_dataset, from_trl, load_dataset_folder, read_trl, to_dataset, to_trl, write_trl
-from mpo_ext.data.jsonl import FieldError, LineFile, atomic_write, map_root, parse_root_map
+from mpo_ext.data.jsonl import FieldError, LineFile, map_root, parse_root_map
 from mpo_ext.data.mmpr import read_annotation, resolve_image, to_line
+from mpo_ext.files import atomic_write
 
 KINDS = ("standard", "conversational")
 PAIR = Pair("q", "c", "r")
@@ -335,7 +336,7 @@ def test_images_of_a_foreign_dataset_are_written_out(images: Path, tmp_path: Pat
 def test_datasets_is_only_needed_for_datasets() -> None:
     code = (
         "import sys; sys.modules['datasets'] = None\n"
-        "import mpo_ext.data, mpo_ext.data.hf as hf, mpo_ext.data.cli\n"
+        "import mpo_ext.data, mpo_ext.data.hf as hf, mpo_ext.cli.data\n"
         "try: hf.to_dataset([])\n"
         "except ImportError as error: print(error)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"

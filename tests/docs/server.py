@@ -16,7 +16,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor  # noqa: F401
 
     import mpo_ext.__main__
-    import mpo_ext.data.cli
+    import mpo_ext.cli.data
     import mpo_ext.generate.engine
     import mpo_ext.train.loop  # noqa: F401
 

@@ -17,7 +17,7 @@ from stub_engine import StubEngine
 from mpo_ext.evaluate.run import evaluate
 from mpo_ext.evaluate.scoring import EvaluationConfig
 from mpo_ext.generate.engine import SamplingConfig, derive_seed
-from mpo_ext.generate.journal import SettingsMismatchError
+from mpo_ext.journal import SettingsMismatchError
 
 KILLS = int(os.environ.get("MPO_KILLS", "3"))
 COT = EvaluationConfig(prompts=("cot",))

@@ -18,6 +18,7 @@ for package in ("transformers", "sklearn", "PIL"):
 import torch
 from PIL import Image
 
+from mpo_ext.chat import chat_messages
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import build_model, build_processor, build_tokenizer
 from mpo_ext.generate import sampling
@@ -28,7 +29,6 @@ from mpo_ext.generate.engine import (
     SamplingConfig,
     TransformersEngine,
     VLLMEngine,
-    chat_messages,
     derive_seed,
     rank_and_world,
     sample_token,

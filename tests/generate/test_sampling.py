@@ -16,11 +16,12 @@ from mpo_ext.data.check import check_pairs
 from mpo_ext.data.mmpr import write_mmpr
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import open_pairs
+from mpo_ext.files import LockedError
 from mpo_ext.generate import sampling
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
-from mpo_ext.generate.journal import LockedError, SettingsMismatchError, read_records
 from mpo_ext.generate.sampling import Item, is_degenerate, item_files, journal_path, read_items
+from mpo_ext.journal import SettingsMismatchError, read_records
 
 KILLS = int(os.environ.get("MPO_KILLS", "3"))
 RECORDS = int(os.environ.get("MPO_SAMPLING_RECORDS", "4000"))

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from mpo_ext.train.samples import Sample
+from mpo_ext.train.encode import Sample
 
 VOCAB = 61
 IMAGE = 60  # the token that stands for a piece of an image

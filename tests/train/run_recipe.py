@@ -155,7 +155,8 @@ def _train(job: Job, rank: int) -> int:
     import digits_run
     import torch
 
-    from mpo_ext.train import card, loop
+    from mpo_ext.train import loop
+    from mpo_ext.train import model_card as card
 
     torch.set_num_threads(1)
     card.write_card = lambda *args, **kwargs: None  # draws, which takes longer than the run
@@ -232,7 +233,8 @@ def die_at_event(number: int | None, events: Path, rank: int) -> None:
     """
     import torch
 
-    from mpo_ext.train import loop, reference
+    from mpo_ext.train import loop
+    from mpo_ext.train import reference_model as reference
 
     done = 0
 
@@ -279,7 +281,7 @@ def signal_at_forward(number: int, signals: Sequence[int], only: int | None, ran
 
 def count_reference_pairs(path: Path, rank: int) -> None:
     """Writes a line into a file for each pair whose log-probs under the reference are computed."""
-    from mpo_ext.train import reference
+    from mpo_ext.train import reference_model as reference
 
     original = reference.sequence_logp
 

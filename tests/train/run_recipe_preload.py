@@ -7,8 +7,8 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import transformers.models.internvl.modeling_internvl
 
-import mpo_ext.train.card
 import mpo_ext.train.loop
+import mpo_ext.train.model_card
 
 __all__ = ["accelerate", "digits_run", "mpo_ext", "peft", "torch", "transformers"]
 torch.set_num_threads(1)

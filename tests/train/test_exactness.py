@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from mpo_ext.data.records import Pair
+from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
 from mpo_ext.train.recipe import SourceRecipe
-from mpo_ext.train.samples import Encoder, Sample
 
 ALL = os.environ.get("MPO_EXACTNESS_ALL") == "1"
 STEPS = 20

@@ -9,7 +9,7 @@ import digits_run
 import pytest
 import torch
 
-from mpo_ext.losses import LOSSES
+from mpo_ext.loss.preference import LOSSES
 from mpo_ext.train.loop import Trainer, train
 from mpo_ext.train.recipe import LossRecipe
 

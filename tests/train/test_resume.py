@@ -250,7 +250,7 @@ def test_a_kill_while_log_probs_are_computed_costs_the_batch_at_work(
 
 def die_in_precompute(number: int, rank: int) -> None:
     """Kills the process between the computation of a batch, the number-th from 1, and its record."""
-    from mpo_ext.train import reference
+    from mpo_ext.train import reference_model as reference
 
     original = reference.Journal.append
     calls = 0

@@ -23,13 +23,14 @@ from digits_run import recipe, tiny, weights, write_pairs
 from test_trainer import TEXT, log, run, text_pairs, text_tokenizer
 from torch import nn
 
-from mpo_ext.train import card, loop
-from mpo_ext.train import reference as references
+from mpo_ext.train import loop
+from mpo_ext.train import model_card as card
+from mpo_ext.train import reference_model as references
+from mpo_ext.train.encode import Tally
 from mpo_ext.train.loop import Trainer
+from mpo_ext.train.metrics import Console, Log, Totals
 from mpo_ext.train.model import fingerprint, freeze_parts, load_model, prepare_model, switch_off_dropout
-from mpo_ext.train.monitor import Console, Log, Totals
 from mpo_ext.train.recipe import ModelRecipe
-from mpo_ext.train.samples import Tally
 
 
 @pytest.fixture(scope="module")
@@ -592,7 +593,7 @@ class Screen(io.StringIO):
 
 
 def test_the_console_shows_some_steps_the_last_and_what_is_left(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from mpo_ext.train import monitor
+    from mpo_ext.train import metrics as monitor
 
     now = [100.0]
     monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from vision_families import BUILDERS
 
-from mpo_ext import linear_ops
 from mpo_ext import train as package
-from mpo_ext.train import layout, loop
+from mpo_ext.ops import linear as linear_ops
+from mpo_ext.train import batch as layout
+from mpo_ext.train import loop
 from mpo_ext.train.model import PARTS, fingerprint, freeze_parts, switch_off_dropout
 from mpo_ext.train.recipe import Recipe
 

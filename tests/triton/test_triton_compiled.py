@@ -22,7 +22,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mpo_ext import MPOConfig, RewardShift, mpo_loss, ops
+from mpo_ext import MPOConfig, RewardShift, mpo_loss
+from mpo_ext.ops import logits as ops
 
 CASES = int(os.environ.get("MPO_AGREE_CASES", "12"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,7 +9,8 @@ import torch
 from oracle import STATS, Case, assert_output_as_accurate, lay_out, make_case
 from tiles import LINEAR_OPTIONS, check_linear, check_tiles
 
-from mpo_ext import MPOConfig, RewardShift, mpo_loss, ops, token_logp
+from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
+from mpo_ext.ops import logits as ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

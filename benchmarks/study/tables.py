@@ -1,0 +1,350 @@
+"""The study: which runs the paper's ablations come to on digits, and the tables of what they gave.
+
+``ROWS`` says what each run is, ``TABLES`` where it is shown; ``benchmarks.study.runs`` runs them. A result file has
+``results`` (one per seed and row) and ``starts`` (one per seed); ``tables`` makes Markdown of it.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from mpo_ext.demo.digits import FORMS
+from mpo_ext.report import markdown_table
+
+SCHEMA = 1
+START = "SFT start"  # the model that every run begins from
+SFT = "SFT"  # what a row is compared with besides
+TEXT = "text"  # the step-by-step question without image, its digits named
+COLUMNS = (*FORMS, TEXT)
+QUANTITIES = ("accuracy", "unparsable", "tokens")
+NOT_RUN = "not run"  # the reason of a run that a study was ended before
+STEPS_BETWEEN_SYNCS = 4  # TR-DPO: the run's steps divided by this
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One run, from the start of its seed. What it does not name is as in MPO's.
+
+    Attributes:
+        loss: Fields of ``LossRecipe``.
+        pairs: File of pairs, by the names of ``PAIR_FILES``.
+        rate: Factor of the learning rate.
+        reward_shift: Fields of ``RewardShiftRecipe``.
+        is_synced: Whether the reference follows the policy (TR-DPO): 0.6 of the policy at each quarter of the run.
+    """
+
+    loss: Mapping[str, Any]
+    pairs: str = "mixed"
+    rate: float = 1.0
+    reward_shift: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_synced: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Table:
+    """Rows that are shown together.
+
+    Attributes:
+        title: Of its part of the page.
+        rows: Label and row; ``START`` is the model before all of them.
+        paper: What the paper (arXiv 2411.10442v2) has in the place of a row.
+    """
+
+    title: str
+    rows: tuple[tuple[str, str], ...]
+    paper: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _weights(dpo: float, bco: float, ntp: float, **more: Any) -> dict[str, Any]:
+    return {"dpo_weight": dpo, "bco_weight": bco, "ntp_weight": ntp, **more}
+
+
+#: Shares of the mixed pairs, the smaller in the larger.
+SHARES = {"mixed 10%": 0.1, "mixed 40%": 0.4, "mixed 70%": 0.7}
+#: Share of the chosen response that DropoutNTP keeps.
+KEEPS = {"DropoutNTP 0.25": 0.25, "DropoutNTP 0.5": 0.5, "DropoutNTP 0.75": 0.75}
+#: All files of pairs. Those from "correctness" to "DropoutNTP 0.75" hold step-by-step pairs only, equally many.
+PAIR_FILES = ("mixed", *SHARES, "correctness", "correctness and DropoutNTP", *KEEPS, TEXT)
+
+_MPO = _weights(0.8, 0.2, 1)
+_DPO = _weights(1, 0, 0)
+_NTP = _weights(0, 0, 1)
+
+#: Each preference loss with weight 1 and nothing else; "+ SFT" adds the next-token term with weight 1.
+LOSSES: dict[str, Row] = {
+    "DPO": Row(loss=_DPO),
+    "BCO": Row(loss=_weights(0, 1, 0)),
+    "IPO": Row(loss={**_DPO, "preference": "ipo"}),
+    "cDPO": Row(loss={**_DPO, "label_smoothing": 0.1}),
+    "robust DPO": Row(loss={**_DPO, "preference": "robust", "label_smoothing": 0.1}),
+    "SPPO": Row(loss={**_DPO, "preference": "sppo_hard"}),
+    "AOT": Row(loss={**_DPO, "preference": "aot"}),
+    "RSO (hinge)": Row(loss={**_DPO, "preference": "hinge"}),
+    "TR-DPO": Row(loss=_DPO, is_synced=True),
+    "ORPO": Row(loss={**_DPO, "preference": "orpo"}),
+    "DPO + BCO": Row(loss=_weights(0.8, 0.2, 0)),
+}
+SHAPES = {"1:1": 0.5, "3:1": 0.75, "5:1": 5 / 6, "9:1": 0.9}  # w_p : w_q, and the share of w_p in their sum
+NTP_WEIGHTS = (0.01, 0.5, 2.0, 5.0)
+RATES = {"x 0.1": 0.1, "x 0.4": 0.4, "x 4": 4.0, "x 10": 10.0}
+
+#: Every run of a seed by its name.
+ROWS: dict[str, Row] = {
+    "MPO": Row(loss=_MPO),
+    SFT: Row(loss=_NTP),
+    **LOSSES,
+    **{f"{name} + SFT": dataclasses.replace(row, loss={**row.loss, "ntp_weight": 1}) for name, row in LOSSES.items()
+       if name != "DPO + BCO"},
+    **{f"MPO, {name}": Row(loss=_MPO, pairs=name) for name in PAIR_FILES if name not in ("mixed", TEXT)},
+    **{f"SFT, {name}": Row(loss=_NTP, pairs=name) for name in ("correctness", "DropoutNTP 0.5")},
+    **{f"MPO, rate {name}": Row(loss=_MPO, rate=rate) for name, rate in RATES.items()},
+    **{f"{SFT}, rate {name}": Row(loss=_NTP, rate=RATES[name]) for name in ("x 0.4", "x 4")},
+    "DPO, rate x 0.1": Row(loss=_DPO, rate=RATES["x 0.1"]),
+    **{f"MPO, w_p : w_q = {name}": Row(loss=_weights(share, 1 - share, 1)) for name, share in SHAPES.items()},
+    **{f"MPO, w_g = {weight:g}": Row(loss=_weights(0.8, 0.2, weight)) for weight in NTP_WEIGHTS},
+    "MPO, delta 0": Row(loss=_MPO, reward_shift={"mode": "fixed"}),
+    "MPO, delta ema": Row(loss=_MPO, reward_shift={"mode": "ema", "update": "after", "per": "optimizer_step"}),
+    "text, SFT": Row(loss=_NTP, pairs=TEXT),
+    "text, DPO": Row(loss=_DPO, pairs=TEXT),
+    "text, MPO": Row(loss=_MPO, pairs=TEXT),
+}  # fmt: skip
+
+TABLES: dict[str, Table] = {
+    "main": Table(
+        "SFT against MPO",
+        ((START, START), ("SFT continued", SFT), ("DPO", "DPO"), ("MPO", "MPO")),
+        {START: "59.3 / 57.0", SFT: "63.9 / 67.8", "MPO": "77.2 / 79.2"},
+    ),
+    "losses": Table(
+        "Preference losses",
+        ((START, START), ("SFT continued", SFT),
+         *((name, name) for loss in LOSSES for name in (loss, f"{loss} + SFT") if name in ROWS),
+         ("MPO = DPO + BCO + SFT", "MPO")),
+        {SFT: "65.7 / 68.5", "DPO": "75.8 / 72.7", "BCO": "78.1 / 78.4", "IPO": "72.8 / 73.1", "cDPO": "76.2 / 76.8",
+         "robust DPO": "75.1 / 74.2", "SPPO": "66.2 / 67.4", "AOT": "76.7 / 76.0", "RSO (hinge)": "74.2 / 74.3",
+         "TR-DPO": "75.9 / 66.8", "ORPO": "66.6 / 73.9", "DPO + BCO": "77.5 / 78.5", "DPO + SFT": "76.4 / 78.9",
+         "BCO + SFT": "77.4 / 78.4", "cDPO + SFT": "71.6 / 74.2", "robust DPO + SFT": "76.5 / 78.0",
+         "AOT + SFT": "76.3 / 78.0", "MPO": "77.7 / 79.1"},
+    ),
+    "keep": Table("Keep ratio of DropoutNTP", tuple((name, f"MPO, {name}") for name in KEEPS)),
+    "kinds": Table(
+        "Correctness against DropoutNTP",
+        (("SFT, correctness", "SFT, correctness"), ("SFT, DropoutNTP", "SFT, DropoutNTP 0.5"),
+         ("MPO, correctness", "MPO, correctness"), ("MPO, DropoutNTP", "MPO, DropoutNTP 0.5"),
+         ("MPO, half of each", "MPO, correctness and DropoutNTP")),
+    ),
+    "scale": Table(
+        "Number of pairs",
+        (*((f"MPO, {share:.0%} of the pairs", f"MPO, {name}") for name, share in SHARES.items()),
+         ("MPO, all pairs", "MPO")),
+    ),
+    "rate": Table(
+        "Learning rate",
+        (*((f"MPO, {name}", f"MPO, rate {name}") for name in ("x 0.1", "x 0.4")), ("MPO, x 1", "MPO"),
+         *((f"MPO, {name}", f"MPO, rate {name}") for name in ("x 4", "x 10")),
+         ("SFT, x 0.4", f"{SFT}, rate x 0.4"), ("SFT, x 1", SFT), ("SFT, x 4", f"{SFT}, rate x 4"),
+         ("DPO, x 0.1", "DPO, rate x 0.1"), ("DPO, x 1", "DPO")),
+    ),
+    "weights": Table(
+        "Weights of the terms",
+        (*((f"w_p : w_q = {name}", f"MPO, w_p : w_q = {name}") for name in ("1:1", "3:1")),
+         ("w_p : w_q = 4:1 (MPO)", "MPO"),
+         *((f"w_p : w_q = {name}", f"MPO, w_p : w_q = {name}") for name in ("5:1", "9:1")),
+         *((f"w_g = {weight:g}", f"MPO, w_g = {weight:g}") for weight in (0.01, 0.5)), ("w_g = 1 (MPO)", "MPO"),
+         *((f"w_g = {weight:g}", f"MPO, w_g = {weight:g}") for weight in (2.0, 5.0))),
+    ),
+    "delta": Table(
+        "Reward shift",
+        (("cumulative, as the authors (MPO)", "MPO"), ("moving average, as NeMo-RL", "MPO, delta ema"),
+         ("none, as TRL since 0.29", "MPO, delta 0")),
+    ),
+    "text": Table(
+        "Text only",
+        ((START, START), ("SFT on pairs with images", SFT), ("DPO on pairs with images", "DPO"),
+         ("MPO on pairs with images", "MPO"), ("SFT on text-only pairs", "text, SFT"),
+         ("DPO on text-only pairs", "text, DPO"), ("MPO on text-only pairs", "text, MPO")),
+        {START: "62.1", SFT: "62.0", "MPO": "63.0"},
+    ),
+}  # fmt: skip
+
+#: The tables whose rows are run first, over all seeds.
+MAIN = ("main",)
+
+
+# ---------------------------------------------------------------------------------------------------------- documents
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads and checks a result file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no JSON, or not as it should be; the message begins with the name of the file.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        check(document)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    return document
+
+
+def check(document: Mapping[str, Any]) -> None:
+    """Checks a result file.
+
+    Raises:
+        ValueError: At the first thing that is not as it should be, with its place, the rule and the value.
+    """
+
+    def must(holds: bool, where: str, rule: str, value: object) -> None:
+        if not holds:
+            raise ValueError(f"{where} must be {rule}, got {value!r}")
+
+    must(isinstance(document, Mapping), "the file", "an object", document)
+    keys = {"schema", "benchmark", "quick", "environment", "settings", "seconds", "seeds", "starts", "results"}
+    must(set(document) == keys, "the file", f"an object of {', '.join(sorted(keys))}", sorted(document))
+    must(document["schema"] == SCHEMA, "schema", str(SCHEMA), document["schema"])
+    must(document["benchmark"] == "study", "benchmark", "'study'", document["benchmark"])
+    seeds = document["seeds"]
+    must(bool(seeds) and len(set(seeds)) == len(seeds), "seeds", "a list of seeds, each once", seeds)
+    expected = {(seed, row) for seed in seeds for row in (START, *ROWS)}
+    seen: set[tuple[int, str]] = set()
+    for index, result in enumerate(document["results"]):
+        where = f"results[{index}]"
+        key = (result.get("seed"), result.get("row"))
+        must(key in expected and key not in seen, where, "of a seed and a row, once", key)
+        seen.add(key)
+        must(result["status"] in ("measured", "failed"), f"{where}.status", "'measured' or 'failed'", result["status"])
+        if result["status"] == "failed":
+            must(bool(result.get("reason")), f"{where}.reason", "given", result.get("reason"))
+            continue
+        for column in COLUMNS:
+            for quantity in QUANTITIES:
+                value = result["evaluation"][column][quantity]
+                is_number = isinstance(value, Real) and not isinstance(value, bool)
+                is_share = quantity != "tokens"
+                fits = is_number and 0 <= value < math.inf and (value <= 1 or not is_share)
+                rule = "a share" if is_share else "finite and not negative"
+                must(fits, f"{where}.evaluation.{column}.{quantity}", rule, value)
+    must(seen == expected, "results", "complete", sorted(map(str, expected - seen))[:3])
+    must([start["seed"] for start in document["starts"]] == list(seeds), "starts", "one per seed", document["starts"])
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def tables(document: Mapping[str, Any]) -> dict[str, str]:
+    """The Markdown of each block: "study_setup", and "study_" with each key of ``TABLES``.
+
+    Args:
+        document: As ``load`` returns it.
+    """
+    blocks = {"study_setup": _setup(document)}
+    for name, table in TABLES.items():
+        blocks[f"study_{name}"] = _table(document, table)
+    return blocks
+
+
+def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "accuracy") -> dict[int, float]:
+    """A quantity by seed, for the seeds that have it: percent for shares, tokens for ``tokens``."""
+    factor = 1 if quantity == "tokens" else 100
+    return {
+        result["seed"]: factor * result["evaluation"][column][quantity]
+        for result in document["results"]
+        if result["row"] == row and result["status"] == "measured"
+    }
+
+
+def differences(document: Mapping[str, Any], row: str, other: str, column: str) -> list[float]:
+    """Accuracy of a row minus that of another, in points, for each seed that has both."""
+    ours, theirs = values(document, row, column), values(document, other, column)
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
+    """Mean ± standard deviation (of the sample) with one decimal; a single number stands alone."""
+    if not numbers:
+        return ""
+    mean = f"{statistics.fmean(numbers):{'+' if signed else ''}.1f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.1f}"
+
+
+_HEADER = (
+    "", "direct", "CoT", TEXT, "CoT - start", "CoT - SFT", "direct - SFT", "unparsable", "CoT tokens", "seeds",
+)  # fmt: skip
+
+
+def _table(document: Mapping[str, Any], table: Table) -> str:
+    rows = [_cells(document, label, row) for label, row in table.rows]
+    if not table.paper:
+        return markdown_table(_HEADER, rows)
+    theirs = [table.paper.get(row, "") for _, row in table.rows]
+    return markdown_table((*_HEADER, "paper"), [[*ours, other] for ours, other in zip(rows, theirs, strict=True)])
+
+
+def _cells(document: Mapping[str, Any], label: str, row: str) -> list[str]:
+    def difference(other: str, column: str) -> str:
+        return "" if row == other else spread(differences(document, row, other, column), signed=True)
+
+    def mean(column: str, quantity: str) -> str:
+        numbers = values(document, row, column, quantity).values()
+        return f"{statistics.fmean(numbers):.1f}" if numbers else ""
+
+    unparsable = [mean(column, "unparsable") for column in FORMS]
+    return [
+        label,
+        *(spread(list(values(document, row, column).values())) for column in COLUMNS),
+        difference(START, "cot"),
+        difference(SFT, "cot"),
+        difference(SFT, "direct"),
+        " / ".join(unparsable) if all(unparsable) else "",
+        mean("cot", "tokens"),
+        str(len(values(document, row, "cot"))),
+    ]
+
+
+def _setup(document: Mapping[str, Any]) -> str:
+    """Where the numbers come from, and what has failed."""
+    environment, settings = document["environment"], document["settings"]
+    count = settings["evaluation_tasks"]
+    runs = sum(result["row"] != START and result["status"] == "measured" for result in document["results"])
+    seeds = len(document["seeds"])
+    lines = [
+        f"{seeds} seed{'s' * (seeds > 1)}, {runs} runs of {settings['branch_steps']} steps of "
+        f"{settings['branch_batch']} pairs; {count:,} held-out questions per column, one standard error of a single "
+        f"number is at most {50 / math.sqrt(count):.1f} points; {document['seconds'] / 60:.0f} minutes of one core "
+        f"({environment['cores']} x {environment['cpu']}), torch {environment['versions']['torch']}, "
+        f"commit {environment['commit']}{' with changes' if environment['modified'] else ''}, "
+        f"{environment['started'][:10]}, `{environment['command']}`.",
+        "",
+    ]
+    rows = []
+    for start in document["starts"]:
+        pairs = start.get("pairs", {})
+        rows.append([str(start["seed"]), *(str(pairs.get(name, "")) for name in PAIR_FILES)])
+    lines.append(markdown_table(["pairs, seed", *PAIR_FILES], rows))
+    failed = [
+        f"{result['row']} (seed {result['seed']}: {_plain(result['reason'])})"
+        for result in document["results"]
+        if result["status"] == "failed" and result["reason"] != NOT_RUN
+    ]
+    lines.append(f"Failed: {'; '.join(failed)}." if failed else "No run failed.")
+    not_run = sum(result.get("reason") == NOT_RUN for result in document["results"])
+    if not_run:
+        lines.append(f'Runs left out: {not_run}; the column "seeds" says how many a row has.')
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "/").replace("<", "").replace(">", "").replace("\n", " ").rstrip(".")
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """All tables under their titles."""
+    titles = {"study_setup": "The study", **{f"study_{name}": table.title for name, table in TABLES.items()}}
+    return "\n".join(f"## {titles[name]}\n\n{block}" for name, block in tables(document).items())

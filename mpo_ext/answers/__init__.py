@@ -1,0 +1,1 @@
+"""Extracting answers from responses and matching them."""

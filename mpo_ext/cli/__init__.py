@@ -1,0 +1,1 @@
+"""The command line ``mpo-ext``: one file per command."""

@@ -1,0 +1,305 @@
+"""The ``mpo-ext data`` commands: check, stats, convert, view. What they need is imported when they run."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_FORMATS = ("mmpr", "pairs", "trl", "hf")
+_KINDS = ("standard", "conversational")
+
+
+def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Registers ``mpo-ext data`` with its four commands."""
+    parser = subcommands.add_parser("data", help="check, measure, convert and look at preference pairs")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, add in (("check", _add_check), ("stats", _add_stats), ("convert", _add_convert), ("view", _add_view)):
+        add(commands, name)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs one of the commands.
+
+    Returns:
+        0 if all is well; 1 if the data is not: ``check`` found something, or a bad line ended a conversion; 2 if the
+        command could not do its work: a missing file or package, a wrong argument, nowhere to write.
+    """
+    from mpo_ext.checks import install_hint
+    from mpo_ext.cli.shared import leave_broken_pipe
+    from mpo_ext.data.jsonl import BadLine
+
+    try:
+        status = args.data_command(args)
+        sys.stdout.flush()
+        return status
+    except BadLine as bad:
+        print(f"{bad}\n--skip-bad leaves such lines out and counts them", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        hint = "" if "pip install" in str(error) else f": {install_hint('data')}"
+        print(f"mpo-ext data {args.command}: {error}{hint}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return leave_broken_pipe()
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        print(f"mpo-ext data {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_common(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
+    parser.add_argument("path", type=Path, help="meta file (.json), file of lines (.jsonl), or folder of a HF dataset")
+    parser.add_argument("--from", dest="format", choices=_FORMATS, help="format of PATH (default: found out)")
+    parser.add_argument("--root", type=Path, help="folder that relative images start at (default: that of PATH)")
+    parser.add_argument(
+        "--root-map",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="where folders have moved to; may be repeated",
+    )
+    parser.add_argument("--image-dir", type=Path, help="where to put images of a HF dataset that come without a path")
+    parser.add_argument(
+        "--max-line-bytes", type=_at_least(1), default=16 << 20, help="a longer line is a bad one (default: 16 MiB)"
+    )
+    parser.set_defaults(data_command=command)
+
+
+def _add_check(commands: Any, name: str) -> None:
+    parser = commands.add_parser(
+        name, help="find bad lines, missing images, duplicates and more; exit status 1 if there are any"
+    )
+    _add_common(parser, _check)
+    _add_tokenizer(parser)
+    parser.add_argument(
+        "--images",
+        choices=("verify", "decode", "exists", "skip"),
+        default="verify",
+        help="PIL verifies each image (default), decodes it whole, only whether it exists, not at all",
+    )
+    parser.add_argument("--examples", type=_at_least(0), default=5, help="findings to show of each kind (default: 5)")
+    parser.add_argument("--json", type=Path, help="also write the report to this file")
+
+
+def _add_stats(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help="count pairs and measure their lengths, subset by subset")
+    _add_common(parser, _stats)
+    _add_tokenizer(parser)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", help="measure lengths in its tokens (default: in words)")
+
+
+def _add_convert(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help="write pairs in another format")
+    _add_common(parser, _convert)
+    parser.add_argument("out", type=Path, help="folder for mmpr and hf, file for pairs and trl")
+    parser.add_argument("--to", choices=_FORMATS, required=True, help="format to write")
+    parser.add_argument("--kind", choices=_KINDS, default="standard", help="of TRL's format (default: standard)")
+    parser.add_argument("--out-root", type=Path, help="for mmpr: image folder of pairs that were not read from MMPR")
+    parser.add_argument("--name", default="pairs", help="for mmpr: name of their subset (default: pairs)")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out bad lines and count them, instead of stopping"
+    )
+    parser.add_argument("--force", action="store_true", help="replace what stands at OUT")
+
+
+def _add_view(commands: Any, name: str) -> None:
+    parser = commands.add_parser(name, help="write a page of pairs to look at")
+    _add_common(parser, _view)
+    parser.add_argument("--out", type=Path, default=Path("pairs.html"), help="the page (default: pairs.html)")
+    parser.add_argument("--title", help="of the page (default: PATH)")
+    parser.add_argument("--limit", type=_at_least(1), default=2000, help="most pairs, drawn at random (default: 2000)")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="of the draw (default: 0)")
+    parser.add_argument(
+        "--thumbnail", type=_at_least(0), default=320, help="largest side of an image, 0 for none (default: 320)"
+    )
+
+
+def _open(args: argparse.Namespace) -> Any:
+    from mpo_ext.data.jsonl import parse_root_map
+    from mpo_ext.data.sources import open_pairs
+
+    return open_pairs(
+        args.path,
+        format=args.format,
+        root=args.root,
+        root_map=[parse_root_map(text) for text in args.root_map],
+        image_dir=args.image_dir,
+        max_line_bytes=args.max_line_bytes,
+    )
+
+
+def _open_and_look(args: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
+    """Opens the pairs. Returns them, and what warns at the end of images that were missing from those read."""
+    import dataclasses
+
+    from mpo_ext.data.sources import MissingImages
+
+    missing = MissingImages()
+    source = dataclasses.replace(_open(args), on_pair=missing.add)
+
+    def warn() -> None:
+        if (warning := missing.warning(source)) is not None:
+            print(_printable(warning), file=sys.stderr)
+
+    return source, warn
+
+
+def _check(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mpo_ext.data.check import check_pairs, write_report
+    from mpo_ext.data.stats import token_counter
+
+    source = _open(args)
+    length, unit = token_counter(args.tokenizer)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("check", total=len(source.pairs))
+        report = check_pairs(
+            source, images=args.images, keep=args.examples, length=length, on_line=lambda: progress.advance(task)
+        )
+    console = _console()
+    console.print(_format_line(args, source, report.stats), markup=False, highlight=False)
+    console.print(_stats_table(report.stats, unit))
+    if report.is_clean:
+        console.print("Nothing found.", style="green")
+    else:
+        rows = [(kind, f"{count:,}") for kind, count in report.totals().most_common()]
+        console.print(_table("Findings", ("kind", "count"), rows))
+        for kind, findings in report.examples.items():
+            for finding in findings:
+                console.print(f"{finding.where}: {kind}: {_printable(finding.message)}", markup=False, highlight=False)
+    if args.json is not None:
+        write_report(args.json, report)
+    return 0 if report.is_clean else 1
+
+
+def _stats(args: argparse.Namespace) -> int:
+    import json
+
+    from mpo_ext.data.jsonl import Skipped
+    from mpo_ext.data.stats import collect_stats, token_counter
+    from mpo_ext.files import atomic_write
+
+    source, warn = _open_and_look(args)
+    length, unit = token_counter(args.tokenizer)
+    skipped = Skipped()
+    stats = collect_stats(source, length, skipped)
+    console = _console()
+    console.print(_format_line(args, source, stats), markup=False, highlight=False)
+    console.print(_stats_table(stats, unit))
+    _print_skipped(skipped)
+    warn()
+    if args.json is not None:
+        values = {
+            "format": source.format,
+            "unit": unit,
+            "subsets": {name: subset.to_dict() for name, subset in stats.items()},
+        }
+        with atomic_write(args.json) as file:
+            file.write(json.dumps(values, ensure_ascii=False, indent=2).encode() + b"\n")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from mpo_ext.data.convert import convert
+
+    written = args.out / "meta.json" if args.to == "mmpr" else args.out
+    if written.exists() and not args.force:
+        raise FileExistsError(f"out must not exist without --force, got {written}")
+    if args.out.exists() and args.to != "mmpr" and args.out.samefile(args.path):
+        raise ValueError(f"out must be another place than path, got {args.out}")
+    source, warn = _open_and_look(args)
+    count, skipped = convert(
+        source, args.out, args.to, kind=args.kind, skip_bad=args.skip_bad, root=args.out_root, name=args.name
+    )
+    print(f"wrote {count:,} pairs to {args.out}")
+    _print_skipped(skipped)
+    warn()
+    return 0
+
+
+def _view(args: argparse.Namespace) -> int:
+    from mpo_ext.data.view import write_view
+
+    source, warn = _open_and_look(args)
+    count, skipped = write_view(
+        args.out, source, title=args.title, limit=args.limit, seed=args.seed, thumbnail=args.thumbnail
+    )
+    print(f"wrote {count:,} of {len(source.pairs):,} pairs to {args.out}")
+    _print_skipped(skipped)
+    warn()
+    return 0
+
+
+def _print_skipped(skipped: Any) -> None:
+    for line in skipped.lines():
+        print(_printable(line), file=sys.stderr)
+
+
+def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:
+    """How the file was read, and how many of its pairs have images: so that none is lost in silence."""
+    how = "found out" if args.format is None else "as --from says"
+    pairs = sum(subset.pairs for subset in stats.values())
+    text_only = sum(subset.text_only for subset in stats.values())
+    return f"Format {source.format} ({how}): {pairs - text_only:,} of {pairs:,} pairs with images"
+
+
+def _stats_table(stats: Any, unit: str) -> Any:
+    header = ("subset", "pairs", "skipped", "text only", "with answer", "chosen", "rejected", "rejected longer")
+
+    def share(part: int, whole: int) -> str:
+        return f"{100 * part / whole:.1f} %" if whole else "-"
+
+    rows = [
+        (
+            name,
+            f"{subset.pairs:,}",
+            f"{subset.skipped:,}",
+            f"{subset.text_only:,}",
+            share(subset.with_answer, subset.pairs),
+            f"{subset.chosen.least:,} / {subset.chosen.mean:,.1f} / {subset.chosen.most:,}",
+            f"{subset.rejected.least:,} / {subset.rejected.mean:,.1f} / {subset.rejected.most:,}",
+            share(subset.rejected_longer, subset.pairs),
+        )
+        for name, subset in stats.items()
+    ]
+    return _table(f"Lengths (min / mean / max) in {unit}", header, rows)
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_printable(cell)) for cell in row))
+    return table
+
+
+def _console() -> Any:
+    """Where there is no terminal, lines are as long as they need to be."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Without the control characters that a hostile file could steer a terminal with."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse

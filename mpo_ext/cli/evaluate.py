@@ -1,0 +1,147 @@
+"""The ``mpo-ext evaluate`` command. What it needs is imported when it runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpo_ext.checks import install_hint
+from mpo_ext.cli.sample import add_engine_arguments
+
+_PROMPTS = {"both": ("direct", "cot")}
+
+
+def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Registers ``mpo-ext evaluate``."""
+    parser = subcommands.add_parser(
+        "evaluate",
+        help="measure how many questions models answer right, side by side",
+        description="Asks models questions with a known answer, and writes tables, predictions, a picture and a "
+        "page of failures into a folder. An evaluation that was ended goes on when the same command is given again; "
+        "models, data and prompts can be added to it.",
+    )
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL",
+        help="folder of a model, of a run of mpo-ext train or of LoRA adapters, or a name on the hub; NAME=MODEL "
+        "says what it is called in the results",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="[NAME=]PATH",
+        help="JSONL file of items (question, image, answer_gt or answer), or a meta file (.json) of such files; may "
+        "be repeated",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="folder of the evaluation")
+    parser.add_argument(
+        "--prompt", nargs="+", default=["direct"], metavar="PROMPT",
+        help="direct, cot, both, the name of another template, or none: the question as it is (default: direct)",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, default=1, help="responses per question (default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    parser.add_argument("--top-k", type=int, default=50, help="0 draws from all tokens (default: 50)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="(default: 100 where nothing but the answer is asked for, else 4096)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="source of every draw (default: 0)")
+    parser.add_argument(
+        "--style",
+        help="how answers are given: final_answer, boxed, answer, direct, regex:... (default: as the template says)",
+    )
+    parser.add_argument("--matcher", default="vqa", help="how answers are compared (default: vqa)")
+    parser.add_argument(
+        "--matcher-option", action="append", default=[], metavar="NAME=JSON", help="option of the matcher"
+    )
+    parser.add_argument("--limit", type=int, help="take the first questions of each file only")
+    parser.add_argument("--image-root", default="", help="folder that image paths start from; a meta file has its own")
+    parser.add_argument(
+        "--root-map", action="append", default=[], metavar="OLD=NEW",
+        help="where the folders in a meta file have moved to; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--export", nargs="+", default=[], metavar="KIT", help="also write predictions for vlmevalkit or lmms-eval"
+    )
+    parser.add_argument(
+        "--page-limit", type=int, default=5000, help="most questions in the page of failures (default: 5000)"
+    )
+    add_engine_arguments(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Runs the command. Returns 1 where it cannot begin or go on, and 0 where this process has done its share."""
+    from mpo_ext.data.jsonl import parse_root_map
+    from mpo_ext.generate.engine import rank_and_world
+
+    rank, world = rank_and_world()
+    try:
+        from mpo_ext.cli import sample as cli
+        from mpo_ext.evaluate.report import accuracy_table
+        from mpo_ext.evaluate.run import evaluate
+        from mpo_ext.evaluate.scoring import EvaluationConfig
+
+        config = EvaluationConfig(
+            prompts=_prompts(args.prompt),
+            samples=args.samples,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+            style=args.style,
+            matcher={"kind": args.matcher, **cli._parse_options("--matcher-option", args.matcher_option)},
+        )
+
+        def make_engine(path: str) -> Any:
+            return cli._engine(argparse.Namespace(**{**vars(args), "model": path}))
+
+        results = evaluate(
+            _named("MODEL", args.models),
+            _named("--data", args.data),
+            args.out,
+            config=config,
+            limit=args.limit,
+            image_root=args.image_root,
+            root_map=[parse_root_map(text) for text in args.root_map],
+            exports=list(dict.fromkeys(args.export)),
+            make_engine=make_engine,
+            block_size=args.block_size,
+            page_limit=args.page_limit,
+            rank=rank,
+            world=world,
+            stream=sys.stderr,
+        )
+    except ImportError as error:
+        hint = "" if "pip install" in str(error) else f": {install_hint('generate')}"
+        print(f"mpo-ext evaluate: {error}{hint}", file=sys.stderr)
+        return 1
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        hint = "\n--engine-option trust_remote_code=true does so" if "trust_remote_code=True" in str(error) else ""
+        print(f"mpo-ext evaluate: {error}{hint}", file=sys.stderr)
+        return 1
+    if results is None:
+        print(f"process {rank} of {world} is done, others are not", file=sys.stderr)
+    else:
+        print(accuracy_table(results), end="")
+        print(f"written to {args.out}", file=sys.stderr)
+    return 0
+
+
+def _prompts(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(prompt for name in names for prompt in _PROMPTS.get(name, (name,))))
+
+
+def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
+    """Reads NAME=PATH; a path alone is named by its last part, or by the run whose ``final`` it is."""
+    named: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            path, place = text, Path(text).absolute()
+            name = place.stem if place.is_file() else place.parent.name if place.name == "final" else place.name
+        if not name or not path:
+            raise ValueError(f"{what} must read NAME=PATH or PATH, got {text!r}")
+        if name in named:
+            raise ValueError(f"{what} must have different names, got {name!r} twice: give them as NAME=PATH")
+        named[name] = path
+    return named

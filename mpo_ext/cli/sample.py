@@ -1,0 +1,227 @@
+"""The ``mpo-ext sample`` command. Only what its options need is imported here: engines come when a run begins."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpo_ext.checks import check_model_path
+from mpo_ext.files import LockedError
+
+
+def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Registers ``mpo-ext sample dropout-ntp`` and ``mpo-ext sample correctness``."""
+    parser = subcommands.add_parser(
+        "sample",
+        help="make preference pairs from a model's own responses",
+        description="Makes preference pairs from a model's own responses. A run that was ended goes on when the "
+        "same command is given again.",
+    )
+    pipelines = parser.add_subparsers(required=True, metavar="PIPELINE")
+    dropout = pipelines.add_parser(
+        "dropout-ntp",
+        help="cut good responses and let the model finish them without the image",
+        description="Cuts the chosen response of each item and lets the model finish it without the image: that is "
+        "the rejected response. Writes OUT/pairs.jsonl.",
+    )
+    _add_common(dropout, samples=1, max_new_tokens=2048)
+    dropout.add_argument("--keep", type=float, default=0.5, help="share of the response that is kept (default: 0.5)")
+    dropout.add_argument(
+        "--unit", choices=("tokens", "words"), default="tokens", help="what the share is counted in (default: tokens)"
+    )
+    dropout.add_argument("--with-image", action="store_true", help="leave the image in the question")
+    dropout.add_argument(
+        "--sample-chosen", action="store_true", help="let the model answer items that have no chosen response first"
+    )
+    dropout.add_argument(
+        "--allow-wrong-chosen", action="store_true",
+        help="take items whose chosen response is a sample that was wrong, as 'correctness' writes them into "
+        "unsolved.jsonl (default: they are left out and counted)",
+    )  # fmt: skip
+    dropout.set_defaults(run=run_sample, build=_dropout_ntp)
+
+    correctness = pipelines.add_parser(
+        "correctness",
+        help="pair samples with right answers and samples with wrong ones",
+        description="Samples responses to questions with a known answer and pairs right ones with wrong ones. Writes "
+        "OUT/pairs.jsonl, OUT/format_pairs.jsonl (no readable answer) and OUT/unsolved.jsonl (no right sample), which "
+        "'mpo-ext sample dropout-ntp' takes.",
+    )
+    _add_common(correctness, samples=32, max_new_tokens=4096)
+    correctness.add_argument("--template", help="prompt template that questions are put in (default: none)")
+    correctness.add_argument(
+        "--pairs-per-question", type=int, default=15, help="most pairs of one question; 0 takes all (default: 15)"
+    )
+    correctness.add_argument(
+        "--accuracy", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        help="share of right samples of a question that gives pairs (default: 0 1)",
+    )  # fmt: skip
+    correctness.add_argument("--length-balance", action="store_true", help="prefer pairs of about equal lengths")
+    correctness.add_argument(
+        "--reuse-limit", type=int, default=0, help="most pairs that a response is in; 0 sets no limit (default: 0)"
+    )
+    correctness.add_argument("--keep-duplicates", action="store_true", help="take equal responses for different ones")
+    correctness.set_defaults(run=run_sample, build=_correctness)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says how a model generates."""
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument(
+        "--engine-option", action="append", default=[], metavar="NAME=JSON",
+        help="handed on to from_pretrained or vllm.LLM, as in --engine-option tensor_parallel_size=2",
+    )  # fmt: skip
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--device", help="where transformers runs (default: the GPU of this process, or the CPU)")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time, for transformers (default: 16)")
+    parser.add_argument(
+        "--block-size", type=int, default=64, help="responses per block, the most that a kill costs (default: 64)"
+    )
+
+
+def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens: int) -> None:
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="JSONL file of items (question, image, and chosen or answer_gt), or a "
+        "meta file (.json) of such files, as MMPR's prompts are published",
+    )
+    parser.add_argument("out", type=Path, help="folder of the run")
+    parser.add_argument("--model", required=True, help="folder or name of the model")
+    add_engine_arguments(parser)
+    parser.add_argument("--image-root", default="", help="folder that image paths start from; a meta file has its own")
+    parser.add_argument(
+        "--root-map", action="append", default=[], metavar="OLD=NEW",
+        help="where the folders in a meta file have moved to; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, help="take the first items only")
+    parser.add_argument("--seed", type=int, default=0, help="source of every draw (default: 0)")
+    parser.add_argument("--samples", type=int, default=samples, help=f"responses per item (default: {samples})")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    parser.add_argument("--top-k", type=int, default=50, help="0 draws from all tokens (default: 50)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"(default: {max_new_tokens})")
+    parser.add_argument("--allow-truncated", action="store_true", help="take responses cut off at --max-new-tokens")
+    parser.add_argument(
+        "--style",
+        help="how answers are given: final_answer, boxed, answer, direct, regex:... (default: as the template "
+        "says, or final_answer)",
+    )
+    parser.add_argument("--matcher", default="vqa", help="how answers are compared (default: vqa)")
+    parser.add_argument(
+        "--matcher-option", action="append", default=[], metavar="NAME=JSON", help="option of the matcher"
+    )
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    """Runs a pipeline. Returns 1 where the run cannot begin or go on, and 0 where this process has done its share."""
+    from mpo_ext.checks import check_integer
+    from mpo_ext.data.jsonl import parse_root_map
+    from mpo_ext.generate.engine import rank_and_world
+    from mpo_ext.generate.sampling import check_run, run
+
+    rank, world = rank_and_world()
+    try:
+        for name, value in (("block_size", args.block_size), ("batch_size", args.batch_size), ("limit", args.limit)):
+            if value is not None:
+                check_integer(name, value, least=1)
+        pipeline = args.build(args)
+        root_map = [parse_root_map(text) for text in args.root_map]
+        check_run(
+            pipeline, args.source, args.out, image_root=args.image_root, root_map=root_map, world=world
+        )  # before the model, which may take minutes
+        check_model_path("--model", args.model)
+        summary = run(
+            pipeline,
+            _engine(args),
+            args.source,
+            args.out,
+            block_size=args.block_size,
+            limit=args.limit,
+            image_root=args.image_root,
+            root_map=root_map,
+            rank=rank,
+            world=world,
+            stream=sys.stderr,
+        )
+    except (ImportError, LockedError, OSError, TypeError, ValueError) as error:
+        print(f"mpo-ext sample: {error}", file=sys.stderr)
+        return 1
+    print(summary if summary is not None else f"process {rank} of {world} is done, others are not", file=sys.stderr)
+    return 0
+
+
+def _engine(args: argparse.Namespace) -> Any:
+    from mpo_ext.generate import engine
+
+    options = _parse_options("--engine-option", args.engine_option)
+    if args.engine == "vllm":
+        return engine.VLLMEngine(args.model, dtype=args.dtype, **options)
+    return engine.TransformersEngine.from_pretrained(
+        args.model, dtype=args.dtype, device=args.device, batch_size=args.batch_size, **options
+    )
+
+
+def _shared(args: argparse.Namespace) -> dict[str, Any]:
+    from mpo_ext.generate.engine import SamplingConfig
+
+    sampling = SamplingConfig(
+        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_new_tokens=args.max_new_tokens
+    )
+    matcher: Mapping[str, Any] = {"kind": args.matcher, **_parse_options("--matcher-option", args.matcher_option)}
+    return {
+        "samples": args.samples,
+        "sampling": sampling,
+        "seed": args.seed,
+        "matcher": matcher,
+        "allow_truncated": args.allow_truncated,
+    }
+
+
+def _dropout_ntp(args: argparse.Namespace) -> Any:
+    from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
+
+    return DropoutNTP(
+        DropoutNTPConfig(
+            keep=args.keep,
+            unit=args.unit,
+            with_image=args.with_image,
+            sample_chosen=args.sample_chosen,
+            allow_wrong_chosen=args.allow_wrong_chosen,
+            style=args.style or "final_answer",
+            **_shared(args),
+        )
+    )
+
+
+def _correctness(args: argparse.Namespace) -> Any:
+    from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
+
+    return Correctness(
+        CorrectnessConfig(
+            template=args.template,
+            pairs_per_question=args.pairs_per_question,
+            accuracy=tuple(args.accuracy),
+            length_balance=args.length_balance,
+            reuse_limit=args.reuse_limit,
+            dedupe=not args.keep_duplicates,
+            style=args.style,
+            **_shared(args),
+        )
+    )
+
+
+def _parse_options(flag: str, texts: list[str]) -> dict[str, Any]:
+    """Reads NAME=JSON; a value that is no JSON is a text."""
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name.isidentifier() or not equals:
+            raise ValueError(f"{flag} must read NAME=JSON, got {text!r}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options

@@ -1,0 +1,189 @@
+"""Append-only files of records that survive a kill at any moment. The runner keeps one for each process.
+
+The first line is a header with the settings of the run, every other line is one record with its ``key``. A record is
+in the kernel's hands before ``append`` returns, so the death of the process loses nothing that was appended. Against
+the death of the machine the file is synced to disk when it is created, then at most every ``fsync_s`` seconds, and
+when it is closed. What either death can leave behind is a last line that is only half there; opening the journal cuts
+it off.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mpo_ext.files import FileLock, sync_folder
+
+_FORMAT = "mpo_ext.journal/1"
+_TAIL_BYTES = 1 << 16
+_MISSING = "(absent)"
+
+
+class SettingsMismatchError(ValueError):
+    """A journal was written under other settings than those it is opened with.
+
+    Attributes:
+        differences: For each setting that differs its name, the value in the file and the value asked for.
+    """
+
+    def __init__(self, path: Path, differences: Sequence[tuple[str, Any, Any]]) -> None:
+        self.differences = list(differences)
+        lines = "".join(f"\n  {name}: {_show(old)} in the file, {_show(new)} now" for name, old, new in differences)
+        super().__init__(f"settings must be those that {path} was begun with (or take another output):{lines}")
+
+
+class Journal:
+    """The records of one process. Use it as a context manager; only one process at a time can have it open.
+
+    Args:
+        path: The file, made where there is none.
+        settings: All that the records depend on, as JSON can hold it.
+        fsync_s: Seconds between two syncs to disk while records are appended; 0 syncs at each ``append``.
+
+    Raises:
+        SettingsMismatchError: If the file was begun under other settings.
+        LockedError: If another process has it open.
+        ValueError: If the file is no journal.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, fsync_s: float = 5.0) -> None:
+        if not fsync_s >= 0:
+            raise ValueError(f"fsync_s must not be negative, got {fsync_s}")
+        self.path = Path(path)
+        self.settings = json.loads(json.dumps(settings))
+        self.fsync_s = fsync_s
+        self._lock = FileLock(self.path.with_name(f"{self.path.name}.lock"), str(self.path))
+        self._file = -1
+        self._synced_s = 0.0
+
+    def __enter__(self) -> "Journal":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lock)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            stack.callback(os.close, self._file)
+            _cut_half_line(self._file)
+            header = read_header(self.path)
+            if header is None:
+                self._write([{"format": _FORMAT, "settings": self.settings}])
+                self._sync()
+                sync_folder(self.path.parent)
+            elif differences := list(_differences(header, self.settings)):
+                raise SettingsMismatchError(self.path, differences)
+            self._close = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._close:
+            self._sync()
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Adds records at the end, all in one write."""
+        if not records:
+            return
+        self._write(records)
+        if time.monotonic() - self._synced_s >= self.fsync_s:
+            self._sync()
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yields the records that the file holds, in the order in which they were appended."""
+        return read_records(self.path)
+
+    def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
+        left = memoryview(b"".join(map(encode_line, records)))
+        while left:  # a full disk or a signal can end a write early
+            left = left[os.write(self._file, left) :]
+
+    def _sync(self) -> None:
+        os.fsync(self._file)
+        self._synced_s = time.monotonic()
+
+
+def encode_line(record: Mapping[str, Any]) -> bytes:
+    """One line of JSON, as readable as its text allows."""
+    try:
+        return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+        return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The settings that a journal was begun with; None where it has no line yet.
+
+    Raises:
+        ValueError: If the file is no journal.
+    """
+    with open(path, "rb") as file:
+        line = file.readline()
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        header = json.loads(line)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise ValueError(f"path must be a journal of format {_FORMAT}, got {path} beginning with {line[:80]!r}")
+    return header["settings"]
+
+
+def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Yields the records of a journal one by one; stops at a last line that is not whole.
+
+    Raises:
+        ValueError: If a line before the last is broken.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            if number == 1:
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path} must hold one record a line, got line {number}: {error}") from None
+            yield record
+
+
+def _cut_half_line(file: int) -> None:
+    """Cuts off what a death in the middle of a write left: bytes without a newline, or a last line that is no JSON."""
+    size = os.fstat(file).st_size
+    end = _line_start(file, size)  # of what comes after the last newline
+    if end > 0:
+        start = _line_start(file, end - 1)
+        try:
+            json.loads(os.pread(file, end - start, start))
+        except ValueError:
+            end = start
+    if end < size:
+        os.ftruncate(file, end)
+        os.fsync(file)
+
+
+def _line_start(file: int, end: int) -> int:
+    """Where the line begins that reaches up to ``end``."""
+    while end > 0:
+        start = max(0, end - _TAIL_BYTES)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(key, _MISSING), new.get(key, _MISSING), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
+
+
+def _show(value: Any) -> str:
+    return value if value == _MISSING else repr(value)

@@ -1,0 +1,178 @@
+"""The MPO loss in plain torch: its readable definition, and the eager baseline of the benchmarks.
+
+Differentiable through autograd, on any device, to any order. Nothing here is optimised: it materialises a float32
+``log_softmax`` of all rows, as trainers commonly do: so a NaN in the logits of an ignored row, which the kernels never
+read, reaches its gradient here. ``mpo_ext.loss.functions`` calls it for ``backend="reference"``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpo_ext.loss.config import MPOConfig
+from mpo_ext.loss.reward_shift import CUMULATIVE, HOLD
+
+
+class PairLoss(NamedTuple):
+    """What the pair loss yields; ``ops.pair_loss`` returns the same in the same order, and the weights besides."""
+
+    loss: Tensor  # 0-d
+    terms: Tensor  # [3]: DPO, BCO, NTP, without their weights
+    reward_shift: Tensor  # 0-d, the delta that was used
+    logp: Tensor  # [2B] summed log-probs
+    reward: Tensor  # [2B]
+    tokens: Tensor  # [2B] int64
+    state: Tensor  # [2] float64, the reward shift's state after this batch
+    batch: Tensor  # [2] float64, sum and count of the rewards that move it
+
+
+def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Log-probability of each label: ``[..., V]`` and ``[...]`` give ``[...]`` in float32 (float64 for float64).
+
+    0 where the label is ``ignore_index``, NaN where it is outside ``[0, V)``.
+    """
+    vocab = logits.shape[-1]
+    logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    picked = logp.gather(-1, labels.clamp(0, vocab - 1).unsqueeze(-1)).squeeze(-1)
+    picked = torch.where((labels >= 0) & (labels < vocab), picked, torch.nan)
+    return torch.where(labels == ignore_index, 0.0, picked)
+
+
+def linear_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Logits as a model computes them: ``[..., D]`` and ``[V, D]`` give ``[..., V]``.
+
+    ``softcap * tanh(z / softcap) / temperature`` with ``z = logit_scale * (hidden @ weight.T + bias)``, as Gemma 2
+    has it; without a softcap ``z / temperature``.
+    """
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    logits = F.linear(hidden, weight, bias)
+    if logit_scale != 1:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits if temperature == 1 else logits / temperature
+
+
+def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Sums a value per token over each sequence, as ``ref_logp`` of ``mpo_loss`` is made of ``token_logp``.
+
+    Args:
+        rows: ``[2B, T]``, or packed ``[N]`` or ``[1, N]`` with ``cu_seqlens``: a value per token.
+        cu_seqlens: ``[2B + 1]`` int32 or int64: where each sequence starts, and N at the end. None for padded input.
+
+    Returns:
+        ``[2B]`` in the dtype of ``rows``; 0 for an empty sequence. Differentiable.
+
+    Raises:
+        ValueError: If there are ``cu_seqlens`` and ``rows`` are not packed.
+    """
+    if cu_seqlens is None:
+        return rows.sum(-1)
+    if rows.ndim == 0 or rows.numel() != rows.shape[-1]:
+        raise ValueError(f"rows must be [N] or [1, N] when cu_seqlens is given, got shape {tuple(rows.shape)}")
+    positions = torch.arange(rows.shape[-1], device=rows.device)
+    sequence = torch.searchsorted(cu_seqlens.to(positions.dtype), positions, right=True) - 1
+    return rows.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence, rows.reshape(-1))
+
+
+def pair_loss(
+    logp: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor,
+    state: Tensor,
+    rule: int,
+    update_first: bool,
+    decay: float,
+    cu_seqlens: Tensor | None,
+    config: MPOConfig,
+) -> PairLoss:
+    """The loss of B pairs from the log-probs of their tokens (arXiv 2411.10442, equations 1 to 7).
+
+    ``r = beta * (logp - ref_logp)``, DPO = ``-logsigmoid(r_c - r_r)``, BCO = ``-logsigmoid(r_c - delta) -
+    logsigmoid(delta - r_r)``, both averaged over pairs; NTP is the cross entropy of the chosen responses. A pair with
+    an empty side is masked from the comparison: its rewards are 0, so it adds a constant and no gradient.
+
+    Args:
+        logp: ``[2B, T]``, or ``[1, N]`` with ``cu_seqlens``; the chosen sequences come first.
+        labels: Like ``logp``, int64, already aligned with it.
+        ref_logp: ``[2B]`` summed log-probs under the reference model.
+        state: ``[2]`` float64: delta, and the number of updates behind it.
+        rule: How this batch moves ``state``: ``reward_shift.HOLD``, ``CUMULATIVE`` or ``EMA``.
+        update_first: Whether delta already includes this batch.
+        decay: Share of the old value that EMA keeps.
+        cu_seqlens: ``[2B + 1]`` for packed input, else None.
+        config: Weights and settings of the terms.
+    """
+    labelled = labels != config.ignore_index
+    tokens = sequence_sums(labelled.long(), cu_seqlens)
+    sums = sequence_sums(logp, cu_seqlens)
+    chosen_tokens, rejected_tokens = tokens.chunk(2)
+    has_both = (chosen_tokens > 0) & (rejected_tokens > 0)
+
+    reward = config.beta * (sums - ref_logp.to(sums.dtype))
+    reward = torch.where(has_both.repeat(2), reward, 0.0)
+    chosen_reward, rejected_reward = reward.chunk(2)
+
+    batch = torch.stack([reward.detach().double().sum(), 2.0 * has_both.double().sum()])
+    new_state = _moved(state, rule, decay, batch)
+    delta = (new_state if update_first else state)[0].to(sums.dtype)
+
+    margin = chosen_reward - rejected_reward
+    smooth = config.label_smoothing
+    dpo = (-(1 - smooth) * F.logsigmoid(margin) - smooth * F.logsigmoid(-margin)).mean()
+    bco = (-F.logsigmoid(chosen_reward - delta) - F.logsigmoid(delta - rejected_reward)).mean()
+    chosen_sums = sums.chunk(2)[0]
+    if config.ntp_average == "token":
+        ntp = -chosen_sums.sum() / chosen_tokens.sum().clamp(min=1)
+    else:
+        responses = (chosen_tokens > 0).sum().clamp(min=1)
+        ntp = -(chosen_sums / chosen_tokens.clamp(min=1)).sum() / responses
+
+    # A weight of 0 leaves its term out: 0 * inf would be NaN.
+    weighted = zip((config.dpo_weight, config.bco_weight, config.ntp_weight), (dpo, bco, ntp), strict=True)
+    loss = sum((weight * term for weight, term in weighted if weight > 0), sums.new_zeros(()))
+    terms = torch.stack([dpo, bco, ntp]).detach()
+    return PairLoss(loss, terms, delta, sums.detach(), reward.detach(), tokens, new_state, batch)
+
+
+def _moved(state: Tensor, rule: int, decay: float, batch: Tensor) -> Tensor:
+    """The state after a batch with ``batch = [sum, count]`` of rewards; a count of 0 leaves it."""
+    if rule == HOLD:
+        return state.clone()
+    value, updates = state
+    mean = batch[0] / batch[1].clamp(min=1)
+    moved = value + (mean - value) / (updates + 1) if rule == CUMULATIVE else decay * value + (1 - decay) * mean
+    return torch.where(batch[1] > 0, torch.stack([moved, updates + 1]), state)
+
+
+def token_stats(logits: Tensor, labels: Tensor, stats: tuple[str, ...], ignore_index: int) -> Tensor:
+    """Statistics of each labelled row, 0 elsewhere: ``[len(stats), ...]``. See ``ops.STATS`` for the names."""
+    z = logits.detach()
+    z = z if z.dtype == torch.float64 else z.float()
+    logp = torch.log_softmax(z, dim=-1)
+    p = logp.exp()
+    picked = z.gather(-1, labels.clamp(0, z.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    rows = {
+        "entropy": lambda: -torch.where(p > 0, p * logp, torch.where(p.isnan(), p, 0.0)).sum(-1),
+        "mean_logit": lambda: z.mean(-1),
+        "top1": lambda: (picked == z.amax(-1)).to(z.dtype),
+        "sum_p_squared": lambda: p.square().sum(-1),
+    }
+    valid = labels != ignore_index
+    out_of_range = (labels < 0) | (labels >= z.shape[-1])
+    values = torch.stack([rows[name]() for name in stats]) if stats else z.new_zeros(0, *labels.shape)
+    return torch.where(valid, torch.where(out_of_range, torch.nan, values), 0.0)

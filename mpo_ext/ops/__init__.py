@@ -1,0 +1,1 @@
+"""The kernels as torch operators: checks, backends, operators and their fakes."""

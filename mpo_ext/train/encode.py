@@ -1,0 +1,444 @@
+"""Pairs as token ids: prompt with its images, chosen and rejected response, and what becomes of those too long."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mpo_ext.chat import (
+    IMAGE_PLACEHOLDER,
+    Conversation,
+    find_chat_template,
+    lacks_special_tokens,
+    load_image,
+    render_prompt,
+)
+from mpo_ext.checks import check_integer
+from mpo_ext.data.jsonl import BadLine
+from mpo_ext.data.records import Pair
+
+TOO_LONG = "longer than max_length"
+NO_ROOM = "prompt leaves no room for a response"
+EQUAL = "chosen and rejected are equal"
+EQUAL_CUT = "chosen and rejected are equal once cut"
+BAD_PAIR = "bad pair"
+_PROBE = "Qz7 probe 7zQ"  # a response that no template writes itself
+_PER_IMAGE = ("image_", "pixel_", "num_", "batch_")  # inputs whose shape may be that of the prompt's tokens by chance
+
+
+class BadPairError(ValueError):
+    """A pair that cannot be encoded; the message names it, the rule and the value. Takes one text, for pickling."""
+
+
+class MissingImageError(BadPairError):
+    """A pair whose image is no file here; the message names the path."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """A pair as the model takes it.
+
+    Attributes:
+        key: ``Pair.key()``.
+        name: File and line, for messages.
+        prompt_key: Equal for the pairs that have one prompt: same question, same images.
+        prompt_ids: ``[P]`` int64, image tokens included, up to where the response begins.
+        chosen_ids: ``[C]`` int64, the end of the turn included.
+        rejected_ids: ``[R]`` int64, likewise.
+        token_inputs: Further inputs of the prompt's tokens, ``[P]`` each, as ``mm_token_type_ids``.
+        image_inputs: What the processor makes of the images, as ``pixel_values``; the first axis counts images, tiles
+            or patches, and batches are put together along it.
+        digest: Hash of all of the above but names: of what the model is fed.
+        is_cut: Whether a response lost its end, and the end of its turn with it.
+    """
+
+    key: str
+    name: str
+    prompt_key: str
+    prompt_ids: Tensor
+    chosen_ids: Tensor
+    rejected_ids: Tensor
+    token_inputs: Mapping[str, Tensor]
+    image_inputs: Mapping[str, Tensor]
+    digest: str
+    is_cut: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dropped:
+    """A good pair that is not trained on.
+
+    Attributes:
+        name: File and line.
+        reason: ``TOO_LONG``, ``NO_ROOM``, ``EQUAL`` or ``EQUAL_CUT``.
+        detail: The lengths, for messages.
+    """
+
+    name: str
+    reason: str
+    detail: str
+
+
+class Tally:
+    """Counts what became of pairs, and keeps the first of each reason to leave one out.
+
+    Attributes:
+        kept: Number of samples.
+        cut: Number of those whose responses were cut.
+        dropped: Number of pairs left out, by reason; for a line that holds no pair its ``BadLine.kind``.
+        examples: The first message of each reason.
+    """
+
+    def __init__(self) -> None:
+        self.kept = 0
+        self.cut = 0
+        self.dropped: collections.Counter[str] = collections.Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, result: Sample | Dropped | BadLine | BadPairError) -> None:
+        """Counts what ``Encoder.encode`` or ``Mixture.read`` gave, or raised."""
+        if isinstance(result, Sample):
+            self.kept += 1
+            self.cut += result.is_cut
+            return
+        if isinstance(result, Dropped):
+            reason, message = result.reason, f"{result.name}: {result.detail}"
+        else:
+            reason, message = result.kind if isinstance(result, BadLine) else BAD_PAIR, str(result)
+        self.dropped[reason] += 1
+        self.examples.setdefault(reason, message)
+
+    def merge(self, other: "Tally") -> None:
+        """Adds what another process has counted."""
+        self.kept += other.kept
+        self.cut += other.cut
+        self.dropped.update(other.dropped)
+        self.examples = {**other.examples, **self.examples}
+
+    @property
+    def left_out(self) -> int:
+        """Number of pairs left out, for all reasons."""
+        return self.dropped.total()
+
+    def lines(self) -> Iterator[str]:
+        """Yields the counts and the examples as text."""
+        if self.cut:
+            yield f"cut the responses of {self.cut:,} pairs"
+        for reason, count in self.dropped.most_common():
+            yield f"left out {count:,}: {reason}, as {self.examples[reason]}"
+
+
+def prompt_key(pair: Pair) -> str:
+    """Returns a hash of the prompt: of the question or the conversation, and the paths of the images.
+
+    Pairs that share it have the same prompt tokens and the same images, as long as one ``Encoder`` makes them.
+    """
+    text = json.dumps([pair.question, pair.source.get("messages"), *pair.images], ensure_ascii=True, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Encoder:
+    """Turns pairs into samples. It can be pickled, for the workers of a data loader.
+
+    The prompt is the very text and the very tokens that ``TransformersEngine`` samples from. A response is tokenised
+    by itself, without special tokens around it, and follows the prompt's ids: as in sampling, where the model's own
+    tokens follow those of the prompt. Where a tokenizer would merge characters across that boundary, the ids differ
+    from those of the whole text tokenised at once; what is trained is what is generated.
+
+    Behind a response comes the token that ends the turn: the first special token that the chat template writes behind
+    an assistant's response, or the tokenizer's ``eos_token`` where it writes none. What a template writes around that
+    token, as the line break behind ``<|im_end|>``, is no target.
+
+    A prompt of several turns is kept in ``pair.source["messages"]``: a list of ``{"role": ..., "content": ...}`` that
+    ends before the response, the content a text with ``<image>`` where images belong, or a list of
+    ``{"type": "text", "text": ...}`` and ``{"type": "image"}``. It then takes the place of ``question``.
+
+    Processors that nest images in an axis for the batch (Idefics3, SmolVLM) have it moved behind the axis of images,
+    which their models flatten both: ``[1, N, ...]`` becomes ``[N, 1, ...]``. Those whose images are padded to a common
+    number of tiles or to a common size (LLaVA-NeXT with images of several shapes, Idefics3 without splitting) fit
+    into one batch only where these agree. Models with cross-attention to images (Mllama) are refused.
+
+    Args:
+        processor: The model's own processor, or its tokenizer where it takes text only.
+        max_length: Most tokens of the prompt with the longer response; None sets no limit.
+        too_long: "drop" leaves longer pairs out; "truncate" cuts the ends of the responses, never the prompt.
+        chat_template: Replaces the template of the processor.
+        image_token_id: The token that stands for (a part of) an image in the model's input, as its configuration has
+            it; None asks the tokenizer, then the processor.
+        end_id: The token that ends a turn; None asks the template.
+
+    Attributes:
+        end_id: The token that ends a turn.
+        image_token_id: As above; None where there is none.
+
+    Raises:
+        ValueError: If an argument is wrong or no end of the turn can be found.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        max_length: int | None = None,
+        too_long: Literal["drop", "truncate"] = "drop",
+        chat_template: str | None = None,
+        image_token_id: int | None = None,
+        end_id: int | None = None,
+    ) -> None:
+        if max_length is not None:
+            check_integer("max_length", max_length, least=2)
+        if too_long not in ("drop", "truncate"):
+            raise ValueError(f"too_long must be 'drop' or 'truncate', got {too_long!r}")
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.max_length, self.too_long = max_length, too_long
+        self.chat_template = find_chat_template(processor, chat_template)
+        self.image_token_id = image_token_id
+        for owner in (self.tokenizer, processor):
+            if self.image_token_id is None:
+                self.image_token_id = _token_id(self.tokenizer, owner, "image")
+        found = {_token_id(self.tokenizer, processor, kind) for kind in ("image", "video", "audio")}
+        self._media_ids = frozenset((found | {self.image_token_id}) - {None})
+        self.end_id = self._find_end() if end_id is None else end_id
+
+    def encode(self, pair: Pair, name: str) -> Sample | Dropped:
+        """Encodes a pair.
+
+        Args:
+            pair: The pair, with absolute paths of images.
+            name: File and line, for messages.
+
+        Returns:
+            The sample, or why there is none.
+
+        Raises:
+            BadPairError: If the pair is faulty: an image that cannot be read, images and places for them that differ
+                in number, a response with an image token or an end of the turn in its text.
+            TypeError: If the processor gives something that no batch can be made of.
+        """
+        chosen = self._response("chosen", pair.chosen, name)
+        rejected = self._response("rejected", pair.rejected, name)
+        if chosen == rejected:
+            return Dropped(name, EQUAL, f"both responses are the same {len(chosen)} tokens")
+        prompt_ids, token_inputs, image_inputs = self._prompt(pair, name)
+        size, longest = len(prompt_ids), max(len(chosen), len(rejected))
+        room = longest if self.max_length is None else self.max_length - size
+        if room < longest:
+            detail = f"{size} tokens of prompt and {longest} of the longer response, max_length is {self.max_length}"
+            if room < 1:
+                return Dropped(name, NO_ROOM, detail)
+            if self.too_long == "drop":
+                return Dropped(name, TOO_LONG, detail)
+            chosen, rejected = chosen[:room], rejected[:room]
+            if chosen == rejected:
+                return Dropped(name, EQUAL_CUT, detail)
+        chosen_ids, rejected_ids = torch.tensor(chosen), torch.tensor(rejected)
+        return Sample(
+            key=pair.key(),
+            name=name,
+            prompt_key=prompt_key(pair),
+            prompt_ids=prompt_ids,
+            chosen_ids=chosen_ids,
+            rejected_ids=rejected_ids,
+            token_inputs=token_inputs,
+            image_inputs=image_inputs,
+            digest=_digest(prompt_ids, chosen_ids, rejected_ids, token_inputs, image_inputs),
+            is_cut=room < longest,
+        )
+
+    def _response(self, side: str, text: str, name: str) -> list[int]:
+        ids = list(self.tokenizer.encode(text, add_special_tokens=False))
+        for token in ids:
+            if token in self._media_ids or token == self.end_id:
+                what = "an end of the turn of its own" if token == self.end_id else "an image, video or audio token"
+                shown = self.tokenizer.convert_ids_to_tokens(token)
+                raise BadPairError(f"{name}: {side} must not hold {what}, got {shown!r} in {text[:80]!r}")
+        return [*ids, self.end_id]
+
+    def _prompt(self, pair: Pair, name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Token ids ``[P]`` of the prompt, the other inputs of its tokens ``[P]``, and those of its images."""
+        if pair.images and self.processor is self.tokenizer:
+            raise BadPairError(f"{name}: images must be none for a model of text only, got {len(pair.images)}")
+        messages = pair.source.get("messages")
+        if messages is not None and self.chat_template is None:
+            raise BadPairError(f"{name}: a prompt of {len(messages)} messages must have a chat template, got none")
+        try:
+            turns = () if messages is None else self._messages(messages, len(pair.images))
+            request = Conversation(key=name, question=pair.question, messages=turns, images=pair.images)
+            text = render_prompt(self.processor, request, self.chat_template)
+        except Exception as error:  # a template raises whatever it likes
+            raise BadPairError(f"{name}: the prompt must fit the chat template, got {error}") from error
+        special = lacks_special_tokens(self.tokenizer, text)
+        if not pair.images:
+            ids = torch.tensor(list(self.tokenizer.encode(text, add_special_tokens=special)), dtype=torch.int64)
+            self._check_image_tokens(ids, {}, 0, name)
+            return ids, {}, {}
+        images = [_open(path, index, name) for index, path in enumerate(pair.images)]
+        try:
+            inputs = dict(
+                self.processor(
+                    text=[text], images=[images], padding=True, return_tensors="pt", add_special_tokens=special
+                )
+            )
+        except Exception as error:  # processors tell a wrong number of images in many ways
+            raise BadPairError(
+                f"{name}: the prompt with its {len(images)} images must be what the processor takes, "
+                f"got {type(error).__name__}: {error}"
+            ) from error
+        ids, token_inputs, image_inputs = _split_inputs(inputs)
+        self._check_image_tokens(ids, image_inputs, len(images), name)
+        return ids, token_inputs, image_inputs
+
+    def _messages(self, messages: object, images: int) -> tuple[dict[str, Any], ...]:
+        """The conversation as the template takes it, every image in its place."""
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"messages must be a list of them, got {str(messages)[:80]!r}")
+        turns = []
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise ValueError(f"messages must have a role and content each, got {str(message)[:80]!r}")
+            turns.append({**message, "content": _parts(message.get("content"), split=images > 0)})
+        if turns[-1]["role"] == "assistant":
+            raise ValueError("messages must end before the assistant's response, got one of the assistant at the end")
+        places = sum(part["type"] == "image" for turn in turns for part in turn["content"])
+        if images and not places:
+            first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
+            first["content"] = [{"type": "image"}] * images + first["content"]
+        elif places != images:
+            raise ValueError(f"messages must have one place for each of the {images} images, got {places}")
+        if self.processor is not self.tokenizer:
+            return tuple(turns)
+        return tuple({**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns)
+
+    def _check_image_tokens(self, ids: Tensor, image_inputs: Mapping[str, Tensor], images: int, name: str) -> None:
+        if self.image_token_id is None:
+            return
+        found = int((ids == self.image_token_id).sum())
+        expected = self._expected_image_tokens(image_inputs) if images else 0
+        if found != expected if expected is not None else found < images:
+            rule = f"at least {images}" if expected is None else str(expected)
+            raise BadPairError(
+                f"{name}: the prompt must have {rule} image tokens ({self.tokenizer.decode([self.image_token_id])!r}) "
+                f"for its {images} images, got {found}"
+            )
+
+    def _expected_image_tokens(self, image_inputs: Mapping[str, Tensor]) -> int | None:
+        """The number of image tokens, where the processor has a rule for it that is known here."""
+        grid = image_inputs.get("image_grid_thw")
+        merge = getattr(getattr(self.processor, "image_processor", None), "merge_size", None)
+        if grid is not None and isinstance(merge, int):
+            return int((grid.prod(dim=-1) // merge**2).sum())
+        pixels = image_inputs.get("pixel_values")
+        for attribute in ("image_seq_length", "image_seq_len"):
+            tokens = getattr(self.processor, attribute, None)
+            if isinstance(tokens, int) and pixels is not None:
+                return len(pixels) * tokens
+        return None
+
+    def _find_end(self) -> int:
+        end: int | None = self.tokenizer.eos_token_id
+        if self.chat_template is not None:
+            texts = ["question", _PROBE]
+            if self.processor is not self.tokenizer:
+                contents: list[Any] = [[{"type": "text", "text": text}] for text in texts]
+            else:
+                contents = list(texts)
+            turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), contents, strict=True)]
+            text = self.processor.apply_chat_template(turns, chat_template=self.chat_template, tokenize=False)
+            _, found, behind = text.rpartition(_PROBE)
+            if not found:
+                raise ValueError(f"chat_template must write the assistant's response, got {text[:200]!r}")
+            special = {*self.tokenizer.all_special_ids, end}
+            added = getattr(self.tokenizer, "added_tokens_decoder", {})
+            special |= {token for token, content in added.items() if content.special}
+            ids = self.tokenizer.encode(behind, add_special_tokens=False)
+            end = next((token for token in ids if token in special), end)
+        if end is None:
+            raise ValueError("the end of a turn must be known: the chat template writes none, and eos_token is None")
+        return end
+
+
+def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
+    """The id of the token that stands for an image, a video or audio."""
+    token_id = getattr(owner, f"{kind}_token_id", None)
+    token = getattr(owner, f"{kind}_token", None)
+    if token_id is None and isinstance(token, str):
+        token_id = tokenizer.convert_tokens_to_ids(token)
+    return token_id if isinstance(token_id, int) and token_id != tokenizer.unk_token_id else None
+
+
+def _open(path: str, index: int, name: str) -> Any:
+    try:
+        return load_image(path)
+    except Exception as error:  # a broken file makes Pillow raise many things
+        kind = MissingImageError if isinstance(error, FileNotFoundError) else BadPairError
+        raise kind(
+            f"{name}: images[{index}] must be an image that can be read, got {path}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _parts(content: object, *, split: bool) -> list[dict[str, Any]]:
+    """The content of a message as texts and images."""
+    if isinstance(content, str):
+        pieces = content.split(IMAGE_PLACEHOLDER) if split else [content]
+        parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
+        for piece in pieces[1:]:
+            text = piece.removeprefix("\n")  # templates put one after an image themselves
+            parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+        return parts
+    if not isinstance(content, Sequence):
+        raise ValueError(f"content must be text or a list of texts and images, got {str(content)[:80]!r}")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            parts.append({"type": "image"})
+        elif kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        else:
+            raise ValueError(f"content must be text or a list of texts and images, got {str(part)[:80]!r}")
+    return parts
+
+
+def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Parts the inputs of a batch of one into ids, inputs of tokens and inputs of images."""
+    for input_name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the processor must return tensors, got {type(value).__name__} for {input_name!r}")
+    ids = inputs.pop("input_ids")
+    kept = inputs.pop("attention_mask", torch.ones_like(ids))[0].bool()
+    token_inputs, image_inputs = {}, {}
+    is_nested = "pixel_attention_mask" in inputs and inputs["pixel_values"].ndim == 5
+    for input_name, value in inputs.items():
+        if value.shape == ids.shape and not input_name.startswith(_PER_IMAGE):
+            token_inputs[input_name] = value[0][kept]
+        elif value.ndim > 2 and value.shape[:2] == ids.shape and not input_name.startswith(_PER_IMAGE):
+            raise TypeError(
+                "the processor must give images whose tokens stand in the prompt, not cross-attention to them, "
+                f"got {input_name!r} of shape {tuple(value.shape)}"
+            )
+        elif is_nested and input_name in ("pixel_values", "pixel_attention_mask"):
+            image_inputs[input_name] = value.transpose(0, 1).contiguous()
+        else:
+            image_inputs[input_name] = value
+    return ids[0][kept].to(torch.int64), token_inputs, image_inputs
+
+
+def _digest(
+    prompt: Tensor, chosen: Tensor, rejected: Tensor, tokens: Mapping[str, Tensor], images: Mapping[str, Tensor]
+) -> str:
+    """Hash of names, dtypes, shapes and bytes, and so of where each begins and ends."""
+    hasher = hashlib.blake2b(digest_size=16)
+    fields = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    for group in (fields, tokens, images):
+        hasher.update(f"{len(group)};".encode())
+        for field in sorted(group):
+            value = group[field].contiguous()
+            hasher.update(f"{field!r} {value.dtype} {tuple(value.shape)};".encode())
+            hasher.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()

@@ -1,0 +1,229 @@
+"""The model card of a finished run: README.md in Hugging Face's form, and a picture of the curves."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpo_ext.report import Line, Panel, markdown_table, save_panels
+from mpo_ext.train.recipe import Recipe
+
+CURVES = "curves.png"
+
+# Title, label of the y axis, and the lines: key in the log, label, colour.
+_PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
+    ("Loss", "loss", (("loss", "training", "C0"), ("eval_loss", "evaluation", "C3"))),
+    ("Terms", "loss", (("dpo_loss", "DPO", "C0"), ("bco_loss", "BCO", "C1"), ("ntp_loss", "next token", "C2"))),
+    (
+        "Rewards",
+        "reward",
+        (("chosen_reward", "chosen", "C2"), ("rejected_reward", "rejected", "C3"), ("reward_margin", "margin", "C0")),
+    ),
+    (
+        "Reward accuracy",
+        "share of pairs",
+        (("reward_accuracy", "training", "C0"), ("eval_reward_accuracy", "evaluation", "C3")),
+    ),
+    ("Reward shift", "delta", (("reward_shift", "delta", "C0"),)),
+    ("Log-probabilities", "nats", (("chosen_logp", "chosen", "C2"), ("rejected_logp", "rejected", "C3"))),
+    ("Learning rate", "rate", (("learning_rate", "rate", "C0"),)),
+    ("Gradient norm", "norm", (("grad_norm", "norm", "C0"),)),
+    ("Entropy", "nats", (("entropy", "entropy", "C0"),)),
+)
+_SMOOTHED_FROM = 200  # steps; fewer are drawn as they are
+_CITATION = """@article{wang2024mpo,
+  title={Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference Optimization},
+  author={Wang, Weiyun and Chen, Zhe and Wang, Wenhai and Cao, Yue and Liu, Yangzhou and Gao, Zhangwei and Zhu, Jinguo
+    and Zhu, Xizhou and Lu, Lewei and Qiao, Yu and Dai, Jifeng},
+  journal={arXiv preprint arXiv:2411.10442},
+  year={2024}
+}"""
+
+
+def write_card(
+    folder: Path, *, recipe: Recipe, curves: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> None:
+    """Writes README.md, and curves.png where matplotlib is installed and there is something to draw.
+
+    Args:
+        folder: Of the exported model. Its config.json tells how the model is loaded.
+        recipe: Of the run.
+        curves: Lines of the log, those of evaluations with keys ``eval_*``. Values that are no finite numbers are left
+            out of the picture.
+        summary: The last numbers of the run. Mappings in it are counts; ``datasets``, a list of names on the hub, goes
+            into the front matter.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+    folder = Path(folder)
+    texts = [_front_matter(recipe, summary), f"# {_title(recipe)}\n", _description(recipe)]
+    texts += ["## Results\n", _results(summary), _picture(folder, curves)]
+    texts += ["## How to load it\n", _loading(folder, recipe)]
+    texts += [
+        "## Recipe\n",
+        "`mpo-ext train` of mpo_ext was given (`mpo_ext/train/recipe.py` explains each setting):\n",
+    ]
+    texts += [_fenced(recipe.to_yaml(), "yaml")]
+    texts += ["## Citation\n", _fenced(_CITATION, "bibtex")]
+    (folder / "README.md").write_text("\n".join(text for text in texts if text), encoding="utf-8")
+
+
+def _front_matter(recipe: Recipe, summary: Mapping[str, Any]) -> str:
+    values: dict[str, Any] = {}
+    if _is_on_hub(recipe.model.path):
+        values["base_model"] = recipe.model.path
+        values["base_model_relation"] = "finetune" if recipe.model.lora is None else "adapter"
+    values["library_name"] = "transformers" if recipe.model.lora is None else "peft"
+    tags = ["preference-optimization"] if recipe.loss.has_preference else ["sft"]
+    if recipe.loss.has_preference and recipe.loss.preference is None:
+        tags = ["mpo", *tags]
+    values["tags"] = [*tags, "mpo_ext"]
+    if datasets := summary.get("datasets"):
+        values["datasets"] = list(datasets)
+    # JSON's strings and lists are YAML's.
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _title(recipe: Recipe) -> str:
+    name = Path(os.path.normpath(recipe.model.path)).name
+    if not recipe.loss.has_preference:
+        return f"{name}, fine-tuned on chosen responses"
+    return f"{name}, trained with {recipe.loss.preference or 'MPO'}"
+
+
+def _description(recipe: Recipe) -> str:
+    loss = recipe.loss
+    if loss.preference is not None:
+        how = (
+            f"{loss.dpo_weight:g} x the preference loss `{loss.preference}` of mpo_ext.loss.preference + {loss.ntp_weight:g} x "
+            f"next-token loss, beta {loss.beta:g}"
+        )
+    elif loss.has_preference:
+        how = (
+            "Mixed Preference Optimization ([arXiv 2411.10442](https://arxiv.org/abs/2411.10442)): "
+            f"{loss.dpo_weight:g} x DPO + {loss.bco_weight:g} x BCO + {loss.ntp_weight:g} x next-token loss, "
+            f"beta {loss.beta:g}"
+        )
+    else:
+        how = "next-token loss on the chosen responses alone (no preference term)"
+    moves = recipe.reference
+    if moves.sync_every:
+        how += (
+            f", with a reference that moves by {moves.sync_mix:g} of the way to the policy every {moves.sync_every:,} "
+            "steps (TR-DPO, [arXiv 2404.09656](https://arxiv.org/abs/2404.09656))"
+        )
+    lora = recipe.model.lora
+    what = "LoRA adapters" if lora is not None else "all weights"
+    if recipe.model.freeze:
+        what = f"all weights but those of {', '.join(recipe.model.freeze)}"
+    sources = "\n".join(f"- `{source.path}` (x {source.repeat_time:g})" for source in recipe.data.train)
+    return f"Base model: `{recipe.model.path}`. Trained: {what}. Loss: {how}.\n\nPairs come from\n\n{sources}\n"
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    rows: list[tuple[str, str]] = []
+    for name, value in summary.items():
+        if name == "datasets":
+            continue
+        if isinstance(value, Mapping):
+            rows += [(f"{name}: {key}", _number(count)) for key, count in value.items()]
+        else:
+            rows.append((name, _number(value)))
+    if not rows:
+        return "No numbers were recorded.\n"
+    return markdown_table(("at the end", "value"), [(_cell(name), _cell(value)) for name, value in rows])
+
+
+def _picture(folder: Path, curves: Sequence[Mapping[str, Any]]) -> str:
+    panels = _panels(curves)
+    (folder / CURVES).unlink(missing_ok=True)  # of an earlier run
+    if not panels:
+        return "The log has no numbers to draw.\n"
+    try:
+        save_panels(folder / CURVES, "Training", panels)
+    except ImportError:
+        return "No picture of the curves: matplotlib is not installed (pip install matplotlib).\n"
+    return f"![Curves of the training: {', '.join(panel.title.lower() for panel in panels)}]({CURVES})\n"
+
+
+def _panels(curves: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """Those that have something to show."""
+    panels = []
+    for title, y_label, keys in _PANELS:
+        lines = []
+        for key, label, color in keys:
+            points = [(line["step"], line[key]) for line in curves if _is_finite(line.get(key)) and "step" in line]
+            if points:
+                x, y = zip(*points, strict=True)
+                smooth = max(1, len(x) // 50) if len(x) >= _SMOOTHED_FROM and title != "Learning rate" else 1
+                lines.append(
+                    Line(label, x, y, color=color, style="--" if key.startswith("eval_") else "-", smooth=smooth)
+                )
+        if lines:
+            panels.append(Panel(title, "step", y_label, lines))
+    return panels
+
+
+def _loading(folder: Path, recipe: Recipe) -> str:
+    is_adapter = (folder / "adapter_config.json").exists() or (recipe.model.lora is not None)
+    kind, processor = _classes(folder, recipe)
+    lines = [f"from transformers import {kind}, {processor}", ""]
+    if is_adapter:
+        lines.insert(0, "from peft import PeftModel")
+        lines += [
+            f'base = {kind}.from_pretrained({json.dumps(recipe.model.path)}, dtype="auto")',
+            'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+        ]
+    else:
+        lines.append(f'model = {kind}.from_pretrained("path/to/this/folder", dtype="auto")')
+    lines.append(f'processor = {processor}.from_pretrained("path/to/this/folder")')
+    text = _fenced("\n".join(lines), "python")
+    if is_adapter and recipe.output.save_merged:
+        text += "\nThe folder `merged` holds the whole model, which loads without peft.\n"
+    return text
+
+
+def _classes(folder: Path, recipe: Recipe) -> tuple[str, str]:
+    """Auto classes of the model and its processor, by its config: here, or where the base model lies."""
+    for path in (folder / "config.json", folder / "merged" / "config.json", Path(recipe.model.path) / "config.json"):
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict) and "vision_config" not in config:
+            return "AutoModelForCausalLM", "AutoTokenizer"
+        break
+    else:
+        if not any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
+            return "AutoModelForCausalLM", "AutoTokenizer"
+    return "AutoModelForImageTextToText", "AutoProcessor"
+
+
+def _is_on_hub(path: str) -> bool:
+    """Whether a path reads like a name on the hub and is no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not path.startswith(".") and not os.path.exists(path)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1000 else f"{value:.5g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"

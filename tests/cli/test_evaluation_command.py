@@ -1,0 +1,101 @@
+"""The command: its options reach the evaluation, and what goes wrong is said in one line."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from scripted_engine import write_lines
+from stub_engine import StubEngine
+
+from mpo_ext.cli import evaluate as cli
+from mpo_ext.cli import sample as sample_cli
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return write_lines(tmp_path / "items.jsonl", [{"question": f"Q{n}", "answer_gt": "7"} for n in range(6)])
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sample_cli, "_engine", lambda args: StubEngine())
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args(["evaluate", *map(str, arguments)])
+    return args.run(args)
+
+
+def test_options_reach_the_evaluation(items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--prompt", "both", "cot_boxed", "--samples", 3, "--temperature", 0.5, "--top-p", 0.9, "--top-k", 7]
+    options += ["--max-new-tokens", 9, "--seed", 4, "--matcher", "number", "--matcher-option", "relative=0.05"]
+    options += ["--limit", 4, "--export", "vlmevalkit", "lmms-eval"]
+    model = items.parent / "model"
+    assert run(monkeypatch, model, f"b={model}", "--data", items, "--data", f"e={items}", "--out", tmp_path / "o",
+               *options) == 0  # fmt: skip
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    settings = results["settings"]
+    assert list(settings["models"]) == ["model", "b"]
+    assert {name: each["questions"] for name, each in settings["data"].items()} == {"items": 4, "e": 4}
+    assert {name: each["max_new_tokens"] for name, each in settings["prompts"].items()} == {
+        "direct": 9, "cot": 9, "cot_boxed": 9
+    }  # fmt: skip
+    assert settings["matcher"] == {"kind": "number", "relative": 0.05}
+    values = [settings[name] for name in ("samples", "temperature", "top_p", "top_k", "seed", "limit")]
+    assert values == [3, 0.5, 0.9, 7, 4, 4]
+    assert len(list((tmp_path / "o" / "vlmevalkit").rglob("*.tsv"))) == 2 * 2 * 3 * 3
+    assert len(list((tmp_path / "o" / "lmms-eval").rglob("*.jsonl"))) == 2 * 2 * 3
+
+
+def test_all_models_are_looked_for_before_the_first_is_asked(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/nope", "model/final/it", "./nope"):
+        assert run(monkeypatch, "a=model", f"b={name}", "--data", items, "--out", tmp_path / "o") == 1
+        assert "there is no such folder" in capsys.readouterr().err
+        assert not (tmp_path / "o" / "journals").exists()
+
+
+def test_models_are_named_by_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "a=b" / "final").mkdir(parents=True)
+    (tmp_path / "items.v2.jsonl").touch()
+    assert cli._named("MODEL", [str(tmp_path / "a=b"), "x=org/name", "org/other.1"]) == {
+        "a=b": str(tmp_path / "a=b"), "x": "org/name", "other.1": "org/other.1"
+    }  # fmt: skip
+    assert cli._named("MODEL", [str(tmp_path / "a=b" / "final")]) == {"a=b": str(tmp_path / "a=b" / "final")}
+    assert cli._named("--data", [str(tmp_path / "items.v2.jsonl")]) == {"items.v2": str(tmp_path / "items.v2.jsonl")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", "2"], "samples must be 1 at temperature 0"),
+        (["--prompt", "cott"], "did you mean 'cot'?"),
+        (["--matcher-option", "tolerance"], "--matcher-option must read NAME=JSON, got 'tolerance'"),
+        (["--export", "excel"], "exports must be among vlmevalkit, lmms-eval, got 'excel'"),
+        (["--data", "items.jsonl", "--data", "x/items.jsonl"], "--data must have different names"),
+        (["--data", "=items.jsonl"], "--data must read NAME=PATH or PATH, got '=items.jsonl'"),
+        (["--data", "x=none.jsonl"], "none.jsonl"),
+        (["--root-map", "a"], "root_map must read OLD=NEW, got 'a'"),
+    ],
+)
+def test_bad_options_are_named(
+    options: list[str], message: str, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run(monkeypatch, items.parent / "model", "--data", f"d={items}", "--out", tmp_path / "o", *options) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("mpo-ext evaluate: ")
+    assert message in said
+
+
+def test_a_process_among_several_says_that_others_are_not_done(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(monkeypatch, items.parent / "model", "--data", items, "--out", tmp_path / "o") == 0
+    assert "process 0 of 2 is done, others are not" in capsys.readouterr().err

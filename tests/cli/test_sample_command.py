@@ -1,0 +1,119 @@
+"""The command: its options reach the pipelines, and what goes wrong is said in one line."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from stub_engine import StubEngine
+
+from mpo_ext.cli import sample as cli
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    lines = [{"question": f"Q{n}", "chosen": f"It is {n}, as one sees.", "answer_gt": "7"} for n in range(6)]
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def sample(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(cli, "_engine", lambda args: StubEngine())
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args(["sample", *map(str, arguments), "--model", "stub"])
+    return args.run(args)
+
+
+def test_dropout_ntp_takes_its_options(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ["--keep", "0.25", "--unit", "words", "--samples", "2", "--temperature", "1", "--matcher", "number"]
+    assert sample(monkeypatch, "dropout-ntp", items, out, *options, "--matcher-option", "relative=0.05") == 0
+    header = json.loads((out / "journal-00000-of-00001.jsonl").read_text().splitlines()[0])["settings"]["pipeline"]
+    assert (header["keep"], header["unit"], header["samples"]) == (0.25, "words", 2)
+    assert header["sampling"]["temperature"] == 1.0
+    assert header["matcher"] == {"kind": "number", "relative": 0.05}
+    assert "6 items, 12 samples" in capsys.readouterr().err
+
+
+def test_correctness_takes_its_options(items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    options = ["--samples", "4", "--accuracy", "0.1", "0.9", "--reuse-limit", "2", "--length-balance", "--limit", "3"]
+    assert sample(monkeypatch, "correctness", items, out, *options) == 0
+    header = json.loads((out / "journal-00000-of-00001.jsonl").read_text().splitlines()[0])["settings"]["pipeline"]
+    assert (header["accuracy"], header["reuse_limit"], header["length_balance"]) == ([0.1, 0.9], 2, True)
+    assert {path.name for path in out.glob("*s*.json*")} >= {"pairs.jsonl", "format_pairs.jsonl", "summary.json"}
+    assert json.loads((out / "summary.json").read_text())["items"] == 3
+
+
+def test_a_run_of_other_settings_is_refused_in_words(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out") == 0
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out", "--top-k", "20") == 1
+    assert "pipeline.sampling.top_k: 50 in the file, 20 now" in capsys.readouterr().err
+
+
+def test_root_map_moves_a_meta_file(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"one": {"root": "/gone/images", "annotation": "/gone/items.jsonl"}}))
+    assert sample(monkeypatch, "dropout-ntp", meta, tmp_path / "out") == 1
+    assert "/gone/items.jsonl" in capsys.readouterr().err
+    assert sample(monkeypatch, "dropout-ntp", meta, tmp_path / "out", "--root-map", f"/gone={tmp_path}") == 0
+    assert "6 items, 6 samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "1.5"], "keep must be in [0, 1), got 1.5"),
+        (["--matcher", "guess"], "kind must be one of"),
+        (["--matcher-option", "tolerance"], "--matcher-option must read NAME=JSON, got 'tolerance'"),
+    ],
+)
+def test_bad_options_are_named(
+    options: list[str], message: str, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out", *options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_what_needs_no_model_is_checked_before_it_is_loaded(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(args: argparse.Namespace) -> StubEngine:
+        raise AssertionError("the model was loaded")
+
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers(required=True))
+    monkeypatch.setattr(cli, "_engine", load)
+    monkeypatch.chdir(tmp_path)
+
+    def refused(pipeline: str, source: object, out: object, *options: object, model: str = "stub") -> str:
+        args = parser.parse_args(["sample", pipeline, *map(str, (source, out)), "--model", model, *map(str, options)])
+        assert args.run(args) == 1
+        return capsys.readouterr().err
+
+    assert refused("correctness", "none.jsonl", "out") == "mpo-ext sample: source must exist, got none.jsonl\n"
+    (tmp_path / "pairs.json").write_text("[1, 2]")
+    assert "must be a meta file in JSON" in refused("correctness", "pairs.json", "out")
+    (tmp_path / "list.jsonl").write_text('[\n{"a": 1},\n]\n')
+    assert "got none among the first 3 of list.jsonl: unreadable line" in refused("correctness", "list.jsonl", "out")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert "got an empty file: empty.jsonl" in refused("dropout-ntp", "empty.jsonl", "out")
+    (tmp_path / "truthless.jsonl").write_text('{"question": "Q"}\n')
+    assert "must have a true answer" in refused("correctness", "truthless.jsonl", "out")
+    assert "out must be a folder, got items.jsonl/sub" in refused("correctness", items, "items.jsonl/sub")
+    assert "kind must be one of" in refused("dropout-ntp", items, "out", "--matcher", "guess")
+    assert "style must be one of" in refused("correctness", items, "out", "--style", "loud")
+    assert "block_size must be at least 1, got 0" in refused("correctness", items, "out", "--block-size", 0)
+    (tmp_path / "runs").mkdir()
+    told = refused("correctness", items, "out", model="runs/nope")
+    assert "--model must be a folder here or a hub id, got runs/nope: there is no such folder" in told
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,198 @@
+"""The operators as citizens of PyTorch: schemas, fakes, torch.compile, autograd's corners."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpo_ext import MPOConfig, MPOOutput, RewardShift, mpo_loss, token_logp
+from mpo_ext.ops import logits as ops
+
+VOCAB = 101
+
+
+@pytest.fixture
+def rows() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    labels = torch.randint(VOCAB, (4, 9))
+    labels[0, :3] = -100
+    return torch.randn(4, 9, VOCAB), labels
+
+
+def test_opcheck_passes_for_every_operator(rows: tuple[Tensor, Tensor]) -> None:
+    logits, labels = rows
+    logp, row_max, row_sum, _ = ops.token_logp(logits, labels, -100, 0, "cpu")
+    state = torch.zeros(2, dtype=torch.float64)
+    pair_options = (0.1, 0.8, 0.2, 1.0, 0.0, False, -100, "cpu")
+    offsets = torch.tensor([0, 5, 16, 20, 36])
+    grad_args = (logits, labels, row_max, row_sum, torch.randn_like(logp))
+    cases = [
+        (ops.token_logp, (logits, labels, -100, 0, "cpu")),
+        (ops.token_logp, (logits.bfloat16()[:, 1:], labels[:, 1:], -100, ops.stats_mask(ops.STATS), "cpu")),
+        (ops.pair_loss, (logp, labels, torch.zeros(4), state, 1, True, 0.99, None, *pair_options)),
+        (ops.pair_loss, (logp, labels, torch.zeros(4), state, 0, False, 0.99, offsets, *pair_options)),
+        (
+            ops.forward,
+            (logits, labels, torch.zeros(4), state, 1, True, 0.99, None, *pair_options[:-1], 0, "cpu"),
+        ),
+        (ops.logits_grad, (*grad_args, torch.tensor(2.0), -100, "cpu")),
+        (ops.logits_grad, (*grad_args, None, -100, "cpu")),
+        (ops.logits_grad_, (logits.clone(), *grad_args[1:], None, -100, "cpu")),
+    ]
+    for operator, args in cases:
+        result = torch.library.opcheck(operator, args)
+        assert set(result.values()) == {"SUCCESS"}, (operator, result)
+
+
+class TinyModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 16)
+        self.head = nn.Linear(16, VOCAB)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(ids)))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reuse_logits": True}, {"packed": True}, {"stats": ("entropy", "top1")}], ids=str
+)
+def test_a_compiled_model_gives_the_numbers_of_eager(options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    options = dict(options)
+    is_packed = options.pop("packed", False)
+    model = TinyModel()
+    ids = torch.randint(VOCAB, (36,) if is_packed else (4, 9))
+    labels = ids.clone()
+    labels[..., :3] = -100
+    if is_packed:
+        options["cu_seqlens"] = torch.tensor([0, 5, 16, 20, 36])
+
+    def step(shift: RewardShift) -> MPOOutput:
+        return mpo_loss(model(ids), labels, torch.full((4,), -20.0), reward_shift=shift, **options)
+
+    compiled = torch.compile(step, fullgraph=True)
+    eager_shift, compiled_shift = RewardShift(), RewardShift()
+    for _ in range(2):  # the second step finds a moved reward shift
+        eager, ours = step(eager_shift), compiled(compiled_shift)
+        torch.testing.assert_close(ours.loss, eager.loss, rtol=1e-6, atol=0)
+        eager_grads = torch.autograd.grad(eager.loss, list(model.parameters()))
+        for ours_grad, grad in zip(torch.autograd.grad(ours.loss, list(model.parameters())), eager_grads, strict=True):
+            torch.testing.assert_close(ours_grad, grad, rtol=1e-5, atol=1e-6)
+        assert compiled_shift.value == pytest.approx(eager_shift.value, rel=1e-6)
+        assert ours.backend == "cpu"
+        assert ours.stats.keys() == eager.stats.keys()
+
+
+def test_compiling_does_not_start_over_while_the_reward_shift_moves() -> None:
+    model = TinyModel()
+    ids = torch.randint(VOCAB, (4, 9))
+    compiled = torch.compile(
+        lambda shift: mpo_loss(model(ids), ids, torch.zeros(4), reward_shift=shift).loss, fullgraph=True
+    )
+    shift = RewardShift()
+    compiled(shift).backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            compiled(shift).backward()
+
+
+def test_a_second_derivative_raises_even_where_only_the_logits_ask_for_it(rows: tuple[Tensor, Tensor]) -> None:
+    logits, labels = rows[0].requires_grad_(), rows[1]
+    for value in (mpo_loss(logits, labels, torch.zeros(4)).loss, token_logp(logits, labels).sum()):
+        (grad,) = torch.autograd.grad(value, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated once, got a double backward: use backend='reference'"):
+            torch.autograd.grad(grad.square().sum(), logits)
+
+
+def test_the_reference_backend_can_be_differentiated_twice(rows: tuple[Tensor, Tensor]) -> None:
+    logits, labels = rows[0].double().requires_grad_(), rows[1]
+    loss = mpo_loss(logits, labels, torch.zeros(4), backend="reference").loss
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), logits)
+    assert second.abs().sum() > 0
+
+
+def test_another_loss_on_the_same_logits_sees_them_unharmed(rows: tuple[Tensor, Tensor]) -> None:
+    logits, labels = rows[0].requires_grad_(), rows[1]
+    before = logits.detach().clone()
+    z = logits * 1
+    (mpo_loss(z, labels, torch.zeros(4)).loss + z.square().mean()).backward()
+    assert torch.equal(logits.detach(), before)
+
+
+def test_large_gradients_of_few_labelled_rows_touch_few_pages() -> None:
+    logits = torch.randn(2, 64, 30000)
+    labels = torch.full((2, 64), -100)
+    labels[:, -2:] = 5
+    _, row_max, row_sum, _ = ops.token_logp(logits, labels, -100, 0, "cpu")
+    grad = ops.logits_grad(logits, labels, row_max, row_sum, torch.ones(2, 64), None, -100, "cpu")
+    assert not grad[:, :-2].any()
+    assert grad[:, -2:].any()
+    assert grad.is_contiguous()
+    grad.add_(1)  # it is ordinary memory
+
+
+def test_rows_of_many_axes_and_a_strided_vocabulary_are_taken(rows: tuple[Tensor, Tensor]) -> None:
+    logits, labels = rows
+    expected = token_logp(logits, labels)
+    assert torch.equal(token_logp(logits.transpose(1, 2).contiguous().transpose(1, 2), labels), expected)
+    wide = torch.full((2, 3, 4, 9, 3, VOCAB + 5), torch.nan)
+    wide[1, :2, :2, :, 0, :VOCAB] = logits.view(2, 2, 9, VOCAB)
+    view = wide[1, :2, :2, :, 0, :VOCAB]
+    assert torch.equal(token_logp(view, labels.view(2, 2, 9)), expected.view(2, 2, 9))
+
+
+def test_an_isa_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, rows: tuple[Tensor, Tensor]) -> None:
+    monkeypatch.setenv("MPO_CPU_ISA", "neon2")
+    with pytest.raises(ValueError, match=r"MPO_CPU_ISA must be one of .*portable.*, got 'neon2'"):
+        token_logp(*rows)
+
+
+_FORK = """
+import os
+import torch
+from mpo_ext import token_logp
+
+torch.set_num_threads(2)
+logits, labels = torch.arange(4.0 * 65536).view(4, 65536).sin(), torch.arange(4)  # by two threads
+expected = token_logp(logits, labels, backend="reference")
+child = os.fork()  # before our kernels had anything to do
+found = token_logp(logits, labels)
+if child == 0:
+    os._exit(max(abs(a - b) for a, b in zip(found.tolist(), expected.tolist())) > 1e-4)
+grandchild = os.fork()
+if grandchild == 0:
+    os._exit(not torch.equal(token_logp(logits, labels), found))
+raise SystemExit(any(os.waitpid(one, 0)[1] for one in (child, grandchild)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_computes_with_threads_of_its_own() -> None:
+    subprocess.run([sys.executable, "-c", _FORK], check=True, timeout=60)
+
+
+def test_an_empty_batch_of_rows_gives_an_empty_result() -> None:
+    assert token_logp(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    out = mpo_loss(torch.zeros(2, 0, 5, requires_grad=True), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2))
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
+
+
+def test_the_config_reaches_the_kernels(rows: tuple[Tensor, Tensor]) -> None:
+    logits, labels = rows
+    ref = torch.full((4,), -30.0)
+    for config in (
+        MPOConfig(beta=0.3, dpo_weight=1, bco_weight=0, ntp_weight=0),
+        MPOConfig(dpo_weight=0, bco_weight=2, ntp_weight=0.5, ntp_average="sequence"),
+        MPOConfig(label_smoothing=0.2, ignore_index=7),
+    ):
+        ours = mpo_loss(logits, labels.clamp(min=0), ref, config=config)
+        plain = mpo_loss(logits, labels.clamp(min=0), ref, config=config, backend="reference")
+        torch.testing.assert_close(ours.loss, plain.loss)

@@ -1,0 +1,523 @@
+"""Plans: they say what the trainer then does, and their memory is near what tensors really take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+import transformers
+from families import IMAGE, TEXT, VISION, VOCAB
+from torch import nn
+
+from mpo_ext.__main__ import main
+from mpo_ext.checks import LinesError, check_model_path
+from mpo_ext.data.jsonl import write_pairs
+from mpo_ext.data.records import Pair
+from mpo_ext.plan import memory as plans
+from mpo_ext.plan import roofline as cost
+from mpo_ext.plan.memory import Memory, Plan, plan
+from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
+from mpo_ext.train.model import prepare_model
+from mpo_ext.train.recipe import Recipe, load_recipe
+
+GIB = 1 << 30
+
+
+def write_model(folder: Path, family: str = "Qwen2", **settings: Any) -> Path:
+    """A folder with a config and no weights."""
+    if family == "internvl":
+        config = families.internvl().config
+    else:
+        config = getattr(transformers, f"{family}Config")(**{**TEXT, **settings})
+    config.save_pretrained(folder)
+    return folder
+
+
+def write_data(path: Path, pairs: int) -> Path:
+    write_pairs(path, [Pair(f"q{index}", "yes", "no", ("no_such_image.png",)) for index in range(pairs)])
+    return path
+
+
+def make(folder: Path, *overrides: str, family: str = "Qwen2", pairs: int = 50, **settings: Any) -> Recipe:
+    write_model(folder / "model", family, **settings)
+    write_data(folder / "a.jsonl", pairs)
+    (folder / "r.yaml").write_text(
+        f"model: {{path: {folder / 'model'}}}\ndata: {{train: {folder / 'a.jsonl'}, max_length: 64}}\n"
+        f"output: {{dir: {folder / 'out'}}}\noptim: {{batch_size: 8}}\n"
+    )
+    return load_recipe(folder / "r.yaml", overrides)
+
+
+def real_model(recipe: Recipe) -> nn.Module:
+    """The model with weights, as the trainer prepares it."""
+    config = transformers.AutoConfig.from_pretrained(recipe.model.path)
+    kind = transformers.AutoModelForCausalLM
+    if hasattr(config, "vision_config"):
+        kind = transformers.AutoModelForImageTextToText
+    return prepare_model(kind.from_config(config, attn_implementation=recipe.model.attention), recipe.model)
+
+
+def part(planned: Plan, name: str) -> Memory:
+    (found,) = [part for part in planned.memory if part.name == name]
+    return found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model.freeze=[vision_tower]",),
+        ("model.freeze=[vision_tower, projector]",),
+        ("model.freeze=[language_model]",),
+        ("model.lora.rank=2",),
+        ("model.lora={rank: 3, target: [q_proj]}",),
+        ("model.gradient_checkpointing=true",),
+    ],
+    ids=" ".join,
+)
+def test_the_model_is_that_of_the_trainer(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    recipe = make(tmp_path, *overrides, family="internvl")
+    planned, model = plan(recipe), real_model(recipe)
+    assert planned.parameters == sum(one.numel() for one in model.parameters())
+    assert planned.trainable == sum(one.numel() for one in model.parameters() if one.requires_grad)
+    assert (planned.vocab_size, planned.hidden_size, planned.layers) == (VOCAB, 16, 2)
+    assert planned.model_class == "InternVLForConditionalGeneration"
+    assert part(planned, "parameters").bytes == sum(one.numel() * one.element_size() for one in model.parameters())
+    assert part(planned, "gradients").bytes == 4 * planned.trainable
+    assert part(planned, "AdamW state").bytes == 8 * planned.trainable
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_heads_are_counted_once(tmp_path: Path, tied: bool) -> None:
+    planned = plan(make(tmp_path, tie_word_embeddings=tied))
+    assert planned.parameters == sum(
+        one.numel() for one in transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(tmp_path / "model")
+        ).parameters()
+    )  # fmt: skip
+    assert planned.model_class == "Qwen2ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("world", "micro", "batch", "epochs"), [(1, 1, 8, 1), (3, 2, 8, 3), (2, 3, 50, 2), (4, 1, 64, 1)]
+)
+def test_steps_and_micro_batches_are_those_of_the_sampler(
+    tmp_path: Path, world: int, micro: int, batch: int, epochs: int
+) -> None:
+    recipe = make(
+        tmp_path, f"optim.batch_size={batch}", f"optim.micro_batch_size={micro}", f"optim.epochs={epochs}",
+        f"data.train=[{{path: {tmp_path / 'a.jsonl'}, repeat_time: 0.5}}, {tmp_path / 'b.jsonl'}]"
+        if write_data(tmp_path / "b.jsonl", 7) else "",
+    )  # fmt: skip
+    planned = plan(recipe, world=world)
+    sampler = StepSampler(Mixture(recipe.data.train).epoch, batch_size=batch)
+    assert planned.pairs_per_epoch == sampler.pairs_per_epoch == 32
+    assert [subset.pairs for subset in planned.subsets] == [25, 7]
+    assert planned.steps_per_epoch == sampler.steps_per_epoch
+    assert planned.steps == epochs * sampler.steps_per_epoch
+    shares = [
+        len(sampler.share(step, rank, world)) for step in range(sampler.steps_per_epoch) for rank in range(world)
+    ]
+    assert planned.pairs_per_rank == max(shares)
+    assert planned.micro_batches == max(len(micro_batches([1] * share, micro)) for share in shares)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "warmup"),
+    [
+        ((), 7, 1),
+        (("optim.max_steps=3",), 3, 1),
+        (("optim.max_steps=300",), 7, 1),
+        (("optim.epochs=10", "optim.warmup_ratio=0.1"), 70, 7),
+        (("optim.epochs=10", "optim.warmup_ratio=0.11"), 70, 8),
+        (("optim.warmup_ratio=0",), 7, 0),
+    ],
+)
+def test_the_schedule(tmp_path: Path, overrides: tuple[str, ...], steps: int, warmup: int) -> None:
+    planned = plan(make(tmp_path, *overrides))
+    assert (planned.steps, planned.warmup_steps) == (steps, warmup)
+
+
+def test_the_layout_is_told_with_its_reason(tmp_path: Path) -> None:
+    shared = plan(make(tmp_path, pairs=240))
+    assert (shared.layout, shared.tokens, shared.positions, shared.notes) == ("shared", 64, 48 + 32, ())
+    separate = plan(make(tmp_path, "loss.shared_prefix=false", pairs=240))
+    assert (separate.layout, separate.positions) == ("separate", 128)
+    assert separate.notes == ("layout separate: loss.shared_prefix is false",)
+    flash = plan(make(tmp_path, "model.attention=flash_attention_2"))
+    assert flash.layout == "separate"
+    assert "'flash_attention_2' takes no such mask" in flash.notes[0]
+    sft = plan(make(tmp_path, "loss.dpo_weight=0", "loss.bco_weight=0", "optim.micro_batch_size=2"))
+    assert sft.positions == 2 * 64
+
+
+def test_a_model_that_cannot_share_prefixes_says_why(tmp_path: Path) -> None:
+    config = transformers.Mamba2Config(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=8, n_groups=1
+    )
+    recipe = make(tmp_path, "model.attention=eager")
+    config.save_pretrained(tmp_path / "model")
+    planned = plan(recipe)
+    assert planned.layout == "separate"
+    assert planned.notes[0].startswith("layout separate: ")
+
+
+def test_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
+    planned = plan(
+        make(tmp_path, "model.dtype=bfloat16", "data.max_length=null", "optim.batch_size=3"), world=4
+    )  # fmt: skip
+    text = "\n".join(planned.notes)
+    assert "only 17 steps: the margin needs about 30 to show a trend" in text
+    assert "most updates at a learning rate of 1e-06 are rounded away" in text
+    assert "leaves some of the 4 processes without a pair" in text
+    assert plan(make(tmp_path, "optim.batch_size=4", pairs=120), world=4).notes == ()
+    assert plan(make(tmp_path, "model.dtype=bfloat16", "model.lora={}", pairs=240)).notes == ()
+    assert plan(make(tmp_path, "loss.dpo_weight=0", "loss.bco_weight=0")).notes == ()  # SFT has no margin
+
+
+def test_a_pair_has_no_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
+    short = plan(make(tmp_path, "data.max_length=null", pairs=240))
+    assert (short.tokens, short.positions, short.cost_step.prompt) == (128, 96 + 2 * 32, 96)
+    told = ", and the model has 128 positions: pairs are taken to fill them"
+    assert short.notes == (f"data.max_length is not set{told}",)
+    set_too_long = plan(make(tmp_path, "data.max_length=4096", pairs=240))
+    assert (set_too_long.tokens, set_too_long.notes) == (128, (f"data.max_length is 4,096{told}",))
+    long = plan(make(tmp_path, "data.max_length=null", pairs=240, max_position_embeddings=8192))
+    assert long.tokens == 4096
+    assert long.notes == ("data.max_length is not set: pairs are taken to have 4,096 tokens",)
+    fits = plan(make(tmp_path, "data.max_length=128", pairs=240))
+    assert (fits.tokens, fits.notes) == (128, ())
+    images = plan(make(tmp_path, "data.max_length=null", family="internvl"))
+    assert images.tokens == 128
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (), ("model.lora={}",), ("reference.kind=precomputed",), ("reference.kind=precomputed", "model.lora={}"),
+        ("reference.sync_every=2",), ("loss.recompute=false",), ("loss.from_logits=true",), ("precision=bf16",),
+        ("model.gradient_checkpointing=true",), ("loss.dpo_weight=0", "loss.bco_weight=0"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_there_is_one_figure_of_memory(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    planned = plan(make(tmp_path, *overrides, **WIDE))
+    rows = {name: memory for name, *_, memory in planned.times(cost.gpu("H100"))}
+    assert rows["this recipe"] == plans._size(planned.total_bytes)
+    assert "TRL's DPOTrainer" in rows
+    for variant in planned.variants[1:-1]:  # what the same recipe with the setting changed is planned to take
+        changed = [one for one in overrides if not one.startswith(("reference.", variant.name.partition("=")[0]))]
+        if variant.name == "loss.from_logits=true":
+            changed = [one for one in changed if one != "loss.recompute=false"]
+        kept = [one for one in overrides if one.startswith("reference.") and not variant.name.startswith("reference.")]
+        other = plan(make(tmp_path, *changed, *kept, variant.name, **WIDE))
+        assert variant.bytes == other.total_bytes, variant.name
+        assert rows[variant.name] == plans._size(other.total_bytes)
+
+
+def test_the_loss_needs_no_more_tiles_than_it_has_logits(tmp_path: Path) -> None:
+    few = plan(make(tmp_path))
+    assert part(few, "loss").formula.startswith("one tile + ")
+    many = plan(make(tmp_path, "data.max_length=4000", vocab_size=50000, max_position_embeddings=4096))
+    assert part(many, "loss").formula.startswith("budget + ")
+    assert part(many, "loss").bytes == (256 << 20) + 2 * 4 * 2000 * 16 + 4 * 50000 * 16
+
+
+def test_memory_by_part(tmp_path: Path) -> None:
+    plain = plan(make(tmp_path))
+    weights = 4 * plain.parameters
+    assert part(plain, "reference").bytes == weights
+    assert "half-precision copies" not in [one.name for one in plain.memory]
+    rows = 2 * 16
+    tiles = 4 * rows * VOCAB
+    assert part(plain, "loss").bytes == tiles + 2 * 4 * rows * 16 + 4 * VOCAB * 16
+    assert plain.total_bytes == sum(one.bytes for one in plain.memory)
+    assert plain.eager_loss == 2 * 64 * VOCAB * 16
+
+    half = plan(make(tmp_path, "precision=bf16"))
+    matrices = sum(one.numel() for one in real_model(half.recipe).parameters() if one.ndim > 1)
+    assert part(half, "half-precision copies").bytes == 2 * matrices
+    assert half.eager_loss == 2 * 64 * VOCAB * 18
+    assert part(plan(make(tmp_path, "model.dtype=bfloat16")), "parameters").bytes == 2 * plain.parameters
+
+    # The tile's copies in half precision, and the head in it, besides the gradient of the float32 head.
+    assert part(half, "loss").bytes == 12 * rows * VOCAB + 2 * VOCAB * 16 + 2 * 4 * rows * 16 + 4 * VOCAB * 16
+
+    kept = plan(make(tmp_path, "loss.memory_budget_mib=3", "loss.recompute=false", vocab_size=50000))
+    logits, grad = 4 * rows * 50000, 4 * 50000 * 16  # the larger holds the smaller
+    assert part(kept, "loss").bytes == (3 << 20) + 2 * 4 * rows * 16 + grad + (logits - grad)
+    logits = plan(make(tmp_path, "loss.from_logits=true"))
+    assert part(logits, "loss").bytes == 2 * 4 * VOCAB * (80 + rows)
+    lora = plan(make(tmp_path, "model.lora={}"))
+    assert part(lora, "reference").bytes == 0
+    assert part(lora, "loss").bytes == tiles + 2 * 4 * rows * 16
+    assert part(plan(make(tmp_path, "reference.kind=precomputed")), "reference").bytes == 0
+    assert part(plan(make(tmp_path, "model.lora={}", "reference.kind=copy")), "reference").bytes == 4 * lora.parameters
+
+
+def test_another_reference_has_its_own_size(tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", hidden_size=32, num_hidden_layers=3)
+    planned = plan(make(tmp_path, f"reference.path={other}", "model.freeze=[]"))
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(other))
+    assert part(planned, "reference").bytes == sum(4 * one.numel() for one in model.parameters())
+
+
+def test_sharding_divides_what_it_shards(tmp_path: Path) -> None:
+    alone, four = plan(make(tmp_path)), plan(make(tmp_path), world=4)
+    for name in ("parameters", "gradients", "AdamW state", "reference"):
+        assert part(four, name).bytes == part(alone, name).bytes
+        assert part(four, name).sharded == -(-part(alone, name).bytes // 4)
+    assert part(four, "activations").sharded == part(alone, "activations").bytes
+    assert part(four, "buckets or gathered layers").bytes == part(alone, "gradients").bytes
+    layers = [sum(one.numel() for one in layer.parameters()) for layer in real_model(four.recipe).model.layers]
+    outside = four.parameters - sum(layers)
+    assert part(four, "buckets or gathered layers").sharded == 4 * (2 * layers[0] + outside)
+    assert four.total_sharded < four.total_bytes
+
+
+def test_4_bit_weights(tmp_path: Path) -> None:
+    planned = plan(make(tmp_path, "model.lora={rank: 2, quantization: 4bit}", "model.dtype=bfloat16"))
+    model = real_model(make(tmp_path, "model.lora={rank: 2}"))
+    linear = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name
+    )
+    others = planned.parameters - linear
+    assert part(planned, "parameters").bytes == round(4.127 / 8 * linear) + 4 * others
+
+
+def saved_bytes(model: nn.Module, positions: int, *, images: bool = False) -> int:
+    """Bytes of the tensors that autograd keeps, parameters and logits not counted, each storage once."""
+    kept: dict[int, int] = {}
+    skipped = {one.untyped_storage().data_ptr() for one in model.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skipped:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs: dict[str, Any] = {"input_ids": torch.randint(2, 50, (1, positions))}
+    if images:
+        inputs["input_ids"][0, 2] = IMAGE
+        inputs["pixel_values"] = torch.randn(1, 1, 8, 8)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # held, as the storages must be
+    assert hidden.requires_grad
+    return sum(kept.values())
+
+
+WIDE = {
+    "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "num_hidden_layers": 4, "max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("family", ["Qwen2", "Llama", "Qwen3"])
+def test_activations_are_near_what_autograd_keeps(tmp_path: Path, family: str, checkpointed: bool) -> None:
+    recipe = make(tmp_path, f"model.gradient_checkpointing={checkpointed}".lower(), family=family, **WIDE)
+    planned = plan(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_length=512)))
+    model = real_model(recipe)
+    real = saved_bytes(model, planned.positions)
+    estimated = part(planned, "activations").bytes
+    if checkpointed:  # the layer that backward computes again is not among what is kept
+        estimate = plans._Estimate(recipe, model, model.get_output_embeddings(), "shared", 1)
+        estimated -= planned.positions * estimate._per_position(estimate.decoder[0])
+    print(f"kept {real:,}, estimated {estimated:,}")
+    assert real * 0.8 <= estimated <= real * 1.2
+    assert (planned.other_activations > estimated) == checkpointed
+
+
+def test_frozen_layers_keep_no_inputs(tmp_path: Path) -> None:
+    full = plan(make(tmp_path, **WIDE))
+    recipe = make(tmp_path, "model.lora={rank: 1, target: [q_proj]}", **WIDE)
+    lora = plan(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_length=512)))
+    assert part(plan(recipe), "activations").bytes < 0.9 * part(full, "activations").bytes
+    real = saved_bytes(real_model(recipe).get_base_model(), lora.positions)
+    assert real * 0.7 <= part(lora, "activations").bytes <= real * 1.4
+
+
+def test_the_vision_tower_costs_nothing_where_it_is_frozen(tmp_path: Path) -> None:
+    whole = plan(make(tmp_path, family="internvl"))
+    frozen = plan(make(tmp_path, "model.freeze=[vision_tower]", family="internvl"))
+    model = real_model(whole.recipe)
+    estimate = plans._Estimate(whole.recipe, model, model.get_output_embeddings(), "shared", 1)
+    assert len(estimate.vision) == VISION["num_hidden_layers"]
+    difference = part(whole, "activations").bytes - part(frozen, "activations").bytes
+    patches = 4 * 48  # four of them are one token of the prompt
+    assert difference == patches * sum(map(estimate._per_position, estimate.vision)) > 0
+
+
+def test_eager_attention_keeps_its_scores(tmp_path: Path) -> None:
+    sdpa, eager = plan(make(tmp_path)), plan(make(tmp_path, "model.attention=eager"))
+    difference = part(eager, "activations").bytes - part(sdpa, "activations").bytes
+    assert difference == 2 * 2 * 80 * 80 * (4 + 4)  # layers, heads, scores, bytes
+
+
+def test_the_text_has_all_of_it(tmp_path: Path) -> None:
+    recipe = make(tmp_path, f"data.eval={tmp_path / 'a.jsonl'}", "model.gradient_checkpointing=true")
+    planned = plan(recipe, world=2)
+    text = str(planned)
+    for expected in (
+        "Qwen2ForCausalLM", f"{planned.parameters:,}", "(100.00%)", f"{VOCAB:,} x 16", "eval: a.jsonl",
+        "7 (7 per epoch", "4 in 4 micro-batches", "64 tokens, 80 positions", "one copy per rank", "sharded",
+        "activations without gradient checkpointing", "an estimate", "total",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert "sharded" not in str(plan(recipe))
+    assert "activations with gradient checkpointing" in str(plan(make(tmp_path)))
+    assert max(map(len, text.splitlines())) < 120
+
+
+def test_sizes_are_readable() -> None:
+    assert [plans._size(size) for size in (0, 1 << 20, 3 * GIB // 2, 1500 * GIB)] == [
+        "0", "1.0 MiB", "1.50 GiB", "1,500.0 GiB",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_command_prints_the_plan_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    recipe = make(tmp_path)
+    (tmp_path / "no_such_image.png").write_bytes(b"now there is one, whatever it holds")
+    monkeypatch.setitem(sys.modules, "mpo_ext.train.loop", None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    assert main(["train", str(tmp_path / "r.yaml"), "--dry-run", "--world", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "Memory per rank (an estimate)" in text
+    assert "Qwen2ForCausalLM" in text
+    if not terminal:
+        assert text.startswith(f"{plan(recipe, world=2)}\n")
+    assert "a.jsonl: format pairs, found out; 50 of 50 pairs with images\n    1 different images: all there" in text
+    assert "not looked at: whether images can be opened (mpo-ext data check does that), lengths in tokens\n" in text
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 0
+    assert ("processes" in capsys.readouterr().out) == ("processes" in text)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_dry_run_finds_images_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    write_pairs(tmp_path / "b.jsonl", [Pair("q", "yes", "no", (f"{number}.png",)) for number in range(30)])
+    for number in range(20):
+        (tmp_path / f"{number}.png").touch()
+    run = ["train", str(tmp_path / "r.yaml"), "--dry-run", f"data.train={tmp_path / 'b.jsonl'}"]
+    assert main(run) == 1
+    text = capsys.readouterr().out
+    assert "30 different images: 10 MISSING" in text
+    assert f"b.jsonl:21: no such image: {tmp_path}/20.png" in text
+    assert f"{{path: {tmp_path / 'b.jsonl'}, root: .}}" in text
+    assert "the run would end at the first of them" in text
+    assert main([*run, "data.skip_bad=true"]) == 0
+    (tmp_path / "images").mkdir()
+    assert main([*run[:-1], f"data.train={{path: {tmp_path / 'b.jsonl'}, root: {tmp_path / 'images'}}}"]) == 1
+    assert main([*run[:-1], "data.skip_bad=true"]) == 1
+    assert "every pair would be left out" in capsys.readouterr().out
+    (tmp_path / "b.jsonl").write_text("{\n")
+    assert main([*run, "model.dtype=float32"]) == 1
+
+
+def test_a_reader_that_leaves_ends_a_dry_run_quietly(tmp_path: Path) -> None:
+    make(tmp_path)
+    command = [sys.executable, "-m", "mpo_ext", "train", str(tmp_path / "r.yaml"), "--dry-run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()  # as head does; all that is written comes too late
+        assert process.stderr is not None
+        assert "Broken pipe" not in (text := process.stderr.read())
+        assert "Errno" not in text
+
+
+def test_settings_with_dashes_are_told_how_to_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    for command in ("train", "plan"):
+        with pytest.raises(SystemExit, match="2"):
+            main([command, str(tmp_path / "r.yaml"), "--optim.learning_rate=1e-5"])
+        assert "KEY=VALUE without dashes, as optim.learning_rate=1e-5" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", str(tmp_path / "r.yaml"), "--optim.seed", "1"])
+    assert "as optim.seed=VALUE" in capsys.readouterr().err
+
+
+def test_each_setting_that_has_changed_has_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpo_ext.train import loop
+
+    def refuse(recipe: Recipe) -> int:
+        raise LinesError("the recipe must be the same, but:\n  loss.beta was 0.1, is 0.2\n  optim.seed was 0, is 1")
+
+    make(tmp_path)
+    monkeypatch.setattr(loop, "train", refuse)
+    assert main(["train", str(tmp_path / "r.yaml")]) == 1
+    assert "but:\n  loss.beta was 0.1, is 0.2\n  optim.seed was 0, is 1\n" in capsys.readouterr().err
+
+
+def test_a_missing_recipe_and_a_missing_model_are_told_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path)
+    assert main(["train", "nope.yaml"]) == 1
+    assert capsys.readouterr().err == "mpo-ext train: recipe must exist, got nope.yaml\n"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/nope", "./nope", "~/nope", "/nope", "a/b/c"):
+        told = f"model.path must be a folder here or a hub id, got {path}: there is no such folder"
+        for command in (["train"], ["train", "--dry-run"], ["plan"]):
+            assert main([*command[:1], "r.yaml", f"model.path={path}", *command[1:]]) == 1
+            assert told in capsys.readouterr().err
+        assert main(["train", "r.yaml", f"reference.path={path}"]) == 1
+        assert told.replace("model", "reference", 1) in capsys.readouterr().err
+    check_model_path("model.path", "OpenGVLab/InternVL3-1B-hf")
+    check_model_path("model.path", "gpt2")
+
+
+def test_errors_of_model_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path)
+    run = ["train", str(tmp_path / "r.yaml"), "--dry-run"]
+    assert main([*run, f"model.path={tmp_path / 'gone'}"]) == 1
+    assert "gone" in capsys.readouterr().err
+    assert main([*run, "data.train=gone.jsonl"]) == 1
+    assert capsys.readouterr().err == "mpo-ext train: path must exist, got gone.jsonl\n"
+    assert main([*run, "model.freeze=[vision_tower]"]) == 1
+    assert "freeze must name parts that the model has, got 'vision_tower'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="world must be a positive int, got 0"):
+        plan(load_recipe(tmp_path / "r.yaml"), world=0)
+
+
+def test_a_missing_transformers_names_the_extra(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 1
+    assert "install the extra 'train' of mpo-ext" in capsys.readouterr().err
+
+
+def test_the_module_can_be_launched(tmp_path: Path) -> None:
+    make(tmp_path)
+    command = [sys.executable, "-m", "mpo_ext.train", str(tmp_path / "r.yaml"), "--dry-run", "optim.seed=x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("optim.seed must be an integer, got 'x'")
+
+
+def test_large_models_need_no_memory(tmp_path: Path) -> None:
+    large = {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64}
+    planned = plan(make(tmp_path, **large, num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False))
+    assert planned.parameters == 72_706_203_648  # Qwen2-72B
+    assert part(planned, "parameters").bytes == 4 * planned.parameters
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["num_hidden_layers"] == 80

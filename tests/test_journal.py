@@ -1,0 +1,141 @@
+"""The journal: what it keeps through a kill, what it refuses, who may write it."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mpo_ext.files import FileLock, LockedError, replaced
+from mpo_ext.journal import Journal, SettingsMismatchError, read_records
+
+SETTINGS = {"model": "stub", "sampling": {"temperature": 0.7, "top_k": 50}}
+
+
+def write(path: Path, records: list[dict], settings: dict = SETTINGS) -> None:
+    with Journal(path, settings) as journal:
+        journal.append(records)
+
+
+def test_records_come_back_in_their_order(tmp_path: Path) -> None:
+    records = [{"key": str(number), "text": "a\u2028b\n\u4e2d"} for number in range(5)]
+    write(tmp_path / "j.jsonl", records[:2])
+    write(tmp_path / "j.jsonl", records[2:])
+    assert list(read_records(tmp_path / "j.jsonl")) == records
+
+
+def test_a_cut_at_any_byte_loses_at_most_the_lines_it_touches(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    records = [{"key": str(number), "text": "x" * number + "\u4e2d"} for number in range(6)]
+    write(path, records)
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with Journal(path, SETTINGS) as journal:
+            kept = list(journal.records())
+            assert len(kept) == max(0, whole[:size].count(b"\n") - 1)
+            journal.append(records[len(kept) :])
+        assert path.read_bytes() == whole
+
+
+def test_a_last_line_of_zeros_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    write(path, [{"key": "1"}])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"\0" * 200_000 + b"\n")
+    write(path, [])
+    assert path.read_bytes() == whole
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    write(path, [{"key": "1"}])
+    path.write_bytes(path.read_bytes() + b"{\n" + b'{"key": "2"}\n')
+    with pytest.raises(ValueError, match=r"must hold one record a line, got line 3"):
+        list(read_records(path))
+
+
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"question": "mine"}\n')
+    with pytest.raises(ValueError, match=r"path must be a journal"):
+        write(path, [{"key": "1"}])
+    assert path.read_text() == '{"question": "mine"}\n'
+
+
+def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    write(path, [{"key": "1"}])
+    before = path.read_bytes()
+    other = {"model": "stub", "sampling": {"temperature": 1.0, "top_k": 50}, "seed": 3}
+    with pytest.raises(SettingsMismatchError, match=r"sampling\.temperature: 0\.7 in the file, 1\.0 now") as caught:
+        write(path, [{"key": "2"}], other)
+    assert caught.value.differences == [("sampling.temperature", 0.7, 1.0), ("seed", "(absent)", 3)]
+    assert path.read_bytes() == before
+
+
+def test_a_second_writer_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    with Journal(path, SETTINGS), pytest.raises(LockedError, match=rf"process {os.getpid()} is writing it"):
+        write(path, [])
+    write(path, [])
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    locked = context.Event()
+
+    def hold() -> None:
+        with FileLock(tmp_path / "lock", "the file"):
+            locked.set()
+            signal.pause()
+
+    process = context.Process(target=hold)
+    process.start()
+    assert locked.wait(30)
+    with pytest.raises(LockedError, match=rf"process {process.pid} is"), FileLock(tmp_path / "lock", "the file"):
+        pass
+    process.kill()
+    process.join()
+    with FileLock(tmp_path / "lock", "the file"):
+        pass
+
+
+def test_half_of_a_surrogate_pair_survives(tmp_path: Path) -> None:
+    write(tmp_path / "j.jsonl", [{"key": "\ud800"}])
+    assert list(read_records(tmp_path / "j.jsonl")) == [{"key": "\ud800"}]
+
+
+def test_each_append_reaches_the_disk_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with Journal(tmp_path / "j.jsonl", SETTINGS, fsync_s=0) as journal:
+        begun = len(synced)
+        journal.append([{"key": "1"}])
+        journal.append([{"key": "2"}])
+        assert len(synced) == begun + 2
+
+
+def test_a_replaced_file_appears_only_when_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text("old")
+
+    def fail() -> None:
+        with replaced(path) as file:
+            file.write(b"ne")
+            raise RuntimeError("full")
+
+    with pytest.raises(RuntimeError, match="full"):
+        fail()
+    assert path.read_text() == "old"
+    with replaced(path) as file:
+        file.write(b"new")
+    assert path.read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_header_says_the_settings(tmp_path: Path) -> None:
+    write(tmp_path / "j.jsonl", [])
+    assert json.loads((tmp_path / "j.jsonl").read_text()) == {"format": "mpo_ext.journal/1", "settings": SETTINGS}
