@@ -88,7 +88,7 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
             "inputs must not hold labels, since the model would compute its own loss from what stands in for logits, "
             f"got labels of type {type(inputs['labels']).__name__}: pass them to linear_mpo_loss"
         )
-    inner = _unwrap(model)
+    inner = unwrap_model(model)
     layers = _linear_layers(inner)
     calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
     dtypes: list[torch.dtype] = []
@@ -214,8 +214,8 @@ def _tapped(
                 vars(layer).pop(name, None)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside of DDP, FSDP1, DeepSpeed, torch.compile and peft."""
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Returns the Hugging Face model inside DDP, FSDP1, DeepSpeed, torch.compile and peft wrappers."""
     inner = model
     while not hasattr(type(inner), "get_output_embeddings"):
         if callable(getattr(type(inner), "get_base_model", None)):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mpo_ext.checks import check_model_path, install_hint
-from mpo_ext.loss import hf_head as heads
+from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.plan import roofline as cost
 from mpo_ext.train import model as models
 from mpo_ext.train.batch import Layout, supports_shared_prefix
@@ -268,7 +268,7 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
     if recipe.data.eval:
         eval_subsets = Mixture(recipe.data.eval, seed=optim.seed).subsets
     model = _meta_model(recipe.model)
-    head = heads._unwrap(model).get_output_embeddings()  # type: ignore[operator]
+    head = unwrap_model(model).get_output_embeddings()  # type: ignore[operator]
     steps_per_epoch = math.ceil(mixture.pairs / optim.batch_size)
     steps = optim.epochs * steps_per_epoch
     if optim.max_steps is not None:
@@ -308,7 +308,7 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
     parameters = list(model.parameters())
     return Plan(
         recipe=recipe,
-        model_class=type(heads._unwrap(model)).__name__,
+        model_class=type(unwrap_model(model)).__name__,
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         vocab_size=head.weight.shape[0],
@@ -408,7 +408,7 @@ class _Estimate:
             scores = getattr(_text_config(self.model), "num_attention_heads", 1) * row * self.positions
             total += (4 + self.bytes) * scores * (1 if checkpointed else len(self.decoder))
         if any(parameter.requires_grad for layer in self.vision for parameter in layer.parameters()):
-            patches = self.prompt * _patches_per_token(heads._unwrap(self.model).config)
+            patches = self.prompt * _patches_per_token(unwrap_model(self.model).config)
             total += self._activations(self.vision, patches, checkpointed=checkpointed)
         return total
 
@@ -445,8 +445,8 @@ class _Estimate:
             pairs=self.micro,
             micro_batches=micro_batches,
             image_tokens=self.tokens - response if self.vision else 0,
-            patches=_patches_per_token(heads._unwrap(self.model).config) if self.vision else 1,
-            image_size=_patches_per_image(heads._unwrap(self.model).config),
+            patches=_patches_per_token(unwrap_model(self.model).config) if self.vision else 1,
+            image_size=_patches_per_image(unwrap_model(self.model).config),
             checkpointing=self.recipe.model.gradient_checkpointing,
             precomputed=kind == "precomputed",
             has_reference=kind is not None,
@@ -614,7 +614,7 @@ def _separate_reason(model: nn.Module, recipe: Recipe) -> str | None:
 
 def _layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """The layers of the decoder and of the vision tower: what the outermost lists with linear layers hold."""
-    inner = heads._unwrap(model)
+    inner = unwrap_model(model)
     vision_roots = tuple(f"{name}." for name, _ in models._modules_of(inner, "vision_tower"))
     found: dict[str, list[nn.Module]] = {}
     for name, module in inner.named_modules():
@@ -669,7 +669,7 @@ def _patches_per_token(config: Any) -> int:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config: Any = heads._unwrap(model).config
+    config: Any = unwrap_model(model).config
     return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
 
 

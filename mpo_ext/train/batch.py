@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from mpo_ext.loss import hf_head as heads
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.functions import linear_token_logp
+from mpo_ext.loss.hf_head import hidden_and_head, unwrap_model
 from mpo_ext.train.encode import Sample
 
 Layout = Literal["shared", "separate"]
@@ -167,7 +167,7 @@ def prompt_positions(model: nn.Module) -> PromptPositions | None:
     Args:
         model: A Hugging Face model, bare or wrapped.
     """
-    for module in heads._unwrap(model).modules():
+    for module in unwrap_model(model).modules():
         if callable(getattr(type(module), "get_rope_index", None)):
             return PromptPositions(type(module), module.config)
     return None
@@ -319,9 +319,9 @@ def forward(model: nn.Module, batch: Batch) -> HiddenRows:
         ValueError: If the model cannot have the layout, or its positions are missing in the batch.
         RuntimeError: If the model does not return one hidden state for each position.
     """
-    inner = heads._unwrap(model)
+    inner = unwrap_model(model)
     with _images_encoded_once(inner, batch) as inputs:
-        out = heads.hidden_and_head(model, **inputs)
+        out = hidden_and_head(model, **inputs)
     return HiddenRows(_rows(out.hidden, batch), out.weight, out.options)
 
 
@@ -342,7 +342,7 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
         ValueError: As in ``forward``.
         RuntimeError: As in ``forward``.
     """
-    with _images_encoded_once(heads._unwrap(model), batch) as inputs:
+    with _images_encoded_once(unwrap_model(model), batch) as inputs:
         logits = model(**inputs).logits
     return _rows(logits, batch)
 
@@ -356,7 +356,7 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
     Returns:
         None where it can, or else the reason.
     """
-    inner = heads._unwrap(model)
+    inner = unwrap_model(model)
     name = type(inner).__name__
     peft_config = getattr(model, "active_peft_config", None)
     if getattr(peft_config, "is_prompt_learning", False):
@@ -430,7 +430,7 @@ def check_shared_prefix(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            return f"{type(error).__name__} in the forward of {type(heads._unwrap(model)).__name__}: {error}"
+            return f"{type(error).__name__} in the forward of {type(unwrap_model(model)).__name__}: {error}"
         leaking = dataclasses.replace(shared, segments=shared.segments.clamp(max=1))
         broken, _ = _logp(model, leaking.to(device))
     differences = (ours - truth)[labelled].abs()
@@ -443,7 +443,7 @@ def check_shared_prefix(
     worst = int(torch.where(labelled)[0][differences.nan_to_num(math.inf).argmax()])
     name = samples[(int(torch.searchsorted(shared.cu_seqlens, worst, right=True)) - 1) % len(samples)].name
     return (
-        f"log-probs of {type(heads._unwrap(model)).__name__} differ by {rms:.2g} nats (root mean square; "
+        f"log-probs of {type(unwrap_model(model)).__name__} differ by {rms:.2g} nats (root mean square; "
         f"{differences.max().item():.2g} at most, in {name}) from those of separate rows, which is more than "
         f"{limit:.2g}; responses that see each other would change them by {leak:.2g}"
     )
@@ -771,7 +771,7 @@ def _logp(model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
         if torch.is_autocast_enabled(device):
             dtypes.append(torch.get_autocast_dtype(device))
 
-    inner = heads._unwrap(model)
+    inner = unwrap_model(model)
     handle = inner.get_input_embeddings().register_forward_pre_hook(note)  # type: ignore[operator]
     try:
         out = forward(model, batch)
@@ -794,7 +794,7 @@ def _as_before(model: nn.Module, window: int) -> Iterator[None]:
     """Evaluation mode, and sliding windows no larger than ``window``; undoes both."""
     training = [(module, module.training) for module in model.modules()]
     configs: dict[int, tuple[Any, int]] = {}
-    for module in heads._unwrap(model).modules():
+    for module in unwrap_model(model).modules():
         config: Any = getattr(module, "config", None)
         for one in (config, getattr(config, "text_config", None)):
             size = getattr(one, "sliding_window", None)

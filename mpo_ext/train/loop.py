@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from mpo_ext.checks import LinesError, check_model_path
 from mpo_ext.data.jsonl import BadLine
-from mpo_ext.loss import hf_head as heads
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.functions import MPOOutput, linear_mpo_loss, mpo_loss
+from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.train import batch as layouts
 from mpo_ext.train import reference_model as references
@@ -300,7 +300,7 @@ class Trainer:
         else:
             model, self.processor = prepare_model(model, recipe.model), processor
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        inner: Any = heads._unwrap(model)
+        inner: Any = unwrap_model(model)
         self.encoder = Encoder(
             self.processor,
             max_length=recipe.data.max_length,

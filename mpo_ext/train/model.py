@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from mpo_ext.checks import check_model_path, install_hint
-from mpo_ext.loss import hf_head as heads
+from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
 
 _SAMPLED = 4096  # values of each parameter that go into a fingerprint
@@ -70,7 +70,7 @@ def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
     else:
         freeze_parts(model, recipe.freeze)
     if recipe.gradient_checkpointing:
-        inner: Any = heads._unwrap(model)
+        inner: Any = unwrap_model(model)
         # The reentrant kind finds no input that needs a gradient where the embeddings are frozen.
         enable = getattr(inner, "activation_checkpointing_enable", None)  # the later name
         if enable is not None:
@@ -101,7 +101,7 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
     Raises:
         ValueError: If a part is unknown, or the model has none of that kind.
     """
-    inner: Any = heads._unwrap(model)
+    inner: Any = unwrap_model(model)
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"freeze must name parts among {', '.join(PARTS)}, got {part!r}")
@@ -121,7 +121,7 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
 
 def has_vision(model: nn.Module) -> bool:
     """Whether the model has a vision tower."""
-    return bool(list(_modules_of(heads._unwrap(model), "vision_tower")))
+    return bool(list(_modules_of(unwrap_model(model), "vision_tower")))
 
 
 def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
@@ -135,7 +135,7 @@ def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
         import peft
     except ImportError as error:
         raise ImportError(f"model.lora needs peft: {install_hint('lora')}") from error
-    inner: Any = heads._unwrap(model)
+    inner: Any = unwrap_model(model)
     target: str | list[str] = recipe.target if isinstance(recipe.target, str) else list(recipe.target)
     if target == "all-linear":
         roots = [name for name, _ in _modules_of(inner, "language_model")] if has_vision(inner) else [""]
@@ -164,7 +164,7 @@ def fingerprint(model: nn.Module) -> str:
 
     Adapters are left out: it names what the reference is.
     """
-    inner: Any = heads._unwrap(model)
+    inner: Any = unwrap_model(model)
     digest = hashlib.blake2b(digest_size=16)
     digest.update(type(inner).__name__.encode())
     for name, parameter in sorted(inner.named_parameters()):

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from mpo_ext.files import replaced
 from mpo_ext.journal import Journal, encode_line, read_header, read_records
-from mpo_ext.loss import hf_head as heads
 from mpo_ext.loss.eager import sequence_sums
 from mpo_ext.loss.functions import linear_token_logp, token_logp
+from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.batch import Batch, forward, forward_logits
 from mpo_ext.train.model import reshard
 from mpo_ext.train.recipe import LossRecipe
@@ -89,7 +89,7 @@ class CopyReference:
 
         Each rank moves what it has: under DDP all of it, under FSDP2 its shards, which are those of the policy.
         """
-        target, source = heads._unwrap(self.model), heads._unwrap(policy)
+        target, source = unwrap_model(self.model), unwrap_model(policy)
         for model in (target, source):
             reshard(model)
         theirs = dict(source.named_parameters())
@@ -110,7 +110,7 @@ def check_can_follow(reference: nn.Module, policy: nn.Module, every: int) -> Non
         every: ``reference.sync_every``, for the message.
     """
     shapes = [
-        {name: tuple(parameter.shape) for name, parameter in heads._unwrap(model).named_parameters()}
+        {name: tuple(parameter.shape) for name, parameter in unwrap_model(model).named_parameters()}
         for model in (reference, policy)
     ]
     for name in dict.fromkeys([*shapes[0], *shapes[1]]):
