@@ -23,8 +23,9 @@ import torch
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import build_model, build_tokenizer
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
-from mpo_ext.generate.engine import Request, SamplingConfig, TransformersEngine
-from mpo_ext.generate.sampling import run
+from mpo_ext.generate.engine import Request, SamplingConfig
+from mpo_ext.generate.runner import run
+from mpo_ext.generate.transformers_engine import TransformersEngine
 
 
 class Recording(TransformersEngine):

@@ -43,10 +43,11 @@ from mpo_ext.demo.pairs import BATCH_SIZE, MAX_NEW_TOKENS, read_made, write_item
 from mpo_ext.demo.settings import StudySettings
 from mpo_ext.demo.train import METHODS, evaluate, make_recipe, write_sft
 from mpo_ext.files import atomic_write
-from mpo_ext.generate import sampling
+from mpo_ext.generate import runner
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
-from mpo_ext.generate.engine import SamplingConfig, TransformersEngine
+from mpo_ext.generate.engine import SamplingConfig
+from mpo_ext.generate.transformers_engine import TransformersEngine
 from mpo_ext.train.encode import Dropped, Encoder, Sample
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.recipe import Recipe, ReferenceRecipe, RewardShiftRecipe
@@ -456,9 +457,9 @@ def _sample(
     pool: dict[str, list[Pair]] = {}
     summaries: dict[str, Any] = {}
 
-    def sample(name: str, source: str, pipeline: sampling.Pipeline, limit: int | None = None) -> None:
+    def sample(name: str, source: str, pipeline: runner.Pipeline, limit: int | None = None) -> None:
         out = folder / f"sample-{slug(name)}"
-        summary = sampling.run(pipeline, engine, folder / f"{source}.jsonl", out, block_size=_BLOCK_SIZE, limit=limit,
+        summary = runner.run(pipeline, engine, folder / f"{source}.jsonl", out, block_size=_BLOCK_SIZE, limit=limit,
                                image_root=str(folder))  # fmt: skip
         assert summary is not None  # it is the only process
         summaries[name] = summary.to_dict()

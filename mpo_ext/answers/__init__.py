@@ -1,1 +1,20 @@
-"""Extracting answers from responses and matching them."""
+"""Extracts the answer from a response and matches it with the true answer: used by generate and evaluate."""
+
+from mpo_ext.answers.base import Matcher, Verdict
+from mpo_ext.answers.choices import label_options
+from mpo_ext.answers.extract import REGEX_PREFIX, STYLES, extract_answer
+from mpo_ext.answers.matchers import MATCHERS, is_same_answer, matcher
+from mpo_ext.answers.normalize import clean_answer
+
+__all__ = [
+    "MATCHERS",
+    "REGEX_PREFIX",
+    "STYLES",
+    "Matcher",
+    "Verdict",
+    "clean_answer",
+    "extract_answer",
+    "is_same_answer",
+    "label_options",
+    "matcher",
+]

@@ -71,9 +71,9 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 def run_evaluate(args: argparse.Namespace) -> int:
     """Runs the command. Returns 1 where it cannot begin or go on, and 0 where this process has done its share."""
     from mpo_ext.data.jsonl import parse_root_map
-    from mpo_ext.generate.engine import rank_and_world
+    from mpo_ext.generate.engine import rank_and_world_size
 
-    rank, world = rank_and_world()
+    rank, world = rank_and_world_size()
     try:
         from mpo_ext.cli import sample as cli
         from mpo_ext.evaluate.report import accuracy_table

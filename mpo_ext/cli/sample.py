@@ -119,10 +119,10 @@ def run_sample(args: argparse.Namespace) -> int:
     """Runs a pipeline. Returns 1 where the run cannot begin or go on, and 0 where this process has done its share."""
     from mpo_ext.checks import check_integer
     from mpo_ext.data.jsonl import parse_root_map
-    from mpo_ext.generate.engine import rank_and_world
-    from mpo_ext.generate.sampling import check_run, run
+    from mpo_ext.generate.engine import rank_and_world_size
+    from mpo_ext.generate.runner import check_run, run
 
-    rank, world = rank_and_world()
+    rank, world_size = rank_and_world_size()
     try:
         for name, value in (("block_size", args.block_size), ("batch_size", args.batch_size), ("limit", args.limit)):
             if value is not None:
@@ -130,7 +130,7 @@ def run_sample(args: argparse.Namespace) -> int:
         pipeline = args.build(args)
         root_map = [parse_root_map(text) for text in args.root_map]
         check_run(
-            pipeline, args.source, args.out, image_root=args.image_root, root_map=root_map, world=world
+            pipeline, args.source, args.out, image_root=args.image_root, root_map=root_map, world_size=world_size
         )  # before the model, which may take minutes
         check_model_path("--model", args.model)
         summary = run(
@@ -143,23 +143,28 @@ def run_sample(args: argparse.Namespace) -> int:
             image_root=args.image_root,
             root_map=root_map,
             rank=rank,
-            world=world,
+            world_size=world_size,
             stream=sys.stderr,
         )
     except (ImportError, LockedError, OSError, TypeError, ValueError) as error:
         print(f"mpo-ext sample: {error}", file=sys.stderr)
         return 1
-    print(summary if summary is not None else f"process {rank} of {world} is done, others are not", file=sys.stderr)
+    print(
+        summary if summary is not None else f"process {rank} of {world_size} is done, others are not", file=sys.stderr
+    )
     return 0
 
 
 def _engine(args: argparse.Namespace) -> Any:
-    from mpo_ext.generate import engine
 
     options = _parse_options("--engine-option", args.engine_option)
     if args.engine == "vllm":
-        return engine.VLLMEngine(args.model, dtype=args.dtype, **options)
-    return engine.TransformersEngine.from_pretrained(
+        from mpo_ext.generate.vllm_engine import VLLMEngine
+
+        return VLLMEngine(args.model, dtype=args.dtype, **options)
+    from mpo_ext.generate.transformers_engine import TransformersEngine
+
+    return TransformersEngine.from_pretrained(
         args.model, dtype=args.dtype, device=args.device, batch_size=args.batch_size, **options
     )
 

@@ -20,10 +20,12 @@ from mpo_ext.demo import digits
 from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.settings import Settings
 from mpo_ext.files import atomic_write
-from mpo_ext.generate import sampling
+from mpo_ext.generate import runner
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
-from mpo_ext.generate.engine import SamplingConfig, TransformersEngine
+from mpo_ext.generate.engine import SamplingConfig
+from mpo_ext.generate.outputs import Summary
+from mpo_ext.generate.transformers_engine import TransformersEngine
 
 BATCH_SIZE = 256
 MAX_NEW_TOKENS = 40
@@ -46,7 +48,7 @@ class MadePairs:
     path: Path
     counts: dict[str, int]
     left_out: dict[str, int]
-    summaries: dict[str, sampling.Summary]
+    summaries: dict[str, Summary]
     report: Report
 
 
@@ -77,16 +79,16 @@ def make_pairs(
     """
     engine = TransformersEngine(model, processor, name=f"digits demo, seed {settings.seed}", batch_size=BATCH_SIZE)
     drawn = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
-    summaries: dict[str, sampling.Summary] = {}
+    summaries: dict[str, Summary] = {}
     pairs: list[Pair] = []
     left_out: collections.Counter[str] = collections.Counter()
 
-    def run(pipeline: sampling.Pipeline, form: str, limit: int | None = None) -> list[Pair]:
+    def run(pipeline: runner.Pipeline, form: str, limit: int | None = None) -> list[Pair]:
         name = pipeline.name.replace("_", "-")
         out = folder / (f"{name}-{form}" if pipeline.name == "correctness" else name)
         # The engine would go on with the journal of an earlier demo: it knows the model's name, not its weights.
-        sampling.journal_path(out, 0, 1).unlink(missing_ok=True)
-        summary = sampling.run(
+        runner.journal_path(out, 0, 1).unlink(missing_ok=True)
+        summary = runner.run(
             pipeline,
             engine,
             folder / f"{form}.jsonl",

@@ -9,13 +9,14 @@ import numpy as np
 from PIL import Image
 from transformers import InternVLForConditionalGeneration
 
-from mpo_ext.answers.matching import extract_answer, matcher
+from mpo_ext.answers import extract_answer, matcher
 from mpo_ext.data import Pair, write_pairs
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.pairs import BATCH_SIZE, MAX_NEW_TOKENS
 from mpo_ext.demo.settings import Settings
-from mpo_ext.generate.engine import Request, SamplingConfig, TransformersEngine
+from mpo_ext.generate.engine import Request, SamplingConfig
+from mpo_ext.generate.transformers_engine import TransformersEngine
 from mpo_ext.train.loop import train
 from mpo_ext.train.recipe import (
     DataRecipe,

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.answers.matching import label_options
+from mpo_ext.answers import label_options
 from mpo_ext.evaluate.scoring import Response
 from mpo_ext.files import atomic_write
-from mpo_ext.generate.sampling import Item
+from mpo_ext.generate.items import Item
 from mpo_ext.journal import encode_line
 
 Add = Callable[[int, Item, str, Sequence[Response]], None]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mpo_ext.checks import check_model_path, install_hint
-from mpo_ext.generate.engine import Engine, TransformersEngine
+from mpo_ext.generate.engine import Engine
+from mpo_ext.generate.transformers_engine import TransformersEngine
 
 _SHOWN = 8
 

@@ -15,7 +15,7 @@ from mpo_ext.checks import install_hint
 from mpo_ext.data import view
 from mpo_ext.evaluate.scoring import Response
 from mpo_ext.files import atomic_write
-from mpo_ext.generate.sampling import Item
+from mpo_ext.generate.items import Item
 from mpo_ext.report import Bars, Panel, markdown_table, save_page, save_panels
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Evaluates models on questions with a known answer: asks what is not in the journals yet, then writes the results.
 
-Each model has a journal for each file of questions and each prompt (``mpo_ext.generate.sampling.run``), so an ended
+Each model has a journal for each file of questions and each prompt (``mpo_ext.generate.runner.run``), so an ended
 evaluation goes on, and models, files and prompts can be added to a folder one by one. All results are made from the
 journals alone.
 """
@@ -28,9 +28,12 @@ from mpo_ext.evaluate.models import Fingerprinted, find_model, load_engine
 from mpo_ext.evaluate.scoring import Evaluation, EvaluationConfig, Question, Response, Visit
 from mpo_ext.evaluate.statistics import Comparison, compare, mean_and_error, pass_at_k, wilson
 from mpo_ext.files import FileLock, atomic_write
-from mpo_ext.generate import sampling
-from mpo_ext.generate.engine import Engine, TransformersEngine
-from mpo_ext.generate.sampling import Item, ItemFile, Outcome, item_files, scan, take
+from mpo_ext.generate import runner
+from mpo_ext.generate.engine import Engine
+from mpo_ext.generate.items import Item, ItemFile, item_files, scan, take
+from mpo_ext.generate.outputs import ItemResult
+from mpo_ext.generate.progress import SamplingProgress
+from mpo_ext.generate.transformers_engine import TransformersEngine
 from mpo_ext.journal import encode_line
 
 FORMAT = "mpo_ext.evaluation/1"
@@ -91,7 +94,7 @@ class Cell:
     def read(self, world: int, visit: Visit) -> bool:
         """Hands every item with its scored responses to ``visit``; False where processes are not done yet."""
         self.evaluation.visit = visit
-        return sampling.write_outputs(self.evaluation, self.data.items(), self.folder, world=world) is not None
+        return runner.write_outputs(self.evaluation, self.data.items(), self.folder, world_size=world) is not None
 
 
 def evaluate(
@@ -179,7 +182,7 @@ def evaluate(
     return results
 
 
-class _Progress(sampling.Progress):
+class _Progress(SamplingProgress):
     """Shows the share of right responses so far."""
 
     right = 0.0
@@ -197,14 +200,14 @@ def _ask(cell: Cell, engine: Engine, block_size: int, rank: int, world: int, str
     with progress:
 
         def visit(item: Item, problem: str | None, responses: Sequence[Response]) -> None:
-            outcome = Outcome(refused=collections.Counter([problem] if problem else []))
+            outcome = ItemResult(refused=collections.Counter([problem] if problem else []))
             if responses:
                 progress.asked += 1
                 progress.right += sum(response.correct for response in responses) / len(responses)
             progress.add(outcome, len(responses))
 
         cell.evaluation.visit = visit
-        sampling.run(
+        runner.run(
             cell.evaluation,
             engine,
             cell.data.path,
@@ -214,7 +217,7 @@ def _ask(cell: Cell, engine: Engine, block_size: int, rank: int, world: int, str
             image_root=cell.data.image_root,
             root_map=cell.data.root_map,
             rank=rank,
-            world=world,
+            world_size=world,
         )
 
 

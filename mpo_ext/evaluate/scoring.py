@@ -8,13 +8,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mpo_ext.answers.matching import extract_answer, is_same_answer, matcher
+from mpo_ext.answers import extract_answer, is_same_answer, matcher
 from mpo_ext.checks import check_integer, check_json, check_number
 from mpo_ext.evaluate.statistics import majority
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.engine import Engine, SamplingConfig
+from mpo_ext.generate.items import Item
+from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.prompts import PromptTemplate, get_template
-from mpo_ext.generate.sampling import Item, Outcome
 
 PLAIN = "none"
 _LONGEST = {"direct": 100}  # new tokens, by the style of the template; the authors' numbers
@@ -122,7 +123,7 @@ Visit = Callable[[Item, str | None, Sequence[Response]], None]
 
 
 class Evaluation(Correctness):
-    """A pipeline of ``mpo_ext.generate.sampling.run`` that makes no pairs: it asks, and ``visit`` is told.
+    """A pipeline of ``mpo_ext.generate.runner.run`` that makes no pairs: it asks, and ``visit`` is told.
 
     Args:
         config: How questions are put and answers compared.
@@ -176,12 +177,12 @@ class Evaluation(Correctness):
             for records in super().sample(items, engine)
         ]
 
-    def judge(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> Outcome:
+    def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
         """Scores the responses and tells ``visit``."""
         problem = next((record["problem"] for record in records if "problem" in record), None)
         responses = [] if problem else [self._score(item, record) for record in records]
         self.visit(item, problem, responses)
-        outcome = Outcome(tokens=sum(response.tokens for response in responses))
+        outcome = ItemResult(tokens=sum(response.tokens for response in responses))
         if problem:
             outcome.refused[problem] += 1
         return outcome

@@ -1,4 +1,4 @@
-"""Pairs from the correctness of answers: right samples against wrong ones. Run by ``mpo_ext.generate.sampling``.
+"""Pairs from the correctness of answers: right samples against wrong ones. Run by ``mpo_ext.generate.runner``.
 
 Every choice among possible pairs follows a hash of the seed and of the responses, so it does not depend on the order
 of anything.
@@ -12,12 +12,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mpo_ext.answers.matching import extract_answer, is_same_answer, matcher
+from mpo_ext.answers import extract_answer, is_same_answer, matcher
 from mpo_ext.checks import check_integer, check_number
 from mpo_ext.data.records import Pair
 from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
+from mpo_ext.generate.items import WRONG_SAMPLE, Item
+from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.prompts import get_template, render
-from mpo_ext.generate.sampling import WRONG_SAMPLE, Item, Outcome, is_degenerate
+from mpo_ext.generate.repetition import is_degenerate
 
 _LENGTH_BINS = 4  # per doubling of the length
 
@@ -76,7 +78,7 @@ class _Response:
 
 
 class Correctness:
-    """The pipeline; ``mpo_ext.generate.sampling.run`` runs it.
+    """The pipeline; ``mpo_ext.generate.runner.run`` runs it.
 
     Outputs: ``pairs`` (right against wrong), ``format_pairs`` (right against unreadable) and ``unsolved``: the
     questions without a right sample, each with one of its readable samples as ``chosen`` where it brought none, so
@@ -149,9 +151,9 @@ class Correctness:
                 )
         return records
 
-    def judge(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> Outcome:
+    def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
         """Pairs the samples of a question."""
-        outcome = Outcome(tokens=sum(record.get("tokens", 0) for record in records))
+        outcome = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         if problem := next((record["problem"] for record in records if "problem" in record), None):
             outcome.refuse(problem)
             return outcome
@@ -186,7 +188,7 @@ class Correctness:
             return item.question
         return render(self._template, item.question, item.extra.get("options"))
 
-    def _is_usable(self, response: _Response, outcome: Outcome) -> bool:
+    def _is_usable(self, response: _Response, outcome: ItemResult) -> bool:
         reason = None
         if response.record["finish"] == "length" and not self.config.allow_truncated:
             reason = "sample cut off at max_new_tokens"
@@ -198,14 +200,14 @@ class Correctness:
             outcome.refused[reason] += 1
         return reason is None
 
-    def _distinct(self, responses: Sequence[_Response], outcome: Outcome) -> list[_Response]:
+    def _distinct(self, responses: Sequence[_Response], outcome: ItemResult) -> list[_Response]:
         kept = {" ".join(response.text.split()): response for response in reversed(responses)}
         if len(kept) < len(responses):
             outcome.refused["sample is a duplicate"] += len(responses) - len(kept)
         return list(reversed(kept.values()))
 
     def _pairs(
-        self, item: Item, right: Sequence[_Response], rejected: Sequence[_Response], outcome: Outcome
+        self, item: Item, right: Sequence[_Response], rejected: Sequence[_Response], outcome: ItemResult
     ) -> Iterator[tuple[_Response, _Response]]:
         """Yields pairs, best first, until there are enough."""
         ranked = sorted(

@@ -1,4 +1,4 @@
-"""DropoutNTP: the model finishes the beginning of a good response without the image. Run by ``generate.sampling``.
+"""DropoutNTP: the model finishes the beginning of a good response without the image. Run by ``generate.runner``.
 
 What the model then makes up is the rejected response: it begins like the chosen one and goes wrong where one would
 have had to look. Prefix and continuation are joined as tokens and decoded as one: no space is lost between them.
@@ -8,12 +8,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from mpo_ext.answers.matching import Matcher, extract_answer, matcher
+from mpo_ext.answers import Matcher, extract_answer, matcher
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_integer, check_number
 from mpo_ext.data.records import Pair
 from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
-from mpo_ext.generate.sampling import WRONG_SAMPLE, Item, Outcome, is_degenerate
+from mpo_ext.generate.items import WRONG_SAMPLE, Item
+from mpo_ext.generate.outputs import ItemResult
+from mpo_ext.generate.repetition import is_degenerate
 
 WRONG_CHOSEN = "chosen is a sample that was wrong (--allow-wrong-chosen takes it)"
 _BROKEN = "\ufffd"  # what decoding puts for half a character
@@ -85,7 +87,7 @@ class _Sampled:
 
 
 class DropoutNTP:
-    """The pipeline; ``mpo_ext.generate.sampling.run`` runs it. Output: ``pairs``.
+    """The pipeline; ``mpo_ext.generate.runner.run`` runs it. Output: ``pairs``.
 
     Args:
         config: How responses are cut and finished.
@@ -195,9 +197,9 @@ class DropoutNTP:
                 records[-1].append(record)
         return records
 
-    def judge(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> Outcome:
+    def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
         """Makes a pair of each continuation that is a negative, and counts the others by reason."""
-        outcome = Outcome(tokens=sum(record.get("tokens", 0) for record in records))
+        outcome = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         outcome.tokens += records[0].get("chosen_tokens", 0)
         if problem := next((record["problem"] for record in records if "problem" in record), None):
             return outcome.refuse(problem)

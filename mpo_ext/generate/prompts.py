@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.answers.matching import REGEX_PREFIX, STYLES, label_options
+from mpo_ext.answers import REGEX_PREFIX, STYLES, label_options
 
 FIELDS = ("question", "options")
 _FIELD = re.compile(r"(?<![\w\\])\{(\w+)\}")

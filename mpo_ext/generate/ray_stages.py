@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mpo_ext.checks import check_integer, install_hint
-from mpo_ext.generate import sampling
+from mpo_ext.generate import items as item_reading
+from mpo_ext.generate import runner
 from mpo_ext.generate.engine import Engine
+from mpo_ext.generate.outputs import Summary
+from mpo_ext.generate.progress import SamplingProgress
 from mpo_ext.journal import Journal
 
 
 def run(
-    pipeline: sampling.Pipeline,
+    pipeline: runner.Pipeline,
     make_engine: Callable[[], Engine],
     source: str | Path,
     out: str | Path,
@@ -33,8 +36,8 @@ def run(
     image_root: str = "",
     root_map: Sequence[tuple[str, str]] = (),
     stream: TextIO | None = None,
-) -> sampling.Summary | None:
-    """Does what ``sampling.run`` does, on the machines of a Ray cluster.
+) -> Summary | None:
+    """Does what ``runner.run`` does, on the machines of a Ray cluster.
 
     Args:
         pipeline: ``DropoutNTP`` or ``Correctness``.
@@ -62,24 +65,24 @@ def run(
     check_integer("workers", workers, least=1)
     check_integer("block_size", block_size, least=1)
     out = Path(out)
-    files = sampling.item_files(source, image_root=image_root, root_map=root_map)
-    digest, total = sampling.scan(files)
-    settings = sampling.run_settings(pipeline, engine_settings, digest, 1)
-    items = functools.partial(sampling.take, files, limit)
-    per_block = max(1, block_size // max(1, len(pipeline.keys(sampling.Item()))))
+    files = item_reading.item_files(source, image_root=image_root, root_map=root_map)
+    digest, total = item_reading.scan(files)
+    settings = runner.run_settings(pipeline, engine_settings, digest, 1)
+    items = functools.partial(item_reading.take, files, limit)
+    per_block = max(1, block_size // max(1, len(pipeline.keys(item_reading.Item()))))
     DataContext.get_current().execution_options.preserve_order = True
 
-    with Journal(sampling.journal_path(out, 0, 1), settings) as journal:
+    with Journal(runner.journal_path(out, 0, 1), settings) as journal:
         finished = sum(1 for _ in journal.records())
-        per_item = len(pipeline.keys(sampling.Item()))
+        per_item = len(pipeline.keys(item_reading.Item()))
         whole, partial = divmod(finished, per_item * per_block)
-        numbered = enumerate(sampling.blocks(items(), per_block))
+        numbered = enumerate(runner.blocks(items(), per_block))
         # Bytes, because Arrow would give all dicts of a column the same keys.
         todo = [
             {"number": number, "block": pickle.dumps(block)}
             for number, block in itertools.islice(numbered, whole, None)
         ]
-        with sampling.Progress(pipeline.name, total if limit is None else min(total, limit), stream) as progress:
+        with SamplingProgress(pipeline.name, total if limit is None else min(total, limit), stream) as progress:
             if todo:
                 data = ray.data.from_items(todo, override_num_blocks=len(todo))
                 stage = data.map_batches(
@@ -93,14 +96,14 @@ def run(
                     block, records = pickle.loads(row["block"]), pickle.loads(row["records"])
                     journal.append(list(itertools.chain(*records))[partial if row["number"] == whole else 0 :])
                     for item, own in zip(block, records, strict=True):
-                        progress.add(pipeline.judge(item, own, model), len(own))
-        return sampling.write_outputs(pipeline, items(), out, world=1, model=model)
+                        progress.add(pipeline.make_pairs(item, own, model), len(own))
+        return runner.write_outputs(pipeline, items(), out, world_size=1, model=model)
 
 
 class _Worker:
     """Holds the engine of one worker."""
 
-    def __init__(self, pipeline: sampling.Pipeline, make_engine: Callable[[], Engine]) -> None:
+    def __init__(self, pipeline: runner.Pipeline, make_engine: Callable[[], Engine]) -> None:
         self.pipeline = pipeline
         self.engine = make_engine()
 

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpo_ext.answers import matching as answers
-from mpo_ext.answers.matching import Verdict, extract_answer, is_same_answer, matcher, normalize_vqa, parse_number
+from mpo_ext.answers import STYLES, Verdict, clean_answer, extract_answer, is_same_answer, matcher, math_process
+from mpo_ext.answers.normalize import fold
+from mpo_ext.answers.numbers import parse_number
+from mpo_ext.answers.text import anls, normalize_vqa
 
 needs_math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="needs math-verify (the extra math)"
@@ -405,9 +407,9 @@ def test_no_text_breaks_a_matcher(prediction, truth):
 @MOST
 @given(response=texts, wrapped=st.sampled_from(["{}", "Final answer: {}", "**Answer:** {}", "\\boxed{{{}}}"]))
 def test_no_text_breaks_extraction(response, wrapped):
-    for style in answers.STYLES:
+    for style in STYLES:
         answer = extract_answer(wrapped.format(response), style)
-        assert answer is None or (answer == answer.strip() != "" and answers.clean_answer(answer) == answer)
+        assert answer is None or (answer == answer.strip() != "" and clean_answer(answer) == answer)
 
 
 @MOST
@@ -444,13 +446,14 @@ def test_numbers_are_read_as_written(value, other):
 
 @MOST
 @given(left=st.text("ab", max_size=6), right=st.text("ab", max_size=6))
-def test_levenshtein_is_a_shortest_path(left, right):
+def test_anls_counts_the_edits_of_a_shortest_path(left, right):
     def recursive(a, b):
         if not a or not b:
             return len(a) + len(b)
         return min(recursive(a[1:], b) + 1, recursive(a, b[1:]) + 1, recursive(a[1:], b[1:]) + (a[0] != b[0]))
 
-    assert answers.levenshtein(left, right) == recursive(left, right)
+    longer = max(len(left), len(right))
+    assert anls(left, right, threshold=0) == (1 - recursive(left, right) / longer if longer else 0)
 
 
 @MOST
@@ -458,7 +461,7 @@ def test_levenshtein_is_a_shortest_path(left, right):
 def test_normal_forms_stay_what_they_are(text):
     once = normalize_vqa(text)
     assert once == once.strip()
-    assert answers.fold(answers.fold(text)) == answers.fold(text)
+    assert fold(fold(text)) == fold(text)
 
 
 @needs_math_verify
@@ -479,7 +482,7 @@ def test_no_text_breaks_math(prediction):
 @pytest.mark.parametrize("hostile", ["10^{10^{10^{10}}}", "(10^{9})!"])
 def test_a_hostile_expression_ends_in_time(hostile, seconds, grace_seconds, monkeypatch):
     assert matcher("math")("1/2", "0.5").correct  # the process runs
-    monkeypatch.setattr(answers._MathWorker, "GRACE_SECONDS", grace_seconds)
+    monkeypatch.setattr(math_process.MathProcess, "GRACE_SECONDS", grace_seconds)
     start = time.monotonic()
     verdict = matcher("math", seconds=seconds)(hostile, "5")
     assert time.monotonic() - start < 15
@@ -501,24 +504,24 @@ def test_math_in_threads():
 def _math_in_worker(index):
     assert matcher("math")(f"{index}/2", f"{index / 2}").correct
     assert not matcher("math")("1/3", "0.4").correct
-    return answers._math_worker()._process.pid
+    return math_process.math_process()._process.pid
 
 
 @needs_math_verify
 def test_math_in_forked_daemon_workers():
     assert matcher("math")("1/2", "0.5").correct  # the parent has its process already
-    with answers._math_worker()._lock:  # as if another thread of the parent were asking just now
+    with math_process.math_process()._lock:  # as if another thread of the parent were asking just now
         pool = multiprocessing.get_context("fork").Pool(2)
     with pool:
         theirs = pool.map_async(_math_in_worker, range(6)).get(timeout=60)
-    assert answers._math_worker()._process.pid not in theirs
+    assert math_process.math_process()._process.pid not in theirs
     assert matcher("math")("1/2", "0.5").correct
 
 
 @needs_math_verify
 def test_a_dead_process_is_replaced():
     assert matcher("math")("1/2", "0.5").correct
-    process = answers._math_worker()._process
+    process = math_process.math_process()._process
     process.kill()
     process.wait()
     assert matcher("math")("1/2", "0.5").correct

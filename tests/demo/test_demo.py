@@ -21,7 +21,7 @@ for package in ("torch", "transformers", "sklearn", "matplotlib", "jinja2", "ric
 import torch
 from transformers import AutoProcessor
 
-from mpo_ext.answers.matching import extract_answer, matcher
+from mpo_ext.answers import extract_answer, matcher
 from mpo_ext.cli import demo as run
 from mpo_ext.data import Pair, open_pairs
 from mpo_ext.data.check import check_pairs
@@ -31,7 +31,8 @@ from mpo_ext.demo.model import DigitsProcessor, build_model, build_processor
 from mpo_ext.demo.pairs import make_pairs, write_items
 from mpo_ext.demo.settings import Settings
 from mpo_ext.demo.train import METHODS, evaluate, train_branch, train_sft
-from mpo_ext.generate.engine import Request, SamplingConfig, TransformersEngine
+from mpo_ext.generate.engine import Request, SamplingConfig
+from mpo_ext.generate.transformers_engine import TransformersEngine
 from mpo_ext.journal import read_records
 from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.loop import train

@@ -17,7 +17,7 @@ def main() -> None:
 
     import mpo_ext.__main__
     import mpo_ext.cli.data
-    import mpo_ext.generate.engine
+    import mpo_ext.generate.transformers_engine
     import mpo_ext.train.loop  # noqa: F401
 
     for line in requests:

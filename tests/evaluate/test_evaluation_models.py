@@ -15,7 +15,7 @@ from mpo_ext.__main__ import main
 from mpo_ext.evaluate.models import Source, find_model, load_engine
 from mpo_ext.evaluate.run import evaluate
 from mpo_ext.evaluate.scoring import EvaluationConfig
-from mpo_ext.generate.engine import TransformersEngine
+from mpo_ext.generate.transformers_engine import TransformersEngine
 from mpo_ext.journal import SettingsMismatchError
 
 CONFIG = EvaluationConfig(prompts=("none",), max_new_tokens=3, style="direct", matcher={"kind": "number"})

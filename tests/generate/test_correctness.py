@@ -10,12 +10,13 @@ from stub_engine import StubEngine
 
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.engine import Generation
-from mpo_ext.generate.sampling import Item, Outcome
+from mpo_ext.generate.items import Item
+from mpo_ext.generate.outputs import ItemResult
 
 ITEM = Item(question="How many?", truths=("7",))
 
 
-def judged(texts: list[str], item: Item = ITEM, finish: dict[str, str] | None = None, **options: Any) -> Outcome:
+def judged(texts: list[str], item: Item = ITEM, finish: dict[str, str] | None = None, **options: Any) -> ItemResult:
     """What comes of an item whose samples are these texts."""
     pipeline = Correctness(CorrectnessConfig(samples=len(texts), **options))
     script = {
@@ -24,14 +25,14 @@ def judged(texts: list[str], item: Item = ITEM, finish: dict[str, str] | None = 
     }
     engine = StubEngine(script=script)
     (records,) = pipeline.sample([item], engine)
-    return pipeline.judge(item, records, engine.name)
+    return pipeline.make_pairs(item, records, engine.name)
 
 
 def answered(answer: object, steps: str = "Counting.") -> str:
     return f"{steps}\nFinal answer: {answer}"
 
 
-def pairs(outcome: Outcome, output: str = "pairs") -> list[tuple[str, str]]:
+def pairs(outcome: ItemResult, output: str = "pairs") -> list[tuple[str, str]]:
     return [(line["chosen"], line["rejected"]) for name, line in outcome.lines if name == output]
 
 
@@ -190,5 +191,5 @@ def test_a_template_is_in_the_prompt_and_in_the_pair() -> None:
     texts = dict(zip(pipeline.keys(ITEM), ("7", "8"), strict=True))
     engine = StubEngine(script={key: Generation((1,), text, "stop") for key, text in texts.items()})
     (records,) = pipeline.sample([ITEM], engine)
-    ((_, pair),) = pipeline.judge(ITEM, records, "stub").lines
+    ((_, pair),) = pipeline.make_pairs(ITEM, records, "stub").lines
     assert pair["question"] == engine.requests[0].question == render(template, "How many?") != "How many?"

@@ -7,20 +7,21 @@ from typing import Any
 import pytest
 from stub_engine import StubEngine
 
-from mpo_ext.generate import sampling
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig, without_placeholders
 from mpo_ext.generate.engine import Generation, SamplingConfig
-from mpo_ext.generate.sampling import Item
+from mpo_ext.generate.items import Item, item_files, read_items
+from mpo_ext.generate.outputs import ItemResult
+from mpo_ext.generate.runner import run
 
 CHOSEN = "The left bar is 3, the right bar is 4. Together they are 7.\nFinal answer: 7"
 
 
-def pairs_of(item: Item, text: str, finish: str = "stop", **options: Any) -> sampling.Outcome:
+def pairs_of(item: Item, text: str, finish: str = "stop", **options: Any) -> ItemResult:
     """What comes of one item whose only continuation is the text."""
     pipeline = DropoutNTP(DropoutNTPConfig(**options))
     engine = StubEngine(script=dict.fromkeys(pipeline.keys(item), Generation(tuple(map(ord, text)), text, finish)))
     (records,) = pipeline.sample([item], engine)
-    return pipeline.judge(item, records, engine.name)
+    return pipeline.make_pairs(item, records, engine.name)
 
 
 @pytest.mark.parametrize("keep", [0, 0.25, 0.5, 0.75])
@@ -145,7 +146,7 @@ def test_a_missing_chosen_response_is_sampled_with_the_image(tmp_path: Path) -> 
     script = {item.digest: Generation((), "It is red.", "stop"), key: Generation((33,), "!", "stop")}
     engine = StubEngine(script=script)
     (records,) = pipeline.sample([item], engine)
-    ((_, pair),) = pipeline.judge(item, records, "stub").lines
+    ((_, pair),) = pipeline.make_pairs(item, records, "stub").lines
     assert [len(request.images) for request in engine.requests] == [1, 0]
     assert (pair["chosen"], pair["rejected"]) == ("It is red.", "It is!")
     assert pair["provenance"]["chosen_source"] == "sample"
@@ -157,7 +158,7 @@ def test_a_missing_chosen_response_is_sampled_with_the_image(tmp_path: Path) -> 
         known = Item(question="Why?", truths=("7",))
         engine.script = {known.digest: Generation((), text, finish)}
         (records,) = pipeline.sample([known], engine)
-        assert pipeline.judge(known, records, "stub").refused == {reason: 1}
+        assert pipeline.make_pairs(known, records, "stub").refused == {reason: 1}
 
 
 def test_unsolved_questions_are_items_for_it(tmp_path: Path) -> None:
@@ -166,10 +167,10 @@ def test_unsolved_questions_are_items_for_it(tmp_path: Path) -> None:
     items = tmp_path / "items.jsonl"
     items.write_text("".join(json.dumps({"question": f"Q{n}", "answer_gt": "impossible"}) + "\n" for n in range(9)))
     pipeline = Correctness(CorrectnessConfig(samples=4))
-    first = sampling.run(pipeline, StubEngine(), items, tmp_path / "first", stream=None)
+    first = run(pipeline, StubEngine(), items, tmp_path / "first", stream=None)
     unsolved = tmp_path / "first" / "unsolved.jsonl"
     taken = DropoutNTP(DropoutNTPConfig(allow_wrong_chosen=True))
-    second = sampling.run(taken, StubEngine(), unsolved, tmp_path / "second", stream=None)
+    second = run(taken, StubEngine(), unsolved, tmp_path / "second", stream=None)
     assert first.lines == {"pairs": 0, "format_pairs": 0, "unsolved": 9}
     assert second.items == 9
     assert second.pairs > 4
@@ -185,15 +186,15 @@ def test_a_chosen_response_that_was_wrong_is_left_out_and_counted(tmp_path: Path
     items = tmp_path / "items.jsonl"
     items.write_text(json.dumps(item) + "\n" + json.dumps({**item, "chosen_source": "input"}) + "\n")
     engine = StubEngine()
-    summary = sampling.run(DropoutNTP(), engine, items, tmp_path / "out", stream=None)
+    summary = run(DropoutNTP(), engine, items, tmp_path / "out", stream=None)
     assert summary.refused["chosen is a sample that was wrong (--allow-wrong-chosen takes it)"] == 1
     assert len(engine.requests) == 1
     # A journal that was written before there was this rule goes on, and its records give no pair.
     assert "allow_wrong_chosen" not in DropoutNTP().settings()
-    (wrong, _) = sampling.read_items(sampling.item_files(items))
+    (wrong, _) = read_items(item_files(items))
     records = [{"key": "k", "text": "It is 7 .", "finish": "stop", "tokens": 2, "cut": {"characters": 5, "tokens": 2}}]
-    assert not DropoutNTP().judge(wrong, records, "stub").lines
-    assert DropoutNTP(DropoutNTPConfig(allow_wrong_chosen=True)).judge(wrong, records, "stub").lines
+    assert not DropoutNTP().make_pairs(wrong, records, "stub").lines
+    assert DropoutNTP(DropoutNTPConfig(allow_wrong_chosen=True)).make_pairs(wrong, records, "stub").lines
 
 
 @pytest.mark.parametrize(

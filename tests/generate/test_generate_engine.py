@@ -21,18 +21,11 @@ from PIL import Image
 from mpo_ext.chat import chat_messages
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import build_model, build_processor, build_tokenizer
-from mpo_ext.generate import sampling
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
-from mpo_ext.generate.engine import (
-    Request,
-    SamplingConfig,
-    TransformersEngine,
-    VLLMEngine,
-    derive_seed,
-    rank_and_world,
-    sample_token,
-)
+from mpo_ext.generate.engine import Request, SamplingConfig, derive_seed, rank_and_world_size
+from mpo_ext.generate.transformers_engine import TransformersEngine, sample_token
+from mpo_ext.generate.vllm_engine import VLLMEngine
 
 SAMPLING = SamplingConfig(max_new_tokens=12, top_k=0, temperature=1.0)
 
@@ -165,14 +158,14 @@ def test_ranks_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
                  ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("RANK", "WORLD_SIZE")]  # fmt: skip
     for name in (name for launcher in launchers for name in launcher):
         monkeypatch.delenv(name, raising=False)
-    assert rank_and_world() == (0, 1)
+    assert rank_and_world_size() == (0, 1)
     for number, (rank, world) in enumerate(launchers):  # each goes before those above it
         monkeypatch.setenv(rank, str(number))
         monkeypatch.setenv(world, "9")
-        assert rank_and_world() == (number, 9)
+        assert rank_and_world_size() == (number, 9)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert rank_and_world() == (2, 4)
+    assert rank_and_world_size() == (2, 4)
 
 
 @pytest.fixture
@@ -201,7 +194,7 @@ def test_a_killed_run_of_the_model_ends_with_the_same_bytes(
 
     def run(out: str) -> Any:
         per_block = {"block_size": 8, "image_root": str(grids)}
-        return sampling.run(pipeline, engine, grids / "items.jsonl", grids / out, stream=None, **per_block)
+        return run(pipeline, engine, grids / "items.jsonl", grids / out, stream=None, **per_block)
 
     def files(out: str) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in (grids / out).glob("*.jsonl")}

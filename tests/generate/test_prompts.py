@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_ext.answers.matching import extract_answer
+from mpo_ext.answers import extract_answer
 from mpo_ext.generate.prompts import TEMPLATES, PromptTemplate, get_template, load_templates, render
 
 # A response in the form that a template of each style asks for, with the answer in it.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from stub_engine import StubEngine
 
-from mpo_ext.generate import ray_stages, sampling
+from mpo_ext.generate import ray_stages, runner
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 
 
@@ -28,12 +28,12 @@ def test_two_workers_give_the_outputs_of_a_plain_run(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install '.[ray]'")
     items = write_items(tmp_path / "items.jsonl")
     pipeline = DropoutNTP(DropoutNTPConfig(samples=2))
-    sampling.run(pipeline, StubEngine(), items, tmp_path / "plain", stream=None, block_size=4)
+    runner.run(pipeline, StubEngine(), items, tmp_path / "plain", stream=None, block_size=4)
     environment = {"env_vars": {"PYTHONPATH": ":".join([str(Path(__file__).parent), *filter(None, sys.path)])}}
     ray.init(num_cpus=2, include_dashboard=False, runtime_env=environment, log_to_driver=False)
     try:
         run(items, tmp_path / "ray", workers=2)
-        journal = sampling.journal_path(tmp_path / "ray", 0, 1)
+        journal = runner.journal_path(tmp_path / "ray", 0, 1)
         whole = journal.read_bytes()
         journal.write_bytes(whole[: len(whole) * 2 // 3])  # as a kill leaves it
         run(items, tmp_path / "ray", workers=2)

@@ -17,10 +17,12 @@ from mpo_ext.data.mmpr import write_mmpr
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import open_pairs
 from mpo_ext.files import LockedError
-from mpo_ext.generate import sampling
+from mpo_ext.generate import runner
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
-from mpo_ext.generate.sampling import Item, is_degenerate, item_files, journal_path, read_items
+from mpo_ext.generate.items import Item, item_files, read_items
+from mpo_ext.generate.repetition import is_degenerate
+from mpo_ext.generate.runner import journal_path
 from mpo_ext.journal import SettingsMismatchError, read_records
 
 KILLS = int(os.environ.get("MPO_KILLS", "3"))
@@ -45,7 +47,7 @@ def outputs(out: Path) -> dict[str, bytes]:
 
 
 def run(pipeline: Any, source: Path, out: Path, engine: StubEngine | None = None, **options: Any) -> Any:
-    return sampling.run(pipeline, engine or StubEngine(), source, out, stream=None, **options)
+    return runner.run(pipeline, engine or StubEngine(), source, out, stream=None, **options)
 
 
 def run_until_killed(target: Callable[[], Any], after_s: float) -> bool:
@@ -126,11 +128,11 @@ def test_the_block_size_and_the_order_of_items_change_no_pair(name: str, tmp_pat
 def test_several_processes_give_the_outputs_of_one(name: str, tmp_path: Path) -> None:
     items = write_items(tmp_path / "items.jsonl", 11)
     run(PIPELINES[name](), items, tmp_path / "one")
-    results = [run(PIPELINES[name](), items, tmp_path / "three", rank=rank, world=3) for rank in (1, 0, 2)]
+    results = [run(PIPELINES[name](), items, tmp_path / "three", rank=rank, world_size=3) for rank in (1, 0, 2)]
     assert results[:2] == [None, None]
     assert outputs(tmp_path / "three") == outputs(tmp_path / "one")
     with pytest.raises(ValueError, match=r"processes must be the 3 that .* was begun with, got 2"):
-        run(PIPELINES[name](), items, tmp_path / "three", rank=0, world=2)
+        run(PIPELINES[name](), items, tmp_path / "three", rank=0, world_size=2)
 
 
 def test_more_items_may_follow(tmp_path: Path) -> None:
@@ -299,7 +301,7 @@ def test_the_summary_says_what_became_of_every_sample(tmp_path: Path) -> None:
 def test_progress_says_rate_time_left_and_counts(tmp_path: Path) -> None:
     items = write_items(tmp_path / "items.jsonl", 6)
     with open(tmp_path / "log", "w") as stream:
-        summary = sampling.run(PIPELINES["dropout_ntp"](), StubEngine(), items, tmp_path / "out", stream=stream)
+        summary = runner.run(PIPELINES["dropout_ntp"](), StubEngine(), items, tmp_path / "out", stream=stream)
     line = (tmp_path / "log").read_text()
     assert line.startswith("dropout_ntp: 6/6 items, ")
     refused = sum(summary.refused.values())

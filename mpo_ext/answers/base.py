@@ -1,0 +1,74 @@
+"""The base class of all matchers, and the verdict that a matcher returns."""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+from mpo_ext.checks import check_number
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a matcher says about one answer.
+
+    Attributes:
+        correct: Whether the answer counts as right.
+        score: In [0, 1]; what the rule measures, 0 or 1 where it only says yes or no.
+        rule: Kind of the matcher and the part of it that decided, as in "choice:letter".
+        prediction: The answer in the form that was compared.
+        truth: The truth that fits best, in the form that was compared.
+    """
+
+    correct: bool
+    score: float
+    rule: str
+    prediction: str
+    truth: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Matcher(abc.ABC):
+    """Compares answers by one rule. Subclasses hold its options and compare one pair of texts."""
+
+    kind: ClassVar[str]
+
+    def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
+        """Compares an answer with the truth, or with each of several and keeps the best verdict.
+
+        Args:
+            prediction: The answer, as ``extract_answer`` gives it. What could not be read (None) is not compared.
+            truth: The true answer, or a list of answers of which each is right.
+        """
+        truths = self._check(prediction, truth)
+        if not prediction.strip():
+            return Verdict(False, 0.0, f"{self.kind}:empty", prediction, truths[0])
+        verdicts = [self._compare(prediction, each) for each in truths]
+        return max(verdicts, key=lambda verdict: (verdict.correct, verdict.score))
+
+    def _check(self, prediction: str, truth: str | Sequence[str]) -> tuple[str, ...]:
+        if not isinstance(prediction, str):
+            raise TypeError(f"prediction must be a string, got {prediction!r}")
+        truths = (truth,) if isinstance(truth, str) else truth
+        if not isinstance(truths, Sequence) or not all(isinstance(each, str) for each in truths):
+            raise TypeError(f"truth must be a string or a list of strings, got {truth!r}")
+        if not truths:
+            raise ValueError(f"truth must hold at least one answer, got {truth!r}")
+        return tuple(truths)
+
+    @abc.abstractmethod
+    def _compare(self, prediction: str, truth: str) -> Verdict: ...
+
+    def _verdict(self, correct: bool, rule: str, prediction: object, truth: object) -> Verdict:
+        return Verdict(correct, float(correct), f"{self.kind}:{rule}", str(prediction), str(truth))
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    check_number(name, value)
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")

@@ -1,0 +1,94 @@
+"""Extracts the answer from a response."""
+
+import re
+
+from mpo_ext.answers.normalize import clean_answer, closing_brace
+
+STYLES = ("final_answer", "boxed", "answer", "direct")
+REGEX_PREFIX = "regex:"
+
+_EMPHASIS = r"(?:\*\*|__|\*|_)"
+_MARKERS = {
+    "final_answer": re.compile(rf"(?<!\w)final\s+answer{_EMPHASIS}?(?:\s+is)?\s*{_EMPHASIS}?\s*[:\uff1a]", re.I),
+    "answer": re.compile(rf"(?<![^\W_])answer{_EMPHASIS}?(?:\s+is)?\s*{_EMPHASIS}?\s*[:\uff1a]", re.I),
+}
+_CLOSED_EMPHASIS = re.compile(rf"{_EMPHASIS}(?=\s|$)")
+_MATH_BLOCKS = (("\\[", "\\]"), ("$$", "$$"))
+
+
+def extract_answer(response: str, style: str | re.Pattern[str] = "final_answer") -> str | None:
+    r"""Reads the answer out of a response.
+
+    Args:
+        response: What the model wrote.
+        style: How the answer was asked for. "final_answer" and "answer" take what follows the last "Final answer:" or
+            "Answer:", up to the end of the line (of the next one where the line is empty); "boxed" takes the last
+            ``\boxed{...}``; "direct" takes the whole response; ``regex:...``, or a compiled pattern, takes the one
+            group of its last match.
+
+    Returns:
+        The answer without markdown, math delimiters and a final period, or None where there is none to read: no
+        marker, a box that is missing or not closed, nothing after the marker.
+    """
+    if not isinstance(response, str):
+        raise TypeError(f"response must be a string, got {response!r}")
+    if isinstance(style, re.Pattern):
+        found = _last_group(style, response)
+    elif not isinstance(style, str):
+        raise TypeError(f"style must be a string or a compiled pattern, got {style!r}")
+    elif style.startswith(REGEX_PREFIX):
+        found = _last_group(_compile(style.removeprefix(REGEX_PREFIX)), response)
+    elif style == "boxed":
+        found = _last_box(response)
+    elif style == "direct":
+        found = response
+    elif style in _MARKERS:
+        found = _after_marker(_MARKERS[style], response)
+    else:
+        raise ValueError(f"style must be one of {', '.join(STYLES)} or '{REGEX_PREFIX}...', got {style!r}")
+    answer = clean_answer(found or "")
+    return answer if answer.strip(".\u2026 \"'\u201d") else None  # dots alone are an echo of the instruction
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"style must hold a regular expression, got {pattern!r}: {error}") from None
+
+
+def _last_group(pattern: re.Pattern[str], response: str) -> str | None:
+    if pattern.groups != 1:
+        raise ValueError(f"style must have exactly one group, got {pattern.pattern!r} with {pattern.groups}")
+    matches = list(pattern.finditer(response))
+    return matches[-1].group(1) if matches else None
+
+
+def _last_box(response: str) -> str | None:
+    boxes = list(re.finditer(r"\\boxed\s*(?=\{)", response))
+    if not boxes:
+        return None
+    opening = boxes[-1].end()
+    closing = closing_brace(response, opening)
+    return None if closing is None else response[opening + 1 : closing]
+
+
+def _after_marker(marker: re.Pattern[str], response: str) -> str | None:
+    markers = list(marker.finditer(response))
+    if not markers:
+        return None
+    rest = response[markers[-1].end() :]
+    closed = _CLOSED_EMPHASIS.match(rest)
+    rest = rest[closed.end() :].lstrip() if closed else rest.lstrip()
+    for opening, closing in _MATH_BLOCKS:
+        inner, found, _ = rest.removeprefix(opening).partition(closing)
+        if rest.startswith(opening) and found:
+            return " ".join(inner.split())
+    box = re.match(r"\\boxed\s*(?=\{)", rest)
+    if box:
+        end = closing_brace(rest, box.end())
+        return None if end is None else rest[box.end() + 1 : end] if not rest[end + 1 :].strip() else rest[: end + 1]
+    for line in rest.splitlines():
+        if line.strip("*_` \t"):
+            return line
+    return None

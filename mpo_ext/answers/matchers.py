@@ -1,0 +1,155 @@
+"""The table of matchers."""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+from mpo_ext.answers.base import Matcher, Verdict, check_range
+from mpo_ext.answers.choices import ChoiceMatcher
+from mpo_ext.answers.math import MathMatcher
+from mpo_ext.answers.normalize import fold
+from mpo_ext.answers.numbers import ChartMatcher, NumberMatcher
+from mpo_ext.answers.text import AnlsMatcher, ExactMatcher, VqaMatcher
+from mpo_ext.checks import check_number, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CustomMatcher(Matcher):
+    """A function of the user: ``function(prediction, truth)`` gives a bool, a score in [0, 1] or a Verdict.
+
+    Attributes:
+        function: The function, or its name as "module:function" (which can be sent to other processes).
+        accept: Score from which on an answer counts as right.
+    """
+
+    kind: ClassVar[str] = "custom"
+    function: str | Callable[[str, str], bool | float | Verdict]
+    accept: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("accept", self.accept, 0, 1)
+        if isinstance(self.function, str):
+            load_function(self.function)
+        elif not callable(self.function):
+            raise TypeError(f"function must be callable or 'module:function', got {self.function!r}")
+
+    def _compare(self, prediction: str, truth: str) -> Verdict:
+        function = load_function(self.function) if isinstance(self.function, str) else self.function
+        name = self.function if isinstance(self.function, str) else getattr(function, "__name__", "function")
+        result = function(prediction, truth)
+        if isinstance(result, Verdict):
+            return result
+        if isinstance(result, bool):
+            return self._verdict(result, name, prediction, truth)
+        check_number(f"the score of {name}", result)
+        if not 0 <= result <= 1:
+            raise ValueError(f"the score of {name} must be in [0, 1], got {result!r}")
+        return Verdict(result >= self.accept, float(result), f"{self.kind}:{name}", prediction, truth)
+
+
+@functools.cache
+def load_function(name: str) -> Callable[[str, str], bool | float | Verdict]:
+    """Imports a function by its name, "module:function"."""
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"function must be named as 'module:function', got {name!r}")
+    try:
+        found = functools.reduce(getattr, attribute.split("."), cast(Any, importlib.import_module(module)))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"function must name a function that can be imported, got {name!r}: {error}") from error
+    if not callable(found):
+        raise TypeError(f"function must name a function, got {name!r}, a {type(found).__name__}")
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AnyMatcher(Matcher):
+    """Right by at least one of several rules, asked in order until one says yes. No later rule takes that back.
+
+    Attributes:
+        matchers: The rules: matchers, kinds, or mappings of a ``kind`` and its options.
+    """
+
+    kind: ClassVar[str] = "any"
+    matchers: Sequence[Matcher | str | Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.matchers, str) or not isinstance(self.matchers, Sequence) or not self.matchers:
+            raise ValueError(f"matchers must be a list of at least one matcher, got {self.matchers!r}")
+        object.__setattr__(self, "matchers", tuple(map(_build, self.matchers)))
+
+    def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
+        """Asks each rule about all truths together, see ``Matcher``."""
+        best: Verdict | None = None
+        for each in cast(Sequence[Matcher], self.matchers):
+            verdict = each(prediction, truth)
+            if verdict.correct:
+                return verdict
+            if best is None or verdict.score > best.score:
+                best = verdict
+        assert best is not None
+        return best
+
+    def _compare(self, prediction: str, truth: str) -> Verdict:
+        return self(prediction, truth)
+
+
+def _build(value: Matcher | str | Mapping[str, Any]) -> Matcher:
+    if isinstance(value, Matcher):
+        return value
+    if isinstance(value, str):
+        return matcher(value)
+    if not isinstance(value, Mapping) or "kind" not in value:
+        raise TypeError(f"matchers must hold matchers, kinds or mappings with a kind, got {value!r}")
+    return matcher(**value)
+
+
+MATCHERS: dict[str, type[Matcher]] = {
+    each.kind: each
+    for each in (
+        ExactMatcher,
+        ChoiceMatcher,
+        NumberMatcher,
+        ChartMatcher,
+        AnlsMatcher,
+        VqaMatcher,
+        MathMatcher,
+        CustomMatcher,
+        AnyMatcher,
+    )
+}
+
+
+def matcher(kind: str, **options: Any) -> Matcher:
+    """Builds the matcher of a kind. An unknown kind or option is an error, not a silent default.
+
+    Args:
+        kind: Key of ``MATCHERS``.
+        options: The attributes of that matcher.
+
+    Raises:
+        ImportError: If the kind is "math" and math-verify is not installed.
+    """
+    if kind not in MATCHERS:
+        raise ValueError(f"kind must be one of {', '.join(MATCHERS)}, got {kind!r}{did_you_mean(kind, MATCHERS)}")
+    fields = {field.name: field for field in dataclasses.fields(MATCHERS[kind])}
+    for name in options:
+        if name not in fields:
+            known = f"; its options: {', '.join(fields)}" if fields else "; it has none"
+            raise ValueError(f"unknown option {name!r} of the matcher {kind!r}{did_you_mean(name, fields, known)}")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in options:
+            raise ValueError(f"the matcher {kind!r} needs the option {name!r}")
+    return MATCHERS[kind](**options)
+
+
+def is_same_answer(first: str | None, second: str | None, matcher: Matcher) -> bool:
+    """Says whether two answers are one under a rule, asked both ways round. A pair must not have it on both sides.
+
+    An answer that could not be read (None) is the same as no other, whatever the other says: "None" included.
+    """
+    if first is None or second is None:
+        return False
+    return fold(first) == fold(second) or matcher(first, second).correct or matcher(second, first).correct

@@ -1,0 +1,145 @@
+"""The helper process."""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+
+def serve() -> None:
+    """Answers one line of JSON per pair. Runs in a process of its own, which ``MathProcess`` starts."""
+    import logging
+    import signal
+
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process, also within a long C call
+    except (ImportError, AttributeError, ValueError, OSError):
+        pass
+    logging.disable(logging.CRITICAL)
+    try:
+        from math_verify import parse, verify
+    except Exception as error:
+        print(json.dumps({"error": repr(error)}), flush=True)
+        return
+    print(json.dumps({"ready": True}), flush=True)
+
+    def read(text: str) -> list:
+        has_delimiters = any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed"))
+        options = {"fallback_mode": "no_fallback", "parsing_timeout": None}
+        return parse(text if has_delimiters else f"${text}$", **options) or parse(text, **options)
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, request["seconds"])
+        try:
+            truth, prediction = read(request["truth"]), read(request["prediction"])
+            equal = bool(truth and prediction and verify(truth, prediction, timeout_seconds=None))
+        except Exception:
+            equal = False
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps({"equal": equal}), flush=True)
+
+
+class MathProcess:
+    """The process that compares expressions. One request at a time; it is started when first needed."""
+
+    START = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
+    START_SECONDS = 120.0
+    GRACE_SECONDS = 1.0  # the process ends itself first; this is for where it cannot
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def equal(self, prediction: str, truth: str, seconds: float) -> bool | None:
+        """Whether two expressions are equal; None where time or memory did not suffice."""
+        request = {"prediction": prediction, "truth": truth, "seconds": seconds}
+        with self._lock:
+            process = self._started()
+            reply = self._ask(process, json.dumps(request), seconds + self.GRACE_SECONDS)
+            if reply is None:
+                self._stop()
+                return None
+            return bool(reply["equal"])
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self._stop()
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", self.START, json.dumps(sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+            )
+            reply = self._ask(self._process, None, self.START_SECONDS)
+            if reply is None or "error" in reply:
+                self._stop()
+                raise RuntimeError(f"math-verify did not start: {(reply or {}).get('error', 'its process ended')}")
+        return self._process
+
+    @staticmethod
+    def _ask(process: subprocess.Popen[str], line: str | None, seconds: float) -> dict[str, Any] | None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = threading.Timer(seconds, process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            if line is not None:
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+            reply = process.stdout.readline()
+        except OSError:
+            return None
+        finally:
+            timer.cancel()
+        return json.loads(reply) if reply.endswith("\n") else None
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # a request that was never taken
+                    pipe.close()
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
+
+
+_inherited: list[MathProcess] = []  # workers of a parent process: kept, so that nothing here ends or awaits them
+
+
+@functools.cache
+def math_process() -> MathProcess:
+    worker = MathProcess()
+    atexit.register(worker.close)
+    return worker
+
+
+def _forget_process() -> None:
+    if math_process.cache_info().currsize:
+        worker = math_process()
+        atexit.unregister(worker.close)
+        _inherited.append(worker)
+        math_process.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_process)

@@ -1,0 +1,187 @@
+"""Matchers that compare numbers."""
+
+import dataclasses
+import math
+import re
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import ClassVar, Literal
+
+from mpo_ext.answers.base import Matcher, Verdict, check_flag, check_range
+from mpo_ext.answers.normalize import ASCII_FORMS, clean_answer, fold
+from mpo_ext.checks import check_choice
+
+_DEGREES = ("\u00b0", "degree", "degrees", "deg")
+_CURRENCIES = "$\u20ac\u00a3\u00a5\u20b9"
+_DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+_TIMES_TEN = r"\s*(?:\*|x|\u00d7|\u00b7|\\times|\\cdot)\s*10\s*(?:\^|\*\*)\s*"
+_AMOUNT = re.compile(
+    rf"({_DIGITS})(?:[eE]([+-]?[0-9]{{1,3}})|{_TIMES_TEN}(\{{)?([+-]?[0-9]{{1,3}})(?(3)\}}))?(?![0-9,.]*[0-9])"
+)
+_FRACTION = re.compile(r"(?:([0-9]{1,30})\s+)?([0-9]{1,30})\s*/\s*([0-9]{1,30})(?![0-9.,/])")
+_TEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([+-]?[0-9]{1,30})\s*\}\s*\{\s*([0-9]{1,30})\s*\}")
+_TEX_NOISE = re.compile(r"\\(?:text|mathrm|textrm|mbox)\s*\{([^{}]*)\}")
+_ANY_UNIT = re.compile(r"(?:\u00b0\s*)?[^\W\d_]+(?:[ /][^\W\d_]+)?(?:\^?[23]|[\u00b2\u00b3])?|\u00b0")
+_LONGEST_NUMBER = 400
+
+_YEAR = re.compile(r"[0-9]{4}")
+_YEARS = range(1800, 2101)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Number:
+    """A number that was written out, with what stood around it: a currency, a percent sign or a unit."""
+
+    value: Fraction
+    unit: str = ""
+
+
+def parse_number(text: str, *, units: Sequence[str] | Literal["any"] = ()) -> Number | None:
+    r"""Reads a text that is a number and nothing else.
+
+    Understood are signs, thousands separators ("1,234"), decimals, powers of ten ("1e-3", "2 x 10^5"), fractions
+    ("3/4", "1 1/2", ``\frac{3}{4}``), a currency sign in front, and a percent sign or a unit behind.
+
+    Args:
+        text: The text.
+        units: Words that may follow the number; "any" lets any one or two words follow.
+    """
+    text = clean_answer(text.translate(ASCII_FORMS))
+    text = _TEX_NOISE.sub(r" \1", re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00ba", "\u00b0", text))
+    text = " ".join(re.sub(r"\\[,;! ]", " ", text).replace("\\%", "%").replace("\\$", "$").split())
+    if len(text) > _LONGEST_NUMBER:
+        return None
+    head = re.match(rf"([+-]?)\s*([{_CURRENCIES}]?)\s*([+-]?)\s*", text)
+    assert head is not None  # every part may be empty
+    if head.group(1) and head.group(3):
+        return None
+    sign = -1 if "-" in head.group(1) + head.group(3) else 1
+    text = text[head.end() :]
+    if match := _TEX_FRACTION.match(text):
+        numerator, denominator = int(match.group(1)), int(match.group(2))
+        value = Fraction(numerator, denominator) if denominator else None
+    elif match := _FRACTION.match(text):
+        whole, numerator, denominator = int(match.group(1) or 0), int(match.group(2)), int(match.group(3))
+        value = whole + Fraction(numerator, denominator) if denominator else None
+    elif match := _AMOUNT.match(text):
+        value = Fraction(match.group(1).replace(",", "")) * Fraction(10) ** int(match.group(2) or match.group(4) or 0)
+    else:
+        return None
+    unit = text[match.end() :].strip()
+    is_known = unit in ("", "%") or (_ANY_UNIT.fullmatch(unit) if units == "any" else fold(unit) in map(fold, units))
+    if value is None or not is_known or (unit and head.group(2)):
+        return None
+    unit = head.group(2) or fold(unit)
+    return Number(sign * value, _DEGREES[0] if unit in _DEGREES else unit)
+
+
+def _within(prediction: Fraction, truth: Fraction, relative: float, absolute: float) -> bool:
+    return abs(prediction - truth) <= max(_as_written(absolute), _as_written(relative) * abs(truth))
+
+
+def _as_written(value: float) -> Fraction:
+    return Fraction(repr(float(value)))  # 0.05 is a twentieth, so 105 is within 5 % of 100
+
+
+def _number_text(number: Number) -> str:
+    value = number.value
+    written = str(value.numerator) if value.denominator == 1 else repr(_to_float(value))
+    return f"{written} {number.unit}".strip()
+
+
+def _to_float(value: Fraction) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NumberMatcher(Matcher):
+    """Numbers up to a tolerance; the sign counts. What is no number is compared as text, case aside.
+
+    An answer is right if ``|prediction - truth| <= max(absolute, relative * |truth|)``. Two units that are both given
+    must be the same, and so must two currencies.
+
+    Attributes:
+        relative: Tolerance as a share of the truth. The authors' 1e-3 takes 2023 for 2024.
+        absolute: Tolerance as it is; what counts where the truth is 0.
+        percent: "ignore" drops the sign, "ratio" takes 5% for 0.05, "keep" takes it for a unit that both or neither
+            must have.
+        degrees: Lets a degree sign or word follow.
+        units: Further units that may follow, or "any".
+    """
+
+    kind: ClassVar[str] = "number"
+    relative: float = 1e-6
+    absolute: float = 1e-9
+    percent: Literal["ignore", "ratio", "keep"] = "ignore"
+    degrees: bool = True
+    units: Sequence[str] | Literal["any"] = ()
+
+    def __post_init__(self) -> None:
+        check_range("relative", self.relative, 0, 1)
+        check_range("absolute", self.absolute, 0, sys.float_info.max)
+        check_choice("percent", self.percent, ("ignore", "ratio", "keep"))
+        check_flag("degrees", self.degrees)
+        if self.units != "any" and (
+            isinstance(self.units, str) or not all(isinstance(unit, str) and unit.strip() for unit in self.units)
+        ):
+            raise ValueError(f"units must be 'any' or a list of units, got {self.units!r}")
+
+    def _compare(self, prediction: str, truth: str) -> Verdict:
+        predicted, true = self._read(prediction), self._read(truth)
+        if predicted is None or true is None:
+            prediction, truth = fold(clean_answer(prediction)), fold(clean_answer(truth))
+            return self._verdict(prediction == truth != "", "text", prediction, truth)
+        units = {predicted.unit, true.unit}
+        fits = len(units - {""}) <= 1 and units != {"", "%"}
+        correct = fits and _within(predicted.value, true.value, self.relative, self.absolute)
+        rule = "value" if fits else "unit"
+        return self._verdict(correct, rule, _number_text(predicted), _number_text(true))
+
+    def _read(self, text: str) -> Number | None:
+        units: Sequence[str] | Literal["any"] = self.units
+        if units != "any" and self.degrees:
+            units = (*units, *_DEGREES)
+        number = parse_number(text, units=units)
+        if number is None or number.unit != "%" or self.percent == "keep":
+            return number
+        return Number(number.value / 100 if self.percent == "ratio" else number.value)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ChartMatcher(Matcher):
+    """Relaxed accuracy of ChartQA: numbers within 5 % of the truth, anything else the same text, case aside.
+
+    Attributes:
+        relative: Tolerance as a share of the truth.
+        absolute: Tolerance as it is; what counts where the truth is 0.
+        years: "auto" wants a truth of four digits from 1800 to 2100 exactly, "exact" wants every answer exactly (what
+            ChartQAPro's script does with the answers that its data marks as years), "relaxed" takes a year for a
+            number like any other, as the ChartQA paper does.
+    """
+
+    kind: ClassVar[str] = "chart"
+    relative: float = 0.05
+    absolute: float = 0.0
+    years: Literal["auto", "exact", "relaxed"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_range("relative", self.relative, 0, 1)
+        check_range("absolute", self.absolute, 0, sys.float_info.max)
+        check_choice("years", self.years, ("auto", "exact", "relaxed"))
+
+    def _compare(self, prediction: str, truth: str) -> Verdict:
+        plain_prediction, plain_truth = fold(clean_answer(prediction)), fold(clean_answer(truth))
+        predicted, true = parse_number(prediction), parse_number(truth)
+        if self.years == "exact" or predicted is None or true is None:
+            return self._verdict(plain_prediction == plain_truth != "", "text", plain_prediction, plain_truth)
+        currencies = {predicted.unit, true.unit} - {"", "%"}
+        if len(currencies) > 1:
+            return self._verdict(False, "unit", _number_text(predicted), _number_text(true))
+        if self.years == "auto" and _YEAR.fullmatch(plain_truth) and int(plain_truth) in _YEARS:
+            return self._verdict(predicted.value == true.value, "year", _number_text(predicted), plain_truth)
+        correct = _within(predicted.value, true.value, self.relative, self.absolute)
+        return self._verdict(correct, "value", _number_text(predicted), _number_text(true))

@@ -1,0 +1,172 @@
+"""Matchers that compare texts."""
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Sequence
+from typing import ClassVar
+
+from mpo_ext.answers.base import Matcher, Verdict, check_flag, check_range
+from mpo_ext.answers.normalize import fold
+from mpo_ext.checks import install_hint
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ExactMatcher(Matcher):
+    """The same text, spaces around it aside.
+
+    Attributes:
+        ignore_case: Also takes "Red" for "red".
+    """
+
+    kind: ClassVar[str] = "exact"
+    ignore_case: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("ignore_case", self.ignore_case)
+
+    def _compare(self, prediction: str, truth: str) -> Verdict:
+        prediction, truth = prediction.strip(), truth.strip()
+        if self.ignore_case:
+            prediction, truth = prediction.casefold(), truth.casefold()
+        return self._verdict(prediction == truth, "text", prediction, truth)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AnlsMatcher(Matcher):
+    """Normalised Levenshtein similarity of DocVQA: ``1 - distance / length of the longer``, 0 below a threshold.
+
+    Attributes:
+        threshold: Similarities below it score 0.
+        accept: Similarity from which on an answer counts as right.
+        exact_digits: Also wants the same digits: "10 May 2001" is near to "10 May 2011" and still wrong. Changes what
+            is correct, not the score.
+    """
+
+    kind: ClassVar[str] = "anls"
+    threshold: float = 0.5
+    accept: float = 0.9
+    exact_digits: bool = True
+
+    def __post_init__(self) -> None:
+        check_range("threshold", self.threshold, 0, 1)
+        check_range("accept", self.accept, 0, 1)
+        check_flag("exact_digits", self.exact_digits)
+        if self.accept <= 0:
+            raise ValueError(f"accept must be positive, or every answer is right, got {self.accept!r}")
+        if importlib.util.find_spec("rapidfuzz") is None:
+            raise ImportError(f"the matcher 'anls' needs the package rapidfuzz: {install_hint('math')}")
+
+    def _compare(self, prediction: str, truth: str) -> Verdict:
+        prediction, truth = fold(prediction), fold(truth)
+        score = anls(prediction, truth, self.threshold)
+        same_digits = not self.exact_digits or re.findall("[0-9]+", prediction) == re.findall("[0-9]+", truth)
+        rule = "similarity" if same_digits else "digits"
+        return Verdict(score >= self.accept and same_digits, score, f"{self.kind}:{rule}", prediction, truth)
+
+
+def anls(prediction: str, truth: str, threshold: float = 0.5) -> float:
+    """Similarity of two texts: 1 where they are equal, 0 where it is below the threshold."""
+    longer = max(len(prediction), len(truth))
+    if longer == 0:
+        return 0.0
+    if 1 - abs(len(prediction) - len(truth)) / longer < threshold:  # at least as many insertions are needed
+        return 0.0
+    from rapidfuzz.distance import Levenshtein
+
+    similarity = 1 - Levenshtein.distance(prediction, truth) / longer
+    return similarity if similarity >= threshold else 0.0
+
+
+_ARTICLES = {"a", "an", "the"}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_WORD_DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
+_NEGATED = [
+    "ai",
+    "are",
+    "ca",
+    "could",
+    "did",
+    "do",
+    "does",
+    "had",
+    "has",
+    "have",
+    "is",
+    "might",
+    "must",
+    "need",
+    "sha",
+    "should",
+    "was",
+    "were",
+    "wo",
+    "would",
+]
+# Only where the word without its apostrophe is no other word: "were", "well", "its", "hell" and the like stay.
+_JOINED = {
+    "ve": ["could", "i", "might", "must", "should", "they", "we", "where", "who", "would", "you"],
+    "re": ["how", "that", "there", "they", "what", "who", "why", "you"],
+    "ll": ["how", "it", "that", "there", "they", "this", "what", "who", "why", "you"],
+    "d": ["how", "it", "she", "that", "there", "they", "where", "who", "why", "you"],
+    "s": ["he", "here", "how", "she", "that", "there", "what", "when", "where", "who", "why"],
+    "m": ["i"],
+}
+_CONTRACTIONS = {f"{stem}nt": f"{stem}n't" for stem in _NEGATED} | {
+    f"{stem}{ending}": f"{stem}'{ending}" for ending, stems in _JOINED.items() for stem in stems
+}
+
+
+def normalize_vqa(text: str) -> str:
+    """Normal form of VQA's evaluation code: case, punctuation, number words, articles and contractions.
+
+    Differs from it where it changes meaning: a minus sign before a number, a decimal point, a slash between digits and
+    "<" and ">" stay, and an article is only one where a word follows ("vitamin A").
+    """
+    text = fold(text).replace("\u2019", "'")
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
+    text = re.sub(r"(?<![0-9])/|/(?![0-9])", " ", text)
+    text = re.sub(r"-(?!\.?[0-9])|(?<=[^\W_])-|(?<=\))-", " ", text)
+    text = re.sub(r"[;\[\]\"{}()=+\\_@`,?!*]", " ", text)
+    text = re.sub(r"\.(?![0-9])", "", text)
+    words = [_WORD_DIGITS.get(word, word) for word in text.split()]
+    words = [word for index, word in enumerate(words) if word not in _ARTICLES or index == len(words) - 1]
+    return " ".join(_CONTRACTIONS.get(word.replace("'", ""), word) for word in words)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VqaMatcher(Matcher):
+    """VQA accuracy: equal normal forms; of a list of annotators' answers three in ten must agree for a full score.
+
+    ``min(n / 3, 1)`` for n of ten annotators; of a list of another length n is scaled to ten, so that one truth is
+    simply right or wrong. An answer whose normal form is empty is compared as it was written.
+
+    Attributes:
+        accept: Score from which on an answer counts as right.
+    """
+
+    kind: ClassVar[str] = "vqa"
+    accept: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("accept", self.accept, 0, 1)
+        if self.accept <= 0:
+            raise ValueError(f"accept must be positive, or every answer is right, got {self.accept!r}")
+
+    def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
+        """Compares an answer with those of all annotators together, see ``Matcher``."""
+        truths = self._check(prediction, truth)
+        if not prediction.strip():
+            return Verdict(False, 0.0, f"{self.kind}:empty", prediction, truths[0])
+        verdicts = [self._compare(prediction, each) for each in truths]
+        agreeing = sum(verdict.correct for verdict in verdicts)
+        score = min(10 * agreeing / (3 * len(truths)), 1.0)
+        best = max(verdicts, key=lambda verdict: verdict.correct)
+        return dataclasses.replace(best, correct=score >= self.accept, score=score)
+
+    def _compare(self, prediction: str, truth: str) -> Verdict:
+        predicted, true = normalize_vqa(prediction), normalize_vqa(truth)
+        if predicted and true:
+            return self._verdict(predicted == true, "normalized", predicted, true)
+        predicted, true = fold(prediction), fold(truth)
+        return self._verdict(predicted == true, "raw", predicted, true)

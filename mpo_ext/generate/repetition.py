@@ -1,0 +1,27 @@
+"""Finds responses that repeat themselves."""
+
+import re
+
+_PERIODS = 400
+_LEAST_REPEATS = 5
+_LEAST_REPEATED_CHARS = 60
+_GRAM = 6
+_LEAST_GRAMS = 60
+_UNIT = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\S")
+
+
+def is_degenerate(text: str) -> bool:
+    """Says whether a response got caught in a loop.
+
+    That is so where it ends with one passage over and over (at least 5 times, 60 characters in all), or where more
+    than half of its runs of 6 words (or ideographs) are repetitions.
+    """
+    for period in range(1, min(_PERIODS, len(text) // _LEAST_REPEATS) + 1):
+        needed = max(_LEAST_REPEATS * period, _LEAST_REPEATED_CHARS)
+        if len(text) < needed or text[-1] != text[-1 - period] or text[-period:] != text[-2 * period : -period]:
+            continue
+        if text[-needed:-period] == text[-needed + period :] and not text[-period:].isspace():
+            return True
+    units = _UNIT.findall(text)
+    grams = list(zip(*(units[start:] for start in range(_GRAM)), strict=False))
+    return len(grams) >= _LEAST_GRAMS and len(set(grams)) * 2 < len(grams)

@@ -1,0 +1,248 @@
+"""An engine that runs a model of transformers."""
+
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mpo_ext.chat import find_chat_template, lacks_special_tokens, load_image, render_prompt
+from mpo_ext.checks import check_integer
+from mpo_ext.generate.engine import Generation, Request, SamplingConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig) -> "Tensor":
+    """Draws one token per row by inverting the cumulated distribution at the row's own number.
+
+    Args:
+        scores: ``[B, V]`` logits.
+        uniforms: ``[B]`` float64 in [0, 1).
+        sampling: How to draw.
+
+    Returns:
+        ``[B]`` int64.
+
+    Raises:
+        FloatingPointError: If a row has no finite distribution.
+    """
+    import torch
+
+    if sampling.temperature == 0:
+        return scores.argmax(dim=-1)
+    scores = scores.float() / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[-1]:
+        smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < smallest, -math.inf)
+    probs = torch.softmax(scores, dim=-1)
+    if sampling.top_p < 1:
+        largest_first = probs.sort(dim=-1, descending=True).values
+        before = largest_first.cumsum(dim=-1) - largest_first
+        smallest = largest_first.masked_fill(before >= sampling.top_p, math.inf).amin(dim=-1, keepdim=True)
+        probs = probs.masked_fill(probs < smallest, 0)
+    cumulated = probs.double().cumsum(dim=-1)
+    total = cumulated[:, -1:]
+    if not bool(torch.isfinite(total).all()):
+        raise FloatingPointError("logits must have a finite largest value and no NaN, got a row that has not")
+    picked = torch.searchsorted(cumulated, uniforms[:, None].to(cumulated.device) * total, right=True)
+    return picked.squeeze(-1).clamp_max(scores.shape[-1] - 1)
+
+
+class SeededDraw:
+    """A logits processor that leaves one token to choose: the one that the row's own generator draws."""
+
+    def __init__(self, seeds: Sequence[int], sampling: SamplingConfig) -> None:
+        self.generators = [random.Random(seed) for seed in seeds]
+        self.sampling = sampling
+
+    def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":
+        import torch
+
+        uniforms = torch.tensor([generator.random() for generator in self.generators], dtype=torch.float64)
+        picked = sample_token(scores, uniforms, self.sampling)
+        return torch.full_like(scores, -math.inf).scatter_(1, picked[:, None], 0.0)
+
+
+class TransformersEngine:
+    """Runs a Hugging Face causal or image-text-to-text model, in batches padded on the left, with a KV cache.
+
+    Args:
+        model: The model; put into evaluation mode.
+        processor: Its processor, or its tokenizer where it takes text only. Without a chat template a prompt is the
+            question on a line of its own.
+        name: Name of the model, for the records; None takes the model's own.
+        batch_size: Prompts at a time. Prompts of about one length go together.
+        chat_template: Replaces the template of the processor.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        name: str | None = None,
+        batch_size: int = 16,
+        chat_template: str | None = None,
+    ) -> None:
+        check_integer("batch_size", batch_size, least=1)
+        self.model = model.eval()
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.batch_size = batch_size
+        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self.chat_template = find_chat_template(processor, chat_template)
+        own = model.generation_config
+        ends = own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id
+        self.end_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
+        pad = self.tokenizer.pad_token_id
+        self._pad_id = pad if pad is not None else min(self.end_ids, default=0)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int = 16,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> "TransformersEngine":
+        """Loads a model and its processor.
+
+        Args:
+            name: Folder or name of the model. A model with images must be in the format of transformers itself (for
+                InternVL the ``-hf`` checkpoints).
+            dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+            device: Where to run; None takes the GPU of this process, or the CPU where there is none.
+            batch_size: As in the class.
+            chat_template: As in the class.
+            **options: Handed on to ``from_pretrained``, as ``revision`` or ``gguf_file``.
+        """
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoTokenizer as Tokenizer
+
+        if device is None:
+            local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+            device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+        config = AutoConfig.from_pretrained(name, **options)
+        has_images = type(config) in AutoModelForImageTextToText._model_mapping
+        loader = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+        model = loader.from_pretrained(name, dtype=dtype, **options).to(device)
+        processor = (AutoProcessor if has_images else Tokenizer).from_pretrained(name, **options)
+        return cls(model, processor, name=name, batch_size=batch_size, chat_template=chat_template)
+
+    def settings(self) -> dict[str, Any]:
+        """What the generations depend on. Batch size and device are left out: they only change rounding."""
+        return {"engine": "transformers", "model": self.name, "dtype": str(self.model.dtype).removeprefix("torch.")}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any that the tokenizer would add around it."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included: some models write boxes with them."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def prompt(self, request: Request) -> str:
+        """The text of a request up to where the assistant's turn begins."""
+        return render_prompt(self.processor, request, self.chat_template)
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """Continues every request; the results have the order of the requests."""
+        prompts = [self.prompt(request) for request in requests]
+        lengths = [
+            len(self.tokenizer.encode(prompt, add_special_tokens=False)) + len(request.prefix_ids)
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
+        results: dict[int, Generation] = {}
+        for rows in _batches(requests, lengths, self.batch_size):
+            outputs = self._generate_batch([requests[row] for row in rows], [prompts[row] for row in rows])
+            results.update(zip(rows, outputs, strict=True))
+        return [results[row] for row in range(len(requests))]
+
+    def _generate_batch(self, requests: Sequence[Request], prompts: Sequence[str]) -> list[Generation]:
+        import torch
+
+        inputs = self._inputs(requests, prompts)
+        sampling = requests[0].sampling
+        config = self._generation_config(sampling)
+        draw = [SeededDraw([request.seed for request in requests], sampling)] if sampling.temperature > 0 else []
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, generation_config=config, logits_processor=draw)
+        return [self._generation(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _generation(self, ids: list[int]) -> Generation:
+        end = next((index for index, token in enumerate(ids) if token in self.end_ids), None)
+        ids = ids if end is None else ids[:end]
+        return Generation(tuple(ids), self.decode(ids), "length" if end is None else "stop")
+
+    def _generation_config(self, sampling: SamplingConfig) -> Any:
+        """Greedy search with the model's own end and suppressed tokens; what draws is ``SeededDraw``."""
+        from transformers import GenerationConfig
+
+        own = self.model.generation_config
+        return GenerationConfig(
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(self.end_ids) or None,
+            pad_token_id=self._pad_id,
+            bos_token_id=own.bos_token_id,
+            suppress_tokens=own.suppress_tokens,
+            bad_words_ids=own.bad_words_ids,
+            use_cache=True,
+        )
+
+    def _inputs(self, requests: Sequence[Request], prompts: Sequence[str]) -> dict[str, Any]:
+        """Inputs of the model, each row a prompt with its prefix, padded on the left."""
+        import torch
+
+        special = {"add_special_tokens": lacks_special_tokens(self.tokenizer, prompts[0])}
+        inputs: dict[str, Any]
+        if any(request.images for request in requests):
+            images = [[load_image(image) for image in request.images] for request in requests]
+            inputs = dict(
+                self.processor(text=list(prompts), images=images, padding=True, return_tensors="pt", **special)
+            )
+            shape, mask = inputs["input_ids"].shape, inputs.pop("attention_mask").bool()
+            per_token = {name for name, value in inputs.items() if getattr(value, "shape", None) == shape}
+            rows = {name: [row[kept] for row, kept in zip(inputs[name], mask, strict=True)] for name in per_token}
+        else:
+            inputs = {}
+            rows = {"input_ids": [torch.tensor(ids) for ids in self.tokenizer(list(prompts), **special)["input_ids"]]}
+        prefixes = [torch.tensor(request.prefix_ids, dtype=torch.int64) for request in requests]
+        for name, values in rows.items():
+            is_ids = name == "input_ids"
+            joined = [
+                torch.cat([row.to(torch.int64), prefix if is_ids else torch.zeros_like(prefix)])
+                for row, prefix in zip(values, prefixes, strict=True)
+            ]
+            inputs[name] = _pad_left(joined, self._pad_id if is_ids else 0)
+            if is_ids:
+                inputs["attention_mask"] = _pad_left([torch.ones_like(row) for row in joined], 0)
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+
+def _batches(requests: Sequence[Request], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Rows that go through the model together: the same settings and number of images, and about the same length."""
+    groups: dict[tuple[SamplingConfig, int], list[int]] = {}
+    for row, request in enumerate(requests):
+        groups.setdefault((request.sampling, len(request.images)), []).append(row)
+    for rows in groups.values():
+        rows.sort(key=lambda row: lengths[row])
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def _pad_left(rows: "Sequence[Tensor]", value: int) -> "Tensor":
+    import torch
+
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
