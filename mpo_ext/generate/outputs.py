@@ -6,15 +6,12 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpo_ext.data.records import find_url
 from mpo_ext.files import FileLock, replaced
 from mpo_ext.generate.items import Item
 from mpo_ext.journal import encode_line
-
-if TYPE_CHECKING:
-    from mpo_ext.generate.runner import Pipeline
 
 
 @dataclasses.dataclass(slots=True)
@@ -118,16 +115,16 @@ class PairOutputs:
     relative images start at the folder of the file, as every reader of pairs takes them.
     """
 
-    def __init__(self, pipeline: Pipeline, out: Path) -> None:
-        self.pipeline, self.out = pipeline, out
+    def __init__(self, names: tuple[str, ...], out: Path) -> None:
+        self.names, self.out = names, out
         self._folder = os.path.realpath(out)  # what ".." leads out of
-        self.summary = Summary(lines=dict.fromkeys(pipeline.outputs, 0))
+        self.summary = Summary(lines=dict.fromkeys(names, 0))
         self._files: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "PairOutputs":
         self._stack.enter_context(FileLock(self.out / "outputs.lock", str(self.out), wait=True))
-        for name in self.pipeline.outputs:
+        for name in self.names:
             self._files[name] = self._stack.enter_context(replaced(self.out / f"{name}.jsonl"))
         self._report = self._stack.enter_context(replaced(self.out / "summary.json"))
         return self

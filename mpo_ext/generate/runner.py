@@ -106,7 +106,7 @@ def run(
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(Journal(journal_path(out, rank, world_size), settings, fsync_s=fsync_s))
         # One process meets every record on its way, so it writes the outputs as it goes.
-        outputs = stack.enter_context(PairOutputs(pipeline, out)) if world_size == 1 else None
+        outputs = stack.enter_context(PairOutputs(pipeline.outputs, out)) if world_size == 1 else None
         progress = stack.enter_context(SamplingProgress(pipeline.name, len(mine), stream))
         own_items = itertools.islice(items(), rank, None, world_size)
         per_block = max(1, block_size // max(1, len(pipeline.keys(Item()))))
@@ -198,7 +198,7 @@ def write_outputs(
     if not all(path.exists() and read_header(path) is not None for path in paths):
         return None
     journals = [read_records(path) for path in paths]
-    with contextlib.suppress(IncompleteRunError), PairOutputs(pipeline, out) as outputs:
+    with contextlib.suppress(IncompleteRunError), PairOutputs(pipeline.outputs, out) as outputs:
         for number, item in enumerate(items):
             keys, path = pipeline.keys(item), paths[number % world_size]
             records = list(_stored(journals[number % world_size], keys, path))
