@@ -31,8 +31,9 @@ from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.train import batch as layouts
 from mpo_ext.train import reference_model as references
 from mpo_ext.train.batch import Batch, Layout
-from mpo_ext.train.checkpoint import Checkpoints, check_mergeable, export_model
+from mpo_ext.train.checkpoint import Checkpoints
 from mpo_ext.train.encode import BadPairError, Dropped, Encoder, MissingImageError, Sample, Tally
+from mpo_ext.train.export import check_mergeable, export_model
 from mpo_ext.train.metrics import Console, Log, Totals, means, peak_memory_mib
 from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
 from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_model, without_adapters

@@ -22,8 +22,10 @@ from families import VOCAB, text_model
 from run_recipe import LIMIT_S, server
 from torch import nn
 
-from mpo_ext.train import checkpoint
-from mpo_ext.train.checkpoint import CheckpointError, Checkpoints, export_model
+from mpo_ext.train import checkpoint_state
+from mpo_ext.train.checkpoint import Checkpoints
+from mpo_ext.train.checkpoint_files import CheckpointError
+from mpo_ext.train.export import export_model
 
 RATE = 1e-2
 
@@ -178,7 +180,7 @@ def one_rank_fails(accelerator: Any, folder: Path) -> None:
     optimizer = optimizer_of(model)
     store = Checkpoints(folder / "failing")
     good = store.save(accelerator, 1, model, optimizer, {})
-    for target, name in ((checkpoint, "_random_state"), (checkpoint.dcp.FileSystemWriter, "write_data")):
+    for target, name in ((checkpoint_state, "random_state"), (checkpoint_state.dcp.FileSystemWriter, "write_data")):
         original = getattr(target, name)
         if accelerator.process_index == 1:
             setattr(target, name, fail)

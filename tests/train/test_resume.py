@@ -201,9 +201,9 @@ def die_in_write(at: str, number: int, rank: int) -> None:
     from mpo_ext.train import checkpoint
 
     target, name = {
-        "rename": (checkpoint, "_put"),
-        "fsync": (checkpoint, "_sync_tree"),
-        "manifest": (checkpoint.Checkpoints, "_finish"),
+        "rename": (checkpoint, "move_into_place"),
+        "fsync": (checkpoint, "sync_tree"),
+        "manifest": (checkpoint.Checkpoints, "_publish"),
     }[at]
     original = getattr(target, name)
     calls = 0
@@ -353,7 +353,7 @@ def test_what_goes_on_must_be_the_same_run(job_of: Callable[..., Job], whole: Ca
     shutil.copytree(whole("copy").out, again.out)
     before = again.out.stat().st_mtime_ns
     assert run(again) == [1]
-    assert 'resume must be "auto" or a checkpoint where there is one' in text_of(again)
+    assert 'resume must be "auto" or a checkpoint if the folder has a checkpoint' in text_of(again)
     changed = job_of("same", "copy", optim__learning_rate=2e-3, loss__beta=0.2, data__workers=0)
     assert run(changed) == [1]
     for words in (

@@ -248,10 +248,10 @@ def test_merged_adapters_of_a_model_that_came_from_nowhere(tmp_path: Path, pairs
 def test_what_cannot_be_merged_ends_a_run_before_it_begins(
     tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mpo_ext.train import checkpoint
+    from mpo_ext.train import export
 
-    monkeypatch.setattr(checkpoint, "FSDPModule", nn.Linear)  # as if its layers were sharded
-    with pytest.raises(checkpoint.CheckpointError, match="a sharded model to be merged must have come from"):
+    monkeypatch.setattr(export, "FSDPModule", nn.Linear)  # as if its layers were sharded
+    with pytest.raises(export.CheckpointError, match="a sharded model to be merged must have come from"):
         trainer_of(tmp_path / "out", pairs, model__lora={"rank": 2}, output__save_merged=True)
 
 

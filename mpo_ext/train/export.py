@@ -1,0 +1,149 @@
+"""The export of the trained model in Hugging Face format, with LoRA adapters merged if the recipe says so."""
+
+import copy
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+
+from mpo_ext.train.checkpoint_files import (
+    CheckpointError,
+    free_mib,
+    list_names,
+    move_into_place,
+    remove_leftovers,
+    sync_tree,
+    temporary_path,
+    together,
+)
+from mpo_ext.train.checkpoint_state import is_deepspeed, unwrapped
+from mpo_ext.train.model import reshard
+
+
+def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Path, *, merged: bool = False) -> None:
+    """Writes the model in Hugging Face format, for ``from_pretrained``. All ranks call it; the main rank writes.
+
+    With LoRA the export holds the adapters, and with ``merged`` also the whole model in ``folder/merged``. For it the
+    base model is loaded again, in the dtype of training: this works under any sharding and quantization, at the price
+    of one copy in memory of the main rank. A base model without a name or path is copied in memory, unless it is
+    sharded: see ``check_mergeable``.
+
+    Args:
+        accelerator: The run's ``Accelerator``.
+        model: Model as ``accelerator.prepare`` returned it.
+        processor: Processor or tokenizer to write too, or None.
+        folder: Folder of the export; an earlier export in it is replaced as a whole.
+        merged: Whether to merge the adapters too; ignored without LoRA.
+
+    Raises:
+        CheckpointError: If any rank fails: the folder holds anything but an export, the disk is full, parameters
+            besides the adapters were trained, or the base model cannot be loaded. The folder is then unchanged.
+    """
+    folder = Path(os.path.abspath(folder))
+    partial = temporary_path(folder)
+    with together(accelerator):
+        if accelerator.is_main_process:
+            _check_replaceable(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder.parent, re.compile(re.escape(folder.name)))
+        inner = unwrapped(accelerator, model)
+        if hasattr(inner, "peft_config"):
+            _check_only_adapters(inner)
+        reshard(inner)
+    try:
+        with together(accelerator):
+            state_dict = None
+            if is_deepspeed(accelerator):
+                state_dict = accelerator.get_state_dict(model)
+            elif _is_sharded(inner):
+                options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+                state_dict = get_model_state_dict(inner, options=options)
+        with together(accelerator):
+            if accelerator.is_main_process:
+                _write_export(inner, state_dict, processor, partial, merged)
+                sync_tree(partial)
+                move_into_place(partial, folder)
+    except CheckpointError as error:
+        free = free_mib(folder.parent)
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"the model must be written whole into {folder}, got {error} ({free:,} MiB free there); what was there "
+            "before is there still"
+        ) from error
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raises ``CheckpointError`` if ``export_model`` could not merge the adapters of this prepared model."""
+    peft_model: Any = next(module for module in model.modules() if hasattr(module, "peft_config"))
+    if not peft_model.peft_config[peft_model.active_adapter].base_model_name_or_path and _is_sharded(model):
+        raise CheckpointError(
+            "a sharded model to be merged must have come from from_pretrained, got a model without a name"
+        )
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _write_export(
+    inner: Any, state_dict: dict[str, Tensor] | None, processor: Any, partial: Path, merged: bool
+) -> None:
+    """Writes the files of an export."""
+    inner.save_pretrained(partial, state_dict=state_dict)
+    if processor is not None:
+        processor.save_pretrained(partial)
+    if not hasattr(inner, "peft_config"):
+        return
+    base = inner.get_base_model()
+    if getattr(base, "generation_config", None) is not None:
+        base.generation_config.save_pretrained(partial)
+    if merged:
+        _merge(inner, base, partial).save_pretrained(partial / "merged")
+        if processor is not None:
+            processor.save_pretrained(partial / "merged")
+
+
+def _merge(inner: Any, base: Any, adapters: Path) -> Any:
+    """Returns the base model, loaded again or copied, with the adapters merged into it."""
+    from peft import PeftModel
+
+    config = inner.peft_config[inner.active_adapter]
+    source = config.base_model_name_or_path
+    if not source:
+        check_mergeable(inner)
+        return copy.deepcopy(inner).merge_and_unload(safe_merge=True)
+    whole = type(base).from_pretrained(source, revision=config.revision, dtype=base.dtype)
+    whole.generation_config = base.generation_config
+    return PeftModel.from_pretrained(whole, adapters).merge_and_unload(safe_merge=True)  # type: ignore[operator]
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises if a folder to be replaced holds anything but an export."""
+    if not folder.exists():
+        return
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    names = {path.name for path in entries} if folder.is_dir() else {"a file"}
+    subfolders = {path.name for path in entries if path.is_dir()}
+    if names and (not names & {"config.json", "adapter_config.json"} or subfolders - {"merged"}):
+        raise CheckpointError(f"folder must be new, empty or an earlier export, got {folder} with {list_names(names)}")
+
+
+def _check_only_adapters(inner: Any) -> None:
+    """Raises if parameters were trained that peft would leave out."""
+    config = inner.peft_config[inner.active_adapter]
+    lost = {
+        name
+        for name, parameter in inner.named_parameters()
+        if parameter.requires_grad and inner.active_adapter not in name.split(".")
+    }
+    if lost and getattr(config, "bias", "none") == "none":
+        raise CheckpointError(
+            f"parameters that are trained besides the adapters must be in modules_to_save of the LoRA config, or they "
+            f"are not exported, got {list_names(lost)}"
+        )
