@@ -15,10 +15,11 @@ from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.plan import roofline as cost
 from mpo_ext.train import model as models
-from mpo_ext.train.batch import Layout, supports_shared_prefix
+from mpo_ext.train.batch import RowLayout
 from mpo_ext.train.mixture import Mixture, Subset
 from mpo_ext.train.recipe import ModelRecipe, Recipe
 from mpo_ext.train.reference_model import check_can_follow
+from mpo_ext.train.shared_prefix import supports_shared_prefix
 
 #: Share of ``data.max_length`` that each response is taken to have; the rest is the prompt, full of images.
 RESPONSE_SHARE = 0.25
@@ -110,7 +111,7 @@ class Plan:
     world: int
     pairs_per_rank: int
     micro_batches: int
-    layout: Layout
+    layout: RowLayout
     tokens: int
     positions: int
     memory: tuple[Memory, ...]
@@ -360,7 +361,7 @@ class _Estimate:
         world: Number of processes.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, head: Any, layout: Layout, world: int) -> None:
+    def __init__(self, recipe: Recipe, model: nn.Module, head: Any, layout: RowLayout, world: int) -> None:
         self.recipe, self.model, self.head, self.layout, self.world = recipe, model, head, layout, world
         self.head_weight = head.weight
         self.vocab, self.width = head.weight.shape

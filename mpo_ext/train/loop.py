@@ -28,17 +28,19 @@ from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.functions import MPOOutput, linear_mpo_loss, mpo_loss
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.loss.reward_shift import RewardShift
-from mpo_ext.train import batch as layouts
 from mpo_ext.train import reference_model as references
-from mpo_ext.train.batch import Batch, Layout
+from mpo_ext.train.batch import Batch, RowLayout, collate
 from mpo_ext.train.checkpoint import Checkpoints
 from mpo_ext.train.encode import BadPairError, Dropped, Encoder, MissingImageError, Sample, Tally
 from mpo_ext.train.export import check_mergeable, export_model
+from mpo_ext.train.forward import forward, forward_logits
+from mpo_ext.train.masks import prompt_positions
 from mpo_ext.train.metrics import Console, Log, Totals, means, peak_memory_mib
 from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
 from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_model, without_adapters
 from mpo_ext.train.preference import preference_output
 from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.shared_prefix import check_shared_prefix
 
 INTERRUPTED = 128 + signal.SIGTERM  # what a shell calls the end by SIGTERM
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -201,7 +203,7 @@ class _AllLines:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collate:
-    """``layouts.collate`` with all but the samples; can be pickled.
+    """``collate`` with all but the samples; can be pickled.
 
     Attributes:
         layout: Of the batches.
@@ -211,7 +213,7 @@ class Collate:
         blank: A sample whose images stand in where a batch has none; see ``collate``.
     """
 
-    layout: Layout
+    layout: RowLayout
     pad_id: int
     with_rejected: bool
     positions: Any
@@ -219,7 +221,7 @@ class Collate:
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Puts samples together."""
-        return layouts.collate(
+        return collate(
             samples, self.layout, pad_id=self.pad_id, with_rejected=self.with_rejected, positions=self.positions,
             blank=self.blank,
         )  # fmt: skip
@@ -326,7 +328,7 @@ class Trainer:
             "shared",
             pad_id=pad if pad is not None else self.encoder.end_id,
             with_rejected=recipe.loss.has_preference,
-            positions=layouts.prompt_positions(model),
+            positions=prompt_positions(model),
         )
         # Before anything is wrapped or moved: it is what the reference is.
         self.fingerprint = fingerprint(model) if recipe.reference_kind == "precomputed" else ""
@@ -451,7 +453,7 @@ class Trainer:
         reason: str | None = "loss.shared_prefix is false"
         if self.recipe.loss.shared_prefix:
             with self.accelerator.autocast():
-                reason = layouts.check_shared_prefix(
+                reason = check_shared_prefix(
                     self.model,
                     samples,
                     pad_id=self._collate.pad_id,
@@ -712,12 +714,12 @@ class Trainer:
                 logp = references.label_logp(self.model, batch, recipe)
                 return preference_output(recipe.preference, logp, batch, ref_logp, config)
             if recipe.from_logits:
-                logits = layouts.forward_logits(self.model, batch)
+                logits = forward_logits(self.model, batch)
                 return mpo_loss(
                     logits, batch.labels.to(logits.device), ref_logp, config=config, reward_shift=shift,
                     cu_seqlens=batch.cu_seqlens, shift=False, stats=_STATS, backend=recipe.backend,
                 )  # fmt: skip
-            out = layouts.forward(self.model, batch)
+            out = forward(self.model, batch)
             return linear_mpo_loss(
                 out.hidden, out.weight, batch.labels, ref_logp, config=config, reward_shift=shift,
                 cu_seqlens=batch.cu_seqlens, shift=False, stats=_STATS, backend=recipe.backend,

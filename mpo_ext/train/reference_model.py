@@ -17,7 +17,8 @@ from mpo_ext.journal import Journal, encode_line, read_header, read_records
 from mpo_ext.loss.eager import sequence_sums
 from mpo_ext.loss.functions import linear_token_logp, token_logp
 from mpo_ext.loss.hf_head import unwrap_model
-from mpo_ext.train.batch import Batch, forward, forward_logits
+from mpo_ext.train.batch import Batch
+from mpo_ext.train.forward import forward, forward_logits
 from mpo_ext.train.model import reshard
 from mpo_ext.train.recipe import LossRecipe
 

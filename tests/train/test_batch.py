@@ -21,17 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mpo_ext import linear_mpo_loss, mpo_loss
-from mpo_ext.train import batch as layout
-from mpo_ext.train.batch import (
-    Batch,
-    check_shared_prefix,
-    collate,
-    forward,
-    forward_logits,
-    prompt_positions,
-    supports_shared_prefix,
-)
+from mpo_ext.train import forward as forward_module
+from mpo_ext.train import masks
+from mpo_ext.train.batch import Batch, collate
 from mpo_ext.train.encode import Sample
+from mpo_ext.train.forward import forward, forward_logits, model_inputs
+from mpo_ext.train.masks import prompt_positions
+from mpo_ext.train.shared_prefix import check_shared_prefix, label_logp_and_precision, supports_shared_prefix
 
 LAYOUTS = ("shared", "separate")
 # transformers has no sdpa for a softcap on attention.
@@ -197,7 +193,7 @@ def test_dtype_of_pixels_is_that_of_the_model() -> None:
     model = build("llava", dtype=torch.bfloat16)
     for kind in LAYOUTS:
         batch = batch_of(model, samples_of("llava"), kind)
-        with layout._images_encoded_once(model, batch) as inputs:
+        with model_inputs(model, batch) as inputs:
             assert inputs["pixel_values"].dtype == torch.bfloat16
         out = forward(model, batch)
         assert out.hidden.dtype == torch.bfloat16
@@ -226,7 +222,7 @@ def test_a_blank_image_runs_the_tower_and_changes_nothing() -> None:
 
 def test_separate_rows_come_with_a_mask_of_their_padding() -> None:
     batch = collate([sample("llama", 1, chosen=6), sample("llama", 2, chosen=2)], "separate", pad_id=PAD)
-    with layout._images_encoded_once(build("llama"), batch) as inputs:
+    with model_inputs(build("llama"), batch) as inputs:
         mask = inputs["attention_mask"]
     assert torch.equal(mask, (batch.segments >= 0).long())
     assert not mask.all()
@@ -366,7 +362,7 @@ def test_adapters_and_gradient_checkpointing_work(family: str) -> None:
 def test_tokens_that_an_adapter_puts_before_rows_are_found() -> None:
     peft = pytest.importorskip("peft", reason="peft is not a dependency of the package")
     model = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert "tokens of its own" in (supports_shared_prefix(model) or "")
+    assert "virtual tokens" in (supports_shared_prefix(model) or "")
     with pytest.raises(RuntimeError, match=r"one hidden state for each of \(8, \d+\) tokens, got shape"):
         forward(model, batch_of(model, samples_of("llama"), "separate"))
 
@@ -379,7 +375,7 @@ def test_autocast_within_the_model_sets_the_tolerance_of_the_check() -> None:
     assert check_shared_prefix(model, samples, pad_id=PAD) is None
     reason = check_shared_prefix(model, samples, pad_id=PAD, tolerance=1e-6)
     assert reason is not None
-    assert "which is more than 1e-06" in reason
+    assert "the limit is 1e-06" in reason
 
 
 def test_autocast_that_only_its_middle_shows_sets_the_tolerance_too() -> None:
@@ -389,7 +385,7 @@ def test_autocast_that_only_its_middle_shows_sets_the_tolerance_too() -> None:
     model.model.norm.register_forward_hook(lambda module, args, output: output.float())  # as accelerate does
     samples = samples_of("llama")
     assert check_shared_prefix(model, samples, pad_id=PAD) is None
-    _, epsilon = layout._logp(model, collate(samples, "shared", pad_id=PAD))
+    _, epsilon = label_logp_and_precision(model, collate(samples, "shared", pad_id=PAD))
     assert epsilon == torch.finfo(torch.bfloat16).eps
 
 
@@ -444,8 +440,12 @@ def test_features_of_images_may_have_several_forms(form: str) -> None:
     reader = LastReader(form) if form == "last" else Reader(form)
     batch = collate([sample("internvl", 1, images=3)], "separate", pad_id=PAD)
     is_known = form not in ("strange", "tensor and list")
-    says = nullcontext() if is_known else pytest.warns(UserWarning, match="Reader gives no known features.*twice")
-    with layout._images_encoded_once(reader, batch) as inputs, says:
+    says = (
+        nullcontext()
+        if is_known
+        else pytest.warns(UserWarning, match="Reader does not return image features in a known form.*twice")
+    )
+    with model_inputs(reader, batch) as inputs, says:
         found = reader(inputs["pixel_values"])
     assert torch.equal(found, torch.cat([FEATURES, FEATURES]))
     assert reader.seen == ([3] if is_known else [3, 6])
@@ -460,7 +460,7 @@ def test_a_model_that_hides_its_features_is_given_the_images_twice(monkeypatch: 
     kind = type(model.model)
     inner_forward = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: inner_forward(self, *args, **kwargs))
-    with pytest.warns(UserWarning, match="InternVLForConditionalGeneration gives no known features"):
+    with pytest.warns(UserWarning, match="InternVLForConditionalGeneration does not return image features"):
         loss = loss_of(model, batch_of(model, samples, "separate"))
     assert_same(gradients(model, loss), truth)
 
@@ -493,7 +493,7 @@ def test_the_check_passes(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("gemma3_vlm", "tokens of an image see each other in Gemma3Model"),
+        ("gemma3_vlm", "tokens of an image attend to each other in Gemma3Model"),
         ("qwen3_next", "layers of linear_attention"),
         ("mamba", "layers of linear_attention"),
     ],
@@ -509,9 +509,9 @@ def test_models_that_cannot_share_are_known(family: str, reason: str) -> None:
     ("change", "reason"),
     [
         ({"_attn_implementation": "flash_attention_2"}, "'flash_attention_2' takes no such mask: set model.attention"),
-        ({"_attn_implementation": "mine"}, "'mine' is none that masks are made for"),
+        ({"_attn_implementation": "mine"}, "'mine' is not supported"),
         ({"layer_types": ["chunked_attention", "full_attention"]}, "layers of chunked_attention"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "does not say how far"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "does not give the window"),
         ({"use_bidirectional_attention": True}, "not causal"),
         ({"is_encoder_decoder": True}, "an encoder and a decoder"),
         ({"cross_attention_layers": [1]}, "cross attention"),
@@ -531,12 +531,12 @@ def test_attention_of_a_kind_that_is_not_known_is_refused() -> None:
     assert getattr(model.config, "layer_types", None) is None
     model.config.attention_types = [[["global", "local"], 1]]
     assert model.config is model.model.config
-    assert "attention of a kind that is not known" in (supports_shared_prefix(model) or "")
+    assert "an unknown kind of attention" in (supports_shared_prefix(model) or "")
 
 
 def test_each_token_sees_itself_and_padding_nothing_else() -> None:
     segments = torch.tensor([[0, 0, 1, 1, 2, 2], [0, 1, 2, -1, -1, -1]], dtype=torch.int32)
-    mask = layout._masks(build("llama"), segments)
+    mask = masks.attention_masks(build("llama"), segments)
     assert mask.int().tolist() == [
         [
             [
@@ -583,21 +583,21 @@ def leaking(inner: nn.Module, segments: torch.Tensor) -> Any:
 def by_row(inner: nn.Module, segments: torch.Tensor) -> Any:
     """Counts the distance of sliding attention in the row."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "_sequence_positions", lambda s: torch.arange(s.shape[1]).expand_as(s))
+        patch.setattr(masks, "sequence_positions", lambda s: torch.arange(s.shape[1]).expand_as(s))
         return MASKS(inner, segments)
 
 
 def without_window(inner: nn.Module, segments: torch.Tensor) -> Any:
-    masks = MASKS(inner, segments)
-    full = masks["full_attention"] if isinstance(masks, dict) else masks
+    built = MASKS(inner, segments)
+    full = built["full_attention"] if isinstance(built, dict) else built
     return {"full_attention": full, "sliding_attention": full}
 
 
-MASKS = layout._masks
+MASKS = masks.attention_masks
 
 
 @pytest.mark.parametrize(
-    ("family", "masks"),
+    ("family", "build_masks"),
     [
         ("llama", leaking),
         ("qwen2_5_vl", leaking),
@@ -609,10 +609,10 @@ MASKS = layout._masks
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_check_finds_a_wrong_mask(
-    monkeypatch: pytest.MonkeyPatch, family: str, masks: Callable[..., Any], dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, family: str, build_masks: Callable[..., Any], dtype: torch.dtype
 ) -> None:
     model = build(family, default_attention(family), dtype)
-    monkeypatch.setattr(layout, "_masks", masks)
+    monkeypatch.setattr(forward_module, "attention_masks", build_masks)
     assert "differ by" in (checked(model, family) or "")
 
 
@@ -623,7 +623,7 @@ def test_the_check_finds_a_lost_window_that_no_sequence_reaches(monkeypatch: pyt
     }.values():
         config.sliding_window = 50
     assert checked(model, "gemma2") is None
-    monkeypatch.setattr(layout, "_masks", without_window)
+    monkeypatch.setattr(forward_module, "attention_masks", without_window)
     assert "differ by" in (checked(model, "gemma2") or "")
     assert model.config.sliding_window == 50
 

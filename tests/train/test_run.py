@@ -420,7 +420,7 @@ def test_the_layout_is_tried_on_a_pair_with_images(
             line["images"] = []
 
     seen: list[Any] = []
-    monkeypatch.setattr(loop.layouts, "check_shared_prefix", lambda model, samples, **options: seen.extend(samples))
+    monkeypatch.setattr(loop, "check_shared_prefix", lambda model, samples, **options: seen.extend(samples))
     trainer_of(tmp_path / "out", with_lines(pairs, "one.jsonl", but_one))._choose_layout()
     assert [bool(sample.image_inputs) for sample in seen] == [False, True]
 

@@ -16,8 +16,8 @@ from vision_families import BUILDERS
 
 from mpo_ext import train as package
 from mpo_ext.ops import linear as linear_ops
-from mpo_ext.train import batch as layout
 from mpo_ext.train import loop
+from mpo_ext.train.batch import Batch
 from mpo_ext.train.model import PARTS, fingerprint, freeze_parts, switch_off_dropout
 from mpo_ext.train.recipe import Recipe
 
@@ -240,14 +240,14 @@ def test_no_logits_are_made_and_only_labelled_rows_are_projected(
         projected.append(hidden.shape[:-1].numel())
         return whole(hidden, *args)
 
-    batches = layout.Batch.to
+    batches = Batch.to
 
-    def to(self: layout.Batch, device: Any, **options: Any) -> layout.Batch:
+    def to(self: Batch, device: Any, **options: Any) -> Batch:
         labelled.append(self.projected_rows)
         return batches(self, device, **options)
 
     monkeypatch.setattr(linear_ops, "linear_token_logp", note)
-    monkeypatch.setattr(layout.Batch, "to", to)
+    monkeypatch.setattr(Batch, "to", to)
     model, processor = tiny()
     seen: list[int] = []
     towers: list[int] = []
@@ -456,14 +456,14 @@ def test_the_reference_moves_when_it_is_synced(tmp_path: Path, pairs: Path) -> N
 def test_pairs_of_one_question_share_its_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_pairs(tmp_path / "pairs", 4, repeats=4)
     rows: list[tuple[int, int]] = []
-    whole = layout.forward
+    whole = loop.forward
 
-    def note(model: nn.Module, batch: layout.Batch) -> Any:
+    def note(model: nn.Module, batch: Batch) -> Any:
         rows.append((batch.rows, batch.pairs))
         return whole(model, batch)
 
     grouped = run(recipe(tmp_path / "grouped", data, data__group_prompts=True))
-    monkeypatch.setattr(layout, "forward", note)
+    monkeypatch.setattr(loop, "forward", note)
     again = run(recipe(tmp_path / "again", data, data__group_prompts=True))
     assert [line["loss"] for line in grouped] == [line["loss"] for line in again]
     assert rows[-1] == (1, 4)

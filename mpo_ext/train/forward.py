@@ -1,0 +1,194 @@
+"""The forward pass of a batch: hidden states or logits of the labels, with each image encoded once."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mpo_ext.loss.hf_head import hidden_and_head, unwrap_model
+from mpo_ext.train.batch import Batch
+from mpo_ext.train.masks import GRIDS, attention_masks, embedding_dtype, prompt_positions
+
+_BY_LAYER = "deepstack_features"
+_FEATURE_METHODS = ("get_image_features", "get_video_features")
+
+
+class HiddenRows(NamedTuple):
+    """The result of ``forward``: arguments of ``linear_mpo_loss``.
+
+    Attributes:
+        hidden: ``[N, D]``, the hidden states that predict ``batch.labels``, with their autograd graph.
+        weight: ``[V, D]``, the weight of the output head.
+        options: The keyword arguments bias, logit_scale and softcap.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    options: dict[str, Any]
+
+
+def forward(model: nn.Module, batch: Batch) -> HiddenRows:
+    """Runs the model once on a batch, without its output head, and returns the hidden states that predict the labels.
+
+    The loss is ``linear_mpo_loss(out.hidden, out.weight, batch.labels, ..., cu_seqlens=batch.cu_seqlens, shift=False,
+    **out.options)``. Wrappers are handled as in ``hidden_and_head``.
+
+    Args:
+        model: The model in training, also inside DDP, FSDP or accelerate's wrappers, with or without adapters.
+        batch: A batch on the model's device.
+
+    Returns:
+        A ``HiddenRows``.
+
+    Raises:
+        ValueError: If the model does not support the layout, or the batch lacks the model's positions.
+        RuntimeError: If the model does not return one hidden state per position.
+    """
+    with model_inputs(unwrap_model(model), batch) as inputs:
+        out = hidden_and_head(model, **inputs)
+    return HiddenRows(_label_rows(out.hidden, batch), out.weight, out.options)
+
+
+def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Returns the model's own logits that predict the labels, for ``mpo_loss``.
+
+    The loss is ``mpo_loss(logits, batch.labels.to(logits.device), ..., cu_seqlens=batch.cu_seqlens, shift=False)``.
+    The model computes all ``[R, L, V]`` logits.
+
+    Args:
+        model: As in ``forward``.
+        batch: As in ``forward``.
+
+    Returns:
+        ``[N, V]``.
+
+    Raises:
+        ValueError: As in ``forward``.
+        RuntimeError: As in ``forward``.
+    """
+    with model_inputs(unwrap_model(model), batch) as inputs:
+        logits = model(**inputs).logits
+    return _label_rows(logits, batch)
+
+
+def _label_rows(values: Tensor, batch: Batch) -> Tensor:
+    if values.shape[:2] != batch.segments.shape:
+        raise RuntimeError(
+            f"model must return one hidden state for each of {tuple(batch.segments.shape)} tokens, got shape "
+            f"{tuple(values.shape)}"
+        )
+    # Not index_select: on a GPU its backward adds in random order, and the last token of a prompt occurs twice.
+    return values.flatten(0, 1)[batch.index]
+
+
+@contextmanager
+def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
+    """Yields the model's inputs. Inside the context, the model encodes each image once and uses it in both rows."""
+    inputs: dict[str, Any] = dict(batch.inputs)
+    has_grid = any(name in inputs for name in GRIDS)
+    if has_grid and prompt_positions(inner) is not None and getattr(inputs.get("position_ids"), "ndim", 0) < 3:
+        raise ValueError(
+            f"batch must have the positions of {type(inner).__name__}, got none: collate(..., "
+            "positions=prompt_positions(model))"
+        )
+    for name, values in inputs.items():
+        if name.startswith("pixel_values") and values.is_floating_point():
+            inputs[name] = values.to(embedding_dtype(inner))
+    masks = attention_masks(inner, batch.segments) if batch.layout == "shared" else (batch.segments >= 0).long()
+    inputs |= {"attention_mask": masks, "use_cache": False}
+    images = [
+        name
+        for name, values in batch.inputs.items()
+        if name not in ("input_ids", "position_ids") and values.shape != batch.segments.shape
+    ]
+    if batch.copies == 1 or not images:
+        yield inputs
+        return
+    encoders = [(module, name) for name in _FEATURE_METHODS for module in _encoders(inner, name)]
+    if not encoders:
+        _warn_encoded_twice(inner)
+        yield inputs | {name: _twice(inputs[name]) for name in images}
+        return
+    before = [vars(module).get(name) for module, name in encoders]
+    try:
+        for module, name in encoders:
+            object.__setattr__(module, name, _features_twice(getattr(module, name), module))
+        yield inputs
+    finally:
+        for (module, name), method in zip(encoders, before, strict=True):
+            if method is None:
+                vars(module).pop(name, None)
+            else:
+                object.__setattr__(module, name, method)
+
+
+def _encoders(inner: nn.Module, name: str) -> list[nn.Module]:
+    """Returns the modules whose forward calls ``self.get_image_features``, without those that only delegate to it."""
+    return [
+        module
+        for module in inner.modules()
+        if callable(getattr(type(module), name, None)) and name in _names_in_forward(module)
+    ]
+
+
+def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code.co_names if code is not None else ()
+
+
+def _features_twice(encode: Callable[..., Any], owner: nn.Module) -> Callable[..., Any]:
+    """Wraps ``get_image_features``: the result holds the features of all images twice in a row."""
+
+    def encode_once(*args: Any, **kwargs: Any) -> Any:
+        features = encode(*args, **kwargs)
+        if _is_tensors(features):
+            return _twice(features)
+        if isinstance(features, dict):
+            names = _features_read(owner, features)
+            if names and all(
+                all(map(_is_tensors, features[name])) if name == _BY_LAYER else _is_tensors(features[name])
+                for name in names
+            ):
+                for name in names:
+                    value = features[name]
+                    setattr(features, name, [_twice(layer) for layer in value] if name == _BY_LAYER else _twice(value))
+                return features
+        _warn_encoded_twice(owner)
+        return encode(*map(_twice, args), **{name: _twice(value) for name, value in kwargs.items()})
+
+    return encode_once
+
+
+def _features_read(owner: nn.Module, features: dict[str, Any]) -> list[str]:
+    """Returns the names of the image features that the forward of their owner reads."""
+    names = {name for name in _names_in_forward(owner) if features.get(name) is not None}
+    names -= {"hidden_states", "attentions"}  # outputs of the decoder, which the forward returns
+    if "pooler_output" in names:
+        names.discard("last_hidden_state")
+    return sorted(names)
+
+
+def _is_tensors(values: Any) -> bool:
+    """Returns True for a tensor or a sequence of tensors (one per image)."""
+    return isinstance(values, Tensor) or (
+        isinstance(values, (list, tuple)) and all(isinstance(value, Tensor) for value in values)
+    )
+
+
+def _twice(values: Any) -> Any:
+    """Repeats a tensor along its first axis, or a sequence, twice; returns any other value unchanged."""
+    if isinstance(values, Tensor):
+        return torch.cat([values, values])
+    return values * 2 if isinstance(values, (list, tuple)) else values
+
+
+def _warn_encoded_twice(owner: nn.Module) -> None:
+    warnings.warn(
+        f'{type(owner).__name__} does not return image features in a known form: in the layout "separate" each image '
+        "is encoded twice per pair",
+        stacklevel=3,
+    )

@@ -1,0 +1,170 @@
+"""Positions and attention masks of rows that hold a prompt with several responses."""
+
+import dataclasses
+import inspect
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mpo_ext.loss.hf_head import unwrap_model
+from mpo_ext.train.encode import Sample
+
+#: Inputs that describe the grids of images and videos.
+GRIDS = ("image_grid_thw", "video_grid_thw")
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+def sequence_positions(segments: Tensor) -> Tensor:
+    """Returns the position of each token of ``[R, L]`` in the sequence of its prompt and response; 0 for padding."""
+    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    is_first = torch.ones_like(segments, dtype=torch.bool)
+    is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    start = places.masked_fill(~is_first, 0).cummax(1).values
+    prompt_lengths = (segments == 0).sum(1, keepdim=True)
+    return (places - start + prompt_lengths * (segments > 0)).masked_fill(segments < 0, 0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PromptPositions:
+    """Computes the positions of a prompt for a model with multimodal rotary positions. Picklable, without weights.
+
+    Attributes:
+        kind: Class that defines ``get_rope_index``.
+        config: Config of that class.
+    """
+
+    kind: type[nn.Module]
+    config: Any
+
+    def __call__(self, sample: Sample) -> Tensor:
+        """Computes the positions.
+
+        Returns:
+            ``[A, P]`` int64 with A axes (time, height and width in Qwen2-VL).
+
+        Raises:
+            ValueError: If the sample has images but not the ``mm_token_type_ids`` that the model needs.
+        """
+        owner = self.kind.__new__(self.kind)
+        nn.Module.__init__(owner)
+        owner.config = self.config
+        parameters = inspect.signature(self.kind.get_rope_index).parameters  # type: ignore[attr-defined]
+        prompt = sample.prompt_ids.unsqueeze(0)
+        arguments: dict[str, Any] = {
+            name: value
+            for name, value in sample.image_inputs.items()
+            if name in parameters and name in (*GRIDS, "second_per_grid_ts")
+        }
+        if "mm_token_type_ids" in parameters:
+            types = sample.token_inputs.get("mm_token_type_ids")
+            if types is None and sample.image_inputs:
+                raise ValueError(
+                    f"token_inputs must hold mm_token_type_ids, which {self.kind.__name__} takes positions from, got "
+                    f"{sorted(sample.token_inputs)} in {sample.name}"
+                )
+            arguments["mm_token_type_ids"] = torch.zeros_like(prompt) if types is None else types.unsqueeze(0)
+        positions, _ = owner.get_rope_index(prompt, **arguments)  # type: ignore[operator]
+        return positions[:, 0].long()
+
+
+def prompt_positions(model: nn.Module) -> PromptPositions | None:
+    """Returns the argument ``positions`` of ``collate`` for a model; None if a token's position is its index.
+
+    Args:
+        model: A Hugging Face model, bare or wrapped.
+    """
+    for module in unwrap_model(model).modules():
+        if callable(getattr(type(module), "get_rope_index", None)):
+            return PromptPositions(type(module), module.config)
+    return None
+
+
+class MaskPlan(NamedTuple):
+    """The kinds of masks that the layers of a model need, and their form."""
+
+    kinds: frozenset[str]
+    window: int | None
+    implementation: str
+
+
+def plan_masks(inner: nn.Module) -> MaskPlan | str:
+    """Returns the masks that a model needs, or the reason why no masks can be built for it."""
+    name, config = type(inner).__name__, decoder_config(inner)
+    if config is None:
+        return f"{name} has no config"
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation not in _IMPLEMENTATIONS:
+        why = "takes no such mask" if "flash" in str(implementation) else "is not supported"
+        return f"attention {implementation!r} {why}: set model.attention to {' or '.join(_IMPLEMENTATIONS)}"
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        kinds = frozenset(types[: getattr(config, "num_hidden_layers", None)])
+        unknown = sorted(kinds - {_FULL, _SLIDING})
+        if unknown:
+            return f"{name} has layers of {', '.join(unknown)}"
+    elif window is not None and any(
+        hasattr(sys.modules.get(type(module).__module__), "create_sliding_window_causal_mask")
+        for module in inner.modules()
+    ):
+        kinds = frozenset({_SLIDING})  # Mistral, Phi 3: all layers use the window if the config has one
+    else:
+        kinds = frozenset({_FULL})
+    if _SLIDING in kinds and window is None:
+        return f"{name} has sliding attention, but its config does not give the window"
+    unknown_settings = {
+        key: value
+        for key, value in vars(config).items()
+        if key in ("attention_types", "attention_layers", "attention_window", "window_size") and value
+    }
+    if unknown_settings and types is None:
+        return f"{name} has an unknown kind of attention: its config has {unknown_settings}"
+    return MaskPlan(kinds, window, implementation)
+
+
+def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Tensor]:
+    """Returns the attention masks ``[R, 1, L, L]`` of rows with several responses, in the form of the model's layers.
+
+    A token attends to the prompt and to its own response. Padding attends to itself, because a softmax over an empty
+    set is NaN.
+    """
+    plan = plan_masks(inner)
+    if isinstance(plan, str):
+        raise ValueError(f'layout must be "separate" for this model, got "shared": {plan}')
+    query, key = segments.unsqueeze(2), segments.unsqueeze(1)
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    visible = causal & (query >= 0) & ((key == 0) | (key == query))
+    diagonal = torch.eye(length, dtype=torch.bool, device=segments.device)
+    masks = {_FULL: visible | diagonal}
+    if _SLIDING in plan.kinds and plan.window is not None:
+        # Sequence positions, not rotary positions: an image advances the latter by less than its number of tokens.
+        places = sequence_positions(segments)
+        masks[_SLIDING] = (visible & (places.unsqueeze(2) - places.unsqueeze(1) < plan.window)) | diagonal
+    formatted = {kind: masks[kind].unsqueeze(1) for kind in plan.kinds}
+    if plan.implementation == "eager":
+        dtype = embedding_dtype(inner)
+        lowest = torch.finfo(dtype).min
+        formatted = {
+            kind: torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest) for kind, mask in formatted.items()
+        }
+    # Models with one kind of layer take a single tensor; models that mix kinds look their masks up by name.
+    return formatted if len(formatted) > 1 else next(iter(formatted.values()))
+
+
+def decoder_config(inner: nn.Module) -> Any:
+    """Returns the config of the decoder, which may be another copy than the config of the whole model."""
+    get_decoder: Any = getattr(inner, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    config: Any = getattr(decoder, "config", None) or getattr(inner, "config", None)
+    return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
+
+
+def embedding_dtype(inner: nn.Module) -> torch.dtype:
+    """Returns the dtype of the input embeddings, or torch's default dtype if they are quantized."""
+    dtype = inner.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    return dtype if dtype.is_floating_point else torch.get_default_dtype()

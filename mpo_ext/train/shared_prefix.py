@@ -1,0 +1,178 @@
+"""Support for the layout "shared": what a model's config and code tell, and a check on a few pairs."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mpo_ext.loss.config import MPOConfig
+from mpo_ext.loss.functions import linear_token_logp
+from mpo_ext.loss.hf_head import unwrap_model
+from mpo_ext.train.batch import Batch, collate
+from mpo_ext.train.encode import Sample
+from mpo_ext.train.forward import forward
+from mpo_ext.train.masks import decoder_config, plan_masks
+
+
+def supports_shared_prefix(model: nn.Module) -> str | None:
+    """Returns None if config and code of a model allow the layout "shared", otherwise the reason why not.
+
+    Args:
+        model: A Hugging Face model, bare or wrapped.
+    """
+    inner = unwrap_model(model)
+    name = type(inner).__name__
+    peft_config = getattr(model, "active_peft_config", None)
+    if getattr(peft_config, "is_prompt_learning", False):
+        return f"{type(peft_config).__name__} inserts virtual tokens before each row"
+    plan = plan_masks(inner)
+    if isinstance(plan, str):
+        return plan
+    config = decoder_config(inner)
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} has an encoder and a decoder"
+    if getattr(config, "cross_attention_layers", None):
+        return f"{name} attends to images through cross attention"
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None):
+        return f"{name} has attention that is not causal"
+    for module in inner.modules():
+        kind = type(module)
+        if getattr(kind, "_is_stateful", False):
+            return f"{kind.__name__} has recurrent layers, which no mask can separate"
+        # Gemma 3: a mask passed by the caller replaces the mask that lets the tokens of an image attend to each other.
+        if hasattr(kind, "get_image_features") and "block_sequence_ids" in _forward_source(kind):
+            return f"tokens of an image attend to each other in {kind.__name__}"
+    return None
+
+
+def check_shared_prefix(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    pad_id: int,
+    positions: Callable[[Sample], Tensor] | None = None,
+    device: torch.device | str | None = None,
+    tolerance: float | None = None,
+) -> str | None:
+    """Compares the log-probs of a few pairs in the layouts "shared" and "separate".
+
+    The model runs three times in evaluation mode, without gradients. In the third run the responses attend to each
+    other, which measures the effect of a broken mask. Meanwhile a sliding window is reduced below the length of the
+    sequences. The model's state is restored afterwards. Ranks that share a model must call this function together and
+    agree on the result.
+
+    Args:
+        model: As in ``forward``.
+        samples: At least one sample, with images if the run will have images.
+        pad_id: As in ``collate``.
+        positions: As in ``collate``.
+        device: Device of the model; None takes the device of its first parameter.
+        tolerance: Maximum root mean square of the differences of log-probs, in nats. None takes 16 times the
+            precision of the arithmetic, at least 1e-3. The limit also is half of the effect of a broken mask, but not
+            below a quarter of ``tolerance``.
+
+    Returns:
+        None if the log-probs agree, otherwise the reason.
+
+    Raises:
+        torch.OutOfMemoryError: If memory runs out.
+        Exception: Whatever the model raises in the layout "separate".
+    """
+    reason = supports_shared_prefix(model)
+    if reason is not None:
+        return reason
+    device = next(model.parameters()).device if device is None else device
+    shared = collate(samples, "shared", pad_id=pad_id, positions=positions)
+    separate = collate(samples, "separate", pad_id=pad_id, positions=positions)
+    labelled = shared.labels != MPOConfig().ignore_index
+    if not labelled.any():
+        return None
+    longest = int((separate.segments >= 0).sum(1).max())
+    kind = type(unwrap_model(model)).__name__
+    with _evaluation_mode(model, max(1, longest // 2)), torch.no_grad():
+        expected, epsilon = label_logp_and_precision(model, separate.to(device))
+        try:
+            actual, _ = label_logp_and_precision(model, shared.to(device))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return f"{type(error).__name__} in the forward of {kind}: {error}"
+        leaking = dataclasses.replace(shared, segments=shared.segments.clamp(max=1))
+        broken, _ = label_logp_and_precision(model, leaking.to(device))
+    differences = (actual - expected)[labelled].abs()
+    rms = _rms(differences)
+    leak = _rms((broken - expected)[labelled])
+    bound = max(16 * epsilon, 1e-3) if tolerance is None else tolerance
+    limit = min(bound, max(leak / 2, bound / 4))
+    if rms <= limit:
+        return None
+    worst = int(torch.where(labelled)[0][differences.nan_to_num(math.inf).argmax()])
+    name = samples[(int(torch.searchsorted(shared.cu_seqlens, worst, right=True)) - 1) % len(samples)].name
+    return (
+        f"log-probs of {kind} differ by {rms:.2g} nats (root mean square; {differences.max().item():.2g} at most, in "
+        f"{name}) from the log-probs of separate rows, the limit is {limit:.2g}; responses that attend to each other "
+        f"would change them by {leak:.2g}"
+    )
+
+
+def _forward_source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+    except (OSError, TypeError):  # check_shared_prefix detects what the source would tell
+        return ""
+
+
+def label_logp_and_precision(model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
+    """Returns the log-probs of the labels on the CPU, and the precision of the arithmetic that computed them."""
+    dtypes: list[torch.dtype] = []
+
+    def note(module: nn.Module, args: Any) -> None:  # autocast may be active inside the model only
+        dtypes.append(module.weight.dtype)  # type: ignore[arg-type]
+        device = cast(Tensor, module.weight).device.type
+        if torch.is_autocast_enabled(device):
+            dtypes.append(torch.get_autocast_dtype(device))
+
+    inner = unwrap_model(model)
+    handle = inner.get_input_embeddings().register_forward_pre_hook(note)  # type: ignore[operator]
+    try:
+        out = forward(model, batch)
+    finally:
+        handle.remove()
+    floats = [dtype for dtype in (*dtypes, out.hidden.dtype, out.weight.dtype) if dtype.is_floating_point]
+    epsilon = max(torch.finfo(dtype).eps for dtype in floats)
+    if out.hidden.is_cuda and torch.get_float32_matmul_precision() != "highest":
+        epsilon = max(epsilon, torch.finfo(torch.float16).eps)  # TF32 has the mantissa of float16
+    logp = linear_token_logp(out.hidden, out.weight.to(out.hidden.device), batch.labels, **out.options)
+    return logp.double().cpu(), epsilon
+
+
+def _rms(differences: Tensor) -> float:
+    return differences.square().mean().sqrt().item()
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module, window: int) -> Iterator[None]:
+    """Sets evaluation mode and limits sliding windows to ``window``; restores both on exit."""
+    training = [(module, module.training) for module in model.modules()]
+    windows: dict[int, tuple[Any, int]] = {}
+    for module in unwrap_model(model).modules():
+        owner: Any = getattr(module, "config", None)
+        for config in (owner, getattr(owner, "text_config", None)):
+            size = getattr(config, "sliding_window", None)
+            if isinstance(size, int) and size > window:
+                windows.setdefault(id(config), (config, size))
+    try:
+        model.eval()
+        for config, _ in windows.values():
+            config.sliding_window = window
+        yield
+    finally:
+        for config, size in windows.values():
+            config.sliding_window = size
+        for module, mode in training:
+            module.training = mode
