@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import machine, train_step
 from benchmarks.suite import middle
+from mpo_ext.plan import machines
 from mpo_ext.plan import roofline as cost
 
 WITHIN = 0.25
@@ -53,7 +54,7 @@ _KEPT = (
 )  # fmt: skip
 
 
-def _predict(benchmark: str, point: Mapping[str, Any], rates: cost.Machine) -> cost.Cost | None:
+def _predict(benchmark: str, point: Mapping[str, Any], rates: machines.Machine) -> cost.Cost | None:
     provider = point["provider"]
     if benchmark == "train_step":
         sizes = train_step.Sizes(**{key: point[key] for key in train_step.Sizes.__dataclass_fields__})
@@ -65,20 +66,20 @@ def _predict(benchmark: str, point: Mapping[str, Any], rates: cost.Machine) -> c
     if provider not in (cost.LOGITS if benchmark == "logits" else cost.LINEAR):
         return None
     shape = {key: point[key] for key in ("dtype", "pairs", "tokens", "vocab", "hidden", "share")}
-    return cost.loss_cost(provider, cost.Loss(**shape, product=point.get("product")), rates)
+    return cost.loss_cost(provider, cost.LossShape(**shape, matmul_dtype=point.get("product")), rates)
 
 
 @functools.cache
-def step_inputs(sizes: train_step.Sizes, *, precomputed: bool) -> tuple[cost.Model, cost.Step]:
+def step_inputs(sizes: train_step.Sizes, *, precomputed: bool) -> tuple[cost.ModelShape, cost.StepShape]:
     """The model and the step of ``benchmarks.train_step`` as the cost model takes them."""
-    from mpo_ext.plan.memory import _Estimate
+    from mpo_ext.plan.memory import MemoryEstimate
 
     with torch.device("meta"):
         model, _ = train_step.build(sizes)
     with tempfile.TemporaryDirectory() as folder:
         recipe = train_step.make_recipe(Path(folder), Path("pairs.jsonl"), sizes, 1, {})
-    estimate = _Estimate(recipe, model, model.get_output_embeddings(), "shared", 1)
-    step = cost.Step(
+    estimate = MemoryEstimate(recipe, model, "shared", 1)
+    step = cost.StepShape(
         prompt=sizes.images * sizes.image_tokens + sizes.text + 8,
         response=(sizes.response + sizes.least_response) // 2,
         pairs=sizes.micro_batch,

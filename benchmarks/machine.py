@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.measure import interleaved
 from mpo_ext import mpo_loss
-from mpo_ext.plan.roofline import Machine
+from mpo_ext.plan.machines import Machine
 
 _WORDS = 32 << 20  # float32: four times the last-level cache of a common server
 _FRESH_BYTES = 128 << 20  # a system may give small amounts back at once that were freed just before
@@ -96,7 +96,7 @@ def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Mac
         name=name,
         is_gpu=False,
         bandwidth=3 * size / (median["read"] + median["update"]),
-        products={dtype: flop / median[f"product {dtype}"] for dtype in DTYPES},
+        matmul_rates={dtype: flop / median[f"product {dtype}"] for dtype in DTYPES},
         kernel_rate=math.prod(_NARROW) / max(median["kernels"] - median["overhead"], 1e-9),
         softmax_rate=math.prod(_CACHED) / median["softmax"],
         fresh=_FRESH_BYTES / beyond("fresh", "fill"),

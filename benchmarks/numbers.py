@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import check_model, machine_code, schema
+from mpo_ext.plan import machines
 from mpo_ext.plan import roofline as cost
 from mpo_ext.report import markdown_table
 
@@ -447,25 +448,25 @@ def _check(documents: Documents) -> str:
 
 # --------------------------------------------------------------------------------------------------------- predictions
 
-_BIG = cost.Loss(tokens=4096, vocab=151936)
-_WIDE = cost.Loss(tokens=4096, vocab=151936, hidden=4096)
+_BIG = cost.LossShape(tokens=4096, vocab=151936)
+_WIDE = cost.LossShape(tokens=4096, vocab=151936, hidden=4096)
 
 
-def _share(loss: cost.Loss, share: float) -> cost.Loss:
-    return cost.Loss(tokens=loss.tokens, vocab=loss.vocab, hidden=loss.hidden, share=share)
+def _share(loss: cost.LossShape, share: float) -> cost.LossShape:
+    return cost.LossShape(tokens=loss.tokens, vocab=loss.vocab, hidden=loss.hidden, share=share)
 
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _gpu_table(loss: cost.Loss, methods: Sequence[str]) -> str:
-    machines = [cost.gpu(name) for name in cost.GPUS]
+def _gpu_table(loss: cost.LossShape, methods: Sequence[str]) -> str:
+    gpus = [machines.gpu(name) for name in machines.GPUS]
     rows = []
     for method in methods:
-        costs = [cost.loss_cost(method, loss, machine) for machine in machines]
+        costs = [cost.loss_cost(method, loss, machine) for machine in gpus]
         rows.append([_name(method), *(f"{1e3 * one.seconds:.1f}" for one in costs), _gib(costs[0].memory)])
-    return markdown_table(["ms, predicted", *cost.GPUS, "memory, predicted"], rows)
+    return markdown_table(["ms, predicted", *machines.GPUS, "memory, predicted"], rows)
 
 
 def _predicted(documents: Documents) -> str:
@@ -492,14 +493,14 @@ _SHARES = (1.0, 0.25, 0.1)
 
 def _products_of(method: str) -> str:
     """How many matrix products with the head a method makes, and of which rows: counted on a machine of that rate."""
-    counting = cost.Machine(name="counts", is_gpu=True, bandwidth=float("inf"), products={"bfloat16": 1.0})
+    counting = machines.Machine(name="counts", is_gpu=True, bandwidth=float("inf"), matmul_rates={"bfloat16": 1.0})
     flop = 2.0 * _WIDE.rows * _WIDE.vocab * _WIDE.width
     whole, half = (cost.loss_cost(method, _share(_WIDE, share), counting).seconds / flop for share in (1.0, 0.5))
     return f"{whole:.0f}, {'all' if half == whole else 'labelled'} rows"
 
 
 def _predicted_paths(documents: Documents) -> str:
-    machine = cost.gpu("H100")
+    machine = machines.gpu("H100")
     rows = []
     for method, text in _PATHS.items():
         costs = [cost.loss_cost(method, _share(_WIDE, share), machine) for share in _SHARES]
@@ -514,7 +515,7 @@ def _predicted_paths(documents: Documents) -> str:
     )
 
 
-def _described_model(*, trainable_share: float = 1.0, head_learns: bool = True) -> cost.Model:
+def _described_model(*, trainable_share: float = 1.0, head_learns: bool = True) -> cost.ModelShape:
     """A decoder of the sizes of Qwen2.5-7B, without a vision tower, as the trainer keeps its activations."""
     layers, width, middle, keys, vocab = 28, 3584, 18944, 512, 152064
     decoder = layers * (2 * width * width + 2 * width * keys + 3 * width * middle)
@@ -522,16 +523,16 @@ def _described_model(*, trainable_share: float = 1.0, head_learns: bool = True) 
     linear = 2 * (width + width) + 2 * (width + keys) + 3 * (width + middle)
     kept = layers * (2 * linear + 2 * (4 + 2) * width)
     parameters = decoder + 2 * vocab * width
-    return cost.Model(
+    return cost.ModelShape(
         parameters=parameters, trainable=round(trainable_share * parameters), decoder=decoder, layers=layers,
         width=width, vocab=vocab, kept=kept, head_learns=head_learns,
     )  # fmt: skip
 
 
 def _predicted_steps(documents: Documents) -> str:
-    model, machine = _described_model(), cost.gpu("H100")
-    step = cost.Step(prompt=3072, response=1024, checkpointing=True, shards=8)
-    ready = cost.Step(prompt=3072, response=1024, checkpointing=True, shards=8, precomputed=True)
+    model, machine = _described_model(), machines.gpu("H100")
+    step = cost.StepShape(prompt=3072, response=1024, checkpointing=True, shards=8)
+    ready = cost.StepShape(prompt=3072, response=1024, checkpointing=True, shards=8, precomputed=True)
     frozen = _described_model(trainable_share=0.005, head_learns=False)
     cases = [
         ("mpo_ext", model, step, "mpo_ext"),
@@ -560,15 +561,15 @@ _ROWS = 8192  # of the floors: two responses of 4,096 tokens
 
 def _floors(name: str) -> tuple[float, float]:
     """Seconds that one read, and one read and one write, of the logits take at the peak of a GPU's sheet."""
-    read = 2 * _ROWS * _BIG.vocab / cost.GPUS[name].bandwidth
+    read = 2 * _ROWS * _BIG.vocab / machines.GPUS[name].bandwidth
     return read, 2 * read
 
 
 def _predicted_floors(documents: Documents) -> str:
     rows = []
-    for name in cost.GPUS:
+    for name in machines.GPUS:
         forward, backward = _floors(name)
-        bandwidth = f"{cost.GPUS[name].bandwidth / 1e12:.2f} TB/s"
+        bandwidth = f"{machines.GPUS[name].bandwidth / 1e12:.2f} TB/s"
         rows.append([name, bandwidth, *(f"{1e3 * s:.2f}" for s in (forward, backward, forward + backward))])
     header = ["GPU", "peak bandwidth", "forward, ms", "backward, ms", "both, ms"]
     return (
@@ -582,7 +583,7 @@ def _predicted_issue(documents: Documents) -> str:
     names = ("token_logp bfloat16", "token_logp bfloat16 stats", "logits_grad bfloat16")
     forward, stats, backward = (counts[name]["per_logit"] for name in names)
     rows = []
-    for name, sheet in cost.GPUS.items():
+    for name, sheet in machines.GPUS.items():
         read, update = _floors(name)
         clocks = sheet.multiprocessors * sheet.clock / (_ROWS * _BIG.vocab)  # clocks per second and logit, of all
         shares = [forward / 128 / clocks / read, 1 / 16 / clocks / read, stats / 128 / clocks / read]
@@ -624,12 +625,12 @@ def _registers(documents: Documents) -> str:
 
 def _sheets(documents: Documents) -> str:
     rows = []
-    for name, one in cost.GPUS.items():
+    for name, one in machines.GPUS.items():
         figures = {
             "memory": f"{one.memory / 1e9:.0f} GB",
             "bandwidth": f"{one.bandwidth / 1e12:.2f} TB/s",
-            "bfloat16": f"{one.products['bfloat16'] / 1e12:.0f}",
-            "float32": f"{one.products['float32'] / 1e12:.1f}",
+            "bfloat16": f"{one.matmul_rates['bfloat16'] / 1e12:.0f}",
+            "float32": f"{one.matmul_rates['float32'] / 1e12:.1f}",
             "multiprocessors": str(one.multiprocessors),
             "clock": f"{one.clock / 1e9:.2f} GHz",
         }

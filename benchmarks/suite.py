@@ -25,7 +25,7 @@ from mpo_ext import MPOConfig
 from mpo_ext.loss import eager as reference
 from mpo_ext.loss.reward_shift import HOLD
 from mpo_ext.ops.linear import product_dtype
-from mpo_ext.plan.roofline import Loss
+from mpo_ext.plan.roofline import LossShape
 
 STATISTICS = "mpo_ext, all statistics"
 _TRIAL = 16  # a trial has this fraction of rows and of vocabulary
@@ -45,7 +45,7 @@ class Group:
     """
 
     sweep: str
-    loss: Loss
+    loss: LossShape
     providers: tuple[str, ...]
     runs: int = 5
     memory: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class Results:
                 self.beside[name] = statistics.median(values)
 
 
-def point(sweep: str, provider: str, loss: Loss | None, **values: Any) -> dict[str, Any]:
+def point(sweep: str, provider: str, loss: LossShape | None, **values: Any) -> dict[str, Any]:
     """A point of a result file; without ``seconds``, ``reason`` says why."""
     shape = {name: getattr(loss, name, None) for name in ("dtype", "pairs", "tokens", "vocab", "hidden", "share")}
     one = {"sweep": sweep, "provider": provider, **shape, "status": "measured", "reason": "", **values}
@@ -87,7 +87,7 @@ def point(sweep: str, provider: str, loss: Loss | None, **values: Any) -> dict[s
 # ---------------------------------------------------------------------------------------------------------- the groups
 
 
-def _around(base: Loss, axes: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, Loss]]:
+def _around(base: LossShape, axes: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, LossShape]]:
     for axis, values in axes.items():
         for value in values:
             changes = dict(value) if isinstance(value, dict) else {axis: value}
@@ -99,7 +99,7 @@ def logits_groups(*, quick: bool) -> list[Group]:
     rivals = ("eager", "torch.compile", "TRL selective_log_softmax", "Liger cross entropy", "quack cross entropy")
     everyone = ("mpo_ext", "mpo_ext, reuse_logits", STATISTICS, *rivals, "mpo_ext, cuda", "mpo_ext, triton")
     ours = ("mpo_ext", "mpo_ext, reuse_logits")
-    base = Loss(tokens=64, vocab=16384) if quick else Loss(tokens=512, vocab=151936)
+    base = LossShape(tokens=64, vocab=16384) if quick else LossShape(tokens=512, vocab=151936)
     small = dataclasses.replace(base, tokens=base.tokens // 2)
     runs = 2 if quick else 4
     groups = []
@@ -132,7 +132,7 @@ def linear_groups(*, quick: bool) -> list[Group]:
     # F.linear_cross_entropy takes seconds even on these small shapes; the full run has a trial of it.
     rivals = tuple(name for name in linear.RIVALS if not (quick and name == "F.linear_cross_entropy"))
     ours, everyone = tuple(linear.OURS), (*linear.OURS, *linear.SMALL, *rivals)
-    base = Loss(tokens=64, vocab=16384, hidden=256) if quick else Loss(tokens=128, vocab=151936, hidden=896)
+    base = LossShape(tokens=64, vocab=16384, hidden=256) if quick else LossShape(tokens=128, vocab=151936, hidden=896)
     runs = 2
     groups = [
         Group(
@@ -162,7 +162,7 @@ def linear_groups(*, quick: bool) -> list[Group]:
 class Pairs:
     """Logits ``[2B, T, V]``, labels of which the last ``share`` are labelled, ref_logp ``[2B]``."""
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: LossShape) -> None:
         generator = torch.Generator().manual_seed(0)
         shape = (2 * loss.pairs, loss.tokens)
         # The same values for each row: drawing them all takes longer than measuring.
@@ -254,13 +254,13 @@ def _linear_cases(group: Group) -> tuple[dict[str, Callable[[Any], Any]], dict[s
     return _usable(group, makers, linear_batch)
 
 
-def linear_batch(loss: Loss) -> linear.Batch:
+def linear_batch(loss: LossShape) -> linear.Batch:
     """The batch of ``benchmarks.linear``; B pairs of T tokens are one of B T, which the products cannot tell."""
-    return linear.Batch(getattr(torch, loss.dtype), loss.pairs * loss.tokens, loss.width, loss.vocab, loss.share)
+    return linear.Batch(getattr(torch, loss.dtype), loss.pairs * loss.tokens, loss.hidden_size, loss.vocab, loss.share)
 
 
 def _usable(
-    group: Group, makers: Mapping[str, Callable[[], Callable[[Any], Any]]], batch_of: Callable[[Loss], Any]
+    group: Group, makers: Mapping[str, Callable[[], Callable[[Any], Any]]], batch_of: Callable[[LossShape], Any]
 ) -> tuple[dict[str, Callable[[Any], Any]], dict[str, str]]:
     """The providers that can run on the group's shape in a reasonable time, and why the others cannot."""
     loss = group.loss
@@ -300,7 +300,7 @@ def _elapsed(run: Callable[[Any], Any], batch: Any) -> float:
     return time.perf_counter() - begin
 
 
-def _logits_floor(loss: Loss, batch: Pairs) -> dict[str, Callable[[], Any]]:
+def _logits_floor(loss: LossShape, batch: Pairs) -> dict[str, Callable[[], Any]]:
     """What any method does to the bytes: labelled rows read, read again and written in place, as float32."""
     labelled = batch.logits[:, loss.tokens - round(loss.tokens * loss.share) :]
     return {"floor": lambda: (labelled.view(torch.float32).sum(), labelled.view(torch.float32).mul_(1.0))}
@@ -402,7 +402,7 @@ def _logits_memory(begin: Callable[[], None], name: str, group: Group, threads: 
 def _linear_memory(begin: Callable[[], None], name: str, group: Group, threads: int) -> None:
     torch.set_num_threads(threads)
     loss = group.loss
-    linear._memory_target(begin, name, loss.dtype, loss.share, (loss.pairs * loss.tokens, loss.width, loss.vocab))
+    linear._memory_target(begin, name, loss.dtype, loss.share, (loss.pairs * loss.tokens, loss.hidden_size, loss.vocab))
 
 
 def _add_point(

@@ -1,4 +1,4 @@
-"""Plots and self-contained HTML pages. Knows figures, tables and templates, and nothing of what they are about."""
+"""Plots, self-contained HTML pages, and tables in Markdown and plain text, for any content."""
 
 import dataclasses
 import math
@@ -18,9 +18,9 @@ class Line:
     """One line of a panel.
 
     Attributes:
-        label: For the legend.
-        x: Positions.
-        y: Values, as many.
+        label: Text in the legend.
+        x: Positions on the x axis.
+        y: Values, one for each position.
         color: Any matplotlib colour.
         style: A matplotlib line style such as "-" or "--".
         smooth: Width of a running mean; 1 draws the values as they are. The raw values stay visible behind the mean.
@@ -129,15 +129,29 @@ def save_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lays out a Markdown table; the first column is aligned to the left, the others to the right."""
+    """Returns a Markdown table. The first column is aligned to the left, the others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    widths = [widths[0], *(max(width, 2) for width in widths[1:])]  # the delimiter of a column needs a hyphen
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [_cells(row, widths, [False, *[True] * (len(widths) - 1)]) for row in (header, rule, *rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
 
-    rule = ["-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *map(line, rows)]) + "\n"
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table for a terminal, indented by two spaces. A header of empty strings is left out."""
+    lines = [header, *rows] if any(header) else rows
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    is_right = [is_numeric_column(rows, column) for column in range(len(header))]
+    return "\n".join(f"  {'  '.join(_cells(line, widths, is_right))}".rstrip() for line in lines)
+
+
+def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
+    """Says whether a column of a table with three or more columns holds numbers, which are aligned to the right."""
+    return column > 0 and len(rows[0]) > 2 and all(not row[column] or row[column][0].isdigit() for row in rows)
+
+
+def _cells(row: Sequence[str], widths: Sequence[int], is_right: Sequence[bool]) -> list[str]:
+    return [
+        cell.rjust(width) if right else cell.ljust(width)
+        for cell, width, right in zip(row, widths, is_right, strict=True)
+    ]

@@ -11,9 +11,9 @@ def main(argv: list[str] | None = None) -> int:
     from mpo_ext.cli.demo import add_parser as add_demo
     from mpo_ext.cli.doctor import add_parser as add_doctor
     from mpo_ext.cli.evaluate import add_parser as add_evaluate
+    from mpo_ext.cli.plan import add_parser as add_plan
     from mpo_ext.cli.sample import add_parser as add_sample
     from mpo_ext.cli.train import add_parser as add_train
-    from mpo_ext.cli.train import add_plan_parser as add_plan
 
     parser = argparse.ArgumentParser(
         prog="mpo-ext", description="Mixed Preference Optimization of multimodal and text language models."

@@ -3,14 +3,11 @@
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mpo_ext.checks import LinesError, install_hint
-from mpo_ext.cli.shared import leave_broken_pipe
+from mpo_ext.cli.shared import accept_late_settings, report_error
 
 if TYPE_CHECKING:
-    from mpo_ext.plan.memory import Plan
-    from mpo_ext.plan.roofline import Machine
     from mpo_ext.train.recipe import Recipe
 
 
@@ -40,100 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run_train)
-    _take_late_settings(parser)
-
-
-def _take_late_settings(parser: argparse.ArgumentParser) -> None:
-    parse = parser.parse_known_args
-
-    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        """Takes the settings behind an option too, which argparse leaves over."""
-        namespace, left = parse(args, namespace)
-        for text in left:
-            if text.startswith("--") and "." in text.partition("=")[0]:
-                setting = text.lstrip("-")
-                shown = setting if "=" in setting else f"{setting}=VALUE"
-                parser.error(f"settings must be given as KEY=VALUE without dashes, as {shown}, got {text}")
-        late = [text for text in left if "=" in text and not text.startswith("-")]
-        namespace.overrides = [*namespace.overrides, *late]
-        return namespace, [text for text in left if text not in late]
-
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
-
-
-def add_plan_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Registers ``mpo-ext plan``."""
-    parser = subcommands.add_parser(
-        "plan",
-        help="predict time and memory of a recipe on a GPU",
-        description="Says what mpo-ext train --dry-run says, and what a step is predicted to take on a GPU, as the "
-        "recipe has it and otherwise. Nothing of it is measured.",
-    )
-    parser.add_argument("recipe", help="YAML file; relative paths in it start at the current folder")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="setting in place of the recipe's")
-    parser.add_argument(
-        "--gpu", metavar="NAME",
-        help="A100, H100, H200 or B200, by its data sheet (default: H100); others by --bandwidth and --tflops",
-    )  # fmt: skip
-    parser.add_argument("--bandwidth", type=float, metavar="TB/S", help="peak memory bandwidth, in place of --gpu")
-    parser.add_argument("--tflops", type=float, help="peak dense TFLOP/s in the recipe's precision, with --bandwidth")
-    parser.add_argument("--world", type=int, default=1, metavar="N", help="processes (default: 1)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(run=run_plan)
-    _take_late_settings(parser)
-
-
-def run_plan(args: argparse.Namespace) -> int:
-    """Runs ``mpo-ext plan``.
-
-    Returns:
-        0, or 1 where recipe, model, data or GPU are not as they must be.
-    """
-    try:
-        from mpo_ext.plan.memory import plan
-        from mpo_ext.train.recipe import load_recipe
-
-        planned = plan(load_recipe(args.recipe, args.overrides), world=args.world)
-        machine = _machine(args, planned.cost_model.compute)
-        print_plan(planned)
-        article = "an" if machine.name[0] in "AH" else "a"  # an A100, an H200
-        title = f"Time of a step on {article} {machine.name}, PREDICTED ({machine.source}; communication and data "
-        memory = "memory" if planned.world == 1 else "memory, one copy per rank"
-        print_table(f"{title}left out)", ("", "step", "of this recipe", memory), planned.times(machine))
-        for line in planned.advice(machine):
-            print(f"- {line}")
-        sys.stdout.flush()
-        return 0
-    except ImportError as error:
-        hint = "" if "pip install" in str(error) else f": {install_hint('train')}"
-        return _fail(args, error, hint, "plan")
-    except (OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        return _fail(args, error, command="plan")
-
-
-def _machine(args: argparse.Namespace, dtype: str) -> "Machine":
-    """The GPU that the options name.
-
-    Raises:
-        ValueError: If they do not name one.
-    """
-    from mpo_ext.plan import roofline as cost
-
-    given = {"--bandwidth": args.bandwidth, "--tflops": args.tflops}
-    if args.bandwidth is None and args.tflops is None:
-        try:
-            return cost.gpu(args.gpu or "H100")
-        except ValueError as error:
-            raise ValueError(f"{error}: describe another one by its peaks, with --bandwidth and --tflops") from error
-    if args.gpu is not None:
-        raise ValueError(f"--gpu must not come with --bandwidth or --tflops, got {args.gpu!r} with them")
-    for name, value in given.items():
-        if value is None:
-            raise ValueError(f"{name} must be given too, got only {', '.join(k for k, v in given.items() if v)}")
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-    name = f"GPU of {args.bandwidth:g} TB/s and {args.tflops:g} TFLOP/s"
-    return cost.peaks(args.bandwidth * 1e12, {dtype: args.tflops * 1e12}, name)
+    accept_late_settings(parser)
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -152,7 +56,8 @@ def run_train(args: argparse.Namespace) -> int:
             from mpo_ext.train.loop import train
 
             return train(recipe) or 0
-        from mpo_ext.plan.memory import plan
+        from mpo_ext.plan.planner import plan
+        from mpo_ext.plan.report import print_plan
 
         planned = plan(recipe, world=args.world or int(os.environ.get("WORLD_SIZE", "1")))
         if int(os.environ.get("RANK", "0")) == 0:
@@ -161,33 +66,8 @@ def run_train(args: argparse.Namespace) -> int:
             sys.stdout.flush()
             return 0 if is_sound else 1
         return 0
-    except ImportError as error:
-        hint = "" if "pip install" in str(error) else f": {install_hint('train')}"
-        return _fail(args, error, hint)
-    except (OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        return _fail(args, error)
-
-
-def print_plan(plan: "Plan") -> None:
-    """Prints a plan in tables on a terminal, and as text elsewhere."""
-    if not sys.stdout.isatty():
-        print(plan)
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    for title, header, rows in plan.tables():
-        table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=any(header), pad_edge=False)
-        for column, name in enumerate(header):
-            is_number = column > 0 and all(row[column][:1].isdigit() or not row[column] for row in rows)
-            table.add_column(name, justify="right" if is_number and any(header) else "left")
-        for row in rows:
-            table.add_row(*row, end_section=False)
-        console.print(table)
-    for note in plan.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+    except (ImportError, OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        return report_error("train", error, debug=args.debug)
 
 
 def print_look(recipe: "Recipe") -> bool:
@@ -226,29 +106,6 @@ def print_look(recipe: "Recipe") -> bool:
         end = "every pair would be left out" if recipe.data.skip_bad else "the run would end at the first of them"
         print(f"  NOT SOUND: {end}")
     return is_sound
-
-
-def print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Prints a table as text."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    print(f"\n{title}")
-    for row in (header, *rows):
-        cells = [
-            cell.rjust(width) if n else cell.ljust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print(f"  {'  '.join(cells)}".rstrip())
-    print()
-
-
-def _fail(args: argparse.Namespace, error: Exception, hint: str = "", command: str = "train") -> int:
-    if args.debug:
-        raise error
-    if isinstance(error, BrokenPipeError):
-        return leave_broken_pipe()
-    text = str(error) if isinstance(error, LinesError) else " ".join(str(error).split()) or type(error).__name__
-    print(f"mpo-ext {command}: {text}{hint}", file=sys.stderr)
-    return 1
 
 
 def main(argv: list[str] | None = None) -> int:

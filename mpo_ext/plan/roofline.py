@@ -1,17 +1,14 @@
-"""What a loss or a training step costs, predicted: a roofline over few rates of a machine. Nothing here measures.
+"""Predicted time and memory of a loss and of a training step: a roofline over few rates of a machine.
 
-A method is a list of stages. A stage takes as long as its matrix products, its memory traffic or its arithmetic takes,
-whichever is longest; what is first written to fresh memory of the system costs page faults on top, on a CPU. The rates
-are those of the machine and the same for every method; nothing is fitted to a method. docs/performance.md compares the
-predictions with measurements on a CPU; those for GPUs are compared with nothing.
+A method is a list of stages (``mpo_ext.plan.machines``). Nothing is measured here, and nothing is fitted to a method.
+docs/performance.md compares the predictions with measurements on a CPU; the predictions for GPUs are not yet compared.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 
-#: Shares of a GPU's peak that large kernels are taken to reach: assumptions, not measurements.
-BANDWIDTH_SHARE, PRODUCT_SHARE = 0.9, 0.7
+from mpo_ext.checks import check_choice
+from mpo_ext.plan.machines import Machine, Stage
 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GPU_TILES = 256 << 20  #: Default memory_budget of linear_mpo_loss on a GPU, in bytes.
@@ -19,90 +16,12 @@ _CPU_TILES = 16 << 20
 _TRL_ROWS, _TRL_COLUMNS = 4096, 32768  # of a tile of TRL's ChunkedLogProb
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Rates of a machine. ``inf`` is a cost that it does not have.
-
-    Attributes:
-        name: For tables.
-        is_gpu: Whether methods do what they do on a GPU.
-        bandwidth: Bytes per second, read or written, of memory that is in use already.
-        products: FLOP per second of large matrix products, by dtype.
-        kernel_rate: Logits per second that our kernels compute, forward and backward together, where memory keeps up.
-        softmax_rate: Logits per second that torch's log_softmax and its backward compute in cache, together.
-        fresh: Bytes per second that small pages of fresh memory cost besides being written.
-        huge: The same for huge pages.
-        overhead: Seconds that forward and backward of a loss take whatever their size.
-        source: Where the rates come from.
-    """
-
-    name: str
-    is_gpu: bool
-    bandwidth: float
-    products: Mapping[str, float]
-    kernel_rate: float = math.inf
-    softmax_rate: float = math.inf
-    fresh: float = math.inf
-    huge: float = math.inf
-    overhead: float = 0.0
-    source: str = ""
-
-    def __post_init__(self) -> None:
-        rates = {name: getattr(self, name) for name in ("bandwidth", "kernel_rate", "softmax_rate", "fresh", "huge")}
-        rates |= {f"products[{name!r}]": rate for name, rate in self.products.items()}
-        for name, rate in rates.items():
-            if not rate > 0:  # also catches NaN
-                raise ValueError(f"{name} must be positive, got {rate}")
-        if not 0 <= self.overhead < math.inf:
-            raise ValueError(f"overhead must be finite and not negative, got {self.overhead}")
-
-    def seconds(self, stage: "Stage") -> float:
-        """Time of a stage.
-
-        Raises:
-            ValueError: If no rate is known for the dtype of its products.
-        """
-        if stage.flop and stage.dtype not in self.products:
-            raise ValueError(f"dtype must be one of {', '.join(self.products)} on {self.name}, got {stage.dtype!r}")
-        work = max(
-            stage.flop / self.products[stage.dtype] if stage.flop else 0.0,
-            stage.moved / self.bandwidth,
-            stage.kernel / self.kernel_rate + stage.softmax / self.softmax_rate,
-        )
-        return work + stage.fresh / self.fresh + stage.huge / self.huge
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """A part of the work that overlaps with no other.
-
-    Attributes:
-        name: Of the part.
-        flop: Floating-point operations of its matrix products.
-        dtype: Of their operands.
-        moved: Bytes read and written.
-        kernel: Logits that our kernels take forward and backward; one direction counts half.
-        softmax: Logits that torch's softmax takes forward and backward; one direction counts half.
-        fresh: Bytes of small pages of fresh memory.
-        huge: Bytes of huge pages of fresh memory.
-    """
-
-    name: str
-    flop: float = 0.0
-    dtype: str = "float32"
-    moved: float = 0.0
-    kernel: float = 0.0
-    softmax: float = 0.0
-    fresh: float = 0.0
-    huge: float = 0.0
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cost:
-    """A prediction.
+    """A predicted cost.
 
     Attributes:
-        seconds: Of all stages.
+        seconds: Time of all stages.
         memory: Peak bytes beyond inputs and parameters; gradients are included.
         parts: Seconds by stage.
     """
@@ -113,88 +32,17 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """Figures of a vendor's data sheet.
+class LossShape:
+    """Shape and dtypes of a loss.
 
     Attributes:
-        bandwidth: Peak bytes per second.
-        products: Peak dense FLOP per second, by dtype; of float32 without tensor cores.
-        multiprocessors: Number.
-        clock: Hertz.
-        memory: Bytes.
-        source: Name of the data sheet.
-        unconfirmed: Figures that are in no document of the vendor that was looked at.
-    """
-
-    bandwidth: float
-    products: Mapping[str, float]
-    multiprocessors: int
-    clock: float
-    memory: float
-    source: str
-    unconfirmed: tuple[str, ...] = ()
-
-
-def _halves(dense: float, float32: float) -> dict[str, float]:
-    return {"float32": float32, "bfloat16": dense, "float16": dense}
-
-
-#: Dense figures: the sheets of Hopper and Blackwell print those with sparsity, twice as much. Clocks are those at
-#: which the float32 lanes reach the sheet's float32 peak; the tensor cores of Hopper and Blackwell clock lower.
-GPUS = {
-    "A100": Gpu(bandwidth=2.039e12, products=_halves(312e12, 19.5e12), multiprocessors=108, clock=1.41e9, memory=80e9,
-                source="NVIDIA A100 data sheet, SXM 80 GB; A100 architecture white paper"),
-    "H100": Gpu(bandwidth=3.35e12, products=_halves(989e12, 67e12), multiprocessors=132, clock=1.98e9, memory=80e9,
-                source="NVIDIA H100 data sheet, SXM; H100 architecture white paper"),
-    "H200": Gpu(bandwidth=4.8e12, products=_halves(989e12, 67e12), multiprocessors=132, clock=1.98e9, memory=141e9,
-                source="NVIDIA H200 data sheet, SXM", unconfirmed=("multiprocessors", "clock")),
-    "B200": Gpu(bandwidth=7.7e12, products=_halves(2250e12, 75e12), multiprocessors=148, clock=1.98e9, memory=180e9,
-                source="NVIDIA Blackwell data sheet, HGX B200", unconfirmed=("multiprocessors", "clock")),
-}  # fmt: skip
-
-
-def gpu(name: str) -> Machine:
-    """The machine that a data sheet promises, at ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of its peaks.
-
-    Raises:
-        ValueError: If the GPU is not in ``GPUS``.
-    """
-    if name not in GPUS:
-        raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {name!r}")
-    sheet = GPUS[name]
-    exponentials = 16 * sheet.multiprocessors * sheet.clock  # a logit takes one forward and one backward
-    return dataclasses.replace(
-        peaks(sheet.bandwidth, sheet.products, name), kernel_rate=exponentials / 2, source=sheet.source
-    )
-
-
-def peaks(bandwidth: float, products: Mapping[str, float], name: str = "GPU") -> Machine:
-    """A GPU of these peaks: bytes per second, and FLOP per second by dtype; the same shares of them are reached."""
-    return Machine(
-        name=name,
-        is_gpu=True,
-        bandwidth=BANDWIDTH_SHARE * bandwidth,
-        products={dtype: PRODUCT_SHARE * rate for dtype, rate in products.items()},
-        overhead=50e-6,  # launches of a forward and a backward: a guess
-        source="peaks as given",
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- the losses
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Loss:
-    """What a loss is computed of.
-
-    Attributes:
-        pairs: B; there are 2 B sequences.
-        tokens: T, of each.
-        vocab: V.
-        hidden: D; None where the loss starts from logits.
-        share: Of the rows that have a label.
-        dtype: Of the logits, or of hidden states and head.
-        product: Of the operands of our matrix products, where not ``dtype``: a CPU may widen them.
+        pairs: Number of pairs, B; there are 2 B sequences.
+        tokens: Tokens of each sequence, T.
+        vocab: Size of the vocabulary, V.
+        hidden: Size of the hidden states, D; None where the loss starts from logits.
+        share: Fraction of the rows that have a label.
+        dtype: Dtype of the logits, or of hidden states and head.
+        matmul_dtype: Dtype of the inputs of our matrix products; None means ``dtype``. A CPU may widen them.
     """
 
     pairs: int = 1
@@ -203,7 +51,7 @@ class Loss:
     hidden: int | None = None
     share: float = 1.0
     dtype: str = "bfloat16"
-    product: str | None = None
+    matmul_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("pairs", "tokens", "vocab") + (() if self.hidden is None else ("hidden",)):
@@ -211,23 +59,22 @@ class Loss:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must be in [0, 1], got {self.share}")
-        for dtype in (self.dtype, *([] if self.product is None else [self.product])):
-            if dtype not in _SIZES:
-                raise ValueError(f"dtype must be one of {', '.join(_SIZES)}, got {dtype!r}")
+        for dtype in (self.dtype, *([] if self.matmul_dtype is None else [self.matmul_dtype])):
+            check_choice("dtype", dtype, _SIZES)
 
     @property
     def rows(self) -> int:
-        """All rows, ``2 B T``."""
+        """Number of rows, ``2 B T``."""
         return 2 * self.pairs * self.tokens
 
     @property
     def labelled(self) -> int:
-        """Rows with a label."""
+        """Number of rows with a label."""
         return 2 * self.pairs * round(self.tokens * self.share)
 
     @property
-    def width(self) -> int:
-        """D.
+    def hidden_size(self) -> int:
+        """``hidden`` of a loss from hidden states.
 
         Raises:
             ValueError: If the loss starts from logits.
@@ -238,31 +85,32 @@ class Loss:
 
     @property
     def size(self) -> int:
-        """Bytes of a logit, of an element of the hidden states, and of one of the head."""
+        """Bytes of one element of logits, hidden states and head."""
         return _SIZES[self.dtype]
 
 
-_Parts = tuple[list[Stage], float]  # the stages, and the peak memory beyond inputs, gradients included
+_Parts = tuple[list[Stage], float]  # the stages, and the peak bytes beyond inputs, gradients included
+_Method = Callable[[LossShape, Machine], _Parts]
 
 
-def _logits_ours(loss: Loss, machine: Machine) -> _Parts:
+def _logits_ours(loss: LossShape, machine: Machine) -> _Parts:
     labelled, every = loss.labelled * loss.vocab, loss.rows * loss.vocab
-    # On a CPU ignored rows of the gradient are pages of zeros that nobody touches.
+    # On a CPU, the ignored rows of the gradient are pages of zeros that are never touched.
     written = loss.size * (every if machine.is_gpu else labelled)
     forward = Stage(name="forward", moved=loss.size * labelled, kernel=labelled / 2)
     backward = Stage(name="backward", moved=loss.size * labelled + written, kernel=labelled / 2, huge=written)
     return [forward, backward], written
 
 
-def _logits_in_place(loss: Loss, machine: Machine) -> _Parts:
+def _logits_in_place(loss: LossShape, machine: Machine) -> _Parts:
     labelled, every = loss.labelled * loss.vocab, loss.rows * loss.vocab
     forward = Stage(name="forward", moved=loss.size * labelled, kernel=labelled / 2)
     return [forward, Stage(name="backward", moved=loss.size * (labelled + every), kernel=labelled / 2)], 0.0
 
 
-def _logits_eager(loss: Loss, machine: Machine) -> _Parts:
-    # log_softmax, the zeros that gather's backward fills, the gradient; of half precision a widened copy and the
-    # gradient rounded, too. All of them are float32 and none is used twice.
+def _logits_eager(loss: LossShape, machine: Machine) -> _Parts:
+    # Float32 tensors, none of them reused: log_softmax, the zeros that gather's backward fills, and the gradient. Half
+    # precision adds a widened copy of the logits and the rounded gradient.
     logits, size = loss.rows * loss.vocab, loss.size
     wide = size < 4
     new = 12 + (4 + size if wide else 0)
@@ -271,42 +119,43 @@ def _logits_eager(loss: Loss, machine: Machine) -> _Parts:
     return [stage], (16 if wide else 12) * logits
 
 
-def _logits_compiled(loss: Loss, machine: Machine) -> _Parts:
-    # log_softmax in float32 is kept; reads of the logits for the maximum, the sum, the result; the gradient.
+def _logits_compiled(loss: LossShape, machine: Machine) -> _Parts:
+    # Three reads of the logits (maximum, sum, result), log_softmax in float32, which is kept, and the gradient.
     logits, size = loss.rows * loss.vocab, loss.size
     moved = 3 * size + 4 + 4 + size
     stage = Stage(name="forward and backward", moved=moved * logits, softmax=1.5 * logits, fresh=(4 + size) * logits)
     return [stage], (4 + size) * logits
 
 
-def _products(loss: Loss, rows: int, count: int, name: str, dtype: str) -> Stage:
-    """Matrix products of rows by head; each reads the head or writes something of its size."""
-    flop = 2.0 * count * rows * loss.vocab * loss.width
-    return Stage(name=name, flop=flop, dtype=dtype, moved=count * _SIZES[dtype] * loss.vocab * loss.width)
+def _products(loss: LossShape, rows: int, count: int, name: str, dtype: str) -> Stage:
+    """Returns the matrix products of rows and head. Each one reads the head or writes a tensor of its size."""
+    flop = 2.0 * count * rows * loss.vocab * loss.hidden_size
+    return Stage(name=name, flop=flop, dtype=dtype, moved=count * _SIZES[dtype] * loss.vocab * loss.hidden_size)
 
 
-def _gradients(loss: Loss, *, has_head: bool = True) -> float:
-    return loss.size * loss.width * (loss.rows + (loss.vocab if has_head else 0))
+def _gradients(loss: LossShape, *, has_head: bool = True) -> float:
+    return loss.size * loss.hidden_size * (loss.rows + (loss.vocab if has_head else 0))
 
 
-def _linear_ours(loss: Loss, machine: Machine, *, products: int, keeps: bool = False, has_head: bool = True) -> _Parts:
-    product = loss.dtype if loss.product is None or machine.is_gpu else loss.product
+def _linear_ours(
+    loss: LossShape, machine: Machine, *, products: int, keeps: bool = False, has_head: bool = True
+) -> _Parts:
+    product = loss.dtype if loss.matmul_dtype is None or machine.is_gpu else loss.matmul_dtype
     logits = loss.labelled * loss.vocab
-    # On a GPU a tile is larger than the cache: float32 out of the product, through the kernel, and in half precision
-    # into the next ones. On a CPU it stays in the cache.
-    tile = {True: 4 * 6 + 2 * 3 if loss.size < 4 else 4 * 8, False: 0}[machine.is_gpu]
-    moved = tile * logits
-    widened = 0 if product == loss.dtype else products * (loss.size + _SIZES[product]) * loss.vocab * loss.width
+    # On a GPU, a tile does not fit the cache: a product writes it in float32, the kernel reads and writes it, and the
+    # next products read it in half precision. On a CPU, a tile stays in the cache.
+    moved = (4 * 6 + 2 * 3 if loss.size < 4 else 4 * 8) * logits * machine.is_gpu
+    widened = 0 if product == loss.dtype else products * (loss.size + _SIZES[product]) * loss.vocab * loss.hidden_size
     grads = _gradients(loss, has_head=has_head)
     held = grads
     if keeps:
-        # The gradient by the head takes the memory of the logits; in half of float32's width they are a copy, else
-        # the tile itself.
+        # The head's gradient reuses the memory of the kept logits. These are the tile itself, or a copy of it if they
+        # are kept in bfloat16.
         width = 4 if machine.is_gpu or product == "float32" else loss.size
         is_narrow = width == 4 and loss.dtype == "bfloat16"
         width = 2 if is_narrow else width
         moved += (2 if is_narrow else 5) * width * logits * (not machine.is_gpu)
-        held += max(width * logits - loss.size * loss.vocab * loss.width, 0)
+        held += max(width * logits - loss.size * loss.vocab * loss.hidden_size, 0)
     budget = GPU_TILES if machine.is_gpu else _CPU_TILES
     stages = [
         _products(loss, loss.labelled, products, "matrix products", product),
@@ -314,38 +163,38 @@ def _linear_ours(loss: Loss, machine: Machine, *, products: int, keeps: bool = F
         Stage(name="gradients and copies", moved=grads + widened, huge=held),
     ]
     tiles = tile_bytes(loss.labelled, loss.vocab, budget=budget)
-    return stages, held + tiles + 8 * loss.labelled * loss.width
+    return stages, held + tiles + 8 * loss.labelled * loss.hidden_size
 
 
 def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, converted: int = 0) -> int:
-    """Memory of the tiles of ``linear_mpo_loss``: its budget, or what all of the logits would take if that is less.
+    """Returns the bytes of the tiles of ``linear_mpo_loss``: its budget, or the bytes of all logits if that is less.
 
     Args:
-        rows: Labelled rows.
-        vocab: V.
+        rows: Number of labelled rows.
+        vocab: Size of the vocabulary.
         budget: ``memory_budget``, in bytes.
-        is_half: Whether the operands of the products are of half precision: a tile then has two more copies.
-        converted: Bytes of the head in the type of the products, where it is of another.
+        is_half: Whether the inputs of the matrix products have half precision; a tile then has two more copies.
+        converted: Bytes of the head's copy in the dtype of the matrix products, if there is such a copy.
     """
     return min(budget, (12 if is_half else 4) * rows * vocab + converted)
 
 
-def _linear_recompute(loss: Loss, machine: Machine) -> _Parts:
+def _linear_recompute(loss: LossShape, machine: Machine) -> _Parts:
     return _linear_ours(loss, machine, products=4)
 
 
-def _linear_kept(loss: Loss, machine: Machine) -> _Parts:
+def _linear_kept(loss: LossShape, machine: Machine) -> _Parts:
     return _linear_ours(loss, machine, products=3, keeps=True)
 
 
-def _linear_frozen(loss: Loss, machine: Machine) -> _Parts:
+def _linear_frozen(loss: LossShape, machine: Machine) -> _Parts:
     return _linear_ours(loss, machine, products=2, has_head=False)
 
 
-def _linear_of_logits(of_logits: Callable[[Loss, Machine], _Parts]) -> Callable[[Loss, Machine], _Parts]:
-    """Materialised logits of all rows, three products, and a method on the logits."""
+def _linear_of_logits(of_logits: _Method) -> _Method:
+    """Returns a method that computes the logits of all rows and continues with a method on logits."""
 
-    def method(loss: Loss, machine: Machine) -> _Parts:
+    def method(loss: LossShape, machine: Machine) -> _Parts:
         stages, memory = of_logits(loss, machine)
         logits, grads = loss.size * loss.rows * loss.vocab, _gradients(loss)
         first = _products(loss, loss.rows, 3, "matrix products", loss.dtype)
@@ -354,16 +203,16 @@ def _linear_of_logits(of_logits: Callable[[Loss, Machine], _Parts]) -> Callable[
     return method
 
 
-def _linear_trl(loss: Loss, machine: Machine) -> _Parts:
+def _linear_trl(loss: LossShape, machine: Machine) -> _Parts:
     grads = _gradients(loss)
-    sums = 4 * loss.width * (loss.rows + loss.vocab)  # float32, whatever the dtype
+    sums = 4 * loss.hidden_size * (loss.rows + loss.vocab)  # in float32 for every dtype
     if machine.is_gpu:
         logits = loss.labelled * loss.vocab
         tile = loss.size * min(loss.labelled, _TRL_ROWS) * min(loss.vocab, _TRL_COLUMNS)
         kernels = Stage(name="kernels", moved=7 * loss.size * logits, kernel=logits)
         return [_products(loss, loss.labelled, 4, "matrix products", loss.dtype), kernels], grads + sums + tile
-    # On a CPU every row is scored, by torch operations that make a float32 tensor each: 4 forward, 10 backward. The
-    # two products of the backward take float32 operands.
+    # On a CPU, every row is scored by torch operations that each create a float32 tensor: 4 forward, 10 backward. The
+    # two products of the backward have float32 inputs.
     logits = loss.rows * loss.vocab
     tile = min(loss.rows, _TRL_ROWS) * min(loss.vocab, _TRL_COLUMNS)
     stages = [
@@ -375,11 +224,11 @@ def _linear_trl(loss: Loss, machine: Machine) -> _Parts:
     return stages, sums + (grads if loss.size < 4 else 0) + (loss.size + 6 * 4) * tile
 
 
-def _linear_cce(loss: Loss, machine: Machine) -> _Parts:
+def _linear_cce(loss: LossShape, machine: Machine) -> _Parts:
     grads = _gradients(loss)
-    if machine.is_gpu:  # tiles that never leave the chip; its filter of small gradients is left out
+    if machine.is_gpu:  # its tiles never leave the chip; its filter of small gradients is not modelled
         return [_products(loss, loss.labelled, 4, "matrix products", loss.dtype)], grads
-    # Its torch_compile: ignored rows are dropped, logits are materialised.
+    # Its torch_compile implementation drops ignored rows and materialises the logits.
     logits = loss.labelled * loss.vocab
     stages = [
         _products(loss, loss.labelled, 3, "matrix products", loss.dtype),
@@ -389,8 +238,8 @@ def _linear_cce(loss: Loss, machine: Machine) -> _Parts:
     return stages, grads + 2 * loss.size * logits
 
 
-def _linear_torch(loss: Loss, machine: Machine) -> _Parts:
-    # F.linear_cross_entropy with reduction="none": chunks of rows, which backward computes again.
+def _linear_torch(loss: LossShape, machine: Machine) -> _Parts:
+    # F.linear_cross_entropy with reduction="none" works on chunks of rows, which backward recomputes.
     logits, grads = loss.rows * loss.vocab, _gradients(loss)
     stages = [
         _products(loss, loss.rows, 4, "matrix products", loss.dtype),
@@ -400,8 +249,8 @@ def _linear_torch(loss: Loss, machine: Machine) -> _Parts:
     return stages, grads + _CPU_TILES
 
 
-def _linear_liger(loss: Loss, machine: Machine) -> _Parts:
-    # Chunks are whole pairs: its logits, their log_softmax in float32, and the gradients of both.
+def _linear_liger(loss: LossShape, machine: Machine) -> _Parts:
+    # A chunk is a whole pair and has logits, their log_softmax in float32, and the gradients of both.
     logits, pair, grads = loss.rows * loss.vocab, 2 * loss.tokens * loss.vocab, _gradients(loss)
     stages = [
         _products(loss, loss.rows, 3, "matrix products", loss.dtype),
@@ -411,16 +260,16 @@ def _linear_liger(loss: Loss, machine: Machine) -> _Parts:
     return stages, 2 * grads + (2 * loss.size + 8) * pair
 
 
-#: Methods that start from logits, under the names that benchmarks.logits has for them.
-LOGITS: dict[str, Callable[[Loss, Machine], _Parts]] = {
+#: Methods that start from logits, by their names in benchmarks.logits.
+LOGITS: dict[str, _Method] = {
     "mpo_ext": _logits_ours,
     "mpo_ext, reuse_logits": _logits_in_place,
     "torch.compile": _logits_compiled,
     "eager": _logits_eager,
 }
 
-#: Methods that start from hidden states, under the names that benchmarks.linear has for them where it has them.
-LINEAR: dict[str, Callable[[Loss, Machine], _Parts]] = {
+#: Methods that start from hidden states, by their names in benchmarks.linear if it has them.
+LINEAR: dict[str, _Method] = {
     "mpo_ext": _linear_recompute,
     "mpo_ext, recompute=False": _linear_kept,
     "mpo_ext, frozen head": _linear_frozen,
@@ -435,20 +284,19 @@ LINEAR: dict[str, Callable[[Loss, Machine], _Parts]] = {
 }
 
 
-def loss_cost(method: str, loss: Loss, machine: Machine) -> Cost:
-    """Forward and backward of the MPO loss.
+def loss_cost(method: str, loss: LossShape, machine: Machine) -> Cost:
+    """Predicts forward and backward of the MPO loss.
 
     Args:
-        method: A key of ``LINEAR`` where ``loss.hidden`` is given, else one of ``LOGITS``.
-        loss: What it is computed of.
-        machine: On what.
+        method: A key of ``LINEAR`` if ``loss.hidden`` is given, otherwise a key of ``LOGITS``.
+        loss: Shape of the loss.
+        machine: The machine.
 
     Raises:
         ValueError: If the method is unknown, or the machine has no rate for the dtype.
     """
     methods = LOGITS if loss.hidden is None else LINEAR
-    if method not in methods:
-        raise ValueError(f"method must be one of {', '.join(methods)}, got {method!r}")
+    check_choice("method", method, methods)
     stages, memory = methods[method](loss, machine)
     return _cost(stages, memory, machine)
 
@@ -461,29 +309,26 @@ def _cost(stages: Sequence[Stage], memory: float, machine: Machine) -> Cost:
     return Cost(sum(parts.values()), memory, parts)
 
 
-# ----------------------------------------------------------------------------------------------------- a training step
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """What the cost of a step depends on.
+class ModelShape:
+    """Sizes and dtypes of a model that the cost of a step depends on.
 
     Attributes:
-        parameters: All of them.
-        trainable: Those that learn.
-        decoder: Weights of the decoder's linear layers, the head left out.
-        layers: Of the decoder.
-        width: Of the decoder, D.
-        vocab: V.
-        kept: Bytes that the decoder's layers keep of a position for backward.
-        vision: Weights of the linear layers of vision tower and projector.
-        vision_layers: Of the tower.
-        vision_width: Of the tower.
-        vision_kept: Bytes that it keeps of a patch.
-        vision_learns: Whether it has a backward.
+        parameters: Number of parameters.
+        trainable: Number of trainable parameters.
+        decoder: Number of weights of the decoder's linear layers, without the output head.
+        layers: Number of decoder layers.
+        width: Hidden size of the decoder, D.
+        vocab: Size of the vocabulary, V.
+        kept: Bytes per position that the decoder's layers keep for backward.
+        vision: Number of weights of the linear layers of vision tower and projector.
+        vision_layers: Number of layers of the vision tower.
+        vision_width: Hidden size of the vision tower.
+        vision_kept: Bytes per patch that the vision tower keeps for backward.
+        vision_learns: Whether the vision tower has a backward.
         head_learns: Whether the head's weight has a gradient.
-        dtype: Of the parameters.
-        compute: Of the operands of matrix products.
+        dtype: Dtype of the parameters.
+        compute: Dtype of the inputs of matrix products.
     """
 
     parameters: int
@@ -504,21 +349,21 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """An optimizer step of one device.
+class StepShape:
+    """Shape of one device's optimizer step.
 
     Attributes:
-        prompt: Tokens of a prompt, those of its images included.
-        response: Tokens of a response, all of them with a label.
-        pairs: Of a micro-batch.
-        micro_batches: Of the step.
-        image_tokens: Of the prompt.
-        patches: Of the vision tower for one image token.
-        image_size: Patches that attend to each other in the tower; all those of a prompt by default.
-        checkpointing: Whether layers are computed again in backward.
-        precomputed: Whether the reference costs nothing in a step.
-        has_reference: Whether there is one.
-        shards: Over how many devices parameters, gradients and optimizer are spread.
+        prompt: Tokens of a prompt, image tokens included.
+        response: Tokens of a response; each of them has a label.
+        pairs: Pairs of a micro-batch.
+        micro_batches: Micro-batches of the step.
+        image_tokens: Image tokens of a prompt.
+        patches: Patches of the vision tower per image token.
+        image_size: Patches that attend to each other in the vision tower; None means all patches of a prompt.
+        checkpointing: Whether backward recomputes the layers.
+        precomputed: Whether the reference log-probs were computed before training.
+        has_reference: Whether the loss uses a reference.
+        shards: Number of devices over which parameters, gradients and optimizer state are sharded.
     """
 
     prompt: int
@@ -534,7 +379,7 @@ class Step:
     shards: int = 1
 
 
-#: How trainers make a step: the method of their loss, and whether the responses share a row with their prompt.
+#: For each trainer the method of its loss, and whether both responses share a row with their prompt.
 STEPS = {
     "mpo_ext": ("mpo_ext", True),
     "mpo_ext, recompute=False": ("mpo_ext, recompute=False", True),
@@ -545,26 +390,25 @@ STEPS = {
 }
 
 
-def step_cost(trainer: str, model: Model, step: Step, machine: Machine) -> Cost:
-    """A training step: layers, loss, reference, gradient norm and AdamW. Communication is left out.
+def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine) -> Cost:
+    """Predicts a training step: layers, loss, reference, gradient norm and AdamW, without communication.
 
     Args:
         trainer: A key of ``STEPS``.
-        model: What is trained.
-        step: On what.
-        machine: By what.
+        model: The trained model.
+        step: Shape of the step.
+        machine: The machine.
 
     Raises:
         ValueError: If the trainer is unknown, or the machine has no rate for the dtype.
     """
-    if trainer not in STEPS:
-        raise ValueError(f"trainer must be one of {', '.join(STEPS)}, got {trainer!r}")
+    check_choice("trainer", trainer, STEPS)
     method, is_shared = STEPS[trainer]
     row = step.prompt + 2 * step.response if is_shared else step.prompt + step.response
     rows = step.pairs * (1 if is_shared else 2)
     positions = rows * row
     patches = rows * step.image_tokens * step.patches
-    passes = 3 + step.checkpointing  # forward, and twice as much backward
+    passes = 3 + step.checkpointing  # one forward, and a backward of twice the cost
     wide = _SIZES[model.compute]
 
     def layers(name: str, times: float, vision_times: float) -> list[Stage]:
@@ -587,7 +431,7 @@ def step_cost(trainer: str, model: Model, step: Step, machine: Machine) -> Cost:
         )
         return [decoder, vision]
 
-    scored = Loss(
+    scored = LossShape(
         pairs=step.pairs,
         tokens=row if not is_shared else step.response,
         vocab=model.vocab,
@@ -609,25 +453,25 @@ def step_cost(trainer: str, model: Model, step: Step, machine: Machine) -> Cost:
         if trainer == "TRL" and not machine.is_gpu:
             logits = counted * model.vocab
             stages.append(Stage(name="loss, reference", moved=32 * logits, softmax=logits / 2, fresh=16 * logits))
-    one = _cost(stages, 0.0, machine)
-    parts = {name: step.micro_batches * seconds for name, seconds in one.parts.items()}
+    micro_batch = _cost(stages, 0.0, machine)
+    parts = {name: step.micro_batches * seconds for name, seconds in micro_batch.parts.items()}
 
     learnt = _SIZES[model.dtype] * model.trainable / step.shards
-    # AdamW reads parameters, gradients and two moments and writes three of them; the norm reads gradients and scales.
+    # AdamW reads parameters, gradients and two moments, and writes all but the gradients. The gradient norm reads the
+    # gradients, then scales them.
     optimizer = Stage(name="optimizer", moved=(7 + 3) * learnt, fresh=learnt)
     parts["optimizer"] = machine.seconds(optimizer)
     weights = _SIZES[model.dtype] * model.parameters / step.shards
     kept: float = model.kept * positions + (model.vision_kept * patches if model.vision_learns else 0)
     if step.checkpointing:
         kept = kept / max(model.layers, 1) + wide * model.layers * model.width * positions
-    # A copy as the reference is there unless log-probs were computed before.
-    copies = weights if step.has_reference and not step.precomputed else 0.0
-    memory = weights + 3 * learnt + copies + kept + loss_memory
+    reference_copy = weights if step.has_reference and not step.precomputed else 0.0
+    memory = weights + 3 * learnt + reference_copy + kept + loss_memory
     return Cost(sum(parts.values()), memory, parts)
 
 
-def _logits_of_all(loss: Loss, positions: int, machine: Machine) -> _Parts:
-    """The model's own logits of all positions, then ours in place of the labelled rows."""
+def _logits_of_all(loss: LossShape, positions: int, machine: Machine) -> _Parts:
+    """Returns the model's logits of all positions, followed by our loss in place on the labelled rows."""
     stages, _ = _logits_ours(loss, machine)
     every, grads = loss.size * positions * loss.vocab, _gradients(loss)
     products = _products(loss, positions, 3, "matrix products", loss.dtype)

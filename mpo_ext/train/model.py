@@ -107,7 +107,7 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
             raise ValueError(f"freeze must name parts among {', '.join(PARTS)}, got {part!r}")
         if part == "language_model" and not has_vision(inner):
             raise ValueError(f"freeze must leave something to train, got {part!r} of the text model {_kind(inner)}")
-        modules = [module for _, module in _modules_of(inner, part)]
+        modules = [module for _, module in modules_of(inner, part)]
         if not modules:
             raise ValueError(f"freeze must name parts that the model has, got {part!r}, not found in {_kind(inner)}")
         if part == "language_model":
@@ -115,13 +115,13 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
         for module in modules:
             module.requires_grad_(False)
         if part == "vision_tower":  # Qwen2-VL keeps its projector inside of its vision tower
-            for _, module in _modules_of(inner, "projector"):
+            for _, module in modules_of(inner, "projector"):
                 module.requires_grad_("projector" not in parts)
 
 
 def has_vision(model: nn.Module) -> bool:
     """Whether the model has a vision tower."""
-    return bool(list(_modules_of(unwrap_model(model), "vision_tower")))
+    return bool(list(modules_of(unwrap_model(model), "vision_tower")))
 
 
 def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
@@ -138,7 +138,7 @@ def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
     inner: Any = unwrap_model(model)
     target: str | list[str] = recipe.target if isinstance(recipe.target, str) else list(recipe.target)
     if target == "all-linear":
-        roots = [name for name, _ in _modules_of(inner, "language_model")] if has_vision(inner) else [""]
+        roots = [name for name, _ in modules_of(inner, "language_model")] if has_vision(inner) else [""]
         head = inner.get_output_embeddings()
         target = [
             name
@@ -185,7 +185,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _modules_of(inner: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:
+def modules_of(inner: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a part with their names, the outermost only."""
     for prefix in ("model.", "", "model.model."):
         for name in PARTS[part]:

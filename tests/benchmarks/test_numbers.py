@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import types
@@ -13,8 +14,8 @@ import pytest
 from benchmarks import __main__ as program
 from benchmarks import by_hand, check_model, machine_code, numbers, schema, suite
 from benchmarks.measure import provenance
-from mpo_ext.plan import roofline as cost
-from mpo_ext.plan.roofline import Loss
+from mpo_ext.plan import machines
+from mpo_ext.plan.roofline import LossShape
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -131,9 +132,9 @@ def document(benchmark: str, points: list[dict[str, Any]], **rest: Any) -> dict[
 
 def made_documents() -> dict[str, Any]:
     """Result files of a run that never was."""
-    loss = Loss(tokens=8, vocab=1024, dtype="float32")
-    few = Loss(tokens=8, vocab=1024, dtype="float32", share=0.125)
-    wide = Loss(tokens=8, vocab=1024, hidden=256, dtype="float32")
+    loss = LossShape(tokens=8, vocab=1024, dtype="float32")
+    few = LossShape(tokens=8, vocab=1024, dtype="float32", share=0.125)
+    wide = LossShape(tokens=8, vocab=1024, hidden=256, dtype="float32")
     floor = {"floor_s": 0.02, "share_of_floor": 0.5}
     logits = [
         suite.point("base", "mpo_ext", loss, seconds=[0.04, 0.03, 0.05], peak_bytes=3 << 20, **floor),
@@ -233,8 +234,8 @@ def test_every_block_can_be_made_and_is_stable(block: str) -> None:
 @pytest.mark.parametrize("block", PREDICTED)
 def test_predictions_follow_the_cost_model(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = numbers.render(block, made_documents())
-    slower = {one: cost.dataclasses.replace(sheet, bandwidth=sheet.bandwidth / 2) for one, sheet in cost.GPUS.items()}
-    monkeypatch.setattr(cost, "GPUS", slower)
+    slower = {one: dataclasses.replace(sheet, bandwidth=sheet.bandwidth / 2) for one, sheet in machines.GPUS.items()}
+    monkeypatch.setattr(machines, "GPUS", slower)
     assert numbers.render(block, made_documents()) != before
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from benchmarks import schema, suite
 from benchmarks.measure import provenance
-from mpo_ext.plan.roofline import Loss
+from mpo_ext.plan.roofline import LossShape
 
 
 def make() -> dict[str, Any]:
-    loss = Loss(tokens=4, vocab=64, dtype="float32")
+    loss = LossShape(tokens=4, vocab=64, dtype="float32")
     return {
         "schema": schema.VERSION,
         "benchmark": "logits",

@@ -13,9 +13,9 @@ import torch
 from benchmarks import check_model, linear, machine, schema, suite
 from benchmarks.measure import interleaved
 from mpo_ext.plan import roofline as cost
-from mpo_ext.plan.roofline import Loss
+from mpo_ext.plan.roofline import LossShape
 
-TINY = Loss(tokens=8, vocab=512, dtype="float32", share=0.5)
+TINY = LossShape(tokens=8, vocab=512, dtype="float32", share=0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_every_provider_becomes_a_point_with_time_or_reason(monkeypatch: pytest.
 
 
 def test_hidden_states_have_the_products_as_floor() -> None:
-    loss = Loss(tokens=8, vocab=512, hidden=16, dtype="float32", share=0.5)
+    loss = LossShape(tokens=8, vocab=512, hidden=16, dtype="float32", share=0.5)
     results = suite.Results()
     suite.run_linear(suite.Group("base", loss, ("mpo_ext", linear.FROZEN, "quack"), runs=2), results, math.inf)
     ours, frozen, absent = results.points
@@ -168,7 +168,7 @@ def test_rates_are_what_the_programs_do_by_their_medians() -> None:
     assert found.huge == 2 * 2 * 8 * 64 / (3.25 - 1.25)
     assert found.kernel_rate == 2 * 8 * 64 / (1.25 - 0.25)
     assert found.softmax_rate == 2 * 4 * 64 / 4.0
-    assert found.products == {"float32": 256 * 896 * 64, "bfloat16": 2 * 256 * 896 * 64}
+    assert found.matmul_rates == {"float32": 256 * 896 * 64, "bfloat16": 2 * 256 * 896 * 64}
     assert found.overhead == 0.25
 
 

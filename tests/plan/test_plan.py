@@ -1,4 +1,4 @@
-"""Plans: they say what the trainer then does, and their memory is near what tensors really take."""
+"""Tests that a plan agrees with the trainer, and that its memory is close to the memory of real tensors."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from mpo_ext.__main__ import main
 from mpo_ext.checks import LinesError, check_model_path
 from mpo_ext.data.jsonl import write_pairs
 from mpo_ext.data.records import Pair
-from mpo_ext.plan import memory as plans
-from mpo_ext.plan import roofline as cost
-from mpo_ext.plan.memory import Memory, Plan, plan
+from mpo_ext.plan import machines
+from mpo_ext.plan.memory import Memory, MemoryEstimate
+from mpo_ext.plan.planner import plan
+from mpo_ext.plan.report import Plan, format_bytes
 from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
 from mpo_ext.train.model import prepare_model
 from mpo_ext.train.recipe import Recipe, load_recipe
@@ -31,7 +32,7 @@ GIB = 1 << 30
 
 
 def write_model(folder: Path, family: str = "Qwen2", **settings: Any) -> Path:
-    """A folder with a config and no weights."""
+    """Writes a folder with a config and no weights."""
     if family == "internvl":
         config = families.internvl().config
     else:
@@ -56,7 +57,7 @@ def make(folder: Path, *overrides: str, family: str = "Qwen2", pairs: int = 50, 
 
 
 def real_model(recipe: Recipe) -> nn.Module:
-    """The model with weights, as the trainer prepares it."""
+    """Returns the model with weights, as the trainer prepares it."""
     config = transformers.AutoConfig.from_pretrained(recipe.model.path)
     kind = transformers.AutoModelForCausalLM
     if hasattr(config, "vision_config"):
@@ -85,11 +86,13 @@ def part(planned: Plan, name: str) -> Memory:
 def test_the_model_is_that_of_the_trainer(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     recipe = make(tmp_path, *overrides, family="internvl")
     planned, model = plan(recipe), real_model(recipe)
-    assert planned.parameters == sum(one.numel() for one in model.parameters())
-    assert planned.trainable == sum(one.numel() for one in model.parameters() if one.requires_grad)
+    assert planned.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert planned.trainable == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert (planned.vocab_size, planned.hidden_size, planned.layers) == (VOCAB, 16, 2)
     assert planned.model_class == "InternVLForConditionalGeneration"
-    assert part(planned, "parameters").bytes == sum(one.numel() * one.element_size() for one in model.parameters())
+    assert part(planned, "parameters").bytes == sum(
+        parameter.numel() * parameter.element_size() for parameter in model.parameters()
+    )
     assert part(planned, "gradients").bytes == 4 * planned.trainable
     assert part(planned, "AdamW state").bytes == 8 * planned.trainable
 
@@ -98,7 +101,7 @@ def test_the_model_is_that_of_the_trainer(tmp_path: Path, overrides: tuple[str, 
 def test_tied_heads_are_counted_once(tmp_path: Path, tied: bool) -> None:
     planned = plan(make(tmp_path, tie_word_embeddings=tied))
     assert planned.parameters == sum(
-        one.numel() for one in transformers.AutoModelForCausalLM.from_config(
+        parameter.numel() for parameter in transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.from_pretrained(tmp_path / "model")
         ).parameters()
     )  # fmt: skip
@@ -145,7 +148,7 @@ def test_the_schedule(tmp_path: Path, overrides: tuple[str, ...], steps: int, wa
     assert (planned.steps, planned.warmup_steps) == (steps, warmup)
 
 
-def test_the_layout_is_told_with_its_reason(tmp_path: Path) -> None:
+def test_the_layout_comes_with_its_reason(tmp_path: Path) -> None:
     shared = plan(make(tmp_path, pairs=240))
     assert (shared.layout, shared.tokens, shared.positions, shared.notes) == ("shared", 64, 48 + 32, ())
     separate = plan(make(tmp_path, "loss.shared_prefix=false", pairs=240))
@@ -153,7 +156,7 @@ def test_the_layout_is_told_with_its_reason(tmp_path: Path) -> None:
     assert separate.notes == ("layout separate: loss.shared_prefix is false",)
     flash = plan(make(tmp_path, "model.attention=flash_attention_2"))
     assert flash.layout == "separate"
-    assert "'flash_attention_2' takes no such mask" in flash.notes[0]
+    assert "'flash_attention_2' does not support the mask of shared prompts" in flash.notes[0]
     sft = plan(make(tmp_path, "loss.dpo_weight=0", "loss.bco_weight=0", "optim.micro_batch_size=2"))
     assert sft.positions == 2 * 64
 
@@ -185,13 +188,13 @@ def test_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
 def test_a_pair_has_no_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
     short = plan(make(tmp_path, "data.max_length=null", pairs=240))
     assert (short.tokens, short.positions, short.cost_step.prompt) == (128, 96 + 2 * 32, 96)
-    told = ", and the model has 128 positions: pairs are taken to fill them"
-    assert short.notes == (f"data.max_length is not set{told}",)
+    message = ", and the model has 128 positions: pairs are assumed to fill them"
+    assert short.notes == (f"data.max_length is not set{message}",)
     set_too_long = plan(make(tmp_path, "data.max_length=4096", pairs=240))
-    assert (set_too_long.tokens, set_too_long.notes) == (128, (f"data.max_length is 4,096{told}",))
+    assert (set_too_long.tokens, set_too_long.notes) == (128, (f"data.max_length is 4,096{message}",))
     long = plan(make(tmp_path, "data.max_length=null", pairs=240, max_position_embeddings=8192))
     assert long.tokens == 4096
-    assert long.notes == ("data.max_length is not set: pairs are taken to have 4,096 tokens",)
+    assert long.notes == ("data.max_length is not set: pairs are assumed to have 4,096 tokens",)
     fits = plan(make(tmp_path, "data.max_length=128", pairs=240))
     assert (fits.tokens, fits.notes) == (128, ())
     images = plan(make(tmp_path, "data.max_length=null", family="internvl"))
@@ -209,17 +212,17 @@ def test_a_pair_has_no_more_tokens_than_the_model_has_positions(tmp_path: Path) 
 )  # fmt: skip
 def test_there_is_one_figure_of_memory(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     planned = plan(make(tmp_path, *overrides, **WIDE))
-    rows = {name: memory for name, *_, memory in planned.times(cost.gpu("H100"))}
-    assert rows["this recipe"] == plans._size(planned.total_bytes)
+    rows = {name: memory for name, *_, memory in planned.times(machines.gpu("H100"))}
+    assert rows["this recipe"] == format_bytes(planned.total_bytes)
     assert "TRL's DPOTrainer" in rows
-    for variant in planned.variants[1:-1]:  # what the same recipe with the setting changed is planned to take
+    for variant in planned.variants[1:-1]:  # equal to the plan of the changed recipe
         changed = [one for one in overrides if not one.startswith(("reference.", variant.name.partition("=")[0]))]
         if variant.name == "loss.from_logits=true":
             changed = [one for one in changed if one != "loss.recompute=false"]
         kept = [one for one in overrides if one.startswith("reference.") and not variant.name.startswith("reference.")]
         other = plan(make(tmp_path, *changed, *kept, variant.name, **WIDE))
         assert variant.bytes == other.total_bytes, variant.name
-        assert rows[variant.name] == plans._size(other.total_bytes)
+        assert rows[variant.name] == format_bytes(other.total_bytes)
 
 
 def test_the_loss_needs_no_more_tiles_than_it_has_logits(tmp_path: Path) -> None:
@@ -242,16 +245,16 @@ def test_memory_by_part(tmp_path: Path) -> None:
     assert plain.eager_loss == 2 * 64 * VOCAB * 16
 
     half = plan(make(tmp_path, "precision=bf16"))
-    matrices = sum(one.numel() for one in real_model(half.recipe).parameters() if one.ndim > 1)
+    matrices = sum(parameter.numel() for parameter in real_model(half.recipe).parameters() if parameter.ndim > 1)
     assert part(half, "half-precision copies").bytes == 2 * matrices
     assert half.eager_loss == 2 * 64 * VOCAB * 18
     assert part(plan(make(tmp_path, "model.dtype=bfloat16")), "parameters").bytes == 2 * plain.parameters
 
-    # The tile's copies in half precision, and the head in it, besides the gradient of the float32 head.
+    # Half-precision copies of tile and head, in addition to the gradient of the float32 head.
     assert part(half, "loss").bytes == 12 * rows * VOCAB + 2 * VOCAB * 16 + 2 * 4 * rows * 16 + 4 * VOCAB * 16
 
     kept = plan(make(tmp_path, "loss.memory_budget_mib=3", "loss.recompute=false", vocab_size=50000))
-    logits, grad = 4 * rows * 50000, 4 * 50000 * 16  # the larger holds the smaller
+    logits, grad = 4 * rows * 50000, 4 * 50000 * 16  # they share memory, so the larger counts
     assert part(kept, "loss").bytes == (3 << 20) + 2 * 4 * rows * 16 + grad + (logits - grad)
     logits = plan(make(tmp_path, "loss.from_logits=true"))
     assert part(logits, "loss").bytes == 2 * 4 * VOCAB * (80 + rows)
@@ -266,7 +269,7 @@ def test_another_reference_has_its_own_size(tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", hidden_size=32, num_hidden_layers=3)
     planned = plan(make(tmp_path, f"reference.path={other}", "model.freeze=[]"))
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(other))
-    assert part(planned, "reference").bytes == sum(4 * one.numel() for one in model.parameters())
+    assert part(planned, "reference").bytes == sum(4 * parameter.numel() for parameter in model.parameters())
 
 
 def test_sharding_divides_what_it_shards(tmp_path: Path) -> None:
@@ -276,7 +279,9 @@ def test_sharding_divides_what_it_shards(tmp_path: Path) -> None:
         assert part(four, name).sharded == -(-part(alone, name).bytes // 4)
     assert part(four, "activations").sharded == part(alone, "activations").bytes
     assert part(four, "buckets or gathered layers").bytes == part(alone, "gradients").bytes
-    layers = [sum(one.numel() for one in layer.parameters()) for layer in real_model(four.recipe).model.layers]
+    layers = [
+        sum(parameter.numel() for parameter in layer.parameters()) for layer in real_model(four.recipe).model.layers
+    ]
     outside = four.parameters - sum(layers)
     assert part(four, "buckets or gathered layers").sharded == 4 * (2 * layers[0] + outside)
     assert four.total_sharded < four.total_bytes
@@ -295,9 +300,9 @@ def test_4_bit_weights(tmp_path: Path) -> None:
 
 
 def saved_bytes(model: nn.Module, positions: int, *, images: bool = False) -> int:
-    """Bytes of the tensors that autograd keeps, parameters and logits not counted, each storage once."""
+    """Returns the bytes that autograd keeps, without parameters and logits; each storage is counted once."""
     kept: dict[int, int] = {}
-    skipped = {one.untyped_storage().data_ptr() for one in model.parameters()}
+    skipped = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -310,7 +315,7 @@ def saved_bytes(model: nn.Module, positions: int, *, images: bool = False) -> in
         inputs["input_ids"][0, 2] = IMAGE
         inputs["pixel_values"] = torch.randn(1, 1, 8, 8)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # held, as the storages must be
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # keeps the storages alive
     assert hidden.requires_grad
     return sum(kept.values())
 
@@ -329,9 +334,9 @@ def test_activations_are_near_what_autograd_keeps(tmp_path: Path, family: str, c
     model = real_model(recipe)
     real = saved_bytes(model, planned.positions)
     estimated = part(planned, "activations").bytes
-    if checkpointed:  # the layer that backward computes again is not among what is kept
-        estimate = plans._Estimate(recipe, model, model.get_output_embeddings(), "shared", 1)
-        estimated -= planned.positions * estimate._per_position(estimate.decoder[0])
+    if checkpointed:  # autograd does not keep the layer that backward recomputes
+        estimate = MemoryEstimate(recipe, model, "shared", 1)
+        estimated -= planned.positions * estimate.bytes_per_position(estimate.decoder[0])
     print(f"kept {real:,}, estimated {estimated:,}")
     assert real * 0.8 <= estimated <= real * 1.2
     assert (planned.other_activations > estimated) == checkpointed
@@ -350,11 +355,11 @@ def test_the_vision_tower_costs_nothing_where_it_is_frozen(tmp_path: Path) -> No
     whole = plan(make(tmp_path, family="internvl"))
     frozen = plan(make(tmp_path, "model.freeze=[vision_tower]", family="internvl"))
     model = real_model(whole.recipe)
-    estimate = plans._Estimate(whole.recipe, model, model.get_output_embeddings(), "shared", 1)
+    estimate = MemoryEstimate(whole.recipe, model, "shared", 1)
     assert len(estimate.vision) == VISION["num_hidden_layers"]
     difference = part(whole, "activations").bytes - part(frozen, "activations").bytes
-    patches = 4 * 48  # four of them are one token of the prompt
-    assert difference == patches * sum(map(estimate._per_position, estimate.vision)) > 0
+    patches = 4 * 48  # four patches per image token
+    assert difference == patches * sum(map(estimate.bytes_per_position, estimate.vision)) > 0
 
 
 def test_eager_attention_keeps_its_scores(tmp_path: Path) -> None:
@@ -363,7 +368,7 @@ def test_eager_attention_keeps_its_scores(tmp_path: Path) -> None:
     assert difference == 2 * 2 * 80 * 80 * (4 + 4)  # layers, heads, scores, bytes
 
 
-def test_the_text_has_all_of_it(tmp_path: Path) -> None:
+def test_the_text_is_complete(tmp_path: Path) -> None:
     recipe = make(tmp_path, f"data.eval={tmp_path / 'a.jsonl'}", "model.gradient_checkpointing=true")
     planned = plan(recipe, world=2)
     text = str(planned)
@@ -379,7 +384,7 @@ def test_the_text_has_all_of_it(tmp_path: Path) -> None:
 
 
 def test_sizes_are_readable() -> None:
-    assert [plans._size(size) for size in (0, 1 << 20, 3 * GIB // 2, 1500 * GIB)] == [
+    assert [format_bytes(size) for size in (0, 1 << 20, 3 * GIB // 2, 1500 * GIB)] == [
         "0", "1.0 MiB", "1.50 GiB", "1,500.0 GiB",
     ]  # fmt: skip
 
@@ -389,7 +394,7 @@ def test_the_command_prints_the_plan_and_trains_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:
     recipe = make(tmp_path)
-    (tmp_path / "no_such_image.png").write_bytes(b"now there is one, whatever it holds")
+    (tmp_path / "no_such_image.png").write_bytes(b"not an image")
     monkeypatch.setitem(sys.modules, "mpo_ext.train.loop", None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     assert main(["train", str(tmp_path / "r.yaml"), "--dry-run", "--world", "2"]) == 0
@@ -435,13 +440,13 @@ def test_a_reader_that_leaves_ends_a_dry_run_quietly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mpo_ext", "train", str(tmp_path / "r.yaml"), "--dry-run"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        process.stdout.close()  # as head does; all that is written comes too late
+        process.stdout.close()  # as head does, before anything is written
         assert process.stderr is not None
         assert "Broken pipe" not in (text := process.stderr.read())
         assert "Errno" not in text
 
 
-def test_settings_with_dashes_are_told_how_to_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_shows_how_to_write_settings_with_dashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path)
     for command in ("train", "plan"):
         with pytest.raises(SystemExit, match="2"):
@@ -466,7 +471,7 @@ def test_each_setting_that_has_changed_has_a_line(
     assert "but:\n  loss.beta was 0.1, is 0.2\n  optim.seed was 0, is 1\n" in capsys.readouterr().err
 
 
-def test_a_missing_recipe_and_a_missing_model_are_told_at_once(
+def test_a_missing_recipe_and_a_missing_model_are_reported_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path)
@@ -475,12 +480,12 @@ def test_a_missing_recipe_and_a_missing_model_are_told_at_once(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for path in ("runs/nope", "./nope", "~/nope", "/nope", "a/b/c"):
-        told = f"model.path must be a folder here or a hub id, got {path}: there is no such folder"
+        message = f"model.path must be a folder here or a hub id, got {path}: there is no such folder"
         for command in (["train"], ["train", "--dry-run"], ["plan"]):
             assert main([*command[:1], "r.yaml", f"model.path={path}", *command[1:]]) == 1
-            assert told in capsys.readouterr().err
+            assert message in capsys.readouterr().err
         assert main(["train", "r.yaml", f"reference.path={path}"]) == 1
-        assert told.replace("model", "reference", 1) in capsys.readouterr().err
+        assert message.replace("model", "reference", 1) in capsys.readouterr().err
     check_model_path("model.path", "OpenGVLab/InternVL3-1B-hf")
     check_model_path("model.path", "gpt2")
 

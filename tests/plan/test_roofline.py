@@ -1,4 +1,4 @@
-"""The cost model: stages by hand, the counts of each method, and what must grow with what."""
+"""Tests of the cost model: stages computed by hand, the counts of each method, and monotony in every size."""
 
 from __future__ import annotations
 
@@ -11,44 +11,32 @@ from pathlib import Path
 
 import pytest
 
-from mpo_ext.plan import roofline as cost
-from mpo_ext.plan.roofline import (
-    GPUS,
-    LINEAR,
-    LOGITS,
-    STEPS,
-    Loss,
-    Machine,
-    Model,
-    Stage,
-    Step,
-    gpu,
-    loss_cost,
-    step_cost,
-)
+from mpo_ext.plan import machines
+from mpo_ext.plan.machines import GPUS, Machine, Stage, gpu
+from mpo_ext.plan.roofline import LINEAR, LOGITS, STEPS, LossShape, ModelShape, StepShape, loss_cost, step_cost
 
 CPU = Machine(
     name="test",
     is_gpu=False,
     bandwidth=1e9,
-    products={"float32": 1e10, "bfloat16": 4e10},
+    matmul_rates={"float32": 1e10, "bfloat16": 4e10},
     kernel_rate=1e8,
     softmax_rate=1e7,
     fresh=2e8,
     huge=5e8,
     overhead=0.5,
 )
-#: On it nothing costs but one thing, of which the seconds are then the count.
-FREE = Machine(name="free", is_gpu=False, bandwidth=math.inf, products={"float32": math.inf, "bfloat16": math.inf})
-LOGITS_LOSS = Loss(tokens=10, vocab=100, dtype="float32", share=0.5)
-LINEAR_LOSS = Loss(tokens=10, vocab=100, hidden=8, dtype="float32", share=0.5)
+#: A machine on which work is free. With one rate set to 1, the seconds count the work of that kind.
+FREE = Machine(name="free", is_gpu=False, bandwidth=math.inf, matmul_rates={"float32": math.inf, "bfloat16": math.inf})
+LOGITS_LOSS = LossShape(tokens=10, vocab=100, dtype="float32", share=0.5)
+LINEAR_LOSS = LossShape(tokens=10, vocab=100, hidden=8, dtype="float32", share=0.5)
 
 
 def only(**rates: object) -> Machine:
     return dataclasses.replace(FREE, **rates)  # type: ignore[arg-type]
 
 
-def test_a_stage_takes_the_longest_of_its_work_and_page_faults_on_top() -> None:
+def test_a_stage_takes_the_time_of_its_longest_work_and_of_its_page_faults() -> None:
     assert CPU.seconds(Stage(name="x", flop=3e10, moved=1e9, kernel=1e8)) == 3
     assert CPU.seconds(Stage(name="x", flop=3e10, dtype="bfloat16", moved=1e9)) == 1
     assert CPU.seconds(Stage(name="x", moved=2e9, kernel=1e8)) == 2
@@ -56,8 +44,8 @@ def test_a_stage_takes_the_longest_of_its_work_and_page_faults_on_top() -> None:
     assert CPU.seconds(Stage(name="x", moved=1e9, fresh=2e8, huge=1e9)) == 1 + 1 + 2
 
 
-def test_the_loss_from_logits_moves_what_the_design_says() -> None:
-    # 10 of 20 rows, 100 logits of 4 bytes: read forward; read and, on a CPU, labelled rows written backward.
+def test_the_loss_from_logits_moves_the_bytes_of_the_design() -> None:
+    # 10 of 20 rows are labelled; a row has 100 logits of 4 bytes. On a CPU, backward writes labelled rows only.
     moves = only(bandwidth=1.0)
     row = 100 * 4
     assert loss_cost("mpo_ext", LOGITS_LOSS, moves).seconds == 10 * row + (10 + 10) * row
@@ -101,12 +89,12 @@ def test_gradients_of_hidden_states_and_head_are_huge_pages() -> None:
     ],
 )
 def test_products_with_the_head(method: str, rows: int, products: int) -> None:
-    found = loss_cost(method, LINEAR_LOSS, only(products={"float32": 1.0})).seconds
+    found = loss_cost(method, LINEAR_LOSS, only(matmul_rates={"float32": 1.0})).seconds
     assert found == 2 * rows * 100 * 8 * products
 
 
-def test_a_gpu_lets_the_peers_skip_what_they_skip_there() -> None:
-    products = only(products={"float32": 1.0}, is_gpu=True)
+def test_peers_skip_ignored_rows_on_a_gpu() -> None:
+    products = only(matmul_rates={"float32": 1.0}, is_gpu=True)
     assert loss_cost("trl ChunkedLogProb", LINEAR_LOSS, products).seconds == 2 * 10 * 100 * 8 * 4
     assert loss_cost("cut-cross-entropy torch_compile", LINEAR_LOSS, products).seconds == 2 * 10 * 100 * 8 * 4
 
@@ -114,21 +102,21 @@ def test_a_gpu_lets_the_peers_skip_what_they_skip_there() -> None:
 @pytest.mark.parametrize(
     ("method", "per_logit"), [("mpo_ext", 4), ("mpo_ext, reuse_logits", 0), ("torch.compile", 8), ("eager", 12)]
 )
-def test_memory_from_logits_is_what_the_readme_measured(method: str, per_logit: int) -> None:
-    loss = Loss(tokens=512, vocab=151936, dtype="float32")
+def test_memory_from_logits_equals_the_measured_memory(method: str, per_logit: int) -> None:
+    loss = LossShape(tokens=512, vocab=151936, dtype="float32")
     assert loss_cost(method, loss, CPU).memory == per_logit * loss.rows * loss.vocab
 
 
 def test_memory_from_hidden_states_does_not_hold_the_logits() -> None:
-    loss = Loss(tokens=512, vocab=151936, hidden=896, dtype="float32")
+    loss = LossShape(tokens=512, vocab=151936, hidden=896, dtype="float32")
     logits, grads = 4 * loss.rows * loss.vocab, 4 * 896 * (loss.rows + loss.vocab)
     assert 0 < loss_cost("mpo_ext", loss, CPU).memory - grads < 0.1 * logits
-    # Kept logits and the gradient by the head are in one place: of more rows than features the rest is left.
+    # Kept logits and the head's gradient share memory; only rows beyond the hidden size need more.
     kept = loss_cost("mpo_ext, recompute=False", loss, CPU).memory - grads
     assert 4 * (1024 - 896) * 151936 < kept < 4 * (1024 - 896) * 151936 + 0.1 * logits
     few = dataclasses.replace(loss, share=0.5)
     assert loss_cost("mpo_ext, recompute=False", few, CPU).memory == loss_cost("mpo_ext", few, CPU).memory
-    widened = dataclasses.replace(loss, dtype="bfloat16", product="float32")
+    widened = dataclasses.replace(loss, dtype="bfloat16", matmul_dtype="float32")
     kept = loss_cost("mpo_ext, recompute=False", widened, CPU).memory - grads / 2
     assert 2 * (1024 - 896) * 151936 < kept < 2 * (1024 - 896) * 151936 + 0.1 * logits
     frozen = loss_cost("mpo_ext, frozen head", loss, CPU).memory
@@ -138,7 +126,7 @@ def test_memory_from_hidden_states_does_not_hold_the_logits() -> None:
 @pytest.mark.parametrize("method", LINEAR)
 @pytest.mark.parametrize("machine", [CPU, gpu("H100")], ids=["cpu", "gpu"])
 def test_cost_grows_with_every_size(method: str, machine: Machine) -> None:
-    loss = Loss(tokens=512, vocab=32768, hidden=1024, dtype="bfloat16")
+    loss = LossShape(tokens=512, vocab=32768, hidden=1024, dtype="bfloat16")
     first = loss_cost(method, loss, machine)
     for change in ({"tokens": 1024}, {"vocab": 65536}, {"hidden": 2048}, {"pairs": 2}):
         more = loss_cost(method, dataclasses.replace(loss, **change), machine)
@@ -154,20 +142,20 @@ def test_parts_add_up_with_the_fixed_part() -> None:
     assert math.isclose(sum(one.parts.values()), one.seconds)
 
 
-def test_a_cpu_that_widens_operands_multiplies_at_the_rate_of_float32() -> None:
-    loss = Loss(tokens=10, vocab=100, hidden=8, dtype="bfloat16")
-    products = only(products={"float32": 1.0, "bfloat16": math.inf})
+def test_a_cpu_that_widens_inputs_multiplies_at_the_rate_of_float32() -> None:
+    loss = LossShape(tokens=10, vocab=100, hidden=8, dtype="bfloat16")
+    products = only(matmul_rates={"float32": 1.0, "bfloat16": math.inf})
     assert loss_cost("mpo_ext", loss, products).seconds == 0
-    widened = dataclasses.replace(loss, product="float32")
+    widened = dataclasses.replace(loss, matmul_dtype="float32")
     assert loss_cost("mpo_ext", widened, products).seconds == 2 * 20 * 100 * 8 * 4
 
 
-MODEL = Model(
+MODEL = ModelShape(
     parameters=1000, trainable=500, decoder=300, layers=2, width=8, vocab=100, kept=40, vision=50, vision_layers=1,
     vision_width=4, vision_kept=10, compute="float32",
 )  # fmt: skip
-STEP = Step(prompt=16, response=4, image_tokens=8, patches=4)
-PRODUCTS = only(products={"float32": 1.0})
+STEP = StepShape(prompt=16, response=4, image_tokens=8, patches=4)
+PRODUCTS = only(matmul_rates={"float32": 1.0})
 
 
 def by_hand(*, row: int, rows: int, scored: int, head: int, passes: int, reference: bool) -> float:
@@ -227,12 +215,12 @@ def test_every_trainer_on_every_gpu(trainer: str, name: str) -> None:
 
 def test_gpus_are_taken_at_the_stated_shares_of_their_sheets() -> None:
     machine = gpu("H100")
-    assert machine.bandwidth == cost.BANDWIDTH_SHARE * 3.35e12
-    assert machine.products["bfloat16"] == cost.PRODUCT_SHARE * 989e12
+    assert machine.bandwidth == machines.BANDWIDTH_SHARE * 3.35e12
+    assert machine.matmul_rates["bfloat16"] == machines.PRODUCT_SHARE * 989e12
     assert math.isclose(machine.kernel_rate, 16 * 132 * 1.98e9 / 2)
     assert "NVIDIA H100 data sheet" in machine.source
-    # docs/performance.md has these as times of one read and one read-write at the peak.
-    loss = Loss(tokens=4096, vocab=151936)
+    # docs/performance.md gives this time for one read and one read-write at the peak.
+    loss = LossShape(tokens=4096, vocab=151936)
     peak = loss_cost(
         "mpo_ext", loss, dataclasses.replace(machine, bandwidth=3.35e12, kernel_rate=math.inf, overhead=0)
     )
@@ -242,13 +230,15 @@ def test_gpus_are_taken_at_the_stated_shares_of_their_sheets() -> None:
 @pytest.mark.parametrize("name", GPUS)
 def test_the_figures_of_a_sheet_fit_each_other(name: str) -> None:
     sheet = GPUS[name]
-    lanes = 64 if name == "A100" else 128  # float32 lanes of a multiprocessor, a multiplication and an addition each
-    assert math.isclose(2 * lanes * sheet.multiprocessors * sheet.clock, sheet.products["float32"], rel_tol=0.01)
-    # Tensor cores: multiply-adds of a multiprocessor per clock; on Hopper and Blackwell they clock up to 8 % lower.
+    lanes = (
+        64 if name == "A100" else 128
+    )  # float32 lanes of a multiprocessor; each does a multiplication and an addition per clock
+    assert math.isclose(2 * lanes * sheet.multiprocessors * sheet.clock, sheet.matmul_rates["float32"], rel_tol=0.01)
+    # Multiply-adds per clock of a multiprocessor's tensor cores, which clock up to 8 % lower on Hopper and Blackwell.
     per_clock = {"A100": 1024, "H100": 2048, "H200": 2048, "B200": 4096}[name]
-    tensor_clock = sheet.products["bfloat16"] / (2 * per_clock * sheet.multiprocessors)
+    tensor_clock = sheet.matmul_rates["bfloat16"] / (2 * per_clock * sheet.multiprocessors)
     assert 0.92 * sheet.clock < tensor_clock < 1.01 * sheet.clock
-    assert sheet.products["float16"] == sheet.products["bfloat16"]
+    assert sheet.matmul_rates["float16"] == sheet.matmul_rates["bfloat16"]
     assert set(sheet.unconfirmed) <= {"multiprocessors", "clock"}
 
 
@@ -259,17 +249,20 @@ def test_the_figures_of_a_sheet_fit_each_other(name: str) -> None:
         (lambda: loss_cost("magic", LOGITS_LOSS, CPU), "method must be one of mpo_ext, .*, got 'magic'"),
         (lambda: loss_cost("liger chunked DPO", LOGITS_LOSS, CPU), "method must be one of"),
         (lambda: step_cost("magic", MODEL, STEP, CPU), "trainer must be one of"),
-        (lambda: Loss(tokens=0, vocab=3), "tokens must be at least 1, got 0"),
-        (lambda: Loss(tokens=1, vocab=3, share=1.5), r"share must be in \[0, 1\], got 1.5"),
-        (lambda: Loss(tokens=1, vocab=3, dtype="int8"), "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (lambda: LossShape(tokens=0, vocab=3), "tokens must be at least 1, got 0"),
+        (lambda: LossShape(tokens=1, vocab=3, share=1.5), r"share must be in \[0, 1\], got 1.5"),
+        (
+            lambda: LossShape(tokens=1, vocab=3, dtype="int8"),
+            "dtype must be one of float32, bfloat16, float16, got 'int8'",
+        ),
         (lambda: dataclasses.replace(CPU, bandwidth=0), "bandwidth must be positive, got 0"),
-        (lambda: dataclasses.replace(CPU, products={"float32": math.nan}), "must be positive, got nan"),
+        (lambda: dataclasses.replace(CPU, matmul_rates={"float32": math.nan}), "must be positive, got nan"),
         (lambda: dataclasses.replace(CPU, overhead=-1), "overhead must be finite and not negative, got -1"),
         (
             lambda: loss_cost("eager", dataclasses.replace(LINEAR_LOSS, dtype="float16"), CPU),
             "dtype must be one of float32, bfloat16 on test, got 'float16'",
         ),
-        (lambda: LOGITS_LOSS.width, "hidden must be given"),
+        (lambda: LOGITS_LOSS.hidden_size, "hidden must be given"),
     ],
 )
 def test_bad_input(call: object, message: str) -> None:
@@ -281,7 +274,10 @@ def test_methods_have_the_names_of_the_benchmarks() -> None:
     from benchmarks import linear, suite, train_step
 
     assert set(LOGITS) <= set(suite.LOGITS_PROVIDERS)
-    modelled_only = {"mpo_ext, from logits", "mpo_ext, from logits, reuse_logits"}  # benchmarks.logits, and a head
+    modelled_only = {
+        "mpo_ext, from logits",
+        "mpo_ext, from logits, reuse_logits",
+    }  # benchmarks.logits measures them without a head
     assert set(LINEAR) - modelled_only <= {*linear.OURS, *linear.RIVALS}
     assert set(STEPS) <= set(train_step.CASES)
 
@@ -292,7 +288,7 @@ def test_the_model_needs_no_torch() -> None:
 
 
 def write_recipe(folder: Path) -> Path:
-    """A recipe with a model that has a config and no weights."""
+    """Writes a recipe whose model has a config and no weights."""
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen2Config(
         vocab_size=50000, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -311,7 +307,7 @@ def write_recipe(folder: Path) -> Path:
 
 def test_plan_predicts_the_step_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mpo_ext.__main__ import main
-    from mpo_ext.plan.memory import plan
+    from mpo_ext.plan.planner import plan
     from mpo_ext.train.recipe import load_recipe
 
     recipe = write_recipe(tmp_path)
@@ -335,7 +331,7 @@ def test_plan_predicts_the_step_of_a_recipe(tmp_path: Path, capsys: pytest.Captu
     assert "Time of a step on an H100, PREDICTED" in text
     assert "one copy per rank" not in text
     assert main(["plan", str(recipe), "precision=bf16", "--world", "2"]) == 0
-    assert capsys.readouterr().out.count("one copy per rank") == 2  # of the table of parts, and of that of times
+    assert capsys.readouterr().out.count("one copy per rank") == 2  # in the table of parts and in the table of times
     assert main(["plan", str(recipe), "precision=bf16", "--bandwidth", "8", "--tflops", "2250"]) == 0
     assert "on a GPU of 8 TB/s and 2250 TFLOP/s" in capsys.readouterr().out
 
@@ -345,7 +341,7 @@ def test_plan_predicts_the_step_of_a_recipe(tmp_path: Path, capsys: pytest.Captu
     [
         (
             ["--gpu", "V100"],
-            "gpu must be one of A100, H100, H200, B200, got 'V100': describe another one by its "
+            "gpu must be one of A100, H100, H200, B200, got 'V100': describe another GPU by its "
             "peaks, with --bandwidth and --tflops",
         ),
         (["--tflops", "100"], "--bandwidth must be given too, got only --tflops"),
@@ -354,7 +350,7 @@ def test_plan_predicts_the_step_of_a_recipe(tmp_path: Path, capsys: pytest.Captu
         (["--gpu", "H100", "--tflops", "100"], "--gpu must not come with --bandwidth or --tflops, got 'H100'"),
     ],
 )
-def test_plan_refuses_what_names_no_gpu(
+def test_plan_refuses_options_that_do_not_describe_a_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     from mpo_ext.__main__ import main

@@ -19,7 +19,7 @@ from test_exactness import TOLERANCE, assert_equal
 from test_trainer import TEXT, text_pairs, text_tokenizer
 from torch import Tensor, nn
 
-from mpo_ext.plan import memory as plans
+from mpo_ext.plan import planner as plans
 from mpo_ext.train import model_card as card
 from mpo_ext.train import reference_model as references
 from mpo_ext.train.loop import Trainer

@@ -1,0 +1,161 @@
+"""Plans a run without weights: builds the model on the meta device and counts the lines of the data."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from mpo_ext.loss.hf_head import unwrap_model
+from mpo_ext.plan.memory import ASSUMED_LENGTH, Memory, MemoryEstimate, meta_model
+from mpo_ext.plan.report import Plan, Variant, format_bytes
+from mpo_ext.train.mixture import Mixture, Subset
+from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.shared_prefix import supports_shared_prefix
+
+_FEW_STEPS = 30  # fewer steps show no trend
+
+
+def plan(recipe: Recipe, *, world: int = 1) -> Plan:
+    """Plans a run: builds the model on the meta device and counts the lines of the data.
+
+    No weights and no images are read.
+
+    Args:
+        recipe: Recipe of the run.
+        world: Number of processes.
+
+    Returns:
+        The plan.
+
+    Raises:
+        OSError: If the model's config or a file of pairs cannot be read.
+        ImportError: If transformers, or peft for LoRA, is missing.
+        ValueError: If the recipe does not fit the model or the data.
+    """
+    if isinstance(world, bool) or not isinstance(world, int) or world < 1:
+        raise ValueError(f"world must be a positive int, got {world!r}")
+    optim = recipe.optim
+    mixture = Mixture(recipe.data.train, seed=optim.seed)
+    eval_subsets: tuple[Subset, ...] = ()
+    if recipe.data.eval:
+        eval_subsets = Mixture(recipe.data.eval, seed=optim.seed).subsets
+    model = meta_model(recipe.model)
+    parameters = list(model.parameters())
+    steps_per_epoch = math.ceil(mixture.pairs / optim.batch_size)
+    steps = optim.epochs * steps_per_epoch
+    if optim.max_steps is not None:
+        steps = min(steps, optim.max_steps)
+    pairs_per_rank = math.ceil(min(optim.batch_size, mixture.pairs) / world)
+    micro_batches = math.ceil(pairs_per_rank / optim.micro_batch_size)
+    reason = _separate_reason(model, recipe)
+    estimate = MemoryEstimate(recipe, model, "separate" if reason is not None else "shared", world)
+    memory = tuple(estimate.parts())
+    notes = [] if reason is None else [f"layout separate: {reason}"]
+    notes += _notes(recipe, estimate.tokens, steps)
+    if pairs_per_rank * (world - 1) >= optim.batch_size:
+        notes.append(f"optim.batch_size {optim.batch_size} leaves some of the {world} processes without a pair")
+    notes += _sync_notes(recipe, memory)
+    return Plan(
+        recipe=recipe,
+        model_class=type(unwrap_model(model)).__name__,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        vocab_size=estimate.vocab,
+        hidden_size=estimate.hidden_size,
+        layers=len(estimate.decoder),
+        subsets=mixture.subsets,
+        eval_subsets=eval_subsets,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        warmup_steps=math.ceil(steps * optim.warmup_ratio),
+        world=world,
+        pairs_per_rank=pairs_per_rank,
+        micro_batches=micro_batches,
+        layout=estimate.layout,
+        tokens=estimate.tokens,
+        positions=estimate.positions,
+        memory=memory,
+        other_activations=estimate.activations(checkpointed=not recipe.model.gradient_checkpointing),
+        eager_loss=estimate.eager_loss(),
+        cost_model=estimate.cost_model(),
+        cost_step=estimate.cost_step(micro_batches),
+        variants=tuple(_variants(estimate)),
+        notes=tuple(notes),
+    )
+
+
+def _separate_reason(model: nn.Module, recipe: Recipe) -> str | None:
+    """Returns why the layout is not "shared"; None if it is."""
+    if not recipe.loss.shared_prefix:
+        return "loss.shared_prefix is false"
+    if recipe.model.attention not in ("sdpa", "eager"):
+        return f"attention {recipe.model.attention!r} does not support the mask of shared prompts; sdpa and eager do"
+    return supports_shared_prefix(model)
+
+
+def _notes(recipe: Recipe, tokens: int, steps: int) -> Iterator[str]:
+    """Yields notes on the length of pairs, the dtype and the number of steps."""
+    max_length = recipe.data.max_length
+    limit = "is not set" if max_length is None else f"is {max_length:,}"
+    if tokens < (max_length or ASSUMED_LENGTH):
+        yield f"data.max_length {limit}, and the model has {tokens:,} positions: pairs are assumed to fill them"
+    elif max_length is None:
+        yield f"data.max_length {limit}: pairs are assumed to have {tokens:,} tokens"
+    if recipe.model.dtype == "bfloat16" and recipe.model.lora is None:
+        yield (
+            "model.dtype bfloat16 has 8 significant bits: most updates at a learning rate of "
+            f"{recipe.optim.learning_rate:g} are rounded away; use float32 with precision bf16"
+        )
+    if steps < _FEW_STEPS and recipe.loss.has_preference:
+        yield f"only {steps} steps: the margin needs about {_FEW_STEPS} to show a trend"
+
+
+def _sync_notes(recipe: Recipe, memory: Sequence[Memory]) -> Iterator[str]:
+    """Yields notes on a reference that follows the policy."""
+    if not recipe.reference.sync_every:
+        return
+    size = next(part.bytes for part in memory if part.name == "reference")
+    yield f"reference.sync_every: each checkpoint also contains the reference, {format_bytes(size)} more on disk"
+    if recipe.output.keep_best:
+        yield (
+            "output.keep_best compares evaluations under different references: set output.eval_every so that each "
+            "evaluation comes equally many steps after the reference moved"
+        )
+
+
+def _variants(estimate: MemoryEstimate) -> Iterator[Variant]:
+    """Yields the run as the recipe describes it, then with one setting changed at a time, then with TRL."""
+    recipe, loss, kind = estimate.recipe, estimate.recipe.loss, estimate.recipe.reference_kind
+    yield _variant(estimate, "this recipe")
+    if kind is not None:
+        other = "precomputed"
+        if kind == "precomputed":
+            other = "adapter" if recipe.model.lora is not None and recipe.reference.path is None else "copy"
+        reference = dataclasses.replace(recipe.reference, kind=other, file=None, sync_every=0)  # type: ignore[arg-type]
+        changes = {"precomputed": other == "precomputed"}
+        yield _variant(estimate, f"reference.kind={other}", changes, reference=reference)
+    if not loss.from_logits:
+        if estimate.head_weight.requires_grad:
+            flipped = dataclasses.replace(loss, recompute=not loss.recompute)
+            yield _variant(estimate, f"loss.recompute={str(flipped.recompute).lower()}", loss=flipped)
+        from_logits = dataclasses.replace(loss, from_logits=True, recompute=True, memory_budget_mib=None)
+        yield _variant(estimate, "loss.from_logits=true", loss=from_logits)
+    checkpointing = not recipe.model.gradient_checkpointing
+    model = dataclasses.replace(recipe.model, gradient_checkpointing=checkpointing)
+    name = f"model.gradient_checkpointing={str(checkpointing).lower()}"
+    yield _variant(estimate, name, {"checkpointing": checkpointing}, model=model)
+    yield Variant("TRL's DPOTrainer", "TRL", {"precomputed": False}, None)
+
+
+def _variant(estimate: MemoryEstimate, name: str, changes: dict[str, Any] | None = None, **sections: Any) -> Variant:
+    """Returns the run with changed fields of ``Plan.cost_step`` and changed sections of the recipe."""
+    recipe = dataclasses.replace(estimate.recipe, **sections)
+    other = MemoryEstimate(recipe, estimate.model, estimate.layout, estimate.world_size)
+    trainer = "mpo_ext" if estimate.layout == "shared" else "mpo_ext, separate rows"
+    if recipe.loss.from_logits:
+        trainer += ", from logits"
+    elif not recipe.loss.recompute and estimate.layout == "shared":
+        trainer = "mpo_ext, recompute=False"
+    return Variant(name, trainer, changes or {}, sum(part.bytes for part in other.parts()))

@@ -1,0 +1,264 @@
+"""The tables and the advice that ``mpo-ext plan`` and ``mpo-ext train --dry-run`` print."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mpo_ext.plan.machines import Machine
+from mpo_ext.plan.memory import Memory
+from mpo_ext.plan.roofline import Cost, ModelShape, StepShape, step_cost
+from mpo_ext.report import is_numeric_column, text_table
+from mpo_ext.train.batch import RowLayout
+from mpo_ext.train.mixture import Subset
+from mpo_ext.train.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Variant:
+    """The run with one setting changed.
+
+    Attributes:
+        name: The changed setting, or "this recipe".
+        trainer: Key of ``roofline.STEPS``.
+        changes: Changed fields of ``Plan.cost_step``.
+        bytes: Estimated memory of a rank, not sharded; None if only ``mpo_ext.plan.roofline`` can predict it.
+    """
+
+    name: str
+    trainer: str
+    changes: dict[str, Any]
+    bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A run before it begins. ``str`` of a plan is a page of text.
+
+    Attributes:
+        recipe: Recipe of the run.
+        model_class: Name of the model's class.
+        parameters: Number of parameters, adapters included; tied parameters are counted once.
+        trainable: Number of trainable parameters.
+        vocab_size: Rows of the output head.
+        hidden_size: Columns of the output head.
+        layers: Number of decoder layers.
+        subsets: Training data; their ``pairs`` are the pairs of an epoch.
+        eval_subsets: Evaluation data.
+        steps_per_epoch: Optimizer steps of an epoch, before pairs are skipped.
+        steps: Optimizer steps of the run.
+        warmup_steps: Warmup steps among them.
+        world: Number of processes.
+        pairs_per_rank: Largest number of pairs of a rank in a step.
+        micro_batches: Largest number of micro-batches of a rank in a step.
+        layout: RowLayout of the batches, from the model's config and code; the trainer verifies it on the first pairs.
+        tokens: Tokens of the longest pair: its prompt and its longer response.
+        positions: Positions in the decoder of a micro-batch of longest pairs.
+        memory: The parts of a rank's memory.
+        other_activations: Bytes of the activations if gradient checkpointing is toggled.
+        eager_loss: Bytes of the same loss in plain torch, on the logits of separate rows.
+        cost_model: The model, for ``mpo_ext.plan.roofline``.
+        cost_step: A rank's step of longest pairs, for ``mpo_ext.plan.roofline``.
+        variants: The run as the recipe describes it, then with changed settings.
+        notes: Warnings and remarks.
+    """
+
+    recipe: Recipe
+    model_class: str
+    parameters: int
+    trainable: int
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    subsets: tuple[Subset, ...]
+    eval_subsets: tuple[Subset, ...]
+    steps_per_epoch: int
+    steps: int
+    warmup_steps: int
+    world: int
+    pairs_per_rank: int
+    micro_batches: int
+    layout: RowLayout
+    tokens: int
+    positions: int
+    memory: tuple[Memory, ...]
+    other_activations: int
+    eager_loss: int
+    cost_model: ModelShape
+    cost_step: StepShape
+    variants: tuple[Variant, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def pairs_per_epoch(self) -> int:
+        """Number of pairs of an epoch."""
+        return sum(subset.pairs for subset in self.subsets)
+
+    @property
+    def total_bytes(self) -> int:
+        """Estimated memory of a rank, not sharded."""
+        return sum(part.bytes for part in self.memory)
+
+    @property
+    def total_sharded(self) -> int:
+        """Estimated memory of a rank, with parameters, gradients and optimizer state sharded."""
+        return sum(part.sharded for part in self.memory)
+
+    def predict(self, trainer: str, machine: Machine, **changes: Any) -> Cost:
+        """Predicts the cost of a rank's step on a machine. ``changes`` replace fields of ``cost_step``."""
+        return step_cost(trainer, self.cost_model, dataclasses.replace(self.cost_step, **changes), machine)
+
+    def times(self, machine: Machine) -> list[tuple[str, ...]]:
+        """Returns the rows of the table of predicted times: this recipe first, then its variants.
+
+        The memory of "this recipe" is ``total_bytes``.
+        """
+        costs = [self.predict(variant.trainer, machine, **variant.changes) for variant in self.variants]
+        first = costs[0]
+        rows: list[tuple[str, ...]] = []
+        for variant, cost in zip(self.variants, costs, strict=True):
+            memory = variant.bytes
+            if memory is None:  # another trainer: add the difference that the roofline predicts
+                memory = max(0, self.total_bytes + round(cost.memory - first.memory))
+            ratio = f"{cost.seconds / first.seconds:.2f}"
+            rows.append((variant.name, _format_seconds(cost.seconds), ratio, format_bytes(memory)))
+        return rows
+
+    def advice(self, machine: Machine) -> Iterator[str]:
+        """Yields sentences that say which setting to choose on the machine, as predicted."""
+        if self.cost_model.head_learns:
+            for variant in self.variants:
+                if variant.name.startswith("loss.recompute") and variant.bytes is not None:
+                    yield (
+                        "loss.recompute=false saves one of four products with the head and takes "
+                        f"{format_bytes(abs(variant.bytes - self.total_bytes))} more: use it if that memory is free"
+                    )
+        else:
+            yield "the head is frozen: the loss projects once, and loss.recompute has no effect"
+        yield "loss.from_logits=true is for models whose head is not a plain linear layer; it is never faster"
+        if self.cost_step.has_reference:
+            trainer = self.variants[0].trainer
+            whole = self.predict(trainer, machine, precomputed=False).seconds
+            saved = whole - self.predict(trainer, machine, precomputed=True).seconds
+            epochs = self.recipe.optim.epochs
+            yield (
+                f"reference.kind=precomputed saves {saved / whole:.0%} of a step and the reference's memory, for one "
+                f"forward per pair before the first step: in time it pays from the second epoch on (here: {epochs})"
+            )
+
+    def tables(self) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+        """Yields title, header and rows of each table."""
+        recipe, optim = self.recipe, self.recipe.optim
+        other = "without" if recipe.model.gradient_checkpointing else "with"
+        yield (
+            "Model",
+            ("", ""),
+            [
+                ("path", recipe.model.path),
+                ("class", self.model_class),
+                ("parameters", f"{self.parameters:,}"),
+                ("trainable", f"{self.trainable:,} ({self.trainable / self.parameters:.2%})"),
+                ("vocabulary x hidden size", f"{self.vocab_size:,} x {self.hidden_size:,}"),
+                ("decoder layers", f"{self.layers:,}"),
+                ("reference", _describe_reference(recipe)),
+            ],
+        )
+        yield "Data", ("subset", "lines", "repeat_time", "pairs"), list(_data_rows(self.subsets, self.eval_subsets))
+        yield (
+            "Schedule",
+            ("", ""),
+            [
+                ("steps", f"{self.steps:,} ({self.steps_per_epoch:,} per epoch, before pairs are skipped)"),
+                ("warmup steps", f"{self.warmup_steps:,}"),
+                ("learning rate", f"{optim.learning_rate:g}, then {optim.schedule}"),
+                ("pairs per step", f"{optim.batch_size:,}"),
+                ("processes", f"{self.world:,}"),
+                ("pairs per step and rank", f"{self.pairs_per_rank:,} in {self.micro_batches:,} micro-batches"),
+                ("layout", self.layout),
+                ("longest pair", f"{self.tokens:,} tokens, {self.positions:,} positions per micro-batch"),
+            ],
+        )
+        rows = [self._memory_row(part) for part in self.memory]
+        rows.append(self._memory_row(Memory("total", self.total_bytes, self.total_sharded, "")))
+        columns = ("one copy per rank", "sharded") if self.world > 1 else ("estimate",)
+        yield "Memory per rank (an estimate)", ("part", *columns, "formula"), rows
+        yield (
+            "Memory of alternatives (an estimate)",
+            ("", ""),
+            [
+                (f"activations {other} gradient checkpointing", format_bytes(self.other_activations)),
+                ("the loss in plain torch, on all logits", format_bytes(self.eager_loss)),
+            ],
+        )
+
+    def _memory_row(self, part: Memory) -> tuple[str, ...]:
+        sharded = (format_bytes(part.sharded),) if self.world > 1 else ()
+        return (part.name, format_bytes(part.bytes), *sharded, part.formula)
+
+    def __str__(self) -> str:
+        tables = [f"{title}\n{text_table(header, rows)}\n" for title, header, rows in self.tables()]
+        return "\n".join([*tables, *(f"note: {note}" for note in self.notes)]).rstrip()
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints a plan: as rich tables on a terminal, otherwise as text."""
+    if not sys.stdout.isatty():
+        print(plan)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for title, header, rows in plan.tables():
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=any(header), pad_edge=False)
+        for column, name in enumerate(header):
+            table.add_column(name, justify="right" if is_numeric_column(rows, column) else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+
+
+def print_times(plan: Plan, machine: Machine) -> None:
+    """Prints the predicted times on a machine, and the advice."""
+    article = "an" if machine.name[0] in "AH" else "a"  # an A100, an H200
+    print(
+        f"\nTime of a step on {article} {machine.name}, PREDICTED ({machine.source}; communication and data left out)"
+    )
+    memory = "memory" if plan.world == 1 else "memory, one copy per rank"
+    print(text_table(("", "step", "of this recipe", memory), plan.times(machine)) + "\n")
+    for line in plan.advice(machine):
+        print(f"- {line}")
+
+
+def format_bytes(size: int) -> str:
+    """Returns a number of bytes in MiB or GiB."""
+    gib = size / 2**30
+    if gib < 0.1:
+        return f"{size / 2**20:,.1f} MiB" if size else "0"
+    return f"{gib:,.1f} GiB" if gib >= 10 else f"{gib:.2f} GiB"
+
+
+def _format_seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _describe_reference(recipe: Recipe) -> str:
+    reference = recipe.reference
+    if reference.sync_every:
+        return (
+            f"copy, moved by {reference.sync_mix:g} of the way to the policy every {reference.sync_every:,} steps "
+            "(TR-DPO)"
+        )
+    return recipe.reference_kind or "none: the loss needs none"
+
+
+def _data_rows(subsets: Sequence[Subset], eval_subsets: Sequence[Subset]) -> Iterator[tuple[str, ...]]:
+    for subset in subsets:
+        yield subset.label, f"{subset.lines:,}", f"{subset.repeat_time:g}", f"{subset.pairs:,}"
+    lines, pairs = sum(subset.lines for subset in subsets), sum(subset.pairs for subset in subsets)
+    yield "train, an epoch", f"{lines:,}", "", f"{pairs:,}"
+    for subset in eval_subsets:
+        yield f"eval: {subset.label}", f"{subset.lines:,}", f"{subset.repeat_time:g}", f"{subset.pairs:,}"
