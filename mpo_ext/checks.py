@@ -6,52 +6,84 @@ import numbers
 import os
 from collections.abc import Iterable
 
+_INTERVAL_RULES = {
+    "(-inf, inf)": "finite",
+    "(0, inf)": "positive and finite",
+    "[0, inf)": "finite and not negative",
+}
+
 
 def install_hint(extra: str) -> str:
-    """Says how the packages of an extra are installed: true whether or not mpo-ext comes from a package index."""
+    """Returns the advice to install an extra; it holds for every source of the package."""
     return f"install the extra '{extra}' of mpo-ext (in its source tree: pip install '.[{extra}]')"
 
 
 class LinesError(ValueError):
-    """An error whose message is several lines, which a command prints as they are."""
+    """An error with a message of several lines, which a command prints unchanged."""
 
 
-def check_number(name: str, value: object) -> None:
-    """Raises TypeError unless the value is a real number."""
+def check_number(name: str, value: object, interval: str = "") -> None:
+    """Checks that a value is a real number, and optionally that it lies in an interval.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Any value.
+        interval: The allowed numbers in mathematical notation, such as ``"[0, 1)"`` or ``"(0, inf)"``. No interval
+            contains NaN. The empty string allows every number.
+
+    Raises:
+        TypeError: If the value is not a real number.
+        ValueError: If the value is outside the interval.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if interval and not _contains(interval, float(value)):
+        raise ValueError(f"{name} must be {_INTERVAL_RULES.get(interval, f'in {interval}')}, got {value}")
 
 
-def check_integer(name: str, value: object, *, least: int) -> None:
-    """Raises unless the value is an integer of at least ``least``."""
+def _contains(interval: str, value: float) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def check_integer(name: str, value: object, *, least: int | None = None) -> None:
+    """Raises TypeError unless the value is an integer, and ValueError if it is below ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
+    if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_index(index: int, size: int) -> int:
+    """Returns an index into a sequence, counted from the start; raises IndexError if it is out of range."""
+    if not -size <= index < size:
+        raise IndexError(f"index must be in [{-size}, {size}), got {index}")
+    return index % size
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raises ValueError unless the value is one of the choices; the message names the nearest one."""
+    """Raises ValueError unless the value is one of the choices; the message suggests the most similar choice."""
     known = list(choices)
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}")
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str:
-    """Returns ``; did you mean 'x'?`` for the known word that is nearest, or ``otherwise`` if none is near."""
+    """Returns ``; did you mean 'x'?`` for the most similar known word, or ``otherwise`` if no word is similar."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else otherwise
 
 
 def check_model_path(name: str, path: str) -> None:
-    """Raises where a path that can only be one of a folder here is none, which the hub would be asked for.
+    """Checks a path that can only be a local folder, before the hub would be asked for it.
 
     Args:
-        name: What the path is called in the message.
+        name: Name of the argument, for the message.
         path: Folder of a model, or its id on the hub.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
+        FileNotFoundError: If the path cannot be a hub id and the folder does not exist.
     """
     if os.path.exists(path) or "://" in path:
         return
@@ -61,15 +93,15 @@ def check_model_path(name: str, path: str) -> None:
 
 
 def check_json(name: str, value: object) -> None:
-    """Raises unless the value survives JSON unchanged.
+    """Checks that a value survives JSON unchanged.
 
     Args:
-        name: What the value is called in the message; its parts are named ``name.key`` and ``name[index]``.
-        value: Anything.
+        name: Name of the argument; its parts appear in messages as ``name.key`` and ``name[index]``.
+        value: Any value.
 
     Raises:
-        TypeError: If something in it is not None, a bool, an int, a float, a str, a list or a dict with str keys.
-        ValueError: If a number is not finite, or a text holds half of a surrogate pair.
+        TypeError: If any part is not None, a bool, an int, a float, a str, a list or a dict with str keys.
+        ValueError: If a number is not finite, or a text has a lone surrogate.
     """
     if isinstance(value, str):
         check_text(name, value)
@@ -90,6 +122,7 @@ def check_json(name: str, value: object) -> None:
 
 
 def check_text(name: str, value: str) -> None:
+    """Raises ValueError unless UTF-8 can encode the text."""
     try:
         value.encode()
     except UnicodeEncodeError as error:

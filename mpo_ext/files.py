@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, folders synced to disk, and locks between processes."""
+"""Files that appear complete or not at all, files and folders synced to disk, and locks between processes."""
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -11,28 +12,68 @@ from typing import IO, Any
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Opens a file that appears under its name only when it is whole and on the disk.
+def atomic_write(path: str | os.PathLike[str], *, is_locked: bool = False) -> Iterator[IO[bytes]]:
+    """Opens a file that appears under ``path`` when it is complete and synced to disk.
+
+    If the block raises, a file that already exists at ``path`` stays as it is.
 
     Args:
-        path: Where it goes; a file that stands there is replaced at the end, or left alone if the block raises.
+        path: The file to write. Its folder is created if it does not exist.
+        is_locked: Whether the caller holds a lock on ``path``. The temporary file then has a fixed name, so that the
+            next process overwrites a file that a killed process left.
     """
     target = Path(path)
+    token = "partial" if is_locked else f"{secrets.token_hex(6)}.tmp"
+    with _renamed(target, f".{target.name[:200]}.{token}") as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path for a library that writes to a path; the file is renamed to ``path`` when complete.
+
+    The temporary path has the suffix of ``path``, by which libraries choose a format.
+    """
+    target = Path(path)
+    with _renamed(target, f".{target.stem[:200]}.{secrets.token_hex(6)}{target.suffix}") as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def _renamed(target: Path, temporary_name: str) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+    temporary = target.with_name(temporary_name)
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync_file(temporary)
         os.replace(temporary, target)
         sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a value as indented JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n")
+
+
+def write_and_sync(path: Path, content: bytes) -> None:
+    """Writes a new file and syncs it to disk."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Syncs the content of a file to disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
-    """Puts the names in a folder on the disk, so that a rename survives a loss of power."""
+    """Syncs the names in a folder to disk, so that a rename survives a power failure."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -40,20 +81,32 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
+def sync_tree(folder: Path) -> None:
+    """Syncs all files below a folder, and their names, to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            sync_file(path)
+
+
 class LockedError(RuntimeError):
-    """Another process has the file."""
+    """Raised if another process holds a lock."""
 
 
 class FileLock:
-    """Holds a file for one process, with its pid in it; the kernel lets go of it when the process dies.
+    """Locks a file for one process and writes the process id into it. The kernel releases the lock at process death.
+
+    The filelock package does not replace it: that package empties the lock file before it has the lock, so that the
+    error could not name the process that holds it.
 
     Args:
-        path: The lock file. It stays behind: to delete it would let two processes lock two files of one name.
-        what: What the lock stands for, for the error.
-        wait: Waits until the file is free, instead of raising.
+        path: The lock file. It is never deleted: two processes could then lock two files of the same name.
+        what: Name of the locked resource, for the error message.
+        wait: Whether to wait until the lock is free instead of raising.
 
     Raises:
-        LockedError: If another process has it.
+        LockedError: If another process holds the lock.
     """
 
     def __init__(self, path: Path, what: str, *, wait: bool = False) -> None:
@@ -82,21 +135,3 @@ class FileLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._file)
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Any]:
-    """Opens a file for writing bytes that takes the place of ``path`` when it is complete, and not before.
-
-    The caller holds a lock: an unfinished file of an earlier process is overwritten.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mpo_ext.checks import LinesError
 from mpo_ext.files import FileLock, sync_folder
 
 _FORMAT = "mpo_ext.journal/1"
@@ -23,7 +24,7 @@ _TAIL_BYTES = 1 << 16
 _MISSING = "(absent)"
 
 
-class SettingsMismatchError(ValueError):
+class SettingsMismatchError(LinesError):
     """A journal was written under other settings than those it is opened with.
 
     Attributes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mpo_ext.files import FileLock, LockedError, replaced
+from mpo_ext.files import FileLock, LockedError, atomic_write
 from mpo_ext.journal import Journal, SettingsMismatchError, read_records
 
 SETTINGS = {"model": "stub", "sampling": {"temperature": 0.7, "top_k": 50}}
@@ -123,14 +123,14 @@ def test_a_replaced_file_appears_only_when_whole(tmp_path: Path) -> None:
     path.write_text("old")
 
     def fail() -> None:
-        with replaced(path) as file:
+        with atomic_write(path, is_locked=True) as file:
             file.write(b"ne")
             raise RuntimeError("full")
 
     with pytest.raises(RuntimeError, match="full"):
         fail()
     assert path.read_text() == "old"
-    with replaced(path) as file:
+    with atomic_write(path, is_locked=True) as file:
         file.write(b"new")
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]

@@ -6,69 +6,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpo_ext.cli.shared import Command, add_debug, add_root_map, at_least, command, root_map
+
 _FORMATS = ("mmpr", "pairs", "trl", "hf")
 _KINDS = ("standard", "conversational")
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Registers ``mpo-ext data`` with its four commands."""
-    parser = subcommands.add_parser("data", help="check, measure, convert and look at preference pairs")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name, add in (("check", _add_check), ("stats", _add_stats), ("convert", _add_convert), ("view", _add_view)):
-        add(commands, name)
-    parser.set_defaults(run=run)
+    parser = subcommands.add_parser("data", help="check, measure, convert and view preference pairs")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_check(commands)
+    _add_stats(commands)
+    _add_convert(commands)
+    _add_view(commands)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs one of the commands.
-
-    Returns:
-        0 if all is well; 1 if the data is not: ``check`` found something, or a bad line ended a conversion; 2 if the
-        command could not do its work: a missing file or package, a wrong argument, nowhere to write.
-    """
-    from mpo_ext.checks import install_hint
-    from mpo_ext.cli.shared import leave_broken_pipe
-    from mpo_ext.data.jsonl import BadLine
-
-    try:
-        status = args.data_command(args)
-        sys.stdout.flush()
-        return status
-    except BadLine as bad:
-        print(f"{bad}\n--skip-bad leaves such lines out and counts them", file=sys.stderr)
-        return 1
-    except ImportError as error:
-        hint = "" if "pip install" in str(error) else f": {install_hint('data')}"
-        print(f"mpo-ext data {args.command}: {error}{hint}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return leave_broken_pipe()
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        print(f"mpo-ext data {args.command}: {error}", file=sys.stderr)
-        return 2
-
-
-def _add_common(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
+def _add_common(parser: argparse.ArgumentParser, run: Command) -> None:
     parser.add_argument("path", type=Path, help="meta file (.json), file of lines (.jsonl), or folder of a HF dataset")
     parser.add_argument("--from", dest="format", choices=_FORMATS, help="format of PATH (default: found out)")
     parser.add_argument("--root", type=Path, help="folder that relative images start at (default: that of PATH)")
-    parser.add_argument(
-        "--root-map",
-        action="append",
-        default=[],
-        metavar="OLD=NEW",
-        help="where folders have moved to; may be repeated",
-    )
+    add_root_map(parser)
     parser.add_argument("--image-dir", type=Path, help="where to put images of a HF dataset that come without a path")
     parser.add_argument(
-        "--max-line-bytes", type=_at_least(1), default=16 << 20, help="a longer line is a bad one (default: 16 MiB)"
+        "--max-line-bytes", type=at_least(1), default=16 << 20, help="a longer line is a bad one (default: 16 MiB)"
     )
-    parser.set_defaults(data_command=command)
+    add_debug(parser)
+    parser.set_defaults(run=run)
 
 
-def _add_check(commands: Any, name: str) -> None:
+def _add_check(commands: Any) -> None:
     parser = commands.add_parser(
-        name, help="find bad lines, missing images, duplicates and more; exit status 1 if there are any"
+        "check", help="find bad lines, missing images, duplicates and more; exit status 1 if there are any"
     )
     _add_common(parser, _check)
     _add_tokenizer(parser)
@@ -78,12 +47,12 @@ def _add_check(commands: Any, name: str) -> None:
         default="verify",
         help="PIL verifies each image (default), decodes it whole, only whether it exists, not at all",
     )
-    parser.add_argument("--examples", type=_at_least(0), default=5, help="findings to show of each kind (default: 5)")
+    parser.add_argument("--examples", type=at_least(0), default=5, help="findings to show of each kind (default: 5)")
     parser.add_argument("--json", type=Path, help="also write the report to this file")
 
 
-def _add_stats(commands: Any, name: str) -> None:
-    parser = commands.add_parser(name, help="count pairs and measure their lengths, subset by subset")
+def _add_stats(commands: Any) -> None:
+    parser = commands.add_parser("stats", help="count pairs and measure their lengths, subset by subset")
     _add_common(parser, _stats)
     _add_tokenizer(parser)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -93,8 +62,8 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", help="measure lengths in its tokens (default: in words)")
 
 
-def _add_convert(commands: Any, name: str) -> None:
-    parser = commands.add_parser(name, help="write pairs in another format")
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser("convert", help="write pairs in another format")
     _add_common(parser, _convert)
     parser.add_argument("out", type=Path, help="folder for mmpr and hf, file for pairs and trl")
     parser.add_argument("--to", choices=_FORMATS, required=True, help="format to write")
@@ -107,27 +76,26 @@ def _add_convert(commands: Any, name: str) -> None:
     parser.add_argument("--force", action="store_true", help="replace what stands at OUT")
 
 
-def _add_view(commands: Any, name: str) -> None:
-    parser = commands.add_parser(name, help="write a page of pairs to look at")
+def _add_view(commands: Any) -> None:
+    parser = commands.add_parser("view", help="write a page of pairs to look at")
     _add_common(parser, _view)
     parser.add_argument("--out", type=Path, default=Path("pairs.html"), help="the page (default: pairs.html)")
     parser.add_argument("--title", help="of the page (default: PATH)")
-    parser.add_argument("--limit", type=_at_least(1), default=2000, help="most pairs, drawn at random (default: 2000)")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="of the draw (default: 0)")
+    parser.add_argument("--limit", type=at_least(1), default=2000, help="most pairs, drawn at random (default: 2000)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the draw (default: 0)")
     parser.add_argument(
-        "--thumbnail", type=_at_least(0), default=320, help="largest side of an image, 0 for none (default: 320)"
+        "--thumbnail", type=at_least(0), default=320, help="largest side of an image, 0 for none (default: 320)"
     )
 
 
 def _open(args: argparse.Namespace) -> Any:
-    from mpo_ext.data.jsonl import parse_root_map
     from mpo_ext.data.sources import open_pairs
 
     return open_pairs(
         args.path,
         format=args.format,
         root=args.root,
-        root_map=[parse_root_map(text) for text in args.root_map],
+        root_map=root_map(args),
         image_dir=args.image_dir,
         max_line_bytes=args.max_line_bytes,
     )
@@ -149,6 +117,7 @@ def _open_and_look(args: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
     return source, warn
 
 
+@command("data check", extra="data", failure=2)
 def _check(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
@@ -179,12 +148,11 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if report.is_clean else 1
 
 
+@command("data stats", extra="data", failure=2)
 def _stats(args: argparse.Namespace) -> int:
-    import json
-
     from mpo_ext.data.jsonl import Skipped
     from mpo_ext.data.stats import collect_stats, token_counter
-    from mpo_ext.files import atomic_write
+    from mpo_ext.files import write_json
 
     source, warn = _open_and_look(args)
     length, unit = token_counter(args.tokenizer)
@@ -201,13 +169,14 @@ def _stats(args: argparse.Namespace) -> int:
             "unit": unit,
             "subsets": {name: subset.to_dict() for name, subset in stats.items()},
         }
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(values, ensure_ascii=False, indent=2).encode() + b"\n")
+        write_json(args.json, values)
     return 0
 
 
+@command("data convert", extra="data", failure=2)
 def _convert(args: argparse.Namespace) -> int:
     from mpo_ext.data.convert import convert
+    from mpo_ext.data.jsonl import BadLine
 
     written = args.out / "meta.json" if args.to == "mmpr" else args.out
     if written.exists() and not args.force:
@@ -215,15 +184,20 @@ def _convert(args: argparse.Namespace) -> int:
     if args.out.exists() and args.to != "mmpr" and args.out.samefile(args.path):
         raise ValueError(f"out must be another place than path, got {args.out}")
     source, warn = _open_and_look(args)
-    count, skipped = convert(
-        source, args.out, args.to, kind=args.kind, skip_bad=args.skip_bad, root=args.out_root, name=args.name
-    )
+    try:
+        count, skipped = convert(
+            source, args.out, args.to, kind=args.kind, skip_bad=args.skip_bad, root=args.out_root, name=args.name
+        )
+    except BadLine as bad:
+        print(f"{bad}\n--skip-bad skips such lines and counts them", file=sys.stderr)
+        return 1
     print(f"wrote {count:,} pairs to {args.out}")
     _print_skipped(skipped)
     warn()
     return 0
 
 
+@command("data view", extra="data", failure=2)
 def _view(args: argparse.Namespace) -> int:
     from mpo_ext.data.view import write_view
 
@@ -294,12 +268,3 @@ def _console() -> Any:
 def _printable(text: str) -> str:
     """Without the control characters that a hostile file could steer a terminal with."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse

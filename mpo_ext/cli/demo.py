@@ -3,11 +3,11 @@
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mpo_ext.checks import install_hint
+from mpo_ext.cli.shared import at_least
 
 _NEEDS = {
     "sklearn": "scikit-learn",
@@ -32,9 +32,9 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "With --study it compares many more losses, data and settings, and writes tables and a plot.",
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where to write (default: demo-out)")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of the first run (default: 0)")
-    parser.add_argument("--seeds", type=_at_least(1), default=1, help="number of runs, each with the next seed")
-    parser.add_argument("--threads", type=_at_least(1), help="CPU threads (default: as torch decides)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the first run (default: 0)")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="number of runs, each with the next seed")
+    parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: as torch decides)")
     parser.add_argument(
         "--backend", choices=("cpu", "reference"), help="backend of the loss (default: the best that is installed)"
     )
@@ -42,7 +42,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--study", action="store_true", help="run the paper's ablations in small; goes on where it was ended"
     )
-    parser.add_argument("--jobs", type=_at_least(1), help="processes of the study (default: 1)")
+    parser.add_argument("--jobs", type=at_least(1), help="processes of the study (default: 1)")
     parser.set_defaults(run=demo)
 
 
@@ -92,12 +92,3 @@ def _study(common: dict[str, Any], args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse

@@ -4,10 +4,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from mpo_ext.checks import install_hint
-from mpo_ext.cli.sample import add_engine_arguments
+from mpo_ext.cli.shared import (
+    add_debug,
+    add_engine,
+    add_matcher,
+    add_root_map,
+    command,
+    load_engine,
+    matcher_settings,
+    root_map,
+)
 
 _PROMPTS = {"both": ("direct", "cot")}
 
@@ -48,77 +55,57 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--style",
         help="how answers are given: final_answer, boxed, answer, direct, regex:... (default: as the template says)",
     )
-    parser.add_argument("--matcher", default="vqa", help="how answers are compared (default: vqa)")
-    parser.add_argument(
-        "--matcher-option", action="append", default=[], metavar="NAME=JSON", help="option of the matcher"
-    )
+    add_matcher(parser)
     parser.add_argument("--limit", type=int, help="take the first questions of each file only")
     parser.add_argument("--image-root", default="", help="folder that image paths start from; a meta file has its own")
-    parser.add_argument(
-        "--root-map", action="append", default=[], metavar="OLD=NEW",
-        help="where the folders in a meta file have moved to; may be repeated",
-    )  # fmt: skip
+    add_root_map(parser)
     parser.add_argument(
         "--export", nargs="+", default=[], metavar="KIT", help="also write predictions for vlmevalkit or lmms-eval"
     )
     parser.add_argument(
         "--page-limit", type=int, default=5000, help="most questions in the page of failures (default: 5000)"
     )
-    add_engine_arguments(parser)
+    add_engine(parser)
+    add_debug(parser)
     parser.set_defaults(run=run_evaluate)
 
 
+@command("evaluate", extra="generate")
 def run_evaluate(args: argparse.Namespace) -> int:
-    """Runs the command. Returns 1 where it cannot begin or go on, and 0 where this process has done its share."""
-    from mpo_ext.data.jsonl import parse_root_map
+    """Runs an evaluation and returns the exit status."""
+    from mpo_ext.evaluate.report import accuracy_table
+    from mpo_ext.evaluate.run import evaluate
+    from mpo_ext.evaluate.scoring import EvaluationConfig
     from mpo_ext.generate.engine import rank_and_world_size
 
     rank, world = rank_and_world_size()
-    try:
-        from mpo_ext.cli import sample as cli
-        from mpo_ext.evaluate.report import accuracy_table
-        from mpo_ext.evaluate.run import evaluate
-        from mpo_ext.evaluate.scoring import EvaluationConfig
-
-        config = EvaluationConfig(
-            prompts=_prompts(args.prompt),
-            samples=args.samples,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            max_new_tokens=args.max_new_tokens,
-            seed=args.seed,
-            style=args.style,
-            matcher={"kind": args.matcher, **cli._parse_options("--matcher-option", args.matcher_option)},
-        )
-
-        def make_engine(path: str) -> Any:
-            return cli._engine(argparse.Namespace(**{**vars(args), "model": path}))
-
-        results = evaluate(
-            _named("MODEL", args.models),
-            _named("--data", args.data),
-            args.out,
-            config=config,
-            limit=args.limit,
-            image_root=args.image_root,
-            root_map=[parse_root_map(text) for text in args.root_map],
-            exports=list(dict.fromkeys(args.export)),
-            make_engine=make_engine,
-            block_size=args.block_size,
-            page_limit=args.page_limit,
-            rank=rank,
-            world=world,
-            stream=sys.stderr,
-        )
-    except ImportError as error:
-        hint = "" if "pip install" in str(error) else f": {install_hint('generate')}"
-        print(f"mpo-ext evaluate: {error}{hint}", file=sys.stderr)
-        return 1
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        hint = "\n--engine-option trust_remote_code=true does so" if "trust_remote_code=True" in str(error) else ""
-        print(f"mpo-ext evaluate: {error}{hint}", file=sys.stderr)
-        return 1
+    config = EvaluationConfig(
+        prompts=_prompts(args.prompt),
+        samples=args.samples,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        style=args.style,
+        matcher=matcher_settings(args),
+    )
+    results = evaluate(
+        _named("MODEL", args.models),
+        _named("--data", args.data),
+        args.out,
+        config=config,
+        limit=args.limit,
+        image_root=args.image_root,
+        root_map=root_map(args),
+        exports=list(dict.fromkeys(args.export)),
+        make_engine=lambda path: load_engine(args, path),
+        block_size=args.block_size,
+        page_limit=args.page_limit,
+        rank=rank,
+        world=world,
+        stream=sys.stderr,
+    )
     if results is None:
         print(f"process {rank} of {world} is done, others are not", file=sys.stderr)
     else:

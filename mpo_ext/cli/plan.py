@@ -1,10 +1,9 @@
 """The ``mpo-ext plan`` command. Its dependencies are imported when it runs."""
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
-from mpo_ext.cli.shared import accept_late_settings, report_error
+from mpo_ext.cli.shared import add_debug, add_recipe, command
 
 if TYPE_CHECKING:
     from mpo_ext.plan.machines import Machine
@@ -18,8 +17,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         description="Prints the tables of mpo-ext train --dry-run and the predicted time of a step on a GPU, with the "
         "recipe's settings and with alternatives. Nothing is measured.",
     )
-    parser.add_argument("recipe", help="YAML file; its relative paths start at the current folder")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="setting that replaces the recipe's value")
+    add_recipe(parser)
     parser.add_argument(
         "--gpu", metavar="NAME",
         help="A100, H100, H200 or B200, from its data sheet (default: H100); describe other GPUs by --bandwidth and "
@@ -28,30 +26,22 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--bandwidth", type=float, metavar="TB/S", help="peak memory bandwidth, instead of --gpu")
     parser.add_argument("--tflops", type=float, help="peak dense TFLOP/s in the recipe's precision, with --bandwidth")
     parser.add_argument("--world", type=int, default=1, metavar="N", help="number of processes (default: 1)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     parser.set_defaults(run=run_plan)
-    accept_late_settings(parser)
 
 
+@command("plan", extra="train")
 def run_plan(args: argparse.Namespace) -> int:
-    """Runs ``mpo-ext plan``.
+    """Runs ``mpo-ext plan`` and returns the exit status."""
+    from mpo_ext.plan.planner import plan
+    from mpo_ext.plan.report import print_plan, print_times
+    from mpo_ext.train.recipe import load_recipe
 
-    Returns:
-        The exit status: 0, or 1 if recipe, model, data or GPU are not valid.
-    """
-    try:
-        from mpo_ext.plan.planner import plan
-        from mpo_ext.plan.report import print_plan, print_times
-        from mpo_ext.train.recipe import load_recipe
-
-        planned = plan(load_recipe(args.recipe, args.overrides), world=args.world)
-        machine = _machine(args, planned.cost_model.compute)
-        print_plan(planned)
-        print_times(planned, machine)
-        sys.stdout.flush()
-        return 0
-    except (ImportError, OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        return report_error("plan", error, debug=args.debug)
+    planned = plan(load_recipe(args.recipe, args.overrides), world=args.world)
+    machine = _machine(args, planned.cost_model.compute)
+    print_plan(planned)
+    print_times(planned, machine)
+    return 0
 
 
 def _machine(args: argparse.Namespace, dtype: str) -> "Machine":

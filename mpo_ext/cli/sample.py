@@ -1,14 +1,21 @@
 """The ``mpo-ext sample`` command. Only what its options need is imported here: engines come when a run begins."""
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.checks import check_model_path
-from mpo_ext.files import LockedError
+from mpo_ext.checks import check_integer, check_model_path
+from mpo_ext.cli.shared import (
+    add_debug,
+    add_engine,
+    add_matcher,
+    add_root_map,
+    command,
+    load_engine,
+    matcher_settings,
+    root_map,
+)
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -66,21 +73,6 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     correctness.set_defaults(run=run_sample, build=_correctness)
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what says how a model generates."""
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument(
-        "--engine-option", action="append", default=[], metavar="NAME=JSON",
-        help="handed on to from_pretrained or vllm.LLM, as in --engine-option tensor_parallel_size=2",
-    )  # fmt: skip
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    parser.add_argument("--device", help="where transformers runs (default: the GPU of this process, or the CPU)")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time, for transformers (default: 16)")
-    parser.add_argument(
-        "--block-size", type=int, default=64, help="responses per block, the most that a kill costs (default: 64)"
-    )
-
-
 def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens: int) -> None:
     parser.add_argument(
         "source",
@@ -90,12 +82,9 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
     )
     parser.add_argument("out", type=Path, help="folder of the run")
     parser.add_argument("--model", required=True, help="folder or name of the model")
-    add_engine_arguments(parser)
+    add_engine(parser)
     parser.add_argument("--image-root", default="", help="folder that image paths start from; a meta file has its own")
-    parser.add_argument(
-        "--root-map", action="append", default=[], metavar="OLD=NEW",
-        help="where the folders in a meta file have moved to; may be repeated",
-    )  # fmt: skip
+    add_root_map(parser)
     parser.add_argument("--limit", type=int, help="take the first items only")
     parser.add_argument("--seed", type=int, default=0, help="source of every draw (default: 0)")
     parser.add_argument("--samples", type=int, default=samples, help=f"responses per item (default: {samples})")
@@ -109,64 +98,42 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
         help="how answers are given: final_answer, boxed, answer, direct, regex:... (default: as the template "
         "says, or final_answer)",
     )
-    parser.add_argument("--matcher", default="vqa", help="how answers are compared (default: vqa)")
-    parser.add_argument(
-        "--matcher-option", action="append", default=[], metavar="NAME=JSON", help="option of the matcher"
-    )
+    add_matcher(parser)
+    add_debug(parser)
 
 
+@command("sample", extra="generate")
 def run_sample(args: argparse.Namespace) -> int:
-    """Runs a pipeline. Returns 1 where the run cannot begin or go on, and 0 where this process has done its share."""
-    from mpo_ext.checks import check_integer
-    from mpo_ext.data.jsonl import parse_root_map
+    """Runs a pipeline and returns the exit status."""
     from mpo_ext.generate.engine import rank_and_world_size
     from mpo_ext.generate.runner import check_run, run
 
     rank, world_size = rank_and_world_size()
-    try:
-        for name, value in (("block_size", args.block_size), ("batch_size", args.batch_size), ("limit", args.limit)):
-            if value is not None:
-                check_integer(name, value, least=1)
-        pipeline = args.build(args)
-        root_map = [parse_root_map(text) for text in args.root_map]
-        check_run(
-            pipeline, args.source, args.out, image_root=args.image_root, root_map=root_map, world_size=world_size
-        )  # before the model, which may take minutes
-        check_model_path("--model", args.model)
-        summary = run(
-            pipeline,
-            _engine(args),
-            args.source,
-            args.out,
-            block_size=args.block_size,
-            limit=args.limit,
-            image_root=args.image_root,
-            root_map=root_map,
-            rank=rank,
-            world_size=world_size,
-            stream=sys.stderr,
-        )
-    except (ImportError, LockedError, OSError, TypeError, ValueError) as error:
-        print(f"mpo-ext sample: {error}", file=sys.stderr)
-        return 1
+    for name, value in (("block_size", args.block_size), ("batch_size", args.batch_size), ("limit", args.limit)):
+        if value is not None:
+            check_integer(name, value, least=1)
+    pipeline = args.build(args)
+    roots = root_map(args)
+    # Before the model is loaded, which may take minutes.
+    check_run(pipeline, args.source, args.out, image_root=args.image_root, root_map=roots, world_size=world_size)
+    check_model_path("--model", args.model)
+    summary = run(
+        pipeline,
+        load_engine(args, args.model),
+        args.source,
+        args.out,
+        block_size=args.block_size,
+        limit=args.limit,
+        image_root=args.image_root,
+        root_map=roots,
+        rank=rank,
+        world_size=world_size,
+        stream=sys.stderr,
+    )
     print(
         summary if summary is not None else f"process {rank} of {world_size} is done, others are not", file=sys.stderr
     )
     return 0
-
-
-def _engine(args: argparse.Namespace) -> Any:
-
-    options = _parse_options("--engine-option", args.engine_option)
-    if args.engine == "vllm":
-        from mpo_ext.generate.vllm_engine import VLLMEngine
-
-        return VLLMEngine(args.model, dtype=args.dtype, **options)
-    from mpo_ext.generate.transformers_engine import TransformersEngine
-
-    return TransformersEngine.from_pretrained(
-        args.model, dtype=args.dtype, device=args.device, batch_size=args.batch_size, **options
-    )
 
 
 def _shared(args: argparse.Namespace) -> dict[str, Any]:
@@ -175,12 +142,11 @@ def _shared(args: argparse.Namespace) -> dict[str, Any]:
     sampling = SamplingConfig(
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_new_tokens=args.max_new_tokens
     )
-    matcher: Mapping[str, Any] = {"kind": args.matcher, **_parse_options("--matcher-option", args.matcher_option)}
     return {
         "samples": args.samples,
         "sampling": sampling,
         "seed": args.seed,
-        "matcher": matcher,
+        "matcher": matcher_settings(args),
         "allow_truncated": args.allow_truncated,
     }
 
@@ -216,17 +182,3 @@ def _correctness(args: argparse.Namespace) -> Any:
             **_shared(args),
         )
     )
-
-
-def _parse_options(flag: str, texts: list[str]) -> dict[str, Any]:
-    """Reads NAME=JSON; a value that is no JSON is a text."""
-    options = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not name.isidentifier() or not equals:
-            raise ValueError(f"{flag} must read NAME=JSON, got {text!r}")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options

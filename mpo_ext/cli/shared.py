@@ -1,24 +1,97 @@
-"""Functions that several commands share: late settings, errors, broken pipes."""
+"""Parts that several commands share: options, exit statuses and the printing of errors."""
 
 import argparse
+import functools
+import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpo_ext.checks import LinesError, install_hint
 
+Command = Callable[[argparse.Namespace], int]
 
-def accept_late_settings(parser: argparse.ArgumentParser) -> None:
-    """Makes a parser accept settings (KEY=VALUE) after an option, which argparse does not assign to ``overrides``."""
+
+def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], Command]:
+    """Decorates a command: an expected error becomes a message on stderr and an exit status.
+
+    With ``--debug`` the error is raised instead.
+
+    Args:
+        name: Name of the command, which the message begins with.
+        extra: Extra of the package that installs what the command needs.
+        failure: Exit status after an error.
+    """
+
+    def decorate(run: Command) -> Command:
+        @functools.wraps(run)
+        def guarded(args: argparse.Namespace) -> int:
+            try:
+                status = run(args)
+                sys.stdout.flush()
+                return status
+            except BrokenPipeError:
+                return leave_broken_pipe()
+            except (ImportError, OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+                if getattr(args, "debug", False):
+                    raise
+                print(f"mpo-ext {name}: {_describe(error, extra)}", file=sys.stderr)
+                return failure
+
+        return guarded
+
+    return decorate
+
+
+def _describe(error: Exception, extra: str) -> str:
+    text = str(error) if isinstance(error, LinesError) else " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ImportError) and "pip install" not in text:
+        return f"{text}: {install_hint(extra)}"
+    if "trust_remote_code=True" in text:
+        return f"{text}\n--engine-option trust_remote_code=true does so"
+    return text
+
+
+def leave_broken_pipe() -> int:
+    """Redirects stdout to the null device after its reader has closed the pipe. Returns the exit status 1."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--debug``, which ``command`` reads."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Returns the ``type`` of an option that takes an integer of at least ``least``."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Adds a recipe and its KEY=VALUE settings, which may also follow an option."""
+    parser.add_argument("recipe", help="YAML file; its relative paths start at the current folder")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE",
+        help="setting in place of the recipe's, as in optim.learning_rate=1e-6 or 'data.train=[a.jsonl, b.jsonl]'",
+    )  # fmt: skip
     parse = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        """Accepts settings behind an option, which argparse leaves over."""
         namespace, rest = parse(args, namespace)
         for text in rest:
             if text.startswith("--") and "." in text.partition("=")[0]:
                 setting = text.lstrip("-")
-                shown = setting if "=" in setting else f"{setting}=VALUE"
-                parser.error(f"settings must be given as KEY=VALUE without dashes, as {shown}, got {text}")
+                example = setting if "=" in setting else f"{setting}=VALUE"
+                parser.error(f"settings must be given as KEY=VALUE without dashes, as {example}, got {text}")
         late = [text for text in rest if "=" in text and not text.startswith("-")]
         namespace.overrides = [*namespace.overrides, *late]
         return namespace, [text for text in rest if text not in late]
@@ -26,26 +99,77 @@ def accept_late_settings(parser: argparse.ArgumentParser) -> None:
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
-def report_error(command: str, error: Exception, *, debug: bool, extra: str = "train") -> int:
-    """Prints an error of a command to stderr and returns the exit status 1.
+def add_root_map(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--root-map``, which may be repeated."""
+    parser.add_argument(
+        "--root-map", action="append", default=[], metavar="OLD=NEW",
+        help="where folders have moved to; may be repeated",
+    )  # fmt: skip
 
-    Args:
-        command: The command, without ``mpo-ext``.
-        error: The error. An ImportError that names no remedy is followed by the command that installs ``extra``.
-        debug: Whether to raise the error instead.
-        extra: The extra of mpo-ext with the packages that the command needs.
+
+def root_map(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Returns the pairs of prefixes (old, new) of ``--root-map``."""
+    from mpo_ext.data.jsonl import parse_root_map
+
+    return [parse_root_map(text) for text in args.root_map]
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the engine that generates responses."""
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument(
+        "--engine-option", action="append", default=[], metavar="NAME=JSON",
+        help="passed to from_pretrained or vllm.LLM, as in --engine-option tensor_parallel_size=2",
+    )  # fmt: skip
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--device", help="device of transformers (default: the GPU of this process, or the CPU)")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts per batch, for transformers (default: 16)")
+    parser.add_argument(
+        "--block-size", type=int, default=64,
+        help="responses per block, the most that are lost if the process is killed (default: 64)",
+    )  # fmt: skip
+
+
+def load_engine(args: argparse.Namespace, model: str) -> Any:
+    """Loads the engine of a model that the options describe."""
+    options = parse_json_options("--engine-option", args.engine_option)
+    if args.engine == "vllm":
+        from mpo_ext.generate.vllm_engine import VLLMEngine
+
+        return VLLMEngine(model, dtype=args.dtype, **options)
+    from mpo_ext.generate.transformers_engine import TransformersEngine
+
+    return TransformersEngine.from_pretrained(
+        model, dtype=args.dtype, device=args.device, batch_size=args.batch_size, **options
+    )
+
+
+def add_matcher(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the matcher that compares answers."""
+    parser.add_argument("--matcher", default="vqa", help="how answers are compared (default: vqa)")
+    parser.add_argument(
+        "--matcher-option", action="append", default=[], metavar="NAME=JSON", help="option of the matcher"
+    )
+
+
+def matcher_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings of the matcher that the options describe."""
+    return {"kind": args.matcher, **parse_json_options("--matcher-option", args.matcher_option)}
+
+
+def parse_json_options(flag: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Parses NAME=JSON texts into a dict; a value that is not JSON stays a text.
+
+    Raises:
+        ValueError: If a text is not NAME=JSON.
     """
-    if debug:
-        raise error
-    if isinstance(error, BrokenPipeError):
-        return leave_broken_pipe()
-    text = str(error) if isinstance(error, LinesError) else " ".join(str(error).split()) or type(error).__name__
-    hint = f": {install_hint(extra)}" if isinstance(error, ImportError) and "pip install" not in text else ""
-    print(f"mpo-ext {command}: {text}{hint}", file=sys.stderr)
-    return 1
-
-
-def leave_broken_pipe() -> int:
-    """Redirects stdout to the null device after its reader has closed the pipe. Returns the exit status 1."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name.isidentifier() or not equals:
+            raise ValueError(f"{flag} must read NAME=JSON, got {text!r}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options

@@ -2,10 +2,9 @@
 
 import argparse
 import os
-import sys
 from typing import TYPE_CHECKING
 
-from mpo_ext.cli.shared import accept_late_settings, report_error
+from mpo_ext.cli.shared import add_debug, add_recipe, command
 
 if TYPE_CHECKING:
     from mpo_ext.train.recipe import Recipe
@@ -16,58 +15,49 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser = subcommands.add_parser(
         "train",
         help="train a model on preference pairs as a recipe says",
-        description="Trains a model as a recipe says. A run that was ended goes on when the same command is given "
-        "again. On several GPUs: accelerate launch -m mpo_ext.train RECIPE [KEY=VALUE ...].",
+        description="Trains a model as a recipe says. Run the same command again to resume an "
+        "interrupted run. On several GPUs: accelerate launch -m mpo_ext.train RECIPE [KEY=VALUE ...].",
     )
     add_arguments(parser)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what ``mpo-ext train`` and ``python -m mpo_ext.train`` take."""
-    parser.add_argument("recipe", help="YAML file; relative paths in it start at the current folder")
+    """Adds the arguments of ``mpo-ext train`` and ``python -m mpo_ext.train``."""
+    add_recipe(parser)
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE",
-        help="setting in place of the recipe's, as in optim.learning_rate=1e-6 or 'data.train=[a.jsonl, b.jsonl]'",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check recipe, model and data, say what the run needs, and end"
+        "--dry-run", action="store_true", help="check recipe, model and data, print what the run needs, and exit"
     )
     parser.add_argument(
         "--world", type=int, metavar="N", help="processes that --dry-run plans for (default: those launched)"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     parser.set_defaults(run=run_train)
-    accept_late_settings(parser)
 
 
+@command("train", extra="train")
 def run_train(args: argparse.Namespace) -> int:
-    """Runs the command.
+    """Runs ``mpo-ext train``.
 
     Returns:
-        What ``loop.train`` returns; 0 after a dry run; 1 where the run cannot begin or go on.
+        The exit status: that of ``loop.train``, or after a dry run 1 if the data has a defect.
     """
-    try:
-        from mpo_ext.train.recipe import load_recipe
+    from mpo_ext.train.recipe import load_recipe
 
-        recipe = load_recipe(args.recipe, args.overrides)
-        if not args.dry_run:
-            if args.world is not None:
-                raise ValueError(f"--world must come with --dry-run, got {args.world} without it")
-            from mpo_ext.train.loop import train
+    recipe = load_recipe(args.recipe, args.overrides)
+    if not args.dry_run:
+        if args.world is not None:
+            raise ValueError(f"--world must come with --dry-run, got {args.world} without it")
+        from mpo_ext.train.loop import train
 
-            return train(recipe) or 0
-        from mpo_ext.plan.planner import plan
-        from mpo_ext.plan.report import print_plan
+        return train(recipe) or 0
+    from mpo_ext.plan.planner import plan
+    from mpo_ext.plan.report import print_plan
 
-        planned = plan(recipe, world=args.world or int(os.environ.get("WORLD_SIZE", "1")))
-        if int(os.environ.get("RANK", "0")) == 0:
-            print_plan(planned)
-            is_sound = print_look(recipe)
-            sys.stdout.flush()
-            return 0 if is_sound else 1
+    planned = plan(recipe, world=args.world or int(os.environ.get("WORLD_SIZE", "1")))
+    if int(os.environ.get("RANK", "0")) != 0:
         return 0
-    except (ImportError, OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        return report_error("train", error, debug=args.debug)
+    print_plan(planned)
+    return 0 if print_look(recipe) else 1
 
 
 def print_look(recipe: "Recipe") -> bool:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import os
 import warnings
 from array import array
@@ -18,7 +17,7 @@ from mpo_ext.data.jsonl import BadLine, Location
 from mpo_ext.data.records import Pair, find_url
 from mpo_ext.data.sources import Source
 from mpo_ext.data.stats import SubsetStats, count_words
-from mpo_ext.files import atomic_write
+from mpo_ext.files import write_json
 
 ImageCheck = Literal["verify", "decode", "exists", "skip"]
 
@@ -229,6 +228,5 @@ class _Seen:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Writes the report as JSON, whole or not at all."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(report.to_dict(), ensure_ascii=False, indent=2).encode() + b"\n")
+    """Writes the report as JSON, atomically."""
+    write_json(path, report.to_dict())

@@ -30,7 +30,7 @@ from mpo_ext.data.jsonl import (
     remap,
 )
 from mpo_ext.data.records import Pair
-from mpo_ext.files import atomic_write, sync_folder
+from mpo_ext.files import atomic_write, sync_folder, sync_tree
 
 if TYPE_CHECKING:
     import datasets
@@ -354,9 +354,7 @@ def save_dataset(
         dataset = to_dataset(pairs, kind, embed=True, cache_dir=Path(work, "cache"))
         written = Path(work, "dataset")
         dataset.save_to_disk(str(written))
-        for file in written.iterdir():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+        sync_tree(written)
         if target.exists():
             shutil.rmtree(target)
         os.replace(written, target)

@@ -8,12 +8,12 @@ import json
 import os
 import random
 import warnings
-from pathlib import Path
 from typing import Any
 
 from mpo_ext.data.jsonl import BadLine, Skipped
 from mpo_ext.data.records import SOURCE, Pair, find_url
 from mpo_ext.data.sources import Source
+from mpo_ext.files import atomic_path
 from mpo_ext.report import save_page
 
 _TEMPLATE = "pairs_view.html.j2"
@@ -60,7 +60,7 @@ def write_view(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     total = len(source.pairs)
     picked = range(total) if total <= limit else sorted(random.Random(seed).sample(range(total), limit))
-    images, skipped = _Thumbnails(thumbnail, image_budget), Skipped()
+    images, skipped = Thumbnails(thumbnail, image_budget), Skipped()
     pairs: list[dict[str, Any]] = []
     for index in picked:
         where, pair = source.read(index)
@@ -77,28 +77,21 @@ def write_view(
     values = {
         "title": title or os.fspath(source.path),
         "notes": notes,
-        "subsets": _names(pair["subset"] for pair in pairs),
-        "pipelines": _names(pair["pipeline"] for pair in pairs),
-        "data": _script_json({"pairs": pairs, "images": images.uris}),
+        "subsets": count_names(pair["subset"] for pair in pairs),
+        "pipelines": count_names(pair["pipeline"] for pair in pairs),
+        "data": script_json({"pairs": pairs, "images": images.uris}),
     }
     values["nonce"] = hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own until it is whole; save_page knows nothing of that.
-    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(path) as temporary:
         save_page(temporary, _TEMPLATE, values)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return len(pairs), skipped
 
 
-def _names(names: Any) -> list[tuple[str, int]]:
+def count_names(names: Any) -> list[tuple[str, int]]:
     return sorted(collections.Counter(name for name in names if name).items())
 
 
-def _entry(pair: Pair, subset: str, where: str, images: "_Thumbnails", max_characters: int) -> dict[str, Any]:
+def _entry(pair: Pair, subset: str, where: str, images: "Thumbnails", max_characters: int) -> dict[str, Any]:
     shared = _shared(pair.chosen, pair.rejected)
     entry: dict[str, Any] = {
         "subset": subset,
@@ -107,20 +100,20 @@ def _entry(pair: Pair, subset: str, where: str, images: "_Thumbnails", max_chara
         "images": [images.add(image) for image in pair.images],
         "shared": _utf16(pair.chosen[: min(shared, max_characters)]),
         "cut": None,
-        "answer": None if pair.answer_gt is None else _bounded(pair.answer_gt, max_characters),
+        "answer": None if pair.answer_gt is None else cut_text(pair.answer_gt, max_characters),
         "more": {},
     }
     cut = _cut(pair)
     if cut is not None:
         entry["cut"] = _utf16(pair.chosen[: min(cut, max_characters)])
     for name in ("question", "chosen", "rejected"):
-        entry[name] = _bounded(getattr(pair, name), max_characters)
+        entry[name] = cut_text(getattr(pair, name), max_characters)
     if pair.provenance:
         entry["more"]["provenance"] = pair.provenance
     rest = {name: value for name, value in pair.extra.items() if name != SOURCE}
     if rest:
         entry["more"]["extra"] = rest
-    entry["more"] = _bounded(json.dumps(entry["more"], ensure_ascii=False, indent=1), max_characters)
+    entry["more"] = cut_text(json.dumps(entry["more"], ensure_ascii=False, indent=1), max_characters)
     return entry
 
 
@@ -144,11 +137,11 @@ def _utf16(text: str) -> int:
     return len(text.encode("utf-16-le")) // 2
 
 
-def _bounded(text: str, most: int) -> str:
+def cut_text(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most:,} more characters]"
 
 
-def _script_json(value: Any) -> Any:
+def script_json(value: Any) -> Any:
     """JSON that may stand in a script element: nothing in it can end the element or begin another."""
     from markupsafe import Markup
 
@@ -158,7 +151,7 @@ def _script_json(value: Any) -> Any:
     return Markup(text)  # escaped just above
 
 
-class _Thumbnails:
+class Thumbnails:
     """Small copies of images as data URIs, each once."""
 
     def __init__(self, size: int, budget: int) -> None:

@@ -5,16 +5,14 @@ import importlib.util
 import os
 import random
 import re
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpo_ext.checks import install_hint
-from mpo_ext.data import view
+from mpo_ext.data.view import Thumbnails, count_names, cut_text, script_json
 from mpo_ext.evaluate.scoring import Response
-from mpo_ext.files import atomic_write
+from mpo_ext.files import atomic_path, atomic_write
 from mpo_ext.generate.items import Item
 from mpo_ext.report import Bars, Panel, markdown_table, save_page, save_panels
 
@@ -162,7 +160,7 @@ def _write_pictures(results: Mapping[str, Any], out: Path) -> None:
             bars.append(Bars(model, prompts, values, errors, color=f"C{number % 10}"))
         panels.append(Panel(data, "prompt", "accuracy (%)", bars))
     for name in ("accuracy.png", "accuracy.svg"):
-        with _replaced(out / name) as path:
+        with atomic_path(out / name) as path:
             save_panels(path, "Accuracy, with standard errors", panels)
             if path.suffix == ".svg":
                 path.write_text(_without_chance(path.read_text(encoding="utf-8")), encoding="utf-8")
@@ -196,7 +194,7 @@ def _write_page(cells: "Sequence[Cell]", path: Path, *, limit: int, world: int, 
     if len(failed) > limit:
         picked = [failed[place] for place in sorted(random.Random(seed).sample(range(len(failed)), limit))]
         notes.append(f"{limit:,} of them are shown, drawn at random with seed {seed}.")
-    images = view._Thumbnails(_THUMBNAIL, _IMAGE_BUDGET)
+    images = Thumbnails(_THUMBNAIL, _IMAGE_BUDGET)
     columns = list(dict.fromkeys((cell.model, cell.evaluation.prompt) for cell in cells))
     entries: dict[tuple[str, int], dict[str, Any]] = {key: {} for key in picked}
     for cell in cells:
@@ -207,14 +205,14 @@ def _write_page(cells: "Sequence[Cell]", path: Path, *, limit: int, world: int, 
     values = {
         "title": "Failures",
         "notes": notes,
-        "data_names": view._names(entry["data"] for entry in shown),
+        "data_names": count_names(entry["data"] for entry in shown),
         "columns": [f"{model}, {prompt}" for model, prompt in columns],
-        "data": view._script_json(
+        "data": script_json(
             {"columns": [f"{model}, {prompt}" for model, prompt in columns], "items": shown, "images": images.uris}
         ),
     }
     values["nonce"] = hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
-    with _replaced(path) as temporary:
+    with atomic_path(path) as temporary:
         save_page(temporary, _TEMPLATE, values)
 
 
@@ -223,7 +221,7 @@ def _add_responses(
     cell: "Cell",
     column: int,
     columns: int,
-    images: view._Thumbnails,
+    images: Thumbnails,
     world: int,
 ) -> None:
     """Puts the responses of a cell into the entries of its questions."""
@@ -239,8 +237,8 @@ def _add_responses(
             entries[key] = {
                 "data": cell.data.name,
                 "where": f"{cell.data.name} {number + 1}",
-                "question": view._bounded(item.question, _MAX_CHARACTERS),
-                "truth": view._bounded(" | ".join(item.truths), _MAX_CHARACTERS),
+                "question": cut_text(item.question, _MAX_CHARACTERS),
+                "truth": cut_text(" | ".join(item.truths), _MAX_CHARACTERS),
                 "images": [images.add(os.path.join(item.image_root, image)) for image in item.images],
                 "answers": [None] * columns,
             }
@@ -260,22 +258,11 @@ def _answers(problem: str | None, responses: Sequence[Response]) -> dict[str, An
         "count": len(responses),
         "samples": [
             {
-                "text": view._bounded(responses[place].text, _MAX_CHARACTERS),
-                "answer": responses[place].answer and view._bounded(responses[place].answer or "", _MAX_CHARACTERS),
+                "text": cut_text(responses[place].text, _MAX_CHARACTERS),
+                "answer": responses[place].answer and cut_text(responses[place].answer or "", _MAX_CHARACTERS),
                 "right": responses[place].correct,
                 "cutOff": responses[place].finish == "length",
             }
             for place in sorted(shown)
         ],
     }
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A path of the same kind that takes the place of another when the block ends well."""
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_ext.data.records import find_url
-from mpo_ext.files import FileLock, replaced
+from mpo_ext.files import FileLock, atomic_write
 from mpo_ext.generate.items import Item
 from mpo_ext.journal import encode_line
 
@@ -125,8 +125,8 @@ class PairOutputs:
     def __enter__(self) -> "PairOutputs":
         self._stack.enter_context(FileLock(self.out / "outputs.lock", str(self.out), wait=True))
         for name in self.names:
-            self._files[name] = self._stack.enter_context(replaced(self.out / f"{name}.jsonl"))
-        self._report = self._stack.enter_context(replaced(self.out / "summary.json"))
+            self._files[name] = self._stack.enter_context(atomic_write(self.out / f"{name}.jsonl", is_locked=True))
+        self._report = self._stack.enter_context(atomic_write(self.out / "summary.json", is_locked=True))
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

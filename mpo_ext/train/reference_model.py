@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mpo_ext.files import replaced
+from mpo_ext.files import atomic_write
 from mpo_ext.journal import Journal, encode_line, read_header, read_records
 from mpo_ext.loss.eager import sequence_sums
 from mpo_ext.loss.functions import linear_token_logp, token_logp
@@ -242,7 +242,7 @@ def known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
 def merge(path: Path, settings: Mapping[str, Any]) -> int:
     """Makes one file of all ranks' journals, which then go. One process calls it. Returns the number of pairs."""
     found = {record["key"]: record["logp"] for part in _parts(path) for record in read_records(part)}
-    with replaced(path) as file:
+    with atomic_write(path, is_locked=True) as file:
         file.write(encode_line({"format": "mpo_ext.journal/1", "settings": dict(settings)}))
         for digest in sorted(found):
             file.write(encode_line({"key": digest, "logp": found[digest]}))

@@ -9,7 +9,6 @@ from scripted_engine import write_lines
 from stub_engine import StubEngine
 
 from mpo_ext.cli import evaluate as cli
-from mpo_ext.cli import sample as sample_cli
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def items(tmp_path: Path) -> Path:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sample_cli, "_engine", lambda args: StubEngine())
+    monkeypatch.setattr(cli, "load_engine", lambda args, model: StubEngine())
     parser = argparse.ArgumentParser()
     cli.add_parser(parser.add_subparsers(required=True))
     args = parser.parse_args(["evaluate", *map(str, arguments)])

@@ -19,7 +19,7 @@ def items(tmp_path: Path) -> Path:
 
 
 def sample(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(cli, "_engine", lambda args: StubEngine())
+    monkeypatch.setattr(cli, "load_engine", lambda args, model: StubEngine())
     parser = argparse.ArgumentParser()
     cli.add_parser(parser.add_subparsers(required=True))
     args = parser.parse_args(["sample", *map(str, arguments), "--model", "stub"])
@@ -87,12 +87,12 @@ def test_bad_options_are_named(
 def test_what_needs_no_model_is_checked_before_it_is_loaded(
     items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load(args: argparse.Namespace) -> StubEngine:
+    def load(args: argparse.Namespace, model: str) -> StubEngine:
         raise AssertionError("the model was loaded")
 
     parser = argparse.ArgumentParser()
     cli.add_parser(parser.add_subparsers(required=True))
-    monkeypatch.setattr(cli, "_engine", load)
+    monkeypatch.setattr(cli, "load_engine", load)
     monkeypatch.chdir(tmp_path)
 
     def refused(pipeline: str, source: object, out: object, *options: object, model: str = "stub") -> str:

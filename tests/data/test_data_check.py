@@ -1,6 +1,5 @@
 """check, stats, convert and view as commands, on files with every defect there is."""
 
-import argparse
 import html.parser
 import json
 import os
@@ -14,7 +13,7 @@ import pytest
 from mmpr_lines import LINES
 from PIL import Image
 
-from mpo_ext.cli.data import add_parser
+from mpo_ext.cli.main import main
 from mpo_ext.data import Pair, open_pairs, write_pairs
 from mpo_ext.data.check import check_pairs
 from mpo_ext.data.hf import load_dataset_folder
@@ -53,10 +52,7 @@ DEFECTS: list[tuple[str, Any, str]] = [
 
 
 def run(*arguments: str | os.PathLike[str]) -> int:
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args(["data", *map(os.fspath, arguments)])
-    return args.run(args)
+    return main(["data", *map(os.fspath, arguments)])
 
 
 @pytest.fixture
@@ -457,9 +453,7 @@ def test_a_missing_package_is_named(package: str, command: str, mmpr: Path, tmp_
     rest = {"convert": [str(tmp_path / "out"), "--to", "hf"]}.get(command, [])
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "import argparse; from mpo_ext.cli.data import add_parser\n"
-        "parser = argparse.ArgumentParser(); add_parser(parser.add_subparsers())\n"
-        f"args = parser.parse_args({['data', command, str(mmpr), *rest]!r}); sys.exit(args.run(args))"
+        f"from mpo_ext.cli.main import main; sys.exit(main({['data', command, str(mmpr), *rest]!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
