@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 SPEC = importlib.util.spec_from_file_location("check_words", Path(__file__).parents[1] / "tools" / "check_words.py")
-assert SPEC is not None and SPEC.loader is not None
+assert SPEC is not None
+assert SPEC.loader is not None
 check_words = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(check_words)
 

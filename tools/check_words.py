@@ -1,8 +1,8 @@
 """Checks the English of the repository against a list of phrases that readers stumble over.
 
-Usage: ``python tools/check_words.py [FILE ...]``; without files, every text file that git tracks. Exit status 1 and one
-line per finding if there is any. CONTRIBUTING.md explains the rules. A line that must keep a phrase (a quotation, a
-test of this check) ends in ``words: ignore``.
+Usage: ``python tools/check_words.py [FILE ...]``; without files it checks every text file that git tracks. Prints one
+line per finding and then exits with status 1. A line that must keep a phrase (a quotation, a test of this check)
+ends in ``words: ignore``.
 """
 
 import ast
@@ -47,7 +47,7 @@ PHRASES = {
     r"\bcomes? on top of\b": "beyond, in addition to",
     r"\bhas no place in\b": "is left out of",
     r"\bwas ended\b": "was interrupted",
-    r"\b(?:a|the) training(?=[,.;:)]| (?:is|was|has|ends|that|which|of|goes|with|in|on|and)\b)": "training, a training run",
+    r"\b(?:a|the) training(?=[,.;:)]| (?:is|was|has|ends|that|which|of|goes|with|in|on|and)\b)": "training, a run",
     r"\bthe likeliest\b": "the most likely",
     r"\bas (?:long|far) as it does\b": "split the sentence",
     r"\bis good for nothing\b|\bis no good\b": "was rejected because",
