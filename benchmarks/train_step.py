@@ -34,8 +34,9 @@ from torch import nn
 from benchmarks.measure import Timing, _resident, environment, write_json
 from mpo_ext.data.jsonl import write_pairs
 from mpo_ext.data.records import Pair
-from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
+from mpo_ext.train.mixture import Mixture
 from mpo_ext.train.recipe import Recipe, load_recipe
+from mpo_ext.train.sampler import StepSampler, micro_batches
 
 LEARNING_RATE = 1e-3  # so that ten steps of so small a model change its loss
 

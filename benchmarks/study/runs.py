@@ -48,7 +48,7 @@ from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import SamplingConfig
 from mpo_ext.generate.transformers_engine import TransformersEngine
-from mpo_ext.train.encode import Dropped, Encoder, Sample
+from mpo_ext.train.encode import Encoder, Sample, SkippedPair
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.recipe import Recipe, ReferenceRecipe, RewardShiftRecipe
 
@@ -587,7 +587,7 @@ def _means(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 # ----------------------------------------------------------------------------------------------------- what they share
 
-_known: dict[str, Sample | Dropped] = {}  # what this process has encoded, by the pair and the path of its image
+_known: dict[str, Sample | SkippedPair] = {}  # what this process has encoded, by the pair and the path of its image
 
 
 class _RememberingEncoder(Encoder):
@@ -600,7 +600,7 @@ class _RememberingEncoder(Encoder):
     def __init__(self, encoder: Encoder) -> None:
         self.__dict__.update(vars(encoder))
 
-    def encode(self, pair: Pair, name: str) -> Sample | Dropped:
+    def encode(self, pair: Pair, name: str) -> Sample | SkippedPair:
         """As in ``Encoder``."""
         key = pair.key()  # its images are absolute paths
         if key not in _known:

@@ -71,7 +71,7 @@ def print_look(recipe: "Recipe") -> bool:
     is_sound, is_whole = True, True
     print("\nData, looked at")
     for sources in filter(None, (recipe.data.train, recipe.data.eval)):
-        looks = Mixture(sources, seed=recipe.optim.seed).look()
+        looks = Mixture(sources, seed=recipe.optim.seed).inspect()
         for look in looks:
             print(f"  {look}")
             if look.images:
@@ -87,8 +87,8 @@ def print_look(recipe: "Recipe") -> bool:
                     f"{{path: {look.path}, root: .}}"
                 )
         bad = sum(look.bad + look.pairs_missing for look in looks)
-        read = sum(look.looked_at for look in looks)
-        is_whole &= all(look.looked_at == look.lines for look in looks)
+        read = sum(look.lines_read for look in looks)
+        is_whole &= all(look.lines_read == look.lines for look in looks)
         is_sound &= bad == 0 or (recipe.data.skip_bad and bad < read)
     rest = "" if is_whole else ", and the lines between those that were read"
     print(f"  not looked at: whether images can be opened (mpo-ext data check does that), lengths in tokens{rest}")

@@ -10,7 +10,7 @@ from mpo_ext.plan.memory import Memory
 from mpo_ext.plan.roofline import Cost, ModelShape, StepShape, step_cost
 from mpo_ext.report import is_numeric_column, text_table
 from mpo_ext.train.batch import RowLayout
-from mpo_ext.train.mixture import Subset
+from mpo_ext.train.mixture import MixtureSubset
 from mpo_ext.train.recipe import Recipe
 
 
@@ -70,8 +70,8 @@ class Plan:
     vocab_size: int
     hidden_size: int
     layers: int
-    subsets: tuple[Subset, ...]
-    eval_subsets: tuple[Subset, ...]
+    subsets: tuple[MixtureSubset, ...]
+    eval_subsets: tuple[MixtureSubset, ...]
     steps_per_epoch: int
     steps: int
     warmup_steps: int
@@ -255,7 +255,7 @@ def _describe_reference(recipe: Recipe) -> str:
     return recipe.reference_kind or "none: the loss needs none"
 
 
-def _data_rows(subsets: Sequence[Subset], eval_subsets: Sequence[Subset]) -> Iterator[tuple[str, ...]]:
+def _data_rows(subsets: Sequence[MixtureSubset], eval_subsets: Sequence[MixtureSubset]) -> Iterator[tuple[str, ...]]:
     for subset in subsets:
         yield subset.label, f"{subset.lines:,}", f"{subset.repeat_time:g}", f"{subset.pairs:,}"
     lines, pairs = sum(subset.lines for subset in subsets), sum(subset.pairs for subset in subsets)

@@ -1,4 +1,4 @@
-"""Pairs as token ids: prompt with its images, chosen and rejected response, and what becomes of those too long."""
+"""Encodes a pair as a sample: token ids and images of the prompt, and the ids of both responses."""
 
 import collections
 import dataclasses
@@ -27,34 +27,34 @@ NO_ROOM = "prompt leaves no room for a response"
 EQUAL = "chosen and rejected are equal"
 EQUAL_CUT = "chosen and rejected are equal once cut"
 BAD_PAIR = "bad pair"
-_PROBE = "Qz7 probe 7zQ"  # a response that no template writes itself
-_PER_IMAGE = ("image_", "pixel_", "num_", "batch_")  # inputs whose shape may be that of the prompt's tokens by chance
+_PROBE = "Qz7 probe 7zQ"  # a response that does not occur in any template
+_PER_IMAGE = ("image_", "pixel_", "num_", "batch_")  # inputs whose shape may equal that of the prompt by chance
 
 
 class BadPairError(ValueError):
-    """A pair that cannot be encoded; the message names it, the rule and the value. Takes one text, for pickling."""
+    """A pair that cannot be encoded. The message names the pair, the rule and the value."""
 
 
 class MissingImageError(BadPairError):
-    """A pair whose image is no file here; the message names the path."""
+    """A pair with an image file that does not exist. The message names the path."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """A pair as the model takes it.
+    """An encoded pair: the input of the model.
 
     Attributes:
         key: ``Pair.key()``.
         name: File and line, for messages.
-        prompt_key: Equal for the pairs that have one prompt: same question, same images.
-        prompt_ids: ``[P]`` int64, image tokens included, up to where the response begins.
+        prompt_key: Equal for pairs with the same prompt: the same question and the same images.
+        prompt_ids: ``[P]`` int64, image tokens included, up to the beginning of the response.
         chosen_ids: ``[C]`` int64, the end of the turn included.
-        rejected_ids: ``[R]`` int64, likewise.
-        token_inputs: Further inputs of the prompt's tokens, ``[P]`` each, as ``mm_token_type_ids``.
-        image_inputs: What the processor makes of the images, as ``pixel_values``; the first axis counts images, tiles
-            or patches, and batches are put together along it.
-        digest: Hash of all of the above but names: of what the model is fed.
-        is_cut: Whether a response lost its end, and the end of its turn with it.
+        rejected_ids: ``[R]`` int64, the end of the turn included.
+        token_inputs: Further per-token inputs of the prompt, ``[P]`` each, such as ``mm_token_type_ids``.
+        image_inputs: The processor's outputs for the images, such as ``pixel_values``. The first axis counts images,
+            tiles or patches; batches concatenate along it.
+        digest: Hash of all fields above except the names, that is, of the model's inputs.
+        is_cut: Whether a response lost its end, including the end of its turn.
     """
 
     key: str
@@ -70,8 +70,8 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Dropped:
-    """A good pair that is not trained on.
+class SkippedPair:
+    """A valid pair that is not used for training.
 
     Attributes:
         name: File and line.
@@ -84,100 +84,110 @@ class Dropped:
     detail: str
 
 
-class Tally:
-    """Counts what became of pairs, and keeps the first of each reason to leave one out.
+class PairCounts:
+    """Counts encoded and skipped pairs, and keeps the first message for each reason.
 
     Attributes:
         kept: Number of samples.
-        cut: Number of those whose responses were cut.
-        dropped: Number of pairs left out, by reason; for a line that holds no pair its ``BadLine.kind``.
-        examples: The first message of each reason.
+        cut: Number of samples with a cut response.
+        skipped: Number of skipped pairs by reason; the reason of a line that holds no pair is its ``BadLine.kind``.
+        examples: The first message for each reason.
     """
 
     def __init__(self) -> None:
         self.kept = 0
         self.cut = 0
-        self.dropped: collections.Counter[str] = collections.Counter()
+        self.skipped: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, str] = {}
 
-    def add(self, result: Sample | Dropped | BadLine | BadPairError) -> None:
-        """Counts what ``Encoder.encode`` or ``Mixture.read`` gave, or raised."""
+    def add(self, result: Sample | SkippedPair | BadLine | BadPairError) -> None:
+        """Counts a result or an error of ``Encoder.encode`` or ``Mixture.read``."""
         if isinstance(result, Sample):
             self.kept += 1
             self.cut += result.is_cut
             return
-        if isinstance(result, Dropped):
+        if isinstance(result, SkippedPair):
             reason, message = result.reason, f"{result.name}: {result.detail}"
         else:
             reason, message = result.kind if isinstance(result, BadLine) else BAD_PAIR, str(result)
-        self.dropped[reason] += 1
+        self.skipped[reason] += 1
         self.examples.setdefault(reason, message)
 
-    def merge(self, other: "Tally") -> None:
-        """Adds what another process has counted."""
+    def merge(self, other: "PairCounts") -> None:
+        """Adds the counts of another process."""
         self.kept += other.kept
         self.cut += other.cut
-        self.dropped.update(other.dropped)
+        self.skipped.update(other.skipped)
         self.examples = {**other.examples, **self.examples}
 
     @property
-    def left_out(self) -> int:
-        """Number of pairs left out, for all reasons."""
-        return self.dropped.total()
+    def n_skipped(self) -> int:
+        """Number of skipped pairs, over all reasons."""
+        return self.skipped.total()
 
     def lines(self) -> Iterator[str]:
         """Yields the counts and the examples as text."""
         if self.cut:
             yield f"cut the responses of {self.cut:,} pairs"
-        for reason, count in self.dropped.most_common():
-            yield f"left out {count:,}: {reason}, as {self.examples[reason]}"
+        for reason, count in self.skipped.most_common():
+            yield f"skipped {count:,}: {reason}, for example {self.examples[reason]}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counts under the names that checkpoints use."""
+        return {"kept": self.kept, "cut": self.cut, "dropped": dict(self.skipped), "examples": self.examples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores counts from ``state_dict``."""
+        self.kept, self.cut = state["kept"], state["cut"]
+        self.skipped = collections.Counter(state["dropped"])
+        self.examples = dict(state["examples"])
 
 
 def prompt_key(pair: Pair) -> str:
-    """Returns a hash of the prompt: of the question or the conversation, and the paths of the images.
+    """Returns a hash of the prompt: the question or conversation, and the image paths.
 
-    Pairs that share it have the same prompt tokens and the same images, as long as one ``Encoder`` makes them.
+    Pairs with the same hash have the same prompt tokens and images if the same ``Encoder`` encodes them.
     """
     text = json.dumps([pair.question, pair.source.get("messages"), *pair.images], ensure_ascii=True, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class Encoder:
-    """Turns pairs into samples. It can be pickled, for the workers of a data loader.
+    """Encodes pairs as samples. Picklable, for the workers of a data loader.
 
-    The prompt is the very text and the very tokens that ``TransformersEngine`` samples from. A response is tokenised
-    by itself, without special tokens around it, and follows the prompt's ids: as in sampling, where the model's own
-    tokens follow those of the prompt. Where a tokenizer would merge characters across that boundary, the ids differ
-    from those of the whole text tokenised at once; what is trained is what is generated.
+    The prompt has exactly the text and the tokens that ``TransformersEngine`` samples from. A response is tokenised
+    on its own, without special tokens, and appended to the prompt's ids, as in sampling. If a tokenizer would merge
+    characters across that boundary, the ids differ from those of the concatenated text: training uses the same ids as
+    generation.
 
-    Behind a response comes the token that ends the turn: the first special token that the chat template writes behind
-    an assistant's response, or the tokenizer's ``eos_token`` where it writes none. What a template writes around that
-    token, as the line break behind ``<|im_end|>``, is no target.
+    A response is followed by the token that ends the turn: the first special token that the chat template writes after
+    an assistant's response, or the tokenizer's ``eos_token`` if the template writes none. Text that a template writes
+    around this token, such as the line break after ``<|im_end|>``, is not a target.
 
-    A prompt of several turns is kept in ``pair.source["messages"]``: a list of ``{"role": ..., "content": ...}`` that
-    ends before the response, the content a text with ``<image>`` where images belong, or a list of
-    ``{"type": "text", "text": ...}`` and ``{"type": "image"}``. It then takes the place of ``question``.
+    A prompt of several turns is in ``pair.source["messages"]`` and replaces ``question``. It is a list of
+    ``{"role": ..., "content": ...}`` that ends before the response. The content is a text with ``<image>`` in the
+    places of images, or a list of ``{"type": "text", "text": ...}`` and ``{"type": "image"}``.
 
-    Processors that nest images in an axis for the batch (Idefics3, SmolVLM) have it moved behind the axis of images,
-    which their models flatten both: ``[1, N, ...]`` becomes ``[N, 1, ...]``. Those whose images are padded to a common
-    number of tiles or to a common size (LLaVA-NeXT with images of several shapes, Idefics3 without splitting) fit
-    into one batch only where these agree. Models with cross-attention to images (Mllama) are refused.
+    Some processors (Idefics3, SmolVLM) nest images in a batch axis, which their models flatten: the encoder moves it
+    behind the axis of images, ``[1, N, ...]`` becomes ``[N, 1, ...]``. Processors that pad images to a common number of
+    tiles or a common size (LLaVA-NeXT with images of several shapes, Idefics3 without splitting) fit into the same
+    batch only if these agree. Models with cross-attention to images (Mllama) are not supported.
 
     Args:
-        processor: The model's own processor, or its tokenizer where it takes text only.
-        max_length: Most tokens of the prompt with the longer response; None sets no limit.
-        too_long: "drop" leaves longer pairs out; "truncate" cuts the ends of the responses, never the prompt.
+        processor: The model's processor, or the tokenizer of a text model.
+        max_length: Maximum number of tokens of the prompt with the longer response; None sets no limit.
+        too_long: "drop" skips longer pairs; "truncate" cuts the ends of the responses, never the prompt.
         chat_template: Replaces the template of the processor.
-        image_token_id: The token that stands for (a part of) an image in the model's input, as its configuration has
-            it; None asks the tokenizer, then the processor.
-        end_id: The token that ends a turn; None asks the template.
+        image_token_id: The token that stands for (a part of) an image in the model's input, from the model's config;
+            None reads it from the tokenizer, then from the processor.
+        end_id: The token that ends a turn; None derives it from the template.
 
     Attributes:
         end_id: The token that ends a turn.
-        image_token_id: As above; None where there is none.
+        image_token_id: The token that stands for an image; None if there is no such token.
 
     Raises:
-        ValueError: If an argument is wrong or no end of the turn can be found.
+        ValueError: If an argument is invalid, or the end of the turn cannot be determined.
     """
 
     def __init__(
@@ -202,41 +212,41 @@ class Encoder:
         for owner in (self.tokenizer, processor):
             if self.image_token_id is None:
                 self.image_token_id = _token_id(self.tokenizer, owner, "image")
-        found = {_token_id(self.tokenizer, processor, kind) for kind in ("image", "video", "audio")}
-        self._media_ids = frozenset((found | {self.image_token_id}) - {None})
+        media_ids = {_token_id(self.tokenizer, processor, kind) for kind in ("image", "video", "audio")}
+        self._media_ids = frozenset((media_ids | {self.image_token_id}) - {None})
         self.end_id = self._find_end() if end_id is None else end_id
 
-    def encode(self, pair: Pair, name: str) -> Sample | Dropped:
+    def encode(self, pair: Pair, name: str) -> Sample | SkippedPair:
         """Encodes a pair.
 
         Args:
-            pair: The pair, with absolute paths of images.
+            pair: The pair, with absolute image paths.
             name: File and line, for messages.
 
         Returns:
-            The sample, or why there is none.
+            The sample, or a ``SkippedPair`` with the reason.
 
         Raises:
-            BadPairError: If the pair is faulty: an image that cannot be read, images and places for them that differ
-                in number, a response with an image token or an end of the turn in its text.
-            TypeError: If the processor gives something that no batch can be made of.
+            BadPairError: If the pair is invalid: an image that cannot be read, a number of images that differs from
+                the number of their places, a response whose text holds an image token or an end of the turn.
+            TypeError: If the processor returns values that cannot be batched.
         """
         chosen = self._response("chosen", pair.chosen, name)
         rejected = self._response("rejected", pair.rejected, name)
         if chosen == rejected:
-            return Dropped(name, EQUAL, f"both responses are the same {len(chosen)} tokens")
+            return SkippedPair(name, EQUAL, f"both responses are the same {len(chosen)} tokens")
         prompt_ids, token_inputs, image_inputs = self._prompt(pair, name)
         size, longest = len(prompt_ids), max(len(chosen), len(rejected))
         room = longest if self.max_length is None else self.max_length - size
         if room < longest:
             detail = f"{size} tokens of prompt and {longest} of the longer response, max_length is {self.max_length}"
             if room < 1:
-                return Dropped(name, NO_ROOM, detail)
+                return SkippedPair(name, NO_ROOM, detail)
             if self.too_long == "drop":
-                return Dropped(name, TOO_LONG, detail)
+                return SkippedPair(name, TOO_LONG, detail)
             chosen, rejected = chosen[:room], rejected[:room]
             if chosen == rejected:
-                return Dropped(name, EQUAL_CUT, detail)
+                return SkippedPair(name, EQUAL_CUT, detail)
         chosen_ids, rejected_ids = torch.tensor(chosen), torch.tensor(rejected)
         return Sample(
             key=pair.key(),
@@ -255,15 +265,15 @@ class Encoder:
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         for token in ids:
             if token in self._media_ids or token == self.end_id:
-                what = "an end of the turn of its own" if token == self.end_id else "an image, video or audio token"
-                shown = self.tokenizer.convert_ids_to_tokens(token)
-                raise BadPairError(f"{name}: {side} must not hold {what}, got {shown!r} in {text[:80]!r}")
+                kind = "an end of the turn" if token == self.end_id else "an image, video or audio token"
+                token_text = self.tokenizer.convert_ids_to_tokens(token)
+                raise BadPairError(f"{name}: {side} must not hold {kind}, got {token_text!r} in {text[:80]!r}")
         return [*ids, self.end_id]
 
     def _prompt(self, pair: Pair, name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Token ids ``[P]`` of the prompt, the other inputs of its tokens ``[P]``, and those of its images."""
+        """Returns the prompt's token ids ``[P]``, its other per-token inputs ``[P]``, and its image inputs."""
         if pair.images and self.processor is self.tokenizer:
-            raise BadPairError(f"{name}: images must be none for a model of text only, got {len(pair.images)}")
+            raise BadPairError(f"{name}: images must be none for a text model, got {len(pair.images)}")
         messages = pair.source.get("messages")
         if messages is not None and self.chat_template is None:
             raise BadPairError(f"{name}: a prompt of {len(messages)} messages must have a chat template, got none")
@@ -271,7 +281,7 @@ class Encoder:
             turns = () if messages is None else self._messages(messages, len(pair.images))
             request = Conversation(key=name, question=pair.question, messages=turns, images=pair.images)
             text = render_prompt(self.processor, request, self.chat_template)
-        except Exception as error:  # a template raises whatever it likes
+        except Exception as error:  # a template may raise any exception
             raise BadPairError(f"{name}: the prompt must fit the chat template, got {error}") from error
         special = lacks_special_tokens(self.tokenizer, text)
         if not pair.images:
@@ -285,9 +295,9 @@ class Encoder:
                     text=[text], images=[images], padding=True, return_tensors="pt", add_special_tokens=special
                 )
             )
-        except Exception as error:  # processors tell a wrong number of images in many ways
+        except Exception as error:  # processors report a wrong number of images in many ways
             raise BadPairError(
-                f"{name}: the prompt with its {len(images)} images must be what the processor takes, "
+                f"{name}: the prompt with its {len(images)} images must be valid for the processor, "
                 f"got {type(error).__name__}: {error}"
             ) from error
         ids, token_inputs, image_inputs = _split_inputs(inputs)
@@ -295,16 +305,16 @@ class Encoder:
         return ids, token_inputs, image_inputs
 
     def _messages(self, messages: object, images: int) -> tuple[dict[str, Any], ...]:
-        """The conversation as the template takes it, every image in its place."""
+        """Returns the conversation in the template's form, with each image in its place."""
         if not isinstance(messages, list) or not messages:
-            raise ValueError(f"messages must be a list of them, got {str(messages)[:80]!r}")
+            raise ValueError(f"messages must be a list of messages, got {str(messages)[:80]!r}")
         turns = []
         for message in messages:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise ValueError(f"messages must have a role and content each, got {str(message)[:80]!r}")
             turns.append({**message, "content": _parts(message.get("content"), split=images > 0)})
         if turns[-1]["role"] == "assistant":
-            raise ValueError("messages must end before the assistant's response, got one of the assistant at the end")
+            raise ValueError("messages must end before the assistant's response, got an assistant message at the end")
         places = sum(part["type"] == "image" for turn in turns for part in turn["content"])
         if images and not places:
             first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
@@ -318,17 +328,17 @@ class Encoder:
     def _check_image_tokens(self, ids: Tensor, image_inputs: Mapping[str, Tensor], images: int, name: str) -> None:
         if self.image_token_id is None:
             return
-        found = int((ids == self.image_token_id).sum())
+        count = int((ids == self.image_token_id).sum())
         expected = self._expected_image_tokens(image_inputs) if images else 0
-        if found != expected if expected is not None else found < images:
+        if count != expected if expected is not None else count < images:
             rule = f"at least {images}" if expected is None else str(expected)
             raise BadPairError(
                 f"{name}: the prompt must have {rule} image tokens ({self.tokenizer.decode([self.image_token_id])!r}) "
-                f"for its {images} images, got {found}"
+                f"for its {images} images, got {count}"
             )
 
     def _expected_image_tokens(self, image_inputs: Mapping[str, Tensor]) -> int | None:
-        """The number of image tokens, where the processor has a rule for it that is known here."""
+        """Returns the number of image tokens by the processor's rule; None if the rule is unknown."""
         grid = image_inputs.get("image_grid_thw")
         merge = getattr(getattr(self.processor, "image_processor", None), "merge_size", None)
         if grid is not None and isinstance(merge, int):
@@ -350,13 +360,13 @@ class Encoder:
                 contents = list(texts)
             turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), contents, strict=True)]
             text = self.processor.apply_chat_template(turns, chat_template=self.chat_template, tokenize=False)
-            _, found, behind = text.rpartition(_PROBE)
-            if not found:
+            _, probe, rest = text.rpartition(_PROBE)
+            if not probe:
                 raise ValueError(f"chat_template must write the assistant's response, got {text[:200]!r}")
             special = {*self.tokenizer.all_special_ids, end}
             added = getattr(self.tokenizer, "added_tokens_decoder", {})
             special |= {token for token, content in added.items() if content.special}
-            ids = self.tokenizer.encode(behind, add_special_tokens=False)
+            ids = self.tokenizer.encode(rest, add_special_tokens=False)
             end = next((token for token in ids if token in special), end)
         if end is None:
             raise ValueError("the end of a turn must be known: the chat template writes none, and eos_token is None")
@@ -364,7 +374,7 @@ class Encoder:
 
 
 def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
-    """The id of the token that stands for an image, a video or audio."""
+    """Returns the id of the token that stands for an image, a video or audio."""
     token_id = getattr(owner, f"{kind}_token_id", None)
     token = getattr(owner, f"{kind}_token", None)
     if token_id is None and isinstance(token, str):
@@ -375,7 +385,7 @@ def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
 def _open(path: str, index: int, name: str) -> Any:
     try:
         return load_image(path)
-    except Exception as error:  # a broken file makes Pillow raise many things
+    except Exception as error:  # Pillow raises many kinds of exceptions for a broken file
         kind = MissingImageError if isinstance(error, FileNotFoundError) else BadPairError
         raise kind(
             f"{name}: images[{index}] must be an image that can be read, got {path}: {type(error).__name__}: {error}"
@@ -383,12 +393,12 @@ def _open(path: str, index: int, name: str) -> Any:
 
 
 def _parts(content: object, *, split: bool) -> list[dict[str, Any]]:
-    """The content of a message as texts and images."""
+    """Splits the content of a message into texts and images."""
     if isinstance(content, str):
         pieces = content.split(IMAGE_PLACEHOLDER) if split else [content]
         parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
         for piece in pieces[1:]:
-            text = piece.removeprefix("\n")  # templates put one after an image themselves
+            text = piece.removeprefix("\n")  # the templates write a line break after an image
             parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
         return parts
     if not isinstance(content, Sequence):
@@ -406,33 +416,33 @@ def _parts(content: object, *, split: bool) -> list[dict[str, Any]]:
 
 
 def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Parts the inputs of a batch of one into ids, inputs of tokens and inputs of images."""
+    """Splits the inputs of a batch of one sample into ids, per-token inputs and image inputs."""
     for input_name, value in inputs.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"the processor must return tensors, got {type(value).__name__} for {input_name!r}")
     ids = inputs.pop("input_ids")
-    kept = inputs.pop("attention_mask", torch.ones_like(ids))[0].bool()
+    is_token = inputs.pop("attention_mask", torch.ones_like(ids))[0].bool()
     token_inputs, image_inputs = {}, {}
     is_nested = "pixel_attention_mask" in inputs and inputs["pixel_values"].ndim == 5
     for input_name, value in inputs.items():
         if value.shape == ids.shape and not input_name.startswith(_PER_IMAGE):
-            token_inputs[input_name] = value[0][kept]
+            token_inputs[input_name] = value[0][is_token]
         elif value.ndim > 2 and value.shape[:2] == ids.shape and not input_name.startswith(_PER_IMAGE):
             raise TypeError(
-                "the processor must give images whose tokens stand in the prompt, not cross-attention to them, "
+                "the processor must represent images by tokens in the prompt, not by cross-attention to them, "
                 f"got {input_name!r} of shape {tuple(value.shape)}"
             )
         elif is_nested and input_name in ("pixel_values", "pixel_attention_mask"):
             image_inputs[input_name] = value.transpose(0, 1).contiguous()
         else:
             image_inputs[input_name] = value
-    return ids[0][kept].to(torch.int64), token_inputs, image_inputs
+    return ids[0][is_token].to(torch.int64), token_inputs, image_inputs
 
 
 def _digest(
     prompt: Tensor, chosen: Tensor, rejected: Tensor, tokens: Mapping[str, Tensor], images: Mapping[str, Tensor]
 ) -> str:
-    """Hash of names, dtypes, shapes and bytes, and so of where each begins and ends."""
+    """Returns a hash of names, dtypes, shapes and bytes."""
     hasher = hashlib.blake2b(digest_size=16)
     fields = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     for group in (fields, tokens, images):

@@ -31,15 +31,16 @@ from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.train import reference_model as references
 from mpo_ext.train.batch import Batch, RowLayout, collate
 from mpo_ext.train.checkpoint import Checkpoints
-from mpo_ext.train.encode import BadPairError, Dropped, Encoder, MissingImageError, Sample, Tally
+from mpo_ext.train.encode import BadPairError, Encoder, MissingImageError, PairCounts, Sample, SkippedPair
 from mpo_ext.train.export import check_mergeable, export_model
 from mpo_ext.train.forward import forward, forward_logits
 from mpo_ext.train.masks import prompt_positions
 from mpo_ext.train.metrics import Console, Log, Totals, means, peak_memory_mib
-from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
+from mpo_ext.train.mixture import Mixture
 from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_model, without_adapters
 from mpo_ext.train.preference import preference_output
 from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.sampler import StepSampler, micro_batches
 from mpo_ext.train.shared_prefix import check_shared_prefix
 
 INTERRUPTED = 128 + signal.SIGTERM  # what a shell calls the end by SIGTERM
@@ -105,7 +106,7 @@ class Share:
     step: int
     batches: tuple[Batch, ...]
     counts: tuple[tuple[int, int, int], ...]
-    results: tuple[Dropped | BadLine | BadPairError, ...]
+    results: tuple[SkippedPair | BadLine | BadPairError, ...]
     cut: int = 0
     error: str | None = None
 
@@ -147,12 +148,12 @@ class Shares(torch.utils.data.Dataset[Share]):
 
     def __getitem__(self, step: int) -> Share:
         samples: list[Sample] = []
-        results: list[Dropped | BadLine | BadPairError] = []
-        for index in self.sampler.share(step, self.rank, self.world):
+        results: list[SkippedPair | BadLine | BadPairError] = []
+        for index in self.sampler.rank_slice(step, self.rank, self.world):
             result = self.encode(int(index))
             if isinstance(result, Sample):
                 samples.append(result)
-            elif isinstance(result, Dropped) or self.skip_bad:
+            elif isinstance(result, SkippedPair) or self.skip_bad:
                 results.append(result)
             else:
                 return Share(step, (), (), (), error=f"{result} ({self._advice(int(index), result)})")
@@ -180,7 +181,7 @@ class Shares(torch.utils.data.Dataset[Share]):
             f"{{path: {source.path}, root: .}}; mpo-ext data check finds all that are missing; {last}"
         )
 
-    def encode(self, index: int) -> Sample | Dropped | BadLine | BadPairError:
+    def encode(self, index: int) -> Sample | SkippedPair | BadLine | BadPairError:
         """Reads a pair of the mixture and encodes it; what is wrong with it is returned."""
         pair, name = self.mixture.read(index)
         if isinstance(pair, BadLine):
@@ -283,7 +284,7 @@ class Trainer:
         )
         self.config = recipe.loss.config
         self.reward_shift = RewardShift(**dataclasses.asdict(recipe.reward_shift))
-        self.tally, self.eval_tally = Tally(), Tally()
+        self.tally, self.eval_tally = PairCounts(), PairCounts()
         self.skipped_steps = 0
         self.step = 0
         self._signal: int | None = None  # that has come to this rank
@@ -555,7 +556,7 @@ class Trainer:
             self._trackers()
             for line in self.mixture.lines():
                 self.console.say(line)
-            for look in self.mixture.look(files=False, most=_COUNTED_LINES) if self.is_main else ():
+            for look in self.mixture.inspect(files=False, limit=_COUNTED_LINES) if self.is_main else ():
                 self.console.say(str(look))
             self._choose_layout()
             try:
@@ -865,7 +866,7 @@ class Trainer:
         assert self.eval_mixture is not None
         sampler = StepSampler(self.eval_mixture.epoch, batch_size=self.recipe.optim.batch_size)
         sums = Totals(self.device)
-        self.eval_tally = Tally()
+        self.eval_tally = PairCounts()
         self.model.eval()
         self.reward_shift.eval()
         shares = self._shares(self.eval_mixture, sampler)
@@ -902,15 +903,15 @@ class Trainer:
             "log_position": self.log.position() if self.is_main else 0,
             "skipped_steps": self.skipped_steps,
             "evaluation": evaluation,
-            "tally": {**vars(tally), "dropped": dict(tally.dropped)},
+            "tally": tally.state_dict(),
         }
         self.checkpoints.save(
             self.accelerator, self.step, self.model, self.optimizer, state, score=score, **self._extra()
         )
 
-    def _whole_tally(self) -> Tally:
+    def _whole_tally(self) -> PairCounts:
         """Of all ranks."""
-        whole = Tally()
+        whole = PairCounts()
         for one in self._gather(self.tally):
             whole.merge(one)
         return whole
@@ -920,7 +921,7 @@ class Trainer:
         tally = self._whole_tally()
         if tally.kept == 0 and self.step > 0:
             raise LinesError(
-                "every pair was left out, so nothing was learnt and no model is saved:\n  "
+                "every pair was skipped, so nothing was learnt and no model is saved:\n  "
                 + "\n  ".join(tally.lines())
             )
 
@@ -953,9 +954,7 @@ class Trainer:
         if not any(name.startswith("data.eval") for name, _ in changed):
             self._evaluation = state["evaluation"]
         if self.is_main:
-            self.tally.kept, self.tally.cut = state["tally"]["kept"], state["tally"]["cut"]
-            self.tally.dropped.update(state["tally"]["dropped"])
-            self.tally.examples.update(state["tally"]["examples"])
+            self.tally.load_state_dict(state["tally"])
         self.skipped_steps = state["skipped_steps"]
         self.reward_shift.load_state_dict(state["reward_shift"])
         if self.is_main:
@@ -981,9 +980,9 @@ class Trainer:
         if self.is_main:
             for text in tally.lines():
                 self.console.say(text)
-            if tally.left_out > tally.kept:
+            if tally.n_skipped > tally.kept:
                 self.console.say(
-                    f"WARNING: MOST PAIRS WERE LEFT OUT, {tally.left_out:,} of {tally.left_out + tally.kept:,}: "
+                    f"WARNING: MOST PAIRS WERE SKIPPED, {tally.n_skipped:,} of {tally.n_skipped + tally.kept:,}: "
                     "the model has learnt from the few others"
                 )
         self._write_card(evaluation)
@@ -998,7 +997,7 @@ class Trainer:
             return
         lines = self.log.read()
         last: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
-        summary = {**last, **(evaluation or {}), "dropped": dict(tally.dropped)}
+        summary = {**last, **(evaluation or {}), "dropped": dict(tally.skipped)}
         write_card(self.out / "final", recipe=self.recipe, curves=lines, summary=summary)
 
     def _close(self) -> None:

@@ -1,11 +1,11 @@
-"""Which pairs a step takes: sources mixed by their repeat_time, in an order that seed, epoch and step alone decide."""
+"""A mixture of sources: random access to the lines of all sources, and the lines of each epoch by ``repeat_time``."""
 
 import dataclasses
 import hashlib
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,25 @@ from mpo_ext.data.sources import Source, open_pairs
 from mpo_ext.train.encode import prompt_key
 from mpo_ext.train.recipe import SourceRecipe
 
-_DRAW, _ORDER = 1, 2  # streams of the generator: which lines an epoch takes, and in which order
-_LOOKED_AT = 20_000  # lines of a source that ``Mixture.look`` reads at most
-_LOOKED_AT_HF = 200  # rows of a Hugging Face dataset, whose images may have to be written out
+_DRAW = 1  # stream of the generator, apart from the stream of ``sampler``
+_INSPECTED_LINES = 20_000  # maximum number of lines of a source that ``Mixture.inspect`` reads
+_INSPECTED_HF_ROWS = 200  # Hugging Face datasets may have to write out their images
 _EXAMPLES = 3
-_ROUNDING = 1e-6  # 100 lines by 0.29 are 29, though the product is 28.999999999999996
+_ROUNDING = 1e-6  # 100 lines with repeat_time 0.29 give 29 pairs, though the product is 28.999999999999996
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Subset:
-    """One row of a mixture's table.
+class MixtureSubset:
+    """A row of a mixture's table.
 
     Attributes:
-        source: Number of its source.
-        name: Of a subset in an MMPR meta file; elsewhere the name of the file or folder.
-        first: Index of its first line in the mixture.
-        lines: Number of its lines.
-        repeat_time: Of the source, times that of the subset.
-        pairs: How many of an epoch's pairs it gives: ``lines * repeat_time``, rounded down.
-        label: Its name, with as much of the path as tells it from the others.
+        source: Number of the source.
+        name: Name of the subset in an MMPR meta file, otherwise the name of the file or folder.
+        first: Index of the first line in the mixture.
+        lines: Number of lines.
+        repeat_time: ``repeat_time`` of the source times that of the subset.
+        pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
+        label: The name, preceded by as much of the path as distinguishes it from other subsets.
     """
 
     source: int
@@ -50,30 +50,30 @@ class Subset:
 
 
 @dataclasses.dataclass(slots=True)
-class Look:
-    """What a first look at the lines of a source has found.
+class SourceOverview:
+    """The result of inspecting a source.
 
     Attributes:
-        path: Of the source.
-        format: How it is read.
-        is_told: Whether the recipe names the format.
-        root: Folder that its relative images start at.
-        lines: Number of its lines.
-        looked_at: Number of those that were read, evenly spread.
-        bad: Number of those that hold no pair.
+        path: Path of the source.
+        format: Format in which the source is read.
+        is_format_given: Whether the recipe names the format.
+        root: Folder where relative image paths start.
+        lines: Number of lines.
+        lines_read: Number of lines read, evenly spread.
+        bad: Number of lines read that hold no pair.
         with_images: Number of pairs with images.
-        images: Number of different images; 0 where no files were looked for.
-        missing: How many of them are no files here.
+        images: Number of different images; 0 if files were not checked.
+        missing: Number of images whose file does not exist.
         pairs_missing: Number of pairs that lack at least one image.
         examples: The first bad lines and missing images.
     """
 
     path: str
     format: str
-    is_told: bool
+    is_format_given: bool
     root: str
     lines: int
-    looked_at: int = 0
+    lines_read: int = 0
     bad: int = 0
     with_images: int = 0
     images: int = 0
@@ -82,33 +82,35 @@ class Look:
     examples: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
-        how = "" if self.is_told else ", found out"
-        share = "" if self.looked_at == self.lines else f" among {self.looked_at:,} of its {self.lines:,} lines"
-        pairs = self.looked_at - self.bad
-        text = f"{self.path}: format {self.format}{how}; {self.with_images:,} of {pairs:,} pairs with images{share}"
+        origin = "" if self.is_format_given else " (detected)"
+        sample = "" if self.lines_read == self.lines else f" among {self.lines_read:,} of its {self.lines:,} lines"
+        pairs = self.lines_read - self.bad
+        text = (
+            f"{self.path}: format {self.format}{origin}; {self.with_images:,} of {pairs:,} pairs with images{sample}"
+        )
         return text + (f"; {self.bad:,} lines hold NO PAIR" if self.bad else "")
 
 
 class Mixture(Sequence[Pair | BadLine]):
-    """The lines of all sources, one behind the other; an index is a line, whatever its ``repeat_time``.
+    """The concatenated lines of all sources; an index selects a line, regardless of its ``repeat_time``.
 
-    In memory are the readers' 8 bytes per line, none of the lines. A copy in another process opens the sources anew
-    when it first reads.
+    Memory holds 8 bytes per line, the readers' offsets, and no lines. A copy in another process opens the sources
+    again at its first read.
 
-    ``repeat_time`` decides how often an epoch meets the lines of a subset: of ``n`` lines it takes
-    ``floor(n * repeat_time)`` pairs. That is every line as often as the whole part of ``repeat_time`` says, and for
-    the rest of it different lines drawn at random, anew for each epoch. The number of pairs is the same in all epochs.
+    ``repeat_time`` sets how often an epoch visits the lines of a subset: of ``n`` lines it takes
+    ``floor(n * repeat_time)`` pairs. Each line occurs as often as the integer part of ``repeat_time``; the rest are
+    different lines, drawn at random in each epoch. The number of pairs is the same in all epochs.
 
     Args:
-        sources: What to mix.
-        seed: Of the draws.
+        sources: The sources to mix.
+        seed: Seed of the draws.
 
     Attributes:
-        subsets: The rows of its table.
+        subsets: The rows of the mixture's table.
 
     Raises:
         OSError: If a source cannot be read.
-        ValueError: If a source is none, or an epoch would have no pairs.
+        ValueError: If a source is invalid, or an epoch would have no pairs.
     """
 
     def __init__(self, sources: Sequence[SourceRecipe], *, seed: int = 0) -> None:
@@ -116,27 +118,30 @@ class Mixture(Sequence[Pair | BadLine]):
         self.sources = tuple(sources)
         self.seed = seed
         self._opened: list[Source | None] = [None] * len(self.sources)
-        subsets: list[Subset] = []
+        subsets: list[MixtureSubset] = []
         self._starts = [0]
         for number, recipe in enumerate(self.sources):
-            for name, lines, repeat in _subsets(self._source(number), recipe):
+            for name, lines, repeat in _subsets_of(self._source(number), recipe):
                 first = subsets[-1].first + subsets[-1].lines if subsets else 0
                 pairs = math.floor(lines * repeat + _ROUNDING)
-                subsets.append(Subset(number, name, first, lines, repeat, pairs))
+                subsets.append(MixtureSubset(number, name, first, lines, repeat, pairs))
             self._starts.append(subsets[-1].first + subsets[-1].lines if subsets else 0)
-        labels = _labels([self.sources[one.source].path for one in subsets], [one.name for one in subsets])
-        self.subsets = tuple(dataclasses.replace(one, label=label) for one, label in zip(subsets, labels, strict=True))
+        paths = [self.sources[subset.source].path for subset in subsets]
+        labels = _labels(paths, [subset.name for subset in subsets])
+        self.subsets = tuple(
+            dataclasses.replace(subset, label=label) for subset, label in zip(subsets, labels, strict=True)
+        )
         if self.pairs == 0:
-            named = ", ".join(recipe.path for recipe in self.sources) or "no sources"
-            raise ValueError(f"sources must give an epoch at least one pair, got none from {named}")
+            paths_text = ", ".join(recipe.path for recipe in self.sources) or "no sources"
+            raise ValueError(f"sources must give an epoch at least one pair, got none from {paths_text}")
 
     @property
     def pairs(self) -> int:
-        """Number of pairs of an epoch."""
+        """Number of pairs per epoch."""
         return sum(subset.pairs for subset in self.subsets)
 
     def __len__(self) -> int:
-        """Number of lines, each counted once."""
+        """Returns the number of lines; repeated lines count once."""
         return self._starts[-1]
 
     def __getitem__(self, index: Any) -> Any:
@@ -148,7 +153,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return {**self.__dict__, "_opened": [None] * len(self.sources)}
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Returns the number of the source and the number of the line in it, from 0."""
+        """Returns the number of the source and the number of the line in the source, both from 0."""
         size = len(self)
         if not -size <= index < size:
             raise IndexError(f"index must be in [{-size}, {size}), got {index}")
@@ -160,34 +165,37 @@ class Mixture(Sequence[Pair | BadLine]):
         """Reads a line.
 
         Args:
-            index: Of the line in the mixture.
+            index: Index of the line in the mixture.
 
         Returns:
-            The pair, with absolute paths of images, or what is wrong with the line; and its file and line.
+            The pair with absolute image paths, or the error in the line; and the line's file and number.
 
         Raises:
-            RuntimeError: If the source is no longer as long as it was.
+            RuntimeError: If the source has changed its number of lines.
         """
         source, line = self.locate(index)
         where, pair = self._source(source).read(line)
         return pair, str(where)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Indices of the lines that an epoch takes: ``[pairs]`` int64, ascending, a repeated line repeatedly."""
+        """Returns the line indices of an epoch: ``[pairs]`` int64, ascending; repeated lines occur repeatedly."""
         check_integer("epoch", epoch, least=0)
         parts = []
         for subset in self.subsets:
             whole, rest = divmod(subset.pairs, subset.lines) if subset.lines else (0, 0)
             times = np.full(subset.lines, whole, dtype=np.int64)
             if rest:
-                # Of its own generator each, so that what is drawn here does not depend on the other subsets.
+                # Each subset has its generator: its draws do not depend on the other subsets.
                 entropy = [_DRAW, self.seed, epoch, subset.source, zlib.crc32(subset.name.encode())]
                 times[np.random.default_rng(entropy).permutation(subset.lines)[:rest]] += 1
             parts.append(np.repeat(np.arange(subset.first, subset.first + subset.lines, dtype=np.int64), times))
         return np.concatenate(parts)
 
     def prompt_groups(self) -> np.ndarray:
-        """Reads all lines: ``[len]`` int64, equal where pairs have one prompt. Bad lines get numbers of their own."""
+        """Reads all lines and returns ``[len]`` int64 numbers that are equal for pairs with the same prompt.
+
+        Each bad line has a number that no other line has.
+        """
         groups = np.empty(len(self), dtype=np.int64)
         for index in range(len(self)):
             pair, name = self.read(index)
@@ -196,34 +204,34 @@ class Mixture(Sequence[Pair | BadLine]):
             groups[index] = int.from_bytes(digest, "big", signed=True)
         return groups
 
-    def look(self, *, files: bool = True, most: int = _LOOKED_AT) -> list[Look]:
-        """Takes a first look at each source: its format, pairs with images, and images that are no files.
+    def inspect(self, *, files: bool = True, limit: int = _INSPECTED_LINES) -> list[SourceOverview]:
+        """Inspects each source: its format, its pairs with images, and the images whose file does not exist.
 
         Args:
-            files: Whether to look for the files of the images.
-            most: Lines of a source to read; of more, so many are taken at even distances.
+            files: Whether to check that the image files exist.
+            limit: Maximum number of lines to read per source, spread evenly.
         """
-        looks = []
+        overviews = []
         for number, recipe in enumerate(self.sources):
             source, first = self._source(number), self._starts[number]
             size = len(source.pairs)
-            look = Look(recipe.path, source.format, recipe.format is not None, source.root, size)
-            count = min(size, most if source.format != "hf" else min(most, _LOOKED_AT_HF))
-            known: dict[int, bool] = {}
+            overview = SourceOverview(recipe.path, source.format, recipe.format is not None, source.root, size)
+            count = min(size, limit if source.format != "hf" else min(limit, _INSPECTED_HF_ROWS))
+            file_exists: dict[int, bool] = {}
             for line in np.linspace(0, size - 1, count).round().astype(int) if count else ():
                 pair, name = self.read(first + int(line))
-                look.looked_at += 1
+                overview.lines_read += 1
                 if isinstance(pair, BadLine):
-                    look.bad += 1
-                    if look.bad <= _EXAMPLES:
-                        look.examples.append(str(pair))
+                    overview.bad += 1
+                    if overview.bad <= _EXAMPLES:
+                        overview.examples.append(str(pair))
                     continue
-                look.with_images += bool(pair.images)
+                overview.with_images += bool(pair.images)
                 if files:
-                    look.pairs_missing += not _has_images(pair, name, known, look)
-            look.images = len(known)
-            looks.append(look)
-        return looks
+                    overview.pairs_missing += not _has_images(pair, name, file_exists, overview)
+            overview.images = len(file_exists)
+            overviews.append(overview)
+        return overviews
 
     def lines(self) -> Iterator[str]:
         """Yields the table as text."""
@@ -245,162 +253,50 @@ class Mixture(Sequence[Pair | BadLine]):
                 image_dir=recipe.image_dir,
             )
             if number + 1 < len(self._starts):
-                size = self._starts[number + 1] - self._starts[number]
-                found = len(source.pairs)
-                if found != size:
+                size, expected = len(source.pairs), self._starts[number + 1] - self._starts[number]
+                if size != expected:
                     raise RuntimeError(
-                        f"{recipe.path} must not change while it is read, got {found:,} lines after {size:,}"
+                        f"{recipe.path} must not change while it is read, got {size:,} lines after {expected:,}"
                     )
             self._opened[number] = source
         return source
 
 
-def _has_images(pair: Pair, name: str, known: dict[int, bool], look: Look) -> bool:
-    """Whether all images of a pair are files; each is looked for once."""
-    found = True
+def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: SourceOverview) -> bool:
+    """Checks whether all image files of a pair exist; each file is checked once."""
+    is_complete = True
     for image in pair.images:
         key = hash(image)
-        if key not in known:
-            known[key] = os.path.isfile(image)
-            if not known[key]:
-                look.missing += 1
-                if look.missing <= _EXAMPLES:
-                    look.examples.append(f"{name}: no such image: {find_url(image) or image}")
-        found = found and known[key]
-    return found
+        if key not in file_exists:
+            file_exists[key] = os.path.isfile(image)
+            if not file_exists[key]:
+                overview.missing += 1
+                if overview.missing <= _EXAMPLES:
+                    overview.examples.append(f"{name}: no such image: {find_url(image) or image}")
+        is_complete = is_complete and file_exists[key]
+    return is_complete
 
 
 def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The names, with the shortest end of their paths where others have the same name."""
+    """Returns the names; equal names are preceded by the shortest end of their path that distinguishes them."""
     parts = [Path(os.path.normpath(path)).parts for path in paths]
     labels = []
-    for own, name in zip(parts, names, strict=True):
-        rivals = [other for other, theirs in zip(parts, names, strict=True) if theirs == name and other != own]
+    for path_parts, name in zip(parts, names, strict=True):
+        rivals = [p for p, other_name in zip(parts, names, strict=True) if other_name == name and p != path_parts]
         if not rivals:
             labels.append(name)
             continue
-        size = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in rivals)), len(own))
-        path = str(Path(*own[-size:]))
-        labels.append(path if own[-1] == name else f"{path}: {name}")
+        sizes = range(1, len(path_parts))
+        size = next((n for n in sizes if all(p[-n:] != path_parts[-n:] for p in rivals)), len(path_parts))
+        path = str(Path(*path_parts[-size:]))
+        labels.append(path if path_parts[-1] == name else f"{path}: {name}")
     return labels
 
 
-def _subsets(source: Source, recipe: SourceRecipe) -> Iterator[tuple[str, int, float]]:
+def _subsets_of(source: Source, recipe: SourceRecipe) -> Iterator[tuple[str, int, float]]:
+    """Yields name, number of lines and ``repeat_time`` of each subset."""
     if isinstance(source.pairs, MMPRDataset):
         for subset, file in zip(source.pairs.subsets, source.pairs.files, strict=True):
             yield subset.name, len(file), recipe.repeat_time * subset.repeat_time
     else:
         yield Path(source.path).name, len(source.pairs), recipe.repeat_time
-
-
-class StepSampler:
-    """The pairs of each optimizer step. Steps are numbered from 0 through all epochs.
-
-    A step's pairs depend on the seed and its number alone: a run that goes on needs no other state, and another number
-    of ranks shares out the same pairs. Every pair of an epoch is met once in it, in random order; the last step of
-    an epoch is as short as what is left.
-
-    Args:
-        epoch: Gives the pairs of an epoch, int64, the same number for each; as ``Mixture.epoch``.
-        batch_size: Pairs of a step, over all ranks.
-        seed: Of the order.
-        groups: Numbers that are equal for pairs of one prompt, by pair, as from ``Mixture.prompt_groups``: they then
-            stand next to each other, but at the ends of steps and of ranks' shares. A pair that an epoch repeats
-            stands in as many groups. None mixes all.
-
-    Attributes:
-        pairs_per_epoch: Number of pairs.
-        steps_per_epoch: Number of steps, the short one included.
-    """
-
-    def __init__(
-        self,
-        epoch: Callable[[int], np.ndarray],
-        *,
-        batch_size: int,
-        seed: int = 0,
-        groups: np.ndarray | None = None,
-    ) -> None:
-        check_integer("batch_size", batch_size, least=1)
-        check_integer("seed", seed, least=0)
-        self._epoch, self._groups = epoch, groups
-        self.batch_size, self.seed = batch_size, seed
-        self._order: tuple[int, np.ndarray] | None = None
-        self.pairs_per_epoch = len(epoch(0))
-        if self.pairs_per_epoch == 0:
-            raise ValueError("epoch must give at least one pair, got none")
-        self.steps_per_epoch = -(-self.pairs_per_epoch // batch_size)
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The pairs of an epoch in their order, ``[pairs_per_epoch]`` int64. That of the last epoch asked is kept."""
-        check_integer("epoch", epoch, least=0)
-        if self._order is None or self._order[0] != epoch:
-            pairs = self._epoch(epoch)
-            if len(pairs) != self.pairs_per_epoch:
-                raise ValueError(
-                    f"epoch must give {self.pairs_per_epoch} pairs each time, got {len(pairs)} for epoch {epoch}"
-                )
-            rng = np.random.default_rng([_ORDER, self.seed, epoch])
-            pairs = pairs[rng.permutation(len(pairs))]
-            if self._groups is not None:
-                pairs = pairs[_by_group(pairs, self._groups, rng)]
-            self._order = epoch, pairs
-        return self._order[1]
-
-    def step(self, step: int) -> np.ndarray:
-        """The pairs of a step, over all ranks: int64, ``[batch_size]`` or, at the end of an epoch, fewer."""
-        check_integer("step", step, least=0)
-        epoch, within = divmod(step, self.steps_per_epoch)
-        return self.order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
-
-    def share(self, step: int, rank: int, world_size: int) -> np.ndarray:
-        """A rank's pairs of a step: a run of them, at most one longer than another's; none where too few are left.
-
-        Args:
-            step: From 0, through all epochs.
-            rank: Of the process.
-            world_size: Number of processes.
-        """
-        check_integer("world_size", world_size, least=1)
-        check_integer("rank", rank, least=0)
-        if rank >= world_size:
-            raise ValueError(f"rank must be less than world_size {world_size}, got {rank}")
-        pairs = self.step(step)
-        return pairs[len(pairs) * rank // world_size : len(pairs) * (rank + 1) // world_size]
-
-
-def _by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Positions that put the members of a group next to each other, and the groups into random order."""
-    # The c-th time that a pair occurs belongs to the c-th group of its prompt: no step is to hold one pair twice.
-    by_pair = np.argsort(pairs, kind="stable")
-    ascending = pairs[by_pair]
-    firsts = np.searchsorted(ascending, ascending, side="left")
-    copy = np.empty(len(pairs), dtype=np.int64)
-    copy[by_pair] = np.arange(len(pairs)) - firsts
-    _, prompt = np.unique(groups[pairs], return_inverse=True)
-    _, group = np.unique(prompt * (int(copy.max()) + 1) + copy, return_inverse=True)
-    return np.argsort(rng.permutation(int(group.max()) + 1)[group], kind="stable")
-
-
-def micro_batches(lengths: Sequence[int], size: int, *, groups: Sequence[Any] | None = None) -> list[list[int]]:
-    """Splits a rank's share by length, the longest first: memory is at its peak at once, and little is padded.
-
-    Args:
-        lengths: Tokens of each pair.
-        size: Pairs of a micro-batch; the last may have fewer.
-        groups: What is equal for pairs of one prompt, as ``Sample.prompt_key``: such pairs stay together, at the
-            place of the longest of them. None sorts each by itself.
-
-    Returns:
-        Positions in ``lengths``, each once; equal lengths keep their order.
-    """
-    check_integer("size", size, least=1)
-    if groups is not None and len(groups) != len(lengths):
-        raise ValueError(f"groups must be as many as the {len(lengths)} lengths, got {len(groups)}")
-    members: dict[Any, list[int]] = {}
-    for position in range(len(lengths)):
-        members.setdefault(position if groups is None else groups[position], []).append(position)
-    together = [sorted(positions, key=lambda position: -lengths[position]) for positions in members.values()]
-    together.sort(key=lambda positions: -lengths[positions[0]])
-    order = [position for positions in together for position in positions]
-    return [order[start : start + size] for start in range(0, len(order), size)]

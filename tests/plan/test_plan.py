@@ -24,9 +24,10 @@ from mpo_ext.plan import machines
 from mpo_ext.plan.memory import Memory, MemoryEstimate
 from mpo_ext.plan.planner import plan
 from mpo_ext.plan.report import Plan, format_bytes
-from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
+from mpo_ext.train.mixture import Mixture
 from mpo_ext.train.model import prepare_model
 from mpo_ext.train.recipe import Recipe, load_recipe
+from mpo_ext.train.sampler import StepSampler, micro_batches
 
 GIB = 1 << 30
 
@@ -126,7 +127,7 @@ def test_steps_and_micro_batches_are_those_of_the_sampler(
     assert planned.steps_per_epoch == sampler.steps_per_epoch
     assert planned.steps == epochs * sampler.steps_per_epoch
     shares = [
-        len(sampler.share(step, rank, world)) for step in range(sampler.steps_per_epoch) for rank in range(world)
+        len(sampler.rank_slice(step, rank, world)) for step in range(sampler.steps_per_epoch) for rank in range(world)
     ]
     assert planned.pairs_per_rank == max(shares)
     assert planned.micro_batches == max(len(micro_batches([1] * share, micro)) for share in shares)
@@ -403,7 +404,7 @@ def test_the_command_prints_the_plan_and_trains_nothing(
     assert "Qwen2ForCausalLM" in text
     if not terminal:
         assert text.startswith(f"{plan(recipe, world=2)}\n")
-    assert "a.jsonl: format pairs, found out; 50 of 50 pairs with images\n    1 different images: all there" in text
+    assert "a.jsonl: format pairs (detected); 50 of 50 pairs with images\n    1 different images: all there" in text
     assert "not looked at: whether images can be opened (mpo-ext data check does that), lengths in tokens\n" in text
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")

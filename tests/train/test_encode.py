@@ -52,10 +52,10 @@ from mpo_ext.train.encode import (
     NO_ROOM,
     TOO_LONG,
     BadPairError,
-    Dropped,
     Encoder,
+    PairCounts,
     Sample,
-    Tally,
+    SkippedPair,
     prompt_key,
 )
 
@@ -94,7 +94,7 @@ def sample(encoder: Encoder, pair: Pair, name: str = "f.jsonl:1") -> Sample:
 
 def dropped(encoder: Encoder, pair: Pair) -> str:
     result = encoder.encode(pair, "f.jsonl:1")
-    assert isinstance(result, Dropped)
+    assert isinstance(result, SkippedPair)
     assert result.name == "f.jsonl:1"
     return result.reason
 
@@ -307,7 +307,7 @@ def test_markup_of_special_tokens_stays_in_responses_but_an_end_of_turn_does_not
     got = sample(encoder, Pair("Where?", text, "no"))
     assert encoder.tokenizer.convert_tokens_to_ids("<box>") in got.chosen_ids
     assert encoder.tokenizer.decode(got.chosen_ids) == text + "<|im_end|>"
-    with pytest.raises(BadPairError, match="f:1: rejected must not hold an end of the turn of its own"):
+    with pytest.raises(BadPairError, match="f:1: rejected must not hold an end of the turn"):
         encoder.encode(Pair("Where?", "yes", "no<|im_end|>\n"), "f:1")
 
 
@@ -361,7 +361,7 @@ def test_images_of_several_turns(family: Any, images: tuple[str, ...]) -> None:
         ([("user", 3)], "content must be text or a list of texts and images, got '3'"),
         ([("user", [{"type": "video"}])], "content must be text or a list"),
         ([("user", "<image><image>")], "one place for each of the 1 images, got 2"),
-        ([], "messages must be a list of them"),
+        ([], "messages must be a list of messages"),
     ],
 )
 def test_faulty_conversations_are_named(messages: list[Any], match: str, images: tuple[str, ...]) -> None:
@@ -372,7 +372,7 @@ def test_faulty_conversations_are_named(messages: list[Any], match: str, images:
 
 
 def test_a_model_of_text_only_takes_no_images(images: tuple[str, ...]) -> None:
-    with pytest.raises(BadPairError, match="f:1: images must be none for a model of text only, got 2"):
+    with pytest.raises(BadPairError, match="f:1: images must be none for a text model, got 2"):
         text_encoder().encode(Pair("?", "yes", "no", images[:2]), "f:1")
     got = sample(text_encoder(), Pair("what does <image> mean?", "yes", "no"))  # not a token of this model
     assert "<image>" in text_encoder().tokenizer.decode(got.prompt_ids)
@@ -532,7 +532,7 @@ def test_workers_encode_as_the_process_does(images: tuple[str, ...]) -> None:
 def test_the_tally_counts_by_reason(images: tuple[str, ...]) -> None:
     pairs = [Pair("Why?", "abcdef", "uvwxyz"), Pair("?", "abc", "abd"), Pair("?" * 99, "a", "b"), Pair("?", "a", "a")]
     encoder = text_encoder(max_length=60, too_long="truncate")
-    tally = Tally()
+    tally = PairCounts()
     for index, pair in enumerate(pairs):
         tally.add(encoder.encode(pair, f"f:{index}"))
     pairs_cut = text_encoder(max_length=len(sample(encoder, pairs[0]).prompt_ids) + 3, too_long="truncate")
@@ -541,9 +541,11 @@ def test_the_tally_counts_by_reason(images: tuple[str, ...]) -> None:
     tally.add(BadLine(Location("f", "f", 5), "bad JSON", "nothing"))
     tally.add(BadLine(Location("f", "f", 6), "bad JSON", "nothing"))
     assert (tally.kept, tally.cut) == (3, 1)
-    assert tally.dropped == {NO_ROOM: 1, EQUAL: 1, BAD_PAIR: 1, "bad JSON": 2}
+    assert tally.skipped == {NO_ROOM: 1, EQUAL: 1, BAD_PAIR: 1, "bad JSON": 2}
     lines = list(tally.lines())
     assert lines[0] == "cut the responses of 1 pairs"
-    assert lines[1] == "left out 2: bad JSON, as f:5: bad JSON: nothing"
-    assert any(line.startswith(f"left out 1: {NO_ROOM}, as f:2: ") and "max_length is 60" in line for line in lines)
+    assert lines[1] == "skipped 2: bad JSON, for example f:5: bad JSON: nothing"
+    assert any(
+        line.startswith(f"skipped 1: {NO_ROOM}, for example f:2: ") and "max_length is 60" in line for line in lines
+    )
     assert len(json.dumps(lines)) < 1000

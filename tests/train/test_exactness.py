@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from mpo_ext.data.records import Pair
 from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.loop import Trainer
-from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
+from mpo_ext.train.mixture import Mixture
 from mpo_ext.train.recipe import SourceRecipe
+from mpo_ext.train.sampler import StepSampler, micro_batches
 
 ALL = os.environ.get("MPO_EXACTNESS_ALL") == "1"
 STEPS = 20

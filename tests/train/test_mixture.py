@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from mpo_ext.data.jsonl import BadLine, write_pairs
 from mpo_ext.data.records import Pair
-from mpo_ext.train.mixture import Mixture, StepSampler, micro_batches
+from mpo_ext.train.mixture import Mixture
 from mpo_ext.train.recipe import SourceRecipe
+from mpo_ext.train.sampler import StepSampler, micro_batches
 
 
 def pairs_file(path: Path, count: int, name: str = "q") -> SourceRecipe:
@@ -84,14 +85,20 @@ def test_a_look_counts_formats_images_and_what_is_missing(tmp_path: Path) -> Non
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write('{"question": "q", "chosen": "c", "rejected": "r"}\n{\n')
     long = pairs_file(tmp_path / "long.jsonl", 1000)
-    first, second = Mixture([source, SourceRecipe(path=long.path, format="pairs")]).look(most=100)
-    assert (first.format, first.is_told, first.looked_at, first.bad, first.with_images) == ("pairs", False, 5, 1, 3)
+    first, second = Mixture([source, SourceRecipe(path=long.path, format="pairs")]).inspect(limit=100)
+    assert (first.format, first.is_format_given, first.lines_read, first.bad, first.with_images) == (
+        "pairs",
+        False,
+        5,
+        1,
+        3,
+    )
     assert (first.images, first.missing, first.pairs_missing) == (3, 2, 2)
-    assert str(first).endswith("a.jsonl: format pairs, found out; 3 of 4 pairs with images; 1 lines hold NO PAIR")
+    assert str(first).endswith("a.jsonl: format pairs (detected); 3 of 4 pairs with images; 1 lines hold NO PAIR")
     assert any("1.png" in example for example in first.examples)
-    assert (second.looked_at, second.lines, second.images) == (100, 1000, 100)
+    assert (second.lines_read, second.lines, second.images) == (100, 1000, 100)
     assert str(second).endswith("format pairs; 100 of 100 pairs with images among 100 of its 1,000 lines")
-    assert Mixture([source]).look(files=False)[0].missing == 0
+    assert Mixture([source]).inspect(files=False)[0].missing == 0
 
 
 def test_bad_lines_are_handed_out_as_findings(tmp_path: Path) -> None:
@@ -243,12 +250,12 @@ def test_ranks_share_the_same_step_whatever_their_number(world_size: int, is_gro
     groups = np.arange(37) // 3 if is_grouped else None
     sampler = StepSampler(numbers(37), batch_size=7, seed=1, groups=groups)
     for step in range(2 * sampler.steps_per_epoch):
-        shares = [sampler.share(step, rank, world_size) for rank in range(world_size)]
+        shares = [sampler.rank_slice(step, rank, world_size) for rank in range(world_size)]
         assert np.concatenate(shares).tolist() == sampler.step(step).tolist()
         sizes = [len(share) for share in shares]
         assert max(sizes) - min(sizes) <= 1
     assert len(sampler.step(5)) == 2
-    assert [len(sampler.share(5, rank, 8)) for rank in range(8)].count(0) == 6
+    assert [len(sampler.rank_slice(5, rank, 8)) for rank in range(8)].count(0) == 6
 
 
 def test_pairs_of_a_prompt_stand_next_to_each_other() -> None:
@@ -290,7 +297,7 @@ def test_wrong_arguments_of_the_sampler() -> None:
         StepSampler(lambda epoch: np.arange(3 + epoch), batch_size=3).step(1)
     sampler = StepSampler(numbers(3), batch_size=1)
     with pytest.raises(ValueError, match="rank must be less than world_size 2, got 2"):
-        sampler.share(0, 2, 2)
+        sampler.rank_slice(0, 2, 2)
     with pytest.raises(ValueError, match="step must be at least 0, got -1"):
         sampler.step(-1)
 

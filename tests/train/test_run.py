@@ -26,7 +26,7 @@ from torch import nn
 from mpo_ext.train import loop
 from mpo_ext.train import model_card as card
 from mpo_ext.train import reference_model as references
-from mpo_ext.train.encode import Tally
+from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.metrics import Console, Log, Totals
 from mpo_ext.train.model import fingerprint, freeze_parts, load_model, prepare_model, switch_off_dropout
@@ -563,9 +563,9 @@ def test_trackers_get_settings_steps_and_evaluations(
     last, evaluation = log(trainer.recipe)[-2:]
     assert values["summary"].items() >= {"loss": last["loss"], "eval_loss": evaluation["eval_loss"]}.items()
     assert values["summary"]["dropped"] == {"chosen and rejected are equal": 1}
-    assert "left out 1: chosen and rejected are equal" in capsys.readouterr().err
+    assert "skipped 1: chosen and rejected are equal" in capsys.readouterr().err
     assert trainer.tally.kept == 19
-    assert sum(trainer.eval_tally.dropped.values()) == 1
+    assert sum(trainer.eval_tally.skipped.values()) == 1
 
 
 def test_a_reward_that_is_equal_is_not_accurate() -> None:
@@ -737,12 +737,12 @@ def test_counts_go_on_where_a_run_goes_on(tmp_path: Path, pairs: Path, capsys: A
     assert vars(trainer.tally) == vars(straight.tally)
     assert (trainer.tally.kept, trainer.tally.cut) == (15, 15)
     assert "cut the responses of 15 pairs" in capsys.readouterr().err
-    assert trainer.tally.dropped == collections.Counter({"chosen and rejected are equal": 5})
+    assert trainer.tally.skipped == collections.Counter({"chosen and rejected are equal": 5})
 
 
 def test_counts_of_all_ranks_are_one(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(tmp_path / "out", pairs)
-    other = Tally()
+    other = PairCounts()
     other.kept, trainer.tally.kept = 3, 4
     monkeypatch.setattr(trainer, "_gather", lambda value: [value, other])
     assert trainer._whole_tally().kept == 7
@@ -768,7 +768,7 @@ def test_what_may_change_in_a_run_that_goes_on(tmp_path: Path, pairs: Path, monk
         trainer._evaluation = None
         trainer._resume(path)
         assert (trainer._evaluation is None) == (name == "data__eval"), name
-    trainer.is_main, trainer.tally = False, Tally()
+    trainer.is_main, trainer.tally = False, PairCounts()
     trainer._resume(path)
     assert trainer.tally.kept == 0  # the main process has them all
     fixed = {

@@ -278,9 +278,9 @@ def test_a_bad_pair_ends_the_run_by_name_or_is_counted(tmp_path: Path, pairs: Pa
         run(recipe(tmp_path / "stop", data))
     run(recipe(tmp_path / "skip", data, data__skip_bad=True))
     text = capsys.readouterr().err
-    assert re.search(r"left out 1: .*broken\.jsonl:4", text)
+    assert re.search(r"skipped 1: .*broken\.jsonl:4", text)
     assert "MOST PAIRS" not in text
-    assert re.search(r"broken\.jsonl: format pairs, found out; 20 of 20 pairs with images\n", text)
+    assert re.search(r"broken\.jsonl: format pairs \(detected\); 20 of 20 pairs with images\n", text)
 
 
 def test_a_run_with_most_pairs_left_out_says_so_loudly(tmp_path: Path, pairs: Path, capsys: Any) -> None:
@@ -290,7 +290,7 @@ def test_a_run_with_most_pairs_left_out_says_so_loudly(tmp_path: Path, pairs: Pa
     data = pairs.with_name("most.jsonl")
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(recipe(tmp_path / "out", data, data__skip_bad=True))
-    assert "WARNING: MOST PAIRS WERE LEFT OUT, 11 of 20" in capsys.readouterr().err
+    assert "WARNING: MOST PAIRS WERE SKIPPED, 11 of 20" in capsys.readouterr().err
 
 
 def test_a_run_of_which_nothing_is_learnt_is_an_error_and_saves_no_model(
@@ -299,7 +299,7 @@ def test_a_run_of_which_nothing_is_learnt_is_an_error_and_saves_no_model(
     model, processor = tiny()
     before = weights(model)
     settings = recipe(tmp_path / "out", pairs, data__max_length=5, optim__epochs=3)
-    with pytest.raises(ValueError, match=r"every pair was left out, so nothing was learnt(.|\n)*left out 20:"):
+    with pytest.raises(ValueError, match=r"every pair was skipped, so nothing was learnt(.|\n)*skipped 20:"):
         loop.train(settings, model=model, processor=processor)
     assert "all of its pairs were left out" in capsys.readouterr().err
     assert not (tmp_path / "out" / "final").exists()

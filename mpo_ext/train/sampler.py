@@ -1,0 +1,123 @@
+"""Which pairs a step trains, on which rank and in which micro-batches. Seed and step number alone decide."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpo_ext.checks import check_integer
+
+_ORDER = 2  # stream of the generator, apart from the stream of ``mixture``
+
+
+class StepSampler:
+    """Chooses the pairs of each optimizer step. Steps are numbered from 0 through all epochs.
+
+    The pairs of a step depend on the seed and the step number only: an interrupted run needs no other state to
+    resume, and any number of ranks divides the same pairs. An epoch visits each of its pairs once, in random order;
+    its last step holds the remaining pairs.
+
+    Args:
+        epoch: Returns the pairs of an epoch, int64, the same number for each epoch; see ``Mixture.epoch``.
+        batch_size: Pairs per step, over all ranks.
+        seed: Seed of the order.
+        groups: For each pair, a number that is equal for pairs with the same prompt, as from
+            ``Mixture.prompt_groups``: such pairs then are adjacent, except at the ends of steps and of rank slices.
+            The copies of a pair that an epoch repeats belong to different groups. None mixes all pairs.
+
+    Attributes:
+        pairs_per_epoch: Number of pairs per epoch.
+        steps_per_epoch: Number of steps per epoch, the short one included.
+    """
+
+    def __init__(
+        self,
+        epoch: Callable[[int], np.ndarray],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        groups: np.ndarray | None = None,
+    ) -> None:
+        check_integer("batch_size", batch_size, least=1)
+        check_integer("seed", seed, least=0)
+        self._epoch, self._groups = epoch, groups
+        self.batch_size, self.seed = batch_size, seed
+        self._order: tuple[int, np.ndarray] | None = None
+        self.pairs_per_epoch = len(epoch(0))
+        if self.pairs_per_epoch == 0:
+            raise ValueError("epoch must give at least one pair, got none")
+        self.steps_per_epoch = -(-self.pairs_per_epoch // batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Returns the ordered pairs of an epoch, ``[pairs_per_epoch]`` int64; the latest epoch is cached."""
+        check_integer("epoch", epoch, least=0)
+        if self._order is None or self._order[0] != epoch:
+            pairs = self._epoch(epoch)
+            if len(pairs) != self.pairs_per_epoch:
+                raise ValueError(
+                    f"epoch must give {self.pairs_per_epoch} pairs each time, got {len(pairs)} for epoch {epoch}"
+                )
+            rng = np.random.default_rng([_ORDER, self.seed, epoch])
+            pairs = pairs[rng.permutation(len(pairs))]
+            if self._groups is not None:
+                pairs = pairs[_sort_by_group(pairs, self._groups, rng)]
+            self._order = epoch, pairs
+        return self._order[1]
+
+    def step(self, step: int) -> np.ndarray:
+        """Returns the pairs of a step over all ranks: int64, ``[batch_size]``, or fewer at the end of an epoch."""
+        check_integer("step", step, least=0)
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self.order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
+
+    def rank_slice(self, step: int, rank: int, world_size: int) -> np.ndarray:
+        """Returns a rank's pairs of a step: a contiguous slice, possibly empty. Slice lengths differ by at most 1.
+
+        Args:
+            step: Number of the step, from 0 through all epochs.
+            rank: Rank of the process.
+            world_size: Number of processes.
+        """
+        check_integer("world_size", world_size, least=1)
+        check_integer("rank", rank, least=0)
+        if rank >= world_size:
+            raise ValueError(f"rank must be less than world_size {world_size}, got {rank}")
+        pairs = self.step(step)
+        return pairs[len(pairs) * rank // world_size : len(pairs) * (rank + 1) // world_size]
+
+
+def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns positions that make the members of a group adjacent, with the groups in random order."""
+    # The c-th copy of a pair belongs to the c-th group of its prompt: a step should not hold a pair twice.
+    by_pair = np.argsort(pairs, kind="stable")
+    ascending = pairs[by_pair]
+    firsts = np.searchsorted(ascending, ascending, side="left")
+    copy = np.empty(len(pairs), dtype=np.int64)
+    copy[by_pair] = np.arange(len(pairs)) - firsts
+    _, prompt = np.unique(groups[pairs], return_inverse=True)
+    _, group = np.unique(prompt * (int(copy.max()) + 1) + copy, return_inverse=True)
+    return np.argsort(rng.permutation(int(group.max()) + 1)[group], kind="stable")
+
+
+def micro_batches(lengths: Sequence[int], size: int, *, groups: Sequence[Any] | None = None) -> list[list[int]]:
+    """Splits a rank slice by length, longest first: memory peaks in the first micro-batch, and padding stays small.
+
+    Args:
+        lengths: Number of tokens of each pair.
+        size: Pairs per micro-batch; the last micro-batch may have fewer.
+        groups: A value per pair that is equal for pairs with the same prompt, as ``Sample.prompt_key``. Such pairs
+            stay together, in the place of the longest of them. None sorts each pair by itself.
+
+    Returns:
+        Positions in ``lengths``, each once. Pairs of equal length keep their order.
+    """
+    check_integer("size", size, least=1)
+    if groups is not None and len(groups) != len(lengths):
+        raise ValueError(f"groups must be as many as the {len(lengths)} lengths, got {len(groups)}")
+    members: dict[Any, list[int]] = {}
+    for position in range(len(lengths)):
+        members.setdefault(position if groups is None else groups[position], []).append(position)
+    sorted_groups = [sorted(positions, key=lambda position: -lengths[position]) for positions in members.values()]
+    sorted_groups.sort(key=lambda positions: -lengths[positions[0]])
+    order = [position for positions in sorted_groups for position in positions]
+    return [order[start : start + size] for start in range(0, len(order), size)]
