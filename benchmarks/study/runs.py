@@ -457,7 +457,7 @@ def _sample(
     pool: dict[str, list[Pair]] = {}
     summaries: dict[str, Any] = {}
 
-    def sample(name: str, source: str, pipeline: runner.Pipeline, limit: int | None = None) -> None:
+    def sample(name: str, source: str, pipeline: runner.PairPipeline, limit: int | None = None) -> None:
         out = folder / f"sample-{slug(name)}"
         summary = runner.run(pipeline, engine, folder / f"{source}.jsonl", out, block_size=_BLOCK_SIZE, limit=limit,
                                image_root=str(folder))  # fmt: skip

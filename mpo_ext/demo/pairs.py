@@ -25,6 +25,7 @@ from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import SamplingConfig
 from mpo_ext.generate.outputs import Summary
+from mpo_ext.generate.sampler import journal_path
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
 BATCH_SIZE = 256
@@ -83,11 +84,11 @@ def make_pairs(
     pairs: list[Pair] = []
     left_out: collections.Counter[str] = collections.Counter()
 
-    def run(pipeline: runner.Pipeline, form: str, limit: int | None = None) -> list[Pair]:
+    def run(pipeline: runner.PairPipeline, form: str, limit: int | None = None) -> list[Pair]:
         name = pipeline.name.replace("_", "-")
         out = folder / (f"{name}-{form}" if pipeline.name == "correctness" else name)
         # The engine would go on with the journal of an earlier demo: it knows the model's name, not its weights.
-        runner.journal_path(out, 0, 1).unlink(missing_ok=True)
+        journal_path(out, 0, 1).unlink(missing_ok=True)
         summary = runner.run(
             pipeline,
             engine,

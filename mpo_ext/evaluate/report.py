@@ -13,7 +13,6 @@ from mpo_ext.checks import install_hint
 from mpo_ext.data.view import Thumbnails, count_names, cut_text, script_json
 from mpo_ext.evaluate.scoring import Response
 from mpo_ext.files import atomic_path, atomic_write
-from mpo_ext.generate.items import Item
 from mpo_ext.report import Bars, Panel, markdown_table, save_page, save_panels
 
 if TYPE_CHECKING:
@@ -182,10 +181,10 @@ def _write_page(cells: "Sequence[Cell]", path: Path, *, limit: int, world: int, 
     failed = [
         (data, number)
         for data, own in by_data.items()
-        for number in range(own[0].data.count)
+        for number in range(own[0].data.source.count)
         if any(not all(cell.questions[number].right) for cell in own)
     ]
-    total = sum(own[0].data.count for own in by_data.values())
+    total = sum(own[0].data.source.count for own in by_data.values())
     notes = [f"{len(failed):,} of {total:,} questions have a wrong answer; the others are not shown."]
     refused = sum(question.problem is not None for own in by_data.values() for question in own[0].questions)
     if refused:
@@ -225,14 +224,10 @@ def _add_responses(
     world: int,
 ) -> None:
     """Puts the responses of a cell into the entries of its questions."""
-    number = -1
-
-    def visit(item: Item, problem: str | None, responses: Sequence[Response]) -> None:
-        nonlocal number
-        number += 1
+    for number, (item, problem, responses) in enumerate(cell.read(world)):
         key = (cell.data.name, number)
         if key not in entries:
-            return
+            continue
         if not entries[key]:
             entries[key] = {
                 "data": cell.data.name,
@@ -243,8 +238,6 @@ def _add_responses(
                 "answers": [None] * columns,
             }
         entries[key]["answers"][column] = _answers(problem, responses)
-
-    cell.read(world, visit)
 
 
 def _answers(problem: str | None, responses: Sequence[Response]) -> dict[str, Any]:

@@ -25,14 +25,13 @@ from mpo_ext.checks import check_integer
 from mpo_ext.evaluate import report as pages
 from mpo_ext.evaluate.exports import EXPORTS, vlmevalkit_columns
 from mpo_ext.evaluate.models import Fingerprinted, find_model, load_engine
-from mpo_ext.evaluate.scoring import Evaluation, EvaluationConfig, Question, Response, Visit
+from mpo_ext.evaluate.scoring import Evaluation, EvaluationConfig, Question, Response
 from mpo_ext.evaluate.statistics import Comparison, compare, mean_and_error, pass_at_k, wilson
 from mpo_ext.files import FileLock, atomic_write
-from mpo_ext.generate import runner
 from mpo_ext.generate.engine import Engine
-from mpo_ext.generate.items import Item, ItemFile, item_files, scan, take
-from mpo_ext.generate.outputs import ItemResult
+from mpo_ext.generate.items import Item, ItemSource, open_items
 from mpo_ext.generate.progress import SamplingProgress
+from mpo_ext.generate.sampler import IncompleteRunError, open_journal, read_samples, sample_items
 from mpo_ext.generate.transformers_engine import TransformersEngine
 from mpo_ext.journal import encode_line
 
@@ -48,24 +47,12 @@ class Questions:
     Attributes:
         name: For the results.
         path: As it was given.
-        files: What it stands for.
-        image_root: Folder that relative image paths start from.
-        root_map: Where the folders in a meta file have moved to.
-        digest: Of its content.
-        count: How many of its questions are asked.
+        source: The questions.
     """
 
     name: str
     path: str
-    files: tuple[ItemFile, ...]
-    image_root: str
-    root_map: tuple[tuple[str, str], ...]
-    digest: str
-    count: int
-
-    def items(self) -> Iterator[Item]:
-        """The questions that are asked."""
-        return take(self.files, self.count)
+    source: ItemSource
 
 
 @dataclasses.dataclass(slots=True)
@@ -91,10 +78,14 @@ class Cell:
         """What it is called in the results."""
         return self.model, self.data.name, self.evaluation.prompt
 
-    def read(self, world: int, visit: Visit) -> bool:
-        """Hands every item with its scored responses to ``visit``; False where processes are not done yet."""
-        self.evaluation.visit = visit
-        return runner.write_outputs(self.evaluation, self.data.items(), self.folder, world_size=world) is not None
+    def read(self, world: int) -> Iterator[tuple[Item, str | None, list[Response]]]:
+        """Yields every item with its problem, or None, and its scored responses.
+
+        Raises:
+            IncompleteRunError: If a process has not finished yet.
+        """
+        for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world):
+            yield item, *self.evaluation.score(item, records)
 
 
 def evaluate(
@@ -182,43 +173,22 @@ def evaluate(
     return results
 
 
-class _Progress(SamplingProgress):
-    """Shows the share of right responses so far."""
-
-    right = 0.0
-    asked = 0
-
-    def _counts(self) -> str:
-        share = f"{100 * self.right / self.asked:.1f} % right" if self.asked else "none answered"
-        refused = sum(self.summary.refused.values())
-        return share + (f", {refused} refused" if refused else "")
-
-
 def _ask(cell: Cell, engine: Engine, block_size: int, rank: int, world: int, stream: TextIO | None) -> None:
     """Fills the journal of a cell."""
-    progress = _Progress(" ".join(cell.key), len(range(rank, cell.data.count, world)), stream)
-    with progress:
-
-        def visit(item: Item, problem: str | None, responses: Sequence[Response]) -> None:
-            outcome = ItemResult(refused=collections.Counter([problem] if problem else []))
+    evaluation, source, ranks = cell.evaluation, cell.data.source, {"rank": rank, "world_size": world}
+    right, answered, skipped = 0.0, 0, 0
+    with (
+        open_journal(evaluation, engine.settings(), source, cell.folder, **ranks) as journal,
+        SamplingProgress(" ".join(cell.key), len(range(rank, source.count, world)), stream) as progress,
+    ):
+        for item, records in sample_items(evaluation, engine, source, journal, block_size=block_size, **ranks):
+            problem, responses = evaluation.score(item, records)
+            skipped += problem is not None
             if responses:
-                progress.asked += 1
-                progress.right += sum(response.correct for response in responses) / len(responses)
-            progress.add(outcome, len(responses))
-
-        cell.evaluation.visit = visit
-        runner.run(
-            cell.evaluation,
-            engine,
-            cell.data.path,
-            cell.folder,
-            block_size=block_size,
-            limit=cell.data.count,
-            image_root=cell.data.image_root,
-            root_map=cell.data.root_map,
-            rank=rank,
-            world_size=world,
-        )
+                answered += 1
+                right += sum(response.correct for response in responses) / len(responses)
+            counts = f"{100 * right / answered:.1f} % right" if answered else "none answered"
+            progress.advance(counts + (f", {skipped} skipped" if skipped else ""))
 
 
 def _free() -> None:
@@ -248,17 +218,15 @@ def _questions(
     name: str, path: str | os.PathLike[str], limit: int | None, image_root: str, root_map: Sequence[tuple[str, str]]
 ) -> Questions:
     is_meta = Path(path).suffix == ".json"
-    image_root, root_map = ("", tuple(root_map)) if is_meta else (image_root, ())
-    files = item_files(os.fspath(path), image_root=image_root, root_map=root_map)
-    digest, lines = scan(files)
-    count = lines if limit is None else min(lines, limit)
+    roots: dict[str, Any] = {"root_map": tuple(root_map)} if is_meta else {"image_root": image_root}
+    source = open_items(os.fspath(path), limit=limit, **roots)
     problems = collections.Counter(
-        item.problem or ("" if item.truths else "no true answer") for item in take(files, count)
+        item.problem or ("" if item.truths else "no true answer") for item in source.items()
     )
     if not problems[""]:
         found = ", ".join(f"{number} with {problem}" for problem, number in problems.most_common()) or "no line"
         raise ValueError(f"data must hold questions with a true answer, got {os.fspath(path)}: {found}")
-    return Questions(name, os.fspath(path), files, image_root, root_map, digest, count)
+    return Questions(name, os.fspath(path), source)
 
 
 def _write_predictions(
@@ -272,43 +240,28 @@ def _write_predictions(
     """Writes a line for each response, and the exports, and keeps what the numbers need."""
     columns: dict[str, list[str]] = {}
     for model, own in itertools.groupby(cells, key=lambda cell: cell.model):
-        with contextlib.suppress(_IncompleteError), contextlib.ExitStack() as stack:
+        with contextlib.suppress(IncompleteRunError), contextlib.ExitStack() as stack:
             predictions = stack.enter_context(atomic_write(out / f"predictions-{model_files[model]}.jsonl"))
             for cell in own:
                 name = cell.data.name
                 if name not in columns:
-                    columns[name] = vlmevalkit_columns(cell.data.items()) if "vlmevalkit" in exports else []
-                task, samples = f"{data_files[name]}-{cell.evaluation.prompt}", cell.evaluation.samples
+                    columns[name] = vlmevalkit_columns(cell.data.source.items()) if "vlmevalkit" in exports else []
+                task, samples = f"{data_files[name]}-{cell.evaluation.prompt}", cell.evaluation.questions.samples
                 adders = [
                     stack.enter_context(EXPORTS[each](out, model_files[model], task, samples, columns[name]))
                     for each in exports
                 ]
 
-                def visit(
-                    item: Item,
-                    problem: str | None,
-                    responses: Sequence[Response],
-                    cell: Cell = cell,
-                    adders: Sequence[Any] = adders,
-                    file: Any = predictions,
-                ) -> None:
-                    number = len(cell.questions)
+                for number, (item, problem, responses) in enumerate(cell.read(world)):
                     cell.questions.append(cell.evaluation.question(problem, responses))
                     for line in _lines(cell, number, item, problem, responses):
-                        file.write(encode_line(line))
+                        predictions.write(encode_line(line))
                     if not problem:
                         for add in adders:
-                            add(number, item, cell.evaluation.prompt_of(item), responses)
-
-                if not cell.read(world, visit):
-                    raise _IncompleteError
+                            add(number, item, cell.evaluation.questions.prompt(item), responses)
             continue
         return False
     return True
-
-
-class _IncompleteError(Exception):
-    """Other processes are not done yet."""
 
 
 def _lines(
@@ -358,14 +311,18 @@ def _results(
         "settings": {
             "models": {name: dict(settings) for name, settings in engines.items()},
             "data": {
-                cell.data.name: {"path": cell.data.path, "blake2b": cell.data.digest, "questions": cell.data.count}
+                cell.data.name: {
+                    "path": cell.data.path,
+                    "blake2b": cell.data.source.digest,
+                    "questions": cell.data.source.count,
+                }
                 for cell in cells
             },
             "prompts": {
                 prompt: {
                     "template": each.template.text if each.template else None,
-                    "style": each.style,
-                    "max_new_tokens": each.sampling.max_new_tokens,
+                    "style": each.scorer.style,
+                    "max_new_tokens": each.questions.sampling.max_new_tokens,
                 }
                 for prompt, each in evaluations.items()
             },

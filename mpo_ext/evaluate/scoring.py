@@ -5,22 +5,20 @@ is read, so another style or matcher scores a run anew without the model.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpo_ext.answers import extract_answer, is_same_answer, matcher
+from mpo_ext.answers import is_same_answer
 from mpo_ext.checks import check_integer, check_json, check_number
 from mpo_ext.evaluate.statistics import majority
-from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
-from mpo_ext.generate.engine import Engine, SamplingConfig
+from mpo_ext.generate.engine import SamplingConfig
 from mpo_ext.generate.items import Item
-from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.prompts import PromptTemplate, get_template
+from mpo_ext.generate.questions import AnswerScorer, QuestionSampler
 
 PLAIN = "none"
 _LONGEST = {"direct": 100}  # new tokens, by the style of the template; the authors' numbers
 _LONGEST_ELSE = 4096
-_OF_THE_MODEL = ("key", "problem", "text", "finish", "tokens")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,85 +117,58 @@ class Question:
         return sum(self.right) / len(self.right)
 
 
-Visit = Callable[[Item, str | None, Sequence[Response]], None]
-
-
-class Evaluation(Correctness):
-    """A pipeline of ``mpo_ext.generate.runner.run`` that makes no pairs: it asks, and ``visit`` is told.
+class Evaluation:
+    """Asks the questions under a prompt and scores the responses: a ``Pipeline`` of ``mpo_ext.generate.sampler``.
 
     Args:
-        config: How questions are put and answers compared.
-        prompt: Which of its prompts.
-
-    Attributes:
-        visit: Called for each item with its problem, or None, and its scored responses.
+        config: Settings of the evaluation.
+        prompt: Name of a prompt in the settings.
     """
 
     name = "evaluation"
-    outputs: tuple[str, ...] = ()  # type: ignore[assignment]
 
     def __init__(self, config: EvaluationConfig, prompt: str) -> None:
         self.prompt = prompt
         self.template = None if prompt == PLAIN else get_template(prompt)
-        self.sampling = config.sampling(self.template)
-        self.samples = config.samples
-        asked = CorrectnessConfig(
-            samples=max(2, config.samples),  # of its own; ours are counted by `keys`
-            sampling=self.sampling,
+        self.questions = QuestionSampler(
+            name=self.name,
+            samples=config.samples,
+            sampling=config.sampling(self.template),
             seed=config.seed,
-            template=None if self.template is None else prompt,
-            style="direct",
-            matcher={"kind": "exact"},
+            template=self.template,
         )
-        super().__init__(asked)
-        self.style = config.style or (self.template.answer_style if self.template else "final_answer")
-        extract_answer("", self.style)
-        self.matcher = matcher(**config.matcher)
-        self.visit: Visit = lambda item, problem, responses: None
-        self._known: dict[tuple[tuple[str, ...], str], tuple[bool, str]] = {}
+        self.scorer = AnswerScorer(config.matcher, style=config.style, template=self.template)
+        self.keys, self.sample = self.questions.keys, self.questions.sample
 
     def settings(self) -> dict[str, Any]:
-        """What the responses depend on."""
+        """Returns all settings that the responses depend on, as JSON values."""
         return {
             "prompt": self.prompt,
             "template": self.template.text if self.template else None,
-            "samples": self.samples,
-            "sampling": dataclasses.asdict(self.sampling),
-            "seed": self.config.seed,
+            "samples": self.questions.samples,
+            "sampling": dataclasses.asdict(self.questions.sampling),
+            "seed": self.questions.seed,
         }
 
-    def keys(self, item: Item) -> list[str]:
-        """Names of the records of an item, in their order."""
-        return [f"{item.digest}-{sample}" for sample in range(self.samples)]
-
-    def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Asks the questions of a block; an item that cannot be used gets records that say why."""
-        return [
-            [{name: record[name] for name in _OF_THE_MODEL if name in record} for record in records]
-            for records in super().sample(items, engine)
-        ]
-
-    def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Scores the responses and tells ``visit``."""
+    def score(self, item: Item, records: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[Response]]:
+        """Returns the problem of a question, or None, and its scored responses."""
         problem = next((record["problem"] for record in records if "problem" in record), None)
-        responses = [] if problem else [self._score(item, record) for record in records]
-        self.visit(item, problem, responses)
-        outcome = ItemResult(tokens=sum(response.tokens for response in responses))
-        if problem:
-            outcome.refused[problem] += 1
-        return outcome
-
-    def prompt_of(self, item: Item) -> str:
-        """The question as the model sees it, before the chat template."""
-        return self._prompt(item)
+        if problem is not None:
+            return problem, []
+        responses = []
+        for record in records:
+            answer, verdict = self.scorer.score(record["text"], item.truths)
+            correct, rule = (verdict.correct, verdict.rule) if verdict else (False, None)
+            responses.append(Response(record["text"], answer, correct, rule, record["tokens"], record["finish"]))
+        return None, responses
 
     def question(self, problem: str | None, responses: Sequence[Response]) -> Question:
-        """What the numbers need of a question."""
+        """Returns the numbers of a question."""
         if problem is not None:
             return Question(problem)
         first = majority(
             [response.answer for response in responses],
-            lambda one, other: is_same_answer(one, other, self.matcher),
+            lambda first, second: is_same_answer(first, second, self.scorer.matcher),
         )
         return Question(
             right=tuple(response.correct for response in responses),
@@ -206,14 +177,3 @@ class Evaluation(Correctness):
             tokens=sum(response.tokens for response in responses),
             majority=first is not None and responses[first].correct,
         )
-
-    def _score(self, item: Item, record: Mapping[str, Any]) -> Response:
-        answer = extract_answer(record["text"], self.style)
-        correct, rule = False, None
-        if answer is not None:
-            known = (item.truths, answer)
-            if known not in self._known:  # the journal is read more than once, and some matchers take their time
-                verdict = self.matcher(answer, item.truths)
-                self._known[known] = verdict.correct, verdict.rule
-            correct, rule = self._known[known]
-        return Response(record["text"], answer, correct, rule, record["tokens"], record["finish"])

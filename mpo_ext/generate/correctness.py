@@ -1,7 +1,7 @@
-"""Pairs from the correctness of answers: right samples against wrong ones. Run by ``mpo_ext.generate.runner``.
+"""Pairs right samples with wrong samples. Run by ``mpo_ext.generate.runner``.
 
 Every choice among possible pairs follows a hash of the seed and of the responses, so it does not depend on the order
-of anything.
+of items or samples.
 """
 
 import collections
@@ -12,38 +12,39 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mpo_ext.answers import extract_answer, is_same_answer, matcher
+from mpo_ext.answers import is_same_answer
 from mpo_ext.checks import check_integer, check_number
 from mpo_ext.data.records import Pair
-from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
+from mpo_ext.generate.engine import Engine, SamplingConfig
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
-from mpo_ext.generate.prompts import get_template, render
+from mpo_ext.generate.prompts import get_template
+from mpo_ext.generate.questions import AnswerScorer, QuestionSampler
 from mpo_ext.generate.repetition import is_degenerate
 
-_LENGTH_BINS = 4  # per doubling of the length
+_BINS_PER_DOUBLING = 4  # of the length of a response
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CorrectnessConfig:
-    """How questions are answered and samples are paired.
+    """Settings of the correctness pipeline.
 
     Attributes:
-        samples: Responses per question.
-        sampling: How they are drawn.
-        seed: Source of every draw and choice.
+        samples: Number of responses per question.
+        sampling: How the tokens of a response are drawn.
+        seed: Seed of all draws and choices.
         template: Name of the template that questions are put in (``mpo_ext.generate.prompts``), with the ``options``
-            of the item where it has some; None puts them as they are. Pairs hold the prompt as the model saw it.
-        style: How the answer stands in a response, as in ``extract_answer``; None takes that of the template, or
+            of the item if it has any; None asks questions unchanged. Pairs hold the prompt as the model saw it.
+        style: How the answer stands in a response, see ``extract_answer``; None takes the style of the template, or
             "final_answer".
-        matcher: Kind of the matcher that compares it with the truth, and its options.
-        pairs_per_question: Most pairs that one question gives to each of the two outputs; 0 takes all.
-        accuracy: Lowest and highest share of right samples of a question that gives pairs.
-        length_balance: Prefers pairs whose responses are of about one length; else length does not matter.
-        reuse_limit: Most pairs of one output that a response is in; 0 sets no limit.
-        dedupe: Takes equal responses to a question for one.
-        allow_truncated: Takes responses that ``max_new_tokens`` cut off.
-        allow_degenerate: Takes responses caught in a loop.
+        matcher: Kind of the matcher that compares the answer with the truth, and its options.
+        pairs_per_question: Largest number of pairs that a question adds to each of the two outputs; 0 takes all.
+        accuracy: Lowest and highest fraction of right samples for a question to give pairs.
+        length_balance: Prefers pairs whose responses have similar lengths; otherwise lengths do not matter.
+        reuse_limit: Largest number of pairs of an output that share a response; 0 sets no limit.
+        dedupe: Uses equal responses to a question only once.
+        allow_truncated: Uses responses that ``max_new_tokens`` cut off.
+        allow_degenerate: Uses responses that repeat themselves.
     """
 
     samples: int = 32
@@ -71,7 +72,9 @@ class CorrectnessConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Response:
+class ScoredSample:
+    """A response with its extracted answer and its record in the journal."""
+
     text: str
     answer: str | None
     record: Mapping[str, Any]
@@ -80,200 +83,160 @@ class _Response:
 class Correctness:
     """The pipeline; ``mpo_ext.generate.runner.run`` runs it.
 
-    Outputs: ``pairs`` (right against wrong), ``format_pairs`` (right against unreadable) and ``unsolved``: the
-    questions without a right sample, each with one of its readable samples as ``chosen`` where it brought none, so
-    that ``DropoutNTP`` takes them.
+    Outputs: ``pairs`` (right against wrong), ``format_pairs`` (right against unreadable) and ``unsolved`` (questions
+    without a right sample, as input for ``DropoutNTP``). An unsolved question without a ``chosen`` response gets one
+    of its readable samples.
 
     Args:
-        config: How questions are answered and samples are paired.
+        config: Settings of the pipeline.
     """
 
     name = "correctness"
     outputs = ("pairs", "format_pairs", "unsolved")
+    needs_truths = True
 
     def __init__(self, config: CorrectnessConfig | None = None) -> None:
         self.config = config or CorrectnessConfig()
-        self._matcher = matcher(**self.config.matcher)
+        template = get_template(self.config.template) if self.config.template is not None else None
+        self.questions = QuestionSampler(
+            name=self.name,
+            samples=self.config.samples,
+            sampling=self.config.sampling,
+            seed=self.config.seed,
+            template=template,
+        )
+        self.scorer = AnswerScorer(self.config.matcher, style=self.config.style, template=template)
         self._sampling = dataclasses.asdict(self.config.sampling)
-        self._template = get_template(self.config.template) if self.config.template is not None else None
-        self._style = self.config.style or (self._template.answer_style if self._template else "final_answer")
-        extract_answer("", self._style)  # an unknown style is said now, not after the first block
 
     def settings(self) -> dict[str, Any]:
-        """What the records and the outputs depend on, as JSON can hold it."""
+        """Returns all settings that the records and the outputs depend on, as JSON values."""
         return dataclasses.asdict(self.config)
 
     def keys(self, item: Item) -> list[str]:
-        """Names of the records of an item, in their order."""
-        return [f"{item.digest}-{sample}" for sample in range(self.config.samples)]
+        """Returns the names of the records of an item, in order."""
+        return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Answers the questions of a block; an item that cannot be used gets records that say why."""
-        problems: dict[int, str] = {}
-        requests: list[Request] = []
-        for row, item in enumerate(items):
-            if item.problem or not item.truths:
-                problems[row] = item.problem or "no true answer"
-                continue
-            try:
-                images = item.load_images()
-            except OSError:
-                problems[row] = "image cannot be read"
-                continue
-            prompt = self._prompt(item)
-            for key in self.keys(item):
-                seed = derive_seed(self.config.seed, self.name, key)
-                sampling = self.config.sampling
-                requests.append(Request(key=key, question=prompt, images=images, seed=seed, sampling=sampling))
-        generations = iter(engine.generate(requests))
-        records: list[list[dict[str, Any]]] = []
-        for row, item in enumerate(items):
-            if row in problems:
-                records.append([{"key": key, "problem": problems[row]} for key in self.keys(item)])
-                continue
-            known: dict[str, dict[str, Any]] = {}  # samples often agree, and some matchers take their time
-            records.append([])
-            for key in self.keys(item):
-                generation = next(generations)
-                answer = extract_answer(generation.text, self._style)
-                if answer is not None and answer not in known:
-                    verdict = self._matcher(answer, item.truths)
-                    known[answer] = {"correct": verdict.correct, "score": verdict.score, "rule": verdict.rule}
-                records[-1].append(
-                    {
-                        "key": key,
-                        "text": generation.text,
-                        "finish": generation.finish_reason,
-                        "tokens": len(generation.token_ids),
-                        "answer": answer,
-                        **(known[answer] if answer is not None else {}),
-                    }
-                )
-        return records
+        """Samples and scores responses; the records of an item that cannot be used hold the problem."""
+        all_records = self.questions.sample(items, engine)
+        for item, records in zip(items, all_records, strict=True):
+            for record in records:
+                if "problem" in record:
+                    continue
+                record["answer"], verdict = self.scorer.score(record["text"], item.truths)
+                if verdict is not None:
+                    record |= {"correct": verdict.correct, "score": verdict.score, "rule": verdict.rule}
+        return all_records
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
         """Pairs the samples of a question."""
-        outcome = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
+        result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         if problem := next((record["problem"] for record in records if "problem" in record), None):
-            outcome.refuse(problem)
-            return outcome
-        responses = [response for response in map(_response, records) if self._is_usable(response, outcome)]
-        right = [response for response in responses if response.record.get("correct")]
-        wrong = [response for response in responses if response.record.get("correct") is False]
-        unreadable = [response for response in responses if response.answer is None]
+            return result.skip(problem)
+        samples = [ScoredSample(record["text"], record["answer"], record) for record in records]
+        samples = [sample for sample in samples if self._is_usable(sample, result)]
+        right = [sample for sample in samples if sample.record.get("correct")]
+        wrong = [sample for sample in samples if sample.record.get("correct") is False]
+        unreadable = [sample for sample in samples if sample.answer is None]
         if not right:
-            outcome.refuse("question without a right answer")
-            outcome.lines.append(("unsolved", self._unsolved(item, wrong)))
-            return outcome
-        accuracy = len(right) / len(responses)
+            result.lines.append(("unsolved", self._unsolved_line(item, wrong)))
+            return result.skip("question without a right answer")
+        accuracy = len(right) / len(samples)
         if not self.config.accuracy[0] <= accuracy <= self.config.accuracy[1]:
-            outcome.refuse("accuracy outside the band")
-            return outcome
-        if len(right) == len(responses):
-            outcome.refuse("question with right answers only")
-            return outcome
+            return result.skip("accuracy outside the band")
+        if len(right) == len(samples):
+            return result.skip("question with right answers only")
         if self.config.dedupe:
-            right, wrong, unreadable = (self._distinct(kind, outcome) for kind in (right, wrong, unreadable))
-        for name, rejected in (("pairs", wrong), ("format_pairs", unreadable)):
-            for left, other in self._pairs(item, right, rejected, outcome):
-                pair = self._pair(item, left, other, model=model, accuracy=accuracy)
-                outcome.lines.append((name, pair.to_dict()))
-        if not outcome.lines:
-            outcome.refuse("question without a pair")
-        return outcome
+            right, wrong, unreadable = (self._distinct(samples, result) for samples in (right, wrong, unreadable))
+        for name, candidates in (("pairs", wrong), ("format_pairs", unreadable)):
+            for chosen, rejected in self._choose_pairs(item, right, candidates, result):
+                pair = self._pair(item, chosen, rejected, model=model, accuracy=accuracy)
+                result.lines.append((name, pair.to_dict()))
+        return result if result.lines else result.skip("question without a pair")
 
-    def _prompt(self, item: Item) -> str:
-        """The question as the model sees it."""
-        if self._template is None:
-            return item.question
-        return render(self._template, item.question, item.extra.get("options"))
-
-    def _is_usable(self, response: _Response, outcome: ItemResult) -> bool:
+    def _is_usable(self, sample: ScoredSample, result: ItemResult) -> bool:
         reason = None
-        if response.record["finish"] == "length" and not self.config.allow_truncated:
+        if sample.record["finish"] == "length" and not self.config.allow_truncated:
             reason = "sample cut off at max_new_tokens"
-        elif not response.text.strip():
+        elif not sample.text.strip():
             reason = "sample is empty"
-        elif not self.config.allow_degenerate and is_degenerate(response.text):
+        elif not self.config.allow_degenerate and is_degenerate(sample.text):
             reason = "sample repeats itself"
         if reason is not None:
-            outcome.refused[reason] += 1
+            result.skipped[reason] += 1
         return reason is None
 
-    def _distinct(self, responses: Sequence[_Response], outcome: ItemResult) -> list[_Response]:
-        kept = {" ".join(response.text.split()): response for response in reversed(responses)}
-        if len(kept) < len(responses):
-            outcome.refused["sample is a duplicate"] += len(responses) - len(kept)
-        return list(reversed(kept.values()))
+    def _distinct(self, samples: Sequence[ScoredSample], result: ItemResult) -> list[ScoredSample]:
+        first_by_text = {" ".join(sample.text.split()): sample for sample in reversed(samples)}
+        if len(first_by_text) < len(samples):
+            result.skipped["sample is a duplicate"] += len(samples) - len(first_by_text)
+        return list(reversed(first_by_text.values()))
 
-    def _pairs(
-        self, item: Item, right: Sequence[_Response], rejected: Sequence[_Response], outcome: ItemResult
-    ) -> Iterator[tuple[_Response, _Response]]:
-        """Yields pairs, best first, until there are enough."""
+    def _choose_pairs(
+        self, item: Item, right: Sequence[ScoredSample], candidates: Sequence[ScoredSample], result: ItemResult
+    ) -> Iterator[tuple[ScoredSample, ScoredSample]]:
+        """Yields pairs, the best pair first, up to ``pairs_per_question``."""
         ranked = sorted(
-            itertools.product(right, rejected), key=lambda pair: (self._gap(*pair), self._rank(item, *pair))
+            itertools.product(right, candidates),
+            key=lambda pair: (self._length_gap(*pair), self._hash(item, *pair)),
         )
         uses: collections.Counter[tuple[str, str]] = collections.Counter()
         taken: set[tuple[str, str]] = set()
         limit = self.config.reuse_limit or math.inf
-        for chosen, other in ranked:
+        for chosen, rejected in ranked:
             if self.config.pairs_per_question and len(taken) == self.config.pairs_per_question:
                 return
-            if (chosen.text, other.text) in taken:
+            if (chosen.text, rejected.text) in taken:
                 continue
-            if uses["chosen", chosen.text] >= limit or uses["rejected", other.text] >= limit:
+            if uses["chosen", chosen.text] >= limit or uses["rejected", rejected.text] >= limit:
                 continue
-            if is_same_answer(chosen.answer, other.answer, self._matcher):
-                outcome.refused["same answer on both sides"] += 1
+            if is_same_answer(chosen.answer, rejected.answer, self.scorer.matcher):
+                result.skipped["same answer on both sides"] += 1
                 continue
             uses["chosen", chosen.text] += 1
-            uses["rejected", other.text] += 1
-            taken.add((chosen.text, other.text))
-            yield chosen, other
+            uses["rejected", rejected.text] += 1
+            taken.add((chosen.text, rejected.text))
+            yield chosen, rejected
 
-    def _gap(self, chosen: _Response, other: _Response) -> int:
-        """How far apart the lengths are, in bins."""
+    def _length_gap(self, chosen: ScoredSample, rejected: ScoredSample) -> int:
+        """Returns the difference of the lengths in bins."""
         if not self.config.length_balance:
             return 0
-        return round(_LENGTH_BINS * abs(math.log2(len(chosen.text) / len(other.text))))
+        return round(_BINS_PER_DOUBLING * abs(math.log2(len(chosen.text) / len(rejected.text))))
 
-    def _rank(self, item: Item, *responses: _Response) -> bytes:
-        parts = (self.config.seed, item.digest, *(response.text for response in responses))
+    def _hash(self, item: Item, *samples: ScoredSample) -> bytes:
+        parts = (self.config.seed, item.digest, *(sample.text for sample in samples))
         return hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16).digest()
 
-    def _pair(self, item: Item, chosen: _Response, other: _Response, *, model: str, accuracy: float) -> Pair:
+    def _pair(self, item: Item, chosen: ScoredSample, rejected: ScoredSample, *, model: str, accuracy: float) -> Pair:
         provenance = {
-            "pipeline": self.name if other.answer is not None else "format",
+            "pipeline": self.name if rejected.answer is not None else "format",
             "model": model,
             "sampling": dict(self._sampling),
             "seed": self.config.seed,
             "chosen_key": chosen.record["key"],
-            "rejected_key": other.record["key"],
+            "rejected_key": rejected.record["key"],
             "chosen_answer": chosen.answer,
-            "rejected_answer": other.answer,
+            "rejected_answer": rejected.answer,
             "rule": chosen.record["rule"],
             "accuracy": round(accuracy, 6),
-            "generated_tokens": [chosen.record["tokens"], other.record["tokens"]],
+            "generated_tokens": [chosen.record["tokens"], rejected.record["tokens"]],
         }
         return Pair(
-            question=self._prompt(item),
+            question=self.questions.prompt(item),
             chosen=chosen.text,
-            rejected=other.text,
+            rejected=rejected.text,
             images=item.pair_images,
             answer_gt=item.answer_gt,
             provenance=provenance,
             extra=item.pair_extra,
         )
 
-    def _unsolved(self, item: Item, wrong: Sequence[_Response]) -> dict[str, Any]:
-        """The item for DropoutNTP: where it brought no chosen response, one of its readable samples stands in."""
+    def _unsolved_line(self, item: Item, wrong: Sequence[ScoredSample]) -> dict[str, Any]:
+        """Returns the item as input for DropoutNTP; a readable sample replaces a missing chosen response."""
         source = "input"
         if item.chosen is None and wrong:
-            picked = min(wrong, key=lambda response: self._rank(item, response))
-            item, source = dataclasses.replace(item, chosen=picked.text), WRONG_SAMPLE
-        item = dataclasses.replace(item, question=self._prompt(item))
+            sample = min(wrong, key=lambda sample: self._hash(item, sample))
+            item, source = dataclasses.replace(item, chosen=sample.text), WRONG_SAMPLE
+        item = dataclasses.replace(item, question=self.questions.prompt(item))
         return {**item.to_dict(), **({"chosen_source": source} if item.chosen is not None else {})}
-
-
-def _response(record: Mapping[str, Any]) -> _Response:
-    return _Response(record["text"], record["answer"], record)

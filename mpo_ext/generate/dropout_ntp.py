@@ -1,45 +1,46 @@
-"""DropoutNTP: the model finishes the beginning of a good response without the image. Run by ``generate.runner``.
+"""DropoutNTP: the model continues the beginning of a good response without the image. Run by ``generate.runner``.
 
-What the model then makes up is the rejected response: it begins like the chosen one and goes wrong where one would
-have had to look. Prefix and continuation are joined as tokens and decoded as one: no space is lost between them.
+The continuation becomes the rejected response: it begins like the chosen response, and goes wrong where it would need
+the image. Prefix and continuation are joined as tokens and decoded together, so no space is lost between them.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from mpo_ext.answers import Matcher, extract_answer, matcher
+from mpo_ext.answers import extract_answer
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_integer, check_number
 from mpo_ext.data.records import Pair
-from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
+from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
+from mpo_ext.generate.questions import AnswerScorer
 from mpo_ext.generate.repetition import is_degenerate
 
 WRONG_CHOSEN = "chosen is a sample that was wrong (--allow-wrong-chosen takes it)"
-_BROKEN = "\ufffd"  # what decoding puts for half a character
+_BROKEN = "\ufffd"  # a decoder writes this for an incomplete character
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DropoutNTPConfig:
-    """How responses are cut and finished.
+    """Settings of the DropoutNTP pipeline.
 
     Attributes:
-        keep: Share of the chosen response that is kept, in [0, 1).
-        unit: "tokens" counts tokens, which works for every language; "words" counts what stands between single spaces,
-            as the authors' script does.
+        keep: Fraction of the chosen response that is kept, in [0, 1).
+        unit: Unit of ``keep``: "tokens" works for every language; "words" counts the texts between single spaces, as
+            the authors' script does.
         with_image: Leaves the image in the question.
-        samples: Continuations per response.
-        sampling: How they are drawn.
-        seed: Source of every draw.
-        sample_chosen: Where an item has no chosen response, lets the model answer it with its image first, as the
-            paper does; otherwise such an item is refused.
-        allow_truncated: Takes continuations that ``max_new_tokens`` cut off.
-        allow_wrong_chosen: Takes items whose chosen response is a sample that was wrong, as they stand in the
-            ``unsolved.jsonl`` of the correctness pipeline; otherwise such an item is refused.
-        style: How the answer stands in a response, as in ``extract_answer``; for items that have a true answer.
-        matcher: Kind of the matcher that compares it, and its options. None compares nothing.
+        samples: Number of continuations per response.
+        sampling: How the tokens are drawn.
+        seed: Seed of all draws.
+        sample_chosen: Lets the model first answer an item that has no chosen response, with its image, as the paper
+            does; otherwise such an item is skipped.
+        allow_truncated: Uses continuations that ``max_new_tokens`` cut off.
+        allow_wrong_chosen: Uses items whose chosen response is a wrong sample, as the ``unsolved.jsonl`` of the
+            correctness pipeline holds them; otherwise such an item is skipped.
+        style: How the answer stands in a response, see ``extract_answer``; for items that have a true answer.
+        matcher: Kind of the matcher that compares the answer, and its options. None compares no answers.
     """
 
     keep: float = 0.5
@@ -69,54 +70,67 @@ class Prefix:
     """The part of a response that is kept.
 
     Attributes:
-        token_ids: What the assistant's turn begins with.
-        text: The same as text.
+        token_ids: Token ids that the assistant's turn begins with.
+        text: Text of the token ids.
     """
 
     token_ids: tuple[int, ...]
     text: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Sampled:
-    """A chosen response that the model gave, its length, and why it is no good."""
+@dataclasses.dataclass(slots=True)
+class _Row:
+    """State of an item in ``DropoutNTP.sample``.
 
-    text: str
-    tokens: int
-    problem: str | None
+    Attributes:
+        item: The item.
+        problem: Reason why the item cannot be used.
+        images: The open images, if the model sees them.
+        chosen: The chosen response.
+        sampled_tokens: Number of generated tokens in a chosen response that the model sampled.
+        prefix: The kept part of the chosen response.
+    """
+
+    item: Item
+    problem: str | None = None
+    images: tuple[Any, ...] = ()
+    chosen: str | None = None
+    sampled_tokens: int | None = None
+    prefix: Prefix = Prefix((), "")
 
 
 class DropoutNTP:
     """The pipeline; ``mpo_ext.generate.runner.run`` runs it. Output: ``pairs``.
 
     Args:
-        config: How responses are cut and finished.
+        config: Settings of the pipeline.
     """
 
     name = "dropout_ntp"
     outputs = ("pairs",)
+    needs_truths = False
 
     def __init__(self, config: DropoutNTPConfig | None = None) -> None:
         self.config = config or DropoutNTPConfig()
         self._sampling = dataclasses.asdict(self.config.sampling)
-        self._matcher: Matcher | None = matcher(**self.config.matcher) if self.config.matcher else None
-        extract_answer("", self.config.style)  # an unknown style is said now, not after the first block
+        extract_answer("", self.config.style)  # raises for an unknown style before a model is loaded
+        self._scorer = AnswerScorer(self.config.matcher, style=self.config.style) if self.config.matcher else None
 
     def settings(self) -> dict[str, Any]:
-        """What the records and the outputs depend on, as JSON can hold it."""
+        """Returns all settings that the records and the outputs depend on, as JSON values."""
         settings = dataclasses.asdict(self.config)
-        if not self.config.allow_wrong_chosen:  # as journals have it that were written before there was a choice
+        if not self.config.allow_wrong_chosen:  # journals from before this setting existed do not have it
             del settings["allow_wrong_chosen"]
         return settings
 
     def keys(self, item: Item) -> list[str]:
-        """Names of the records of an item, in their order."""
+        """Returns the names of the records of an item, in order."""
         return [f"{item.digest}-{sample}" for sample in range(self.config.samples)]
 
     def cut(self, chosen: str, engine: Engine) -> Prefix:
-        """Keeps the first part of a response.
+        """Returns the first part of a response.
 
-        A cut in tokens moves back to the end of a character where it would fall into one.
+        A cut in tokens that falls into a character moves back to the end of the character before.
         """
         if self.config.unit == "words":
             words = chosen.split(" ")
@@ -131,89 +145,55 @@ class DropoutNTP:
         return Prefix(tuple(ids[:count]), text)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Cuts and continues the responses of a block; an item that cannot be used gets records that say why."""
-        problems: dict[int, str] = {}
-        images: dict[int, tuple[Any, ...]] = {}
-        for row, item in enumerate(items):
-            if item.problem:
-                problems[row] = item.problem
-            elif _is_wrong(item) and not self.config.allow_wrong_chosen:
-                problems[row] = WRONG_CHOSEN
-            elif item.chosen is None and not self.config.sample_chosen:
-                problems[row] = "no chosen response"
-            elif self.config.with_image or item.chosen is None:
-                try:
-                    images[row] = item.load_images()
-                except OSError:
-                    problems[row] = "image cannot be read"
-        chosen = {row: item.chosen for row, item in enumerate(items) if item.chosen is not None}
-        sampled = self._sample_chosen(items, [row for row in images if row not in chosen], images, engine)
-        for row, own in sampled.items():
-            chosen[row] = own.text
-            if own.problem is not None:
-                problems[row] = own.problem
-
+        """Cuts and continues the responses of a block; the records of an item that cannot be used hold the problem."""
+        rows = [self._load(item) for item in items]
+        self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None], engine)
         requests: list[Request] = []
-        prefixes: dict[int, Prefix] = {}
-        for row, item in enumerate(items):
-            if row in problems:
+        for row in rows:
+            if row.problem is not None or row.chosen is None:
                 continue
-            prefix = prefixes[row] = self.cut(chosen[row], engine)
-            if not prefix.token_ids and self.config.keep > 0:
-                problems[row] = "chosen response too short to cut"
+            row.prefix = self.cut(row.chosen, engine)
+            if not row.prefix.token_ids and self.config.keep > 0:
+                row.problem = "chosen response too short to cut"
                 continue
-            for key in self.keys(item):
+            question = row.item.question
+            for key in self.keys(row.item):
                 requests.append(
                     Request(
                         key=key,
-                        question=item.question if self.config.with_image else without_placeholders(item.question),
-                        images=images[row] if self.config.with_image else (),
-                        prefix_ids=prefix.token_ids,
+                        question=question if self.config.with_image else without_placeholders(question),
+                        images=row.images if self.config.with_image else (),
+                        prefix_ids=row.prefix.token_ids,
                         seed=derive_seed(self.config.seed, self.name, key),
                         sampling=self.config.sampling,
                     )
                 )
         generations = iter(engine.generate(requests))
-        records: list[list[dict[str, Any]]] = []
-        for row, item in enumerate(items):
-            records.append([])
-            for key in self.keys(item):
-                record: dict[str, Any] = {"key": key}
-                if row in sampled:
-                    record |= {"chosen": chosen[row], "chosen_tokens": sampled[row].tokens}
-                if row in problems:
-                    record["problem"] = problems[row]
-                    records[-1].append(record)
-                    continue
-                generation, prefix = next(generations), prefixes[row]
-                text = engine.decode([*prefix.token_ids, *generation.token_ids])
-                record |= {
-                    "text": text,
-                    "finish": generation.finish_reason,
-                    "tokens": len(generation.token_ids),
-                    "cut": {"characters": _common(chosen[row], prefix.text), "tokens": len(prefix.token_ids)},
-                }
-                record |= self._verdict(item, text)
-                records[-1].append(record)
-        return records
+        return [
+            [
+                self._record(row, key, next(generations) if row.problem is None else None, engine)
+                for key in self.keys(row.item)
+            ]
+            for row in rows
+        ]
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes a pair of each continuation that is a negative, and counts the others by reason."""
-        outcome = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
-        outcome.tokens += records[0].get("chosen_tokens", 0)
+        """Makes a pair of each continuation that is a negative, and counts the other continuations by reason."""
+        result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
+        result.tokens += records[0].get("chosen_tokens", 0)
         if problem := next((record["problem"] for record in records if "problem" in record), None):
-            return outcome.refuse(problem)
+            return result.skip(problem)
         is_wrong = _is_wrong(item)
-        if is_wrong and not self.config.allow_wrong_chosen:  # in a journal from before there was this rule
-            return outcome.refuse(WRONG_CHOSEN)
+        if is_wrong and not self.config.allow_wrong_chosen:  # a journal from before this rule has samples of it
+            return result.skip(WRONG_CHOSEN)
         seen: set[str] = set()
         for sample, record in enumerate(records):
             chosen = item.chosen if item.chosen is not None else record.get("chosen", "")
-            reason = self._reason(chosen, record)
+            reason = self._skip_reason(chosen, record)
             if reason is None and record["text"] in seen:
                 reason = "continuation is a duplicate"
             if reason is not None:
-                outcome.refused[reason] += 1
+                result.skipped[reason] += 1
                 continue
             seen.add(record["text"])
             provenance = {
@@ -241,13 +221,72 @@ class DropoutNTP:
                 provenance=provenance,
                 extra=item.pair_extra,
             )
-            outcome.lines.append(("pairs", pair.to_dict()))
+            result.lines.append(("pairs", pair.to_dict()))
             if is_wrong:
-                outcome.notes["pairs whose chosen response is a sample that was wrong"] += 1
-        return outcome
+                result.notes["pairs whose chosen response is a sample that was wrong"] += 1
+        return result
 
-    def _reason(self, chosen: str, record: Mapping[str, Any]) -> str | None:
-        """Why a continuation teaches nothing; None where it is a negative."""
+    def _load(self, item: Item) -> _Row:
+        """Checks an item and opens the images that the model sees."""
+        row = _Row(item, item.problem, chosen=item.chosen)
+        if row.problem:
+            return row
+        if _is_wrong(item) and not self.config.allow_wrong_chosen:
+            row.problem = WRONG_CHOSEN
+        elif item.chosen is None and not self.config.sample_chosen:
+            row.problem = "no chosen response"
+        elif self.config.with_image or item.chosen is None:
+            try:
+                row.images = item.load_images()
+            except OSError:
+                row.problem = "image cannot be read"
+        return row
+
+    def _sample_chosen(self, rows: Sequence[_Row], engine: Engine) -> None:
+        """Lets the model answer the questions that have no chosen response, with their images."""
+        if not rows:
+            return
+        requests = [
+            Request(
+                key=row.item.digest,
+                question=row.item.question,
+                images=row.images,
+                seed=derive_seed(self.config.seed, f"{self.name}.chosen", row.item.digest),
+                sampling=self.config.sampling,
+            )
+            for row in rows
+        ]
+        for row, generation in zip(rows, engine.generate(requests), strict=True):
+            if generation.finish_reason == "length":
+                row.problem = "sampled chosen response cut off at max_new_tokens"
+            elif is_degenerate(generation.text):
+                row.problem = "sampled chosen response repeats itself"
+            elif self._score(row.item, generation.text).get("correct") is False:
+                row.problem = "sampled chosen response is wrong"
+            row.chosen = generation.text
+            row.sampled_tokens = len(generation.token_ids)
+
+    def _record(self, row: _Row, key: str, generation: Generation | None, engine: Engine) -> dict[str, Any]:
+        """Returns the record of a sample, without a generation for an item that cannot be used."""
+        record: dict[str, Any] = {"key": key}
+        if row.sampled_tokens is not None:
+            record |= {"chosen": row.chosen, "chosen_tokens": row.sampled_tokens}
+        if generation is None:
+            return {**record, "problem": row.problem}
+        text = engine.decode([*row.prefix.token_ids, *generation.token_ids])
+        record |= {
+            "text": text,
+            "finish": generation.finish_reason,
+            "tokens": len(generation.token_ids),
+            "cut": {
+                "characters": _shared_length(row.chosen or "", row.prefix.text),
+                "tokens": len(row.prefix.token_ids),
+            },
+        }
+        return record | self._score(row.item, text)
+
+    def _skip_reason(self, chosen: str, record: Mapping[str, Any]) -> str | None:
+        """Returns the reason why a continuation is skipped; None if it is a negative."""
         if record["finish"] == "length" and not self.config.allow_truncated:
             return "continuation cut off at max_new_tokens"
         if record["tokens"] == 0 or not record["text"].strip():
@@ -262,42 +301,16 @@ class DropoutNTP:
             return "answer is still right"
         return None
 
-    def _sample_chosen(
-        self, items: Sequence[Item], rows: Sequence[int], images: Mapping[int, tuple[Any, ...]], engine: Engine
-    ) -> dict[int, _Sampled]:
-        """Answers questions with their images."""
-        requests = [
-            Request(
-                key=items[row].digest,
-                question=items[row].question,
-                images=images[row],
-                seed=derive_seed(self.config.seed, f"{self.name}.chosen", items[row].digest),
-                sampling=self.config.sampling,
-            )
-            for row in rows
-        ]
-        responses: dict[int, _Sampled] = {}
-        for row, generation in zip(rows, engine.generate(requests) if requests else (), strict=True):
-            problem = None
-            if generation.finish_reason == "length":
-                problem = "sampled chosen response cut off at max_new_tokens"
-            elif is_degenerate(generation.text):
-                problem = "sampled chosen response repeats itself"
-            elif self._verdict(items[row], generation.text).get("correct") is False:
-                problem = "sampled chosen response is wrong"
-            responses[row] = _Sampled(generation.text, len(generation.token_ids), problem)
-        return responses
-
-    def _verdict(self, item: Item, text: str) -> dict[str, Any]:
-        """The answer of a response and whether it is right, for an item that has a true answer."""
-        if not item.truths or self._matcher is None:
+    def _score(self, item: Item, text: str) -> dict[str, Any]:
+        """Returns the answer of a response and its correctness; empty for an item without a true answer."""
+        if not item.truths or self._scorer is None:
             return {}
-        answer = extract_answer(text, self.config.style)
-        return {"answer": answer, "correct": answer is not None and self._matcher(answer, item.truths).correct}
+        answer, verdict = self._scorer.score(text, item.truths)
+        return {"answer": answer, "correct": verdict is not None and verdict.correct}
 
 
 def without_placeholders(question: str) -> str:
-    """The question without the places for images."""
+    """Returns the question without the placeholders of images."""
     return question.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
 
 
@@ -305,8 +318,9 @@ def _is_wrong(item: Item) -> bool:
     return item.chosen is not None and item.extra.get("chosen_source") == WRONG_SAMPLE
 
 
-def _common(chosen: str, prefix: str) -> int:
-    """How many characters of the chosen response the prefix repeats."""
+def _shared_length(chosen: str, prefix: str) -> int:
+    """Returns the number of characters at the beginning that both texts share."""
     if chosen.startswith(prefix):
         return len(prefix)
-    return next((at for at, (left, right) in enumerate(zip(chosen, prefix, strict=False)) if left != right), 0)
+    pairs = zip(chosen, prefix, strict=False)
+    return next((index for index, (left, right) in enumerate(pairs) if left != right), 0)

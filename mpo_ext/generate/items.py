@@ -1,4 +1,4 @@
-"""The items that a pipeline reads: questions with images, answers and responses."""
+"""The items that the pipelines and the evaluation read: questions with images, answers and responses."""
 
 import dataclasses
 import hashlib
@@ -15,23 +15,24 @@ from mpo_ext.data.jsonl import FieldError
 from mpo_ext.data.mmpr import read_meta, resolve_image
 from mpo_ext.data.records import SOURCE, find_url
 
-WRONG_SAMPLE = "wrong sample"  # what ``chosen_source`` says of a chosen response that is known to be wrong
+WRONG_SAMPLE = "wrong sample"  # the ``chosen_source`` of a chosen response that is known to be wrong
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """A question to make pairs from.
+    """A question to make pairs from, or to evaluate a model with.
 
     Attributes:
-        question: May hold ``<image>`` where an image belongs.
-        images: As the input names them.
+        question: The question; may hold ``<image>`` at the place of an image.
+        images: Paths of the images, as the input names them.
         chosen: A response to prefer, for DropoutNTP.
-        truths: The true answers, any of which is right; most items have one.
-        extra: What else the input says of it.
+        truths: The true answers, each of which is right; most items have one.
+        extra: The other fields of the input line.
         image_root: Folder that relative image paths start from.
-        subset: Name of its subset where it comes from a meta file; its pairs then have absolute images, and remember
-            subset and root. Those of other items have images that start at the folder of the written file.
-        problem: Why the item cannot be used.
+        subset: Name of the item's subset in a meta file; None without a meta file. Pairs of a subset have absolute
+            images and remember subset and root. The image paths of other pairs start at the folder of the written
+            file.
+        problem: Reason why the item cannot be used.
     """
 
     question: str = ""
@@ -45,14 +46,14 @@ class Item:
 
     @property
     def pair_images(self) -> tuple[str, ...]:
-        """The images as the input names them, but absolute where a subset has a root."""
+        """Image paths for the pairs: absolute for an item of a subset, otherwise as the input names them."""
         if self.subset is None:
             return self.images
         return tuple(os.path.join(self.image_root, image) for image in self.images)
 
     @property
     def pair_extra(self) -> dict[str, Any]:
-        """What the pairs of the item keep of it beside their own fields."""
+        """Further fields for the pairs of the item."""
         if self.subset is None:
             return dict(self.extra)
         return {**self.extra, SOURCE: {"subset": self.subset, "root": self.image_root}}
@@ -64,7 +65,7 @@ class Item:
 
     @property
     def digest(self) -> str:
-        """Names the item by its content, wherever it stands in the input."""
+        """Name of the item, a hash of its content; it does not depend on the position in the input."""
         content = (self.question, self.images, self.chosen, self.truths, self.problem)
         return hashlib.blake2b(repr(content).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
@@ -72,19 +73,19 @@ class Item:
         """Opens the images.
 
         Raises:
-            OSError: If one is missing or cannot be read.
+            OSError: If an image is missing or cannot be read.
         """
         return tuple(load_image(Path(self.image_root, image)) for image in self.images)
 
     @classmethod
     def from_dict(cls, values: Any, *, image_root: str = "", subset: str | None = None) -> "Item":
-        """Reads an item; one that cannot be used says so in ``problem``.
+        """Reads an item; if it cannot be used, its ``problem`` gives the reason.
 
         Args:
-            values: ``question``; ``image`` or ``images``, a path or a list of them; ``chosen``; ``answer_gt`` or
-                ``answer``. All else is kept as ``extra``.
-            image_root: As in the class.
-            subset: As in the class. Its images must stay below ``image_root``.
+            values: ``question``; ``image`` or ``images``, a path or a list of paths; ``chosen``; ``answer_gt`` or
+                ``answer``. All other fields become ``extra``.
+            image_root: See the class.
+            subset: See the class. Images of a subset must stay below ``image_root``.
         """
         if not isinstance(values, Mapping):
             return cls(problem="unreadable line")
@@ -100,16 +101,15 @@ class Item:
         answer = rest.pop("answer_gt", None)
         answer = rest.pop("answer", None) if answer is None else answer
         truths = answer if isinstance(answer, (list, tuple)) else () if answer is None else (answer,)
-        rest.pop("rejected", None)
-        for key in ("image", "images"):
+        for key in ("rejected", "image", "images"):
             rest.pop(key, None)
-        problem = None
         if subset is None:
-            subset, image_root = _known_subset(source, images, image_root)
+            subset, image_root = _remembered_subset(source, images, image_root)
+        problem = None
         if not isinstance(question, str) or not question.strip():
             problem = "no question"
         elif not isinstance(images, (list, tuple)) or not all(map(_is_path, images)):
-            problem = "images are no paths"
+            problem = "images are no paths"  # words: ignore (journals hold this text)
         elif any(map(find_url, images)):
             problem = "images are URLs, which are not fetched: download them first"
         elif subset is not None and not all(_is_inside(image, image_root) for image in images):
@@ -129,7 +129,7 @@ class Item:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The item as ``from_dict`` reads it."""
+        """Returns the item in the form that ``from_dict`` reads."""
         values: dict[str, Any] = {"image": list(self.pair_images)} if self.images else {}
         values["question"] = self.question
         if self.chosen is not None:
@@ -144,9 +144,9 @@ class ItemFile:
     """A file of items.
 
     Attributes:
-        path: The file, one JSON object a line.
+        path: The file, one JSON object per line.
         image_root: Folder that relative image paths start from.
-        subset: Its name in the meta file that names it; None where there is none.
+        subset: Name of the file in the meta file that lists it; None without a meta file.
     """
 
     path: str
@@ -154,35 +154,77 @@ class ItemFile:
     subset: str | None = None
 
 
-def item_files(
-    source: str | Path, *, image_root: str = "", root_map: Sequence[tuple[str, str]] = ()
-) -> tuple[ItemFile, ...]:
-    """The files of items that a source stands for: itself, or the annotations of a meta file (.json) as in MMPR.
+@dataclasses.dataclass(frozen=True, slots=True)
+class ItemSource:
+    """The items of a run. Made by ``open_items``.
+
+    Attributes:
+        files: The files of items.
+        digest: Hash of the files and their subsets, which does not depend on the paths.
+        count: Number of items in the run.
+    """
+
+    files: tuple[ItemFile, ...]
+    digest: str
+    count: int
+
+    def items(self) -> Iterator[Item]:
+        """Yields the items of the run in the order of the input."""
+        return itertools.islice(read_items(self.files), self.count)
+
+
+def open_items(
+    source: str | Path, *, image_root: str = "", root_map: Sequence[tuple[str, str]] = (), limit: int | None = None
+) -> ItemSource:
+    """Finds the files of a source, counts their items and computes their digest.
 
     Args:
         source: A JSONL file, or a meta file.
-        image_root: Folder that relative image paths start from; a meta file has its own.
-        root_map: Pairs of prefixes (old, new): where the folders in a meta file have moved to.
+        image_root: See ``item_files``.
+        root_map: See ``item_files``.
+        limit: Takes only the first items.
+    """
+    files = item_files(source, image_root=image_root, root_map=root_map)
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    for item_file in files:
+        if item_file.subset is not None:
+            digest.update(repr(item_file.subset).encode(errors="surrogatepass"))
+        with open(item_file.path, "rb") as file:
+            for line in file:
+                digest.update(line)
+                count += bool(line.strip())
+    return ItemSource(files, digest.hexdigest(), count if limit is None else min(count, limit))
+
+
+def item_files(
+    source: str | Path, *, image_root: str = "", root_map: Sequence[tuple[str, str]] = ()
+) -> tuple[ItemFile, ...]:
+    """Returns the files of a source: the source itself, or the annotations of a meta file (.json) as in MMPR.
+
+    Args:
+        source: A JSONL file, or a meta file.
+        image_root: Folder that relative image paths start from; a meta file names its own roots.
+        root_map: Pairs of prefixes (old, new) that say where the folders in a meta file have moved.
 
     Raises:
         OSError: If the meta file cannot be read.
-        ValueError: If it is none, or an argument does not belong to the kind of the source.
+        ValueError: If it is not a meta file, or if an argument does not fit the kind of the source.
     """
     if Path(source).suffix != ".json":
         if root_map:
             raise ValueError(f"root_map must be left out unless source is a meta file (.json), got {root_map}")
         return (ItemFile(str(source), image_root),)
     if image_root:
-        raise ValueError(
-            f"image_root must be left out for a meta file, which has roots of its own, got {image_root!r}"
-        )
-    return tuple(ItemFile(one.annotation, one.root, one.name) for one in read_meta(source, root_map=root_map))
+        raise ValueError(f"image_root must be left out for a meta file, which names its own roots, got {image_root!r}")
+    return tuple(
+        ItemFile(subset.annotation, subset.root, subset.name) for subset in read_meta(source, root_map=root_map)
+    )
 
 
 def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
-    """Yields the items of files in their order; a line that cannot be read is an item with a ``problem``."""
-    for each in files:
-        with open(each.path, "rb") as file:
+    """Yields the items of files in order; a line that cannot be read becomes an item with a ``problem``."""
+    for item_file in files:
+        with open(item_file.path, "rb") as file:
             for line in file:
                 if not line.strip():
                     continue
@@ -190,15 +232,15 @@ def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
                     values = json.loads(line)
                 except ValueError:
                     values = None
-                yield Item.from_dict(values, image_root=each.image_root, subset=each.subset)
+                yield Item.from_dict(values, image_root=item_file.image_root, subset=item_file.subset)
 
 
 def _is_path(image: object) -> bool:
     return isinstance(image, str) and image != "" and "\0" not in image
 
 
-def _known_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
-    """The subset and root that a line written here remembers; it does so where its images are absolute."""
+def _remembered_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
+    """Returns the subset and root that a line written by a pipeline remembers, if its images are absolute."""
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):
         return None, image_root
@@ -213,21 +255,3 @@ def _is_inside(image: str, root: str) -> bool:
     except FieldError:
         return False
     return True
-
-
-def take(files: Sequence[ItemFile], limit: int | None) -> Iterator[Item]:
-    """The items of a run."""
-    return itertools.islice(read_items(files), limit)
-
-
-def scan(files: Sequence[ItemFile]) -> tuple[str, int]:
-    """Digest of files and their subsets, wherever they stand, and how many of their lines are not blank."""
-    digest, lines = hashlib.blake2b(digest_size=16), 0
-    for each in files:
-        if each.subset is not None:
-            digest.update(repr(each.subset).encode(errors="surrogatepass"))
-        with open(each.path, "rb") as file:
-            for line in file:
-                digest.update(line)
-                lines += bool(line.strip())
-    return digest.hexdigest(), lines

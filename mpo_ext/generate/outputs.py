@@ -1,10 +1,11 @@
-"""The results of items, the summary of a run, and the files that a run writes."""
+"""The pairs of items, the summary of a run, and the files that a run writes."""
 
 import collections
 import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,44 @@ from mpo_ext.journal import encode_line
 
 @dataclasses.dataclass(slots=True)
 class ItemResult:
-    """What the records of one item come to.
+    """The lines that a pipeline makes from the samples of an item, and the reasons for what it skipped.
 
     Attributes:
-        lines: Lines for the outputs: the name of the output, and the object.
-        refused: Reasons, with how often each was met, for samples and for the item as a whole.
-        is_refused: Whether the item as a whole is.
-        notes: What to know of the lines, with how often.
-        tokens: Generated tokens.
+        lines: Lines for the outputs, each with the name of the output.
+        skipped: Number of skips by reason: skipped samples, and the item if it is skipped as a whole.
+        is_skipped: Whether the item is skipped as a whole.
+        notes: Remarks about the lines, with their number.
+        tokens: Number of generated tokens.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
-    refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    is_refused: bool = False
+    skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    is_skipped: bool = False
     notes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     tokens: int = 0
 
-    def refuse(self, reason: str) -> "ItemResult":
-        """Refuses the item as a whole. Returns this."""
-        self.refused[reason] += 1
-        self.is_refused = True
+    def skip(self, reason: str) -> "ItemResult":
+        """Skips the item as a whole and returns this result."""
+        self.skipped[reason] += 1
+        self.is_skipped = True
         return self
 
 
 @dataclasses.dataclass(slots=True)
 class Summary:
-    """What a run came to: the same numbers whether it was interrupted or not."""
+    """The numbers of a run; they do not depend on interruptions.
+
+    Attributes:
+        items: Number of items.
+        records: Number of samples.
+        generated_tokens: Number of generated tokens.
+        lines: Number of lines by output.
+        chosen_chars: Characters of all chosen responses.
+        rejected_chars: Characters of all rejected responses.
+        skipped: Number of skipped items and samples by reason.
+        skipped_items: Number of items skipped as a whole.
+        notes: Remarks about the pairs, with their number.
+    """
 
     items: int = 0
     records: int = 0
@@ -49,44 +62,48 @@ class Summary:
     lines: dict[str, int] = dataclasses.field(default_factory=dict)
     chosen_chars: int = 0
     rejected_chars: int = 0
-    refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    refused_items: int = 0
+    skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    skipped_items: int = 0
     notes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     @property
-    def refused_samples(self) -> int:
-        """Samples that were refused by themselves, not with their item."""
-        return self.refused.total() - self.refused_items
+    def skipped_samples(self) -> int:
+        """Number of samples that were skipped individually."""
+        return self.skipped.total() - self.skipped_items
 
     @property
     def pairs(self) -> int:
-        """Pairs of all kinds."""
+        """Number of pairs in all outputs."""
         return sum(count for name, count in self.lines.items() if name != "unsolved")
 
-    def add(self, outcome: ItemResult, records: int) -> None:
-        """Counts one more item."""
+    def add(self, result: ItemResult, records: int) -> None:
+        """Adds the result of an item with ``records`` samples."""
         self.items += 1
         self.records += records
-        self.generated_tokens += outcome.tokens
-        self.refused.update(outcome.refused)
-        self.refused_items += outcome.is_refused
-        self.notes.update(outcome.notes)
-        for name, line in outcome.lines:
+        self.generated_tokens += result.tokens
+        self.skipped.update(result.skipped)
+        self.skipped_items += result.is_skipped
+        self.notes.update(result.notes)
+        for name, line in result.lines:
             self.lines[name] = self.lines.get(name, 0) + 1
             if name != "unsolved":
                 self.chosen_chars += len(line["chosen"])
                 self.rejected_chars += len(line["rejected"])
 
+    def counts(self) -> str:
+        """Returns the counts that the progress display shows."""
+        return f"{self.pairs} pairs, {self.skipped_items} items without a pair, {self.skipped_samples} samples skipped"
+
     def to_dict(self) -> dict[str, Any]:
-        """The numbers as JSON can hold them."""
+        """Returns the numbers in the form of ``summary.json``."""
         pairs = max(self.pairs, 1)
         return {
             "items": self.items,
             "records": self.records,
             "lines": dict(self.lines),
-            "refused": dict(sorted(self.refused.items())),
-            "refused_items": self.refused_items,
-            "refused_samples": self.refused_samples,
+            "refused": dict(sorted(self.skipped.items())),
+            "refused_items": self.skipped_items,
+            "refused_samples": self.skipped_samples,
             "notes": dict(sorted(self.notes.items())),
             "generated_tokens": self.generated_tokens,
             "generated_tokens_per_pair": round(self.generated_tokens / pairs, 2) if self.pairs else None,
@@ -101,24 +118,28 @@ class Summary:
             text += f"; {self.generated_tokens / self.pairs:.1f} generated tokens per pair"
         for note, count in self.notes.most_common():
             text += f"\n  {note}: {count}"
-        if self.refused:
-            text += f"\n  {self.refused_items} items without a pair, {self.refused_samples} samples refused:"
-        for reason, count in self.refused.most_common():
-            text += f"\n  refused {count:>7}  {reason}"
+        if self.skipped:
+            text += f"\n  {self.skipped_items} items without a pair, {self.skipped_samples} samples skipped:"
+        for reason, count in self.skipped.most_common():
+            text += f"\n  skipped {count:>7}  {reason}"
         return text
 
 
 class PairOutputs:
-    """The outputs and the summary; they take their places when the block ends well, and else stay as they were.
+    """Writes the outputs and the summary of a run; they replace older files only when the block ends without an error.
 
-    Journals and ``unsolved``, which is an input again, keep images as the input names them. In the files of pairs
-    relative images start at the folder of the file, as every reader of pairs takes them.
+    Journals and ``unsolved``, which is an input for another run, keep image paths as the input names them. In the
+    files of pairs, relative image paths start at the folder of the file, where every reader of pairs expects them.
+
+    Args:
+        names: Names of the outputs.
+        out: Folder of the run.
     """
 
-    def __init__(self, names: tuple[str, ...], out: Path) -> None:
+    def __init__(self, names: Sequence[str], out: Path) -> None:
         self.names, self.out = names, out
-        self._folder = os.path.realpath(out)  # what ".." leads out of
         self.summary = Summary(lines=dict.fromkeys(names, 0))
+        self._folder = os.path.realpath(out)  # ".." in a path leads out of the real folder, not out of a link to it
         self._files: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
 
@@ -134,15 +155,16 @@ class PairOutputs:
             self._report.write(json.dumps(self.summary.to_dict(), indent=2, ensure_ascii=False).encode() + b"\n")
         self._stack.__exit__(kind, error, trace)
 
-    def add(self, item: Item, outcome: ItemResult, records: int) -> None:
-        self.summary.add(outcome, records)
-        for name, line in outcome.lines:
+    def add(self, item: Item, result: ItemResult, records: int) -> None:
+        """Writes the lines of an item with ``records`` samples."""
+        self.summary.add(result, records)
+        for name, line in result.lines:
             if line.get("images"):
-                line = {**line, "images": [self._from_folder(image, item.image_root) for image in line["images"]]}
+                line = {**line, "images": [self._relative_path(image, item.image_root) for image in line["images"]]}
             self._files[name].write(encode_line(line))
 
-    def _from_folder(self, image: str, root: str) -> str:
-        """The path of an image from the folder of the outputs; an absolute one stays as it is."""
+    def _relative_path(self, image: str, root: str) -> str:
+        """Returns the path of an image relative to the folder of the outputs; absolute paths and URLs stay."""
         if os.path.isabs(image) or find_url(image):
             return image
         path = os.path.relpath(os.path.abspath(os.path.join(root, image)), self._folder)

@@ -1,46 +1,46 @@
-"""Progress of a sampling run."""
+"""The progress display of a sampling run or an evaluation."""
 
 import contextlib
 import time
 from collections.abc import Callable
 from typing import TextIO
 
-from mpo_ext.generate.outputs import ItemResult, Summary
-
-_REPORT_S = 30.0
+_INTERVAL_S = 30.0
 
 
 class SamplingProgress:
-    """Shows how far a run is: a bar on a terminal, elsewhere a line now and then."""
+    """Shows the number of finished items: a bar on a terminal, elsewhere a line every 30 seconds.
+
+    Args:
+        name: Text before the numbers.
+        total: Number of items.
+        stream: Output, for example ``sys.stderr``; None disables the display.
+    """
 
     def __init__(self, name: str, total: int, stream: TextIO | None) -> None:
         self.name, self.total, self.stream = name, total, stream
-        self.summary = Summary()
+        self.done = 0
         self._begin_s = self._shown_s = time.monotonic()
-        self._update: Callable[[], None] = lambda: None
+        self._show: Callable[[str], None] = lambda counts: None
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> "SamplingProgress":
-        if self.stream is None:
-            return self
-        self._update = self._line
-        if self.stream.isatty():
-            with contextlib.suppress(ImportError):
-                self._update = self._bar()
+        if self.stream is not None:
+            self._show = self._show_line
+            if self.stream.isatty():
+                with contextlib.suppress(ImportError):
+                    self._show = self._start_bar()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._exit.close()
 
-    def add(self, outcome: ItemResult, records: int) -> None:
-        self.summary.add(outcome, records)
-        self._update()
+    def advance(self, counts: str) -> None:
+        """Counts one more finished item and shows ``counts`` beside the numbers."""
+        self.done += 1
+        self._show(counts)
 
-    def _counts(self) -> str:
-        items, samples = self.summary.refused_items, self.summary.refused_samples
-        return f"{self.summary.pairs} pairs, {items} items without a pair, {samples} samples refused"
-
-    def _bar(self) -> Callable[[], None]:
+    def _start_bar(self) -> Callable[[str], None]:
         from rich import console, progress
 
         columns = (
@@ -54,22 +54,22 @@ class SamplingProgress:
         bar = progress.Progress(*columns, console=console.Console(file=self.stream))
         task = self._exit.enter_context(bar).add_task(self.name, total=self.total, rate=0.0, counts="")
 
-        def update() -> None:
-            rate = self.summary.items / max(time.monotonic() - self._begin_s, 1e-9)
-            bar.update(task, completed=self.summary.items, rate=rate, counts=self._counts())
+        def update(counts: str) -> None:
+            bar.update(task, completed=self.done, rate=self._rate(), counts=counts)
 
         return update
 
-    def _line(self) -> None:
+    def _show_line(self, counts: str) -> None:
         now = time.monotonic()
-        is_last = self.summary.items == self.total
-        if now - self._shown_s < _REPORT_S and not is_last:
+        if now - self._shown_s < _INTERVAL_S and self.done < self.total:
             return
         self._shown_s = now
-        rate = self.summary.items / max(now - self._begin_s, 1e-9)
-        left = (self.total - self.summary.items) / rate
+        left_s = (self.total - self.done) / self._rate()
         print(
-            f"{self.name}: {self.summary.items}/{self.total} items, {rate:.1f}/s, {left:.0f} s left, {self._counts()}",
+            f"{self.name}: {self.done}/{self.total} items, {self._rate():.1f}/s, {left_s:.0f} s left, {counts}",
             file=self.stream,
             flush=True,
         )
+
+    def _rate(self) -> float:
+        return self.done / max(time.monotonic() - self._begin_s, 1e-9)

@@ -1,34 +1,46 @@
-"""The pipelines as a stage of Ray Data: actors with an engine each, and a driver that keeps the journal.
+"""Runs a pipeline as a stage of Ray Data: each actor holds an engine, and the driver keeps the journal.
 
-The driver reads the items (all that are still to do, at once), sends out the blocks that the journal lacks, and
-appends what comes back in the order of the input. So a run with Ray resumes like any other, and gives the same
-outputs.
+The driver reads the items that are not finished yet into memory, sends out the blocks that the journal lacks, and
+appends the results in the order of the input. A run with Ray resumes like any other run and gives the same outputs.
 """
 
-import functools
+import dataclasses
 import itertools
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from mpo_ext.checks import check_integer, install_hint
-from mpo_ext.generate import items as item_reading
-from mpo_ext.generate import runner
 from mpo_ext.generate.engine import Engine
+from mpo_ext.generate.items import Item, open_items
 from mpo_ext.generate.outputs import Summary
 from mpo_ext.generate.progress import SamplingProgress
-from mpo_ext.journal import Journal
+from mpo_ext.generate.runner import PairPipeline, write_outputs
+from mpo_ext.generate.sampler import Pipeline, blocks, open_journal
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RemoteEngine:
+    """An engine that each worker makes for itself.
+
+    Attributes:
+        make: Makes the engine; called once in each worker.
+        name: Name of the model.
+        settings: Result of the engine's ``settings()``; the driver has no engine to ask.
+    """
+
+    make: Callable[[], Engine]
+    name: str
+    settings: Mapping[str, Any]
 
 
 def run(
-    pipeline: runner.Pipeline,
-    make_engine: Callable[[], Engine],
+    pipeline: PairPipeline,
+    engine: RemoteEngine,
     source: str | Path,
     out: str | Path,
     *,
-    engine_settings: dict[str, Any],
-    model: str,
     workers: int = 1,
     gpus_per_worker: float = 0,
     block_size: int = 64,
@@ -37,22 +49,21 @@ def run(
     root_map: Sequence[tuple[str, str]] = (),
     stream: TextIO | None = None,
 ) -> Summary | None:
-    """Does what ``runner.run`` does, on the machines of a Ray cluster.
+    """Does the same as ``runner.run``, on the machines of a Ray cluster.
 
     Args:
         pipeline: ``DropoutNTP`` or ``Correctness``.
-        make_engine: Called once in each worker.
-        source: JSONL file of items, or a meta file of such files; the driver reads them.
-        out: Folder of the run, which the driver writes.
-        engine_settings: What ``settings()`` of the engines gives; the driver has no engine to ask.
-        model: Name of the model.
+        engine: The engine of the workers.
+        source: JSONL file of items, or a meta file that lists such files; the driver reads them.
+        out: Folder of the run; the driver writes it.
         workers: Number of workers.
-        gpus_per_worker: GPUs of each.
-        block_size: Samples that a worker is asked for at a time.
-        limit: Takes the first items only.
-        image_root: Folder that relative image paths start from; the same on every machine. A meta file has its own.
-        root_map: Pairs of prefixes (old, new): where the folders in a meta file have moved to.
-        stream: Where progress is shown; None shows none.
+        gpus_per_worker: Number of GPUs of each worker.
+        block_size: Number of samples to request from a worker at a time.
+        limit: Takes only the first items.
+        image_root: Folder that relative image paths start from, the same on every machine. A meta file names its own
+            roots.
+        root_map: Pairs of prefixes (old, new) that say where the folders in a meta file have moved.
+        stream: Output of the progress display; None disables the display.
 
     Raises:
         ImportError: If ray is missing.
@@ -65,45 +76,46 @@ def run(
     check_integer("workers", workers, least=1)
     check_integer("block_size", block_size, least=1)
     out = Path(out)
-    files = item_reading.item_files(source, image_root=image_root, root_map=root_map)
-    digest, total = item_reading.scan(files)
-    settings = runner.run_settings(pipeline, engine_settings, digest, 1)
-    items = functools.partial(item_reading.take, files, limit)
-    per_block = max(1, block_size // max(1, len(pipeline.keys(item_reading.Item()))))
+    items = open_items(source, image_root=image_root, root_map=root_map, limit=limit)
     DataContext.get_current().execution_options.preserve_order = True
 
-    with Journal(runner.journal_path(out, 0, 1), settings) as journal:
-        finished = sum(1 for _ in journal.records())
-        per_item = len(pipeline.keys(item_reading.Item()))
-        whole, partial = divmod(finished, per_item * per_block)
-        numbered = enumerate(runner.blocks(items(), per_block))
-        # Bytes, because Arrow would give all dicts of a column the same keys.
-        todo = [
-            {"number": number, "block": pickle.dumps(block)}
-            for number, block in itertools.islice(numbered, whole, None)
-        ]
-        with SamplingProgress(pipeline.name, total if limit is None else min(total, limit), stream) as progress:
-            if todo:
-                data = ray.data.from_items(todo, override_num_blocks=len(todo))
+    with open_journal(pipeline, engine.settings, items, out) as journal:
+        stored = sum(1 for _ in journal.records())
+        per_item = len(pipeline.keys(Item()))
+        to_do: list[dict[str, Any]] = []
+        n_stored_of_block = 0
+        for block in blocks(items.items(), pipeline, block_size):
+            count = len(block) * per_item
+            if stored < count:
+                if not to_do:
+                    n_stored_of_block = stored
+                # Bytes, because Arrow would give all dicts of a column the same keys.
+                to_do.append({"number": len(to_do), "block": pickle.dumps(block)})
+            stored = max(0, stored - count)
+        with SamplingProgress(pipeline.name, items.count, stream) as progress:
+            summary = Summary()
+            if to_do:
+                data = ray.data.from_items(to_do, override_num_blocks=len(to_do))
                 stage = data.map_batches(
                     _Worker,
-                    fn_constructor_args=(pipeline, make_engine),
+                    fn_constructor_args=(pipeline, engine.make),
                     batch_size=1,
                     compute=ActorPoolStrategy(size=workers),
                     num_gpus=gpus_per_worker or None,
                 )
                 for row in stage.iter_rows():
                     block, records = pickle.loads(row["block"]), pickle.loads(row["records"])
-                    journal.append(list(itertools.chain(*records))[partial if row["number"] == whole else 0 :])
-                    for item, own in zip(block, records, strict=True):
-                        progress.add(pipeline.make_pairs(item, own, model), len(own))
-        return runner.write_outputs(pipeline, items(), out, world_size=1, model=model)
+                    journal.append(list(itertools.chain(*records))[0 if row["number"] else n_stored_of_block :])
+                    for item, item_records in zip(block, records, strict=True):
+                        summary.add(pipeline.make_pairs(item, item_records, engine.name), len(item_records))
+                        progress.advance(summary.counts())
+        return write_outputs(pipeline, items, out, model=engine.name)
 
 
 class _Worker:
-    """Holds the engine of one worker."""
+    """Holds the engine of a worker."""
 
-    def __init__(self, pipeline: runner.Pipeline, make_engine: Callable[[], Engine]) -> None:
+    def __init__(self, pipeline: Pipeline, make_engine: Callable[[], Engine]) -> None:
         self.pipeline = pipeline
         self.engine = make_engine()
 

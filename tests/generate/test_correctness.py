@@ -53,7 +53,7 @@ def test_the_same_answer_is_never_on_both_sides() -> None:
     options = {"matcher": {"kind": "number", "relative": 0.06}}
     outcome = judged([answered("7.4"), answered("7.5"), answered("12")], **options)
     assert pairs(outcome) == [(answered("7.4"), answered("12"))]
-    assert outcome.refused["same answer on both sides"] == 1
+    assert outcome.skipped["same answer on both sides"] == 1
 
 
 @pytest.mark.parametrize(("right", "wrong"), [("1", "12"), ("no", "none"), ("D", "A"), ("5", "-5")])
@@ -97,7 +97,7 @@ def test_equal_responses_count_once_unless_told_otherwise() -> None:
     texts = [answered(7), answered(7) + "\n", answered(8), answered(8), answered(9)]
     outcome = judged(texts)
     assert len(pairs(outcome)) == 2
-    assert outcome.refused["sample is a duplicate"] == 2
+    assert outcome.skipped["sample is a duplicate"] == 2
     assert len(pairs(judged(texts, dedupe=False))) == 4  # no pair twice
 
 
@@ -113,14 +113,14 @@ def test_lengths_are_balanced_where_asked() -> None:
 def test_the_accuracy_band(accuracy: tuple[float, float], count: int) -> None:
     outcome = judged([answered(7), answered(8), answered(8), answered(8)], accuracy=accuracy)
     assert len(pairs(outcome)) == count
-    assert outcome.refused["accuracy outside the band"] == 1 - count
+    assert outcome.skipped["accuracy outside the band"] == 1 - count
 
 
 def test_samples_that_teach_nothing_are_refused() -> None:
     loop = "I see a cat. " * 20
     texts = [answered(7), answered(8), "Cut", " ", loop]
     outcome = judged(texts, finish={"Cut": "length"})
-    assert outcome.refused == {
+    assert outcome.skipped == {
         "sample cut off at max_new_tokens": 1,
         "sample is empty": 1,
         "sample repeats itself": 1,
@@ -132,9 +132,9 @@ def test_samples_that_teach_nothing_are_refused() -> None:
 
 def test_questions_without_a_right_or_a_wrong_sample_give_no_pair() -> None:
     right_only = judged([answered(7), answered(7, "Looking.")])
-    assert (right_only.lines, right_only.refused) == ([], {"question with right answers only": 1})
+    assert (right_only.lines, right_only.skipped) == ([], {"question with right answers only": 1})
     wrong_only = judged([answered(8), "Hm."])
-    assert wrong_only.refused == {"question without a right answer": 1}
+    assert wrong_only.skipped == {"question without a right answer": 1}
     ((name, line),) = wrong_only.lines
     assert name == "unsolved"
     assert line == {
@@ -164,8 +164,8 @@ def test_each_answer_is_matched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = itertools.cycle([answered(7), answered(8, "x"), answered(8, "y")])
     script = {key: Generation((1,), next(texts), "stop") for key in pipeline.keys(ITEM)}
     asked: list[str] = []
-    real = pipeline._matcher
-    monkeypatch.setattr(pipeline, "_matcher", lambda answer, truth: asked.append(answer) or real(answer, truth))
+    real = pipeline.scorer.matcher
+    monkeypatch.setattr(pipeline.scorer, "matcher", lambda answer, truth: asked.append(answer) or real(answer, truth))
     pipeline.sample([ITEM], StubEngine(script=script))
     assert sorted(asked) == ["7", "8"]
 

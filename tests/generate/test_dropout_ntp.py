@@ -37,7 +37,7 @@ def test_words_are_cut_as_the_authors_cut_them() -> None:
     outcome = pairs_of(Item(question="Q", chosen="one two\nthree four five"), " six", unit="words")
     assert outcome.lines[0][1]["rejected"] == "one two\nthree six"
     one_word = Item(question="Q", chosen="\u8fd9\u662f\u4e00\u53ea\u732b")
-    assert pairs_of(one_word, "\u72d7", unit="words").refused == {"chosen response too short to cut": 1}
+    assert pairs_of(one_word, "\u72d7", unit="words").skipped == {"chosen response too short to cut": 1}
     assert pairs_of(one_word, "\u72d7").lines[0][1]["rejected"] == "\u8fd9\u662f\u72d7"
 
 
@@ -100,7 +100,7 @@ REST = CHOSEN[len(CHOSEN) // 2 :]
 )
 def test_continuations_that_teach_nothing_are_refused(text: str, finish: str, reason: str) -> None:
     outcome = pairs_of(Item(question="Q", chosen=CHOSEN, truths=("7",)), text, finish)
-    assert outcome.refused == {reason: 1}
+    assert outcome.skipped == {reason: 1}
     assert outcome.lines == []
     assert outcome.tokens == len(text)
 
@@ -119,13 +119,13 @@ def test_continuations_that_teach_nothing_are_refused(text: str, finish: str, re
 def test_negatives_are_taken(text: str, finish: str, options: dict) -> None:
     outcome = pairs_of(Item(question="Q", chosen=CHOSEN, truths=("7",)), text, finish, **options)
     assert [pair["rejected"] for _, pair in outcome.lines] == [CHOSEN[: len(CHOSEN) // 2] + text]
-    assert outcome.refused == {}
+    assert outcome.skipped == {}
 
 
 def test_equal_samples_give_one_pair() -> None:
     outcome = pairs_of(Item(question="Q", chosen=CHOSEN), " never", samples=3)
     assert len(outcome.lines) == 1
-    assert outcome.refused == {"continuation is a duplicate": 2}
+    assert outcome.skipped == {"continuation is a duplicate": 2}
 
 
 def test_samples_have_seeds_of_their_own() -> None:
@@ -158,7 +158,7 @@ def test_a_missing_chosen_response_is_sampled_with_the_image(tmp_path: Path) -> 
         known = Item(question="Why?", truths=("7",))
         engine.script = {known.digest: Generation((), text, finish)}
         (records,) = pipeline.sample([known], engine)
-        assert pipeline.make_pairs(known, records, "stub").refused == {reason: 1}
+        assert pipeline.make_pairs(known, records, "stub").skipped == {reason: 1}
 
 
 def test_unsolved_questions_are_items_for_it(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_chosen_response_that_was_wrong_is_left_out_and_counted(tmp_path: Path
     items.write_text(json.dumps(item) + "\n" + json.dumps({**item, "chosen_source": "input"}) + "\n")
     engine = StubEngine()
     summary = run(DropoutNTP(), engine, items, tmp_path / "out", stream=None)
-    assert summary.refused["chosen is a sample that was wrong (--allow-wrong-chosen takes it)"] == 1
+    assert summary.skipped["chosen is a sample that was wrong (--allow-wrong-chosen takes it)"] == 1
     assert len(engine.requests) == 1
     # A journal that was written before there was this rule goes on, and its records give no pair.
     assert "allow_wrong_chosen" not in DropoutNTP().settings()

@@ -24,6 +24,7 @@ from mpo_ext.demo.model import build_model, build_processor, build_tokenizer
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import Request, SamplingConfig, derive_seed, rank_and_world_size
+from mpo_ext.generate.runner import run as run_pipeline
 from mpo_ext.generate.transformers_engine import TransformersEngine, sample_token
 from mpo_ext.generate.vllm_engine import VLLMEngine
 
@@ -194,7 +195,7 @@ def test_a_killed_run_of_the_model_ends_with_the_same_bytes(
 
     def run(out: str) -> Any:
         per_block = {"block_size": 8, "image_root": str(grids)}
-        return run(pipeline, engine, grids / "items.jsonl", grids / out, stream=None, **per_block)
+        return run_pipeline(pipeline, engine, grids / "items.jsonl", grids / out, stream=None, **per_block)
 
     def files(out: str) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in (grids / out).glob("*.jsonl")}

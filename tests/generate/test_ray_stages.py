@@ -10,6 +10,7 @@ from stub_engine import StubEngine
 
 from mpo_ext.generate import ray_stages, runner
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
+from mpo_ext.generate.sampler import journal_path
 
 
 def write_items(path: Path) -> Path:
@@ -20,8 +21,8 @@ def write_items(path: Path) -> Path:
 
 def run(source: Path, out: Path, **options: Any) -> Any:
     pipeline = DropoutNTP(DropoutNTPConfig(samples=2))
-    settings = {"engine_settings": {"engine": "stub"}, "model": "stub", "stream": None}
-    return ray_stages.run(pipeline, StubEngine, source, out, block_size=4, **settings, **options)
+    engine = ray_stages.RemoteEngine(StubEngine, "stub", {"engine": "stub"})
+    return ray_stages.run(pipeline, engine, source, out, block_size=4, stream=None, **options)
 
 
 def test_two_workers_give_the_outputs_of_a_plain_run(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_two_workers_give_the_outputs_of_a_plain_run(tmp_path: Path) -> None:
     ray.init(num_cpus=2, include_dashboard=False, runtime_env=environment, log_to_driver=False)
     try:
         run(items, tmp_path / "ray", workers=2)
-        journal = runner.journal_path(tmp_path / "ray", 0, 1)
+        journal = journal_path(tmp_path / "ray", 0, 1)
         whole = journal.read_bytes()
         journal.write_bytes(whole[: len(whole) * 2 // 3])  # as a kill leaves it
         run(items, tmp_path / "ray", workers=2)

@@ -22,7 +22,7 @@ from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.items import Item, item_files, read_items
 from mpo_ext.generate.repetition import is_degenerate
-from mpo_ext.generate.runner import journal_path
+from mpo_ext.generate.sampler import journal_path
 from mpo_ext.journal import SettingsMismatchError, read_records
 
 KILLS = int(os.environ.get("MPO_KILLS", "3"))
@@ -191,12 +191,12 @@ def test_lines_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None
         '{"question": "\\ud800"}', '{"question": "Q?", "score": NaN}', "", json.dumps(good),
     ]  # fmt: skip
     items.write_text("\n".join(lines) + "\n")
-    counts = run(PIPELINES["correctness"](), items, tmp_path / "out").refused
+    counts = run(PIPELINES["correctness"](), items, tmp_path / "out").skipped
     assert counts["unreadable line"] == 4
     assert counts["no question"] == counts["image cannot be read"] == 1
     assert counts["number of <image> is not that of the images"] == 1
     assert counts["no true answer"] == 1
-    assert run(DropoutNTP(), items, tmp_path / "blind").refused["no chosen response"] == 1
+    assert run(DropoutNTP(), items, tmp_path / "blind").skipped["no chosen response"] == 1
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_a_meta_file_of_prompts_is_a_source(prompts: Path, tmp_path: Path) -> No
     correctness = Correctness(CorrectnessConfig(samples=4, pairs_per_question=1))
     summary = run(correctness, prompts, tmp_path / "out")
     assert summary.items == 8
-    assert summary.refused["image outside the root of its subset"] == 1  # for "maps" it is inside
+    assert summary.skipped["image outside the root of its subset"] == 1  # for "maps" it is inside
     pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
     unsolved = [json.loads(line) for line in (tmp_path / "out" / "unsolved.jsonl").read_text().splitlines()]
     taken = DropoutNTP(DropoutNTPConfig(samples=16, allow_wrong_chosen=True))  # what is drawn hangs on the path
@@ -252,7 +252,7 @@ def test_a_meta_file_that_moved_is_the_same_input(prompts: Path, tmp_path: Path)
     pair = json.loads((tmp_path / "out" / "pairs.jsonl").read_text().splitlines()[0])
     assert pair["images"][0].startswith(str(tmp_path / "new"))
     fresh = run(correctness, prompts, tmp_path / "again", root_map=root_map)
-    assert fresh.refused["image cannot be read"] == 0
+    assert fresh.skipped["image cannot be read"] == 0
     (tmp_path / "maps.jsonl").write_text("")
     with pytest.raises(SettingsMismatchError):
         run(correctness, prompts, tmp_path / "out", root_map=root_map)
@@ -269,7 +269,7 @@ def test_roots_belong_to_the_kind_of_the_source(prompts: Path, tmp_path: Path) -
 def test_images_that_are_urls_are_said_to_be(tmp_path: Path) -> None:
     items = tmp_path / "items.jsonl"
     items.write_text(json.dumps({"question": "Q?", "image": "https://host/a.png", "answer": "7"}) + "\n")
-    refused = run(PIPELINES["correctness"](), items, tmp_path / "out").refused
+    refused = run(PIPELINES["correctness"](), items, tmp_path / "out").skipped
     assert refused == {"images are URLs, which are not fetched: download them first": 1}
 
 
@@ -289,10 +289,10 @@ def test_the_summary_says_what_became_of_every_sample(tmp_path: Path) -> None:
     items = write_items(tmp_path / "items.jsonl", 20)
     summary = run(PIPELINES["dropout_ntp"](), items, tmp_path / "out")
     assert summary.items == 20
-    assert summary.records == 40 == summary.pairs + sum(summary.refused.values())
+    assert summary.records == 40 == summary.pairs + sum(summary.skipped.values())
     text = str(summary)
     assert f"{summary.generated_tokens / summary.pairs:.1f} generated tokens per pair" in text
-    for reason, count in summary.refused.items():
+    for reason, count in summary.skipped.items():
         assert f"{count:>7}  {reason}" in text
     saved = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert saved["generated_tokens_per_pair"] == round(summary.generated_tokens / summary.pairs, 2)
@@ -304,8 +304,8 @@ def test_progress_says_rate_time_left_and_counts(tmp_path: Path) -> None:
         summary = runner.run(PIPELINES["dropout_ntp"](), StubEngine(), items, tmp_path / "out", stream=stream)
     line = (tmp_path / "log").read_text()
     assert line.startswith("dropout_ntp: 6/6 items, ")
-    refused = sum(summary.refused.values())
-    assert line.endswith(f"/s, 0 s left, {summary.pairs} pairs, 0 items without a pair, {refused} samples refused\n")
+    skipped = sum(summary.skipped.values())
+    assert line.endswith(f"/s, 0 s left, {summary.pairs} pairs, 0 items without a pair, {skipped} samples skipped\n")
 
 
 def test_refused_samples_and_items_without_a_pair_are_told_apart(tmp_path: Path) -> None:
@@ -315,12 +315,12 @@ def test_refused_samples_and_items_without_a_pair_are_told_apart(tmp_path: Path)
     summary = run(PIPELINES["correctness"](), items, tmp_path / "out")
     whole = {"no question", "no true answer", "question without a right answer", "question with right answers only"}
     whole |= {"accuracy outside the band", "question without a pair"}
-    assert summary.refused_items == sum(count for reason, count in summary.refused.items() if reason in whole) >= 2
-    assert summary.refused_samples == summary.refused.total() - summary.refused_items > 0
-    told = f"{summary.refused_items} items without a pair, {summary.refused_samples} samples refused:"
+    assert summary.skipped_items == sum(count for reason, count in summary.skipped.items() if reason in whole) >= 2
+    assert summary.skipped_samples == summary.skipped.total() - summary.skipped_items > 0
+    told = f"{summary.skipped_items} items without a pair, {summary.skipped_samples} samples skipped:"
     assert told in str(summary)
     saved = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (saved["refused_items"], saved["refused_samples"]) == (summary.refused_items, summary.refused_samples)
+    assert (saved["refused_items"], saved["refused_samples"]) == (summary.skipped_items, summary.skipped_samples)
 
 
 @pytest.mark.parametrize("image_root", ["", "data", "ABSOLUTE"])

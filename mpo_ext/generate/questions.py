@@ -1,0 +1,123 @@
+"""Asks each question several times, and scores the answers: used by ``Correctness`` and by the evaluation."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpo_ext.answers import Verdict, extract_answer, matcher
+from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
+from mpo_ext.generate.items import Item
+from mpo_ext.generate.prompts import PromptTemplate, render
+
+_MAX_KNOWN_VERDICTS = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class QuestionSampler:
+    """Draws several responses to each question.
+
+    Attributes:
+        name: Name of the pipeline; the seeds of the requests depend on it.
+        samples: Number of responses per question.
+        sampling: How the tokens are drawn.
+        seed: Seed of all draws.
+        template: Template that the questions are put in; None asks them unchanged.
+    """
+
+    name: str
+    samples: int
+    sampling: SamplingConfig
+    seed: int
+    template: PromptTemplate | None = None
+
+    def keys(self, item: Item) -> list[str]:
+        """Returns the names of the records of an item, in order."""
+        return [f"{item.digest}-{sample}" for sample in range(self.samples)]
+
+    def prompt(self, item: Item) -> str:
+        """Returns the question as the model sees it, before the chat template."""
+        if self.template is None:
+            return item.question
+        return render(self.template, item.question, item.extra.get("options"))
+
+    def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
+        """Asks the questions.
+
+        Returns:
+            A list of records for each item. A record has ``key``, ``text``, ``finish`` and ``tokens``, or ``key`` and
+            ``problem`` if the item cannot be used.
+        """
+        problems: dict[int, str] = {}
+        requests: list[Request] = []
+        for row, item in enumerate(items):
+            if item.problem or not item.truths:
+                problems[row] = item.problem or "no true answer"
+                continue
+            try:
+                images = item.load_images()
+            except OSError:
+                problems[row] = "image cannot be read"
+                continue
+            prompt = self.prompt(item)
+            requests += [
+                Request(
+                    key=key,
+                    question=prompt,
+                    images=images,
+                    seed=derive_seed(self.seed, self.name, key),
+                    sampling=self.sampling,
+                )
+                for key in self.keys(item)
+            ]
+        generations = iter(engine.generate(requests))
+        records: list[list[dict[str, Any]]] = []
+        for row, item in enumerate(items):
+            if row in problems:
+                records.append([{"key": key, "problem": problems[row]} for key in self.keys(item)])
+                continue
+            records.append([])
+            for key, generation in zip(self.keys(item), generations, strict=False):
+                records[-1].append(
+                    {
+                        "key": key,
+                        "text": generation.text,
+                        "finish": generation.finish_reason,
+                        "tokens": len(generation.token_ids),
+                    }
+                )
+        return records
+
+
+class AnswerScorer:
+    """Extracts the answer from a response and compares it with the true answers.
+
+    Args:
+        matcher_options: Kind of the matcher, and its options.
+        style: How the answer stands in a response, see ``extract_answer``; None takes the style of the template.
+        template: Template of the questions; without a template the style defaults to "final_answer".
+
+    Attributes:
+        matcher: The matcher.
+        style: The style.
+    """
+
+    def __init__(
+        self, matcher_options: Mapping[str, Any], *, style: str | None = None, template: PromptTemplate | None = None
+    ) -> None:
+        self.matcher = matcher(**matcher_options)
+        self.style = style or (template.answer_style if template else "final_answer")
+        extract_answer("", self.style)  # raises for an unknown style before a model is loaded
+        self._verdicts: dict[tuple[tuple[str, ...], str], Verdict] = {}
+
+    def score(self, text: str, truths: tuple[str, ...]) -> tuple[str | None, Verdict | None]:
+        """Returns the answer in a response and the matcher's verdict; both are None if no answer is readable."""
+        answer = extract_answer(text, self.style)
+        if answer is None:
+            return None, None
+        # Samples often agree, journals are read more than once, and some matchers are slow.
+        verdict = self._verdicts.get((truths, answer))
+        if verdict is None:
+            if len(self._verdicts) >= _MAX_KNOWN_VERDICTS:
+                self._verdicts.clear()
+            verdict = self._verdicts[truths, answer] = self.matcher(answer, truths)
+        return answer, verdict

@@ -1,0 +1,186 @@
+"""Samples the records of items into journals, and reads them back. Pipelines and the evaluation stand on it.
+
+A run has a folder. Each process of the run takes every n-th item and appends its records to a separate journal
+(``mpo_ext.journal``), in the order of the input. Memory does not grow with the number of items.
+
+Items go through the engine in blocks. The bounds of a block depend only on the input and the block size. A block
+that a kill left incomplete is generated again as a whole, with the same arithmetic; only the missing records are
+appended.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from mpo_ext.checks import check_integer
+from mpo_ext.generate.engine import Engine
+from mpo_ext.generate.items import Item, ItemSource
+from mpo_ext.journal import Journal, read_header, read_records
+
+
+class Pipeline(Protocol):
+    """Asks an engine about items: the part of a pipeline that fills the journals."""
+
+    name: str
+
+    def settings(self) -> dict[str, Any]:
+        """Returns all settings that the records depend on, as JSON values."""
+
+    def keys(self, item: Item) -> list[str]:
+        """Returns the names of the records of an item, in order."""
+
+    def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
+        """Returns the records of each item, with one record for each of its keys."""
+
+
+class IncompleteRunError(Exception):
+    """A journal does not hold all records yet: another process has not finished."""
+
+
+def journal_path(out: Path, rank: int, world_size: int) -> Path:
+    """Returns the path of a process's journal."""
+    return out / f"journal-{rank:05d}-of-{world_size:05d}.jsonl"
+
+
+def check_world_size(out: Path, world_size: int) -> None:
+    """Raises ValueError if the folder holds journals of a run with another number of processes."""
+    for path in sorted(out.glob("journal-*-of-*.jsonl")):
+        begun = int(path.stem.rpartition("-")[2])
+        if begun != world_size:
+            raise ValueError(f"processes must be the {begun} that {out} was begun with, got {world_size}")
+
+
+def open_journal(
+    pipeline: Pipeline,
+    engine_settings: Mapping[str, Any],
+    source: ItemSource,
+    out: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    fsync_s: float = 5.0,
+) -> Journal:
+    """Returns the journal of a process, to be used as a context manager.
+
+    Args:
+        pipeline: The pipeline.
+        engine_settings: Result of the engine's ``settings()``.
+        source: The items.
+        out: Folder of the run.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        fsync_s: Seconds between two syncs of the journal to disk.
+
+    Raises:
+        ValueError: If the rank is out of range, or the run was started with another number of processes.
+    """
+    check_integer("world_size", world_size, least=1)
+    check_integer("rank", rank, least=0)
+    if rank >= world_size:
+        raise ValueError(f"rank must be below world_size ({world_size}), got {rank}")
+    check_world_size(out, world_size)
+    settings = {
+        "pipeline": {"name": pipeline.name, **pipeline.settings()},
+        "engine": dict(engine_settings),
+        "input": {"blake2b": source.digest},
+        "processes": world_size,
+    }
+    return Journal(journal_path(out, rank, world_size), settings, fsync_s=fsync_s)
+
+
+def sample_items(
+    pipeline: Pipeline,
+    engine: Engine,
+    source: ItemSource,
+    journal: Journal,
+    *,
+    block_size: int = 64,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
+    """Yields each item of this process with its records, and samples the records that the journal lacks.
+
+    Args:
+        pipeline: The pipeline.
+        engine: Answers the requests.
+        source: The items.
+        journal: The open journal of this process.
+        block_size: Number of samples to request at a time, and the largest number that a kill can cost.
+        rank: Rank of this process; it takes every item whose position modulo ``world_size`` is the rank.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If the journal does not fit the input.
+    """
+    items = itertools.islice(source.items(), rank, None, world_size)
+    stored = journal.records()
+    for block in blocks(items, pipeline, block_size):
+        keys = [pipeline.keys(item) for item in block]
+        flat_keys = list(itertools.chain.from_iterable(keys))
+        records = list(_stored_records(stored, flat_keys, journal.path))
+        if len(records) < len(flat_keys):
+            sampled = list(itertools.chain.from_iterable(pipeline.sample(block, engine)))
+            if [record["key"] for record in sampled] != flat_keys:
+                raise RuntimeError(f"{pipeline.name}.sample must give one record for each key, in order")
+            missing = sampled[len(records) :]
+            journal.append(missing)
+            records += missing
+        rows = iter(records)
+        for item, item_keys in zip(block, keys, strict=True):
+            yield item, list(itertools.islice(rows, len(item_keys)))
+
+
+def read_samples(
+    pipeline: Pipeline, source: ItemSource, out: Path, *, world_size: int = 1
+) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
+    """Returns an iterator over all items with their records, in the order of the input, from all journals of a run.
+
+    Args:
+        pipeline: The pipeline that wrote the journals.
+        source: The items.
+        out: Folder of the run.
+        world_size: Number of journals.
+
+    Raises:
+        IncompleteRunError: If a journal or a record is missing. A missing record raises during the iteration.
+        ValueError: If a journal does not fit the input; this raises during the iteration, too.
+    """
+    paths = [journal_path(out, rank, world_size) for rank in range(world_size)]
+    if not all(path.exists() and read_header(path) is not None for path in paths):
+        raise IncompleteRunError
+
+    def samples() -> Iterator[tuple[Item, list[dict[str, Any]]]]:
+        journals = [read_records(path) for path in paths]
+        for index, item in enumerate(source.items()):
+            keys = pipeline.keys(item)
+            rank = index % world_size
+            records = list(_stored_records(journals[rank], keys, paths[rank]))
+            if len(records) < len(keys):
+                raise IncompleteRunError
+            yield item, records
+
+    return samples()
+
+
+def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterator[list[Item]]:
+    """Yields the items in blocks of about ``block_size`` samples, and at least one item."""
+    check_integer("block_size", block_size, least=1)
+    size = max(1, block_size // max(1, len(pipeline.keys(Item()))))
+    items = iter(items)
+    while block := list(itertools.islice(items, size)):
+        yield block
+
+
+def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the next records of a journal, at most one per key, and checks that they have these keys."""
+    for key in keys:
+        record = next(records, None)
+        if record is None:
+            return
+        if record.get("key") != key:
+            raise ValueError(
+                f"{path} must hold the records of this input in its order, got {record.get('key')!r}"
+                f" where {key!r} belongs"
+            )
+        yield record
