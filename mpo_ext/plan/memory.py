@@ -47,7 +47,7 @@ class MemoryEstimate:
     Args:
         recipe: Recipe of the run.
         model: The model as it is trained, with frozen parts and adapters; it may be on the meta device.
-        layout: RowLayout of the batches.
+        layout: Layout of the batches.
         world_size: Number of processes.
     """
 

@@ -51,7 +51,7 @@ class Plan:
         world: Number of processes.
         pairs_per_rank: Largest number of pairs of a rank in a step.
         micro_batches: Largest number of micro-batches of a rank in a step.
-        layout: RowLayout of the batches, from the model's config and code; the trainer verifies it on the first pairs.
+        layout: Layout of the batches, from the model's config and code; the trainer verifies it on the first pairs.
         tokens: Tokens of the longest pair: its prompt and its longer response.
         positions: Positions in the decoder of a micro-batch of longest pairs.
         memory: The parts of a rank's memory.
