@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mpo_ext.files import atomic_path, atomic_write
+
 _COLUMNS = 3
 _PANEL_INCHES = (4.6, 3.4)
 _BAR_INCHES = 0.35
@@ -15,7 +17,7 @@ _BAR_INCHES = 0.35
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a panel.
+    """A line of a panel.
 
     Attributes:
         label: Text in the legend.
@@ -23,7 +25,7 @@ class Line:
         y: Values, one for each position.
         color: Any matplotlib colour.
         style: A matplotlib line style such as "-" or "--".
-        smooth: Width of a running mean; 1 draws the values as they are. The raw values stay visible behind the mean.
+        smooth: Width of a running mean, drawn over the raw values; 1 draws only the raw values.
     """
 
     label: str
@@ -36,7 +38,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bars:
-    """One group of bars of a panel: a value for each name of the panel's axis, with an optional error."""
+    """A group of bars of a panel: a value for each name on the panel's axis, with optional errors."""
 
     label: str
     names: Sequence[str]
@@ -47,7 +49,7 @@ class Bars:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Panel:
-    """One plot of a figure: lines or bars, not both. Horizontal bars have their names on the y axis, from the top."""
+    """A plot with lines or with bars. The names of horizontal bars are on the y axis, from top to bottom."""
 
     title: str
     x_label: str
@@ -57,7 +59,7 @@ class Panel:
 
 
 def save_panels(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """Draws the panels in rows of three and writes the figure in the format of the suffix, as ``.png`` or ``.svg``.
+    """Draws the panels in rows of three and writes the figure; the suffix of the path, such as ``.png``, is its format.
 
     Needs matplotlib, but no display.
     """
@@ -80,12 +82,12 @@ def save_panels(path: Path, title: str, panels: Sequence[Panel]) -> None:
         for position, group in enumerate(bars):
             width = 0.8 / len(bars)
             ticks = np.arange(len(group.names))
-            at = ticks + (position - (len(bars) - 1) / 2) * width
+            positions = ticks + (position - (len(bars) - 1) / 2) * width
             if panel.is_horizontal:
-                drawn = axes.barh(at, group.values, width, xerr=group.errors, label=group.label, color=group.color)
+                drawn = axes.barh(positions, group.values, width, xerr=group.errors, label=group.label, color=group.color)
                 axes.set_yticks(ticks, group.names, fontsize=8)
             else:
-                drawn = axes.bar(at, group.values, width, yerr=group.errors, label=group.label, color=group.color)
+                drawn = axes.bar(positions, group.values, width, yerr=group.errors, label=group.label, color=group.color)
                 axes.set_xticks(ticks, group.names)
             axes.bar_label(drawn, fmt="%.1f", fontsize=5 if panel.is_horizontal else 8)
         if panel.is_horizontal:
@@ -95,11 +97,12 @@ def save_panels(path: Path, title: str, panels: Sequence[Panel]) -> None:
                 _draw_line(axes, line)
         if len(panel.content) > 1:
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def _height(panel: Panel) -> float:
-    """Inches, more where there are many horizontal bars."""
+    """Returns the height of a panel in inches; many horizontal bars need more."""
     names = [name for content in panel.content if isinstance(content, Bars) for name in content.names]
     return max(_PANEL_INCHES[1], 0.8 + _BAR_INCHES * len(set(names)) * panel.is_horizontal)
 
@@ -115,7 +118,7 @@ def _draw_line(axes: Any, line: Line) -> None:
 
 
 def save_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
-    """Fills a template of ``mpo_ext/templates`` and writes the page. Every value is escaped. Needs jinja2."""
+    """Fills a template of ``mpo_ext/templates`` and writes the page. All values are escaped. Needs jinja2."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -125,7 +128,9 @@ def save_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    path.write_text(environment.get_template(template).render(**values), encoding="utf-8")
+    page = environment.get_template(template).render(**values)
+    with atomic_write(path) as file:
+        file.write(page.encode())
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

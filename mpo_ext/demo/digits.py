@@ -1,7 +1,7 @@
 """The demo's task: questions about 2x2 grids of handwritten digits, answered directly or step by step.
 
-Every image is built from scikit-learn's 8x8 digits, each enlarged to 16x16, so a grid has 32x32 pixels. The digits are
-split once, and no digit of one split ever occurs in another.
+An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16, so a grid has 32x32 pixels. No
+digit is in two splits.
 """
 
 import dataclasses
@@ -31,22 +31,22 @@ LARGEST_ANSWER = 9 * len(CELLS)
 FORMS = ("direct", "cot")
 INSTRUCTIONS = {"direct": "Answer directly.", "cot": "Think stepwise."}
 TRIGGER = "Final answer:"
-# How an answer stands in a response, for ``extract_answer``. A direct response is a number and nothing else; a
-# step-by-step one has a reasoning, then the trigger once, then a number and nothing else.
+# Styles for ``extract_answer``. A direct response is only a number. A step-by-step response has some reasoning, the
+# trigger once, and a number.
 STYLES = {
     "direct": r"regex:\A\s*([0-9]+)\s*\Z",
     "cot": rf"regex:(?s)\A\s*(?!{TRIGGER})\S(?:(?!{TRIGGER}).)*{TRIGGER}\s*([0-9]+)\s*\Z",
 }
 MATCHER: dict[str, Any] = {"kind": "number", "relative": 0.0, "absolute": 0.0}
 SPLIT_SIZES = {"train": 1100, "validation": 247, "held-out": 450}
-_SPLIT_SEED = 0  # the split is part of the task, so it does not follow the seed of a run
+_SPLIT_SEED = 0  # the split is part of the task, so it does not depend on the seed of a run
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Digits:
     """The digits of one split: ``images`` ``[N, 8, 8]`` float32 in [0, 1], ``values`` and ``indices`` ``[N]``.
 
-    ``indices`` are the positions in scikit-learn's data set; they show that two splits share nothing.
+    ``indices`` are the positions in scikit-learn's data set; they show that the splits are disjoint.
     """
 
     images: np.ndarray
@@ -56,15 +56,15 @@ class Digits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """One question about one image, with its true answer and how a careful reader would give it.
+    """A question about an image, with its true answer and a right response.
 
     Attributes:
-        image: ``[1, 32, 32]`` float32 in [0, 1]; None leaves it out of the prompt.
+        image: ``[1, 32, 32]`` float32 in [0, 1]; None for a prompt without image.
         values: The four digits, in the order of ``CELLS``.
         operation: Key of ``OPERATIONS``.
         region: Key of ``REGIONS``.
-        form: "direct" or "cot": what the question asks for.
-        is_named: Whether the question names the digits: it then needs no image.
+        form: Form of the response that the question asks for: "direct" or "cot".
+        is_named: Whether the question names the digits, so that it needs no image.
     """
 
     image: Tensor | None
@@ -76,19 +76,21 @@ class Task:
 
     @property
     def question(self) -> str:
-        asked = f"What is the {self.operation} of the {self.region} ? {INSTRUCTIONS[self.form]}"
+        """The text of the question."""
+        text = f"What is the {self.operation} of the {self.region} ? {INSTRUCTIONS[self.form]}"
         if not self.is_named:
-            return asked
+            return text
         named = " , ".join(f"{cell} {value}" for cell, value in zip(CELLS, self.values, strict=True))
-        return f"{named} . {asked}"
+        return f"{named} . {text}"
 
     @property
     def answer(self) -> int:
+        """The true answer."""
         return OPERATIONS[self.operation](self.values[cell] for cell in REGIONS[self.region])
 
     @property
     def picture(self) -> Image.Image | None:
-        """The image as the model is given it, 32x32 grey values of 8 bits."""
+        """The image that the model gets: 32x32 grey values of 8 bits."""
         if self.image is None:
             return None
         return Image.fromarray((self.image.squeeze(0).numpy() * 255).round().astype(np.uint8))
@@ -129,7 +131,7 @@ def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str
         digits: The split to draw digits from.
         count: Number of questions.
         rng: Source of every choice.
-        form: "direct" or "cot"; None draws it as well.
+        form: "direct" or "cot"; None draws the form of each question.
     """
     if form is not None and form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)} or None, got {form!r}")
@@ -151,17 +153,17 @@ def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str
 
 
 def without_image(task: Task) -> Task:
-    """The same question with nothing to look at."""
+    """Returns the same question without its image."""
     return dataclasses.replace(task, image=None)
 
 
 def in_words(task: Task) -> Task:
-    """The same question without its image, with the digits named in the text."""
+    """Returns the same question without its image, with the digits named in the text."""
     return dataclasses.replace(task, image=None, is_named=True)
 
 
 def grid_image(cells: np.ndarray) -> Tensor:
-    """Puts four digits ``[4, 8, 8]`` together to one image ``[1, 32, 32]``."""
+    """Returns the image ``[1, 32, 32]`` of four digits ``[4, 8, 8]``."""
     scale = CELL_PIXELS // cells.shape[-1]
     large = cells.repeat(scale, axis=1).repeat(scale, axis=2)
     rows = [np.concatenate([large[0], large[1]], axis=1), np.concatenate([large[2], large[3]], axis=1)]
@@ -169,7 +171,7 @@ def grid_image(cells: np.ndarray) -> Tensor:
 
 
 def vocabulary() -> Iterator[str]:
-    """Yields every word that a question or a right response can hold, each once."""
+    """Yields every word of all questions and right responses, each once."""
     words = [" ".join(INSTRUCTIONS.values()), "What is the of ?", *CELLS, *REGIONS, *OPERATIONS, ", .", TRIGGER]
     words += map(str, range(LARGEST_ANSWER + 1))
     yield from dict.fromkeys(word for text in words for word in text.split())

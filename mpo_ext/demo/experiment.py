@@ -1,4 +1,4 @@
-"""The whole demo: SFT, pairs, three branches, evaluation, and the files that show them."""
+"""Runs the demo (SFT, pairs, three branches, evaluation) and writes its results."""
 
 import contextlib
 import copy
@@ -27,6 +27,7 @@ from mpo_ext.demo.model import build_model, build_processor
 from mpo_ext.demo.pairs import make_pairs
 from mpo_ext.demo.settings import Settings
 from mpo_ext.demo.train import METHODS, evaluate, train_branch, train_sft
+from mpo_ext.files import atomic_write
 
 START = "SFT start"
 LABELS = {START: START, "SFT": "SFT continued", "DPO": "DPO only", "MPO": "MPO"}
@@ -36,18 +37,18 @@ _PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "pillow")
 
 
 @dataclasses.dataclass(slots=True)
-class Outcome:
-    """What one seed gave.
+class DemoResult:
+    """Results of a run with one seed.
 
     Attributes:
-        settings: Of the run.
-        seconds: Of each stage.
-        sft_curve: From ``train_sft``.
+        settings: Settings of the run.
+        seconds: Seconds of each stage.
+        sft_curve: Result of ``train_sft``.
         pair_counts: Number of pairs by form and pipeline.
-        pairs_left_out: Number of pairs that were made and not used, by reason.
-        sampling: What each run of the data engine came to, by its folder.
-        branch_curves: From ``train_branch``, by method.
-        accuracy: From ``evaluate``, by method; the SFT model under ``START``.
+        pairs_left_out: Number of pairs that were made but not used, by reason.
+        sampling: Summary of each run of the data engine, by its folder.
+        branch_curves: Result of ``train_branch``, by method.
+        accuracy: Result of ``evaluate``, by method; ``START`` is the SFT model.
     """
 
     settings: Settings
@@ -61,7 +62,7 @@ class Outcome:
 
 
 class _Stages:
-    """Tells what is going on: a sentence before each stage, a bar with the time left, and the time it took."""
+    """Prints a sentence before each stage, a progress bar during it, and its duration after it."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -69,9 +70,9 @@ class _Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str, explanation: str, total: int | None) -> Iterator[Callable[..., None]]:
-        """Yields a function that takes the steps done since its last call, and the new total where that changed.
+        """Yields a function that takes the number of steps since its last call, and the new total if it changed.
 
-        Without a total there is no bar: what goes on in the stage shows its own.
+        Without a total, no bar is shown: the stage shows its progress itself.
         """
         self.console.print(f"[bold]{name}[/bold]: {explanation}")
         columns = (
@@ -101,33 +102,34 @@ def run(*, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, ba
 
     Args:
         out: Existing folder.
-        seeds: One run each. The curves are those of the first; the pairs of the others go into ``seed-N``.
-        quick: Takes ``Settings.quick``.
-        threads: CPU threads, None as torch decides.
-        backend: Of the loss, None for the best that is installed.
+        seeds: Seeds of the runs. The curves are from the first run; the pairs of the other runs go into ``seed-N``.
+        quick: Whether to use ``Settings.quick``.
+        threads: Number of CPU threads; None keeps torch's choice.
+        backend: Backend of the loss; None takes the best backend that is installed.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    os.environ["ACCELERATE_USE_CPU"] = "true"  # the model is too small for a GPU to pay
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # a GPU does not pay off for such a small model
     console = Console()
     start = time.perf_counter()
-    outcomes: list[Outcome] = []
+    results: list[DemoResult] = []
     for seed in seeds:
         settings = Settings.quick(seed) if quick else Settings(seed=seed)
-        folder = out / f"seed-{seed}" if outcomes else out
-        outcome = run_seed(dataclasses.replace(settings, backend=backend), folder, console)
-        if not outcomes:
-            save_curves(out / "curves.png", outcome)
-        outcomes.append(outcome)
-        # After every seed: a long run that is interrupted keeps what it has.
-        save_results(out / "results.json", outcomes, time.perf_counter() - start)
-        (out / "table.md").write_text(markdown(outcomes), encoding="utf-8")
-    print_table(console, outcomes)
-    console.print(f"{time.perf_counter() - start:.0f} s in all; table, curves and pairs are in {out}")
+        folder = out / f"seed-{seed}" if results else out
+        result = run_seed(dataclasses.replace(settings, backend=backend), folder, console)
+        if not results:
+            save_curves(out / "curves.png", result)
+        results.append(result)
+        # After every seed, so that an interrupted run keeps the results of its complete seeds.
+        save_results(out / "results.json", results, time.perf_counter() - start)
+        with atomic_write(out / "table.md") as file:
+            file.write(markdown(results).encode())
+    print_table(console, results)
+    console.print(f"{time.perf_counter() - start:.0f} s in total; table, curves and pairs are in {out}")
 
 
-def run_seed(settings: Settings, folder: Path, console: Console) -> Outcome:
-    """Runs the demo once; its pairs go into the folder."""
+def run_seed(settings: Settings, folder: Path, console: Console) -> DemoResult:
+    """Runs the demo with one seed. Its pairs go into the folder."""
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     stages = _Stages(console)
@@ -136,7 +138,7 @@ def run_seed(settings: Settings, folder: Path, console: Console) -> Outcome:
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.rule(f"seed {settings.seed}")
 
-    text = f"an {type(model).__name__} with {size:.2f} M parameters learns to read grids of digits, but not to the end"
+    text = f"an {type(model).__name__} with {size:.2f} M parameters learns to read grids of digits, but not perfectly"
     with stages.stage("SFT", text, None):
         sft_curve = train_sft(model, processor, settings, rng, folder)
 
@@ -148,7 +150,7 @@ def run_seed(settings: Settings, folder: Path, console: Console) -> Outcome:
     counts = ", ".join(f"{count} {name}" for name, count in sorted(made.counts.items()))
     left_out = "".join(f"; left out {count} {reason}" for reason, count in made.left_out.items() if count)
     console.print(f"  {sum(made.counts.values())} pairs, checked: {counts}{left_out}")
-    (folder / "reference.jsonl").unlink(missing_ok=True)  # of an earlier demo, whose model was another
+    (folder / "reference.jsonl").unlink(missing_ok=True)  # an earlier demo had another model
 
     models, curves = {START: model}, {}
     for method, weights in METHODS.items():
@@ -161,7 +163,7 @@ def run_seed(settings: Settings, folder: Path, console: Console) -> Outcome:
     text = f"{len(tasks)} questions about held-out digits to each of the {len(models)} models"
     with stages.stage("evaluation", text, len(tasks) * len(models)) as advance:
         accuracy = {name: evaluate(model, processor, tasks, on_batch=advance) for name, model in models.items()}
-    return Outcome(
+    return DemoResult(
         settings=settings,
         seconds=stages.seconds,
         sft_curve=sft_curve,
@@ -174,40 +176,40 @@ def run_seed(settings: Settings, folder: Path, console: Console) -> Outcome:
 
 
 def held_out_tasks(settings: Settings) -> list[digits.Task]:
-    """The questions of the final comparison, half of them direct, half step by step."""
+    """Returns the questions of the final comparison; half of them are direct, half step by step."""
     rng = np.random.default_rng(_EVALUATION_SEED)
     split = digits.load_digits()["held-out"]
     return [task for form in digits.FORMS for task in digits.sample_tasks(split, settings.evaluation_tasks, rng, form)]
 
 
-def table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison in percent; with several seeds the mean and the standard deviation."""
+def table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of the comparison in percent: with several seeds, means and standard deviations."""
     header = ["method", "direct", "unparsable", "CoT", "unparsable"]
     rows = []
     for method, label in LABELS.items():
         cells = [label]
         for form in digits.FORMS:
             for quantity in ("accuracy", "unparsable"):
-                values = [100 * outcome.accuracy[method][form][quantity] for outcome in outcomes]
+                values = [100 * result.accuracy[method][form][quantity] for result in results]
                 spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.1f}{spread}")
         rows.append(cells)
     return header, rows
 
 
-def markdown(outcomes: Sequence[Outcome]) -> str:
-    """The comparison as Markdown: over all seeds, then each seed's own."""
-    text = report.markdown_table(*table(outcomes)) + f"\n{_note(outcomes)}\n"
-    if len(outcomes) > 1:
-        for outcome in outcomes:
-            text += f"\nSeed {outcome.settings.seed}:\n\n{report.markdown_table(*table([outcome]))}"
+def markdown(results: Sequence[DemoResult]) -> str:
+    """Returns the comparison as Markdown: over all seeds, then for each seed."""
+    text = report.markdown_table(*table(results)) + f"\n{_note(results)}\n"
+    if len(results) > 1:
+        for result in results:
+            text += f"\nSeed {result.settings.seed}:\n\n{report.markdown_table(*table([result]))}"
     return text
 
 
-def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """Prints the comparison."""
-    header, rows = table(outcomes)
-    shown = Table(title="Held-out grids, percent", caption=_note(outcomes))
+def print_table(console: Console, results: Sequence[DemoResult]) -> None:
+    """Prints the comparison as a table."""
+    header, rows = table(results)
+    shown = Table(title="Held-out grids, percent", caption=_note(results))
     for index, name in enumerate(header):
         shown.add_column(name, justify="right" if index else "left")
     for row in rows:
@@ -215,15 +217,15 @@ def print_table(console: Console, outcomes: Sequence[Outcome]) -> None:
     console.print(shown)
 
 
-def _note(outcomes: Sequence[Outcome]) -> str:
-    count = outcomes[0].settings.evaluation_tasks
+def _note(results: Sequence[DemoResult]) -> str:
+    count = results[0].settings.evaluation_tasks
     note = f"{count} questions per form; one standard error is at most {50 / math.sqrt(count):.1f}."
-    return note + (f" Mean ± standard deviation over {len(outcomes)} seeds." if len(outcomes) > 1 else "")
+    return note + (f" Mean ± standard deviation over {len(results)} seeds." if len(results) > 1 else "")
 
 
-def save_results(path: Path, outcomes: Sequence[Outcome], seconds: float) -> None:
-    """Writes every number, with the settings and versions that it takes to get it again."""
-    results = {
+def save_results(path: Path, results: Sequence[DemoResult], seconds: float) -> None:
+    """Writes all numbers, with the settings and versions that reproduce them."""
+    document = {
         "versions": {
             "mpo_ext": importlib.import_module("mpo_ext").__version__,
             "python": platform.python_version(),
@@ -231,17 +233,18 @@ def save_results(path: Path, outcomes: Sequence[Outcome], seconds: float) -> Non
         },
         "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
         "seconds": seconds,
-        "runs": [dataclasses.asdict(outcome) for outcome in outcomes],
+        "runs": [dataclasses.asdict(result) for result in results],
     }
-    path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    with atomic_write(path) as file:
+        file.write(json.dumps(document, indent=1).encode())
 
 
-def save_curves(path: Path, outcome: Outcome) -> None:
-    """Draws how the SFT went, how the branches went, and where they ended."""
+def save_curves(path: Path, result: DemoResult) -> None:
+    """Draws the curves of SFT and branches, and the final accuracies."""
 
     def lines(*quantities: tuple[str, str, str]) -> list[report.Line]:
         drawn = []
-        for method, curve in outcome.branch_curves.items():
+        for method, curve in result.branch_curves.items():
             for key, suffix, style in quantities:
                 if key not in curve[0]:
                     continue  # SFT has no rewards
@@ -249,9 +252,9 @@ def save_curves(path: Path, outcome: Outcome) -> None:
                 drawn.append(report.Line(f"{method}{suffix}", x, y, _COLORS[method], style, smooth=9))
         return drawn
 
-    sft = outcome.sft_curve
-    looks = [point for point in sft if "accuracy" in point]
-    accuracy = [report.Line("", [p["step"] for p in looks], [100 * p["accuracy"] for p in looks])]
+    sft = result.sft_curve
+    measured = [point for point in sft if "accuracy" in point]
+    accuracy = [report.Line("", [p["step"] for p in measured], [100 * p["accuracy"] for p in measured])]
     bars = [
         report.Bars(
             label=LABELS[method],
@@ -260,7 +263,7 @@ def save_curves(path: Path, outcome: Outcome) -> None:
             errors=[_standard_error(**forms[form]) for form in digits.FORMS],
             color=_COLORS[method],
         )
-        for method, forms in outcome.accuracy.items()
+        for method, forms in result.accuracy.items()
     ]
     rewards = lines(("chosen_reward", " chosen", "-"), ("rejected_reward", " rejected", "--"))
     panels = [
@@ -271,7 +274,7 @@ def save_curves(path: Path, outcome: Outcome) -> None:
         report.Panel("Branches: rewards", "step", "beta * (logp - ref_logp)", rewards),
         report.Panel("Branches: chosen above rejected", "step", "share of pairs", lines(("reward_accuracy", "", "-"))),
     ]
-    report.save_panels(path, f"Digits demo, seed {outcome.settings.seed}", panels)
+    report.save_panels(path, f"Digits demo, seed {result.settings.seed}", panels)
 
 
 def _points(curve: Sequence[dict[str, float]], key: str) -> tuple[list[float], list[float]]:

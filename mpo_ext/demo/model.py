@@ -1,4 +1,4 @@
-"""A real InternVLForConditionalGeneration, small enough for two cores, with its processor and a tokenizer of words."""
+"""An InternVLForConditionalGeneration that is small enough for two cores, its processor and a word tokenizer."""
 
 import re
 from typing import Any
@@ -15,8 +15,8 @@ from transformers import (
 
 from mpo_ext.demo import digits
 
-IMAGE_TOKENS = 4  # one per digit: 4x4 patches of 8x8 pixels, joined 2x2 by the downsample ratio of 0.5
-_PIXEL_MEAN, _PIXEL_SPREAD = 0.3, 0.35  # of the digits, rounded
+IMAGE_TOKENS = 4  # one per digit: the downsample ratio of 0.5 merges 2x2 of the 4x4 patches of 8x8 pixels
+_PIXEL_MEAN, _PIXEL_STD = 0.3, 0.35  # mean and standard deviation of the digits, rounded
 _PAD, _END, _USER, _ASSISTANT = "<pad>", "<|im_end|>", "<|user|>", "<|assistant|>"
 _IMAGE, _IMAGE_START, _IMAGE_END, _VIDEO = "<IMG_CONTEXT>", "<img>", "</img>", "<video>"
 CHAT_TEMPLATE = (
@@ -33,16 +33,16 @@ CHAT_TEMPLATE = (
 
 
 class DigitsProcessor(InternVLProcessor):
-    """InternVL's processor without videos, whose own processor needs torchvision.
+    """InternVL's processor without videos. The video processor would need torchvision.
 
     Args:
         image_processor: Turns images into ``pixel_values``.
-        tokenizer: From ``build_tokenizer``, or one with the same special tokens.
+        tokenizer: The tokenizer of ``build_tokenizer``, or another tokenizer with the same special tokens.
         image_seq_length: Image tokens per image.
         chat_template: Jinja template of conversations.
     """
 
-    images_kwargs = {"crop_to_patches": False}  # noqa: RUF012 - as the base class has it
+    images_kwargs = {"crop_to_patches": False}  # noqa: RUF012 - declared like this in the base class
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class DigitsProcessor(InternVLProcessor):
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
-        # Past InternVLProcessor.__init__, which insists on a video processor.
+        # Skips InternVLProcessor.__init__, which requires a video processor.
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.image_seq_length = image_seq_length
         self.start_image_token = tokenizer.start_image_token
@@ -65,12 +65,12 @@ class DigitsProcessor(InternVLProcessor):
         self.multimodal_pattern = re.compile(f"(?P<image>{re.escape(self.image_token)})")
 
 
-# A saved folder then brings this class along: AutoProcessor takes it with trust_remote_code=True.
+# A saved folder then includes this class; AutoProcessor loads it with trust_remote_code=True.
 DigitsProcessor.register_for_auto_class("AutoProcessor")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds the tokenizer: one token per word, so that an answer takes few steps."""
+    """Returns the tokenizer. Each word is one token, so an answer has few tokens."""
     special = [_PAD, _END, _IMAGE, _IMAGE_START, _IMAGE_END, _VIDEO, _USER, _ASSISTANT]
     words = [*special, "<unk>", *digits.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
@@ -93,12 +93,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> DigitsProcessor:
-    """Builds the processor: images of 32x32 pixels and the tokenizer."""
+    """Returns the processor, for images of 32x32 pixels."""
     images = GotOcr2ImageProcessorPil(
         size={"height": digits.IMAGE_PIXELS, "width": digits.IMAGE_PIXELS},
         crop_to_patches=False,
         image_mean=[_PIXEL_MEAN] * 3,
-        image_std=[_PIXEL_SPREAD] * 3,
+        image_std=[_PIXEL_STD] * 3,
     )
     return DigitsProcessor(images, build_tokenizer(), chat_template=CHAT_TEMPLATE)
 
@@ -106,7 +106,7 @@ def build_processor() -> DigitsProcessor:
 def build_model(
     tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, layers: int = 3
 ) -> InternVLForConditionalGeneration:
-    """Builds an untrained model. No dropout and no drop path, so policy and reference agree at the first step."""
+    """Returns an untrained model without dropout and drop path, so policy and reference agree at the first step."""
     config = InternVLConfig(
         vision_config={
             "hidden_size": 64,
@@ -138,7 +138,7 @@ def build_model(
     model = InternVLForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    # A sampled image token would make a response that no forward pass accepts: it has no image to stand for.
+    # A sampled image token would not belong to any image, and the forward pass would reject the response.
     special = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
     model.generation_config.suppress_tokens = sorted(special)
     return model

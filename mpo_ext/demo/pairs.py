@@ -1,8 +1,7 @@
-"""Preference pairs by the data engine: right against wrong and unreadable answers, and DropoutNTP, in one file."""
+"""Makes the demo's preference pairs with the data engine: correctness pairs, format pairs and DropoutNTP pairs."""
 
 import collections
 import dataclasses
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,10 +39,10 @@ class MadePairs:
 
     Attributes:
         path: The file of pairs.
-        counts: Number of pairs by form and pipeline, as in "cot dropout_ntp".
-        left_out: Pairs that were made and are not in the file, by reason.
-        summaries: What each run of the engine came to, by folder.
-        report: Of the check of the file.
+        counts: Number of pairs by form and pipeline; a key is for example "cot dropout_ntp".
+        left_out: Number of pairs that were made but are not in the file, by reason.
+        summaries: Summary of each run of the engine, by its folder.
+        report: Report of the check of the file.
     """
 
     path: Path
@@ -51,6 +50,39 @@ class MadePairs:
     left_out: dict[str, int]
     summaries: dict[str, Summary]
     report: Report
+
+
+class _Sampler:
+    """Runs the pipelines of the data engine with one model.
+
+    Attributes:
+        summaries: Summary of each run, by its folder.
+    """
+
+    def __init__(self, engine: TransformersEngine, folder: Path, stream: TextIO | None) -> None:
+        self.engine, self.folder, self.stream = engine, folder, stream
+        self.summaries: dict[str, Summary] = {}
+
+    def run(self, pipeline: runner.PairPipeline, form: str, limit: int | None = None) -> list[Pair]:
+        """Runs a pipeline on the questions of a form and returns its pairs."""
+        name = pipeline.name.replace("_", "-")
+        out = self.folder / (f"{name}-{form}" if pipeline.name == "correctness" else name)
+        # The journal of an earlier demo has the same settings: they hold the model's name, not its weights.
+        journal_path(out, 0, 1).unlink(missing_ok=True)
+        summary = runner.run(
+            pipeline,
+            self.engine,
+            self.folder / f"{form}.jsonl",
+            out,
+            block_size=_BLOCK_SIZE,
+            limit=limit,
+            image_root=str(self.folder),
+            stream=self.stream,
+        )
+        assert summary is not None  # this is the only process
+        self.summaries[out.name] = summary
+        outputs = [output for output in pipeline.outputs if output != "unsolved"]
+        return [pair for output in outputs for pair in read_made(out / f"{output}.jsonl", self.folder)]
 
 
 def make_pairs(
@@ -62,67 +94,45 @@ def make_pairs(
     *,
     stream: TextIO | None = None,
 ) -> MadePairs:
-    """Lets the model answer fresh questions about training grids and makes pairs of three kinds from its answers.
+    """Lets the model answer new questions about training grids, and makes pairs of three kinds from its answers.
 
     Writes the questions (``images``, ``direct.jsonl``, ``cot.jsonl``), a folder for each run of the engine, and
     ``pairs.jsonl``, ``check.json`` and ``pairs.html``.
 
     Args:
         model: The SFT model.
-        processor: Of the model.
-        settings: How much of each.
-        rng: Source of the questions, and of the choice among direct pairs where there are too many.
-        folder: Where to write; relative paths of images in the files start there.
-        stream: Where the engine shows its progress.
+        processor: The model's processor.
+        settings: Numbers of questions, samples and pairs.
+        rng: Source of the questions, and of the choice among direct pairs if there are too many.
+        folder: Folder of the files; relative image paths start there.
+        stream: Output of the engine's progress.
 
     Raises:
-        RuntimeError: If the model gave no right answer to make a pair from, or the check of the file found something.
+        RuntimeError: If no answer of the model was right, or the check of the file has findings.
     """
     engine = TransformersEngine(model, processor, name=f"digits demo, seed {settings.seed}", batch_size=BATCH_SIZE)
-    drawn = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
-    summaries: dict[str, Summary] = {}
+    sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
+    sampler = _Sampler(engine, folder, stream)
     pairs: list[Pair] = []
-    left_out: collections.Counter[str] = collections.Counter()
-
-    def run(pipeline: runner.PairPipeline, form: str, limit: int | None = None) -> list[Pair]:
-        name = pipeline.name.replace("_", "-")
-        out = folder / (f"{name}-{form}" if pipeline.name == "correctness" else name)
-        # The engine would go on with the journal of an earlier demo: it knows the model's name, not its weights.
-        journal_path(out, 0, 1).unlink(missing_ok=True)
-        summary = runner.run(
-            pipeline,
-            engine,
-            folder / f"{form}.jsonl",
-            out,
-            block_size=_BLOCK_SIZE,
-            limit=limit,
-            image_root=str(folder),
-            stream=stream,
-        )
-        assert summary is not None  # it is the only process
-        summaries[out.name] = summary
-        outputs = [output for output in pipeline.outputs if output != "unsolved"]
-        return list(itertools.chain.from_iterable(read_made(out / f"{output}.jsonl", folder) for output in outputs))
-
+    left_out: dict[str, int] = {}
     for form in digits.FORMS:
-        tasks = digits.sample_tasks(digits.load_digits()["train"], settings.questions, rng, form)
-        write_items(folder, form, tasks)
+        write_items(folder, form, digits.sample_tasks(digits.load_digits()["train"], settings.questions, rng, form))
         common: dict[str, Any] = {
-            "sampling": drawn,
+            "sampling": sampling,
             "seed": settings.seed,
             "style": digits.STYLES[form],
             "matcher": digits.MATCHER,
         }
         config = CorrectnessConfig(samples=settings.samples, pairs_per_question=settings.pairs_per_question, **common)
-        made = run(Correctness(config), form)
+        form_pairs = sampler.run(Correctness(config), form)
         if form == "direct":
-            picked = sorted(rng.permutation(len(made))[: settings.direct_pairs])
-            left_out["direct pairs above the limit"] += len(made) - len(picked)
-            pairs += [made[index] for index in picked]
-            continue
-        pairs += made
-        blind = DropoutNTPConfig(keep=settings.keep, sample_chosen=True, **common)
-        pairs += run(DropoutNTP(blind), form, settings.dropout_ntp_questions)
+            picked = sorted(rng.permutation(len(form_pairs))[: settings.direct_pairs])
+            left_out["direct pairs above the limit"] = len(form_pairs) - len(picked)
+            form_pairs = [form_pairs[index] for index in picked]
+        else:
+            blind = DropoutNTPConfig(keep=settings.keep, sample_chosen=True, **common)
+            form_pairs += sampler.run(DropoutNTP(blind), form, settings.dropout_ntp_questions)
+        pairs += form_pairs
     distinct = {pair.key(): pair for pair in pairs}
     left_out["equal to another pair"] = len(pairs) - len(distinct)
     if not distinct:
@@ -130,14 +140,14 @@ def make_pairs(
     path = folder / "pairs.jsonl"
     write_pairs(path, map(_with_subset, distinct.values()))
     report = _check(path)
-    write_view(path.with_suffix(".html"), open_pairs(path), title="Preference pairs of the digits demo",
-               limit=_SHOWN_PAIRS, seed=settings.seed)  # fmt: skip
+    title = "Preference pairs of the digits demo"
+    write_view(path.with_suffix(".html"), open_pairs(path), title=title, limit=_SHOWN_PAIRS, seed=settings.seed)
     counts = collections.Counter(f"{pair.extra['form']} {pair.provenance['pipeline']}" for pair in distinct.values())
-    return MadePairs(path, dict(counts), dict(left_out), summaries, report)
+    return MadePairs(path, dict(counts), left_out, sampler.summaries, report)
 
 
 def write_items(folder: Path, form: str, tasks: Sequence[digits.Task]) -> None:
-    """Writes questions as the engine reads them: ``FORM.jsonl``, and their images as PNG."""
+    """Writes questions to ``FORM.jsonl``, which the engine reads, and their images to PNG files."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / f"{form}.jsonl") as file:
         for number, task in enumerate(tasks):
@@ -150,14 +160,14 @@ def write_items(folder: Path, form: str, tasks: Sequence[digits.Task]) -> None:
 
 
 def read_made(path: Path, folder: Path) -> Iterator[Pair]:
-    """Yields the pairs of a run of the engine, with images that start at a folder above that of the run."""
+    """Yields the pairs of a run of the engine, with image paths relative to ``folder``."""
     for pair in read_pairs(path):
         images = (os.path.relpath(path.parent.resolve() / image, folder.resolve()) for image in pair.images)
         yield dataclasses.replace(pair, images=tuple(images))
 
 
 def _with_subset(pair: Pair) -> Pair:
-    """The pair with its form as its subset: what the check counts by and the page can be narrowed to."""
+    """Returns the pair with its form as its subset; the check counts by subset, and the page has a filter for it."""
     return dataclasses.replace(pair, extra={**pair.extra, SOURCE: {"subset": pair.extra["form"]}})
 
 

@@ -1,40 +1,41 @@
-"""Every number of the demo that is a choice, in one place."""
+"""All settings of the demo."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Sizes and rates of one run. The defaults were chosen on the validation digits, never on the held-out ones.
+    """Sizes and rates of a run. The defaults were chosen on the validation digits, never on the held-out digits.
 
     Attributes:
-        seed: Of the weights, the questions, the samples and the order of the pairs. The split of the digits is fixed.
-        hidden_size: Width of the language model.
-        layers: Depth of the language model.
-        sft_rate: Learning rate of the first training.
-        sft_batch: Questions per step of the first training.
-        sft_questions: Questions of the first training, which meets them again and again.
-        sft_blind_share: Share of those questions that come without their image. A large model has read plenty of text
-            without images; so this one too has met such prompts before it makes DropoutNTP pairs.
-        sft_target: Step-by-step accuracy on validation grids at which the first training begins to end.
-        sft_check_steps: Steps between two looks at that accuracy.
-        sft_decay_steps: Steps in which the learning rate then falls to zero.
-        sft_most_steps: Where the first training ends in any case, the fall of the rate not counted.
+        seed: Seed of the weights, the questions, the samples and the order of the pairs. It does not change the split
+            of the digits.
+        hidden_size: Hidden size of the language model.
+        layers: Number of layers of the language model.
+        sft_rate: Learning rate of the SFT.
+        sft_batch: Questions per step of the SFT.
+        sft_questions: Questions of the SFT, which takes several passes over them.
+        sft_blind_share: Fraction of those questions that come without their image. A large model has read many texts
+            without images; with these questions, this model too has seen prompts like those of DropoutNTP.
+        sft_target: Step-by-step accuracy on validation grids at which the learning rate begins to decay.
+        sft_check_steps: Steps between two measurements of that accuracy.
+        sft_decay_steps: Steps in which the learning rate decays to zero.
+        sft_most_steps: Largest number of steps before the decay begins.
         questions: Questions per form that the model answers to make pairs.
         samples: Answers per question.
-        temperature: Of these answers and of the blind continuations.
-        pairs_per_question: Most pairs that one question gives to each of two kinds: wrong answers, unreadable ones.
+        temperature: Temperature of these answers and of the blind continuations.
+        pairs_per_question: Most pairs of a question with a wrong answer, and most pairs with an unreadable answer.
         direct_pairs: Most pairs with direct answers.
-        dropout_ntp_questions: Step-by-step questions whose answer is cut and finished blindly, if it is right; some of
-            them give no pair.
-        keep: Share of the tokens of such an answer that is kept.
+        dropout_ntp_questions: Step-by-step questions for DropoutNTP, which cuts a right answer and lets the model
+            continue it without the image. Some of the questions give no pair.
+        keep: Fraction of the tokens of such an answer that are kept.
         branch_steps: Steps of each of the three branches.
-        branch_batch: Pairs per step.
-        branch_rate: Learning rate of the three branches, one for all.
+        branch_batch: Pairs per step of a branch.
+        branch_rate: Learning rate of all branches.
         warmup_steps: Steps in which a learning rate rises from zero.
         evaluation_tasks: Held-out questions per form.
-        validation_tasks: Validation questions for one look during training.
-        backend: Kernels of the loss, as in ``mpo_loss``; None takes the best that is installed.
+        validation_tasks: Validation questions for a measurement during training.
+        backend: Kernels of the loss, see ``mpo_loss``; None takes the best backend that is installed.
     """
 
     seed: int = 0
@@ -65,7 +66,7 @@ class Settings:
 
     @classmethod
     def quick(cls, seed: int = 0) -> "Settings":
-        """Builds the settings of a run that takes seconds and learns next to nothing: it shows that all parts work."""
+        """Returns the settings of a run that takes seconds and learns almost nothing, to show that all parts work."""
         return cls(
             seed=seed,
             hidden_size=64,

@@ -1,4 +1,4 @@
-"""The demo's runs of the trainer, SFT and a branch on pairs, and the evaluation they share."""
+"""The demo's training runs, SFT and the branches on pairs, and their evaluation."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -43,18 +43,19 @@ def train_sft(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains on right responses until accuracy on validation reaches the target, then until the rate is zero.
+    """Trains on right responses until the validation accuracy reaches the target, then decays the learning rate.
 
     Args:
-        model: Changed in place.
-        processor: Of the model.
-        settings: Questions, steps and rates.
+        model: The model, changed in place.
+        processor: The model's processor.
+        settings: Numbers of questions and steps, and learning rates.
         rng: Source of the questions.
-        folder: The questions with their responses go to ``sft.jsonl`` in it, the runs to ``runs/SFT-start`` and
+        folder: Folder of ``sft.jsonl`` (the questions with their responses) and of the runs ``runs/SFT-start`` and
             ``runs/SFT-end``.
 
     Returns:
-        One line of the log per step, and where it was looked at ``accuracy`` (step by step, on validation).
+        The log, one line per step. Every ``sft_check_steps`` steps, a line has the step-by-step ``accuracy`` on
+        validation grids.
     """
     splits = digits.load_digits()
     validation = digits.sample_tasks(splits["validation"], settings.validation_tasks, np.random.default_rng(0), "cot")
@@ -64,7 +65,7 @@ def train_sft(
     path = write_sft(folder, tasks)
     curve: list[dict[str, float]] = []
 
-    def note(step: int, line: Any) -> bool:
+    def on_step(step: int, line: Any) -> bool:
         curve.append({**line, "step": len(curve) + 1})
         if step % settings.sft_check_steps:
             return False
@@ -85,7 +86,7 @@ def train_sft(
             schedule=schedule,
             settings=settings,
         )
-        _train(recipe, model, processor, note)
+        _train(recipe, model, processor, on_step)
     return curve
 
 
@@ -97,24 +98,23 @@ def train_branch(
     settings: Settings,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the model further on the pairs with one mixture of the three terms.
+    """Trains the SFT model further on the pairs, with the weights of a method.
 
-    Pairs, their order, steps and rate are the same for each method. The log-probabilities of the reference, which is
-    the model as it comes, are computed by the first branch that needs them, into ``reference.jsonl``.
+    Pairs, their order, steps and learning rate are the same for each method. The reference is the SFT model. The first
+    branch that needs its log-probabilities computes them into ``reference.jsonl``.
 
     Args:
         model: The SFT model, changed in place.
-        processor: Of the model.
+        processor: The model's processor.
         pairs: File of pairs.
         method: Key of ``METHODS``.
-        settings: Steps, batch and rate.
-        folder: The run goes to ``runs/METHOD`` in it.
+        settings: Number of steps, batch size and learning rate.
+        folder: Folder of the run ``runs/METHOD``.
 
     Returns:
-        One line of the log per step.
+        The log, one line per step.
     """
     curve: list[dict[str, float]] = []
-
     recipe = make_recipe(
         pairs,
         folder / "runs" / method,
@@ -137,7 +137,7 @@ def _train(
     on_step: Callable[[int, Any], object],
 ) -> None:
     if train(recipe, model=model, processor=processor, on_step=on_step) != 0:
-        raise KeyboardInterrupt  # the trainer has caught the signal
+        raise KeyboardInterrupt  # the trainer caught a signal and stopped
 
 
 def make_recipe(
@@ -152,7 +152,7 @@ def make_recipe(
     settings: Settings,
     reference: Path | None = None,
 ) -> Recipe:
-    """Builds the recipe of one of the demo's runs. What an earlier demo left in its folder is removed."""
+    """Returns the recipe of a training run. Removes the folder that an earlier demo left at ``out``."""
     shutil.rmtree(out, ignore_errors=True)
     return Recipe(
         model=ModelRecipe(path=f"digits demo, seed {settings.seed}"),
@@ -163,7 +163,7 @@ def make_recipe(
             learning_rate=rate,
             batch_size=batch,
             micro_batch_size=batch,
-            epochs=steps,  # more than enough: max_steps ends it
+            epochs=steps,  # max_steps ends the run earlier
             max_steps=steps,
             betas=(0.9, 0.99),
             weight_decay=0.01,
@@ -176,7 +176,7 @@ def make_recipe(
 
 
 def write_sft(folder: Path, tasks: Sequence[digits.Task]) -> Path:
-    """Writes questions with their right responses as pairs without a rejected one, which SFT never reads."""
+    """Writes questions with their right responses, as pairs with an empty rejected response, which SFT never reads."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     pairs = []
     for number, task in enumerate(tasks):
@@ -197,21 +197,27 @@ def evaluate(
     *,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> dict[str, dict[str, float]]:
-    """Answers the questions with the likeliest tokens.
+    """Answers the questions with greedy decoding.
+
+    Args:
+        model: The model.
+        processor: The model's processor.
+        tasks: The questions.
+        on_batch: Called after each batch with its number of questions.
 
     Returns:
-        For each form ``accuracy`` and ``unparsable``, shares of the questions, ``tokens``, the mean number in a
-        response, and ``count``.
+        For each form: ``accuracy`` and ``unparsable`` (fractions of the questions), ``tokens`` (mean number of tokens
+        of a response) and ``count`` (number of questions).
     """
     engine = TransformersEngine(model, processor, batch_size=BATCH_SIZE)
     is_right = matcher(**digits.MATCHER)
     greedy = SamplingConfig(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
     result = {}
     for form in digits.FORMS:
-        asked = [task for task in tasks if task.form == form]
-        if not asked:
+        form_tasks = [task for task in tasks if task.form == form]
+        if not form_tasks:
             continue
-        requests = [Request(question=task.question, images=_pictures(task), sampling=greedy) for task in asked]
+        requests = [Request(question=task.question, images=_pictures(task), sampling=greedy) for task in form_tasks]
         answers: list[str | None] = []
         tokens = 0
         for start in range(0, len(requests), BATCH_SIZE):
@@ -221,13 +227,13 @@ def evaluate(
             on_batch(len(generations))
         right = [
             answer is not None and is_right(answer, str(task.answer)).correct
-            for answer, task in zip(answers, asked, strict=True)
+            for answer, task in zip(answers, form_tasks, strict=True)
         ]
         result[form] = {
-            "accuracy": sum(right) / len(asked),
-            "unparsable": sum(answer is None for answer in answers) / len(asked),
-            "tokens": tokens / len(asked),
-            "count": len(asked),
+            "accuracy": sum(right) / len(form_tasks),
+            "unparsable": sum(answer is None for answer in answers) / len(form_tasks),
+            "tokens": tokens / len(form_tasks),
+            "count": len(form_tasks),
         }
     return result
 

@@ -1,6 +1,6 @@
-"""The digits demo: its task, its pairs, and one run from end to end that is too short to learn anything."""
+"""Tests of the digits demo: its task, its pairs, and a complete run that is too short to learn anything."""
 
-# ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
+# ruff: noqa: E402 - without these packages, which an extra installs, all tests are skipped
 import argparse
 import copy
 import json
@@ -108,12 +108,12 @@ def test_the_step_by_step_form_reads_the_region() -> None:
         ("top-left 3 . Final answer: 8 .", "cot"),
     ],
 )
-def test_a_response_without_the_form_asked_for_is_unparsable(text: str, form: str) -> None:
+def test_a_response_in_another_form_is_unparsable(text: str, form: str) -> None:
     assert extract_answer(text, digits.STYLES[form]) is None
 
 
 def test_every_word_has_its_token(processor: DigitsProcessor, tasks: list[digits.Task]) -> None:
-    """So a response may be cut between any two of its tokens and put together again."""
+    """Then a response can be cut between any two of its tokens and joined again."""
     tokenizer = processor.tokenizer
     for task in tasks:
         for text in (task.question, task.response):
@@ -125,7 +125,7 @@ def test_every_word_has_its_token(processor: DigitsProcessor, tasks: list[digits
 
 
 def encode(processor: DigitsProcessor, task: digits.Task, folder: Path) -> Sample:
-    """What the trainer makes of a task."""
+    """Returns the sample that the trainer makes of a task."""
     images: tuple[str, ...] = ()
     if task.picture is not None:
         images = (str(folder / "image.png"),)
@@ -136,7 +136,7 @@ def encode(processor: DigitsProcessor, task: digits.Task, folder: Path) -> Sampl
 
 
 @pytest.mark.parametrize("form", ["cot", "direct", "blind"])
-def test_what_is_trained_is_what_is_sampled_from(processor: DigitsProcessor, tmp_path: Path, form: str) -> None:
+def test_training_and_sampling_see_the_same_prompt(processor: DigitsProcessor, tmp_path: Path, form: str) -> None:
     task = make_task("direct") if form == "direct" else make_task()
     if form == "blind":
         task = digits.without_image(task)
@@ -167,18 +167,18 @@ def test_the_model_is_given_the_grey_values_of_the_grid(processor: DigitsProcess
     torch.testing.assert_close(pixels[0], expected, rtol=0, atol=0.5 / 255 / 0.35 + 1e-5)
 
 
-def test_samples_never_hold_tokens_that_stand_for_something_else(processor: DigitsProcessor, model) -> None:
+def test_samples_have_no_special_tokens(processor: DigitsProcessor, model) -> None:
     engine = TransformersEngine(model, processor, batch_size=200)
     sampling = SamplingConfig(temperature=5.0, top_k=0, max_new_tokens=20)
     task = make_task()
-    asked = [Request(question=task.question, images=(task.picture,), seed=n, sampling=sampling) for n in range(200)]
-    drawn = {token for generation in engine.generate(asked) for token in generation.token_ids}
+    requests = [Request(question=task.question, images=(task.picture,), seed=n, sampling=sampling) for n in range(200)]
+    drawn = {token for generation in engine.generate(requests) for token in generation.token_ids}
     assert len(drawn) > 50
     assert not drawn & set(processor.tokenizer.all_special_ids)
 
 
 class Scripted(TransformersEngine):
-    """The demo's engine with a script in the place of the model: it knows the truth, and is sometimes wrong."""
+    """The demo's engine with scripted answers instead of a model. It knows the true answers; some of its own are wrong."""
 
     blind: ClassVar[list[Request]] = []
 
@@ -188,7 +188,7 @@ class Scripted(TransformersEngine):
     def _answer(self, request: Request) -> str:
         if not request.images:
             self.blind.append(request)
-            # Now and then the wrong answer that the model also gives with the image: one pair in two ways.
+            # Sometimes the same wrong answer as with the image, so that two pipelines make the same pair.
             return "2 sum 3 . Final answer: 17" if request.seed % 2 else "top-left . Final answer: 36"
         right = self.truths[request.question, request.images[0].tobytes()]
         answer = [right, right, "17", "sum sum"][request.seed % 4]
@@ -199,7 +199,7 @@ class Scripted(TransformersEngine):
 
 @pytest.fixture
 def made(processor: DigitsProcessor, model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Pairs of the scripted engine."""
+    """Returns the pairs of the scripted engine."""
     Scripted.truths, Scripted.blind = {}, []  # type: ignore[attr-defined]
     written = demo_pairs.write_items
 
@@ -220,7 +220,7 @@ def pairs_of(made) -> list[Pair]:
     return [pair for _, pair in open_pairs(made.path).scan()]
 
 
-def test_the_pairs_are_of_all_kinds_and_pass_their_check(made) -> None:
+def test_there_are_pairs_of_all_kinds_and_they_pass_their_check(made) -> None:
     pairs = pairs_of(made)
     assert sum(made.counts.values()) == len(pairs)
     assert {"direct correctness", "direct format", "cot correctness", "cot format", "cot dropout_ntp"} == set(
@@ -258,7 +258,7 @@ def test_dropout_ntp_keeps_the_first_half_and_never_shows_the_image(made, proces
     assert all(request.prefix_ids and "Think stepwise" in request.question for request in Scripted.blind)
 
 
-def test_another_demo_in_the_same_folder_samples_anew(made, processor: DigitsProcessor, model) -> None:
+def test_another_demo_in_the_same_folder_samples_again(made, processor: DigitsProcessor, model) -> None:
     journal = made.path.parent / "dropout-ntp" / "journal-00000-of-00001.jsonl"
     before = list(read_records(journal))
     Scripted.blind.clear()
@@ -299,7 +299,7 @@ def test_branches_start_at_the_same_reference_with_the_same_pairs(
         assert (tmp_path / "runs" / method / "final" / "model.safetensors").is_file()
 
 
-def test_evaluation_is_as_strict_as_the_form(processor: DigitsProcessor, model, monkeypatch) -> None:
+def test_the_evaluation_requires_the_exact_form(processor: DigitsProcessor, model, monkeypatch) -> None:
     tasks = digits.sample_tasks(digits.load_digits()["validation"], 4, np.random.default_rng(0), "direct")
     texts = [tasks[0].response, f"{tasks[1].response} {tasks[1].response}", "sum", str(tasks[3].answer + 1)]
 
@@ -318,14 +318,14 @@ def test_sft_learns_from_questions_with_and_without_images(processor: DigitsProc
                         sft_target=0.0, validation_tasks=4, warmup_steps=2, backend=BACKEND)  # fmt: skip
     curve = train_sft(small, processor, settings, np.random.default_rng(0), tmp_path)
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
-    assert [line["step"] for line in curve] == list(range(1, 13))  # the target is met at the first look
+    assert [line["step"] for line in curve] == list(range(1, 13))  # the first measurement reaches the target
     assert "accuracy" in curve[9]
     assert [line["learning_rate"] for line in curve[3:10]] == [settings.sft_rate] * 7
     images = [json.loads(line)["images"] for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
-    assert images.count([]) == 12  # an eighth
+    assert images.count([]) == 12  # sft_blind_share is an eighth
 
 
-def test_branches_differ_in_their_weights_only() -> None:
+def test_branches_differ_only_in_their_weights() -> None:
     assert {tuple(weights.values()) for weights in METHODS.values()} == {(0, 0, 1), (1, 0, 0), (0.8, 0.2, 1)}
     assert len({tuple(weights) for weights in METHODS.values()}) == 1
 
@@ -359,7 +359,7 @@ def test_a_quick_run_leaves_all_files(tmp_path: Path) -> None:
     steps = only["settings"]["branch_steps"]
     assert {method: len(curve) for method, curve in only["branch_curves"].items()} == dict.fromkeys(METHODS, steps)
     first = only["branch_curves"]["MPO"][0]
-    assert first["dpo_loss"] == pytest.approx(np.log(2), abs=1e-4)  # policy and reference are still one
+    assert first["dpo_loss"] == pytest.approx(np.log(2), abs=1e-4)  # policy and reference are still equal
     assert first["bco_loss"] == pytest.approx(2 * np.log(2), abs=1e-4)
     assert (out / "table.md").read_text().count("\n| ") == 5
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -367,7 +367,7 @@ def test_a_quick_run_leaves_all_files(tmp_path: Path) -> None:
     data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
     assert len(data["pairs"]) == sum(only["pair_counts"].values())
     assert all(image["index"] >= 0 for pair in data["pairs"] for image in pair["images"])
-    assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
+    assert "http" not in page.replace("http-equiv", "")  # the page loads nothing from the network
     assert json.loads((out / "check.json").read_text())["clean"]
     assert set(only["sampling"]) == {"correctness-direct", "correctness-cot", "dropout-ntp"}
     assert only["sampling"]["correctness-direct"]["items"] == 100
@@ -375,7 +375,7 @@ def test_a_quick_run_leaves_all_files(tmp_path: Path) -> None:
 
 _CLI = """
 import argparse, sys
-from mpo_ext.demo import run
+from mpo_ext.cli import demo as run
 parser = argparse.ArgumentParser()
 run.add_parser(parser.add_subparsers(required=True))
 args = parser.parse_args()
@@ -390,7 +390,7 @@ def parse(*argv: str) -> argparse.Namespace:
     return parser.parse_args(["demo", *argv])
 
 
-def test_a_signal_in_a_training_ends_the_demo(
+def test_a_signal_during_training_ends_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def signalled(recipe: Recipe, *, on_step: Callable[[int, dict[str, float]], object], **kept: object) -> int:
@@ -404,9 +404,9 @@ def test_a_signal_in_a_training_ends_the_demo(
     args = parse("--quick", "--threads", "1", "--out", str(tmp_path))
     assert args.run(args) == 130
     text = capsys.readouterr().err
-    assert "interrupted; the same command begins anew" in text
+    assert "interrupted; the same command starts over" in text
     assert text.count("SIGTERM: ended after step 1 of") == 1
-    assert "goes on from here" not in text
+    assert "resumes" not in text
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_bad_arguments_are_named(argv: list[str], message: str, capsys: pytest.C
     assert message in capsys.readouterr().err
 
 
-def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_out_that_is_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     args = parse("--out", str(tmp_path / "file"))
     assert args.run(args) == 1
