@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,8 +58,8 @@ class Panel:
     is_horizontal: bool = False
 
 
-def save_panels(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """Draws the panels in rows of three and writes the figure; the suffix of the path, such as ``.png``, is its format.
+def save_panels(path: str | os.PathLike[str], title: str, panels: Sequence[Panel]) -> None:
+    """Draws the panels in rows of three and writes the figure in the format of the path's suffix, such as ``.png``.
 
     Needs matplotlib, but no display.
     """
@@ -82,12 +82,13 @@ def save_panels(path: Path, title: str, panels: Sequence[Panel]) -> None:
         for position, group in enumerate(bars):
             width = 0.8 / len(bars)
             ticks = np.arange(len(group.names))
-            positions = ticks + (position - (len(bars) - 1) / 2) * width
+            places = ticks + (position - (len(bars) - 1) / 2) * width
+            style = {"label": group.label, "color": group.color}
             if panel.is_horizontal:
-                drawn = axes.barh(positions, group.values, width, xerr=group.errors, label=group.label, color=group.color)
+                drawn = axes.barh(places, group.values, width, xerr=group.errors, **style)
                 axes.set_yticks(ticks, group.names, fontsize=8)
             else:
-                drawn = axes.bar(positions, group.values, width, yerr=group.errors, label=group.label, color=group.color)
+                drawn = axes.bar(places, group.values, width, yerr=group.errors, **style)
                 axes.set_xticks(ticks, group.names)
             axes.bar_label(drawn, fmt="%.1f", fontsize=5 if panel.is_horizontal else 8)
         if panel.is_horizontal:
@@ -117,7 +118,7 @@ def _draw_line(axes: Any, line: Line) -> None:
         axes.plot(line.x, line.y, line.style, color=line.color, label=line.label, marker=".")
 
 
-def save_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
+def save_page(path: str | os.PathLike[str], template: str, values: Mapping[str, Any]) -> None:
     """Fills a template of ``mpo_ext/templates`` and writes the page. All values are escaped. Needs jinja2."""
     import jinja2
 
@@ -136,7 +137,7 @@ def save_page(path: Path, template: str, values: Mapping[str, Any]) -> None:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a Markdown table. The first column is aligned to the left, the others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    widths = [widths[0], *(max(width, 2) for width in widths[1:])]  # the delimiter of a column needs a hyphen
+    widths = [max(width, 1 if column == 0 else 2) for column, width in enumerate(widths)]  # room for "-" and "-:"
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [_cells(row, widths, [False, *[True] * (len(widths) - 1)]) for row in (header, rule, *rows)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

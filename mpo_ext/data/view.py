@@ -13,7 +13,6 @@ from typing import Any
 from mpo_ext.data.jsonl import BadLine, Skipped
 from mpo_ext.data.records import SOURCE, Pair, find_url
 from mpo_ext.data.sources import Source
-from mpo_ext.files import atomic_path
 from mpo_ext.report import save_page
 
 _TEMPLATE = "pairs_view.html.j2"
@@ -82,8 +81,7 @@ def write_view(
         "data": script_json({"pairs": pairs, "images": images.uris}),
     }
     values["nonce"] = hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
-    with atomic_path(path) as temporary:
-        save_page(temporary, _TEMPLATE, values)
+    save_page(path, _TEMPLATE, values)
     return len(pairs), skipped
 
 

@@ -211,8 +211,7 @@ def _write_page(cells: "Sequence[Cell]", path: Path, *, limit: int, world: int, 
         ),
     }
     values["nonce"] = hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
-    with atomic_path(path) as temporary:
-        save_page(temporary, _TEMPLATE, values)
+    save_page(path, _TEMPLATE, values)
 
 
 def _add_responses(

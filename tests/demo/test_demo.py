@@ -178,7 +178,7 @@ def test_samples_have_no_special_tokens(processor: DigitsProcessor, model) -> No
 
 
 class Scripted(TransformersEngine):
-    """The demo's engine with scripted answers instead of a model. It knows the true answers; some of its own are wrong."""
+    """The demo's engine with scripted answers instead of a model: it knows the true answers, but some answers are wrong."""
 
     blind: ClassVar[list[Request]] = []
 
@@ -415,6 +415,8 @@ def test_a_signal_during_training_ends_the_demo(
         (["--seeds", "0"], "argument --seeds: must be an integer of at least 1, got '0'"),
         (["--threads", "two"], "argument --threads: must be an integer of at least 1, got 'two'"),
         (["--seed", "-1"], "argument --seed: must be an integer of at least 0, got '-1'"),
+        (["--study"], "--study must be left out: the study is a benchmark now; run python -m benchmarks.study"),
+        (["--jobs", "2"], "--jobs must be left out: the study is a benchmark now; run python -m benchmarks.study"),
     ],
 )
 def test_bad_arguments_are_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -428,7 +430,7 @@ def test_an_out_that_is_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "file").write_text("")
     args = parse("--out", str(tmp_path / "file"))
     assert args.run(args) == 1
-    assert "--out must be a folder that can be written, got" in capsys.readouterr().err
+    assert "--out must be a writable folder, got" in capsys.readouterr().err
 
 
 def test_a_missing_package_comes_with_the_command(
