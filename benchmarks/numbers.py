@@ -494,7 +494,7 @@ _SHARES = (1.0, 0.25, 0.1)
 def _products_of(method: str) -> str:
     """How many matrix products with the head a method makes, and of which rows: counted on a machine of that rate."""
     counting = machines.Machine(name="counts", is_gpu=True, bandwidth=float("inf"), matmul_rates={"bfloat16": 1.0})
-    flop = 2.0 * _WIDE.rows * _WIDE.vocab * _WIDE.width
+    flop = 2.0 * _WIDE.rows * _WIDE.vocab * _WIDE.hidden_size
     whole, half = (cost.loss_cost(method, _share(_WIDE, share), counting).seconds / flop for share in (1.0, 0.5))
     return f"{whole:.0f}, {'all' if half == whole else 'labelled'} rows"
 

@@ -178,7 +178,7 @@ def test_samples_have_no_special_tokens(processor: DigitsProcessor, model) -> No
 
 
 class Scripted(TransformersEngine):
-    """The demo's engine with scripted answers instead of a model: it knows the true answers, but some answers are wrong."""
+    """The demo's engine with scripted answers instead of a model. Some of them are wrong."""
 
     blind: ClassVar[list[Request]] = []
 
