@@ -150,7 +150,7 @@ def _check(args: argparse.Namespace) -> int:
 
 @command("data stats", extra="data", failure=2)
 def _stats(args: argparse.Namespace) -> int:
-    from mpo_ext.data.jsonl import Skipped
+    from mpo_ext.data.reader import Skipped
     from mpo_ext.data.stats import collect_stats, token_counter
     from mpo_ext.files import write_json
 
@@ -176,7 +176,7 @@ def _stats(args: argparse.Namespace) -> int:
 @command("data convert", extra="data", failure=2)
 def _convert(args: argparse.Namespace) -> int:
     from mpo_ext.data.convert import convert
-    from mpo_ext.data.jsonl import BadLine
+    from mpo_ext.data.reader import BadLine
 
     written = args.out / "meta.json" if args.to == "mmpr" else args.out
     if written.exists() and not args.force:

@@ -109,7 +109,7 @@ def add_root_map(parser: argparse.ArgumentParser) -> None:
 
 def root_map(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Returns the pairs of prefixes (old, new) of ``--root-map``."""
-    from mpo_ext.data.jsonl import parse_root_map
+    from mpo_ext.data.paths import parse_root_map
 
     return [parse_root_map(text) for text in args.root_map]
 

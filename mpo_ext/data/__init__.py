@@ -1,9 +1,13 @@
-"""Preference pairs: the record, MMPR files, TRL's format, Hugging Face datasets, checks, statistics and a viewer."""
+"""Preference pairs: the record, the formats that hold pairs, checks, statistics and a viewer.
 
-from mpo_ext.data.jsonl import BadLine, LineFile, Location, Pairs, Skipped, read_pairs, write_pairs
+``formats.py`` lists the formats and the module of each.
+"""
+
+from mpo_ext.data.jsonl import LineFile, read_pairs, write_pairs
 from mpo_ext.data.mmpr import MMPRDataset, read_meta, write_mmpr
+from mpo_ext.data.reader import BadLine, Location, PairSequence, Skipped
 from mpo_ext.data.records import Pair
-from mpo_ext.data.sources import Source, open_pairs
+from mpo_ext.data.sources import PairSource, open_pairs
 
 __all__ = [
     "BadLine",
@@ -11,9 +15,9 @@ __all__ = [
     "Location",
     "MMPRDataset",
     "Pair",
-    "Pairs",
+    "PairSequence",
+    "PairSource",
     "Skipped",
-    "Source",
     "open_pairs",
     "read_meta",
     "read_pairs",

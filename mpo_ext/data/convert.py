@@ -1,18 +1,23 @@
-"""From any format of pairs into any other."""
+"""Converts pairs from any format to any format."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpo_ext.data.hf import Kind, save_dataset, write_trl
-from mpo_ext.data.jsonl import BadLine, Location, Skipped, write_pairs
+from mpo_ext.checks import check_choice
+from mpo_ext.data.formats import FORMATS, Format
+from mpo_ext.data.hf import save_dataset
+from mpo_ext.data.jsonl import write_pairs
 from mpo_ext.data.mmpr import write_mmpr
-from mpo_ext.data.records import Pair, find_url
-from mpo_ext.data.sources import FORMATS, Format, Source
+from mpo_ext.data.paths import find_url
+from mpo_ext.data.reader import BadLine, Location, Skipped
+from mpo_ext.data.records import Pair
+from mpo_ext.data.sources import PairSource
+from mpo_ext.data.trl import Kind, write_trl
 
 
 def convert(
-    source: Source,
+    source: PairSource,
     out: str | os.PathLike[str],
     format: Format,
     *,
@@ -21,37 +26,36 @@ def convert(
     root: str | os.PathLike[str] | None = None,
     name: str = "pairs",
 ) -> tuple[int, Skipped]:
-    """Writes the pairs in another format, whole or not at all.
+    """Writes the pairs in another format. The output appears complete or not at all.
 
-    Images are written with absolute paths. In the formats "pairs" and "trl" relative ones stay relative where ``out``
-    lies in the folder that they start at, or in one above them.
+    Images are written with absolute paths. In the formats "pairs" and "trl", relative images stay relative if ``out``
+    lies in the folder that they start at, or in a folder above them.
 
     Args:
         source: The pairs.
         out: A folder for "mmpr" and "hf", a file for "pairs" and "trl".
-        format: What to write.
-        kind: Of TRL's format.
-        skip_bad: Whether lines that hold no pair, or for a dataset one with an image that cannot be read, are left
-            out; else the first one ends it and nothing is written.
-        root: Image folder of pairs that are new to MMPR.
-        name: Of the subset that such pairs form.
+        format: Format to write.
+        kind: Kind of TRL's format.
+        skip_bad: Whether to skip bad lines and, for a dataset, pairs with an unreadable image; otherwise the first
+            bad line is raised and nothing is written.
+        root: Image folder of pairs that were not read from MMPR.
+        name: Name of the subset of these pairs.
 
     Returns:
-        The number of pairs written, and what was left out.
+        The number of pairs written, and the skipped lines.
 
     Raises:
-        BadLine: If a line holds no pair, unless ``skip_bad``.
+        BadLine: If a line is bad, unless ``skip_bad``.
         ValueError: If the format is unknown or cannot hold a pair.
-        OSError: If it cannot be written, or an image not read that goes into a dataset.
+        OSError: If the output cannot be written, or an image of a dataset cannot be read.
         ImportError: If Hugging Face datasets is needed and missing.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    check_choice("format", format, FORMATS)
     skipped = Skipped()
 
     def pairs() -> Iterator[Pair]:
         nonlocal skipped
-        skipped = Skipped()  # a dataset is gone through twice
+        skipped = Skipped()  # a dataset reads the pairs twice
         is_file = format in ("pairs", "trl")
         for where, pair in source.scan_for(Path(out).absolute().parent) if is_file else source.scan():
             if skip_bad and format == "hf" and not isinstance(pair, BadLine):
@@ -76,7 +80,7 @@ def convert(
 
 
 def _with_readable_images(where: Location, pair: Pair) -> Pair | BadLine:
-    """The pair, or what is wrong with it where an image cannot go into a dataset."""
+    """Returns the pair, or a BadLine if one of its images cannot be read."""
     for image in pair.images:
         try:
             with open(image, "rb"):
@@ -85,5 +89,5 @@ def _with_readable_images(where: Location, pair: Pair) -> Pair | BadLine:
             url = find_url(image)
             if url is not None:
                 return BadLine(where, "image is a URL", f"URLs are not fetched: download the image, got {url}")
-            return BadLine(where, "unreadable image", f"images must be files to read, got {image}: {error.strerror}")
+            return BadLine(where, "unreadable image", f"images must be readable files, got {image}: {error.strerror}")
     return pair

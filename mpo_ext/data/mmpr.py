@@ -1,8 +1,8 @@
-"""MMPR as published: a meta file that names subsets, and one file of JSON lines for each.
+"""The MMPR format as published: a meta file that names subsets, and one file of JSON lines per subset.
 
-The meta file maps a subset's name to ``root`` (folder of its images), ``annotation`` (its .jsonl file), ``length``,
-``repeat_time``, ``data_augment`` and ``max_dynamic_patch``. A line has ``question``, ``chosen``, ``rejected``, mostly
-``image`` (a path below root, a list of them, "" or nothing) and often ``answer_gt``.
+The meta file maps the name of a subset to ``root`` (folder of its images), ``annotation`` (its .jsonl file),
+``length``, ``repeat_time``, ``data_augment`` and ``max_dynamic_patch``. A line has ``question``, ``chosen``,
+``rejected``, usually ``image`` (a path below root, a list of paths, "" or null) and often ``answer_gt``.
 """
 
 import bisect
@@ -19,24 +19,27 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from mpo_ext.data.jsonl import MAX_LINE_BYTES, FieldError, LineFile, Location, Pairs, dump_line, map_root, parse_object
+from mpo_ext.checks import check_index, shorten
+from mpo_ext.data.jsonl import LineFile, dump_line, parse_object
+from mpo_ext.data.paths import RootMap, below, map_root
+from mpo_ext.data.reader import MAX_LINE_BYTES, FieldError, Location, PairSequence
 from mpo_ext.data.records import SOURCE, Pair
-from mpo_ext.files import atomic_write
+from mpo_ext.files import atomic_write, write_json
 
 _FIELDS = ("image", "question", "chosen", "rejected", "answer_gt", "provenance")
-_PER_RUN = ("annotation", "length")  # settings of a subset that a written copy has values of its own for
+_FILE_SETTINGS = ("annotation", "length")  # settings of a subset that differ in a written copy
 
 
-class Subset(NamedTuple):
+class MMPRSubset(NamedTuple):
     """An entry of a meta file.
 
     Attributes:
-        name: Of the subset.
+        name: Name of the subset.
         root: Absolute folder of its images.
         annotation: Absolute path of its lines.
-        repeat_time: Below 1 the share of lines that counts, above it how often each counts.
-        length: Number of lines that the meta file promises, None if it doesn't say.
-        settings: The entry as it stands in the file.
+        repeat_time: Below 1, the fraction of lines that is used; otherwise, how often each line is used.
+        length: Number of lines that the meta file states; None if it states none.
+        settings: The entry as the file has it.
     """
 
     name: str
@@ -47,15 +50,15 @@ class Subset(NamedTuple):
     settings: dict[str, Any]
 
 
-def read_meta(path: str | os.PathLike[str], *, root_map: Sequence[tuple[str, str]] = ()) -> list[Subset]:
+def read_meta(path: str | os.PathLike[str], *, root_map: RootMap = ()) -> list[MMPRSubset]:
     """Reads and checks a meta file.
 
     Args:
-        path: The meta file. Relative paths in it start at its folder.
+        path: The meta file. Its relative paths start at its folder.
         root_map: Pairs of prefixes (old, new) for ``root`` and ``annotation``.
 
     Raises:
-        OSError: If it cannot be read.
+        OSError: If the file cannot be read.
         ValueError: If it is not a meta file. The message names the subset, the setting, the rule and the value.
     """
     folder = Path(path).resolve().parent
@@ -69,56 +72,56 @@ def read_meta(path: str | os.PathLike[str], *, root_map: Sequence[tuple[str, str
     return [_subset(name, entry, folder, root_map) for name, entry in entries.items()]
 
 
-def _subset(name: str, entry: object, folder: Path, root_map: Sequence[tuple[str, str]]) -> Subset:
-    def refuse(setting: str, rule: str) -> ValueError:
+def _subset(name: str, entry: object, folder: Path, root_map: RootMap) -> MMPRSubset:
+    def error(setting: str, rule: str) -> ValueError:
         value = entry.get(setting) if isinstance(entry, dict) else entry
         return ValueError(f"{name}: {setting} must be {rule}, got {value!r}")
 
     if not isinstance(entry, dict):
-        raise refuse("the entry", "an object")
-    places = {}
+        raise error("the entry", "an object")
+    paths = {}
     for setting in ("root", "annotation"):
         value = entry.get(setting)
         if not isinstance(value, str) or "\0" in value:
-            raise refuse(setting, "a path")
-        places[setting] = os.path.normpath(os.path.join(folder, map_root(value, root_map)))
-    if not places["annotation"].endswith(".jsonl"):
-        raise refuse("annotation", "a .jsonl file")
+            raise error(setting, "a path")
+        paths[setting] = os.path.normpath(os.path.join(folder, map_root(value, root_map)))
+    if not paths["annotation"].endswith(".jsonl"):
+        raise error("annotation", "a .jsonl file")
     repeat = entry.get("repeat_time", 1)
     if isinstance(repeat, bool) or not isinstance(repeat, (int, float)) or not repeat > 0:
-        raise refuse("repeat_time", "a positive number")
+        raise error("repeat_time", "a positive number")
     if repeat > 1 and repeat != int(repeat):
-        raise refuse("repeat_time", "below 1 or a whole number")
+        raise error("repeat_time", "below 1 or a whole number")
     length = entry.get("length")
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 0):
-        raise refuse("length", "a number of lines")
-    return Subset(name, places["root"], places["annotation"], repeat, length, entry)
+        raise error("length", "a number of lines")
+    return MMPRSubset(name, paths["root"], paths["annotation"], repeat, length, entry)
 
 
-class MMPRDataset(Pairs):
+class MMPRDataset(PairSequence):
     """The pairs of a meta file, read one by one.
 
     Args:
         meta: The meta file.
-        root_map: Pairs of prefixes (old, new): where the folders in it have moved to.
-        repeat: Whether ``repeat_time`` counts. Without it each line is met once.
-        seed: Of the subsets drawn for a ``repeat_time`` below 1: the same seed draws the same lines.
-        max_line_bytes: A longer line is a bad one.
+        root_map: Pairs of prefixes (old, new) of folders that have moved.
+        repeat: Whether to apply ``repeat_time``; otherwise each line is used once.
+        seed: Seed of the draw for a ``repeat_time`` below 1: the same seed draws the same lines.
+        max_line_bytes: A longer line is a bad line.
 
     Attributes:
         subsets: The entries of the meta file.
-        files: Their lines.
+        files: The lines of each subset.
 
     Raises:
         OSError: If a file cannot be read.
-        ValueError: If the meta file is none.
+        ValueError: If ``meta`` is not a meta file.
     """
 
     def __init__(
         self,
         meta: str | os.PathLike[str],
         *,
-        root_map: Sequence[tuple[str, str]] = (),
+        root_map: RootMap = (),
         repeat: bool = True,
         seed: int = 0,
         max_line_bytes: int = MAX_LINE_BYTES,
@@ -126,89 +129,85 @@ class MMPRDataset(Pairs):
         self.subsets = read_meta(meta, root_map=root_map)
         self.files = [read_annotation(subset, max_line_bytes=max_line_bytes) for subset in self.subsets]
         self._repeat, self._seed = repeat, seed
-        self._picked: list[np.ndarray | None] = []
+        self._drawn: list[np.ndarray | None] = []
         self._ends: list[int] | None = None
 
     def __len__(self) -> int:
-        ends = self._sizes()
+        ends = self._subset_ends()
         return ends[-1] if ends else 0
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        file, line = self._place(index)
-        return file[line]
+    def read(self, index: int) -> Pair:
+        """Reads the pair at an index, as ``PairSequence.read`` does."""
+        file, line = self._find(index)
+        return file.read(line)
 
     def locate(self, index: int) -> Location:
-        """Says where a pair stands."""
-        file, line = self._place(index)
+        """Returns the location of the pair at an index."""
+        file, line = self._find(index)
         return file.locate(line)
 
-    def _place(self, index: int) -> tuple[LineFile, int]:
-        size = len(self)
-        if not -size <= index < size:
-            raise IndexError(f"index must be in [{-size}, {size}), got {index}")
-        index %= size
-        ends = self._sizes()
+    def _find(self, index: int) -> tuple[LineFile, int]:
+        index = check_index(index, len(self))
+        ends = self._subset_ends()
         subset = bisect.bisect_right(ends, index)
-        file, picked = self.files[subset], self._picked[subset]
+        file, drawn = self.files[subset], self._drawn[subset]
         position = index - (ends[subset - 1] if subset else 0)
-        return file, int(picked[position]) if picked is not None else position % len(file)
+        return file, int(drawn[position]) if drawn is not None else position % len(file)
 
-    def _sizes(self) -> list[int]:
-        """Where each subset ends; indexes the files at its first call."""
+    def _subset_ends(self) -> list[int]:
+        """Returns the end index of each subset. The first call indexes the files."""
         if self._ends is None:
             sizes = []
             for subset, file in zip(self.subsets, self.files, strict=True):
-                picked, size = None, len(file)
+                drawn, size = None, len(file)
                 if self._repeat and subset.repeat_time < 1:
-                    # Of its own generator each, so that a subset's lines don't depend on the others.
+                    # A generator per subset, so that the draw does not depend on the other subsets.
                     rng = np.random.default_rng([self._seed, zlib.crc32(subset.name.encode())])
-                    picked = np.sort(rng.permutation(size)[: int(size * subset.repeat_time)])
-                    size = len(picked)
+                    drawn = np.sort(rng.permutation(size)[: int(size * subset.repeat_time)])
+                    size = len(drawn)
                 elif self._repeat:
                     size *= int(subset.repeat_time)
-                self._picked.append(picked)
+                self._drawn.append(drawn)
                 sizes.append(size)
             self._ends = list(itertools.accumulate(sizes))
         return self._ends
 
 
-def read_annotation(subset: Subset, *, max_line_bytes: int = MAX_LINE_BYTES) -> LineFile:
-    """Opens the lines of one subset, each once."""
-    settings = {name: value for name, value in subset.settings.items() if name not in _PER_RUN}
-    parse = _LineParser(subset.name, subset.root, {**settings, "root": subset.root})
+def read_annotation(subset: MMPRSubset, *, max_line_bytes: int = MAX_LINE_BYTES) -> LineFile:
+    """Opens the lines of a subset, each line once."""
+    settings = {name: value for name, value in subset.settings.items() if name not in (*_FILE_SETTINGS, "root")}
+    # The root is kept apart from the other settings, where a root_map finds it.
+    source = {"format": "mmpr", "subset": subset.name, "root": subset.root}
+    parse = _LineParser(subset.root, {**source, "settings": settings} if settings else source)
     return LineFile(subset.annotation, parse, subset=subset.name, max_line_bytes=max_line_bytes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _LineParser:
-    subset: str
     root: str
-    settings: dict[str, Any]
+    source: dict[str, Any]
 
     def __call__(self, values: dict[str, Any], line: str) -> Pair:
-        source: dict[str, Any] = {"format": "mmpr", "subset": self.subset, **_prefixed(self.settings)}
+        source = dict(self.source)
         extra = {name: value for name, value in values.items() if name not in _FIELDS}
         if SOURCE in extra:
-            raise FieldError("bad field", f"the field {SOURCE!r} must be left to the reader, got {extra[SOURCE]!r}")
+            raise FieldError(f"the field {SOURCE!r} must be left to the reader, got {extra[SOURCE]!r}")
         for name in ("question", "chosen", "rejected"):
             if name not in values:
-                raise FieldError("bad field", f"{name} must be given, got fields {', '.join(map(repr, values))}")
-        if values.get("images"):  # as a field nobody knows it would go along, and no image would be seen
+                raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, values))}")
+        if values.get("images"):  # as an unknown field it would be kept, and the images would be lost
             raise FieldError(
-                "bad field",
-                f"images of an MMPR line must be named by 'image', got 'images' {str(values['images'])[:80]}: "
+                f"images of an MMPR line must be named by 'image', got 'images' {shorten(values['images'])}: "
                 "a file of such lines is read with the format 'pairs' (--from pairs, in a recipe format: pairs)",
             )
         relative, source["image"] = _images(values)
         images = tuple(resolve_image(image, self.root) for image in relative)
-        if [_below(image, self.root) for image in images] != relative:
+        if [below(image, self.root) for image in images] != relative:
             source["paths"] = relative
         answer = values.get("answer_gt")
         if "answer_gt" in values and not isinstance(answer, str):
             source["answer_gt"] = answer
-            answer = None if answer is None else json.dumps(answer, ensure_ascii=False)
+            answer = _as_text(answer)
         provenance = values.get("provenance", {})
         if not isinstance(provenance, dict) or ("provenance" in values and not provenance):
             extra["provenance"], provenance = provenance, {}
@@ -217,17 +216,11 @@ class _LineParser:
         pair = Pair(values["question"], values["chosen"], values["rejected"], images, answer, provenance, extra)
         if list(values) != list(_line(pair, relative, source)):
             source["fields"] = list(values)
-        return Pair(pair.question, pair.chosen, pair.rejected, images, answer, provenance, {**extra, SOURCE: source})
-
-
-def _prefixed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The root stands beside the other settings, where a root_map finds it."""
-    rest = {name: value for name, value in settings.items() if name != "root"}
-    return {"root": settings["root"], **({"settings": rest} if rest else {})}
+        return dataclasses.replace(pair, extra={**extra, SOURCE: source})
 
 
 def _images(values: Mapping[str, Any]) -> tuple[list[str], str]:
-    """The images of a line, and the way it writes them."""
+    """Returns the images of a line, and the form in which the line gives them."""
     if "image" not in values:
         return [], "absent"
     image = values["image"]
@@ -236,7 +229,7 @@ def _images(values: Mapping[str, Any]) -> tuple[list[str], str]:
     if isinstance(image, str):
         return ([image], "string") if image else ([], "empty")
     if not isinstance(image, list) or not all(isinstance(path, str) and path for path in image):
-        raise FieldError("bad field", f"image must be a path or a list of paths, got {str(image)[:80]!r}")
+        raise FieldError(f"image must be a path or a list of paths, got {shorten(image)}")
     return list(image), "list"
 
 
@@ -244,26 +237,20 @@ def resolve_image(image: str, root: str) -> str:
     """Joins the path of an image to its root.
 
     Raises:
-        FieldError: If it leads out of the root, or is no path.
+        FieldError: If the path leads out of the root, or is not a path.
     """
     joined = os.path.join(root, image)
     normal, base = os.path.normpath(joined), os.path.normpath(root)
-    inside = normal.startswith(base if base.endswith("/") else base + "/")
-    if not inside or "\0" in image:
-        raise FieldError("bad image path", f"image must stay inside {root}, got {image[:120]!r}")
+    if below(normal, base) is None or "\0" in image:
+        raise FieldError(f"image must stay inside {root}, got {image[:120]!r}", kind="bad image path")
     return joined
 
 
-def _below(image: str, root: str) -> str | None:
-    prefix = root if root.endswith("/") else root + "/"
-    return image[len(prefix) :] if image.startswith(prefix) else None
-
-
 def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a line, in the order of the authors' files."""
+    """Returns the fields of a line, in the order of the published files."""
     form = source.get("image", "string" if len(relative) == 1 else "list" if relative else "absent")
     if form in ("string", "empty", "null", "absent") and len(relative) != (form == "string"):
-        form = "string" if len(relative) == 1 else "list"  # the images are no longer those of the source
+        form = "string" if len(relative) == 1 else "list"  # the images differ from the images of the source
     values: dict[str, Any] = {}
     if form != "absent":
         values["image"] = {"string": relative[0] if relative else "", "empty": "", "null": None}.get(form, relative)
@@ -289,28 +276,29 @@ def _as_text(answer: object) -> str | None:
 
 
 def to_line(pair: Pair, root: str) -> bytes:
-    """Returns the pair as a line of MMPR. A pair that came from such a line gives the same bytes.
+    """Returns the pair as a line of MMPR.
 
-    The same bytes if they were written by ``json.dumps`` with its own separators; else the same values.
+    A pair that was read from an MMPR line gives the same values, and the same bytes if ``json.dumps`` wrote the line
+    with its default separators.
 
     Args:
-        pair: The pair. Its provenance goes into a field of this name, which other readers pass over.
+        pair: The pair. Its provenance becomes a field of that name, which other readers ignore.
         root: Absolute folder that the written paths start at.
 
     Raises:
-        ValueError: If an image is not below root, or a field of ``extra`` meets one of the pair.
+        ValueError: If an image is not below root, or a field of ``extra`` has the name of a field of the pair.
     """
     source = pair.source
-    written = source.get("paths")
-    if not written or tuple(os.path.join(root, path) for path in written) != pair.images:
-        written = []
+    paths = source.get("paths")
+    if not paths or tuple(os.path.join(root, path) for path in paths) != pair.images:
+        paths = []
         for image in pair.images:
-            relative = _below(os.path.normpath(os.path.join(root, image)), root)
-            plain = _below(image, root)
-            if relative is None:
+            normal = below(os.path.normpath(os.path.join(root, image)), root)
+            unchanged = below(image, root)
+            if normal is None:
                 raise ValueError(f"images must be below the root {root}, got {image!r}")
-            written.append(relative if plain is None else plain)
-    values = _line(pair, written, source)
+            paths.append(normal if unchanged is None else unchanged)
+    values = _line(pair, paths, source)
     order = source.get("fields")
     if order and set(order) == set(values):
         values = {name: values[name] for name in order}
@@ -324,13 +312,13 @@ def write_mmpr(
     root: str | os.PathLike[str] | None = None,
     name: str = "pairs",
 ) -> dict[str, int]:
-    """Writes ``folder/meta.json`` and one file of lines per subset, each whole or not at all, the meta file last.
+    """Writes ``folder/meta.json`` and one file of lines per subset. Each file is atomic; the meta file comes last.
 
     Args:
-        folder: Where to write.
-        pairs: Pairs that were read from MMPR go back into their subsets, with their settings; the others into one.
-        root: Image folder of that one; without it "/". Relative images start there.
-        name: Of that one.
+        folder: Folder to write.
+        pairs: Pairs that were read from MMPR return to their subsets with their settings; the others form one subset.
+        root: Image folder of the subset of the other pairs, at which their relative images start; None means "/".
+        name: Name of that subset.
 
     Returns:
         The number of pairs of each subset.
@@ -357,12 +345,11 @@ def write_mmpr(
                 metas[subset] = {**settings, "annotation": f"annotations/{annotation}", "length": 0}
                 files[subset] = stack.enter_context(atomic_write(target / "annotations" / annotation))
             meta = metas[subset]
-            if {key: value for key, value in meta.items() if key not in _PER_RUN} != settings:
+            if {key: value for key, value in meta.items() if key not in _FILE_SETTINGS} != settings:
                 raise ValueError(f"{subset}: pairs of one subset must share its settings, got {settings} and {meta}")
             files[subset].write(to_line(pair, settings["root"]))
             meta["length"] += 1
-    with atomic_write(target / "meta.json") as file:
-        file.write(json.dumps(metas, ensure_ascii=False, indent=2).encode() + b"\n")
+    write_json(target / "meta.json", metas)
     return {subset: meta["length"] for subset, meta in metas.items()}
 
 
@@ -372,7 +359,7 @@ def _has_subset(source: Mapping[str, Any]) -> bool:
 
 
 def _file_name(subset: str, taken: set[str]) -> str:
-    """A name of a file for a subset, whatever the subset is called."""
+    """Returns a file name for a subset of any name that no other subset has."""
     plain = re.sub(r"[^\w.-]", "_", subset, flags=re.ASCII).lstrip(".")[:100] or "subset"
     for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
         if (candidate := f"{plain}{suffix}.jsonl").lower() not in taken:

@@ -1,39 +1,37 @@
-"""The preference pair: the one record that every reader yields and every writer takes."""
+"""The preference pair: the record of every reader and every writer."""
 
 import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from mpo_ext.checks import check_json, check_text, type_and_value
 
-# Where `Pair.extra` keeps how the source wrote the pair; every other key is a field of the source.
+# Key of `Pair.extra` for the form of the pair in its source; the other keys are fields of the source.
 SOURCE = "$source"
-_URL = re.compile(r"(?:^|/)((?:(?:https?|ftp|s3|gs|hf)://|data:image/).+)", re.IGNORECASE | re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
-    """A question with a response to prefer and one to avoid.
+    """A question with a chosen and a rejected response.
 
     Attributes:
-        question: The whole prompt as the model sees it, with an ``<image>`` where each image belongs. A single image
-            needs none: it then comes first.
-        chosen: The response to prefer.
+        question: The whole prompt as the model sees it, with an ``<image>`` at the place of each image. A single
+            image may come without ``<image>``; it then comes first.
+        chosen: The preferred response.
         rejected: The response to avoid.
         images: Paths of the images, in order.
-        answer_gt: The true answer, None where there is none.
-        provenance: How the pair was made, any JSON: pipeline, model, sampling settings, seed, verdicts. The page of
+        answer_gt: The true answer; None if it is unknown.
+        provenance: The origin of the pair, any JSON: pipeline, model, sampling settings, seed, verdicts. The page of
             ``mpo-ext data view`` reads ``pipeline`` and ``cut``, the number of characters of ``chosen`` that a
             DropoutNTP continuation kept; ``cut`` may also be ``{"characters": 17, "tokens": 4}``.
-        extra: Fields of the source that the record does not know, and under ``"$source"`` what a faithful way back
-            needs: the subset, its settings, how ``image`` was written.
+        extra: Unknown fields of the source, and under ``"$source"`` the values that a lossless conversion back needs:
+            the subset, its settings, the form of ``image``.
 
     Raises:
-        TypeError: If a field has another type. The message names the field, the rule and the value.
+        TypeError: If a field has a wrong type. The message names the field, the rule and the value.
         ValueError: If a text cannot be written as UTF-8 or a number is not finite.
     """
 
@@ -73,11 +71,11 @@ class Pair:
 
     @property
     def source(self) -> dict[str, Any]:
-        """How the source wrote the pair; empty for a pair that was made here."""
+        """The form of the pair in its source; empty if the pair was not read from a file."""
         return self.extra.get(SOURCE, {})
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the record as JSON has it. The dicts are shared with the record, not copied."""
+        """Returns the record for JSON. The dicts are shared with the record, not copied."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**values, "images": list(self.images)}
 
@@ -86,8 +84,8 @@ class Pair:
         """Builds the record from parsed JSON.
 
         Args:
-            values: ``question``, ``chosen`` and ``rejected``, and any of the other fields. An ``answer_gt`` that is a
-                number becomes its text.
+            values: ``question``, ``chosen`` and ``rejected``, and any of the other fields. A number as ``answer_gt``
+                becomes its text.
 
         Raises:
             TypeError: If a field has the wrong type.
@@ -116,9 +114,3 @@ class Pair:
         """Returns a hash of question, responses and images: the same in every run and on every machine."""
         text = json.dumps([self.question, self.chosen, self.rejected, *self.images], ensure_ascii=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def find_url(path: str) -> str | None:
-    """The URL that stands where the path of an image belongs, with or without a root before it; None in a path."""
-    found = _URL.search(path)
-    return None if found is None else found.group(1)

@@ -1,4 +1,4 @@
-"""Lengths and shares of preference pairs, subset by subset."""
+"""Statistics of preference pairs per subset: counts and lengths."""
 
 import dataclasses
 import os
@@ -7,18 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 from mpo_ext.checks import install_hint
-from mpo_ext.data.jsonl import Skipped
+from mpo_ext.data.reader import Skipped
 from mpo_ext.data.records import Pair
-from mpo_ext.data.sources import Source
+from mpo_ext.data.sources import PairSource
 
-# What has no spaces between words counts by the character: Chinese, Japanese, Korean.
+# Chinese, Japanese and Korean are counted by character: they have no spaces between words.
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _WORD = re.compile(f"[{_CJK}]|[^\\s{_CJK}]+")
 
 
 @dataclasses.dataclass(slots=True)
-class Lengths:
-    """Least, mean and greatest length of some texts."""
+class LengthStats:
+    """Least, mean and greatest length of texts."""
 
     count: int = 0
     total: int = 0
@@ -26,7 +26,7 @@ class Lengths:
     most: int = 0
 
     def add(self, length: int) -> None:
-        """Takes one more length into account."""
+        """Adds a length."""
         self.least = min(self.least, length) if self.count else length
         self.most = max(self.most, length)
         self.count += 1
@@ -34,28 +34,28 @@ class Lengths:
 
     @property
     def mean(self) -> float:
-        """Mean length, 0 for no text."""
+        """Mean length; 0 without texts."""
         return self.total / self.count if self.count else 0.0
 
     def to_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """Returns the statistics for JSON."""
         return {"min": self.least, "mean": round(self.mean, 2), "max": self.most}
 
 
 @dataclasses.dataclass(slots=True)
 class SubsetStats:
-    """What is known of a subset.
+    """Statistics of a subset.
 
     Attributes:
         pairs: Number of pairs.
-        skipped: Number of lines that hold none.
-        images: Number of images, counted as often as they are named.
+        skipped: Number of bad lines.
+        images: Number of images; an image that several pairs use counts several times.
         text_only: Number of pairs without an image.
         with_answer: Number of pairs with a true answer.
         rejected_longer: Number of pairs whose rejected response is longer.
         question: Lengths of the questions.
-        chosen: Lengths of the responses to prefer.
-        rejected: Lengths of the responses to avoid.
+        chosen: Lengths of the chosen responses.
+        rejected: Lengths of the rejected responses.
     """
 
     pairs: int = 0
@@ -64,12 +64,12 @@ class SubsetStats:
     text_only: int = 0
     with_answer: int = 0
     rejected_longer: int = 0
-    question: Lengths = dataclasses.field(default_factory=Lengths)
-    chosen: Lengths = dataclasses.field(default_factory=Lengths)
-    rejected: Lengths = dataclasses.field(default_factory=Lengths)
+    question: LengthStats = dataclasses.field(default_factory=LengthStats)
+    chosen: LengthStats = dataclasses.field(default_factory=LengthStats)
+    rejected: LengthStats = dataclasses.field(default_factory=LengthStats)
 
     def add(self, pair: Pair, length: Callable[[str], int]) -> None:
-        """Takes one more pair into account."""
+        """Adds a pair."""
         chosen, rejected = length(pair.chosen), length(pair.rejected)
         self.pairs += 1
         self.images += len(pair.images)
@@ -81,26 +81,26 @@ class SubsetStats:
         self.rejected.add(rejected)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the statistics for JSON."""
         lengths = {name: getattr(self, name).to_dict() for name in ("question", "chosen", "rejected")}
         counts = ("pairs", "skipped", "images", "text_only", "with_answer", "rejected_longer")
         return {**{name: getattr(self, name) for name in counts}, **lengths}
 
 
 def count_words(text: str) -> int:
-    """Counts words: runs without white space, and each Chinese, Japanese or Korean character by itself."""
+    """Counts words; each Chinese, Japanese or Korean character counts as a word."""
     return sum(1 for _ in _WORD.finditer(text))
 
 
 def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[str], int], str]:
-    """Returns what measures a text, and the name of its unit.
+    """Returns a function that measures a text, and the name of its unit.
 
     Args:
         tokenizer: A tokenizer that transformers can load; None counts words.
 
     Raises:
         ImportError: If transformers is missing.
-        ValueError: If there is no such tokenizer.
+        ValueError: If the tokenizer cannot be loaded.
     """
     if tokenizer is None:
         return count_words, "words (each Chinese, Japanese or Korean character is one)"
@@ -110,24 +110,21 @@ def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[s
         raise ImportError(f"transformers is missing: {install_hint('train')}") from error
     try:
         loaded: Any = AutoTokenizer.from_pretrained(os.fspath(tokenizer))
-    except Exception as error:  # of many types: no such folder, no such hub, a broken file
+    except Exception as error:  # the types are many: missing folder, hub id, broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"tokenizer must be one that transformers can load, got {tokenizer}: {reason}") from None
     return lambda text: len(loaded.encode(text, add_special_tokens=False, verbose=False)), f"tokens of {tokenizer}"
 
 
 def collect_stats(
-    source: Source, length: Callable[[str], int] = count_words, skipped: Skipped | None = None
+    source: PairSource, length: Callable[[str], int] = count_words, skipped: Skipped | None = None
 ) -> dict[str, SubsetStats]:
-    """Reads all pairs once.
+    """Reads all pairs once and returns the statistics by subset, in the order of the source.
 
     Args:
         source: The pairs.
         length: Measures a text.
-        skipped: Is told of every bad line.
-
-    Returns:
-        Statistics by subset, in the order of the source. Lines that hold no pair are counted as skipped.
+        skipped: Counts the bad lines.
     """
     stats = {name: SubsetStats() for name in source.subsets}
     for where, pair in source.scan():

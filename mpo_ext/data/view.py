@@ -1,4 +1,4 @@
-"""A page of preference pairs that needs no server: images, responses side by side, search and filters."""
+"""An HTML page of preference pairs without a server: images, responses side by side, search and filters."""
 
 import base64
 import collections
@@ -8,11 +8,14 @@ import json
 import os
 import random
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
-from mpo_ext.data.jsonl import BadLine, Skipped
-from mpo_ext.data.records import SOURCE, Pair, find_url
-from mpo_ext.data.sources import Source
+from mpo_ext.checks import check_integer
+from mpo_ext.data.paths import find_url
+from mpo_ext.data.reader import BadLine, Skipped
+from mpo_ext.data.records import SOURCE, Pair
+from mpo_ext.data.sources import PairSource
 from mpo_ext.report import save_page
 
 _TEMPLATE = "pairs_view.html.j2"
@@ -20,7 +23,7 @@ _TEMPLATE = "pairs_view.html.j2"
 
 def write_view(
     path: str | os.PathLike[str],
-    source: Source,
+    source: PairSource,
     *,
     title: str | None = None,
     limit: int = 2000,
@@ -29,20 +32,20 @@ def write_view(
     image_budget: int = 64 << 20,
     max_characters: int = 20_000,
 ) -> tuple[int, Skipped]:
-    """Writes the page, whole or not at all.
+    """Writes the page, atomically.
 
     Args:
         path: The HTML file.
         source: The pairs.
-        title: Of the page; default: the path of the source.
-        limit: Most lines to show. Of more, so many are drawn at random and shown in their order; the page says so.
-        seed: Of the draw.
-        thumbnail: Largest side of an image in pixels; 0 leaves the images out.
-        image_budget: Most bytes that the images may take in the page; it names those that no longer fit.
-        max_characters: A longer text is cut there, and the page says so.
+        title: Title of the page; default: the path of the source.
+        limit: Maximum number of lines. If there are more, this many are drawn at random; the page states it.
+        seed: Seed of the draw.
+        thumbnail: Largest side of an image in pixels; 0 omits the images.
+        image_budget: Maximum size of all images in bytes. The page names the images that do not fit.
+        max_characters: Longer texts are cut to this length; the page states it.
 
     Returns:
-        The number of pairs shown, and the lines that hold none.
+        The number of pairs shown, and the bad lines.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -55,13 +58,12 @@ def write_view(
         ("image_budget", image_budget, 0),
         ("max_characters", max_characters, 1),
     ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_integer(name, value, least=least)
     total = len(source.pairs)
-    picked = range(total) if total <= limit else sorted(random.Random(seed).sample(range(total), limit))
+    drawn = range(total) if total <= limit else sorted(random.Random(seed).sample(range(total), limit))
     images, skipped = Thumbnails(thumbnail, image_budget), Skipped()
     pairs: list[dict[str, Any]] = []
-    for index in picked:
+    for index in drawn:
         where, pair = source.read(index)
         if isinstance(pair, BadLine):
             skipped.add(pair)
@@ -70,9 +72,9 @@ def write_view(
                 _entry(pair, where.subset, f"{os.path.basename(where.file)}:{where.line}", images, max_characters)
             )
     notes = [] if total <= limit else [f"{limit:,} of {total:,} lines, drawn at random with seed {seed}."]
-    notes += [f"{line.strip()}" for line in skipped.lines()]
-    if images.left_out:
-        notes.append(f"{images.left_out:,} images did not fit into {image_budget:,} bytes.")
+    notes += [line.strip() for line in skipped.lines()]
+    if images.omitted:
+        notes.append(f"{images.omitted:,} images did not fit into {image_budget:,} bytes.")
     values = {
         "title": title or os.fspath(source.path),
         "notes": notes,
@@ -85,7 +87,8 @@ def write_view(
     return len(pairs), skipped
 
 
-def count_names(names: Any) -> list[tuple[str, int]]:
+def count_names(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Returns the names that are not empty, sorted, each with its number of occurrences."""
     return sorted(collections.Counter(name for name in names if name).items())
 
 
@@ -116,7 +119,7 @@ def _entry(pair: Pair, subset: str, where: str, images: "Thumbnails", max_charac
 
 
 def _cut(pair: Pair) -> int | None:
-    """Number of characters of the chosen response that the rejected one was begun with, if the pair knows it."""
+    """Returns the number of characters of the chosen response that DropoutNTP kept, or None if it is unknown."""
     cut = pair.provenance.get("cut")
     cut = cut.get("characters") if isinstance(cut, dict) else cut
     if isinstance(cut, bool) or not isinstance(cut, int) or not 0 < cut <= len(pair.chosen):
@@ -125,50 +128,51 @@ def _cut(pair: Pair) -> int | None:
 
 
 def _shared(chosen: str, rejected: str) -> int:
-    """Number of characters that both begin with."""
-    equal = (one == other for one, other in zip(chosen, rejected, strict=False))
+    """Returns the length of the common prefix."""
+    equal = (left == right for left, right in zip(chosen, rejected, strict=False))
     return next((index for index, same in enumerate(equal) if not same), min(len(chosen), len(rejected)))
 
 
 def _utf16(text: str) -> int:
-    """Length as JavaScript counts it."""
+    """Returns the length in UTF-16 code units, which JavaScript counts."""
     return len(text.encode("utf-16-le")) // 2
 
 
 def cut_text(text: str, most: int) -> str:
+    """Returns the text, cut to ``most`` characters with a note of the number of characters that are missing."""
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most:,} more characters]"
 
 
 def script_json(value: Any) -> Any:
-    """JSON that may stand in a script element: nothing in it can end the element or begin another."""
+    """Returns JSON for a script element: no text in it can end the element or start another."""
     from markupsafe import Markup
 
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # escaped just above
+    return Markup(text)  # escaped above
 
 
 class Thumbnails:
-    """Small copies of images as data URIs, each once."""
+    """Small copies of images as data URIs, each image once."""
 
     def __init__(self, size: int, budget: int) -> None:
         self.uris: list[str] = []
-        self.left_out = 0
+        self.omitted = 0
         self._size, self._budget = size, budget
-        self._known: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
 
     def add(self, path: str) -> dict[str, Any]:
-        """Returns the image's name and its number among the URIs, or why it has none."""
-        if path not in self._known:
-            self._known[path] = {"name": os.path.basename(path)[:120], **self._make(path)}
-        return self._known[path]
+        """Returns the name of the image and its index in ``uris``, or the reason why it has no URI."""
+        if path not in self._entries:
+            self._entries[path] = {"name": os.path.basename(path)[:120], **self._make(path)}
+        return self._entries[path]
 
     def _make(self, path: str) -> dict[str, Any]:
         if not self._size:
-            return {"problem": "left out"}
+            return {"problem": "omitted"}
         if self._budget <= 0:
-            self.left_out += 1
+            self.omitted += 1
             return {"problem": "no room left in the page"}
         from PIL import Image
 
@@ -181,7 +185,7 @@ class Thumbnails:
                     small = image.convert("RGBA" if has_alpha else "RGB")
         except FileNotFoundError:
             return {"problem": "missing" if find_url(path) is None else "a URL, not fetched"}
-        except Exception as error:  # PIL's plugins raise almost anything
+        except Exception as error:  # the plugins of PIL raise many types
             return {"problem": f"broken: {type(error).__name__}"}
         if has_alpha:
             small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
@@ -191,7 +195,7 @@ class Thumbnails:
         uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         if len(uri) > self._budget:
             self._budget = 0
-            self.left_out += 1
+            self.omitted += 1
             return {"problem": "no room left in the page"}
         self._budget -= len(uri)
         self.uris.append(uri)

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import InternVLForConditionalGeneration
 
 from mpo_ext.data import Pair, open_pairs, read_pairs, write_pairs
-from mpo_ext.data.check import Report, check_pairs, write_report
+from mpo_ext.data.check import CheckReport, check_pairs, write_report
 from mpo_ext.data.jsonl import dump_line
 from mpo_ext.data.records import SOURCE
 from mpo_ext.data.view import write_view
@@ -49,7 +49,7 @@ class MadePairs:
     counts: dict[str, int]
     left_out: dict[str, int]
     summaries: dict[str, Summary]
-    report: Report
+    report: CheckReport
 
 
 class _Sampler:
@@ -171,7 +171,7 @@ def _with_subset(pair: Pair) -> Pair:
     return dataclasses.replace(pair, extra={**pair.extra, SOURCE: {"subset": pair.extra["form"]}})
 
 
-def _check(path: Path) -> Report:
+def _check(path: Path) -> CheckReport:
     report = check_pairs(open_pairs(path))
     write_report(path.with_name("check.json"), report)
     if not report.is_clean:

@@ -198,8 +198,8 @@ def _write_page(cells: "Sequence[Cell]", path: Path, *, limit: int, world: int, 
     entries: dict[tuple[str, int], dict[str, Any]] = {key: {} for key in picked}
     for cell in cells:
         _add_responses(entries, cell, columns.index((cell.model, cell.evaluation.prompt)), len(columns), images, world)
-    if images.left_out:
-        notes.append(f"{images.left_out:,} images did not fit into {_IMAGE_BUDGET:,} bytes.")
+    if images.omitted:
+        notes.append(f"{images.omitted:,} images did not fit into {_IMAGE_BUDGET:,} bytes.")
     shown = [entry for entry in entries.values() if entry]
     values = {
         "title": "Failures",

@@ -11,9 +11,10 @@ from typing import Any
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER, load_image
 from mpo_ext.checks import check_json
-from mpo_ext.data.jsonl import FieldError
 from mpo_ext.data.mmpr import read_meta, resolve_image
-from mpo_ext.data.records import SOURCE, find_url
+from mpo_ext.data.paths import find_url
+from mpo_ext.data.reader import FieldError
+from mpo_ext.data.records import SOURCE
 
 WRONG_SAMPLE = "wrong sample"  # the ``chosen_source`` of a chosen response that is known to be wrong
 

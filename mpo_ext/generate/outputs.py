@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.data.records import find_url
+from mpo_ext.data.paths import find_url
 from mpo_ext.files import FileLock, atomic_write
 from mpo_ext.generate.items import Item
 from mpo_ext.journal import encode_line

@@ -19,7 +19,7 @@ from mpo_ext.chat import (
     render_prompt,
 )
 from mpo_ext.checks import check_integer
-from mpo_ext.data.jsonl import BadLine
+from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 
 TOO_LONG = "longer than max_length"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mpo_ext.checks import LinesError, check_model_path
-from mpo_ext.data.jsonl import BadLine
+from mpo_ext.data.reader import BadLine
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.functions import MPOOutput, linear_mpo_loss, mpo_loss
 from mpo_ext.loss.hf_head import unwrap_model

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from mpo_ext.checks import check_integer
-from mpo_ext.data.jsonl import BadLine
 from mpo_ext.data.mmpr import MMPRDataset
-from mpo_ext.data.records import Pair, find_url
-from mpo_ext.data.sources import Source, open_pairs
+from mpo_ext.data.paths import find_url
+from mpo_ext.data.reader import BadLine
+from mpo_ext.data.records import Pair
+from mpo_ext.data.sources import PairSource, open_pairs
 from mpo_ext.train.encode import prompt_key
 from mpo_ext.train.recipe import SourceRecipe
 
@@ -117,7 +118,7 @@ class Mixture(Sequence[Pair | BadLine]):
         check_integer("seed", seed, least=0)
         self.sources = tuple(sources)
         self.seed = seed
-        self._opened: list[Source | None] = [None] * len(self.sources)
+        self._opened: list[PairSource | None] = [None] * len(self.sources)
         subsets: list[MixtureSubset] = []
         self._starts = [0]
         for number, recipe in enumerate(self.sources):
@@ -241,7 +242,7 @@ class Mixture(Sequence[Pair | BadLine]):
             yield f"{subset.label:<{width}}  {subset.lines:>11,}  {subset.repeat_time:>11.4g}  {subset.pairs:>11,}"
         yield f"{'all':<{width}}  {len(self):>11,}  {'':>11}  {self.pairs:>11,}"
 
-    def _source(self, number: int) -> Source:
+    def _source(self, number: int) -> PairSource:
         source = self._opened[number]
         if source is None:
             recipe = self.sources[number]
@@ -293,7 +294,7 @@ def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
     return labels
 
 
-def _subsets_of(source: Source, recipe: SourceRecipe) -> Iterator[tuple[str, int, float]]:
+def _subsets_of(source: PairSource, recipe: SourceRecipe) -> Iterator[tuple[str, int, float]]:
     """Yields name, number of lines and ``repeat_time`` of each subset."""
     if isinstance(source.pairs, MMPRDataset):
         for subset, file in zip(source.pairs.subsets, source.pairs.files, strict=True):

@@ -46,7 +46,7 @@ DEFECTS: list[tuple[str, Any, str]] = [
     ("empty chosen", {**GOOD, "chosen": ""}, "chosen must hold text, got ''"),
     ("empty rejected", {**GOOD, "rejected": "\n"}, r"rejected must hold text, got '\n'"),
     ("equal responses", {**GOOD, "rejected": "c"}, "chosen and rejected must differ, got 'c' twice"),
-    ("answer_gt", {**GOOD, "chosen": "d", "answer_gt": 7}, "answer_gt must be a text, got 7"),
+    ("answer_gt", {**GOOD, "chosen": "d", "answer_gt": 7}, "answer_gt must be text, got 7"),
     ("duplicate", {**GOOD, "answer_gt": "the pair is the same"}, ":1"),
 ]
 
@@ -183,7 +183,7 @@ def test_stats_count_what_they_skip_and_why(broken: Path, capsys: pytest.Capture
     stats = collect_stats(open_pairs(broken, max_line_bytes=100_000))["broken"]
     assert (stats.pairs, stats.skipped) == (13, 14)
     assert run("stats", broken) == 0
-    assert "left out 7 for bad field" in capsys.readouterr().err
+    assert "skipped 7: bad field" in capsys.readouterr().err
 
 
 def test_words_are_counted_in_scripts_without_spaces() -> None:
@@ -216,7 +216,7 @@ def test_convert_stops_at_a_bad_line_or_counts_it(
     assert run("convert", broken, out, "--to", "pairs", "--skip-bad") == 0
     captured = capsys.readouterr()
     assert captured.out == f"wrote 13 pairs to {out}\n"
-    assert "left out 7 for bad field" in captured.err
+    assert "skipped 7: bad field" in captured.err
     assert run("convert", broken, out, "--to", "pairs", "--skip-bad") == 2
     assert "out must not exist without --force" in capsys.readouterr().err
     assert run("convert", broken, out, "--to", "trl", "--skip-bad", "--force") == 0
@@ -243,10 +243,10 @@ def test_a_dataset_leaves_out_and_counts_images_that_cannot_be_read(
     assert run("convert", meta, tmp_path / "out", "--to", "hf", "--skip-bad") == 0
     captured = capsys.readouterr()
     assert captured.out == f"wrote 1 pairs to {tmp_path / 'out'}\n"
-    assert "left out 1 for unreadable image" in captured.err
+    assert "skipped 1: unreadable image" in captured.err
     assert "none.png: No such file or directory" in captured.err
-    assert "left out 1 for image is a URL" in captured.err
-    assert "left out 1 for bad JSON" in captured.err
+    assert "skipped 1: image is a URL" in captured.err
+    assert "skipped 1: bad JSON" in captured.err
     assert len(load_dataset_folder(tmp_path / "out")) == 1
 
 
@@ -295,10 +295,10 @@ def test_missing_images_are_warned_of_with_their_number(
     for command in (["stats"], convert, ["view", "--out", tmp_path / "p.html"]):
         assert run(command[0], tmp_path / "p.jsonl", *command[1:]) == 0
         warning = capsys.readouterr().err
-        assert f"warning: 3 of 3 images are no files here, as {tmp_path}/a.png: " in warning
+        assert f"warning: 3 of 3 images do not exist as files, as {tmp_path}/a.png: " in warning
         assert warning.endswith(f"relative images start at {tmp_path}: try --root\n")
     assert run("stats", tmp_path / "p.jsonl", "--root", images) == 0
-    assert "warning: 1 of 3 images are no files here" in capsys.readouterr().err
+    assert "warning: 1 of 3 images do not exist as files" in capsys.readouterr().err
     write_pairs(tmp_path / "good.jsonl", [pairs[0]])
     assert run("stats", tmp_path / "good.jsonl", "--root", images) == 0
     assert capsys.readouterr().err == ""
@@ -413,7 +413,7 @@ def test_the_page_says_what_it_leaves_out(write_lines: Any, images: Path, tmp_pa
     count, skipped = write_view(tmp_path / "p.html", source, image_budget=2000, max_characters=2)
     assert (count, skipped.counts) == (50, {"bad JSON": 1})
     text = (tmp_path / "p.html").read_text()
-    assert "left out 1 for bad JSON" in text
+    assert "skipped 1: bad JSON" in text
     assert "1 images did not fit into 2,000 bytes." in text
     assert "q1… [" not in text
     assert "q1 … [1 more characters]" in text

@@ -27,9 +27,12 @@ from mpo_ext.data import (
     write_pairs,
 )
 from mpo_ext.data.convert import convert
-from mpo_ext.data.hf import from_dataset, from_trl, load_dataset_folder, read_trl, to_dataset, to_trl, write_trl
-from mpo_ext.data.jsonl import FieldError, LineFile, map_root, parse_root_map
+from mpo_ext.data.hf import DatasetPairs, load_dataset_folder, to_dataset
+from mpo_ext.data.jsonl import LineFile
 from mpo_ext.data.mmpr import read_annotation, resolve_image, to_line
+from mpo_ext.data.paths import map_root, parse_root_map
+from mpo_ext.data.reader import FieldError
+from mpo_ext.data.trl import from_trl, read_trl, to_trl, write_trl
 from mpo_ext.files import atomic_write
 
 KINDS = ("standard", "conversational")
@@ -302,7 +305,7 @@ def test_a_dataset_opens_its_images(kind: Any, mmpr: Path) -> None:
     dataset = to_dataset(pairs, kind)
     assert [image.size for image in dataset[4]["images"]] == [(40, 30), (30, 50)]
     assert dataset[7]["images"] == []
-    assert list(from_dataset(dataset)) == pairs
+    assert list(DatasetPairs(dataset)) == pairs
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -312,7 +315,7 @@ def test_a_dataset_without_images_has_no_column_for_them(kind: Any) -> None:
     assert "images" not in dataset.column_names
     prompt = dataset[0]["prompt"]
     assert prompt == ("q" if kind == "standard" else [{"role": "user", "content": "q"}])
-    assert list(from_dataset(dataset)) == [PAIR]
+    assert list(DatasetPairs(dataset)) == [PAIR]
 
 
 def test_images_of_a_foreign_dataset_are_written_out(images: Path, tmp_path: Path) -> None:
@@ -450,7 +453,7 @@ def test_skipped_lines_are_counted_with_their_reasons(tmp_path: Path) -> None:
     assert list(pairs.good(skipped)) == [PAIR] * 2
     assert skipped.counts == {"bad JSON": 10, "bad field": 2}
     assert [bad.where.line for bad in skipped.examples["bad JSON"]] == [2, 6]
-    assert next(skipped.lines()) == "left out 10 for bad JSON"
+    assert next(skipped.lines()) == "skipped 10: bad JSON"
     with pytest.raises(BadLine, match=r"p.jsonl:2: bad JSON"):
         list(pairs)
 
@@ -597,5 +600,5 @@ def test_settings_of_the_fixture_are_those_read(mmpr: Path) -> None:
     for subset in read_meta(mmpr):
         assert SETTINGS[subset.name].items() <= subset.settings.items()
     assert isinstance(open_pairs(mmpr).pairs, MMPRDataset)
-    with pytest.raises(ValueError, match="max_line_bytes must be a positive int, got 0"):
+    with pytest.raises(ValueError, match="max_line_bytes must be at least 1, got 0"):
         LineFile(mmpr, lambda values, line: PAIR, max_line_bytes=0)

@@ -41,7 +41,7 @@ from transformers import (
 )
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Model
 
-from mpo_ext.data.jsonl import BadLine, Location
+from mpo_ext.data.reader import BadLine, Location
 from mpo_ext.data.records import Pair
 from mpo_ext.generate.engine import Request
 from mpo_ext.generate.transformers_engine import TransformersEngine

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from mpo_ext.data.jsonl import BadLine, write_pairs
+from mpo_ext.data.jsonl import write_pairs
+from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.train.mixture import Mixture
 from mpo_ext.train.recipe import SourceRecipe

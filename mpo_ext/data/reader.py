@@ -1,0 +1,154 @@
+"""The interface of every reader: a lazy sequence of pairs that reports each bad line with its location."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mpo_ext.data.records import Pair
+
+MAX_LINE_BYTES = 16 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Location:
+    """The place of a pair.
+
+    Attributes:
+        subset: Name of its subset; the name of the file if there are no subsets.
+        file: Path of the file.
+        line: Number of the line or row, from 1.
+    """
+
+    subset: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+class BadLine(ValueError):  # noqa: N818 - it is also passed around as a finding, not only raised
+    """A line that does not hold a pair.
+
+    Attributes:
+        where: File and line.
+        kind: "huge line", "bad UTF-8", "bad JSON", "bad field" or "bad image path".
+        reason: The defect.
+    """
+
+    def __init__(self, where: Location, kind: str, reason: str) -> None:
+        super().__init__(f"{where}: {kind}: {reason}")
+        self.where, self.kind, self.reason = where, kind, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BadLine, (self.where, self.kind, self.reason)
+
+
+class FieldError(ValueError):
+    """An error of a parser, with the kind of the bad line."""
+
+    def __init__(self, reason: str, *, kind: str = "bad field") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@contextlib.contextmanager
+def raise_bad_line(where: Location) -> Iterator[None]:
+    """Turns the errors of a parser into a BadLine."""
+    try:
+        yield
+    except BadLine:
+        raise
+    except UnicodeDecodeError as error:
+        reason = f"{error.reason} at byte {error.start}, {error.object[error.start : error.start + 1]!r}"
+        raise BadLine(where, "bad UTF-8", reason) from None
+    except json.JSONDecodeError as error:
+        raise BadLine(where, "bad JSON", f"{error.msg.removesuffix(' at')} at character {error.pos}") from None
+    except RecursionError:
+        raise BadLine(where, "bad JSON", "nested too deeply") from None
+    except FieldError as error:
+        raise BadLine(where, error.kind, str(error)) from None
+    except (TypeError, ValueError) as error:
+        raise BadLine(where, "bad field", str(error)) from None
+
+
+class Skipped:
+    """Counts the bad lines that a reader skipped, and keeps the first of each kind.
+
+    Attributes:
+        counts: Number of bad lines by kind.
+        examples: The first bad lines of each kind.
+    """
+
+    def __init__(self, keep: int = 5) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.examples: dict[str, list[BadLine]] = {}
+        self._keep = keep
+
+    def add(self, bad: BadLine) -> None:
+        """Counts a bad line."""
+        self.counts[bad.kind] += 1
+        examples = self.examples.setdefault(bad.kind, [])
+        if len(examples) < self._keep:
+            examples.append(bad)
+
+    @property
+    def total(self) -> int:
+        """Number of bad lines of all kinds."""
+        return self.counts.total()
+
+    def lines(self) -> Iterator[str]:
+        """Yields the counts and the examples as text."""
+        for kind, count in self.counts.most_common():
+            yield f"skipped {count:,}: {kind}"
+            yield from (f"  {bad.where}: {bad.reason}" for bad in self.examples[kind])
+
+
+class PairSequence(Sequence[Pair]):
+    """A lazy sequence of pairs that knows the location of each pair and drops none silently.
+
+    ``pairs[i]`` reads one pair; a bad line raises BadLine. ``scan`` yields pairs and bad lines.
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.read(position) for position in range(*index.indices(len(self)))]
+        return self.read(index)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return map(self.read, range(len(self)))
+
+    def read(self, index: int) -> Pair:
+        """Reads the pair at an index.
+
+        Raises:
+            BadLine: If the line does not hold a pair.
+        """
+        raise NotImplementedError
+
+    def locate(self, index: int) -> Location:
+        """Returns the location of the pair at an index."""
+        raise NotImplementedError
+
+    def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
+        """Yields the location of every line, and its pair or its defect."""
+        for index in range(len(self)):
+            where = self.locate(index)
+            try:
+                yield where, self.read(index)
+            except BadLine as bad:
+                yield where, bad
+
+    def good(self, skipped: Skipped) -> Iterator[Pair]:
+        """Yields the good pairs and adds the bad lines to ``skipped``."""
+        for _, pair in self.scan():
+            if isinstance(pair, BadLine):
+                skipped.add(pair)
+            else:
+                yield pair
