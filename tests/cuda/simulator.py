@@ -8,18 +8,14 @@ buffers. Tests use it directly, with poisoned buffers and counters, or put it un
 import contextlib
 import ctypes
 import functools
-import importlib
 import math
-import os
 import re
-import shutil
-import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ptxsim
 import pytest
 import torch
 
@@ -30,43 +26,26 @@ _FILES = {"token_logp": "token_logp", "forward": "token_logp", "pair_loss": "pai
 MULTIPROCESSORS = 2  # of the simulated GPU; a real one has a hundred
 
 
-def load_ptxsim() -> types.ModuleType:
-    """The simulator: installed, or in the folder MPO_PTXSIM names, or in ../shared. Skips the tests without it."""
-    for folder in (os.environ.get("MPO_PTXSIM"), str(ROOT.parent / "shared")):
-        if folder and (Path(folder) / "ptxsim").is_dir() and folder not in sys.path:
-            sys.path.append(folder)
-    try:
-        return importlib.import_module("ptxsim")
-    except ImportError:
-        pytest.skip("needs ptxsim, which is not installed, in $MPO_PTXSIM or in ../shared", allow_module_level=True)
-
-
-def need_nvcc() -> None:
-    """Skips the tests if there is nothing to compile the kernels with."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc on PATH to compile the kernels to PTX", allow_module_level=True)
-
-
 @functools.cache
 def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> str:
     """PTX of a kernel file; ``edit`` replaces text in its source, or in a header of its folder, to break it."""
-    simulator = load_ptxsim()
     source = ROOT / "csrc" / "mpo" / "cuda" / f"{file}.cu"
     if edit is None:
-        return simulator.compile_cuda(source, arch=arch, include_dirs=[ROOT / "csrc"])
+        return ptxsim.compile_cuda(source, arch=arch, include_dirs=[ROOT / "csrc"])
     text = source.read_text()
-    for header in ("pair_loss.cuh", "rows.cuh"):  # written into the source, so that they can be edited too
+    # The headers are copied into the source, so that they can be edited too.
+    for header in ("pair_loss.cuh", "rows.cuh", "reduce.cuh", "formats.cuh"):
         body = (source.parent / header).read_text().replace("#pragma once", "")
         text = text.replace(f'#include "mpo/cuda/{header}"', body, 1)
         text = text.replace(f'#include "mpo/cuda/{header}"', "")
     assert text.count(edit[0]) == 1, f"the text to break is not there once: {edit[0]!r}"
     text = re.sub(r"case DType::kFloat(16|32): status = launch.*", "", text)  # compile bfloat16 only
-    return simulator.compile_cuda(text.replace(*edit), arch=arch, include_dirs=[ROOT / "csrc"])
+    return ptxsim.compile_cuda(text.replace(*edit), arch=arch, include_dirs=[ROOT / "csrc"])
 
 
 @functools.cache
 def module(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> Any:
-    return load_ptxsim().Module(ptx(file, arch, edit))
+    return ptxsim.Module(ptx(file, arch, edit))
 
 
 class SimulatedNative:
@@ -108,7 +87,6 @@ class SimulatedNative:
     def launch_on_host_memory(self, name: str, **arguments: Any) -> None:
         """One launch as ops.py makes it, on host addresses: copies all buffers in and those written out again."""
         arguments.pop("stream")
-        simulator = load_ptxsim()
         sizes = {key: size for key, size in _sizes(self.real, name, arguments).items() if arguments.get(key)}
         extents: dict[int, int] = {}  # the gradient may be the logits
         for key, size in sizes.items():
@@ -117,7 +95,7 @@ class SimulatedNative:
         for address, size in extents.items():
             # At the same place within a line as on the host, so that alignment is what it is.
             shift = address % 128
-            buffer = simulator.Buffer(nbytes=size + shift)
+            buffer = ptxsim.Buffer(nbytes=size + shift)
             host = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
             buffer.raw[shift : shift + size] = host
             buffers[address] = (buffer, shift, host)
@@ -174,7 +152,6 @@ class Rows:
     """
 
     def __init__(self, dtype: str, labels: list[int], vocab: int, stride: int, offset: int = 0, seed: int = 0) -> None:
-        simulator = load_ptxsim()
         self.dtype, self.vocab, self.stride, self.offset = dtype, vocab, stride, offset
         self.labels = np.array(labels, np.int64)
         self.rows = len(labels)
@@ -185,7 +162,7 @@ class Rows:
             if row % 4 == 1 and 0 <= label < vocab:
                 values[row, label] += 12  # a confident row: 1 - p cancels
         self.values = values.to(DTYPES[dtype])
-        self.buffer = simulator.Buffer(nbytes=(offset + self.rows * stride) * self.width, init=None)
+        self.buffer = ptxsim.Buffer(nbytes=(offset + self.rows * stride) * self.width, init=None)
         self.write()
 
     @property
@@ -212,7 +189,7 @@ class Rows:
         return data.double().numpy()
 
     def arguments(self) -> dict[str, Any]:
-        self.label_buffer = load_ptxsim().Buffer(self.labels)
+        self.label_buffer = ptxsim.Buffer(self.labels)
         return {
             "logits": self.buffer.address + self.offset * self.width,
             "labels": self.label_buffer.address,
@@ -230,18 +207,17 @@ class Rows:
 
 def poisoned(nbytes: int) -> Any:
     """Memory that nobody has written yet."""
-    return load_ptxsim().Buffer(nbytes=nbytes, init=None)
+    return ptxsim.Buffer(nbytes=nbytes, init=None)
 
 
 def run_token_logp(
     native: SimulatedNative, rows: Rows, stats: int = 0, multiprocessors: int = MULTIPROCESSORS
 ) -> dict[str, np.ndarray]:
     """Launches token_logp; returns its outputs. All of them were poisoned, and all must have been written."""
-    simulator = load_ptxsim()
     shape = native.real.cuda_forward_shape(
         rows=rows.rows, vocab=rows.vocab, dtype=rows.dtype, pairs=0, multiprocessors=multiprocessors
     )
-    counters = simulator.Buffer(np.zeros(shape["counters"], np.uint32))
+    counters = ptxsim.Buffer(np.zeros(shape["counters"], np.uint32))
     out = {name: poisoned(4 * rows.rows) for name in ("logp", "row_max", "row_sum")}
     out["row_stats"] = poisoned(4 * rows.rows * stats.bit_count())
     scratch = poisoned(shape["scratch_bytes"])
@@ -282,11 +258,10 @@ class Pairs:
         offsets: np.ndarray | None = None,
         state: tuple[float, float] = (0.2, 3.0),
     ) -> None:
-        simulator = load_ptxsim()
         self.pairs = len(ref_logp) // 2
-        self.inputs = {"ref_logp": simulator.Buffer(ref_logp), "state": simulator.Buffer(np.array(state))}
+        self.inputs = {"ref_logp": ptxsim.Buffer(ref_logp), "state": ptxsim.Buffer(np.array(state))}
         if offsets is not None:
-            self.inputs["offsets"] = simulator.Buffer(offsets)
+            self.inputs["offsets"] = ptxsim.Buffer(offsets)
         self.out = {name: poisoned(each * self.pairs + once) for name, (each, once, _) in PAIR_OUTPUTS.items()}
         self.out["weight"] = poisoned(4 * rows)
         self.types = {
@@ -308,11 +283,10 @@ def run_forward(
     **config: Any,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Launches the one-kernel forward; returns all its outputs."""
-    simulator = load_ptxsim()
     shape = native.real.cuda_forward_shape(
         rows=rows.rows, vocab=rows.vocab, dtype=rows.dtype, pairs=pairs.pairs, multiprocessors=multiprocessors
     )
-    counters = simulator.Buffer(np.zeros(shape["counters"], np.uint32))
+    counters = ptxsim.Buffer(np.zeros(shape["counters"], np.uint32))
     out = {name: poisoned(4 * rows.rows) for name in ("logp", "row_max", "row_sum")}
     out["row_stats"] = poisoned(4 * rows.rows * stats.bit_count())
     scratch = poisoned(shape["scratch_bytes"])
@@ -332,9 +306,8 @@ def run_pair_loss(
     native: SimulatedNative, logp: np.ndarray, labels: np.ndarray, pairs: Pairs, **config: Any
 ) -> dict[str, np.ndarray]:
     """Launches pair_loss by itself."""
-    simulator = load_ptxsim()
     scratch = poisoned(native.real.cuda_pair_loss_shape(pairs=pairs.pairs)["scratch_bytes"])
-    inputs = simulator.Buffer(logp), simulator.Buffer(labels)
+    inputs = ptxsim.Buffer(logp), ptxsim.Buffer(labels)
     native.launch(
         "pair_loss",
         pairs.arguments(**config)
@@ -358,9 +331,8 @@ def run_logits_grad(
     multiprocessors: int = MULTIPROCESSORS,
 ) -> Any:
     """Launches logits_grad; returns the buffer with the gradient, laid out like the logits or like ``grad``."""
-    simulator = load_ptxsim()
-    inputs = [simulator.Buffer(np.ascontiguousarray(rows_)) for rows_ in (row_max, row_sum, weight)]
-    factor = None if scale is None else simulator.Buffer(scale)
+    inputs = [ptxsim.Buffer(np.ascontiguousarray(rows_)) for rows_ in (row_max, row_sum, weight)]
+    factor = None if scale is None else ptxsim.Buffer(scale)
     place = grad or rows
     out = rows.buffer if is_in_place else poisoned((place.offset + place.rows * place.stride) * place.width)
     native.launch(

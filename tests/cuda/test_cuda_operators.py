@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from simulator import SimulatedNative, load_ptxsim, need_nvcc, simulated_backend
+from ptxsim.testing import need_nvcc
+from simulator import SimulatedNative, simulated_backend
 from tiles import LINEAR_OPTIONS, check_linear, check_tiles
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
 from mpo_ext.ops import logits as ops
 
-load_ptxsim()
 need_nvcc()
 
 

@@ -8,23 +8,22 @@ import itertools
 import os
 
 import numpy as np
+import ptxsim
 import pytest
 import torch
+from ptxsim.testing import need_nvcc
 from simulator import (
     CONFIG,
     Pairs,
     Rows,
     SimulatedNative,
     exact_rows,
-    load_ptxsim,
-    need_nvcc,
     run_forward,
     run_logits_grad,
     run_pair_loss,
     run_token_logp,
 )
 
-load_ptxsim()
 need_nvcc()
 
 ALL = os.environ.get("MPO_PTXSIM_ALL") == "1"
@@ -160,7 +159,7 @@ def test_lists_longer_than_a_block_holds() -> None:
 def test_rows_beyond_2_to_the_31_elements_are_found() -> None:
     vocab, stride = 1003, 2**30 + 8
     rows = Rows("bfloat16", [5, -100, 1002], vocab, vocab)
-    far = load_ptxsim().Buffer(nbytes=16)
+    far = ptxsim.Buffer(nbytes=16)
     far.nbytes = 2 * (2 * stride + vocab)
     far.raw = np.zeros(-(-far.nbytes // 32) * 32, np.uint8)  # pages that nobody touches
     for row in (0, 2):

@@ -3,20 +3,19 @@
 import re
 
 import numpy as np
+import ptxsim
 import pytest
+from ptxsim.testing import need_nvcc
 from simulator import (
     Pairs,
     Rows,
     SimulatedNative,
-    load_ptxsim,
-    need_nvcc,
     ptx,
     run_forward,
     run_logits_grad,
     run_token_logp,
 )
 
-load_ptxsim()
 need_nvcc()
 
 
@@ -136,7 +135,7 @@ def test_the_means_to_break_kernels_leave_them_whole() -> None:
 
 def test_a_missing_barrier_is_caught() -> None:
     barrier = "    // warps[buffer] is complete; and warp 0 has read the other one, which the next row overwrites.\n"
-    with pytest.raises(load_ptxsim().RaceError):
+    with pytest.raises(ptxsim.RaceError):
         results((barrier + "    __syncthreads();\n", ""))
 
 
@@ -149,7 +148,7 @@ def test_a_tail_that_is_off_by_one_is_caught() -> None:
 
 
 def test_a_head_that_is_off_by_one_is_caught() -> None:
-    with pytest.raises(load_ptxsim().MemoryFault):
+    with pytest.raises(ptxsim.MemoryFault):
         results(("g.head = min(vocab, g.begin * kVec - g.skip);", "g.head = min(vocab, g.begin * kVec - g.skip) - 1;"
                  "\n    g.base -= 2;"))  # fmt: skip
 
@@ -172,5 +171,5 @@ def test_a_counter_that_is_not_reset_is_caught(edit: tuple[str, str]) -> None:
 
 def test_a_last_block_that_is_not_the_last_is_caught() -> None:
     ticket = "shared.is_last = atomicInc(a.counters + gridDim.x, gridDim.x - 1) == gridDim.x - 1;"
-    with pytest.raises(load_ptxsim().MemoryFault):  # it reads what other blocks have not written yet
+    with pytest.raises(ptxsim.MemoryFault):  # it reads what other blocks have not written yet
         results((ticket, ticket.replace("== gridDim.x - 1;", "== 0;")), resident=1)

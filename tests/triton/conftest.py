@@ -4,13 +4,9 @@ Triton is either interpreted or compiling, from its import on. So there are two 
 TRITON_INTERPRET=1 the tests in interpreter/, without it the others.
 """
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
-
-import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -20,12 +16,3 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore = ["test_triton_compiled.py", "test_triton_choice.py"]
 else:
     collect_ignore = ["interpreter"]
-
-
-@pytest.fixture(scope="session")
-def ptxsim() -> ModuleType:
-    """The PTX simulator, a development tool that is not part of the project."""
-    folder = os.environ.get("MPO_PTXSIM", str(ROOT.parent / "shared"))
-    if importlib.util.find_spec("ptxsim") is None and Path(folder, "ptxsim").is_dir():
-        sys.path.append(folder)
-    return pytest.importorskip("ptxsim", reason="needs the PTX simulator (MPO_PTXSIM names the folder that holds it)")

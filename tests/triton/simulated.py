@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import ptxsim
 import torch
 from torch import Tensor
 
@@ -39,8 +39,8 @@ def signature(kernel: Any, tensors: dict[str, Tensor], constexprs: dict[str, Any
 class Simulated:
     """Stands for a kernel: the launch it is asked for happens in the simulator."""
 
-    def __init__(self, kernel: Any, ptxsim: ModuleType, arch: int, options: dict[str, Any], reports: dict) -> None:
-        self.kernel, self.ptxsim, self.arch, self.options, self.reports = kernel, ptxsim, arch, options, reports
+    def __init__(self, kernel: Any, arch: int, options: dict[str, Any], reports: dict) -> None:
+        self.kernel, self.arch, self.options, self.reports = kernel, arch, options, reports
         self.compiled: dict[tuple, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -51,7 +51,7 @@ class Simulated:
             types = signature(self.kernel, tensors, constexprs)
             key = (tuple(types.items()), tuple(constexprs.items()), aligned, num_warps)
             if key not in self.compiled:
-                self.compiled[key] = self.ptxsim.compile_triton(
+                self.compiled[key] = ptxsim.compile_triton(
                     self.kernel, types, constexprs, arch=self.arch, num_warps=num_warps, aligned=aligned
                 )
             # A buffer for each storage, since tensors may share one; what a kernel must write is poisoned by the test.
@@ -60,7 +60,7 @@ class Simulated:
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in buffers:
                     memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-                    buffers[storage.data_ptr()] = (self.ptxsim.Buffer(memory, name=name), memory)
+                    buffers[storage.data_ptr()] = (ptxsim.Buffer(memory, name=name), memory)
             arguments = {
                 name: buffers[value.untyped_storage().data_ptr()][0]
                 + (value.data_ptr() - value.untyped_storage().data_ptr())
@@ -85,7 +85,7 @@ def _named(buffers: dict, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Any
 
 
 @contextmanager
-def simulation(ptxsim: ModuleType, arch: int = 80, **options: Any) -> Iterator[dict[str, Any]]:
+def simulation(arch: int = 80, **options: Any) -> Iterator[dict[str, Any]]:
     """Within it, ``mpo_ext.kernels`` runs in the simulator. Yields the latest report and buffers of each kernel."""
     import importlib
 
@@ -97,7 +97,7 @@ def simulation(ptxsim: ModuleType, arch: int = 80, **options: Any) -> Iterator[d
             for name in kernels:
                 replaced.append((module, name, getattr(module, name)))
                 key = (name, arch)
-                stand_in = _CACHE.setdefault(key, Simulated(getattr(module, name), ptxsim, arch, {}, {}))
+                stand_in = _CACHE.setdefault(key, Simulated(getattr(module, name), arch, {}, {}))
                 stand_in.options, stand_in.reports = options, reports
                 setattr(module, name, stand_in)
         yield reports

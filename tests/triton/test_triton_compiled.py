@@ -6,8 +6,6 @@ import gc
 import importlib
 import os
 import re
-import shutil
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,8 @@ import simulator
 import torch
 import triton
 from oracle import Case, assert_output_as_accurate, lay_out, make_case
+from ptxsim import find_nvcc
+from ptxsim.testing import need_nvcc
 from simulated import FILES, signature, simulation
 from tiles import check_tiles
 from torch import Tensor
@@ -66,20 +66,20 @@ def check(case: Case, layout: str = "contiguous", **options: Any) -> tuple[Any, 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("vocab", [1, 2, 7, 1003, 5003])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_simulated_ptx_matches_the_definition(ptxsim: ModuleType, dtype: torch.dtype, vocab: int, arch: int) -> None:
-    with simulation(ptxsim, arch):
+def test_simulated_ptx_matches_the_definition(dtype: torch.dtype, vocab: int, arch: int) -> None:
+    with simulation(arch):
         check(make_case(dtype, vocab, pairs=1, length=4))
 
 
 @pytest.mark.parametrize("layout", ["sliced", "unaligned"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_simulated_ptx_takes_any_stride_and_alignment(ptxsim: ModuleType, dtype: torch.dtype, layout: str) -> None:
-    with simulation(ptxsim):
+def test_simulated_ptx_takes_any_stride_and_alignment(dtype: torch.dtype, layout: str) -> None:
+    with simulation():
         check(make_case(dtype, 1003, pairs=1, length=3), layout, stats=("entropy", "mean_logit", "top1"))
 
 
-def test_simulated_ptx_takes_packed_sequences_and_keeps_to_ignored_rows(ptxsim: ModuleType) -> None:
-    with simulation(ptxsim):
+def test_simulated_ptx_takes_packed_sequences_and_keeps_to_ignored_rows() -> None:
+    with simulation():
         check(make_case(torch.bfloat16, 259, packed=True))
         check(make_case(torch.bfloat16, 259, labelled=0.0))
         check(make_case(torch.bfloat16, 259, labelled=1.0))
@@ -88,19 +88,17 @@ def test_simulated_ptx_takes_packed_sequences_and_keeps_to_ignored_rows(ptxsim: 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("vocab", "edges"), [(203, (64, 65, 128)), (9001, (5000,))], ids=["narrow", "many chunks"])
-def test_simulated_ptx_scores_tiles_of_a_vocabulary(
-    ptxsim: ModuleType, dtype: torch.dtype, vocab: int, edges: tuple, arch: int
-) -> None:
-    with simulation(ptxsim, arch):
+def test_simulated_ptx_scores_tiles_of_a_vocabulary(dtype: torch.dtype, vocab: int, edges: tuple, arch: int) -> None:
+    with simulation(arch):
         check_tiles("triton", dtype, vocab, edges)
 
 
-def test_schedules_leave_the_bits_as_they_are(ptxsim: ModuleType) -> None:
+def test_schedules_leave_the_bits_as_they_are() -> None:
     case = make_case(torch.bfloat16, 5003, pairs=1, length=3)
-    with simulation(ptxsim):
+    with simulation():
         expected = loss_and_grad(case)
     for seed in range(5):
-        with simulation(ptxsim, schedule="random", seed=seed):
+        with simulation(schedule="random", seed=seed):
             output, gradient = loss_and_grad(case)
         assert torch.equal(output.loss, expected[0].loss)
         assert torch.equal(gradient, expected[1])
@@ -108,14 +106,14 @@ def test_schedules_leave_the_bits_as_they_are(ptxsim: ModuleType) -> None:
 
 @pytest.mark.parametrize("vocab", [4096, 5003])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_each_labelled_logit_is_read_once_and_written_once(ptxsim: ModuleType, dtype: torch.dtype, vocab: int) -> None:
+def test_each_labelled_logit_is_read_once_and_written_once(dtype: torch.dtype, vocab: int) -> None:
     torch.manual_seed(0)
     logits = torch.full((6, vocab), torch.nan, dtype=dtype)
     labels = torch.full((6,), -100)
     labels[[1, 4, 5]] = torch.randint(vocab, (3,))
     logits[labels != -100] = torch.randn(3, vocab).to(dtype)
     labelled_bytes = 3 * vocab * dtype.itemsize
-    with simulation(ptxsim) as reports:
+    with simulation() as reports:
         _, row_max, row_sum, _ = ops.token_logp(logits, labels, -100, 15, "triton")
         read = sum(_bytes_read(reports[name], "logits_ptr") for name in FILES["token_logp"])
         assert labelled_bytes <= read <= 1.01 * labelled_bytes
@@ -126,7 +124,7 @@ def test_each_labelled_logit_is_read_once_and_written_once(ptxsim: ModuleType, d
     assert torch.isfinite(grad).all()
 
 
-def test_cuda_triton_and_cpu_kernels_agree_on_random_cases(ptxsim: ModuleType) -> None:
+def test_cuda_triton_and_cpu_kernels_agree_on_random_cases() -> None:
     """The same cases on all three, each within the accuracy bound, so no two are further apart than twice that."""
     random = np.random.default_rng(0)
     for _ in range(CASES):
@@ -136,9 +134,9 @@ def test_cuda_triton_and_cpu_kernels_agree_on_random_cases(ptxsim: ModuleType) -
         seed = int(random.integers(1000))
         case = make_case(dtype, vocab, pairs=pairs, length=4, packed=packed, seed=seed)
         results = {}
-        with simulation(ptxsim):
+        with simulation():
             results["triton"] = check(case)
-        if shutil.which("nvcc"):
+        if find_nvcc():
             with simulator.simulated_backend(simulator.SimulatedNative()):
                 results["cuda"] = check(case, backend="cuda")
         results["cpu"] = check(case, backend="cpu")
@@ -149,6 +147,7 @@ def test_cuda_triton_and_cpu_kernels_agree_on_random_cases(ptxsim: ModuleType) -
             torch.testing.assert_close(output.chosen_reward, cpu.chosen_reward, rtol=2e-6, atol=2e-6)
             assert (gradient.double() - cpu_gradient.double()).abs().max() <= max(ulp, 1e-6)
         gc.collect()  # the simulator looks at all living buffers for each new one, and dead ones hang in cycles
+    need_nvcc()
 
 
 def _stats(report: tuple[Any, dict], argument: str) -> Any:
