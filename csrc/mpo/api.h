@@ -110,9 +110,9 @@ bool can_run(Isa isa);
 
 /// The three operators on host memory. The result does not depend on the number of threads.
 ///
-/// Where `numerators` is not nullptr, which lies like the logits and may be the logits, exp(z - row_max) is written
+/// Where `exp_logits` is not nullptr, which lies like the logits and may be the logits, exp(z - row_max) is written
 /// there, with row_max as of this tile, and 0 for the label; not in rows that are ignored or whose label is bad.
-void token_logp_cpu(const TokenLogpParams& p, void* numerators, DType dtype, int threads, Isa isa);
+void token_logp_cpu(const TokenLogpParams& p, void* exp_logits, DType dtype, int threads, Isa isa);
 void pair_loss_cpu(const PairLossParams& p, bool is_double);
 void logits_grad_cpu(const LogitsGradParams& p, DType dtype, int threads, Isa isa);
 

@@ -128,7 +128,7 @@ def linear_token_logp(
             tile = ops.Tile(first, total, chunk.state)
             folds = keep == KEEP_HIDDEN_GRAD
             old_max = chunk.outputs[1].clone() if folds else None
-            ops.score(logits, chunk.labels, ignore_index, stats, backend, chunk.outputs, tile, leaves_numerators=folds)
+            ops.score(logits, chunk.labels, ignore_index, stats, backend, chunk.outputs, tile, leaves_exp_logits=folds)
             if keep == KEEP_LOGITS and not work.keeps_in_place:
                 work.kept_logits.store_(kept, chunk.rows, first, end, logits, chunk.outputs[1])
             if old_max is not None:
@@ -689,7 +689,7 @@ def _through_tanh_(grad: Tensor, tanh: Tensor | None) -> None:
 def _fold_hidden_grad(
     work: _Work,
     chunk: _Chunk,
-    numerators: Tensor,
+    exp_logits: Tensor,
     tanh: Tensor | None,
     operand: Tensor,
     old_max: Tensor,
@@ -697,15 +697,15 @@ def _fold_hidden_grad(
     *,
     is_first: bool,
 ) -> None:
-    """Adds ``numerators @ weight`` of a tile to what the tiles before gave under their maximum.
+    """Adds ``exp_logits @ weight`` of a tile to what the tiles before gave under their maximum.
 
     The label's own numerator is 0, since it joins with ``1 - p``, which would cancel.
     """
-    _through_tanh_(numerators, tanh)
+    _through_tanh_(exp_logits, tanh)
     if not is_first:
         scale = torch.exp(old_max - chunk.outputs[1])
         total.mul_(torch.where(old_max == -math.inf, 0.0, scale).unsqueeze(1))
-    _accumulate(total, work.as_operand(numerators), operand, is_first=is_first)
+    _accumulate(total, work.as_operand(exp_logits), operand, is_first=is_first)
 
 
 def _finish_hidden_grad(work: _Work, chunk: _Chunk, total: Tensor) -> None:

@@ -373,11 +373,11 @@ def score(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     tile: Tile | None = None,
     *,
-    leaves_numerators: bool = False,
+    leaves_exp_logits: bool = False,
 ) -> None:
     """Fills the outputs of ``token_logp``; with a tile, as of the vocabulary up to the tile's end.
 
-    With ``leaves_numerators`` the logits become ``exp(z - row_max)``, with ``row_max`` as of this tile, and 0 for the
+    With ``leaves_exp_logits`` the logits become ``exp(z - row_max)``, with ``row_max`` as of this tile, and 0 for the
     label; where a row's label is bad, or its logp NaN, what they become is not defined.
     """
     if labels.numel() == 0:
@@ -398,19 +398,19 @@ def score(
             **_row_arguments(layout, row_labels, ignore_index, tile),
             **addresses,
             stats=stats,
-            numerators=layout.tensor.data_ptr() if leaves_numerators else 0,
+            exp_logits=layout.tensor.data_ptr() if leaves_exp_logits else 0,
             threads=torch.get_num_threads(),
             isa=cpu_isa(),
         )
         return
-    if leaves_numerators:
-        _write_numerators(logits, labels, outputs[1], ignore_index, backend, tile)
+    if leaves_exp_logits:
+        _write_exp_logits(logits, labels, outputs[1], ignore_index, backend, tile)
 
 
-def _write_numerators(
+def _write_exp_logits(
     logits: Tensor, labels: Tensor, row_max: Tensor, ignore_index: int, backend: str, tile: Tile | None
 ) -> None:
-    """What ``score`` says of ``leaves_numerators``, by a pass of its own."""
+    """What ``score`` says of ``leaves_exp_logits``, by a pass of its own."""
     safe = torch.where(row_max == -math.inf, 0.0, row_max)  # nothing but -inf so far
     ones = torch.ones_like(safe)
     write_grad(logits, labels, safe, ones, -ones, None, ignore_index, backend, logits, tile=tile)

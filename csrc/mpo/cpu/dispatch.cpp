@@ -96,10 +96,10 @@ bool can_run(Isa isa) {
   return false;
 }
 
-void token_logp_cpu(const TokenLogpParams& p, void* numerators, DType dtype, int threads, Isa isa) {
+void token_logp_cpu(const TokenLogpParams& p, void* exp_logits, DType dtype, int threads, Isa isa) {
   const CpuKernels& kernels = kernels_of(isa);
   for_each_piece(p.in.rows, p.in.vocab, threads,
-                 [&](int64_t begin, int64_t end) { kernels.token_logp(p, numerators, dtype, begin, end); });
+                 [&](int64_t begin, int64_t end) { kernels.token_logp(p, exp_logits, dtype, begin, end); });
 }
 
 void logits_grad_cpu(const LogitsGradParams& p, DType dtype, int threads, Isa isa) {

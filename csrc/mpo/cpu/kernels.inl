@@ -136,7 +136,7 @@ RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
 
 /// Writes exp(z - max) for each z of a row, and returns their sum.
 template <typename Format>
-double write_numerators(const typename Format::Scalar* x, typename Format::Scalar* out, int64_t vocab, double max) {
+double write_exp_logits(const typename Format::Scalar* x, typename Format::Scalar* out, int64_t vocab, double max) {
   typedef typename Format::Vec Vec;
   typedef typename Format::Scalar Scalar;
   typedef typename Format::Exp Exp;
@@ -178,9 +178,9 @@ double write_numerators(const typename Format::Scalar* x, typename Format::Scala
 ///   logp[i] = (z[y] - m) - log(sum_v exp(z[v] - m)),    m = max_v z[v]
 ///
 /// Reads   vocab elements per labelled row; a block of them is passed over twice, the second time in the cache
-/// Writes  three numbers per row, and one per statistic; vocab elements where numerators are asked for
+/// Writes  three numbers per row, and one per statistic; vocab elements where exp_logits are asked for
 template <typename Format>
-void token_logp_rows(const TokenLogpParams& p, void* numerators, int64_t begin, int64_t end) {
+void token_logp_rows(const TokenLogpParams& p, void* exp_logits, int64_t begin, int64_t end) {
   typedef typename Format::Real Real;
   typedef typename Format::Scalar Scalar;
   Real* logp = static_cast<Real*>(p.logp);
@@ -202,15 +202,15 @@ void token_logp_rows(const TokenLogpParams& p, void* numerators, int64_t begin, 
       RowState* const state = p.row_state == nullptr ? nullptr : reinterpret_cast<RowState*>(p.row_state) + row;
       const bool continues = state != nullptr && p.in.first != 0;
       RowState s{{}, has_label ? Format::value(x[column]) : 0.0};
-      if (numerators == nullptr || p.stats != 0) {
+      if (exp_logits == nullptr || p.stats != 0) {
         s.sums = p.stats != 0 ? read_row<Format, true>(x, p.in.vocab) : read_row<Format, false>(x, p.in.vocab);
       } else {
         s.sums.max = largest_of<Format>(x, p.in.vocab, kBlock<Format>);
       }
-      if (numerators != nullptr) {
+      if (exp_logits != nullptr) {
         const double max = continues && state->sums.max > s.sums.max ? state->sums.max : s.sums.max;
-        Scalar* const out = static_cast<Scalar*>(numerators) + row_offset(p.in, row);
-        const double sum = write_numerators<Format>(x, out, p.in.vocab, max);
+        Scalar* const out = static_cast<Scalar*>(exp_logits) + row_offset(p.in, row);
+        const double sum = write_exp_logits<Format>(x, out, p.in.vocab, max);
         if (has_label) out[column] = Scalar{};
         if (p.stats == 0) {
           s.sums.max = max;
@@ -293,12 +293,12 @@ void logits_grad_rows(const LogitsGradParams& p, int64_t begin, int64_t end) {
   }
 }
 
-void token_logp_range(const TokenLogpParams& p, void* numerators, DType dtype, int64_t begin, int64_t end) {
+void token_logp_range(const TokenLogpParams& p, void* exp_logits, DType dtype, int64_t begin, int64_t end) {
   switch (dtype) {
-    case DType::kFloat32: return token_logp_rows<Float32>(p, numerators, begin, end);
-    case DType::kBFloat16: return token_logp_rows<BFloat16>(p, numerators, begin, end);
-    case DType::kFloat16: return token_logp_rows<Float16>(p, numerators, begin, end);
-    case DType::kFloat64: return token_logp_rows<Float64>(p, numerators, begin, end);
+    case DType::kFloat32: return token_logp_rows<Float32>(p, exp_logits, begin, end);
+    case DType::kBFloat16: return token_logp_rows<BFloat16>(p, exp_logits, begin, end);
+    case DType::kFloat16: return token_logp_rows<Float16>(p, exp_logits, begin, end);
+    case DType::kFloat64: return token_logp_rows<Float64>(p, exp_logits, begin, end);
   }
 }
 

@@ -1,8 +1,8 @@
 // The shapes and arguments of the CUDA launches. Host code only: it is built and tested where there is no CUDA.
+#include "mpo/cuda/launch.h"
+
 #include <algorithm>
 #include <climits>
-
-#include "mpo/cuda/launch.h"
 
 namespace mpo {
 namespace {

@@ -1,5 +1,5 @@
 // What the host hands to the CUDA kernels, and how it shapes their launches. Included by kernels and host alike;
-// plan.cpp needs neither nvcc nor a GPU, so tests make the very launches that the operators make.
+// launch.cpp needs neither nvcc nor a GPU, so tests make the very launches that the operators make.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,9 @@ namespace mpo {
 // blocks that a multiprocessor holds at once are as many as the kernels' registers leave room for.
 constexpr int kCudaThreads = 256;
 constexpr int kCudaBlocksPerSm = 3;
+constexpr int kWarp = 32;
+constexpr int kWarps = kCudaThreads / kWarp;
+constexpr unsigned kAllLanes = ~0u;  // of a warp
 
 /// Rows are laid on a grid of 128-byte lines and counted in vectors of 16 bytes from the start of their first line.
 constexpr int kLineBytes = 128;

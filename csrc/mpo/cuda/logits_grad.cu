@@ -182,7 +182,6 @@ cudaError_t launch(const LogitsGradArgs& args, const CudaShape& shape, cudaStrea
 
 const char* launch_logits_grad(const LogitsGradParams& p, bool scale_is_float, DType dtype, int multiprocessors,
                                cudaStream_t stream) {
-  if (const char* error = rows_error(p.in, dtype)) return error;
   const CudaShape shape = cuda_logits_grad_shape(p.in.rows, p.in.vocab, dtype, multiprocessors);
   const LogitsGradArgs args = logits_grad_args(p, scale_is_float, dtype);
   cudaError_t status = cudaErrorInvalidValue;

@@ -1,7 +1,7 @@
 // The pair loss on one block: the last one of token_logp's grid, or the only one of pair_loss's.
 #pragma once
 
-#include "mpo/cuda/rows.cuh"
+#include "mpo/cuda/reduce.cuh"
 
 namespace mpo {
 

@@ -1,5 +1,6 @@
 // token_logp on the GPU, alone or as the whole forward: then the last block to finish goes on with the pair loss.
 #include "mpo/cuda/pair_loss.cuh"
+#include "mpo/cuda/reduce.cuh"
 #include "mpo/cuda/rows.cuh"
 
 namespace mpo {
@@ -128,7 +129,8 @@ __device__ __forceinline__ void store_row(const TokenLogpParams& p, int64_t row,
 /// fence, atomic, atomic, fence is a release pattern that synchronises with an acquire pattern at gpu scope. The other
 /// lanes are ordered behind lane 0 by __syncwarp.
 template <bool kStats>
-__device__ __forceinline__ bool hand_on(const TokenLogpArgs& a, const Split& split, int rank, RowSums<float>& s) {
+__device__ __forceinline__ bool combine_split_row(const TokenLogpArgs& a, const Split& split, int rank,
+                                                  RowSums<float>& s) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t row_begin = static_cast<int64_t>(rank) * split.row_vectors;
   const int first = split.part_of(row_begin), last = split.part_of(row_begin + split.row_vectors - 1);
@@ -207,15 +209,16 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
     if (warp == 0) {  // the other warps go on to the next row
       s = warp_merged<kStats>(lane < kWarps ? shared.warps[buffer][lane] : empty_sums());
       const bool is_whole = from == 0 && to == a.row_vectors;
-      const bool is_done = is_whole || hand_on<kStats>(a, split, rank, s);
+      const bool is_done = is_whole || combine_split_row<kStats>(a, split, rank, s);
       if (is_done && lane == 0) store_row<Scalar, kStats>(p, row, s);
     }
     buffer ^= 1;
   });
 
   if constexpr (kPair) {
-    // The last block sees what all others wrote, as in hand_on: each block's writes come before thread 0's fence by
-    // the barrier, the ticket after it; the last block fences again before its barrier lets the other threads read.
+    // The last block sees what all others wrote, as in combine_split_row: each block's writes come before thread 0's
+    // fence by the barrier, the ticket after it; the last block fences again before its barrier lets the other threads
+    // read.
     __syncthreads();  // this block's rows are written
     if (thread == 0) {
       __threadfence();  // this block's rows are visible before its ticket is
@@ -240,7 +243,6 @@ cudaError_t launch(const TokenLogpArgs& args, const CudaShape& shape, cudaStream
 
 template <bool kPair>
 const char* launch(const TokenLogpArgs& args, DType dtype, const CudaShape& shape, cudaStream_t stream) {
-  if (const char* error = rows_error(args.p.in, dtype)) return error;
   cudaError_t status = cudaErrorInvalidValue;
   switch (dtype) {
     case DType::kFloat32: status = launch<float, kPair>(args, shape, stream); break;

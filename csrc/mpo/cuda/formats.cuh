@@ -1,0 +1,103 @@
+// How logits lie in memory: vectors of 16 bytes, their conversion from and to float, and the exponential of a float.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "mpo/cuda/launch.h"
+
+namespace mpo {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(static_cast<int>(0xff800000u)); }
+
+/// exp(x) for x <= 0. ex2.approx is off by 2 ulp at most, and flushes what is below 2^-126.
+__device__ __forceinline__ float fast_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2E));
+  return y;
+}
+
+/// Format<Scalar>: how 16 bytes of logits are taken apart and put together.
+template <typename Scalar>
+struct Format;
+
+template <>
+struct Format<float> {
+  static constexpr unsigned kFill = 0xff800000u;  // -inf
+  static __device__ float value(float z) { return z; }
+  static __device__ float rounded(float g) { return g; }
+  static __device__ void unpack(unsigned word, float (&z)[1]) { z[0] = __uint_as_float(word); }
+  static __device__ unsigned pack(const float (&g)[1]) { return __float_as_uint(g[0]); }
+  static __device__ unsigned larger(unsigned a, unsigned b) {
+    return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+  }
+};
+
+template <>
+struct Format<__nv_bfloat16> {
+  static constexpr unsigned kFill = 0xff80ff80u;
+  static __device__ float value(__nv_bfloat16 z) { return __bfloat162float(z); }
+  static __device__ __nv_bfloat16 rounded(float g) { return __float2bfloat16_rn(g); }
+  static __device__ void unpack(unsigned word, float (&z)[2]) {
+    z[0] = __uint_as_float(word << 16);
+    z[1] = __uint_as_float(word & 0xffff0000u);
+  }
+  static __device__ unsigned pack(const float (&g)[2]) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(g[0], g[1]);
+    return *reinterpret_cast<const unsigned*>(&pair);
+  }
+  static __device__ unsigned larger(unsigned a, unsigned b) {
+    const __nv_bfloat162 m =
+        __hmax2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+    return *reinterpret_cast<const unsigned*>(&m);
+  }
+};
+
+template <>
+struct Format<__half> {
+  static constexpr unsigned kFill = 0xfc00fc00u;
+  static __device__ float value(__half z) { return __half2float(z); }
+  static __device__ __half rounded(float g) { return __float2half_rn(g); }
+  static __device__ void unpack(unsigned word, float (&z)[2]) {
+    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+    z[0] = pair.x;
+    z[1] = pair.y;
+  }
+  static __device__ unsigned pack(const float (&g)[2]) {
+    const __half2 pair = __floats2half2_rn(g[0], g[1]);
+    return *reinterpret_cast<const unsigned*>(&pair);
+  }
+  static __device__ unsigned larger(unsigned a, unsigned b) {
+    const __half2 m = __hmax2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+    return *reinterpret_cast<const unsigned*>(&m);
+  }
+};
+
+constexpr int kWords = 4;  // of 32 bits in a vector
+template <typename Scalar>
+constexpr int kPerWord = 4 / static_cast<int>(sizeof(Scalar));
+template <typename Scalar>
+constexpr int kPerVector = kVectorBytes / static_cast<int>(sizeof(Scalar));
+
+struct Vector {
+  unsigned word[kWords];
+};
+
+/// Loads and stores that stay out of the way of what is worth caching: logits and gradients pass once.
+__device__ __forceinline__ Vector load_vector(const void* at) {
+  const uint4 v = __ldcs(static_cast<const uint4*>(at));
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+__device__ __forceinline__ void store_vector(void* at, const Vector& v) {
+  __stcs(static_cast<uint4*>(at), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+}
+
+__device__ __forceinline__ float load_value(const float* at) { return __ldcs(at); }
+__device__ __forceinline__ float load_value(const __nv_bfloat16* at) { return __bfloat162float(__ldcs(at)); }
+__device__ __forceinline__ float load_value(const __half* at) { return __half2float(__ldcs(at)); }
+
+}  // namespace mpo
