@@ -1,4 +1,4 @@
-"""Predictions of mpo_ext.plan.roofline beside what was measured: every measured point that the model has a method for."""
+"""Compares the predictions of mpo_ext.plan.roofline with the measured points."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, train_step
-from benchmarks.suite import middle
+from benchmarks import machine
+from benchmarks.step_inputs import Sizes, build, make_recipe
 from mpo_ext.plan import machines
 from mpo_ext.plan import roofline as cost
 
@@ -20,19 +20,19 @@ WITHIN = 0.25
 
 
 def is_ours(provider: str) -> bool:
-    """Whether a provider is this package."""
+    """Returns whether a provider is this package."""
     return provider.startswith("mpo_ext")
 
 
 def compared(documents: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The measured points with predictions, as points of the cost model's file.
+    """Returns the measured points with their predictions: the points of the cost model's result file.
 
-    Each is predicted with the rates that the machine had in the same rounds, since others may use the machine too.
+    A point is predicted with the rates that the machine had in the same rounds, since other programs may use it too.
 
     Args:
         documents: Result files by benchmark.
     """
-    found = []
+    points = []
     for benchmark in ("logits", "linear", "train_step"):
         for point in documents.get(benchmark, {"points": ()})["points"]:
             if point["status"] != "measured" or point.get("median_s") is None:
@@ -40,15 +40,15 @@ def compared(documents: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
             beside = machine.rates({name: [seconds] for name, seconds in point["beside"].items()})
             predicted = _predict(benchmark, point, beside)
             if predicted is not None:
-                kept = {key: point[key] for key in _KEPT if key in point}
-                found.append(
-                    {**kept, "id": f"{benchmark}: {point['id']}", "benchmark": benchmark}
+                copied = {key: point[key] for key in _COPIED if key in point}
+                points.append(
+                    {**copied, "id": f"{benchmark}: {point['id']}", "benchmark": benchmark}
                     | {"predicted_s": predicted.seconds, "predicted_bytes": predicted.memory}
                 )
-    return found
+    return points
 
 
-_KEPT = (
+_COPIED = (
     "sweep", "provider", "dtype", "pairs", "tokens", "vocab", "hidden", "share", "status", "reason", "seconds",
     "median_s", "peak_bytes",
 )  # fmt: skip
@@ -57,7 +57,7 @@ _KEPT = (
 def _predict(benchmark: str, point: Mapping[str, Any], rates: machines.Machine) -> cost.Cost | None:
     provider = point["provider"]
     if benchmark == "train_step":
-        sizes = train_step.Sizes(**{key: point[key] for key in train_step.Sizes.__dataclass_fields__})
+        sizes = Sizes(**{key: point[key] for key in Sizes.__dataclass_fields__})
         trainer = provider.removesuffix(", precomputed")
         if trainer not in cost.STEPS:
             return None
@@ -66,18 +66,18 @@ def _predict(benchmark: str, point: Mapping[str, Any], rates: machines.Machine) 
     if provider not in (cost.LOGITS if benchmark == "logits" else cost.LINEAR):
         return None
     shape = {key: point[key] for key in ("dtype", "pairs", "tokens", "vocab", "hidden", "share")}
-    return cost.loss_cost(provider, cost.LossShape(**shape, matmul_dtype=point.get("product")), rates)
+    return cost.loss_cost(provider, cost.LossShape(**shape, matmul_dtype=point.get("matmul_dtype")), rates)
 
 
 @functools.cache
-def step_inputs(sizes: train_step.Sizes, *, precomputed: bool) -> tuple[cost.ModelShape, cost.StepShape]:
-    """The model and the step of ``benchmarks.train_step`` as the cost model takes them."""
+def step_inputs(sizes: Sizes, *, precomputed: bool) -> tuple[cost.ModelShape, cost.StepShape]:
+    """Returns the model and the step of ``benchmarks.train_step`` as inputs of the cost model."""
     from mpo_ext.plan.memory import MemoryEstimate
 
     with torch.device("meta"):
-        model, _ = train_step.build(sizes)
+        model, _ = build(sizes)
     with tempfile.TemporaryDirectory() as folder:
-        recipe = train_step.make_recipe(Path(folder), Path("pairs.jsonl"), sizes, 1, {})
+        recipe = make_recipe(Path(folder), Path("pairs.jsonl"), sizes, 1, {})
     estimate = MemoryEstimate(recipe, model, "shared", 1)
     step = cost.StepShape(
         prompt=sizes.images * sizes.image_tokens + sizes.text + 8,
@@ -92,30 +92,39 @@ def step_inputs(sizes: train_step.Sizes, *, precomputed: bool) -> tuple[cost.Mod
     return estimate.cost_model(), step
 
 
-def error(point: Mapping[str, Any], what: str = "s") -> float:
-    """Predicted by measured, less 1."""
-    measured = point["median_s"] if what == "s" else point["peak_bytes"]
-    return point[f"predicted_{'s' if what == 's' else 'bytes'}"] / measured - 1
+def error(point: Mapping[str, Any]) -> float:
+    """Returns the relative error of the predicted time."""
+    return point["predicted_s"] / point["median_s"] - 1
+
+
+def memory_error(point: Mapping[str, Any]) -> float:
+    """Returns the relative error of the predicted memory."""
+    return point["predicted_bytes"] / point["peak_bytes"] - 1
+
+
+def middle(values: Sequence[float]) -> float:
+    """Returns the median, or NaN if there are no values."""
+    return statistics.median(values) if values else float("nan")
 
 
 def summary(points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields for each kind of points: how many, how many within ``WITHIN``, median and largest error, memory too."""
+    """Yields the number of points, the number within ``WITHIN``, and the errors for each kind of points."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         who = "mpo_ext" if is_ours(point["provider"]) else "peers"
         kinds.setdefault(f"{who}, {point['benchmark'].replace('_', ' ')}", []).append(point)
-    for kind, some in sorted(kinds.items()):
-        errors = [error(point) for point in some]
+    for kind, members in sorted(kinds.items()):
+        errors = [error(point) for point in members]
         memory = [
-            error(point, "bytes") for point in some if point.get("peak_bytes", 0) and point["peak_bytes"] > 1 << 20
+            memory_error(point) for point in members if point.get("peak_bytes", 0) and point["peak_bytes"] > 1 << 20
         ]
         yield {
             "kind": kind,
             "points": len(errors),
-            "within": sum(abs(one) <= WITHIN for one in errors),
+            "within": sum(abs(e) <= WITHIN for e in errors),
             "median_error": statistics.median(map(abs, errors)),
             "worst_error": max(errors, key=abs),
             "memory_points": len(memory),
-            "memory_within": sum(abs(one) <= WITHIN for one in memory),
-            "memory_median_error": middle([abs(one) for one in memory]) if memory else None,
+            "memory_within": sum(abs(e) <= WITHIN for e in memory),
+            "memory_median_error": middle(list(map(abs, memory))) if memory else None,
         }

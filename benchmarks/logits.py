@@ -1,158 +1,155 @@
-"""Speed and memory of ``mpo_loss`` from logits: ``python -m benchmarks.logits``.
+"""The loss from logits and its rivals: ``python -m benchmarks.logits`` measures one pair, forward and backward.
 
-One pair, forward and backward, all rows labelled unless said otherwise. Rivals on the same task: the same loss in
-plain torch (``backend="reference"``), eager and under ``torch.compile``. The floor is what any method must at least
-do to the logits' bytes: read them once, then read and write them once (``sum`` and ``mul_`` of the same memory as
-float32); with 10 % labelled, that for those rows, and zeros into the others.
+Every rival computes the same MPO loss. The floor reads the labelled logits once, then reads and writes them once.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Timing, environment, interleaved, peak_bytes, write_json
-from mpo_ext import MPOOutput, mpo_loss
+from benchmarks import losses
+from mpo_ext import MPOConfig, mpo_loss
+from mpo_ext.loss import eager
+from mpo_ext.loss.reward_shift import HOLD
+from mpo_ext.plan.roofline import LossShape
 
+STATISTICS = "mpo_ext, all statistics"
 STATS = ("entropy", "mean_logit", "top1")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def make_batch(dtype: torch.dtype, tokens: int, vocab: int, share: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """One pair: logits ``[2, T, V]``, labels ``[2, T]`` of which the last ``share`` are labelled, ref_logp ``[2]``."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, tokens, vocab, generator=generator).to(dtype)
-    labels = torch.randint(vocab, (2, tokens), generator=generator)
-    labels[:, : tokens - round(tokens * share)] = -100
-    return logits, labels, torch.full((2,), -10.0 * tokens)
+class LogitsBatch:
+    """Logits ``[2B, T, V]``, labels of which the last ``share`` of each response counts, and ref_logp ``[2B]``."""
+
+    def __init__(self, loss: LossShape, device: str = "cpu") -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (2 * loss.pairs, loss.tokens)
+        # All rows have the same values: drawing new values for each takes longer than the measurement.
+        row = torch.randn(1, 1, loss.vocab, generator=generator).to(device, getattr(torch, loss.dtype))
+        self.logits = row.expand(*shape, loss.vocab).contiguous()
+        self.labels = torch.randint(loss.vocab, shape, generator=generator)
+        self.labels[:, : loss.tokens - round(loss.tokens * loss.share)] = -100
+        self.labels = self.labels.to(device)
+        self.ref_logp = torch.full(shape[:1], -12.0 * loss.tokens * loss.share, device=device)
 
 
-def loss_and_grad(logits: Tensor, labels: Tensor, ref_logp: Tensor, **options: Any) -> Tensor:
-    """Forward and backward; returns the gradient."""
-    logits = logits.detach().requires_grad_()
-    output: MPOOutput = mpo_loss(logits, labels, ref_logp, shift=False, **options)
-    return torch.autograd.grad(output.loss, logits)[0]
+#: Returns the loss of logits that require a gradient.
+LossOf = Callable[[Tensor, LogitsBatch], Tensor]
 
 
-def _compiled() -> Callable[..., Tensor]:
-    def reference_loss(logits: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
-        return mpo_loss(logits, labels, ref_logp, shift=False, backend="reference").loss
+def gradient(loss_of: LossOf, batch: LogitsBatch) -> Tensor:
+    """Runs forward and backward and returns the gradient of the logits."""
+    values = batch.logits.detach().requires_grad_()
+    return torch.autograd.grad(loss_of(values, batch), values)[0]
+
+
+def _ours(**options: Any) -> Callable[[], LossOf]:
+    def loss_of(values: Tensor, batch: LogitsBatch) -> Tensor:
+        return mpo_loss(values, batch.labels, batch.ref_logp, shift=False, **options).loss
+
+    return lambda: loss_of
+
+
+def _compiled() -> LossOf:
+    def reference_loss(values: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
+        return mpo_loss(values, labels, ref_logp, shift=False, backend="reference").loss
 
     compiled = torch.compile(reference_loss, dynamic=False)
-
-    def run(logits: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
-        logits = logits.detach().requires_grad_()
-        return torch.autograd.grad(compiled(logits, labels, ref_logp), logits)[0]
-
-    return run
+    return lambda values, batch: compiled(values, batch.labels, batch.ref_logp)
 
 
-def time_dtype(name: str, tokens: int, vocab: int, runs: int) -> dict[str, Timing]:
-    """Times every case of one dtype, interleaved."""
-    logits, labels, ref_logp = make_batch(DTYPES[name], tokens, vocab)
-    tenth = make_batch(DTYPES[name], tokens, vocab, 0.1)[1]
-    work = logits.clone()  # the cases that overwrite their logits work here
-    words = work.view(torch.float32)
-    head = tokens - round(tokens * 0.1)
-    compiled = _compiled()
-
-    def nothing() -> None:
-        pass
-
-    def restore() -> None:
-        work.copy_(logits)
-
-    cases = {
-        "mpo_ext": (nothing, lambda: loss_and_grad(logits, labels, ref_logp)),
-        "mpo_ext, reuse_logits": (restore, lambda: loss_and_grad(work, labels, ref_logp, reuse_logits=True)),
-        "mpo_ext, all statistics": (nothing, lambda: loss_and_grad(logits, labels, ref_logp, stats=STATS)),
-        "mpo_ext, 10 % labelled": (nothing, lambda: loss_and_grad(logits, tenth, ref_logp)),
-        "mpo_ext, reuse_logits, 10 % labelled": (
-            restore,
-            lambda: loss_and_grad(work, tenth, ref_logp, reuse_logits=True),
-        ),
-        "eager": (nothing, lambda: loss_and_grad(logits, labels, ref_logp, backend="reference")),
-        "torch.compile": (nothing, lambda: compiled(logits, labels, ref_logp)),
-        "floor": (restore, lambda: (words.sum(), words.mul_(1.0))),
-        "floor, 10 % labelled, in place": (
-            restore,
-            lambda: (words[:, head:].sum(), words[:, head:].mul_(1.0), words[:, :head].zero_()),
-        ),
-    }
-    return interleaved(cases, runs)
+def pair_loss(logp: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
+    """Returns the MPO loss of log-probs ``[2B, T]`` in plain torch: the second half of every peer's loss."""
+    state = torch.zeros(2, dtype=torch.float64, device=logp.device)
+    return eager.pair_loss(logp, labels, ref_logp, state, HOLD, False, 0.0, None, MPOConfig()).loss
 
 
-def _memory_target(begin: Callable[[], None], case: str, dtype: str, tokens: int, vocab: int) -> None:
-    options = {"eager": {"backend": "reference"}, "mpo_ext, reuse_logits": {"reuse_logits": True}}.get(case, {})
-    run = _compiled() if case == "torch.compile" else loss_and_grad
-    # Imports, compilation and thread pools come first; the compiled case must see the real shape to be compiled.
-    small = make_batch(DTYPES[dtype], tokens if case == "torch.compile" else 4, vocab)
-    run(*small, **options)
-    del small
-    batch = make_batch(DTYPES[dtype], tokens, vocab)
-    begin()
-    run(*batch, **options)
+def _from_tokens(token_logp: Callable[[Tensor, Tensor], Tensor]) -> LossOf:
+    """Completes a peer that returns the log-probs of labels, all of which must be in the vocabulary."""
+
+    def loss_of(values: Tensor, batch: LogitsBatch) -> Tensor:
+        logp = token_logp(values, batch.labels.clamp(min=0)).float()
+        return pair_loss(torch.where(batch.labels == -100, 0.0, logp), batch.labels, batch.ref_logp)
+
+    return loss_of
+
+
+def _selective_log_softmax() -> LossOf:
+    from trl.trainer.utils import selective_log_softmax
+
+    return _from_tokens(selective_log_softmax)
+
+
+def _liger() -> LossOf:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    def token_logp(values: Tensor, labels: Tensor) -> Tensor:
+        flat = liger_cross_entropy(values.flatten(0, 1), labels.flatten(), reduction="none")
+        return -flat.view(labels.shape)
+
+    return _from_tokens(token_logp)
+
+
+def _quack() -> LossOf:
+    from quack.cross_entropy import cross_entropy
+
+    def token_logp(values: Tensor, labels: Tensor) -> Tensor:
+        return -cross_entropy(values.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+
+    return _from_tokens(token_logp)
+
+
+LOSSES: dict[str, Callable[[], LossOf]] = {
+    "mpo_ext": _ours(),
+    "mpo_ext, reuse_logits": _ours(reuse_logits=True),
+    STATISTICS: _ours(stats=STATS),
+    "mpo_ext, cuda": _ours(backend="cuda"),
+    "mpo_ext, triton": _ours(backend="triton"),
+    "eager": _ours(backend="reference"),
+    "torch.compile": _compiled,
+    "TRL selective_log_softmax": _selective_log_softmax,
+    "Liger cross entropy": _liger,
+    "quack cross entropy": _quack,
+}
+#: Providers that write the gradient over the logits.
+OVERWRITING = frozenset({"mpo_ext, reuse_logits", "Liger cross entropy"})
+
+
+def provider(name: str) -> losses.Provider:
+    """Returns a provider by its name. Raises anything that a peer raises if it is absent or broken."""
+    return functools.partial(gradient, LOSSES[name]())
+
+
+def _floor_runs(batch: LogitsBatch) -> dict[str, Callable[[], Any]]:
+    """Reads the labelled rows, then reads and writes them in place, as float32."""
+    labelled = batch.logits[:, int((batch.labels[0] == -100).sum()) :]
+    return {"floor": lambda: (labelled.view(torch.float32).sum(), labelled.view(torch.float32).mul_(1.0))}
+
+
+def _floor_seconds(name: str, medians: Mapping[str, float]) -> float:
+    return medians["floor"]
+
+
+BENCHMARK = losses.LossBenchmark(
+    name="logits",
+    providers={name: functools.partial(provider, name) for name in LOSSES},
+    make_batch=LogitsBatch,
+    floor_runs=_floor_runs,
+    floor_seconds=_floor_seconds,
+    floor="one read, then one read and one write of the labelled logits",
+    overwriting=OVERWRITING,
+)
 
 
 def main() -> None:
-    """Prints the tables, and writes them as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=512, help="T, the length of each of the two sequences")
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--runs", type=int, default=11, help="counted runs of each case")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    print(", ".join(f"{key} {value}" for key, value in environment().items()))
-    results: dict[str, Any] = {"tokens": args.tokens, "vocab": args.vocab, "time": {}, "memory": {}}
-    for name in args.dtypes:
-        timings = time_dtype(name, args.tokens, args.vocab, args.runs)
-        ours = timings["mpo_ext"].median_s
-        print(f"\n{name}, [2, {args.tokens}, {args.vocab}], forward + backward, {args.runs} runs")
-        print(f"{'case':<38}{'median':>10}{'p20 .. p80':>20}{'/ mpo_ext':>11}")
-        for case, timing in timings.items():
-            low, high = timing.spread_s
-            print(
-                f"{case:<38}{timing.median_s * 1e3:>7.1f} ms{f'{low * 1e3:.1f} .. {high * 1e3:.1f} ms':>20}"
-                f"{timing.median_s / ours:>11.2f}"
-            )
-        reuse, floor = timings["mpo_ext, reuse_logits"].median_s, timings["floor"].median_s
-        ratios = {
-            "eager / mpo_ext": timings["eager"].median_s / ours,
-            "torch.compile / mpo_ext": timings["torch.compile"].median_s / ours,
-            "torch.compile / reuse_logits": timings["torch.compile"].median_s / reuse,
-            "reuse_logits / floor": reuse / floor,
-            "10 % labelled / all": timings["mpo_ext, 10 % labelled"].median_s / ours,
-            "reuse_logits, 10 % labelled / its floor": timings["mpo_ext, reuse_logits, 10 % labelled"].median_s
-            / timings["floor, 10 % labelled, in place"].median_s,
-            "reuse_logits, 10 % labelled / all": timings["mpo_ext, reuse_logits, 10 % labelled"].median_s / reuse,
-            "all statistics / none": timings["mpo_ext, all statistics"].median_s / ours,
-        }
-        print("  ".join(f"{key} {value:.2f}" for key, value in ratios.items()))
-        results["time"][name] = {
-            "median_s": {case: timing.median_s for case, timing in timings.items()},
-            "seconds": {case: timing.seconds for case, timing in timings.items()},
-            "ratios": ratios,
-        }
-    print(f"\nPeak resident memory of a fresh process, MiB ({args.tokens} tokens, vocabulary {args.vocab})")
-    print(f"{'dtype':<10}{'case':<26}{'beyond logits':>15}{'beyond logits and gradient':>29}")
-    for name in args.dtypes:
-        grad = 2 * args.tokens * args.vocab * DTYPES[name].itemsize
-        for case in ("mpo_ext", "mpo_ext, reuse_logits", "torch.compile", "eager"):
-            peak = peak_bytes(_memory_target, case, name, args.tokens, args.vocab)
-            # With reuse_logits the gradient is no memory of its own.
-            beyond = peak if case == "mpo_ext, reuse_logits" else peak - grad
-            print(f"{name:<10}{case:<26}{peak / 2**20:>15.1f}{beyond / 2**20:>29.1f}")
-            results["memory"].setdefault(name, {})[case] = {"peak_bytes": peak, "beyond_gradient_bytes": beyond}
-    if args.json:
-        write_json(args.json, results)
+    """Prints the tables, and writes them as JSON if ``--json`` is given."""
+    ours = ("mpo_ext", "mpo_ext, reuse_logits", STATISTICS, "eager", "torch.compile")
+    parser = losses.parser(str(__doc__).splitlines()[0], BENCHMARK, cases=ours, runs=11, shares=[1.0, 0.1])
+    losses.command(BENCHMARK, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rates of this machine for mpo_ext.plan.roofline: small programs that are timed beside everything else, in the same rounds."""
+"""Measures the rates of this machine for mpo_ext.plan.roofline, by programs that run in turn with the benchmarks."""
 
 from __future__ import annotations
 
@@ -10,27 +10,23 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import interleaved
+from benchmarks.measure import Run, interleaved, nothing
 from mpo_ext import mpo_loss
 from mpo_ext.plan.machines import Machine
 
-_WORDS = 32 << 20  # float32: four times the last-level cache of a common server
-_FRESH_BYTES = 128 << 20  # a system may give small amounts back at once that were freed just before
-_ROWS, _DEPTH, _COLUMNS = 256, 896, 8192  # of the matrix products
+_WORDS = 32 << 20  # float32 values: four times the last-level cache of a common server
+_FRESH_BYTES = 128 << 20  # the allocator may reuse a smaller block that was freed just before
+_ROWS, _HIDDEN, _COLUMNS = 256, 896, 8192  # sizes of the matrix products
 _CACHED = (2, 16, 65536)  # logits that stay in a last-level cache
-_NARROW = (2, 128, 65536)  # logits in bfloat16: for each byte of them there is more to compute than to wait for
+_NARROW = (2, 128, 65536)  # logits in bfloat16: computing takes longer than reading
 DTYPES = ("float32", "bfloat16")
 
 
-def _nothing() -> None:
-    pass
-
-
 @functools.cache
-def programs() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Name to ``(prepare, run)``, for ``interleaved``. What they allocate is kept.
+def programs() -> dict[str, Run]:
+    """Returns the programs by name, for ``interleaved``. Their memory stays allocated.
 
-    What is to be timed in cache runs once before, untimed: the program before it has left nothing there.
+    A program that is timed in cache runs once before, since the cache holds the data of the program before it.
     """
     words = torch.ones(_WORDS)
     cached = torch.randn(_CACHED)
@@ -56,26 +52,26 @@ def programs() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         "fill": lambda: words.view(torch.uint8)[:_FRESH_BYTES].fill_(0),
         "fresh": fresh,
         "kernels": lambda: loss(narrow, narrow_labels, reuse=True),
-        "huge": lambda: loss(narrow, narrow_labels, reuse=False),  # to the same, into fresh memory
+        "huge": lambda: loss(narrow, narrow_labels, reuse=False),  # the same work, into fresh memory
         "softmax": softmax,
         "overhead": lambda: loss(small, small_labels, reuse=False),
     }
     for dtype in DTYPES:
         kind = getattr(torch, dtype)
-        rows, weight = torch.randn(_ROWS, _DEPTH).to(kind), torch.randn(_COLUMNS, _DEPTH).to(kind)
+        rows, weight = torch.randn(_ROWS, _HIDDEN).to(kind), torch.randn(_COLUMNS, _HIDDEN).to(kind)
         product = torch.empty(_ROWS, _COLUMNS, dtype=kind)
         runs[f"product {dtype}"] = functools.partial(torch.mm, rows, weight.T, out=product)
     warm = ("kernels", "huge", "softmax", "overhead")
-    return {f"machine: {name}": (run if name in warm else _nothing, run) for name, run in runs.items()}
+    return {f"machine: {name}": (run if name in warm else nothing, run) for name, run in runs.items()}
 
 
 def sample(runs: int = 5) -> dict[str, list[float]]:
-    """Seconds of each program, with nothing beside it."""
+    """Returns the seconds of each program, without any benchmark between them."""
     return {name: timing.seconds for name, timing in interleaved(programs(), runs).items()}
 
 
 def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Machine:
-    """The machine from the seconds of its programs: medians over all of them.
+    """Returns the rates of the machine from the median seconds of its programs.
 
     Raises:
         ValueError: If a program has not been timed.
@@ -86,10 +82,10 @@ def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Mac
             raise ValueError(f"seconds must have 'machine: {key}', got {', '.join(seconds) or 'nothing'}")
     median = {key.removeprefix("machine: "): statistics.median(values) for key, values in seconds.items()}
     size = 4 * _WORDS
-    flop = 2 * _ROWS * _DEPTH * _COLUMNS
+    flop = 2 * _ROWS * _HIDDEN * _COLUMNS
 
     def beyond(fresh: str, used: str) -> float:
-        """Seconds beyond those in used memory; where fresh memory is free, its size a nanosecond is the rate."""
+        """Returns the extra seconds of fresh memory, at least a nanosecond."""
         return max(median[fresh] - median[used], 1e-9)
 
     return Machine(

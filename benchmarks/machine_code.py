@@ -1,6 +1,6 @@
-"""The result file about the compiled CUDA kernels, which ``python tests/cuda/check_sass.py --json FILE`` writes.
+"""Reads results/machine_code.json: registers and instructions of the compiled CUDA kernels.
 
-No GPU is needed: registers and the instructions of the main loops are read from the built module.
+``python tests/cuda/check_sass.py --json FILE`` writes it from the built module; it needs no GPU.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _TEXTS = ("command", "date", "compiler")
 
 
 def check(document: Mapping[str, Any], name: str) -> None:
-    """Checks the file.
+    """Checks the format of the file.
 
     Raises:
-        ValueError: At the first thing that is not as it should be.
+        ValueError: At the first value that breaks a rule.
     """
     keys = {"schema", "registers", "instructions", *_TEXTS}
     if set(document) != keys or document["schema"] != VERSION:
@@ -39,7 +39,7 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is not as it should be.
+        ValueError: If its format is wrong.
     """
     document: dict[str, Any] = json.loads(path.read_text())
     check(document, path.name)

@@ -1,4 +1,4 @@
-"""Time and memory, measured so that a noisy machine does not decide: interleaved runs, medians, fresh processes."""
+"""Measures time and memory on a machine that other programs use too: interleaved runs, medians, fresh processes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,35 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mpo_ext.files import atomic_write
 from mpo_ext.ops import logits as ops
 
+#: A call that prepares a run, which is not timed, and the timed run.
+Run = tuple[Callable[[], Any], Callable[[], Any]]
+
 _FREE_BYTES = 1 << 30  # what most cases allocate
-_KEPT_SECONDS = 1.0
+_SLOW_SECONDS = 1.0
+_L2_BYTES = 256 << 20  # more than the second-level cache of any GPU
+_PACKAGES = (
+    "torch", "mpo-ext", "numpy", "transformers", "accelerate", "triton", "trl", "liger-kernel", "cut-cross-entropy",
+    "quack-kernels",
+)  # fmt: skip
+
+
+def nothing() -> None:
+    """Prepares a run that needs no preparation."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the counted runs of one case, in the order they were taken."""
+    """Seconds of the counted runs of one case, in the order of the runs."""
 
     seconds: list[float]
 
@@ -44,23 +57,23 @@ class Timing:
 
 
 def interleaved(
-    cases: Mapping[str, tuple[Callable[[], Any], Callable[[], Any]]],
+    cases: Mapping[str, Run],
     runs: int,
     *,
     seconds_in_all: float = math.inf,
     least: int = 2,
+    device: str = "cpu",
 ) -> dict[str, Timing]:
-    """Times each case once per round, in turn, after a round that is not counted.
-
-    After a slow case free memory is touched: the host of a virtual machine takes it back after a second or two, and
-    the next case would pay for fetching it.
+    """Times all cases in turn, round by round, after a first round that is not counted.
 
     Args:
-        cases: Name to ``(prepare, run)``; only ``run`` is timed, its result is freed outside of the timed part.
-        runs: Counted rounds.
-        seconds_in_all: Once this has gone by no further round begins, but ``least`` are always counted.
-        least: See there.
+        cases: Name to ``(prepare, run)``. Only ``run`` is timed; its result is freed after the clock has stopped.
+        runs: Number of counted rounds.
+        seconds_in_all: No further round begins after this time.
+        least: Number of rounds that are counted even if they take longer.
+        device: "cpu", or "cuda": events measure the time there, and each run begins with an empty second-level cache.
     """
+    clock = _gpu_clock(device) if device.startswith("cuda") else _cpu_clock
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     begin = time.perf_counter()
     for round_number in range(runs + 1):
@@ -68,23 +81,57 @@ def interleaved(
             break
         for name, (prepare, run) in cases.items():
             prepare()
-            start = time.perf_counter()
-            result = run()
-            elapsed = time.perf_counter() - start
-            del result
-            if elapsed > _KEPT_SECONDS:
-                _touch_free_memory()
+            elapsed = clock(run)
             if round_number > 0:
                 seconds[name].append(elapsed)
     return {name: Timing(values) for name, values in seconds.items()}
 
 
+def _cpu_clock(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    result = run()
+    elapsed = time.perf_counter() - start
+    del result
+    if elapsed > _SLOW_SECONDS:
+        _touch_free_memory()
+    return elapsed
+
+
 def _touch_free_memory() -> None:
+    """Touches free memory, which the host of a virtual machine reclaims after a slow case: the next case would pay."""
     ops.fresh_zeros((_FREE_BYTES,), torch.uint8).fill_(1)
 
 
+def _gpu_clock(device: str) -> Callable[[Callable[[], Any]], float]:
+    cache = torch.empty(_L2_BYTES, dtype=torch.uint8, device=device)
+
+    def clock(run: Callable[[], Any]) -> float:
+        cache.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def gpu_peak_bytes(run: Callable[[], Any]) -> int:
+    """Returns the bytes that a call adds to the allocated GPU memory at its peak."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def peak_bytes(target: Callable[..., None], *args: object) -> int:
-    """Peak resident memory that ``target(begin, *args)`` adds after it calls ``begin()``, in a process of its own."""
+    """Returns the resident bytes that ``target(begin, *args)`` adds at its peak, in a fresh process.
+
+    The measurement starts when ``target`` calls ``begin()``.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report_peak, args=(sender, target, args))
@@ -102,22 +149,28 @@ def _report_peak(sender: Any, target: Callable[..., None], args: tuple[object, .
     before: list[int] = []
 
     def begin() -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before.append(_resident("VmRSS"))
+        reset_peak()
+        before.append(resident_bytes("VmRSS"))
 
     target(begin, *args)
-    sender.send(_resident("VmHWM") - before[0])
+    sender.send(resident_bytes("VmHWM") - before[0])
 
 
-def _resident(field: str) -> int:
+def reset_peak() -> None:
+    """Resets the peak of the resident memory of this process, ``VmHWM``."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_bytes(field: str) -> int:
+    """Returns ``VmRSS`` (now) or ``VmHWM`` (peak) of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    raise RuntimeError(f"/proc/self/status must have {field}")
 
 
 def environment() -> dict[str, str]:
-    """What a figure must be quoted with."""
+    """Returns CPU, versions, commit and command of this process."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -138,32 +191,39 @@ def environment() -> dict[str, str]:
     }
 
 
-_DISTRIBUTIONS = (
-    "torch", "mpo-ext", "numpy", "transformers", "accelerate", "triton", "trl", "liger-kernel", "cut-cross-entropy",
-    "quack-kernels",
-)  # fmt: skip
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+    """Returns the installed version of each package, or "not installed"."""
+
+    def pairs() -> Iterator[tuple[str, str]]:
+        for name in packages:
+            try:
+                yield name, importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                yield name, "not installed"
+
+    return dict(pairs())
+
+
+def now() -> tuple[str, tuple[float, ...]]:
+    """Returns the time in ISO 8601, and the load averages."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), os.getloadavg()
 
 
 def provenance(command: str, started: str, load_before: tuple[float, ...]) -> dict[str, Any]:
-    """Hardware, versions, commit and command, as ``benchmarks.schema`` wants them.
+    """Returns hardware, versions, commit and command, in the form that ``benchmarks.schema`` requires.
 
     Args:
-        command: That was given.
-        started: When, in ISO 8601.
-        load_before: The load average then.
+        command: Command line of the run.
+        started: Start of the run, in ISO 8601.
+        load_before: Load averages at the start.
     """
-    versions = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     short = environment()
-    # But for what a run itself writes.
+    # Files that a run itself writes are left out.
     changed = subprocess.run(
         ["git", "status", "--porcelain", ":!results", ":!docs", ":!README.md"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
+    ended, load_after = now()
     return {
         "cpu": short["cpu"],
         "cores": os.cpu_count(),
@@ -172,17 +232,23 @@ def provenance(command: str, started: str, load_before: tuple[float, ...]) -> di
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(),
         "commit": short["commit"],
         "modified": bool(changed.stdout.strip()) or changed.returncode != 0,
         "command": command,
         "started": started,
-        "ended": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "ended": ended,
         "load_before": [round(value, 2) for value in load_before],
-        "load_after": [round(value, 2) for value in os.getloadavg()],
+        "load_after": [round(value, 2) for value in load_after],
     }
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that appears only when it is complete."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def write_json(path: str, results: dict[str, Any]) -> None:
-    """Writes the results beside the environment they came from."""
-    Path(path).write_text(json.dumps({"environment": environment(), **results}, indent=2) + "\n")
+    """Writes the results and the environment that they come from."""
+    write_text(Path(path), json.dumps({"environment": environment(), **results}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Draws docs/images/overview.svg: a preference pair, the three terms of the loss, and the speed in results/logits.json.
+"""Draws docs/images/overview.svg: a preference pair, the terms of the loss, and the speed in results/logits.json.
 
 Usage: ``python -m benchmarks.overview``. A test checks that the committed picture is the one that the results give.
 """
@@ -40,9 +40,7 @@ def text(x: float, y: float, content: str, *, size: int = 13, color: str = INK, 
 
 def box(x: float, y: float, width: float, height: float, *, fill: str, line: str = "none") -> str:
     """Returns an SVG rectangle with round corners."""
-    return (
-        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="{fill}" stroke="{line}"/>'
-    )
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="{fill}" stroke="{line}"/>'
 
 
 def pair() -> Iterator[str]:

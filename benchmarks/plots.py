@@ -1,4 +1,4 @@
-"""Plots of the result files, as PNG and SVG: opaque and on white, so that they can be read on a dark page too."""
+"""Draws the plots of the result files as PNG and SVG, on white so that a dark page can show them too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.check_model import WITHIN
 
-# Okabe and Ito's colours: told apart by the colour-blind.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933", "#882255")
 _LABELS = {
     "vocab": "vocabulary V", "tokens": "tokens T of each response", "share": "share of labelled rows",
@@ -17,10 +17,10 @@ _LABELS = {
 
 
 def draw(documents: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Draws what the files hold. Needs matplotlib.
+    """Draws the plots of the result files. Needs matplotlib.
 
     Returns:
-        The files written: PNG and SVG of each figure.
+        The paths of the PNG and the SVG of each figure.
     """
     written = []
     for name in ("logits", "linear"):
@@ -52,7 +52,7 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
 
 
 def _scaling(name: str, points: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Time against each axis that was swept, a row per dtype; points of the base belong to each axis they lie on."""
+    """Draws time against each axis of the sweeps, with a row of panels for each dtype."""
     measured = [point for point in points if point["status"] == "measured" and point.get("median_s") is not None]
     axes = [axis for axis in _LABELS if any(point["sweep"] == axis for point in measured)]
     dtypes = [d for d in ("float32", "bfloat16") if any(p["sweep"] in axes and p["dtype"] == d for p in measured)]

@@ -1,9 +1,8 @@
-"""Speed of sampling: ``python -m benchmarks.sampling``. Batches against single prompts, and what a run costs beyond.
+"""Speed of sampling: ``python -m benchmarks.sampling`` compares batches with single prompts.
 
-The model is the untrained InternVL of the digits demo, the items are questions about grids of digits with their right
-step-by-step responses. "Overhead" is what a whole run of DropoutNTP takes beyond ``TransformersEngine.generate`` on
-the same requests: cutting, joining, filters, journal with its syncs, and outputs. All in one process, repetitions
-interleaved, medians.
+The model is the untrained InternVL of the digits demo. The items are questions about grids of digits with correct
+step-by-step responses. The overhead of a run is its time beyond ``TransformersEngine.generate``: cutting, joining,
+filters, the journal with its syncs, and outputs. All cases run in turn in one process; the results are medians.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.measure import interleaved, nothing
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import build_model, build_tokenizer
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
@@ -28,13 +28,13 @@ from mpo_ext.generate.runner import run
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
 
-class Recording(TransformersEngine):
-    """Keeps the time that generating takes."""
+class TimedEngine(TransformersEngine):
+    """Engine that measures the time of generation."""
 
     seconds = 0.0
 
     def generate(self, requests: Any) -> Any:
-        """Continues every request and counts the time."""
+        """Continues every request and adds the time to ``seconds``."""
         begin = time.perf_counter()
         try:
             return super().generate(requests)
@@ -43,21 +43,23 @@ class Recording(TransformersEngine):
 
 
 def main() -> None:
-    """Prints the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Prints the results, and writes them as JSON if ``--json`` is given."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--items", type=int, default=1024)
-    parser.add_argument("--single", type=int, default=64, help="prompts of the comparison one by one")
+    parser.add_argument("--single", type=int, default=64, help="number of prompts that are compared one by one")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE", help="write the figures here; - is the last line of the output")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the results to this file; - prints them as the last line"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    model.generation_config.eos_token_id = None  # all responses get the same length
+    model.generation_config.eos_token_id = None  # all responses have the same length
     tokenizer.eos_token = None
     sampling = SamplingConfig(temperature=1.0, top_k=0, max_new_tokens=args.tokens)
     tasks = digits.sample_tasks(digits.load_digits()["train"], args.items, np.random.default_rng(0), "cot")
@@ -68,33 +70,33 @@ def main() -> None:
         "one by one": lambda: engines[1].generate(requests[: args.single]),
         f"batches of {args.batch_size}": lambda: engines[args.batch_size].generate(requests[: args.single]),
     }
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    shares = []
-    for _ in range(args.repeat + 1):
-        for name, case in cases.items():
-            begin = time.perf_counter()
-            case()
-            times[name].append(time.perf_counter() - begin)
-        shares.append(_overhead(model, tokenizer, tasks, sampling, args.batch_size))
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    overheads: list[float] = []
+
+    def add_overhead() -> None:
+        overheads.append(_overhead(model, tokenizer, tasks, sampling, args.batch_size))
+
+    runs = {name: (nothing, run) for name, run in {**cases, "overhead": add_overhead}.items()}
+    timings = interleaved(runs, args.repeat)
+    medians = {name: timings[name].median_s for name in cases}
     single, batched = medians.values()
+    overhead = statistics.median(overheads[1:])
     for name, value in medians.items():
         print(f"{name:<20} {1e3 * value:8.1f} ms for {args.single} prompts of {args.tokens} new tokens")
     print(f"{'ratio':<20} {single / batched:8.2f} x")
-    print(f"{'overhead of a run':<20} {100 * statistics.median(shares[1:]):8.2f} % of its generating")
+    print(f"{'overhead of a run':<20} {100 * overhead:8.2f} % of its generation")
     if args.json:
         shape = {"prompts": args.single, "new_tokens": args.tokens, "batch_size": args.batch_size}
-        figures: dict[str, Any] = {name: {"seconds": values[1:], **shape} for name, values in times.items()}
-        figures[f"batches of {args.batch_size}"]["overhead_share"] = statistics.median(shares[1:])
+        results: dict[str, Any] = {name: {"seconds": timings[name].seconds, **shape} for name in cases}
+        results[f"batches of {args.batch_size}"]["overhead_share"] = overhead
         if args.json == "-":
-            print(json.dumps(figures))
+            print(json.dumps(results))
         else:
-            Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+            Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
 
 
 def _overhead(model: Any, tokenizer: Any, tasks: Any, sampling: SamplingConfig, batch_size: int) -> float:
-    """Time of a whole run beyond the generating, as a share of the generating."""
-    engine = Recording(model, tokenizer, batch_size=batch_size)
+    """Returns the time of a whole run beyond generation, as a share of the time of generation."""
+    engine = TimedEngine(model, tokenizer, batch_size=batch_size)
     pipeline = DropoutNTP(DropoutNTPConfig(sampling=sampling, allow_truncated=True, matcher={"kind": "number"}))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "items.jsonl")

@@ -1,11 +1,12 @@
-"""The one form of all result files, and a check of it.
+"""Checks the format of the result files.
 
 A file has ``schema``, ``benchmark``, ``quick``, ``environment``, ``settings``, ``missing`` and ``points``. A point is
-one provider on one shape: it was measured, or it says why it was not.
+one provider on one shape: it was measured, or it has the reason why it was not.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from numbers import Real
@@ -19,7 +20,7 @@ ENVIRONMENT = (
     "started", "ended", "load_before", "load_after",
 )  # fmt: skip
 _TEXTS = ("id", "sweep", "provider", "status", "reason")
-_SHAPE = ("dtype", "pairs", "tokens", "vocab", "hidden", "share")  # None where a benchmark has no such thing
+_SHAPE = ("dtype", "pairs", "tokens", "vocab", "hidden", "share")  # None if a benchmark has no such size
 _NUMBERS = ("median_s", "p20_s", "p80_s", "peak_bytes", "floor_s", "share_of_floor", "predicted_s", "predicted_bytes")
 
 
@@ -27,7 +28,7 @@ def check(document: Mapping[str, Any], name: str) -> None:
     """Checks a result file.
 
     Raises:
-        ValueError: At the first thing that is not as it should be, with its place.
+        ValueError: At the first value that breaks a rule; the message names the place.
     """
 
     def must(holds: bool, where: str, rule: str, value: object) -> None:
@@ -48,7 +49,7 @@ def check(document: Mapping[str, Any], name: str) -> None:
     for provider, reason in document["missing"].items():
         must(isinstance(reason, str) and bool(reason), f"missing[{provider!r}]", "a reason", reason)
     points = document["points"]
-    must(isinstance(points, list) and bool(points), "points", "a list that is not empty", points)
+    must(isinstance(points, list) and bool(points), "points", "a list with at least one point", points)
     seen: set[str] = set()
     for index, point in enumerate(points):
         where = f"points[{index}]"
@@ -80,10 +81,8 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is not as it should be.
+        ValueError: If its format is wrong.
     """
-    import json
-
     document: dict[str, Any] = json.loads(path.read_text())
     check(document, path.name)
     return document

@@ -1,14 +1,15 @@
-"""The study: which runs the paper's ablations come to on digits, and the tables of what they gave.
+"""Declares the runs of the study and makes the tables of their results.
 
-``ROWS`` says what each run is, ``TABLES`` where it is shown; ``benchmarks.study.runs`` runs them. A result file has
-``results`` (one per seed and row) and ``starts`` (one per seed); ``tables`` makes Markdown of it.
+``ROWS`` declares each run, and ``TABLES`` the tables that show it; ``benchmarks.study.runs`` runs them. A result file
+has ``results`` (one per seed and row) and ``starts`` (one per seed); ``tables`` makes Markdown of it.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,21 @@ from mpo_ext.report import markdown_table
 
 SCHEMA = 1
 START = "SFT start"  # the model that every run begins from
-SFT = "SFT"  # what a row is compared with besides
-TEXT = "text"  # the step-by-step question without image, its digits named
+SFT = "SFT"  # the second row that every row is compared with
+TEXT = "text"  # step-by-step questions that name the digits and have no image
 COLUMNS = (*FORMS, TEXT)
 QUANTITIES = ("accuracy", "unparsable", "tokens")
-NOT_RUN = "not run"  # the reason of a run that a study was ended before
-STEPS_BETWEEN_SYNCS = 4  # TR-DPO: the run's steps divided by this
+NOT_RUN = "not run"  # the reason of a run that an interrupted study has not reached
+STEPS_BETWEEN_SYNCS = 4  # TR-DPO syncs its reference after this fraction of the steps
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One run, from the start of its seed. What it does not name is as in MPO's.
+class StudyRow:
+    """A run from the start of its seed. The defaults are those of MPO.
 
     Attributes:
         loss: Fields of ``LossRecipe``.
-        pairs: File of pairs, by the names of ``PAIR_FILES``.
+        pairs: File of pairs, a name in ``PAIR_FILES``.
         rate: Factor of the learning rate.
         reward_shift: Fields of ``RewardShiftRecipe``.
         is_synced: Whether the reference follows the policy (TR-DPO): 0.6 of the policy at each quarter of the run.
@@ -46,13 +47,13 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Table:
+class StudyTable:
     """Rows that are shown together.
 
     Attributes:
-        title: Of its part of the page.
-        rows: Label and row; ``START`` is the model before all of them.
-        paper: What the paper (arXiv 2411.10442v2) has in the place of a row.
+        title: Title of the section.
+        rows: Label and row; ``START`` is the model before any row.
+        paper: Row to its numbers in the paper (arXiv 2411.10442v2).
     """
 
     title: str
@@ -64,63 +65,63 @@ def _weights(dpo: float, bco: float, ntp: float, **more: Any) -> dict[str, Any]:
     return {"dpo_weight": dpo, "bco_weight": bco, "ntp_weight": ntp, **more}
 
 
-#: Shares of the mixed pairs, the smaller in the larger.
+#: Shares of the mixed pairs; a smaller share is part of a larger one.
 SHARES = {"mixed 10%": 0.1, "mixed 40%": 0.4, "mixed 70%": 0.7}
 #: Share of the chosen response that DropoutNTP keeps.
 KEEPS = {"DropoutNTP 0.25": 0.25, "DropoutNTP 0.5": 0.5, "DropoutNTP 0.75": 0.75}
-#: All files of pairs. Those from "correctness" to "DropoutNTP 0.75" hold step-by-step pairs only, equally many.
+#: All files of pairs. The files from "correctness" to "DropoutNTP 0.75" have equally many step-by-step pairs.
 PAIR_FILES = ("mixed", *SHARES, "correctness", "correctness and DropoutNTP", *KEEPS, TEXT)
 
 _MPO = _weights(0.8, 0.2, 1)
 _DPO = _weights(1, 0, 0)
 _NTP = _weights(0, 0, 1)
 
-#: Each preference loss with weight 1 and nothing else; "+ SFT" adds the next-token term with weight 1.
-LOSSES: dict[str, Row] = {
-    "DPO": Row(loss=_DPO),
-    "BCO": Row(loss=_weights(0, 1, 0)),
-    "IPO": Row(loss={**_DPO, "preference": "ipo"}),
-    "cDPO": Row(loss={**_DPO, "label_smoothing": 0.1}),
-    "robust DPO": Row(loss={**_DPO, "preference": "robust", "label_smoothing": 0.1}),
-    "SPPO": Row(loss={**_DPO, "preference": "sppo_hard"}),
-    "AOT": Row(loss={**_DPO, "preference": "aot"}),
-    "RSO (hinge)": Row(loss={**_DPO, "preference": "hinge"}),
-    "TR-DPO": Row(loss=_DPO, is_synced=True),
-    "ORPO": Row(loss={**_DPO, "preference": "orpo"}),
-    "DPO + BCO": Row(loss=_weights(0.8, 0.2, 0)),
+#: Each preference loss alone, with weight 1; "+ SFT" adds the next-token term with weight 1.
+LOSSES: dict[str, StudyRow] = {
+    "DPO": StudyRow(loss=_DPO),
+    "BCO": StudyRow(loss=_weights(0, 1, 0)),
+    "IPO": StudyRow(loss={**_DPO, "preference": "ipo"}),
+    "cDPO": StudyRow(loss={**_DPO, "label_smoothing": 0.1}),
+    "robust DPO": StudyRow(loss={**_DPO, "preference": "robust", "label_smoothing": 0.1}),
+    "SPPO": StudyRow(loss={**_DPO, "preference": "sppo_hard"}),
+    "AOT": StudyRow(loss={**_DPO, "preference": "aot"}),
+    "RSO (hinge)": StudyRow(loss={**_DPO, "preference": "hinge"}),
+    "TR-DPO": StudyRow(loss=_DPO, is_synced=True),
+    "ORPO": StudyRow(loss={**_DPO, "preference": "orpo"}),
+    "DPO + BCO": StudyRow(loss=_weights(0.8, 0.2, 0)),
 }
-SHAPES = {"1:1": 0.5, "3:1": 0.75, "5:1": 5 / 6, "9:1": 0.9}  # w_p : w_q, and the share of w_p in their sum
+SHAPES = {"1:1": 0.5, "3:1": 0.75, "5:1": 5 / 6, "9:1": 0.9}  # w_p : w_q to the share of w_p in their sum
 NTP_WEIGHTS = (0.01, 0.5, 2.0, 5.0)
 RATES = {"x 0.1": 0.1, "x 0.4": 0.4, "x 4": 4.0, "x 10": 10.0}
 
-#: Every run of a seed by its name.
-ROWS: dict[str, Row] = {
-    "MPO": Row(loss=_MPO),
-    SFT: Row(loss=_NTP),
+#: Every run of a seed by name.
+ROWS: dict[str, StudyRow] = {
+    "MPO": StudyRow(loss=_MPO),
+    SFT: StudyRow(loss=_NTP),
     **LOSSES,
     **{f"{name} + SFT": dataclasses.replace(row, loss={**row.loss, "ntp_weight": 1}) for name, row in LOSSES.items()
        if name != "DPO + BCO"},
-    **{f"MPO, {name}": Row(loss=_MPO, pairs=name) for name in PAIR_FILES if name not in ("mixed", TEXT)},
-    **{f"SFT, {name}": Row(loss=_NTP, pairs=name) for name in ("correctness", "DropoutNTP 0.5")},
-    **{f"MPO, rate {name}": Row(loss=_MPO, rate=rate) for name, rate in RATES.items()},
-    **{f"{SFT}, rate {name}": Row(loss=_NTP, rate=RATES[name]) for name in ("x 0.4", "x 4")},
-    "DPO, rate x 0.1": Row(loss=_DPO, rate=RATES["x 0.1"]),
-    **{f"MPO, w_p : w_q = {name}": Row(loss=_weights(share, 1 - share, 1)) for name, share in SHAPES.items()},
-    **{f"MPO, w_g = {weight:g}": Row(loss=_weights(0.8, 0.2, weight)) for weight in NTP_WEIGHTS},
-    "MPO, delta 0": Row(loss=_MPO, reward_shift={"mode": "fixed"}),
-    "MPO, delta ema": Row(loss=_MPO, reward_shift={"mode": "ema", "update": "after", "per": "optimizer_step"}),
-    "text, SFT": Row(loss=_NTP, pairs=TEXT),
-    "text, DPO": Row(loss=_DPO, pairs=TEXT),
-    "text, MPO": Row(loss=_MPO, pairs=TEXT),
+    **{f"MPO, {name}": StudyRow(loss=_MPO, pairs=name) for name in PAIR_FILES if name not in ("mixed", TEXT)},
+    **{f"SFT, {name}": StudyRow(loss=_NTP, pairs=name) for name in ("correctness", "DropoutNTP 0.5")},
+    **{f"MPO, rate {name}": StudyRow(loss=_MPO, rate=rate) for name, rate in RATES.items()},
+    **{f"{SFT}, rate {name}": StudyRow(loss=_NTP, rate=RATES[name]) for name in ("x 0.4", "x 4")},
+    "DPO, rate x 0.1": StudyRow(loss=_DPO, rate=RATES["x 0.1"]),
+    **{f"MPO, w_p : w_q = {name}": StudyRow(loss=_weights(share, 1 - share, 1)) for name, share in SHAPES.items()},
+    **{f"MPO, w_g = {weight:g}": StudyRow(loss=_weights(0.8, 0.2, weight)) for weight in NTP_WEIGHTS},
+    "MPO, delta 0": StudyRow(loss=_MPO, reward_shift={"mode": "fixed"}),
+    "MPO, delta ema": StudyRow(loss=_MPO, reward_shift={"mode": "ema", "update": "after", "per": "optimizer_step"}),
+    "text, SFT": StudyRow(loss=_NTP, pairs=TEXT),
+    "text, DPO": StudyRow(loss=_DPO, pairs=TEXT),
+    "text, MPO": StudyRow(loss=_MPO, pairs=TEXT),
 }  # fmt: skip
 
-TABLES: dict[str, Table] = {
-    "main": Table(
+TABLES: dict[str, StudyTable] = {
+    "main": StudyTable(
         "SFT against MPO",
         ((START, START), ("SFT continued", SFT), ("DPO", "DPO"), ("MPO", "MPO")),
         {START: "59.3 / 57.0", SFT: "63.9 / 67.8", "MPO": "77.2 / 79.2"},
     ),
-    "losses": Table(
+    "losses": StudyTable(
         "Preference losses",
         ((START, START), ("SFT continued", SFT),
          *((name, name) for loss in LOSSES for name in (loss, f"{loss} + SFT") if name in ROWS),
@@ -131,26 +132,26 @@ TABLES: dict[str, Table] = {
          "BCO + SFT": "77.4 / 78.4", "cDPO + SFT": "71.6 / 74.2", "robust DPO + SFT": "76.5 / 78.0",
          "AOT + SFT": "76.3 / 78.0", "MPO": "77.7 / 79.1"},
     ),
-    "keep": Table("Keep ratio of DropoutNTP", tuple((name, f"MPO, {name}") for name in KEEPS)),
-    "kinds": Table(
+    "keep": StudyTable("Keep ratio of DropoutNTP", tuple((name, f"MPO, {name}") for name in KEEPS)),
+    "kinds": StudyTable(
         "Correctness against DropoutNTP",
         (("SFT, correctness", "SFT, correctness"), ("SFT, DropoutNTP", "SFT, DropoutNTP 0.5"),
          ("MPO, correctness", "MPO, correctness"), ("MPO, DropoutNTP", "MPO, DropoutNTP 0.5"),
          ("MPO, half of each", "MPO, correctness and DropoutNTP")),
     ),
-    "scale": Table(
+    "scale": StudyTable(
         "Number of pairs",
         (*((f"MPO, {share:.0%} of the pairs", f"MPO, {name}") for name, share in SHARES.items()),
          ("MPO, all pairs", "MPO")),
     ),
-    "rate": Table(
+    "rate": StudyTable(
         "Learning rate",
         (*((f"MPO, {name}", f"MPO, rate {name}") for name in ("x 0.1", "x 0.4")), ("MPO, x 1", "MPO"),
          *((f"MPO, {name}", f"MPO, rate {name}") for name in ("x 4", "x 10")),
          ("SFT, x 0.4", f"{SFT}, rate x 0.4"), ("SFT, x 1", SFT), ("SFT, x 4", f"{SFT}, rate x 4"),
          ("DPO, x 0.1", "DPO, rate x 0.1"), ("DPO, x 1", "DPO")),
     ),
-    "weights": Table(
+    "weights": StudyTable(
         "Weights of the terms",
         (*((f"w_p : w_q = {name}", f"MPO, w_p : w_q = {name}") for name in ("1:1", "3:1")),
          ("w_p : w_q = 4:1 (MPO)", "MPO"),
@@ -158,12 +159,12 @@ TABLES: dict[str, Table] = {
          *((f"w_g = {weight:g}", f"MPO, w_g = {weight:g}") for weight in (0.01, 0.5)), ("w_g = 1 (MPO)", "MPO"),
          *((f"w_g = {weight:g}", f"MPO, w_g = {weight:g}") for weight in (2.0, 5.0))),
     ),
-    "delta": Table(
+    "delta": StudyTable(
         "Reward shift",
         (("cumulative, as the authors (MPO)", "MPO"), ("moving average, as NeMo-RL", "MPO, delta ema"),
          ("none, as TRL since 0.29", "MPO, delta 0")),
     ),
-    "text": Table(
+    "text": StudyTable(
         "Text only",
         ((START, START), ("SFT on pairs with images", SFT), ("DPO on pairs with images", "DPO"),
          ("MPO on pairs with images", "MPO"), ("SFT on text-only pairs", "text, SFT"),
@@ -172,7 +173,7 @@ TABLES: dict[str, Table] = {
     ),
 }  # fmt: skip
 
-#: The tables whose rows are run first, over all seeds.
+#: The tables whose rows run first, over all seeds.
 MAIN = ("main",)
 
 
@@ -184,7 +185,7 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is no JSON, or not as it should be; the message begins with the name of the file.
+        ValueError: If it is not JSON or its format is wrong; the message begins with the name of the file.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -198,7 +199,7 @@ def check(document: Mapping[str, Any]) -> None:
     """Checks a result file.
 
     Raises:
-        ValueError: At the first thing that is not as it should be, with its place, the rule and the value.
+        ValueError: At the first value that breaks a rule; the message names place, rule and value.
     """
 
     def must(holds: bool, where: str, rule: str, value: object) -> None:
@@ -239,19 +240,19 @@ def check(document: Mapping[str, Any]) -> None:
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, str]:
-    """The Markdown of each block: "study_setup", and "study_" with each key of ``TABLES``.
+    """Returns the Markdown of each block: "study_setup", "study_differences" and a block for each key of ``TABLES``.
 
     Args:
-        document: As ``load`` returns it.
+        document: Result file, as ``load`` returns it.
     """
     blocks = {"study_setup": _setup(document)}
     for name, table in TABLES.items():
         blocks[f"study_{name}"] = _table(document, table)
-    return blocks
+    return {**blocks, "study_differences": _differences(document)}
 
 
 def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "accuracy") -> dict[int, float]:
-    """A quantity by seed, for the seeds that have it: percent for shares, tokens for ``tokens``."""
+    """Returns a quantity by seed, for the seeds that have it: percent for shares, tokens for ``tokens``."""
     factor = 1 if quantity == "tokens" else 100
     return {
         result["seed"]: factor * result["evaluation"][column][quantity]
@@ -261,13 +262,13 @@ def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "
 
 
 def differences(document: Mapping[str, Any], row: str, other: str, column: str) -> list[float]:
-    """Accuracy of a row minus that of another, in points, for each seed that has both."""
+    """Returns the difference of accuracy of two rows in points, for each seed that has both."""
     ours, theirs = values(document, row, column), values(document, other, column)
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
 def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
-    """Mean ± standard deviation (of the sample) with one decimal; a single number stands alone."""
+    """Returns mean ± sample standard deviation with one decimal; a single number has no deviation."""
     if not numbers:
         return ""
     mean = f"{statistics.fmean(numbers):{'+' if signed else ''}.1f}"
@@ -279,7 +280,7 @@ _HEADER = (
 )  # fmt: skip
 
 
-def _table(document: Mapping[str, Any], table: Table) -> str:
+def _table(document: Mapping[str, Any], table: StudyTable) -> str:
     rows = [_cells(document, label, row) for label, row in table.rows]
     if not table.paper:
         return markdown_table(_HEADER, rows)
@@ -308,8 +309,58 @@ def _cells(document: Mapping[str, Any], label: str, row: str) -> list[str]:
     ]
 
 
+#: Differences that the text about the study refers to: first row, second row, column.
+DIFFERENCES: tuple[tuple[str, str, str], ...] = (
+    *((name, START, "cot") for name in LOSSES if name not in ("SPPO", "ORPO")),
+    *((f"{name} + SFT" if name != "DPO + BCO" else "MPO", name, "cot") for name in LOSSES),
+    ("BCO", "DPO", "cot"),
+    ("TR-DPO", "DPO", "cot"),
+    ("AOT", "DPO", "cot"),
+    ("RSO (hinge)", "DPO", "cot"),
+    *((f"MPO, {name}", "MPO", "cot") for name in SHARES),
+    *((name, START, TEXT) for name in (SFT, "MPO", "DPO")),
+    *((name, START, column) for name in ("text, SFT", "text, MPO", "text, DPO") for column in COLUMNS),
+    ("MPO, rate x 0.1", START, "direct"),
+    ("MPO, rate x 4", START, "direct"),
+    *(("MPO, rate x 10", START, column) for column in COLUMNS),
+    ("MPO, DropoutNTP 0.25", "MPO, DropoutNTP 0.5", "cot"),
+    ("MPO, DropoutNTP 0.75", "MPO, DropoutNTP 0.5", "cot"),
+    ("MPO, DropoutNTP 0.5", "MPO, correctness", "cot"),
+    ("MPO, correctness and DropoutNTP", "MPO, correctness", "cot"),
+    ("MPO, w_g = 2", "MPO", "cot"),
+    ("MPO, w_g = 5", "MPO", "cot"),
+)
+_NOISE = 2.5  # a mean of three seeds differs from zero at the 5 % level if it is this many standard deviations
+
+
+def _differences(document: Mapping[str, Any]) -> str:
+    """Returns the differences of ``DIFFERENCES`` with their range over the seeds."""
+    rows = []
+    for row, other, column in DIFFERENCES:
+        numbers = differences(document, row, other, column)
+        if not numbers:
+            continue
+        is_noise = len(numbers) < 2 or abs(statistics.fmean(numbers)) < _NOISE * statistics.stdev(numbers)
+        ends = [f"{number:+.1f}" for number in (min(numbers), max(numbers))]
+        name = {"cot": "CoT"}.get(column, column)
+        rows.append([row, other, name, spread(numbers, signed=True), *ends, "no" if is_noise else "yes"])
+    header = ["row", "compared with", "column", "difference", "smallest", "largest", "beyond noise"]
+    return markdown_table(header, rows)
+
+
+def _block(name: str, documents: Mapping[str, Mapping[str, Any]]) -> str:
+    return tables(documents["study"])[name]
+
+
+#: Name of a block to the function that makes its text from the result files.
+BLOCKS: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], str]] = {
+    name: functools.partial(_block, name)
+    for name in ("study_setup", "study_differences", *(f"study_{name}" for name in TABLES))
+}
+
+
 def _setup(document: Mapping[str, Any]) -> str:
-    """Where the numbers come from, and what has failed."""
+    """Returns the origin of the numbers, the number of pairs, and the failures."""
     environment, settings = document["environment"], document["settings"]
     count = settings["evaluation_tasks"]
     runs = sum(result["row"] != START and result["status"] == "measured" for result in document["results"])
@@ -345,6 +396,7 @@ def _plain(text: str) -> str:
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """All tables under their titles."""
+    """Returns all tables under their titles."""
     titles = {"study_setup": "The study", **{f"study_{name}": table.title for name, table in TABLES.items()}}
+    titles["study_differences"] = "Differences"
     return "\n".join(f"## {titles[name]}\n\n{block}" for name, block in tables(document).items())

@@ -1,4 +1,4 @@
-"""Tasks side by side in processes that end with the one that began them. Imports nothing that takes long."""
+"""Runs tasks side by side in processes that end when their parent ends. Its imports are fast."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Future = concurrent.futures.Future
 
 
 class Workers:
-    """Runs tasks in this process (one job) or in several. Left by an exception, it ends what is at work.
+    """Runs tasks in this process (one job) or in several. An exception in the block ends the running tasks.
 
     Args:
         jobs: Number of processes.
-        begin: Called once in each of them before its first task. Like the tasks, it must be importable.
-        args: Of ``begin``.
+        begin: Called once in each process before its first task. It must be importable, and so must the tasks.
+        args: Arguments of ``begin``.
     """
 
     def __init__(self, jobs: int, begin: Callable[..., object], *args: Any) -> None:
         self.jobs = jobs
         self._begin, self._args = begin, args
-        self._context = multiprocessing.get_context("spawn")  # forked threads of torch may lock up
+        self._context = multiprocessing.get_context("spawn")  # a fork may deadlock the threads of torch
         self._stop = self._context.Event()
         self._executor: concurrent.futures.ProcessPoolExecutor | None = None
 
@@ -45,7 +45,7 @@ class Workers:
             self._executor.shutdown(cancel_futures=True)
 
     def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Begins a task; with one job it is done when this returns. What it raises is in the future."""
+        """Begins a task, and returns a future with its result or its error. One job runs the task at once."""
         if self.jobs == 1:
             future: Future[Any] = Future()
             try:
@@ -55,7 +55,7 @@ class Workers:
             return future
         try:
             return self._processes().submit(task, *args)
-        except concurrent.futures.process.BrokenProcessPool:  # one was killed, for its memory perhaps
+        except concurrent.futures.process.BrokenProcessPool:  # a process was killed, perhaps for its memory
             self._executor = None
             return self._processes().submit(task, *args)
 
@@ -68,7 +68,7 @@ class Workers:
 
 
 def _begin(parent: int, stop: Any, begin: Callable[..., object], args: tuple[Any, ...]) -> None:
-    """In a worker: it ends when its parent is gone or asks for it, whatever it is at."""
+    """Begins a worker, which ends when its parent has ended or asks for it."""
 
     def watch() -> None:
         while os.getppid() == parent and not stop.wait(_WATCH_S):
@@ -81,7 +81,7 @@ def _begin(parent: int, stop: Any, begin: Callable[..., object], args: tuple[Any
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Within it SIGTERM raises KeyboardInterrupt, as Ctrl-C does; outside of the main thread it changes nothing."""
+    """Makes SIGTERM raise KeyboardInterrupt in the block. Changes nothing outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

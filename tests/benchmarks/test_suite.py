@@ -1,4 +1,4 @@
-"""The suite on tiny shapes: nobody is dropped, the time is kept, rates are those of their programs."""
+"""The suite on tiny shapes: every provider is listed, the time limit holds, and rates are those of their programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import check_model, linear, machine, schema, suite
+from benchmarks import check_model, linear, logits, losses, machine, schema, suite
 from benchmarks.measure import interleaved
 from mpo_ext.plan import roofline as cost
 from mpo_ext.plan.roofline import LossShape
@@ -35,10 +35,10 @@ def test_every_provider_becomes_a_point_with_time_or_reason(monkeypatch: pytest.
     def broken() -> Any:
         raise ImportError("no such peer")
 
-    monkeypatch.setitem(suite.LOGITS_PROVIDERS, "quack cross entropy", broken)
+    monkeypatch.setitem(logits.LOSSES, "quack cross entropy", broken)
     providers = ("mpo_ext", "mpo_ext, reuse_logits", "eager", "quack cross entropy", "mpo_ext, cuda")
     results = suite.Results()
-    suite.run_logits(suite.Group("base", TINY, providers, runs=2), results, math.inf)
+    suite.run_group(logits.BENCHMARK, suite.Group("base", TINY, providers, runs=2), results, math.inf)
     found = {point["provider"]: point for point in results.points}
     assert tuple(found) == providers
     assert (
@@ -57,37 +57,40 @@ def test_every_provider_becomes_a_point_with_time_or_reason(monkeypatch: pytest.
 def test_hidden_states_have_the_products_as_floor() -> None:
     loss = LossShape(tokens=8, vocab=512, hidden=16, dtype="float32", share=0.5)
     results = suite.Results()
-    suite.run_linear(suite.Group("base", loss, ("mpo_ext", linear.FROZEN, "quack"), runs=2), results, math.inf)
+    suite.run_group(
+        linear.BENCHMARK, suite.Group("base", loss, ("mpo_ext", linear.FROZEN, "quack"), runs=2), results, math.inf
+    )
     ours, frozen, absent = results.points
     assert 0 < frozen["floor_s"] < ours["floor_s"]
-    assert ours["product"] == "float32"
+    assert ours["matmul_dtype"] == "float32"
     assert absent["status"] == "not run"
 
 
 def test_every_case_from_hidden_states_has_run_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
+    loss = LossShape(tokens=8, vocab=512, hidden=16, dtype="float32")
 
-    def ours(batch: linear.Batch, frozen: bool = False, **options: Any) -> None:
-        calls.append((frozen, options))
+    def ours(batch: linear.HiddenBatch, frozen: bool = False, **options: Any) -> None:
+        if (frozen, options) not in calls:
+            calls.append((frozen, options))
 
     monkeypatch.setattr(linear, "ours", ours)
     names = [*linear.OURS, *linear.SMALL]
-    cases, missing = linear.providers(names)
+    cases, missing = losses.usable(linear.BENCHMARK, names, loss)
     assert tuple(cases) == tuple(names)
     assert not missing
     assert calls == [(False, {}), (False, {"recompute": False}), (True, {}), (False, {"memory_budget": 1 << 19})]
 
 
 def test_a_provider_that_is_too_slow_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "_RUN_SECONDS", 0.0)
-    cases, missing = suite._logits_cases(suite.Group("base", TINY, ("eager",)))
+    cases, missing = losses.usable(logits.BENCHMARK, ("eager",), TINY, most_seconds=0.0)
     assert not cases
     assert missing["eager"].startswith("would take too long: ")
 
 
 def test_groups_beyond_the_time_are_points_with_that_reason() -> None:
     groups = [suite.Group("base", TINY, ("mpo_ext",), runs=2), suite.Group("vocab", TINY, ("mpo_ext", "eager"))]
-    results = suite.run_groups(groups, suite.run_logits, 0.0, lambda text: None)
+    results = suite.run_groups(logits.BENCHMARK, groups, 0.0, lambda text: None)
     assert [point["status"] for point in results.points] == ["measured", "not run", "not run"]
     assert results.points[1]["reason"] == "the 0 s of this benchmark were over"
 
@@ -127,13 +130,15 @@ def test_a_peer_that_is_absent_is_named_and_no_process_measures_its_memory(
         raise ImportError("no such peer")
 
     monkeypatch.setitem(linear.RIVALS, "quack", absent)
-    monkeypatch.setattr(linear, "peak_bytes", lambda target, name, *rest: {"eager": 5 << 20}[name])
-    sizes = argparse.Namespace(tokens=1, depth=1, vocab=1, device="cpu")
-    found = linear.measure_memory("float32", 1.0, ["quack", "eager"], sizes)
-    assert found == {"quack": "ImportError: no such peer", "eager": (5 << 20) - 4 * 2 - 4}
+    monkeypatch.setattr(losses, "peak_bytes", lambda target, benchmark, name, *rest: {"eager": 5 << 20}[name])
+    loss = LossShape(tokens=1, vocab=1, hidden=1, dtype="float32")
+    measured = losses.memory_of_cases(
+        linear.BENCHMARK, loss, argparse.Namespace(cases=["quack", "eager"], device="cpu")
+    )
+    assert measured == {"quack": "ImportError: no such peer", "eager": (5 << 20) - 4 * 2 - 4}
     printed, errors = capfd.readouterr()
-    assert [line.split(maxsplit=1) for line in printed.splitlines()[2:]] == [
-        ["eager", "5.0"],
+    assert [line.split(maxsplit=1) for line in printed.splitlines()[3:]] == [
+        ["eager", "5.0                          5.0"],
         ["quack", "not run: ImportError: no such peer"],
     ]
     assert not errors
@@ -142,7 +147,7 @@ def test_a_peer_that_is_absent_is_named_and_no_process_measures_its_memory(
 def test_free_memory_is_touched_after_slow_cases_only(monkeypatch: pytest.MonkeyPatch) -> None:
     touched: list[str] = []
     done: list[str] = []
-    monkeypatch.setattr("benchmarks.measure._KEPT_SECONDS", 0.05)
+    monkeypatch.setattr("benchmarks.measure._SLOW_SECONDS", 0.05)
     monkeypatch.setattr("benchmarks.measure._touch_free_memory", lambda: touched.append(done[-1]))
     cases = {
         "slow": (lambda: None, lambda: (time.sleep(0.1), done.append("slow"))),
@@ -196,15 +201,15 @@ def test_predictions_stand_beside_what_was_measured() -> None:
 
 
 def test_a_training_step_is_described_by_its_own_model() -> None:
-    from benchmarks import train_step
+    from benchmarks import step_inputs
 
-    sizes = suite._TINY
+    sizes = suite.TINY
     model, step = check_model.step_inputs(sizes, precomputed=True)
     assert (model.vocab, model.width, model.layers) == (sizes.vocab, sizes.hidden, sizes.layers)
     assert (step.image_tokens, step.response, step.precomputed) == (16, 16, True)
     attention, mlp = 4 * sizes.hidden**2, 3 * 3 * sizes.hidden**2
     assert model.decoder == attention + mlp
-    assert isinstance(sizes, train_step.Sizes)
+    assert isinstance(sizes, step_inputs.Sizes)
 
 
 def test_schema_takes_what_the_suite_writes() -> None:

@@ -1,4 +1,4 @@
-"""What of benchmarks/gpu_check.py runs without a GPU: its arithmetic, its steps, its report, its programs on a CPU."""
+"""The parts of benchmarks/gpu_check.py that run without a GPU: arithmetic, steps, measurements on a CPU, report."""
 
 import sys
 from pathlib import Path
@@ -10,37 +10,43 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu_check  # noqa: E402
-from benchmarks.gpu_check import Case, Clock, Step, Timing  # noqa: E402
+from benchmarks.gpu_check import StepResult  # noqa: E402
+from benchmarks.measure import Timing  # noqa: E402
+from mpo_ext.plan.roofline import LossShape  # noqa: E402
 
 
 def test_the_bytes_needed_are_those_of_the_floor() -> None:
-    case = Case(tokens=4096, vocab=151_936)
-    assert case.bytes_needed("forward") == 8192 * 151_936 * 2
-    assert case.bytes_needed("both") == 3 * case.bytes_needed("forward")
-    sparse = Case(tokens=4096, vocab=151_936, share=0.1)
-    assert sparse.bytes_needed("forward") == 820 * 151_936 * 2
-    assert sparse.bytes_needed("backward") == (820 + 8192) * 151_936 * 2
+    dense = LossShape(tokens=4096, vocab=151_936)
+    assert gpu_check.bytes_needed(dense, "forward") == 8192 * 151_936 * 2
+    assert gpu_check.bytes_needed(dense, "both") == 3 * gpu_check.bytes_needed(dense, "forward")
+    sparse = LossShape(tokens=4096, vocab=151_936, share=0.1)
+    assert gpu_check.bytes_needed(sparse, "forward") == 820 * 151_936 * 2
+    assert gpu_check.bytes_needed(sparse, "backward") == (820 + 8192) * 151_936 * 2
 
 
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_prints_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     assert gpu_check.main([]) == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().out
 
 
-def test_the_small_program_agrees_with_plain_torch_on_the_cpu() -> None:
-    assert gpu_check.small_program("cpu", "cpu") == []
-
-
-def test_every_rival_is_measured_on_the_cpu() -> None:
-    case = Case(tokens=3, vocab=50, dtype="float32", share=0.5)
-    timings = gpu_check.measure(case, Clock("cpu"), ["cpu"], runs=2)
+def test_every_provider_is_measured_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    loss = LossShape(tokens=3, vocab=50, dtype="float32", share=0.5)
+    names = ("mpo_ext", "mpo_ext, reuse_logits", "eager", "torch.compile", "mpo_ext, cuda")
+    timings, peaks = gpu_check.measure(loss, "cpu", names, runs=2)
     assert set(timings) == {"forward", "backward", "both"}
-    for rows in timings.values():
-        assert {"mpo_ext, cpu", "eager", "torch.compile"} <= set(rows)
-        assert all(len(timing.ms) == 2 for timing in rows.values())
-    assert gpu_check.copy_bandwidth(Clock("cpu"), 1 << 20) > 0
+    expected = set(names) if torch.cuda.is_available() else set(names[:-1])
+    for by_name in timings.values():
+        assert set(by_name) >= expected - {"mpo_ext, cuda"}
+        assert all(len(timing.seconds) == 2 for timing in by_name.values())
+    assert set(peaks.values()) == {0}
+    assert "mpo_ext, cuda cannot run [2, 3, 50] float32, 50% labelled: RuntimeError" in capsys.readouterr().out
+    assert gpu_check.copy_bandwidth("cpu", 1 << 20) > 0
+
+
+def test_providers_are_those_of_the_benchmark_from_logits() -> None:
+    assert set(gpu_check.PROVIDERS) <= set(gpu_check.logits.LOSSES)
 
 
 def test_a_step_that_fails_is_reported_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,13 +70,23 @@ def test_the_commands_name_every_sanitizer_and_backend() -> None:
         gpu_check.commands("measure", ROOT)
 
 
-def test_the_report_holds_steps_figures_and_failures() -> None:
-    case = Case()
-    timing = Timing([1.0, 2.0, 3.0], 5 << 20)
-    table = gpu_check.render_table(case, {"both": {"mpo_ext, cuda": timing}}, 3000.0)
-    assert "| both | mpo_ext, cuda | 2.000 (1.000 .. 3.000) | 3734 | 124% | 5.0 |" in table
-    steps = [Step("build", True, 61.0), Step("tests", False, 9.0, ["tests: exit status 1, see tests.log"])]
-    report = gpu_check.render_report({"gpu": "none"}, steps, 3000.0, [table], gpu_check.PEERS)
-    assert "| tests | FAILED | 9 |" in report
+def test_the_files_of_the_commands_exist() -> None:
+    for step in ("tests", "hardware", "sanitizer"):
+        for command in gpu_check.commands(step, ROOT).values():
+            paths = [Path(word) for word in command if word.startswith(str(ROOT / "tests"))]
+            assert paths
+            assert all(path.exists() for path in paths)
+
+
+def test_the_report_holds_steps_results_and_failures() -> None:
+    timing = Timing([0.001, 0.002, 0.003])
+    loss = LossShape(tokens=4096, vocab=151_936)
+    table = gpu_check.render_table(loss, {"both": {"mpo_ext, cuda": timing}}, {"mpo_ext, cuda": 5 << 20}, 3e12)
+    (row,) = [line for line in table.splitlines() if line.startswith("| both, mpo_ext, cuda")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:] == ["2.000 (1.000 .. 3.000)", "3734", "124%", "5.0"]
+    steps = [StepResult("build", True, 61.0), StepResult("tests", False, 9.0, ["tests: exit status 1, see tests.log"])]
+    report = gpu_check.render_report({"gpu": "none"}, steps, 3e12, [table])
+    assert any(line.split() == ["|", "tests", "|", "FAILED", "|", "9", "|"] for line in report.splitlines())
     assert "- tests: tests: exit status 1, see tests.log" in report
-    assert table in report
+    assert table.strip() in report

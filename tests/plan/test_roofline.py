@@ -271,9 +271,9 @@ def test_bad_input(call: object, message: str) -> None:
 
 
 def test_methods_have_the_names_of_the_benchmarks() -> None:
-    from benchmarks import linear, suite, train_step
+    from benchmarks import linear, logits, train_step
 
-    assert set(LOGITS) <= set(suite.LOGITS_PROVIDERS)
+    assert set(LOGITS) <= set(logits.LOSSES)
     modelled_only = {
         "mpo_ext, from logits",
         "mpo_ext, from logits, reuse_logits",

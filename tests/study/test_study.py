@@ -1,4 +1,4 @@
-"""The study: its rows, its pairs, its results and its tables, and all of it once, too short to learn anything."""
+"""The study: its rows, pairs, results and tables, and one complete run that is too short to learn anything."""
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import copy
@@ -14,13 +14,14 @@ import pytest
 for package in ("torch", "transformers", "sklearn", "matplotlib", "rich", "PIL", "accelerate", "yaml"):
     pytest.importorskip(package)
 
-from benchmarks.study import runs as study_run
+from benchmarks.study import __main__ as command
+from benchmarks.study import results as study_results
+from benchmarks.study import rows, runs, start
 from benchmarks.study import tables as study
-from mpo_ext.cli import demo as run
+from benchmarks.study.settings import StudySettings
 from mpo_ext.data import Pair, open_pairs
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import build_processor
-from mpo_ext.demo.settings import StudySettings
 from mpo_ext.train.recipe import LossRecipe
 
 # What the paper compares: its tables of losses, of keep ratios, of data, of rates and weights, and of text.
@@ -50,7 +51,7 @@ def make_document(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
         "quick": False,
         "environment": {
             "cpu": "a CPU", "cores": 2, "threads": 1, "os": "Linux", "python": "3.11", "versions": {"torch": "2.13.0"},
-            "commit": "abc1234", "modified": False, "command": "mpo-ext demo --study",
+            "commit": "abc1234", "modified": False, "command": "python -m benchmarks.study",
             "started": "2026-11-28T00:00:00+00:00", "ended": "2026-11-28T01:00:00+00:00",
             "load_before": [0.0] * 3, "load_after": [0.0] * 3,
         },
@@ -96,24 +97,24 @@ def test_every_row_is_shown_and_every_shown_row_is_run() -> None:
 def test_no_two_rows_are_the_same_run() -> None:
     seen = [json.dumps(dataclasses.asdict(row), sort_keys=True) for row in study.ROWS.values()]
     assert len(set(seen)) == len(seen)
-    assert len({study_run.slug(name) for name in study.ROWS}) == len(study.ROWS)
+    assert len({study_results.slug(name) for name in study.ROWS}) == len(study.ROWS)
 
 
 @pytest.mark.parametrize("row", study.ROWS)
 def test_a_rows_recipe_says_what_the_row_says(row: str, tmp_path: Path) -> None:
     settings, run_of = StudySettings(seed=3, branch_steps=100, branch_batch=32), study.ROWS[row]
-    recipe = study_run.row_recipe(run_of, settings, tmp_path, tmp_path / "run")
+    recipe = rows.row_recipe(run_of, settings, tmp_path, tmp_path / "run")
     plain = LossRecipe()
     for name in ("dpo_weight", "bco_weight", "ntp_weight", "preference", "label_smoothing"):
         assert getattr(recipe.loss, name) == run_of.loss.get(name, getattr(plain, name))
     assert recipe.loss.beta == 0.1
     assert recipe.optim.learning_rate == pytest.approx(settings.branch_rate * run_of.rate)
     assert (recipe.optim.max_steps, recipe.optim.batch_size, recipe.optim.seed) == (100, 32, 3)
-    assert recipe.data.train[0].path == str(tmp_path / f"pairs-{study_run.slug(run_of.pairs)}.jsonl")
+    assert recipe.data.train[0].path == str(tmp_path / f"pairs-{study_results.slug(run_of.pairs)}.jsonl")
     if row.startswith("TR-DPO"):
         assert (recipe.reference.kind, recipe.reference.sync_every, recipe.reference.sync_mix) == ("copy", 25, 0.6)
     else:
-        assert recipe.reference.file == str(tmp_path / f"reference-{study_run.slug(run_of.pairs)}.jsonl")
+        assert recipe.reference.file == str(tmp_path / f"reference-{study_results.slug(run_of.pairs)}.jsonl")
     delta = {"MPO, delta 0": "fixed", "MPO, delta ema": "ema"}.get(row, "cumulative")
     assert recipe.reward_shift.mode == delta
 
@@ -160,7 +161,7 @@ def kinds_of(pairs: list[Pair]) -> dict[str, int]:
 
 def test_files_of_pairs_hold_what_their_names_say() -> None:
     settings = StudySettings(pairs=40, kind_pairs=100, mixed_shares=(0.25, 0.5, 0.25))
-    files = study_run.choose(make_pool(), settings, np.random.default_rng(0))
+    files = start.choose(make_pool(), settings, np.random.default_rng(0))
     assert tuple(sorted(files)) == tuple(sorted(study.PAIR_FILES))
     assert kinds_of(files["mixed"]) == {"direct": 10, "cot": 20, "DropoutNTP 0.5": 10}
     assert kinds_of(files["correctness"]) == {"cot": 30}  # as many as the smallest kind has
@@ -171,7 +172,7 @@ def test_files_of_pairs_hold_what_their_names_say() -> None:
 
 def test_shares_of_the_pairs_are_nested() -> None:
     settings = StudySettings(pairs=40)
-    files = study_run.choose(make_pool(), settings, np.random.default_rng(1))
+    files = start.choose(make_pool(), settings, np.random.default_rng(1))
     parts = [files[name] for name in (*study.SHARES, "mixed")]
     assert [len(part) for part in parts] == [4, 16, 28, 40]
     for smaller, larger in itertools.pairwise(parts):
@@ -181,7 +182,7 @@ def test_shares_of_the_pairs_are_nested() -> None:
 
 def test_pairs_that_are_lacking_are_named() -> None:
     with pytest.raises(RuntimeError, match=r"pairs 'text' must be at least one, got none of 50 direct, .* 0 text"):
-        study_run.choose(make_pool(text=0), StudySettings(pairs=40), np.random.default_rng(0))
+        start.choose(make_pool(text=0), StudySettings(pairs=40), np.random.default_rng(0))
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -233,7 +234,7 @@ def test_a_failed_run_is_listed() -> None:
 def test_there_is_a_block_for_each_table() -> None:
     document = make_document()
     blocks = study.tables(document)
-    assert set(blocks) == {"study_setup", *(f"study_{name}" for name in study.TABLES)}
+    assert set(blocks) == {"study_setup", "study_differences", *(f"study_{name}" for name in study.TABLES)}
     for name, table in study.TABLES.items():
         assert blocks[f"study_{name}"].count("\n") == len(table.rows) + 2
         assert f"## {table.title}\n" in study.markdown(document)
@@ -290,24 +291,30 @@ def scripted(monkeypatch: pytest.MonkeyPatch):
     failing: set[str] = set()
 
     def task(folder: Path, settings: StudySettings, row: str) -> dict[str, Any]:
-        found = study_run._read(folder.parent, settings, row)
+        found = study_results.read(folder.parent, settings, row)
         if found is not None and row == study.START:
             return found
         asked.append((settings.seed, row))
         if row in failing:
             raise FloatingPointError(f"loss of {row} is not finite\nmore of it")
         result = make_result(settings.seed, row, 0.5, cpu_seconds=2.0)
-        return study_run._save(folder.parent, settings, row, {**result, "pairs": {"mixed": 3}})
+        return study_results.save(folder.parent, settings, row, {**result, "pairs": {"mixed": 3}})
 
-    monkeypatch.setattr(study_run, "prepare", task)
-    monkeypatch.setattr(study_run, "run_row", task)
-    monkeypatch.setattr(study_run, "save_plot", lambda path, document: path.write_text("drawn"))
+    monkeypatch.setattr(start, "prepare", task)
+    monkeypatch.setattr(rows, "run_row", task)
+    monkeypatch.setattr(study_results, "save_plot", lambda path, document: path.write_text("drawn"))
     return asked, failing
 
 
 def run_study(out: Path, seeds: range = range(2), **more: Any) -> int:
-    arguments = {"quick": True, "threads": 1, "backend": "reference", "jobs": 1, "command": "mpo-ext demo --study"}
-    return study_run.run(out=out, seeds=seeds, **{**arguments, **more})
+    arguments = {
+        "quick": True,
+        "threads": 1,
+        "backend": "reference",
+        "jobs": 1,
+        "command": "python -m benchmarks.study",
+    }
+    return runs.run(out=out, seeds=seeds, **{**arguments, **more})
 
 
 def test_a_study_that_was_ended_goes_on(scripted, tmp_path: Path) -> None:
@@ -378,18 +385,18 @@ def test_rows_without_a_start_are_listed(scripted, tmp_path: Path) -> None:
 
 def test_an_interrupt_leaves_what_is_whole(scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, _ = scripted
-    working = study_run.run_row
+    working = rows.run_row
 
     def interrupted(folder: Path, settings: StudySettings, row: str) -> dict[str, Any]:
         if row == "BCO":
             raise KeyboardInterrupt
         return working(folder, settings, row)
 
-    monkeypatch.setattr(study_run, "run_row", interrupted)
+    monkeypatch.setattr(rows, "run_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_study(tmp_path, range(1))
     done = len(asked)
-    monkeypatch.setattr(study_run, "run_row", working)
+    monkeypatch.setattr(rows, "run_row", working)
     assert run_study(tmp_path, range(1)) == 0
     assert len(asked) == len(study.ROWS) + 1
     assert done == 1 + list(study.ROWS).index("BCO")
@@ -418,13 +425,13 @@ def test_the_quick_study_runs_every_row(tmp_path: Path, monkeypatch: pytest.Monk
     assert set(pairs) == set(study.PAIR_FILES)
     seed = tmp_path / "seed-0"
     for name, count in pairs.items():
-        found = [pair for _, pair in open_pairs(seed / f"pairs-{study_run.slug(name)}.jsonl").scan()]
+        found = [pair for _, pair in open_pairs(seed / f"pairs-{study_results.slug(name)}.jsonl").scan()]
         assert len(found) == count
         assert all(len(pair.images) == (name != "text") for pair in found)
-        lines = (seed / f"reference-{study_run.slug(name)}.jsonl").read_text().splitlines()
+        lines = (seed / f"reference-{study_results.slug(name)}.jsonl").read_text().splitlines()
         assert len(lines) == count + 1
     for name, keep in study.KEEPS.items():
-        found = [pair for _, pair in open_pairs(seed / f"pairs-{study_run.slug(name)}.jsonl").scan()]
+        found = [pair for _, pair in open_pairs(seed / f"pairs-{study_results.slug(name)}.jsonl").scan()]
         assert {pair.provenance["keep"] for pair in found} == {keep}
     # All rows of the mixed pairs begin at the same model: policy and reference are one.
     log = {name: one["log"] for name, one in results.items() if "log" in one}
@@ -437,23 +444,38 @@ def test_the_quick_study_runs_every_row(tmp_path: Path, monkeypatch: pytest.Monk
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def test_jobs_belong_to_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    run.add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args(["demo", "--jobs", "2", "--out", str(tmp_path)])
-    assert args.run(args) == 1
-    assert "--jobs must be left out without --study, got 2" in capsys.readouterr().err
-
-
 def test_the_command_of_a_study_is_in_its_file(scripted, tmp_path: Path) -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    run.add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args(["demo", "--study", "--quick", "--seeds", "2", "--threads", "1", "--out", str(tmp_path)])
-    assert args.run(args) == 0
+    assert command.main(["--quick", "--seeds", "2", "--threads", "1", "--out", str(tmp_path)]) == 0
     document = study.load(tmp_path / "study.json")
-    assert document["environment"]["command"] == "mpo-ext demo --study --seeds 2 --threads 1 --quick"
+    assert document["environment"]["command"] == "python -m benchmarks.study --seeds 2 --threads 1 --quick"
     assert document["seeds"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["--seed", "3", "--jobs", "2", "--backend", "cpu"], "--seed 3 --jobs 2 --backend cpu"),
+        (["--seeds", "1", "--jobs", "1", "--quick"], "--quick"),
+    ],
+)
+def test_options_with_their_default_are_left_out_of_the_command(arguments: list[str], options: str) -> None:
+    args = command.parser().parse_args(arguments)
+    assert command.command_of(args) == f"python -m benchmarks.study {options}"
+
+
+def test_an_interrupt_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupt(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "run", interrupt)
+    assert command.main(["--out", str(tmp_path)]) == 130
+    assert "the same command resumes the study" in capsys.readouterr().err
+
+
+def test_bad_options_are_rejected(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--jobs", "0"])
+    assert "must be an integer of at least 1, got '0'" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert command.main(["--out", str(tmp_path / "file" / "study")]) == 1
+    assert "--out must be a folder that can be written" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_an_interrupt_ends_what_is_at_work() -> None:
 
 _PARENT = """
 import os, time
-from mpo_ext.demo.workers import Workers
+from benchmarks.study.workers import Workers
 if __name__ == "__main__":
     with Workers(2, os.nice, 0) as workers:
         print(workers.submit(os.getpid).result(), flush=True)

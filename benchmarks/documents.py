@@ -1,0 +1,123 @@
+"""Writes the tables of README.md and docs/: the text between two markers is generated from the files in results/.
+
+A block begins with ``<!-- results: NAME -->`` and ends with ``<!-- end of results -->``, each on its own line.
+tests/benchmarks/test_documents.py fails if a block differs from the text that its files give. The blocks whose name
+begins with "predicted" come from mpo_ext.plan.roofline alone.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine_code, measure, predictions, schema, tables
+from benchmarks.study import tables as study
+from benchmarks.tables import Documents
+
+_BLOCK = re.compile(r"^<!-- results: (\S+) -->\n(.*?)^<!-- end of results -->$", re.MULTILINE | re.DOTALL)
+_MARKER = re.compile(r"^\s*<!-- (?:results:|end of results)", re.MULTILINE)
+
+#: Name of a block to the result files that it needs and the function that makes its text.
+BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
+    "readme_logits": (("logits",), tables.readme_logits),
+    "readme_step": (("train_step",), tables.readme_step),
+    "logits": (("logits",), tables.logits),
+    "logits_sweeps": (("logits",), tables.logits_sweeps),
+    "linear": (("linear",), tables.linear),
+    "linear_sweeps": (("linear",), tables.linear_sweeps),
+    "train_step": (("train_step",), tables.steps),
+    "sampling": (("sampling",), tables.sampling),
+    "rates": (("cost_model",), tables.rates),
+    "cost_model": (("cost_model",), tables.cost_model),
+    "instructions": (("machine_code",), tables.instruction_counts),
+    "registers": (("machine_code",), tables.registers),
+    "predicted_paths": ((), predictions.paths),
+    "predicted_steps": ((), predictions.steps),
+    "predicted_losses": ((), predictions.losses),
+    "predicted_floors": ((), predictions.floors),
+    "predicted_issue": (("machine_code",), predictions.issue),
+    "data_sheets": ((), predictions.data_sheets),
+    **{name: (("study",), make) for name, make in study.BLOCKS.items()},
+}
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Reads and checks the result files of a folder. Returns them by name."""
+    loaders = {**dict.fromkeys(schema.BENCHMARKS, schema.load), "machine_code": machine_code.load, "study": study.load}
+    paths = {name: folder / f"{name}.json" for name in loaders}
+    return {name: loaders[name](path) for name, path in paths.items() if path.exists()}
+
+
+def pages(root: Path) -> list[Path]:
+    """Returns README.md and all pages of docs/."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Yields name and content of each block.
+
+    Raises:
+        ValueError: If markers do not come in pairs.
+    """
+    matches = list(_BLOCK.finditer(text))
+    if len(_MARKER.findall(text)) != 2 * len(matches):
+        raise ValueError(f"markers must come in pairs, got {len(_MARKER.findall(text))} for {len(matches)} blocks")
+    yield from ((match[1], match[2]) for match in matches)
+
+
+def render(name: str, documents: Documents) -> str:
+    """Returns the content of a block, which ends with a newline.
+
+    Raises:
+        ValueError: If the name is unknown, or a result file is missing.
+    """
+    if name not in BLOCKS:
+        raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {name!r}")
+    files, make = BLOCKS[name]
+    for file in files:
+        if file not in documents:
+            raise ValueError(f"block {name!r} must have results/{file}.json, got {', '.join(documents) or 'no file'}")
+    return f"\n{make(documents).strip()}\n\n"
+
+
+def rewrite(text: str, documents: Documents, failed: list[str] | None = None) -> str:
+    """Returns the text with the content of all blocks made again.
+
+    Args:
+        text: Text of a page.
+        documents: Result files by name.
+        failed: Receives the reason of each block that cannot be made, which then stays as it is.
+
+    Raises:
+        ValueError: If markers do not come in pairs, or if ``failed`` is None and a block cannot be made.
+    """
+    list(blocks(text))
+
+    def make_block(match: re.Match[str]) -> str:
+        try:
+            content = render(match[1], documents)
+        except ValueError as error:
+            if failed is None:
+                raise
+            failed.append(str(error))
+            content = match[2]
+        return f"<!-- results: {match[1]} -->\n{content}<!-- end of results -->"
+
+    return _BLOCK.sub(make_block, text)
+
+
+def write_pages(documents: Documents, root: Path = Path()) -> int:
+    """Makes the blocks of all pages again. Returns 1 if a block could not be made and stayed as it was, else 0."""
+    failed: list[str] = []
+    for path in pages(root):
+        text = path.read_text(encoding="utf-8")
+        new = rewrite(text, documents, failed)
+        if new != text:
+            measure.write_text(path, new)
+            print(path)
+    for reason in failed:
+        print(f"left as it was: {reason}", file=sys.stderr)
+    return 1 if failed else 0

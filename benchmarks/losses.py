@@ -1,0 +1,267 @@
+"""Measures a loss from logits or from hidden states: the engine of ``benchmarks.logits`` and ``benchmarks.linear``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.measure import (
+    Run,
+    Timing,
+    environment,
+    gpu_peak_bytes,
+    interleaved,
+    nothing,
+    peak_bytes,
+    write_json,
+)
+from mpo_ext.plan.roofline import LossShape
+
+#: Runs forward and backward on a batch and returns the gradients.
+Provider = Callable[[Any], Any]
+
+DTYPES = ("float32", "bfloat16")
+_TRIAL = 16  # a trial has this fraction of the rows and of the vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class LossBenchmark:
+    """Providers of one kind of loss, and the batch and the floor that they share.
+
+    Attributes:
+        name: "logits" or "linear".
+        providers: Name to a function that returns the provider. It may raise anything if a peer is absent or broken.
+        make_batch: Returns the batch of a shape on a device.
+        floor_runs: Returns the programs that any method needs at least, by name. They may overwrite the batch.
+        floor_seconds: Returns the floor of a provider from the median seconds of these programs.
+        floor: Description of the floor.
+        overwriting: Providers that overwrite the logits of their batch.
+        frozen: Providers that compute no gradient of the head.
+    """
+
+    name: str
+    providers: Mapping[str, Callable[[], Provider]]
+    make_batch: Callable[[LossShape, str], Any]
+    floor_runs: Callable[[Any], dict[str, Callable[[], Any]]]
+    floor_seconds: Callable[[str, Mapping[str, float]], float]
+    floor: str
+    overwriting: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
+
+    def gradient_bytes(self, name: str, loss: LossShape) -> int:
+        """Returns the bytes of the gradients that a provider returns."""
+        if name in self.overwriting:
+            return 0
+        if loss.hidden is None:
+            return loss.size * loss.rows * loss.vocab
+        return loss.size * loss.hidden * (loss.rows + loss.vocab * (name not in self.frozen))
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns the type and the first line of an error."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+
+
+def usable(
+    benchmark: LossBenchmark,
+    names: Iterable[str],
+    loss: LossShape,
+    *,
+    device: str = "cpu",
+    most_seconds: float = math.inf,
+) -> tuple[dict[str, Provider], dict[str, str]]:
+    """Finds the providers that can run on a shape, by a trial on a smaller shape.
+
+    Args:
+        benchmark: Kind of the loss.
+        names: Providers to try.
+        loss: Shape of the measurement.
+        device: "cpu" or "cuda".
+        most_seconds: Peers whose run would take longer than this, judging by the trial, are left out.
+
+    Returns:
+        The providers, each of which has run, and the reasons why the others cannot run.
+    """
+    trial = dataclasses.replace(
+        loss, tokens=max(loss.tokens // _TRIAL, 8), vocab=max(loss.vocab // _TRIAL, 512), share=1.0
+    )
+    larger = loss.rows * loss.vocab / (trial.rows * trial.vocab)
+    torch._dynamo.reset()  # torch.compile gives up after eight shapes of one function
+    batch = benchmark.make_batch(trial, device)
+    cases: dict[str, Provider] = {}
+    missing: dict[str, str] = {}
+    for name in names:
+        try:
+            run = benchmark.providers[name]()
+            if "compile" in name:  # compiled once, for the shape that is measured
+                run(benchmark.make_batch(loss, device))
+                cases[name] = run
+                continue
+            run(batch)  # the first call includes setup
+            elapsed = min(_elapsed(run, batch) for _ in range(2))
+        except Exception as error:  # a peer that is absent or broken is listed, whatever it raises
+            missing[name] = reason_of(error)
+            continue
+        # The fixed part of our own time dominates a trial.
+        if elapsed * larger > most_seconds and not name.startswith("mpo_ext"):
+            missing[name] = (
+                f"would take too long: {elapsed:.2f} s in a trial of T = {trial.tokens}, V = {trial.vocab:,}, and a "
+                f"run has {larger:.0f} times its work"
+            )
+        else:
+            cases[name] = run
+    return cases, missing
+
+
+def _elapsed(run: Provider, batch: Any) -> float:
+    begin = time.perf_counter()
+    run(batch)
+    return time.perf_counter() - begin
+
+
+def runs_of(
+    benchmark: LossBenchmark, cases: Mapping[str, Provider], loss: LossShape, *, device: str = "cpu"
+) -> dict[str, Run]:
+    """Returns the runs of the providers and of the floor's programs, for ``interleaved``."""
+    batch = benchmark.make_batch(loss, device)
+    work = batch if loss.hidden is not None else benchmark.make_batch(loss, device)
+    runs: dict[str, Run] = {}
+    for name, run in cases.items():
+        if name in benchmark.overwriting:
+            runs[name] = functools.partial(work.logits.copy_, batch.logits), functools.partial(run, work)
+        else:
+            runs[name] = nothing, functools.partial(run, batch)
+    return runs | {name: (nothing, run) for name, run in benchmark.floor_runs(work).items()}
+
+
+def floors_of(benchmark: LossBenchmark, names: Iterable[str], timings: Mapping[str, Timing]) -> dict[str, float]:
+    """Returns the floor of each provider in seconds, from the timings of ``runs_of``."""
+    medians = {name: timing.median_s for name, timing in timings.items()}
+    return {name: benchmark.floor_seconds(name, medians) for name in names}
+
+
+def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape, device: str = "cpu") -> int:
+    """Returns the peak memory beyond the inputs, gradients included.
+
+    Raises:
+        OSError, RuntimeError: If the memory cannot be measured.
+    """
+    if device == "cpu":
+        return peak_bytes(memory_target, benchmark, name, loss, torch.get_num_threads())
+    batch = benchmark.make_batch(loss, device)
+    run(batch)  # compiles, and lets torch allocate its workspaces
+    return gpu_peak_bytes(functools.partial(run, batch))
+
+
+def memory_target(
+    begin: Callable[[], None], benchmark: LossBenchmark, name: str, loss: LossShape, threads: int
+) -> None:
+    """Runs a provider in a fresh process; the measurement begins after a first call, which includes setup."""
+    torch.set_num_threads(threads)
+    run = benchmark.providers[name]()
+    small = {"tokens": 4, "share": 1.0} if loss.hidden is None else {"tokens": 4, "hidden": 16, "vocab": 64}
+    # A compiled provider must see the real shape to be compiled for it.
+    run(benchmark.make_batch(loss if "compile" in name else dataclasses.replace(loss, **small), "cpu"))
+    batch = benchmark.make_batch(loss, "cpu")
+    begin()
+    run(batch)
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+def parser(description: str, benchmark: LossBenchmark, *, cases: Iterable[str], runs: int, shares: list[float]) -> Any:
+    """Returns the parser of ``python -m benchmarks.logits`` or ``.linear``."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--tokens", type=int, default=512, help="T, length of each of the two responses")
+    if benchmark.name == "linear":
+        made.add_argument("--hidden-size", "--depth", type=int, default=896, help="D, size of a hidden state")
+    made.add_argument("--vocab", type=int, default=151936, help="V, size of the vocabulary")
+    made.add_argument("--runs", type=int, default=runs, help="counted runs of each case")
+    made.add_argument("--threads", type=int, default=2, help="CPU threads")
+    made.add_argument("--device", default="cpu", help="cpu or cuda")
+    made.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    made.add_argument("--shares", nargs="+", type=float, default=shares, help="shares of the rows that have a label")
+    made.add_argument("--cases", nargs="+", choices=benchmark.providers, default=list(cases))
+    made.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    made.add_argument("--json", metavar="FILE", help="write the results to this file")
+    return made
+
+
+def command(benchmark: LossBenchmark, args: argparse.Namespace) -> None:
+    """Prints the tables of one pair, and writes them as JSON if ``--json`` is given."""
+    torch.set_num_threads(args.threads)
+    hidden = getattr(args, "hidden_size", None)
+    print(", ".join(f"{key} {value}" for key, value in environment().items()))
+    print(f"one pair, T {args.tokens}, {'' if hidden is None else f'D {hidden}, '}V {args.vocab}")
+    results: dict[str, Any] = {"tokens": args.tokens, "vocab": args.vocab, "hidden": hidden, "time": {}, "memory": {}}
+    for dtype in args.dtypes:
+        loss = LossShape(tokens=args.tokens, vocab=args.vocab, hidden=hidden, dtype=dtype)
+        results["time"][dtype] = {
+            str(share): time_cases(benchmark, dataclasses.replace(loss, share=share), args) for share in args.shares
+        }
+    if not args.no_memory:
+        for dtype in args.dtypes:
+            loss = LossShape(tokens=args.tokens, vocab=args.vocab, hidden=hidden, dtype=dtype)
+            results["memory"][dtype] = memory_of_cases(benchmark, loss, args)
+    if args.json:
+        write_json(args.json, results)
+
+
+def time_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, Any]:
+    """Times the cases on a shape in turn, and prints a table."""
+    cases, missing = usable(benchmark, args.cases, loss, device=args.device)
+    timings = interleaved(runs_of(benchmark, cases, loss, device=args.device), args.runs, device=args.device)
+    floors = floors_of(benchmark, cases, timings)
+    base = timings["mpo_ext"].median_s if "mpo_ext" in timings else math.nan
+    print(f"\n{loss.dtype}, {loss.labelled} of {loss.rows} rows labelled, forward + backward, {args.runs} runs")
+    print(f"{'case':<36}{'median':>10}{'p20 .. p80':>22}{'/ mpo_ext':>11}{'/ floor':>9}")
+    for name, timing in timings.items():
+        low, high = timing.spread_s
+        floor = f"{timing.median_s / floors[name]:.2f}" if name in floors else ""
+        spread = f"{low * 1e3:.1f} .. {high * 1e3:.1f} ms"
+        print(f"{name:<36}{timing.median_s * 1e3:>7.1f} ms{spread:>22}{timing.median_s / base:>11.2f}{floor:>9}")
+    _print_missing(missing)
+    return {
+        "labelled": loss.labelled,
+        "rows": loss.rows,
+        "median_s": {name: timing.median_s for name, timing in timings.items()},
+        "seconds": {name: timing.seconds for name, timing in timings.items()},
+        "over_floor": {name: timings[name].median_s / floor for name, floor in floors.items()},
+        "missing": missing,
+    }
+
+
+def memory_of_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, int | str]:
+    """Prints a table of peak memory: resident in a fresh process, or allocated on the GPU.
+
+    Returns:
+        The bytes beyond inputs and gradients by case, or the reason why they were not measured.
+    """
+    trial = dataclasses.replace(loss, tokens=min(loss.tokens, 8), vocab=min(loss.vocab, 512))
+    cases, missing = usable(benchmark, args.cases, trial, device=args.device)
+    print(f"\n{loss.dtype}, peak memory, MiB")
+    print(f"{'case':<36}{'beyond inputs':>15}{'beyond inputs and gradients':>29}")
+    results: dict[str, int | str] = {}
+    for name, run in cases.items():
+        try:
+            peak = peak_of(benchmark, name, run, loss, args.device)
+        except (OSError, RuntimeError) as error:
+            missing[name] = str(error)
+            continue
+        results[name] = peak - benchmark.gradient_bytes(name, loss)
+        print(f"{name:<36}{peak / 2**20:>15.1f}{results[name] / 2**20:>29.1f}")
+    _print_missing(missing)
+    return results | missing
+
+
+def _print_missing(missing: Mapping[str, str]) -> None:
+    for name, reason in missing.items():
+        print(f"{name:<36}not run: {reason}")

@@ -1,0 +1,175 @@
+"""Builds the model, the pairs and the recipe of ``benchmarks.train_step``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mpo_ext.data.jsonl import write_pairs
+from mpo_ext.data.records import Pair
+from mpo_ext.train.mixture import Mixture
+from mpo_ext.train.recipe import Recipe, load_recipe
+from mpo_ext.train.sampler import StepSampler, micro_batches
+
+LEARNING_RATE = 1e-3  # ten steps of this small model must change its loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of the model and of the pairs.
+
+    Attributes:
+        vocab: V, at least the number of words of the tokenizer, which make the pairs.
+        hidden: Hidden size of the decoder; an attention head has 64.
+        layers: Layers of the decoder.
+        images: Images of a pair; with 0, text takes their place.
+        image_tokens: Tokens of an image, a square number: each stands for 2 x 2 patches of 14 x 14 pixels.
+        vision_hidden: Hidden size of the vision tower, which has two layers; an attention head has 64.
+        response: Largest number of tokens of a response, the end token included.
+        least_response: Smallest number of tokens of a response.
+        text: Words of text in the prompt, in addition to the question.
+        batch: Pairs of an optimizer step.
+        micro_batch: Pairs of a forward.
+    """
+
+    vocab: int = 151936
+    hidden: int = 256
+    layers: int = 2
+    images: int = 4
+    image_tokens: int = 256
+    vision_hidden: int = 128
+    response: int = 128
+    least_response: int = 128
+    text: int = 0
+    batch: int = 1
+    micro_batch: int = 1
+
+    @property
+    def pixels(self) -> int:
+        """Height and width of an image in pixels."""
+        return 28 * round(self.image_tokens**0.5)
+
+
+def build(sizes: Sizes) -> tuple[Any, Any]:
+    """Returns the untrained model, whose weights are always the same, and its processor."""
+    from transformers import GotOcr2ImageProcessorPil, InternVLConfig, InternVLForConditionalGeneration
+
+    from mpo_ext.demo.model import CHAT_TEMPLATE, DigitsProcessor, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    if sizes.vocab < len(tokenizer):
+        raise ValueError(
+            f"vocab must be at least {len(tokenizer)}, the number of words of the tokenizer, got {sizes.vocab}"
+        )
+    size = {"height": sizes.pixels, "width": sizes.pixels}
+    processor = DigitsProcessor(
+        GotOcr2ImageProcessorPil(size=size, crop_to_patches=False),
+        tokenizer,
+        image_seq_length=sizes.image_tokens,
+        chat_template=CHAT_TEMPLATE,
+    )
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": sizes.vision_hidden,
+            "intermediate_size": 4 * sizes.vision_hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": max(1, sizes.vision_hidden // 64),
+            "image_size": [sizes.pixels] * 2,
+            "patch_size": [14, 14],
+            "num_channels": 3,
+            "layer_scale_init_value": 1.0,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": sizes.vocab,
+            "hidden_size": sizes.hidden,
+            "intermediate_size": 3 * sizes.hidden,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": max(1, sizes.hidden // 64),
+            "num_key_value_heads": max(1, sizes.hidden // 64),
+            "max_position_embeddings": 8192,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=sizes.image_tokens,
+        downsample_ratio=0.5,
+    )
+    torch.manual_seed(0)
+    return InternVLForConditionalGeneration(config), processor
+
+
+def make_pairs(folder: Path, sizes: Sizes, count: int) -> Path:
+    """Writes pairs of random words about random images, and returns their file."""
+    from mpo_ext.demo import digits
+
+    rng = np.random.default_rng(0)
+    words = sorted(digits.vocabulary())
+
+    def text(count: int) -> str:
+        return " ".join(rng.choice(words, count))
+
+    def response() -> str:
+        return text(int(rng.integers(sizes.least_response, sizes.response + 1)) - 1)  # the end token follows
+
+    pairs = []
+    for number in range(count):
+        paths = []
+        for place in range(sizes.images):
+            coarse = rng.integers(256, size=(sizes.pixels // 14, sizes.pixels // 14, 3), dtype=np.uint8)
+            path = folder / f"{number}-{place}.png"
+            Image.fromarray(coarse).resize((sizes.pixels, sizes.pixels), Image.Resampling.NEAREST).save(path)
+            paths.append(str(path))
+        question = "<image>" * sizes.images + text(8 + sizes.text)
+        pairs.append(Pair(question, response(), response(), tuple(paths)))
+    path = folder / "pairs.jsonl"
+    write_pairs(path, pairs)
+    return path
+
+
+def make_recipe(folder: Path, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> Recipe:
+    """Returns a recipe that does the same as TRL's trainer, with ``settings`` changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    sections = {"model": {"path": "unused"}, "data": {"train": [str(pairs)]}, "output": {"dir": str(folder / "run")}}
+    path.write_text(json.dumps(sections))
+    values = {
+        "data.max_length": None,
+        "loss.average_over": "micro_batch",
+        "reward_shift.mode": "fixed",
+        "optim.learning_rate": LEARNING_RATE,
+        "optim.batch_size": sizes.batch,
+        "optim.micro_batch_size": sizes.micro_batch,
+        "optim.max_steps": steps,
+        "optim.schedule": "constant",
+        "optim.warmup_ratio": 0.0,
+        "optim.weight_decay": 0.0,
+        "output.save_every": 0,
+        **settings,
+    }
+    return load_recipe(path, [f"{name}={json.dumps(value)}" for name, value in values.items()])
+
+
+def order_of(recipe: Recipe, sizes: Sizes) -> list[int]:
+    """Returns the numbers of the pairs in the order in which our trainer reads them."""
+    mixture = Mixture(recipe.data.train, seed=recipe.optim.seed)
+    sampler = StepSampler(mixture.epoch, batch_size=recipe.optim.batch_size, seed=recipe.optim.seed)
+    order: list[int] = []
+    for step in range(sampler.steps_per_epoch):
+        indices = [int(index) for index in sampler.step(step)]
+        lengths = []
+        for index in indices:
+            pair = mixture[index]
+            assert isinstance(pair, Pair)
+            lengths.append(len(pair.question.split()) + max(len(pair.chosen.split()), len(pair.rejected.split())))
+        parts = micro_batches(lengths, sizes.micro_batch)
+        order += [indices[position] for part in parts for position in part]
+    return order

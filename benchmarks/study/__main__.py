@@ -1,0 +1,81 @@
+"""Runs the ablations of the MPO paper in small: ``python -m benchmarks.study``. Resumes an interrupted study."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mpo_ext.checks import install_hint
+
+_PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "PIL": "pillow", "rich": "rich",
+             "transformers": "transformers", "accelerate": "accelerate", "yaml": "pyyaml",
+             "tokenizers": "tokenizers"}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of ``python -m benchmarks.study``."""
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.study",
+        description="Trains a tiny multimodal model on digits with many losses, data and settings, and compares them.",
+    )
+    made.add_argument("--out", type=Path, default=Path("study"), help="output folder (default: study)")
+    made.add_argument("--seed", type=_at_least(0), default=0, help="seed of the first start (default: 0)")
+    made.add_argument("--seeds", type=_at_least(1), default=1, help="number of starts, each with the next seed")
+    made.add_argument("--threads", type=_at_least(1), help="CPU threads of each process (default: divides the cores)")
+    made.add_argument(
+        "--backend", choices=("cpu", "reference"), help="backend of the loss (default: the best that is installed)"
+    )
+    made.add_argument("--quick", action="store_true", help="checks in a minute that all parts work")
+    made.add_argument("--jobs", type=_at_least(1), default=1, help="number of processes (default: 1)")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the study.
+
+    Returns:
+        0; 1 if a package is missing, the folder cannot be written or a run failed; 130 after an interrupt.
+    """
+    args = parser().parse_args(argv)
+    missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"the study needs {', '.join(missing)}: {install_hint('demo')}", file=sys.stderr)
+        return 1
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out must be a folder that can be written, got {args.out}: {error.strerror}", file=sys.stderr)
+        return 1
+    from benchmarks.study import runs
+
+    try:
+        return runs.run(
+            out=args.out, seeds=range(args.seed, args.seed + args.seeds), quick=args.quick, threads=args.threads,
+            backend=args.backend, jobs=args.jobs, command=command_of(args),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes the study", file=sys.stderr)
+        return 130
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """Returns the command line without the output folder, for the result file."""
+    given = {"--seed": args.seed, "--seeds": args.seeds, "--jobs": args.jobs, "--threads": args.threads,
+             "--backend": args.backend}  # fmt: skip
+    defaults = {"--seed": 0, "--seeds": 1, "--jobs": 1}
+    options = [f"{name} {value}" for name, value in given.items() if value not in (None, defaults.get(name))]
+    return " ".join(["python -m benchmarks.study", *options, *(["--quick"] if args.quick else [])])
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

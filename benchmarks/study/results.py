@@ -1,0 +1,131 @@
+"""Keeps the results of the study: a file for each run, and the files of the whole study."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from benchmarks.study import tables
+from benchmarks.study.settings import StudySettings
+from mpo_ext import report
+
+RESULTS = "results"  # folder of the results of a seed
+_COLORS = ("C0", "C2", "C1")
+
+Results = Mapping[tuple[int, str], Mapping[str, Any]]
+
+
+def slug(name: str) -> str:
+    """Returns a name in the form of a file name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def key_of(settings: StudySettings, row: str) -> str:
+    """Returns a hash of everything that a result depends on."""
+    parts = [dataclasses.asdict(settings), None if row == tables.START else dataclasses.asdict(tables.ROWS[row])]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def read(out: Path, settings: StudySettings, row: str) -> dict[str, Any] | None:
+    """Returns the result of a run with these settings, or None if it does not exist. A failure leaves no file."""
+    path = _file(out, settings, row)
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["key"] == key_of(settings, row) else None
+
+
+def save(out: Path, settings: StudySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the result of a run, and returns it with its key, seed and row."""
+    complete = complete_result(settings, row, result)
+    path = _file(out, settings, row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measure.write_text(path, json.dumps(complete, indent=1, allow_nan=False))
+    return complete
+
+
+def _file(out: Path, settings: StudySettings, row: str) -> Path:
+    return out / f"seed-{settings.seed}" / RESULTS / f"{slug(row)}.json"
+
+
+def complete_result(settings: StudySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a result with its key, seed and row."""
+    return {"key": key_of(settings, row), "seed": settings.seed, "row": row, **result}
+
+
+def failure(reason: str) -> dict[str, str]:
+    """Returns the result of a run that failed."""
+    return {"status": "failed", "reason": reason}
+
+
+def is_measured(result: Mapping[str, Any] | None) -> bool:
+    """Returns whether a run has a result and did not fail."""
+    return result is not None and result["status"] == "measured"
+
+
+def document_of(
+    results: Results, settings: Mapping[int, StudySettings], environment: Mapping[str, Any], quick: bool
+) -> dict[str, Any]:
+    """Returns the content of ``study.json``. Runs without a result are listed as not run."""
+    starts, listed = [], []
+    for seed in settings:
+        for row in (tables.START, *tables.ROWS):
+            result = dict(results.get((seed, row), {"seed": seed, "row": row, **failure(tables.NOT_RUN)}))
+            result.pop("key", None)
+            if row == tables.START:
+                parts = {name: result.pop(name, {}) for name in ("pairs", "sampling", "curve")}
+                starts.append({"seed": seed, **parts})
+            listed.append(result)
+    shared = dataclasses.asdict(next(iter(settings.values())))
+    del shared["seed"]
+    ended, load = measure.now()
+    return {
+        "schema": tables.SCHEMA,
+        "benchmark": "study",
+        "quick": quick,
+        "environment": {**environment, "ended": ended, "load_after": [round(value, 2) for value in load]},
+        "settings": shared,
+        "seconds": sum(result.get("cpu_seconds", 0.0) for result in listed),
+        "seeds": list(settings),
+        "starts": starts,
+        "results": listed,
+    }
+
+
+def write_document(out: Path, document: Mapping[str, Any]) -> None:
+    """Writes ``study.json`` and ``study.md``."""
+    measure.write_text(out / "study.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
+    measure.write_text(out / "study.md", tables.markdown(document))
+
+
+def save_plot(path: Path, document: Mapping[str, Any]) -> None:
+    """Draws the held-out accuracy of the rows of each table: means over seeds with their standard deviations.
+
+    Args:
+        path: Path of the figure; its suffix is the format.
+        document: Content of ``study.json``.
+    """
+    panels = []
+    for table in tables.TABLES.values():
+        content = []
+        for column, color in zip(tables.COLUMNS, _COLORS, strict=True):
+            labels, means, errors = [], [], []
+            for label, row in table.rows:
+                numbers = list(tables.values(document, row, column).values())
+                if numbers:
+                    labels.append(label)
+                    means.append(statistics.fmean(numbers))
+                    errors.append(statistics.stdev(numbers) if len(numbers) > 1 else 0.0)
+            if labels:
+                content.append(report.Bars(column, labels, means, errors, color))
+        if content:
+            panels.append(report.Panel(table.title, "%, held out", "", content, is_horizontal=True))
+    if panels:
+        report.save_panels(path, f"The study, {len(document['seeds'])} seeds", panels)

@@ -1,0 +1,69 @@
+"""Runs a row of the study: trains the start of a seed as the row says, and evaluates the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.study import results, tables, training
+from benchmarks.study.settings import StudySettings
+from mpo_ext.demo.train import make_recipe
+from mpo_ext.train.recipe import Recipe, ReferenceRecipe, RewardShiftRecipe
+
+_LOGGED_STEPS = 5  # number of the first and of the last steps whose mean is kept
+_LOG_KEYS = ("loss", "dpo_loss", "bco_loss", "ntp_loss", "reward_accuracy", "chosen_reward", "rejected_reward",
+             "grad_norm", "reward_shift")  # fmt: skip
+
+
+def run_row(folder: Path, settings: StudySettings, row: str) -> dict[str, Any]:
+    """Trains the start of a seed as a row says, evaluates the model, and writes the result.
+
+    Args:
+        folder: Folder of the seed, which ``start.prepare`` has filled.
+        settings: Settings of the seed.
+        row: Key of ``tables.ROWS``.
+
+    Returns:
+        The result, with ``evaluation``, and with ``log``: means of the first and of the last steps.
+    """
+    lines: list[Mapping[str, float]] = []
+    with training.logged(folder), training.Stopwatch() as watch:
+        model, processor = training.make_model(settings)
+        model.load_state_dict(torch.load(training.start_file(folder), weights_only=True))
+        recipe = row_recipe(tables.ROWS[row], settings, folder, folder / "runs" / results.slug(row))
+        training.train(recipe, model, processor, on_step=lambda _, line: lines.append(dict(line)))
+        evaluation = training.evaluate_held_out(model, processor, settings)
+    log = {"first": _means(lines[:_LOGGED_STEPS]), "last": _means(lines[-_LOGGED_STEPS:])}
+    result = {"status": "measured", "evaluation": evaluation, "log": log, "steps": len(lines), **watch.seconds}
+    return results.save(folder.parent, settings, row, result)
+
+
+def row_recipe(row: tables.StudyRow, settings: StudySettings, folder: Path, out: Path) -> Recipe:
+    """Returns the recipe of a row.
+
+    Args:
+        row: The row.
+        settings: Settings of the seed.
+        folder: Folder of the seed.
+        out: Folder of the run.
+    """
+    recipe = make_recipe(
+        training.pair_file(folder, row.pairs), out, loss=dict(row.loss), steps=settings.branch_steps,
+        batch=settings.branch_batch, rate=settings.branch_rate * row.rate, schedule="cosine", settings=settings,
+        reference=training.reference_file(folder, row.pairs),
+    )  # fmt: skip
+    reference = recipe.reference
+    if row.is_synced:
+        every = max(1, settings.branch_steps // tables.STEPS_BETWEEN_SYNCS)
+        reference = ReferenceRecipe(kind="copy", sync_every=every, sync_mix=0.6)
+    return dataclasses.replace(recipe, reference=reference, reward_shift=RewardShiftRecipe(**row.reward_shift))
+
+
+def _means(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    keys = [key for key in _LOG_KEYS if all(key in line for line in lines)]
+    return {key: statistics.fmean(line[key] for line in lines) for key in keys}

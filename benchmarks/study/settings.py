@@ -1,0 +1,71 @@
+"""Settings of the study."""
+
+import dataclasses
+
+from mpo_ext.demo.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StudySettings(Settings):
+    """Sizes and rates of one seed of the study, chosen on the validation digits. Extends the settings of the demo.
+
+    The first training run has ``sft_most_steps`` steps, and its learning rate falls to zero. ``sft_target``,
+    ``sft_decay_steps``, ``direct_pairs`` and ``keep`` are not used.
+
+    Attributes:
+        sft_digits: Training digits of the first training run. The other training digits make the pairs.
+        direct_questions: Direct questions that the model answers to make pairs; ``questions`` are step-by-step ones.
+        sft_text_share: Share of the questions of the first training run that name the digits and have no image.
+        text_questions: Questions without image that the model answers to make pairs.
+        late_continuations: Continuations of each answer of which 0.75 are kept. Few of them are wrong, because the
+            kept part has read all digits. Other answers are continued once.
+        pairs: Number of the mixed pairs.
+        mixed_shares: Shares of direct correctness, step-by-step correctness and DropoutNTP pairs among them.
+        kind_pairs: Largest number of pairs of each file that is compared by kind.
+    """
+
+    sft_digits: int = 700
+    sft_most_steps: int = 700
+    sft_check_steps: int = 50
+    sft_blind_share: float = 0.0625
+    sft_text_share: float = 0.2
+    questions: int = 2000
+    direct_questions: int = 800
+    samples: int = 6
+    temperature: float = 1.0
+    dropout_ntp_questions: int = 2000
+    late_continuations: int = 6
+    text_questions: int = 1000
+    pairs: int = 2560
+    mixed_shares: tuple[float, float, float] = (0.25, 0.5, 0.25)
+    kind_pairs: int = 1280
+    branch_steps: int = 80
+    branch_batch: int = 32
+    branch_rate: float = 1e-4
+    evaluation_tasks: int = 500
+
+    @classmethod
+    def quick(cls, seed: int = 0) -> "StudySettings":
+        """Returns the settings of a study that takes a minute and shows only that all parts work."""
+        return cls(
+            seed=seed,
+            hidden_size=64,
+            layers=1,
+            sft_rate=5e-3,
+            sft_questions=500,
+            sft_check_steps=40,
+            sft_most_steps=40,
+            questions=400,
+            direct_questions=60,
+            samples=4,
+            temperature=0.7,
+            dropout_ntp_questions=400,
+            text_questions=100,
+            pairs=40,
+            kind_pairs=20,
+            branch_steps=4,
+            branch_batch=4,
+            warmup_steps=1,
+            evaluation_tasks=8,
+            validation_tasks=20,
+        )

@@ -1,0 +1,143 @@
+"""Trains and evaluates models for the study: the parts that a start and a row share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import InternVLForConditionalGeneration
+
+from benchmarks.study import tables
+from benchmarks.study.results import slug
+from benchmarks.study.settings import StudySettings
+from mpo_ext.data import Pair
+from mpo_ext.demo import digits
+from mpo_ext.demo.model import DigitsProcessor, build_model, build_processor
+from mpo_ext.demo.train import evaluate
+from mpo_ext.train.encode import Encoder, Sample, SkippedPair
+from mpo_ext.train.loop import Trainer
+from mpo_ext.train.recipe import Recipe
+
+_EVALUATION_SEED = 1  # every seed and row answers the same held-out questions
+
+_encoded: dict[str, Sample | SkippedPair] = {}  # by the pair and the path of its image, for all rows of this process
+
+
+class CachingEncoder(Encoder):
+    """Encoder that keeps the encoded pairs for the next row: encoding takes a quarter of a step.
+
+    Args:
+        encoder: Encodes the pairs that are new.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.__dict__.update(vars(encoder))
+
+    def encode(self, pair: Pair, name: str) -> Sample | SkippedPair:
+        """Returns the encoded pair, as ``Encoder.encode`` does."""
+        key = pair.key()  # the paths of the images are absolute
+        if key not in _encoded:
+            _encoded[key] = super().encode(pair, name)
+        return dataclasses.replace(_encoded[key], name=name)
+
+
+def clear_encoded() -> None:
+    """Frees the encoded pairs."""
+    _encoded.clear()
+
+
+class StudyTrainer(Trainer):
+    """Trainer that writes no checkpoint, no folder of the model and no model card."""
+
+    def _build(self, model: Any, processor: Any) -> None:
+        super()._build(model, processor)
+        self.encoder = CachingEncoder(self.encoder)
+
+    def _save(self, *, is_end: bool = False) -> None:
+        pass
+
+    def _finish(self, evaluation: Mapping[str, float] | None) -> None:
+        self._close()
+
+
+def train(
+    recipe: Recipe,
+    model: InternVLForConditionalGeneration,
+    processor: DigitsProcessor,
+    on_step: Callable[[int, Mapping[str, float]], object] | None = None,
+) -> None:
+    """Trains the model in place, and removes the folder of the run."""
+    if StudyTrainer(recipe, model=model, processor=processor, on_step=on_step).run() != 0:
+        raise KeyboardInterrupt  # the trainer has caught the signal
+    shutil.rmtree(recipe.output.dir, ignore_errors=True)
+
+
+def make_model(settings: StudySettings) -> tuple[InternVLForConditionalGeneration, DigitsProcessor]:
+    """Returns an untrained model of the study and its processor."""
+    processor = build_processor()
+    return build_model(processor.tokenizer, hidden_size=settings.hidden_size, layers=settings.layers), processor
+
+
+def evaluation_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:
+    """Returns the questions of each column, which are always the same."""
+    rng = np.random.default_rng(_EVALUATION_SEED)
+    tasks = {form: digits.sample_tasks(split, count, rng, form) for form in digits.FORMS}
+    return {**tasks, tables.TEXT: list(map(digits.in_words, digits.sample_tasks(split, count, rng, "cot")))}
+
+
+def evaluate_columns(
+    model: InternVLForConditionalGeneration, processor: DigitsProcessor, tasks: Mapping[str, Sequence[digits.Task]]
+) -> dict[str, dict[str, float]]:
+    """Returns ``accuracy``, ``unparsable``, ``tokens`` and ``count`` of the greedy answers for each column."""
+    return {column: next(iter(evaluate(model, processor, asked).values())) for column, asked in tasks.items()}
+
+
+def evaluate_held_out(
+    model: InternVLForConditionalGeneration, processor: DigitsProcessor, settings: StudySettings
+) -> dict[str, dict[str, float]]:
+    """Returns the evaluation on the held-out questions."""
+    tasks = evaluation_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)
+    return evaluate_columns(model, processor, tasks)
+
+
+def start_file(folder: Path) -> Path:
+    """Returns the path of the start of a seed."""
+    return folder / "start.pt"
+
+
+def pair_file(folder: Path, name: str) -> Path:
+    """Returns the path of a file of pairs."""
+    return folder / f"pairs-{slug(name)}.jsonl"
+
+
+def reference_file(folder: Path, name: str) -> Path:
+    """Returns the path of the reference log-probs of a file of pairs."""
+    return folder / f"reference-{slug(name)}.jsonl"
+
+
+@contextlib.contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    """Redirects stderr to ``log.txt`` of the seed, which several rows may share."""
+    with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+        yield
+
+
+class Stopwatch:
+    """Measures the wall-clock time and the CPU time of a block."""
+
+    def __enter__(self) -> Stopwatch:
+        self._begin = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, cpu = self._begin
+        self.seconds = {
+            "seconds": round(time.perf_counter() - wall, 2),
+            "cpu_seconds": round(time.process_time() - cpu, 2),
+        }

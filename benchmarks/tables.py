@@ -1,0 +1,399 @@
+"""Makes the tables of measured results: Markdown from the files in results/, for ``benchmarks.documents``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import check_model
+from mpo_ext.report import markdown_table
+
+PLOTS = Path("docs/plots")
+
+Document = Mapping[str, Any]
+Documents = Mapping[str, Document]
+Point = Mapping[str, Any]
+
+_DTYPES = ("float32", "bfloat16")
+
+#: Names of the providers in the tables.
+_NAMES = {
+    "mpo_ext, reuse_logits": "mpo_ext, `reuse_logits=True`",
+    "mpo_ext, recompute=False": "mpo_ext, `recompute=False`",
+    "mpo_ext, memory_budget of 512 KiB": "mpo_ext, `memory_budget=2**19`",
+    "mpo_ext, from logits, reuse_logits": "mpo_ext, from logits, `reuse_logits=True`",
+    "eager": "the same loss in eager torch",
+    "torch.compile": "the same loss under torch.compile",
+    "TRL selective_log_softmax": "TRL's `selective_log_softmax`",
+    "trl ChunkedLogProb": "TRL's `ChunkedLogProb`",
+    "Liger cross entropy": "Liger's cross entropy",
+    "liger chunked DPO": "Liger's chunked DPO",
+    "quack cross entropy": "quack's cross entropy",
+    "quack": "quack's cross entropy",
+    "F.linear_cross_entropy": "`F.linear_cross_entropy`",
+    "cut-cross-entropy torch_compile": "cut-cross-entropy (its torch_compile)",
+    "TRL": "TRL's DPOTrainer",
+    "TRL, precomputed": "TRL's DPOTrainer, precomputed reference",
+    "mpo_ext, precomputed": "mpo_ext, precomputed reference",
+}
+
+
+def provider_name(provider: str) -> str:
+    """Returns the name of a provider in the tables."""
+    return _NAMES.get(provider, provider)
+
+
+# ------------------------------------------------------------------------------------------------------------- cells
+
+
+def _plain(text: str) -> str:
+    """Returns the first sentence of a reason without Markdown's special characters."""
+    return text.partition(". ")[0].translate(str.maketrans("|", "/", "<>`")).rstrip(".")
+
+
+def _cpu(document: Document) -> str:
+    environment = document["environment"]
+    return (
+        f"{environment['threads']} threads of {environment['cpu'].rsplit(' x ', 1)[0]} ({environment['cores']} cores)"
+    )
+
+
+def _where(document: Document) -> str:
+    """Returns machine, versions, date and command of a run."""
+    environment = document["environment"]
+    load = max(environment["load_before"][0], environment["load_after"][0])
+    return (
+        f"Measured on {_cpu(document)}, torch {environment['versions']['torch']}, commit {environment['commit']}"
+        f"{' with changes' if environment['modified'] else ''}, {environment['started'][:10]}, load average at most "
+        f"{load:.1f}: `{environment['command']}`."
+    )
+
+
+def _where_short(document: Document) -> str:
+    environment = document["environment"]
+    return (
+        f"{_cpu(document)}, torch {environment['versions']['torch']}, {environment['started'][:10]}, "
+        f"`{environment['command']}`"
+    )
+
+
+def _missing(document: Document) -> str:
+    measured = {point["provider"] for point in document["points"] if point["status"] == "measured"}
+    reasons = "; ".join(
+        f"{provider_name(name)} ({_plain(reason)})"
+        for name, reason in document["missing"].items()
+        if name not in measured
+    )
+    return f"Not run: {reasons}." if reasons else ""
+
+
+def _measured(document: Document, sweep: str | None = None) -> list[Point]:
+    points = document["points"]
+    return [p for p in points if p["status"] == "measured" and (sweep is None or p["sweep"] == sweep)]
+
+
+def _find(points: Sequence[Point], **values: Any) -> Point | None:
+    return next((p for p in points if all(p.get(key) == value for key, value in values.items())), None)
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms" if seconds < 0.1 else f"{seconds:.3f} s"
+
+
+def _time(point: Point | None) -> str:
+    return "" if point is None else _seconds(point.get("median_s"))
+
+
+def _spread(point: Point | None) -> str:
+    if point is None or point.get("p20_s") is None:
+        return ""
+    return f"{_seconds(point['p20_s'])} to {_seconds(point['p80_s'])}"
+
+
+def _mib(size: float | None) -> str:
+    return "" if size is None else f"{max(size, 0) / 2**20:,.0f} MiB"
+
+
+def _beyond(point: Point | None) -> float | None:
+    """Returns the peak memory beyond the inputs; from hidden states, also beyond the gradients that all return."""
+    if point is None or point.get("peak_bytes") is None:
+        return None
+    if point.get("hidden") is None:
+        return point["peak_bytes"]
+    rows = 2 * point["pairs"] * point["tokens"]
+    has_head = point["provider"] != "mpo_ext, frozen head"
+    width = 4 if point["dtype"] == "float32" else 2
+    return point["peak_bytes"] - width * point["hidden"] * (rows + point["vocab"] * has_head)
+
+
+def _of_floor(point: Point | None) -> str:
+    return "" if point is None or point.get("share_of_floor") is None else f"{point['share_of_floor']:.0%}"
+
+
+# ------------------------------------------------------------------------------------------- logits and hidden states
+
+_FLOORS = {
+    "logits": "the floor: one read, then one read and one write in place",
+    "linear": "the floor: the three matrix products alone",
+}
+_MEMORY = {
+    "logits": "Memory is the peak beyond the logits, their gradient included.",
+    "linear": "Memory is the peak beyond hidden states, head and the gradients of both.",
+}
+_AXES = {"vocab": "V", "tokens": "T", "share": "labelled", "pairs": "B", "hidden": "D", "dtype": "float16"}
+
+
+def _shape(name: str, document: Document) -> str:
+    point = document["points"][0]
+    hidden_size = f"D = {point['hidden']}, " if name == "linear" else ""
+    pairs = "One pair" if point["pairs"] == 1 else f"{point['pairs']} pairs"
+    return (
+        f"{pairs}, T = {point['tokens']}, {hidden_size}V = {point['vocab']:,}, forward + backward; all rows are "
+        "labelled unless the column says otherwise"
+    )
+
+
+def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
+    """Returns a row for each provider that was measured on the base shape, and a row for the floor."""
+    base, swept = _measured(document, "base"), _measured(document, "share")
+    few = min({p["share"] for p in swept}, key=lambda share: abs(share - 0.1), default=None)
+    at_few = [p for p in swept if p["share"] == few]
+    share = [] if few is None else [f"float32, {few:.0%} labelled"]
+    if is_short:
+        header = ["", *_DTYPES, *share, "memory, float32"]
+    else:
+        header = ["", "float32", "20th to 80th percentile", "floor / time", "bfloat16", "floor / time", *share]
+        header += [f"memory, {dtype}" for dtype in _DTYPES]
+    rows = []
+    for provider in dict.fromkeys(p["provider"] for p in base):
+        wide, half = (_find(base, provider=provider, dtype=dtype) for dtype in _DTYPES)
+        cells = [_time(wide), _time(half)]
+        if not is_short:
+            cells = [_time(wide), _spread(wide), _of_floor(wide), _time(half), _of_floor(half)]
+        cells += [] if few is None else [_time(_find(at_few, provider=provider, dtype="float32"))]
+        cells += [_mib(_beyond(wide))] if is_short else [_mib(_beyond(wide)), _mib(_beyond(half))]
+        rows.append([provider_name(provider), *cells])
+    floors = [_seconds(max((p["floor_s"] for p in base if p["dtype"] == d), default=None)) for d in _DTYPES]
+    floor = [*floors] if is_short else [floors[0], "", "", floors[1], ""]
+    at_few = [p for p in at_few if p["dtype"] == "float32"]
+    floor += [] if few is None else [_seconds(max((p["floor_s"] for p in at_few), default=None))]
+    rows.append([_FLOORS[name], *floor, *([""] if is_short else ["", ""])])
+    return markdown_table(header, rows)
+
+
+def _full_table(name: str, document: Document) -> str:
+    return "\n".join([
+        f"{_where(document)}\n",
+        f"{_shape(name, document)}. Medians of interleaved runs. {_MEMORY[name]}\n",
+        _loss_rows(name, document, is_short=False),
+        _missing(document),
+    ])  # fmt: skip
+
+
+def _sweeps(name: str, document: Document) -> str:
+    """Returns the plot, and a row for each measured shape with our methods and plain torch."""
+    points = [p for p in _measured(document) if p["sweep"] in _AXES]
+    providers = [p for p in dict.fromkeys(p["provider"] for p in points) if check_model.is_ours(p) or p == "eager"]
+    header = ["varied", "B", "T", *(["D"] if name == "linear" else []), "V", "labelled", "dtype"]
+    rows = []
+    keys = ("sweep", "pairs", "tokens", "hidden", "vocab", "share", "dtype")
+    for shape in dict.fromkeys(tuple(p[key] for key in keys) for p in points):
+        sweep, pairs, tokens, hidden, vocab, share, dtype = shape
+        of_shape = [p for p in points if tuple(p[key] for key in keys) == shape]
+        hidden_size = [str(hidden)] if name == "linear" else []
+        cells = [_AXES[sweep], str(pairs), str(tokens), *hidden_size, f"{vocab:,}", f"{share:.0%}", dtype]
+        rows.append([*cells, *(_time(_find(of_shape, provider=p)) for p in providers)])
+    title = "From logits" if name == "logits" else "From hidden states"
+    lines = []
+    if rows:
+        lines = [
+            f"![{title}: measured time against the sizes]({PLOTS.name}/{name}-scaling.png)\n",
+            f"All shapes, forward + backward, from the same run ({_where_short(document)}):\n",
+            markdown_table([*header, *map(provider_name, providers)], rows),
+        ]
+    late = sum(p["status"] != "measured" and "were over" in p["reason"] for p in document["points"])
+    lines += [f"Not measured because the time of the run was over: {late} points."] if late else []
+    return "\n".join(lines)
+
+
+def readme_logits(documents: Documents) -> str:
+    """Returns the short table from logits."""
+    document = documents["logits"]
+    return (
+        f"{_shape('logits', document)}. Medians of interleaved runs on {_where_short(document)}. "
+        f"{_MEMORY['logits']}\n\n{_loss_rows('logits', document, is_short=True)}"
+    )
+
+
+def logits(documents: Documents) -> str:
+    """Returns the full table from logits."""
+    return _full_table("logits", documents["logits"])
+
+
+def linear(documents: Documents) -> str:
+    """Returns the full table from hidden states."""
+    return _full_table("linear", documents["linear"])
+
+
+def logits_sweeps(documents: Documents) -> str:
+    """Returns the sweeps from logits."""
+    return _sweeps("logits", documents["logits"])
+
+
+def linear_sweeps(documents: Documents) -> str:
+    """Returns the sweeps from hidden states."""
+    return _sweeps("linear", documents["linear"])
+
+
+# ---------------------------------------------------------------------------------------- training steps and sampling
+
+
+def _base_steps(document: Document) -> tuple[list[Point], Point | None]:
+    """Returns the measured points of the base shape, and TRL's point among them."""
+    base = [point for point in _measured(document) if point["sweep"].startswith("base")]
+    return base, _find(base, provider="TRL")
+
+
+def _faster(point: Point, trl: Point | None) -> str:
+    return "" if trl is None or point is trl else f"{trl['median_s'] / point['median_s']:.1f} times faster"
+
+
+def _step_shape(document: Document) -> str:
+    point = document["points"][0]
+    return (
+        f"A small InternVL, V = {point['vocab']:,}, hidden size {point['hidden']}, {point['layers']} layers, "
+        f"{point['images'] * point['image_tokens']:,} image tokens, responses of {point['response']} tokens, "
+        f"{point['batch']} pair per step, float32"
+    )
+
+
+def _loss_gap(base: Sequence[Point], trl: Point | None) -> str:
+    ours = [p for p in base if p is not trl]
+    if trl is None or not ours:
+        return ""
+    gap = max(abs(a - b) for p in ours for a, b in zip(p["losses"], trl["losses"], strict=True))
+    return f"The losses of our trainer differ from those of TRL by at most {gap:.1e} in a step."
+
+
+def readme_step(documents: Documents) -> str:
+    """Returns the short table of the training step."""
+    document = documents["train_step"]
+    base, trl = _base_steps(document)
+    rows = [[provider_name(p["provider"]), _time(p), _mib(p["peak_bytes"]), _faster(p, trl)] for p in base]
+    table = markdown_table(["a training step", "time", "peak memory", ""], rows)
+    return f"{_step_shape(document)}; {_where_short(document)}:\n\n{table}\n{_loss_gap(base, trl)}"
+
+
+def steps(documents: Documents) -> str:
+    """Returns the full table of the training step."""
+    document = documents["train_step"]
+    base, trl = _base_steps(document)
+    rows = []
+    for point in _measured(document):
+        tokens = f"{point['images'] * point['image_tokens']:,}"
+        faster = _faster(point, trl) if point in base else ""
+        memory = _mib(point["peak_bytes"])
+        rows.append([provider_name(point["provider"]), tokens, _time(point), _spread(point), memory, faster])
+    header = ["", "image tokens", "step", "20th to 80th percentile", "peak memory", ""]
+    return "\n".join([
+        f"{_where(document)}\n",
+        f"{_step_shape(document)}. Medians of the steps after the first.\n",
+        markdown_table(header, rows),
+        _loss_gap(base, trl),
+        _missing(document),
+    ])  # fmt: skip
+
+
+def sampling(documents: Documents) -> str:
+    """Returns the table of sampling."""
+    document = documents["sampling"]
+    rows = []
+    for p in _measured(document):
+        beyond = "" if p.get("overhead_share") is None else f"{p['overhead_share']:.1%}"
+        rows.append([p["provider"], str(p.get("prompts", "")), str(p.get("new_tokens", "")), _time(p), beyond])
+    table = markdown_table(["", "prompts", "new tokens", "time", "time beyond generation"], rows)
+    return f"{_where(document)} The model is that of the digits demo.\n\n{table}{_missing(document)}"
+
+
+# ------------------------------------------------------------------------------------- the cost model and the kernels
+
+
+def rates(documents: Documents) -> str:
+    """Returns the rates of the machine."""
+    machine = documents["cost_model"]["settings"]["rates"]
+    rows = [
+        ["bandwidth", f"{machine['bandwidth'] / 1e9:.1f} GB/s"],
+        *([f"matrix products, {d}", f"{rate / 1e9:.0f} GFLOP/s"] for d, rate in machine["matmul_rates"].items()),
+        ["our kernels in cache, forward and backward", f"{machine['kernel_rate'] / 1e9:.2f} G logits/s"],
+        ["torch's log_softmax in cache, forward and backward", f"{machine['softmax_rate'] / 1e9:.2f} G logits/s"],
+        ["page faults, small pages", f"{machine['fresh'] / 1e9:.2f} GB/s"],
+        ["page faults, huge pages", f"{machine['huge'] / 1e9:.1f} GB/s"],
+        ["fixed time, forward and backward", f"{machine['overhead'] * 1e3:.2f} ms"],
+    ]
+    return f"{_where(documents['cost_model'])}\n\n{markdown_table(['medians over the whole run', 'rate'], rows)}"
+
+
+def _error_range(errors: Sequence[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{error:+.0%}" for error in (min(errors), max(errors))))
+
+
+def cost_model(documents: Documents) -> str:
+    """Returns the errors of the cost model, and the methods that it misses."""
+    points = documents["cost_model"]["points"]
+    within, errors = check_model.WITHIN, [abs(check_model.error(p)) for p in points]
+    ours = [abs(check_model.error(p)) for p in points if check_model.is_ours(p["provider"])]
+    rows = []
+    for kind in check_model.summary(points):
+        memory = "" if not kind["memory_points"] else f"{kind['memory_within']} of {kind['memory_points']}"
+        rows.append([
+            kind["kind"], str(kind["points"]), f"{kind['within']} of {kind['points']}", f"{kind['median_error']:.0%}",
+            f"{kind['worst_error']:+.0%}", memory,
+        ])  # fmt: skip
+    header = ["measured points", "number", f"time within {within:.0%}", "median error", "largest error"]
+    header.append(f"memory within {within:.0%}")
+    missed: dict[tuple[str, str], list[float]] = {}
+    for point in points:
+        if abs(check_model.error(point)) > within:
+            key = provider_name(point["provider"]), point["benchmark"].replace("_", " ")
+            missed.setdefault(key, []).append(check_model.error(point))
+    lines = [
+        f"The predicted time is within {within:.0%} of the measured time for {sum(e <= within for e in errors)} of "
+        f"{len(points)} points, and for {sum(e <= within for e in ours)} of the {len(ours)} points of mpo_ext, whose "
+        f"median error is {check_model.middle(ours):.0%}. {_where(documents['cost_model'])}\n",
+        markdown_table(header, rows),
+        f"![Predicted against measured times]({PLOTS.name}/cost-model.png)\n",
+    ]
+    if missed:
+        rows = [[*key, str(len(errors)), _error_range(errors)] for key, errors in sorted(missed.items())]
+        lines.append(f"Points whose predicted time misses the measured time by more than {within:.0%}:\n")
+        lines.append(markdown_table(["method", "benchmark", "points", "error"], rows))
+    return "\n".join(lines)
+
+
+def _counted(documents: Documents) -> str:
+    code = documents["machine_code"]
+    return f"Counted in the code of {code['compiler']}, {code['date']}, by `{code['command']}`"
+
+
+def instruction_counts(documents: Documents) -> str:
+    """Returns the instructions per logit in the main loops of the kernels."""
+    archs = documents["machine_code"]["instructions"]
+    rows = []
+    for kernel in ("token_logp", "token_logp stats", "logits_grad"):
+        base, _, stats = kernel.partition(" ")
+        for dtype in ("bfloat16", "float32"):
+            name = " ".join(filter(None, (base, dtype, stats)))
+            text = f"{base}{' with statistics' if stats else ''}, {dtype}"
+            rows.append([text, *(f"{counts[name]['per_logit']:.1f}" for counts in archs.values())])
+    return f"{_counted(documents)}:\n\n{markdown_table(['instructions per logit', *archs], rows)}"
+
+
+def registers(documents: Documents) -> str:
+    """Returns the registers of the kernels."""
+    table = documents["machine_code"]["registers"]
+    archs = list(next(iter(table.values())))
+    rows = [[name, *(str(used[arch]) for arch in archs)] for name, used in table.items() if " float16" not in name]
+    return f"{_counted(documents)}:\n\n{markdown_table(['registers per thread', *archs], rows)}"
