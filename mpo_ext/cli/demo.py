@@ -17,7 +17,8 @@ _NEEDS = {
     "rich": "rich",
     "transformers": "transformers",
     "accelerate": "accelerate",
-    "yaml": "pyyaml",
+    "ruamel": "ruamel.yaml",
+    "pydantic": "pydantic",
     "tokenizers": "tokenizers",
 }
 

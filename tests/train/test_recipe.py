@@ -6,6 +6,7 @@ import builtins
 import re
 import sys
 import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from mpo_ext.train.recipe import (
     SourceRecipe,
     load_recipe,
 )
+from mpo_ext.train.recipe_file import parse_yaml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SMALL = "model: {path: m}\ndata: {train: a.jsonl}\noutput: {dir: out}\n"
@@ -58,7 +60,7 @@ def test_what_is_left_out_has_its_default(load: Callable[..., Recipe]) -> None:
     assert load() == small(data=DataRecipe(train=(SourceRecipe(path="a.jsonl"),)))
     assert load("model: {path: m}\ndata: {train: a.jsonl}\noutput: {dir: out}\nloss:\n  # beta: 1\n") == load()
     assert load("model: {path: m, lora: {}}\ndata: {train: a}\noutput: {dir: o}\n").model.lora == LoraRecipe()
-    assert load("model: {path: m, lora:}\ndata: {train: a}\noutput: {dir: o}\n").model.lora is None
+    assert load("model: {path: m, lora: }\ndata: {train: a}\noutput: {dir: o}\n").model.lora is None
 
 
 def test_the_defaults_are_those_of_the_loss() -> None:
@@ -71,7 +73,7 @@ def test_the_defaults_are_those_of_the_loss() -> None:
 
 def test_names_are_those_of_the_parts_that_use_them() -> None:
     assert set(recipe.FREEZABLE) == set(model.PARTS)
-    assert recipe._BACKENDS == BACKENDS
+    assert typing.get_args(recipe.BackendName) == BACKENDS
 
 
 @pytest.mark.parametrize(
@@ -117,11 +119,10 @@ def test_other_words_are_strings(load: Callable[..., Recipe], text: str) -> None
 
 
 def test_words_of_yaml_1_2() -> None:
-    loader = recipe._yaml_classes()[0]
-    assert yaml.load("[true, False, null, ~, .inf, -.INF, '1']", Loader=loader) == [
+    assert parse_yaml("[true, False, null, ~, .inf, -.INF, '1']") == [
         True, False, None, None, float("inf"), -float("inf"), "1",
     ]  # fmt: skip
-    assert yaml.load(".nan", Loader=loader) != yaml.load(".NaN", Loader=loader)
+    assert parse_yaml(".nan") != parse_yaml(".NaN")
 
 
 def test_a_recipe_comes_back_from_its_own_file(load: Callable[..., Recipe]) -> None:
@@ -167,17 +168,17 @@ def test_overrides_reach_every_depth(load: Callable[..., Recipe]) -> None:
             r"unknown setting data\.train\[1\]\.rot; did you mean data\.train\[1\]\.root\?",
         ),
         ("data.train=[{root: c}]", r"data\.train\[0\]\.path must be given"),
-        ("data.train=[]", r"data\.train must not be empty, got \(\)"),
+        ("data.train=[]", r"data\.train must not be empty, got \[\]"),
         ("optim.seed", r"an override must read KEY=VALUE, got 'optim\.seed'"),
         ("optim..seed=1", r"an override must read KEY=VALUE, got 'optim\.\.seed=1'"),
         ("optim.seed=[", r"optim\.seed must have a value in YAML, got '\['"),
         ("model.path.x=1", r"model\.path\.x must be in a section, but model\.path is 'm'"),
-        ("optim.schedule=cosin", r"optim\.schedule must be 'cosine' or 'linear' or 'constant', got 'cosin'"),
+        ("optim.schedule=cosin", r"optim\.schedule must be 'cosine', 'linear' or 'constant', got 'cosin'"),
         ("model.freeze=[vision_towr]", r"model\.freeze must name .*got 'vision_towr'; did you mean 'vision_tower'\?"),
         ("loss.beta=0", r"loss\.beta must be positive and finite, got 0\.0"),
         ("reward_shift.per=optimizer_step", r"reward_shift\.update must be 'after' when per is 'optimizer_step'"),
         ("reward_shift.decay=1", r"reward_shift\.decay must be in \[0, 1\), got 1\.0"),
-        ("data.train={path: a, repeat_time: 0}", r"data\.train\[0\]\.repeat_time must be positive .*, got 0\.0"),
+        ("data.train={path: a, repeat_time: 0}", r"data\.train\[0\]\.repeat_time must be positive .*, got 0$"),
     ],
 )  # fmt: skip
 def test_values_that_do_not_fit_are_named(load: Callable[..., Recipe], override: str, message: str) -> None:
@@ -202,7 +203,7 @@ def test_values_that_do_not_fit_are_named(load: Callable[..., Recipe], override:
         ("model.lora=3", r"model\.lora must be a section, got 3"),
         ("model.lora.target=3", r"model\.lora\.target must be a string or a list of strings, got 3"),
         ("model.lora.target=[q, 1]", r"model\.lora\.target\[1\] must be a string, got 1"),
-        ("model.dtype=16", r"model\.dtype must be 'float32' or .*, got 16"),
+        ("model.dtype=16", r"model\.dtype must be 'float32', .* or 'auto', got 16"),
         ("optim.betas=[0.9]", r"optim\.betas must be a list of 2 numbers, got \[0\.9\]"),
         ("optim.betas=0.9", r"optim\.betas must be a list of 2 numbers, got 0\.9"),
         ("data.train=3", r"data\.train must be a list of paths or sections, got 3"),
@@ -247,8 +248,8 @@ def test_a_file_that_is_not_there_or_no_mapping(load: Callable[..., Recipe], tmp
     ("build", "message"),
     [
         (lambda: LoraRecipe(rank=0), "rank must be at least 1, got 0"),
-        (lambda: LoraRecipe(alpha=0), "alpha must be positive and finite, got 0.0"),
-        (lambda: LoraRecipe(dropout=1), r"dropout must be in \[0, 1\), got 1.0"),
+        (lambda: LoraRecipe(alpha=0), "alpha must be positive and finite, got 0$"),
+        (lambda: LoraRecipe(dropout=1), r"dropout must be in \[0, 1\), got 1$"),
         (lambda: LoraRecipe(target=()), r"target must not be empty, got \(\)"),
         (lambda: ModelRecipe(path=""), "path must not be empty, got ''"),
         (lambda: ModelRecipe(path="m", attention=""), "attention must not be empty"),
@@ -262,16 +263,16 @@ def test_a_file_that_is_not_there_or_no_mapping(load: Callable[..., Recipe], tmp
         (lambda: SourceRecipe(path="a", repeat_time=float("nan")), "repeat_time must be positive and finite, got nan"),
         (lambda: DataRecipe(train=()), r"train must not be empty, got \(\)"),
         (lambda: DataRecipe(train="a", max_length=1), "max_length must be at least 2, got 1"),  # type: ignore[arg-type]
-        (lambda: DataRecipe(train="a", workers=-1), "workers must be finite and not negative, got -1"),  # type: ignore[arg-type]
+        (lambda: DataRecipe(train="a", workers=-1), "workers must be at least 0, got -1"),  # type: ignore[arg-type]
         (lambda: LossRecipe(dpo_weight=0, bco_weight=0, ntp_weight=0), "dpo_weight, bco_weight or ntp_weight must be"),
         (lambda: LossRecipe(ntp_weight=-1), "ntp_weight must be finite and not negative, got -1.0"),
         (lambda: LossRecipe(memory_budget_mib=0), "memory_budget_mib must be at least 1, got 0"),
         (lambda: LossRecipe(from_logits=True, memory_budget_mib=8), "memory_budget_mib must be None with from_logits"),
         (lambda: LossRecipe(from_logits=True, recompute=False), "recompute must be True with from_logits"),
-        (lambda: LossRecipe(backend="gpu"), "backend must be None or one of 'cpu', .* got 'gpu'"),
+        (lambda: LossRecipe(backend="gpu"), "backend must be 'cpu', 'cuda', 'triton' or 'reference', got 'gpu'"),
         (lambda: RewardShiftRecipe(per="optimizer_step"), "update must be 'after' when per is 'optimizer_step'"),
-        (lambda: ReferenceRecipe(sync_every=-1), "sync_every must be finite and not negative, got -1"),
-        (lambda: ReferenceRecipe(sync_mix=0), r"sync_mix must be in \(0, 1\], got 0.0"),
+        (lambda: ReferenceRecipe(sync_every=-1), "sync_every must be at least 0, got -1"),
+        (lambda: ReferenceRecipe(sync_mix=0), r"sync_mix must be in \(0, 1\], got 0$"),
         (lambda: ReferenceRecipe(kind="adapter", path="n"), "path must be None for kind 'adapter'.* got 'n'"),
         (lambda: ReferenceRecipe(file="f"), "file must be None unless kind is 'precomputed', got 'f' with None"),
         (lambda: OptimRecipe(learning_rate=float("inf")), "learning_rate must be finite and not negative, got inf"),
@@ -282,17 +283,17 @@ def test_a_file_that_is_not_there_or_no_mapping(load: Callable[..., Recipe], tmp
         (lambda: OptimRecipe(micro_batch_size=0), "micro_batch_size must be at least 1, got 0"),
         (lambda: OptimRecipe(epochs=0), "epochs must be at least 1, got 0"),
         (lambda: OptimRecipe(max_steps=0), "max_steps must be at least 1, got 0"),
-        (lambda: OptimRecipe(betas=(0.9, 1)), r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
-        (lambda: OptimRecipe(eps=0), "eps must be positive and finite, got 0.0"),
+        (lambda: OptimRecipe(betas=(0.9, 1)), r"betas must be in \[0, 1\), got \(0.9, 1\)"),
+        (lambda: OptimRecipe(eps=0), "eps must be positive and finite, got 0$"),
         (lambda: OptimRecipe(weight_decay=-1), "weight_decay must be finite and not negative"),
-        (lambda: OptimRecipe(warmup_ratio=1), r"warmup_ratio must be in \[0, 1\), got 1.0"),
+        (lambda: OptimRecipe(warmup_ratio=1), r"warmup_ratio must be in \[0, 1\), got 1$"),
         (lambda: OptimRecipe(max_grad_norm=-1), "max_grad_norm must be finite and not negative"),
-        (lambda: OptimRecipe(seed=-1), "seed must be finite and not negative, got -1"),
+        (lambda: OptimRecipe(seed=-1), "seed must be at least 0, got -1"),
         (lambda: OutputRecipe(dir=""), "dir must not be empty, got ''"),
         (lambda: OutputRecipe(dir="o", resume=""), "resume must not be empty"),
         (lambda: OutputRecipe(dir="o", keep_last=0), "keep_last must be at least 1, got 0"),
         (lambda: OutputRecipe(dir="o", log_every=0), "log_every must be at least 1, got 0"),
-        (lambda: OutputRecipe(dir="o", save_every=-1), "save_every must be finite and not negative, got -1"),
+        (lambda: OutputRecipe(dir="o", save_every=-1), "save_every must be at least 0, got -1"),
         (lambda: OutputRecipe(dir="o", trackers=("",)), r"trackers must not hold an empty name, got \('',\)"),
         (
             lambda: small(reference=ReferenceRecipe(kind="adapter")),
@@ -300,7 +301,7 @@ def test_a_file_that_is_not_there_or_no_mapping(load: Callable[..., Recipe], tmp
         ),
         (
             lambda: small(model=ModelRecipe(path="m", lora=LoraRecipe()), reference=ReferenceRecipe(path="n")),
-            "reference.kind must be 'copy' or 'precomputed' for a model of reference.path, got None",
+            "reference.kind must be 'copy' or 'precomputed' with reference.path, got None",
         ),
         (
             lambda: small(reference=ReferenceRecipe(kind="precomputed", sync_every=5)),
@@ -335,7 +336,7 @@ def test_a_file_that_is_not_there_or_no_mapping(load: Callable[..., Recipe], tmp
                 output=OutputRecipe(dir="o", keep_best=True),
                 loss=LossRecipe(dpo_weight=0, bco_weight=0),
             ),
-            "output.best_metric must be 'loss' with keep_best where the loss has no preference term",
+            "output.best_metric must be 'loss' with keep_best if the loss has no preference term",
         ),
         (
             lambda: small(output=OutputRecipe(dir="o", save_merged=True)),
@@ -370,8 +371,8 @@ def test_python_values_take_the_types_of_their_fields() -> None:
 
 
 def test_a_missing_yaml_names_the_extra(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Recipe]) -> None:
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    with pytest.raises(ImportError, match=r"recipes need PyYAML: install the extra 'train' of mpo-ext"):
+    monkeypatch.setitem(sys.modules, "ruamel.yaml", None)
+    with pytest.raises(ImportError, match=r"recipes need ruamel.yaml: install the extra 'train' of mpo-ext"):
         load()
 
 
@@ -473,8 +474,8 @@ def test_words_that_are_no_settings_are_refused(
 
 def test_the_package_and_its_extras_are_installed() -> None:
     text = (RECIPES[0].parents[1] / "pyproject.toml").read_text()
-    packaged = re.search(r"^packages = \[(.*)\]$", text, re.MULTILINE)
+    packaged = re.search(r"^packages = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
     assert packaged is not None
     assert '"mpo_ext.train"' in packaged[1]
-    for extra, package in (("train", "pyyaml>="), ("train", "rich>="), ("lora", "peft>=")):
+    for extra, package in (("train", "pydantic>="), ("train", "ruamel.yaml>="), ("train", "rich>="), ("lora", "peft>=")):
         assert re.search(rf'^{extra} = \[.*"{package}', text, re.MULTILINE), extra

@@ -1,0 +1,113 @@
+"""Recipes as YAML text: reading by the rules of YAML 1.2, ``KEY=VALUE`` overrides, and writing."""
+
+import functools
+import io
+import re
+from typing import Any
+
+from mpo_ext.checks import install_hint, shorten
+
+# The core schema of YAML 1.2. Without ruamel.yaml's extensions: 1_000 and 2024-11-15 are strings.
+_CORE_SCHEMA = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+
+
+def parse_yaml(text: str) -> Any:
+    """Parses YAML text into dicts, lists and scalars.
+
+    Raises:
+        ImportError: If ruamel.yaml is not installed.
+        ValueError: If the text is not YAML, or a mapping gives a key twice.
+    """
+    ruamel = _import_ruamel()
+    try:
+        return _yaml(dumps=False).load(text)
+    except ruamel.error.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def dump_yaml(values: Any) -> str:
+    """Returns values as YAML. Strings that YAML 1.1 or 1.2 would read as another type are quoted."""
+    stream = io.StringIO()
+    _yaml(dumps=True).dump(values, stream)
+    return stream.getvalue()
+
+
+def apply_override(values: Any, override: str) -> None:
+    """Puts the value of ``KEY=VALUE`` into a parsed recipe; KEY is a dotted name, VALUE is YAML.
+
+    Raises:
+        ValueError: If the override has another form, or KEY does not name a setting of a section.
+    """
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    if not equals or not all((*sections, name)):
+        raise ValueError(f"an override must read KEY=VALUE, got {override!r}")
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{key} must have a value in YAML, got {text!r}: {error}") from error
+    for level, section in enumerate(sections, start=1):
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            path = ".".join(sections[:level])
+            raise ValueError(
+                f"{key} must be in a section, but {path} is {shorten(values)}: override {path} as a whole"
+            )
+    values[name] = value
+
+
+def _import_ruamel() -> Any:
+    try:
+        import ruamel.yaml
+    except ImportError as error:
+        raise ImportError(f"recipes need ruamel.yaml: {install_hint('train')}") from error
+    return ruamel.yaml
+
+
+@functools.cache
+def _yaml(*, dumps: bool) -> Any:
+    """Returns a parser, or a writer whose strings and numbers YAML 1.1 reads in the same way."""
+    ruamel = _import_ruamel()
+    rules = [
+        (f"tag:yaml.org,2002:{name}", re.compile(f"(?:{p})$"), first) for name, (p, first) in _CORE_SCHEMA.items()
+    ]
+    if dumps:
+        rules += [(tag, pattern, first) for _, tag, pattern, first in ruamel.resolver.implicit_resolvers]
+    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for tag, pattern, first in rules:
+        for character in first:
+            table.setdefault(character, []).append((tag, pattern))
+
+    class Resolver(ruamel.resolver.VersionedResolver):  # type: ignore[misc, name-defined]
+        @property
+        def versioned_resolver(self) -> dict[str, Any]:
+            return table
+
+    class Constructor(ruamel.constructor.SafeConstructor):  # type: ignore[misc, name-defined]
+        def check_mapping_key(self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any) -> bool:
+            if key in mapping:
+                raise ruamel.constructor.DuplicateKeyError(
+                    None, None, f"a setting must be given once, got {key!r} again", key_node.start_mark
+                )
+            return True
+
+    class Representer(ruamel.representer.SafeRepresenter):  # type: ignore[misc, name-defined]
+        def represent_float(self, data: float) -> Any:
+            text = repr(data)  # YAML 1.1 reads 1e-06 as a string
+            return self.represent_scalar("tag:yaml.org,2002:float", text if "." in text else text.replace("e", ".0e"))
+
+    Representer.add_representer(float, Representer.represent_float)
+    yaml = ruamel.YAML(typ="safe", pure=True)
+    yaml.Resolver, yaml.Constructor, yaml.Representer = Resolver, Constructor, Representer
+    yaml.default_flow_style, yaml.width, yaml.sort_base_mapping_type_on_output = False, 100, False
+    return yaml

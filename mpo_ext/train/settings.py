@@ -1,0 +1,171 @@
+"""Building blocks of a recipe: the types of its settings, the ``section`` decorator, and the texts of its errors."""
+
+import dataclasses
+import difflib
+import functools
+import math
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+import pydantic.dataclasses
+from pydantic import AfterValidator, BeforeValidator, PlainValidator, StrictFloat, StrictInt, StrictStr
+from pydantic_core import PydanticCustomError
+from typing_extensions import dataclass_transform
+
+from mpo_ext.checks import shorten
+
+T = TypeVar("T")
+
+_TYPES = {
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+}  # the errors of pydantic's strict types
+
+
+def wrong_type(words: str) -> PydanticCustomError:
+    """Returns the error of a value that should be ``words``."""
+    return PydanticCustomError("wrong_type", words)  # type: ignore[arg-type]  # pydantic wants a literal
+
+
+def _rule(words: str, holds: Callable[[Any], bool]) -> AfterValidator:
+    """Returns a validator whose message says that the setting must be ``words``."""
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise PydanticCustomError("rule", words)  # type: ignore[arg-type]
+        return value
+
+    return AfterValidator(check)
+
+
+def list_of(elements: str, size: int | None = None) -> BeforeValidator:
+    """Returns a validator that takes a list, of a given size if ``size`` is not None, and turns it into a tuple."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, (list, tuple)) or (size is not None and len(value) != size):
+            raise wrong_type(f"a list of {'' if size is None else f'{size} '}{elements}")
+        return tuple(value)
+
+    return BeforeValidator(convert)
+
+
+def _to_section(value: Any) -> Any:
+    if value is None:
+        return {}  # all lines of the section are comments
+    if not isinstance(value, Mapping) and not dataclasses.is_dataclass(value):
+        raise wrong_type("a section")
+    return value
+
+
+Number = StrictFloat
+NOT_EMPTY = _rule("not empty", bool)
+Text = Annotated[StrictStr, NOT_EMPTY]
+Positive = Annotated[StrictFloat, _rule("positive and finite", lambda value: 0 < value < math.inf)]
+NotNegative = Annotated[StrictFloat, _rule("finite and not negative", lambda value: 0 <= value < math.inf)]
+Fraction = Annotated[StrictFloat, _rule("in [0, 1)", lambda value: 0 <= value < 1)]
+PositiveFraction = Annotated[StrictFloat, _rule("in (0, 1]", lambda value: 0 < value <= 1)]
+Count = Annotated[StrictInt, _rule("at least 0", lambda value: value >= 0)]
+PositiveCount = Annotated[StrictInt, _rule("at least 1", lambda value: value >= 1)]
+Length = Annotated[StrictInt, _rule("at least 2", lambda value: value >= 2)]
+Strings = Annotated[tuple[StrictStr, ...], list_of("strings")]
+TwoStrings = Annotated[tuple[StrictStr, StrictStr], list_of("strings", 2)]
+TwoFractions = Annotated[
+    tuple[StrictFloat, StrictFloat],
+    list_of("numbers", 2),
+    _rule("in [0, 1)", lambda values: all(0 <= value < 1 for value in values)),
+]
+Section = Annotated[T, BeforeValidator(_to_section)]
+
+_STRINGS: pydantic.TypeAdapter[tuple[str, ...]] = pydantic.TypeAdapter(Strings)
+
+
+def _to_string_or_strings(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, (list, tuple)):
+        raise wrong_type("a string or a list of strings")
+    return _STRINGS.validate_python(value)
+
+
+StringOrStrings = Annotated[str | tuple[str, ...], PlainValidator(_to_string_or_strings), NOT_EMPTY]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def section(kind: type[T]) -> type[T]:
+    """Makes a class a section of a recipe: a frozen dataclass whose constructor converts and checks its arguments.
+
+    A mapping becomes a section, a list a tuple, and an int a float where the setting is a float. Errors are TypeError
+    for a value of the wrong type, otherwise ValueError; messages begin with the dotted name of the setting.
+    """
+    config = pydantic.ConfigDict(extra="forbid")
+    built: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(kind)
+    validate = built.__init__
+
+    @functools.wraps(validate)
+    def __init__(self: Any, **values: Any) -> None:  # noqa: N807
+        try:
+            validate(self, **values)
+        except pydantic.ValidationError as error:
+            raise _describe(error, built) from None
+
+    built.__init__ = __init__
+    return built
+
+
+def _describe(error: pydantic.ValidationError, kind: type) -> Exception:
+    """Returns the error of the first wrong setting; unknown settings come before wrong values."""
+    unknown = ("unexpected_keyword_argument", "invalid_key")
+    details = min(error.errors(include_url=False), key=lambda details: details["type"] not in unknown)
+    where = _dotted(details["loc"])
+    value = details["input"]
+    if details["type"] in unknown:
+        *parents, key = details["loc"]
+        return ValueError(
+            f"unknown setting {_dotted((*parents, str(key)))}{_nearest_setting(parents, str(key), kind)}"
+        )
+    if details["type"] == "missing":
+        return ValueError(f"{where} must be given")
+    if details["type"] == "value_error":  # raised by __post_init__ of a section, whose messages name the setting
+        return ValueError(f"{where}.{details['ctx']['error']}".lstrip("."))
+    words = _TYPES.get(details["type"], details["msg"])
+    if details["type"] == "literal_error":
+        words = details["ctx"]["expected"]
+    message = f"{where} must {'not be empty' if words == 'not empty' else f'be {words}'}, got {shorten(value)}"
+    if details["type"] == "string_type" and isinstance(value, (bool, int, float)):
+        message += ": put it in quotes"
+    is_value = details["type"] == "rule" or (details["type"] == "literal_error" and isinstance(value, str))
+    return ValueError(message) if is_value else TypeError(message)
+
+
+def _dotted(parts: Sequence[int | str]) -> str:
+    """Returns the name of a setting, such as ``data.train[1].root``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+
+
+def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
+    """Returns a hint: a similar setting of the same section, or a setting of the same name in another section."""
+    settings = _settings(kind)
+    names = settings[".".join(parent for parent in parents if isinstance(parent, str))]
+    prefix = _dotted((*parents, ""))
+    close = difflib.get_close_matches(key, names, n=1)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    elsewhere = [f"{where}.{key}".lstrip(".") for where, others in settings.items() if key in others]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; known settings: {', '.join(f'{prefix}{name}' for name in names)}"
+
+
+def _settings(kind: type, where: str = "") -> dict[str, list[str]]:
+    """Returns the names of the settings of each section, by the section's dotted name."""
+    hints = typing.get_type_hints(kind)
+    settings = {where: list(hints)}
+    for name, hint in hints.items():
+        for option in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(option):
+                settings |= _settings(typing.cast(type, option), f"{where}.{name}".lstrip("."))
+    return settings
