@@ -18,7 +18,7 @@ from benchmarks import losses
 from benchmarks.logits import pair_loss
 from mpo_ext import linear_mpo_loss
 from mpo_ext.loss import eager
-from mpo_ext.ops.linear import product_dtype
+from mpo_ext.ops.tiles import matmul_dtype
 from mpo_ext.plan.roofline import LossShape
 
 FROZEN = "mpo_ext, frozen head"
@@ -153,7 +153,7 @@ def provider(name: str) -> losses.Provider:
 
 def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
     """Multiplies the labelled rows into memory that is already allocated, in the dtype of our own products."""
-    dtype = product_dtype(batch.hidden.dtype, batch.hidden.device)
+    dtype = matmul_dtype(batch.hidden.dtype, batch.hidden.device)
     rows = batch.hidden.flatten(0, 1)[batch.labels.flatten() != -100].to(dtype)
     weight = batch.weight.to(dtype)
     out = rows.new_zeros(rows.shape[0], weight.shape[0])

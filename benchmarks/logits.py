@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import losses
 from mpo_ext import MPOConfig, mpo_loss
 from mpo_ext.loss import eager
-from mpo_ext.loss.reward_shift import HOLD
+from mpo_ext.loss.reward_shift import BatchShift
 from mpo_ext.plan.roofline import LossShape
 
 STATISTICS = "mpo_ext, all statistics"
@@ -65,7 +65,7 @@ def _compiled() -> LossOf:
 def pair_loss(logp: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
     """Returns the MPO loss of log-probs ``[2B, T]`` in plain torch: the second half of every peer's loss."""
     state = torch.zeros(2, dtype=torch.float64, device=logp.device)
-    return eager.pair_loss(logp, labels, ref_logp, state, HOLD, False, 0.0, None, MPOConfig()).loss
+    return eager.pair_loss(logp, labels, ref_logp, BatchShift(state), MPOConfig()).loss
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor], Tensor]) -> LossOf:

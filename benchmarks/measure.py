@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from mpo_ext.files import atomic_write
-from mpo_ext.ops import logits as ops
+from mpo_ext.ops.memory import fresh_zeros
 
 #: A call that prepares a run, which is not timed, and the timed run.
 Run = tuple[Callable[[], Any], Callable[[], Any]]
@@ -99,7 +99,7 @@ def _cpu_clock(run: Callable[[], Any]) -> float:
 
 def _touch_free_memory() -> None:
     """Touches free memory, which the host of a virtual machine reclaims after a slow case: the next case would pay."""
-    ops.fresh_zeros((_FREE_BYTES,), torch.uint8).fill_(1)
+    fresh_zeros((_FREE_BYTES,), torch.uint8).fill_(1)
 
 
 def _gpu_clock(device: str) -> Callable[[Callable[[], Any]], float]:

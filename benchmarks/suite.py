@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import linear, logits, losses, machine, train_step
 from benchmarks.measure import Timing, interleaved
-from mpo_ext.ops.linear import product_dtype
+from mpo_ext.ops.tiles import matmul_dtype
 from mpo_ext.plan.roofline import LossShape
 
 _RUN_SECONDS = 20.0  # a peer whose run would take longer is not measured
@@ -175,7 +175,7 @@ def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, s
     peaks = _peaks(benchmark, group, cases, seconds_in_all)
     common: dict[str, Any] = {"floor": benchmark.floor}
     if loss.hidden is not None:
-        dtype = product_dtype(getattr(torch, loss.dtype), torch.device("cpu"))
+        dtype = matmul_dtype(getattr(torch, loss.dtype), torch.device("cpu"))
         common["matmul_dtype"] = str(dtype).removeprefix("torch.")
     for name in group.providers:
         if name in missing:

@@ -10,7 +10,7 @@ import torch
 torch.set_num_threads(1)
 
 # What a CPU multiplies in bfloat16 depends on the CPU; the bounds of most tests are those of widened operands.
-os.environ.setdefault("MPO_CPU_PRODUCT", "float32")
+os.environ.setdefault("MPO_CPU_MATMUL", "float32")
 
 # Every backend of the package can be named here; `cuda` and `triton` need a GPU.
 BACKENDS = os.environ.get("MPO_TEST_BACKENDS", "reference,cpu").split(",")

@@ -16,6 +16,8 @@ from oracle import (
 
 from mpo_ext import MPOOutput, linear_mpo_loss
 from mpo_ext.ops import logits as ops
+from mpo_ext.ops.checks import STATS
+from mpo_ext.ops.memory import ROW_STATE, Tile
 
 ALL_STATS = 15
 
@@ -37,9 +39,9 @@ def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Seque
     view.copy_(logits)
 
     outputs = ops.token_logp_outputs(view, labels, ALL_STATS)
-    state = torch.full((len(labels), ops.ROW_STATE), torch.nan, dtype=torch.float64)
+    state = torch.full((len(labels), ROW_STATE), torch.nan, dtype=torch.float64)
     for first, end in itertools.pairwise(edges):
-        ops.score(view[:, first:end], labels, -100, ALL_STATS, backend, outputs, ops.Tile(first, vocab, state))
+        ops.score(view[:, first:end], labels, -100, ALL_STATS, backend, outputs, Tile(first, vocab, state))
     logp, row_max, row_sum, row_stats = outputs
     weight = torch.linspace(-1, 2, len(labels), dtype=logp.dtype)
     exact, gradient, share = token_logp_exact(logits, labels, weight)
@@ -47,7 +49,7 @@ def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Seque
     assert_as_accurate(logp, eager, exact, name="logp")
     rows = score_rows(wide(logits), labels.numpy(), -100)
     possible = rows.labelled & np.isfinite(rows.logp)
-    for values, name in zip(row_stats, ops.STATS, strict=True):
+    for values, name in zip(row_stats, STATS, strict=True):
         expected = np.square(np.abs(share - np.eye(vocab)[labels.clamp(0, vocab - 1)])).sum(-1)
         expected = expected if name == "sum_p_squared" else getattr(rows, name)
         np.testing.assert_allclose(values.numpy()[possible], expected[possible].astype(float), rtol=1e-5, atol=1e-5)
@@ -56,7 +58,7 @@ def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Seque
     scale = torch.tensor(0.5, dtype=torch.float64)
     for first, end in itertools.pairwise(edges):
         part = view[:, first:end]
-        tile = ops.Tile(first, vocab, None)
+        tile = Tile(first, vocab, None)
         ops.write_grad(part, labels, row_max, row_sum, weight, scale, -100, backend, part, tile=tile)
     assert_gradient_as_accurate(view, eager_gradient * 0.5, gradient * 0.5, share)
     assert wide_logits[:, [0, -1]].isnan().all(), "something beside the tiles was written"

@@ -26,7 +26,7 @@ def doctor(args: argparse.Namespace) -> int:
     """Prints a fact a line, for a bug report. Returns 1 if not even the CPU kernels can run."""
     for name, fact in _facts():
         print(f"{name:<20}{fact}")
-    return 0 if _try(lambda: importlib.import_module("mpo_ext.ops.logits").cpu_isa())[0] else 1
+    return 0 if _try(lambda: importlib.import_module("mpo_ext.ops.backends").cpu_isa())[0] else 1
 
 
 def _facts() -> Iterator[tuple[str, str]]:
@@ -41,24 +41,24 @@ def _facts() -> Iterator[tuple[str, str]]:
     else:
         yield "torch's CUDA", f"{torch.version.cuda or 'none'}, {torch.cuda.device_count()} GPU(s)"
 
-    has_native, text = _try(lambda: importlib.import_module("mpo_ext.ops.native")._C.__file__)
+    has_native, text = _try(lambda: importlib.import_module("mpo_ext.ops.native").compiled().__file__)
     yield "native module", text
     if not has_native:
         yield "backends", "reference" if has_torch else "none"
         return
     native = importlib.import_module("mpo_ext.ops.native")
-    yield "compiled by", native._C.compiler
+    yield "compiled by", native.compiled().compiler
     yield "CPU kernels", f"run here as {', '.join(native.cpu_isas())}"
     has_isa, in_use = True, native.cpu_isas()[0]
     if has_torch:
-        has_isa, in_use = _try(lambda: importlib.import_module("mpo_ext.ops.logits").cpu_isa())
+        has_isa, in_use = _try(lambda: importlib.import_module("mpo_ext.ops.backends").cpu_isa())
     yield "in use", f"{in_use} (MPO_CPU_ISA={os.environ.get('MPO_CPU_ISA', '')})"
-    archs = native._C.cuda_archs
-    yield "CUDA architectures", f"{archs}, {native._C.cuda_compiler}" if archs else "none: built without CUDA kernels"
+    archs = native.compiled().cuda_archs
+    yield "CUDA architectures", f"{archs}, {native.compiled().cuda_compiler}" if archs else "none: built without CUDA kernels"
     if not has_torch:
         yield "backends", "none: torch is missing"
         return
-    ops = importlib.import_module("mpo_ext.ops.logits")
+    ops = importlib.import_module("mpo_ext.ops.backends")
     backends = ["cpu (tensors on the CPU)", "reference (any device)"] if has_isa else ["reference (any device)"]
     device = "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cuda"
     problem = ops.triton_problem(device)

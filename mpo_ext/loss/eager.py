@@ -1,12 +1,13 @@
 """The MPO loss in plain torch: its readable definition, and the eager baseline of the benchmarks.
 
-Differentiable through autograd, on any device, to any order. Nothing here is optimised: it materialises a float32
-``log_softmax`` of all rows, as trainers commonly do: so a NaN in the logits of an ignored row, which the kernels never
-read, reaches its gradient here. ``mpo_ext.loss.functions`` calls it for ``backend="reference"``.
+It is differentiable by autograd, on any device, to any order. Nothing here is optimised: it materialises a float32
+``log_softmax`` of all rows, as most trainers do. A NaN in the logits of an ignored row, which the kernels never read,
+therefore reaches the gradient here. ``mpo_ext.loss.functions`` calls this module for ``backend="reference"``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpo_ext.loss.config import MPOConfig
-from mpo_ext.loss.reward_shift import CUMULATIVE, HOLD
+from mpo_ext.loss.reward_shift import BatchShift
+from mpo_ext.ops.pair_loss import CUMULATIVE, HOLD
 
 
 class PairLoss(NamedTuple):
-    """What the pair loss yields; ``ops.pair_loss`` returns the same in the same order, and the weights besides."""
+    """The result of the pair loss. The operator ``pair_loss`` returns the same in this order, and then the weights."""
 
     loss: Tensor  # 0-d
     terms: Tensor  # [3]: DPO, BCO, NTP, without their weights
@@ -31,9 +33,9 @@ class PairLoss(NamedTuple):
 
 
 def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Log-probability of each label: ``[..., V]`` and ``[...]`` give ``[...]`` in float32 (float64 for float64).
+    """Returns the log-probability of each label: ``[..., V]`` and ``[...]`` give ``[...]`` in float32 (or float64).
 
-    0 where the label is ``ignore_index``, NaN where it is outside ``[0, V)``.
+    It is 0 where the label is ``ignore_index``, and NaN where the label is outside ``[0, V)``.
     """
     vocab = logits.shape[-1]
     logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
@@ -50,10 +52,10 @@ def linear_logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Logits as a model computes them: ``[..., D]`` and ``[V, D]`` give ``[..., V]``.
+    """Returns logits as a model computes them: ``[..., D]`` and ``[V, D]`` give ``[..., V]``.
 
-    ``softcap * tanh(z / softcap) / temperature`` with ``z = logit_scale * (hidden @ weight.T + bias)``, as Gemma 2
-    has it; without a softcap ``z / temperature``.
+    They are ``softcap * tanh(z / softcap) / temperature`` with ``z = logit_scale * (hidden @ weight.T + bias)``, as in
+    Gemma 2; without a softcap ``z / temperature``.
     """
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
@@ -68,17 +70,17 @@ def linear_logits(
 
 
 def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Sums a value per token over each sequence, as ``ref_logp`` of ``mpo_loss`` is made of ``token_logp``.
+    """Returns the sum over each sequence of a value per token: of ``token_logp``, it is ``ref_logp`` of ``mpo_loss``.
 
     Args:
         rows: ``[2B, T]``, or packed ``[N]`` or ``[1, N]`` with ``cu_seqlens``: a value per token.
-        cu_seqlens: ``[2B + 1]`` int32 or int64: where each sequence starts, and N at the end. None for padded input.
+        cu_seqlens: ``[2B + 1]`` int32 or int64: the start of each sequence, then N. None for padded input.
 
     Returns:
         ``[2B]`` in the dtype of ``rows``; 0 for an empty sequence. Differentiable.
 
     Raises:
-        ValueError: If there are ``cu_seqlens`` and ``rows`` are not packed.
+        ValueError: If ``cu_seqlens`` is given and ``rows`` is not packed.
     """
     if cu_seqlens is None:
         return rows.sum(-1)
@@ -93,14 +95,11 @@ def pair_loss(
     logp: Tensor,
     labels: Tensor,
     ref_logp: Tensor,
-    state: Tensor,
-    rule: int,
-    update_first: bool,
-    decay: float,
-    cu_seqlens: Tensor | None,
+    shift: BatchShift,
     config: MPOConfig,
+    cu_seqlens: Tensor | None = None,
 ) -> PairLoss:
-    """The loss of B pairs from the log-probs of their tokens (arXiv 2411.10442, equations 1 to 7).
+    """Returns the loss of B pairs from the log-probs of their tokens (arXiv 2411.10442, equations 1 to 7).
 
     ``r = beta * (logp - ref_logp)``, DPO = ``-logsigmoid(r_c - r_r)``, BCO = ``-logsigmoid(r_c - delta) -
     logsigmoid(delta - r_r)``, both averaged over pairs; NTP is the cross entropy of the chosen responses. A pair with
@@ -110,12 +109,9 @@ def pair_loss(
         logp: ``[2B, T]``, or ``[1, N]`` with ``cu_seqlens``; the chosen sequences come first.
         labels: Like ``logp``, int64, already aligned with it.
         ref_logp: ``[2B]`` summed log-probs under the reference model.
-        state: ``[2]`` float64: delta, and the number of updates behind it.
-        rule: How this batch moves ``state``: ``reward_shift.HOLD``, ``CUMULATIVE`` or ``EMA``.
-        update_first: Whether delta already includes this batch.
-        decay: Share of the old value that EMA keeps.
-        cu_seqlens: ``[2B + 1]`` for packed input, else None.
+        shift: The reward shift, and how this batch moves it.
         config: Weights and settings of the terms.
+        cu_seqlens: ``[2B + 1]`` for packed input, else None.
     """
     labelled = labels != config.ignore_index
     tokens = sequence_sums(labelled.long(), cu_seqlens)
@@ -128,8 +124,8 @@ def pair_loss(
     chosen_reward, rejected_reward = reward.chunk(2)
 
     batch = torch.stack([reward.detach().double().sum(), 2.0 * has_both.double().sum()])
-    new_state = _moved(state, rule, decay, batch)
-    delta = (new_state if update_first else state)[0].to(sums.dtype)
+    new_state = _moved(shift, batch)
+    delta = (new_state if shift.update_first else shift.state)[0].to(sums.dtype)
 
     margin = chosen_reward - rejected_reward
     smooth = config.label_smoothing
@@ -149,18 +145,21 @@ def pair_loss(
     return PairLoss(loss, terms, delta, sums.detach(), reward.detach(), tokens, new_state, batch)
 
 
-def _moved(state: Tensor, rule: int, decay: float, batch: Tensor) -> Tensor:
-    """The state after a batch with ``batch = [sum, count]`` of rewards; a count of 0 leaves it."""
-    if rule == HOLD:
-        return state.clone()
-    value, updates = state
+def _moved(shift: BatchShift, batch: Tensor) -> Tensor:
+    """Returns the state after a batch with ``batch = [sum, count]`` of rewards; a count of 0 does not change it."""
+    if shift.rule == HOLD:
+        return shift.state.clone()
+    value, updates = shift.state
     mean = batch[0] / batch[1].clamp(min=1)
-    moved = value + (mean - value) / (updates + 1) if rule == CUMULATIVE else decay * value + (1 - decay) * mean
-    return torch.where(batch[1] > 0, torch.stack([moved, updates + 1]), state)
+    if shift.rule == CUMULATIVE:
+        moved = value + (mean - value) / (updates + 1)
+    else:
+        moved = shift.decay * value + (1 - shift.decay) * mean
+    return torch.where(batch[1] > 0, torch.stack([moved, updates + 1]), shift.state)
 
 
-def token_stats(logits: Tensor, labels: Tensor, stats: tuple[str, ...], ignore_index: int) -> Tensor:
-    """Statistics of each labelled row, 0 elsewhere: ``[len(stats), ...]``. See ``ops.STATS`` for the names."""
+def token_stats(logits: Tensor, labels: Tensor, stats: Sequence[str], ignore_index: int) -> Tensor:
+    """Returns statistics (``STATS`` of ``ops.checks``) of each labelled row, 0 elsewhere: ``[len(stats), ...]``."""
     z = logits.detach()
     z = z if z.dtype == torch.float64 else z.float()
     logp = torch.log_softmax(z, dim=-1)

@@ -1,45 +1,62 @@
-"""The reward shift delta of the BCO term, and the state that follows it through training."""
+"""The reward shift delta of the BCO term, and its state during training."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from mpo_ext.checks import check_number
+from mpo_ext.checks import check_choice, check_number
+from mpo_ext.ops.pair_loss import CUMULATIVE, EMA, HOLD
 
-# The rules by which pair_loss moves the state itself, when no collective must come between (api.h: ShiftRule).
-HOLD, CUMULATIVE, EMA = 0, 1, 2
+
+class BatchShift(NamedTuple):
+    """The reward shift that one pair loss uses, and how the pair loss moves it.
+
+    Attributes:
+        state: ``[2]`` float64: delta, and the number of updates behind it.
+        rule: ``HOLD``, ``CUMULATIVE`` or ``EMA``: how this batch moves the state inside of the pair loss.
+        update_first: Whether the delta in use already includes this batch.
+        decay: Fraction of the old value that ``EMA`` keeps.
+        is_pooled: Whether the state moves after the pair loss, by the rewards of all ranks or of the optimizer step.
+    """
+
+    state: Tensor
+    rule: int = HOLD
+    update_first: bool = False
+    decay: float = 0.0
+    is_pooled: bool = False
 
 
 class RewardShift:
     """The moving average of rewards, delta, that centres the BCO term (arXiv 2411.10442, after arXiv 2404.04656).
 
-    Pass one instance to every call of ``mpo_loss``; it is updated there, in training only: never after ``eval()`` and
-    never where gradients are off. The state stays on the device of the rewards, so no call waits for it, and it is
-    reduced over the ranks of ``torch.distributed`` where that is initialised.
+    Pass the same instance to every call of ``mpo_loss``. The call updates it, except after ``eval()`` and while
+    gradients are disabled. The state stays on the device of the rewards, so no call waits for it, and it is reduced
+    over the ranks of ``torch.distributed`` if that is initialised.
 
-    The statistic of one call is the mean reward over both sides of its pairs; pairs with an empty side are left out.
+    The statistic of one call is the mean reward over both sides of its pairs, without pairs that have an empty side.
 
     Args:
-        mode: "cumulative" is the mean of the statistics of all updates so far, each rank's counting once, as in the
-            authors' code; "ema" is ``decay * delta + (1 - decay) * mean`` with the mean over all rewards of all ranks,
-            as in NeMo-RL; "fixed" stays at ``value``.
-        decay: Share of the old value that "ema" keeps, in ``[0, 1)``.
-        update: "before" lets a call use the value that already includes its own rewards, as the authors' code does;
-            "after" lets it use the value of the calls before.
-        value: delta before the first update ("cumulative" forgets it then).
+        mode: "cumulative" is the mean of the statistics of all updates so far, in which each rank counts once, as in
+            the authors' code; "ema" is ``decay * delta + (1 - decay) * mean`` with the mean over all rewards of all
+            ranks, as in NeMo-RL; "fixed" stays at ``value``.
+        decay: Fraction of the old value that "ema" keeps, in ``[0, 1)``.
+        update: With "before" a call uses the value that already includes its rewards, as in the authors' code; with
+            "after" it uses the value after the previous call.
+        value: delta before the first update ("cumulative" discards it then).
         per: "micro_batch" updates at every call; "optimizer_step" collects rewards and updates in ``step()``, so that
             the result does not depend on gradient accumulation (needs ``update="after"``).
 
     Raises:
-        TypeError: If ``decay`` or ``value`` is no number.
-        ValueError: If an argument is not one of the above.
+        TypeError: If ``decay`` or ``value`` is not a number.
+        ValueError: If an argument has another value.
 
-    The semantics in use elsewhere, and how to get them::
+    The semantics of other implementations, and how to get them::
 
         RewardShift()                                                     # the authors' code, ms-swift, LLaMA-Factory
         RewardShift("ema", update="after", per="optimizer_step")          # NeMo-RL
@@ -55,12 +72,9 @@ class RewardShift:
         value: float = 0.0,
         per: Literal["micro_batch", "optimizer_step"] = "micro_batch",
     ) -> None:
-        if mode not in ("cumulative", "ema", "fixed"):
-            raise ValueError(f"mode must be 'cumulative', 'ema' or 'fixed', got {mode!r}")
-        if update not in ("before", "after"):
-            raise ValueError(f"update must be 'before' or 'after', got {update!r}")
-        if per not in ("micro_batch", "optimizer_step"):
-            raise ValueError(f"per must be 'micro_batch' or 'optimizer_step', got {per!r}")
+        check_choice("mode", mode, ("cumulative", "ema", "fixed"))
+        check_choice("update", update, ("before", "after"))
+        check_choice("per", per, ("micro_batch", "optimizer_step"))
         check_number("decay", decay)
         check_number("value", value)
         if not 0 <= decay < 1:
@@ -77,7 +91,7 @@ class RewardShift:
         self.update_order = update
         self.per = per
         self.training = True
-        # float64, since a cumulative mean over 1e5 steps moves by less than a float32 can tell.
+        # float64, because after 1e5 steps a cumulative mean moves by less than float32 resolves.
         self._state = torch.tensor([float(value), 0.0], dtype=torch.float64)  # delta, number of updates behind it
         self._pending = torch.zeros(2, dtype=torch.float64)  # sum and count of the rewards since the last step()
 
@@ -93,16 +107,16 @@ class RewardShift:
         return float(self._state[0])
 
     def train(self, mode: bool = True) -> RewardShift:
-        """Turns updates on (or off)."""
+        """Turns updates on or off."""
         self.training = mode
         return self
 
     def eval(self) -> RewardShift:
-        """Turns updates off: a call in evaluation uses delta and leaves it as it is."""
+        """Turns updates off: in evaluation, a call uses delta and does not change it."""
         return self.train(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that a resumed run needs, as plain Python values."""
+        """Returns the settings and the state that a resumed run needs, as plain Python values."""
         value, count = self._state.tolist()
         reward_sum, reward_count = self._pending.tolist()
         return {
@@ -114,10 +128,11 @@ class RewardShift:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` returned.
+        """Restores a result of ``state_dict``.
 
         Raises:
-            ValueError: If a key is missing, or the state was made with other settings than this instance's.
+            TypeError: If the state is not a dict, or a number in it is not a number.
+            ValueError: If a key is missing, or the state comes from an instance with other settings.
         """
         if not isinstance(state, dict):
             raise TypeError(f"state must be what RewardShift.state_dict() returned, got {state!r}")
@@ -137,14 +152,14 @@ class RewardShift:
         )
 
     def update(self, reward_sum: float | Tensor, count: float | Tensor) -> None:
-        """Takes in the rewards of one micro-batch of this rank; ``mpo_loss`` calls it, and so may a loop of your own.
+        """Updates delta by the rewards of one micro-batch of this rank. ``mpo_loss`` calls it; a custom loop may too.
 
-        With ``per="optimizer_step"`` they are collected until ``step()``. All ranks must call it together. A count of
-        0 (no pair with two sides) changes nothing.
+        With ``per="optimizer_step"`` the rewards are collected until ``step()``. All ranks must call this together. A
+        count of 0 (no pair with two sides) changes nothing.
 
         Args:
             reward_sum: Sum of the rewards, a number or a 0-d tensor.
-            count: How many they are, a number or a 0-d tensor.
+            count: Number of rewards, a number or a 0-d tensor.
         """
         if self.mode == "fixed":
             return
@@ -155,14 +170,45 @@ class RewardShift:
         self._apply(batch, each_rank_counts=self.mode == "cumulative")
 
     def step(self) -> None:
-        """Ends an optimizer step: with ``per="optimizer_step"``, moves delta by the rewards collected since the last.
+        """Ends an optimizer step: with ``per="optimizer_step"``, updates delta by the rewards since the last step.
 
-        All ranks must call it together. Does nothing for the other settings.
+        All ranks must call it together. It does nothing with ``per="micro_batch"`` or mode "fixed".
         """
         if self.mode == "fixed" or self.per != "optimizer_step":
             return
         self._apply(self._pending, each_rank_counts=False)
         self._pending = torch.zeros_like(self._pending)
+
+    def begin_batch(self, device: torch.device) -> BatchShift:
+        """Returns the shift that the pair loss of a batch uses. ``mpo_loss`` calls it before the pair loss."""
+        if self._state.device != device:
+            self._state = self._state.to(device)
+            self._pending = self._pending.to(device)
+        if not self.training or self.mode == "fixed" or not torch.is_grad_enabled():
+            return BatchShift(self._state)
+        if self.per == "optimizer_step" or _is_distributed():
+            return BatchShift(self._state, is_pooled=True)
+        rule = CUMULATIVE if self.mode == "cumulative" else EMA
+        return BatchShift(self._state, rule, self.update_order == "before", self.decay)
+
+    def end_batch(self, shift: BatchShift, new_state: Tensor, batch: Tensor) -> Tensor | None:
+        """Stores the state after a batch. ``mpo_loss`` calls it after the pair loss.
+
+        Args:
+            shift: The result of ``begin_batch``.
+            new_state: ``[2]``, the state as the pair loss moved it.
+            batch: ``[2]``, sum and count of the rewards of the batch.
+
+        Returns:
+            None, or the pooled state with which the pair loss must be computed again.
+        """
+        if shift.rule != HOLD:
+            self._state = new_state
+        elif shift.is_pooled:
+            self.update(batch[0], batch[1])
+            if self.update_order == "before":
+                return self._state
+        return None
 
     def _settings(self) -> dict[str, Any]:
         return {"mode": self.mode, "decay": self.decay, "update": self.update_order, "per": self.per}
@@ -174,7 +220,7 @@ class RewardShift:
 
     def _apply(self, batch: Tensor, *, each_rank_counts: bool) -> None:
         """Moves the state by one statistic. ``batch`` is [2]: sum and count of this rank's rewards."""
-        if each_rank_counts:  # the authors reduce each rank's mean, whatever its number of pairs
+        if each_rank_counts:  # the authors' code averages the means of the ranks, whatever their numbers of pairs
             has_pairs = (batch[1] > 0).double()
             batch = torch.stack([batch[0] / batch[1].clamp(min=1), has_pairs])
         if _is_distributed():
@@ -191,19 +237,41 @@ class RewardShift:
             updates = updates + (batch[1] > 0)
         self._state = torch.stack([torch.where(batch[1] > 0, moved, value), updates])
 
-    def _begin(self, device: torch.device) -> tuple[Tensor, bool]:
-        """Returns the state on the rewards' device, and whether this call is to move it."""
-        if self._state.device != device:
-            self._state = self._state.to(device)
-            self._pending = self._pending.to(device)
-        return self._state, self.training and self.mode != "fixed" and torch.is_grad_enabled()
-
-    def _kernel_rule(self) -> int:
-        """Returns the rule that pair_loss can apply by itself, or HOLD where ranks or steps must be pooled first."""
-        if self.per == "optimizer_step" or _is_distributed():
-            return HOLD
-        return {"cumulative": CUMULATIVE, "ema": EMA, "fixed": HOLD}[self.mode]
-
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def begin_batch(reward_shift: RewardShift | Tensor | float | None, device: torch.device) -> BatchShift:
+    """Returns the shift that the pair loss of a batch uses, for every kind of argument ``reward_shift``.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If the number is not finite, or the tensor is not 0-d floating point.
+    """
+    if isinstance(reward_shift, RewardShift):
+        return reward_shift.begin_batch(device)
+    if isinstance(reward_shift, Tensor):
+        if reward_shift.ndim != 0 or not reward_shift.is_floating_point():
+            raise ValueError(
+                "reward_shift must be a 0-d floating-point tensor when it is a tensor, got "
+                f"{reward_shift.dtype} of shape {tuple(reward_shift.shape)}"
+            )
+        delta = reward_shift.detach().to(device=device, dtype=torch.float64)
+        return BatchShift(F.pad(delta.reshape(1), (0, 1)))
+    if reward_shift is None:
+        reward_shift = 0.0
+    if isinstance(reward_shift, bool) or not isinstance(reward_shift, int | float):
+        raise TypeError(
+            f"reward_shift must be None, a number, a 0-d tensor or a RewardShift, got {type(reward_shift).__name__}"
+        )
+    if not math.isfinite(reward_shift):
+        raise ValueError(f"reward_shift must be finite, got {reward_shift}")
+    return BatchShift(torch.full((2,), float(reward_shift), dtype=torch.float64, device=device))
+
+
+def end_batch(
+    reward_shift: RewardShift | Tensor | float | None, shift: BatchShift, new_state: Tensor, batch: Tensor
+) -> Tensor | None:
+    """Calls ``RewardShift.end_batch``; a shift of another kind does not change."""
+    return reward_shift.end_batch(shift, new_state, batch) if isinstance(reward_shift, RewardShift) else None

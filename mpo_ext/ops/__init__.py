@@ -1,1 +1,1 @@
-"""The kernels as torch operators: checks, backends, operators and their fakes."""
+"""The kernels as torch operators (``logits``, ``pair_loss``, ``linear``), their checks, and the choice of backend."""

@@ -1,67 +1,57 @@
-"""Loads the compiled module and turns a failed import into something a user can act on."""
+"""Loads the compiled module ``mpo_ext._C``; if that fails, the error says how to repair the installation."""
 
+import functools
 import importlib.metadata
-import importlib.util
-import sys
+from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
-import mpo_ext
 
+@functools.cache
+def compiled() -> ModuleType:
+    """Returns the compiled module.
 
-def _load() -> ModuleType:
+    Raises:
+        ImportError: If it is missing or does not load.
+    """
     try:
         from mpo_ext import _C
     except ImportError as error:
-        module = _load_installed()
-        if module is None:
-            raise ImportError(_advice(error)) from error
-        return module
+        raise ImportError(_advice(error)) from error
     return _C
 
 
-def _load_installed() -> ModuleType | None:
-    """The module of an installed mpo_ext of this very version.
-
-    After ``pip install .``, a Python that is started in the checkout imports the source folder, which has no compiled
-    module: then the installed one serves.
-    """
-    for distribution in importlib.metadata.distributions(name="mpo-ext"):
-        if distribution.version != mpo_ext.__version__:
-            continue
-        for suffix in EXTENSION_SUFFIXES:
-            path = Path(str(distribution.locate_file(f"mpo_ext/_C{suffix}")))
-            spec = importlib.util.spec_from_file_location("mpo_ext._C", path)
-            if path.exists() and spec is not None and spec.loader is not None:
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                sys.modules["mpo_ext._C"] = module
-                return module
-    return None
+def cpu_isas() -> list[str]:
+    """Returns the instruction sets of the CPU kernels that run on this machine, the best first."""
+    return list(compiled().cpu_isas())
 
 
 def _advice(error: ImportError) -> str:
     here = Path(__file__).parent.parent
     built = sorted(path.name for path in here.glob("_C*"))
+    elsewhere = next(_installed_elsewhere(here), None)
+    if built:
+        advice = "It was built for another Python or machine; rebuild it: pip install --force-reinstall --no-deps ."
+    elif elsewhere is not None:
+        # The installed module may have been built from other sources than the Python files here.
+        advice = (
+            f"mpo_ext is installed in {elsewhere}, but Python imports the source tree. Start Python in another "
+            "folder, or install the source tree in place: pip install -e ."
+        )
+    else:
+        advice = "If that is the source tree, install the package: pip install . (or, in place, pip install -e .)"
     return (
         f"The compiled part of mpo_ext did not load: {error}\n"
         f"  looked in: {here}\n"
         f"  found:     {', '.join(built) or 'nothing'}\n"
-        + (
-            "It was built for another Python or machine. Build it again: pip install --force-reinstall --no-deps ."
-            if built
-            else "If that is the source tree, install the package: pip install . (or, in place, pip install -e .)"
-        )
+        f"{advice}"
     )
 
 
-_C = _load()
-
-
-def cpu_isas() -> list[str]:
-    """Returns the instruction sets of the CPU kernels that run on this machine, the best first."""
-    return list(_C.cpu_isas())
-
-
-__all__ = ["_C", "cpu_isas"]
+def _installed_elsewhere(here: Path) -> Iterator[Path]:
+    """Yields the folders of installed copies of mpo_ext, other than this one, that have a compiled module."""
+    for distribution in importlib.metadata.distributions(name="mpo-ext"):
+        folder = Path(str(distribution.locate_file("mpo_ext")))
+        if folder != here and any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+            yield folder

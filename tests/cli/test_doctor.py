@@ -19,9 +19,10 @@ def facts(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
 @pytest.fixture
 def cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the native module had CUDA kernels, and no GPU were here."""
-    names = {name: getattr(_native._C, name) for name in dir(_native._C)}
+    names = {name: getattr(_native.compiled(), name) for name in dir(_native.compiled())}
     names |= {"has_cuda": True, "cuda_archs": "80, 90 and PTX", "cuda_compiler": "nvcc 13.0"}
-    monkeypatch.setattr(_native, "_C", SimpleNamespace(**names))
+    module = SimpleNamespace(**names)
+    monkeypatch.setattr(_native, "compiled", lambda: module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -42,6 +43,10 @@ def test_a_cuda_build_without_a_gpu_is_told_plainly(
 def test_a_build_without_cuda_kernels_says_how_to_build_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {name: getattr(_native._C, name) for name in dir(_native._C)} | {"has_cuda": False, "cuda_archs": ""}
-    monkeypatch.setattr(_native, "_C", SimpleNamespace(**names))
+    names = {name: getattr(_native.compiled(), name) for name in dir(_native.compiled())} | {
+        "has_cuda": False,
+        "cuda_archs": "",
+    }
+    module = SimpleNamespace(**names)
+    monkeypatch.setattr(_native, "compiled", lambda: module)
     assert "MPO_CUDA=ON pip install . builds them" in facts(capsys)["CUDA kernels"]

@@ -178,11 +178,11 @@ def main() -> int:
     found = problems(module, cuobjdump)
     print("\n".join(found) or "no spills, no stack frames; 128-bit loads and stores in the main loops")
     if args.json is not None and not found:
-        from mpo_ext.ops.native import _C
+        from mpo_ext.ops.native import compiled
 
         command = f"python tests/cuda/check_sass.py --json {args.json}"
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        one = document(module, cuobjdump, command, _C.cuda_compiler)
+        one = document(module, cuobjdump, command, compiled().cuda_compiler)
         args.json.write_text(json.dumps(one, indent=1) + "\n")
     return 1 if found else 0
 

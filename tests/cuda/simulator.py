@@ -2,7 +2,7 @@
 
 ``SimulatedNative`` stands in for ``mpo_ext._C``. It asks the real module to describe each launch (shape, and the bytes
 of the kernel's argument), so what runs here is what would be launched on a GPU; addresses are those of simulated
-buffers. Tests use it directly, with poisoned buffers and counters, or put it under ``mpo_ext.ops.logits``.
+buffers. Tests use it directly, with poisoned buffers and counters, or put it under ``mpo_ext.ops``.
 """
 
 import contextlib
@@ -55,9 +55,9 @@ class SimulatedNative:
     """
 
     def __init__(self, arch: str = "sm_90", edit: tuple[str, str] | None = None, **options: Any) -> None:
-        from mpo_ext.ops.native import _C
+        from mpo_ext.ops.native import compiled
 
-        self.real = _C
+        self.real = compiled()
         self.arch = arch
         self.edit = edit
         self.options = options
@@ -85,7 +85,7 @@ class SimulatedNative:
         return report
 
     def launch_on_host_memory(self, name: str, **arguments: Any) -> None:
-        """One launch as ops.py makes it, on host addresses: copies all buffers in and those written out again."""
+        """One launch as mpo_ext.ops makes it, on host addresses: copies all buffers in and those written out again."""
         arguments.pop("stream")
         sizes = {key: size for key, size in _sizes(self.real, name, arguments).items() if arguments.get(key)}
         extents: dict[int, int] = {}  # the gradient may be the logits
@@ -356,14 +356,15 @@ def written(buffer: Any, dtype: Any) -> np.ndarray:
 @contextlib.contextmanager
 def simulated_backend(native: SimulatedNative) -> Iterator[SimulatedNative]:
     """Lets ``mpo_ext`` serve tensors on the CPU with backend="cuda", by way of the simulator."""
-    from mpo_ext.ops import logits as ops
+    from mpo_ext.ops import backends, cuda
+    from mpo_ext.ops import native as native_module
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_native", lambda: native)
-        patch.setattr(ops, "_current_stream", lambda tensor: 0)
-        patch.setattr(ops, "_multiprocessors", lambda device: MULTIPROCESSORS)
-        patch.setattr(ops, "choose_backend", lambda backend, logits, name="logits": backend or "cuda")
-        patch.setattr(ops, "_counters", lambda size, tensor: torch.zeros(size, dtype=torch.int32))
+        patch.setattr(native_module, "compiled", lambda: native)
+        patch.setattr(cuda, "current_stream", lambda tensor: 0)
+        patch.setattr(cuda, "multiprocessors", lambda device: MULTIPROCESSORS)
+        patch.setattr(backends, "choose_backend", lambda backend, logits, name="logits": backend or "cuda")
+        patch.setattr(cuda, "counters", lambda size, tensor: torch.zeros(size, dtype=torch.int32))
         yield native
 
 

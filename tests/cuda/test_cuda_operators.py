@@ -1,6 +1,5 @@
 """The path of backend="cuda" through mpo_ext, from the public functions to the launches, which ptxsim carries out."""
 
-import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,8 @@ from simulator import SimulatedNative, simulated_backend
 from tiles import LINEAR_OPTIONS, check_linear, check_tiles
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
-from mpo_ext.ops import logits as ops
+from mpo_ext.ops import backends, cuda, native
+from mpo_ext.ops import logits as logits_ops
 
 need_nvcc()
 
@@ -157,40 +157,39 @@ def test_no_rows_at_all() -> None:
 
 
 def test_without_a_gpu_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_native", lambda: SimpleNamespace(has_cuda=True))
+    monkeypatch.setattr(native, "compiled", lambda: SimpleNamespace(has_cuda=True))
     with pytest.raises(
         RuntimeError, match="backend 'cuda' cannot run: it needs tensors on an NVIDIA GPU, got device cpu"
     ):
-        ops.choose_backend("cuda", torch.zeros(2, 3))
+        backends.choose_backend("cuda", torch.zeros(2, 3))
 
 
 def test_without_the_kernels_the_error_says_how_to_build_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_native", lambda: SimpleNamespace(has_cuda=False))
+    monkeypatch.setattr(native, "compiled", lambda: SimpleNamespace(has_cuda=False))
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: this mpo_ext was built without CUDA kernels"):
-        ops.choose_backend("cuda", torch.zeros(2, 3))
+        backends.choose_backend("cuda", torch.zeros(2, 3))
 
 
 def test_cuda_serves_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "cuda_problem", lambda device: None)
+    monkeypatch.setattr(backends, "cuda_problem", lambda device: None)
     on_gpu = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
-    assert ops.choose_backend(None, on_gpu) == "cuda"
-    assert ops.choose_backend("cuda", on_gpu) == "cuda"
+    assert backends.choose_backend(None, on_gpu) == "cuda"
+    assert backends.choose_backend("cuda", on_gpu) == "cuda"
     on_gpu.dtype = torch.float64
-    assert ops.choose_backend(None, on_gpu) == "reference"
+    assert backends.choose_backend(None, on_gpu) == "reference"
     with pytest.raises(TypeError, match="float64"):
-        ops.choose_backend("cuda", on_gpu)
+        backends.choose_backend("cuda", on_gpu)
 
 
 def test_a_launch_without_a_driver_is_an_error_in_words() -> None:
-    if not ops._native().has_cuda:
+    if not native.compiled().has_cuda:
         pytest.skip("needs a build with CUDA kernels: MPO_CUDA=ON")
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     logits, labels, _ = make_batch(torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_current_stream", lambda tensor: 0)
-        patch.setattr(ops, "_multiprocessors", lambda device: 2)
-        patch.setattr(ops, "_counters", lambda count, like: torch.zeros(count, dtype=torch.int32))
-        patch.setattr(ops, "_device_guard", lambda tensor: contextlib.nullcontext())
+        patch.setattr(cuda, "current_stream", lambda tensor: 0)
+        patch.setattr(cuda, "multiprocessors", lambda device: 2)
+        patch.setattr(cuda, "counters", lambda count, like: torch.zeros(count, dtype=torch.int32))
         with pytest.raises(RuntimeError, match=r"token_logp: .*(driver|device)"):
-            ops.token_logp(logits, labels, -100, 0, "cuda")
+            logits_ops.token_logp(logits, labels, -100, 0, "cuda")

@@ -33,8 +33,10 @@ from oracle import (
 from torch import Tensor, nn
 
 from mpo_ext import MPOConfig, MPOOutput, RewardShift, linear_mpo_loss, linear_token_logp, mpo_loss
+from mpo_ext.ops import checks
 from mpo_ext.ops import linear as linear_ops
 from mpo_ext.ops import logits as ops
+from mpo_ext.ops import tiles as tile_ops
 
 MODES: dict[str, dict[str, bool]] = {
     "recompute": {"recompute": True, "is_frozen": False},
@@ -415,7 +417,7 @@ def test_the_budget_and_what_is_kept_change_no_result(kernel: str) -> None:
 def test_native_products_are_as_accurate_as_a_models_own_head(
     dtype: torch.dtype, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MPO_CPU_PRODUCT", "native")
+    monkeypatch.setenv("MPO_CPU_MATMUL", "native")
     case = make_linear(dtype, 1003, 65, labelled=1.0, has_bias=True)
     wanted = wanted_in(mode)
     options = {"recompute": MODES[mode]["recompute"], "memory_budget": 40_000}
@@ -437,16 +439,16 @@ def test_native_products_are_as_accurate_as_a_models_own_head(
 
 def test_the_product_is_chosen_by_measurement_or_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.delenv("MPO_CPU_PRODUCT")
-    assert linear_ops.product_dtype(torch.float64, cpu) == torch.float64
+    monkeypatch.delenv("MPO_CPU_MATMUL")
+    assert tile_ops.matmul_dtype(torch.float64, cpu) == torch.float64
     for is_fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(linear_ops, "_is_fast_on_cpu", lambda dtype, is_fast=is_fast: is_fast)
-        assert linear_ops.product_dtype(torch.bfloat16, cpu) == expected
+        monkeypatch.setattr(tile_ops, "_is_fast_on_cpu", lambda dtype, is_fast=is_fast: is_fast)
+        assert tile_ops.matmul_dtype(torch.bfloat16, cpu) == expected
     monkeypatch.undo()
-    assert linear_ops._is_fast_on_cpu(torch.bfloat16) in (True, False)
-    monkeypatch.setenv("MPO_CPU_PRODUCT", "fast")
-    with pytest.raises(ValueError, match="MPO_CPU_PRODUCT must be 'float32' or 'native', got 'fast'"):
-        linear_ops.product_dtype(torch.bfloat16, cpu)
+    assert tile_ops._is_fast_on_cpu(torch.bfloat16) in (True, False)
+    monkeypatch.setenv("MPO_CPU_MATMUL", "fast")
+    with pytest.raises(ValueError, match="MPO_CPU_MATMUL must be 'float32' or 'native', got 'fast'"):
+        tile_ops.matmul_dtype(torch.bfloat16, cpu)
 
 
 def test_backward_cuts_the_same_tiles_as_forward_where_they_are_kept(kernel: str) -> None:
@@ -902,20 +904,23 @@ def filled_memory() -> Iterator[None]:
 def test_opcheck_passes_for_every_operator(keep: int, labelled: float, filled_memory: None) -> None:
     case = make_linear(torch.bfloat16, 67, 13, labelled=labelled, has_bias=True, shift=False)
     hidden, weight, bias = (LAYOUTS["transposed"](tensor) for tensor in case.tensors.values())
-    options = (-100, 1.0, 20.0, 1.0, 4000)
-    last = (keep, torch.bfloat16, "cpu")
-    forward = (hidden, weight, bias, case.labels, *options, ops.stats_mask(ops.STATS), *last)
+    options = linear_ops.LinearOptions(-100, [1.0, 20.0, 1.0], 4000, torch.bfloat16, "cpu")
+    forward = (hidden, weight, bias, case.labels, ops.stats_mask(checks.STATS), keep, *options)
     result = torch.library.opcheck(linear_ops.linear_token_logp, forward)
     assert set(result.values()) == {"SUCCESS"}, result
     logp, row_max, row_sum, _, kept = linear_ops.linear_token_logp(*forward)
-    rows = (case.labels, row_max, row_sum, torch.ones_like(logp))
-    is_all = keep != linear_ops.KEEP_HIDDEN_GRAD
-    operator = linear_ops.linear_grad_ if keep == linear_ops.KEEP_LOGITS else linear_ops.linear_grad
-    kept_or_none = None if keep == linear_ops.KEEP_NOTHING else kept
+    row_weight = torch.ones_like(logp)
+    rows = (case.labels, row_max, row_sum, row_weight)
+    logits = kept if keep == linear_ops.KEEP_LOGITS else None
     for scale in (None, torch.tensor(2.0)):
-        for wants in ((True, is_all, is_all), (not is_all, False, is_all)):
-            backward = (hidden, weight, bias, *rows, scale, kept_or_none, *options, torch.bfloat16, *wants, "cpu")
-            result = torch.library.opcheck(operator, backward)
+        if keep == linear_ops.KEEP_HIDDEN_GRAD:
+            backward = (hidden, case.labels, kept, row_weight, scale, -100)
+            result = torch.library.opcheck(linear_ops.kept_hidden_grad, backward)
+            assert set(result.values()) == {"SUCCESS"}, result
+            continue
+        for wanted in ([True, True, True], [False, False, True]):
+            backward = (hidden, weight, bias, *rows, scale, logits, wanted, *options)
+            result = torch.library.opcheck(linear_ops.linear_grad, backward)
             assert set(result.values()) == {"SUCCESS"}, result
 
 
@@ -967,7 +972,7 @@ def test_tiles_fit_the_budget(per_element: int, per_column: int, preferred: int)
         (1, 2, 63, 1000, 4097), (1, 7, 64, 255, 300, 151_674), (1, 50, 999, 10**5, 10**7, 10**11)
     )
     for rows, vocab, budget in sizes:
-        height, width = linear_ops.tile_shape(
+        height, width = tile_ops.tile_shape(
             rows, vocab, per_element=per_element, per_column=per_column, budget=budget, preferred=preferred
         )
         shape = (rows, vocab, budget, height, width)
@@ -982,7 +987,7 @@ def test_tiles_fit_the_budget(per_element: int, per_column: int, preferred: int)
 
 
 def test_an_ample_budget_takes_the_whole() -> None:
-    tile = linear_ops.tile_shape(300, 5000, per_element=4, per_column=100, budget=1 << 40, preferred=1 << 40)
+    tile = tile_ops.tile_shape(300, 5000, per_element=4, per_column=100, budget=1 << 40, preferred=1 << 40)
     assert tile == (300, 5000)
 
 
@@ -992,7 +997,7 @@ def test_kept_logits_are_not_written_over_before_they_are_used_up(dtype: torch.d
     sizes = itertools.product((0, 1, 3, 40), (1, 7, 64, 1000), (1, 5, 64, 333, 999), (4, 52, 2000))
     for count, vocab, columns, grad_bytes in sizes:
         columns = min(columns, vocab)
-        kept = linear_ops.KeptLogits(count, vocab, columns, grad_bytes, dtype)
+        kept = tile_ops.KeptLogits(count, vocab, columns, grad_bytes, dtype)
         memory = torch.zeros(kept.size, dtype=torch.uint8)
         shape = (count, vocab, columns, grad_bytes)
         half = slice(0, count // 2), slice(count // 2, count)
@@ -1001,13 +1006,13 @@ def test_kept_logits_are_not_written_over_before_they_are_used_up(dtype: torch.d
             for rows in half:
                 kept.tile(memory, rows, first, end).fill_(number + 1)
                 if dtype == torch.float16:
-                    kept._largest(memory, rows, first).fill_(number + 1)
+                    kept._tile_max(memory, rows, first).fill_(number + 1)
         for number, (first, end) in enumerate(tiles):
             for rows in half:  # the gradient by these columns is there once their first rows are used up
                 memory[first * grad_bytes : end * grad_bytes] = 255
                 assert (kept.tile(memory, rows, first, end) == number + 1).all(), shape
                 if dtype == torch.float16:
-                    assert (kept._largest(memory, rows, first) == number + 1).all(), shape
+                    assert (kept._tile_max(memory, rows, first) == number + 1).all(), shape
         assert vocab * grad_bytes <= kept.size, shape
         smaller = min(grad_bytes, count * dtype.itemsize)
         maxima = 4 * count * len(tiles) if dtype == torch.float16 else 0
@@ -1132,18 +1137,22 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     # numbers
     "logit_scale 0": ({"logit_scale": 0.0}, ValueError, r"^logit_scale must be finite and not 0, got 0\.0"),
     "logit_scale NaN": ({"logit_scale": math.nan}, ValueError, r"^logit_scale must be finite and not 0, got nan"),
-    "logit_scale None": ({"logit_scale": None}, TypeError, r"^logit_scale must be a number, got NoneType"),
-    "logit_scale a tensor": ({"logit_scale": zeros(1)}, TypeError, r"^logit_scale must be a number, got Tensor"),
+    "logit_scale None": ({"logit_scale": None}, TypeError, r"^logit_scale must be a number, got None"),
+    "logit_scale a tensor": ({"logit_scale": zeros(1)}, TypeError, r"^logit_scale must be a number, got tensor"),
     "softcap 0": ({"softcap": 0}, ValueError, r"^softcap must be finite and above 0, got 0"),
     "softcap negative": ({"softcap": -30.0}, ValueError, r"^softcap must be finite and above 0, got -30\.0"),
     "softcap infinite": ({"softcap": math.inf}, ValueError, r"^softcap must be finite and above 0, got inf"),
-    "softcap True": ({"softcap": True}, TypeError, r"^softcap must be a number, got bool"),
+    "softcap True": ({"softcap": True}, TypeError, r"^softcap must be a number, got True"),
     "temperature 0": ({"temperature": 0}, ValueError, r"^temperature must be finite and above 0, got 0"),
-    "temperature None": ({"temperature": None}, TypeError, r"^temperature must be a number, got NoneType"),
-    "memory_budget 0": ({"memory_budget": 0}, ValueError, r"^memory_budget must be at least 1 byte, got 0"),
-    "memory_budget negative": ({"memory_budget": -5}, ValueError, r"^memory_budget must be at least 1 byte, got -5"),
-    "memory_budget float": ({"memory_budget": 1e9}, TypeError, r"^memory_budget must be an int.*got 1000000000\.0"),
-    "memory_budget True": ({"memory_budget": True}, TypeError, r"^memory_budget must be an int.*got True"),
+    "temperature None": ({"temperature": None}, TypeError, r"^temperature must be a number, got None"),
+    "memory_budget 0": ({"memory_budget": 0}, ValueError, r"^memory_budget must be at least 1, got 0"),
+    "memory_budget negative": ({"memory_budget": -5}, ValueError, r"^memory_budget must be at least 1, got -5"),
+    "memory_budget float": (
+        {"memory_budget": 1e9},
+        TypeError,
+        r"^memory_budget must be an integer, got 1000000000\.0",
+    ),
+    "memory_budget True": ({"memory_budget": True}, TypeError, r"^memory_budget must be an integer, got True"),
     "recompute a string": ({"recompute": "no"}, TypeError, r"^recompute must be a bool, got 'no'"),
     "an unknown statistic": ({"stats": ("entropie",)}, ValueError, r"^stats must be names .*got 'entropie'"),
     "an unknown backend": ({"backend": "gpu"}, ValueError, r"^backend must be None or one of .*got 'gpu'"),

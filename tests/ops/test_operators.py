@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from mpo_ext import MPOConfig, MPOOutput, RewardShift, mpo_loss, token_logp
 from mpo_ext.ops import logits as ops
+from mpo_ext.ops.checks import STATS
+from mpo_ext.ops.pair_loss import CUMULATIVE, PairLossSettings, forward, pair_loss
 
 VOCAB = 101
 
@@ -27,19 +29,17 @@ def rows() -> tuple[Tensor, Tensor]:
 def test_opcheck_passes_for_every_operator(rows: tuple[Tensor, Tensor]) -> None:
     logits, labels = rows
     logp, row_max, row_sum, _ = ops.token_logp(logits, labels, -100, 0, "cpu")
-    state = torch.zeros(2, dtype=torch.float64)
-    pair_options = (0.1, 0.8, 0.2, 1.0, 0.0, False, -100, "cpu")
+    references = (torch.zeros(4), torch.zeros(2, dtype=torch.float64))
+    moving = PairLossSettings(0.1, 0.8, 0.2, 1.0, 0.0, False, CUMULATIVE, True, 0.99).numbers()
+    still = PairLossSettings(0.1, 0.8, 0.2, 1.0, 0.0, False).numbers()
     offsets = torch.tensor([0, 5, 16, 20, 36])
     grad_args = (logits, labels, row_max, row_sum, torch.randn_like(logp))
     cases = [
         (ops.token_logp, (logits, labels, -100, 0, "cpu")),
-        (ops.token_logp, (logits.bfloat16()[:, 1:], labels[:, 1:], -100, ops.stats_mask(ops.STATS), "cpu")),
-        (ops.pair_loss, (logp, labels, torch.zeros(4), state, 1, True, 0.99, None, *pair_options)),
-        (ops.pair_loss, (logp, labels, torch.zeros(4), state, 0, False, 0.99, offsets, *pair_options)),
-        (
-            ops.forward,
-            (logits, labels, torch.zeros(4), state, 1, True, 0.99, None, *pair_options[:-1], 0, "cpu"),
-        ),
+        (ops.token_logp, (logits.bfloat16()[:, 1:], labels[:, 1:], -100, ops.stats_mask(STATS), "cpu")),
+        (pair_loss, (logp, labels, *references, None, moving, -100, "cpu")),
+        (pair_loss, (logp, labels, *references, offsets, still, -100, "cpu")),
+        (forward, (logits, labels, *references, None, moving, -100, 0, "cpu")),
         (ops.logits_grad, (*grad_args, torch.tensor(2.0), -100, "cpu")),
         (ops.logits_grad, (*grad_args, None, -100, "cpu")),
         (ops.logits_grad_, (logits.clone(), *grad_args[1:], None, -100, "cpu")),

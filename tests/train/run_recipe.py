@@ -29,7 +29,7 @@ _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "GLOO_SOCKET_IFNAME": "lo",
     "HF_HUB_OFFLINE": "1",
-    "MPO_CPU_PRODUCT": "float32",
+    "MPO_CPU_MATMUL": "float32",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }

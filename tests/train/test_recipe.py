@@ -18,7 +18,7 @@ from mpo_ext.__main__ import main
 from mpo_ext.checks import install_hint
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.reward_shift import RewardShift
-from mpo_ext.ops.logits import BACKENDS
+from mpo_ext.ops.backends import BACKENDS
 from mpo_ext.train import __main__ as module_main
 from mpo_ext.train import model, recipe
 from mpo_ext.train.recipe import (

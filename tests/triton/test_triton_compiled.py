@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss
+from mpo_ext.ops import backends
 from mpo_ext.ops import logits as ops
 
 CASES = int(os.environ.get("MPO_AGREE_CASES", "12"))
@@ -38,7 +39,7 @@ TARGETS = {
 @pytest.fixture(autouse=True)
 def _on_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets ops take CPU tensors for this backend: the simulator stands in for the GPU."""
-    monkeypatch.setattr(ops, "triton_problem", lambda device: None)
+    monkeypatch.setattr(backends, "triton_problem", lambda device: None)
 
 
 def loss_and_grad(case: Case, layout: str = "contiguous", delta: float = 0.0, **options: Any) -> tuple[Any, Tensor]:

@@ -139,7 +139,7 @@ def test_edges_agree_with_the_cpu_kernels(dtype: torch.dtype) -> None:
     logits[5] = -torch.inf
     logits[6, 500] = torch.nan
     logits[7, 1002] = torch.inf
-    mask = ops.stats_mask(ops.STATS)
+    mask = ops.stats_mask(STATS)
     results = []
     for backend in ("triton", "cpu"):
         forward = ops.token_logp(logits, labels, -100, mask, backend)

@@ -1,0 +1,167 @@
+"""The autograd functions of the losses: each attaches a gradient to a value that the operators have computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpo_ext.ops import linear
+from mpo_ext.ops.logits import logits_grad, logits_grad_
+
+
+class LossOfLogits(torch.autograd.Function):
+    """Attaches the gradient by the logits to a loss.
+
+    The weight of every row, d loss / d logp, is known, so backward is one operator: weight times ``onehot(label) -
+    softmax(logits)``. It saves the logits themselves, the labels, and three numbers per row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        loss: Tensor,
+        labels: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+        weight: Tensor,
+        ignore_index: int,
+        reuse_logits: bool,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(logits, labels, row_max, row_sum, weight)
+        ctx.ignore_index = ignore_index
+        ctx.reuse_logits = reuse_logits
+        ctx.backend = backend
+        ctx.is_spent = False
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.is_spent:
+            raise RuntimeError(
+                "reuse_logits=True lets backward run once, since it writes the gradient over the logits; got a second "
+                "backward: use reuse_logits=False with retain_graph"
+            )
+        logits, *rows = ctx.saved_tensors
+        grad = logits.detach()
+        # grad_loss stays on the device: comparing it with 1 to save a multiplication would wait for it.
+        if ctx.reuse_logits:
+            ctx.is_spent = True
+            logits_grad_(grad, *rows, grad_loss.detach(), ctx.ignore_index, ctx.backend)
+        else:
+            grad = logits_grad(grad, *rows, grad_loss.detach(), ctx.ignore_index, ctx.backend)
+        return _once_differentiable(grad, logits, grad_loss), *[None] * 8
+
+
+class LogpOfLogits(torch.autograd.Function):
+    """Attaches the gradient by the logits to log-probs; the incoming gradient is the weight of each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        logp: Tensor,
+        labels: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+        ignore_index: int,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(logits, labels, row_max, row_sum)
+        ctx.ignore_index = ignore_index
+        ctx.backend = backend
+        return logp.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor | None, ...]:
+        logits, *rows = ctx.saved_tensors
+        grad = logits_grad(logits.detach(), *rows, grad_logp.detach(), None, ctx.ignore_index, ctx.backend)
+        return _once_differentiable(grad, logits, grad_logp), *[None] * 6
+
+
+class ValueOfHidden(torch.autograd.Function):
+    """Attaches the gradients by hidden states and head to a loss or to log-probs.
+
+    For a loss, ``row_weight`` is d loss / d logp of each row; for log-probs it is None, and the incoming gradient is
+    the weight of each row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        value: Tensor,
+        labels: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+        row_weight: Tensor | None,
+        kept: Tensor,
+        keep: int,
+        options: linear.LinearOptions,
+    ) -> Tensor:
+        hidden_grad = kept if keep == linear.KEEP_HIDDEN_GRAD else None
+        ctx.save_for_backward(hidden, weight, bias, labels, row_max, row_sum, row_weight, hidden_grad)
+        # Not a saved tensor, because backward overwrites and then frees it.
+        ctx.logits = kept if keep == linear.KEEP_LOGITS else None
+        ctx.options = options
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, row_max, row_sum, row_weight, hidden_grad = ctx.saved_tensors
+        incoming = grad_value.detach()
+        row_weight, scale = (incoming, None) if row_weight is None else (row_weight, incoming)
+        wanted = ctx.needs_input_grad[:3]
+        logits, ctx.logits = ctx.logits, None  # a second backward does not find the logits, and computes them again
+        gradients: tuple[Tensor | None, ...]
+        if hidden_grad is not None:
+            ignore_index = ctx.options.ignore_index
+            d_hidden = linear.kept_hidden_grad(hidden.detach(), labels, hidden_grad, row_weight, scale, ignore_index)
+            gradients = d_hidden, None, None
+        else:
+            head = weight.detach(), None if bias is None else bias.detach()
+            d_hidden, d_weight, d_bias = linear.linear_grad(
+                hidden.detach(), *head, labels, row_max, row_sum, row_weight, scale, logits, wanted, *ctx.options
+            )
+            if logits is not None and wanted[1]:
+                d_weight = linear.kept_weight_grad(logits, head[0])
+            gradients = d_hidden, d_weight, d_bias
+        sources = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+        return (
+            *(
+                _once_differentiable(gradient, *sources, grad_value) if is_wanted and gradient is not None else None
+                for gradient, is_wanted in zip(gradients, wanted, strict=True)
+            ),
+            *[None] * 8,
+        )
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """Passes a gradient through, and raises if it is differentiated.
+
+    torch's ``once_differentiable`` returns a constant if only the saved logits require a gradient and the incoming
+    gradient does not; a gradient penalty would then be incomplete without a warning.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "mpo_ext's kernels can be differentiated once, got a double backward: use backend='reference', which is "
+            "plain torch"
+        )
+
+
+def _once_differentiable(grad: Tensor, *sources: Tensor) -> Tensor:
+    """Returns a gradient that raises if it is differentiated by the tensors that it was computed from."""
+    if not torch.is_grad_enabled():  # it is enabled under create_graph=True only
+        return grad
+    return OnceDifferentiable.apply(grad, *sources)

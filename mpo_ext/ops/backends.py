@@ -1,0 +1,102 @@
+"""Chooses the backend that runs an operator, and says why a backend cannot run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpo_ext.checks import install_hint
+from mpo_ext.ops import native
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+
+with suppress(ImportError):
+    native.compiled()  # loaded now, because it must notice every later fork
+
+
+def choose_backend(backend: str | None, logits: Tensor, name: str = "logits") -> str:
+    """Returns the backend that runs on these logits, or on the hidden states that logits come from.
+
+    Raises:
+        TypeError: If the backend does not support their dtype.
+        ValueError: If ``backend`` is not the name of a backend.
+        RuntimeError: If it cannot run here, or not on their device.
+    """
+    device = logits.device.type
+    if device == "meta":
+        raise RuntimeError(f"{name} must be on a device that holds data, got device meta")
+    if backend is None:
+        if device == "cpu":
+            return "cpu"
+        if logits.dtype == torch.float64:
+            return "reference"
+        if cuda_problem(logits.device) is None:
+            return "cuda"
+        return "triton" if triton_problem(device) is None else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "cpu" and device != "cpu":
+        raise RuntimeError(f"backend 'cpu' needs {name} on the CPU, got {name} on {logits.device}")
+    if backend in ("cuda", "triton"):
+        problem = cuda_problem(logits.device) if backend == "cuda" else triton_problem(device)
+        if problem is not None:
+            raise RuntimeError(f"backend {backend!r} cannot run: {problem}")
+        if logits.dtype == torch.float64:
+            raise TypeError(f"{name} must not be torch.float64 with backend {backend!r}, got torch.float64")
+    return backend
+
+
+@torch.compiler.assume_constant_result  # so that torch.compile does not trace the questions to the driver
+def cuda_problem(device: torch.device) -> str | None:
+    """Returns why the CUDA kernels cannot run on tensors of this device, or None if they can."""
+    try:
+        has_cuda = bool(native.compiled().has_cuda)
+    except ImportError as error:
+        return str(error)
+    if not has_cuda:
+        return "this mpo_ext was built without CUDA kernels; with nvcc on PATH, MPO_CUDA=ON pip install . builds them"
+    if device.type != "cuda":
+        seen = "" if torch.cuda.is_available() else ", and torch sees no GPU"
+        return f"it needs tensors on an NVIDIA GPU, got device {device}{seen}"
+    if torch.version.hip is not None:
+        return "it needs an NVIDIA GPU, got an AMD GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs a GPU of compute capability 8.0 or newer, got {major}.{minor}"
+    return None
+
+
+def triton_problem(device: str) -> str | None:
+    """Returns why the Triton kernels cannot run on tensors of this device type, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return f"triton is not installed: {install_hint('triton')}"
+    if device in ("cuda", "xpu"):
+        return None
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"it needs tensors on a GPU, got device {device} (TRITON_INTERPRET=1 runs its interpreter on a CPU)"
+
+
+def cpu_isa() -> str:
+    """Returns the instruction set of the CPU kernels: the best that runs here, or the value of MPO_CPU_ISA.
+
+    Raises:
+        ValueError: If MPO_CPU_ISA does not name an instruction set that runs here.
+    """
+    runnable = native.cpu_isas()
+    requested = os.environ.get("MPO_CPU_ISA")
+    if requested and requested not in runnable:
+        raise ValueError(f"MPO_CPU_ISA must be one of {', '.join(runnable)} on this machine, got {requested!r}")
+    return requested or runnable[0]
+
+
+def triton_kernels() -> Any:
+    """Returns ``mpo_ext.kernels``, imported only now because triton is optional."""
+    from mpo_ext import kernels
+
+    return kernels

@@ -1,0 +1,54 @@
+"""Launches on a CUDA device: stream, work memory and block counters of the kernels."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from mpo_ext.ops import native
+from mpo_ext.ops.memory import RowLayout, Tile, addresses, row_arguments
+
+_stream_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def forward_arguments(
+    layout: RowLayout, labels: Tensor, ignore_index: int, pairs: int, tile: Tile | None = None
+) -> tuple[dict[str, object], list[Tensor]]:
+    """Returns the inputs of token_logp and forward, and the work memory that the caller keeps until the launch."""
+    rows = row_arguments(layout, labels, ignore_index, tile)
+    size = {"multiprocessors": multiprocessors(labels.device)}
+    shape = native.compiled().cuda_forward_shape(
+        rows=rows["rows"], vocab=rows["vocab"], dtype=rows["dtype"], pairs=pairs, **size
+    )
+    scratch = torch.empty(shape["scratch_bytes"], dtype=torch.uint8, device=labels.device)
+    block_counters = counters(shape["counters"], labels)
+    rows |= {**addresses(scratch=scratch, counters=block_counters), **size, "stream": current_stream(labels)}
+    return rows, [scratch, block_counters]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Returns the number of multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def current_stream(tensor: Tensor) -> int:
+    """Returns the address of the current stream on the tensor's device."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def counters(count: int, like: Tensor) -> Tensor:
+    """Returns zeros in which a kernel counts its blocks. Kernels reset them, so each stream needs only one tensor.
+
+    A launch that is captured into a CUDA graph gets its own tensor, zeroed at each replay, because a graph may be
+    replayed on any stream.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
+    key = (like.device, current_stream(like))
+    cached = _stream_counters.get(key)
+    if cached is None or cached.numel() < count:
+        cached = _stream_counters[key] = torch.zeros(count, dtype=torch.int32, device=like.device)
+    return cached

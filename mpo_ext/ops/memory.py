@@ -1,0 +1,105 @@
+"""How tensors reach a kernel: addresses, the strides of rows, tiles of a vocabulary, zeroed memory, the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Numbers in the state of a row that one tile of the vocabulary passes to the next (csrc/mpo/math.h: RowState).
+ROW_STATE = 6
+_HUGE_PAGES_BYTES = 1 << 20
+
+
+class Tile(NamedTuple):
+    """Columns ``first`` to ``first + V - 1`` of a vocabulary of ``total``; labels count from column 0 of the whole.
+
+    Attributes:
+        first: First column. The tiles of a row are scored from left to right.
+        total: Size of the whole vocabulary.
+        state: ``[rows, ROW_STATE]`` float64, passed from tile to tile; the first tile ignores its contents.
+            ``write_grad`` does not need it.
+    """
+
+    first: int
+    total: int
+    state: Tensor | None
+
+
+class RowLayout(NamedTuple):
+    """Rows in memory: row i starts at ``(i // inner) * outer_stride + (i % inner) * row_stride`` elements."""
+
+    tensor: Tensor
+    inner: int
+    outer_stride: int
+    row_stride: int
+
+
+def row_layout(tensor: Tensor) -> RowLayout:
+    """Describes the rows of ``[..., V]``; copies them if V is not contiguous or two strides do not suffice."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    # (size, stride) of the leading axes from the right, merged where the strides allow it.
+    axes: list[tuple[int, int]] = []
+    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if axes and stride == axes[-1][0] * axes[-1][1]:
+            axes[-1] = (axes[-1][0] * size, axes[-1][1])
+        else:
+            axes.append((size, stride))
+    if len(axes) > 2:
+        return row_layout(tensor.contiguous())
+    inner, row_stride = axes[0] if axes else (1, 0)
+    return RowLayout(tensor, inner, axes[1][1] if len(axes) == 2 else 0, row_stride)
+
+
+def row_arguments(layout: RowLayout, labels: Tensor, ignore_index: int, tile: Tile | None = None) -> dict[str, object]:
+    """Returns the arguments that token_logp and logits_grad share. The caller keeps both tensors alive."""
+    return {
+        "logits": layout.tensor.data_ptr(),
+        "labels": labels.data_ptr(),
+        "rows": labels.numel(),
+        "inner": layout.inner,
+        "outer_stride": layout.outer_stride,
+        "row_stride": layout.row_stride,
+        "vocab": layout.tensor.shape[-1],
+        "first": 0 if tile is None else tile.first,
+        "total": layout.tensor.shape[-1] if tile is None else tile.total,
+        "ignore_index": ignore_index,
+        "dtype": str(layout.tensor.dtype).removeprefix("torch."),
+    }
+
+
+def addresses(**tensors: Tensor | None) -> dict[str, int]:
+    """Returns the address of each tensor, 0 for None. The caller keeps the tensors alive until the call returns."""
+    return {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device the current device, on which kernels are launched."""
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    return getattr(torch, tensor.device.type).device(tensor.device)
+
+
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """Returns the dtype of log-probs: float64 if a tensor is float64, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Returns zeros on the CPU, contiguous; large tensors are huge pages that have not been touched yet.
+
+    The page faults of a new gradient cost more on a CPU than computing it. The calloc of numpy gets zeroed pages that
+    stay untouched until they are written, and asks for huge pages; torch.zeros writes every byte.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _HUGE_PAGES_BYTES:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(dtype).view(shape)

@@ -1,0 +1,219 @@
+"""The operators on pairs: ``pair_loss``, and ``forward``, which scores the rows in the same launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpo_ext.ops import backends, cuda, native
+from mpo_ext.ops.checks import check_labels, check_logits, check_offsets
+from mpo_ext.ops.logits import ROW_OUTPUTS, token_logp, token_logp_outputs
+from mpo_ext.ops.memory import addresses, device_guard, row_layout
+
+#: How a batch moves the state of the reward shift (csrc/mpo/api.h: ShiftRule).
+HOLD, CUMULATIVE, EMA = 0, 1, 2
+_OUTPUTS = ("loss", "terms", "reward_shift", "sums", "reward", "tokens", "new_state", "batch", "weight")
+
+
+class PairLossSettings(NamedTuple):
+    """Settings of the pair loss. They enter an operator as a list of numbers, which its schema can hold.
+
+    Attributes:
+        beta: Temperature of the reward ``beta * (logp - ref_logp)``.
+        dpo_weight: Weight of the DPO term.
+        bco_weight: Weight of the BCO term.
+        ntp_weight: Weight of the NTP term.
+        label_smoothing: Fraction of pairs assumed to be labelled in reverse.
+        average_sequences: Whether NTP averages the means of the responses instead of all tokens.
+        rule: How this batch moves the state of the reward shift: ``HOLD``, ``CUMULATIVE`` or ``EMA``.
+        update_first: Whether the reward shift in use already includes this batch.
+        decay: Fraction of the old value that ``EMA`` keeps.
+    """
+
+    beta: float
+    dpo_weight: float
+    bco_weight: float
+    ntp_weight: float
+    label_smoothing: float
+    average_sequences: bool
+    rule: int = HOLD
+    update_first: bool = False
+    decay: float = 0.0
+
+    def numbers(self) -> list[float]:
+        """Returns the settings as the operators take them."""
+        return [float(value) for value in self]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> PairLossSettings:
+        """Returns the settings of which ``numbers`` made a list."""
+        *terms, average_sequences, rule, update_first, decay = numbers
+        return cls(*terms, bool(average_sequences), int(rule), bool(update_first), decay)
+
+
+@torch.library.custom_op("mpo_ext::pair_loss", mutates_args=())
+def pair_loss(
+    logp: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    settings: Sequence[float],
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the loss of B pairs and the weight of each row's gradient. Reads nothing of the size of the logits.
+
+    Args:
+        logp: ``[2B, T]``, or ``[1, N]`` with ``cu_seqlens``: the log-probability of each label.
+        labels: Like ``logp``, int64.
+        ref_logp: ``[2B]`` summed log-probs under the reference model.
+        state: ``[2]`` float64: the reward shift, and the number of updates behind it.
+        cu_seqlens: ``[2B + 1]`` for packed input, else None.
+        settings: ``PairLossSettings.numbers()``.
+        ignore_index: Label of the rows that count for nothing.
+        backend: A result of ``choose_backend`` other than "reference".
+
+    Returns:
+        The fields of ``mpo_ext.loss.eager.PairLoss``, then ``weight``: d loss / d logp of each row.
+    """
+    outputs = _pair_loss_outputs(logp, ref_logp, state)
+    # Held in variables until the call returns: an address does not keep its tensor alive.
+    rows, row_labels = logp.contiguous(), labels.contiguous()
+    if backend == "cuda":
+        shape = native.compiled().cuda_pair_loss_shape(pairs=ref_logp.shape[0] // 2)
+        with device_guard(logp):
+            scratch = torch.empty(shape["scratch_bytes"], dtype=torch.uint8, device=logp.device)
+            arguments, _inputs = _cuda_arguments(outputs, ref_logp, state, cu_seqlens, settings)
+            native.compiled().pair_loss_cuda(
+                **arguments,
+                **addresses(logp=rows, labels=row_labels, scratch=scratch),
+                rows=rows.numel(),
+                ignore_index=ignore_index,
+                stream=cuda.current_stream(logp),
+            )
+        return outputs
+    offsets = cu_seqlens
+    if offsets is None:
+        offsets = torch.arange(ref_logp.shape[0] + 1, dtype=torch.int64, device=logp.device) * logp.shape[-1]
+    elif offsets.device.type == "cpu":  # on a GPU, reading them would wait for it
+        check_offsets(offsets, logp.numel())
+    offsets, references = offsets.to(torch.int64).contiguous(), ref_logp.double().contiguous()
+    old_state, values = state.contiguous(), PairLossSettings.from_numbers(settings)
+    if backend == "triton":
+        kernels = backends.triton_kernels()
+        with device_guard(logp):
+            kernels.pair_loss(
+                rows, row_labels, offsets, references, old_state, (*values[:5], values.decay), values.rule,
+                values.update_first, values.average_sequences, ignore_index, kernels.PairLossOutputs(*outputs),
+            )  # fmt: skip
+        return outputs
+    native.compiled().pair_loss_cpu(
+        **addresses(logp=rows, labels=row_labels, offsets=offsets, ref_logp=references, state=old_state),
+        **addresses(**dict(zip(_OUTPUTS, outputs, strict=True))),
+        **values._asdict(),
+        pairs=ref_logp.shape[0] // 2,
+        rows=rows.numel(),
+        ignore_index=ignore_index,
+        is_double=logp.dtype == torch.float64,
+    )
+    return outputs
+
+
+@pair_loss.register_fake
+def _(logp: Tensor, labels: Tensor, ref_logp: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _pair_loss_outputs(logp, ref_logp, state)
+
+
+def _pair_loss_outputs(
+    logp: Tensor, ref_logp: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sequences = ref_logp.shape[0]
+    return (
+        logp.new_empty(()),
+        logp.new_empty(3),
+        logp.new_empty(()),
+        logp.new_empty(sequences),
+        logp.new_empty(sequences),
+        logp.new_empty(sequences, dtype=torch.int64),
+        state.new_empty(2),
+        state.new_empty(2),
+        logp.new_empty(logp.shape),
+    )
+
+
+@torch.library.custom_op("mpo_ext::forward", mutates_args=())
+def forward(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    settings: Sequence[float],
+    ignore_index: int,
+    stats: int,
+    backend: str,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """Returns the four outputs of ``token_logp``, then the nine of ``pair_loss``, whose arguments it takes.
+
+    With backend "cuda" both are one launch, which gives the same bits as two launches.
+    """
+    if backend != "cuda" or labels.numel() == 0:
+        rows = token_logp(logits, labels, ignore_index, stats, backend)
+        pair = pair_loss(rows[0], labels, ref_logp, state, cu_seqlens, settings, ignore_index, backend)
+        return (*rows, *pair)
+    check_logits("logits", logits)
+    check_labels(logits, labels)
+    rows = token_logp_outputs(logits, labels, stats)
+    outputs = _pair_loss_outputs(rows[0], ref_logp, state)
+    layout, row_labels = row_layout(logits), labels.contiguous()
+    with device_guard(logits):
+        row_arguments, _work_memory = cuda.forward_arguments(layout, row_labels, ignore_index, ref_logp.shape[0] // 2)
+        pair_arguments, _inputs = _cuda_arguments(outputs, ref_logp, state, cu_seqlens, settings)
+        native.compiled().forward_cuda(
+            **row_arguments,
+            **pair_arguments,
+            **addresses(**dict(zip(ROW_OUTPUTS, rows, strict=True)), row_state=None),
+            stats=stats,
+        )
+    return (*rows, *outputs)
+
+
+@forward.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    settings: Sequence[float],
+    ignore_index: int,
+    stats: int,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    rows = token_logp_outputs(logits, labels, stats)
+    return (*rows, *_pair_loss_outputs(rows[0], ref_logp, state))
+
+
+def _cuda_arguments(
+    outputs: tuple[Tensor, ...], ref_logp: Tensor, state: Tensor, cu_seqlens: Tensor | None, settings: Sequence[float]
+) -> tuple[dict[str, object], list[Tensor | None]]:
+    """Returns the arguments of pair_loss and forward except the rows, and the tensors that the caller keeps alive.
+
+    ref_logp and cu_seqlens keep their dtype, because converting them would take further launches.
+    """
+    inputs = [ref_logp.contiguous(), state.contiguous(), None if cu_seqlens is None else cu_seqlens.contiguous()]
+    arguments: dict[str, object] = {
+        **addresses(**dict(zip(_OUTPUTS, outputs, strict=True))),
+        **addresses(ref_logp=inputs[0], state=inputs[1], offsets=inputs[2]),
+        **PairLossSettings.from_numbers(settings)._asdict(),
+        "pairs": ref_logp.shape[0] // 2,
+        "ref_is_float": ref_logp.dtype == torch.float32,
+        "offsets_are_int32": cu_seqlens is not None and cu_seqlens.dtype == torch.int32,
+    }
+    return arguments, inputs

@@ -1,0 +1,382 @@
+"""Tiles of logits: how the labelled rows and the vocabulary are cut, and how a tile is computed and kept.
+
+A tile is some labelled rows by some columns of the vocabulary. torch's matrix product computes it, and the kernels
+score it, or turn it into its gradient, while it is in the cache. The outer loop goes over the vocabulary and the inner
+loop over rows, so each part of the head is read and widened once for all rows, and the gradient of that part is
+complete when its tiles are done.
+
+On a CPU that does not multiply bfloat16 or float16 faster than float32, inputs are widened to float32 part by part,
+which is exact. On a CPU that does, tiles have the dtype of the inputs, as a model's own logits have. On a GPU the
+inputs keep their dtype and the product is float32; only its gradient is rounded to the dtype of the inputs, because it
+is an input of the next products.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpo_ext.ops.memory import fresh_zeros, result_dtype
+
+_CPU_TILE_BYTES = 16 << 20  # of logits: a tile stays in the last-level cache, and suffices for the matrix product
+# Of columns of kept logits: the distance that backward keeps between what it reads and what it writes.
+_CPU_KEPT_BYTES, _GPU_KEPT_BYTES = 32 << 20, 64 << 20
+_ALIGNMENT = 64  # bytes: where kept logits may begin
+_MIN_COLUMNS = 256  # of a tile, where the vocabulary has as many: narrower products are slow
+_COLUMN_STEP = 64
+
+
+class Head(NamedTuple):
+    """How logits follow from hidden states: ``cap * tanh(z / cap) / temperature``, or ``z / temperature`` without cap.
+
+    ``z = logit_scale * (hidden @ weight.T + bias)``.
+    """
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    logit_scale: float
+    softcap: float  # 0 for none
+    temperature: float
+    matmul_dtype: torch.dtype  # of the inputs of the matrix products
+
+    @property
+    def inner_scale(self) -> float:
+        """Factor of the product inside tanh, or of the whole logit without a softcap."""
+        return self.logit_scale / (self.softcap or self.temperature)
+
+    @property
+    def outer_scale(self) -> float:
+        """Factor of tanh; 1 without a softcap."""
+        return self.softcap / self.temperature if self.softcap else 1.0
+
+    @property
+    def slope(self) -> float:
+        """Derivative of a logit by the product, without the derivative of tanh."""
+        return self.logit_scale / self.temperature
+
+
+class KeptLogits:
+    """Lays out kept logits in memory that the gradient by the head's weight takes over while they are consumed.
+
+    Columns are consumed from left to right, and their gradient is written to the front of the memory. The logits
+    therefore start late enough that the gradient of a tile's columns ends before the logits of that tile start: with n
+    labelled rows the memory is that of ``max(n, D)`` rows and a tile, instead of ``n + D`` rows.
+
+    A float16 logit (used for bfloat16 gradients) is stored as its distance from the largest logit that its row had so
+    far, and that maximum is stored behind the logits. The error is 2^-12 of the distance, so the error of exp(logit)
+    is less than a rounding to bfloat16 where it is above 3e-4 of the largest, and a small part of the sum elsewhere.
+
+    Args:
+        rows: n.
+        vocab: Columns of the vocabulary.
+        columns: Columns of a tile.
+        grad_bytes: Bytes of the gradient by a column.
+        dtype: dtype of the kept logits.
+
+    Attributes:
+        size: Bytes of the whole memory.
+    """
+
+    def __init__(self, rows: int, vocab: int, columns: int, grad_bytes: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._rows, self._columns = rows, columns
+        self._column_bytes = rows * dtype.itemsize
+        last = (vocab - 1) // columns * columns
+        # The required offset changes evenly from the first full tile to the last; a partial tile may follow.
+        tight = {0, max(last - columns, 0), last}
+        self._begin = _aligned(
+            max(min(first + columns, vocab) * grad_bytes - first * self._column_bytes for first in tight)
+        )
+        self._maxima = _aligned(self._begin + vocab * self._column_bytes)
+        tiles = -(-vocab // columns) if dtype == torch.float16 else 0
+        self.size = self._maxima + tiles * rows * torch.float32.itemsize
+
+    def tile(self, memory: Tensor, rows: slice, first: int, end: int) -> Tensor:
+        """Returns the logits of a tile, contiguous: rows of the whole vocabulary would touch more pages."""
+        width = end - first
+        begin = self._begin + self._column_bytes * first + rows.start * width * self.dtype.itemsize
+        return _typed(memory, begin, (rows.stop - rows.start, width), self.dtype)
+
+    def store_(self, memory: Tensor, rows: slice, first: int, end: int, logits: Tensor, row_max: Tensor) -> None:
+        """Stores a float32 tile in float16 and overwrites ``logits``; ``row_max`` is each row's maximum so far."""
+        safe_max = self._tile_max(memory, rows, first)
+        safe_max.copy_(torch.where(row_max == -math.inf, 0.0, row_max).unsqueeze(1))
+        self.tile(memory, rows, first, end).copy_(logits.sub_(safe_max))
+
+    def restore(self, memory: Tensor, rows: slice, first: int, end: int, out: Tensor) -> Tensor:
+        """Fills ``out`` with a tile that ``store_`` has stored, in float32."""
+        return out.copy_(self.tile(memory, rows, first, end)).add_(self._tile_max(memory, rows, first))
+
+    def _tile_max(self, memory: Tensor, rows: slice, first: int) -> Tensor:
+        begin = self._maxima + (first // self._columns * self._rows + rows.start) * torch.float32.itemsize
+        return _typed(memory, begin, (rows.stop - rows.start, 1), torch.float32)
+
+
+class TiledRows:
+    """The labelled rows of one call, the sizes of their tiles, and the buffers that all tiles share."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        head: Head,
+        ignore_index: int,
+        memory_budget: int,
+        *,
+        converts_weight_grad: bool = False,
+        keeps_logits: bool = False,
+    ) -> None:
+        self.head = head
+        self.vocab, hidden_size = head.weight.shape
+        self.like = hidden.new_empty((1, 1), dtype=result_dtype(hidden, head.weight))
+        # The dtype that a product on this device accepts without rounding its result further.
+        on_cpu = hidden.device.type == "cpu"
+        self.input_dtype = head.matmul_dtype if on_cpu or _widens_results(hidden.device) else self.like.dtype
+        self.tile_dtype = self.input_dtype if on_cpu else self.like.dtype
+        index = labelled_rows(labels, ignore_index)
+        self.index = index.to(hidden.device, non_blocking=True)
+        self.labels = labels.reshape(-1)[index].to(hidden.device, non_blocking=True)
+        rows = hidden.reshape(-1, hidden_size)
+        is_whole = index.shape[0] == labels.numel()
+        self.rows = (rows if is_whole else rows.index_select(0, self.index)).to(self.input_dtype)
+        self._buffers: dict[str, Tensor] = {}
+        widens = head.weight.dtype != self.input_dtype
+        # Kept logits lie tile by tile, so forward and backward must cut the same tiles.
+        converts = (converts_weight_grad or keeps_logits) and head.weight.dtype != self.like.dtype
+        # A product in half precision takes a tensor, and so does its gradient as input of the next two products.
+        is_narrow = self.input_dtype != self.tile_dtype
+        # Gradients in bfloat16 are rounded to fewer bits than float16 has.
+        is_rounded = hidden.dtype == head.weight.dtype == torch.bfloat16
+        kept_dtype = torch.float16 if is_rounded and self.tile_dtype == torch.float32 else self.tile_dtype
+        self.keeps_in_place = keeps_logits and kept_dtype == self.tile_dtype
+        planes = (not self.keeps_in_place) + bool(head.softcap) + 2 * is_narrow
+        per_column = (widens * self.input_dtype.itemsize + converts * self.like.dtype.itemsize) * hidden_size
+        preferred = _CPU_TILE_BYTES if on_cpu else memory_budget
+        count = self.rows.shape[0]
+        grad_bytes = hidden_size * head.weight.dtype.itemsize
+        if keeps_logits:
+            per_column += min(count * kept_dtype.itemsize, grad_bytes)  # of the distance that ``KeptLogits`` leaves
+            memory_budget = min(memory_budget, _CPU_KEPT_BYTES if on_cpu else _GPU_KEPT_BYTES)
+        self._chunk_rows, self._chunk_columns = tile_shape(
+            count,
+            self.vocab,
+            per_element=planes * self.tile_dtype.itemsize,
+            per_column=per_column,
+            budget=memory_budget,
+            preferred=preferred,
+        )
+        self.kept_logits = KeptLogits(count, self.vocab, self._chunk_columns, grad_bytes, kept_dtype)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the rows in equal pieces, each with its labels."""
+        for begin in range(0, self.rows.shape[0], self._chunk_rows):
+            rows = slice(begin, min(begin + self._chunk_rows, self.rows.shape[0]))
+            yield rows, self.labels[rows]
+
+    def columns(self) -> Iterator[tuple[int, int]]:
+        """Yields the vocabulary in pieces: first column and end."""
+        for first in range(0, self.vocab, self._chunk_columns):
+            yield first, min(first + self._chunk_columns, self.vocab)
+
+    def weight_rows(self, first: int, end: int) -> Tensor:
+        """Returns rows ``first`` to ``end - 1`` of the head in the dtype of the products' inputs."""
+        part = self.head.weight[first:end]
+        if part.dtype == self.input_dtype:
+            return part
+        return self._buffer("weight", part.shape, self.input_dtype).copy_(part)
+
+    def as_input(self, grad: Tensor) -> Tensor:
+        """Returns the gradient of a tile in the dtype of the products' inputs."""
+        if grad.dtype == self.input_dtype:
+            return grad
+        return self._buffer("grad input", grad.shape, self.input_dtype).copy_(grad)
+
+    def logits(
+        self, rows: slice, weight_rows: Tensor, first: int, end: int, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the logits of a tile, and tanh if there is a softcap. The next tile overwrites their buffers."""
+        if out is None:
+            out = self._buffer("logits", (rows.stop - rows.start, end - first))
+        head = self.head
+        raw = self._buffer("tanh", out.shape) if head.softcap else out
+        bias = None if head.bias is None else head.bias[first:end].to(raw.dtype)
+        _scaled_matmul(self.rows[rows], weight_rows.T, raw, head.inner_scale, bias)
+        if not head.softcap:
+            return out, None
+        raw.tanh_()
+        torch.mul(raw, head.outer_scale, out=out)
+        return out, raw
+
+    def restored_logits(self, memory: Tensor, rows: slice, first: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """Returns the kept logits of a tile, in place or in the shared buffer, and tanh if there is a softcap."""
+        if self.keeps_in_place:
+            logits = self.kept_logits.tile(memory, rows, first, end)
+        else:
+            out = self._buffer("logits", (rows.stop - rows.start, end - first))
+            logits = self.kept_logits.restore(memory, rows, first, end, out)
+        if not self.head.softcap:
+            return logits, None
+        return logits, torch.mul(logits, 1 / self.head.outer_scale, out=self._buffer("tanh", logits.shape))
+
+    def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
+        """Adds a tile's part to the gradient of its columns; the last chunk of rows rounds and stores it."""
+        # A single product may be rounded as it is; the sum of several is formed in float32.
+        is_direct = target.dtype == (grad.dtype if is_first and is_last else self.like.dtype)
+        total = target if is_direct else self._buffer("weight grad", target.shape, self.like.dtype)
+        accumulate(total, grad.T, self.rows[rows], is_first=is_first)
+        if is_last and not is_direct:
+            target.copy_(total)
+
+    def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
+        """Adds a tile's part to the gradient by the bias; the last chunk of rows rounds and stores it."""
+        total = self._buffer("bias grad", (1, target.shape[0]), self.like.dtype)[0]
+        if is_first:
+            total.zero_()
+        total.add_(grad.sum(0, dtype=total.dtype))
+        if is_last:
+            target.copy_(total)
+
+    def _buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Returns a matrix that is reused from tile to tile, uninitialised; in the tile's dtype by default."""
+        rows, columns = shape
+        memory = self._buffers.get(name)
+        if memory is None or memory.numel() < rows * columns:
+            memory = self._buffers[name] = self.like.new_empty(rows * columns, dtype=dtype or self.tile_dtype)
+        return memory[: rows * columns].view(rows, columns)
+
+
+def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
+    """Returns the flat positions of the labels to score. On a GPU this waits, unless the labels are on the CPU."""
+    return (labels.reshape(-1) != ignore_index).nonzero().squeeze(-1)
+
+
+def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """Returns the values of the labelled rows as a tensor shaped like ``like``, zeros elsewhere."""
+    rows = rows.to(like.dtype)
+    if rows.numel() == like.numel():
+        return rows.view(like.shape)
+    full = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    full.view(-1, like.shape[-1])[index] = rows
+    return full
+
+
+def tile_shape(
+    rows: int, vocab: int, *, per_element: int, per_column: int, budget: int, preferred: int
+) -> tuple[int, int]:
+    """Returns the rows and columns of a tile.
+
+    A tile has all rows and as many columns as fit; if that leaves fewer than 256 columns, it has fewer rows. It has at
+    least one row and one column, whatever the budget.
+
+    Args:
+        rows: Labelled rows.
+        vocab: Columns of the vocabulary.
+        per_element: Bytes per element of a tile.
+        per_column: Further bytes per column of a tile.
+        budget: Bytes that a tile may take.
+        preferred: Bytes of ``rows * columns * per_element`` beyond which a tile does not get faster.
+    """
+    columns = min(vocab, _MIN_COLUMNS)
+    if per_column:  # at most half of the budget for memory that does not depend on the rows
+        columns = max(min(columns, budget // (2 * per_column)), 1)
+    chunk = max(rows, 1)
+    if per_element:
+        available = max(min(budget - columns * per_column, preferred), 0)
+        pieces = -(-chunk // max(available // (columns * per_element), 1))
+        chunk = -(-chunk // pieces)
+    cost = chunk * per_element + per_column
+    widest = min(budget // cost if cost else vocab, preferred // (chunk * per_element) if per_element else vocab)
+    if widest >= vocab:
+        return chunk, vocab
+    return chunk, max(widest // _COLUMN_STEP * _COLUMN_STEP, min(widest, _COLUMN_STEP), 1)
+
+
+def fresh_memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Returns uninitialised memory of the size of a head; on a CPU in huge pages, because small pages fault more."""
+    return fresh_zeros(shape, dtype) if like.device.type == "cpu" else like.new_empty(shape, dtype=dtype)
+
+
+def _scaled_matmul(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor | None) -> None:
+    """Computes ``out = scale * (a @ b + bias)`` in the dtype of ``out``, whatever the dtype of the inputs."""
+    if a.dtype == out.dtype:
+        if bias is not None:
+            torch.addmm(bias, a, b, beta=scale, alpha=scale, out=out)
+        elif scale != 1:
+            torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+        else:
+            torch.mm(a, b, out=out)
+        return
+    product = torch.mm(a, b, out_dtype=out.dtype)
+    if bias is not None:
+        product.add_(bias)
+    torch.mul(product, scale, out=out)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+    """Adds ``a @ b`` to ``total`` in its dtype, whatever the dtype of the inputs; overwrites it if ``is_first``."""
+    if a.dtype == total.dtype:
+        if is_first:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+        return
+    product = torch.mm(a, b) if a.device.type == "cpu" else torch.mm(a, b, out_dtype=total.dtype)
+    if is_first:
+        total.copy_(product)
+    else:
+        total.add_(product)
+
+
+def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Returns the dtype in which inputs of this dtype are multiplied: on a CPU the faster of it and float32.
+
+    MPO_CPU_MATMUL replaces the measurement: "float32" always widens (logits are then never rounded), "native" never.
+
+    Raises:
+        ValueError: If MPO_CPU_MATMUL has another value.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    requested = os.environ.get("MPO_CPU_MATMUL")
+    if requested not in (None, "", "float32", "native"):
+        raise ValueError(f"MPO_CPU_MATMUL must be 'float32' or 'native', got {requested!r}")
+    is_native = requested == "native" if requested else _is_fast_on_cpu(dtype)
+    return dtype if is_native else torch.float32
+
+
+@torch.compiler.assume_constant_result  # so that torch.compile does not trace the stopwatch
+@functools.cache
+def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
+    """Returns whether this CPU multiplies matrices of this dtype clearly faster than float32; measured once."""
+
+    def seconds(kind: torch.dtype) -> float:
+        a, b = torch.ones(256, 512, dtype=kind), torch.ones(512, 2048, dtype=kind)
+        best = math.inf
+        for _ in range(4):  # the first product initialises the library
+            start = time.perf_counter()
+            torch.mm(a, b)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(dtype) < seconds(torch.float32) / 1.2
+
+
+def _widens_results(device: torch.device) -> bool:
+    """Returns whether products on this device take half-precision inputs and return float32."""
+    return device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _typed(memory: Tensor, begin: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Returns a matrix that starts at byte ``begin`` of the memory."""
+    return memory[begin : begin + shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
