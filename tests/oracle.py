@@ -23,7 +23,7 @@ from torch import Tensor
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 LOG_2 = float(np.log(2.0))
-STATS = ("entropy", "mean_logit", "top1")
+STATS = ("entropy", "mean_logit", "top1", "sum_p_squared")
 # What mpo_exact and mpo_eager take besides tensors. The names are those of the package's MPOConfig.
 DEFAULTS: dict[str, Any] = {
     "beta": 0.1,
@@ -71,6 +71,7 @@ class ExactRows:
     entropy: Array  # [n]
     mean_logit: Array  # [n]
     top1: Array  # [n]
+    sum_p_squared: Array  # [n]
     largest_logit: float  # largest finite |logit| of the labelled rows
 
 
@@ -84,6 +85,7 @@ def score_rows(logits: Array, targets: np.ndarray, ignore_index: int) -> ExactRo
         entropy=np.zeros(n, logits.dtype),
         mean_logit=np.zeros(n, logits.dtype),
         top1=np.zeros(n, logits.dtype),
+        sum_p_squared=np.zeros(n, logits.dtype),
         largest_logit=0.0,
     )
     for i in range(n):
@@ -105,6 +107,7 @@ def score_rows(logits: Array, targets: np.ndarray, ignore_index: int) -> ExactRo
             rows.entropy[i] = -(p * np.where(p > 0, log_p, 0)).sum()
             rows.mean_logit[i] = row.mean()
             rows.top1[i] = row[target] == row.max()
+            rows.sum_p_squared[i] = np.square(p).sum()
         finite = np.abs(row[np.isfinite(row)])
         rows.largest_logit = max(rows.largest_logit, float(finite.max(initial=0.0)))
     return rows
@@ -392,6 +395,7 @@ def _noise(
         "entropy": 2 * eps * max(float(np.log(vocab)), 1.0),
         "mean_logit": eps * max(rows.largest_logit for rows in scored),
         "top1": eps,
+        "sum_p_squared": 2 * eps,
     }
 
 
@@ -559,6 +563,7 @@ def mpo_eager(
         stats["mean_logit"] = stats["mean_logit"] + z.mean(-1).sum() / total
         hits = (z.gather(-1, picked).squeeze(-1) == z.amax(-1)).to(z.dtype)
         stats["top1"] = stats["top1"] + hits.sum() / total
+        stats["sum_p_squared"] = stats["sum_p_squared"] + log_p.exp().square().sum() / total
     return {
         "loss": loss.detach(),
         "dpo_loss": dpo.detach(),

@@ -80,6 +80,7 @@ def test_the_oracle_on_a_pair_worked_out_by_hand() -> None:
     np.testing.assert_allclose(float(exact.loss), 0.8 * dpo + 0.2 * bco + np.log(4), rtol=1e-14)
     assert exact.stats["top1"] == 1  # all logits tie, so the label is among the largest
     np.testing.assert_allclose(float(exact.stats["entropy"]), np.log(4), rtol=1e-14)
+    np.testing.assert_allclose(float(exact.stats["sum_p_squared"]), 1 / 4, rtol=1e-14)
     assert not exact.gradient[:, 1].any()  # the last position has no target
 
 
