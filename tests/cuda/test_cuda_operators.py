@@ -9,6 +9,7 @@ from simulator import SimulatedNative, simulated_backend
 from tiles import LINEAR_OPTIONS, check_linear, check_tiles
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
+from mpo_ext.loss.reward_shift import BatchShift
 from mpo_ext.ops import backends, cuda, native
 from mpo_ext.ops import logits as logits_ops
 
@@ -115,7 +116,8 @@ def test_the_reward_shift_moves_as_on_the_cpu(options: dict[str, object]) -> Non
 
 
 def test_pooling_over_ranks_costs_one_launch_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RewardShift, "_kernel_rule", lambda self: 0)  # as where ranks are to be pooled
+    pooled = lambda self, device: BatchShift(self._state, is_pooled=True)  # noqa: E731  # as if ranks were pooled
+    monkeypatch.setattr(RewardShift, "begin_batch", pooled)
     with simulated_backend(SimulatedNative()) as native:
         ours, _ = run("cuda", *make_batch(torch.float32), reward_shift=RewardShift())
     assert [name for name, _ in native.reports] == ["forward", "pair_loss", "logits_grad"]
