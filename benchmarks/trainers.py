@@ -138,7 +138,7 @@ class _DoneError(Exception):
 
 def run_ours(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> None:
     """Trains with ``mpo_ext.train`` and calls the gate after each step."""
-    from mpo_ext.train import loop
+    from mpo_ext.train import batch_loss, dataset, loop
     from mpo_ext.train import reference_model as references
 
     def on_step(step: int, line: Mapping[str, float]) -> None:
@@ -155,10 +155,10 @@ def run_ours(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mappin
                 wrap = gate.parts.wrap
                 gate.parts.watch(model, trainer.accelerator)
                 for owner, name, part in (
-                    (loop, "linear_mpo_loss", "head, forward"),
-                    (loop, "mpo_loss", "head, forward"),
+                    (batch_loss, "linear_mpo_loss", "head, forward"),
+                    (batch_loss, "mpo_loss", "head, forward"),
                     (references.CopyReference, "logp", "reference"),
-                    (loop.Shares, "__getitem__", "data"),
+                    (dataset.StepDataset, "__getitem__", "data"),
                 ):
                     stack.callback(setattr, owner, name, getattr(owner, name))
                     setattr(owner, name, wrap(getattr(owner, name), part))

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import InternVLForConditionalGeneration
@@ -52,20 +51,6 @@ def clear_encoded() -> None:
     _encoded.clear()
 
 
-class StudyTrainer(Trainer):
-    """Trainer that writes no checkpoint, no folder of the model and no model card."""
-
-    def _build(self, model: Any, processor: Any) -> None:
-        super()._build(model, processor)
-        self.encoder = CachingEncoder(self.encoder)
-
-    def _save(self, *, is_end: bool = False) -> None:
-        pass
-
-    def _finish(self, evaluation: Mapping[str, float] | None) -> None:
-        self._close()
-
-
 def train(
     recipe: Recipe,
     model: InternVLForConditionalGeneration,
@@ -73,7 +58,9 @@ def train(
     on_step: Callable[[int, Mapping[str, float]], object] | None = None,
 ) -> None:
     """Trains the model in place, and removes the folder of the run."""
-    if StudyTrainer(recipe, model=model, processor=processor, on_step=on_step).run() != 0:
+    trainer = Trainer(recipe, model=model, processor=processor, on_step=on_step, save=False)
+    trainer.data.encoder = CachingEncoder(trainer.data.encoder)
+    if trainer.run() != 0:
         raise KeyboardInterrupt  # the trainer has caught the signal
     shutil.rmtree(recipe.output.dir, ignore_errors=True)
 

@@ -74,7 +74,8 @@ class Checkpoints:
 
         It holds the trainable parameters and persistent buffers of the model, the state and settings of the optimizer,
         the state of the loss scaler, ``state``, and the random states of each rank (Python, NumPy, torch, CUDA).
-        Saving changes none of them. A checkpoint of the same step is replaced; leftovers of a killed process are removed.
+        Saving changes none of them. A checkpoint of the same step is replaced; leftovers of a killed process are
+        removed.
 
         With DeepSpeed its engine writes and reads the tensors. That part follows DeepSpeed's documentation and has not
         been run with DeepSpeed itself.

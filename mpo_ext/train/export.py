@@ -23,6 +23,7 @@ from mpo_ext.train.checkpoint_files import (
 )
 from mpo_ext.train.checkpoint_state import is_deepspeed, unwrapped
 from mpo_ext.train.model import reshard
+from mpo_ext.train.ranks import gather
 
 
 def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Path, *, merged: bool = False) -> None:
@@ -76,6 +77,16 @@ def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Pat
             f"the model must be written whole into {folder}, got {error} ({free:,} MiB free there); what was there "
             "before is there still"
         ) from error
+
+
+def is_exported_since(accelerator: Any, folder: Path, checkpoint: Path) -> bool:
+    """Returns whether a folder holds an export, which is written whole or not at all, that is newer than a checkpoint.
+
+    All ranks call it, and all must see the export.
+    """
+    configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
+    saved_ns = checkpoint.stat().st_mtime_ns
+    return all(gather(accelerator, any(config.stat().st_mtime_ns >= saved_ns for config in configs)))
 
 
 def check_mergeable(model: nn.Module) -> None:

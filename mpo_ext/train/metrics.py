@@ -1,41 +1,42 @@
-"""What a run shows of itself: the sums of a step, the log, the console and accelerate's trackers."""
+"""The metrics of a run: sums over micro-batches and ranks, the lines of the log, and the log itself."""
 
-import contextlib
 import json
 import math
 import os
 import resource
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpo_ext.loss.functions import MPOOutput
+from mpo_ext.loss.reward_shift import RewardShift
+from mpo_ext.train.batch_loss import STATS
+from mpo_ext.train.recipe import LossRecipe
 
-_REPORT_S = 30.0
 _SUMS = (
     "pairs", "loss", "dpo_loss", "bco_loss", "ntp_loss", "ntp_parts", "chosen_reward", "rejected_reward",
     "reward_accuracy", "chosen_logp", "rejected_logp", "entropy", "top1", "chosen_tokens", "rejected_tokens", "tokens",
 )  # fmt: skip
+_SFT_KEYS = ("loss", "ntp_loss", "chosen_logp", "entropy", "top1", "pairs", "chosen_tokens")
 
 
 class Totals:
-    """Sums over the micro-batches of a step (or of an evaluation), on the device; nothing here waits for it."""
+    """Sums over the micro-batches of a step or an evaluation, on the device; adding does not wait for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self.reward_shift: Tensor | None = None
 
     def add(self, out: MPOOutput, *, ntp_parts: int, tokens: int) -> None:
-        """Takes in a micro-batch.
+        """Adds a micro-batch.
 
         Args:
-            out: Of the loss.
-            ntp_parts: What its next-token term is a mean over: chosen tokens, or chosen responses.
+            out: Output of the loss.
+            ntp_parts: Number of chosen tokens or chosen responses, over which the next-token term is averaged.
             tokens: Positions that went through the model, without padding.
         """
         pairs = len(out.chosen_reward)
@@ -52,24 +53,24 @@ class Totals:
         self.reward_shift = out.reward_shift
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
-        """The sums over all ranks, by name. Waits for the device."""
+        """Returns the sums over all ranks, by name. Waits for the device."""
         sums = accelerator.reduce(self.sums, reduction="sum") if accelerator.num_processes > 1 else self.sums
         return dict(zip(_SUMS, sums.tolist(), strict=True))
 
 
 def means(sums: Mapping[str, float], weights: tuple[float, float, float]) -> dict[str, float]:
-    """The line of the log that sums come to: means over pairs, chosen tokens (or responses) and labelled tokens.
+    """Returns the means over pairs, chosen tokens (or responses) and labelled tokens.
 
     Args:
-        sums: From ``Totals.reduce``.
-        weights: Of the three terms.
+        sums: Sums from ``Totals.reduce``.
+        weights: Weights of the three terms of the loss.
     """
     pairs, parts = max(sums["pairs"], 1), max(sums["ntp_parts"], 1)
     labelled = max(sums["chosen_tokens"] + sums["rejected_tokens"], 1)
     line = {name: sums[name] / pairs for name in ("dpo_loss", "bco_loss")}
     line["ntp_loss"] = sums["ntp_loss"] / parts
-    terms = sum(weight * value for weight, value in zip(weights, line.values(), strict=True))
-    line = {"loss": terms, **line}
+    loss = sum(weight * value for weight, value in zip(weights, line.values(), strict=True))
+    line = {"loss": loss, **line}
     for name in ("chosen_reward", "rejected_reward", "reward_accuracy", "chosen_logp", "rejected_logp"):
         line[name] = sums[name] / pairs
     line["reward_margin"] = line["chosen_reward"] - line["rejected_reward"]
@@ -78,8 +79,25 @@ def means(sums: Mapping[str, float], weights: tuple[float, float, float]) -> dic
     return line
 
 
+def log_line(sums: Mapping[str, float], recipe: LossRecipe, reward_shift: RewardShift) -> dict[str, float]:
+    """Returns the metrics of a step or an evaluation that the loss of the recipe has.
+
+    Args:
+        sums: Sums from ``Totals.reduce``.
+        recipe: The ``loss`` section of the recipe.
+        reward_shift: Reward shift of the run.
+    """
+    config = recipe.config
+    line = means(sums, (config.dpo_weight, config.bco_weight, config.ntp_weight))
+    if not recipe.has_preference:
+        return {name: line[name] for name in _SFT_KEYS}
+    if recipe.preference is not None:
+        return {name: value for name, value in line.items() if name not in STATS}
+    return {**line, "reward_shift": reward_shift.value}
+
+
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory of this process: of torch's allocator on a GPU, resident on a CPU."""
+    """Returns the peak memory of this process: of torch's allocator on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -90,100 +108,34 @@ class Log:
     """``log.jsonl``: a line of JSON for each logged step and evaluation. Only the main process writes.
 
     Args:
-        path: The file.
+        path: Path of the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Adds a line; numbers that are not finite are spelled out as text, since JSON has none."""
-        shown = {key: _json(value) for key, value in line.items()}
+        """Appends a line; numbers that are not finite become text, since JSON has none."""
+        encoded = json.dumps({key: _json_value(value) for key, value in line.items()})
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(shown) + "\n")
+            file.write(encoded + "\n")
 
     def position(self) -> int:
-        """Its size in bytes."""
+        """Returns the size of the file in bytes; 0 if it does not exist."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def rewind(self, position: int) -> None:
-        """Cuts off what was written after a checkpoint."""
+        """Removes the lines after a position: those written after a checkpoint."""
         if self.position() > position:
             os.truncate(self.path, position)
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines."""
+        """Returns all lines."""
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.strip()]
 
 
-def _json(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class Console:
-    """Shows how far the run is: a bar on a terminal, elsewhere a line now and then.
-
-    Args:
-        total: Steps of the run.
-        done: Steps that were done before.
-        stream: Where to; None shows nothing.
-    """
-
-    def __init__(self, total: int, done: int, stream: TextIO | None) -> None:
-        self.total, self.done, self.stream = total, done, stream
-        self._first: tuple[int, float] | None = None  # step and time of the first that was done here
-        self._shown_s = -math.inf
-        self._bar: Any = None
-        self._task: Any = None
-        self._exit = contextlib.ExitStack()
-
-    def __enter__(self) -> "Console":
-        if self.stream is not None and self.stream.isatty():
-            from rich import console, progress
-
-            columns = (
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TextColumn("left"),
-                progress.TimeRemainingColumn(),
-                progress.TextColumn("{task.fields[line]}"),
-            )
-            self._bar = self._exit.enter_context(
-                progress.Progress(*columns, console=console.Console(file=self.stream))
-            )
-            self._task = self._bar.add_task("train", total=self.total, completed=self.done, line="")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._exit.close()
-
-    def say(self, text: str) -> None:
-        """Prints a line."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        elif self.stream is not None:
-            print(text, file=self.stream, flush=True)
-
-    def step(self, step: int, line: Mapping[str, float]) -> None:
-        """Shows a step that is done."""
-        self.done = step
-        shown = {"loss": ("loss", ".4f"), "accuracy": ("reward_accuracy", ".2f"), "margin": ("reward_margin", ".3f")}
-        parts = [f"{name} {line[key]:{form}}" for name, (key, form) in shown.items() if key in line]  # SFT has one
-        text = ", ".join([*(parts or ["no pairs"]), f"rate {line['learning_rate']:.2e}"])
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, line=text)
-            return
-        now = time.monotonic()
-        if self._first is None:  # it takes longer than the others, which are as long as the second
-            self._first = step, now
-        if self.stream is None or (now - self._shown_s < _REPORT_S and step < self.total):
-            return
-        self._shown_s = now
-        first, first_s = self._first
-        left = f", {(self.total - step) * (now - first_s) / (step - first):.0f} s left" if step > first else ""
-        print(f"step {step}/{self.total}{left}: {text}", file=self.stream, flush=True)

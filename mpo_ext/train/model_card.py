@@ -100,8 +100,8 @@ def _description(recipe: Recipe) -> str:
     loss = recipe.loss
     if loss.preference is not None:
         how = (
-            f"{loss.dpo_weight:g} x the preference loss `{loss.preference}` of mpo_ext.loss.preference + {loss.ntp_weight:g} x "
-            f"next-token loss, beta {loss.beta:g}"
+            f"{loss.dpo_weight:g} x the preference loss `{loss.preference}` of mpo_ext.loss.preference + "
+            f"{loss.ntp_weight:g} x next-token loss, beta {loss.beta:g}"
         )
     elif loss.has_preference:
         how = (

@@ -155,11 +155,10 @@ def _train(job: Job, rank: int) -> int:
     import digits_run
     import torch
 
-    from mpo_ext.train import loop
-    from mpo_ext.train import model_card as card
+    from mpo_ext.train import loop, model_card
 
     torch.set_num_threads(1)
-    card.write_card = lambda *args, **kwargs: None  # draws, which takes longer than the run
+    model_card.write_card = lambda *args, **kwargs: None  # draws, which takes longer than the run
     if job.world > 1:
         _join_ranks(job, rank)
     if job.hook is not None:
@@ -178,7 +177,9 @@ def _train(job: Job, rank: int) -> int:
         for name, value in trainer.model.named_parameters():
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value
             weights[name] = whole.detach().clone()
-        torch.save({"weights": weights, "reward_shift": trainer.reward_shift.state_dict()}, job.beside(f"rank{rank}"))
+        torch.save(
+            {"weights": weights, "reward_shift": trainer.state.reward_shift.state_dict()}, job.beside(f"rank{rank}")
+        )
         trainer.accelerator.wait_for_everyone()
         end_training()
 
@@ -233,8 +234,7 @@ def die_at_event(number: int | None, events: Path, rank: int) -> None:
     """
     import torch
 
-    from mpo_ext.train import loop
-    from mpo_ext.train import reference_model as reference
+    from mpo_ext.train import batch_loss, metrics, reference_file, reference_model
 
     done = 0
 
@@ -249,11 +249,11 @@ def die_at_event(number: int | None, events: Path, rank: int) -> None:
     for name in ("rename", "replace", "unlink", "rmdir", "fsync", "mkdir", "truncate"):
         _count_calls(os, name, count)
     for name in ("linear_mpo_loss", "mpo_loss"):
-        _count_calls(loop, name, count)
-    _count_calls(reference, "linear_token_logp", count)
+        _count_calls(batch_loss, name, count)
+    _count_calls(reference_model, "linear_token_logp", count)
     _count_calls(torch.optim.AdamW, "step", count)
-    _count_calls(loop.Log, "append", count)
-    _count_calls(reference.Journal, "append", count)
+    _count_calls(metrics.Log, "append", count)
+    _count_calls(reference_file.Journal, "append", count)
 
 
 def signal_at_forward(number: int, signals: Sequence[int], only: int | None, rank: int) -> None:
@@ -265,7 +265,7 @@ def signal_at_forward(number: int, signals: Sequence[int], only: int | None, ran
         only: The rank that does it; None for all.
         rank: Of the process.
     """
-    from mpo_ext.train import loop
+    from mpo_ext.train import batch_loss
 
     passes = 0
 
@@ -276,7 +276,7 @@ def signal_at_forward(number: int, signals: Sequence[int], only: int | None, ran
                 os.kill(os.getpid(), one)
         passes += 1
 
-    _count_calls(loop, "linear_mpo_loss", count)
+    _count_calls(batch_loss, "linear_mpo_loss", count)
 
 
 def count_reference_pairs(path: Path, rank: int) -> None:

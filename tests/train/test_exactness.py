@@ -219,12 +219,14 @@ def run_trainer(
         settings["data__eval"] = [str(data.path)]
     recipe = digits_run.recipe(out, data.path, **settings)
     lines: list[dict[str, float]] = []
-    trainer = Trainer(recipe, model=model, processor=processor, on_step=lambda _, line: lines.append(dict(line)))
+    trainer = Trainer(
+        recipe, model=model, processor=processor, on_step=lambda _, line: lines.append(dict(line)), save=False
+    )
     if recipe.model.lora is not None:
         set_adapters(trainer.model)
     assert trainer.run() == 0
-    assert trainer._collate.layout == ("shared" if recipe.loss.shared_prefix else "separate")
-    assert sum(trainer.tally.dropped.values()) > 0  # the line of equal responses
+    assert trainer.data.collator.layout == ("shared" if recipe.loss.shared_prefix else "separate")
+    assert sum(trainer.state.pair_counts.dropped.values()) > 0  # the line of equal responses
     return Run(lines, {plain_name(name): one.detach() for name, one in trainer.model.named_parameters()})
 
 
@@ -270,13 +272,6 @@ def assert_equal(run: Run, script: Run, tolerance: float) -> None:
     assert run.weights.keys() == script.weights.keys()
     off["weights"] = max(float((run.weights[name] - one).abs().max()) for name, one in script.weights.items())
     assert {name: value for name, value in off.items() if not value <= tolerance} == {}
-
-
-@pytest.fixture(autouse=True)
-def _writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints and the card have tests of their own, and take longer than these runs."""
-    monkeypatch.setattr(Trainer, "_save", lambda self, **options: None)
-    monkeypatch.setattr(Trainer, "_finish", lambda self, evaluation: None)
 
 
 def check(data: Data, out: Path, case: tuple[str, str, str], *, steps: int, dtype: torch.dtype) -> None:

@@ -77,8 +77,6 @@ def test_a_moving_reference_agrees_with_the_script(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Trainer, "_save", lambda self, **options: None)
-    monkeypatch.setattr(Trainer, "_finish", lambda self, evaluation: None)
     overrides, dtype = CASES[name]
     script = script_of(overrides)
     if "loss__preference" in overrides:  # whose lines have none of these
@@ -191,9 +189,9 @@ def test_adapters_of_a_copy_move(tmp_path: Path, data: exactness.Data) -> None:
     lines: list[dict[str, float]] = []
     trainer = run_here(recipe, lines)
     assert [line["chosen_reward"] for line in lines] == pytest.approx([0, 0], abs=1e-6)
-    assert trainer._second is not None
+    assert trainer.reference_model is not None
     theirs = dict(trainer.model.named_parameters())
-    both = {name: (one, theirs[name]) for name, one in trainer._second.named_parameters() if "lora_B" in name}
+    both = {name: (one, theirs[name]) for name, one in trainer.reference_model.named_parameters() if "lora_B" in name}
     assert both
     assert all(torch.equal(one, other) and other.any() for one, other in both.values())
 
@@ -241,7 +239,7 @@ def test_a_run_goes_on_to_the_same_bits(
         assert {name: line[name] for name in line if name not in timing} == {
             name: other[name] for name in other if name not in timing
         }
-    for one, other in ((resumed.model, trainer.model), (resumed._second, trainer._second)):
+    for one, other in ((resumed.model, trainer.model), (resumed.reference_model, trainer.reference_model)):
         assert one is not None
         assert other is not None
         for name, value in one.named_parameters():
@@ -289,7 +287,7 @@ def test_another_move_is_another_run(
     tmp_path: Path,
 ) -> None:
     resume = {"output__resume": str(checkpoint_of(whole[0], 3)), f"reference__{setting}": value}
-    with pytest.raises(ValueError, match=rf"(?s){text}\n.*another output\.dir"):
+    with pytest.raises(ValueError, match=rf"(?s){text}\n.*use another output\.dir"):
         run_here(digits_run.recipe(tmp_path / "run", data.path, **settings_of(**resume)), [])
 
 

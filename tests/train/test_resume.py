@@ -250,7 +250,7 @@ def test_a_kill_while_log_probs_are_computed_costs_the_batch_at_work(
 
 def die_in_precompute(number: int, rank: int) -> None:
     """Kills the process between the computation of a batch, the number-th from 1, and its record."""
-    from mpo_ext.train import reference_model as reference
+    from mpo_ext.train import reference_file as reference
 
     original = reference.Journal.append
     calls = 0
@@ -275,7 +275,7 @@ def test_sigterm_ends_after_the_step_at_work_and_goes_on(
     job = job_of(f"{name}-term-{forward}", name)
     hook = functools.partial(signal_at_forward, forward, [signal.SIGTERM], None)
     assert run(dataclasses.replace(job, hook=hook)) == [INTERRUPTED], text_of(job)
-    match = re.search(r"SIGTERM: ended after step (\d) of 6; the same command goes on from here", text_of(job))
+    match = re.search(r"SIGTERM: ended after step (\d) of 6; the same command resumes from here", text_of(job))
     assert match, text_of(job)
     step = int(match[1])
     assert max(checkpoints(job)) == f"step-{step:08d}"
@@ -329,10 +329,10 @@ def test_signals_and_kills_with_workers(job_of: Callable[..., Job], whole: Calla
 
 
 def signal_group_at_forward(number: int, one: int, rank: int) -> None:
-    from mpo_ext.train import loop
+    from mpo_ext.train import batch_loss
 
     os.setpgid(0, 0)
-    original, passes = loop.mpo_loss, 0
+    original, passes = batch_loss.mpo_loss, 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal passes
@@ -342,7 +342,7 @@ def signal_group_at_forward(number: int, one: int, rank: int) -> None:
         passes += 1
         return original(*args, **kwargs)
 
-    loop.mpo_loss = counted
+    batch_loss.mpo_loss = counted
 
 
 # Where a run goes on from
@@ -359,7 +359,7 @@ def test_what_goes_on_must_be_the_same_run(job_of: Callable[..., Job], whole: Ca
     for words in (
         "optim.learning_rate was 0.001, is 0.002\n",
         "loss.beta was 0.1, is 0.2\n",
-        "take another output.dir",
+        "use another output.dir",
     ):
         assert words in text_of(changed)
     assert again.out.stat().st_mtime_ns == before
@@ -374,7 +374,7 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(
     path = job.out / "checkpoints" / "step-00000002"
     named = job_of("named", "copy", output__keep_last=1, output__resume=str(path))
     assert run(named) == [0], text_of(named)
-    assert f"goes on from {path} after step 2" in text_of(named)
+    assert f"resumes from {path} after step 2" in text_of(named)
     assert "since the checkpoint: output.keep_last was 9, is 1" in text_of(named)
     assert_same(named, whole("copy"))
 
@@ -410,7 +410,7 @@ def test_a_run_that_starts_anew_says_so(job_of: Callable[..., Job]) -> None:
     job.out.mkdir(parents=True)
     (job.out / "log.jsonl").write_text('{"step": 1, "loss": 9}\n')
     assert run(job) == [0], text_of(job)
-    assert f"no checkpoint in {job.out / 'checkpoints'} yet: starts anew" in text_of(job)
+    assert f"no checkpoint in {job.out / 'checkpoints'} yet: starts from the beginning" in text_of(job)
     assert all(line.get("loss") != 9 for line in log_of(job))
 
 

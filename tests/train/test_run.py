@@ -23,14 +23,14 @@ from digits_run import recipe, tiny, weights, write_pairs
 from test_trainer import TEXT, log, run, text_pairs, text_tokenizer
 from torch import nn
 
-from mpo_ext.train import loop
-from mpo_ext.train import model_card as card
-from mpo_ext.train import reference_model as references
+from mpo_ext.train import batch_loss, loop, model_card, progress, reference_file, reference_model, resume, setup
 from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.loop import Trainer
-from mpo_ext.train.metrics import Console, Log, Totals
+from mpo_ext.train.metrics import Log, Totals
 from mpo_ext.train.model import fingerprint, freeze_parts, load_model, prepare_model, switch_off_dropout
+from mpo_ext.train.progress import Console
 from mpo_ext.train.recipe import ModelRecipe
+from mpo_ext.train.reference_file import reference_settings
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What cards were to be written with: drawing their curves takes longer than a run."""
     written: list[Any] = []
-    monkeypatch.setattr(card, "write_card", lambda folder, **values: written.append(values))
+    monkeypatch.setattr(model_card, "write_card", lambda folder, **values: written.append(values))
     return written
 
 
@@ -115,7 +115,7 @@ def test_a_head_with_options_has_its_own_logits(tmp_path: Path, kind: str) -> No
 
 def test_the_memory_budget_is_that_of_the_recipe(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, int]] = []
-    for owner, name in ((loop, "linear_mpo_loss"), (references, "linear_token_logp")):
+    for owner, name in ((batch_loss, "linear_mpo_loss"), (reference_model, "linear_token_logp")):
         whole = getattr(owner, name)
 
         def note(*args: Any, _whole: Any = whole, _name: str = name, **options: Any) -> Any:
@@ -129,10 +129,10 @@ def test_the_memory_budget_is_that_of_the_recipe(tmp_path: Path, pairs: Path, mo
 
 def test_long_pairs_come_first(tmp_path: Path, pairs: Path) -> None:
     trainer = trainer_of(tmp_path / "out", pairs, optim__micro_batch_size=2)
-    share = trainer._shares(trainer.mixture, trainer.sampler)[0]
-    prompts = [int((batch.segments == 0).sum(1).max()) for batch in share.batches]
-    lengths = [int((batch.segments >= 0).sum(1).max()) for batch in share.batches]
-    assert len(share.batches) == 4
+    batches = trainer.data.steps()[0].batches
+    prompts = [int((batch.segments == 0).sum(1).max()) for batch in batches]
+    lengths = [int((batch.segments >= 0).sum(1).max()) for batch in batches]
+    assert len(batches) == 4
     assert max(lengths) == lengths[0] > lengths[-1], prompts
 
 
@@ -282,19 +282,20 @@ def test_another_model_is_the_reference_as_it_is_on_the_disk(
     settings = {"model__path": str(one), "model__lora": {"rank": 2, "dropout": 0.5}, "reference__path": str(two)}
     trainer = Trainer(recipe(tmp_path / "out", data, reference__kind=kind, **settings))
     truth = transformers.AutoModelForCausalLM.from_pretrained(two)
-    assert trainer.fingerprint == fingerprint(truth) != fingerprint(trainer.model)
-    assert trainer._second is not None
-    ours = weights(trainer._second)
+    assert trainer.reference_fingerprint == fingerprint(truth) != fingerprint(trainer.model)
+    assert trainer.reference_model is not None
+    ours = weights(trainer.reference_model)
     assert ours.keys() == weights(truth).keys()  # and no adapters
     assert all(torch.equal(ours[name], value) for name, value in weights(truth).items())
-    assert not any(module.training for module in trainer._second.modules())
+    assert not any(module.training for module in trainer.reference_model.modules())
     assert trainer.run() == 0
     assert "policy and reference" not in capsys.readouterr().err
 
 
 def settings_of(out: Path, data: Path, **settings: Any) -> dict[str, Any]:
     AcceleratorState._reset_state(True)
-    return trainer_of(out, data, reference__kind="precomputed", **settings)._reference_settings()
+    trainer = trainer_of(out, data, reference__kind="precomputed", **settings)
+    return reference_settings(trainer.recipe, trainer.data, trainer.reference_fingerprint)
 
 
 def test_log_probs_are_stale_when_what_they_depend_on_has_changed(
@@ -326,7 +327,7 @@ def test_log_probs_that_are_known_are_not_computed_again(
     tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     settings = {"reference__kind": "precomputed", "optim__micro_batch_size": 1, "optim__max_steps": 1}
-    whole = references.sequence_logp
+    whole = reference_file.sequence_logp
     computed: list[str] = []
 
     def stop_at(limit: int) -> None:
@@ -336,7 +337,7 @@ def test_log_probs_that_are_known_are_not_computed_again(
             computed.extend(batch.digests)
             return whole(model, batch, recipe)
 
-        monkeypatch.setattr(references, "sequence_logp", counted)
+        monkeypatch.setattr(reference_file, "sequence_logp", counted)
 
     stop_at(7)
     with pytest.raises(KeyboardInterrupt):
@@ -353,7 +354,7 @@ def test_log_probs_that_are_known_are_not_computed_again(
 def test_a_signal_while_log_probs_are_computed_ends_the_run_and_loses_none(
     tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = references.sequence_logp
+    whole = reference_file.sequence_logp
     computed: list[str] = []
 
     def counted(model: Any, batch: Any, recipe: Any) -> Any:
@@ -362,7 +363,7 @@ def test_a_signal_while_log_probs_are_computed_ends_the_run_and_loses_none(
         computed.extend(batch.digests)
         return whole(model, batch, recipe)
 
-    monkeypatch.setattr(references, "sequence_logp", counted)
+    monkeypatch.setattr(reference_file, "sequence_logp", counted)
     settings = {"reference__kind": "precomputed", "optim__max_steps": 1}
     assert trainer_of(tmp_path / "out", pairs, **settings).run() == loop.INTERRUPTED
     assert len(computed) == 8  # those of a step
@@ -397,12 +398,12 @@ def test_dropout_of_adapters_is_named_where_the_first_rewards_are_not_0(
     lora = {"rank": 4, "dropout": 0.5, "alpha": 400.0}
 
     class Moved(Trainer):
-        def _make_reference(self) -> Any:
+        def make_reference(self) -> Any:
             with torch.no_grad():  # adapters begin with 0, whatever is dropped
                 for name, parameter in self.model.named_parameters():
                     if "lora_B" in name:
                         parameter.fill_(0.05)
-            return super()._make_reference()
+            return super().make_reference()
 
     model, processor = tiny()
     Moved(
@@ -420,8 +421,9 @@ def test_the_layout_is_tried_on_a_pair_with_images(
             line["images"] = []
 
     seen: list[Any] = []
-    monkeypatch.setattr(loop, "check_shared_prefix", lambda model, samples, **options: seen.extend(samples))
-    trainer_of(tmp_path / "out", with_lines(pairs, "one.jsonl", but_one))._choose_layout()
+    monkeypatch.setattr(setup, "check_shared_prefix", lambda model, samples, **options: seen.extend(samples))
+    trainer = trainer_of(tmp_path / "out", with_lines(pairs, "one.jsonl", but_one))
+    setup.choose_layout(trainer.model, trainer.data)
     assert [bool(sample.image_inputs) for sample in seen] == [False, True]
 
 
@@ -429,7 +431,7 @@ def test_the_layout_is_tried_on_a_pair_with_images(
 
 
 def test_a_step_whose_pairs_are_all_left_out_is_logged_and_saved(tmp_path: Path, pairs: Path, capsys: Any) -> None:
-    order = trainer_of(tmp_path / "order", pairs, optim__batch_size=4).sampler
+    order = trainer_of(tmp_path / "order", pairs, optim__batch_size=4).data.sampler
 
     def long(lines: list[dict[str, Any]]) -> None:
         for index in order.step(1):
@@ -457,7 +459,7 @@ def test_a_step_whose_pairs_are_all_left_out_is_logged_and_saved(tmp_path: Path,
         "step-00000002", "step-00000003"
     ]  # fmt: skip
     assert lines[2]["chosen_reward"] == pytest.approx(0, abs=1e-6)  # the reference has moved at step 2
-    assert "step 2: all of its pairs were left out" in capsys.readouterr().err
+    assert "step 2: all of its pairs were skipped" in capsys.readouterr().err
 
 
 def poison(model: Any, calls: set[int], factor: float = math.nan) -> None:
@@ -518,8 +520,8 @@ def test_tokens_per_second_and_memory_have_their_units(
     trainer = trainer_of(tmp_path / "out", pairs, optim__max_steps=99)  # more than an epoch has
     tokens = []
     for step in range(3):
-        share = trainer._shares(trainer.mixture, trainer.sampler)[step]
-        tokens.append(sum(int((batch.segments >= 0).sum()) for batch in share.batches))
+        batches = trainer.data.steps()[step].batches
+        tokens.append(sum(int((batch.segments >= 0).sum()) for batch in batches))
     assert trainer.run() == 0
     lines = log(trainer.recipe)
     assert [line["tokens_per_s"] for line in lines] == [count / 4 for count in tokens]
@@ -546,9 +548,8 @@ def test_trackers_get_settings_steps_and_evaluations(
 ) -> None:
     double = with_lines(pairs, "double.jsonl", lambda lines: lines[4].update(rejected=lines[4]["chosen"]))
     trainer = trainer_of(tmp_path / "out", double, data__eval=[str(double)], output__log_every=1)
-    trainer.recipe = dataclasses.replace(
-        trainer.recipe, output=dataclasses.replace(trainer.recipe.output, trackers=("mine",))
-    )
+    output = dataclasses.replace(trainer.recipe.output, trackers=("mine",))
+    trainer.output.recipe = dataclasses.replace(trainer.recipe, output=output)
     sent: list[tuple[int, set[str]]] = []
     begun: list[Any] = []
     monkeypatch.setattr(trainer.accelerator, "log", lambda values, step: sent.append((step, set(values))))
@@ -564,8 +565,8 @@ def test_trackers_get_settings_steps_and_evaluations(
     assert values["summary"].items() >= {"loss": last["loss"], "eval_loss": evaluation["eval_loss"]}.items()
     assert values["summary"]["dropped"] == {"chosen and rejected are equal": 1}
     assert "skipped 1: chosen and rejected are equal" in capsys.readouterr().err
-    assert trainer.tally.kept == 19
-    assert sum(trainer.eval_tally.skipped.values()) == 1
+    assert trainer.state.pair_counts.kept == 19
+    assert sum(trainer.eval_pair_counts.skipped.values()) == 1
 
 
 def test_a_reward_that_is_equal_is_not_accurate() -> None:
@@ -593,10 +594,8 @@ class Screen(io.StringIO):
 
 
 def test_the_console_shows_some_steps_the_last_and_what_is_left(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from mpo_ext.train import metrics as monitor
-
     now = [100.0]
-    monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     stream = io.StringIO()
     console = Console(10, 4, stream)
     line = {"loss": 1.5, "learning_rate": 0.1}
@@ -634,7 +633,7 @@ def test_a_full_memory_of_a_machine_is_told_like_that_of_a_device(
         def fail(*args: Any, _text: str = text, **options: Any) -> Any:
             raise RuntimeError(_text)
 
-        monkeypatch.setattr(loop, "linear_mpo_loss", fail)
+        monkeypatch.setattr(batch_loss, "linear_mpo_loss", fail)
         with pytest.raises(RuntimeError, match=expected):
             run(recipe(tmp_path / text[:3], pairs))
 
@@ -657,14 +656,14 @@ def test_an_evaluation_is_without_dropout_and_training_goes_on_with_it(tmp_path:
     lora = {"rank": 4, "dropout": 0.5}
     trainer = trainer_of(tmp_path / "out", pairs, model__lora=lora, data__eval=[str(pairs)], optim__learning_rate=1e-1)
     assert trainer.run() == 0
-    shift = trainer.reward_shift.state_dict()
+    shift = trainer.state.reward_shift.state_dict()
     first = trainer.evaluate()
     assert first["pairs"] == 20
     assert first["reward_margin"] != 0
     assert trainer.model.training
     assert trainer.evaluate() == first
-    assert trainer.reward_shift.state_dict() == shift
-    assert trainer.reward_shift.training
+    assert trainer.state.reward_shift.state_dict() == shift
+    assert trainer.state.reward_shift.training
 
 
 def test_a_signal_in_an_evaluation_ends_the_run_behind_it(
@@ -677,7 +676,7 @@ def test_a_signal_in_an_evaluation_ends_the_run_behind_it(
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     trainer = trainer_of(tmp_path / "out", pairs, data__eval=[str(pairs)], output__eval_every=1)
     assert trainer.run() == loop.INTERRUPTED
-    assert trainer.step == 1
+    assert trainer.state.step == 1
 
 
 def test_a_bad_pair_to_evaluate_on_ends_the_run_by_name(tmp_path: Path, pairs: Path) -> None:
@@ -734,28 +733,28 @@ def test_counts_go_on_where_a_run_goes_on(tmp_path: Path, pairs: Path, capsys: A
     assert [line["skipped_steps"] for line in log(trainer.recipe)] == [1, 1, 1]
     straight = trainer_of(tmp_path / "straight", data, **settings)
     assert straight.run() == 0
-    assert vars(trainer.tally) == vars(straight.tally)
-    assert (trainer.tally.kept, trainer.tally.cut) == (15, 15)
+    assert vars(trainer.state.pair_counts) == vars(straight.state.pair_counts)
+    assert (trainer.state.pair_counts.kept, trainer.state.pair_counts.cut) == (15, 15)
     assert "cut the responses of 15 pairs" in capsys.readouterr().err
-    assert trainer.tally.skipped == collections.Counter({"chosen and rejected are equal": 5})
+    assert trainer.state.pair_counts.skipped == collections.Counter({"chosen and rejected are equal": 5})
 
 
 def test_counts_of_all_ranks_are_one(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(tmp_path / "out", pairs)
     other = PairCounts()
-    other.kept, trainer.tally.kept = 3, 4
-    monkeypatch.setattr(trainer, "_gather", lambda value: [value, other])
-    assert trainer._whole_tally().kept == 7
+    other.kept, trainer.state.pair_counts.kept = 3, 4
+    monkeypatch.setattr(resume, "gather", lambda accelerator, value: [value, other])
+    assert trainer.state.pair_counts_of_all_ranks().kept == 7
 
 
 def test_what_may_change_in_a_run_that_goes_on(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = {"data__eval": [str(pairs)], "optim__max_steps": 1}
     trainer = trainer_of(tmp_path / "out", pairs, **base)
     assert trainer.run() == 0
-    path = trainer.checkpoints.latest()
+    path = trainer.output.checkpoints.latest()
     assert path is not None
-    state = trainer.checkpoints.load(trainer.accelerator, path, trainer.model, trainer.optimizer)
-    monkeypatch.setattr(trainer.checkpoints, "load", lambda *args, **options: state)
+    state = trainer.output.checkpoints.load(trainer.accelerator, path, trainer.model, trainer.optimizer)
+    monkeypatch.setattr(trainer.output.checkpoints, "load", lambda *args, **options: state)
     free = {
         "loss__memory_budget_mib": 5, "loss__recompute": False, "loss__shared_prefix": False,
         "loss__from_logits": True, "loss__backend": "reference", "model__attention": "eager",
@@ -764,13 +763,13 @@ def test_what_may_change_in_a_run_that_goes_on(tmp_path: Path, pairs: Path, monk
         "data__eval": [], "output__log_every": 3, "output__save_every": 7,
     }  # fmt: skip
     for name, value in free.items():
-        trainer.recipe = recipe(tmp_path / "out", pairs, **{**base, name: value})
-        trainer._evaluation = None
-        trainer._resume(path)
-        assert (trainer._evaluation is None) == (name == "data__eval"), name
-    trainer.is_main, trainer.tally = False, PairCounts()
-    trainer._resume(path)
-    assert trainer.tally.kept == 0  # the main process has them all
+        trainer.output.recipe = recipe(tmp_path / "out", pairs, **{**base, name: value})
+        trainer.state.evaluation = None
+        assert trainer.output.resume(path, trainer.model, trainer.optimizer, None)
+        assert (trainer.state.evaluation is None) == (name == "data__eval"), name
+    second_rank = resume.RunState(trainer.recipe, SimpleNamespace(is_main_process=False))
+    second_rank.load_state_dict(state, keep_evaluation=True)
+    assert second_rank.pair_counts.kept == 0  # the main process has them all
     fixed = {
         "loss__beta": 0.2, "loss__ntp_average": "sequence", "loss__average_over": "micro_batch", "precision": "bf16",
         "model__dtype": "bfloat16", "model__freeze": ["vision_tower"], "optim__seed": 1, "optim__batch_size": 4,
@@ -778,6 +777,6 @@ def test_what_may_change_in_a_run_that_goes_on(tmp_path: Path, pairs: Path, monk
         "reward_shift__decay": 0.5, "reference__kind": "precomputed", "reference__sync_every": 2,
     }  # fmt: skip
     for name, value in fixed.items():
-        trainer.recipe = recipe(tmp_path / "out", pairs, **{**base, name: value})
-        with pytest.raises(ValueError, match=rf"(?s){name.replace('__', '.')} was .*, is .*take another output\.dir"):
-            trainer._resume(path)
+        trainer.output.recipe = recipe(tmp_path / "out", pairs, **{**base, name: value})
+        with pytest.raises(ValueError, match=rf"(?s){name.replace('__', '.')} was .*, is .*use another output\.dir"):
+            trainer.output.resume(path, trainer.model, trainer.optimizer, None)

@@ -76,10 +76,10 @@ def test_a_loss_without_reference_has_none(tmp_path: Path, pairs: Path) -> None:
     model, processor = digits_run.tiny()
     overrides = {"loss__preference": "orpo", "loss__dpo_weight": 1, "loss__bco_weight": 0, "optim__max_steps": 2}
     trainer = Trainer(digits_run.recipe(tmp_path / "run", pairs, **overrides), model=model, processor=processor)
-    assert trainer._second is None
+    assert trainer.reference_model is None
     assert trainer.run() == 0
     assert trainer.reference is None
-    line = trainer.log.read()[0]
+    line = trainer.output.log.read()[0]
     tokens = line["chosen_tokens"] / line["pairs"]
     assert line["chosen_reward"] == pytest.approx(0.1 * line["chosen_logp"], rel=1e-5)
     assert line["ntp_loss"] == pytest.approx(-line["chosen_logp"] / tokens, rel=1e-5)

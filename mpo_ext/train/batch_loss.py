@@ -1,0 +1,174 @@
+"""The loss of a micro-batch, and the weights with which micro-batches add up to the loss of the whole step."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpo_ext.loss.config import MPOConfig
+from mpo_ext.loss.eager import sequence_sums
+from mpo_ext.loss.functions import MPOOutput, linear_mpo_loss, mpo_loss
+from mpo_ext.loss.preference import LOSSES, preference_loss
+from mpo_ext.loss.reward_shift import RewardShift
+from mpo_ext.train.batch import Batch
+from mpo_ext.train.dataset import BatchCounts, StepSize
+from mpo_ext.train.forward import forward, forward_logits
+from mpo_ext.train.recipe import LossRecipe, Recipe
+from mpo_ext.train.reference_model import Reference, label_logp, memory_budget
+
+STATS = ("entropy", "top1")
+
+
+class BatchLoss:
+    """Computes the loss of a micro-batch as the recipe says.
+
+    Args:
+        recipe: The ``loss`` section of the recipe.
+        accelerator: The run's ``Accelerator``.
+        reference: The reference model, or None for a loss without reference.
+    """
+
+    def __init__(self, recipe: LossRecipe, accelerator: Any, reference: Reference | None) -> None:
+        self.recipe, self.accelerator, self.reference = recipe, accelerator, reference
+
+    def __call__(self, model: nn.Module, batch: Batch, config: MPOConfig, reward_shift: RewardShift) -> MPOOutput:
+        """Returns the loss.
+
+        Args:
+            model: The policy.
+            batch: Micro-batch, on any device.
+            config: Weights of the terms, and their settings.
+            reward_shift: Reward shift, which is updated in training.
+        """
+        recipe = self.recipe
+        batch = batch.to(self.accelerator.device)
+        if self.reference is not None:
+            ref_logp = self.reference.logp(model, batch)
+        else:
+            ref_logp = torch.zeros(2 * batch.pairs, dtype=torch.float64, device=self.accelerator.device)
+        shift = reward_shift if self.reference is not None else None
+        with self.accelerator.autocast():
+            if recipe.preference is not None:
+                logp = label_logp(model, batch, recipe)
+                return preference_output(recipe.preference, logp, batch, ref_logp, config)
+            if recipe.from_logits:
+                logits = forward_logits(model, batch)
+                return mpo_loss(
+                    logits, batch.labels.to(logits.device), ref_logp, config=config, reward_shift=shift,
+                    cu_seqlens=batch.cu_seqlens, shift=False, stats=STATS, backend=recipe.backend,
+                )  # fmt: skip
+            out = forward(model, batch)
+            return linear_mpo_loss(
+                out.hidden, out.weight, batch.labels, ref_logp, config=config, reward_shift=shift,
+                cu_seqlens=batch.cu_seqlens, shift=False, stats=STATS, backend=recipe.backend,
+                memory_budget=memory_budget(recipe), recompute=recipe.recompute, **out.options,
+            )  # fmt: skip
+
+
+def weighted_config(
+    recipe: LossRecipe, counts: BatchCounts | None, size: StepSize, world_size: int
+) -> MPOConfig | None:
+    """Returns the loss settings with which a micro-batch adds up to the loss of the step, or None if it adds nothing.
+
+    Gradients are averaged over ranks, hence the factor ``world_size``.
+
+    Args:
+        recipe: The ``loss`` section of the recipe.
+        counts: Size of the micro-batch; None for a dummy.
+        size: Size of the step over all ranks.
+        world_size: Number of ranks.
+    """
+    if counts is None:
+        return None
+    config = recipe.config
+    if recipe.average_over == "micro_batch":
+        scale = ntp_scale = world_size / size.micro_batches
+    else:
+        scale = world_size * counts.pairs / size.counts.pairs
+        ntp_parts, ntp_total = (sizes.ntp_parts(config.ntp_average) for sizes in (counts, size.counts))
+        ntp_scale = world_size * ntp_parts / max(ntp_total, 1)
+    dpo_weight, bco_weight, ntp_weight = (
+        config.dpo_weight * scale, config.bco_weight * scale, config.ntp_weight * ntp_scale
+    )  # fmt: skip
+    if not (dpo_weight or bco_weight or ntp_weight):
+        return None
+    return dataclasses.replace(config, dpo_weight=dpo_weight, bco_weight=bco_weight, ntp_weight=ntp_weight)
+
+
+def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, config: MPOConfig) -> MPOOutput:
+    """Returns ``dpo_weight * mean(preference loss) + ntp_weight * NTP``: the loss of ``loss.preference``.
+
+    Args:
+        name: Key of ``mpo_ext.loss.preference.LOSSES``.
+        logp: ``[N]``, differentiable: log-probs of the batch's labels.
+        batch: Labels and ``cu_seqlens``, on the device of ``logp``.
+        ref_logp: ``[2B]`` float64, summed log-probs under the reference; ignored by losses without reference.
+        config: Weights, beta, label smoothing and the average of the next-token term.
+
+    Returns:
+        As ``mpo_loss``; ``dpo_loss`` is the mean preference loss. It has no statistics and no reward shift.
+    """
+    labels = batch.labels.to(logp.device)
+    is_scored = labels != config.ignore_index
+    tokens = sequence_sums(is_scored.double(), batch.cu_seqlens).long()
+    sums = sequence_sums(logp.double(), batch.cu_seqlens)
+    chosen, rejected = sums.chunk(2)
+    chosen_tokens, rejected_tokens = tokens.chunk(2)
+    ref_chosen, ref_rejected = ref_logp.to(sums).chunk(2)
+    pair_losses = preference_loss(
+        name, chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens,
+        beta=config.beta, label_smoothing=config.label_smoothing,
+    )  # fmt: skip
+    n_pairs = len(pair_losses)
+    preference = pair_losses.sum() / max(n_pairs, 1)
+    if config.ntp_average == "token":
+        ntp = -chosen.sum() / chosen_tokens.sum().clamp(min=1)
+    else:
+        has_tokens = chosen_tokens > 0
+        ntp = -(chosen / chosen_tokens.clamp(min=1)).sum() / has_tokens.sum().clamp(min=1)
+    has_both = (chosen_tokens > 0) & (rejected_tokens > 0)
+    reference = torch.cat([ref_chosen, ref_rejected]) if LOSSES[name].needs_reference else torch.zeros_like(sums)
+    rewards = torch.where(has_both.repeat(2), config.beta * (sums.detach() - reference), 0.0).float()
+    return MPOOutput(
+        loss=(config.dpo_weight * preference + config.ntp_weight * ntp).to(logp.dtype),
+        dpo_loss=preference.detach().float(),
+        bco_loss=preference.new_zeros((), dtype=torch.float32),
+        ntp_loss=ntp.detach().float(),
+        chosen_logp=chosen.detach().float(),
+        rejected_logp=rejected.detach().float(),
+        chosen_reward=rewards[:n_pairs],
+        rejected_reward=rewards[n_pairs:],
+        reward_shift=preference.new_zeros((), dtype=torch.float32),
+        tokens=tokens,
+        stats={},
+        backend="",
+    )
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(batch: Batch, recipe: Recipe, step: int) -> Iterator[None]:
+    """Adds sizes and advice to an out-of-memory error of a GPU or of the machine.
+
+    Args:
+        batch: Micro-batch that the block runs.
+        recipe: Recipe of the run.
+        step: Number of the step, from 1.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        pixels = batch.inputs.get("pixel_values")
+        images = "none" if pixels is None else " x ".join(map(str, pixels.shape))
+        raise RuntimeError(
+            f"out of memory in step {step} with {batch.pairs} pairs in {batch.rows} rows of "
+            f"{batch.segments.shape[1]} positions ({batch.projected_rows} labelled), images {images}: "
+            f"{', '.join(batch.names[:4])}. These settings need less memory: a smaller optim.micro_batch_size (now "
+            f"{recipe.optim.micro_batch_size}), model.gradient_checkpointing=true, a smaller data.max_length (now "
+            f"{recipe.data.max_length}), reference.kind=precomputed, model.lora, a smaller loss.memory_budget_mib, "
+            f"sharding through accelerate. {error}"
+        ) from error

@@ -1,0 +1,315 @@
+"""The pairs of a run, read, encoded and batched: ``StepDataset`` gives each rank its slice of each optimizer step.
+
+The pairs of a step depend only on the seed and the number of the step (``StepSampler``), so a run resumes without any
+state of the data. Each rank takes a slice of the step and splits it into micro-batches by length.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mpo_ext.data.reader import BadLine
+from mpo_ext.train.batch import Batch, RowLayout, collate
+from mpo_ext.train.encode import BadPairError, Encoder, MissingImageError, Sample, SkippedPair
+from mpo_ext.train.mixture import Mixture
+from mpo_ext.train.ranks import gather
+from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.sampler import StepSampler, micro_batches
+from mpo_ext.train.signals import blocked_in_new_workers, init_worker
+
+NO_PAIR = ""  # digest of a dummy sample
+
+
+class BatchCounts(NamedTuple):
+    """The sizes over which the terms of the loss are averaged."""
+
+    pairs: int = 0
+    chosen_tokens: int = 0
+    chosen_responses: int = 0
+
+    def ntp_parts(self, ntp_average: str) -> int:
+        """Returns the number of tokens or responses over which the next-token term is averaged."""
+        return self.chosen_tokens if ntp_average == "token" else self.chosen_responses
+
+
+def _sum_counts(counts: Sequence[BatchCounts]) -> BatchCounts:
+    return BatchCounts(*(sum(values) for values in zip(BatchCounts(), *counts, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepSlice:
+    """The part of a step that one rank trains on.
+
+    Attributes:
+        step: Number of the step, from 0.
+        batches: Micro-batches.
+        counts: Sizes of each micro-batch.
+        skipped: Pairs without a sample.
+        n_cut: Number of pairs whose responses were cut.
+        error: Why the run must end, or None.
+    """
+
+    step: int
+    batches: tuple[Batch, ...]
+    counts: tuple[BatchCounts, ...]
+    skipped: tuple[SkippedPair | BadLine | BadPairError, ...]
+    n_cut: int = 0
+    error: str | None = None
+
+
+class StepSize(NamedTuple):
+    """The size of a step over all ranks.
+
+    Attributes:
+        counts: Sums over all micro-batches of all ranks.
+        micro_steps: Number of micro-batches of the rank that has most of them.
+        micro_batches: Number of micro-batches of all ranks.
+    """
+
+    counts: BatchCounts
+    micro_steps: int
+    micro_batches: int
+
+
+def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
+    """Returns the size of a step over all ranks, which call it together.
+
+    Raises:
+        ValueError: If a pair of any rank ends the run.
+    """
+    ranks = gather(accelerator, (step_slice.error, _sum_counts(step_slice.counts), len(step_slice.batches)))
+    if errors := [error for error, _, _ in ranks if error is not None]:
+        raise ValueError("; ".join(errors))
+    n_batches = [number for _, _, number in ranks]
+    return StepSize(_sum_counts([counts for _, counts, _ in ranks]), max(n_batches), sum(n_batches))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Collator:
+    """Collates samples into a batch, with the options of the run; it can be pickled.
+
+    Attributes:
+        layout: Layout of the rows; see ``collate``.
+        pad_id: See ``collate``.
+        with_rejected: See ``collate``.
+        positions: See ``collate``.
+        blank: A sample whose images stand in if a batch has none; see ``collate``.
+    """
+
+    layout: RowLayout
+    pad_id: int
+    with_rejected: bool
+    positions: Any
+    blank: Sample | None = None
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Collates samples."""
+        return collate(
+            samples, self.layout, pad_id=self.pad_id, with_rejected=self.with_rejected, positions=self.positions,
+            blank=self.blank,
+        )  # fmt: skip
+
+
+class StepDataset(torch.utils.data.Dataset[StepSlice]):
+    """Reads, encodes and batches a rank's slice of each step; item k is step k. Runs in a worker of a DataLoader.
+
+    Args:
+        mixture: The pairs.
+        sampler: Chooses the pairs of each step.
+        encoder: Encodes pairs.
+        collator: Collates samples.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        micro_batch_size: Pairs of a micro-batch.
+        group_prompts: Whether to keep the pairs of a prompt together.
+        skip_bad: Whether to leave out pairs that cannot be read.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        sampler: StepSampler,
+        encoder: Encoder,
+        collator: Callable[[Sequence[Sample]], Batch],
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        group_prompts: bool,
+        skip_bad: bool,
+    ) -> None:
+        self.mixture, self.sampler, self.encoder, self.collator = mixture, sampler, encoder, collator
+        self.rank, self.world_size = rank, world_size
+        self.micro_batch_size, self.group_prompts, self.skip_bad = micro_batch_size, group_prompts, skip_bad
+
+    def __len__(self) -> int:
+        return self.sampler.steps_per_epoch
+
+    def __getitem__(self, step: int) -> StepSlice:
+        samples: list[Sample] = []
+        skipped: list[SkippedPair | BadLine | BadPairError] = []
+        for index in self.sampler.rank_slice(step, self.rank, self.world_size):
+            result = self.encode(int(index))
+            if isinstance(result, Sample):
+                samples.append(result)
+            elif isinstance(result, SkippedPair) or self.skip_bad:
+                skipped.append(result)
+            else:
+                return StepSlice(step, (), (), (), error=f"{result} ({self._advice(int(index), result)})")
+        lengths = [
+            len(sample.prompt_ids) + max(len(sample.chosen_ids), len(sample.rejected_ids)) for sample in samples
+        ]
+        groups = [sample.prompt_key for sample in samples] if self.group_prompts else None
+        split = micro_batches(lengths, self.micro_batch_size, groups=groups)
+        parts = [[samples[position] for position in positions] for positions in split]
+        counts = tuple(
+            BatchCounts(
+                len(part),
+                sum(len(sample.chosen_ids) for sample in part),
+                sum(len(sample.chosen_ids) > 0 for sample in part),
+            )
+            for part in parts
+        )
+        n_cut = sum(sample.is_cut for sample in samples)
+        return StepSlice(step, tuple(map(self.collator, parts)), counts, tuple(skipped), n_cut)
+
+    def _advice(self, index: int, result: BadLine | BadPairError) -> str:
+        """Returns advice on a pair that ends the run: first how to correct its path, last how to leave pairs out."""
+        skip = "data.skip_bad=true leaves such pairs out"
+        if not isinstance(result, MissingImageError):
+            return skip
+        source = self.mixture.sources[self.mixture.locate(index)[0]]
+        if source.path.endswith(".json"):
+            return f"root_map moves the folders of a meta file: {{path: {source.path}, root_map: ...}}; {skip}"
+        return (
+            "relative images start at the folder of their file; root names another folder, as in data.train="
+            f"{{path: {source.path}, root: .}}; mpo-ext data check finds all that are missing; {skip}"
+        )
+
+    def encode(self, index: int) -> Sample | SkippedPair | BadLine | BadPairError:
+        """Reads a pair of the mixture and encodes it; returns the error of a bad pair."""
+        pair, name = self.mixture.read(index)
+        if isinstance(pair, BadLine):
+            return pair
+        try:
+            return self.encoder.encode(pair, name)
+        except BadPairError as error:
+            return error
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _AllLines:
+    """All lines of a mixture, each once, as an epoch of a ``StepSampler``."""
+
+    lines: int
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        return np.arange(self.lines)
+
+
+class RunData:
+    """The training and evaluation pairs of a run.
+
+    Args:
+        recipe: Recipe of the run.
+        accelerator: The run's ``Accelerator``.
+        encoder: Encodes pairs; may be replaced before the run.
+        collator: Collates samples.
+
+    Attributes:
+        mixture: The training pairs.
+        sampler: Chooses the pairs of each step.
+        eval_mixture: The evaluation pairs, or None.
+        total_steps: Number of optimizer steps of the run.
+        dummy: A sample without labels, for a rank that has no pairs while other ranks do.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Any, encoder: Encoder, collator: Collator) -> None:
+        self.recipe, self.accelerator, self.encoder, self.collator = recipe, accelerator, encoder, collator
+        self.mixture = Mixture(recipe.data.train, seed=recipe.optim.seed)
+        groups = self.mixture.prompt_groups() if recipe.data.group_prompts else None
+        self.sampler = StepSampler(
+            self.mixture.epoch, batch_size=recipe.optim.batch_size, seed=recipe.optim.seed, groups=groups
+        )
+        self.eval_mixture = Mixture(recipe.data.eval, seed=recipe.optim.seed) if recipe.data.eval else None
+        self.total_steps = recipe.optim.epochs * self.sampler.steps_per_epoch
+        if recipe.optim.max_steps is not None:
+            self.total_steps = min(self.total_steps, recipe.optim.max_steps)
+        self.dummy: Sample | None = None
+
+    @property
+    def mixtures(self) -> list[Mixture]:
+        """The training and the evaluation pairs."""
+        return [mixture for mixture in (self.mixture, self.eval_mixture) if mixture is not None]
+
+    def steps(self) -> StepDataset:
+        """Returns the slices of the training steps."""
+        return self._dataset(self.mixture, self.sampler)
+
+    def load_steps(self, first: int) -> Iterator[StepSlice]:
+        """Loads the training steps from a step on."""
+        return self._load(self.steps(), range(first, self.total_steps))
+
+    def load_evaluation(self) -> Iterator[StepSlice]:
+        """Loads the evaluation pairs in steps of the training batch size."""
+        assert self.eval_mixture is not None
+        sampler = StepSampler(self.eval_mixture.epoch, batch_size=self.recipe.optim.batch_size)
+        return self._load(self._dataset(self.eval_mixture, sampler), range(sampler.steps_per_epoch))
+
+    def load_all_lines(self) -> Iterator[StepSlice]:
+        """Loads each line of all mixtures once; bad pairs are left out, since training on them reports them."""
+        for mixture in self.mixtures:
+            sampler = StepSampler(_AllLines(len(mixture)), batch_size=self.recipe.optim.batch_size)
+            yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
+
+    def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:
+        """Yields as many micro-batches on each rank: those of the slice with their sizes, then dummies with None."""
+        yield from zip(step_slice.batches, step_slice.counts, strict=True)
+        for _ in range(size.micro_steps - len(step_slice.batches)):
+            yield self.dummy_batch(), None
+
+    def dummy_batch(self) -> Batch:
+        """Returns a batch without labels, for a rank that has no pairs while other ranks do."""
+        assert self.dummy is not None
+        return self.collator([self.dummy])
+
+    def set_dummy(self, sample: Sample) -> None:
+        """Makes dummy batches from the prompt of a sample."""
+        self.dummy = dataclasses.replace(without_responses(sample), name="no pair", digest=NO_PAIR)
+
+    def _dataset(self, mixture: Mixture, sampler: StepSampler, *, skip_bad: bool = False) -> StepDataset:
+        return StepDataset(
+            mixture,
+            sampler,
+            self.encoder,
+            self.collator,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            micro_batch_size=self.recipe.optim.micro_batch_size,
+            group_prompts=self.recipe.data.group_prompts,
+            skip_bad=skip_bad or self.recipe.data.skip_bad,
+        )
+
+    def _load(self, dataset: StepDataset, steps: range) -> Iterator[StepSlice]:
+        workers = min(self.recipe.data.workers, max(len(steps), 1))
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=steps,  # type: ignore[arg-type]
+            num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,  # forked threads of the tokenizers may deadlock
+            generator=torch.Generator(),  # otherwise it draws from torch's generator, which a resumed run would notice
+            worker_init_fn=init_worker,
+        )
+        with blocked_in_new_workers() if workers else contextlib.nullcontext():
+            return iter(loader)
+
+
+def without_responses(sample: Sample) -> Sample:
+    """Returns a sample with the same prompt and images, and two empty responses."""
+    empty = sample.chosen_ids[:0]
+    return dataclasses.replace(sample, chosen_ids=empty, rejected_ids=empty)

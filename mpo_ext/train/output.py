@@ -1,0 +1,160 @@
+"""The output of a run: console, log, trackers, checkpoints, the final model and its card."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mpo_ext.train import model_card
+from mpo_ext.train.checkpoint import Checkpoints
+from mpo_ext.train.export import export_model, is_exported_since
+from mpo_ext.train.metrics import Log
+from mpo_ext.train.progress import Console
+from mpo_ext.train.ranks import gather
+from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.resume import RunState, changed_settings, flat_settings, plain_values
+
+
+class RunOutput:
+    """Writes the output of a run. All ranks call its methods; the main rank writes what concerns all.
+
+    Args:
+        recipe: Recipe of the run.
+        accelerator: The run's ``Accelerator``.
+        state: State of the run.
+        save: Whether to write checkpoints, the final model and its card.
+
+    Attributes:
+        folder: ``output.dir``.
+        final: Folder of the exported model.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Any, state: RunState, *, save: bool) -> None:
+        self.recipe, self.accelerator, self.state, self.save = recipe, accelerator, state, save
+        self.folder = Path(recipe.output.dir)
+        self.final = self.folder / "final"
+        self.is_main = accelerator.is_main_process
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        accelerator.wait_for_everyone()
+        self.console = Console(0, 0, sys.stderr if self.is_main else None)
+        self.log = Log(self.folder / "log.jsonl")
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints",
+            keep_last=recipe.output.keep_last,
+            keep_best=recipe.output.keep_best,
+            higher_is_better=recipe.output.best_metric == "reward_accuracy",
+        )
+
+    def start_trackers(self) -> None:
+        """Starts the experiment trackers with the settings of the recipe."""
+        if self.recipe.output.trackers:
+            settings = flat_settings(plain_values(self.recipe.to_dict()))
+            config = {
+                name: value if isinstance(value, (int, float, str, bool)) else str(value)
+                for name, value in settings.items()
+            }
+            self.accelerator.init_trackers("mpo_ext", config=config)
+
+    def start_log(self) -> None:
+        """Starts the log of a new run; lines of a run without checkpoint are removed."""
+        if self.is_main:
+            if self.log.position():
+                self.console.say(
+                    f"no checkpoint in {self.checkpoints.folder} yet: starts from the beginning, with a new log"
+                )
+            self.log.rewind(0)
+
+    def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:
+        """Restores a checkpoint.
+
+        Args:
+            path: The checkpoint.
+            model: The policy, restored in place.
+            optimizer: Its optimizer, restored in place.
+            reference: The reference model if it moves during training, restored in place; otherwise None.
+
+        Returns:
+            Whether settings have changed since the checkpoint.
+
+        Raises:
+            LinesError: If a setting has changed that must not change within a run.
+        """
+        changed = changed_settings(self.checkpoints.state(self.accelerator, path), self.recipe, path)
+        state = self.checkpoints.load(self.accelerator, path, model, optimizer, reference=reference)
+        for text in changed.values():
+            self.console.say(f"since the checkpoint: {text}")
+        self.state.load_state_dict(state, keep_evaluation=not any(name.startswith("data.eval") for name in changed))
+        if self.is_main:
+            self.log.rewind(state["log_position"])
+        self.accelerator.wait_for_everyone()
+        return bool(changed)
+
+    def save_checkpoint(self, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> None:
+        """Writes a checkpoint; see ``resume`` for the arguments."""
+        if not self.save:
+            return
+        state = self.state.state_dict(self.log.position() if self.is_main else 0)
+        evaluation = state["evaluation"]
+        score = None if evaluation is None else evaluation[f"eval_{self.recipe.output.best_metric}"]
+        self.checkpoints.save(
+            self.accelerator, self.state.step, model, optimizer, state, score=score, reference=reference
+        )
+
+    def log_step(self, line: Mapping[str, float]) -> None:
+        """Writes a step to log and trackers."""
+        if self.is_main:
+            self.log.append(line)
+        self._track("train", line)
+
+    def report_evaluation(self, line: Mapping[str, float]) -> None:
+        """Writes an evaluation to console, log and trackers."""
+        if self.is_main:
+            self.log.append(line)
+            self.console.say(
+                f"evaluation after step {self.state.step}: "
+                + ", ".join(f"{name[5:]} {line[name]:.4f}" for name in line if name.endswith(("loss", "accuracy")))
+            )
+        self._track("eval", {name.removeprefix("eval_"): value for name, value in line.items()})
+
+    def _track(self, prefix: str, line: Mapping[str, float]) -> None:
+        if self.recipe.output.trackers:
+            values = {f"{prefix}/{name}": value for name, value in line.items()}
+            self.accelerator.log(values, step=self.state.step)
+
+    def is_finished(self, checkpoint: Path) -> bool:
+        """Returns whether the final model was exported after a checkpoint; its card is written if it is missing."""
+        if not is_exported_since(self.accelerator, self.final, checkpoint):
+            return False
+        if not all(gather(self.accelerator, (self.final / "README.md").exists())):  # killed between model and card
+            self._write_card()
+        return True
+
+    def finish(self, model: nn.Module, processor: Any) -> None:
+        """Exports the final model with its card, and reports the skipped pairs."""
+        if not self.save:
+            return
+        export_model(self.accelerator, model, processor, self.final, merged=self.recipe.output.save_merged)
+        counts = self.state.pair_counts_of_all_ranks()
+        for text in counts.lines():
+            self.console.say(text)
+        if counts.n_skipped > counts.kept:
+            self.console.say(
+                f"WARNING: MOST PAIRS WERE SKIPPED, {counts.n_skipped:,} of {counts.n_skipped + counts.kept:,}: "
+                "the model has learned from the few others"
+            )
+        self._write_card()
+        self.console.say(f"the model is in {self.final}, the log in {self.log.path}")
+
+    def _write_card(self) -> None:
+        """Writes the model card, with the last metrics and the evaluation after the last step."""
+        counts = self.state.pair_counts_of_all_ranks()
+        if not self.is_main:
+            return
+        lines = self.log.read()
+        last: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
+        evaluation = self.state.current_evaluation() or {}
+        summary = {**last, **evaluation, "dropped": dict(counts.skipped)}
+        model_card.write_card(self.final, recipe=self.recipe, curves=lines, summary=summary)

@@ -1,0 +1,108 @@
+"""The console output of a run: its progress, and the check of the first step's loss."""
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from mpo_ext.train.recipe import Recipe
+
+_PRINT_EVERY_S = 30.0
+_SHOWN = {"loss": ("loss", ".4f"), "accuracy": ("reward_accuracy", ".2f"), "margin": ("reward_margin", ".3f")}
+_FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
+
+
+class Console:
+    """Shows the progress of a run: a bar on a terminal, elsewhere a line every half minute.
+
+    Args:
+        total: Number of steps of the run.
+        done: Number of steps done before.
+        stream: Stream to print to; None prints nothing.
+    """
+
+    def __init__(self, total: int, done: int, stream: TextIO | None) -> None:
+        self.total, self.done, self.stream = total, done, stream
+        self._first: tuple[int, float] | None = None  # number and end time of the first step of this process
+        self._printed_s = -math.inf
+        self._bar: Any = None
+        self._task: Any = None
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> "Console":
+        if self.stream is not None and self.stream.isatty():
+            from rich import console, progress
+
+            columns = (
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[line]}"),
+            )
+            self._bar = self._exit.enter_context(
+                progress.Progress(*columns, console=console.Console(file=self.stream))
+            )
+            self._task = self._bar.add_task("train", total=self.total, completed=self.done, line="")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self.stream is not None:
+            print(text, file=self.stream, flush=True)
+
+    def step(self, step: int, line: Mapping[str, float]) -> None:
+        """Shows a step.
+
+        Args:
+            step: Number of the step, from 1.
+            line: Its line of the log.
+        """
+        self.done = step
+        parts = [f"{name} {line[key]:{form}}" for name, (key, form) in _SHOWN.items() if key in line]
+        text = ", ".join([*(parts or ["no pairs"]), f"rate {line['learning_rate']:.2e}"])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, line=text)
+            return
+        now = time.monotonic()
+        if self._first is None:  # the first step takes longer, so the estimate starts at its end
+            self._first = step, now
+        if self.stream is None or (now - self._printed_s < _PRINT_EVERY_S and step < self.total):
+            return
+        self._printed_s = now
+        first, first_s = self._first
+        left = f", {(self.total - step) * (now - first_s) / (step - first):.0f} s left" if step > first else ""
+        print(f"step {step}/{self.total}{left}: {text}", file=self.stream, flush=True)
+
+
+def compare_first_loss(recipe: Recipe, line: Mapping[str, float]) -> str:
+    """Compares the first loss with its expected value: if policy and reference are equal, all rewards are 0.
+
+    Args:
+        recipe: Recipe of a run with a reference, which is the model as it was loaded.
+        line: Line of the log of the first step.
+    """
+    config, shift = recipe.loss.config, recipe.reward_shift
+    delta = shift.value if shift.mode != "cumulative" or shift.update == "after" else 0.0
+    expected = config.dpo_weight * math.log(2)
+    expected += config.bco_weight * (math.log1p(math.exp(delta)) + math.log1p(math.exp(-delta)))
+    measured = config.dpo_weight * line["dpo_loss"] + config.bco_weight * line["bco_loss"]
+    ntp = line["loss"] - measured
+    text = f"step 1: loss {line['loss']:.4f}, expected {expected:.4f} + {ntp:.4f} (next token)"
+    if abs(measured - expected) <= _FIRST_LOSS_TOLERANCE[recipe.precision]:
+        return f"{text}: policy and reference agree"
+    cause = "the reference is not the model that is trained"
+    if recipe.model.lora is not None and recipe.model.lora.dropout > 0:
+        cause = "the adapters' dropout (model.lora.dropout) is on"
+    return (
+        f"{text}: policy and reference DIFFER. Mean rewards are {line['chosen_reward']:.4f} (chosen) and "
+        f"{line['rejected_reward']:.4f} (rejected) where 0 was expected: {cause}"
+    )

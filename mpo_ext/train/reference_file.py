@@ -1,0 +1,189 @@
+"""Log-probabilities of the reference model in a file: computed once, by all ranks, and looked up in every step."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpo_ext.data.reader import BadLine
+from mpo_ext.files import atomic_write
+from mpo_ext.journal import Journal, encode_line, read_header, read_records
+from mpo_ext.train.batch import Batch
+from mpo_ext.train.dataset import NO_PAIR, RunData
+from mpo_ext.train.ranks import gather
+from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.reference_model import sequence_logp
+from mpo_ext.train.signals import InterruptedRunError, StopRequests
+
+
+class PrecomputedReference:
+    """Reads log-probabilities from a file, by ``Sample.digest``: a hash of all that the model would be fed.
+
+    Args:
+        path: File that ``compute_reference_file`` wrote.
+        settings: Settings that the log-probabilities depend on besides the samples; see ``reference_settings``.
+
+    Raises:
+        ValueError: If the file was made with other settings.
+        OSError: If there is no such file.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        _check_settings(path, settings)
+        self._logp = {NO_PAIR: [0.0, 0.0], **{record["key"]: record["logp"] for record in read_records(path)}}
+
+    def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
+        """See ``Reference``.
+
+        Raises:
+            ValueError: If a pair is not in the file.
+        """
+        for name, digest in zip(batch.names, batch.digests, strict=True):
+            if digest not in self._logp:
+                raise ValueError(
+                    f"reference.file must hold the pair {name}, got none with its tokens and pixels in {self.path}: "
+                    "the data or its preprocessing has changed; delete the file to compute it again"
+                )
+        logp = torch.tensor([self._logp[digest] for digest in batch.digests], dtype=torch.float64)
+        return logp.T.flatten().to(batch.index.device)
+
+    def sync(self, policy: nn.Module, mix: float) -> None:
+        """Raises: log-probabilities in a file cannot follow the policy."""
+        raise ValueError("sync_every must be 0 for a reference of kind 'precomputed'")
+
+
+def reference_path(recipe: Recipe) -> Path:
+    """Returns the file of precomputed log-probabilities: the recipe's, or one in the output folder."""
+    return Path(recipe.reference.file or Path(recipe.output.dir, "reference.jsonl"))
+
+
+def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[str, Any]:
+    """Returns the settings that the log-probabilities depend on: model, precision, data and their encoding.
+
+    Args:
+        recipe: Recipe of the run.
+        data: The pairs; all lines are read.
+        fingerprint: ``fingerprint`` of the reference model.
+    """
+    keys = []
+    for mixture in data.mixtures:
+        for index in range(len(mixture)):
+            pair, name = mixture.read(index)
+            keys.append(name if isinstance(pair, BadLine) else pair.key())
+    digest = hashlib.blake2b(digest_size=16)
+    for key in sorted(keys):
+        digest.update(key.encode())
+    return {
+        "model": fingerprint,
+        "dtype": recipe.model.dtype,
+        "attention": recipe.model.attention,
+        "precision": recipe.precision,
+        "pairs": len(keys),
+        "data": digest.hexdigest(),
+        "max_length": recipe.data.max_length,
+        "too_long": recipe.data.too_long,
+        "from_logits": recipe.loss.from_logits,
+    }
+
+
+def compute_reference_file(
+    path: Path,
+    settings: Mapping[str, Any],
+    model: nn.Module,
+    data: RunData,
+    *,
+    stop: StopRequests,
+    say: Callable[[str], None],
+) -> None:
+    """Computes the log-probabilities of all pairs into a file. All ranks call it, and each computes its slice.
+
+    Each rank writes a journal beside the file, so a killed run loses only the current batch.
+
+    Args:
+        path: File to write.
+        settings: See ``reference_settings``.
+        model: The reference model, on its device.
+        data: The pairs.
+        stop: Requests to end the run, agreed on after each step of pairs.
+        say: Prints a line.
+
+    Raises:
+        InterruptedRunError: If a signal ends the computation.
+        ValueError: If journals of an interrupted run were begun with other settings.
+    """
+    recipe, accelerator = data.recipe, data.accelerator
+    known = _known_digests(path, settings)
+    say(f"reference: log-probs of {sum(map(len, data.mixtures)):,} pairs, computed once into {path}")
+    was_training = model.training
+    model.eval()
+    with Journal(_journal_path(path, accelerator.process_index), settings) as journal:
+        for batches in _batches_of_ranks(data, known):
+            for batch in batches:
+                with torch.no_grad(), accelerator.autocast():
+                    sums = sequence_logp(model, batch.to(accelerator.device), recipe.loss)
+                logp = dict(zip(batch.digests, sums.view(2, -1).T.tolist(), strict=True))
+                journal.append([{"key": key, "logp": logp[key]} for key in logp if key != NO_PAIR])
+            if stop.agree():
+                raise InterruptedRunError
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        say(f"reference: {_merge_journals(path, settings):,} pairs")
+    accelerator.wait_for_everyone()
+    model.train(was_training)
+
+
+def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
+    """Yields a rank's batches of each step without known pairs; dummy batches give all ranks the same number."""
+    for step_slice in data.load_all_lines():
+        batches = [batch for batch in step_slice.batches if not known.issuperset(batch.digests)]
+        n_batches = max(gather(data.accelerator, len(batches)))
+        yield batches + [data.dummy_batch()] * (n_batches - len(batches))
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises ``ValueError``, with each setting that differs, unless the file was made with these settings."""
+    old, new = read_header(path) or {}, json.loads(json.dumps(settings))
+    differing = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+    if differing:
+        lines = "".join(f"\n  {name} was {old.get(name)!r}, is {new.get(name)!r}" for name in differing)
+        raise ValueError(
+            f"reference.file must have been made for this run, but {path} is stale:{lines}\n"
+            "delete it to compute it again, or name another file"
+        )
+
+
+def _known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
+    """Returns the digests in the journals of an interrupted run."""
+    known: set[str] = set()
+    for journal in _journal_paths(path):
+        if read_header(journal) is not None:
+            _check_settings(journal, settings)
+            known.update(record["key"] for record in read_records(journal))
+    return known
+
+
+def _merge_journals(path: Path, settings: Mapping[str, Any]) -> int:
+    """Merges the journals of all ranks into the file and deletes them. Returns the number of pairs."""
+    journals = _journal_paths(path)
+    logp = {record["key"]: record["logp"] for journal in journals for record in read_records(journal)}
+    with atomic_write(path, is_locked=True) as file:
+        file.write(encode_line({"format": "mpo_ext.journal/1", "settings": dict(settings)}))
+        for digest in sorted(logp):
+            file.write(encode_line({"key": digest, "logp": logp[digest]}))
+    for journal in journals:
+        journal.unlink()
+        journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
+    return len(logp)
+
+
+def _journal_paths(path: Path) -> Iterable[Path]:
+    return sorted(journal for journal in path.parent.glob(f"{path.name}.part-*") if journal.suffix != ".lock")
+
+
+def _journal_path(path: Path, rank: int) -> Path:
+    return path.with_name(f"{path.name}.part-{rank:05d}")

@@ -1,0 +1,219 @@
+"""Builds a run from its recipe: accelerator, policy, reference model, data and optimizer."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mpo_ext.checks import check_model_path
+from mpo_ext.loss.hf_head import unwrap_model
+from mpo_ext.train.dataset import Collator, RunData, without_responses
+from mpo_ext.train.encode import Encoder, Sample
+from mpo_ext.train.export import check_mergeable
+from mpo_ext.train.masks import prompt_positions
+from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_model, without_adapters
+from mpo_ext.train.optimizer import make_optimizer
+from mpo_ext.train.ranks import gather
+from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.reference_file import reference_path
+from mpo_ext.train.reference_model import check_can_follow
+from mpo_ext.train.shared_prefix import check_shared_prefix
+
+_PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_CHECKED_SAMPLES = 2
+_SEARCHED_PAIRS = 1000
+
+
+@dataclasses.dataclass(slots=True)
+class RunSetup:
+    """The parts of a run.
+
+    Attributes:
+        model: The policy, as ``accelerator.prepare`` returned it.
+        processor: Its processor or tokenizer.
+        optimizer: The optimizer, as ``accelerator.prepare`` returned it.
+        data: The pairs.
+        reference_model: The second model, prepared, or None.
+        reference_fingerprint: ``fingerprint`` of the model that precomputed log-probs belong to, or "".
+    """
+
+    model: nn.Module
+    processor: Any
+    optimizer: Any
+    data: RunData
+    reference_model: nn.Module | None
+    reference_fingerprint: str
+
+
+def make_accelerator(recipe: Recipe) -> Any:
+    """Returns accelerate's ``Accelerator`` for the recipe, after seeding all random generators."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import set_seed
+
+    # Models with images do not run all of their parts in each forward.
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    accelerator = Accelerator(
+        mixed_precision=_PRECISIONS[recipe.precision],
+        kwargs_handlers=handlers,
+        log_with=list(recipe.output.trackers) or None,
+        project_dir=str(Path(recipe.output.dir)),
+    )
+    set_seed(recipe.optim.seed)
+    return accelerator
+
+
+def set_up(recipe: Recipe, accelerator: Any, model: nn.Module | None, processor: Any) -> RunSetup:
+    """Loads or takes the models, opens the data, and prepares all for the accelerator.
+
+    Args:
+        recipe: Recipe of the run.
+        accelerator: The run's ``Accelerator``.
+        model: Replaces ``recipe.model.path``, or None.
+        processor: Processor of ``model``.
+    """
+    if recipe.reference.path is not None:
+        check_model_path("reference.path", recipe.reference.path)
+    if model is None:
+        model, processor = load_model(recipe.model)
+    else:
+        model = prepare_model(model, recipe.model)
+    data = _make_data(recipe, accelerator, model, processor)
+    # Before the policy is wrapped or moved: the reference is a copy of it.
+    reference_model, reference_fingerprint = _make_reference_model(recipe, model)
+    if recipe.reference.sync_every and reference_model is not None:
+        _check_can_move(recipe, accelerator, model, reference_model)
+    optimizer: Any = make_optimizer(model, recipe.optim, accelerator.device)
+    _set_deepspeed_sizes(recipe, accelerator)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if recipe.output.save_merged:  # fail now, not after training
+        check_mergeable(model)
+    if reference_model is not None:
+        reference_model = _prepare_reference_model(accelerator, reference_model)
+    return RunSetup(model, processor, optimizer, data, reference_model, reference_fingerprint)
+
+
+def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any) -> RunData:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    inner: Any = unwrap_model(model)
+    encoder = Encoder(
+        processor,
+        max_length=recipe.data.max_length,
+        too_long=recipe.data.too_long,
+        chat_template=recipe.model.chat_template,
+        image_token_id=getattr(inner.config, "image_token_id", None),
+    )
+    pad_id = tokenizer.pad_token_id
+    collator = Collator(
+        "shared",
+        pad_id=pad_id if pad_id is not None else encoder.end_id,
+        with_rejected=recipe.loss.has_preference,
+        positions=prompt_positions(model),
+    )
+    return RunData(recipe, accelerator, encoder, collator)
+
+
+def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module | None, str]:
+    """Returns the second model, if the recipe needs one, and the fingerprint of the reference."""
+    kind, path = recipe.reference_kind, recipe.reference.path
+    digest = fingerprint(policy) if kind == "precomputed" else ""
+    model: nn.Module | None = None
+    if path is not None and kind in ("copy", "precomputed"):
+        model, _ = load_model(without_adapters(dataclasses.replace(recipe.model, path=path, revision=None)))
+        digest = fingerprint(model)
+    elif kind == "copy":
+        model = copy.deepcopy(policy)
+    if kind == "precomputed" and reference_path(recipe).exists():
+        model = None
+    return model, digest
+
+
+def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, reference: nn.Module) -> None:
+    """Raises ``ValueError`` if the reference could not follow the policy, or not be stored in a checkpoint."""
+    every = recipe.reference.sync_every
+    sharding = accelerator.distributed_type.value
+    if sharding == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
+        sharding = "FSDP of fsdp_version 1"
+    if sharding in ("DEEPSPEED", "MEGATRON_LM", "FSDP of fsdp_version 1"):
+        raise ValueError(
+            f"reference.sync_every must be 0 under {sharding}, got {every}: "
+            "its shards of policy and reference cannot be mixed here or stored in a checkpoint; FSDP2 and DDP can"
+        )
+    check_can_follow(reference, policy, every)
+
+
+def _prepare_reference_model(accelerator: Any, model: nn.Module) -> nn.Module:
+    """Moves the reference to the policy's device, and shards it as the policy is sharded."""
+    model.eval().requires_grad_(False)
+    if getattr(accelerator, "is_fsdp2", False):
+        from accelerate.utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, model)
+    return accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
+
+
+def _set_deepspeed_sizes(recipe: Recipe, accelerator: Any) -> None:
+    """Gives DeepSpeed the sizes that it would otherwise take from a data loader; the loop counts micro-batches."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = recipe.optim.micro_batch_size
+        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+        plugin.deepspeed_config["gradient_clipping"] = recipe.optim.max_grad_norm
+
+
+def choose_layout(model: nn.Module, data: RunData) -> str | None:
+    """Chooses the layout of rows: a shared prefix if the model allows it and the first pairs give equal results.
+
+    It also chooses the samples for dummy batches and blank images.
+
+    Args:
+        model: The policy.
+        data: The pairs; its collator is changed.
+
+    Returns:
+        A line for the console, or None if no pair was found; the first step then reports why.
+    """
+    recipe, accelerator = data.recipe, data.accelerator
+    samples, with_images = _find_samples(data, search_images=has_vision(model))
+    if not samples:
+        return None
+    if with_images is not None:
+        if with_images not in samples:
+            samples[-1] = with_images
+        if accelerator.num_processes > 1:  # all ranks must run the same parts of the model in each forward
+            data.collator = dataclasses.replace(data.collator, blank=without_responses(with_images))
+    data.set_dummy(samples[0])
+    reason: str | None = "loss.shared_prefix is false"
+    if recipe.loss.shared_prefix:
+        with accelerator.autocast():
+            reason = check_shared_prefix(
+                model,
+                samples,
+                pad_id=data.collator.pad_id,
+                positions=data.collator.positions,
+                device=accelerator.device,
+            )
+    reason = next((text for text in gather(accelerator, reason) if text is not None), None)
+    if reason is None:
+        return "one row for each prompt with its responses (shared prefix), checked on the first pairs"
+    data.collator = dataclasses.replace(data.collator, layout="separate")
+    return f"separate rows for chosen and rejected responses: {reason}"
+
+
+def _find_samples(data: RunData, *, search_images: bool) -> tuple[list[Sample], Sample | None]:
+    """Returns the first samples, and the first sample with images."""
+    steps = data.steps()
+    samples: list[Sample] = []
+    with_images: Sample | None = None
+    for index in data.sampler.order(0)[:_SEARCHED_PAIRS]:
+        result = steps.encode(int(index))
+        if not isinstance(result, Sample):
+            continue
+        if len(samples) < _CHECKED_SAMPLES:
+            samples.append(result)
+        if result.image_inputs and with_images is None:
+            with_images = result
+        if len(samples) == _CHECKED_SAMPLES and (with_images is not None or not search_images):
+            break
+    return samples, with_images
