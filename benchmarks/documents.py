@@ -52,8 +52,8 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def pages(root: Path) -> list[Path]:
-    """Returns README.md and all pages of docs/."""
-    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    """Returns the README files and all pages of docs/."""
+    return [*sorted(root.glob("README*.md")), *sorted((root / "docs").rglob("*.md"))]
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
