@@ -89,7 +89,7 @@ def check_model_path(name: str, path: str) -> None:
         return
     parent = os.path.dirname(path)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or (parent and os.path.isdir(parent)):
-        raise FileNotFoundError(f"{name} must be a folder here or a hub id, got {path}: there is no such folder")
+        raise FileNotFoundError(f"{name} must be a folder here or a hub id, got {path}: the folder does not exist")
 
 
 def check_json(name: str, value: object) -> None:

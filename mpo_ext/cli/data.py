@@ -1,4 +1,7 @@
-"""The ``mpo-ext data`` commands: check, stats, convert, view. What they need is imported when they run."""
+"""The ``mpo-ext data`` commands: check, stats, convert, view. Their dependencies are imported when they run.
+
+Exit status: 0; 1 if ``check`` has findings or a bad line stopped a conversion; 2 if the command could not run.
+"""
 
 import argparse
 import sys
@@ -24,12 +27,12 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _add_common(parser: argparse.ArgumentParser, run: Command) -> None:
     parser.add_argument("path", type=Path, help="meta file (.json), file of lines (.jsonl), or folder of a HF dataset")
-    parser.add_argument("--from", dest="format", choices=_FORMATS, help="format of PATH (default: found out)")
+    parser.add_argument("--from", dest="format", choices=_FORMATS, help="format of PATH (default: detected)")
     parser.add_argument("--root", type=Path, help="folder that relative images start at (default: that of PATH)")
     add_root_map(parser)
-    parser.add_argument("--image-dir", type=Path, help="where to put images of a HF dataset that come without a path")
+    parser.add_argument("--image-dir", type=Path, help="folder for images of a HF dataset that have no path")
     parser.add_argument(
-        "--max-line-bytes", type=at_least(1), default=16 << 20, help="a longer line is a bad one (default: 16 MiB)"
+        "--max-line-bytes", type=at_least(1), default=16 << 20, help="a longer line is a bad line (default: 16 MiB)"
     )
     add_debug(parser)
     parser.set_defaults(run=run)
@@ -37,7 +40,7 @@ def _add_common(parser: argparse.ArgumentParser, run: Command) -> None:
 
 def _add_check(commands: Any) -> None:
     parser = commands.add_parser(
-        "check", help="find bad lines, missing images, duplicates and more; exit status 1 if there are any"
+        "check", help="find bad lines, missing images, duplicates and more; exit status 1 if it finds any"
     )
     _add_common(parser, _check)
     _add_tokenizer(parser)
@@ -45,9 +48,11 @@ def _add_check(commands: Any) -> None:
         "--images",
         choices=("verify", "decode", "exists", "skip"),
         default="verify",
-        help="PIL verifies each image (default), decodes it whole, only whether it exists, not at all",
+        help="check of each image: verified by PIL (default), decoded by PIL, exists as a file, or no check",
     )
-    parser.add_argument("--examples", type=at_least(0), default=5, help="findings to show of each kind (default: 5)")
+    parser.add_argument(
+        "--examples", type=at_least(0), default=5, help="number of findings shown of each kind (default: 5)"
+    )
     parser.add_argument("--json", type=Path, help="also write the report to this file")
 
 
@@ -55,11 +60,11 @@ def _add_stats(commands: Any) -> None:
     parser = commands.add_parser("stats", help="count pairs and measure their lengths, subset by subset")
     _add_common(parser, _stats)
     _add_tokenizer(parser)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=Path, help="also write the statistics to this file")
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", help="measure lengths in its tokens (default: in words)")
+    parser.add_argument("--tokenizer", help="tokenizer to measure lengths in tokens (default: in words)")
 
 
 def _add_convert(commands: Any) -> None:
@@ -67,22 +72,25 @@ def _add_convert(commands: Any) -> None:
     _add_common(parser, _convert)
     parser.add_argument("out", type=Path, help="folder for mmpr and hf, file for pairs and trl")
     parser.add_argument("--to", choices=_FORMATS, required=True, help="format to write")
-    parser.add_argument("--kind", choices=_KINDS, default="standard", help="of TRL's format (default: standard)")
+    parser.add_argument("--kind", choices=_KINDS, default="standard", help="kind of TRL's format (default: standard)")
     parser.add_argument("--out-root", type=Path, help="for mmpr: image folder of pairs that were not read from MMPR")
-    parser.add_argument("--name", default="pairs", help="for mmpr: name of their subset (default: pairs)")
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out bad lines and count them, instead of stopping"
-    )
-    parser.add_argument("--force", action="store_true", help="replace what stands at OUT")
+    parser.add_argument("--name", default="pairs", help="for mmpr: name of the subset of these pairs (default: pairs)")
+    parser.add_argument("--skip-bad", action="store_true", help="skip and count bad lines instead of stopping")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
 def _add_view(commands: Any) -> None:
-    parser = commands.add_parser("view", help="write a page of pairs to look at")
+    parser = commands.add_parser("view", help="write an HTML page of the pairs")
     _add_common(parser, _view)
-    parser.add_argument("--out", type=Path, default=Path("pairs.html"), help="the page (default: pairs.html)")
-    parser.add_argument("--title", help="of the page (default: PATH)")
-    parser.add_argument("--limit", type=at_least(1), default=2000, help="most pairs, drawn at random (default: 2000)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the draw (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("pairs.html"), help="path of the page (default: pairs.html)")
+    parser.add_argument("--title", help="title of the page (default: PATH)")
+    parser.add_argument(
+        "--limit",
+        type=at_least(1),
+        default=2000,
+        help="maximum number of pairs; if there are more, they are drawn at random (default: 2000)",
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the draw (default: 0)")
     parser.add_argument(
         "--thumbnail", type=at_least(0), default=320, help="largest side of an image, 0 for none (default: 320)"
     )
@@ -101,8 +109,8 @@ def _open(args: argparse.Namespace) -> Any:
     )
 
 
-def _open_and_look(args: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
-    """Opens the pairs. Returns them, and what warns at the end of images that were missing from those read."""
+def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
+    """Opens the pairs. Returns them, and a function that warns about the missing images of the pairs read so far."""
     import dataclasses
 
     from mpo_ext.data.sources import MissingImages
@@ -136,7 +144,7 @@ def _check(args: argparse.Namespace) -> int:
     console.print(_format_line(args, source, report.stats), markup=False, highlight=False)
     console.print(_stats_table(report.stats, unit))
     if report.is_clean:
-        console.print("Nothing found.", style="green")
+        console.print("No findings.", style="green")
     else:
         rows = [(kind, f"{count:,}") for kind, count in report.totals().most_common()]
         console.print(_table("Findings", ("kind", "count"), rows))
@@ -154,7 +162,7 @@ def _stats(args: argparse.Namespace) -> int:
     from mpo_ext.data.stats import collect_stats, token_counter
     from mpo_ext.files import write_json
 
-    source, warn = _open_and_look(args)
+    source, warn = _open_with_warning(args)
     length, unit = token_counter(args.tokenizer)
     skipped = Skipped()
     stats = collect_stats(source, length, skipped)
@@ -183,7 +191,7 @@ def _convert(args: argparse.Namespace) -> int:
         raise FileExistsError(f"out must not exist without --force, got {written}")
     if args.out.exists() and args.to != "mmpr" and args.out.samefile(args.path):
         raise ValueError(f"out must be another place than path, got {args.out}")
-    source, warn = _open_and_look(args)
+    source, warn = _open_with_warning(args)
     try:
         count, skipped = convert(
             source, args.out, args.to, kind=args.kind, skip_bad=args.skip_bad, root=args.out_root, name=args.name
@@ -201,7 +209,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _view(args: argparse.Namespace) -> int:
     from mpo_ext.data.view import write_view
 
-    source, warn = _open_and_look(args)
+    source, warn = _open_with_warning(args)
     count, skipped = write_view(
         args.out, source, title=args.title, limit=args.limit, seed=args.seed, thumbnail=args.thumbnail
     )
@@ -217,11 +225,11 @@ def _print_skipped(skipped: Any) -> None:
 
 
 def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:
-    """How the file was read, and how many of its pairs have images: so that none is lost in silence."""
-    how = "found out" if args.format is None else "as --from says"
+    """Returns the format and the number of pairs with images, which show if a wrong format lost the images."""
+    origin = "detected" if args.format is None else "set by --from"
     pairs = sum(subset.pairs for subset in stats.values())
     text_only = sum(subset.text_only for subset in stats.values())
-    return f"Format {source.format} ({how}): {pairs - text_only:,} of {pairs:,} pairs with images"
+    return f"Format {source.format} ({origin}): {pairs - text_only:,} of {pairs:,} pairs with images"
 
 
 def _stats_table(stats: Any, unit: str) -> Any:
@@ -259,12 +267,12 @@ def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def _console() -> Any:
-    """Where there is no terminal, lines are as long as they need to be."""
+    """Returns a console; if stdout is not a terminal, it does not wrap lines."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
 
 
 def _printable(text: str) -> str:
-    """Without the control characters that a hostile file could steer a terminal with."""
+    """Escapes control characters, with which a hostile file could control the terminal."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

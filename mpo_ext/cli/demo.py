@@ -38,9 +38,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--backend", choices=("cpu", "reference"), help="backend of the loss (default: the best that is installed)"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="check in seconds that all parts work"
-    )
+    parser.add_argument("--quick", action="store_true", help="check in seconds that all parts work")
     parser.add_argument("--study", nargs=0, action=_Removed, help=argparse.SUPPRESS)
     parser.add_argument("--jobs", action=_Removed, help=argparse.SUPPRESS)
     parser.set_defaults(run=demo)

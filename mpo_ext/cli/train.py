@@ -1,4 +1,4 @@
-"""The ``mpo-ext train`` command. What it needs is imported when it runs."""
+"""The ``mpo-ext train`` command. Its dependencies are imported when it runs."""
 
 import argparse
 import os
@@ -57,45 +57,45 @@ def run_train(args: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) != 0:
         return 0
     print_plan(planned)
-    return 0 if print_look(recipe) else 1
+    return 0 if print_data(recipe) else 1
 
 
-def print_look(recipe: "Recipe") -> bool:
-    """Prints what a first look at the data finds: formats, pairs with images, lines and images that are not there.
+def print_data(recipe: "Recipe") -> bool:
+    """Prints an overview of the data: formats, pairs with images, bad lines and missing images.
 
     Returns:
-        Whether the trainer can go through it; with ``data.skip_bad`` that takes one good pair.
+        Whether the trainer can use the data: no defects, or with ``data.skip_bad`` at least one good pair.
     """
     from mpo_ext.train.mixture import Mixture
 
-    is_sound, is_whole = True, True
-    print("\nData, looked at")
+    is_valid, is_complete = True, True
+    print("\nData")
     for sources in filter(None, (recipe.data.train, recipe.data.eval)):
-        looks = Mixture(sources, seed=recipe.optim.seed).inspect()
-        for look in looks:
-            print(f"  {look}")
-            if look.images:
-                found = f"{look.missing:,} MISSING" if look.missing else "all there"
-                print(f"    {look.images:,} different images: {found}")
-            for example in look.examples:
+        overviews = Mixture(sources, seed=recipe.optim.seed).inspect()
+        for overview in overviews:
+            print(f"  {overview}")
+            if overview.images:
+                status = f"{overview.missing:,} MISSING" if overview.missing else "all exist"
+                print(f"    {overview.images:,} different images: {status}")
+            for example in overview.examples:
                 print(f"    {example}")
-            if look.missing and look.path.endswith(".json"):
+            if overview.missing and overview.path.endswith(".json"):
                 print("    root_map moves the folders of a meta file: {path: ..., root_map: ...}")
-            elif look.missing:
+            elif overview.missing:
                 print(
-                    f"    relative images start at {look.root}; root names another folder, as in "
-                    f"{{path: {look.path}, root: .}}"
+                    f"    relative images start at {overview.root}; root names another folder, as in "
+                    f"{{path: {overview.path}, root: .}}"
                 )
-        bad = sum(look.bad + look.pairs_missing for look in looks)
-        read = sum(look.lines_read for look in looks)
-        is_whole &= all(look.lines_read == look.lines for look in looks)
-        is_sound &= bad == 0 or (recipe.data.skip_bad and bad < read)
-    rest = "" if is_whole else ", and the lines between those that were read"
-    print(f"  not looked at: whether images can be opened (mpo-ext data check does that), lengths in tokens{rest}")
-    if not is_sound:
-        end = "every pair would be left out" if recipe.data.skip_bad else "the run would end at the first of them"
-        print(f"  NOT SOUND: {end}")
-    return is_sound
+        bad = sum(overview.bad + overview.pairs_missing for overview in overviews)
+        read = sum(overview.lines_read for overview in overviews)
+        is_complete &= all(overview.lines_read == overview.lines for overview in overviews)
+        is_valid &= bad == 0 or (recipe.data.skip_bad and bad < read)
+    rest = "" if is_complete else ", and the lines between those that were read"
+    print(f"  not checked: whether images can be opened (mpo-ext data check does that), lengths in tokens{rest}")
+    if not is_valid:
+        result = "would skip every pair" if recipe.data.skip_bad else "would stop at the first of them"
+        print(f"  NOT VALID: the run {result}")
+    return is_valid
 
 
 def main(argv: list[str] | None = None) -> int:

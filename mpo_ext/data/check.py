@@ -54,7 +54,7 @@ class CheckReport:
 
     @property
     def is_clean(self) -> bool:
-        """Whether there are no findings."""
+        """True if the check found nothing."""
         return not any(counts.total() for counts in self.counts.values())
 
     def totals(self) -> collections.Counter[str]:

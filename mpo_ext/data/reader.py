@@ -17,7 +17,7 @@ class Location:
     """The place of a pair.
 
     Attributes:
-        subset: Name of its subset; the name of the file if there are no subsets.
+        subset: Name of its subset; the name of the file if the format has none.
         file: Path of the file.
         line: Number of the line or row, from 1.
     """

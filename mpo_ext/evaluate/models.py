@@ -39,7 +39,7 @@ def find_model(name: str) -> Source:
         if _is_hub_name(name):
             check_model_path("model", name)
             return Source(name)
-        raise ValueError(f"model must be a folder or a name on the hub, got {name!r}: there is no such folder")
+        raise ValueError(f"model must be a folder or a name on the hub, got {name!r}: the folder does not exist")
     if not folder.is_dir():
         raise ValueError(f"model must be a folder or a name on the hub, got the file {name!r}")
     if not _is_model(folder) and _is_model(folder / "final"):

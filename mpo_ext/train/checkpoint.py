@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from mpo_ext.checks import check_integer, check_json
+from mpo_ext.files import sync_tree, write_and_sync
 from mpo_ext.train.checkpoint_files import (
     LEFTOVER,
     CheckpointError,
@@ -24,10 +25,8 @@ from mpo_ext.train.checkpoint_files import (
     free_mib,
     move_into_place,
     remove_leftovers,
-    sync_tree,
     temporary_path,
     together,
-    write_file,
 )
 from mpo_ext.train.checkpoint_state import StateReader, is_deepspeed, save_state
 
@@ -110,7 +109,7 @@ class Checkpoints:
             save_state(accelerator, partial, model, optimizer, reference)
             with together(accelerator):
                 if accelerator.is_main_process:
-                    write_file(partial / _STATE, json.dumps(state, indent=1).encode())
+                    write_and_sync(partial / _STATE, json.dumps(state, indent=1).encode())
                     self._publish(accelerator, partial, path, step, score)
         except CheckpointError as error:
             raise CheckpointError(self._after_failure(accelerator, partial, path, error)) from error

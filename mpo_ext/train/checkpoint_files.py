@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mpo_ext.files import sync_folder
+from mpo_ext.files import sync_folder, write_and_sync
 
 LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|replaced|deleted)-[0-9a-f]{12}")
 _FORMAT = "mpo_ext.checkpoint/1"
@@ -87,7 +87,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Writes the manifest into a folder that has none."""
         text = json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
-        write_file(folder / _MANIFEST, text.encode())
+        write_and_sync(folder / _MANIFEST, text.encode())
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -178,24 +178,6 @@ def delete_folder(path: Path) -> None:
     doomed = _beside(path, "deleted", secrets.token_hex(6))
     os.rename(path, doomed)
     shutil.rmtree(doomed)
-
-
-def sync_tree(folder: Path) -> None:
-    """Syncs all files and names of a folder to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a new file and syncs it to the disk."""
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def to_bytes(value: Any) -> bytes:

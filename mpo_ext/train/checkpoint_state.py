@@ -20,7 +20,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mpo_ext.train.checkpoint_files import CheckpointError, list_names, to_bytes, together, write_file
+from mpo_ext.files import write_and_sync
+from mpo_ext.train.checkpoint_files import CheckpointError, list_names, to_bytes, together
 from mpo_ext.train.model import reshard
 
 _TRAINER, _TENSORS, _DEEPSPEED = "trainer.pt", "tensors", "deepspeed"
@@ -37,7 +38,7 @@ def save_state(
     """
     tensors: dict[str, Tensor] = {}
     with together(accelerator):
-        write_file(folder / _random_name(accelerator), to_bytes(random_state(accelerator)))
+        write_and_sync(folder / _random_name(accelerator), to_bytes(random_state(accelerator)))
         if not is_deepspeed(accelerator):
             optimizer = _inner_optimizer(optimizer)
             parameters = _named_parameters(accelerator, model)
@@ -45,7 +46,7 @@ def save_state(
             tensors.update(_optimizer_tensors(optimizer, parameters))
             if accelerator.is_main_process:
                 trainer = {"groups": _groups(optimizer, parameters), "scaler": _scaler_state(accelerator)}
-                write_file(folder / _TRAINER, to_bytes(trainer))
+                write_and_sync(folder / _TRAINER, to_bytes(trainer))
         elif reference is not None:
             raise CheckpointError("reference must be None with DeepSpeed, which has no part for it")
     with together(accelerator):

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
+from mpo_ext.files import sync_tree
 from mpo_ext.train.checkpoint_files import (
     CheckpointError,
     free_mib,
     list_names,
     move_into_place,
     remove_leftovers,
-    sync_tree,
     temporary_path,
     together,
 )

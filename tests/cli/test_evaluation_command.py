@@ -54,7 +54,7 @@ def test_all_models_are_looked_for_before_the_first_is_asked(
     (tmp_path / "runs").mkdir()
     for name in ("runs/nope", "model/final/it", "./nope"):
         assert run(monkeypatch, "a=model", f"b={name}", "--data", items, "--out", tmp_path / "o") == 1
-        assert "there is no such folder" in capsys.readouterr().err
+        assert "the folder does not exist" in capsys.readouterr().err
         assert not (tmp_path / "o" / "journals").exists()
 
 

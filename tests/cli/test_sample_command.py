@@ -115,5 +115,5 @@ def test_what_needs_no_model_is_checked_before_it_is_loaded(
     assert "block_size must be at least 1, got 0" in refused("correctness", items, "out", "--block-size", 0)
     (tmp_path / "runs").mkdir()
     told = refused("correctness", items, "out", model="runs/nope")
-    assert "--model must be a folder here or a hub id, got runs/nope: there is no such folder" in told
+    assert "--model must be a folder here or a hub id, got runs/nope: the folder does not exist" in told
     assert not (tmp_path / "out").exists()

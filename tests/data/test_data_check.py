@@ -121,7 +121,7 @@ def test_check_exits_with_0_1_or_2(
     broken: Path, write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("check", write_lines("good", [GOOD])) == 0
-    assert "Nothing found." in capsys.readouterr().out
+    assert "No findings." in capsys.readouterr().out
     report = tmp_path / "report.json"
     assert run("check", broken, "--examples", "1", "--json", report, "--max-line-bytes", "100000") == 1
     out = capsys.readouterr().out
@@ -152,9 +152,9 @@ def test_check_and_stats_name_the_format_and_count_pairs_with_images(
     (images / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for command in ("check", "stats"):
         assert run(command, images / "p.jsonl") == 0
-        assert "Format pairs (found out): 2 of 3 pairs with images\n" in capsys.readouterr().out
+        assert "Format pairs (detected): 2 of 3 pairs with images\n" in capsys.readouterr().out
     assert run("stats", images / "p.jsonl", "--from", "pairs") == 0
-    assert "Format pairs (as --from says)" in capsys.readouterr().out
+    assert "Format pairs (set by --from)" in capsys.readouterr().out
 
 
 def test_a_hostile_file_cannot_steer_the_terminal(write_lines: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +203,7 @@ def test_stats_count_tokens_of_a_tokenizer(mmpr: Path, tmp_path: Path, capsys: p
     assert run("stats", mmpr, "--tokenizer", tmp_path / "tokenizer") == 0
     assert "tokens of" in capsys.readouterr().out
     assert run("stats", mmpr, "--tokenizer", tmp_path / "none") == 2
-    assert "tokenizer must be one that transformers can load" in capsys.readouterr().err
+    assert "tokenizer must be a name or folder that transformers can load" in capsys.readouterr().err
 
 
 def test_convert_stops_at_a_bad_line_or_counts_it(

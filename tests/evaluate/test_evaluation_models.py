@@ -160,7 +160,7 @@ def test_names_that_are_no_folders(tmp_path: Path) -> None:
     assert find_model("OpenGVLab/InternVL3-1B-hf") == Source("OpenGVLab/InternVL3-1B-hf")
     (tmp_path / "file").touch()
     for name, message in (
-        (str(tmp_path / "none"), "there is no such folder"),
+        (str(tmp_path / "none"), "the folder does not exist"),
         (str(tmp_path / "file"), "got the file"),
     ):
         with pytest.raises(ValueError, match=message):

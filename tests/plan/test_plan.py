@@ -404,8 +404,8 @@ def test_the_command_prints_the_plan_and_trains_nothing(
     assert "Qwen2ForCausalLM" in text
     if not terminal:
         assert text.startswith(f"{plan(recipe, world=2)}\n")
-    assert "a.jsonl: format pairs (detected); 50 of 50 pairs with images\n    1 different images: all there" in text
-    assert "not looked at: whether images can be opened (mpo-ext data check does that), lengths in tokens\n" in text
+    assert "a.jsonl: format pairs (detected); 50 of 50 pairs with images\n    1 different images: all exist" in text
+    assert "not checked: whether images can be opened (mpo-ext data check does that), lengths in tokens\n" in text
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 0
@@ -426,12 +426,12 @@ def test_a_dry_run_finds_images_that_are_missing(tmp_path: Path, capsys: pytest.
     assert "30 different images: 10 MISSING" in text
     assert f"b.jsonl:21: no such image: {tmp_path}/20.png" in text
     assert f"{{path: {tmp_path / 'b.jsonl'}, root: .}}" in text
-    assert "the run would end at the first of them" in text
+    assert "the run would stop at the first of them" in text
     assert main([*run, "data.skip_bad=true"]) == 0
     (tmp_path / "images").mkdir()
     assert main([*run[:-1], f"data.train={{path: {tmp_path / 'b.jsonl'}, root: {tmp_path / 'images'}}}"]) == 1
     assert main([*run[:-1], "data.skip_bad=true"]) == 1
-    assert "every pair would be left out" in capsys.readouterr().out
+    assert "the run would skip every pair" in capsys.readouterr().out
     (tmp_path / "b.jsonl").write_text("{\n")
     assert main([*run, "model.dtype=float32"]) == 1
 
@@ -481,7 +481,7 @@ def test_a_missing_recipe_and_a_missing_model_are_reported_at_once(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for path in ("runs/nope", "./nope", "~/nope", "/nope", "a/b/c"):
-        message = f"model.path must be a folder here or a hub id, got {path}: there is no such folder"
+        message = f"model.path must be a folder here or a hub id, got {path}: the folder does not exist"
         for command in (["train"], ["train", "--dry-run"], ["plan"]):
             assert main([*command[:1], "r.yaml", f"model.path={path}", *command[1:]]) == 1
             assert message in capsys.readouterr().err
