@@ -189,7 +189,7 @@ struct CpuOptions {
 
   explicit CpuOptions(Arguments& a) : threads(a.get<int>("threads")), isa(a.choice("isa", kIsas)) {
     if (!mpo::can_run(isa)) {
-      throw std::invalid_argument("isa must be one that this machine can run, got " + a.get<std::string>("isa"));
+      throw std::invalid_argument("isa must be supported by this machine, got " + a.get<std::string>("isa"));
     }
   }
 };

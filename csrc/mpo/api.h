@@ -1,10 +1,10 @@
-// The whole ABI of the native code: plain parameter structs and the functions that take them. Free of torch, pybind11
-// and Python; csrc/bindings.cpp fills the structs in.
+// The whole interface of the native code: plain parameter structs and the functions that take them. Independent of
+// torch, pybind11 and Python; csrc/bindings.cpp fills in the structs.
 #pragma once
 
 #include <cstdint>
 
-typedef struct CUstream_st* cudaStream_t;  // as cuda_runtime_api.h has it; keeps CUDA headers out of the bindings
+typedef struct CUstream_st* cudaStream_t;  // as in cuda_runtime_api.h, which the bindings need not include
 
 namespace mpo {
 
@@ -13,7 +13,7 @@ enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
 /// Instruction sets of the CPU kernels, the best first.
 enum class Isa : int { kAvx512, kAvx2, kPortable };
 
-/// Bits that ask token_logp for statistics of each row. The order is that of mpo_ext.ops.logits.STATS.
+/// Bits that select the statistics that token_logp computes for each row, in the order of STATS in mpo_ext/ops.
 enum RowStats : unsigned {
   kEntropy = 1u << 0,      // of the softmax, in nats
   kMeanLogit = 1u << 1,    // mean over the vocabulary
@@ -22,11 +22,11 @@ enum RowStats : unsigned {
 };
 constexpr int kNumRowStats = 4;
 
-/// Rows of logits and their labels. Strides are in elements; everything that meets one is 64-bit, since rows * vocab
-/// passes 2^31 in practice. "Result" below is float, or double where the logits are double.
+/// Rows of logits and their labels. Strides are in elements. Strides, and whatever is multiplied by them, are 64-bit:
+/// rows * vocab exceeds 2^31 in practice. "Result" below means double if the logits are double, and float otherwise.
 ///
-/// The columns may be a tile of the vocabulary: columns first .. first + vocab - 1 of `total`. Labels count from the
-/// vocabulary's start, so a row's label may lie in another tile.
+/// The columns may be a tile of the vocabulary: columns first .. first + vocab - 1 of `total`. Labels are indices into
+/// the whole vocabulary, so a row's label may lie in another tile.
 struct Rows {
   const void* logits;     // row i starts at (i / inner) * outer_stride + (i % inner) * row_stride
   const int64_t* labels;  // [rows]
@@ -40,17 +40,16 @@ struct Rows {
   int64_t ignore_index;
 };
 
-/// What token_logp knows of a row after some tiles of its vocabulary, in their order: kRowStateSize doubles, a
-/// RowState of math.h.
+/// Doubles in a RowState (math.h): the sums over those tiles of a row that token_logp has read so far.
 constexpr int kRowStateSize = 6;
 
 struct TokenLogpParams {
   Rows in;
-  double* row_state;  // [rows, kRowStateSize]; nullptr where the logits are the whole vocabulary. Read but in the first
-                      // tile, written but in the last, from which on the results below are meant
-  void* logp;         // [rows] Result; 0 where the label is ignore_index, NaN where it is outside [0, total)
-  void* row_max;      // [rows] Result, for the backward
-  void* row_sum;      // [rows] Result, sum of exp(z - row_max), for the backward
+  double* row_state;  // [rows, kRowStateSize]; may be nullptr if the logits are the whole vocabulary. Every tile except
+                      // the first reads it, and every tile writes it; the results below are final after the last tile
+  void* logp;         // [rows] Result; 0 if the label is ignore_index, NaN if it is outside [0, total)
+  void* row_max;      // [rows] Result, saved for the backward
+  void* row_sum;      // [rows] Result, sum of exp(z - row_max), saved for the backward
   void* row_stats;    // [number of bits in stats, rows] Result
   unsigned stats;     // RowStats
 };
@@ -60,15 +59,15 @@ struct LogitsGradParams {
   const void* row_max;  // [rows] Result
   const void* row_sum;  // [rows] Result
   const void* weight;   // [rows] Result, d loss / d logp
-  const double* scale;  // one factor on all of it, or nullptr for 1
-  void* grad;           // like the logits, same dtype; may be the logits themselves
+  const double* scale;  // factor on the whole gradient, or nullptr for 1
+  void* grad;           // same shape and dtype as the logits; may be the logits themselves
   int64_t grad_inner;
   int64_t grad_outer_stride;
   int64_t grad_row_stride;
-  bool is_zeroed;  // grad holds zeros already, so ignored rows need not be written
+  bool is_zeroed;  // grad already holds zeros, so ignored rows need not be written
 };
 
-/// How a batch of rewards moves the state of the reward shift (mpo_ext/loss/reward_shift.py).
+/// How the rewards of a batch update the state of the reward shift (mpo_ext/loss/reward_shift.py).
 enum class ShiftRule : int { kHold, kCumulative, kEma };
 
 struct PairLossConfig {
@@ -77,51 +76,52 @@ struct PairLossConfig {
   double bco_weight;
   double ntp_weight;
   double label_smoothing;
-  bool average_sequences;  // NTP: mean of the responses' means instead of the mean over tokens
+  bool average_sequences;  // NTP: mean over the responses of their means per token, instead of the mean over all tokens
   ShiftRule rule;
-  bool update_first;  // delta already includes this batch
+  bool update_first;  // delta includes this batch
   double decay;
 };
 
-/// Sequences 0 .. pairs - 1 are the chosen ones, i and pairs + i make a pair.
+/// Sequences 0 .. pairs - 1 are the chosen responses; sequences i and pairs + i form a pair.
 struct PairLossParams {
   const void* logp;        // [rows] Result
   const int64_t* labels;   // [rows]
-  const int64_t* offsets;  // [2 * pairs + 1], from 0 to rows, not decreasing
+  const int64_t* offsets;  // [2 * pairs + 1], non-decreasing, from 0 to rows
   const double* ref_logp;  // [2 * pairs]
-  const double* state;     // [2] delta, number of updates behind it
+  const double* state;     // [2] delta and the number of its updates
   void* loss;              // [1] Result
-  void* terms;             // [3] Result: DPO, BCO, NTP, without their weights
-  void* reward_shift;      // [1] Result: the delta used
+  void* terms;             // [3] Result: DPO, BCO and NTP, unweighted
+  void* reward_shift;      // [1] Result: the delta that the loss uses
   void* sums;              // [2 * pairs] Result
   void* reward;            // [2 * pairs] Result
   int64_t* tokens;         // [2 * pairs]
   double* new_state;       // [2]
-  double* batch;           // [2] sum and count of the rewards that move the state
-  void* weight;            // [rows] Result: d loss / d logp, 0 where the label is ignore_index
+  double* batch;           // [2] sum and count of the rewards that update the state
+  void* weight;            // [rows] Result: d loss / d logp, 0 if the label is ignore_index
   int64_t pairs;
   int64_t rows;
   int64_t ignore_index;
   PairLossConfig config;
 };
 
-/// Whether this machine runs the kernels of an instruction set, and whether they were compiled.
+/// Returns whether the kernels of an instruction set were compiled and this machine can run them.
 bool can_run(Isa isa);
 
 /// The three operators on host memory. The result does not depend on the number of threads.
 ///
-/// Where `exp_logits` is not nullptr, which lies like the logits and may be the logits, exp(z - row_max) is written
-/// there, with row_max as of this tile, and 0 for the label; not in rows that are ignored or whose label is bad.
+/// token_logp also writes exp(z - row_max), with row_max up to this tile, to `exp_logits` unless it is nullptr, and 0
+/// for the label. Its layout is that of the logits, and it may be the logits. Rows that are ignored, or whose label is
+/// out of range, are not written.
 void token_logp_cpu(const TokenLogpParams& p, void* exp_logits, DType dtype, int threads, Isa isa);
 void pair_loss_cpu(const PairLossParams& p, bool is_double);
 void logits_grad_cpu(const LogitsGradParams& p, DType dtype, int threads, Isa isa);
 
-/// What a launch of a CUDA kernel consists of, and the memory that it works in.
+/// The shape of a CUDA launch and the memory that it needs.
 struct CudaShape {
   int grid;
   int block;
-  int64_t scratch_bytes;  // any contents, 16-byte aligned
-  int counters;           // zeros before the launch, and zeros again after it; not shared with another stream
+  int64_t scratch_bytes;  // need no initial value; 16-byte aligned
+  int counters;           // 0 before and after the launch; not shared with another stream
 };
 
 struct CudaWork {
@@ -129,21 +129,21 @@ struct CudaWork {
   unsigned* counters;
 };
 
-/// The types in which the GPU takes some parameters as they come: to convert them would be launches of their own.
+/// The types of parameters that a GPU kernel accepts in two types, because each conversion would be another launch.
 struct CudaPairTypes {
   bool ref_is_float;       // PairLossParams::ref_logp points to float
   bool offsets_are_int32;  // PairLossParams::offsets points to int32_t; nullptr means sequences of equal length
 };
 
-/// The shapes of the launches below, for a GPU of `multiprocessors`. Callable without one; `pairs` is 0 where
-/// token_logp runs by itself.
+/// Return the shapes of the launches below for a GPU with that many multiprocessors. They need no GPU. `pairs` is 0 if
+/// token_logp runs alone.
 CudaShape cuda_forward_shape(int64_t rows, int64_t vocab, DType dtype, int64_t pairs, int multiprocessors);
 CudaShape cuda_pair_loss_shape(int64_t pairs);
 CudaShape cuda_logits_grad_shape(int64_t rows, int64_t vocab, DType dtype, int multiprocessors);
 
-/// The operators on GPU memory: float32, bfloat16 and float16, Result is float. Each enqueues one kernel on `stream`
-/// and returns at once, allocating nothing; nullptr, or what went wrong. launch_forward is token_logp and pair_loss
-/// in one kernel, with the same bits as the two.
+/// The operators on GPU memory, for float32, bfloat16 and float16; Result is float. Each enqueues one kernel on
+/// `stream` without waiting or allocating, and returns nullptr or an error message. launch_forward runs token_logp and
+/// pair_loss in one kernel and gives the same bits as two launches.
 const char* launch_token_logp(const TokenLogpParams& p, DType dtype, const CudaWork& work, int multiprocessors,
                               cudaStream_t stream);
 const char* launch_pair_loss(const PairLossParams& p, const CudaPairTypes& types, const CudaWork& work,

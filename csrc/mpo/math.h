@@ -1,5 +1,5 @@
-// The arithmetic of the loss, for host and device alike: the CPU tests run what the GPU kernels run. Everything is
-// static, since the CPU kernels are compiled once per instruction set and the linker must not mix their copies.
+// The arithmetic of the loss, for host and device: the CPU tests run the same code as the GPU kernels. Everything is
+// static, because the CPU kernels are compiled once per instruction set and the linker must not merge their copies.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@
 
 namespace mpo {
 
-/// log sigmoid(x) without overflow or cancellation.
+/// Returns log sigmoid(x) without overflow or cancellation.
 MPO_HD double log_sigmoid(double x) { return x < 0 ? x - log1p(exp(x)) : -log1p(exp(-x)); }
 
 MPO_HD double sigmoid(double x) {
@@ -23,14 +23,14 @@ MPO_HD double sigmoid(double x) {
   return x < 0 ? e / (1 + e) : 1 / (1 + e);
 }
 
-/// log softmax(z)[label] from the label's logit. Subtracts the maximum before the logarithm is added: max + log(sum)
-/// would lose the low bits under a large common offset.
+/// Returns log softmax(z)[label] from the label's logit. The maximum is subtracted first, since max + log(sum) would
+/// lose the low bits of logits with a large common offset.
 MPO_HD double label_logp(double z_label, double row_max, double row_sum) { return (z_label - row_max) - log(row_sum); }
 
 MPO_HD bool in_vocab(int64_t label, int64_t vocab) { return label >= 0 && label < vocab; }
 
-/// What one pass over a row, or over a piece of it, yields; e = exp(z - max). No member initialisers: CUDA keeps these
-/// in shared memory.
+/// Sums over a row or a part of it, with e = exp(z - max). No member initialisers, because CUDA keeps them in shared
+/// memory.
 template <typename Real>
 struct RowSums {
   Real max;
@@ -40,10 +40,11 @@ struct RowSums {
   Real squared;  // of e * e
 };
 
-/// The same sums relative to a larger maximum; `scale` is exp(s.max - max). Without statistics only max and sum count.
+/// Returns the sums relative to a larger maximum; `scale` is exp(s.max - max). Without statistics only max and sum are
+/// defined.
 template <bool kStats, typename Real>
 MPO_HD RowSums<Real> rescaled(RowSums<Real> s, Real max, Real scale) {
-  if (kStats && s.sum != 0) {  // at 0 the old maximum may be -inf, and 0 * inf would be NaN
+  if (kStats && s.sum != 0) {  // if it is 0, s.max may be -inf, and 0 * inf is NaN
     s.e_d = (s.e_d + (s.max - max) * s.sum) * scale;
     s.squared *= scale * scale;
   }
@@ -52,14 +53,14 @@ MPO_HD RowSums<Real> rescaled(RowSums<Real> s, Real max, Real scale) {
   return s;
 }
 
-/// What is known of a row after a part of its vocabulary. The label's logit counts once its part has been there.
+/// The state of a row after a part of its vocabulary. z_label is defined once the label's part has been read.
 struct RowState {
   RowSums<double> sums;
   double z_label;
 };
-static_assert(sizeof(RowState) == kRowStateSize * sizeof(double), "api.h says what a state is");
+static_assert(sizeof(RowState) == kRowStateSize * sizeof(double), "kRowStateSize in api.h must match");
 
-/// The state after one more part.
+/// Returns the state after one more part of the vocabulary.
 template <bool kStats>
 MPO_HD RowState continued(RowState s, RowState part, bool has_label) {
   const double max = part.sums.max > s.sums.max ? part.sums.max : s.sums.max;
@@ -75,30 +76,30 @@ MPO_HD RowState continued(RowState s, RowState part, bool has_label) {
   return s;
 }
 
-/// The statistics of a row in the order of RowStats. A NaN in the row makes all of them NaN.
+/// Computes the statistics of a row in the order of RowStats. A NaN in the row makes all of them NaN.
 MPO_HD void row_statistics(const RowSums<double>& s, double z_label, int64_t vocab, double (&values)[kNumRowStats]) {
-  const double poison = s.sum - s.sum;  // 0, or NaN if the row has one
+  const double poison = s.sum - s.sum;  // 0, or NaN if the row has a NaN
   values[0] = log(s.sum) - s.e_d / s.sum;
   values[1] = s.z / static_cast<double>(vocab);
   values[2] = (z_label == s.max ? 1.0 : 0.0) + poison;
   values[3] = s.squared / (s.sum * s.sum);
 }
 
-/// The terms of one pair and their derivatives by its two rewards.
+/// The terms of a pair and the derivatives with respect to its two rewards.
 struct PairTerms {
   double dpo;
   double bco;
-  double grad_chosen;    // of dpo_weight * dpo + bco_weight * bco, by the chosen reward
-  double grad_rejected;  // by the rejected reward
+  double grad_chosen;    // of dpo_weight * dpo + bco_weight * bco, with respect to the chosen reward
+  double grad_rejected;  // with respect to the rejected reward
 };
 
-/// DPO = -logsigmoid(r_c - r_r), smoothed; BCO = -logsigmoid(r_c - delta) - logsigmoid(delta - r_r), summed, not
-/// halved.
+/// Computes DPO = -logsigmoid(r_c - r_r), with label smoothing, and BCO = -logsigmoid(r_c - delta) -
+/// logsigmoid(delta - r_r), the sum of its two terms and not their mean.
 MPO_HD PairTerms pair_terms(double chosen, double rejected, double delta, const PairLossConfig& c) {
   const double margin = chosen - rejected;
   const double smooth = c.label_smoothing;
   PairTerms t{-(1 - smooth) * log_sigmoid(margin), -log_sigmoid(chosen - delta) - log_sigmoid(delta - rejected), 0, 0};
-  if (smooth > 0) t.dpo -= smooth * log_sigmoid(-margin);  // not added at 0: 0 * inf would be NaN
+  if (smooth > 0) t.dpo -= smooth * log_sigmoid(-margin);  // 0 * inf would be NaN
   if (c.dpo_weight > 0) {
     const double g = c.dpo_weight * (smooth * sigmoid(margin) - (1 - smooth) * sigmoid(-margin));
     t.grad_chosen += g;
@@ -111,13 +112,13 @@ MPO_HD PairTerms pair_terms(double chosen, double rejected, double delta, const 
   return t;
 }
 
-/// delta and the number of updates behind it.
+/// delta and the number of its updates.
 struct ShiftState {
   double value;
   double updates;
 };
 
-/// The state after a batch whose `count` rewards sum to `sum`; a batch without rewards leaves it.
+/// Returns the state after a batch of `count` rewards with the sum `sum`. A batch without rewards does not change it.
 MPO_HD ShiftState moved(ShiftState s, double sum, double count, ShiftRule rule, double decay) {
   if (rule == ShiftRule::kHold || !(count > 0)) return s;
   const double mean = sum / count;
@@ -126,27 +127,27 @@ MPO_HD ShiftState moved(ShiftState s, double sum, double count, ShiftRule rule, 
   return {value, s.updates + 1};
 }
 
-/// What the NTP term is averaged over, summed over the chosen responses that have tokens.
+/// Sums over the chosen responses that have tokens, from which the NTP term is averaged.
 struct ChosenSums {
   double logp;
-  double mean_logp;  // of the responses' means per token
+  double mean_logp;  // sum of the means per token
   double tokens;
   double responses;
 };
 
-/// Cross entropy of the chosen responses; 0 if there is no chosen token.
+/// Returns the cross entropy of the chosen responses; 0 if they have no tokens.
 MPO_HD double ntp_loss(const ChosenSums& s, const PairLossConfig& c) {
   if (!(s.responses > 0)) return 0;
   return c.average_sequences ? -s.mean_logp / s.responses : -s.logp / s.tokens;
 }
 
-/// d loss / d logp of the tokens of one chosen response through the NTP term.
+/// Returns the part of d loss / d logp that the NTP term gives to each token of a chosen response.
 MPO_HD double ntp_grad(const ChosenSums& s, double tokens, const PairLossConfig& c) {
   if (!(c.ntp_weight > 0) || !(tokens > 0)) return 0;
   return -c.ntp_weight / (c.average_sequences ? tokens * s.responses : s.tokens);
 }
 
-/// The weighted sum of the terms. A weight of 0 leaves its term out: 0 * inf would be NaN.
+/// Returns the weighted sum of the terms. A term with the weight 0 is left out, since 0 * inf would be NaN.
 MPO_HD double total_loss(double dpo, double bco, double ntp, const PairLossConfig& c) {
   double loss = 0;
   if (c.dpo_weight > 0) loss += c.dpo_weight * dpo;

@@ -1,6 +1,7 @@
 """Triton kernels of mpo_ext, for GPUs without a CUDA build; installed as ``mpo_ext.kernels``. Needs triton.
 
-One file per operator, with the contracts of ``mpo_ext.ops.logits``, which alone calls them and has checked everything.
+One file per operator. The functions follow the contracts of ``mpo_ext.ops``, their only caller, which checks all
+arguments.
 """
 
 from .logits_grad import logits_grad

@@ -1,4 +1,4 @@
-"""Triton twin of logits_grad: each logit of a labelled row read once, each element of the gradient written once."""
+"""Triton version of logits_grad: reads each logit of a labelled row once, writes each element of the gradient once."""
 
 import torch
 import triton
@@ -11,18 +11,30 @@ _STRIDES = ["misalignment", "inner", "outer_stride", "row_stride"]
 _INTEGERS = ["vocab", "first", "total", *_STRIDES, *(f"grad_{name}" for name in _STRIDES), "ignore_index"]
 
 
+@triton.jit
+def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Writes a block of equal values to each block of a chunk of a row; positions shift .. end - 1 are columns."""
+    for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
+        at = tl.multiple_of(at, BLOCK)
+        positions = at + tl.arange(0, BLOCK)
+        if (at >= shift) & (at + BLOCK <= end):
+            tl.store(row_ptr + positions, filler)
+        else:
+            tl.store(row_ptr + positions, filler, mask=(positions >= shift) & (positions < end))
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def logits_grad_kernel(
-    logits_ptr,  # 16-byte aligned; rows as rows.py describes them
+    logits_ptr,  # 16-byte aligned; rows.py describes the rows
     labels_ptr,  # [rows] int64
     row_max_ptr,  # [rows] float32
     row_sum_ptr,  # [rows] float32
     weight_ptr,  # [rows] float32, d loss / d logp
-    scale_ptr,  # [1] float32, one factor on all of it
-    grad_ptr,  # like the logits, out; may be the logits themselves
+    scale_ptr,  # [1] float32, factor on the whole gradient
+    grad_ptr,  # out, same shape and dtype as the logits; may be the logits
     vocab: tl.int32,
     first: tl.int64,  # the vocabulary entry of column 0
-    total: tl.int64,  # size of the vocabulary of which these are columns
+    total: tl.int64,  # size of the vocabulary
     misalignment: tl.int64,
     inner: tl.int64,
     outer_stride: tl.int64,
@@ -35,19 +47,19 @@ def logits_grad_kernel(
     VECTOR: tl.constexpr,  # elements in 16 bytes
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
-    IS_ALIKE: tl.constexpr,  # every row of the gradient is as misaligned as that of the logits
+    IS_ALIKE: tl.constexpr,  # rows of the gradient have the misalignment of the rows of the logits
 ):
-    """grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i) for CHUNK columns of one row.
+    """Computes grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i) for CHUNK columns of a row.
 
     Grid    (rows, chunks)
     Reads   each logit of a labelled row once
-    Writes  each element once, in 16-byte vectors but for a first and a last block; zeros in ignored rows
+    Writes  each element once, in 16-byte vectors except in the first and last block; zeros in ignored rows
     """
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)
     is_ignored = label == ignore_index
     grad_start = row_offset(row, grad_misalignment, grad_inner, grad_outer_stride, grad_row_stride)
-    shift = (grad_start % VECTOR).to(tl.int32)  # positions follow the gradient's alignment
+    shift = (grad_start % VECTOR).to(tl.int32)  # positions are aligned like the gradient
     grad_row_ptr = grad_ptr + tl.multiple_of(grad_start - shift, VECTOR)
     start = row_offset(row, misalignment, inner, outer_stride, row_stride)
     if IS_ALIKE:
@@ -60,14 +72,7 @@ def logits_grad_kernel(
 
     if is_ignored | (label < 0) | (label >= total):
         filler = tl.full((BLOCK,), 0.0, tl.float32) + tl.where(is_ignored, 0.0, float("nan"))
-        filler = filler.to(grad_ptr.dtype.element_ty)
-        for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
-            at = tl.multiple_of(at, BLOCK)
-            positions = at + lanes
-            if (at >= shift) & (at + BLOCK <= end):
-                tl.store(grad_row_ptr + positions, filler)
-            else:
-                tl.store(grad_row_ptr + positions, filler, mask=(positions >= shift) & (positions < end))
+        fill_columns(grad_row_ptr, filler.to(grad_ptr.dtype.element_ty), begin, shift, end, BLOCK, CHUNK)
         return
 
     row_max = tl.load(row_max_ptr + row)
@@ -84,9 +89,9 @@ def logits_grad_kernel(
             mask = (positions >= shift) & (positions < end)
             z = tl.load(row_ptr + positions, mask=mask, other=-float("inf")).to(tl.float32)
         grad = tl.exp(z - row_max) * factor
-        label_at = label - first + shift  # beyond all columns if another tile has the label
+        label_at = label - first + shift  # outside of all columns if the label is in another tile
         if (label_at >= at) & (label_at < at + BLOCK):
-            # weight * (1 - p) as -expm1(logp), in double since Triton has no expm1; 1 - p cancels once p is near 1.
+            # weight * (1 - p) in double: 1 - p cancels if p is near 1, and Triton has no expm1.
             z_label = tl.sum(tl.where(positions == label_at, z, 0.0), axis=0)
             logp = (z_label.to(tl.float64) - row_max.to(tl.float64)) - tl.log(row_sum.to(tl.float64))
             label_grad = (weight.to(tl.float64) * (1.0 - tl.exp(logp))).to(tl.float32)
@@ -110,7 +115,7 @@ def logits_grad(
     grad_layout: tuple[Tensor, int, int, int],
     tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Fills the gradient of ``ops.logits_grad``, of an ``ops.Tile`` if given; one launch."""
+    """Fills the gradient of ``logits_grad``, of a tile of the vocabulary if given; one launch."""
     first, total, _ = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)

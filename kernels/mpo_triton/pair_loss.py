@@ -1,4 +1,4 @@
-"""Triton twin of pair_loss: the loss of B pairs from the log-probs of their tokens, in double and in a fixed order."""
+"""Triton version of pair_loss: the loss of B pairs from the log-probs of their tokens, in double and a fixed order."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 _ROWS_BLOCK = 1024
 _PAIRS_BLOCK = 64
-_HOLD, _CUMULATIVE = tl.constexpr(0), tl.constexpr(1)  # mpo_ext.loss.reward_shift; whatever else is EMA
+_HOLD, _CUMULATIVE = tl.constexpr(0), tl.constexpr(1)  # rules of mpo_ext/loss/reward_shift.py; any other number is EMA
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -22,7 +22,7 @@ def sequence_sums_kernel(
     ignore_index: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """The summed log-prob and the number of labelled tokens of one sequence. Grid (2B,)."""
+    """Sums the log-probs and counts the labelled tokens of a sequence. Grid (2B,)."""
     sequence = tl.program_id(0)
     begin = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)
@@ -40,9 +40,9 @@ def sequence_sums_kernel(
 
 @triton.jit
 def sigmoids(x):
-    """Log sigmoid(x), log sigmoid(-x), sigmoid(x) and sigmoid(-x), none of which overflows."""
+    """Returns log sigmoid(x), log sigmoid(-x), sigmoid(x) and sigmoid(-x) without overflow."""
     small = tl.exp(-tl.abs(x))
-    log_sum = tl.log(1.0 + small)  # in double, 1 + small keeps all digits that a float32 result has
+    log_sum = tl.log(1.0 + small)  # in double, 1 + small has all digits of a float32 result
     above = tl.where(x < 0, small, 1.0) / (1.0 + small)
     below = tl.where(x < 0, 1.0, small) / (1.0 + small)
     return tl.minimum(x, 0.0) - log_sum, tl.minimum(-x, 0.0) - log_sum, above, below
@@ -53,9 +53,9 @@ def pair_rewards_kernel(
     sums_ptr,  # [2B] float64
     tokens_ptr,  # [2B] int64
     ref_logp_ptr,  # [2B] float64
-    state_ptr,  # [2] float64: delta, number of updates
+    state_ptr,  # [2] float64: delta and the number of its updates
     rewards_ptr,  # [2B] float64, out
-    scalars_ptr,  # [3] float64, out: delta, the NTP term, what its sum was divided by
+    scalars_ptr,  # [3] float64, out: delta, the NTP term and its denominator
     reward_shift_ptr,  # [1] float32, out
     out_sums_ptr,  # [2B] float32, out
     out_rewards_ptr,  # [2B] float32, out
@@ -69,11 +69,11 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rewards, NTP and the reward shift, which need all pairs. Rewards are 0 where a side is empty. Grid (1,)."""
+    """Computes the rewards, 0 if a side is empty, and NTP and the reward shift, which need all pairs. Grid (1,)."""
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
-    ntp_sum = tl.zeros((BLOCK,), tl.float64)  # of the chosen responses, or of their means
-    ntp_count = tl.zeros((BLOCK,), tl.float64)  # of their tokens, or of the responses
+    ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means
+    ntp_count = tl.zeros((BLOCK,), tl.float64)  # tokens of the chosen responses, or the responses
     for at in range(0, pairs, BLOCK):
         pair = at + tl.arange(0, BLOCK)
         mask = pair < pairs
@@ -143,7 +143,7 @@ def pair_loss_kernel(
     AVERAGE_SEQUENCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The terms and their derivatives, in one program: they cost nothing beside the logits. Grid (1,)."""
+    """Computes the terms and their derivatives, in one program since they take negligible time. Grid (1,)."""
     delta = tl.load(scalars_ptr)
     ntp = tl.load(scalars_ptr + 1)
     ntp_denominator = tl.load(scalars_ptr + 2)
@@ -176,7 +176,7 @@ def pair_loss_kernel(
     dpo = tl.sum(dpo_sum, axis=0) / pairs
     bco = tl.sum(bco_sum, axis=0) / pairs
 
-    # A weight of 0 leaves its term out: 0 * inf would be NaN.
+    # A term with the weight 0 is left out, since 0 * inf would be NaN.
     loss = tl.where(dpo_weight > 0, dpo_weight * dpo, 0.0)
     loss += tl.where(bco_weight > 0, bco_weight * bco, 0.0)
     loss += tl.where(ntp_weight > 0, ntp_weight * ntp, 0.0)
@@ -195,7 +195,7 @@ def row_weights_kernel(
     ignore_index: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Each labelled row gets the coefficient of its sequence, the others 0. Grid (2B,)."""
+    """Writes the coefficient of the sequence to each labelled row, and 0 to the other rows. Grid (2B,)."""
     sequence = tl.program_id(0)
     begin = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)
@@ -207,7 +207,7 @@ def row_weights_kernel(
 
 
 class PairLossOutputs(NamedTuple):
-    """What ``pair_loss`` fills, as ``ops.pair_loss`` returns it."""
+    """The tensors that ``pair_loss`` fills, in the order in which the operator returns them."""
 
     loss: Tensor
     terms: Tensor
@@ -233,7 +233,7 @@ def pair_loss(
     ignore_index: int,
     out: PairLossOutputs,
 ) -> None:
-    """Fills the outputs of ``ops.pair_loss``; four launches, no waiting for the device.
+    """Fills the outputs of the operator ``pair_loss``; four launches, without synchronisation.
 
     ``settings`` are beta, the weights of DPO, BCO and NTP, label smoothing, and the decay of EMA.
     """

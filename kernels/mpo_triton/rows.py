@@ -1,8 +1,8 @@
-"""How the Triton kernels see rows of logits: 16-byte vectors from aligned addresses, whatever the row's own start.
+"""The layout of rows of logits in the Triton kernels: 16-byte vectors from aligned addresses, wherever a row starts.
 
-A row of an odd vocabulary starts off the 16-byte grid. So a row is read from the grid point before its start: position
-``a`` along the row stands for column ``a - misalignment``, with a misalignment of less than one vector, and all blocks
-of positions but the first and the last need no mask.
+Rows of an odd vocabulary do not start at a multiple of 16 bytes. So a row is read from the multiple before its start:
+position ``a`` along the row is column ``a - misalignment``, with a misalignment below one vector. Only the first and
+the last block of positions need a mask.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,9 @@ VECTOR_BYTES = 16
 
 
 class AlignedRows(NamedTuple):
-    """Rows from a base that is aligned to 16 bytes.
+    """Rows relative to a base that is aligned to 16 bytes.
 
-    Row i starts ``misalignment + (i // inner) * outer_stride + (i % inner) * row_stride`` elements behind it.
+    Row i starts ``misalignment + (i // inner) * outer_stride + (i % inner) * row_stride`` elements after the base.
     """
 
     base: Tensor
@@ -29,33 +29,33 @@ class AlignedRows(NamedTuple):
 
 
 def aligned_rows(layout: tuple[Tensor, int, int, int]) -> AlignedRows:
-    """Gives an ``ops.RowLayout`` an aligned base."""
+    """Returns a ``RowLayout`` of ``mpo_ext.ops`` with an aligned base."""
     tensor, *strides = layout
     offset = tensor.data_ptr() % VECTOR_BYTES // tensor.element_size()
     if offset == 0:
         return AlignedRows(tensor, 0, *strides)
-    # A view from the grid point before: it lies in the same storage, whose own start is aligned.
+    # A view from the multiple before: it lies in the same storage, whose start is aligned.
     base = torch.as_strided(tensor, (1,), (1,), tensor.storage_offset() - offset)
     return AlignedRows(base, offset, *strides)
 
 
 class Blocks(NamedTuple):
-    """How many columns a program takes: ``chunk`` of them, ``block`` at a time, and the warps that do it."""
+    """The columns that a program handles, ``chunk`` in all and ``block`` at a time, and its number of warps."""
 
     block: int
     chunk: int
     num_warps: int
 
     def count(self, vocab: int, dtype: torch.dtype) -> int:
-        """Programs per row; one more vector than the row has, for its misalignment."""
+        """Returns the number of programs per row; the misalignment may need one more vector than the row has."""
         return triton.cdiv(vocab + VECTOR_BYTES // dtype.itemsize - 1, self.chunk)
 
 
 def blocks(vocab: int, dtype: torch.dtype) -> Blocks:
-    """The rule for block sizes: by vocabulary and dtype alone, so nothing is tuned or compiled again while training.
+    """Returns the block sizes for a vocabulary and dtype. They depend on nothing else, so training never recompiles.
 
-    A thread holds 32 elements (float32: 16), several 16-byte loads in flight. A row is cut into chunks of four blocks,
-    so that a handful of labelled rows fill a GPU as well as thousands do.
+    A thread holds 32 elements (float32: 16), so that several 16-byte loads are in flight. A row is divided into chunks
+    of four blocks, so that even a few labelled rows fill a GPU.
     """
     elements_per_warp = 32 * (16 if dtype.itemsize == 4 else 32)
     num_warps = 4
@@ -67,6 +67,6 @@ def blocks(vocab: int, dtype: torch.dtype) -> Blocks:
 
 @triton.jit
 def row_offset(row, misalignment, inner, outer_stride, row_stride):
-    """Elements from the aligned base to the start of a row, in 64 bits: rows * vocab passes 2**31 in practice."""
+    """Returns the elements from the aligned base to a row, in 64 bits: rows * vocab exceeds 2**31 in practice."""
     row = row.to(tl.int64)
     return misalignment + (row // inner) * outer_stride + (row % inner) * row_stride

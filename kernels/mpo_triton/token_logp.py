@@ -1,4 +1,4 @@
-"""Triton twin of token_logp: the log-probability of each label, each logit of a labelled row read once."""
+"""Triton version of token_logp: the log-probability of each label; reads each logit of a labelled row once."""
 
 import triton
 import triton.language as tl
@@ -7,18 +7,18 @@ from torch import Tensor
 from .rows import VECTOR_BYTES, aligned_rows, blocks, row_offset
 
 _INTEGERS = ["vocab", "total", "misalignment", "inner", "outer_stride", "row_stride", "ignore_index"]
-_ROW_STATE = 6  # doubles that the tiles of a row hand on: csrc/mpo/math.h, RowState
-_STATE = 2  # of a chunk: maximum, sum of exponentials; then what statistics need
-_STATE_WITH_STATS = 5  # sum of e * (z - max), sum of z, sum of e * e
+_ROW_STATE = 6  # doubles in a RowState, csrc/mpo/math.h: the sums over the tiles of a row that are read already
+_STATE = 2  # floats in the state of a chunk: maximum, sum of exponentials
+_STATE_WITH_STATS = 5  # then, for statistics: sum of e * (z - max), sum of z, sum of e * e
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def token_logp_chunk_kernel(
-    logits_ptr,  # 16-byte aligned; rows as rows.py describes them
+    logits_ptr,  # 16-byte aligned; rows.py describes the rows
     labels_ptr,  # [rows] int64
-    states_ptr,  # [rows, chunks, STATE] float32, out; only where a label is valid
+    states_ptr,  # [rows, chunks, STATE] float32, out; only rows with a valid label
     vocab: tl.int32,
-    total: tl.int64,  # size of the vocabulary of which these are columns
+    total: tl.int64,  # size of the vocabulary
     misalignment: tl.int64,
     inner: tl.int64,
     outer_stride: tl.int64,
@@ -30,10 +30,10 @@ def token_logp_chunk_kernel(
     STATE: tl.constexpr,
     HAS_STATS: tl.constexpr,
 ):
-    """The softmax state of CHUNK columns of one row.
+    """Computes the softmax state of CHUNK columns of a row.
 
-    Grid    (rows, chunks); rows first, since the other axes of a grid end at 65,535
-    Reads   each logit of a row with a valid label once, in 16-byte vectors but for a first and a last block
+    Grid    (rows, chunks); rows come first, since the other axes of a grid are limited to 65,535
+    Reads   each logit of a row with a valid label once, in 16-byte vectors except in the first and last block
     Writes  STATE floats per chunk
     """
     row = tl.program_id(0)
@@ -63,7 +63,7 @@ def token_logp_chunk_kernel(
             z = tl.load(row_ptr + positions, mask=mask, other=-float("inf")).to(tl.float32)
             z_or_zero = tl.where(mask, z, 0.0)
         block_max = tl.maximum(running_max, tl.max(z, axis=0))
-        # Nothing but -inf so far: 0 in its place keeps -inf - -inf, a NaN, away.
+        # If all logits so far are -inf, 0 takes the place of the maximum, since -inf - -inf is NaN.
         safe_max = tl.where(block_max == -float("inf"), 0.0, block_max)
         gap = tl.where(running_max == -float("inf"), 0.0, running_max - safe_max)
         scale = tl.where(running_max == -float("inf"), 0.0, tl.exp(gap))
@@ -85,12 +85,102 @@ def token_logp_chunk_kernel(
         tl.store(state_ptr + 4, tl.sum(squared, axis=0))
 
 
+@triton.jit
+def merge_chunks(states_ptr, chunks, is_valid, MAX_CHUNKS: tl.constexpr, STATE: tl.constexpr, STATS: tl.constexpr):
+    """Merges the states of the chunks of a row in their order. Returns the sums in double."""
+    lanes = tl.arange(0, MAX_CHUNKS)
+    mask = (lanes < chunks) & is_valid
+    state_ptr = states_ptr + lanes * STATE
+    maxima = tl.load(state_ptr, mask=mask, other=-float("inf"))
+    row_max = tl.max(maxima, axis=0)
+    safe_max = tl.where(row_max == -float("inf"), 0.0, row_max)
+    gap = tl.where(maxima == -float("inf"), 0.0, maxima - safe_max)
+    scale = tl.where(maxima == -float("inf"), 0.0, tl.exp(gap))
+    sums = tl.load(state_ptr + 1, mask=mask, other=0.0)
+    # A NaN is not in the maximum, but it is in the sum.
+    row_sum = tl.sum(tl.where(sums == sums, sums * scale, sums), axis=0).to(tl.float64)
+    e_d = row_sum
+    z_sum = row_sum
+    squared = row_sum
+    if STATS:
+        e_d = tl.load(state_ptr + 2, mask=mask, other=0.0)
+        e_d = tl.sum((e_d + gap * sums) * scale, axis=0).to(tl.float64)
+        z_sum = tl.sum(tl.load(state_ptr + 3, mask=mask, other=0.0), axis=0).to(tl.float64)
+        squared = tl.load(state_ptr + 4, mask=mask, other=0.0)
+        squared = tl.sum(squared * scale * scale, axis=0).to(tl.float64)
+    return row_max.to(tl.float64), row_sum, e_d, z_sum, squared
+
+
+@triton.jit
+def merge_tile(
+    row_state_ptr, row_max, row_sum, e_d, z_sum, squared, z_label, is_valid, is_later, has_label, STATS: tl.constexpr
+):
+    """Merges a tile of a vocabulary into the row's state, stores it, and returns the sums of all tiles so far."""
+    old_max = tl.load(row_state_ptr, mask=is_later, other=-float("inf"))
+    old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)
+    old_label = tl.load(row_state_ptr + 5, mask=is_later, other=0.0)
+    new_max = tl.maximum(row_max, old_max)
+    # Without a finite maximum the sum is 0 or NaN, and neither is scaled.
+    gap = tl.where(row_max == -float("inf"), 0.0, row_max - new_max)
+    old_gap = tl.where(old_max == -float("inf"), 0.0, old_max - new_max)
+    scale = tl.exp(gap)
+    old_scale = tl.exp(old_gap)
+    if STATS:
+        old_e_d = tl.load(row_state_ptr + 2, mask=is_later, other=0.0)
+        e_d = (e_d + gap * row_sum) * scale + (old_e_d + old_gap * old_sum) * old_scale
+        z_sum += tl.load(row_state_ptr + 3, mask=is_later, other=0.0)
+        old_squared = tl.load(row_state_ptr + 4, mask=is_later, other=0.0)
+        squared = squared * scale * scale + old_squared * old_scale * old_scale
+        tl.store(row_state_ptr + 2, e_d, mask=is_valid)
+        tl.store(row_state_ptr + 3, z_sum, mask=is_valid)
+        tl.store(row_state_ptr + 4, squared, mask=is_valid)
+    row_sum = row_sum * scale + old_sum * old_scale
+    z_label = tl.where(has_label, z_label, old_label)
+    tl.store(row_state_ptr, new_max, mask=is_valid)
+    tl.store(row_state_ptr + 1, row_sum, mask=is_valid)
+    tl.store(row_state_ptr + 5, z_label, mask=is_valid)
+    return new_max, row_sum, e_d, z_sum, squared, z_label
+
+
+@triton.jit
+def store_stats(
+    out_ptr,
+    rows,
+    row_max,
+    row_sum,
+    log_sum,
+    e_d,
+    z_sum,
+    squared,
+    z_label,
+    total,
+    is_valid,
+    filler,
+    STATS: tl.constexpr,
+):
+    """Stores the statistics that STATS selects; those of consecutive bits are ``rows`` elements apart."""
+    if STATS & 1:
+        entropy = log_sum - e_d / row_sum
+        tl.store(out_ptr, tl.where(is_valid, entropy, filler).to(tl.float32))
+        out_ptr += rows
+    if STATS & 2:
+        tl.store(out_ptr, tl.where(is_valid, z_sum / total, filler).to(tl.float32))
+        out_ptr += rows
+    if STATS & 4:
+        top1 = tl.where(z_label == row_max, 1.0, 0.0) + (row_sum - row_sum)
+        tl.store(out_ptr, tl.where(is_valid, top1, filler).to(tl.float32))
+        out_ptr += rows
+    if STATS & 8:
+        squared = squared / (row_sum * row_sum)
+        tl.store(out_ptr, tl.where(is_valid, squared, filler).to(tl.float32))
+
+
 @triton.jit(do_not_specialize=[*_INTEGERS, "rows", "chunks", "first"])
 def token_logp_kernel(
     logits_ptr,
     labels_ptr,  # [rows] int64
     states_ptr,  # [rows, chunks, STATE] float32
-    row_states_ptr,  # [rows, ROW_STATE] float64, in (but in the first tile) and out; unused unless IS_TILE
+    row_states_ptr,  # [rows, ROW_STATE] float64, in (except in the first tile) and out; unused unless IS_TILE
     logp_ptr,  # [rows] float32, out
     row_max_ptr,  # [rows] float32, out
     row_sum_ptr,  # [rows] float32, out
@@ -109,15 +199,13 @@ def token_logp_kernel(
     STATE: tl.constexpr,
     ROW_STATE: tl.constexpr,
     IS_TILE: tl.constexpr,
-    STATS: tl.constexpr,  # bits of mpo_ext.ops.logits.STATS
+    STATS: tl.constexpr,  # bits in the order of STATS in mpo_ext/ops
 ):
-    """Merges the chunks of one row in their order: logp = (z[y] - m) - log(sum), and the statistics.
-
-    A tile of a vocabulary is merged into what the tiles before it left.
+    """Merges the chunks of a row in their order and computes logp = (z[y] - m) - log(sum) and the statistics.
 
     Grid    (rows,)
-    Reads   the states and one logit per row with a valid label
-    Writes  three floats per row and one per statistic; ROW_STATE doubles if it is a tile
+    Reads   the states of the chunks and one logit per row with a valid label
+    Writes  three floats per row and one per statistic; ROW_STATE doubles if IS_TILE
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
@@ -125,83 +213,31 @@ def token_logp_kernel(
     is_valid = (label >= 0) & (label < total) & (label != ignore_index)
     filler = tl.where(is_ignored, 0.0, float("nan"))
 
-    lanes = tl.arange(0, MAX_CHUNKS)
-    mask = (lanes < chunks) & is_valid
-    state_ptr = states_ptr + (row * chunks + lanes) * STATE
-    maxima = tl.load(state_ptr, mask=mask, other=-float("inf"))
-    row_max = tl.max(maxima, axis=0)
-    safe_max = tl.where(row_max == -float("inf"), 0.0, row_max)
-    gap = tl.where(maxima == -float("inf"), 0.0, maxima - safe_max)
-    scale = tl.where(maxima == -float("inf"), 0.0, tl.exp(gap))
-    sums = tl.load(state_ptr + 1, mask=mask, other=0.0)
-    # A NaN hides from the maximum, but not from the sum.
-    row_sum = tl.sum(tl.where(sums == sums, sums * scale, sums), axis=0)
-
+    row_max, row_sum, e_d, z_sum, squared = merge_chunks(
+        states_ptr + row * chunks * STATE, chunks, is_valid, MAX_CHUNKS, STATE, STATS
+    )
     start = row_offset(row, misalignment, inner, outer_stride, row_stride)
     column = label - first
     has_label = is_valid & (column >= 0) & (column < vocab)
     z_label = tl.load(logits_ptr + start + column, mask=has_label, other=0.0).to(tl.float64)
-    row_max = row_max.to(tl.float64)
-    row_sum = row_sum.to(tl.float64)
-    e_d = row_sum
-    z_sum = row_sum
-    squared = row_sum
-    if STATS:
-        e_d = tl.load(state_ptr + 2, mask=mask, other=0.0)
-        e_d = tl.sum((e_d + gap * sums) * scale, axis=0).to(tl.float64)
-        z_sum = tl.sum(tl.load(state_ptr + 3, mask=mask, other=0.0), axis=0).to(tl.float64)
-        squared = tl.load(state_ptr + 4, mask=mask, other=0.0)
-        squared = tl.sum(squared * scale * scale, axis=0).to(tl.float64)
-
     if IS_TILE:
-        row_state_ptr = row_states_ptr + row * ROW_STATE
+        state_ptr = row_states_ptr + row * ROW_STATE
         is_later = is_valid & (first != 0)
-        old_max = tl.load(row_state_ptr, mask=is_later, other=-float("inf"))
-        old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)
-        old_label = tl.load(row_state_ptr + 5, mask=is_later, other=0.0)
-        new_max = tl.maximum(row_max, old_max)
-        # The sum of a part without a maximum is 0, or NaN: neither is scaled.
-        gap = tl.where(row_max == -float("inf"), 0.0, row_max - new_max)
-        old_gap = tl.where(old_max == -float("inf"), 0.0, old_max - new_max)
-        scale = tl.exp(gap)
-        old_scale = tl.exp(old_gap)
-        if STATS:
-            old_e_d = tl.load(row_state_ptr + 2, mask=is_later, other=0.0)
-            e_d = (e_d + gap * row_sum) * scale + (old_e_d + old_gap * old_sum) * old_scale
-            z_sum += tl.load(row_state_ptr + 3, mask=is_later, other=0.0)
-            old_squared = tl.load(row_state_ptr + 4, mask=is_later, other=0.0)
-            squared = squared * scale * scale + old_squared * old_scale * old_scale
-            tl.store(row_state_ptr + 2, e_d, mask=is_valid)
-            tl.store(row_state_ptr + 3, z_sum, mask=is_valid)
-            tl.store(row_state_ptr + 4, squared, mask=is_valid)
-        row_sum = row_sum * scale + old_sum * old_scale
-        row_max = new_max
-        z_label = tl.where(has_label, z_label, old_label)
-        tl.store(row_state_ptr, row_max, mask=is_valid)
-        tl.store(row_state_ptr + 1, row_sum, mask=is_valid)
-        tl.store(row_state_ptr + 5, z_label, mask=is_valid)
+        row_max, row_sum, e_d, z_sum, squared, z_label = merge_tile(
+            state_ptr, row_max, row_sum, e_d, z_sum, squared, z_label, is_valid, is_later, has_label, STATS
+        )
 
-    # In double: the fast logarithm of a GPU has no relative accuracy near 1, where a confident token's logp is.
+    # In double, since the fast logarithm of a GPU is inaccurate near 1, where the sum of a confident token lies.
     log_sum = tl.log(row_sum)
     logp = (z_label - row_max) - log_sum
     tl.store(logp_ptr + row, tl.where(is_valid, logp, filler).to(tl.float32))
     tl.store(row_max_ptr + row, tl.where(is_valid, row_max, 0.0).to(tl.float32))
     tl.store(row_sum_ptr + row, tl.where(is_valid, row_sum, 0.0).to(tl.float32))
 
-    if STATS & 1:
-        entropy = log_sum - e_d / row_sum
-        tl.store(row_stats_ptr + row, tl.where(is_valid, entropy, filler).to(tl.float32))
-        row_stats_ptr += rows
-    if STATS & 2:
-        tl.store(row_stats_ptr + row, tl.where(is_valid, z_sum / total, filler).to(tl.float32))
-        row_stats_ptr += rows
-    if STATS & 4:
-        top1 = tl.where(z_label == row_max, 1.0, 0.0) + (row_sum - row_sum)
-        tl.store(row_stats_ptr + row, tl.where(is_valid, top1, filler).to(tl.float32))
-        row_stats_ptr += rows
-    if STATS & 8:
-        squared = squared / (row_sum * row_sum)
-        tl.store(row_stats_ptr + row, tl.where(is_valid, squared, filler).to(tl.float32))
+    stats_ptr = row_stats_ptr + row
+    store_stats(
+        stats_ptr, rows, row_max, row_sum, log_sum, e_d, z_sum, squared, z_label, total, is_valid, filler, STATS
+    )
 
 
 def token_logp(
@@ -216,7 +252,7 @@ def token_logp(
     row_stats: Tensor,
     tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Fills the outputs of ``ops.token_logp``, or of a tile; two launches, no waiting for the device."""
+    """Fills the outputs of ``token_logp``, of a tile of the vocabulary if given; two launches, no synchronisation."""
     first, total, row_states = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)

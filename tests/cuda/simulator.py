@@ -1,8 +1,8 @@
 """Runs the launches of the CUDA backend on the simulator ptxsim: the compiled PTX, without a GPU.
 
-``SimulatedNative`` stands in for ``mpo_ext._C``. It asks the real module to describe each launch (shape, and the bytes
-of the kernel's argument), so what runs here is what would be launched on a GPU; addresses are those of simulated
-buffers. Tests use it directly, with poisoned buffers and counters, or put it under ``mpo_ext.ops``.
+``SimulatedNative`` replaces ``mpo_ext._C``. It asks the real module to describe each launch (its shape, and the bytes of
+the kernel's argument), so it runs exactly what a GPU would run, on simulated buffers. Tests call it directly, with
+poisoned buffers and counters, or through ``mpo_ext.ops``.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MANGLED = {"float32": "f", "bfloat16": "13__nv_bfloat16", "float16": "6__half"}
 _FILES = {"token_logp": "token_logp", "forward": "token_logp", "pair_loss": "pair_loss", "logits_grad": "logits_grad"}
-MULTIPROCESSORS = 2  # of the simulated GPU; a real one has a hundred
+MULTIPROCESSORS = 2  # of the simulated GPU; a real GPU has about a hundred
 
 
 @functools.cache
 def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> str:
-    """PTX of a kernel file; ``edit`` replaces text in its source, or in a header of its folder, to break it."""
+    """Returns the PTX of a kernel file. ``edit`` replaces text in its source or in a header of its folder, to break it."""
     source = ROOT / "csrc" / "mpo" / "cuda" / f"{file}.cu"
     if edit is None:
         return ptxsim.compile_cuda(source, arch=arch, include_dirs=[ROOT / "csrc"])
@@ -38,7 +38,7 @@ def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> 
         body = (source.parent / header).read_text().replace("#pragma once", "")
         text = text.replace(f'#include "mpo/cuda/{header}"', body, 1)
         text = text.replace(f'#include "mpo/cuda/{header}"', "")
-    assert text.count(edit[0]) == 1, f"the text to break is not there once: {edit[0]!r}"
+    assert text.count(edit[0]) == 1, f"the text to replace must occur once: {edit[0]!r}"
     text = re.sub(r"case DType::kFloat(16|32): status = launch.*", "", text)  # compile bfloat16 only
     return ptxsim.compile_cuda(text.replace(*edit), arch=arch, include_dirs=[ROOT / "csrc"])
 
@@ -49,9 +49,9 @@ def module(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) 
 
 
 class SimulatedNative:
-    """The functions of ``mpo_ext._C`` whose names end in ``_cuda``, run by ptxsim.
+    """Runs the functions of ``mpo_ext._C`` whose names end in ``_cuda`` on ptxsim.
 
-    ``options`` go to ``Kernel.launch``; ``reports`` collects what it returns, with the name of the function.
+    ``options`` are passed to ``Kernel.launch``; ``reports`` collects its reports, with the names of the functions.
     """
 
     def __init__(self, arch: str = "sm_90", edit: tuple[str, str] | None = None, **options: Any) -> None:
@@ -69,7 +69,7 @@ class SimulatedNative:
         return {"has_cuda": True}.get(name) or getattr(self.real, name)
 
     def launch(self, name: str, arguments: dict[str, Any]) -> Any:
-        """One launch; addresses among the arguments are those of ptxsim buffers."""
+        """Runs a launch whose addresses are those of ptxsim buffers."""
         launch = getattr(self.real, f"describe_{name}_cuda")(**arguments)
         kernel = {
             "token_logp": lambda: f"I{_MANGLED[arguments['dtype']]}Lb{int(arguments['stats'] != 0)}ELb0E",
@@ -85,7 +85,7 @@ class SimulatedNative:
         return report
 
     def launch_on_host_memory(self, name: str, **arguments: Any) -> None:
-        """One launch as mpo_ext.ops makes it, on host addresses: copies all buffers in and those written out again."""
+        """Runs a launch of mpo_ext.ops, whose addresses are those of the host: copies all buffers in and out again."""
         arguments.pop("stream")
         sizes = {key: size for key, size in _sizes(self.real, name, arguments).items() if arguments.get(key)}
         extents: dict[int, int] = {}  # the gradient may be the logits
@@ -93,7 +93,7 @@ class SimulatedNative:
             extents[arguments[key]] = max(size, extents.get(arguments[key], 0))
         buffers = {}
         for address, size in extents.items():
-            # At the same place within a line as on the host, so that alignment is what it is.
+            # At the same offset within a line as on the host, so that the alignment is the same.
             shift = address % 128
             buffer = ptxsim.Buffer(nbytes=size + shift)
             host = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
@@ -109,7 +109,7 @@ class SimulatedNative:
 
 
 def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
-    """Bytes behind each address among the arguments of a launch."""
+    """Returns the size in bytes of the buffer at each address among the arguments of a launch."""
     rows = a["rows"]
     sizes = {"labels": 8 * rows, **dict.fromkeys(("logp", "row_max", "row_sum", "weight"), 4 * rows)}
     if "vocab" in a:
@@ -145,10 +145,9 @@ def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
 
 
 class Rows:
-    """Rows of logits as a kernel gets them: a poisoned buffer that holds nothing but the labelled rows.
+    """Rows of logits for a kernel: a poisoned buffer in which only the labelled rows are valid.
 
-    Reading anything else of it is a fault: the rows that are ignored, the gap that a wide stride leaves, and what lies
-    before an unaligned start.
+    Reading any other part is a fault: ignored rows, the gaps of a wide stride, and the bytes before an unaligned start.
     """
 
     def __init__(self, dtype: str, labels: list[int], vocab: int, stride: int, offset: int = 0, seed: int = 0) -> None:
@@ -160,7 +159,7 @@ class Rows:
         values = 3 * torch.randn(self.rows, vocab, generator=generator)
         for row, label in enumerate(labels):
             if row % 4 == 1 and 0 <= label < vocab:
-                values[row, label] += 12  # a confident row: 1 - p cancels
+                values[row, label] += 12  # a confident row, in which 1 - p cancels
         self.values = values.to(DTYPES[dtype])
         self.buffer = ptxsim.Buffer(nbytes=(offset + self.rows * stride) * self.width, init=None)
         self.write()
@@ -178,13 +177,13 @@ class Rows:
         return slice(start, start + self.vocab * self.width)
 
     def write(self) -> None:
-        """Puts the labelled rows into the buffer."""
+        """Writes the labelled rows to the buffer."""
         for row in np.flatnonzero(self.is_scored):
             self.buffer.raw[self.place(row)] = self.values[row].view(torch.uint8).numpy()
             self.buffer.valid[self.place(row)] = 1
 
     def read(self, buffer: Any, row: int) -> np.ndarray:
-        """A row of the same shape and place out of another buffer, as float64."""
+        """Returns the row of the same position in another buffer, as float64."""
         data = torch.from_numpy(buffer.raw[self.place(row)].copy()).view(DTYPES[self.dtype])
         return data.double().numpy()
 
@@ -206,14 +205,14 @@ class Rows:
 
 
 def poisoned(nbytes: int) -> Any:
-    """Memory that nobody has written yet."""
+    """Returns memory that has not been written."""
     return ptxsim.Buffer(nbytes=nbytes, init=None)
 
 
 def run_token_logp(
     native: SimulatedNative, rows: Rows, stats: int = 0, multiprocessors: int = MULTIPROCESSORS
 ) -> dict[str, np.ndarray]:
-    """Launches token_logp; returns its outputs. All of them were poisoned, and all must have been written."""
+    """Launches token_logp and returns its outputs, which must have been written completely."""
     shape = native.real.cuda_forward_shape(
         rows=rows.rows, vocab=rows.vocab, dtype=rows.dtype, pairs=0, multiprocessors=multiprocessors
     )
@@ -232,7 +231,7 @@ def run_token_logp(
     return {name: written(buffer, np.float32) for name, buffer in out.items()}
 
 
-PAIR_OUTPUTS = {  # bytes per pair or in all, and type
+PAIR_OUTPUTS = {  # bytes per pair, further bytes, and dtype
     "loss": (0, 4, np.float32),
     "terms": (0, 12, np.float32),
     "reward_shift": (0, 4, np.float32),
@@ -282,7 +281,7 @@ def run_forward(
     native: SimulatedNative, rows: Rows, pairs: Pairs, stats: int = 0, multiprocessors: int = MULTIPROCESSORS,
     **config: Any,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Launches the one-kernel forward; returns all its outputs."""
+    """Launches the forward in one kernel and returns all its outputs."""
     shape = native.real.cuda_forward_shape(
         rows=rows.rows, vocab=rows.vocab, dtype=rows.dtype, pairs=pairs.pairs, multiprocessors=multiprocessors
     )
@@ -305,7 +304,7 @@ def run_forward(
 def run_pair_loss(
     native: SimulatedNative, logp: np.ndarray, labels: np.ndarray, pairs: Pairs, **config: Any
 ) -> dict[str, np.ndarray]:
-    """Launches pair_loss by itself."""
+    """Launches pair_loss alone."""
     scratch = poisoned(native.real.cuda_pair_loss_shape(pairs=pairs.pairs)["scratch_bytes"])
     inputs = ptxsim.Buffer(logp), ptxsim.Buffer(labels)
     native.launch(
@@ -330,7 +329,7 @@ def run_logits_grad(
     is_zeroed: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> Any:
-    """Launches logits_grad; returns the buffer with the gradient, laid out like the logits or like ``grad``."""
+    """Launches logits_grad and returns the buffer of the gradient, with the layout of the logits or of ``grad``."""
     inputs = [ptxsim.Buffer(np.ascontiguousarray(rows_)) for rows_ in (row_max, row_sum, weight)]
     factor = None if scale is None else ptxsim.Buffer(scale)
     place = grad or rows
@@ -348,14 +347,14 @@ def run_logits_grad(
 
 
 def written(buffer: Any, dtype: Any) -> np.ndarray:
-    """The contents of a poisoned buffer, all of which must have been written."""
+    """Returns the contents of a poisoned buffer, which must have been written completely."""
     assert buffer.valid[: buffer.nbytes].all(), "part of an output was not written"
     return buffer.array(dtype).copy()
 
 
 @contextlib.contextmanager
 def simulated_backend(native: SimulatedNative) -> Iterator[SimulatedNative]:
-    """Lets ``mpo_ext`` serve tensors on the CPU with backend="cuda", by way of the simulator."""
+    """Lets ``mpo_ext`` run tensors on the CPU with backend="cuda", on the simulator."""
     from mpo_ext.ops import backends, cuda
     from mpo_ext.ops import native as native_module
 
@@ -369,7 +368,7 @@ def simulated_backend(native: SimulatedNative) -> Iterator[SimulatedNative]:
 
 
 def exact_rows(rows: Rows) -> dict[str, np.ndarray]:
-    """The definition, in float64."""
+    """Computes the definition in float64."""
     n = rows.rows
     found = {name: np.zeros(n) for name in ("logp", "entropy", "mean_logit", "top1", "sum_p_squared")}
     found["p"] = np.zeros((n, rows.vocab))

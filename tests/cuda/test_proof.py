@@ -1,4 +1,4 @@
-"""What the results alone do not show: memory traffic, fences, and that broken kernels are caught."""
+"""Properties that correct results do not prove: memory traffic, fences, and that tests detect broken kernels."""
 
 import re
 
@@ -28,7 +28,7 @@ def bytes_of(report: object, buffer: object) -> tuple[int, int]:
 
 
 def efficiency(report: object, kind: str, width: int) -> float:
-    """Bytes asked for by the vector loads (or stores) of logits over the bytes of the sectors they touch."""
+    """Returns the bytes that vector loads (or stores) of logits request over the bytes of the sectors they touch."""
     accesses = [
         a for a in report.accesses if a.space == "global" and a.kind == kind and f".v{width // 4}." in a.ins.text
     ]
@@ -68,7 +68,7 @@ def test_labelled_rows_are_cut_evenly_wherever_they_lie() -> None:
     run_token_logp(native, rows)
     _, report = native.reports[-1]
     assert report.grid[0] == 6
-    # 13 rows in 6 parts: all five cuts fall into a row, and each piece draws a ticket.
+    # 13 rows in 6 parts: all five cuts fall into a row, and each piece increments an arrival counter.
     assert report.global_atomics == 10
 
 
@@ -76,32 +76,34 @@ def test_labelled_rows_are_cut_evenly_wherever_they_lie() -> None:
 
 
 def fence_problems(text: str) -> list[str]:
-    """Tickets that do not stand between two fences.
+    """Returns the increments of arrival counters that are not between two fences.
 
-    A block publishes what it wrote (a store, or the barrier behind its threads' stores), fences, draws a ticket,
-    fences, and only then reads what others published. So: between the last global store or barrier before a ticket
-    and the ticket there is a fence, and there is one between the ticket and the next global load or barrier.
+    A block stores its results (or passes the barrier after its threads' stores), fences, increments an arrival counter,
+    fences again, and only then reads the results of other blocks. So there must be a fence between the last global
+    store or barrier and the increment, and a fence between the increment and the next global load or barrier.
     """
     publishes = re.compile(r"\b(st\.global|st\.shared|bar\.sync|barrier\.sync)|\bst\.v\d")
     reads = re.compile(r"\b(ld\.global|bar\.sync|barrier\.sync|bar\.warp)")
     fence = re.compile(r"\b(membar\.gl|fence\.(acq_rel|sc)\.gpu)\b")
-    found = []
+    problems = []
     for kernel in re.split(r"\.entry", text)[1:]:
         lines = [line.strip() for line in kernel.splitlines()]
         lines = [line for line in lines if line and not line.startswith((".loc", "//"))]
-        tickets = [i for i, line in enumerate(lines) if re.search(r"\batom\.\S*inc", line)]
+        arrivals = [i for i, line in enumerate(lines) if re.search(r"\batom\.\S*inc", line)]
         is_fused = "Lb1EEEv" in kernel.split("(")[0]
-        assert len(tickets) == (2 if is_fused else 1)
-        for ticket in tickets:
-            before = next(i for i in range(ticket - 1, -1, -1) if publishes.search(lines[i]) or fence.search(lines[i]))
-            after = next(i for i in range(ticket + 1, len(lines)) if reads.search(lines[i]) or fence.search(lines[i]))
-            found += [f"{lines[i]} next to {lines[ticket]}" for i in (before, after) if not fence.search(lines[i])]
-    return found
+        assert len(arrivals) == (2 if is_fused else 1)
+        for arrival in arrivals:
+            before = next(
+                i for i in range(arrival - 1, -1, -1) if publishes.search(lines[i]) or fence.search(lines[i])
+            )
+            after = next(i for i in range(arrival + 1, len(lines)) if reads.search(lines[i]) or fence.search(lines[i]))
+            problems += [f"{lines[i]} next to {lines[arrival]}" for i in (before, after) if not fence.search(lines[i])]
+    return problems
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_a_fence_stands_on_either_side_of_each_ticket(arch: str) -> None:
-    """ptxsim's memory is sequentially consistent, so it cannot miss a fence; hence this look at the PTX."""
+def test_each_arrival_is_between_two_fences(arch: str) -> None:
+    """Reads the PTX, since the simulator's memory is sequentially consistent and a missing fence has no effect in it."""
     text = ptx("token_logp", arch)
     assert len(re.findall(r"\.entry", text)) == 12
     assert fence_problems(text) == []
@@ -110,13 +112,13 @@ def test_a_fence_stands_on_either_side_of_each_ticket(arch: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "__threadfence();  // the piece is visible before the ticket is",
-        "__threadfence();  // no piece is read before the last ticket is drawn",
-        "__threadfence();  // this block's rows are visible before its ticket is",
-        "__threadfence();  // no row is read before the last ticket is drawn",
+        "__threadfence();  // the piece is visible before the arrival is",
+        "__threadfence();  // no piece is read before the last arrival",
+        "__threadfence();  // this block's rows are visible before its arrival is",
+        "__threadfence();  // no row is read before the last arrival",
     ],
 )
-def test_a_missing_fence_is_noticed(line: str) -> None:
+def test_a_missing_fence_is_detected(line: str) -> None:
     assert fence_problems(ptx("token_logp", "sm_90", (line, ""))) != []
 
 
@@ -128,13 +130,15 @@ def results(edit: tuple[str, str] | None, vocab: int = 9001, **options: object) 
     return run_forward(SimulatedNative(edit=edit, traffic=False, **options), rows, Pairs(4, np.array([-20.0, -30.0])))
 
 
-def test_the_means_to_break_kernels_leave_them_whole() -> None:
+def test_an_edit_without_effect_leaves_the_results_as_they_are() -> None:
     untouched = results(("constexpr int kWords = 4;", "constexpr int kWords = 2 + 2;"))
     assert {k: v.tobytes() for k, v in results(None).items()} == {k: v.tobytes() for k, v in untouched.items()}
 
 
 def test_a_missing_barrier_is_caught() -> None:
-    barrier = "    // warps[buffer] is complete; and warp 0 has read the other one, which the next row overwrites.\n"
+    barrier = (
+        "    // warps[buffer] is complete, and warp 0 has read the other buffer, which the next row overwrites.\n"
+    )
     with pytest.raises(ptxsim.RaceError):
         results((barrier + "    __syncthreads();\n", ""))
 
@@ -156,10 +160,10 @@ def test_a_head_that_is_off_by_one_is_caught() -> None:
 @pytest.mark.parametrize(
     "edit",
     [
-        ("atomicInc(a.counters + gridDim.x, gridDim.x - 1)", "atomicAdd(a.counters + gridDim.x, 1u)"),
+        ("atomicInc(a.arrivals + gridDim.x, gridDim.x - 1)", "atomicAdd(a.arrivals + gridDim.x, 1u)"),
         (
-            "atomicInc(a.counters + first, static_cast<unsigned>(last - first))",
-            "atomicAdd(a.counters + first, 1u)",
+            "atomicInc(a.arrivals + first, static_cast<unsigned>(last - first))",
+            "atomicAdd(a.arrivals + first, 1u)",
         ),
     ],
     ids=["of the grid", "of a row"],
@@ -170,6 +174,6 @@ def test_a_counter_that_is_not_reset_is_caught(edit: tuple[str, str]) -> None:
 
 
 def test_a_last_block_that_is_not_the_last_is_caught() -> None:
-    ticket = "shared.is_last = atomicInc(a.counters + gridDim.x, gridDim.x - 1) == gridDim.x - 1;"
-    with pytest.raises(ptxsim.MemoryFault):  # it reads what other blocks have not written yet
-        results((ticket, ticket.replace("== gridDim.x - 1;", "== 0;")), resident=1)
+    arrival = "shared.is_last = atomicInc(a.arrivals + gridDim.x, gridDim.x - 1) == gridDim.x - 1;"
+    with pytest.raises(ptxsim.MemoryFault):  # it reads results that other blocks have not written yet
+        results((arrival, arrival.replace("== gridDim.x - 1;", "== 0;")), resident=1)

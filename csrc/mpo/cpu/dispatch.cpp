@@ -1,4 +1,4 @@
-// Chooses the kernels for an instruction set and shares the rows out over threads.
+// Chooses the kernels of an instruction set and distributes the rows over threads.
 #include <atomic>
 #include <functional>
 #include <system_error>
@@ -25,47 +25,49 @@ const CpuKernels& kernels_of(Isa isa) {
   return kPortableKernels;
 }
 
-/// The OpenMP runtime's call that lets each thread of a team do work(data). The runtime is torch's, looked up and not
-/// linked: its threads spin for a while after each operator of torch, and others of ours would have to wait for them.
+/// The function of the OpenMP runtime that runs work(data) on each thread of a team. It is looked up in torch's runtime
+/// and not linked: torch's threads spin for a while after each operator, and threads of a second pool would wait for
+/// them.
 using Parallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
 #ifdef _WIN32
 Parallel openmp_parallel() { return nullptr; }
 #else
 std::atomic<bool> is_forked{false};
-[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
 
-/// GOMP_parallel, which the runtimes of GCC, LLVM and Intel have; null where there is none, and in a forked process,
-/// which has inherited a pool without its threads.
+/// Returns GOMP_parallel, which the runtimes of GCC, LLVM and Intel provide; nullptr without such a runtime, and in a
+/// forked process, which inherits the pool without its threads.
 Parallel openmp_parallel() {
-  static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return is_forked ? nullptr : found;
+  static const auto gomp_parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return is_forked ? nullptr : gomp_parallel;
 }
 #endif
 
-/// Calls run() on up to `threads` threads at once, of which `most` have something to do; run() does what is left.
+/// Calls run() on up to `threads` threads at once, of which at most `max_busy` find work. Each call of run() works
+/// until no work is left.
 template <typename Run>
-void on_threads(int64_t threads, int64_t most, Run& run) {
-  if (threads <= 1 || most <= 1) return run();
+void run_on_threads(int64_t threads, int64_t max_busy, Run& run) {
+  if (threads <= 1 || max_busy <= 1) return run();
   if (const Parallel parallel = openmp_parallel()) {
-    // All of them: a team of another size than torch's would have to be put together anew.
+    // On all threads: a team of another size than torch's would have to be assembled first.
     return parallel([](void* data) { (*static_cast<Run*>(data))(); }, &run, static_cast<unsigned>(threads), 0);
   }
   std::vector<std::thread> helpers;
   try {
-    for (int64_t i = 1; i < threads && i < most; ++i) helpers.emplace_back(std::ref(run));
+    for (int64_t i = 1; i < threads && i < max_busy; ++i) helpers.emplace_back(std::ref(run));
   } catch (const std::system_error&) {
-    // Those that started, and this one, do the work.
+    // The threads that have started do the work together with this thread.
   }
   run();
   for (std::thread& helper : helpers) helper.join();
 }
 
-/// Calls work(begin, end) on pieces of [0, rows) that cost about the same, on up to `threads` threads. A piece is a few
-/// rows, taken when a thread is free, since ignored rows cost nothing and lie together.
+/// Calls work(begin, end) for pieces of [0, rows) on up to `threads` threads. A piece is a few rows. Threads take the
+/// next piece when they are free, because ignored rows are adjacent and cost nothing.
 template <typename Work>
 void for_each_piece(int64_t rows, int64_t vocab, int threads, const Work& work) {
-  constexpr int64_t kPieceElements = 1 << 16;  // some 20 microseconds of work, as much as waking a thread costs
+  constexpr int64_t kPieceElements = 1 << 16;  // about 20 microseconds of work, the cost of waking a thread
   const int64_t piece = vocab >= kPieceElements ? 1 : kPieceElements / vocab;
   const int64_t pieces = (rows + piece - 1) / piece;
   std::atomic<int64_t> next{0};
@@ -75,7 +77,7 @@ void for_each_piece(int64_t rows, int64_t vocab, int threads, const Work& work) 
       work(begin, begin + piece < rows ? begin + piece : rows);
     }
   };
-  on_threads(threads, pieces, run);
+  run_on_threads(threads, pieces, run);
 }
 
 }  // namespace
@@ -87,7 +89,7 @@ bool can_run(Isa isa) {
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && can_run(Isa::kAvx2);
-    case Isa::kAvx2:  // every processor with AVX2 has F16C, which compilers cannot all ask for
+    case Isa::kAvx2:  // and F16C, which every processor with AVX2 has; not all compilers can query it
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
     default: return false;

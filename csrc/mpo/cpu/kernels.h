@@ -1,4 +1,4 @@
-// The CPU kernels of one instruction set, as a table. kernels_*.cpp fill one in each; dispatch.cpp picks.
+// The table of the CPU kernels of one instruction set. Each kernels_*.cpp defines one table; dispatch.cpp selects it.
 #pragma once
 
 #include "mpo/api.h"
@@ -6,7 +6,7 @@
 namespace mpo {
 
 struct CpuKernels {
-  /// Both handle the rows begin .. end - 1 on the calling thread.
+  /// Both process the rows begin .. end - 1 on the calling thread.
   void (*token_logp)(const TokenLogpParams& p, void* exp_logits, DType dtype, int64_t begin, int64_t end);
   void (*logits_grad)(const LogitsGradParams& p, DType dtype, int64_t begin, int64_t end);
 };

@@ -1,5 +1,5 @@
 // token_logp and logits_grad on a range of rows, for the vector width MPO_VECTOR_BYTES. Compiled once per instruction
-// set by kernels_*.cpp; vec.inl says what must not be called from here.
+// set by kernels_*.cpp; vec.inl explains which functions must not be called from here.
 #include <cmath>
 #include <cstdint>
 #if defined(__AVX2__)
@@ -15,9 +15,10 @@ namespace {
 #include "mpo/cpu/vec.inl"
 
 constexpr int64_t kCacheLine = 64;
-constexpr int kUnroll = 4;  // vectors in flight, and partial sums, so that no addition waits for the one before
+constexpr int kUnroll =
+    4;  // vectors in flight, each with its own partial sum, so that no addition waits for the previous one
 
-/// Elements of a vector, of a group of vectors that is loaded at once, and of one step of the main loops.
+/// Elements in a vector, in a group of vectors that is loaded at once, and in one step of the main loops.
 template <typename Format>
 constexpr int64_t kLanes = MPO_VECTOR_BYTES / static_cast<int64_t>(sizeof(typename Format::Real));
 template <typename Format>
@@ -25,8 +26,8 @@ constexpr int64_t kGroupSize = kLanes<Format> * Format::kGroup;
 template <typename Format>
 constexpr int64_t kStep = kLanes<Format> * kUnroll;
 
-/// Elements of a block: it stays in the first-level cache between the two passes over it, and its sums are kept apart
-/// until its end, since one running float over 150,000 terms would lose four digits.
+/// Elements in a block. It stays in the first-level cache between the two passes over it. Each block is summed
+/// separately, since a single running float over 150,000 terms would lose four digits.
 template <typename Format>
 constexpr int64_t kBlock = 8192 / static_cast<int64_t>(sizeof(typename Format::Real));
 
@@ -38,8 +39,8 @@ const typename Format::Scalar* row_start(const Rows& in, int64_t row) {
   return static_cast<const typename Format::Scalar*>(in.logits) + row_offset(in, row);
 }
 
-/// Calls body(u, v) for each vector v of [x, x + size): whole steps first, u from 0 to kUnroll - 1, then the rest in
-/// groups, the last of them filled up with `fill`. `ahead` elements further on are called into the cache; 0 for none.
+/// Calls body(u, v) for each vector v of [x, x + size): first whole steps, with u from 0 to kUnroll - 1, then groups,
+/// the last padded with `fill`. Prefetches the elements that lie `ahead` elements further; 0 disables that.
 template <typename Format, typename Body>
 inline void for_each_vector(const typename Format::Scalar* x, int64_t size, typename Format::Scalar fill, int64_t ahead,
                             const Body& body) {
@@ -79,13 +80,15 @@ double largest_of(const typename Format::Scalar* x, int64_t size, int64_t ahead)
   return horizontal_max<typename Format::Real>(max[0]);
 }
 
-/// What is subtracted before exp. Nothing but -inf so far: any finite number makes exp give 0 (or NaN of NaN).
+/// Returns the number that is subtracted from logits before exp: the maximum, or 0 if all logits are -inf, which makes
+/// exp give 0.
 template <typename Format>
-typename Format::Vec subtrahend(double max) {
+typename Format::Vec exp_offset(double max) {
   typedef typename Format::Real Real;
   return splat<typename Format::Vec>(max == -__builtin_inf() ? Real(0) : static_cast<Real>(max));
 }
 
+/// Returns the sums of a row.
 template <typename Format, bool kStats>
 RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
   typedef typename Format::Vec Vec;
@@ -99,7 +102,7 @@ RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
 
     const double block_max = largest_of<Format>(block, size, 0);
     if (block_max > row.max) {
-      const double gap = row.max - block_max;  // -inf at the first block, where all sums are 0
+      const double gap = row.max - block_max;  // -inf in the first block, where all sums are 0
       const double scale = exp(gap);
       if (kStats && row.sum != 0) {
         row.e_d = (row.e_d + gap * row.sum) * scale;
@@ -109,9 +112,9 @@ RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
       row.max = block_max;
     }
 
-    const Vec row_max = subtrahend<Format>(row.max);
+    const Vec row_max = exp_offset<Format>(row.max);
     Vec sum[kUnroll] = {}, e_d[kUnroll] = {}, z_sum[kUnroll] = {}, squared[kUnroll] = {};
-    // The next block comes into the cache while this one is computed on.
+    // Prefetches the next block while this block is computed.
     for_each_vector<Format>(block, size, Format::kMinusInfinity, kBlock<Format>, [&](int u, Vec z) {
       const Vec d = Exp::clamp(z - row_max);
       const Vec e = exponential(d);
@@ -121,7 +124,7 @@ RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
         squared[u] += e * e;
       }
     });
-    if (kStats) {  // apart, since what fills up the last vector must be 0 here
+    if (kStats) {  // a separate loop, since the padding must be 0 here
       for_each_vector<Format>(block, size, 0, 0, [&](int u, Vec z) { z_sum[u] += z; });
     }
     row.sum += sum_of(sum);
@@ -134,14 +137,14 @@ RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
   return row;
 }
 
-/// Writes exp(z - max) for each z of a row, and returns their sum.
+/// Writes exp(z - max) for each z of a row and returns the sum.
 template <typename Format>
 double write_exp_logits(const typename Format::Scalar* x, typename Format::Scalar* out, int64_t vocab, double max) {
   typedef typename Format::Vec Vec;
   typedef typename Format::Scalar Scalar;
   typedef typename Format::Exp Exp;
   const Exp exponential(1);
-  const Vec row_max = subtrahend<Format>(max);
+  const Vec row_max = exp_offset<Format>(max);
   double total = 0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock<Format>) {
     const int64_t end = vocab - begin < kBlock<Format> ? vocab : begin + kBlock<Format>;
@@ -173,12 +176,12 @@ double write_exp_logits(const typename Format::Scalar* x, typename Format::Scala
   return total;
 }
 
-/// Log-probability of the label of each row, each logit of a labelled row read from memory once.
+/// Computes the log-probability of the label of each row. Reads each logit of a labelled row from memory once.
 ///
 ///   logp[i] = (z[y] - m) - log(sum_v exp(z[v] - m)),    m = max_v z[v]
 ///
-/// Reads   vocab elements per labelled row; a block of them is passed over twice, the second time in the cache
-/// Writes  three numbers per row, and one per statistic; vocab elements where exp_logits are asked for
+/// Reads   vocab elements per labelled row; each block twice, the second time from the cache
+/// Writes  three numbers per row, and one per statistic; vocab elements per labelled row if exp_logits is not nullptr
 template <typename Format>
 void token_logp_rows(const TokenLogpParams& p, void* exp_logits, int64_t begin, int64_t end) {
   typedef typename Format::Real Real;
@@ -233,10 +236,10 @@ void token_logp_rows(const TokenLogpParams& p, void* exp_logits, int64_t begin, 
   }
 }
 
-/// grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i); the logits may be overwritten by it.
+/// Computes grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i). grad may be the logits.
 ///
 /// Reads   vocab elements per labelled row
-/// Writes  vocab elements per labelled row, and as many zeros per ignored row unless they are there already
+/// Writes  vocab elements per labelled row, and vocab zeros per ignored row unless is_zeroed
 template <typename Format>
 void logits_grad_rows(const LogitsGradParams& p, int64_t begin, int64_t end) {
   typedef typename Format::Vec Vec;
@@ -258,14 +261,15 @@ void logits_grad_rows(const LogitsGradParams& p, int64_t begin, int64_t end) {
     const double sum = static_cast<const Real*>(p.row_sum)[row];
     const double weight = static_cast<const Real*>(p.weight)[row] * scale;
     const Real factor = static_cast<Real>(-weight / sum);
-    // A bad label, a row with a NaN, with +inf or of -inf only, an overflowed weight: NaN, and none of it below.
+    // The gradient is NaN if the label is out of range, the row has a NaN or +inf or only -inf, or the weight
+    // overflowed.
     if (!in_vocab(label, p.in.total) || !__builtin_isfinite(factor) || !__builtin_isfinite(max)) {
       for (int64_t v = 0; v < vocab; ++v) out[v] = Format::kNan;
       continue;
     }
     const int64_t column = label - p.in.first;
     const bool has_label = in_vocab(column, vocab);
-    // The label's own gradient, weight * (1 - p), as -expm1(logp): 1 - p cancels once p is near 1.
+    // The gradient of the label's logit is weight * (1 - p), with 1 - p = -expm1(logp): 1 - p cancels if p is near 1.
     Scalar label_grad = {};
     if (has_label) {
       const double logp = label_logp(Format::value(x[column]), max, sum);

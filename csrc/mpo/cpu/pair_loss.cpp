@@ -1,5 +1,5 @@
-// The loss of B pairs from the log-probs of their tokens, and the weight of each row's gradient. All in double: it
-// costs nothing beside the logits, and a sum of thousands of log-probs has no digits to spare.
+// The loss of B pairs from the log-probs of their tokens, and the weight of each row's gradient. All arithmetic is in
+// double: its time is negligible, and a sum of thousands of log-probs needs the digits.
 #include <vector>
 
 #include "mpo/math.h"
@@ -17,7 +17,7 @@ void pair_loss(const PairLossParams& p) {
   Real* terms = static_cast<Real*>(p.terms);
   const int64_t pairs = p.pairs;
 
-  std::vector<double> sum(static_cast<size_t>(2 * pairs));  // not read back from `sums`, which may be float
+  std::vector<double> sum(static_cast<size_t>(2 * pairs));  // p.sums may be float
   for (int64_t s = 0; s < 2 * pairs; ++s) {
     p.tokens[s] = 0;
     for (int64_t row = p.offsets[s]; row < p.offsets[s + 1]; ++row) {
@@ -28,7 +28,7 @@ void pair_loss(const PairLossParams& p) {
     sums[s] = static_cast<Real>(sum[s]);
   }
 
-  // A pair with an empty side compares nothing, so its rewards are 0 and move nothing.
+  // A pair with an empty side has nothing to compare: its rewards are 0 and do not update the reward shift.
   const auto has_both = [&](int64_t pair) { return p.tokens[pair] > 0 && p.tokens[pairs + pair] > 0; };
   const auto reward_of = [&](int64_t s) { return has_both(s % pairs) ? c.beta * (sum[s] - p.ref_logp[s]) : 0.0; };
   double reward_sum = 0, reward_count = 0;

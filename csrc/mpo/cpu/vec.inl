@@ -1,7 +1,7 @@
-// Vectors for the CPU kernels, in the compiler's own vector types, so that one source serves every instruction set;
-// intrinsics only where those types have no word for an instruction. Included by kernels.inl inside an anonymous
-// namespace: each instruction set gets its own copy, and nothing here may call an inline function of the standard
-// library, whose copies the linker would merge across instruction sets.
+// Vectors for the CPU kernels, as vector types of the compiler, so that one source serves every instruction set.
+// Intrinsics are used only for instructions that those types cannot express. kernels.inl includes this file inside an
+// anonymous namespace, so each instruction set has its own copy. Nothing here may call an inline function of the
+// standard library: the linker would merge copies of different instruction sets.
 
 template <typename Real>
 struct VecOf;
@@ -29,7 +29,7 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-/// Vectors in memory, at any address. (A memcpy would do, but compilers take it through the stack in small pieces.)
+/// A vector in memory at any address. Compilers turn a memcpy into small copies through the stack.
 template <typename Vec>
 struct Unaligned {
   typedef Vec Type __attribute__((aligned(1), may_alias));
@@ -43,7 +43,7 @@ inline void store_vector(void* address, Vec v) {
   *static_cast<typename Unaligned<Vec>::Type*>(address) = v;
 }
 
-/// Writes zeros past the caches where the processor can: they are many, nobody reads them soon, and a store through the
+/// Writes zeros, bypassing the caches if the processor can: they are many, are not read soon, and a store through the
 /// caches would read each line first. Other threads see them after the fence.
 inline void write_zeros(void* address, size_t bytes) {
 #if defined(__AVX2__)
@@ -67,10 +67,11 @@ inline void write_zeros(void* address, size_t bytes) {
 
 template <typename Vec, typename Real>
 inline Vec splat(Real x) {
-  return x - Vec{};  // x - 0, lane by lane; not 0 + x, which would turn -0 into 0
+  return x - Vec{};  // x - 0 in each lane; 0 + x would turn -0 into 0
 }
 
-/// a > b ? a : b. Where either is NaN it is b, like the x86 instruction: callers put what must survive second.
+/// Returns a > b ? a : b, and b if either is NaN, like the x86 instruction. So callers pass the value that must survive
+/// a NaN as b.
 inline FloatVec larger(FloatVec a, FloatVec b) {
 #if defined(__AVX512F__)
   return bit_cast<FloatVec>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
@@ -82,8 +83,8 @@ inline FloatVec larger(FloatVec a, FloatVec b) {
 }
 inline DoubleVec larger(DoubleVec a, DoubleVec b) { return a > b ? a : b; }
 
-/// The sum of all lanes, in double: near 1, where a confident row's sum of exponentials lies, each float addition would
-/// cost as much as the label's log-probability has to lose.
+/// Returns the sum of all lanes in double. A confident row's sum of exponentials is near 1, where the rounding of a
+/// float addition is as large as the label's log-probability.
 inline double horizontal_sum(DoubleVec v) {
   double sum = 0;
   for (unsigned k = 0; k < sizeof(v) / sizeof(double); ++k) sum += v[k];
@@ -112,12 +113,12 @@ inline Real horizontal_max(Vec v) {
 
 // ------------------------------------------------------------------------------------------------------- exponentials
 
-/// factor * exp(d) for d <= 0, with a relative error below 2e-7, d = 0 giving the factor itself. Below kLowest, -inf
-/// included, it is exactly 0 for any factor up to 2^16; NaN stays NaN.
+/// Computes factor * exp(d) for d <= 0 with a relative error below 2e-7; d = 0 gives the factor exactly. Below kLowest,
+/// including -inf, the result is exactly 0 for any factor up to 2^16. NaN gives NaN.
 ///
-/// d = k * log(2) / kSteps + r;  exp(d) = 2^(k / kSteps) * p(r). The power is put together in the bits of a float,
-/// 2^kHeadroom times too large, and the polynomial's coefficients carry the factor, that many times too small: so what
-/// lies under the normal floats underflows in the last multiplication and needs no comparison.
+/// d = k * log(2) / kSteps + r;  exp(d) = 2^(k / kSteps) * p(r). The power is assembled in the bits of a float,
+/// 2^kHeadroom times too large. The polynomial's coefficients contain the factor, 2^kHeadroom times too small. So
+/// results below the normal floats underflow in the last multiplication, without a comparison.
 struct FloatExp {
   typedef FloatVec Vec;
   static constexpr int kHeadroom = 40;
@@ -125,12 +126,13 @@ struct FloatExp {
   static inline Vec clamp(Vec d) { return larger(splat<Vec>(kLowest), d); }
 
 #if defined(__AVX512F__)
-  // Sixteen steps of a power of two in one register shorten the polynomial: |r| <= log(2) / 32, error 2e-9.
+  // A table of 16 steps of a power of two, in one register, shortens the polynomial: |r| <= log(2) / 32, error 2e-9.
   static constexpr int kSteps = 16;
   static constexpr int kDegree = 3;
   static constexpr float kPolynomial[kDegree + 1] = {1.0f, 1.0f, 0.50001619f, 0.16666721f};
 #else
-  static constexpr int kSteps = 1;  // |r| <= log(2) / 2; minimax for the relative error (3e-9), with 1 and r exact
+  static constexpr int kSteps =
+      1;  // |r| <= log(2) / 2; minimax polynomial for the relative error (3e-9), with the terms 1 and r exact
   static constexpr int kDegree = 6;
   static constexpr float kPolynomial[kDegree + 1] = {
       1.0f, 1.0f, 4.99999934321e-1f, 1.6666520399e-1f, 4.16683907835e-2f, 8.36874510894e-3f, 1.38145401768e-3f};
@@ -142,15 +144,16 @@ struct FloatExp {
     }
   }
 
-  /// For a d that clamp() has seen.
+  /// d must be a result of clamp().
   inline Vec operator()(Vec d) const {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
     const Vec shifted = d * (1.44269504088896341f * kSteps) + magic;
     const Vec n = shifted - magic;
 #if defined(__FMA__)
     const Vec r = d - n * (0.693147180559945309f / kSteps);
 #else
-    // log(2) in two parts, the first so short that its product is exact: no fused operation spares the rounding.
+    // log(2) in two parts, the first short enough that its multiple is exact, since no fused operation avoids the
+    // rounding.
     const Vec r = (d - n * (0.693359375f / kSteps)) - n * (-2.12194440e-4f / kSteps);
 #endif
     Vec p = coefficients[kDegree];
@@ -159,10 +162,10 @@ struct FloatExp {
   }
 
  private:
-  /// 2^(k / kSteps + kHeadroom) from a float's bits that end in k.
+  /// Returns 2^(k / kSteps + kHeadroom) from the bits of a float that end in k.
   static inline Vec power(UintVec bits) {
 #if defined(__AVX512F__)
-    // Entry j: the bits of 2^(j / 16 + kHeadroom), less j << 19, which (k << 19) brings along with its whole part.
+    // Entry j: the bits of 2^(j / 16 + kHeadroom), minus j << 19, which the addition of k << 19 adds again.
 #define MPO_POWER(j, mantissa) ((127u + kHeadroom) << 23) + mantissa##u - (j##u << 19)
     const UintVec table = {
         MPO_POWER(0, 0x000000),  MPO_POWER(1, 0x05aac3),  MPO_POWER(2, 0x0b95c2),  MPO_POWER(3, 0x11c3d3),
@@ -180,7 +183,7 @@ struct FloatExp {
   Vec coefficients[kDegree + 1];
 };
 
-/// The same in double, within 3 ulp.
+/// Computes factor * exp(d) in double, within 3 ulp.
 struct DoubleExp {
   typedef DoubleVec Vec;
   typedef uint64_t Bits __attribute__((vector_size(MPO_VECTOR_BYTES)));
@@ -195,7 +198,7 @@ struct DoubleExp {
     const Vec shifted = d * 1.44269504088896340736 + magic;
     const Vec n = shifted - magic;
     const Vec r = (d - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
-    Vec p = splat<Vec>(1.0 / 6227020800.0);  // Taylor: the first term left out is r^14 / 14! < 5e-18
+    Vec p = splat<Vec>(1.0 / 6227020800.0);  // Taylor series: the first omitted term is r^14 / 14! < 5e-18
     const double inverse_factorial[] = {1.0 / 479001600.0,
                                         1.0 / 39916800.0,
                                         1.0 / 3628800.0,
@@ -220,8 +223,8 @@ struct DoubleExp {
 
 // ------------------------------------------------------------------------------------------------ loading and storing
 
-// A format says how a logit lies in memory (Scalar), what it is computed in (Real), and how a group of kGroup vectors
-// is loaded and stored, in whatever order suits it, but the same in both. Values to be stored are never NaN.
+// A format defines the type of a logit in memory (Scalar), the type of the arithmetic (Real), and how a group of kGroup
+// vectors is loaded and stored. A load may permute the elements; the store reverses that. Stored values are never NaN.
 
 template <typename RealType, typename VecType, typename ExpType>
 struct Native {
@@ -240,7 +243,8 @@ struct Native {
 typedef Native<float, FloatVec, FloatExp> Float32;
 typedef Native<double, DoubleVec, DoubleExp> Float64;
 
-/// Two 16-bit numbers share each 32-bit lane: the even ones make one vector, the odd ones the other, without a shuffle.
+/// Each 32-bit lane holds two 16-bit numbers: the even numbers form one vector and the odd numbers the other, without a
+/// shuffle.
 struct BFloat16 {
   typedef uint16_t Scalar;
   typedef float Real;
@@ -297,7 +301,7 @@ struct Float16 {
     const UintVec bits = __builtin_convertvector(half, UintVec);
     const UintVec magnitude = (bits & 0x7fffu) << 13;
     const UintVec finite =
-        bit_cast<UintVec>(bit_cast<Vec>(magnitude) * 0x1p112f);  // the exponents' biases differ by 112
+        bit_cast<UintVec>(bit_cast<Vec>(magnitude) * 0x1p112f);  // the biases of the exponents differ by 112
     const UintVec any = (bits & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : finite;
     v[0] = bit_cast<Vec>(any | ((bits & 0x8000u) << 16));
 #endif

@@ -1,4 +1,4 @@
-// How logits lie in memory: vectors of 16 bytes, their conversion from and to float, and the exponential of a float.
+// Storage formats of logits: 16-byte vectors, their conversion to and from float, and the exponential of a float.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,14 +13,14 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(static_cast<int>(0xff800000u)); }
 
-/// exp(x) for x <= 0. ex2.approx is off by 2 ulp at most, and flushes what is below 2^-126.
+/// Returns exp(x) for x <= 0. ex2.approx has an error of at most 2 ulp and flushes results below 2^-126 to 0.
 __device__ __forceinline__ float fast_exp(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2E));
   return y;
 }
 
-/// Format<Scalar>: how 16 bytes of logits are taken apart and put together.
+/// Format<Scalar> converts between a 32-bit word of logits and floats.
 template <typename Scalar>
 struct Format;
 
@@ -76,7 +76,7 @@ struct Format<__half> {
   }
 };
 
-constexpr int kWords = 4;  // of 32 bits in a vector
+constexpr int kWords = 4;  // 32-bit words in a vector
 template <typename Scalar>
 constexpr int kPerWord = 4 / static_cast<int>(sizeof(Scalar));
 template <typename Scalar>
@@ -86,7 +86,7 @@ struct Vector {
   unsigned word[kWords];
 };
 
-/// Loads and stores that stay out of the way of what is worth caching: logits and gradients pass once.
+/// Loads and stores with the streaming cache policy, since each logit and gradient is used once.
 __device__ __forceinline__ Vector load_vector(const void* at) {
   const uint4 v = __ldcs(static_cast<const uint4*>(at));
   return {{v.x, v.y, v.z, v.w}};

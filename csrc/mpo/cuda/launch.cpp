@@ -1,4 +1,4 @@
-// The shapes and arguments of the CUDA launches. Host code only: it is built and tested where there is no CUDA.
+// The shapes and arguments of the CUDA launches. Host code only, built and tested without CUDA as well.
 #include "mpo/cuda/launch.h"
 
 #include <algorithm>
@@ -7,17 +7,17 @@
 namespace mpo {
 namespace {
 
-/// Vectors that a row may touch, wherever it starts in its first line.
+/// Returns the vectors that a row may touch, wherever it starts in its first line.
 int row_vectors(int64_t vocab, DType dtype) {
   const int64_t skipped = kLineBytes / element_bytes(dtype) - 1;
   const int64_t per_vector = kVectorBytes / element_bytes(dtype);
   return static_cast<int>((skipped + vocab + per_vector - 1) / per_vector);
 }
 
-/// As many blocks as fit on the GPU at once, fewer where there is too little to share.
+/// Returns the number of blocks: as many as run on the GPU at once, fewer if there is too little work.
 int grid_of(int64_t rows, int64_t vocab, DType dtype, int multiprocessors) {
-  const int64_t wanted = rows * row_vectors(vocab, dtype) / kMinVectors;
-  return static_cast<int>(std::clamp<int64_t>(wanted, 1, int64_t{kCudaBlocksPerSm} * multiprocessors));
+  const int64_t useful = rows * row_vectors(vocab, dtype) / kMinVectors;
+  return static_cast<int>(std::clamp<int64_t>(useful, 1, int64_t{kCudaBlocksPerSm} * multiprocessors));
 }
 
 int64_t piece_bytes(int grid) { return int64_t{2} * grid * static_cast<int64_t>(sizeof(PieceSums)); }
@@ -30,7 +30,7 @@ int element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == 
 
 const char* rows_error(const Rows& in, DType dtype) {
   if (dtype == DType::kFloat64) return "logits must be float32, bfloat16 or float16, got float64";
-  // Positions within a row, and row numbers within a list of them, are 32 bits; everything else is 64.
+  // Positions within a row, and row numbers in a list of rows, are 32-bit; everything else is 64-bit.
   if (in.rows > INT_MAX) return "rows must be below 2^31";
   if (in.vocab > INT_MAX - kLineBytes * kCudaThreads) return "vocab must be below 2^31 - 32768";
   return nullptr;

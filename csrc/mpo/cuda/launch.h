@@ -1,5 +1,5 @@
-// What the host hands to the CUDA kernels, and how it shapes their launches. Included by kernels and host alike;
-// launch.cpp needs neither nvcc nor a GPU, so tests make the very launches that the operators make.
+// The arguments of the CUDA kernels and the shapes of their launches. Both kernels and host code include this header.
+// launch.cpp needs neither nvcc nor a GPU, so tests can repeat exactly the launches of the operators.
 #pragma once
 
 #include <cstdint>
@@ -9,21 +9,21 @@
 
 namespace mpo {
 
-// Chosen by arithmetic (docs/performance.md), not yet tuned on a GPU: each block has 16 kB of loads in flight, and the
-// blocks that a multiprocessor holds at once are as many as the kernels' registers leave room for.
+// Derived in docs/performance.md, not yet tuned on a GPU: each block has 16 kB of loads in flight, and a multiprocessor
+// holds as many blocks at once as the registers of the kernels allow.
 constexpr int kCudaThreads = 256;
 constexpr int kCudaBlocksPerSm = 3;
 constexpr int kWarp = 32;
 constexpr int kWarps = kCudaThreads / kWarp;
-constexpr unsigned kAllLanes = ~0u;  // of a warp
+constexpr unsigned kAllLanes = ~0u;  // mask of all lanes of a warp
 
-/// Rows are laid on a grid of 128-byte lines and counted in vectors of 16 bytes from the start of their first line.
+/// Positions in a row are counted in vectors of 16 bytes from the start of the 128-byte line in which the row starts.
 constexpr int kLineBytes = 128;
 constexpr int kVectorBytes = 16;
-constexpr int kSplitVectors = 32;  // rows are split at multiples of what one warp loads at once
-constexpr int kMinVectors = 512;   // fewer of them are not worth a block
+constexpr int kSplitVectors = 32;  // rows are split at multiples of the vectors that a warp loads at once
+constexpr int kMinVectors = 512;   // at least so many vectors per block
 
-/// A piece of a row that is split over blocks, as one block hands it on: 32 bytes, so one sector.
+/// The sums of one block over its piece of a row that is split over blocks: 32 bytes, which is one sector.
 struct alignas(32) PieceSums {
   RowSums<float> sums;
 };
@@ -39,7 +39,7 @@ struct TokenLogpArgs {
   TokenLogpParams p;
   PairLossArgs pair;
   PieceSums* pieces;   // [grid, 2] scratch: the pieces of the first and of the last row of each block
-  unsigned* counters;  // [grid + 1] tickets of the split rows, by the first block of each, then of the whole grid
+  unsigned* arrivals;  // [grid + 1] arrival counters: of each split row, at its first block, then of the whole grid
   int row_vectors;
 };
 
@@ -51,7 +51,7 @@ struct LogitsGradArgs {
 
 int element_bytes(DType dtype);
 
-/// nullptr, or why the kernels do not take these rows.
+/// Returns nullptr, or why the kernels cannot process these rows.
 const char* rows_error(const Rows& in, DType dtype);
 
 TokenLogpArgs token_logp_args(const TokenLogpParams& p, DType dtype, const CudaWork& work);

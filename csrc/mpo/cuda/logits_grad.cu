@@ -1,4 +1,4 @@
-// logits_grad on the GPU: the whole backward of the loss with respect to the logits.
+// logits_grad on the GPU: the backward of the loss with respect to the logits.
 #include "mpo/cuda/rows.cuh"
 
 namespace mpo {
@@ -9,7 +9,7 @@ struct LogitsGradShared {
   int counts[kWarps];
 };
 
-/// d loss / d logp of a row, and what all elements of its gradient have in common.
+/// Returns d loss / d logp of a row, including the scale.
 __device__ __forceinline__ double row_weight(const LogitsGradArgs& a, int64_t row) {
   const double weight = static_cast<double>(static_cast<const float*>(a.p.weight)[row]);
   if (a.p.scale == nullptr) return weight;
@@ -18,18 +18,18 @@ __device__ __forceinline__ double row_weight(const LogitsGradArgs& a, int64_t ro
 
 struct RowFactor {
   float max;
-  float factor;  // -scale * weight / sum; NaN where the row has no gradient to speak of
+  float factor;  // -scale * weight / sum; NaN if the gradient of the row is NaN
 };
 
 __device__ __forceinline__ RowFactor row_factor(const LogitsGradArgs& a, int64_t row) {
   const float max = static_cast<const float*>(a.p.row_max)[row], sum = static_cast<const float*>(a.p.row_sum)[row];
   const float factor = static_cast<float>(-row_weight(a, row)) / sum;
-  // A row with a NaN, with +inf or of -inf only, an overflowed weight: NaN everywhere.
+  // The gradient is NaN if the row has a NaN or +inf or only -inf, or if the weight overflowed.
   return {max, isfinite(factor) && isfinite(max) ? factor : __int_as_float(0x7fffffff)};
 }
 
-/// The label's own gradient, weight * (1 - p), as -expm1(logp): 1 - p cancels once p is near 1. One thread per row
-/// computes it; it fetches the row's numbers anew, so that nobody has to keep them in registers.
+/// Returns the gradient of the label's logit, weight * (1 - p), with 1 - p = -expm1(logp): 1 - p cancels if p is
+/// near 1. One thread per row computes it. It loads the row's numbers again, so that no thread keeps them in registers.
 __device__ __forceinline__ float label_grad(const LogitsGradArgs& a, int64_t row, float factor, float z_label) {
   if (isnan(factor)) return factor;
   const double max = static_cast<double>(static_cast<const float*>(a.p.row_max)[row]);
@@ -37,14 +37,14 @@ __device__ __forceinline__ float label_grad(const LogitsGradArgs& a, int64_t row
   return static_cast<float>(row_weight(a, row) * -expm1(label_logp(static_cast<double>(z_label), max, sum)));
 }
 
-/// The label's logit, in the one thread that wrote the label's element. That thread corrects it after its loop; it has
-/// read the logit before, since the gradient may be written over it.
+/// The label's logit, in the thread that writes the label's element and corrects it after the loop. The logit is read
+/// before the loop, since the gradient may overwrite it.
 struct LabelLogit {
   bool is_mine;
   float z;
 };
 
-/// A piece of a row's gradient where logits and gradient lie alike on the grid of vectors.
+/// Writes a piece of a row's gradient if logits and gradient have the same alignment.
 template <typename Scalar>
 __device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Scalar* out, int vocab, int label, int from, int to,
                                                   int row_vectors, const RowFactor& f) {
@@ -88,8 +88,8 @@ __device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Scalar* out, 
   return at_label;
 }
 
-/// The same where they lie differently (logits with a padded stride, say), so that no vector of one is a vector of
-/// the other: element by element, neighbours by neighbouring threads.
+/// Writes a piece of a row's gradient element by element if logits and gradient differ in alignment, for example
+/// because of a padded stride. Neighbouring threads write neighbouring elements.
 template <typename Scalar>
 __device__ __forceinline__ LabelLogit write_piece_singly(const Scalar* x, Scalar* out, int vocab, int label, int from,
                                                          int to, const RowFactor& f) {
@@ -132,14 +132,16 @@ __device__ __forceinline__ void fill_piece(Scalar* out, int vocab, int from, int
   }
 }
 
-/// grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i); the logits may be overwritten by it.
+/// Computes grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i). grad may be the logits.
 ///
-/// Grid    cuda_logits_grad_shape: at most what fits on the GPU at once. Labelled rows, which are read and written,
-///         and the others, which are only written, are each cut into as many equal parts as there are blocks
+/// Grid    cuda_logits_grad_shape: at most as many blocks as run on the GPU at once. The labelled rows, which are read
+/// and
+///         written, and the other rows, which are only written, are each cut into as many equal parts as there are
+///         blocks
 /// Block   kCudaThreads threads
 /// Shared  a list of rows
 /// Reads   labels, once per block; vocab elements per labelled row
-/// Writes  vocab elements per labelled row, and as many zeros per ignored row unless they are there already
+/// Writes  vocab elements per labelled row, and vocab zeros per ignored row unless is_zeroed
 template <typename Scalar>
 __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
     logits_grad_kernel(const __grid_constant__ LogitsGradArgs a) {
@@ -156,11 +158,12 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
     const Scalar* x =
         static_cast<const Scalar*>(p.in.logits) + row_offset(row, p.in.inner, p.in.outer_stride, p.in.row_stride);
     Scalar* out = grad_row(row);
-    const int label = label_column(p.in, p.in.labels[row]);  // -1: another tile has it
+    const int label = label_column(p.in, p.in.labels[row]);  // -1: in another tile
     const RowFactor f = row_factor(a, row);
-    const bool are_alike = (reinterpret_cast<uintptr_t>(x) ^ reinterpret_cast<uintptr_t>(out)) % kVectorBytes == 0;
-    const LabelLogit at_label = are_alike ? write_piece(x, out, vocab, label, from, to, a.row_vectors, f)
-                                          : write_piece_singly(x, out, vocab, label, from, to, f);
+    const bool are_aligned_alike =
+        (reinterpret_cast<uintptr_t>(x) ^ reinterpret_cast<uintptr_t>(out)) % kVectorBytes == 0;
+    const LabelLogit at_label = are_aligned_alike ? write_piece(x, out, vocab, label, from, to, a.row_vectors, f)
+                                                  : write_piece_singly(x, out, vocab, label, from, to, f);
     if (at_label.is_mine) out[label] = Format<Scalar>::rounded(label_grad(a, row, f.factor, at_label.z));
   });
 

@@ -1,11 +1,13 @@
-// pair_loss on the GPU by itself, where ranks or tensor-parallel shards have to be pooled between it and token_logp.
+// pair_loss alone on the GPU, for when ranks or tensor-parallel shards are combined between token_logp and pair_loss.
 #include "mpo/cuda/pair_loss.cuh"
 
 namespace mpo {
 namespace {
 
-/// Grid    one block: there is little to do, and all of it waits for sums over the batch
-/// Block   kCudaThreads threads, as in token_logp, so that both ways give the same bits
+/// Computes the loss of B pairs and the weight of each row.
+///
+/// Grid    one block, since the work is small and depends on sums over the batch
+/// Block   kCudaThreads threads, as in token_logp, so that one launch and two launches give the same bits
 __global__ void __launch_bounds__(kCudaThreads, 1) pair_loss_kernel(const __grid_constant__ PairLossArgs a) {
   __shared__ PairLossShared shared;
   pair_loss_block(a, shared);

@@ -1,4 +1,4 @@
-// The pair loss on one block: the last one of token_logp's grid, or the only one of pair_loss's.
+// The pair loss on one block: the last block of token_logp, or the only block of pair_loss.
 #pragma once
 
 #include "mpo/cuda/reduce.cuh"
@@ -11,14 +11,14 @@ struct PairLossShared {
   int64_t tokens[kWarps];
 };
 
-/// Sums of n values over the block, in every thread; always in the same order. The values of one call must have been
-/// read by all before the next: it begins and ends with a barrier.
+/// Replaces n values by their sums over the block, in every thread and always in the same order. All threads must call
+/// it. The barriers also separate it from other uses of `shared`.
 template <int n>
 __device__ __forceinline__ void block_sum(double (&x)[n], PairLossShared& shared) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
   for (int i = 0; i < n; ++i) x[i] = warp_sum(x[i]);
-  __syncthreads();  // the shared values of an earlier use have been read
+  __syncthreads();  // all threads have read the shared values of an earlier use
   if (lane == 0) {
 #pragma unroll
     for (int i = 0; i < n; ++i) shared.values[i][warp] = x[i];
@@ -32,8 +32,7 @@ __device__ __forceinline__ void block_sum(double (&x)[n], PairLossShared& shared
   }
 }
 
-/// The inputs of a pair loss as the GPU takes them. logp was written by other blocks of the same grid: __ldcg reads it
-/// from where all of them see it, and not from this multiprocessor's first-level cache.
+/// The inputs of a pair loss in the types that the GPU accepts.
 struct PairInputs {
   const PairLossArgs& a;
 
@@ -51,7 +50,7 @@ struct PairInputs {
   __device__ __forceinline__ double reward(int64_t s) const {
     return has_both(s % a.p.pairs) ? a.p.config.beta * (a.sums[s] - ref_logp(s)) : 0.0;
   }
-  /// Offsets that do not rise from 0 to rows would send reads and writes astray. Known to all threads.
+  /// Returns, in every thread, whether the offsets rise from 0 to rows. Others would cause accesses out of bounds.
   __device__ __forceinline__ bool are_valid() const {
     if (a.p.offsets == nullptr) return true;
     int is_bad = threadIdx.x == 0 && (offset(0) != 0 || offset(2 * a.p.pairs) != a.p.rows);
@@ -60,67 +59,59 @@ struct PairInputs {
   }
 };
 
-/// How the warps of the block are shared out over the sequences: all of them to few sequences, one each to many.
-struct SequenceShare {
-  int warps;     // per sequence
-  int together;  // sequences at a time
-  int mine;      // which of these is this warp's
-  int part;      // which of its warps this is
+/// The distribution of the warps of the block over the sequences: several warps per sequence if there are few
+/// sequences.
+struct SequenceWarps {
+  int per_sequence;  // warps per sequence
+  int at_once;       // sequences at a time
+  int sequence;      // the sequence of this warp among these
+  int part;          // the index of this warp among the warps of the sequence
 
-  __device__ __forceinline__ explicit SequenceShare(int64_t sequences) {
+  __device__ __forceinline__ explicit SequenceWarps(int64_t sequences) {
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    warps = sequences >= kWarps ? 1 : kWarps / static_cast<int>(sequences);
-    together = kWarps / warps;
-    mine = warp / warps;
-    part = warp % warps;
+    per_sequence = sequences >= kWarps ? 1 : kWarps / static_cast<int>(sequences);
+    at_once = kWarps / per_sequence;
+    sequence = warp / per_sequence;
+    part = warp % per_sequence;
   }
 };
 
-/// The loss of B pairs and the weight of each row's gradient, on the whole of one block. Sums in double, in an order
-/// that depends on nothing but the sizes. Offsets that make no sense give NaN and leave the reward shift alone.
-///
-/// Reads   12 bytes per row, and labels again
-/// Writes  4 bytes per row, and a few numbers per sequence
-__device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossShared& shared) {
+/// Writes NaN to all results and leaves the reward shift as it is.
+__device__ __forceinline__ void reject_offsets(const PairLossParams& p) {
+  const float nan = __int_as_float(0x7fffffff);
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int64_t row = thread; row < p.rows; row += kCudaThreads) static_cast<float*>(p.weight)[row] = nan;
+  for (int64_t s = thread; s < 2 * p.pairs; s += kCudaThreads) {
+    static_cast<float*>(p.sums)[s] = static_cast<float*>(p.reward)[s] = nan;
+    p.tokens[s] = 0;
+  }
+  if (thread < 3) static_cast<float*>(p.terms)[thread] = nan;
+  if (thread < 2) {
+    p.new_state[thread] = p.state[thread];
+    p.batch[thread] = 0;
+  }
+  if (thread == 0) *static_cast<float*>(p.loss) = *static_cast<float*>(p.reward_shift) = nan;
+}
+
+/// Sums the log-probs and counts the tokens of each sequence. Ends with a barrier.
+__device__ __forceinline__ void sum_sequences(const PairLossArgs& a, const SequenceWarps& warps,
+                                              PairLossShared& shared) {
   const PairLossParams& p = a.p;
-  const PairLossConfig& c = p.config;
   const PairInputs in{a};
   const float* logp = static_cast<const float*>(p.logp);
-  float* sums = static_cast<float*>(p.sums);
-  float* rewards = static_cast<float*>(p.reward);
-  float* weight = static_cast<float*>(p.weight);
   const int64_t sequences = 2 * p.pairs;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int warp = thread / kWarp, lane = thread % kWarp;
-  const float nan = __int_as_float(0x7fffffff);
-
-  if (!in.are_valid()) {
-    for (int64_t row = thread; row < p.rows; row += kCudaThreads) weight[row] = nan;
-    for (int64_t s = thread; s < sequences; s += kCudaThreads) {
-      sums[s] = rewards[s] = nan;
-      p.tokens[s] = 0;
-    }
-    if (thread < 3) static_cast<float*>(p.terms)[thread] = nan;
-    if (thread < 2) {
-      p.new_state[thread] = p.state[thread];
-      p.batch[thread] = 0;
-    }
-    if (thread == 0) *static_cast<float*>(p.loss) = *static_cast<float*>(p.reward_shift) = nan;
-    return;
-  }
-
-  // Sums and tokens of each sequence.
-  const SequenceShare share(sequences);
-  for (int64_t first = 0; first < sequences; first += share.together) {
-    const int64_t s = first + share.mine;
-    const bool has_work = share.mine < share.together && s < sequences;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int64_t first = 0; first < sequences; first += warps.at_once) {
+    const int64_t s = first + warps.sequence;
+    const bool has_work = warps.sequence < warps.at_once && s < sequences;
     double sum = 0;
     int count = 0;
     if (has_work) {
       const int64_t end = in.offset(s + 1);
 #pragma unroll 4
-      for (int64_t row = in.offset(s) + share.part * kWarp + lane; row < end; row += share.warps * kWarp) {
+      for (int64_t row = in.offset(s) + warps.part * kWarp + lane; row < end; row += warps.per_sequence * kWarp) {
         if (p.labels[row] == p.ignore_index) continue;
+        // Other blocks of the grid wrote logp: __ldcg reads it from the second-level cache, which all blocks share.
         sum += static_cast<double>(__ldcg(logp + row));
         ++count;
       }
@@ -131,26 +122,60 @@ __device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossS
       shared.values[0][warp] = sum;
       shared.tokens[warp] = count;
     }
-    __syncthreads();  // the warps' sums are complete
-    if (has_work && share.part == 0 && lane == 0) {
+    __syncthreads();  // the sums of the warps are complete
+    if (has_work && warps.part == 0 && lane == 0) {
       double total = 0;
       int64_t tokens = 0;
-      for (int w = warp; w < warp + share.warps; ++w) {
+      for (int w = warp; w < warp + warps.per_sequence; ++w) {
         total += shared.values[0][w];
         tokens += shared.tokens[w];
       }
       a.sums[s] = total;
-      sums[s] = static_cast<float>(total);
+      static_cast<float*>(p.sums)[s] = static_cast<float>(total);
       p.tokens[s] = tokens;
     }
-    __syncthreads();  // the warps' sums have been read; after the last round, a.sums and p.tokens are complete
+    __syncthreads();  // the sums of the warps have been read; after the last round, a.sums and p.tokens are complete
   }
+}
 
-  // Rewards, and what is averaged over the batch.
+/// Writes the coefficient of each sequence to its labelled rows, and 0 to the others.
+__device__ __forceinline__ void write_weights(const PairLossArgs& a, const SequenceWarps& warps) {
+  const PairLossParams& p = a.p;
+  const PairInputs in{a};
+  const int64_t sequences = 2 * p.pairs;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int64_t first = 0; first < sequences; first += warps.at_once) {
+    const int64_t s = first + warps.sequence;
+    if (warps.sequence >= warps.at_once || s >= sequences) continue;
+    const float coefficient = static_cast<float>(a.coefficients[s]);
+    const int64_t end = in.offset(s + 1);
+#pragma unroll 4
+    for (int64_t row = in.offset(s) + warps.part * kWarp + lane; row < end; row += warps.per_sequence * kWarp) {
+      static_cast<float*>(p.weight)[row] = p.labels[row] == p.ignore_index ? 0.0f : coefficient;
+    }
+  }
+}
+
+/// Computes the loss of B pairs and the weight of each row's gradient on one block. Sums are in double, in an order
+/// that depends only on the sizes. Invalid offsets give NaN and leave the reward shift as it is.
+///
+/// Reads   12 bytes per row, and the labels a second time
+/// Writes  4 bytes per row, and a few numbers per sequence
+__device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossShared& shared) {
+  const PairLossParams& p = a.p;
+  const PairLossConfig& c = p.config;
+  const PairInputs in{a};
+  const int64_t sequences = 2 * p.pairs;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (!in.are_valid()) return reject_offsets(p);
+  const SequenceWarps warps(sequences);
+  sum_sequences(a, warps, shared);
+
+  // Rewards, and the sums over the batch.
   double totals[6] = {0, 0, 0, 0, 0, 0};  // sum and count of rewards, then ChosenSums
   for (int64_t s = thread; s < sequences; s += kCudaThreads) {
     const double reward = in.reward(s);
-    rewards[s] = static_cast<float>(reward);
+    static_cast<float*>(p.reward)[s] = static_cast<float>(reward);
     totals[0] += reward;
     totals[1] += in.has_both(s % p.pairs) ? 1 : 0;
     if (s < p.pairs && p.tokens[s] > 0) {
@@ -167,30 +192,20 @@ __device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossS
   const ShiftState after = moved(before, totals[0], totals[1], c.rule, c.decay);
   const double delta = c.update_first ? after.value : before.value;
 
-  // The pairs' terms, and the coefficient of each sequence's log-probs in the loss.
+  // The terms of the pairs, and the coefficient of each sequence's log-probs in the loss.
   double terms[2] = {0, 0};
   const double per_pair = c.beta / static_cast<double>(p.pairs);
   for (int64_t i = thread; i < p.pairs; i += kCudaThreads) {
     const PairTerms t = pair_terms(in.reward(i), in.reward(p.pairs + i), delta, c);
-    const bool compares = in.has_both(i);
+    const bool has_both = in.has_both(i);
     terms[0] += t.dpo;
     terms[1] += t.bco;
     a.coefficients[i] =
-        (compares ? per_pair * t.grad_chosen : 0) + ntp_grad(chosen, static_cast<double>(p.tokens[i]), c);
-    a.coefficients[p.pairs + i] = compares ? per_pair * t.grad_rejected : 0;
+        (has_both ? per_pair * t.grad_chosen : 0) + ntp_grad(chosen, static_cast<double>(p.tokens[i]), c);
+    a.coefficients[p.pairs + i] = has_both ? per_pair * t.grad_rejected : 0;
   }
   block_sum(terms, shared);  // its barriers also complete a.coefficients
-
-  for (int64_t first = 0; first < sequences; first += share.together) {
-    const int64_t s = first + share.mine;
-    if (share.mine >= share.together || s >= sequences) continue;
-    const float coefficient = static_cast<float>(a.coefficients[s]);
-    const int64_t end = in.offset(s + 1);
-#pragma unroll 4
-    for (int64_t row = in.offset(s) + share.part * kWarp + lane; row < end; row += share.warps * kWarp) {
-      weight[row] = p.labels[row] == p.ignore_index ? 0.0f : coefficient;
-    }
-  }
+  write_weights(a, warps);
 
   if (thread == 0) {
     const double dpo = terms[0] / static_cast<double>(p.pairs), bco = terms[1] / static_cast<double>(p.pairs);

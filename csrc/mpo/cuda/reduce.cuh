@@ -1,4 +1,4 @@
-// Reductions over the lanes of a warp, and the merging of the sums of parts of a row.
+// Reductions over the lanes of a warp, and merging the sums over parts of a row.
 #pragma once
 
 #include "mpo/cuda/formats.cuh"
@@ -25,7 +25,7 @@ __device__ __forceinline__ float warp_max(float x) {
 
 __device__ __forceinline__ RowSums<float> empty_sums() { return {minus_infinity(), 0, 0, 0, 0}; }
 
-/// s relative to `max`, which is not smaller than its own.
+/// Returns s relative to `max`, which must be at least s.max.
 template <bool kStats>
 __device__ __forceinline__ RowSums<float> raised_to(const RowSums<float>& s, float max) {
   return s.max == max ? s : rescaled<kStats>(s, max, fast_exp(s.max - max));
@@ -45,7 +45,7 @@ __device__ __forceinline__ RowSums<float> merged(const RowSums<float>& a, const 
   return s;
 }
 
-/// The sums of all lanes, in every lane.
+/// Returns the merged sums of all lanes, in every lane.
 template <bool kStats>
 __device__ __forceinline__ RowSums<float> warp_merged(RowSums<float> s) {
   s = raised_to<kStats>(s, warp_max(s.max));

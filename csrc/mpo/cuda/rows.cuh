@@ -1,4 +1,4 @@
-// The geometry of a row of logits, and the even split of the labelled rows over the blocks of a grid.
+// The geometry of a row of logits, and the even split of rows over the blocks of a grid.
 #pragma once
 
 #include <cstdint>
@@ -10,32 +10,32 @@ namespace mpo {
 constexpr int kUnroll = 4;       // vectors that a thread has in flight
 constexpr int kListRows = 1024;  // rows that a block lists at a time
 constexpr int kScanUnroll = 8;   // labels that a thread has in flight while rows are counted
-constexpr int kListUnroll = 4;   // and while rows are listed, where registers are scarce
+constexpr int kListUnroll = 4;   // labels that a thread has in flight while rows are listed, where registers are scarce
 
 __device__ __forceinline__ bool is_scored(const Rows& in, int64_t label) {
   return label != in.ignore_index && in_vocab(label, in.total);
 }
 
-/// The column of a label, or -1 if it lies in another tile of the vocabulary.
+/// Returns the column of a label, or -1 if it lies in another tile of the vocabulary.
 __device__ __forceinline__ int label_column(const Rows& in, int64_t label) {
   const int64_t column = label - in.first;
   return in_vocab(column, in.vocab) ? static_cast<int>(column) : -1;
 }
 
-/// What stands in for a row that cannot be scored: 0 if it is ignored, else NaN.
+/// Returns the value of a row that is not scored: 0 if it is ignored, NaN if its label is out of range.
 __device__ __forceinline__ float filler(const Rows& in, int64_t label) {
   return label == in.ignore_index ? 0.0f : __int_as_float(0x7fffffff);
 }
 
 __device__ __forceinline__ int64_t row_offset(int64_t row, int64_t inner, int64_t outer_stride, int64_t row_stride) {
-  if (row < inner) return row * row_stride;  // as in any contiguous tensor: spares the division
+  if (row < inner) return row * row_stride;  // as in every contiguous tensor; avoids the division
   return row / inner * outer_stride + row % inner * row_stride;
 }
 
-/// One row on the grid of lines: full vectors in the middle, and at both ends what fills no vector.
+/// The position of a row relative to 128-byte lines: full vectors, and at both ends elements that do not fill a vector.
 struct RowGrid {
-  const char* base;  // the row's address rounded down to a line; never read before the row
-  int skip;          // elements between the two
+  const char* base;  // the row's address rounded down to a line; nothing before the row is read
+  int skip;          // elements from base to the row
   int begin, end;    // the full vectors, counted from base
   int head, tail;    // elements before and after them
 
@@ -50,11 +50,11 @@ struct RowGrid {
     g.end = max((g.skip + vocab) / kVec, g.begin);
     g.head = min(vocab, g.begin * kVec - g.skip);
     g.tail = max(g.skip + vocab - g.end * kVec, 0);
-    if (g.head == vocab) g.tail = 0;  // all of the row lies within one vector
+    if (g.head == vocab) g.tail = 0;  // the whole row lies within one vector
     return g;
   }
 
-  /// The element outside of the full vectors that this thread handles in the piece [from, to), or -1.
+  /// Returns the element outside of the full vectors that this thread handles in the piece [from, to), or -1.
   __device__ __forceinline__ int edge(int from, int to, int row_vectors, int vocab) const {
     const int thread = static_cast<int>(threadIdx.x);
     if (from == 0 && thread < head) return thread;
@@ -63,8 +63,8 @@ struct RowGrid {
   }
 };
 
-/// The even split of rows over blocks: all their vectors in one line, cut into parts of equal length. A cut may fall
-/// into a row. Depends on nothing but its three numbers, so the result does not depend on the order of blocks.
+/// The even split of rows over blocks: the vectors of all rows in one sequence, cut into parts of equal length. A cut
+/// may fall into a row. The split depends only on its three numbers, so results do not depend on the order of blocks.
 struct Split {
   int rows;
   int row_vectors;
@@ -77,7 +77,7 @@ struct Split {
 
   __device__ __forceinline__ int64_t vectors() const { return static_cast<int64_t>(rows) * row_vectors; }
 
-  /// Where a part starts. No part is empty: each has at least kMinVectors before its start is rounded down.
+  /// Returns the start of a part. No part is empty: each has at least kMinVectors before the start is rounded down.
   __device__ __forceinline__ int64_t start(int part) const {
     const int64_t at = vectors() * part / parts;
     const int64_t row = at / row_vectors;
@@ -85,7 +85,7 @@ struct Split {
     return row * row_vectors + offset / kSplitVectors * kSplitVectors;
   }
 
-  /// The part that holds a vector.
+  /// Returns the part that contains a vector.
   __device__ __forceinline__ int part_of(int64_t at) const {
     int part = static_cast<int>(min(at * parts / vectors(), static_cast<int64_t>(parts - 1)));
     while (start(part) > at) --part;
@@ -94,14 +94,14 @@ struct Split {
   }
 };
 
-/// Finds rows by their rank among those that can be scored (or among the others). Every block reads all labels once:
-/// 8 bytes per row against 2 * vocab bytes for a row of logits, and no block has to wait for another.
+/// Finds rows by their rank among the scored rows, or among the others. Every block reads all labels once, so that no
+/// block waits for another: 8 bytes per row, compared with 2 * vocab bytes of logits.
 struct RowFinder {
-  int begin, end;     // the rows that this warp looks at
-  int scored_before;  // rows before them that can be scored
-  int scored;         // rows of all that can be
+  int begin, end;     // the rows whose labels this warp reads
+  int scored_before;  // scored rows before begin
+  int scored;         // all scored rows
 
-  /// `counts` is [kWarps] of shared memory. Ends with all threads past a barrier.
+  /// `counts` is [kWarps] in shared memory. All threads must call it; it contains a barrier.
   __device__ RowFinder(const Rows& in, int* counts) {
     const int rows = static_cast<int>(in.rows);
     const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -130,13 +130,13 @@ struct RowFinder {
     unscored_ = rows - scored;
   }
 
-  __device__ __forceinline__ int count(bool wanted) const { return wanted ? scored : unscored_; }
+  __device__ __forceinline__ int count(bool is_scored_rows) const { return is_scored_rows ? scored : unscored_; }
 
-  /// Writes the rows of rank first .. first + size - 1 among the wanted into shared memory. To be called by all
-  /// threads; the list is complete after the next barrier.
-  __device__ void list(const Rows& in, bool wanted, int first, int size, int* rows) const {
+  /// Writes the rows of rank first .. first + size - 1 among the scored rows, or among the others, to shared memory.
+  /// All threads must call it; the list is complete after the next barrier.
+  __device__ void list(const Rows& in, bool is_scored_rows, int first, int size, int* rows) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    int rank = wanted ? scored_before : begin - scored_before;
+    int rank = is_scored_rows ? scored_before : begin - scored_before;
     for (int64_t base = begin; base < end && rank < first + size; base += kListUnroll * kWarp) {
       int64_t label[kListUnroll];
 #pragma unroll
@@ -147,10 +147,10 @@ struct RowFinder {
 #pragma unroll
       for (int u = 0; u < kListUnroll; ++u) {
         const int64_t row = base + u * kWarp + lane;
-        const bool is_wanted = row < end && is_scored(in, label[u]) == wanted;
-        const unsigned mask = __ballot_sync(kAllLanes, is_wanted);
-        const int mine = rank + __popc(mask & ((1u << lane) - 1)) - first;
-        if (is_wanted && mine >= 0 && mine < size) rows[mine] = static_cast<int>(row);
+        const bool is_listed = row < end && is_scored(in, label[u]) == is_scored_rows;
+        const unsigned mask = __ballot_sync(kAllLanes, is_listed);
+        const int position = rank + __popc(mask & ((1u << lane) - 1)) - first;
+        if (is_listed && position >= 0 && position < size) rows[position] = static_cast<int>(row);
         rank += __popc(mask);
       }
     }
@@ -160,13 +160,13 @@ struct RowFinder {
   int unscored_;
 };
 
-/// Calls body(row, from, to, rank) for each piece of a wanted row that falls to this block: vectors from .. to - 1 of
-/// the row that is number `rank` of the wanted. `rows` is [kListRows] of shared memory. All threads take part.
+/// Calls body(row, from, to, rank) for each piece of a scored row (or of another row) that this block handles: vectors
+/// from .. to - 1 of the row with that rank. `rows` is [kListRows] in shared memory. All threads must call it.
 template <typename Body>
-__device__ __forceinline__ void for_each_piece(const Rows& in, const RowFinder& finder, bool wanted, const Split& split,
-                                               int* rows, const Body& body) {
+__device__ __forceinline__ void for_each_piece(const Rows& in, const RowFinder& finder, bool is_scored_rows,
+                                               const Split& split, int* rows, const Body& body) {
   const int part = static_cast<int>(blockIdx.x);
-  if (finder.count(wanted) == 0 || part >= split.parts) return;  // the same for all threads of the block
+  if (finder.count(is_scored_rows) == 0 || part >= split.parts) return;  // equal in all threads of the block
   const int64_t begin = split.start(part), end = split.start(part + 1);
   const int first = static_cast<int>(begin / split.row_vectors);
   const int last = static_cast<int>((end - 1) / split.row_vectors);
@@ -174,8 +174,8 @@ __device__ __forceinline__ void for_each_piece(const Rows& in, const RowFinder& 
   const int last_to = static_cast<int>(end - static_cast<int64_t>(last) * split.row_vectors);
   for (int listed = first; listed <= last; listed += kListRows) {
     const int size = min(last + 1 - listed, kListRows);
-    __syncthreads();  // nobody reads the list of the round before any more
-    finder.list(in, wanted, listed, size, rows);
+    __syncthreads();  // all threads have read the previous list
+    finder.list(in, is_scored_rows, listed, size, rows);
     __syncthreads();  // rows[] is complete
     for (int k = 0; k < size; ++k) {
       const int rank = listed + k;

@@ -1,4 +1,4 @@
-// token_logp on the GPU, alone or as the whole forward: then the last block to finish goes on with the pair loss.
+// token_logp on the GPU, alone or as the whole forward, in which the last block to finish also runs the pair loss.
 #include "mpo/cuda/pair_loss.cuh"
 #include "mpo/cuda/reduce.cuh"
 #include "mpo/cuda/rows.cuh"
@@ -7,23 +7,23 @@ namespace mpo {
 namespace {
 
 struct TokenLogpShared {
-  RowSums<float> warps[2][kWarps];  // two, so that one barrier per row suffices
+  RowSums<float> warps[2][kWarps];  // double-buffered, so that one barrier per row suffices
   int rows[kListRows];
   int counts[kWarps];
   bool is_last;
 };
 
-/// Takes in one logit.
+/// Returns the sums of a single logit.
 template <bool kStats>
 __device__ __forceinline__ RowSums<float> sums_of(float z) {
-  const float max = fmaxf(z, minus_infinity());  // NaN stays out of the maximum, and gets into the sum
+  const float max = fmaxf(z, minus_infinity());  // a NaN is not in the maximum, but it is in the sum
   const float d = z - (max == minus_infinity() ? 0.0f : max);
   const float e = fast_exp(d);
   return {max, e, kStats ? e * fmaxf(d, -128.0f) : 0, kStats ? z : 0, kStats ? e * e : 0};
 }
 
-/// This thread's share of the vectors from .. to - 1 of a row. kUnroll vectors are in flight; their sums are formed
-/// apart and then added, since one running float over a row would lose digits.
+/// Returns the sums over this thread's part of the vectors from .. to - 1 of a row. Each kUnroll vectors are summed
+/// separately, since a single running float over a row would lose digits.
 template <typename Scalar, bool kStats>
 __device__ __forceinline__ RowSums<float> read_piece(const Scalar* x, int vocab, int from, int to, int row_vectors) {
   typedef Format<Scalar> F;
@@ -59,8 +59,8 @@ __device__ __forceinline__ RowSums<float> read_piece(const Scalar* x, int vocab,
     for (const float z : lanes) max = fmaxf(max, z);
     s = raised_to<kStats>(s, max);
 
-    // Nothing but -inf so far: any finite number in place of the maximum makes exp give 0 (or NaN of NaN).
-    const float reference = max == minus_infinity() ? 0.0f : max;
+    // If all logits so far are -inf, 0 takes the place of the maximum and exp gives 0.
+    const float offset = max == minus_infinity() ? 0.0f : max;
     float sum[kWords] = {}, e_d[kWords] = {}, squared[kWords] = {};
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -71,7 +71,7 @@ __device__ __forceinline__ RowSums<float> read_piece(const Scalar* x, int vocab,
         F::unpack(v[u].word[w], z);
 #pragma unroll
         for (const float logit : z) {
-          const float d = logit - reference;
+          const float d = logit - offset;
           const float e = fast_exp(d);
           sum[w] += e;
           if (kStats) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ RowSums<float> read_piece(const Scalar* x, int vocab,
   return s;
 }
 
-/// Writes what token_logp yields for a row. One thread, in double as on the CPU: it waits for memory anyway.
+/// Writes the results of token_logp for a row. One thread computes them, in double as on the CPU.
 template <typename Scalar, bool kStats>
 __device__ __forceinline__ void store_row(const TokenLogpParams& p, int64_t row, const RowSums<float>& s) {
   const int column = label_column(p.in, p.in.labels[row]);
@@ -102,9 +102,9 @@ __device__ __forceinline__ void store_row(const TokenLogpParams& p, int64_t row,
                   static_cast<double>(s.z), static_cast<double>(s.squared)},
                  column < 0 ? 0.0 : static_cast<double>(load_value(x + column))};
   if (p.row_state != nullptr) {
-    RowState* carried = reinterpret_cast<RowState*>(p.row_state) + row;
-    if (p.in.first != 0) state = continued<kStats>(*carried, state, column >= 0);
-    *carried = state;
+    RowState* earlier = reinterpret_cast<RowState*>(p.row_state) + row;
+    if (p.in.first != 0) state = continued<kStats>(*earlier, state, column >= 0);
+    *earlier = state;
   }
   static_cast<float*>(p.logp)[row] = static_cast<float>(label_logp(state.z_label, state.sums.max, state.sums.sum));
   static_cast<float*>(p.row_max)[row] = static_cast<float>(state.sums.max);
@@ -121,57 +121,58 @@ __device__ __forceinline__ void store_row(const TokenLogpParams& p, int64_t row,
   }
 }
 
-/// Hands on this block's piece of a row that is split, and returns true to all lanes of the warp if it was the last.
-/// Called by one warp; only the sums of lane 0 count. `s` then holds the sums of the whole row.
+/// Stores this block's piece of a split row. Returns true, in all lanes, if this block is the last to arrive; `s` is
+/// then the merged sums of the whole row. Called by one warp; only the `s` of lane 0 is used.
 ///
-/// Why the fences suffice (PTX memory model): lane 0 writes its piece, fences, and draws a ticket. The block that
-/// draws the last one has observed the tickets of all others, each behind its fence, and fences again before it reads:
-/// fence, atomic, atomic, fence is a release pattern that synchronises with an acquire pattern at gpu scope. The other
-/// lanes are ordered behind lane 0 by __syncwarp.
+/// The fences suffice in the PTX memory model: lane 0 writes its piece, fences, and increments the row's arrival
+/// counter. The last block observes the increments of all others, each after its fence, and fences again before it
+/// reads: fence, atomic, atomic, fence is a release pattern that synchronises with an acquire pattern at gpu scope.
+/// __syncwarp orders the other lanes after lane 0.
 template <bool kStats>
 __device__ __forceinline__ bool combine_split_row(const TokenLogpArgs& a, const Split& split, int rank,
                                                   RowSums<float>& s) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t row_begin = static_cast<int64_t>(rank) * split.row_vectors;
   const int first = split.part_of(row_begin), last = split.part_of(row_begin + split.row_vectors - 1);
-  // A block has at most two split rows, its first and its last one: all blocks but the row's first start within it.
+  // A block has at most two split rows, its first and its last. All blocks of a row except the first start within it.
   const int slot_of_first = 2 * first + (split.start(first) == row_begin ? 0 : 1);
   const auto slot = [&](int part) { return part == first ? slot_of_first : 2 * part; };
   int is_last = 0;
   if (lane == 0) {
     a.pieces[slot(static_cast<int>(blockIdx.x))].sums = s;
-    __threadfence();  // the piece is visible before the ticket is
-    // Wraps to 0 at the last ticket, so the counter is as it was found.
-    is_last = atomicInc(a.counters + first, static_cast<unsigned>(last - first)) == static_cast<unsigned>(last - first);
-    __threadfence();  // no piece is read before the last ticket is drawn
+    __threadfence();  // the piece is visible before the arrival is
+    // Wraps to 0 at the last arrival, which resets the counter.
+    is_last = atomicInc(a.arrivals + first, static_cast<unsigned>(last - first)) == static_cast<unsigned>(last - first);
+    __threadfence();  // no piece is read before the last arrival
   }
   __syncwarp();
   if (!__shfl_sync(kAllLanes, is_last, 0)) return false;
   s = empty_sums();
   for (int part = first + lane; part <= last; part += kWarp) {
     const float* piece = &a.pieces[slot(part)].sums.max;
-    RowSums<float> other{__ldcg(piece), __ldcg(piece + 1), 0, 0, 0};
+    RowSums<float> sums{__ldcg(piece), __ldcg(piece + 1), 0, 0, 0};
     if (kStats) {
-      other.e_d = __ldcg(piece + 2);
-      other.z = __ldcg(piece + 3);
-      other.squared = __ldcg(piece + 4);
+      sums.e_d = __ldcg(piece + 2);
+      sums.z = __ldcg(piece + 3);
+      sums.squared = __ldcg(piece + 4);
     }
-    s = merged<kStats>(s, other);
+    s = merged<kStats>(s, sums);
   }
   s = warp_merged<kStats>(s);
   return true;
 }
 
-/// Log-probability of the label of each row, each logit of a labelled row read once; with kPair the loss as well.
+/// Computes the log-probability of the label of each row, and the loss if kPair. Reads each logit of a labelled row
+/// once.
 ///
 ///   logp[i] = (z[y] - m) - log(sum_v exp(z[v] - m)),    m = max_v z[v]
 ///
-/// Grid    cuda_forward_shape: at most what fits on the GPU at once. The labelled rows, laid end to end, are cut into
-///         as many equal parts as there are blocks; a row that is cut is put together by the last of its blocks
+/// Grid    cuda_forward_shape: at most as many blocks as run on the GPU at once. The labelled rows, end to end, are cut
+///         into as many equal parts as there are blocks; the last block of a split row to arrive combines it
 /// Block   kCudaThreads threads
-/// Shared  a list of rows, and a state per warp
+/// Shared  a list of rows, and two states per warp
 /// Reads   labels, once per block; vocab elements per labelled row
-/// Writes  three numbers per row, and one per statistic; with kPair a weight per row
+/// Writes  three numbers per row, and one per statistic; a weight per row if kPair
 template <typename Scalar, bool kStats, bool kPair>
 __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
     token_logp_kernel(const __grid_constant__ TokenLogpArgs a) {
@@ -181,9 +182,9 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
   const int warp = thread / kWarp, lane = thread % kWarp;
   const int vocab = static_cast<int>(p.in.vocab);
 
-  // Rows without a score, in equal shares whatever they are.
-  const int64_t share_end = p.in.rows * (blockIdx.x + 1) / gridDim.x;
-  for (int64_t row = p.in.rows * blockIdx.x / gridDim.x + thread; row < share_end; row += kCudaThreads) {
+  // Rows that are not scored: each block looks at an equal part of all rows.
+  const int64_t end = p.in.rows * (blockIdx.x + 1) / gridDim.x;
+  for (int64_t row = p.in.rows * blockIdx.x / gridDim.x + thread; row < end; row += kCudaThreads) {
     const int64_t label = p.in.labels[row];
     if (is_scored(p.in, label)) continue;
     const float value = filler(p.in, label);
@@ -191,8 +192,8 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
     static_cast<float*>(p.row_max)[row] = 0;
     static_cast<float*>(p.row_sum)[row] = 0;
     if (kStats) {
-      const int wanted = __popc(p.stats);
-      for (int i = 0; i < wanted; ++i) static_cast<float*>(p.row_stats)[i * p.in.rows + row] = value;
+      const int stats = __popc(p.stats);
+      for (int i = 0; i < stats; ++i) static_cast<float*>(p.row_stats)[i * p.in.rows + row] = value;
     }
   }
 
@@ -204,9 +205,9 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
         static_cast<const Scalar*>(p.in.logits) + row_offset(row, p.in.inner, p.in.outer_stride, p.in.row_stride);
     RowSums<float> s = warp_merged<kStats>(read_piece<Scalar, kStats>(x, vocab, from, to, a.row_vectors));
     if (lane == 0) shared.warps[buffer][warp] = s;
-    // warps[buffer] is complete; and warp 0 has read the other one, which the next row overwrites.
+    // warps[buffer] is complete, and warp 0 has read the other buffer, which the next row overwrites.
     __syncthreads();
-    if (warp == 0) {  // the other warps go on to the next row
+    if (warp == 0) {  // the other warps continue with the next row
       s = warp_merged<kStats>(lane < kWarps ? shared.warps[buffer][lane] : empty_sums());
       const bool is_whole = from == 0 && to == a.row_vectors;
       const bool is_done = is_whole || combine_split_row<kStats>(a, split, rank, s);
@@ -216,14 +217,14 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
   });
 
   if constexpr (kPair) {
-    // The last block sees what all others wrote, as in combine_split_row: each block's writes come before thread 0's
-    // fence by the barrier, the ticket after it; the last block fences again before its barrier lets the other threads
-    // read.
+    // The last block observes the writes of all others, as in combine_split_row: a barrier orders the writes of a block
+    // before the fence of thread 0, which precedes the arrival. The last block fences again before the barrier after
+    // which its other threads read.
     __syncthreads();  // this block's rows are written
     if (thread == 0) {
-      __threadfence();  // this block's rows are visible before its ticket is
-      shared.is_last = atomicInc(a.counters + gridDim.x, gridDim.x - 1) == gridDim.x - 1;
-      __threadfence();  // no row is read before the last ticket is drawn
+      __threadfence();  // this block's rows are visible before its arrival is
+      shared.is_last = atomicInc(a.arrivals + gridDim.x, gridDim.x - 1) == gridDim.x - 1;
+      __threadfence();  // no row is read before the last arrival
     }
     __syncthreads();  // is_last is known
     __shared__ PairLossShared pair_shared;
