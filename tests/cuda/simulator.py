@@ -1,7 +1,7 @@
 """Runs the launches of the CUDA backend on the simulator ptxsim: the compiled PTX, without a GPU.
 
-``SimulatedNative`` replaces ``mpo_ext._C``. It asks the real module to describe each launch (its shape, and the bytes of
-the kernel's argument), so it runs exactly what a GPU would run, on simulated buffers. Tests call it directly, with
+``SimulatedNative`` replaces ``mpo_ext._C``. It asks the real module to describe each launch (its shape, and the bytes
+of the kernel's argument), so it runs exactly what a GPU would run, on simulated buffers. Tests call it directly, with
 poisoned buffers and counters, or through ``mpo_ext.ops``.
 """
 
@@ -28,7 +28,7 @@ MULTIPROCESSORS = 2  # of the simulated GPU; a real GPU has about a hundred
 
 @functools.cache
 def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> str:
-    """Returns the PTX of a kernel file. ``edit`` replaces text in its source or in a header of its folder, to break it."""
+    """Returns the PTX of a kernel file. ``edit`` replaces text in its source or in a header, to break it."""
     source = ROOT / "csrc" / "mpo" / "cuda" / f"{file}.cu"
     if edit is None:
         return ptxsim.compile_cuda(source, arch=arch, include_dirs=[ROOT / "csrc"])
@@ -147,7 +147,7 @@ def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
 class Rows:
     """Rows of logits for a kernel: a poisoned buffer in which only the labelled rows are valid.
 
-    Reading any other part is a fault: ignored rows, the gaps of a wide stride, and the bytes before an unaligned start.
+    Reading any other part is a fault: ignored rows, the gaps of a wide stride, the bytes before an unaligned start.
     """
 
     def __init__(self, dtype: str, labels: list[int], vocab: int, stride: int, offset: int = 0, seed: int = 0) -> None:

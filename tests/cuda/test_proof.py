@@ -78,9 +78,9 @@ def test_labelled_rows_are_cut_evenly_wherever_they_lie() -> None:
 def fence_problems(text: str) -> list[str]:
     """Returns the increments of arrival counters that are not between two fences.
 
-    A block stores its results (or passes the barrier after its threads' stores), fences, increments an arrival counter,
-    fences again, and only then reads the results of other blocks. So there must be a fence between the last global
-    store or barrier and the increment, and a fence between the increment and the next global load or barrier.
+    A block stores its results (or passes the barrier after its threads' stores), fences, increments an arrival
+    counter, fences again, and only then reads the results of other blocks. So there must be a fence between the last
+    global store or barrier and the increment, and a fence between the increment and the next global load or barrier.
     """
     publishes = re.compile(r"\b(st\.global|st\.shared|bar\.sync|barrier\.sync)|\bst\.v\d")
     reads = re.compile(r"\b(ld\.global|bar\.sync|barrier\.sync|bar\.warp)")
@@ -103,7 +103,7 @@ def fence_problems(text: str) -> list[str]:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_each_arrival_is_between_two_fences(arch: str) -> None:
-    """Reads the PTX, since the simulator's memory is sequentially consistent and a missing fence has no effect in it."""
+    """Reads the PTX, since a missing fence has no effect on the simulator's sequentially consistent memory."""
     text = ptx("token_logp", arch)
     assert len(re.findall(r"\.entry", text)) == 12
     assert fence_problems(text) == []
