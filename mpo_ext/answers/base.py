@@ -5,19 +5,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-from mpo_ext.checks import check_number
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a matcher says about one answer.
+    """The result of comparing an answer with the truth.
 
     Attributes:
-        correct: Whether the answer counts as right.
-        score: In [0, 1]; what the rule measures, 0 or 1 where it only says yes or no.
-        rule: Kind of the matcher and the part of it that decided, as in "choice:letter".
+        correct: Whether the answer counts as correct.
+        score: The measure of the rule, in [0, 1]; 0 or 1 if the rule is yes or no.
+        rule: Kind of the matcher and the part of it that decided, for example "choice:letter".
         prediction: The answer in the form that was compared.
-        truth: The truth that fits best, in the form that was compared.
+        truth: The best-fitting true answer, in the form that was compared.
     """
 
     correct: bool
@@ -29,16 +27,16 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Matcher(abc.ABC):
-    """Compares answers by one rule. Subclasses hold its options and compare one pair of texts."""
+    """Compares answers by a rule. A subclass holds the options of its rule and compares a pair of texts."""
 
     kind: ClassVar[str]
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Compares an answer with the truth, or with each of several and keeps the best verdict.
+        """Compares an answer with the truth, or with each of several truths, and returns the best verdict.
 
         Args:
-            prediction: The answer, as ``extract_answer`` gives it. What could not be read (None) is not compared.
-            truth: The true answer, or a list of answers of which each is right.
+            prediction: The answer, as ``extract_answer`` returns it. None, an unreadable answer, is a TypeError.
+            truth: The true answer, or a list of answers that are all right.
         """
         truths = self._check(prediction, truth)
         if not prediction.strip():
@@ -50,7 +48,7 @@ class Matcher(abc.ABC):
         if not isinstance(prediction, str):
             raise TypeError(f"prediction must be a string, got {prediction!r}")
         truths = (truth,) if isinstance(truth, str) else truth
-        if not isinstance(truths, Sequence) or not all(isinstance(each, str) for each in truths):
+        if not isinstance(truths, Sequence) or not all(isinstance(text, str) for text in truths):
             raise TypeError(f"truth must be a string or a list of strings, got {truth!r}")
         if not truths:
             raise ValueError(f"truth must hold at least one answer, got {truth!r}")
@@ -63,12 +61,7 @@ class Matcher(abc.ABC):
         return Verdict(correct, float(correct), f"{self.kind}:{rule}", str(prediction), str(truth))
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    check_number(name, value)
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
-
-
-def check_flag(name: str, value: bool) -> None:
+def check_flag(name: str, value: object) -> None:
+    """Raises TypeError unless the value is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be true or false, got {value!r}")

@@ -1,4 +1,4 @@
-"""The matcher of multiple-choice answers."""
+"""Compares multiple-choice answers."""
 
 import dataclasses
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from mpo_ext.answers.base import Matcher, Verdict
-from mpo_ext.answers.normalize import ASCII_FORMS, clean_answer, fold
+from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
 
 _LONE_LETTER = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\].:]*")
 _NAMED_LETTER = re.compile(
@@ -17,12 +17,12 @@ _LETTER_AND_TEXT = re.compile(r"(?:[(\[]([A-Za-z])[)\]]\s*[.:]?|([A-Za-z])\s*[).
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceMatcher(Matcher):
-    """Multiple choice: the letter, in any of the ways it is written, or the text of the option.
+    """Multiple choice: compares the letter, in any of its usual forms, or the text of the option.
 
-    Where options are given, a letter with the text of another option ("B. Paris" where Paris is C) is no answer.
+    A letter with the text of another option ("B. Paris" if Paris is C) does not count as an answer.
 
     Attributes:
-        options: The texts in the order A, B, ..., or a mapping from letter to text; None where they are not known.
+        options: The texts in the order A, B, ..., or a mapping from letter to text; None if they are not known.
     """
 
     kind: ClassVar[str] = "choice"
@@ -36,8 +36,8 @@ class ChoiceMatcher(Matcher):
         label_options(self.options)
 
     def _compare(self, prediction: str, truth: str) -> Verdict:
-        known = {} if self.options is None else label_options(self.options)
-        texts = {label: _option_text(text) for label, text in known.items()}
+        options = {} if self.options is None else label_options(self.options)
+        texts = {label: _option_text(text) for label, text in options.items()}
         predicted, predicted_text = _read_choice(prediction, texts)
         true, true_text = _read_choice(truth, texts)
         if predicted and true:
@@ -47,7 +47,7 @@ class ChoiceMatcher(Matcher):
 
 
 def label_options(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Gives each option its letter: A, B, ... in order, or the keys of the mapping."""
+    """Returns the options by letter: A, B, ... in order, or the keys of the mapping."""
     is_labelled = isinstance(options, Mapping)
     texts = list(options.values()) if isinstance(options, Mapping) else list(options)
     labels = list(options) if is_labelled else [chr(ord("A") + index) for index in range(len(texts))]
@@ -66,11 +66,11 @@ def _option_text(text: str) -> str:
 
 
 def _read_choice(answer: str, texts: Mapping[str, str]) -> tuple[str | None, str]:
-    """The letter that an answer names, None where it names none, and its text.
+    """Returns the letter that an answer names, or None, and the text of the answer.
 
-    "A cat" has an article, not a letter: a letter stands alone, in brackets, or before a point, bracket or colon.
+    A letter stands alone, in brackets, or before a period, bracket or colon; "A cat" begins with an article.
     """
-    answer = clean_answer(answer.translate(ASCII_FORMS))
+    answer = clean_answer(answer.translate(TO_ASCII))
     whole = _option_text(answer)
     lone = _LONE_LETTER.fullmatch(answer) or _NAMED_LETTER.fullmatch(answer)
     if lone and (not texts or lone.group(1).upper() in texts):
@@ -81,7 +81,7 @@ def _read_choice(answer: str, texts: Mapping[str, str]) -> tuple[str | None, str
     both = _LETTER_AND_TEXT.fullmatch(answer)
     if both:
         label, text = (both.group(1) or both.group(2)).upper(), _option_text(both.group(3))
-        owners = [owner for owner, known in texts.items() if known == text and text]
+        owners = [owner for owner, option in texts.items() if option == text and text]
         if (not texts or label in texts) and (not owners or label in owners):
             return label, text
     return None, whole

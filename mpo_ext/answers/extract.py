@@ -17,37 +17,37 @@ _MATH_BLOCKS = (("\\[", "\\]"), ("$$", "$$"))
 
 
 def extract_answer(response: str, style: str | re.Pattern[str] = "final_answer") -> str | None:
-    r"""Reads the answer out of a response.
+    r"""Extracts the answer from a response.
 
     Args:
-        response: What the model wrote.
-        style: How the answer was asked for. "final_answer" and "answer" take what follows the last "Final answer:" or
-            "Answer:", up to the end of the line (of the next one where the line is empty); "boxed" takes the last
-            ``\boxed{...}``; "direct" takes the whole response; ``regex:...``, or a compiled pattern, takes the one
-            group of its last match.
+        response: The text of the model.
+        style: The form in which the prompt asked for the answer. "final_answer" and "answer" take the text after the
+            last "Final answer:" or "Answer:" up to the end of the line, or the next line if this line is empty.
+            "boxed" takes the last ``\boxed{...}``. "direct" takes the whole response. ``regex:...``, or a compiled
+            pattern, takes the only group of its last match.
 
     Returns:
-        The answer without markdown, math delimiters and a final period, or None where there is none to read: no
-        marker, a box that is missing or not closed, nothing after the marker.
+        The answer without markdown, math delimiters and a final period. None if the answer is not readable: a missing
+        marker, a missing or open box, no text after the marker.
     """
     if not isinstance(response, str):
         raise TypeError(f"response must be a string, got {response!r}")
     if isinstance(style, re.Pattern):
-        found = _last_group(style, response)
+        extracted = _last_group(style, response)
     elif not isinstance(style, str):
         raise TypeError(f"style must be a string or a compiled pattern, got {style!r}")
     elif style.startswith(REGEX_PREFIX):
-        found = _last_group(_compile(style.removeprefix(REGEX_PREFIX)), response)
+        extracted = _last_group(_compile(style.removeprefix(REGEX_PREFIX)), response)
     elif style == "boxed":
-        found = _last_box(response)
+        extracted = _last_box(response)
     elif style == "direct":
-        found = response
+        extracted = response
     elif style in _MARKERS:
-        found = _after_marker(_MARKERS[style], response)
+        extracted = _after_marker(_MARKERS[style], response)
     else:
         raise ValueError(f"style must be one of {', '.join(STYLES)} or '{REGEX_PREFIX}...', got {style!r}")
-    answer = clean_answer(found or "")
-    return answer if answer.strip(".\u2026 \"'\u201d") else None  # dots alone are an echo of the instruction
+    answer = clean_answer(extracted or "")
+    return answer if answer.strip(".\u2026 \"'\u201d") else None  # a model that repeats the instruction writes dots
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -81,8 +81,8 @@ def _after_marker(marker: re.Pattern[str], response: str) -> str | None:
     closed = _CLOSED_EMPHASIS.match(rest)
     rest = rest[closed.end() :].lstrip() if closed else rest.lstrip()
     for opening, closing in _MATH_BLOCKS:
-        inner, found, _ = rest.removeprefix(opening).partition(closing)
-        if rest.startswith(opening) and found:
+        inner, end, _ = rest.removeprefix(opening).partition(closing)
+        if rest.startswith(opening) and end:
             return " ".join(inner.split())
     box = re.match(r"\\boxed\s*(?=\{)", rest)
     if box:

@@ -1,4 +1,4 @@
-"""The table of matchers."""
+"""The matchers by kind, matchers that combine others or call a function, and the comparison of two answers."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-from mpo_ext.answers.base import Matcher, Verdict, check_range
+from mpo_ext.answers.base import Matcher, Verdict
 from mpo_ext.answers.choices import ChoiceMatcher
 from mpo_ext.answers.math import MathMatcher
 from mpo_ext.answers.normalize import fold
@@ -17,11 +17,11 @@ from mpo_ext.checks import check_number, did_you_mean
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CustomMatcher(Matcher):
-    """A function of the user: ``function(prediction, truth)`` gives a bool, a score in [0, 1] or a Verdict.
+    """Calls a function of the user: ``function(prediction, truth)`` returns a bool, a score in [0, 1] or a Verdict.
 
     Attributes:
-        function: The function, or its name as "module:function" (which can be sent to other processes).
-        accept: Score from which on an answer counts as right.
+        function: The function, or its name as "module:function", which can be sent to other processes.
+        accept: Minimum score counted as correct.
     """
 
     kind: ClassVar[str] = "custom"
@@ -29,7 +29,7 @@ class CustomMatcher(Matcher):
     accept: float = 1.0
 
     def __post_init__(self) -> None:
-        check_range("accept", self.accept, 0, 1)
+        check_number("accept", self.accept, "[0, 1]")
         if isinstance(self.function, str):
             load_function(self.function)
         elif not callable(self.function):
@@ -43,33 +43,31 @@ class CustomMatcher(Matcher):
             return result
         if isinstance(result, bool):
             return self._verdict(result, name, prediction, truth)
-        check_number(f"the score of {name}", result)
-        if not 0 <= result <= 1:
-            raise ValueError(f"the score of {name} must be in [0, 1], got {result!r}")
+        check_number(f"the score of {name}", result, "[0, 1]")
         return Verdict(result >= self.accept, float(result), f"{self.kind}:{name}", prediction, truth)
 
 
 @functools.cache
 def load_function(name: str) -> Callable[[str, str], bool | float | Verdict]:
-    """Imports a function by its name, "module:function"."""
+    """Returns the function with the name "module:function"."""
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ValueError(f"function must be named as 'module:function', got {name!r}")
     try:
-        found = functools.reduce(getattr, attribute.split("."), cast(Any, importlib.import_module(module)))
+        function = functools.reduce(getattr, attribute.split("."), cast(Any, importlib.import_module(module)))
     except (ImportError, AttributeError) as error:
         raise ValueError(f"function must name a function that can be imported, got {name!r}: {error}") from error
-    if not callable(found):
-        raise TypeError(f"function must name a function, got {name!r}, a {type(found).__name__}")
-    return found
+    if not callable(function):
+        raise TypeError(f"function must name a function, got {name!r}, a {type(function).__name__}")
+    return function
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AnyMatcher(Matcher):
-    """Right by at least one of several rules, asked in order until one says yes. No later rule takes that back.
+    """Accepts an answer that at least one of several matchers accepts. They are asked in order.
 
     Attributes:
-        matchers: The rules: matchers, kinds, or mappings of a ``kind`` and its options.
+        matchers: Matchers, kinds, or mappings with a ``kind`` and its options.
     """
 
     kind: ClassVar[str] = "any"
@@ -81,10 +79,10 @@ class AnyMatcher(Matcher):
         object.__setattr__(self, "matchers", tuple(map(_build, self.matchers)))
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Asks each rule about all truths together, see ``Matcher``."""
+        """Asks each matcher about all truths together, see ``Matcher``."""
         best: Verdict | None = None
-        for each in cast(Sequence[Matcher], self.matchers):
-            verdict = each(prediction, truth)
+        for rule in cast(Sequence[Matcher], self.matchers):
+            verdict = rule(prediction, truth)
             if verdict.correct:
                 return verdict
             if best is None or verdict.score > best.score:
@@ -107,8 +105,8 @@ def _build(value: Matcher | str | Mapping[str, Any]) -> Matcher:
 
 
 MATCHERS: dict[str, type[Matcher]] = {
-    each.kind: each
-    for each in (
+    matcher_class.kind: matcher_class
+    for matcher_class in (
         ExactMatcher,
         ChoiceMatcher,
         NumberMatcher,
@@ -123,21 +121,22 @@ MATCHERS: dict[str, type[Matcher]] = {
 
 
 def matcher(kind: str, **options: Any) -> Matcher:
-    """Builds the matcher of a kind. An unknown kind or option is an error, not a silent default.
+    """Returns a matcher.
 
     Args:
         kind: Key of ``MATCHERS``.
-        options: The attributes of that matcher.
+        options: The attributes of the matcher.
 
     Raises:
-        ImportError: If the kind is "math" and math-verify is not installed.
+        ImportError: If the matcher needs a package that is not installed.
+        ValueError: If the kind or an option is unknown.
     """
     if kind not in MATCHERS:
         raise ValueError(f"kind must be one of {', '.join(MATCHERS)}, got {kind!r}{did_you_mean(kind, MATCHERS)}")
     fields = {field.name: field for field in dataclasses.fields(MATCHERS[kind])}
     for name in options:
         if name not in fields:
-            known = f"; its options: {', '.join(fields)}" if fields else "; it has none"
+            known = f"; its options: {', '.join(fields)}" if fields else "; it has no options"
             raise ValueError(f"unknown option {name!r} of the matcher {kind!r}{did_you_mean(name, fields, known)}")
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in options:
@@ -146,9 +145,9 @@ def matcher(kind: str, **options: Any) -> Matcher:
 
 
 def is_same_answer(first: str | None, second: str | None, matcher: Matcher) -> bool:
-    """Says whether two answers are one under a rule, asked both ways round. A pair must not have it on both sides.
+    """Returns whether two answers are the same under a matcher, in either order.
 
-    An answer that could not be read (None) is the same as no other, whatever the other says: "None" included.
+    An unreadable answer (None) differs from every other answer, also from the text "None".
     """
     if first is None or second is None:
         return False

@@ -1,4 +1,4 @@
-"""The helper process."""
+"""The helper process that compares expressions for ``MathMatcher``: one per Python process, started on first use."""
 
 import atexit
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def serve() -> None:
-    """Answers one line of JSON per pair. Runs in a process of its own, which ``MathProcess`` starts."""
+    """Answers a line of JSON per pair of expressions. Runs in the helper process, which ``MathProcess`` starts."""
     import logging
     import signal
 
@@ -51,18 +51,18 @@ def serve() -> None:
 
 
 class MathProcess:
-    """The process that compares expressions. One request at a time; it is started when first needed."""
+    """A helper process. It handles a request at a time and starts with the first request."""
 
     START = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
     START_SECONDS = 120.0
-    GRACE_SECONDS = 1.0  # the process ends itself first; this is for where it cannot
+    GRACE_SECONDS = 1.0  # the process ends itself at the limit; after this time it is killed
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
     def equal(self, prediction: str, truth: str, seconds: float) -> bool | None:
-        """Whether two expressions are equal; None where time or memory did not suffice."""
+        """Returns whether two expressions are equal; None if time or memory did not suffice."""
         request = {"prediction": prediction, "truth": truth, "seconds": seconds}
         with self._lock:
             process = self._started()
@@ -115,29 +115,31 @@ class MathProcess:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # a request that was never taken
+                with contextlib.suppress(OSError):  # the process has not read the request
                     pipe.close()
 
     def close(self) -> None:
+        """Ends the process."""
         with self._lock:
             self._stop()
 
 
-_inherited: list[MathProcess] = []  # workers of a parent process: kept, so that nothing here ends or awaits them
+_inherited: list[MathProcess] = []  # processes of the parent, kept so that the child neither ends nor awaits them
 
 
 @functools.cache
 def math_process() -> MathProcess:
-    worker = MathProcess()
-    atexit.register(worker.close)
-    return worker
+    """Returns the helper process of this Python process."""
+    process = MathProcess()
+    atexit.register(process.close)
+    return process
 
 
 def _forget_process() -> None:
     if math_process.cache_info().currsize:
-        worker = math_process()
-        atexit.unregister(worker.close)
-        _inherited.append(worker)
+        process = math_process()
+        atexit.unregister(process.close)
+        _inherited.append(process)
         math_process.cache_clear()
 
 

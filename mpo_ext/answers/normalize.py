@@ -1,11 +1,11 @@
-"""Normal forms of answers."""
+"""Brings answers into a form in which they can be compared."""
 
 import re
 
 _WRAPPERS = (("**", "**"), ("*", "*"), ("`", "`"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _TEXT_COMMAND = re.compile(r"\\(?:boxed|text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*(?=\{)")
-# Full-width forms and the signs that stand for a minus, without what NFKC would do to 5 and its superscript.
-ASCII_FORMS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
+# Full-width characters and minus-like signs to ASCII. NFKC is not used: it would turn a superscript into a digit.
+TO_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     0x3000: " ",
     0x2212: "-",
     0xFE63: "-",
@@ -17,12 +17,12 @@ ASCII_FORMS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
 
 
 def fold(text: str) -> str:
-    """Lower case, single spaces, plain forms of full-width characters and of minus signs."""
-    return " ".join(text.translate(ASCII_FORMS).casefold().split())
+    """Returns a text in lower case, with single spaces, and with full-width characters and minus signs in ASCII."""
+    return " ".join(text.translate(TO_ASCII).casefold().split())
 
 
 def clean_answer(answer: str) -> str:
-    r"""Takes off what wraps an answer: markdown, math delimiters, a box, ``\text{}``, a final period."""
+    r"""Removes the wrapping of an answer: markdown, math delimiters, a box, ``\text{}``, a final period."""
     before = None
     while answer != before:
         before = answer
@@ -32,7 +32,7 @@ def clean_answer(answer: str) -> str:
             if answer.startswith(left) and answer.endswith(right) and inner.strip() and left not in inner:
                 answer = inner
                 break
-        if answer.count("**") == 1:  # its partner stood before the marker
+        if answer.count("**") == 1:  # the opening ** stands before the marker
             answer = answer.removeprefix("**").removesuffix("**")
         command = _TEXT_COMMAND.match(answer)
         if command and closing_brace(answer, command.end()) == len(answer) - 1:
@@ -44,7 +44,7 @@ def clean_answer(answer: str) -> str:
 
 
 def closing_brace(text: str, opening: int) -> int | None:
-    """Position of the brace that closes the one at ``opening``; escaped braces do not count."""
+    """Returns the position of the brace that closes the brace at ``opening``; escaped braces do not count."""
     depth = 0
     position = opening
     while position < len(text):

@@ -1,16 +1,15 @@
-"""Matchers that compare numbers."""
+"""Compares numbers."""
 
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import ClassVar, Literal
 
-from mpo_ext.answers.base import Matcher, Verdict, check_flag, check_range
-from mpo_ext.answers.normalize import ASCII_FORMS, clean_answer, fold
-from mpo_ext.checks import check_choice
+from mpo_ext.answers.base import Matcher, Verdict, check_flag
+from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
+from mpo_ext.checks import check_choice, check_number
 
 _DEGREES = ("\u00b0", "degree", "degrees", "deg")
 _CURRENCIES = "$\u20ac\u00a3\u00a5\u20b9"
@@ -31,23 +30,23 @@ _YEARS = range(1800, 2101)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Number:
-    """A number that was written out, with what stood around it: a currency, a percent sign or a unit."""
+    """A number in a text, with its currency, percent sign or unit."""
 
     value: Fraction
     unit: str = ""
 
 
 def parse_number(text: str, *, units: Sequence[str] | Literal["any"] = ()) -> Number | None:
-    r"""Reads a text that is a number and nothing else.
+    r"""Returns the number in a text, or None if the text is not just a number.
 
-    Understood are signs, thousands separators ("1,234"), decimals, powers of ten ("1e-3", "2 x 10^5"), fractions
-    ("3/4", "1 1/2", ``\frac{3}{4}``), a currency sign in front, and a percent sign or a unit behind.
+    A number may have a sign, thousands separators ("1,234"), decimals, a power of ten ("1e-3", "2 x 10^5"), a fraction
+    ("3/4", "1 1/2", ``\frac{3}{4}``), a currency sign in front, and a percent sign or a unit at the end.
 
     Args:
         text: The text.
-        units: Words that may follow the number; "any" lets any one or two words follow.
+        units: Words that may follow the number; "any" accepts any one or two words.
     """
-    text = clean_answer(text.translate(ASCII_FORMS))
+    text = clean_answer(text.translate(TO_ASCII))
     text = _TEX_NOISE.sub(r" \1", re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00ba", "\u00b0", text))
     text = " ".join(re.sub(r"\\[,;! ]", " ", text).replace("\\%", "%").replace("\\$", "$").split())
     if len(text) > _LONGEST_NUMBER:
@@ -81,7 +80,7 @@ def _within(prediction: Fraction, truth: Fraction, relative: float, absolute: fl
 
 
 def _as_written(value: float) -> Fraction:
-    return Fraction(repr(float(value)))  # 0.05 is a twentieth, so 105 is within 5 % of 100
+    return Fraction(repr(float(value)))  # exact decimal: 0.05 is 1/20, so 105 is within 5 % of 100
 
 
 def _number_text(number: Number) -> str:
@@ -99,17 +98,17 @@ def _to_float(value: Fraction) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NumberMatcher(Matcher):
-    """Numbers up to a tolerance; the sign counts. What is no number is compared as text, case aside.
+    """Compares numbers up to a tolerance. Other answers are compared as text without regard to case.
 
-    An answer is right if ``|prediction - truth| <= max(absolute, relative * |truth|)``. Two units that are both given
-    must be the same, and so must two currencies.
+    An answer is correct if ``|prediction - truth| <= max(absolute, relative * |truth|)``. If both numbers have a unit
+    or a currency, it must be the same.
 
     Attributes:
-        relative: Tolerance as a share of the truth. The authors' 1e-3 takes 2023 for 2024.
-        absolute: Tolerance as it is; what counts where the truth is 0.
-        percent: "ignore" drops the sign, "ratio" takes 5% for 0.05, "keep" takes it for a unit that both or neither
-            must have.
-        degrees: Lets a degree sign or word follow.
+        relative: Tolerance as a fraction of the truth. With the authors' 1e-3, 2023 matches 2024.
+        absolute: Absolute tolerance; it decides if the truth is 0.
+        percent: "ignore" drops the sign, "ratio" reads 5% as 0.05, "keep" reads the sign as a unit that both numbers
+            or neither must have.
+        degrees: Whether a degree sign or word may follow.
         units: Further units that may follow, or "any".
     """
 
@@ -121,8 +120,8 @@ class NumberMatcher(Matcher):
     units: Sequence[str] | Literal["any"] = ()
 
     def __post_init__(self) -> None:
-        check_range("relative", self.relative, 0, 1)
-        check_range("absolute", self.absolute, 0, sys.float_info.max)
+        check_number("relative", self.relative, "[0, 1]")
+        check_number("absolute", self.absolute, "[0, inf)")
         check_choice("percent", self.percent, ("ignore", "ratio", "keep"))
         check_flag("degrees", self.degrees)
         if self.units != "any" and (
@@ -136,9 +135,9 @@ class NumberMatcher(Matcher):
             prediction, truth = fold(clean_answer(prediction)), fold(clean_answer(truth))
             return self._verdict(prediction == truth != "", "text", prediction, truth)
         units = {predicted.unit, true.unit}
-        fits = len(units - {""}) <= 1 and units != {"", "%"}
-        correct = fits and _within(predicted.value, true.value, self.relative, self.absolute)
-        rule = "value" if fits else "unit"
+        same_unit = len(units - {""}) <= 1 and units != {"", "%"}
+        correct = same_unit and _within(predicted.value, true.value, self.relative, self.absolute)
+        rule = "value" if same_unit else "unit"
         return self._verdict(correct, rule, _number_text(predicted), _number_text(true))
 
     def _read(self, text: str) -> Number | None:
@@ -153,14 +152,14 @@ class NumberMatcher(Matcher):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChartMatcher(Matcher):
-    """Relaxed accuracy of ChartQA: numbers within 5 % of the truth, anything else the same text, case aside.
+    """Relaxed accuracy of ChartQA: numbers within 5 % of the truth; other answers as text without regard to case.
 
     Attributes:
-        relative: Tolerance as a share of the truth.
-        absolute: Tolerance as it is; what counts where the truth is 0.
-        years: "auto" wants a truth of four digits from 1800 to 2100 exactly, "exact" wants every answer exactly (what
-            ChartQAPro's script does with the answers that its data marks as years), "relaxed" takes a year for a
-            number like any other, as the ChartQA paper does.
+        relative: Tolerance as a fraction of the truth.
+        absolute: Absolute tolerance; it decides if the truth is 0.
+        years: "auto" compares exactly if the truth has four digits and lies between 1800 and 2100. "exact" compares
+            every answer exactly, as ChartQAPro's script does with answers that its data marks as years. "relaxed"
+            treats a year like any other number, as the ChartQA paper does.
     """
 
     kind: ClassVar[str] = "chart"
@@ -169,8 +168,8 @@ class ChartMatcher(Matcher):
     years: Literal["auto", "exact", "relaxed"] = "auto"
 
     def __post_init__(self) -> None:
-        check_range("relative", self.relative, 0, 1)
-        check_range("absolute", self.absolute, 0, sys.float_info.max)
+        check_number("relative", self.relative, "[0, 1]")
+        check_number("absolute", self.absolute, "[0, inf)")
         check_choice("years", self.years, ("auto", "exact", "relaxed"))
 
     def _compare(self, prediction: str, truth: str) -> Verdict:

@@ -6,17 +6,17 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-from mpo_ext.answers.base import Matcher, Verdict, check_flag, check_range
+from mpo_ext.answers.base import Matcher, Verdict, check_flag
 from mpo_ext.answers.normalize import fold
-from mpo_ext.checks import install_hint
+from mpo_ext.checks import check_number, install_hint
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExactMatcher(Matcher):
-    """The same text, spaces around it aside.
+    """Compares texts without the surrounding spaces.
 
     Attributes:
-        ignore_case: Also takes "Red" for "red".
+        ignore_case: Whether "Red" matches "red".
     """
 
     kind: ClassVar[str] = "exact"
@@ -34,13 +34,13 @@ class ExactMatcher(Matcher):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AnlsMatcher(Matcher):
-    """Normalised Levenshtein similarity of DocVQA: ``1 - distance / length of the longer``, 0 below a threshold.
+    """Normalised Levenshtein similarity of DocVQA: ``1 - distance / length of the longer text``.
 
     Attributes:
-        threshold: Similarities below it score 0.
-        accept: Similarity from which on an answer counts as right.
-        exact_digits: Also wants the same digits: "10 May 2001" is near to "10 May 2011" and still wrong. Changes what
-            is correct, not the score.
+        threshold: Lower similarities score 0.
+        accept: Minimum similarity counted as correct.
+        exact_digits: Whether a correct answer must also have the same digits: "10 May 2001" is similar to
+            "10 May 2011" and still wrong. The score does not depend on it.
     """
 
     kind: ClassVar[str] = "anls"
@@ -49,11 +49,9 @@ class AnlsMatcher(Matcher):
     exact_digits: bool = True
 
     def __post_init__(self) -> None:
-        check_range("threshold", self.threshold, 0, 1)
-        check_range("accept", self.accept, 0, 1)
+        check_number("threshold", self.threshold, "[0, 1]")
+        check_number("accept", self.accept, "(0, 1]")
         check_flag("exact_digits", self.exact_digits)
-        if self.accept <= 0:
-            raise ValueError(f"accept must be positive, or every answer is right, got {self.accept!r}")
         if importlib.util.find_spec("rapidfuzz") is None:
             raise ImportError(f"the matcher 'anls' needs the package rapidfuzz: {install_hint('math')}")
 
@@ -66,7 +64,7 @@ class AnlsMatcher(Matcher):
 
 
 def anls(prediction: str, truth: str, threshold: float = 0.5) -> float:
-    """Similarity of two texts: 1 where they are equal, 0 where it is below the threshold."""
+    """Returns the similarity of two texts: 1 if they are equal, 0 below the threshold."""
     longer = max(len(prediction), len(truth))
     if longer == 0:
         return 0.0
@@ -103,7 +101,7 @@ _NEGATED = [
     "wo",
     "would",
 ]
-# Only where the word without its apostrophe is no other word: "were", "well", "its", "hell" and the like stay.
+# Only words that without the apostrophe are not another word: "were", "well", "its" and "hell" stay.
 _JOINED = {
     "ve": ["could", "i", "might", "must", "should", "they", "we", "where", "who", "would", "you"],
     "re": ["how", "that", "there", "they", "what", "who", "why", "you"],
@@ -118,10 +116,10 @@ _CONTRACTIONS = {f"{stem}nt": f"{stem}n't" for stem in _NEGATED} | {
 
 
 def normalize_vqa(text: str) -> str:
-    """Normal form of VQA's evaluation code: case, punctuation, number words, articles and contractions.
+    """Returns the normal form of VQA's evaluation code: case, punctuation, number words, articles and contractions.
 
-    Differs from it where it changes meaning: a minus sign before a number, a decimal point, a slash between digits and
-    "<" and ">" stay, and an article is only one where a word follows ("vitamin A").
+    It keeps more than that code where the meaning would change: a minus sign before a number, a decimal point, a
+    slash between digits, "<" and ">", and an article at the end of the text ("vitamin A").
     """
     text = fold(text).replace("\u2019", "'")
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
@@ -136,29 +134,27 @@ def normalize_vqa(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VqaMatcher(Matcher):
-    """VQA accuracy: equal normal forms; of a list of annotators' answers three in ten must agree for a full score.
+    """VQA accuracy: ``min(n / 3, 1)`` if the answer has the same normal form as n of ten annotators' answers.
 
-    ``min(n / 3, 1)`` for n of ten annotators; of a list of another length n is scaled to ten, so that one truth is
-    simply right or wrong. An answer whose normal form is empty is compared as it was written.
+    For a list of another length, n is scaled to ten, so a single truth scores 0 or 1. If a normal form is empty, the
+    texts are compared instead.
 
     Attributes:
-        accept: Score from which on an answer counts as right.
+        accept: Minimum score counted as correct.
     """
 
     kind: ClassVar[str] = "vqa"
     accept: float = 1.0
 
     def __post_init__(self) -> None:
-        check_range("accept", self.accept, 0, 1)
-        if self.accept <= 0:
-            raise ValueError(f"accept must be positive, or every answer is right, got {self.accept!r}")
+        check_number("accept", self.accept, "(0, 1]")
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Compares an answer with those of all annotators together, see ``Matcher``."""
+        """Compares an answer with the answers of all annotators together, see ``Matcher``."""
         truths = self._check(prediction, truth)
         if not prediction.strip():
             return Verdict(False, 0.0, f"{self.kind}:empty", prediction, truths[0])
-        verdicts = [self._compare(prediction, each) for each in truths]
+        verdicts = [self._compare(prediction, text) for text in truths]
         agreeing = sum(verdict.correct for verdict in verdicts)
         score = min(10 * agreeing / (3 * len(truths)), 1.0)
         best = max(verdicts, key=lambda verdict: verdict.correct)
