@@ -22,8 +22,7 @@ IGNORE = "words: ignore"
 
 #: Phrase (a regular expression, case-insensitive) and what to write in its place.
 PHRASES = {
-    r"is no (?!longer\b|more than\b|less than\b|worse than\b|slower than\b)[a-z]+": "is not a ...",
-    r"are no (?!longer\b|more than\b|less than\b)[a-z]+": "are not ...; does not exist",
+    r"(?<!there )(?<!there's )\b(?:is|are) no (?!such\b|more\b|less\b|[a-z]+er\b)[a-z]+": "is not a ..., does not exist",
     r"(?:is|are) told\b": "is recognised by, is passed to",
     r"is said\b": "is reported, is printed",
     r"\bgoes on\b": "resumes, continues",

@@ -1,4 +1,4 @@
-"""The fenced blocks of a page, and how they are run: each in a process forked from server.py."""
+"""Reads the fenced blocks of a page and runs each in a process forked from server.py."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ RUN = ("python", "bash")  # other languages are files, which need a title, or no
 
 _FENCE = re.compile(r"^(?P<fence>`{3,})(?P<info>[^`\n]*)\n(?P<text>.*?)^(?P=fence)[ ]*$", re.DOTALL | re.MULTILINE)
 _TITLE = re.compile(r'title="([^"]+)"')
-# The reason stands in a comment on the line before the block or behind it.
+# The reason is in a comment on the line before or after the block.
 _NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]*\S) -->")
-# Makes the one command of the next block smaller; the page says so too.
+# Adds words to the one command of the next block, to shorten it; the page mentions it too.
 _CHECKED_WITH = re.compile(r"<!-- checked with: (?P<words>[^>]*\S) -->")
 
 
@@ -30,12 +30,12 @@ class Block:
 
     Attributes:
         page: Path of the page from the root of the repository.
-        line: Of the fence, from 1.
-        language: As the fence says; "" for none.
-        title: Name of the file that the block is; None where it is no file.
-        text: What stands in it.
-        reason: Why it is not run; None where it is.
-        number: Among the blocks of its language on the page, from 1.
+        line: Line number of the fence, from 1.
+        language: Language after the fence; "" for none.
+        title: Name of the file that the block becomes; None if it is not a file.
+        text: Content of the block.
+        reason: Why the block is not run; None if it is run.
+        number: Number among the blocks of the same language on the page, from 1.
     """
 
     page: str
@@ -51,19 +51,19 @@ class Block:
 
     @property
     def prelude(self) -> str:
-        """Code that runs before the block, for names that the page takes as given; "" for none."""
+        """Returns the code that defines the names a page assumes; "" for none."""
         path = PRELUDES / f"{self.page.replace('/', '-').removesuffix('.md')}-{self.number}.py"
         return path.read_text() if self.language == "python" and path.exists() else ""
 
 
 def blocks(page: Path) -> list[Block]:
-    """All fenced blocks of a page."""
+    """Returns all fenced blocks of a page."""
     text = page.read_text(encoding="utf-8")
     found: list[Block] = []
     for match in _FENCE.finditer(text):
         before = text[: match.start()].rstrip("\n").rpartition("\n")[2]
         after = text[match.end() :].lstrip("\n").partition("\n")[0]
-        # A comment between two blocks belongs to the one that it touches.
+        # A comment between two blocks belongs to the adjacent block.
         touches = text[match.end() : match.end() + 2] != "\n\n"
         smaller = _CHECKED_WITH.fullmatch(before)
         reason = _NOT_RUN.fullmatch(before) or (_NOT_RUN.fullmatch(after) if touches else None)
@@ -84,7 +84,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(text: str) -> Iterator[list[str] | str]:
-    """The commands of a bash block: words where it is a plain call of mpo-ext or python, else a line for a shell."""
+    """Yields the commands of a bash block: words for a plain call of mpo-ext or python, otherwise a line for a shell."""
     for line in text.replace("\\\n", " ").splitlines():
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -94,7 +94,7 @@ def commands(text: str) -> Iterator[list[str] | str]:
 
 
 class Server:
-    """Runs blocks, each in a process of its own."""
+    """Runs blocks, each in a separate process."""
 
     def __init__(self) -> None:
         environment = {

@@ -1,4 +1,4 @@
-"""What docs/how-to/loss-only.md tells users to look at finds the mistakes that the first loss cannot see."""
+"""The code in docs/how-to/loss-only.md detects the mistakes that the first loss cannot see."""
 
 from __future__ import annotations
 
