@@ -131,7 +131,7 @@ class StateReader:
 
 
 class _TensorWriter(dcp.FileSystemWriter):
-    """Raises the operating system's error if the disk is full; torch's writer hides it behind an error of its own."""
+    """Raises the operating system's error if the disk is full; torch's writer hides it behind another error."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
@@ -155,7 +155,7 @@ def unwrapped(accelerator: Any, model: nn.Module) -> Any:
 
 
 def is_deepspeed(accelerator: Any) -> bool:
-    """Whether DeepSpeed runs the model."""
+    """Returns whether DeepSpeed runs the model."""
     return accelerator.distributed_type == "DEEPSPEED"
 
 

@@ -212,7 +212,7 @@ class _AllLines:
 
 
 class RunData:
-    """The training and evaluation pairs of a run.
+    """The pairs of a run, as slices of steps.
 
     Args:
         recipe: Recipe of the run.
@@ -221,9 +221,9 @@ class RunData:
         collator: Collates samples.
 
     Attributes:
-        mixture: The training pairs.
+        mixture: Pairs to train on.
         sampler: Chooses the pairs of each step.
-        eval_mixture: The evaluation pairs, or None.
+        eval_mixture: Pairs to evaluate on, or None.
         total_steps: Number of optimizer steps of the run.
         dummy: A sample without labels, for a rank that has no pairs while other ranks do.
     """
@@ -243,7 +243,7 @@ class RunData:
 
     @property
     def mixtures(self) -> list[Mixture]:
-        """The training and the evaluation pairs."""
+        """The pairs to train on, then the pairs to evaluate on."""
         return [mixture for mixture in (self.mixture, self.eval_mixture) if mixture is not None]
 
     def steps(self) -> StepDataset:

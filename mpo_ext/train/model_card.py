@@ -1,4 +1,4 @@
-"""The model card of a finished run: README.md in Hugging Face's form, and a picture of the curves."""
+"""The model card of a finished run: README.md in Hugging Face's format, and a picture of the curves."""
 
 import json
 import math
@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCardData
 
 from mpo_ext.report import Line, Panel, markdown_table, save_panels
 from mpo_ext.train.recipe import Recipe
@@ -33,7 +35,7 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ("Gradient norm", "norm", (("grad_norm", "norm", "C0"),)),
     ("Entropy", "nats", (("entropy", "entropy", "C0"),)),
 )
-_SMOOTHED_FROM = 200  # steps; fewer are drawn as they are
+_SMOOTHED_FROM = 200  # minimum number of steps to smooth
 _CITATION = """@article{wang2024mpo,
   title={Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference Optimization},
   author={Wang, Weiyun and Chen, Zhe and Wang, Wenhai and Cao, Yue and Liu, Yangzhou and Gao, Zhangwei and Zhu, Jinguo
@@ -46,47 +48,42 @@ _CITATION = """@article{wang2024mpo,
 def write_card(
     folder: Path, *, recipe: Recipe, curves: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> None:
-    """Writes README.md, and curves.png where matplotlib is installed and there is something to draw.
+    """Writes README.md, and curves.png if matplotlib is installed and the log has numbers to draw.
 
     Args:
-        folder: Of the exported model. Its config.json tells how the model is loaded.
-        recipe: Of the run.
-        curves: Lines of the log, those of evaluations with keys ``eval_*``. Values that are no finite numbers are left
-            out of the picture.
-        summary: The last numbers of the run. Mappings in it are counts; ``datasets``, a list of names on the hub, goes
-            into the front matter.
+        folder: Folder of the exported model. Its config.json shows how to load the model.
+        recipe: Recipe of the run.
+        curves: Lines of the log; keys of evaluations start with ``eval_``. Values that are not finite are not drawn.
+        summary: The last metrics of the run. Mappings in it are counts; ``datasets``, a list of names on the hub, goes
+            into the metadata.
 
     Raises:
         OSError: If a file cannot be written.
     """
     folder = Path(folder)
-    texts = [_front_matter(recipe, summary), f"# {_title(recipe)}\n", _description(recipe)]
+    texts = [f"---\n{_metadata(recipe, summary).to_yaml()}\n---\n", f"# {_title(recipe)}\n", _description(recipe)]
     texts += ["## Results\n", _results(summary), _picture(folder, curves)]
     texts += ["## How to load it\n", _loading(folder, recipe)]
-    texts += [
-        "## Recipe\n",
-        "`mpo-ext train` of mpo_ext was given (`mpo_ext/train/recipe.py` explains each setting):\n",
-    ]
+    texts += ["## Recipe\n", "The recipe of `mpo-ext train` (`mpo_ext/train/recipe.py` explains each setting):\n"]
     texts += [_fenced(recipe.to_yaml(), "yaml")]
     texts += ["## Citation\n", _fenced(_CITATION, "bibtex")]
     (folder / "README.md").write_text("\n".join(text for text in texts if text), encoding="utf-8")
 
 
-def _front_matter(recipe: Recipe, summary: Mapping[str, Any]) -> str:
-    values: dict[str, Any] = {}
-    if _is_on_hub(recipe.model.path):
-        values["base_model"] = recipe.model.path
-        values["base_model_relation"] = "finetune" if recipe.model.lora is None else "adapter"
-    values["library_name"] = "transformers" if recipe.model.lora is None else "peft"
+def _metadata(recipe: Recipe, summary: Mapping[str, Any]) -> ModelCardData:
+    """Returns the metadata by which the hub finds and shows the model."""
+    has_lora, is_on_hub = recipe.model.lora is not None, _is_on_hub(recipe.model.path)
     tags = ["preference-optimization"] if recipe.loss.has_preference else ["sft"]
     if recipe.loss.has_preference and recipe.loss.preference is None:
         tags = ["mpo", *tags]
-    values["tags"] = [*tags, "mpo_ext"]
-    if datasets := summary.get("datasets"):
-        values["datasets"] = list(datasets)
-    # JSON's strings and lists are YAML's.
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
-    return "\n".join(["---", *lines, "---", ""])
+    relation = "adapter" if has_lora else "finetune"
+    return ModelCardData(
+        base_model=recipe.model.path if is_on_hub else None,
+        base_model_relation=relation if is_on_hub else None,
+        library_name="peft" if has_lora else "transformers",
+        tags=[*tags, "mpo_ext"],
+        datasets=list(summary.get("datasets", ())) or None,
+    )
 
 
 def _title(recipe: Recipe) -> str:
@@ -111,18 +108,17 @@ def _description(recipe: Recipe) -> str:
         )
     else:
         how = "next-token loss on the chosen responses alone (no preference term)"
-    moves = recipe.reference
-    if moves.sync_every:
+    reference = recipe.reference
+    if reference.sync_every:
         how += (
-            f", with a reference that moves by {moves.sync_mix:g} of the way to the policy every {moves.sync_every:,} "
-            "steps (TR-DPO, [arXiv 2404.09656](https://arxiv.org/abs/2404.09656))"
+            f", with a reference that moves by {reference.sync_mix:g} of the way to the policy every "
+            f"{reference.sync_every:,} steps (TR-DPO, [arXiv 2404.09656](https://arxiv.org/abs/2404.09656))"
         )
-    lora = recipe.model.lora
-    what = "LoRA adapters" if lora is not None else "all weights"
+    trained = "LoRA adapters" if recipe.model.lora is not None else "all weights"
     if recipe.model.freeze:
-        what = f"all weights but those of {', '.join(recipe.model.freeze)}"
+        trained = f"all weights but those of {', '.join(recipe.model.freeze)}"
     sources = "\n".join(f"- `{source.path}` (x {source.repeat_time:g})" for source in recipe.data.train)
-    return f"Base model: `{recipe.model.path}`. Trained: {what}. Loss: {how}.\n\nPairs come from\n\n{sources}\n"
+    return f"Base model: `{recipe.model.path}`. Trained: {trained}. Loss: {how}.\n\nPairs come from\n\n{sources}\n"
 
 
 def _results(summary: Mapping[str, Any]) -> str:
@@ -141,18 +137,18 @@ def _results(summary: Mapping[str, Any]) -> str:
 
 def _picture(folder: Path, curves: Sequence[Mapping[str, Any]]) -> str:
     panels = _panels(curves)
-    (folder / CURVES).unlink(missing_ok=True)  # of an earlier run
+    (folder / CURVES).unlink(missing_ok=True)  # from an earlier run
     if not panels:
         return "The log has no numbers to draw.\n"
     try:
         save_panels(folder / CURVES, "Training", panels)
     except ImportError:
         return "No picture of the curves: matplotlib is not installed (pip install matplotlib).\n"
-    return f"![Curves of the training: {', '.join(panel.title.lower() for panel in panels)}]({CURVES})\n"
+    return f"![Curves of the run: {', '.join(panel.title.lower() for panel in panels)}]({CURVES})\n"
 
 
 def _panels(curves: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """Those that have something to show."""
+    """Returns the panels for which the log has numbers."""
     panels = []
     for title, y_label, keys in _PANELS:
         lines = []
@@ -189,7 +185,7 @@ def _loading(folder: Path, recipe: Recipe) -> str:
 
 
 def _classes(folder: Path, recipe: Recipe) -> tuple[str, str]:
-    """Auto classes of the model and its processor, by its config: here, or where the base model lies."""
+    """Returns the auto classes of the model and its processor, from its config or that of the base model."""
     for path in (folder / "config.json", folder / "merged" / "config.json", Path(recipe.model.path) / "config.json"):
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -205,7 +201,7 @@ def _classes(folder: Path, recipe: Recipe) -> tuple[str, str]:
 
 
 def _is_on_hub(path: str) -> bool:
-    """Whether a path reads like a name on the hub and is no folder here."""
+    """Returns whether a path looks like a name on the hub and does not exist on this machine."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not path.startswith(".") and not os.path.exists(path)
 
 
@@ -224,6 +220,6 @@ def _cell(text: str) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any in the text."""
+    """Returns a code block with a fence that is longer than any fence in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"

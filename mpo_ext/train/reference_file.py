@@ -29,7 +29,7 @@ class PrecomputedReference:
 
     Raises:
         ValueError: If the file was made with other settings.
-        OSError: If there is no such file.
+        OSError: If the file does not exist.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -53,7 +53,7 @@ class PrecomputedReference:
         return logp.T.flatten().to(batch.index.device)
 
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """Raises: log-probabilities in a file cannot follow the policy."""
+        """Raises ``ValueError``: log-probabilities in a file cannot follow the policy."""
         raise ValueError("sync_every must be 0 for a reference of kind 'precomputed'")
 
 

@@ -137,7 +137,7 @@ class AdapterReference:
             return sequence_logp(policy, batch, self._recipe)
 
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """Raises: there is no second model that could move."""
+        """Raises ``ValueError``: only a second model could move."""
         raise ValueError("sync_every must be 0 for a reference of kind 'adapter'")
 
 

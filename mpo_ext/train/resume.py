@@ -126,7 +126,7 @@ def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> di
     refused = [text for name, text in changed.items() if not name.startswith(_FREE_SETTINGS)]
     if refused:
         raise LinesError(
-            f"the recipe must be the one that {path} was made with, but:\n  " + "\n  ".join(refused) + "\n"
+            f"the recipe must be that of {path}, but:\n  " + "\n  ".join(refused) + "\n"
             "use another output.dir to start a new run"
         )
     return changed

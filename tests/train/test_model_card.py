@@ -185,7 +185,7 @@ def test_the_curves_are_those_of_the_log(tmp_path: Path, drawn: list[Panel]) -> 
     }  # fmt: skip
     for panel, labels in ((drawn[2], ["chosen", "rejected", "margin"]), (drawn[5], ["chosen", "rejected"])):
         assert [line.label for line in panel.content] == labels
-    assert "![Curves of the training: loss, terms, rewards," in text
+    assert "![Curves of the run: loss, terms, rewards," in text
 
 
 def test_what_is_no_number_is_left_out(tmp_path: Path, drawn: list[Panel]) -> None:
