@@ -1,4 +1,4 @@
-"""Small runs that are saved and resumed, in this process or as one of two ranks that others are started with."""
+"""Small runs that are saved and resumed, in this process or on two ranks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def with_adapters(base: nn.Module) -> nn.Module:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """In two groups, as a recipe with weight decay has them."""
+    """Returns an optimizer with two groups, like that of a recipe with weight decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     vectors = [parameter for parameter in trained if parameter.dim() <= 1]
@@ -53,7 +53,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(model: nn.Module, optimizer: Any, steps: int, *, rank: int | None = None) -> None:
-    """Steps on tokens that all three generators draw, or with a rank on tokens that depend on that."""
+    """Trains on tokens drawn from all three generators, or on tokens that depend on the rank."""
     for step in range(steps):
         if rank is None:
             torch.manual_seed(random.randrange(1 << 30) + int(np.random.randint(1 << 30)) + int(torch.randint(9, ())))
@@ -67,7 +67,7 @@ def train(model: nn.Module, optimizer: Any, steps: int, *, rank: int | None = No
 
 
 def snapshot(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
-    """Copies of all that training moves, whole, by plain names."""
+    """Returns unsharded copies of all that training changes, by plain names."""
     found = {}
     inner = getattr(optimizer, "optimizer", optimizer)
     names = {parameter: name.removeprefix("module.") for name, parameter in model.named_parameters()}
@@ -110,7 +110,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": data_parallel, "
 
 
 def save_by_two(accelerator: Any, folder: Path) -> None:
-    """Saves under each wrapper after two steps, keeps what was saved, and trains on; then resumes as it was."""
+    """Saves under each wrapper after two steps, copies the state, trains further, then resumes and compares."""
     for name, wrap in WRAPPERS.items():
         model = wrap(tied())
         optimizer = optimizer_of(model)
@@ -136,7 +136,7 @@ def save_by_two(accelerator: Any, folder: Path) -> None:
 
 
 def load_by_two(accelerator: Any, folder: Path) -> None:
-    """Resumes what one process has saved, under each wrapper."""
+    """Resumes the checkpoint of one process under each wrapper."""
     truth = torch.load(folder / "single.truth")
     for wrap in WRAPPERS.values():
         model = wrap(text_model("Qwen2", tie_word_embeddings=True))
@@ -149,7 +149,7 @@ def load_by_two(accelerator: Any, folder: Path) -> None:
 
 
 def adapters_by_two(accelerator: Any, folder: Path) -> None:
-    """Adapters on a frozen base, sharded."""
+    """Saves sharded adapters on a frozen base."""
     model = shard(with_adapters(tied()))
     optimizer = optimizer_of(model)
     train(model, optimizer, 2, rank=accelerator.process_index)
@@ -160,7 +160,7 @@ def adapters_by_two(accelerator: Any, folder: Path) -> None:
 
 
 def export_by_two(accelerator: Any, folder: Path) -> None:
-    """Each wrapper's model, as one process has it."""
+    """Exports the model of each wrapper."""
     for name, wrap in WRAPPERS.items():
         model = wrap(tied())
         with torch.no_grad():
@@ -175,7 +175,7 @@ def export_by_two(accelerator: Any, folder: Path) -> None:
 
 
 def one_rank_fails(accelerator: Any, folder: Path) -> None:
-    """An error of the second rank alone, before and while tensors are written, is one of both; so is one of a load."""
+    """Checks that both ranks raise an error of the second: before and while tensors are written, and in a load."""
     model = data_parallel(tied())
     optimizer = optimizer_of(model)
     store = Checkpoints(folder / "failing")
@@ -227,7 +227,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def run_all(folder: Path) -> None:
-    """Runs all cases on two ranks. A case that fails ends the run, with its words in a file."""
+    """Runs all cases on two ranks. A case that fails ends the run, with its error in a file."""
     server()
     ranks = mp.start_processes(worker, args=(str(folder),), nprocs=2, join=False, start_method="forkserver")
     end_s = time.monotonic() + LIMIT_S

@@ -1,4 +1,4 @@
-"""Small models of transformers with random weights, and samples for them with images as processors give them."""
+"""Small models of transformers with random weights, and samples for them with images in the form of processors."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ Images = Callable[[int, torch.Generator], tuple[list[list[int]], dict[str, torch
 
 
 def tiles(tokens: int, *, axis: bool = False) -> Images:
-    """Images of 8 x 8 that are ``tokens`` tokens each; Idefics has an axis for the conversation before them."""
+    """Returns images of 8 x 8 with ``tokens`` tokens each; those of Idefics have an axis of conversations first."""
 
     def images(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
         pixels = torch.randn(count, 1, 8, 8, generator=generator)
@@ -164,7 +164,7 @@ def tiles(tokens: int, *, axis: bool = False) -> Images:
 
 
 def patches(count: int, generator: torch.Generator) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    """Images of several sizes as patches of 4 x 4, of which 2 x 2 are a token: Qwen-VL."""
+    """Returns images of several sizes as patches of 4 x 4; 2 x 2 patches are a token, as in Qwen-VL."""
     grids = [[1, 2 * int(side), 4] for side in torch.randint(1, 4, (count,), generator=generator)]
     total = sum(t * h * w for t, h, w in grids)
     pixels = torch.randn(total, 16, generator=generator)
@@ -174,7 +174,7 @@ def patches(count: int, generator: torch.Generator) -> tuple[list[list[int]], di
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How to build a model, what its images are, and the name of its vision tower."""
+    """A family of models: its builder, its images, and the name of its vision tower."""
 
     model: Callable[[], nn.Module]
     images: Images | None = None
@@ -259,7 +259,7 @@ def sample(
     prompt: int | None = None,
     name: str = "",
 ) -> Sample:
-    """One pair. The prompt depends on the seed ``prompt``, the responses on ``seed``."""
+    """Returns a pair. The prompt depends on the seed ``prompt``, the responses on ``seed``."""
     generator = torch.Generator().manual_seed(1000 + (seed if prompt is None else prompt))
     family_of = {**FAMILIES, **REFUSED}[family]
     ids = torch.randint(2, 50, (text,), generator=generator).tolist()
@@ -287,7 +287,7 @@ def sample(
 
 
 def samples_of(family: str) -> list[Sample]:
-    """Pairs of unequal lengths: two of one question with two images, one with one image, one of text alone."""
+    """Returns pairs of unequal lengths: two of one question with two images, one with one image, one without images."""
     some = 1 if {**FAMILIES, **REFUSED}[family].images else 0
     return [
         sample(family, 1, prompt=9, text=8, chosen=6, rejected=3, images=2 * some),
@@ -298,7 +298,7 @@ def samples_of(family: str) -> list[Sample]:
 
 
 def image_rows(samples: Sequence[Sample]) -> int:
-    """Images, tiles or patches that these samples hold."""
+    """Returns the number of images, tiles or patches of these samples."""
     return sum(
         value.shape[0] * (value.shape[1] if value.ndim == 5 else 1)
         for one in samples

@@ -1,6 +1,6 @@
-"""Mixed Preference Optimization in plain float64 PyTorch: what the trainer must agree with.
+"""Mixed Preference Optimization in plain float64 PyTorch: the trainer must agree with it.
 
-It knows nothing of mpo_ext. One forward pass for each response, full logits, log_softmax; a whole step is one
+It does not use mpo_ext. One forward pass for each response, full logits, log_softmax; a whole step is one
 expression and one backward pass. Written from the paper (arXiv 2411.10442), the documentation of the recipe, and the
 authors' rule for the reward shift; AdamW, the clipping and the schedule are those of torch and transformers, by hand.
 """
@@ -25,7 +25,7 @@ PIXEL_MEAN, PIXEL_SPREAD = 0.3, 0.35
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that a run depends on besides model and data; the names are those of the recipe."""
+    """All settings that a run depends on, with the names of the recipe."""
 
     beta: float = 0.1
     dpo_weight: float = 0.8
@@ -61,7 +61,7 @@ class Pair:
 
 
 def read_pairs(path: Path, vocabulary: Mapping[str, int]) -> list[Pair]:
-    """Reads lines of question, chosen, rejected and images, a word a token; responses may be equal."""
+    """Reads lines of question, chosen, rejected and images; each word is a token, and responses may be equal."""
     pairs = []
     for line in path.read_text().splitlines():
         fields = json.loads(line)
@@ -75,7 +75,7 @@ def read_pairs(path: Path, vocabulary: Mapping[str, int]) -> list[Pair]:
 
 
 def read_pixels(path: Path) -> Tensor:
-    """A grey image as the model wants it: three channels, ``(value / 255 - mean) / spread`` in float32."""
+    """Returns a grey image as input of the model: three channels, ``(value / 255 - mean) / spread`` in float32."""
     with Image.open(path) as image:
         values = np.asarray(image.convert("RGB"))
     scaled = values.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
@@ -83,7 +83,7 @@ def read_pixels(path: Path) -> Tensor:
 
 
 class WideNorm(nn.Module):
-    """RMSNorm in the dtype of its input; transformers' own rounds to float32, whatever the model is in."""
+    """RMSNorm in the dtype of its input; that of transformers always rounds to float32."""
 
     weight: nn.Parameter
     variance_epsilon: float
@@ -93,7 +93,7 @@ class WideNorm(nn.Module):
 
 
 def widen(model: nn.Module) -> nn.Module:
-    """The model in float64, its norms, too; in place."""
+    """Converts the model to float64 in place, its norms included."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.__class__ = WideNorm
@@ -101,7 +101,7 @@ def widen(model: nn.Module) -> nn.Module:
 
 
 class Lora(nn.Module):
-    """``W x + b + (alpha / r) B A x``, of which A and B learn."""
+    """``W x + b + (alpha / r) B A x``; only A and B are trained."""
 
     def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Lora(nn.Module):
 
 
 def add_lora(model: nn.Module, adapters: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> nn.Module:
-    """A copy of the model with adapters ``(A [r, in], B [out, r])`` at the layers named, all else frozen."""
+    """Returns a frozen copy of the model with adapters ``(A [r, in], B [out, r])`` at the named layers."""
     model = copy.deepcopy(model).requires_grad_(False)
     for name, (a, b) in adapters.items():
         parent, _, last = name.rpartition(".")
@@ -123,7 +123,7 @@ def add_lora(model: nn.Module, adapters: Mapping[str, tuple[Tensor, Tensor]], sc
 
 
 def row_logp(model: nn.Module, pair: Pair, response: tuple[int, ...]) -> Tensor:
-    """Log-probs of the whole vocabulary where each token of the response is predicted, ``[length, V]``."""
+    """Returns the log-probs of the whole vocabulary at each token of the response, ``[length, V]``."""
     ids = torch.tensor([[*pair.prompt, *response]])
     images = {} if pair.pixels is None else {"pixel_values": pair.pixels.double()}
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **images).logits[0]
@@ -131,7 +131,7 @@ def row_logp(model: nn.Module, pair: Pair, response: tuple[int, ...]) -> Tensor:
 
 
 def taken(rows: Tensor, response: tuple[int, ...]) -> Tensor:
-    """Log-prob of each token of the response."""
+    """Returns the log-prob of each token of the response."""
     return rows[torch.arange(len(response)), torch.tensor(response)]
 
 
@@ -145,7 +145,7 @@ class Delta:
         self.waiting: list[float] = []  # rewards since the last optimizer step
 
     def of_micro_batch(self, rewards: list[float]) -> float:
-        """What a micro-batch with these rewards, of both sides, uses; takes them in."""
+        """Adds the rewards of both sides of a micro-batch. Returns the value that the micro-batch uses."""
         before = self.value
         if self.settings.shift_per == "optimizer_step":
             self.waiting += rewards
@@ -154,7 +154,7 @@ class Delta:
         return self.value if self.settings.shift_update == "before" else before
 
     def end_step(self) -> None:
-        """Takes in what has waited for the end of the optimizer step."""
+        """Adds the rewards collected during the optimizer step."""
         if self.waiting:
             self._move(sum(self.waiting) / len(self.waiting))
             self.waiting = []
@@ -169,7 +169,7 @@ class Delta:
 
 
 def rate(settings: Settings, step: int, steps: int) -> float:
-    """``get_<schedule>_schedule_with_warmup`` of transformers at a step, from 0."""
+    """Returns ``get_<schedule>_schedule_with_warmup`` of transformers at a step, from 0."""
     warmup = math.ceil(settings.warmup_ratio * steps)
     if step < warmup:
         factor = step / max(1, warmup)
@@ -184,9 +184,9 @@ def rate(settings: Settings, step: int, steps: int) -> float:
 
 
 class AdamW:
-    """Decoupled weight decay (arXiv 1711.05101), on what has two axes or more.
+    """Decoupled weight decay (arXiv 1711.05101) on parameters with at least two axes.
 
-    What has no gradient in a step, as a vision tower in one without images, is left as it is, as torch leaves it.
+    As in torch, a parameter without a gradient does not change: the vision tower in a step without images.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], settings: Settings) -> None:
@@ -218,17 +218,17 @@ def train(
     steps: Sequence[Sequence[Sequence[Pair]]],
     settings: Settings,
 ) -> Iterator[dict[str, float]]:
-    """Trains in place, and yields what each step came to.
+    """Trains in place, and yields the metrics of each step.
 
     Args:
-        model: In float64; its parameters that require a gradient learn.
-        reference: Likewise, another object; None where the loss has no preference term.
+        model: Model in float64; its parameters that require a gradient are trained.
+        reference: Another model in float64; None if the loss has no preference term.
         steps: The micro-batches of each step, the pairs of each micro-batch.
-        settings: Of the run.
+        settings: Settings of the run.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, delta = AdamW(learning, settings), Delta(settings)
-    known: dict[tuple[Any, ...], float] = {}  # log-probs under the reference, while it stays what it is
+    known: dict[tuple[Any, ...], float] = {}  # log-probs under the reference, until it moves
     for number, micro_batches in enumerate(steps):
         measured = [
             _micro_batch(model, reference, micro_batch, settings, delta, known) for micro_batch in micro_batches
@@ -259,7 +259,7 @@ def train(
 
 @dataclasses.dataclass
 class _Measured:
-    """A pair that has gone through the model."""
+    """A pair after its forward pass."""
 
     dpo: Tensor
     bco: Tensor
@@ -279,7 +279,7 @@ def _micro_batch(
     delta: Delta,
     known: dict[tuple[Any, ...], float],
 ) -> list[_Measured]:
-    """The terms of each pair of a micro-batch, all of which use one delta."""
+    """Returns the terms of each pair of a micro-batch, with one delta for all."""
     found = []
     for pair in pairs:
         responses = (pair.chosen, pair.rejected) if reference is not None else (pair.chosen,)
@@ -329,13 +329,13 @@ def _ntp(pairs: Sequence[_Measured], settings: Settings) -> Tensor:
 
 
 def _average(pairs: Sequence[_Measured], settings: Settings) -> Tensor:
-    """``w_p L_p + w_q L_q + w_g L_g`` of some pairs."""
+    """Returns ``w_p L_p + w_q L_q + w_g L_g`` of some pairs."""
     preference = [settings.dpo_weight * pair.dpo + settings.bco_weight * pair.bco for pair in pairs]
     return torch.stack(preference).mean() + settings.ntp_weight * _ntp(pairs, settings)
 
 
 def _line(pairs: Sequence[_Measured], settings: Settings, has_reference: bool) -> dict[str, float]:
-    """Means over the pairs (or tokens) of a step, whatever its micro-batches."""
+    """Returns the means over the pairs (or tokens) of a step, independent of its micro-batches."""
     tokens = sum(sum(pair.tokens) for pair in pairs)
     line = {
         "ntp_loss": _ntp(pairs, settings).item(),

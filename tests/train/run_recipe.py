@@ -1,7 +1,7 @@
-"""Runs of a recipe in processes of their own, as one of several ranks, killed or signalled where a test wants it.
+"""Runs of a recipe in separate processes, as one or several ranks, killed or signalled at a chosen moment.
 
-Processes are forked from a server that has imported what they need, so that one costs no more than its steps. As a
-program it writes a small text model with its tokenizer, and pairs: what the command line can be tested with.
+Processes are forked from a server that has imported the trainer, so that a process costs no more than its steps.
+``write_text_run`` writes a small text model with its tokenizer, and pairs, for tests of the command line.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ class Job:
     """A run of the tiny model of ``digits_run``.
 
     Attributes:
-        out: Folder of the run. Beside it stand ``.text`` (what it printed), ``.rank0`` ... (what each rank ended with)
+        out: Folder of the run. Files beside it: ``.text`` (its output), ``.rank0`` ... (the result of each rank)
             and ``.events``.
         pairs: File to train on.
         settings: Overrides of the recipe, as in ``digits_run.recipe``.
         hook: Called in each process with its rank, before the run.
-        world: Number of processes.
-        sharded: Whether they shard the model (FSDP2); else it is DDP.
+        world_size: Number of processes.
+        sharded: Whether they shard the model (FSDP2) instead of copying it (DDP).
     """
 
     out: Path
     pairs: Path
     settings: dict[str, Any]
     hook: Callable[[int], None] | None = None
-    world: int = 1
+    world_size: int = 1
     sharded: bool = False
 
     def beside(self, suffix: str) -> Path:
@@ -69,8 +69,10 @@ class Job:
 
 @functools.lru_cache(None)
 def server() -> Any:
-    """The context of processes forked from a server that has imported the trainer and has no thread: a fork of the
-    tests' own process, which has had some, may wait for their locks for ever."""
+    """Returns the context of processes forked from a server without threads that has imported the trainer.
+
+    A fork of the test process may wait forever for the locks of its threads.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run_recipe_preload", "run_recipe"])
     before = dict(os.environ)
@@ -90,16 +92,16 @@ def start(job: Job) -> list[Any]:
     job.out.parent.mkdir(parents=True, exist_ok=True)
     for name in ("store", "begun"):
         job.beside(name).unlink(missing_ok=True)
-    for rank in range(job.world):
+    for rank in range(job.world_size):
         job.beside(f"rank{rank}").unlink(missing_ok=True)
-    processes = [context.Process(target=_work, args=(job, rank)) for rank in range(job.world)]
+    processes = [context.Process(target=_work, args=(job, rank)) for rank in range(job.world_size)]
     for process in processes:
         process.start()
     return processes
 
 
 def finish(processes: Sequence[Any], limit_s: float = LIMIT_S) -> list[int]:
-    """Waits for processes and returns their exit codes; those that take longer are killed, and it is an error."""
+    """Waits for processes and returns their exit codes. Processes over the limit are killed and fail the test."""
     end_s = time.monotonic() + limit_s
     for process in processes:
         process.join(max(end_s - time.monotonic(), 0.01))
@@ -117,26 +119,26 @@ def run(job: Job, limit_s: float = LIMIT_S) -> list[int]:
 
 
 def text_of(job: Job) -> str:
-    """What all runs into this folder have printed."""
+    """Returns the output of all runs into this folder."""
     path = job.beside("text")
     return path.read_text() if path.exists() else ""
 
 
 def log_of(job: Job) -> list[dict[str, Any]]:
-    """The log but for what depends on the clock and the machine."""
+    """Returns the log without the values that depend on the clock and the machine."""
     lines = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
     return [{name: line[name] for name in line if name not in ("tokens_per_s", "memory_mib")} for line in lines]
 
 
 def result_of(job: Job, rank: int = 0) -> dict[str, Any]:
-    """Parameters, by name, and state of the reward shift that a rank ended with."""
+    """Returns the final parameters of a rank, by name, and its final state of the reward shift."""
     import torch
 
     return torch.load(job.beside(f"rank{rank}"))
 
 
 def _work(job: Job, rank: int) -> None:
-    """A process of a run; its exit code is that of the trainer."""
+    """Runs the trainer in this process, and exits with its status."""
     with open(job.beside("text"), "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -158,8 +160,8 @@ def _train(job: Job, rank: int) -> int:
     from mpo_ext.train import loop, model_card
 
     torch.set_num_threads(1)
-    model_card.write_card = lambda *args, **kwargs: None  # draws, which takes longer than the run
-    if job.world > 1:
+    model_card.write_card = lambda *args, **kwargs: None  # drawing takes longer than the run
+    if job.world_size > 1:
         _join_ranks(job, rank)
     if job.hook is not None:
         job.hook(rank)
@@ -172,7 +174,7 @@ def _train(job: Job, rank: int) -> int:
 
     def keep_and_end() -> None:
         # As the last to hold its process group, DDP may wait for ever for the group's threads.
-        assert not [one for one in gc.get_objects() if type(one) is torch.nn.parallel.DistributedDataParallel]
+        assert not [value for value in gc.get_objects() if type(value) is torch.nn.parallel.DistributedDataParallel]
         weights = {}
         for name, value in trainer.model.named_parameters():
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -193,14 +195,14 @@ def _join_ranks(job: Job, rank: int) -> None:
     import accelerate
     import torch.distributed as dist
 
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.world, "LOCAL_WORLD_SIZE": job.world}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.world_size, "LOCAL_WORLD_SIZE": job.world_size}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group(
         "gloo",
         init_method=f"file://{job.beside('store')}",
         rank=rank,
-        world_size=job.world,
+        world_size=job.world_size,
         timeout=timedelta(seconds=60),
     )
     if job.sharded:
@@ -225,12 +227,12 @@ def _count_calls(owner: Any, name: str, before: Callable[[], None]) -> None:
 
 
 def die_at_event(number: int | None, events: Path, rank: int) -> None:
-    """Counts what the run does (forward passes, updates, changes on the disk) and kills it before one of them.
+    """Counts events of the run (forward passes, updates, changes on the disk) and kills it before one of them.
 
     Args:
-        number: Of the event, from 0; None lets it live.
-        events: File that the number of all events is written to.
-        rank: Of the process.
+        number: Number of the event, from 0; None kills nothing.
+        events: File for the number of all events.
+        rank: Rank of the process.
     """
     import torch
 
@@ -260,10 +262,10 @@ def signal_at_forward(number: int, signals: Sequence[int], only: int | None, ran
     """Sends signals to the process itself in the number-th forward pass of the policy, from 0.
 
     Args:
-        number: Of the pass.
-        signals: One after the other.
-        only: The rank that does it; None for all.
-        rank: Of the process.
+        number: Number of the pass.
+        signals: Signals to send, in order.
+        only: Rank that sends them; None for all.
+        rank: Rank of the process.
     """
     from mpo_ext.train import batch_loss
 
@@ -272,8 +274,8 @@ def signal_at_forward(number: int, signals: Sequence[int], only: int | None, ran
     def count() -> None:
         nonlocal passes
         if passes == number and only in (None, rank):
-            for one in signals:
-                os.kill(os.getpid(), one)
+            for number_of_signal in signals:
+                os.kill(os.getpid(), number_of_signal)
         passes += 1
 
     _count_calls(batch_loss, "linear_mpo_loss", count)
@@ -294,7 +296,7 @@ def count_reference_pairs(path: Path, rank: int) -> None:
 
 
 def all_of(hooks: Sequence[Callable[[int], None]], rank: int) -> None:
-    """Several hooks."""
+    """Calls several hooks."""
     for hook in hooks:
         hook(rank)
 
@@ -335,9 +337,9 @@ def write_text_run(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def program(command: Sequence[str], text: Path) -> Iterator[Any]:
-    """A program with a session of its own; whatever is left of it at the end is killed.
+    """Runs a program in a new session; its remaining processes are killed at the end.
 
-    SIGTERM comes first: a launcher's workers have sessions of their own, and it ends them.
+    It gets SIGTERM first: a launcher ends its workers, which are in other sessions.
     """
     import subprocess
 

@@ -1,4 +1,4 @@
-"""What the server of ``run_recipe`` imports before it forks."""
+"""Imports of the server of ``run_recipe``, before it forks."""
 
 import accelerate.state
 import digits_run

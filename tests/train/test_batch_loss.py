@@ -1,4 +1,4 @@
-"""``loss.preference``: other losses in the place of the DPO term, in the trainer."""
+"""Tests the loss of a micro-batch with ``loss.preference``: other losses instead of the DPO term."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_settings_that_do_not_go_together_are_named(values: dict[str, Any], mess
 
 
 def test_on_step_ends_a_run(tmp_path: Path, pairs: Path) -> None:
-    """It ends as if the step were the last: with a checkpoint, a line in the log and the final model."""
+    """The run ends as if the step were its last: with a checkpoint, a line in the log and the final model."""
     model, processor = digits_run.tiny()
     recipe = digits_run.recipe(tmp_path / "run", pairs, optim__epochs=5, output__log_every=100)
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, over other numbers of ranks, and whole or not at all whatever happens in between."""
+"""Tests checkpoints: they restore bit for bit, under another number of ranks, and are complete or absent after a kill."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def accelerator() -> Any:
 
 
 class Small(nn.Module):
-    """With a buffer that a state dict has, one that it has not, and a layer that an input may leave out."""
+    """A model with a persistent buffer, a buffer that is not persistent, and a layer that some inputs skip."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Small(nn.Module):
 
 
 def moved(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer that has taken a step with one of the layers."""
+    """Returns an optimizer after a step with only some of the layers."""
     optimizer = optimizer_of(model)
     model.used(torch.ones(3)).sum().backward()
     optimizer.step()
@@ -72,7 +72,7 @@ def names_of(store: Checkpoints) -> list[str]:
 
 @pytest.mark.parametrize("is_prepared", [False, True], ids=["plain", "prepared"])
 @pytest.mark.parametrize("build", [tied, lambda: with_adapters(tied())], ids=["tied", "adapters"])
-def test_a_resumed_run_goes_on_bit_for_bit(
+def test_a_resumed_run_continues_bit_for_bit(
     accelerator: Any, tmp_path: Path, build: Callable[[], nn.Module], is_prepared: bool
 ) -> None:
     def fresh() -> tuple[nn.Module, Any]:
@@ -233,7 +233,7 @@ def test_bad_arguments_are_named(
     assert list(tmp_path.iterdir()) == []
 
 
-# Which are there
+# Finding and deleting checkpoints
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def test_a_damaged_one_is_refused_by_name_and_passed_over(
     assert store.latest() == path
 
 
-def test_another_number_of_ranks_is_said(
+def test_another_number_of_ranks_is_logged(
     accelerator: Any, save: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = save(Checkpoints(tmp_path), 1)
@@ -358,11 +358,11 @@ def test_leftovers_of_a_death_are_removed_or_finished(save: Callable[..., Path],
     assert names_of(store) == ["notes.tmp-0123456789ab", "step-00000001", "step-00000003"]
 
 
-# Deaths and full disks
+# Kills and full disks
 
 
 def save_forever(folder: Path, first: int) -> None:
-    """Saves step after step, each with parameters that tell the step; every third replaces the one before."""
+    """Saves step after step, with the step in the parameters; every third save replaces the previous checkpoint."""
     accelerator = accelerate.Accelerator(cpu=True)
     store = Checkpoints(folder, keep_last=1)
     model = Small()
@@ -406,7 +406,7 @@ def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_whole(accelerator: 
 
 
 def die_at(folder: Path, number: int, step: int) -> None:
-    """Saves, and dies right before a call that changes what is on the disk, counted from 0."""
+    """Saves, and kills the process right before a call that changes the disk, counted from 0."""
     store = Checkpoints(folder, keep_last=1)
     model = Small()
     optimizer = moved(model)
@@ -585,7 +585,7 @@ def test_one_process_resumes_what_two_have_saved(
         assert all(".lora_" in key for key in saved_tensors(path))
 
 
-# DeepSpeed, of which there is only what the code calls
+# DeepSpeed, replaced by a stand-in with the methods that the code calls
 
 
 class Engine(nn.Module):
@@ -601,7 +601,7 @@ class Engine(nn.Module):
         return folder, {}
 
 
-def test_deepspeed_is_given_a_folder_of_its_own(accelerator: Any, save: Callable[..., Path], tmp_path: Path) -> None:
+def test_deepspeed_gets_a_separate_folder(accelerator: Any, save: Callable[..., Path], tmp_path: Path) -> None:
     deepspeed = SimpleNamespace(
         distributed_type=accelerate.DistributedType.DEEPSPEED,
         **{
@@ -660,7 +660,7 @@ def test_an_export_of_a_model_with_images_is_what_was_trained(accelerator: Any, 
 
 @pytest.fixture
 def adapted(tmp_path: Path) -> nn.Module:
-    """Adapters on a model that was read from a folder."""
+    """Returns a model that was loaded from a folder, with adapters."""
     tied().save_pretrained(tmp_path / "base")
     return with_adapters(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
 

@@ -1,8 +1,8 @@
-"""The trainer against the plain float64 script of plain.py: loss, rewards, delta, gradient norms and final weights.
+"""Compares the trainer with the float64 script plain.py: loss, rewards, delta, gradient norms and final weights.
 
-Run in float32 it must agree to 1e-5 over 20 steps. Run in float64 it must agree to 1e-9: there is then no rounding to
-hide behind, and what is left is the arithmetic itself. MPO_EXACTNESS_ALL=1 takes all modes of the reward shift with
-all references and all ways to accumulate, in 20 steps of float32; the tests else take a selection of these.
+In float32 they must agree to 1e-5 over 20 steps. In float64 they must agree to 1e-9, so that rounding cannot hide an
+error. MPO_EXACTNESS_ALL=1 combines all modes of the reward shift with all references and all ways to accumulate, in 20
+steps of float32; the default is a selection of these.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ ALL = os.environ.get("MPO_EXACTNESS_ALL") == "1"
 STEPS = 20
 BATCH = 8
 RANK, ALPHA = 4, 8.0
-# AdamW divides a gradient by its own size: with the usual eps of 1e-8, one that is 0 but for rounding (1e-9 in
-# float32) would move its weight by as much as any other, and what is compared would be the rounding. 1e-4 is small
-# beside the gradients' root mean square, 1e-3 to 1e-2, and large beside their rounding.
+# AdamW divides a gradient by its size: with the usual eps of 1e-8, a gradient that is 0 except for rounding (1e-9 in
+# float32) would move its weight like any other gradient, and the test would compare rounding errors. 1e-4 is small
+# compared with the gradients' root mean square, 1e-3 to 1e-2, and large compared with their rounding.
 OPTIM = {"optim__learning_rate": 2e-3, "optim__eps": 1e-4, "optim__warmup_ratio": 0.1}
-MOVED = 5e-6  # per step: what some value of each parameter must move by at least, so that 1e-5 says something
+MOVED = 5e-6  # minimum movement per step of some value of each parameter; otherwise 1e-5 would prove nothing
 
 MODES: dict[str, dict[str, Any]] = {
     "cumulative before": {},
@@ -70,14 +70,14 @@ LONG = [
     ("fixed 0", "2x4", "adapter"),
     ("cumulative step", "8x1", "adapter"),
 ]
-# The other layouts of each mode, each with the reference that is its turn.
+# The other layouts of each mode, with the references in turn.
 SHORT = [
     (mode, layout, list(REFERENCES)[(number + turn) % 3])
     for number, mode in enumerate(MODES)
     for turn, layout in enumerate(LAYOUTS)
     if (mode, layout) not in {case[:2] for case in LONG}
 ]
-# What else the arithmetic depends on, or must not depend on.
+# Other options that the arithmetic depends on, or must not depend on.
 OPTIONS: dict[str, dict[str, Any]] = {
     "means of micro-batches": {"loss__average_over": "micro_batch"},
     "means of micro-batches, by response": {
@@ -124,7 +124,7 @@ class Data:
     pairs: list[plain.Pair]
 
     def steps(self, steps: int, micro_batch_size: int, *, grouped: bool) -> list[list[list[plain.Pair]]]:
-        """The order of the pairs is not what is tested here: it is the trainer's. Lines of equal responses are out."""
+        """Returns the micro-batches in the trainer's order, without lines of equal responses; the order is not tested."""
         mixture = Mixture([SourceRecipe(path=str(self.path))])
         groups = mixture.prompt_groups() if grouped else None
         sampler = StepSampler(mixture.epoch, batch_size=BATCH, groups=groups)
@@ -143,7 +143,7 @@ class Data:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """10 pairs, half of them without an image, and one of equal responses, which is no pair to learn from.
+    """Returns 10 pairs, half of them without an image, and a pair of equal responses, which is skipped.
 
     An epoch has a step of 8 and one of 3, so that steps and micro-batches differ in size.
     """
@@ -152,7 +152,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 @pytest.fixture(scope="module")
 def grouped_data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Several pairs to each prompt."""
+    """Returns several pairs for each prompt."""
     return make_data(tmp_path_factory.mktemp("grouped"), 5, text_only=2, repeats=3)
 
 
@@ -165,7 +165,7 @@ def make_data(folder: Path, count: int, **options: int) -> Data:
 
 
 def adapters() -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of all linear layers of the language model. B is not 0: policy and reference differ from the start."""
+    """Returns A and B of all linear layers of the language model; B is not 0, so policy and reference differ at once."""
     model, _ = digits_run.tiny()
     generator = torch.Generator().manual_seed(1)
     return {
@@ -180,14 +180,14 @@ def adapters() -> dict[str, tuple[Tensor, Tensor]]:
 
 @dataclasses.dataclass
 class Run:
-    """What came out of a run: the lines of the log and the weights, by the names of the script."""
+    """The result of a run: the lines of the log, and the weights by the names of the script."""
 
     lines: list[dict[str, float]]
     weights: dict[str, Tensor]
 
 
 def run_script(data: Data, overrides: Mapping[str, Any], *, steps: int = STEPS) -> Run:
-    """The run of the script that a recipe with these overrides must agree with."""
+    """Runs the script with the settings of a recipe with these overrides."""
     grouped = bool(overrides.get("data__group_prompts"))
     order = data.steps(steps, overrides.get("optim__micro_batch_size", 4), grouped=grouped)
     base = plain.widen(digits_run.tiny()[0])
@@ -244,7 +244,7 @@ def plain_name(name: str) -> str:
 
 
 def settings_of(overrides: Mapping[str, Any]) -> plain.Settings:
-    """Settings of the script for the overrides of a recipe; what neither names has each side's own default."""
+    """Returns the settings of the script for the overrides of a recipe; others keep the default of each side."""
     names = {field.name for field in dataclasses.fields(plain.Settings)}
     values: dict[str, Any] = {}
     for name, value in {**OPTIM, **overrides}.items():
@@ -259,7 +259,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
 def assert_equal(run: Run, script: Run, tolerance: float) -> None:
-    """Every number of every step that the script has, and every weight."""
+    """Compares every number of every step of the script, and every weight."""
     assert len(run.lines) == len(script.lines)
     off: dict[str, float] = {}
     for line, wanted in zip(run.lines, script.lines, strict=True):
@@ -299,7 +299,7 @@ def test_options(data: Data, grouped_data: Data, tmp_path: Path, name: str) -> N
 
 
 def test_script_reads_what_the_trainer_reads(data: Data, grouped_data: Data) -> None:
-    """Tokens and pixels of the script are those of the encoder, to the last bit."""
+    """Tokens and pixels of the script equal those of the encoder, to the last bit."""
     _, processor = digits_run.tiny()
     encoder = Encoder(processor)
     kept = 0

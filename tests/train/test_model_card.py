@@ -1,4 +1,4 @@
-"""Model cards: what stands in them, and the picture of the curves."""
+"""Tests model cards: their text and the picture of the curves."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_front_matter_is_that_of_the_hub(tmp_path: Path) -> None:
     assert front_matter(write(tmp_path, sft))["tags"] == ["sft", "mpo_ext"]
 
 
-def test_a_folder_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_not_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     for path in ("models/mine", "./models", "../models", str(tmp_path), "a/b/c", "gpt2-in-a-folder"):
@@ -108,7 +108,7 @@ def test_the_numbers_are_in_a_table(tmp_path: Path) -> None:
     assert "No numbers were recorded." in write(tmp_path, make())
 
 
-def test_what_was_done_is_said(tmp_path: Path) -> None:
+def test_the_run_is_described(tmp_path: Path) -> None:
     text = write(tmp_path, make(model=ModelRecipe(path="org/b", freeze=("vision_tower",))))
     assert "0.8 x DPO + 0.2 x BCO + 1 x next-token loss, beta 0.1" in text
     assert "all weights but those of vision_tower" in text
@@ -157,7 +157,7 @@ def test_the_merged_model_is_mentioned_where_there_is_one(tmp_path: Path) -> Non
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Panel]:
-    """The panels of the last picture, which is not drawn."""
+    """Returns the panels of the last picture, which is not drawn."""
     panels: list[Panel] = []
     monkeypatch.setattr(card, "save_panels", lambda path, title, given: panels.extend(given))
     return panels
@@ -188,7 +188,7 @@ def test_the_curves_are_those_of_the_log(tmp_path: Path, drawn: list[Panel]) -> 
     assert "![Curves of the run: loss, terms, rewards," in text
 
 
-def test_what_is_no_number_is_left_out(tmp_path: Path, drawn: list[Panel]) -> None:
+def test_values_that_are_not_numbers_are_left_out(tmp_path: Path, drawn: list[Panel]) -> None:
     lines = [
         {"step": 1, "loss": math.nan, "dpo_loss": "nan"}, {"step": 2, "loss": 1.0}, {"loss": 3.0},
         {"step": 3, "loss": math.inf}, {"step": 4, "loss": True}, {"step": 5, "loss": 2},

@@ -1,4 +1,4 @@
-"""Two processes against one: the same losses, one model on all ranks, and an end for all where one ends."""
+"""Compares two processes with one: the losses are equal, all ranks have one model, and all end if one rank ends."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 from run_recipe import Job, log_of, result_of, run, signal_at_forward, text_of
 
 _BASE = {"optim__batch_size": 5, "optim__micro_batch_size": 2, "optim__epochs": 2, "output__save_every": 2}
-# delta of a step that does not depend on how its pairs are spread
+# With these settings delta does not depend on the distribution of the pairs over ranks.
 _SHIFT = {"reward_shift__mode": "ema", "reward_shift__update": "after", "reward_shift__per": "optimizer_step"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven pairs: the last step of an epoch has one, so one of two ranks has none."""
+    """Returns a folder of eleven pairs: the last step of an epoch has one pair, so one of two ranks has none."""
     folder = tmp_path_factory.mktemp("ranks")
     digits_run.write_pairs(folder / "train", 11, text_only=3)
     digits_run.write_pairs(folder / "eval", 3, seed=1)
@@ -31,9 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def job_of(folder: Path) -> Callable[..., Job]:
-    def job_of(out: str, world: int = 1, *, sharded: bool = False, **settings: Any) -> Job:
+    def job_of(out: str, world_size: int = 1, *, sharded: bool = False, **settings: Any) -> Job:
         settings = {**_BASE, **_SHIFT, "data__eval": [str(folder / "eval" / "pairs.jsonl")], **settings}
-        return Job(folder / out, folder / "train" / "pairs.jsonl", settings, world=world, sharded=sharded)
+        return Job(folder / out, folder / "train" / "pairs.jsonl", settings, world_size=world_size, sharded=sharded)
 
     return job_of
 
@@ -71,18 +71,18 @@ def test_two_ranks_learn_what_one_does(sharded: bool, job_of: Callable[..., Job]
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_what_two_ranks_began_one_ends(sharded: bool, job_of: Callable[..., Job], single: Job) -> None:
     job = job_of(f"begun-{sharded}", 2, sharded=sharded, output__save_every=0)
-    hook = functools.partial(signal_at_forward, 3, [signal.SIGTERM], 1)  # one rank alone is told to end
+    hook = functools.partial(signal_at_forward, 3, [signal.SIGTERM], 1)  # only one rank gets the signal
     assert run(dataclasses.replace(job, hook=hook)) == [143, 143], text_of(job)
     done = log_of(job)[-1]["step"]
     assert 0 < done < 6
-    assert run(dataclasses.replace(job, world=1, sharded=False)) == [0], text_of(job)
+    assert run(dataclasses.replace(job, world_size=1, sharded=False)) == [0], text_of(job)
     losses = [line["loss"] for line in log_of(job) if "loss" in line]
     assert losses == pytest.approx([line["loss"] for line in log_of(single) if "loss" in line], abs=1e-5)
     same(result_of(job), result_of(single), 2e-5)
 
 
 def test_a_cumulative_shift_counts_each_rank(job_of: Callable[..., Job]) -> None:
-    """As the authors' code: the mean over ranks and micro-batches of their mean rewards, the latest included."""
+    """It is the mean over ranks and micro-batches of their mean rewards, the latest included: the authors' rule."""
     settings = {
         "reward_shift__mode": "cumulative", "reward_shift__update": "before", "reward_shift__per": "micro_batch",
         "optim__batch_size": 4, "optim__max_steps": 3, "optim__warmup_ratio": 0, "data__eval": [],

@@ -1,4 +1,4 @@
-"""TR-DPO: a reference that follows the policy, against the plain script, through checkpoints and on two ranks."""
+"""Tests TR-DPO, a reference that follows the policy: against the plain script, through checkpoints, on two ranks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
 
 @pytest.fixture(scope="module")
 def script_of(data: exactness.Data) -> Callable[[dict[str, Any]], exactness.Run]:
-    """Runs of the plain script, each made once."""
+    """Returns runs of the plain script, each computed once."""
     kept: dict[str, exactness.Run] = {}
 
     def script_of(overrides: dict[str, Any]) -> exactness.Run:
@@ -120,7 +120,7 @@ def test_after_a_hard_update_rewards_are_0(
 
 
 def run_here(recipe: Recipe, lines: list[dict[str, float]]) -> Trainer:
-    """A run in this process."""
+    """Trains in this process."""
     model, processor = tiny()
     trainer = Trainer(recipe, model=model, processor=processor, on_step=lambda _, line: lines.append(dict(line)))
     assert trainer.run() == 0
@@ -131,7 +131,7 @@ def run_here(recipe: Recipe, lines: list[dict[str, float]]) -> Trainer:
 
 
 class Two(nn.Module):
-    """Two parameters and a buffer; what ``get_output_embeddings`` marks as the model itself."""
+    """Two parameters and a buffer; ``get_output_embeddings`` marks it as a model without wrapper."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def test_a_hard_update_copies_and_buffers_stay() -> None:
 
 
 def test_weights_in_4_bits_stay() -> None:
-    """They are frozen, and kept as packed integers, which have no mean."""
+    """They are frozen, and packed in integers, which cannot be averaged."""
     reference, policy = Two(0, torch.float32), Two(1, torch.float32)
     for number, model in enumerate((reference, policy)):
         model.packed = nn.Parameter(torch.full((5,), 16 * number, dtype=torch.uint8), requires_grad=False)
@@ -209,7 +209,7 @@ def settings_of(**overrides: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(data: exactness.Data, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, list[dict[str, float]]]:
-    """A run of six steps that nothing ended, with a checkpoint after each."""
+    """Returns an uninterrupted run of six steps with a checkpoint after each."""
     lines: list[dict[str, float]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(card, "write_card", lambda *args, **values: None)
@@ -223,13 +223,13 @@ def checkpoint_of(trainer: Trainer, step: int) -> Path:
 
 @pytest.mark.usefixtures("no_card")
 @pytest.mark.parametrize("step", [3, 4])
-def test_a_run_goes_on_to_the_same_bits(
+def test_a_resumed_run_ends_with_the_same_bits(
     step: int,
     whole: tuple[Trainer, list[dict[str, float]]],
     data: exactness.Data,
     tmp_path: Path,
 ) -> None:
-    """From a checkpoint whose reference lags behind the policy by a step, and from one right after a move."""
+    """Resumes from a checkpoint with a reference one step behind the policy, and from a checkpoint after a move."""
     trainer, lines = whole
     resume = {"output__resume": str(checkpoint_of(trainer, step)), "output__save_every": 0}
     rest: list[dict[str, float]] = []
@@ -299,7 +299,7 @@ def test_a_run_whose_reference_stood_still_does_not_begin_to_move_it(data: exact
         run_here(digits_run.recipe(tmp_path / "run", data.path, **{**short, "reference__sync_every": 2}), [])
 
 
-# What is refused, and what is said.
+# Errors and messages.
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_a_sharding_whose_parts_cannot_be_mixed_ends_a_run_before_it_begins(
 
 @pytest.fixture
 def two_sizes(tmp_path: Path) -> tuple[Path, Path]:
-    """Folders of a text model and of one with longer rows in its MLP."""
+    """Returns the folders of two text models; the second has a wider MLP."""
     folders = tmp_path / "one", tmp_path / "two"
     for number, folder in enumerate(folders):
         config = transformers.Qwen2Config(**{**TEXT, "intermediate_size": 24 + 8 * number})
@@ -398,7 +398,7 @@ def single(job_of: Callable[..., Job]) -> Job:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_ranks_move_it_as_one_does(sharded: bool, job_of: Callable[..., Job], single: Job) -> None:
-    job = job_of(f"two-{sharded}", world=2, sharded=sharded)
+    job = job_of(f"two-{sharded}", world_size=2, sharded=sharded)
     assert run(job) == [0, 0], text_of(job)
     lines, expected = log_of(job), log_of(single)
     assert len(lines) == len(expected) == 6

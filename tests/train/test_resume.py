@@ -1,4 +1,4 @@
-"""Runs that are killed or signalled, and go on: to the same bits as a run that nothing has ended."""
+"""Tests that runs which are killed or signalled resume, and end with the bits of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _BASE = {
     "output__save_every": 2,
     "data__group_prompts": False,
 }
-# Each in its own way: reference, reward shift, and what else has a state.
+# They differ in the reference, the reward shift, and other parts with a state.
 RUNS: dict[str, dict[str, Any]] = {
     "copy": {"output__keep_last": 1},
     "adapter": {
@@ -84,7 +84,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pairs to train on, so that an epoch ends with a short step, and four to evaluate on."""
+    """Returns a folder of twelve pairs to train on, so that an epoch ends with a short step, and four to evaluate on."""
     folder = tmp_path_factory.mktemp("resume")
     digits_run.write_pairs(folder / "train", 12, text_only=3)
     digits_run.write_pairs(folder / "eval", 4, seed=1)
@@ -103,7 +103,7 @@ def job_of(folder: Path) -> Callable[..., Job]:
 
 @pytest.fixture(scope="module")
 def whole(job_of: Callable[..., Job]) -> Callable[[str], Job]:
-    """Runs that nothing ends, each made once; ``.events`` has the number of what could be killed before."""
+    """Runs a job without interruption, once; its file ``.events`` has the number of events to kill it before."""
 
     @functools.lru_cache(None)
     def whole(name: str) -> Job:
@@ -177,7 +177,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert sum(done.values()) >= KILLS
 
 
-def test_what_is_compared_has_learnt(whole: Callable[[str], Job], folder: Path) -> None:
+def test_the_compared_runs_have_learned(whole: Callable[[str], Job], folder: Path) -> None:
     ends = [result_of(whole(name)) for name in ("copy", "after", "moving")]
     begin = digits_run.weights(digits_run.tiny()[0])
     for end in ends:
@@ -197,7 +197,7 @@ def test_a_kill_in_the_write_of_a_checkpoint(at: str, job_of: Callable[..., Job]
 
 
 def die_in_write(at: str, number: int, rank: int) -> None:
-    """Kills the process in the write of the number-th checkpoint, from 1."""
+    """Kills the process while it writes the number-th checkpoint, from 1."""
     from mpo_ext.train import checkpoint
 
     target, name = {
@@ -218,10 +218,10 @@ def die_in_write(at: str, number: int, rank: int) -> None:
     setattr(target, name, dying)
 
 
-# What is computed once
+# Precomputed log-probs
 
 
-def test_a_kill_while_log_probs_are_computed_costs_the_batch_at_work(
+def test_a_kill_while_log_probs_are_computed_costs_the_current_batch(
     job_of: Callable[..., Job], whole: Callable[[str], Job], folder: Path
 ) -> None:
     job = job_of("once", "precomputed")
@@ -269,7 +269,7 @@ def die_in_precompute(number: int, rank: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "forward"), [("copy", 4), ("copy", 17), ("adapter", 7), ("moving", 10)])
-def test_sigterm_ends_after_the_step_at_work_and_goes_on(
+def test_sigterm_ends_after_the_current_step_and_the_run_resumes(
     name: str, forward: int, job_of: Callable[..., Job], whole: Callable[[str], Job]
 ) -> None:
     job = job_of(f"{name}-term-{forward}", name)
@@ -287,7 +287,7 @@ def test_sigterm_ends_after_the_step_at_work_and_goes_on(
 
 
 def assert_same_but_extra_checkpoints(job: Job, truth: Job) -> None:
-    """The end of a run by a signal has a checkpoint of its own."""
+    """Compares two runs, except for the checkpoint that a signal has added."""
     ours, theirs = checkpoints(job), checkpoints(truth)
     assert max(ours) == max(theirs)
     assert all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys())
@@ -317,7 +317,7 @@ def test_a_second_sigint_ends_at_once(job_of: Callable[..., Job], whole: Callabl
 
 
 def test_signals_and_kills_with_workers(job_of: Callable[..., Job], whole: Callable[[str], Job]) -> None:
-    """As a cluster or a terminal sends them: to the run and the workers that read for it."""
+    """Signals reach the run and its data workers, as those of a cluster or a terminal do."""
     job = job_of("workers", "after", data__workers=1)
     hook = functools.partial(signal_group_at_forward, 4, signal.SIGTERM)
     assert run(dataclasses.replace(job, hook=hook)) == [INTERRUPTED], text_of(job)
@@ -345,10 +345,10 @@ def signal_group_at_forward(number: int, one: int, rank: int) -> None:
     batch_loss.mpo_loss = counted
 
 
-# Where a run goes on from
+# The checkpoint that a run resumes from
 
 
-def test_what_goes_on_must_be_the_same_run(job_of: Callable[..., Job], whole: Callable[[str], Job]) -> None:
+def test_a_resumed_run_must_be_the_same_run(job_of: Callable[..., Job], whole: Callable[[str], Job]) -> None:
     again = job_of("same", "copy", output__resume="never")
     shutil.copytree(whole("copy").out, again.out)
     before = again.out.stat().st_mtime_ns
@@ -366,9 +366,7 @@ def test_what_goes_on_must_be_the_same_run(job_of: Callable[..., Job], whole: Ca
     assert run(job_of("never", "copy", output__resume="never", optim__max_steps=1)) == [0]
 
 
-def test_a_run_goes_on_from_the_checkpoint_that_is_named(
-    job_of: Callable[..., Job], whole: Callable[[str], Job]
-) -> None:
+def test_a_run_resumes_from_the_named_checkpoint(job_of: Callable[..., Job], whole: Callable[[str], Job]) -> None:
     job = job_of("named", "copy", output__keep_last=9)
     assert run(job) == [0], text_of(job)
     path = job.out / "checkpoints" / "step-00000002"
@@ -379,7 +377,7 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(
     assert_same(named, whole("copy"))
 
 
-def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(job_of: Callable[..., Job]) -> None:
+def test_a_longer_run_resumes_from_the_end_of_a_shorter_run(job_of: Callable[..., Job]) -> None:
     settings = {"optim__schedule": "constant", "optim__warmup_ratio": 0.0}
     short, long = (job_of("grows", "after", optim__max_steps=steps, **settings) for steps in (3, 5))
     straight = job_of("straight", "after", optim__max_steps=5, output__save_every=3, **settings)
@@ -405,8 +403,8 @@ def test_a_finished_run_ends_as_it_did(job_of: Callable[..., Job], whole: Callab
             shutil.move(final, job.out / "gone")
 
 
-def test_a_run_that_starts_anew_says_so(job_of: Callable[..., Job]) -> None:
-    job = job_of("anew", "copy", optim__max_steps=1)
+def test_a_run_that_starts_again_says_so(job_of: Callable[..., Job]) -> None:
+    job = job_of("again", "copy", optim__max_steps=1)
     job.out.mkdir(parents=True)
     (job.out / "log.jsonl").write_text('{"step": 1, "loss": 9}\n')
     assert run(job) == [0], text_of(job)

@@ -1,4 +1,4 @@
-"""What surrounds the steps of a run: where its settings go, what it logs and counts, and what it goes on with."""
+"""Tests all of a run besides its steps: the settings, the log, the counts, and the state with which it resumes."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from mpo_ext.train.reference_file import reference_settings
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty pairs: steps of 8, 8 and 4."""
+    """Returns a file of twenty pairs: steps of 8, 8 and 4."""
     return write_pairs(tmp_path_factory.mktemp("pairs"), 20)
 
 
 @pytest.fixture(autouse=True)
 def cards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What cards were to be written with: drawing their curves takes longer than a run."""
+    """Returns the arguments of the model cards, which are not written: drawing their curves takes longer than a run."""
     written: list[Any] = []
     monkeypatch.setattr(model_card, "write_card", lambda folder, **values: written.append(values))
     return written
@@ -49,7 +49,7 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def any_precision() -> Iterator[None]:
-    """accelerate takes one precision per process."""
+    """Lets a test change the precision, of which accelerate allows only one per process."""
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
@@ -61,7 +61,7 @@ def trainer_of(out: Path, pairs: Path, model: nn.Module | None = None, **setting
 
 
 def with_lines(pairs: Path, name: str, change: Callable[[list[dict[str, Any]]], None]) -> Path:
-    """A file beside another, with its lines changed."""
+    """Writes a copy of a file with changed lines beside it."""
     lines = [json.loads(line) for line in pairs.read_text().splitlines()]
     change(lines)
     path = pairs.with_name(name)
@@ -89,7 +89,7 @@ def test_autocast_is_on_for_policy_and_reference(tmp_path: Path, pairs: Path, an
         assert 1e-6 < abs(losses[name] - losses["fp32"]) < 0.05, name
 
 
-# What the loss is given.
+# The arguments of the loss.
 
 
 @pytest.mark.parametrize("kind", ["softcap", "scale"])
@@ -285,7 +285,7 @@ def test_another_model_is_the_reference_as_it_is_on_the_disk(
     assert trainer.reference_fingerprint == fingerprint(truth) != fingerprint(trainer.model)
     assert trainer.reference_model is not None
     ours = weights(trainer.reference_model)
-    assert ours.keys() == weights(truth).keys()  # and no adapters
+    assert ours.keys() == weights(truth).keys()  # so it has no adapters
     assert all(torch.equal(ours[name], value) for name, value in weights(truth).items())
     assert not any(module.training for module in trainer.reference_model.modules())
     assert trainer.run() == 0
@@ -427,10 +427,10 @@ def test_the_layout_is_tried_on_a_pair_with_images(
     assert [bool(sample.image_inputs) for sample in seen] == [False, True]
 
 
-# Steps of which nothing, or nothing finite, is learnt.
+# Steps without pairs, and steps that are not finite.
 
 
-def test_a_step_whose_pairs_are_all_left_out_is_logged_and_saved(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+def test_a_step_whose_pairs_are_all_skipped_is_logged_and_saved(tmp_path: Path, pairs: Path, capsys: Any) -> None:
     order = trainer_of(tmp_path / "order", pairs, optim__batch_size=4).data.sampler
 
     def long(lines: list[dict[str, Any]]) -> None:
@@ -463,7 +463,7 @@ def test_a_step_whose_pairs_are_all_left_out_is_logged_and_saved(tmp_path: Path,
 
 
 def poison(model: Any, calls: set[int], factor: float = math.nan) -> None:
-    """Spoils the hidden states in some forwards of training, or, where the factor is finite, their gradients alone."""
+    """Makes the hidden states of some forwards in training NaN, or only their gradients if the factor is finite."""
     count = 0
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -508,7 +508,7 @@ def test_a_skipped_step_leaves_the_reward_shift_as_it_was(tmp_path: Path, pairs:
     assert lines[3]["reward_shift"] != lines[2]["reward_shift"]
 
 
-# What is shown.
+# Console and log.
 
 
 def test_tokens_per_second_and_memory_have_their_units(
@@ -537,7 +537,7 @@ def test_on_step_is_called_for_each_and_the_log_has_some_and_the_last(
     called: list[int] = []
     trained = recipe(tmp_path / "out", pairs, output__log_every=every, optim__max_steps=3)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "log.jsonl").write_text('{"step": 77}\n')  # of a run without a checkpoint
+    (tmp_path / "out" / "log.jsonl").write_text('{"step": 77}\n')  # left by a run without a checkpoint
     loop.train(trained, model=model, processor=processor, on_step=lambda step, line: called.append(step))
     assert called == [1, 2, 3]
     assert [line["step"] for line in log(trained)] == logged
@@ -603,7 +603,7 @@ def test_the_console_shows_some_steps_the_last_and_what_is_left(monkeypatch: pyt
         now[0] += 20
         console.step(step, line)
     shown = [text.split(":")[0] for text in stream.getvalue().splitlines()]
-    # The first step, which takes longest, counts for nothing.
+    # The estimate leaves out the first step, which takes longest.
     assert shown == ["step 5/10", "step 7/10, 60 s left", "step 10/10, 0 s left"]
     assert stream.getvalue().startswith("step 5/10: loss 1.5000, rate 1.00e-01\n")  # SFT has no accuracy, no margin
     console.step(10, {**line, "reward_accuracy": 0.5, "reward_margin": 0.25})
@@ -619,7 +619,7 @@ def test_the_console_shows_some_steps_the_last_and_what_is_left(monkeypatch: pyt
     assert "words [in] brackets" in bar.stream.getvalue()  # type: ignore[union-attr]
 
 
-def test_a_full_memory_of_a_machine_is_told_like_that_of_a_device(
+def test_out_of_memory_of_the_machine_is_explained_like_that_of_a_gpu(
     tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for text, expected in (
@@ -649,10 +649,10 @@ def test_a_run_leaves_the_handlers_of_signals_and_runs_in_a_thread(tmp_path: Pat
     assert [line["loss"] for line in found] == [line["loss"] for line in lines]
 
 
-# Evaluation and what is kept.
+# Evaluation and checkpoints.
 
 
-def test_an_evaluation_is_without_dropout_and_training_goes_on_with_it(tmp_path: Path, pairs: Path) -> None:
+def test_an_evaluation_is_without_dropout_and_training_continues_with_it(tmp_path: Path, pairs: Path) -> None:
     lora = {"rank": 4, "dropout": 0.5}
     trainer = trainer_of(tmp_path / "out", pairs, model__lora=lora, data__eval=[str(pairs)], optim__learning_rate=1e-1)
     assert trainer.run() == 0
@@ -701,14 +701,14 @@ def test_the_best_checkpoint_is_kept_by_its_metric(
     assert kept == [f"step-{best:08d}", "step-00000003"]
 
 
-# What a run goes on with.
+# The state with which a run resumes.
 
 
 class EndedError(Exception):
     pass
 
 
-def test_counts_go_on_where_a_run_goes_on(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+def test_counts_continue_when_a_run_resumes(tmp_path: Path, pairs: Path, capsys: Any) -> None:
     def change(lines: list[dict[str, Any]]) -> None:
         for line in lines[:5]:
             line["rejected"] = line["chosen"]
@@ -747,7 +747,9 @@ def test_counts_of_all_ranks_are_one(tmp_path: Path, pairs: Path, monkeypatch: p
     assert trainer.state.pair_counts_of_all_ranks().kept == 7
 
 
-def test_what_may_change_in_a_run_that_goes_on(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_may_change_when_a_run_resumes(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = {"data__eval": [str(pairs)], "optim__max_steps": 1}
     trainer = trainer_of(tmp_path / "out", pairs, **base)
     assert trainer.run() == 0

@@ -1,4 +1,4 @@
-"""What a run does besides its arithmetic: adapters, frozen parts, other families, bad input, what it writes."""
+"""Tests a run besides its arithmetic: adapters, frozen parts, other families, bad input, and the files it writes."""
 
 import json
 import math
@@ -163,7 +163,7 @@ def test_frozen_parts_stay_as_they_were(tmp_path: Path, pairs: Path, parts: list
         assert torch.equal(value, before[name]) == is_frozen, name
 
 
-def test_freezing_what_a_model_has_not_is_an_error() -> None:
+def test_freezing_a_missing_part_is_an_error() -> None:
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT))
     with pytest.raises(ValueError, match="freeze must name parts that the model has, got 'vision_tower'"):
         freeze_parts(model, ["vision_tower"])
@@ -227,7 +227,7 @@ def test_families_train_an_epoch_and_learn(tmp_path: Path, family: str) -> None:
     assert lines[-1]["reward_accuracy"] > 0.6
 
 
-# What a step costs.
+# The cost of a step.
 
 
 def test_no_logits_are_made_and_only_labelled_rows_are_projected(
@@ -283,7 +283,7 @@ def test_a_bad_pair_ends_the_run_by_name_or_is_counted(tmp_path: Path, pairs: Pa
     assert re.search(r"broken\.jsonl: format pairs \(detected\); 20 of 20 pairs with images\n", text)
 
 
-def test_a_run_with_most_pairs_left_out_says_so_loudly(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+def test_a_run_with_most_pairs_skipped_says_so_loudly(tmp_path: Path, pairs: Path, capsys: Any) -> None:
     lines = [json.loads(line) for line in pairs.read_text().splitlines()]
     for line in lines[:11]:
         line["images"] = ["gone.png"]
@@ -293,9 +293,7 @@ def test_a_run_with_most_pairs_left_out_says_so_loudly(tmp_path: Path, pairs: Pa
     assert "WARNING: MOST PAIRS WERE SKIPPED, 11 of 20" in capsys.readouterr().err
 
 
-def test_a_run_of_which_nothing_is_learnt_is_an_error_and_saves_no_model(
-    tmp_path: Path, pairs: Path, capsys: Any
-) -> None:
+def test_a_run_without_any_pair_is_an_error_and_saves_no_model(tmp_path: Path, pairs: Path, capsys: Any) -> None:
     model, processor = tiny()
     before = weights(model)
     settings = recipe(tmp_path / "out", pairs, data__max_length=5, optim__epochs=3)
@@ -388,7 +386,7 @@ def test_an_image_that_has_changed_is_found_in_a_precomputed_reference(tmp_path:
         run(recipe(tmp_path / "b", data, **settings))
 
 
-# What it shows and writes.
+# Console and files.
 
 
 def test_the_first_step_says_what_its_loss_should_be(tmp_path: Path, pairs: Path, capsys: Any) -> None:
