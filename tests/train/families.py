@@ -287,7 +287,7 @@ def sample(
 
 
 def samples_of(family: str) -> list[Sample]:
-    """Returns pairs of unequal lengths: two of one question with two images, one with one image, one without images."""
+    """Returns pairs of unequal lengths: two of one question with two images, one with one image, one without."""
     some = 1 if {**FAMILIES, **REFUSED}[family].images else 0
     return [
         sample(family, 1, prompt=9, text=8, chosen=6, rejected=3, images=2 * some),

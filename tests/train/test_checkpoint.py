@@ -1,4 +1,4 @@
-"""Tests checkpoints: they restore bit for bit, under another number of ranks, and are complete or absent after a kill."""
+"""Tests that checkpoints restore bit for bit, with other numbers of ranks too, and are whole or absent after a kill."""
 
 from __future__ import annotations
 

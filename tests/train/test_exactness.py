@@ -124,7 +124,7 @@ class Data:
     pairs: list[plain.Pair]
 
     def steps(self, steps: int, micro_batch_size: int, *, grouped: bool) -> list[list[list[plain.Pair]]]:
-        """Returns the micro-batches in the trainer's order, without lines of equal responses; the order is not tested."""
+        """Returns micro-batches in the trainer's order, without lines of equal responses; the order is not tested."""
         mixture = Mixture([SourceRecipe(path=str(self.path))])
         groups = mixture.prompt_groups() if grouped else None
         sampler = StepSampler(mixture.epoch, batch_size=BATCH, groups=groups)
@@ -165,7 +165,7 @@ def make_data(folder: Path, count: int, **options: int) -> Data:
 
 
 def adapters() -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns A and B of all linear layers of the language model; B is not 0, so policy and reference differ at once."""
+    """Returns A and B of all linear layers of the language model. B is not 0: policy and reference differ."""
     model, _ = digits_run.tiny()
     generator = torch.Generator().manual_seed(1)
     return {

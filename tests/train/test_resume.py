@@ -84,7 +84,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder of twelve pairs to train on, so that an epoch ends with a short step, and four to evaluate on."""
+    """Returns a folder of twelve pairs to train on (an epoch ends with a short step) and four to evaluate on."""
     folder = tmp_path_factory.mktemp("resume")
     digits_run.write_pairs(folder / "train", 12, text_only=3)
     digits_run.write_pairs(folder / "eval", 4, seed=1)

@@ -41,7 +41,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Returns the arguments of the model cards, which are not written: drawing their curves takes longer than a run."""
+    """Returns the arguments of the model cards, which are not written: drawing curves takes longer than a run."""
     written: list[Any] = []
     monkeypatch.setattr(model_card, "write_card", lambda folder, **values: written.append(values))
     return written
