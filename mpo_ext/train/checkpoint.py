@@ -244,9 +244,9 @@ class Checkpoints:
     def _delete_old(self) -> None:
         """Deletes the checkpoints that are not kept. A failure only costs disk space, so it is logged."""
         complete = [path for _, path in self._complete()]
-        kept = {*complete[-self.keep_last :], *([self.best()] if self.keep_best else [])}
+        kept_paths = {*complete[-self.keep_last :], *([self.best()] if self.keep_best else [])}
         for path in complete:
-            if path in kept:
+            if path in kept_paths:
                 continue
             try:
                 delete_folder(path)
