@@ -1,4 +1,4 @@
-"""The package as a user gets it: built, installed and imported in the ways there are."""
+"""Builds the package, installs it and imports it as users do."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ SOURCES = (
     "LICENSE",
 )
 USE = "import torch, mpo_ext; print(mpo_ext.token_logp(torch.zeros(2, 4), torch.tensor([1, 2])).tolist())"
+#: Prints why the compiled module does not load. Without the finder of an editable install of the tree under test.
+LOAD = (
+    "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in f'{f} {type(f)}'.lower()]\n"
+    "from mpo_ext.ops.native import compiled\n"
+    "try: compiled()\nexcept ImportError as e: print(e)"
+)
 
 
 def run(*command: str, cwd: Path, path: str | None = None) -> str:
@@ -45,7 +51,7 @@ def pip(*args: str, cwd: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is tracked, without anything built."""
+    """Copies the sources, without compiled modules."""
     copy = tmp_path_factory.mktemp("checkout")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -57,7 +63,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the source distribution, and twice in one checkout: each build must find its own way."""
+    """Builds a wheel from the source distribution, then twice in one checkout: no build may depend on an earlier one."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(out), str(checkout), cwd=out)
     (sdist,) = out.glob("*.tar.gz")
@@ -81,28 +87,27 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert wheel.stat().st_size < 8 * 2**20
 
 
-def test_an_installed_wheel_works_elsewhere_and_in_the_checkout(wheel: Path, checkout: Path, tmp_path: Path) -> None:
+def test_an_installed_wheel_works_elsewhere_and_not_in_the_checkout(
+    wheel: Path, checkout: Path, tmp_path: Path
+) -> None:
     site = tmp_path / "site"
     pip("install", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
     expected = "[-1.3862943649291992, -1.3862943649291992]"
     # -S and -I would drop torch as well; an editable install of the tree under test is hidden by the path's order.
     assert run(sys.executable, "-c", USE, cwd=tmp_path, path=str(site)).strip() == expected
-    # In the checkout, Python imports the source folder; its compiled part is the installed one.
+    assert "run here as" in run(sys.executable, "-m", "mpo_ext", "doctor", cwd=tmp_path, path=str(site))
+    # In the checkout, Python imports the source folder, whose kernels may differ from the installed ones.
     assert not list((checkout / "mpo_ext").glob("_C*"))
-    assert run(sys.executable, "-c", USE, cwd=checkout, path=str(site)).strip() == expected
-    assert "run here as" in run(sys.executable, "-m", "mpo_ext", "doctor", cwd=checkout, path=str(site))
+    message = run(sys.executable, "-c", LOAD, cwd=checkout, path=str(site))
+    assert f"mpo_ext is installed in {site / 'mpo_ext'}, but Python imports the source tree" in message
+    assert "pip install -e ." in message
 
 
 def test_a_missing_native_module_says_what_to_do(checkout: Path) -> None:
-    code = (
-        "import importlib.metadata as m, sys; m.distributions = lambda **k: []\n"
-        # An editable install of the tree under test would find its module through a finder of its own.
-        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in f'{f} {type(f)}'.lower()]\n"
-        "try:\n    import mpo_ext.ops.native\nexcept ImportError as e: print(e)"
-    )
-    said = run(sys.executable, "-c", code, cwd=checkout)
-    assert "did not load" in said
-    assert "pip install ." in said
+    code = "import importlib.metadata as m; m.distributions = lambda **k: []\n" + LOAD
+    message = run(sys.executable, "-c", code, cwd=checkout)
+    assert "did not load" in message
+    assert "pip install ." in message
 
 
 def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:

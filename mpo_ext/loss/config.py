@@ -1,12 +1,10 @@
-"""Settings of the loss: one frozen dataclass, checked once, passed whole to every layer that needs it."""
+"""Settings of the loss: a frozen dataclass that is checked once and passed whole."""
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mpo_ext.checks import check_number
+from mpo_ext.checks import check_choice, check_integer, check_number, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,15 +19,15 @@ class MPOConfig:
         dpo_weight: Weight of the pairwise term (Direct Preference Optimization, arXiv 2305.18290).
         bco_weight: Weight of the per-answer term (Binary Classifier Optimization, arXiv 2404.04656).
         ntp_weight: Weight of the next-token cross entropy of the chosen responses.
-        label_smoothing: Share of pairs taken to be labelled the wrong way round, in ``[0, 0.5)`` (conservative DPO).
+        label_smoothing: Fraction of pairs assumed to be labelled in reverse, in ``[0, 0.5)`` (conservative DPO).
         ntp_average: "token" averages the cross entropy over all chosen tokens of the batch, as the authors' code does;
-            "sequence" averages each response's per-token mean over the responses, as the paper writes it. Equal for
+            "sequence" averages each response's per-token mean over the responses, as in the paper. Both are equal for
             one pair.
-        ignore_index: Label of the positions that count for nothing.
+        ignore_index: Label of the positions that are not scored.
 
     Raises:
-        TypeError: If a value is no number where one belongs (YAML reads 1e-1 as a string; write 0.1 or 1.0e-1).
-        ValueError: If a value is out of its range. The message names the setting, the rule and the value.
+        TypeError: If a number is of another type (YAML reads 1e-1 as a string; write 0.1 or 1.0e-1).
+        ValueError: If a value is out of range.
     """
 
     beta: float = 0.1
@@ -41,32 +39,23 @@ class MPOConfig:
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
-        for name in ("beta", "dpo_weight", "bco_weight", "ntp_weight", "label_smoothing"):
-            check_number(name, getattr(self, name))
-        if not 0 < self.beta < math.inf:  # also catches NaN
-            raise ValueError(f"beta must be positive and finite, got {self.beta}")
-        weights = {name: getattr(self, name) for name in ("dpo_weight", "bco_weight", "ntp_weight")}
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {weight}")
-        if not any(weights.values()):
+        check_number("beta", self.beta, "(0, inf)")
+        for name in ("dpo_weight", "bco_weight", "ntp_weight"):
+            check_number(name, getattr(self, name), "[0, inf)")
+        if not (self.dpo_weight or self.bco_weight or self.ntp_weight):
             raise ValueError("at least one of dpo_weight, bco_weight and ntp_weight must be positive, got all 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.ntp_average not in ("token", "sequence"):
-            raise ValueError(f"ntp_average must be 'token' or 'sequence', got {self.ntp_average!r}")
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise TypeError(f"ignore_index must be an int, got {self.ignore_index!r}")
+        check_number("label_smoothing", self.label_smoothing, "[0, 0.5)")
+        check_choice("ntp_average", self.ntp_average, ("token", "sequence"))
+        check_integer("ignore_index", self.ignore_index)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MPOConfig":
-        """Builds the config from a parsed file. An unknown key is an error, not a silent default."""
+        """Returns the config of a parsed file. An unknown key raises ValueError."""
         if not isinstance(values, Mapping):
             raise TypeError(f"values must be a mapping of settings, got {values!r}")
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; known settings: {', '.join(known)}"
+                hint = did_you_mean(key, known, f"; known settings: {', '.join(known)}")
                 raise ValueError(f"unknown setting {key!r}{hint}")
         return cls(**values)

@@ -83,14 +83,11 @@ def mpo_loss(
             label outside ``[0, V)`` makes the loss NaN.
         ref_logp: ``[2B]`` float32 or float64, summed log-probs of the same tokens under the reference model, such as
             ``token_logp(ref_logits, labels, shift=True).sum(-1)`` under no_grad for padded input.
-        ref_logits: Logits of the reference model, like ``logits``. Give either these or ``ref_logp``; neither gets a
-            gradient.
+        ref_logits: Logits of the reference model, like ``logits``, without gradient. Give these or ``ref_logp``.
         config: Weights, beta and the other settings of the loss.
-        reward_shift: delta of the BCO term: None for 0, a number, a 0-d tensor, or a ``RewardShift``, which training
-            updates.
+        reward_shift: delta of the BCO term: a number, a 0-d tensor, None for 0, or a ``RewardShift`` to be updated.
         cu_seqlens: ``[2B + 1]`` int32 or int64 for packed input: the start of each sequence, then N.
-        shift: Whether position t is scored against ``labels[t + 1]`` of its sequence, as Hugging Face models do.
-            False if the labels are aligned already.
+        shift: Whether position t is scored against ``labels[t + 1]`` of its sequence, as in Hugging Face models.
         stats: Any of "entropy" (in nats), "mean_logit", "top1" (whether the label has the largest logit of its row)
             and "sum_p_squared" (sum of the squared probabilities of a row), computed in the same read.
         reuse_logits: Whether backward may write the gradient over the logits. Another use of the logits in the graph
@@ -121,7 +118,6 @@ def mpo_loss(
             rows = token_logp(ref_logits, labels, ignore_index=config.ignore_index, backend=chosen_backend)
             ref_logp = eager.sequence_sums(rows.double(), cu_seqlens)
     assert ref_logp is not None  # check_reference requires it or ref_logits
-    ref_logp = ref_logp.detach()
     if chosen_backend == "reference":
         return _eager_loss(logits, labels, ref_logp, config, reward_shift, cu_seqlens, names)
 
@@ -167,7 +163,7 @@ def linear_mpo_loss(
     """``mpo_loss`` from hidden states and the output head, without ever holding all logits.
 
     The logits are ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``, without the
-    tanh if there is no softcap. Only labelled rows are projected, in tiles of rows by vocabulary. The loss is that of
+    tanh if softcap is None. Only labelled rows are projected, in tiles of rows by vocabulary. The loss is that of
     ``mpo_loss`` on logits that are not rounded to the dtype of the hidden states. The exception is a CPU that
     multiplies that dtype faster than float32: there logits are rounded, unless MPO_CPU_MATMUL=float32 is set.
     ``hidden_and_head`` gets the arguments from a Hugging Face model.
@@ -243,7 +239,6 @@ def linear_mpo_loss(
             )  # fmt: skip
             ref_logp = eager.sequence_sums(rows.double(), cu_seqlens)
     assert ref_logp is not None  # check_reference requires it or ref_hidden
-    ref_logp = ref_logp.detach()
     if chosen_backend == "reference":
         logits = eager.linear_logits(hidden, weight, bias, logit_scale, softcap, temperature)
         return _eager_loss(logits, labels.to(hidden.device), ref_logp, config, reward_shift, cu_seqlens, names)
@@ -401,7 +396,7 @@ def _pair_inputs(ref_logp: Tensor, shift: BatchShift, cu_seqlens: Tensor | None,
         config.beta, config.dpo_weight, config.bco_weight, config.ntp_weight, config.label_smoothing,
         config.ntp_average == "sequence", shift.rule, shift.update_first, shift.decay,
     )  # fmt: skip
-    return _PairInputs(ref_logp, shift.state, cu_seqlens, settings.numbers(), config.ignore_index)
+    return _PairInputs(ref_logp.detach(), shift.state, cu_seqlens, settings.numbers(), config.ignore_index)
 
 
 def _end_pairs(
@@ -436,6 +431,7 @@ def _eager_loss(
     logp = eager.token_logp(logits, labels, config.ignore_index)
     row_stats = eager.token_stats(logits, labels, names, config.ignore_index)
     shift = begin_batch(reward_shift, logits.device)
+    ref_logp = ref_logp.detach()
     pair = eager.pair_loss(logp, labels, ref_logp, shift, config, cu_seqlens)
     pooled = end_batch(reward_shift, shift, pair.state, pair.batch)
     if pooled is not None:

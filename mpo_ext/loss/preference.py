@@ -1,12 +1,11 @@
 """The preference losses that the MPO paper compares, on log-probs of whole responses: plain torch, one loss per pair.
 
-``MPOConfig`` and ``mpo_loss`` are MPO itself; these serve a loop of one's own, and a study of what MPO gains.
+``mpo_loss`` computes MPO itself. These losses are for custom training loops and for comparisons with MPO.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -15,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpo_ext.checks import check_number
+from mpo_ext.checks import check_number, did_you_mean
 
-#: Temperature of the mixing weight in "discopop", as its paper has it and TRL by default.
+#: Temperature of the mixing weight in "discopop", as in its paper and in TRL by default.
 DISCOPOP_TAU = 0.05
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """What a loss is computed from: checked, with 0 for every number of a pair that lacks a side.
+    """The checked inputs of a loss, with 0 for every number of a pair that lacks a side.
 
     S is the sum of a response's label log-probs, n the number of its labels, and ``h = S - S^ref`` its log-ratio.
 
@@ -31,13 +30,13 @@ class Pairs:
         chosen_logp: ``[B]``, S_c.
         rejected_logp: ``[B]``, S_r.
         ref_chosen_logp: ``[B]``, S_c^ref without gradient; zeros for a loss without reference.
-        ref_rejected_logp: ``[B]``, S_r^ref, likewise.
+        ref_rejected_logp: ``[B]``, S_r^ref without gradient; zeros for a loss without reference.
         chosen_tokens: ``[B]``, n_c in the dtype of the log-probs, at least 1.
-        rejected_tokens: ``[B]``, n_r, likewise.
+        rejected_tokens: ``[B]``, n_r in the dtype of the log-probs, at least 1.
         has_both_sides: ``[B]``, bool.
-        beta: Of ``preference_loss``, as are the next two.
-        label_smoothing: In ``[0, 0.5)``.
-        delta: A number, or a 0-d tensor without gradient.
+        beta: Temperature, as in ``preference_loss``.
+        label_smoothing: Fraction of pairs assumed to be labelled in reverse, in ``[0, 0.5)``.
+        delta: Reward shift: a number, or a 0-d tensor without gradient.
     """
 
     chosen_logp: Tensor
@@ -74,15 +73,14 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceLoss:
-    """A loss, and what it takes.
+    """A loss, and the arguments that it supports.
 
     Attributes:
-        function: Gives the loss of each pair, ``[B]``. What it says of a pair without both sides is not used.
+        function: Returns the loss of each pair, ``[B]``. Its value for a pair without both sides is ignored.
         needs_reference: Whether it compares with a reference model.
-        whole_batch: Whether a pair's loss depends on the other pairs of the call: the result is then another one for
-            other micro-batches.
-        label_smoothing: Whether ``label_smoothing`` must be 0, may be positive, or must be.
-        takes_delta: Whether there is a reward shift in it.
+        whole_batch: Whether a pair's loss depends on the other pairs of the call, and so on the micro-batch.
+        label_smoothing: Whether ``label_smoothing`` must be 0, may be positive, or must be positive.
+        takes_delta: Whether it has a reward shift.
     """
 
     function: Callable[[Pairs], Tensor]
@@ -105,33 +103,33 @@ def preference_loss(
     label_smoothing: float = 0.0,
     delta: float | Tensor = 0.0,
 ) -> Tensor:
-    """The preference loss of each pair, in nats; the mean over pairs is what its paper minimises.
+    """Returns the preference loss of each pair, in nats; the paper of each loss minimises its mean over pairs.
 
-    A pair with an empty side compares nothing: its loss and gradient are 0 whatever its log-probs are, and no other
-    pair is compared with it. (In the DPO and BCO of ``mpo_loss`` such a pair is a constant: the same gradient.)
-    A log-prob that is NaN makes the loss of its pair, or of the batch's mean, not finite.
+    A pair with an empty side is not compared: its loss and gradient are 0 whatever its log-probs are, and no other
+    pair is compared with it. (In the DPO and BCO of ``mpo_loss`` such a pair is a constant, with the same gradient.)
+    A NaN among the log-probs makes the loss of its pair, or the mean over the batch, not finite.
 
     Args:
-        name: A key of ``LOSSES``: the name of the field, which is that of TRL 1.16 where TRL has the loss.
-        chosen_logp: ``[B]``, float32 or float64, for each chosen response the sum of its label log-probs.
-        rejected_logp: ``[B]``, of the rejected responses, in the same dtype.
-        ref_chosen_logp: ``[B]``, the reference model's, likewise. No gradient goes there. A loss that needs no
-            reference takes None as well, and does not look at a tensor.
-        ref_rejected_logp: ``[B]``, likewise.
-        chosen_tokens: ``[B]``, int32 or int64, for each chosen response the number of its labels; 0 if it has none.
-        rejected_tokens: ``[B]``, likewise.
-        beta: Temperature of the implicit reward ``beta * h``; tau in "ipo", 1 / eta in "sppo_hard", and lambda, a
-            weight, in "orpo".
-        label_smoothing: Share of pairs taken to be labelled the wrong way round, in ``[0, 0.5)``.
-        delta: Reward shift of "bco_pair": a number, or a 0-d tensor, which is not waited for.
+        name: A key of ``LOSSES``: the usual name, and that of TRL 1.16 if TRL has the loss.
+        chosen_logp: ``[B]``, float32 or float64: the sum of the label log-probs of each chosen response.
+        rejected_logp: ``[B]``: the same for the rejected responses, in the same dtype.
+        ref_chosen_logp: ``[B]``: the same under the reference model, without gradient. A loss that needs no reference
+            accepts None, and ignores a tensor.
+        ref_rejected_logp: ``[B]``: the same for the rejected responses.
+        chosen_tokens: ``[B]``, int32 or int64: the number of labels of each chosen response.
+        rejected_tokens: ``[B]``: the same for the rejected responses.
+        beta: Temperature of the implicit reward ``beta * h``; tau in "ipo", 1 / eta in "sppo_hard", and the weight
+            lambda in "orpo".
+        label_smoothing: Fraction of pairs assumed to be labelled in reverse, in ``[0, 0.5)``.
+        delta: Reward shift of "bco_pair": a number, or a 0-d tensor, which the host does not wait for.
 
     Returns:
         ``[B]``, in the dtype of the log-probs.
 
     Raises:
         TypeError: If an argument is of the wrong type or dtype.
-        ValueError: If no loss has that name, a shape, device or number is wrong, or the loss has no use for a
-            ``label_smoothing`` or ``delta`` that is given.
+        ValueError: If the name is unknown, a shape, device or number is wrong, or the loss does not support the given
+            ``label_smoothing`` or ``delta``.
     """
     loss = _find(name)
     _check_tensor("chosen_logp", chosen_logp, (torch.float32, torch.float64))
@@ -146,17 +144,17 @@ def preference_loss(
     has_both_sides = (chosen_tokens > 0) & (rejected_tokens > 0)
     zeros = torch.zeros_like(chosen_logp)
 
-    def present(logp: Tensor | None) -> Tensor:
-        # Before the loss, so that no NaN of an empty side gets into a gradient.
+    def masked(logp: Tensor | None) -> Tensor:
+        # Before the loss, so that a NaN of an empty side does not reach a gradient.
         return zeros if logp is None else torch.where(has_both_sides, logp, zeros)
 
     references = (ref_chosen_logp, ref_rejected_logp) if loss.needs_reference else (None, None)
     ref_chosen, ref_rejected = (None if logp is None else logp.detach() for logp in references)
     pairs = Pairs(
-        chosen_logp=present(chosen_logp),
-        rejected_logp=present(rejected_logp),
-        ref_chosen_logp=present(ref_chosen),
-        ref_rejected_logp=present(ref_rejected),
+        chosen_logp=masked(chosen_logp),
+        rejected_logp=masked(rejected_logp),
+        ref_chosen_logp=masked(ref_chosen),
+        ref_rejected_logp=masked(ref_rejected),
         chosen_tokens=chosen_tokens.clamp(min=1).to(chosen_logp.dtype),
         rejected_tokens=rejected_tokens.clamp(min=1).to(chosen_logp.dtype),
         has_both_sides=has_both_sides,
@@ -167,20 +165,17 @@ def preference_loss(
     return torch.where(has_both_sides, loss.function(pairs), zeros)
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
-
-
 def _logistic(pairs: Pairs, margin: Tensor) -> Tensor:
-    """``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m)`` for a label smoothing e."""
-    share = pairs.label_smoothing
-    return -(1 - share) * F.logsigmoid(margin) - share * F.logsigmoid(-margin)
+    """Returns ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m)`` for a label smoothing e."""
+    smoothing = pairs.label_smoothing
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
 
 def _sigmoid(pairs: Pairs) -> Tensor:
     """DPO (arXiv 2305.18290): ``-log sigmoid(m)``.
 
-    With label smoothing e it is conservative DPO (E. Mitchell's note of 2023, which has no arXiv number):
-    ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m)``, as in TRL before 0.29; later ones do without.
+    With label smoothing e it is conservative DPO (a note of E. Mitchell, 2023, without arXiv number):
+    ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m)``, as in TRL before 0.29.
     """
     return _logistic(pairs, pairs.margin)
 
@@ -188,7 +183,7 @@ def _sigmoid(pairs: Pairs) -> Tensor:
 def _bco_pair(pairs: Pairs) -> Tensor:
     """BCO (arXiv 2404.04656) on pairs: ``-log sigmoid(beta * h_c - delta) - log sigmoid(delta - beta * h_r)``.
 
-    TRL since 0.29 has delta = 0.
+    In TRL since 0.29, delta is 0.
     """
     chosen_reward, rejected_reward = pairs.beta * pairs.chosen_ratio, pairs.beta * pairs.rejected_ratio
     return -F.logsigmoid(chosen_reward - pairs.delta) - F.logsigmoid(pairs.delta - rejected_reward)
@@ -197,7 +192,7 @@ def _bco_pair(pairs: Pairs) -> Tensor:
 def _ipo(pairs: Pairs) -> Tensor:
     """IPO (arXiv 2310.12036, eq. 17): ``(h_c / n_c - h_r / n_r - 1 / (2 * beta))^2``.
 
-    The log-ratios are per token, as in TRL, whose authors have it from those of the paper; the paper writes sums.
+    The log-ratios are per token, as in TRL, on the advice of the paper's authors; the paper writes sums.
     """
     return (pairs.mean_margin - 1 / (2 * pairs.beta)).square()
 
@@ -205,15 +200,15 @@ def _ipo(pairs: Pairs) -> Tensor:
 def _robust(pairs: Pairs) -> Tensor:
     """Robust DPO (arXiv 2403.00409): ``((1 - e) * -log sigmoid(m) - e * -log sigmoid(-m)) / (1 - 2e)``.
 
-    An unbiased estimate of DPO's loss where a share e of the labels is flipped; negative where m is large.
+    It is an unbiased estimate of DPO's loss if a fraction e of the labels is flipped, and negative for a large m.
     """
-    share = pairs.label_smoothing
+    smoothing = pairs.label_smoothing
     clean, flipped = -F.logsigmoid(pairs.margin), -F.logsigmoid(-pairs.margin)
-    return ((1 - share) * clean - share * flipped) / (1 - 2 * share)
+    return ((1 - smoothing) * clean - smoothing * flipped) / (1 - 2 * smoothing)
 
 
 def _hinge(pairs: Pairs) -> Tensor:
-    """The hinge loss of RSO (arXiv 2309.06657): ``max(0, 1 - m)``."""
+    """Hinge loss of RSO (arXiv 2309.06657): ``max(0, 1 - m)``."""
     return torch.relu(1 - pairs.margin)
 
 
@@ -246,7 +241,10 @@ def _aot_unpaired(pairs: Pairs) -> Tensor:
 
 
 def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
-    """Compares two ``[B]`` rank by rank over the pairs with both sides; a pair gets the loss of its rank in better."""
+    """Compares two ``[B]`` rank by rank over the pairs with both sides. Returns for each pair the loss of its rank.
+
+    The rank of a pair is that of its value in ``better``.
+    """
     better, order = torch.where(pairs.has_both_sides, better, torch.inf).sort()
     worse = torch.where(pairs.has_both_sides, worse, torch.inf).sort().values
     is_filler = (better == torch.inf) & (worse == torch.inf)
@@ -255,10 +253,10 @@ def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
 
 
 def _orpo(pairs: Pairs) -> Tensor:
-    """The odds-ratio term of ORPO (arXiv 2403.07691): ``-beta * log sigmoid(log odds_c - log odds_r)``.
+    """Odds-ratio term of ORPO (arXiv 2403.07691): ``-beta * log sigmoid(log odds_c - log odds_r)``.
 
-    ``odds = p / (1 - p)`` with ``log p = S / n``, the mean log-prob. ORPO adds the cross entropy of the chosen
-    responses with weight 1; here that is the caller's. ``1 - p`` is at least the dtype's epsilon.
+    ``odds = p / (1 - p)`` with ``log p = S / n``, the mean log-prob. The caller adds the cross entropy of the chosen
+    responses, which ORPO has with weight 1. ``1 - p`` is at least the dtype's epsilon.
     """
     return -pairs.beta * F.logsigmoid(
         _log_odds(pairs.chosen_logp / pairs.chosen_tokens) - _log_odds(pairs.rejected_logp / pairs.rejected_tokens)
@@ -273,11 +271,11 @@ def _log_odds(logp: Tensor) -> Tensor:
 def _exo_pair(pairs: Pairs) -> Tensor:
     """EXO on pairs (arXiv 2402.00856, eq. 16): the KL divergence of ``(sigmoid(m), sigmoid(-m))`` from ``(1 - e, e)``.
 
-    ``sigmoid(m) * (log sigmoid(m) - log(1 - e)) + sigmoid(-m) * (log sigmoid(-m) - log e)``; the paper takes e = 1e-3.
+    ``sigmoid(m) * (log sigmoid(m) - log(1 - e)) + sigmoid(-m) * (log sigmoid(-m) - log e)``; e = 1e-3 in the paper.
     """
-    margin, share = pairs.margin, pairs.label_smoothing
-    win = torch.sigmoid(margin) * (F.logsigmoid(margin) - math.log1p(-share))
-    return win + torch.sigmoid(-margin) * (F.logsigmoid(-margin) - math.log(share))
+    margin, smoothing = pairs.margin, pairs.label_smoothing
+    win = torch.sigmoid(margin) * (F.logsigmoid(margin) - math.log1p(-smoothing))
+    return win + torch.sigmoid(-margin) * (F.logsigmoid(-margin) - math.log(smoothing))
 
 
 def _nca_pair(pairs: Pairs) -> Tensor:
@@ -318,7 +316,7 @@ def _sigmoid_norm(pairs: Pairs) -> Tensor:
     return -F.logsigmoid(pairs.beta * pairs.mean_margin)
 
 
-#: Every loss by name. TRL's "sft" is not one: it has no rejected side; ``mpo_loss`` has it, with either average.
+#: Every loss by name. TRL's "sft" has no rejected side and is missing here; ``mpo_loss`` has it, with either average.
 LOSSES: Mapping[str, PreferenceLoss] = {
     "sigmoid": PreferenceLoss(function=_sigmoid, label_smoothing="optional"),
     "bco_pair": PreferenceLoss(function=_bco_pair, takes_delta=True),
@@ -338,15 +336,11 @@ LOSSES: Mapping[str, PreferenceLoss] = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------------- checks
-
-
 def _find(name: str) -> PreferenceLoss:
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {name!r}")
     if name not in LOSSES:
-        close = difflib.get_close_matches(name, list(LOSSES), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known losses: {', '.join(LOSSES)}"
+        hint = did_you_mean(name, LOSSES, f"; known losses: {', '.join(LOSSES)}")
         raise ValueError(f"unknown loss {name!r}{hint}")
     return LOSSES[name]
 
@@ -354,7 +348,7 @@ def _find(name: str) -> PreferenceLoss:
 def _check_tensor(
     name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None
 ) -> None:
-    """Raises unless the tensor is ``[B]``, of one of the dtypes, and as long and on the same device as ``like``."""
+    """Raises unless the tensor is ``[B]``, has one of the dtypes, and has the shape and device of ``like``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
@@ -372,12 +366,8 @@ def _check_tensor(
 def _check_settings(
     loss: PreferenceLoss, name: str, beta: float, label_smoothing: float, delta: float | Tensor
 ) -> None:
-    check_number("beta", beta)
-    if not 0 < beta < math.inf:  # also catches NaN
-        raise ValueError(f"beta must be positive and finite, got {beta}")
-    check_number("label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    check_number("beta", beta, "(0, inf)")
+    check_number("label_smoothing", label_smoothing, "[0, 0.5)")
     if loss.label_smoothing == "zero" and label_smoothing != 0:
         raise ValueError(f"label_smoothing must be 0 for the loss {name!r}, which has none, got {label_smoothing}")
     if loss.label_smoothing == "positive" and label_smoothing == 0:
@@ -386,8 +376,6 @@ def _check_settings(
         if delta.ndim != 0:
             raise ValueError(f"delta must be a number or a 0-d tensor, got shape {list(delta.shape)}")
     else:
-        check_number("delta", delta)
-        if not math.isfinite(delta):
-            raise ValueError(f"delta must be finite, got {delta}")
+        check_number("delta", delta, "(-inf, inf)")
     if not loss.takes_delta and (isinstance(delta, Tensor) or delta != 0):
         raise ValueError(f"delta must be 0 for the loss {name!r}, which has no reward shift, got {delta}")

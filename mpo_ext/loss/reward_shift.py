@@ -75,12 +75,8 @@ class RewardShift:
         check_choice("mode", mode, ("cumulative", "ema", "fixed"))
         check_choice("update", update, ("before", "after"))
         check_choice("per", per, ("micro_batch", "optimizer_step"))
-        check_number("decay", decay)
-        check_number("value", value)
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {decay}")
-        if not math.isfinite(value):
-            raise ValueError(f"value must be finite, got {value}")
+        check_number("decay", decay, "[0, 1)")
+        check_number("value", value, "(-inf, inf)")
         if per == "optimizer_step" and update == "before" and mode != "fixed":
             raise ValueError(
                 "update must be 'after' when per is 'optimizer_step' (the step's rewards are known at its end), "

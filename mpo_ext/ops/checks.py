@@ -148,12 +148,9 @@ def check_head_options(
     check_number("logit_scale", logit_scale)
     if not math.isfinite(logit_scale) or logit_scale == 0:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
-    for name, value in (("softcap", softcap), ("temperature", temperature)):
-        if value is None and name == "softcap":
-            continue
-        check_number(name, value)
-        if not 0 < value < math.inf:  # also catches NaN
-            raise ValueError(f"{name} must be finite and above 0, got {value}")
+    if softcap is not None:
+        check_number("softcap", softcap, "(0, inf)")
+    check_number("temperature", temperature, "(0, inf)")
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute must be a bool, got {recompute!r}")
     if memory_budget is not None:

@@ -691,7 +691,7 @@ def test_what_is_done_to_logits_and_not_known_is_refused(
 ) -> None:
     model = build("qwen2")
     after_head(model, change)
-    with pytest.raises(RuntimeError, match=r"does to its logits and that is not known here.*mpo_loss\(model"):
+    with pytest.raises(RuntimeError, match=r"got an unknown change that \w+ makes to its logits.*mpo_loss\(model"):
         hidden_and_head(model, **inputs)
 
 
