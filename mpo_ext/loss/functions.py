@@ -440,18 +440,15 @@ def _eager_loss(
 
 
 def _output(loss: Tensor, pair: eager.PairLoss, names: Sequence[str], row_stats: Tensor, backend: str) -> MPOOutput:
+    dpo_loss, bco_loss, ntp_loss = pair.terms.unbind()
+    chosen_logp, rejected_logp = pair.logp.chunk(2)
+    chosen_reward, rejected_reward = pair.reward.chunk(2)
     tokens = pair.tokens.sum().clamp(min=1)
     averages = [rows.double().sum().div(tokens).to(pair.terms.dtype) for rows in row_stats]
     return MPOOutput(
-        loss,
-        *pair.terms.unbind(),
-        *pair.logp.chunk(2),
-        *pair.reward.chunk(2),
-        pair.reward_shift,
-        pair.tokens,
-        dict(zip(names, averages, strict=True)),
-        backend,
-    )
+        loss, dpo_loss, bco_loss, ntp_loss, chosen_logp, rejected_logp, chosen_reward, rejected_reward,
+        pair.reward_shift, pair.tokens, dict(zip(names, averages, strict=True)), backend,
+    )  # fmt: skip
 
 
 def _score_hidden(

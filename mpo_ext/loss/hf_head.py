@@ -136,7 +136,7 @@ class _HeadCall(NamedTuple):
 def _check_is_whole(name: str, tensor: Tensor | None) -> None:
     if tensor is not None and (tensor.numel() == 0 or tensor.is_meta or tensor.untyped_storage().size() == 0):
         raise RuntimeError(
-            f"model must keep the {name} of its output head whole until backward, got one that was freed after "
+            f"model must keep the {name} of its output head whole until backward, got a {name} that was freed after "
             "the head's own forward: shard the head together with the root module (FSDP: do not wrap the head by "
             "itself, and do not reshard the root after forward; ZeRO-3: gather the parameter around forward and "
             f"loss), or {_INSTEAD}"

@@ -126,9 +126,8 @@ def check_reference(
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
     """Raises unless weight and bias are an output head for the hidden states; ``prefix`` starts their names."""
-    for name, tensor in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
-        if tensor is None and name.endswith("bias"):
-            continue
+    tensors = {f"{prefix}weight": weight} if bias is None else {f"{prefix}weight": weight, f"{prefix}bias": bias}
+    for name, tensor in tensors.items():
         _check_float_tensor(name, tensor)
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of {prefix}hidden, {hidden.device}, got {tensor.device}")

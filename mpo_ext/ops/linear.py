@@ -70,7 +70,7 @@ def linear_token_logp(
         The four outputs of ``logits.token_logp``, on the device of ``hidden``; and what ``keep`` requests of the n
         labelled rows: ``[0]``, ``[n, D]`` d logp / d hidden, or their logits as bytes in the layout of ``KeptLogits``.
     """
-    head = Head(weight, bias, *head_scales, matmul_dtype)
+    head = _head(weight, bias, head_scales, matmul_dtype)
     tiles = TiledRows(hidden, labels, head, ignore_index, memory_budget, keeps_logits=keep == KEEP_LOGITS)
     device_labels = tiles.like.new_empty(labels.shape, dtype=torch.int64)  # only their shape and device count
     outputs = token_logp_outputs(tiles.like, device_labels, stats)
@@ -123,6 +123,11 @@ def _(
     if keep == KEEP_HIDDEN_GRAD:
         return *outputs, like.new_empty(size, hidden.shape[-1])
     return *outputs, like.new_empty(size, dtype=torch.uint8)
+
+
+def _head(weight: Tensor, bias: Tensor | None, head_scales: Sequence[float], matmul_dtype: torch.dtype) -> Head:
+    logit_scale, softcap, temperature = head_scales
+    return Head(weight, bias, logit_scale, softcap, temperature, matmul_dtype)
 
 
 @dataclass
@@ -244,13 +249,12 @@ def linear_grad(
         The gradients by hidden, weight and bias, each like its tensor and contiguous; ``[0]`` if it is not wanted, or
         if it lies in ``kept``.
     """
-    head = Head(weight, bias, *head_scales, matmul_dtype)
+    head = _head(weight, bias, head_scales, matmul_dtype)
     options = {"converts_weight_grad": wanted[1], "keeps_logits": kept is not None}
     tiles = TiledRows(hidden, labels, head, ignore_index, memory_budget, **options)
     d_hidden, d_weight, d_bias = _empty_gradients(hidden, weight, bias, (wanted[0], False, wanted[2]))
     if wanted[1]:
-        is_kept = kept is not None
-        d_weight = kept_weight_grad(kept, weight) if is_kept else fresh_memory(hidden, weight.shape, weight.dtype)
+        d_weight = fresh_memory(hidden, weight.shape, weight.dtype) if kept is None else kept_weight_grad(kept, weight)
     if tiles.rows.shape[0] == 0:
         for gradient in (d_hidden, d_weight, d_bias):
             gradient.zero_()

@@ -1,4 +1,4 @@
-"""How tensors reach a kernel: addresses, the strides of rows, tiles of a vocabulary, zeroed memory, the device."""
+"""Arguments of the kernels: addresses, strides of rows, tiles of a vocabulary, zeroed memory, the current device."""
 
 from __future__ import annotations
 

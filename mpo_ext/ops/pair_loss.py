@@ -50,8 +50,8 @@ class PairLossSettings(NamedTuple):
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> PairLossSettings:
         """Returns the settings of which ``numbers`` made a list."""
-        *terms, average_sequences, rule, update_first, decay = numbers
-        return cls(*terms, bool(average_sequences), int(rule), bool(update_first), decay)
+        beta, dpo, bco, ntp, smoothing, average_sequences, rule, update_first, decay = numbers
+        return cls(beta, dpo, bco, ntp, smoothing, bool(average_sequences), int(rule), bool(update_first), decay)
 
 
 @torch.library.custom_op("mpo_ext::pair_loss", mutates_args=())

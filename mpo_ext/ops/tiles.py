@@ -34,7 +34,7 @@ _COLUMN_STEP = 64
 
 
 class Head(NamedTuple):
-    """How logits follow from hidden states: ``cap * tanh(z / cap) / temperature``, or ``z / temperature`` without cap.
+    """An output head, whose logits are ``cap * tanh(z / cap) / temperature``, or ``z / temperature`` without a cap.
 
     ``z = logit_scale * (hidden @ weight.T + bias)``.
     """
