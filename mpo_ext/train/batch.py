@@ -165,7 +165,7 @@ def collate(
 
     Raises:
         TypeError: If token ids are not int64.
-        ValueError: If there are no samples, the layout is unknown, shapes do not match, a response has no prompt, or
+        ValueError: If ``samples`` is empty, the layout is unknown, shapes do not match, a response has no prompt, or
             samples with the same ``prompt_key`` have different prompts.
     """
     if layout not in get_args(RowLayout):

@@ -169,9 +169,9 @@ class Encoder:
     places of images, or a list of ``{"type": "text", "text": ...}`` and ``{"type": "image"}``.
 
     Some processors (Idefics3, SmolVLM) nest images in a batch axis, which their models flatten: the encoder moves it
-    behind the axis of images, ``[1, N, ...]`` becomes ``[N, 1, ...]``. Processors that pad images to a common number of
-    tiles or a common size (LLaVA-NeXT with images of several shapes, Idefics3 without splitting) fit into the same
-    batch only if these agree. Models with cross-attention to images (Mllama) are not supported.
+    behind the axis of images, ``[1, N, ...]`` becomes ``[N, 1, ...]``. Some processors pad images to a common number
+    of tiles or a common size (LLaVA-NeXT with images of several shapes, Idefics3 without splitting): such samples can
+    be batched only if these agree. Models with cross-attention to images (Mllama) are not supported.
 
     Args:
         processor: The model's processor, or the tokenizer of a text model.
@@ -184,7 +184,7 @@ class Encoder:
 
     Attributes:
         end_id: The token that ends a turn.
-        image_token_id: The token that stands for an image; None if there is no such token.
+        image_token_id: The token that stands for an image; None if the model has none.
 
     Raises:
         ValueError: If an argument is invalid, or the end of the turn cannot be determined.

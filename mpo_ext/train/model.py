@@ -1,4 +1,4 @@
-"""The model that is trained: how it is loaded, which parts learn, and what must be off for the loss to be exact."""
+"""Loads the model to train: freezes parts, adds adapters, and disables dropout so that the loss is exact."""
 
 import dataclasses
 import hashlib
@@ -13,9 +13,11 @@ from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
 
-_SAMPLED = 4096  # values of each parameter that go into a fingerprint
+_SAMPLED = 4096  # maximum number of values per parameter in a fingerprint
 
-# Where transformers' models keep their parts, by the names in a recipe; a model has one of each at most.
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+# Names of the submodules in transformers' models, by the part's name in a recipe; a model has at most one of each.
 PARTS = {
     "vision_tower": ("vision_tower", "visual", "vision_model", "vision_embed_tokens"),
     "projector": ("multi_modal_projector", "connector", "visual.merger", "aligner", "embed_vision"),
@@ -24,14 +26,12 @@ PARTS = {
 
 
 def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
-    """Loads the model and its processor (its tokenizer where it takes text only), on the CPU.
-
-    Parts are frozen, adapters added and dropout is switched off as the recipe says.
+    """Loads the model and its processor (the tokenizer of a text model) on the CPU, and prepares the model.
 
     Raises:
-        OSError: If there is no such model.
-        ImportError: If a package for adapters or quantization is missing.
-        ValueError: If the model has not what the recipe names.
+        OSError: If the model does not exist.
+        ImportError: If a package for adapters or quantization is not installed.
+        ValueError: If the model lacks a part that the recipe names.
     """
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
@@ -53,15 +53,19 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
 
 
 def loader_of(config: Any) -> tuple[Any, bool]:
-    """The auto class that loads models of a config, and whether they take images."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    """Returns the auto class that loads models of a config, and whether these models take images."""
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
-    has_images = type(config) in AutoModelForImageTextToText._model_mapping
+    has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return (AutoModelForImageTextToText if has_images else AutoModelForCausalLM), has_images
 
 
 def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
-    """Freezes parts, adds adapters and switches off what is random, as the recipe says. Returns the model to train."""
+    """Disables dropout, then freezes parts or adds adapters by the recipe. Returns the model to train."""
     switch_off_dropout(model)
     config: Any = model.config
     config.use_cache = False
@@ -71,8 +75,8 @@ def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
         freeze_parts(model, recipe.freeze)
     if recipe.gradient_checkpointing:
         inner: Any = unwrap_model(model)
-        # The reentrant kind finds no input that needs a gradient where the embeddings are frozen.
-        enable = getattr(inner, "activation_checkpointing_enable", None)  # the later name
+        # Reentrant checkpointing fails with frozen embeddings, because none of its inputs requires a gradient.
+        enable = getattr(inner, "activation_checkpointing_enable", None)  # the name in later versions of transformers
         if enable is not None:
             enable({"use_reentrant": False})
         else:
@@ -83,12 +87,12 @@ def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Sets dropout and drop path to 0 everywhere: policy and reference must agree at the first step.
+    """Sets all dropout and drop path rates to 0: policy and reference must agree at the first step.
 
-    The authors' trainer leaves the drop path of the vision tower on, so its rewards are not 0 there.
+    The authors' trainer keeps the drop path of the vision tower, so its rewards are not 0 at the first step.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, _DROPOUTS):
             module.p = 0.0
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("dropout" in name or "drop_prob" in name or "drop_path" in name):
@@ -96,10 +100,10 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
-    """Takes the parts out of training. "language_model" includes the output head.
+    """Freezes parts of a model. "language_model" includes the output head.
 
     Raises:
-        ValueError: If a part is unknown, or the model has none of that kind.
+        ValueError: If a part is unknown, or the model does not have it.
     """
     inner: Any = unwrap_model(model)
     for part in parts:
@@ -114,22 +118,22 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
             modules += [inner.get_output_embeddings(), inner.get_input_embeddings()]
         for module in modules:
             module.requires_grad_(False)
-        if part == "vision_tower":  # Qwen2-VL keeps its projector inside of its vision tower
+        if part == "vision_tower":  # in Qwen2-VL the projector is a submodule of the vision tower
             for _, module in modules_of(inner, "projector"):
                 module.requires_grad_("projector" not in parts)
 
 
 def has_vision(model: nn.Module) -> bool:
-    """Whether the model has a vision tower."""
+    """Checks whether the model has a vision tower."""
     return bool(list(modules_of(unwrap_model(model), "vision_tower")))
 
 
 def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
-    """Puts LoRA adapters on the model; all else is frozen.
+    """Adds LoRA adapters to the model and freezes all other parameters.
 
     Raises:
-        ImportError: If peft is missing.
-        ValueError: If no layer fits the target.
+        ImportError: If peft is not installed.
+        ValueError: If no layer matches the target.
     """
     try:
         import peft
@@ -160,11 +164,11 @@ def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of a model's config and of its weights, of which up to 4,096 values of each parameter are read.
+    """Returns a hash of a model's class and of up to 4,096 values of each parameter.
 
-    Adapters are left out: it names what the reference is.
+    The hash identifies a reference model, so it does not depend on adapters.
     """
-    inner: Any = unwrap_model(model)
+    inner = unwrap_model(model)
     digest = hashlib.blake2b(digest_size=16)
     digest.update(type(inner).__name__.encode())
     for name, parameter in sorted(inner.named_parameters()):
@@ -179,14 +183,14 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees whole parameters that FSDP2 left in place of its shards after a forward without backward."""
+    """Frees the full parameters that FSDP2 keeps in memory after a forward without a backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def modules_of(inner: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a part with their names, the outermost only."""
+    """Yields the outermost module of a part, with its name."""
     for prefix in ("model.", "", "model.model."):
         for name in PARTS[part]:
             try:
@@ -218,5 +222,5 @@ def _kind(inner: nn.Module) -> str:
 
 
 def without_adapters(recipe: ModelRecipe) -> ModelRecipe:
-    """The recipe of the reference: nothing in it learns."""
+    """Returns the recipe of a reference model: without adapters, frozen parts and checkpointing."""
     return dataclasses.replace(recipe, lora=None, freeze=(), gradient_checkpointing=False)

@@ -147,7 +147,7 @@ _Sources = Annotated[tuple[_Source, ...], list_of("paths or sections"), BeforeVa
 
 @section
 class DataRecipe:
-    """The training and evaluation data.
+    """Data for training and evaluation.
 
     Attributes:
         train: Sources, mixed by their ``repeat_time``.
@@ -246,12 +246,12 @@ class LossRecipe:
 
     @property
     def has_preference(self) -> bool:
-        """Whether the loss needs rejected responses."""
+        """True if the loss needs rejected responses."""
         return self.dpo_weight > 0 or self.bco_weight > 0
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss compares with a reference."""
+        """True if the loss compares with a reference."""
         if self.preference is None:
             return self.has_preference
         from mpo_ext.loss.preference import LOSSES  # imports torch
@@ -385,7 +385,7 @@ class Recipe:
 
     Attributes:
         model: The model to train.
-        data: The training and evaluation data.
+        data: Data for training and evaluation.
         output: The output files of the run.
         loss: The loss.
         reward_shift: The reward shift of the BCO term.

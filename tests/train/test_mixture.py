@@ -1,9 +1,8 @@
-"""Mixtures and samplers: which pairs a step takes, on which rank, after which resume."""
+"""Mixtures: lines of several sources, the draws of an epoch, and the inspection of sources."""
 
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.train.mixture import Mixture
 from mpo_ext.train.recipe import SourceRecipe
-from mpo_ext.train.sampler import StepSampler, micro_batches
 
 
 def pairs_file(path: Path, count: int, name: str = "q") -> SourceRecipe:
@@ -40,10 +38,6 @@ def meta_file(folder: Path, subsets: dict[str, tuple[int, float]]) -> SourceReci
 
 def with_repeat(recipe: SourceRecipe, repeat: float) -> SourceRecipe:
     return SourceRecipe(path=recipe.path, repeat_time=repeat)
-
-
-def numbers(count: int) -> Callable[[int], np.ndarray]:
-    return lambda epoch: np.arange(count, dtype=np.int64)
 
 
 def test_sources_lie_behind_one_another(tmp_path: Path) -> None:
@@ -217,114 +211,3 @@ def test_groups_are_equal_for_pairs_of_one_prompt(tmp_path: Path) -> None:
     assert groups[0] == groups[1]
     assert groups[3] == groups[4]
     assert len(set(groups.tolist())) == 6
-
-
-@pytest.mark.parametrize(("count", "size"), [(10, 4), (12, 4), (3, 8), (1, 1), (257, 16)])
-def test_every_pair_is_met_once_in_each_epoch(count: int, size: int) -> None:
-    sampler = StepSampler(numbers(count), batch_size=size)
-    assert sampler.steps_per_epoch == -(-count // size)
-    for epoch in range(3):
-        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
-        taken = [sampler.step(step).tolist() for step in steps]
-        assert sorted(pair for pairs in taken for pair in pairs) == list(range(count))
-        assert [len(pairs) for pairs in taken[:-1]] == [size] * (len(taken) - 1)
-        assert len(taken[-1]) == (count % size or size)
-
-
-def test_orders_differ_between_epochs_and_seeds() -> None:
-    orders = [StepSampler(numbers(50), batch_size=50, seed=seed).step(k).tolist() for seed in (0, 1) for k in (0, 1)]
-    assert len(set(map(tuple, [*orders, range(50)]))) == 5
-
-
-def test_a_step_depends_on_seed_and_number_alone() -> None:
-    """So a run that goes on from any step, even a later epoch's, takes what the whole run took."""
-    whole = StepSampler(numbers(23), batch_size=5, seed=7)
-    steps = [whole.step(step).tolist() for step in range(15)]
-    for step in (14, 3, 9, 0, 5):
-        assert StepSampler(numbers(23), batch_size=5, seed=7).step(step).tolist() == steps[step]
-        assert whole.step(step).tolist() == steps[step]
-
-
-@pytest.mark.parametrize("is_grouped", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_ranks_share_the_same_step_whatever_their_number(world_size: int, is_grouped: bool) -> None:
-    groups = np.arange(37) // 3 if is_grouped else None
-    sampler = StepSampler(numbers(37), batch_size=7, seed=1, groups=groups)
-    for step in range(2 * sampler.steps_per_epoch):
-        shares = [sampler.rank_slice(step, rank, world_size) for rank in range(world_size)]
-        assert np.concatenate(shares).tolist() == sampler.step(step).tolist()
-        sizes = [len(share) for share in shares]
-        assert max(sizes) - min(sizes) <= 1
-    assert len(sampler.step(5)) == 2
-    assert [len(sampler.rank_slice(5, rank, 8)) for rank in range(8)].count(0) == 6
-
-
-def test_pairs_of_a_prompt_stand_next_to_each_other() -> None:
-    rng = np.random.default_rng(0)
-    groups = rng.integers(0, 20, 100) * 10**15 - 7
-    sampler = StepSampler(numbers(100), batch_size=8, seed=2, groups=groups)
-    seen = []
-    for epoch in range(2):
-        order = groups[sampler.order(epoch)]
-        runs = 1 + int((order[1:] != order[:-1]).sum())
-        assert runs == len(set(groups.tolist()))
-        assert sorted(sampler.order(epoch).tolist()) == list(range(100))
-        seen.append(order[np.flatnonzero(np.diff(order, prepend=order[0] - 1))].tolist())
-    assert seen[0] != seen[1]
-    assert seen[0] != sorted(seen[0])
-    inside = [sampler.order(epoch)[groups[sampler.order(epoch)] == groups[0]].tolist() for epoch in range(2)]
-    assert sorted(inside[0]) == sorted(inside[1])
-    assert inside[0] != inside[1]
-
-
-def test_copies_of_a_pair_stand_in_groups_of_their_own() -> None:
-    """Three copies of 300 pairs, four to a prompt: a step of 16 that held a pair twice would hold a group twice."""
-    times = np.repeat(np.arange(300), 3)
-    groups = np.arange(300) // 4
-    sampler = StepSampler(lambda epoch: times, batch_size=16, groups=groups)
-    order = sampler.order(0)
-    assert Counter(order.tolist()) == dict.fromkeys(range(300), 3)
-    blocks = order.reshape(-1, 4)
-    assert all(len(set(block)) == 4 for block in blocks.tolist())
-    assert all(len(set(groups[block])) == 1 for block in blocks)
-
-
-def test_wrong_arguments_of_the_sampler() -> None:
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        StepSampler(numbers(3), batch_size=0)
-    with pytest.raises(ValueError, match="epoch must give at least one pair, got none"):
-        StepSampler(numbers(0), batch_size=1)
-    with pytest.raises(ValueError, match="epoch must give 3 pairs each time, got 4 for epoch 1"):
-        StepSampler(lambda epoch: np.arange(3 + epoch), batch_size=3).step(1)
-    sampler = StepSampler(numbers(3), batch_size=1)
-    with pytest.raises(ValueError, match="rank must be less than world_size 2, got 2"):
-        sampler.rank_slice(0, 2, 2)
-    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
-        sampler.step(-1)
-
-
-def test_a_mixture_and_its_sampler_hold_millions_of_lines(tmp_path: Path) -> None:
-    """An order of 2 million pairs with groups: numpy's time, not Python's."""
-    rng = np.random.default_rng(0)
-    groups = rng.integers(0, 200_000, 2_000_000)
-    sampler = StepSampler(numbers(2_000_000), batch_size=256, groups=groups)
-    order = sampler.order(0)
-    assert int((np.diff(groups[order]) != 0).sum()) + 1 == len(np.unique(groups))
-
-
-def test_micro_batches_are_sorted_by_length_and_stable() -> None:
-    lengths = [5, 9, 5, 2, 9, 7, 5]
-    assert micro_batches(lengths, 3) == [[1, 4, 5], [0, 2, 6], [3]]
-    assert micro_batches(lengths, 1) == [[1], [4], [5], [0], [2], [6], [3]]
-    assert micro_batches(lengths, 100) == [[1, 4, 5, 0, 2, 6, 3]]
-    assert micro_batches([], 4) == []
-    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
-        micro_batches(lengths, 0)
-
-
-def test_micro_batches_keep_the_pairs_of_a_prompt_together() -> None:
-    lengths = [5, 9, 5, 2, 9, 7, 6]
-    groups = ["a", "b", "a", "b", "c", "a", "d"]
-    assert micro_batches(lengths, 2, groups=groups) == [[1, 3], [4, 5], [0, 2], [6]]
-    with pytest.raises(ValueError, match="groups must be as many as the 7 lengths, got 1"):
-        micro_batches(lengths, 2, groups=["a"])
