@@ -1,14 +1,12 @@
 """The journal: what it keeps through a kill, what it refuses, who may write it."""
 
 import json
-import multiprocessing
 import os
-import signal
 from pathlib import Path
 
 import pytest
 
-from mpo_ext.files import FileLock, LockedError, atomic_write
+from mpo_ext.files import LockedError
 from mpo_ext.journal import Journal, SettingsMismatchError, read_records
 
 SETTINGS = {"model": "stub", "sampling": {"temperature": 0.7, "top_k": 50}}
@@ -83,26 +81,6 @@ def test_a_second_writer_is_refused_with_the_pid_of_the_first(tmp_path: Path) ->
     write(path, [])
 
 
-def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    locked = context.Event()
-
-    def hold() -> None:
-        with FileLock(tmp_path / "lock", "the file"):
-            locked.set()
-            signal.pause()
-
-    process = context.Process(target=hold)
-    process.start()
-    assert locked.wait(30)
-    with pytest.raises(LockedError, match=rf"process {process.pid} is"), FileLock(tmp_path / "lock", "the file"):
-        pass
-    process.kill()
-    process.join()
-    with FileLock(tmp_path / "lock", "the file"):
-        pass
-
-
 def test_half_of_a_surrogate_pair_survives(tmp_path: Path) -> None:
     write(tmp_path / "j.jsonl", [{"key": "\ud800"}])
     assert list(read_records(tmp_path / "j.jsonl")) == [{"key": "\ud800"}]
@@ -116,24 +94,6 @@ def test_each_append_reaches_the_disk_where_asked(tmp_path: Path, monkeypatch: p
         journal.append([{"key": "1"}])
         journal.append([{"key": "2"}])
         assert len(synced) == begun + 2
-
-
-def test_a_replaced_file_appears_only_when_whole(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    path.write_text("old")
-
-    def fail() -> None:
-        with atomic_write(path, is_locked=True) as file:
-            file.write(b"ne")
-            raise RuntimeError("full")
-
-    with pytest.raises(RuntimeError, match="full"):
-        fail()
-    assert path.read_text() == "old"
-    with atomic_write(path, is_locked=True) as file:
-        file.write(b"new")
-    assert path.read_text() == "new"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
 
 
 def test_a_header_says_the_settings(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hostile files: every line is a pair or a counted bad line with a reason; nothing else happens.
+"""Hostile files: every line gives a pair, or a counted bad line with a reason.
 
 MPO_FUZZ_CASES sets the number of examples; the examples are the same in every run.
 """
@@ -54,7 +54,7 @@ GOOD = st.fixed_dictionaries({"question": TEXTS, "chosen": TEXTS, "rejected": TE
 
 @st.composite
 def lines(draw: st.DrawFn) -> bytes:
-    """A line, from sound to random, without its end."""
+    """Draws a line, from valid to random, without a newline."""
     values = draw(st.one_of(GOOD, st.fixed_dictionaries({}, optional=FIELDS), JSON))
     raw = json.dumps(values, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
     damage = draw(st.sampled_from(["none"] * 4 + ["cut", "byte", "huge", "random", "deep", "twice", "digits"]))
@@ -91,7 +91,7 @@ def test_no_line_is_lost_and_none_crashes_a_reader(content: list[bytes], format:
         root.mkdir()
         Image.new("RGB", (2, 2)).save(root / "a.png")
         (root / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-        Image.new("RGB", (2, 2)).save(Path(folder, "a.png"))  # what a path that leaves the root would find
+        Image.new("RGB", (2, 2)).save(Path(folder, "a.png"))  # a path that leaves the root would find this file
         path = Path(folder, "p.jsonl")
         path.write_bytes(end.join(content) + (end if ends else b""))
         source = open_pairs(path, format=format, root=root, max_line_bytes=MAX_LINE_BYTES)

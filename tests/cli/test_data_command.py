@@ -1,0 +1,210 @@
+"""The commands check, stats, convert and view."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmpr_files import GOOD, run_data
+
+from mpo_ext.data import (
+    Pair,
+    open_pairs,
+    write_pairs,
+)
+from mpo_ext.data.hf import load_dataset_folder
+from mpo_ext.data.view import write_view
+
+
+def test_check_exits_with_0_1_or_2(
+    broken: Path, write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_data("check", write_lines("good", [GOOD])) == 0
+    assert "No findings." in capsys.readouterr().out
+    report = tmp_path / "report.json"
+    assert run_data("check", broken, "--examples", "1", "--json", report, "--max-line-bytes", "100000") == 1
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/broken.jsonl:2: bad JSON: Unterminated string" in out
+    assert "numbers must be finite" not in out
+    values = json.loads(report.read_text())
+    assert values["findings"]["broken"]["bad JSON"] == 4
+    assert run_data("check", tmp_path / "none.json") == 2
+    assert capsys.readouterr().err == f"mpo-ext data check: path must exist, got {tmp_path}/none.json\n"
+    (tmp_path / "meta.json").write_text('{"x": {"root": "", "annotation": "none.jsonl"}}')
+    assert run_data("check", tmp_path / "meta.json") == 2
+    assert "none.jsonl" in capsys.readouterr().err
+    assert run_data("check", broken, "--root-map", "x") == 2
+    assert "root_map must read OLD=NEW, got 'x'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run_data("check", broken, "--examples", "-1")
+
+
+def test_check_and_stats_name_the_format_and_count_pairs_with_images(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = {"question": "q", "chosen": "c", "rejected": "r"}
+    lines = [
+        pair,
+        {**pair, "images": ["a.png"]},
+        {**pair, "images": ["a.png", "sub/b.jpg"], "question": "<image>" * 2},
+    ]
+    (images / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for command in ("check", "stats"):
+        assert run_data(command, images / "p.jsonl") == 0
+        assert "Format pairs (detected): 2 of 3 pairs with images\n" in capsys.readouterr().out
+    assert run_data("stats", images / "p.jsonl", "--from", "pairs") == 0
+    assert "Format pairs (set by --from)" in capsys.readouterr().out
+
+
+def test_a_hostile_file_cannot_control_the_terminal(write_lines: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_data("check", write_lines("evil", [{**GOOD, "image": "\x1b[2J[bold]\r.png"}])) == 1
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\r" not in out
+    assert r"\x1b[2J[bold]\r.png" in out
+
+
+def test_convert_stops_at_a_bad_line_or_skips_it(
+    broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    assert run_data("convert", broken, out, "--to", "pairs") == 1
+    assert "broken.jsonl:2: bad JSON" in capsys.readouterr().err
+    assert not out.exists()
+    assert run_data("convert", broken, out, "--to", "pairs", "--skip-bad") == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"wrote 13 pairs to {out}\n"
+    assert "skipped 7: bad field" in captured.err
+    assert run_data("convert", broken, out, "--to", "pairs", "--skip-bad") == 2
+    assert "out must not exist without --force" in capsys.readouterr().err
+    assert run_data("convert", broken, out, "--to", "trl", "--skip-bad", "--force") == 0
+    assert run_data("convert", out, out, "--to", "pairs", "--force") == 2
+    assert "out must be another place than path" in capsys.readouterr().err
+
+
+def test_a_dataset_with_a_missing_image_is_not_written(
+    write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("datasets")
+    meta = write_lines("none", [GOOD, {**GOOD, "image": "none.png"}])
+    assert run_data("convert", meta, tmp_path / "out", "--to", "hf") == 2
+    assert "none.png" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_dataset_skips_and_counts_pairs_with_unreadable_images(
+    write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("datasets")
+    missing, url = {**GOOD, "image": "none.png"}, {**GOOD, "image": "https://host/a.png"}
+    meta = write_lines("none", [missing, GOOD, b"{\n", url])
+    assert run_data("convert", meta, tmp_path / "out", "--to", "hf", "--skip-bad") == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"wrote 1 pairs to {tmp_path / 'out'}\n"
+    assert "skipped 1: unreadable image" in captured.err
+    assert "none.png: No such file or directory" in captured.err
+    assert "skipped 1: image is a URL" in captured.err
+    assert "skipped 1: bad JSON" in captured.err
+    assert len(load_dataset_folder(tmp_path / "out")) == 1
+
+
+def test_a_url_instead_of_a_path_is_reported(
+    write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_data("check", write_lines("web", [{**GOOD, "image": "https://host/a.png"}])) == 1
+    words = "image is a URL: URLs are not fetched: download the image and name its file, got https://host/a.png"
+    assert words in capsys.readouterr().out
+    write_pairs(tmp_path / "p.jsonl", [Pair("q", "c", "r", ("s3://bucket/a.png",))])
+    assert run_data("check", tmp_path / "p.jsonl") == 1
+    assert "got s3://bucket/a.png" in capsys.readouterr().out
+    write_view(tmp_path / "p.html", open_pairs(tmp_path / "p.jsonl"))
+    assert "a URL, not fetched" in (tmp_path / "p.html").read_text()
+
+
+def test_an_empty_file_is_reported_as_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("empty.jsonl", "empty.json"):
+        (tmp_path / name).write_text("\n")
+        assert run_data("check", tmp_path / name) == 2
+        assert "got an empty file" in capsys.readouterr().err
+
+
+def test_a_json_error_has_one_position(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text('{"question": "\t\n')
+    assert run_data("check", tmp_path / "p.jsonl", "--from", "pairs") == 1
+    assert "Invalid control character at character 14" in capsys.readouterr().out
+
+
+def test_relative_images_start_at_the_file(images: Path, tmp_path: Path) -> None:
+    write_pairs(images / "p.jsonl", [Pair("q", "c", "r", ("a.png",))])
+    assert run_data("check", images / "p.jsonl") == 0
+    write_pairs(tmp_path / "p.jsonl", [Pair("q", "c", "r", ("a.png",))])
+    assert run_data("check", tmp_path / "p.jsonl") == 1
+    assert run_data("check", tmp_path / "p.jsonl", "--root", images) == 0
+    assert run_data("convert", images / "p.jsonl", tmp_path / "mmpr", "--to", "mmpr", "--out-root", images) == 0
+    assert run_data("check", tmp_path / "mmpr/meta.json") == 0
+
+
+def test_the_number_of_missing_images_is_in_a_warning(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [Pair(f"q{n}", "c", "r", (name,)) for n, name in enumerate(("a.png", "b.png", "b.png", "sub/b.jpg"))]
+    write_pairs(tmp_path / "p.jsonl", pairs)
+    convert = ["convert", tmp_path / "out.jsonl", "--to", "trl"]
+    for command in (["stats"], convert, ["view", "--out", tmp_path / "p.html"]):
+        assert run_data(command[0], tmp_path / "p.jsonl", *command[1:]) == 0
+        warning = capsys.readouterr().err
+        assert f"warning: 3 of 3 images do not exist as files, as {tmp_path}/a.png: " in warning
+        assert warning.endswith(f"relative images start at {tmp_path}: try --root\n")
+    assert run_data("stats", tmp_path / "p.jsonl", "--root", images) == 0
+    assert "warning: 1 of 3 images do not exist as files" in capsys.readouterr().err
+    write_pairs(tmp_path / "good.jsonl", [pairs[0]])
+    assert run_data("stats", tmp_path / "good.jsonl", "--root", images) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_missing_images_of_a_meta_file_suggest_root_map(write_lines: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_data("stats", write_lines("gone", [{**GOOD, "image": "gone.png"}])) == 0
+    assert capsys.readouterr().err.endswith(": try --root-map\n")
+
+
+def test_a_closed_pipe_ends_a_command_quietly(mmpr: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mpo_ext",
+        "data",
+        "convert",
+        str(mmpr),
+        str(tmp_path / "out.jsonl"),
+        "--to",
+        "trl",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        text = process.stderr.read()
+    assert "roken pipe" not in text
+    assert "Errno" not in text
+
+
+def test_view_is_a_command(mmpr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("jinja2")
+    assert run_data("view", mmpr, "--out", tmp_path / "p.html", "--limit", "5") == 0
+    assert capsys.readouterr().out == f"wrote 5 of 13 pairs to {tmp_path}/p.html\n"
+
+
+@pytest.mark.parametrize(("package", "command"), [("rich", "check"), ("jinja2", "view"), ("datasets", "convert")])
+def test_a_missing_package_is_named(package: str, command: str, mmpr: Path, tmp_path: Path) -> None:
+    rest = {"convert": [str(tmp_path / "out"), "--to", "hf"]}.get(command, [])
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"from mpo_ext.cli.main import main; sys.exit(main({['data', command, str(mmpr), *rest]!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert package in done.stderr
+    assert "pip install '.[data]'" in done.stderr
+    assert "Traceback" not in done.stderr

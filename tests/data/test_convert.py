@@ -1,0 +1,85 @@
+"""Conversions between all formats, and writers that fail."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmpr_files import PAIR
+
+from mpo_ext.data import (
+    Pair,
+    open_pairs,
+    read_meta,
+    write_mmpr,
+    write_pairs,
+)
+from mpo_ext.data.convert import convert
+from mpo_ext.data.trl import write_trl
+
+
+def assert_same_mmpr(meta: Path, other: Path) -> None:
+    """Asserts that the lines are equal byte for byte, and the settings equal except ``annotation``."""
+    assert [subset.name for subset in read_meta(meta)] == [subset.name for subset in read_meta(other)]
+    for one, two in zip(read_meta(meta), read_meta(other), strict=True):
+        assert Path(one.annotation).read_bytes() == Path(two.annotation).read_bytes()
+        assert {**one.settings, "annotation": ""} == {**two.settings, "annotation": ""}
+
+
+def test_mmpr_survives_conversion_through_every_format(mmpr: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    pairs = list(open_pairs(mmpr).pairs)
+    steps: list[tuple[str, str, str]] = [
+        ("1.jsonl", "pairs", "standard"),
+        ("2", "hf", "standard"),
+        ("3.jsonl", "trl", "standard"),
+        ("4", "hf", "conversational"),
+        ("5.jsonl", "trl", "conversational"),
+        ("6.jsonl", "pairs", "standard"),
+        ("7", "mmpr", "standard"),
+    ]
+    place = mmpr
+    for name, format, kind in steps:
+        out = tmp_path / name
+        count, skipped = convert(open_pairs(place), out, format, kind=kind)
+        assert (count, skipped.total) == (len(pairs), 0), name
+        place = out / "meta.json" if format == "mmpr" else out
+        assert list(open_pairs(place).pairs) == pairs, name
+        assert format == open_pairs(place).format
+    assert_same_mmpr(mmpr, place)
+
+
+def test_relative_images_stay_relative_where_possible(images: Path, tmp_path: Path) -> None:
+    absolute = (str(images / "a.png"), str(images / "sub/b.jpg"))
+    pairs = [Pair("q", "c", "r", ("a.png", "sub/b.jpg")), Pair("p", "c", "r", absolute), Pair("t", "c", "r")]
+    write_pairs(images / "p.jsonl", pairs)
+
+    def there_and_back(folder: Path) -> list[Any]:
+        convert(open_pairs(images / "p.jsonl"), folder / "t.jsonl", "trl")
+        convert(open_pairs(folder / "t.jsonl"), folder / "back.jsonl", "pairs")
+        back = open_pairs(folder / "back.jsonl")
+        assert [back.read(index)[1].images for index in range(3)] == [absolute, absolute, ()]
+        return [pair.images for pair in back.pairs]
+
+    assert there_and_back(images) == [pair.images for pair in pairs]
+    assert (images / "back.jsonl").read_bytes() == (images / "p.jsonl").read_bytes()
+    above = there_and_back(tmp_path)
+    assert above == [("images/a.png", "images/sub/b.jpg"), absolute, ()]
+    (tmp_path / "beside").mkdir()
+    assert there_and_back(tmp_path / "beside")[0] == absolute
+
+
+def test_a_writer_that_fails_keeps_the_existing_files(tmp_path: Path, mmpr: Path) -> None:
+    def failing() -> Any:
+        yield PAIR
+        raise KeyError("stop")
+
+    for name, write in (("a", write_pairs), ("b", write_trl), ("c", write_mmpr)):
+        out = tmp_path / "out" / name
+        if write is write_mmpr:
+            write_mmpr(out, [PAIR])
+        else:
+            write(out, [PAIR])
+        before = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
+        with pytest.raises(KeyError):
+            write(out, failing())
+        assert {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()} == before
