@@ -1,4 +1,4 @@
-"""The ``mpo-ext evaluate`` command. What it needs is imported when it runs."""
+"""The ``mpo-ext evaluate`` command. Its dependencies are imported when it runs."""
 
 import argparse
 import sys
@@ -23,15 +23,15 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     """Registers ``mpo-ext evaluate``."""
     parser = subcommands.add_parser(
         "evaluate",
-        help="measure how many questions models answer right, side by side",
+        help="measure and compare how many questions models answer right",
         description="Asks models questions with a known answer, and writes tables, predictions, a picture and a "
-        "page of failures into a folder. An evaluation that was ended goes on when the same command is given again; "
-        "models, data and prompts can be added to it.",
+        "page of failures into a folder. The same command resumes an interrupted evaluation; models, data and prompts "
+        "can be added to it.",
     )
     parser.add_argument(
         "models", nargs="+", metavar="MODEL",
         help="folder of a model, of a run of mpo-ext train or of LoRA adapters, or a name on the hub; NAME=MODEL "
-        "says what it is called in the results",
+        "sets its name in the results",
     )  # fmt: skip
     parser.add_argument(
         "--data", action="append", required=True, metavar="[NAME=]PATH",
@@ -41,29 +41,36 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--out", type=Path, required=True, help="folder of the evaluation")
     parser.add_argument(
         "--prompt", nargs="+", default=["direct"], metavar="PROMPT",
-        help="direct, cot, both, the name of another template, or none: the question as it is (default: direct)",
+        help="direct, cot, both, the name of another template, or none for the unchanged question (default: direct)",
     )  # fmt: skip
     parser.add_argument("--samples", type=int, default=1, help="responses per question (default: 1)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
-    parser.add_argument("--top-k", type=int, default=50, help="0 draws from all tokens (default: 50)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
     parser.add_argument(
-        "--max-new-tokens", type=int, help="(default: 100 where nothing but the answer is asked for, else 4096)"
+        "--top-k", type=int, default=50, help="number of most likely tokens to draw from, 0 for all (default: 50)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="source of every draw (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="probability of the tokens to draw from (default: 1)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="(default: 100 for prompts that ask for the answer only, else 4096)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
     parser.add_argument(
         "--style",
-        help="how answers are given: final_answer, boxed, answer, direct, regex:... (default: as the template says)",
+        help="style of answers: final_answer, boxed, answer, direct, regex:... (default: the style of the template)",
     )
     add_matcher(parser)
-    parser.add_argument("--limit", type=int, help="take the first questions of each file only")
-    parser.add_argument("--image-root", default="", help="folder that image paths start from; a meta file has its own")
+    parser.add_argument("--limit", type=int, help="take only the first questions of each file")
+    parser.add_argument(
+        "--image-root", default="", help="folder that image paths start from; a meta file names its own"
+    )
     add_root_map(parser)
     parser.add_argument(
         "--export", nargs="+", default=[], metavar="KIT", help="also write predictions for vlmevalkit or lmms-eval"
     )
     parser.add_argument(
-        "--page-limit", type=int, default=5000, help="most questions in the page of failures (default: 5000)"
+        "--page-limit",
+        type=int,
+        default=5000,
+        help="largest number of questions on the page of failures (default: 5000)",
     )
     add_engine(parser)
     add_debug(parser)
@@ -73,12 +80,13 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 @command("evaluate", extra="generate")
 def run_evaluate(args: argparse.Namespace) -> int:
     """Runs an evaluation and returns the exit status."""
+    from mpo_ext.evaluate.cells import EvaluationRun
     from mpo_ext.evaluate.report import accuracy_table
     from mpo_ext.evaluate.run import evaluate
     from mpo_ext.evaluate.scoring import EvaluationConfig
     from mpo_ext.generate.engine import rank_and_world_size
 
-    rank, world = rank_and_world_size()
+    rank, world_size = rank_and_world_size()
     config = EvaluationConfig(
         prompts=_prompts(args.prompt),
         samples=args.samples,
@@ -100,14 +108,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
         root_map=root_map(args),
         exports=list(dict.fromkeys(args.export)),
         make_engine=lambda path: load_engine(args, path),
-        block_size=args.block_size,
         page_limit=args.page_limit,
-        rank=rank,
-        world=world,
-        stream=sys.stderr,
+        run=EvaluationRun(block_size=args.block_size, rank=rank, world_size=world_size, stream=sys.stderr),
     )
     if results is None:
-        print(f"process {rank} of {world} is done, others are not", file=sys.stderr)
+        print(f"process {rank} of {world_size} has finished, others have not", file=sys.stderr)
     else:
         print(accuracy_table(results), end="")
         print(f"written to {args.out}", file=sys.stderr)
@@ -119,7 +124,7 @@ def _prompts(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
-    """Reads NAME=PATH; a path alone is named by its last part, or by the run whose ``final`` it is."""
+    """Parses NAME=PATH. The name of a path alone is its last part, or the folder of the run for its ``final``."""
     named: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")

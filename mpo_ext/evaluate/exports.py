@@ -1,4 +1,4 @@
-"""Predictions in the files of other evaluation kits, so that their scores can be compared with ours."""
+"""Predictions in the file formats of other evaluation kits, to compare their scores with ours."""
 
 import contextlib
 import csv
@@ -10,28 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from mpo_ext.answers import label_options
-from mpo_ext.evaluate.scoring import Response
+from mpo_ext.evaluate.scoring import ScoredResponse
 from mpo_ext.files import atomic_write
 from mpo_ext.generate.items import Item
 from mpo_ext.journal import encode_line
 
-Add = Callable[[int, Item, str, Sequence[Response]], None]
-_NO_ANSWER = "[invalid]"  # what the extraction filters of lm-eval and lmms-eval put there
+Add = Callable[[int, Item, str, Sequence[ScoredResponse]], None]
+_NO_ANSWER = "[invalid]"  # the value of lm-eval's and lmms-eval's filters for a missing answer
 
 
 @contextlib.contextmanager
 def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence[str]) -> Iterator[Add]:
-    """VLMEvalKit's prediction tables, ``vlmevalkit/MODEL/MODEL_TASK.tsv``: a file for each sample of the questions.
+    """Writes VLMEvalKit's prediction tables ``vlmevalkit/MODEL/MODEL_TASK.tsv``, one file per sample.
 
-    Columns: index, question, the options, all plain fields of the item, answer, prediction (the whole response), and
-    ``extracted`` and ``hit``, which are ours. ``index`` is that of the item where it has one, else its number.
+    Columns: index, question, the options, all scalar fields of the item, answer, prediction (the whole response), and
+    two columns of ours, ``extracted`` and ``hit``. ``index`` is the item's field of that name, or else its position.
 
     Args:
         out: Folder of the evaluation.
-        model: Name of the model, fit for a file.
-        task: Name of data and prompt, fit for a file.
-        samples: Per question.
-        columns: From ``vlmevalkit_columns``.
+        model: Name of the model in file names.
+        task: Name of data and prompt in file names.
+        samples: Number of samples per question.
+        columns: Result of ``vlmevalkit_columns``.
+
+    Yields:
+        A function that adds a question.
     """
     with contextlib.ExitStack() as stack:
         tables = []
@@ -44,17 +47,19 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
             table.writeheader()
             tables.append(table)
 
-        def add(number: int, item: Item, prompt: str, responses: Sequence[Response]) -> None:
+        def add(number: int, item: Item, prompt: str, responses: Sequence[ScoredResponse]) -> None:
             fields = _fields(number, item)
             for table, response in zip(tables, responses, strict=True):
-                found = {"prediction": response.text, "extracted": response.answer or "", "hit": int(response.correct)}
-                table.writerow({**fields, **found})
+                table.writerow(
+                    fields
+                    | {"prediction": response.text, "extracted": response.answer or "", "hit": int(response.correct)}
+                )
 
         yield add
 
 
 def vlmevalkit_columns(items: Iterator[Item]) -> list[str]:
-    """The columns of a table that holds these items."""
+    """Returns the columns of a table of these items."""
     between: dict[str, None] = {}
     for number, item in enumerate(items):
         between.update(dict.fromkeys(_fields(number, item)))
@@ -64,21 +69,24 @@ def vlmevalkit_columns(items: Iterator[Item]) -> list[str]:
 
 @contextlib.contextmanager
 def lmms_eval(out: Path, model: str, task: str, samples: int, columns: Sequence[str]) -> Iterator[Add]:
-    """lmms-eval's log of samples, ``lmms-eval/MODEL/mpo-ext_samples_TASK.jsonl``: a line for each question.
+    """Writes lmms-eval's log of samples ``lmms-eval/MODEL/mpo-ext_samples_TASK.jsonl``, one line per question.
 
     Keys: doc_id, target, input, resps, filtered_resps (the extracted answers), doc_hash, prompt_hash and target_hash
-    as lmms-eval makes them, and the metric exact_match, here the share of right samples under our matcher.
+    as in lmms-eval, and the metric exact_match: the fraction of right samples under our matcher.
 
     Args:
         out: Folder of the evaluation.
-        model: Name of the model, fit for a file.
-        task: Name of data and prompt, fit for a file.
-        samples: Per question.
-        columns: Not needed.
+        model: Name of the model in file names.
+        task: Name of data and prompt in file names.
+        samples: Number of samples per question.
+        columns: Unused.
+
+    Yields:
+        A function that adds a question.
     """
     with atomic_write(out / "lmms-eval" / model / f"mpo-ext_samples_{task}.jsonl") as file:
 
-        def add(number: int, item: Item, prompt: str, responses: Sequence[Response]) -> None:
+        def add(number: int, item: Item, prompt: str, responses: Sequence[ScoredResponse]) -> None:
             target = item.truths[0] if len(item.truths) == 1 else str(list(item.truths))
             answers = [_NO_ANSWER if response.answer is None else response.answer for response in responses]
             line = {
@@ -106,20 +114,20 @@ def _text_of(binary: Any) -> Iterator[io.TextIOWrapper]:
     try:
         yield text
     finally:
-        text.detach()  # flushes; the file is closed by whom it belongs to
+        text.detach()  # flushes, and leaves the file open
 
 
 def _fields(number: int, item: Item) -> dict[str, Any]:
-    """An item as a row: what is no plain value has no place in a table."""
+    """Returns an item as a row; non-scalar values are left out."""
     options = item.extra.get("options")
-    labelled = label_options(options) if isinstance(options, (list, tuple, Mapping)) and options else {}
-    plain = {
+    options_by_label = label_options(options) if isinstance(options, (list, tuple, Mapping)) and options else {}
+    scalars = {
         name: value
         for name, value in item.extra.items()
         if isinstance(value, (str, int, float)) and name not in ("prediction", "extracted", "hit", "image")
     }
     answer = item.truths[0] if len(item.truths) == 1 else str(list(item.truths))
-    return {"index": number, **labelled, **plain, "question": item.question, "answer": answer}
+    return {"index": number, **options_by_label, **scalars, "question": item.question, "answer": answer}
 
 
 def _hash(text: str) -> str:

@@ -1,4 +1,4 @@
-"""From what the user names to an engine: whole models, folders of runs, and adapters."""
+"""Resolves a model name or folder to an engine: whole models, folders of runs, and adapters."""
 
 import dataclasses
 import json
@@ -11,80 +11,79 @@ from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.generate.engine import Engine
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
-_SHOWN = 8
+_MAX_NAMES = 8  # of a folder's content in an error
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Source:
-    """Where a model comes from.
+class ModelSource:
+    """The place of a model.
 
     Attributes:
-        path: Folder or name of a whole model.
-        adapter: Folder of LoRA adapters to merge into it.
+        path: Folder or hub name of a whole model.
+        adapter: Folder of LoRA adapters to merge into the model.
     """
 
     path: str
     adapter: str | None = None
 
 
-def find_model(name: str) -> Source:
-    """Says what to load for a folder or name: a model, the ``final`` of a run, or adapters with their base model.
+def find_model(name: str) -> ModelSource:
+    """Returns the model of a folder or name: a model, the ``final`` of a run, or adapters with their base model.
 
     Raises:
-        FileNotFoundError: If a path of a folder here is none.
-        ValueError: If nothing here can be loaded. The message says what to do.
+        FileNotFoundError: If the name can only be a folder, and the folder does not exist.
+        ValueError: If the folder has no model to load. The message says what to do.
     """
     folder = Path(name)
     if not folder.exists():
         if _is_hub_name(name):
             check_model_path("model", name)
-            return Source(name)
+            return ModelSource(name)
         raise ValueError(f"model must be a folder or a name on the hub, got {name!r}: the folder does not exist")
     if not folder.is_dir():
         raise ValueError(f"model must be a folder or a name on the hub, got the file {name!r}")
     if not _is_model(folder) and _is_model(folder / "final"):
         folder = folder / "final"
     if (folder / "config.json").exists() or any(folder.glob("*.gguf")):
-        return Source(str(folder))
+        return ModelSource(str(folder))
     if (folder / "adapter_config.json").exists():
         if (folder / "merged" / "config.json").exists():
-            return Source(str(folder / "merged"))
-        return Source(_base_of(folder), str(folder))
+            return ModelSource(str(folder / "merged"))
+        return ModelSource(_base_of(folder), str(folder))
     if (folder / "checkpoints").is_dir():
         raise ValueError(
-            f"model must be a folder with a model, got the run {name!r} that has no final/ yet: "
-            "give its mpo-ext train command again to end it"
+            f"model must be a folder with a model, got the run {name!r} without final/: "
+            "repeat its mpo-ext train command to finish the run"
         )
     if (folder / "manifest.json").exists():
         raise ValueError(
-            f"model must be a folder with a model, got the checkpoint {name!r}: the run that wrote it leaves a model "
-            "in its final/"
+            f"model must be a folder with a model, got the checkpoint {name!r}: the model of the run is in its final/"
         )
     names = sorted(path.name for path in folder.iterdir())
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     raise ValueError(
         "model must be a folder with config.json or adapter_config.json, or a run with final/, "
-        f"got {name!r} with {', '.join(names[:_SHOWN]) or 'nothing'}{more}"
+        f"got {name!r} with {', '.join(names[:_MAX_NAMES]) or 'nothing'}{more}"
     )
 
 
-def load_engine(source: Source, make: Callable[[str], Engine]) -> Engine:
+def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
     """Loads a model, with its adapters merged.
 
     Args:
-        source: From ``find_model``.
-        make: Makes an engine of the path of a whole model.
+        source: The model, from ``find_model``.
+        make: Makes an engine from the path of a whole model.
 
     Raises:
-        ImportError: If there are adapters and peft is missing.
-        ValueError: If there are adapters and the engine is not one of transformers.
+        ImportError: If the model has adapters and peft is missing.
+        ValueError: If the model has adapters and ``make`` does not return a ``TransformersEngine``.
     """
     engine = make(source.path)
     if source.adapter is not None:
         if not isinstance(engine, TransformersEngine):
             raise ValueError(
-                f"model must be a whole one for the engine {type(engine).__name__}, got the adapters "
-                f"{source.adapter!r}: train with output.save_merged=true, or take the engine transformers"
+                f"model must be a whole model for the engine {type(engine).__name__}, got the adapters "
+                f"{source.adapter!r}: train with output.save_merged=true, or use the engine transformers"
             )
         try:
             from peft import PeftModel
@@ -96,11 +95,11 @@ def load_engine(source: Source, make: Callable[[str], Engine]) -> Engine:
     return engine
 
 
-class Fingerprinted:
-    """An engine whose settings tell its weights from others that stood in the same folder.
+class FingerprintedEngine:
+    """An engine whose settings contain a hash of its weights, which a folder may have changed since.
 
     Args:
-        engine: Of transformers.
+        engine: The engine.
     """
 
     def __init__(self, engine: TransformersEngine) -> None:
@@ -111,7 +110,7 @@ class Fingerprinted:
         self._settings = {**engine.settings(), "weights": fingerprint(engine.model)}
 
     def settings(self) -> dict[str, Any]:
-        """What the generations depend on."""
+        """Returns all settings that the generations depend on, as JSON values."""
         return dict(self._settings)
 
 
@@ -131,7 +130,7 @@ def _base_of(folder: Path) -> str:
         raise ValueError(f"{path} must name the base model of the adapters, got {error!r}") from error
     if not isinstance(base, str) or not (Path(base).is_dir() or _is_hub_name(base)):
         raise ValueError(
-            f"{path} must name a base model that is here, got {base!r}: put its folder into base_model_name_or_path, "
-            "or train with output.save_merged=true"
+            f"{path} must name a base model that exists here, got {base!r}: write its folder into "
+            "base_model_name_or_path, or train with output.save_merged=true"
         )
     return base

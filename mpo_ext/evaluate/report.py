@@ -1,62 +1,66 @@
-"""What people look at: the table, the picture and the page of failures."""
+"""Human-readable reports of an evaluation: the tables, the picture and the page of failures."""
 
 import hashlib
 import importlib.util
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpo_ext.checks import install_hint
 from mpo_ext.data.view import Thumbnails, count_names, cut_text, script_json
-from mpo_ext.evaluate.scoring import Response
+from mpo_ext.evaluate.cells import Cell
+from mpo_ext.evaluate.predictions import predictions_path, read_predictions
 from mpo_ext.files import atomic_path, atomic_write
 from mpo_ext.report import Bars, Panel, markdown_table, save_page, save_panels
-
-if TYPE_CHECKING:
-    from mpo_ext.evaluate.run import Cell
 
 _TEMPLATE = "failures_view.html.j2"
 _THUMBNAIL = 320
 _IMAGE_BUDGET = 64 << 20
-_MAX_CHARACTERS = 8000  # of a text in the page
-_MAX_SAMPLES = 8  # of a question and model in the page
+_MAX_CHARACTERS = 8000  # of a text on the page
+_MAX_SAMPLES = 8  # of a question and model on the page
 
 
-def write(
-    cells: "Sequence[Cell]", results: Mapping[str, Any], out: Path, *, limit: int, world: int, seed: int
+def write_reports(
+    cells: Sequence[Cell],
+    results: Mapping[str, Any],
+    out: Path,
+    *,
+    model_files: Mapping[str, str],
+    limit: int,
+    seed: int,
 ) -> list[str]:
     """Writes ``table.md``, ``accuracy.png``, ``accuracy.svg`` and ``failures.html``.
 
     Args:
-        cells: Read ones.
-        results: What goes into ``results.json``.
+        cells: The cells, with their scores; their predictions are already written.
+        results: The content of ``results.json``.
         out: Folder of the evaluation.
-        limit: Most questions in the page.
-        world: Number of processes.
-        seed: Of the draw among more.
+        model_files: For each model its name in file names.
+        limit: Largest number of questions on the page.
+        seed: Seed of the draw if there are more.
 
     Returns:
-        What was left out because a package is missing.
+        Warnings about reports that are left out because a package is missing.
     """
     with atomic_write(out / "table.md") as file:
-        file.write(table(results).encode())
-    left_out = []
+        file.write(markdown_report(results).encode())
+    warnings = []
     if importlib.util.find_spec("matplotlib") is None:
-        left_out.append("no picture of the accuracies: matplotlib is not installed (pip install matplotlib)")
+        warnings.append("no picture of the accuracies: matplotlib is not installed (pip install matplotlib)")
     else:
         _write_pictures(results, out)
     if importlib.util.find_spec("jinja2") is None:
-        left_out.append(f"no page of failures: jinja2 is not installed: {install_hint('data')}")
+        warnings.append(f"no page of failures: jinja2 is not installed: {install_hint('data')}")
     else:
-        _write_page(cells, out / "failures.html", limit=limit, world=world, seed=seed)
-    return left_out
+        _write_page(cells, out, model_files=model_files, limit=limit, seed=seed)
+    return warnings
 
 
-def table(results: Mapping[str, Any]) -> str:
-    """The results as Markdown: accuracies side by side, what else there is to know, and the comparisons."""
+def markdown_report(results: Mapping[str, Any]) -> str:
+    """Returns the results as Markdown: accuracies side by side, other numbers, and comparisons."""
     models = list(results["settings"]["models"])
     rows = results["results"]
     texts = ["# Evaluation\n", "Accuracy in %, ± its standard error.\n", accuracy_table(results)]
@@ -66,29 +70,29 @@ def table(results: Mapping[str, Any]) -> str:
         header += ["majority %", *(f"pass@{k} %" for k in rows[0]["pass_at"])]
     lines = []
     for row in rows:
-        low_high = "-" if row["interval"] is None else " to ".join(f"{100 * end:.1f}" for end in row["interval"])
-        line = [_case(row), row["model"], f"{row['questions']:,}", low_high]
+        interval = "-" if row["interval"] is None else " to ".join(f"{100 * end:.1f}" for end in row["interval"])
+        line = [_case(row), row["model"], f"{row['questions']:,}", interval]
         line += [f"{100 * row['unreadable']:.1f}", f"{100 * row['cut_off']:.1f}", f"{row['tokens_per_response']:.1f}"]
         if samples > 1:
             line += [_percent(row["majority"]), *(_percent(each) for each in row["pass_at"].values())]
         lines.append(line)
     texts += ["## Beside the accuracy\n", _markdown(header, lines)]
-    refused: dict[tuple[str, str], int] = {}
+    skipped: dict[tuple[str, str], int] = {}
     for row in rows:
         for reason, count in row["refused"].items():
-            refused[row["data"], reason] = max(count, refused.get((row["data"], reason), 0))
-    if refused:
-        lines = [[data, reason, f"{count:,}"] for (data, reason), count in refused.items()]
+            skipped[row["data"], reason] = max(count, skipped.get((row["data"], reason), 0))
+    if skipped:
+        lines = [[data, reason, f"{count:,}"] for (data, reason), count in skipped.items()]
         texts += ["Questions that were not asked:\n", _markdown(["", "reason", "questions"], lines)]
-    compared = [each for each in results["comparisons"] if _is_shown(each, models[0])]
-    if compared:
+    comparisons = [comparison for comparison in results["comparisons"] if _is_shown(comparison, models[0])]
+    if comparisons:
         texts += [
             "## Differences on the same questions\n",
             "In points, second less first, ± the standard error of the paired difference. "
             "p is two-sided and not corrected for the number of comparisons.\n",
             _markdown(
                 ["", "first", "second", "difference", "only second right", "only first right", "p"],
-                [_compared(each) for each in compared],
+                [_comparison_row(comparison) for comparison in comparisons],
             ),
         ]
         if samples > 1:
@@ -97,12 +101,12 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def accuracy_table(results: Mapping[str, Any]) -> str:
-    """A row for each file of questions and prompt, a column for each model."""
+    """Returns the accuracies in Markdown, with a row for each file and prompt, and a column for each model."""
     models = list(results["settings"]["models"])
     cells: dict[str, dict[str, str]] = {}
     for row in results["results"]:
         cells.setdefault(_case(row), {})[row["model"]] = _percent(row)
-    return _markdown(["", *models], [[case, *(own[model] for model in models)] for case, own in cells.items()])
+    return _markdown(["", *models], [[case, *(row[model] for model in models)] for case, row in cells.items()])
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -125,12 +129,12 @@ def _percent(row: Mapping[str, Any]) -> str:
 
 
 def _is_shown(comparison: Mapping[str, Any], baseline: str) -> bool:
-    """In the table each model is compared with the first one, and the prompts of each; the rest is in results.json."""
+    """Says whether the table shows a comparison: with the first model, or of two prompts. results.json has all."""
     first, second = comparison["first"], comparison["second"]
     return first["model"] in (baseline, second["model"])
 
 
-def _compared(comparison: Mapping[str, Any]) -> list[str]:
+def _comparison_row(comparison: Mapping[str, Any]) -> list[str]:
     first, second = comparison["first"], comparison["second"]
     is_between_models = first["model"] != second["model"]
     case = f"{comparison['data']}, {first['prompt'] if is_between_models else first['model']}"
@@ -138,10 +142,17 @@ def _compared(comparison: Mapping[str, Any]) -> list[str]:
     difference, error, p = comparison["difference"], comparison["standard_error"], comparison["p"]
     text = "-" if difference is None else f"{100 * difference:+.1f}"
     text += "" if error is None else f" ± {100 * error:.1f}"
-    return [case, *names, text, f"{comparison['gained']:,}", f"{comparison['lost']:,}", "-" if p is None else _p(p)]
+    return [
+        case,
+        *names,
+        text,
+        f"{comparison['gained']:,}",
+        f"{comparison['lost']:,}",
+        "-" if p is None else _format_p(p),
+    ]
 
 
-def _p(p: float) -> str:
+def _format_p(p: float) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
@@ -166,95 +177,92 @@ def _write_pictures(results: Mapping[str, Any], out: Path) -> None:
 
 
 def _without_chance(svg: str) -> str:
-    """The same picture without date, and with names that do not differ from one writing to the next."""
+    """Returns an SVG picture without its date and with reproducible names."""
     svg = re.sub(r"\s*<dc:date>.*?</dc:date>", "", svg, flags=re.S)
     names = dict.fromkeys(re.findall(r'(?:id="|#)([mpC]?[0-9a-f]{10,})\b', svg))
     numbers = {name: f"n{number}" for number, name in enumerate(names)}
     return re.sub(r'(?<=id=")[^"]+(?=")|(?<=#)[mpC]?[0-9a-f]{10,}\b', lambda m: numbers.get(m[0], m[0]), svg)
 
 
-def _write_page(cells: "Sequence[Cell]", path: Path, *, limit: int, world: int, seed: int) -> None:
-    """Shows the questions that some response has wrong, with the responses of all models and prompts."""
+def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, str], limit: int, seed: int) -> None:
+    """Writes the page of the questions with a wrong answer, with the responses of all models and prompts."""
     by_data: dict[str, list[Cell]] = {}
     for cell in cells:
         by_data.setdefault(cell.data.name, []).append(cell)
     failed = [
-        (data, number)
-        for data, own in by_data.items()
-        for number in range(own[0].data.source.count)
-        if any(not all(cell.questions[number].right) for cell in own)
+        (data, index)
+        for data, data_cells in by_data.items()
+        for index in range(data_cells[0].data.source.count)
+        if any(not all(cell.scores[index].right) for cell in data_cells)
     ]
-    total = sum(own[0].data.source.count for own in by_data.values())
+    total = sum(data_cells[0].data.source.count for data_cells in by_data.values())
     notes = [f"{len(failed):,} of {total:,} questions have a wrong answer; the others are not shown."]
-    refused = sum(question.problem is not None for own in by_data.values() for question in own[0].questions)
-    if refused:
-        notes.append(f"{refused:,} questions could not be asked; table.md has the reasons.")
+    skipped = sum(score.problem is not None for data_cells in by_data.values() for score in data_cells[0].scores)
+    if skipped:
+        notes.append(f"{skipped:,} questions could not be asked; table.md has the reasons.")
     picked = failed
     if len(failed) > limit:
         picked = [failed[place] for place in sorted(random.Random(seed).sample(range(len(failed)), limit))]
         notes.append(f"{limit:,} of them are shown, drawn at random with seed {seed}.")
     images = Thumbnails(_THUMBNAIL, _IMAGE_BUDGET)
     columns = list(dict.fromkeys((cell.model, cell.evaluation.prompt) for cell in cells))
-    entries: dict[tuple[str, int], dict[str, Any]] = {key: {} for key in picked}
-    for cell in cells:
-        _add_responses(entries, cell, columns.index((cell.model, cell.evaluation.prompt)), len(columns), images, world)
+    entries: list[dict[str, Any]] = []
+    for data, data_cells in by_data.items():
+        indices = [index for name, index in picked if name == data]
+        data_entries = list(_question_entries(data_cells[0], set(indices), images))
+        for entry in data_entries:
+            entry["answers"] = [None] * len(columns)
+        for cell in data_cells:
+            column = columns.index((cell.model, cell.evaluation.prompt))
+            path = predictions_path(out, model_files[cell.model])
+            for entry, lines in zip(data_entries, read_predictions(path, cell, indices), strict=True):
+                entry["answers"][column] = _answers(lines)
+        entries += data_entries
     if images.omitted:
         notes.append(f"{images.omitted:,} images did not fit into {_IMAGE_BUDGET:,} bytes.")
-    shown = [entry for entry in entries.values() if entry]
+    column_names = [f"{model}, {prompt}" for model, prompt in columns]
     values = {
         "title": "Failures",
         "notes": notes,
-        "data_names": count_names(entry["data"] for entry in shown),
-        "columns": [f"{model}, {prompt}" for model, prompt in columns],
-        "data": script_json(
-            {"columns": [f"{model}, {prompt}" for model, prompt in columns], "items": shown, "images": images.uris}
-        ),
+        "data_names": count_names(entry["data"] for entry in entries),
+        "columns": column_names,
+        "data": script_json({"columns": column_names, "items": entries, "images": images.uris}),
     }
     values["nonce"] = hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
-    save_page(path, _TEMPLATE, values)
+    save_page(out / "failures.html", _TEMPLATE, values)
 
 
-def _add_responses(
-    entries: dict[tuple[str, int], dict[str, Any]],
-    cell: "Cell",
-    column: int,
-    columns: int,
-    images: Thumbnails,
-    world: int,
-) -> None:
-    """Puts the responses of a cell into the entries of its questions."""
-    for number, (item, problem, responses) in enumerate(cell.read(world)):
-        key = (cell.data.name, number)
-        if key not in entries:
-            continue
-        if not entries[key]:
-            entries[key] = {
+def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -> Iterator[dict[str, Any]]:
+    """Yields the entries of the questions with these indices, without answers."""
+    for index, item in enumerate(cell.data.source.items()):
+        if index in indices:
+            yield {
                 "data": cell.data.name,
-                "where": f"{cell.data.name} {number + 1}",
+                "where": f"{cell.data.name} {index + 1}",
                 "question": cut_text(item.question, _MAX_CHARACTERS),
                 "truth": cut_text(" | ".join(item.truths), _MAX_CHARACTERS),
                 "images": [images.add(os.path.join(item.image_root, image)) for image in item.images],
-                "answers": [None] * columns,
             }
-        entries[key]["answers"][column] = _answers(problem, responses)
 
 
-def _answers(problem: str | None, responses: Sequence[Response]) -> dict[str, Any]:
-    """The responses of one column as the page shows them; wrong samples first where there are too many."""
-    shown = sorted(range(len(responses)), key=lambda place: responses[place].correct)[:_MAX_SAMPLES]
+def _answers(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the responses of a column as the page shows them; if there are too many, wrong samples come first."""
+    problem = lines[0].get("problem")
+    samples = [] if problem else lines
+    shown = sorted(range(len(samples)), key=lambda place: samples[place]["correct"])[:_MAX_SAMPLES]
     return {
         "problem": problem,
-        "right": sum(response.correct for response in responses),
-        "unreadable": sum(response.answer is None for response in responses),
-        "cutOff": sum(response.finish == "length" for response in responses),
-        "count": len(responses),
+        "right": sum(sample["correct"] for sample in samples),
+        "unreadable": sum(sample["answer"] is None for sample in samples),
+        "cutOff": sum(sample["finish"] == "length" for sample in samples),
+        "count": len(samples),
         "samples": [
             {
-                "text": cut_text(responses[place].text, _MAX_CHARACTERS),
-                "answer": responses[place].answer and cut_text(responses[place].answer or "", _MAX_CHARACTERS),
-                "right": responses[place].correct,
-                "cutOff": responses[place].finish == "length",
+                "text": cut_text(sample["response"], _MAX_CHARACTERS),
+                "answer": sample["answer"] and cut_text(sample["answer"], _MAX_CHARACTERS),
+                "right": sample["correct"],
+                "cutOff": sample["finish"] == "length",
             }
-            for place in sorted(shown)
+            for sample in (samples[place] for place in sorted(shown))
         ],
     }

@@ -1,7 +1,7 @@
-"""Asks the questions and scores what comes back.
+"""The settings of an evaluation, and the scores of responses.
 
-The journal holds what a model said and nothing of what was made of it: answers are read and compared when the journal
-is read, so another style or matcher scores a run anew without the model.
+The journals hold only the responses. Answers are extracted and compared when the journals are read, so another style
+or matcher scores an evaluation again without the model.
 """
 
 import dataclasses
@@ -17,25 +17,26 @@ from mpo_ext.generate.prompts import PromptTemplate, get_template
 from mpo_ext.generate.questions import AnswerScorer, QuestionSampler
 
 PLAIN = "none"
-_LONGEST = {"direct": 100}  # new tokens, by the style of the template; the authors' numbers
-_LONGEST_ELSE = 4096
+_MAX_NEW_TOKENS = {"direct": 100}  # by the style of the template; the authors' numbers
+_DEFAULT_MAX_NEW_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """How questions are put and answers compared.
+    """Prompts, sampling and matcher of an evaluation.
 
     Attributes:
-        prompts: Names of the templates that questions are put in (``mpo_ext.generate.prompts``), each a column of the
-            results; "none" puts them as they are.
-        samples: Responses per question.
-        temperature: 0 takes the likeliest token; then one sample is all there is.
-        top_p: As in ``SamplingConfig``.
-        top_k: As in ``SamplingConfig``.
-        max_new_tokens: Longest response; None takes 100 for templates that want nothing but the answer, else 4096.
-        seed: Source of every draw.
-        style: How the answer stands in a response, as in ``extract_answer``; None takes that of each template.
-        matcher: Kind of the matcher that compares it with the truth, and its options.
+        prompts: Names of the templates that questions are put in (``mpo_ext.generate.prompts``); "none" asks questions
+            unchanged.
+        samples: Number of responses per question.
+        temperature: Temperature of sampling; 0 is greedy decoding, which allows a single sample.
+        top_p: See ``SamplingConfig``.
+        top_k: See ``SamplingConfig``.
+        max_new_tokens: Largest number of tokens of a response; None takes 100 for templates that ask for the answer
+            only, and 4096 for the others.
+        seed: Seed of all draws.
+        style: How the answer stands in a response, see ``extract_answer``; None takes the style of each template.
+        matcher: Kind of the matcher that compares the answer with the truth, and its options.
     """
 
     prompts: tuple[str, ...] = ("direct",)
@@ -63,24 +64,26 @@ class EvaluationConfig:
             Evaluation(self, prompt)
 
     def sampling(self, template: PromptTemplate | None) -> SamplingConfig:
-        """How the tokens of a response to a template are drawn."""
-        longest = self.max_new_tokens
-        if longest is None:
-            longest = _LONGEST.get(template.answer_style if template else "", _LONGEST_ELSE)
-        return SamplingConfig(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, max_new_tokens=longest)
+        """Returns how the tokens of a response to a template are drawn."""
+        max_new_tokens = self.max_new_tokens
+        if max_new_tokens is None:
+            max_new_tokens = _MAX_NEW_TOKENS.get(template.answer_style if template else "", _DEFAULT_MAX_NEW_TOKENS)
+        return SamplingConfig(
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, max_new_tokens=max_new_tokens
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Response:
-    """One response and what it is worth.
+class ScoredResponse:
+    """A response and its score.
 
     Attributes:
-        text: What the model wrote.
-        answer: What was read out of it; None where nothing could be.
-        correct: Whether that is right.
-        rule: The rule by which it is, or is not; None where there is no answer.
-        tokens: Generated ones.
-        finish: "stop", or "length" where it was cut off.
+        text: The response.
+        answer: The extracted answer; None if the response has no readable answer.
+        correct: Whether the answer is right.
+        rule: The rule that decided; None without an answer.
+        tokens: Number of generated tokens.
+        finish: "stop", or "length" if the response was cut off.
     """
 
     text: str
@@ -92,16 +95,16 @@ class Response:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Question:
-    """What is kept of a question for the numbers.
+class QuestionScore:
+    """The score of a question, over all of its samples.
 
     Attributes:
-        problem: Why it could not be asked; then all else is empty.
+        problem: Why the question could not be asked; the other attributes are then empty.
         right: For each sample whether it is right.
-        unreadable: Samples without an answer that could be read.
-        cut_off: Samples cut off at the longest length.
-        tokens: Generated ones, of all samples.
-        majority: Whether the answer that most samples give is right.
+        unreadable: Number of samples without a readable answer.
+        cut_off: Number of samples that ``max_new_tokens`` cut off.
+        tokens: Number of generated tokens of all samples.
+        majority: Whether the most frequent answer is right.
     """
 
     problem: str | None = None
@@ -112,8 +115,8 @@ class Question:
     majority: bool = False
 
     @property
-    def share(self) -> float:
-        """Share of right samples."""
+    def accuracy(self) -> float:
+        """Fraction of right samples."""
         return sum(self.right) / len(self.right)
 
 
@@ -150,7 +153,7 @@ class Evaluation:
             "seed": self.questions.seed,
         }
 
-    def score(self, item: Item, records: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[Response]]:
+    def score(self, item: Item, records: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[ScoredResponse]]:
         """Returns the problem of a question, or None, and its scored responses."""
         problem = next((record["problem"] for record in records if "problem" in record), None)
         if problem is not None:
@@ -159,18 +162,18 @@ class Evaluation:
         for record in records:
             answer, verdict = self.scorer.score(record["text"], item.truths)
             correct, rule = (verdict.correct, verdict.rule) if verdict else (False, None)
-            responses.append(Response(record["text"], answer, correct, rule, record["tokens"], record["finish"]))
+            responses.append(ScoredResponse(record["text"], answer, correct, rule, record["tokens"], record["finish"]))
         return None, responses
 
-    def question(self, problem: str | None, responses: Sequence[Response]) -> Question:
-        """Returns the numbers of a question."""
+    def question_score(self, problem: str | None, responses: Sequence[ScoredResponse]) -> QuestionScore:
+        """Returns the score of a question."""
         if problem is not None:
-            return Question(problem)
+            return QuestionScore(problem)
         first = majority(
             [response.answer for response in responses],
             lambda first, second: is_same_answer(first, second, self.scorer.matcher),
         )
-        return Question(
+        return QuestionScore(
             right=tuple(response.correct for response in responses),
             unreadable=sum(response.answer is None for response in responses),
             cut_off=sum(response.finish == "length" for response in responses),

@@ -1,4 +1,4 @@
-"""Means with their errors, and comparisons of two models that answered the same questions."""
+"""Means with their standard errors, and comparisons of two models on the same questions."""
 
 import dataclasses
 import math
@@ -8,9 +8,9 @@ _Z95 = 1.959963984540054
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and its standard error; None for what too few values (0 and 1) cannot tell.
+    """Returns the mean and its standard error; None for a number that needs more values.
 
-    The values are those of questions, not of samples: samples of one question hang together.
+    The values must belong to questions, not to samples: samples of one question are correlated.
     """
     count = len(values)
     if count == 0:
@@ -21,21 +21,21 @@ def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Wilson's interval of 95 % for a share of ``count`` questions; it has a width at 0 and 1 too.
+def wilson(fraction: float, count: int) -> tuple[float, float]:
+    """Returns Wilson's 95 % interval for a fraction of ``count`` questions. It has a width also at 0 and 1.
 
-    For means over several samples it is wider than need be.
+    For means over several samples, the interval is conservative.
     """
     square = _Z95**2 / count
-    middle = (share + square / 2) / (1 + square)
-    half = _Z95 / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    middle = (fraction + square / 2) / (1 + square)
+    half = _Z95 / (1 + square) * math.sqrt(fraction * (1 - fraction) / count + square / (4 * count))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Chance that at least one of ``k`` samples is right, drawn without replacement from those there are.
+    """Returns the unbiased estimate of pass@k of arXiv 2107.03374.
 
-    It is the unbiased estimate of arXiv 2107.03374.
+    It is the probability that ``k`` samples, drawn without replacement from the ``samples``, contain a right sample.
     """
     if not 1 <= k <= samples:
         raise ValueError(f"k must be in [1, {samples}], got {k}")
@@ -43,14 +43,14 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None], is_same: Callable[[str, str], bool]) -> int | None:
-    """Number of the sample that first gave the most frequent answer; of equally frequent ones the earliest.
+    """Returns the index of the first sample with the most frequent answer. Of equally frequent answers the first wins.
 
     Args:
-        answers: None stands for an answer that cannot be read, which has no vote.
-        is_same: Says whether two answers are one.
+        answers: The answers; None, an unreadable answer, does not count.
+        is_same: Says whether two answers are equal.
 
     Returns:
-        None where no answer can be read.
+        The index; None if no answer is readable.
     """
     groups: dict[int, int] = {}
     known: dict[str, int] = {}
@@ -65,7 +65,7 @@ def majority(answers: Sequence[str | None], is_same: Callable[[str, str], bool])
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided p of McNemar's exact test: that of ``gained`` and ``lost`` if each were as likely as the other."""
+    """Returns the two-sided p-value of McNemar's exact test, under which a gain is as likely as a loss."""
     count = gained + lost
     term = total = 1
     for number in range(min(gained, lost)):
@@ -76,15 +76,16 @@ def mcnemar(gained: int, lost: int) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Comparison:
-    """A second model less a first one, on the questions that both answered.
+    """The comparison of a second model with a first model, on the questions that both answered.
 
     Attributes:
-        questions: How many those are.
-        difference: Of the accuracies; positive where the second is better.
-        standard_error: Of the difference, from the differences of the single questions; None for fewer than 2.
-        gained: Questions that the second has right more often.
-        lost: Questions that the first has right more often.
-        p: Two-sided; None where there is nothing to tell it from.
+        questions: Number of these questions.
+        difference: Accuracy of the second model minus accuracy of the first.
+        standard_error: Standard error of the difference, from the differences per question; None for fewer than 2
+            questions.
+        gained: Number of questions that the second model has right more often.
+        lost: Number of questions that the first model has right more often.
+        p: Two-sided p-value; None if the questions do not determine it.
         test: "mcnemar" (exact, one sample per question) or "normal" (difference over its standard error).
     """
 
@@ -101,13 +102,13 @@ def compare(first: Sequence[float], second: Sequence[float], *, samples: int) ->
     """Compares two models.
 
     Args:
-        first: For each question the share of right samples.
-        second: The same of the other model, in the same order.
-        samples: Per question.
+        first: The first model's fraction of right samples of each question.
+        second: The second model's fractions, in the same order.
+        samples: Number of samples per question.
     """
-    differences = [late - early for early, late in zip(first, second, strict=True)]
+    differences = [after - before for before, after in zip(first, second, strict=True)]
     difference, error = mean_and_error(differences)
-    gained, lost = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
+    gained, lost = sum(value > 0 for value in differences), sum(value < 0 for value in differences)
     p: float | None = None
     if samples == 1:
         p = mcnemar(gained, lost) if differences else None

@@ -1,4 +1,4 @@
-"""The command: its options reach the evaluation, and what goes wrong is said in one line."""
+"""Tests of the command: its options reach the evaluation, and an error is a single line."""
 
 import argparse
 import json
@@ -47,7 +47,7 @@ def test_options_reach_the_evaluation(items: Path, tmp_path: Path, monkeypatch: 
     assert len(list((tmp_path / "o" / "lmms-eval").rglob("*.jsonl"))) == 2 * 2 * 3
 
 
-def test_all_models_are_looked_for_before_the_first_is_asked(
+def test_all_models_are_located_before_the_first_is_asked(
     items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -86,15 +86,15 @@ def test_bad_options_are_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     assert run(monkeypatch, items.parent / "model", "--data", f"d={items}", "--out", tmp_path / "o", *options) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("mpo-ext evaluate: ")
-    assert message in said
+    error = capsys.readouterr().err
+    assert error.startswith("mpo-ext evaluate: ")
+    assert message in error
 
 
-def test_a_process_among_several_says_that_others_are_not_done(
+def test_a_process_reports_that_others_have_not_finished(
     items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(monkeypatch, items.parent / "model", "--data", items, "--out", tmp_path / "o") == 0
-    assert "process 0 of 2 is done, others are not" in capsys.readouterr().err
+    assert "process 0 of 2 has finished, others have not" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""An engine that says what it is told to, and files of questions for it."""
+"""An engine with scripted answers, and files of questions for it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from mpo_ext.generate.engine import Generation, Request
 
 
 class ScriptedEngine(StubEngine):
-    """Answers a question, found by its first line, with the text of the sample; "..." at the end means cut off."""
+    """Answers a question, found by its first line, with the text of the sample; "..." at its end means cut off."""
 
     def __init__(self, answers: Mapping[str, Sequence[str]], *, name: str = "scripted") -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The files for other kits, and the page of failures."""
+"""Tests of the files for other kits, and of the page of failures."""
 
 import csv
 import hashlib
@@ -58,7 +58,7 @@ ANSWERS = {
 
 
 def run(data: Path, out: Path, **options: Any) -> Any:
-    # splitlines() ends a line at U+2028 too.
+    # splitlines() also splits at U+2028.
     models = {
         name: ScriptedEngine({question.splitlines()[0]: [text] for question, text in own.items()})
         for name, own in ANSWERS.items()
@@ -81,7 +81,7 @@ def test_vlmevalkit_reads_its_table(data: Path, tmp_path: Path) -> None:
     assert [(row["extracted"], row["hit"]) for row in rows] == [("1", "1"), ("two", "1"), ("", "0")]
     assert rows[2]["question"] == f"late {HOSTILE}"
     pandas = pytest.importorskip("pandas")
-    table = pandas.read_csv(path, sep="\t")  # as VLMEvalKit does
+    table = pandas.read_csv(path, sep="\t")  # like VLMEvalKit
     assert table["prediction"].tolist() == [row["prediction"] for row in rows]
     assert table["answer"].tolist()[0] == "1"
 
@@ -117,7 +117,7 @@ def test_lmms_eval_keeps_all_samples_of_a_question(tmp_path: Path) -> None:
         assert table.rstrip().endswith(f'"{hit}"')
 
 
-def test_the_page_holds_the_failures_and_nothing_can_break_out(data: Path, tmp_path: Path) -> None:
+def test_the_page_shows_the_failures_and_escapes_all_text(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     run(data, tmp_path / "out")
     text = (tmp_path / "out" / "failures.html").read_text()
@@ -144,7 +144,7 @@ def test_the_page_holds_the_failures_and_nothing_can_break_out(data: Path, tmp_p
     assert len(options) == 2 + 4 * 3  # data, and two models in each of four filters
 
 
-def test_the_page_says_what_it_leaves_out(tmp_path: Path) -> None:
+def test_the_page_reports_omissions(tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     count = 50
     data = write_lines(tmp_path / "d.jsonl", [{"question": f"Q{n}", "answer_gt": "7"} for n in range(count)])
@@ -161,7 +161,7 @@ def test_the_page_says_what_it_leaves_out(tmp_path: Path) -> None:
     assert [len(one) for one in picked] == [10, 10]
 
 
-def test_wrong_samples_come_first_where_the_page_has_no_room(tmp_path: Path) -> None:
+def test_wrong_samples_come_first_if_there_are_too_many(tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     data = write_lines(tmp_path / "d.jsonl", [{"question": "a", "answer_gt": "7"}])
     texts = [f"Final answer: {7 if n < 10 else n}" for n in range(12)]

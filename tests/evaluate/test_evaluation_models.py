@@ -1,4 +1,4 @@
-"""What can be named as a model, with tiny ones that are really loaded."""
+"""Tests of model names and folders, with tiny models that are really loaded."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from scripted_engine import write_lines
 from stub_engine import StubEngine
 
 from mpo_ext.__main__ import main
-from mpo_ext.evaluate.models import Source, find_model, load_engine
+from mpo_ext.evaluate.models import ModelSource, find_model, load_engine
 from mpo_ext.evaluate.run import evaluate
 from mpo_ext.evaluate.scoring import EvaluationConfig
 from mpo_ext.generate.transformers_engine import TransformersEngine
@@ -33,7 +33,7 @@ def save_model(folder: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, and questions about images."""
+    """Returns a folder with two models and questions about images."""
     pytest.importorskip("sklearn")
     from mpo_ext.demo import digits
 
@@ -96,7 +96,7 @@ def test_a_run_stands_for_its_final_model(digits_folder: Path, tmp_path: Path) -
     (tmp_path / "run" / "checkpoints").mkdir()
     run(digits_folder, tmp_path / "out", run=tmp_path / "run", model=str(digits_folder / "one"))
     assert responses(tmp_path / "out", "run") == responses(tmp_path / "out", "model")
-    assert find_model(str(tmp_path / "run")) == Source(str(tmp_path / "run" / "final"))
+    assert find_model(str(tmp_path / "run")) == ModelSource(str(tmp_path / "run" / "final"))
 
 
 def test_other_weights_in_the_same_folder_are_refused(digits_folder: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_adapters_are_merged_into_their_base_model(digits_folder: Path, tmp_path
     merged = adapted.merge_and_unload()
     merged.save_pretrained(tmp_path / "whole")
     engine.processor.save_pretrained(tmp_path / "whole")
-    assert find_model(str(tmp_path / "adapter")) == Source(str(digits_folder / "one"), str(tmp_path / "adapter"))
+    assert find_model(str(tmp_path / "adapter")) == ModelSource(str(digits_folder / "one"), str(tmp_path / "adapter"))
     out = tmp_path / "out"
     models = {"adapter": tmp_path / "adapter", "whole": tmp_path / "whole", "base": digits_folder / "one"}
     results = run(digits_folder, out, **models)
@@ -126,26 +126,29 @@ def test_adapters_are_merged_into_their_base_model(digits_folder: Path, tmp_path
     assert len({settings["weights"] for settings in results["settings"]["models"].values()}) > 1
     assert results["settings"]["models"]["adapter"]["model"] == str(tmp_path / "adapter")
     with pytest.raises(
-        ValueError, match=r"must be a whole one for the engine StubEngine, got the adapters '.*adapter'"
+        ValueError, match=r"must be a whole model for the engine StubEngine, got the adapters '.*adapter'"
     ):
         load_engine(find_model(str(tmp_path / "adapter")), lambda path: StubEngine())
     (tmp_path / "adapter" / "merged").mkdir()
     (tmp_path / "adapter" / "merged" / "config.json").write_text("{}")
-    assert find_model(str(tmp_path / "adapter")) == Source(str(tmp_path / "adapter" / "merged"))
+    assert find_model(str(tmp_path / "adapter")) == ModelSource(str(tmp_path / "adapter" / "merged"))
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"checkpoints/step-00000002/manifest.json": "{}"}, "that has no final/ yet: give its mpo-ext train command"),
+        ({"checkpoints/step-00000002/manifest.json": "{}"}, "without final/: repeat its mpo-ext train command"),
         ({"manifest.json": "{}"}, "its final/"),
         ({f"{n}.txt": "" for n in range(9)}, "with 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, 5.txt, 6.txt, 7.txt and 1 more"),
         ({}, "with nothing"),
         ({"adapter_config.json": "{}"}, "must name the base model of the adapters"),
-        ({"adapter_config.json": '{"base_model_name_or_path": "/no/base"}'}, "must name a base model that is here"),
+        (
+            {"adapter_config.json": '{"base_model_name_or_path": "/no/base"}'},
+            "must name a base model that exists here",
+        ),
     ],
 )
-def test_what_is_no_model_is_told_what_to_do(files: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_an_error_says_how_to_get_a_model(files: dict[str, str], message: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for name, text in files.items():
@@ -156,8 +159,8 @@ def test_what_is_no_model_is_told_what_to_do(files: dict[str, str], message: str
     assert message in str(caught.value)
 
 
-def test_names_that_are_no_folders(tmp_path: Path) -> None:
-    assert find_model("OpenGVLab/InternVL3-1B-hf") == Source("OpenGVLab/InternVL3-1B-hf")
+def test_names_without_a_folder(tmp_path: Path) -> None:
+    assert find_model("OpenGVLab/InternVL3-1B-hf") == ModelSource("OpenGVLab/InternVL3-1B-hf")
     (tmp_path / "file").touch()
     for name, message in (
         (str(tmp_path / "none"), "the folder does not exist"),

@@ -1,4 +1,4 @@
-"""Whole evaluations with engines that say what they are told to: the numbers, kills, and bad input."""
+"""Tests of complete evaluations with scripted engines: the numbers, kills, and bad input."""
 
 import importlib.util
 import json
@@ -14,10 +14,12 @@ import pytest
 from scripted_engine import ScriptedEngine, write_lines
 from stub_engine import StubEngine
 
+from mpo_ext.evaluate.cells import EvaluationRun
 from mpo_ext.evaluate.run import evaluate
 from mpo_ext.evaluate.scoring import EvaluationConfig
 from mpo_ext.generate.engine import SamplingConfig, derive_seed
-from mpo_ext.journal import SettingsMismatchError
+from mpo_ext.generate.sampler import read_samples
+from mpo_ext.journal import SettingsMismatchError, read_header, read_records
 
 KILLS = int(os.environ.get("MPO_KILLS", "3"))
 COT = EvaluationConfig(prompts=("cot",))
@@ -34,7 +36,7 @@ def final(answer: object) -> str:
 
 
 def outputs(out: Path) -> dict[str, bytes]:
-    """All that an evaluation writes beside its journals."""
+    """Returns all files of an evaluation except its journals."""
     paths = [path for path in out.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {str(path.relative_to(out)): path.read_bytes() for path in paths if "journals" not in path.parts}
 
@@ -54,7 +56,7 @@ def test_the_numbers_are_those_of_the_answers(tmp_path: Path) -> None:
             "not JSON\n",
         ],
     )
-    early = {each: [final(0)] for each in questions}  # right in the first alone
+    early = {each: [final(0)] for each in questions}  # right only for the first question
     early["five"] = ["no marker at all..."]
     late = {each: [final(number)] for number, each in enumerate(questions)} | {"one": [final("x")]}
     models = {"early": ScriptedEngine(early), "late": ScriptedEngine(late)}
@@ -152,8 +154,9 @@ def run_until_killed(target: Callable[[], Any], after_s: float) -> bool:
 def test_a_killed_evaluation_ends_with_the_same_bytes(items: Path, tmp_path: Path) -> None:
     def run(out: Path, engine: Callable[[], StubEngine] = StubEngine) -> Any:
         models = {"a": engine(), "b": engine()}
+        exports = ["vlmevalkit", "lmms-eval"]
         return evaluate(
-            models, {"d": items}, out, config=DRAWN, block_size=8, exports=["vlmevalkit", "lmms-eval"]
+            models, {"d": items}, out, config=DRAWN, run=EvaluationRun(block_size=8), exports=exports
         ), models
 
     run(tmp_path / "whole")
@@ -182,11 +185,11 @@ def test_only_what_is_new_is_asked(items: Path, tmp_path: Path) -> None:
     assert [len(engine.requests) for engine in engines.values()] == [0, 5]
     assert [row["model"] for row in results["results"]] == ["a", "b"]
     engine = StubEngine()
-    evaluate({"a": engine}, {"d": items}, out, config=COT, block_size=5)
+    evaluate({"a": engine}, {"d": items}, out, config=COT, run=EvaluationRun(block_size=5))
     assert len(engine.requests) == 15
 
 
-def test_another_matcher_or_style_scores_anew_without_the_model(tmp_path: Path) -> None:
+def test_another_matcher_or_style_scores_again_without_the_model(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "d.jsonl", [{"question": "a", "answer_gt": "7"}])
     engine = ScriptedEngine({"a": ["Final answer: 7.2\nAnswer: 7"]})
     accuracies = []
@@ -216,11 +219,47 @@ def test_other_answers_under_a_name_are_refused(items: Path, tmp_path: Path) -> 
         evaluate({"m": ScriptedEngine({})}, {"d": items}, out, config=COT)
 
 
+def test_the_journal_has_only_settings_that_the_responses_depend_on(items: Path, tmp_path: Path) -> None:
+    """A change of these settings would refuse the journals of earlier versions."""
+    evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "out", config=COT)
+    (journal,) = (tmp_path / "out").rglob("journal-*.jsonl")
+    settings = read_header(journal)
+    assert settings is not None
+    template = settings["pipeline"].pop("template")
+    assert template.startswith("{question}")
+    assert settings == {
+        "pipeline": {
+            "name": "evaluation",
+            "prompt": "cot",
+            "samples": 1,
+            "sampling": {"temperature": 0.0, "top_p": 1.0, "top_k": 50, "max_new_tokens": 4096},
+            "seed": 0,
+        },
+        "engine": {"engine": "stub"},
+        "input": {"blake2b": settings["input"]["blake2b"]},
+        "processes": 1,
+    }
+    assert [list(record) for record in read_records(journal)] == [["key", "text", "finish", "tokens"]] * 20
+
+
+def test_the_results_read_each_journal_once(items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+
+    def counted(pipeline: Any, source: Any, folder: Path, **kept: Any) -> Any:
+        folders.append(folder)
+        return read_samples(pipeline, source, folder, **kept)
+
+    monkeypatch.setattr("mpo_ext.evaluate.cells.read_samples", counted)
+    evaluate({"a": StubEngine(), "b": StubEngine()}, {"d": items}, tmp_path / "out", config=DRAWN)
+    assert len(set(folders)) == len(folders) == 4
+
+
 def test_several_processes_give_the_results_of_one(items: Path, tmp_path: Path) -> None:
+    ranks = [EvaluationRun(rank=rank, world_size=2) for rank in range(2)]
     evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "one", config=DRAWN)
-    assert evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "two", config=DRAWN, rank=1, world=2) is None
+    assert evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "two", config=DRAWN, run=ranks[1]) is None
     assert outputs(tmp_path / "two") == {}
-    assert evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "two", config=DRAWN, rank=0, world=2) is not None
+    assert evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "two", config=DRAWN, run=ranks[0]) is not None
     assert outputs(tmp_path / "two") == outputs(tmp_path / "one")
 
 
@@ -247,7 +286,8 @@ def test_a_missing_package_is_named_and_leaves_the_rest(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest)
     )
-    assert evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "out", config=COT, stream=sys.stderr) is not None
+    run = EvaluationRun(stream=sys.stderr)
+    assert evaluate({"m": StubEngine()}, {"d": items}, tmp_path / "out", config=COT, run=run) is not None
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not names & set(missing)
     assert {"results.json", "table.md", "predictions-m.jsonl"} <= names

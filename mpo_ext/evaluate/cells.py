@@ -1,0 +1,130 @@
+"""The cells of an evaluation: the answers of a model to the questions of a file under a prompt."""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from mpo_ext.checks import check_integer
+from mpo_ext.evaluate.scoring import Evaluation, QuestionScore, ScoredResponse
+from mpo_ext.generate.engine import Engine
+from mpo_ext.generate.items import Item, ItemSource, open_items
+from mpo_ext.generate.progress import SamplingProgress
+from mpo_ext.generate.sampler import open_journal, read_samples, sample_items
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRun:
+    """Settings of a process of an evaluation, on which the results do not depend.
+
+    Attributes:
+        block_size: Number of responses to request at a time, and the largest number that a kill can cost.
+        rank: Rank of this process; it takes every question whose position modulo ``world_size`` is the rank.
+        world_size: Number of processes. They need not run at the same time.
+        stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
+    """
+
+    block_size: int = 64
+    rank: int = 0
+    world_size: int = 1
+    stream: TextIO | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("block_size", self.block_size, least=1)
+        check_integer("world_size", self.world_size, least=1)
+        check_integer("rank", self.rank, least=0)
+        if self.rank >= self.world_size:
+            raise ValueError(f"rank must be below world_size ({self.world_size}), got {self.rank}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class QuestionFile:
+    """A file of questions.
+
+    Attributes:
+        name: Name in the results.
+        path: Path in the results.
+        source: The questions.
+    """
+
+    name: str
+    path: str
+    source: ItemSource
+
+
+@dataclasses.dataclass(slots=True)
+class Cell:
+    """The answers of a model to the questions of a file under a prompt.
+
+    Attributes:
+        model: Name of the model.
+        data: The questions.
+        evaluation: Asks the questions and scores the answers.
+        folder: Folder of the journals.
+        scores: Scores of the questions, in the order of the file. Empty until the journals are read.
+        offsets: Byte offset of each question in the file of predictions. Empty until the journals are read.
+    """
+
+    model: str
+    data: QuestionFile
+    evaluation: Evaluation
+    folder: Path
+    scores: list[QuestionScore] = dataclasses.field(default_factory=list)
+    offsets: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Names of model, data and prompt."""
+        return self.model, self.data.name, self.evaluation.prompt
+
+    def ask(self, engine: Engine, run: EvaluationRun) -> None:
+        """Samples the responses that the journal of this process lacks."""
+        evaluation, source = self.evaluation, self.data.source
+        ranks = {"rank": run.rank, "world_size": run.world_size}
+        right, answered, skipped = 0.0, 0, 0
+        total = len(range(run.rank, source.count, run.world_size))
+        with (
+            open_journal(evaluation, engine.settings(), source, self.folder, **ranks) as journal,
+            SamplingProgress(" ".join(self.key), total, run.stream) as progress,
+        ):
+            samples = sample_items(evaluation, engine, source, journal, block_size=run.block_size, **ranks)
+            for item, records in samples:
+                problem, responses = evaluation.score(item, records)
+                skipped += problem is not None
+                if responses:
+                    answered += 1
+                    right += sum(response.correct for response in responses) / len(responses)
+                counts = f"{100 * right / answered:.1f} % right" if answered else "none answered"
+                progress.advance(counts + (f", {skipped} skipped" if skipped else ""))
+
+    def read(self, world_size: int) -> Iterator[tuple[Item, str | None, list[ScoredResponse]]]:
+        """Yields every item with its problem, or None, and its scored responses, from the journals of all processes.
+
+        Raises:
+            IncompleteRunError: If a process has not finished yet.
+        """
+        for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
+            yield item, *self.evaluation.score(item, records)
+
+
+def open_questions(
+    name: str,
+    path: str | os.PathLike[str],
+    *,
+    limit: int | None,
+    image_root: str,
+    root_map: Sequence[tuple[str, str]],
+) -> QuestionFile:
+    """Opens a file of questions, and checks that it has a question with a true answer."""
+    is_meta = Path(path).suffix == ".json"
+    roots: Mapping[str, Any] = {"root_map": tuple(root_map)} if is_meta else {"image_root": image_root}
+    source = open_items(os.fspath(path), limit=limit, **roots)
+    problems = collections.Counter(
+        item.problem or ("" if item.truths else "no true answer") for item in source.items()
+    )
+    if not problems[""]:
+        counts = ", ".join(f"{count} with {problem}" for problem, count in problems.most_common()) or "no line"
+        raise ValueError(f"data must hold questions with a true answer, got {os.fspath(path)}: {counts}")
+    return QuestionFile(name, os.fspath(path), source)

@@ -1,0 +1,100 @@
+"""The files of predictions: ``predictions-MODEL.jsonl``, and the files for other evaluation kits."""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpo_ext.evaluate.cells import Cell
+from mpo_ext.evaluate.exports import EXPORTS, vlmevalkit_columns
+from mpo_ext.evaluate.scoring import ScoredResponse
+from mpo_ext.files import atomic_write
+from mpo_ext.generate.items import Item
+from mpo_ext.journal import encode_line
+
+
+def write_predictions(
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    exports: Sequence[str],
+    model_files: Mapping[str, str],
+    data_files: Mapping[str, str],
+    world_size: int,
+) -> None:
+    """Reads the journals of the cells, writes a line for each response, and fills in the cells' scores.
+
+    Args:
+        cells: The cells, model by model.
+        out: Folder of the evaluation.
+        exports: Keys of ``EXPORTS``.
+        model_files: For each model its name in file names.
+        data_files: For each file of questions its name in file names.
+        world_size: Number of processes.
+
+    Raises:
+        IncompleteRunError: If a process has not finished yet. Models before the incomplete one are written.
+    """
+    columns: dict[str, list[str]] = {}
+    for model, model_cells in itertools.groupby(cells, key=lambda cell: cell.model):
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(atomic_write(predictions_path(out, model_files[model])))
+            for cell in model_cells:
+                data = cell.data.name
+                if data not in columns:
+                    columns[data] = vlmevalkit_columns(cell.data.source.items()) if "vlmevalkit" in exports else []
+                task, samples = f"{data_files[data]}-{cell.evaluation.prompt}", cell.evaluation.questions.samples
+                adders = [
+                    stack.enter_context(EXPORTS[kit](out, model_files[model], task, samples, columns[data]))
+                    for kit in exports
+                ]
+                for index, (item, problem, responses) in enumerate(cell.read(world_size)):
+                    cell.scores.append(cell.evaluation.question_score(problem, responses))
+                    cell.offsets.append(file.tell())
+                    file.writelines(map(encode_line, _lines(cell, index, item, problem, responses)))
+                    if not problem:
+                        for add in adders:
+                            add(index, item, cell.evaluation.questions.prompt(item), responses)
+
+
+def predictions_path(out: Path, model_file: str) -> Path:
+    """Returns the path of a model's file of predictions."""
+    return out / f"predictions-{model_file}.jsonl"
+
+
+def read_predictions(path: Path, cell: Cell, indices: Iterable[int]) -> Iterator[list[dict[str, Any]]]:
+    """Yields the lines of the questions with these indices: a line for each sample, or one with the problem."""
+    with open(path, "rb") as file:
+        for index in indices:
+            file.seek(cell.offsets[index])
+            count = cell.evaluation.questions.samples if cell.scores[index].problem is None else 1
+            yield [json.loads(file.readline()) for _ in range(count)]
+
+
+def _lines(
+    cell: Cell, index: int, item: Item, problem: str | None, responses: Sequence[ScoredResponse]
+) -> Iterator[dict[str, Any]]:
+    """Yields a line for each sample of a question, or a line with its problem."""
+    shared = {
+        "data": cell.data.name,
+        "prompt": cell.evaluation.prompt,
+        "index": index,
+        "question": item.question,
+        "images": list(item.pair_images),
+        "truth": list(item.truths),
+    }
+    if problem:
+        yield {**shared, "problem": problem}
+    for sample, response in enumerate(responses):
+        yield {
+            **shared,
+            "sample": sample,
+            "response": response.text,
+            "answer": response.answer,
+            "correct": response.correct,
+            "rule": response.rule,
+            "tokens": response.tokens,
+            "finish": response.finish,
+        }

@@ -1,0 +1,151 @@
+"""The numbers of an evaluation: accuracies with their errors, and comparisons."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import itertools
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import mpo_ext
+from mpo_ext.evaluate.cells import Cell
+from mpo_ext.evaluate.scoring import EvaluationConfig, QuestionScore
+from mpo_ext.evaluate.statistics import Comparison, compare, mean_and_error, pass_at_k, wilson
+
+FORMAT = "mpo_ext.evaluation/1"
+ALL = "all"  #: Name of all files of questions together.
+_PACKAGES = ("torch", "transformers")
+
+
+def compute_results(
+    cells: Sequence[Cell], config: EvaluationConfig, limit: int | None, engines: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Returns all numbers of an evaluation, as JSON values.
+
+    Args:
+        cells: The cells, with their scores.
+        config: Settings of the evaluation.
+        limit: Largest number of questions of each file; None takes all.
+        engines: Settings of the engine of each model.
+    """
+    scores = {cell.key: cell.scores for cell in cells}
+    models = list(dict.fromkeys(cell.model for cell in cells))
+    names = list(dict.fromkeys(cell.data.name for cell in cells))
+    if len(names) > 1:
+        for model, prompt in itertools.product(models, config.prompts):
+            scores[model, ALL, prompt] = [score for name in names for score in scores[model, name, prompt]]
+        names.append(ALL)
+    evaluations = {cell.evaluation.prompt: cell.evaluation for cell in cells}
+    return {
+        "format": FORMAT,
+        "versions": _versions(),
+        "settings": {
+            "models": {name: dict(settings) for name, settings in engines.items()},
+            "data": {
+                cell.data.name: {
+                    "path": cell.data.path,
+                    "blake2b": cell.data.source.digest,
+                    "questions": cell.data.source.count,
+                }
+                for cell in cells
+            },
+            "prompts": {
+                prompt: {
+                    "template": evaluation.template.text if evaluation.template else None,
+                    "style": evaluation.scorer.style,
+                    "max_new_tokens": evaluation.questions.sampling.max_new_tokens,
+                }
+                for prompt, evaluation in evaluations.items()
+            },
+            "matcher": dict(config.matcher),
+            "samples": config.samples,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "top_k": config.top_k,
+            "seed": config.seed,
+            "limit": limit,
+        },
+        "results": [
+            {"model": model, "data": name, "prompt": prompt, **_numbers(scores[model, name, prompt], config.samples)}
+            for name, prompt, model in itertools.product(names, config.prompts, models)
+        ],
+        "comparisons": list(_comparisons(scores, models, names, config)),
+    }
+
+
+def _numbers(scores: Sequence[QuestionScore], samples: int) -> dict[str, Any]:
+    answered = [score for score in scores if score.problem is None]
+    responses = max(1, len(answered) * samples)
+    accuracy, error = mean_and_error([score.accuracy for score in answered])
+    numbers: dict[str, Any] = {
+        "questions": len(answered),
+        "refused": dict(sorted(collections.Counter(score.problem for score in scores if score.problem).items())),
+        "accuracy": accuracy,
+        "standard_error": error,
+        "interval": None if accuracy is None else list(wilson(accuracy, len(answered))),
+        "unreadable": sum(score.unreadable for score in answered) / responses,
+        "cut_off": sum(score.cut_off for score in answered) / responses,
+        "tokens_per_response": sum(score.tokens for score in answered) / responses,
+    }
+    if samples > 1:
+        counts = sorted({samples, *itertools.takewhile(lambda k: k < samples, (2**n for n in itertools.count(1)))})
+        numbers["pass_at"] = {
+            str(k): _estimate([pass_at_k(samples, sum(score.right), k) for score in answered]) for k in counts
+        }
+        numbers["majority"] = _estimate([float(score.majority) for score in answered])
+    return numbers
+
+
+def _estimate(values: Sequence[float]) -> dict[str, float | None]:
+    mean, error = mean_and_error(values)
+    return {"accuracy": mean, "standard_error": error}
+
+
+def _comparisons(
+    scores: Mapping[tuple[str, str, str], Sequence[QuestionScore]],
+    models: Sequence[str],
+    names: Sequence[str],
+    config: EvaluationConfig,
+) -> Iterator[dict[str, Any]]:
+    """Yields the comparisons of each two models under a prompt, and of each two prompts of a model."""
+    sides = [
+        ((first, prompt), (second, prompt))
+        for prompt in config.prompts
+        for first, second in itertools.combinations(models, 2)
+    ]
+    sides += [
+        ((model, first), (model, second))
+        for model in models
+        for first, second in itertools.combinations(config.prompts, 2)
+    ]
+    for name, ((first_model, first_prompt), (second_model, second_prompt)) in itertools.product(names, sides):
+        comparison = _compare(
+            scores[first_model, name, first_prompt], scores[second_model, name, second_prompt], config.samples
+        )
+        yield {
+            "data": name,
+            "first": {"model": first_model, "prompt": first_prompt},
+            "second": {"model": second_model, "prompt": second_prompt},
+            **dataclasses.asdict(comparison),
+        }
+
+
+def _compare(first: Sequence[QuestionScore], second: Sequence[QuestionScore], samples: int) -> Comparison:
+    both = [
+        (one.accuracy, other.accuracy)
+        for one, other in zip(first, second, strict=True)
+        if one.problem is None and other.problem is None
+    ]
+    return compare([one for one, _ in both], [other for _, other in both], samples=samples)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    versions = {"mpo_ext": mpo_ext.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
