@@ -1,4 +1,4 @@
-"""From a question or a conversation to the prompt text, the same in training, sampling and evaluation."""
+"""Renders questions and conversations as prompts, in the same way for training, sampling and evaluation."""
 
 import dataclasses
 import os
@@ -10,12 +10,12 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """What comes before the assistant's turn.
+    """The turns before the assistant's turn.
 
     Attributes:
         key: Name of the conversation, for errors.
         question: The user's question; ``<image>`` marks the place of an image, images without a mark come first.
-        messages: The turns as a chat template takes them, instead of ``question``; their images are in ``images``.
+        messages: The turns in the form of chat templates, instead of ``question``; their images are in ``images``.
         images: PIL images or paths of images.
     """
 
@@ -26,7 +26,7 @@ class Conversation:
 
 
 def load_image(image: Any) -> Any:
-    """Opens an image where it is a path; as RGB, and wholly read."""
+    """Returns an image; a path is opened, read and converted to RGB."""
     if not isinstance(image, (str, os.PathLike)):
         return image
     from PIL import Image
@@ -36,11 +36,14 @@ def load_image(image: Any) -> Any:
 
 
 def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[str, Any]]:
-    """The conversation of a conversation as chat templates take it.
+    """Returns a conversation in the form of chat templates.
 
     Args:
-        request: The conversation.
-        as_parts: Whether the content is a list of images and texts, as templates of multimodal models want it.
+        conversation: The conversation.
+        as_parts: Whether the content is a list of images and texts, the form for multimodal models.
+
+    Raises:
+        ValueError: If the number of marks for images is not the number of images.
     """
     if conversation.messages:
         return [dict(message) for message in conversation.messages]
@@ -58,29 +61,29 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
     for number, piece in enumerate(pieces):
         if number > 0:
             content.append({"type": "image"})
-            piece = piece.removeprefix("\n")  # templates put one after an image themselves
+            piece = piece.removeprefix("\n")  # chat templates add a newline after an image
         if piece:
             content.append({"type": "text", "text": piece})
     return [{"role": "user", "content": content}]
 
 
 def find_chat_template(processor: Any, chat_template: str | None = None) -> str | None:
-    """The template to take: the given one, else that of the processor, else that of its tokenizer; None without any.
+    """Returns the given chat template, or that of the processor, or that of its tokenizer; None without a template.
 
-    Where a processor has several by name it is the one called "default".
+    If the processor has several named templates, the template "default" is taken.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    found = chat_template or getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
-    return found.get("default") if isinstance(found, Mapping) else found
+    template = chat_template or getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    return template.get("default") if isinstance(template, Mapping) else template
 
 
 def render_prompt(processor: Any, conversation: Conversation, chat_template: str | None) -> str:
-    """The text of a conversation up to where the assistant's turn begins: the same in sampling and in training.
+    """Returns the text of a conversation up to the beginning of the assistant's turn.
 
     Args:
-        processor: A processor, or a tokenizer where the model takes text only.
+        processor: A processor, or the tokenizer of a text model.
         conversation: The conversation; its images are not opened.
-        chat_template: From ``find_chat_template``. None puts the question on a line of its own.
+        chat_template: Result of ``find_chat_template``. With None the prompt is the question and a newline.
     """
     if chat_template is None:
         image = getattr(processor, "image_token", IMAGE_PLACEHOLDER)
@@ -95,6 +98,6 @@ def render_prompt(processor: Any, conversation: Conversation, chat_template: str
 
 
 def lacks_special_tokens(tokenizer: Any, prompt: str) -> bool:
-    """Whether the tokenizer is to put its special tokens around a prompt: the template has not begun with one."""
+    """Returns whether the tokenizer must add its special tokens to a prompt: the template has not added them."""
     begin = getattr(tokenizer, "bos_token", None)
     return not (begin and prompt.startswith(begin))

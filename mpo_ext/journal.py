@@ -1,10 +1,9 @@
-"""Append-only files of records that survive a kill at any moment. The runner keeps one for each process.
+"""Append-only files of records that survive a kill at any moment. A sampling run has a journal for each process.
 
-The first line is a header with the settings of the run, every other line is one record with its ``key``. A record is
-in the kernel's hands before ``append`` returns, so the death of the process loses nothing that was appended. Against
-the death of the machine the file is synced to disk when it is created, then at most every ``fsync_s`` seconds, and
-when it is closed. What either death can leave behind is a last line that is only half there; opening the journal cuts
-it off.
+The first line is a header with the settings of the run; every other line is a record with its ``key``. The kernel has
+a record before ``append`` returns, so a kill of the process loses no appended record. Against a crash of the machine,
+the file is synced to disk when it is created, at most every ``fsync_s`` seconds after that, and when it is closed. A
+kill or a crash can leave an incomplete last line; opening the journal cuts it off.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mpo_ext.checks import LinesError
+from mpo_ext.checks import LinesError, check_number
 from mpo_ext.files import FileLock, sync_folder
 
 _FORMAT = "mpo_ext.journal/1"
@@ -25,35 +24,34 @@ _MISSING = "(absent)"
 
 
 class SettingsMismatchError(LinesError):
-    """A journal was written under other settings than those it is opened with.
+    """A journal was written with settings that differ from the settings it is opened with.
 
     Attributes:
-        differences: For each setting that differs its name, the value in the file and the value asked for.
+        differences: For each different setting its name, the value in the file and the requested value.
     """
 
     def __init__(self, path: Path, differences: Sequence[tuple[str, Any, Any]]) -> None:
         self.differences = list(differences)
         lines = "".join(f"\n  {name}: {_show(old)} in the file, {_show(new)} now" for name, old, new in differences)
-        super().__init__(f"settings must be those that {path} was begun with (or take another output):{lines}")
+        super().__init__(f"settings must be the settings that {path} was begun with (or take another output):{lines}")
 
 
 class Journal:
-    """The records of one process. Use it as a context manager; only one process at a time can have it open.
+    """The records of a process. Use it as a context manager; only one process at a time can open it.
 
     Args:
-        path: The file, made where there is none.
-        settings: All that the records depend on, as JSON can hold it.
+        path: The file; it is created if it does not exist.
+        settings: All settings that the records depend on, as JSON values.
         fsync_s: Seconds between two syncs to disk while records are appended; 0 syncs at each ``append``.
 
     Raises:
-        SettingsMismatchError: If the file was begun under other settings.
-        LockedError: If another process has it open.
-        ValueError: If the file is no journal.
+        SettingsMismatchError: If the file was begun with other settings.
+        LockedError: If another process has opened it.
+        ValueError: If the file is not a journal.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, fsync_s: float = 5.0) -> None:
-        if not fsync_s >= 0:
-            raise ValueError(f"fsync_s must not be negative, got {fsync_s}")
+        check_number("fsync_s", fsync_s, "[0, inf]")
         self.path = Path(path)
         self.settings = json.loads(json.dumps(settings))
         self.fsync_s = fsync_s
@@ -85,7 +83,7 @@ class Journal:
             self._sync()
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Adds records at the end, all in one write."""
+        """Appends records in a single write."""
         if not records:
             return
         self._write(records)
@@ -93,13 +91,13 @@ class Journal:
             self._sync()
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yields the records that the file holds, in the order in which they were appended."""
+        """Yields the records of the file in the order of their appending."""
         return read_records(self.path)
 
     def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
-        left = memoryview(b"".join(map(encode_line, records)))
-        while left:  # a full disk or a signal can end a write early
-            left = left[os.write(self._file, left) :]
+        rest = memoryview(b"".join(map(encode_line, records)))
+        while rest:  # a full disk or a signal can end a write early
+            rest = rest[os.write(self._file, rest) :]
 
     def _sync(self) -> None:
         os.fsync(self._file)
@@ -107,18 +105,18 @@ class Journal:
 
 
 def encode_line(record: Mapping[str, Any]) -> bytes:
-    """One line of JSON, as readable as its text allows."""
+    """Returns a record as a line of JSON, in UTF-8 if its text allows it."""
     try:
         return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can express and UTF-8 cannot
         return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The settings that a journal was begun with; None where it has no line yet.
+    """Returns the settings that a journal was begun with; None if it has no complete line yet.
 
     Raises:
-        ValueError: If the file is no journal.
+        ValueError: If the file is not a journal.
     """
     with open(path, "rb") as file:
         line = file.readline()
@@ -134,10 +132,10 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yields the records of a journal one by one; stops at a last line that is not whole.
+    """Yields the records of a journal; stops before an incomplete last line.
 
     Raises:
-        ValueError: If a line before the last is broken.
+        ValueError: If an earlier line is broken.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -153,9 +151,9 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def _cut_half_line(file: int) -> None:
-    """Cuts off what a death in the middle of a write left: bytes without a newline, or a last line that is no JSON."""
+    """Cuts off the rest of an interrupted write: bytes without a newline, or a last line that is not JSON."""
     size = os.fstat(file).st_size
-    end = _line_start(file, size)  # of what comes after the last newline
+    end = _line_start(file, size)  # after the last newline
     if end > 0:
         start = _line_start(file, end - 1)
         try:
@@ -168,7 +166,7 @@ def _cut_half_line(file: int) -> None:
 
 
 def _line_start(file: int, end: int) -> int:
-    """Where the line begins that reaches up to ``end``."""
+    """Returns the position at which the line that ends at ``end`` begins."""
     while end > 0:
         start = max(0, end - _TAIL_BYTES)
         newline = os.pread(file, end - start, start).rfind(b"\n")

@@ -1,4 +1,4 @@
-"""The ``mpo-ext sample`` command. Only what its options need is imported here: engines come when a run begins."""
+"""The ``mpo-ext sample`` command. Heavy modules are imported when a run begins, so ``--help`` is fast."""
 
 import argparse
 import sys
@@ -23,53 +23,56 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser = subcommands.add_parser(
         "sample",
         help="make preference pairs from a model's own responses",
-        description="Makes preference pairs from a model's own responses. A run that was ended goes on when the "
-        "same command is given again.",
+        description="Makes preference pairs from a model's own responses. An interrupted run resumes "
+        "when the same command is given again.",
     )
     pipelines = parser.add_subparsers(required=True, metavar="PIPELINE")
     dropout = pipelines.add_parser(
         "dropout-ntp",
-        help="cut good responses and let the model finish them without the image",
-        description="Cuts the chosen response of each item and lets the model finish it without the image: that is "
-        "the rejected response. Writes OUT/pairs.jsonl.",
+        help="cut good responses and let the model continue them without the image",
+        description="Cuts the chosen response of each item and lets the model continue it without the image. The "
+        "continuation becomes the rejected response. Writes OUT/pairs.jsonl.",
     )
     _add_common(dropout, samples=1, max_new_tokens=2048)
-    dropout.add_argument("--keep", type=float, default=0.5, help="share of the response that is kept (default: 0.5)")
+    dropout.add_argument("--keep", type=float, default=0.5, help="fraction of the response to keep (default: 0.5)")
     dropout.add_argument(
-        "--unit", choices=("tokens", "words"), default="tokens", help="what the share is counted in (default: tokens)"
+        "--unit", choices=("tokens", "words"), default="tokens", help="unit of --keep (default: tokens)"
     )
     dropout.add_argument("--with-image", action="store_true", help="leave the image in the question")
     dropout.add_argument(
-        "--sample-chosen", action="store_true", help="let the model answer items that have no chosen response first"
+        "--sample-chosen", action="store_true", help="let the model first answer items that have no chosen response"
     )
     dropout.add_argument(
         "--allow-wrong-chosen", action="store_true",
-        help="take items whose chosen response is a sample that was wrong, as 'correctness' writes them into "
-        "unsolved.jsonl (default: they are left out and counted)",
+        help="use items whose chosen response is a wrong sample, as 'correctness' writes them into unsolved.jsonl "
+        "(default: such items are skipped and counted)",
     )  # fmt: skip
     dropout.set_defaults(run=run_sample, build=_dropout_ntp)
 
     correctness = pipelines.add_parser(
         "correctness",
-        help="pair samples with right answers and samples with wrong ones",
-        description="Samples responses to questions with a known answer and pairs right ones with wrong ones. Writes "
-        "OUT/pairs.jsonl, OUT/format_pairs.jsonl (no readable answer) and OUT/unsolved.jsonl (no right sample), which "
-        "'mpo-ext sample dropout-ntp' takes.",
+        help="pair samples with a right answer and samples with a wrong answer",
+        description="Samples responses to questions with a known answer and pairs right samples with wrong samples. "
+        "Writes OUT/pairs.jsonl, OUT/format_pairs.jsonl (no readable answer) and OUT/unsolved.jsonl (no right sample). "
+        "'mpo-ext sample dropout-ntp' reads OUT/unsolved.jsonl.",
     )
     _add_common(correctness, samples=32, max_new_tokens=4096)
     correctness.add_argument("--template", help="prompt template that questions are put in (default: none)")
     correctness.add_argument(
-        "--pairs-per-question", type=int, default=15, help="most pairs of one question; 0 takes all (default: 15)"
+        "--pairs-per-question",
+        type=int,
+        default=15,
+        help="maximum pairs per question; 0 takes all (default: 15)",
     )
     correctness.add_argument(
         "--accuracy", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-        help="share of right samples of a question that gives pairs (default: 0 1)",
+        help="range of the fraction of right samples in which a question gives pairs (default: 0 1)",
     )  # fmt: skip
-    correctness.add_argument("--length-balance", action="store_true", help="prefer pairs of about equal lengths")
+    correctness.add_argument("--length-balance", action="store_true", help="prefer pairs of similar lengths")
     correctness.add_argument(
-        "--reuse-limit", type=int, default=0, help="most pairs that a response is in; 0 sets no limit (default: 0)"
+        "--reuse-limit", type=int, default=0, help="maximum number of pairs per response; 0 sets no limit (default: 0)"
     )
-    correctness.add_argument("--keep-duplicates", action="store_true", help="take equal responses for different ones")
+    correctness.add_argument("--keep-duplicates", action="store_true", help="use equal responses more than once")
     correctness.set_defaults(run=run_sample, build=_correctness)
 
 
@@ -78,25 +81,25 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
         "source",
         type=Path,
         help="JSONL file of items (question, image, and chosen or answer_gt), or a "
-        "meta file (.json) of such files, as MMPR's prompts are published",
+        "meta file (.json) that lists such files, in the format of MMPR's prompts",
     )
     parser.add_argument("out", type=Path, help="folder of the run")
     parser.add_argument("--model", required=True, help="folder or name of the model")
     add_engine(parser)
-    parser.add_argument("--image-root", default="", help="folder that image paths start from; a meta file has its own")
+    parser.add_argument("--image-root", default="", help="root of relative image paths; a meta file names its own")
     add_root_map(parser)
-    parser.add_argument("--limit", type=int, help="take the first items only")
-    parser.add_argument("--seed", type=int, default=0, help="source of every draw (default: 0)")
+    parser.add_argument("--limit", type=int, help="take only the first items")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
     parser.add_argument("--samples", type=int, default=samples, help=f"responses per item (default: {samples})")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
     parser.add_argument("--top-k", type=int, default=50, help="0 draws from all tokens (default: 50)")
     parser.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"(default: {max_new_tokens})")
-    parser.add_argument("--allow-truncated", action="store_true", help="take responses cut off at --max-new-tokens")
+    parser.add_argument("--allow-truncated", action="store_true", help="use responses that --max-new-tokens cut off")
     parser.add_argument(
         "--style",
-        help="how answers are given: final_answer, boxed, answer, direct, regex:... (default: as the template "
-        "says, or final_answer)",
+        help="form of the answers: final_answer, boxed, answer, direct, regex:... (default: the form of the "
+        "template, or final_answer)",
     )
     add_matcher(parser)
     add_debug(parser)
@@ -131,7 +134,8 @@ def run_sample(args: argparse.Namespace) -> int:
         stream=sys.stderr,
     )
     print(
-        summary if summary is not None else f"process {rank} of {world_size} is done, others are not", file=sys.stderr
+        summary if summary is not None else f"process {rank} of {world_size} is done, others are not",
+        file=sys.stderr,
     )
     return 0
 

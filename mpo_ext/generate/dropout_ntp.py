@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mpo_ext.answers import extract_answer
 from mpo_ext.chat import IMAGE_PLACEHOLDER
-from mpo_ext.checks import check_integer, check_number
+from mpo_ext.checks import check_choice, check_integer, check_number
 from mpo_ext.data.records import Pair
 from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
@@ -56,11 +56,8 @@ class DropoutNTPConfig:
     matcher: Mapping[str, Any] | None = dataclasses.field(default_factory=lambda: {"kind": "vqa"})
 
     def __post_init__(self) -> None:
-        check_number("keep", self.keep)
-        if not 0 <= self.keep < 1:
-            raise ValueError(f"keep must be in [0, 1), got {self.keep}")
-        if self.unit not in ("tokens", "words"):
-            raise ValueError(f"unit must be 'tokens' or 'words', got {self.unit!r}")
+        check_number("keep", self.keep, "[0, 1)")
+        check_choice("unit", self.unit, ("tokens", "words"))
         check_integer("samples", self.samples, least=1)
         check_integer("seed", self.seed, least=0)
 

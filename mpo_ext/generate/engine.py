@@ -1,12 +1,11 @@
-"""Engines that continue prompts: one interface over transformers and vLLM, called by the pipelines of this package.
+"""The interface of engines, which continue prompts; implemented over transformers and vLLM.
 
-What a request gets depends on its prompt, its seed and its sampling settings; not on the requests beside it, nor on
-their order, but for the rounding of the model's own arithmetic.
+The continuation of a request depends on its prompt, its seed and its sampling settings. Apart from rounding, it does
+not depend on the other requests or on their order.
 """
 
 import dataclasses
 import hashlib
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
@@ -17,13 +16,13 @@ from mpo_ext.checks import check_integer, check_number
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """How tokens are drawn. The defaults are those of the authors' scripts.
+    """Settings for drawing tokens. The defaults are those of the authors' scripts.
 
     Attributes:
-        temperature: 0 takes the likeliest token.
-        top_p: Share of the probability that the likeliest tokens must reach together; the others are left out.
-        top_k: Number of the likeliest tokens to draw from; 0 draws from all.
-        max_new_tokens: Longest continuation.
+        temperature: Temperature of the distribution; 0 takes the most probable token.
+        top_p: Draws from the most probable tokens whose total probability reaches this value.
+        top_k: Draws from this number of the most probable tokens; 0 draws from all tokens.
+        max_new_tokens: Maximum number of tokens in a continuation.
     """
 
     temperature: float = 0.7
@@ -32,24 +31,20 @@ class SamplingConfig:
     max_new_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p"):
-            check_number(name, getattr(self, name))
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        check_number("temperature", self.temperature, "[0, inf)")
+        check_number("top_p", self.top_p, "(0, 1]")
         check_integer("top_k", self.top_k, least=0)
         check_integer("max_new_tokens", self.max_new_tokens, least=1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Request(Conversation):
-    """One prompt to continue.
+    """A prompt to continue.
 
     Attributes:
-        prefix_ids: Token ids that the assistant's turn begins with; the turn stays open, and the continuation follows.
-        seed: Source of every draw.
-        sampling: How tokens are drawn.
+        prefix_ids: Token ids that the assistant's turn begins with; the continuation follows them in the same turn.
+        seed: Seed of all draws.
+        sampling: Settings for drawing tokens.
     """
 
     prefix_ids: tuple[int, ...] = ()
@@ -59,12 +54,12 @@ class Request(Conversation):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Generation:
-    """What came of a request.
+    """The continuation of a request.
 
     Attributes:
-        token_ids: The continuation, without the prefix and without the end token.
-        text: The same as text.
-        finish_reason: "stop" where the model ended its turn, "length" where ``max_new_tokens`` cut it off.
+        token_ids: Token ids, without the prefix and without the end token.
+        text: Text of the token ids.
+        finish_reason: "stop" if the model ended its turn, "length" if ``max_new_tokens`` cut the continuation off.
     """
 
     token_ids: tuple[int, ...]
@@ -73,33 +68,34 @@ class Generation:
 
 
 class Engine(Protocol):
-    """What the pipelines ask of an engine."""
+    """The methods that pipelines call."""
 
     name: str
 
     def settings(self) -> dict[str, Any]:
-        """What the generations depend on, as JSON can hold it."""
+        """Returns all settings that the generations depend on, as JSON values."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without any that the tokenizer would add around it."""
+        """Returns the token ids of a text, without special tokens around it."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens included."""
+        """Returns the text of token ids, including special tokens."""
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Continues every request; the results have the order of the requests."""
+        """Returns the continuation of each request, in the order of the requests."""
 
 
 def derive_seed(*parts: object) -> int:
-    """A seed of 63 bits that depends on all parts and on nothing else."""
+    """Returns a seed of 63 bits that depends only on the parts."""
     digest = hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Number of this process and of all, as ``accelerate launch``, torchrun, srun and mpirun say; (0, 1) without.
+    """Returns the rank of this process and the number of processes; (0, 1) without a launcher.
 
-    The processes of a run never talk to one another, so no process group is made.
+    Reads the variables of ``accelerate launch``, torchrun, srun and mpirun. The processes of a run do not communicate,
+    so no process group is created.
     """
     for rank, world_size in (
         ("RANK", "WORLD_SIZE"),

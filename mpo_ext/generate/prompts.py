@@ -1,11 +1,10 @@
-r"""Named prompt templates: how a question is put, and in which form its answer is asked for.
+r"""Named prompt templates: the text around a question, and the form of the answer that the text asks for.
 
-A template's text holds ``{question}`` once and, on a line of its own, ``{options}`` where it is to show them. Braces
-after a word or a backslash are no field, so ``\boxed{}`` may stand in a text; a question may hold any braces it likes.
+The text of a template holds ``{question}`` once and, to show options, ``{options}`` on a separate line. Braces after a
+word or a backslash are not a field, so a text may hold ``\boxed{}``. A question may hold any braces.
 """
 
 import dataclasses
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_ext.answers import REGEX_PREFIX, STYLES, label_options
+from mpo_ext.checks import check_choice, install_hint
 
 FIELDS = ("question", "options")
 _FIELD = re.compile(r"(?<![\w\\])\{(\w+)\}")
@@ -20,12 +20,12 @@ _FIELD = re.compile(r"(?<![\w\\])\{(\w+)\}")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PromptTemplate:
-    """A way to put a question.
+    """The text around a question.
 
     Attributes:
         name: Name of the template.
-        text: The prompt, with the fields ``{question}`` and, if it shows them, ``{options}``.
-        answer_style: Style by which ``extract_answer`` reads the answer that the text asks for.
+        text: The prompt, with the field ``{question}`` and optionally ``{options}``.
+        answer_style: Style with which ``extract_answer`` extracts the answer that the text asks for.
     """
 
     name: str
@@ -48,7 +48,7 @@ class PromptTemplate:
         for field in fields:
             if field not in FIELDS:
                 raise ValueError(
-                    f"template {self.name!r} must use no fields but {{question}} and {{options}}, got {{{field}}}"
+                    f"template {self.name!r} must use only the fields {{question}} and {{options}}, got {{{field}}}"
                 )
         if fields.count("question") != 1 or fields.count("options") > 1:
             raise ValueError(
@@ -57,7 +57,11 @@ class PromptTemplate:
             )
 
 
-_FINAL_ANSWER = 'Close with a line of its own that reads "Final answer: <answer>" and holds nothing but the answer.'
+# Journals of evaluations hold these texts, so a change makes them other prompts.
+_FINAL_ANSWER = (
+    "Close with a line of its own that reads "  # words: ignore
+    '"Final answer: <answer>" and holds nothing but the answer.'  # words: ignore
+)
 _QUESTION = "{question}\n{options}\n\n"
 
 TEMPLATES: dict[str, PromptTemplate] = {
@@ -99,25 +103,22 @@ TEMPLATES: dict[str, PromptTemplate] = {
 
 
 def get_template(name: str, templates: Mapping[str, PromptTemplate] = TEMPLATES) -> PromptTemplate:
-    """Looks a template up by its name.
+    """Returns the template with a name.
 
     Args:
         name: The name.
-        templates: Where to look: the built-in ones, or what ``load_templates`` gave.
+        templates: The built-in templates, or the result of ``load_templates``.
     """
-    if name not in templates:
-        close = difflib.get_close_matches(str(name), list(templates), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"template must be one of {', '.join(templates)}, got {name!r}{hint}")
+    check_choice("template", name, templates)
     return templates[name]
 
 
 def load_templates(path: str | Path) -> dict[str, PromptTemplate]:
-    """Reads templates from a file and gives them together with the built-in ones.
+    """Reads templates from a file and returns them together with the built-in templates.
 
     Args:
         path: A YAML or JSON file that maps names to ``text`` and ``answer_style``. An entry with the name of a
-            built-in template may give one of the two and keeps the other.
+            built-in template may give only one of the two and keeps the other.
 
     Raises:
         ValueError: If the file does not hold such a mapping. The message names the file and the template.
@@ -133,12 +134,11 @@ def load_templates(path: str | Path) -> dict[str, PromptTemplate]:
         for key in entry:
             if key not in ("text", "answer_style"):
                 raise ValueError(
-                    f"{path}: template {name!r} must have no settings but text and answer_style, got {key!r}"
+                    f"{path}: template {name!r} must have only the settings text and answer_style, got {key!r}"
                 )
-        known = (
-            {"text": TEMPLATES[name].text, "answer_style": TEMPLATES[name].answer_style} if name in TEMPLATES else {}
-        )
-        settings = known | dict(entry)
+        built_in = TEMPLATES.get(name)
+        settings = {"text": built_in.text, "answer_style": built_in.answer_style} if built_in else {}
+        settings |= entry
         for key in ("text", "answer_style"):
             if key not in settings:
                 raise ValueError(f"{path}: template {name!r} must have the setting {key!r}, got {sorted(entry)}")
@@ -159,23 +159,24 @@ def _read(path: Path) -> Any:
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"path must end in .yaml, .yml or .json, got {str(path)!r}")
     try:
-        import yaml  # type: ignore[import-untyped, unused-ignore]
+        from ruamel.yaml import YAML
+        from ruamel.yaml.error import YAMLError
     except ImportError:
-        raise ImportError(f"{path}: YAML needs the package PyYAML: pip install pyyaml, or write JSON") from None
+        raise ImportError(f"{path}: YAML needs ruamel.yaml: {install_hint('generate')}, or write JSON") from None
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
         raise ValueError(f"{path}: must be YAML: {error}") from error
 
 
 def render(template: PromptTemplate, question: str, options: Sequence[str] | Mapping[str, str] | None = None) -> str:
-    """Puts a question into a template.
+    """Returns the prompt of a question.
 
     Args:
         template: The template.
-        question: The question. It comes through as it is, braces included.
-        options: Texts of the options in the order A, B, ..., or a mapping from letter to text. None leaves the line of
-            ``{options}`` out: there are none, or the question has them.
+        question: The question. It is not changed, even if it holds braces.
+        options: Texts of the options in the order A, B, ..., or a mapping from letter to text. None removes the line
+            of ``{options}``: the question has no options, or its text shows them.
     """
     if not isinstance(question, str):
         raise TypeError(f"question for template {template.name!r} must be a string, got {question!r}")

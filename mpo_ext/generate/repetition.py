@@ -11,10 +11,10 @@ _UNIT = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\S")
 
 
 def is_degenerate(text: str) -> bool:
-    """Says whether a response got caught in a loop.
+    """Returns whether a response repeats itself.
 
-    That is so where it ends with one passage over and over (at least 5 times, 60 characters in all), or where more
-    than half of its runs of 6 words (or ideographs) are repetitions.
+    It does if it ends with a passage at least 5 times in a row (at least 60 characters in total), or if more than half
+    of its sequences of 6 words (or ideographs) are repetitions.
     """
     for period in range(1, min(_PERIODS, len(text) // _LEAST_REPEATS) + 1):
         needed = max(_LEAST_REPEATS * period, _LEAST_REPEATED_CHARS)

@@ -157,7 +157,7 @@ def check_run(
     files = item_files(source, image_root=image_root, root_map=root_map)
     for item_file in files:
         if not os.path.isfile(item_file.path):
-            raise FileNotFoundError(f"source must be a file of items, got {item_file.path}: there is no such file")
+            raise FileNotFoundError(f"source must be a file of items, got {item_file.path}: this file does not exist")
     first = list(itertools.islice(read_items(files), _CHECKED_ITEMS))
     if not first:
         raise ValueError(f"source must hold items, got an empty file: {source}")

@@ -1,4 +1,4 @@
-"""An engine that runs a model of transformers."""
+"""The engine over transformers. Each row of a batch draws with a separate seed."""
 
 import math
 import os
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig) -> "Tensor":
-    """Draws one token per row by inverting the cumulated distribution at the row's own number.
+    """Draws a token for each row by inverting the cumulative distribution at the row's uniform number.
 
     Args:
         scores: ``[B, V]`` logits.
         uniforms: ``[B]`` float64 in [0, 1).
-        sampling: How to draw.
+        sampling: Settings for drawing tokens.
 
     Returns:
         ``[B]`` int64.
 
     Raises:
-        FloatingPointError: If a row has no finite distribution.
+        FloatingPointError: If the distribution of a row is not finite.
     """
     import torch
 
@@ -42,16 +42,16 @@ def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig)
         before = largest_first.cumsum(dim=-1) - largest_first
         smallest = largest_first.masked_fill(before >= sampling.top_p, math.inf).amin(dim=-1, keepdim=True)
         probs = probs.masked_fill(probs < smallest, 0)
-    cumulated = probs.double().cumsum(dim=-1)
-    total = cumulated[:, -1:]
+    cumulative = probs.double().cumsum(dim=-1)
+    total = cumulative[:, -1:]
     if not bool(torch.isfinite(total).all()):
-        raise FloatingPointError("logits must have a finite largest value and no NaN, got a row that has not")
-    picked = torch.searchsorted(cumulated, uniforms[:, None].to(cumulated.device) * total, right=True)
-    return picked.squeeze(-1).clamp_max(scores.shape[-1] - 1)
+        raise FloatingPointError("logits must have a finite maximum and no NaN, got a row that violates this")
+    drawn = torch.searchsorted(cumulative, uniforms[:, None].to(cumulative.device) * total, right=True)
+    return drawn.squeeze(-1).clamp_max(scores.shape[-1] - 1)
 
 
 class SeededDraw:
-    """A logits processor that leaves one token to choose: the one that the row's own generator draws."""
+    """A logits processor that leaves a single token possible: the token that the generator of the row draws."""
 
     def __init__(self, seeds: Sequence[int], sampling: SamplingConfig) -> None:
         self.generators = [random.Random(seed) for seed in seeds]
@@ -61,20 +61,20 @@ class SeededDraw:
         import torch
 
         uniforms = torch.tensor([generator.random() for generator in self.generators], dtype=torch.float64)
-        picked = sample_token(scores, uniforms, self.sampling)
-        return torch.full_like(scores, -math.inf).scatter_(1, picked[:, None], 0.0)
+        drawn = sample_token(scores, uniforms, self.sampling)
+        return torch.full_like(scores, -math.inf).scatter_(1, drawn[:, None], 0.0)
 
 
 class TransformersEngine:
-    """Runs a Hugging Face causal or image-text-to-text model, in batches padded on the left, with a KV cache.
+    """Runs a Hugging Face causal or image-text-to-text model, in left-padded batches, with a KV cache.
 
     Args:
-        model: The model; put into evaluation mode.
-        processor: Its processor, or its tokenizer where it takes text only. Without a chat template a prompt is the
-            question on a line of its own.
-        name: Name of the model, for the records; None takes the model's own.
-        batch_size: Prompts at a time. Prompts of about one length go together.
-        chat_template: Replaces the template of the processor.
+        model: The model; it is put into evaluation mode.
+        processor: The processor of the model, or the tokenizer of a text model. Without a chat template a prompt is
+            the question and a newline.
+        name: Name of the model, for the records; None takes the name in the model's config.
+        batch_size: Number of prompts per batch. Prompts of similar lengths are batched together.
+        chat_template: Replaces the chat template of the processor.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.chat_template = find_chat_template(processor, chat_template)
-        own = model.generation_config
-        ends = own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id
-        self.end_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
+        end_ids = model.generation_config.eos_token_id
+        end_ids = end_ids if end_ids is not None else self.tokenizer.eos_token_id
+        self.end_ids = frozenset([end_ids] if isinstance(end_ids, int) else end_ids or ())
         pad = self.tokenizer.pad_token_id
         self._pad_id = pad if pad is not None else min(self.end_ids, default=0)
 
@@ -113,46 +113,52 @@ class TransformersEngine:
         """Loads a model and its processor.
 
         Args:
-            name: Folder or name of the model. A model with images must be in the format of transformers itself (for
-                InternVL the ``-hf`` checkpoints).
+            name: Folder or name of the model. A model with images must be in the transformers format (for InternVL the
+                ``-hf`` checkpoints).
             dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
-            device: Where to run; None takes the GPU of this process, or the CPU where there is none.
-            batch_size: As in the class.
-            chat_template: As in the class.
-            **options: Handed on to ``from_pretrained``, as ``revision`` or ``gguf_file``.
+            device: Device to run on; None takes the GPU of this process, or the CPU without a GPU.
+            batch_size: See the class.
+            chat_template: See the class.
+            **options: Passed to ``from_pretrained``, for example ``revision`` or ``gguf_file``.
         """
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-        from transformers import AutoTokenizer as Tokenizer
+        from transformers import (
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoProcessor,
+            AutoTokenizer,
+        )
 
         if device is None:
             local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
             device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
         config = AutoConfig.from_pretrained(name, **options)
-        has_images = type(config) in AutoModelForImageTextToText._model_mapping
+        has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         loader = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
         model = loader.from_pretrained(name, dtype=dtype, **options).to(device)
-        processor = (AutoProcessor if has_images else Tokenizer).from_pretrained(name, **options)
+        processor = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(name, **options)
         return cls(model, processor, name=name, batch_size=batch_size, chat_template=chat_template)
 
     def settings(self) -> dict[str, Any]:
-        """What the generations depend on. Batch size and device are left out: they only change rounding."""
+        """Returns all settings that the generations depend on. Batch size and device only change rounding."""
         return {"engine": "transformers", "model": self.name, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without any that the tokenizer would add around it."""
+        """Returns the token ids of a text, without special tokens around it."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens included: some models write boxes with them."""
+        """Returns the text of token ids, including special tokens: some models write boxes with them."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def prompt(self, request: Request) -> str:
-        """The text of a request up to where the assistant's turn begins."""
+        """Returns the text of a request up to the beginning of the assistant's turn."""
         return render_prompt(self.processor, request, self.chat_template)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Continues every request; the results have the order of the requests."""
+        """Returns the continuation of each request, in the order of the requests."""
         prompts = [self.prompt(request) for request in requests]
         lengths = [
             len(self.tokenizer.encode(prompt, add_special_tokens=False)) + len(request.prefix_ids)
@@ -181,23 +187,23 @@ class TransformersEngine:
         return Generation(tuple(ids), self.decode(ids), "length" if end is None else "stop")
 
     def _generation_config(self, sampling: SamplingConfig) -> Any:
-        """Greedy search with the model's own end and suppressed tokens; what draws is ``SeededDraw``."""
+        """Returns greedy search with the model's end tokens and suppressed tokens; ``SeededDraw`` draws."""
         from transformers import GenerationConfig
 
-        own = self.model.generation_config
+        model_config = self.model.generation_config
         return GenerationConfig(
             do_sample=False,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(self.end_ids) or None,
             pad_token_id=self._pad_id,
-            bos_token_id=own.bos_token_id,
-            suppress_tokens=own.suppress_tokens,
-            bad_words_ids=own.bad_words_ids,
+            bos_token_id=model_config.bos_token_id,
+            suppress_tokens=model_config.suppress_tokens,
+            bad_words_ids=model_config.bad_words_ids,
             use_cache=True,
         )
 
     def _inputs(self, requests: Sequence[Request], prompts: Sequence[str]) -> dict[str, Any]:
-        """Inputs of the model, each row a prompt with its prefix, padded on the left."""
+        """Returns the inputs of the model. Each row is a prompt with its prefix, padded on the left."""
         import torch
 
         special = {"add_special_tokens": lacks_special_tokens(self.tokenizer, prompts[0])}
@@ -209,7 +215,9 @@ class TransformersEngine:
             )
             shape, mask = inputs["input_ids"].shape, inputs.pop("attention_mask").bool()
             per_token = {name for name, value in inputs.items() if getattr(value, "shape", None) == shape}
-            rows = {name: [row[kept] for row, kept in zip(inputs[name], mask, strict=True)] for name in per_token}
+            rows = {
+                name: [row[is_real] for row, is_real in zip(inputs[name], mask, strict=True)] for name in per_token
+            }
         else:
             inputs = {}
             rows = {"input_ids": [torch.tensor(ids) for ids in self.tokenizer(list(prompts), **special)["input_ids"]]}
@@ -232,7 +240,7 @@ class TransformersEngine:
 
 
 def _batches(requests: Sequence[Request], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Rows that go through the model together: the same settings and number of images, and about the same length."""
+    """Yields the rows of each batch: the same settings and number of images, and similar lengths."""
     groups: dict[tuple[SamplingConfig, int], list[int]] = {}
     for row, request in enumerate(requests):
         groups.setdefault((request.sampling, len(request.images)), []).append(row)

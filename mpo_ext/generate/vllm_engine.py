@@ -1,4 +1,4 @@
-"""An engine that runs a model in vLLM."""
+"""The engine over vLLM."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,15 +7,13 @@ from mpo_ext.chat import chat_messages, load_image
 from mpo_ext.checks import install_hint
 from mpo_ext.generate.engine import Generation, Request
 
-_VLLM_ADVICE = f"VLLMEngine needs vllm: {install_hint('vllm')}"
-
 
 class VLLMEngine:
-    """Runs a model in vLLM's offline engine, which batches the requests itself. Each has its own seed.
+    """Runs a model in vLLM's offline engine, which batches the requests. Each request has a separate seed.
 
     Args:
         model: Folder or name of the model.
-        **options: Handed on to ``vllm.LLM``, as ``dtype``, ``tensor_parallel_size`` or ``limit_mm_per_prompt``.
+        **options: Passed to ``vllm.LLM``, for example ``dtype``, ``tensor_parallel_size`` or ``limit_mm_per_prompt``.
 
     Raises:
         ImportError: If vllm is missing.
@@ -25,7 +23,7 @@ class VLLMEngine:
         try:
             import vllm
         except ImportError as error:
-            raise ImportError(f"{_VLLM_ADVICE} ({error})") from error
+            raise ImportError(f"VLLMEngine needs vllm: {install_hint('vllm')} ({error})") from error
         self._sampling_params = vllm.SamplingParams
         self.name = model
         self.options = options
@@ -33,19 +31,19 @@ class VLLMEngine:
         self.tokenizer = self.llm.get_tokenizer()
 
     def settings(self) -> dict[str, Any]:
-        """What the generations depend on."""
+        """Returns all settings that the generations depend on."""
         return {"engine": "vllm", "model": self.name, "dtype": str(self.options.get("dtype", "auto"))}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without any that the tokenizer would add around it."""
+        """Returns the token ids of a text, without special tokens around it."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens included."""
+        """Returns the text of token ids, including special tokens."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Continues every request; the results have the order of the requests."""
+        """Returns the continuation of each request, in the order of the requests."""
         prompts, params = [], []
         for request in requests:
             prompts.append(self._prompt(request))
@@ -71,7 +69,7 @@ class VLLMEngine:
         return prompt
 
     def _generation(self, completion: Any) -> Generation:
-        """Takes off the end token, which vLLM leaves in the ids."""
+        """Converts a completion, without the end token that vLLM leaves in the ids."""
         ids = list(completion.token_ids)
         is_length = completion.finish_reason == "length"
         if not is_length and ids and ids[-1] in {self.tokenizer.eos_token_id, completion.stop_reason}:
