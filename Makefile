@@ -1,10 +1,12 @@
-# make demo | test | lint | docs | bench | sanitize | gpu-check. Each sets up what it needs, the virtual environment included.
+# make demo | test | lint | docs | bench | sanitize | gpu-check. Each target first creates the virtual environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 PYTEST_ARGS ?=
-# Most tests keep to one thread. A process gets a run of neighbouring tests, which share fixtures and oracles.
+# Extras of mpo-ext for development. "dev,nvcc" adds nvcc, which the tests of the CUDA kernels need, from PyPI.
+DEV_EXTRAS ?= dev
+# Most tests use one thread. Each process gets runs of adjacent tests, which share fixtures and oracles.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -21,23 +23,25 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check_words.py
+	$(BIN)/codespell
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-# The site, in build/site. Reads the docstrings from the source: needs neither torch nor the built package.
+# Builds the site in build/site. It reads the docstrings from the source and needs neither torch nor the built package.
 docs: $(BIN)/python
 	$(BIN)/pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
 	$(BIN)/mkdocs build --strict
 
-# Measures for about twenty minutes, on a machine that should do nothing else; writes results/ and the marked blocks of
-# README.md and docs/.
+# Runs the benchmarks for about twenty minutes, on a machine without other work; writes results/ and the marked blocks
+# of README.md and docs/.
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks --docs
 
-# All that needs a GPU; leaves a report in gpu-report/.
+# Runs everything that needs a GPU and writes a report to gpu-report/.
 gpu-check: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu_check
 
-# Address and undefined behaviour, then threads, over the native code and its tests.
+# Runs the native tests under the address and undefined-behaviour sanitizers, then under the thread sanitizer.
 sanitize: $(VENV)/.dev
 	for kind in address,undefined thread; do \
 	  $(BIN)/cmake --fresh -G Ninja -S . -B build/sanitize-$$kind -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
@@ -51,17 +55,17 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The stamps are made again when the native code or the requirements change.
+# The stamps are renewed when the native code or the requirements change.
 $(VENV)/.demo: $(BIN)/python $(NATIVE)
-	@echo "Installing and compiling, for CUDA too where nvcc is on PATH (MPO_CUDA=OFF leaves that out): some minutes"
+	@echo "Installing and compiling, also for CUDA if nvcc is on PATH (MPO_CUDA=OFF disables that). This takes some minutes"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
 	touch $@
 
-# Peers that need other versions of their dependencies must not change ours.
+# --no-deps: peers that need other versions of their dependencies must not change the versions of this project.
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt 'cut-cross-entropy>=25.1' 'liger-kernel>=0.8' 'trl>=1.15'
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python $(NATIVE)
-	MPO_WERROR=ON $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	MPO_WERROR=ON $(BIN)/pip install --quiet -c constraints.txt -e '.[$(DEV_EXTRAS)]'
 	touch $@ $(VENV)/.demo

@@ -1,4 +1,4 @@
-"""Builds ``mpo_ext._C`` with CMake: needs a C++17 compiler, and neither torch nor a GPU."""
+"""Builds ``mpo_ext._C`` with CMake. Needs a C++17 compiler, but neither torch nor a GPU."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Runs the one CMake target and lets setuptools pick the file name and the place of the result."""
+    """Builds the CMake project; setuptools determines the folder of the result."""
 
     def build_extension(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -26,14 +26,14 @@ class CMakeBuild(build_ext):
         }
         if archs := os.environ.get("MPO_CUDA_ARCHS"):
             options["MPO_CUDA_ARCHS"] = archs
-        # --fresh: a cache from an earlier `pip install .` names a ninja in a build environment that pip has deleted.
+        # --fresh: the cache of an earlier `pip install .` names a ninja in a build environment that pip has deleted.
         configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(work)]
         self.spawn(configure + [f"-D{name}={value}" for name, value in options.items()])
         self.spawn(["cmake", "--build", str(work)])
 
 
 setup(
-    # CMakeLists.txt says what gets compiled; MANIFEST.in says what goes into the source distribution.
+    # CMakeLists.txt lists the sources to compile; MANIFEST.in lists the files of the source distribution.
     ext_modules=[Extension("mpo_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -86,11 +86,13 @@ def token_logp_chunk_kernel(
 
 
 @triton.jit
-def merge_chunks(states_ptr, chunks, is_valid, MAX_CHUNKS: tl.constexpr, STATE: tl.constexpr, STATS: tl.constexpr):
+def merge_chunks(
+    states_ptr, row, chunks, is_valid, MAX_CHUNKS: tl.constexpr, STATE: tl.constexpr, STATS: tl.constexpr
+):
     """Merges the states of the chunks of a row in their order. Returns the sums in double."""
     lanes = tl.arange(0, MAX_CHUNKS)
     mask = (lanes < chunks) & is_valid
-    state_ptr = states_ptr + lanes * STATE
+    state_ptr = states_ptr + (row * chunks + lanes) * STATE
     maxima = tl.load(state_ptr, mask=mask, other=-float("inf"))
     row_max = tl.max(maxima, axis=0)
     safe_max = tl.where(row_max == -float("inf"), 0.0, row_max)
@@ -213,9 +215,7 @@ def token_logp_kernel(
     is_valid = (label >= 0) & (label < total) & (label != ignore_index)
     filler = tl.where(is_ignored, 0.0, float("nan"))
 
-    row_max, row_sum, e_d, z_sum, squared = merge_chunks(
-        states_ptr + row * chunks * STATE, chunks, is_valid, MAX_CHUNKS, STATE, STATS
-    )
+    row_max, row_sum, e_d, z_sum, squared = merge_chunks(states_ptr, row, chunks, is_valid, MAX_CHUNKS, STATE, STATS)
     start = row_offset(row, misalignment, inner, outer_stride, row_stride)
     column = label - first
     has_label = is_valid & (column >= 0) & (column < vocab)

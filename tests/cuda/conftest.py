@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import their helpers by name."""
+"""Lets the tests of this folder import its helper modules."""
 
 import sys
 from pathlib import Path
