@@ -1,4 +1,4 @@
-"""The ``mpo-ext doctor`` command: what is installed and which backends can run. Works on a broken installation."""
+"""The ``mpo-ext doctor`` command: prints what is installed and which backends can run, even if imports fail."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from typing import Any
 import mpo_ext
 
 _PACKAGES = ("torch", "numpy", "transformers", "accelerate", "triton")
+_BACKENDS = "mpo_ext.ops.backends"
 
 
 def add_parser(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Registers ``mpo-ext doctor``."""
-    parser = subcommands.add_parser("doctor", help="say what is installed and which backends can run here")
+    parser = subcommands.add_parser("doctor", help="print what is installed and which backends can run here")
     parser.set_defaults(run=doctor)
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Prints a fact a line, for a bug report. Returns 1 if not even the CPU kernels can run."""
+    """Prints one fact per line, for a bug report. Returns the exit status: 1 if the CPU kernels cannot run."""
     for name, fact in _facts():
         print(f"{name:<20}{fact}")
-    return 0 if _try(lambda: importlib.import_module("mpo_ext.ops.backends").cpu_isa())[0] else 1
+    return 0 if _try(lambda: importlib.import_module(_BACKENDS).cpu_isa())[0] else 1
 
 
 def _facts() -> Iterator[tuple[str, str]]:
@@ -41,46 +42,51 @@ def _facts() -> Iterator[tuple[str, str]]:
     else:
         yield "torch's CUDA", f"{torch.version.cuda or 'none'}, {torch.cuda.device_count()} GPU(s)"
 
-    has_native, text = _try(lambda: importlib.import_module("mpo_ext.ops.native").compiled().__file__)
-    yield "native module", text
+    has_native, file_or_error = _try(lambda: importlib.import_module("mpo_ext.ops.native").compiled().__file__)
+    yield "native module", file_or_error
     if not has_native:
         yield "backends", "reference" if has_torch else "none"
         return
     native = importlib.import_module("mpo_ext.ops.native")
-    yield "compiled by", native.compiled().compiler
+    compiled = native.compiled()
+    yield "compiled by", compiled.compiler
     yield "CPU kernels", f"run here as {', '.join(native.cpu_isas())}"
-    has_isa, in_use = True, native.cpu_isas()[0]
-    if has_torch:
-        has_isa, in_use = _try(lambda: importlib.import_module("mpo_ext.ops.backends").cpu_isa())
-    yield "in use", f"{in_use} (MPO_CPU_ISA={os.environ.get('MPO_CPU_ISA', '')})"
-    archs = native.compiled().cuda_archs
-    yield "CUDA architectures", f"{archs}, {native.compiled().cuda_compiler}" if archs else "none: built without CUDA kernels"
-    if not has_torch:
+    has_isa, isa = True, native.cpu_isas()[0]
+    if torch is not None:
+        has_isa, isa = _try(lambda: importlib.import_module(_BACKENDS).cpu_isa())
+    yield "in use", f"{isa} (MPO_CPU_ISA={os.environ.get('MPO_CPU_ISA', '')})"
+    archs = compiled.cuda_archs
+    yield "CUDA architectures", f"{archs}, {compiled.cuda_compiler}" if archs else "none: built without CUDA kernels"
+    if torch is None:
         yield "backends", "none: torch is missing"
-        return
-    ops = importlib.import_module("mpo_ext.ops.backends")
-    backends = ["cpu (tensors on the CPU)", "reference (any device)"] if has_isa else ["reference (any device)"]
+    else:
+        yield from _backend_facts(torch, has_cpu=has_isa, has_cuda_kernels=bool(archs))
+
+
+def _backend_facts(torch: Any, *, has_cpu: bool, has_cuda_kernels: bool) -> Iterator[tuple[str, str]]:
+    ops = importlib.import_module(_BACKENDS)
+    backends = ["cpu (tensors on the CPU)", "reference (any device)"] if has_cpu else ["reference (any device)"]
     device = "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cuda"
-    problem = ops.triton_problem(device)
-    if problem is None and not (torch.cuda.is_available() or device == "xpu"):
-        problem = "torch sees no GPU"
-    if problem is None:
+    triton_problem = ops.triton_problem(device)
+    if triton_problem is None and not (torch.cuda.is_available() or device == "xpu"):
+        triton_problem = "torch sees no GPU"
+    if triton_problem is None:
         backends.insert(0, f"triton (tensors on {device})")
     cuda_problem = ops.cuda_problem(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if cuda_problem is None:
         backends.insert(0, "cuda (tensors on cuda)")
-    if archs and not torch.cuda.is_available():
+    if has_cuda_kernels and not torch.cuda.is_available():
         cuda_problem = "built; no GPU here" + (", and a torch without CUDA" if torch.version.cuda is None else "")
     yield "CUDA kernels", cuda_problem or "can run"
-    yield "Triton kernels", problem or "can run"
+    yield "Triton kernels", triton_problem or "can run"
     yield "backends", ", ".join(backends)
 
 
 def _try(fact: Callable[[], object]) -> tuple[bool, str]:
-    """Returns whether it could be had, and the fact or what went wrong; a doctor works when half of it is broken."""
+    """Returns whether ``fact`` succeeded, and its result or error as text."""
     try:
         return True, str(fact())
     except importlib.metadata.PackageNotFoundError:
         return False, "not installed"
-    except Exception as error:  # whatever an import may raise
+    except Exception as error:  # an import can raise any type
         return False, f"{type(error).__name__}: {error}"

@@ -4,17 +4,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from mmpr_files import GOOD, run_data
 
+from mpo_ext.cli import data
 from mpo_ext.data import (
     Pair,
     open_pairs,
     write_pairs,
 )
+from mpo_ext.data.formats import FORMATS
 from mpo_ext.data.hf import load_dataset_folder
+from mpo_ext.data.trl import Kind
 from mpo_ext.data.view import write_view
 
 
@@ -208,3 +211,8 @@ def test_a_missing_package_is_named(package: str, command: str, mmpr: Path, tmp_
     assert package in done.stderr
     assert "pip install '.[data]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_options_offer_every_format_and_kind() -> None:
+    assert data._FORMATS == FORMATS
+    assert get_args(Kind) == data._KINDS
