@@ -1,4 +1,4 @@
-"""Tests that checkpoints restore bit for bit, also with another number of ranks, and are whole or absent after a kill."""
+"""Tests that checkpoints restore bit for bit, on other numbers of ranks too, and are whole or absent after a kill."""
 
 from __future__ import annotations
 
