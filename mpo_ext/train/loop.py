@@ -19,7 +19,7 @@ from mpo_ext.train.dataset import StepSize, StepSlice, size_over_ranks
 from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.evaluation import evaluate
 from mpo_ext.train.metrics import Totals, log_line, peak_memory_mib
-from mpo_ext.train.optimizer import clip_gradients, learning_rate
+from mpo_ext.train.optimizer import clip_gradients, scheduled_learning_rate
 from mpo_ext.train.output import RunOutput
 from mpo_ext.train.progress import compare_first_loss
 from mpo_ext.train.ranks import gather
@@ -195,9 +195,9 @@ class Trainer:
         recipe, state = self.recipe, self.state
         state.count_pairs(step_slice)
         size = size_over_ranks(self.accelerator, step_slice)
-        rate = learning_rate(recipe.optim, state.step, self.data.total_steps)
+        learning_rate = scheduled_learning_rate(recipe.optim, state.step, self.data.total_steps)
         if size.micro_steps == 0:
-            return self._skip_empty_step(rate)
+            return self._skip_empty_step(learning_rate)
         shift_before = copy.deepcopy(state.reward_shift)
         totals, losses = self._accumulate_gradients(step_slice, size)
         grad_norm = clip_gradients(self.accelerator, self.model, recipe.optim.max_grad_norm)
@@ -209,7 +209,7 @@ class Trainer:
         is_finite = math.isfinite(sums["loss"]) and (recipe.precision == "fp16" or math.isfinite(grad_norm))
         if is_finite:
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = learning_rate
             self.optimizer.step()
             state.reward_shift.step()
         else:
@@ -223,7 +223,7 @@ class Trainer:
             self._compare_first_loss(line)
         self._count_step()
         line |= {
-            "learning_rate": rate,
+            "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "tokens_per_s": sums["tokens"] / (time.perf_counter() - began_s),
             "memory_mib": peak_memory_mib(self.accelerator.device),
@@ -253,11 +253,11 @@ class Trainer:
                 losses.append((batch.names, out.loss.detach()))
         return totals, losses
 
-    def _skip_empty_step(self, rate: float) -> bool:
+    def _skip_empty_step(self, learning_rate: float) -> bool:
         """Counts and logs a step whose pairs were all skipped. Returns whether a signal ends the run."""
         self._count_step()
         self.output.console.say(f"step {self.state.step}: all of its pairs were skipped, so the model is unchanged")
-        self._report({"pairs": 0.0, "learning_rate": rate})
+        self._report({"pairs": 0.0, "learning_rate": learning_rate})
         return self._end_step()
 
     def _count_step(self) -> None:

@@ -25,8 +25,8 @@ def make_optimizer(model: nn.Module, recipe: OptimRecipe, device: torch.device) 
     )
 
 
-def learning_rate(recipe: OptimRecipe, step: int, total_steps: int) -> float:
-    """Returns the learning rate of a step, from 0, as the schedules of transformers do: warm-up starts at 0."""
+def scheduled_learning_rate(recipe: OptimRecipe, step: int, total_steps: int) -> float:
+    """Returns the learning rate of a step, counted from 0. As in transformers, warm-up starts at 0."""
     warmup_steps = math.ceil(total_steps * recipe.warmup_ratio)
     if step < warmup_steps:
         return recipe.learning_rate * step / warmup_steps
