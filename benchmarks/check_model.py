@@ -103,7 +103,7 @@ def memory_error(point: Mapping[str, Any]) -> float:
 
 
 def middle(values: Sequence[float]) -> float:
-    """Returns the median, or NaN if there are no values."""
+    """Returns the median, or NaN of an empty sequence."""
     return statistics.median(values) if values else float("nan")
 
 

@@ -93,7 +93,7 @@ def usable(
         loss, tokens=max(loss.tokens // _TRIAL, 8), vocab=max(loss.vocab // _TRIAL, 512), share=1.0
     )
     larger = loss.rows * loss.vocab / (trial.rows * trial.vocab)
-    torch._dynamo.reset()  # torch.compile gives up after eight shapes of one function
+    torch.compiler.reset()  # torch.compile gives up after eight shapes of one function
     batch = benchmark.make_batch(trial, device)
     cases: dict[str, Provider] = {}
     missing: dict[str, str] = {}

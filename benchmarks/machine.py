@@ -39,9 +39,12 @@ def programs() -> dict[str, Run]:
         output = mpo_loss(logits, labels, ref_logp, shift=False, reuse_logits=reuse)
         return torch.autograd.grad(output.loss, logits)[0]
 
+    # Only these operators have both directions with memory that is already allocated.
+    forward, backward = (getattr(torch.ops.aten, f"_log_softmax{suffix}") for suffix in ("", "_backward_data"))
+
     def softmax() -> None:
-        torch.ops.aten._log_softmax.out(cached, -1, False, out=out)
-        torch.ops.aten._log_softmax_backward_data.out(cached, out, -1, torch.float32, out=grad)
+        forward.out(cached, -1, False, out=out)
+        backward.out(cached, out, -1, torch.float32, out=grad)
 
     def fresh() -> None:
         torch.empty(_FRESH_BYTES, dtype=torch.uint8).fill_(1)
