@@ -107,8 +107,8 @@ class Study:
     def _order(run: StudyRun) -> tuple[int, int, int]:
         """Orders the main rows over all seeds first, then the others seed by seed."""
         seed, row = run
-        place = list(tables.ROWS).index(row)
-        main = {row for name in tables.MAIN for _, row in tables.TABLES[name].rows}
+        place = [tables.START, *tables.ROWS].index(row)
+        main = {shown for name in tables.MAIN for _, shown in tables.TABLES[name].rows}
         return (0, place, seed) if row in main else (1, seed, place)
 
     def write(self) -> None:

@@ -45,7 +45,7 @@ def test_readme_and_performance_hold_blocks() -> None:
 
 
 @pytest.mark.parametrize("page", MADE, ids=name)
-def test_each_block_is_what_the_result_files_say(page: Path, results: dict[str, Any]) -> None:
+def test_each_block_is_up_to_date(page: Path, results: dict[str, Any]) -> None:
     for block, content in documents.blocks(page.read_text(encoding="utf-8")):
         assert content == documents.render(block, results), f"{name(page)}: block {block!r} is not up to date: {HOW}"
 
@@ -90,7 +90,7 @@ def make_document(benchmark: str, points: list[dict[str, Any]], **rest: Any) -> 
 
 
 def make_documents() -> dict[str, Any]:
-    """Result files of a run that never was."""
+    """Returns result files with made-up numbers."""
     loss = LossShape(tokens=8, vocab=1024, dtype="float32")
     few = LossShape(tokens=8, vocab=1024, dtype="float32", share=0.125)
     wide = LossShape(tokens=8, vocab=1024, hidden=256, dtype="float32")
@@ -156,7 +156,7 @@ def test_the_readme_has_short_tables_with_machine_and_command() -> None:
     assert "quack" not in made
 
 
-def test_full_tables_say_spread_floor_and_who_was_not_run() -> None:
+def test_full_tables_have_spread_floor_and_missing_providers() -> None:
     made = documents.render("logits", make_documents())
     assert rows(made)["mpo_ext"][:3] == ["40.0 ms", "30.0 ms to 50.0 ms", "50%"]
     assert "Not run: quack's cross entropy (ModuleNotFoundError: No module)." in made
@@ -222,7 +222,7 @@ def test_markers_must_come_in_pairs(text: str) -> None:
         documents.rewrite(text, make_documents())
 
 
-def test_a_block_that_nobody_makes_and_a_file_that_is_not_there_are_errors() -> None:
+def test_an_unknown_block_and_a_missing_file_are_errors() -> None:
     with pytest.raises(ValueError, match=r"block must be one of readme_logits, .*, got 'speed'"):
         documents.render("speed", make_documents())
     with pytest.raises(ValueError, match=r"block 'logits' must have results/logits\.json, got linear"):
@@ -273,7 +273,7 @@ def test_documents_are_not_made_of_a_quick_run(capsys: pytest.CaptureFixture[str
         ({"instructions": {"sm_90": {"x": {"per_logit": 0}}}}, "x for sm_90 must have instructions"),
     ],
 )
-def test_a_bad_file_of_machine_code_is_refused(change: dict[str, Any], message: str) -> None:
+def test_a_bad_file_of_machine_code_is_rejected(change: dict[str, Any], message: str) -> None:
     good = machine_code.load(RESULTS / "machine_code.json")
     with pytest.raises(ValueError, match=message):
         machine_code.check({**good, **change}, "x.json")

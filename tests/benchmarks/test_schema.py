@@ -1,4 +1,4 @@
-"""The form of result files: what is checked is checked."""
+"""The format of the result files is checked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_point_has_the_median_of_its_runs_and_its_shape() -> None:
     assert measured["id"] == "base/mpo_ext/dtype=float32/pairs=1/tokens=4/vocab=64/share=1.0"
 
 
-def test_provenance_says_hardware_versions_commit_command_and_load() -> None:
+def test_provenance_has_hardware_versions_commit_command_and_load() -> None:
     one = make()["environment"]
     assert one["versions"]["torch"] != "not installed"
     assert one["versions"]["quack-kernels"]
@@ -88,7 +88,7 @@ def change(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (change("points", 1, "status", to="measured"), "measured with"),
     ],
 )
-def test_a_bad_file_is_refused(break_it: Callable[[dict[str, Any]], Any], where: str) -> None:
+def test_a_bad_file_is_rejected(break_it: Callable[[dict[str, Any]], Any], where: str) -> None:
     document = copy.deepcopy(make())
     break_it(document)
     with pytest.raises(ValueError, match=where):

@@ -96,7 +96,7 @@ def test_groups_beyond_the_time_are_points_with_that_reason() -> None:
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_groups_have_what_the_sweeps_promise(quick: bool) -> None:
+def test_groups_cover_the_sweeps(quick: bool) -> None:
     groups = [*suite.logits_groups(quick=quick), *suite.linear_groups(quick=quick)]
     ids = [
         suite.point(group.sweep, name, group.loss, reason="x")["id"] for group in groups for name in group.providers
@@ -200,7 +200,7 @@ def test_predictions_stand_beside_what_was_measured() -> None:
     assert (line["kind"], line["points"], line["within"], line["worst_error"]) == ("mpo_ext, logits", 1, 0, -0.5)
 
 
-def test_a_training_step_is_described_by_its_own_model() -> None:
+def test_the_cost_model_describes_the_model_of_the_training_step() -> None:
     from benchmarks import step_inputs
 
     sizes = suite.TINY

@@ -39,7 +39,7 @@ def make_result(seed: int, row: str, cot: float, direct: float = 0.1, **more: An
 
 
 def make_document(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
-    """All rows alike, but for those whose differences are worked out by hand below."""
+    """Returns a result file. All rows are alike, except those whose differences the tests below compute."""
     results = []
     for seed in seeds:
         for row in (study.START, *study.ROWS):
@@ -101,7 +101,7 @@ def test_no_two_rows_are_the_same_run() -> None:
 
 
 @pytest.mark.parametrize("row", study.ROWS)
-def test_a_rows_recipe_says_what_the_row_says(row: str, tmp_path: Path) -> None:
+def test_the_recipe_of_a_row_has_the_values_of_the_row(row: str, tmp_path: Path) -> None:
     settings, run_of = StudySettings(seed=3, branch_steps=100, branch_batch=32), study.ROWS[row]
     recipe = rows.row_recipe(run_of, settings, tmp_path, tmp_path / "run")
     plain = LossRecipe()
@@ -159,7 +159,7 @@ def kinds_of(pairs: list[Pair]) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in set(kinds)}
 
 
-def test_files_of_pairs_hold_what_their_names_say() -> None:
+def test_files_of_pairs_hold_the_kinds_in_their_names() -> None:
     settings = StudySettings(pairs=40, kind_pairs=100, mixed_shares=(0.25, 0.5, 0.25))
     files = start.choose(make_pool(), settings, np.random.default_rng(0))
     assert tuple(sorted(files)) == tuple(sorted(study.PAIR_FILES))
@@ -180,7 +180,7 @@ def test_shares_of_the_pairs_are_nested() -> None:
     assert len(kinds_of(files["mixed 40%"])) == 3  # the order is mixed
 
 
-def test_pairs_that_are_lacking_are_named() -> None:
+def test_an_empty_file_of_pairs_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"pairs 'text' must be at least one, got none of 50 direct, .* 0 text"):
         start.choose(make_pool(text=0), StudySettings(pairs=40), np.random.default_rng(0))
 
@@ -250,7 +250,7 @@ def test_there_is_a_block_for_each_table() -> None:
         ({"starts": []}, r"starts must be one per seed, got \[\]"),
     ],
 )
-def test_a_result_file_that_is_not_one_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_bad_result_file_is_rejected(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "study.json"
     path.write_text(json.dumps({**make_document(), **change}))
     with pytest.raises(ValueError, match=f"study.json: {message}"):
@@ -267,14 +267,14 @@ def test_a_result_file_that_is_not_one_is_refused(change: dict[str, Any], messag
         ("tokens", -1.0, "finite and not negative"),
     ],
 )
-def test_a_number_that_is_none_is_refused(quantity: str, value: float, rule: str) -> None:
+def test_a_bad_number_is_rejected(quantity: str, value: float, rule: str) -> None:
     document = make_document()
     document["results"][5]["evaluation"]["cot"][quantity] = value
     with pytest.raises(ValueError, match=rf"results\[5\].evaluation.cot.{quantity} must be {rule}, got {value}"):
         study.check(document)
 
 
-def test_a_run_that_is_there_twice_is_refused() -> None:
+def test_a_run_that_is_listed_twice_is_rejected() -> None:
     document = make_document()
     document["results"].append(copy.deepcopy(document["results"][0]))
     with pytest.raises(ValueError, match=r"results\[\d+\] must be of a seed and a row, once, got \(0, 'SFT start'\)"):
@@ -286,7 +286,7 @@ def test_a_run_that_is_there_twice_is_refused() -> None:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch):
-    """A study whose runs take no time; holds what was run, and rows that are to fail."""
+    """A study whose runs take no time: the list of the runs, and the set of the rows that fail."""
     asked: list[tuple[int, str]] = []
     failing: set[str] = set()
 
@@ -317,7 +317,7 @@ def run_study(out: Path, seeds: range = range(2), **more: Any) -> int:
     return runs.run(out=out, seeds=seeds, **{**arguments, **more})
 
 
-def test_a_study_that_was_ended_goes_on(scripted, tmp_path: Path) -> None:
+def test_an_interrupted_study_resumes(scripted, tmp_path: Path) -> None:
     asked, _ = scripted
     assert run_study(tmp_path) == 0
     assert len(asked) == 2 * (len(study.ROWS) + 1)
@@ -342,7 +342,7 @@ def test_main_rows_are_run_first_over_all_seeds_and_others_seed_by_seed(scripted
     assert asked == first + [(seed, row) for seed in range(2) for row in others]
 
 
-def test_what_has_changed_is_run_again(scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_with_changed_settings_run_again(scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, _ = scripted
     run_study(tmp_path, range(1))
     asked.clear()
@@ -383,7 +383,7 @@ def test_rows_without_a_start_are_listed(scripted, tmp_path: Path) -> None:
     )
 
 
-def test_an_interrupt_leaves_what_is_whole(scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_keeps_complete_results(scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, _ = scripted
     working = rows.run_row
 

@@ -1,4 +1,4 @@
-"""Processes of the study: what they run, and how they end."""
+"""The processes of the study: their tasks and their end."""
 
 import concurrent.futures
 import os
@@ -45,7 +45,7 @@ def test_several_jobs_are_other_processes_and_outlive_one_that_is_killed() -> No
     wait_for_end(second)
 
 
-def test_an_interrupt_ends_what_is_at_work() -> None:
+def test_an_interrupt_ends_running_tasks() -> None:
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Workers(2, os.nice, 0) as workers:  # noqa: PT012
         worker = workers.submit(os.getpid).result()
@@ -78,7 +78,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     wait_for_end(worker)
 
 
-def test_sigterm_is_an_interrupt_within_and_what_it_was_behind() -> None:
+def test_sigterm_is_an_interrupt_only_in_the_block() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
