@@ -53,8 +53,8 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "correctness",
         help="pair samples with a right answer and samples with a wrong answer",
         description="Samples responses to questions with a known answer and pairs right samples with wrong samples. "
-        "Writes OUT/pairs.jsonl, OUT/format_pairs.jsonl (no readable answer) and OUT/unsolved.jsonl (no right sample). "
-        "'mpo-ext sample dropout-ntp' reads OUT/unsolved.jsonl.",
+        "Writes OUT/pairs.jsonl, OUT/format_pairs.jsonl (no readable answer) and OUT/unsolved.jsonl (no right "
+        "sample), which 'mpo-ext sample dropout-ntp' reads.",
     )
     _add_common(correctness, samples=32, max_new_tokens=4096)
     correctness.add_argument("--template", help="prompt template that questions are put in (default: none)")

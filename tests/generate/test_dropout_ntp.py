@@ -202,7 +202,7 @@ def test_a_chosen_response_that_was_wrong_is_left_out_and_counted(tmp_path: Path
     [
         ({"keep": 1.0}, ValueError, r"keep must be in \[0, 1\), got 1.0"),
         ({"keep": "half"}, TypeError, r"keep must be a number, got 'half'"),
-        ({"unit": "bytes"}, ValueError, r"unit must be 'tokens' or 'words', got 'bytes'"),
+        ({"unit": "bytes"}, ValueError, r"unit must be one of tokens, words, got 'bytes'"),
         ({"samples": 0}, ValueError, r"samples must be at least 1, got 0"),
         ({"style": "loud"}, ValueError, r"style must be one of .* got 'loud'"),
         ({"matcher": {"kind": "guess"}}, ValueError, r"kind must be one of .* got 'guess'"),
