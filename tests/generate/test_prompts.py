@@ -104,7 +104,7 @@ def test_a_file_overrides_and_adds(tmp_path, suffix):
         ({"x": "text"}, "template 'x' must be a mapping"),
         ({"x": {"text": "{question}"}}, "template 'x' must have the setting 'answer_style'"),
         ({"x": {"answer_style": "direct"}}, "template 'x' must have the setting 'text'"),
-        ({"x": {"text": "{question}", "style": "direct"}}, "template 'x' must have no settings but .*, got 'style'"),
+        ({"x": {"text": "{question}", "style": "direct"}}, "template 'x' must have only the settings .*, got 'style'"),
         ({"x": {"text": "no field", "answer_style": "direct"}}, "template 'x' must hold {question} once"),
         ({"x": {"text": "{question} {qestion}", "answer_style": "direct"}}, "template 'x' .*got {qestion}"),
         ({"x": {"text": "{question}{question}", "answer_style": "direct"}}, "template 'x' must hold {question} once"),
