@@ -56,7 +56,7 @@ def test_collation_can_go_to_a_worker_and_its_batch_come_back() -> None:
     samples = samples_of("qwen2_vl")
     work = partial(collate, layout="shared", pad_id=PAD, positions=prompt_positions(model))
     pickled = pickle.dumps(work)
-    assert len(pickled) < 20_000  # no weights
+    assert len(pickled) < 20_000  # without weights
     batch = pickle.loads(pickle.dumps(pickle.loads(pickled)(samples)))
     assert_same(
         gradients(model, loss_of(model, batch)),

@@ -1,4 +1,4 @@
-"""Samples: what the processors and chat templates of several model families make of a pair."""
+"""Samples: pairs encoded by the processors and chat templates of several model families."""
 
 # ruff: noqa: E402 - these packages come with an extra; the Chinese punctuation is meant
 import dataclasses
@@ -77,7 +77,7 @@ IMAGE_TOKENS = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Paths of images of several sizes and kinds."""
+    """Writes images of several sizes and kinds; returns their paths."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for number, size in enumerate([(40, 50), (60, 30), (33, 90)]):
@@ -100,13 +100,13 @@ def dropped(encoder: Encoder, pair: Pair) -> str:
 
 
 def turns(*messages: tuple[str, Any], question: str = "the last", images: tuple[str, ...] = ()) -> Pair:
-    """A pair whose prompt has several turns."""
+    """Returns a pair whose prompt has several turns."""
     conversation = [{"role": role, "content": content} for role, content in messages]
     return Pair(question, "yes", "no", images, extra={"$source": {"messages": conversation}})
 
 
 def stub_engine(processor: Any) -> TransformersEngine:
-    """The engine as far as its prompts go: nothing is generated."""
+    """Returns an engine that renders prompts and generates nothing."""
     model: Any = SimpleNamespace(
         config=SimpleNamespace(_name_or_path="stub"),
         generation_config=SimpleNamespace(eos_token_id=1),
@@ -132,7 +132,7 @@ def test_a_response_is_its_own_tokens_and_the_end_of_the_turn(template: str, res
 
 @pytest.mark.parametrize("template", list(SPECIAL), ids=["qwen", "llama3", "gemma", "zephyr", "vicuna"])
 def test_prompt_and_response_are_what_the_template_renders(template: str) -> None:
-    """Up to the end of the turn, with one token that begins the text and not two."""
+    """The ids end with the end of the turn, and the text begins with one begin token, not two."""
     encoder = text_encoder(template)
     pair = Pair("Why?\n1 < 2!", "because", "dunno")
     got = sample(encoder, pair)
@@ -189,7 +189,7 @@ def test_the_prompt_is_the_one_that_is_sampled_from(family: Any, count: int, ima
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_stand_where_the_question_has_them(family: Any, images: tuple[str, ...]) -> None:
-    """Three images, the last of which is grey: their tokens, their places, and rows that can be put together."""
+    """Three images, the last in grey, have their tokens and places, and their rows can be concatenated."""
     encoder = Encoder(family())
     got = sample(encoder, Pair("<image>\none <image>\ntwo <image>\nthree", "yes", "no", images[1:]))
     token = IMAGE_TOKENS[family.__name__]
@@ -216,11 +216,11 @@ def test_an_image_without_a_place_comes_first(family: Any, images: tuple[str, ..
     placed = sample(encoder, Pair("<image>\nWhat?", "yes", "no", images[:1]))
     assert bare.prompt_ids.tolist() == placed.prompt_ids.tolist()
     assert bare.digest == placed.digest
-    assert bare.prompt_key != placed.prompt_key  # equal only if the same question makes it so
+    assert bare.prompt_key != placed.prompt_key  # equal keys need the same question
 
 
 def test_nested_images_lie_as_the_model_flattens_them(images: tuple[str, ...]) -> None:
-    """Idefics3 sees the same tiles in ``[N, 1, ...]`` of two pairs as in ``[1, N, ...]`` of one."""
+    """Idefics3 computes the same features from ``[N, 1, ...]`` of two pairs as from ``[1, N, ...]`` of one pair."""
     processor = idefics3()
     both = sample(Encoder(processor), Pair("?", "yes", "no", images[:2])).image_inputs
     assert both["pixel_values"].shape[1:] == (1, 3, 32, 32)
@@ -279,12 +279,12 @@ def test_faulty_images_are_named(family: Any, images: tuple[str, ...], tmp_path:
     refuse(f"what is {token}?", (), "the prompt must have 0 image tokens .* for its 0 images, got 1")
     refuse("?", images[:1], "chosen must not hold an image, video or audio token", chosen=f"see {token}")
     refuse("?", images[:1], "rejected must not hold an image, video or audio token", rejected=f"{token}")
-    if token != "<image>":  # else it is the place of one
+    if token != "<image>":  # "<image>" is the place of an image
         refuse(f"<image>what is {token}?", images[:1], "the prompt ")
 
 
 def test_a_processor_that_loses_image_tokens_is_found_out(images: tuple[str, ...]) -> None:
-    """As one that truncates by itself does."""
+    """The processor truncates its output."""
     for family in (internvl, qwen, llava):
         processor = family()
         encoder, call = Encoder(processor), type(processor).__call__
@@ -339,7 +339,7 @@ def test_a_prompt_of_several_turns_is_rendered_as_it_was(template: str) -> None:
 def test_images_of_several_turns(family: Any, images: tuple[str, ...]) -> None:
     encoder = Encoder(family())
     texts = turns(("user", "<image>\nOne?"), ("assistant", "1"), ("user", "Two <image>?"), images=images[:2])
-    block = {"type": "image", "text": None}  # as a column of a dataset holds it
+    block = {"type": "image", "text": None}  # the form in a column of a dataset
     first = [block, {"type": "text", "text": "One?"}]
     second = [{"type": "text", "text": "Two "}, block, {"type": "text", "text": "?"}]
     blocks = turns(("user", first), ("assistant", "1"), ("user", second), images=images[:2])
@@ -460,7 +460,7 @@ def test_the_digest_changes_if_and_only_if_the_inputs_do(images: tuple[str, ...]
 
 
 def test_the_digest_tells_apart_where_one_response_ends() -> None:
-    """Moving tokens over a border, or a field of another type, is another input."""
+    """Moving tokens across a border or changing the dtype of a field changes the digest."""
     encoder = text_encoder()
     fields = {"prompt": [5, 6], "chosen": [7], "rejected": [8]}
     from mpo_ext.train.encode import _digest

@@ -23,7 +23,7 @@ def pairs_file(path: Path, count: int, name: str = "q") -> SourceRecipe:
 
 
 def meta_file(folder: Path, subsets: dict[str, tuple[int, float]]) -> SourceRecipe:
-    """An MMPR meta file; each subset has a number of lines and a repeat_time."""
+    """Writes an MMPR meta file; each subset has a number of lines and a repeat_time."""
     entries = {}
     for name, (count, repeat) in subsets.items():
         lines = [
@@ -71,7 +71,7 @@ def test_sources_of_one_name_are_told_apart_and_draw_as_before(tmp_path: Path) -
     assert "dropout-ntp/pairs.jsonl" in "\n".join(mixture.lines())
     alone = Mixture([with_repeat(sources[0], 0.5)])
     beside = Mixture([with_repeat(sources[0], 0.5), sources[1]])
-    assert alone.epoch(0).tolist() == beside.epoch(0)[:4].tolist()  # the draw hangs on the name, not on the label
+    assert alone.epoch(0).tolist() == beside.epoch(0)[:4].tolist()  # the draw depends on the name, not on the label
 
 
 def test_a_look_counts_formats_images_and_what_is_missing(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_draws_are_anew_for_each_epoch_and_depend_on_seed_and_subset_alone(tmp_p
     assert mixture.epoch(0).tolist() == first.tolist()
     assert Mixture([part], seed=3).epoch(1).tolist() == second.tolist()
     assert Mixture([part], seed=4).epoch(0).tolist() != first.tolist()
-    assert 30 < len(set(first.tolist()) & set(second.tolist())) < 70  # half of 100, as chance has it
+    assert 30 < len(set(first.tolist()) & set(second.tolist())) < 70  # about half of 100, by chance
     beside = Mixture([part, with_repeat(pairs_file(tmp_path / "b.jsonl", 200), 0.5)], seed=3).epoch(0)
     assert beside[:100].tolist() == first.tolist()
     assert (beside[100:] - 200).tolist() != first.tolist()
@@ -172,7 +172,7 @@ def test_a_copy_opens_its_sources_anew(tmp_path: Path) -> None:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     mixture = Mixture([SourceRecipe(path=str(path)), pairs_file(tmp_path / "a.jsonl", 5000)])
     packed = pickle.dumps(mixture)
-    assert len(packed) < 5000  # no index of lines goes along
+    assert len(packed) < 5000  # the index of lines is not pickled
     copy = pickle.loads(packed)
     assert [copy.read(index)[0].question for index in (0, 4, 5, 5004)] == ["t0", "t4", "q0", "q4999"]
     assert copy.epoch(1).tolist() == mixture.epoch(1).tolist()

@@ -1,4 +1,4 @@
-"""Recipes: what a file may say, what it is told where it is wrong, and the command that takes it."""
+"""Recipes: the settings of a file, the messages about wrong settings, and the command that reads recipes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SMALL = "model: {path: m}\ndata: {train: a.jsonl}\noutput: {dir: out}\n"
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Recipe]:
-    """Loads a recipe from a text."""
+    """Returns a function that loads a recipe from a text."""
 
     def load_text(text: str = SMALL, *overrides: str) -> Recipe:
         (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
@@ -56,7 +56,7 @@ def small(**sections: Any) -> Recipe:
     return Recipe(**{**given, "output": OutputRecipe(dir="out"), **sections})
 
 
-def test_what_is_left_out_has_its_default(load: Callable[..., Recipe]) -> None:
+def test_omitted_settings_have_their_defaults(load: Callable[..., Recipe]) -> None:
     assert load() == small(data=DataRecipe(train=(SourceRecipe(path="a.jsonl"),)))
     assert load("model: {path: m}\ndata: {train: a.jsonl}\noutput: {dir: out}\nloss:\n  # beta: 1\n") == load()
     assert load("model: {path: m, lora: {}}\ndata: {train: a}\noutput: {dir: o}\n").model.lora == LoraRecipe()
@@ -137,7 +137,7 @@ def test_a_recipe_comes_back_from_its_own_file(load: Callable[..., Recipe]) -> N
         assert load(built.to_yaml()) == built
         plain = built.to_dict()
         assert plain == yaml.safe_load(yaml.safe_dump(plain))
-        if text not in ("1e6", "0o17", "1e-6"):  # which PyYAML itself leaves bare
+        if text not in ("1e6", "0o17", "1e-6"):  # PyYAML does not quote these
             assert load(yaml.safe_dump(plain)) == built
 
 
@@ -228,12 +228,12 @@ def test_values_of_a_wrong_type_are_named(load: Callable[..., Recipe], override:
         ("1: 2\n", r"r\.yaml: unknown setting 1; known settings"),
     ],
 )
-def test_files_that_are_no_recipes(load: Callable[..., Recipe], text: str, message: str) -> None:
+def test_files_that_are_not_recipes(load: Callable[..., Recipe], text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(text)
 
 
-def test_a_file_that_is_not_there_or_no_mapping(load: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_file_that_does_not_exist_or_is_not_a_mapping(load: Callable[..., Recipe], tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"gone\.yaml"):
         load_recipe(tmp_path / "gone.yaml")
     for text in ("", "- a\n", "text"):
@@ -344,12 +344,12 @@ def test_a_file_that_is_not_there_or_no_mapping(load: Callable[..., Recipe], tmp
         ),
     ],
 )
-def test_rules_hold_for_recipes_made_in_python(build: Callable[[], object], message: str) -> None:
+def test_rules_hold_for_recipes_built_in_python(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         build()
 
 
-def test_what_looks_alike_is_allowed() -> None:
+def test_similar_but_valid_recipes_are_allowed() -> None:
     assert ModelRecipe(path="m", dtype="float16", lora=LoraRecipe()).dtype == "float16"
     assert small(reference=ReferenceRecipe(sync_every=5)).reference_kind == "copy"
     lora = ModelRecipe(path="m", lora=LoraRecipe())
@@ -400,7 +400,7 @@ def test_the_recipes_have_the_authors_hyperparameters() -> None:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
-    """Recipes that the trainer was called with, in place of training."""
+    """Replaces the trainer; returns the recipes that it was called with."""
     calls: list[Recipe] = []
     loop = types.ModuleType("mpo_ext.train.loop")
     loop.train = calls.append  # type: ignore[attr-defined]
@@ -460,7 +460,7 @@ def test_missing_packages_name_the_extra(
     assert capsys.readouterr().err == (f"mpo-ext train: No module named 'accelerate': {install_hint('train')}\n")
 
 
-def test_words_that_are_no_settings_are_refused(
+def test_words_that_are_not_settings_are_rejected(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "r.yaml").write_text(SMALL)
@@ -477,5 +477,10 @@ def test_the_package_and_its_extras_are_installed() -> None:
     packaged = re.search(r"^packages = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
     assert packaged is not None
     assert '"mpo_ext.train"' in packaged[1]
-    for extra, package in (("train", "pydantic>="), ("train", "ruamel.yaml>="), ("train", "rich>="), ("lora", "peft>=")):
+    for extra, package in (
+        ("train", "pydantic>="),
+        ("train", "ruamel.yaml>="),
+        ("train", "rich>="),
+        ("lora", "peft>="),
+    ):
         assert re.search(rf'^{extra} = \[.*"{package}', text, re.MULTILINE), extra

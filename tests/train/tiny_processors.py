@@ -1,4 +1,4 @@
-"""Tokenizers, chat templates and processors of several families, small enough to be built on the spot."""
+"""Small tokenizers, chat templates and processors of several model families."""
 
 import re
 from typing import Any
@@ -43,7 +43,7 @@ ZEPHYR = (
     "{% for m in messages %}<|{{ m.role }}|>\n" + TEXT + " {{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-VICUNA = (  # writes nothing behind the assistant's turn but a space
+VICUNA = (  # writes only a space after the assistant's turn
     "{% for m in messages %}{{ m.role.upper() }}: " + TEXT + " {% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
@@ -59,7 +59,7 @@ PADDING = "!"  # a token of ordinary text, as Qwen's id 0 is
 
 
 def build_tokenizer(special: list[str], *, bos: str | None = None, **options: Any) -> PreTrainedTokenizerFast:
-    """One token per byte, so that any text has tokens, Chinese too, and the id of "!" is that of the padding."""
+    """Builds a tokenizer with a token per byte; the id of "!" is the id of the padding."""
     vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     assert vocabulary[PADDING] == 0
     vocabulary |= {token: len(vocabulary) + index for index, token in enumerate(["<s>", "</s>"])}
@@ -84,7 +84,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrain
 
 
 class TinyInternVLProcessor(InternVLProcessor):
-    """Without the processor of videos, which needs torchvision."""
+    """InternVL's processor without its video processor, which needs torchvision."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
@@ -101,7 +101,7 @@ class TinyInternVLProcessor(InternVLProcessor):
 
 
 class TinyQwenProcessor(Qwen2_5_VLProcessor):
-    """Likewise."""
+    """Qwen2.5-VL's processor without its video processor, which needs torchvision."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)

@@ -1,4 +1,4 @@
-"""Models that fit the processors of ``tiny_processors``: other families than the digits demo's, with images."""
+"""Small vision models for the processors of ``tiny_processors``: families that the digits demo does not use."""
 
 from typing import Any
 
