@@ -23,8 +23,8 @@ _CHUNK = 1 << 20
 class LineFile(PairSequence):
     """The lines of a file as pairs, read one by one. The memory is 8 bytes per line.
 
-    Safe in the workers of a data loader: reads do not depend on the file position, and a copy in another process reopens the file.
-    Empty lines are ignored.
+    Safe in the workers of a data loader: reads do not depend on the file position, and a copy in another process
+    reopens the file. Empty lines are ignored.
 
     Args:
         path: The file.

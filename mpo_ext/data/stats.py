@@ -112,7 +112,7 @@ def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[s
         loaded: Any = AutoTokenizer.from_pretrained(os.fspath(tokenizer))
     except Exception as error:  # the types are many: missing folder, hub id, broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"tokenizer must be a name or folder that transformers can load, got {tokenizer}: {reason}") from None
+        raise ValueError(f"tokenizer must be loadable by transformers, got {tokenizer}: {reason}") from None
     return lambda text: len(loaded.encode(text, add_special_tokens=False, verbose=False)), f"tokens of {tokenizer}"
 
 
