@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Tensors are small here: threads would wait for one another longer than they work. Tests of threads set a number.
+# Tensors are small here, so threads would wait longer than they work. Tests of threads set their number.
 torch.set_num_threads(1)
 
-# What a CPU multiplies in bfloat16 depends on the CPU; the bounds of most tests are those of widened operands.
+# The dtype of products on a CPU depends on the CPU; the bounds of most tests hold for widened inputs.
 os.environ.setdefault("MPO_CPU_MATMUL", "float32")
 
 # Every backend of the package can be named here; `cuda` and `triton` need a GPU.
@@ -17,7 +17,7 @@ BACKENDS = os.environ.get("MPO_TEST_BACKENDS", "reference,cpu").split(",")
 
 
 def _engines() -> list[str]:
-    """Backends, the CPU one once for each instruction set that this machine has."""
+    """Returns the backends, with "cpu" once for each instruction set of this machine."""
     engines = [name for name in BACKENDS if name != "cpu"]
     if "cpu" in BACKENDS:
         try:
@@ -25,7 +25,7 @@ def _engines() -> list[str]:
 
             engines += [f"cpu-{isa}" for isa in cpu_isas()]
         except ImportError:
-            engines.append("cpu")  # its tests then fail, with the package's own words
+            engines.append("cpu")  # its tests then fail with the message of the package
     return engines
 
 
@@ -34,19 +34,19 @@ ENGINES = _engines()
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """A backend by name."""
+    """Returns the name of a backend."""
     return request.param
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A backend by name; for "cpu", MPO_CPU_ISA is set to each instruction set in turn."""
+    """Returns the name of a backend; for "cpu", MPO_CPU_ISA is set to each instruction set in turn."""
     return _select(request.param, monkeypatch)
 
 
 @pytest.fixture(params=[name for name in ENGINES if name != "reference"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Like engine without "reference", which is plain autograd: for what only kernels promise."""
+    """Returns an engine other than "reference", for the properties that only kernels have."""
     return _select(request.param, monkeypatch)
 
 
@@ -59,13 +59,13 @@ def _select(engine: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the tensors of the test's backend live."""
+    """Returns the device of the tensors for the test's backend."""
     (fixture,) = {"backend", "engine", "kernel"}.intersection(request.fixturenames)
     return device_of(request.getfixturevalue(fixture))
 
 
 def device_of(backend: str) -> str:
-    """The device that a backend runs on here."""
+    """Returns the device on which a backend runs here."""
     on_gpu = backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
     return "cuda" if on_gpu else "cpu"
 
@@ -79,7 +79,7 @@ def threads() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs the backends of a case one after the other, so that the oracle's answer, once computed, serves them all."""
+    """Runs the backends of a case one after another, so that they share the result of the oracle."""
     order: dict[tuple, int] = {}
 
     def place(item: pytest.Item) -> int:

@@ -1,12 +1,12 @@
-"""What the tests compare with: the whole loss in plain numpy with its gradient by hand, eager torch, and the bound.
+"""Defines the expected results of the tests: the whole loss in numpy, eager torch, and the allowed error.
 
-Nothing here knows the package. Three things are meant for use by tests:
+Nothing here imports the package. Tests use three groups of functions:
 
 - ``mpo_exact`` and ``token_logp_exact`` are the definition, in float64, or in long double for float64 logits, so that
-  float64 can be judged too. They loop over sequences and rows, and favour plain words over speed.
-- ``mpo_eager`` and ``token_logp_eager`` are what a user would write in torch: logits upcast to float32,
-  ``log_softmax``, ``gather``, autograd. Their error is the yardstick for the error of a kernel.
-- ``assert_as_accurate`` and its relatives compare a result with both.
+  float64 results can be checked too. They loop over sequences and rows, and prefer simplicity to speed.
+- ``mpo_eager`` and ``token_logp_eager`` are the code that a user would write in torch: logits upcast to float32,
+  ``log_softmax``, ``gather``, autograd. The error of a kernel is compared with their error.
+- ``assert_as_accurate`` and similar functions compare a result with both.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 LOG_2 = float(np.log(2.0))
 STATS = ("entropy", "mean_logit", "top1", "sum_p_squared")
-# What mpo_exact and mpo_eager take besides tensors. The names are those of the package's MPOConfig.
+# Options of mpo_exact and mpo_eager, named as in the MPOConfig of the package.
 DEFAULTS: dict[str, Any] = {
     "beta": 0.1,
     "dpo_weight": 0.8,
@@ -37,9 +37,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 def wide(tensor: Tensor | Array) -> Array:
-    """The values of a tensor in a type wide enough to judge them: long double for float64, else float64.
+    """Returns the values of a tensor in a wider type: long double for float64, else float64.
 
-    An array is wide already: logits that were computed from tensors here, and never rounded.
+    An array is wide already: these are logits computed from tensors here, and never rounded.
     """
     if isinstance(tensor, np.ndarray):
         return tensor
@@ -50,7 +50,7 @@ def wide(tensor: Tensor | Array) -> Array:
 
 
 def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
-    """Machine epsilon of the arithmetic that logits of this type are computed in: float32, or float64 for float64.
+    """Returns the machine epsilon of the arithmetic for logits of this type: float32, or float64 for float64.
 
     The dtype may be that of ``wide`` logits: long double stands for float64.
     """
@@ -63,7 +63,7 @@ def accumulation_eps(dtype: torch.dtype | np.dtype) -> float:
 
 @dataclasses.dataclass
 class ExactRows:
-    """Rows scored against targets. Rows whose target is ignored hold zeros, and their logits are never looked at."""
+    """Rows scored against targets. Rows whose target is ignored hold zeros, and their logits are never read."""
 
     logp: Array  # [n], NaN for a target outside the vocabulary
     share: Array  # [n, V], d logp / d logits = onehot(target) - softmax
@@ -114,7 +114,7 @@ def score_rows(logits: Array, targets: np.ndarray, ignore_index: int) -> ExactRo
 
 
 def shifted_left(labels: np.ndarray, ignore_index: int) -> np.ndarray:
-    """The targets of one sequence whose position t is scored against label t + 1. The last position has none."""
+    """Returns the targets of a sequence whose position t is scored against label t + 1. The last position has none."""
     targets = np.full_like(labels, ignore_index)
     targets[:-1] = labels[1:]
     return targets
@@ -128,7 +128,7 @@ def token_logp_exact(
     shift: bool = False,
     ignore_index: int = -100,
 ) -> tuple[Array, Array, Array]:
-    """Log-probabilities of labels, and the gradient of their weighted sum.
+    """Returns log-probabilities of labels, and the gradient of their weighted sum.
 
     Args:
         logits: ``[..., V]``.
@@ -151,7 +151,7 @@ def token_logp_exact(
 
 
 class ExactShift:
-    """The reward shift by the book, in Python numbers. Called with a batch's rewards, it returns the delta used."""
+    """The definition of the reward shift in Python numbers. A call with a batch's rewards returns the delta used."""
 
     def __init__(
         self,
@@ -166,19 +166,19 @@ class ExactShift:
         self.pending: list[tuple[float, int]] = []
 
     def __call__(self, reward_sum: float, count: int) -> float:
-        """One micro-batch in training: ``count`` rewards that add up to ``reward_sum``."""
+        """Handles a micro-batch in training, of ``count`` rewards with the sum ``reward_sum``."""
         before = self.value
         self.update(reward_sum, count)
         return self.value if self.order == "before" else before
 
     def update(self, reward_sum: float, count: int) -> None:
-        """Takes in a batch; the value moves at once, or at the next ``step`` if it moves per optimizer step."""
+        """Adds a batch; the value moves immediately, or at the next ``step`` if it moves per optimizer step."""
         self.pending.append((reward_sum, count))
         if self.per == "micro_batch":
             self.step()
 
     def step(self) -> None:
-        """Moves the value by the mean of what came in since the last step."""
+        """Moves the value by the mean of the rewards since the last step."""
         total = sum(count for _, count in self.pending)
         reward_sum = sum(reward for reward, _ in self.pending)
         self.pending = []
@@ -194,7 +194,7 @@ class ExactShift:
 
 @dataclasses.dataclass
 class Exact:
-    """All that mpo_loss returns, its gradient, and how much of its error its own inputs make unavoidable."""
+    """The results of mpo_loss, its gradient, and the errors that rounding of its inputs makes unavoidable."""
 
     loss: Array
     dpo_loss: Array
@@ -214,17 +214,17 @@ class Exact:
 
 
 def neg_log_sigmoid(x: Array) -> Array:
-    """-log(sigmoid(x)) without overflow."""
+    """Returns -log(sigmoid(x)) without overflow."""
     return np.logaddexp(0, -x)
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)), with a small relative error at both ends."""
+    """Returns 1 / (1 + exp(-x)), with a small relative error at both ends."""
     return np.exp(-neg_log_sigmoid(x))
 
 
 def sequence_slices(labels: Tensor, cu_seqlens: Tensor | None) -> list[Any]:
-    """Where each sequence lives: an index into logits and labels."""
+    """Returns the place of each sequence: an index into logits and labels."""
     if cu_seqlens is None:
         return list(range(labels.shape[0]))
     bounds = cu_seqlens.tolist()
@@ -242,16 +242,16 @@ def mpo_exact(
     shift: bool = True,
     **options: Any,
 ) -> Exact:
-    """The loss, its terms and its gradient with respect to the logits.
+    """Returns the loss, its terms and its gradient by the logits.
 
     Args:
         logits: ``[2B, T, V]``, chosen first; or packed ``[N, V]``.
         labels: ``[2B, T]`` or ``[N]``.
-        ref_logp: ``[2B]``, or None where ref_logits is given.
+        ref_logp: ``[2B]``, or None if ref_logits is given.
         ref_logits: Like logits.
-        reward_shift: Delta, or a function of the sum and the number of the batch's rewards that returns it.
+        reward_shift: Delta, or a function that returns it for the sum and the number of the batch's rewards.
         cu_seqlens: ``[2B + 1]`` for packed logits.
-        shift: Whether position t is scored against label t + 1 of its own sequence.
+        shift: Whether position t is scored against label t + 1 of the same sequence.
         options: Any of DEFAULTS.
     """
     o = {**DEFAULTS, **options}
@@ -285,7 +285,7 @@ def mpo_exact(
         ref = wide(ref_logp).astype(z.dtype)
         ref_noise = 0.0
 
-    # 3. Rewards. A pair that lacks a side is no comparison: its rewards are 0.
+    # 3. Rewards. A pair that lacks a side compares nothing: its rewards are 0.
     with np.errstate(invalid="ignore"):
         reward = real(o["beta"]) * (logp - ref)
     valid = np.zeros(pairs, bool)
@@ -310,7 +310,7 @@ def mpo_exact(
             d_reward[i] = d_margin - real(o["bco_weight"]) * sigmoid(-(chosen - delta)) / pairs
             d_reward[pairs + i] = -d_margin + real(o["bco_weight"]) * sigmoid(rejected - delta) / pairs
 
-    # 5. Next-token prediction over the chosen side, and what each token of a sequence weighs in the loss.
+    # 5. Next-token prediction over the chosen side, and the weight in the loss of each token of a sequence.
     d_logp = real(o["beta"]) * d_reward
     ntp = real(0)
     answers = [i for i in range(pairs) if tokens[i] > 0]
@@ -347,7 +347,7 @@ def mpo_exact(
 
 
 def _sum_noise(rows: ExactRows, eps: float) -> float:
-    """What the sum of a sequence may be off by: each term by one rounding of itself or of the logarithm next to it."""
+    """Returns the possible error of a sequence's sum: one rounding of each term, or of the logarithm in it."""
     finite = np.abs(rows.logp[rows.labelled & np.isfinite(rows.logp)])
     return float(eps * np.maximum(finite, 1).sum())
 
@@ -361,17 +361,17 @@ def _noise(
     eps: float,
     o: dict[str, Any],
 ) -> dict[str, float]:
-    """How far correct arithmetic may be from the exact value, for the results that are differences of larger numbers.
+    """Returns the possible error of correct arithmetic, for results that are differences of larger numbers.
 
-    A reward is a small difference of two sums. An error of one rounding in a sum is many units in the last place of
-    the reward, and of all that is computed from it, and eager torch may be lucky there. Terms are at most as
-    sensitive to a reward as 1, their derivatives as 1/4.
+    A reward is a small difference of two sums. One rounding of a sum is many units in the last place of the reward and
+    of everything computed from it, and the error of eager torch may happen to be small there. The derivative of a term
+    by a reward is at most 1, and the second derivative at most 1/4.
     """
     pairs = len(scored) // 2
     logp = max(_sum_noise(rows, eps) for rows in scored)
     reward = o["beta"] * (logp + ref_noise + eps * float(np.abs(ref[np.isfinite(ref)]).max(initial=0.0)))
     longest = max(float(np.abs(rows.logp[np.isfinite(rows.logp)]).max(initial=1.0)) for rows in scored)
-    # The shift is a mean of rewards, and maybe of values before; BCO has it twice.
+    # The shift is a mean of rewards, and possibly of earlier values; BCO contains it twice.
     shift = reward + eps * (1 + float(np.abs(rewards[np.isfinite(rewards)]).max(initial=0.0)))
     dpo, bco, ntp = 2 * reward, 2 * (reward + shift), eps * max(longest, 1.0)
     chosen_tokens = [int(count) for count in tokens[:pairs] if count > 0]
@@ -404,16 +404,16 @@ def _noise(
 
 @dataclasses.dataclass(frozen=True)
 class ExactHead:
-    """Logits from hidden states, never rounded to their dtype, and what their gradients by hand need."""
+    """Logits from hidden states, never rounded to their dtype, and the factors of their gradients."""
 
     hidden: Array  # [..., D]
     weight: Array  # [V, D]
     logits: Array  # [..., V]
     slope: Array  # [..., V], d logit / d (hidden @ weight.T + bias)
-    magnitude: Array  # [..., V], a logit if no terms of its product cancelled: one rounding of it is beyond blame
+    magnitude: Array  # [..., V], a logit if no terms of its product cancelled: one rounding of it is allowed
 
     def gradients(self, gradient: Array) -> dict[str, Array]:
-        """Gradients by hidden, weight and bias from one by the logits. Rows where it is 0 do not count."""
+        """Returns the gradients by hidden, weight and bias for a gradient by logits, without rows where it is 0."""
         vocab, depth = self.weight.shape
         used = (gradient != 0).any(-1).reshape(-1)
         by_product = (gradient * self.slope).reshape(-1, vocab)[used]
@@ -426,7 +426,7 @@ class ExactHead:
         }
 
     def sizes(self, gradient: Array) -> dict[str, Array]:
-        """The same with all terms positive: what the gradients would be if nothing in their sums cancelled."""
+        """Returns the gradients with all terms positive, as if nothing in their sums cancelled."""
         positive = dataclasses.replace(
             self, hidden=np.abs(self.hidden), weight=np.abs(self.weight), slope=np.abs(self.slope)
         )
@@ -442,7 +442,7 @@ def head_exact(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> ExactHead:
-    """The definition of the logits: cap * tanh(logit_scale * (hidden @ weight.T + bias) / cap) / temperature."""
+    """Returns the logits: cap * tanh(logit_scale * (hidden @ weight.T + bias) / cap) / temperature."""
     is_double = torch.float64 in (hidden.dtype, weight.dtype)
     h, w = (wide(x).astype(np.longdouble if is_double else np.float64) for x in (hidden, weight))
     real = h.dtype.type
@@ -466,7 +466,7 @@ def head_eager(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Logits as a model computes them in the dtype of its tensors, differentiable."""
+    """Returns logits as a model computes them in the dtype of its tensors, differentiable."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     logits = logits * logit_scale
@@ -481,7 +481,7 @@ def head_eager(
 def token_logp_eager(
     logits: Tensor, labels: Tensor, weight: Tensor | None = None, *, shift: bool = False, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """``(logp, gradient)`` as plain torch computes them; the gradient has the dtype of the logits."""
+    """Returns ``(logp, gradient)`` as plain torch computes them; the gradient has the dtype of the logits."""
     leaf = logits.detach().clone().requires_grad_()
     targets = _eager_targets(labels, shift, ignore_index)
     logp = _eager_logp(leaf, targets, ignore_index)
@@ -513,9 +513,9 @@ def mpo_eager(
     shift: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
-    """The loss as a user would write it in torch: a dict with the fields of Exact, the gradient by autograd.
+    """Returns the loss as a user would write it in torch: a dict with the fields of Exact, the gradient by autograd.
 
-    Args are those of mpo_exact, but for reward_shift, which must be a number.
+    The arguments are those of mpo_exact, except that reward_shift must be a number.
     """
     o = {**DEFAULTS, **options}
     leaf = logits.detach().clone().requires_grad_()
@@ -591,10 +591,10 @@ def assert_as_accurate(
     noise: float = 0.0,
     name: str = "result",
 ) -> None:
-    """A result may be off by ``factor`` times what eager torch is off by in the same dtype, and no more.
+    """Raises unless the error of a result is at most ``factor`` times the error of eager torch in the same dtype.
 
-    A fixed ``atol`` would not do: at a vocabulary of 150k a typical gradient entry is 1e-5, and a kernel that writes
-    zeros passes ``atol=5e-5``. The floor is one unit in the last place of the largest exact value, in the dtype of
+    A fixed ``atol`` is not enough: with a vocabulary of 150k a typical gradient entry is 1e-5, and a kernel that
+    writes zeros passes ``atol=5e-5``. The floor is one unit in the last place of the largest exact value, in the dtype of
     the result, plus ``noise`` for results that are differences of larger numbers. Infinities and NaN must match.
     """
     exact = np.asarray(exact)
@@ -631,20 +631,20 @@ def assert_gradient_as_accurate(
     noise: float = 0.0,
     name: str = "gradient",
 ) -> None:
-    """A gradient with respect to logits, its label entries and its many small entries judged apart.
+    """Checks a gradient by the logits: the label entries, and separately the many small entries.
 
-    In half precision one unit in the last place of a label's entry is larger than all other entries of a large
-    vocabulary together. So entries off the label are held to their relative error as well: ``factor`` times the
-    largest of eager torch, plus one unit in the last place of the entry itself and one of the exponent behind it.
+    In half precision, one unit in the last place of a label's entry is larger than all other entries of a large
+    vocabulary together. The relative error of the other entries is therefore checked too: it may be ``factor`` times
+    the largest of eager torch, plus one unit in the last place of the entry and one of the exponent in it.
 
     Args:
         actual: ``[..., V]``, in the dtype of the logits.
-        eager: Likewise.
+        eager: ``[..., V]``, in the dtype of the logits.
         exact: ``[..., V]``.
         share: ``[..., V]``, onehot - softmax. Positive on the label only.
         factor: Allowed multiple of the error of eager torch.
-        noise: Absolute error of a row's weight, which shows in an entry in proportion to its share.
-        name: What to call it on failure.
+        noise: Absolute error of a row's weight; it changes an entry in proportion to its share.
+        name: Name of the gradient in the failure message.
     """
     assert actual.dtype == eager.dtype, f"{name}: {actual.dtype}, expected {eager.dtype}"
     assert_as_accurate(actual, eager, exact, factor, noise=noise, name=name)
@@ -652,7 +652,7 @@ def assert_gradient_as_accurate(
     got, usual = wide(actual), wide(eager)
     on_label = usable & (share > 0)
     if on_label.any():
-        # 1 - p of a confident label is no better than the rounding of the logarithm that it comes from.
+        # 1 - p of a confident label is only as accurate as the logarithm that it comes from.
         weight = float(np.abs(exact[on_label] / share[on_label]).max())
         assert_as_accurate(
             actual[torch.from_numpy(on_label)],
@@ -669,9 +669,9 @@ def assert_gradient_as_accurate(
     usual_error = 0.0
     if normal.any():
         usual_error = float((np.abs(usual[normal] - exact[normal]) / size[normal]).max())
-    # Below the normal numbers float16 has its own grid. Float32 arithmetic may flush there, for bfloat16 too.
+    # Float16 is less accurate below its normal numbers. Float32 arithmetic may flush there, for bfloat16 too.
     tiny = info.smallest_normal * (info.eps if actual.dtype == torch.float16 else 1)
-    # exp(a) turns one rounding of its argument into |a| roundings of the result; few entries may spare eager that.
+    # exp(a) turns one rounding of its argument into |a| roundings of the result; a few entries may not show that.
     with np.errstate(divide="ignore"):
         exponent = np.minimum(np.abs(np.log(np.abs(share))), 1000)
     rounding = info.eps + accumulation_eps(actual.dtype) * (2 + exponent)
@@ -697,22 +697,22 @@ def assert_product_as_accurate(
     extra: Array | float = 0.0,
     name: str = "product",
 ) -> None:
-    """A matrix product, each entry judged by the size of its own terms.
+    """Checks a matrix product, each entry relative to the size of its terms.
 
-    Rows of confident tokens and columns of rare ones are many orders smaller than the largest entry, and would be
-    beyond notice beside it. So the error of an entry is divided by what it would be if its terms did not cancel, and
-    the largest such quotient may be ``factor`` times that of eager torch, plus one unit in the last place and
-    ``noise``. Where there are no terms the entry must be 0.
+    Rows of confident tokens and columns of rare tokens are many orders smaller than the largest entry, so an error
+    there would go unnoticed. The error of an entry is therefore divided by the sum of its absolute terms. The largest
+    quotient may be ``factor`` times that of eager torch, plus one unit in the last place and ``noise``. An entry
+    without terms must be 0.
 
     Args:
         actual: Any shape.
-        eager: Likewise; it may be of a wider dtype.
-        exact: Likewise.
-        size: Likewise, the sum of the absolute terms.
+        eager: The same shape; its dtype may be wider.
+        exact: The same shape.
+        size: The same shape, the sum of the absolute terms.
         factor: Allowed multiple of the error of eager torch.
-        noise: Relative error of a term that its own inputs make unavoidable.
-        extra: Absolute error, likewise, of each entry.
-        name: What to call it on failure.
+        noise: Unavoidable relative error of a term.
+        extra: Unavoidable absolute error of each entry.
+        name: Name of the product in the failure message.
     """
     assert tuple(actual.shape) == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {exact.shape}"
     got, usual = wide(actual), wide(eager)
@@ -721,7 +721,7 @@ def assert_product_as_accurate(
     assert not got[~has_terms].any(), f"{name}: got {got[~has_terms][got[~has_terms] != 0][0]} where nothing adds up"
     safe = np.where(has_terms, size, 1)
     usual_error = float((np.abs(usual - exact) / safe)[has_terms].max(initial=0.0))
-    # Float16 has its own grid below the normal numbers; float32 arithmetic may flush there, for bfloat16 too.
+    # Float16 is less accurate below its normal numbers; float32 arithmetic may flush there, for bfloat16 too.
     tiny = info.smallest_normal * (info.eps if actual.dtype == torch.float16 else 1)
     allowed = (factor * usual_error + info.eps + noise) * size + extra + tiny
     error = np.abs(got - exact)
@@ -758,7 +758,7 @@ def assert_output_as_accurate(
     upstream: float = 1.0,
     factor: float = 2.0,
 ) -> None:
-    """Every field of an MPOOutput, and the gradient that ``loss`` times ``upstream`` gave, if there is one."""
+    """Checks every field of an MPOOutput, and the gradient of ``loss`` times ``upstream`` if it is given."""
     dtype = torch.float64 if eager["loss"].dtype == torch.float64 else torch.float32
     for name in FIELDS:
         actual = getattr(output, name)
@@ -795,7 +795,7 @@ def assert_output_as_accurate(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Inputs of mpo_loss, dense and on the CPU, with what the oracle and eager torch make of them."""
+    """Inputs of mpo_loss, dense and on the CPU, and the results of the oracle and of eager torch."""
 
     logits: Tensor
     labels: Tensor
@@ -810,19 +810,19 @@ class Case:
         return {**arguments, **arguments.pop("options")}
 
     def exact(self, reward_shift: float | Callable[[float, int], float] = 0.0) -> Exact:
-        """The definition's answer."""
+        """Returns the result of the definition."""
         return mpo_exact(**self._arguments(), reward_shift=reward_shift)
 
     def eager(self, reward_shift: float = 0.0) -> dict[str, Any]:
-        """The answer of plain torch."""
+        """Returns the result of plain torch."""
         return mpo_eager(**self._arguments(), reward_shift=reward_shift)
 
 
 def make_logits(rows: int, vocab: int, dtype: torch.dtype, kind: str, labels: Tensor, seed: int) -> Tensor:
-    """Logits ``[rows, V]`` of a kind: flat, peaked, or peaked around a common offset of 10,000.
+    """Returns logits ``[rows, V]`` of a kind: flat, peaked, or peaked around a common offset of 10,000.
 
-    Peaked: a few entries dominate, as after training; in two rows of three the label is one of them, with a
-    probability that ranges from a half to next to 1.
+    In peaked rows a few entries dominate, as after training; in two rows of three the label is among them, with a
+    probability between a half and almost 1.
     """
     generator = torch.Generator().manual_seed(seed)
     if kind == "flat":
@@ -848,9 +848,9 @@ def make_case(
     labelled: float = 0.5,
     seed: int = 0,
 ) -> Case:
-    """A batch with about the given share of labelled positions, drawn anew by each seed.
+    """Returns a batch with about the given fraction of labelled positions, drawn with the seed.
 
-    With a share strictly between 0 and 1 every response has at least one token.
+    With a fraction strictly between 0 and 1 every response has at least one token.
     """
     generator = torch.Generator().manual_seed(1000 * seed + vocab)
     if packed:
@@ -879,11 +879,11 @@ LAYOUTS = ("contiguous", "sliced", "unaligned", "transposed")
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same values in fresh memory. What lies between and around them is NaN, so that reading it shows.
+    """Copies the values into new memory in a layout. The memory between and around them is NaN, to detect reads of it.
 
-    contiguous: as it comes. sliced: the ``[:, :-1]`` that aligns logits with labels, a view with one position more
-    per sequence. unaligned: rows with a stride wider than V that start off any 16-byte grid. transposed: V is not
-    the contiguous axis.
+    Layouts: contiguous; sliced, the ``[:, :-1]`` that aligns logits with labels, a view with one more position per
+    sequence; unaligned, rows whose stride is wider than V and that start off any 16-byte boundary; transposed, where V
+    is not the contiguous axis.
     """
     if layout == "contiguous":
         return tensor.clone(memory_format=torch.contiguous_format)

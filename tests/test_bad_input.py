@@ -1,4 +1,4 @@
-"""Bad input: each mistake raises the right exception, which names the argument, the rule and the value."""
+"""Each mistake in the arguments raises the right exception, which names the argument, the rule and the value."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ NEITHER_OR_BOTH = r"ref_logp.*ref_logits"
 
 
 def good(packed: bool = False, **changes: Any) -> dict[str, Any]:
-    """Arguments of mpo_loss for two pairs of four positions, some of them changed."""
+    """Returns arguments of mpo_loss for two pairs of four positions, with the given changes."""
     arguments: dict[str, Any] = {
         "logits": torch.zeros(4, 4, 7),
         "labels": torch.ones(4, 4, dtype=torch.int64),
@@ -29,18 +29,18 @@ def good(packed: bool = False, **changes: Any) -> dict[str, Any]:
 
 
 def packed_by(*offsets: int) -> dict[str, Any]:
-    """Packed arguments with these cu_seqlens."""
+    """Returns packed arguments with these cu_seqlens."""
     return good(packed=True, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
 
 
 def on_meta(name: str, **options: Any) -> dict[str, Any]:
-    """Good arguments, one of them on another device."""
+    """Returns valid arguments, except that one is on another device."""
     arguments = good(**options)
     return {**arguments, name: arguments[name].to("meta")}
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Short for torch.zeros."""
+    """Calls torch.zeros."""
     return torch.zeros(*shape, dtype=dtype)
 
 

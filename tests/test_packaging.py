@@ -63,7 +63,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds a wheel from the source distribution, then twice in one checkout: builds must not depend on each other."""
+    """Builds a wheel from the source distribution, then twice in one checkout: no build depends on another."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(out), str(checkout), cwd=out)
     (sdist,) = out.glob("*.tar.gz")

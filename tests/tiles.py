@@ -1,4 +1,4 @@
-"""Tiles of a vocabulary, and the loss from hidden states, on any backend: what every backend's tests share."""
+"""Checks that the tests of every backend share: tiles of a vocabulary, and the loss from hidden states."""
 
 import itertools
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ ALL_STATS = 15
 
 
 def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Sequence[int], seed: int = 0) -> None:
-    """Tiles end at the given columns. There are rows of every kind: ignored, impossible, banned, confident."""
+    """Checks tiles that end at the given columns, with rows that are ignored, impossible, banned and confident."""
     generator = torch.Generator().manual_seed(seed + vocab)
     edges = [0, *inner_edges, vocab]
     labels = torch.tensor([0, -100, vocab - 1, edges[1], edges[1] - 1, vocab, -1, vocab // 2, -100, vocab // 3])
@@ -32,8 +32,8 @@ def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Seque
     logits[3, : edges[1]] = -torch.inf  # a first tile without a maximum
     logits[7, -2:] = -torch.inf
     logits[2, -1] = 16  # a confident label in the last tile
-    logits[0, 0] = 16  # and one in the first
-    # One column of another row before and behind, so that tiles start anywhere and reading beyond them shows.
+    logits[0, 0] = 16  # a confident label in the first tile
+    # One NaN column on each side, so that tiles start at any address and reads beyond them are detected.
     wide_logits = torch.full((len(labels), vocab + 2), torch.nan, dtype=dtype)
     view = wide_logits[:, 1:-1]
     view.copy_(logits)
@@ -53,7 +53,7 @@ def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Seque
         expected = getattr(rows, name)
         np.testing.assert_allclose(values.numpy()[possible], expected[possible].astype(float), rtol=1e-5, atol=1e-5)
 
-    # In place, as the backward of hidden states does it.
+    # In place, as in the backward of hidden states.
     scale = torch.tensor(0.5, dtype=torch.float64)
     for first, end in itertools.pairwise(edges):
         part = view[:, first:end]
@@ -64,7 +64,7 @@ def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Seque
 
 
 def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
-    """The loss from hidden states, in many tiles, against the CPU's."""
+    """Compares the loss from hidden states, in many tiles, with that of the CPU backend."""
     generator = torch.Generator().manual_seed(7)
     hidden = torch.randn(4, 5, 13, generator=generator).to(dtype)
     weight = (0.5 * torch.randn(203, 13, generator=generator)).to(dtype)

@@ -18,7 +18,7 @@ STEPS = 3
 
 
 def make_batch(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rank 1 has two pairs where rank 0 has one, and in the last step none with two sides."""
+    """Rank 1 has two pairs and rank 0 has one; in the last step rank 1 has no pair with two sides."""
     generator = torch.Generator().manual_seed(10 * rank + step)
     sequences = 4 if rank else 2
     logits = 2 * torch.randn(sequences, 5, 31, generator=generator)
@@ -44,7 +44,7 @@ def worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
 
 
 def rewards(rank: int, step: int) -> list[float]:
-    """The rewards of one rank's step, of pairs with two sides."""
+    """Returns the rewards of the pairs with two sides in a step of a rank."""
     logits, labels, ref_logp = make_batch(rank, step)
     out = mpo_loss(logits, labels, ref_logp, backend="reference")
     has_both = (out.tokens.chunk(2)[0] > 0) & (out.tokens.chunk(2)[1] > 0)
@@ -52,7 +52,7 @@ def rewards(rank: int, step: int) -> list[float]:
 
 
 def expected(settings: dict[str, Any]) -> list[dict[str, float]]:
-    """By the book, in plain numbers: (c) the authors' all-reduce of rank means, (e) NeMo-RL's global mean."""
+    """Returns the definition in plain numbers: the authors' all-reduce of rank means, or NeMo-RL's global mean."""
     value, log, means = 0.0, [], []
     for step in range(STEPS):
         before = value

@@ -1,4 +1,4 @@
-"""hidden_and_head on small models of transformers, bare and wrapped: loss and gradients are those from logits."""
+"""hidden_and_head on small models of transformers, bare and wrapped, gives the loss and gradients of the logits."""
 
 from __future__ import annotations
 
@@ -119,13 +119,13 @@ SCALES = {"gemma2": (1.0, 2.0), "cohere": (0.3, None), "granite": (1 / 3.0, None
 def build(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     model = FAMILIES[family]().to(dtype).train()
-    with torch.no_grad():  # the heads are initialised so small that a factor or a softcap would hardly show
+    with torch.no_grad():  # initial heads are so small that a factor or a softcap would hardly have an effect
         model.get_output_embeddings().weight.mul_(20)
     return model
 
 
 def batch_of(model: nn.Module, seed: int = 0) -> tuple[dict[str, Any], torch.Tensor]:
-    """One pair, with an image in each sequence where the model takes images: the model's inputs, and the labels."""
+    """Returns the inputs and labels of one pair, with an image in each sequence if the model takes images."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 50, (2, TOKENS), generator=generator)
     labels = ids.masked_fill(torch.arange(TOKENS) < PROMPT, -100)
@@ -161,7 +161,7 @@ def loss_of(out: HiddenAndHead, labels: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """By name without what wrappers put before it, zeros where there is no gradient; cleared for the next one."""
+    """Returns the gradients by parameter name without the prefixes of wrappers, zeros for None, and clears them."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -181,7 +181,7 @@ def assert_same_gradients(ours: dict[str, torch.Tensor], truth: dict[str, torch.
 
 
 def check_against_logits(model: nn.Module, tol: float = 1e-9, inner: nn.Module | None = None) -> HiddenAndHead:
-    """Logits, loss and gradients of hidden_and_head(model), against model(...).logits."""
+    """Compares logits, loss and gradients of hidden_and_head(model) with those of model(...).logits."""
     inputs, labels = batch_of(inner if inner is not None else model)
     logits = model(**inputs).logits
     truth = mpo_loss(logits, labels, REF_LOGP, backend="reference").loss
@@ -311,7 +311,7 @@ def test_torch_compile_works_and_compiles_once() -> None:
         truth = gradients(model)
         loss_of(hidden_and_head(compiled, **inputs), labels).backward()
         assert_same_gradients(gradients(model), truth, 1e-5)
-        with torch.no_grad():  # what is returned must be this call's, not the trace's
+        with torch.no_grad():  # the result must belong to this call, not to the trace
             for parameter in model.parameters():
                 parameter.mul_(1.1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -387,7 +387,7 @@ def test_heads_whose_weight_accelerate_brings_for_the_forward_work() -> None:
         torch.testing.assert_close(model(**inputs).logits, truth)
 
 
-# Two processes. Starting them takes longer than all that they do, so one start serves all cases.
+# Two processes. Starting them takes longer than their work, so one start serves all cases.
 
 
 def distributed_worker(rank: int, folder: str) -> None:
@@ -408,7 +408,7 @@ def distributed_worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with what became of each case. A case that fails ends the run."""
+    """Returns the folder with the result of each case. The first failing case ends the run."""
     folder = tmp_path_factory.mktemp("distributed")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
@@ -419,7 +419,7 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mean_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Of both ranks' batches, from logits, in one process."""
+    """Returns the gradients of both ranks' batches, computed from logits in one process."""
     for seed in range(2):
         inputs, labels = batch_of(model, seed)
         (mpo_loss(model(**inputs).logits, labels, REF_LOGP, backend="reference").loss / 2).backward()
@@ -427,7 +427,7 @@ def mean_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def train(model: nn.Module, inner: nn.Module, rank: int, steps: int) -> None:
-    """AdamW steps on the rank's batches, after which the ranks must have the same parameters."""
+    """Runs AdamW steps on the rank's batches; the ranks must end with equal parameters."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for step in range(steps):
@@ -453,7 +453,7 @@ def ddp(rank: int, **settings: Any) -> None:
 
 
 def ddp_without_images(rank: int) -> None:
-    """The vision tower gets no gradient, which DDP must learn from the outputs."""
+    """Checks a vision tower without gradient, which DDP must detect from the outputs."""
     inner = build("internvl")
     model = nn.parallel.DistributedDataParallel(copy.deepcopy(inner), find_unused_parameters=True)
     for seed in range(2):
@@ -466,7 +466,7 @@ def ddp_without_images(rank: int) -> None:
 
 
 def fsdp2(rank: int, family: str) -> None:
-    """Blocks by themselves, and what is left, the head included, with the root."""
+    """Shards each block separately, and the other modules, including the head, with the root."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
@@ -524,7 +524,7 @@ def fsdp1(rank: int, family: str) -> None:
         ours = {name.replace("_fsdp_wrapped_module.", ""): grad for name, grad in gradients(model).items()}
     assert_same_gradients(ours, truth)
 
-    if family == "llama":  # a tied head cannot be in a unit of its own
+    if family == "llama":  # a tied head cannot be its own unit
         with pytest.raises(RuntimeError, match=r"shard the head together with the root.*mpo_loss\(model"):
             hidden_and_head(wrapped(nn.Linear), **inputs)
 
@@ -551,11 +551,11 @@ def test_two_ranks_get_the_gradients_of_both(distributed: Path, case: str) -> No
     assert has_run, "this case or one before it ended the run: " + (distributed / "end").read_text()
 
 
-# What is refused.
+# Refused models.
 
 
 def after_head(model: nn.Module, change: Callable[[torch.Tensor], Any]) -> None:
-    """Lets the model do something to its logits."""
+    """Makes the model change its logits."""
     forward = type(model).forward
 
     def changed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -568,7 +568,7 @@ def after_head(model: nn.Module, change: Callable[[torch.Tensor], Any]) -> None:
 
 @pytest.fixture
 def model() -> Iterator[nn.Module]:
-    """A model whose head must be as before after each test, and able to give logits."""
+    """Yields a model; after each test its head must be unchanged and still compute logits."""
     model = build("qwen2")
     head = model.get_output_embeddings()
     yield model
@@ -678,7 +678,7 @@ def test_a_weight_that_is_freed_after_the_heads_forward_is_refused(inputs: dict[
         lambda logits: logits * 0,
         lambda logits: logits * torch.nan,
         lambda logits: logits.relu(),
-        lambda logits: 5 * torch.tanh(logits / 5),  # of which the config says nothing
+        lambda logits: 5 * torch.tanh(logits / 5),  # which is missing in the config
         lambda logits: logits * torch.arange(1, TOKENS + 1).unsqueeze(-1),
         lambda logits: logits[:, -1:],
         lambda logits: logits[..., 1:],

@@ -1,4 +1,4 @@
-"""More than 2^31 logits. Cheap, since ignored rows are never read: their pages are never touched."""
+"""More than 2^31 logits. This is cheap, because the pages of ignored rows are never touched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpo_ext import mpo_loss
 
 VOCAB = 151936
 TOKENS = 2**31 // (2 * VOCAB) + 8  # of each of the two sequences
-LABELLED = 4  # at the end of each, so the rejected ones lie beyond element 2^31
+LABELLED = 4  # at the end of each sequence, so that the rejected sequence has them beyond element 2^31
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The losses from hidden states and an output head, against logits that the oracle multiplies out in float64."""
+"""Compares the losses from hidden states with the oracle on logits that are computed in float64."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ALL = ("hidden", "weight", "bias")
 
 @pytest.fixture(params=MODES)
 def mode(request: pytest.FixtureRequest) -> str:
-    """What the forward keeps for the backward: nothing, the logits, or with a frozen head the gradient itself."""
+    """Returns a name of ``MODES``: the forward keeps nothing, the logits, or the gradient of a frozen head."""
     return request.param
 
 
@@ -57,7 +57,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linear:
-    """Inputs of the linear losses; each instance is a case of its own, so that what it gives is computed once."""
+    """Inputs of the linear losses, compared by identity, so that the results of each instance are computed once."""
 
     hidden: Tensor
     weight: Tensor
@@ -70,23 +70,23 @@ class Linear:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What can have a gradient."""
+        """The tensors that can have a gradient."""
         named = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def pairing(self) -> dict[str, Any]:
-        """What mpo_loss takes besides logits and labels."""
+        """The arguments of mpo_loss other than logits and labels."""
         return {"ref_logp": self.ref_logp, "cu_seqlens": self.cu_seqlens, "shift": self.shift}
 
     @functools.cached_property
     def eps(self) -> float:
-        """Of the arithmetic that is due."""
+        """The machine epsilon of the required arithmetic."""
         return accumulation_eps(torch.promote_types(self.hidden.dtype, self.weight.dtype))
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Of losses and log-probs."""
+        """The dtype of losses and log-probs."""
         return torch.float64 if torch.float64 in (self.hidden.dtype, self.weight.dtype) else torch.float32
 
     @functools.cached_property
@@ -96,7 +96,7 @@ class Linear:
 
     @property
     def logit_noise(self) -> float:
-        """One rounding of the largest logit, before its terms cancel: what correct arithmetic may be off by."""
+        """One rounding of the largest logit before its terms cancel: the error of correct arithmetic."""
         return self.eps * float(self.exact_head.magnitude.max(initial=1.0))
 
 
@@ -113,7 +113,7 @@ def make_linear(
     seed: int = 0,
     **head: Any,
 ) -> Linear:
-    """Two pairs. Every third hidden state points at the row of its label, so that some labels are likely."""
+    """Returns two pairs. Every third hidden state points at the row of its label, so that some labels are likely."""
     generator = torch.Generator().manual_seed(1000 * seed + 10 * vocab + depth)
     lengths = [length - i % 3 for i in range(4)] if packed else [length] * 4
     rows = sum(lengths)
@@ -136,12 +136,12 @@ def make_linear(
 
 
 def leaves(case: Linear, wanted: tuple[str, ...], layout: Callable[[Tensor], Tensor] = Tensor.clone) -> dict[str, Any]:
-    """Fresh tensors of a case, those wanted asking for a gradient."""
+    """Returns new tensors of a case; the wanted tensors require a gradient."""
     return {name: layout(tensor).requires_grad_(name in wanted) for name, tensor in case.tensors.items()}
 
 
 def gradients_of(value: Tensor, tensors: dict[str, Tensor], upstream: Tensor | None = None) -> dict[str, Tensor]:
-    """By name, of those tensors that ask for one."""
+    """Returns the gradients by name, of the tensors that require a gradient."""
     wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     gradients = torch.autograd.grad(value, list(wanted.values()), upstream)
     for gradient, tensor in zip(gradients, wanted.values(), strict=True):
@@ -151,7 +151,7 @@ def gradients_of(value: Tensor, tensors: dict[str, Tensor], upstream: Tensor | N
 
 
 def wanted_in(mode: str) -> tuple[str, ...]:
-    """Whose gradients are computed."""
+    """Returns the names of the tensors whose gradients are computed."""
     return ("hidden",) if MODES[mode]["is_frozen"] else ALL
 
 
@@ -163,7 +163,7 @@ def run(
     layout: Callable[[Tensor], Tensor] = Tensor.clone,
     **options: Any,
 ) -> tuple[MPOOutput, dict[str, Tensor]]:
-    """What linear_mpo_loss makes of a case, and the gradients of its loss."""
+    """Returns the output of linear_mpo_loss for a case, and the gradients of its loss."""
     tensors = leaves(case, wanted, layout)
     hidden, weight = tensors["hidden"], tensors["weight"]
     output = linear_mpo_loss(
@@ -175,7 +175,7 @@ def run(
 def run_rows(
     case: Linear, backend: str, *, wanted: tuple[str, ...] = ALL, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same of linear_token_logp, with a gradient for each row."""
+    """Returns the output of linear_token_logp for a case, and its gradients for a gradient of each row."""
     tensors = leaves(case, wanted)
     hidden, weight = tensors["hidden"], tensors["weight"]
     logp = linear_token_logp(
@@ -184,11 +184,11 @@ def run_rows(
     return logp.detach(), gradients_of(logp, tensors, upstream_of(case))
 
 
-# Judges.
+# Comparisons.
 
 
 def yardstick(case: Linear, backend: str) -> Linear:
-    """What eager torch is given: kernels are held to what it makes of float32, since they round no logit to less."""
+    """Returns the inputs of eager torch: in float32, because the kernels do not round logits further."""
     if backend == "reference" or case.eps < 1e-8:
         return case
     widened = {name: tensor.float() for name, tensor in case.tensors.items()}
@@ -196,13 +196,13 @@ def yardstick(case: Linear, backend: str) -> Linear:
 
 
 def eager_gradients(case: Linear, logits: Tensor, by_logits: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Through the product, from a gradient by the logits."""
+    """Returns gradients by the inputs of the product, from a gradient by the logits."""
     return dict(zip(tensors, torch.autograd.grad(logits, list(tensors.values()), by_logits), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Gradients by hidden, weight and bias: exact, eager torch's, with all terms positive, and that per row weight."""
+    """Gradients by hidden, weight and bias: exact, of eager torch, with positive terms, and those per row weight."""
 
     exact: dict[str, Array]
     eager: dict[str, Tensor]
@@ -211,14 +211,14 @@ class Judgement:
 
     @staticmethod
     def of(case: Linear, logits: Tensor, by_logits: Tensor, tensors: dict[str, Tensor], gradient: Array, share: Array):
-        """From eager's logits and gradient by them, and the exact gradient by the logits, whole and per row weight."""
+        """Builds them from eager logits and their gradient, and the exact gradient by logits, in all and per row."""
         used = np.where((gradient != 0).any(-1, keepdims=True), share, 0)
         head = case.exact_head
         eager = dict(zip(tensors, torch.autograd.grad(logits, list(tensors.values()), by_logits), strict=True))
         return Judgement(head.gradients(gradient), eager, head.sizes(gradient), head.sizes(used))
 
     def judge(self, case: Linear, gradients: dict[str, Tensor], noise: float) -> None:
-        """Raises if one is too far off, with a row weight that may be off by ``noise``."""
+        """Raises if an error is too large, for row weights with an error of ``noise``."""
         for name, tensor in gradients.items():
             assert_product_as_accurate(
                 tensor,
@@ -232,9 +232,9 @@ class Judgement:
 
 
 def eager_logits(case: Linear, is_widened: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of plain torch, and the leaves they come from.
+    """Returns the logits of plain torch, and the leaves that they come from.
 
-    Kernels are held to what it makes of float32 operands, since they round no logit to less.
+    Kernels are compared with the results for float32 inputs, because they do not round logits further.
     """
     if is_widened and case.eps > torch.finfo(torch.float64).eps:
         case = dataclasses.replace(case, **{name: tensor.float() for name, tensor in case.tensors.items()})
@@ -244,7 +244,7 @@ def eager_logits(case: Linear, is_widened: bool) -> tuple[Tensor, dict[str, Tens
 
 @functools.lru_cache(maxsize=4)
 def judged(case: Linear, is_widened: bool, reward_shift: float) -> tuple[Any, dict[str, Any], Judgement]:
-    """``(exact, eager, gradients)`` of the whole loss."""
+    """Returns ``(exact, eager, gradients)`` of the whole loss."""
     exact = mpo_exact(case.exact_head.logits, case.labels, **case.pairing, reward_shift=reward_shift)
     logits, tensors = eager_logits(case, is_widened)
     eager = mpo_eager(logits.detach(), case.labels, **case.pairing, reward_shift=reward_shift)
@@ -254,7 +254,7 @@ def judged(case: Linear, is_widened: bool, reward_shift: float) -> tuple[Any, di
 
 @functools.lru_cache(maxsize=4)
 def judged_rows(case: Linear, is_widened: bool, shift: bool) -> tuple[Array, Tensor, Judgement]:
-    """``(exact, eager, gradients)`` of log-probs, for ``upstream_of`` the case."""
+    """Returns ``(exact, eager, gradients)`` of log-probs, for ``upstream_of`` the case."""
     exact, by_logits, share = token_logp_exact(case.exact_head.logits, case.labels, upstream_of(case), shift=shift)
     logits, tensors = eager_logits(case, is_widened)
     eager, eager_by_logits = token_logp_eager(logits.detach(), case.labels, upstream_of(case), shift=shift)
@@ -262,7 +262,7 @@ def judged_rows(case: Linear, is_widened: bool, shift: bool) -> tuple[Array, Ten
 
 
 def upstream_of(case: Linear) -> Tensor:
-    """A gradient for the log-probs of a case."""
+    """Returns a gradient for the log-probs of a case."""
     weight = torch.randn(case.labels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return weight.to(case.result_dtype)
 
@@ -275,7 +275,7 @@ def assert_matches(
     reward_shift: float = 0.0,
     stats: tuple[str, ...] = (),
 ) -> None:
-    """The whole output, and the gradients that there are."""
+    """Checks the whole output and the gradients."""
     exact, eager, judgement = judged(case, output.backend != "reference", reward_shift)
     tokens = int(exact.tokens.max(initial=1))
     row = case.logit_noise
@@ -301,7 +301,7 @@ def assert_matches(
 def assert_rows_match(
     case: Linear, backend: str, logp: Tensor, gradients: dict[str, Tensor], *, shift: bool = False
 ) -> None:
-    """Log-probs, and the gradients that there are."""
+    """Checks log-probs and the gradients."""
     exact, eager, judgement = judged_rows(case, backend != "reference", shift)
     assert logp.dtype == case.result_dtype
     assert_as_accurate(logp, eager, exact, noise=case.logit_noise, name="logp")
@@ -326,7 +326,7 @@ AXES: dict[str, list[Any]] = {
 
 
 def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Choices that contain every two values of every two axes at least once; greedy, among random candidates."""
+    """Returns choices that contain every two values of every two axes; found greedily among random candidates."""
     chance = random.Random(seed)
     names = list(axes)
     missing = {
@@ -350,7 +350,7 @@ def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
         chosen.append({name: axes[name][index] for name, index in best.items()})
     for choice in chosen:
         if choice["budget"] == 1 and choice["vocab"] > 7:
-            choice["budget"] = 1500  # tiles of one element are no faster for being many
+            choice["budget"] = 1500  # tiles of one element take too long here
     return chosen
 
 
@@ -380,7 +380,7 @@ def _case_of(key: tuple[Any, ...], head: tuple[tuple[str, Any], ...]) -> Linear:
 
 
 def case_of(choice: dict[str, Any]) -> tuple[Linear, dict[str, Any]]:
-    """The case of a choice, and the options to run it with."""
+    """Returns the case of a choice, and the options of its run."""
     names = ("dtype", "vocab", "depth", "labelled", "packed", "has_bias", "shift")
     case = _case_of(tuple(choice[name] for name in names), tuple(choice["head"].items()))
     wanted = tuple(name for name in choice["wanted"] if name in case.tensors) or ("hidden",)
@@ -398,7 +398,7 @@ def test_the_loss_matches_the_definition(engine: str, choice: dict[str, Any]) ->
 @pytest.mark.parametrize("choice", pairwise(AXES, seed=1), ids=id_of)
 def test_token_logp_matches_the_definition(engine: str, choice: dict[str, Any]) -> None:
     case, options = case_of(choice)
-    # Whether a packed row is the last of its sequence it does not know.
+    # linear_token_logp does not know which packed row is the last of its sequence.
     shift = choice["shift"] and not choice["packed"]
     logp, gradients = run_rows(case, engine, shift=shift, **options)
     assert_rows_match(case, engine, logp, gradients, shift=shift)
@@ -460,11 +460,11 @@ def test_backward_cuts_the_same_tiles_as_forward_where_they_are_kept(kernel: str
 
 
 def confident(dtype: torch.dtype, probability: float, *, vocab: int = 1003, depth: int = 65) -> Linear:
-    """A batch whose labels all have about this probability, as far as the dtype of the hidden states can say it."""
+    """Returns a batch whose labels have about this probability, up to the dtype of the hidden states."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(vocab, depth, generator=generator, dtype=torch.float64) / math.sqrt(depth)).to(dtype)
     labels = torch.randint(vocab, (6,), generator=generator)
-    labels[:2] = torch.tensor([0, vocab - 1])  # in the first tile and the last one
+    labels[:2] = torch.tensor([0, vocab - 1])  # in the first and the last tile
     noise = torch.randn(6, depth, generator=generator, dtype=torch.float64) / 2
     wide = weight.double()
     low, high = torch.zeros(6, 1, dtype=torch.float64), torch.full((6, 1), 60.0, dtype=torch.float64)
@@ -488,7 +488,7 @@ def test_the_gradient_of_a_confident_label_does_not_cancel(
             case, kernel, memory_budget=budget, recompute=MODES[mode]["recompute"], wanted=wanted_in(mode)[:2]
         )
         assert_rows_match(case, kernel, logp, gradients)
-        # Against the entries themselves too: what is left after 1 - p may not be made of rounding errors.
+        # The entries themselves are compared too: 1 - p must not consist of rounding errors.
         gradient = gradients["hidden"].double().numpy()
         right = exact_gradient(case)["hidden"]
         digits = torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps / (1 - probability)
@@ -496,7 +496,7 @@ def test_the_gradient_of_a_confident_label_does_not_cancel(
 
 
 def exact_gradient(case: Linear) -> dict[str, Array]:
-    """Of log-probs, with the upstream gradient of the case."""
+    """Returns gradients of log-probs, with the upstream gradient of the case."""
     return judged_rows(case, True, False)[2].exact
 
 
@@ -552,7 +552,7 @@ def test_a_row_without_any_token_left_is_nan_and_spares_the_others(kernel: str, 
     assert torch.isnan(gradients["hidden"]).any(-1).nonzero().tolist() == [[0, 5]]
 
 
-# What is and is not read.
+# Rows that are read, and rows that are not.
 
 
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
@@ -596,14 +596,14 @@ def test_a_label_out_of_range_gives_nan(engine: str, mode: str, label: int) -> N
     others = torch.arange(24).view(4, 6) != 8
     assert torch.isnan(logp[1, 2])
     assert torch.equal(logp[others], clean[others])
-    if engine != "reference":  # torch.where keeps the NaN out of what autograd sees
+    if engine != "reference":  # for it, torch.where hides the NaN from autograd
         assert torch.isnan(gradients["hidden"][1, 2]).all()
     assert torch.equal(gradients["hidden"][others], clean_gradients["hidden"][others])
     output, _ = run(case, engine, **options)
     assert torch.isnan(output.loss)
 
 
-# Against mpo_loss.
+# Comparison with mpo_loss.
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -747,7 +747,7 @@ def test_autocast_rounds_the_operands_at_most(engine: str, mode: str, dtype: tor
     options = {"recompute": MODES[mode]["recompute"], "wanted": wanted_in(mode), "memory_budget": 20_000}
     plain, plain_gradients = run(case, engine, **options)
     with torch.autocast("cpu", torch.bfloat16):
-        output, gradients = run(case, engine, **options)  # which compares dtypes with those of the parameters
+        output, gradients = run(case, engine, **options)  # it checks that dtypes are those of the parameters
     torch.testing.assert_close(output.loss, plain.loss, rtol=2e-2, atol=2e-2)
     assert output.loss.dtype == torch.float32
     for name, gradient in gradients.items():
@@ -791,7 +791,7 @@ def test_gradcheck(backend: str, mode: str, head: dict[str, Any]) -> None:
         ).loss  # fmt: skip
 
     for function in (rows, loss):
-        # Kept logits serve one backward; the next ones compute them again, in other tiles.
+        # Kept logits serve one backward; later ones compute them again, in other tiles.
         assert torch.autograd.gradcheck(function, tuple(leaves(case, wanted).values()), nondet_tol=1e-12)
 
 
@@ -822,7 +822,7 @@ def test_a_retained_graph_gives_the_same_gradients_again(kernel: str, mode: str,
     output = linear_mpo_loss(hidden, weight, case.labels, case.ref_logp, **case.head, **options)
     first = torch.autograd.grad(output.loss, wanted, retain_graph=True)
     second = torch.autograd.grad(output.loss, wanted)
-    # What was kept is used up: it is computed again, in other tiles, and in bfloat16 it had been rounded.
+    # Kept logits were consumed and are computed again, in other tiles; in bfloat16 they had been rounded.
     eps = torch.finfo(dtype).eps if mode == "keep" else 0
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=4 * eps, atol=eps * float(a.abs().max()))
@@ -888,12 +888,12 @@ def test_an_empty_batch_gives_zeros() -> None:
     assert torch.isfinite(output.loss)
 
 
-# PyTorch's own checks.
+# Checks by PyTorch.
 
 
 @pytest.fixture
 def filled_memory() -> Iterator[None]:
-    """opcheck compares whole outputs, and what lies before kept logits is empty until backward needs it."""
+    """Fills new memory: opcheck compares whole outputs, and memory before kept logits stays empty until backward."""
     torch.use_deterministic_algorithms(True)  # which fills empty tensors
     yield
     torch.use_deterministic_algorithms(False)
@@ -951,7 +951,7 @@ def test_a_compiled_model_gives_the_numbers_of_eager(mode: str) -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="inductor" if mode == "recompute" else "aot_eager")
     eager_shift, compiled_shift = RewardShift(), RewardShift()
-    for _ in range(2):  # the second step finds a moved reward shift
+    for _ in range(2):  # in the second step the reward shift has moved
         eager, ours = step(eager_shift), compiled(compiled_shift)
         torch.testing.assert_close(ours.loss, eager.loss, rtol=1e-6, atol=0)
         torch.testing.assert_close(ours.stats, eager.stats, rtol=1e-6, atol=0)
@@ -982,7 +982,7 @@ def test_tiles_fit_the_budget(per_element: int, per_column: int, preferred: int)
             assert height * width * per_element + width * per_column <= budget, shape
             assert height * width * per_element <= preferred, shape
         pieces = -(-rows // height)
-        assert height == -(-rows // pieces), shape  # in as many pieces, none could be lower
+        assert height == -(-rows // pieces), shape  # with this number of pieces, no piece can be lower
         assert width == vocab or width < 64 or width % 64 == 0, shape
 
 
@@ -993,7 +993,7 @@ def test_an_ample_budget_takes_the_whole() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_kept_logits_are_not_written_over_before_they_are_used_up(dtype: torch.dtype) -> None:
-    # 1000 = 3 * 333 + 1: next to nothing is left for the last tile.
+    # 1000 = 3 * 333 + 1: the last tile has one column.
     sizes = itertools.product((0, 1, 3, 40), (1, 7, 64, 1000), (1, 5, 64, 333, 999), (4, 52, 2000))
     for count, vocab, columns, grad_bytes in sizes:
         columns = min(columns, vocab)
@@ -1008,7 +1008,7 @@ def test_kept_logits_are_not_written_over_before_they_are_used_up(dtype: torch.d
                 if dtype == torch.float16:
                     kept._tile_max(memory, rows, first).fill_(number + 1)
         for number, (first, end) in enumerate(tiles):
-            for rows in half:  # the gradient by these columns is there once their first rows are used up
+            for rows in half:  # the gradient by these columns is written once their first rows are consumed
                 memory[first * grad_bytes : end * grad_bytes] = 255
                 assert (kept.tile(memory, rows, first, end) == number + 1).all(), shape
                 if dtype == torch.float16:
@@ -1043,7 +1043,7 @@ def use_memory(begin: Callable[[], None], dtype: torch.dtype, mode: str, budget:
     weight = torch.zeros(60_000, 256, dtype=dtype).fill_(0.01).requires_grad_(not MODES[mode]["is_frozen"])
     labels = torch.randint(60_000, (2, 128))
     small = torch.zeros(64, 256, dtype=dtype, requires_grad=True)
-    linear_token_logp(hidden[0], small, labels[0] % 64).sum().backward()  # libraries set themselves up
+    linear_token_logp(hidden[0], small, labels[0] % 64).sum().backward()  # initialises libraries
     begin()
     options = {"memory_budget": budget, "recompute": MODES[mode]["recompute"]}
     linear_mpo_loss(hidden, weight, labels, torch.zeros(2), shift=False, **options).loss.backward()
@@ -1072,7 +1072,7 @@ def test_memory_stays_within_the_budget(dtype: torch.dtype, mode: str, monkeypat
 
 
 def good(**changes: Any) -> dict[str, Any]:
-    """Arguments of linear_mpo_loss for two pairs of four positions, some of them changed."""
+    """Returns arguments of linear_mpo_loss for two pairs of four positions, with the given changes."""
     arguments: dict[str, Any] = {
         "hidden": torch.zeros(4, 4, 5),
         "weight": torch.zeros(7, 5),
@@ -1083,7 +1083,7 @@ def good(**changes: Any) -> dict[str, Any]:
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    """Short for torch.zeros."""
+    """Calls torch.zeros."""
     return torch.zeros(*shape, dtype=dtype, device=device)
 
 
@@ -1193,7 +1193,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.fixture
 def computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the operators fail, so that a check which comes after them shows."""
+    """Makes the operators fail, to detect checks that run after them."""
 
     def called(*args: object, **options: object) -> None:
         raise AssertionError("something was computed before the check")

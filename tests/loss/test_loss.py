@@ -1,4 +1,4 @@
-"""mpo_loss against the oracle: every term, every option, every layout; and how it behaves as a node of a graph."""
+"""mpo_loss against the oracle (every term, option and layout), and its behaviour in an autograd graph."""
 
 import functools
 import math
@@ -31,7 +31,7 @@ def name_of(value: object) -> str:
 
 
 def run(case: Case, backend: str, device: str = "cpu", layout: str = "contiguous", **overrides: Any) -> tuple:
-    """``(output, gradient)`` of the package for a case, both on the CPU."""
+    """Returns ``(output, gradient)`` of the package for a case, both on the CPU."""
     z = lay_out(case.logits.to(device), layout).requires_grad_()
     arguments = {
         "ref_logp": None if case.ref_logp is None else case.ref_logp.to(device),
@@ -48,12 +48,12 @@ def run(case: Case, backend: str, device: str = "cpu", layout: str = "contiguous
 
 
 def leaf(case: Case, device: str) -> Tensor:
-    """The logits of a case to differentiate: a copy, since cases are shared."""
+    """Returns a copy of the logits of a case, to differentiate; cases are shared."""
     return case.logits.to(device, copy=True).requires_grad_()
 
 
 def on_cpu(output: MPOOutput) -> Any:
-    """The output's fields on the CPU, the loss detached."""
+    """Returns the fields of the output on the CPU, with the loss detached."""
 
     class Fields:
         pass
@@ -70,13 +70,13 @@ def on_cpu(output: MPOOutput) -> Any:
 
 
 def by_sequence(rows: Tensor, case: Case) -> list[Tensor]:
-    """Views of the rows of each sequence."""
+    """Returns views of the rows of each sequence."""
     return list(rows) if case.cu_seqlens is None else list(rows.tensor_split(case.cu_seqlens[1:-1].long()))
 
 
 @functools.lru_cache(maxsize=2)
 def judged(dtype: torch.dtype, vocab: int, kind: str, packed: bool, length: int, labelled: float = 0.5) -> tuple:
-    """``(case, exact, eager)``, once for all backends."""
+    """Returns ``(case, exact, eager)``, computed once for all backends."""
     case = make_case(dtype, vocab, kind, length=length, packed=packed, labelled=labelled)
     return case, case.exact(0.25), case.eager(0.25)
 
@@ -182,7 +182,7 @@ def test_the_gradient_of_a_confident_label_keeps_its_digits(
     factor = 2.0 if dtype == torch.float32 else 1.0
     for side in range(2):
         one = tuple(axis[side] for axis in picked)
-        # 1 - p comes from a float32 logarithm: its rounding shows in a float32 gradient, and never in half precision.
+        # 1 - p comes from a float32 logarithm, whose rounding is visible in float32 and never in half precision.
         weight = abs(exact.gradient[one] / exact.share[one])
         noise = exact.noise["gradient"] * exact.share[one] + torch.finfo(torch.float32).eps * weight
         assert_as_accurate(gradient[one], eager["gradient"][one], exact.gradient[one], factor, noise=noise)
@@ -203,10 +203,10 @@ def test_policy_equal_to_reference_gives_0_831777_plus_nll(engine: str, device: 
         assert float(output.bco_loss) == pytest.approx(2 * LOG_2, abs=1e-6)
         assert float(output.reward_shift) == pytest.approx(0, abs=1e-6)
         rewards = torch.cat([output.chosen_reward, output.rejected_reward])
-        if engine == "reference" or dtype == torch.float64:  # the two sums are not taken in the same order
+        if engine == "reference" or dtype == torch.float64:  # it forms the two sums in different orders
             assert rewards.abs().max() <= same.exact().noise["chosen_reward"]
         else:
-            assert not rewards.any()  # or a pair would count as won before the first step
+            assert not rewards.any()  # otherwise a pair would count as won before the first step
 
 
 def test_the_reference_may_come_as_log_probabilities_of_the_same_kernel(backend: str, device: str) -> None:
@@ -229,8 +229,8 @@ def test_a_pair_with_an_empty_side_is_no_comparison(
     labels = base.labels.clone()
     rows = by_sequence(labels, base)
     rows[1].fill_(-100)  # pair 1 lacks its chosen side
-    rows[6].fill_(-100)  # pair 2 its rejected side
-    rows[3].fill_(-100)  # pair 3 both
+    rows[6].fill_(-100)  # pair 2 lacks its rejected side
+    rows[3].fill_(-100)  # pair 3 lacks both
     rows[7].fill_(-100)
     case = Case(base.logits, labels, base.ref_logp, cu_seqlens=base.cu_seqlens)
     exact = case.exact(reward_shift)
@@ -290,7 +290,7 @@ def test_token_id_zero_is_an_ordinary_token(backend: str, device: str) -> None:
 
 def test_packing_never_shifts_across_sequences(backend: str, device: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    lengths = [3, 1, 4, 2]  # a sequence of one position has no target at all
+    lengths = [3, 1, 4, 2]  # a sequence of one position has no target
     logits = torch.randn(sum(lengths), 11, generator=generator)
     labels = torch.randint(11, (sum(lengths),), generator=generator)
     cu_seqlens = torch.tensor([0, 3, 4, 8, 10])
@@ -507,7 +507,7 @@ def test_a_second_derivative_is_refused(kernel: str, device: str) -> None:
     (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
     penalty = gradient.square().sum()
     with pytest.raises(RuntimeError):
-        (penalty + z.sum()).backward()  # next to another term, it must not pass for a constant
+        (penalty + z.sum()).backward()  # beside another term, it must not be taken for a constant
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "unaligned"])

@@ -1,4 +1,4 @@
-"""The preference losses against their papers' formulas, against TRL, and at their edges."""
+"""The preference losses against the formulas of their papers, against TRL, and for extreme inputs."""
 
 import math
 from collections import defaultdict
@@ -25,7 +25,7 @@ Case = dict[str, Tensor]
 
 
 def make_pairs(seed: int = 0, pairs: int = 6, dtype: torch.dtype = torch.float64) -> Case:
-    """Log-probs as of real answers: some -0.1 to -2 nats per token, and a policy that has moved from its reference."""
+    """Returns realistic log-probs: -0.1 to -2 nats per token, of a policy that differs from its reference."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -39,17 +39,17 @@ def make_pairs(seed: int = 0, pairs: int = 6, dtype: torch.dtype = torch.float64
 
 
 def compute(name: str, case: Case, beta: float = BETA, **settings: Any) -> Tensor:
-    """The package's losses, with the settings that this loss is tested with unless told otherwise."""
+    """Returns the losses of the package, by default with the test settings of this loss."""
     defaults = {"label_smoothing": SMOOTHING.get(name, 0.0), "delta": DELTA.get(name, 0.0)}
     return preference_loss(name, **case, beta=beta, **{**defaults, **settings})
 
 
 def with_gradient(case: Case) -> Case:
-    """The same values; those of the policy are leaves."""
+    """Returns the same values; those of the policy are leaves."""
     return {name: value.clone().requires_grad_(name in LOGPS[:2]) for name, value in case.items()}
 
 
-# The papers' formulas, word for word in decimal numbers of 60 digits: nothing overflows, so nothing needs rearranging.
+# The formulas of the papers, in decimal numbers of 60 digits: nothing overflows, so they need no rearranging.
 
 Number = Decimal
 Row = SimpleNamespace  # chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected of one pair
@@ -60,7 +60,7 @@ def sigmoid(x: Number) -> Number:
 
 
 def log_sigmoid(x: Number) -> Number:
-    # Below 60 digits from 1, the logarithm of 1 / (1 + exp(-x)) is -exp(-x).
+    # Closer to 1 than 60 digits, the logarithm of 1 / (1 + exp(-x)) is -exp(-x).
     return -(-x).exp() if x > 60 else sigmoid(x).ln()
 
 
@@ -160,7 +160,7 @@ PER_PAIR: dict[str, Callable[[Row, Number, Number, Number], Number]] = {
 
 
 def aot(better: Sequence[Number], worse: Sequence[Number], beta: Number, e: Number) -> list[Number]:
-    """By rank; each pair gets the loss of the rank that its first number has."""
+    """Compares by rank; each pair gets the loss of the rank of its first number."""
     losses = []
     for value in better:
         rank = sum(other < value for other in better)
@@ -169,7 +169,7 @@ def aot(better: Sequence[Number], worse: Sequence[Number], beta: Number, e: Numb
 
 
 def exact(name: str, rows: Sequence[Row], beta: float, label_smoothing: float, delta: float) -> list[Number]:
-    """The losses of all pairs; 0 for a pair that lacks a side."""
+    """Returns the losses of all pairs; 0 for a pair that lacks a side."""
     b, e, d = Decimal(beta), Decimal(label_smoothing), Decimal(delta)
     whole = [row for row in rows if row.n_chosen and row.n_rejected]
     if name == "aot":
@@ -193,7 +193,7 @@ def rows_of(case: Case) -> list[Row]:
 
 
 def exact_with_gradient(name: str, case: Case, beta: float = BETA, **settings: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, and the gradient of their sum: central differences over 2e-20, good to 1e-20 in 60 digits."""
+    """Returns losses and the gradient of their sum: central differences over 2e-20, accurate to 1e-20."""
     values = {"label_smoothing": SMOOTHING.get(name, 0.0), "delta": DELTA.get(name, 0.0), **settings}
     with localcontext() as context:
         context.prec = 60
@@ -288,7 +288,7 @@ def test_ipo_is_of_log_ratios_per_token() -> None:
     assert compute("ipo", one).item() == pytest.approx((12 / 4 - -3 / 3 - 5) ** 2)  # the paper's sums: (12 + 3 - 5)^2
 
 
-# At the edges.
+# Extreme inputs.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -296,7 +296,7 @@ def test_ipo_is_of_log_ratios_per_token() -> None:
 def test_margins_of_ten_thousand_nats(name: str, dtype: torch.dtype) -> None:
     far = 10_000
     sums = [(c, r, rc, rr) for c in (-1, -far) for r in (-2, -far) for rc in (-1, -far) for rr in (-2, -far)]
-    # No two pairs alike: sorting equal numbers would give a gradient with no one right answer.
+    # All pairs differ: the gradient of sorting equal numbers is ambiguous.
     sums = [(c - i, r - 3 * i, rc - 5 * i, rr - 11 * i) for i, (c, r, rc, rr) in enumerate(sums)]
     case = dict(zip(LOGPS, torch.tensor(sums, dtype=dtype).unbind(1), strict=True))
     case |= {name: torch.full((len(sums),), tokens) for name, tokens in zip(TOKENS, (1, 4), strict=True)}
@@ -327,7 +327,7 @@ def test_a_pair_with_an_empty_side_is_as_if_it_were_not_there(name: str, value: 
     wanted = compute(name, leaves)
     wanted.sum().backward()
 
-    places = torch.tensor([1, 3, 4, 6])  # pairs 0, 2 and 5 lack the chosen side, the rejected one, or both
+    places = torch.tensor([1, 3, 4, 6])  # pairs 0, 2 and 5 lack the chosen side, the rejected side, or both
     case = {key: torch.full((7,), value).to(column.dtype) for key, column in rest.items() if key in LOGPS}
     case["chosen_tokens"] = torch.tensor([0, 0, 5, 0, 0, 0, 0])
     case["rejected_tokens"] = torch.tensor([3, 0, 0, 0, 0, 0, 0])
@@ -400,7 +400,7 @@ def test_orpo_of_equal_probabilities() -> None:
     torch.testing.assert_close(compute("orpo", case), torch.full((6,), BETA * math.log(2), dtype=torch.float64))
 
 
-# What the registry says of a loss.
+# The registry of losses.
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -471,8 +471,8 @@ TRL_INPUT = {
     "rejected_tokens": [30, 7, 40, 13],
 }
 
-# What TRL 1.16.0 gives for each pair of TRL_INPUT at beta 0.1; for losses over the whole batch, the mean.
-# Label smoothing is 0.2 where TRL has it; it has no delta. "orpo" is -losses of ORPOTrainer.odds_ratio_loss.
+# Results of TRL 1.16.0 for each pair of TRL_INPUT at beta 0.1; for losses over the whole batch, the mean.
+# Label smoothing is 0.2 if TRL supports it; TRL has no delta. "orpo" is -losses of ORPOTrainer.odds_ratio_loss.
 TRL_OUTPUT = {
     "sigmoid": [0.230508571364, 0.958589087871, 0.533382155419, 0.575939419879],
     "bco_pair": [0.829942052622, 1.64098119074, 1.25363135084, 1.30001640406],
@@ -491,7 +491,7 @@ TRL_OUTPUT = {
     "sigmoid_norm": [0.667444559776, 0.731350140827, 0.687925230805, 0.675149714593],
 }
 
-# What TRL rounds to float32 where the log-probs are float64: all of ORPO, and the label smoothing of EXO.
+# TRL rounds these to float32 for float64 log-probs: all of ORPO, and the label smoothing of EXO.
 TRL_ERROR = {"orpo": 2e-7, "exo_pair": 5e-8}
 
 
@@ -503,12 +503,12 @@ def trl_case() -> Case:
 
 
 def as_in_trl(name: str) -> dict[str, float]:
-    """TRL knows no label smoothing of "sigmoid" and no delta."""
+    """Returns the settings that TRL supports: no label smoothing of "sigmoid", and no delta."""
     return {"delta": 0.0, "label_smoothing": 0.0} if name == "sigmoid" else {"delta": 0.0}
 
 
 def trl_loss(name: str, case: Case, label_smoothing: float) -> float:
-    """The mean loss by TRL's own code: its trainer's method, with a stand-in for the trainer and for the model."""
+    """Returns the mean loss by TRL's code: a method of its trainer, with a substitute for trainer and model."""
     if name == "orpo":
         from trl.experimental.orpo import ORPOTrainer
 
@@ -552,7 +552,7 @@ def trl_loss(name: str, case: Case, label_smoothing: float) -> float:
 
 
 def trl_losses(name: str, case: Case) -> list[float]:
-    """As TRL_OUTPUT holds them: TRL returns means, so a pair's loss is that of a batch of one."""
+    """Returns the losses in the form of TRL_OUTPUT: TRL returns means, so each pair is its own batch."""
     label_smoothing = 0.0 if name == "sigmoid" else SMOOTHING.get(name, 0.0)
     if LOSSES[name].whole_batch:
         return [trl_loss(name, case, label_smoothing)]
@@ -605,7 +605,7 @@ def test_a_name_that_is_no_string() -> None:
 def test_a_wrong_tensor_is_named(argument: str) -> None:
     case = make_pairs()
     shorter = {**case, argument: case[argument][:5]}
-    first = "rejected_logp" if argument == "chosen_logp" else argument  # the others are held against chosen_logp
+    first = "rejected_logp" if argument == "chosen_logp" else argument  # the others are compared with chosen_logp
     with pytest.raises(ValueError, match=rf"^{first} must be \[{5 if first != argument else 6}\] as chosen_logp is"):
         compute("sigmoid", shorter)
     with pytest.raises(ValueError, match=rf"^{argument} must be \[B\], got shape \[6, 1\]"):

@@ -20,7 +20,7 @@ IGNORE_INDICES = [-100, -1, 0]
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
-    """Keyword arguments of MPOConfig."""
+    """Draws keyword arguments of MPOConfig."""
     weights = draw(st.tuples(*[st.sampled_from([0.0, 0.2, 0.8, 1.0, 2.5])] * 3).filter(any))
     return {
         "beta": draw(st.sampled_from([0.1, 0.01, 1.0])),
@@ -33,7 +33,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def shifts(draw: st.DrawFn) -> dict[str, Any] | float | None:
-    """A constant, or keyword arguments of RewardShift."""
+    """Draws a constant, or keyword arguments of RewardShift."""
     if draw(st.booleans()):
         return draw(st.sampled_from([None, 0.0, 0.6, -2]))
     mode = draw(st.sampled_from(["cumulative", "ema", "fixed"]))
@@ -45,7 +45,7 @@ def shifts(draw: st.DrawFn) -> dict[str, Any] | float | None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Inputs of mpo_loss. Shapes and kinds are drawn, the numbers come from a drawn seed."""
+    """Draws inputs of mpo_loss: shapes, kinds, and a seed for the numbers."""
     dtype = draw(st.sampled_from(DTYPES))
     pairs = draw(st.integers(1, 3))
     vocab = draw(st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 130, 257, 1003])))
@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn) -> Case:
     labelled = draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0]), min_size=2 * pairs, max_size=2 * pairs))
     spread = draw(st.sampled_from([0.1, 3.0, 12.0]))
     offset = draw(st.sampled_from([0.0, 0.0, 100.0] if dtype.itemsize == 2 else [0.0, 0.0, 1e4]))
-    forbidden = draw(st.sampled_from([0.0, 0.0, 0.3]))  # share of logits at -inf
+    forbidden = draw(st.sampled_from([0.0, 0.0, 0.3]))  # fraction of logits at -inf
     with_ref_logits = draw(st.booleans())
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
@@ -77,7 +77,7 @@ def cases(draw: st.DrawFn) -> Case:
 
     logits = draw_logits()
     ref_logits = draw_logits() if with_ref_logits else None
-    # About what a policy of this spread would give, so that rewards are not all saturated.
+    # Close to the log-probs of the policy, so that not all rewards are saturated.
     ref_logp = -torch.tensor(lengths) * spread * (1 + torch.randn(2 * pairs, generator=generator))
     cu_seqlens = None
     if packed:

@@ -1,4 +1,4 @@
-"""RewardShift: which value each call uses and leaves behind, by hand and through mpo_loss."""
+"""RewardShift: the value that each call uses and leaves, by direct calls and through mpo_loss."""
 
 import math
 from typing import Any
@@ -32,7 +32,7 @@ def name_of(settings: dict[str, Any]) -> str:
 def test_cumulative_is_the_mean_of_all_updates() -> None:
     shift = RewardShift()
     values = []
-    for reward_sum, count in [(2.0, 2), (6.0, 2), (20.0, 4), (-1.0, 1)]:  # each mean counts 1, whatever its count
+    for reward_sum, count in [(2.0, 2), (6.0, 2), (20.0, 4), (-1.0, 1)]:  # each mean has weight 1, whatever its count
         shift.update(reward_sum, count)
         values.append(shift.value)
     assert values == [1.0, 2.0, 3.0, 2.0]
@@ -76,7 +76,7 @@ def test_cumulative_per_optimizer_step_counts_each_step_once() -> None:
             shift.update(reward_sum, count)
         shift.step()
     assert shift.value == 3.0  # the mean of 8 / 4 and 8 / 2
-    shift.step()  # nothing came in
+    shift.step()  # without new rewards
     assert shift.value == 3.0
 
 
@@ -139,7 +139,7 @@ def test_a_hundred_updates_follow_the_book(settings: dict[str, Any]) -> None:
 
 
 def batches(count: int) -> list[Any]:
-    """Cases whose rewards differ."""
+    """Returns cases whose rewards differ."""
     return [make_case(torch.float32, 19, pairs=1 + seed % 3, length=5, seed=seed) for seed in range(count)]
 
 
@@ -198,7 +198,7 @@ def test_evaluation_leaves_it_alone(backend: str, device: str, settings: dict[st
         assert float(output.reward_shift) == pytest.approx(before, rel=1e-6)
         assert shift.value == before
         assert shift.state_dict() == state
-    shift.step()  # and nothing was collected either
+    shift.step()  # nothing was collected
     assert shift.value == before
 
 
@@ -298,7 +298,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_happened(settings: dict[str, Any]) 
     for reward_sum, count in updates[:3]:
         whole.update(reward_sum, count)
         first.update(reward_sum, count)
-    resumed = RewardShift(**settings)  # in the middle of an optimizer step, for those that collect
+    resumed = RewardShift(**settings)  # in the middle of an optimizer step, if per="optimizer_step"
     resumed.load_state_dict(first.state_dict())
     assert resumed.value == whole.value
     for reward_sum, count in updates[3:]:

@@ -1,7 +1,7 @@
-"""mpo_loss against four trainers' readings of MPO, each computed here from its own description.
+"""mpo_loss against the MPO of four trainers, each computed here from its own description.
 
 The functions below take log-probabilities from torch in float64 and follow each trainer's order of operations. They
-share nothing with the package and little with each other, so that one misreading does not become all of them.
+share nothing with the package and little with each other, so that a mistake does not affect all of them.
 """
 
 from typing import Any
@@ -18,21 +18,21 @@ IGNORED = -100
 
 
 class RunningMoments:
-    """The running mean of TRL 0.9 to 0.28, without its deviations: each update counts as many as it has numbers."""
+    """The running mean of TRL 0.9 to 0.28, without deviations: an update counts once per number in it."""
 
     def __init__(self) -> None:
         self.mean = 0.0
         self.count = 1e-24
 
     def update(self, values: Tensor) -> None:
-        """Takes in the numbers of a micro-batch."""
+        """Adds the numbers of a micro-batch."""
         difference = values.mean().item() - self.mean
         self.count += values.numel()
         self.mean += difference * values.numel() / self.count
 
 
 class Batch:
-    """One micro-batch of a trainer: logits in float64, labels, and the reference's sums."""
+    """A micro-batch of a trainer: logits in float64, labels, and the sums of the reference model."""
 
     def __init__(self, seed: int, pairs: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -61,7 +61,7 @@ class Batch:
 
 @pytest.fixture
 def run() -> list[Batch]:
-    """A few steps of a training run, with batches of different sizes."""
+    """Returns a few steps of a training run, with batches of different sizes."""
     return [Batch(seed, pairs=1 + seed % 3) for seed in range(STEPS)]
 
 
@@ -84,7 +84,7 @@ def assert_steps_match(
 
 
 def with_gradient(loss_of: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """``(loss, d loss / d logits)``."""
+    """Returns ``(loss, d loss / d logits)``."""
     logits = batch.logits.clone().requires_grad_()
     loss = loss_of(logits)
     loss.backward()
@@ -93,7 +93,7 @@ def with_gradient(loss_of: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def test_the_authors(run: list[Batch], backend: str, device: str) -> None:
-    """The training code released with InternVL 2.5 and 3: cumulative shift that includes the batch, token mean."""
+    """Checks the training code released with InternVL 2.5 and 3: cumulative shift with the batch, token mean."""
     running = RunningMoments()
 
     def loss_of(batch: Batch, logits: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def test_the_authors(run: list[Batch], backend: str, device: str) -> None:
 
 
 def test_trl_since_0_29(run: list[Batch], backend: str, device: str) -> None:
-    """TRL from 0.29 on: loss_type ["sigmoid", "bco_pair", "sft"] without a reward shift."""
+    """Checks TRL from 0.29 on: loss_type ["sigmoid", "bco_pair", "sft"] without a reward shift."""
 
     def loss_of(batch: Batch, logits: Tensor) -> Tensor:
         logp, mask = batch.token_logp(logits)
@@ -138,7 +138,7 @@ def test_trl_since_0_29(run: list[Batch], backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_llama_factory(run: list[Batch], backend: str, device: str, label_smoothing: float) -> None:
-    """LLaMA-Factory: (dpo + w * bco) / (1 + w), and the mean over answers of their per-token means times pref_ftx."""
+    """Checks LLaMA-Factory: (dpo + w * bco) / (1 + w), and pref_ftx times the mean of per-token means of answers."""
     pref_bco_weight, pref_ftx, beta = 0.25, 0.6, 0.2
     running = RunningMoments()
 
@@ -171,7 +171,7 @@ def test_llama_factory(run: list[Batch], backend: str, device: str, label_smooth
 
 
 def test_nemo_rl(run: list[Batch], backend: str, device: str) -> None:
-    """NeMo-RL: an exponential moving average, moved once per optimizer step, whose previous value the loss uses."""
+    """Checks NeMo-RL: an exponential moving average, updated once per optimizer step; the loss uses the old value."""
     momentum, beta = 0.9, 0.05
     value = 0.3
 
@@ -204,7 +204,7 @@ def test_one_pair_makes_the_two_averages_equal(backend: str, device: str) -> Non
 
 
 def test_gradient_accumulation_with_a_fixed_shift_equals_one_large_batch(backend: str, device: str) -> None:
-    """Two micro-batches of one pair, averaged, against one batch of two pairs; NTP averaged over responses."""
+    """Compares the mean of two micro-batches of one pair with a batch of two pairs; NTP averaged over responses."""
     batch = Batch(seed=6, pairs=2)
     config = MPOConfig(ntp_average="sequence")
     logits, labels = batch.logits.float().to(device), batch.labels.to(device)

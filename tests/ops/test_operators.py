@@ -1,4 +1,4 @@
-"""The operators as citizens of PyTorch: schemas, fakes, torch.compile, autograd's corners."""
+"""The operators in PyTorch: schemas, fakes, torch.compile, and special cases of autograd."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_compiled_model_gives_the_numbers_of_eager(options: dict[str, object])
 
     compiled = torch.compile(step, fullgraph=True)
     eager_shift, compiled_shift = RewardShift(), RewardShift()
-    for _ in range(2):  # the second step finds a moved reward shift
+    for _ in range(2):  # in the second step the reward shift has moved
         eager, ours = step(eager_shift), compiled(compiled_shift)
         torch.testing.assert_close(ours.loss, eager.loss, rtol=1e-6, atol=0)
         eager_grads = torch.autograd.grad(eager.loss, list(model.parameters()))

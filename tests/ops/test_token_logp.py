@@ -19,8 +19,8 @@ from torch import Tensor
 from mpo_ext import sequence_sums, token_logp
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# 1, 2 and 7: shorter than a vector. 1003: rows start off any grid, and head and tail hold several elements. 32768:
-# full vectors only. 92553 and 151674: InternVL over InternLM2 and over Qwen2.5, neither a multiple of 8.
+# 1, 2 and 7: shorter than a vector. 1003: unaligned rows, whose head and tail hold several elements. 32768: full
+# vectors only. 92553 and 151674: InternVL over InternLM2 and over Qwen2.5, neither a multiple of 8.
 VOCABS = [1, 2, 7, 1003, 32768, 92553, 151674]
 # Half precision cannot hold differences at an offset of 10,000.
 KINDS = [
@@ -38,7 +38,7 @@ def name_of(value: object) -> str:
 
 @functools.lru_cache(maxsize=2)
 def judged(dtype: torch.dtype, vocab: int, kind: str, rows: int, labelled: float = 0.7) -> tuple:
-    """``(logits, labels, upstream gradient, exact, eager)``: the last two once for all backends."""
+    """Returns ``(logits, labels, upstream gradient, exact, eager)``, computed once for all backends."""
     generator = torch.Generator().manual_seed(vocab)
     labels = torch.randint(vocab, (rows,), generator=generator)
     labels[: min(2, rows)] = torch.tensor([0, vocab - 1])[: min(2, rows)]  # the first and the last column
@@ -51,7 +51,7 @@ def judged(dtype: torch.dtype, vocab: int, kind: str, rows: int, labelled: float
 
 
 def check(engine: str, device: str, layout: str, case: tuple) -> None:
-    """Values and gradient of one case, in one layout."""
+    """Checks the values and the gradient of a case in a layout."""
     logits, labels, weight, (exact, exact_gradient, share), (eager, eager_gradient) = case
     z = lay_out(logits.to(device), layout).requires_grad_()
     logp = token_logp(z, labels.to(device), backend=engine)
@@ -113,7 +113,7 @@ def test_the_gradient_of_a_confident_label_keeps_its_digits(
     token_logp(z, labels.to(device), backend=engine).sum().backward()
     assert z.grad is not None
     for one in enumerate(labels.tolist()):
-        # 1 - p comes from a float32 logarithm: its rounding shows in a float32 gradient, and never in half precision.
+        # 1 - p comes from a float32 logarithm, whose rounding is visible in float32 and never in half precision.
         noise = torch.finfo(torch.float32).eps
         assert_as_accurate(z.grad.cpu()[one], eager[one], exact[one], factor, noise=noise)
 
@@ -190,7 +190,7 @@ def test_a_label_out_of_range_gives_nan_in_its_row_only(
 
 
 def masked_logits(dtype: torch.dtype, vocab: int) -> Tensor:
-    """Logits with most of the vocabulary forbidden, in every place where a vector may begin."""
+    """Returns logits with most of the vocabulary banned, at every place where a vector may begin."""
     logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
     logits[0, : vocab // 2] = -torch.inf
     logits[1, 1:-1] = -torch.inf
