@@ -594,8 +594,8 @@ def assert_as_accurate(
     """Raises unless the error of a result is at most ``factor`` times the error of eager torch in the same dtype.
 
     A fixed ``atol`` is not enough: with a vocabulary of 150k a typical gradient entry is 1e-5, and a kernel that
-    writes zeros passes ``atol=5e-5``. The floor is one unit in the last place of the largest exact value, in the dtype of
-    the result, plus ``noise`` for results that are differences of larger numbers. Infinities and NaN must match.
+    writes zeros passes ``atol=5e-5``. The floor is one unit in the last place of the largest exact value, in the dtype
+    of the result, plus ``noise`` for differences of larger numbers. Infinities and NaN must match.
     """
     exact = np.asarray(exact)
     assert tuple(actual.shape) == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {exact.shape}"
