@@ -157,7 +157,7 @@ def make_recipe(
     return Recipe(
         model=ModelRecipe(path=f"digits demo, seed {settings.seed}"),
         data=DataRecipe(train=(SourceRecipe(path=str(pairs)),), max_length=None),
-        loss=LossRecipe(**loss, backend=settings.backend),
+        loss=LossRecipe(**loss, backend=settings.backend),  # type: ignore[arg-type]  # the recipe checks it
         reference=ReferenceRecipe(kind="precomputed", file=str(reference)) if reference else ReferenceRecipe(),
         optim=OptimRecipe(
             learning_rate=rate,
