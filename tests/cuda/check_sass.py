@@ -1,4 +1,4 @@
-"""Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE]`` prints a table, or fails.
+"""Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE]`` prints a table or fails.
 
 No kernel may spill or have a stack frame. In the code for sm_80 and sm_90 the main loop of token_logp must load, and
 that of logits_grad load and store, 128 bits at a time. ``--json results/machine_code.json`` writes registers and
@@ -26,7 +26,7 @@ COUNTED = ("sm_80", "sm_90", "sm_100")
 
 
 def find_cuobjdump() -> str | None:
-    """cuobjdump on PATH, or the one inside the triton package."""
+    """Returns the path of cuobjdump, on PATH or inside the triton package."""
     if found := shutil.which("cuobjdump"):
         return found
     triton = importlib.util.find_spec("triton")
@@ -37,7 +37,7 @@ def find_cuobjdump() -> str | None:
 
 
 def resources(module: str, cuobjdump: str) -> dict[tuple[str, str], dict[str, int]]:
-    """(architecture, kernel) to its use of registers, stack, local and shared memory."""
+    """Maps (architecture, kernel) to the use of registers, stack, local and shared memory."""
     text = subprocess.run([cuobjdump, "--dump-resource-usage", module], capture_output=True, text=True, check=True)
     found: dict[tuple[str, str], dict[str, int]] = {}
     arch = kernel = ""
@@ -54,7 +54,7 @@ def resources(module: str, cuobjdump: str) -> dict[tuple[str, str], dict[str, in
 
 
 def disassembly(module: str, cuobjdump: str, arch: str) -> dict[str, list[tuple[int, str]]]:
-    """Kernel to its instructions with their addresses."""
+    """Maps each kernel to its instructions with their addresses."""
     text = subprocess.run([cuobjdump, "-sass", "-arch", arch, module], capture_output=True, text=True, check=True)
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
     kernel = ""
@@ -67,7 +67,7 @@ def disassembly(module: str, cuobjdump: str, arch: str) -> dict[str, list[tuple[
 
 
 def main_loop(code: list[tuple[int, str]]) -> list[str]:
-    """The instructions of the innermost loop that computes the most exponentials."""
+    """Returns the instructions of the innermost loop that computes the most exponentials."""
     loops = []
     for address, instruction in code:
         if match := re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)", instruction):
@@ -80,7 +80,7 @@ def main_loop(code: list[tuple[int, str]]) -> list[str]:
 
 
 def name_of(kernel: str) -> str:
-    """``token_logp bfloat16 stats pair`` for a mangled name."""
+    """Returns a readable name, such as ``token_logp bfloat16 stats pair``, for a mangled name."""
     kind = next(kind for kind in ("token_logp", "logits_grad", "pair_loss") if f"{kind}_kernel" in kernel)
     match = re.search(r"_kernelI(f|6__half|13__nv_bfloat16)(?:Lb(\d)ELb(\d))?", kernel)
     if match is None:
@@ -90,7 +90,7 @@ def name_of(kernel: str) -> str:
 
 
 def problems(module: str, cuobjdump: str) -> list[str]:
-    """What is wrong with the module; empty if nothing is."""
+    """Returns the problems of the module."""
     found = []
     table = resources(module, cuobjdump)
     per_arch: dict[str, int] = defaultdict(int)
@@ -99,7 +99,7 @@ def problems(module: str, cuobjdump: str) -> list[str]:
         if use["STACK"] or use["LOCAL"]:
             found.append(f"{name_of(kernel)} for {arch} has a stack of {use['STACK']} bytes, {use['LOCAL']} local")
     if not per_arch:
-        found.append(f"there are no kernels in {module}")
+        found.append(f"{module} does not contain kernels")
     found += [f"{arch} has {n} kernels instead of {KERNELS}" for arch, n in per_arch.items() if n != KERNELS]
     for arch in DISASSEMBLED:
         if arch not in per_arch:
@@ -120,7 +120,7 @@ def problems(module: str, cuobjdump: str) -> list[str]:
 
 
 def report(module: str, cuobjdump: str) -> str:
-    """Registers of each kernel by architecture."""
+    """Returns a table of the registers of each kernel by architecture."""
     table = resources(module, cuobjdump)
     archs = sorted({arch for arch, _ in table}, key=lambda arch: int(arch[3:].rstrip("af")))
     names: dict[str, dict[str, int]] = defaultdict(dict)
@@ -132,7 +132,7 @@ def report(module: str, cuobjdump: str) -> str:
 
 
 def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, float]]:
-    """Kernel to the instructions and the exponentials in its main loop, per logit."""
+    """Maps each kernel to the instructions and the exponentials per logit in its main loop."""
     found = {}
     for kernel, code in disassembly(module, cuobjdump, arch).items():
         name, body = name_of(kernel), main_loop(code)
@@ -144,7 +144,7 @@ def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, 
 
 
 def document(module: str, cuobjdump: str, command: str, compiler: str) -> dict[str, Any]:
-    """The figures as benchmarks/machine_code.py reads them."""
+    """Returns the figures in the format that benchmarks/machine_code.py reads."""
     registers: dict[str, dict[str, int]] = defaultdict(dict)
     for (arch, kernel), use in resources(module, cuobjdump).items():
         registers[name_of(kernel)][arch] = use["REG"]
@@ -163,14 +163,14 @@ def _by_arch(item: tuple[str, int]) -> int:
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Prints the table and the problems. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", help="the module (default: the built one)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures here")
     args = parser.parse_args()
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
-        print("cuobjdump is neither on PATH nor in a triton package")
+        print("cuobjdump must be on PATH or inside an installed triton package")
         return 2
     built = sorted((Path(__file__).parents[2] / "mpo_ext").glob("_C*.so"))
     module = args.file or str(built[0])

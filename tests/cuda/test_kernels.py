@@ -29,15 +29,15 @@ need_nvcc()
 ALL = os.environ.get("MPO_PTXSIM_ALL") == "1"
 BY_HAND = pytest.mark.skip(reason="20 schedules of one dtype and architecture run in CI; MPO_PTXSIM_ALL=1 runs all")
 ARCHS = ("sm_80", "sm_90", "sm_100")
-# 1, 2, 7: less than a vector. 1003, 5003: rows start off the 16-byte grid; one round of the main loop, with and
-# without a rest. 4096: full vectors only.
+# 1, 2, 7: less than a vector. 1003, 5003: rows that are not aligned to 16 bytes; one round of the main loop, with and
+# without a remainder. 4096: full vectors only.
 VOCABS = (1, 2, 7, 1003, 4096, 5003)
 ALL_STATS = 15
 STAT_NAMES = ("entropy", "mean_logit", "top1", "sum_p_squared")
 
 
 def labels_for(vocab: int) -> list[int]:
-    """Labelled, ignored and impossible rows; first, last and middle tokens."""
+    """Returns labels of scored rows (first, last and middle tokens), ignored rows, and labels out of range."""
     return [-100, 0, vocab - 1, -100, vocab, vocab // 2, -1, -100, vocab // 3, -100]
 
 
@@ -62,7 +62,7 @@ def check_token_logp(rows: Rows, out: dict[str, np.ndarray], stats: int) -> None
 
 
 def check_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray, scale: float = 1.0) -> None:
-    """Each element within half a unit in the last place of its type, and what float32 arithmetic costs."""
+    """Checks each element within half a unit in the last place of its type, plus the error of float32 arithmetic."""
     exact = exact_rows(rows)
     unit = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}[rows.dtype]
     smallest = {"float32": 0, "bfloat16": 0, "float16": 2.0**-25}[rows.dtype]
@@ -85,7 +85,7 @@ def check_only_rows_written(place: Rows, buffer: object) -> None:
     for row in range(place.rows):
         inside[place.place(row)] = True
     assert buffer.valid[: buffer.nbytes][inside].all(), "part of the gradient was not written"
-    assert not buffer.valid[: buffer.nbytes][~inside].any(), "something beside the gradient was written"
+    assert not buffer.valid[: buffer.nbytes][~inside].any(), "memory outside of the gradient was written"
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -93,7 +93,7 @@ def check_only_rows_written(place: Rows, buffer: object) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_rows_give_what_the_definition_says(arch: str, dtype: str, vocab: int) -> None:
     native = SimulatedNative(arch)
-    wide = vocab % 2 == 1  # odd vocabularies come with a gap and an unaligned start
+    wide = vocab % 2 == 1  # odd vocabularies have a gap between rows and an unaligned start
     layouts = [(vocab, 0), (vocab + 5, 3)] if ALL else [(vocab + 5, 3) if wide else (vocab, 0)]
     for stride, offset in layouts:
         rows = Rows(dtype, labels_for(vocab), vocab, stride, offset, seed=vocab)
@@ -107,7 +107,7 @@ def test_rows_give_what_the_definition_says(arch: str, dtype: str, vocab: int) -
         grad = run_logits_grad(native, rows, out["row_max"], out["row_sum"], weight, scale=scale)
         check_only_rows_written(rows, grad)
         check_grad(rows, rows, grad, weight, 3.0)
-        # A gradient that lies otherwise on the grid of vectors.
+        # A gradient with another alignment than the logits.
         other = Rows(dtype, labels_for(vocab), vocab, vocab + 2, 1)
         grad = run_logits_grad(native, rows, out["row_max"], out["row_sum"], weight, grad=other)
         check_only_rows_written(other, grad)
@@ -161,7 +161,7 @@ def test_rows_beyond_2_to_the_31_elements_are_found() -> None:
     rows = Rows("bfloat16", [5, -100, 1002], vocab, vocab)
     far = ptxsim.Buffer(nbytes=16)
     far.nbytes = 2 * (2 * stride + vocab)
-    far.raw = np.zeros(-(-far.nbytes // 32) * 32, np.uint8)  # pages that nobody touches
+    far.raw = np.zeros(-(-far.nbytes // 32) * 32, np.uint8)  # pages that are never touched
     for row in (0, 2):
         far.raw[2 * row * stride :][: 2 * vocab] = rows.values[row].view(torch.uint8).numpy()
     rows.buffer, rows.stride = far, stride
@@ -223,7 +223,7 @@ def exact_pair_loss(
     state: tuple[float, float],
     **c: object,
 ) -> dict[str, np.ndarray]:
-    """The loss of B pairs, written for reading."""
+    """Computes the loss of B pairs from its definition."""
 
     def log_sigmoid(x: float) -> float:
         return -float(np.logaddexp(0, -x))
@@ -283,7 +283,7 @@ def exact_pair_loss(
 
 
 def pair_labels(lengths: list[int], vocab: int, seed: int = 0) -> tuple[list[int], np.ndarray]:
-    """Labels of packed sequences, the first half of each ignored, and where the sequences begin."""
+    """Returns labels of packed sequences, the first half of each ignored, and the starts of the sequences."""
     random = np.random.default_rng(seed)
     labels: list[int] = []
     for length in lengths:

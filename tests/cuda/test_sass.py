@@ -1,4 +1,4 @@
-"""The machine code in the built module; see check_sass.py."""
+"""Checks of the machine code in the built module; see check_sass.py."""
 
 import gzip
 from pathlib import Path

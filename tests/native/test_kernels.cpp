@@ -1,5 +1,5 @@
-// Tests of the CPU kernels that need no Python, so that sanitizers can watch them: `make sanitize`. Buffers are as
-// small as they may be, so that any access beyond them is caught; results are compared with plain double arithmetic.
+// Tests of the CPU kernels without Python, so that `make sanitize` can run them under sanitizers. Buffers have the
+// minimal size, so that every access out of bounds is detected. Results are compared with plain double arithmetic.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -38,7 +38,7 @@ double to_double(uint16_t bits, mpo::DType dtype) {
   return sign * (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24));
 }
 
-/// A logit that every 16-bit format can hold: small multiples of 1/8, some far out, some banned.
+/// Returns a logit that every 16-bit format represents exactly: a multiple of 1/8, or -inf for a banned token.
 uint16_t random_bits(std::mt19937& random, mpo::DType dtype) {
   const double z = static_cast<double>(static_cast<int>(random() % 161) - 80) / 8;
   if (random() % 50 == 0) return dtype == mpo::DType::kBFloat16 ? 0xff80 : 0xfc00;  // -inf
@@ -55,7 +55,7 @@ uint16_t random_bits(std::mt19937& random, mpo::DType dtype) {
                                static_cast<int>((mantissa * 2 - 1) * 1024));
 }
 
-/// One batch of rows: the last is ignored, and its logits are not even allocated.
+/// A batch of rows. The last row is ignored, and its logits are not allocated.
 struct Batch {
   std::vector<char> memory;
   std::vector<int64_t> labels;
@@ -66,7 +66,7 @@ struct Batch {
 Batch make_batch(std::mt19937& random, mpo::DType dtype, int64_t count, int64_t vocab, int64_t stride, int64_t offset) {
   const int64_t width = dtype == mpo::DType::kFloat64 ? 8 : dtype == mpo::DType::kFloat32 ? 4 : 2;
   Batch b;
-  const int64_t elements = offset + (count - 2) * stride + vocab;  // up to the end of the last row that may be read
+  const int64_t elements = offset + (count - 2) * stride + vocab;  // up to the end of the last row that is allocated
   b.memory.resize(static_cast<size_t>(elements * width));
   for (int64_t i = 0; i < count - 1; ++i) {
     std::vector<double> row;
@@ -112,7 +112,7 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
   mpo::token_logp_cpu({b.rows, nullptr, again.data(), again_max.data(), again_sum.data(), again_stats.data(), 15u},
                       nullptr, dtype, 1, isa);
 
-  // The same rows tile by tile, as the projection of hidden states yields them.
+  // The same rows tile by tile, as in the loss from hidden states.
   const int64_t width = dtype == mpo::DType::kFloat64 ? 8 : dtype == mpo::DType::kFloat32 ? 4 : 2;
   const std::vector<int64_t> edges = {0, vocab / 3, vocab - 1, vocab};
   const auto tile_of = [&](mpo::Rows rows, int64_t first, int64_t end) {
@@ -133,7 +133,7 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
   const double tolerance = sizeof(Real) == 8 ? 1e-12 : 2e-6;
   std::vector<std::vector<double>> expected_grad;
   for (int64_t i = 0; i < count; ++i) {
-    check(std::memcmp(&logp[i], &again[i], sizeof(Real)) == 0, "the number of threads leaves logp as it is", where);
+    check(std::memcmp(&logp[i], &again[i], sizeof(Real)) == 0, "logp does not depend on the number of threads", where);
     const double slack = sizeof(Real) == 8 ? 1e-12 : 2e-6;
     const auto agree = [&](Real a, Real b) {
       return a == b || (std::isnan(a) && std::isnan(b)) || std::fabs(a - b) <= slack * (1 + std::fabs(b));
@@ -201,8 +201,8 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
     return to_double(bits, dtype);
   };
 
-  // Numerators in place of the logits, tile by tile, with statistics and without.
-  for (const unsigned wanted : {0u, 15u}) {
+  // exp(z - max) written over the logits, tile by tile, with statistics and without.
+  for (const unsigned stats_mask : {0u, 15u}) {
     std::vector<char> memory = b.memory;
     mpo::Rows rows = b.rows;
     rows.logits = memory.data() + offset * width;
@@ -210,7 +210,7 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
       if (edges[k] == edges[k - 1]) continue;
       const mpo::Rows tile = tile_of(rows, edges[k - 1], edges[k]);
       mpo::token_logp_cpu(
-          {tile, state.data(), again.data(), again_max.data(), again_sum.data(), again_stats.data(), wanted},
+          {tile, state.data(), again.data(), again_max.data(), again_sum.data(), again_stats.data(), stats_mask},
           const_cast<void*>(tile.logits), dtype, threads, isa);
     }
     for (int64_t i = 0; i + 1 < count; ++i) {
@@ -219,9 +219,10 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
         return x == y || (std::isnan(x) && std::isnan(y)) || std::fabs(x - y) <= tolerance * (1 + std::fabs(y));
       };
       check(close(again[i], logp[i]) && close(again_max[i], row_max[i]) && close(again_sum[i], row_sum[i]),
-            "what is known of a row beside its numerators", where);
-      for (int64_t s = 0; wanted != 0 && s < mpo::kNumRowStats; ++s) {
-        check(close(again_stats[s * count + i], stats[s * count + i]), "statistics beside numerators", where);
+            "results of a row whose exp_logits are written", where);
+      for (int64_t s = 0; stats_mask != 0 && s < mpo::kNumRowStats; ++s) {
+        check(close(again_stats[s * count + i], stats[s * count + i]),
+              "statistics of a row whose exp_logits are written", where);
       }
       double max = -kInfinity;
       for (size_t k = 1; k < edges.size(); ++k) {
@@ -229,18 +230,18 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
         for (int64_t v = edges[k - 1]; v < edges[k]; ++v) {
           const bool is_zero = v == b.labels[i] || max == -kInfinity;
           const double exact = is_zero ? 0 : std::exp(b.logits[i][v] - max);
-          const double numerator = value_at(memory.data() + (offset + i * stride + v) * width);
-          check(std::fabs(numerator - exact) <= 2 * grad_tolerance * exact + 1e-7 * (width == 2), "numerators", where);
+          const double exp_logit = value_at(memory.data() + (offset + i * stride + v) * width);
+          check(std::fabs(exp_logit - exact) <= 2 * grad_tolerance * exact + 1e-7 * (width == 2), "exp_logits", where);
         }
       }
       for (int64_t at = offset + i * stride + vocab; i + 2 < count && at < offset + (i + 1) * stride; ++at) {
         check(std::memcmp(&memory[at * width], &b.memory[at * width], static_cast<size_t>(width)) == 0,
-              "nothing beside the rows is written", where);
+              "memory outside of the rows is not written", where);
       }
     }
   }
 
-  // The gradient into memory of its own, and then over the logits.
+  // The gradient in separate memory, and then over the logits.
   std::vector<char> grad(static_cast<size_t>(count * vocab * width), 0x7f);
   const double scale = 2;
   const mpo::LogitsGradParams out_of_place = {
@@ -255,7 +256,7 @@ void test_rows(mpo::DType dtype, mpo::Isa isa, int threads, int64_t vocab, int64
     mpo::logits_grad_cpu(tile, dtype, threads, isa);
   }
   check(grad == tiled_grad, "the gradient of tiles has the bits of the whole", where);
-  b.rows.rows = count - 1;  // the last row has no memory to be written to
+  b.rows.rows = count - 1;  // the last row has no memory
   const mpo::LogitsGradParams in_place = {
       b.rows, row_max.data(), row_sum.data(), weight.data(), &scale, const_cast<void*>(b.rows.logits), count,
       0,      stride,         false};
@@ -299,9 +300,10 @@ void test_pair_loss(bool is_double) {
     return static_cast<double>(loss[0]);
   };
   run();
-  check(tokens[2] == 0 && reward[2] == 0 && reward[5] == 0, "a pair with an empty side compares nothing", "pair_loss");
-  check(batch[1] == 4 && new_state[1] == 4, "an empty pair moves no reward shift", "pair_loss");
-  // delta is a constant to the gradient, so it is held at what this batch made it.
+  check(tokens[2] == 0 && reward[2] == 0 && reward[5] == 0, "the rewards of a pair with an empty side are 0",
+        "pair_loss");
+  check(batch[1] == 4 && new_state[1] == 4, "an empty pair does not update the reward shift", "pair_loss");
+  // The gradient treats delta as a constant, so it is held at the value after this batch.
   mpo::PairLossConfig held = config;
   held.rule = mpo::ShiftRule::kHold;
   const std::vector<double> moved = new_state;
@@ -312,7 +314,7 @@ void test_pair_loss(bool is_double) {
                        is_double);
     return static_cast<double>(loss[0]);
   };
-  if (!is_double) return;  // differences need the digits
+  if (!is_double) return;  // finite differences need double precision
   const std::vector<Real> analytic = weight;
   for (int64_t i = 0; i < rows; ++i) {
     if (labels[i] == kIgnore) {
@@ -335,7 +337,7 @@ void test_pair_loss(bool is_double) {
 int main() {
   for (const mpo::Isa isa : {mpo::Isa::kAvx512, mpo::Isa::kAvx2, mpo::Isa::kPortable}) {
     if (!mpo::can_run(isa)) {
-      std::printf("instruction set %d cannot run here: left out\n", static_cast<int>(isa));
+      std::printf("instruction set %d cannot run on this machine, its tests are left out\n", static_cast<int>(isa));
       continue;
     }
     for (const int64_t vocab : {1, 2, 7, 31, 64, 129, 1003, 4099}) {
@@ -350,7 +352,7 @@ int main() {
         }
       }
     }
-    // Enough pieces for several threads to share: 7 rows of this size are 7 pieces.
+    // Enough pieces for several threads: 7 rows of this size are 7 pieces.
     test_rows<float>(mpo::DType::kFloat32, isa, 4, 70001, 70001, 0);
   }
   test_pair_loss<float>(false);

@@ -1,7 +1,7 @@
-"""The Triton kernels without a GPU: in Triton's interpreter, and compiled to PTX and run by a simulator.
+"""Tests of the Triton kernels without a GPU: in Triton's interpreter, and compiled to PTX that a simulator runs.
 
-Triton is either interpreted or compiling, from its import on. So there are two runs, which `make test` makes: with
-TRITON_INTERPRET=1 the tests in interpreter/, without it the others.
+At its import, Triton is set to interpret or to compile. So `make test` runs pytest twice: with TRITON_INTERPRET=1 for
+the tests in interpreter/, and without it for the others.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 
-sys.path.append(str(ROOT / "tests" / "cuda"))  # simulator.py, for the cases that all kernels must agree on
+sys.path.append(str(ROOT / "tests" / "cuda"))  # simulator.py, for the cases on which all kernels must agree
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore = ["test_triton_compiled.py", "test_triton_choice.py"]

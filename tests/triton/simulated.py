@@ -1,4 +1,4 @@
-"""Runs the launches of the Triton kernels on CPU tensors: compiled to PTX, executed by a simulator."""
+"""Runs the launches of the Triton kernels on CPU tensors: compiled to PTX, which a simulator executes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILES = {
 
 
 def signature(kernel: Any, tensors: dict[str, Tensor], constexprs: dict[str, Any]) -> dict[str, str]:
-    """The types of a kernel's arguments, as the JIT would find them: those of integers and floats are annotated."""
+    """Returns the types of a kernel's arguments, as the JIT determines them; integers and floats are annotated."""
     return {
         parameter.name: POINTERS[tensors[parameter.name].dtype]
         if parameter.name in tensors
@@ -37,7 +37,7 @@ def signature(kernel: Any, tensors: dict[str, Tensor], constexprs: dict[str, Any
 
 
 class Simulated:
-    """Stands for a kernel: the launch it is asked for happens in the simulator."""
+    """Replaces a kernel and runs its launches in the simulator."""
 
     def __init__(self, kernel: Any, arch: int, options: dict[str, Any], reports: dict) -> None:
         self.kernel, self.arch, self.options, self.reports = kernel, arch, options, reports
@@ -54,7 +54,7 @@ class Simulated:
                 self.compiled[key] = ptxsim.compile_triton(
                     self.kernel, types, constexprs, arch=self.arch, num_warps=num_warps, aligned=aligned
                 )
-            # A buffer for each storage, since tensors may share one; what a kernel must write is poisoned by the test.
+            # One buffer per storage, since tensors may share a storage.
             buffers: dict[int, tuple[Any, np.ndarray]] = {}
             for name, tensor in tensors.items():
                 storage = tensor.untyped_storage()
@@ -86,7 +86,7 @@ def _named(buffers: dict, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Any
 
 @contextmanager
 def simulation(arch: int = 80, **options: Any) -> Iterator[dict[str, Any]]:
-    """Within it, ``mpo_ext.kernels`` runs in the simulator. Yields the latest report and buffers of each kernel."""
+    """Lets ``mpo_ext.kernels`` run in the simulator. Yields the latest report and buffers of each kernel."""
     import importlib
 
     reports: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Which tensors get the Triton kernels, and what those are told who cannot have them."""
+"""The choice of the Triton kernels, and the errors if they cannot run."""
 
 import importlib.util
 import subprocess
@@ -26,7 +26,7 @@ def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.Monke
         token_logp(torch.zeros(1, 4), torch.tensor([1]), backend="triton")
 
 
-def test_without_triton_all_else_works(tmp_path: Path) -> None:
+def test_without_triton_the_other_backends_work(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, mpo_ext\n"

@@ -1,4 +1,4 @@
-"""The Triton kernels as compilers make them: PTX executed by a simulator, and what can be read off the code."""
+"""The compiled Triton kernels: their PTX in a simulator, and properties of the code itself."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TARGETS = {
 
 @pytest.fixture(autouse=True)
 def _on_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets ops take CPU tensors for this backend: the simulator stands in for the GPU."""
+    """Lets the operators accept CPU tensors for this backend: the simulator replaces the GPU."""
     monkeypatch.setattr(backends, "triton_problem", lambda device: None)
 
 
@@ -79,7 +79,7 @@ def test_simulated_ptx_takes_any_stride_and_alignment(dtype: torch.dtype, layout
         check(make_case(dtype, 1003, pairs=1, length=3), layout, stats=("entropy", "mean_logit", "top1"))
 
 
-def test_simulated_ptx_takes_packed_sequences_and_keeps_to_ignored_rows() -> None:
+def test_simulated_ptx_takes_packed_sequences_and_any_share_of_labelled_rows() -> None:
     with simulation():
         check(make_case(torch.bfloat16, 259, packed=True))
         check(make_case(torch.bfloat16, 259, labelled=0.0))
@@ -126,7 +126,7 @@ def test_each_labelled_logit_is_read_once_and_written_once(dtype: torch.dtype, v
 
 
 def test_cuda_triton_and_cpu_kernels_agree_on_random_cases() -> None:
-    """The same cases on all three, each within the accuracy bound, so no two are further apart than twice that."""
+    """Runs the same cases on all three, each within the accuracy bound, so two differ by at most twice the bound."""
     random = np.random.default_rng(0)
     for _ in range(CASES):
         dtype = DTYPES[random.integers(3)]
@@ -147,7 +147,7 @@ def test_cuda_triton_and_cpu_kernels_agree_on_random_cases() -> None:
             torch.testing.assert_close(output.loss, cpu.loss, rtol=2e-6, atol=2e-6)
             torch.testing.assert_close(output.chosen_reward, cpu.chosen_reward, rtol=2e-6, atol=2e-6)
             assert (gradient.double() - cpu_gradient.double()).abs().max() <= max(ulp, 1e-6)
-        gc.collect()  # the simulator looks at all living buffers for each new one, and dead ones hang in cycles
+        gc.collect()  # each new buffer searches all living buffers, and reference cycles keep old buffers alive
     need_nvcc()
 
 
@@ -161,7 +161,7 @@ def _bytes_read(report: tuple[Any, dict], argument: str) -> int:
 
 
 def _compile_all(target: GPUTarget, dtype: torch.dtype, vocab: int) -> dict[str, Any]:
-    """Every kernel for one target, as its launcher would have it, by recording the launches."""
+    """Compiles every kernel for a target with the options of its launcher, by recording the launches."""
     compiled = {}
 
     class Recorder:
@@ -227,8 +227,8 @@ def test_compiled_code_has_wide_loads_and_no_spills(dtype: torch.dtype, target: 
             assert len(re.findall(wide_store, code)) >= 4, name
 
 
-def test_nothing_is_compiled_again_while_training() -> None:
-    """1,000 steps with changing lengths, labels and reward shift ask for one variant per alignment of the memory."""
+def test_training_does_not_recompile() -> None:
+    """Checks that 1,000 steps with changing lengths, labels and reward shift need one variant per memory alignment."""
     variants: dict[str, set] = {}
 
     class Recorder:
@@ -269,10 +269,10 @@ def test_nothing_is_compiled_again_while_training() -> None:
 
 
 def _specialisation(parameter: Any, value: Any) -> Any:
-    """What the JIT distinguishes in an argument (triton.runtime.jit): for one not specialised, its type alone."""
+    """Returns the properties of an argument that the JIT specialises on (triton.runtime.jit), or only its type."""
     if isinstance(value, Tensor):
         return (value.dtype, value.data_ptr() % 16 == 0)
-    assert parameter.annotation_type, f"{parameter.name} would be specialised on its width"
+    assert parameter.annotation_type, f"{parameter.name} must be annotated, or the JIT specialises on its width"
     if parameter.do_not_specialize or parameter.annotation_type.startswith("fp"):
         return parameter.annotation_type
     return (parameter.annotation_type, value == 1, value % 16 == 0)

@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Float32 becomes bfloat16 by rounding to nearest, not by cutting off, as compiled code does."""
+    """Rounds float32 to the nearest bfloat16, as compiled code does; the interpreter truncates."""
     cast = InterpreterBuilder.cast_impl
 
     def rounding_cast(self: Any, source: Any, dtype: Any) -> Any:

@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def check(case: Case, layout: str = "contiguous", delta: float = 0.0, **options: Any) -> None:
-    """One call forward and backward, at the accuracy that the CPU kernels are held to."""
+    """Checks a forward and a backward with the error bound of the CPU kernels."""
     logits = lay_out(case.logits, layout).requires_grad_()
     output = mpo_loss(
         logits,
@@ -128,7 +128,7 @@ def test_the_reward_shift_moves_as_on_the_cpu(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_edges_agree_with_the_cpu_kernels(dtype: torch.dtype) -> None:
-    """Bad labels, banned tokens, rows of -inf, NaN and +inf: the same values and the same NaN."""
+    """Compares values and NaN for labels out of range, banned tokens, and rows with -inf, NaN and +inf."""
     torch.manual_seed(0)
     logits = (4 * torch.randn(9, 1003)).to(dtype)
     labels = torch.randint(1003, (9,))
@@ -144,7 +144,7 @@ def test_edges_agree_with_the_cpu_kernels(dtype: torch.dtype) -> None:
     for backend in ("triton", "cpu"):
         forward = ops.token_logp(logits, labels, -100, mask, backend)
         gradient = ops.logits_grad(logits, labels, forward[1], forward[2], torch.ones(9), None, -100, backend)
-        # Of a row that is NaN, the maximum and the sum are nobody's business.
+        # The maximum and the sum of a row with a NaN are not compared.
         results.append((forward[0], forward[3][:, :6], gradient))
     for ours, cpu in zip(*results, strict=True):
         torch.testing.assert_close(
