@@ -282,7 +282,7 @@ MATH = [
     ("3\\pi", "9", False),
     ("A", "A", True),
     ("A", "B", False),
-    # Words are no products of letters.
+    # Words are not products of letters.
     ("no", "on", False),
     ("\\text{no}", "on", False),
     ("Yes", "yes", True),

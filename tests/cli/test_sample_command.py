@@ -1,4 +1,4 @@
-"""The command: its options reach the pipelines, and what goes wrong is said in one line."""
+"""``mpo-ext sample``: options reach the pipelines, and an error is printed as a single line."""
 
 import argparse
 import json

@@ -17,7 +17,7 @@ ITEM = Item(question="How many?", truths=("7",))
 
 
 def judged(texts: list[str], item: Item = ITEM, finish: dict[str, str] | None = None, **options: Any) -> ItemResult:
-    """What comes of an item whose samples are these texts."""
+    """Returns the result of an item with these texts as samples."""
     pipeline = Correctness(CorrectnessConfig(samples=len(texts), **options))
     script = {
         key: Generation(tuple(map(ord, text)), text, (finish or {}).get(text, "stop"))

@@ -17,7 +17,7 @@ CHOSEN = "The left bar is 3, the right bar is 4. Together they are 7.\nFinal ans
 
 
 def pairs_of(item: Item, text: str, finish: str = "stop", **options: Any) -> ItemResult:
-    """What comes of one item whose only continuation is the text."""
+    """Returns the result of an item whose continuation is the text."""
     pipeline = DropoutNTP(DropoutNTPConfig(**options))
     engine = StubEngine(script=dict.fromkeys(pipeline.keys(item), Generation(tuple(map(ord, text)), text, finish)))
     (records,) = pipeline.sample([item], engine)
@@ -189,7 +189,7 @@ def test_a_chosen_response_that_was_wrong_is_left_out_and_counted(tmp_path: Path
     summary = run(DropoutNTP(), engine, items, tmp_path / "out", stream=None)
     assert summary.skipped["chosen is a sample that was wrong (--allow-wrong-chosen takes it)"] == 1
     assert len(engine.requests) == 1
-    # A journal that was written before there was this rule goes on, and its records give no pair.
+    # A journal from before this rule resumes, and its records give no pair.
     assert "allow_wrong_chosen" not in DropoutNTP().settings()
     (wrong, _) = read_items(item_files(items))
     records = [{"key": "k", "text": "It is 7 .", "finish": "stop", "tokens": 2, "cut": {"characters": 5, "tokens": 2}}]

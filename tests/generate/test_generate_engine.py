@@ -129,7 +129,7 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def test_a_row_of_nan_is_an_error() -> None:
-    with pytest.raises(FloatingPointError, match="logits must have a finite largest value"):
+    with pytest.raises(FloatingPointError, match="logits must have a finite maximum and no NaN"):
         sample_token(torch.full((1, 5), torch.nan), torch.zeros(1, dtype=torch.float64), SamplingConfig())
 
 
