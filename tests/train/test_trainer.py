@@ -297,7 +297,7 @@ def test_a_run_without_any_pair_is_an_error_and_saves_no_model(tmp_path: Path, p
     model, processor = tiny()
     before = weights(model)
     settings = recipe(tmp_path / "out", pairs, data__max_length=5, optim__epochs=3)
-    with pytest.raises(ValueError, match=r"every pair was skipped, so nothing was learnt(.|\n)*skipped 20:"):
+    with pytest.raises(ValueError, match=r"every pair was skipped, so nothing was learned(.|\n)*skipped 20:"):
         loop.train(settings, model=model, processor=processor)
     assert "all of its pairs were skipped" in capsys.readouterr().err
     assert not (tmp_path / "out" / "final").exists()
