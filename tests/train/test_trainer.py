@@ -16,7 +16,7 @@ from vision_families import BUILDERS
 
 from mpo_ext import train as package
 from mpo_ext.ops import linear as linear_ops
-from mpo_ext.train import loop
+from mpo_ext.train import batch_loss, loop
 from mpo_ext.train.batch import Batch
 from mpo_ext.train.model import PARTS, fingerprint, freeze_parts, switch_off_dropout
 from mpo_ext.train.recipe import Recipe
@@ -354,7 +354,7 @@ def test_out_of_memory_names_sizes_and_what_lowers_them(
     def full(*args: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("tried to allocate 1 GiB")
 
-    monkeypatch.setattr(loop, "linear_mpo_loss", full)
+    monkeypatch.setattr(batch_loss, "linear_mpo_loss", full)
     with pytest.raises(RuntimeError, match=r"step 1 with 4 pairs in 4 rows of \d+ positions.*optim\.micro_batch_size"):
         run(recipe(tmp_path / "out", pairs))
 
@@ -454,14 +454,14 @@ def test_the_reference_moves_when_it_is_synced(tmp_path: Path, pairs: Path) -> N
 def test_pairs_of_one_question_share_its_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_pairs(tmp_path / "pairs", 4, repeats=4)
     rows: list[tuple[int, int]] = []
-    whole = loop.forward
+    whole = batch_loss.forward
 
     def note(model: nn.Module, batch: Batch) -> Any:
         rows.append((batch.rows, batch.pairs))
         return whole(model, batch)
 
     grouped = run(recipe(tmp_path / "grouped", data, data__group_prompts=True))
-    monkeypatch.setattr(loop, "forward", note)
+    monkeypatch.setattr(batch_loss, "forward", note)
     again = run(recipe(tmp_path / "again", data, data__group_prompts=True))
     assert [line["loss"] for line in grouped] == [line["loss"] for line in again]
     assert rows[-1] == (1, 4)
