@@ -81,8 +81,8 @@ def _after_marker(marker: re.Pattern[str], response: str) -> str | None:
     closed = _CLOSED_EMPHASIS.match(rest)
     rest = rest[closed.end() :].lstrip() if closed else rest.lstrip()
     for opening, closing in _MATH_BLOCKS:
-        inner, end, _ = rest.removeprefix(opening).partition(closing)
-        if rest.startswith(opening) and end:
+        inner, delimiter, _ = rest.removeprefix(opening).partition(closing)
+        if rest.startswith(opening) and delimiter:
             return " ".join(inner.split())
     box = re.match(r"\\boxed\s*(?=\{)", rest)
     if box:
