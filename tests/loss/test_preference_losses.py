@@ -674,3 +674,12 @@ def test_settings_are_checked(name: str, settings: dict[str, Any], error: type[E
     with pytest.raises(error) as raised:
         preference_loss(name, **make_pairs(), **{"beta": BETA, **settings})
     assert str(raised.value) == message
+
+
+def test_the_former_name_of_the_module_still_works() -> None:
+    import mpo_ext
+    from mpo_ext import losses
+    from mpo_ext.loss import mpo_loss
+
+    assert losses.preference_loss is mpo_ext.losses.preference_loss is preference_loss
+    assert mpo_loss is mpo_ext.mpo_loss
