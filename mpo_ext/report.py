@@ -83,7 +83,7 @@ def save_panels(path: str | os.PathLike[str], title: str, panels: Sequence[Panel
             width = 0.8 / len(bars)
             ticks = np.arange(len(group.names))
             places = ticks + (position - (len(bars) - 1) / 2) * width
-            style = {"label": group.label, "color": group.color}
+            style: dict[str, Any] = {"label": group.label, "color": group.color}
             if panel.is_horizontal:
                 drawn = axes.barh(places, group.values, width, xerr=group.errors, **style)
                 axes.set_yticks(ticks, group.names, fontsize=8)
