@@ -283,16 +283,16 @@ def signal_at_forward(number: int, signals: Sequence[int], only: int | None, ran
 
 def count_reference_pairs(path: Path, rank: int) -> None:
     """Writes a line into a file for each pair whose log-probs under the reference are computed."""
-    from mpo_ext.train import reference_model as reference
+    from mpo_ext.train import reference_file
 
-    original = reference.sequence_logp
+    original = reference_file.sequence_logp
 
     def counted(model: Any, batch: Any, recipe: Any) -> Any:
         with open(path, "a") as file:
             file.writelines(f"{digest}\n" for digest in batch.digests)
         return original(model, batch, recipe)
 
-    reference.sequence_logp = counted
+    reference_file.sequence_logp = counted
 
 
 def all_of(hooks: Sequence[Callable[[int], None]], rank: int) -> None:
