@@ -105,18 +105,18 @@ def test_the_file_is_synced_before_its_name_and_the_name_before_the_end(
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "replace", note_replace)
-    (tmp_path / "folder").mkdir()
-    write_json(tmp_path / "folder" / "x.json", {"é": [1]})
-    assert events == ["sync .x.js", "replace", "sync folde"]
-    assert (tmp_path / "folder" / "x.json").read_text() == '{\n  "é": [\n    1\n  ]\n}\n'
-    assert json.loads((tmp_path / "folder" / "x.json").read_bytes()) == {"é": [1]}
+    (tmp_path / "dir").mkdir()
+    write_json(tmp_path / "dir" / "x.json", {"é": [1]})
+    assert events == ["sync .x.js", "replace", "sync dir"]
+    assert (tmp_path / "dir" / "x.json").read_text() == '{\n  "é": [\n    1\n  ]\n}\n'
+    assert json.loads((tmp_path / "dir" / "x.json").read_bytes()) == {"é": [1]}
 
     events.clear()
-    write_and_sync(tmp_path / "folder" / "y", b"y")
-    sync_tree(tmp_path / "folder")
-    assert sorted(events) == ["sync folde", "sync x.jso", "sync y", "sync y"]
+    write_and_sync(tmp_path / "dir" / "y", b"y")
+    sync_tree(tmp_path / "dir")
+    assert sorted(events) == ["sync dir", "sync x.jso", "sync y", "sync y"]
     with pytest.raises(FileExistsError):
-        write_and_sync(tmp_path / "folder" / "y", b"z")
+        write_and_sync(tmp_path / "dir" / "y", b"z")
 
 
 def test_the_lock_of_a_killed_process_is_released(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ IGNORE = "words: ignore"
 
 #: Phrase (a regular expression, case-insensitive) and what to write in its place.
 PHRASES = {
-    r"(?<!there )(?<!there's )\b(?:is|are) no (?!such\b|more\b|less\b|[a-z]+er\b)[a-z]+": "is not a ..., does not exist",
+    r"(?<!there )(?<!there's )\b(?:is|are) no (?!such\b|more\b|less\b|worse\b|better\b|faster\b|longer\b)"
+    r"[a-z]+": "is not a ..., does not exist",
     r"(?:is|are) told\b": "is recognised by, is passed to",
     r"is said\b": "is reported, is printed",
     r"\bgoes on\b": "resumes, continues",

@@ -124,7 +124,7 @@ def logits_grad(
     is_alike = rows.inner == grad.inner and all(
         (ours - theirs) % vector == 0 for ours, theirs in zip(rows[1:], grad[1:], strict=True)
     )
-    logits_grad_kernel[(labels.numel(), sizes.count(vocab, dtype))](
+    logits_grad_kernel[(labels.numel(), sizes.programs(vocab, dtype))](
         rows.base,
         labels,
         row_max,

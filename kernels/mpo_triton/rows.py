@@ -46,7 +46,7 @@ class Blocks(NamedTuple):
     chunk: int
     num_warps: int
 
-    def count(self, vocab: int, dtype: torch.dtype) -> int:
+    def programs(self, vocab: int, dtype: torch.dtype) -> int:
         """Returns the number of programs per row; the misalignment may need one more vector than the row has."""
         return triton.cdiv(vocab + VECTOR_BYTES // dtype.itemsize - 1, self.chunk)
 

@@ -256,7 +256,7 @@ def token_logp(
     first, total, row_states = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)
-    chunks = sizes.count(vocab, dtype)
+    chunks = sizes.programs(vocab, dtype)
     state_size = _STATE_WITH_STATS if stats else _STATE
     states = logp.new_empty(labels.numel(), chunks, state_size)
     token_logp_chunk_kernel[(labels.numel(), chunks)](

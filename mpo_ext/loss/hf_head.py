@@ -242,8 +242,8 @@ def _linear_layers(model: nn.Module) -> list[nn.Linear]:
         raise TypeError(
             f"model must have an output head, got None from {type(model).__name__}.get_output_embeddings()"
         )
-    while isinstance(getattr(head, "_fsdp_wrapped_module", None), nn.Module):
-        head = head._fsdp_wrapped_module
+    while isinstance(inner := getattr(head, "_fsdp_wrapped_module", None), nn.Module):
+        head = inner
     if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
         layers = [head.original_module, *head.modules_to_save.values()]
     else:

@@ -84,7 +84,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(text: str) -> Iterator[list[str] | str]:
-    """Yields the commands of a bash block: words for a plain call of mpo-ext or python, otherwise a line for a shell."""
+    """Yields the commands of a bash block: the words of a call of mpo-ext or python, otherwise a line for a shell."""
     for line in text.replace("\\\n", " ").splitlines():
         if not line.strip() or line.lstrip().startswith("#"):
             continue
