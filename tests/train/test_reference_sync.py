@@ -218,7 +218,7 @@ def whole(data: exactness.Data, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 def checkpoint_of(trainer: Trainer, step: int) -> Path:
-    return trainer.checkpoints.folder / f"step-{step:08d}"
+    return trainer.output.checkpoints.folder / f"step-{step:08d}"
 
 
 @pytest.mark.usefixtures("no_card")
@@ -362,8 +362,8 @@ def test_the_plan_and_the_card_name_it(tmp_path: Path, two_sizes: tuple[Path, Pa
     text, without = str(plans.plan(moving)), str(plans.plan(still))
     assert "copy, moved by 0.6 of the way to the policy every 2 steps (TR-DPO)" in text
     (size,) = (line.split()[1] for line in text.splitlines() if line.split()[:1] == ["reference"] and "a copy" in line)
-    assert f"note: reference.sync_every: each checkpoint holds the reference, too, {size} " in text
-    assert "note: output.keep_best compares evaluations under references that differ" in text
+    assert f"note: reference.sync_every: each checkpoint also contains the reference, {size} " in text
+    assert "note: output.keep_best compares evaluations under different references" in text
     assert "sync_every" not in without
     assert "TR-DPO" not in without
     for recipe in (moving, still):
