@@ -226,7 +226,7 @@ def run_trainer(
         set_adapters(trainer.model)
     assert trainer.run() == 0
     assert trainer.data.collator.layout == ("shared" if recipe.loss.shared_prefix else "separate")
-    assert sum(trainer.state.pair_counts.dropped.values()) > 0  # the line of equal responses
+    assert sum(trainer.state.pair_counts.skipped.values()) > 0  # the line of equal responses
     return Run(lines, {plain_name(name): one.detach() for name, one in trainer.model.named_parameters()})
 
 
