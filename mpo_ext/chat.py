@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 IMAGE_PLACEHOLDER = "<image>"
+_PROBE = "Qz7 probe 7zQ"  # a response that does not occur in any template
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,3 +102,37 @@ def lacks_special_tokens(tokenizer: Any, prompt: str) -> bool:
     """Returns whether the tokenizer must add its special tokens to a prompt: the template has not added them."""
     begin = getattr(tokenizer, "bos_token", None)
     return not (begin and prompt.startswith(begin))
+
+
+def end_of_turn_id(processor: Any, chat_template: str | None) -> int:
+    """Returns the token that ends an assistant's turn.
+
+    It is the first special token that the chat template writes after a response, or the tokenizer's end token if the
+    template writes none.
+
+    Args:
+        processor: A processor, or a tokenizer for a model of text only.
+        chat_template: From ``find_chat_template``.
+
+    Raises:
+        ValueError: If neither exists, or the template does not write the response.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    end: int | None = tokenizer.eos_token_id
+    if chat_template is not None:
+        texts = ["question", _PROBE]
+        is_multimodal = processor is not tokenizer
+        contents: list[Any] = [[{"type": "text", "text": text}] for text in texts] if is_multimodal else list(texts)
+        turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), contents, strict=True)]
+        text = processor.apply_chat_template(turns, chat_template=chat_template, tokenize=False)
+        _, probe, rest = text.rpartition(_PROBE)
+        if not probe:
+            raise ValueError(f"chat_template must write the assistant's response, got {text[:200]!r}")
+        special = {*tokenizer.all_special_ids, end}
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special |= {token for token, content in added.items() if content.special}
+        ids = tokenizer.encode(rest, add_special_tokens=False)
+        end = next((token for token in ids if token in special), end)
+    if end is None:
+        raise ValueError("the end of a turn must be known: the chat template writes none, and eos_token is None")
+    return end

@@ -17,11 +17,9 @@ from mpo_ext.ops import backends, checks
 from mpo_ext.ops import linear as linear_ops
 from mpo_ext.ops import logits as logits_ops
 from mpo_ext.ops import pair_loss as pair_ops
-from mpo_ext.ops.tiles import matmul_dtype
+from mpo_ext.ops.tiles import default_memory_budget, matmul_dtype
 
 _DEFAULT_CONFIG = MPOConfig()
-_CPU_MEMORY_BUDGET = 64 << 20
-_GPU_MEMORY_BUDGET = 256 << 20
 
 
 class MPOOutput(NamedTuple):
@@ -488,7 +486,7 @@ def _linear_options(
     device = hidden.device
     head_scales = [float(logit_scale), float(softcap or 0), float(temperature)]
     if memory_budget is None:
-        memory_budget = _CPU_MEMORY_BUDGET if device.type == "cpu" else _GPU_MEMORY_BUDGET
+        memory_budget = default_memory_budget(device)
     memory_budget = min(memory_budget, 1 << 62)  # an operator's argument is a 64-bit integer
     dtype = torch.promote_types(hidden.dtype, weight.dtype)  # in which the model's own head would multiply
     if dtype != torch.float64 and torch.is_autocast_enabled(device.type):

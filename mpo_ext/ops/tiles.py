@@ -25,12 +25,18 @@ from torch import Tensor
 
 from mpo_ext.ops.memory import fresh_zeros, result_dtype
 
+_CPU_MEMORY_BUDGET, _GPU_MEMORY_BUDGET = 64 << 20, 256 << 20
 _CPU_TILE_BYTES = 16 << 20  # of logits: a tile stays in the last-level cache, and suffices for the matrix product
 # Of columns of kept logits: the distance that backward keeps between what it reads and what it writes.
 _CPU_KEPT_BYTES, _GPU_KEPT_BYTES = 32 << 20, 64 << 20
 _ALIGNMENT = 64  # bytes: where kept logits may begin
 _MIN_COLUMNS = 256  # of a tile, where the vocabulary has as many: narrower products are slow
 _COLUMN_STEP = 64
+
+
+def default_memory_budget(device: torch.device) -> int:
+    """Returns the default bound of the memory of tiles, in bytes."""
+    return _CPU_MEMORY_BUDGET if device.type == "cpu" else _GPU_MEMORY_BUDGET
 
 
 class Head(NamedTuple):

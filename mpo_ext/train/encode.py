@@ -13,6 +13,7 @@ from torch import Tensor
 from mpo_ext.chat import (
     IMAGE_PLACEHOLDER,
     Conversation,
+    end_of_turn_id,
     find_chat_template,
     lacks_special_tokens,
     load_image,
@@ -27,7 +28,6 @@ NO_ROOM = "prompt leaves no room for a response"
 EQUAL = "chosen and rejected are equal"
 EQUAL_CUT = "chosen and rejected are equal once cut"
 BAD_PAIR = "bad pair"
-_PROBE = "Qz7 probe 7zQ"  # a response that does not occur in any template
 _PER_IMAGE = ("image_", "pixel_", "num_", "batch_")  # inputs whose shape may equal that of the prompt by chance
 
 
@@ -214,7 +214,7 @@ class Encoder:
                 self.image_token_id = _token_id(self.tokenizer, owner, "image")
         media_ids = {_token_id(self.tokenizer, processor, kind) for kind in ("image", "video", "audio")}
         self._media_ids = frozenset((media_ids | {self.image_token_id}) - {None})
-        self.end_id = self._find_end() if end_id is None else end_id
+        self.end_id = end_of_turn_id(processor, self.chat_template) if end_id is None else end_id
 
     def encode(self, pair: Pair, name: str) -> Sample | SkippedPair:
         """Encodes a pair.
@@ -349,28 +349,6 @@ class Encoder:
             if isinstance(tokens, int) and pixels is not None:
                 return len(pixels) * tokens
         return None
-
-    def _find_end(self) -> int:
-        end: int | None = self.tokenizer.eos_token_id
-        if self.chat_template is not None:
-            texts = ["question", _PROBE]
-            if self.processor is not self.tokenizer:
-                contents: list[Any] = [[{"type": "text", "text": text}] for text in texts]
-            else:
-                contents = list(texts)
-            turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), contents, strict=True)]
-            text = self.processor.apply_chat_template(turns, chat_template=self.chat_template, tokenize=False)
-            _, probe, rest = text.rpartition(_PROBE)
-            if not probe:
-                raise ValueError(f"chat_template must write the assistant's response, got {text[:200]!r}")
-            special = {*self.tokenizer.all_special_ids, end}
-            added = getattr(self.tokenizer, "added_tokens_decoder", {})
-            special |= {token for token, content in added.items() if content.special}
-            ids = self.tokenizer.encode(rest, add_special_tokens=False)
-            end = next((token for token in ids if token in special), end)
-        if end is None:
-            raise ValueError("the end of a turn must be known: the chat template writes none, and eos_token is None")
-        return end
 
 
 def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:

@@ -822,10 +822,11 @@ def test_a_retained_graph_gives_the_same_gradients_again(kernel: str, mode: str,
     output = linear_mpo_loss(hidden, weight, case.labels, case.ref_logp, **case.head, **options)
     first = torch.autograd.grad(output.loss, wanted, retain_graph=True)
     second = torch.autograd.grad(output.loss, wanted)
-    # Kept logits were consumed and are computed again, in other tiles; in bfloat16 they had been rounded.
+    # The kept logits were consumed, so they are computed again in other tiles, which sum in another order; in bfloat16
+    # the kept logits had been rounded. How much the order changes depends on the CPU's matrix product.
     eps = torch.finfo(dtype).eps if mode == "keep" else 0
     for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(a, b, rtol=4 * eps, atol=eps * float(a.abs().max()))
+        torch.testing.assert_close(a, b, rtol=4 * eps, atol=4 * eps * float(a.abs().max()))
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(output.loss, wanted)
 
