@@ -1,1 +1,1 @@
-"""Training: an accelerate loop over preference pairs (``mpo-ext train``, ``accelerate launch -m mpo_ext.train``)."""
+"""Training with accelerate on preference pairs (``mpo-ext train``, ``accelerate launch -m mpo_ext.train``)."""

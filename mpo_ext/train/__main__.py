@@ -1,4 +1,4 @@
-"""``accelerate launch -m mpo_ext.train RECIPE [KEY=VALUE ...]``."""
+"""Entry point of ``accelerate launch -m mpo_ext.train RECIPE [KEY=VALUE ...]``."""
 
 import sys
 

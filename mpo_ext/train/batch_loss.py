@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, and the weights with which micro-batches add up to the loss of the whole step."""
+"""The loss of a micro-batch, and the weights with which micro-batch losses add up to the loss of the step."""
 
 import contextlib
 import dataclasses
@@ -23,26 +23,13 @@ STATS = ("entropy", "top1")
 
 
 class BatchLoss:
-    """Computes the loss of a micro-batch as the recipe says.
-
-    Args:
-        recipe: The ``loss`` section of the recipe.
-        accelerator: The run's ``Accelerator``.
-        reference: The reference model, or None for a loss without reference.
-    """
+    """Computes the loss of micro-batches; ``reference`` is None for a loss without reference."""
 
     def __init__(self, recipe: LossRecipe, accelerator: Any, reference: Reference | None) -> None:
         self.recipe, self.accelerator, self.reference = recipe, accelerator, reference
 
     def __call__(self, model: nn.Module, batch: Batch, config: MPOConfig, reward_shift: RewardShift) -> MPOOutput:
-        """Returns the loss.
-
-        Args:
-            model: The policy.
-            batch: Micro-batch, on any device.
-            config: Weights of the terms, and their settings.
-            reward_shift: Reward shift, which is updated in training.
-        """
+        """Returns the policy's loss on a micro-batch on any device; updates ``reward_shift`` in training mode."""
         recipe = self.recipe
         batch = batch.to(self.accelerator.device)
         if self.reference is not None:
@@ -71,15 +58,10 @@ class BatchLoss:
 def weighted_config(
     recipe: LossRecipe, counts: BatchCounts | None, size: StepSize, world_size: int
 ) -> MPOConfig | None:
-    """Returns the loss settings with which a micro-batch adds up to the loss of the step, or None if it adds nothing.
+    """Returns the loss settings that weight a micro-batch by its part of the step, or None if all weights are 0.
 
-    Gradients are averaged over ranks, hence the factor ``world_size``.
-
-    Args:
-        recipe: The ``loss`` section of the recipe.
-        counts: Size of the micro-batch; None for a dummy.
-        size: Size of the step over all ranks.
-        world_size: Number of ranks.
+    The weights have the factor ``world_size`` because accelerate averages gradients over the ranks. ``counts`` is None
+    for a dummy batch.
     """
     if counts is None:
         return None
@@ -99,17 +81,17 @@ def weighted_config(
 
 
 def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, config: MPOConfig) -> MPOOutput:
-    """Returns ``dpo_weight * mean(preference loss) + ntp_weight * NTP``: the loss of ``loss.preference``.
+    """Computes the loss ``dpo_weight * mean(preference loss) + ntp_weight * next-token loss`` from log-probs.
 
     Args:
-        name: Key of ``mpo_ext.loss.preference.LOSSES``.
-        logp: ``[N]``, differentiable: log-probs of the batch's labels.
-        batch: Labels and ``cu_seqlens``, on the device of ``logp``.
-        ref_logp: ``[2B]`` float64, summed log-probs under the reference; ignored by losses without reference.
+        name: Name of the preference loss, a key of ``mpo_ext.loss.preference.LOSSES``.
+        logp: Log-probs of the batch's labels, ``[N]``, differentiable.
+        batch: Batch of B pairs; its labels may be on any device, ``cu_seqlens`` on the device of ``logp``.
+        ref_logp: Summed log-probs of the responses under the reference, ``[2B]`` float64; some losses ignore them.
         config: Weights, beta, label smoothing and the average of the next-token term.
 
     Returns:
-        As ``mpo_loss``; ``dpo_loss`` is the mean preference loss. It has no statistics and no reward shift.
+        The loss and its parts: ``dpo_loss`` is the mean preference loss, ``stats`` is empty, the reward shift is 0.
     """
     labels = batch.labels.to(logp.device)
     is_scored = labels != config.ignore_index
@@ -150,13 +132,7 @@ def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, c
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch: Batch, recipe: Recipe, step: int) -> Iterator[None]:
-    """Adds sizes and advice to an out-of-memory error of a GPU or of the machine.
-
-    Args:
-        batch: Micro-batch that the block runs.
-        recipe: Recipe of the run.
-        step: Number of the step, from 1.
-    """
+    """Adds the sizes of ``batch`` and advice to an out-of-memory error in the block; ``step`` counts from 1."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:

@@ -1,7 +1,6 @@
-"""The checkpoints of a run: where they live, when they become visible, and which of them are kept.
+"""The checkpoints of a run: saving, loading, listing and deleting. A run resumes from a checkpoint bit for bit.
 
-A run resumes from a checkpoint bit for bit. ``checkpoint_state.py`` has what is in it, ``checkpoint_files.py`` how a
-folder appears whole or not at all.
+``checkpoint_state.py`` defines the contents of a checkpoint, ``checkpoint_files.py`` writes its folder atomically.
 """
 
 import json
@@ -36,17 +35,16 @@ _LOG = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of a run: ``folder/step-00000200`` and so on. All ranks must see the same folder.
+    """Manages the checkpoints of a run, such as ``folder/step-00000200``. All ranks must see the same folder.
 
     Args:
-        folder: Folder of the checkpoints; the first save creates it.
+        folder: Folder of the checkpoints; the first save creates the folder.
         keep_last: Number of newest checkpoints to keep.
-        keep_best: Whether to keep the checkpoint with the best score too. Scores of earlier processes are read from
-            the folder.
-        higher_is_better: Whether the best score is the highest.
+        keep_best: Whether to keep the checkpoint with the best score, too; scores of earlier processes count.
+        higher_is_better: Whether the highest score is the best; otherwise the lowest.
 
     Raises:
-        ValueError: If keep_last is less than 1.
+        ValueError: If ``keep_last`` is less than 1.
     """
 
     def __init__(
@@ -69,32 +67,30 @@ class Checkpoints:
         score: float | None = None,
         reference: nn.Module | None = None,
     ) -> Path:
-        """Writes a checkpoint, then deletes the checkpoints that are not kept. All ranks call it.
+        """Writes a checkpoint and deletes old checkpoints. All ranks must call this method.
 
-        It holds the trainable parameters and persistent buffers of the model, the state and settings of the optimizer,
-        the state of the loss scaler, ``state``, and the random states of each rank (Python, NumPy, torch, CUDA).
-        Saving changes none of them. A checkpoint of the same step is replaced; leftovers of a killed process are
-        removed.
+        A checkpoint holds trainable parameters and persistent buffers of the model, state and settings of the
+        optimizer, the loss scaler's state, ``state``, and each rank's random states (Python, NumPy, torch, CUDA).
+        Saving changes none of them. A checkpoint of the same step is replaced.
 
-        With DeepSpeed its engine writes and reads the tensors. That part follows DeepSpeed's documentation and has not
-        been run with DeepSpeed itself.
+        Under DeepSpeed its engine writes and reads the tensors; this code has not been run with DeepSpeed itself.
 
         Args:
-            accelerator: The run's ``Accelerator``.
-            step: Optimizer step; names the folder.
+            accelerator: accelerate's ``Accelerator``.
+            step: Number of optimizer steps done; names the folder.
             model: Model as ``accelerator.prepare`` returned it.
-            optimizer: Optimizer as ``accelerator.prepare`` returned it. Its state must consist of tensors with the
-                shape of the parameter or none, like AdamW's.
-            state: JSON; the value of the main rank is kept.
-            score: Score of the evaluation at this step, finite.
-            reference: A reference model that moves during training: all of its parameters are kept too.
+            optimizer: Optimizer as ``accelerator.prepare`` returned it. Each state entry must be a tensor that is a
+                scalar or has the parameter's shape, as AdamW's are.
+            state: JSON values; those of the main rank are written.
+            score: Finite evaluation score at this step; None: no score.
+            reference: Reference model that moves during training and is stored completely; None: no such model.
 
         Returns:
-            The folder.
+            Folder of the checkpoint.
 
         Raises:
-            CheckpointError: If any rank fails, for instance because the disk is full. The half-written folder is then
-                removed, and all earlier checkpoints remain.
+            CheckpointError: If any rank fails, for instance because the disk is full. The half-written folder is
+                removed and all earlier checkpoints remain.
         """
         with together(accelerator):
             _check_arguments(step, state, score)
@@ -121,23 +117,23 @@ class Checkpoints:
     def load(
         self, accelerator: Any, path: Path, model: nn.Module, optimizer: Any, *, reference: nn.Module | None = None
     ) -> dict[str, Any]:
-        """Restores model, optimizer, loss scaler and random states in place, bit for bit. All ranks call it.
+        """Restores a checkpoint in place, bit for bit. All ranks must call this method.
 
-        The random states are restored only if the number of ranks is that of the save; otherwise a warning is logged.
+        Random states are restored only for the number of ranks of the save; otherwise a warning is logged.
 
         Args:
-            accelerator: The run's ``Accelerator``.
-            path: A checkpoint, in this folder or elsewhere.
-            model: Model as in ``save``, with the same parameters trainable and the same dtypes.
-            optimizer: Optimizer as in ``save``, with the same parameter groups. Its state is replaced.
-            reference: As in ``save``; must be given if and only if it was given there.
+            accelerator: accelerate's ``Accelerator``.
+            path: Folder of the checkpoint, which need not be in ``folder``.
+            model: Model as in ``save``, with the same trainable parameters and dtypes.
+            optimizer: Optimizer as in ``save``, with the same parameter groups.
+            reference: Reference model; None if the checkpoint was saved without a reference model.
 
         Returns:
-            The state.
+            The ``state`` that was passed to ``save``.
 
         Raises:
-            CheckpointError: If files differ from the manifest, or the checkpoint belongs to another model, optimizer
-                or precision. Unless reading itself failed, nothing has been changed.
+            CheckpointError: If files differ from the manifest, the checkpoint belongs to another model, optimizer or
+                precision, or reading fails. Only a failed read may leave the run partly restored.
         """
         path = Path(path)
         with together(accelerator):
@@ -150,7 +146,7 @@ class Checkpoints:
         return state
 
     def state(self, accelerator: Any, path: Path) -> dict[str, Any]:
-        """Returns the state that ``load`` would return, and changes nothing. All ranks call it.
+        """Returns the state that was passed to ``save``. All ranks must call this method.
 
         Raises:
             CheckpointError: If files differ from the manifest.
@@ -161,12 +157,12 @@ class Checkpoints:
         return state
 
     def latest(self) -> Path | None:
-        """Returns the newest complete checkpoint, or None. Incomplete checkpoints are logged and left out."""
+        """Returns the newest complete checkpoint, or None; logs a warning for each incomplete checkpoint."""
         complete = self._complete()
         return complete[-1][1] if complete else None
 
     def best(self) -> Path | None:
-        """Returns the checkpoint with the best score, the earliest of equal scores, or None without a score."""
+        """Returns the best-scored checkpoint (the earliest of equal scores), or None if no checkpoint has a score."""
         sign = 1 if self.higher_is_better else -1
         scored = [
             (sign * manifest.score, -manifest.number, path)
@@ -179,11 +175,12 @@ class Checkpoints:
         """Returns the checkpoint that ``OutputRecipe.resume`` selects, or None for a new run.
 
         Args:
-            resume: "auto" for the newest checkpoint, if any; "never" for none; or the path of a checkpoint.
+            resume: "auto": newest checkpoint, or a new run if the folder has none; "never": new run; otherwise the
+                path of a checkpoint.
 
         Raises:
-            FileExistsError: If it is "never" and the folder has a checkpoint.
-            CheckpointError: If it is a path without a complete checkpoint.
+            FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
+            CheckpointError: If ``resume`` is a path without a complete checkpoint.
         """
         if resume == "auto":
             return self.latest()
@@ -204,12 +201,12 @@ class Checkpoints:
         return Path(resume)
 
     def _complete(self) -> list[tuple[Manifest, Path]]:
-        """Returns the complete checkpoints, oldest first."""
+        """Returns the manifests and paths of the complete checkpoints, oldest first."""
         complete = []
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             leftover = LEFTOVER.fullmatch(path.name)
             name = path.name
-            if leftover is not None and leftover["kind"] == "replaced":  # a process was killed between two renames
+            if leftover is not None and leftover["kind"] == "replaced":  # killed between two renames
                 name = leftover["name"]
                 if (self.folder / name).exists():
                     continue
@@ -222,7 +219,7 @@ class Checkpoints:
         return sorted(complete, key=lambda entry: entry[0].number)
 
     def _publish(self, accelerator: Any, partial: Path, path: Path, step: int, score: float | None) -> None:
-        """Writes the manifest and renames the folder: from now on the checkpoint is visible."""
+        """Writes the manifest and renames the folder, which makes the checkpoint visible."""
         number = max((manifest.number for manifest, _ in self._complete()), default=0) + 1
         world_size, files = accelerator.num_processes, file_sizes(partial)
         Manifest(number, step, world_size, score, files, is_deepspeed(accelerator)).write(partial)
@@ -230,7 +227,7 @@ class Checkpoints:
         move_into_place(partial, path)
 
     def _after_failure(self, accelerator: Any, partial: Path, path: Path, error: CheckpointError) -> str:
-        """Removes the half-written folder, after all ranks have stopped, and returns the message of the error."""
+        """Removes the half-written folder and returns the error message for a failed save."""
         free = free_mib(self.folder)
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -242,7 +239,7 @@ class Checkpoints:
         )
 
     def _delete_old(self) -> None:
-        """Deletes the checkpoints that are not kept. A failure only costs disk space, so it is logged."""
+        """Deletes old checkpoints; a failed deletion is only logged because it only costs disk space."""
         complete = [path for _, path in self._complete()]
         kept_paths = {*complete[-self.keep_last :], *([self.best()] if self.keep_best else [])}
         for path in complete:

@@ -1,7 +1,7 @@
-"""Folders that all ranks write and that appear whole or not at all: those of checkpoints and of the exported model.
+"""Atomic writing of folders by all ranks, for checkpoints and the exported model.
 
-A folder is written under a temporary name (``.tmp-``) and renamed once all of it is on the disk. A folder that it
-replaces is renamed first (``.replaced-``) and deleted last.
+A folder is written under a temporary name (``.tmp-``) and renamed when all of its files are on disk. An existing
+folder with the final name is renamed (``.replaced-``) before and deleted after.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ _LISTED_NAMES = 5
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or an export could not be written or read. All ranks raise it when one of them fails."""
+    """A checkpoint or export cannot be written or read. If one rank fails, all ranks raise this error."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Manifest:
-    """The list of a checkpoint's files. A folder is a checkpoint if it has one.
+    """Describes a checkpoint and lists its files. A folder without a manifest is not a checkpoint.
 
     Attributes:
-        number: Counts the checkpoints of a folder in the order of writing; the newest has the highest.
-        step: Optimizer step after which it was written.
-        world_size: Number of ranks that wrote it.
-        score: Score of the evaluation at this step.
-        files: Sizes in bytes by path within the folder.
+        number: Number of the checkpoint in the order of writing; the newest has the highest.
+        step: Number of optimizer steps done before the save.
+        world_size: Number of ranks that wrote the checkpoint.
+        score: Evaluation score at this step, or None.
+        files: Size in bytes of each file, by path within the folder.
         deepspeed: Whether DeepSpeed wrote the tensors.
     """
 
@@ -53,7 +53,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Reads the manifest of a folder and compares the sizes of its files.
+        """Reads the manifest of a folder and checks the sizes of the listed files.
 
         Raises:
             CheckpointError: If the manifest is missing or malformed, or a file is missing or has another size.
@@ -85,24 +85,20 @@ class Manifest:
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Writes the manifest into a folder that has none."""
+        """Writes the manifest into a folder and syncs it to disk."""
         text = json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
         write_and_sync(folder / _MANIFEST, text.encode())
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Returns the size in bytes of every file below a folder, by its path within the folder."""
+    """Returns the size in bytes of every file below a folder, by path within the folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 @contextlib.contextmanager
 def together(accelerator: Any) -> Iterator[None]:
-    """Runs the block on every rank, then raises on all of them the errors of any.
-
-    Raises:
-        CheckpointError: With the errors of all ranks.
-    """
+    """Raises ``CheckpointError`` on all ranks, with all errors, if the block fails on any rank."""
     from accelerate.utils import gather_object
 
     caught: BaseException | None = None
@@ -117,7 +113,7 @@ def together(accelerator: Any) -> Iterator[None]:
 
 
 def _error_texts(error: BaseException, accelerator: Any) -> list[str]:
-    """Returns type, message and rank of an error; torch collects the errors of several ranks in one exception."""
+    """Returns a text for each error in an exception; torch's exception may hold the errors of several ranks."""
     if isinstance(error, CheckpointException):
         failures = {rank: inner for rank, (inner, _) in error.failures.items()}
     else:
@@ -130,7 +126,7 @@ def _error_texts(error: BaseException, accelerator: Any) -> list[str]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Returns a temporary name beside a path, the same on all ranks. All ranks call it."""
+    """Returns a temporary path beside ``path``, equal on all ranks. All ranks must call this function."""
     from accelerate.utils import broadcast_object_list
 
     return _beside(path, "tmp", broadcast_object_list([secrets.token_hex(6)])[0])
@@ -141,11 +137,9 @@ def _beside(path: Path, kind: str, token: str) -> Path:
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
-    """Removes the leftovers of a killed process, or finishes its renaming.
+    """Cleans up after a killed process: removes its temporary folders and restores a replaced folder.
 
-    Args:
-        folder: Folder to look in.
-        names: Final names of the leftovers to remove.
+    ``names`` is the pattern of the final names; leftovers with other names are kept.
     """
     for path in list(folder.iterdir()):
         leftover = LEFTOVER.fullmatch(path.name)
@@ -159,9 +153,9 @@ def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
 
 
 def move_into_place(partial: Path, path: Path) -> None:
-    """Renames a complete folder, synced to the disk, to its final name: now it is visible.
+    """Renames a complete and synced folder to its final name, and deletes the folder that had this name.
 
-    A folder that has the name is deleted afterwards; if the process is killed between, ``remove_leftovers`` does it.
+    If the process is killed in between, ``remove_leftovers`` cleans up.
     """
     old = _beside(path, "replaced", secrets.token_hex(6))
     replaces = path.exists()
@@ -174,28 +168,28 @@ def move_into_place(partial: Path, path: Path) -> None:
 
 
 def delete_folder(path: Path) -> None:
-    """Renames a folder, so that it disappears at once, and deletes it."""
+    """Deletes a folder after renaming it, so that its name disappears in one step."""
     doomed = _beside(path, "deleted", secrets.token_hex(6))
     os.rename(path, doomed)
     shutil.rmtree(doomed)
 
 
 def to_bytes(value: Any) -> bytes:
-    """Serializes with ``torch.save``, in memory: a full disk then raises OSError instead of an error of torch."""
+    """Returns a value serialized with ``torch.save``, in memory because torch hides the ``OSError`` of a full disk."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def free_mib(folder: Path) -> int:
-    """Returns the free space of the disk that a folder, existing or not, is on."""
+    """Returns the free disk space in MiB at a folder, which need not exist."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free >> 20
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Returns the first names in order, and the number of the others, for a message."""
+    """Returns a text for messages with the first names in order and the number of further names."""
     ordered = sorted(names)
     more = f" and {len(ordered) - _LISTED_NAMES} more" if len(ordered) > _LISTED_NAMES else ""
     return ", ".join(ordered[:_LISTED_NAMES]) + more

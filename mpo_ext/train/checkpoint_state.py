@@ -1,9 +1,9 @@
-"""The state that ranks write into a checkpoint and read from it: tensors, optimizer, loss scaler and random states.
+"""The contents of a checkpoint: tensors, optimizer, loss scaler and random states.
 
-Tensors are stored by name in the format of torch.distributed.checkpoint, which one process, DDP and FSDP2 read and
-write alike: a run may resume with another number of ranks. They are collected here and not by
-``torch.distributed.checkpoint.state_dict``, which steps an optimizer that has no state yet, requires a state of
-parameters that never had a gradient, and saves a frozen head under its second name if embeddings are tied.
+Tensors are stored by name in the format of torch.distributed.checkpoint, which is the same for one process, DDP and
+FSDP2, so a run may resume with another number of ranks. This module collects the tensors itself because
+``torch.distributed.checkpoint.state_dict`` steps an optimizer without state, requires state for parameters that never
+had a gradient, and saves a frozen head under its second name if embeddings are tied.
 """
 
 import contextlib
@@ -31,10 +31,9 @@ _LOG = logging.getLogger(__name__)
 def save_state(
     accelerator: Any, folder: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None = None
 ) -> None:
-    """Writes the state of model, optimizer, loss scaler and random generators into a folder. All ranks call it.
+    """Writes the state of model, optimizer, loss scaler, random generators and reference into a folder.
 
-    Raises:
-        CheckpointError: If any rank fails.
+    All ranks must call this function. Raises ``CheckpointError`` if any rank fails.
     """
     tensors: dict[str, Tensor] = {}
     with together(accelerator):
@@ -60,15 +59,9 @@ def save_state(
 
 
 class StateReader:
-    """Checks the state in a checkpoint against a run, then restores it. All ranks do both.
+    """Checks a checkpoint against the models and optimizer of a run and restores them. All ranks must take part.
 
-    Args:
-        accelerator: The run's ``Accelerator``.
-        folder: Folder of the checkpoint.
-        model: As in ``Checkpoints.load``.
-        optimizer: As in ``Checkpoints.load``.
-        reference: As in ``Checkpoints.load``.
-        deepspeed: Whether DeepSpeed wrote the tensors.
+    ``deepspeed`` is True if DeepSpeed wrote the tensors; see ``Checkpoints.load`` for the other arguments.
 
     Raises:
         CheckpointError: If the checkpoint belongs to another model, optimizer or precision.
@@ -107,7 +100,7 @@ class StateReader:
         _check_scaler(accelerator, self.scaler, folder)
 
     def restore(self) -> None:
-        """Restores model, optimizer and loss scaler in place, bit for bit."""
+        """Restores model, optimizer, loss scaler and reference in place, bit for bit."""
         if self.deepspeed:
             _load_deepspeed(self.model, self.folder, self.reference)
             return
@@ -118,7 +111,7 @@ class StateReader:
             self.accelerator.scaler.load_state_dict(self.scaler)
 
     def restore_random_state(self, world_size: int) -> None:
-        """Restores the random states, or logs a warning if the checkpoint has another number of ranks."""
+        """Restores this rank's random states; only logs a warning if the number of ranks has changed."""
         if world_size == self.accelerator.num_processes:
             _restore_random_state(self.accelerator, self.folder / _random_name(self.accelerator))
         elif self.accelerator.is_main_process:
@@ -131,7 +124,7 @@ class StateReader:
 
 
 class _TensorWriter(dcp.FileSystemWriter):
-    """Raises the operating system's error if the disk is full; torch's writer hides it behind another error."""
+    """Raises the ``OSError`` of a full disk, which torch's writer hides behind a ``RuntimeError``."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
@@ -147,7 +140,7 @@ def unwrapped(accelerator: Any, model: nn.Module) -> Any:
     """Returns the model without the wrappers of ``accelerator.prepare`` and torch.compile.
 
     Raises:
-        CheckpointError: If FSDP 1 wraps it.
+        CheckpointError: If the model is wrapped by FSDP 1.
     """
     if accelerator.distributed_type == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
         raise CheckpointError("fsdp_version must be 2, got 1: checkpoints cannot hold its flattened parameters")
@@ -155,12 +148,11 @@ def unwrapped(accelerator: Any, model: nn.Module) -> Any:
 
 
 def is_deepspeed(accelerator: Any) -> bool:
-    """Returns whether DeepSpeed runs the model."""
     return accelerator.distributed_type == "DEEPSPEED"
 
 
 def _model_tensors(accelerator: Any, model: nn.Module, reference: nn.Module | None) -> dict[str, Tensor]:
-    """Returns the tensors of the models that a checkpoint holds, by name, as views that can be read into."""
+    """Returns by name the tensors of model and reference to save; loading writes into the same tensors."""
     tensors = {
         f"model.{name}": parameter.detach()
         for name, parameter in _named_parameters(accelerator, model).items()
@@ -175,14 +167,14 @@ def _model_tensors(accelerator: Any, model: nn.Module, reference: nn.Module | No
 
 
 def _named_parameters(accelerator: Any, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns all parameters by their names without wrappers. Tied parameters have the first of their names."""
+    """Returns all parameters by name without wrapper prefixes; a tied parameter has the first of its names."""
     inner = unwrapped(accelerator, model)
     reshard(inner)
     return {_plain_name(name): parameter for name, parameter in inner.named_parameters()}
 
 
 def _named_buffers(accelerator: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields the persistent buffers: those of the state dict."""
+    """Yields name and tensor of each persistent buffer, that is, of each buffer in the state dict."""
     inner = unwrapped(accelerator, model)
     persistent = {_plain_name(name) for name in inner.state_dict(keep_vars=True)}
     for prefix, module in inner.named_modules():
@@ -194,21 +186,16 @@ def _named_buffers(accelerator: Any, model: nn.Module) -> Iterator[tuple[str, Te
 
 
 def _plain_name(name: str) -> str:
-    """Returns a name without the parts that torch.compile and activation checkpointing insert."""
+    """Returns a name without the prefixes of torch.compile and activation checkpointing."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Returns the optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def _names_in_groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
-    """Returns the names of the parameters of each group.
-
-    Raises:
-        CheckpointError: If the optimizer has a parameter that the model lacks.
-    """
+    """Returns the parameter names of each group; raises ``CheckpointError`` for a parameter outside the model."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -220,13 +207,13 @@ def _names_in_groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, 
 
 
 def _groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """Returns the settings of each group, with names instead of parameters."""
+    """Returns the optimizer's groups with parameter names instead of parameters."""
     groups = zip(optimizer.param_groups, _names_in_groups(optimizer, parameters), strict=True)
     return [{**group, "params": names} for group, names in groups]
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Returns the state of the optimizer by name. A parameter that never had a gradient has no state."""
+    """Returns the optimizer's state tensors by name; a parameter that never had a gradient has no state."""
     tensors = {}
     for group, names in zip(optimizer.param_groups, _names_in_groups(optimizer, parameters), strict=True):
         for parameter, name in zip(group["params"], names, strict=True):
@@ -241,7 +228,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str
 
 
 def _empty_optimizer_tensors(parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns tensors for the saved state of an optimizer to be read into, sharded as the parameters are now."""
+    """Returns empty tensors to load the saved optimizer state into, sharded like the current parameters."""
     tensors: dict[str, Tensor] = {}
     for full_name, entry in saved.items():
         name, _, key = full_name.removeprefix("optimizer.").rpartition(".")
@@ -258,10 +245,10 @@ def _empty_optimizer_tensors(parameters: Mapping[str, nn.Parameter], saved: Mapp
 def _matched_groups(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Returns the saved groups in the order of the optimizer's groups, with the names in its order.
+    """Returns the saved groups, with groups and names in the optimizer's order.
 
     Raises:
-        CheckpointError: If the groups have other parameters.
+        CheckpointError: If the optimizer's groups hold other parameters than the saved groups.
     """
     names_now = _names_in_groups(optimizer, parameters)
     by_names = {frozenset(group["params"]): group for group in groups}
@@ -279,7 +266,7 @@ def _matched_groups(
 def _load_optimizer(
     optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Replaces the settings of the optimizer's groups and all of its state."""
+    """Replaces the group settings and the whole state of the optimizer."""
     numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
     state: dict[int, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
@@ -291,7 +278,7 @@ def _load_optimizer(
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], path: Path) -> None:
-    """Raises unless the checkpoint has exactly these tensors, with these shapes and dtypes."""
+    """Raises ``CheckpointError`` unless the saved tensors have the names, shapes and dtypes of ``tensors``."""
     missing, unknown = tensors.keys() - saved.keys(), saved.keys() - tensors.keys()
     if missing or unknown:
         raise CheckpointError(
@@ -311,7 +298,6 @@ def _check_tensors(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], path
 
 
 def _scaler_state(accelerator: Any) -> dict[str, Any]:
-    """Returns the state of the loss scaler; it is empty without a scaler."""
     return {} if accelerator.scaler is None else accelerator.scaler.state_dict()
 
 
@@ -334,7 +320,7 @@ def _random_name(accelerator: Any) -> str:
 
 
 def random_state(accelerator: Any) -> dict[str, Any]:
-    """Returns the states of this rank's random generators, in types that torch reads without pickle."""
+    """Returns the states of this rank's random generators in types that ``torch.load(weights_only=True)`` reads."""
     numpy = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -358,7 +344,7 @@ def _restore_random_state(accelerator: Any, path: Path) -> None:
 
 @contextlib.contextmanager
 def _without_warning() -> Iterator[None]:
-    """Suppresses torch's warning that there is only one process."""
+    """Suppresses torch's warning about running in a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -1,7 +1,7 @@
-"""The pairs of a run, read, encoded and batched: ``StepDataset`` gives each rank its slice of each optimizer step.
+"""Reads, encodes and batches the pairs of a run: ``StepDataset`` gives each rank its slice of each optimizer step.
 
-The pairs of a step depend only on the seed and the number of the step (``StepSampler``), so a run resumes without any
-state of the data. Each rank takes a slice of the step and splits it into micro-batches by length.
+The pairs of a step depend only on the seed and the step number (``StepSampler``), so a run resumes without any state
+of the data. Each rank splits its slice into micro-batches by length.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ NO_PAIR = ""  # digest of a dummy sample
 
 
 class BatchCounts(NamedTuple):
-    """The sizes over which the terms of the loss are averaged."""
+    """The numbers of items over which the loss terms are averaged."""
 
     pairs: int = 0
     chosen_tokens: int = 0
     chosen_responses: int = 0
 
     def ntp_parts(self, ntp_average: str) -> int:
-        """Returns the number of tokens or responses over which the next-token term is averaged."""
+        """Returns the number of chosen tokens or responses over which the next-token term is averaged."""
         return self.chosen_tokens if ntp_average == "token" else self.chosen_responses
 
 
@@ -45,12 +45,11 @@ class StepSlice:
     """The part of a step that one rank trains on.
 
     Attributes:
-        step: Number of the step, from 0.
-        batches: Micro-batches.
-        counts: Sizes of each micro-batch.
-        skipped: Pairs without a sample.
-        n_cut: Number of pairs whose responses were cut.
-        error: Why the run must end, or None.
+        step: Step number, from 0.
+        counts: Sizes of each micro-batch in ``batches``.
+        skipped: Pairs that were skipped, with the reason.
+        n_cut: Number of pairs with a truncated response.
+        error: Error message of a bad pair that must end the run, or None.
     """
 
     step: int
@@ -66,8 +65,8 @@ class StepSize(NamedTuple):
 
     Attributes:
         counts: Sums over all micro-batches of all ranks.
-        micro_steps: Number of micro-batches of the rank that has most of them.
-        micro_batches: Number of micro-batches of all ranks.
+        micro_steps: Largest number of micro-batches on any rank.
+        micro_batches: Number of micro-batches on all ranks.
     """
 
     counts: BatchCounts
@@ -76,10 +75,10 @@ class StepSize(NamedTuple):
 
 
 def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
-    """Returns the size of a step over all ranks, which call it together.
+    """Returns the size of a step over all ranks. All ranks must call this function.
 
     Raises:
-        ValueError: If a pair of any rank ends the run.
+        ValueError: If a slice of any rank has an error.
     """
     ranks = gather(accelerator, (step_slice.error, _sum_counts(step_slice.counts), len(step_slice.batches)))
     if errors := [error for error, _, _ in ranks if error is not None]:
@@ -90,15 +89,7 @@ def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collator:
-    """Collates samples into a batch, with the options of the run; it can be pickled.
-
-    Attributes:
-        layout: Layout of the rows; see ``collate``.
-        pad_id: See ``collate``.
-        with_rejected: See ``collate``.
-        positions: See ``collate``.
-        blank: A sample whose images stand in if a batch has none; see ``collate``.
-    """
+    """Calls ``collate`` with the options of a run, the fields of this class. Instances can be pickled."""
 
     layout: RowLayout
     pad_id: int
@@ -107,7 +98,6 @@ class Collator:
     blank: Sample | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Collates samples."""
         return collate(
             samples, self.layout, pad_id=self.pad_id, with_rejected=self.with_rejected, positions=self.positions,
             blank=self.blank,
@@ -115,18 +105,9 @@ class Collator:
 
 
 class StepDataset(torch.utils.data.Dataset[StepSlice]):
-    """Reads, encodes and batches a rank's slice of each step; item k is step k. Runs in a worker of a DataLoader.
+    """Reads, encodes and batches a rank's slice of each step; item k is step k. Runs in DataLoader workers.
 
-    Args:
-        mixture: The pairs.
-        sampler: Chooses the pairs of each step.
-        encoder: Encodes pairs.
-        collator: Collates samples.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-        micro_batch_size: Pairs of a micro-batch.
-        group_prompts: Whether to keep the pairs of a prompt together.
-        skip_bad: Whether to leave out pairs that cannot be read.
+    With ``group_prompts``, pairs with the same prompt are adjacent. Without ``skip_bad``, a bad pair ends the run.
     """
 
     def __init__(
@@ -178,7 +159,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         return StepSlice(step, tuple(map(self.collator, parts)), counts, tuple(skipped), n_cut)
 
     def _advice(self, index: int, result: BadLine | BadPairError) -> str:
-        """Returns advice on a pair that ends the run: first how to correct its path, last how to leave pairs out."""
+        """Returns advice on a bad pair: how to correct the path of a missing image, and how to skip bad pairs."""
         skip = "data.skip_bad=true leaves such pairs out"
         if not isinstance(result, MissingImageError):
             return skip
@@ -191,7 +172,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         )
 
     def encode(self, index: int) -> Sample | SkippedPair | BadLine | BadPairError:
-        """Reads a pair of the mixture and encodes it; returns the error of a bad pair."""
+        """Reads and encodes a pair of the mixture; the error of a bad pair is returned instead of raised."""
         pair, name = self.mixture.read(index)
         if isinstance(pair, BadLine):
             return pair
@@ -203,7 +184,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _AllLines:
-    """All lines of a mixture, each once, as an epoch of a ``StepSampler``."""
+    """Epoch function for ``StepSampler`` that returns each line of a mixture once; can be pickled."""
 
     lines: int
 
@@ -212,20 +193,15 @@ class _AllLines:
 
 
 class RunData:
-    """The pairs of a run, as slices of steps.
-
-    Args:
-        recipe: Recipe of the run.
-        accelerator: The run's ``Accelerator``.
-        encoder: Encodes pairs; may be replaced before the run.
-        collator: Collates samples.
+    """Loads this rank's slices of a run's training and evaluation pairs.
 
     Attributes:
-        mixture: Pairs to train on.
-        sampler: Chooses the pairs of each step.
-        eval_mixture: Pairs to evaluate on, or None.
+        encoder: Encoder from pairs to samples; may be replaced before the run.
+        mixture: Training pairs.
+        sampler: Sampler that chooses the training pairs of each step.
+        eval_mixture: Evaluation pairs, or None.
         total_steps: Number of optimizer steps of the run.
-        dummy: A sample without labels, for a rank that has no pairs while other ranks do.
+        dummy: Sample for dummy batches; None before ``set_dummy``.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any, encoder: Encoder, collator: Collator) -> None:
@@ -243,42 +219,42 @@ class RunData:
 
     @property
     def mixtures(self) -> list[Mixture]:
-        """The pairs to train on, then the pairs to evaluate on."""
+        """The training mixture and, if there is one, the evaluation mixture."""
         return [mixture for mixture in (self.mixture, self.eval_mixture) if mixture is not None]
 
     def steps(self) -> StepDataset:
-        """Returns the slices of the training steps."""
+        """Returns the dataset of this rank's training slices."""
         return self._dataset(self.mixture, self.sampler)
 
     def load_steps(self, first: int) -> Iterator[StepSlice]:
-        """Loads the training steps from a step on."""
+        """Loads this rank's training slices from step ``first`` (counted from 0) to the last step."""
         return self._load(self.steps(), range(first, self.total_steps))
 
     def load_evaluation(self) -> Iterator[StepSlice]:
-        """Loads the evaluation pairs in steps of the training batch size."""
+        """Loads this rank's evaluation slices; each step has as many pairs as a training step."""
         assert self.eval_mixture is not None
         sampler = StepSampler(self.eval_mixture.epoch, batch_size=self.recipe.optim.batch_size)
         return self._load(self._dataset(self.eval_mixture, sampler), range(sampler.steps_per_epoch))
 
     def load_all_lines(self) -> Iterator[StepSlice]:
-        """Loads each line of all mixtures once; bad pairs are left out, since training on them reports them."""
+        """Loads each line of all mixtures once, without bad pairs, because training steps report bad pairs."""
         for mixture in self.mixtures:
             sampler = StepSampler(_AllLines(len(mixture)), batch_size=self.recipe.optim.batch_size)
             yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
 
     def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:
-        """Yields as many micro-batches on each rank: those of the slice with their sizes, then dummies with None."""
+        """Yields each micro-batch of the slice with its sizes, and dummies with None up to ``size.micro_steps``."""
         yield from zip(step_slice.batches, step_slice.counts, strict=True)
         for _ in range(size.micro_steps - len(step_slice.batches)):
             yield self.dummy_batch(), None
 
     def dummy_batch(self) -> Batch:
-        """Returns a batch without labels, for a rank that has no pairs while other ranks do."""
+        """Returns a batch without labels, for a rank that has fewer micro-batches than other ranks."""
         assert self.dummy is not None
         return self.collator([self.dummy])
 
     def set_dummy(self, sample: Sample) -> None:
-        """Makes dummy batches from the prompt of a sample."""
+        """Sets the sample whose prompt ``dummy_batch`` uses."""
         self.dummy = dataclasses.replace(without_responses(sample), name="no pair", digest=NO_PAIR)
 
     def _dataset(self, mixture: Mixture, sampler: StepSampler, *, skip_bad: bool = False) -> StepDataset:
@@ -301,8 +277,8 @@ class RunData:
             batch_size=None,
             sampler=steps,  # type: ignore[arg-type]
             num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,  # forked threads of the tokenizers may deadlock
-            generator=torch.Generator(),  # otherwise it draws from torch's generator, which a resumed run would notice
+            multiprocessing_context="spawn" if workers else None,  # forking with tokenizer threads may deadlock
+            generator=torch.Generator(),  # the default draws from torch's global generator and so breaks resuming
             worker_init_fn=init_worker,
         )
         with blocked_in_new_workers() if workers else contextlib.nullcontext():
@@ -310,6 +286,6 @@ class RunData:
 
 
 def without_responses(sample: Sample) -> Sample:
-    """Returns a sample with the same prompt and images, and two empty responses."""
+    """Returns the sample with two empty responses."""
     empty = sample.chosen_ids[:0]
     return dataclasses.replace(sample, chosen_ids=empty, rejected_ids=empty)

@@ -1,4 +1,4 @@
-"""The loss and rewards of the policy over the evaluation pairs (``data.eval``)."""
+"""The evaluation of the policy on the evaluation pairs (``data.eval``)."""
 
 import torch
 from torch import nn
@@ -14,10 +14,9 @@ from mpo_ext.train.metrics import Totals, log_line
 def evaluate(
     model: nn.Module, data: RunData, batch_loss: BatchLoss, reward_shift: RewardShift
 ) -> tuple[dict[str, float], PairCounts]:
-    """Computes the metrics over all evaluation pairs. All ranks call it.
+    """Returns the metrics over the evaluation pairs of all ranks, and the counts of this rank's skipped pairs.
 
-    Returns:
-        The metrics, and this rank's counts of skipped pairs.
+    All ranks must call this function.
     """
     config, accelerator = batch_loss.recipe.config, data.accelerator
     totals, pair_counts = Totals(accelerator.device), PairCounts()

@@ -1,4 +1,4 @@
-"""The export of the trained model in Hugging Face format, with LoRA adapters merged if the recipe says so."""
+"""The export of the trained model in Hugging Face format, on request with merged LoRA adapters."""
 
 import copy
 import os
@@ -27,23 +27,23 @@ from mpo_ext.train.ranks import gather
 
 
 def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Path, *, merged: bool = False) -> None:
-    """Writes the model in Hugging Face format, for ``from_pretrained``. All ranks call it; the main rank writes.
+    """Writes the model in Hugging Face format for ``from_pretrained``. All ranks must call this function.
 
-    With LoRA the export holds the adapters, and with ``merged`` also the whole model in ``folder/merged``. For it the
-    base model is loaded again, in the dtype of training: this works under any sharding and quantization, at the price
-    of one copy in memory of the main rank. A base model without a name or path is copied in memory, unless it is
-    sharded: see ``check_mergeable``.
+    With LoRA the export holds the adapters and, with ``merged``, the merged model in ``folder/merged``. To merge, the
+    main rank loads the base model again in the dtype of training, which works under any sharding and quantization but
+    needs memory for one copy. A base model without a name or path is copied instead, unless it is sharded; see
+    ``check_mergeable``.
 
     Args:
-        accelerator: The run's ``Accelerator``.
+        accelerator: accelerate's ``Accelerator``.
         model: Model as ``accelerator.prepare`` returned it.
-        processor: Processor or tokenizer to write too, or None.
-        folder: Folder of the export; an earlier export in it is replaced as a whole.
-        merged: Whether to merge the adapters too; ignored without LoRA.
+        processor: Processor or tokenizer to write; None: write none.
+        folder: Folder of the export; an earlier export in this folder is replaced as a whole.
+        merged: Whether to write the merged model, too; ignored without LoRA.
 
     Raises:
-        CheckpointError: If any rank fails: the folder holds anything but an export, the disk is full, parameters
-            besides the adapters were trained, or the base model cannot be loaded. The folder is then unchanged.
+        CheckpointError: If any rank fails: the folder holds files other than an export, the disk is full, parameters
+            besides the adapters were trained, or the base model cannot be loaded. The folder stays unchanged.
     """
     folder = Path(os.path.abspath(folder))
     partial = temporary_path(folder)
@@ -80,9 +80,9 @@ def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Pat
 
 
 def is_exported_since(accelerator: Any, folder: Path, checkpoint: Path) -> bool:
-    """Returns whether a folder holds an export, which is written whole or not at all, that is newer than a checkpoint.
+    """Returns whether all ranks see an export in ``folder`` that is newer than the checkpoint.
 
-    All ranks call it, and all must see the export.
+    All ranks must call this function. Exports are written atomically, so a config file implies a complete export.
     """
     configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
     saved_ns = checkpoint.stat().st_mtime_ns
@@ -90,7 +90,7 @@ def is_exported_since(accelerator: Any, folder: Path, checkpoint: Path) -> bool:
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """Raises ``CheckpointError`` if ``export_model`` could not merge the adapters of this prepared model."""
+    """Raises ``CheckpointError`` if ``export_model`` cannot merge the adapters of the prepared model."""
     peft_model: Any = next(module for module in model.modules() if hasattr(module, "peft_config"))
     if not peft_model.peft_config[peft_model.active_adapter].base_model_name_or_path and _is_sharded(model):
         raise CheckpointError(
@@ -105,7 +105,6 @@ def _is_sharded(model: nn.Module) -> bool:
 def _write_export(
     inner: Any, state_dict: dict[str, Tensor] | None, processor: Any, partial: Path, merged: bool
 ) -> None:
-    """Writes the files of an export."""
     inner.save_pretrained(partial, state_dict=state_dict)
     if processor is not None:
         processor.save_pretrained(partial)
@@ -121,7 +120,7 @@ def _write_export(
 
 
 def _merge(inner: Any, base: Any, adapters: Path) -> Any:
-    """Returns the base model, loaded again or copied, with the adapters merged into it."""
+    """Loads or copies the base model, merges the adapters into it and returns the merged model."""
     from peft import PeftModel
 
     config = inner.peft_config[inner.active_adapter]
@@ -135,7 +134,7 @@ def _merge(inner: Any, base: Any, adapters: Path) -> Any:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raises if a folder to be replaced holds anything but an export."""
+    """Raises ``CheckpointError`` unless the folder is new, empty or an earlier export."""
     if not folder.exists():
         return
     entries = list(folder.iterdir()) if folder.is_dir() else []
@@ -146,7 +145,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _check_only_adapters(inner: Any) -> None:
-    """Raises if parameters were trained that peft would leave out."""
+    """Raises ``CheckpointError`` if parameters are trained that peft does not export."""
     config = inner.peft_config[inner.active_adapter]
     lost = {
         name

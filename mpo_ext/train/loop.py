@@ -1,7 +1,6 @@
-"""The training loop: optimizer steps over preference pairs, under any sharding of accelerate.
+"""The training loop: runs optimizer steps over preference pairs with accelerate (one process, DDP, FSDP2, DeepSpeed).
 
-The micro-batches of all ranks are weighted so that their sum is the loss of the whole step. Checkpoints are written
-between two steps only.
+The weighted micro-batch losses of all ranks add up to the loss of the step. Checkpoints are written between steps.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ from mpo_ext.train.resume import RunState
 from mpo_ext.train.setup import choose_layout, make_accelerator, set_up
 from mpo_ext.train.signals import INTERRUPTED, InterruptedRunError, StopRequests
 
-_COUNTED_LINES = 10_000  # lines of a source in which pairs with images are counted
+_COUNTED_LINES = 10_000  # number of lines per source in which pairs with images are counted
 
 OnStep = Callable[[int, Mapping[str, float]], object]
 
@@ -43,47 +42,46 @@ OnStep = Callable[[int, Mapping[str, float]], object]
 def train(
     recipe: Recipe, *, model: nn.Module | None = None, processor: Any = None, on_step: OnStep | None = None
 ) -> int:
-    """Trains a model as the recipe says.
+    """Trains a model as the recipe specifies.
 
     Args:
         recipe: Recipe of the run.
-        model: Replaces ``recipe.model.path``, with its ``processor``; it is changed in place.
-        processor: Processor or tokenizer of ``model``.
-        on_step: Called on the main process after each step, with its number, from 1, and its line of the log. If it
-            returns True, the run ends with this step as if it were the last. A step whose pairs were all skipped has
-            0 ``pairs`` and no loss.
+        model: Model to train in place; None: load ``recipe.model.path``.
+        processor: Processor or tokenizer of ``model``; None if ``model`` is None.
+        on_step: Function called on the main process after each step with the step number (from 1) and the log line of
+            the step, which has 0 ``pairs`` and no loss if all pairs were skipped. If the function returns True, the
+            run ends as if this step were the last. None: no call.
 
     Returns:
-        0 if the run has ended, ``INTERRUPTED`` if SIGTERM or SIGINT ended it after a checkpoint.
+        0 if the run finished, ``INTERRUPTED`` if SIGTERM or SIGINT ended the run, which saves its progress first.
 
     Raises:
-        ValueError: If recipe, data or a checkpoint do not fit together, or every pair was skipped.
-        OSError: If something cannot be read or written.
-        FloatingPointError: If loss or gradient are not finite.
+        ValueError: If recipe, data or checkpoint do not match each other, or every pair was skipped.
+        OSError: If a file cannot be read or written.
+        FloatingPointError: If a loss or gradient is not finite, unless ``output.on_nonfinite`` is "skip".
         RuntimeError: If memory runs out, or a rank fails.
     """
     return Trainer(recipe, model=model, processor=processor, on_step=on_step).run()
 
 
 class Trainer:
-    """One run of training. ``train`` is the usual way to call it.
+    """Holds the parts of one training run and runs it. ``train`` is the usual entry point.
 
     Args:
         recipe: See ``train``.
         model: See ``train``.
         processor: See ``train``.
         on_step: See ``train``.
-        save: Whether to write checkpoints, the final model and its card. An experiment that uses the trained model
-            in memory needs none of them.
+        save: Whether to write checkpoints, the final model and the model card.
 
     Attributes:
         accelerator: accelerate's ``Accelerator``.
-        model: The policy, as accelerate prepared it.
-        data: The pairs; its ``encoder`` may be replaced before ``run``.
-        state: The step, counts and the reward shift.
-        output: Console, log and checkpoints.
-        reference_model: The second model, or None.
-        reference: The reference; None before ``run``, and for a loss without reference.
+        model: Policy, as ``accelerator.prepare`` returned it.
+        data: Training and evaluation pairs; ``data.encoder`` may be replaced before ``run``.
+        state: Step number, pair counts and reward shift.
+        output: Console, log, checkpoints and exported model.
+        reference_model: Reference model that is separate from the policy; None if the run has loaded none.
+        reference: Source of the reference log-probs; None before ``run`` and for a loss without reference.
     """
 
     def __init__(
@@ -111,7 +109,7 @@ class Trainer:
         self.output.console.total = self.data.total_steps
 
     def run(self) -> int:
-        """Trains to the end or to a signal. Returns the exit status; see ``train``."""
+        """Trains until the last step or a signal; returns the exit status (see ``train``)."""
         state, say = self.state, self.output.console.say
         checkpoint = self.output.checkpoints.resolve(self.recipe.output.resume)
         with self.output.console, self.stop.caught():
@@ -132,7 +130,7 @@ class Trainer:
                 say(f"resumes from {checkpoint} after step {state.step}")
             self.output.console.done = state.step
             self.model.train()
-            # A signal ends a run before the evaluation that is due.
+            # The interrupted run may have ended before an evaluation that was due after its last step.
             is_due = checkpoint is not None and state.step < self.data.total_steps
             if is_due and state.current_evaluation() is None and self._evaluate_if_due() is not None:
                 self._save_if_due()
@@ -149,7 +147,7 @@ class Trainer:
             return self._close()
 
     def _prepare(self) -> None:
-        """Reports the data and chooses the layout of rows."""
+        """Starts the trackers, reports the data and chooses the row layout."""
         say, mixture = self.output.console.say, self.data.mixture
         self.output.start_trackers()
         for line in mixture.lines():
@@ -161,7 +159,7 @@ class Trainer:
             say(layout)
 
     def make_reference(self) -> Reference | None:
-        """Returns the reference of the run, after computing its log-probs if they are to be precomputed.
+        """Returns the source of the reference log-probs; computes the log-prob file if the recipe needs it.
 
         Raises:
             InterruptedRunError: If a signal ends the computation.
@@ -183,14 +181,12 @@ class Trainer:
         return PrecomputedReference(path, settings)
 
     def _moving_reference(self) -> nn.Module | None:
-        """Returns the reference model if it moves during training, so that checkpoints must hold it."""
+        """Returns the reference model if it moves during training (checkpoints must store it), or None."""
         moves = self.recipe.reference.sync_every and isinstance(self.reference, CopyReference)
         return self.reference.model if moves else None  # type: ignore[union-attr]
 
-    # A step.
-
     def _run_step(self, step_slice: StepSlice) -> bool:
-        """Runs an optimizer step. Returns whether a signal ends the run."""
+        """Runs an optimizer step; returns whether a signal ends the run."""
         began_s = time.perf_counter()
         recipe, state = self.recipe, self.state
         state.count_pairs(step_slice)
@@ -205,7 +201,7 @@ class Trainer:
         line = log_line(sums, recipe.loss, state.reward_shift)
         if recipe.loss.average_over == "micro_batch":
             line["loss"] = sums["loss"] / self.accelerator.num_processes
-        # With float16 the loss scaler handles a gradient that overflows.
+        # With float16 the loss scaler handles gradients that overflow.
         is_finite = math.isfinite(sums["loss"]) and (recipe.precision == "fp16" or math.isfinite(grad_norm))
         if is_finite:
             for group in self.optimizer.param_groups:
@@ -215,7 +211,7 @@ class Trainer:
         else:
             self._handle_nonfinite(losses, grad_norm, shift_before)
         if "reward_shift" in line:
-            line["reward_shift"] = state.reward_shift.value  # after the step
+            line["reward_shift"] = state.reward_shift.value  # the value after the update
         self.optimizer.zero_grad()
         if self.accelerator.optimizer_step_was_skipped:
             state.n_skipped_steps += 1
@@ -234,7 +230,7 @@ class Trainer:
     def _accumulate_gradients(
         self, step_slice: StepSlice, size: StepSize
     ) -> tuple[Totals, list[tuple[tuple[str, ...], Tensor]]]:
-        """Runs forward and backward of all micro-batches. Returns the sums, and names and loss of each micro-batch."""
+        """Runs all micro-batches; returns the metric sums, and the pair names and the loss of each micro-batch."""
         recipe, accelerator = self.recipe, self.accelerator
         totals = Totals(accelerator.device)
         losses: list[tuple[tuple[str, ...], Tensor]] = []
@@ -254,14 +250,14 @@ class Trainer:
         return totals, losses
 
     def _skip_empty_step(self, learning_rate: float) -> bool:
-        """Counts and logs a step whose pairs were all skipped. Returns whether a signal ends the run."""
+        """Counts and logs a step without any trainable pair; returns whether a signal ends the run."""
         self._count_step()
         self.output.console.say(f"step {self.state.step}: all of its pairs were skipped, so the model is unchanged")
         self._report({"pairs": 0.0, "learning_rate": learning_rate})
         return self._end_step()
 
     def _count_step(self) -> None:
-        """Counts the step, and moves the reference if it is due."""
+        """Increments the step number and moves the reference every ``reference.sync_every`` steps."""
         self.state.step += 1
         every = self.recipe.reference.sync_every
         if every and self.reference is not None and self.state.step % every == 0:
@@ -275,7 +271,7 @@ class Trainer:
     def _handle_nonfinite(
         self, losses: list[tuple[tuple[str, ...], Tensor]], grad_norm: float, shift_before: RewardShift
     ) -> None:
-        """Skips a step whose loss or gradient is not finite, or ends the run."""
+        """Skips a step with a non-finite loss or gradient, or raises ``FloatingPointError``, as the recipe says."""
         state = self.state
         state.reward_shift = shift_before
         names = [name for names, loss in losses if not math.isfinite(loss.item()) for name in names]
@@ -291,7 +287,7 @@ class Trainer:
         self.output.console.say(f"{text}; the step is skipped, {state.n_skipped_steps} so far")
 
     def _report(self, line: Mapping[str, float]) -> None:
-        """Shows a step, calls ``on_step``, and logs the step if it is due."""
+        """Shows the step on the console, calls ``on_step``, and writes the log line if it is due."""
         step = self.state.step
         epoch = step / self.data.sampler.steps_per_epoch
         line = {"step": step, "epoch": epoch, **line, "skipped_steps": self.state.n_skipped_steps}
@@ -303,7 +299,7 @@ class Trainer:
             self.output.log_step(line)
 
     def _end_step(self) -> bool:
-        """Evaluates and saves if it is due. Returns whether a signal ends the run."""
+        """Evaluates and saves when due; returns whether a signal ends the run."""
         if self.stop.agree():
             return True
         if self.stop.is_over or self.state.step == self.data.total_steps:
@@ -312,12 +308,10 @@ class Trainer:
             self.state.check_trained_on_pairs()
         evaluation = self._evaluate_if_due()
         self._save_if_due()
-        return evaluation is not None and self.stop.agree()  # an evaluation may take long
-
-    # Between steps.
+        return evaluation is not None and self.stop.agree()  # a signal may arrive during a long evaluation
 
     def _evaluate_if_due(self, *, is_end: bool = False) -> dict[str, float] | None:
-        """Returns the log line of an evaluation after this step, None if no evaluation is due."""
+        """Returns the log line of the evaluation after this step, or None if no evaluation is due."""
         every = self.recipe.output.eval_every
         if self.data.eval_mixture is None or not (is_end or (every and self.state.step % every == 0)):
             return None
@@ -329,7 +323,7 @@ class Trainer:
         return line
 
     def evaluate(self) -> dict[str, float]:
-        """Returns loss, rewards and the other metrics over all pairs of ``data.eval``."""
+        """Returns the metrics (loss, rewards, ...) over all evaluation pairs."""
         metrics, self.eval_pair_counts = evaluate(self.model, self.data, self.batch_loss, self.state.reward_shift)
         return metrics
 
@@ -339,18 +333,16 @@ class Trainer:
             self.output.save_checkpoint(self.model, self.optimizer, self._moving_reference())
 
     def _interrupted(self, position: str) -> int:
-        """Reports the signal that ends the run. Returns the exit status."""
+        """Reports the signal that ends the run; returns ``INTERRUPTED``."""
         advice = "" if self.recipe.output.resume == "never" else "; the same command resumes from here"
         self.output.console.say(f"{self.stop.name()}: ended {position}{advice}")
         self._close()
         return INTERRUPTED
 
     def _close(self) -> int:
-        """Ends the trackers and the process group. Returns the exit status of a finished run.
-
-        DDP is released before its group: as its last owner it would wait for gloo's threads, and they would wait for
-        the interpreter to release the last gathered tensors.
-        """
+        """Ends the trackers and the process group; returns 0, the exit status of a finished run."""
+        # Release DDP before the process group. If DDP owned the group last, DDP would wait for gloo's threads, which
+        # wait for the interpreter to release the last gathered tensors.
         self.model = self.accelerator.unwrap_model(self.model)
         self.accelerator.end_training()
         return 0

@@ -1,4 +1,4 @@
-"""The metrics of a run: sums over micro-batches and ranks, the lines of the log, and the log itself."""
+"""The metrics of a run: sums over micro-batches and ranks, log lines and the log file."""
 
 import json
 import math
@@ -25,19 +25,19 @@ _SFT_KEYS = ("loss", "ntp_loss", "chosen_logp", "entropy", "top1", "pairs", "cho
 
 
 class Totals:
-    """Sums over the micro-batches of a step or an evaluation, on the device; adding does not wait for it."""
+    """Metric sums over the micro-batches of a step or an evaluation; ``add`` does not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self.reward_shift: Tensor | None = None
 
     def add(self, out: MPOOutput, *, ntp_parts: int, tokens: int) -> None:
-        """Adds a micro-batch.
+        """Adds the metrics of a micro-batch to the sums.
 
         Args:
             out: Output of the loss.
-            ntp_parts: Number of chosen tokens or chosen responses, over which the next-token term is averaged.
-            tokens: Positions that went through the model, without padding.
+            ntp_parts: Number of chosen tokens or chosen responses over which the next-token term is averaged.
+            tokens: Number of positions that went through the model, without padding.
         """
         pairs = len(out.chosen_reward)
         labelled = out.tokens.view(2, -1).sum(1)
@@ -53,17 +53,15 @@ class Totals:
         self.reward_shift = out.reward_shift
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
-        """Returns the sums over all ranks, by name. Waits for the device."""
+        """Returns the sums over all ranks by metric name; waits for the device. All ranks must call this method."""
         sums = accelerator.reduce(self.sums, reduction="sum") if accelerator.num_processes > 1 else self.sums
         return dict(zip(_SUMS, sums.tolist(), strict=True))
 
 
 def means(sums: Mapping[str, float], weights: tuple[float, float, float]) -> dict[str, float]:
-    """Returns the means over pairs, chosen tokens (or responses) and labelled tokens.
+    """Returns the loss, the reward margin, and the means of the sums over pairs, next-token parts or labelled tokens.
 
-    Args:
-        sums: Sums from ``Totals.reduce``.
-        weights: Weights of the three terms of the loss.
+    ``weights`` are the weights of the DPO, BCO and next-token terms of the loss.
     """
     pairs, parts = max(sums["pairs"], 1), max(sums["ntp_parts"], 1)
     labelled = max(sums["chosen_tokens"] + sums["rejected_tokens"], 1)
@@ -80,13 +78,7 @@ def means(sums: Mapping[str, float], weights: tuple[float, float, float]) -> dic
 
 
 def log_line(sums: Mapping[str, float], recipe: LossRecipe, reward_shift: RewardShift) -> dict[str, float]:
-    """Returns the metrics of a step or an evaluation that the loss of the recipe has.
-
-    Args:
-        sums: Sums from ``Totals.reduce``.
-        recipe: The ``loss`` section of the recipe.
-        reward_shift: Reward shift of the run.
-    """
+    """Converts the result of ``Totals.reduce`` to the metrics that exist for the loss of the recipe."""
     config = recipe.config
     line = means(sums, (config.dpo_weight, config.bco_weight, config.ntp_weight))
     if not recipe.has_preference:
@@ -97,7 +89,7 @@ def log_line(sums: Mapping[str, float], recipe: LossRecipe, reward_shift: Reward
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Returns the peak memory of this process: of torch's allocator on a GPU, resident on a CPU."""
+    """Returns this process's peak memory in MiB: allocated GPU memory with CUDA, otherwise resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -105,32 +97,28 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 class Log:
-    """``log.jsonl``: a line of JSON for each logged step and evaluation. Only the main process writes.
-
-    Args:
-        path: Path of the file.
-    """
+    """The log file ``log.jsonl``, with one JSON line per logged step or evaluation. Only the main process writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Appends a line; numbers that are not finite become text, since JSON has none."""
+        """Appends a line. Non-finite numbers are written as strings because JSON cannot represent them."""
         encoded = json.dumps({key: _json_value(value) for key, value in line.items()})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(encoded + "\n")
 
     def position(self) -> int:
-        """Returns the size of the file in bytes; 0 if it does not exist."""
+        """Returns the size of the file in bytes, or 0 if the file does not exist."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def rewind(self, position: int) -> None:
-        """Removes the lines after a position: those written after a checkpoint."""
+        """Cuts the file to ``position`` bytes, which removes the lines written after a checkpoint."""
         if self.position() > position:
             os.truncate(self.path, position)
 
     def read(self) -> list[dict[str, Any]]:
-        """Returns all lines."""
+        """Returns all lines, decoded from JSON."""
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""The model card of a finished run: README.md in Hugging Face's format, and a picture of the curves."""
+"""The model card of a finished run: README.md in Hugging Face's format, and a plot of the training curves."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from mpo_ext.train.recipe import Recipe
 
 CURVES = "curves.png"
 
-# Title, label of the y axis, and the lines: key in the log, label, colour.
+# Title, label of the y axis, and for each line its log key, label and colour.
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ("Loss", "loss", (("loss", "training", "C0"), ("eval_loss", "evaluation", "C3"))),
     ("Terms", "loss", (("dpo_loss", "DPO", "C0"), ("bco_loss", "BCO", "C1"), ("ntp_loss", "next token", "C2"))),
@@ -35,7 +35,7 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ("Gradient norm", "norm", (("grad_norm", "norm", "C0"),)),
     ("Entropy", "nats", (("entropy", "entropy", "C0"),)),
 )
-_SMOOTHED_FROM = 200  # minimum number of steps to smooth
+_SMOOTHED_FROM = 200  # minimum number of points of a smoothed line
 _CITATION = """@article{wang2024mpo,
   title={Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference Optimization},
   author={Wang, Weiyun and Chen, Zhe and Wang, Wenhai and Cao, Yue and Liu, Yangzhou and Gao, Zhangwei and Zhu, Jinguo
@@ -48,14 +48,13 @@ _CITATION = """@article{wang2024mpo,
 def write_card(
     folder: Path, *, recipe: Recipe, curves: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> None:
-    """Writes README.md, and curves.png if matplotlib is installed and the log has numbers to draw.
+    """Writes README.md, and curves.png if matplotlib is installed and the log has finite numbers.
 
     Args:
-        folder: Folder of the exported model. Its config.json shows how to load the model.
+        folder: Folder of the exported model, whose config.json determines the loading code.
         recipe: Recipe of the run.
-        curves: Lines of the log; keys of evaluations start with ``eval_``. Values that are not finite are not drawn.
-        summary: The last metrics of the run. Mappings in it are counts; ``datasets``, a list of names on the hub, goes
-            into the metadata.
+        curves: Log lines of steps and evaluations; evaluation keys start with ``eval_``.
+        summary: Last metrics by name. A mapping holds counts; ``datasets`` lists dataset names for the hub metadata.
 
     Raises:
         OSError: If a file cannot be written.
@@ -71,7 +70,7 @@ def write_card(
 
 
 def _metadata(recipe: Recipe, summary: Mapping[str, Any]) -> ModelCardData:
-    """Returns the metadata by which the hub finds and shows the model."""
+    """Returns the model's metadata for the Hugging Face hub."""
     has_lora, is_on_hub = recipe.model.lora is not None, _is_on_hub(recipe.model.path)
     tags = ["preference-optimization"] if recipe.loss.has_preference else ["sft"]
     if recipe.loss.has_preference and recipe.loss.preference is None:
@@ -137,7 +136,7 @@ def _results(summary: Mapping[str, Any]) -> str:
 
 def _picture(folder: Path, curves: Sequence[Mapping[str, Any]]) -> str:
     panels = _panels(curves)
-    (folder / CURVES).unlink(missing_ok=True)  # from an earlier run
+    (folder / CURVES).unlink(missing_ok=True)  # may come from an earlier run
     if not panels:
         return "The log has no numbers to draw.\n"
     try:
@@ -148,7 +147,7 @@ def _picture(folder: Path, curves: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _panels(curves: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """Returns the panels for which the log has numbers."""
+    """Returns the panels for which the log has finite numbers."""
     panels = []
     for title, y_label, keys in _PANELS:
         lines = []
@@ -185,7 +184,7 @@ def _loading(folder: Path, recipe: Recipe) -> str:
 
 
 def _classes(folder: Path, recipe: Recipe) -> tuple[str, str]:
-    """Returns the auto classes of the model and its processor, from its config or that of the base model."""
+    """Returns the auto classes of model and processor, judged by the config of the model or of the base model."""
     for path in (folder / "config.json", folder / "merged" / "config.json", Path(recipe.model.path) / "config.json"):
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -201,7 +200,7 @@ def _classes(folder: Path, recipe: Recipe) -> tuple[str, str]:
 
 
 def _is_on_hub(path: str) -> bool:
-    """Returns whether a path looks like a name on the hub and does not exist on this machine."""
+    """Returns whether a path looks like a hub name and does not exist on this machine."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not path.startswith(".") and not os.path.exists(path)
 
 
@@ -220,6 +219,6 @@ def _cell(text: str) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """Returns a code block with a fence that is longer than any fence in the text."""
+    """Returns the text as a code block with a fence longer than any run of backticks in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"

@@ -1,4 +1,4 @@
-"""The optimizer of a run: parameter groups, the schedule of the learning rate, and gradient clipping."""
+"""The optimizer of a run: parameter groups, learning-rate schedule and gradient clipping."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from mpo_ext.train.recipe import OptimRecipe
 
 
 def make_optimizer(model: nn.Module, recipe: OptimRecipe, device: torch.device) -> torch.optim.Optimizer:
-    """Returns AdamW over the trainable parameters; matrices have weight decay, biases and norms have none."""
+    """Returns AdamW over the trainable parameters, with weight decay for parameters of at least two axes only."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": recipe.weight_decay},
@@ -26,7 +26,7 @@ def make_optimizer(model: nn.Module, recipe: OptimRecipe, device: torch.device) 
 
 
 def scheduled_learning_rate(recipe: OptimRecipe, step: int, total_steps: int) -> float:
-    """Returns the learning rate of a step, counted from 0. As in transformers, warm-up starts at 0."""
+    """Returns the learning rate of a step (from 0). The warm-up starts at learning rate 0, as in transformers."""
     warmup_steps = math.ceil(total_steps * recipe.warmup_ratio)
     if step < warmup_steps:
         return recipe.learning_rate * step / warmup_steps
@@ -37,7 +37,7 @@ def scheduled_learning_rate(recipe: OptimRecipe, step: int, total_steps: int) ->
 
 
 def clip_gradients(accelerator: Any, model: nn.Module, max_grad_norm: float) -> float:
-    """Clips the gradients unless ``max_grad_norm`` is 0. Returns their norm before clipping."""
+    """Clips the gradients unless ``max_grad_norm`` is 0; returns the gradient norm before clipping."""
     max_norm = max_grad_norm if max_grad_norm > 0 else math.inf
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     if norm is None:  # DeepSpeed clips by itself

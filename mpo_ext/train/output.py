@@ -1,4 +1,4 @@
-"""The output of a run: console, log, trackers, checkpoints, the final model and its card."""
+"""The output of a run: console, log, trackers, checkpoints, final model and model card."""
 
 import sys
 from collections.abc import Mapping
@@ -18,17 +18,9 @@ from mpo_ext.train.resume import RunState, changed_settings, flat_settings, plai
 
 
 class RunOutput:
-    """Writes the output of a run. All ranks call its methods; the main rank writes what concerns all.
+    """Writes the output of a run. All ranks must call each method.
 
-    Args:
-        recipe: Recipe of the run.
-        accelerator: The run's ``Accelerator``.
-        state: State of the run.
-        save: Whether to write checkpoints, the final model and its card.
-
-    Attributes:
-        folder: ``output.dir``.
-        final: Folder of the exported model.
+    If ``save`` is False, no checkpoint, final model or model card is written. ``final`` is the final model's folder.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any, state: RunState, *, save: bool) -> None:
@@ -49,7 +41,7 @@ class RunOutput:
         )
 
     def start_trackers(self) -> None:
-        """Starts the experiment trackers with the settings of the recipe."""
+        """Starts the recipe's experiment trackers and passes them the recipe's settings."""
         if self.recipe.output.trackers:
             settings = flat_settings(plain_values(self.recipe.to_dict()))
             config = {
@@ -59,7 +51,7 @@ class RunOutput:
             self.accelerator.init_trackers("mpo_ext", config=config)
 
     def start_log(self) -> None:
-        """Starts the log of a new run; lines of a run without checkpoint are removed."""
+        """Empties the log for a new run; an earlier run that saved no checkpoint may have left lines."""
         if self.is_main:
             if self.log.position():
                 self.console.say(
@@ -68,16 +60,10 @@ class RunOutput:
             self.log.rewind(0)
 
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:
-        """Restores a checkpoint.
-
-        Args:
-            path: The checkpoint.
-            model: The policy, restored in place.
-            optimizer: Its optimizer, restored in place.
-            reference: The reference model if it moves during training, restored in place; otherwise None.
+        """Restores policy, optimizer, run state and log from a checkpoint, and ``reference`` if the reference moves.
 
         Returns:
-            Whether settings have changed since the checkpoint.
+            Whether any setting has changed since the checkpoint.
 
         Raises:
             LinesError: If a setting has changed that must not change within a run.
@@ -93,7 +79,7 @@ class RunOutput:
         return bool(changed)
 
     def save_checkpoint(self, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> None:
-        """Writes a checkpoint; see ``resume`` for the arguments."""
+        """Writes a checkpoint. The arguments are those of ``resume``."""
         if not self.save:
             return
         state = self.state.state_dict(self.log.position() if self.is_main else 0)
@@ -104,13 +90,13 @@ class RunOutput:
         )
 
     def log_step(self, line: Mapping[str, float]) -> None:
-        """Writes a step to log and trackers."""
+        """Writes the log line of a step to the log and the trackers."""
         if self.is_main:
             self.log.append(line)
         self._track("train", line)
 
     def report_evaluation(self, line: Mapping[str, float]) -> None:
-        """Writes an evaluation to console, log and trackers."""
+        """Writes the log line of an evaluation to the console, the log and the trackers."""
         if self.is_main:
             self.log.append(line)
             self.console.say(
@@ -125,15 +111,15 @@ class RunOutput:
             self.accelerator.log(values, step=self.state.step)
 
     def is_finished(self, checkpoint: Path) -> bool:
-        """Returns whether the final model was exported after a checkpoint; its card is written if it is missing."""
+        """Returns whether the final model was exported after a checkpoint; if so, writes a missing model card."""
         if not is_exported_since(self.accelerator, self.final, checkpoint):
             return False
-        if not all(gather(self.accelerator, (self.final / "README.md").exists())):  # killed between model and card
+        if not all(gather(self.accelerator, (self.final / "README.md").exists())):  # killed after the export
             self._write_card()
         return True
 
     def finish(self, model: nn.Module, processor: Any) -> None:
-        """Exports the final model with its card, and reports the skipped pairs."""
+        """Exports the final model, writes its model card and reports the skipped pairs."""
         if not self.save:
             return
         export_model(self.accelerator, model, processor, self.final, merged=self.recipe.output.save_merged)
@@ -149,7 +135,7 @@ class RunOutput:
         self.console.say(f"the model is in {self.final}, the log in {self.log.path}")
 
     def _write_card(self) -> None:
-        """Writes the model card, with the last metrics and the evaluation after the last step."""
+        """Writes the model card with the last training metrics and the evaluation after the last step."""
         counts = self.state.pair_counts_of_all_ranks()
         if not self.is_main:
             return

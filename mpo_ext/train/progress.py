@@ -1,4 +1,4 @@
-"""The console output of a run: its progress, and the check of the first step's loss."""
+"""The console output of a run: the progress of the steps and the check of the first step's loss."""
 
 import contextlib
 import math
@@ -14,12 +14,9 @@ _FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 
 
 class Console:
-    """Shows the progress of a run: a bar on a terminal, elsewhere a line every half minute.
+    """Shows the progress of a run as a bar on a terminal, or as a line every half minute in other streams.
 
-    Args:
-        total: Number of steps of the run.
-        done: Number of steps done before.
-        stream: Stream to print to; None prints nothing.
+    ``total`` and ``done`` are numbers of steps. If ``stream`` is None, nothing is printed.
     """
 
     def __init__(self, total: int, done: int, stream: TextIO | None) -> None:
@@ -53,19 +50,14 @@ class Console:
         self._exit.close()
 
     def say(self, text: str) -> None:
-        """Prints a line."""
+        """Prints a line of text."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif self.stream is not None:
             print(text, file=self.stream, flush=True)
 
     def step(self, step: int, line: Mapping[str, float]) -> None:
-        """Shows a step.
-
-        Args:
-            step: Number of the step, from 1.
-            line: Its line of the log.
-        """
+        """Shows a finished step, given the step number (from 1) and the log line of the step."""
         self.done = step
         parts = [f"{name} {line[key]:{form}}" for name, (key, form) in _SHOWN.items() if key in line]
         text = ", ".join([*(parts or ["no pairs"]), f"rate {line['learning_rate']:.2e}"])
@@ -73,7 +65,7 @@ class Console:
             self._bar.update(self._task, completed=step, line=text)
             return
         now = time.monotonic()
-        if self._first is None:  # the first step takes longer, so the estimate starts at its end
+        if self._first is None:  # the first step is slow, so the time estimate starts after it
             self._first = step, now
         if self.stream is None or (now - self._printed_s < _PRINT_EVERY_S and step < self.total):
             return
@@ -84,11 +76,9 @@ class Console:
 
 
 def compare_first_loss(recipe: Recipe, line: Mapping[str, float]) -> str:
-    """Compares the first loss with its expected value: if policy and reference are equal, all rewards are 0.
+    """Returns a console line that compares the first step's loss with its expected value.
 
-    Args:
-        recipe: Recipe of a run with a reference, which is the model as it was loaded.
-        line: Line of the log of the first step.
+    Before training the policy equals the reference, so all rewards must be 0, which determines the DPO and BCO terms.
     """
     config, shift = recipe.loss.config, recipe.reward_shift
     delta = shift.value if shift.mode != "cumulative" or shift.update == "after" else 0.0

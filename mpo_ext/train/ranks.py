@@ -4,7 +4,7 @@ from typing import Any
 
 
 def gather(accelerator: Any, value: Any) -> list[Any]:
-    """Returns the value of each rank, in the order of the ranks. All ranks call it."""
+    """Returns the values of all ranks in rank order. All ranks must call this function."""
     if accelerator.num_processes == 1:
         return [value]
     from accelerate.utils import gather_object

@@ -1,4 +1,4 @@
-"""Log-probabilities of the reference model in a file: computed once, by all ranks, and looked up in every step."""
+"""Precomputed reference log-probs: computed once by all ranks, stored in a file, and looked up in every step."""
 
 import hashlib
 import json
@@ -21,11 +21,7 @@ from mpo_ext.train.signals import InterruptedRunError, StopRequests
 
 
 class PrecomputedReference:
-    """Reads log-probabilities from a file, by ``Sample.digest``: a hash of all that the model would be fed.
-
-    Args:
-        path: File that ``compute_reference_file`` wrote.
-        settings: Settings that the log-probabilities depend on besides the samples; see ``reference_settings``.
+    """Looks up reference log-probs in a file by ``Sample.digest``, a hash of the model's inputs.
 
     Raises:
         ValueError: If the file was made with other settings.
@@ -38,11 +34,7 @@ class PrecomputedReference:
         self._logp = {NO_PAIR: [0.0, 0.0], **{record["key"]: record["logp"] for record in read_records(path)}}
 
     def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
-        """See ``Reference``.
-
-        Raises:
-            ValueError: If a pair is not in the file.
-        """
+        """Returns the summed log-probs of 2B responses from the file; raises ``ValueError`` if a pair is missing."""
         for name, digest in zip(batch.names, batch.digests, strict=True):
             if digest not in self._logp:
                 raise ValueError(
@@ -53,22 +45,19 @@ class PrecomputedReference:
         return logp.T.flatten().to(batch.index.device)
 
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """Raises ``ValueError``: log-probabilities in a file cannot follow the policy."""
+        """Raises ``ValueError``, because log-probs in a file cannot follow the policy."""
         raise ValueError("sync_every must be 0 for a reference of kind 'precomputed'")
 
 
 def reference_path(recipe: Recipe) -> Path:
-    """Returns the file of precomputed log-probabilities: the recipe's, or one in the output folder."""
+    """Returns the path of the log-prob file: ``reference.file`` or, by default, a file in the output folder."""
     return Path(recipe.reference.file or Path(recipe.output.dir, "reference.jsonl"))
 
 
 def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[str, Any]:
-    """Returns the settings that the log-probabilities depend on: model, precision, data and their encoding.
+    """Returns the settings that the log-probs depend on; reads all lines of the data.
 
-    Args:
-        recipe: Recipe of the run.
-        data: The pairs; all lines are read.
-        fingerprint: ``fingerprint`` of the reference model.
+    ``fingerprint`` is the fingerprint of the reference model.
     """
     keys = []
     for mixture in data.mixtures:
@@ -100,21 +89,13 @@ def compute_reference_file(
     stop: StopRequests,
     say: Callable[[str], None],
 ) -> None:
-    """Computes the log-probabilities of all pairs into a file. All ranks call it, and each computes its slice.
+    """Writes the reference log-probs of all pairs to a file. All ranks must call this function.
 
-    Each rank writes a journal beside the file, so a killed run loses only the current batch.
-
-    Args:
-        path: File to write.
-        settings: See ``reference_settings``.
-        model: The reference model, on its device.
-        data: The pairs.
-        stop: Requests to end the run, agreed on after each step of pairs.
-        say: Prints a line.
+    Each rank computes a slice and writes a journal beside the file; a killed run loses at most the current batch.
 
     Raises:
         InterruptedRunError: If a signal ends the computation.
-        ValueError: If journals of an interrupted run were begun with other settings.
+        ValueError: If the journals of an interrupted run have other settings.
     """
     recipe, accelerator = data.recipe, data.accelerator
     known = _known_digests(path, settings)
@@ -138,7 +119,7 @@ def compute_reference_file(
 
 
 def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
-    """Yields a rank's batches of each step without known pairs; dummy batches give all ranks the same number."""
+    """Yields this rank's batches that hold unknown pairs, per step; dummies equalize their number over the ranks."""
     for step_slice in data.load_all_lines():
         batches = [batch for batch in step_slice.batches if not known.issuperset(batch.digests)]
         n_batches = max(gather(data.accelerator, len(batches)))
@@ -146,7 +127,7 @@ def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ``ValueError``, with each setting that differs, unless the file was made with these settings."""
+    """Raises ``ValueError`` that lists all differing settings unless the file was made with ``settings``."""
     old, new = read_header(path) or {}, json.loads(json.dumps(settings))
     differing = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
     if differing:
@@ -168,7 +149,7 @@ def _known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
 
 
 def _merge_journals(path: Path, settings: Mapping[str, Any]) -> int:
-    """Merges the journals of all ranks into the file and deletes them. Returns the number of pairs."""
+    """Merges the journals of all ranks into the file, deletes the journals and returns the number of pairs."""
     journals = _journal_paths(path)
     logp = {record["key"]: record["logp"] for journal in journals for record in read_records(journal)}
     with atomic_write(path, is_locked=True) as file:

@@ -1,6 +1,6 @@
-"""The reference model: a frozen copy of the policy, or the policy without its adapters.
+"""Two kinds of reference: a separate frozen model, and the policy without its adapters.
 
-``reference_file.py`` has the third kind: log-probabilities that are computed once.
+``reference_file.py`` implements the third kind, log-probs that are computed once.
 """
 
 import contextlib
@@ -22,23 +22,17 @@ from mpo_ext.train.recipe import LossRecipe
 
 
 class Reference(Protocol):
-    """Interface of the reference in the training loop."""
+    """Interface between the training loop and every kind of reference."""
 
     def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
-        """Returns the summed log-probs of the 2B responses of a batch on the device: ``[2B]`` float64."""
+        """Returns the summed log-probs of a batch's B chosen, then B rejected responses: ``[2B]`` float64."""
 
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """Moves the reference towards the policy, by ``mix`` of the way (TR-DPO, arXiv 2404.09656)."""
+        """Sets the reference to ``(1 - mix) * reference + mix * policy`` (TR-DPO, arXiv 2404.09656)."""
 
 
 def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
-    """Returns the log-probs of the labels of a batch: ``[N]`` float32, differentiable.
-
-    Args:
-        model: See ``forward.forward``.
-        batch: Batch on the model's device.
-        recipe: Says whether logits are materialized, and gives the memory budget and the backend.
-    """
+    """Returns the log-probs of the N labels of a batch on the model's device: ``[N]`` float32, differentiable."""
     if recipe.from_logits:
         logits = forward_logits(model, batch)
         return token_logp(logits, batch.labels.to(logits.device), backend=recipe.backend)
@@ -50,23 +44,17 @@ def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
 
 
 def sequence_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
-    """Returns the summed log-probs of the 2B responses, with the policy's arithmetic: ``[2B]`` float64."""
+    """Returns the summed log-probs of 2B responses, ``[2B]`` float64, with the same kernels as for the policy."""
     return sequence_sums(label_logp(model, batch, recipe).double(), batch.cu_seqlens)
 
 
 def memory_budget(recipe: LossRecipe) -> int | None:
-    """Returns the ``memory_budget`` of the loss in bytes, or None for its default."""
+    """Returns the memory budget of the loss in bytes, or None for the default budget."""
     return None if recipe.memory_budget_mib is None else recipe.memory_budget_mib << 20
 
 
 class CopyReference:
-    """A second model that is not trained.
-
-    Args:
-        model: The model on its device, with the wrapper of its sharding.
-        recipe: The ``loss`` section of the recipe.
-        autocast: Returns the context in which the policy's forward runs.
-    """
+    """Computes reference log-probs with a separate frozen model that accelerate has prepared."""
 
     def __init__(
         self, model: nn.Module, recipe: LossRecipe, autocast: Callable[[], contextlib.AbstractContextManager[Any]]
@@ -76,22 +64,21 @@ class CopyReference:
 
     @torch.no_grad()
     def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
-        """See ``Reference``."""
         with self._autocast():
             return sequence_logp(self.model, batch, self._recipe)
 
     @torch.no_grad()
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """See ``Reference``. Parameters move, in at least float32, and are rounded once; buffers stay, as in TRL.
+        """Moves the parameters towards the policy in at least float32; buffers do not move, as in TRL.
 
-        Each rank moves its part: under DDP the whole model, under FSDP2 its shards, which are those of the policy.
+        Each rank moves its own tensors: the whole model under DDP, its shards under FSDP2.
         """
         target, source = unwrap_model(self.model), unwrap_model(policy)
         for model in (target, source):
             reshard(model)
         policy_parameters = dict(source.named_parameters())
         for name, parameter in target.named_parameters():
-            if not parameter.is_floating_point():  # 4-bit weights: frozen, so equal to the policy's
+            if not parameter.is_floating_point():  # 4-bit weights are frozen, so both models have the same
                 continue
             moving, goal = _local_tensor(parameter), _local_tensor(policy_parameters[name])
             dtype = functools.reduce(torch.promote_types, (moving.dtype, goal.dtype), torch.float32)
@@ -99,13 +86,7 @@ class CopyReference:
 
 
 def check_can_follow(reference: nn.Module, policy: nn.Module, every: int) -> None:
-    """Raises ``ValueError`` with the first parameter that differs, unless both models have the same shapes.
-
-    Args:
-        reference: The reference, which is to move.
-        policy: The policy, which it is to follow.
-        every: ``reference.sync_every``, for the message.
-    """
+    """Raises ``ValueError`` unless both models have the same parameter names and shapes."""
     reference_shapes, policy_shapes = (
         {name: tuple(parameter.shape) for name, parameter in unwrap_model(model).named_parameters()}
         for model in (reference, policy)
@@ -120,35 +101,28 @@ def check_can_follow(reference: nn.Module, policy: nn.Module, every: int) -> Non
 
 
 class AdapterReference:
-    """The policy with its LoRA adapters switched off: no second model.
-
-    Args:
-        recipe: The ``loss`` section of the recipe.
-        autocast: As in ``CopyReference``.
-    """
+    """Computes reference log-probs with the policy while its LoRA adapters are disabled."""
 
     def __init__(self, recipe: LossRecipe, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
         self._recipe, self._autocast = recipe, autocast
 
     @torch.no_grad()
     def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
-        """See ``Reference``."""
         with self._autocast(), _peft_model(policy).disable_adapter():
             return sequence_logp(policy, batch, self._recipe)
 
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """Raises ``ValueError``: only a second model could move."""
+        """Raises ``ValueError``, because only a separate model can move."""
         raise ValueError("sync_every must be 0 for a reference of kind 'adapter'")
 
 
 def _local_tensor(tensor: Tensor) -> Tensor:
-    """Returns this rank's part of a parameter."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _peft_model(model: nn.Module) -> Any:
-    """Returns the peft model inside its wrappers."""
+    """Returns the peft model inside the wrappers of torch.compile and DDP."""
     inner: Any = model
     while not hasattr(type(inner), "disable_adapter"):
         inner = getattr(inner, "_orig_mod", None) or inner.module

@@ -1,4 +1,4 @@
-"""Resuming a run: the state that a checkpoint holds besides tensors, and the settings that may change since then."""
+"""Resuming a run: the plain state in a checkpoint, and the settings that may differ in the run that resumes."""
 
 import dataclasses
 import os
@@ -13,8 +13,8 @@ from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 
-# Settings that may change between a checkpoint and the run that resumes from it: they change the trained model by
-# rounding only, or how long it is trained, or (micro-batches) the user must be free to change them if memory runs out.
+# Settings that may change between a checkpoint and the run that resumes. They change the trained model by rounding
+# only, change how long it is trained, or (micro-batches) must be adjustable when memory runs out.
 _FREE_SETTINGS = (
     "output.", "data.eval", "data.workers", "optim.epochs", "optim.max_steps", "optim.micro_batch_size",
     "loss.memory_budget_mib", "loss.recompute", "loss.shared_prefix", "loss.from_logits", "loss.backend",
@@ -23,18 +23,13 @@ _FREE_SETTINGS = (
 
 
 class RunState:
-    """The state of a run between two steps, except for tensors and random states.
-
-    Args:
-        recipe: Recipe of the run.
-        accelerator: The run's ``Accelerator``.
+    """The state of a run between two steps, without model, optimizer and random states.
 
     Attributes:
         step: Number of steps done.
-        n_skipped_steps: Number of them that did not update the model: their loss or gradient was not finite.
-        pair_counts: This rank's counts of trained and skipped pairs; the main rank's include earlier processes.
-        evaluation: Line of the log of the latest evaluation, or None.
-        reward_shift: Reward shift of the loss.
+        n_skipped_steps: Number of steps that did not update the model because the loss or gradient was not finite.
+        pair_counts: Counts of this rank's trained and skipped pairs; the main rank's counts include a checkpoint's.
+        evaluation: Log line of the latest evaluation; None before the first evaluation.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any) -> None:
@@ -46,14 +41,14 @@ class RunState:
         self.reward_shift = RewardShift(**dataclasses.asdict(recipe.reward_shift))
 
     def count_pairs(self, step_slice: StepSlice) -> None:
-        """Counts the pairs of this rank's slice of a step."""
+        """Adds the pairs of this rank's slice of a step to ``pair_counts``."""
         for skipped in step_slice.skipped:
             self.pair_counts.add(skipped)
         self.pair_counts.kept += sum(counts.pairs for counts in step_slice.counts)
         self.pair_counts.cut += step_slice.n_cut
 
     def check_trained_on_pairs(self) -> None:
-        """Raises ``LinesError`` if every pair was skipped: the model would be saved unchanged."""
+        """Raises ``LinesError`` if every pair so far was skipped, because the model is still unchanged."""
         counts = self.pair_counts_of_all_ranks()
         if counts.kept == 0 and self.step > 0:
             raise LinesError(
@@ -62,22 +57,21 @@ class RunState:
             )
 
     def pair_counts_of_all_ranks(self) -> PairCounts:
-        """Returns the counts of all ranks, which call it together."""
+        """Returns the pair counts summed over all ranks. All ranks must call this method."""
         merged = PairCounts()
         for counts in gather(self._accelerator, self.pair_counts):
             merged.merge(counts)
         return merged
 
     def current_evaluation(self) -> dict[str, float] | None:
-        """Returns the line of an evaluation after this very step, or None; it may precede the checkpoint."""
+        """Returns the log line of an evaluation after exactly this step, or None if there was no such evaluation."""
         line = self.evaluation
         return line if line is not None and line["step"] == self.step else None
 
     def state_dict(self, log_position: int) -> dict[str, Any]:
-        """Returns the state as JSON. All ranks call it.
+        """Returns the state as JSON values; ``log_position`` is the size of the log in bytes.
 
-        Args:
-            log_position: Size of the log in bytes.
+        All ranks must call this method.
         """
         counts = self.pair_counts_of_all_ranks()
         return {
@@ -91,11 +85,9 @@ class RunState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, keep_evaluation: bool) -> None:
-        """Restores a state; the counts of all ranks go to the main rank.
+        """Restores a state from ``state_dict``; pair counts are restored on the main rank only.
 
-        Args:
-            state: State from ``state_dict``.
-            keep_evaluation: Whether the evaluation is still valid: the evaluation pairs are the same.
+        ``keep_evaluation`` must be False if the evaluation pairs have changed.
         """
         self.step = state["step"]
         if keep_evaluation:
@@ -107,12 +99,7 @@ class RunState:
 
 
 def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> dict[str, str]:
-    """Returns the settings that have changed since a checkpoint, each with a text that shows how.
-
-    Args:
-        state: State of the checkpoint.
-        recipe: Recipe of the resumed run.
-        path: Path of the checkpoint, for the message.
+    """Returns a message, by setting name, for each setting that differs between a checkpoint's state and the recipe.
 
     Raises:
         LinesError: If a setting has changed that must not change within a run.
@@ -133,7 +120,7 @@ def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> di
 
 
 def plain_values(values: Any) -> Any:
-    """Returns the values as they are after a round trip through JSON."""
+    """Converts nested values to JSON types: keys to strings, tuples to lists and paths to strings."""
     if isinstance(values, Mapping):
         return {str(key): plain_values(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
@@ -142,7 +129,7 @@ def plain_values(values: Any) -> Any:
 
 
 def flat_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested settings by their dotted names."""
+    """Returns the values of nested settings by dotted name."""
     return dict(_flatten(values, ""))
 
 

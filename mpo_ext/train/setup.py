@@ -1,4 +1,4 @@
-"""Builds a run from its recipe: accelerator, policy, reference model, data and optimizer."""
+"""Builds the parts of a run from its recipe: accelerator, policy, reference model, data and optimizer."""
 
 import copy
 import dataclasses
@@ -28,15 +28,14 @@ _SEARCHED_PAIRS = 1000
 
 @dataclasses.dataclass(slots=True)
 class RunSetup:
-    """The parts of a run.
+    """The parts of a run; accelerate has prepared the models and the optimizer.
 
     Attributes:
-        model: The policy, as ``accelerator.prepare`` returned it.
-        processor: Its processor or tokenizer.
-        optimizer: The optimizer, as ``accelerator.prepare`` returned it.
-        data: The pairs.
-        reference_model: The second model, prepared, or None.
-        reference_fingerprint: ``fingerprint`` of the model that precomputed log-probs belong to, or "".
+        model: Policy.
+        processor: Processor or tokenizer of the policy.
+        reference_model: Reference model that is separate from the policy; None if no such model is loaded.
+        reference_fingerprint: Fingerprint of the model that the precomputed log-probs belong to; "" if no log-probs
+            are precomputed.
     """
 
     model: nn.Module
@@ -48,11 +47,11 @@ class RunSetup:
 
 
 def make_accelerator(recipe: Recipe) -> Any:
-    """Returns accelerate's ``Accelerator`` for the recipe, after seeding all random generators."""
+    """Seeds all random generators and returns accelerate's ``Accelerator`` for the recipe."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
 
-    # Models with images do not run all of their parts in each forward.
+    # A forward without images leaves the parameters of the vision tower unused.
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     accelerator = Accelerator(
         mixed_precision=_PRECISIONS[recipe.precision],
@@ -65,13 +64,9 @@ def make_accelerator(recipe: Recipe) -> Any:
 
 
 def set_up(recipe: Recipe, accelerator: Any, model: nn.Module | None, processor: Any) -> RunSetup:
-    """Loads or takes the models, opens the data, and prepares all for the accelerator.
+    """Loads models, opens the data, makes the optimizer and prepares all of them with accelerate.
 
-    Args:
-        recipe: Recipe of the run.
-        accelerator: The run's ``Accelerator``.
-        model: Replaces ``recipe.model.path``, or None.
-        processor: Processor of ``model``.
+    If ``model`` is None, ``recipe.model.path`` and its processor are loaded instead.
     """
     if recipe.reference.path is not None:
         check_model_path("reference.path", recipe.reference.path)
@@ -80,7 +75,7 @@ def set_up(recipe: Recipe, accelerator: Any, model: nn.Module | None, processor:
     else:
         model = prepare_model(model, recipe.model)
     data = _make_data(recipe, accelerator, model, processor)
-    # Before the policy is wrapped or moved: the reference is a copy of it.
+    # The reference may copy the policy, so it is made before the policy is wrapped or moved.
     reference_model, reference_fingerprint = _make_reference_model(recipe, model)
     if recipe.reference.sync_every and reference_model is not None:
         _check_can_move(recipe, accelerator, model, reference_model)
@@ -115,7 +110,7 @@ def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: An
 
 
 def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module | None, str]:
-    """Returns the second model, if the recipe needs one, and the fingerprint of the reference."""
+    """Returns the separate reference model, or None, and the fingerprint for precomputed log-probs, or ""."""
     kind, path = recipe.reference_kind, recipe.reference.path
     digest = fingerprint(policy) if kind == "precomputed" else ""
     model: nn.Module | None = None
@@ -130,7 +125,7 @@ def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module 
 
 
 def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, reference: nn.Module) -> None:
-    """Raises ``ValueError`` if the reference could not follow the policy, or not be stored in a checkpoint."""
+    """Raises ``ValueError`` if the reference cannot follow the policy or cannot be stored in a checkpoint."""
     every = recipe.reference.sync_every
     sharding = accelerator.distributed_type.value
     if sharding == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
@@ -144,7 +139,7 @@ def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, referen
 
 
 def _prepare_reference_model(accelerator: Any, model: nn.Module) -> nn.Module:
-    """Moves the reference to the policy's device, and shards it as the policy is sharded."""
+    """Moves the reference model to the policy's device and shards it like the policy."""
     model.eval().requires_grad_(False)
     if getattr(accelerator, "is_fsdp2", False):
         from accelerate.utils import fsdp2_prepare_model
@@ -154,7 +149,7 @@ def _prepare_reference_model(accelerator: Any, model: nn.Module) -> nn.Module:
 
 
 def _set_deepspeed_sizes(recipe: Recipe, accelerator: Any) -> None:
-    """Gives DeepSpeed the sizes that it would otherwise take from a data loader; the loop counts micro-batches."""
+    """Sets the sizes that DeepSpeed otherwise takes from a data loader. The loop itself accumulates gradients."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = recipe.optim.micro_batch_size
@@ -163,16 +158,13 @@ def _set_deepspeed_sizes(recipe: Recipe, accelerator: Any) -> None:
 
 
 def choose_layout(model: nn.Module, data: RunData) -> str | None:
-    """Chooses the layout of rows: a shared prefix if the model allows it and the first pairs give equal results.
+    """Chooses the row layout, the sample for dummy batches and the sample for blank images, and sets them in ``data``.
 
-    It also chooses the samples for dummy batches and blank images.
-
-    Args:
-        model: The policy.
-        data: The pairs; its collator is changed.
+    The layout is a shared prefix if the recipe and the model allow it and both layouts give the same results on the
+    first pairs.
 
     Returns:
-        A line for the console, or None if no pair was found; the first step then reports why.
+        A line for the console, or None if no usable pair was found; the first step reports why.
     """
     recipe, accelerator = data.recipe, data.accelerator
     samples, with_images = _find_samples(data, search_images=has_vision(model))
@@ -181,7 +173,7 @@ def choose_layout(model: nn.Module, data: RunData) -> str | None:
     if with_images is not None:
         if with_images not in samples:
             samples[-1] = with_images
-        if accelerator.num_processes > 1:  # all ranks must run the same parts of the model in each forward
+        if accelerator.num_processes > 1:  # all ranks must run the same parts of the model
             data.collator = dataclasses.replace(data.collator, blank=without_responses(with_images))
     data.set_dummy(samples[0])
     reason: str | None = "loss.shared_prefix is false"
@@ -202,7 +194,7 @@ def choose_layout(model: nn.Module, data: RunData) -> str | None:
 
 
 def _find_samples(data: RunData, *, search_images: bool) -> tuple[list[Sample], Sample | None]:
-    """Returns the first samples, and the first sample with images."""
+    """Returns the first samples of the run, and the first sample with images or None."""
     steps = data.steps()
     samples: list[Sample] = []
     with_images: Sample | None = None

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first ends a run after the current step, with a checkpoint, on all ranks together."""
+"""Signal handling: the first SIGTERM or SIGINT ends a run on all ranks after the current step, with a checkpoint."""
 
 import contextlib
 import multiprocessing.resource_tracker
@@ -8,24 +8,21 @@ from typing import Any
 
 from mpo_ext.train.ranks import gather
 
-INTERRUPTED = 128 + signal.SIGTERM  # exit status of a process that SIGTERM ended, as in a shell
+INTERRUPTED = 128 + signal.SIGTERM  # exit status that shells report for SIGTERM
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class InterruptedRunError(Exception):
-    """A signal ends the run while there is nothing to save yet."""
+    """Raised when a signal ends the run while the reference log-probs are being computed."""
 
 
 class StopRequests:
-    """Requests to end a run: by a signal to any rank, or by ``on_step``.
-
-    Args:
-        accelerator: The run's ``Accelerator``.
+    """Collects requests to end a run, which come from signals to any rank or from ``on_step``.
 
     Attributes:
-        received: The signal that this rank has received, or None.
-        agreed: The signal that all ranks know of, or None.
-        is_over: Whether ``on_step`` has ended the run with the current step.
+        received: Number of the signal that this rank has received, or None.
+        agreed: Number of the signal that ends the run on all ranks, or None.
+        is_over: Whether ``on_step`` has requested the end of the run.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -35,19 +32,19 @@ class StopRequests:
         self.is_over = False
 
     def agree(self) -> bool:
-        """Shares the requests among all ranks, which call it together. Returns whether a signal ends the run."""
+        """Exchanges requests between ranks; returns whether a signal ends the run. All ranks must call this method."""
         requests = gather(self._accelerator, (self.received, self.is_over))
         self.agreed = next((received for received, _ in requests if received is not None), None)
         self.is_over = any(is_over for _, is_over in requests)
         return self.agreed is not None
 
     def name(self) -> str:
-        """Returns the name of the signal that ends the run."""
+        """Returns the name of the signal that ends the run, such as "SIGTERM"."""
         return signal.Signals(self.agreed or signal.SIGTERM).name
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Notes a first SIGTERM or SIGINT instead of ending the process; a second SIGINT ends it at once."""
+        """Sets ``received`` on SIGTERM or SIGINT in the block; any later SIGINT raises ``KeyboardInterrupt``."""
 
         def note(number: int, frame: object) -> None:
             self.received = number
@@ -66,7 +63,7 @@ class StopRequests:
 
 @contextlib.contextmanager
 def blocked_in_new_workers() -> Iterator[None]:
-    """Starts processes with the signals blocked: until ``init_worker`` runs, a signal must not kill them."""
+    """Blocks SIGTERM and SIGINT while the block starts processes, in which ``init_worker`` unblocks the signals."""
     multiprocessing.resource_tracker.ensure_running()  # starting it unblocks the signals
     blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -76,10 +73,7 @@ def blocked_in_new_workers() -> Iterator[None]:
 
 
 def init_worker(worker: int) -> None:
-    """Makes a data worker survive a signal to the whole process group: the run ends its workers itself.
-
-    A second SIGTERM ends the worker.
-    """
+    """Makes a data worker ignore SIGINT and the first SIGTERM, because the run ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
