@@ -1,4 +1,4 @@
-"""``python -m mpo_ext SUBCOMMAND``."""
+"""Entry point of ``python -m mpo_ext SUBCOMMAND``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Checks of arguments and the texts of their errors: ``<argument> must be <rule>, got <value>``."""
+"""Checks of arguments; their errors read ``<argument> must be <rule>, got <value>``."""
 
 import difflib
 import math
@@ -14,25 +14,25 @@ _INTERVAL_RULES = {
 
 
 def install_hint(extra: str) -> str:
-    """Returns the advice to install an extra; it holds for every source of the package."""
+    """Returns advice for error messages on how to install an extra of mpo-ext."""
     return f"install the extra '{extra}' of mpo-ext (in its source tree: pip install '.[{extra}]')"
 
 
 class LinesError(ValueError):
-    """An error with a message of several lines, which a command prints unchanged."""
+    """An error with a message of several lines; commands print the message with its line breaks."""
 
 
 def check_number(name: str, value: object, interval: str = "") -> None:
-    """Checks that a value is a real number, and optionally that it lies in an interval.
+    """Checks that a value is a real number and, optionally, that it lies in an interval.
 
     Args:
-        name: Name of the argument, for the message.
-        value: Any value.
-        interval: The allowed numbers in mathematical notation, such as ``"[0, 1)"`` or ``"(0, inf)"``. No interval
-            contains NaN. The empty string allows every number.
+        name: Name of the argument for the message.
+        value: Value to check.
+        interval: Allowed numbers in mathematical notation, such as ``"[0, 1)"`` or ``"(0, inf)"``; NaN lies in no
+            interval. The empty string allows every number.
 
     Raises:
-        TypeError: If the value is not a real number.
+        TypeError: If the value is a bool or not a real number.
         ValueError: If the value is outside the interval.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -48,7 +48,7 @@ def _contains(interval: str, value: float) -> bool:
 
 
 def check_integer(name: str, value: object, *, least: int | None = None) -> None:
-    """Raises TypeError unless the value is an integer, and ValueError if it is below ``least``."""
+    """Raises TypeError if the value is a bool or not an integer, and ValueError if the value is below ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if least is not None and value < least:
@@ -56,7 +56,7 @@ def check_integer(name: str, value: object, *, least: int | None = None) -> None
 
 
 def check_index(index: int, size: int) -> int:
-    """Returns an index into a sequence, counted from the start; raises IndexError if it is out of range."""
+    """Converts an index that may be negative to a position from the start; raises IndexError if it is out of range."""
     if not -size <= index < size:
         raise IndexError(f"index must be in [{-size}, {size}), got {index}")
     return index % size
@@ -76,15 +76,7 @@ def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str
 
 
 def check_model_path(name: str, path: str) -> None:
-    """Checks a path that can only be a local folder, before the hub would be asked for it.
-
-    Args:
-        name: Name of the argument, for the message.
-        path: Folder of a model, or its id on the hub.
-
-    Raises:
-        FileNotFoundError: If the path cannot be a hub id and the folder does not exist.
-    """
+    """Raises FileNotFoundError if a model's path does not exist and cannot be a hub id."""
     if os.path.exists(path) or "://" in path:
         return
     parent = os.path.dirname(path)
@@ -93,14 +85,14 @@ def check_model_path(name: str, path: str) -> None:
 
 
 def check_json(name: str, value: object) -> None:
-    """Checks that a value survives JSON unchanged.
+    """Checks that JSON can store a value without changing it.
 
     Args:
-        name: Name of the argument; its parts appear in messages as ``name.key`` and ``name[index]``.
-        value: Any value.
+        name: Name of the argument; messages name its parts ``name.key`` and ``name[index]``.
+        value: Value to check.
 
     Raises:
-        TypeError: If any part is not None, a bool, an int, a float, a str, a list or a dict with str keys.
+        TypeError: If a value at any depth is not None, a bool, an int, a float, a str, a list or a dict with str keys.
         ValueError: If a number is not finite, or a text has a lone surrogate.
     """
     if isinstance(value, str):
@@ -122,7 +114,7 @@ def check_json(name: str, value: object) -> None:
 
 
 def check_text(name: str, value: str) -> None:
-    """Raises ValueError unless UTF-8 can encode the text."""
+    """Raises ValueError if the text cannot be encoded as UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -133,11 +125,11 @@ def check_text(name: str, value: str) -> None:
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """Returns the repr of a value for a message, cut to ``limit`` characters."""
+    """Returns the repr of a value, cut to ``limit`` characters for a message."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def type_and_value(value: object) -> str:
-    """Returns the type of a value and its shortened repr, for a message."""
+    """Returns the name of a value's type and the value's shortened repr, for a message."""
     return f"{type(value).__name__} {shorten(value)}"

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, files and folders synced to disk, and locks between processes."""
+"""Atomic writes, syncing to disk, and locks between processes."""
 
 import contextlib
 import fcntl
@@ -13,14 +13,14 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], *, is_locked: bool = False) -> Iterator[IO[bytes]]:
-    """Opens a file that appears under ``path`` when it is complete and synced to disk.
+    """Yields a file open for writing, and after the block syncs the file to disk and renames it to ``path``.
 
-    If the block raises, a file that already exists at ``path`` stays as it is.
+    If the block raises, ``path`` stays unchanged.
 
     Args:
-        path: The file to write. Its folder is created if it does not exist.
-        is_locked: Whether the caller holds a lock on ``path``. The temporary file then has a fixed name, so that the
-            next process overwrites a file that a killed process left.
+        path: Path of the file to write. Its folder is created if it does not exist.
+        is_locked: Whether the caller holds a lock on ``path``. If True, the temporary file has a fixed name, so the
+            next writer overwrites the temporary file of a killed process.
     """
     target = Path(path)
     token = "partial" if is_locked else f"{secrets.token_hex(6)}.tmp"
@@ -30,10 +30,7 @@ def atomic_write(path: str | os.PathLike[str], *, is_locked: bool = False) -> It
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path for a library that writes to a path; the file is renamed to ``path`` when complete.
-
-    The temporary path has the suffix of ``path``, by which libraries choose a format.
-    """
+    """Yields a temporary path with the same suffix for a library to write to, and renames it after the block."""
     target = Path(path)
     with _renamed(target, f".{target.stem[:200]}.{secrets.token_hex(6)}{target.suffix}") as temporary:
         yield temporary
@@ -53,13 +50,13 @@ def _renamed(target: Path, temporary_name: str) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a value as indented JSON, atomically."""
+    """Writes a value atomically as indented JSON."""
     with atomic_write(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n")
 
 
 def write_and_sync(path: Path, content: bytes) -> None:
-    """Writes a new file and syncs it to disk."""
+    """Creates a file with the content and syncs it to disk; raises FileExistsError if the path exists."""
     with open(path, "xb") as file:
         file.write(content)
         file.flush()
@@ -67,13 +64,12 @@ def write_and_sync(path: Path, content: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Syncs the content of a file to disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Syncs the names in a folder to disk, so that a rename survives a power failure."""
+    """Syncs the file names in a folder to disk; without this, a power failure may undo a rename in the folder."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -82,7 +78,7 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Syncs all files below a folder, and their names, to disk."""
+    """Syncs a folder and everything below it to disk."""
     for path in [*folder.rglob("*"), folder]:
         if path.is_dir():
             sync_folder(path)
@@ -95,18 +91,17 @@ class LockedError(RuntimeError):
 
 
 class FileLock:
-    """Locks a file for one process and writes the process id into it. The kernel releases the lock at process death.
+    """Locks a file for one process; the kernel releases the lock when the process dies.
 
-    The filelock package does not replace it: that package empties the lock file before it has the lock, so that the
-    error could not name the process that holds it.
+    The lock file contains the process id of the lock's holder, and LockedError names this id.
 
     Args:
-        path: The lock file. It is never deleted: two processes could then lock two files of the same name.
-        what: Name of the locked resource, for the error message.
-        wait: Whether to wait until the lock is free instead of raising.
+        path: Path of the lock file; never deleted, or two processes could lock different files at the same path.
+        what: Name of the locked resource for the error message.
+        wait: Whether to wait for the lock instead of raising.
 
     Raises:
-        LockedError: If another process holds the lock.
+        LockedError: If another process holds the lock and ``wait`` is False.
     """
 
     def __init__(self, path: Path, what: str, *, wait: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Plots, self-contained HTML pages, and tables in Markdown and plain text, for any content."""
+"""Plots, self-contained HTML pages, and tables in Markdown and plain text."""
 
 import dataclasses
 import math
@@ -17,15 +17,15 @@ _BAR_INCHES = 0.35
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a panel.
+    """A line in a panel.
 
     Attributes:
         label: Text in the legend.
         x: Positions on the x axis.
-        y: Values, one for each position.
+        y: Values, one per position.
         color: Any matplotlib colour.
-        style: A matplotlib line style such as "-" or "--".
-        smooth: Width of a running mean, drawn over the raw values; 1 draws only the raw values.
+        style: A matplotlib line style, such as "-" or "--".
+        smooth: Number of values in the running mean that is drawn over the raw values; 1 draws only the raw values.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bars:
-    """A group of bars of a panel: a value for each name on the panel's axis, with optional errors."""
+    """Bars of one colour in a panel: one value per name on the panel's axis, optionally with error bars."""
 
     label: str
     names: Sequence[str]
@@ -49,7 +49,7 @@ class Bars:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Panel:
-    """A plot with lines or with bars. The names of horizontal bars are on the y axis, from top to bottom."""
+    """A plot of lines or of bars; horizontal bars are named on the y axis, from top to bottom."""
 
     title: str
     x_label: str
@@ -59,10 +59,7 @@ class Panel:
 
 
 def save_panels(path: str | os.PathLike[str], title: str, panels: Sequence[Panel]) -> None:
-    """Draws the panels in rows of three and writes the figure in the format of the path's suffix, such as ``.png``.
-
-    Needs matplotlib, but no display.
-    """
+    """Draws the panels, three per row, and writes a figure in the format of the path's suffix. Needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -103,7 +100,7 @@ def save_panels(path: str | os.PathLike[str], title: str, panels: Sequence[Panel
 
 
 def _height(panel: Panel) -> float:
-    """Returns the height of a panel in inches; many horizontal bars need more."""
+    """Returns the height of a panel in inches, which grows with the number of horizontal bars."""
     names = [name for content in panel.content if isinstance(content, Bars) for name in content.names]
     return max(_PANEL_INCHES[1], 0.8 + _BAR_INCHES * len(set(names)) * panel.is_horizontal)
 
@@ -119,7 +116,7 @@ def _draw_line(axes: Any, line: Line) -> None:
 
 
 def save_page(path: str | os.PathLike[str], template: str, values: Mapping[str, Any]) -> None:
-    """Fills a template of ``mpo_ext/templates`` and writes the page. All values are escaped. Needs jinja2."""
+    """Writes a page from a template of ``mpo_ext/templates``; all values except Markup are escaped. Needs jinja2."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -135,7 +132,7 @@ def save_page(path: str | os.PathLike[str], template: str, values: Mapping[str, 
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table. The first column is aligned to the left, the others to the right."""
+    """Returns a Markdown table with the first column aligned to the left and all others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     widths = [max(width, 1 if column == 0 else 2) for column, width in enumerate(widths)]  # room for "-" and "-:"
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -144,7 +141,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table for a terminal, indented by two spaces. A header of empty strings is left out."""
+    """Returns a table for a terminal, indented by two spaces; a header of empty strings is left out."""
     lines = [header, *rows] if any(header) else rows
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     is_right = [is_numeric_column(rows, column) for column in range(len(header))]
@@ -152,7 +149,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Says whether a column of a table with three or more columns holds numbers, which are aligned to the right."""
+    """Returns whether a column after the first holds only numbers; False in tables of one or two columns."""
     return column > 0 and len(rows[0]) > 2 and all(not row[column] or row[column][0].isdigit() for row in rows)
 
 

@@ -1,6 +1,6 @@
-"""The ``mpo-ext data`` commands: check, stats, convert, view. Their dependencies are imported when they run.
+"""The ``mpo-ext data`` commands check, stats, convert and view, which import their dependencies when they run.
 
-Exit status: 0; 1 if ``check`` has findings or a bad line stopped a conversion; 2 if the command could not run.
+Exit status: 1 if ``check`` has findings or a bad line stopped ``convert``, 2 if the command could not run, else 0.
 """
 
 import argparse
@@ -16,7 +16,6 @@ _KINDS = ("standard", "conversational")
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Registers ``mpo-ext data`` with its four commands."""
     parser = subcommands.add_parser("data", help="check, measure, convert and view preference pairs")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_check(commands)
@@ -110,7 +109,7 @@ def _open(args: argparse.Namespace) -> Any:
 
 
 def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
-    """Opens the pairs. Returns them, and a function that warns about the missing images of the pairs read so far."""
+    """Returns the opened pairs, and a function that warns about missing images of the pairs read so far."""
     import dataclasses
 
     from mpo_ext.data.sources import MissingImages
@@ -225,7 +224,7 @@ def _print_skipped(skipped: Any) -> None:
 
 
 def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:
-    """Returns the format and the number of pairs with images, which show if a wrong format lost the images."""
+    """Returns a text with the format and the number of pairs with images, which exposes a wrongly detected format."""
     origin = "detected" if args.format is None else "set by --from"
     pairs = sum(subset.pairs for subset in stats.values())
     text_only = sum(subset.text_only for subset in stats.values())
@@ -267,12 +266,12 @@ def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def _console() -> Any:
-    """Returns a console; if stdout is not a terminal, it does not wrap lines."""
+    """Returns a console that wraps lines only if stdout is a terminal."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
 
 
 def _printable(text: str) -> str:
-    """Escapes control characters, with which a hostile file could control the terminal."""
+    """Escapes control characters, because those of a hostile file could control the terminal."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

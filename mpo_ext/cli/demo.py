@@ -1,4 +1,4 @@
-"""The ``mpo-ext demo`` command. Its dependencies are imported when it runs."""
+"""The ``mpo-ext demo`` command, which imports its dependencies when it runs."""
 
 import argparse
 import importlib.util
@@ -24,7 +24,6 @@ _NEEDS = {
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Registers ``mpo-ext demo``."""
     parser = subcommands.add_parser(
         "demo",
         help="train a tiny multimodal model on digits in three ways and compare the results",
@@ -45,7 +44,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 class _Removed(argparse.Action):
-    """An option of the study, which is no longer part of the package."""
+    """An option of the removed study; its error names the replacement."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
         parser.error(
@@ -55,11 +54,7 @@ class _Removed(argparse.Action):
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Runs the demo.
-
-    Returns:
-        0 after a complete run; 1 if a package is missing or the folder is not writable; 130 after an interruption.
-    """
+    """Runs the demo and returns the exit status: 1 if a requirement is not met, 130 after an interruption."""
     missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(f"mpo-ext demo needs {', '.join(missing)}: {install_hint('demo')}", file=sys.stderr)

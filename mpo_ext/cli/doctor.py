@@ -18,13 +18,12 @@ _BACKENDS = "mpo_ext.ops.backends"
 
 
 def add_parser(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Registers ``mpo-ext doctor``."""
     parser = subcommands.add_parser("doctor", help="print what is installed and which backends can run here")
     parser.set_defaults(run=doctor)
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Prints one fact per line, for a bug report. Returns the exit status: 1 if the CPU kernels cannot run."""
+    """Prints facts for a bug report, one per line, and returns 1 if the CPU kernels cannot run, otherwise 0."""
     for name, fact in _facts():
         print(f"{name:<20}{fact}")
     return 0 if _try(lambda: importlib.import_module(_BACKENDS).cpu_isa())[0] else 1
@@ -83,10 +82,10 @@ def _backend_facts(torch: Any, *, has_cpu: bool, has_cuda_kernels: bool) -> Iter
 
 
 def _try(fact: Callable[[], object]) -> tuple[bool, str]:
-    """Returns whether ``fact`` succeeded, and its result or error as text."""
+    """Calls ``fact`` and returns (True, result as text), or (False, error as text) if ``fact`` raises."""
     try:
         return True, str(fact())
     except importlib.metadata.PackageNotFoundError:
         return False, "not installed"
-    except Exception as error:  # an import can raise any type
+    except Exception as error:  # an import can raise any exception type
         return False, f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The ``mpo-ext evaluate`` command. Its dependencies are imported when it runs."""
+"""The ``mpo-ext evaluate`` command, which imports its dependencies when it runs."""
 
 import argparse
 import sys
@@ -20,7 +20,6 @@ _PROMPTS = {"both": ("direct", "cot")}
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Registers ``mpo-ext evaluate``."""
     parser = subcommands.add_parser(
         "evaluate",
         help="measure and compare how many questions models answer right",
@@ -79,7 +78,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 @command("evaluate", extra="generate")
 def run_evaluate(args: argparse.Namespace) -> int:
-    """Runs an evaluation and returns the exit status."""
+    """Runs ``mpo-ext evaluate`` and returns the exit status."""
     from mpo_ext.evaluate.cells import EvaluationRun
     from mpo_ext.evaluate.report import accuracy_table
     from mpo_ext.evaluate.run import evaluate
@@ -124,7 +123,7 @@ def _prompts(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
-    """Parses NAME=PATH. The name of a path alone is its last part, or the folder of the run for its ``final``."""
+    """Returns the paths by name. A text is NAME=PATH, or a PATH whose name is its last part (for RUN/final: RUN)."""
     named: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")

@@ -1,4 +1,4 @@
-"""The ``mpo-ext plan`` command. Its dependencies are imported when it runs."""
+"""The ``mpo-ext plan`` command, which imports its dependencies when it runs."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Registers ``mpo-ext plan``."""
     parser = subcommands.add_parser(
         "plan",
         help="predict time and memory of a recipe on a GPU",
@@ -45,11 +44,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def _machine(args: argparse.Namespace, dtype: str) -> "Machine":
-    """Returns the GPU that the options describe.
-
-    Raises:
-        ValueError: If the options do not describe a GPU.
-    """
+    """Returns the GPU that the options describe, or raises ValueError if they do not describe a GPU."""
     from mpo_ext.plan import machines
 
     peaks = {"--bandwidth": args.bandwidth, "--tflops": args.tflops}

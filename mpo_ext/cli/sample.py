@@ -1,4 +1,4 @@
-"""The ``mpo-ext sample`` command. Heavy modules are imported when a run begins, so ``--help`` is fast."""
+"""The ``mpo-ext sample`` command, which imports its dependencies when it runs."""
 
 import argparse
 import sys
@@ -19,7 +19,6 @@ from mpo_ext.cli.shared import (
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Registers ``mpo-ext sample dropout-ntp`` and ``mpo-ext sample correctness``."""
     parser = subcommands.add_parser(
         "sample",
         help="make preference pairs from a model's own responses",
@@ -107,7 +106,7 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
 
 @command("sample", extra="generate")
 def run_sample(args: argparse.Namespace) -> int:
-    """Runs a pipeline and returns the exit status."""
+    """Runs ``mpo-ext sample`` and returns the exit status."""
     from mpo_ext.generate.engine import rank_and_world_size
     from mpo_ext.generate.runner import check_run, run
 
@@ -117,7 +116,7 @@ def run_sample(args: argparse.Namespace) -> int:
             check_integer(name, value, least=1)
     pipeline = args.build(args)
     roots = root_map(args)
-    # Before the model is loaded, which may take minutes.
+    # Checked before the model is loaded, because loading may take minutes.
     check_run(pipeline, args.source, args.out, image_root=args.image_root, root_map=roots, world_size=world_size)
     check_model_path("--model", args.model)
     summary = run(

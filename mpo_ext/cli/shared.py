@@ -1,4 +1,4 @@
-"""Parts that several commands share: options, exit statuses and the printing of errors."""
+"""Options, exit statuses and error messages that several commands share."""
 
 import argparse
 import functools
@@ -14,13 +14,13 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], Command]:
-    """Decorates a command: an expected error becomes a message on stderr and an exit status.
+    """Returns a decorator with which a command prints an expected error on stderr and returns an exit status.
 
-    With ``--debug`` the error is raised instead.
+    With ``--debug``, the error is raised.
 
     Args:
-        name: Name of the command, which the message begins with.
-        extra: Extra of the package that installs what the command needs.
+        name: Name of the command, with which the message begins.
+        extra: Extra of the package that installs the dependencies of the command.
         failure: Exit status after an error.
     """
 
@@ -54,18 +54,18 @@ def _describe(error: Exception, extra: str) -> str:
 
 
 def leave_broken_pipe() -> int:
-    """Redirects stdout to the null device after its reader has closed the pipe. Returns the exit status 1."""
+    """Redirects stdout to the null device after the reader has closed the pipe, and returns the exit status 1."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--debug``, which ``command`` reads."""
+    """Adds ``--debug``, with which ``command`` raises errors with their traceback."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Returns the ``type`` of an option that takes an integer of at least ``least``."""
+    """Returns a ``type`` for ``add_argument`` that parses an integer of at least ``least``."""
 
     def parse(text: str) -> int:
         if not text.isascii() or not text.isdigit() or int(text) < least:
@@ -76,7 +76,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Adds a recipe and its KEY=VALUE settings, which may also follow an option."""
+    """Adds the arguments RECIPE and KEY=VALUE; a KEY=VALUE may also follow an option."""
     parser.add_argument("recipe", help="YAML file; its relative paths start at the current folder")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE",
@@ -85,7 +85,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parse = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        """Accepts settings behind an option, which argparse leaves over."""
+        """Accepts each KEY=VALUE that follows an option, because argparse leaves it in the unknown arguments."""
         namespace, rest = parse(args, namespace)
         for text in rest:
             if text.startswith("--") and "." in text.partition("=")[0]:
@@ -108,7 +108,7 @@ def add_root_map(parser: argparse.ArgumentParser) -> None:
 
 
 def root_map(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Returns the pairs of prefixes (old, new) of ``--root-map``."""
+    """Returns the path prefixes (old, new) of ``--root-map``."""
     from mpo_ext.data.paths import parse_root_map
 
     return [parse_root_map(text) for text in args.root_map]
@@ -131,7 +131,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def load_engine(args: argparse.Namespace, model: str) -> Any:
-    """Loads the engine of a model that the options describe."""
+    """Loads a model into the engine that the options select."""
     options = parse_json_options("--engine-option", args.engine_option)
     if args.engine == "vllm":
         from mpo_ext.generate.vllm_engine import VLLMEngine
@@ -153,7 +153,7 @@ def add_matcher(parser: argparse.ArgumentParser) -> None:
 
 
 def matcher_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the settings of the matcher that the options describe."""
+    """Returns the settings of the matcher that the options select."""
     return {"kind": args.matcher, **parse_json_options("--matcher-option", args.matcher_option)}
 
 

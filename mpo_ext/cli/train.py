@@ -1,4 +1,4 @@
-"""The ``mpo-ext train`` command. Its dependencies are imported when it runs."""
+"""The ``mpo-ext train`` command, which imports its dependencies when it runs."""
 
 import argparse
 import os
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Registers ``mpo-ext train``."""
     parser = subcommands.add_parser(
         "train",
         help="train a model on preference pairs as a recipe says",
@@ -36,11 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @command("train", extra="train")
 def run_train(args: argparse.Namespace) -> int:
-    """Runs ``mpo-ext train``.
-
-    Returns:
-        The exit status: that of ``loop.train``, or after a dry run 1 if the data has a defect.
-    """
+    """Runs ``mpo-ext train`` and returns the exit status; a dry run returns 1 if the trainer cannot use the data."""
     from mpo_ext.train.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -61,10 +56,11 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def print_data(recipe: "Recipe") -> bool:
-    """Prints an overview of the data: formats, pairs with images, bad lines and missing images.
+    """Prints formats, pairs with images, bad lines and missing images of the data.
 
     Returns:
-        Whether the trainer can use the data: no defects, or with ``data.skip_bad`` at least one good pair.
+        True if the trainer can use the data: the data has no defects, or ``data.skip_bad`` is set and each of
+        ``data.train`` and ``data.eval`` has a good pair.
     """
     from mpo_ext.train.mixture import Mixture
 

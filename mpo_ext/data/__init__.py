@@ -1,7 +1,4 @@
-"""Preference pairs: the record, the formats that hold pairs, checks, statistics and a viewer.
-
-``formats.py`` lists the formats and the module of each.
-"""
+"""Preference pairs: the record, its file formats (see ``formats.py``), checks, statistics and a viewer."""
 
 from mpo_ext.data.jsonl import LineFile, read_pairs, write_pairs
 from mpo_ext.data.mmpr import MMPRDataset, read_meta, write_mmpr

@@ -29,7 +29,7 @@ class Finding:
 
     Attributes:
         kind: Kind of the defect, such as "missing image".
-        where: File and line.
+        where: Subset, file and line of the defect.
         message: Description of the defect.
     """
 
@@ -43,7 +43,7 @@ class CheckReport:
     """The findings of a check.
 
     Attributes:
-        counts: Number of all findings, by subset and kind.
+        counts: Number of findings by subset and kind.
         examples: The first findings of each kind.
         stats: Statistics by subset.
     """
@@ -58,18 +58,17 @@ class CheckReport:
         return not any(counts.total() for counts in self.counts.values())
 
     def totals(self) -> collections.Counter[str]:
-        """Returns the number of findings by kind."""
+        """Returns the number of findings of each kind over all subsets."""
         return sum(self.counts.values(), collections.Counter())
 
     def add(self, finding: Finding, keep: int) -> None:
-        """Counts a finding, and stores it if fewer than ``keep`` of its kind are stored."""
+        """Counts a finding, and stores it as an example if fewer than ``keep`` examples of its kind are stored."""
         self.counts.setdefault(finding.where.subset, collections.Counter())[finding.kind] += 1
         examples = self.examples.setdefault(finding.kind, [])
         if len(examples) < keep:
             examples.append(finding)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report for JSON."""
         examples = [
             {"kind": finding.kind, **dataclasses.asdict(finding.where), "message": finding.message}
             for findings in self.examples.values()
@@ -91,19 +90,19 @@ def check_pairs(
     length: Callable[[str], int] = count_words,
     on_line: Callable[[], None] = lambda: None,
 ) -> CheckReport:
-    """Reads all pairs once and returns their defects.
+    """Reads every pair once and returns a report of defects and statistics.
 
     Args:
-        source: The pairs.
-        images: "verify" opens each image file once and lets PIL verify it, "decode" decodes the whole image,
-            "exists" checks only that the file exists, "skip" checks nothing.
-        keep: Number of examples of each kind in the report.
-        length: Measures a text for the statistics.
-        on_line: Called after each line.
+        source: Pairs to check.
+        images: "verify" opens each image file once and lets PIL verify it, "decode" decodes the whole image, "exists"
+            checks only that the file exists, "skip" checks nothing.
+        keep: Maximum number of examples of each kind in the report.
+        length: Function that returns the length of a text, for the statistics.
+        on_line: Function that is called after each line.
 
     Raises:
         ValueError: If an argument is invalid.
-        ImportError: If PIL is needed and missing.
+        ImportError: If ``images`` requires PIL, and PIL is not installed.
     """
     check_choice("images", images, get_args(ImageCheck))
     check_integer("keep", keep, least=0)
@@ -153,7 +152,7 @@ def _defects(pair: Pair, check_image: "_ImageChecker") -> Iterator[tuple[str, st
 
 
 class _ImageChecker:
-    """Checks each image file once and returns its defect, for any number of pairs with the image."""
+    """Returns the defect of an image file, or None; a file that several pairs use is checked once."""
 
     def __init__(self, mode: ImageCheck) -> None:
         self._mode = mode
@@ -184,20 +183,20 @@ class _ImageChecker:
 
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PIL warns of large images, which are not broken
+                warnings.simplefilter("ignore")  # PIL warns about large images, which are not defects
                 with Image.open(path) as image:
                     if self._mode == "decode":
                         image.load()
                     else:
                         image.verify()
-        except Exception as error:  # the plugins of PIL raise many types
+        except Exception as error:  # PIL's plugins raise many exception types
             reason = str(error).splitlines()[0][:120] if str(error) else ""
             return "broken image", f"an image must open, got {path}: {type(error).__name__} {reason}".rstrip()
         return None
 
 
 class _Duplicates:
-    """Finds equal pairs by 64 bits of their hashes. The memory is 24 bytes per pair."""
+    """Finds repeated pairs by 64 bits of each pair's hash, with 24 bytes of memory per pair."""
 
     def __init__(self) -> None:
         self._keys, self._lines, self._files = array("Q"), array("Q"), array("L")
@@ -209,7 +208,7 @@ class _Duplicates:
         self._files.append(self._places.setdefault((where.subset, where.file), len(self._places)))
 
     def find(self) -> Iterator[tuple[Location, Location]]:
-        """Yields the location of each repeated pair and of its first occurrence, in the order of the source."""
+        """Yields the location of each repeated pair and of the first equal pair, in the order of the source."""
         keys = np.array(self._keys, np.uint64)
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
@@ -226,5 +225,5 @@ class _Duplicates:
 
 
 def write_report(path: Path, report: CheckReport) -> None:
-    """Writes the report as JSON, atomically."""
+    """Writes the report atomically as JSON."""
     write_json(path, report.to_dict())

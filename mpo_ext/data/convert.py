@@ -1,4 +1,4 @@
-"""Converts pairs from any format to any format."""
+"""Converts pairs from any format to any other format."""
 
 import os
 from collections.abc import Iterator
@@ -26,36 +26,36 @@ def convert(
     root: str | os.PathLike[str] | None = None,
     name: str = "pairs",
 ) -> tuple[int, Skipped]:
-    """Writes the pairs in another format. The output appears complete or not at all.
+    """Writes the pairs in another format; the output appears complete or not at all.
 
-    Images are written with absolute paths. In the formats "pairs" and "trl", relative images stay relative if ``out``
-    lies in the folder that they start at, or in a folder above them.
+    Image paths become absolute. In the formats "pairs" and "trl", however, a relative path becomes relative to the
+    folder of ``out`` if that folder is the root of the source or contains the image.
 
     Args:
-        source: The pairs.
-        out: A folder for "mmpr" and "hf", a file for "pairs" and "trl".
+        source: Pairs to write.
+        out: Folder to write for "mmpr" and "hf", file to write for "pairs" and "trl".
         format: Format to write.
-        kind: Kind of TRL's format.
-        skip_bad: Whether to skip bad lines and, for a dataset, pairs with an unreadable image; otherwise the first
-            bad line is raised and nothing is written.
-        root: Image folder of pairs that were not read from MMPR.
-        name: Name of the subset of these pairs.
+        kind: Kind of TRL's format: "standard" or "conversational".
+        skip_bad: Whether to skip bad lines and, for "hf", pairs with an unreadable image. If False, the first bad line
+            is raised and nothing is written.
+        root: For "mmpr": image folder of pairs that were not read from MMPR; see ``write_mmpr``.
+        name: For "mmpr": name of the subset of pairs that were not read from MMPR.
 
     Returns:
         The number of pairs written, and the skipped lines.
 
     Raises:
-        BadLine: If a line is bad, unless ``skip_bad``.
+        BadLine: If a line is bad and ``skip_bad`` is False.
         ValueError: If the format is unknown or cannot hold a pair.
-        OSError: If the output cannot be written, or an image of a dataset cannot be read.
-        ImportError: If Hugging Face datasets is needed and missing.
+        OSError: If the output cannot be written or, for "hf", an image cannot be read.
+        ImportError: If Hugging Face datasets is required but not installed.
     """
     check_choice("format", format, FORMATS)
     skipped = Skipped()
 
     def pairs() -> Iterator[Pair]:
         nonlocal skipped
-        skipped = Skipped()  # a dataset reads the pairs twice
+        skipped = Skipped()  # some formats read the pairs twice; each bad line counts once
         is_file = format in ("pairs", "trl")
         for where, pair in source.scan_for(Path(out).absolute().parent) if is_file else source.scan():
             if skip_bad and format == "hf" and not isinstance(pair, BadLine):

@@ -1,11 +1,11 @@
-"""The formats that hold pairs, and how the format of a path is detected.
+"""The file formats of pairs, and detection of a path's format.
 
 | format | path | reader and writer |
 | --- | --- | --- |
 | mmpr | meta file (.json), or the lines of one subset (.jsonl) | ``mmpr.py`` |
 | pairs | lines (.jsonl), one ``Pair.to_dict()`` per line | ``jsonl.py`` |
 | trl | lines (.jsonl), one row of TRL's preference format per line | ``trl.py`` |
-| hf | folder of a Hugging Face dataset with the same rows | ``hf.py`` |
+| hf | folder of a Hugging Face dataset with rows of TRL's preference format | ``hf.py`` |
 
 ``sources.py`` opens a path of any format; ``convert.py`` writes every format.
 """
@@ -19,18 +19,18 @@ from mpo_ext.data.records import Pair
 
 Format = Literal["mmpr", "pairs", "trl", "hf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-_MARKERS: dict[str, Format] = {"prompt": "trl", "images": "pairs", "image": "mmpr"}  # fields of one format only
+_MARKERS: dict[str, Format] = {"prompt": "trl", "images": "pairs", "image": "mmpr"}  # fields that only one format has
 _SAMPLED_LINES = 1000
 
 
 def detect_format(path: str, *, max_line_bytes: int) -> Format:
-    """Returns the format of a path: a folder is "hf", a .json file "mmpr"; other files are read.
+    """Returns the format of a path: "hf" for a folder, "mmpr" for a .json file, otherwise the format of its lines.
 
-    The first line with a field of one format only ("prompt": trl; "images": pairs; "image": mmpr) decides. If the
-    first 1000 lines have no such field, the pairs are text only and the format is "mmpr".
+    The first line with a field that only one format has ("prompt": trl; "images": pairs; "image": mmpr) decides. If
+    none of the first 1000 lines has such a field, the pairs are text only and the format is "mmpr".
 
     Raises:
-        ValueError: If the file is empty, or the first 1000 lines are bad.
+        ValueError: If the file is empty, or the first 1000 lines are all bad.
     """
     if os.path.isdir(path):
         return "hf"

@@ -1,4 +1,4 @@
-"""Hugging Face datasets with the rows of TRL's preference format (``trl.py``)."""
+"""Hugging Face datasets with rows of TRL's preference format (see ``trl.py``)."""
 
 import hashlib
 import io
@@ -29,7 +29,7 @@ _SUFFIXES = {
 
 
 def require_datasets() -> Any:
-    """Returns the package datasets; an ImportError names the command that installs it."""
+    """Returns the package datasets; raises ImportError with advice on how to install it."""
     try:
         import datasets
     except ImportError as error:
@@ -44,20 +44,20 @@ def to_dataset(
     embed: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> "datasets.Dataset":
-    """Builds a dataset for TRL's trainers. It is written to disk while it is built, and mapped into memory.
+    """Builds a dataset for TRL's trainers, which is stored on disk and mapped into memory.
 
     Args:
-        pairs: The pairs, or a function that returns a new iterator over them; they are read twice.
+        pairs: The pairs, or a function that returns a new iterator over the pairs; they are read twice.
         kind: "standard" or "conversational".
-        embed: Whether to store the bytes of the images in the dataset; otherwise reading a row opens their files.
-        cache_dir: Folder to build the dataset in; default: a new temporary folder, deleted when the process exits.
+        embed: Whether the dataset stores the bytes of the images. If False, reading a row opens the image files.
+        cache_dir: Folder in which to build the dataset; None: a temporary folder, deleted when the process exits.
 
     Returns:
-        The dataset. It has no column ``images`` if no pair has images: TRL would expect an image model.
+        The dataset, without a column ``images`` if no pair has images (TRL would expect an image model).
 
     Raises:
-        ImportError: If Hugging Face datasets is missing.
-        OSError: If an image cannot be read, with ``embed``.
+        ImportError: If Hugging Face datasets is not installed.
+        OSError: If ``embed`` is True and an image cannot be read.
     """
     datasets = require_datasets()
     check_choice("kind", kind, get_args(Kind))
@@ -91,7 +91,7 @@ def to_dataset(
             rows,
             features=datasets.Features(columns),
             cache_dir=os.fspath(cache_dir),
-            fingerprint=os.urandom(8).hex(),  # the default pickles the generator with all its pairs
+            fingerprint=os.urandom(8).hex(),  # the default would pickle the generator with all pairs
             writer_batch_size=100,
         )
     except datasets.exceptions.DatasetGenerationError as error:
@@ -110,18 +110,18 @@ def _encoded(path: str, embed: bool) -> dict[str, Any]:
 def save_dataset(
     folder: str | os.PathLike[str], pairs: Callable[[], Iterator[Pair]] | Sequence[Pair], kind: Kind = "standard"
 ) -> int:
-    """Writes a dataset with its images for ``datasets.load_from_disk``. It appears complete or not at all.
+    """Writes a dataset with its images for ``datasets.load_from_disk``; it appears complete or not at all.
 
     Args:
         folder: Folder of the dataset. An existing folder is replaced if it is empty or a dataset.
-        pairs: The pairs, or a function that returns a new iterator over them.
+        pairs: The pairs, or a function that returns a new iterator over the pairs.
         kind: "standard" or "conversational".
 
     Returns:
         The number of rows.
 
     Raises:
-        FileExistsError: If the folder has other content.
+        FileExistsError: If ``folder`` exists and is neither empty nor a dataset.
     """
     target = Path(folder)
     if target.exists() and not (target / "state.json").exists() and (not target.is_dir() or any(target.iterdir())):
@@ -140,13 +140,13 @@ def save_dataset(
 
 
 class DatasetPairs(PairSequence):
-    """The pairs of a Hugging Face dataset in TRL's preference format, read one by one.
+    """The pairs of a Hugging Face dataset in TRL's preference format, read on access.
 
     Args:
         dataset: The dataset.
         name: Name of the dataset in locations and messages.
-        image_dir: Folder for images that have bytes and no path; None makes such a row a bad line.
-        root_map: Pairs of prefixes (old, new) of folders that have moved.
+        image_dir: Folder for storing images that have bytes and no path; None: a row with such an image is bad.
+        root_map: Path prefixes (old, new) of folders that have moved.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class DatasetPairs(PairSequence):
         datasets = require_datasets()
         if "images" in dataset.features:
             dataset = dataset.cast_column("images", datasets.List(datasets.Image(decode=False)))
-            if "image_paths" in dataset.features:  # the bytes are not needed
+            if "image_paths" in dataset.features:  # the paths suffice
                 dataset = dataset.remove_columns("images")
         self._dataset, self._name, self._root_map = dataset, name, tuple(root_map)
         self._image_dir = None if image_dir is None else Path(image_dir)
@@ -169,14 +169,12 @@ class DatasetPairs(PairSequence):
         return len(self._dataset)
 
     def read(self, index: int) -> Pair:
-        """Reads the pair at an index, as ``PairSequence.read`` does."""
         where = self.locate(index)
         with raise_bad_line(where):
             row = self._dataset[where.line - 1]
             return map_roots(from_trl(row, save_image=self._save if self._image_dir else None), self._root_map)
 
     def locate(self, index: int) -> Location:
-        """Returns the location of the row at an index."""
         return Location(Path(self._name).name, self._name, check_index(index, len(self)) + 1)
 
     def _save(self, content: bytes) -> str:
@@ -195,15 +193,15 @@ def _mime(content: bytes) -> str:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.get_format_mimetype() or ""
-    except Exception:  # PIL raises many types; a broken image is kept unchanged, and the check finds it
+    except Exception:  # PIL raises many types; ``check_pairs`` will report the broken image
         return ""
 
 
 def load_dataset_folder(path: str | os.PathLike[str], **options: Any) -> DatasetPairs:
-    """Opens a dataset that ``save_to_disk`` wrote, with the options of DatasetPairs.
+    """Opens a dataset that ``save_to_disk`` wrote; ``options`` are passed to DatasetPairs.
 
     Raises:
-        ImportError: If Hugging Face datasets is missing.
+        ImportError: If Hugging Face datasets is not installed.
         ValueError: If the folder does not hold a dataset, or holds several splits.
     """
     datasets = require_datasets()

@@ -21,17 +21,16 @@ _CHUNK = 1 << 20
 
 
 class LineFile(PairSequence):
-    """The lines of a file as pairs, read one by one. The memory is 8 bytes per line.
+    """The pairs of a file with one pair per line, read on access. The index takes 8 bytes of memory per line.
 
-    Safe in the workers of a data loader: reads do not depend on the file position, and a copy in another process
-    reopens the file. Empty lines are ignored.
+    Empty lines are ignored. Workers of a data loader can share a LineFile: reads do not move a file position.
 
     Args:
-        path: The file.
-        parse: Turns the object of a line, and the text of the line, into a pair. Its errors make the line a bad line.
-        subset: Name for ``Location.subset``; default: the name of the file without suffix.
-        root_map: Pairs of prefixes (old, new) of folders that have moved.
-        max_line_bytes: A longer line is a bad line and is never loaded.
+        path: Path of the file.
+        parse: Function that converts a line's JSON object and text to a pair. A line is bad if the function raises.
+        subset: Name for ``Location.subset``; None: the file's name without suffix.
+        root_map: Path prefixes (old, new) of folders that have moved.
+        max_line_bytes: Maximum length of a line in bytes; a longer line is bad and is never loaded.
 
     Raises:
         OSError: If the file cannot be read.
@@ -74,24 +73,18 @@ class LineFile(PairSequence):
         return len(starts) - 1 if numbers is None else len(numbers)
 
     def read(self, index: int) -> Pair:
-        """Reads the pair at an index, as ``PairSequence.read`` does."""
         where = self.locate(index)
         with raise_bad_line(where):
             values, text = self._read_object(where)
             return map_roots(self._parse(values, text), self._root_map)
 
     def read_object(self, index: int) -> dict[str, Any]:
-        """Reads the object of a line without making a pair of it.
-
-        Raises:
-            BadLine: If the line does not hold an object.
-        """
+        """Returns the JSON object of a line, which need not be a pair; raises BadLine if the line has no object."""
         where = self.locate(index)
         with raise_bad_line(where):
             return self._read_object(where)[0]
 
     def locate(self, index: int) -> Location:
-        """Returns the location of the line at an index."""
         index = check_index(index, len(self))
         _, numbers = self._index()
         return Location(self.subset, self.path, (index if numbers is None else int(numbers[index])) + 1)
@@ -117,7 +110,7 @@ class LineFile(PairSequence):
         return self._file
 
     def _index(self) -> "tuple[array[int], np.ndarray | None]":
-        """Returns the byte offsets of all lines and of the end, and the numbers of the lines if some are empty."""
+        """Returns the byte offsets of lines and of the file's end, and indices of non-empty lines (None: all)."""
         if self._starts is None:
             self._starts, self._numbers = self._build_index()
         return self._starts, self._numbers
@@ -143,11 +136,11 @@ class LineFile(PairSequence):
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """Parses a JSON object strictly: unique fields, finite numbers, and nothing after the object.
+    """Parses a JSON object strictly: unique fields, finite numbers, and no text after the object.
 
     Raises:
-        TypeError: If the text holds another value than an object.
-        ValueError: If a field is repeated or a number is not finite; json.JSONDecodeError if the text is not JSON.
+        TypeError: If the text is JSON but not an object.
+        ValueError: If the text is not JSON (json.JSONDecodeError), a field is repeated, or a number is not finite.
     """
     value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     if not isinstance(value, dict):
@@ -175,19 +168,19 @@ def _finite(text: str) -> float:
 
 
 def dump_line(values: Mapping[str, Any], *, ensure_ascii: bool = False) -> bytes:
-    """Returns a line of JSON with its newline, in the layout of the published MMPR files."""
+    """Returns the values as a line of JSON with a newline, formatted as in the published MMPR files."""
     return json.dumps(values, ensure_ascii=ensure_ascii, allow_nan=False).encode() + b"\n"
 
 
 def read_pairs(
     path: str | os.PathLike[str], *, root_map: RootMap = (), max_line_bytes: int = MAX_LINE_BYTES
 ) -> LineFile:
-    """Opens a file in the format "pairs", one ``Pair.to_dict()`` per line.
+    """Opens a file in the format "pairs", with one ``Pair.to_dict()`` per line.
 
     Args:
-        path: The file.
-        root_map: Pairs of prefixes (old, new) of folders that have moved.
-        max_line_bytes: A longer line is a bad line.
+        path: Path of the file.
+        root_map: Path prefixes (old, new) of folders that have moved.
+        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
     """
     return LineFile(path, _parse_pair, root_map=root_map, max_line_bytes=max_line_bytes)
 
@@ -202,12 +195,12 @@ def _parse_pair(values: dict[str, Any], line: str) -> Pair:
 
 
 def write_pairs(path: str | os.PathLike[str], pairs: Iterable[Pair]) -> int:
-    """Writes a file in the format "pairs", atomically. Returns the number of pairs."""
+    """Writes a file in the format "pairs" atomically and returns the number of pairs."""
     return write_lines(path, (pair.to_dict() for pair in pairs))
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]) -> int:
-    """Writes a file with one JSON object per line, atomically. Returns the number of lines."""
+    """Writes a file with one JSON object per line atomically and returns the number of lines."""
     count = 0
     with atomic_write(path) as file:
         for values in lines:

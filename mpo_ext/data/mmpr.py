@@ -1,8 +1,8 @@
-"""The MMPR format as published: a meta file that names subsets, and one file of JSON lines per subset.
+"""The MMPR format as published: a meta file that lists subsets, and one file of JSON lines per subset.
 
-The meta file maps the name of a subset to ``root`` (folder of its images), ``annotation`` (its .jsonl file),
-``length``, ``repeat_time``, ``data_augment`` and ``max_dynamic_patch``. A line has ``question``, ``chosen``,
-``rejected``, usually ``image`` (a path below root, a list of paths, "" or null) and often ``answer_gt``.
+The meta file maps each subset's name to ``root`` (folder of its images), ``annotation`` (its .jsonl file), ``length``,
+``repeat_time``, ``data_augment`` and ``max_dynamic_patch``. A line has ``question``, ``chosen``, ``rejected``, usually
+``image`` (a path below the root, a list of paths, "" or null) and often ``answer_gt``.
 """
 
 import bisect
@@ -27,19 +27,19 @@ from mpo_ext.data.records import SOURCE, Pair
 from mpo_ext.files import atomic_write, write_json
 
 _FIELDS = ("image", "question", "chosen", "rejected", "answer_gt", "provenance")
-_FILE_SETTINGS = ("annotation", "length")  # settings of a subset that differ in a written copy
+_FILE_SETTINGS = ("annotation", "length")  # settings that a written copy of a subset changes
 
 
 class MMPRSubset(NamedTuple):
-    """An entry of a meta file.
+    """A subset, as its entry in a meta file describes it.
 
     Attributes:
         name: Name of the subset.
-        root: Absolute folder of its images.
-        annotation: Absolute path of its lines.
-        repeat_time: Below 1, the fraction of lines that is used; otherwise, how often each line is used.
-        length: Number of lines that the meta file states; None if it states none.
-        settings: The entry as the file has it.
+        root: Absolute path of the subset's image folder.
+        annotation: Absolute path of the subset's .jsonl file.
+        repeat_time: Below 1: fraction of the lines to use. Otherwise: number of times that each line is used.
+        length: Number of lines that the meta file states; None: the meta file does not state it.
+        settings: The unchanged entry of the meta file.
     """
 
     name: str
@@ -51,15 +51,15 @@ class MMPRSubset(NamedTuple):
 
 
 def read_meta(path: str | os.PathLike[str], *, root_map: RootMap = ()) -> list[MMPRSubset]:
-    """Reads and checks a meta file.
+    """Reads and checks a meta file, and returns its subsets.
 
     Args:
-        path: The meta file. Its relative paths start at its folder.
-        root_map: Pairs of prefixes (old, new) for ``root`` and ``annotation``.
+        path: Path of the meta file. Relative paths in the file start at its folder.
+        root_map: Path prefixes (old, new) to replace in ``root`` and ``annotation``.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is not a meta file. The message names the subset, the setting, the rule and the value.
+        ValueError: If the file is not a valid meta file. The message names the subset, the setting and the rule.
     """
     folder = Path(path).resolve().parent
     try:
@@ -99,22 +99,22 @@ def _subset(name: str, entry: object, folder: Path, root_map: RootMap) -> MMPRSu
 
 
 class MMPRDataset(PairSequence):
-    """The pairs of a meta file, read one by one.
+    """The pairs of all subsets of a meta file, read on access.
 
     Args:
-        meta: The meta file.
-        root_map: Pairs of prefixes (old, new) of folders that have moved.
-        repeat: Whether to apply ``repeat_time``; otherwise each line is used once.
-        seed: Seed of the draw for a ``repeat_time`` below 1: the same seed draws the same lines.
-        max_line_bytes: A longer line is a bad line.
+        meta: Path of the meta file.
+        root_map: Path prefixes (old, new) of folders that have moved.
+        repeat: Whether to apply ``repeat_time``; if False, each line is used once.
+        seed: Seed for drawing the lines of subsets with a ``repeat_time`` below 1; equal seeds draw equal lines.
+        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
 
     Attributes:
-        subsets: The entries of the meta file.
+        subsets: The subsets of the meta file.
         files: The lines of each subset.
 
     Raises:
         OSError: If a file cannot be read.
-        ValueError: If ``meta`` is not a meta file.
+        ValueError: If ``meta`` is not a valid meta file.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class MMPRDataset(PairSequence):
         return ends[-1] if ends else 0
 
     def read(self, index: int) -> Pair:
-        """Reads the pair at an index, as ``PairSequence.read`` does."""
+        """Returns the pair at an index, or raises BadLine if the line is bad."""
         file, line = self._find(index)
         return file.read(line)
 
@@ -155,13 +155,13 @@ class MMPRDataset(PairSequence):
         return file, int(drawn[position]) if drawn is not None else position % len(file)
 
     def _subset_ends(self) -> list[int]:
-        """Returns the end index of each subset. The first call indexes the files."""
+        """Returns the end index of each subset; the first call indexes the files and draws lines."""
         if self._ends is None:
             sizes = []
             for subset, file in zip(self.subsets, self.files, strict=True):
                 drawn, size = None, len(file)
                 if self._repeat and subset.repeat_time < 1:
-                    # A generator per subset, so that the draw does not depend on the other subsets.
+                    # Each subset has its own generator, so its draw does not depend on the other subsets.
                     rng = np.random.default_rng([self._seed, zlib.crc32(subset.name.encode())])
                     drawn = np.sort(rng.permutation(size)[: int(size * subset.repeat_time)])
                     size = len(drawn)
@@ -174,9 +174,9 @@ class MMPRDataset(PairSequence):
 
 
 def read_annotation(subset: MMPRSubset, *, max_line_bytes: int = MAX_LINE_BYTES) -> LineFile:
-    """Opens the lines of a subset, each line once."""
+    """Opens the lines of a subset, without applying ``repeat_time``."""
     settings = {name: value for name, value in subset.settings.items() if name not in (*_FILE_SETTINGS, "root")}
-    # The root is kept apart from the other settings, where a root_map finds it.
+    # The root is not among the settings, because ``map_roots`` looks for it in the source.
     source = {"format": "mmpr", "subset": subset.name, "root": subset.root}
     parse = _LineParser(subset.root, {**source, "settings": settings} if settings else source)
     return LineFile(subset.annotation, parse, subset=subset.name, max_line_bytes=max_line_bytes)
@@ -195,7 +195,7 @@ class _LineParser:
         for name in ("question", "chosen", "rejected"):
             if name not in values:
                 raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, values))}")
-        if values.get("images"):  # as an unknown field it would be kept, and the images would be lost
+        if values.get("images"):  # kept as an unknown field, it would lose the images
             raise FieldError(
                 f"images of an MMPR line must be named by 'image', got 'images' {shorten(values['images'])}: "
                 "a file of such lines is read with the format 'pairs' (--from pairs, in a recipe format: pairs)",
@@ -220,7 +220,7 @@ class _LineParser:
 
 
 def _images(values: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Returns the images of a line, and the form in which the line gives them."""
+    """Returns the image paths of a line, and the form of the line's field ``image``."""
     if "image" not in values:
         return [], "absent"
     image = values["image"]
@@ -234,11 +234,7 @@ def _images(values: Mapping[str, Any]) -> tuple[list[str], str]:
 
 
 def resolve_image(image: str, root: str) -> str:
-    """Joins the path of an image to its root.
-
-    Raises:
-        FieldError: If the path leads out of the root, or is not a path.
-    """
+    """Joins an image path to the root of its subset; raises FieldError if the path leads out of the root."""
     joined = os.path.join(root, image)
     normal, base = os.path.normpath(joined), os.path.normpath(root)
     if below(normal, base) is None or "\0" in image:
@@ -250,7 +246,7 @@ def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any]) -> dic
     """Returns the fields of a line, in the order of the published files."""
     form = source.get("image", "string" if len(relative) == 1 else "list" if relative else "absent")
     if form in ("string", "empty", "null", "absent") and len(relative) != (form == "string"):
-        form = "string" if len(relative) == 1 else "list"  # the images differ from the images of the source
+        form = "string" if len(relative) == 1 else "list"  # the images were changed after reading
     values: dict[str, Any] = {}
     if form != "absent":
         values["image"] = {"string": relative[0] if relative else "", "empty": "", "null": None}.get(form, relative)
@@ -276,17 +272,17 @@ def _as_text(answer: object) -> str | None:
 
 
 def to_line(pair: Pair, root: str) -> bytes:
-    """Returns the pair as a line of MMPR.
+    """Returns the pair as a line of an MMPR file.
 
-    A pair that was read from an MMPR line gives the same values, and the same bytes if ``json.dumps`` wrote the line
-    with its default separators.
+    For a pair that was read from MMPR, the line has the values of the original line, and the same bytes if
+    ``json.dumps`` wrote the original line with default separators.
 
     Args:
-        pair: The pair. Its provenance becomes a field of that name, which other readers ignore.
-        root: Absolute folder that the written paths start at.
+        pair: Pair to write. Its provenance becomes the field ``provenance``, which other readers ignore.
+        root: Absolute path of the folder that the written image paths start at.
 
     Raises:
-        ValueError: If an image is not below root, or a field of ``extra`` has the name of a field of the pair.
+        ValueError: If an image is not below ``root``, or a field of ``extra`` has the name of a field of the pair.
     """
     source = pair.source
     paths = source.get("paths")
@@ -312,19 +308,20 @@ def write_mmpr(
     root: str | os.PathLike[str] | None = None,
     name: str = "pairs",
 ) -> dict[str, int]:
-    """Writes ``folder/meta.json`` and one file of lines per subset. Each file is atomic; the meta file comes last.
+    """Writes one file of lines per subset and then ``folder/meta.json``, each atomically.
 
     Args:
         folder: Folder to write.
-        pairs: Pairs that were read from MMPR return to their subsets with their settings; the others form one subset.
-        root: Image folder of the subset of the other pairs, at which their relative images start; None means "/".
-        name: Name of that subset.
+        pairs: Pairs read from MMPR keep their subset and the subset's settings; all others form one additional subset.
+        root: Image folder of the additional subset, at which relative image paths start; None: "/", and all image
+            paths of the additional subset must be absolute.
+        name: Name of the additional subset.
 
     Returns:
-        The number of pairs of each subset.
+        The number of pairs by subset.
 
     Raises:
-        ValueError: If two subsets of one name differ in their settings, or an image is not below its root.
+        ValueError: If pairs of one subset differ in the subset's settings, or an image is not below its root.
     """
     target = Path(folder)
     default_root = "/" if root is None else os.path.abspath(root)
@@ -359,7 +356,7 @@ def _has_subset(source: Mapping[str, Any]) -> bool:
 
 
 def _file_name(subset: str, taken: set[str]) -> str:
-    """Returns a file name for a subset of any name that no other subset has."""
+    """Makes a file name that is not in ``taken`` from the subset's name, adds the file name and returns it."""
     plain = re.sub(r"[^\w.-]", "_", subset, flags=re.ASCII).lstrip(".")[:100] or "subset"
     for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
         if (candidate := f"{plain}{suffix}.jsonl").lower() not in taken:

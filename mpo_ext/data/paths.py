@@ -1,4 +1,4 @@
-"""Paths of images: URLs, folders that have moved, and the folder that relative paths start at."""
+"""Image paths: URLs, folders that have moved, and conversion between relative and absolute paths."""
 
 import dataclasses
 import functools
@@ -15,17 +15,13 @@ real_path = functools.lru_cache(maxsize=64)(os.path.realpath)
 
 
 def find_url(path: str) -> str | None:
-    """Returns the URL that is given as the path of an image, with or without a root before it; None for a path."""
+    """Returns the URL at the start of an image path or after a root, or None if the path has no URL."""
     match = _URL.search(path)
     return None if match is None else match.group(1)
 
 
 def parse_root_map(text: str) -> tuple[str, str]:
-    """Parses OLD=NEW.
-
-    Raises:
-        ValueError: If "=" or one of its sides is missing.
-    """
+    """Splits OLD=NEW into the prefixes (OLD, NEW); raises ValueError if "=", OLD or NEW is missing."""
     old, equals, new = text.partition("=")
     if not equals or not old or not new:
         raise ValueError(f"root_map must read OLD=NEW, got {text!r}")
@@ -33,7 +29,7 @@ def parse_root_map(text: str) -> tuple[str, str]:
 
 
 def map_root(path: str, root_map: RootMap) -> str:
-    """Replaces the first prefix in ``root_map`` that is the path or a folder above it."""
+    """Applies the first pair (old, new) of ``root_map`` whose ``old`` is the path or a folder above the path."""
     for old, new in root_map:
         prefix = old.rstrip("/")
         if path.rstrip("/") == prefix:
@@ -54,10 +50,9 @@ def map_roots(pair: Pair, root_map: RootMap) -> Pair:
 
 
 def absolute_path(image: str, root: str) -> str:
-    """Joins the path of an image to a root; a URL stays as it is.
+    """Joins an image path to a root folder; a URL is returned unchanged.
 
-    A leading ``..`` starts at the real folder of the root, so that an image has the same path from every folder that
-    names it.
+    Leading ``..`` parts start at the root's real path, so that an image has the same path from every root.
     """
     if find_url(image):
         return image
@@ -70,12 +65,12 @@ def absolute_path(image: str, root: str) -> str:
 
 
 def path_from(folder: str, path: str) -> str:
-    """Returns a path relative to a folder if it lies below the folder, and the path itself otherwise."""
+    """Returns a path relative to a folder if the path lies below the folder, otherwise the path unchanged."""
     inside = os.path.relpath(path, folder)
     return path if inside.startswith("..") or find_url(path) else inside.replace(os.sep, "/")
 
 
 def below(path: str, root: str) -> str | None:
-    """Returns the part of a path below a root, or None if the path does not start with the root."""
+    """Returns the part of a path after a root, or None if the path does not start with the root."""
     prefix = root if root.endswith("/") else root + "/"
     return path[len(prefix) :] if path.startswith(prefix) else None

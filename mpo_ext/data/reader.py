@@ -1,4 +1,4 @@
-"""The interface of every reader: a lazy sequence of pairs that reports each bad line with its location."""
+"""The interface of every reader: a sequence of pairs that reports each bad line with its location."""
 
 import collections
 import contextlib
@@ -14,12 +14,12 @@ MAX_LINE_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Location:
-    """The place of a pair.
+    """The location of a pair.
 
     Attributes:
-        subset: Name of its subset; the name of the file if the format has none.
+        subset: Name of the pair's subset, or of the file if the format has no subsets.
         file: Path of the file.
-        line: Number of the line or row, from 1.
+        line: Number of the line or row, counted from 1.
     """
 
     subset: str
@@ -34,9 +34,9 @@ class BadLine(ValueError):  # noqa: N818 - it is also passed around as a finding
     """A line that does not hold a pair.
 
     Attributes:
-        where: File and line.
-        kind: "huge line", "bad UTF-8", "bad JSON", "bad field" or "bad image path".
-        reason: The defect.
+        where: Subset, file and line.
+        kind: Kind of the defect, such as "huge line", "bad UTF-8", "bad JSON", "bad field" or "bad image path".
+        reason: Description of the defect.
     """
 
     def __init__(self, where: Location, kind: str, reason: str) -> None:
@@ -48,7 +48,7 @@ class BadLine(ValueError):  # noqa: N818 - it is also passed around as a finding
 
 
 class FieldError(ValueError):
-    """An error of a parser, with the kind of the bad line."""
+    """An error of a parser; ``kind`` becomes the kind of the BadLine."""
 
     def __init__(self, reason: str, *, kind: str = "bad field") -> None:
         super().__init__(reason)
@@ -57,7 +57,7 @@ class FieldError(ValueError):
 
 @contextlib.contextmanager
 def raise_bad_line(where: Location) -> Iterator[None]:
-    """Turns the errors of a parser into a BadLine."""
+    """Turns a parser's errors in the block into a BadLine at ``where``."""
     try:
         yield
     except BadLine:
@@ -76,7 +76,7 @@ def raise_bad_line(where: Location) -> Iterator[None]:
 
 
 class Skipped:
-    """Counts the bad lines that a reader skipped, and keeps the first of each kind.
+    """Counts skipped bad lines, and keeps the first ``keep`` lines of each kind as examples.
 
     Attributes:
         counts: Number of bad lines by kind.
@@ -89,7 +89,6 @@ class Skipped:
         self._keep = keep
 
     def add(self, bad: BadLine) -> None:
-        """Counts a bad line."""
         self.counts[bad.kind] += 1
         examples = self.examples.setdefault(bad.kind, [])
         if len(examples) < self._keep:
@@ -101,16 +100,16 @@ class Skipped:
         return self.counts.total()
 
     def lines(self) -> Iterator[str]:
-        """Yields the counts and the examples as text."""
+        """Yields a line of text for each kind with its count, followed by its examples."""
         for kind, count in self.counts.most_common():
             yield f"skipped {count:,}: {kind}"
             yield from (f"  {bad.where}: {bad.reason}" for bad in self.examples[kind])
 
 
 class PairSequence(Sequence[Pair]):
-    """A lazy sequence of pairs that knows the location of each pair and drops none silently.
+    """A sequence of pairs that are read on access.
 
-    ``pairs[i]`` reads one pair; a bad line raises BadLine. ``scan`` yields pairs and bad lines.
+    ``pairs[i]`` reads one pair and raises BadLine if its line is bad; ``scan`` yields pairs and bad lines.
     """
 
     def __len__(self) -> int:
@@ -125,11 +124,7 @@ class PairSequence(Sequence[Pair]):
         return map(self.read, range(len(self)))
 
     def read(self, index: int) -> Pair:
-        """Reads the pair at an index.
-
-        Raises:
-            BadLine: If the line does not hold a pair.
-        """
+        """Returns the pair at an index, or raises BadLine if the line is bad."""
         raise NotImplementedError
 
     def locate(self, index: int) -> Location:
@@ -137,7 +132,7 @@ class PairSequence(Sequence[Pair]):
         raise NotImplementedError
 
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields the location of every line, and its pair or its defect."""
+        """Yields the location of every line, and the line's pair or (if the line is bad) a BadLine."""
         for index in range(len(self)):
             where = self.locate(index)
             try:

@@ -1,4 +1,4 @@
-"""The preference pair: the record of every reader and every writer."""
+"""The preference pair, which all readers return and all writers take."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,7 @@ from typing import Any
 
 from mpo_ext.checks import check_json, check_text, type_and_value
 
-# Key of `Pair.extra` for the form of the pair in its source; the other keys are fields of the source.
+# Key of `Pair.extra` under which a reader stores how its source wrote the pair; all other keys are unknown fields.
 SOURCE = "$source"
 
 
@@ -18,17 +18,17 @@ class Pair:
     """A question with a chosen and a rejected response.
 
     Attributes:
-        question: The whole prompt as the model sees it, with an ``<image>`` at the place of each image. A single
-            image may come without ``<image>``; it then comes first.
+        question: Whole prompt as the model sees it, with ``<image>`` at the position of each image. If a prompt with
+            one image has no ``<image>``, the image comes first.
         chosen: The preferred response.
         rejected: The response to avoid.
         images: Paths of the images, in order.
-        answer_gt: The true answer; None if it is unknown.
-        provenance: The origin of the pair, any JSON: pipeline, model, sampling settings, seed, verdicts. The page of
-            ``mpo-ext data view`` reads ``pipeline`` and ``cut``, the number of characters of ``chosen`` that a
-            DropoutNTP continuation kept; ``cut`` may also be ``{"characters": 17, "tokens": 4}``.
-        extra: Unknown fields of the source, and under ``"$source"`` the values that a lossless conversion back needs:
-            the subset, its settings, the form of ``image``.
+        answer_gt: The true answer; None: the answer is unknown.
+        provenance: Origin of the pair as any JSON object: pipeline, model, sampling settings, seed, verdicts.
+            ``mpo-ext data view`` reads ``pipeline`` and ``cut``, the number of characters of ``chosen`` that
+            DropoutNTP kept; ``cut`` may also be ``{"characters": 17, "tokens": 4}``.
+        extra: Unknown fields of the source. The key ``"$source"`` holds the values that a lossless conversion back to
+            the source's format needs, such as the subset, its settings and the form of ``image``.
 
     Raises:
         TypeError: If a field has a wrong type. The message names the field, the rule and the value.
@@ -71,21 +71,21 @@ class Pair:
 
     @property
     def source(self) -> dict[str, Any]:
-        """The form of the pair in its source; empty if the pair was not read from a file."""
+        """The value of ``extra["$source"]``; empty if no reader set it."""
         return self.extra.get(SOURCE, {})
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the record for JSON. The dicts are shared with the record, not copied."""
+        """Returns the pair as a dict for JSON; ``provenance`` and ``extra`` are shared, not copied."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**values, "images": list(self.images)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Pair":
-        """Builds the record from parsed JSON.
+        """Returns the pair that parsed JSON describes.
 
         Args:
-            values: ``question``, ``chosen`` and ``rejected``, and any of the other fields. A number as ``answer_gt``
-                becomes its text.
+            values: ``question``, ``chosen``, ``rejected`` and any of the other fields. A number ``answer_gt`` becomes
+                text.
 
         Raises:
             TypeError: If a field has the wrong type.
@@ -111,6 +111,6 @@ class Pair:
         return cls(**{**values, "images": tuple(images)})
 
     def key(self) -> str:
-        """Returns a hash of question, responses and images: the same in every run and on every machine."""
+        """Returns a hash of question, responses and image paths that is equal in every run and on every machine."""
         text = json.dumps([self.question, self.chosen, self.rejected, *self.images], ensure_ascii=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

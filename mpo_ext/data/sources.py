@@ -1,4 +1,4 @@
-"""Opens pairs of any format: for the commands, and for a trainer that takes a path."""
+"""Opens pairs in any format, for commands and for the trainer."""
 
 import dataclasses
 import os
@@ -19,15 +19,15 @@ from mpo_ext.data.trl import read_trl
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PairSource:
-    """Opened pairs.
+    """Pairs that ``open_pairs`` opened.
 
     Attributes:
-        path: The path that was opened.
+        path: Path that was opened.
         format: "mmpr" (a meta file, or the lines of one subset), "pairs", "trl" (lines) or "hf" (a folder).
         pairs: The pairs, each line once.
-        root: Folder that relative images start at.
-        subsets: The entries of a meta file, by name; empty for the other formats.
-        on_pair: Called with each pair that is read, with absolute images; None disables the callback.
+        root: Folder that relative image paths start at.
+        subsets: Subsets of a meta file, by name; empty for the other formats.
+        on_pair: Called with each pair, after its image paths are made absolute; None disables the callback.
     """
 
     path: str
@@ -38,18 +38,18 @@ class PairSource:
     on_pair: Callable[[Pair], object] | None = None
 
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields the location of every line, and its pair with absolute images or its defect."""
+        """Yields the location of every line, and the line's pair with absolute image paths or a BadLine."""
         return map(self.read, range(len(self.pairs)))
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
-        """Reads one line, as ``scan`` yields it."""
+        """Returns what ``scan`` yields for the line at an index."""
         where, _, pair = self._read(index)
         return where, pair
 
     def scan_for(self, folder: str | os.PathLike[str]) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields every line as ``scan`` does, but with relative images for a file in ``folder`` where possible.
+        """Yields the same as ``scan``, but with relative image paths where a file in ``folder`` can use them.
 
-        Images stay relative if ``folder`` is the folder that they start at, or a folder above it.
+        A relative path of a line becomes relative to ``folder`` if ``folder`` is the root or contains the image.
         """
         folder = os.path.realpath(folder)
         for index in range(len(self.pairs)):
@@ -64,7 +64,7 @@ class PairSource:
             yield where, pair
 
     def _read(self, index: int) -> tuple[Location, tuple[str, ...], Pair | BadLine]:
-        """Returns the location, the images as the line names them, and the pair or its defect."""
+        """Returns a line's location, unchanged image paths, and the pair with absolute image paths or a BadLine."""
         where = self.pairs.locate(index)
         try:
             pair = self.pairs.read(index)
@@ -76,7 +76,7 @@ class PairSource:
         if self.on_pair is not None:
             self.on_pair(pair)
         subset = pair.source.get("subset")
-        if self.format != "mmpr" and isinstance(subset, str):  # the subset that the pair was first read from
+        if self.format != "mmpr" and isinstance(subset, str):  # name of the subset in the pair's first source
             where = dataclasses.replace(where, subset=subset)
         return where, images, pair
 
@@ -89,7 +89,7 @@ class MissingImages:
         self._exists: dict[int, bool] = {}
 
     def add(self, pair: Pair) -> None:
-        """Checks the images of a pair."""
+        """Records which images of a pair exist."""
         for image in pair.images:
             key = hash(image)
             if key not in self._exists:
@@ -116,21 +116,20 @@ def open_pairs(
     image_dir: str | os.PathLike[str] | None = None,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> PairSource:
-    """Opens pairs of any format.
+    """Opens pairs in any format.
 
     Args:
-        path: A meta file (.json), a file of lines (.jsonl) or the folder of a Hugging Face dataset.
-        format: Format of the path; None detects it, see ``detect_format``. A later line of another format is a bad
-            line.
-        root: Folder that relative images start at; default: the folder of the file. A meta file has its own roots.
-        root_map: Pairs of prefixes (old, new): folders of images and annotations that have moved.
-        image_dir: Folder for images of a Hugging Face dataset that have no path.
-        max_line_bytes: A longer line is a bad line.
+        path: Path of a meta file (.json), of a file of lines (.jsonl) or of the folder of a Hugging Face dataset.
+        format: Format of the path; None: ``detect_format`` detects the format. A later line in another format is bad.
+        root: Folder that relative image paths start at; None: the folder of the file. A meta file has its own roots.
+        root_map: Path prefixes (old, new) of folders of images or annotations that have moved.
+        image_dir: Folder for storing images of a Hugging Face dataset that have no path; None: their rows are bad.
+        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
 
     Raises:
         OSError: If a file cannot be read.
-        ValueError: If an argument is wrong or the format cannot be detected.
-        ImportError: If the path needs Hugging Face datasets, and the package is missing.
+        ValueError: If an argument is invalid or the format cannot be detected.
+        ImportError: If the path is a Hugging Face dataset, and the package datasets is not installed.
     """
     if format is not None:
         check_choice("format", format, FORMATS)

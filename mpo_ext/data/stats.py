@@ -1,4 +1,4 @@
-"""Statistics of preference pairs per subset: counts and lengths."""
+"""Counts and lengths of preference pairs, by subset."""
 
 import dataclasses
 import os
@@ -11,14 +11,14 @@ from mpo_ext.data.reader import Skipped
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import PairSource
 
-# Chinese, Japanese and Korean are counted by character: they have no spaces between words.
+# Chinese, Japanese and Korean are counted by character, because spaces do not separate all of their words.
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _WORD = re.compile(f"[{_CJK}]|[^\\s{_CJK}]+")
 
 
 @dataclasses.dataclass(slots=True)
 class LengthStats:
-    """Least, mean and greatest length of texts."""
+    """Minimum, mean and maximum length of texts."""
 
     count: int = 0
     total: int = 0
@@ -26,7 +26,6 @@ class LengthStats:
     most: int = 0
 
     def add(self, length: int) -> None:
-        """Adds a length."""
         self.least = min(self.least, length) if self.count else length
         self.most = max(self.most, length)
         self.count += 1
@@ -34,11 +33,10 @@ class LengthStats:
 
     @property
     def mean(self) -> float:
-        """Mean length; 0 without texts."""
+        """Mean length; 0 if there are no texts."""
         return self.total / self.count if self.count else 0.0
 
     def to_dict(self) -> dict[str, float]:
-        """Returns the statistics for JSON."""
         return {"min": self.least, "mean": round(self.mean, 2), "max": self.most}
 
 
@@ -52,7 +50,7 @@ class SubsetStats:
         images: Number of images; an image that several pairs use counts several times.
         text_only: Number of pairs without an image.
         with_answer: Number of pairs with a true answer.
-        rejected_longer: Number of pairs whose rejected response is longer.
+        rejected_longer: Number of pairs whose rejected response is longer than the chosen response.
         question: Lengths of the questions.
         chosen: Lengths of the chosen responses.
         rejected: Lengths of the rejected responses.
@@ -69,7 +67,7 @@ class SubsetStats:
     rejected: LengthStats = dataclasses.field(default_factory=LengthStats)
 
     def add(self, pair: Pair, length: Callable[[str], int]) -> None:
-        """Adds a pair."""
+        """Adds a pair whose texts are measured by ``length``."""
         chosen, rejected = length(pair.chosen), length(pair.rejected)
         self.pairs += 1
         self.images += len(pair.images)
@@ -81,25 +79,24 @@ class SubsetStats:
         self.rejected.add(rejected)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the statistics for JSON."""
         lengths = {name: getattr(self, name).to_dict() for name in ("question", "chosen", "rejected")}
         counts = ("pairs", "skipped", "images", "text_only", "with_answer", "rejected_longer")
         return {**{name: getattr(self, name) for name in counts}, **lengths}
 
 
 def count_words(text: str) -> int:
-    """Counts words; each Chinese, Japanese or Korean character counts as a word."""
+    """Returns the number of words; each Chinese, Japanese or Korean character counts as a word."""
     return sum(1 for _ in _WORD.finditer(text))
 
 
 def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[str], int], str]:
-    """Returns a function that measures a text, and the name of its unit.
+    """Returns a function that measures the length of a text, and the name of the length's unit.
 
     Args:
-        tokenizer: A tokenizer that transformers can load; None counts words.
+        tokenizer: Name or folder of a tokenizer that transformers can load; None: the function counts words.
 
     Raises:
-        ImportError: If transformers is missing.
+        ImportError: If transformers is not installed.
         ValueError: If the tokenizer cannot be loaded.
     """
     if tokenizer is None:
@@ -110,7 +107,7 @@ def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[s
         raise ImportError(f"transformers is missing: {install_hint('train')}") from error
     try:
         loaded: Any = AutoTokenizer.from_pretrained(os.fspath(tokenizer))
-    except Exception as error:  # the types are many: missing folder, hub id, broken file
+    except Exception as error:  # many types: missing folder, unknown hub id, broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"tokenizer must be loadable by transformers, got {tokenizer}: {reason}") from None
     return lambda text: len(loaded.encode(text, add_special_tokens=False, verbose=False)), f"tokens of {tokenizer}"
@@ -119,12 +116,12 @@ def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[s
 def collect_stats(
     source: PairSource, length: Callable[[str], int] = count_words, skipped: Skipped | None = None
 ) -> dict[str, SubsetStats]:
-    """Reads all pairs once and returns the statistics by subset, in the order of the source.
+    """Reads every pair once and returns the statistics by subset, in the order of the source.
 
     Args:
-        source: The pairs.
-        length: Measures a text.
-        skipped: Counts the bad lines.
+        source: Pairs to count.
+        length: Function that returns the length of a text.
+        skipped: Collects the bad lines; None: the bad lines are only counted in the statistics.
     """
     stats = {name: SubsetStats() for name in source.subsets}
     for where, pair in source.scan():

@@ -1,11 +1,11 @@
-"""The preference format of TRL: rows as JSON lines, without loss in either direction.
+"""TRL's preference format as JSON lines; conversion in both directions is lossless.
 
 TRL has the columns ``prompt``, ``chosen``, ``rejected`` and ``images``. This module adds
 
 - ``answer_gt`` (text or null),
-- ``image_paths`` (list of texts; only in datasets, whose ``images`` may hold bytes without a path),
-- ``question`` (text or null): the question, if its messages lose something, as with ``<image>`` in mid-line,
-- ``provenance`` and ``extra``: JSON as text, because a column of a dataset has one type.
+- ``image_paths`` (list of texts), only in datasets, because their ``images`` may hold bytes without a path,
+- ``question`` (text or null), the original question if ``prompt`` cannot hold it, as with ``<image>`` in mid-line,
+- ``provenance`` and ``extra``, JSON as text, because a column of a dataset has one type.
 """
 
 import json
@@ -25,18 +25,18 @@ _COLUMNS = ("prompt", "chosen", "rejected", "images", "answer_gt", "image_paths"
 
 
 def to_trl(pair: Pair, kind: Kind = "standard", *, structured: bool = True) -> dict[str, Any]:
-    """Turns a pair into a row of TRL's preference format.
+    """Converts a pair to a row of TRL's preference format.
 
     Args:
-        pair: The pair.
-        kind: "standard" copies the question to the prompt. "conversational" makes a user message of it: each
-            ``<image>``, with one line break after it, becomes an image block. If the number of ``<image>`` differs
-            from the number of images, all images come first and the text stays unchanged.
+        pair: Pair to convert.
+        kind: "standard": the prompt is the question. "conversational": the prompt is a user message in which an image
+            block replaces each ``<image>`` and one line break after it. If the number of ``<image>`` is not the number
+            of images, all image blocks precede the unchanged text.
         structured: Whether the content of the user message is a list of blocks, which image models expect, or text.
-            Must be the same in all rows of a dataset.
+            All rows of a dataset must have the same value.
 
     Returns:
-        The row. ``images`` holds the paths.
+        The row, with paths as ``images``.
     """
     check_choice("kind", kind, get_args(Kind))
     row: dict[str, Any] = {"prompt": pair.question, "chosen": pair.chosen, "rejected": pair.rejected}
@@ -56,12 +56,11 @@ def to_trl(pair: Pair, kind: Kind = "standard", *, structured: bool = True) -> d
 
 
 def from_trl(row: Mapping[str, Any], *, save_image: Callable[[bytes], str] | None = None) -> Pair:
-    """Turns a row of TRL's preference format into a pair.
+    """Converts a row of TRL's preference format to a pair.
 
     Args:
-        row: The columns that ``to_trl`` writes, or any preference row with one user message as prompt. Unknown columns
-            go into ``extra``.
-        save_image: Stores the bytes of an image and returns its path.
+        row: Row with a text or one user message as prompt. Columns that ``to_trl`` does not write go into ``extra``.
+        save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
 
     Raises:
         FieldError: If a column is missing or invalid. The message names the column, the rule and the value.
@@ -117,7 +116,7 @@ def _plain(content: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _question(content: object) -> str:
-    """Returns the question of a user message: the inverse of ``_blocks``."""
+    """Returns the question in the content of a user message, as the inverse of ``_blocks``."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -190,12 +189,12 @@ def _path(image: object, save_image: Callable[[bytes], str] | None) -> str:
 def read_trl(
     path: str | os.PathLike[str], *, root_map: RootMap = (), max_line_bytes: int = MAX_LINE_BYTES
 ) -> LineFile:
-    """Opens a file with one row of TRL's preference format per line, of either kind.
+    """Opens a file with one row of TRL's preference format per line, in either kind.
 
     Args:
-        path: The file.
-        root_map: Pairs of prefixes (old, new) of folders that have moved.
-        max_line_bytes: A longer line is a bad line.
+        path: Path of the file.
+        root_map: Path prefixes (old, new) of folders that have moved.
+        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
     """
     return LineFile(path, _parse_row, root_map=root_map, max_line_bytes=max_line_bytes)
 
@@ -205,5 +204,5 @@ def _parse_row(values: dict[str, Any], line: str) -> Pair:
 
 
 def write_trl(path: str | os.PathLike[str], pairs: Iterable[Pair], kind: Kind = "standard", **options: Any) -> int:
-    """Writes one row of TRL's preference format per line, atomically. Returns the number of rows."""
+    """Writes each pair as a row of ``to_trl``, one per line, atomically, and returns the number of rows."""
     return write_lines(path, (to_trl(pair, kind, **options) for pair in pairs))

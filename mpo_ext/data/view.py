@@ -1,4 +1,4 @@
-"""An HTML page of preference pairs without a server: images, responses side by side, search and filters."""
+"""Writes preference pairs to a static HTML page with images, responses side by side, search and filters."""
 
 import base64
 import collections
@@ -32,24 +32,24 @@ def write_view(
     image_budget: int = 64 << 20,
     max_characters: int = 20_000,
 ) -> tuple[int, Skipped]:
-    """Writes the page, atomically.
+    """Writes an HTML page of the pairs atomically.
 
     Args:
-        path: The HTML file.
-        source: The pairs.
-        title: Title of the page; default: the path of the source.
-        limit: Maximum number of lines. If there are more, this many are drawn at random; the page states it.
+        path: Path of the HTML file.
+        source: Pairs to show.
+        title: Title of the page; None: the path of the source.
+        limit: Maximum number of lines. If there are more, ``limit`` lines are drawn at random; the page states this.
         seed: Seed of the draw.
-        thumbnail: Largest side of an image in pixels; 0 omits the images.
-        image_budget: Maximum size of all images in bytes. The page names the images that do not fit.
-        max_characters: Longer texts are cut to this length; the page states it.
+        thumbnail: Maximum side of an image in pixels; 0 omits the images.
+        image_budget: Maximum size of all encoded images in bytes. The page marks the images that do not fit.
+        max_characters: Maximum number of characters of a text. Longer texts are cut, and the page marks them.
 
     Returns:
-        The number of pairs shown, and the bad lines.
+        The number of pairs on the page, and the bad lines.
 
     Raises:
         ValueError: If a number is out of its range.
-        ImportError: If jinja2 or PIL is missing.
+        ImportError: If jinja2 or PIL is not installed.
         OSError: If the page cannot be written.
     """
     for name, value, least in (
@@ -88,7 +88,7 @@ def write_view(
 
 
 def count_names(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Returns the names that are not empty, sorted, each with its number of occurrences."""
+    """Returns the non-empty names in sorted order, each with its number of occurrences."""
     return sorted(collections.Counter(name for name in names if name).items())
 
 
@@ -119,7 +119,7 @@ def _entry(pair: Pair, subset: str, where: str, images: "Thumbnails", max_charac
 
 
 def _cut(pair: Pair) -> int | None:
-    """Returns the number of characters of the chosen response that DropoutNTP kept, or None if it is unknown."""
+    """Returns the number of characters of the chosen response that DropoutNTP kept, or None if it is not known."""
     cut = pair.provenance.get("cut")
     cut = cut.get("characters") if isinstance(cut, dict) else cut
     if isinstance(cut, bool) or not isinstance(cut, int) or not 0 < cut <= len(pair.chosen):
@@ -128,33 +128,33 @@ def _cut(pair: Pair) -> int | None:
 
 
 def _shared(chosen: str, rejected: str) -> int:
-    """Returns the length of the common prefix."""
+    """Returns the number of characters in the common prefix."""
     equal = (left == right for left, right in zip(chosen, rejected, strict=False))
     return next((index for index, same in enumerate(equal) if not same), min(len(chosen), len(rejected)))
 
 
 def _utf16(text: str) -> int:
-    """Returns the length in UTF-16 code units, which JavaScript counts."""
+    """Returns the length of a text in UTF-16 code units, the units of JavaScript's string positions."""
     return len(text.encode("utf-16-le")) // 2
 
 
 def cut_text(text: str, most: int) -> str:
-    """Returns the text, cut to ``most`` characters with a note of the number of characters that are missing."""
+    """Cuts a text to ``most`` characters and appends the number of removed characters."""
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most:,} more characters]"
 
 
 def script_json(value: Any) -> Any:
-    """Returns JSON for a script element: no text in it can end the element or start another."""
+    """Returns the value as JSON that can neither end an HTML script element nor start another element."""
     from markupsafe import Markup
 
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # escaped above
+    return Markup(text)  # the loop escapes it
 
 
 class Thumbnails:
-    """Small copies of images as data URIs, each image once."""
+    """Small copies of images as data URIs; an image that is added twice is stored once."""
 
     def __init__(self, size: int, budget: int) -> None:
         self.uris: list[str] = []
@@ -163,7 +163,7 @@ class Thumbnails:
         self._entries: dict[str, dict[str, Any]] = {}
 
     def add(self, path: str) -> dict[str, Any]:
-        """Returns the name of the image and its index in ``uris``, or the reason why it has no URI."""
+        """Returns the image's name and its index in ``uris``, or its name and the reason why it has no data URI."""
         if path not in self._entries:
             self._entries[path] = {"name": os.path.basename(path)[:120], **self._make(path)}
         return self._entries[path]
@@ -185,7 +185,7 @@ class Thumbnails:
                     small = image.convert("RGBA" if has_alpha else "RGB")
         except FileNotFoundError:
             return {"problem": "missing" if find_url(path) is None else "a URL, not fetched"}
-        except Exception as error:  # the plugins of PIL raise many types
+        except Exception as error:  # PIL's plugins raise many exception types
             return {"problem": f"broken: {type(error).__name__}"}
         if has_alpha:
             small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")

@@ -1,4 +1,4 @@
-"""The digits demo: SFT, pairs from the model's answers, and three ways of further training, in minutes on a CPU.
+"""The digits demo: SFT, pairs from the model's answers, and three kinds of further training, in minutes on a CPU.
 
-``mpo-ext demo`` runs it (``mpo_ext.cli.demo``). It needs the packages of the extra ``demo``.
+``mpo-ext demo`` runs the demo, which requires the packages of the extra ``demo``.
 """

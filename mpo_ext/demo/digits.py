@@ -1,7 +1,6 @@
 """The demo's task: questions about 2x2 grids of handwritten digits, answered directly or step by step.
 
-An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16, so a grid has 32x32 pixels. No
-digit is in two splits.
+An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16 pixels. Each digit belongs to one split.
 """
 
 import dataclasses
@@ -31,8 +30,8 @@ LARGEST_ANSWER = 9 * len(CELLS)
 FORMS = ("direct", "cot")
 INSTRUCTIONS = {"direct": "Answer directly.", "cot": "Think stepwise."}
 TRIGGER = "Final answer:"
-# Styles for ``extract_answer``. A direct response is only a number. A step-by-step response has some reasoning, the
-# trigger once, and a number.
+# Styles of ``extract_answer``. A direct response is a number. A step-by-step response is a text with the trigger once,
+# which a number follows.
 STYLES = {
     "direct": r"regex:\A\s*([0-9]+)\s*\Z",
     "cot": rf"regex:(?s)\A\s*(?!{TRIGGER})\S(?:(?!{TRIGGER}).)*{TRIGGER}\s*([0-9]+)\s*\Z",
@@ -44,9 +43,9 @@ _SPLIT_SEED = 0  # the split is part of the task, so it does not depend on the s
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Digits:
-    """The digits of one split: ``images`` ``[N, 8, 8]`` float32 in [0, 1], ``values`` and ``indices`` ``[N]``.
+    """The digits of a split: ``images`` (``[N, 8, 8]`` float32 in [0, 1]), and ``values`` and ``indices`` (``[N]``).
 
-    ``indices`` are the positions in scikit-learn's data set; they show that the splits are disjoint.
+    ``indices`` are positions in scikit-learn's data set; they allow a check that the splits are disjoint.
     """
 
     images: np.ndarray
@@ -59,12 +58,12 @@ class Task:
     """A question about an image, with its true answer and a right response.
 
     Attributes:
-        image: ``[1, 32, 32]`` float32 in [0, 1]; None for a prompt without image.
+        image: ``[1, 32, 32]`` float32 in [0, 1]; None: the prompt has no image.
         values: The four digits, in the order of ``CELLS``.
         operation: Key of ``OPERATIONS``.
         region: Key of ``REGIONS``.
-        form: Form of the response that the question asks for: "direct" or "cot".
-        is_named: Whether the question names the digits, so that it needs no image.
+        form: Form of the response that the question asks for, "direct" or "cot".
+        is_named: Whether the question names the digits, which makes the image unnecessary.
     """
 
     image: Tensor | None
@@ -76,7 +75,6 @@ class Task:
 
     @property
     def question(self) -> str:
-        """The text of the question."""
         text = f"What is the {self.operation} of the {self.region} ? {INSTRUCTIONS[self.form]}"
         if not self.is_named:
             return text
@@ -85,12 +83,11 @@ class Task:
 
     @property
     def answer(self) -> int:
-        """The true answer."""
         return OPERATIONS[self.operation](self.values[cell] for cell in REGIONS[self.region])
 
     @property
     def picture(self) -> Image.Image | None:
-        """The image that the model gets: 32x32 grey values of 8 bits."""
+        """The image as 32x32 grey values of 8 bits; None if the prompt has no image."""
         if self.image is None:
             return None
         return Image.fromarray((self.image.squeeze(0).numpy() * 255).round().astype(np.uint8))
@@ -125,13 +122,13 @@ def load_digits() -> dict[str, Digits]:
 
 
 def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str | None = None) -> list[Task]:
-    """Draws questions about fresh grids: half of them about the whole grid, half about two of its cells.
+    """Draws questions about new grids, half of them (on average) about the whole grid and half about two of its cells.
 
     Args:
-        digits: The split to draw digits from.
+        digits: Split to draw digits from.
         count: Number of questions.
-        rng: Source of every choice.
-        form: "direct" or "cot"; None draws the form of each question.
+        rng: Random generator of all choices.
+        form: "direct" or "cot"; None: the form of each question is drawn.
     """
     if form is not None and form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)} or None, got {form!r}")
@@ -158,12 +155,12 @@ def without_image(task: Task) -> Task:
 
 
 def in_words(task: Task) -> Task:
-    """Returns the same question without its image, with the digits named in the text."""
+    """Returns the same question without its image, but with the digits named in the text."""
     return dataclasses.replace(task, image=None, is_named=True)
 
 
 def grid_image(cells: np.ndarray) -> Tensor:
-    """Returns the image ``[1, 32, 32]`` of four digits ``[4, 8, 8]``."""
+    """Returns the image ``[1, 32, 32]`` of a grid of four digits ``[4, 8, 8]``."""
     scale = CELL_PIXELS // cells.shape[-1]
     large = cells.repeat(scale, axis=1).repeat(scale, axis=2)
     rows = [np.concatenate([large[0], large[1]], axis=1), np.concatenate([large[2], large[3]], axis=1)]
@@ -171,7 +168,7 @@ def grid_image(cells: np.ndarray) -> Tensor:
 
 
 def vocabulary() -> Iterator[str]:
-    """Yields every word of all questions and right responses, each once."""
+    """Yields each word of all questions and right responses once."""
     words = [" ".join(INSTRUCTIONS.values()), "What is the of ?", *CELLS, *REGIONS, *OPERATIONS, ", .", TRIGGER]
     words += map(str, range(LARGEST_ANSWER + 1))
     yield from dict.fromkeys(word for text in words for word in text.split())

@@ -42,12 +42,12 @@ class DemoResult:
 
     Attributes:
         settings: Settings of the run.
-        seconds: Seconds of each stage.
-        sft_curve: Result of ``train_sft``.
+        seconds: Duration of each stage in seconds.
+        sft_curve: Log of ``train_sft``.
         pair_counts: Number of pairs by form and pipeline.
         pairs_left_out: Number of pairs that were made but not used, by reason.
-        sampling: Summary of each run of the data engine, by its folder.
-        branch_curves: Result of ``train_branch``, by method.
+        sampling: Summary of each run of the data engine, by the run's folder.
+        branch_curves: Log of ``train_branch``, by method.
         accuracy: Result of ``evaluate``, by method; ``START`` is the SFT model.
     """
 
@@ -62,7 +62,7 @@ class DemoResult:
 
 
 class _Stages:
-    """Prints a sentence before each stage, a progress bar during it, and its duration after it."""
+    """Prints an explanation before each stage, a progress bar during it, and its duration after it."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -70,10 +70,7 @@ class _Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str, explanation: str, total: int | None) -> Iterator[Callable[..., None]]:
-        """Yields a function that takes the number of steps since its last call, and the new total if it changed.
-
-        Without a total, no bar is shown: the stage shows its progress itself.
-        """
+        """Yields a function that advances the progress bar; if ``total`` is None, the stage has no progress bar."""
         self.console.print(f"[bold]{name}[/bold]: {explanation}")
         columns = (
             TextColumn("  {task.description}"),
@@ -98,14 +95,14 @@ class _Stages:
 
 
 def run(*, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, backend: str | None) -> None:
-    """Runs the demo for each seed and writes its table, curves, numbers and pairs.
+    """Runs the demo for each seed and writes a table, curves, numbers and pairs.
 
     Args:
-        out: Existing folder.
-        seeds: Seeds of the runs. The curves are from the first run; the pairs of the other runs go into ``seed-N``.
+        out: Existing folder for the results.
+        seeds: Seeds of the runs. The curves show the first run; pairs of later runs are written to ``seed-N``.
         quick: Whether to use ``Settings.quick``.
-        threads: Number of CPU threads; None keeps torch's choice.
-        backend: Backend of the loss; None takes the best backend that is installed.
+        threads: Number of CPU threads; None: torch's choice.
+        backend: Backend of the loss; None: the best installed backend.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -120,7 +117,7 @@ def run(*, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, ba
         if not results:
             save_curves(out / "curves.png", result)
         results.append(result)
-        # After every seed, so that an interrupted run keeps the results of its complete seeds.
+        # Written after every seed, so an interrupted run keeps the results of its complete seeds.
         save_results(out / "results.json", results, time.perf_counter() - start)
         with atomic_write(out / "table.md") as file:
             file.write(markdown(results).encode())
@@ -129,7 +126,7 @@ def run(*, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, ba
 
 
 def run_seed(settings: Settings, folder: Path, console: Console) -> DemoResult:
-    """Runs the demo with one seed. Its pairs go into the folder."""
+    """Runs the demo with one seed, writes pairs and training runs to ``folder``, and returns the results."""
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     stages = _Stages(console)
@@ -176,14 +173,14 @@ def run_seed(settings: Settings, folder: Path, console: Console) -> DemoResult:
 
 
 def held_out_tasks(settings: Settings) -> list[digits.Task]:
-    """Returns the questions of the final comparison; half of them are direct, half step by step."""
+    """Returns the questions of the final comparison, with ``settings.evaluation_tasks`` questions of each form."""
     rng = np.random.default_rng(_EVALUATION_SEED)
     split = digits.load_digits()["held-out"]
     return [task for form in digits.FORMS for task in digits.sample_tasks(split, settings.evaluation_tasks, rng, form)]
 
 
 def table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows of the comparison in percent: with several seeds, means and standard deviations."""
+    """Returns header and rows of the comparison in percent; several seeds give means and standard deviations."""
     header = ["method", "direct", "unparsable", "CoT", "unparsable"]
     rows = []
     for method, label in LABELS.items():
@@ -198,7 +195,7 @@ def table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(results: Sequence[DemoResult]) -> str:
-    """Returns the comparison as Markdown: over all seeds, then for each seed."""
+    """Returns the comparison as Markdown: a table over all seeds and, if there are several, a table for each seed."""
     text = report.markdown_table(*table(results)) + f"\n{_note(results)}\n"
     if len(results) > 1:
         for result in results:
@@ -224,7 +221,7 @@ def _note(results: Sequence[DemoResult]) -> str:
 
 
 def save_results(path: Path, results: Sequence[DemoResult], seconds: float) -> None:
-    """Writes all numbers, with the settings and versions that reproduce them."""
+    """Writes all results as JSON, with the settings and package versions that reproduce them."""
     document = {
         "versions": {
             "mpo_ext": importlib.import_module("mpo_ext").__version__,
@@ -240,7 +237,7 @@ def save_results(path: Path, results: Sequence[DemoResult], seconds: float) -> N
 
 
 def save_curves(path: Path, result: DemoResult) -> None:
-    """Draws the curves of SFT and branches, and the final accuracies."""
+    """Plots the training curves of SFT and of the branches, and the final accuracies."""
 
     def lines(*quantities: tuple[str, str, str]) -> list[report.Line]:
         drawn = []

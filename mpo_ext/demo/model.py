@@ -1,4 +1,4 @@
-"""An InternVLForConditionalGeneration that is small enough for two cores, its processor and a word tokenizer."""
+"""An InternVLForConditionalGeneration small enough for two CPU cores, its processor, and a tokenizer of words."""
 
 import re
 from typing import Any
@@ -33,12 +33,12 @@ CHAT_TEMPLATE = (
 
 
 class DigitsProcessor(InternVLProcessor):
-    """InternVL's processor without videos. The video processor would need torchvision.
+    """InternVL's processor without its video processor, which would require torchvision.
 
     Args:
-        image_processor: Turns images into ``pixel_values``.
+        image_processor: Converts images to ``pixel_values``.
         tokenizer: The tokenizer of ``build_tokenizer``, or another tokenizer with the same special tokens.
-        image_seq_length: Image tokens per image.
+        image_seq_length: Number of image tokens per image.
         chat_template: Jinja template of conversations.
     """
 
@@ -65,12 +65,12 @@ class DigitsProcessor(InternVLProcessor):
         self.multimodal_pattern = re.compile(f"(?P<image>{re.escape(self.image_token)})")
 
 
-# A saved folder then includes this class; AutoProcessor loads it with trust_remote_code=True.
+# With this, a saved folder includes the class, and AutoProcessor loads it with trust_remote_code=True.
 DigitsProcessor.register_for_auto_class("AutoProcessor")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns the tokenizer. Each word is one token, so an answer has few tokens."""
+    """Returns a tokenizer in which each word is one token, because answers should have few tokens."""
     special = [_PAD, _END, _IMAGE, _IMAGE_START, _IMAGE_END, _VIDEO, _USER, _ASSISTANT]
     words = [*special, "<unk>", *digits.vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
@@ -93,7 +93,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> DigitsProcessor:
-    """Returns the processor, for images of 32x32 pixels."""
+    """Returns the processor for images of 32x32 pixels."""
     images = GotOcr2ImageProcessorPil(
         size={"height": digits.IMAGE_PIXELS, "width": digits.IMAGE_PIXELS},
         crop_to_patches=False,

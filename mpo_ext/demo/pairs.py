@@ -35,14 +35,14 @@ _SHOWN_PAIRS = 1000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MadePairs:
-    """The pairs of a run.
+    """The pairs that ``make_pairs`` wrote.
 
     Attributes:
-        path: The file of pairs.
+        path: Path of the file of pairs.
         counts: Number of pairs by form and pipeline; a key is for example "cot dropout_ntp".
         left_out: Number of pairs that were made but are not in the file, by reason.
-        summaries: Summary of each run of the engine, by its folder.
-        report: Report of the check of the file.
+        summaries: Summary of each run of the data engine, by the run's folder.
+        report: Result of ``check_pairs`` for the file.
     """
 
     path: Path
@@ -53,21 +53,17 @@ class MadePairs:
 
 
 class _Sampler:
-    """Runs the pipelines of the data engine with one model.
-
-    Attributes:
-        summaries: Summary of each run, by its folder.
-    """
+    """Runs pipelines of the data engine with one model, and keeps each run's summary by the run's folder."""
 
     def __init__(self, engine: TransformersEngine, folder: Path, stream: TextIO | None) -> None:
         self.engine, self.folder, self.stream = engine, folder, stream
         self.summaries: dict[str, Summary] = {}
 
     def run(self, pipeline: runner.PairPipeline, form: str, limit: int | None = None) -> list[Pair]:
-        """Runs a pipeline on the questions of a form and returns its pairs."""
+        """Runs a pipeline on the questions of a form and returns the pairs."""
         name = pipeline.name.replace("_", "-")
         out = self.folder / (f"{name}-{form}" if pipeline.name == "correctness" else name)
-        # The journal of an earlier demo has the same settings: they hold the model's name, not its weights.
+        # Otherwise an earlier demo's journal would be resumed: its settings hold the model's name, not the weights.
         journal_path(out, 0, 1).unlink(missing_ok=True)
         summary = runner.run(
             pipeline,
@@ -94,21 +90,21 @@ def make_pairs(
     *,
     stream: TextIO | None = None,
 ) -> MadePairs:
-    """Lets the model answer new questions about training grids, and makes pairs of three kinds from its answers.
+    """Lets the model answer new questions about training grids, and makes three kinds of pairs from the answers.
 
-    Writes the questions (``images``, ``direct.jsonl``, ``cot.jsonl``), a folder for each run of the engine, and
+    Writes the questions (``images``, ``direct.jsonl``, ``cot.jsonl``), a folder for each run of the data engine, and
     ``pairs.jsonl``, ``check.json`` and ``pairs.html``.
 
     Args:
         model: The SFT model.
-        processor: The model's processor.
+        processor: Processor of the model.
         settings: Numbers of questions, samples and pairs.
-        rng: Source of the questions, and of the choice among direct pairs if there are too many.
-        folder: Folder of the files; relative image paths start there.
-        stream: Output of the engine's progress.
+        rng: Random generator of the questions, and of the selection of direct pairs if there are too many.
+        folder: Folder of all written files; relative image paths start there.
+        stream: Stream for the progress of the data engine; None disables the display.
 
     Raises:
-        RuntimeError: If no answer of the model was right, or the check of the file has findings.
+        RuntimeError: If the answers give no pair, or the check of the pairs has findings.
     """
     engine = TransformersEngine(model, processor, name=f"digits demo, seed {settings.seed}", batch_size=BATCH_SIZE)
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
@@ -147,7 +143,7 @@ def make_pairs(
 
 
 def write_items(folder: Path, form: str, tasks: Sequence[digits.Task]) -> None:
-    """Writes questions to ``FORM.jsonl``, which the engine reads, and their images to PNG files."""
+    """Writes questions to ``FORM.jsonl``, which the data engine reads, and the questions' images to PNG files."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / f"{form}.jsonl") as file:
         for number, task in enumerate(tasks):
@@ -160,14 +156,14 @@ def write_items(folder: Path, form: str, tasks: Sequence[digits.Task]) -> None:
 
 
 def read_made(path: Path, folder: Path) -> Iterator[Pair]:
-    """Yields the pairs of a run of the engine, with image paths relative to ``folder``."""
+    """Yields the pairs that the data engine wrote to a file, with image paths relative to ``folder``."""
     for pair in read_pairs(path):
         images = (os.path.relpath(path.parent.resolve() / image, folder.resolve()) for image in pair.images)
         yield dataclasses.replace(pair, images=tuple(images))
 
 
 def _with_subset(pair: Pair) -> Pair:
-    """Returns the pair with its form as its subset; the check counts by subset, and the page has a filter for it."""
+    """Returns the pair with its form as its subset, because the check and the HTML page group pairs by subset."""
     return dataclasses.replace(pair, extra={**pair.extra, SOURCE: {"subset": pair.extra["form"]}})
 
 

@@ -5,37 +5,36 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Sizes and rates of a run. The defaults were chosen on the validation digits, never on the held-out digits.
+    """Settings of a run. The defaults were chosen on the validation digits, never on the held-out digits.
 
     Attributes:
-        seed: Seed of the weights, the questions, the samples and the order of the pairs. It does not change the split
-            of the digits.
+        seed: Seed of weights, questions, samples and the order of pairs; the split of the digits is fixed.
         hidden_size: Hidden size of the language model.
         layers: Number of layers of the language model.
         sft_rate: Learning rate of the SFT.
-        sft_batch: Questions per step of the SFT.
-        sft_questions: Questions of the SFT, which takes several passes over them.
-        sft_blind_share: Fraction of those questions that come without their image. A large model has read many texts
-            without images; with these questions, this model too has seen prompts like those of DropoutNTP.
+        sft_batch: Number of questions per step of the SFT.
+        sft_questions: Number of different questions of the SFT, each used in several epochs.
+        sft_blind_share: Fraction of the SFT questions whose image is omitted, which prepares the model for DropoutNTP.
         sft_target: Step-by-step accuracy on validation grids at which the learning rate begins to decay.
-        sft_check_steps: Steps between two measurements of that accuracy.
-        sft_decay_steps: Steps in which the learning rate decays to zero.
-        sft_most_steps: Largest number of steps before the decay begins.
-        questions: Questions per form that the model answers to make pairs.
-        samples: Answers per question.
-        temperature: Temperature of these answers and of the blind continuations.
-        pairs_per_question: Most pairs of a question with a wrong answer, and most pairs with an unreadable answer.
-        direct_pairs: Most pairs with direct answers.
-        dropout_ntp_questions: Step-by-step questions for DropoutNTP, which cuts a right answer and lets the model
-            continue it without the image. Some of the questions give no pair.
-        keep: Fraction of the tokens of such an answer that are kept.
-        branch_steps: Steps of each of the three branches.
-        branch_batch: Pairs per step of a branch.
+        sft_check_steps: Number of steps between two measurements of the step-by-step accuracy.
+        sft_decay_steps: Number of steps in which the learning rate decays to zero.
+        sft_most_steps: Maximum number of steps before the decay begins.
+        questions: Number of questions per form that the model answers to make pairs.
+        samples: Number of answers per question.
+        temperature: Sampling temperature of the answers and of the blind continuations.
+        pairs_per_question: Maximum number of pairs with a wrong answer, and of pairs with an unreadable one, per
+            question.
+        direct_pairs: Maximum number of pairs with direct answers.
+        dropout_ntp_questions: Number of step-by-step questions for DropoutNTP, which cuts a right answer and lets the
+            model continue it without the image. Some of the questions give no pair.
+        keep: Fraction of the tokens of a right answer that DropoutNTP keeps.
+        branch_steps: Number of steps of each of the three branches.
+        branch_batch: Number of pairs per step of a branch.
         branch_rate: Learning rate of all branches.
-        warmup_steps: Steps in which a learning rate rises from zero.
-        evaluation_tasks: Held-out questions per form.
-        validation_tasks: Validation questions for a measurement during training.
-        backend: Kernels of the loss, see ``mpo_loss``; None takes the best backend that is installed.
+        warmup_steps: Number of steps in which a learning rate rises from zero.
+        evaluation_tasks: Number of held-out questions per form.
+        validation_tasks: Number of validation questions per measurement during training.
+        backend: Backend of the loss, see ``mpo_loss``; None: the best installed backend.
     """
 
     seed: int = 0
@@ -66,7 +65,7 @@ class Settings:
 
     @classmethod
     def quick(cls, seed: int = 0) -> "Settings":
-        """Returns the settings of a run that takes seconds and learns almost nothing, to show that all parts work."""
+        """Returns the settings of a run that takes seconds and learns almost nothing, to check that all parts work."""
         return cls(
             seed=seed,
             hidden_size=64,

@@ -1,4 +1,4 @@
-"""The demo's training runs, SFT and the branches on pairs, and their evaluation."""
+"""The demo's training runs (SFT, and the branches on pairs) and the evaluation of its models."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -43,19 +43,18 @@ def train_sft(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains on right responses until the validation accuracy reaches the target, then decays the learning rate.
+    """Trains on right responses up to a target accuracy or a step limit, and finally decays the learning rate.
 
     Args:
-        model: The model, changed in place.
-        processor: The model's processor.
+        model: Model to train in place.
+        processor: Processor of the model.
         settings: Numbers of questions and steps, and learning rates.
-        rng: Source of the questions.
-        folder: Folder of ``sft.jsonl`` (the questions with their responses) and of the runs ``runs/SFT-start`` and
+        rng: Random generator of the questions.
+        folder: Folder of ``sft.jsonl`` (questions with responses) and of the runs ``runs/SFT-start`` and
             ``runs/SFT-end``.
 
     Returns:
-        The log, one line per step. Every ``sft_check_steps`` steps, a line has the step-by-step ``accuracy`` on
-        validation grids.
+        The log, one dict per step; every ``sft_check_steps``-th dict has the step-by-step validation ``accuracy``.
     """
     splits = digits.load_digits()
     validation = digits.sample_tasks(splits["validation"], settings.validation_tasks, np.random.default_rng(0), "cot")
@@ -98,21 +97,21 @@ def train_branch(
     settings: Settings,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the SFT model further on the pairs, with the weights of a method.
+    """Trains the SFT model further on the pairs, with the loss weights of a method.
 
-    Pairs, their order, steps and learning rate are the same for each method. The reference is the SFT model. The first
-    branch that needs its log-probabilities computes them into ``reference.jsonl``.
+    All methods share the pairs, their order, the number of steps and the learning rate. The reference is the SFT
+    model; the first branch that needs its log-probabilities writes them to ``reference.jsonl``.
 
     Args:
-        model: The SFT model, changed in place.
-        processor: The model's processor.
+        model: SFT model to train in place.
+        processor: Processor of the model.
         pairs: File of pairs.
         method: Key of ``METHODS``.
         settings: Number of steps, batch size and learning rate.
-        folder: Folder of the run ``runs/METHOD``.
+        folder: Folder of ``reference.jsonl`` and of the run ``runs/METHOD``.
 
     Returns:
-        The log, one line per step.
+        The log, one dict per step.
     """
     curve: list[dict[str, float]] = []
     recipe = make_recipe(
@@ -152,7 +151,7 @@ def make_recipe(
     settings: Settings,
     reference: Path | None = None,
 ) -> Recipe:
-    """Returns the recipe of a training run. Removes the folder that an earlier demo left at ``out``."""
+    """Returns the recipe of a training run, and deletes the folder ``out`` that an earlier demo may have left."""
     shutil.rmtree(out, ignore_errors=True)
     return Recipe(
         model=ModelRecipe(path=f"digits demo, seed {settings.seed}"),
@@ -176,7 +175,7 @@ def make_recipe(
 
 
 def write_sft(folder: Path, tasks: Sequence[digits.Task]) -> Path:
-    """Writes questions with their right responses, as pairs with an empty rejected response, which SFT never reads."""
+    """Writes questions as pairs of a right response and an empty rejected response, which SFT does not read."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     pairs = []
     for number, task in enumerate(tasks):
@@ -197,11 +196,11 @@ def evaluate(
     *,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> dict[str, dict[str, float]]:
-    """Answers the questions with greedy decoding.
+    """Lets the model answer the questions by greedy decoding and returns statistics of the answers by form.
 
     Args:
-        model: The model.
-        processor: The model's processor.
+        model: Model to evaluate.
+        processor: Processor of the model.
         tasks: The questions.
         on_batch: Called after each batch with its number of questions.
 
