@@ -14,9 +14,9 @@ class Conversation:
     """The turns before the assistant's turn.
 
     Attributes:
-        key: Name of the conversation, for errors.
-        question: The user's question; ``<image>`` marks the place of an image, images without a mark come first.
-        messages: The turns in the form of chat templates, instead of ``question``; their images are in ``images``.
+        key: Name of the conversation in error messages.
+        question: The user's question; ``<image>`` marks the place of an image. Without marks, the images come first.
+        messages: Turns in the format of chat templates, used instead of ``question``; ``images`` holds their images.
         images: PIL images or paths of images.
     """
 
@@ -27,7 +27,7 @@ class Conversation:
 
 
 def load_image(image: Any) -> Any:
-    """Returns an image; a path is opened, read and converted to RGB."""
+    """Opens an image path and converts the image to RGB; returns an image that is already open unchanged."""
     if not isinstance(image, (str, os.PathLike)):
         return image
     from PIL import Image
@@ -37,14 +37,12 @@ def load_image(image: Any) -> Any:
 
 
 def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[str, Any]]:
-    """Returns a conversation in the form of chat templates.
+    """Returns a conversation as messages for a chat template.
 
-    Args:
-        conversation: The conversation.
-        as_parts: Whether the content is a list of images and texts, the form for multimodal models.
+    ``as_parts`` makes the content of a message a list of images and texts, the format of multimodal models.
 
     Raises:
-        ValueError: If the number of marks for images is not the number of images.
+        ValueError: If the number of ``<image>`` marks differs from the number of images.
     """
     if conversation.messages:
         return [dict(message) for message in conversation.messages]
@@ -69,9 +67,9 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
 
 
 def find_chat_template(processor: Any, chat_template: str | None = None) -> str | None:
-    """Returns the given chat template, or that of the processor, or that of its tokenizer; None without a template.
+    """Returns ``chat_template``, or else the template of the processor or its tokenizer; None if no template exists.
 
-    If the processor has several named templates, the template "default" is taken.
+    If the processor has several named templates, the template "default" is returned.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     template = chat_template or getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
@@ -82,9 +80,9 @@ def render_prompt(processor: Any, conversation: Conversation, chat_template: str
     """Returns the text of a conversation up to the beginning of the assistant's turn.
 
     Args:
-        processor: A processor, or the tokenizer of a text model.
+        processor: Processor, or the tokenizer of a text model.
         conversation: The conversation; its images are not opened.
-        chat_template: Result of ``find_chat_template``. With None the prompt is the question and a newline.
+        chat_template: Result of ``find_chat_template``. None: the prompt is the question and a newline.
     """
     if chat_template is None:
         image = getattr(processor, "image_token", IMAGE_PLACEHOLDER)
@@ -99,23 +97,19 @@ def render_prompt(processor: Any, conversation: Conversation, chat_template: str
 
 
 def lacks_special_tokens(tokenizer: Any, prompt: str) -> bool:
-    """Returns whether the tokenizer must add its special tokens to a prompt: the template has not added them."""
+    """Returns whether the tokenizer must add special tokens to a prompt because the chat template added none."""
     begin = getattr(tokenizer, "bos_token", None)
     return not (begin and prompt.startswith(begin))
 
 
 def end_of_turn_id(processor: Any, chat_template: str | None) -> int:
-    """Returns the token that ends an assistant's turn.
+    """Returns the id of the token that ends an assistant's turn.
 
-    It is the first special token that the chat template writes after a response, or the tokenizer's end token if the
-    template writes none.
-
-    Args:
-        processor: A processor, or a tokenizer for a model of text only.
-        chat_template: From ``find_chat_template``.
+    This token is the first special token that the chat template writes after a response, or the tokenizer's end token
+    if the template writes no special token. The arguments are those of ``render_prompt``.
 
     Raises:
-        ValueError: If neither exists, or the template does not write the response.
+        ValueError: If neither token exists, or if the template does not write the response.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     end: int | None = tokenizer.eos_token_id

@@ -1,9 +1,9 @@
-"""Append-only files of records that survive a kill at any moment. A sampling run has a journal for each process.
+"""Append-only files of records that survive a kill at any moment. Each process of a sampling run has a journal.
 
-The first line is a header with the settings of the run; every other line is a record with its ``key``. The kernel has
-a record before ``append`` returns, so a kill of the process loses no appended record. Against a crash of the machine,
+The first line is a header with the settings of the run; every other line is a record with a ``key``. The kernel has a
+record before ``append`` returns, so a kill of the process loses no appended record. Against a crash of the machine,
 the file is synced to disk when it is created, at most every ``fsync_s`` seconds after that, and when it is closed. A
-kill or a crash can leave an incomplete last line; opening the journal cuts it off.
+kill or a crash can leave an incomplete last line, which is cut off when the journal is opened.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ _MISSING = "(absent)"
 
 
 class SettingsMismatchError(LinesError):
-    """A journal was written with settings that differ from the settings it is opened with.
+    """Raised if the settings in a journal differ from the settings with which it is opened.
 
     Attributes:
-        differences: For each different setting its name, the value in the file and the requested value.
+        differences: Name, value in the file and requested value of each setting that differs.
     """
 
     def __init__(self, path: Path, differences: Sequence[tuple[str, Any, Any]]) -> None:
@@ -37,16 +37,16 @@ class SettingsMismatchError(LinesError):
 
 
 class Journal:
-    """The records of a process. Use it as a context manager; only one process at a time can open it.
+    """The journal of a process, used as a context manager. Only a single process at a time can open the file.
 
     Args:
-        path: The file; it is created if it does not exist.
+        path: Path of the file, which is created if it does not exist.
         settings: All settings that the records depend on, as JSON values.
-        fsync_s: Seconds between two syncs to disk while records are appended; 0 syncs at each ``append``.
+        fsync_s: Minimum number of seconds between two syncs to disk during appends; 0 syncs at each ``append``.
 
     Raises:
-        SettingsMismatchError: If the file was begun with other settings.
-        LockedError: If another process has opened it.
+        SettingsMismatchError: If the file was created with other settings.
+        LockedError: If another process has opened the file.
         ValueError: If the file is not a journal.
     """
 
@@ -83,7 +83,7 @@ class Journal:
             self._sync()
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Appends records in a single write."""
+        """Appends records and, if the last sync is at least ``fsync_s`` seconds old, syncs the file to disk."""
         if not records:
             return
         self._write(records)
@@ -91,7 +91,7 @@ class Journal:
             self._sync()
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yields the records of the file in the order of their appending."""
+        """Yields the records in the order in which they were appended."""
         return read_records(self.path)
 
     def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -105,7 +105,7 @@ class Journal:
 
 
 def encode_line(record: Mapping[str, Any]) -> bytes:
-    """Returns a record as a line of JSON, in UTF-8 if its text allows it."""
+    """Returns a record as a line of JSON in UTF-8; text that UTF-8 cannot encode is escaped."""
     try:
         return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which JSON can express and UTF-8 cannot
@@ -113,7 +113,7 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Returns the settings that a journal was begun with; None if it has no complete line yet.
+    """Returns the settings in the header of a journal, or None if the header line is not complete yet.
 
     Raises:
         ValueError: If the file is not a journal.
@@ -132,10 +132,10 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yields the records of a journal; stops before an incomplete last line.
+    """Yields the records of a journal and stops before an incomplete last line.
 
     Raises:
-        ValueError: If an earlier line is broken.
+        ValueError: If a complete line is not JSON.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -151,9 +151,9 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def _cut_half_line(file: int) -> None:
-    """Cuts off the rest of an interrupted write: bytes without a newline, or a last line that is not JSON."""
+    """Cuts off the rest of an interrupted write: bytes after the last newline, and a last line that is not JSON."""
     size = os.fstat(file).st_size
-    end = _line_start(file, size)  # after the last newline
+    end = _line_start(file, size)  # offset after the last newline
     if end > 0:
         start = _line_start(file, end - 1)
         try:
@@ -166,7 +166,7 @@ def _cut_half_line(file: int) -> None:
 
 
 def _line_start(file: int, end: int) -> int:
-    """Returns the position at which the line that ends at ``end`` begins."""
+    """Returns the offset at which the line that ends at the offset ``end`` begins."""
     while end > 0:
         start = max(0, end - _TAIL_BYTES)
         newline = os.pread(file, end - start, start).rfind(b"\n")

@@ -1,4 +1,4 @@
-"""Extracts the answer from a response and matches it with the true answer: used by generate and evaluate."""
+"""Extracts the answer from a response and matches it with the true answer; used by generate and evaluate."""
 
 from mpo_ext.answers.base import Matcher, Verdict
 from mpo_ext.answers.choices import label_options

@@ -12,10 +12,10 @@ class Verdict:
 
     Attributes:
         correct: Whether the answer counts as correct.
-        score: The measure of the rule, in [0, 1]; 0 or 1 if the rule is yes or no.
-        rule: Kind of the matcher and the part of it that decided, for example "choice:letter".
+        score: Score in [0, 1]; 0 or 1 if the matcher only accepts or rejects.
+        rule: Kind of the matcher and the comparison that decided, for example "choice:letter".
         prediction: The answer in the form that was compared.
-        truth: The best-fitting true answer, in the form that was compared.
+        truth: The best-matching true answer in the form that was compared.
     """
 
     correct: bool
@@ -27,7 +27,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Matcher(abc.ABC):
-    """Compares answers by a rule. A subclass holds the options of its rule and compares a pair of texts."""
+    """The base class of all matchers. A subclass has its options as attributes and compares an answer with a truth."""
 
     kind: ClassVar[str]
 
@@ -35,7 +35,8 @@ class Matcher(abc.ABC):
         """Compares an answer with the truth, or with each of several truths, and returns the best verdict.
 
         Args:
-            prediction: The answer, as ``extract_answer`` returns it. None, an unreadable answer, is a TypeError.
+            prediction: The extracted answer. None, the result of ``extract_answer`` for an unreadable answer, is a
+                TypeError.
             truth: The true answer, or a list of answers that are all right.
         """
         truths = self._check(prediction, truth)
@@ -62,6 +63,6 @@ class Matcher(abc.ABC):
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raises TypeError unless the value is a bool."""
+    """Raises TypeError unless ``value`` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be true or false, got {value!r}")

@@ -1,4 +1,4 @@
-"""Compares multiple-choice answers."""
+"""The matcher for multiple-choice answers."""
 
 import dataclasses
 import re
@@ -17,12 +17,13 @@ _LETTER_AND_TEXT = re.compile(r"(?:[(\[]([A-Za-z])[)\]]\s*[.:]?|([A-Za-z])\s*[).
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceMatcher(Matcher):
-    """Multiple choice: compares the letter, in any of its usual forms, or the text of the option.
+    """Compares multiple-choice answers by the letter, in any of its usual forms, or by the text of the option.
 
-    A letter with the text of another option ("B. Paris" if Paris is C) does not count as an answer.
+    A letter beside the text of another option ("B. Paris" if Paris is C) is not read as a letter.
 
     Attributes:
-        options: The texts in the order A, B, ..., or a mapping from letter to text; None if they are not known.
+        options: Option texts in the order A, B, ..., or a mapping from letter to text; None if the options are
+            unknown.
     """
 
     kind: ClassVar[str] = "choice"
@@ -47,7 +48,7 @@ class ChoiceMatcher(Matcher):
 
 
 def label_options(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Returns the options by letter: A, B, ... in order, or the keys of the mapping."""
+    """Returns the option texts by letter: A, B, ... for a list of texts, the keys for a mapping."""
     is_labelled = isinstance(options, Mapping)
     texts = list(options.values()) if isinstance(options, Mapping) else list(options)
     labels = list(options) if is_labelled else [chr(ord("A") + index) for index in range(len(texts))]
@@ -66,9 +67,10 @@ def _option_text(text: str) -> str:
 
 
 def _read_choice(answer: str, texts: Mapping[str, str]) -> tuple[str | None, str]:
-    """Returns the letter that an answer names, or None, and the text of the answer.
+    """Returns the letter of the option that an answer names, or None, and the normalized text of the answer.
 
-    A letter stands alone, in brackets, or before a period, bracket or colon; "A cat" begins with an article.
+    A letter counts if it stands alone, in brackets, or before a period, bracket or colon: "A cat" begins with an
+    article.
     """
     answer = clean_answer(answer.translate(TO_ASCII))
     whole = _option_text(answer)

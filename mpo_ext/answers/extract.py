@@ -20,15 +20,15 @@ def extract_answer(response: str, style: str | re.Pattern[str] = "final_answer")
     r"""Extracts the answer from a response.
 
     Args:
-        response: The text of the model.
-        style: The form in which the prompt asked for the answer. "final_answer" and "answer" take the text after the
-            last "Final answer:" or "Answer:" up to the end of the line, or the next line if this line is empty.
-            "boxed" takes the last ``\boxed{...}``. "direct" takes the whole response. ``regex:...``, or a compiled
-            pattern, takes the only group of its last match.
+        response: Text that the model generated.
+        style: Form of the answer that the prompt asked for. "final_answer" and "answer" take the text after the last
+            "Final answer:" or "Answer:" up to the end of the line, or the next line if the rest of the line is empty.
+            "boxed" takes the content of the last ``\boxed{...}``. "direct" takes the whole response. ``regex:...``, or
+            a compiled pattern, takes the only group of the last match.
 
     Returns:
-        The answer without markdown, math delimiters and a final period. None if the answer is not readable: a missing
-        marker, a missing or open box, no text after the marker.
+        The answer without markdown, math delimiters and a final period; None if it is unreadable, for example because
+        the marker, the box or the closing brace is missing.
     """
     if not isinstance(response, str):
         raise TypeError(f"response must be a string, got {response!r}")

@@ -1,4 +1,4 @@
-"""The matchers by kind, matchers that combine others or call a function, and the comparison of two answers."""
+"""The table of all matchers, the matchers that call a function or combine matchers, and ``is_same_answer``."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ class CustomMatcher(Matcher):
     """Calls a function of the user: ``function(prediction, truth)`` returns a bool, a score in [0, 1] or a Verdict.
 
     Attributes:
-        function: The function, or its name as "module:function", which can be sent to other processes.
+        function: The function, or its import path "module:function", which can be sent to other processes.
         accept: Minimum score counted as correct.
     """
 
@@ -49,7 +49,7 @@ class CustomMatcher(Matcher):
 
 @functools.cache
 def load_function(name: str) -> Callable[[str, str], bool | float | Verdict]:
-    """Returns the function with the name "module:function"."""
+    """Imports and returns the function with the import path "module:function"."""
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ValueError(f"function must be named as 'module:function', got {name!r}")
@@ -64,10 +64,10 @@ def load_function(name: str) -> Callable[[str, str], bool | float | Verdict]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AnyMatcher(Matcher):
-    """Accepts an answer that at least one of several matchers accepts. They are asked in order.
+    """Accepts an answer if at least one of several matchers accepts it; the matchers are called in order.
 
     Attributes:
-        matchers: Matchers, kinds, or mappings with a ``kind`` and its options.
+        matchers: Matchers, kinds of matchers, or mappings with a ``kind`` and the options of the matcher.
     """
 
     kind: ClassVar[str] = "any"
@@ -79,7 +79,7 @@ class AnyMatcher(Matcher):
         object.__setattr__(self, "matchers", tuple(map(_build, self.matchers)))
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Asks each matcher about all truths together, see ``Matcher``."""
+        """Calls each matcher with all truths; returns the first accepting verdict, or else the best-scoring verdict."""
         best: Verdict | None = None
         for rule in cast(Sequence[Matcher], self.matchers):
             verdict = rule(prediction, truth)
@@ -121,15 +121,15 @@ MATCHERS: dict[str, type[Matcher]] = {
 
 
 def matcher(kind: str, **options: Any) -> Matcher:
-    """Returns a matcher.
+    """Creates a matcher.
 
     Args:
-        kind: Key of ``MATCHERS``.
-        options: The attributes of the matcher.
+        kind: Kind of the matcher, a key of ``MATCHERS``.
+        options: Options of the matcher, which are the attributes of its class.
 
     Raises:
         ImportError: If the matcher needs a package that is not installed.
-        ValueError: If the kind or an option is unknown.
+        ValueError: If the kind or an option is unknown, or if a required option is missing.
     """
     if kind not in MATCHERS:
         raise ValueError(f"kind must be one of {', '.join(MATCHERS)}, got {kind!r}{did_you_mean(kind, MATCHERS)}")
@@ -145,9 +145,9 @@ def matcher(kind: str, **options: Any) -> Matcher:
 
 
 def is_same_answer(first: str | None, second: str | None, matcher: Matcher) -> bool:
-    """Returns whether two answers are the same under a matcher, in either order.
+    """Returns whether two answers are equal up to case and spaces, or match each other in at least one order.
 
-    An unreadable answer (None) differs from every other answer, also from the text "None".
+    An unreadable answer (None) differs from every answer, including another unreadable answer and the text "None".
     """
     if first is None or second is None:
         return False

@@ -1,4 +1,4 @@
-"""Compares mathematical expressions."""
+"""The matcher for mathematical expressions."""
 
 import dataclasses
 import importlib.util
@@ -13,13 +13,13 @@ from mpo_ext.checks import check_number, install_hint
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MathMatcher(Matcher):
-    """Mathematical equivalence by the package math-verify (the extra ``math``).
+    """Compares mathematical expressions with the package math-verify (the extra ``math``).
 
-    A helper process compares the expressions, so that a comparison can be stopped at any time and from any thread.
-    Words are compared as text, because as products of letters "no" equals "on".
+    The comparison runs in a helper process, because a process can be stopped at any time and from any thread. Words
+    are compared as text, because as products of letters "no" equals "on".
 
     Attributes:
-        seconds: Time limit; after it, two expressions count as different (rule "math:unfinished").
+        seconds: Time limit in seconds, after which two expressions count as different (rule "math:unfinished").
     """
 
     kind: ClassVar[str] = "math"

@@ -1,4 +1,4 @@
-"""The helper process that compares expressions for ``MathMatcher``: one per Python process, started on first use."""
+"""The helper process that compares expressions for ``MathMatcher``; each Python process starts at most one helper."""
 
 import atexit
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def serve() -> None:
-    """Answers a line of JSON per pair of expressions. Runs in the helper process, which ``MathProcess`` starts."""
+    """Reads pairs of expressions from stdin and writes a line of JSON for each pair. Runs in the helper process."""
     import logging
     import signal
 
@@ -51,18 +51,18 @@ def serve() -> None:
 
 
 class MathProcess:
-    """A helper process. It handles a request at a time and starts with the first request."""
+    """A helper process, which starts with the first request and handles a single request at a time."""
 
     START = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
     START_SECONDS = 120.0
-    GRACE_SECONDS = 1.0  # the process ends itself at the limit; after this time it is killed
+    GRACE_SECONDS = 1.0  # after the time limit, at which the process should have ended itself
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
     def equal(self, prediction: str, truth: str, seconds: float) -> bool | None:
-        """Returns whether two expressions are equal; None if time or memory did not suffice."""
+        """Returns whether two expressions are equal; None if the time limit is reached or the helper process dies."""
         request = {"prediction": prediction, "truth": truth, "seconds": seconds}
         with self._lock:
             process = self._started()
@@ -115,21 +115,20 @@ class MathProcess:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # the process has not read the request
+                with contextlib.suppress(OSError):  # the process died before it read the request
                     pipe.close()
 
     def close(self) -> None:
-        """Ends the process."""
         with self._lock:
             self._stop()
 
 
-_inherited: list[MathProcess] = []  # processes of the parent, kept so that the child neither ends nor awaits them
+_inherited: list[MathProcess] = []  # of the parent process; a forked child must neither end nor await them
 
 
 @functools.cache
 def math_process() -> MathProcess:
-    """Returns the helper process of this Python process."""
+    """Returns the helper process of the current Python process."""
     process = MathProcess()
     atexit.register(process.close)
     return process

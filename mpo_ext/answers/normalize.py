@@ -1,10 +1,10 @@
-"""Brings answers into a form in which they can be compared."""
+"""Converts answers into a form in which they can be compared."""
 
 import re
 
 _WRAPPERS = (("**", "**"), ("*", "*"), ("`", "`"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _TEXT_COMMAND = re.compile(r"\\(?:boxed|text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*(?=\{)")
-# Full-width characters and minus-like signs to ASCII. NFKC is not used: it would turn a superscript into a digit.
+# Maps full-width characters and minus-like signs to ASCII. NFKC would also turn a superscript into a digit.
 TO_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     0x3000: " ",
     0x2212: "-",
@@ -22,7 +22,7 @@ def fold(text: str) -> str:
 
 
 def clean_answer(answer: str) -> str:
-    r"""Removes the wrapping of an answer: markdown, math delimiters, a box, ``\text{}``, a final period."""
+    r"""Removes the wrapping of an answer: markdown, math delimiters, ``\boxed{}``, ``\text{}`` and a final period."""
     before = None
     while answer != before:
         before = answer
@@ -44,7 +44,7 @@ def clean_answer(answer: str) -> str:
 
 
 def closing_brace(text: str, opening: int) -> int | None:
-    """Returns the position of the brace that closes the brace at ``opening``; escaped braces do not count."""
+    """Returns the index of the brace that closes the brace at ``opening``, or None; escaped braces do not count."""
     depth = 0
     position = opening
     while position < len(text):

@@ -1,4 +1,4 @@
-"""Compares numbers."""
+"""The matchers for numbers."""
 
 import dataclasses
 import math
@@ -30,21 +30,18 @@ _YEARS = range(1800, 2101)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Number:
-    """A number in a text, with its currency, percent sign or unit."""
+    """A number from a text, and its currency, percent sign or unit; "" if the number has no unit."""
 
     value: Fraction
     unit: str = ""
 
 
 def parse_number(text: str, *, units: Sequence[str] | Literal["any"] = ()) -> Number | None:
-    r"""Returns the number in a text, or None if the text is not just a number.
+    r"""Returns the number in a text, or None if the text contains anything else.
 
     A number may have a sign, thousands separators ("1,234"), decimals, a power of ten ("1e-3", "2 x 10^5"), a fraction
-    ("3/4", "1 1/2", ``\frac{3}{4}``), a currency sign in front, and a percent sign or a unit at the end.
-
-    Args:
-        text: The text.
-        units: Words that may follow the number; "any" accepts any one or two words.
+    ("3/4", "1 1/2", ``\frac{3}{4}``), a currency sign in front, and at the end a percent sign or one of the ``units``.
+    ``units="any"`` accepts any one or two words as the unit.
     """
     text = clean_answer(text.translate(TO_ASCII))
     text = _TEX_NOISE.sub(r" \1", re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00ba", "\u00b0", text))
@@ -98,18 +95,18 @@ def _to_float(value: Fraction) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NumberMatcher(Matcher):
-    """Compares numbers up to a tolerance. Other answers are compared as text without regard to case.
+    """Compares numbers with a tolerance, and other answers as text without regard to case.
 
     An answer is correct if ``|prediction - truth| <= max(absolute, relative * |truth|)``. If both numbers have a unit
-    or a currency, it must be the same.
+    or a currency, the two units must be the same.
 
     Attributes:
         relative: Tolerance as a fraction of the truth. With the authors' 1e-3, 2023 matches 2024.
-        absolute: Absolute tolerance; it decides if the truth is 0.
-        percent: "ignore" drops the sign, "ratio" reads 5% as 0.05, "keep" reads the sign as a unit that both numbers
-            or neither must have.
-        degrees: Whether a degree sign or word may follow.
-        units: Further units that may follow, or "any".
+        absolute: Absolute tolerance, which decides if the truth is 0.
+        percent: "ignore" drops the percent sign, "ratio" reads 5% as 0.05, "keep" reads the sign as a unit that both
+            numbers or neither number must have.
+        degrees: Whether a degree sign or the word "degrees" may follow the number.
+        units: Further units that may follow the number, or "any".
     """
 
     kind: ClassVar[str] = "number"
@@ -152,11 +149,11 @@ class NumberMatcher(Matcher):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChartMatcher(Matcher):
-    """Relaxed accuracy of ChartQA: numbers within 5 % of the truth; other answers as text without regard to case.
+    """Applies the relaxed accuracy of ChartQA: numbers within 5 % of the truth; other answers as text, ignoring case.
 
     Attributes:
         relative: Tolerance as a fraction of the truth.
-        absolute: Absolute tolerance; it decides if the truth is 0.
+        absolute: Absolute tolerance, which decides if the truth is 0.
         years: "auto" compares exactly if the truth has four digits and lies between 1800 and 2100. "exact" compares
             every answer exactly, as ChartQAPro's script does with answers that its data marks as years. "relaxed"
             treats a year like any other number, as the ChartQA paper does.

@@ -1,4 +1,4 @@
-"""Matchers that compare texts."""
+"""The matchers for texts."""
 
 import dataclasses
 import importlib.util
@@ -13,7 +13,7 @@ from mpo_ext.checks import check_number, install_hint
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExactMatcher(Matcher):
-    """Compares texts without the surrounding spaces.
+    """Compares texts exactly, apart from leading and trailing spaces.
 
     Attributes:
         ignore_case: Whether "Red" matches "red".
@@ -34,13 +34,13 @@ class ExactMatcher(Matcher):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AnlsMatcher(Matcher):
-    """Normalised Levenshtein similarity of DocVQA: ``1 - distance / length of the longer text``.
+    """Computes the normalized Levenshtein similarity of DocVQA: ``1 - distance / length of the longer text``.
 
     Attributes:
-        threshold: Lower similarities score 0.
+        threshold: Similarity below which the score is 0.
         accept: Minimum similarity counted as correct.
-        exact_digits: Whether a correct answer must also have the same digits: "10 May 2001" is similar to
-            "10 May 2011" and still wrong. The score does not depend on it.
+        exact_digits: Whether a correct answer must also have the same digits as the truth, because "10 May 2001" is
+            similar to "10 May 2011" but wrong. This does not change the score.
     """
 
     kind: ClassVar[str] = "anls"
@@ -64,11 +64,11 @@ class AnlsMatcher(Matcher):
 
 
 def anls(prediction: str, truth: str, threshold: float = 0.5) -> float:
-    """Returns the similarity of two texts: 1 if they are equal, 0 below the threshold."""
+    """Returns the similarity of two texts in [0, 1]; 0 if it is below the threshold or both texts are empty."""
     longer = max(len(prediction), len(truth))
     if longer == 0:
         return 0.0
-    if 1 - abs(len(prediction) - len(truth)) / longer < threshold:  # at least as many insertions are needed
+    if 1 - abs(len(prediction) - len(truth)) / longer < threshold:  # a bound that avoids the slow distance
         return 0.0
     from rapidfuzz.distance import Levenshtein
 
@@ -101,7 +101,7 @@ _NEGATED = [
     "wo",
     "would",
 ]
-# Only words that without the apostrophe are not another word: "were", "well", "its" and "hell" stay.
+# Contractions that spell another word without the apostrophe ("were", "well", "its", "hell") are left out.
 _JOINED = {
     "ve": ["could", "i", "might", "must", "should", "they", "we", "where", "who", "would", "you"],
     "re": ["how", "that", "there", "they", "what", "who", "why", "you"],
@@ -116,9 +116,9 @@ _CONTRACTIONS = {f"{stem}nt": f"{stem}n't" for stem in _NEGATED} | {
 
 
 def normalize_vqa(text: str) -> str:
-    """Returns the normal form of VQA's evaluation code: case, punctuation, number words, articles and contractions.
+    """Normalizes a text as VQA's evaluation code does: case, punctuation, number words, articles and contractions.
 
-    It keeps more than that code where the meaning would change: a minus sign before a number, a decimal point, a
+    Unlike that code, it keeps characters that change the meaning: a minus sign before a number, a decimal point, a
     slash between digits, "<" and ">", and an article at the end of the text ("vitamin A").
     """
     text = fold(text).replace("\u2019", "'")
@@ -134,10 +134,10 @@ def normalize_vqa(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VqaMatcher(Matcher):
-    """VQA accuracy: ``min(n / 3, 1)`` if the answer has the same normal form as n of ten annotators' answers.
+    """Computes the VQA accuracy: ``min(n / 3, 1)`` if n of ten annotators gave the answer, up to normalization.
 
-    For a list of another length, n is scaled to ten, so a single truth scores 0 or 1. If a normal form is empty, the
-    texts are compared instead.
+    If the list of truths has another length, n is scaled to ten, so a single truth scores 0 or 1. If normalization
+    leaves one of the texts empty, the original texts are compared.
 
     Attributes:
         accept: Minimum score counted as correct.
@@ -150,7 +150,7 @@ class VqaMatcher(Matcher):
         check_number("accept", self.accept, "(0, 1]")
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Compares an answer with the answers of all annotators together, see ``Matcher``."""
+        """Compares an answer with the answers of all annotators and returns a single verdict."""
         truths = self._check(prediction, truth)
         if not prediction.strip():
             return Verdict(False, 0.0, f"{self.kind}:empty", prediction, truths[0])

@@ -1,1 +1,1 @@
-"""Accuracy of models on questions with a known answer: ``mpo-ext evaluate`` and ``mpo_ext.evaluate.run.evaluate``."""
+"""Measures the accuracy of models on questions with a known answer: ``mpo-ext evaluate``, ``mpo_ext.evaluate.run``."""

@@ -1,4 +1,4 @@
-"""The cells of an evaluation: the answers of a model to the questions of a file under a prompt."""
+"""The cells of an evaluation. A cell combines a model, a file of questions and a prompt."""
 
 import collections
 import dataclasses
@@ -17,12 +17,13 @@ from mpo_ext.generate.sampler import open_journal, read_samples, sample_items
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationRun:
-    """Settings of a process of an evaluation, on which the results do not depend.
+    """Settings of a process of an evaluation that do not change the results.
 
     Attributes:
-        block_size: Number of responses to request at a time, and the largest number that a kill can cost.
-        rank: Rank of this process; it takes every question whose position modulo ``world_size`` is the rank.
-        world_size: Number of processes. They need not run at the same time.
+        block_size: Number of responses to request at a time, but at least all responses to a question. A kill loses at
+            most these responses.
+        rank: Rank of this process, which asks every question whose position modulo ``world_size`` is the rank.
+        world_size: Number of processes, which need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
     """
 
@@ -41,13 +42,7 @@ class EvaluationRun:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QuestionFile:
-    """A file of questions.
-
-    Attributes:
-        name: Name in the results.
-        path: Path in the results.
-        source: The questions.
-    """
+    """A file of questions, and the name and path of the file in the results."""
 
     name: str
     path: str
@@ -59,12 +54,9 @@ class Cell:
     """The answers of a model to the questions of a file under a prompt.
 
     Attributes:
-        model: Name of the model.
-        data: The questions.
-        evaluation: Asks the questions and scores the answers.
         folder: Folder of the journals.
-        scores: Scores of the questions, in the order of the file. Empty until the journals are read.
-        offsets: Byte offset of each question in the file of predictions. Empty until the journals are read.
+        scores: Scores of the questions in the order of the file; empty until the journals are read.
+        offsets: Byte offset of each question in the file of predictions; empty until the journals are read.
     """
 
     model: str
@@ -76,11 +68,11 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Names of model, data and prompt."""
+        """Names of the model, the file of questions and the prompt."""
         return self.model, self.data.name, self.evaluation.prompt
 
     def ask(self, engine: Engine, run: EvaluationRun) -> None:
-        """Samples the responses that the journal of this process lacks."""
+        """Samples the responses that are missing in the journal of this process."""
         evaluation, source = self.evaluation, self.data.source
         ranks = {"rank": run.rank, "world_size": run.world_size}
         right, answered, skipped = 0.0, 0, 0
@@ -100,7 +92,7 @@ class Cell:
                 progress.advance(counts + (f", {skipped} skipped" if skipped else ""))
 
     def read(self, world_size: int) -> Iterator[tuple[Item, str | None, list[ScoredResponse]]]:
-        """Yields every item with its problem, or None, and its scored responses, from the journals of all processes.
+        """Yields each item, the reason why it was not asked (or None), and its scored responses, from all journals.
 
         Raises:
             IncompleteRunError: If a process has not finished yet.
@@ -117,7 +109,7 @@ def open_questions(
     image_root: str,
     root_map: Sequence[tuple[str, str]],
 ) -> QuestionFile:
-    """Opens a file of questions, and checks that it has a question with a true answer."""
+    """Opens a file of questions and checks that at least one question has a true answer."""
     is_meta = Path(path).suffix == ".json"
     roots: Mapping[str, Any] = {"root_map": tuple(root_map)} if is_meta else {"image_root": image_root}
     source = open_items(os.fspath(path), limit=limit, **roots)

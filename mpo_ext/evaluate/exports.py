@@ -1,4 +1,4 @@
-"""Predictions in the file formats of other evaluation kits, to compare their scores with ours."""
+"""Writes predictions in the file formats of other evaluation kits, to compare the scores of these kits with ours."""
 
 import contextlib
 import csv
@@ -21,17 +21,11 @@ _NO_ANSWER = "[invalid]"  # the value of lm-eval's and lmms-eval's filters for a
 
 @contextlib.contextmanager
 def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence[str]) -> Iterator[Add]:
-    """Writes VLMEvalKit's prediction tables ``vlmevalkit/MODEL/MODEL_TASK.tsv``, one file per sample.
+    """Writes VLMEvalKit's prediction tables ``vlmevalkit/MODEL/MODEL_TASK.tsv``, a file for each sample.
 
     Columns: index, question, the options, all scalar fields of the item, answer, prediction (the whole response), and
-    two columns of ours, ``extracted`` and ``hit``. ``index`` is the item's field of that name, or else its position.
-
-    Args:
-        out: Folder of the evaluation.
-        model: Name of the model in file names.
-        task: Name of data and prompt in file names.
-        samples: Number of samples per question.
-        columns: Result of ``vlmevalkit_columns``.
+    two columns of ours, ``extracted`` and ``hit``. ``index`` is the item's field of that name, or else the item's
+    position. ``task`` names the data and the prompt. ``columns`` is the result of ``vlmevalkit_columns``.
 
     Yields:
         A function that adds a question.
@@ -59,7 +53,7 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
 
 
 def vlmevalkit_columns(items: Iterator[Item]) -> list[str]:
-    """Returns the columns of a table of these items."""
+    """Returns the columns of the prediction table for these items."""
     between: dict[str, None] = {}
     for number, item in enumerate(items):
         between.update(dict.fromkeys(_fields(number, item)))
@@ -69,20 +63,11 @@ def vlmevalkit_columns(items: Iterator[Item]) -> list[str]:
 
 @contextlib.contextmanager
 def lmms_eval(out: Path, model: str, task: str, samples: int, columns: Sequence[str]) -> Iterator[Add]:
-    """Writes lmms-eval's log of samples ``lmms-eval/MODEL/mpo-ext_samples_TASK.jsonl``, one line per question.
+    """Writes lmms-eval's sample log ``lmms-eval/MODEL/mpo-ext_samples_TASK.jsonl``, a line for each question.
 
     Keys: doc_id, target, input, resps, filtered_resps (the extracted answers), doc_hash, prompt_hash and target_hash
-    as in lmms-eval, and the metric exact_match: the fraction of right samples under our matcher.
-
-    Args:
-        out: Folder of the evaluation.
-        model: Name of the model in file names.
-        task: Name of data and prompt in file names.
-        samples: Number of samples per question.
-        columns: Unused.
-
-    Yields:
-        A function that adds a question.
+    as in lmms-eval, and the metric exact_match, the fraction of samples that our matcher accepts. ``columns`` is
+    unused; the other arguments and the yielded function are those of ``vlmevalkit``.
     """
     with atomic_write(out / "lmms-eval" / model / f"mpo-ext_samples_{task}.jsonl") as file:
 
@@ -118,7 +103,7 @@ def _text_of(binary: Any) -> Iterator[io.TextIOWrapper]:
 
 
 def _fields(number: int, item: Item) -> dict[str, Any]:
-    """Returns an item as a row; non-scalar values are left out."""
+    """Returns the columns of an item; non-scalar values are left out."""
     options = item.extra.get("options")
     options_by_label = label_options(options) if isinstance(options, (list, tuple, Mapping)) and options else {}
     scalars = {

@@ -11,16 +11,16 @@ from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.generate.engine import Engine
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
-_MAX_NAMES = 8  # of a folder's content in an error
+_MAX_NAMES = 8  # maximum number of file names in an error message
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelSource:
-    """The place of a model.
+    """The location of a model.
 
     Attributes:
         path: Folder or hub name of a whole model.
-        adapter: Folder of LoRA adapters to merge into the model.
+        adapter: Folder of LoRA adapters to merge into the model; None: the model has no adapters.
     """
 
     path: str
@@ -28,11 +28,11 @@ class ModelSource:
 
 
 def find_model(name: str) -> ModelSource:
-    """Returns the model of a folder or name: a model, the ``final`` of a run, or adapters with their base model.
+    """Resolves a name or folder to a model, to the ``final`` folder of a run, or to adapters and their base model.
 
     Raises:
         FileNotFoundError: If the name can only be a folder, and the folder does not exist.
-        ValueError: If the folder has no model to load. The message says what to do.
+        ValueError: If no model can be loaded from the folder. The message says what to do.
     """
     folder = Path(name)
     if not folder.exists():
@@ -68,11 +68,7 @@ def find_model(name: str) -> ModelSource:
 
 
 def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
-    """Loads a model, with its adapters merged.
-
-    Args:
-        source: The model, from ``find_model``.
-        make: Makes an engine from the path of a whole model.
+    """Creates the engine with ``make``, which gets the path of a whole model, and merges the adapters into the model.
 
     Raises:
         ImportError: If the model has adapters and peft is missing.
@@ -96,11 +92,7 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
 
 
 class FingerprintedEngine:
-    """An engine whose settings contain a hash of its weights, which a folder may have changed since.
-
-    Args:
-        engine: The engine.
-    """
+    """An engine with a hash of its weights in the settings, because the weights in a folder can change."""
 
     def __init__(self, engine: TransformersEngine) -> None:
         from mpo_ext.train.model import fingerprint
@@ -110,7 +102,6 @@ class FingerprintedEngine:
         self._settings = {**engine.settings(), "weights": fingerprint(engine.model)}
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that the generations depend on, as JSON values."""
         return dict(self._settings)
 
 

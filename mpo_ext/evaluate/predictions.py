@@ -1,4 +1,4 @@
-"""The files of predictions: ``predictions-MODEL.jsonl``, and the files for other evaluation kits."""
+"""Writes and reads ``predictions-MODEL.jsonl``, and writes the files for other evaluation kits."""
 
 import contextlib
 import itertools
@@ -24,18 +24,12 @@ def write_predictions(
     data_files: Mapping[str, str],
     world_size: int,
 ) -> None:
-    """Reads the journals of the cells, writes a line for each response, and fills in the cells' scores.
+    """Reads the journals of the cells, writes a line for each response, and fills in the scores of the cells.
 
-    Args:
-        cells: The cells, model by model.
-        out: Folder of the evaluation.
-        exports: Keys of ``EXPORTS``.
-        model_files: For each model its name in file names.
-        data_files: For each file of questions its name in file names.
-        world_size: Number of processes.
+    The cells must be grouped by model. ``model_files`` and ``data_files`` map each name to its form in file names.
 
     Raises:
-        IncompleteRunError: If a process has not finished yet. Models before the incomplete one are written.
+        IncompleteRunError: If a process has not finished yet; the models before the incomplete model are written.
     """
     columns: dict[str, list[str]] = {}
     for model, model_cells in itertools.groupby(cells, key=lambda cell: cell.model):
@@ -60,12 +54,11 @@ def write_predictions(
 
 
 def predictions_path(out: Path, model_file: str) -> Path:
-    """Returns the path of a model's file of predictions."""
     return out / f"predictions-{model_file}.jsonl"
 
 
 def read_predictions(path: Path, cell: Cell, indices: Iterable[int]) -> Iterator[list[dict[str, Any]]]:
-    """Yields the lines of the questions with these indices: a line for each sample, or one with the problem."""
+    """Yields the lines of each question in ``indices``: a line for each sample, or a single line with the problem."""
     with open(path, "rb") as file:
         for index in indices:
             file.seek(cell.offsets[index])
@@ -76,7 +69,7 @@ def read_predictions(path: Path, cell: Cell, indices: Iterable[int]) -> Iterator
 def _lines(
     cell: Cell, index: int, item: Item, problem: str | None, responses: Sequence[ScoredResponse]
 ) -> Iterator[dict[str, Any]]:
-    """Yields a line for each sample of a question, or a line with its problem."""
+    """Yields a line for each sample of a question, or a single line with the question's problem."""
     shared = {
         "data": cell.data.name,
         "prompt": cell.evaluation.prompt,

@@ -1,4 +1,4 @@
-"""Human-readable reports of an evaluation: the tables, the picture and the page of failures."""
+"""Writes the human-readable reports of an evaluation: the tables, the pictures and the page of failures."""
 
 import hashlib
 import importlib.util
@@ -19,8 +19,8 @@ from mpo_ext.report import Bars, Panel, markdown_table, save_page, save_panels
 _TEMPLATE = "failures_view.html.j2"
 _THUMBNAIL = 320
 _IMAGE_BUDGET = 64 << 20
-_MAX_CHARACTERS = 8000  # of a text on the page
-_MAX_SAMPLES = 8  # of a question and model on the page
+_MAX_CHARACTERS = 8000  # maximum length of a text on the page
+_MAX_SAMPLES = 8  # maximum number per question and column on the page
 
 
 def write_reports(
@@ -32,18 +32,11 @@ def write_reports(
     limit: int,
     seed: int,
 ) -> list[str]:
-    """Writes ``table.md``, ``accuracy.png``, ``accuracy.svg`` and ``failures.html``.
+    """Writes ``table.md``, ``accuracy.png``, ``accuracy.svg`` and ``failures.html``, and returns warnings.
 
-    Args:
-        cells: The cells, with their scores; their predictions are already written.
-        results: The content of ``results.json``.
-        out: Folder of the evaluation.
-        model_files: For each model its name in file names.
-        limit: Largest number of questions on the page.
-        seed: Seed of the draw if there are more.
-
-    Returns:
-        Warnings about reports that are left out because a package is missing.
+    A warning says which report is left out because a package is missing. ``results`` is the content of
+    ``results.json``. The page of failures shows at most ``limit`` questions; if more questions failed, ``seed``
+    determines the draw.
     """
     with atomic_write(out / "table.md") as file:
         file.write(markdown_report(results).encode())
@@ -60,7 +53,7 @@ def write_reports(
 
 
 def markdown_report(results: Mapping[str, Any]) -> str:
-    """Returns the results as Markdown: accuracies side by side, other numbers, and comparisons."""
+    """Returns the results as Markdown tables: accuracies, further numbers, and comparisons."""
     models = list(results["settings"]["models"])
     rows = results["results"]
     texts = ["# Evaluation\n", "Accuracy in %, ± its standard error.\n", accuracy_table(results)]
@@ -101,7 +94,7 @@ def markdown_report(results: Mapping[str, Any]) -> str:
 
 
 def accuracy_table(results: Mapping[str, Any]) -> str:
-    """Returns the accuracies in Markdown, with a row for each file and prompt, and a column for each model."""
+    """Returns a Markdown table of the accuracies, with a row for each file and prompt and a column for each model."""
     models = list(results["settings"]["models"])
     cells: dict[str, dict[str, str]] = {}
     for row in results["results"]:
@@ -129,7 +122,7 @@ def _percent(row: Mapping[str, Any]) -> str:
 
 
 def _is_shown(comparison: Mapping[str, Any], baseline: str) -> bool:
-    """Says whether the table shows a comparison: with the first model, or of two prompts. results.json has all."""
+    """Returns whether table.md shows a comparison: two prompts of a model, or a comparison with the first model."""
     first, second = comparison["first"], comparison["second"]
     return first["model"] in (baseline, second["model"])
 
@@ -177,7 +170,7 @@ def _write_pictures(results: Mapping[str, Any], out: Path) -> None:
 
 
 def _without_chance(svg: str) -> str:
-    """Returns an SVG picture without its date and with reproducible names."""
+    """Returns an SVG picture without its date and with reproducible ids."""
     svg = re.sub(r"\s*<dc:date>.*?</dc:date>", "", svg, flags=re.S)
     names = dict.fromkeys(re.findall(r'(?:id="|#)([mpC]?[0-9a-f]{10,})\b', svg))
     numbers = {name: f"n{number}" for number, name in enumerate(names)}
@@ -233,7 +226,7 @@ def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, s
 
 
 def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -> Iterator[dict[str, Any]]:
-    """Yields the entries of the questions with these indices, without answers."""
+    """Yields the page's entries for the questions in ``indices``, without answers."""
     for index, item in enumerate(cell.data.source.items()):
         if index in indices:
             yield {
@@ -246,7 +239,7 @@ def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -
 
 
 def _answers(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the responses of a column as the page shows them; if there are too many, wrong samples come first."""
+    """Returns the samples of a question as the page shows them; if there are too many, wrong samples are preferred."""
     problem = lines[0].get("problem")
     samples = [] if problem else lines
     shown = sorted(range(len(samples)), key=lambda place: samples[place]["correct"])[:_MAX_SAMPLES]

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: accuracies with their errors, and comparisons."""
+"""Computes the numbers of an evaluation: accuracies with standard errors, and comparisons."""
 
 import collections
 import contextlib
@@ -16,7 +16,7 @@ from mpo_ext.evaluate.scoring import EvaluationConfig, QuestionScore
 from mpo_ext.evaluate.statistics import Comparison, compare, mean_and_error, pass_at_k, wilson
 
 FORMAT = "mpo_ext.evaluation/1"
-ALL = "all"  #: Name of all files of questions together.
+ALL = "all"  #: Name of the results over all files of questions.
 _PACKAGES = ("torch", "transformers")
 
 
@@ -25,11 +25,8 @@ def compute_results(
 ) -> dict[str, Any]:
     """Returns all numbers of an evaluation, as JSON values.
 
-    Args:
-        cells: The cells, with their scores.
-        config: Settings of the evaluation.
-        limit: Largest number of questions of each file; None takes all.
-        engines: Settings of the engine of each model.
+    ``limit`` is the maximum number of questions per file (None: all), and ``engines`` holds each model's engine
+    settings.
     """
     scores = {cell.key: cell.scores for cell in cells}
     models = list(dict.fromkeys(cell.model for cell in cells))
@@ -110,7 +107,7 @@ def _comparisons(
     names: Sequence[str],
     config: EvaluationConfig,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the comparisons of each two models under a prompt, and of each two prompts of a model."""
+    """Yields the comparisons of every two models under a prompt, and of every two prompts of a model."""
     sides = [
         ((first, prompt), (second, prompt))
         for prompt in config.prompts

@@ -1,7 +1,8 @@
-"""Evaluates models on questions with a known answer: samples missing responses, then writes the results.
+"""Evaluates models on questions with a known answer: samples the missing responses and writes the results.
 
-Each model has journals for each file of questions and each prompt (``mpo_ext.generate.sampler``). So an interrupted
-evaluation resumes, and models, files and prompts can be added later. All results are made from the journals.
+Each combination of a model, a file of questions and a prompt has separate journals (``mpo_ext.generate.sampler``).
+Therefore an interrupted evaluation resumes, and models, files and prompts can be added later. All results are computed
+from the journals.
 """
 
 import contextlib
@@ -43,25 +44,28 @@ def evaluate(
     """Asks every model every question under every prompt, and writes the results into a folder.
 
     Args:
-        models: For each name in the results a folder (of a model, of a run with ``final``, or of adapters), a name on
-            the hub, or an engine. The models are loaded one after the other.
-        data: For each name in the results a JSONL file of items, or a meta file (.json) that lists such files.
+        models: Models by their name in the results. A model is a folder (a model, a run with ``final``, or adapters),
+            a name on the hub, or an engine. The models are loaded one after the other.
+        data: Questions by their name in the results: a JSONL file of items, or a meta file (.json) that lists such
+            files.
         out: Folder of the evaluation.
-        config: Prompts, sampling and matcher.
-        limit: Largest number of questions of each file; None takes all.
-        image_root: Folder that relative image paths of JSONL files start from.
-        root_map: Pairs of prefixes (old, new) that say where the folders in meta files have moved.
-        exports: Any of "vlmevalkit" and "lmms-eval".
-        page_limit: Largest number of questions in the page of failures; from more questions, a random draw is shown.
-        make_engine: Makes an engine from the path of a whole model.
-        run: Block size, processes and progress display.
+        config: Prompts, sampling and matcher; None: the default ``EvaluationConfig``.
+        limit: Maximum number of questions per file; None: all questions.
+        image_root: Folder against which relative image paths in JSONL files are resolved.
+        root_map: Pairs of path prefixes (old, new) for folders in meta files that have moved.
+        exports: Evaluation kits to write predictions for, any of "vlmevalkit" and "lmms-eval".
+        page_limit: Maximum number of questions on the page of failures. If more questions failed, the page shows a
+            random draw.
+        make_engine: Creates an engine from the path of a whole model.
+        run: Block size, processes and progress display; None: the default ``EvaluationRun``.
 
     Returns:
         The content of ``results.json``; None if other processes have not finished yet.
 
     Raises:
-        SettingsMismatchError: If the folder holds answers of other weights, settings or questions under a name.
-        ValueError: If an argument is out of range, a model cannot be loaded or a file has no question to ask.
+        SettingsMismatchError: If the folder holds answers for the same names with other weights, settings or
+            questions.
+        ValueError: If an argument is out of range, a model cannot be loaded, or a file has no question with an answer.
         ImportError: If a package is missing.
     """
     config, run, out = config or EvaluationConfig(), run or EvaluationRun(), Path(out)
@@ -109,7 +113,6 @@ def evaluate(
 
 
 def _free_memory() -> None:
-    """Releases the memory of a model before the next model is loaded."""
     gc.collect()
     with contextlib.suppress(ImportError):
         import torch
@@ -119,7 +122,7 @@ def _free_memory() -> None:
 
 
 def _file_names(what: str, named: Mapping[str, Any]) -> dict[str, str]:
-    """Returns for each name a name that a file can have."""
+    """Returns a valid file name for each name."""
     if not named:
         raise ValueError(f"{what} must name at least one, got none")
     files = {name: re.sub(r"[^\w.-]+", "-", name).strip(".-") for name in named}

@@ -1,7 +1,7 @@
 """The settings of an evaluation, and the scores of responses.
 
-The journals hold only the responses. Answers are extracted and compared when the journals are read, so another style
-or matcher scores an evaluation again without the model.
+The journals hold only the responses. Answers are extracted and compared when the journals are read, so an evaluation
+can be scored again with another style or matcher without the model.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from mpo_ext.generate.prompts import PromptTemplate, get_template
 from mpo_ext.generate.questions import AnswerScorer, QuestionSampler
 
 PLAIN = "none"
-_MAX_NEW_TOKENS = {"direct": 100}  # by the style of the template; the authors' numbers
+_MAX_NEW_TOKENS = {"direct": 100}  # the authors' numbers, by the style of the template
 _DEFAULT_MAX_NEW_TOKENS = 4096
 
 
@@ -26,17 +26,16 @@ class EvaluationConfig:
     """Prompts, sampling and matcher of an evaluation.
 
     Attributes:
-        prompts: Names of the templates that questions are put in (``mpo_ext.generate.prompts``); "none" asks questions
-            unchanged.
+        prompts: Names of prompt templates (``mpo_ext.generate.prompts``); "none" asks the question without a template.
         samples: Number of responses per question.
-        temperature: Temperature of sampling; 0 is greedy decoding, which allows a single sample.
+        temperature: Temperature of sampling; 0 is greedy decoding, which allows only a single sample.
         top_p: See ``SamplingConfig``.
         top_k: See ``SamplingConfig``.
-        max_new_tokens: Largest number of tokens of a response; None takes 100 for templates that ask for the answer
-            only, and 4096 for the others.
+        max_new_tokens: Maximum number of tokens per response. None: 100 for templates that ask only for the answer,
+            4096 for all other prompts.
         seed: Seed of all draws.
-        style: How the answer stands in a response, see ``extract_answer``; None takes the style of each template.
-        matcher: Kind of the matcher that compares the answer with the truth, and its options.
+        style: Form of the answer in a response, see ``extract_answer``; None: the style of each template.
+        matcher: Kind and options of the matcher that compares an answer with the truth.
     """
 
     prompts: tuple[str, ...] = ("direct",)
@@ -64,7 +63,7 @@ class EvaluationConfig:
             Evaluation(self, prompt)
 
     def sampling(self, template: PromptTemplate | None) -> SamplingConfig:
-        """Returns how the tokens of a response to a template are drawn."""
+        """Returns the sampling settings for the prompts of a template; None stands for prompts without a template."""
         max_new_tokens = self.max_new_tokens
         if max_new_tokens is None:
             max_new_tokens = _MAX_NEW_TOKENS.get(template.answer_style if template else "", _DEFAULT_MAX_NEW_TOKENS)
@@ -78,10 +77,8 @@ class ScoredResponse:
     """A response and its score.
 
     Attributes:
-        text: The response.
-        answer: The extracted answer; None if the response has no readable answer.
-        correct: Whether the answer is right.
-        rule: The rule that decided; None without an answer.
+        answer: Extracted answer; None if the response has no readable answer.
+        rule: Rule by which the matcher decided; None without an answer.
         tokens: Number of generated tokens.
         finish: "stop", or "length" if the response was cut off.
     """
@@ -96,14 +93,14 @@ class ScoredResponse:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QuestionScore:
-    """The score of a question, over all of its samples.
+    """The score of a question over all its samples.
 
     Attributes:
-        problem: Why the question could not be asked; the other attributes are then empty.
-        right: For each sample whether it is right.
+        problem: Reason why the question could not be asked (the other attributes are then empty), or None.
+        right: For each sample, whether the answer is right.
         unreadable: Number of samples without a readable answer.
         cut_off: Number of samples that ``max_new_tokens`` cut off.
-        tokens: Number of generated tokens of all samples.
+        tokens: Number of generated tokens in all samples.
         majority: Whether the most frequent answer is right.
     """
 
@@ -121,12 +118,7 @@ class QuestionScore:
 
 
 class Evaluation:
-    """Asks the questions under a prompt and scores the responses: a ``Pipeline`` of ``mpo_ext.generate.sampler``.
-
-    Args:
-        config: Settings of the evaluation.
-        prompt: Name of a prompt in the settings.
-    """
+    """Asks questions under one prompt of ``config`` and scores the responses; implements ``sampler.Pipeline``."""
 
     name = "evaluation"
 
@@ -154,7 +146,7 @@ class Evaluation:
         }
 
     def score(self, item: Item, records: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[ScoredResponse]]:
-        """Returns the problem of a question, or None, and its scored responses."""
+        """Returns the reason why a question could not be asked (or None), and the scored responses."""
         problem = next((record["problem"] for record in records if "problem" in record), None)
         if problem is not None:
             return problem, []
@@ -166,7 +158,6 @@ class Evaluation:
         return None, responses
 
     def question_score(self, problem: str | None, responses: Sequence[ScoredResponse]) -> QuestionScore:
-        """Returns the score of a question."""
         if problem is not None:
             return QuestionScore(problem)
         first = majority(

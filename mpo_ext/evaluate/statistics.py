@@ -1,4 +1,4 @@
-"""Means with their standard errors, and comparisons of two models on the same questions."""
+"""Computes means with standard errors, and comparisons of two models on the same questions."""
 
 import dataclasses
 import math
@@ -8,9 +8,9 @@ _Z95 = 1.959963984540054
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Returns the mean and its standard error; None for a number that needs more values.
+    """Returns the mean (None without values) and its standard error (None for fewer than 2 values).
 
-    The values must belong to questions, not to samples: samples of one question are correlated.
+    The values must belong to questions, not to samples, because samples of one question are correlated.
     """
     count = len(values)
     if count == 0:
@@ -22,9 +22,9 @@ def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]
 
 
 def wilson(fraction: float, count: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % interval for a fraction of ``count`` questions. It has a width also at 0 and 1.
+    """Returns Wilson's 95 % interval for a fraction of ``count`` questions.
 
-    For means over several samples, the interval is conservative.
+    The interval has a positive width even at 0 and 1. It is conservative if each question has several samples.
     """
     square = _Z95**2 / count
     middle = (fraction + square / 2) / (1 + square)
@@ -33,9 +33,9 @@ def wilson(fraction: float, count: int) -> tuple[float, float]:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Returns the unbiased estimate of pass@k of arXiv 2107.03374.
+    """Returns the unbiased estimate of pass@k (arXiv 2107.03374) from ``samples`` samples with ``right`` right samples.
 
-    It is the probability that ``k`` samples, drawn without replacement from the ``samples``, contain a right sample.
+    It is the probability that ``k`` samples, drawn without replacement, contain a right sample.
     """
     if not 1 <= k <= samples:
         raise ValueError(f"k must be in [1, {samples}], got {k}")
@@ -43,14 +43,10 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None], is_same: Callable[[str, str], bool]) -> int | None:
-    """Returns the index of the first sample with the most frequent answer. Of equally frequent answers the first wins.
+    """Returns the index of the first sample with the most frequent answer, or None if no answer is readable.
 
-    Args:
-        answers: The answers; None, an unreadable answer, does not count.
-        is_same: Says whether two answers are equal.
-
-    Returns:
-        The index; None if no answer is readable.
+    Unreadable answers (None) do not count. If several answers are equally frequent, the earliest of these answers
+    wins.
     """
     groups: dict[int, int] = {}
     known: dict[str, int] = {}
@@ -65,7 +61,7 @@ def majority(answers: Sequence[str | None], is_same: Callable[[str, str], bool])
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Returns the two-sided p-value of McNemar's exact test, under which a gain is as likely as a loss."""
+    """Returns the two-sided p-value of McNemar's exact test of the hypothesis that a gain is as likely as a loss."""
     count = gained + lost
     term = total = 1
     for number in range(min(gained, lost)):
@@ -76,17 +72,17 @@ def mcnemar(gained: int, lost: int) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Comparison:
-    """The comparison of a second model with a first model, on the questions that both answered.
+    """The comparison of a second model with a first model, on the questions that both models answered.
 
     Attributes:
-        questions: Number of these questions.
-        difference: Accuracy of the second model minus accuracy of the first.
+        questions: Number of questions that both models answered.
+        difference: Accuracy of the second model minus accuracy of the first model; None without questions.
         standard_error: Standard error of the difference, from the differences per question; None for fewer than 2
             questions.
-        gained: Number of questions that the second model has right more often.
-        lost: Number of questions that the first model has right more often.
+        gained: Number of questions on which the second model has more right samples.
+        lost: Number of questions on which the first model has more right samples.
         p: Two-sided p-value; None if the questions do not determine it.
-        test: "mcnemar" (exact, one sample per question) or "normal" (difference over its standard error).
+        test: "mcnemar" (exact, for one sample per question) or "normal" (difference divided by its standard error).
     """
 
     questions: int
@@ -99,13 +95,7 @@ class Comparison:
 
 
 def compare(first: Sequence[float], second: Sequence[float], *, samples: int) -> Comparison:
-    """Compares two models.
-
-    Args:
-        first: The first model's fraction of right samples of each question.
-        second: The second model's fractions, in the same order.
-        samples: Number of samples per question.
-    """
+    """Compares two models by their fractions of right samples; each sequence holds a fraction for each question."""
     differences = [after - before for before, after in zip(first, second, strict=True)]
     difference, error = mean_and_error(differences)
     gained, lost = sum(value > 0 for value in differences), sum(value < 0 for value in differences)

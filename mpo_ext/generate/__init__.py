@@ -1,1 +1,1 @@
-"""Making preference data: prompts, sampled responses, answer matching, pairs."""
+"""Makes preference data: renders prompts, samples responses, matches answers and forms pairs."""

@@ -1,7 +1,7 @@
 """Pairs right samples with wrong samples. Run by ``mpo_ext.generate.runner``.
 
-Every choice among possible pairs follows a hash of the seed and of the responses, so it does not depend on the order
-of items or samples.
+A hash of the seed and the responses decides which of the possible pairs are used, so the choice does not depend on the
+order of items or samples.
 """
 
 import collections
@@ -22,7 +22,7 @@ from mpo_ext.generate.prompts import get_template
 from mpo_ext.generate.questions import AnswerScorer, QuestionSampler
 from mpo_ext.generate.repetition import is_degenerate
 
-_BINS_PER_DOUBLING = 4  # of the length of a response
+_BINS_PER_DOUBLING = 4  # bins of the length ratio of two responses
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,20 +31,20 @@ class CorrectnessConfig:
 
     Attributes:
         samples: Number of responses per question.
-        sampling: How the tokens of a response are drawn.
+        sampling: Settings for drawing tokens.
         seed: Seed of all draws and choices.
-        template: Name of the template that questions are put in (``mpo_ext.generate.prompts``), with the ``options``
-            of the item if it has any; None asks questions unchanged. Pairs hold the prompt as the model saw it.
-        style: How the answer stands in a response, see ``extract_answer``; None takes the style of the template, or
-            "final_answer".
-        matcher: Kind of the matcher that compares the answer with the truth, and its options.
-        pairs_per_question: Largest number of pairs that a question adds to each of the two outputs; 0 takes all.
+        template: Name of the prompt template (``mpo_ext.generate.prompts``), which also shows the ``options`` of an
+            item; None asks the question without a template. Pairs hold the rendered prompt.
+        style: Form of the answer in a response, see ``extract_answer``; None: the style of the template, or
+            "final_answer" without a template.
+        matcher: Kind and options of the matcher that compares an answer with the truth.
+        pairs_per_question: Maximum number of pairs per question in each of the two outputs; 0 sets no limit.
         accuracy: Lowest and highest fraction of right samples for a question to give pairs.
-        length_balance: Prefers pairs whose responses have similar lengths; otherwise lengths do not matter.
-        reuse_limit: Largest number of pairs of an output that share a response; 0 sets no limit.
-        dedupe: Uses equal responses to a question only once.
-        allow_truncated: Uses responses that ``max_new_tokens`` cut off.
-        allow_degenerate: Uses responses that repeat themselves.
+        length_balance: Whether to prefer pairs whose responses have similar lengths.
+        reuse_limit: Maximum number of pairs of an output that share a response; 0 sets no limit.
+        dedupe: Whether to use equal responses to a question only once.
+        allow_truncated: Whether to use responses that ``max_new_tokens`` cut off.
+        allow_degenerate: Whether to use responses that repeat themselves.
     """
 
     samples: int = 32
@@ -73,7 +73,7 @@ class CorrectnessConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScoredSample:
-    """A response with its extracted answer and its record in the journal."""
+    """A response, its extracted answer (None if unreadable) and its record in the journal."""
 
     text: str
     answer: str | None
@@ -81,14 +81,11 @@ class ScoredSample:
 
 
 class Correctness:
-    """The pipeline; ``mpo_ext.generate.runner.run`` runs it.
+    """The correctness pipeline; ``mpo_ext.generate.runner.run`` runs it.
 
     Outputs: ``pairs`` (right against wrong), ``format_pairs`` (right against unreadable) and ``unsolved`` (questions
-    without a right sample, as input for ``DropoutNTP``). An unsolved question without a ``chosen`` response gets one
-    of its readable samples.
-
-    Args:
-        config: Settings of the pipeline.
+    without a right sample, as input for ``DropoutNTP``). If an unsolved question has no ``chosen`` response, one of
+    its wrong samples becomes the ``chosen`` response.
     """
 
     name = "correctness"
@@ -113,11 +110,10 @@ class Correctness:
         return dataclasses.asdict(self.config)
 
     def keys(self, item: Item) -> list[str]:
-        """Returns the names of the records of an item, in order."""
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples and scores responses; the records of an item that cannot be used hold the problem."""
+        """Samples and scores the responses to the items; the records of an unusable item hold its problem."""
         all_records = self.questions.sample(items, engine)
         for item, records in zip(items, all_records, strict=True):
             for record in records:
@@ -129,7 +125,6 @@ class Correctness:
         return all_records
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Pairs the samples of a question."""
         result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         if problem := next((record["problem"] for record in records if "problem" in record), None):
             return result.skip(problem)
@@ -175,7 +170,7 @@ class Correctness:
     def _choose_pairs(
         self, item: Item, right: Sequence[ScoredSample], candidates: Sequence[ScoredSample], result: ItemResult
     ) -> Iterator[tuple[ScoredSample, ScoredSample]]:
-        """Yields pairs, the best pair first, up to ``pairs_per_question``."""
+        """Yields up to ``pairs_per_question`` pairs, sorted by length gap and then by hash."""
         ranked = sorted(
             itertools.product(right, candidates),
             key=lambda pair: (self._length_gap(*pair), self._hash(item, *pair)),
@@ -199,7 +194,7 @@ class Correctness:
             yield chosen, rejected
 
     def _length_gap(self, chosen: ScoredSample, rejected: ScoredSample) -> int:
-        """Returns the difference of the lengths in bins."""
+        """Returns the difference of the log-lengths in bins; 0 without ``length_balance``."""
         if not self.config.length_balance:
             return 0
         return round(_BINS_PER_DOUBLING * abs(math.log2(len(chosen.text) / len(rejected.text))))
@@ -233,7 +228,7 @@ class Correctness:
         )
 
     def _unsolved_line(self, item: Item, wrong: Sequence[ScoredSample]) -> dict[str, Any]:
-        """Returns the item as input for DropoutNTP; a readable sample replaces a missing chosen response."""
+        """Returns the item as an input line for DropoutNTP; a wrong sample replaces a missing chosen response."""
         source = "input"
         if item.chosen is None and wrong:
             sample = min(wrong, key=lambda sample: self._hash(item, sample))

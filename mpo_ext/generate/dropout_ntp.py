@@ -1,7 +1,7 @@
 """DropoutNTP: the model continues the beginning of a good response without the image. Run by ``generate.runner``.
 
-The continuation becomes the rejected response: it begins like the chosen response, and goes wrong where it would need
-the image. Prefix and continuation are joined as tokens and decoded together, so no space is lost between them.
+Prefix and continuation form the rejected response, which begins like the chosen response and goes wrong where it would
+need the image. They are joined as tokens and decoded together, so no space between them is lost.
 """
 
 import dataclasses
@@ -27,20 +27,21 @@ class DropoutNTPConfig:
     """Settings of the DropoutNTP pipeline.
 
     Attributes:
-        keep: Fraction of the chosen response that is kept, in [0, 1).
+        keep: Fraction of the chosen response to keep as the prefix, in [0, 1).
         unit: Unit of ``keep``: "tokens" works for every language; "words" counts the texts between single spaces, as
             the authors' script does.
-        with_image: Leaves the image in the question.
+        with_image: Whether the model sees the image while it continues the response.
         samples: Number of continuations per response.
-        sampling: How the tokens are drawn.
+        sampling: Settings for drawing tokens.
         seed: Seed of all draws.
-        sample_chosen: Lets the model first answer an item that has no chosen response, with its image, as the paper
-            does; otherwise such an item is skipped.
-        allow_truncated: Uses continuations that ``max_new_tokens`` cut off.
-        allow_wrong_chosen: Uses items whose chosen response is a wrong sample, as the ``unsolved.jsonl`` of the
-            correctness pipeline holds them; otherwise such an item is skipped.
-        style: How the answer stands in a response, see ``extract_answer``; for items that have a true answer.
-        matcher: Kind of the matcher that compares the answer, and its options. None compares no answers.
+        sample_chosen: Whether the model first answers an item that has no chosen response, with the image, as in the
+            paper. False skips such items.
+        allow_truncated: Whether to use continuations that ``max_new_tokens`` cut off.
+        allow_wrong_chosen: Whether to use items whose chosen response is a wrong sample, as in the correctness
+            pipeline's ``unsolved.jsonl``. False skips such items.
+        style: Form of the answer in a response, see ``extract_answer``; used for items that have a true answer.
+        matcher: Kind and options of the matcher that compares an answer with the truth; None: answers are not
+            compared.
     """
 
     keep: float = 0.5
@@ -64,12 +65,7 @@ class DropoutNTPConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prefix:
-    """The part of a response that is kept.
-
-    Attributes:
-        token_ids: Token ids that the assistant's turn begins with.
-        text: Text of the token ids.
-    """
+    """The part of a response that is kept: its token ids and their text."""
 
     token_ids: tuple[int, ...]
     text: str
@@ -77,15 +73,12 @@ class Prefix:
 
 @dataclasses.dataclass(slots=True)
 class _Row:
-    """State of an item in ``DropoutNTP.sample``.
+    """The state of an item in ``DropoutNTP.sample``.
 
     Attributes:
-        item: The item.
-        problem: Reason why the item cannot be used.
-        images: The open images, if the model sees them.
-        chosen: The chosen response.
-        sampled_tokens: Number of generated tokens in a chosen response that the model sampled.
-        prefix: The kept part of the chosen response.
+        problem: Reason why the item cannot be used, or None.
+        images: Opened images; empty if the model does not see them.
+        sampled_tokens: Number of tokens in a chosen response that the model sampled; None for a given response.
     """
 
     item: Item
@@ -97,11 +90,7 @@ class _Row:
 
 
 class DropoutNTP:
-    """The pipeline; ``mpo_ext.generate.runner.run`` runs it. Output: ``pairs``.
-
-    Args:
-        config: Settings of the pipeline.
-    """
+    """The DropoutNTP pipeline with the output ``pairs``; ``mpo_ext.generate.runner.run`` runs it."""
 
     name = "dropout_ntp"
     outputs = ("pairs",)
@@ -116,19 +105,15 @@ class DropoutNTP:
     def settings(self) -> dict[str, Any]:
         """Returns all settings that the records and the outputs depend on, as JSON values."""
         settings = dataclasses.asdict(self.config)
-        if not self.config.allow_wrong_chosen:  # journals from before this setting existed do not have it
+        if not self.config.allow_wrong_chosen:  # older journals lack this setting
             del settings["allow_wrong_chosen"]
         return settings
 
     def keys(self, item: Item) -> list[str]:
-        """Returns the names of the records of an item, in order."""
         return [f"{item.digest}-{sample}" for sample in range(self.config.samples)]
 
     def cut(self, chosen: str, engine: Engine) -> Prefix:
-        """Returns the first part of a response.
-
-        A cut in tokens that falls into a character moves back to the end of the character before.
-        """
+        """Returns the prefix of a response; a cut inside a character moves back to the beginning of the character."""
         if self.config.unit == "words":
             words = chosen.split(" ")
             ids = engine.encode(" ".join(words[: int(len(words) * self.config.keep)]).strip())
@@ -142,7 +127,7 @@ class DropoutNTP:
         return Prefix(tuple(ids[:count]), text)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Cuts and continues the responses of a block; the records of an item that cannot be used hold the problem."""
+        """Cuts and continues the responses of the items; the records of an unusable item hold its problem."""
         rows = [self._load(item) for item in items]
         self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None], engine)
         requests: list[Request] = []
@@ -175,13 +160,13 @@ class DropoutNTP:
         ]
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes a pair of each continuation that is a negative, and counts the other continuations by reason."""
+        """Makes a pair from each usable continuation, and counts the other continuations by their problem."""
         result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         result.tokens += records[0].get("chosen_tokens", 0)
         if problem := next((record["problem"] for record in records if "problem" in record), None):
             return result.skip(problem)
         is_wrong = _is_wrong(item)
-        if is_wrong and not self.config.allow_wrong_chosen:  # a journal from before this rule has samples of it
+        if is_wrong and not self.config.allow_wrong_chosen:  # older journals hold samples of such items
             return result.skip(WRONG_CHOSEN)
         seen: set[str] = set()
         for sample, record in enumerate(records):
@@ -224,7 +209,7 @@ class DropoutNTP:
         return result
 
     def _load(self, item: Item) -> _Row:
-        """Checks an item and opens the images that the model sees."""
+        """Checks an item and opens the images that the model will see."""
         row = _Row(item, item.problem, chosen=item.chosen)
         if row.problem:
             return row
@@ -240,7 +225,7 @@ class DropoutNTP:
         return row
 
     def _sample_chosen(self, rows: Sequence[_Row], engine: Engine) -> None:
-        """Lets the model answer the questions that have no chosen response, with their images."""
+        """Samples the missing chosen response of each row; the model sees the images."""
         if not rows:
             return
         requests = [
@@ -264,7 +249,7 @@ class DropoutNTP:
             row.sampled_tokens = len(generation.token_ids)
 
     def _record(self, row: _Row, key: str, generation: Generation | None, engine: Engine) -> dict[str, Any]:
-        """Returns the record of a sample, without a generation for an item that cannot be used."""
+        """Returns the record of a sample; ``generation`` is None for an item that cannot be used."""
         record: dict[str, Any] = {"key": key}
         if row.sampled_tokens is not None:
             record |= {"chosen": row.chosen, "chosen_tokens": row.sampled_tokens}
@@ -283,7 +268,7 @@ class DropoutNTP:
         return record | self._score(row.item, text)
 
     def _skip_reason(self, chosen: str, record: Mapping[str, Any]) -> str | None:
-        """Returns the reason why a continuation is skipped; None if it is a negative."""
+        """Returns the reason why a continuation is skipped; None if it can be a rejected response."""
         if record["finish"] == "length" and not self.config.allow_truncated:
             return "continuation cut off at max_new_tokens"
         if record["tokens"] == 0 or not record["text"].strip():
@@ -299,7 +284,7 @@ class DropoutNTP:
         return None
 
     def _score(self, item: Item, text: str) -> dict[str, Any]:
-        """Returns the answer of a response and its correctness; empty for an item without a true answer."""
+        """Returns the answer in a response and its correctness; empty without a true answer or a matcher."""
         if not item.truths or self._scorer is None:
             return {}
         answer, verdict = self._scorer.score(text, item.truths)
@@ -307,7 +292,7 @@ class DropoutNTP:
 
 
 def without_placeholders(question: str) -> str:
-    """Returns the question without the placeholders of images."""
+    """Returns the question without image placeholders."""
     return question.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
 
 
@@ -316,7 +301,7 @@ def _is_wrong(item: Item) -> bool:
 
 
 def _shared_length(chosen: str, prefix: str) -> int:
-    """Returns the number of characters at the beginning that both texts share."""
+    """Returns the number of characters in the longest common prefix of two texts."""
     if chosen.startswith(prefix):
         return len(prefix)
     pairs = zip(chosen, prefix, strict=False)

@@ -1,7 +1,7 @@
-"""The interface of engines, which continue prompts; implemented over transformers and vLLM.
+"""The interface of the engines, which continue prompts. The package implements it with transformers and with vLLM.
 
-The continuation of a request depends on its prompt, its seed and its sampling settings. Apart from rounding, it does
-not depend on the other requests or on their order.
+The continuation of a request depends on the prompt, the seed and the sampling settings of the request. Apart from
+rounding, it does not depend on the other requests or on their order.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Request(Conversation):
     """A prompt to continue.
 
     Attributes:
-        prefix_ids: Token ids that the assistant's turn begins with; the continuation follows them in the same turn.
+        prefix_ids: Token ids at the beginning of the assistant's turn; the continuation follows in the same turn.
         seed: Seed of all draws.
         sampling: Settings for drawing tokens.
     """
@@ -57,8 +57,8 @@ class Generation:
     """The continuation of a request.
 
     Attributes:
-        token_ids: Token ids, without the prefix and without the end token.
-        text: Text of the token ids.
+        token_ids: Generated token ids, without the prefix and the end token.
+        text: Text of ``token_ids``.
         finish_reason: "stop" if the model ended its turn, "length" if ``max_new_tokens`` cut the continuation off.
     """
 
@@ -68,7 +68,7 @@ class Generation:
 
 
 class Engine(Protocol):
-    """The methods that pipelines call."""
+    """The attributes and methods that a pipeline needs of an engine."""
 
     name: str
 
@@ -86,7 +86,7 @@ class Engine(Protocol):
 
 
 def derive_seed(*parts: object) -> int:
-    """Returns a seed of 63 bits that depends only on the parts."""
+    """Returns a seed of 63 bits that depends only on ``parts``."""
     digest = hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -94,8 +94,8 @@ def derive_seed(*parts: object) -> int:
 def rank_and_world_size() -> tuple[int, int]:
     """Returns the rank of this process and the number of processes; (0, 1) without a launcher.
 
-    Reads the variables of ``accelerate launch``, torchrun, srun and mpirun. The processes of a run do not communicate,
-    so no process group is created.
+    The function reads the environment variables of ``accelerate launch``, torchrun, srun and mpirun. It creates no
+    process group, because the processes of a run do not communicate.
     """
     for rank, world_size in (
         ("RANK", "WORLD_SIZE"),

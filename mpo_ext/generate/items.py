@@ -25,15 +25,15 @@ class Item:
 
     Attributes:
         question: The question; may hold ``<image>`` at the place of an image.
-        images: Paths of the images, as the input names them.
-        chosen: A response to prefer, for DropoutNTP.
-        truths: The true answers, each of which is right; most items have one.
-        extra: The other fields of the input line.
-        image_root: Folder that relative image paths start from.
-        subset: Name of the item's subset in a meta file; None without a meta file. Pairs of a subset have absolute
-            images and remember subset and root. The image paths of other pairs start at the folder of the written
-            file.
-        problem: Reason why the item cannot be used.
+        images: Image paths as the input gives them.
+        chosen: Preferred response, an input of DropoutNTP; None if the item has no such response.
+        truths: True answers, each of which counts as right.
+        extra: Other fields of the input line.
+        image_root: Folder against which relative image paths are resolved.
+        subset: Name of the item's subset in a meta file; None without a meta file. The pairs of a subset have absolute
+            image paths and record the subset and its root. In other pairs, relative image paths start at the folder of
+            the written file.
+        problem: Reason why the item cannot be used, or None.
     """
 
     question: str = ""
@@ -47,7 +47,7 @@ class Item:
 
     @property
     def pair_images(self) -> tuple[str, ...]:
-        """Image paths for the pairs: absolute for an item of a subset, otherwise as the input names them."""
+        """Image paths for the pairs: absolute for an item of a subset, otherwise as the input gives them."""
         if self.subset is None:
             return self.images
         return tuple(os.path.join(self.image_root, image) for image in self.images)
@@ -61,32 +61,28 @@ class Item:
 
     @property
     def answer_gt(self) -> str | None:
-        """The first of the true answers."""
+        """First true answer; None if the item has no true answer."""
         return self.truths[0] if self.truths else None
 
     @property
     def digest(self) -> str:
-        """Name of the item, a hash of its content; it does not depend on the position in the input."""
+        """Name of the item: a hash of the content, which does not depend on the position in the input."""
         content = (self.question, self.images, self.chosen, self.truths, self.problem)
         return hashlib.blake2b(repr(content).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
     def load_images(self) -> tuple[Any, ...]:
-        """Opens the images.
-
-        Raises:
-            OSError: If an image is missing or cannot be read.
-        """
+        """Opens the images; raises OSError if an image is missing or cannot be read."""
         return tuple(load_image(Path(self.image_root, image)) for image in self.images)
 
     @classmethod
     def from_dict(cls, values: Any, *, image_root: str = "", subset: str | None = None) -> "Item":
-        """Reads an item; if it cannot be used, its ``problem`` gives the reason.
+        """Creates an item from an input line; if the item cannot be used, its ``problem`` gives the reason.
 
         Args:
-            values: ``question``; ``image`` or ``images``, a path or a list of paths; ``chosen``; ``answer_gt`` or
-                ``answer``. All other fields become ``extra``.
-            image_root: See the class.
-            subset: See the class. Images of a subset must stay below ``image_root``.
+            values: Parsed line with ``question``; ``image`` or ``images``, a path or a list of paths; ``chosen``;
+                ``answer_gt`` or ``answer``. All other fields except ``rejected`` become ``extra``.
+            image_root: Folder against which relative image paths are resolved.
+            subset: Name of the subset, whose images must stay below ``image_root``; None without a meta file.
         """
         if not isinstance(values, Mapping):
             return cls(problem="unreadable line")
@@ -145,8 +141,8 @@ class ItemFile:
     """A file of items.
 
     Attributes:
-        path: The file, one JSON object per line.
-        image_root: Folder that relative image paths start from.
+        path: Path of a file with one JSON object per line.
+        image_root: Folder against which relative image paths are resolved.
         subset: Name of the file in the meta file that lists it; None without a meta file.
     """
 
@@ -157,11 +153,10 @@ class ItemFile:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ItemSource:
-    """The items of a run. Made by ``open_items``.
+    """The items of a run, opened by ``open_items``.
 
     Attributes:
-        files: The files of items.
-        digest: Hash of the files and their subsets, which does not depend on the paths.
+        digest: Hash of the lines and the subset names, which does not depend on the paths.
         count: Number of items in the run.
     """
 
@@ -179,11 +174,7 @@ def open_items(
 ) -> ItemSource:
     """Finds the files of a source, counts their items and computes their digest.
 
-    Args:
-        source: A JSONL file, or a meta file.
-        image_root: See ``item_files``.
-        root_map: See ``item_files``.
-        limit: Takes only the first items.
+    ``limit`` takes only the first items of the source; the other arguments are those of ``item_files``.
     """
     files = item_files(source, image_root=image_root, root_map=root_map)
     digest, count = hashlib.blake2b(digest_size=16), 0
@@ -200,16 +191,16 @@ def open_items(
 def item_files(
     source: str | Path, *, image_root: str = "", root_map: Sequence[tuple[str, str]] = ()
 ) -> tuple[ItemFile, ...]:
-    """Returns the files of a source: the source itself, or the annotations of a meta file (.json) as in MMPR.
+    """Returns the files of a source: the source itself, or the files that a meta file (.json) lists as in MMPR.
 
     Args:
-        source: A JSONL file, or a meta file.
-        image_root: Folder that relative image paths start from; a meta file names its own roots.
-        root_map: Pairs of prefixes (old, new) that say where the folders in a meta file have moved.
+        source: Path of a JSONL file or a meta file.
+        image_root: Folder against which relative image paths are resolved; a meta file names a root for each file.
+        root_map: Pairs of path prefixes (old, new) for folders in a meta file that have moved.
 
     Raises:
         OSError: If the meta file cannot be read.
-        ValueError: If it is not a meta file, or if an argument does not fit the kind of the source.
+        ValueError: If the file is not a meta file, or if an argument does not fit the kind of the source.
     """
     if Path(source).suffix != ".json":
         if root_map:
@@ -241,7 +232,7 @@ def _is_path(image: object) -> bool:
 
 
 def _remembered_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
-    """Returns the subset and root that a line written by a pipeline remembers, if its images are absolute."""
+    """Returns the subset and root that a pipeline wrote into a line; (None, ``image_root``) if images lie elsewhere."""
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):
         return None, image_root

@@ -1,4 +1,4 @@
-"""The pairs of items, the summary of a run, and the files that a run writes."""
+"""The pairs of an item, the summary of a run, and the files that a run writes."""
 
 import collections
 import contextlib
@@ -17,13 +17,13 @@ from mpo_ext.journal import encode_line
 
 @dataclasses.dataclass(slots=True)
 class ItemResult:
-    """The lines that a pipeline makes from the samples of an item, and the reasons for what it skipped.
+    """The output lines that a pipeline makes from the samples of an item, and the reasons for skipped samples.
 
     Attributes:
-        lines: Lines for the outputs, each with the name of the output.
-        skipped: Number of skips by reason: skipped samples, and the item if it is skipped as a whole.
+        lines: Name of the output and content of each line.
+        skipped: Number of skips by reason, for single samples and for the item as a whole.
         is_skipped: Whether the item is skipped as a whole.
-        notes: Remarks about the lines, with their number.
+        notes: Number of lines by remark.
         tokens: Number of generated tokens.
     """
 
@@ -42,18 +42,16 @@ class ItemResult:
 
 @dataclasses.dataclass(slots=True)
 class Summary:
-    """The numbers of a run; they do not depend on interruptions.
+    """The numbers of a run, which do not depend on interruptions.
 
     Attributes:
-        items: Number of items.
         records: Number of samples.
-        generated_tokens: Number of generated tokens.
         lines: Number of lines by output.
-        chosen_chars: Characters of all chosen responses.
-        rejected_chars: Characters of all rejected responses.
+        chosen_chars: Number of characters in all chosen responses.
+        rejected_chars: Number of characters in all rejected responses.
         skipped: Number of skipped items and samples by reason.
         skipped_items: Number of items skipped as a whole.
-        notes: Remarks about the pairs, with their number.
+        notes: Number of pairs by remark.
     """
 
     items: int = 0
@@ -77,7 +75,7 @@ class Summary:
         return sum(count for name, count in self.lines.items() if name != "unsolved")
 
     def add(self, result: ItemResult, records: int) -> None:
-        """Adds the result of an item with ``records`` samples."""
+        """Adds the result of an item that has ``records`` samples."""
         self.items += 1
         self.records += records
         self.generated_tokens += result.tokens
@@ -95,7 +93,7 @@ class Summary:
         return f"{self.pairs} pairs, {self.skipped_items} items without a pair, {self.skipped_samples} samples skipped"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the numbers in the form of ``summary.json``."""
+        """Returns the content of ``summary.json``."""
         pairs = max(self.pairs, 1)
         return {
             "items": self.items,
@@ -126,20 +124,16 @@ class Summary:
 
 
 class PairOutputs:
-    """Writes the outputs and the summary of a run; they replace older files only when the block ends without an error.
+    """Writes the outputs and the summary of a run; older files are replaced only if the block ends without an error.
 
-    Journals and ``unsolved``, which is an input for another run, keep image paths as the input names them. In the
-    files of pairs, relative image paths start at the folder of the file, where every reader of pairs expects them.
-
-    Args:
-        names: Names of the outputs.
-        out: Folder of the run.
+    In the files of pairs, relative image paths start at the folder of the file, where every reader of pairs expects
+    them. Journals and ``unsolved``, which is an input for another run, keep image paths as the input gives them.
     """
 
     def __init__(self, names: Sequence[str], out: Path) -> None:
         self.names, self.out = names, out
         self.summary = Summary(lines=dict.fromkeys(names, 0))
-        self._folder = os.path.realpath(out)  # ".." in a path leads out of the real folder, not out of a link to it
+        self._folder = os.path.realpath(out)  # ".." after a link to a folder leads to the parent of the real folder
         self._files: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
 
@@ -156,7 +150,7 @@ class PairOutputs:
         self._stack.__exit__(kind, error, trace)
 
     def add(self, item: Item, result: ItemResult, records: int) -> None:
-        """Writes the lines of an item with ``records`` samples."""
+        """Writes the output lines of an item that has ``records`` samples."""
         self.summary.add(result, records)
         for name, line in result.lines:
             if line.get("images"):
@@ -164,7 +158,7 @@ class PairOutputs:
             self._files[name].write(encode_line(line))
 
     def _relative_path(self, image: str, root: str) -> str:
-        """Returns the path of an image relative to the folder of the outputs; absolute paths and URLs stay."""
+        """Returns an image path relative to the folder of the outputs; returns absolute paths and URLs unchanged."""
         if os.path.isabs(image) or find_url(image):
             return image
         path = os.path.relpath(os.path.abspath(os.path.join(root, image)), self._folder)

@@ -9,12 +9,9 @@ _INTERVAL_S = 30.0
 
 
 class SamplingProgress:
-    """Shows the number of finished items: a bar on a terminal, elsewhere a line every 30 seconds.
+    """Shows the number of finished items, as a bar on a terminal and elsewhere as a line every 30 seconds.
 
-    Args:
-        name: Text before the numbers.
-        total: Number of items.
-        stream: Output, for example ``sys.stderr``; None disables the display.
+    ``name`` is a label before the numbers. If ``stream`` is None, the display is disabled.
     """
 
     def __init__(self, name: str, total: int, stream: TextIO | None) -> None:
@@ -36,7 +33,7 @@ class SamplingProgress:
         self._exit.close()
 
     def advance(self, counts: str) -> None:
-        """Counts one more finished item and shows ``counts`` beside the numbers."""
+        """Adds 1 to the number of finished items and shows ``counts`` beside the number."""
         self.done += 1
         self._show(counts)
 

@@ -23,7 +23,6 @@ class PromptTemplate:
     """The text around a question.
 
     Attributes:
-        name: Name of the template.
         text: The prompt, with the field ``{question}`` and optionally ``{options}``.
         answer_style: Style with which ``extract_answer`` extracts the answer that the text asks for.
     """
@@ -57,7 +56,7 @@ class PromptTemplate:
             )
 
 
-# Journals of evaluations hold these texts, so a change makes them other prompts.
+# Journals record these texts, so an evaluation cannot resume after a text has changed.
 _FINAL_ANSWER = (
     "Close with a line of its own that reads "  # words: ignore
     '"Final answer: <answer>" and holds nothing but the answer.'  # words: ignore
@@ -103,12 +102,7 @@ TEMPLATES: dict[str, PromptTemplate] = {
 
 
 def get_template(name: str, templates: Mapping[str, PromptTemplate] = TEMPLATES) -> PromptTemplate:
-    """Returns the template with a name.
-
-    Args:
-        name: The name.
-        templates: The built-in templates, or the result of ``load_templates``.
-    """
+    """Returns the template with a name, from the built-in templates or from the result of ``load_templates``."""
     check_choice("template", name, templates)
     return templates[name]
 
@@ -116,9 +110,8 @@ def get_template(name: str, templates: Mapping[str, PromptTemplate] = TEMPLATES)
 def load_templates(path: str | Path) -> dict[str, PromptTemplate]:
     """Reads templates from a file and returns them together with the built-in templates.
 
-    Args:
-        path: A YAML or JSON file that maps names to ``text`` and ``answer_style``. An entry with the name of a
-            built-in template may give only one of the two and keeps the other.
+    The YAML or JSON file maps names to ``text`` and ``answer_style``. An entry with the name of a built-in template
+    may set only one of the two settings; the other setting keeps the built-in value.
 
     Raises:
         ValueError: If the file does not hold such a mapping. The message names the file and the template.
@@ -170,13 +163,10 @@ def _read(path: Path) -> Any:
 
 
 def render(template: PromptTemplate, question: str, options: Sequence[str] | Mapping[str, str] | None = None) -> str:
-    """Returns the prompt of a question.
+    """Returns the prompt of a question, which is inserted into the template unchanged, even if it holds braces.
 
-    Args:
-        template: The template.
-        question: The question. It is not changed, even if it holds braces.
-        options: Texts of the options in the order A, B, ..., or a mapping from letter to text. None removes the line
-            of ``{options}``: the question has no options, or its text shows them.
+    ``options`` holds the option texts in the order A, B, ..., or a mapping from letter to text. None removes the line
+    of ``{options}``, for a question that has no options or shows the options itself.
     """
     if not isinstance(question, str):
         raise TypeError(f"question for template {template.name!r} must be a string, got {question!r}")

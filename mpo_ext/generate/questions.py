@@ -1,4 +1,4 @@
-"""Asks each question several times, and scores the answers: used by ``Correctness`` and by the evaluation."""
+"""Asks each question several times and scores the answers; used by ``Correctness`` and by the evaluation."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,12 @@ _MAX_KNOWN_VERDICTS = 1 << 16
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class QuestionSampler:
-    """Draws several responses to each question.
+    """Samples several responses to each question.
 
     Attributes:
         name: Name of the pipeline; the seeds of the requests depend on it.
         samples: Number of responses per question.
-        sampling: How the tokens are drawn.
-        seed: Seed of all draws.
-        template: Template that the questions are put in; None asks them unchanged.
+        template: Template of the prompts; None asks the questions without a template.
     """
 
     name: str
@@ -31,21 +29,19 @@ class QuestionSampler:
     template: PromptTemplate | None = None
 
     def keys(self, item: Item) -> list[str]:
-        """Returns the names of the records of an item, in order."""
         return [f"{item.digest}-{sample}" for sample in range(self.samples)]
 
     def prompt(self, item: Item) -> str:
-        """Returns the question as the model sees it, before the chat template."""
+        """Returns the question as the model sees it, before the chat template is applied."""
         if self.template is None:
             return item.question
         return render(self.template, item.question, item.extra.get("options"))
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Asks the questions.
+        """Asks the questions and returns a list of records for each item.
 
-        Returns:
-            A list of records for each item. A record has ``key``, ``text``, ``finish`` and ``tokens``, or ``key`` and
-            ``problem`` if the item cannot be used.
+        A record has ``key``, ``text``, ``finish`` and ``tokens``, or ``key`` and ``problem`` if the item cannot be
+        used.
         """
         problems: dict[int, str] = {}
         requests: list[Request] = []
@@ -92,13 +88,9 @@ class AnswerScorer:
     """Extracts the answer from a response and compares it with the true answers.
 
     Args:
-        matcher_options: Kind of the matcher, and its options.
-        style: How the answer stands in a response, see ``extract_answer``; None takes the style of the template.
-        template: Template of the questions; without a template the style defaults to "final_answer".
-
-    Attributes:
-        matcher: The matcher.
-        style: The style.
+        matcher_options: Kind and options of the matcher.
+        style: Form of the answer in a response, see ``extract_answer``; None: the style of the template.
+        template: Template of the questions; without a template, the style defaults to "final_answer".
     """
 
     def __init__(
@@ -114,7 +106,7 @@ class AnswerScorer:
         answer = extract_answer(text, self.style)
         if answer is None:
             return None, None
-        # Samples often agree, journals are read more than once, and some matchers are slow.
+        # Verdicts are cached: samples often agree, journals are read more than once, and some matchers are slow.
         verdict = self._verdicts.get((truths, answer))
         if verdict is None:
             if len(self._verdicts) >= _MAX_KNOWN_VERDICTS:

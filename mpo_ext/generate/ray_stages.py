@@ -1,7 +1,7 @@
 """Runs a pipeline as a stage of Ray Data: each actor holds an engine, and the driver keeps the journal.
 
-The driver reads the items that are not finished yet into memory, sends out the blocks that the journal lacks, and
-appends the results in the order of the input. A run with Ray resumes like any other run and gives the same outputs.
+The driver reads the unfinished items into memory, sends out the blocks that the journal lacks, and appends the results
+in the order of the input. A run with Ray resumes like any other run and gives the same outputs.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from mpo_ext.generate.sampler import Pipeline, blocks, open_journal
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RemoteEngine:
-    """An engine that each worker makes for itself.
+    """An engine that is created separately in each worker.
 
     Attributes:
-        make: Makes the engine; called once in each worker.
+        make: Creates the engine; called once in each worker.
         name: Name of the model.
-        settings: Result of the engine's ``settings()``; the driver has no engine to ask.
+        settings: Result of the engine's ``settings()``, given here because the driver has no engine.
     """
 
     make: Callable[[], Engine]
@@ -49,20 +49,20 @@ def run(
     root_map: Sequence[tuple[str, str]] = (),
     stream: TextIO | None = None,
 ) -> Summary | None:
-    """Does the same as ``runner.run``, on the machines of a Ray cluster.
+    """Runs a pipeline like ``runner.run``, but on the machines of a Ray cluster.
 
     Args:
         pipeline: ``DropoutNTP`` or ``Correctness``.
-        engine: The engine of the workers.
-        source: JSONL file of items, or a meta file that lists such files; the driver reads them.
-        out: Folder of the run; the driver writes it.
+        engine: Engine of the workers.
+        source: JSONL file of items, or a meta file that lists such files; only the driver reads it.
+        out: Folder of the run; only the driver writes to it.
         workers: Number of workers.
         gpus_per_worker: Number of GPUs of each worker.
         block_size: Number of samples to request from a worker at a time.
-        limit: Takes only the first items.
-        image_root: Folder that relative image paths start from, the same on every machine. A meta file names its own
-            roots.
-        root_map: Pairs of prefixes (old, new) that say where the folders in a meta file have moved.
+        limit: Maximum number of items, taken from the beginning; None: all items.
+        image_root: Folder against which relative image paths are resolved, the same on every machine. A meta file
+            names a root for each file.
+        root_map: Pairs of path prefixes (old, new) for folders in a meta file that have moved.
         stream: Output of the progress display; None disables the display.
 
     Raises:
@@ -113,8 +113,6 @@ def run(
 
 
 class _Worker:
-    """Holds the engine of a worker."""
-
     def __init__(self, pipeline: Pipeline, make_engine: Callable[[], Engine]) -> None:
         self.pipeline = pipeline
         self.engine = make_engine()

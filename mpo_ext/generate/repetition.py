@@ -13,8 +13,8 @@ _UNIT = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\S")
 def is_degenerate(text: str) -> bool:
     """Returns whether a response repeats itself.
 
-    It does if it ends with a passage at least 5 times in a row (at least 60 characters in total), or if more than half
-    of its sequences of 6 words (or ideographs) are repetitions.
+    A response repeats itself if it ends with the same passage at least 5 times in a row (at least 60 characters in
+    total), or if it has at least 60 sequences of 6 words (or ideographs), of which more than half are repetitions.
     """
     for period in range(1, min(_PERIODS, len(text) // _LEAST_REPEATS) + 1):
         needed = max(_LEAST_REPEATS * period, _LEAST_REPEATED_CHARS)

@@ -1,8 +1,8 @@
-"""Runs a pipeline over a file of items; a kill at any moment costs at most the block being generated.
+"""Runs a pipeline over a file of items; a kill at any moment loses at most the block that is being generated.
 
 The processes of a run fill their journals (``mpo_ext.generate.sampler``). The first process that finds all journals
-complete turns them into the outputs, in the order of the input. That step draws nothing, so the outputs depend only on
-the journals.
+complete converts them into the outputs, in the order of the input. The conversion draws no random numbers, so the
+outputs depend only on the journals.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ _CHECKED_ITEMS = 100
 
 
 class PairPipeline(Pipeline, Protocol):
-    """A way to make pairs: ``sample`` asks the engine; ``make_pairs`` draws nothing and needs no engine."""
+    """A pipeline that makes pairs. ``sample`` calls the engine; ``make_pairs`` draws nothing and needs no engine."""
 
     needs_truths: bool
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs; each is a file of lines."""
+        """Names of the outputs; each output is a file of lines."""
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Turns the records of an item into pairs."""
+        """Makes pairs from the records of an item."""
 
 
 def run(
@@ -57,19 +57,20 @@ def run(
     fsync_s: float = 5.0,
     stream: TextIO | None = None,
 ) -> Summary | None:
-    """Samples the records that are still missing, and writes the outputs when all records are there.
+    """Samples the missing records, and writes the outputs when all records exist.
 
     Args:
         pipeline: ``DropoutNTP`` or ``Correctness``.
-        engine: Answers the requests.
+        engine: Engine that answers the requests.
         source: JSONL file of items, or a meta file (.json) that lists such files, in the format of MMPR's prompts.
         out: Folder of the run.
-        block_size: Number of samples to request at a time, and the largest number that a kill can cost.
-        limit: Takes only the first items; a later run may take more.
-        image_root: Folder that relative image paths start from; a meta file names its own roots.
-        root_map: Pairs of prefixes (old, new) that say where the folders in a meta file have moved.
-        rank: Rank of this process; it takes every item whose position modulo ``world_size`` is the rank.
-        world_size: Number of processes. They need not run at the same time.
+        block_size: Number of samples to request at a time, but at least all samples of an item. A kill loses at most
+            these samples.
+        limit: Maximum number of items, taken from the beginning; None: all items. A later run may take more.
+        image_root: Folder against which relative image paths are resolved; a meta file names a root for each file.
+        root_map: Pairs of path prefixes (old, new) for folders in a meta file that have moved.
+        rank: Rank of this process, which takes every item whose position modulo ``world_size`` is the rank.
+        world_size: Number of processes, which need not run at the same time.
         fsync_s: Seconds between two syncs of the journal to disk.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
 
@@ -89,7 +90,7 @@ def run(
     ranks = {"rank": rank, "world_size": world_size}
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(open_journal(pipeline, engine.settings(), items, out, fsync_s=fsync_s, **ranks))
-        # A single process passes every record on its way, so it writes the outputs at the same time.
+        # A single process sees every record, so it writes the outputs while it samples.
         outputs = stack.enter_context(PairOutputs(pipeline.outputs, out)) if world_size == 1 else None
         total = len(range(rank, items.count, world_size))
         progress = stack.enter_context(SamplingProgress(pipeline.name, total, stream))
@@ -108,17 +109,12 @@ def run(
 def write_outputs(
     pipeline: PairPipeline, source: ItemSource, out: Path, *, world_size: int = 1, model: str = ""
 ) -> Summary | None:
-    """Turns complete journals into the outputs: a file ``<name>.jsonl`` for each output, and ``summary.json``.
+    """Converts complete journals into the outputs: a file ``<name>.jsonl`` for each output, and ``summary.json``.
 
-    Args:
-        pipeline: The pipeline that wrote the journals.
-        source: The items.
-        out: Folder of the run.
-        world_size: Number of journals.
-        model: Name of the model, for the provenance.
+    ``world_size`` is the number of journals, and ``model`` the name of the model for the provenance of the pairs.
 
     Returns:
-        The numbers of the run; None if a record is missing, and then nothing is written.
+        The numbers of the run; None if a record is missing, in which case no file is written.
     """
     with contextlib.suppress(IncompleteRunError):
         samples = read_samples(pipeline, source, out, world_size=world_size)
@@ -140,17 +136,11 @@ def check_run(
 ) -> None:
     """Raises the errors that ``run`` would raise, without a model.
 
-    Args:
-        pipeline: See ``run``.
-        source: See ``run``. At least one of its first lines must hold a usable item.
-        out: See ``run``.
-        image_root: See ``run``.
-        root_map: See ``run``.
-        world_size: See ``run``.
+    The arguments are those of ``run``. At least one of the first 100 lines of the source must hold a usable item.
 
     Raises:
-        OSError: If a file is missing or the folder cannot be written.
-        ValueError: If no line holds an item, or an argument does not fit.
+        OSError: If a file is missing or the folder is not writable.
+        ValueError: If these lines hold no usable item, or if an argument is not valid.
     """
     if not Path(source).exists():
         raise FileNotFoundError(f"source must exist, got {source}")

@@ -1,10 +1,11 @@
-"""Samples the records of items into journals, and reads them back. Pipelines and the evaluation stand on it.
+"""Samples the records of items into journals and reads them back, for the pipelines and the evaluation.
 
-A run has a folder. Each process of the run takes every n-th item and appends its records to a separate journal
-(``mpo_ext.journal``), in the order of the input. Memory does not grow with the number of items.
+Each process of a run takes every item whose position modulo the number of processes is its rank, and appends the
+records to a separate journal (``mpo_ext.journal``), in the order of the input. Memory does not grow with the number of
+items.
 
-Items go through the engine in blocks. The bounds of a block depend only on the input and the block size. A block
-that a kill left incomplete is generated again as a whole, with the same arithmetic; only the missing records are
+Items go through the engine in blocks. The bounds of a block depend only on the input and the block size. If a kill
+left a block incomplete, the whole block is generated again with the same arithmetic, and only the missing records are
 appended.
 """
 
@@ -20,7 +21,7 @@ from mpo_ext.journal import Journal, read_header, read_records
 
 
 class Pipeline(Protocol):
-    """Asks an engine about items: the part of a pipeline that fills the journals."""
+    """The part of a pipeline that fills the journals."""
 
     name: str
 
@@ -31,15 +32,14 @@ class Pipeline(Protocol):
         """Returns the names of the records of an item, in order."""
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Returns the records of each item, with one record for each of its keys."""
+        """Returns the records of each item, with a record for each key of the item."""
 
 
 class IncompleteRunError(Exception):
-    """A journal does not hold all records yet: another process has not finished."""
+    """Raised if a journal does not hold all records yet because another process has not finished."""
 
 
 def journal_path(out: Path, rank: int, world_size: int) -> Path:
-    """Returns the path of a process's journal."""
     return out / f"journal-{rank:05d}-of-{world_size:05d}.jsonl"
 
 
@@ -63,14 +63,7 @@ def open_journal(
 ) -> Journal:
     """Returns the journal of a process, to be used as a context manager.
 
-    Args:
-        pipeline: The pipeline.
-        engine_settings: Result of the engine's ``settings()``.
-        source: The items.
-        out: Folder of the run.
-        rank: Rank of this process.
-        world_size: Number of processes.
-        fsync_s: Seconds between two syncs of the journal to disk.
+    ``engine_settings`` is the result of the engine's ``settings()``; ``out`` is the folder of the run.
 
     Raises:
         ValueError: If the rank is out of range, or the run was started with another number of processes.
@@ -101,14 +94,7 @@ def sample_items(
 ) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
     """Yields each item of this process with its records, and samples the records that the journal lacks.
 
-    Args:
-        pipeline: The pipeline.
-        engine: Answers the requests.
-        source: The items.
-        journal: The open journal of this process.
-        block_size: Number of samples to request at a time, and the largest number that a kill can cost.
-        rank: Rank of this process; it takes every item whose position modulo ``world_size`` is the rank.
-        world_size: Number of processes.
+    ``block_size``, ``rank`` and ``world_size`` have the same meaning as in ``runner.run``.
 
     Raises:
         ValueError: If the journal does not fit the input.
@@ -134,17 +120,11 @@ def sample_items(
 def read_samples(
     pipeline: Pipeline, source: ItemSource, out: Path, *, world_size: int = 1
 ) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
-    """Returns an iterator over all items with their records, in the order of the input, from all journals of a run.
-
-    Args:
-        pipeline: The pipeline that wrote the journals.
-        source: The items.
-        out: Folder of the run.
-        world_size: Number of journals.
+    """Returns an iterator that merges all journals of a run: each item with its records, in the order of the input.
 
     Raises:
-        IncompleteRunError: If a journal or a record is missing. A missing record raises during the iteration.
-        ValueError: If a journal does not fit the input; this raises during the iteration, too.
+        IncompleteRunError: If a journal is missing (raised at once) or lacks a record (raised during iteration).
+        ValueError: If a journal does not fit the input (raised during iteration).
     """
     paths = [journal_path(out, rank, world_size) for rank in range(world_size)]
     if not all(path.exists() and read_header(path) is not None for path in paths):
@@ -164,7 +144,7 @@ def read_samples(
 
 
 def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterator[list[Item]]:
-    """Yields the items in blocks of about ``block_size`` samples, and at least one item."""
+    """Yields the items in blocks of about ``block_size`` samples; a block holds at least one item."""
     check_integer("block_size", block_size, least=1)
     size = max(1, block_size // max(1, len(pipeline.keys(Item()))))
     items = iter(items)
@@ -173,7 +153,7 @@ def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterat
 
 
 def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the next records of a journal, at most one per key, and checks that they have these keys."""
+    """Yields the next record of a journal for each key, as long as records exist, and checks that the keys match."""
     for key in keys:
         record = next(records, None)
         if record is None:

@@ -1,4 +1,4 @@
-"""The engine over transformers. Each row of a batch draws with a separate seed."""
+"""The engine that uses transformers. Each row of a batch is drawn with a separate seed."""
 
 import math
 import os
@@ -19,11 +19,11 @@ def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig)
 
     Args:
         scores: ``[B, V]`` logits.
-        uniforms: ``[B]`` float64 in [0, 1).
+        uniforms: ``[B]`` float64 random numbers in [0, 1).
         sampling: Settings for drawing tokens.
 
     Returns:
-        ``[B]`` int64.
+        ``[B]`` int64 token ids.
 
     Raises:
         FloatingPointError: If the distribution of a row is not finite.
@@ -51,7 +51,7 @@ def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig)
 
 
 class SeededDraw:
-    """A logits processor that leaves a single token possible: the token that the generator of the row draws."""
+    """A logits processor that draws each row's token with the row's random generator and masks all other tokens."""
 
     def __init__(self, seeds: Sequence[int], sampling: SamplingConfig) -> None:
         self.generators = [random.Random(seed) for seed in seeds]
@@ -69,12 +69,12 @@ class TransformersEngine:
     """Runs a Hugging Face causal or image-text-to-text model, in left-padded batches, with a KV cache.
 
     Args:
-        model: The model; it is put into evaluation mode.
-        processor: The processor of the model, or the tokenizer of a text model. Without a chat template a prompt is
-            the question and a newline.
-        name: Name of the model, for the records; None takes the name in the model's config.
+        model: The model, which is put into evaluation mode.
+        processor: Processor of the model, or the tokenizer of a text model. Without a chat template, a prompt is the
+            question and a newline.
+        name: Name of the model in the records; None: the name in the model's config.
         batch_size: Number of prompts per batch. Prompts of similar lengths are batched together.
-        chat_template: Replaces the chat template of the processor.
+        chat_template: Chat template to use instead of the processor's; None: the chat template of the processor.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class TransformersEngine:
             name: Folder or name of the model. A model with images must be in the transformers format (for InternVL the
                 ``-hf`` checkpoints).
             dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
-            device: Device to run on; None takes the GPU of this process, or the CPU without a GPU.
+            device: Device of the model; None: the GPU of this process, or the CPU without a GPU.
             batch_size: See the class.
             chat_template: See the class.
             **options: Passed to ``from_pretrained``, for example ``revision`` or ``gguf_file``.
@@ -150,7 +150,7 @@ class TransformersEngine:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Returns the text of token ids, including special tokens: some models write boxes with them."""
+        """Returns the text of token ids, including special tokens, with which some models write boxes."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def prompt(self, request: Request) -> str:
@@ -187,7 +187,7 @@ class TransformersEngine:
         return Generation(tuple(ids), self.decode(ids), "length" if end is None else "stop")
 
     def _generation_config(self, sampling: SamplingConfig) -> Any:
-        """Returns greedy search with the model's end tokens and suppressed tokens; ``SeededDraw`` draws."""
+        """Returns a config for greedy search with the model's end and suppressed tokens; ``SeededDraw`` draws tokens."""
         from transformers import GenerationConfig
 
         model_config = self.model.generation_config
@@ -203,7 +203,7 @@ class TransformersEngine:
         )
 
     def _inputs(self, requests: Sequence[Request], prompts: Sequence[str]) -> dict[str, Any]:
-        """Returns the inputs of the model. Each row is a prompt with its prefix, padded on the left."""
+        """Returns the inputs of the model. Each row is a prompt and its prefix, padded on the left."""
         import torch
 
         special = {"add_special_tokens": lacks_special_tokens(self.tokenizer, prompts[0])}
@@ -240,7 +240,7 @@ class TransformersEngine:
 
 
 def _batches(requests: Sequence[Request], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yields the rows of each batch: the same settings and number of images, and similar lengths."""
+    """Yields the rows of each batch, which have equal settings, equal numbers of images and similar lengths."""
     groups: dict[tuple[SamplingConfig, int], list[int]] = {}
     for row, request in enumerate(requests):
         groups.setdefault((request.sampling, len(request.images)), []).append(row)

@@ -1,4 +1,4 @@
-"""The engine over vLLM."""
+"""The engine that uses vLLM."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -69,7 +69,7 @@ class VLLMEngine:
         return prompt
 
     def _generation(self, completion: Any) -> Generation:
-        """Converts a completion, without the end token that vLLM leaves in the ids."""
+        """Converts a completion and removes the end token that vLLM leaves in the ids."""
         ids = list(completion.token_ids)
         is_length = completion.finish_reason == "length"
         if not is_length and ids and ids[-1] in {self.tokenizer.eos_token_id, completion.stop_reason}:
