@@ -24,7 +24,7 @@ _MISSING = "(absent)"
 
 
 class SettingsMismatchError(LinesError):
-    """Raised if the settings in a journal differ from the settings with which it is opened.
+    """Raised if the settings in a journal differ from the settings with which the journal is opened.
 
     Attributes:
         differences: Name, value in the file and requested value of each setting that differs.

@@ -35,8 +35,7 @@ class Matcher(abc.ABC):
         """Compares an answer with the truth, or with each of several truths, and returns the best verdict.
 
         Args:
-            prediction: The extracted answer. None, the result of ``extract_answer`` for an unreadable answer, is a
-                TypeError.
+            prediction: The extracted answer. None, which stands for an unreadable answer, raises a TypeError.
             truth: The true answer, or a list of answers that are all right.
         """
         truths = self._check(prediction, truth)

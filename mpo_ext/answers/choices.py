@@ -19,11 +19,10 @@ _LETTER_AND_TEXT = re.compile(r"(?:[(\[]([A-Za-z])[)\]]\s*[.:]?|([A-Za-z])\s*[).
 class ChoiceMatcher(Matcher):
     """Compares multiple-choice answers by the letter, in any of its usual forms, or by the text of the option.
 
-    A letter beside the text of another option ("B. Paris" if Paris is C) is not read as a letter.
+    An answer with a letter and the text of another option ("B. Paris" if Paris is C) selects no option.
 
     Attributes:
-        options: Option texts in the order A, B, ..., or a mapping from letter to text; None if the options are
-            unknown.
+        options: Option texts in the order A, B, ..., or a mapping from letter to text; None if they are unknown.
     """
 
     kind: ClassVar[str] = "choice"
@@ -69,8 +68,7 @@ def _option_text(text: str) -> str:
 def _read_choice(answer: str, texts: Mapping[str, str]) -> tuple[str | None, str]:
     """Returns the letter of the option that an answer names, or None, and the normalized text of the answer.
 
-    A letter counts if it stands alone, in brackets, or before a period, bracket or colon: "A cat" begins with an
-    article.
+    A letter stands alone, in brackets, or before a period, bracket or colon. The "A" in "A cat" is an article.
     """
     answer = clean_answer(answer.translate(TO_ASCII))
     whole = _option_text(answer)

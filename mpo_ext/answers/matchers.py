@@ -79,7 +79,7 @@ class AnyMatcher(Matcher):
         object.__setattr__(self, "matchers", tuple(map(_build, self.matchers)))
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Calls each matcher with all truths; returns the first accepting verdict, or else the best-scoring verdict."""
+        """Calls each matcher with all truths; returns the first accepting verdict, or else the best verdict by score."""
         best: Verdict | None = None
         for rule in cast(Sequence[Matcher], self.matchers):
             verdict = rule(prediction, truth)
@@ -145,7 +145,7 @@ def matcher(kind: str, **options: Any) -> Matcher:
 
 
 def is_same_answer(first: str | None, second: str | None, matcher: Matcher) -> bool:
-    """Returns whether two answers are equal up to case and spaces, or match each other in at least one order.
+    """Returns whether two answers are equal up to case and spaces, or are accepted by the matcher in either order.
 
     An unreadable answer (None) differs from every answer, including another unreadable answer and the text "None".
     """

@@ -97,7 +97,7 @@ def _to_float(value: Fraction) -> float:
 class NumberMatcher(Matcher):
     """Compares numbers with a tolerance, and other answers as text without regard to case.
 
-    An answer is correct if ``|prediction - truth| <= max(absolute, relative * |truth|)``. If both numbers have a unit
+    A number is correct if ``|prediction - truth| <= max(absolute, relative * |truth|)``. If both numbers have a unit
     or a currency, the two units must be the same.
 
     Attributes:
@@ -105,8 +105,8 @@ class NumberMatcher(Matcher):
         absolute: Absolute tolerance, which decides if the truth is 0.
         percent: "ignore" drops the percent sign, "ratio" reads 5% as 0.05, "keep" reads the sign as a unit that both
             numbers or neither number must have.
-        degrees: Whether a degree sign or the word "degrees" may follow the number.
-        units: Further units that may follow the number, or "any".
+        degrees: Whether a degree sign or the word "degree", "degrees" or "deg" may follow the number.
+        units: Further units that may follow the number; "any" accepts any one or two words.
     """
 
     kind: ClassVar[str] = "number"

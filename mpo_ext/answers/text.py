@@ -13,11 +13,7 @@ from mpo_ext.checks import check_number, install_hint
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExactMatcher(Matcher):
-    """Compares texts exactly, apart from leading and trailing spaces.
-
-    Attributes:
-        ignore_case: Whether "Red" matches "red".
-    """
+    """Compares texts exactly, apart from surrounding spaces and, with ``ignore_case``, apart from case."""
 
     kind: ClassVar[str] = "exact"
     ignore_case: bool = False

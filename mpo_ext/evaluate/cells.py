@@ -17,7 +17,7 @@ from mpo_ext.generate.sampler import open_journal, read_samples, sample_items
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationRun:
-    """Settings of a process of an evaluation that do not change the results.
+    """Settings of an evaluation's process that do not change the results.
 
     Attributes:
         block_size: Number of responses to request at a time, but at least all responses to a question. A kill loses at
@@ -92,11 +92,7 @@ class Cell:
                 progress.advance(counts + (f", {skipped} skipped" if skipped else ""))
 
     def read(self, world_size: int) -> Iterator[tuple[Item, str | None, list[ScoredResponse]]]:
-        """Yields each item, the reason why it was not asked (or None), and its scored responses, from all journals.
-
-        Raises:
-            IncompleteRunError: If a process has not finished yet.
-        """
+        """Yields each item, the reason why it was not asked (or None), and its scored responses, from all journals."""
         for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
             yield item, *self.evaluation.score(item, records)
 

@@ -25,10 +25,8 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
 
     Columns: index, question, the options, all scalar fields of the item, answer, prediction (the whole response), and
     two columns of ours, ``extracted`` and ``hit``. ``index`` is the item's field of that name, or else the item's
-    position. ``task`` names the data and the prompt. ``columns`` is the result of ``vlmevalkit_columns``.
-
-    Yields:
-        A function that adds a question.
+    position. ``task`` names the data and the prompt. ``columns`` is the result of ``vlmevalkit_columns``. The context
+    manager yields a function that adds a question.
     """
     with contextlib.ExitStack() as stack:
         tables = []

@@ -16,12 +16,7 @@ _MAX_NAMES = 8  # maximum number of file names in an error message
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelSource:
-    """The location of a model.
-
-    Attributes:
-        path: Folder or hub name of a whole model.
-        adapter: Folder of LoRA adapters to merge into the model; None: the model has no adapters.
-    """
+    """The location of a model: ``path`` is a folder or hub name, ``adapter`` a folder of LoRA adapters to merge."""
 
     path: str
     adapter: str | None = None

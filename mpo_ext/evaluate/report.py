@@ -34,9 +34,9 @@ def write_reports(
 ) -> list[str]:
     """Writes ``table.md``, ``accuracy.png``, ``accuracy.svg`` and ``failures.html``, and returns warnings.
 
-    A warning says which report is left out because a package is missing. ``results`` is the content of
-    ``results.json``. The page of failures shows at most ``limit`` questions; if more questions failed, ``seed``
-    determines the draw.
+    A warning names a report that is left out because a package is missing. ``results`` is the content of
+    ``results.json``. The page shows at most ``limit`` questions; if more questions failed, they are drawn at random
+    with ``seed``.
     """
     with atomic_write(out / "table.md") as file:
         file.write(markdown_report(results).encode())

@@ -25,8 +25,7 @@ def compute_results(
 ) -> dict[str, Any]:
     """Returns all numbers of an evaluation, as JSON values.
 
-    ``limit`` is the maximum number of questions per file (None: all), and ``engines`` holds each model's engine
-    settings.
+    ``limit`` is the maximum number of questions per file (None: all); ``engines`` holds the engine settings by model.
     """
     scores = {cell.key: cell.scores for cell in cells}
     models = list(dict.fromkeys(cell.model for cell in cells))

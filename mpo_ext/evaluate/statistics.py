@@ -33,7 +33,7 @@ def wilson(fraction: float, count: int) -> tuple[float, float]:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Returns the unbiased estimate of pass@k (arXiv 2107.03374) from ``samples`` samples with ``right`` right samples.
+    """Returns the unbiased estimate of pass@k (arXiv 2107.03374) from ``right`` right samples among ``samples``.
 
     It is the probability that ``k`` samples, drawn without replacement, contain a right sample.
     """
@@ -45,8 +45,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def majority(answers: Sequence[str | None], is_same: Callable[[str, str], bool]) -> int | None:
     """Returns the index of the first sample with the most frequent answer, or None if no answer is readable.
 
-    Unreadable answers (None) do not count. If several answers are equally frequent, the earliest of these answers
-    wins.
+    Unreadable answers (None) do not count. Of several equally frequent answers, the earliest answer wins.
     """
     groups: dict[int, int] = {}
     known: dict[str, int] = {}
@@ -77,8 +76,7 @@ class Comparison:
     Attributes:
         questions: Number of questions that both models answered.
         difference: Accuracy of the second model minus accuracy of the first model; None without questions.
-        standard_error: Standard error of the difference, from the differences per question; None for fewer than 2
-            questions.
+        standard_error: Standard error of ``difference`` over the questions; None for fewer than 2 questions.
         gained: Number of questions on which the second model has more right samples.
         lost: Number of questions on which the first model has more right samples.
         p: Two-sided p-value; None if the questions do not determine it.

@@ -1,7 +1,6 @@
-"""Pairs right samples with wrong samples. Run by ``mpo_ext.generate.runner``.
+"""The correctness pipeline, which pairs right samples with wrong samples. Run by ``mpo_ext.generate.runner``.
 
-A hash of the seed and the responses decides which of the possible pairs are used, so the choice does not depend on the
-order of items or samples.
+A hash of the seed and the responses selects among the possible pairs, independently of the order of items or samples.
 """
 
 import collections
@@ -84,8 +83,8 @@ class Correctness:
     """The correctness pipeline; ``mpo_ext.generate.runner.run`` runs it.
 
     Outputs: ``pairs`` (right against wrong), ``format_pairs`` (right against unreadable) and ``unsolved`` (questions
-    without a right sample, as input for ``DropoutNTP``). If an unsolved question has no ``chosen`` response, one of
-    its wrong samples becomes the ``chosen`` response.
+    without a right sample, as input for ``DropoutNTP``). If an unsolved question has no ``chosen`` response, it gets
+    one of its wrong samples.
     """
 
     name = "correctness"

@@ -1,7 +1,7 @@
 """DropoutNTP: the model continues the beginning of a good response without the image. Run by ``generate.runner``.
 
 Prefix and continuation form the rejected response, which begins like the chosen response and goes wrong where it would
-need the image. They are joined as tokens and decoded together, so no space between them is lost.
+need the image. Their tokens are joined before decoding, so no space is lost between prefix and continuation.
 """
 
 import dataclasses
@@ -34,14 +34,13 @@ class DropoutNTPConfig:
         samples: Number of continuations per response.
         sampling: Settings for drawing tokens.
         seed: Seed of all draws.
-        sample_chosen: Whether the model first answers an item that has no chosen response, with the image, as in the
-            paper. False skips such items.
+        sample_chosen: Whether the model first answers items without a chosen response, with the image, as in the
+            paper; False skips these items.
         allow_truncated: Whether to use continuations that ``max_new_tokens`` cut off.
-        allow_wrong_chosen: Whether to use items whose chosen response is a wrong sample, as in the correctness
-            pipeline's ``unsolved.jsonl``. False skips such items.
+        allow_wrong_chosen: Whether to use items whose chosen response is a wrong sample, as in the ``unsolved.jsonl``
+            of the correctness pipeline; False skips these items.
         style: Form of the answer in a response, see ``extract_answer``; used for items that have a true answer.
-        matcher: Kind and options of the matcher that compares an answer with the truth; None: answers are not
-            compared.
+        matcher: Kind and options of the matcher that compares an answer with the truth; None compares no answers.
     """
 
     keep: float = 0.5

@@ -138,13 +138,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ItemFile:
-    """A file of items.
-
-    Attributes:
-        path: Path of a file with one JSON object per line.
-        image_root: Folder against which relative image paths are resolved.
-        subset: Name of the file in the meta file that lists it; None without a meta file.
-    """
+    """A JSONL file of items; ``subset`` is the name of the file in a meta file, or None without a meta file."""
 
     path: str
     image_root: str = ""
@@ -191,7 +185,7 @@ def open_items(
 def item_files(
     source: str | Path, *, image_root: str = "", root_map: Sequence[tuple[str, str]] = ()
 ) -> tuple[ItemFile, ...]:
-    """Returns the files of a source: the source itself, or the files that a meta file (.json) lists as in MMPR.
+    """Returns the files of a source: the source itself, or the files in a meta file (.json) as MMPR uses it.
 
     Args:
         source: Path of a JSONL file or a meta file.
@@ -232,7 +226,7 @@ def _is_path(image: object) -> bool:
 
 
 def _remembered_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
-    """Returns the subset and root that a pipeline wrote into a line; (None, ``image_root``) if images lie elsewhere."""
+    """Returns the subset and root that a pipeline wrote into a line, or (None, ``image_root``) for other images."""
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):
         return None, image_root

@@ -20,12 +20,7 @@ _FIELD = re.compile(r"(?<![\w\\])\{(\w+)\}")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PromptTemplate:
-    """The text around a question.
-
-    Attributes:
-        text: The prompt, with the field ``{question}`` and optionally ``{options}``.
-        answer_style: Style with which ``extract_answer`` extracts the answer that the text asks for.
-    """
+    """The text around a question; ``answer_style`` is the style with which ``extract_answer`` extracts the answer."""
 
     name: str
     text: str

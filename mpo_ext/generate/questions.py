@@ -40,8 +40,7 @@ class QuestionSampler:
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
         """Asks the questions and returns a list of records for each item.
 
-        A record has ``key``, ``text``, ``finish`` and ``tokens``, or ``key`` and ``problem`` if the item cannot be
-        used.
+        A record has ``key``, ``text``, ``finish`` and ``tokens``; if the item cannot be used, ``key`` and ``problem``.
         """
         problems: dict[int, str] = {}
         requests: list[Request] = []

@@ -111,10 +111,8 @@ def write_outputs(
 ) -> Summary | None:
     """Converts complete journals into the outputs: a file ``<name>.jsonl`` for each output, and ``summary.json``.
 
-    ``world_size`` is the number of journals, and ``model`` the name of the model for the provenance of the pairs.
-
-    Returns:
-        The numbers of the run; None if a record is missing, in which case no file is written.
+    Returns the numbers of the run, or None without writing a file if a record is missing. ``world_size`` is the number
+    of journals, and ``model`` the name of the model for the provenance of the pairs.
     """
     with contextlib.suppress(IncompleteRunError):
         samples = read_samples(pipeline, source, out, world_size=world_size)
@@ -140,7 +138,7 @@ def check_run(
 
     Raises:
         OSError: If a file is missing or the folder is not writable.
-        ValueError: If these lines hold no usable item, or if an argument is not valid.
+        ValueError: If these lines hold no usable item, or if an argument is invalid.
     """
     if not Path(source).exists():
         raise FileNotFoundError(f"source must exist, got {source}")

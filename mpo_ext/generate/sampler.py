@@ -1,12 +1,10 @@
 """Samples the records of items into journals and reads them back, for the pipelines and the evaluation.
 
 Each process of a run takes every item whose position modulo the number of processes is its rank, and appends the
-records to a separate journal (``mpo_ext.journal``), in the order of the input. Memory does not grow with the number of
-items.
+records to a separate journal (``mpo_ext.journal``) in input order. Memory does not grow with the number of items.
 
-Items go through the engine in blocks. The bounds of a block depend only on the input and the block size. If a kill
-left a block incomplete, the whole block is generated again with the same arithmetic, and only the missing records are
-appended.
+Items go through the engine in blocks, whose bounds depend only on the input and the block size. If a kill left a block
+incomplete, the whole block is generated again with the same arithmetic; only the missing records are appended.
 """
 
 import itertools

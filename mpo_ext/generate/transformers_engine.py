@@ -146,7 +146,6 @@ class TransformersEngine:
         return {"engine": "transformers", "model": self.name, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without special tokens around it."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -158,7 +157,6 @@ class TransformersEngine:
         return render_prompt(self.processor, request, self.chat_template)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Returns the continuation of each request, in the order of the requests."""
         prompts = [self.prompt(request) for request in requests]
         lengths = [
             len(self.tokenizer.encode(prompt, add_special_tokens=False)) + len(request.prefix_ids)
@@ -187,7 +185,7 @@ class TransformersEngine:
         return Generation(tuple(ids), self.decode(ids), "length" if end is None else "stop")
 
     def _generation_config(self, sampling: SamplingConfig) -> Any:
-        """Returns a config for greedy search with the model's end and suppressed tokens; ``SeededDraw`` draws tokens."""
+        """Returns a greedy config with the model's end and suppressed tokens; ``SeededDraw`` draws the tokens."""
         from transformers import GenerationConfig
 
         model_config = self.model.generation_config

@@ -31,19 +31,15 @@ class VLLMEngine:
         self.tokenizer = self.llm.get_tokenizer()
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that the generations depend on."""
         return {"engine": "vllm", "model": self.name, "dtype": str(self.options.get("dtype", "auto"))}
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without special tokens around it."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Returns the text of token ids, including special tokens."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Returns the continuation of each request, in the order of the requests."""
         prompts, params = [], []
         for request in requests:
             prompts.append(self._prompt(request))
