@@ -1,14 +1,14 @@
-"""Rates of machines, and the time that a stage of work takes on them: the base of ``mpo_ext.plan.roofline``.
+"""Rates of machines, and the time that a stage of work takes at these rates.
 
-A stage takes as long as its matrix products, its memory traffic or its arithmetic, whichever takes longest. On a CPU,
-page faults of fresh memory are added. The rates belong to the machine; they are the same for every method.
+A stage takes as long as the slowest of its matrix products, its memory traffic and its arithmetic. On a CPU, page
+faults of fresh memory are added. The rates belong to the machine and are the same for every method.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping
 
-#: Fractions of a GPU's peak rates that large kernels are assumed to reach. Not measured.
+#: Assumed (not measured) fractions of a GPU's peak rates that large kernels reach.
 BANDWIDTH_SHARE, PRODUCT_SHARE = 0.9, 0.7
 
 
@@ -17,14 +17,13 @@ class Stage:
     """A part of the work that does not overlap with any other part.
 
     Attributes:
-        name: Name of the part.
-        flop: Floating-point operations of its matrix products.
-        dtype: Dtype of the inputs of its matrix products.
-        moved: Bytes read and written.
-        kernel: Logits that our kernels process forward and backward; one direction counts half.
-        softmax: Logits that torch's softmax processes forward and backward; one direction counts half.
-        fresh: Bytes of small pages of fresh memory.
-        huge: Bytes of huge pages of fresh memory.
+        flop: Number of floating-point operations in the matrix products.
+        dtype: Dtype of the inputs of the matrix products.
+        moved: Number of bytes that are read and written.
+        kernel: Number of logits that our kernels process forward and backward; a logit in one direction counts 1/2.
+        softmax: The same number for torch's softmax.
+        fresh: Number of bytes of fresh memory in small pages.
+        huge: Number of bytes of fresh memory in huge pages.
     """
 
     name: str
@@ -42,16 +41,14 @@ class Machine:
     """Rates of a machine. A rate of ``inf`` means that the machine spends no time on this kind of work.
 
     Attributes:
-        name: Name in tables.
-        is_gpu: Whether methods run their GPU implementation.
+        is_gpu: Whether the methods' GPU implementations run.
         bandwidth: Bytes per second that are read from or written to memory already in use.
         matmul_rates: FLOP per second of large matrix products, by dtype.
-        kernel_rate: Logits per second of our kernels, forward and backward together, where memory is not the limit.
-        softmax_rate: Logits per second of torch's log_softmax and its backward together, in cache.
-        fresh: Bytes per second at which small pages of fresh memory become available; writing them is extra.
+        kernel_rate: Logits per second that our kernels process forward and backward, if memory is not the limit.
+        softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
+        fresh: Bytes per second at which fresh memory in small pages becomes available, without the time to write it.
         huge: The same rate for huge pages.
-        overhead: Seconds of a forward and backward of any size.
-        source: Origin of the rates.
+        overhead: Seconds that are added to each forward and backward, regardless of the size.
     """
 
     name: str
@@ -75,7 +72,7 @@ class Machine:
             raise ValueError(f"overhead must be finite and not negative, got {self.overhead}")
 
     def seconds(self, stage: Stage) -> float:
-        """Returns the time of a stage.
+        """Returns the seconds that a stage takes.
 
         Raises:
             ValueError: If the machine has no rate for the dtype of the stage's matrix products.
@@ -101,9 +98,8 @@ class DataSheet:
         matmul_rates: Peak dense FLOP per second, by dtype; the float32 rate is without tensor cores.
         multiprocessors: Number of multiprocessors.
         clock: Clock rate in hertz.
-        memory: Bytes of memory.
-        source: Name of the data sheet.
-        unconfirmed: Figures that none of the vendor's documents confirmed.
+        memory: Memory size in bytes.
+        unconfirmed: Names of the figures that none of the vendor's documents confirmed.
     """
 
     bandwidth: float
@@ -119,9 +115,8 @@ def _rates(half: float, float32: float) -> dict[str, float]:
     return {"float32": float32, "bfloat16": half, "float16": half}
 
 
-#: Dense figures: the data sheets of Hopper and Blackwell print the figures with sparsity, twice as large. The clocks
-#: are those at which the float32 lanes reach the printed float32 peak; the tensor cores of Hopper and Blackwell clock
-#: lower.
+#: Dense rates are half the rates with sparsity, which the data sheets of Hopper and Blackwell print. At the given
+#: clocks, the float32 lanes reach the printed float32 peak; tensor cores of Hopper and Blackwell have lower clocks.
 GPUS = {
     "A100": DataSheet(
         bandwidth=2.039e12, matmul_rates=_rates(312e12, 19.5e12), multiprocessors=108, clock=1.41e9, memory=80e9,
@@ -143,7 +138,7 @@ GPUS = {
 
 
 def gpu(name: str) -> Machine:
-    """Returns the machine of a data sheet, at ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of its peaks.
+    """Returns a machine of ``GPUS`` that reaches ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of its peak rates.
 
     Raises:
         ValueError: If ``GPUS`` does not contain the name.
@@ -151,25 +146,22 @@ def gpu(name: str) -> Machine:
     if name not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {name!r}")
     sheet = GPUS[name]
-    exponentials = 16 * sheet.multiprocessors * sheet.clock  # a logit takes one forward and one backward
+    exponentials = 16 * sheet.multiprocessors * sheet.clock  # a logit needs two, for forward and backward
     return dataclasses.replace(
         peaks(sheet.bandwidth, sheet.matmul_rates, name), kernel_rate=exponentials / 2, source=sheet.source
     )
 
 
 def peaks(bandwidth: float, matmul_rates: Mapping[str, float], name: str = "GPU") -> Machine:
-    """Returns a GPU with the given peaks, of which it reaches the same fractions as the GPUs of ``GPUS``.
+    """Returns a GPU that reaches ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of the given peak rates.
 
-    Args:
-        bandwidth: Peak bytes per second.
-        matmul_rates: Peak FLOP per second, by dtype.
-        name: Name in tables.
+    ``bandwidth`` is in bytes per second, ``matmul_rates`` in FLOP per second by dtype.
     """
     return Machine(
         name=name,
         is_gpu=True,
         bandwidth=BANDWIDTH_SHARE * bandwidth,
         matmul_rates={dtype: PRODUCT_SHARE * rate for dtype, rate in matmul_rates.items()},
-        overhead=50e-6,  # the launches of a forward and a backward; a guess
+        overhead=50e-6,  # assumed time of the launches of a forward and a backward
         source="peaks as given",
     )

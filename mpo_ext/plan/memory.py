@@ -1,4 +1,4 @@
-"""Estimated memory of a rank, from a model on the meta device; docs/train.md explains the formulas."""
+"""Estimates the memory of a rank from a model on the meta device; docs/train.md explains the formulas."""
 
 import dataclasses
 import math
@@ -16,12 +16,12 @@ from mpo_ext.train.batch import RowLayout
 from mpo_ext.train.recipe import ModelRecipe, Recipe
 from mpo_ext.train.reference_model import check_can_follow
 
-#: Assumed fraction of ``data.max_length`` in each response; the rest is the prompt, which is full of image tokens.
+#: Assumed length of each response as a fraction of the longest pair; the rest is a prompt full of image tokens.
 RESPONSE_SHARE = 0.25
-ASSUMED_LENGTH = 4096  #: Assumed tokens of a pair if the recipe sets no limit.
+ASSUMED_LENGTH = 4096  #: Assumed number of tokens of the longest pair if the recipe sets no limit.
 
-_NF4_BYTES = 4.127 / 8  # per weight, its part of the doubly quantized scales included
-_EAGER_BYTES = {2: 18, 4: 16, 8: 32}  # peak bytes per logit of plain torch, by the bytes of a logit
+_NF4_BYTES = 4.127 / 8  # per weight, with its part of the doubly quantized scales
+_EAGER_BYTES = {2: 18, 4: 16, 8: 32}  # peak bytes per logit in plain torch, by the bytes of a logit
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,10 +29,8 @@ class Memory:
     """The estimated size of one part of a rank's memory.
 
     Attributes:
-        name: Name of the part.
-        bytes: Size if each rank holds everything (one process, DDP).
-        sharded: Size if parameters, gradients and optimizer state are sharded over the ranks (FSDP2, ZeRO-3).
-        formula: The formula in words.
+        bytes: Number of bytes if each rank holds everything (one process, DDP).
+        sharded: Number of bytes if the ranks shard parameters, gradients and optimizer state (FSDP2, ZeRO-3).
     """
 
     name: str
@@ -44,11 +42,7 @@ class Memory:
 class MemoryEstimate:
     """Estimates the memory of a rank. All sizes are in bytes.
 
-    Args:
-        recipe: Recipe of the run.
-        model: The model as it is trained, with frozen parts and adapters; it may be on the meta device.
-        layout: Layout of the batches.
-        world_size: Number of processes.
+    ``model`` is the model as it is trained, with frozen parts and adapters; it may be on the meta device.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, layout: RowLayout, world_size: int) -> None:
@@ -69,7 +63,6 @@ class MemoryEstimate:
         self.positions = self.prompt_positions + self.labelled if layout == "shared" else self.separate_positions
 
     def parts(self) -> Iterator[Memory]:
-        """Yields the parts of the memory."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = sum(map(_bytes, trainable))
         weights = self._weights()
@@ -93,7 +86,7 @@ class MemoryEstimate:
         yield Memory("activations", size, size, f"{formula}; {self.positions:,} positions")
 
     def activations(self, *, checkpointed: bool) -> int:
-        """Returns the bytes that the layers' forward keeps for backward."""
+        """Returns the bytes that the forward pass of the layers keeps for backward."""
         total = self._activations(self.decoder, self.positions, checkpointed=checkpointed)
         total += (4 + self.compute_bytes) * self.hidden_size * self.positions  # the final norm
         if self.recipe.model.attention == "eager":
@@ -106,7 +99,7 @@ class MemoryEstimate:
         return total
 
     def cost_model(self) -> roofline.ModelShape:
-        """Returns the model as ``mpo_ext.plan.roofline`` describes models."""
+        """Returns the sizes and dtypes of the model for ``mpo_ext.plan.roofline``."""
         parameters = list(self.model.parameters())
         compute = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.recipe.precision]
         dtype = str(self.head_weight.dtype).removeprefix("torch.")
@@ -129,7 +122,7 @@ class MemoryEstimate:
         )
 
     def cost_step(self, micro_batches: int) -> roofline.StepShape:
-        """Returns a step of longest pairs. If the model has a vision tower, their prompts are full of image tokens."""
+        """Returns the shape of a step of longest pairs; with a vision tower, all prompt tokens are image tokens."""
         kind = self.recipe.reference_kind
         config = unwrap_model(self.model).config
         return roofline.StepShape(
@@ -150,7 +143,7 @@ class MemoryEstimate:
         return self.separate_positions * self.vocab * _EAGER_BYTES[self.compute_bytes]
 
     def bytes_per_position(self, layer: nn.Module) -> int:
-        """Returns the bytes that a layer keeps per position for backward."""
+        """Returns the bytes per position that a layer keeps for backward."""
         total = 0
         modules = dict(layer.named_modules())
         for name, module in modules.items():
@@ -159,7 +152,7 @@ class MemoryEstimate:
                 kept = module.out_features + (module.in_features if module.weight.requires_grad else 0)
                 total += self.compute_bytes * kept
             elif type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
-                # The weight of q_norm covers a single head.
+                # The weight of q_norm covers a single attention head.
                 projection = modules.get(f"{name.removesuffix('_norm')}_proj")
                 width = getattr(projection, "out_features", weight.numel())
                 total += (4 + self.compute_bytes) * width
@@ -222,7 +215,7 @@ class MemoryEstimate:
         return size, formula
 
     def _gathered(self) -> int:
-        """Returns the bytes that FSDP2 gathers at a time: two layers, and the parameters outside all layers."""
+        """Returns the bytes that FSDP2 gathers at a time: two layers, and all parameters outside the layers."""
         sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in (*self.decoder, *self.vision)]
         inside = {id(parameter) for layer in (*self.decoder, *self.vision) for parameter in layer.parameters()}
         outside = sum(parameter.numel() for parameter in self.model.parameters() if id(parameter) not in inside)
@@ -233,13 +226,13 @@ class MemoryEstimate:
 
 
 def longest_pair(recipe: Recipe, model: nn.Module) -> int:
-    """Returns the tokens of the longest pair, at most the positions that the model's config names."""
+    """Returns the number of tokens of the longest pair, limited to the positions that the model's config allows."""
     tokens = recipe.data.max_length or ASSUMED_LENGTH
     return min(tokens, getattr(_text_config(model), "max_position_embeddings", None) or tokens)
 
 
 def meta_model(recipe: ModelRecipe) -> nn.Module:
-    """Returns the model as the trainer prepares it, on the meta device.
+    """Returns the model on the meta device, prepared as the trainer prepares it.
 
     Raises:
         FileNotFoundError: If the model's folder does not exist.
@@ -259,7 +252,7 @@ def meta_model(recipe: ModelRecipe) -> nn.Module:
         dtype = named if isinstance(named, torch.dtype) else torch.float32
     else:
         dtype = getattr(torch, recipe.dtype)
-    # transformers refuses flash attention on a machine without a GPU. It needs as much memory as sdpa.
+    # transformers rejects flash attention without a GPU; sdpa needs as much memory.
     attention = recipe.attention if recipe.attention in ("sdpa", "eager") else "sdpa"
     with torch.device("meta"):
         model = loader.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -293,13 +286,13 @@ def _width(layer: nn.Module) -> int:
 
 
 def _linear_weights(layers: Sequence[nn.Module]) -> int:
-    """Returns the number of weights of the linear layers."""
+    """Returns the number of weights in the linear layers."""
     modules = (module for layer in layers for module in layer.modules())
     return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
 
 
 def _patches_per_image(config: Any) -> int | None:
-    """Returns how many patches of the vision tower attend to each other; None if the config does not say."""
+    """Returns the number of vision tower patches that attend to each other; None if the config does not say."""
     vision = getattr(config, "vision_config", None)
     image, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     if image is None or patch is None:
@@ -310,7 +303,7 @@ def _patches_per_image(config: Any) -> int | None:
 
 
 def _patches_per_token(config: Any) -> int:
-    """Returns how many patches of the vision tower become one image token of the prompt."""
+    """Returns the number of vision tower patches per image token of the prompt."""
     vision = getattr(config, "vision_config", None)
     merge = getattr(vision, "spatial_merge_size", None) or getattr(config, "scale_factor", None)
     if merge is None and (ratio := getattr(config, "downsample_ratio", None)):

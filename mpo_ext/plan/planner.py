@@ -14,25 +14,16 @@ from mpo_ext.train.mixture import Mixture, MixtureSubset
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.shared_prefix import supports_shared_prefix
 
-_FEW_STEPS = 30  # fewer steps show no trend
+_FEW_STEPS = 30  # the margin shows no trend in fewer steps
 
 
 def plan(recipe: Recipe, *, world: int = 1) -> Plan:
-    """Plans a run: builds the model on the meta device and counts the lines of the data.
-
-    No weights and no images are read.
-
-    Args:
-        recipe: Recipe of the run.
-        world: Number of processes.
-
-    Returns:
-        The plan.
+    """Plans a run of ``world`` processes from the model's config and the data; reads no weights and no images.
 
     Raises:
         OSError: If the model's config or a file of pairs cannot be read.
         ImportError: If transformers, or peft for LoRA, is missing.
-        ValueError: If the recipe does not fit the model or the data.
+        ValueError: If ``world`` is not positive, or the recipe does not fit the model or the data.
     """
     if isinstance(world, bool) or not isinstance(world, int) or world < 1:
         raise ValueError(f"world must be a positive int, got {world!r}")
@@ -87,7 +78,7 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
 
 
 def _separate_reason(model: nn.Module, recipe: Recipe) -> str | None:
-    """Returns why the layout is not "shared"; None if it is."""
+    """Returns the reason for the layout "separate"; None if the layout is "shared"."""
     if not recipe.loss.shared_prefix:
         return "loss.shared_prefix is false"
     if recipe.model.attention not in ("sdpa", "eager"):
@@ -113,7 +104,7 @@ def _notes(recipe: Recipe, tokens: int, steps: int) -> Iterator[str]:
 
 
 def _sync_notes(recipe: Recipe, memory: Sequence[Memory]) -> Iterator[str]:
-    """Yields notes on a reference that follows the policy."""
+    """Yields notes on a reference that is updated towards the policy."""
     if not recipe.reference.sync_every:
         return
     size = next(part.bytes for part in memory if part.name == "reference")
@@ -126,7 +117,7 @@ def _sync_notes(recipe: Recipe, memory: Sequence[Memory]) -> Iterator[str]:
 
 
 def _variants(estimate: MemoryEstimate) -> Iterator[Variant]:
-    """Yields the run as the recipe describes it, then with one setting changed at a time, then with TRL."""
+    """Yields the unchanged run, runs with one changed setting each, and TRL's trainer."""
     recipe, loss, kind = estimate.recipe, estimate.recipe.loss, estimate.recipe.reference_kind
     yield _variant(estimate, "this recipe")
     if kind is not None:

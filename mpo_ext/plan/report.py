@@ -16,13 +16,13 @@ from mpo_ext.train.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Variant:
-    """The run with one setting changed.
+    """The run with one changed setting.
 
     Attributes:
         name: The changed setting, or "this recipe".
         trainer: Key of ``roofline.STEPS``.
         changes: Changed fields of ``Plan.cost_step``.
-        bytes: Estimated memory of a rank, not sharded; None if only ``mpo_ext.plan.roofline`` can predict it.
+        bytes: Estimated bytes of a rank's unsharded memory; None if only ``mpo_ext.plan.roofline`` can predict them.
     """
 
     name: str
@@ -33,34 +33,26 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A run before it begins. ``str`` of a plan is a page of text.
+    """The plan of a run. ``str`` of a plan is a page of text.
 
     Attributes:
-        recipe: Recipe of the run.
-        model_class: Name of the model's class.
-        parameters: Number of parameters, adapters included; tied parameters are counted once.
-        trainable: Number of trainable parameters.
-        vocab_size: Rows of the output head.
-        hidden_size: Columns of the output head.
+        parameters: Number of parameters, adapters included; tied parameters count once.
         layers: Number of decoder layers.
-        subsets: Training data; their ``pairs`` are the pairs of an epoch.
-        eval_subsets: Evaluation data.
-        steps_per_epoch: Optimizer steps of an epoch, before pairs are skipped.
-        steps: Optimizer steps of the run.
-        warmup_steps: Warmup steps among them.
+        subsets: Subsets of the training data.
+        steps_per_epoch: Number of optimizer steps per epoch, before pairs are skipped.
+        steps: Number of optimizer steps of the run.
+        warmup_steps: Number of these steps in which the learning rate rises.
         world: Number of processes.
         pairs_per_rank: Largest number of pairs of a rank in a step.
         micro_batches: Largest number of micro-batches of a rank in a step.
         layout: Layout of the batches, from the model's config and code; the trainer verifies it on the first pairs.
-        tokens: Tokens of the longest pair: its prompt and its longer response.
-        positions: Positions in the decoder of a micro-batch of longest pairs.
-        memory: The parts of a rank's memory.
-        other_activations: Bytes of the activations if gradient checkpointing is toggled.
-        eager_loss: Bytes of the same loss in plain torch, on the logits of separate rows.
-        cost_model: The model, for ``mpo_ext.plan.roofline``.
-        cost_step: A rank's step of longest pairs, for ``mpo_ext.plan.roofline``.
-        variants: The run as the recipe describes it, then with changed settings.
-        notes: Warnings and remarks.
+        tokens: Number of tokens of the longest pair: its prompt and its longer response.
+        positions: Number of decoder positions of a micro-batch of longest pairs.
+        other_activations: Number of bytes of the activations if gradient checkpointing is toggled.
+        eager_loss: Peak bytes of the same loss in plain torch, on the logits of separate rows.
+        cost_model: Sizes and dtypes of the model, for ``mpo_ext.plan.roofline``.
+        cost_step: Shape of a rank's step of longest pairs, for ``mpo_ext.plan.roofline``.
+        variants: The unchanged run, followed by runs with changed settings.
     """
 
     recipe: Recipe
@@ -91,41 +83,38 @@ class Plan:
 
     @property
     def pairs_per_epoch(self) -> int:
-        """Number of pairs of an epoch."""
+        """Number of pairs per epoch."""
         return sum(subset.pairs for subset in self.subsets)
 
     @property
     def total_bytes(self) -> int:
-        """Estimated memory of a rank, not sharded."""
+        """Estimated bytes of a rank's memory, not sharded."""
         return sum(part.bytes for part in self.memory)
 
     @property
     def total_sharded(self) -> int:
-        """Estimated memory of a rank, with parameters, gradients and optimizer state sharded."""
+        """Estimated bytes of a rank's memory if parameters, gradients and optimizer state are sharded."""
         return sum(part.sharded for part in self.memory)
 
     def predict(self, trainer: str, machine: Machine, **changes: Any) -> Cost:
-        """Predicts the cost of a rank's step on a machine. ``changes`` replace fields of ``cost_step``."""
+        """Predicts the cost of a rank's step on a machine; ``changes`` replace fields of ``cost_step``."""
         return step_cost(trainer, self.cost_model, dataclasses.replace(self.cost_step, **changes), machine)
 
     def times(self, machine: Machine) -> list[tuple[str, ...]]:
-        """Returns the rows of the table of predicted times: this recipe first, then its variants.
-
-        The memory of "this recipe" is ``total_bytes``.
-        """
+        """Returns the rows of the table of predicted times: this recipe, followed by its variants."""
         costs = [self.predict(variant.trainer, machine, **variant.changes) for variant in self.variants]
         first = costs[0]
         rows: list[tuple[str, ...]] = []
         for variant, cost in zip(self.variants, costs, strict=True):
             memory = variant.bytes
-            if memory is None:  # another trainer: add the difference that the roofline predicts
+            if memory is None:  # another trainer, whose additional memory the roofline predicts
                 memory = max(0, self.total_bytes + round(cost.memory - first.memory))
             ratio = f"{cost.seconds / first.seconds:.2f}"
             rows.append((variant.name, _format_seconds(cost.seconds), ratio, format_bytes(memory)))
         return rows
 
     def advice(self, machine: Machine) -> Iterator[str]:
-        """Yields sentences that say which setting to choose on the machine, as predicted."""
+        """Yields sentences that advise settings for the machine, based on predictions."""
         if self.cost_model.head_learns:
             for variant in self.variants:
                 if variant.name.startswith("loss.recompute") and variant.bytes is not None:
@@ -147,7 +136,7 @@ class Plan:
             )
 
     def tables(self) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-        """Yields title, header and rows of each table."""
+        """Yields the title, the header and the rows of each table."""
         recipe, optim = self.recipe, self.recipe.optim
         other = "without" if recipe.model.gradient_checkpointing else "with"
         yield (
@@ -201,7 +190,7 @@ class Plan:
 
 
 def print_plan(plan: Plan) -> None:
-    """Prints a plan: as rich tables on a terminal, otherwise as text."""
+    """Prints a plan as rich tables on a terminal, otherwise as text."""
     if not sys.stdout.isatty():
         print(plan)
         return
@@ -234,7 +223,7 @@ def print_times(plan: Plan, machine: Machine) -> None:
 
 
 def format_bytes(size: int) -> str:
-    """Returns a number of bytes in MiB or GiB."""
+    """Formats a number of bytes in MiB or GiB."""
     gib = size / 2**30
     if gib < 0.1:
         return f"{size / 2**20:,.1f} MiB" if size else "0"

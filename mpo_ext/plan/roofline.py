@@ -1,4 +1,4 @@
-"""Predicted time and memory of a loss and of a training step: a roofline over few rates of a machine.
+"""Predicts the time and the memory of a loss and of a training step from a few rates of a machine (a roofline).
 
 A method is a list of stages (``mpo_ext.plan.machines``). Nothing is measured here, and nothing is fitted to a method.
 docs/performance.md compares the predictions with measurements on a CPU; the predictions for GPUs are not yet compared.
@@ -13,7 +13,7 @@ from mpo_ext.plan.machines import Machine, Stage
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GPU_TILES = 256 << 20  #: Default memory_budget of linear_mpo_loss on a GPU, in bytes.
 _CPU_TILES = 16 << 20
-_TRL_ROWS, _TRL_COLUMNS = 4096, 32768  # of a tile of TRL's ChunkedLogProb
+_TRL_ROWS, _TRL_COLUMNS = 4096, 32768  # size of a tile in TRL's ChunkedLogProb
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,9 +21,10 @@ class Cost:
     """A predicted cost.
 
     Attributes:
-        seconds: Time of all stages.
-        memory: Peak bytes beyond inputs and parameters; gradients are included.
-        parts: Seconds by stage.
+        seconds: Seconds of all stages.
+        memory: Peak bytes. The cost of a loss excludes its inputs and includes gradients; the cost of a step includes
+            parameters and optimizer state.
+        parts: Seconds of each stage.
     """
 
     seconds: float
@@ -33,16 +34,17 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LossShape:
-    """Shape and dtypes of a loss.
+    """Sizes and dtypes of a loss.
 
     Attributes:
         pairs: Number of pairs, B; there are 2 B sequences.
-        tokens: Tokens of each sequence, T.
+        tokens: Number of tokens of each sequence, T.
         vocab: Size of the vocabulary, V.
-        hidden: Size of the hidden states, D; None where the loss starts from logits.
+        hidden: Size of the hidden states, D; None if the loss starts from logits.
         share: Fraction of the rows that have a label.
         dtype: Dtype of the logits, or of hidden states and head.
-        matmul_dtype: Dtype of the inputs of our matrix products; None means ``dtype``. A CPU may widen them.
+        matmul_dtype: Dtype of the inputs of our matrix products on a CPU, which may be wider than ``dtype``; None:
+            ``dtype``.
     """
 
     pairs: int = 1
@@ -74,7 +76,7 @@ class LossShape:
 
     @property
     def hidden_size(self) -> int:
-        """``hidden`` of a loss from hidden states.
+        """Size of the hidden states, D.
 
         Raises:
             ValueError: If the loss starts from logits.
@@ -85,7 +87,7 @@ class LossShape:
 
     @property
     def size(self) -> int:
-        """Bytes of one element of logits, hidden states and head."""
+        """Number of bytes of one element of the logits, or of hidden states and head."""
         return _SIZES[self.dtype]
 
 
@@ -95,7 +97,7 @@ _Method = Callable[[LossShape, Machine], _Parts]
 
 def _logits_ours(loss: LossShape, machine: Machine) -> _Parts:
     labelled, every = loss.labelled * loss.vocab, loss.rows * loss.vocab
-    # On a CPU, the ignored rows of the gradient are pages of zeros that are never touched.
+    # On a CPU, the gradients of ignored rows are zero pages that are never touched.
     written = loss.size * (every if machine.is_gpu else labelled)
     forward = Stage(name="forward", moved=loss.size * labelled, kernel=labelled / 2)
     backward = Stage(name="backward", moved=loss.size * labelled + written, kernel=labelled / 2, huge=written)
@@ -109,8 +111,8 @@ def _logits_in_place(loss: LossShape, machine: Machine) -> _Parts:
 
 
 def _logits_eager(loss: LossShape, machine: Machine) -> _Parts:
-    # Float32 tensors, none of them reused: log_softmax, the zeros that gather's backward fills, and the gradient. Half
-    # precision adds a widened copy of the logits and the rounded gradient.
+    # Three new float32 tensors: log_softmax, the zeros that gather's backward fills, and the gradient. Half precision
+    # adds a widened copy of the logits and the rounded gradient.
     logits, size = loss.rows * loss.vocab, loss.size
     wide = size < 4
     new = 12 + (4 + size if wide else 0)
@@ -120,7 +122,7 @@ def _logits_eager(loss: LossShape, machine: Machine) -> _Parts:
 
 
 def _logits_compiled(loss: LossShape, machine: Machine) -> _Parts:
-    # Three reads of the logits (maximum, sum, result), log_softmax in float32, which is kept, and the gradient.
+    # Three reads of the logits (maximum, sum, result), the kept float32 log_softmax, and the gradient.
     logits, size = loss.rows * loss.vocab, loss.size
     moved = 3 * size + 4 + 4 + size
     stage = Stage(name="forward and backward", moved=moved * logits, softmax=1.5 * logits, fresh=(4 + size) * logits)
@@ -128,7 +130,7 @@ def _logits_compiled(loss: LossShape, machine: Machine) -> _Parts:
 
 
 def _products(loss: LossShape, rows: int, count: int, name: str, dtype: str) -> Stage:
-    """Returns the matrix products of rows and head. Each one reads the head or writes a tensor of its size."""
+    """Returns the stage of ``count`` matrix products; each reads the head or writes a tensor of the head's size."""
     flop = 2.0 * count * rows * loss.vocab * loss.hidden_size
     return Stage(name=name, flop=flop, dtype=dtype, moved=count * _SIZES[dtype] * loss.vocab * loss.hidden_size)
 
@@ -149,8 +151,7 @@ def _linear_ours(
     grads = _gradients(loss, has_head=has_head)
     held = grads
     if keeps:
-        # The head's gradient reuses the memory of the kept logits. These are the tile itself, or a copy of it if they
-        # are kept in bfloat16.
+        # The head's gradient reuses the memory of the kept logits, which are the tiles or bfloat16 copies of them.
         width = 4 if machine.is_gpu or product == "float32" else loss.size
         is_narrow = width == 4 and loss.dtype == "bfloat16"
         width = 2 if is_narrow else width
@@ -167,14 +168,14 @@ def _linear_ours(
 
 
 def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, converted: int = 0) -> int:
-    """Returns the bytes of the tiles of ``linear_mpo_loss``: its budget, or the bytes of all logits if that is less.
+    """Returns the bytes of the tiles of ``linear_mpo_loss``: its budget, or the bytes of all logits if they are fewer.
 
     Args:
         rows: Number of labelled rows.
         vocab: Size of the vocabulary.
         budget: ``memory_budget``, in bytes.
-        is_half: Whether the inputs of the matrix products have half precision; a tile then has two more copies.
-        converted: Bytes of the head's copy in the dtype of the matrix products, if there is such a copy.
+        is_half: Whether the inputs of the matrix products have half precision, which adds two copies of a tile.
+        converted: Number of bytes of the head's copy in the dtype of the matrix products; 0 if there is no copy.
     """
     return min(budget, (12 if is_half else 4) * rows * vocab + converted)
 
@@ -192,7 +193,7 @@ def _linear_frozen(loss: LossShape, machine: Machine) -> _Parts:
 
 
 def _linear_of_logits(of_logits: _Method) -> _Method:
-    """Returns a method that computes the logits of all rows and continues with a method on logits."""
+    """Returns a method that computes the logits of all rows and applies a method that starts from logits."""
 
     def method(loss: LossShape, machine: Machine) -> _Parts:
         stages, memory = of_logits(loss, machine)
@@ -205,14 +206,14 @@ def _linear_of_logits(of_logits: _Method) -> _Method:
 
 def _linear_trl(loss: LossShape, machine: Machine) -> _Parts:
     grads = _gradients(loss)
-    sums = 4 * loss.hidden_size * (loss.rows + loss.vocab)  # in float32 for every dtype
+    sums = 4 * loss.hidden_size * (loss.rows + loss.vocab)  # float32 for every dtype
     if machine.is_gpu:
         logits = loss.labelled * loss.vocab
         tile = loss.size * min(loss.labelled, _TRL_ROWS) * min(loss.vocab, _TRL_COLUMNS)
         kernels = Stage(name="kernels", moved=7 * loss.size * logits, kernel=logits)
         return [_products(loss, loss.labelled, 4, "matrix products", loss.dtype), kernels], grads + sums + tile
-    # On a CPU, every row is scored by torch operations that each create a float32 tensor: 4 forward, 10 backward. The
-    # two products of the backward have float32 inputs.
+    # On a CPU, torch operations score every row. Each operation creates a float32 tensor: 4 forward, 10 backward. The
+    # two matrix products of the backward have float32 inputs.
     logits = loss.rows * loss.vocab
     tile = min(loss.rows, _TRL_ROWS) * min(loss.vocab, _TRL_COLUMNS)
     stages = [
@@ -226,9 +227,9 @@ def _linear_trl(loss: LossShape, machine: Machine) -> _Parts:
 
 def _linear_cce(loss: LossShape, machine: Machine) -> _Parts:
     grads = _gradients(loss)
-    if machine.is_gpu:  # its tiles never leave the chip; its filter of small gradients is not modelled
+    if machine.is_gpu:  # tiles stay on the chip; the filter of small gradients is not modelled
         return [_products(loss, loss.labelled, 4, "matrix products", loss.dtype)], grads
-    # Its torch_compile implementation drops ignored rows and materialises the logits.
+    # On a CPU, the torch_compile implementation drops ignored rows and materialises the logits.
     logits = loss.labelled * loss.vocab
     stages = [
         _products(loss, loss.labelled, 3, "matrix products", loss.dtype),
@@ -250,7 +251,7 @@ def _linear_torch(loss: LossShape, machine: Machine) -> _Parts:
 
 
 def _linear_liger(loss: LossShape, machine: Machine) -> _Parts:
-    # A chunk is a whole pair and has logits, their log_softmax in float32, and the gradients of both.
+    # A chunk is one pair, with its logits, their float32 log_softmax, and the gradients of both.
     logits, pair, grads = loss.rows * loss.vocab, 2 * loss.tokens * loss.vocab, _gradients(loss)
     stages = [
         _products(loss, loss.rows, 3, "matrix products", loss.dtype),
@@ -260,7 +261,7 @@ def _linear_liger(loss: LossShape, machine: Machine) -> _Parts:
     return stages, 2 * grads + (2 * loss.size + 8) * pair
 
 
-#: Methods that start from logits, by their names in benchmarks.logits.
+#: Methods that start from logits, by their name in benchmarks.logits.
 LOGITS: dict[str, _Method] = {
     "mpo_ext": _logits_ours,
     "mpo_ext, reuse_logits": _logits_in_place,
@@ -268,7 +269,7 @@ LOGITS: dict[str, _Method] = {
     "eager": _logits_eager,
 }
 
-#: Methods that start from hidden states, by their names in benchmarks.linear if it has them.
+#: Methods that start from hidden states; a method that benchmarks.linear measures has the same name there.
 LINEAR: dict[str, _Method] = {
     "mpo_ext": _linear_recompute,
     "mpo_ext, recompute=False": _linear_kept,
@@ -285,15 +286,11 @@ LINEAR: dict[str, _Method] = {
 
 
 def loss_cost(method: str, loss: LossShape, machine: Machine) -> Cost:
-    """Predicts forward and backward of the MPO loss.
-
-    Args:
-        method: A key of ``LINEAR`` if ``loss.hidden`` is given, otherwise a key of ``LOGITS``.
-        loss: Shape of the loss.
-        machine: The machine.
+    """Predicts the cost of the MPO loss, forward and backward.
 
     Raises:
-        ValueError: If the method is unknown, or the machine has no rate for the dtype.
+        ValueError: If ``method`` is not a key of ``LINEAR`` (``LOGITS`` if ``loss.hidden`` is None), or the machine
+            has no rate for the dtype.
     """
     methods = LOGITS if loss.hidden is None else LINEAR
     check_choice("method", method, methods)
@@ -311,20 +308,17 @@ def _cost(stages: Sequence[Stage], memory: float, machine: Machine) -> Cost:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes and dtypes of a model that the cost of a step depends on.
+    """Sizes and dtypes of a model that determine the cost of a step.
 
     Attributes:
-        parameters: Number of parameters.
-        trainable: Number of trainable parameters.
-        decoder: Number of weights of the decoder's linear layers, without the output head.
+        decoder: Number of weights in the decoder's linear layers, without the output head.
         layers: Number of decoder layers.
         width: Hidden size of the decoder, D.
         vocab: Size of the vocabulary, V.
-        kept: Bytes per position that the decoder's layers keep for backward.
-        vision: Number of weights of the linear layers of vision tower and projector.
-        vision_layers: Number of layers of the vision tower.
+        kept: Number of bytes per position that the decoder's layers keep for backward.
+        vision: Number of weights in the linear layers of vision tower and projector.
         vision_width: Hidden size of the vision tower.
-        vision_kept: Bytes per patch that the vision tower keeps for backward.
+        vision_kept: Number of bytes per patch that the vision tower keeps for backward.
         vision_learns: Whether the vision tower has a backward.
         head_learns: Whether the head's weight has a gradient.
         dtype: Dtype of the parameters.
@@ -353,16 +347,15 @@ class StepShape:
     """Shape of one device's optimizer step.
 
     Attributes:
-        prompt: Tokens of a prompt, image tokens included.
-        response: Tokens of a response; each of them has a label.
-        pairs: Pairs of a micro-batch.
-        micro_batches: Micro-batches of the step.
-        image_tokens: Image tokens of a prompt.
-        patches: Patches of the vision tower per image token.
-        image_size: Patches that attend to each other in the vision tower; None means all patches of a prompt.
+        prompt: Number of tokens of a prompt, image tokens included.
+        response: Number of tokens of a response; each token has a label.
+        pairs: Number of pairs per micro-batch.
+        micro_batches: Number of micro-batches per step.
+        image_tokens: Number of image tokens of a prompt.
+        patches: Number of vision tower patches per image token.
+        image_size: Number of patches in one attention window of the vision tower; None: all patches of a prompt.
         checkpointing: Whether backward recomputes the layers.
         precomputed: Whether the reference log-probs were computed before training.
-        has_reference: Whether the loss uses a reference.
         shards: Number of devices over which parameters, gradients and optimizer state are sharded.
     """
 
@@ -379,7 +372,7 @@ class StepShape:
     shards: int = 1
 
 
-#: For each trainer the method of its loss, and whether both responses share a row with their prompt.
+#: For each trainer: the method of its loss, and whether both responses share a row with their prompt.
 STEPS = {
     "mpo_ext": ("mpo_ext", True),
     "mpo_ext, recompute=False": ("mpo_ext, recompute=False", True),
@@ -391,16 +384,10 @@ STEPS = {
 
 
 def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine) -> Cost:
-    """Predicts a training step: layers, loss, reference, gradient norm and AdamW, without communication.
-
-    Args:
-        trainer: A key of ``STEPS``.
-        model: The trained model.
-        step: Shape of the step.
-        machine: The machine.
+    """Predicts the cost of a training step: layers, loss, reference, gradient norm and AdamW, no communication.
 
     Raises:
-        ValueError: If the trainer is unknown, or the machine has no rate for the dtype.
+        ValueError: If ``trainer`` is not a key of ``STEPS``, or the machine has no rate for the dtype.
     """
     check_choice("trainer", trainer, STEPS)
     method, is_shared = STEPS[trainer]
@@ -457,8 +444,8 @@ def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine
     parts = {name: step.micro_batches * seconds for name, seconds in micro_batch.parts.items()}
 
     learnt = _SIZES[model.dtype] * model.trainable / step.shards
-    # AdamW reads parameters, gradients and two moments, and writes all but the gradients. The gradient norm reads the
-    # gradients, then scales them.
+    # AdamW reads parameters, gradients and two moments, and writes all except the gradients. Clipping reads the
+    # gradients for their norm, and reads and writes them to scale them.
     optimizer = Stage(name="optimizer", moved=(7 + 3) * learnt, fresh=learnt)
     parts["optimizer"] = machine.seconds(optimizer)
     weights = _SIZES[model.dtype] * model.parameters / step.shards
@@ -471,7 +458,7 @@ def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine
 
 
 def _logits_of_all(loss: LossShape, positions: int, machine: Machine) -> _Parts:
-    """Returns the model's logits of all positions, followed by our loss in place on the labelled rows."""
+    """Returns the logits of all positions, followed by our loss on the labelled rows, as stages and memory."""
     stages, _ = _logits_ours(loss, machine)
     every, grads = loss.size * positions * loss.vocab, _gradients(loss)
     products = _products(loss, positions, 3, "matrix products", loss.dtype)

@@ -1,4 +1,4 @@
-"""Batches of pairs: collation of samples into the rows that go through the model."""
+"""Batches of pairs: ``collate`` combines samples into the rows that go through the model."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -18,22 +18,23 @@ _IGNORE_INDEX = MPOConfig().ignore_index
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch of B pairs, on the CPU until ``to``.
+    """A batch of B pairs, on the CPU until ``to`` moves it.
 
     Attributes:
-        layout: "shared": a row is ``[prompt | chosen | rejected]``, or, if several pairs have the same prompt,
-            ``[prompt | chosen | rejected | chosen | rejected ...]``. "separate": a row is ``[prompt | response]``;
-            the chosen rows come first, and the images are stored once for both rows of a pair.
-        inputs: Arguments of the model except attention masks: ``input_ids`` ``[R, L]``, ``position_ids`` if the
-            layout needs them, per-token inputs, ``pixel_values`` ...
+        layout: "shared": a row is ``[prompt | chosen | rejected]``; pairs with the same prompt share a row,
+            ``[prompt | chosen | rejected | chosen | rejected ...]``. "separate": a row is ``[prompt | response]``; the
+            chosen rows come first, and the images are stored once for both rows of a pair.
+        inputs: Keyword arguments of the model except attention masks: ``input_ids`` ``[R, L]``, ``position_ids`` if
+            the layout needs them, per-token inputs, ``pixel_values`` ...
         segments: ``[R, L]`` int32: 0 for the prompt, 1, 2, ... for the responses of the row, -1 for padding.
         index: ``[N]`` int64, the position in the flattened rows ``[R * L]`` that predicts each label.
-        labels: ``[N]`` int64, the tokens of the B chosen responses, then of the B rejected responses. An empty
-            response has one label, -100, because the loss functions need at least one row per sequence.
+        labels: ``[N]`` int64, the tokens of the B chosen responses, followed by the tokens of the B rejected
+            responses. An empty response has one label, -100, because the loss functions need at least one row per
+            sequence.
         cu_seqlens: ``[2B + 1]`` int64, the offsets of the responses in ``labels``.
-        names: File and line of each pair, for messages.
-        keys: Keys of the B pairs.
-        digests: Digests of the B samples.
+        names: File and line number of each pair, for messages.
+        keys: ``Sample.key`` of each pair.
+        digests: ``Sample.digest`` of each pair.
         copies: Number of rows per prompt: 2 in the layout "separate" with rejected responses, otherwise 1.
     """
 
@@ -49,7 +50,7 @@ class Batch:
     copies: int
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """Returns the batch on a device, except for ``labels``, which stay on their device.
+        """Returns the batch on a device, except for ``labels``, which are not moved.
 
         ``linear_mpo_loss`` takes labels on the CPU to avoid waiting for the GPU; ``mpo_loss`` needs
         ``labels.to(logits.device)``.
@@ -57,7 +58,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), skip="labels")
 
     def pin_memory(self) -> "Batch":
-        """Returns the batch in pinned memory. A DataLoader with ``pin_memory`` calls this method."""
+        """Returns the batch in pinned memory; a DataLoader with ``pin_memory=True`` calls this method."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor], skip: str | None = None) -> "Batch":
@@ -79,17 +80,17 @@ class Batch:
 
     @property
     def positions(self) -> int:
-        """Number of positions that go through the decoder, padding included: R * L."""
+        """Number of positions that go through the decoder, R * L, padding included."""
         return self.segments.numel()
 
     @property
     def projected_rows(self) -> int:
-        """Number of labelled positions: the rows that ``linear_mpo_loss`` projects onto the vocabulary."""
+        """Number of labelled positions, which are the rows that ``linear_mpo_loss`` projects onto the vocabulary."""
         return int((self.labels != _IGNORE_INDEX).sum())
 
     @property
     def tokens(self) -> int:
-        """Number of positions without padding. Read it before ``to``: on a GPU it waits for the device."""
+        """Number of positions without padding. Read it before ``to``, because on a GPU it waits for the device."""
         return int((self.segments >= 0).sum())
 
 
@@ -111,9 +112,9 @@ class _RowPlan(NamedTuple):
     """The rows of a batch.
 
     Attributes:
-        owners: Samples that give the prompts and the images, each once.
-        row_owners: The owner of each row; every owner occurs ``copies`` times.
-        responses: The B chosen responses, then the B rejected ones.
+        owners: The samples that provide prompts and images.
+        row_owners: The sample that provides the prompt of each row; each owner occurs ``copies`` times.
+        responses: The B chosen responses, followed by the B rejected responses.
     """
 
     owners: list[Sample]
@@ -126,12 +127,11 @@ class _RowPlan(NamedTuple):
 
     @property
     def present(self) -> list[_PlacedResponse]:
-        """The responses whose row exists: without rejected responses the layout "separate" has no rows for them."""
+        """The responses that have a row; without rejected responses, the layout "separate" has no rows for them."""
         return [response for response in self.responses if response.row < len(self.row_owners)]
 
     @property
     def length(self) -> int:
-        """Length of the longest row."""
         prompts = (len(owner.prompt_ids) for owner in self.owners)
         return max(1, *prompts, *(response.end for response in self.present))
 
@@ -145,23 +145,20 @@ def collate(
     positions: Callable[[Sample], Tensor] | None = None,
     blank: Sample | None = None,
 ) -> Batch:
-    """Combines samples into a batch. Runs on the CPU, also in the workers of a DataLoader.
+    """Combines samples into a batch on the CPU; also for the workers of a DataLoader.
 
     In the layout "shared", samples with the same ``prompt_key`` share a row and its images. Trailing axes of image
     inputs are padded with zeros to the largest size, as processors do.
 
     Args:
-        samples: At least one sample. Empty responses are allowed and contribute nothing.
+        samples: At least one sample. Empty responses are allowed and do not contribute to the loss.
         layout: "shared" or "separate"; see ``Batch``.
-        pad_id: Token that fills shorter rows on the right. Attention never reads it, but the model must be able to
-            embed it, and it must not be a token that stands for an image.
-        with_rejected: Whether rejected responses go through the model; if False, they count as empty.
+        pad_id: Token id that fills shorter rows on the right. Attention never reads it, but the model must be able to
+            embed it, and it must not be the id of an image token.
+        with_rejected: Whether rejected responses go through the model; False: they are treated as empty.
         positions: The result of ``prompt_positions(model)``.
-        blank: A sample with images. In a batch without images its prompt gets an extra row, which is not scored:
-            ranks that share a model must either all run its vision tower or all skip it.
-
-    Returns:
-        A ``Batch`` on the CPU.
+        blank: A sample with images whose prompt fills an extra, unscored row of each batch without images: ranks that
+            share a model must either all run its vision tower or all skip it. None: no extra row.
 
     Raises:
         TypeError: If token ids are not int64.
@@ -207,7 +204,7 @@ def _responses(sample: Sample, with_rejected: bool) -> tuple[Tensor, Tensor]:
 
 
 def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
-    """Gives each response its row; the rejected rows follow all chosen and blank rows."""
+    """Plans a row for each response; the rejected rows follow all chosen and blank rows."""
     owners = [*samples, *blanks]
     responses = []
     for side in (0, 1):
@@ -218,7 +215,7 @@ def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejecte
 
 
 def _plan_shared(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
-    """Gives each prompt a row with all its responses."""
+    """Plans a row for each prompt with all its responses."""
     row_of: dict[str, int] = {}
     owners: list[Sample] = []
     ends: list[int] = []
@@ -240,7 +237,7 @@ def _plan_shared(samples: Sequence[Sample], blanks: list[Sample], with_rejected:
 
 
 def _fill_rows(plan: _RowPlan, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Returns token ids and segments of all rows, ``[R, L]`` each."""
+    """Returns the token ids and the segments of all rows, ``[R, L]`` each."""
     shape = (len(plan.row_owners), plan.length)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     segments = torch.full(shape, -1, dtype=torch.int32)
@@ -255,11 +252,11 @@ def _fill_rows(plan: _RowPlan, pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def _label_rows(responses: Sequence[_PlacedResponse], rows: int, length: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Returns the flat position that predicts each label, the labels, and the number of labels per response."""
+    """Returns ``Batch.index``, ``Batch.labels`` and the number of labels per response."""
     index, labels = [], []
     for response in responses:
         places = torch.arange(len(response.ids) or 1) + (response.row * length + response.start - 1)
-        # The last token of the prompt predicts the first token of each of its responses.
+        # The last token of the prompt predicts the first token of each response.
         places[0] = min(response.row, rows - 1) * length + max(response.prompt_length - 1, 0)
         index.append(places)
         labels.append(response.ids if len(response.ids) else torch.tensor([_IGNORE_INDEX]))
@@ -295,7 +292,7 @@ def _check_same_prompt(first: Sample, second: Sample) -> None:
 def _rotary_positions(
     prompts: Sequence[Tensor], responses: Iterable[_PlacedResponse], rows: int, length: int
 ) -> Tensor:
-    """Returns the positions ``[A, R, L]`` int64: the prompts' own ``[A, P]``, then counted on for the responses."""
+    """Returns the positions of all rows, ``[A, R, L]`` int64; a response counts on from the maximum of its prompt."""
     positions = torch.zeros(prompts[0].shape[0], rows, length, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         positions[:, row, : prompt.shape[1]] = prompt
@@ -332,7 +329,7 @@ def _image_inputs(owners: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def _padded_cat(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenates tensors along the first axis; the other axes are padded with zeros to their largest size."""
+    """Concatenates tensors along the first axis after padding the other axes with zeros to their largest size."""
     axes, dtypes = {tensor.ndim for tensor in tensors}, {tensor.dtype for tensor in tensors}
     if len(axes) > 1 or len(dtypes) > 1 or 0 in axes:
         shapes = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Encodes a pair as a sample: token ids and images of the prompt, and the ids of both responses."""
+"""Encodes a pair as a ``Sample``: token ids of the prompt and of both responses, and image inputs."""
 
 import collections
 import dataclasses
@@ -28,33 +28,33 @@ NO_ROOM = "prompt leaves no room for a response"
 EQUAL = "chosen and rejected are equal"
 EQUAL_CUT = "chosen and rejected are equal once cut"
 BAD_PAIR = "bad pair"
-_PER_IMAGE = ("image_", "pixel_", "num_", "batch_")  # inputs whose shape may equal that of the prompt by chance
+_PER_IMAGE = ("image_", "pixel_", "num_", "batch_")  # per-image inputs, whose shape may be the prompt's by chance
 
 
 class BadPairError(ValueError):
-    """A pair that cannot be encoded. The message names the pair, the rule and the value."""
+    """Raised for a pair that cannot be encoded. The message names the pair, the rule and the value."""
 
 
 class MissingImageError(BadPairError):
-    """A pair with an image file that does not exist. The message names the path."""
+    """Raised for a pair with an image file that does not exist. The message names the path."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """An encoded pair: the input of the model.
+    """An encoded pair.
 
     Attributes:
         key: ``Pair.key()``.
-        name: File and line, for messages.
-        prompt_key: Equal for pairs with the same prompt: the same question and the same images.
-        prompt_ids: ``[P]`` int64, image tokens included, up to the beginning of the response.
-        chosen_ids: ``[C]`` int64, the end of the turn included.
-        rejected_ids: ``[R]`` int64, the end of the turn included.
-        token_inputs: Further per-token inputs of the prompt, ``[P]`` each, such as ``mm_token_type_ids``.
+        name: File and line number of the pair, for messages.
+        prompt_key: Hash of the question and the image paths; see ``mpo_ext.train.encode.prompt_key``.
+        prompt_ids: ``[P]`` int64, the tokens before the response, image tokens included.
+        chosen_ids: ``[C]`` int64, the chosen response and the token that ends the turn.
+        rejected_ids: ``[R]`` int64, the rejected response and the token that ends the turn.
+        token_inputs: Other per-token inputs of the prompt, ``[P]`` each, such as ``mm_token_type_ids``.
         image_inputs: The processor's outputs for the images, such as ``pixel_values``. The first axis counts images,
-            tiles or patches; batches concatenate along it.
-        digest: Hash of all fields above except the names, that is, of the model's inputs.
-        is_cut: Whether a response lost its end, including the end of its turn.
+            tiles or patches; batches concatenate along this axis.
+        digest: Hash of the model's inputs: all token ids, ``token_inputs`` and ``image_inputs``.
+        is_cut: Whether a response was cut and lacks the token that ends the turn.
     """
 
     key: str
@@ -74,9 +74,9 @@ class SkippedPair:
     """A valid pair that is not used for training.
 
     Attributes:
-        name: File and line.
+        name: File and line number of the pair.
         reason: ``TOO_LONG``, ``NO_ROOM``, ``EQUAL`` or ``EQUAL_CUT``.
-        detail: The lengths, for messages.
+        detail: The numbers of tokens, for messages.
     """
 
     name: str
@@ -88,9 +88,9 @@ class PairCounts:
     """Counts encoded and skipped pairs, and keeps the first message for each reason.
 
     Attributes:
-        kept: Number of samples.
+        kept: Number of pairs that became samples.
         cut: Number of samples with a cut response.
-        skipped: Number of skipped pairs by reason; the reason of a line that holds no pair is its ``BadLine.kind``.
+        skipped: Number of skipped pairs for each reason; the reason of a bad line is its ``BadLine.kind``.
         examples: The first message for each reason.
     """
 
@@ -101,7 +101,7 @@ class PairCounts:
         self.examples: dict[str, str] = {}
 
     def add(self, result: Sample | SkippedPair | BadLine | BadPairError) -> None:
-        """Counts a result or an error of ``Encoder.encode`` or ``Mixture.read``."""
+        """Counts a sample, a skipped pair, a bad line or an encoding error."""
         if isinstance(result, Sample):
             self.kept += 1
             self.cut += result.is_cut
@@ -122,11 +122,11 @@ class PairCounts:
 
     @property
     def n_skipped(self) -> int:
-        """Number of skipped pairs, over all reasons."""
+        """Number of skipped pairs, summed over all reasons."""
         return self.skipped.total()
 
     def lines(self) -> Iterator[str]:
-        """Yields the counts and the examples as text."""
+        """Yields the counts and the examples as lines of text."""
         if self.cut:
             yield f"cut the responses of {self.cut:,} pairs"
         for reason, count in self.skipped.most_common():
@@ -137,7 +137,6 @@ class PairCounts:
         return {"kept": self.kept, "cut": self.cut, "dropped": dict(self.skipped), "examples": self.examples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores counts from ``state_dict``."""
         self.kept, self.cut = state["kept"], state["cut"]
         self.skipped = collections.Counter(state["dropped"])
         self.examples = dict(state["examples"])
@@ -146,48 +145,41 @@ class PairCounts:
 def prompt_key(pair: Pair) -> str:
     """Returns a hash of the prompt: the question or conversation, and the image paths.
 
-    Pairs with the same hash have the same prompt tokens and images if the same ``Encoder`` encodes them.
+    Pairs with equal hashes have the same prompt tokens and images if the same ``Encoder`` encodes them.
     """
     text = json.dumps([pair.question, pair.source.get("messages"), *pair.images], ensure_ascii=True, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class Encoder:
-    """Encodes pairs as samples. Picklable, for the workers of a data loader.
+    """Encodes pairs as samples. An encoder can be pickled for the workers of a DataLoader.
 
-    The prompt has exactly the text and the tokens that ``TransformersEngine`` samples from. A response is tokenised
-    on its own, without special tokens, and appended to the prompt's ids, as in sampling. If a tokenizer would merge
-    characters across that boundary, the ids differ from those of the concatenated text: training uses the same ids as
-    generation.
+    The text and the tokens of the prompt are exactly those from which ``TransformersEngine`` samples. As in sampling,
+    a response is tokenised separately, without special tokens, and appended to the prompt's ids. These ids may differ
+    from those of the concatenated text if the tokenizer merges characters across the boundary.
 
-    A response is followed by the token that ends the turn: the first special token that the chat template writes after
-    an assistant's response, or the tokenizer's ``eos_token`` if the template writes none. Text that a template writes
-    around this token, such as the line break after ``<|im_end|>``, is not a target.
+    Each response is followed by the token that ends the turn: the first special token that the chat template writes
+    after an assistant's response, or the tokenizer's ``eos_token`` if the template writes none. Text that the template
+    writes around this token, such as the line break after ``<|im_end|>``, is not a training target.
 
-    A prompt of several turns is in ``pair.source["messages"]`` and replaces ``question``. It is a list of
-    ``{"role": ..., "content": ...}`` that ends before the response. The content is a text with ``<image>`` in the
-    places of images, or a list of ``{"type": "text", "text": ...}`` and ``{"type": "image"}``.
+    A prompt of several turns is in ``pair.source["messages"]``, which replaces ``question``: a list of
+    ``{"role": ..., "content": ...}`` that ends before the response. The content is text with ``<image>`` at the place
+    of each image, or a list of ``{"type": "text", "text": ...}`` and ``{"type": "image"}``.
 
-    Some processors (Idefics3, SmolVLM) nest images in a batch axis, which their models flatten: the encoder moves it
-    behind the axis of images, ``[1, N, ...]`` becomes ``[N, 1, ...]``. Some processors pad images to a common number
-    of tiles or a common size (LLaVA-NeXT with images of several shapes, Idefics3 without splitting): such samples can
-    be batched only if these agree. Models with cross-attention to images (Mllama) are not supported.
+    Some processors (Idefics3, SmolVLM) nest images in a batch axis, which their models flatten: the encoder changes
+    ``[1, N, ...]`` to ``[N, 1, ...]``. Models with cross-attention to images (Mllama) are not supported.
 
     Args:
         processor: The model's processor, or the tokenizer of a text model.
-        max_length: Maximum number of tokens of the prompt with the longer response; None sets no limit.
+        max_length: Maximum number of tokens of a prompt plus its longer response; None: no limit.
         too_long: "drop" skips longer pairs; "truncate" cuts the ends of the responses, never the prompt.
-        chat_template: Replaces the template of the processor.
-        image_token_id: The token that stands for (a part of) an image in the model's input, from the model's config;
-            None reads it from the tokenizer, then from the processor.
-        end_id: The token that ends a turn; None derives it from the template.
-
-    Attributes:
-        end_id: The token that ends a turn.
-        image_token_id: The token that stands for an image; None if the model has none.
+        chat_template: Chat template to use instead of the processor's template; None: the processor's template.
+        image_token_id: Id of the token that represents (a part of) an image in the prompt, from the model's config;
+            None: the id is read from the tokenizer or, if the tokenizer has none, from the processor.
+        end_id: Id of the token that ends a turn; None: the id is derived from the chat template.
 
     Raises:
-        ValueError: If an argument is invalid, or the end of the turn cannot be determined.
+        ValueError: If an argument is invalid, or the token that ends a turn cannot be determined.
     """
 
     def __init__(
@@ -217,18 +209,11 @@ class Encoder:
         self.end_id = end_of_turn_id(processor, self.chat_template) if end_id is None else end_id
 
     def encode(self, pair: Pair, name: str) -> Sample | SkippedPair:
-        """Encodes a pair.
-
-        Args:
-            pair: The pair, with absolute image paths.
-            name: File and line, for messages.
-
-        Returns:
-            The sample, or a ``SkippedPair`` with the reason.
+        """Encodes a pair with absolute image paths; ``name`` is its file and line number, for messages.
 
         Raises:
-            BadPairError: If the pair is invalid: an image that cannot be read, a number of images that differs from
-                the number of their places, a response whose text holds an image token or an end of the turn.
+            BadPairError: If an image cannot be read, the prompt does not fit its images or the chat template, or a
+                response contains an image token or the token that ends a turn.
             TypeError: If the processor returns values that cannot be batched.
         """
         chosen = self._response("chosen", pair.chosen, name)
@@ -305,7 +290,7 @@ class Encoder:
         return ids, token_inputs, image_inputs
 
     def _messages(self, messages: object, images: int) -> tuple[dict[str, Any], ...]:
-        """Returns the conversation in the template's form, with each image in its place."""
+        """Returns the conversation in the form that chat templates expect, with each image in its place."""
         if not isinstance(messages, list) or not messages:
             raise ValueError(f"messages must be a list of messages, got {str(messages)[:80]!r}")
         turns = []
@@ -338,7 +323,7 @@ class Encoder:
             )
 
     def _expected_image_tokens(self, image_inputs: Mapping[str, Tensor]) -> int | None:
-        """Returns the number of image tokens by the processor's rule; None if the rule is unknown."""
+        """Returns the number of image tokens that the processor should write; None if its rule is unknown."""
         grid = image_inputs.get("image_grid_thw")
         merge = getattr(getattr(self.processor, "image_processor", None), "merge_size", None)
         if grid is not None and isinstance(merge, int):
@@ -352,7 +337,7 @@ class Encoder:
 
 
 def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
-    """Returns the id of the token that stands for an image, a video or audio."""
+    """Returns the id of the token that represents an image, a video or audio; None if ``owner`` names none."""
     token_id = getattr(owner, f"{kind}_token_id", None)
     token = getattr(owner, f"{kind}_token", None)
     if token_id is None and isinstance(token, str):
@@ -394,7 +379,7 @@ def _parts(content: object, *, split: bool) -> list[dict[str, Any]]:
 
 
 def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Splits the inputs of a batch of one sample into ids, per-token inputs and image inputs."""
+    """Splits the processor's output for one sample into token ids, per-token inputs and image inputs."""
     for input_name, value in inputs.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"the processor must return tensors, got {type(value).__name__} for {input_name!r}")
@@ -420,7 +405,7 @@ def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], di
 def _digest(
     prompt: Tensor, chosen: Tensor, rejected: Tensor, tokens: Mapping[str, Tensor], images: Mapping[str, Tensor]
 ) -> str:
-    """Returns a hash of names, dtypes, shapes and bytes."""
+    """Returns a hash of the names, dtypes, shapes and bytes of all tensors."""
     hasher = hashlib.blake2b(digest_size=16)
     fields = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     for group in (fields, tokens, images):

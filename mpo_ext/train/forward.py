@@ -1,4 +1,4 @@
-"""The forward pass of a batch: hidden states or logits of the labels, with each image encoded once."""
+"""The forward pass of a batch: hidden states or logits that predict the labels, with each image encoded once."""
 
 import inspect
 import warnings
@@ -23,7 +23,7 @@ class HiddenRows(NamedTuple):
     Attributes:
         hidden: ``[N, D]``, the hidden states that predict ``batch.labels``, with their autograd graph.
         weight: ``[V, D]``, the weight of the output head.
-        options: The keyword arguments bias, logit_scale and softcap.
+        options: The keyword arguments ``bias``, ``logit_scale`` and ``softcap``.
     """
 
     hidden: Tensor
@@ -34,18 +34,16 @@ class HiddenRows(NamedTuple):
 def forward(model: nn.Module, batch: Batch) -> HiddenRows:
     """Runs the model once on a batch, without its output head, and returns the hidden states that predict the labels.
 
-    The loss is ``linear_mpo_loss(out.hidden, out.weight, batch.labels, ..., cu_seqlens=batch.cu_seqlens, shift=False,
-    **out.options)``. Wrappers are handled as in ``hidden_and_head``.
+    The loss is ``linear_mpo_loss(out.hidden, out.weight, batch.labels, ...,``
+    ``cu_seqlens=batch.cu_seqlens, shift=False, **out.options)``.
 
     Args:
-        model: The model in training, also inside DDP, FSDP or accelerate's wrappers, with or without adapters.
+        model: The trained model, bare or in the wrappers that ``hidden_and_head`` accepts (DDP, FSDP, accelerate,
+            peft).
         batch: A batch on the model's device.
 
-    Returns:
-        A ``HiddenRows``.
-
     Raises:
-        ValueError: If the model does not support the layout, or the batch lacks the model's positions.
+        ValueError: If the model does not support the batch's layout, or the batch lacks the model's positions.
         RuntimeError: If the model does not return one hidden state per position.
     """
     with model_inputs(unwrap_model(model), batch) as inputs:
@@ -54,21 +52,10 @@ def forward(model: nn.Module, batch: Batch) -> HiddenRows:
 
 
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Returns the model's own logits that predict the labels, for ``mpo_loss``.
+    """Runs the model once on a batch and returns the logits that predict the labels, ``[N, V]``.
 
     The loss is ``mpo_loss(logits, batch.labels.to(logits.device), ..., cu_seqlens=batch.cu_seqlens, shift=False)``.
-    The model computes all ``[R, L, V]`` logits.
-
-    Args:
-        model: As in ``forward``.
-        batch: As in ``forward``.
-
-    Returns:
-        ``[N, V]``.
-
-    Raises:
-        ValueError: As in ``forward``.
-        RuntimeError: As in ``forward``.
+    The model computes the logits of all positions, ``[R, L, V]``. Arguments and errors are those of ``forward``.
     """
     with model_inputs(unwrap_model(model), batch) as inputs:
         logits = model(**inputs).logits
@@ -81,13 +68,14 @@ def _label_rows(values: Tensor, batch: Batch) -> Tensor:
             f"model must return one hidden state for each of {tuple(batch.segments.shape)} tokens, got shape "
             f"{tuple(values.shape)}"
         )
-    # Not index_select: on a GPU its backward adds in random order, and the last token of a prompt occurs twice.
+    # Not index_select: its backward on a GPU would add the gradients of repeated positions (the last token of a
+    # prompt) in random order.
     return values.flatten(0, 1)[batch.index]
 
 
 @contextmanager
 def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
-    """Yields the model's inputs. Inside the context, the model encodes each image once and uses it in both rows."""
+    """Yields the model's inputs. Inside the context, the model encodes each image once for both rows of a pair."""
     inputs: dict[str, Any] = dict(batch.inputs)
     has_grid = any(name in inputs for name in GRIDS)
     if has_grid and prompt_positions(inner) is not None and getattr(inputs.get("position_ids"), "ndim", 0) < 3:
@@ -127,7 +115,7 @@ def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
 
 
 def _encoders(inner: nn.Module, name: str) -> list[nn.Module]:
-    """Returns the modules whose forward calls ``self.get_image_features``, without those that only delegate to it."""
+    """Returns the modules whose forward calls the method ``name``, without modules that only delegate to it."""
     return [
         module
         for module in inner.modules()
@@ -141,7 +129,7 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 
 
 def _features_twice(encode: Callable[..., Any], owner: nn.Module) -> Callable[..., Any]:
-    """Wraps ``get_image_features``: the result holds the features of all images twice in a row."""
+    """Wraps ``get_image_features``: the result contains the features of all images twice in a row."""
 
     def encode_once(*args: Any, **kwargs: Any) -> Any:
         features = encode(*args, **kwargs)
@@ -164,23 +152,23 @@ def _features_twice(encode: Callable[..., Any], owner: nn.Module) -> Callable[..
 
 
 def _features_read(owner: nn.Module, features: dict[str, Any]) -> list[str]:
-    """Returns the names of the image features that the forward of their owner reads."""
+    """Returns the names of the image features that the forward of ``owner`` reads."""
     names = {name for name in _names_in_forward(owner) if features.get(name) is not None}
-    names -= {"hidden_states", "attentions"}  # outputs of the decoder, which the forward returns
+    names -= {"hidden_states", "attentions"}  # not image features: the forward passes these outputs on
     if "pooler_output" in names:
         names.discard("last_hidden_state")
     return sorted(names)
 
 
 def _is_tensors(values: Any) -> bool:
-    """Returns True for a tensor or a sequence of tensors (one per image)."""
+    """Returns whether the value is a tensor or a sequence of tensors (one per image)."""
     return isinstance(values, Tensor) or (
         isinstance(values, (list, tuple)) and all(isinstance(value, Tensor) for value in values)
     )
 
 
 def _twice(values: Any) -> Any:
-    """Repeats a tensor along its first axis, or a sequence, twice; returns any other value unchanged."""
+    """Repeats a tensor (along its first axis) or a sequence twice; returns any other value unchanged."""
     if isinstance(values, Tensor):
         return torch.cat([values, values])
     return values * 2 if isinstance(values, (list, tuple)) else values

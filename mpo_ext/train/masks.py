@@ -1,4 +1,4 @@
-"""Positions and attention masks of rows that hold a prompt with several responses."""
+"""Positions and attention masks of rows that contain a prompt and several responses."""
 
 import dataclasses
 import inspect
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.encode import Sample
 
-#: Inputs that describe the grids of images and videos.
+#: Model inputs that hold the grid sizes of images and videos.
 GRIDS = ("image_grid_thw", "video_grid_thw")
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -19,7 +19,7 @@ _IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 def sequence_positions(segments: Tensor) -> Tensor:
-    """Returns the position of each token of ``[R, L]`` in the sequence of its prompt and response; 0 for padding."""
+    """Returns each token's position in its own sequence ``[prompt | response]``, ``[R, L]`` int64; 0 for padding."""
     places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     is_first = torch.ones_like(segments, dtype=torch.bool)
     is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
@@ -34,17 +34,14 @@ class PromptPositions:
 
     Attributes:
         kind: Class that defines ``get_rope_index``.
-        config: Config of that class.
+        config: Config of this class's module in the model.
     """
 
     kind: type[nn.Module]
     config: Any
 
     def __call__(self, sample: Sample) -> Tensor:
-        """Computes the positions.
-
-        Returns:
-            ``[A, P]`` int64 with A axes (time, height and width in Qwen2-VL).
+        """Returns a prompt's positions, ``[A, P]`` int64 with A axes (time, height and width in Qwen2-VL).
 
         Raises:
             ValueError: If the sample has images but not the ``mm_token_type_ids`` that the model needs.
@@ -72,11 +69,7 @@ class PromptPositions:
 
 
 def prompt_positions(model: nn.Module) -> PromptPositions | None:
-    """Returns the argument ``positions`` of ``collate`` for a model; None if a token's position is its index.
-
-    Args:
-        model: A Hugging Face model, bare or wrapped.
-    """
+    """Returns the argument ``positions`` of ``collate`` for a bare or wrapped model; None if it is not needed."""
     for module in unwrap_model(model).modules():
         if callable(getattr(type(module), "get_rope_index", None)):
             return PromptPositions(type(module), module.config)
@@ -84,7 +77,7 @@ def prompt_positions(model: nn.Module) -> PromptPositions | None:
 
 
 class MaskPlan(NamedTuple):
-    """The kinds of masks that the layers of a model need, and their form."""
+    """The kinds of attention masks that a model needs, its sliding window, and its attention implementation."""
 
     kinds: frozenset[str]
     window: int | None
@@ -92,7 +85,7 @@ class MaskPlan(NamedTuple):
 
 
 def plan_masks(inner: nn.Module) -> MaskPlan | str:
-    """Returns the masks that a model needs, or the reason why no masks can be built for it."""
+    """Returns the masks that a model needs, or the reason (as text) why its masks cannot be built."""
     name, config = type(inner).__name__, decoder_config(inner)
     if config is None:
         return f"{name} has no config"
@@ -111,7 +104,7 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
         hasattr(sys.modules.get(type(module).__module__), "create_sliding_window_causal_mask")
         for module in inner.modules()
     ):
-        kinds = frozenset({_SLIDING})  # Mistral, Phi 3: all layers use the window if the config has one
+        kinds = frozenset({_SLIDING})  # Mistral, Phi 3: all layers use the window in the config
     else:
         kinds = frozenset({_FULL})
     if _SLIDING in kinds and window is None:
@@ -127,7 +120,7 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
 
 
 def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Tensor]:
-    """Returns the attention masks ``[R, 1, L, L]`` of rows with several responses, in the form of the model's layers.
+    """Returns the masks, ``[R, 1, L, L]`` each, of rows with several responses, in the form that the layers expect.
 
     A token attends to the prompt and to its own response. Padding attends to itself, because a softmax over an empty
     set is NaN.
@@ -142,7 +135,7 @@ def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Te
     diagonal = torch.eye(length, dtype=torch.bool, device=segments.device)
     masks = {_FULL: visible | diagonal}
     if _SLIDING in plan.kinds and plan.window is not None:
-        # Sequence positions, not rotary positions: an image advances the latter by less than its number of tokens.
+        # Not rotary positions: an image advances them by less than its number of tokens.
         places = sequence_positions(segments)
         masks[_SLIDING] = (visible & (places.unsqueeze(2) - places.unsqueeze(1) < plan.window)) | diagonal
     formatted = {kind: masks[kind].unsqueeze(1) for kind in plan.kinds}
@@ -157,7 +150,7 @@ def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Te
 
 
 def decoder_config(inner: nn.Module) -> Any:
-    """Returns the config of the decoder, which may be another copy than the config of the whole model."""
+    """Returns the config of the decoder, which may differ from the copy in the config of the whole model."""
     get_decoder: Any = getattr(inner, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     config: Any = getattr(decoder, "config", None) or getattr(inner, "config", None)
@@ -165,6 +158,6 @@ def decoder_config(inner: nn.Module) -> Any:
 
 
 def embedding_dtype(inner: nn.Module) -> torch.dtype:
-    """Returns the dtype of the input embeddings, or torch's default dtype if they are quantized."""
+    """Returns the dtype of the input embeddings, or torch's default dtype if the embeddings are quantized."""
     dtype = inner.get_input_embeddings().weight.dtype  # type: ignore[operator]
     return dtype if dtype.is_floating_point else torch.get_default_dtype()

@@ -1,4 +1,4 @@
-"""A mixture of sources: random access to the lines of all sources, and the lines of each epoch by ``repeat_time``."""
+"""``Mixture``: random access to the lines of several sources, and the lines of each epoch by ``repeat_time``."""
 
 import dataclasses
 import hashlib
@@ -20,25 +20,25 @@ from mpo_ext.data.sources import PairSource, open_pairs
 from mpo_ext.train.encode import prompt_key
 from mpo_ext.train.recipe import SourceRecipe
 
-_DRAW = 1  # stream of the generator, apart from the stream of ``sampler``
-_INSPECTED_LINES = 20_000  # maximum number of lines of a source that ``Mixture.inspect`` reads
-_INSPECTED_HF_ROWS = 200  # Hugging Face datasets may have to write out their images
+_DRAW = 1  # part of the seed; ``sampler`` uses another number, which keeps their random numbers independent
+_INSPECTED_LINES = 20_000  # maximum number of lines that ``Mixture.inspect`` reads per source
+_INSPECTED_HF_ROWS = 200  # lower, because reading a row may write its images to ``image_dir``
 _EXAMPLES = 3
 _ROUNDING = 1e-6  # 100 lines with repeat_time 0.29 give 29 pairs, though the product is 28.999999999999996
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MixtureSubset:
-    """A row of a mixture's table.
+    """A subset of a source: a row of the mixture's table.
 
     Attributes:
-        source: Number of the source.
+        source: Index of the source in the mixture.
         name: Name of the subset in an MMPR meta file, otherwise the name of the file or folder.
-        first: Index of the first line in the mixture.
+        first: Index of the subset's first line in the mixture.
         lines: Number of lines.
-        repeat_time: ``repeat_time`` of the source times that of the subset.
+        repeat_time: ``repeat_time`` of the source times ``repeat_time`` of the subset.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
-        label: The name, preceded by as much of the path as distinguishes it from other subsets.
+        label: The name, preceded by the shortest end of the path that distinguishes subsets with equal names.
     """
 
     source: int
@@ -52,21 +52,19 @@ class MixtureSubset:
 
 @dataclasses.dataclass(slots=True)
 class SourceOverview:
-    """The result of inspecting a source.
+    """The results of inspecting a source.
 
     Attributes:
-        path: Path of the source.
-        format: Format in which the source is read.
         is_format_given: Whether the recipe names the format.
-        root: Folder where relative image paths start.
-        lines: Number of lines.
-        lines_read: Number of lines read, evenly spread.
-        bad: Number of lines read that hold no pair.
-        with_images: Number of pairs with images.
-        images: Number of different images; 0 if files were not checked.
-        missing: Number of images whose file does not exist.
-        pairs_missing: Number of pairs that lack at least one image.
-        examples: The first bad lines and missing images.
+        root: Folder against which relative image paths are resolved.
+        lines: Number of lines in the source.
+        lines_read: Number of lines that were read, spread evenly over the source.
+        bad: Number of read lines that do not contain a valid pair.
+        with_images: Number of read pairs with images.
+        images: Number of different images in the read pairs; 0 if the image files were not checked.
+        missing: Number of different images whose file does not exist.
+        pairs_missing: Number of read pairs with at least one missing image file.
+        examples: Messages for the first bad lines and missing images.
     """
 
     path: str
@@ -95,23 +93,19 @@ class SourceOverview:
 class Mixture(Sequence[Pair | BadLine]):
     """The concatenated lines of all sources; an index selects a line, regardless of its ``repeat_time``.
 
-    Memory holds 8 bytes per line, the readers' offsets, and no lines. A copy in another process opens the sources
-    again at its first read.
+    The readers hold an offset of 8 bytes per line in memory, but not the lines. A copy in another process reopens the
+    sources at its first read.
 
-    ``repeat_time`` sets how often an epoch visits the lines of a subset: of ``n`` lines it takes
-    ``floor(n * repeat_time)`` pairs. Each line occurs as often as the integer part of ``repeat_time``; the rest are
-    different lines, drawn at random in each epoch. The number of pairs is the same in all epochs.
-
-    Args:
-        sources: The sources to mix.
-        seed: Seed of the draws.
+    ``repeat_time`` sets how often an epoch visits the lines of a subset: an epoch takes ``floor(n * repeat_time)``
+    pairs from ``n`` lines. Each line occurs as often as the integer part of ``repeat_time``; the remaining pairs are
+    different lines, drawn at random in each epoch. All epochs have the same number of pairs.
 
     Attributes:
-        subsets: The rows of the mixture's table.
+        subsets: Subsets of all sources, in the order of their lines.
 
     Raises:
         OSError: If a source cannot be read.
-        ValueError: If a source is invalid, or an epoch would have no pairs.
+        ValueError: If a source is invalid, or an epoch would not contain any pairs.
     """
 
     def __init__(self, sources: Sequence[SourceRecipe], *, seed: int = 0) -> None:
@@ -142,7 +136,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return sum(subset.pairs for subset in self.subsets)
 
     def __len__(self) -> int:
-        """Returns the number of lines; repeated lines count once."""
+        """Returns the number of lines; a line that an epoch repeats counts once."""
         return self._starts[-1]
 
     def __getitem__(self, index: Any) -> Any:
@@ -154,7 +148,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return {**self.__dict__, "_opened": [None] * len(self.sources)}
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Returns the number of the source and the number of the line in the source, both from 0."""
+        """Returns the index of the source that contains a line, and the index of the line in this source."""
         size = len(self)
         if not -size <= index < size:
             raise IndexError(f"index must be in [{-size}, {size}), got {index}")
@@ -163,39 +157,33 @@ class Mixture(Sequence[Pair | BadLine]):
         return source, index - self._starts[source]
 
     def read(self, index: int) -> tuple[Pair | BadLine, str]:
-        """Reads a line.
-
-        Args:
-            index: Index of the line in the mixture.
-
-        Returns:
-            The pair with absolute image paths, or the error in the line; and the line's file and number.
+        """Returns a line's pair (with absolute image paths) or error, and the line's file and number as text.
 
         Raises:
-            RuntimeError: If the source has changed its number of lines.
+            RuntimeError: If the source's number of lines has changed since the mixture was created.
         """
         source, line = self.locate(index)
         where, pair = self._source(source).read(line)
         return pair, str(where)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Returns the line indices of an epoch: ``[pairs]`` int64, ascending; repeated lines occur repeatedly."""
+        """Returns the line indices of an epoch, ``[pairs]`` int64, ascending; the index of a repeated line recurs."""
         check_integer("epoch", epoch, least=0)
         parts = []
         for subset in self.subsets:
             whole, rest = divmod(subset.pairs, subset.lines) if subset.lines else (0, 0)
             times = np.full(subset.lines, whole, dtype=np.int64)
             if rest:
-                # Each subset has its generator: its draws do not depend on the other subsets.
+                # A separate generator per subset makes its draws independent of the other subsets.
                 entropy = [_DRAW, self.seed, epoch, subset.source, zlib.crc32(subset.name.encode())]
                 times[np.random.default_rng(entropy).permutation(subset.lines)[:rest]] += 1
             parts.append(np.repeat(np.arange(subset.first, subset.first + subset.lines, dtype=np.int64), times))
         return np.concatenate(parts)
 
     def prompt_groups(self) -> np.ndarray:
-        """Reads all lines and returns ``[len]`` int64 numbers that are equal for pairs with the same prompt.
+        """Reads all lines and returns their groups, ``[len(self)]`` int64: equal prompts have equal numbers.
 
-        Each bad line has a number that no other line has.
+        The number of a bad line is unique.
         """
         groups = np.empty(len(self), dtype=np.int64)
         for index in range(len(self)):
@@ -206,11 +194,11 @@ class Mixture(Sequence[Pair | BadLine]):
         return groups
 
     def inspect(self, *, files: bool = True, limit: int = _INSPECTED_LINES) -> list[SourceOverview]:
-        """Inspects each source: its format, its pairs with images, and the images whose file does not exist.
+        """Inspects each source: its format, its bad lines, its pairs with images, and its missing image files.
 
         Args:
             files: Whether to check that the image files exist.
-            limit: Maximum number of lines to read per source, spread evenly.
+            limit: Maximum number of lines to read per source, spread evenly over the source.
         """
         overviews = []
         for number, recipe in enumerate(self.sources):
@@ -235,7 +223,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return overviews
 
     def lines(self) -> Iterator[str]:
-        """Yields the table as text."""
+        """Yields the lines of the mixture's table as text."""
         width = max(len(subset.label) for subset in self.subsets)
         yield f"{'subset':<{width}}  {'lines':>11}  {'repeat_time':>11}  {'pairs/epoch':>11}"
         for subset in self.subsets:
@@ -264,7 +252,7 @@ class Mixture(Sequence[Pair | BadLine]):
 
 
 def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: SourceOverview) -> bool:
-    """Checks whether all image files of a pair exist; each file is checked once."""
+    """Returns whether all image files of a pair exist, and counts missing files; each file is checked once."""
     is_complete = True
     for image in pair.images:
         key = hash(image)
@@ -279,7 +267,7 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
 
 
 def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns the names; equal names are preceded by the shortest end of their path that distinguishes them."""
+    """Returns the names; names of several paths are preceded by the shortest path end that distinguishes them."""
     parts = [Path(os.path.normpath(path)).parts for path in paths]
     labels = []
     for path_parts, name in zip(parts, names, strict=True):
@@ -295,7 +283,7 @@ def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _subsets_of(source: PairSource, recipe: SourceRecipe) -> Iterator[tuple[str, int, float]]:
-    """Yields name, number of lines and ``repeat_time`` of each subset."""
+    """Yields the name, the number of lines and the ``repeat_time`` of each subset of a source."""
     if isinstance(source.pairs, MMPRDataset):
         for subset, file in zip(source.pairs.subsets, source.pairs.files, strict=True):
             yield subset.name, len(file), recipe.repeat_time * subset.repeat_time

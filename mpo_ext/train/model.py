@@ -1,4 +1,4 @@
-"""Loads the model to train: freezes parts, adds adapters, and disables dropout so that the loss is exact."""
+"""Loads the model to train, freezes parts or adds adapters, and disables dropout for exact log-probs."""
 
 import dataclasses
 import hashlib
@@ -13,11 +13,11 @@ from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
 
-_SAMPLED = 4096  # maximum number of values per parameter in a fingerprint
+_SAMPLED = 4096  # a fingerprint reads at least this number of values of each larger parameter
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
-# Names of the submodules in transformers' models, by the part's name in a recipe; a model has at most one of each.
+# For each part that a recipe names, its possible submodule names in transformers' models.
 PARTS = {
     "vision_tower": ("vision_tower", "visual", "vision_model", "vision_embed_tokens"),
     "projector": ("multi_modal_projector", "connector", "visual.merger", "aligner", "embed_vision"),
@@ -26,7 +26,7 @@ PARTS = {
 
 
 def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
-    """Loads the model and its processor (the tokenizer of a text model) on the CPU, and prepares the model.
+    """Loads a model and its processor (the tokenizer of a text model) on the CPU, and prepares the model for training.
 
     Raises:
         OSError: If the model does not exist.
@@ -53,7 +53,7 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
 
 
 def loader_of(config: Any) -> tuple[Any, bool]:
-    """Returns the auto class that loads models of a config, and whether these models take images."""
+    """Returns the auto class that loads the models of a config, and whether these models take images."""
     from transformers import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoModelForCausalLM,
@@ -65,7 +65,7 @@ def loader_of(config: Any) -> tuple[Any, bool]:
 
 
 def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
-    """Disables dropout, then freezes parts or adds adapters by the recipe. Returns the model to train."""
+    """Disables dropout, freezes parts or adds adapters as the recipe says, and returns the model to train."""
     switch_off_dropout(model)
     config: Any = model.config
     config.use_cache = False
@@ -87,7 +87,7 @@ def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Sets all dropout and drop path rates to 0: policy and reference must agree at the first step.
+    """Sets all dropout and drop path rates to 0, because policy and reference must agree at the first step.
 
     The authors' trainer keeps the drop path of the vision tower, so its rewards are not 0 at the first step.
     """
@@ -100,10 +100,10 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
-    """Freezes parts of a model. "language_model" includes the output head.
+    """Freezes parts of a model; "language_model" includes the embeddings and the output head.
 
     Raises:
-        ValueError: If a part is unknown, or the model does not have it.
+        ValueError: If a part is unknown, the model lacks it, or it is the language model of a text model.
     """
     inner: Any = unwrap_model(model)
     for part in parts:
@@ -124,16 +124,16 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
 
 
 def has_vision(model: nn.Module) -> bool:
-    """Checks whether the model has a vision tower."""
+    """Returns whether the model has a vision tower."""
     return bool(list(modules_of(unwrap_model(model), "vision_tower")))
 
 
 def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
-    """Adds LoRA adapters to the model and freezes all other parameters.
+    """Adds LoRA adapters to a model and freezes all other parameters.
 
     Raises:
         ImportError: If peft is not installed.
-        ValueError: If no layer matches the target.
+        ValueError: If no layer matches ``recipe.target``.
     """
     try:
         import peft
@@ -164,9 +164,9 @@ def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Returns a hash of a model's class and of up to 4,096 values of each parameter.
+    """Returns a hash of a model's class and of up to 8,191 evenly spaced values of each parameter.
 
-    The hash identifies a reference model, so it does not depend on adapters.
+    The hash identifies a reference model; adapters do not change it.
     """
     inner = unwrap_model(model)
     digest = hashlib.blake2b(digest_size=16)
@@ -183,14 +183,14 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees the full parameters that FSDP2 keeps in memory after a forward without a backward."""
+    """Frees the full parameters that FSDP2 keeps in memory after a forward pass without a backward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def modules_of(inner: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the outermost module of a part, with its name."""
+    """Yields the name and the outermost module of a part; yields nothing if the model lacks the part."""
     for prefix in ("model.", "", "model.model."):
         for name in PARTS[part]:
             try:
@@ -222,5 +222,5 @@ def _kind(inner: nn.Module) -> str:
 
 
 def without_adapters(recipe: ModelRecipe) -> ModelRecipe:
-    """Returns the recipe of a reference model: without adapters, frozen parts and checkpointing."""
+    """Returns the recipe of a reference model: without adapters, frozen parts and gradient checkpointing."""
     return dataclasses.replace(recipe, lora=None, freeze=(), gradient_checkpointing=False)

@@ -1,6 +1,6 @@
-"""The recipe of a training run as frozen dataclasses. ``load_recipe`` reads a recipe from a YAML file.
+"""Frozen dataclasses for the recipe of a training run; ``load_recipe`` reads a recipe from a YAML file.
 
-Each section of a recipe file is a class of this file; a setting that the file omits has the class's default.
+Each class defines a section of the file and the defaults of the settings that the file omits.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from mpo_ext.train.settings import (
     wrong_type,
 )
 
-#: The parts of a model that ``ModelRecipe.freeze`` may name.
+#: Parts of a model that ``ModelRecipe.freeze`` may name.
 FREEZABLE = ("vision_tower", "projector", "language_model")
 
 BackendName = Literal["cpu", "cuda", "triton", "reference"]
@@ -44,15 +44,15 @@ BackendName = Literal["cpu", "cuda", "triton", "reference"]
 
 @section
 class LoraRecipe:
-    """Low-rank adapters through peft (arXiv 2106.09685).
+    """Settings of low-rank adapters, which peft adds to the model (LoRA, arXiv 2106.09685).
 
     Attributes:
-        rank: Rank of the adapters.
-        alpha: The output of an adapter is scaled by ``alpha / rank``.
-        dropout: Dropout on the input of the adapters. Policy and reference agree at step 0 only if it is 0.
+        rank: Rank of each adapter.
+        alpha: Each adapter's output is scaled by ``alpha / rank``.
+        dropout: Dropout probability on the input of each adapter; above 0, the policy's log-probs are random.
         target: Names of the layers that get an adapter, or "all-linear": all linear layers of the language model
             except the output head.
-        quantization: None, or "4bit": base weights in NF4 through bitsandbytes (QLoRA, arXiv 2305.14314).
+        quantization: "4bit" stores the base weights in NF4 (bitsandbytes; QLoRA, arXiv 2305.14314); None keeps them.
     """
 
     rank: PositiveCount = 16
@@ -64,18 +64,18 @@ class LoraRecipe:
 
 @section
 class ModelRecipe:
-    """The model to train.
+    """Settings of the model to train.
 
     Attributes:
-        path: Folder or name of a Hugging Face causal or image-text-to-text model.
-        revision: Revision of a model on the hub.
-        dtype: Dtype of the parameters: "float32", "bfloat16", "float16", or "auto" (as saved).
-        attention: Attention implementation, by its name in transformers: "sdpa" or "eager". The trainer cannot build
-            masks for others ("flash_attention_2", "flex_attention"): there, the responses run as separate rows.
-        freeze: Parts that are not trained: any of "vision_tower", "projector", "language_model".
-        lora: Adapters to train instead of the full weights; None trains the weights.
+        path: Folder or hub id of a Hugging Face causal or image-text-to-text model.
+        revision: Revision of the model on the hub; None: the default revision.
+        dtype: Dtype of the parameters: "float32", "bfloat16", "float16", or "auto" (the dtype of the saved model).
+        attention: Name of the attention implementation in transformers. Both responses can share a row only with
+            "sdpa" and "eager"; with others, they run in separate rows.
+        freeze: Parts of the model that are not trained: any of "vision_tower", "projector", "language_model".
+        lora: Adapters to train; all other weights are then frozen. None: the weights are trained.
         gradient_checkpointing: Whether backward recomputes the activations of each layer.
-        chat_template: Replaces the template of the processor.
+        chat_template: Chat template to use instead of the processor's template; None: the processor's template.
     """
 
     path: Text
@@ -108,16 +108,16 @@ class ModelRecipe:
 
 @section
 class SourceRecipe:
-    """A file or folder of pairs, in the forms that ``mpo_ext.data.open_pairs`` reads.
+    """A file or folder of pairs in a format that ``mpo_ext.data.open_pairs`` reads.
 
     Attributes:
-        path: MMPR meta file or lines, pairs of ``mpo-ext sample``, TRL lines, or the folder of a Hugging Face dataset.
-        format: "mmpr", "pairs", "trl" or "hf"; None detects the format.
-        root: Folder where relative image paths start.
-        root_map: (old, new) prefixes of images and annotations that have moved.
-        image_dir: Folder for the images of a Hugging Face dataset that have no path.
-        repeat_time: How often an epoch visits each pair: 0.5 takes a random half of the pairs, 2 takes each twice.
-            Multiplies the ``repeat_time`` of each subset of an MMPR meta file.
+        path: MMPR meta file, file of lines (MMPR, ``mpo-ext sample``, TRL), or folder of a Hugging Face dataset.
+        format: "mmpr", "pairs" (written by ``mpo-ext sample``), "trl" or "hf"; None detects the format.
+        root: Folder against which relative image paths are resolved; None: the folder that contains ``path``.
+        root_map: (old, new) path prefixes of images and annotations that have moved from ``old`` to ``new``.
+        image_dir: Folder to which images are written if a Hugging Face dataset stores them without paths.
+        repeat_time: Average number of visits to each pair per epoch: 0.5 visits a random half of the pairs, 2 visits
+            each pair twice. It multiplies the ``repeat_time`` of each subset of an MMPR meta file.
     """
 
     path: Text
@@ -141,23 +141,23 @@ def _to_list(value: Any) -> Any:
 
 
 _Source = Annotated[SourceRecipe, BeforeValidator(_to_source)]
-# Validators that run before the conversion run from right to left.
+# pydantic runs BeforeValidators from right to left.
 _Sources = Annotated[tuple[_Source, ...], list_of("paths or sections"), BeforeValidator(_to_list)]
 
 
 @section
 class DataRecipe:
-    """Data for training and evaluation.
+    """Settings of the data for training and evaluation.
 
     Attributes:
-        train: Sources, mixed by their ``repeat_time``.
-        eval: Sources for evaluation; empty disables evaluation.
-        max_length: Maximum number of tokens of a prompt with the longer of its responses; None sets no limit.
+        train: Sources of training pairs; the ``repeat_time`` of each source sets its number of pairs per epoch.
+        eval: Sources of evaluation pairs; an empty list disables evaluation.
+        max_length: Maximum number of tokens of a prompt plus its longer response; None: no limit.
         too_long: Treatment of longer pairs: "drop" skips and counts them; "truncate" cuts the ends of the responses
-            (never the prompt, which holds the images), and skips the pair if the prompt leaves no room.
+            (never the prompt, which holds the images), and skips a pair if its prompt leaves no room for a response.
         skip_bad: Whether to skip and count unreadable pairs (a bad line, a missing image) instead of stopping.
-        group_prompts: Whether the pairs of a question are adjacent, so that they share its prompt.
-        workers: Number of processes that read and encode pairs ahead; 0 uses the training process.
+        group_prompts: Whether pairs with the same prompt are placed next to each other, which lets them share a row.
+        workers: Number of processes that read and encode pairs in advance; 0: the training process does this work.
     """
 
     train: Annotated[_Sources, NOT_EMPTY]
@@ -171,22 +171,22 @@ class DataRecipe:
 
 @section
 class LossRecipe:
-    """The loss.
+    """Settings of the loss function.
 
     Attributes:
-        beta: See ``MPOConfig``, also for the next five settings.
-        dpo_weight: If ``dpo_weight`` and ``bco_weight`` are 0, training is SFT: without a reference, and without
-            computing the rejected responses.
+        beta: See ``MPOConfig``.
+        dpo_weight: See ``MPOConfig``. If ``dpo_weight`` and ``bco_weight`` are 0, training is SFT, without a reference
+            and without the rejected responses.
         bco_weight: See ``MPOConfig``.
         ntp_weight: See ``MPOConfig``.
         label_smoothing: See ``MPOConfig``.
         ntp_average: See ``MPOConfig``.
-        preference: Name of a loss of ``mpo_ext.loss.preference`` that replaces the DPO term; None is DPO.
+        preference: Name of a loss in ``mpo_ext.loss.preference`` that replaces the DPO term; None: the DPO term.
         average_over: "step" averages over all pairs and chosen tokens of an optimizer step, over all ranks and
             micro-batches; "micro_batch" averages the means of the micro-batches, as the authors' code does.
         from_logits: Whether to call ``mpo_loss`` on the model's logits instead of ``linear_mpo_loss``.
-        shared_prefix: Whether a pair is one sequence ``[prompt | chosen | rejected]`` if the model allows it; False
-            runs the responses as separate rows.
+        shared_prefix: Whether a pair is one row ``[prompt | chosen | rejected]`` if the model supports this layout;
+            False: each response has a separate row.
         recompute: See ``linear_mpo_loss``.
         memory_budget_mib: ``memory_budget`` of ``linear_mpo_loss``, in MiB.
         backend: See ``mpo_loss``.
@@ -228,7 +228,7 @@ class LossRecipe:
 
         empty, no_tokens = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
         options = {"beta": self.beta, "label_smoothing": self.label_smoothing}
-        try:  # without pairs, to run its checks
+        try:  # a call without pairs only checks the options
             preference_loss(name, empty, empty, empty, empty, no_tokens, no_tokens, **options)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"preference: {error}") from None
@@ -240,7 +240,7 @@ class LossRecipe:
 
     @property
     def config(self) -> MPOConfig:
-        """The settings that the loss functions take."""
+        """The settings of this section that ``MPOConfig`` has."""
         names = [field.name for field in dataclasses.fields(MPOConfig) if field.name != "ignore_index"]
         return MPOConfig(**{name: getattr(self, name) for name in names})
 
@@ -251,7 +251,7 @@ class LossRecipe:
 
     @property
     def needs_reference(self) -> bool:
-        """True if the loss compares with a reference."""
+        """True if the loss needs the log-probs of a reference."""
         if self.preference is None:
             return self.has_preference
         from mpo_ext.loss.preference import LOSSES  # imports torch
@@ -277,16 +277,16 @@ class RewardShiftRecipe:
 
 @section
 class ReferenceRecipe:
-    """The reference model.
+    """Settings of the reference model.
 
     Attributes:
-        kind: "copy" keeps the starting model in memory. "adapter" is the model with its LoRA adapters disabled.
-            "precomputed" computes the log-probs of all pairs once, into ``file``, and then needs no second model.
-            None takes "adapter" with LoRA and "copy" without.
-        path: Another model for "copy" and "precomputed"; None takes the starting state of the trained model.
-        file: File for the log-probs of "precomputed"; None is ``reference.jsonl`` in the output folder.
-        sync_every: Number of steps between two updates of a "copy" towards the policy (TR-DPO, arXiv 2404.09656); 0
-            disables them. TRL's ``ref_model_sync_steps``.
+        kind: "copy": a second model in memory. "adapter": the trained model with its LoRA adapters disabled.
+            "precomputed": log-probs in ``file``, computed once before training. None: "adapter" with LoRA, else
+            "copy".
+        path: Model to use for "copy" and "precomputed"; None: the starting state of the trained model.
+        file: File of the log-probs of "precomputed"; None: ``reference.jsonl`` in the output folder.
+        sync_every: Number of steps between two updates of a "copy" towards the policy (TR-DPO, arXiv 2404.09656; TRL's
+            ``ref_model_sync_steps``); 0 disables updates.
         sync_mix: Weight of the policy in an update: each parameter becomes ``mix * policy + (1 - mix) * reference``. 1
             is the paper's hard update. TRL's ``ref_model_mixup_alpha``.
     """
@@ -306,21 +306,21 @@ class ReferenceRecipe:
 
 @section
 class OptimRecipe:
-    """AdamW and its schedule. The defaults are the authors' (InternVL2.5-MPO).
+    """Settings of AdamW and of the learning rate schedule. The defaults are those of InternVL2.5-MPO.
 
     Attributes:
-        learning_rate: Maximum of the learning rate.
-        batch_size: Pairs per optimizer step, over all ranks and micro-batches.
-        micro_batch_size: Pairs per forward pass on each rank.
-        epochs: Passes over the data.
-        max_steps: Maximum number of steps; None sets no limit. The schedule covers the steps that actually run.
-        betas: Parameter of AdamW.
-        eps: Parameter of AdamW.
-        weight_decay: Parameter of AdamW, for matrices only: not for biases and norms.
-        warmup_ratio: Fraction of the steps in which the learning rate rises from 0.
-        schedule: The learning rate after warmup: "cosine" to 0, "linear" to 0, or "constant".
-        max_grad_norm: The gradient is clipped to this norm; 0 disables clipping.
-        seed: Seed of the order of the pairs and of all random numbers.
+        learning_rate: Maximum learning rate, reached at the end of warmup.
+        batch_size: Number of pairs per optimizer step, summed over all ranks and micro-batches.
+        micro_batch_size: Number of pairs per forward pass on each rank.
+        epochs: Number of passes over the data.
+        max_steps: Maximum number of steps; None: no limit. The schedule ends at the last step of the run.
+        betas: AdamW's ``betas``.
+        eps: AdamW's ``eps``.
+        weight_decay: AdamW's weight decay, applied to matrices but not to biases and norms.
+        warmup_ratio: Fraction of the steps during which the learning rate rises linearly from 0.
+        schedule: Course of the learning rate after warmup: "cosine" to 0, "linear" to 0, or "constant".
+        max_grad_norm: Norm to which larger gradients are clipped; 0 disables clipping.
+        seed: Seed of the pair order and of all other random numbers.
     """
 
     learning_rate: NotNegative = 1e-6
@@ -345,21 +345,21 @@ class OptimRecipe:
 
 @section
 class OutputRecipe:
-    """The output files of a run.
+    """Settings of the files that a run writes.
 
     Attributes:
-        dir: The folder of the run.
-        save_every: Steps between two checkpoints; 0 writes a single checkpoint at the end.
-        keep_last: Number of checkpoints to keep.
-        keep_best: Whether to keep the checkpoint with the best evaluation in addition; needs ``data.eval``.
-        eval_every: Steps between two evaluations; 0 evaluates at the end only.
-        best_metric: "reward_accuracy" (higher is better) or "loss" (lower is better).
-        log_every: Steps between two lines of the log.
+        dir: Folder of the run.
+        save_every: Number of steps between two checkpoints; 0 writes a single checkpoint at the end.
+        keep_last: Number of latest checkpoints to keep.
+        keep_best: Whether to keep also the checkpoint with the best evaluation; needs ``data.eval``.
+        eval_every: Number of steps between two evaluations; 0 evaluates only at the end.
+        best_metric: Metric of the best checkpoint: "reward_accuracy" (higher is better) or "loss" (lower is better).
+        log_every: Number of steps between two lines of the log.
         trackers: Names of trackers in accelerate: "tensorboard", "wandb", ...
-        resume: "auto" resumes from the newest checkpoint in ``dir``; "never" rejects a folder with a checkpoint;
-            otherwise the path of a checkpoint.
+        resume: "auto" resumes from the newest checkpoint in ``dir``; "never" rejects a folder that contains a
+            checkpoint; any other value is a checkpoint's path.
         on_nonfinite: Reaction to a loss or gradient that is not finite: "stop", or "skip" the step and count it.
-        save_merged: Whether to write the merged model in addition to the LoRA adapters.
+        save_merged: Whether to write the model with merged LoRA adapters in addition to the adapters.
     """
 
     dir: Text
@@ -381,16 +381,16 @@ class OutputRecipe:
 
 @section
 class Recipe:
-    """A training run.
+    """Settings of a training run.
 
     Attributes:
-        model: The model to train.
-        data: Data for training and evaluation.
-        output: The output files of the run.
-        loss: The loss.
-        reward_shift: The reward shift of the BCO term.
-        reference: The reference model.
-        optim: Optimizer, batch size and schedule.
+        model: Settings of the model to train.
+        data: Settings of the data for training and evaluation.
+        output: Settings of the files that the run writes.
+        loss: Settings of the loss function.
+        reward_shift: Settings of the reward shift in the BCO term.
+        reference: Settings of the reference model.
+        optim: Settings of optimizer, batch size and schedule.
         precision: Arithmetic of the model: "fp32", "bf16" or "fp16" (autocast; parameters keep ``model.dtype``).
     """
 
@@ -441,40 +441,37 @@ class Recipe:
 
     @property
     def reference_kind(self) -> str | None:
-        """The kind of reference in use; None if the loss needs no reference."""
+        """The kind of reference that the run uses; None if the loss does not need a reference."""
         if not self.loss.needs_reference:
             return None
         return self.reference.kind or ("adapter" if self.model.lora is not None else "copy")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the recipe as plain values (dicts, lists, numbers, strings), in the form of a recipe file."""
+        """Returns the recipe as nested dicts, lists, numbers and strings, in the form of a recipe file."""
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
 
     def to_yaml(self) -> str:
-        """Returns the recipe as a file for ``load_recipe``, including the defaults. Needs ruamel.yaml."""
+        """Returns the recipe, defaults included, as YAML text that ``load_recipe`` reads. Needs ruamel.yaml."""
         return dump_yaml(self.to_dict())
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe from a YAML file.
+    """Reads a YAML file and returns its recipe.
 
-    Numbers and booleans follow YAML 1.2: ``1e-6`` is a number, ``no`` a string. Relative paths in a recipe start at
-    the current folder, not at the folder of the file. ``data.train`` and ``data.eval`` take a path or a section, or a
-    list of them.
+    Numbers and booleans follow YAML 1.2: ``1e-6`` is a number, ``no`` is a string. Relative paths in a recipe are
+    resolved against the current folder, not the folder of the file. ``data.train`` and ``data.eval`` take a source or
+    a list of sources; a source is a path or a section.
 
     Args:
         path: Path of the file.
-        overrides: ``"optim.learning_rate=1e-6"`` replaces a value of the file; values are YAML
-            (``"data.train=[a.jsonl, b.jsonl]"``). The last override of a setting takes precedence.
-
-    Returns:
-        The recipe.
+        overrides: Settings that replace those of the file, such as ``"optim.learning_rate=1e-6"``. The value is YAML
+            (``"data.train=[a.jsonl, b.jsonl]"``); the last override of a setting takes precedence.
 
     Raises:
         OSError: If the file cannot be read.
         ImportError: If ruamel.yaml is not installed.
         ValueError: If the file is not YAML, a setting is unknown, missing or duplicate, or values are out of range or
-            incompatible. Messages name the file, the setting with its section, the rule and the value.
+            incompatible. The message names the file, the setting with its section, the rule and the value.
         TypeError: If a value has the wrong type.
     """
     source = os.fspath(path)
@@ -491,7 +488,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             raise TypeError(f"a recipe must be a mapping of sections, got {shorten(values)}")
         for override in overrides:
             apply_override(values, override)
-        required: dict[str, Any] = {"model": {}, "data": {}, "output": {}}  # to report the setting that is missing
+        required: dict[str, Any] = {"model": {}, "data": {}, "output": {}}  # makes errors name the missing setting
         return Recipe(**required | {str(name): value for name, value in values.items()})
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError

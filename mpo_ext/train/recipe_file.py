@@ -1,4 +1,4 @@
-"""Recipes as YAML text: reading by the rules of YAML 1.2, ``KEY=VALUE`` overrides, and writing."""
+"""Reads and writes recipes as YAML 1.2 text, and applies ``KEY=VALUE`` overrides."""
 
 import functools
 import io
@@ -7,7 +7,8 @@ from typing import Any
 
 from mpo_ext.checks import install_hint, shorten
 
-# The core schema of YAML 1.2. Without ruamel.yaml's extensions: 1_000 and 2024-11-15 are strings.
+# YAML 1.2's core schema: the pattern and the first characters of each type. ruamel.yaml's extensions are left out:
+# 1_000 and 2024-11-15 are strings.
 _CORE_SCHEMA = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -24,7 +25,7 @@ def parse_yaml(text: str) -> Any:
 
     Raises:
         ImportError: If ruamel.yaml is not installed.
-        ValueError: If the text is not YAML, or a mapping gives a key twice.
+        ValueError: If the text is not YAML, or a mapping contains a key twice.
     """
     ruamel = _import_ruamel()
     try:
@@ -34,17 +35,17 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(values: Any) -> str:
-    """Returns values as YAML. Strings that YAML 1.1 or 1.2 would read as another type are quoted."""
+    """Returns values as YAML text; strings that YAML 1.1 or 1.2 would read as another type are quoted."""
     stream = io.StringIO()
     _yaml(dumps=True).dump(values, stream)
     return stream.getvalue()
 
 
 def apply_override(values: Any, override: str) -> None:
-    """Puts the value of ``KEY=VALUE`` into a parsed recipe; KEY is a dotted name, VALUE is YAML.
+    """Sets the value of an override ``KEY=VALUE`` in a parsed recipe; KEY is a dotted name, VALUE is YAML.
 
     Raises:
-        ValueError: If the override has another form, or KEY does not name a setting of a section.
+        ValueError: If the override has another form, or KEY names a setting inside a value that is not a section.
     """
     key, equals, text = override.partition("=")
     *sections, name = key.strip().split(".")
@@ -76,7 +77,7 @@ def _import_ruamel() -> Any:
 
 @functools.cache
 def _yaml(*, dumps: bool) -> Any:
-    """Returns a parser, or a writer whose strings and numbers YAML 1.1 reads in the same way."""
+    """Returns a parser, or a writer whose strings and numbers have the same meaning in YAML 1.1 and 1.2."""
     ruamel = _import_ruamel()
     rules = [
         (f"tag:yaml.org,2002:{name}", re.compile(f"(?:{p})$"), first) for name, (p, first) in _CORE_SCHEMA.items()

@@ -1,4 +1,4 @@
-"""Which pairs a step trains, on which rank and in which micro-batches. Seed and step number alone decide."""
+"""Assigns the pairs of the data to optimizer steps, ranks and micro-batches."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,27 +7,27 @@ import numpy as np
 
 from mpo_ext.checks import check_integer
 
-_ORDER = 2  # stream of the generator, apart from the stream of ``mixture``
+_ORDER = 2  # part of the seed; ``mixture`` uses another number, which keeps their random numbers independent
 
 
 class StepSampler:
     """Chooses the pairs of each optimizer step. Steps are numbered from 0 through all epochs.
 
-    The pairs of a step depend on the seed and the step number only: an interrupted run needs no other state to
-    resume, and any number of ranks divides the same pairs. An epoch visits each of its pairs once, in random order;
+    The pairs of a step depend only on the seed and the step number. An interrupted run therefore needs no other state
+    to resume, and any number of ranks divides the same pairs. An epoch visits each of its pairs once, in random order;
     its last step holds the remaining pairs.
 
     Args:
-        epoch: Returns the pairs of an epoch, int64, the same number for each epoch; see ``Mixture.epoch``.
-        batch_size: Pairs per step, over all ranks.
-        seed: Seed of the order.
-        groups: For each pair, a number that is equal for pairs with the same prompt, as from
-            ``Mixture.prompt_groups``: such pairs then are adjacent, except at the ends of steps and of rank slices.
-            The copies of a pair that an epoch repeats belong to different groups. None mixes all pairs.
+        epoch: Returns the pair indices of an epoch, int64, as ``Mixture.epoch`` does, equally many for each epoch.
+        batch_size: Number of pairs per step, summed over all ranks.
+        seed: Seed of the pair order.
+        groups: A number for each pair index, equal for pairs with the same prompt, as ``Mixture.prompt_groups``
+            returns. Pairs with the same prompt become adjacent, except at the ends of steps and of rank slices; copies
+            of a repeated pair do not. None: pairs are not grouped.
 
     Attributes:
         pairs_per_epoch: Number of pairs per epoch.
-        steps_per_epoch: Number of steps per epoch, the short one included.
+        steps_per_epoch: Number of steps per epoch, including a shorter last step.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class StepSampler:
         self.steps_per_epoch = -(-self.pairs_per_epoch // batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Returns the ordered pairs of an epoch, ``[pairs_per_epoch]`` int64; the latest epoch is cached."""
+        """Returns the pair indices in the order of the epoch, ``[pairs_per_epoch]`` int64; caches the latest epoch."""
         check_integer("epoch", epoch, least=0)
         if self._order is None or self._order[0] != epoch:
             pairs = self._epoch(epoch)
@@ -65,19 +65,13 @@ class StepSampler:
         return self._order[1]
 
     def step(self, step: int) -> np.ndarray:
-        """Returns the pairs of a step over all ranks: int64, ``[batch_size]``, or fewer at the end of an epoch."""
+        """Returns the pair indices of a step over all ranks, int64 ``[batch_size]`` (fewer at the end of an epoch)."""
         check_integer("step", step, least=0)
         epoch, within = divmod(step, self.steps_per_epoch)
         return self.order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
 
     def rank_slice(self, step: int, rank: int, world_size: int) -> np.ndarray:
-        """Returns a rank's pairs of a step: a contiguous slice, possibly empty. Slice lengths differ by at most 1.
-
-        Args:
-            step: Number of the step, from 0 through all epochs.
-            rank: Rank of the process.
-            world_size: Number of processes.
-        """
+        """Returns a rank's slice of ``step(step)``, which may be empty; the slices' lengths differ by at most 1."""
         check_integer("world_size", world_size, least=1)
         check_integer("rank", rank, least=0)
         if rank >= world_size:
@@ -87,8 +81,8 @@ class StepSampler:
 
 
 def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns positions that make the members of a group adjacent, with the groups in random order."""
-    # The c-th copy of a pair belongs to the c-th group of its prompt: a step should not hold a pair twice.
+    """Returns positions in ``pairs`` that make the pairs of a group adjacent; the order of the groups is random."""
+    # The c-th copy of each pair goes to the c-th group of its prompt, because a step should not contain a pair twice.
     by_pair = np.argsort(pairs, kind="stable")
     ascending = pairs[by_pair]
     firsts = np.searchsorted(ascending, ascending, side="left")
@@ -104,12 +98,12 @@ def micro_batches(lengths: Sequence[int], size: int, *, groups: Sequence[Any] | 
 
     Args:
         lengths: Number of tokens of each pair.
-        size: Pairs per micro-batch; the last micro-batch may have fewer.
-        groups: A value per pair that is equal for pairs with the same prompt, as ``Sample.prompt_key``. Such pairs
-            stay together, in the place of the longest of them. None sorts each pair by itself.
+        size: Number of pairs per micro-batch; the last micro-batch may have fewer.
+        groups: A value per pair that is equal for pairs with the same prompt, such as ``Sample.prompt_key``. These
+            pairs stay adjacent, in the place of the longest. None: pairs are not grouped.
 
     Returns:
-        Positions in ``lengths``, each once. Pairs of equal length keep their order.
+        For each micro-batch, positions in ``lengths``. Each position occurs once; equal lengths keep their order.
     """
     check_integer("size", size, least=1)
     if groups is not None and len(groups) != len(lengths):

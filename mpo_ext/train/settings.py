@@ -1,4 +1,4 @@
-"""Building blocks of a recipe: the types of its settings, the ``section`` decorator, and the texts of its errors."""
+"""Building blocks of recipes: the types of settings, the ``section`` decorator, and the error messages."""
 
 import dataclasses
 import difflib
@@ -23,16 +23,16 @@ _TYPES = {
     "int_type": "an integer",
     "float_type": "a number",
     "string_type": "a string",
-}  # the errors of pydantic's strict types
+}  # expected types in messages, by the type of pydantic's error
 
 
 def wrong_type(words: str) -> PydanticCustomError:
-    """Returns the error of a value that should be ``words``."""
+    """Returns the error for a value of the wrong type; ``words`` name the right type."""
     return PydanticCustomError("wrong_type", words)  # type: ignore[arg-type]  # pydantic wants a literal
 
 
 def _rule(words: str, holds: Callable[[Any], bool]) -> AfterValidator:
-    """Returns a validator whose message says that the setting must be ``words``."""
+    """Returns a validator that rejects values for which ``holds`` is false; ``words`` state the rule."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -43,7 +43,7 @@ def _rule(words: str, holds: Callable[[Any], bool]) -> AfterValidator:
 
 
 def list_of(elements: str, size: int | None = None) -> BeforeValidator:
-    """Returns a validator that takes a list, of a given size if ``size`` is not None, and turns it into a tuple."""
+    """Returns a validator that converts a list, of length ``size`` unless it is None, to a tuple."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or (size is not None and len(value) != size):
@@ -98,8 +98,8 @@ StringOrStrings = Annotated[str | tuple[str, ...], PlainValidator(_to_string_or_
 def section(kind: type[T]) -> type[T]:
     """Makes a class a section of a recipe: a frozen dataclass whose constructor converts and checks its arguments.
 
-    A mapping becomes a section, a list a tuple, and an int a float where the setting is a float. Errors are TypeError
-    for a value of the wrong type, otherwise ValueError; messages begin with the dotted name of the setting.
+    Mappings are converted to sections, lists to tuples, and ints to floats if the setting is a float. A value of the
+    wrong type raises TypeError, any other invalid value ValueError; messages begin with the setting's dotted name.
     """
     config = pydantic.ConfigDict(extra="forbid")
     built: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(kind)
@@ -117,7 +117,7 @@ def section(kind: type[T]) -> type[T]:
 
 
 def _describe(error: pydantic.ValidationError, kind: type) -> Exception:
-    """Returns the error of the first wrong setting; unknown settings come before wrong values."""
+    """Returns the exception for the first invalid setting; unknown settings come before invalid values."""
     unknown = ("unexpected_keyword_argument", "invalid_key")
     details = min(error.errors(include_url=False), key=lambda details: details["type"] not in unknown)
     where = _dotted(details["loc"])
@@ -142,12 +142,12 @@ def _describe(error: pydantic.ValidationError, kind: type) -> Exception:
 
 
 def _dotted(parts: Sequence[int | str]) -> str:
-    """Returns the name of a setting, such as ``data.train[1].root``."""
+    """Joins the parts of a setting's name, as in ``data.train[1].root``."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
 
 
 def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
-    """Returns a hint: a similar setting of the same section, or a setting of the same name in another section."""
+    """Returns a hint: a similar name in the section, the same name in another section, or all names in the section."""
     settings = _settings(kind)
     names = settings[".".join(parent for parent in parents if isinstance(parent, str))]
     prefix = _dotted((*parents, ""))
@@ -161,7 +161,7 @@ def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
 
 
 def _settings(kind: type, where: str = "") -> dict[str, list[str]]:
-    """Returns the names of the settings of each section, by the section's dotted name."""
+    """Returns the names of the settings of each section, by the dotted name of the section."""
     hints = typing.get_type_hints(kind)
     settings = {where: list(hints)}
     for name, hint in hints.items():

@@ -1,4 +1,4 @@
-"""Support for the layout "shared": what a model's config and code tell, and a check on a few pairs."""
+"""Checks whether a model supports the layout "shared", by its config and code and by a test on a few pairs."""
 
 import dataclasses
 import inspect
@@ -20,11 +20,7 @@ from mpo_ext.train.masks import decoder_config, plan_masks
 
 
 def supports_shared_prefix(model: nn.Module) -> str | None:
-    """Returns None if config and code of a model allow the layout "shared", otherwise the reason why not.
-
-    Args:
-        model: A Hugging Face model, bare or wrapped.
-    """
+    """Returns None if a (bare or wrapped) model's config and code allow the layout "shared", otherwise the reason."""
     inner = unwrap_model(model)
     name = type(inner).__name__
     peft_config = getattr(model, "active_peft_config", None)
@@ -44,7 +40,7 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
         kind = type(module)
         if getattr(kind, "_is_stateful", False):
             return f"{kind.__name__} has recurrent layers, which no mask can separate"
-        # Gemma 3: a mask passed by the caller replaces the mask that lets the tokens of an image attend to each other.
+        # Gemma 3: our mask would replace the mask that lets the tokens of an image attend to each other.
         if hasattr(kind, "get_image_features") and "block_sequence_ids" in _forward_source(kind):
             return f"tokens of an image attend to each other in {kind.__name__}"
     return None
@@ -59,29 +55,26 @@ def check_shared_prefix(
     device: torch.device | str | None = None,
     tolerance: float | None = None,
 ) -> str | None:
-    """Compares the log-probs of a few pairs in the layouts "shared" and "separate".
+    """Compares a few pairs' log-probs in the layouts "shared" and "separate"; returns None or why they differ.
 
     The model runs three times in evaluation mode, without gradients. In the third run the responses attend to each
-    other, which measures the effect of a broken mask. Meanwhile a sliding window is reduced below the length of the
-    sequences. The model's state is restored afterwards. Ranks that share a model must call this function together and
-    agree on the result.
+    other, which measures the effect of a broken mask. During the runs, sliding windows are reduced below the length of
+    the sequences. Afterwards the model's state is restored. Ranks that share a model must call this function together
+    and agree on the result.
 
     Args:
         model: As in ``forward``.
         samples: At least one sample, with images if the run will have images.
         pad_id: As in ``collate``.
         positions: As in ``collate``.
-        device: Device of the model; None takes the device of its first parameter.
-        tolerance: Maximum root mean square of the differences of log-probs, in nats. None takes 16 times the
-            precision of the arithmetic, at least 1e-3. The limit also is half of the effect of a broken mask, but not
-            below a quarter of ``tolerance``.
-
-    Returns:
-        None if the log-probs agree, otherwise the reason.
+        device: Device of the model; None: the device of its first parameter.
+        tolerance: Maximum root mean square difference of the log-probs, in nats; None: 16 times the machine epsilon of
+            the arithmetic, at least 1e-3. The limit is at most half of the effect of a broken mask, but at least a
+            quarter of ``tolerance``.
 
     Raises:
         torch.OutOfMemoryError: If memory runs out.
-        Exception: Whatever the model raises in the layout "separate".
+        Exception: Any exception that the model raises in the layout "separate".
     """
     reason = supports_shared_prefix(model)
     if reason is not None:
@@ -123,12 +116,12 @@ def check_shared_prefix(
 def _forward_source(kind: type) -> str:
     try:
         return inspect.getsource(kind.forward)  # type: ignore[attr-defined]
-    except (OSError, TypeError):  # check_shared_prefix detects what the source would tell
+    except (OSError, TypeError):  # without source code, check_shared_prefix still compares log-probs
         return ""
 
 
 def label_logp_and_precision(model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
-    """Returns the log-probs of the labels on the CPU, and the precision of the arithmetic that computed them."""
+    """Returns the labels' log-probs as float64 on the CPU, and the machine epsilon of the arithmetic behind them."""
     dtypes: list[torch.dtype] = []
 
     def note(module: nn.Module, args: Any) -> None:  # autocast may be active inside the model only
@@ -157,7 +150,7 @@ def _rms(differences: Tensor) -> float:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module, window: int) -> Iterator[None]:
-    """Sets evaluation mode and limits sliding windows to ``window``; restores both on exit."""
+    """Sets evaluation mode and limits sliding windows to ``window`` tokens; restores both on exit."""
     training = [(module, module.training) for module in model.modules()]
     windows: dict[int, tuple[Any, int]] = {}
     for module in unwrap_model(model).modules():
