@@ -41,14 +41,14 @@ class Machine:
     """Rates of a machine. A rate of ``inf`` means that the machine spends no time on this kind of work.
 
     Attributes:
-        is_gpu: Whether the methods' GPU implementations run.
+        is_gpu: Whether the machine is a GPU, which runs the GPU implementation of each method.
         bandwidth: Bytes per second that are read from or written to memory already in use.
         matmul_rates: FLOP per second of large matrix products, by dtype.
         kernel_rate: Logits per second that our kernels process forward and backward, if memory is not the limit.
         softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
         fresh: Bytes per second at which fresh memory in small pages becomes available, without the time to write it.
         huge: The same rate for huge pages.
-        overhead: Seconds that are added to each forward and backward, regardless of the size.
+        overhead: Seconds added to a forward and backward of any size.
     """
 
     name: str
@@ -138,7 +138,7 @@ GPUS = {
 
 
 def gpu(name: str) -> Machine:
-    """Returns a machine of ``GPUS`` that reaches ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of its peak rates.
+    """Returns a GPU of ``GPUS`` as a machine, at ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of its peak rates.
 
     Raises:
         ValueError: If ``GPUS`` does not contain the name.

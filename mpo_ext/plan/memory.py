@@ -286,7 +286,6 @@ def _width(layer: nn.Module) -> int:
 
 
 def _linear_weights(layers: Sequence[nn.Module]) -> int:
-    """Returns the number of weights in the linear layers."""
     modules = (module for layer in layers for module in layer.modules())
     return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
 

@@ -87,7 +87,6 @@ def _separate_reason(model: nn.Module, recipe: Recipe) -> str | None:
 
 
 def _notes(recipe: Recipe, tokens: int, steps: int) -> Iterator[str]:
-    """Yields notes on the length of pairs, the dtype and the number of steps."""
     max_length = recipe.data.max_length
     limit = "is not set" if max_length is None else f"is {max_length:,}"
     if tokens < (max_length or ASSUMED_LENGTH):
@@ -104,7 +103,6 @@ def _notes(recipe: Recipe, tokens: int, steps: int) -> Iterator[str]:
 
 
 def _sync_notes(recipe: Recipe, memory: Sequence[Memory]) -> Iterator[str]:
-    """Yields notes on a reference that is updated towards the policy."""
     if not recipe.reference.sync_every:
         return
     size = next(part.bytes for part in memory if part.name == "reference")

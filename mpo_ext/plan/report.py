@@ -83,7 +83,6 @@ class Plan:
 
     @property
     def pairs_per_epoch(self) -> int:
-        """Number of pairs per epoch."""
         return sum(subset.pairs for subset in self.subsets)
 
     @property

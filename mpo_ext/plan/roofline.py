@@ -43,8 +43,7 @@ class LossShape:
         hidden: Size of the hidden states, D; None if the loss starts from logits.
         share: Fraction of the rows that have a label.
         dtype: Dtype of the logits, or of hidden states and head.
-        matmul_dtype: Dtype of the inputs of our matrix products on a CPU, which may be wider than ``dtype``; None:
-            ``dtype``.
+        matmul_dtype: Dtype of the inputs of our matrix products on a CPU; None: ``dtype``.
     """
 
     pairs: int = 1
@@ -458,7 +457,7 @@ def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine
 
 
 def _logits_of_all(loss: LossShape, positions: int, machine: Machine) -> _Parts:
-    """Returns the logits of all positions, followed by our loss on the labelled rows, as stages and memory."""
+    """Returns stages and memory of the logits of all positions and of our loss on the labelled rows."""
     stages, _ = _logits_ours(loss, machine)
     every, grads = loss.size * positions * loss.vocab, _gradients(loss)
     products = _products(loss, positions, 3, "matrix products", loss.dtype)

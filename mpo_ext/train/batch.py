@@ -292,7 +292,7 @@ def _check_same_prompt(first: Sample, second: Sample) -> None:
 def _rotary_positions(
     prompts: Sequence[Tensor], responses: Iterable[_PlacedResponse], rows: int, length: int
 ) -> Tensor:
-    """Returns the positions of all rows, ``[A, R, L]`` int64; a response counts on from the maximum of its prompt."""
+    """Returns the positions of all rows, ``[A, R, L]`` int64; a response continues after its prompt's maximum."""
     positions = torch.zeros(prompts[0].shape[0], rows, length, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         positions[:, row, : prompt.shape[1]] = prompt

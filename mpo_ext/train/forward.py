@@ -34,12 +34,11 @@ class HiddenRows(NamedTuple):
 def forward(model: nn.Module, batch: Batch) -> HiddenRows:
     """Runs the model once on a batch, without its output head, and returns the hidden states that predict the labels.
 
-    The loss is ``linear_mpo_loss(out.hidden, out.weight, batch.labels, ...,``
-    ``cu_seqlens=batch.cu_seqlens, shift=False, **out.options)``.
+    The loss is ``linear_mpo_loss(out.hidden, out.weight, batch.labels, ..., cu_seqlens=batch.cu_seqlens, shift=False,
+    **out.options)``.
 
     Args:
-        model: The trained model, bare or in the wrappers that ``hidden_and_head`` accepts (DDP, FSDP, accelerate,
-            peft).
+        model: The trained model, bare or wrapped by DDP, FSDP, accelerate or peft; see ``hidden_and_head``.
         batch: A batch on the model's device.
 
     Raises:
@@ -68,8 +67,7 @@ def _label_rows(values: Tensor, batch: Batch) -> Tensor:
             f"model must return one hidden state for each of {tuple(batch.segments.shape)} tokens, got shape "
             f"{tuple(values.shape)}"
         )
-    # Not index_select: its backward on a GPU would add the gradients of repeated positions (the last token of a
-    # prompt) in random order.
+    # Not index_select: on a GPU its backward sums repeated positions (a prompt's last token) in random order.
     return values.flatten(0, 1)[batch.index]
 
 

@@ -69,7 +69,7 @@ class PromptPositions:
 
 
 def prompt_positions(model: nn.Module) -> PromptPositions | None:
-    """Returns the argument ``positions`` of ``collate`` for a bare or wrapped model; None if it is not needed."""
+    """Returns the argument ``positions`` of ``collate`` for a model; None if a token's position is its index."""
     for module in unwrap_model(model).modules():
         if callable(getattr(type(module), "get_rope_index", None)):
             return PromptPositions(type(module), module.config)
@@ -120,10 +120,10 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
 
 
 def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Tensor]:
-    """Returns the masks, ``[R, 1, L, L]`` each, of rows with several responses, in the form that the layers expect.
+    """Returns the masks ``[R, 1, L, L]`` of rows with several responses, as a tensor or by kind of layer.
 
-    A token attends to the prompt and to its own response. Padding attends to itself, because a softmax over an empty
-    set is NaN.
+    A token attends to the prompt and to its own response, up to itself. Padding attends to itself, because a softmax
+    over an empty set is NaN.
     """
     plan = plan_masks(inner)
     if isinstance(plan, str):
@@ -150,7 +150,7 @@ def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Te
 
 
 def decoder_config(inner: nn.Module) -> Any:
-    """Returns the config of the decoder, which may differ from the copy in the config of the whole model."""
+    """Returns the config that the decoder reads; the model's config may contain another copy."""
     get_decoder: Any = getattr(inner, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     config: Any = getattr(decoder, "config", None) or getattr(inner, "config", None)

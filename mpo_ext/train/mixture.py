@@ -132,7 +132,6 @@ class Mixture(Sequence[Pair | BadLine]):
 
     @property
     def pairs(self) -> int:
-        """Number of pairs per epoch."""
         return sum(subset.pairs for subset in self.subsets)
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
 
-_SAMPLED = 4096  # a fingerprint reads at least this number of values of each larger parameter
+_SAMPLED = 4096  # minimum number of values that a fingerprint reads from a larger parameter
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -124,7 +124,6 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
 
 
 def has_vision(model: nn.Module) -> bool:
-    """Returns whether the model has a vision tower."""
     return bool(list(modules_of(unwrap_model(model), "vision_tower")))
 
 

@@ -357,7 +357,7 @@ class OutputRecipe:
         log_every: Number of steps between two lines of the log.
         trackers: Names of trackers in accelerate: "tensorboard", "wandb", ...
         resume: "auto" resumes from the newest checkpoint in ``dir``; "never" rejects a folder that contains a
-            checkpoint; any other value is a checkpoint's path.
+            checkpoint; any other value is the path of a checkpoint.
         on_nonfinite: Reaction to a loss or gradient that is not finite: "stop", or "skip" the step and count it.
         save_merged: Whether to write the model with merged LoRA adapters in addition to the adapters.
     """

@@ -7,8 +7,7 @@ from typing import Any
 
 from mpo_ext.checks import install_hint, shorten
 
-# YAML 1.2's core schema: the pattern and the first characters of each type. ruamel.yaml's extensions are left out:
-# 1_000 and 2024-11-15 are strings.
+# Pattern and first characters of each type in YAML 1.2's core schema, in which 1_000 and 2024-11-15 are strings.
 _CORE_SCHEMA = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),

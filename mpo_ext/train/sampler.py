@@ -26,7 +26,6 @@ class StepSampler:
             of a repeated pair do not. None: pairs are not grouped.
 
     Attributes:
-        pairs_per_epoch: Number of pairs per epoch.
         steps_per_epoch: Number of steps per epoch, including a shorter last step.
     """
 

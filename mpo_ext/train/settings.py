@@ -43,7 +43,7 @@ def _rule(words: str, holds: Callable[[Any], bool]) -> AfterValidator:
 
 
 def list_of(elements: str, size: int | None = None) -> BeforeValidator:
-    """Returns a validator that converts a list, of length ``size`` unless it is None, to a tuple."""
+    """Returns a validator that converts a list to a tuple; ``size`` is the required length (None: any length)."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or (size is not None and len(value) != size):

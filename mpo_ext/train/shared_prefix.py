@@ -55,7 +55,7 @@ def check_shared_prefix(
     device: torch.device | str | None = None,
     tolerance: float | None = None,
 ) -> str | None:
-    """Compares a few pairs' log-probs in the layouts "shared" and "separate"; returns None or why they differ.
+    """Returns None if a few pairs' log-probs agree in the layouts "shared" and "separate", otherwise the reason.
 
     The model runs three times in evaluation mode, without gradients. In the third run the responses attend to each
     other, which measures the effect of a broken mask. During the runs, sliding windows are reduced below the length of
@@ -69,8 +69,8 @@ def check_shared_prefix(
         positions: As in ``collate``.
         device: Device of the model; None: the device of its first parameter.
         tolerance: Maximum root mean square difference of the log-probs, in nats; None: 16 times the machine epsilon of
-            the arithmetic, at least 1e-3. The limit is at most half of the effect of a broken mask, but at least a
-            quarter of ``tolerance``.
+            the arithmetic, at least 1e-3. A small effect of a broken mask reduces the limit to half of this effect,
+            but not below a quarter of ``tolerance``.
 
     Raises:
         torch.OutOfMemoryError: If memory runs out.
