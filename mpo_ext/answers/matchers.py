@@ -79,7 +79,7 @@ class AnyMatcher(Matcher):
         object.__setattr__(self, "matchers", tuple(map(_build, self.matchers)))
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Calls each matcher with all truths; returns the first accepting verdict, or else the best verdict by score."""
+        """Calls each matcher with all truths; returns the first accepting verdict, or else the best verdict."""
         best: Verdict | None = None
         for rule in cast(Sequence[Matcher], self.matchers):
             verdict = rule(prediction, truth)
