@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks.logits``. Run from the root of the checkout."""
+"""Benchmarks, for example ``python -m benchmarks.logits``, to be run in the root of the repository."""

@@ -1,6 +1,6 @@
-"""Runs all benchmarks: ``python -m benchmarks``. ``--quick`` checks in minutes that all of them work.
+"""Runs all benchmarks: ``python -m benchmarks``. ``--quick`` checks within minutes that every benchmark works.
 
-``make bench`` measures for the documents; ``--render --docs`` writes the documents from the files in results/.
+``make bench`` measures and rewrites README.md and docs/; ``--render --docs`` rewrites both without measuring.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import torch
 
 from benchmarks import check_model, documents, linear, logits, machine, measure, plots, schema, suite, tables
 
-#: Name of a benchmark to its share of the time.
+#: Fraction of the total time by benchmark.
 SHARES = {"logits": 0.3, "linear": 0.4, "train_step": 0.26, "sampling": 0.04}
 _QUICK_MINUTES = 4.0
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of ``python -m benchmarks``."""
     made = argparse.ArgumentParser(prog="python -m benchmarks", description="Runs all benchmarks.")
     made.add_argument("--quick", action="store_true", help="small shapes: checks in minutes that all benchmarks work")
     made.add_argument("--only", nargs="+", metavar="NAME", help=f"any of {', '.join(SHARES)} (default: all)")
@@ -36,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, writes the result files, draws the plots, and returns the exit status."""
+    """Runs the benchmarks, writes the result files, draws the plots, and returns the exit status."""
     options = parser()
     args = options.parse_args(argv)
     for name in args.only or ():
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_all(names: list[str], out: Path, args: argparse.Namespace, command: str) -> None:
-    """Measures the benchmarks and writes a result file for each, and for the machine and the cost model."""
+    """Runs the benchmarks, and writes the result files of the benchmarks, the machine and the cost model."""
     begin, whole = time.perf_counter(), sum(SHARES[name] for name in names)
     minutes = min(args.minutes, _QUICK_MINUTES) if args.quick else args.minutes
     seconds: dict[str, list[float]] = {}

@@ -16,21 +16,18 @@ from benchmarks.step_inputs import Sizes, build, make_recipe
 from mpo_ext.plan import machines
 from mpo_ext.plan import roofline as cost
 
-WITHIN = 0.25
+WITHIN = 0.25  # largest relative error of an accurate prediction
 
 
 def is_ours(provider: str) -> bool:
-    """Returns whether a provider is this package."""
+    """Returns whether a provider belongs to mpo_ext."""
     return provider.startswith("mpo_ext")
 
 
 def compared(documents: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the measured points with their predictions: the points of the cost model's result file.
+    """Returns the points of the cost model's result file: each measured point with its prediction.
 
-    A point is predicted with the rates that the machine had in the same rounds, since other programs may use it too.
-
-    Args:
-        documents: Result files by benchmark.
+    A prediction uses the machine's rates from the same rounds, because other programs may slow the machine down.
     """
     points = []
     for benchmark in ("logits", "linear", "train_step"):
@@ -71,7 +68,7 @@ def _predict(benchmark: str, point: Mapping[str, Any], rates: machines.Machine) 
 
 @functools.cache
 def step_inputs(sizes: Sizes, *, precomputed: bool) -> tuple[cost.ModelShape, cost.StepShape]:
-    """Returns the model and the step of ``benchmarks.train_step`` as inputs of the cost model."""
+    """Returns the cost model's descriptions of the network and the step that ``benchmarks.train_step`` measures."""
     from mpo_ext.plan.memory import MemoryEstimate
 
     with torch.device("meta"):
@@ -103,12 +100,12 @@ def memory_error(point: Mapping[str, Any]) -> float:
 
 
 def middle(values: Sequence[float]) -> float:
-    """Returns the median, or NaN of an empty sequence."""
+    """Returns the median, or NaN if the sequence is empty."""
     return statistics.median(values) if values else float("nan")
 
 
 def summary(points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields the number of points, the number within ``WITHIN``, and the errors for each kind of points."""
+    """Yields the number of points and the prediction errors of each kind of points."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         who = "mpo_ext" if is_ours(point["provider"]) else "peers"

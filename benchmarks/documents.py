@@ -1,8 +1,8 @@
-"""Writes the tables of README.md and docs/: the text between two markers is generated from the files in results/.
+"""Writes the generated blocks of README.md and docs/ from the result files in results/.
 
-A block begins with ``<!-- results: NAME -->`` and ends with ``<!-- end of results -->``, each on its own line.
-tests/benchmarks/test_documents.py fails if a block differs from the text that its files give. The blocks whose name
-begins with "predicted" come from mpo_ext.plan.roofline alone.
+A block begins with ``<!-- results: NAME -->`` and ends with ``<!-- end of results -->``, each marker on its own line.
+tests/benchmarks/test_documents.py fails if a block differs from the text that the result files give. A block whose
+name begins with "predicted" holds predictions of mpo_ext.plan.roofline, not measurements.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.tables import Documents
 _BLOCK = re.compile(r"^<!-- results: (\S+) -->\n(.*?)^<!-- end of results -->$", re.MULTILINE | re.DOTALL)
 _MARKER = re.compile(r"^\s*<!-- (?:results:|end of results)", re.MULTILINE)
 
-#: Name of a block to the result files that it needs and the function that makes its text.
+#: Result files that a block needs and the function that returns its text, by name of the block.
 BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "readme_logits": (("logits",), tables.readme_logits),
     "readme_step": (("train_step",), tables.readme_step),
@@ -45,22 +45,22 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Reads and checks the result files of a folder. Returns them by name."""
+    """Reads and checks the result files in a folder, and returns the contents by file name without suffix."""
     loaders = {**dict.fromkeys(schema.BENCHMARKS, schema.load), "machine_code": machine_code.load, "study": study.load}
     paths = {name: folder / f"{name}.json" for name in loaders}
     return {name: loaders[name](path) for name, path in paths.items() if path.exists()}
 
 
 def pages(root: Path) -> list[Path]:
-    """Returns the README files and all pages of docs/."""
+    """Returns the paths of the README files and of all pages in docs/."""
     return [*sorted(root.glob("README*.md")), *sorted((root / "docs").rglob("*.md"))]
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
-    """Yields name and content of each block.
+    """Yields the name and the content of each block.
 
     Raises:
-        ValueError: If markers do not come in pairs.
+        ValueError: If a begin marker or an end marker has no counterpart.
     """
     matches = list(_BLOCK.finditer(text))
     if len(_MARKER.findall(text)) != 2 * len(matches):
@@ -69,7 +69,7 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 
 
 def render(name: str, documents: Documents) -> str:
-    """Returns the content of a block, which ends with a newline.
+    """Returns the content of a block, with a newline at the end.
 
     Raises:
         ValueError: If the name is unknown, or a result file is missing.
@@ -84,15 +84,15 @@ def render(name: str, documents: Documents) -> str:
 
 
 def rewrite(text: str, documents: Documents, failed: list[str] | None = None) -> str:
-    """Returns the text with the content of all blocks made again.
+    """Returns the page with the content of every block regenerated.
 
     Args:
         text: Text of a page.
         documents: Result files by name.
-        failed: Receives the reason of each block that cannot be made, which then stays as it is.
+        failed: Receives the reason for each block that cannot be generated and stays unchanged. None: raise instead.
 
     Raises:
-        ValueError: If markers do not come in pairs, or if ``failed`` is None and a block cannot be made.
+        ValueError: If a marker has no counterpart, or if ``failed`` is None and a block cannot be generated.
     """
     list(blocks(text))
 
@@ -110,7 +110,7 @@ def rewrite(text: str, documents: Documents, failed: list[str] | None = None) ->
 
 
 def write_pages(documents: Documents, root: Path = Path()) -> int:
-    """Makes the blocks of all pages again. Returns 1 if a block could not be made and stayed as it was, else 0."""
+    """Regenerates the blocks of all pages. Returns 1 if a block could not be generated and stays unchanged, else 0."""
     failed: list[str] = []
     for path in pages(root):
         text = path.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Runs everything that needs a GPU and writes a report: ``make gpu-check``, or ``python -m benchmarks.gpu_check``.
+"""Runs all checks that need a GPU, and writes a report: ``make gpu-check``, or ``python -m benchmarks.gpu_check``.
 
 Builds the CUDA kernels, runs all tests on every backend, runs tests/gpu (also under compute-sanitizer), and measures.
-The report folder holds report.md, results.json and a log for each step. If a step fails, the others still run.
+The report folder holds report.md, results.json and logs. If a step fails, the other steps still run.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ SHAPES = (
     LossShape(tokens=512, vocab=151_936, share=0.05),
 )
 
-#: Pass ("forward", "backward" or "both") to provider to timing.
+#: Timings by pass ("forward", "backward" or "both") and by provider.
 Timings = Mapping[str, Mapping[str, Timing]]
 
 
 @dataclasses.dataclass
 class StepResult:
-    """Result of a step of the report."""
+    """Result of one step of the check."""
 
     name: str
     passed: bool
@@ -72,7 +72,7 @@ class StepResult:
 
 
 def commands(step: str, root: Path) -> dict[str, list[str]]:
-    """Returns the commands of a step by the name of their log."""
+    """Returns the commands of a step; each key is the name of a log."""
     python = sys.executable
     pytest = [python, "-m", "pytest"]
     if step == "build":
@@ -92,7 +92,7 @@ def commands(step: str, root: Path) -> dict[str, list[str]]:
 
 
 def step_environment(step: str) -> dict[str, str]:
-    """Returns the environment of the commands of a step."""
+    """Returns the environment variables for the commands of a step."""
     env = dict(os.environ)
     if step == "build":
         env |= {"MPO_CUDA": "ON", "MPO_WERROR": "ON"}
@@ -105,7 +105,7 @@ def step_environment(step: str) -> dict[str, str]:
 
 
 def run_step(step: str, root: Path, out: Path) -> StepResult:
-    """Runs the commands of a step, each with its log."""
+    """Runs the commands of a step, and writes a log for each command."""
     start = time.perf_counter()
     notes = []
     for name, command in commands(step, root).items():
@@ -127,7 +127,7 @@ def run_step(step: str, root: Path, out: Path) -> StepResult:
 
 
 def bytes_needed(loss: LossShape, what: str) -> int:
-    """Returns the bytes that any method moves: labelled logits read in each direction, every gradient written."""
+    """Returns the bytes that every method moves: each pass reads the labelled logits, backward writes the gradient."""
     row = loss.vocab * loss.size
     forward = loss.labelled * row
     backward = forward + loss.rows * row
@@ -135,12 +135,11 @@ def bytes_needed(loss: LossShape, what: str) -> int:
 
 
 def title(loss: LossShape) -> str:
-    """Returns a shape as text."""
     return f"[2, {loss.tokens}, {loss.vocab}] {loss.dtype}, {loss.share:.0%} labelled"
 
 
 def copy_bandwidth(device: str, nbytes: int = 1 << 30) -> float:
-    """Returns the bytes per second, read and written, of a copy of a large tensor."""
+    """Copies a large tensor, and returns the bytes read and written per second."""
     source, target = (torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
     timing = interleaved({"copy": (nothing, lambda: target.copy_(source))}, 10, device=device)["copy"]
     return 2 * nbytes / timing.median_s
@@ -149,10 +148,10 @@ def copy_bandwidth(device: str, nbytes: int = 1 << 30) -> float:
 def measure(
     loss: LossShape, device: str, names: Sequence[str], runs: int
 ) -> tuple[dict[str, dict[str, Timing]], dict[str, int]]:
-    """Measures forward, backward and both of each provider. A provider that fails is printed and left out.
+    """Measures each provider's forward, backward and both together. Prints and leaves out the providers that fail.
 
     Returns:
-        The timings by pass and provider, and the peak of the memory of both by provider (0 on a CPU).
+        The timings by pass and provider, and the peak bytes of forward and backward by provider (0 on a CPU).
     """
     batch = logits.LogitsBatch(loss, device)
     runs_by_name: dict[str, dict[str, Run]] = {}
@@ -182,7 +181,7 @@ def measure(
 
 
 def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor | None) -> dict[str, Run]:
-    """Returns the runs of forward, backward and both. ``pristine`` restores logits that the provider overwrites."""
+    """Returns the runs of forward, backward and both. ``pristine``: logits to restore before each run, or None."""
     leaf = batch.logits.detach().requires_grad_()
     losses: list[Tensor] = []
     restore: Callable[[], Any] = nothing if pristine is None else functools.partial(batch.logits.copy_, pristine)
@@ -208,7 +207,7 @@ def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor 
 
 
 def render_table(loss: LossShape, timings: Timings, peaks: Mapping[str, int], bandwidth: float) -> str:
-    """Returns the Markdown table of a shape."""
+    """Returns the Markdown table of the timings on a shape."""
     rows = []
     for what, by_name in timings.items():
         needed = bytes_needed(loss, what)
@@ -243,7 +242,7 @@ def render_report(
 
 
 def gpu_facts() -> dict[str, str]:
-    """Returns hardware, driver, versions and command of the report."""
+    """Returns the hardware, the driver, the versions and the command, for the report."""
     properties = torch.cuda.get_device_properties(0)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
@@ -258,7 +257,7 @@ def gpu_facts() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the steps. Returns 0 if all passed, 1 if a step failed, and 2 without a GPU."""
+    """Runs the steps, and returns 0 if all steps passed, 1 if a step failed, and 2 without a GPU."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder of the report")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))

@@ -1,7 +1,7 @@
-"""The loss from hidden states and its rivals: ``python -m benchmarks.linear`` measures one pair, forward and backward.
+"""Measures forward and backward of the loss from hidden states and of its rivals: ``python -m benchmarks.linear``.
 
-Every rival computes the same MPO loss, from its own per-token log-probs and the pair loss in plain torch. Liger has no
-such log-probs and runs its own chunked DPO. The floor is the time of the matrix products alone.
+A rival computes the log-probs of one pair, and ``logits.pair_loss`` the MPO loss. Only Liger, which returns no
+log-probs, computes its chunked DPO loss instead. The floor is the time of the matrix products alone.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ OURS: dict[str, dict[str, Any]] = {
     "mpo_ext, recompute=False": {"recompute": False},
     FROZEN: {},
 }
-#: The smallest memory budget that is worth its time. It is compared with the peers, but not in every shape.
+#: The smallest useful memory budget. It is not measured on every shape.
 SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memory_budget": 512 << 10}}
 
 
 class HiddenBatch:
-    """Hidden states ``[2, B T, D]``, head ``[V, D]``, labels of which the last ``share`` counts, and ref_logp ``[2]``.
+    """Hidden states ``[2, B T, D]``, head ``[V, D]``, ref_logp ``[2]``, and labels ``[2, B T]``.
 
-    B pairs of T tokens are one pair of B T tokens: the matrix products cannot tell the difference.
+    Only the last fraction ``share`` of each row has labels other than -100. B pairs of T tokens are stored as one pair
+    of B * T tokens, which does not change the matrix products.
     """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:
@@ -48,19 +49,19 @@ class HiddenBatch:
         self.ref_logp = torch.full((2,), -12.0 * tokens * loss.share, device=device)
 
     def inputs(self, frozen: bool = False) -> tuple[Tensor, Tensor]:
-        """Returns hidden states and head, which require a gradient."""
+        """Returns the hidden states and the head; both require a gradient, except for a ``frozen`` head."""
         return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not frozen)
 
 
 def ours(batch: HiddenBatch, frozen: bool = False, **options: Any) -> tuple[Tensor, ...]:
-    """Returns the loss and the gradients of ``linear_mpo_loss``."""
+    """Returns the loss of ``linear_mpo_loss`` and the gradients of the loss."""
     hidden, weight = batch.inputs(frozen)
     loss = linear_mpo_loss(hidden, weight, batch.labels_on_cpu, batch.ref_logp, shift=False, **options).loss
     return loss.detach(), *torch.autograd.grad(loss, (hidden,) if frozen else (hidden, weight))
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor, Tensor], Tensor]) -> losses.Provider:
-    """Completes a peer that returns log-probs of ``[n, D]`` hidden states; some of the ``[n]`` labels are -100."""
+    """Builds a provider from a peer's log-probs of hidden states ``[n, D]``, head and labels ``[n]`` (some -100)."""
 
     def run(batch: HiddenBatch) -> tuple[Tensor, ...]:
         hidden, weight = batch.inputs()
@@ -88,7 +89,7 @@ def _trl() -> losses.Provider:
     from trl.kernels import ChunkedLogProbFunction
 
     def token_logp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        # TRL's trainers do the same on a CPU: they score every position and mask afterwards. 32,768 is their chunk.
+        # As TRL's trainers on a CPU: every position is scored and masked afterwards, in chunks of 32,768.
         logp = ChunkedLogProbFunction.apply(hidden, weight, None, labels.clamp(min=0), 1.0, 32768, None, 1.0, ())[0]
         return torch.where(labels == -100, 0.0, logp)
 
@@ -111,7 +112,7 @@ def _quack() -> losses.Provider:
     from quack.cross_entropy import cross_entropy
 
     def token_logp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        # Its linear cross entropy returns sums only, so its kernel for logits is measured.
+        # quack's linear cross entropy returns sums only, so quack's kernel for logits is measured.
         return -cross_entropy(F.linear(hidden, weight), labels, reduction="none", ignore_index=-100)
 
     return _from_tokens(token_logp)
@@ -144,7 +145,7 @@ GPU_RIVALS = {"cut-cross-entropy": _cut_cross_entropy("cce")}
 
 
 def provider(name: str) -> losses.Provider:
-    """Returns a provider by its name. Raises anything that a peer raises if it is absent or broken."""
+    """Returns the provider called ``name``. An absent or broken peer may raise any exception."""
     options = (OURS | SMALL).get(name)
     if options is None:
         return (RIVALS | GPU_RIVALS)[name]()
@@ -152,7 +153,7 @@ def provider(name: str) -> losses.Provider:
 
 
 def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
-    """Multiplies the labelled rows into memory that is already allocated, in the dtype of our own products."""
+    """Returns programs that multiply the labelled rows into preallocated memory, in the dtype of our products."""
     dtype = matmul_dtype(batch.hidden.dtype, batch.hidden.device)
     rows = batch.hidden.flatten(0, 1)[batch.labels.flatten() != -100].to(dtype)
     weight = batch.weight.to(dtype)
@@ -166,7 +167,7 @@ def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
 
 
 def _floor_seconds(name: str, medians: Mapping[str, float]) -> float:
-    """Returns the time of the products that the gradients need at least; a frozen head needs no gradient."""
+    """Returns the seconds of the matrix products that every method needs; a frozen head needs no gradient."""
     forward_and_hidden = medians["mm forward"] + medians["mm d hidden"]
     return forward_and_hidden if name == FROZEN else forward_and_hidden + medians["mm d weight"]
 

@@ -1,6 +1,6 @@
-"""The loss from logits and its rivals: ``python -m benchmarks.logits`` measures one pair, forward and backward.
+"""Measures forward and backward of the loss from logits and of its rivals: ``python -m benchmarks.logits``.
 
-Every rival computes the same MPO loss. The floor reads the labelled logits once, then reads and writes them once.
+Every rival computes the same MPO loss of one pair. The floor is two reads and one write of the labelled logits.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ STATS = ("entropy", "mean_logit", "top1")
 
 
 class LogitsBatch:
-    """Logits ``[2B, T, V]``, labels of which the last ``share`` of each response counts, and ref_logp ``[2B]``."""
+    """Logits ``[2B, T, V]``, ref_logp ``[2B]``, and labels ``[2B, T]`` (-100 except in the last ``share`` of T)."""
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
         shape = (2 * loss.pairs, loss.tokens)
-        # All rows have the same values: drawing new values for each takes longer than the measurement.
+        # All rows have the same values, because drawing values for each row takes longer than the measurement.
         row = torch.randn(1, 1, loss.vocab, generator=generator).to(device, getattr(torch, loss.dtype))
         self.logits = row.expand(*shape, loss.vocab).contiguous()
         self.labels = torch.randint(loss.vocab, shape, generator=generator)
@@ -37,7 +37,7 @@ class LogitsBatch:
         self.ref_logp = torch.full(shape[:1], -12.0 * loss.tokens * loss.share, device=device)
 
 
-#: Returns the loss of logits that require a gradient.
+#: Function that returns the loss; its first argument is the logits, which require a gradient.
 LossOf = Callable[[Tensor, LogitsBatch], Tensor]
 
 
@@ -63,13 +63,13 @@ def _compiled() -> LossOf:
 
 
 def pair_loss(logp: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
-    """Returns the MPO loss of log-probs ``[2B, T]`` in plain torch: the second half of every peer's loss."""
+    """Computes the MPO loss of log-probs ``[2B, T]`` in eager torch, for peers that only return log-probs."""
     state = torch.zeros(2, dtype=torch.float64, device=logp.device)
     return eager.pair_loss(logp, labels, ref_logp, BatchShift(state), MPOConfig()).loss
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor], Tensor]) -> LossOf:
-    """Completes a peer that returns the log-probs of labels, all of which must be in the vocabulary."""
+    """Builds the MPO loss from a peer's ``token_logp``, which accepts only labels inside the vocabulary (not -100)."""
 
     def loss_of(values: Tensor, batch: LogitsBatch) -> Tensor:
         logp = token_logp(values, batch.labels.clamp(min=0)).float()
@@ -120,12 +120,12 @@ OVERWRITING = frozenset({"mpo_ext, reuse_logits", "Liger cross entropy"})
 
 
 def provider(name: str) -> losses.Provider:
-    """Returns a provider by its name. Raises anything that a peer raises if it is absent or broken."""
+    """Returns the provider called ``name``. An absent or broken peer may raise any exception."""
     return functools.partial(gradient, LOSSES[name]())
 
 
 def _floor_runs(batch: LogitsBatch) -> dict[str, Callable[[], Any]]:
-    """Reads the labelled rows, then reads and writes them in place, as float32."""
+    """Returns a program that reads the labelled rows twice and writes them once in place, viewed as float32."""
     labelled = batch.logits[:, int((batch.labels[0] == -100).sum()) :]
     return {"floor": lambda: (labelled.view(torch.float32).sum(), labelled.view(torch.float32).mul_(1.0))}
 

@@ -1,4 +1,4 @@
-"""Measures a loss from logits or from hidden states: the engine of ``benchmarks.logits`` and ``benchmarks.linear``."""
+"""Measures a loss from logits or from hidden states, for ``benchmarks.logits`` and ``benchmarks.linear``."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from benchmarks.measure import (
 )
 from mpo_ext.plan.roofline import LossShape
 
-#: Runs forward and backward on a batch and returns the gradients.
+#: Function that runs forward and backward on a batch and returns the gradients.
 Provider = Callable[[Any], Any]
 
 DTYPES = ("float32", "bfloat16")
-_TRIAL = 16  # a trial has this fraction of the rows and of the vocabulary
+_TRIAL = 16  # the rows and the vocabulary of a trial are smaller by this factor
 
 
 @dataclasses.dataclass(frozen=True)
 class LossBenchmark:
-    """Providers of one kind of loss, and the batch and the floor that they share.
+    """Providers of one kind of loss, and the batch and the floor of all providers.
 
     Attributes:
         name: "logits" or "linear".
-        providers: Name to a function that returns the provider. It may raise anything if a peer is absent or broken.
+        providers: Functions that return a provider, by name. An absent or broken peer may raise any exception.
         make_batch: Returns the batch of a shape on a device.
-        floor_runs: Returns the programs that any method needs at least, by name. They may overwrite the batch.
-        floor_seconds: Returns the floor of a provider from the median seconds of these programs.
+        floor_runs: Returns the programs of the floor by name. The programs may overwrite the batch.
+        floor_seconds: Returns the floor of a provider from the median seconds of the programs of the floor.
         floor: Description of the floor.
-        overwriting: Providers that overwrite the logits of their batch.
-        frozen: Providers that compute no gradient of the head.
+        overwriting: Names of the providers that overwrite the logits of the batch.
+        frozen: Names of the providers that compute no gradient of the head.
     """
 
     name: str
@@ -56,7 +56,7 @@ class LossBenchmark:
     frozen: frozenset[str] = frozenset()
 
     def gradient_bytes(self, name: str, loss: LossShape) -> int:
-        """Returns the bytes of the gradients that a provider returns."""
+        """Returns the bytes of the gradients that a provider allocates."""
         if name in self.overwriting:
             return 0
         if loss.hidden is None:
@@ -77,17 +77,12 @@ def usable(
     device: str = "cpu",
     most_seconds: float = math.inf,
 ) -> tuple[dict[str, Provider], dict[str, str]]:
-    """Finds the providers that can run on a shape, by a trial on a smaller shape.
+    """Finds the providers that can run on a shape, with a trial on a smaller shape.
 
-    Args:
-        benchmark: Kind of the loss.
-        names: Providers to try.
-        loss: Shape of the measurement.
-        device: "cpu" or "cuda".
-        most_seconds: Peers whose run would take longer than this, judging by the trial, are left out.
+    A peer is left out if its run would take longer than ``most_seconds``, estimated from the trial.
 
     Returns:
-        The providers, each of which has run, and the reasons why the others cannot run.
+        The usable providers, and the reason for each provider that is not usable, both by name.
     """
     trial = dataclasses.replace(
         loss, tokens=max(loss.tokens // _TRIAL, 8), vocab=max(loss.vocab // _TRIAL, 512), share=1.0
@@ -109,7 +104,7 @@ def usable(
         except Exception as error:  # a peer that is absent or broken is listed, whatever it raises
             missing[name] = reason_of(error)
             continue
-        # The fixed part of our own time dominates a trial.
+        # Fixed costs dominate a trial of ours, so the estimate would be too high.
         if elapsed * larger > most_seconds and not name.startswith("mpo_ext"):
             missing[name] = (
                 f"would take too long: {elapsed:.2f} s in a trial of T = {trial.tokens}, V = {trial.vocab:,}, and a "
@@ -129,7 +124,7 @@ def _elapsed(run: Provider, batch: Any) -> float:
 def runs_of(
     benchmark: LossBenchmark, cases: Mapping[str, Provider], loss: LossShape, *, device: str = "cpu"
 ) -> dict[str, Run]:
-    """Returns the runs of the providers and of the floor's programs, for ``interleaved``."""
+    """Returns the runs of the providers and of the programs of the floor, for ``interleaved``."""
     batch = benchmark.make_batch(loss, device)
     work = batch if loss.hidden is not None else benchmark.make_batch(loss, device)
     runs: dict[str, Run] = {}
@@ -142,13 +137,13 @@ def runs_of(
 
 
 def floors_of(benchmark: LossBenchmark, names: Iterable[str], timings: Mapping[str, Timing]) -> dict[str, float]:
-    """Returns the floor of each provider in seconds, from the timings of ``runs_of``."""
+    """Returns the floor of each provider in seconds, from the timings of the runs that ``runs_of`` returns."""
     medians = {name: timing.median_s for name, timing in timings.items()}
     return {name: benchmark.floor_seconds(name, medians) for name in names}
 
 
 def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape, device: str = "cpu") -> int:
-    """Returns the peak memory beyond the inputs, gradients included.
+    """Returns the peak bytes beyond the inputs, including the gradients.
 
     Raises:
         OSError, RuntimeError: If the memory cannot be measured.
@@ -163,7 +158,7 @@ def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape,
 def memory_target(
     begin: Callable[[], None], benchmark: LossBenchmark, name: str, loss: LossShape, threads: int
 ) -> None:
-    """Runs a provider in a fresh process; the measurement begins after a first call, which includes setup."""
+    """Runs a provider in a fresh process, and calls ``begin`` after a first run that includes all setup."""
     torch.set_num_threads(threads)
     run = benchmark.providers[name]()
     small = {"tokens": 4, "share": 1.0} if loss.hidden is None else {"tokens": 4, "hidden": 16, "vocab": 64}
@@ -178,7 +173,6 @@ def memory_target(
 
 
 def parser(description: str, benchmark: LossBenchmark, *, cases: Iterable[str], runs: int, shares: list[float]) -> Any:
-    """Returns the parser of ``python -m benchmarks.logits`` or ``.linear``."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--tokens", type=int, default=512, help="T, length of each of the two responses")
     if benchmark.name == "linear":
@@ -196,7 +190,7 @@ def parser(description: str, benchmark: LossBenchmark, *, cases: Iterable[str], 
 
 
 def command(benchmark: LossBenchmark, args: argparse.Namespace) -> None:
-    """Prints the tables of one pair, and writes them as JSON if ``--json`` is given."""
+    """Measures one pair, prints the tables, and writes the results as JSON if ``--json`` is given."""
     torch.set_num_threads(args.threads)
     hidden = getattr(args, "hidden_size", None)
     print(", ".join(f"{key} {value}" for key, value in environment().items()))
@@ -216,7 +210,7 @@ def command(benchmark: LossBenchmark, args: argparse.Namespace) -> None:
 
 
 def time_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, Any]:
-    """Times the cases on a shape in turn, and prints a table."""
+    """Times the cases in turn on a shape, prints a table, and returns the results for the JSON file."""
     cases, missing = usable(benchmark, args.cases, loss, device=args.device)
     timings = interleaved(runs_of(benchmark, cases, loss, device=args.device), args.runs, device=args.device)
     floors = floors_of(benchmark, cases, timings)
@@ -240,10 +234,10 @@ def time_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespa
 
 
 def memory_of_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, int | str]:
-    """Prints a table of peak memory: resident in a fresh process, or allocated on the GPU.
+    """Measures and prints the peak memory of each case: resident in a fresh process, or allocated on the GPU.
 
     Returns:
-        The bytes beyond inputs and gradients by case, or the reason why they were not measured.
+        The bytes beyond inputs and gradients by case, or the reason why a case was not measured.
     """
     trial = dataclasses.replace(loss, tokens=min(loss.tokens, 8), vocab=min(loss.vocab, 512))
     cases, missing = usable(benchmark, args.cases, trial, device=args.device)

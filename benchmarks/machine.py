@@ -1,4 +1,4 @@
-"""Measures the rates of this machine for mpo_ext.plan.roofline, by programs that run in turn with the benchmarks."""
+"""Measures the machine's rates for mpo_ext.plan.roofline, with programs that run in turn with the benchmarks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ DTYPES = ("float32", "bfloat16")
 
 @functools.cache
 def programs() -> dict[str, Run]:
-    """Returns the programs by name, for ``interleaved``. Their memory stays allocated.
+    """Returns the programs by name, for ``interleaved``. The memory of the programs stays allocated.
 
-    A program that is timed in cache runs once before, since the cache holds the data of the program before it.
+    A program that measures the speed in cache runs once untimed, because the previous program has filled the cache.
     """
     words = torch.ones(_WORDS)
     cached = torch.randn(_CACHED)
@@ -39,7 +39,7 @@ def programs() -> dict[str, Run]:
         output = mpo_loss(logits, labels, ref_logp, shift=False, reuse_logits=reuse)
         return torch.autograd.grad(output.loss, logits)[0]
 
-    # Only these operators have both directions with memory that is already allocated.
+    # Only these operators write both directions into preallocated memory.
     forward, backward = (getattr(torch.ops.aten, f"_log_softmax{suffix}") for suffix in ("", "_backward_data"))
 
     def softmax() -> None:
@@ -69,7 +69,7 @@ def programs() -> dict[str, Run]:
 
 
 def sample(runs: int = 5) -> dict[str, list[float]]:
-    """Returns the seconds of each program, without any benchmark between them."""
+    """Times the programs without benchmarks between them, and returns the seconds by program."""
     return {name: timing.seconds for name, timing in interleaved(programs(), runs).items()}
 
 
@@ -88,7 +88,7 @@ def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Mac
     flop = 2 * _ROWS * _HIDDEN * _COLUMNS
 
     def beyond(fresh: str, used: str) -> float:
-        """Returns the extra seconds of fresh memory, at least a nanosecond."""
+        """Returns the extra seconds that fresh memory takes, at least a nanosecond."""
         return max(median[fresh] - median[used], 1e-9)
 
     return Machine(

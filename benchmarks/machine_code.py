@@ -1,6 +1,6 @@
-"""Reads results/machine_code.json: registers and instructions of the compiled CUDA kernels.
+"""Reads results/machine_code.json, the registers and instructions of the compiled CUDA kernels.
 
-``python tests/cuda/check_sass.py --json FILE`` writes it from the built module; it needs no GPU.
+``python tests/cuda/check_sass.py --json FILE`` writes the file from the built module, without a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def check(document: Mapping[str, Any], name: str) -> None:
     """Checks the format of the file.
 
     Raises:
-        ValueError: At the first value that breaks a rule.
+        ValueError: If a value breaks a rule.
     """
     keys = {"schema", "registers", "instructions", *_TEXTS}
     if set(document) != keys or document["schema"] != VERSION:
@@ -38,8 +38,8 @@ def load(path: Path) -> dict[str, Any]:
     """Reads and checks the file.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If its format is wrong.
+        OSError: If the file cannot be read.
+        ValueError: If the format is wrong.
     """
     document: dict[str, Any] = json.loads(path.read_text())
     check(document, path.name)

@@ -1,4 +1,4 @@
-"""Measures time and memory on a machine that other programs use too: interleaved runs, medians, fresh processes."""
+"""Measures time and memory on a shared machine, with interleaved runs, medians and fresh processes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ import torch
 from mpo_ext.files import atomic_write
 from mpo_ext.ops.memory import fresh_zeros
 
-#: A call that prepares a run, which is not timed, and the timed run.
+#: An untimed call that prepares a run, and the timed run.
 Run = tuple[Callable[[], Any], Callable[[], Any]]
 
-_FREE_BYTES = 1 << 30  # what most cases allocate
+_FREE_BYTES = 1 << 30  # as much as most cases allocate
 _SLOW_SECONDS = 1.0
 _L2_BYTES = 256 << 20  # more than the second-level cache of any GPU
 _PACKAGES = (
@@ -36,7 +36,7 @@ _PACKAGES = (
 
 
 def nothing() -> None:
-    """Prepares a run that needs no preparation."""
+    """Does nothing; prepares a run that needs no preparation."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Timing:
 
     @property
     def spread_s(self) -> tuple[float, float]:
-        """20th and 80th percentile."""
+        """The 20th and the 80th percentile in seconds."""
         ordered = sorted(self.seconds)
         return ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
 
@@ -64,14 +64,14 @@ def interleaved(
     least: int = 2,
     device: str = "cpu",
 ) -> dict[str, Timing]:
-    """Times all cases in turn, round by round, after a first round that is not counted.
+    """Times all cases in turn, round by round. The first round is not counted.
 
     Args:
-        cases: Name to ``(prepare, run)``. Only ``run`` is timed; its result is freed after the clock has stopped.
+        cases: ``(prepare, run)`` by name. Only ``run`` is timed; its result is freed after the clock has stopped.
         runs: Number of counted rounds.
-        seconds_in_all: No further round begins after this time.
-        least: Number of rounds that are counted even if they take longer.
-        device: "cpu", or "cuda": events measure the time there, and each run begins with an empty second-level cache.
+        seconds_in_all: Time limit, after which no further round begins.
+        least: Number of rounds that are counted regardless of the time limit.
+        device: "cpu" or "cuda". CUDA events time a GPU, whose second-level cache is emptied before each run.
     """
     clock = _gpu_clock(device) if device.startswith("cuda") else _cpu_clock
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -98,7 +98,7 @@ def _cpu_clock(run: Callable[[], Any]) -> float:
 
 
 def _touch_free_memory() -> None:
-    """Touches free memory, which the host of a virtual machine reclaims after a slow case: the next case would pay."""
+    """Touches free memory that the host of a virtual machine has reclaimed, to spare the next case this delay."""
     fresh_zeros((_FREE_BYTES,), torch.uint8).fill_(1)
 
 
@@ -118,7 +118,7 @@ def _gpu_clock(device: str) -> Callable[[Callable[[], Any]], float]:
 
 
 def gpu_peak_bytes(run: Callable[[], Any]) -> int:
-    """Returns the bytes that a call adds to the allocated GPU memory at its peak."""
+    """Returns the peak bytes of GPU memory that a call allocates."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -128,7 +128,7 @@ def gpu_peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def peak_bytes(target: Callable[..., None], *args: object) -> int:
-    """Returns the resident bytes that ``target(begin, *args)`` adds at its peak, in a fresh process.
+    """Runs ``target(begin, *args)`` in a fresh process, and returns the peak of the added resident bytes.
 
     The measurement starts when ``target`` calls ``begin()``.
     """
@@ -157,12 +157,12 @@ def _report_peak(sender: Any, target: Callable[..., None], args: tuple[object, .
 
 
 def reset_peak() -> None:
-    """Resets the peak of the resident memory of this process, ``VmHWM``."""
+    """Resets ``VmHWM``, the peak resident memory of this process."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident_bytes(field: str) -> int:
-    """Returns ``VmRSS`` (now) or ``VmHWM`` (peak) of this process."""
+    """Returns the resident bytes of this process: ``VmRSS`` (now) or ``VmHWM`` (peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -170,7 +170,7 @@ def resident_bytes(field: str) -> int:
 
 
 def environment() -> dict[str, str]:
-    """Returns CPU, versions, commit and command of this process."""
+    """Returns the CPU, the versions, the commit and the command of this process."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -205,20 +205,14 @@ def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
 
 
 def now() -> tuple[str, tuple[float, ...]]:
-    """Returns the time in ISO 8601, and the load averages."""
+    """Returns the current time in ISO 8601, and the load averages."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), os.getloadavg()
 
 
 def provenance(command: str, started: str, load_before: tuple[float, ...]) -> dict[str, Any]:
-    """Returns hardware, versions, commit and command, in the form that ``benchmarks.schema`` requires.
-
-    Args:
-        command: Command line of the run.
-        started: Start of the run, in ISO 8601.
-        load_before: Load averages at the start.
-    """
+    """Returns the environment of a run as ``benchmarks.schema`` requires. ``now`` returns the last two arguments."""
     short = environment()
-    # Files that a run itself writes are left out.
+    # A run writes these files itself, so they do not count as modified.
     changed = subprocess.run(
         ["git", "status", "--porcelain", ":!results", ":!docs", ":!README.md"],
         capture_output=True, text=True, check=False,
@@ -244,11 +238,11 @@ def provenance(command: str, started: str, load_before: tuple[float, ...]) -> di
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that appears only when it is complete."""
+    """Writes a text file atomically."""
     with atomic_write(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: str, results: dict[str, Any]) -> None:
-    """Writes the results and the environment that they come from."""
+    """Writes the results and the environment of this process as JSON."""
     write_text(Path(path), json.dumps({"environment": environment(), **results}, indent=2) + "\n")

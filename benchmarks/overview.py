@@ -22,7 +22,7 @@ INK, GREY, GREEN, RED, BLUE = "#1f2937", "#6b7280", "#15803d", "#b91c1c", "#1d4e
 
 
 def times(path: Path = ROOT / "results" / "logits.json") -> dict[str, float]:
-    """Returns the median seconds of forward and backward, float32, base shape, for each label of ``PROVIDERS``."""
+    """Returns the median seconds of forward and backward on the base shape in float32, by label of ``PROVIDERS``."""
     points = json.loads(path.read_text())["points"]
     base = {
         point["provider"]: point["median_s"]
@@ -44,7 +44,7 @@ def box(x: float, y: float, width: float, height: float, *, fill: str, line: str
 
 
 def pair() -> Iterator[str]:
-    """Yields the left part: an image with a question, and two responses."""
+    """Yields the elements of the left part: an image with a question, and two responses."""
     yield text(24, 34, "A preference pair", size=15, bold=True)
     yield box(24, 48, 96, 96, fill="#111827")
     for (x, y), digit in zip(((38, 86), (84, 86), (38, 132), (84, 132)), "5397", strict=True):
@@ -60,7 +60,7 @@ def pair() -> Iterator[str]:
 
 
 def loss() -> Iterator[str]:
-    """Yields the middle part: the three terms and the passes over the logits."""
+    """Yields the elements of the middle part: the three terms and the passes over the logits."""
     yield text(326, 34, "One loss, one pass", size=15, bold=True)
     terms = (
         ("0.8 DPO", "the chosen response is better"),
@@ -78,7 +78,7 @@ def loss() -> Iterator[str]:
 
 
 def speed() -> Iterator[str]:
-    """Yields the right part: a bar for each way to compute the loss."""
+    """Yields the elements of the right part: a bar for each way to compute the loss."""
     seconds = times()
     yield text(628, 34, "Time on a CPU", size=15, bold=True)
     for place, (label, value) in enumerate(seconds.items()):
@@ -91,7 +91,7 @@ def speed() -> Iterator[str]:
 
 
 def draw() -> str:
-    """Returns the picture."""
+    """Returns the picture as SVG text."""
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 268" font-family="sans-serif" role="img">',
         "<title>A preference pair, the three terms of the loss, and the measured speed</title>",

@@ -1,4 +1,4 @@
-"""Draws the plots of the result files as PNG and SVG, on white so that a dark page can show them too."""
+"""Draws the result files as PNG and SVG plots, on a white background that is readable on dark pages."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ _LABELS = {
 
 
 def draw(documents: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Draws the plots of the result files. Needs matplotlib.
-
-    Returns:
-        The paths of the PNG and the SVG of each figure.
-    """
+    """Draws the plots of the result files with matplotlib, and returns the paths of the PNG and SVG files."""
     written = []
     for name in ("logits", "linear"):
         if name in documents:
@@ -52,7 +48,7 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
 
 
 def _scaling(name: str, points: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Draws time against each axis of the sweeps, with a row of panels for each dtype."""
+    """Draws the measured time against each swept size, with one row of panels per dtype."""
     measured = [point for point in points if point["status"] == "measured" and point.get("median_s") is not None]
     axes = [axis for axis in _LABELS if any(point["sweep"] == axis for point in measured)]
     dtypes = [d for d in ("float32", "bfloat16") if any(p["sweep"] in axes and p["dtype"] == d for p in measured)]

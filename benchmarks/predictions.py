@@ -1,4 +1,4 @@
-"""Makes the tables of predictions: Markdown from mpo_ext.plan.roofline, for ``benchmarks.documents``."""
+"""Makes Markdown tables of the predictions of mpo_ext.plan.roofline, for ``benchmarks.documents``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _gpu_table(loss: cost.LossShape, methods: Sequence[str]) -> str:
 
 
 def losses(documents: Documents) -> str:
-    """Returns time and memory of each method on each GPU."""
+    """Returns tables of the predicted time and memory of each loss method on each GPU."""
     parts = []
     for share in (1.0, 0.1):
         loss, wide = _share(_BIG, share), _share(_WIDE, share)
@@ -42,7 +42,7 @@ def losses(documents: Documents) -> str:
     return "\n".join(parts)
 
 
-#: Paths from hidden states to the gradients.
+#: Table label of each method that computes gradients from hidden states.
 _PATHS = {
     "mpo_ext, from logits": "logits, `mpo_loss`",
     "mpo_ext, from logits, reuse_logits": "logits, `mpo_loss(reuse_logits=True)`",
@@ -55,15 +55,15 @@ _SHARES = (1.0, 0.25, 0.1)
 
 
 def products_of(method: str) -> str:
-    """Returns the number of products with the head and their rows, counted on a machine whose rate is 1."""
+    """Returns the number of matrix products with the head and the rows they cover, such as "3, labelled rows"."""
     counting = machines.Machine(name="counts", is_gpu=True, bandwidth=float("inf"), matmul_rates={"bfloat16": 1.0})
-    flop = 2.0 * _WIDE.rows * _WIDE.vocab * _WIDE.hidden_size
+    flop = 2.0 * _WIDE.rows * _WIDE.vocab * _WIDE.hidden_size  # at 1 FLOP/s, predicted seconds count FLOP
     whole, half = (cost.loss_cost(method, _share(_WIDE, share), counting).seconds / flop for share in (1.0, 0.5))
     return f"{whole:.0f}, {'all' if half == whole else 'labelled'} rows"
 
 
 def paths(documents: Documents) -> str:
-    """Returns time and memory of the paths from hidden states to the gradients."""
+    """Returns a table of the predicted time and memory of each method in ``_PATHS``."""
     machine = machines.gpu("H100")
     rows = []
     for method, text in _PATHS.items():
@@ -80,7 +80,7 @@ def paths(documents: Documents) -> str:
 
 
 def _described_model(*, trainable_share: float = 1.0, head_learns: bool = True) -> cost.ModelShape:
-    """Returns a decoder of the sizes of Qwen2.5-7B without a vision tower."""
+    """Returns the shape of a decoder as large as Qwen2.5-7B, without a vision tower."""
     layers, width, middle, keys, vocab = 28, 3584, 18944, 512, 152064
     decoder = layers * (2 * width * width + 2 * width * keys + 3 * width * middle)
     # The trainer keeps input and output of each linear layer in bfloat16; a norm keeps its input and its result.
@@ -94,7 +94,7 @@ def _described_model(*, trainable_share: float = 1.0, head_learns: bool = True) 
 
 
 def steps(documents: Documents) -> str:
-    """Returns time and memory of a training step."""
+    """Returns a table of the predicted time and memory of a training step with each trainer."""
     model, machine = _described_model(), machines.gpu("H100")
     step = cost.StepShape(prompt=3072, response=1024, checkpointing=True, shards=8)
     ready = cost.StepShape(prompt=3072, response=1024, checkpointing=True, shards=8, precomputed=True)
@@ -125,13 +125,13 @@ _ROWS = 8192  # two responses of 4,096 tokens
 
 
 def _floors(name: str) -> tuple[float, float]:
-    """Returns the seconds of one read, and of one read and one write, of the logits at the peak bandwidth."""
+    """Returns the seconds to read the logits, and the seconds to read and write the logits, at peak bandwidth."""
     read = 2 * _ROWS * _BIG.vocab / machines.GPUS[name].bandwidth
     return read, 2 * read
 
 
 def floors(documents: Documents) -> str:
-    """Returns the time that moving the bytes takes at least, on each GPU."""
+    """Returns a table of the least time that each GPU needs to move the logits."""
     rows = []
     for name in machines.GPUS:
         forward, backward = _floors(name)
@@ -145,14 +145,14 @@ def floors(documents: Documents) -> str:
 
 
 def issue(documents: Documents) -> str:
-    """Returns the load of the multiprocessors as shares of the floor."""
+    """Returns a table of each GPU's time to issue the instructions, as a fraction of the time to move the logits."""
     counts = documents["machine_code"]["instructions"]["sm_90"]
     names = ("token_logp bfloat16", "token_logp bfloat16 stats", "logits_grad bfloat16")
     forward, stats, backward = (counts[name]["per_logit"] for name in names)
     rows = []
     for name, sheet in machines.GPUS.items():
         read, update = _floors(name)
-        clocks = sheet.multiprocessors * sheet.clock / (_ROWS * _BIG.vocab)  # clocks per second and logit, of all
+        clocks = sheet.multiprocessors * sheet.clock / (_ROWS * _BIG.vocab)  # of the GPU, per second and logit
         shares = [forward / 128 / clocks / read, 1 / 16 / clocks / read, stats / 128 / clocks / read]
         shares.append(backward / 128 / clocks / update)
         in_flight = f"{sheet.bandwidth / sheet.multiprocessors * _LATENCY / 1024:.0f} KiB"
@@ -167,7 +167,7 @@ def issue(documents: Documents) -> str:
 
 
 def data_sheets(documents: Documents) -> str:
-    """Returns the peaks of the GPUs that the predictions use."""
+    """Returns a table of the GPU data-sheet values that the predictions use."""
     rows = []
     for name, sheet in machines.GPUS.items():
         figures = {

@@ -1,8 +1,8 @@
-"""Speed of sampling: ``python -m benchmarks.sampling`` compares batches with single prompts.
+"""Compares the sampling speed of batches and of single prompts: ``python -m benchmarks.sampling``.
 
 The model is the untrained InternVL of the digits demo. The items are questions about grids of digits with correct
-step-by-step responses. The overhead of a run is its time beyond ``TransformersEngine.generate``: cutting, joining,
-filters, the journal with its syncs, and outputs. All cases run in turn in one process; the results are medians.
+step-by-step responses. The overhead of a run is the time spent outside ``TransformersEngine.generate``: cutting and
+joining responses, filters, journal syncs and outputs. All cases run in turn in one process; the results are medians.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ from mpo_ext.generate.transformers_engine import TransformersEngine
 
 
 class TimedEngine(TransformersEngine):
-    """Engine that measures the time of generation."""
+    """Engine that adds up the time spent in ``generate``."""
 
     seconds = 0.0
 
     def generate(self, requests: Any) -> Any:
-        """Continues every request and adds the time to ``seconds``."""
         begin = time.perf_counter()
         try:
             return super().generate(requests)
@@ -95,7 +94,7 @@ def main() -> None:
 
 
 def _overhead(model: Any, tokenizer: Any, tasks: Any, sampling: SamplingConfig, batch_size: int) -> float:
-    """Returns the time of a whole run beyond generation, as a share of the time of generation."""
+    """Returns the time that a run spends outside generation, as a fraction of its generation time."""
     engine = TimedEngine(model, tokenizer, batch_size=batch_size)
     pipeline = DropoutNTP(DropoutNTPConfig(sampling=sampling, allow_truncated=True, matcher={"kind": "number"}))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Checks the format of the result files.
 
 A file has ``schema``, ``benchmark``, ``quick``, ``environment``, ``settings``, ``missing`` and ``points``. A point is
-one provider on one shape: it was measured, or it has the reason why it was not.
+one provider on one shape, with its measurements or with the reason why the provider was not measured.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _NUMBERS = ("median_s", "p20_s", "p80_s", "peak_bytes", "floor_s", "share_of_flo
 
 
 def check(document: Mapping[str, Any], name: str) -> None:
-    """Checks a result file.
+    """Checks the format of a result file.
 
     Raises:
-        ValueError: At the first value that breaks a rule; the message names the place.
+        ValueError: If a value breaks a rule; the message names the place of the first such value.
     """
 
     def must(holds: bool, where: str, rule: str, value: object) -> None:
@@ -80,8 +80,8 @@ def load(path: Path) -> dict[str, Any]:
     """Reads and checks a result file.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If its format is wrong.
+        OSError: If the file cannot be read.
+        ValueError: If the format is wrong.
     """
     document: dict[str, Any] = json.loads(path.read_text())
     check(document, path.name)

@@ -1,4 +1,4 @@
-"""Builds the model, the pairs and the recipe of ``benchmarks.train_step``."""
+"""Builds the model, the pairs and the recipe for ``benchmarks.train_step``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpo_ext.train.mixture import Mixture
 from mpo_ext.train.recipe import Recipe, load_recipe
 from mpo_ext.train.sampler import StepSampler, micro_batches
 
-LEARNING_RATE = 1e-3  # ten steps of this small model must change its loss
+LEARNING_RATE = 1e-3  # high enough that ten steps change the loss of the small model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +26,17 @@ class Sizes:
     """Sizes of the model and of the pairs.
 
     Attributes:
-        vocab: V, at least the number of words of the tokenizer, which make the pairs.
-        hidden: Hidden size of the decoder; an attention head has 64.
-        layers: Layers of the decoder.
-        images: Images of a pair; with 0, text takes their place.
-        image_tokens: Tokens of an image, a square number: each stands for 2 x 2 patches of 14 x 14 pixels.
-        vision_hidden: Hidden size of the vision tower, which has two layers; an attention head has 64.
-        response: Largest number of tokens of a response, the end token included.
-        least_response: Smallest number of tokens of a response.
-        text: Words of text in the prompt, in addition to the question.
-        batch: Pairs of an optimizer step.
-        micro_batch: Pairs of a forward.
+        vocab: Vocabulary size V, at least the number of words of the tokenizer.
+        hidden: Hidden size of the decoder; each attention head has size 64.
+        layers: Number of decoder layers.
+        images: Number of images per pair; 0 makes text-only pairs.
+        image_tokens: Number of tokens per image, a square number; a token stands for 2 x 2 patches of 14 x 14 pixels.
+        vision_hidden: Hidden size of the vision tower, which has two layers; each attention head has size 64.
+        response: Largest number of tokens per response, including the end token.
+        least_response: Smallest number of tokens per response, including the end token.
+        text: Number of prompt words in addition to the question of eight words.
+        batch: Number of pairs per optimizer step.
+        micro_batch: Number of pairs per forward pass.
     """
 
     vocab: int = 151936
@@ -58,7 +58,7 @@ class Sizes:
 
 
 def build(sizes: Sizes) -> tuple[Any, Any]:
-    """Returns the untrained model, whose weights are always the same, and its processor."""
+    """Returns an untrained model, initialized with a fixed seed, and its processor."""
     from transformers import GotOcr2ImageProcessorPil, InternVLConfig, InternVLForConditionalGeneration
 
     from mpo_ext.demo.model import CHAT_TEMPLATE, DigitsProcessor, build_tokenizer
@@ -108,7 +108,7 @@ def build(sizes: Sizes) -> tuple[Any, Any]:
 
 
 def make_pairs(folder: Path, sizes: Sizes, count: int) -> Path:
-    """Writes pairs of random words about random images, and returns their file."""
+    """Writes pairs with random words and random images to a JSON Lines file, and returns the path of that file."""
     from mpo_ext.demo import digits
 
     rng = np.random.default_rng(0)
@@ -136,7 +136,7 @@ def make_pairs(folder: Path, sizes: Sizes, count: int) -> Path:
 
 
 def make_recipe(folder: Path, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> Recipe:
-    """Returns a recipe that does the same as TRL's trainer, with ``settings`` changed."""
+    """Returns a recipe that trains as ``trainers.run_trl`` does, except for the values in ``settings``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"
     sections = {"model": {"path": "unused"}, "data": {"train": [str(pairs)]}, "output": {"dir": str(folder / "run")}}
@@ -159,7 +159,7 @@ def make_recipe(folder: Path, pairs: Path, sizes: Sizes, steps: int, settings: M
 
 
 def order_of(recipe: Recipe, sizes: Sizes) -> list[int]:
-    """Returns the numbers of the pairs in the order in which our trainer reads them."""
+    """Returns the pair indices in the order in which our trainer reads the pairs."""
     mixture = Mixture(recipe.data.train, seed=recipe.optim.seed)
     sampler = StepSampler(mixture.epoch, batch_size=recipe.optim.batch_size, seed=recipe.optim.seed)
     order: list[int] = []

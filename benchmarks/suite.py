@@ -1,7 +1,7 @@
-"""Declares what ``python -m benchmarks`` measures, and makes the points of the result files.
+"""Declares the measurements of ``python -m benchmarks``, and makes the points of the result files.
 
 The providers of a group, its floor and the programs of ``benchmarks.machine`` run in turn, round by round. A provider
-that is missing, that fails or that would take too long becomes a point with its reason.
+that is missing, fails or would take too long becomes a point with the reason.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Group:
     """Providers that run in turn on one shape.
 
     Attributes:
-        sweep: The axis that varies, or "base".
-        loss: The shape.
-        providers: Their names.
+        sweep: Size that varies in the sweep, or "base".
+        loss: Shape of the loss.
+        providers: Names of the providers.
         runs: Number of counted rounds.
-        memory: Providers whose peak memory is measured too, each in a fresh process.
+        memory: Names of the providers whose peak memory is measured too, each in a fresh process.
     """
 
     sweep: str
@@ -50,9 +50,9 @@ class Results:
 
     Attributes:
         points: Points of the result file.
-        missing: Providers that could not run, and the reasons.
-        machine: Seconds of the machine's programs.
-        beside: Medians of these programs in the rounds of the last group.
+        missing: Reasons by provider, for the providers that could not run.
+        machine: Seconds by program of ``benchmarks.machine``, from all groups.
+        beside: Median seconds by program of ``benchmarks.machine``, from the last group.
     """
 
     points: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -61,7 +61,7 @@ class Results:
     beside: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add_machine(self, seconds: Mapping[str, Sequence[float]]) -> None:
-        """Adds the seconds of the machine's programs."""
+        """Adds the seconds of the programs of ``benchmarks.machine``, and replaces ``beside``."""
         self.beside = {}
         for name, values in seconds.items():
             if name.startswith("machine: "):
@@ -69,13 +69,13 @@ class Results:
                 self.beside[name] = statistics.median(values)
 
     def skip(self, name: str, reason: str, sweep: str, loss: LossShape | None, **values: Any) -> None:
-        """Adds a point that was not measured, because its provider is missing."""
+        """Adds a point without measurements, for a provider that could not run."""
         self.missing.setdefault(name, reason)
         self.points.append(point(sweep, name, loss, **values, reason=reason))
 
 
 def point(sweep: str, provider: str, loss: LossShape | None, **values: Any) -> dict[str, Any]:
-    """Returns a point of a result file. A point without ``seconds`` must have a ``reason``."""
+    """Returns a point of a result file. A point without ``seconds`` or ``peak_bytes`` must have a ``reason``."""
     shape = {name: getattr(loss, name, None) for name in ("dtype", "pairs", "tokens", "vocab", "hidden", "share")}
     made = {"sweep": sweep, "provider": provider, **shape, "status": "measured", "reason": "", **values}
     if made.get("seconds"):
@@ -99,7 +99,7 @@ def _around(base: LossShape, axes: Mapping[str, Sequence[Any]]) -> Iterator[tupl
 
 
 def logits_groups(*, quick: bool) -> list[Group]:
-    """Returns the groups from logits: the base in two dtypes, then labelled share, V, T and B."""
+    """Returns the groups of the loss from logits: the base shape, and sweeps over labelled share, V, T, B, dtype."""
     rivals = ("eager", "torch.compile", "TRL selective_log_softmax", "Liger cross entropy", "quack cross entropy")
     everyone = ("mpo_ext", "mpo_ext, reuse_logits", logits.STATISTICS, *rivals, "mpo_ext, cuda", "mpo_ext, triton")
     ours = ("mpo_ext", "mpo_ext, reuse_logits")
@@ -132,7 +132,7 @@ def logits_groups(*, quick: bool) -> list[Group]:
 
 
 def linear_groups(*, quick: bool) -> list[Group]:
-    """Returns the groups from hidden states: all providers on the base and with few labels, ours on the sweeps."""
+    """Returns the groups of the loss from hidden states; the sweeps over V, D, T and B measure our methods only."""
     # F.linear_cross_entropy takes seconds even on the small shapes of a quick run.
     rivals = tuple(name for name in linear.RIVALS if not (quick and name == "F.linear_cross_entropy"))
     ours, everyone = tuple(linear.OURS), (*linear.OURS, *linear.SMALL, *rivals)
@@ -164,7 +164,7 @@ def linear_groups(*, quick: bool) -> list[Group]:
 
 
 def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, seconds_in_all: float) -> None:
-    """Measures a group and adds its points."""
+    """Measures a group, and adds its points to ``results``."""
     loss = group.loss
     cases, missing = losses.usable(benchmark, group.providers, loss, most_seconds=_RUN_SECONDS)
     runs = losses.runs_of(benchmark, cases, loss)
@@ -191,7 +191,7 @@ def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, s
 def _peaks(
     benchmark: losses.LossBenchmark, group: Group, cases: Mapping[str, losses.Provider], seconds_in_all: float
 ) -> dict[str, int | str]:
-    """Returns the peak memory of each provider, or the reason why it was not measured."""
+    """Returns the peak bytes of each provider, or the reason why the memory was not measured."""
     peaks: dict[str, int | str] = {}
     begin = time.perf_counter()
     for name in group.memory:
@@ -210,13 +210,9 @@ def _peaks(
 def run_groups(
     benchmark: losses.LossBenchmark, groups: Sequence[Group], seconds: float, log: Callable[[str], None]
 ) -> Results:
-    """Measures the groups one after the other.
+    """Measures the groups in order of importance, until ``seconds`` have passed.
 
-    Args:
-        benchmark: Kind of the loss.
-        groups: The most important groups come first.
-        seconds: Time for all groups. Groups that have not begun by then become points with that reason.
-        log: Called with a line for each group.
+    Groups that have not begun by then become points with that reason. ``log`` receives a line for each measured group.
     """
     results = Results()
     begin = time.perf_counter()
@@ -239,7 +235,7 @@ TINY = train_step.Sizes(
 
 
 def step_groups(*, quick: bool) -> list[tuple[str, train_step.Sizes, tuple[str, ...], int]]:
-    """Returns sweep, sizes, cases and counted steps of each group."""
+    """Returns the sweep, the sizes, the cases and the number of counted steps of each group."""
     ours, cases = ("mpo_ext", "mpo_ext, precomputed"), ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
     if quick:
         return [("base", TINY, cases, 2)]
@@ -252,7 +248,7 @@ def step_groups(*, quick: bool) -> list[tuple[str, train_step.Sizes, tuple[str, 
 
 
 def run_train_step(*, quick: bool, seconds: float, threads: int, log: Callable[[str], None]) -> Results:
-    """Measures whole training steps."""
+    """Measures complete training steps of our trainer and of TRL's trainer."""
     results = Results()
     begin = time.perf_counter()
     for number, (sweep, sizes, names, steps) in enumerate(step_groups(quick=quick), start=1):
@@ -295,7 +291,7 @@ def run_sampling(*, quick: bool, log: Callable[[str], None]) -> Results:
 
 
 def machine_points(seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Returns the programs of the machine as points."""
+    """Returns the seconds of the programs of ``benchmarks.machine`` as points."""
     return [
         point("machine", name.removeprefix("machine: "), None, seconds=list(values))
         for name, values in seconds.items()

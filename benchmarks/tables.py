@@ -1,4 +1,4 @@
-"""Makes the tables of measured results: Markdown from the files in results/, for ``benchmarks.documents``."""
+"""Makes Markdown tables of the measured results in results/, for ``benchmarks.documents``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Point = Mapping[str, Any]
 
 _DTYPES = ("float32", "bfloat16")
 
-#: Names of the providers in the tables.
+#: Table labels of the providers whose label differs from the name.
 _NAMES = {
     "mpo_ext, reuse_logits": "mpo_ext, `reuse_logits=True`",
     "mpo_ext, recompute=False": "mpo_ext, `recompute=False`",
@@ -40,7 +40,7 @@ _NAMES = {
 
 
 def provider_name(provider: str) -> str:
-    """Returns the name of a provider in the tables."""
+    """Returns the table label of a provider."""
     return _NAMES.get(provider, provider)
 
 
@@ -60,7 +60,7 @@ def _cpu(document: Document) -> str:
 
 
 def _where(document: Document) -> str:
-    """Returns machine, versions, date and command of a run."""
+    """Returns a sentence with the machine, versions, date, load and command of a run."""
     environment = document["environment"]
     load = max(environment["load_before"][0], environment["load_after"][0])
     return (
@@ -118,7 +118,7 @@ def _mib(size: float | None) -> str:
 
 
 def _beyond(point: Point | None) -> float | None:
-    """Returns the peak memory beyond the inputs; from hidden states, also beyond the gradients that all return."""
+    """Returns the peak bytes beyond the inputs; from hidden states, also beyond the returned gradients."""
     if point is None or point.get("peak_bytes") is None:
         return None
     if point.get("hidden") is None:
@@ -157,7 +157,7 @@ def _shape(name: str, document: Document) -> str:
 
 
 def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
-    """Returns a row for each provider that was measured on the base shape, and a row for the floor."""
+    """Returns a table with a row for each provider measured on the base shape, and a last row for the floor."""
     base, swept = _measured(document, "base"), _measured(document, "share")
     few = min({p["share"] for p in swept}, key=lambda share: abs(share - 0.1), default=None)
     at_few = [p for p in swept if p["share"] == few]
@@ -194,7 +194,7 @@ def _full_table(name: str, document: Document) -> str:
 
 
 def _sweeps(name: str, document: Document) -> str:
-    """Returns the plot, and a row for each measured shape with our methods and plain torch."""
+    """Returns the plot and a table of our methods and eager torch, with a row for each measured shape."""
     points = [p for p in _measured(document) if p["sweep"] in _AXES]
     providers = [p for p in dict.fromkeys(p["provider"] for p in points) if check_model.is_ours(p) or p == "eager"]
     header = ["varied", "B", "T", *(["D"] if name == "linear" else []), "V", "labelled", "dtype"]
@@ -220,7 +220,7 @@ def _sweeps(name: str, document: Document) -> str:
 
 
 def readme_logits(documents: Documents) -> str:
-    """Returns the short table from logits."""
+    """Returns the short table of the loss from logits."""
     document = documents["logits"]
     return (
         f"{_shape('logits', document)}. Medians of interleaved runs on {_where_short(document)}. "
@@ -229,22 +229,22 @@ def readme_logits(documents: Documents) -> str:
 
 
 def logits(documents: Documents) -> str:
-    """Returns the full table from logits."""
+    """Returns the full table of the loss from logits."""
     return _full_table("logits", documents["logits"])
 
 
 def linear(documents: Documents) -> str:
-    """Returns the full table from hidden states."""
+    """Returns the full table of the loss from hidden states."""
     return _full_table("linear", documents["linear"])
 
 
 def logits_sweeps(documents: Documents) -> str:
-    """Returns the sweeps from logits."""
+    """Returns the plot and table of the sweeps from logits."""
     return _sweeps("logits", documents["logits"])
 
 
 def linear_sweeps(documents: Documents) -> str:
-    """Returns the sweeps from hidden states."""
+    """Returns the plot and table of the sweeps from hidden states."""
     return _sweeps("linear", documents["linear"])
 
 
@@ -252,7 +252,7 @@ def linear_sweeps(documents: Documents) -> str:
 
 
 def _base_steps(document: Document) -> tuple[list[Point], Point | None]:
-    """Returns the measured points of the base shape, and TRL's point among them."""
+    """Returns the points measured on the base shape, and TRL's point (None if TRL was not measured)."""
     base = [point for point in _measured(document) if point["sweep"].startswith("base")]
     return base, _find(base, provider="TRL")
 
@@ -308,7 +308,7 @@ def steps(documents: Documents) -> str:
 
 
 def sampling(documents: Documents) -> str:
-    """Returns the table of sampling."""
+    """Returns the table of sampling times."""
     document = documents["sampling"]
     rows = []
     for p in _measured(document):
@@ -322,7 +322,7 @@ def sampling(documents: Documents) -> str:
 
 
 def rates(documents: Documents) -> str:
-    """Returns the rates of the machine."""
+    """Returns a table of the measured rates of the machine."""
     machine = documents["cost_model"]["settings"]["rates"]
     rows = [
         ["bandwidth", f"{machine['bandwidth'] / 1e9:.1f} GB/s"],
@@ -341,7 +341,7 @@ def _error_range(errors: Sequence[float]) -> str:
 
 
 def cost_model(documents: Documents) -> str:
-    """Returns the errors of the cost model, and the methods that it misses."""
+    """Returns a table of the cost model's errors, and a table of the methods with large errors."""
     points = documents["cost_model"]["points"]
     within, errors = check_model.WITHIN, [abs(check_model.error(p)) for p in points]
     ours = [abs(check_model.error(p)) for p in points if check_model.is_ours(p["provider"])]
@@ -379,7 +379,7 @@ def _counted(documents: Documents) -> str:
 
 
 def instruction_counts(documents: Documents) -> str:
-    """Returns the instructions per logit in the main loops of the kernels."""
+    """Returns a table of the instructions per logit in the main loop of each kernel."""
     archs = documents["machine_code"]["instructions"]
     rows = []
     for kernel in ("token_logp", "token_logp stats", "logits_grad"):
@@ -392,7 +392,7 @@ def instruction_counts(documents: Documents) -> str:
 
 
 def registers(documents: Documents) -> str:
-    """Returns the registers of the kernels."""
+    """Returns a table of the registers per thread of each kernel."""
     table = documents["machine_code"]["registers"]
     archs = list(next(iter(table.values())))
     rows = [[name, *(str(used[arch]) for arch in archs)] for name, used in table.items() if " float16" not in name]

@@ -1,12 +1,12 @@
-"""Speed, memory and losses of a training step against TRL's DPOTrainer: ``python -m benchmarks.train_step``.
+"""Compares our training step with TRL's in speed, memory and losses: ``python -m benchmarks.train_step``.
 
-Both trainers run complete, from pairs on the disk to the optimizer, each in its own process, with the same model, the
-same file of pairs and the same order. They run in turn: one process makes a step while the others wait. TRL 1.16 has
-the loss of MPO without a reward shift (``sigmoid``, ``bco_pair``, ``sft``), so ours is fixed at 0 here.
+Both trainers run completely, from pairs on the disk to the optimizer, each in its own process, with the same model,
+pairs and order of pairs. The processes take turns: one process makes a step while the others wait. TRL 1.16 computes
+the MPO loss without a reward shift (``sigmoid``, ``bco_pair``, ``sft``), so our reward shift is fixed at 0.
 
 The model is an InternVL, small except for its vocabulary. A pair has four images of 256 tokens each and responses of
-128 tokens. ``--prompt text`` replaces the images by 1,024 tokens of text, since TRL rejects a precomputed reference
-for images. A case that fails is listed with its error.
+128 tokens. ``--prompt text`` replaces the images with 1,024 tokens of text, because TRL rejects a precomputed
+reference for images. A case that fails is listed with its error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.trainers import Gate, MeasuredStep, Parts, run_ours, run_trl
 
 @dataclasses.dataclass(frozen=True)
 class TrainerCase:
-    """A trainer and its settings: overrides of the recipe for ours, fields of ``DPOConfig`` for TRL."""
+    """A trainer and its settings, which override the recipe of our trainer or the ``DPOConfig`` of TRL."""
 
     is_trl: bool
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -53,7 +53,7 @@ DEFAULT_CASES = ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
 def _side(
     connection: Any, case: TrainerCase, pairs: Path, sizes: Sizes, steps: int, threads: int, with_parts: bool
 ) -> None:
-    """Runs a case in this process."""
+    """Trains one case in the current process, and sends each measured step or the error to ``connection``."""
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     try:
@@ -67,7 +67,7 @@ def _side(
         (run_trl if case.is_trl else run_ours)(gate, pairs, sizes, steps, case.settings)
     except EOFError:  # the other process has ended
         return
-    except Exception as error:  # any error is a result
+    except Exception as error:  # every error is reported as a result
         text = " ".join(str(error).split())
         with contextlib.suppress(OSError):
             connection.send(f"{type(error).__name__}: {text[:300]}")
@@ -76,17 +76,10 @@ def _side(
 def run_cases(
     cases: Mapping[str, TrainerCase], sizes: Sizes, steps: int, *, threads: int, with_parts: bool = False
 ) -> tuple[dict[str, list[MeasuredStep]], dict[str, str]]:
-    """Runs all cases in turn, step by step.
-
-    Args:
-        cases: Cases by name.
-        sizes: Sizes of the model and of the pairs.
-        steps: Steps of each case. The first step includes all setup.
-        threads: CPU threads of each process.
-        with_parts: Whether the parts of each step are measured.
+    """Runs the cases in turn, one step of each case at a time. The first step includes all setup.
 
     Returns:
-        The steps of each case that ran, and the errors of the others.
+        The steps of each case that succeeded, and the error of each case that failed.
     """
     context = multiprocessing.get_context("spawn")
     done: dict[str, list[MeasuredStep]] = {name: [] for name in cases}
@@ -125,7 +118,7 @@ def run_cases(
 
 
 def summary(steps: Sequence[MeasuredStep]) -> dict[str, Any]:
-    """Returns medians over all steps except the first, and the peak over all steps."""
+    """Returns the medians over all steps except the first, the peak bytes, and the loss of each step."""
     counted = steps[1:]
     timing = Timing([step.seconds for step in counted])
     parts = {name: statistics.median(step.parts.get(name, 0.0) for step in counted) for name in counted[-1].parts}
@@ -141,12 +134,12 @@ def summary(steps: Sequence[MeasuredStep]) -> dict[str, Any]:
 
 
 def loss_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Returns the largest difference between the losses of two runs in a step."""
+    """Returns the largest absolute difference between the losses of two runs at the same step."""
     return max(abs(our - their) for our, their in zip(ours, theirs, strict=True))
 
 
 def table(results: Mapping[str, dict[str, Any]], failed: Mapping[str, str], base: str) -> Iterator[str]:
-    """Yields the lines of the table. Ratios are relative to the case ``base``."""
+    """Yields the lines of the table of all cases. Ratios are relative to the case ``base``."""
     yield (
         f"{'case':<36}{'step':>9}{'p20 .. p80':>18}{'times faster':>14}{'CPU s':>9}{'times less':>12}"
         f"{'peak MiB':>10}{'of ' + base:>8}{'loss gap':>10}"
@@ -168,7 +161,7 @@ def table(results: Mapping[str, dict[str, Any]], failed: Mapping[str, str], base
 
 
 def parts_table(results: Mapping[str, dict[str, Any]]) -> Iterator[str]:
-    """Yields the lines of the table of the parts of a step, in seconds."""
+    """Yields the lines of a table with the median seconds of each part of a step."""
     names = dict.fromkeys(name for result in results.values() for name in result["parts_s"])
     yield f"{'part':<22}" + "".join(f"{case:>28}" for case in results)
     for name in names:

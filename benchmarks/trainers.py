@@ -1,4 +1,4 @@
-"""Runs a trainer step by step and measures each step: ours, and TRL's DPOTrainer."""
+"""Runs our trainer or TRL's DPOTrainer step by step, and measures each step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from mpo_ext.train.mixture import Mixture
 
 @dataclasses.dataclass
 class MeasuredStep:
-    """The measurements of a step.
+    """Measurements of a training step.
 
     Attributes:
         loss: Mean loss of the micro-batches.
-        seconds: Wall-clock time.
-        cpu_seconds: CPU time of all threads.
-        peak: Peak of the resident bytes beyond those before the model was built.
-        parts: Seconds by part of the step, if they are measured.
+        seconds: Wall-clock time in seconds.
+        cpu_seconds: CPU time of all threads in seconds.
+        peak: Peak resident memory in bytes, less the resident memory before the model was built.
+        parts: Seconds by part of the step; empty if the parts are not measured.
     """
 
     loss: float
@@ -44,11 +44,11 @@ class MeasuredStep:
 
 
 class Gate:
-    """Lets a process wait for its turn, and measures from the beginning of the turn to the end of the step.
+    """Makes a process wait for its turn, and measures each step from the start of the turn to the end of the step.
 
     Args:
-        connection: Connection to the process that gives the turns. None never waits, and keeps the steps in ``steps``.
-        parts: Collects the seconds of the parts of a step.
+        connection: Connection to the process that assigns turns. None: never wait, and append each step to ``steps``.
+        parts: Measures the parts of each step. None: measure whole steps only.
     """
 
     def __init__(self, connection: Any = None, parts: Parts | None = None) -> None:
@@ -64,7 +64,7 @@ class Gate:
         self.begin_s, self.begin_cpu_s = time.perf_counter(), time.process_time()
 
     def __call__(self, loss: float) -> None:
-        """Reports a step and waits for the next turn."""
+        """Reports a finished step, and waits for the next turn."""
         elapsed, cpu = time.perf_counter() - self.begin_s, time.process_time() - self.begin_cpu_s
         parts = {} if self.parts is None else dict(self.parts.seconds)
         step = MeasuredStep(loss, elapsed, cpu, resident_bytes("VmHWM") - self.before, parts)
@@ -77,14 +77,14 @@ class Gate:
 
 
 class Parts:
-    """Measures the seconds of the parts of a step, by hooks on the policy and on the trainer."""
+    """Measures the seconds of each part of a step, with hooks on the policy and the trainer."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self._marks: dict[str, float] = {}
 
     def wrap(self, call: Callable[..., Any], name: str, *, of_policy: bool = False) -> Callable[..., Any]:
-        """Returns the call with its time measured; with ``of_policy`` only if gradients are recorded."""
+        """Returns a ``call`` that is timed as part ``name``; with ``of_policy``, only if gradients are recorded."""
 
         @functools.wraps(call)
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -99,7 +99,7 @@ class Parts:
         return timed
 
     def watch(self, model: Any, accelerator: Any) -> None:
-        """Measures the policy's forward and backward, the gradient norm and the optimizer."""
+        """Installs hooks that time the policy's forward and backward, the gradient norm and the optimizer step."""
         from torch.optim import optimizer
 
         tower, decoder = model.model.vision_tower, model.model.language_model
@@ -133,7 +133,7 @@ class Parts:
 
 
 class _DoneError(Exception):
-    """Ends a run after its last step, before a model is written."""
+    """Ends a run after its last step, before the trainer writes the model."""
 
 
 def run_ours(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> None:
@@ -167,7 +167,7 @@ def run_ours(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mappin
 
 
 def _trl_rows(recipe: Any, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """Yields the pairs in the conversational format, in the order in which our trainer reads them."""
+    """Yields the pairs in TRL's conversational format, in the order in which our trainer reads the pairs."""
     mixture = Mixture(recipe.data.train, seed=recipe.optim.seed)
     for index in order_of(recipe, sizes):
         pair = mixture[index]
@@ -181,7 +181,7 @@ def _trl_rows(recipe: Any, sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def _trl_options(recipe: Any, sizes: Sizes, steps: int, folder: str) -> dict[str, Any]:
-    """Returns TRL's options that compute the same as our recipe."""
+    """Returns the options that make TRL compute the same as our recipe."""
     return {
         "output_dir": folder,
         "loss_type": ["sigmoid", "bco_pair", "sft"],
@@ -209,8 +209,8 @@ def _trl_options(recipe: Any, sizes: Sizes, steps: int, folder: str) -> dict[str
 def run_trl(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> None:
     """Trains with TRL's DPOTrainer and calls the gate after each step.
 
-    TRL has its defaults, except for float32, no gradient checkpointing, no limit of the length (1,024 by default) and
-    no log. Its optimizer is the fused AdamW, its default.
+    TRL keeps its defaults, such as the fused AdamW, except that it computes in float32, without gradient
+    checkpointing, without a length limit (by default 1,024 tokens) and without a log.
     """
     from datasets import Dataset
     from datasets import Image as ImageFeature
@@ -256,7 +256,7 @@ def run_trl(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping
 
 
 def _watch_trl(parts: Parts, model: Any, trainer: Any, stack: contextlib.ExitStack) -> None:
-    """Measures the parts of a step of TRL, until the stack is closed."""
+    """Measures the parts of TRL's steps until ``stack`` is closed."""
     from trl.trainer import utils
 
     parts.watch(model, trainer.accelerator)

@@ -1,4 +1,4 @@
-"""Runs the ablations of the MPO paper in small: ``python -m benchmarks.study``. Resumes an interrupted study."""
+"""Runs the MPO paper's ablations with a tiny model, or resumes them: ``python -m benchmarks.study``."""
 
 import argparse
 import importlib.util
@@ -14,7 +14,6 @@ _PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "PIL": "pill
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of ``python -m benchmarks.study``."""
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.study",
         description="Trains a tiny multimodal model on digits with many losses, data and settings, and compares them.",
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the study.
 
     Returns:
-        0; 1 if a package is missing, the folder cannot be written or a run failed; 130 after an interrupt.
+        0 on success; 1 if a package is missing, the folder cannot be written or a run failed; 130 if interrupted.
     """
     args = parser().parse_args(argv)
     missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]

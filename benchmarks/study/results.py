@@ -1,4 +1,4 @@
-"""Keeps the results of the study: a file for each run, and the files of the whole study."""
+"""Reads and writes the results of the study: a file for each run, and the files of the whole study."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from benchmarks.study import tables
 from benchmarks.study.settings import StudySettings
 from mpo_ext import report
 
-RESULTS = "results"  # folder of the results of a seed
+RESULTS = "results"  # subfolder of a seed's folder
 _COLORS = ("C0", "C2", "C1")
 
 Results = Mapping[tuple[int, str], Mapping[str, Any]]
 
 
 def slug(name: str) -> str:
-    """Returns a name in the form of a file name."""
+    """Returns a name as a file name of lower-case letters, digits, dots and hyphens."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def key_of(settings: StudySettings, row: str) -> str:
-    """Returns a hash of everything that a result depends on."""
+    """Returns a hash of the settings and of the row that a result depends on."""
     parts = [dataclasses.asdict(settings), None if row == tables.START else dataclasses.asdict(tables.ROWS[row])]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def read(out: Path, settings: StudySettings, row: str) -> dict[str, Any] | None:
-    """Returns the result of a run with these settings, or None if it does not exist. A failure leaves no file."""
+    """Returns the saved result of a run with these settings, or None if no such result exists."""
     path = _file(out, settings, row)
     if not path.exists():
         return None
@@ -43,7 +43,7 @@ def read(out: Path, settings: StudySettings, row: str) -> dict[str, Any] | None:
 
 
 def save(out: Path, settings: StudySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the result of a run, and returns it with its key, seed and row."""
+    """Writes the result of a run, and returns the result with key, seed and row."""
     complete = complete_result(settings, row, result)
     path = _file(out, settings, row)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def _file(out: Path, settings: StudySettings, row: str) -> Path:
 
 
 def complete_result(settings: StudySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a result with its key, seed and row."""
+    """Returns a result with key, seed and row."""
     return {"key": key_of(settings, row), "seed": settings.seed, "row": row, **result}
 
 
@@ -66,7 +66,7 @@ def failure(reason: str) -> dict[str, str]:
 
 
 def is_measured(result: Mapping[str, Any] | None) -> bool:
-    """Returns whether a run has a result and did not fail."""
+    """Returns whether a run has a result that is not a failure."""
     return result is not None and result["status"] == "measured"
 
 
@@ -106,12 +106,7 @@ def write_document(out: Path, document: Mapping[str, Any]) -> None:
 
 
 def save_plot(path: Path, document: Mapping[str, Any]) -> None:
-    """Draws the held-out accuracy of the rows of each table: means over seeds with their standard deviations.
-
-    Args:
-        path: Path of the figure; its suffix is the format.
-        document: Content of ``study.json``.
-    """
+    """Draws each row's held-out accuracy, as mean and standard deviation over the seeds, with one panel per table."""
     panels = []
     for table in tables.TABLES.values():
         content = []

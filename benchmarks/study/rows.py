@@ -1,4 +1,4 @@
-"""Runs a row of the study: trains the start of a seed as the row says, and evaluates the model."""
+"""Runs a row of the study: trains a seed's start model with the row's settings, and evaluates the model."""
 
 from __future__ import annotations
 
@@ -15,21 +15,16 @@ from benchmarks.study.settings import StudySettings
 from mpo_ext.demo.train import make_recipe
 from mpo_ext.train.recipe import Recipe, ReferenceRecipe, RewardShiftRecipe
 
-_LOGGED_STEPS = 5  # number of the first and of the last steps whose mean is kept
+_LOGGED_STEPS = 5  # number of steps averaged at the beginning and at the end of a run
 _LOG_KEYS = ("loss", "dpo_loss", "bco_loss", "ntp_loss", "reward_accuracy", "chosen_reward", "rejected_reward",
              "grad_norm", "reward_shift")  # fmt: skip
 
 
 def run_row(folder: Path, settings: StudySettings, row: str) -> dict[str, Any]:
-    """Trains the start of a seed as a row says, evaluates the model, and writes the result.
+    """Trains a seed's start model with the settings of a row, evaluates the model, and writes the result.
 
-    Args:
-        folder: Folder of the seed, which ``start.prepare`` has filled.
-        settings: Settings of the seed.
-        row: Key of ``tables.ROWS``.
-
-    Returns:
-        The result, with ``evaluation``, and with ``log``: means of the first and of the last steps.
+    ``start.prepare`` must have filled the seed's ``folder``. The result has ``evaluation``, and ``log`` with the means
+    over the first and over the last steps.
     """
     lines: list[Mapping[str, float]] = []
     with training.logged(folder), training.Stopwatch() as watch:
@@ -44,14 +39,7 @@ def run_row(folder: Path, settings: StudySettings, row: str) -> dict[str, Any]:
 
 
 def row_recipe(row: tables.StudyRow, settings: StudySettings, folder: Path, out: Path) -> Recipe:
-    """Returns the recipe of a row.
-
-    Args:
-        row: The row.
-        settings: Settings of the seed.
-        folder: Folder of the seed.
-        out: Folder of the run.
-    """
+    """Returns the recipe of a row. The pairs come from the seed's ``folder``; the run writes to ``out``."""
     recipe = make_recipe(
         training.pair_file(folder, row.pairs), out, loss=dict(row.loss), steps=settings.branch_steps,
         batch=settings.branch_batch, rate=settings.branch_rate * row.rate, schedule="cosine", settings=settings,

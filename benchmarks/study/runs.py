@@ -1,7 +1,7 @@
-"""Runs the study: makes a start with its pairs for each seed, then trains every row of ``tables`` from that start.
+"""Runs the study: makes a start model and its pairs for each seed, and trains every row of ``tables`` from that model.
 
-Each result is a file that appears only when it is complete, so the same command resumes an interrupted study. Starts
-and rows of several seeds may run side by side, each in its own process.
+Each result is a file that is written atomically, so the same command resumes an interrupted study. Starts and rows of
+several seeds may run in parallel, each in its own process.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ StudyRun = tuple[int, str]  # seed and row
 
 
 class Study:
-    """A study that runs: its results, and the runs that are left.
+    """A study in progress: the results so far, and the runs that are still to do.
 
     Args:
-        out: Existing folder; each seed has a folder in it.
+        out: Existing folder, in which each seed has a subfolder.
         settings: Settings by seed.
-        quick: Whether the settings are those of a quick study.
+        quick: Whether ``settings`` come from ``StudySettings.quick``.
         environment: Hardware, versions and command, for the result file.
         say: Prints a line.
     """
@@ -68,7 +68,7 @@ class Study:
         self.began = self.written = time.monotonic()
 
     def run(self, jobs: int, threads: int) -> None:
-        """Runs the runs that are left, in ``jobs`` processes."""
+        """Executes all runs that are still to do, in ``jobs`` processes."""
         pending: dict[concurrent.futures.Future[dict[str, Any]], StudyRun] = {}
         with Workers(jobs, _begin_process, threads) as workers, sigterm_as_interrupt():
             while self.queue or pending:
@@ -88,7 +88,7 @@ class Study:
                         raise error
 
     def finish(self, seed: int, row: str, result: dict[str, Any]) -> None:
-        """Adds a result. After a start, the rows of its seed can run."""
+        """Adds a result. A successful start queues the rows of its seed; a failed start marks the rows as failed."""
         self.results[seed, row] = result
         self.left -= row != tables.START
         self.say(f"{self.minutes():5.1f} min, {self.left} to do: seed {seed}, {row}: {_summary(result)}")
@@ -105,7 +105,7 @@ class Study:
 
     @staticmethod
     def _order(run: StudyRun) -> tuple[int, int, int]:
-        """Orders the main rows over all seeds first, then the others seed by seed."""
+        """Returns the sort key of a run: main rows of all seeds come first, other rows follow seed by seed."""
         seed, row = run
         place = [tables.START, *tables.ROWS].index(row)
         main = {shown for name in tables.MAIN for _, shown in tables.TABLES[name].rows}
@@ -125,7 +125,7 @@ class Study:
         return (time.monotonic() - self.began) / 60
 
     def report_failures(self) -> bool:
-        """Prints each run that failed. Returns whether any run failed."""
+        """Prints each failed run, and returns whether any run failed."""
         failed = [result for result in self.results.values() if not results.is_measured(result)]
         for result in failed:
             if not result["reason"].startswith(_NO_START):
@@ -136,22 +136,15 @@ class Study:
 def run(
     *, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, backend: str | None, jobs: int, command: str
 ) -> int:
-    """Runs the missing runs of the study and writes ``study.json``, ``study.md``, ``study.png`` and ``study.svg``.
+    """Executes the runs still to do, and writes ``study.json``, ``study.md``, ``study.png`` and ``study.svg``.
 
-    Args:
-        out: Existing folder; each seed has a folder in it.
-        seeds: Seeds of the starts.
-        quick: Uses ``StudySettings.quick``.
-        threads: CPU threads of each process; None divides the cores among the processes.
-        backend: Backend of the loss; None selects the best that is installed.
-        jobs: Number of processes; 1 runs everything in this process.
-        command: Command line, for the result file.
+    The arguments are the options of ``python -m benchmarks.study``, and the command line for the result file.
 
     Returns:
         0, or 1 if a run failed.
 
     Raises:
-        KeyboardInterrupt: At SIGINT or SIGTERM. Complete results are kept.
+        KeyboardInterrupt: On SIGINT or SIGTERM. Complete results are kept.
     """
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     make = StudySettings.quick if quick else StudySettings

@@ -7,21 +7,21 @@ from mpo_ext.demo.settings import Settings
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StudySettings(Settings):
-    """Sizes and rates of one seed of the study, chosen on the validation digits. Extends the settings of the demo.
+    """Sizes and learning rates of one seed of the study, chosen on the validation digits.
 
-    The first training run has ``sft_most_steps`` steps, and its learning rate falls to zero. ``sft_target``,
-    ``sft_decay_steps``, ``direct_pairs`` and ``keep`` are not used.
+    The first training run has ``sft_most_steps`` steps, and its learning rate falls to zero. The study ignores the
+    demo's ``sft_target``, ``sft_decay_steps``, ``direct_pairs`` and ``keep``.
 
     Attributes:
-        sft_digits: Training digits of the first training run. The other training digits make the pairs.
-        direct_questions: Direct questions that the model answers to make pairs; ``questions`` are step-by-step ones.
-        sft_text_share: Share of the questions of the first training run that name the digits and have no image.
-        text_questions: Questions without image that the model answers to make pairs.
-        late_continuations: Continuations of each answer of which 0.75 are kept. Few of them are wrong, because the
-            kept part has read all digits. Other answers are continued once.
-        pairs: Number of the mixed pairs.
-        mixed_shares: Shares of direct correctness, step-by-step correctness and DropoutNTP pairs among them.
-        kind_pairs: Largest number of pairs of each file that is compared by kind.
+        sft_digits: Number of training digits in the first training run. The other training digits make the pairs.
+        direct_questions: Number of direct questions that make pairs; ``questions`` counts step-by-step questions.
+        sft_text_share: Fraction of the first training run's questions that name the digits and have no image.
+        text_questions: Number of questions without an image that make pairs.
+        late_continuations: Number of continuations of an answer of which the fraction 0.75 is kept. Few of these
+            continuations are wrong, because the kept part names all digits. Other answers are continued once.
+        pairs: Number of mixed pairs.
+        mixed_shares: Fractions of direct correctness, step-by-step correctness and DropoutNTP pairs in ``pairs``.
+        kind_pairs: Largest number of pairs in each of the files that compare kinds of pairs.
     """
 
     sft_digits: int = 700
@@ -46,7 +46,7 @@ class StudySettings(Settings):
 
     @classmethod
     def quick(cls, seed: int = 0) -> "StudySettings":
-        """Returns the settings of a study that takes a minute and shows only that all parts work."""
+        """Returns the settings of a study that takes a minute and only checks that all parts work."""
         return cls(
             seed=seed,
             hidden_size=64,

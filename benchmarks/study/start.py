@@ -1,4 +1,4 @@
-"""Makes the start of a seed: the first training run, the files of pairs, and the reference's log-probs."""
+"""Makes the start of a seed: the start model, the files of pairs, and the log-probs of the reference."""
 
 from __future__ import annotations
 
@@ -27,29 +27,24 @@ from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import SamplingConfig
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
-_LATE = 0.5  # kept share of an answer beyond which few blind continuations are wrong
+_LATE = 0.5  # if a larger fraction of an answer is kept, few continuations are wrong
 _BLOCK_SIZE = 2048
 
 
 def prepare(folder: Path, settings: StudySettings, row: str = tables.START) -> dict[str, Any]:
-    """Makes the start of a seed and its files of pairs with the reference's log-probs, unless they exist.
-
-    Args:
-        folder: Folder of the seed.
-        settings: Settings of the seed.
-        row: ``tables.START``.
+    """Makes the start model of a seed, the files of pairs and the reference log-probs, unless they exist.
 
     Returns:
-        The result of the start: ``evaluation``, ``pairs`` (their number by file), ``sampling``, ``curve``.
+        The result with ``evaluation``, ``pairs`` (number of pairs by file), ``sampling`` and ``curve``.
 
     Raises:
-        RuntimeError: If the answers of the model gave no pair for a file.
+        RuntimeError: If the model's answers gave no pair for a file.
     """
     result = results.read(folder.parent, settings, row)
     if result is not None and training.start_file(folder).exists():
         return result
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():  # files of another start; the results carry the key of their start
+    for path in folder.iterdir():  # from outdated settings; a result names its settings by a key
         if path.name != results.RESULTS:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     training.clear_encoded()
@@ -84,10 +79,10 @@ def _train_start(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains on correct responses; some questions come without their image, and some name the digits.
+    """Trains on correct responses to questions with an image, without an image, or with the digits in words.
 
     Returns:
-        ``step``, ``loss`` and the validation accuracy of each column, at each evaluation.
+        For each evaluation, ``step``, ``loss`` and the validation accuracy of each column.
     """
     splits = digits.load_digits()
     tasks = digits.sample_tasks(_part(splits["train"], 0, settings.sft_digits), settings.sft_questions, rng)
@@ -119,7 +114,7 @@ def _train_start(
 
 
 def _part(split: digits.Digits, begin: int, end: int | None) -> digits.Digits:
-    """Returns the digits of a split from ``begin`` to ``end``."""
+    """Returns the digits of a split from index ``begin`` to ``end``."""
     part = slice(begin, end)
     return digits.Digits(split.images[part], split.values[part], split.indices[part])
 
@@ -131,7 +126,7 @@ def _sample(
     rng: np.random.Generator,
     folder: Path,
 ) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
-    """Returns pairs by kind and the summaries of their sampling: the start answers questions about unseen digits."""
+    """Samples answers about unseen digits, and returns the pairs by kind and the sampling summaries by kind."""
     engine = TransformersEngine(model, processor, name=f"digits study, seed {settings.seed}", batch_size=BATCH_SIZE)
     unseen = _part(digits.load_digits()["train"], settings.sft_digits, None)
     for form, count in (("direct", settings.direct_questions), ("cot", settings.questions)):
@@ -170,12 +165,9 @@ def _sample(
 def choose(
     pool: Mapping[str, Sequence[Pair]], settings: StudySettings, rng: np.random.Generator
 ) -> dict[str, list[Pair]]:
-    """Chooses the pairs of each file of ``tables.PAIR_FILES``.
+    """Chooses the pairs of each file in ``tables.PAIR_FILES`` at random.
 
-    Args:
-        pool: Pairs by kind: "direct", "cot", "text" and the keys of ``tables.KEEPS``.
-        settings: Sizes of the files.
-        rng: Random generator for the choice and the order.
+    The kinds in ``pool`` are "direct", "cot", "text" and the keys of ``tables.KEEPS``.
 
     Raises:
         RuntimeError: If a file would be empty.
@@ -212,7 +204,7 @@ def _compute_reference(
     name: str,
     folder: Path,
 ) -> None:
-    """Computes the start's log-probs of a file of pairs for all rows, by a step with a learning rate of zero."""
+    """Precomputes the start model's log-probs of a file of pairs, with a training step at a learning rate of zero."""
     recipe = make_recipe(
         training.pair_file(folder, name), folder / "runs" / "reference", loss=METHODS["MPO"], steps=1,
         batch=settings.branch_batch, rate=0.0, schedule="constant", settings=settings,

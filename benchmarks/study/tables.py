@@ -1,7 +1,7 @@
 """Declares the runs of the study and makes the tables of their results.
 
-``ROWS`` declares each run, and ``TABLES`` the tables that show it; ``benchmarks.study.runs`` runs them. A result file
-has ``results`` (one per seed and row) and ``starts`` (one per seed); ``tables`` makes Markdown of it.
+``ROWS`` declares the runs that ``benchmarks.study.runs`` executes, and ``TABLES`` the tables that show the runs. A
+result file has ``results`` (one per seed and row) and ``starts`` (one per seed).
 """
 
 import dataclasses
@@ -19,24 +19,24 @@ from mpo_ext.report import markdown_table
 
 SCHEMA = 1
 START = "SFT start"  # the model that every run begins from
-SFT = "SFT"  # the second row that every row is compared with
+SFT = "SFT"  # every row is compared with the start model and with this row
 TEXT = "text"  # step-by-step questions that name the digits and have no image
 COLUMNS = (*FORMS, TEXT)
 QUANTITIES = ("accuracy", "unparsable", "tokens")
-NOT_RUN = "not run"  # the reason of a run that an interrupted study has not reached
-STEPS_BETWEEN_SYNCS = 4  # TR-DPO syncs its reference after this fraction of the steps
+NOT_RUN = "not run"  # reason for a run that an interrupted study has not reached
+STEPS_BETWEEN_SYNCS = 4  # number of times that TR-DPO syncs its reference in a run
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRow:
-    """A run from the start of its seed. The defaults are those of MPO.
+    """Settings of a run that begins from the start model. The defaults are the settings of MPO.
 
     Attributes:
         loss: Fields of ``LossRecipe``.
-        pairs: File of pairs, a name in ``PAIR_FILES``.
+        pairs: Name of the file of pairs, one of ``PAIR_FILES``.
         rate: Factor of the learning rate.
         reward_shift: Fields of ``RewardShiftRecipe``.
-        is_synced: Whether the reference follows the policy (TR-DPO): 0.6 of the policy at each quarter of the run.
+        is_synced: Whether the reference is synced with the policy (TR-DPO), with a mixing weight of 0.6.
     """
 
     loss: Mapping[str, Any]
@@ -48,12 +48,12 @@ class StudyRow:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StudyTable:
-    """Rows that are shown together.
+    """Rows that are shown in one table.
 
     Attributes:
         title: Title of the section.
-        rows: Label and row; ``START`` is the model before any row.
-        paper: Row to its numbers in the paper (arXiv 2411.10442v2).
+        rows: Label and name of each row; ``START`` is the start model.
+        paper: Numbers in the paper (arXiv 2411.10442v2) by row.
     """
 
     title: str
@@ -65,9 +65,9 @@ def _weights(dpo: float, bco: float, ntp: float, **more: Any) -> dict[str, Any]:
     return {"dpo_weight": dpo, "bco_weight": bco, "ntp_weight": ntp, **more}
 
 
-#: Shares of the mixed pairs; a smaller share is part of a larger one.
+#: Fractions of the mixed pairs; a larger file contains the pairs of each smaller file.
 SHARES = {"mixed 10%": 0.1, "mixed 40%": 0.4, "mixed 70%": 0.7}
-#: Share of the chosen response that DropoutNTP keeps.
+#: Fraction of the chosen response that DropoutNTP keeps.
 KEEPS = {"DropoutNTP 0.25": 0.25, "DropoutNTP 0.5": 0.5, "DropoutNTP 0.75": 0.75}
 #: All files of pairs. The files from "correctness" to "DropoutNTP 0.75" have equally many step-by-step pairs.
 PAIR_FILES = ("mixed", *SHARES, "correctness", "correctness and DropoutNTP", *KEEPS, TEXT)
@@ -90,7 +90,7 @@ LOSSES: dict[str, StudyRow] = {
     "ORPO": StudyRow(loss={**_DPO, "preference": "orpo"}),
     "DPO + BCO": StudyRow(loss=_weights(0.8, 0.2, 0)),
 }
-SHAPES = {"1:1": 0.5, "3:1": 0.75, "5:1": 5 / 6, "9:1": 0.9}  # w_p : w_q to the share of w_p in their sum
+SHAPES = {"1:1": 0.5, "3:1": 0.75, "5:1": 5 / 6, "9:1": 0.9}  # w_p / (w_p + w_q) by the ratio w_p : w_q
 NTP_WEIGHTS = (0.01, 0.5, 2.0, 5.0)
 RATES = {"x 0.1": 0.1, "x 0.4": 0.4, "x 4": 4.0, "x 10": 10.0}
 
@@ -173,7 +173,7 @@ TABLES: dict[str, StudyTable] = {
     ),
 }  # fmt: skip
 
-#: The tables whose rows run first, over all seeds.
+#: Tables whose rows run first, for all seeds.
 MAIN = ("main",)
 
 
@@ -184,8 +184,8 @@ def load(path: Path) -> dict[str, Any]:
     """Reads and checks a result file.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is not JSON or its format is wrong; the message begins with the name of the file.
+        OSError: If the file cannot be read.
+        ValueError: If the file is not JSON or its format is wrong; the message begins with the file name.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -196,10 +196,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check(document: Mapping[str, Any]) -> None:
-    """Checks a result file.
+    """Checks the format of a result file.
 
     Raises:
-        ValueError: At the first value that breaks a rule; the message names place, rule and value.
+        ValueError: If a value breaks a rule; the message names the place, the rule and the value.
     """
 
     def must(holds: bool, where: str, rule: str, value: object) -> None:
@@ -240,11 +240,7 @@ def check(document: Mapping[str, Any]) -> None:
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the Markdown of each block: "study_setup", "study_differences" and a block for each key of ``TABLES``.
-
-    Args:
-        document: Result file, as ``load`` returns it.
-    """
+    """Returns the Markdown of the blocks "study_setup" and "study_differences", and of a block for each table."""
     blocks = {"study_setup": _setup(document)}
     for name, table in TABLES.items():
         blocks[f"study_{name}"] = _table(document, table)
@@ -252,7 +248,7 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "accuracy") -> dict[int, float]:
-    """Returns a quantity by seed, for the seeds that have it: percent for shares, tokens for ``tokens``."""
+    """Returns a quantity by seed, in percent or in tokens, for each seed with a measured result of the row."""
     factor = 1 if quantity == "tokens" else 100
     return {
         result["seed"]: factor * result["evaluation"][column][quantity]
@@ -262,13 +258,13 @@ def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "
 
 
 def differences(document: Mapping[str, Any], row: str, other: str, column: str) -> list[float]:
-    """Returns the difference of accuracy of two rows in points, for each seed that has both."""
+    """Returns accuracy(``row``) - accuracy(``other``) in percentage points, for each seed with both results."""
     ours, theirs = values(document, row, column), values(document, other, column)
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
 def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
-    """Returns mean ± sample standard deviation with one decimal; a single number has no deviation."""
+    """Returns the mean ± the sample standard deviation with one decimal; a single number has no deviation."""
     if not numbers:
         return ""
     mean = f"{statistics.fmean(numbers):{'+' if signed else ''}.1f}"
@@ -309,7 +305,7 @@ def _cells(document: Mapping[str, Any], label: str, row: str) -> list[str]:
     ]
 
 
-#: Differences that the text about the study refers to: first row, second row, column.
+#: Differences that the pages quote: row, row to compare with, column.
 DIFFERENCES: tuple[tuple[str, str, str], ...] = (
     *((name, START, "cot") for name in LOSSES if name not in ("SPPO", "ORPO")),
     *((f"{name} + SFT" if name != "DPO + BCO" else "MPO", name, "cot") for name in LOSSES),
@@ -334,7 +330,7 @@ _NOISE = 2.5  # a mean of three seeds differs from zero at the 5 % level if it i
 
 
 def _differences(document: Mapping[str, Any]) -> str:
-    """Returns the differences of ``DIFFERENCES`` with their range over the seeds."""
+    """Returns a table of ``DIFFERENCES``, with the smallest and the largest value over the seeds."""
     rows = []
     for row, other, column in DIFFERENCES:
         numbers = differences(document, row, other, column)
@@ -352,7 +348,7 @@ def _block(name: str, documents: Mapping[str, Mapping[str, Any]]) -> str:
     return tables(documents["study"])[name]
 
 
-#: Name of a block to the function that makes its text from the result files.
+#: Functions that return the text of a block, by name of the block.
 BLOCKS: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], str]] = {
     name: functools.partial(_block, name)
     for name in ("study_setup", "study_differences", *(f"study_{name}" for name in TABLES))
@@ -360,7 +356,7 @@ BLOCKS: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], str]] = {
 
 
 def _setup(document: Mapping[str, Any]) -> str:
-    """Returns the origin of the numbers, the number of pairs, and the failures."""
+    """Returns the settings and machine of the study, the number of pairs by seed, and the failed runs."""
     environment, settings = document["environment"], document["settings"]
     count = settings["evaluation_tasks"]
     runs = sum(result["row"] != START and result["status"] == "measured" for result in document["results"])
@@ -396,7 +392,7 @@ def _plain(text: str) -> str:
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """Returns all tables under their titles."""
+    """Returns all tables as Markdown sections."""
     titles = {"study_setup": "The study", **{f"study_{name}": table.title for name, table in TABLES.items()}}
     titles["study_differences"] = "Differences"
     return "\n".join(f"## {titles[name]}\n\n{block}" for name, block in tables(document).items())

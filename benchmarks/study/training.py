@@ -1,4 +1,4 @@
-"""Trains and evaluates models for the study: the parts that a start and a row share."""
+"""Trains and evaluates models for the starts and the rows of the study."""
 
 from __future__ import annotations
 
@@ -25,29 +25,24 @@ from mpo_ext.train.recipe import Recipe
 
 _EVALUATION_SEED = 1  # every seed and row answers the same held-out questions
 
-_encoded: dict[str, Sample | SkippedPair] = {}  # by the pair and the path of its image, for all rows of this process
+_encoded: dict[str, Sample | SkippedPair] = {}  # by ``Pair.key()``, for all rows of this process
 
 
 class CachingEncoder(Encoder):
-    """Encoder that keeps the encoded pairs for the next row: encoding takes a quarter of a step.
-
-    Args:
-        encoder: Encodes the pairs that are new.
-    """
+    """Encoder that caches the encoded pairs for the next row, because encoding takes a quarter of a step."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.__dict__.update(vars(encoder))
 
     def encode(self, pair: Pair, name: str) -> Sample | SkippedPair:
-        """Returns the encoded pair, as ``Encoder.encode`` does."""
-        key = pair.key()  # the paths of the images are absolute
+        key = pair.key()  # unique, because image paths are absolute
         if key not in _encoded:
             _encoded[key] = super().encode(pair, name)
         return dataclasses.replace(_encoded[key], name=name)
 
 
 def clear_encoded() -> None:
-    """Frees the encoded pairs."""
+    """Frees the cached pairs."""
     _encoded.clear()
 
 
@@ -57,7 +52,7 @@ def train(
     processor: DigitsProcessor,
     on_step: Callable[[int, Mapping[str, float]], object] | None = None,
 ) -> None:
-    """Trains the model in place, and removes the folder of the run."""
+    """Trains the model in place, and deletes the output folder of the run."""
     trainer = Trainer(recipe, model=model, processor=processor, on_step=on_step, save=False)
     trainer.data.encoder = CachingEncoder(trainer.data.encoder)
     if trainer.run() != 0:
@@ -72,7 +67,7 @@ def make_model(settings: StudySettings) -> tuple[InternVLForConditionalGeneratio
 
 
 def evaluation_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:
-    """Returns the questions of each column, which are always the same."""
+    """Returns the questions of each column, sampled with a fixed seed."""
     rng = np.random.default_rng(_EVALUATION_SEED)
     tasks = {form: digits.sample_tasks(split, count, rng, form) for form in digits.FORMS}
     return {**tasks, tables.TEXT: list(map(digits.in_words, digits.sample_tasks(split, count, rng, "cot")))}
@@ -88,35 +83,33 @@ def evaluate_columns(
 def evaluate_held_out(
     model: InternVLForConditionalGeneration, processor: DigitsProcessor, settings: StudySettings
 ) -> dict[str, dict[str, float]]:
-    """Returns the evaluation on the held-out questions."""
+    """Evaluates the model on the held-out questions, as ``evaluate_columns`` does."""
     tasks = evaluation_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)
     return evaluate_columns(model, processor, tasks)
 
 
 def start_file(folder: Path) -> Path:
-    """Returns the path of the start of a seed."""
+    """Returns the path of the weights of a seed's start model."""
     return folder / "start.pt"
 
 
 def pair_file(folder: Path, name: str) -> Path:
-    """Returns the path of a file of pairs."""
     return folder / f"pairs-{slug(name)}.jsonl"
 
 
 def reference_file(folder: Path, name: str) -> Path:
-    """Returns the path of the reference log-probs of a file of pairs."""
     return folder / f"reference-{slug(name)}.jsonl"
 
 
 @contextlib.contextmanager
 def logged(folder: Path) -> Iterator[None]:
-    """Redirects stderr to ``log.txt`` of the seed, which several rows may share."""
+    """Appends stderr to ``log.txt`` in the folder of a seed, for all runs of the seed."""
     with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         yield
 
 
 class Stopwatch:
-    """Measures the wall-clock time and the CPU time of a block."""
+    """Measures the wall-clock time and the CPU time of a ``with`` block."""
 
     def __enter__(self) -> Stopwatch:
         self._begin = time.perf_counter(), time.process_time()

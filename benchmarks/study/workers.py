@@ -1,4 +1,4 @@
-"""Runs tasks side by side in processes that end when their parent ends. Its imports are fast."""
+"""Runs tasks in parallel processes that end when the parent process ends. Importing this module is fast."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Future = concurrent.futures.Future
 
 
 class Workers:
-    """Runs tasks in this process (one job) or in several. An exception in the block ends the running tasks.
+    """Runs tasks in this process (one job) or in several processes. An exception in the ``with`` block ends all tasks.
 
     Args:
         jobs: Number of processes.
-        begin: Called once in each process before its first task. It must be importable, and so must the tasks.
+        begin: Called once in each process before the first task. ``begin`` and the tasks must be importable.
         args: Arguments of ``begin``.
     """
 
@@ -45,7 +45,7 @@ class Workers:
             self._executor.shutdown(cancel_futures=True)
 
     def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Begins a task, and returns a future with its result or its error. One job runs the task at once."""
+        """Starts a task, and returns its future. With one job, the task has run when ``submit`` returns."""
         if self.jobs == 1:
             future: Future[Any] = Future()
             try:
@@ -68,7 +68,7 @@ class Workers:
 
 
 def _begin(parent: int, stop: Any, begin: Callable[..., object], args: tuple[Any, ...]) -> None:
-    """Begins a worker, which ends when its parent has ended or asks for it."""
+    """Starts a worker that exits when the parent process has ended or has set ``stop``."""
 
     def watch() -> None:
         while os.getppid() == parent and not stop.wait(_WATCH_S):
@@ -81,7 +81,7 @@ def _begin(parent: int, stop: Any, begin: Callable[..., object], args: tuple[Any
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Makes SIGTERM raise KeyboardInterrupt in the block. Changes nothing outside of the main thread."""
+    """Makes SIGTERM raise KeyboardInterrupt in the ``with`` block. Has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
