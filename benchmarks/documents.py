@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ _MARKER = re.compile(r"^\s*<!-- (?:results:|end of results)", re.MULTILINE)
 BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "readme_logits": (("logits",), tables.readme_logits),
     "readme_step": (("train_step",), tables.readme_step),
-    "logits": (("logits",), tables.logits),
-    "logits_sweeps": (("logits",), tables.logits_sweeps),
-    "linear": (("linear",), tables.linear),
-    "linear_sweeps": (("linear",), tables.linear_sweeps),
+    "logits": (("logits",), partial(tables.full_table, "logits")),
+    "logits_sweeps": (("logits",), partial(tables.sweeps, "logits")),
+    "linear": (("linear",), partial(tables.full_table, "linear")),
+    "linear_sweeps": (("linear",), partial(tables.sweeps, "linear")),
     "train_step": (("train_step",), tables.steps),
     "sampling": (("sampling",), tables.sampling),
     "rates": (("cost_model",), tables.rates),
@@ -57,11 +58,7 @@ def pages(root: Path) -> list[Path]:
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
-    """Yields the name and the content of each block.
-
-    Raises:
-        ValueError: If a begin marker or an end marker has no counterpart.
-    """
+    """Yields the name and the content of each block. A marker without a counterpart raises ValueError."""
     matches = list(_BLOCK.finditer(text))
     if len(_MARKER.findall(text)) != 2 * len(matches):
         raise ValueError(f"markers must come in pairs, got {len(_MARKER.findall(text))} for {len(matches)} blocks")
@@ -69,11 +66,7 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 
 
 def render(name: str, documents: Documents) -> str:
-    """Returns the content of a block, with a newline at the end.
-
-    Raises:
-        ValueError: If the name is unknown, or a result file is missing.
-    """
+    """Returns the content of a block. An unknown name or a missing result file raises ValueError."""
     if name not in BLOCKS:
         raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {name!r}")
     files, make = BLOCKS[name]
@@ -84,15 +77,10 @@ def render(name: str, documents: Documents) -> str:
 
 
 def rewrite(text: str, documents: Documents, failed: list[str] | None = None) -> str:
-    """Returns the page with the content of every block regenerated.
+    """Returns a page with the content of every block regenerated.
 
-    Args:
-        text: Text of a page.
-        documents: Result files by name.
-        failed: Receives the reason for each block that cannot be generated and stays unchanged. None: raise instead.
-
-    Raises:
-        ValueError: If a marker has no counterpart, or if ``failed`` is None and a block cannot be generated.
+    A block that cannot be generated raises ValueError if ``failed`` is None; otherwise the block stays unchanged and
+    ``failed`` receives the reason. A marker without a counterpart raises ValueError.
     """
     list(blocks(text))
 

@@ -25,16 +25,7 @@ from torch import Tensor
 
 from benchmarks import logits
 from benchmarks.losses import reason_of
-from benchmarks.measure import (
-    Run,
-    Timing,
-    environment,
-    gpu_peak_bytes,
-    interleaved,
-    nothing,
-    versions,
-    write_text,
-)
+from benchmarks.measure import Run, Timing, environment, gpu_peak_bytes, interleaved, nothing, versions, write_text
 from mpo_ext.plan.roofline import LossShape
 from mpo_ext.report import markdown_table
 

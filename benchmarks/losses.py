@@ -12,16 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import (
-    Run,
-    Timing,
-    environment,
-    gpu_peak_bytes,
-    interleaved,
-    nothing,
-    peak_bytes,
-    write_json,
-)
+from benchmarks.measure import Run, Timing, environment, gpu_peak_bytes, interleaved, nothing, peak_bytes, write_json
 from mpo_ext.plan.roofline import LossShape
 
 #: Function that runs forward and backward on a batch and returns the gradients.
@@ -41,7 +32,6 @@ class LossBenchmark:
         make_batch: Returns the batch of a shape on a device.
         floor_runs: Returns the programs of the floor by name. The programs may overwrite the batch.
         floor_seconds: Returns the floor of a provider from the median seconds of the programs of the floor.
-        floor: Description of the floor.
         overwriting: Names of the providers that overwrite the logits of the batch.
         frozen: Names of the providers that compute no gradient of the head.
     """
@@ -143,11 +133,7 @@ def floors_of(benchmark: LossBenchmark, names: Iterable[str], timings: Mapping[s
 
 
 def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape, device: str = "cpu") -> int:
-    """Returns the peak bytes beyond the inputs, including the gradients.
-
-    Raises:
-        OSError, RuntimeError: If the memory cannot be measured.
-    """
+    """Returns the peak bytes beyond the inputs, including the gradients, or raises OSError or RuntimeError."""
     if device == "cpu":
         return peak_bytes(memory_target, benchmark, name, loss, torch.get_num_threads())
     batch = benchmark.make_batch(loss, device)

@@ -74,11 +74,7 @@ def sample(runs: int = 5) -> dict[str, list[float]]:
 
 
 def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Machine:
-    """Returns the rates of the machine from the median seconds of its programs.
-
-    Raises:
-        ValueError: If a program has not been timed.
-    """
+    """Returns the rates of the machine from the median seconds of all programs."""
     wanted = ["read", "update", "fill", "fresh", "huge", "kernels", "softmax", "overhead"]
     for key in (*wanted, *(f"product {dtype}" for dtype in DTYPES)):
         if not seconds.get(f"machine: {key}"):

@@ -5,21 +5,18 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from benchmarks import schema
 
 VERSION = 1
 _TEXTS = ("command", "date", "compiler")
 
 
 def check(document: Mapping[str, Any], name: str) -> None:
-    """Checks the format of the file.
-
-    Raises:
-        ValueError: If a value breaks a rule.
-    """
+    """Checks the format of the file. A wrong value raises ValueError."""
     keys = {"schema", "registers", "instructions", *_TEXTS}
     if set(document) != keys or document["schema"] != VERSION:
         raise ValueError(f"{name}: must have schema {VERSION} and {', '.join(sorted(keys))}, got {sorted(document)}")
@@ -34,13 +31,4 @@ def check(document: Mapping[str, Any], name: str) -> None:
                 raise ValueError(f"{name}: {kernel} for {arch} must have instructions, got {counts}")
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Reads and checks the file.
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If the format is wrong.
-    """
-    document: dict[str, Any] = json.loads(path.read_text())
-    check(document, path.name)
-    return document
+load = functools.partial(schema.load, check=check)

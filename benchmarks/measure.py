@@ -57,12 +57,7 @@ class Timing:
 
 
 def interleaved(
-    cases: Mapping[str, Run],
-    runs: int,
-    *,
-    seconds_in_all: float = math.inf,
-    least: int = 2,
-    device: str = "cpu",
+    cases: Mapping[str, Run], runs: int, *, seconds_in_all: float = math.inf, least: int = 2, device: str = "cpu"
 ) -> dict[str, Timing]:
     """Times all cases in turn, round by round. The first round is not counted.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks.tables import Documents, provider_name
 from mpo_ext.plan import machines
@@ -11,10 +12,6 @@ from mpo_ext.report import markdown_table
 
 _BIG = cost.LossShape(tokens=4096, vocab=151936)
 _WIDE = cost.LossShape(tokens=4096, vocab=151936, hidden=4096)
-
-
-def _share(loss: cost.LossShape, share: float) -> cost.LossShape:
-    return cost.LossShape(tokens=loss.tokens, vocab=loss.vocab, hidden=loss.hidden, share=share)
 
 
 def _gib(size: float) -> str:
@@ -34,7 +31,7 @@ def losses(documents: Documents) -> str:
     """Returns tables of the predicted time and memory of each loss method on each GPU."""
     parts = []
     for share in (1.0, 0.1):
-        loss, wide = _share(_BIG, share), _share(_WIDE, share)
+        loss, wide = replace(_BIG, share=share), replace(_WIDE, share=share)
         parts.append(f"Predicted, {loss.labelled:,} of {loss.rows:,} rows labelled, V = {loss.vocab:,}, bfloat16, "
                      f"from logits:\n\n{_gpu_table(loss, list(cost.LOGITS))}\n"
                      f"Predicted, the same from hidden states, D = {wide.hidden}:\n\n"
@@ -58,7 +55,9 @@ def products_of(method: str) -> str:
     """Returns the number of matrix products with the head and the rows they cover, such as "3, labelled rows"."""
     counting = machines.Machine(name="counts", is_gpu=True, bandwidth=float("inf"), matmul_rates={"bfloat16": 1.0})
     flop = 2.0 * _WIDE.rows * _WIDE.vocab * _WIDE.hidden_size  # at 1 FLOP/s, predicted seconds count FLOP
-    whole, half = (cost.loss_cost(method, _share(_WIDE, share), counting).seconds / flop for share in (1.0, 0.5))
+    whole, half = (
+        cost.loss_cost(method, replace(_WIDE, share=share), counting).seconds / flop for share in (1.0, 0.5)
+    )
     return f"{whole:.0f}, {'all' if half == whole else 'labelled'} rows"
 
 
@@ -67,7 +66,7 @@ def paths(documents: Documents) -> str:
     machine = machines.gpu("H100")
     rows = []
     for method, text in _PATHS.items():
-        costs = [cost.loss_cost(method, _share(_WIDE, share), machine) for share in _SHARES]
+        costs = [cost.loss_cost(method, replace(_WIDE, share=share), machine) for share in _SHARES]
         times = [f"{1e3 * each.seconds:.1f} ms" for each in costs]
         rows.append([text, products_of(method), *times, *(_gib(each.memory) for each in (costs[0], costs[-1]))])
     header = ["path", "products with the head", *(f"time, {share:.0%} labelled" for share in _SHARES)]

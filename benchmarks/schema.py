@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,7 @@ _NUMBERS = ("median_s", "p20_s", "p80_s", "peak_bytes", "floor_s", "share_of_flo
 
 
 def check(document: Mapping[str, Any], name: str) -> None:
-    """Checks the format of a result file.
-
-    Raises:
-        ValueError: If a value breaks a rule; the message names the place of the first such value.
-    """
+    """Checks the format of a result file. The ValueError for a wrong value names the place of the value."""
 
     def must(holds: bool, where: str, rule: str, value: object) -> None:
         if not holds:
@@ -76,13 +72,8 @@ def check(document: Mapping[str, Any], name: str) -> None:
             must(low <= point["median_s"] <= high, f"{where}.median_s", "among its seconds", point["median_s"])
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Reads and checks a result file.
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If the format is wrong.
-    """
+def load(path: Path, check: Callable[[Mapping[str, Any], str], None] = check) -> dict[str, Any]:
+    """Reads a result file, and checks the format with ``check``."""
     document: dict[str, Any] = json.loads(path.read_text())
     check(document, path.name)
     return document

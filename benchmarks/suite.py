@@ -31,8 +31,6 @@ class Group:
 
     Attributes:
         sweep: Size that varies in the sweep, or "base".
-        loss: Shape of the loss.
-        providers: Names of the providers.
         runs: Number of counted rounds.
         memory: Names of the providers whose peak memory is measured too, each in a fresh process.
     """
@@ -49,7 +47,6 @@ class Results:
     """Results of a benchmark so far.
 
     Attributes:
-        points: Points of the result file.
         missing: Reasons by provider, for the providers that could not run.
         machine: Seconds by program of ``benchmarks.machine``, from all groups.
         beside: Median seconds by program of ``benchmarks.machine``, from the last group.

@@ -184,7 +184,9 @@ def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
     return markdown_table(header, rows)
 
 
-def _full_table(name: str, document: Document) -> str:
+def full_table(name: str, documents: Documents) -> str:
+    """Returns the full table of the benchmark "logits" or "linear"."""
+    document = documents[name]
     return "\n".join([
         f"{_where(document)}\n",
         f"{_shape(name, document)}. Medians of interleaved runs. {_MEMORY[name]}\n",
@@ -193,8 +195,9 @@ def _full_table(name: str, document: Document) -> str:
     ])  # fmt: skip
 
 
-def _sweeps(name: str, document: Document) -> str:
+def sweeps(name: str, documents: Documents) -> str:
     """Returns the plot and a table of our methods and eager torch, with a row for each measured shape."""
+    document = documents[name]
     points = [p for p in _measured(document) if p["sweep"] in _AXES]
     providers = [p for p in dict.fromkeys(p["provider"] for p in points) if check_model.is_ours(p) or p == "eager"]
     header = ["varied", "B", "T", *(["D"] if name == "linear" else []), "V", "labelled", "dtype"]
@@ -226,26 +229,6 @@ def readme_logits(documents: Documents) -> str:
         f"{_shape('logits', document)}. Medians of interleaved runs on {_where_short(document)}. "
         f"{_MEMORY['logits']}\n\n{_loss_rows('logits', document, is_short=True)}"
     )
-
-
-def logits(documents: Documents) -> str:
-    """Returns the full table of the loss from logits."""
-    return _full_table("logits", documents["logits"])
-
-
-def linear(documents: Documents) -> str:
-    """Returns the full table of the loss from hidden states."""
-    return _full_table("linear", documents["linear"])
-
-
-def logits_sweeps(documents: Documents) -> str:
-    """Returns the plot and table of the sweeps from logits."""
-    return _sweeps("logits", documents["logits"])
-
-
-def linear_sweeps(documents: Documents) -> str:
-    """Returns the plot and table of the sweeps from hidden states."""
-    return _sweeps("linear", documents["linear"])
 
 
 # ---------------------------------------------------------------------------------------- training steps and sampling

@@ -30,8 +30,7 @@ class MeasuredStep:
 
     Attributes:
         loss: Mean loss of the micro-batches.
-        seconds: Wall-clock time in seconds.
-        cpu_seconds: CPU time of all threads in seconds.
+        cpu_seconds: CPU time of all threads.
         peak: Peak resident memory in bytes, less the resident memory before the model was built.
         parts: Seconds by part of the step; empty if the parts are not measured.
     """

@@ -35,10 +35,7 @@ class Study:
 
     Args:
         out: Existing folder, in which each seed has a subfolder.
-        settings: Settings by seed.
         quick: Whether ``settings`` come from ``StudySettings.quick``.
-        environment: Hardware, versions and command, for the result file.
-        say: Prints a line.
     """
 
     def __init__(

@@ -167,10 +167,8 @@ def choose(
 ) -> dict[str, list[Pair]]:
     """Chooses the pairs of each file in ``tables.PAIR_FILES`` at random.
 
-    The kinds in ``pool`` are "direct", "cot", "text" and the keys of ``tables.KEEPS``.
-
-    Raises:
-        RuntimeError: If a file would be empty.
+    The kinds in ``pool`` are "direct", "cot", "text" and the keys of ``tables.KEEPS``. A file without pairs raises
+    RuntimeError.
     """
     mixed_kinds = ("direct", "cot", "DropoutNTP 0.5")
     shuffled = {name: [pool[name][index] for index in rng.permutation(len(pool[name]))] for name in pool}

@@ -51,7 +51,6 @@ class StudyTable:
     """Rows that are shown in one table.
 
     Attributes:
-        title: Title of the section.
         rows: Label and name of each row; ``START`` is the start model.
         paper: Numbers in the paper (arXiv 2411.10442v2) by row.
     """
@@ -181,12 +180,7 @@ MAIN = ("main",)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads and checks a result file.
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If the file is not JSON or its format is wrong; the message begins with the file name.
-    """
+    """Reads and checks a result file. The ValueError for a wrong format begins with the file name."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         check(document)
@@ -196,11 +190,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check(document: Mapping[str, Any]) -> None:
-    """Checks the format of a result file.
-
-    Raises:
-        ValueError: If a value breaks a rule; the message names the place, the rule and the value.
-    """
+    """Checks the format of a result file. The ValueError for a wrong value names the place, the rule and the value."""
 
     def must(holds: bool, where: str, rule: str, value: object) -> None:
         if not holds:

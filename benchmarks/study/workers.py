@@ -21,9 +21,7 @@ class Workers:
     """Runs tasks in this process (one job) or in several processes. An exception in the ``with`` block ends all tasks.
 
     Args:
-        jobs: Number of processes.
         begin: Called once in each process before the first task. ``begin`` and the tasks must be importable.
-        args: Arguments of ``begin``.
     """
 
     def __init__(self, jobs: int, begin: Callable[..., object], *args: Any) -> None:
