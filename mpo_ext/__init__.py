@@ -1,7 +1,7 @@
 """mpo_ext: Mixed Preference Optimization (arXiv 2411.10442) for multimodal and text language models.
 
-The public names are imported when they are first used, so that ``import mpo_ext`` is fast and works even if a part of
-the installation is broken (see ``mpo-ext doctor``).
+Public names are imported on first use. ``import mpo_ext`` is therefore fast, and works even if a part of the
+installation is broken (see ``mpo-ext doctor``).
 """
 
 import importlib
@@ -41,7 +41,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "losses":  # the former name of a module
+    if name == "losses":  # the former name of mpo_ext.loss.preference
         return importlib.import_module("mpo_ext.loss.preference")
     if name not in __all__:
         raise AttributeError(f"module 'mpo_ext' has no attribute {name!r}")

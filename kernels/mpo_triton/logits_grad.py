@@ -1,4 +1,4 @@
-"""Triton version of logits_grad: reads each logit of a labelled row once, writes each element of the gradient once."""
+"""Triton version of logits_grad. Reads each logit of a labelled row once; writes each element of the gradient once."""
 
 import torch
 import triton
@@ -13,7 +13,7 @@ _INTEGERS = ["vocab", "first", "total", *_STRIDES, *(f"grad_{name}" for name in 
 
 @triton.jit
 def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Writes a block of equal values to each block of a chunk of a row; positions shift .. end - 1 are columns."""
+    """Fills the columns in a chunk of a row with equal values; columns are the positions shift .. end - 1."""
     for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
         at = tl.multiple_of(at, BLOCK)
         positions = at + tl.arange(0, BLOCK)
@@ -31,7 +31,7 @@ def logits_grad_kernel(
     row_sum_ptr,  # [rows] float32
     weight_ptr,  # [rows] float32, d loss / d logp
     scale_ptr,  # [1] float32, factor on the whole gradient
-    grad_ptr,  # out, same shape and dtype as the logits; may be the logits
+    grad_ptr,  # out, shape and dtype of the logits; may be the logits
     vocab: tl.int32,
     first: tl.int64,  # the vocabulary entry of column 0
     total: tl.int64,  # size of the vocabulary
@@ -47,7 +47,7 @@ def logits_grad_kernel(
     VECTOR: tl.constexpr,  # elements in 16 bytes
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
-    IS_ALIKE: tl.constexpr,  # rows of the gradient have the misalignment of the rows of the logits
+    IS_ALIKE: tl.constexpr,  # whether rows of the gradient and of the logits have the same misalignment
 ):
     """Computes grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i) for CHUNK columns of a row.
 
@@ -115,7 +115,7 @@ def logits_grad(
     grad_layout: tuple[Tensor, int, int, int],
     tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Fills the gradient of ``logits_grad``, of a tile of the vocabulary if given; one launch."""
+    """Fills the gradient of ``logits_grad`` in one launch; if given, for one tile of the vocabulary."""
     first, total, _ = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)

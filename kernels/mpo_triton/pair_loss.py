@@ -22,7 +22,7 @@ def sequence_sums_kernel(
     ignore_index: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Sums the log-probs and counts the labelled tokens of a sequence. Grid (2B,)."""
+    """Sums the log-probs and counts the labelled tokens of each sequence. Grid (2B,)."""
     sequence = tl.program_id(0)
     begin = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)
@@ -53,7 +53,7 @@ def pair_rewards_kernel(
     sums_ptr,  # [2B] float64
     tokens_ptr,  # [2B] int64
     ref_logp_ptr,  # [2B] float64
-    state_ptr,  # [2] float64: delta and the number of its updates
+    state_ptr,  # [2] float64: delta and its number of updates
     rewards_ptr,  # [2B] float64, out
     scalars_ptr,  # [3] float64, out: delta, the NTP term and its denominator
     reward_shift_ptr,  # [1] float32, out
@@ -69,7 +69,7 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes the rewards, 0 if a side is empty, and NTP and the reward shift, which need all pairs. Grid (1,)."""
+    """Computes the rewards (0 if a side is empty), and NTP and the reward shift, which need all pairs. Grid (1,)."""
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means
@@ -143,7 +143,7 @@ def pair_loss_kernel(
     AVERAGE_SEQUENCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes the terms and their derivatives, in one program since they take negligible time. Grid (1,)."""
+    """Computes the DPO and BCO terms and all derivatives in one program, since it takes negligible time. Grid (1,)."""
     delta = tl.load(scalars_ptr)
     ntp = tl.load(scalars_ptr + 1)
     ntp_denominator = tl.load(scalars_ptr + 2)
@@ -176,7 +176,7 @@ def pair_loss_kernel(
     dpo = tl.sum(dpo_sum, axis=0) / pairs
     bco = tl.sum(bco_sum, axis=0) / pairs
 
-    # A term with the weight 0 is left out, since 0 * inf would be NaN.
+    # A term with weight 0 is left out, because 0 * inf would be NaN.
     loss = tl.where(dpo_weight > 0, dpo_weight * dpo, 0.0)
     loss += tl.where(bco_weight > 0, bco_weight * bco, 0.0)
     loss += tl.where(ntp_weight > 0, ntp_weight * ntp, 0.0)
@@ -195,7 +195,7 @@ def row_weights_kernel(
     ignore_index: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Writes the coefficient of the sequence to each labelled row, and 0 to the other rows. Grid (2B,)."""
+    """Writes each sequence's coefficient to its labelled rows, and 0 to its other rows. Grid (2B,)."""
     sequence = tl.program_id(0)
     begin = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)
@@ -233,7 +233,7 @@ def pair_loss(
     ignore_index: int,
     out: PairLossOutputs,
 ) -> None:
-    """Fills the outputs of the operator ``pair_loss``; four launches, without synchronisation.
+    """Fills the outputs of the operator ``pair_loss`` in four launches, without synchronisation.
 
     ``settings`` are beta, the weights of DPO, BCO and NTP, label smoothing, and the decay of EMA.
     """

@@ -1,8 +1,8 @@
-"""The layout of rows of logits in the Triton kernels: 16-byte vectors from aligned addresses, wherever a row starts.
+"""The layout of rows of logits in the Triton kernels: 16-byte vectors at aligned addresses, wherever a row starts.
 
-Rows of an odd vocabulary do not start at a multiple of 16 bytes. So a row is read from the multiple before its start:
-position ``a`` along the row is column ``a - misalignment``, with a misalignment below one vector. Only the first and
-the last block of positions need a mask.
+If the vocabulary is odd, rows do not start at multiples of 16 bytes. A row is therefore read from the multiple before
+its start: position ``a`` is column ``a - misalignment``, where the misalignment is less than one vector. Only the
+first and the last block of positions need a mask.
 """
 
 from typing import NamedTuple
@@ -29,33 +29,33 @@ class AlignedRows(NamedTuple):
 
 
 def aligned_rows(layout: tuple[Tensor, int, int, int]) -> AlignedRows:
-    """Returns a ``RowLayout`` of ``mpo_ext.ops`` with an aligned base."""
+    """Returns the rows of a ``RowLayout`` of ``mpo_ext.ops`` relative to an aligned base."""
     tensor, *strides = layout
     offset = tensor.data_ptr() % VECTOR_BYTES // tensor.element_size()
     if offset == 0:
         return AlignedRows(tensor, 0, *strides)
-    # A view from the multiple before: it lies in the same storage, whose start is aligned.
+    # The base is a view from the multiple before the tensor, in the same storage, whose start is aligned.
     base = torch.as_strided(tensor, (1,), (1,), tensor.storage_offset() - offset)
     return AlignedRows(base, offset, *strides)
 
 
 class Blocks(NamedTuple):
-    """The columns that a program handles, ``chunk`` in all and ``block`` at a time, and its number of warps."""
+    """The columns that a program handles, ``chunk`` in total and ``block`` at a time, and its number of warps."""
 
     block: int
     chunk: int
     num_warps: int
 
     def programs(self, vocab: int, dtype: torch.dtype) -> int:
-        """Returns the number of programs per row; the misalignment may need one more vector than the row has."""
+        """Returns the number of programs per row. The misalignment may need one more vector than the row has."""
         return triton.cdiv(vocab + VECTOR_BYTES // dtype.itemsize - 1, self.chunk)
 
 
 def blocks(vocab: int, dtype: torch.dtype) -> Blocks:
-    """Returns the block sizes for a vocabulary and dtype. They depend on nothing else, so training never recompiles.
+    """Returns the block sizes. They depend only on the vocabulary and dtype, so training never recompiles.
 
-    A thread holds 32 elements (float32: 16), so that several 16-byte loads are in flight. A row is divided into chunks
-    of four blocks, so that even a few labelled rows fill a GPU.
+    A thread holds 32 elements (float32: 16), so that several 16-byte loads are in flight. A chunk is four blocks, so
+    that even a few labelled rows fill a GPU.
     """
     elements_per_warp = 32 * (16 if dtype.itemsize == 4 else 32)
     num_warps = 4
@@ -67,6 +67,6 @@ def blocks(vocab: int, dtype: torch.dtype) -> Blocks:
 
 @triton.jit
 def row_offset(row, misalignment, inner, outer_stride, row_stride):
-    """Returns the elements from the aligned base to a row, in 64 bits: rows * vocab exceeds 2**31 in practice."""
+    """Returns the elements from the aligned base to a row, in 64 bits, because rows * vocab can exceed 2**31."""
     row = row.to(tl.int64)
     return misalignment + (row // inner) * outer_stride + (row % inner) * row_stride

@@ -1,4 +1,4 @@
-"""Triton version of token_logp: the log-probability of each label; reads each logit of a labelled row once."""
+"""Triton version of token_logp: the log-probability of each label. Reads each logit of a labelled row once."""
 
 import triton
 import triton.language as tl
@@ -7,9 +7,9 @@ from torch import Tensor
 from .rows import VECTOR_BYTES, aligned_rows, blocks, row_offset
 
 _INTEGERS = ["vocab", "total", "misalignment", "inner", "outer_stride", "row_stride", "ignore_index"]
-_ROW_STATE = 6  # doubles in a RowState, csrc/mpo/math.h: the sums over the tiles of a row that are read already
-_STATE = 2  # floats in the state of a chunk: maximum, sum of exponentials
-_STATE_WITH_STATS = 5  # then, for statistics: sum of e * (z - max), sum of z, sum of e * e
+_ROW_STATE = 6  # number of doubles in a RowState (csrc/mpo/math.h), the sums over the tiles so far
+_STATE = 2  # number of floats in the state of a chunk: maximum, sum of exponentials
+_STATE_WITH_STATS = 5  # with statistics also sum of e * (z - max), sum of z, sum of e * e
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -89,7 +89,7 @@ def token_logp_chunk_kernel(
 def merge_chunks(
     states_ptr, row, chunks, is_valid, MAX_CHUNKS: tl.constexpr, STATE: tl.constexpr, STATS: tl.constexpr
 ):
-    """Merges the states of the chunks of a row in their order. Returns the sums in double."""
+    """Merges the states of a row's chunks in order. Returns the sums in double."""
     lanes = tl.arange(0, MAX_CHUNKS)
     mask = (lanes < chunks) & is_valid
     state_ptr = states_ptr + (row * chunks + lanes) * STATE
@@ -117,7 +117,7 @@ def merge_chunks(
 def merge_tile(
     row_state_ptr, row_max, row_sum, e_d, z_sum, squared, z_label, is_valid, is_later, has_label, STATS: tl.constexpr
 ):
-    """Merges a tile of a vocabulary into the row's state, stores it, and returns the sums of all tiles so far."""
+    """Merges a tile into the row's state, stores the state, and returns the sums over all tiles so far."""
     old_max = tl.load(row_state_ptr, mask=is_later, other=-float("inf"))
     old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)
     old_label = tl.load(row_state_ptr + 5, mask=is_later, other=0.0)
@@ -160,7 +160,7 @@ def store_stats(
     filler,
     STATS: tl.constexpr,
 ):
-    """Stores the statistics that STATS selects; those of consecutive bits are ``rows`` elements apart."""
+    """Stores the statistics that STATS selects; consecutive statistics are ``rows`` elements apart."""
     if STATS & 1:
         entropy = log_sum - e_d / row_sum
         tl.store(out_ptr, tl.where(is_valid, entropy, filler).to(tl.float32))
@@ -203,7 +203,7 @@ def token_logp_kernel(
     IS_TILE: tl.constexpr,
     STATS: tl.constexpr,  # bits in the order of STATS in mpo_ext/ops
 ):
-    """Merges the chunks of a row in their order and computes logp = (z[y] - m) - log(sum) and the statistics.
+    """Merges a row's chunks in order and computes logp = (z[y] - m) - log(sum) and the statistics.
 
     Grid    (rows,)
     Reads   the states of the chunks and one logit per row with a valid label
@@ -227,7 +227,7 @@ def token_logp_kernel(
             state_ptr, row_max, row_sum, e_d, z_sum, squared, z_label, is_valid, is_later, has_label, STATS
         )
 
-    # In double, since the fast logarithm of a GPU is inaccurate near 1, where the sum of a confident token lies.
+    # In double, because a GPU's fast logarithm is inaccurate near 1, the sum of a confident token.
     log_sum = tl.log(row_sum)
     logp = (z_label - row_max) - log_sum
     tl.store(logp_ptr + row, tl.where(is_valid, logp, filler).to(tl.float32))
@@ -252,7 +252,7 @@ def token_logp(
     row_stats: Tensor,
     tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Fills the outputs of ``token_logp``, of a tile of the vocabulary if given; two launches, no synchronisation."""
+    """Fills the outputs of ``token_logp`` in two launches without synchronisation; if given, for one tile."""
     first, total, row_states = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)

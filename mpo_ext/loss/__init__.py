@@ -1,6 +1,6 @@
 """The loss: ``mpo_loss``, ``linear_mpo_loss``, ``token_logp``, ``linear_token_logp`` and their settings.
 
-The names are imported when they are first used, so that ``import mpo_ext`` stays fast.
+Names are imported on first use, which keeps ``import mpo_ext`` fast.
 """
 
 import importlib

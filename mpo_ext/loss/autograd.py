@@ -1,4 +1,4 @@
-"""The autograd functions of the losses: each attaches a gradient to a value that the operators have computed."""
+"""Autograd functions of the losses: each attaches a gradient to a value that the operators have already computed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from mpo_ext.ops.logits import logits_grad, logits_grad_
 
 
 class LossOfLogits(torch.autograd.Function):
-    """Attaches the gradient by the logits to a loss.
+    """Attaches the gradient with respect to the logits to a loss.
 
-    The weight of every row, d loss / d logp, is known, so backward is one operator: weight times ``onehot(label) -
-    softmax(logits)``. It saves the logits themselves, the labels, and three numbers per row.
+    The weight of every row, d loss / d logp, is known, so backward is one operator, which computes weight times
+    ``onehot(label) - softmax(logits)``. Saved for backward are the logits (not a copy), the labels, and three numbers
+    per row.
     """
 
     @staticmethod
@@ -47,7 +48,7 @@ class LossOfLogits(torch.autograd.Function):
             )
         logits, *rows = ctx.saved_tensors
         grad = logits.detach()
-        # grad_loss stays on the device: comparing it with 1 to save a multiplication would wait for it.
+        # Comparing grad_loss with 1 on the host, to save a multiplication, would wait for the device.
         if ctx.reuse_logits:
             ctx.is_spent = True
             logits_grad_(grad, *rows, grad_loss.detach(), ctx.ignore_index, ctx.backend)
@@ -57,7 +58,7 @@ class LossOfLogits(torch.autograd.Function):
 
 
 class LogpOfLogits(torch.autograd.Function):
-    """Attaches the gradient by the logits to log-probs; the incoming gradient is the weight of each row."""
+    """Attaches the gradient with respect to the logits to log-probs. The incoming gradient is each row's weight."""
 
     @staticmethod
     def forward(
@@ -83,10 +84,10 @@ class LogpOfLogits(torch.autograd.Function):
 
 
 class ValueOfHidden(torch.autograd.Function):
-    """Attaches the gradients by hidden states and head to a loss or to log-probs.
+    """Attaches the gradients with respect to the hidden states and the head to a loss or to log-probs.
 
-    For a loss, ``row_weight`` is d loss / d logp of each row; for log-probs it is None, and the incoming gradient is
-    the weight of each row.
+    For a loss, ``row_weight`` is d loss / d logp of each row. For log-probs it is None: the incoming gradient is the
+    weight.
     """
 
     @staticmethod
@@ -106,7 +107,7 @@ class ValueOfHidden(torch.autograd.Function):
     ) -> Tensor:
         hidden_grad = kept if keep == linear.KEEP_HIDDEN_GRAD else None
         ctx.save_for_backward(hidden, weight, bias, labels, row_max, row_sum, row_weight, hidden_grad)
-        # Not a saved tensor, because backward overwrites and then frees it.
+        # Not a saved tensor, because backward overwrites and then frees these logits.
         ctx.logits = kept if keep == linear.KEEP_LOGITS else None
         ctx.options = options
         return value.clone()
@@ -117,7 +118,7 @@ class ValueOfHidden(torch.autograd.Function):
         incoming = grad_value.detach()
         row_weight, scale = (incoming, None) if row_weight is None else (row_weight, incoming)
         wanted = ctx.needs_input_grad[:3]
-        logits, ctx.logits = ctx.logits, None  # a second backward does not find the logits, and computes them again
+        logits, ctx.logits = ctx.logits, None  # this backward overwrites the logits; a second one recomputes them
         gradients: tuple[Tensor | None, ...]
         if hidden_grad is not None:
             ignore_index = ctx.options.ignore_index
@@ -142,10 +143,10 @@ class ValueOfHidden(torch.autograd.Function):
 
 
 class OnceDifferentiable(torch.autograd.Function):
-    """Passes a gradient through, and raises if it is differentiated.
+    """Returns a gradient unchanged, and raises if that gradient is differentiated.
 
-    torch's ``once_differentiable`` returns a constant if only the saved logits require a gradient and the incoming
-    gradient does not; a gradient penalty would then be incomplete without a warning.
+    If the saved logits require a gradient but the incoming gradient does not, torch's ``once_differentiable`` returns
+    a constant, which would make a gradient penalty incomplete without a warning.
     """
 
     @staticmethod
@@ -161,7 +162,7 @@ class OnceDifferentiable(torch.autograd.Function):
 
 
 def _once_differentiable(grad: Tensor, *sources: Tensor) -> Tensor:
-    """Returns a gradient that raises if it is differentiated by the tensors that it was computed from."""
-    if not torch.is_grad_enabled():  # it is enabled under create_graph=True only
+    """Returns ``grad`` such that differentiating it with respect to ``sources`` raises."""
+    if not torch.is_grad_enabled():  # backward enables gradients only under create_graph=True
         return grad
     return OnceDifferentiable.apply(grad, *sources)

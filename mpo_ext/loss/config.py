@@ -1,4 +1,4 @@
-"""Settings of the loss: a frozen dataclass that is checked once and passed whole."""
+"""Settings of the loss, as a frozen dataclass that checks its values."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,24 +9,23 @@ from mpo_ext.checks import check_choice, check_integer, check_number, did_you_me
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MPOConfig:
-    """Weights and temperatures of the three terms of Mixed Preference Optimization (arXiv 2411.10442).
+    """Settings of the MPO loss ``dpo_weight * DPO + bco_weight * BCO + ntp_weight * NTP`` (arXiv 2411.10442).
 
-    ``loss = dpo_weight * DPO + bco_weight * BCO + ntp_weight * NTP``. The defaults are those of the authors' released
-    training.
+    The defaults are those of the training code that the authors released.
 
     Attributes:
-        beta: Temperature of the implicit reward ``beta * (logp - ref_logp)``, shared by DPO and BCO.
+        beta: Temperature of the implicit reward ``beta * (logp - ref_logp)``, which DPO and BCO share.
         dpo_weight: Weight of the pairwise term (Direct Preference Optimization, arXiv 2305.18290).
         bco_weight: Weight of the per-answer term (Binary Classifier Optimization, arXiv 2404.04656).
         ntp_weight: Weight of the next-token cross entropy of the chosen responses.
         label_smoothing: Fraction of pairs assumed to be labelled in reverse, in ``[0, 0.5)`` (conservative DPO).
-        ntp_average: "token" averages the cross entropy over all chosen tokens of the batch, as the authors' code does;
-            "sequence" averages each response's per-token mean over the responses, as in the paper. Both are equal for
+        ntp_average: "token": mean cross entropy over all chosen tokens of the batch, as in the authors' code.
+            "sequence": mean over the responses of each response's mean per token, as in the paper. Both are equal for
             one pair.
-        ignore_index: Label of the positions that are not scored.
+        ignore_index: Label of positions that are not scored.
 
     Raises:
-        TypeError: If a number is of another type (YAML reads 1e-1 as a string; write 0.1 or 1.0e-1).
+        TypeError: If a value has the wrong type (YAML reads 1e-1 as a string; write 0.1 or 1.0e-1).
         ValueError: If a value is out of range.
     """
 
@@ -50,7 +49,7 @@ class MPOConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MPOConfig":
-        """Returns the config of a parsed file. An unknown key raises ValueError."""
+        """Returns a config with the given settings, such as a parsed YAML file; an unknown key raises ValueError."""
         if not isinstance(values, Mapping):
             raise TypeError(f"values must be a mapping of settings, got {values!r}")
         known = [field.name for field in dataclasses.fields(cls)]

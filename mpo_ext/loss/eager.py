@@ -1,8 +1,8 @@
 """The MPO loss in plain torch: its readable definition, and the eager baseline of the benchmarks.
 
-It is differentiable by autograd, on any device, to any order. Nothing here is optimised: it materialises a float32
-``log_softmax`` of all rows, as most trainers do. A NaN in the logits of an ignored row, which the kernels never read,
-therefore reaches the gradient here. ``mpo_ext.loss.functions`` calls this module for ``backend="reference"``.
+Autograd can differentiate it on any device and to any order. Nothing is optimised: a float32 ``log_softmax`` of all
+rows is materialised, as in most trainers. A NaN in the logits of an ignored row, which the kernels never read,
+therefore reaches the gradient. ``mpo_ext.loss.functions`` uses this module for ``backend="reference"``.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from mpo_ext.ops.pair_loss import CUMULATIVE, HOLD
 
 
 class PairLoss(NamedTuple):
-    """The result of the pair loss. The operator ``pair_loss`` returns the same in this order, and then the weights."""
+    """The result of the pair loss. The operator ``pair_loss`` returns these fields in order, then the row weights."""
 
     loss: Tensor  # 0-d
     terms: Tensor  # [3]: DPO, BCO, NTP, without their weights
-    reward_shift: Tensor  # 0-d, the delta that was used
+    reward_shift: Tensor  # 0-d, the delta that the loss used
     logp: Tensor  # [2B] summed log-probs
     reward: Tensor  # [2B]
-    tokens: Tensor  # [2B] int64
-    state: Tensor  # [2] float64, the reward shift's state after this batch
-    batch: Tensor  # [2] float64, sum and count of the rewards that move it
+    tokens: Tensor  # [2B] int64, number of labelled tokens
+    state: Tensor  # [2] float64, state of the reward shift after this batch
+    batch: Tensor  # [2] float64, sum and count of the rewards of this batch
 
 
 def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Returns the log-probability of each label: ``[..., V]`` and ``[...]`` give ``[...]`` in float32 (or float64).
+    """Returns the log-prob of each label: ``[..., V]`` logits and ``[...]`` labels give ``[...]``, float32 or float64.
 
-    It is 0 where the label is ``ignore_index``, and NaN where the label is outside ``[0, V)``.
+    A log-prob is 0 if the label is ``ignore_index``, and NaN if it is another label outside ``[0, V)``.
     """
     vocab = logits.shape[-1]
     logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
@@ -52,10 +52,10 @@ def linear_logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Returns logits as a model computes them: ``[..., D]`` and ``[V, D]`` give ``[..., V]``.
+    """Returns the logits of an output head: ``[..., D]`` hidden states and a ``[V, D]`` weight give ``[..., V]``.
 
-    They are ``softcap * tanh(z / softcap) / temperature`` with ``z = logit_scale * (hidden @ weight.T + bias)``, as in
-    Gemma 2; without a softcap ``z / temperature``.
+    With ``z = logit_scale * (hidden @ weight.T + bias)`` the logits are ``softcap * tanh(z / softcap) / temperature``,
+    as in Gemma 2, or ``z / temperature`` if softcap is None.
     """
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
@@ -70,14 +70,14 @@ def linear_logits(
 
 
 def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Returns the sum over each sequence of a value per token: of ``token_logp``, it is ``ref_logp`` of ``mpo_loss``.
+    """Sums a value per token over each sequence. The sums of ``token_logp`` are the ``ref_logp`` of ``mpo_loss``.
 
     Args:
-        rows: ``[2B, T]``, or packed ``[N]`` or ``[1, N]`` with ``cu_seqlens``: a value per token.
-        cu_seqlens: ``[2B + 1]`` int32 or int64: the start of each sequence, then N. None for padded input.
+        rows: Value of each token: ``[2B, T]``, or packed ``[N]`` or ``[1, N]`` with ``cu_seqlens``.
+        cu_seqlens: ``[2B + 1]`` int32 or int64: the first row of each packed sequence, then N. None: padded input.
 
     Returns:
-        ``[2B]`` in the dtype of ``rows``; 0 for an empty sequence. Differentiable.
+        ``[2B]`` in the dtype of ``rows``, differentiable; 0 for an empty sequence.
 
     Raises:
         ValueError: If ``cu_seqlens`` is given and ``rows`` is not packed.
@@ -92,26 +92,18 @@ def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
 
 
 def pair_loss(
-    logp: Tensor,
-    labels: Tensor,
-    ref_logp: Tensor,
+    logp: Tensor,  # [2B, T], or [1, N] with cu_seqlens; the chosen sequences come first
+    labels: Tensor,  # like logp, int64, aligned with logp
+    ref_logp: Tensor,  # [2B] summed log-probs under the reference model
     shift: BatchShift,
     config: MPOConfig,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # [2B + 1]; None: padded input
 ) -> PairLoss:
-    """Returns the loss of B pairs from the log-probs of their tokens (arXiv 2411.10442, equations 1 to 7).
+    """Computes the loss of B pairs from the log-probs of their tokens (arXiv 2411.10442, equations 1 to 7).
 
-    ``r = beta * (logp - ref_logp)``, DPO = ``-logsigmoid(r_c - r_r)``, BCO = ``-logsigmoid(r_c - delta) -
-    logsigmoid(delta - r_r)``, both averaged over pairs; NTP is the cross entropy of the chosen responses. A pair with
-    an empty side is masked from the comparison: its rewards are 0, so it adds a constant and no gradient.
-
-    Args:
-        logp: ``[2B, T]``, or ``[1, N]`` with ``cu_seqlens``; the chosen sequences come first.
-        labels: Like ``logp``, int64, already aligned with it.
-        ref_logp: ``[2B]`` summed log-probs under the reference model.
-        shift: The reward shift, and how this batch moves it.
-        config: Weights and settings of the terms.
-        cu_seqlens: ``[2B + 1]`` for packed input, else None.
+    The reward of a response is ``r = beta * (logp - ref_logp)``. A pair has DPO = ``-logsigmoid(r_c - r_r)`` and BCO =
+    ``-logsigmoid(r_c - delta) - logsigmoid(delta - r_r)``; both are averaged over pairs. NTP is the cross entropy of
+    the chosen responses. The rewards of a pair with an empty side are 0, so the pair adds a constant and no gradient.
     """
     labelled = labels != config.ignore_index
     tokens = sequence_sums(labelled.long(), cu_seqlens)
@@ -138,7 +130,7 @@ def pair_loss(
         responses = (chosen_tokens > 0).sum().clamp(min=1)
         ntp = -(chosen_sums / chosen_tokens.clamp(min=1)).sum() / responses
 
-    # A weight of 0 leaves its term out: 0 * inf would be NaN.
+    # A term with weight 0 is left out, because 0 * inf would be NaN.
     weighted = zip((config.dpo_weight, config.bco_weight, config.ntp_weight), (dpo, bco, ntp), strict=True)
     loss = sum((weight * term for weight, term in weighted if weight > 0), sums.new_zeros(()))
     terms = torch.stack([dpo, bco, ntp]).detach()
@@ -146,7 +138,7 @@ def pair_loss(
 
 
 def _moved(shift: BatchShift, batch: Tensor) -> Tensor:
-    """Returns the state after a batch with ``batch = [sum, count]`` of rewards; a count of 0 does not change it."""
+    """Returns the shift's state after ``batch``, the sum and the count of rewards. A count of 0 changes nothing."""
     if shift.rule == HOLD:
         return shift.state.clone()
     value, updates = shift.state
@@ -159,7 +151,7 @@ def _moved(shift: BatchShift, batch: Tensor) -> Tensor:
 
 
 def token_stats(logits: Tensor, labels: Tensor, stats: Sequence[str], ignore_index: int) -> Tensor:
-    """Returns statistics (``STATS`` of ``ops.checks``) of each labelled row, 0 elsewhere: ``[len(stats), ...]``."""
+    """Returns the ``[len(stats), ...]`` statistics (``ops.checks.STATS``) of each labelled row, 0 in other rows."""
     z = logits.detach()
     z = z if z.dtype == torch.float64 else z.float()
     logp = torch.log_softmax(z, dim=-1)

@@ -26,18 +26,18 @@ class MPOOutput(NamedTuple):
     """The result of ``mpo_loss`` and ``linear_mpo_loss``. Only ``loss`` is differentiable.
 
     Attributes:
-        loss: 0-d, float32 (float64 for float64 logits).
-        dpo_loss: 0-d, mean over pairs, without its weight.
-        bco_loss: 0-d, mean over pairs, without its weight.
-        ntp_loss: 0-d, cross entropy of the chosen responses in nats, without its weight.
+        loss: 0-d loss, float32 (float64 for float64 logits).
+        dpo_loss: 0-d DPO term, averaged over pairs, unweighted.
+        bco_loss: 0-d BCO term, averaged over pairs, unweighted.
+        ntp_loss: 0-d cross entropy of the chosen responses in nats, unweighted.
         chosen_logp: ``[B]`` summed log-prob of each chosen response under the policy, in nats.
         rejected_logp: ``[B]`` summed log-prob of each rejected response under the policy, in nats.
-        chosen_reward: ``[B]`` ``beta * (logp - ref_logp)``; 0 for a pair with an empty side.
-        rejected_reward: ``[B]`` the same for the rejected responses.
-        reward_shift: 0-d, the delta that was used.
-        tokens: ``[2B]`` int64, the labelled tokens of each sequence.
-        stats: Each requested statistic, 0-d, averaged over the labelled tokens of the batch; 0 without any token.
-        backend: The backend that ran.
+        chosen_reward: ``[B]`` ``beta * (logp - ref_logp)`` of each chosen response; 0 if a side of the pair is empty.
+        rejected_reward: ``[B]`` ``beta * (logp - ref_logp)`` of each rejected response; 0 if a side is empty.
+        reward_shift: 0-d delta that the loss used.
+        tokens: ``[2B]`` int64 number of labelled tokens of each sequence.
+        stats: Requested statistics by name, 0-d, averaged over the labelled tokens of the batch; 0 if it has none.
+        backend: Name of the backend that ran.
     """
 
     loss: Tensor
@@ -68,39 +68,42 @@ def mpo_loss(
     reuse_logits: bool = False,
     backend: str | None = None,
 ) -> MPOOutput:
-    """Mixed Preference Optimization: ``dpo_weight * DPO + bco_weight * BCO + ntp_weight * NTP`` (arXiv 2411.10442).
+    """Returns the MPO loss ``dpo_weight * DPO + bco_weight * BCO + ntp_weight * NTP`` (arXiv 2411.10442).
 
-    Forward reads each logit of a labelled row once; backward reads it once and writes its gradient once. Rows whose
-    label is ``config.ignore_index`` are never read. A pair with an empty side adds a constant to DPO and BCO and no
-    gradient; a batch without a chosen token has an NTP term of 0.
+    Forward reads each logit of a labelled row once. Backward reads each of these logits once and writes its gradient
+    once. Rows whose label is ``config.ignore_index`` are never read. A pair with an empty side adds a constant to DPO
+    and BCO and no gradient. NTP is 0 if the chosen responses of the batch have no labelled token.
 
     Args:
-        logits: ``[2B, T, V]``: B chosen sequences, then B rejected ones, where i and B + i are a pair; or packed
-            ``[N, V]`` with ``cu_seqlens``. float32, bfloat16, float16 or float64, any strides; -inf bans a token.
-        labels: ``[2B, T]`` or ``[N]`` int64; ``config.ignore_index`` at positions that are not scored. Any other
-            label outside ``[0, V)`` makes the loss NaN.
-        ref_logp: ``[2B]`` float32 or float64, summed log-probs of the same tokens under the reference model, such as
-            ``token_logp(ref_logits, labels, shift=True).sum(-1)`` under no_grad for padded input.
-        ref_logits: Logits of the reference model, like ``logits``, without gradient. Give these or ``ref_logp``.
+        logits: ``[2B, T, V]``, or packed ``[N, V]`` with ``cu_seqlens``: B chosen sequences, then B rejected
+            sequences; i and B + i are a pair. float32, bfloat16, float16 or float64, any strides. -inf bans a token.
+        labels: ``[2B, T]`` or ``[N]`` int64; ``config.ignore_index`` at positions that are not scored. Any other label
+            outside ``[0, V)`` makes the loss NaN.
+        ref_logp: ``[2B]`` float32 or float64 summed log-probs of the same tokens under the reference model; for padded
+            input, ``token_logp(ref_logits, labels, shift=True).sum(-1)`` under no_grad.
+        ref_logits: Logits of the reference model, shaped like ``logits``, without gradient. Give either these or
+            ``ref_logp``.
         config: Weights, beta and the other settings of the loss.
-        reward_shift: delta of the BCO term: a number, a 0-d tensor, None for 0, or a ``RewardShift`` to be updated.
-        cu_seqlens: ``[2B + 1]`` int32 or int64 for packed input: the start of each sequence, then N.
+        reward_shift: The delta of the BCO term: a number, a 0-d tensor, or a ``RewardShift``, which the call updates.
+            None: 0.
+        cu_seqlens: ``[2B + 1]`` int32 or int64: the first row of each packed sequence, then N. None: padded input.
         shift: Whether position t is scored against ``labels[t + 1]`` of its sequence, as in Hugging Face models.
-        stats: Any of "entropy" (in nats), "mean_logit", "top1" (whether the label has the largest logit of its row)
-            and "sum_p_squared" (sum of the squared probabilities of a row), computed in the same read.
+        stats: Statistics to compute in the same read: any of "entropy" (in nats), "mean_logit", "top1" (whether the
+            label has the largest logit of its row) and "sum_p_squared" (sum of the squared probabilities of a row).
         reuse_logits: Whether backward may write the gradient over the logits. Another use of the logits in the graph
-            then raises torch's "modified by an inplace operation", and a second backward raises. The backend
-            "reference" ignores this.
-        backend: None for the best available backend, or "cpu", "cuda", "triton" or "reference" (plain torch).
+            raises torch's "modified by an inplace operation", and a second backward raises. The backend "reference"
+            ignores this.
+        backend: "cpu", "cuda", "triton" or "reference" (plain torch). None: the best available backend.
 
     Returns:
-        An ``MPOOutput``. If the policy equals the reference and delta is 0, its loss is 0.831777 + NTP.
+        An ``MPOOutput``. With the default weights, its loss is 0.831777 + NTP if the policy equals the reference and
+        delta is 0.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or value is wrong.
-        RuntimeError: If the backend cannot run here; in backward, if it is differentiated twice, or runs again after
-            ``reuse_logits``.
+        RuntimeError: If the backend cannot run here. In backward: if the loss is differentiated twice, or if backward
+            runs again after ``reuse_logits``.
     """
     _check_config(config)
     sequences = checks.check_pairs(logits, labels, cu_seqlens)
@@ -110,12 +113,12 @@ def mpo_loss(
         checks.check_reuse(logits)
     chosen_backend = backends.choose_backend(backend, logits)
     if shift:
-        labels = shift_labels(labels, config.ignore_index, cu_seqlens).contiguous()  # once, also for the backward
+        labels = shift_labels(labels, config.ignore_index, cu_seqlens).contiguous()  # one copy, for backward too
     if ref_logits is not None:
         with torch.no_grad():
             rows = token_logp(ref_logits, labels, ignore_index=config.ignore_index, backend=chosen_backend)
             ref_logp = eager.sequence_sums(rows.double(), cu_seqlens)
-    assert ref_logp is not None  # check_reference requires it or ref_logits
+    assert ref_logp is not None  # check_reference requires ref_logp or ref_logits
     if chosen_backend == "reference":
         return _eager_loss(logits, labels, ref_logp, config, reward_shift, cu_seqlens, names)
 
@@ -158,43 +161,46 @@ def linear_mpo_loss(
     stats: Sequence[str] = (),
     backend: str | None = None,
 ) -> MPOOutput:
-    """``mpo_loss`` from hidden states and the output head, without ever holding all logits.
+    """Returns ``mpo_loss`` from hidden states and the output head, without ever holding all logits.
 
     The logits are ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``, without the
     tanh if softcap is None. Only labelled rows are projected, in tiles of rows by vocabulary. The loss is that of
-    ``mpo_loss`` on logits that are not rounded to the dtype of the hidden states. The exception is a CPU that
-    multiplies that dtype faster than float32: there logits are rounded, unless MPO_CPU_MATMUL=float32 is set.
-    ``hidden_and_head`` gets the arguments from a Hugging Face model.
+    ``mpo_loss`` on logits that are not rounded to the dtype of the hidden states. Exception: a CPU that multiplies
+    this dtype faster than float32 rounds the logits, unless MPO_CPU_MATMUL=float32 is set. ``hidden_and_head`` gets
+    the arguments from a Hugging Face model.
 
-    Matrix products of the n labelled rows by the head: one in forward and three in backward; two and none if neither
-    weight nor bias needs a gradient; one and two with ``recompute=False``. Memory beyond inputs and gradients:
-    ``memory_budget``, up to two float32 copies of the n rows of ``hidden``, and the work memory of torch's products
-    (largest on a CPU that multiplies bfloat16 natively). With ``recompute=False``, n rows of logits also stay from
-    forward to backward; the gradient by ``weight`` then takes over their memory.
+    Forward multiplies the n labelled rows by the head once, and backward runs three such matrix products. With
+    ``recompute=False`` there are one product in forward and two in backward; if neither weight nor bias needs a
+    gradient, two and none. Memory beyond inputs and gradients: ``memory_budget``, up to two float32 copies of the n
+    rows of ``hidden``, and the work memory of torch's products (largest on a CPU that multiplies bfloat16 natively).
+    With ``recompute=False``, n rows of logits also stay from forward to backward, where the gradient of ``weight``
+    takes over their memory.
 
     Args:
-        hidden: ``[2B, T, D]``, final hidden states of B chosen and then B rejected sequences; or packed ``[N, D]``
-            with ``cu_seqlens``. float32, bfloat16, float16 or float64.
-        weight: ``[V, D]`` of the output head; its dtype may differ (float32 parameters under autocast).
-        labels: As in ``mpo_loss``. If ``hidden`` is on a GPU, pass labels on the CPU, best in pinned memory, so that
-            the host need not wait for their number; labels on the GPU work too.
+        hidden: ``[2B, T, D]``, or packed ``[N, D]`` with ``cu_seqlens``: final hidden states of B chosen sequences,
+            then of B rejected sequences. float32, bfloat16, float16 or float64.
+        weight: ``[V, D]`` weight of the output head. Its dtype may differ from that of ``hidden`` (float32 parameters
+            under autocast).
+        labels: As in ``mpo_loss``. If ``hidden`` is on a GPU, labels on the CPU, best in pinned memory, spare the host
+            from waiting for the number of labelled rows. Labels on the GPU work too.
         ref_logp: As in ``mpo_loss``.
-        ref_hidden: Hidden states of the reference model, ``[2B, T, D']`` or ``[N, D']``. Give either these or
-            ``ref_logp``; neither gets a gradient.
-        ref_weight: ``[V', D']`` head of the reference model, without gradient; None for ``weight``.
-        bias: ``[V]`` of the head, or None.
-        ref_bias: ``[V']`` of the reference head. None for no bias, or for ``bias`` if ``ref_weight`` is None.
-        logit_scale: Factor of the product (Cohere), not 0. Scale and softcap also apply to the reference model.
-        softcap: Bound of the logits (Gemma 2), above 0, or None.
+        ref_hidden: ``[2B, T, D']`` or ``[N, D']`` hidden states of the reference model, without gradient. Give either
+            these or ``ref_logp``.
+        ref_weight: ``[V', D']`` weight of the reference model's head, without gradient. None: ``weight``.
+        bias: ``[V]`` bias of the head, or None.
+        ref_bias: ``[V']`` bias of the reference model's head. None: no bias, or ``bias`` if ``ref_weight`` is None.
+        logit_scale: Factor of the head's product (Cohere), not 0. Like softcap and temperature, also for the reference
+            model.
+        softcap: Bound of the logits (Gemma 2), above 0. None: no bound.
         temperature: Divisor of the final logits, above 0.
-        memory_budget: Bytes for a tile and the tensors computed from it; None for 64 MiB on a CPU and 256 MiB on a
-            GPU. It changes the speed, and the result only by rounding. A CPU is fast down to about 4 MiB and usable
+        memory_budget: Bytes for a tile and the tensors computed from it. None: 64 MiB on a CPU, 256 MiB on a GPU. The
+            budget changes the speed, and the result only by rounding. A CPU is fast down to about 4 MiB and usable
             down to about 256 KiB; a budget of a few bytes is very slow.
-        recompute: Whether backward computes the tiles again. False keeps the logits of the labelled rows, which saves
-            one product in four: in float32 in most cases, and with bfloat16 hidden states and weight in float16, as
-            their distance from the row's maximum. Their memory, which the gradient by weight takes over, has the size
-            of the larger of both and a tile. A second backward computes them again. Without effect if ``weight``
-            needs no gradient.
+        recompute: Whether backward computes the tiles again. False: forward keeps the logits of the labelled rows,
+            which saves one product in four. They are kept in float32 in most cases; with bfloat16 hidden states and
+            weight, in float16, as distances from the row's maximum. The logits and the gradient of ``weight`` share
+            memory of the size of the larger of the two, plus a tile. A second backward computes the tiles again.
+            Without effect if ``weight`` needs no gradient.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.
@@ -203,12 +209,12 @@ def linear_mpo_loss(
         backend: As in ``mpo_loss``. "reference" computes all logits in plain torch.
 
     Returns:
-        An ``MPOOutput``. Its loss is differentiable by hidden, weight and bias.
+        An ``MPOOutput``, whose loss is differentiable with respect to hidden, weight and bias.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or value is wrong.
-        RuntimeError: If the backend cannot run here; in backward, if it is differentiated twice.
+        RuntimeError: If the backend cannot run here. In backward: if the loss is differentiated twice.
     """
     _check_config(config)
     sequences = checks.check_pairs(hidden, labels, cu_seqlens, "hidden")
@@ -236,7 +242,7 @@ def linear_mpo_loss(
                 backend=chosen_backend,
             )  # fmt: skip
             ref_logp = eager.sequence_sums(rows.double(), cu_seqlens)
-    assert ref_logp is not None  # check_reference requires it or ref_hidden
+    assert ref_logp is not None  # check_reference requires ref_logp or ref_hidden
     if chosen_backend == "reference":
         logits = eager.linear_logits(hidden, weight, bias, logit_scale, softcap, temperature)
         return _eager_loss(logits, labels.to(hidden.device), ref_logp, config, reward_shift, cu_seqlens, names)
@@ -267,14 +273,14 @@ def token_logp(
 ) -> Tensor:
     """Returns the log-probability of each label, differentiable, without a float32 copy of the logits.
 
-    Note that ``shift`` is False here and True in ``mpo_loss``, and does not support packed sequences. For those, pass
-    ``shift_labels(labels, cu_seqlens=cu_seqlens)`` as labels with ``shift=False``.
+    Unlike in ``mpo_loss``, ``shift`` is False by default and does not support packed sequences. For packed sequences,
+    pass ``shift_labels(labels, cu_seqlens=cu_seqlens)`` as labels with ``shift=False``.
 
     Args:
         logits: ``[..., V]`` float32, bfloat16, float16 or float64, any strides.
         labels: ``[...]`` int64, in ``[0, V)`` or ``ignore_index``.
         shift: Whether position t of the last axis is scored against ``labels[t + 1]``; the last position gives 0.
-        ignore_index: Label of the positions that are not read and give 0.
+        ignore_index: Label of positions that are not read and give 0.
         backend: As in ``mpo_loss``.
 
     Returns:
@@ -312,15 +318,15 @@ def linear_token_logp(
     ignore_index: int = -100,
     backend: str | None = None,
 ) -> Tensor:
-    """``token_logp`` from hidden states and the output head, without ever holding all logits.
+    """Returns ``token_logp`` from hidden states and the output head, without ever holding all logits.
 
     ``linear_mpo_loss`` describes the logits, the number of products and the memory.
 
     Args:
         hidden: ``[..., D]`` float32, bfloat16, float16 or float64.
-        weight: ``[V, D]``.
+        weight: ``[V, D]`` weight of the head.
         labels: ``[...]`` int64, in ``[0, V)`` or ``ignore_index``; on the device of ``hidden`` or on the CPU.
-        bias: ``[V]``, or None.
+        bias: ``[V]`` bias of the head, or None.
         logit_scale: As in ``linear_mpo_loss``.
         softcap: As in ``linear_mpo_loss``.
         temperature: As in ``linear_mpo_loss``.
@@ -331,8 +337,8 @@ def linear_token_logp(
         backend: As in ``mpo_loss``.
 
     Returns:
-        ``[...]`` float32 (float64 if hidden or weight is float64), in nats, differentiable by hidden, weight and
-        bias; NaN where a label is neither ``ignore_index`` nor in ``[0, V)``.
+        ``[...]`` float32 (float64 if hidden or weight is float64), in nats, differentiable with respect to hidden,
+        weight and bias; NaN where a label is neither ``ignore_index`` nor in ``[0, V)``.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
@@ -357,10 +363,10 @@ def linear_token_logp(
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Aligns labels with the logits that predict them: ``out[..., t] = labels[..., t + 1]``.
+    """Returns the labels aligned with the logits that predict them: ``out[..., t] = labels[..., t + 1]``.
 
-    The last position of each sequence gets ``ignore_index``. With ``cu_seqlens``, the last axis holds one sequence
-    after another.
+    The last position of each sequence gets ``ignore_index``. With ``cu_seqlens``, the last axis holds packed
+    sequences.
     """
     shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     if cu_seqlens is not None:
@@ -380,7 +386,7 @@ def _check_config(config: MPOConfig) -> None:
 
 
 class _PairInputs(NamedTuple):
-    """The arguments that ``pair_loss`` and ``forward`` of ``mpo_ext.ops.pair_loss`` share, in their order."""
+    """The arguments that the operators ``pair_loss`` and ``forward`` share, in their order."""
 
     ref_logp: Tensor
     state: Tensor
@@ -406,7 +412,7 @@ def _end_pairs(
     shift: BatchShift,
     backend: str,
 ) -> tuple[eager.PairLoss, Tensor]:
-    """Updates the reward shift. Returns the pair loss, computed again if that pooled rewards, and the row weights."""
+    """Updates the reward shift. Returns the pair loss and row weights, recomputed if pooling changed delta."""
     *fields, weight = outputs
     pair = eager.PairLoss(*fields)
     pooled = end_batch(reward_shift, shift, pair.state, pair.batch)
@@ -425,7 +431,6 @@ def _eager_loss(
     cu_seqlens: Tensor | None,
     names: Sequence[str],
 ) -> MPOOutput:
-    """Returns the loss of the backend "reference"."""
     logp = eager.token_logp(logits, labels, config.ignore_index)
     row_stats = eager.token_stats(logits, labels, names, config.ignore_index)
     shift = begin_batch(reward_shift, logits.device)
@@ -463,13 +468,13 @@ def _score_hidden(
 
 
 def _what_to_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, recompute: bool) -> int:
-    """Returns which tensors the forward keeps for the backward: a ``KEEP_`` constant of ``mpo_ext.ops.linear``."""
+    """Returns the ``KEEP_`` constant of ``mpo_ext.ops.linear`` for the tensors that forward keeps for backward."""
     head_needs_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (head_needs_grad or hidden.requires_grad):
         return linear_ops.KEEP_NOTHING
     if not head_needs_grad:
         return linear_ops.KEEP_HIDDEN_GRAD
-    # Kept logits lie in the memory of the gradient by weight.
+    # Kept logits lie in the memory of the gradient of weight.
     return linear_ops.KEEP_LOGITS if weight.requires_grad and not recompute else linear_ops.KEEP_NOTHING
 
 
@@ -488,7 +493,7 @@ def _linear_options(
     if memory_budget is None:
         memory_budget = default_memory_budget(device)
     memory_budget = min(memory_budget, 1 << 62)  # an operator's argument is a 64-bit integer
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)  # in which the model's own head would multiply
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)  # the dtype of the model's own head product
     if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     return linear_ops.LinearOptions(ignore_index, head_scales, memory_budget, matmul_dtype(dtype, device), backend)

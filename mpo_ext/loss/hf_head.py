@@ -1,9 +1,9 @@
 """Runs a Hugging Face model up to its output head, for ``linear_mpo_loss``: the logits are never computed.
 
-The model runs with its wrappers: calling the module inside DDP would leave DDP's reducer unprepared, and the ranks
-would diverge. Only the ``forward`` of the head is replaced during the call. The replacement records its arguments and
-returns a few known numbers, the probe, in place of logits. The model's outputs for the probe reveal the factor and the
-softcap that it applies to its logits.
+The model is called with its wrappers: calling the module inside DDP would leave DDP's reducer unprepared, and the
+ranks would diverge. During the call only the ``forward`` of the head is replaced. The replacement records its
+arguments and returns the probe, a few known numbers, instead of logits. The model's output for the probe reveals the
+factor and the softcap that the model applies to its logits.
 
 Neither transformers nor peft is imported: models are recognised by their attributes.
 """
@@ -23,20 +23,20 @@ from torch import Tensor, nn
 _PROBE = (-40.0, -3.0, -0.5, 0.0, 0.25, 1.0, 7.0, 60.0)
 _INSTEAD = "use mpo_loss(model(...).logits, ...) instead"
 
-# The factor and softcap of each model, by the settings that determined them: reading the probe waits for the device.
+# Cached factor and softcap by model and the settings that determine them: reading the probe waits for the device.
 _KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[float, float | None]]] = WeakKeyDictionary()
 
 
 class HiddenAndHead(NamedTuple):
-    """The result of ``hidden_and_head``: arguments of ``linear_mpo_loss``, by the same names.
+    """The result of ``hidden_and_head``: arguments of ``linear_mpo_loss`` under the same names.
 
     Attributes:
-        hidden: ``[B, T, D]``, the input of the output head, with its graph.
-        weight: ``[V, D]`` of the head, as it is during forward.
-        bias: ``[V]`` of the head, or None.
+        hidden: ``[B, T, D]`` input of the output head, with its autograd graph.
+        weight: ``[V, D]`` weight of the head, as it is during forward.
+        bias: ``[V]`` bias of the head, or None.
         logit_scale: Factor that the model applies to the head's product.
         softcap: Bound that the model applies to its logits, or None.
-        outputs: The model's output. Its ``logits`` hold the probe and are useless.
+        outputs: The model's output. Its ``logits`` hold the probe and must not be used.
     """
 
     hidden: Tensor
@@ -48,34 +48,32 @@ class HiddenAndHead(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Bias, logit_scale and softcap: pass ``**head.options`` to ``linear_mpo_loss``."""
+        """The arguments bias, logit_scale and softcap: pass ``**head.options`` to ``linear_mpo_loss``."""
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
 def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> HiddenAndHead:
     """Runs the model without its output head, and returns the arguments of ``linear_mpo_loss``.
 
-    The logits that the model would have returned are ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) /
-    softcap)``, without the tanh if softcap is None. The factor and the softcap follow from a probe that goes through
-    the model in place of logits; the first call with a model therefore waits for the device.
+    The model's logits would be ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``, without the
+    tanh if softcap is None. The factor and the softcap follow from a probe that goes through the model in place of
+    logits, so the first call with a model waits for the device.
 
-    Backward must go through ``hidden``, because wrappers wait there for the gradient of the outputs. If the model runs
-    under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the product is float32.
+    Backward must go through ``hidden``, because that starts the backward hooks of wrappers on the model's outputs. If
+    the model runs under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the
+    product is float32.
 
     Args:
-        model: A Hugging Face model with a linear output head, wrapped as it is trained: in DDP, in FSDP or by
-            accelerate. LoRA adapters are allowed, but not on the head. FSDP must shard the head with the root module.
+        model: Hugging Face model with a linear output head, wrapped as for training: in DDP, in FSDP or by accelerate.
+            LoRA adapters are allowed, but not on the head. FSDP must shard the head with the root module.
         positional: Must be empty: the model's inputs are keyword arguments.
-        inputs: The keyword arguments of ``model(...)`` without labels, such as ``input_ids=input_ids``.
-
-    Returns:
-        A ``HiddenAndHead``.
+        inputs: Keyword arguments of ``model(...)``, such as ``input_ids=input_ids``, without labels.
 
     Raises:
-        TypeError: If the model has no output head, or its head is not a plain linear layer; if inputs are positional.
+        TypeError: If the model has no output head, the head is not a plain linear layer, or an input is positional.
         ValueError: If labels are among the inputs.
-        RuntimeError: If the forward does not call the head exactly once, changes its logits in an unknown way, or
-            leaves a sharded weight behind.
+        RuntimeError: If forward does not call the head exactly once, changes the logits in an unknown way, or does not
+            keep the head's weight whole until backward.
     """
     if positional:
         raise TypeError(
@@ -95,7 +93,7 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if not calls:  # unrelated to the output head
+            if not calls:  # the error is unrelated to the output head
                 raise
             raise RuntimeError(
                 f"model must take {len(_PROBE)} numbers per token in place of its logits, got {type(error).__name__} "
@@ -125,7 +123,7 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
 
 
 class _HeadCall(NamedTuple):
-    """A call of the output head: its input and parameters, and the dtypes in which it would have computed."""
+    """A call of the output head: its input and parameters, and the dtypes in which the head would have computed."""
 
     hidden: Tensor
     weight: Tensor
@@ -146,14 +144,14 @@ def _check_is_whole(name: str, tensor: Tensor | None) -> None:
 class _Probe(torch.autograd.Function):
     """Returns the numbers of ``_PROBE`` for every token, in place of logits.
 
-    It takes the inputs of the head to keep the graph, in which DDP with find_unused_parameters searches for the
-    parameters that will get a gradient. It passes no gradient.
+    It takes the head's inputs to keep the graph, in which DDP with find_unused_parameters searches for the parameters
+    that will get a gradient. It passes no gradient to them.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # In float64, if the device has it, the model's factor can be read exactly. Not expanded, because models may
-        # write into their logits.
+        # float64, if the device has it, shows the model's factor exactly. Not expanded, because models may write into
+        # their logits.
         dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
         return torch.tensor(_PROBE, dtype=dtype, device=hidden.device).repeat(*hidden.shape[:-1], 1)
 
@@ -163,10 +161,10 @@ class _Probe(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """Passes hidden states through, and in backward sends a gradient of zero to the model's outputs.
+    """Passes hidden states through; its backward also sends a gradient of zero to the model's outputs.
 
-    Wrappers register hooks on the outputs that start their part of the backward: FSDP gathers parameters, DDP handles
-    its static graph. Without the zero gradient these hooks would not run, because the loss does not use the outputs.
+    Wrappers start their part of backward in hooks on the outputs: FSDP gathers parameters, DDP handles its static
+    graph. Without the zero gradient these hooks would not run, because the loss does not use the outputs.
     """
 
     @staticmethod
@@ -182,7 +180,7 @@ class _Tie(torch.autograd.Function):
 
 @contextmanager
 def _probed(layers: list[nn.Linear], calls: list[_HeadCall]) -> Iterator[None]:
-    """Replaces the forward of the layers by a function that records the call and returns the probe."""
+    """Replaces the forward of the layers within the context: it records the call and returns the probe."""
 
     def probing(layer: nn.Linear) -> Any:
         def forward(input: Tensor) -> Tensor:
@@ -236,7 +234,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """Returns the layer that is the model's head, or the candidates inside peft's ModulesToSaveWrapper."""
+    """Returns the model's output head, or all candidates for it inside peft's ModulesToSaveWrapper."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise TypeError(
@@ -267,17 +265,17 @@ def _linear_layers(model: nn.Module) -> list[nn.Linear]:
 
 
 def _scale_and_softcap(model: nn.Module, logits: Tensor, dtypes: list[torch.dtype]) -> tuple[float, float | None]:
-    """Returns the factor and the softcap of the model, from its cache or from the probe in ``logits``."""
+    """Returns the factor and the softcap of the model, from the cache or from the probe in ``logits``."""
     numbers = _config_numbers(model)
     known = _KNOWN.setdefault(model, {})
     key = (type(model), *dtypes, logits.dtype, *numbers)
     if key not in known and logits.numel():
         known[key] = _read_probe(model, logits, numbers, dtypes)
-    return known.get(key, (1.0, None))  # without a token, nothing can be read and nothing depends on it
+    return known.get(key, (1.0, None))  # without tokens the probe is empty, and no result depends on it
 
 
 def _config_numbers(model: nn.Module) -> tuple[float, ...]:
-    """Returns the numbers of the config that may be factors or softcaps; the probe shows which of them are in use."""
+    """Returns the numbers in the config that may be factors or softcaps; the probe shows which of them are in use."""
     config: Any = getattr(model, "config", None)
     numbers: dict[float, None] = {}
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
@@ -296,7 +294,7 @@ def _read_probe(
     """Returns the logit_scale and the softcap that turn the probe into the model's output."""
     rows = logits.detach().reshape(-1, len(_PROBE)).double()
     low, high = torch.stack([rows.amin(0), rows.amax(0)]).cpu()
-    if not torch.equal(low, high):  # NaN included
+    if not torch.equal(low, high):  # NaN also raises
         raise _unknown(model, f"rows that differ, from {_PROBE} between {low.tolist()} and {high.tolist()}")
     probe = torch.tensor(_PROBE, dtype=torch.float64)
     # A probe that is still in float64 was never rounded.

@@ -1,4 +1,4 @@
-"""The preference losses that the MPO paper compares, on log-probs of whole responses: plain torch, one loss per pair.
+"""Preference losses that the MPO paper compares with MPO, on summed log-probs of responses, in plain torch.
 
 ``mpo_loss`` computes MPO itself. These losses are for custom training loops and for comparisons with MPO.
 """
@@ -16,78 +16,59 @@ from torch import Tensor
 
 from mpo_ext.checks import check_number, did_you_mean
 
-#: Temperature of the mixing weight in "discopop", as in its paper and in TRL by default.
+#: Temperature of the mixing weight in "discopop", the default of its paper and of TRL.
 DISCOPOP_TAU = 0.05
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """The checked inputs of a loss, with 0 for every number of a pair that lacks a side.
+    """The checked inputs of a loss. The log-probs of a pair with an empty side are replaced by 0.
 
-    S is the sum of a response's label log-probs, n the number of its labels, and ``h = S - S^ref`` its log-ratio.
-
-    Attributes:
-        chosen_logp: ``[B]``, S_c.
-        rejected_logp: ``[B]``, S_r.
-        ref_chosen_logp: ``[B]``, S_c^ref without gradient; zeros for a loss without reference.
-        ref_rejected_logp: ``[B]``, S_r^ref without gradient; zeros for a loss without reference.
-        chosen_tokens: ``[B]``, n_c in the dtype of the log-probs, at least 1.
-        rejected_tokens: ``[B]``, n_r in the dtype of the log-probs, at least 1.
-        has_both_sides: ``[B]``, bool.
-        beta: Temperature, as in ``preference_loss``.
-        label_smoothing: Fraction of pairs assumed to be labelled in reverse, in ``[0, 0.5)``.
-        delta: Reward shift: a number, or a 0-d tensor without gradient.
+    In the formulas, S is the summed log-prob of a response's labels, n the number of these labels, ``h = S - S^ref``
+    the log-ratio and e the label smoothing; c and r mean chosen and rejected.
     """
 
-    chosen_logp: Tensor
-    rejected_logp: Tensor
-    ref_chosen_logp: Tensor
-    ref_rejected_logp: Tensor
-    chosen_tokens: Tensor
-    rejected_tokens: Tensor
-    has_both_sides: Tensor
+    chosen_logp: Tensor  # [B], S_c
+    rejected_logp: Tensor  # [B], S_r
+    ref_chosen_logp: Tensor  # [B], S_c^ref without gradient; zeros for a loss without reference
+    ref_rejected_logp: Tensor  # [B], S_r^ref without gradient; zeros for a loss without reference
+    chosen_tokens: Tensor  # [B], n_c in the dtype of the log-probs, at least 1
+    rejected_tokens: Tensor  # [B], n_r in the dtype of the log-probs, at least 1
+    has_both_sides: Tensor  # [B], bool
     beta: float
     label_smoothing: float
-    delta: float | Tensor
+    delta: float | Tensor  # reward shift: a number, or a 0-d tensor without gradient
 
     @property
     def chosen_ratio(self) -> Tensor:
-        """h_c, ``[B]``."""
+        """Log-ratio of the chosen responses, h_c, ``[B]``."""
         return self.chosen_logp - self.ref_chosen_logp
 
     @property
     def rejected_ratio(self) -> Tensor:
-        """h_r, ``[B]``."""
+        """Log-ratio of the rejected responses, h_r, ``[B]``."""
         return self.rejected_logp - self.ref_rejected_logp
 
     @property
     def margin(self) -> Tensor:
-        """``m = beta * (h_c - h_r)``, ``[B]``."""
+        """Margin ``m = beta * (h_c - h_r)``, ``[B]``."""
         return self.beta * (self.chosen_ratio - self.rejected_ratio)
 
     @property
     def mean_margin(self) -> Tensor:
-        """``h_c / n_c - h_r / n_r``, ``[B]``: the margin per token, without beta."""
+        """Margin per token, without beta: ``h_c / n_c - h_r / n_r``, ``[B]``."""
         return self.chosen_ratio / self.chosen_tokens - self.rejected_ratio / self.rejected_tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceLoss:
-    """A loss, and the arguments that it supports.
+    """A preference loss and the arguments that it supports."""
 
-    Attributes:
-        function: Returns the loss of each pair, ``[B]``. Its value for a pair without both sides is ignored.
-        needs_reference: Whether it compares with a reference model.
-        whole_batch: Whether a pair's loss depends on the other pairs of the call, and so on the micro-batch.
-        label_smoothing: Whether ``label_smoothing`` must be 0, may be positive, or must be positive.
-        takes_delta: Whether it has a reward shift.
-    """
-
-    function: Callable[[Pairs], Tensor]
-    needs_reference: bool = True
-    whole_batch: bool = False
-    label_smoothing: Literal["zero", "optional", "positive"] = "zero"
-    takes_delta: bool = False
+    function: Callable[[Pairs], Tensor]  # returns each pair's loss, [B]; ignored for a pair with an empty side
+    needs_reference: bool = True  # whether the loss compares with a reference model
+    whole_batch: bool = False  # whether a pair's loss depends on the other pairs of the call (the micro-batch)
+    label_smoothing: Literal["zero", "optional", "positive"] = "zero"  # must be 0, may be positive, must be positive
+    takes_delta: bool = False  # whether the loss has a reward shift
 
 
 def preference_loss(
@@ -103,31 +84,31 @@ def preference_loss(
     label_smoothing: float = 0.0,
     delta: float | Tensor = 0.0,
 ) -> Tensor:
-    """Returns the preference loss of each pair, in nats; the paper of each loss minimises its mean over pairs.
+    """Returns the preference loss of each pair, in nats; each loss's paper minimises the mean over pairs.
 
     A pair with an empty side is not compared: its loss and gradient are 0 whatever its log-probs are, and no other
-    pair is compared with it. (In the DPO and BCO of ``mpo_loss`` such a pair is a constant, with the same gradient.)
-    A NaN among the log-probs makes the loss of its pair, or the mean over the batch, not finite.
+    pair is compared with it. (In ``mpo_loss``, the DPO and BCO of such a pair are constants, also with gradient 0.) A
+    NaN log-prob makes the loss of its pair, or the mean loss of the batch, not finite.
 
     Args:
-        name: A key of ``LOSSES``: the usual name, and that of TRL 1.16 if TRL has the loss.
-        chosen_logp: ``[B]``, float32 or float64: the sum of the label log-probs of each chosen response.
-        rejected_logp: ``[B]``: the same for the rejected responses, in the same dtype.
-        ref_chosen_logp: ``[B]``: the same under the reference model, without gradient. A loss that needs no reference
-            accepts None, and ignores a tensor.
-        ref_rejected_logp: ``[B]``: the same for the rejected responses.
-        chosen_tokens: ``[B]``, int32 or int64: the number of labels of each chosen response.
-        rejected_tokens: ``[B]``: the same for the rejected responses.
+        name: Key of ``LOSSES``: the usual name, which is TRL 1.16's name if TRL has the loss.
+        chosen_logp: ``[B]`` float32 or float64 sum of the label log-probs of each chosen response.
+        rejected_logp: ``[B]`` sum for each rejected response, in the same dtype.
+        ref_chosen_logp: ``[B]`` sum for each chosen response under the reference model, without gradient. A loss that
+            needs no reference ignores it and accepts None.
+        ref_rejected_logp: ``[B]`` sum for each rejected response under the reference model, with the same rules.
+        chosen_tokens: ``[B]`` int32 or int64 number of labels of each chosen response.
+        rejected_tokens: ``[B]`` int32 or int64 number of labels of each rejected response.
         beta: Temperature of the implicit reward ``beta * h``; tau in "ipo", 1 / eta in "sppo_hard", and the weight
             lambda in "orpo".
         label_smoothing: Fraction of pairs assumed to be labelled in reverse, in ``[0, 0.5)``.
-        delta: Reward shift of "bco_pair": a number, or a 0-d tensor, which the host does not wait for.
+        delta: Reward shift of "bco_pair": a number, or a 0-d tensor, for which the host does not wait.
 
     Returns:
-        ``[B]``, in the dtype of the log-probs.
+        ``[B]`` in the dtype of the log-probs.
 
     Raises:
-        TypeError: If an argument is of the wrong type or dtype.
+        TypeError: If an argument has the wrong type or dtype.
         ValueError: If the name is unknown, a shape, device or number is wrong, or the loss does not support the given
             ``label_smoothing`` or ``delta``.
     """
@@ -145,7 +126,7 @@ def preference_loss(
     zeros = torch.zeros_like(chosen_logp)
 
     def masked(logp: Tensor | None) -> Tensor:
-        # Before the loss, so that a NaN of an empty side does not reach a gradient.
+        # Masked before the loss, so that a NaN of an empty side does not reach a gradient.
         return zeros if logp is None else torch.where(has_both_sides, logp, zeros)
 
     references = (ref_chosen_logp, ref_rejected_logp) if loss.needs_reference else (None, None)
@@ -166,39 +147,39 @@ def preference_loss(
 
 
 def _logistic(pairs: Pairs, margin: Tensor) -> Tensor:
-    """Returns ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m)`` for a label smoothing e."""
+    """Returns ``-(1 - e) * log sigmoid(margin) - e * log sigmoid(-margin)`` for a label smoothing e."""
     smoothing = pairs.label_smoothing
     return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
 
 def _sigmoid(pairs: Pairs) -> Tensor:
-    """DPO (arXiv 2305.18290): ``-log sigmoid(m)``.
+    """Returns the DPO loss (arXiv 2305.18290): ``-log sigmoid(m)``.
 
-    With label smoothing e it is conservative DPO (a note of E. Mitchell, 2023, without arXiv number):
-    ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m)``, as in TRL before 0.29.
+    ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m)`` with label smoothing e is conservative DPO (a note of E.
+    Mitchell, 2023, without arXiv number), as in TRL before 0.29.
     """
     return _logistic(pairs, pairs.margin)
 
 
 def _bco_pair(pairs: Pairs) -> Tensor:
-    """BCO (arXiv 2404.04656) on pairs: ``-log sigmoid(beta * h_c - delta) - log sigmoid(delta - beta * h_r)``.
+    """Returns BCO (arXiv 2404.04656) of pairs: ``-log sigmoid(beta * h_c - delta) - log sigmoid(delta - beta * h_r)``.
 
-    In TRL since 0.29, delta is 0.
+    TRL uses delta = 0 since version 0.29.
     """
     chosen_reward, rejected_reward = pairs.beta * pairs.chosen_ratio, pairs.beta * pairs.rejected_ratio
     return -F.logsigmoid(chosen_reward - pairs.delta) - F.logsigmoid(pairs.delta - rejected_reward)
 
 
 def _ipo(pairs: Pairs) -> Tensor:
-    """IPO (arXiv 2310.12036, eq. 17): ``(h_c / n_c - h_r / n_r - 1 / (2 * beta))^2``.
+    """Returns the IPO loss (arXiv 2310.12036, eq. 17): ``(h_c / n_c - h_r / n_r - 1 / (2 * beta))^2``.
 
-    The log-ratios are per token, as in TRL, on the advice of the paper's authors; the paper writes sums.
+    The log-ratios are per token, as in TRL and as the authors advise; the paper writes sums.
     """
     return (pairs.mean_margin - 1 / (2 * pairs.beta)).square()
 
 
 def _robust(pairs: Pairs) -> Tensor:
-    """Robust DPO (arXiv 2403.00409): ``((1 - e) * -log sigmoid(m) - e * -log sigmoid(-m)) / (1 - 2e)``.
+    """Returns robust DPO (arXiv 2403.00409): ``((1 - e) * -log sigmoid(m) - e * -log sigmoid(-m)) / (1 - 2e)``.
 
     It is an unbiased estimate of DPO's loss if a fraction e of the labels is flipped, and negative for a large m.
     """
@@ -208,12 +189,12 @@ def _robust(pairs: Pairs) -> Tensor:
 
 
 def _hinge(pairs: Pairs) -> Tensor:
-    """Hinge loss of RSO (arXiv 2309.06657): ``max(0, 1 - m)``."""
+    """Returns the hinge loss of RSO (arXiv 2309.06657): ``max(0, 1 - m)``."""
     return torch.relu(1 - pairs.margin)
 
 
 def _sppo_hard(pairs: Pairs) -> Tensor:
-    """SPPO (arXiv 2405.00675, eq. 4.7) with win probabilities 1 and 0.
+    """Returns the SPPO loss (arXiv 2405.00675, eq. 4.7) with win probabilities 1 and 0.
 
     ``(h_c - 1 / (2 * beta))^2 + (h_r + 1 / (2 * beta))^2``
     """
@@ -222,10 +203,10 @@ def _sppo_hard(pairs: Pairs) -> Tensor:
 
 
 def _aot(pairs: Pairs) -> Tensor:
-    """AOT for paired data (arXiv 2406.05882): the policy's margins against the reference's, both sorted.
+    """Returns the AOT loss for paired data (arXiv 2406.05882): sorted policy margins against sorted reference margins.
 
-    ``-log sigmoid(beta * (a_(k) - b_(k)))`` with ``a = S_c - S_r``, ``b = S_c^ref - S_r^ref`` and rank k; label
-    smoothing as in conservative DPO.
+    ``-log sigmoid(beta * (a_(k) - b_(k)))`` for rank k, with ``a = S_c - S_r`` and ``b = S_c^ref - S_r^ref`` sorted;
+    label smoothing as in conservative DPO.
     """
     return _sorted_logistic(
         pairs, pairs.chosen_logp - pairs.rejected_logp, pairs.ref_chosen_logp - pairs.ref_rejected_logp
@@ -233,17 +214,17 @@ def _aot(pairs: Pairs) -> Tensor:
 
 
 def _aot_unpaired(pairs: Pairs) -> Tensor:
-    """AOT for unpaired data (arXiv 2406.05882): chosen against rejected log-ratios, both sorted.
+    """Returns AOT for unpaired data (arXiv 2406.05882): sorted chosen log-ratios against sorted rejected log-ratios.
 
-    As "aot" with ``a = h_c`` and ``b = h_r``. Earlier TRL calls this loss "aot_pair".
+    The formula is that of ``_aot`` with ``a = h_c`` and ``b = h_r``. Earlier TRL calls this loss "aot_pair".
     """
     return _sorted_logistic(pairs, pairs.chosen_ratio, pairs.rejected_ratio)
 
 
 def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
-    """Compares two ``[B]`` rank by rank over the pairs with both sides. Returns for each pair the loss of its rank.
+    """Compares ``better`` and ``worse``, both ``[B]``, rank by rank over the pairs with both sides.
 
-    The rank of a pair is that of its value in ``better``.
+    The loss returned for a pair is that of the rank of its value in ``better``.
     """
     better, order = torch.where(pairs.has_both_sides, better, torch.inf).sort()
     worse = torch.where(pairs.has_both_sides, worse, torch.inf).sort().values
@@ -253,10 +234,10 @@ def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
 
 
 def _orpo(pairs: Pairs) -> Tensor:
-    """Odds-ratio term of ORPO (arXiv 2403.07691): ``-beta * log sigmoid(log odds_c - log odds_r)``.
+    """Returns the odds-ratio term of ORPO (arXiv 2403.07691): ``-beta * log sigmoid(log odds_c - log odds_r)``.
 
-    ``odds = p / (1 - p)`` with ``log p = S / n``, the mean log-prob. The caller adds the cross entropy of the chosen
-    responses, which ORPO has with weight 1. ``1 - p`` is at least the dtype's epsilon.
+    ``odds = p / (1 - p)`` with ``log p = S / n``, the mean log-prob; ``1 - p`` is at least the dtype's epsilon. The
+    caller adds the cross entropy of the chosen responses, which has weight 1 in ORPO.
     """
     return -pairs.beta * F.logsigmoid(
         _log_odds(pairs.chosen_logp / pairs.chosen_tokens) - _log_odds(pairs.rejected_logp / pairs.rejected_tokens)
@@ -269,9 +250,10 @@ def _log_odds(logp: Tensor) -> Tensor:
 
 
 def _exo_pair(pairs: Pairs) -> Tensor:
-    """EXO on pairs (arXiv 2402.00856, eq. 16): the KL divergence of ``(sigmoid(m), sigmoid(-m))`` from ``(1 - e, e)``.
+    """Returns the EXO loss of pairs (arXiv 2402.00856, eq. 16) for a label smoothing e, which is 1e-3 in the paper.
 
-    ``sigmoid(m) * (log sigmoid(m) - log(1 - e)) + sigmoid(-m) * (log sigmoid(-m) - log e)``; e = 1e-3 in the paper.
+    It is the KL divergence of ``(sigmoid(m), sigmoid(-m))`` from ``(1 - e, e)``:
+    ``sigmoid(m) * (log sigmoid(m) - log(1 - e)) + sigmoid(-m) * (log sigmoid(-m) - log e)``.
     """
     margin, smoothing = pairs.margin, pairs.label_smoothing
     win = torch.sigmoid(margin) * (F.logsigmoid(margin) - math.log1p(-smoothing))
@@ -279,7 +261,7 @@ def _exo_pair(pairs: Pairs) -> Tensor:
 
 
 def _nca_pair(pairs: Pairs) -> Tensor:
-    """NCA on pairs (arXiv 2402.05369), with ``r = beta * h``.
+    """Returns the NCA loss of pairs (arXiv 2402.05369), with the reward ``r = beta * h``.
 
     ``-log sigmoid(r_c) - log sigmoid(-r_c) / 2 - log sigmoid(-r_r) / 2``
     """
@@ -288,35 +270,38 @@ def _nca_pair(pairs: Pairs) -> Tensor:
 
 
 def _apo_zero(pairs: Pairs) -> Tensor:
-    """APO-zero (arXiv 2408.06266, eq. 7): ``1 - sigmoid(beta * h_c) + sigmoid(beta * h_r)``.
+    """Returns APO-zero (arXiv 2408.06266, eq. 7): ``1 - sigmoid(beta * h_c) + sigmoid(beta * h_r)``.
 
-    For chosen responses that are better than the model's own.
+    It is meant for chosen responses that are better than the model's own.
     """
     return torch.sigmoid(-pairs.beta * pairs.chosen_ratio) + torch.sigmoid(pairs.beta * pairs.rejected_ratio)
 
 
 def _apo_down(pairs: Pairs) -> Tensor:
-    """APO-down (arXiv 2408.06266, eq. 8): ``sigmoid(beta * h_c) + 1 - sigmoid(m)``.
+    """Returns APO-down (arXiv 2408.06266, eq. 8): ``sigmoid(beta * h_c) + 1 - sigmoid(m)``.
 
-    For chosen responses that are worse than the model's own.
+    It is meant for chosen responses that are worse than the model's own.
     """
     return torch.sigmoid(pairs.beta * pairs.chosen_ratio) + torch.sigmoid(-pairs.margin)
 
 
 def _discopop(pairs: Pairs) -> Tensor:
-    """DiscoPOP (arXiv 2406.08414, eq. 5): ``-(1 - s) * log sigmoid(m) + s * exp(-m)``, ``s = sigmoid(m / 0.05)``."""
+    """Returns the DiscoPOP loss (arXiv 2406.08414, eq. 5) with the mixing weight ``s = sigmoid(m / 0.05)``.
+
+    ``-(1 - s) * log sigmoid(m) + s * exp(-m)``
+    """
     margin = pairs.margin
     ratio = margin / DISCOPOP_TAU
-    exponential = torch.exp(F.logsigmoid(ratio) - margin)  # as a product it is 0 * inf for a margin far below 0
+    exponential = torch.exp(F.logsigmoid(ratio) - margin)  # s * exp(-m) would be 0 * inf for a margin far below 0
     return exponential - torch.sigmoid(-ratio) * F.logsigmoid(margin)
 
 
 def _sigmoid_norm(pairs: Pairs) -> Tensor:
-    """Length-normalised DPO (arXiv 2411.15124): ``-log sigmoid(beta * (h_c / n_c - h_r / n_r))``."""
+    """Returns length-normalised DPO (arXiv 2411.15124): ``-log sigmoid(beta * (h_c / n_c - h_r / n_r))``."""
     return -F.logsigmoid(pairs.beta * pairs.mean_margin)
 
 
-#: Every loss by name. TRL's "sft" has no rejected side and is missing here; ``mpo_loss`` has it, with either average.
+#: Every loss by name. TRL's "sft" is missing, since it has no rejected side; NTP of ``mpo_loss`` is that loss.
 LOSSES: Mapping[str, PreferenceLoss] = {
     "sigmoid": PreferenceLoss(function=_sigmoid, label_smoothing="optional"),
     "bco_pair": PreferenceLoss(function=_bco_pair, takes_delta=True),

@@ -15,48 +15,40 @@ from mpo_ext.ops.pair_loss import CUMULATIVE, EMA, HOLD
 
 
 class BatchShift(NamedTuple):
-    """The reward shift that one pair loss uses, and how the pair loss moves it.
+    """The reward shift that the pair loss of one batch uses, and the rule by which the batch updates it."""
 
-    Attributes:
-        state: ``[2]`` float64: delta, and the number of updates behind it.
-        rule: ``HOLD``, ``CUMULATIVE`` or ``EMA``: how this batch moves the state inside of the pair loss.
-        update_first: Whether the delta in use already includes this batch.
-        decay: Fraction of the old value that ``EMA`` keeps.
-        is_pooled: Whether the state moves after the pair loss, by the rewards of all ranks or of the optimizer step.
-    """
-
-    state: Tensor
-    rule: int = HOLD
-    update_first: bool = False
-    decay: float = 0.0
-    is_pooled: bool = False
+    state: Tensor  # [2] float64: delta, and the number of its updates so far
+    rule: int = HOLD  # HOLD, CUMULATIVE or EMA: how the pair loss itself updates the state
+    update_first: bool = False  # whether the delta in use already includes this batch
+    decay: float = 0.0  # fraction of the old value that EMA keeps
+    is_pooled: bool = False  # whether the pooled rewards of ranks or micro-batches update the state later
 
 
 class RewardShift:
     """The moving average of rewards, delta, that centres the BCO term (arXiv 2411.10442, after arXiv 2404.04656).
 
-    Pass the same instance to every call of ``mpo_loss``. The call updates it, except after ``eval()`` and while
-    gradients are disabled. The state stays on the device of the rewards, so no call waits for it, and it is reduced
-    over the ranks of ``torch.distributed`` if that is initialised.
+    Pass the same instance to every call of ``mpo_loss``, which updates it except after ``eval()`` or while gradients
+    are disabled. The state stays on the device of the rewards, so no call waits for the device. If
+    ``torch.distributed`` is initialised, the state is reduced over the ranks.
 
     The statistic of one call is the mean reward over both sides of its pairs, without pairs that have an empty side.
 
     Args:
-        mode: "cumulative" is the mean of the statistics of all updates so far, in which each rank counts once, as in
-            the authors' code; "ema" is ``decay * delta + (1 - decay) * mean`` with the mean over all rewards of all
-            ranks, as in NeMo-RL; "fixed" stays at ``value``.
+        mode: "cumulative": mean of the statistics of all updates so far, in which each rank counts once, as in the
+            authors' code. "ema": ``decay * delta + (1 - decay) * mean`` with the mean over all rewards of all ranks,
+            as in NeMo-RL. "fixed": always ``value``.
         decay: Fraction of the old value that "ema" keeps, in ``[0, 1)``.
-        update: With "before" a call uses the value that already includes its rewards, as in the authors' code; with
-            "after" it uses the value after the previous call.
-        value: delta before the first update ("cumulative" discards it then).
-        per: "micro_batch" updates at every call; "optimizer_step" collects rewards and updates in ``step()``, so that
-            the result does not depend on gradient accumulation (needs ``update="after"``).
+        update: "before": a call uses the delta that already includes its rewards, as in the authors' code. "after": a
+            call uses the delta after the previous call.
+        value: Initial delta. The first update of "cumulative" discards it.
+        per: "micro_batch": every call updates delta. "optimizer_step": calls collect rewards and ``step()`` updates
+            delta, which makes the result independent of gradient accumulation (needs ``update="after"``).
 
     Raises:
         TypeError: If ``decay`` or ``value`` is not a number.
-        ValueError: If an argument has another value.
+        ValueError: If an argument has a value that is not allowed.
 
-    The semantics of other implementations, and how to get them::
+    Settings that reproduce other implementations::
 
         RewardShift()                                                     # the authors' code, ms-swift, LLaMA-Factory
         RewardShift("ema", update="after", per="optimizer_step")          # NeMo-RL
@@ -88,7 +80,7 @@ class RewardShift:
         self.per = per
         self.training = True
         # float64, because after 1e5 steps a cumulative mean moves by less than float32 resolves.
-        self._state = torch.tensor([float(value), 0.0], dtype=torch.float64)  # delta, number of updates behind it
+        self._state = torch.tensor([float(value), 0.0], dtype=torch.float64)  # delta, number of updates
         self._pending = torch.zeros(2, dtype=torch.float64)  # sum and count of the rewards since the last step()
 
     def __repr__(self) -> str:
@@ -103,12 +95,12 @@ class RewardShift:
         return float(self._state[0])
 
     def train(self, mode: bool = True) -> RewardShift:
-        """Turns updates on or off."""
+        """Turns updates on or off, and returns the instance."""
         self.training = mode
         return self
 
     def eval(self) -> RewardShift:
-        """Turns updates off: in evaluation, a call uses delta and does not change it."""
+        """Turns updates off for evaluation, in which calls use delta but do not change it."""
         return self.train(False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,10 +116,10 @@ class RewardShift:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a result of ``state_dict``.
+        """Restores a state that ``state_dict`` returned.
 
         Raises:
-            TypeError: If the state is not a dict, or a number in it is not a number.
+            TypeError: If the state is not a dict, or one of its numbers has another type.
             ValueError: If a key is missing, or the state comes from an instance with other settings.
         """
         if not isinstance(state, dict):
@@ -148,10 +140,10 @@ class RewardShift:
         )
 
     def update(self, reward_sum: float | Tensor, count: float | Tensor) -> None:
-        """Updates delta by the rewards of one micro-batch of this rank. ``mpo_loss`` calls it; a custom loop may too.
+        """Updates delta with the rewards of this rank's micro-batch. ``mpo_loss`` calls this; custom loops may, too.
 
         With ``per="optimizer_step"`` the rewards are collected until ``step()``. All ranks must call this together. A
-        count of 0 (no pair with two sides) changes nothing.
+        count of 0 (every pair has an empty side) changes nothing.
 
         Args:
             reward_sum: Sum of the rewards, a number or a 0-d tensor.
@@ -166,9 +158,9 @@ class RewardShift:
         self._apply(batch, each_rank_counts=self.mode == "cumulative")
 
     def step(self) -> None:
-        """Ends an optimizer step: with ``per="optimizer_step"``, updates delta by the rewards since the last step.
+        """Ends an optimizer step: with ``per="optimizer_step"``, updates delta with the rewards since the last step.
 
-        All ranks must call it together. It does nothing with ``per="micro_batch"`` or mode "fixed".
+        All ranks must call this together. It does nothing with ``per="micro_batch"`` or mode "fixed".
         """
         if self.mode == "fixed" or self.per != "optimizer_step":
             return
@@ -176,7 +168,7 @@ class RewardShift:
         self._pending = torch.zeros_like(self._pending)
 
     def begin_batch(self, device: torch.device) -> BatchShift:
-        """Returns the shift that the pair loss of a batch uses. ``mpo_loss`` calls it before the pair loss."""
+        """Returns the shift for the pair loss of a batch. ``mpo_loss`` calls this before the pair loss."""
         if self._state.device != device:
             self._state = self._state.to(device)
             self._pending = self._pending.to(device)
@@ -188,15 +180,15 @@ class RewardShift:
         return BatchShift(self._state, rule, self.update_order == "before", self.decay)
 
     def end_batch(self, shift: BatchShift, new_state: Tensor, batch: Tensor) -> Tensor | None:
-        """Stores the state after a batch. ``mpo_loss`` calls it after the pair loss.
+        """Stores the state after a batch. ``mpo_loss`` calls this after the pair loss.
 
         Args:
-            shift: The result of ``begin_batch``.
-            new_state: ``[2]``, the state as the pair loss moved it.
-            batch: ``[2]``, sum and count of the rewards of the batch.
+            shift: Result of ``begin_batch``.
+            new_state: ``[2]`` state to which the pair loss updated the shift.
+            batch: ``[2]`` sum and count of the rewards of the batch.
 
         Returns:
-            None, or the pooled state with which the pair loss must be computed again.
+            The pooled state with which the pair loss must be computed again; None if the pair loss is final.
         """
         if shift.rule != HOLD:
             self._state = new_state
@@ -215,8 +207,8 @@ class RewardShift:
         return torch.tensor(float(number), dtype=torch.float64, device=self._state.device)
 
     def _apply(self, batch: Tensor, *, each_rank_counts: bool) -> None:
-        """Moves the state by one statistic. ``batch`` is [2]: sum and count of this rank's rewards."""
-        if each_rank_counts:  # the authors' code averages the means of the ranks, whatever their numbers of pairs
+        """Updates the state with ``batch``, ``[2]``: the sum and the count of this rank's rewards."""
+        if each_rank_counts:  # the authors' code averages the ranks' means, unweighted by numbers of pairs
             has_pairs = (batch[1] > 0).double()
             batch = torch.stack([batch[0] / batch[1].clamp(min=1), has_pairs])
         if _is_distributed():
@@ -239,10 +231,10 @@ def _is_distributed() -> bool:
 
 
 def begin_batch(reward_shift: RewardShift | Tensor | float | None, device: torch.device) -> BatchShift:
-    """Returns the shift that the pair loss of a batch uses, for every kind of argument ``reward_shift``.
+    """Returns the shift for the pair loss of a batch, for every kind of argument ``reward_shift``.
 
     Raises:
-        TypeError: If it is of another type.
+        TypeError: If ``reward_shift`` has another type.
         ValueError: If the number is not finite, or the tensor is not 0-d floating point.
     """
     if isinstance(reward_shift, RewardShift):
@@ -269,5 +261,5 @@ def begin_batch(reward_shift: RewardShift | Tensor | float | None, device: torch
 def end_batch(
     reward_shift: RewardShift | Tensor | float | None, shift: BatchShift, new_state: Tensor, batch: Tensor
 ) -> Tensor | None:
-    """Calls ``RewardShift.end_batch``; a shift of another kind does not change."""
+    """Calls ``RewardShift.end_batch``; returns None for any other kind of ``reward_shift``, which never changes."""
     return reward_shift.end_batch(shift, new_state, batch) if isinstance(reward_shift, RewardShift) else None

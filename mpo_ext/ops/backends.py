@@ -1,4 +1,4 @@
-"""Chooses the backend that runs an operator, and says why a backend cannot run."""
+"""Chooses the backend that runs an operator, and explains why a backend cannot run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mpo_ext.ops import native
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 with suppress(ImportError):
-    native.compiled()  # loaded now, because it must notice every later fork
+    native.compiled()  # loaded now, because its fork handler must see every later fork
 
 
 def choose_backend(backend: str | None, logits: Tensor, name: str = "logits") -> str:
-    """Returns the backend that runs on these logits, or on the hidden states that logits come from.
+    """Returns the name of the backend for ``logits``, which may be hidden states instead.
 
     Raises:
-        TypeError: If the backend does not support their dtype.
+        TypeError: If the backend does not support the dtype of ``logits``.
         ValueError: If ``backend`` is not the name of a backend.
-        RuntimeError: If it cannot run here, or not on their device.
+        RuntimeError: If the backend cannot run on this machine or on the device of ``logits``.
     """
     device = logits.device.type
     if device == "meta":
@@ -51,9 +51,9 @@ def choose_backend(backend: str | None, logits: Tensor, name: str = "logits") ->
     return backend
 
 
-@torch.compiler.assume_constant_result  # so that torch.compile does not trace the questions to the driver
+@torch.compiler.assume_constant_result  # torch.compile cannot trace queries of the driver
 def cuda_problem(device: torch.device) -> str | None:
-    """Returns why the CUDA kernels cannot run on tensors of this device, or None if they can."""
+    """Returns the reason why the CUDA kernels cannot run on this device, or None if they can."""
     try:
         has_cuda = bool(native.compiled().has_cuda)
     except ImportError as error:
@@ -72,7 +72,7 @@ def cuda_problem(device: torch.device) -> str | None:
 
 
 def triton_problem(device: str) -> str | None:
-    """Returns why the Triton kernels cannot run on tensors of this device type, or None if they can."""
+    """Returns the reason why the Triton kernels cannot run on this device type, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return f"triton is not installed: {install_hint('triton')}"
     if device in ("cuda", "xpu"):
@@ -83,7 +83,7 @@ def triton_problem(device: str) -> str | None:
 
 
 def cpu_isa() -> str:
-    """Returns the instruction set of the CPU kernels: the best that runs here, or the value of MPO_CPU_ISA.
+    """Returns the instruction set of the CPU kernels: MPO_CPU_ISA if it is set, else the best that runs here.
 
     Raises:
         ValueError: If MPO_CPU_ISA does not name an instruction set that runs here.
@@ -96,7 +96,7 @@ def cpu_isa() -> str:
 
 
 def triton_kernels() -> Any:
-    """Returns ``mpo_ext.kernels``, imported only now because triton is optional."""
+    """Returns ``mpo_ext.kernels``, imported on first use because triton is optional."""
     from mpo_ext import kernels
 
     return kernels

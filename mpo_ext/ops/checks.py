@@ -1,4 +1,4 @@
-"""Checks of the tensors and numbers that the loss functions and operators get."""
+"""Checks of the tensors and numbers that are passed to the loss functions and operators."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_logits(name: str, logits: Tensor, axis: str = "vocabulary") -> None:
-    """Raises unless the kernels support these logits or hidden states; ``axis`` names their last axis."""
+    """Raises unless the kernels support ``logits`` (or hidden states); ``axis`` names the last axis in messages."""
     _check_float_tensor(name, logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must have a {axis} axis of at least 1 at the end, got shape {_shape(logits)}")
 
 
 def check_labels(logits: Tensor, labels: Tensor, name: str = "logits", *, may_be_on_cpu: bool = False) -> None:
-    """Raises unless ``labels`` is int64, has the logits' leading shape and is on their device (or an allowed CPU)."""
+    """Raises unless ``labels`` is int64, has the logits' leading shape, and is on their device (or an allowed CPU)."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
@@ -41,7 +41,7 @@ def check_labels(logits: Tensor, labels: Tensor, name: str = "logits", *, may_be
 def check_pairs(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, name: str = "logits") -> int:
     """Raises unless logits and labels hold whole pairs, padded or packed. Returns the number of sequences, 2B.
 
-    With the name "hidden" they are hidden states, whose labels may be on the CPU.
+    If ``name`` is "hidden", ``logits`` are hidden states, and labels may be on the CPU.
     """
     size, axis = ("D", "feature") if name == "hidden" else ("V", "vocabulary")
     check_logits(name, logits, axis)
@@ -76,7 +76,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor, name: str) -> None:
             f"cu_seqlens must be [2B + 1] for B chosen and B rejected sequences, B at least 1, got shape "
             f"{_shape(cu_seqlens)}"
         )
-    # Reading the values would wait for a GPU; there pair_loss returns NaN instead.
+    # Reading offsets on a GPU would wait for it; for bad offsets on a GPU, pair_loss returns NaN.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         check_offsets(cu_seqlens, logits.shape[0])
 
@@ -96,7 +96,7 @@ def check_offsets(cu_seqlens: Tensor, rows: int) -> None:
 def check_reference(
     logits: Tensor, sequences: int, ref_logp: Tensor | None, ref_logits: Tensor | None, name: str = "logits"
 ) -> None:
-    """Raises unless exactly one reference is given and fits; the feature size of ``ref_hidden`` is not compared."""
+    """Raises unless exactly one valid reference is given. ``ref_hidden`` and ``hidden`` may differ in feature size."""
     ref_name = f"ref_{name}"
     if (ref_logp is None) == (ref_logits is None):
         got = "neither" if ref_logp is None else "both"
@@ -125,7 +125,7 @@ def check_reference(
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
-    """Raises unless weight and bias are an output head for the hidden states; ``prefix`` starts their names."""
+    """Raises unless weight and bias fit the hidden states; ``prefix`` precedes the names of tensors in messages."""
     tensors = {f"{prefix}weight": weight} if bias is None else {f"{prefix}weight": weight, f"{prefix}bias": bias}
     for name, tensor in tensors.items():
         _check_float_tensor(name, tensor)
@@ -143,7 +143,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
 def check_head_options(
     logit_scale: float, softcap: float | None, temperature: float, memory_budget: int | None, recompute: bool
 ) -> None:
-    """Raises unless the numbers make logits of the head's products."""
+    """Raises unless the settings of the head, the memory budget and ``recompute`` are valid."""
     check_number("logit_scale", logit_scale)
     if not math.isfinite(logit_scale) or logit_scale == 0:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
@@ -157,7 +157,7 @@ def check_head_options(
 
 
 def check_stats(stats: Sequence[str]) -> tuple[str, ...]:
-    """Returns the statistics in the order of ``STATS``, without repetitions.
+    """Returns the names in the order of ``STATS``, without repetitions.
 
     Raises:
         TypeError: If ``stats`` is not a sequence of names.
@@ -174,7 +174,7 @@ def check_stats(stats: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_reuse(logits: Tensor) -> None:
-    """Raises unless the gradient of these logits can be written into their memory."""
+    """Raises unless the gradient of the logits can be written into their memory."""
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"reuse_logits needs logits whose vocabulary axis has stride 1, got strides {tuple(logits.stride())}"
@@ -190,7 +190,7 @@ def check_reuse(logits: Tensor) -> None:
 
 
 def check_row_values(logits: Tensor, labels: Tensor, dtype: torch.dtype, **values: Tensor) -> None:
-    """Raises unless these are logits, their labels, and one value of ``dtype`` per row."""
+    """Raises unless ``logits`` and ``labels`` fit, and each of ``values`` has one number of ``dtype`` per row."""
     check_logits("logits", logits)
     check_labels(logits, labels)
     for name, tensor in values.items():

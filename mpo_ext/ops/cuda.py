@@ -1,4 +1,4 @@
-"""Launches on a CUDA device: stream, work memory and block counters of the kernels."""
+"""Provides the stream, the work memory and the block counters of CUDA launches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _stream_counters: dict[tuple[torch.device, int], Tensor] = {}
 def forward_arguments(
     layout: RowLayout, labels: Tensor, ignore_index: int, pairs: int, tile: Tile | None = None
 ) -> tuple[dict[str, object], list[Tensor]]:
-    """Returns the inputs of token_logp and forward, and the work memory that the caller keeps until the launch."""
+    """Returns the inputs of token_logp and forward, and the work memory to keep alive until the launch."""
     rows = row_arguments(layout, labels, ignore_index, tile)
     size = {"multiprocessors": multiprocessors(labels.device)}
     shape = native.compiled().cuda_forward_shape(
@@ -30,7 +30,6 @@ def forward_arguments(
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Returns the number of multiprocessors of a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -40,9 +39,9 @@ def current_stream(tensor: Tensor) -> int:
 
 
 def counters(count: int, like: Tensor) -> Tensor:
-    """Returns zeros in which a kernel counts its blocks. Kernels reset them, so each stream needs only one tensor.
+    """Returns zeros in which a kernel counts its blocks; kernels reset them, so each stream reuses one tensor.
 
-    A launch that is captured into a CUDA graph gets its own tensor, zeroed at each replay, because a graph may be
+    A launch that is captured into a CUDA graph gets a separate tensor, zeroed at each replay, because a graph may be
     replayed on any stream.
     """
     if torch.cuda.is_current_stream_capturing():

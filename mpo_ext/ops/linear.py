@@ -1,4 +1,4 @@
-"""The operators on hidden states: logits exist one tile at a time (``tiles.py``), and only for labelled rows."""
+"""The operators on hidden states. Logits exist only for labelled rows, and one tile at a time (``tiles.py``)."""
 
 from __future__ import annotations
 
@@ -14,37 +14,29 @@ from mpo_ext.ops.logits import RowOutputs, score, token_logp_outputs, write_grad
 from mpo_ext.ops.memory import ROW_STATE, Tile, result_dtype
 from mpo_ext.ops.tiles import Head, TiledRows, accumulate, fresh_memory, labelled_rows, scatter_rows
 
-#: What ``linear_token_logp`` keeps for the backward: nothing, the unscaled gradient by the hidden states, the logits.
+#: Tensors that ``linear_token_logp`` keeps for backward: none, the unscaled gradient of hidden states, or the logits.
 KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS = 0, 1, 2
 
 
 class LinearOptions(NamedTuple):
-    """The last arguments of ``linear_token_logp`` and ``linear_grad``.
+    """The last arguments of ``linear_token_logp`` and ``linear_grad``."""
 
-    Attributes:
-        ignore_index: Label of the rows that cost nothing and give 0.
-        head_scales: logit_scale, softcap (0 for none) and temperature of ``Head``.
-        memory_budget: Bytes for a tile and the tensors computed from it.
-        matmul_dtype: dtype of the inputs of the matrix products, a result of ``tiles.matmul_dtype``.
-        backend: A result of ``choose_backend`` other than "reference".
-    """
-
-    ignore_index: int
-    head_scales: list[float]
-    memory_budget: int
-    matmul_dtype: torch.dtype
-    backend: str
+    ignore_index: int  # label of rows that are not projected and give 0
+    head_scales: list[float]  # logit_scale, softcap (0 for none) and temperature of Head
+    memory_budget: int  # bytes for a tile and the tensors computed from it
+    matmul_dtype: torch.dtype  # dtype of the inputs of matrix products, a result of tiles.matmul_dtype
+    backend: str  # a result of choose_backend other than "reference"
 
 
 @torch.library.custom_op("mpo_ext::linear_token_logp", mutates_args=())
 def linear_token_logp(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    stats: int,
-    keep: int,
-    ignore_index: int,
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D], any floating-point dtype
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [...] int64, on the device of hidden or on the CPU; the host waits for labels on a GPU
+    stats: int,  # as in logits.token_logp
+    keep: int,  # KEEP_NOTHING, KEEP_HIDDEN_GRAD or KEEP_LOGITS
+    ignore_index: int,  # this and the next arguments: LinearOptions
     head_scales: Sequence[float],
     memory_budget: int,
     matmul_dtype: torch.dtype,
@@ -52,27 +44,13 @@ def linear_token_logp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the log-probability of each label from hidden states. Only labelled rows are projected.
 
-    Args:
-        hidden: ``[..., D]``.
-        weight: ``[V, D]`` of the head, of any floating-point dtype.
-        bias: ``[V]`` of the head, or None.
-        labels: ``[...]`` int64, on the device of ``hidden`` or on the CPU. Labels on a GPU make the host wait until it
-            can count them; labels on the CPU do not.
-        stats: As in ``logits.token_logp``.
-        keep: ``KEEP_NOTHING``, ``KEEP_HIDDEN_GRAD`` or ``KEEP_LOGITS``.
-        ignore_index: See ``LinearOptions``, also for the next four.
-        head_scales: See ``LinearOptions``.
-        memory_budget: See ``LinearOptions``.
-        matmul_dtype: See ``LinearOptions``.
-        backend: See ``LinearOptions``.
-
     Returns:
-        The four outputs of ``logits.token_logp``, on the device of ``hidden``; and what ``keep`` requests of the n
-        labelled rows: ``[0]``, ``[n, D]`` d logp / d hidden, or their logits as bytes in the layout of ``KeptLogits``.
+        The four outputs of ``logits.token_logp``, on the device of ``hidden``, and the kept tensor for the n labelled
+        rows: ``[0]``, ``[n, D]`` d logp / d hidden, or the logits as bytes in the layout of ``KeptLogits``.
     """
     head = _head(weight, bias, head_scales, matmul_dtype)
     tiles = TiledRows(hidden, labels, head, ignore_index, memory_budget, keeps_logits=keep == KEEP_LOGITS)
-    device_labels = tiles.like.new_empty(labels.shape, dtype=torch.int64)  # only their shape and device count
+    device_labels = tiles.like.new_empty(labels.shape, dtype=torch.int64)  # only their shape and device are used
     outputs = token_logp_outputs(tiles.like, device_labels, stats)
     for output in outputs:
         output.zero_()
@@ -102,7 +80,7 @@ def linear_token_logp(
                 total = kept[chunk.rows]
                 _fold_hidden_grad(tiles, chunk, logits, tanh, weight_rows, old_max, total, is_first=first == 0)
     for target, *parts in zip(outputs, *(chunk.outputs for chunk in chunks), strict=True):
-        # Rows are the last axis of each output once the leading axes of the labels are merged.
+        # Merging the axes of the labels makes the rows the last axis of each output.
         flat = target.view(*target.shape[: target.ndim - labels.ndim], labels.numel())
         flat[..., tiles.index] = torch.cat(parts, -1)
     if folds:
@@ -155,9 +133,10 @@ def _fold_hidden_grad(
     *,
     is_first: bool,
 ) -> None:
-    """Adds ``exp_logits @ weight`` of a tile to the sum of the earlier tiles, rescaled to the new maximum.
+    """Rescales ``total``, the sum of earlier tiles, to the new row maximum, and adds a tile's ``exp_logits @ weight``.
 
-    ``exp_logits`` is 0 for the label, which ``_finish_hidden_grad`` adds as ``1 - p`` to avoid a cancellation.
+    ``exp_logits`` is 0 for the label. ``_finish_hidden_grad`` adds the label's part as ``1 - p`` to avoid
+    cancellation.
     """
     _multiply_by_tanh_slope_(exp_logits, tanh)
     if not is_first:
@@ -182,15 +161,10 @@ def _finish_hidden_grad(tiles: TiledRows, chunk: _Chunk, total: Tensor) -> None:
 def kept_hidden_grad(
     hidden: Tensor, labels: Tensor, kept: Tensor, row_weight: Tensor, scale: Tensor | None, ignore_index: int
 ) -> Tensor:
-    """Returns the gradient of ``scale * (row_weight * logp).sum()`` by hidden states, from ``KEEP_HIDDEN_GRAD``.
+    """Returns the gradient of ``scale * (row_weight * logp).sum()`` with respect to the hidden states.
 
-    Args:
-        hidden: ``[..., D]`` as given to ``linear_token_logp``; only its shape and dtype count.
-        labels: ``[...]`` int64.
-        kept: ``[n, D]`` d logp / d hidden, from ``linear_token_logp``.
-        row_weight: ``[...]`` d loss / d logp.
-        scale: 0-d factor of the gradient, or None for 1.
-        ignore_index: Label of the rows without a gradient.
+    ``kept``, ``[n, D]``, is the d logp / d hidden that ``linear_token_logp`` kept. Of ``hidden``, only the shape and
+    dtype are used. The other arguments are those of ``linear_grad``.
     """
     index = labelled_rows(labels, ignore_index).to(hidden.device, non_blocking=True)
     factor = row_weight.reshape(-1)[index]
@@ -206,48 +180,31 @@ def _(hidden: Tensor, *_: Any) -> Tensor:
 
 @torch.library.custom_op("mpo_ext::linear_grad", mutates_args=("kept",))
 def linear_grad(
-    hidden: Tensor,
+    hidden: Tensor,  # this and the next three arguments: linear_token_logp
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    row_max: Tensor,
+    row_max: Tensor,  # [...] from linear_token_logp, as is row_sum
     row_sum: Tensor,
-    row_weight: Tensor,
-    scale: Tensor | None,
-    kept: Tensor | None,
-    wanted: Sequence[bool],
-    ignore_index: int,
+    row_weight: Tensor,  # [...] d loss / d logp
+    scale: Tensor | None,  # 0-d factor of the gradients; None: 1
+    kept: Tensor | None,  # logits that linear_token_logp kept
+    wanted: Sequence[bool],  # whether the gradients of hidden, weight and bias are computed
+    ignore_index: int,  # this and the next arguments: LinearOptions
     head_scales: Sequence[float],
     memory_budget: int,
     matmul_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of ``scale * (row_weight * logp).sum()`` by hidden states, weight and bias.
+    """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
-    Tiles are projected again, or restored from kept logits, and turned into their gradient in place. Sums are formed
-    in float32 (float64 for float64) and rounded once.
-
-    Args:
-        hidden: As in ``linear_token_logp``, and so are weight, bias, labels and the last five.
-        weight: See ``hidden``.
-        bias: See ``hidden``.
-        labels: See ``hidden``.
-        row_max: ``[...]`` from ``linear_token_logp``.
-        row_sum: ``[...]`` from ``linear_token_logp``.
-        row_weight: ``[...]`` d loss / d logp.
-        scale: 0-d factor of the gradients, or None for 1.
-        kept: Logits that ``linear_token_logp`` kept, or None. They are overwritten with their gradient, and then with
-            the gradient by weight if it is wanted, which ``kept_weight_grad`` returns.
-        wanted: Whether the gradients by hidden, weight and bias are computed.
-        ignore_index: See ``hidden``.
-        head_scales: See ``hidden``.
-        memory_budget: See ``hidden``.
-        matmul_dtype: See ``hidden``.
-        backend: See ``hidden``.
+    Tiles are projected again, or restored from ``kept``, and overwritten with their gradient. Sums are formed in
+    float32 (float64 for float64) and rounded once. ``kept`` is overwritten with the gradient of its logits, and then,
+    if wanted, with the gradient of weight, which ``kept_weight_grad`` returns.
 
     Returns:
-        The gradients by hidden, weight and bias, each like its tensor and contiguous; ``[0]`` if it is not wanted, or
-        if it lies in ``kept``.
+        The gradients of hidden, weight and bias, each shaped like its tensor and contiguous; ``[0]`` for a gradient
+        that is not wanted or lies in ``kept``.
     """
     head = _head(weight, bias, head_scales, matmul_dtype)
     options = {"converts_weight_grad": wanted[1], "keeps_logits": kept is not None}
@@ -259,7 +216,7 @@ def linear_grad(
         for gradient in (d_hidden, d_weight, d_bias):
             gradient.zero_()
     else:
-        # The factor of all gradients is the slope of the head and the scale of the loss.
+        # All gradients have the slope of the head and the scale of the loss as a factor.
         factor = tiles.like.new_full((), head.slope, dtype=torch.float64)
         if scale is not None:
             factor = factor * scale.to(torch.float64)
@@ -280,10 +237,9 @@ def _fill_gradients(
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    """Writes the gradients by weight and bias, and returns the gradient by the labelled rows of hidden states.
+    """Writes the gradients of weight and bias, and returns the gradient of the labelled rows of hidden states.
 
-    ``row_values`` are the maximum, the sum and the weight of each labelled row. Gradients that are not wanted are left
-    as they are.
+    ``row_values`` are the maximum, the sum and the weight of each labelled row. Unwanted gradients are not written.
     """
     row_max, row_sum, row_weight = row_values
     d_weight, d_bias = head_grads
@@ -341,12 +297,12 @@ def _empty_gradients(
 
 
 def kept_weight_grad(kept: Tensor, weight: Tensor) -> Tensor:
-    """Returns the gradient by weight, ``[V, D]``, in the memory of the kept logits that ``linear_grad`` consumed."""
+    """Returns the gradient of weight, ``[V, D]``, in the memory of the kept logits that ``linear_grad`` consumed."""
     size = weight.numel() * weight.dtype.itemsize
     return kept.as_strided((size,), (1,)).view(weight.dtype).view(weight.shape)  # torch.compile cannot trace a slice
 
 
 def _multiply_by_tanh_slope_(grad: Tensor, tanh: Tensor | None) -> None:
-    """Turns a gradient by ``tanh(x)`` into the gradient by ``x``; overwrites ``tanh``."""
+    """Turns the gradient with respect to ``tanh(x)`` into the gradient with respect to ``x``; overwrites ``tanh``."""
     if tanh is not None:
         grad.addcmul_(grad, tanh.square_(), value=-1)

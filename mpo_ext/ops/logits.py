@@ -1,7 +1,7 @@
-"""The operators on logits: ``token_logp`` scores rows, ``logits_grad`` returns the gradient of their scores.
+"""The operators on logits: ``token_logp`` scores rows, ``logits_grad`` returns the gradient of the scores.
 
-Each operator allocates its outputs and calls the kernel of a backend. Operators are functional: they return new
-tensors and write to no input, so ``torch.compile`` can trace past them. The exception is ``logits_grad_``.
+Each operator allocates its outputs and calls the kernel of a backend. Operators other than ``logits_grad_`` return new
+tensors and write to no input, so ``torch.compile`` can trace past them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mpo_ext.ops import backends, cuda, native
 from mpo_ext.ops.checks import STATS, check_labels, check_logits, check_reuse, check_row_values
 from mpo_ext.ops.memory import Tile, addresses, device_guard, fresh_zeros, result_dtype, row_arguments, row_layout
 
-#: Names of the outputs of ``token_logp``, as the kernels call them.
+#: Names of the outputs of ``token_logp`` in the kernels.
 ROW_OUTPUTS = ("logp", "row_max", "row_sum", "row_stats")
 RowOutputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -29,20 +29,17 @@ def stats_mask(stats: Sequence[str]) -> int:
 
 @torch.library.custom_op("mpo_ext::token_logp", mutates_args=())
 def token_logp(
-    logits: Tensor, labels: Tensor, ignore_index: int, stats: int, backend: str
+    logits: Tensor,  # [..., V]; copied only if V is not the contiguous axis, or if the rows need more than two strides
+    labels: Tensor,  # [...] int64, in [0, V) or equal to ignore_index; any other value gives NaN
+    ignore_index: int,  # label of rows that are not read and give 0
+    stats: int,  # requested statistics: bit i requests STATS[i]
+    backend: str,  # a result of choose_backend other than "reference"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the log-probability of each label. Reads each logit of a labelled row once.
 
-    Args:
-        logits: ``[..., V]``. Copied only if V is not the contiguous axis, or the rows need more than two strides.
-        labels: ``[...]`` int64, in ``[0, V)`` or equal to ``ignore_index``; any other value gives NaN.
-        ignore_index: Label of the rows that are not read and give 0.
-        stats: Requested statistics: bit i requests ``STATS[i]``.
-        backend: A result of ``choose_backend`` other than "reference".
-
     Returns:
-        ``(logp, row_max, row_sum, row_stats)``: three of ``[...]`` with ``sum_v exp(z_v - row_max) == row_sum``, and
-        ``[number of statistics, ...]``, in the order of ``STATS``; float32, or float64 for float64 logits.
+        ``(logp, row_max, row_sum, row_stats)``: three tensors ``[...]`` with ``sum_v exp(z_v - row_max) == row_sum``,
+        and ``[number of statistics, ...]`` in the order of ``STATS``; float32, or float64 for float64 logits.
     """
     check_logits("logits", logits)
     check_labels(logits, labels)
@@ -57,7 +54,6 @@ def _(logits: Tensor, labels: Tensor, ignore_index: int, stats: int, backend: st
 
 
 def token_logp_outputs(logits: Tensor, labels: Tensor, stats: int) -> RowOutputs:
-    """Returns uninitialised outputs of ``token_logp``."""
     dtype = result_dtype(logits)
     logp, row_max, row_sum = (logits.new_empty(labels.shape, dtype=dtype) for _ in range(3))
     return logp, row_max, row_sum, logits.new_empty((stats.bit_count(), *labels.shape), dtype=dtype)
@@ -76,8 +72,8 @@ def score(
 ) -> None:
     """Fills the outputs of ``token_logp``; with a tile, they cover the vocabulary up to the end of the tile.
 
-    With ``leaves_exp_logits`` the logits become ``exp(z - row_max)``, where ``row_max`` includes this tile, and 0 for
-    the label. They are undefined in a row whose label is out of range or whose logp is NaN.
+    ``leaves_exp_logits`` overwrites the logits with ``exp(z - row_max)``, where ``row_max`` includes this tile, and
+    with 0 for the label. They are undefined in a row whose label is out of range or whose logp is NaN.
     """
     if labels.numel() == 0:
         return
@@ -108,7 +104,7 @@ def score(
 def _write_exp_logits(
     logits: Tensor, labels: Tensor, row_max: Tensor, ignore_index: int, backend: str, tile: Tile | None
 ) -> None:
-    """Does what ``leaves_exp_logits`` of ``score`` requests, in a second pass over the logits."""
+    """Overwrites the logits as ``leaves_exp_logits`` of ``score`` describes, in a second pass over them."""
     safe_max = torch.where(row_max == -math.inf, 0.0, row_max)  # all logits so far are -inf
     ones = torch.ones_like(safe_max)
     write_grad(logits, labels, safe_max, ones, -ones, None, ignore_index, backend, logits, tile=tile)
@@ -120,32 +116,20 @@ def _write_exp_logits(
 
 @torch.library.custom_op("mpo_ext::logits_grad", mutates_args=())
 def logits_grad(
-    logits: Tensor,
-    labels: Tensor,
-    row_max: Tensor,
+    logits: Tensor,  # [..., V] as given to token_logp
+    labels: Tensor,  # [...] int64
+    row_max: Tensor,  # [...] from token_logp, as is row_sum
     row_sum: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    ignore_index: int,
-    backend: str,
+    weight: Tensor,  # [...] d loss / d logp
+    scale: Tensor | None,  # 0-d factor of the gradient; None: 1
+    ignore_index: int,  # label of rows whose gradient is 0
+    backend: str,  # a result of choose_backend other than "reference"
 ) -> Tensor:
-    """Returns the gradient ``scale * weight * (onehot(label) - softmax(logits))``, 0 in ignored rows.
+    """Returns the gradient ``scale * weight * (onehot(label) - softmax(logits))``, and 0 in ignored rows.
 
-    Reads each logit of a labelled row once and writes it once. On a CPU the zeros of ignored rows cost nothing: they
-    are zeroed pages of the system that stay untouched.
-
-    Args:
-        logits: ``[..., V]`` as given to ``token_logp``.
-        labels: ``[...]`` int64.
-        row_max: ``[...]`` from ``token_logp``.
-        row_sum: ``[...]`` from ``token_logp``.
-        weight: ``[...]`` d loss / d logp.
-        scale: 0-d factor of the gradient, or None for 1.
-        ignore_index: Label of the rows without a gradient.
-        backend: A result of ``choose_backend`` other than "reference".
-
-    Returns:
-        ``[..., V]`` in the logits' dtype, contiguous.
+    The result is contiguous and has the shape and dtype of the logits. Each logit of a labelled row is read once and
+    its gradient is written once. On a CPU the zeros of ignored rows cost nothing: they are zeroed pages of the system
+    that stay untouched.
     """
     check_row_values(logits, labels, result_dtype(logits), row_max=row_max, row_sum=row_sum, weight=weight)
     is_zeroed = backend == "cpu"
@@ -170,7 +154,7 @@ def logits_grad_(
     ignore_index: int,
     backend: str,
 ) -> None:
-    """Replaces the logits by their gradient. Arguments as in ``logits_grad``; ``check_reuse`` must pass."""
+    """Overwrites the logits with their gradient. Arguments as in ``logits_grad``; ``check_reuse`` must pass."""
     check_row_values(logits, labels, result_dtype(logits), row_max=row_max, row_sum=row_sum, weight=weight)
     check_reuse(logits)
     if row_layout(logits).tensor is not logits:
@@ -192,10 +176,10 @@ def write_grad(
     is_zeroed: bool = False,
     tile: Tile | None = None,
 ) -> None:
-    """Writes the gradient of ``logits_grad``, whose first eight arguments it shares, into ``grad``.
+    """Writes the gradient of ``logits_grad``, whose arguments come first, into ``grad``.
 
-    ``grad`` has the logits' shape and may be the logits. ``is_zeroed`` says that it holds zeros, so that ignored rows
-    need no writes. ``tile`` says which columns the logits are, if they are not the whole vocabulary.
+    ``grad`` has the shape of the logits and may be the logits. If ``grad`` holds zeros, ``is_zeroed`` saves writing
+    the ignored rows. ``tile`` names the columns of the vocabulary that the logits cover; None: all.
     """
     if labels.numel() == 0:
         return

@@ -11,24 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Numbers in the state of a row that one tile of the vocabulary passes to the next (csrc/mpo/math.h: RowState).
+#: Number of values in the row state that one tile of the vocabulary passes to the next (csrc/mpo/math.h: RowState).
 ROW_STATE = 6
 _HUGE_PAGES_BYTES = 1 << 20
 
 
 class Tile(NamedTuple):
-    """Columns ``first`` to ``first + V - 1`` of a vocabulary of ``total``; labels count from column 0 of the whole.
+    """Columns ``first`` to ``first + V - 1`` of a vocabulary; labels are indices into the whole vocabulary."""
 
-    Attributes:
-        first: First column. The tiles of a row are scored from left to right.
-        total: Size of the whole vocabulary.
-        state: ``[rows, ROW_STATE]`` float64, passed from tile to tile; the first tile ignores its contents.
-            ``write_grad`` does not need it.
-    """
-
-    first: int
-    total: int
-    state: Tensor | None
+    first: int  # a row's tiles are scored from left to right; the first tile ignores the contents of state
+    total: int  # size of the whole vocabulary
+    state: Tensor | None  # [rows, ROW_STATE] float64, passed from tile to tile; write_grad ignores it
 
 
 class RowLayout(NamedTuple):
@@ -41,7 +34,7 @@ class RowLayout(NamedTuple):
 
 
 def row_layout(tensor: Tensor) -> RowLayout:
-    """Describes the rows of ``[..., V]``; copies them if V is not contiguous or two strides do not suffice."""
+    """Describes the rows of ``[..., V]``; copies the tensor if V is not contiguous or two strides do not suffice."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
     # (size, stride) of the leading axes from the right, merged where the strides allow it.
@@ -82,7 +75,7 @@ def addresses(**tensors: Tensor | None) -> dict[str, int]:
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device the current device, on which kernels are launched."""
+    """Returns a context in which the tensor's device is the current device, on which kernels are launched."""
     if tensor.device.type == "cpu":
         return nullcontext()
     return getattr(torch, tensor.device.type).device(tensor.device)
@@ -94,10 +87,10 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Returns zeros on the CPU, contiguous; large tensors are huge pages that have not been touched yet.
+    """Returns contiguous zeros on the CPU; large tensors are huge pages that have not been touched yet.
 
-    The page faults of a new gradient cost more on a CPU than computing it. The calloc of numpy gets zeroed pages that
-    stay untouched until they are written, and asks for huge pages; torch.zeros writes every byte.
+    The page faults of a new gradient cost more on a CPU than computing it. numpy's calloc asks for huge pages and gets
+    zeroed pages that stay untouched until they are written; torch.zeros writes every byte.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _HUGE_PAGES_BYTES:

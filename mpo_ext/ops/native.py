@@ -13,7 +13,7 @@ def compiled() -> ModuleType:
     """Returns the compiled module.
 
     Raises:
-        ImportError: If it is missing or does not load.
+        ImportError: If the module is missing or does not load.
     """
     try:
         from mpo_ext import _C
@@ -34,7 +34,7 @@ def _advice(error: ImportError) -> str:
     if built:
         advice = "It was built for another Python or machine; rebuild it: pip install --force-reinstall --no-deps ."
     elif elsewhere is not None:
-        # The installed module may have been built from other sources than the Python files here.
+        # Its module is not used, because it may have been built from other sources than the Python files here.
         advice = (
             f"mpo_ext is installed in {elsewhere}, but Python imports the source tree. Start Python in another "
             "folder, or install the source tree in place: pip install -e ."
@@ -50,7 +50,7 @@ def _advice(error: ImportError) -> str:
 
 
 def _installed_elsewhere(here: Path) -> Iterator[Path]:
-    """Yields the folders of installed copies of mpo_ext, other than this one, that have a compiled module."""
+    """Yields the folders of other installed copies of mpo_ext that have a compiled module."""
     for distribution in importlib.metadata.distributions(name="mpo-ext"):
         folder = Path(str(distribution.locate_file("mpo_ext")))
         if folder != here and any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):

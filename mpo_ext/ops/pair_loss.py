@@ -1,4 +1,4 @@
-"""The operators on pairs: ``pair_loss``, and ``forward``, which scores the rows in the same launch."""
+"""The operators on pairs: ``pair_loss``, and ``forward``, which also scores the rows."""
 
 from __future__ import annotations
 
@@ -13,72 +13,49 @@ from mpo_ext.ops.checks import check_labels, check_logits, check_offsets
 from mpo_ext.ops.logits import ROW_OUTPUTS, token_logp, token_logp_outputs
 from mpo_ext.ops.memory import addresses, device_guard, row_layout
 
-#: How a batch moves the state of the reward shift (csrc/mpo/api.h: ShiftRule).
+#: Rules by which a batch updates the state of the reward shift (csrc/mpo/api.h: ShiftRule).
 HOLD, CUMULATIVE, EMA = 0, 1, 2
 _OUTPUTS = ("loss", "terms", "reward_shift", "sums", "reward", "tokens", "new_state", "batch", "weight")
 
 
 class PairLossSettings(NamedTuple):
-    """Settings of the pair loss. They enter an operator as a list of numbers, which its schema can hold.
+    """Settings of the pair loss. Operators take them as a list of numbers, which their schema can hold."""
 
-    Attributes:
-        beta: Temperature of the reward ``beta * (logp - ref_logp)``.
-        dpo_weight: Weight of the DPO term.
-        bco_weight: Weight of the BCO term.
-        ntp_weight: Weight of the NTP term.
-        label_smoothing: Fraction of pairs assumed to be labelled in reverse.
-        average_sequences: Whether NTP averages the means of the responses instead of all tokens.
-        rule: How this batch moves the state of the reward shift: ``HOLD``, ``CUMULATIVE`` or ``EMA``.
-        update_first: Whether the reward shift in use already includes this batch.
-        decay: Fraction of the old value that ``EMA`` keeps.
-    """
-
-    beta: float
+    beta: float  # temperature of the reward beta * (logp - ref_logp)
     dpo_weight: float
     bco_weight: float
     ntp_weight: float
-    label_smoothing: float
-    average_sequences: bool
-    rule: int = HOLD
-    update_first: bool = False
-    decay: float = 0.0
+    label_smoothing: float  # fraction of pairs assumed to be labelled in reverse
+    average_sequences: bool  # whether NTP averages the means of the responses instead of all tokens
+    rule: int = HOLD  # rule by which this batch updates the reward shift: HOLD, CUMULATIVE or EMA
+    update_first: bool = False  # whether the reward shift in use already includes this batch
+    decay: float = 0.0  # fraction of the old value that EMA keeps
 
     def numbers(self) -> list[float]:
-        """Returns the settings as the operators take them."""
+        """Returns the settings as the list of numbers that operators take."""
         return [float(value) for value in self]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> PairLossSettings:
-        """Returns the settings of which ``numbers`` made a list."""
+        """Returns the settings from a result of ``numbers``."""
         beta, dpo, bco, ntp, smoothing, average_sequences, rule, update_first, decay = numbers
         return cls(beta, dpo, bco, ntp, smoothing, bool(average_sequences), int(rule), bool(update_first), decay)
 
 
 @torch.library.custom_op("mpo_ext::pair_loss", mutates_args=())
 def pair_loss(
-    logp: Tensor,
-    labels: Tensor,
-    ref_logp: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    settings: Sequence[float],
-    ignore_index: int,
-    backend: str,
+    logp: Tensor,  # [2B, T], or [1, N] with cu_seqlens: the log-probability of each label
+    labels: Tensor,  # like logp, int64
+    ref_logp: Tensor,  # [2B] summed log-probs under the reference model
+    state: Tensor,  # [2] float64: the reward shift, and the number of its updates
+    cu_seqlens: Tensor | None,  # [2B + 1]; None: padded input
+    settings: Sequence[float],  # PairLossSettings.numbers()
+    ignore_index: int,  # label of rows that are not scored
+    backend: str,  # a result of choose_backend other than "reference"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the loss of B pairs and the weight of each row's gradient. Reads nothing of the size of the logits.
+    """Returns the fields of ``mpo_ext.loss.eager.PairLoss`` for B pairs, then d loss / d logp of each row.
 
-    Args:
-        logp: ``[2B, T]``, or ``[1, N]`` with ``cu_seqlens``: the log-probability of each label.
-        labels: Like ``logp``, int64.
-        ref_logp: ``[2B]`` summed log-probs under the reference model.
-        state: ``[2]`` float64: the reward shift, and the number of updates behind it.
-        cu_seqlens: ``[2B + 1]`` for packed input, else None.
-        settings: ``PairLossSettings.numbers()``.
-        ignore_index: Label of the rows that count for nothing.
-        backend: A result of ``choose_backend`` other than "reference".
-
-    Returns:
-        The fields of ``mpo_ext.loss.eager.PairLoss``, then ``weight``: d loss / d logp of each row.
+    It reads no tensor of the size of the logits.
     """
     outputs = _pair_loss_outputs(logp, ref_logp, state)
     # Held in variables until the call returns: an address does not keep its tensor alive.
@@ -99,7 +76,7 @@ def pair_loss(
     offsets = cu_seqlens
     if offsets is None:
         offsets = torch.arange(ref_logp.shape[0] + 1, dtype=torch.int64, device=logp.device) * logp.shape[-1]
-    elif offsets.device.type == "cpu":  # on a GPU, reading them would wait for it
+    elif offsets.device.type == "cpu":  # reading offsets on a GPU would wait for it
         check_offsets(offsets, logp.numel())
     offsets, references = offsets.to(torch.int64).contiguous(), ref_logp.double().contiguous()
     old_state, values = state.contiguous(), PairLossSettings.from_numbers(settings)
@@ -159,9 +136,10 @@ def forward(
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
-    """Returns the four outputs of ``token_logp``, then the nine of ``pair_loss``, whose arguments it takes.
+    """Returns the four outputs of ``token_logp``, then the nine outputs of ``pair_loss``.
 
-    With backend "cuda" both are one launch, which gives the same bits as two launches.
+    The arguments are those of both operators. The backend "cuda" runs both in one launch, which gives the same bits as
+    two launches.
     """
     if backend != "cuda" or labels.numel() == 0:
         rows = token_logp(logits, labels, ignore_index, stats, backend)
@@ -205,7 +183,7 @@ def _cuda_arguments(
 ) -> tuple[dict[str, object], list[Tensor | None]]:
     """Returns the arguments of pair_loss and forward except the rows, and the tensors that the caller keeps alive.
 
-    ref_logp and cu_seqlens keep their dtype, because converting them would take further launches.
+    ref_logp and cu_seqlens keep their dtypes, because converting them would take further launches.
     """
     inputs = [ref_logp.contiguous(), state.contiguous(), None if cu_seqlens is None else cu_seqlens.contiguous()]
     arguments: dict[str, object] = {

@@ -1,14 +1,14 @@
 """Tiles of logits: how the labelled rows and the vocabulary are cut, and how a tile is computed and kept.
 
-A tile is some labelled rows by some columns of the vocabulary. torch's matrix product computes it, and the kernels
-score it, or turn it into its gradient, while it is in the cache. The outer loop goes over the vocabulary and the inner
-loop over rows, so each part of the head is read and widened once for all rows, and the gradient of that part is
+A tile is some labelled rows by some columns of the vocabulary. torch's matrix product computes a tile. While the tile
+is in the cache, the kernels score it or turn it into its gradient. The outer loop goes over the vocabulary and the
+inner loop over rows, so each part of the head is read and widened once for all rows, and the gradient of that part is
 complete when its tiles are done.
 
-On a CPU that does not multiply bfloat16 or float16 faster than float32, inputs are widened to float32 part by part,
-which is exact. On a CPU that does, tiles have the dtype of the inputs, as a model's own logits have. On a GPU the
-inputs keep their dtype and the product is float32; only its gradient is rounded to the dtype of the inputs, because it
-is an input of the next products.
+A CPU that does not multiply bfloat16 or float16 faster than float32 gets inputs that are widened to float32 part by
+part, which is exact. On other CPUs, tiles have the dtype of the inputs, like a model's own logits. On a GPU the inputs
+keep their dtype and the product is float32. The gradient of the product is rounded to the dtype of the inputs, because
+it is an input of the next products.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from torch import Tensor
 from mpo_ext.ops.memory import fresh_zeros, result_dtype
 
 _CPU_MEMORY_BUDGET, _GPU_MEMORY_BUDGET = 64 << 20, 256 << 20
-_CPU_TILE_BYTES = 16 << 20  # of logits: a tile stays in the last-level cache, and suffices for the matrix product
-# Of columns of kept logits: the distance that backward keeps between what it reads and what it writes.
+_CPU_TILE_BYTES = 16 << 20  # of logits: fits in the last-level cache, and large enough for fast matrix products
+# Bytes of columns of kept logits: the distance in memory between the logits that backward reads and its output.
 _CPU_KEPT_BYTES, _GPU_KEPT_BYTES = 32 << 20, 64 << 20
-_ALIGNMENT = 64  # bytes: where kept logits may begin
-_MIN_COLUMNS = 256  # of a tile, where the vocabulary has as many: narrower products are slow
+_ALIGNMENT = 64  # bytes: kept logits begin at multiples
+_MIN_COLUMNS = 256  # of a tile, if the vocabulary is as large: narrower products are slow
 _COLUMN_STEP = 64
 
 
 def default_memory_budget(device: torch.device) -> int:
-    """Returns the default bound of the memory of tiles, in bytes."""
+    """Returns the default memory budget of tiles, in bytes."""
     return _CPU_MEMORY_BUDGET if device.type == "cpu" else _GPU_MEMORY_BUDGET
 
 
 class Head(NamedTuple):
-    """An output head, whose logits are ``cap * tanh(z / cap) / temperature``, or ``z / temperature`` without a cap.
+    """An output head with logits ``cap * tanh(z / cap) / temperature``, or ``z / temperature`` without a softcap.
 
     ``z = logit_scale * (hidden @ weight.T + bias)``.
     """
@@ -50,7 +50,7 @@ class Head(NamedTuple):
     logit_scale: float
     softcap: float  # 0 for none
     temperature: float
-    matmul_dtype: torch.dtype  # of the inputs of the matrix products
+    matmul_dtype: torch.dtype  # dtype of the inputs of the matrix products
 
     @property
     def inner_scale(self) -> float:
@@ -64,26 +64,27 @@ class Head(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """Derivative of a logit by the product, without the derivative of tanh."""
+        """Derivative of a logit with respect to the product, without the derivative of tanh."""
         return self.logit_scale / self.temperature
 
 
 class KeptLogits:
-    """Lays out kept logits in memory that the gradient by the head's weight takes over while they are consumed.
+    """Lays out kept logits in memory that the gradient of weight takes over while backward consumes the logits.
 
-    Columns are consumed from left to right, and their gradient is written to the front of the memory. The logits
-    therefore start late enough that the gradient of a tile's columns ends before the logits of that tile start: with n
-    labelled rows the memory is that of ``max(n, D)`` rows and a tile, instead of ``n + D`` rows.
+    Columns are consumed from left to right, and their gradient is written to the front of the memory. The logits start
+    late enough that the gradient of a tile's columns ends before the logits of that tile start. With n labelled rows,
+    the memory is therefore that of ``max(n, D)`` rows and a tile, instead of ``n + D`` rows.
 
-    A float16 logit (used for bfloat16 gradients) is stored as its distance from the largest logit that its row had so
-    far, and that maximum is stored behind the logits. The error is 2^-12 of the distance, so the error of exp(logit)
-    is less than a rounding to bfloat16 where it is above 3e-4 of the largest, and a small part of the sum elsewhere.
+    A float16 logit (used for bfloat16 gradients) is stored as its distance from the largest logit of its row so far.
+    These maxima are stored behind the logits. The error is 2^-12 of the distance. The error of exp(logit) is therefore
+    below the rounding error of bfloat16 if exp(logit) is above 3e-4 of the largest, and a small part of the sum
+    otherwise.
 
     Args:
-        rows: n.
-        vocab: Columns of the vocabulary.
-        columns: Columns of a tile.
-        grad_bytes: Bytes of the gradient by a column.
+        rows: Number of labelled rows, n.
+        vocab: Number of columns of the vocabulary.
+        columns: Number of columns of a tile.
+        grad_bytes: Bytes of the gradient of one column.
         dtype: dtype of the kept logits.
 
     Attributes:
@@ -95,7 +96,7 @@ class KeptLogits:
         self._rows, self._columns = rows, columns
         self._column_bytes = rows * dtype.itemsize
         last = (vocab - 1) // columns * columns
-        # The required offset changes evenly from the first full tile to the last; a partial tile may follow.
+        # The required offset is linear from the first full tile to the last; a partial tile may follow.
         tight = {0, max(last - columns, 0), last}
         self._begin = _aligned(
             max(min(first + columns, vocab) * grad_bytes - first * self._column_bytes for first in tight)
@@ -105,7 +106,7 @@ class KeptLogits:
         self.size = self._maxima + tiles * rows * torch.float32.itemsize
 
     def tile(self, memory: Tensor, rows: slice, first: int, end: int) -> Tensor:
-        """Returns the logits of a tile, contiguous: rows of the whole vocabulary would touch more pages."""
+        """Returns the logits of a tile, contiguous, because rows of the whole vocabulary would touch more pages."""
         width = end - first
         begin = self._begin + self._column_bytes * first + rows.start * width * self.dtype.itemsize
         return _typed(memory, begin, (rows.stop - rows.start, width), self.dtype)
@@ -142,7 +143,7 @@ class TiledRows:
         self.head = head
         self.vocab, hidden_size = head.weight.shape
         self.like = hidden.new_empty((1, 1), dtype=result_dtype(hidden, head.weight))
-        # The dtype that a product on this device accepts without rounding its result further.
+        # A dtype that products on this device accept without rounding their results further.
         on_cpu = hidden.device.type == "cpu"
         self.input_dtype = head.matmul_dtype if on_cpu or _widens_results(hidden.device) else self.like.dtype
         self.tile_dtype = self.input_dtype if on_cpu else self.like.dtype
@@ -156,7 +157,7 @@ class TiledRows:
         widens = head.weight.dtype != self.input_dtype
         # Kept logits lie tile by tile, so forward and backward must cut the same tiles.
         converts = (converts_weight_grad or keeps_logits) and head.weight.dtype != self.like.dtype
-        # A product in half precision takes a tensor, and so does its gradient as input of the next two products.
+        # A half-precision product takes one more tensor; its gradient, an input of the next products, takes another.
         is_narrow = self.input_dtype != self.tile_dtype
         # Gradients in bfloat16 are rounded to fewer bits than float16 has.
         is_rounded = hidden.dtype == head.weight.dtype == torch.bfloat16
@@ -168,7 +169,7 @@ class TiledRows:
         count = self.rows.shape[0]
         grad_bytes = hidden_size * head.weight.dtype.itemsize
         if keeps_logits:
-            per_column += min(count * kept_dtype.itemsize, grad_bytes)  # of the distance that ``KeptLogits`` leaves
+            per_column += min(count * kept_dtype.itemsize, grad_bytes)  # the distance that ``KeptLogits`` leaves
             memory_budget = min(memory_budget, _CPU_KEPT_BYTES if on_cpu else _GPU_KEPT_BYTES)
         self._chunk_rows, self._chunk_columns = tile_shape(
             count,
@@ -181,13 +182,13 @@ class TiledRows:
         self.kept_logits = KeptLogits(count, self.vocab, self._chunk_columns, grad_bytes, kept_dtype)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the rows in equal pieces, each with its labels."""
+        """Yields equal slices of the labelled rows, each with its labels."""
         for begin in range(0, self.rows.shape[0], self._chunk_rows):
             rows = slice(begin, min(begin + self._chunk_rows, self.rows.shape[0]))
             yield rows, self.labels[rows]
 
     def columns(self) -> Iterator[tuple[int, int]]:
-        """Yields the vocabulary in pieces: first column and end."""
+        """Yields the first column and the end of each slice of the vocabulary."""
         for first in range(0, self.vocab, self._chunk_columns):
             yield first, min(first + self._chunk_columns, self.vocab)
 
@@ -207,7 +208,7 @@ class TiledRows:
     def logits(
         self, rows: slice, weight_rows: Tensor, first: int, end: int, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the logits of a tile, and tanh if there is a softcap. The next tile overwrites their buffers."""
+        """Returns the logits of a tile, and tanh if there is a softcap. The next tile overwrites these buffers."""
         if out is None:
             out = self._buffer("logits", (rows.stop - rows.start, end - first))
         head = self.head
@@ -232,8 +233,8 @@ class TiledRows:
         return logits, torch.mul(logits, 1 / self.head.outer_scale, out=self._buffer("tanh", logits.shape))
 
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
-        """Adds a tile's part to the gradient of its columns; the last chunk of rows rounds and stores it."""
-        # A single product may be rounded as it is; the sum of several is formed in float32.
+        """Adds a tile's part to the gradient of its columns; the last chunk of rows rounds and stores the sum."""
+        # A single product may be rounded directly; the sum of several products is formed in float32.
         is_direct = target.dtype == (grad.dtype if is_first and is_last else self.like.dtype)
         total = target if is_direct else self._buffer("weight grad", target.shape, self.like.dtype)
         accumulate(total, grad.T, self.rows[rows], is_first=is_first)
@@ -241,7 +242,7 @@ class TiledRows:
             target.copy_(total)
 
     def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
-        """Adds a tile's part to the gradient by the bias; the last chunk of rows rounds and stores it."""
+        """Adds a tile's part to the gradient of the bias; the last chunk of rows rounds and stores the sum."""
         total = self._buffer("bias grad", (1, target.shape[0]), self.like.dtype)[0]
         if is_first:
             total.zero_()
@@ -250,7 +251,7 @@ class TiledRows:
             target.copy_(total)
 
     def _buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Returns a matrix that is reused from tile to tile, uninitialised; in the tile's dtype by default."""
+        """Returns an uninitialised matrix that tiles share under ``name``; by default in the tile's dtype."""
         rows, columns = shape
         memory = self._buffers.get(name)
         if memory is None or memory.numel() < rows * columns:
@@ -259,7 +260,7 @@ class TiledRows:
 
 
 def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
-    """Returns the flat positions of the labels to score. On a GPU this waits, unless the labels are on the CPU."""
+    """Returns the flat positions of the labels to score. The host waits for labels on a GPU."""
     return (labels.reshape(-1) != ignore_index).nonzero().squeeze(-1)
 
 
@@ -276,14 +277,14 @@ def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
 def tile_shape(
     rows: int, vocab: int, *, per_element: int, per_column: int, budget: int, preferred: int
 ) -> tuple[int, int]:
-    """Returns the rows and columns of a tile.
+    """Returns the number of rows and columns of a tile.
 
-    A tile has all rows and as many columns as fit; if that leaves fewer than 256 columns, it has fewer rows. It has at
+    A tile has all rows and as many columns as fit. If fewer than 256 columns would fit, it has fewer rows. It has at
     least one row and one column, whatever the budget.
 
     Args:
-        rows: Labelled rows.
-        vocab: Columns of the vocabulary.
+        rows: Number of labelled rows.
+        vocab: Number of columns of the vocabulary.
         per_element: Bytes per element of a tile.
         per_column: Further bytes per column of a tile.
         budget: Bytes that a tile may take.
@@ -305,7 +306,7 @@ def tile_shape(
 
 
 def fresh_memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Returns uninitialised memory of the size of a head; on a CPU in huge pages, because small pages fault more."""
+    """Returns uninitialised memory of the size of a head; on a CPU in huge pages, which fault less often."""
     return fresh_zeros(shape, dtype) if like.device.type == "cpu" else like.new_empty(shape, dtype=dtype)
 
 
@@ -326,7 +327,7 @@ def _scaled_matmul(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """Adds ``a @ b`` to ``total`` in its dtype, whatever the dtype of the inputs; overwrites it if ``is_first``."""
+    """Adds ``a @ b``, in any dtype, to ``total`` in the dtype of ``total``; overwrites ``total`` if ``is_first``."""
     if a.dtype == total.dtype:
         if is_first:
             torch.mm(a, b, out=total)
@@ -341,7 +342,7 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Returns the dtype in which inputs of this dtype are multiplied: on a CPU the faster of it and float32.
+    """Returns the dtype in which inputs of ``dtype`` are multiplied: on a CPU, float32 unless ``dtype`` is faster.
 
     MPO_CPU_MATMUL replaces the measurement: "float32" always widens (logits are then never rounded), "native" never.
 
@@ -357,7 +358,7 @@ def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if is_native else torch.float32
 
 
-@torch.compiler.assume_constant_result  # so that torch.compile does not trace the stopwatch
+@torch.compiler.assume_constant_result  # torch.compile must not trace the stopwatch
 @functools.cache
 def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
     """Returns whether this CPU multiplies matrices of this dtype clearly faster than float32; measured once."""
