@@ -1,5 +1,5 @@
-// Python bindings. Addresses are passed as integers, so this module is independent of torch and one build serves every
-// torch version. mpo_ext/ops is the only caller; it checks shapes, dtypes and devices.
+// Python bindings. Addresses are passed as integers, which makes this module independent of torch: one build serves
+// every torch version. mpo_ext/ops is the only caller; it checks shapes, dtypes and devices.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,8 +17,8 @@ using namespace py::literals;
 
 namespace {
 
-/// Reads keyword arguments by name. Every function of this module takes its arguments through one Arguments, so that
-/// the CPU and the CUDA version of an operator, and the description of a CUDA launch, read the same names.
+/// Reads keyword arguments by name. Every function of this module reads its arguments through an Arguments, so the CPU
+/// and the CUDA version of an operator, and the description of a CUDA launch, use the same names.
 class Arguments {
  public:
   explicit Arguments(const py::kwargs& kwargs) : kwargs_(kwargs) {}
@@ -42,7 +42,7 @@ class Arguments {
     return reinterpret_cast<T*>(get<uintptr_t>(name));
   }
 
-  /// Reads a name and returns its value in a table.
+  /// Reads a string argument and returns its value in a table.
   template <typename Enum>
   Enum choice(const char* name, const std::vector<std::pair<const char*, Enum>>& table) {
     const std::string value = get<std::string>(name);
@@ -54,7 +54,7 @@ class Arguments {
     throw std::invalid_argument(std::string(name) + " must be one of " + names + ", got " + value);
   }
 
-  /// Throws if an argument has not been read.
+  /// Throws if an argument was passed but not read.
   void end() const {
     std::string names;
     for (const auto& item : kwargs_) {
@@ -105,7 +105,7 @@ mpo::Rows read_rows(Arguments& a) {
 mpo::TokenLogpParams read_token_logp(Arguments& a) {
   mpo::TokenLogpParams p;
   p.in = read_rows(a);
-  const bool is_tile = p.in.vocab != p.in.total;  // only tiles of a vocabulary need a state between them
+  const bool is_tile = p.in.vocab != p.in.total;  // only tiles of a vocabulary pass on a state
   p.row_state = is_tile ? a.address<double>("row_state") : a.address_or_null<double>("row_state");
   p.logp = a.address<void>("logp");
   p.row_max = a.address<void>("row_max");
@@ -146,7 +146,7 @@ mpo::PairLossConfig read_pair_loss_config(Arguments& a) {
   return c;
 }
 
-/// Reads a pair loss over the rows of token_logp, from which logp, labels, rows and ignore_index are taken.
+/// Reads a pair loss over the rows of token_logp; logp, labels, rows and ignore_index are those of token_logp.
 mpo::PairLossParams read_pair_loss(Arguments& a, const void* logp, const int64_t* labels, int64_t rows,
                                    int64_t ignore_index) {
   mpo::PairLossParams p;
@@ -172,7 +172,7 @@ mpo::PairLossParams read_pair_loss(Arguments& a, const void* logp, const int64_t
   return p;
 }
 
-/// Reads a pair loss that runs alone. A batch without rows (T = 0) has no addresses of rows either.
+/// Reads a pair loss that runs alone. In a batch without rows (T = 0), the addresses of rows may be 0.
 mpo::PairLossParams read_pair_loss(Arguments& a) {
   const int64_t rows = a.get<int64_t>("rows");
   const void* logp = rows == 0 ? a.address_or_null<const void>("logp") : a.address<const void>("logp");
@@ -182,7 +182,6 @@ mpo::PairLossParams read_pair_loss(Arguments& a) {
 
 // ------------------------------------------------------------------------------------------------------ CPU operators
 
-/// How a CPU operator runs.
 struct CpuOptions {
   int threads;
   mpo::Isa isa;
@@ -246,7 +245,7 @@ void check_rows(const mpo::Rows& in, mpo::DType dtype) {
   if (const char* error = mpo::rows_error(in, dtype)) throw std::invalid_argument(error);
 }
 
-/// A launch of token_logp; with_pair makes it the whole forward.
+/// A launch of token_logp, or of the whole forward if with_pair is true.
 struct ForwardLaunch {
   mpo::TokenLogpParams token;
   mpo::PairLossParams pair = {};
@@ -341,7 +340,7 @@ py::dict shape_dict(const mpo::CudaShape& shape) {
                   "counters"_a = shape.counters);
 }
 
-/// Returns the shape of a launch and the bytes of the kernel's only argument, from which tests repeat the launch.
+/// Returns the shape of a launch and the bytes of the kernel's only argument. Tests repeat the launch from them.
 template <typename Args>
 py::dict launch_dict(const char* kernel, const mpo::CudaShape& shape, const Args& args) {
   py::dict launch = shape_dict(shape);
@@ -419,7 +418,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = "";
   m.attr("cuda_compiler") = "";
 #endif
-  // The functions below need neither a GPU nor CUDA. The descriptions take the arguments of a launch without the
+  // The functions below need neither a GPU nor CUDA. Each description takes the arguments of its launch except the
   // stream.
   m.def("cuda_forward_shape", &cuda_forward_shape,
         "Returns grid, block and memory of token_logp_cuda or forward_cuda.");

@@ -1,5 +1,5 @@
-// The whole interface of the native code: plain parameter structs and the functions that take them. Independent of
-// torch, pybind11 and Python; csrc/bindings.cpp fills in the structs.
+// The whole interface of the native code: plain parameter structs and the functions that take them. It is independent
+// of torch, pybind11 and Python; csrc/bindings.cpp fills in the structs.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,8 @@ enum RowStats : unsigned {
 };
 constexpr int kNumRowStats = 4;
 
-/// Rows of logits and their labels. Strides are in elements. Strides, and whatever is multiplied by them, are 64-bit:
-/// rows * vocab exceeds 2^31 in practice. "Result" below means double if the logits are double, and float otherwise.
+/// Rows of logits and their labels. Strides are in elements. Strides and their factors are 64-bit, because rows * vocab
+/// exceeds 2^31 in practice. "Result" below means double if the logits are double, and float otherwise.
 ///
 /// The columns may be a tile of the vocabulary: columns first .. first + vocab - 1 of `total`. Labels are indices into
 /// the whole vocabulary, so a row's label may lie in another tile.
@@ -40,7 +40,7 @@ struct Rows {
   int64_t ignore_index;
 };
 
-/// Doubles in a RowState (math.h): the sums over those tiles of a row that token_logp has read so far.
+/// Number of doubles in a RowState (math.h), the sums over the tiles of a row that token_logp has read so far.
 constexpr int kRowStateSize = 6;
 
 struct TokenLogpParams {
@@ -109,8 +109,8 @@ bool can_run(Isa isa);
 
 /// The three operators on host memory. The result does not depend on the number of threads.
 ///
-/// token_logp also writes exp(z - row_max), with row_max up to this tile, to `exp_logits` unless it is nullptr, and 0
-/// for the label. Its layout is that of the logits, and it may be the logits. Rows that are ignored, or whose label is
+/// Unless `exp_logits` is nullptr, token_logp also writes exp(z - row_max) to it, and 0 for the label; row_max includes
+/// this tile. `exp_logits` has the layout of the logits and may be the logits. Rows that are ignored, or whose label is
 /// out of range, are not written.
 void token_logp_cpu(const TokenLogpParams& p, void* exp_logits, DType dtype, int threads, Isa isa);
 void pair_loss_cpu(const PairLossParams& p, bool is_double);
@@ -120,7 +120,7 @@ void logits_grad_cpu(const LogitsGradParams& p, DType dtype, int threads, Isa is
 struct CudaShape {
   int grid;
   int block;
-  int64_t scratch_bytes;  // need no initial value; 16-byte aligned
+  int64_t scratch_bytes;  // may be uninitialised; 16-byte aligned
   int counters;           // 0 before and after the launch; not shared with another stream
 };
 
@@ -135,8 +135,8 @@ struct CudaPairTypes {
   bool offsets_are_int32;  // PairLossParams::offsets points to int32_t; nullptr means sequences of equal length
 };
 
-/// Return the shapes of the launches below for a GPU with that many multiprocessors. They need no GPU. `pairs` is 0 if
-/// token_logp runs alone.
+/// Return the shapes of the launches below for a GPU with `multiprocessors` multiprocessors. They need no GPU. `pairs`
+/// is 0 if token_logp runs alone.
 CudaShape cuda_forward_shape(int64_t rows, int64_t vocab, DType dtype, int64_t pairs, int multiprocessors);
 CudaShape cuda_pair_loss_shape(int64_t pairs);
 CudaShape cuda_logits_grad_shape(int64_t rows, int64_t vocab, DType dtype, int multiprocessors);

@@ -29,8 +29,8 @@ MPO_HD double label_logp(double z_label, double row_max, double row_sum) { retur
 
 MPO_HD bool in_vocab(int64_t label, int64_t vocab) { return label >= 0 && label < vocab; }
 
-/// Sums over a row or a part of it, with e = exp(z - max). No member initialisers, because CUDA keeps them in shared
-/// memory.
+/// Sums over a row or a part of it, with e = exp(z - max). There are no member initialisers, because CUDA keeps these
+/// sums in shared memory.
 template <typename Real>
 struct RowSums {
   Real max;
@@ -53,7 +53,7 @@ MPO_HD RowSums<Real> rescaled(RowSums<Real> s, Real max, Real scale) {
   return s;
 }
 
-/// The state of a row after a part of its vocabulary. z_label is defined once the label's part has been read.
+/// The state of a row after a part of its vocabulary. z_label is defined once the part with the label has been read.
 struct RowState {
   RowSums<double> sums;
   double z_label;
@@ -112,7 +112,7 @@ MPO_HD PairTerms pair_terms(double chosen, double rejected, double delta, const 
   return t;
 }
 
-/// delta and the number of its updates.
+/// delta and its number of updates.
 struct ShiftState {
   double value;
   double updates;
@@ -127,7 +127,7 @@ MPO_HD ShiftState moved(ShiftState s, double sum, double count, ShiftRule rule, 
   return {value, s.updates + 1};
 }
 
-/// Sums over the chosen responses that have tokens, from which the NTP term is averaged.
+/// Sums over the chosen responses that have tokens. The NTP term is an average of these sums.
 struct ChosenSums {
   double logp;
   double mean_logp;  // sum of the means per token
@@ -141,13 +141,13 @@ MPO_HD double ntp_loss(const ChosenSums& s, const PairLossConfig& c) {
   return c.average_sequences ? -s.mean_logp / s.responses : -s.logp / s.tokens;
 }
 
-/// Returns the part of d loss / d logp that the NTP term gives to each token of a chosen response.
+/// Returns the NTP term's part of d loss / d logp for each token of a chosen response.
 MPO_HD double ntp_grad(const ChosenSums& s, double tokens, const PairLossConfig& c) {
   if (!(c.ntp_weight > 0) || !(tokens > 0)) return 0;
   return -c.ntp_weight / (c.average_sequences ? tokens * s.responses : s.tokens);
 }
 
-/// Returns the weighted sum of the terms. A term with the weight 0 is left out, since 0 * inf would be NaN.
+/// Returns the weighted sum of the terms. A term with weight 0 is left out, because 0 * inf would be NaN.
 MPO_HD double total_loss(double dpo, double bco, double ntp, const PairLossConfig& c) {
   double loss = 0;
   if (c.dpo_weight > 0) loss += c.dpo_weight * dpo;

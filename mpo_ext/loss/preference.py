@@ -26,18 +26,30 @@ class Pairs:
 
     In the formulas, S is the summed log-prob of a response's labels, n the number of these labels, ``h = S - S^ref``
     the log-ratio and e the label smoothing; c and r mean chosen and rejected.
+
+    Attributes:
+        chosen_logp: ``[B]`` S_c.
+        rejected_logp: ``[B]`` S_r.
+        ref_chosen_logp: ``[B]`` S_c^ref without gradient; zeros for a loss without reference.
+        ref_rejected_logp: ``[B]`` S_r^ref without gradient; zeros for a loss without reference.
+        chosen_tokens: ``[B]`` n_c in the dtype of the log-probs, at least 1.
+        rejected_tokens: ``[B]`` n_r in the dtype of the log-probs, at least 1.
+        has_both_sides: ``[B]`` bool, whether both responses of the pair have labels.
+        beta: Temperature, as in ``preference_loss``.
+        label_smoothing: Fraction of pairs assumed to be labelled in reverse, in ``[0, 0.5)``.
+        delta: Reward shift: a number, or a 0-d tensor without gradient.
     """
 
-    chosen_logp: Tensor  # [B], S_c
-    rejected_logp: Tensor  # [B], S_r
-    ref_chosen_logp: Tensor  # [B], S_c^ref without gradient; zeros for a loss without reference
-    ref_rejected_logp: Tensor  # [B], S_r^ref without gradient; zeros for a loss without reference
-    chosen_tokens: Tensor  # [B], n_c in the dtype of the log-probs, at least 1
-    rejected_tokens: Tensor  # [B], n_r in the dtype of the log-probs, at least 1
-    has_both_sides: Tensor  # [B], bool
+    chosen_logp: Tensor
+    rejected_logp: Tensor
+    ref_chosen_logp: Tensor
+    ref_rejected_logp: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    has_both_sides: Tensor
     beta: float
     label_smoothing: float
-    delta: float | Tensor  # reward shift: a number, or a 0-d tensor without gradient
+    delta: float | Tensor
 
     @property
     def chosen_ratio(self) -> Tensor:

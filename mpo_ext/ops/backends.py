@@ -51,7 +51,7 @@ def choose_backend(backend: str | None, logits: Tensor, name: str = "logits") ->
     return backend
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace queries of the driver
+@torch.compiler.assume_constant_result  # keeps torch.compile from tracing the driver queries
 def cuda_problem(device: torch.device) -> str | None:
     """Returns the reason why the CUDA kernels cannot run on this device, or None if they can."""
     try:

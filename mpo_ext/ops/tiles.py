@@ -26,11 +26,11 @@ from torch import Tensor
 from mpo_ext.ops.memory import fresh_zeros, result_dtype
 
 _CPU_MEMORY_BUDGET, _GPU_MEMORY_BUDGET = 64 << 20, 256 << 20
-_CPU_TILE_BYTES = 16 << 20  # of logits: fits in the last-level cache, and large enough for fast matrix products
+_CPU_TILE_BYTES = 16 << 20  # logits of a tile: fits the last-level cache, large enough for fast products
 # Bytes of columns of kept logits: the distance in memory between the logits that backward reads and its output.
 _CPU_KEPT_BYTES, _GPU_KEPT_BYTES = 32 << 20, 64 << 20
-_ALIGNMENT = 64  # bytes: kept logits begin at multiples
-_MIN_COLUMNS = 256  # of a tile, if the vocabulary is as large: narrower products are slow
+_ALIGNMENT = 64  # bytes: kept logits begin at a multiple of it
+_MIN_COLUMNS = 256  # of a tile, unless the vocabulary is smaller: narrower products are slow
 _COLUMN_STEP = 64
 
 
@@ -358,7 +358,7 @@ def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if is_native else torch.float32
 
 
-@torch.compiler.assume_constant_result  # torch.compile must not trace the stopwatch
+@torch.compiler.assume_constant_result  # keeps torch.compile from tracing the stopwatch
 @functools.cache
 def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
     """Returns whether this CPU multiplies matrices of this dtype clearly faster than float32; measured once."""

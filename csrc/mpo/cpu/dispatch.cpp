@@ -26,8 +26,8 @@ const CpuKernels& kernels_of(Isa isa) {
 }
 
 /// The function of the OpenMP runtime that runs work(data) on each thread of a team. It is looked up in torch's runtime
-/// and not linked: torch's threads spin for a while after each operator, and threads of a second pool would wait for
-/// them.
+/// and not linked, because torch's threads spin for a while after each operator, and the threads of a second pool would
+/// wait for them.
 using Parallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
 #ifdef _WIN32
@@ -36,21 +36,21 @@ Parallel openmp_parallel() { return nullptr; }
 std::atomic<bool> is_forked{false};
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
 
-/// Returns GOMP_parallel, which the runtimes of GCC, LLVM and Intel provide; nullptr without such a runtime, and in a
-/// forked process, which inherits the pool without its threads.
+/// Returns GOMP_parallel, which the runtimes of GCC, LLVM and Intel provide. Returns nullptr without such a runtime,
+/// and in a forked process, which inherits the pool without its threads.
 Parallel openmp_parallel() {
   static const auto gomp_parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return is_forked ? nullptr : gomp_parallel;
 }
 #endif
 
-/// Calls run() on up to `threads` threads at once, of which at most `max_busy` find work. Each call of run() works
-/// until no work is left.
+/// Calls run() on up to `threads` threads at once; at most `max_busy` of them find work. Each call of run() works until
+/// no work is left.
 template <typename Run>
 void run_on_threads(int64_t threads, int64_t max_busy, Run& run) {
   if (threads <= 1 || max_busy <= 1) return run();
   if (const Parallel parallel = openmp_parallel()) {
-    // On all threads: a team of another size than torch's would have to be assembled first.
+    // All threads take part, because a team of another size than torch's would have to be assembled first.
     return parallel([](void* data) { (*static_cast<Run*>(data))(); }, &run, static_cast<unsigned>(threads), 0);
   }
   std::vector<std::thread> helpers;
@@ -63,8 +63,8 @@ void run_on_threads(int64_t threads, int64_t max_busy, Run& run) {
   for (std::thread& helper : helpers) helper.join();
 }
 
-/// Calls work(begin, end) for pieces of [0, rows) on up to `threads` threads. A piece is a few rows. Threads take the
-/// next piece when they are free, because ignored rows are adjacent and cost nothing.
+/// Calls work(begin, end) for pieces of a few rows of [0, rows), on up to `threads` threads. A thread takes the next
+/// piece when it is free, because ignored rows are adjacent and cost nothing.
 template <typename Work>
 void for_each_piece(int64_t rows, int64_t vocab, int threads, const Work& work) {
   constexpr int64_t kPieceElements = 1 << 16;  // about 20 microseconds of work, the cost of waking a thread

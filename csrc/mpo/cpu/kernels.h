@@ -6,7 +6,7 @@
 namespace mpo {
 
 struct CpuKernels {
-  /// Both process the rows begin .. end - 1 on the calling thread.
+  /// Both kernels process the rows begin .. end - 1 on the calling thread.
   void (*token_logp)(const TokenLogpParams& p, void* exp_logits, DType dtype, int64_t begin, int64_t end);
   void (*logits_grad)(const LogitsGradParams& p, DType dtype, int64_t begin, int64_t end);
 };

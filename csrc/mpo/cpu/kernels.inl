@@ -18,7 +18,7 @@ constexpr int64_t kCacheLine = 64;
 constexpr int kUnroll =
     4;  // vectors in flight, each with its own partial sum, so that no addition waits for the previous one
 
-/// Elements in a vector, in a group of vectors that is loaded at once, and in one step of the main loops.
+/// Number of elements in a vector, in a group of vectors that is loaded at once, and in a step of the main loops.
 template <typename Format>
 constexpr int64_t kLanes = MPO_VECTOR_BYTES / static_cast<int64_t>(sizeof(typename Format::Real));
 template <typename Format>
@@ -26,8 +26,8 @@ constexpr int64_t kGroupSize = kLanes<Format> * Format::kGroup;
 template <typename Format>
 constexpr int64_t kStep = kLanes<Format> * kUnroll;
 
-/// Elements in a block. It stays in the first-level cache between the two passes over it. Each block is summed
-/// separately, since a single running float over 150,000 terms would lose four digits.
+/// Number of elements in a block. A block stays in the first-level cache between the two passes over it. Each block is
+/// summed separately, because a single running float over 150,000 terms would lose four digits.
 template <typename Format>
 constexpr int64_t kBlock = 8192 / static_cast<int64_t>(sizeof(typename Format::Real));
 
@@ -40,7 +40,7 @@ const typename Format::Scalar* row_start(const Rows& in, int64_t row) {
 }
 
 /// Calls body(u, v) for each vector v of [x, x + size): first whole steps, with u from 0 to kUnroll - 1, then groups,
-/// the last padded with `fill`. Prefetches the elements that lie `ahead` elements further; 0 disables that.
+/// of which the last is padded with `fill`. Prefetches the memory `ahead` elements further on; 0 disables prefetching.
 template <typename Format, typename Body>
 inline void for_each_vector(const typename Format::Scalar* x, int64_t size, typename Format::Scalar fill, int64_t ahead,
                             const Body& body) {
@@ -80,15 +80,13 @@ double largest_of(const typename Format::Scalar* x, int64_t size, int64_t ahead)
   return horizontal_max<typename Format::Real>(max[0]);
 }
 
-/// Returns the number that is subtracted from logits before exp: the maximum, or 0 if all logits are -inf, which makes
-/// exp give 0.
+/// Returns the number to subtract from logits before exp: the maximum, or 0 if all logits are -inf, for which exp is 0.
 template <typename Format>
 typename Format::Vec exp_offset(double max) {
   typedef typename Format::Real Real;
   return splat<typename Format::Vec>(max == -__builtin_inf() ? Real(0) : static_cast<Real>(max));
 }
 
-/// Returns the sums of a row.
 template <typename Format, bool kStats>
 RowSums<double> read_row(const typename Format::Scalar* x, int64_t vocab) {
   typedef typename Format::Vec Vec;

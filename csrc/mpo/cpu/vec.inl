@@ -1,7 +1,7 @@
 // Vectors for the CPU kernels, as vector types of the compiler, so that one source serves every instruction set.
-// Intrinsics are used only for instructions that those types cannot express. kernels.inl includes this file inside an
-// anonymous namespace, so each instruction set has its own copy. Nothing here may call an inline function of the
-// standard library: the linker would merge copies of different instruction sets.
+// Intrinsics are used only for instructions that these types cannot express. kernels.inl includes this file inside an
+// anonymous namespace, so each instruction set has a separate copy. Code here must not call inline functions of the
+// standard library, because the linker would merge copies of different instruction sets.
 
 template <typename Real>
 struct VecOf;
@@ -29,7 +29,7 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-/// A vector in memory at any address. Compilers turn a memcpy into small copies through the stack.
+/// A vector in memory at any address. It replaces memcpy, which compilers turn into small copies through the stack.
 template <typename Vec>
 struct Unaligned {
   typedef Vec Type __attribute__((aligned(1), may_alias));
@@ -43,8 +43,8 @@ inline void store_vector(void* address, Vec v) {
   *static_cast<typename Unaligned<Vec>::Type*>(address) = v;
 }
 
-/// Writes zeros, bypassing the caches if the processor can: they are many, are not read soon, and a store through the
-/// caches would read each line first. Other threads see them after the fence.
+/// Writes zeros, bypassing the caches if the processor can: there are many zeros, they are not read soon, and a store
+/// through the caches would read each line first. The fence makes them visible to other threads.
 inline void write_zeros(void* address, size_t bytes) {
 #if defined(__AVX2__)
   constexpr size_t kLine = 64;
@@ -70,8 +70,8 @@ inline Vec splat(Real x) {
   return x - Vec{};  // x - 0 in each lane; 0 + x would turn -0 into 0
 }
 
-/// Returns a > b ? a : b, and b if either is NaN, like the x86 instruction. So callers pass the value that must survive
-/// a NaN as b.
+/// Returns a > b ? a : b, and b if either is NaN, like the x86 instruction. Callers therefore pass the value that must
+/// survive a NaN as b.
 inline FloatVec larger(FloatVec a, FloatVec b) {
 #if defined(__AVX512F__)
   return bit_cast<FloatVec>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
@@ -152,8 +152,8 @@ struct FloatExp {
 #if defined(__FMA__)
     const Vec r = d - n * (0.693147180559945309f / kSteps);
 #else
-    // log(2) in two parts, the first short enough that its multiple is exact, since no fused operation avoids the
-    // rounding.
+    // log(2) is split into two parts, because there is no fused operation: the first part is so short that its multiple
+    // is exact.
     const Vec r = (d - n * (0.693359375f / kSteps)) - n * (-2.12194440e-4f / kSteps);
 #endif
     Vec p = coefficients[kDegree];
@@ -224,7 +224,7 @@ struct DoubleExp {
 // ------------------------------------------------------------------------------------------------ loading and storing
 
 // A format defines the type of a logit in memory (Scalar), the type of the arithmetic (Real), and how a group of kGroup
-// vectors is loaded and stored. A load may permute the elements; the store reverses that. Stored values are never NaN.
+// vectors is loaded and stored. If a load permutes the elements, the store reverses this. Stored values are never NaN.
 
 template <typename RealType, typename VecType, typename ExpType>
 struct Native {
@@ -243,8 +243,8 @@ struct Native {
 typedef Native<float, FloatVec, FloatExp> Float32;
 typedef Native<double, DoubleVec, DoubleExp> Float64;
 
-/// Each 32-bit lane holds two 16-bit numbers: the even numbers form one vector and the odd numbers the other, without a
-/// shuffle.
+/// Each 32-bit lane holds two 16-bit numbers. The even numbers form one vector and the odd numbers the other, which
+/// needs no shuffle.
 struct BFloat16 {
   typedef uint16_t Scalar;
   typedef float Real;

@@ -7,7 +7,7 @@
 namespace mpo {
 namespace {
 
-/// Returns the vectors that a row may touch, wherever it starts in its first line.
+/// Returns the number of vectors that a row may touch, wherever it starts in its first line.
 int row_vectors(int64_t vocab, DType dtype) {
   const int64_t skipped = kLineBytes / element_bytes(dtype) - 1;
   const int64_t per_vector = kVectorBytes / element_bytes(dtype);

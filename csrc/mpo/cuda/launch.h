@@ -21,9 +21,9 @@ constexpr unsigned kAllLanes = ~0u;  // mask of all lanes of a warp
 constexpr int kLineBytes = 128;
 constexpr int kVectorBytes = 16;
 constexpr int kSplitVectors = 32;  // rows are split at multiples of the vectors that a warp loads at once
-constexpr int kMinVectors = 512;   // at least so many vectors per block
+constexpr int kMinVectors = 512;   // minimum number of vectors per block
 
-/// The sums of one block over its piece of a row that is split over blocks: 32 bytes, which is one sector.
+/// The sums of one block over its piece of a row that is split over blocks: 32 bytes, the size of a sector.
 struct alignas(32) PieceSums {
   RowSums<float> sums;
 };

@@ -28,8 +28,8 @@ __device__ __forceinline__ RowFactor row_factor(const LogitsGradArgs& a, int64_t
   return {max, isfinite(factor) && isfinite(max) ? factor : __int_as_float(0x7fffffff)};
 }
 
-/// Returns the gradient of the label's logit, weight * (1 - p), with 1 - p = -expm1(logp): 1 - p cancels if p is
-/// near 1. One thread per row computes it. It loads the row's numbers again, so that no thread keeps them in registers.
+/// Returns the gradient of the label's logit, weight * (1 - p), with 1 - p = -expm1(logp), because 1 - p cancels if p
+/// is near 1. One thread per row computes it, and loads the row's numbers again, which saves registers in all threads.
 __device__ __forceinline__ float label_grad(const LogitsGradArgs& a, int64_t row, float factor, float z_label) {
   if (isnan(factor)) return factor;
   const double max = static_cast<double>(static_cast<const float*>(a.p.row_max)[row]);
@@ -37,14 +37,14 @@ __device__ __forceinline__ float label_grad(const LogitsGradArgs& a, int64_t row
   return static_cast<float>(row_weight(a, row) * -expm1(label_logp(static_cast<double>(z_label), max, sum)));
 }
 
-/// The label's logit, in the thread that writes the label's element and corrects it after the loop. The logit is read
-/// before the loop, since the gradient may overwrite it.
+/// The label's logit, held by the thread that writes the label's element and corrects it after the loop. The logit is
+/// read before the loop, because the gradient may overwrite it.
 struct LabelLogit {
   bool is_mine;
   float z;
 };
 
-/// Writes a piece of a row's gradient if logits and gradient have the same alignment.
+/// Writes a piece of a row's gradient whose logits have the same alignment as the gradient.
 template <typename Scalar>
 __device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Scalar* out, int vocab, int label, int from, int to,
                                                   int row_vectors, const RowFactor& f) {
@@ -88,7 +88,7 @@ __device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Scalar* out, 
   return at_label;
 }
 
-/// Writes a piece of a row's gradient element by element if logits and gradient differ in alignment, for example
+/// Writes a piece of a row's gradient element by element, for logits and gradient that differ in alignment, for example
 /// because of a padded stride. Neighbouring threads write neighbouring elements.
 template <typename Scalar>
 __device__ __forceinline__ LabelLogit write_piece_singly(const Scalar* x, Scalar* out, int vocab, int label, int from,
@@ -134,10 +134,8 @@ __device__ __forceinline__ void fill_piece(Scalar* out, int vocab, int from, int
 
 /// Computes grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i). grad may be the logits.
 ///
-/// Grid    cuda_logits_grad_shape: at most as many blocks as run on the GPU at once. The labelled rows, which are read
-/// and
-///         written, and the other rows, which are only written, are each cut into as many equal parts as there are
-///         blocks
+/// Grid    cuda_logits_grad_shape: at most as many blocks as run on the GPU at once. Labelled rows, which are read and
+///         written, and other rows, which are only written, are each cut into one equal part per block
 /// Block   kCudaThreads threads
 /// Shared  a list of rows
 /// Reads   labels, once per block; vocab elements per labelled row

@@ -5,14 +5,13 @@
 
 namespace mpo {
 
-/// Shared memory of pair_loss_block.
 struct PairLossShared {
   double values[6][kWarps];
   int64_t tokens[kWarps];
 };
 
 /// Replaces n values by their sums over the block, in every thread and always in the same order. All threads must call
-/// it. The barriers also separate it from other uses of `shared`.
+/// it. Its barriers also separate it from other uses of `shared`.
 template <int n>
 __device__ __forceinline__ void block_sum(double (&x)[n], PairLossShared& shared) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -50,7 +49,8 @@ struct PairInputs {
   __device__ __forceinline__ double reward(int64_t s) const {
     return has_both(s % a.p.pairs) ? a.p.config.beta * (a.sums[s] - ref_logp(s)) : 0.0;
   }
-  /// Returns, in every thread, whether the offsets rise from 0 to rows. Others would cause accesses out of bounds.
+  /// Returns, in every thread, whether the offsets rise from 0 to rows. Invalid offsets would cause accesses out of
+  /// bounds.
   __device__ __forceinline__ bool are_valid() const {
     if (a.p.offsets == nullptr) return true;
     int is_bad = threadIdx.x == 0 && (offset(0) != 0 || offset(2 * a.p.pairs) != a.p.rows);
@@ -59,12 +59,11 @@ struct PairInputs {
   }
 };
 
-/// The distribution of the warps of the block over the sequences: several warps per sequence if there are few
-/// sequences.
+/// The distribution of the block's warps over the sequences: several warps per sequence if there are few sequences.
 struct SequenceWarps {
   int per_sequence;  // warps per sequence
   int at_once;       // sequences at a time
-  int sequence;      // the sequence of this warp among these
+  int sequence;      // index of this warp's sequence among the sequences at a time
   int part;          // the index of this warp among the warps of the sequence
 
   __device__ __forceinline__ explicit SequenceWarps(int64_t sequences) {

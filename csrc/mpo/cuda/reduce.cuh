@@ -1,4 +1,4 @@
-// Reductions over the lanes of a warp, and merging the sums over parts of a row.
+// Reductions over the lanes of a warp, and merging of the sums over parts of a row.
 #pragma once
 
 #include "mpo/cuda/formats.cuh"

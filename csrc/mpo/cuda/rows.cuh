@@ -63,8 +63,9 @@ struct RowGrid {
   }
 };
 
-/// The even split of rows over blocks: the vectors of all rows in one sequence, cut into parts of equal length. A cut
-/// may fall into a row. The split depends only on its three numbers, so results do not depend on the order of blocks.
+/// The even split of rows over blocks: the vectors of all rows form one sequence, which is cut into parts of equal
+/// length. A cut may fall into a row. The split depends only on its three numbers, so results do not depend on the
+/// order of blocks.
 struct Split {
   int rows;
   int row_vectors;
@@ -94,8 +95,8 @@ struct Split {
   }
 };
 
-/// Finds rows by their rank among the scored rows, or among the others. Every block reads all labels once, so that no
-/// block waits for another: 8 bytes per row, compared with 2 * vocab bytes of logits.
+/// Finds rows by their rank among the scored rows, or among the other rows. Every block reads all labels once, so that
+/// no block waits for another: 8 bytes per row, compared with 2 * vocab bytes of logits.
 struct RowFinder {
   int begin, end;     // the rows whose labels this warp reads
   int scored_before;  // scored rows before begin
@@ -132,8 +133,8 @@ struct RowFinder {
 
   __device__ __forceinline__ int count(bool is_scored_rows) const { return is_scored_rows ? scored : unscored_; }
 
-  /// Writes the rows of rank first .. first + size - 1 among the scored rows, or among the others, to shared memory.
-  /// All threads must call it; the list is complete after the next barrier.
+  /// Writes to shared memory the rows with ranks first .. first + size - 1 among the scored rows, or among the other
+  /// rows. All threads must call it; the list is complete after the next barrier.
   __device__ void list(const Rows& in, bool is_scored_rows, int first, int size, int* rows) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     int rank = is_scored_rows ? scored_before : begin - scored_before;
@@ -160,8 +161,8 @@ struct RowFinder {
   int unscored_;
 };
 
-/// Calls body(row, from, to, rank) for each piece of a scored row (or of another row) that this block handles: vectors
-/// from .. to - 1 of the row with that rank. `rows` is [kListRows] in shared memory. All threads must call it.
+/// Calls body(row, from, to, rank) for each piece of a scored row (or of another row) that this block handles: the
+/// vectors from .. to - 1 of the row with that rank. `rows` is [kListRows] in shared memory. All threads must call it.
 template <typename Body>
 __device__ __forceinline__ void for_each_piece(const Rows& in, const RowFinder& finder, bool is_scored_rows,
                                                const Split& split, int* rows, const Body& body) {

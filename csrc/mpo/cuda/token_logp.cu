@@ -13,7 +13,6 @@ struct TokenLogpShared {
   bool is_last;
 };
 
-/// Returns the sums of a single logit.
 template <bool kStats>
 __device__ __forceinline__ RowSums<float> sums_of(float z) {
   const float max = fmaxf(z, minus_infinity());  // a NaN is not in the maximum, but it is in the sum
@@ -23,7 +22,7 @@ __device__ __forceinline__ RowSums<float> sums_of(float z) {
 }
 
 /// Returns the sums over this thread's part of the vectors from .. to - 1 of a row. Each kUnroll vectors are summed
-/// separately, since a single running float over a row would lose digits.
+/// separately, because a single running float over a row would lose digits.
 template <typename Scalar, bool kStats>
 __device__ __forceinline__ RowSums<float> read_piece(const Scalar* x, int vocab, int from, int to, int row_vectors) {
   typedef Format<Scalar> F;
