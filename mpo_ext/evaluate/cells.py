@@ -68,7 +68,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Names of the model, the file of questions and the prompt."""
+        """Returns the names of the model, the file of questions and the prompt."""
         return self.model, self.data.name, self.evaluation.prompt
 
     def ask(self, engine: Engine, run: EvaluationRun) -> None:
@@ -92,7 +92,7 @@ class Cell:
                 progress.advance(counts + (f", {skipped} skipped" if skipped else ""))
 
     def read(self, world_size: int) -> Iterator[tuple[Item, str | None, list[ScoredResponse]]]:
-        """Yields each item, the reason why it was not asked (or None), and its scored responses, from all journals."""
+        """Yields each item, the reason why the item was not asked (or None), and the scored responses, from all journals."""
         for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
             yield item, *self.evaluation.score(item, records)
 

@@ -113,7 +113,7 @@ class QuestionScore:
 
     @property
     def accuracy(self) -> float:
-        """Fraction of right samples."""
+        """Returns the fraction of right samples."""
         return sum(self.right) / len(self.right)
 
 

@@ -112,7 +112,7 @@ class Correctness:
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples and scores the responses to the items; the records of an unusable item hold its problem."""
+        """Samples and scores the responses to the items; the records of an unusable item hold the reason."""
         all_records = self.questions.sample(items, engine)
         for item, records in zip(items, all_records, strict=True):
             for record in records:

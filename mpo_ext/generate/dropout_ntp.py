@@ -126,7 +126,7 @@ class DropoutNTP:
         return Prefix(tuple(ids[:count]), text)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Cuts and continues the responses of the items; the records of an unusable item hold its problem."""
+        """Cuts and continues the responses of the items; the records of an unusable item hold the reason."""
         rows = [self._load(item) for item in items]
         self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None], engine)
         requests: list[Request] = []
@@ -159,7 +159,7 @@ class DropoutNTP:
         ]
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes a pair from each usable continuation, and counts the other continuations by their problem."""
+        """Makes a pair from each usable continuation, and counts the other continuations by skip reason."""
         result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         result.tokens += records[0].get("chosen_tokens", 0)
         if problem := next((record["problem"] for record in records if "problem" in record), None):
@@ -283,7 +283,7 @@ class DropoutNTP:
         return None
 
     def _score(self, item: Item, text: str) -> dict[str, Any]:
-        """Returns the answer in a response and its correctness; empty without a true answer or a matcher."""
+        """Returns the answer and its correctness as a dict, which is empty without a true answer or a matcher."""
         if not item.truths or self._scorer is None:
             return {}
         answer, verdict = self._scorer.score(text, item.truths)

@@ -47,26 +47,26 @@ class Item:
 
     @property
     def pair_images(self) -> tuple[str, ...]:
-        """Image paths for the pairs: absolute for an item of a subset, otherwise as the input gives them."""
+        """Returns the image paths for the pairs: absolute for an item of a subset, otherwise as the input gives them."""
         if self.subset is None:
             return self.images
         return tuple(os.path.join(self.image_root, image) for image in self.images)
 
     @property
     def pair_extra(self) -> dict[str, Any]:
-        """Further fields for the pairs of the item."""
+        """Returns the extra fields of the item's pairs: ``extra`` and, for an item of a subset, the subset and its root."""
         if self.subset is None:
             return dict(self.extra)
         return {**self.extra, SOURCE: {"subset": self.subset, "root": self.image_root}}
 
     @property
     def answer_gt(self) -> str | None:
-        """First true answer; None if the item has no true answer."""
+        """Returns the first true answer, or None if the item has no true answer."""
         return self.truths[0] if self.truths else None
 
     @property
     def digest(self) -> str:
-        """Name of the item: a hash of the content, which does not depend on the position in the input."""
+        """Returns a hash of the content as the name of the item; it does not depend on the position in the input."""
         content = (self.question, self.images, self.chosen, self.truths, self.problem)
         return hashlib.blake2b(repr(content).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 

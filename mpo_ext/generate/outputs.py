@@ -1,4 +1,4 @@
-"""The pairs of an item, the summary of a run, and the files that a run writes."""
+"""The output lines of an item, the summary of a run, and the files that a run writes."""
 
 import collections
 import contextlib
@@ -66,12 +66,12 @@ class Summary:
 
     @property
     def skipped_samples(self) -> int:
-        """Number of samples that were skipped individually."""
+        """Returns the number of samples that were skipped individually."""
         return self.skipped.total() - self.skipped_items
 
     @property
     def pairs(self) -> int:
-        """Number of pairs in all outputs."""
+        """Returns the number of pairs in all outputs."""
         return sum(count for name, count in self.lines.items() if name != "unsolved")
 
     def add(self, result: ItemResult, records: int) -> None:

@@ -36,7 +36,7 @@ class PairPipeline(Pipeline, Protocol):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs; each output is a file of lines."""
+        """Returns the names of the outputs; each output is a JSONL file."""
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
         """Makes pairs from the records of an item."""

@@ -1,4 +1,4 @@
-"""The engine that uses transformers. Each row of a batch is drawn with a separate seed."""
+"""The engine that uses transformers. The tokens of each row of a batch are drawn with a separate seed."""
 
 import math
 import os
