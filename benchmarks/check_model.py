@@ -20,7 +20,6 @@ WITHIN = 0.25  # largest relative error of an accurate prediction
 
 
 def is_ours(provider: str) -> bool:
-    """Returns whether a provider belongs to mpo_ext."""
     return provider.startswith("mpo_ext")
 
 

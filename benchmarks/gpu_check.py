@@ -198,7 +198,6 @@ def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor 
 
 
 def render_table(loss: LossShape, timings: Timings, peaks: Mapping[str, int], bandwidth: float) -> str:
-    """Returns the Markdown table of the timings on a shape."""
     rows = []
     for what, by_name in timings.items():
         needed = bytes_needed(loss, what)
@@ -215,7 +214,6 @@ def render_table(loss: LossShape, timings: Timings, peaks: Mapping[str, int], ba
 def render_report(
     facts: Mapping[str, str], steps: Sequence[StepResult], bandwidth: float | None, tables: Sequence[str]
 ) -> str:
-    """Returns the whole report as Markdown."""
     results = [[step.name, "passed" if step.passed else "FAILED", f"{step.seconds:.0f}"] for step in steps]
     parts = [
         f"# mpo_ext on a GPU\n\n{markdown_table(['fact', 'value'], [list(fact) for fact in facts.items()])}",

@@ -84,7 +84,6 @@ def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Mac
     flop = 2 * _ROWS * _HIDDEN * _COLUMNS
 
     def beyond(fresh: str, used: str) -> float:
-        """Returns the extra seconds that fresh memory takes, at least a nanosecond."""
         return max(median[fresh] - median[used], 1e-9)
 
     return Machine(

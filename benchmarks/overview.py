@@ -33,13 +33,11 @@ def times(path: Path = ROOT / "results" / "logits.json") -> dict[str, float]:
 
 
 def text(x: float, y: float, content: str, *, size: int = 13, color: str = INK, bold: bool = False) -> str:
-    """Returns an SVG text element."""
     weight = ' font-weight="600"' if bold else ""
     return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}"{weight}>{escape(content)}</text>'
 
 
 def box(x: float, y: float, width: float, height: float, *, fill: str, line: str = "none") -> str:
-    """Returns an SVG rectangle with round corners."""
     return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="{fill}" stroke="{line}"/>'
 
 

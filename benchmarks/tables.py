@@ -40,7 +40,6 @@ _NAMES = {
 
 
 def provider_name(provider: str) -> str:
-    """Returns the table label of a provider."""
     return _NAMES.get(provider, provider)
 
 
@@ -291,7 +290,6 @@ def steps(documents: Documents) -> str:
 
 
 def sampling(documents: Documents) -> str:
-    """Returns the table of sampling times."""
     document = documents["sampling"]
     rows = []
     for p in _measured(document):

@@ -61,7 +61,6 @@ def complete_result(settings: StudySettings, row: str, result: Mapping[str, Any]
 
 
 def failure(reason: str) -> dict[str, str]:
-    """Returns the result of a run that failed."""
     return {"status": "failed", "reason": reason}
 
 
@@ -100,7 +99,6 @@ def document_of(
 
 
 def write_document(out: Path, document: Mapping[str, Any]) -> None:
-    """Writes ``study.json`` and ``study.md``."""
     measure.write_text(out / "study.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
     measure.write_text(out / "study.md", tables.markdown(document))
 

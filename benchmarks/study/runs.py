@@ -114,11 +114,9 @@ class Study:
         self.written = time.monotonic()
 
     def document(self) -> dict[str, Any]:
-        """Returns the content of ``study.json``."""
         return results.document_of(self.results, self.settings, self.environment, self.quick)
 
     def minutes(self) -> float:
-        """Returns the minutes since the study began."""
         return (time.monotonic() - self.began) / 60
 
     def report_failures(self) -> bool:

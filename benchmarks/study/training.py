@@ -42,7 +42,6 @@ class CachingEncoder(Encoder):
 
 
 def clear_encoded() -> None:
-    """Frees the cached pairs."""
     _encoded.clear()
 
 
@@ -61,7 +60,6 @@ def train(
 
 
 def make_model(settings: StudySettings) -> tuple[InternVLForConditionalGeneration, DigitsProcessor]:
-    """Returns an untrained model of the study and its processor."""
     processor = build_processor()
     return build_model(processor.tokenizer, hidden_size=settings.hidden_size, layers=settings.layers), processor
 
