@@ -92,7 +92,7 @@ class Cell:
                 progress.advance(counts + (f", {skipped} skipped" if skipped else ""))
 
     def read(self, world_size: int) -> Iterator[tuple[Item, str | None, list[ScoredResponse]]]:
-        """Yields each item, the reason why the item was not asked (or None), and the scored responses, from all journals."""
+        """Yields each item, the reason if it was not asked (or None), and the scored responses, from all journals."""
         for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
             yield item, *self.evaluation.score(item, records)
 

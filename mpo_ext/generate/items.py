@@ -47,14 +47,14 @@ class Item:
 
     @property
     def pair_images(self) -> tuple[str, ...]:
-        """Returns the image paths for the pairs: absolute for an item of a subset, otherwise as the input gives them."""
+        """Returns the image paths for pairs: absolute for an item of a subset, otherwise as the input gives them."""
         if self.subset is None:
             return self.images
         return tuple(os.path.join(self.image_root, image) for image in self.images)
 
     @property
     def pair_extra(self) -> dict[str, Any]:
-        """Returns the extra fields of the item's pairs: ``extra`` and, for an item of a subset, the subset and its root."""
+        """Returns the extra fields of the item's pairs: ``extra``, and the subset and its root if it has a subset."""
         if self.subset is None:
             return dict(self.extra)
         return {**self.extra, SOURCE: {"subset": self.subset, "root": self.image_root}}
