@@ -24,7 +24,9 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_view(commands)
 
 
-def _add_common(parser: argparse.ArgumentParser, run: Command) -> None:
+def _add_command(commands: Any, name: str, text: str, run: Command) -> argparse.ArgumentParser:
+    """Adds a command with the help ``text`` and the options that all commands share."""
+    parser = commands.add_parser(name, help=text)
     parser.add_argument("path", type=Path, help="meta file (.json), file of lines (.jsonl), or folder of a HF dataset")
     parser.add_argument("--from", dest="format", choices=_FORMATS, help="format of PATH (default: detected)")
     parser.add_argument("--root", type=Path, help="folder that relative images start at (default: that of PATH)")
@@ -35,20 +37,15 @@ def _add_common(parser: argparse.ArgumentParser, run: Command) -> None:
     )
     add_debug(parser)
     parser.set_defaults(run=run)
+    return parser
 
 
 def _add_check(commands: Any) -> None:
-    parser = commands.add_parser(
-        "check", help="find bad lines, missing images, duplicates and more; exit status 1 if it finds any"
-    )
-    _add_common(parser, _check)
+    text = "find bad lines, missing images, duplicates and more; exit status 1 if it finds any"
+    parser = _add_command(commands, "check", text, _check)
     _add_tokenizer(parser)
-    parser.add_argument(
-        "--images",
-        choices=("verify", "decode", "exists", "skip"),
-        default="verify",
-        help="check of each image: verified by PIL (default), decoded by PIL, exists as a file, or no check",
-    )
+    text = "check of each image: verified by PIL (default), decoded by PIL, exists as a file, or no check"
+    parser.add_argument("--images", choices=("verify", "decode", "exists", "skip"), default="verify", help=text)
     parser.add_argument(
         "--examples", type=at_least(0), default=5, help="number of findings shown of each kind (default: 5)"
     )
@@ -56,8 +53,7 @@ def _add_check(commands: Any) -> None:
 
 
 def _add_stats(commands: Any) -> None:
-    parser = commands.add_parser("stats", help="count pairs and measure their lengths, subset by subset")
-    _add_common(parser, _stats)
+    parser = _add_command(commands, "stats", "count pairs and measure their lengths, subset by subset", _stats)
     _add_tokenizer(parser)
     parser.add_argument("--json", type=Path, help="also write the statistics to this file")
 
@@ -67,8 +63,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_convert(commands: Any) -> None:
-    parser = commands.add_parser("convert", help="write pairs in another format")
-    _add_common(parser, _convert)
+    parser = _add_command(commands, "convert", "write pairs in another format", _convert)
     parser.add_argument("out", type=Path, help="folder for mmpr and hf, file for pairs and trl")
     parser.add_argument("--to", choices=_FORMATS, required=True, help="format to write")
     parser.add_argument("--kind", choices=_KINDS, default="standard", help="kind of TRL's format (default: standard)")
@@ -79,16 +74,11 @@ def _add_convert(commands: Any) -> None:
 
 
 def _add_view(commands: Any) -> None:
-    parser = commands.add_parser("view", help="write an HTML page of the pairs")
-    _add_common(parser, _view)
+    parser = _add_command(commands, "view", "write an HTML page of the pairs", _view)
     parser.add_argument("--out", type=Path, default=Path("pairs.html"), help="path of the page (default: pairs.html)")
     parser.add_argument("--title", help="title of the page (default: PATH)")
-    parser.add_argument(
-        "--limit",
-        type=at_least(1),
-        default=2000,
-        help="maximum number of pairs; if there are more, they are drawn at random (default: 2000)",
-    )
+    text = "maximum number of pairs; if there are more, they are drawn at random (default: 2000)"
+    parser.add_argument("--limit", type=at_least(1), default=2000, help=text)
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the draw (default: 0)")
     parser.add_argument(
         "--thumbnail", type=at_least(0), default=320, help="largest side of an image, 0 for none (default: 320)"
@@ -98,18 +88,12 @@ def _add_view(commands: Any) -> None:
 def _open(args: argparse.Namespace) -> Any:
     from mpo_ext.data.sources import open_pairs
 
-    return open_pairs(
-        args.path,
-        format=args.format,
-        root=args.root,
-        root_map=root_map(args),
-        image_dir=args.image_dir,
-        max_line_bytes=args.max_line_bytes,
-    )
+    settings = {name: getattr(args, name) for name in ("format", "root", "image_dir", "max_line_bytes")}
+    return open_pairs(args.path, root_map=root_map(args), **settings)
 
 
-def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
-    """Returns the opened pairs, and a function that warns about missing images of the pairs read so far."""
+def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Callable[[Any], None]]:
+    """Returns the opened pairs, and a function that prints the skipped lines and warns about missing images."""
     import dataclasses
 
     from mpo_ext.data.sources import MissingImages
@@ -117,9 +101,10 @@ def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Callable[[], None
     missing = MissingImages()
     source = dataclasses.replace(_open(args), on_pair=missing.add)
 
-    def warn() -> None:
-        if (warning := missing.warning(source)) is not None:
-            print(_printable(warning), file=sys.stderr)
+    def warn(skipped: Any) -> None:
+        for line in (*skipped.lines(), missing.warning(source)):
+            if line is not None:
+                print(_printable(line), file=sys.stderr)
 
     return source, warn
 
@@ -168,15 +153,10 @@ def _stats(args: argparse.Namespace) -> int:
     console = _console()
     console.print(_format_line(args, source, stats), markup=False, highlight=False)
     console.print(_stats_table(stats, unit))
-    _print_skipped(skipped)
-    warn()
+    warn(skipped)
     if args.json is not None:
-        values = {
-            "format": source.format,
-            "unit": unit,
-            "subsets": {name: subset.to_dict() for name, subset in stats.items()},
-        }
-        write_json(args.json, values)
+        subsets = {name: subset.to_dict() for name, subset in stats.items()}
+        write_json(args.json, {"format": source.format, "unit": unit, "subsets": subsets})
     return 0
 
 
@@ -199,8 +179,7 @@ def _convert(args: argparse.Namespace) -> int:
         print(f"{bad}\n--skip-bad skips such lines and counts them", file=sys.stderr)
         return 1
     print(f"wrote {count:,} pairs to {args.out}")
-    _print_skipped(skipped)
-    warn()
+    warn(skipped)
     return 0
 
 
@@ -213,14 +192,8 @@ def _view(args: argparse.Namespace) -> int:
         args.out, source, title=args.title, limit=args.limit, seed=args.seed, thumbnail=args.thumbnail
     )
     print(f"wrote {count:,} of {len(source.pairs):,} pairs to {args.out}")
-    _print_skipped(skipped)
-    warn()
+    warn(skipped)
     return 0
-
-
-def _print_skipped(skipped: Any) -> None:
-    for line in skipped.lines():
-        print(_printable(line), file=sys.stderr)
 
 
 def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:

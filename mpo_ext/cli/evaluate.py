@@ -5,16 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpo_ext.cli.shared import (
-    add_debug,
-    add_engine,
-    add_matcher,
-    add_root_map,
-    command,
-    load_engine,
-    matcher_settings,
-    root_map,
-)
+from mpo_ext.cli import shared
+from mpo_ext.cli.shared import command, load_engine
 
 _PROMPTS = {"both": ("direct", "cot")}
 
@@ -56,12 +48,12 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--style",
         help="style of answers: final_answer, boxed, answer, direct, regex:... (default: the style of the template)",
     )
-    add_matcher(parser)
+    shared.add_matcher(parser)
     parser.add_argument("--limit", type=int, help="take only the first questions of each file")
     parser.add_argument(
         "--image-root", default="", help="folder that image paths start from; a meta file names its own"
     )
-    add_root_map(parser)
+    shared.add_root_map(parser)
     parser.add_argument(
         "--export", nargs="+", default=[], metavar="KIT", help="also write predictions for vlmevalkit or lmms-eval"
     )
@@ -71,8 +63,8 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         default=5000,
         help="largest number of questions on the page of failures (default: 5000)",
     )
-    add_engine(parser)
-    add_debug(parser)
+    shared.add_engine(parser)
+    shared.add_debug(parser)
     parser.set_defaults(run=run_evaluate)
 
 
@@ -86,17 +78,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from mpo_ext.generate.engine import rank_and_world_size
 
     rank, world_size = rank_and_world_size()
-    config = EvaluationConfig(
-        prompts=_prompts(args.prompt),
-        samples=args.samples,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        style=args.style,
-        matcher=matcher_settings(args),
-    )
+    names = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "style")
+    settings = {name: getattr(args, name) for name in names}
+    config = EvaluationConfig(prompts=_prompts(args.prompt), matcher=shared.matcher_settings(args), **settings)
     results = evaluate(
         _named("MODEL", args.models),
         _named("--data", args.data),
@@ -104,7 +88,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         config=config,
         limit=args.limit,
         image_root=args.image_root,
-        root_map=root_map(args),
+        root_map=shared.root_map(args),
         exports=list(dict.fromkeys(args.export)),
         make_engine=lambda path: load_engine(args, path),
         page_limit=args.page_limit,

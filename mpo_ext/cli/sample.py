@@ -6,16 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mpo_ext.checks import check_integer, check_model_path
-from mpo_ext.cli.shared import (
-    add_debug,
-    add_engine,
-    add_matcher,
-    add_root_map,
-    command,
-    load_engine,
-    matcher_settings,
-    root_map,
-)
+from mpo_ext.cli import shared
+from mpo_ext.cli.shared import command, load_engine
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -58,10 +50,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_common(correctness, samples=32, max_new_tokens=4096)
     correctness.add_argument("--template", help="prompt template that questions are put in (default: none)")
     correctness.add_argument(
-        "--pairs-per-question",
-        type=int,
-        default=15,
-        help="maximum pairs per question; 0 takes all (default: 15)",
+        "--pairs-per-question", type=int, default=15, help="maximum pairs per question; 0 takes all (default: 15)"
     )
     correctness.add_argument(
         "--accuracy", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
@@ -84,9 +73,9 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
     )
     parser.add_argument("out", type=Path, help="folder of the run")
     parser.add_argument("--model", required=True, help="folder or name of the model")
-    add_engine(parser)
+    shared.add_engine(parser)
     parser.add_argument("--image-root", default="", help="root of relative image paths; a meta file names its own")
-    add_root_map(parser)
+    shared.add_root_map(parser)
     parser.add_argument("--limit", type=int, help="take only the first items")
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
     parser.add_argument("--samples", type=int, default=samples, help=f"responses per item (default: {samples})")
@@ -100,8 +89,8 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
         help="form of the answers: final_answer, boxed, answer, direct, regex:... (default: the form of the "
         "template, or final_answer)",
     )
-    add_matcher(parser)
-    add_debug(parser)
+    shared.add_matcher(parser)
+    shared.add_debug(parser)
 
 
 @command("sample", extra="generate")
@@ -115,27 +104,14 @@ def run_sample(args: argparse.Namespace) -> int:
         if value is not None:
             check_integer(name, value, least=1)
     pipeline = args.build(args)
-    roots = root_map(args)
+    place = {"image_root": args.image_root, "root_map": shared.root_map(args), "world_size": world_size}
     # Checked before the model is loaded, because loading may take minutes.
-    check_run(pipeline, args.source, args.out, image_root=args.image_root, root_map=roots, world_size=world_size)
+    check_run(pipeline, args.source, args.out, **place)
     check_model_path("--model", args.model)
-    summary = run(
-        pipeline,
-        load_engine(args, args.model),
-        args.source,
-        args.out,
-        block_size=args.block_size,
-        limit=args.limit,
-        image_root=args.image_root,
-        root_map=roots,
-        rank=rank,
-        world_size=world_size,
-        stream=sys.stderr,
-    )
-    print(
-        summary if summary is not None else f"process {rank} of {world_size} is done, others are not",
-        file=sys.stderr,
-    )
+    settings = {"block_size": args.block_size, "limit": args.limit, "rank": rank, "stream": sys.stderr}
+    summary = run(pipeline, load_engine(args, args.model), args.source, args.out, **settings, **place)
+    waiting = f"process {rank} of {world_size} is done, others are not"
+    print(waiting if summary is None else summary, file=sys.stderr)
     return 0
 
 
@@ -145,43 +121,22 @@ def _shared(args: argparse.Namespace) -> dict[str, Any]:
     sampling = SamplingConfig(
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_new_tokens=args.max_new_tokens
     )
-    return {
-        "samples": args.samples,
-        "sampling": sampling,
-        "seed": args.seed,
-        "matcher": matcher_settings(args),
-        "allow_truncated": args.allow_truncated,
-    }
+    settings = {name: getattr(args, name) for name in ("samples", "seed", "allow_truncated")}
+    return {**settings, "sampling": sampling, "matcher": shared.matcher_settings(args)}
 
 
 def _dropout_ntp(args: argparse.Namespace) -> Any:
     from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 
-    return DropoutNTP(
-        DropoutNTPConfig(
-            keep=args.keep,
-            unit=args.unit,
-            with_image=args.with_image,
-            sample_chosen=args.sample_chosen,
-            allow_wrong_chosen=args.allow_wrong_chosen,
-            style=args.style or "final_answer",
-            **_shared(args),
-        )
-    )
+    names = ("keep", "unit", "with_image", "sample_chosen", "allow_wrong_chosen")
+    settings = {name: getattr(args, name) for name in names}
+    return DropoutNTP(DropoutNTPConfig(**settings, style=args.style or "final_answer", **_shared(args)))
 
 
 def _correctness(args: argparse.Namespace) -> Any:
     from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 
-    return Correctness(
-        CorrectnessConfig(
-            template=args.template,
-            pairs_per_question=args.pairs_per_question,
-            accuracy=tuple(args.accuracy),
-            length_balance=args.length_balance,
-            reuse_limit=args.reuse_limit,
-            dedupe=not args.keep_duplicates,
-            style=args.style,
-            **_shared(args),
-        )
-    )
+    names = ("template", "pairs_per_question", "length_balance", "reuse_limit", "style")
+    settings = {name: getattr(args, name) for name in names}
+    accuracy, dedupe = tuple(args.accuracy), not args.keep_duplicates
+    return Correctness(CorrectnessConfig(**settings, accuracy=accuracy, dedupe=dedupe, **_shared(args)))

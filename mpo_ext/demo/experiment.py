@@ -72,18 +72,11 @@ class _Stages:
     def stage(self, name: str, explanation: str, total: int | None) -> Iterator[Callable[..., None]]:
         """Yields a function that advances the progress bar; if ``total`` is None, the stage has no progress bar."""
         self.console.print(f"[bold]{name}[/bold]: {explanation}")
-        columns = (
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         start = time.perf_counter()
-        with Progress(
-            *columns, console=self.console, transient=True, disable=total is None or not self.console.is_terminal
-        ) as progress:
+        is_hidden = total is None or not self.console.is_terminal
+        with Progress(*columns, *times, console=self.console, transient=True, disable=is_hidden) as progress:
             bar = progress.add_task(name, total=total)
 
             def advance(steps: int = 1, total: int | None = None) -> None:

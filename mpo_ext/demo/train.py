@@ -17,17 +17,8 @@ from mpo_ext.demo.pairs import BATCH_SIZE, MAX_NEW_TOKENS
 from mpo_ext.demo.settings import Settings
 from mpo_ext.generate.engine import Request, SamplingConfig
 from mpo_ext.generate.transformers_engine import TransformersEngine
+from mpo_ext.train import recipe as recipes
 from mpo_ext.train.loop import train
-from mpo_ext.train.recipe import (
-    DataRecipe,
-    LossRecipe,
-    ModelRecipe,
-    OptimRecipe,
-    OutputRecipe,
-    Recipe,
-    ReferenceRecipe,
-    SourceRecipe,
-)
 
 METHODS: dict[str, dict[str, Any]] = {
     "SFT": {"dpo_weight": 0, "bco_weight": 0, "ntp_weight": 1},
@@ -130,7 +121,7 @@ def train_branch(
 
 
 def _train(
-    recipe: Recipe,
+    recipe: recipes.Recipe,
     model: InternVLForConditionalGeneration,
     processor: DigitsProcessor,
     on_step: Callable[[int, Any], object],
@@ -150,15 +141,17 @@ def make_recipe(
     schedule: Any,
     settings: Settings,
     reference: Path | None = None,
-) -> Recipe:
+) -> recipes.Recipe:
     """Returns the recipe of a training run, and deletes the folder ``out`` that an earlier demo may have left."""
     shutil.rmtree(out, ignore_errors=True)
-    return Recipe(
-        model=ModelRecipe(path=f"digits demo, seed {settings.seed}"),
-        data=DataRecipe(train=(SourceRecipe(path=str(pairs)),), max_length=None),
-        loss=LossRecipe(**loss, backend=settings.backend),  # type: ignore[arg-type]  # the recipe checks it
-        reference=ReferenceRecipe(kind="precomputed", file=str(reference)) if reference else ReferenceRecipe(),
-        optim=OptimRecipe(
+    return recipes.Recipe(
+        model=recipes.ModelRecipe(path=f"digits demo, seed {settings.seed}"),
+        data=recipes.DataRecipe(train=(recipes.SourceRecipe(path=str(pairs)),), max_length=None),
+        loss=recipes.LossRecipe(**loss, backend=settings.backend),  # type: ignore[arg-type]  # the recipe checks it
+        reference=recipes.ReferenceRecipe(kind="precomputed", file=str(reference))
+        if reference
+        else recipes.ReferenceRecipe(),
+        optim=recipes.OptimRecipe(
             learning_rate=rate,
             batch_size=batch,
             micro_batch_size=batch,
@@ -170,7 +163,7 @@ def make_recipe(
             schedule=schedule,
             seed=settings.seed,
         ),
-        output=OutputRecipe(dir=str(out), save_every=0, keep_last=1, resume="never"),
+        output=recipes.OutputRecipe(dir=str(out), save_every=0, keep_last=1, resume="never"),
     )
 
 
