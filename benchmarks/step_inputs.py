@@ -59,9 +59,9 @@ class Sizes:
 
 def build(sizes: Sizes) -> tuple[Any, Any]:
     """Returns an untrained model, initialized with a fixed seed, and its processor."""
-    from transformers import GotOcr2ImageProcessorPil, InternVLConfig, InternVLForConditionalGeneration
+    from transformers import GotOcr2ImageProcessorPil, InternVLForConditionalGeneration
 
-    from mpo_ext.demo.model import CHAT_TEMPLATE, DigitsProcessor, build_tokenizer
+    from mpo_ext.demo.model import CHAT_TEMPLATE, DigitsProcessor, build_tokenizer, make_config
 
     tokenizer = build_tokenizer()
     if sizes.vocab < len(tokenizer):
@@ -69,40 +69,13 @@ def build(sizes: Sizes) -> tuple[Any, Any]:
             f"vocab must be at least {len(tokenizer)}, the number of words of the tokenizer, got {sizes.vocab}"
         )
     size = {"height": sizes.pixels, "width": sizes.pixels}
-    processor = DigitsProcessor(
-        GotOcr2ImageProcessorPil(size=size, crop_to_patches=False),
-        tokenizer,
-        image_seq_length=sizes.image_tokens,
-        chat_template=CHAT_TEMPLATE,
-    )
-    config = InternVLConfig(
-        vision_config={
-            "hidden_size": sizes.vision_hidden,
-            "intermediate_size": 4 * sizes.vision_hidden,
-            "num_hidden_layers": 2,
-            "num_attention_heads": max(1, sizes.vision_hidden // 64),
-            "image_size": [sizes.pixels] * 2,
-            "patch_size": [14, 14],
-            "num_channels": 3,
-            "layer_scale_init_value": 1.0,
-        },
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": sizes.vocab,
-            "hidden_size": sizes.hidden,
-            "intermediate_size": 3 * sizes.hidden,
-            "num_hidden_layers": sizes.layers,
-            "num_attention_heads": max(1, sizes.hidden // 64),
-            "num_key_value_heads": max(1, sizes.hidden // 64),
-            "max_position_embeddings": 8192,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        image_token_id=tokenizer.context_image_token_id,
-        image_seq_length=sizes.image_tokens,
-        downsample_ratio=0.5,
-    )
+    images = GotOcr2ImageProcessorPil(size=size, crop_to_patches=False)
+    processor = DigitsProcessor(images, tokenizer, sizes.image_tokens, CHAT_TEMPLATE)
+    heads, vision_heads = max(1, sizes.hidden // 64), max(1, sizes.vision_hidden // 64)
+    text = {"hidden_size": sizes.hidden, "num_hidden_layers": sizes.layers, "num_attention_heads": heads}
+    text |= {"vocab_size": sizes.vocab, "max_position_embeddings": 8192}
+    vision = {"hidden_size": sizes.vision_hidden, "num_attention_heads": vision_heads, "patch_size": [14, 14]}
+    config = make_config(tokenizer, text, vision, pixels=sizes.pixels, image_tokens=sizes.image_tokens)
     torch.manual_seed(0)
     return InternVLForConditionalGeneration(config), processor
 

@@ -103,38 +103,42 @@ def build_processor() -> DigitsProcessor:
     return DigitsProcessor(images, build_tokenizer(), chat_template=CHAT_TEMPLATE)
 
 
+def make_config(
+    tokenizer: PreTrainedTokenizerFast, text: dict[str, Any], vision: dict[str, Any], *, pixels: int, image_tokens: int
+) -> InternVLConfig:
+    """Returns the configuration of an InternVL; ``text`` and ``vision`` hold the sizes of decoder and vision tower."""
+    return InternVLConfig(
+        vision_config={
+            "num_hidden_layers": 2,
+            "image_size": [pixels] * 2,
+            "num_channels": 3,
+            "layer_scale_init_value": 1.0,
+            "intermediate_size": 4 * vision["hidden_size"],
+            **vision,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "intermediate_size": 3 * text["hidden_size"],
+            "num_key_value_heads": text["num_attention_heads"],
+            **text,
+        },
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=image_tokens,
+        downsample_ratio=0.5,
+    )
+
+
 def build_model(
     tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, layers: int = 3
 ) -> InternVLForConditionalGeneration:
     """Returns an untrained model without dropout and drop path, so policy and reference agree at the first step."""
-    config = InternVLConfig(
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": [digits.IMAGE_PIXELS] * 2,
-            "patch_size": [8, 8],
-            "num_channels": 3,
-            "layer_scale_init_value": 1.0,
-        },
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": len(tokenizer),
-            "hidden_size": hidden_size,
-            "intermediate_size": 3 * hidden_size,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 128,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        image_token_id=tokenizer.context_image_token_id,
-        image_seq_length=IMAGE_TOKENS,
-        downsample_ratio=0.5,
-    )
+    text = {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": 4}
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    vision: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "patch_size": [8, 8]}
+    config = make_config(tokenizer, text, vision, pixels=digits.IMAGE_PIXELS, image_tokens=IMAGE_TOKENS)
     model = InternVLForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
