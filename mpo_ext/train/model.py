@@ -54,11 +54,7 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
 
 def loader_of(config: Any) -> tuple[Any, bool]:
     """Returns the auto class that loads the models of a config, and whether these models take images."""
-    from transformers import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return (AutoModelForImageTextToText if has_images else AutoModelForCausalLM), has_images

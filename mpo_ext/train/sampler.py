@@ -30,12 +30,7 @@ class StepSampler:
     """
 
     def __init__(
-        self,
-        epoch: Callable[[int], np.ndarray],
-        *,
-        batch_size: int,
-        seed: int = 0,
-        groups: np.ndarray | None = None,
+        self, epoch: Callable[[int], np.ndarray], *, batch_size: int, seed: int = 0, groups: np.ndarray | None = None
     ) -> None:
         check_integer("batch_size", batch_size, least=1)
         check_integer("seed", seed, least=0)
