@@ -72,11 +72,7 @@ class Machine:
             raise ValueError(f"overhead must be finite and not negative, got {self.overhead}")
 
     def seconds(self, stage: Stage) -> float:
-        """Returns the seconds that a stage takes.
-
-        Raises:
-            ValueError: If the machine has no rate for the dtype of the stage's matrix products.
-        """
+        """Returns the seconds of a stage; raises ``ValueError`` if the machine has no rate for the stage's dtype."""
         if stage.flop and stage.dtype not in self.matmul_rates:
             raise ValueError(
                 f"dtype must be one of {', '.join(self.matmul_rates)} on {self.name}, got {stage.dtype!r}"
@@ -93,13 +89,8 @@ class Machine:
 class DataSheet:
     """Figures of a GPU from its vendor's data sheet.
 
-    Attributes:
-        bandwidth: Peak bytes per second.
-        matmul_rates: Peak dense FLOP per second, by dtype; the float32 rate is without tensor cores.
-        multiprocessors: Number of multiprocessors.
-        clock: Clock rate in hertz.
-        memory: Memory size in bytes.
-        unconfirmed: Names of the figures that none of the vendor's documents confirmed.
+    ``bandwidth`` and ``matmul_rates`` are peak bytes and peak dense FLOP per second; float32 is without tensor cores.
+    ``clock`` is in hertz, ``memory`` in bytes. None of the vendor's documents confirmed the ``unconfirmed`` figures.
     """
 
     bandwidth: float
@@ -138,11 +129,7 @@ GPUS = {
 
 
 def gpu(name: str) -> Machine:
-    """Returns a GPU of ``GPUS`` as a machine, at ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of its peak rates.
-
-    Raises:
-        ValueError: If ``GPUS`` does not contain the name.
-    """
+    """Returns a GPU of ``GPUS`` as a machine, at ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of its peak rates."""
     if name not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {name!r}")
     sheet = GPUS[name]
@@ -153,10 +140,7 @@ def gpu(name: str) -> Machine:
 
 
 def peaks(bandwidth: float, matmul_rates: Mapping[str, float], name: str = "GPU") -> Machine:
-    """Returns a GPU that reaches ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of the given peak rates.
-
-    ``bandwidth`` is in bytes per second, ``matmul_rates`` in FLOP per second by dtype.
-    """
+    """Returns a GPU that reaches ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of peak bytes and FLOP per second."""
     return Machine(
         name=name,
         is_gpu=True,

@@ -102,7 +102,6 @@ class MemoryEstimate:
         """Returns the sizes and dtypes of the model for ``mpo_ext.plan.roofline``."""
         parameters = list(self.model.parameters())
         compute = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.recipe.precision]
-        dtype = str(self.head_weight.dtype).removeprefix("torch.")
         return roofline.ModelShape(
             parameters=sum(parameter.numel() for parameter in parameters),
             trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
@@ -117,7 +116,7 @@ class MemoryEstimate:
             vision_kept=sum(map(self.bytes_per_position, self.vision)),
             vision_learns=any(parameter.requires_grad for layer in self.vision for parameter in layer.parameters()),
             head_learns=self.head_weight.requires_grad,
-            dtype=dtype,
+            dtype=str(self.head_weight.dtype).removeprefix("torch."),
             compute=compute,
         )
 
@@ -232,13 +231,7 @@ def longest_pair(recipe: Recipe, model: nn.Module) -> int:
 
 
 def meta_model(recipe: ModelRecipe) -> nn.Module:
-    """Returns the model on the meta device, prepared as the trainer prepares it.
-
-    Raises:
-        FileNotFoundError: If the model's folder does not exist.
-        ImportError: If transformers is missing.
-        ValueError: If the recipe does not fit the model.
-    """
+    """Returns the model on the meta device, prepared as the trainer prepares it."""
     try:
         from transformers import AutoConfig
     except ImportError as error:

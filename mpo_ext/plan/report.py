@@ -37,12 +37,8 @@ class Plan:
 
     Attributes:
         parameters: Number of parameters, adapters included; tied parameters count once.
-        layers: Number of decoder layers.
-        subsets: Subsets of the training data.
         steps_per_epoch: Number of optimizer steps per epoch, before pairs are skipped.
-        steps: Number of optimizer steps of the run.
-        warmup_steps: Number of these steps in which the learning rate rises.
-        world: Number of processes.
+        warmup_steps: Number of steps in which the learning rate rises.
         pairs_per_rank: Largest number of pairs of a rank in a step.
         micro_batches: Largest number of micro-batches of a rank in a step.
         layout: Layout of the batches, from the model's config and code; the trainer verifies it on the first pairs.

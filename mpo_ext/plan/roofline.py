@@ -5,6 +5,7 @@ docs/performance.md compares the predictions with measurements on a CPU; the pre
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from mpo_ext.checks import check_choice
@@ -75,11 +76,7 @@ class LossShape:
 
     @property
     def hidden_size(self) -> int:
-        """Size of the hidden states, D.
-
-        Raises:
-            ValueError: If the loss starts from logits.
-        """
+        """Size of the hidden states, D; raises ``ValueError`` if the loss starts from logits."""
         if self.hidden is None:
             raise ValueError("hidden must be given for a loss from hidden states, got None")
         return self.hidden
@@ -169,26 +166,10 @@ def _linear_ours(
 def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, converted: int = 0) -> int:
     """Returns the bytes of the tiles of ``linear_mpo_loss``: its budget, or the bytes of all logits if they are fewer.
 
-    Args:
-        rows: Number of labelled rows.
-        vocab: Size of the vocabulary.
-        budget: ``memory_budget``, in bytes.
-        is_half: Whether the inputs of the matrix products have half precision, which adds two copies of a tile.
-        converted: Number of bytes of the head's copy in the dtype of the matrix products; 0 if there is no copy.
+    ``budget`` is ``memory_budget`` in bytes. Half-precision inputs of the matrix products (``is_half``) add two copies
+    of a tile. ``converted`` is the number of bytes of the head's copy in the dtype of the matrix products.
     """
     return min(budget, (12 if is_half else 4) * rows * vocab + converted)
-
-
-def _linear_recompute(loss: LossShape, machine: Machine) -> _Parts:
-    return _linear_ours(loss, machine, products=4)
-
-
-def _linear_kept(loss: LossShape, machine: Machine) -> _Parts:
-    return _linear_ours(loss, machine, products=3, keeps=True)
-
-
-def _linear_frozen(loss: LossShape, machine: Machine) -> _Parts:
-    return _linear_ours(loss, machine, products=2, has_head=False)
 
 
 def _linear_of_logits(of_logits: _Method) -> _Method:
@@ -270,9 +251,9 @@ LOGITS: dict[str, _Method] = {
 
 #: Methods that start from hidden states; a method that benchmarks.linear measures has the same name there.
 LINEAR: dict[str, _Method] = {
-    "mpo_ext": _linear_recompute,
-    "mpo_ext, recompute=False": _linear_kept,
-    "mpo_ext, frozen head": _linear_frozen,
+    "mpo_ext": functools.partial(_linear_ours, products=4),
+    "mpo_ext, recompute=False": functools.partial(_linear_ours, products=3, keeps=True),
+    "mpo_ext, frozen head": functools.partial(_linear_ours, products=2, has_head=False),
     "eager": _linear_of_logits(_logits_eager),
     "torch.compile": _linear_of_logits(_logits_compiled),
     "mpo_ext, from logits": _linear_of_logits(_logits_ours),
@@ -287,9 +268,7 @@ LINEAR: dict[str, _Method] = {
 def loss_cost(method: str, loss: LossShape, machine: Machine) -> Cost:
     """Predicts the cost of the MPO loss, forward and backward.
 
-    Raises:
-        ValueError: If ``method`` is not a key of ``LINEAR`` (``LOGITS`` if ``loss.hidden`` is None), or the machine
-            has no rate for the dtype.
+    ``method`` is a key of ``LINEAR``, or of ``LOGITS`` if ``loss.hidden`` is None.
     """
     methods = LOGITS if loss.hidden is None else LINEAR
     check_choice("method", method, methods)
@@ -311,9 +290,7 @@ class ModelShape:
 
     Attributes:
         decoder: Number of weights in the decoder's linear layers, without the output head.
-        layers: Number of decoder layers.
         width: Hidden size of the decoder, D.
-        vocab: Size of the vocabulary, V.
         kept: Number of bytes per position that the decoder's layers keep for backward.
         vision: Number of weights in the linear layers of vision tower and projector.
         vision_width: Hidden size of the vision tower.
@@ -349,7 +326,6 @@ class StepShape:
         prompt: Number of tokens of a prompt, image tokens included.
         response: Number of tokens of a response; each token has a label.
         pairs: Number of pairs per micro-batch.
-        micro_batches: Number of micro-batches per step.
         image_tokens: Number of image tokens of a prompt.
         patches: Number of vision tower patches per image token.
         image_size: Number of patches in one attention window of the vision tower; None: all patches of a prompt.
@@ -383,11 +359,7 @@ STEPS = {
 
 
 def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine) -> Cost:
-    """Predicts the cost of a training step: layers, loss, reference, gradient norm and AdamW, no communication.
-
-    Raises:
-        ValueError: If ``trainer`` is not a key of ``STEPS``, or the machine has no rate for the dtype.
-    """
+    """Predicts the cost of a training step: layers, loss, reference, gradient norm and AdamW, no communication."""
     check_choice("trainer", trainer, STEPS)
     method, is_shared = STEPS[trainer]
     row = step.prompt + 2 * step.response if is_shared else step.prompt + step.response
