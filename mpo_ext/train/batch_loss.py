@@ -72,9 +72,8 @@ def weighted_config(
         scale = world_size * counts.pairs / size.counts.pairs
         ntp_parts, ntp_total = (sizes.ntp_parts(config.ntp_average) for sizes in (counts, size.counts))
         ntp_scale = world_size * ntp_parts / max(ntp_total, 1)
-    dpo_weight, bco_weight, ntp_weight = (
-        config.dpo_weight * scale, config.bco_weight * scale, config.ntp_weight * ntp_scale
-    )  # fmt: skip
+    dpo_weight, bco_weight = config.dpo_weight * scale, config.bco_weight * scale
+    ntp_weight = config.ntp_weight * ntp_scale
     if not (dpo_weight or bco_weight or ntp_weight):
         return None
     return dataclasses.replace(config, dpo_weight=dpo_weight, bco_weight=bco_weight, ntp_weight=ntp_weight)
@@ -83,15 +82,9 @@ def weighted_config(
 def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, config: MPOConfig) -> MPOOutput:
     """Computes the loss ``dpo_weight * mean(preference loss) + ntp_weight * next-token loss`` from log-probs.
 
-    Args:
-        name: Name of the preference loss, a key of ``mpo_ext.loss.preference.LOSSES``.
-        logp: Log-probs of the batch's labels, ``[N]``, differentiable.
-        batch: Batch of B pairs; its labels may be on any device, ``cu_seqlens`` on the device of ``logp``.
-        ref_logp: Summed log-probs of the responses under the reference, ``[2B]`` float64; some losses ignore them.
-        config: Weights, beta, label smoothing and the average of the next-token term.
-
-    Returns:
-        The loss and its parts: ``dpo_loss`` is the mean preference loss, ``stats`` is empty, the reward shift is 0.
+    ``name`` is a key of ``mpo_ext.loss.preference.LOSSES``. ``logp`` holds the log-probs of the ``[N]`` labels
+    on the device of ``batch.cu_seqlens``; ``ref_logp`` the summed log-probs of the responses under the reference,
+    ``[2B]`` float64. In the result, ``dpo_loss`` is the mean preference loss, ``stats`` is empty, the reward shift 0.
     """
     labels = batch.labels.to(logp.device)
     is_scored = labels != config.ignore_index

@@ -39,12 +39,9 @@ class Checkpoints:
 
     Args:
         folder: Folder of the checkpoints; the first save creates the folder.
-        keep_last: Number of newest checkpoints to keep.
+        keep_last: Number of newest checkpoints to keep, at least 1.
         keep_best: Whether to keep the checkpoint with the best score, too; scores of earlier processes count.
         higher_is_better: Whether the highest score is the best; otherwise the lowest.
-
-    Raises:
-        ValueError: If ``keep_last`` is less than 1.
     """
 
     def __init__(
@@ -52,9 +49,7 @@ class Checkpoints:
     ) -> None:
         check_integer("keep_last", keep_last, least=1)
         self.folder = Path(folder)
-        self.keep_last = keep_last
-        self.keep_best = keep_best
-        self.higher_is_better = higher_is_better
+        self.keep_last, self.keep_best, self.higher_is_better = keep_last, keep_best, higher_is_better
 
     def save(
         self,
@@ -67,7 +62,7 @@ class Checkpoints:
         score: float | None = None,
         reference: nn.Module | None = None,
     ) -> Path:
-        """Writes a checkpoint and deletes old checkpoints. All ranks must call this method.
+        """Writes a checkpoint, deletes old checkpoints and returns the new folder. All ranks must call this method.
 
         A checkpoint holds trainable parameters and persistent buffers of the model, state and settings of the
         optimizer, the loss scaler's state, ``state``, and each rank's random states (Python, NumPy, torch, CUDA).
@@ -84,9 +79,6 @@ class Checkpoints:
             state: JSON values; those of the main rank are written.
             score: Finite evaluation score at this step; None: no score.
             reference: Reference model that moves during training and is stored completely; None: no such model.
-
-        Returns:
-            Folder of the checkpoint.
 
         Raises:
             CheckpointError: If any rank fails, for instance because the disk is full. The half-written folder is
@@ -117,7 +109,7 @@ class Checkpoints:
     def load(
         self, accelerator: Any, path: Path, model: nn.Module, optimizer: Any, *, reference: nn.Module | None = None
     ) -> dict[str, Any]:
-        """Restores a checkpoint in place, bit for bit. All ranks must call this method.
+        """Restores a checkpoint in place, bit for bit, and returns its ``state``. All ranks must call this method.
 
         Random states are restored only for the number of ranks of the save; otherwise a warning is logged.
 
@@ -127,9 +119,6 @@ class Checkpoints:
             model: Model as in ``save``, with the same trainable parameters and dtypes.
             optimizer: Optimizer as in ``save``, with the same parameter groups.
             reference: Reference model; None if the checkpoint was saved without a reference model.
-
-        Returns:
-            The ``state`` that was passed to ``save``.
 
         Raises:
             CheckpointError: If files differ from the manifest, the checkpoint belongs to another model, optimizer or
@@ -146,11 +135,7 @@ class Checkpoints:
         return state
 
     def state(self, accelerator: Any, path: Path) -> dict[str, Any]:
-        """Returns the state that was passed to ``save``. All ranks must call this method.
-
-        Raises:
-            CheckpointError: If files differ from the manifest.
-        """
+        """Returns the state that was passed to ``save``. All ranks must call this method."""
         with together(accelerator):
             Manifest.read(Path(path))
             state: dict[str, Any] = json.loads((Path(path) / _STATE).read_bytes())

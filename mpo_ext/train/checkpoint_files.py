@@ -53,11 +53,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Reads the manifest of a folder and checks the sizes of the listed files.
-
-        Raises:
-            CheckpointError: If the manifest is missing or malformed, or a file is missing or has another size.
-        """
+        """Reads a folder's manifest; raises ``CheckpointError`` if it is invalid or a listed file has another size."""
         path = folder / _MANIFEST
         try:
             values = json.loads(path.read_bytes())

@@ -44,7 +44,10 @@ def save_state(
             tensors = _model_tensors(accelerator, model, reference)
             tensors.update(_optimizer_tensors(optimizer, parameters))
             if accelerator.is_main_process:
-                trainer = {"groups": _groups(optimizer, parameters), "scaler": _scaler_state(accelerator)}
+                # The parameters of each group are stored by name.
+                groups = zip(optimizer.param_groups, _names_in_groups(optimizer, parameters), strict=True)
+                named = [{**group, "params": names} for group, names in groups]
+                trainer = {"groups": named, "scaler": _scaler_state(accelerator)}
                 write_and_sync(folder / _TRAINER, to_bytes(trainer))
         elif reference is not None:
             raise CheckpointError("reference must be None with DeepSpeed, which has no part for it")
@@ -61,10 +64,7 @@ def save_state(
 class StateReader:
     """Checks a checkpoint against the models and optimizer of a run and restores them. All ranks must take part.
 
-    ``deepspeed`` is True if DeepSpeed wrote the tensors; see ``Checkpoints.load`` for the other arguments.
-
-    Raises:
-        CheckpointError: If the checkpoint belongs to another model, optimizer or precision.
+    ``deepspeed`` is True if DeepSpeed wrote the tensors; see ``Checkpoints.load`` for other arguments and errors.
     """
 
     def __init__(
@@ -115,12 +115,8 @@ class StateReader:
         if world_size == self.accelerator.num_processes:
             _restore_random_state(self.accelerator, self.folder / _random_name(self.accelerator))
         elif self.accelerator.is_main_process:
-            _LOG.warning(
-                "random states are not restored: %s was saved by %d ranks, and there are %d now",
-                self.folder,
-                world_size,
-                self.accelerator.num_processes,
-            )
+            text = "random states are not restored: %s was saved by %d ranks, and there are %d now"
+            _LOG.warning(text, self.folder, world_size, self.accelerator.num_processes)
 
 
 class _TensorWriter(dcp.FileSystemWriter):
@@ -137,11 +133,7 @@ class _TensorWriter(dcp.FileSystemWriter):
 
 
 def unwrapped(accelerator: Any, model: nn.Module) -> Any:
-    """Returns the model without the wrappers of ``accelerator.prepare`` and torch.compile.
-
-    Raises:
-        CheckpointError: If the model is wrapped by FSDP 1.
-    """
+    """Returns the model without the wrappers of ``accelerator.prepare`` and torch.compile; rejects FSDP 1."""
     if accelerator.distributed_type == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
         raise CheckpointError("fsdp_version must be 2, got 1: checkpoints cannot hold its flattened parameters")
     return accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -206,12 +198,6 @@ def _names_in_groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, 
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def _groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """Returns the optimizer's groups with parameter names instead of parameters."""
-    groups = zip(optimizer.param_groups, _names_in_groups(optimizer, parameters), strict=True)
-    return [{**group, "params": names} for group, names in groups]
-
-
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Returns the optimizer's state tensors by name; a parameter that never had a gradient has no state."""
     tensors = {}
@@ -245,11 +231,7 @@ def _empty_optimizer_tensors(parameters: Mapping[str, nn.Parameter], saved: Mapp
 def _matched_groups(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Returns the saved groups, with groups and names in the optimizer's order.
-
-    Raises:
-        CheckpointError: If the optimizer's groups hold other parameters than the saved groups.
-    """
+    """Returns the saved groups in the optimizer's order; raises ``CheckpointError`` if the parameters differ."""
     names_now = _names_in_groups(optimizer, parameters)
     by_names = {frozenset(group["params"]): group for group in groups}
     if len(names_now) != len(groups) or any(frozenset(names) not in by_names for names in names_now):

@@ -6,7 +6,8 @@ of the data. Each rank splits its slice into micro-batches by length.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,11 +76,7 @@ class StepSize(NamedTuple):
 
 
 def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
-    """Returns the size of a step over all ranks. All ranks must call this function.
-
-    Raises:
-        ValueError: If a slice of any rank has an error.
-    """
+    """Returns the size of a step over all ranks, or raises their errors. All ranks must call this function."""
     ranks = gather(accelerator, (step_slice.error, _sum_counts(step_slice.counts), len(step_slice.batches)))
     if errors := [error for error, _, _ in ranks if error is not None]:
         raise ValueError("; ".join(errors))
@@ -104,28 +101,22 @@ class Collator:
         )  # fmt: skip
 
 
+@dataclasses.dataclass(eq=False)
 class StepDataset(torch.utils.data.Dataset[StepSlice]):
     """Reads, encodes and batches a rank's slice of each step; item k is step k. Runs in DataLoader workers.
 
     With ``group_prompts``, pairs with the same prompt are adjacent. Without ``skip_bad``, a bad pair ends the run.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        sampler: StepSampler,
-        encoder: Encoder,
-        collator: Callable[[Sequence[Sample]], Batch],
-        *,
-        rank: int,
-        world_size: int,
-        micro_batch_size: int,
-        group_prompts: bool,
-        skip_bad: bool,
-    ) -> None:
-        self.mixture, self.sampler, self.encoder, self.collator = mixture, sampler, encoder, collator
-        self.rank, self.world_size = rank, world_size
-        self.micro_batch_size, self.group_prompts, self.skip_bad = micro_batch_size, group_prompts, skip_bad
+    mixture: Mixture
+    sampler: StepSampler
+    encoder: Encoder
+    collator: Collator
+    rank: int
+    world_size: int
+    micro_batch_size: int
+    group_prompts: bool
+    skip_bad: bool
 
     def __len__(self) -> int:
         return self.sampler.steps_per_epoch
@@ -182,14 +173,9 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
             return error
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _AllLines:
-    """Epoch function for ``StepSampler`` that returns each line of a mixture once; can be pickled."""
-
-    lines: int
-
-    def __call__(self, epoch: int) -> np.ndarray:
-        return np.arange(self.lines)
+def _all_lines(lines: int, epoch: int) -> np.ndarray:
+    """Returns each line of a mixture once, as the ``epoch`` function of ``StepSampler``."""
+    return np.arange(lines)
 
 
 class RunData:
@@ -197,10 +183,7 @@ class RunData:
 
     Attributes:
         encoder: Encoder from pairs to samples; may be replaced before the run.
-        mixture: Training pairs.
-        sampler: Sampler that chooses the training pairs of each step.
         eval_mixture: Evaluation pairs, or None.
-        total_steps: Number of optimizer steps of the run.
         dummy: Sample for dummy batches; None before ``set_dummy``.
     """
 
@@ -239,7 +222,8 @@ class RunData:
     def load_all_lines(self) -> Iterator[StepSlice]:
         """Loads each line of all mixtures once, without bad pairs, because training steps report bad pairs."""
         for mixture in self.mixtures:
-            sampler = StepSampler(_AllLines(len(mixture)), batch_size=self.recipe.optim.batch_size)
+            epoch = functools.partial(_all_lines, len(mixture))
+            sampler = StepSampler(epoch, batch_size=self.recipe.optim.batch_size)
             yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
 
     def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:

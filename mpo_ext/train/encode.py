@@ -177,9 +177,6 @@ class Encoder:
         image_token_id: Id of the token that represents (a part of) an image in the prompt, from the model's config;
             None: the id is read from the tokenizer or, if the tokenizer has none, from the processor.
         end_id: Id of the token that ends a turn; None: the id is derived from the chat template.
-
-    Raises:
-        ValueError: If an argument is invalid, or the token that ends a turn cannot be determined.
     """
 
     def __init__(
@@ -275,11 +272,8 @@ class Encoder:
             return ids, {}, {}
         images = [_open(path, index, name) for index, path in enumerate(pair.images)]
         try:
-            inputs = dict(
-                self.processor(
-                    text=[text], images=[images], padding=True, return_tensors="pt", add_special_tokens=special
-                )
-            )
+            options = {"padding": True, "return_tensors": "pt", "add_special_tokens": special}
+            inputs = dict(self.processor(text=[text], images=[images], **options))
         except Exception as error:  # processors report a wrong number of images in many ways
             raise BadPairError(
                 f"{name}: the prompt with its {len(images)} images must be valid for the processor, "

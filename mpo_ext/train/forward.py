@@ -37,9 +37,7 @@ def forward(model: nn.Module, batch: Batch) -> HiddenRows:
     The loss is ``linear_mpo_loss(out.hidden, out.weight, batch.labels, ..., cu_seqlens=batch.cu_seqlens, shift=False,
     **out.options)``.
 
-    Args:
-        model: The trained model, bare or wrapped by DDP, FSDP, accelerate or peft; see ``hidden_and_head``.
-        batch: A batch on the model's device.
+    The model may be wrapped by DDP, FSDP, accelerate or peft; see ``hidden_and_head``. The batch is on its device.
 
     Raises:
         ValueError: If the model does not support the batch's layout, or the batch lacks the model's positions.

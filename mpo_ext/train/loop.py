@@ -65,17 +65,11 @@ def train(
 
 
 class Trainer:
-    """Holds the parts of one training run and runs it. ``train`` is the usual entry point.
+    """Holds the parts of one training run and runs it. ``train`` is the usual entry point and explains the arguments.
 
-    Args:
-        recipe: See ``train``.
-        model: See ``train``.
-        processor: See ``train``.
-        on_step: See ``train``.
-        save: Whether to write checkpoints, the final model and the model card.
+    If ``save`` is False, no checkpoint, final model or model card is written.
 
     Attributes:
-        accelerator: accelerate's ``Accelerator``.
         model: Policy, as ``accelerator.prepare`` returned it.
         data: Training and evaluation pairs; ``data.encoder`` may be replaced before ``run``.
         state: Step number, pair counts and reward shift.
@@ -159,11 +153,7 @@ class Trainer:
             say(layout)
 
     def make_reference(self) -> Reference | None:
-        """Returns the source of the reference log-probs; computes the log-prob file if the recipe needs it.
-
-        Raises:
-            InterruptedRunError: If a signal ends the computation.
-        """
+        """Returns the source of the reference log-probs; computes the log-prob file if the recipe needs it."""
         kind, loss = self.recipe.reference_kind, self.recipe.loss
         if kind is None:
             return None

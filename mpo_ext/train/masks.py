@@ -41,11 +41,7 @@ class PromptPositions:
     config: Any
 
     def __call__(self, sample: Sample) -> Tensor:
-        """Returns a prompt's positions, ``[A, P]`` int64 with A axes (time, height and width in Qwen2-VL).
-
-        Raises:
-            ValueError: If the sample has images but not the ``mm_token_type_ids`` that the model needs.
-        """
+        """Returns a prompt's positions, ``[A, P]`` int64 with A axes (time, height and width in Qwen2-VL)."""
         owner = self.kind.__new__(self.kind)
         nn.Module.__init__(owner)
         owner.config = self.config

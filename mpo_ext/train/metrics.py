@@ -32,12 +32,9 @@ class Totals:
         self.reward_shift: Tensor | None = None
 
     def add(self, out: MPOOutput, *, ntp_parts: int, tokens: int) -> None:
-        """Adds the metrics of a micro-batch to the sums.
+        """Adds the metrics of a micro-batch with ``tokens`` positions without padding to the sums.
 
-        Args:
-            out: Output of the loss.
-            ntp_parts: Number of chosen tokens or chosen responses over which the next-token term is averaged.
-            tokens: Number of positions that went through the model, without padding.
+        ``ntp_parts`` is the number of chosen tokens or responses over which the next-token term is averaged.
         """
         pairs = len(out.chosen_reward)
         labelled = out.tokens.view(2, -1).sum(1)

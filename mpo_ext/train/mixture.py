@@ -35,7 +35,6 @@ class MixtureSubset:
         source: Index of the source in the mixture.
         name: Name of the subset in an MMPR meta file, otherwise the name of the file or folder.
         first: Index of the subset's first line in the mixture.
-        lines: Number of lines.
         repeat_time: ``repeat_time`` of the source times ``repeat_time`` of the subset.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
         label: The name, preceded by the shortest end of the path that distinguishes subsets with equal names.
@@ -57,7 +56,6 @@ class SourceOverview:
     Attributes:
         is_format_given: Whether the recipe names the format.
         root: Folder against which relative image paths are resolved.
-        lines: Number of lines in the source.
         lines_read: Number of lines that were read, spread evenly over the source.
         bad: Number of read lines that do not contain a valid pair.
         with_images: Number of read pairs with images.
@@ -231,22 +229,19 @@ class Mixture(Sequence[Pair | BadLine]):
 
     def _source(self, number: int) -> PairSource:
         source = self._opened[number]
-        if source is None:
-            recipe = self.sources[number]
-            source = open_pairs(
-                recipe.path,
-                format=recipe.format,
-                root=recipe.root,
-                root_map=recipe.root_map,
-                image_dir=recipe.image_dir,
-            )
-            if number + 1 < len(self._starts):
-                size, expected = len(source.pairs), self._starts[number + 1] - self._starts[number]
-                if size != expected:
-                    raise RuntimeError(
-                        f"{recipe.path} must not change while it is read, got {size:,} lines after {expected:,}"
-                    )
-            self._opened[number] = source
+        if source is not None:
+            return source
+        recipe = self.sources[number]
+        source = open_pairs(
+            recipe.path, format=recipe.format, root=recipe.root, root_map=recipe.root_map, image_dir=recipe.image_dir
+        )
+        if number + 1 < len(self._starts):
+            size, expected = len(source.pairs), self._starts[number + 1] - self._starts[number]
+            if size != expected:
+                raise RuntimeError(
+                    f"{recipe.path} must not change while it is read, got {size:,} lines after {expected:,}"
+                )
+        self._opened[number] = source
         return source
 
 

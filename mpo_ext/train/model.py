@@ -26,13 +26,7 @@ PARTS = {
 
 
 def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
-    """Loads a model and its processor (the tokenizer of a text model) on the CPU, and prepares the model for training.
-
-    Raises:
-        OSError: If the model does not exist.
-        ImportError: If a package for adapters or quantization is not installed.
-        ValueError: If the model lacks a part that the recipe names.
-    """
+    """Loads a model, prepared for training, and its processor (the tokenizer of a text model) on the CPU."""
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
     check_model_path("model.path", recipe.path)
@@ -96,20 +90,17 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
-    """Freezes parts of a model; "language_model" includes the embeddings and the output head.
-
-    Raises:
-        ValueError: If a part is unknown, the model lacks it, or it is the language model of a text model.
-    """
+    """Freezes parts of a model; "language_model" includes the embeddings and the output head."""
     inner: Any = unwrap_model(model)
+    kind = type(inner).__name__
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"freeze must name parts among {', '.join(PARTS)}, got {part!r}")
         if part == "language_model" and not has_vision(inner):
-            raise ValueError(f"freeze must leave something to train, got {part!r} of the text model {_kind(inner)}")
+            raise ValueError(f"freeze must leave something to train, got {part!r} of the text model {kind}")
         modules = [module for _, module in modules_of(inner, part)]
         if not modules:
-            raise ValueError(f"freeze must name parts that the model has, got {part!r}, not found in {_kind(inner)}")
+            raise ValueError(f"freeze must name parts that the model has, got {part!r}, not found in {kind}")
         if part == "language_model":
             modules += [inner.get_output_embeddings(), inner.get_input_embeddings()]
         for module in modules:
@@ -124,12 +115,7 @@ def has_vision(model: nn.Module) -> bool:
 
 
 def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
-    """Adds LoRA adapters to a model and freezes all other parameters.
-
-    Raises:
-        ImportError: If peft is not installed.
-        ValueError: If no layer matches ``recipe.target``.
-    """
+    """Adds LoRA adapters to a model and freezes all other parameters."""
     try:
         import peft
     except ImportError as error:
@@ -210,10 +196,6 @@ def _quantization(recipe: ModelRecipe) -> Any:
         bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=["lm_head"],
     )
-
-
-def _kind(inner: nn.Module) -> str:
-    return type(inner).__name__
 
 
 def without_adapters(recipe: ModelRecipe) -> ModelRecipe:

@@ -55,9 +55,6 @@ def write_card(
         recipe: Recipe of the run.
         curves: Log lines of steps and evaluations; evaluation keys start with ``eval_``.
         summary: Last metrics by name. A mapping holds counts; ``datasets`` lists dataset names for the hub metadata.
-
-    Raises:
-        OSError: If a file cannot be written.
     """
     folder = Path(folder)
     texts = [f"---\n{_metadata(recipe, summary).to_yaml()}\n---\n", f"# {_title(recipe)}\n", _description(recipe)]
@@ -156,9 +153,8 @@ def _panels(curves: Sequence[Mapping[str, Any]]) -> list[Panel]:
             if points:
                 x, y = zip(*points, strict=True)
                 smooth = max(1, len(x) // 50) if len(x) >= _SMOOTHED_FROM and title != "Learning rate" else 1
-                lines.append(
-                    Line(label, x, y, color=color, style="--" if key.startswith("eval_") else "-", smooth=smooth)
-                )
+                style = "--" if key.startswith("eval_") else "-"
+                lines.append(Line(label, x, y, color=color, style=style, smooth=smooth))
         if lines:
             panels.append(Panel(title, "step", y_label, lines))
     return panels

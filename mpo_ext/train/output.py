@@ -62,11 +62,7 @@ class RunOutput:
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:
         """Restores policy, optimizer, run state and log from a checkpoint, and ``reference`` if the reference moves.
 
-        Returns:
-            Whether any setting has changed since the checkpoint.
-
-        Raises:
-            LinesError: If a setting has changed that must not change within a run.
+        Returns whether any setting has changed; raises ``LinesError`` for a setting that must not change within a run.
         """
         changed = changed_settings(self.checkpoints.state(self.accelerator, path), self.recipe, path)
         state = self.checkpoints.load(self.accelerator, path, model, optimizer, reference=reference)

@@ -21,12 +21,7 @@ from mpo_ext.train.signals import InterruptedRunError, StopRequests
 
 
 class PrecomputedReference:
-    """Looks up reference log-probs in a file by ``Sample.digest``, a hash of the model's inputs.
-
-    Raises:
-        ValueError: If the file was made with other settings.
-        OSError: If the file does not exist.
-    """
+    """Looks up reference log-probs by ``Sample.digest`` in a file; raises ``ValueError`` if its settings differ."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,7 @@ class RunState:
         return line if line is not None and line["step"] == self.step else None
 
     def state_dict(self, log_position: int) -> dict[str, Any]:
-        """Returns the state as JSON values; ``log_position`` is the size of the log in bytes.
-
-        All ranks must call this method.
-        """
-        counts = self.pair_counts_of_all_ranks()
+        """Returns the state, with the size of the log in bytes, as JSON values. All ranks must call this method."""
         return {
             "step": self.step,
             "reward_shift": self.reward_shift.state_dict(),
@@ -81,7 +77,7 @@ class RunState:
             "log_position": log_position,
             "skipped_steps": self.n_skipped_steps,
             "evaluation": self.current_evaluation(),
-            "tally": counts.state_dict(),
+            "tally": self.pair_counts_of_all_ranks().state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, keep_evaluation: bool) -> None:
@@ -101,8 +97,7 @@ class RunState:
 def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> dict[str, str]:
     """Returns a message, by setting name, for each setting that differs between a checkpoint's state and the recipe.
 
-    Raises:
-        LinesError: If a setting has changed that must not change within a run.
+    Raises ``LinesError`` if a setting has changed that must not change within a run.
     """
     old, new = flat_settings(state["recipe"]), flat_settings(plain_values(recipe.to_dict()))
     changed = {
@@ -128,14 +123,10 @@ def plain_values(values: Any) -> Any:
     return os.fspath(values) if isinstance(values, os.PathLike) else values
 
 
-def flat_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the values of nested settings by dotted name."""
-    return dict(_flatten(values, ""))
-
-
-def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        name = f"{prefix}{key}"
+        flat |= flat_settings(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -18,12 +18,8 @@ from mpo_ext.checks import shorten
 
 T = TypeVar("T")
 
-_TYPES = {
-    "bool_type": "true or false",
-    "int_type": "an integer",
-    "float_type": "a number",
-    "string_type": "a string",
-}  # expected types in messages, by the type of pydantic's error
+# Expected types in messages, by the type of pydantic's error.
+_TYPES = {"bool_type": "true or false", "int_type": "an integer", "float_type": "a number", "string_type": "a string"}
 
 
 def wrong_type(words: str) -> PydanticCustomError:

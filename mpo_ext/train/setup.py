@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -26,16 +26,11 @@ _CHECKED_SAMPLES = 2
 _SEARCHED_PAIRS = 1000
 
 
-@dataclasses.dataclass(slots=True)
-class RunSetup:
+class RunSetup(NamedTuple):
     """The parts of a run; accelerate has prepared the models and the optimizer.
 
-    Attributes:
-        model: Policy.
-        processor: Processor or tokenizer of the policy.
-        reference_model: Reference model that is separate from the policy; None if no such model is loaded.
-        reference_fingerprint: Fingerprint of the model that the precomputed log-probs belong to; "" if no log-probs
-            are precomputed.
+    ``reference_model`` is separate from the policy; None if no such model is loaded. ``reference_fingerprint`` belongs
+    to the model of the precomputed log-probs; "" if no log-probs are precomputed.
     """
 
     model: nn.Module
@@ -51,11 +46,10 @@ def make_accelerator(recipe: Recipe) -> Any:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
 
-    # A forward without images leaves the parameters of the vision tower unused.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     accelerator = Accelerator(
         mixed_precision=_PRECISIONS[recipe.precision],
-        kwargs_handlers=handlers,
+        # A forward without images leaves the parameters of the vision tower unused.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         log_with=list(recipe.output.trackers) or None,
         project_dir=str(Path(recipe.output.dir)),
     )
@@ -91,13 +85,12 @@ def set_up(recipe: Recipe, accelerator: Any, model: nn.Module | None, processor:
 
 def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any) -> RunData:
     tokenizer = getattr(processor, "tokenizer", processor)
-    inner: Any = unwrap_model(model)
     encoder = Encoder(
         processor,
         max_length=recipe.data.max_length,
         too_long=recipe.data.too_long,
         chat_template=recipe.model.chat_template,
-        image_token_id=getattr(inner.config, "image_token_id", None),
+        image_token_id=getattr(unwrap_model(model).config, "image_token_id", None),
     )
     pad_id = tokenizer.pad_token_id
     collator = Collator(
@@ -179,13 +172,8 @@ def choose_layout(model: nn.Module, data: RunData) -> str | None:
     reason: str | None = "loss.shared_prefix is false"
     if recipe.loss.shared_prefix:
         with accelerator.autocast():
-            reason = check_shared_prefix(
-                model,
-                samples,
-                pad_id=data.collator.pad_id,
-                positions=data.collator.positions,
-                device=accelerator.device,
-            )
+            pad_id, positions = data.collator.pad_id, data.collator.positions
+            reason = check_shared_prefix(model, samples, pad_id=pad_id, positions=positions, device=accelerator.device)
     reason = next((text for text in gather(accelerator, reason) if text is not None), None)
     if reason is None:
         return "one row for each prompt with its responses (shared prefix), checked on the first pairs"

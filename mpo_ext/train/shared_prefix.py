@@ -62,15 +62,10 @@ def check_shared_prefix(
     the sequences. Afterwards the model's state is restored. Ranks that share a model must call this function together
     and agree on the result.
 
-    Args:
-        model: As in ``forward``.
-        samples: At least one sample, with images if the run will have images.
-        pad_id: As in ``collate``.
-        positions: As in ``collate``.
-        device: Device of the model; None: the device of its first parameter.
-        tolerance: Maximum root mean square difference of the log-probs, in nats; None: 16 times the machine epsilon of
-            the arithmetic, at least 1e-3. A small effect of a broken mask reduces the limit to half of this effect,
-            but not below a quarter of ``tolerance``.
+    ``model`` is as in ``forward``, ``pad_id`` and ``positions`` are as in ``collate``. At least one sample must be
+    given, with images if the run will have images. ``tolerance`` is the maximum root mean square difference of the
+    log-probs, in nats; None: 16 times the machine epsilon of the arithmetic, at least 1e-3. A small effect of a broken
+    mask reduces the limit to half of this effect, but not below a quarter of ``tolerance``.
 
     Raises:
         torch.OutOfMemoryError: If memory runs out.
