@@ -76,7 +76,7 @@ class StepSize(NamedTuple):
 
 
 def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
-    """Returns the size of a step over all ranks, or raises their errors. All ranks must call this function."""
+    """Returns the size of a step over all ranks; raises the errors of slices. All ranks must call this function."""
     ranks = gather(accelerator, (step_slice.error, _sum_counts(step_slice.counts), len(step_slice.batches)))
     if errors := [error for error, _, _ in ranks if error is not None]:
         raise ValueError("; ".join(errors))
