@@ -103,13 +103,18 @@ def middle(values: Sequence[float]) -> float:
     return statistics.median(values) if values else float("nan")
 
 
-def summary(points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields the number of points and the prediction errors of each kind of points."""
+def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Returns the points of each kind, such as "peers, linear", sorted by kind."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         who = "mpo_ext" if is_ours(point["provider"]) else "peers"
         kinds.setdefault(f"{who}, {point['benchmark'].replace('_', ' ')}", []).append(point)
-    for kind, members in sorted(kinds.items()):
+    return sorted(kinds.items())
+
+
+def summary(points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the number of points and the prediction errors of each kind of points."""
+    for kind, members in by_kind(points):
         errors = [error(point) for point in members]
         memory = [
             memory_error(point) for point in members if point.get("peak_bytes", 0) and point["peak_bytes"] > 1 << 20

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.check_model import WITHIN
+from benchmarks.check_model import WITHIN, by_kind
 
 # The colours of Okabe and Ito, which colour-blind readers can distinguish.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933", "#882255")
@@ -84,11 +84,7 @@ def _scaling(name: str, points: Sequence[Mapping[str, Any]], folder: Path) -> li
 def _model(points: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     figure = _figure(1, 1)
     panel = figure.add_subplot()
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for point in points:
-        who = "mpo_ext" if point["provider"].startswith("mpo_ext") else "peers"
-        kinds.setdefault(f"{who}, {point['benchmark'].replace('_', ' ')}", []).append(point)
-    for number, (kind, some) in enumerate(sorted(kinds.items())):
+    for number, (kind, some) in enumerate(by_kind(points)):
         marker = "o" if kind.startswith("mpo_ext") else "x"
         x, y = [p["median_s"] for p in some], [p["predicted_s"] for p in some]
         panel.plot(x, y, marker, markersize=4, color=_COLORS[number % len(_COLORS)], label=kind)

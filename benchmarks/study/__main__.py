@@ -3,10 +3,10 @@
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from mpo_ext.checks import install_hint
+from mpo_ext.cli.shared import at_least
 
 _PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "PIL": "pillow", "rich": "rich",
              "transformers": "transformers", "accelerate": "accelerate", "yaml": "pyyaml",
@@ -19,14 +19,14 @@ def parser() -> argparse.ArgumentParser:
         description="Trains a tiny multimodal model on digits with many losses, data and settings, and compares them.",
     )
     made.add_argument("--out", type=Path, default=Path("study"), help="output folder (default: study)")
-    made.add_argument("--seed", type=_at_least(0), default=0, help="seed of the first start (default: 0)")
-    made.add_argument("--seeds", type=_at_least(1), default=1, help="number of starts, each with the next seed")
-    made.add_argument("--threads", type=_at_least(1), help="CPU threads of each process (default: divides the cores)")
+    made.add_argument("--seed", type=at_least(0), default=0, help="seed of the first start (default: 0)")
+    made.add_argument("--seeds", type=at_least(1), default=1, help="number of starts, each with the next seed")
+    made.add_argument("--threads", type=at_least(1), help="CPU threads of each process (default: divides the cores)")
     made.add_argument(
         "--backend", choices=("cpu", "reference"), help="backend of the loss (default: the best that is installed)"
     )
     made.add_argument("--quick", action="store_true", help="checks in a minute that all parts work")
-    made.add_argument("--jobs", type=_at_least(1), default=1, help="number of processes (default: 1)")
+    made.add_argument("--jobs", type=at_least(1), default=1, help="number of processes (default: 1)")
     return made
 
 
@@ -65,15 +65,6 @@ def command_of(args: argparse.Namespace) -> str:
     defaults = {"--seed": 0, "--seeds": 1, "--jobs": 1}
     options = [f"{name} {value}" for name, value in given.items() if value not in (None, defaults.get(name))]
     return " ".join(["python -m benchmarks.study", *options, *(["--quick"] if args.quick else [])])
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse
 
 
 if __name__ == "__main__":

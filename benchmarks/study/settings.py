@@ -48,24 +48,8 @@ class StudySettings(Settings):
     def quick(cls, seed: int = 0) -> "StudySettings":
         """Returns the settings of a study that takes a minute and only checks that all parts work."""
         return cls(
-            seed=seed,
-            hidden_size=64,
-            layers=1,
-            sft_rate=5e-3,
-            sft_questions=500,
-            sft_check_steps=40,
-            sft_most_steps=40,
-            questions=400,
-            direct_questions=60,
-            samples=4,
-            temperature=0.7,
-            dropout_ntp_questions=400,
-            text_questions=100,
-            pairs=40,
-            kind_pairs=20,
-            branch_steps=4,
-            branch_batch=4,
-            warmup_steps=1,
-            evaluation_tasks=8,
-            validation_tasks=20,
-        )
+            seed=seed, hidden_size=64, layers=1, sft_rate=5e-3, sft_questions=500, sft_check_steps=40,
+            sft_most_steps=40, questions=400, direct_questions=60, samples=4, temperature=0.7,
+            dropout_ntp_questions=400, text_questions=100, pairs=40, kind_pairs=20, branch_steps=4, branch_batch=4,
+            warmup_steps=1, evaluation_tasks=8, validation_tasks=20,
+        )  # fmt: skip

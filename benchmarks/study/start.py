@@ -100,15 +100,9 @@ def _train_start(
             curve.append({"step": step, "loss": line["loss"], **accuracy})
 
     recipe = make_recipe(
-        write_sft(folder, tasks),
-        folder / "runs" / "start",
-        loss=METHODS["SFT"],
-        steps=settings.sft_most_steps,
-        batch=settings.sft_batch,
-        rate=settings.sft_rate,
-        schedule="linear",
-        settings=settings,
-    )
+        write_sft(folder, tasks), folder / "runs" / "start", loss=METHODS["SFT"], steps=settings.sft_most_steps,
+        batch=settings.sft_batch, rate=settings.sft_rate, schedule="linear", settings=settings,
+    )  # fmt: skip
     training.train(recipe, model, processor, on_step=note)
     return curve
 

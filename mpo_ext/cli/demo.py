@@ -10,17 +10,10 @@ from mpo_ext.checks import install_hint
 from mpo_ext.cli.shared import at_least
 
 _NEEDS = {
-    "sklearn": "scikit-learn",
-    "matplotlib": "matplotlib",
-    "jinja2": "jinja2",
-    "PIL": "pillow",
-    "rich": "rich",
-    "transformers": "transformers",
-    "accelerate": "accelerate",
-    "ruamel": "ruamel.yaml",
-    "pydantic": "pydantic",
+    "sklearn": "scikit-learn", "matplotlib": "matplotlib", "jinja2": "jinja2", "PIL": "pillow", "rich": "rich",
+    "transformers": "transformers", "accelerate": "accelerate", "ruamel": "ruamel.yaml", "pydantic": "pydantic",
     "tokenizers": "tokenizers",
-}
+}  # fmt: skip
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -14,14 +14,9 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], Command]:
-    """Returns a decorator with which a command prints an expected error on stderr and returns an exit status.
+    """Returns a decorator with which a command prints an expected error on stderr and returns ``failure``.
 
-    With ``--debug``, the error is raised.
-
-    Args:
-        name: Name of the command, with which the message begins.
-        extra: Extra of the package that installs the dependencies of the command.
-        failure: Exit status after an error.
+    With ``--debug``, the error is raised. ``extra`` names the package's extra with the dependencies of the command.
     """
 
     def decorate(run: Command) -> Command:
@@ -158,11 +153,7 @@ def matcher_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_json_options(flag: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Parses NAME=JSON texts into a dict; a value that is not JSON stays a text.
-
-    Raises:
-        ValueError: If a text is not NAME=JSON.
-    """
+    """Parses NAME=JSON texts into a dict; a value that is not JSON stays a text. Raises ValueError for other texts."""
     options = {}
     for text in texts:
         name, equals, value = text.partition("=")

@@ -17,14 +17,9 @@ CELL_PIXELS = 16
 IMAGE_PIXELS = 2 * CELL_PIXELS
 CELLS = ("top-left", "top-right", "bottom-left", "bottom-right")
 REGIONS = {
-    "top row": (0, 1),
-    "bottom row": (2, 3),
-    "left column": (0, 2),
-    "right column": (1, 3),
-    "main diagonal": (0, 3),
-    "other diagonal": (1, 2),
-    "whole grid": (0, 1, 2, 3),
-}
+    "top row": (0, 1), "bottom row": (2, 3), "left column": (0, 2), "right column": (1, 3), "main diagonal": (0, 3),
+    "other diagonal": (1, 2), "whole grid": (0, 1, 2, 3),
+}  # fmt: skip
 OPERATIONS = {"sum": sum}
 LARGEST_ANSWER = 9 * len(CELLS)
 FORMS = ("direct", "cot")
@@ -124,11 +119,7 @@ def load_digits() -> dict[str, Digits]:
 def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str | None = None) -> list[Task]:
     """Draws questions about new grids, half of them (on average) about the whole grid and half about two of its cells.
 
-    Args:
-        digits: Split to draw digits from.
-        count: Number of questions.
-        rng: Random generator of all choices.
-        form: "direct" or "cot"; None: the form of each question is drawn.
+    ``form`` is "direct" or "cot"; None draws the form of each question.
     """
     if form is not None and form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)} or None, got {form!r}")
@@ -137,15 +128,10 @@ def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str
     for _ in range(count):
         region = "whole grid" if rng.random() < 0.5 else str(rng.choice(smaller))
         picked = rng.integers(len(digits.values), size=len(CELLS))
-        tasks.append(
-            Task(
-                image=grid_image(digits.images[picked]),
-                values=tuple(int(value) for value in digits.values[picked]),
-                operation=str(rng.choice(list(OPERATIONS))),
-                region=region,
-                form=form or str(rng.choice(FORMS)),
-            )
-        )
+        values = tuple(int(value) for value in digits.values[picked])
+        operation = str(rng.choice(list(OPERATIONS)))
+        drawn_form = form or str(rng.choice(FORMS))
+        tasks.append(Task(grid_image(digits.images[picked]), values, operation, region, drawn_form))
     return tasks
 
 

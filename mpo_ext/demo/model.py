@@ -35,11 +35,7 @@ CHAT_TEMPLATE = (
 class DigitsProcessor(InternVLProcessor):
     """InternVL's processor without its video processor, which would require torchvision.
 
-    Args:
-        image_processor: Converts images to ``pixel_values``.
-        tokenizer: The tokenizer of ``build_tokenizer``, or another tokenizer with the same special tokens.
-        image_seq_length: Number of image tokens per image.
-        chat_template: Jinja template of conversations.
+    The tokenizer must have the special tokens of ``build_tokenizer``.
     """
 
     images_kwargs = {"crop_to_patches": False}  # noqa: RUF012 - declared like this in the base class

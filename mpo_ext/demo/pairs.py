@@ -66,15 +66,9 @@ class _Sampler:
         # Otherwise an earlier demo's journal would be resumed: its settings hold the model's name, not the weights.
         journal_path(out, 0, 1).unlink(missing_ok=True)
         summary = runner.run(
-            pipeline,
-            self.engine,
-            self.folder / f"{form}.jsonl",
-            out,
-            block_size=_BLOCK_SIZE,
-            limit=limit,
-            image_root=str(self.folder),
-            stream=self.stream,
-        )
+            pipeline, self.engine, self.folder / f"{form}.jsonl", out, block_size=_BLOCK_SIZE, limit=limit,
+            image_root=str(self.folder), stream=self.stream,
+        )  # fmt: skip
         assert summary is not None  # this is the only process
         self.summaries[out.name] = summary
         outputs = [output for output in pipeline.outputs if output != "unsolved"]
@@ -93,18 +87,9 @@ def make_pairs(
     """Lets the model answer new questions about training grids, and makes three kinds of pairs from the answers.
 
     Writes the questions (``images``, ``direct.jsonl``, ``cot.jsonl``), a folder for each run of the data engine, and
-    ``pairs.jsonl``, ``check.json`` and ``pairs.html``.
-
-    Args:
-        model: The SFT model.
-        processor: Processor of the model.
-        settings: Numbers of questions, samples and pairs.
-        rng: Random generator of the questions, and of the selection of direct pairs if there are too many.
-        folder: Folder of all written files; relative image paths start there.
-        stream: Stream for the progress of the data engine; None disables the display.
-
-    Raises:
-        RuntimeError: If the answers give no pair, or the check of the pairs has findings.
+    ``pairs.jsonl``, ``check.json`` and ``pairs.html``. Relative image paths start at ``folder``.
+    ``stream`` receives the progress of the data engine; None disables the display. RuntimeError is raised if the
+    answers give no pair or the check of the pairs has findings.
     """
     engine = TransformersEngine(model, processor, name=f"digits demo, seed {settings.seed}", batch_size=BATCH_SIZE)
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
@@ -113,12 +98,8 @@ def make_pairs(
     left_out: dict[str, int] = {}
     for form in digits.FORMS:
         write_items(folder, form, digits.sample_tasks(digits.load_digits()["train"], settings.questions, rng, form))
-        common: dict[str, Any] = {
-            "sampling": sampling,
-            "seed": settings.seed,
-            "style": digits.STYLES[form],
-            "matcher": digits.MATCHER,
-        }
+        common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}
+        common["style"] = digits.STYLES[form]
         config = CorrectnessConfig(samples=settings.samples, pairs_per_question=settings.pairs_per_question, **common)
         form_pairs = sampler.run(Correctness(config), form)
         if form == "direct":

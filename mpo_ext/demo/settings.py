@@ -67,22 +67,8 @@ class Settings:
     def quick(cls, seed: int = 0) -> "Settings":
         """Returns the settings of a run that takes seconds and learns almost nothing, to check that all parts work."""
         return cls(
-            seed=seed,
-            hidden_size=64,
-            layers=1,
-            sft_rate=5e-3,
-            sft_questions=500,
-            sft_target=1.0,
-            sft_check_steps=20,
-            sft_decay_steps=10,
-            sft_most_steps=20,
-            questions=100,
-            samples=4,
-            direct_pairs=30,
-            dropout_ntp_questions=100,
-            branch_steps=3,
-            branch_batch=8,
-            warmup_steps=2,
-            evaluation_tasks=20,
+            seed=seed, hidden_size=64, layers=1, sft_rate=5e-3, sft_questions=500, sft_target=1.0, sft_check_steps=20,
+            sft_decay_steps=10, sft_most_steps=20, questions=100, samples=4, direct_pairs=30,
+            dropout_ntp_questions=100, branch_steps=3, branch_batch=8, warmup_steps=2, evaluation_tasks=20,
             validation_tasks=20,
-        )
+        )  # fmt: skip

@@ -36,13 +36,7 @@ def train_sft(
 ) -> list[dict[str, float]]:
     """Trains on right responses up to a target accuracy or a step limit, and finally decays the learning rate.
 
-    Args:
-        model: Model to train in place.
-        processor: Processor of the model.
-        settings: Numbers of questions and steps, and learning rates.
-        rng: Random generator of the questions.
-        folder: Folder of ``sft.jsonl`` (questions with responses) and of the runs ``runs/SFT-start`` and
-            ``runs/SFT-end``.
+    Writes ``sft.jsonl`` (questions with responses) and the runs ``runs/SFT-start`` and ``runs/SFT-end``.
 
     Returns:
         The log, one dict per step; every ``sft_check_steps``-th dict has the step-by-step validation ``accuracy``.
@@ -67,15 +61,9 @@ def train_sft(
         ("SFT-end", settings.sft_decay_steps, "linear"),
     ):
         recipe = make_recipe(
-            path,
-            folder / "runs" / name,
-            loss=METHODS["SFT"],
-            steps=steps,
-            batch=settings.sft_batch,
-            rate=settings.sft_rate,
-            schedule=schedule,
-            settings=settings,
-        )
+            path, folder / "runs" / name, loss=METHODS["SFT"], steps=steps, batch=settings.sft_batch,
+            rate=settings.sft_rate, schedule=schedule, settings=settings,
+        )  # fmt: skip
         _train(recipe, model, processor, on_step)
     return curve
 
@@ -88,34 +76,17 @@ def train_branch(
     settings: Settings,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the SFT model further on the pairs, with the loss weights of a method.
+    """Trains the SFT model further on the pairs, with the loss weights of a method, and returns a dict for each step.
 
     All methods share the pairs, their order, the number of steps and the learning rate. The reference is the SFT
-    model; the first branch that needs its log-probabilities writes them to ``reference.jsonl``.
-
-    Args:
-        model: SFT model to train in place.
-        processor: Processor of the model.
-        pairs: File of pairs.
-        method: Key of ``METHODS``.
-        settings: Number of steps, batch size and learning rate.
-        folder: Folder of ``reference.jsonl`` and of the run ``runs/METHOD``.
-
-    Returns:
-        The log, one dict per step.
+    model; the first branch that needs its log-probabilities writes them to ``reference.jsonl`` in ``folder``.
     """
     curve: list[dict[str, float]] = []
     recipe = make_recipe(
-        pairs,
-        folder / "runs" / method,
-        loss=METHODS[method],
-        steps=settings.branch_steps,
-        batch=settings.branch_batch,
-        rate=settings.branch_rate,
-        schedule="cosine",
-        settings=settings,
+        pairs, folder / "runs" / method, loss=METHODS[method], steps=settings.branch_steps,
+        batch=settings.branch_batch, rate=settings.branch_rate, schedule="cosine", settings=settings,
         reference=folder / "reference.jsonl",
-    )
+    )  # fmt: skip
     _train(recipe, model, processor, lambda _, line: curve.append(dict(line)))
     return curve
 
@@ -191,11 +162,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Lets the model answer the questions by greedy decoding and returns statistics of the answers by form.
 
-    Args:
-        model: Model to evaluate.
-        processor: Processor of the model.
-        tasks: The questions.
-        on_batch: Called after each batch with its number of questions.
+    ``on_batch`` is called after each batch with the number of questions of the batch.
 
     Returns:
         For each form: ``accuracy`` and ``unparsable`` (fractions of the questions), ``tokens`` (mean number of tokens
