@@ -7,37 +7,15 @@ installation is broken (see ``mpo-ext doctor``).
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mpo_ext import loss
+
 if TYPE_CHECKING:
-    from mpo_ext.loss import (
-        HiddenAndHead,
-        MPOConfig,
-        MPOOutput,
-        RewardShift,
-        hidden_and_head,
-        linear_mpo_loss,
-        linear_token_logp,
-        mpo_loss,
-        sequence_sums,
-        shift_labels,
-        token_logp,
-    )
+    from mpo_ext.loss import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "HiddenAndHead",
-    "MPOConfig",
-    "MPOOutput",
-    "RewardShift",
-    "__version__",
-    "hidden_and_head",
-    "linear_mpo_loss",
-    "linear_token_logp",
-    "mpo_loss",
-    "sequence_sums",
-    "shift_labels",
-    "token_logp",
-]
+__all__ = ["__version__"]
+__all__ += loss.__all__
 
 
 def __getattr__(name: str) -> Any:
@@ -45,7 +23,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("mpo_ext.loss.preference")
     if name not in __all__:
         raise AttributeError(f"module 'mpo_ext' has no attribute {name!r}")
-    return getattr(importlib.import_module("mpo_ext.loss"), name)
+    return getattr(loss, name)
 
 
 def __dir__() -> list[str]:

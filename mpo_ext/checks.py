@@ -6,11 +6,7 @@ import numbers
 import os
 from collections.abc import Iterable
 
-_INTERVAL_RULES = {
-    "(-inf, inf)": "finite",
-    "(0, inf)": "positive and finite",
-    "[0, inf)": "finite and not negative",
-}
+_INTERVAL_RULES = {"(-inf, inf)": "finite", "(0, inf)": "positive and finite", "[0, inf)": "finite and not negative"}
 
 
 def install_hint(extra: str) -> str:

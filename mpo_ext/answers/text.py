@@ -75,28 +75,8 @@ def anls(prediction: str, truth: str, threshold: float = 0.5) -> float:
 _ARTICLES = {"a", "an", "the"}
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _WORD_DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
-_NEGATED = [
-    "ai",
-    "are",
-    "ca",
-    "could",
-    "did",
-    "do",
-    "does",
-    "had",
-    "has",
-    "have",
-    "is",
-    "might",
-    "must",
-    "need",
-    "sha",
-    "should",
-    "was",
-    "were",
-    "wo",
-    "would",
-]
+_NEGATED_VERBS = ["ai", "are", "did", "do", "does", "had", "has", "have", "is", "was", "were"]
+_NEGATED_MODALS = ["ca", "could", "might", "must", "need", "sha", "should", "wo", "would"]
 # Contractions that spell another word without the apostrophe ("were", "well", "its", "hell") are left out.
 _JOINED = {
     "ve": ["could", "i", "might", "must", "should", "they", "we", "where", "who", "would", "you"],
@@ -106,7 +86,7 @@ _JOINED = {
     "s": ["he", "here", "how", "she", "that", "there", "what", "when", "where", "who", "why"],
     "m": ["i"],
 }
-_CONTRACTIONS = {f"{stem}nt": f"{stem}n't" for stem in _NEGATED} | {
+_CONTRACTIONS = {f"{stem}nt": f"{stem}n't" for stem in _NEGATED_VERBS + _NEGATED_MODALS} | {
     f"{stem}{ending}": f"{stem}'{ending}" for ending, stems in _JOINED.items() for stem in stems
 }
 

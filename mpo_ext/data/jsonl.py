@@ -189,7 +189,7 @@ def _parse_pair(values: dict[str, Any], line: str) -> Pair:
     if "image" in values:
         raise FieldError(
             f"images of a line of pairs must be a list named 'images', got 'image' {shorten(values['image'])}: "
-            "a file of such lines is read with the format 'mmpr' (--from mmpr, in a recipe format: mmpr)",
+            "a file of such lines is read with the format 'mmpr' (--from mmpr, in a recipe format: mmpr)"
         )
     return Pair.from_dict(values)
 

@@ -198,7 +198,7 @@ class _LineParser:
         if values.get("images"):  # kept as an unknown field, it would lose the images
             raise FieldError(
                 f"images of an MMPR line must be named by 'image', got 'images' {shorten(values['images'])}: "
-                "a file of such lines is read with the format 'pairs' (--from pairs, in a recipe format: pairs)",
+                "a file of such lines is read with the format 'pairs' (--from pairs, in a recipe format: pairs)"
             )
         relative, source["image"] = _images(values)
         images = tuple(resolve_image(image, self.root) for image in relative)

@@ -171,8 +171,7 @@ class Correctness:
     ) -> Iterator[tuple[ScoredSample, ScoredSample]]:
         """Yields up to ``pairs_per_question`` pairs, sorted by length gap and then by hash."""
         ranked = sorted(
-            itertools.product(right, candidates),
-            key=lambda pair: (self._length_gap(*pair), self._hash(item, *pair)),
+            itertools.product(right, candidates), key=lambda pair: (self._length_gap(*pair), self._hash(item, *pair))
         )
         uses: collections.Counter[tuple[str, str]] = collections.Counter()
         taken: set[tuple[str, str]] = set()

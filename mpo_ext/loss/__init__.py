@@ -20,19 +20,9 @@ if TYPE_CHECKING:
     from mpo_ext.loss.hf_head import HiddenAndHead, hidden_and_head
     from mpo_ext.loss.reward_shift import RewardShift
 
-_HOMES = {
-    "HiddenAndHead": "hf_head",
-    "MPOConfig": "config",
-    "MPOOutput": "functions",
-    "RewardShift": "reward_shift",
-    "hidden_and_head": "hf_head",
-    "linear_mpo_loss": "functions",
-    "linear_token_logp": "functions",
-    "mpo_loss": "functions",
-    "sequence_sums": "eager",
-    "shift_labels": "functions",
-    "token_logp": "functions",
-}
+# Modules of the names that are not in the module ``functions``.
+_HOMES = {"MPOConfig": "config", "RewardShift": "reward_shift", "sequence_sums": "eager"}
+_HOMES |= dict.fromkeys(("HiddenAndHead", "hidden_and_head"), "hf_head")
 
 __all__ = [
     "HiddenAndHead",
@@ -50,10 +40,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'mpo_ext.loss' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"mpo_ext.loss.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"mpo_ext.loss.{_HOMES.get(name, 'functions')}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *__all__})
