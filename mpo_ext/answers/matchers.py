@@ -104,20 +104,8 @@ def _build(value: Matcher | str | Mapping[str, Any]) -> Matcher:
     return matcher(**value)
 
 
-MATCHERS: dict[str, type[Matcher]] = {
-    matcher_class.kind: matcher_class
-    for matcher_class in (
-        ExactMatcher,
-        ChoiceMatcher,
-        NumberMatcher,
-        ChartMatcher,
-        AnlsMatcher,
-        VqaMatcher,
-        MathMatcher,
-        CustomMatcher,
-        AnyMatcher,
-    )
-}
+_BASIC = (ExactMatcher, ChoiceMatcher, NumberMatcher, ChartMatcher, AnlsMatcher, VqaMatcher, MathMatcher)
+MATCHERS: dict[str, type[Matcher]] = {each.kind: each for each in (*_BASIC, CustomMatcher, AnyMatcher)}
 
 
 def matcher(kind: str, **options: Any) -> Matcher:

@@ -114,8 +114,9 @@ def _check(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mpo_ext.data.check import check_pairs, write_report
+    from mpo_ext.data.check import check_pairs
     from mpo_ext.data.stats import token_counter
+    from mpo_ext.files import write_json
 
     source = _open(args)
     length, unit = token_counter(args.tokenizer)
@@ -136,7 +137,7 @@ def _check(args: argparse.Namespace) -> int:
             for finding in findings:
                 console.print(f"{finding.where}: {kind}: {_printable(finding.message)}", markup=False, highlight=False)
     if args.json is not None:
-        write_report(args.json, report)
+        write_json(args.json, report.to_dict())
     return 0 if report.is_clean else 1
 
 

@@ -6,7 +6,6 @@ import os
 import warnings
 from array import array
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,20 +17,13 @@ from mpo_ext.data.reader import BadLine, Location
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.stats import SubsetStats, count_words
-from mpo_ext.files import write_json
 
 ImageCheck = Literal["verify", "decode", "exists", "skip"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """A defect of the data.
-
-    Attributes:
-        kind: Kind of the defect, such as "missing image".
-        where: Subset, file and line of the defect.
-        message: Description of the defect.
-    """
+    """A defect of the data; ``kind`` is a name such as "missing image"."""
 
     kind: str
     where: Location
@@ -40,13 +32,7 @@ class Finding:
 
 @dataclasses.dataclass(slots=True)
 class CheckReport:
-    """The findings of a check.
-
-    Attributes:
-        counts: Number of findings by subset and kind.
-        examples: The first findings of each kind.
-        stats: Statistics by subset.
-    """
+    """Findings counted by subset and kind, the first findings of each kind, and statistics by subset."""
 
     counts: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[Finding]] = dataclasses.field(default_factory=dict)
@@ -139,10 +125,8 @@ def _defects(pair: Pair, check_image: "_ImageChecker") -> Iterator[tuple[str, st
     placeholders, images = pair.question.count(IMAGE_PLACEHOLDER), len(pair.images)
     if placeholders != images and (images, placeholders) != (1, 0):
         allowed = "0 or 1" if images == 1 else str(images)
-        yield (
-            "placeholders",
-            f"question must hold {IMAGE_PLACEHOLDER} {allowed} times for {images} images, got {placeholders}",
-        )
+        message = f"question must hold {IMAGE_PLACEHOLDER} {allowed} times for {images} images, got {placeholders}"
+        yield "placeholders", message
     if "answer_gt" in pair.source and pair.source["answer_gt"] is not None:
         yield "answer_gt", f"answer_gt must be text, got {pair.source['answer_gt']!r:.60}"
     for image in pair.images:
@@ -222,8 +206,3 @@ class _Duplicates:
 
         for index, first in sorted(zip(order[repeats].tolist(), order[starts].tolist(), strict=True)):
             yield locate(index), locate(first)
-
-
-def write_report(path: Path, report: CheckReport) -> None:
-    """Writes the report atomically as JSON."""
-    write_json(path, report.to_dict())

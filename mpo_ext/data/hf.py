@@ -19,13 +19,7 @@ from mpo_ext.files import atomic_write, sync_folder, sync_tree
 if TYPE_CHECKING:
     import datasets
 
-_SUFFIXES = {
-    "image/jpeg": ".jpg",
-    "image/png": ".png",
-    "image/webp": ".webp",
-    "image/gif": ".gif",
-    "image/bmp": ".bmp",
-}
+_SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "gif": ".gif", "bmp": ".bmp"}
 
 
 def require_datasets() -> Any:
@@ -179,8 +173,8 @@ class DatasetPairs(PairSequence):
 
     def _save(self, content: bytes) -> str:
         assert self._image_dir is not None
-        mime = _mime(content)
-        path = self._image_dir / f"{hashlib.blake2b(content, digest_size=12).hexdigest()}{_SUFFIXES.get(mime, '')}"
+        suffix = _SUFFIXES.get(_mime(content).removeprefix("image/"), "")
+        path = self._image_dir / f"{hashlib.blake2b(content, digest_size=12).hexdigest()}{suffix}"
         if not path.exists():
             with atomic_write(path) as file:
                 file.write(content)

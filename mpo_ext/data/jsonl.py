@@ -119,13 +119,11 @@ class LineFile(PairSequence):
         starts = array("Q", [0])
         file, position = self._opened().fileno(), 0
         empty: list[int] = []
-        last = b"\n"
         while chunk := os.pread(file, _CHUNK, position):
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10).astype(np.uint64) + np.uint64(position + 1)
             starts.frombytes(ends.tobytes())
             position += len(chunk)
-            last = chunk[-1:]
-        if last != b"\n":
+        if starts[-1] != position:  # the last line has no newline
             starts.append(position)
         offsets = np.frombuffer(starts, np.uint64)
         lengths = np.diff(offsets)

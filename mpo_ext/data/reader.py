@@ -14,13 +14,7 @@ MAX_LINE_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Location:
-    """The location of a pair.
-
-    Attributes:
-        subset: Name of the pair's subset, or of the file if the format has no subsets.
-        file: Path of the file.
-        line: Number of the line or row, counted from 1.
-    """
+    """The subset (or the name of the file if the format has no subsets), file and line, counted from 1, of a pair."""
 
     subset: str
     file: str

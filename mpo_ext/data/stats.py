@@ -45,15 +45,10 @@ class SubsetStats:
     """Statistics of a subset.
 
     Attributes:
-        pairs: Number of pairs.
         skipped: Number of bad lines.
         images: Number of images; an image that several pairs use counts several times.
-        text_only: Number of pairs without an image.
         with_answer: Number of pairs with a true answer.
         rejected_longer: Number of pairs whose rejected response is longer than the chosen response.
-        question: Lengths of the questions.
-        chosen: Lengths of the chosen responses.
-        rejected: Lengths of the rejected responses.
     """
 
     pairs: int = 0
@@ -79,9 +74,8 @@ class SubsetStats:
         self.rejected.add(rejected)
 
     def to_dict(self) -> dict[str, Any]:
-        lengths = {name: getattr(self, name).to_dict() for name in ("question", "chosen", "rejected")}
-        counts = ("pairs", "skipped", "images", "text_only", "with_answer", "rejected_longer")
-        return {**{name: getattr(self, name) for name in counts}, **lengths}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value.to_dict() if isinstance(value, LengthStats) else value for name, value in values.items()}
 
 
 def count_words(text: str) -> int:
@@ -118,10 +112,7 @@ def collect_stats(
 ) -> dict[str, SubsetStats]:
     """Reads every pair once and returns the statistics by subset, in the order of the source.
 
-    Args:
-        source: Pairs to count.
-        length: Function that returns the length of a text.
-        skipped: Collects the bad lines; None: the bad lines are only counted in the statistics.
+    ``length`` measures a text. ``skipped`` collects the bad lines; None only counts them in the statistics.
     """
     stats = {name: SubsetStats() for name in source.subsets}
     for where, pair in source.scan():

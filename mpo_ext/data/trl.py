@@ -189,13 +189,7 @@ def _path(image: object, save_image: Callable[[bytes], str] | None) -> str:
 def read_trl(
     path: str | os.PathLike[str], *, root_map: RootMap = (), max_line_bytes: int = MAX_LINE_BYTES
 ) -> LineFile:
-    """Opens a file with one row of TRL's preference format per line, in either kind.
-
-    Args:
-        path: Path of the file.
-        root_map: Path prefixes (old, new) of folders that have moved.
-        max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
-    """
+    """Opens a file with one row of TRL's preference format per line, in either kind; see ``read_pairs``."""
     return LineFile(path, _parse_row, root_map=root_map, max_line_bytes=max_line_bytes)
 
 

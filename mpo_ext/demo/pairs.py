@@ -11,14 +11,14 @@ import numpy as np
 from transformers import InternVLForConditionalGeneration
 
 from mpo_ext.data import Pair, open_pairs, read_pairs, write_pairs
-from mpo_ext.data.check import CheckReport, check_pairs, write_report
+from mpo_ext.data.check import CheckReport, check_pairs
 from mpo_ext.data.jsonl import dump_line
 from mpo_ext.data.records import SOURCE
 from mpo_ext.data.view import write_view
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.settings import Settings
-from mpo_ext.files import atomic_write
+from mpo_ext.files import atomic_write, write_json
 from mpo_ext.generate import runner
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
@@ -150,7 +150,7 @@ def _with_subset(pair: Pair) -> Pair:
 
 def _check(path: Path) -> CheckReport:
     report = check_pairs(open_pairs(path))
-    write_report(path.with_name("check.json"), report)
+    write_json(path.with_name("check.json"), report.to_dict())
     if not report.is_clean:
         raise RuntimeError(f"{path} must pass its check, got {dict(report.totals())}")
     return report

@@ -42,10 +42,8 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
         def add(number: int, item: Item, prompt: str, responses: Sequence[ScoredResponse]) -> None:
             fields = _fields(number, item)
             for table, response in zip(tables, responses, strict=True):
-                table.writerow(
-                    fields
-                    | {"prediction": response.text, "extracted": response.answer or "", "hit": int(response.correct)}
-                )
+                ours = {"prediction": response.text, "extracted": response.answer or "", "hit": int(response.correct)}
+                table.writerow(fields | ours)
 
         yield add
 

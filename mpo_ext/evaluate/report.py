@@ -135,18 +135,8 @@ def _comparison_row(comparison: Mapping[str, Any]) -> list[str]:
     difference, error, p = comparison["difference"], comparison["standard_error"], comparison["p"]
     text = "-" if difference is None else f"{100 * difference:+.1f}"
     text += "" if error is None else f" ± {100 * error:.1f}"
-    return [
-        case,
-        *names,
-        text,
-        f"{comparison['gained']:,}",
-        f"{comparison['lost']:,}",
-        "-" if p is None else _format_p(p),
-    ]
-
-
-def _format_p(p: float) -> str:
-    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
+    p_text = "-" if p is None else "<0.0001" if p < 0.0001 else f"{p:.4f}"
+    return [case, *names, text, f"{comparison['gained']:,}", f"{comparison['lost']:,}", p_text]
 
 
 def _write_pictures(results: Mapping[str, Any], out: Path) -> None:

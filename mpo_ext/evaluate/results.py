@@ -8,6 +8,7 @@ import importlib.metadata
 import itertools
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import mpo_ext
@@ -41,12 +42,8 @@ def compute_results(
         "settings": {
             "models": {name: dict(settings) for name, settings in engines.items()},
             "data": {
-                cell.data.name: {
-                    "path": cell.data.path,
-                    "blake2b": cell.data.source.digest,
-                    "questions": cell.data.source.count,
-                }
-                for cell in cells
+                file.name: {"path": file.path, "blake2b": file.source.digest, "questions": file.source.count}
+                for file in (cell.data for cell in cells)
             },
             "prompts": {
                 prompt: {
@@ -57,11 +54,7 @@ def compute_results(
                 for prompt, evaluation in evaluations.items()
             },
             "matcher": dict(config.matcher),
-            "samples": config.samples,
-            "temperature": config.temperature,
-            "top_p": config.top_p,
-            "top_k": config.top_k,
-            "seed": config.seed,
+            **{name: getattr(config, name) for name in ("samples", "temperature", "top_p", "top_k", "seed")},
             "limit": limit,
         },
         "results": [
@@ -107,16 +100,9 @@ def _comparisons(
     config: EvaluationConfig,
 ) -> Iterator[dict[str, Any]]:
     """Yields the comparisons of every two models under a prompt, and of every two prompts of a model."""
-    sides = [
-        ((first, prompt), (second, prompt))
-        for prompt in config.prompts
-        for first, second in itertools.combinations(models, 2)
-    ]
-    sides += [
-        ((model, first), (model, second))
-        for model in models
-        for first, second in itertools.combinations(config.prompts, 2)
-    ]
+    prompts = config.prompts
+    sides = [((first, prompt), (second, prompt)) for prompt in prompts for first, second in combinations(models, 2)]
+    sides += [((model, first), (model, second)) for model in models for first, second in combinations(prompts, 2)]
     for name, ((first_model, first_prompt), (second_model, second_prompt)) in itertools.product(names, sides):
         comparison = _compare(
             scores[first_model, name, first_prompt], scores[second_model, name, second_prompt], config.samples
@@ -130,11 +116,8 @@ def _comparisons(
 
 
 def _compare(first: Sequence[QuestionScore], second: Sequence[QuestionScore], samples: int) -> Comparison:
-    both = [
-        (one.accuracy, other.accuracy)
-        for one, other in zip(first, second, strict=True)
-        if one.problem is None and other.problem is None
-    ]
+    pairs = zip(first, second, strict=True)
+    both = [(one.accuracy, other.accuracy) for one, other in pairs if one.problem is None and other.problem is None]
     return compare([one for one, _ in both], [other for _, other in both], samples=samples)
 
 

@@ -46,16 +46,14 @@ def evaluate(
     Args:
         models: Models by their name in the results. A model is a folder (a model, a run with ``final``, or adapters),
             a name on the hub, or an engine. The models are loaded one after the other.
-        data: Questions by their name in the results: a JSONL file of items, or a meta file (.json) that lists such
-            files.
+        data: Questions by their name in the results: a JSONL file of items, or a meta file (.json) of such files.
         out: Folder of the evaluation.
         config: Prompts, sampling and matcher; None: the default ``EvaluationConfig``.
         limit: Maximum number of questions per file; None: all questions.
         image_root: Folder against which relative image paths in JSONL files are resolved.
         root_map: Pairs of path prefixes (old, new) for folders in meta files that have moved.
         exports: Evaluation kits to write predictions for, any of "vlmevalkit" and "lmms-eval".
-        page_limit: Maximum number of questions on the page of failures. If more questions failed, the page shows a
-            random draw.
+        page_limit: Maximum number of questions on the page of failures; if more failed, the page shows a random draw.
         make_engine: Creates an engine from the path of a whole model.
         run: Block size, processes and progress display; None: the default ``EvaluationRun``.
 
@@ -63,8 +61,7 @@ def evaluate(
         The content of ``results.json``; None if other processes have not finished yet.
 
     Raises:
-        SettingsMismatchError: If the folder holds answers for the same names with other weights, settings or
-            questions.
+        SettingsMismatchError: If the folder holds answers with other weights, settings or questions.
         ValueError: If an argument is out of range, a model cannot be loaded, or a file has no question with an answer.
         ImportError: If a package is missing.
     """

@@ -49,21 +49,10 @@ def run(
     root_map: Sequence[tuple[str, str]] = (),
     stream: TextIO | None = None,
 ) -> Summary | None:
-    """Runs a pipeline like ``runner.run``, but on the machines of a Ray cluster.
+    """Runs a pipeline like ``runner.run``, but on ``workers`` actors of a Ray cluster, each with ``gpus_per_worker`` GPUs.
 
-    Args:
-        pipeline: ``DropoutNTP`` or ``Correctness``.
-        engine: Engine of the workers.
-        source: JSONL file of items, or a meta file that lists such files; only the driver reads it.
-        out: Folder of the run; only the driver writes to it.
-        workers: Number of workers.
-        gpus_per_worker: Number of GPUs of each worker.
-        block_size: Number of samples to request from a worker at a time.
-        limit: Maximum number of items, taken from the beginning; None: all items.
-        image_root: Folder against which relative image paths are resolved, the same on every machine. A meta file
-            names a root for each file.
-        root_map: Pairs of path prefixes (old, new) for folders in a meta file that have moved.
-        stream: Output of the progress display; None disables the display.
+    The other arguments are those of ``runner.run``. Only the driver reads ``source`` and writes to ``out``;
+    ``image_root`` must be the same folder on every machine.
 
     Raises:
         ImportError: If ray is missing.

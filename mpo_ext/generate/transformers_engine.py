@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig) -> "Tensor":
     """Draws a token for each row by inverting the cumulative distribution at the row's uniform number.
 
-    Args:
-        scores: ``[B, V]`` logits.
-        uniforms: ``[B]`` float64 random numbers in [0, 1).
-        sampling: Settings for drawing tokens.
-
-    Returns:
-        ``[B]`` int64 token ids.
+    ``scores`` are ``[B, V]`` logits, and ``uniforms`` are ``[B]`` float64 random numbers in [0, 1).
 
     Raises:
         FloatingPointError: If the distribution of a row is not finite.
@@ -122,23 +116,17 @@ class TransformersEngine:
             **options: Passed to ``from_pretrained``, for example ``revision`` or ``gguf_file``.
         """
         import torch
-        from transformers import (
-            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-            AutoConfig,
-            AutoModelForCausalLM,
-            AutoModelForImageTextToText,
-            AutoProcessor,
-            AutoTokenizer,
-        )
+        import transformers
 
         if device is None:
             local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
             device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-        config = AutoConfig.from_pretrained(name, **options)
-        has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        loader = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+        config = transformers.AutoConfig.from_pretrained(name, **options)
+        has_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        loader = transformers.AutoModelForImageTextToText if has_images else transformers.AutoModelForCausalLM
         model = loader.from_pretrained(name, dtype=dtype, **options).to(device)
-        processor = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(name, **options)
+        processor_loader = transformers.AutoProcessor if has_images else transformers.AutoTokenizer
+        processor = processor_loader.from_pretrained(name, **options)
         return cls(model, processor, name=name, batch_size=batch_size, chat_template=chat_template)
 
     def settings(self) -> dict[str, Any]:
