@@ -21,11 +21,8 @@ class LinesError(ValueError):
 def check_number(name: str, value: object, interval: str = "") -> None:
     """Checks that a value is a real number and, optionally, that it lies in an interval.
 
-    Args:
-        name: Name of the argument for the message.
-        value: Value to check.
-        interval: Allowed numbers in mathematical notation, such as ``"[0, 1)"`` or ``"(0, inf)"``; NaN lies in no
-            interval. The empty string allows every number.
+    ``interval`` holds the allowed numbers in mathematical notation, such as ``"[0, 1)"`` or ``"(0, inf)"``; NaN lies
+    in no interval. The empty string allows every number.
 
     Raises:
         TypeError: If the value is a bool or not a real number.
@@ -83,9 +80,7 @@ def check_model_path(name: str, path: str) -> None:
 def check_json(name: str, value: object) -> None:
     """Checks that JSON can store a value without changing it.
 
-    Args:
-        name: Name of the argument; messages name its parts ``name.key`` and ``name[index]``.
-        value: Value to check.
+    Messages name the parts of the value ``name.key`` and ``name[index]``.
 
     Raises:
         TypeError: If a value at any depth is not None, a bool, an int, a float, a str, a list or a dict with str keys.

@@ -140,7 +140,7 @@ def parse_object(text: str) -> dict[str, Any]:
         TypeError: If the text is JSON but not an object.
         ValueError: If the text is not JSON (json.JSONDecodeError), a field is repeated, or a number is not finite.
     """
-    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     if not isinstance(value, dict):
         raise TypeError(f"a line must hold an object, got {type(value).__name__} {text[:60]!r}")
     return value
@@ -152,10 +152,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = collections.Counter(name for name, _ in pairs)
         raise FieldError(f"a field must be given once, got {counts.most_common(1)[0][0]!r} twice")
     return values
-
-
-def _no_constant(text: str) -> float:
-    raise FieldError(f"numbers must be finite, got {text}", kind="bad JSON")
 
 
 def _finite(text: str) -> float:

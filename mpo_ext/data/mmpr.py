@@ -34,7 +34,6 @@ class MMPRSubset(NamedTuple):
     """A subset, as its entry in a meta file describes it.
 
     Attributes:
-        name: Name of the subset.
         root: Absolute path of the subset's image folder.
         annotation: Absolute path of the subset's .jsonl file.
         repeat_time: Below 1: fraction of the lines to use. Otherwise: number of times that each line is used.

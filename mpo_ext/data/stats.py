@@ -86,8 +86,7 @@ def count_words(text: str) -> int:
 def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[str], int], str]:
     """Returns a function that measures the length of a text, and the name of the length's unit.
 
-    Args:
-        tokenizer: Name or folder of a tokenizer that transformers can load; None: the function counts words.
+    ``tokenizer`` is the name or folder of a tokenizer that transformers can load; None: the function counts words.
 
     Raises:
         ImportError: If transformers is not installed.

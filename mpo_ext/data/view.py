@@ -93,28 +93,21 @@ def count_names(names: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def _entry(pair: Pair, subset: str, where: str, images: "Thumbnails", max_characters: int) -> dict[str, Any]:
-    shared = _shared(pair.chosen, pair.rejected)
+    shared, cut = _shared(pair.chosen, pair.rejected), _cut(pair)
+    rest = {name: value for name, value in pair.extra.items() if name != SOURCE}
+    more = {name: part for name, part in (("provenance", pair.provenance), ("extra", rest)) if part}
     entry: dict[str, Any] = {
         "subset": subset,
         "where": where,
         "pipeline": str(pair.provenance.get("pipeline", ""))[:100],
         "images": [images.add(image) for image in pair.images],
         "shared": _utf16(pair.chosen[: min(shared, max_characters)]),
-        "cut": None,
+        "cut": None if cut is None else _utf16(pair.chosen[: min(cut, max_characters)]),
         "answer": None if pair.answer_gt is None else cut_text(pair.answer_gt, max_characters),
-        "more": {},
+        "more": cut_text(json.dumps(more, ensure_ascii=False, indent=1), max_characters),
     }
-    cut = _cut(pair)
-    if cut is not None:
-        entry["cut"] = _utf16(pair.chosen[: min(cut, max_characters)])
     for name in ("question", "chosen", "rejected"):
         entry[name] = cut_text(getattr(pair, name), max_characters)
-    if pair.provenance:
-        entry["more"]["provenance"] = pair.provenance
-    rest = {name: value for name, value in pair.extra.items() if name != SOURCE}
-    if rest:
-        entry["more"]["extra"] = rest
-    entry["more"] = cut_text(json.dumps(entry["more"], ensure_ascii=False, indent=1), max_characters)
     return entry
 
 

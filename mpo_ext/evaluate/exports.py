@@ -32,8 +32,7 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
         tables = []
         for sample in range(samples):
             suffix = f"_sample{sample}" if samples > 1 else ""
-            path = out / "vlmevalkit" / model / f"{model}_{task}{suffix}.tsv"
-            binary = stack.enter_context(atomic_write(path))
+            binary = stack.enter_context(atomic_write(out / "vlmevalkit" / model / f"{model}_{task}{suffix}.tsv"))
             text = stack.enter_context(_text_of(binary))
             table = csv.DictWriter(text, columns, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
             table.writeheader()

@@ -81,13 +81,5 @@ def _lines(
     if problem:
         yield {**shared, "problem": problem}
     for sample, response in enumerate(responses):
-        yield {
-            **shared,
-            "sample": sample,
-            "response": response.text,
-            "answer": response.answer,
-            "correct": response.correct,
-            "rule": response.rule,
-            "tokens": response.tokens,
-            "finish": response.finish,
-        }
+        scored = {name: getattr(response, name) for name in ("answer", "correct", "rule", "tokens", "finish")}
+        yield {**shared, "sample": sample, "response": response.text, **scored}

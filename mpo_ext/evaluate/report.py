@@ -79,14 +79,12 @@ def markdown_report(results: Mapping[str, Any]) -> str:
         texts += ["Questions that were not asked:\n", _markdown(["", "reason", "questions"], lines)]
     comparisons = [comparison for comparison in results["comparisons"] if _is_shown(comparison, models[0])]
     if comparisons:
+        header = ["", "first", "second", "difference", "only second right", "only first right", "p"]
         texts += [
             "## Differences on the same questions\n",
             "In points, second less first, ± the standard error of the paired difference. "
             "p is two-sided and not corrected for the number of comparisons.\n",
-            _markdown(
-                ["", "first", "second", "difference", "only second right", "only first right", "p"],
-                [_comparison_row(comparison) for comparison in comparisons],
-            ),
+            _markdown(header, [_comparison_row(comparison) for comparison in comparisons]),
         ]
         if samples > 1:
             texts += ['"Only right" here counts questions with a larger share of right samples.\n']

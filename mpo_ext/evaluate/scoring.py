@@ -79,7 +79,6 @@ class ScoredResponse:
     Attributes:
         answer: Extracted answer; None if the response has no readable answer.
         rule: Rule by which the matcher decided; None without an answer.
-        tokens: Number of generated tokens.
         finish: "stop", or "length" if the response was cut off.
     """
 
@@ -125,13 +124,8 @@ class Evaluation:
     def __init__(self, config: EvaluationConfig, prompt: str) -> None:
         self.prompt = prompt
         self.template = None if prompt == PLAIN else get_template(prompt)
-        self.questions = QuestionSampler(
-            name=self.name,
-            samples=config.samples,
-            sampling=config.sampling(self.template),
-            seed=config.seed,
-            template=self.template,
-        )
+        sampling = config.sampling(self.template)
+        self.questions = QuestionSampler(self.name, config.samples, sampling, config.seed, self.template)
         self.scorer = AnswerScorer(config.matcher, style=config.style, template=self.template)
         self.keys, self.sample = self.questions.keys, self.questions.sample
 

@@ -95,11 +95,7 @@ class Correctness:
         self.config = config or CorrectnessConfig()
         template = get_template(self.config.template) if self.config.template is not None else None
         self.questions = QuestionSampler(
-            name=self.name,
-            samples=self.config.samples,
-            sampling=self.config.sampling,
-            seed=self.config.seed,
-            template=template,
+            self.name, self.config.samples, self.config.sampling, self.config.seed, template
         )
         self.scorer = AnswerScorer(self.config.matcher, style=self.config.style, template=template)
         self._sampling = dataclasses.asdict(self.config.sampling)
@@ -215,15 +211,7 @@ class Correctness:
             "accuracy": round(accuracy, 6),
             "generated_tokens": [chosen.record["tokens"], rejected.record["tokens"]],
         }
-        return Pair(
-            question=self.questions.prompt(item),
-            chosen=chosen.text,
-            rejected=rejected.text,
-            images=item.pair_images,
-            answer_gt=item.answer_gt,
-            provenance=provenance,
-            extra=item.pair_extra,
-        )
+        return item.pair(self.questions.prompt(item), chosen.text, rejected.text, provenance)
 
     def _unsolved_line(self, item: Item, wrong: Sequence[ScoredSample]) -> dict[str, Any]:
         """Returns the item as an input line for DropoutNTP; a wrong sample replaces a missing chosen response."""

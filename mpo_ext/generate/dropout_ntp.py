@@ -11,7 +11,6 @@ from typing import Any, Literal
 from mpo_ext.answers import extract_answer
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_choice, check_integer, check_number
-from mpo_ext.data.records import Pair
 from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
@@ -193,15 +192,7 @@ class DropoutNTP:
                 "chosen_source": WRONG_SAMPLE if is_wrong else "input" if item.chosen is not None else "sample",
                 "rejected_answer": record.get("answer"),
             }
-            pair = Pair(
-                question=item.question,
-                chosen=chosen,
-                rejected=record["text"],
-                images=item.pair_images,
-                answer_gt=item.answer_gt,
-                provenance=provenance,
-                extra=item.pair_extra,
-            )
+            pair = item.pair(item.question, chosen, record["text"], provenance)
             result.lines.append(("pairs", pair.to_dict()))
             if is_wrong:
                 result.notes["pairs whose chosen response is a sample that was wrong"] += 1

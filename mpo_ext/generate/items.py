@@ -14,7 +14,7 @@ from mpo_ext.checks import check_json
 from mpo_ext.data.mmpr import read_meta, resolve_image
 from mpo_ext.data.paths import find_url
 from mpo_ext.data.reader import FieldError
-from mpo_ext.data.records import SOURCE
+from mpo_ext.data.records import SOURCE, Pair
 
 WRONG_SAMPLE = "wrong sample"  # the ``chosen_source`` of a chosen response that is known to be wrong
 
@@ -69,6 +69,10 @@ class Item:
         """Returns a hash of the content as the name of the item; it does not depend on the position in the input."""
         content = (self.question, self.images, self.chosen, self.truths, self.problem)
         return hashlib.blake2b(repr(content).encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+    def pair(self, question: str, chosen: str, rejected: str, provenance: dict[str, Any]) -> Pair:
+        """Returns a pair with the image paths, the first true answer and the extra fields of the item."""
+        return Pair(question, chosen, rejected, self.pair_images, self.answer_gt, provenance, self.pair_extra)
 
     def load_images(self) -> tuple[Any, ...]:
         """Opens the images; raises OSError if an image is missing or cannot be read."""

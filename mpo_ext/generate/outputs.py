@@ -22,9 +22,7 @@ class ItemResult:
     Attributes:
         lines: Name of the output and content of each line.
         skipped: Number of skips by reason, for single samples and for the item as a whole.
-        is_skipped: Whether the item is skipped as a whole.
         notes: Number of lines by remark.
-        tokens: Number of generated tokens.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
@@ -47,8 +45,6 @@ class Summary:
     Attributes:
         records: Number of samples.
         lines: Number of lines by output.
-        chosen_chars: Number of characters in all chosen responses.
-        rejected_chars: Number of characters in all rejected responses.
         skipped: Number of skipped items and samples by reason.
         skipped_items: Number of items skipped as a whole.
         notes: Number of pairs by remark.

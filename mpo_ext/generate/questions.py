@@ -12,13 +12,12 @@ from mpo_ext.generate.prompts import PromptTemplate, render
 _MAX_KNOWN_VERDICTS = 1 << 16
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class QuestionSampler:
     """Samples several responses to each question.
 
     Attributes:
         name: Name of the pipeline; the seeds of the requests depend on it.
-        samples: Number of responses per question.
         template: Template of the prompts; None asks the questions without a template.
     """
 
@@ -72,14 +71,8 @@ class QuestionSampler:
                 continue
             records.append([])
             for key, generation in zip(self.keys(item), generations, strict=False):
-                records[-1].append(
-                    {
-                        "key": key,
-                        "text": generation.text,
-                        "finish": generation.finish_reason,
-                        "tokens": len(generation.token_ids),
-                    }
-                )
+                record = {"key": key, "text": generation.text, "finish": generation.finish_reason}
+                records[-1].append({**record, "tokens": len(generation.token_ids)})
         return records
 
 

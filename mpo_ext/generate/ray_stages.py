@@ -26,7 +26,6 @@ class RemoteEngine:
 
     Attributes:
         make: Creates the engine; called once in each worker.
-        name: Name of the model.
         settings: Result of the engine's ``settings()``, given here because the driver has no engine.
     """
 
@@ -49,10 +48,11 @@ def run(
     root_map: Sequence[tuple[str, str]] = (),
     stream: TextIO | None = None,
 ) -> Summary | None:
-    """Runs a pipeline like ``runner.run``, but on ``workers`` actors of a Ray cluster, each with ``gpus_per_worker`` GPUs.
+    """Runs a pipeline like ``runner.run``, but on the machines of a Ray cluster.
 
-    The other arguments are those of ``runner.run``. Only the driver reads ``source`` and writes to ``out``;
-    ``image_root`` must be the same folder on every machine.
+    The run uses ``workers`` actors with ``gpus_per_worker`` GPUs each. The other arguments are those of
+    ``runner.run``. Only the driver reads ``source`` and writes to ``out``; ``image_root`` must be the same folder on
+    every machine.
 
     Raises:
         ImportError: If ray is missing.
