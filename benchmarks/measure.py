@@ -214,15 +214,22 @@ def provenance(command: str, started: str, load_before: tuple[float, ...]) -> di
     )  # fmt: skip
     ended, load_after = now()
     return {
-        "cpu": short["cpu"], "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "cpu": short["cpu"],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "os": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
-        "versions": versions(), "commit": short["commit"],
-        "modified": bool(changed.stdout.strip()) or changed.returncode != 0, "command": command, "started": started,
-        "ended": ended, "load_before": [round(value, 2) for value in load_before],
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": versions(),
+        "commit": short["commit"],
+        "modified": bool(changed.stdout.strip()) or changed.returncode != 0,
+        "command": command,
+        "started": started,
+        "ended": ended,
+        "load_before": [round(value, 2) for value in load_before],
         "load_after": [round(value, 2) for value in load_after],
-    }  # fmt: skip
+    }
 
 
 def write_text(path: Path, text: str) -> None:

@@ -115,11 +115,19 @@ def make_recipe(folder: Path, pairs: Path, sizes: Sizes, steps: int, settings: M
     sections = {"model": {"path": "unused"}, "data": {"train": [str(pairs)]}, "output": {"dir": str(folder / "run")}}
     path.write_text(json.dumps(sections))
     values = {
-        "data.max_length": None, "loss.average_over": "micro_batch", "reward_shift.mode": "fixed",
-        "optim.learning_rate": LEARNING_RATE, "optim.batch_size": sizes.batch,
-        "optim.micro_batch_size": sizes.micro_batch, "optim.max_steps": steps, "optim.schedule": "constant",
-        "optim.warmup_ratio": 0.0, "optim.weight_decay": 0.0, "output.save_every": 0, **settings,
-    }  # fmt: skip
+        "data.max_length": None,
+        "loss.average_over": "micro_batch",
+        "reward_shift.mode": "fixed",
+        "optim.learning_rate": LEARNING_RATE,
+        "optim.batch_size": sizes.batch,
+        "optim.micro_batch_size": sizes.micro_batch,
+        "optim.max_steps": steps,
+        "optim.schedule": "constant",
+        "optim.warmup_ratio": 0.0,
+        "optim.weight_decay": 0.0,
+        "output.save_every": 0,
+        **settings,
+    }
     return load_recipe(path, [f"{name}={json.dumps(value)}" for name, value in values.items()])
 
 

@@ -182,16 +182,27 @@ def _trl_rows(recipe: Any, sizes: Sizes) -> Iterator[dict[str, Any]]:
 def _trl_options(recipe: Any, sizes: Sizes, steps: int, folder: str) -> dict[str, Any]:
     """Returns the options that make TRL compute the same as our recipe."""
     return {
-        "output_dir": folder, "loss_type": ["sigmoid", "bco_pair", "sft"],
+        "output_dir": folder,
+        "loss_type": ["sigmoid", "bco_pair", "sft"],
         "loss_weights": [recipe.loss.dpo_weight, recipe.loss.bco_weight, recipe.loss.ntp_weight],
-        "beta": recipe.loss.beta, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant",
-        "max_grad_norm": recipe.optim.max_grad_norm, "max_steps": steps,
+        "beta": recipe.loss.beta,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": recipe.optim.max_grad_norm,
+        "max_steps": steps,
         "per_device_train_batch_size": sizes.micro_batch,
-        "gradient_accumulation_steps": sizes.batch // sizes.micro_batch, "train_sampling_strategy": "sequential",
-        "max_length": None, "bf16": False, "gradient_checkpointing": False, "use_cpu": True,
-        "dataloader_pin_memory": False, "logging_strategy": "no", "save_strategy": "no", "report_to": "none",
+        "gradient_accumulation_steps": sizes.batch // sizes.micro_batch,
+        "train_sampling_strategy": "sequential",
+        "max_length": None,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
         "disable_tqdm": True,
-    }  # fmt: skip
+    }
 
 
 def run_trl(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> None:

@@ -62,9 +62,13 @@ def prepare(folder: Path, settings: StudySettings, row: str = tables.START) -> d
         torch.save(model.state_dict(), training.start_file(folder))
     training.clear_encoded()  # most of the encoded pairs belong to the first training run
     result = {
-        "status": "measured", "evaluation": evaluation, "pairs": {name: len(pairs) for name, pairs in files.items()},
-        "sampling": summaries, "curve": curve, **watch.seconds,
-    }  # fmt: skip
+        "status": "measured",
+        "evaluation": evaluation,
+        "pairs": {name: len(pairs) for name, pairs in files.items()},
+        "sampling": summaries,
+        "curve": curve,
+        **watch.seconds,
+    }
     return results.save(folder.parent, settings, row, result)
 
 

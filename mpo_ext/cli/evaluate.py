@@ -82,11 +82,18 @@ def run_evaluate(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in names}
     config = EvaluationConfig(prompts=_prompts(args.prompt), matcher=shared.matcher_settings(args), **settings)
     results = evaluate(
-        _named("MODEL", args.models), _named("--data", args.data), args.out, config=config, limit=args.limit,
-        image_root=args.image_root, root_map=shared.root_map(args), exports=list(dict.fromkeys(args.export)),
-        make_engine=lambda path: load_engine(args, path), page_limit=args.page_limit,
+        _named("MODEL", args.models),
+        _named("--data", args.data),
+        args.out,
+        config=config,
+        limit=args.limit,
+        image_root=args.image_root,
+        root_map=shared.root_map(args),
+        exports=list(dict.fromkeys(args.export)),
+        make_engine=lambda path: load_engine(args, path),
+        page_limit=args.page_limit,
         run=EvaluationRun(block_size=args.block_size, rank=rank, world_size=world_size, stream=sys.stderr),
-    )  # fmt: skip
+    )
     if results is None:
         print(f"process {rank} of {world_size} has finished, others have not", file=sys.stderr)
     else:
