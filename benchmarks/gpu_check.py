@@ -224,7 +224,7 @@ def render_report(
         parts += [
             f"## Speed\n\nA copy moves {bandwidth / 1e9:.0f} GB/s in this run, read and written bytes together. GB/s "
             "below are the bytes that any method must move over its time. The second-level cache is empty before "
-            "each run. The last column is the peak beyond the logits.",
+            "each run. The last column is the peak in addition to the logits.",
             *tables,
         ]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"

@@ -112,8 +112,8 @@ def steps(documents: Documents) -> str:
         predicted = cost.step_cost(trainer, described, batch, machine)
         rows.append([text, f"{predicted.seconds:.2f} s", f"{predicted.memory / 2**30:.0f} GiB"])
     return (
-        f"Predicted for one of {step.shards} H100s that share the weights, without communication: a decoder of "
-        f"{model.parameters / 1e9:.1f} billion parameters in float32 that computes in bfloat16, one pair, a prompt of "
+        f"Predicted for one of {step.shards} H100s with sharded weights (communication not counted): a decoder of "
+        f"{model.parameters / 1e9:.1f} billion float32 parameters with bfloat16 compute, one pair, a prompt of "
         f"{step.prompt:,} tokens, responses of {step.response:,} tokens, gradient checkpointing.\n\n"
         f"{markdown_table(['a training step, predicted', 'time', 'memory'], rows)}"
     )
@@ -158,8 +158,8 @@ def issue(documents: Documents) -> str:
         rows.append([name, f"{sheet.clock / 1e9:.2f} GHz", *(f"{share:.0%}" for share in shares), in_flight])
     header = ["GPU", "clock", "forward: issue", "forward: exponentials", "forward with statistics: issue"]
     return (
-        f"Predicted shares of the floor's time, bfloat16, with the instructions of sm_90. The last column holds the "
-        f"bytes that a multiprocessor must have in flight for the peak bandwidth at a latency of "
+        f"Predicted time of each activity as a share of the floor (bfloat16, instruction counts of sm_90). The last "
+        f"column holds the bytes that a multiprocessor must have in flight for the peak bandwidth at a latency of "
         f"{_LATENCY * 1e6:.1f} us.\n\n"
         f"{markdown_table([*header, 'backward: issue', 'in flight'], rows)}"
     )

@@ -79,12 +79,12 @@ def _where_short(document: Document) -> str:
 
 def _missing(document: Document) -> str:
     measured = {point["provider"] for point in document["points"] if point["status"] == "measured"}
-    reasons = "; ".join(
-        f"{provider_name(name)} ({_plain(reason)})"
+    reasons = [
+        f"- {provider_name(name)}: {_plain(reason)}"
         for name, reason in document["missing"].items()
         if name not in measured
-    )
-    return f"Not run: {reasons}." if reasons else ""
+    ]
+    return "\n".join(["Not run:", "", *reasons]) if reasons else ""
 
 
 def _measured(document: Document, sweep: str | None = None) -> list[Point]:
@@ -139,8 +139,8 @@ _FLOORS = {
     "linear": "the floor: the three matrix products alone",
 }
 _MEMORY = {
-    "logits": "Memory is the peak beyond the logits, their gradient included.",
-    "linear": "Memory is the peak beyond hidden states, head and the gradients of both.",
+    "logits": "Memory is the peak in addition to the logits; it includes their gradient.",
+    "linear": "Memory is the peak in addition to hidden states, head and their gradients.",
 }
 _AXES = {"vocab": "V", "tokens": "T", "share": "labelled", "pairs": "B", "hidden": "D", "dtype": "float16"}
 
@@ -217,7 +217,7 @@ def sweeps(name: str, documents: Documents) -> str:
             markdown_table([*header, *map(provider_name, providers)], rows),
         ]
     late = sum(p["status"] != "measured" and "were over" in p["reason"] for p in document["points"])
-    lines += [f"Not measured because the time of the run was over: {late} points."] if late else []
+    lines += [f"{late} points were not measured, because the time limit of the run was reached."] if late else []
     return "\n".join(lines)
 
 
