@@ -159,7 +159,7 @@ def test_the_readme_has_short_tables_with_machine_and_command() -> None:
 def test_full_tables_have_spread_floor_and_missing_providers() -> None:
     made = documents.render("logits", make_documents())
     assert rows(made)["mpo_ext"][:3] == ["40.0 ms", "30.0 ms to 50.0 ms", "50%"]
-    assert "Not run: quack's cross entropy (ModuleNotFoundError: No module)." in made
+    assert "Not run:\n\n- quack's cross entropy: ModuleNotFoundError: No module" in made
 
 
 def test_memory_from_hidden_states_is_beyond_the_gradients() -> None:
