@@ -149,7 +149,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Returns whether a column after the first holds only numbers; False in tables of one or two columns."""
+    """Returns whether a column holds only numbers, is not the first, and its table has three or more columns."""
     return column > 0 and len(rows[0]) > 2 and all(not row[column] or row[column][0].isdigit() for row in rows)
 
 

@@ -47,7 +47,7 @@ class Blocks(NamedTuple):
     num_warps: int
 
     def programs(self, vocab: int, dtype: torch.dtype) -> int:
-        """Returns the number of programs per row. The misalignment may need one more vector than the row has."""
+        """Returns the number of programs per row; a row that begins at an unaligned address covers one more vector."""
         return triton.cdiv(vocab + VECTOR_BYTES // dtype.itemsize - 1, self.chunk)
 
 

@@ -260,7 +260,7 @@ class TiledRows:
 
 
 def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
-    """Returns the flat positions of the labels to score. The host waits for labels on a GPU."""
+    """Returns the flat positions of the labels to score. If the labels are on a GPU, the host waits for the GPU."""
     return (labels.reshape(-1) != ignore_index).nonzero().squeeze(-1)
 
 

@@ -185,7 +185,7 @@ def free_mib(folder: Path) -> int:
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Returns a text for messages with the first names in order and the number of further names."""
+    """Returns the first few names in order and how many more there are, for a message."""
     ordered = sorted(names)
     more = f" and {len(ordered) - _LISTED_NAMES} more" if len(ordered) > _LISTED_NAMES else ""
     return ", ".join(ordered[:_LISTED_NAMES]) + more

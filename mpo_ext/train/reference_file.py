@@ -122,7 +122,7 @@ def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` that lists all differing settings unless the file was made with ``settings``."""
+    """Raises a ``ValueError`` that lists all differences if the file was not made with ``settings``."""
     old, new = read_header(path) or {}, json.loads(json.dumps(settings))
     differing = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
     if differing:

@@ -49,7 +49,7 @@ def test_it_shows_prompts_and_responses(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (reorder([0, 2, 1, 3]), "rows 0 and 2 have different prompts: are pairs taking turns"),
+        (reorder([0, 2, 1, 3]), "rows 0 and 2 have different prompts: are chosen and rejected rows interleaved"),
         (lambda names: names.update(labels=names["labels"].roll(-1, -1)), "labels are not aligned with input_ids"),
         (lambda names: names.update(labels=names["input_ids"]), "the prompt of row 0 is not masked"),
         (lambda names: names.update(labels=torch.full_like(names["labels"], -100)), "a row has no labelled token"),
