@@ -69,7 +69,7 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes the rewards (0 if a side is empty), NTP and the reward shift. Grid (1,): the last two need all pairs."""
+    """Computes the rewards (0 if a side is empty), NTP and the reward shift. Grid (1,), as these need all pairs."""
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means

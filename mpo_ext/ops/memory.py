@@ -53,7 +53,7 @@ def row_layout(tensor: Tensor) -> RowLayout:
 
 
 def row_arguments(layout: RowLayout, labels: Tensor, ignore_index: int, tile: Tile | None = None) -> dict[str, object]:
-    """Returns the arguments that token_logp and logits_grad share. They hold addresses: the tensors must outlive them."""
+    """Returns the arguments that token_logp and logits_grad share, with addresses: the tensors must outlive them."""
     return {
         "logits": layout.tensor.data_ptr(),
         "labels": labels.data_ptr(),
