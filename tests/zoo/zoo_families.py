@@ -59,7 +59,7 @@ class Family:
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """Variables for the template."""
-        return dict(self.options.get("template_kwargs", {}))
+        return dict(self.options.get("chat_template_kwargs", {}))
 
 
 def with_template(build: Callable[[], Any], template: str) -> Any:
@@ -168,7 +168,7 @@ TEXT_FAMILIES: dict[str, Family] = {
             tokenizers.sentencepiece,
             templates.PHI3,
             *PHI3_TOKENS,
-            scheme="first",
+            scheme="legacy",
             rstrip=True,
             add_bos=False,
             eos_token="<|endoftext|>",
@@ -182,7 +182,7 @@ TEXT_FAMILIES: dict[str, Family] = {
             tokenizers.sentencepiece,
             templates.PHI3_FIRST,
             *PHI3_TOKENS,
-            scheme="first",
+            scheme="legacy",
             rstrip=True,
             eos_token="<|endoftext|>",
         ),
@@ -223,7 +223,7 @@ TEXT_FAMILIES: dict[str, Family] = {
         build=text(QWEN3_TOKENIZER, templates.QWEN3),
         config="Qwen3",
         end="<|im_end|>",
-        options={"template_kwargs": {"enable_thinking": False}},
+        options={"chat_template_kwargs": {"enable_thinking": False}},
         thinking="off; the prompt ends with an empty block",
         refused={THOUGHT: "beginning of the whole conversation"},
     ),

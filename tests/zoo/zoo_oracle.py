@@ -63,6 +63,7 @@ def compare(
     *,
     is_split: bool = False,
     adds_header: bool = False,
+    suffix: int = 0,
     **kwargs: Any,
 ) -> None:
     """Asserts that ids of ours are those of the template, up to the token that ends the turn.
@@ -76,7 +77,8 @@ def compare(
         is_split: Whether the response was tokenized apart. Then the template's ids must merge prompt and response, and
             the text is compared instead of the ids.
         adds_header: Whether the template ignores ``add_generation_prompt``, so that our prompt may be longer.
-        **kwargs: Variables for the template.
+        suffix: Number of tokens that the tokenizer adds at the end of a text if a processor adds special tokens.
+        **kwargs: Options of ``apply_chat_template``.
     """
     processor, tokenizer = encoder.processor, encoder.tokenizer
 
@@ -88,9 +90,14 @@ def compare(
 
     prompt = template_ids(processor, messages, generation_prompt=True, **kwargs)
     whole = template_ids(processor, [*messages, response], **kwargs)
+    if suffix and _adds_special_tokens(processor, _text(processor, messages, kwargs)):
+        prompt, whole = prompt[:-suffix], whole[:-suffix]
     ours = [*prompt_ids, *response_ids]
-    begin = list(prompt_ids[: len(prompt)]) if adds_header else list(prompt_ids)
-    assert words(begin) == words(prompt)
+    if adds_header:  # the ids are compared with those of the whole conversation below
+        assert plain(prompt_ids).startswith(plain(prompt).rstrip())
+        assert plain(whole).startswith(plain(prompt_ids)) or is_split
+    else:
+        assert words(prompt_ids) == words(prompt)
     assert response_ids[-1] == encoder.end_id
     assert encoder.end_id not in response_ids[:-1]
     body = ours[:-1]
@@ -100,7 +107,7 @@ def compare(
         rest = tokenizer.encode(plain(whole)[len(plain(body)) :], add_special_tokens=False)
     else:
         if encoder.end_id not in whole[len(prompt) :]:  # the white space at the end may have merged with the response
-            trimmed = _without_white_end(processor, [*messages, response], kwargs)
+            trimmed = _without_white_end(processor, [*messages, response], suffix, kwargs)
             whole = next((ids for ids in trimmed if ids == body), whole)
         assert words(whole[: len(body)]) == words(body)
         rest = whole[len(body) :]
@@ -113,13 +120,26 @@ def compare(
     assert not plain(rest).strip()
 
 
-def _without_white_end(processor: Any, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any]) -> Iterator[list[int]]:
+def _text(processor: Any, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any]) -> str:
+    return processor.apply_chat_template(list(messages), tokenize=False, **kwargs)
+
+
+def _adds_special_tokens(processor: Any, text: str) -> bool:
+    """Returns whether ``apply_chat_template`` lets a processor add special tokens to a text."""
+    begin = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
+    return is_processor(processor) and not (begin and text.startswith(begin))
+
+
+def _without_white_end(
+    processor: Any, messages: Sequence[Mapping[str, Any]], suffix: int, kwargs: Mapping[str, Any]
+) -> Iterator[list[int]]:
     """Yields the ids of the conversation without the last n characters, as long as they are white space."""
-    text = processor.apply_chat_template(list(messages), tokenize=False, **kwargs)
+    text = _text(processor, messages, kwargs)
     tokenizer = getattr(processor, "tokenizer", processor)
-    special = is_processor(processor) and not text.startswith(tokenizer.bos_token or "\0")
+    special = _adds_special_tokens(processor, text)
     while True:
-        yield list(tokenizer.encode(text, add_special_tokens=special))
+        ids = list(tokenizer.encode(text, add_special_tokens=special))
+        yield ids[: len(ids) - suffix] if special else ids
         if not text[-1:].isspace():
             return
         text = text[:-1]

@@ -1,0 +1,82 @@
+"""Random templates, tokenizers and conversations: the ids are the template's own, or the encoder refuses."""
+
+import collections
+import os
+from typing import Any
+
+import pytest
+
+pytest.importorskip("hypothesis")
+
+import transformers
+from hypothesis import HealthCheck, given, settings
+from zoo_cases import Case, cases
+from zoo_oracle import compare, conversation_of, messages_of
+
+from mpo_ext.chat import ChatError
+from mpo_ext.data.records import Pair
+from mpo_ext.train.encode import BadPairError, Encoder, Sample
+
+# MPO_ZOO_CASES=2000 runs the long version. The short one takes the same cases each time.
+CASES = int(os.environ.get("MPO_ZOO_CASES", "200"))
+ENCODED, REFUSED = "encoded", "refused"
+OTHER = "<think>\nNo.\n</think>\n\nSomething else."  # the rejected response
+
+transformers.logging.set_verbosity_error()
+
+
+def encode(case: Case) -> str:
+    """Encodes a case and compares the ids with the template's; returns whether it was encoded or refused."""
+    processor: Any = case.tokenizer.build()
+    template = case.template.jinja()
+    messages = messages_of(processor, case.turns)
+    (response,) = messages_of(processor, [("assistant", case.response)])
+    conversation = conversation_of(messages)
+    pair = Pair("", case.response, OTHER, extra={"$source": {"messages": list(conversation.messages)}})
+    try:
+        trainer = Encoder(processor, chat_template=template)
+        sample = trainer.encode(pair, "pairs.jsonl:1")
+    except (ChatError, BadPairError) as error:
+        assert str(error)
+        return REFUSED
+    assert isinstance(sample, Sample)
+    encoder = trainer.chat
+    encoded = encoder.response(conversation, case.response)
+    assert sample.chosen_ids.tolist() == encoded.ids
+    suffix = case.tokenizer.suffix if case.tokenizer.in_processor else 0
+    compare(
+        encoder,
+        messages,
+        response,
+        sample.prompt_ids.tolist(),
+        encoded.ids,
+        is_split=encoded.is_split,
+        adds_header=case.template.adds_header,
+        suffix=suffix,
+        chat_template=template,
+    )
+    assert all(encoded.is_target)
+    text = encoder.response_text(conversation, encoded.ids[:-1])
+    assert encoder.response_ids(conversation, text) == encoded.ids
+    return ENCODED
+
+
+def test_the_ids_are_the_template_s_or_the_encoder_refuses() -> None:
+    counts: collections.Counter[str] = collections.Counter()
+
+    @settings(
+        max_examples=CASES,
+        deadline=None,
+        derandomize=CASES == 200,
+        database=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases())
+    def run(case: Case) -> None:
+        counts[encode(case)] += 1
+
+    run()
+    print(f"{counts[ENCODED]} encoded, {counts[REFUSED]} refused, 0 wrong")
+    assert counts[ENCODED] > CASES / 3
+    assert counts[REFUSED] > CASES / 20
