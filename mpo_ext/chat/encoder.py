@@ -274,7 +274,8 @@ class ChatEncoder:
                 [*prompt.messages, self._renderer.turn("assistant", text)], generation_prompt=False
             )
             if whole.startswith(prompt.text):
-                if _squash(text) not in _squash(whole[len(prompt.text) :]):
+                block = OPEN_TAG.search(prompt.text)  # a response may begin with the block that the prompt opens
+                if _squash(text) not in _squash(whole[block.start() if block else len(prompt.text) :]):
                     raise ChatError(
                         f"the chat template must write the response unchanged, got {whole[len(prompt.text) :][:80]!r} "
                         f"for {response[:80]!r}"

@@ -17,8 +17,8 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
     """Writes the ids of a script after any prompt, one at each step: the logits are one-hot.
 
     Attributes:
-        script: Ids to write; after the last id the first special token follows again and again.
-        prompts: Token ids of the prompts, without padding.
+        script: Ids to write; the last id is written again and again.
+        prompts: Token ids of the prompts.
         scripts: Scripts of the following calls, which replace ``script``.
     """
 
@@ -40,15 +40,14 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
         """Accepts the inputs of every family; the images are ignored."""
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **inputs: Any) -> dict[str, Any]:
-        return {"input_ids": input_ids, "attention_mask": inputs["attention_mask"]}
+        return {"input_ids": input_ids}
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any) -> CausalLMOutput:
-        (row,) = input_ids.tolist()
-        if not self.prompts or row[: self.start] != self._whole or len(row) == self.start:
-            self._whole, self.start = row, len(row)
-            self.prompts.append([token for token, is_real in zip(row, attention_mask[0].tolist(), strict=True) if is_real])
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> CausalLMOutput:
+        (row,) = input_ids.tolist()  # a batch of one has no padding
+        if not self.prompts or len(row) <= len(self.prompts[-1]) or row[: len(self.prompts[-1])] != self.prompts[-1]:
+            self.prompts.append(row)
             self.script = self.scripts.pop(0) if self.scripts else self.script
-        done = len(row) - self.start
+        done = len(row) - len(self.prompts[-1])
         token = self.script[min(done, len(self.script) - 1)]
         logits = torch.full((1, len(row), self.config.vocab_size), -1e4)
         logits[:, -1, token] = 1e4

@@ -35,6 +35,10 @@ def engines(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Family, Transfo
     return family, ours, VLLMEngine("some/model", processor=processor, chat_options=family.options), fake
 
 
+def pair_of(line: dict[str, Any]) -> Pair:
+    return Pair(**{**line, "images": tuple(line["images"])})
+
+
 def request_of(processor: Any, turns: Any = ONE_TURN, **options: Any) -> Request:
     conversation = conversation_of(messages_of(processor, turns))
     return Request(messages=conversation.messages, sampling=SAMPLING, **options)
@@ -117,7 +121,7 @@ def test_sampled_ids_become_the_trained_ids(name: str, monkeypatch: pytest.Monke
     ours.model.script = whole[rejected][count:]
     (records,) = pipeline.sample([item], ours)
     (line,) = pipeline.make_pairs(item, records, "model").lines
-    pair = Pair(**line[1])
+    pair = pair_of(line[1])
     assert ours.model.prompts[-1][-count:] == whole[chosen][:count]
     sample = Encoder(ours.processor, **family.options).encode(pair, "pairs.jsonl:1")
     assert isinstance(sample, Sample)
@@ -137,7 +141,7 @@ def test_samples_of_the_correctness_pipeline_become_the_trained_ids(name: str, m
     ours.model.scripts = [list(ids) for ids in whole]
     pipeline = Correctness(CorrectnessConfig(samples=2, sampling=SAMPLING))
     (records,) = pipeline.sample([item], ours)
-    pairs = [Pair(**line) for output, line in pipeline.make_pairs(item, records, "model").lines if output == "pairs"]
+    pairs = [pair_of(line) for output, line in pipeline.make_pairs(item, records, "model").lines if output == "pairs"]
     assert len(pairs) == 1, json.dumps(records)
     sample = Encoder(ours.processor, **family.options).encode(pairs[0], "pairs.jsonl:1")
     assert isinstance(sample, Sample)
