@@ -17,6 +17,7 @@ from mpo_ext.chat.template import (
     find_end,
     find_form,
     freeze_date,
+    special_ids,
 )
 
 _CONTEXT = 16  # number of prompt tokens that are decoded with a response, so that the response keeps its spaces
@@ -108,9 +109,15 @@ class ChatEncoder:
         self.date = date or datetime.date.today()
         self.embedding_rows = embedding_rows
         self.notices: tuple[str, ...] = ()
+        self._special_ids = special_ids(self.tokenizer)
         self._prefix_ids, self._suffix_ids = _added_tokens(self.tokenizer)
         self._last: tuple[Conversation, EncodedPrompt] | None = None
         self._form = TurnForm()
+        if any(kind.__name__ == "PaliGemmaProcessor" for kind in type(processor).__mro__):
+            raise ChatError(
+                "processor must leave the text of prompts as it is, got PaliGemmaProcessor, which adds a begin token and a "
+                "line break to it: PaliGemma has no chat template and is not supported"
+            )
         if self.chat_template is not None:
             template = freeze_date(self.chat_template, self.date)
             if template != self.chat_template:
@@ -145,6 +152,7 @@ class ChatEncoder:
             else:
                 messages = chat_messages(conversation, as_parts=self.is_multimodal)
                 text = self._prompt_text(messages)
+                _check_turns(messages, text)
         except ChatError:
             raise
         except ValueError as error:
@@ -204,14 +212,42 @@ class ChatEncoder:
         ``ids`` end before the token that ends the turn. Special tokens are kept, because some models write boxes with
         them.
         """
+        ids = list(ids)
         context = self.prompt(conversation).ids[-_CONTEXT:]
         head, text = self.decode(context), self.decode([*context, *ids])
         text = text[len(head) :] if text.startswith(head) else self.decode(ids)
-        lead = self._form.lead
+        texts = {self._without_form(each) for each in (text, self.decode(ids), self._decode_pieces(ids))}
+        if len(texts) == 1:
+            return texts.pop()
+
+        # Some tokenizers of SentencePiece prepend a space after each special token, others only at the beginning of a
+        # text: the text that encodes as these ids is the right one.
+        def score(text: str) -> tuple[int, int, str]:
+            try:
+                encoded = self.response_ids(conversation, text)
+            except ChatError:
+                return -1, -len(text), text
+            return common_length(encoded, ids), -len(text), text
+
+        return max(texts, key=score)
+
+    def _without_form(self, text: str) -> str:
+        """Returns a sampled text without the white space that the template writes around a response."""
+        lead, tail = self._form.lead, self._form.tail
         if lead and not lead.strip():
             text = text.removeprefix(lead)
-        white = self._form.tail[: len(self._form.tail) - len(self._form.tail.lstrip())]
+        white = tail[: len(tail) - len(tail.lstrip())] if self._ends_in_tail else ""
         return text.removesuffix(white) if white else text
+
+    def _decode_pieces(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids that are decoded apart before, at and after each special token."""
+        pieces: list[list[int]] = [[]]
+        for token in ids:
+            if token in self._special_ids:
+                pieces += [[token], []]
+            else:
+                pieces[-1].append(token)
+        return "".join(self.decode(piece) for piece in pieces if piece)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, including special tokens."""
@@ -242,8 +278,9 @@ class ChatEncoder:
         if self.response(conversation, PROBE).is_split:
             end = self.prompt_text(conversation)[-20:]
             self._say(f"the tokenizer merges the end of the prompt, {end!r}, with the response: tokenized apart")
-        begin = self.tokenizer.bos_token_id
-        if begin is not None and self.prompt_ids(conversation).count(begin) > 1:
+        begin, prompt = self.tokenizer.bos_token_id, self.prompt(conversation)
+        added = self._prefix_ids if self.adds_special_tokens(prompt.text) else ()
+        if begin in added and begin in prompt.ids[len(added) :]:
             self._say(
                 f"prompts have {self.tokenizer.bos_token!r} twice: the template writes it, and the processor adds it"
             )
@@ -370,6 +407,20 @@ def _plain_prompt(conversation: Conversation, image: str) -> str:
         raise ChatError(f"a conversation of {len(conversation.messages)} messages must have a chat template, got none")
     missing = max(0, len(conversation.images) - conversation.question.count(IMAGE_PLACEHOLDER))
     return f"{image * missing}{conversation.question.replace(IMAGE_PLACEHOLDER, image)}\n"
+
+
+def _check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raises ``ChatError`` if a template leaves out the text of a turn; thoughts of earlier turns may be left out."""
+    written = _squash(text)
+    for message in messages:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+        for part in parts:
+            if _squash(part.rpartition("</think>")[2] if message["role"] == "assistant" else part) not in written:
+                raise ChatError(
+                    f"the chat template must write the text of each turn, got none of the {message['role']}'s "
+                    f"{part[:80]!r}: leave the turn out, or pass another chat_template"
+                )
 
 
 def _tokenize_apart(

@@ -81,9 +81,7 @@ def test_both_engines_get_the_images_of_training(name: str, monkeypatch: pytest.
     assert fake.prompts[-1]["multi_modal_data"] == {"image": [image]}
     # vLLM expands the one token of each image itself.
     bare = messages_of(processor, [("user", [image, "What is shown?"])])
-    text = processor.apply_chat_template(
-        bare, tokenize=False, add_generation_prompt=True, **family.template_kwargs
-    )
+    text = processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=True, **family.template_kwargs)
     unexpanded = list(encoder.tokenizer.encode(text, add_special_tokens=encoder.adds_special_tokens(text)))
     assert fake.prompts[-1]["prompt_token_ids"] == unexpanded
     assert template_ids(processor, bare, generation_prompt=True, **family.template_kwargs) == ours.model.prompts[-1]
@@ -131,7 +129,9 @@ def test_sampled_ids_become_the_trained_ids(name: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ENCODED)
-def test_samples_of_the_correctness_pipeline_become_the_trained_ids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_the_correctness_pipeline_become_the_trained_ids(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family, ours, _, _ = engines(name, monkeypatch)
     thought = "<think>\nCount.\n</think>\n\n" if family.needs_thoughts else ""
     texts = [f"{thought}Count the squares.\n\nFinal answer: {answer}" for answer in (7, 8)]

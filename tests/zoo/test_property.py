@@ -12,6 +12,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from zoo_cases import Case, cases
 from zoo_oracle import compare, conversation_of, messages_of
+from zoo_tokenizers import METASPACE
 
 from mpo_ext.chat import ChatError
 from mpo_ext.data.records import Pair
@@ -56,8 +57,9 @@ def encode(case: Case) -> str:
         chat_template=template,
     )
     assert all(encoded.is_target)
-    text = encoder.response_text(conversation, encoded.ids[:-1])
-    assert encoder.response_ids(conversation, text) == encoded.ids
+    if METASPACE not in case.response:  # SentencePiece cannot tell it from a space
+        text = encoder.response_text(conversation, encoded.ids[:-1])
+        assert encoder.response_ids(conversation, text) == encoded.ids
     return ENCODED
 
 

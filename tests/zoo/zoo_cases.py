@@ -37,7 +37,7 @@ class TokenizerForm:
         """The number of tokens that a processor adds at the end."""
         return int(self.kind == "sentencepiece" and self.add_eos)
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - as many forms as there are
+    @functools.cache  # noqa: B019 - as many forms as there are
     def build(self) -> Any:
         if self.kind == "sentencepiece":
             tokenizer = tokenizers.sentencepiece(
@@ -107,7 +107,9 @@ class TemplateForm:
             )
             block = "{% if loop.last %}{{ '<think>\\n' + t + '\\n</think>\\n\\n' }}{% endif %}"
             block = block if self.thoughts == "always" else ""
-            body = "{% if m.role == 'assistant' %}" + answer + split + block + "{{ a }}{% else %}" + body + "{% endif %}"
+            body = (
+                "{% if m.role == 'assistant' %}" + answer + split + block + "{{ a }}{% else %}" + body + "{% endif %}"
+            )
         if self.ignores == "header":
             start = "{% if m.role != 'assistant' %}{{ " + header + " }}{% endif %}"
             after = self.end + "{% if m.role == 'user' %}{{ " + quoted(own) + " }}{% endif %}"
@@ -131,11 +133,26 @@ class Case:
 
 
 HEADERS = (
-    *("<|im_start|>{role}\n", "<|{role}|>\n", "<|{role}|>", "{Role}: ", "{Role}:", "{role}:\n\n", "### {Role}:\n", "[{role}] "),
+    *(
+        "<|im_start|>{role}\n",
+        "<|{role}|>\n",
+        "<|{role}|>",
+        "{Role}: ",
+        "{Role}:",
+        "{role}:\n\n",
+        "### {Role}:\n",
+        "[{role}] ",
+    ),
     *("", "\n"),
 )
 ENDS = (
-    *("{{ '<|im_end|>\\n' }}", "{{ '<|im_end|>' }}", "{{ eos_token }}", "{{ ' ' + eos_token }}", "{{ eos_token + ' ' }}"),
+    *(
+        "{{ '<|im_end|>\\n' }}",
+        "{{ '<|im_end|>' }}",
+        "{{ eos_token }}",
+        "{{ ' ' + eos_token }}",
+        "{{ eos_token + ' ' }}",
+    ),
     *("{{ '\\n' + eos_token + '\\n' }}", "{{ '\\n' }}", "{{ '\\n\\n' }}", "{{ ' ' }}", "", "{{ '<|end|>\\n' }}"),
     "{{ '\\n<|im_end|>\\n' }}",
 )

@@ -198,9 +198,7 @@ TEXT_FAMILIES: dict[str, Family] = {
     ),
     "InternLM2": Family(
         models="InternLM2 chat, InternLM2.5 chat",
-        build=text(
-            tokenizers.sentencepiece, templates.INTERNLM2, "<|im_start|>", "<|im_end|>", scheme="never"
-        ),
+        build=text(tokenizers.sentencepiece, templates.INTERNLM2, "<|im_start|>", "<|im_end|>", scheme="never"),
         config="Llama",
         end="<|im_end|>",
     ),
@@ -234,6 +232,8 @@ TEXT_FAMILIES: dict[str, Family] = {
         end="<|im_end|>",
         responses=(BARE_THOUGHT, THOUGHT),
         thinking="the prompt ends with `<think>`; a response closes it",
+        notices=(APART,),
+        rule="a response without thoughts is tokenized apart",
     ),
     "DeepSeek V2": Family(
         models="DeepSeek V2 chat",
@@ -243,9 +243,7 @@ TEXT_FAMILIES: dict[str, Family] = {
     ),
     "DeepSeek R1": Family(
         models="DeepSeek R1 and its distillates",
-        build=text(
-            tokenizers.llama3, templates.DEEPSEEK_R1, *DEEPSEEK_TOKENS, bos=DEEPSEEK_BOS, eos=DEEPSEEK_EOS
-        ),
+        build=text(tokenizers.llama3, templates.DEEPSEEK_R1, *DEEPSEEK_TOKENS, bos=DEEPSEEK_BOS, eos=DEEPSEEK_EOS),
         config="Qwen2",
         end=DEEPSEEK_EOS,
         thinking="refused: the template drops thoughts",
@@ -420,7 +418,8 @@ IMAGE_FAMILIES: dict[str, Family] = {
         config="PaliGemma",
         end="<eos>",
         image=True,
-        refused={"family": "chat template"},
+        refused={"family": "PaliGemmaProcessor"},
+        rule="refused: its processor changes the text of prompts",
     ),
 }
 FAMILIES = {**TEXT_FAMILIES, **IMAGE_FAMILIES}

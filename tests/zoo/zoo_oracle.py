@@ -25,7 +25,8 @@ def messages_of(processor: Any, turns: Sequence[Turn]) -> list[dict[str, Any]]:
             continue
         parts = [content] if isinstance(content, str) else content
         typed = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+            for part in parts
         ]
         messages.append({"role": role, "content": typed})
     return messages

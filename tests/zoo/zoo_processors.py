@@ -154,9 +154,7 @@ def gemma3() -> Any:
     special = ("<start_of_turn>", "<end_of_turn>", *tokens.values())
     tokenizer = tokenizers.gemma(*special, extra_special_tokens=tokens)
     image_processor = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
-    return transformers.Gemma3Processor(
-        image_processor, tokenizer, image_seq_length=4, chat_template=templates.GEMMA3
-    )
+    return transformers.Gemma3Processor(image_processor, tokenizer, image_seq_length=4, chat_template=templates.GEMMA3)
 
 
 def paligemma() -> Any:
@@ -190,4 +188,3 @@ def minicpm_v() -> Any:
     attributes = {"slice_mode": True, "default_use_image_id": True, "image_token_divisor": 16, **names}
     processor = without_video(MiniCPMV4_6Processor, **attributes)
     return processor(image_processor, tokenizer, templates.MINICPM_V)
-

@@ -47,9 +47,7 @@ SMOLLM2 = chatml(default_system="You are a helpful AI assistant named SmolLM, tr
 QWEN25 = chatml(default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
 INTERNLM2 = chatml(begin="{{ bos_token }}")
 INTERNVL = chatml("<IMG_CONTEXT>\\n")
-QWEN25_VL = chatml(
-    "<|vision_start|><|image_pad|><|vision_end|>", default_system="You are a helpful assistant."
-)
+QWEN25_VL = chatml("<|vision_start|><|image_pad|><|vision_end|>", default_system="You are a helpful assistant.")
 QWEN3_VL = chatml("<|vision_start|><|image_pad|><|vision_end|>")
 MINICPM_V = chatml("<|image_pad|>\\n")
 
@@ -118,7 +116,9 @@ MISTRAL_SMALL_31 = (  # v7 with Tekken's tokens and images
     "{% set system = messages[0].content if messages[0].content is string else messages[0].content[0].text %}"
     "{% else %}{% set turns = messages %}"
     "{% set system = 'You are Mistral Small 3. The current date is ' + strftime_now('%Y-%m-%d') + '.' %}{% endif %}"
-    "{{ '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}{% for m in turns %}" + ALTERNATE + "{% if m.role == 'user' %}"
+    "{{ '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}{% for m in turns %}"
+    + ALTERNATE
+    + "{% if m.role == 'user' %}"
     "{{ '[INST]' }}" + content("[IMG]") + "{{ '[/INST]' }}{% else %}"
     "{{ (m.content if m.content is string else m.content[0].text) + eos_token }}{% endif %}{% endfor %}"
 )
@@ -131,7 +131,8 @@ GEMMA2 = (
 GEMMA3 = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}{% set system = "
     "(messages[0].content if messages[0].content is string else messages[0].content[0].text) + '\\n\\n' %}"
-    "{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}{% for m in turns %}" + ALTERNATE
+    "{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}{% for m in turns %}"
+    + ALTERNATE
     + "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}"
     "{{ system if loop.first else '' }}"
     + content("<start_of_image>", trim=True)
@@ -207,7 +208,8 @@ LLAVA_ONEVISION = (
 VICUNA = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\\n\\n' }}{% elif m.role == 'user' %}"
     "{{ 'USER: ' + m.content + '\\n' }}{% else %}{{ 'ASSISTANT: ' + m.content + '</s>\\n' }}{% endif %}{% endfor %}"
-    + GENERATION % "ASSISTANT:"
+    + GENERATION
+    % "ASSISTANT:"
 )
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + eos_token + '\\n' }}"

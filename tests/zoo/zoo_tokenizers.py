@@ -5,7 +5,17 @@ import json
 from typing import Any, Literal
 
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 # The corpus holds the words of the templates, so that merges across the border of a template and a text exist.
 CORPUS = [
@@ -20,9 +30,7 @@ CORPUS = [
     *["one.\n\ntwo\n\nthree:\n"] * 12,  # line breaks have tokens of their own, also together with a full stop
 ]
 METASPACE = "\u2581"
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 Scheme = Literal["legacy", "always", "first", "never"]
 
@@ -129,7 +137,9 @@ def sentencepiece(
         tokenizer = Tokenizer(
             models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
         )
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(METASPACE), normalizers.Replace(" ", METASPACE)])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(METASPACE), normalizers.Replace(" ", METASPACE)]
+        )
         tokenizer.decoder = decoders.Sequence(
             [
                 decoders.Replace(METASPACE, " "),
