@@ -115,8 +115,8 @@ class ChatEncoder:
         self._form = TurnForm()
         if any(kind.__name__ == "PaliGemmaProcessor" for kind in type(processor).__mro__):
             raise ChatError(
-                "processor must leave the text of prompts as it is, got PaliGemmaProcessor, which adds a begin token and a "
-                "line break to it: PaliGemma has no chat template and is not supported"
+                "processor must leave the text of prompts as it is, got PaliGemmaProcessor, which adds a begin token "
+                "and a line break to it: PaliGemma has no chat template and is not supported"
             )
         if self.chat_template is not None:
             template = freeze_date(self.chat_template, self.date)

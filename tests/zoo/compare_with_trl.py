@@ -2,8 +2,8 @@
 
     make zoo-trl
 
-TRL tokenizes the prompt and the whole conversation, as we do; its response begins where the two differ, and goes to the end
-of the conversation with the white space that the template writes there.
+TRL tokenizes the prompt and the whole conversation, as we do; its response begins where the two differ, and goes to
+the end of the conversation with the white space that the template writes there.
 """
 
 import collections

@@ -129,9 +129,7 @@ def test_sampled_ids_become_the_trained_ids(name: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ENCODED)
-def test_samples_of_the_correctness_pipeline_become_the_trained_ids(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_of_the_correctness_pipeline_are_trained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, ours, _, _ = engines(name, monkeypatch)
     thought = "<think>\nCount.\n</think>\n\n" if family.needs_thoughts else ""
     texts = [f"{thought}Count the squares.\n\nFinal answer: {answer}" for answer in (7, 8)]

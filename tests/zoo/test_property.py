@@ -37,8 +37,7 @@ def encode(case: Case) -> str:
     try:
         trainer = Encoder(processor, chat_template=template)
         sample = trainer.encode(pair, "pairs.jsonl:1")
-    except (ChatError, BadPairError) as error:
-        assert str(error)
+    except (ChatError, BadPairError):
         return REFUSED
     assert isinstance(sample, Sample)
     encoder = trainer.chat

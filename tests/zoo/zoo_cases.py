@@ -67,7 +67,7 @@ class TokenizerForm:
 
 @dataclasses.dataclass(frozen=True)
 class TemplateForm:
-    """What a template writes: ``{role}`` is the role; ``{Role}`` has a capital.
+    """The text that a template writes: ``{role}`` is the role; ``{Role}`` has a capital.
 
     Attributes:
         begin: Jinja at the beginning.
@@ -89,7 +89,7 @@ class TemplateForm:
 
     @property
     def adds_header(self) -> bool:
-        """Whether the encoder has to find the header that the template writes before a response."""
+        """Returns whether the encoder has to find the header that the template writes before a response."""
         return self.ignores != "no" or self.generation == ""
 
     def jinja(self) -> str:
@@ -165,8 +165,10 @@ def template_forms(draw: st.DrawFn) -> TemplateForm:
     own = header.format(role="assistant", Role="Assistant")
     generation = draw(
         st.sampled_from(
-            [None, None, None, own.rstrip(" "), own + " ", own.rstrip("\n"), own + "<think>\n"]
-            + [own + "<think>\n\n</think>\n\n", own + "<think>", "", own + "Answer: "]
+            [
+                *(None, None, None, own.rstrip(" "), own + " ", own.rstrip("\n"), "", own + "Answer: "),
+                *(own + "<think>", own + "<think>\n", own + "<think>\n\n</think>\n\n"),
+            ]
         )
     )
     return TemplateForm(

@@ -1,4 +1,4 @@
-"""The families of models that the zoo holds: a tokenizer or processor of the real class with the family's chat template.
+"""Families of models: for each a tokenizer or processor of the real class with the family's chat template.
 
 ``FAMILIES`` is the registry of the tests and of the table in docs/families.md.
 """

@@ -43,14 +43,14 @@ class _NoVideo:
 def without_video(base: type, **attributes: Any) -> Any:
     """Returns a class that has the methods of a processor class, with given attributes instead of its constructor."""
 
-    def __init__(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+    def build(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
         for name, value in attributes.items():
             setattr(self, name, value)
             if name.endswith("_token"):
                 setattr(self, f"{name}_id", tokenizer.convert_tokens_to_ids(value))
 
-    return type(base.__name__, (_NoVideo, base), {"__init__": __init__})
+    return type(base.__name__, (_NoVideo, base), {"__init__": build})
 
 
 def _qwen_vl(base: type, tokenizer: Any, template: str) -> Any:

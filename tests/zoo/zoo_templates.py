@@ -86,15 +86,16 @@ LLAMA32 = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}"
     "{% set system = messages[0].content|trim %}{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}"
     "{% if date_string is not defined %}{% if strftime_now is defined %}"
-    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}"
+    "{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
     "{{ '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\nToday Date: ' }}"
     "{{ date_string + '\\n\\n' + system + '<|eot_id|>' }}" + _LLAMA3_TURNS
 )
 LLAMA31 = "{% set date_string = '26 Jul 2024' %}" + LLAMA32
 
 _MISTRAL_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\\n\\n' %}{% set turns = messages[1:] %}"
-    "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}{{ bos_token }}"
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\\n\\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}{{ bos_token }}"
 )
 MISTRAL_V1 = (
     _MISTRAL_SYSTEM + "{% for m in turns %}" + ALTERNATE + "{% if m.role == 'user' %}"
@@ -162,8 +163,8 @@ DEEPSEEK_V2 = (
     "{% endif %}{% endfor %}" + GENERATION % "Assistant:"
 )
 _DEEPSEEK_R1_TURNS = (
-    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}{% set ns.system = m.content %}"
-    "{% endif %}{% endfor %}{{ bos_token + ns.system }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
+    "{% set ns.system = m.content %}{% endif %}{% endfor %}{{ bos_token + ns.system }}{% for m in messages %}{% if m.role == 'user' %}"
     "{{ '<｜User｜>' + m.content }}{% elif m.role == 'assistant' %}{% set text = m.content %}"
     "{% if '</think>' in text %}{% set text = text.split('</think>')[-1] %}{% endif %}"
     "{{ '<｜Assistant｜>' + text + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
@@ -222,5 +223,6 @@ COMMAND_R = (
 )
 GRANITE = (
     "{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + '<|end_of_text|>\\n' }}"
-    "{% if loop.last and add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}{% endfor %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+    "{% endfor %}"
 )

@@ -27,7 +27,7 @@ CORPUS = [
     "<think>\nCount the squares: 3 and 4.\n</think>\n\nThe answer is 7.",
     "question answer picture square colour count Answer with one word. Answer the question: 1 2 3 4 5 6 7 8 9 10 11",
     "这 是 一 张 图 片 。 红 色 的 正 方 形",
-    *["one.\n\ntwo\n\nthree:\n"] * 12,  # line breaks have tokens of their own, also together with a full stop
+    *["one.\n\ntwo\n\nthree:\n"] * 12,  # there are tokens for line breaks, also after a full stop
 ]
 METASPACE = "\u2581"
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -76,7 +76,7 @@ def _special(tokens: tuple[str, ...], *, rstrip: bool = False, normalized: bool 
 
 
 def qwen(*special: str, plain: tuple[str, ...] = (), **options: Any) -> Any:
-    """Qwen2Tokenizer; ``plain`` are added tokens that are no special tokens, such as ``<think>``."""
+    """Qwen2Tokenizer; ``plain`` are added tokens without the mark "special", such as ``<think>``."""
     vocabulary, merges = byte_level_bpe()
     options = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", **options}
     options.setdefault("additional_special_tokens", ["<|im_start|>", "<|im_end|>", *special])
