@@ -164,7 +164,8 @@ DEEPSEEK_V2 = (
 )
 _DEEPSEEK_R1_TURNS = (
     "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
-    "{% set ns.system = m.content %}{% endif %}{% endfor %}{{ bos_token + ns.system }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.system = m.content %}{% endif %}{% endfor %}{{ bos_token + ns.system }}"
+    "{% for m in messages %}{% if m.role == 'user' %}"
     "{{ '<｜User｜>' + m.content }}{% elif m.role == 'assistant' %}{% set text = m.content %}"
     "{% if '</think>' in text %}{% set text = text.split('</think>')[-1] %}{% endif %}"
     "{{ '<｜Assistant｜>' + text + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
