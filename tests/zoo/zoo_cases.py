@@ -8,6 +8,7 @@ import transformers
 import zoo_templates as templates
 import zoo_tokenizers as tokenizers
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from zoo_oracle import Turn
 
@@ -52,7 +53,7 @@ class TokenizerForm:
         else:
             tokenizer = tokenizers.qwen(*MARKS[2:])
         if self.has_thoughts:
-            tokenizer.add_tokens(["<think>", "</think>"])
+            tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
         if not self.in_processor:
             return tokenizer
         size = {"height": 28, "width": 28}

@@ -1,0 +1,28 @@
+"""The texts of sampled token ids."""
+
+from collections.abc import Callable, Collection, Sequence
+
+
+def possible_texts(
+    decode: Callable[[Sequence[int]], str], special_ids: Collection[int], context: Sequence[int], ids: Sequence[int]
+) -> list[str]:
+    """Returns texts of the ids that follow a prompt, of which one encodes as these ids.
+
+    Decoders of SentencePiece drop the space that their tokenizer prepends, at the beginning of a text only. Some of
+    these tokenizers prepend a space at the beginning of a text, some after each special token, and some nowhere.
+
+    Args:
+        decode: Returns the text of ids.
+        special_ids: Ids of special tokens, before and after which the tokenizer splits texts.
+        context: The last ids of the prompt.
+        ids: The ids of the response.
+    """
+    head, whole = decode(context), decode([*context, *ids])
+    pieces: list[list[int]] = [[]]
+    for token in ids:
+        if token in special_ids:
+            pieces += [[token], []]
+        else:
+            pieces[-1].append(token)
+    alone = decode(ids)
+    return [alone, whole[len(head) :] if whole.startswith(head) else alone, "".join(map(decode, filter(None, pieces)))]
