@@ -20,6 +20,7 @@ _DTYPES = ("float32", "bfloat16")
 #: Table labels of the providers whose label differs from the name.
 _NAMES = {
     "mpo_ext, reuse_logits": "mpo_ext, `reuse_logits=True`",
+    "mpo_ext, all statistics": "mpo_ext, `stats`: entropy, mean_logit, top1, sum_p_squared",
     "mpo_ext, recompute=False": "mpo_ext, `recompute=False`",
     "mpo_ext, memory_budget of 512 KiB": "mpo_ext, `memory_budget=2**19`",
     "mpo_ext, from logits, reuse_logits": "mpo_ext, from logits, `reuse_logits=True`",
@@ -135,8 +136,8 @@ def _of_floor(point: Point | None) -> str:
 # ------------------------------------------------------------------------------------------- logits and hidden states
 
 _FLOORS = {
-    "logits": "the floor: one read, then one read and one write in place",
-    "linear": "the floor: the three matrix products alone",
+    "logits": "only the memory traffic, in torch: read, then read and write",
+    "linear": "only the three matrix products, in torch",
 }
 _MEMORY = {
     "logits": "Memory is the peak in addition to the logits; it includes their gradient.",
@@ -150,8 +151,8 @@ def _shape(name: str, document: Document) -> str:
     hidden_size = f"D = {point['hidden']}, " if name == "linear" else ""
     pairs = "One pair" if point["pairs"] == 1 else f"{point['pairs']} pairs"
     return (
-        f"{pairs}, T = {point['tokens']}, {hidden_size}V = {point['vocab']:,}, forward + backward; all rows are "
-        "labelled unless the column says otherwise"
+        f"{pairs}, T = {point['tokens']}, {hidden_size}V = {point['vocab']:,}, forward + backward. Every token position "
+        "is labelled unless the column says otherwise"
     )
 
 
@@ -257,7 +258,7 @@ def _loss_gap(base: Sequence[Point], trl: Point | None) -> str:
     if trl is None or not ours:
         return ""
     gap = max(abs(a - b) for p in ours for a, b in zip(p["losses"], trl["losses"], strict=True))
-    return f"The losses of our trainer differ from those of TRL by at most {gap:.1e} in a step."
+    return f"In every step, the losses of our trainer differ from those of TRL by at most {gap:.1e} (absolute difference)."
 
 
 def readme_step(documents: Documents) -> str:
