@@ -138,7 +138,8 @@ def floors(documents: Documents) -> str:
         rows.append([name, bandwidth, *(f"{1e3 * s:.2f}" for s in (forward, backward, forward + backward))])
     header = ["GPU", "peak bandwidth", "forward, ms", "backward, ms", "both, ms"]
     return (
-        f"Floors (time of the memory traffic alone), predicted from the peak bandwidth: N = N' = {_ROWS:,}, V = {_BIG.vocab:,}, bfloat16, "
+        f"Floors (time of the memory traffic alone), predicted from the peak bandwidth: N = N' = {_ROWS:,}, "
+        f"V = {_BIG.vocab:,}, bfloat16, "
         f"{2 * _ROWS * _BIG.vocab / 1e9:.2f} GB of logits.\n\n{markdown_table(header, rows)}"
     )
 

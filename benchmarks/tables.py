@@ -151,8 +151,8 @@ def _shape(name: str, document: Document) -> str:
     hidden_size = f"D = {point['hidden']}, " if name == "linear" else ""
     pairs = "One pair" if point["pairs"] == 1 else f"{point['pairs']} pairs"
     return (
-        f"{pairs}, T = {point['tokens']}, {hidden_size}V = {point['vocab']:,}, forward + backward. Every token position "
-        "is labelled unless the column says otherwise"
+        f"{pairs}, T = {point['tokens']}, {hidden_size}V = {point['vocab']:,}, forward + backward. Every token "
+        "position is labelled unless the column says otherwise"
     )
 
 
@@ -258,7 +258,7 @@ def _loss_gap(base: Sequence[Point], trl: Point | None) -> str:
     if trl is None or not ours:
         return ""
     gap = max(abs(a - b) for p in ours for a, b in zip(p["losses"], trl["losses"], strict=True))
-    return f"In every step, the losses of our trainer differ from those of TRL by at most {gap:.1e} (absolute difference)."
+    return f"In every step, the losses of our trainer differ from those of TRL by at most {gap:.1e} (absolute)."
 
 
 def readme_step(documents: Documents) -> str:

@@ -1,1 +1,1 @@
-"""The kernels as torch operators (``logits``, ``pair_loss``, ``linear``), their checks, and the choice of backend."""
+"""The kernels as torch operators, the checks of their arguments, and the choice of the backend."""
