@@ -157,7 +157,7 @@ def _shape(name: str, document: Document) -> str:
 
 
 def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
-    """Returns a table with a row for each provider measured on the base shape, and a last row for the floor."""
+    """Returns a table with a row for each provider measured on the base shape; the last row is the floor."""
     base, swept = _measured(document, "base"), _measured(document, "share")
     few = min({p["share"] for p in swept}, key=lambda share: abs(share - 0.1), default=None)
     at_few = [p for p in swept if p["share"] == few]
@@ -196,7 +196,7 @@ def full_table(name: str, documents: Documents) -> str:
 
 
 def sweeps(name: str, documents: Documents) -> str:
-    """Returns the plot and a table of our methods and eager torch, with a row for each measured shape."""
+    """Returns the plot and a table of mpo_ext's methods and eager torch, with a row for each measured shape."""
     document = documents[name]
     points = [p for p in _measured(document) if p["sweep"] in _AXES]
     providers = [p for p in dict.fromkeys(p["provider"] for p in points) if check_model.is_ours(p) or p == "eager"]

@@ -63,7 +63,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str:
-    """Returns ``; did you mean 'x'?`` with the known word most similar to ``word``; ``otherwise`` if none is similar."""
+    """Returns ``; did you mean 'x'?`` for the known word most similar to ``word``, or ``otherwise`` if none is."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else otherwise
 

@@ -149,7 +149,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Returns whether a column is to be right-aligned: only numbers, not the first, in a table of at least three."""
+    """Returns whether a column holds numbers, so that it is right-aligned: each cell is empty or begins with a digit.
+
+    The result is False for the first column, and in a table with fewer than three columns.
+    """
     return column > 0 and len(rows[0]) > 2 and all(not row[column] or row[column][0].isdigit() for row in rows)
 
 

@@ -23,7 +23,7 @@ Results = Mapping[tuple[int, str], Mapping[str, Any]]
 
 
 def slug(name: str) -> str:
-    """Returns a name as a file name of lower-case letters, digits, dots and hyphens."""
+    """Converts a name to a file name of lower-case letters, digits, dots and hyphens."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 

@@ -69,7 +69,7 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes rewards (0 if a response has no labelled token), NTP and the reward shift, over all pairs. Grid (1,)."""
+    """Computes rewards (0 for a pair with an unlabelled response), NTP and the reward shift. Grid (1,): all pairs."""
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means
