@@ -53,8 +53,7 @@ def evaluate(
         image_root: Folder against which relative image paths in JSONL files are resolved.
         root_map: Pairs of path prefixes (old, new) for folders in meta files that have moved.
         exports: Evaluation kits in whose formats predictions are written: "vlmevalkit", "lmms-eval".
-        page_limit: Maximum number of questions on ``failures.html``; if more were answered wrongly, it shows a random
-            sample.
+        page_limit: Maximum number of questions on ``failures.html``; a random sample if more were answered wrongly.
         make_engine: Function that creates an engine from the path of a whole model.
         run: Block size, processes and progress display; None: the default ``EvaluationRun``.
 

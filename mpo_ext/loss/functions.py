@@ -32,8 +32,7 @@ class MPOOutput(NamedTuple):
         ntp_loss: 0-d cross entropy of the chosen responses in nats, unweighted.
         chosen_logp: ``[B]`` summed log-prob of each chosen response under the policy, in nats.
         rejected_logp: ``[B]`` summed log-prob of each rejected response under the policy, in nats.
-        chosen_reward: ``[B]`` ``beta * (logp - ref_logp)`` of each chosen response; 0 if a response of the pair has no
-            labelled token.
+        chosen_reward: ``[B]`` ``beta * (logp - ref_logp)``; 0 if a response of the pair has no labelled token.
         rejected_reward: ``[B]`` the same for each rejected response.
         reward_shift: 0-d reward shift delta that the loss used.
         tokens: ``[2B]`` int64 number of labelled tokens of each sequence.
@@ -174,8 +173,8 @@ def linear_mpo_loss(
     dtype faster than float32; MPO_CPU_MATMUL=float32 prevents this rounding. ``hidden_and_head`` gets the arguments
     from a Hugging Face model.
 
-    Let n be the number of labelled rows. A matmul of these rows with the head runs once in forward and three times in
-    backward; with ``recompute=False``, once and twice; if neither weight nor bias needs a gradient, twice and never.
+    With n labelled rows, forward runs one matmul of size n x D x V and backward three; with ``recompute=False``, one
+    and two; if neither weight nor bias needs a gradient, two and none.
 
     Memory in addition to inputs and gradients: ``memory_budget``, up to two float32 copies of n rows of ``hidden``,
     and the workspace of torch's matmul (largest on a CPU that multiplies bfloat16 natively). With ``recompute=False``,
