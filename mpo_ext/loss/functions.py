@@ -77,13 +77,11 @@ def mpo_loss(
 
     Args:
         logits: ``[2B, T, V]``, or packed ``[N, V]`` with ``cu_seqlens``: B chosen sequences, then B rejected
-            sequences; sequences i and B + i are a pair. float32, bfloat16, float16 or float64, any strides. A logit of
-            -inf excludes its token.
+            sequences; i and B + i are a pair. float32, bfloat16, float16 or float64, any strides. -inf excludes a token.
         labels: ``[2B, T]`` or ``[N]`` int64; ``config.ignore_index`` at positions that are not scored. Any other label
             outside ``[0, V)`` makes the loss NaN.
         ref_logp: ``[2B]`` float32 or float64 summed log-probs of the labelled tokens of each sequence under the
-            reference model. For padded input: ``token_logp(ref_logits, labels, shift=True).sum(-1)`` under
-            ``torch.no_grad()``.
+            reference model. Padded: ``token_logp(ref_logits, labels, shift=True).sum(-1)`` under ``no_grad``.
         ref_logits: Logits of the reference model, shaped like ``logits``, without gradient. Pass either ``ref_logits``
             or ``ref_logp``.
         config: Weights, beta and the other settings of the loss.
@@ -91,9 +89,8 @@ def mpo_loss(
             None: 0.
         cu_seqlens: ``[2B + 1]`` int32 or int64: the start of each packed sequence, and N. None: the input is padded.
         shift: Whether position t is scored against ``labels[t + 1]`` of its sequence, as in Hugging Face models.
-        stats: Statistics of the labelled rows to compute in the forward pass: any of "entropy" (in nats),
-            "mean_logit", "top1" (whether the label has the largest logit) and "sum_p_squared" (sum of the squared
-            probabilities).
+        stats: Statistics of the labelled rows to compute in forward: any of "entropy" (in nats), "mean_logit", "top1"
+            (whether the label has the largest logit) and "sum_p_squared" (sum of the squared probabilities).
         reuse_logits: Whether backward may write the gradient over the logits. A second backward then raises. If
             another operation also needs the logits in its backward, torch raises "modified by an inplace operation".
             The backend "reference" ignores this argument.
