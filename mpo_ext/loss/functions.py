@@ -77,7 +77,7 @@ def mpo_loss(
 
     Args:
         logits: ``[2B, T, V]``, or packed ``[N, V]`` with ``cu_seqlens``: B chosen sequences, then B rejected
-            sequences; i and B + i are a pair. float32, bfloat16, float16 or float64, any strides. -inf excludes a token.
+            sequences; i and B + i are a pair. float32, bfloat16, float16 or float64, any strides. -inf masks a token.
         labels: ``[2B, T]`` or ``[N]`` int64; ``config.ignore_index`` at positions that are not scored. Any other label
             outside ``[0, V)`` makes the loss NaN.
         ref_logp: ``[2B]`` float32 or float64 summed log-probs of the labelled tokens of each sequence under the
