@@ -1,4 +1,7 @@
-"""Runs a row of the study: trains a seed's start model with the row's settings, and evaluates the model."""
+"""Runs a row of the study: trains a seed's start model with the row's settings, and evaluates the model.
+
+A row is a training run with its own settings, shown as a row of a results table.
+"""
 
 from __future__ import annotations
 

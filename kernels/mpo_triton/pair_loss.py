@@ -195,7 +195,7 @@ def row_weights_kernel(
     ignore_index: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Writes each sequence's coefficient to its labelled rows, and 0 to its other rows. Grid (2B,)."""
+    """Writes d loss / d logp of each sequence to its labelled rows, and 0 to its other rows. Grid (2B,)."""
     sequence = tl.program_id(0)
     begin = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)

@@ -140,7 +140,7 @@ def make_recipe(
 
 
 def write_sft(folder: Path, tasks: Sequence[digits.Task]) -> Path:
-    """Writes questions as pairs of a correct response and an empty rejected response, and returns the path."""
+    """Writes questions as pairs of a correct response and an empty rejected response; returns their path."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     pairs = []
     for number, task in enumerate(tasks):

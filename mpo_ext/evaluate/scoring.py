@@ -23,7 +23,7 @@ _DEFAULT_MAX_NEW_TOKENS = 4096
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """Prompts, sampling and matcher of an evaluation.
+    """Settings of an evaluation: prompts, sampling and matcher.
 
     Attributes:
         prompts: Names of prompt templates (``mpo_ext.generate.prompts``); "none" asks the question without a template.
@@ -33,7 +33,7 @@ class EvaluationConfig:
         top_k: See ``SamplingConfig``.
         max_new_tokens: Maximum number of tokens per response. None: 100 for templates that ask only for the answer,
             4096 for all other prompts.
-        seed: Seed of all draws.
+        seed: Seed of the sampling of responses.
         style: Form of the answer in a response, see ``extract_answer``; None: the style of each template.
         matcher: Kind and options of the matcher that compares an answer with the ground truth.
     """

@@ -61,7 +61,11 @@ def majority(answers: Sequence[str | None], is_same: Callable[[str, str], bool])
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Returns the two-sided p-value of McNemar's exact test; its null hypothesis: gains are as likely as losses."""
+    """Returns the two-sided p-value of McNemar's exact test of the hypothesis that two models are equally good.
+
+    ``gained`` is the number of questions that only the second model answered correctly, ``lost`` the number of those
+    that only the first model did.
+    """
     count = gained + lost
     term = total = 1
     for number in range(min(gained, lost)):

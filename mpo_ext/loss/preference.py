@@ -36,7 +36,7 @@ class Pairs:
         rejected_tokens: ``[B]`` n_r in the dtype of the log-probs, at least 1.
         has_both_sides: ``[B]`` bool, whether both responses of the pair have labels.
         beta: Temperature, as in ``preference_loss``.
-        label_smoothing: Fraction of pairs assumed to be labelled in reverse, in ``[0, 0.5)``.
+        label_smoothing: Assumed fraction of pairs with swapped responses, in ``[0, 0.5)``.
         delta: Reward shift: a number, or a 0-d tensor without gradient.
     """
 
@@ -114,7 +114,7 @@ def preference_loss(
         rejected_tokens: ``[B]`` int32 or int64 number of labels of each rejected response.
         beta: Temperature of the implicit reward ``beta * h``; tau in "ipo", 1 / eta in "sppo_hard", and the weight
             lambda in "orpo".
-        label_smoothing: Fraction of pairs assumed to be labelled in reverse, in ``[0, 0.5)``.
+        label_smoothing: Assumed fraction of pairs with swapped responses, in ``[0, 0.5)``.
         delta: Reward shift of "bco_pair": a number, or a 0-d tensor, which the host does not read.
 
     Returns:

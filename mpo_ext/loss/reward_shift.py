@@ -143,8 +143,8 @@ class RewardShift:
     def update(self, reward_sum: float | Tensor, count: float | Tensor) -> None:
         """Updates delta with the rewards of this rank's micro-batch. ``mpo_loss`` calls this; custom loops may, too.
 
-        With ``per="optimizer_step"`` the rewards are collected until ``step()``. All ranks must call this together. A
-        count of 0 (every pair has an empty side) changes nothing.
+        With ``per="optimizer_step"`` the rewards are collected until ``step()``. All ranks must call this together. If
+        ``count`` is 0, nothing changes.
 
         Args:
             reward_sum: Sum of the rewards, a number or a 0-d tensor.

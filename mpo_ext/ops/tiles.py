@@ -193,7 +193,7 @@ class TiledRows:
             yield first, min(first + self._chunk_columns, self.vocab)
 
     def weight_rows(self, first: int, end: int) -> Tensor:
-        """Returns rows ``first`` to ``end - 1`` of the head's weight in the dtype of the inputs of matmuls."""
+        """Returns rows ``first`` to ``end - 1`` of the head's weight, converted to the dtype of the matmul inputs."""
         part = self.head.weight[first:end]
         if part.dtype == self.input_dtype:
             return part
@@ -330,7 +330,7 @@ def _scaled_matmul(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """Adds ``a @ b``, in any dtype, to ``total`` in the dtype of ``total``; overwrites ``total`` if ``is_first``."""
+    """Adds ``a @ b`` to ``total`` in the dtype of ``total``; if ``is_first``, overwrites ``total`` instead."""
     if a.dtype == total.dtype:
         if is_first:
             torch.mm(a, b, out=total)

@@ -107,7 +107,7 @@ class Log:
             file.write(encoded + "\n")
 
     def position(self) -> int:
-        """Returns the size of the file in bytes (0 if it does not exist), the argument of ``rewind``."""
+        """Returns the size of the file in bytes (0 if it does not exist), for ``rewind``."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def rewind(self, position: int) -> None:

@@ -44,7 +44,7 @@ class RunOutput:
         )
 
     def start_trackers(self) -> None:
-        """Starts the recipe's experiment trackers and passes them the recipe's settings."""
+        """Starts the experiment trackers that the recipe names, and logs all settings of the recipe to them."""
         if self.recipe.output.trackers:
             settings = flat_settings(plain_values(self.recipe.to_dict()))
             config = {

@@ -92,7 +92,7 @@ StringOrStrings = Annotated[str | tuple[str, ...], PlainValidator(_to_string_or_
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(kind: type[T]) -> type[T]:
-    """Class decorator for sections of a recipe: frozen dataclasses that convert and check their arguments.
+    """Class decorator for a section of a recipe: a frozen dataclass that converts and checks its arguments.
 
     Mappings are converted to sections, lists to tuples, and ints to floats if the setting is a float. A value of the
     wrong type raises TypeError, any other invalid value ValueError; messages begin with the setting's dotted name.
