@@ -207,12 +207,14 @@ class ChatEncoder:
         ``ids`` end before the token that ends the turn. Special tokens are kept, because some models write boxes with
         them.
         """
-        context = self.prompt(conversation).ids[-_CONTEXT:]
+        prompt = self.prompt(conversation)
+        context = prompt.ids[-_CONTEXT:]
         head, text = self.decode(context), self.decode([*context, *ids])
         text = text[len(head) :] if text.startswith(head) else self.decode(ids)
-        lead = self.form.lead
-        if lead and not lead.strip():
-            text = text.removeprefix(lead)
+        lead = self.form.lead if not self.form.lead.strip() else ""
+        if not head.endswith(prompt.text[-1:]):  # the tokenizer drops white space at the end of a text
+            lead = prompt.text[len(prompt.text.rstrip()) :] + lead
+        text = text.removeprefix(lead)
         white = self.form.tail[: len(self.form.tail) - len(self.form.tail.lstrip())]
         return text.removesuffix(white) if white else text
 

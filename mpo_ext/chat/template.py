@@ -45,7 +45,7 @@ class ChatError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TurnForm:
-    """What a chat template writes around a response, found with probe responses.
+    """The text that a chat template writes around a response.
 
     Attributes:
         ignores_generation_prompt: Whether the template ignores ``add_generation_prompt`` although it writes a header.
