@@ -221,13 +221,14 @@ class ChatEncoder:
         white = tail[: len(tail) - len(tail.lstrip())]
         texts = list(dict.fromkeys(text.removeprefix(lead).removesuffix(white) for text in texts))
 
-        def n_equal(text: str) -> int:
+        def score(text: str) -> tuple[int, bool]:
             try:
-                return common_length(self.response_ids(conversation, text), ids)
+                encoded = self.response_ids(conversation, text)[:-1]
             except ChatError:
-                return -1
+                return -1, False
+            return common_length(encoded, ids), encoded == ids
 
-        return texts[0] if len(texts) == 1 else max(texts, key=n_equal)
+        return texts[0] if len(texts) == 1 else max(texts, key=score)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, including special tokens."""
