@@ -17,12 +17,17 @@ def possible_texts(
         context: The last ids of the prompt.
         ids: The ids of the response.
     """
-    head, whole = decode(context), decode([*context, *ids])
+    head = decode(context)
+
+    def continued(part: Sequence[int]) -> str:
+        whole = decode([*context, *part])
+        return whole[len(head) :] if whole.startswith(head) else decode(part)
+
     pieces: list[list[int]] = [[]]
     for token in ids:
         if token in special_ids:
             pieces += [[token], []]
         else:
             pieces[-1].append(token)
-    alone = decode(ids)
-    return [alone, whole[len(head) :] if whole.startswith(head) else alone, "".join(map(decode, filter(None, pieces)))]
+    rest = "".join(decode(piece) for piece in pieces[1:] if piece)
+    return [decode(ids), continued(ids), decode(pieces[0]) + rest, continued(pieces[0]) + rest]

@@ -58,10 +58,16 @@ def encode(case: Case) -> str:
         chat_template=template,
     )
     assert all(encoded.is_target)
-    # SentencePiece cannot tell its sign for a space from a space. With two blocks, no text says which the prompt opens.
-    if METASPACE not in case.response and case.response.count("<think>") < 2 and case.response.strip() != "<think>":
+    # SentencePiece cannot tell its sign for a space from a space, and no text says which of two blocks a prompt opens.
+    if METASPACE not in case.response and case.response.count("<think>") < 2:
         text = encoder.response_text(conversation, encoded.ids[:-1])
-        assert encoder.response_ids(conversation, text) == encoded.ids
+        try:
+            ids = encoder.response_ids(conversation, text)
+        except ChatError as error:  # sampled thoughts without an end are not trained
+            if "must close the block" not in str(error):
+                raise
+        else:
+            assert ids == encoded.ids
     return ENCODED
 
 
