@@ -1,6 +1,14 @@
 """The texts of sampled token ids."""
 
+import unicodedata
 from collections.abc import Callable, Collection, Sequence
+
+_METASPACE = "\u2581"  # SentencePiece's sign for a space, which it cannot tell from a space
+
+
+def squash(text: str) -> str:
+    """Returns the text without white space, which templates trim and move, in the form NFC, as tokenizers make it."""
+    return "".join(unicodedata.normalize("NFC", text.replace(_METASPACE, " ")).split())
 
 
 def possible_texts(

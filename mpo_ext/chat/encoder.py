@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages, message_turns
-from mpo_ext.chat.decoding import possible_texts
+from mpo_ext.chat.decoding import possible_texts, squash
 from mpo_ext.chat.template import (
     OPEN_TAG,
     PROBE,
@@ -293,7 +293,7 @@ class ChatEncoder:
             )
             if whole.startswith(prompt.text):
                 block = OPEN_TAG.search(prompt.text)  # a response may begin with the block that the prompt opens
-                if _squash(text) not in _squash(whole[block.start() if block else len(prompt.text) :]):
+                if squash(text) not in squash(whole[block.start() if block else len(prompt.text) :]):
                     raise ChatError(
                         f"the chat template must write the response unchanged, got {whole[len(prompt.text) :][:80]!r} "
                         f"for {response[:80]!r}"
@@ -411,12 +411,12 @@ def _renderings(response: str, opened: str) -> list[str]:
 
 def _check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
     """Raises ``ChatError`` if a template leaves out the text of a turn; thoughts of earlier turns may be left out."""
-    written = _squash(text)
+    written = squash(text)
     for message in messages:
         content = message["content"]
         parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
         for part in parts:
-            if _squash(part.rpartition("</think>")[2] if message["role"] == "assistant" else part) not in written:
+            if squash(part.rpartition("</think>")[2] if message["role"] == "assistant" else part) not in written:
                 raise ChatError(
                     f"the chat template must write the text of each turn, got none of the {message['role']}'s "
                     f"{part[:80]!r}: leave the turn out, or pass another chat_template"
@@ -445,8 +445,3 @@ def _added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if ids[start : start + len(plain)] == plain:
             return tuple(ids[:start]), tuple(ids[start + len(plain) :])
     return (), ()
-
-
-def _squash(text: str) -> str:
-    """Returns the text without white space, because templates trim and move it."""
-    return "".join(unicodedata.normalize("NFC", text).split())

@@ -1,6 +1,7 @@
 """Each family's ids are those of the tokenizer's or processor's own chat template, or the family is refused."""
 
 import datetime
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from zoo_oracle import Turn, compare, conversation_of, messages_of
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation
 from mpo_ext.data.records import Pair
 from mpo_ext.train.encode import BadPairError, Encoder, Sample
+from mpo_ext.train.proof import prove
 
 RESPONSES = (
     "The answer is 12.",
@@ -196,6 +198,7 @@ def test_the_ids_with_images_are_those_of_the_processor(name: str, pictures: lis
         pair = Pair(question=question, chosen=text, rejected=other, images=tuple(images), extra={"$source": source})
         sample = encoder.encode(pair, "pairs.jsonl:1")
         assert isinstance(sample, Sample)
+        assert_proved(encoder, pair)
         messages = messages_of(processor, turns)
         for side, ids in ((text, sample.chosen_ids), (other, sample.rejected_ids)):
             (response,) = messages_of(processor, [("assistant", written(family, side))])
@@ -208,6 +211,24 @@ def test_the_ids_with_images_are_those_of_the_processor(name: str, pictures: lis
                 adds_header=is_header_added(encoder.chat),
                 **family.template_kwargs,
             )
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_the_proof_at_the_start_of_a_run_finds_no_fault(name: str) -> None:
+    family, processor, _ = load(name)
+    encoder = Encoder(processor, **family.options)
+    for turns in prompts_of(family):
+        conversation = conversation_of(messages_of(processor, turns))
+        for chosen, rejected in itertools.pairwise((*responses_of(family), *responses_of(family)[:1])):
+            source = {"messages": list(conversation.messages)}
+            assert_proved(encoder, Pair("", chosen, rejected, extra={"$source": source}))
+
+
+def assert_proved(encoder: Encoder, pair: Pair) -> None:
+    proof = prove(encoder, [(pair, "pairs.jsonl:1")])
+    assert proof.notices == encoder.chat.notices
+    assert not proof.skipped
+    assert not proof.problems
 
 
 def test_paligemma_is_refused_with_an_image(pictures: list[str]) -> None:

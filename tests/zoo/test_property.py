@@ -19,6 +19,7 @@ from zoo_tokenizers import METASPACE
 from mpo_ext.chat import ChatError
 from mpo_ext.data.records import Pair
 from mpo_ext.train.encode import BadPairError, Encoder, Sample
+from mpo_ext.train.proof import prove
 
 # MPO_ZOO_CASES=2000 runs the long version. The short one takes the same cases each time.
 CASES = int(os.environ.get("MPO_ZOO_CASES", "200"))
@@ -58,6 +59,7 @@ def encode(case: Case) -> str:
         chat_template=template,
     )
     assert all(encoded.is_target)
+    assert prove(trainer, [(pair, "pairs.jsonl:1")]).problems == ()
     # SentencePiece cannot tell its sign for a space from a space, and no text says which of two blocks a prompt opens.
     if METASPACE not in case.response and case.response.count("<think>") < 2:
         text = encoder.response_text(conversation, encoded.ids[:-1])
