@@ -4,18 +4,20 @@ import datetime
 import itertools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 from PIL import Image
-from zoo_families import DATE, FAMILIES, IMAGE_FAMILIES, Family
+from zoo_families import DATE, FAMILIES, IMAGE_FAMILIES, Family, meta_model, table
 from zoo_oracle import Turn, compare, conversation_of, messages_of
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation
 from mpo_ext.data.records import Pair
 from mpo_ext.train.encode import BadPairError, Encoder, Sample
 from mpo_ext.train.proof import prove
+from mpo_ext.train.shared_prefix import supports_shared_prefix
 
 RESPONSES = (
     "The answer is 12.",
@@ -236,3 +238,17 @@ def test_paligemma_is_refused_with_an_image(pictures: list[str]) -> None:
     pair = Pair(question="<image>answer en What?", chosen="A cat.", rejected="A dog.", images=(pictures[0],))
     with pytest.raises((BadPairError, ChatError), match="chat template"):
         Encoder(FAMILIES["PaliGemma"].build()).encode(pair, "pairs.jsonl:1")
+
+
+def test_the_page_has_the_table_of_the_registry() -> None:
+    """``PYTHONPATH=.:tests/zoo python tests/zoo/zoo_families.py`` prints the table."""
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- families -->\n")[2].partition("<!-- /families -->")[0]
+    assert shown == table()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_rows_of_the_table_are_those_of_the_trainer(name: str) -> None:
+    reason = supports_shared_prefix(meta_model(FAMILIES[name]))
+    separate = FAMILIES[name].separate_rows
+    assert separate in reason if reason else not separate

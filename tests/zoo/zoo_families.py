@@ -31,14 +31,14 @@ class Family:
         end: The token that ends a response.
         image: Whether the family has images that the tests run.
         system: Whether the template takes a system's turn; otherwise the encoder refuses it.
-        turns: Whether a prompt may have several turns.
         responses: Responses besides those of ``test_families``, such as thoughts.
         needs_thoughts: Whether the family refuses responses without thoughts.
         thinking: How the family thinks, for the table.
+        separate_rows: Reason why a pair's responses need separate rows; empty: one row holds the prompt and both.
         options: Options of the encoder.
         notices: A regular expression for each notice of the encoder.
         refused: The responses or the images that are refused, each with a regular expression for the message.
-        rule: The rule that holds for the family, for the table.
+        rule: The rule beyond the template that holds for the family, for the table.
     """
 
     models: str
@@ -47,14 +47,14 @@ class Family:
     end: str
     image: bool = False
     system: bool = True
-    turns: bool = True
     responses: tuple[str, ...] = ()
     needs_thoughts: bool = False
     thinking: str = "no"
+    separate_rows: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notices: tuple[str, ...] = ()
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    rule: str = "the template's own ids"
+    rule: str = ""
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ TEXT_FAMILIES: dict[str, Family] = {
         end="</s>",
     ),
     "Mistral v7 Tekken": Family(
-        models="Mistral Small 3.1 (text; its processor needs torchvision)",
+        models="Mistral Small 3.1",
         build=text(tokenizers.llama3, templates.MISTRAL_SMALL_31, *MISTRAL_V3_TOKENS, "[IMG]", bos="<s>", eos="</s>"),
         config="Mistral",
         end="</s>",
@@ -247,6 +247,7 @@ TEXT_FAMILIES: dict[str, Family] = {
         config="Qwen2",
         end=DEEPSEEK_EOS,
         thinking="refused: the template drops thoughts",
+        rule="refused: conversations lack the `<think>` of the prompt; pass another template",
         refused={"family": "beginning of the whole conversation"},
     ),
     "DeepSeek R1 first": Family(
@@ -390,6 +391,7 @@ IMAGE_FAMILIES: dict[str, Family] = {
         models="Gemma 3",
         build=processors.gemma3,
         config="Gemma3",
+        separate_rows="tokens of an image attend to each other",
         end="<end_of_turn>",
         image=True,
     ),
@@ -403,12 +405,14 @@ IMAGE_FAMILIES: dict[str, Family] = {
         needs_thoughts=True,
         thinking="the prompt ends with `<think>`; each response closes it",
         notices=(OPENED, NO_END),
+        rule="`eos_token` ends a response; a response without thoughts is refused",
         refused={"The answer is 12.": "must close the block"},
     ),
     "MiniCPM-V": Family(
         models="MiniCPM-V 4.6",
         build=processors.minicpm_v,
         config="MiniCPMV4_6",
+        separate_rows="layers of linear attention",
         end="<|im_end|>",
         image=True,
     ),
@@ -416,6 +420,7 @@ IMAGE_FAMILIES: dict[str, Family] = {
         models="PaliGemma",
         build=processors.paligemma,
         config="PaliGemma",
+        separate_rows="attention that is not causal",
         end="<eos>",
         image=True,
         refused={"family": "PaliGemmaProcessor"},
@@ -435,3 +440,20 @@ def meta_model(family: Family) -> Any:
     auto = transformers.AutoModelForImageTextToText if family.image else transformers.AutoModelForCausalLM
     with torch.device("meta"):
         return auto.from_config(config)
+
+
+def table() -> str:
+    """Returns the table of docs/families.md."""
+    lines = ["| family | models | text | image | thinking | rows | rule beyond the template |", "| --- " * 7 + "|"]
+    for name, family in FAMILIES.items():
+        state = "refused" if "family" in family.refused else "exact"
+        image = state if family.image else "no"
+        rows = f"separate: {family.separate_rows}" if family.separate_rows else "shared"
+        no_system = not family.system or "system" in family.refused
+        rule = "; ".join(filter(None, [family.rule, "a system turn is refused" if no_system else ""])) or "none"
+        lines.append(f"| {name} | {family.models} | {state} | {image} | {family.thinking} | {rows} | {rule} |")
+    return "".join(f"{line}\n" for line in lines)
+
+
+if __name__ == "__main__":
+    print(table(), end="")
