@@ -1,7 +1,6 @@
 """Renders questions and conversations as prompts, in the same way for training, sampling and evaluation."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,23 +16,13 @@ class Conversation:
         key: Name of the conversation in error messages.
         question: The user's question; ``<image>`` marks the place of an image. Without marks, the images come first.
         messages: Turns in the format of chat templates, used instead of ``question``; ``images`` holds their images.
-        images: PIL images or paths of images.
+        images: Images in any form that ``load_image`` takes.
     """
 
     key: str = ""
     question: str = ""
     messages: tuple[Mapping[str, Any], ...] = ()
     images: tuple[Any, ...] = ()
-
-
-def load_image(image: Any) -> Any:
-    """Opens an image path and converts the image to RGB; returns an image that is already open unchanged."""
-    if not isinstance(image, (str, os.PathLike)):
-        return image
-    from PIL import Image
-
-    with Image.open(image) as opened:
-        return opened.convert("RGB")
 
 
 def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[str, Any]]:

@@ -133,7 +133,9 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
 
         return VLLMEngine(model, dtype=args.dtype, **options)
     from mpo_ext.generate.transformers_engine import TransformersEngine
+    from mpo_ext.processors import check_model
 
+    check_model(model, **options)  # fails in seconds, unlike the weights
     return TransformersEngine.from_pretrained(
         model, dtype=args.dtype, device=args.device, batch_size=args.batch_size, **options
     )

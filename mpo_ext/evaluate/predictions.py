@@ -12,6 +12,7 @@ from mpo_ext.evaluate.exports import EXPORTS, vlmevalkit_columns
 from mpo_ext.evaluate.scoring import ScoredResponse
 from mpo_ext.files import atomic_write
 from mpo_ext.generate.items import Item
+from mpo_ext.images import describe_source, is_data_url
 from mpo_ext.journal import encode_line
 
 
@@ -75,7 +76,7 @@ def _lines(
         "prompt": cell.evaluation.prompt,
         "index": index,
         "question": item.question,
-        "images": list(item.pair_images),
+        "images": [describe_source(image) if is_data_url(image) else image for image in item.pair_images],
         "truth": list(item.truths),
     }
     if problem:

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import os
 import random
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -222,7 +221,7 @@ def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -
                 "where": f"{cell.data.name} {index + 1}",
                 "question": cut_text(item.question, _MAX_CHARACTERS),
                 "truth": cut_text(" | ".join(item.truths), _MAX_CHARACTERS),
-                "images": [images.add(os.path.join(item.image_root, image)) for image in item.images],
+                "images": [images.add(image) for image in item.image_sources],
             }
 
 

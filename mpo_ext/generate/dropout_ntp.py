@@ -16,6 +16,7 @@ from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.questions import AnswerScorer
 from mpo_ext.generate.repetition import is_degenerate
+from mpo_ext.images import ImageError
 
 WRONG_CHOSEN = "chosen is a sample that was wrong (--allow-wrong-chosen takes it)"
 _BROKEN = "\ufffd"  # a decoder writes this for an incomplete character
@@ -210,7 +211,7 @@ class DropoutNTP:
         elif self.config.with_image or item.chosen is None:
             try:
                 row.images = item.load_images()
-            except OSError:
+            except (OSError, ImageError):
                 row.problem = "image cannot be read"
         return row
 

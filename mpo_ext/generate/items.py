@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.chat import IMAGE_PLACEHOLDER, load_image
+from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_json
 from mpo_ext.data.mmpr import read_meta, resolve_image
-from mpo_ext.data.paths import find_url
+from mpo_ext.data.paths import absolute_path
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import SOURCE, Pair
+from mpo_ext.images import is_remote, is_url, load_image
 
 WRONG_SAMPLE = "wrong sample"  # the ``chosen_source`` of a chosen response that is known to be wrong
 
@@ -50,7 +51,12 @@ class Item:
         """Returns the image paths for pairs: absolute for an item of a subset, otherwise as the input gives them."""
         if self.subset is None:
             return self.images
-        return tuple(os.path.join(self.image_root, image) for image in self.images)
+        return self.image_sources
+
+    @property
+    def image_sources(self) -> tuple[str, ...]:
+        """Returns the images for ``load_image``: paths joined to ``image_root``, and URLs."""
+        return tuple(absolute_path(image, self.image_root) for image in self.images)
 
     @property
     def pair_extra(self) -> dict[str, Any]:
@@ -75,8 +81,8 @@ class Item:
         return Pair(question, chosen, rejected, self.pair_images, self.answer_gt, provenance, self.pair_extra)
 
     def load_images(self) -> tuple[Any, ...]:
-        """Opens the images; raises OSError if an image is missing or cannot be read."""
-        return tuple(load_image(Path(self.image_root, image)) for image in self.images)
+        """Opens the images; raises FileNotFoundError or ImageError if an image is missing or cannot be read."""
+        return tuple(map(load_image, self.image_sources))
 
     @classmethod
     def from_dict(cls, values: Any, *, image_root: str = "", subset: str | None = None) -> "Item":
@@ -111,7 +117,7 @@ class Item:
             problem = "no question"
         elif not isinstance(images, (list, tuple)) or not all(map(_is_path, images)):
             problem = "images are no paths"  # words: ignore (journals hold this text)
-        elif any(map(find_url, images)):
+        elif any(map(is_remote, images)):
             problem = "images are URLs, which are not fetched: download them first"
         elif subset is not None and not all(_is_inside(image, image_root) for image in images):
             problem = "image outside the root of its subset"
@@ -234,9 +240,13 @@ def _remembered_subset(source: object, images: object, image_root: str) -> tuple
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):
         return None, image_root
-    if not all(_is_path(image) and os.path.isabs(image) and _is_inside(image, root) for image in images):
+    if not all(_is_path(image) and _is_absolute(image) and _is_inside(image, root) for image in images):
         return None, image_root
     return subset, root
+
+
+def _is_absolute(image: str) -> bool:
+    return os.path.isabs(image) or is_url(image)
 
 
 def _is_inside(image: str, root: str) -> bool:

@@ -8,6 +8,7 @@ from mpo_ext.answers import Verdict, extract_answer, matcher
 from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.items import Item
 from mpo_ext.generate.prompts import PromptTemplate, render
+from mpo_ext.images import ImageError
 
 _MAX_KNOWN_VERDICTS = 1 << 16
 
@@ -49,7 +50,7 @@ class QuestionSampler:
                 continue
             try:
                 images = item.load_images()
-            except OSError:
+            except (OSError, ImageError):
                 problems[row] = "image cannot be read"
                 continue
             prompt = self.prompt(item)

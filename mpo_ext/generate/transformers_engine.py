@@ -6,9 +6,10 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpo_ext.chat import find_chat_template, lacks_special_tokens, load_image, render_prompt
+from mpo_ext.chat import find_chat_template, lacks_special_tokens, render_prompt
 from mpo_ext.checks import check_integer
 from mpo_ext.generate.engine import Generation, Request, SamplingConfig
+from mpo_ext.images import load_image
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mpo_ext.chat import chat_messages, load_image
+from mpo_ext.chat import chat_messages
 from mpo_ext.checks import install_hint
 from mpo_ext.generate.engine import Generation, Request
+from mpo_ext.images import load_image
 
 
 class VLLMEngine:
