@@ -78,7 +78,7 @@ def check_pairs(
 
     Args:
         source: Pairs to check.
-        images: "verify" opens each image file and lets PIL verify it, "decode" decodes the whole image, "exists" checks
+        images: "verify" opens each image and lets PIL verify it, "decode" decodes the whole image, "exists" checks
             only that the file exists, "skip" checks nothing.
         keep: Maximum number of examples of each kind in the report.
         length: Function that returns the length of a text, for the statistics.
