@@ -6,6 +6,8 @@ from typing import Any
 
 from mpo_ext.checks import install_hint
 
+_TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "decoder")  # parts that may hold the decoder's config
+
 
 def takes_images(config: Any) -> bool:
     """Returns whether the models of a config are image-text-to-text models of transformers."""
@@ -66,8 +68,7 @@ def check_supported(config: Any, processor: Any = None) -> None:
         ValueError: If the model has an encoder and a decoder, attends to images by cross-attention, or attends to its
             prompt in both directions (PaliGemma), or if its processor makes labels of its own.
     """
-    text_config = config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
-    configs = [config, text_config, getattr(config, "text_config", None)]
+    configs = [config, *(getattr(config, name, None) for name in _TEXT_CONFIGS)]
 
     def has(name: str) -> bool:
         values = (getattr(one, name, None) for one in configs)
