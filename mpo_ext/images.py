@@ -1,6 +1,6 @@
 """Loads images: every part of the package gets its pixels from ``load_image``.
 
-Training, sampling, evaluation and pages therefore see the same pixels. docs/reference/images.md states the rules.
+Training, sampling, evaluation and pages therefore see the same pixels. docs/images.md states the rules.
 """
 
 import base64

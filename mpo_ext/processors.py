@@ -1,7 +1,9 @@
 """Loads a model's processor, and refuses models that the package cannot use, before the weights are loaded."""
 
+import contextlib
 import importlib
 import importlib.metadata
+from collections.abc import Iterator
 from typing import Any
 
 from mpo_ext.checks import install_hint
@@ -29,21 +31,12 @@ def load_processor(path: str, config: Any, **options: Any) -> Any:
             processors need torchvision depends on the version of transformers, so transformers decides.
         ValueError: If ``check_supported`` refuses the model.
     """
-    from transformers import AutoProcessor, AutoTokenizer
+    with _torchvision_errors(path):
+        from transformers import AutoProcessor, AutoTokenizer
 
-    check_supported(config)
-    loader = AutoProcessor if takes_images(config) else AutoTokenizer
-    try:
+        check_supported(config)
+        loader = AutoProcessor if takes_images(config) else AutoTokenizer
         processor = loader.from_pretrained(path, **options)
-    except Exception as error:  # transformers raises ImportError, ValueError or RuntimeError
-        problem = torchvision_problem()
-        if problem is None or "torchvision" not in str(error).lower():
-            raise
-        torch_version = importlib.metadata.version("torch")
-        raise ImportError(
-            f"the processor of {path} needs torchvision, but torchvision {problem}: {install_hint('vision')}, with "
-            f"the torchvision that matches torch {torch_version}"
-        ) from error
     check_supported(config, processor)
     return processor
 
@@ -53,12 +46,33 @@ def check_model(path: str, **options: Any) -> None:
 
     ``options`` are passed to ``from_pretrained``.
     """
-    from transformers import AutoConfig
+    with _torchvision_errors(path):
+        from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, **options)
+        has_images = takes_images(config)
     check_supported(config)
-    if takes_images(config):
+    if has_images:
         load_processor(path, config, **options)
+
+
+@contextlib.contextmanager
+def _torchvision_errors(path: str) -> Iterator[None]:
+    """Turns an error in the block that a missing or broken torchvision causes into an ImportError that says so."""
+    try:
+        yield
+    except Exception as error:  # transformers raises ImportError, ValueError or RuntimeError, some from another error
+        problem, texts = torchvision_problem(), []
+        cause: BaseException | None = error
+        while cause is not None:
+            texts.append(str(cause).lower())
+            cause = cause.__cause__ or cause.__context__
+        if problem is None or not any("torchvision" in text for text in texts):
+            raise
+        raise ImportError(
+            f"the processor of {path} needs torchvision, but torchvision {problem}: {install_hint('vision')}, with "
+            f"the torchvision that matches torch {importlib.metadata.version('torch')}"
+        ) from error
 
 
 def check_supported(config: Any, processor: Any = None) -> None:
@@ -66,7 +80,7 @@ def check_supported(config: Any, processor: Any = None) -> None:
 
     Raises:
         ValueError: If the model has an encoder and a decoder, attends to images by cross-attention, or attends to its
-            prompt in both directions (PaliGemma), or if its processor makes labels of its own.
+            prompt in both directions (PaliGemma), or if its processor makes labels.
     """
     configs = [config, *(getattr(config, name, None) for name in _TEXT_CONFIGS)]
 
