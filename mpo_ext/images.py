@@ -62,7 +62,7 @@ def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
     These are an animation, of which only the first frame is used, and a colour profile that cannot be applied.
 
     Args:
-        source: As in ``load_image``.
+        source: Path, ``file://`` URL, ``data:`` URL or bytes of an image file.
         decode: Whether to decode the pixels. If False, only the headers are read, and the checksums of formats that
             have checksums.
 
@@ -83,7 +83,7 @@ def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
     with _opened(source) as image:
         if decode or image.mode in ("I", "F"):
             _to_rgb(image)
-        elif hasattr(image, "verify"):
+        else:
             _check_transparency(image, _raw_mode(image))
             image.verify()
     return notes
@@ -363,8 +363,6 @@ def _color_mode(mode: str) -> str:
 def _to_srgb(color: Any, profile: bytes | None) -> Any:
     """Converts colours with their profile to sRGB; a profile that cannot be applied counts as sRGB."""
     transform = _profile_transform(profile, color.mode)[0] if profile else None
-    if transform is None and color.mode == "LAB":
-        transform = _lab_transform()
     if transform is None:
         return color.convert("RGB")
     if transform.inputMode != color.mode:
@@ -401,12 +399,6 @@ def _profile_transform(profile: bytes, mode: str) -> tuple[Any, str | None]:
     before, after = cube.convert("RGB").tobytes(), transform.apply(cube).tobytes()
     is_srgb = max(abs(left - right) for left, right in zip(before, after, strict=True)) <= 1
     return (None if is_srgb else transform), None
-
-
-@functools.lru_cache(maxsize=1)
-def _lab_transform() -> Any:
-    cms = _image_cms()
-    return cms.buildTransform(cms.createProfile("LAB"), cms.createProfile("sRGB"), "LAB", "RGB")
 
 
 def _image_cms() -> Any:

@@ -160,7 +160,8 @@ def orientation_files() -> Iterator[ImageFile]:
     compressed = saved(Image.fromarray(picture), "TIFF", exif=exif(3), compression="tiff_lzw")
     yield ImageFile("orientation3_lzw.tiff", compressed, UPRIGHT[3](picture))
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-    photo = saved(Image.fromarray(picture), "JPEG", quality=95, xmp=xmp)
+    block = b"http://ns.adobe.com/xap/1.0/\0" + xmp
+    photo = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + jpeg[2:]
     yield ImageFile("orientation6_xmp.jpg", photo, UPRIGHT[6](decoded))
     alpha = noise(seed=9)
     content = saved(Image.fromarray(np.dstack([picture, alpha])), "PNG", exif=exif(6))
@@ -259,8 +260,6 @@ def color_files() -> Iterator[ImageFile]:
     )
     ycck = jpeg[:place] + b"\2" + jpeg[place + 1 :]
     yield ImageFile("ycck_adobe.jpg", ycck, np.rint((255 - rgb.clip(0, 255)) * k[..., None] / 255).astype(np.uint8))
-    ycbcr = Image.fromarray(colors).convert("YCbCr")
-    yield ImageFile("ycbcr.tiff", saved(ycbcr, "TIFF"), np.asarray(ycbcr.convert("RGB")))
     lab = np.dstack([noise(seed=3, low=60, high=200), noise(seed=4, high=16) - 8, noise(seed=5, high=16) - 8])
     values = np.dstack([lab[..., 0] / 2.55, lab[..., 1:].view(np.int8)])
     yield ImageFile("lab.tiff", saved(Image.fromarray(lab, "LAB"), "TIFF"), from_lab(values))

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import urllib.parse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +291,10 @@ def test_the_limit_of_pixels_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None
     for size in ((13_378, 13_378), (200_000, 200_000)):
         with pytest.raises(ImageError, match=r"at most 178,956,970 pixels.*MPO_MAX_IMAGE_PIXELS"):
             load_image(sized(*size))
-    with pytest.raises(ImageError, match="truncated"):  # not Pillow's warning of half as many pixels
-        load_image(sized(13_377, 13_377))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pillow warns from half as many pixels on
+        with pytest.raises(ImageError, match="truncated"):
+            load_image(sized(13_377, 13_377))
     content = saved(Image.new("RGB", (40, 25)), "PNG")
     monkeypatch.setenv("MPO_MAX_IMAGE_PIXELS", "999")
     for source in (content, Image.new("L", (40, 25))):
@@ -404,6 +407,33 @@ def test_predictions_and_pages_cut_data_urls(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "failures.html").read_text()
     assert "data:image/jpeg;base64," in page
     assert url not in page
+
+
+def test_the_modes_of_images_in_memory() -> None:
+    rgba = Image.fromarray(np.dstack([image_files.noise(3), image_files.noise(seed=1)]))
+    shown = image_files.on_white(np.asarray(rgba)[..., :3].astype(float), np.asarray(rgba)[..., 3])
+    rgb, levels = rgba.convert("RGB"), rgba.convert("L")
+    expected = {mode: np.asarray(rgb.convert(mode).convert("RGB")) for mode in ("YCbCr", "HSV", "CMYK", "RGBX", "P")}
+    sources = {mode: rgb.convert(mode) for mode in expected}
+    la = Image.merge("LA", (levels, rgba.getchannel("A")))
+    on_white = image_files.on_white(image_files.grey(np.asarray(levels).astype(float)), np.asarray(la)[..., 1])
+    sources |= {"RGBA": rgba, "LA": la, "La": la.convert("La")}
+    expected |= {"RGBA": shown, "LA": on_white, "La": on_white}
+    # The second has a palette of RGBA and no other sign of transparency.
+    for mode, source in (("PA", la.convert("PA")), ("P with RGBA", rgba.quantize(64))):
+        colors = np.asarray(source.convert("RGBA"))
+        sources[mode] = source
+        expected[mode] = image_files.on_white(colors[..., :3].astype(float), colors[..., 3])
+    opaque = rgba.copy()
+    opaque.putalpha(200)  # premultiplied values of small opacities are too coarse to compare
+    sources["RGBa"] = opaque.convert("RGBa")
+    expected["RGBa"] = image_files.on_white(np.asarray(rgb).astype(float), np.full(rgb.size, 200))
+    for mode, source in sources.items():
+        image = load_image(source)
+        assert image.mode == "RGB"
+        tolerance = 2 if mode in ("La", "RGBa") else 1  # premultiplied values are rounded once more
+        worst = abs(np.asarray(image).astype(int) - expected[mode].astype(int)).max()
+        assert worst <= tolerance, mode
 
 
 def test_image_errors_are_raised_for_open_files_too(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ class _LineParser:
         source = dict(self.source)
         extra = {name: value for name, value in values.items() if name not in _FIELDS}
         if SOURCE in extra:
-            raise FieldError(f"the field {SOURCE!r} must be left to the reader, got {extra[SOURCE]!r}")
+            raise FieldError(f"the field {SOURCE!r} must be left to the reader, got {shorten(extra[SOURCE])}")
         for name in ("question", "chosen", "rejected"):
             if name not in values:
                 raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, values))}")
@@ -261,11 +261,13 @@ def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any]) -> dic
     for name, value in pair.extra.items():
         if name != SOURCE:
             if name in values:
-                raise ValueError(f"extra must not hold {name!r}, which the pair itself writes, got {value!r}")
+                raise ValueError(f"extra must not hold {name!r}, which the pair itself writes, got {shorten(value)}")
             values[name] = value
     if pair.provenance:
         if "provenance" in values:
-            raise ValueError(f"extra must not hold 'provenance' beside the pair's own, got {values['provenance']!r}")
+            raise ValueError(
+                f"extra must not hold 'provenance' beside the pair's own, got {shorten(values['provenance'])}"
+            )
         values["provenance"] = pair.provenance
     return values
 
