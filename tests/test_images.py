@@ -370,6 +370,18 @@ def test_items_take_urls_and_keep_their_subset(folder: Path) -> None:
         assert item.problem == "images are URLs, which are not fetched: download them first"
 
 
+def test_a_dry_run_takes_data_urls_as_images_that_exist(url_pairs: Path, tmp_path: Path) -> None:
+    from mpo_ext.train.mixture import Mixture
+    from mpo_ext.train.recipe import SourceRecipe
+
+    (overview,) = Mixture([SourceRecipe(path=str(url_pairs))]).inspect()
+    assert (overview.images, overview.missing, overview.with_images) == (2, 0, 4)  # the URL, and three names of a file
+    write_pairs(tmp_path / "b.jsonl", [Pair("q", "c", "r", (source,)) for source in (BARE, f"https://h/{LONG}")])
+    (overview,) = Mixture([SourceRecipe(path=str(tmp_path / "b.jsonl"))]).inspect()
+    assert overview.missing == 2
+    assert all(len(example) < 100 + len(str(tmp_path)) for example in overview.examples)
+
+
 def test_no_message_shows_a_whole_data_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mpo_ext.cli.main import main
     from mpo_ext.train.encode import BadPairError, _open

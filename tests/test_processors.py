@@ -123,6 +123,7 @@ def test_a_torchvision_for_another_torch_is_told_from_a_missing_one(
     )
     (tmp_path / "torchvision" / "__init__.py").write_text("")
     assert torchvision_problem() is None
+    del sys.modules["torchvision"]  # the empty one
 
 
 def test_the_extra_is_no_part_of_development() -> None:
