@@ -379,7 +379,7 @@ def test_a_dry_run_takes_data_urls_as_images_that_exist(url_pairs: Path, tmp_pat
     write_pairs(tmp_path / "b.jsonl", [Pair("q", "c", "r", (source,)) for source in (BARE, f"https://h/{LONG}")])
     (overview,) = Mixture([SourceRecipe(path=str(tmp_path / "b.jsonl"))]).inspect()
     assert overview.missing == 2
-    assert all(len(example) < 100 + len(str(tmp_path)) for example in overview.examples)
+    assert all(len(example) < 130 + len(str(tmp_path)) for example in overview.examples)
 
 
 def test_no_message_shows_a_whole_data_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,10 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], Command]:
-    """Returns a decorator with which a command prints an expected error on stderr and returns ``failure``.
+    """Returns a decorator for commands: it prints an expected error on stderr and returns the status ``failure``.
 
-    With ``--debug``, the error is raised. ``extra`` names the package's extra with the dependencies of the command.
+    With ``--debug``, the error is raised instead. ``name`` is the command in messages; ``extra`` is the extra of
+    mpo_ext that installs the dependencies of the command.
     """
 
     def decorate(run: Command) -> Command:
@@ -55,7 +56,7 @@ def leave_broken_pipe() -> int:
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--debug``, with which ``command`` raises errors with their traceback."""
+    """Adds the option ``--debug``: errors are raised with their traceback."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -80,7 +81,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parse = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        """Accepts each KEY=VALUE that follows an option, because argparse leaves it in the unknown arguments."""
+        """Parses arguments like argparse, and accepts each KEY=VALUE after an option, which argparse calls unknown."""
         namespace, rest = parse(args, namespace)
         for text in rest:
             if text.startswith("--") and "." in text.partition("=")[0]:
@@ -95,7 +96,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_root_map(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--root-map``, which may be repeated."""
+    """Adds the option ``--root-map OLD=NEW``, which may be repeated."""
     parser.add_argument(
         "--root-map", action="append", default=[], metavar="OLD=NEW",
         help="where folders have moved to; may be repeated",
@@ -103,7 +104,7 @@ def add_root_map(parser: argparse.ArgumentParser) -> None:
 
 
 def root_map(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Returns the path prefixes (old, new) of ``--root-map``."""
+    """Returns the pairs of path prefixes (old, new) that ``--root-map`` gives."""
     from mpo_ext.data.paths import parse_root_map
 
     return [parse_root_map(text) for text in args.root_map]
@@ -115,6 +116,11 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine-option", action="append", default=[], metavar="NAME=JSON",
         help="passed to from_pretrained or vllm.LLM, as in --engine-option tensor_parallel_size=2",
+    )  # fmt: skip
+    parser.add_argument("--chat-template", metavar="FILE", help="chat template to use instead of the model's")
+    parser.add_argument(
+        "--chat-template-kwargs", metavar="JSON", default="{}",
+        help="variables for the chat template, as in '{\"enable_thinking\": false}'",
     )  # fmt: skip
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--device", help="device of transformers (default: the GPU of this process, or the CPU)")
@@ -131,14 +137,32 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
     if args.engine == "vllm":
         from mpo_ext.generate.vllm_engine import VLLMEngine
 
-        return VLLMEngine(model, dtype=args.dtype, **options)
+        return VLLMEngine(model, dtype=args.dtype, chat_options=chat_options(args), **options)
     from mpo_ext.generate.transformers_engine import TransformersEngine
-    from mpo_ext.processors import check_model
 
-    check_model(model, **options)  # fails in seconds, unlike the weights
     return TransformersEngine.from_pretrained(
-        model, dtype=args.dtype, device=args.device, batch_size=args.batch_size, **options
+        model,
+        dtype=args.dtype,
+        device=args.device,
+        batch_size=args.batch_size,
+        chat_options=chat_options(args),
+        **options,
     )
+
+
+def chat_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of ``mpo_ext.chat.ChatEncoder`` that the command line gives."""
+    template = None
+    if args.chat_template is not None:
+        with open(args.chat_template, encoding="utf-8") as file:
+            template = file.read()
+    try:
+        kwargs = json.loads(args.chat_template_kwargs)
+    except ValueError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"--chat-template-kwargs must be a JSON object, got {args.chat_template_kwargs[:80]!r}")
+    return {"chat_template": template, "chat_template_kwargs": kwargs}
 
 
 def add_matcher(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +179,11 @@ def matcher_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_json_options(flag: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Parses NAME=JSON texts into a dict; a value that is not JSON stays a text. Raises ValueError for other texts."""
+    """Parses strings NAME=JSON into a dict; a value that is not JSON stays a string.
+
+    Raises:
+        ValueError: If a string is not of this form.
+    """
     options = {}
     for text in texts:
         name, equals, value = text.partition("=")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mpo_ext.data.reader import BadLine
+from mpo_ext.data.records import Pair
 from mpo_ext.train.batch import Batch, RowLayout, collate
 from mpo_ext.train.encode import BadPairError, Encoder, MissingImageError, Sample, SkippedPair
 from mpo_ext.train.mixture import Mixture
@@ -58,6 +59,7 @@ class StepSlice:
     counts: tuple[BatchCounts, ...]
     skipped: tuple[SkippedPair | BadLine | BadPairError, ...]
     n_cut: int = 0
+    n_split: int = 0
     error: str | None = None
 
 
@@ -141,13 +143,13 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         counts = tuple(
             BatchCounts(
                 len(part),
-                sum(len(sample.chosen_ids) for sample in part),
-                sum(len(sample.chosen_ids) > 0 for sample in part),
+                sum(sample.n_chosen_targets for sample in part),
+                sum(sample.n_chosen_targets > 0 for sample in part),
             )
             for part in parts
         )
-        n_cut = sum(sample.is_cut for sample in samples)
-        return StepSlice(step, tuple(map(self.collator, parts)), counts, tuple(skipped), n_cut)
+        n_cut, n_split = sum(sample.is_cut for sample in samples), sum(sample.is_split for sample in samples)
+        return StepSlice(step, tuple(map(self.collator, parts)), counts, tuple(skipped), n_cut, n_split)
 
     def _advice(self, index: int, result: BadLine | BadPairError) -> str:
         """Returns advice on a bad pair: how to correct the path of a missing image, and how to skip bad pairs."""
@@ -204,6 +206,13 @@ class RunData:
     def mixtures(self) -> list[Mixture]:
         """The training mixture and, if there is one, the evaluation mixture."""
         return [mixture for mixture in (self.mixture, self.eval_mixture) if mixture is not None]
+
+    def first_pairs(self) -> Iterator[tuple[Pair, str]]:
+        """Yields the good pairs in the order of the first epoch, with their names."""
+        for index in self.sampler.order(0):
+            pair, name = self.mixture.read(int(index))
+            if not isinstance(pair, BadLine):
+                yield pair, name
 
     def steps(self) -> StepDataset:
         """Returns the dataset of this rank's training slices."""
@@ -272,4 +281,6 @@ class RunData:
 def without_responses(sample: Sample) -> Sample:
     """Returns the sample with two empty responses."""
     empty = sample.chosen_ids[:0]
-    return dataclasses.replace(sample, chosen_ids=empty, rejected_ids=empty)
+    return dataclasses.replace(
+        sample, chosen_ids=empty, rejected_ids=empty, chosen_targets=None, rejected_targets=None
+    )

@@ -21,6 +21,7 @@ from mpo_ext.train.metrics import Totals, log_line, peak_memory_mib
 from mpo_ext.train.optimizer import clip_gradients, scheduled_learning_rate
 from mpo_ext.train.output import RunOutput
 from mpo_ext.train.progress import compare_first_loss
+from mpo_ext.train.proof import Proof, prove
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import (
@@ -42,7 +43,7 @@ OnStep = Callable[[int, Mapping[str, float]], object]
 def train(
     recipe: Recipe, *, model: nn.Module | None = None, processor: Any = None, on_step: OnStep | None = None
 ) -> int:
-    """Trains a model as the recipe specifies.
+    """Trains a model on preference pairs as the recipe specifies.
 
     Args:
         recipe: Recipe of the run.
@@ -53,7 +54,7 @@ def train(
             run ends as if this step were the last. None: no call.
 
     Returns:
-        0 if the run finished, ``INTERRUPTED`` if SIGTERM or SIGINT ended the run, which saves its progress first.
+        The exit status: 0 if the run finished; ``INTERRUPTED`` if SIGTERM or SIGINT ended it, with its progress saved.
 
     Raises:
         ValueError: If recipe, data or checkpoint do not match each other, or every pair was skipped.
@@ -65,7 +66,7 @@ def train(
 
 
 class Trainer:
-    """Holds the parts of one training run and runs it. ``train`` is the usual entry point and explains the arguments.
+    """A training run. ``train`` is the usual entry point and explains the arguments.
 
     If ``save`` is False, no checkpoint, final model or model card is written.
 
@@ -74,7 +75,7 @@ class Trainer:
         data: Training and evaluation pairs; ``data.encoder`` may be replaced before ``run``.
         state: Step number, pair counts and reward shift.
         output: Console, log, checkpoints and exported model.
-        reference_model: Reference model that is separate from the policy; None if the run has loaded none.
+        reference_model: The separate reference model; None if the run has not loaded one.
         reference: Source of the reference log-probs; None before ``run`` and for a loss without reference.
     """
 
@@ -149,11 +150,25 @@ class Trainer:
         if self.accelerator.is_main_process:
             for overview in mixture.inspect(files=False, limit=_COUNTED_LINES):
                 say(str(overview))
+        self._prove()
         if layout := choose_layout(self.model, self.data):
             say(layout)
 
+    def _prove(self) -> None:
+        """Compares the first pairs with the model's processor, and shows how the model reads them."""
+        proof: Proof | None = None
+        if self.accelerator.is_main_process:
+            proof = prove(self.data.encoder, self.data.first_pairs())
+            self.output.write_first_pairs(proof)
+        for shared in gather(self.accelerator, proof):
+            if shared is not None:
+                shared.check()
+
     def make_reference(self) -> Reference | None:
-        """Returns the source of the reference log-probs; computes the log-prob file if the recipe needs it."""
+        """Returns the source of the reference log-probs (None if the loss needs none).
+
+        If the recipe precomputes the log-probs, this method computes them and writes their file.
+        """
         kind, loss = self.recipe.reference_kind, self.recipe.loss
         if kind is None:
             return None

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from mpo_ext.files import atomic_write
 from mpo_ext.train import model_card
 from mpo_ext.train.checkpoint import Checkpoints
 from mpo_ext.train.export import export_model, is_exported_since
 from mpo_ext.train.metrics import Log
 from mpo_ext.train.progress import Console
+from mpo_ext.train.proof import Proof
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.resume import RunState, changed_settings, flat_settings, plain_values
@@ -20,7 +22,8 @@ from mpo_ext.train.resume import RunState, changed_settings, flat_settings, plai
 class RunOutput:
     """Writes the output of a run. All ranks must call each method.
 
-    If ``save`` is False, no checkpoint, final model or model card is written. ``final`` is the final model's folder.
+    If ``save`` is False, no checkpoint, final model or model card is written. ``final`` is the folder of the final
+    model.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any, state: RunState, *, save: bool) -> None:
@@ -41,7 +44,7 @@ class RunOutput:
         )
 
     def start_trackers(self) -> None:
-        """Starts the recipe's experiment trackers and passes them the recipe's settings."""
+        """Starts the experiment trackers that the recipe names, and logs all settings of the recipe to them."""
         if self.recipe.output.trackers:
             settings = flat_settings(plain_values(self.recipe.to_dict()))
             config = {
@@ -49,6 +52,15 @@ class RunOutput:
                 for name, value in settings.items()
             }
             self.accelerator.init_trackers("mpo_ext", config=config)
+
+    def write_first_pairs(self, proof: Proof) -> None:
+        """Prints the first pair as the model reads it, and writes the first pairs to ``first_pairs.txt``."""
+        path = self.folder / "first_pairs.txt"
+        for line in proof.console_lines():
+            self.console.say(line)
+        with atomic_write(path) as file:
+            file.write(("\n".join(proof.lines()) + "\n").encode())
+        self.console.say(f"the first pairs, decoded, are in {path}")
 
     def start_log(self) -> None:
         """Empties the log for a new run; an earlier run that saved no checkpoint may have left lines."""
@@ -62,7 +74,11 @@ class RunOutput:
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:
         """Restores policy, optimizer, run state and log from a checkpoint, and ``reference`` if the reference moves.
 
-        Returns whether any setting has changed; raises ``LinesError`` for a setting that must not change within a run.
+        Returns:
+            Whether a setting has changed since the checkpoint.
+
+        Raises:
+            LinesError: If a setting has changed that must not change within a run.
         """
         changed = changed_settings(self.checkpoints.state(self.accelerator, path), self.recipe, path)
         state = self.checkpoints.load(self.accelerator, path, model, optimizer, reference=reference)
@@ -75,7 +91,7 @@ class RunOutput:
         return bool(changed)
 
     def save_checkpoint(self, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> None:
-        """Writes a checkpoint. The arguments are those of ``resume``."""
+        """Writes a checkpoint of policy, optimizer and run state, and of ``reference`` unless it is None."""
         if not self.save:
             return
         state = self.state.state_dict(self.log.position() if self.is_main else 0)
@@ -107,7 +123,10 @@ class RunOutput:
             self.accelerator.log(values, step=self.state.step)
 
     def is_finished(self, checkpoint: Path) -> bool:
-        """Returns whether the final model was exported after a checkpoint; if so, writes a missing model card."""
+        """Returns whether the final model was exported after the checkpoint.
+
+        If so, and its model card is missing, this method writes the card.
+        """
         if not is_exported_since(self.accelerator, self.final, checkpoint):
             return False
         if not all(gather(self.accelerator, (self.final / "README.md").exists())):  # killed after the export
