@@ -45,7 +45,7 @@ def write_predictions(
                     for kit in exports
                 ]
                 for index, (item, problem, responses) in enumerate(cell.read(world_size)):
-                    cell.scores.append(cell.evaluation.question_score(problem, responses))
+                    cell.scores.append(cell.evaluation.question_score(item, problem, responses))
                     cell.offsets.append(file.tell())
                     file.writelines(map(encode_line, _lines(cell, index, item, problem, responses)))
                     if not problem:
@@ -81,5 +81,5 @@ def _lines(
     if problem:
         yield {**shared, "problem": problem}
     for sample, response in enumerate(responses):
-        scored = {name: getattr(response, name) for name in ("answer", "correct", "rule", "tokens", "finish")}
+        scored = {name: getattr(response, name) for name in ("answer", "correct", "unreadable", "rule", "tokens", "finish")}
         yield {**shared, "sample": sample, "response": response.text, **scored}

@@ -77,9 +77,11 @@ class ScoredResponse:
     """A response and its score.
 
     Attributes:
-        answer: Extracted answer; None if the response has no readable answer.
+        answer: Extracted answer; None if the response has none.
+        correct: Whether the answer is right; False for an unreadable answer, as in the scripts of benchmarks.
         rule: Rule by which the matcher decided; None without an answer.
         finish: "stop", or "length" if the response was cut off.
+        unreadable: Whether the response has no answer, or an answer that the matcher can call neither right nor wrong.
     """
 
     text: str
@@ -88,6 +90,7 @@ class ScoredResponse:
     rule: str | None
     tokens: int
     finish: str
+    unreadable: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ class QuestionScore:
     Attributes:
         problem: Reason why the question could not be asked (the other attributes are then empty), or None.
         right: For each sample, whether the answer is right.
-        unreadable: Number of samples without a readable answer.
+        unreadable: Number of samples that are unreadable; their answers count as not right.
         cut_off: Number of samples that ``max_new_tokens`` cut off.
         tokens: Number of generated tokens in all samples.
         majority: Whether the most frequent answer is right.
@@ -146,21 +149,32 @@ class Evaluation:
             return problem, []
         responses = []
         for record in records:
-            answer, verdict = self.scorer.score(record["text"], item.truths)
-            correct, rule = (verdict.correct, verdict.rule) if verdict else (False, None)
-            responses.append(ScoredResponse(record["text"], answer, correct, rule, record["tokens"], record["finish"]))
+            answer, verdict = self.scorer.score(record["text"], item)
+            correct, rule = (verdict.correct, verdict.rule) if verdict else (None, None)
+            responses.append(
+                ScoredResponse(
+                    text=record["text"],
+                    answer=answer,
+                    correct=correct is True,
+                    rule=rule,
+                    tokens=record["tokens"],
+                    finish=record["finish"],
+                    unreadable=correct is None,
+                )
+            )
         return None, responses
 
-    def question_score(self, problem: str | None, responses: Sequence[ScoredResponse]) -> QuestionScore:
+    def question_score(self, item: Item, problem: str | None, responses: Sequence[ScoredResponse]) -> QuestionScore:
         if problem is not None:
             return QuestionScore(problem)
+        matcher = self.scorer.matcher_for(item)
         first = majority(
             [response.answer for response in responses],
-            lambda first, second: is_same_answer(first, second, self.scorer.matcher),
+            lambda first, second: is_same_answer(first, second, matcher),
         )
         return QuestionScore(
             right=tuple(response.correct for response in responses),
-            unreadable=sum(response.answer is None for response in responses),
+            unreadable=sum(response.unreadable for response in responses),
             cut_off=sum(response.finish == "length" for response in responses),
             tokens=sum(response.tokens for response in responses),
             majority=first is not None and responses[first].correct,
