@@ -126,7 +126,8 @@ def _normalize(text: str) -> str | None:
         text = text.replace("\u00ba", "\u00b0")
     text = text.replace("\\$", "\ue000")
     text = re.sub(r"\$([^$]+)\$", r" \1 ", text).replace("\ue000", "$")
-    text = text.replace("\\(", " ").replace("\\)", " ").replace("**", "").replace("`", "")
+    text = text.replace("\\(", " ").replace("\\)", " ").replace("`", "")
+    text = re.sub(r"\*\*(?=[^\s*])([^*]+)(?<=\S)\*\*", r"\1", text)
     return clean_answer(" ".join(text.split()).strip("\"'\u201c\u201d").rstrip(",;:"))
 
 

@@ -102,7 +102,7 @@ class AnswerScorer:
 
     def matcher_for(self, item: Item) -> Matcher:
         """Returns the matcher for the answers to an item, which knows the item's options."""
-        return self.matcher if item.options is None else self.matcher.with_options(item.options)
+        return self.matcher if item.options is None else self.matcher.with_options(dict(item.options))
 
     def score(self, text: str, item: Item) -> tuple[str | None, Verdict | None]:
         """Returns the answer in a response and the matcher's verdict; both are None if no answer can be extracted."""

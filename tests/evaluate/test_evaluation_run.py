@@ -85,8 +85,8 @@ def test_the_numbers_are_those_of_the_answers(tmp_path: Path) -> None:
     assert len(predictions) == 9
     assert predictions[1] == {
         "data": "mine", "prompt": "cot", "index": 1, "question": "two", "images": [], "truth": ["1"], "sample": 0,
-        "response": final(0), "answer": "0", "correct": False, "rule": "vqa:normalized", "tokens": len(final(0)),
-        "finish": "stop",
+        "response": final(0), "answer": "0", "correct": False, "unreadable": False, "rule": "vqa:normalized",
+        "tokens": len(final(0)), "finish": "stop",
     }  # fmt: skip
     assert (predictions[4]["answer"], predictions[4]["correct"], predictions[4]["finish"]) == (None, False, "length")
     assert [line["problem"] for line in predictions[6:]] == [
