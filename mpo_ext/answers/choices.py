@@ -19,13 +19,16 @@ _LEAD = re.compile(
     r"(?:(?:answer|option|options|choice|choices|letter|letters|it)\b(?:\s+(?:is|are|would\s+be))?\s*:?\s*)+",
     re.IGNORECASE,
 )
-_TAIL = re.compile(r"\s+(?:(?:is|are)\s+(?:the\s+)?(?:correct|right|true|best)(?:\s+(?:answer|option|choice)s?)?)$", re.I)
+_TAIL = re.compile(
+    r"\s+(?:(?:is|are)\s+(?:the\s+)?(?:correct|right|true|best)(?:\s+(?:answer|option|choice)s?)?)$", re.I
+)
 _SEPARATOR = r"(?:\s*(?:,|;|&|\+|\band\b)\s*)+"
 _BRACKETED = r"(?:[(\[]\s*[A-Za-z]\s*[)\]]|[A-Za-z]\b[).]?)"
 _SEVERAL = re.compile(rf"{_BRACKETED}(?:{_SEPARATOR}{_BRACKETED})+\s*", re.IGNORECASE)
 _ROW = re.compile(r"(?:[(\[]\s*[A-Za-z]\s*[)\]]\s*){2,}|[A-Z](?:\s+[A-Z])+|[A-Z]{2,}")
 _LETTER_AND_TEXT = re.compile(
-    r"(?:[(\[]\s*([A-Za-z])\s*[)\]]\s*[.:,-]?|([A-Za-z])\s*[).:](?=\s)|([A-Z])\s+[-,=](?=\s)|([A-Z])(?=\s*[(\n]))\s*(.+)", re.S
+    r"(?:[(\[]\s*([A-Za-z])\s*[)\]]\s*[.:,-]?|([A-Za-z])\s*[).:](?=\s)|([A-Z])\s+[-,=](?=\s)|([A-Z])(?=\s*[(\n]))\s*(.+)",
+    re.S,
 )
 _DOUBT = re.compile(
     r"\b(?:or|not|wrong|incorrect|instead|but|wait|either|neither|isn't|cannot|can't|answer|option|choice|however)\b"

@@ -16,14 +16,29 @@ from mpo_ext.checks import check_number, install_hint
 
 _NUMBERS = NumberRule(relative=1e-6, absolute=1e-9, percent="either", units="any")
 _PROSE = re.compile(r"[^\W\d_]{2,}(?:\W+[^\W\d_]+)*")
-_FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt frac pi max min lim det mod gcd"
-_FUNCTIONS += " lcm infty cup cap left right text mathrm emptyset alpha beta gamma theta lambda sigma omega varnothing inf"
+_FUNCTIONS = (
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt frac pi max min lim det mod gcd"
+)
+_FUNCTIONS += (
+    " lcm infty cup cap left right text mathrm emptyset alpha beta gamma theta lambda sigma omega varnothing inf"
+)
 _NOT_WORDS = frozenset(_FUNCTIONS.split())
-_SENTENCE_WORDS = frozenset("a an the is are was not no if so to of at by we it or and cm mm km kg for with than".split())
-_TRAILING_UNIT = re.compile(r"(?:\\(?:text|mathrm|textrm|mbox)\s*\{([^{}]*)\}|\s([^\W\d_]{1,4}))\s*(?:\^\s*\{?([23])\}?)?$")
+_SENTENCE_WORDS = frozenset(
+    "a an the is are was not no if so to of at by we it or and cm mm km kg for with than".split()
+)
+_TRAILING_UNIT = re.compile(
+    r"(?:\\(?:text|mathrm|textrm|mbox)\s*\{([^{}]*)\}|\s([^\W\d_]{1,4}))\s*(?:\^\s*\{?([23])\}?)?$"
+)
 _ASCII_NAMES = re.compile(r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sin|cos|tan|log|ln|exp|pi|infty)(?![A-Za-z])")
 _SYMBOLS = {"\u221e": "\\infty ", "\u03c0": "\\pi ", "\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u00f7": "\\div "}
-_SYMBOLS |= {"\u2264": "\\le ", "\u2265": "\\ge ", "\u222a": "\\cup ", "\u2229": "\\cap ", "**": "^", "\u2260": "\\ne "}
+_SYMBOLS |= {
+    "\u2264": "\\le ",
+    "\u2265": "\\ge ",
+    "\u222a": "\\cup ",
+    "\u2229": "\\cap ",
+    "**": "^",
+    "\u2260": "\\ne ",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ import unicodedata
 from fractions import Fraction
 
 from mpo_ext.answers.normalize import TO_ASCII, clean_answer, closing_brace
-from mpo_ext.answers.number_words import LARGE, read_number_words
+from mpo_ext.answers.number_words import ANY_WORD, LARGE, read_number_words
 from mpo_ext.answers.units import parse_unit
 
 _LONGEST = 400
@@ -36,7 +36,9 @@ _TEX_FRACTION = re.compile(
     r"([0-9]{1,30})?\s*\\[dtc]?frac\s*"
     r"(?:\{\s*([+-]?[0-9]{1,30})\s*\}|([0-9]))\s*(?:\{\s*([+-]?[0-9]{1,30})\s*\}|([0-9]))"
 )
-_FROM_RAISED = str.maketrans("\u207a\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "+-0123456789")
+_FROM_RAISED = str.maketrans(
+    "\u207a\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "+-0123456789"
+)
 _TWO_WAYS = re.compile(r"[0-9]{1,3}[.,][0-9]{3}")
 
 _TEX_SPACES = re.compile(r"\\[,;:! ]|\\quad|~|\\left(?![a-z])|\\right(?![a-z])")
@@ -100,6 +102,8 @@ def _parse(text: str) -> Number | None:
     if plain:
         others = _other_values(text.lstrip("+-"), -1 if text[0] == "-" else 1)
         return Number(Fraction(text), decimals=len(plain[1] or ""), others=others)
+    if text.isascii() and not re.search("[0-9]", text) and not ANY_WORD.search(text):
+        return None
     normal = _normalize(text)
     if normal is None or not normal or len(normal) > _LONGEST:
         return None
@@ -220,8 +224,10 @@ def _with_unit(number: Number, rest: str, is_apart: bool) -> Number | None:
         return None if number.unit else dataclasses.replace(number, unit="%")
     currency = _CURRENCIES.get(folded)
     if currency is not None:
-        return None if number.unit and number.unit != currency else dataclasses.replace(
-            number, unit=currency, is_currency=True
+        return (
+            None
+            if number.unit and number.unit != currency
+            else dataclasses.replace(number, unit=currency, is_currency=True)
         )
     if number.unit or (rest in _MAGNITUDES if is_apart else rest in (*_MAGNITUDES, "K")):
         return None  # "7K" is 7000, "300 K" a temperature

@@ -12,6 +12,8 @@ _PARTS = {name: value for value, name in enumerate("third fourth fifth sixth sev
 _PARTS |= {"half": 2, "quarter": 4}
 _PARTS |= {("halves" if name == "half" else f"{name}s"): value for name, value in list(_PARTS.items())}
 _SIGNS = {"minus": -1, "negative": -1, "plus": 1, "positive": 1}
+#: Finds texts that may hold a number in words.
+ANY_WORD = re.compile("|".join(["half", "hundred", "dozen", *_SMALL, *_TENS, *LARGE, *_PARTS]), re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -84,8 +86,11 @@ def _read_whole(names: list[str], start: int) -> tuple[int, int] | None:
             return 12 * (group or 1), index + 1
         elif name in LARGE and LARGE[name] < largest and last:
             total, group, largest, last = total + group * LARGE[name], 0, LARGE[name], "large"
-        elif name == "and" and last in ("hundred", "large") and following and (
-            following[0] in _SMALL or following[0] in _TENS
+        elif (
+            name == "and"
+            and last in ("hundred", "large")
+            and following
+            and (following[0] in _SMALL or following[0] in _TENS)
         ):
             last = "and"
         elif name in _SMALL or name in _TENS or name == "hundred":

@@ -83,7 +83,9 @@ class NumberRule:
         if _within(first.value, second.value, self.relative, self.absolute):
             return True, "value"
         if self.percent == "either" and prediction.unit != truth.unit and "%" in (prediction.unit, truth.unit):
-            if any(_within(first.value * factor, second.value, self.relative, 0) for factor in (100, Fraction(1, 100))):
+            if any(
+                _within(first.value * factor, second.value, self.relative, 0) for factor in (100, Fraction(1, 100))
+            ):
                 return True, "percent"
         if first.is_approximate or second.is_approximate:
             return None, "approximate"

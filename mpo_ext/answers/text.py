@@ -1,6 +1,7 @@
 """The matchers for texts."""
 
 import dataclasses
+import functools
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from mpo_ext.answers.base import Matcher, Verdict, check_flag, is_empty, rank
 from mpo_ext.answers.normalize import fold
 from mpo_ext.answers.number_text import parse_number
 from mpo_ext.answers.numbers import NumberRule
-from mpo_ext.answers.texts import compare_texts
+from mpo_ext.answers.texts import compare_folded
 from mpo_ext.checks import check_number, install_hint
 
 
@@ -71,16 +72,20 @@ class AnlsMatcher(Matcher):
         return Verdict(correct, score, f"{self.kind}:{rule}", prediction, truth)
 
 
+_DIGIT = re.compile("[0-9]")
 _ANY_NUMBERS = NumberRule(relative=0, absolute=0, units="any", is_rounding_wrong=True)
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def _may_be_same(first: str, second: str) -> bool:
     """Returns whether two different folded texts may be two forms of the same answer."""
-    if compare_texts(first, second) is not False:
+    if compare_folded(first, second) is not False:
         return True
     left, right = parse_number(first), parse_number(second)
     if left and right:
         return _ANY_NUMBERS.compare(left, right)[0] is not False
+    if left is None and right is None and first.isascii() and second.isascii() and not _DIGIT.search(first + second):
+        return False
     digits, other_digits = re.sub("[^0-9]", "", first), re.sub("[^0-9]", "", second)
     if digits and other_digits:  # a date with other separators, or a list or range of numbers that begins alike
         return digits == other_digits and len(digits) >= 4
@@ -119,6 +124,7 @@ _CONTRACTIONS = {f"{stem}nt": f"{stem}n't" for stem in _NEGATED_VERBS + _NEGATED
 }
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def normalize_vqa(text: str) -> str:
     """Normalizes a text as VQA's evaluation code does: case, punctuation, number words, articles and contractions.
 
@@ -175,5 +181,8 @@ class VqaMatcher(Matcher):
             predicted, true, rule = fold(prediction), fold(truth), "raw"
         if predicted == true:
             return self._verdict(True, rule, predicted, true)
-        is_unclear = _may_be_same(predicted, true) or _may_be_same(fold(prediction), fold(truth))
+        folded, folded_truth = fold(prediction), fold(truth)
+        is_unclear = _may_be_same(folded, folded_truth)
+        if not is_unclear and (folded, folded_truth) != (predicted, true):
+            is_unclear = _may_be_same(predicted, true)
         return self._verdict(None if is_unclear else False, rule, predicted, true)

@@ -1,5 +1,6 @@
 """Compares answers that are words: equal, different, or not sure."""
 
+import functools
 import re
 
 from mpo_ext.answers.normalize import clean_answer, fold
@@ -17,6 +18,7 @@ _NO_ANSWER = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def is_no_answer(text: str) -> bool:
     """Returns whether a text, in the form that ``fold`` returns, declines to answer ("I don't know", "N/A", "?")."""
     return _NO_ANSWER.fullmatch(text) is not None
@@ -34,20 +36,31 @@ def compare_texts(first: str, second: str) -> bool | None:
     None means that they may mean the same or that one of them is no answer: the words of one answer occur within the
     other in the same order ("dog" and "a brown dog"), or one of the texts declines to answer.
     """
-    first, second = fold(clean_answer(first)), fold(clean_answer(second))
+    return compare_folded(fold(clean_answer(first)), fold(clean_answer(second)))
+
+
+def compare_folded(first: str, second: str) -> bool | None:
+    """Returns the result of ``compare_texts`` for two texts that ``fold`` has returned."""
     if first == second:
         return first != ""
     if not first or not second or is_no_answer(first) or is_no_answer(second):
         return None
     first, second = without_lead(first), without_lead(second)
-    if clean_answer(first) == clean_answer(second) != "":
+    if first == second or clean_answer(first) == clean_answer(second):
         return True
     return None if may_be_same_words(first, second) else False
 
 
+@functools.lru_cache(maxsize=1 << 14)
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(text))
+
+
 def may_be_same_words(first: str, second: str) -> bool:
     """Returns whether two folded texts have the same words, or the words of one occur within the other, in order."""
-    shorter, longer = sorted((_WORD.findall(first), _WORD.findall(second)), key=len)
+    shorter, longer = sorted((_words(first), _words(second)), key=len)
     if not shorter:
-        return bool(first) and bool(second) and not _WORD.search(first + second) and (first in second or second in first)
+        return (
+            bool(first) and bool(second) and not _WORD.search(first + second) and (first in second or second in first)
+        )
     return any(longer[start : start + len(shorter)] == shorter for start in range(len(longer) - len(shorter) + 1))

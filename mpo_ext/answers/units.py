@@ -143,7 +143,9 @@ def parse_unit(text: str) -> Unit | None:
             power = int(match[3] or match[4] or (match[5] or "1").translate(_SUPERSCRIPT)) * next_power
             power *= -1 if match[1] in ("/", "per") else 1
             dimension, latest, next_power = {word: 1}, word, 1
-            if (word if len(word) == 1 else lower) in _VAGUE and not (lower == "in" and match.span() == (0, len(text))):
+            if (word if len(word) == 1 else lower) in _VAGUE and not (
+                lower == "in" and match.span() == (0, len(text))
+            ):
                 return None
         for name, base_power in dimension.items():
             unit = _find(name, text)

@@ -81,5 +81,7 @@ def _lines(
     if problem:
         yield {**shared, "problem": problem}
     for sample, response in enumerate(responses):
-        scored = {name: getattr(response, name) for name in ("answer", "correct", "unreadable", "rule", "tokens", "finish")}
+        scored = {
+            name: getattr(response, name) for name in ("answer", "correct", "unreadable", "rule", "tokens", "finish")
+        }
         yield {**shared, "sample": sample, "response": response.text, **scored}

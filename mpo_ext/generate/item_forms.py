@@ -26,7 +26,9 @@ _NUMBERED_IMAGE = re.compile(r"image_([1-9][0-9]?)")
 _NUMBERED_MARK = re.compile(r"<image ([1-9][0-9]?)>")
 _COLUMNS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # A field whose name or value looks like an image that this module does not read would be lost.
-_IMAGE_NAME = re.compile(r"(?:^|_)(?:image|images|img|imgs|picture|pictures|photo|photos|video|videos|audio|audios|frames|pixels)(?:_|$)")
+_IMAGE_NAME = re.compile(
+    r"(?:^|_)(?:image|images|img|imgs|picture|pictures|photo|photos|video|videos|audio|audios|frames|pixels)(?:_|$)"
+)
 _METADATA = re.compile(
     r"(?:^|_)(?:id|ids|type|types|source|sources|width|height|size|license|attribution|caption|captions|category|count|num"
     r"|number|n|url|urls|description|descriptions|use|name|split|hash|quality)(?:_|$)"
@@ -65,8 +67,8 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
     Raises:
         FormError: If the item has options, an answer or images that cannot be read.
     """
-    rest = {key: plain for key, value in values.items() if (plain := _plain(value)) is not None}
-    question_key = next((key for key in _QUESTIONS if key in rest), "question")
+    rest = {key: _plain(value) for key, value in values.items()}
+    question_key = next((key for key in _QUESTIONS if rest.get(key) is not None), "question")
     question, chosen = rest.pop(question_key, None), rest.pop("chosen", None)
     rest.pop("rejected", None)
     options, is_index = _take_options(rest)
@@ -146,7 +148,9 @@ def parse_options(key: str, value: Any) -> list[str] | dict[str, str] | None:
             raise FormError(f"{key} must have as many texts as labels")
         value = dict(zip(map(str, labels), texts, strict=True))
     if isinstance(value, Mapping):
-        options: list[str] | dict[str, str] = {str(label).strip().upper(): _option(key, t) for label, t in value.items()}
+        options: list[str] | dict[str, str] = {
+            str(label).strip().upper(): _option(key, t) for label, t in value.items()
+        }
         if len(options) < len(value):
             raise FormError(f"{key} must have different labels")
     elif isinstance(value, (list, tuple)):
@@ -171,12 +175,14 @@ def _option(key: str, value: Any) -> str:
 
 def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | None, *, is_index: bool) -> list[str]:
     """Removes the answer from the fields, and returns all answers that are right."""
-    key = next((key for key in _ANSWERS if key in rest and (key != "answers" or _is_texts(rest[key]))), None)
-    if key is None:
+    given = [key for key in _ANSWERS if rest.get(key) is not None and (key != "answers" or _is_texts(rest[key]))]
+    key = given[0] if given else "answer_gt"
+    answer = rest.pop(key, None)
+    for name in ("answer_gt", "answer"):
+        if rest.get(name, "") is None:
+            del rest[name]
+    if answer is None:
         return []
-    answer = rest.pop(key)
-    if key == "answer_gt":
-        rest.pop("answer", None)
     if rest.get("question_type") == "open" and isinstance(answer, str) and answer.strip().startswith("["):
         answer = _open_answers(answer)
     if isinstance(answer, (list, tuple)):
@@ -241,7 +247,7 @@ def _take_images(
     if not fields and not numbered and isinstance(rest.get("image_source"), str):
         if not _IMAGE_FILE.fullmatch(rest["image_source"]):
             raise FormError("image must be given: image_source names no file")
-        fields["image_source"] = [rest["image_source"]]
+        fields["image_source"] = [rest.pop("image_source")]
     if numbered and fields:
         raise FormError(f"images must be given once, got image_1 and {next(iter(fields))}")
     different = list({tuple(map(str, images)): key for key, images in fields.items()}.values())
@@ -320,7 +326,7 @@ def _is_image_like(key: str, value: Any) -> bool:
             return True
         if isinstance(entry, str) and entry.startswith("data:image/"):
             return True
-    if isinstance(value, (bool, int, float)) or value in ("", [], {}):
+    if value is None or isinstance(value, (bool, int, float)) or value in ("", [], {}):
         return False
     name = key.casefold().replace("-", "_")
     is_named = _IMAGE_NAME.search(name) is not None and _METADATA.search(name) is None

@@ -20,7 +20,9 @@ def read_rows(path: str) -> Iterator[Any]:
     if suffix == ".parquet":
         for batch in _parquet(path).iter_batches(batch_size=_PARQUET_ROWS):
             for row in batch.to_pylist():
-                yield {name: None if value != value else value for name, value in row.items()}  # NaN is a missing value
+                yield {
+                    name: None if value != value else value for name, value in row.items()
+                }  # NaN is a missing value
     elif suffix in TABLES:
         csv.field_size_limit(sys.maxsize)  # images in base64 are longer than the default limit
         with open(path, encoding="utf-8-sig", newline="") as file:

@@ -107,7 +107,9 @@ class Item:
         except FormError as error:
             return cls(question=str(values.get("question")), problem=str(error))
         try:
-            check_json("item", {**fields.extra, "question": fields.question, "chosen": fields.chosen, "": fields.truths})
+            check_json(
+                "item", {**fields.extra, "question": fields.question, "chosen": fields.chosen, "": fields.truths}
+            )
         except (TypeError, ValueError):
             return cls(problem="unreadable line")
         question, images, chosen = fields.question, fields.images, fields.chosen
@@ -238,7 +240,10 @@ def _remembered_subset(source: object, images: object, image_root: str) -> tuple
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):
         return None, image_root
-    if not all(_is_path(image) and (os.path.isabs(image) or is_data_url(image)) and _is_inside(image, root) for image in images):
+    if not all(
+        _is_path(image) and (os.path.isabs(image) or is_data_url(image)) and _is_inside(image, root)
+        for image in images
+    ):
         return None, image_root
     return subset, root
 

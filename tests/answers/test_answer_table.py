@@ -81,7 +81,9 @@ decimals = st.decimals(-(10**6), 10**6, allow_nan=False, allow_infinity=False, p
 def test_all_spellings_of_a_number_have_its_value(value: decimal.Decimal, exponent: int) -> None:
     exact = Fraction(value) * Fraction(10) ** exponent
     mantissa = f"{value:f}"
-    raised = str(exponent).translate(str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"))
+    raised = str(exponent).translate(
+        str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+    )
     spellings = [
         f"{mantissa}e{exponent}",
         f"{mantissa}E{exponent:+d}",
