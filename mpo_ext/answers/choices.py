@@ -42,7 +42,7 @@ _OTHER_LETTER = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]|(?<!\w)([B-HJ-Z])(?!\w)"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Choice:
-    """What an answer selects: the letters of options, or, where no letter can be read, the text of the answer.
+    """The selection in an answer: the letters of options, or, if no letter can be read, the text of the answer.
 
     Attributes:
         letters: Letters of the options, each once and sorted; "" if the answer names no option.
@@ -62,7 +62,7 @@ class ChoiceMatcher(Matcher):
 
     An answer with several letters ("A, C", "AC", "(A)(C)") is right if the truth has the same letters. An answer
     from which no option can be read is unreadable: "A or B", a letter that no option has, a letter with the text of
-    another option ("B. Paris" if Paris is C), or a text that is no option's text.
+    another option ("B. Paris" if Paris is C), or a text that differs from the texts of all options.
 
     Attributes:
         options: Option texts in the order A, B, ..., or a mapping from letter to text; None if they are unknown. The
@@ -101,7 +101,7 @@ class ChoiceMatcher(Matcher):
             return self._verdict(True, "text", form, true_form)
         if predicted.is_unclear or true.is_unclear or predicted.letters or true.letters:
             return self._verdict(None, "text", form, true_form)  # one of the two names no option
-        # Without letters, the truth is a text that is no option's text: the answers are compared as texts.
+        # Without letters, the truth is the text of an unknown option: the answers are compared as texts.
         correct = compare_texts(predicted.text, true.text)
         return self._verdict(None if correct is False and labels else correct, "text", form, true_form)
 
@@ -136,7 +136,7 @@ def _option_text(text: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 14)
 def read_choice(answer: str, labels: tuple[tuple[str, str], ...]) -> Choice:
-    """Returns what an answer selects.
+    """Returns the selection in an answer.
 
     A letter stands alone, in brackets, before a period, bracket or colon, or after words such as "the answer is". The
     "A" in "A cat" is an article. ``labels`` holds the letters and texts of the options; () if they are unknown.
@@ -206,7 +206,7 @@ def _several_letters(answer: str) -> str:
 
 
 def _letter_and_text(letter: str, rest: str, whole: str, texts: Mapping[str, str]) -> Choice:
-    """Returns what an answer such as "B. Paris" selects."""
+    """Returns the selection in an answer such as "B. Paris"."""
     text = _option_text(rest)
     owners = [owner for owner, option in texts.items() if option == text and text]
     if texts and letter not in texts:

@@ -23,9 +23,8 @@ _FUNCTIONS += (
     " lcm infty cup cap left right text mathrm emptyset alpha beta gamma theta lambda sigma omega varnothing inf"
 )
 _NOT_WORDS = frozenset(_FUNCTIONS.split())
-_SENTENCE_WORDS = frozenset(
-    "a an the is are was not no if so to of at by we it or and cm mm km kg for with than".split()
-)
+_WORDS = "a an the is are was not no if so to of at by we it or and cm mm km kg for with than"
+_SENTENCE_WORDS = frozenset(_WORDS.split())
 _TRAILING_UNIT = re.compile(
     r"(?:\\(?:text|mathrm|textrm|mbox)\s*\{([^{}]*)\}|\s([^\W\d_]{1,4}))\s*(?:\^\s*\{?([23])\}?)?$"
 )

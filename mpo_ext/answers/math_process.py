@@ -110,8 +110,9 @@ class MathProcess:
         """Compares two expressions.
 
         Returns:
-            "equal" or "different"; "rounded" if one of them is a decimal number and the other number rounded; "unread" if math-verify cannot read one of the expressions, or "unfinished" if the
-            time limit is reached or the helper process dies.
+            "equal" or "different"; "rounded" if one expression is a decimal number and the rounded value of the other;
+            "unread" if math-verify cannot read an expression, or "unfinished" if the time limit is reached or the
+            helper process dies.
         """
         request = {"prediction": prediction, "truth": truth, "seconds": seconds}
         with self._lock:

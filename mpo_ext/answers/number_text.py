@@ -20,6 +20,7 @@ _CODES |= {"euros": "EUR", "gbp": "GBP", "inr": "INR", "rs": "INR", "rs.": "INR"
 _CODES |= {"jpy": "\u00a5", "yen": "\u00a5", "cny": "\u00a5", "rmb": "\u00a5", "yuan": "\u00a5"}
 _CURRENCIES = _SIGNS | _CODES
 _CURRENCY = r"(?:US\$|U\.S\.\$|USD|EUR|GBP|INR|JPY|CNY|RMB|Rs\.?(?=\s*[0-9])|[$\u20ac\u00a3\u00a5\u20b9])"
+_NEGATIVE = re.compile(r"^(?:minus|negative)\s+(?=[0-9$.])", re.IGNORECASE)
 _HEAD = re.compile(rf"([+-]?)\s*({_CURRENCY}?)\s*([+-]?)\s*", re.IGNORECASE)
 
 _GROUPED = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]{1,3}(?:['\u2019][0-9]{3})+"
@@ -50,13 +51,15 @@ _SPACES = str.maketrans(dict.fromkeys("\u00a0\u2007\u2009\u200a\u202f\u205f", " 
 
 _LEAD = re.compile(
     r"(?:(?:so|thus|therefore|hence|then)\b,?\s+)?(?:the\s+|my\s+|our\s+)?(?:(?:final|correct|right|exact)\s+)*"
-    r"(?:(?:answer|result|solution|value|total|sum|it|there)\b\s*(?:is|are|equals|would\s+be|=|:)|(?:is|are|equals|=)"
+    r"(?:(?:it|that)['\u2019]s\b|(?:answer|result|solution|value|total|sum|it|there)\b\s*(?:is|are|equals|would\s+be|=|:)|(?:is|are|equals|=)"
     r"(?=\W))\s*:?\s*",
     re.IGNORECASE,
 )
 _EQUATION = re.compile(r"[^=<>!\u2248\u2260,;]*?(?:=|\u2248)\s*(?!=)")
+_SEVERAL_CLAUSES = re.compile(r"\b(?:or|and|but|then|if|when|for|not|where|while)\b|[.?:]\s", re.IGNORECASE)
 _HEDGE = re.compile(r"(?:about|approximately|approx\.?|around|roughly|circa|ca\.|~|\u2248)\s*", re.IGNORECASE)
 _SCALE = re.compile(rf"\s*({'|'.join(LARGE)}|hundred|dozen)s?\b", re.IGNORECASE)
+_ORDINAL = re.compile(r"(?:st|[nr]d|th)\b")
 _MAGNITUDES = ("k", "M", "B", "T", "bn", "Mio", "Mrd")
 _SCALES = {**LARGE, "hundred": 100, "dozen": 12}
 
@@ -172,7 +175,7 @@ def _read_answer(text: str) -> Number | None:
         number = _read_amount(text[hedge.end() :])
         return number and dataclasses.replace(number, is_approximate=True)
     equation = _EQUATION.match(text)
-    if equation:
+    if equation and not _SEVERAL_CLAUSES.search(equation.group()):
         rest = text[equation.end() :]
         is_about = equation.group().rstrip().endswith("\u2248")
         if re.fullmatch(r"[^\W\d_]", rest):  # "7 = x"
@@ -186,13 +189,15 @@ def _read_answer(text: str) -> Number | None:
 
 def _read_amount(text: str) -> Number | None:
     """Returns the number that makes up the whole text, with its unit."""
+    text = _NEGATIVE.sub("-", text)
     head = _HEAD.match(text)
     assert head is not None  # every part may be empty
     if head[1] and head[3]:
         return None
     sign = -1 if "-" in head[1] + head[3] else 1
     currency, start = _CURRENCIES.get(head[2].casefold(), ""), head.end()
-    decimals, others = 0, ()
+    decimals = 0
+    others: tuple[Fraction, ...] = ()
     read = _read_fraction(text, start) or _read_power(text, start)
     if read is None:
         amount = _AMOUNT.match(text, start)
@@ -231,7 +236,7 @@ def _with_unit(number: Number, rest: str, is_apart: bool) -> Number | None:
         )
     if number.unit or (rest in _MAGNITUDES if is_apart else rest in (*_MAGNITUDES, "K")):
         return None  # "7K" is 7000, "300 K" a temperature
-    unit = parse_unit(rest)
+    unit = None if _ORDINAL.match(rest) else parse_unit(rest)
     return None if unit is None else dataclasses.replace(number, unit=rest)
 
 

@@ -5,10 +5,11 @@ from fractions import Fraction
 
 _UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 _SMALL = {word: value for value, word in enumerate(f"{_UNITS} seventeen eighteen nineteen".split())}
-_TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
-_TENS["fourty"] = 40
+_TENS_NAMES = "twenty thirty forty fifty sixty seventy eighty ninety"
+_TENS = dict(zip(_TENS_NAMES.split(), range(20, 100, 10), strict=True))
 LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "lakh": 10**5, "crore": 10**7}
-_PARTS = {name: value for value, name in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3)}
+_PARTS_NAMES = "third fourth fifth sixth seventh eighth ninth tenth"
+_PARTS = {name: value for value, name in enumerate(_PARTS_NAMES.split(), 3)}
 _PARTS |= {"half": 2, "quarter": 4}
 _PARTS |= {("halves" if name == "half" else f"{name}s"): value for name, value in list(_PARTS.items())}
 _SIGNS = {"minus": -1, "negative": -1, "plus": 1, "positive": 1}
@@ -74,7 +75,7 @@ def _read_whole(names: list[str], start: int) -> tuple[int, int] | None:
     while index < len(names):
         name = names[index]
         following = names[index + 1 : index + 2]
-        if name in _SMALL and last in ("", "hundred", "large", "and") or (name in _SMALL and last == "tens"):
+        if name in _SMALL and last in ("", "hundred", "large", "and", "tens"):
             if last == "tens" and not 0 < _SMALL[name] < 10:
                 return None
             group, last = group + _SMALL[name], "small"

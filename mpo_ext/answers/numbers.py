@@ -46,12 +46,17 @@ def _to_float(value: Fraction) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NumberRule:
-    """How two numbers are compared; see ``NumberMatcher`` for the attributes."""
+    """Compares two numbers; see ``NumberMatcher`` for most attributes.
+
+    Attributes:
+        percent: As in ``NumberMatcher``; "either" reads 50% as 0.5 and as 50.
+        is_rounding_wrong: Whether the truth rounded to fewer decimals is wrong, not unreadable.
+    """
 
     relative: float
     absolute: float
@@ -82,11 +87,10 @@ class NumberRule:
     def _values(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
         if _within(first.value, second.value, self.relative, self.absolute):
             return True, "value"
-        if self.percent == "either" and prediction.unit != truth.unit and "%" in (prediction.unit, truth.unit):
-            if any(
-                _within(first.value * factor, second.value, self.relative, 0) for factor in (100, Fraction(1, 100))
-            ):
-                return True, "percent"
+        is_percent = prediction.unit != truth.unit and "%" in (prediction.unit, truth.unit)
+        factors = (100, Fraction(1, 100)) if is_percent and self.percent == "either" else ()
+        if any(_within(first.value * factor, second.value, self.relative, 0) for factor in factors):
+            return True, "percent"
         if first.is_approximate or second.is_approximate:
             return None, "approximate"
         return (None, "unclear value") if self._is_unclear(first, second, prediction, truth) else (False, "value")
@@ -110,9 +114,9 @@ class NumberRule:
             return True
         if any(_within(first.value, other, self.relative, self.absolute) for other in second.others):
             return True
-        if self.percent == "ignore" and prediction.unit != truth.unit and "%" in (prediction.unit, truth.unit):
-            if second.value in (first.value * 100, first.value / 100):
-                return True
+        is_percent = prediction.unit != truth.unit and "%" in (prediction.unit, truth.unit)
+        if is_percent and self.percent == "ignore" and second.value in (first.value * 100, first.value / 100):
+            return True
         return not self.is_rounding_wrong and (_is_rounded(first, second) or _is_rounded(second, first))
 
     def _accepts(self, unit: str) -> bool:
@@ -158,8 +162,8 @@ class NumberMatcher(Matcher):
 
     A number is right if ``|prediction - truth| <= relative * |truth|``, or ``<= absolute`` if the truth is 0. If both
     numbers have a unit, the units are converted: 700 cm equals 7 m, and 7 km is wrong. An answer without a number, or
-    with several numbers, is unreadable if the truth is a number. So is an answer that may be right in another notation:
-    with a unit that the truth lacks, with a decimal comma, or rounded to fewer decimals than the truth.
+    with several numbers, is unreadable if the truth is a number. So is an answer that may be right in another
+    notation: with a unit that the truth lacks, with a decimal comma, or rounded to fewer decimals than the truth.
 
     Attributes:
         relative: Tolerance as a fraction of the truth. With the authors' 1e-3, 2023 matches 2024.

@@ -40,7 +40,7 @@ class AnlsMatcher(Matcher):
     """Computes the normalized Levenshtein similarity of DocVQA: ``1 - distance / length of the longer text``.
 
     An answer is wrong if its score is 0 or if its digits differ from those of the truth. Otherwise, an answer that is
-    not similar enough is unreadable, as is one that holds the truth among other words ("Total: $5" for "$5").
+    not similar enough is unreadable, as is a text that holds the truth among other words ("Total: $5" for "$5").
 
     Attributes:
         threshold: Similarity below which the score is 0.
@@ -147,8 +147,8 @@ class VqaMatcher(Matcher):
     """Computes the VQA accuracy: ``min(n / 3, 1)`` if n of ten annotators gave the answer, up to normalization.
 
     If the list of truths has another length, n is scaled to ten, so a single truth scores 0 or 1. If normalization
-    leaves one of the texts empty, the original texts are compared. An answer is unreadable if a few annotators gave it,
-    or if it may be a truth in other words: it holds the truth ("a brown dog" for "dog"), or the same number.
+    leaves one of the texts empty, the original texts are compared. An answer is unreadable if a few annotators
+    gave it, or if it may be a truth in other words: it holds the truth ("a brown dog" for "dog"), or the same number.
 
     Attributes:
         accept: Minimum score counted as correct.

@@ -33,8 +33,8 @@ def without_lead(text: str) -> str:
 def compare_texts(first: str, second: str) -> bool | None:
     """Returns whether two answers in words are equal, ignoring case and phrases such as "The answer is".
 
-    None means that they may mean the same or that one of them is no answer: the words of one answer occur within the
-    other in the same order ("dog" and "a brown dog"), or one of the texts declines to answer.
+    None means that they may mean the same, or that one of them gives no answer: the words of one answer occur within
+    the other in the same order ("dog" and "a brown dog"), or one of the texts declines to answer.
     """
     return compare_folded(fold(clean_answer(first)), fold(clean_answer(second)))
 

@@ -55,15 +55,16 @@ _PLAIN = (
 _TEMPERATURES = {"\u00b0c": "celsius", "\u00b0f": "fahrenheit", "kelvin": "kelvin", "kelvins": "kelvin"}
 _TEMPERATURES |= {"celsius": "celsius", "fahrenheit": "fahrenheit", "centigrade": "celsius"}
 
-# Words after a number that change its value ("7 tenths", "7k"), or that show that the text is a sentence ("7 or more").
-_VAGUE = frozenset(
-    "a an and as at below above between but by for from half halves hundredth hundredths if in into is less left loss"
-    " lower higher minus more most least no not of off on or out over pair pairs plus point quarter quarters rest score"
-    " shared st nd rd th than the then third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth"
-    " eighths ninth ninths tenth tenths thousandth thousandths times to under until versus vs where while with am pm bc"
-    " ad bce ce o'clock x y z i j e pi \u03c0 sqrt couple couples gross remainder each unless which that was were are be"
-    " k kilo mn mln mio bn mrd tsd b lots because since so maybe perhaps about approximately however wait".split()
+# Words after a number that change its value ("7 tenths"), or that belong to a sentence ("7 or more").
+_VAGUE_WORDS = (
+    "a an and as at below above between but by for from half halves hundredth hundredths if in into is less left"
+    " loss lower higher minus more most least no not of off on or out over pair pairs plus point quarter quarters"
+    " rest score shared than the then third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth"
+    " eighths ninth ninths tenth tenths thousandth thousandths times to under until versus vs where while with am pm"
+    " bc ad bce ce o'clock x y z i j e pi sqrt couple couples gross remainder each unless which that was were are"
+    " be k kilo mn mln mio bn mrd tsd b lots because since so maybe perhaps about approximately however wait"
 )
+_VAGUE = frozenset([*_VAGUE_WORDS.split(), "\u03c0"])
 _TOKEN = re.compile(
     r"\s*(\*|\u00b7|\u22c5|\u2219|/|per\b)?\s*"
     r"((?:\u00b0\s?)?[^\W\d_]+\.?|\u00b0)"
@@ -118,7 +119,7 @@ def _folded_units() -> dict[str, tuple[Fraction, dict[str, int]]]:
 
 @functools.lru_cache(maxsize=4096)
 def parse_unit(text: str) -> Unit | None:
-    """Returns the unit in the text that follows a number, or None if the text is no unit.
+    """Returns the unit in the text that follows a number, or None if the text does not name a unit.
 
     A unit may be a product or a quotient with powers ("N m", "kg/m^3", "m s⁻²", "square metres", "miles per hour").
     Other words are units too ("apples"), up to four words, unless they may change the value ("tenths", "or more").
@@ -159,7 +160,7 @@ def parse_unit(text: str) -> Unit | None:
 
 
 def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
-    """Returns the factor and the dimension of a word, or None if it is no known unit."""
+    """Returns the factor and the dimension of a word, or None if the unit is unknown."""
     name = word.replace(" ", "").rstrip(".")
     scale = _TEMPERATURES.get(name.casefold())
     if scale is not None:
@@ -179,7 +180,7 @@ def compare_units(first: str, second: str) -> Fraction | Literal["different", "u
 
     Returns:
         The factor that converts a value in the first unit into the second; "different" if they measure different
-        quantities, or "unclear" if a word is no known unit, if the words of one unit may be another name for the
+        quantities, or "unclear" if a unit is unknown, if the words of one unit may be another name for the
         other, or if a scale has another zero ("20 °C" and "68 °F").
     """
     if first == second:
@@ -203,9 +204,11 @@ def compare_units(first: str, second: str) -> Fraction | Literal["different", "u
 
 
 _SCALES = frozenset({"celsius", "fahrenheit", "kelvin"})
-_CONVERSIONS = frozenset(
-    map(Fraction, "3 7 12 14 16 24 30 36 52 60 144 168 180 360 365 1440 1760 3600 5280 86400 3.6 2.2 1.8".split())
-) | frozenset(map(Fraction, "2.54 30.48 0.3048 0.9144 1.609344 1.61 1.6 0.45359237 28.349523125".split()))
+_FACTORS = (
+    "3 7 12 14 16 24 30 36 52 60 144 168 180 360 365 1440 1760 3600 5280 86400 3.6 2.2 1.8 2.54 30.48 0.3048 0.9144"
+    " 1.609344 1.61 1.6 0.45359237 28.349523125"
+)
+_CONVERSIONS = frozenset(map(Fraction, _FACTORS.split()))
 
 
 def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:

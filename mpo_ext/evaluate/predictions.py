@@ -14,6 +14,8 @@ from mpo_ext.files import atomic_write
 from mpo_ext.generate.items import Item
 from mpo_ext.journal import encode_line
 
+_SCORED = ("answer", "correct", "unreadable", "rule", "tokens", "finish")
+
 
 def write_predictions(
     cells: Sequence[Cell],

@@ -40,9 +40,9 @@ class DropoutNTPConfig:
             of the correctness pipeline; False skips these items.
         style: Form of the answer in a response, see ``extract_answer``; used for items that have a true answer.
         matcher: Kind and options of the matcher that compares an answer with the truth; None compares no answers. With
-            a matcher and a true answer, a continuation is skipped if its answer is right, or if the matcher cannot read
-            the answer, which may then be right. A continuation without an answer in the form of ``style`` is used: the
-            method needs no answers.
+            a matcher and a true answer, a continuation is skipped if its answer is right, or if the matcher cannot
+            read the answer, which may then be right. A continuation without an answer in the form of ``style`` is
+            used, because the method needs no answers.
     """
 
     keep: float = 0.5

@@ -26,9 +26,7 @@ _NUMBERED_IMAGE = re.compile(r"image_([1-9][0-9]?)")
 _NUMBERED_MARK = re.compile(r"<image ([1-9][0-9]?)>")
 _COLUMNS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # A field whose name or value looks like an image that this module does not read would be lost.
-_IMAGE_NAME = re.compile(
-    r"(?:^|_)(?:image|images|img|imgs|picture|pictures|photo|photos|video|videos|audio|audios|frames|pixels)(?:_|$)"
-)
+_IMAGE_NAME = re.compile(r"(?:^|_)(?:images?|imgs?|pictures?|photos?|videos?|audios?|frames|pixels)(?:_|$)")
 _METADATA = re.compile(
     r"(?:^|_)(?:id|ids|type|types|source|sources|width|height|size|license|attribution|caption|captions|category|count|num"
     r"|number|n|url|urls|description|descriptions|use|name|split|hash|quality)(?:_|$)"
@@ -36,7 +34,7 @@ _METADATA = re.compile(
 _IMAGE_FILE = re.compile(r"\S[^\n]*\.(?:png|jpe?g|gif|webp|bmp|tiff?|mp4|webm|avi|mov)", re.IGNORECASE)
 _MIME_BY_BASE64 = {"/9j/": "jpeg", "iVBORw0KGgo": "png", "R0lGOD": "gif", "UklGR": "webp", "Qk": "bmp", "SUkq": "tiff"}
 _MIME_BY_BASE64["TU0AK"] = "tiff"
-_SHORTEST_BASE64 = 65  # MMBench's shorter texts are no images but the ``index`` of the row that has the image
+_SHORTEST_BASE64 = 65  # shorter texts are the ``index`` of another row of MMBench, which has the image
 
 
 class FormError(ValueError):

@@ -1,7 +1,8 @@
-"""Answers with their verdicts: kind, options of the matcher, truth, answer, and whether it is right, wrong or unreadable.
+"""Answers with their verdicts: options of the matcher, truth, answer, and whether it is right, wrong or unreadable.
 
-Each verdict follows from what the two texts mean to a reader, not from what a matcher returns: RIGHT if the answer says
-the truth, WRONG if it surely says something else, and UNREADABLE if it says nothing, or may say the truth.
+Each verdict follows from the meaning that the two texts have for a reader, not from the result of a matcher: RIGHT if
+the answer says the truth, WRONG if it surely says something else, and UNREADABLE if it says nothing, or may say the
+truth.
 """
 
 from typing import Any
@@ -41,6 +42,11 @@ NUMBERS: list[tuple[dict[str, Any], str, str, bool | None]] = [
     ({}, "x = 7", "7", RIGHT),
     ({}, "x = 7", "y = 7", UNREADABLE),
     ({}, "7", "'7'", RIGHT),
+    ({}, "7", "It's 7", RIGHT),
+    ({}, "7", "x = 7 or x = -7", UNREADABLE),
+    ({}, "7", "If x = 3, y = 7", UNREADABLE),
+    ({}, "1", "1e400", WRONG),
+    ({}, "1e999", "1e999", RIGHT),
     ({}, "7", "**7**", RIGHT),
     ({}, "7", "Answer: 8", WRONG),
     ({}, "7", "x > 7", UNREADABLE),
@@ -58,6 +64,7 @@ NUMBERS: list[tuple[dict[str, Any], str, str, bool | None]] = [
     ({}, "21", "twenty two", WRONG),
     ({}, "-3", "minus three", RIGHT),
     ({}, "3", "minus three", WRONG),
+    ({}, "-7", "negative 7", RIGHT),
     ({}, "100", "a hundred", RIGHT),
     ({}, "105", "one hundred and five", RIGHT),
     ({}, "2500", "two thousand five hundred", RIGHT),

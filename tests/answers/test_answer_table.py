@@ -73,6 +73,7 @@ def test_a_custom_function_may_find_an_answer_unreadable() -> None:
 
 # ---- An oracle for numbers: decimal and fractions instead of our own reading
 
+RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 decimals = st.decimals(-(10**6), 10**6, allow_nan=False, allow_infinity=False, places=4)
 
 
@@ -81,9 +82,7 @@ decimals = st.decimals(-(10**6), 10**6, allow_nan=False, allow_infinity=False, p
 def test_all_spellings_of_a_number_have_its_value(value: decimal.Decimal, exponent: int) -> None:
     exact = Fraction(value) * Fraction(10) ** exponent
     mantissa = f"{value:f}"
-    raised = str(exponent).translate(
-        str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
-    )
+    raised = str(exponent).translate(RAISED)
     spellings = [
         f"{mantissa}e{exponent}",
         f"{mantissa}E{exponent:+d}",
@@ -145,7 +144,8 @@ def _in_words(value: int) -> str:
     """Returns an integer in English words."""
     small = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
     names = f"{small} seventeen eighteen nineteen".split()
-    tens = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+    names_of_tens = "_ _ twenty thirty forty fifty sixty seventy eighty ninety"
+    tens = names_of_tens.split()
     if value < 0:
         return f"minus {_in_words(-value)}"
     if value < 20:

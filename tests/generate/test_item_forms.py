@@ -32,8 +32,9 @@ RED, BLUE = picture("red"), picture("blue")
 RED_URL, BLUE_URL = (f"data:image/png;base64,{in_base64(content)}" for content in (RED, BLUE))
 
 MMMU = {
-    "id": "validation_Art_1", "question": "Which of <image 1> and <image 2> is older?", "explanation": "", "image_1": "a.png",
-    "options": "['the \"first\"', \"it's <image 2>\", '3, 4']", "image_2": "b.png", "image_3": None, "img_type": "['Paintings']",
+    "id": "validation_Art_1", "question": "Which of <image 1> and <image 2> is older?", "explanation": "",
+    "image_1": "a.png", "image_2": "b.png", "image_3": None, "img_type": "['Paintings']",
+    "options": "['the \"first\"', \"it's <image 2>\", '3, 4']",
     "answer": "B", "topic_difficulty": "Easy", "question_type": "multiple-choice", "subfield": "Art",
 }  # fmt: skip
 MATHVISTA = {
@@ -56,8 +57,8 @@ POPE_TABLE = {
     "image_source": "COCO_val2014_000000310196", "image": {"bytes": RED, "path": None},
 }  # fmt: skip
 MMBENCH = {
-    "index": "241", "question": "What is shown?", "hint": "Look well.", "A": "a cat", "B": "None", "C": "a dog", "D": "",
-    "answer": "B", "category": "coarse", "image": in_base64(RED), "l2-category": "x", "split": "dev",
+    "index": "241", "question": "What is shown?", "hint": "Look well.", "A": "a cat", "B": "None", "C": "a dog",
+    "D": "", "answer": "B", "category": "coarse", "image": in_base64(RED), "l2-category": "x", "split": "dev",
 }  # fmt: skip
 
 
