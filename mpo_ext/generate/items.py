@@ -52,6 +52,11 @@ class Item:
         """Returns the image paths for pairs: absolute for an item of a subset, otherwise as the input gives them."""
         if self.subset is None:
             return self.images
+        return self.image_sources
+
+    @property
+    def image_sources(self) -> tuple[str, ...]:
+        """Returns the images for ``load_image``: paths joined to ``image_root``, and data URLs."""
         return tuple(image if is_data_url(image) else os.path.join(self.image_root, image) for image in self.images)
 
     @property
@@ -84,9 +89,7 @@ class Item:
 
     def load_images(self) -> tuple[Any, ...]:
         """Opens the images; raises OSError if an image is missing or cannot be read."""
-        return tuple(
-            load_image(image if is_data_url(image) else Path(self.image_root, image)) for image in self.images
-        )
+        return tuple(map(load_image, self.image_sources))
 
     @classmethod
     def from_dict(cls, values: Any, *, image_root: str = "", subset: str | None = None) -> "Item":

@@ -37,6 +37,23 @@ class QuestionSampler:
             return item.question
         return render(self.template, item.question, item.extra.get("options"))
 
+    def _prompt_problem(self, item: Item) -> str | None:
+        """Returns the reason why the template cannot show an item, or None."""
+        try:
+            prompt = self.prompt(item)
+        except ValueError:
+            return "options cannot be shown by this template"
+        if prompt.count(IMAGE_PLACEHOLDER) not in {0, len(item.images)}:
+            return f"number of {IMAGE_PLACEHOLDER} in the prompt is not that of the images"
+        in_options = IMAGE_PLACEHOLDER in "".join(text for _, text in item.options or ())
+        if (
+            in_options
+            and self.template
+            and not self.template.text.find("{question}") < self.template.text.find("{options}")
+        ):
+            return f"{IMAGE_PLACEHOLDER} in options needs a template that shows them after the question"
+        return None
+
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
         """Asks the questions and returns a list of records for each item.
 
@@ -49,17 +66,15 @@ class QuestionSampler:
                 problems[row] = item.problem or "no true answer"
                 continue
             try:
-                prompt = self.prompt(item)
                 images = item.load_images()
             except OSError:
                 problems[row] = "image cannot be read"
                 continue
-            except ValueError as error:  # the template cannot show the item
-                problems[row] = str(error)
+            problem = self._prompt_problem(item)
+            if problem is not None:
+                problems[row] = problem
                 continue
-            if prompt.count(IMAGE_PLACEHOLDER) not in {0, len(images)}:
-                problems[row] = f"number of {IMAGE_PLACEHOLDER} in the prompt is not that of the images"
-                continue
+            prompt = self.prompt(item)
             requests += [
                 Request(
                     key=key,

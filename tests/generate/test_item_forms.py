@@ -368,3 +368,16 @@ def test_images_in_options_need_a_prompt_that_shows_them(tmp_path: Path) -> None
         assert {record.get("problem") for record in records} == {problem}
         for request in engine.requests:
             assert request.question.count(IMAGE_PLACEHOLDER) == len(request.images) == 3
+
+
+def test_a_template_that_cannot_show_the_options_refuses_the_item() -> None:
+    from mpo_ext.generate.engine import SamplingConfig
+    from mpo_ext.generate.prompts import PromptTemplate
+    from mpo_ext.generate.questions import QuestionSampler
+
+    item = Item.from_dict({"question": "Where?", "options": ["Rome", "Paris"], "answer": "B"})
+    template = PromptTemplate("short", "{question} Answer:", "direct")
+    engine = StubEngine()
+    (records,) = QuestionSampler("test", 1, SamplingConfig(), 0, template).sample([item], engine)
+    assert records[0]["problem"] == "options cannot be shown by this template"
+    assert engine.requests == []
