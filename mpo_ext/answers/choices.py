@@ -97,7 +97,7 @@ class ChoiceMatcher(Matcher):
             if not same and not labels and _has_text(predicted) and predicted.text == true.text:
                 return self._verdict(None, "unclear letter", form, true_form)  # the options in another order
             return self._verdict(same, "letter", form, true_form)
-        if predicted.text == true.text != "":
+        if predicted.text == true.text != "" or fold(prediction) == fold(truth) != "":
             return self._verdict(True, "text", form, true_form)
         if predicted.is_unclear or true.is_unclear or predicted.letters or true.letters:
             return self._verdict(None, "text", form, true_form)  # one of the two names no option

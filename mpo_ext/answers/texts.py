@@ -41,8 +41,8 @@ def compare_texts(first: str, second: str) -> bool | None:
 
 def compare_folded(first: str, second: str) -> bool | None:
     """Returns the result of ``compare_texts`` for two texts that ``fold`` has returned."""
-    if first == second:
-        return first != ""
+    if first == second != "":
+        return True
     if not first or not second or is_no_answer(first) or is_no_answer(second):
         return None
     first, second = without_lead(first), without_lead(second)

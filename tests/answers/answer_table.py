@@ -225,6 +225,8 @@ CHOICES: list[tuple[dict[str, Any], str, str, bool | None]] = [
     ({}, "B", "Paris", UNREADABLE),
     ({}, "Paris", "B", UNREADABLE),
     ({}, "B", "NO", UNREADABLE),
+    ({}, "B", "The answer is '", UNREADABLE),
+    ({}, '\\boxed{"} x', '\\boxed{"} x', RIGHT),
     ({}, "B. Paris", "C. Paris", UNREADABLE),
     ({}, "yes", "no", WRONG),
     ({}, "yes", "Yes.", RIGHT),
