@@ -15,6 +15,8 @@ from mpo_ext.generate.items import Item
 from mpo_ext.images import describe_source, is_data_url
 from mpo_ext.journal import encode_line
 
+_SCORED = ("answer", "correct", "unreadable", "rule", "tokens", "finish")
+
 
 def write_predictions(
     cells: Sequence[Cell],
@@ -48,7 +50,7 @@ def write_predictions(
                     for kit in exports
                 ]
                 for index, (item, problem, responses) in enumerate(cell.read(world_size)):
-                    cell.scores.append(cell.evaluation.question_score(problem, responses))
+                    cell.scores.append(cell.evaluation.question_score(item, problem, responses))
                     cell.offsets.append(file.tell())
                     file.writelines(map(encode_line, _lines(cell, index, item, problem, responses)))
                     if not problem:
@@ -87,5 +89,7 @@ def _lines(
     if problem:
         yield {**shared, "problem": problem}
     for sample, response in enumerate(responses):
-        scored = {name: getattr(response, name) for name in ("answer", "correct", "rule", "tokens", "finish")}
+        scored = {
+            name: getattr(response, name) for name in ("answer", "correct", "unreadable", "rule", "tokens", "finish")
+        }
         yield {**shared, "sample": sample, "response": response.text, **scored}
