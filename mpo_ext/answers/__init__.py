@@ -1,6 +1,6 @@
 """Extracts the answer from a response and matches it with the true answer; used by generate and evaluate."""
 
-from mpo_ext.answers.base import Matcher, Verdict
+from mpo_ext.answers.base import VERDICT_VERSION, Matcher, Verdict
 from mpo_ext.answers.choices import label_options
 from mpo_ext.answers.extract import REGEX_PREFIX, STYLES, extract_answer
 from mpo_ext.answers.matchers import MATCHERS, is_same_answer, matcher
@@ -10,6 +10,7 @@ __all__ = [
     "MATCHERS",
     "REGEX_PREFIX",
     "STYLES",
+    "VERDICT_VERSION",
     "Matcher",
     "Verdict",
     "clean_answer",

@@ -2,8 +2,13 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
+
+from mpo_ext.checks import shorten
+
+#: Version of the verdicts, which changes if a matcher may decide in another way; journals store it with each verdict.
+VERDICT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -11,14 +16,15 @@ class Verdict:
     """The result of comparing an answer with the truth.
 
     Attributes:
-        correct: Whether the answer counts as correct.
-        score: Score in [0, 1]; 0 or 1 if the matcher only accepts or rejects.
+        correct: True if the answer is right, False if it is surely wrong, and None if it is unreadable: the matcher
+            cannot read an answer, or cannot tell whether the answer means the truth.
+        score: Score in [0, 1]; 0 or 1 if the matcher gives no partial credit.
         rule: Kind of the matcher and the comparison that decided, for example "choice:letter".
         prediction: The answer in the form that was compared.
         truth: The best-matching true answer in the form that was compared.
     """
 
-    correct: bool
+    correct: bool | None
     score: float
     rule: str
     prediction: str
@@ -34,22 +40,29 @@ class Matcher(abc.ABC):
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
         """Compares an answer with the truth, or with each of several truths, and returns the best verdict.
 
+        An answer is wrong only if it is wrong for every truth.
+
         Args:
-            prediction: The extracted answer. None, which stands for an unreadable answer, raises a TypeError.
+            prediction: The extracted answer. None, which stands for a missing answer, raises a TypeError.
             truth: The true answer, or a list of answers that are all right.
         """
         truths = self._check(prediction, truth)
-        if not prediction.strip():
-            return Verdict(False, 0.0, f"{self.kind}:empty", prediction, truths[0])
-        verdicts = [self._compare(prediction, each) for each in truths]
-        return max(verdicts, key=lambda verdict: (verdict.correct, verdict.score))
+        if is_empty(prediction, truths):
+            return self._verdict(None, "empty", prediction, truths[0])
+        if len(truths) == 1:
+            return self._compare(prediction, truths[0])
+        return max((self._compare(prediction, each) for each in truths), key=rank)
+
+    def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "Matcher":
+        """Returns the matcher for a question with these options; only matchers of choices depend on them."""
+        return self
 
     def _check(self, prediction: str, truth: str | Sequence[str]) -> tuple[str, ...]:
         if not isinstance(prediction, str):
-            raise TypeError(f"prediction must be a string, got {prediction!r}")
+            raise TypeError(f"prediction must be a string, got {shorten(prediction)}")
         truths = (truth,) if isinstance(truth, str) else truth
         if not isinstance(truths, Sequence) or not all(isinstance(text, str) for text in truths):
-            raise TypeError(f"truth must be a string or a list of strings, got {truth!r}")
+            raise TypeError(f"truth must be a string or a list of strings, got {shorten(truth)}")
         if not truths:
             raise ValueError(f"truth must hold at least one answer, got {truth!r}")
         return tuple(truths)
@@ -57,8 +70,18 @@ class Matcher(abc.ABC):
     @abc.abstractmethod
     def _compare(self, prediction: str, truth: str) -> Verdict: ...
 
-    def _verdict(self, correct: bool, rule: str, prediction: object, truth: object) -> Verdict:
-        return Verdict(correct, float(correct), f"{self.kind}:{rule}", str(prediction), str(truth))
+    def _verdict(self, correct: bool | None, rule: str, prediction: object, truth: object) -> Verdict:
+        return Verdict(correct, float(bool(correct)), f"{self.kind}:{rule}", str(prediction), str(truth))
+
+
+def is_empty(prediction: str, truths: Sequence[str]) -> bool:
+    """Returns whether an answer, or every true answer, is blank."""
+    return not prediction.strip() or not any(truth.strip() for truth in truths)
+
+
+def rank(verdict: Verdict) -> tuple[int, float]:
+    """Returns the key by which verdicts are ordered: right, then unreadable, then wrong."""
+    return {True: 2, None: 1, False: 0}[verdict.correct], verdict.score
 
 
 def check_flag(name: str, value: object) -> None:

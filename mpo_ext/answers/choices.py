@@ -1,49 +1,113 @@
 """The matcher for multiple-choice answers."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from mpo_ext.answers.base import Matcher, Verdict
+from mpo_ext.answers.extract import last_box
 from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
+from mpo_ext.answers.texts import compare_texts, is_no_answer
+from mpo_ext.checks import shorten
 
-_LONE_LETTER = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\].:]*")
-_NAMED_LETTER = re.compile(
-    r"(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Za-z])\)?", re.IGNORECASE
+_LONE_LETTER = re.compile(r"[(\[{]?\s*([A-Za-z])\s*[)\]}.:,]*")
+_LEAD = re.compile(
+    r"(?:(?:so|thus|therefore|hence)\b,?\s+)?(?:(?:i\s+(?:choose|pick|select|think|believe)|(?:the|my)\b)\s+)?"
+    r"(?:(?:best|correct|final|right)\s+)*"
+    r"(?:(?:answer|option|options|choice|choices|letter|letters|it)\b(?:\s+(?:is|are|would\s+be))?\s*:?\s*)+",
+    re.IGNORECASE,
 )
-_LETTER_AND_TEXT = re.compile(r"(?:[(\[]([A-Za-z])[)\]]\s*[.:]?|([A-Za-z])\s*[).:](?=\s))\s*(.+)", re.S)
+_TAIL = re.compile(
+    r"\s+(?:(?:is|are)\s+(?:the\s+)?(?:correct|right|true|best)(?:\s+(?:answer|option|choice)s?)?)$", re.I
+)
+_SEPARATOR = r"(?:\s*(?:,|;|&|\+|\band\b)\s*)+"
+_BRACKETED = r"(?:[(\[]\s*[A-Za-z]\s*[)\]]|[A-Za-z]\b[).]?)"
+_SEVERAL = re.compile(rf"{_BRACKETED}(?:{_SEPARATOR}{_BRACKETED})+\s*", re.IGNORECASE)
+_ROW = re.compile(r"(?:[(\[]\s*[A-Za-z]\s*[)\]]\s*){2,}|[A-Z](?:\s+[A-Z])+|[A-Z]{2,}")
+_LETTER_AND_TEXT = re.compile(
+    r"(?:[(\[]\s*([A-Za-z])\s*[)\]]\s*[.:,-]?|([A-Za-z])\s*[).:](?=\s)|([A-Z])\s+[-,=](?=\s)|([A-Z])(?=\s*[(\n]))\s*(.+)",
+    re.S,
+)
+_DOUBT = re.compile(
+    r"\b(?:or|not|wrong|incorrect|instead|but|wait|either|neither|isn't|cannot|can't|answer|option|choice|however)\b"
+)
+_NAMED_LETTERS = re.compile(
+    rf"(?:either\s+|not\s+|neither\s+|both\s+)?{_BRACKETED}(?:\s*(?:/|\b(?:or|nor|and)\b)\s*{_BRACKETED})*\s*\??", re.I
+)
+_LAST_UNKNOWN = "J"  # without known options, a row of letters after this one is a word ("NO")
+_OTHER_LETTER = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]|(?<!\w)([B-HJ-Z])(?!\w)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Choice:
+    """The selection in an answer: the letters of options, or, if no letter can be read, the text of the answer.
+
+    Attributes:
+        letters: Letters of the options, each once and sorted; "" if the answer names no option.
+        text: Normalized text of the answer, or the text after the letter.
+        is_unclear: Whether the answer names several options of which it selects one ("A or B"), an option that does
+            not exist, or a letter with the text of another option.
+    """
+
+    letters: str
+    text: str
+    is_unclear: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceMatcher(Matcher):
     """Compares multiple-choice answers by the letter, in any of its usual forms, or by the text of the option.
 
-    An answer with a letter and the text of another option ("B. Paris" if Paris is C) selects no option.
+    An answer with several letters ("A, C", "AC", "(A)(C)") is right if the truth has the same letters. An answer
+    from which no option can be read is unreadable: "A or B", a letter that no option has, a letter with the text of
+    another option ("B. Paris" if Paris is C), or a text that differs from the texts of all options.
 
     Attributes:
-        options: Option texts in the order A, B, ..., or a mapping from letter to text; None if they are unknown.
+        options: Option texts in the order A, B, ..., or a mapping from letter to text; None if they are unknown. The
+            pipelines take the options of each item then.
     """
 
     kind: ClassVar[str] = "choice"
     options: Sequence[str] | Mapping[str, str] | None = None
+    _labels: tuple[tuple[str, str], ...] = dataclasses.field(default=(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.options is None:
             return
         if isinstance(self.options, str) or not isinstance(self.options, Sequence | Mapping):
-            raise TypeError(f"options must be a list of texts or a mapping from letter to text, got {self.options!r}")
-        label_options(self.options)
+            raise TypeError(
+                f"options must be a list of texts or a mapping from letter to text, got {shorten(self.options)}"
+            )
+        object.__setattr__(self, "_labels", tuple(label_options(self.options).items()))
+
+    def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "ChoiceMatcher":
+        """Returns a matcher with these options, unless this matcher has options already."""
+        return self if self.options is not None else ChoiceMatcher(options=options)
 
     def _compare(self, prediction: str, truth: str) -> Verdict:
-        options = {} if self.options is None else label_options(self.options)
-        texts = {label: _option_text(text) for label, text in options.items()}
-        predicted, predicted_text = _read_choice(prediction, texts)
-        true, true_text = _read_choice(truth, texts)
-        if predicted and true:
-            return self._verdict(predicted == true, "letter", predicted, true)
-        same = predicted_text != "" and predicted_text == true_text
-        return self._verdict(same, "text", predicted or predicted_text, true or true_text)
+        labels = self._labels
+        predicted, true = read_choice(prediction, labels), read_choice(truth, labels)
+        form, true_form = predicted.letters or predicted.text, true.letters or true.text
+        if predicted.letters and true.letters:
+            if predicted.is_unclear or true.is_unclear:
+                return self._verdict(None, "unclear letter", form, true_form)
+            same = predicted.letters == true.letters
+            if not same and not labels and _has_text(predicted) and predicted.text == true.text:
+                return self._verdict(None, "unclear letter", form, true_form)  # the options in another order
+            return self._verdict(same, "letter", form, true_form)
+        if predicted.text == true.text != "" or fold(prediction) == fold(truth) != "":
+            return self._verdict(True, "text", form, true_form)
+        if predicted.is_unclear or true.is_unclear or predicted.letters or true.letters:
+            return self._verdict(None, "text", form, true_form)  # one of the two names no option
+        # Without letters, the truth is the text of an unknown option: the answers are compared as texts.
+        correct = compare_texts(predicted.text, true.text)
+        return self._verdict(None if correct is False and labels else correct, "text", form, true_form)
+
+
+def _has_text(choice: Choice) -> bool:
+    return choice.text.casefold() not in ("", choice.letters.casefold())
 
 
 def label_options(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
@@ -52,36 +116,108 @@ def label_options(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     texts = list(options.values()) if isinstance(options, Mapping) else list(options)
     labels = list(options) if is_labelled else [chr(ord("A") + index) for index in range(len(texts))]
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"options must hold strings, got {options!r}")
+        raise TypeError(f"options must hold strings, got {shorten(options)}")
     if not 0 < len(labels) <= 26:
         raise ValueError(f"options must hold 1 to 26 texts, got {len(labels)}")
     for label in labels:
         if not isinstance(label, str) or not re.fullmatch("[A-Z]", label):
-            raise ValueError(f"options must be labelled with single letters A to Z, got {label!r}")
+            raise ValueError(f"options must be labelled with single letters A to Z, got {shorten(label)}")
     return dict(zip(labels, texts, strict=True))
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def _option_texts(labels: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    return {label: _option_text(text.translate(TO_ASCII)) for label, text in labels}
+
+
 def _option_text(text: str) -> str:
-    return fold(clean_answer(text.strip().strip("\"'")))
+    return fold(clean_answer(text.strip().strip("\"'\u201c\u201d\u2018\u2019")))
 
 
-def _read_choice(answer: str, texts: Mapping[str, str]) -> tuple[str | None, str]:
-    """Returns the letter of the option that an answer names, or None, and the normalized text of the answer.
+@functools.lru_cache(maxsize=1 << 14)
+def read_choice(answer: str, labels: tuple[tuple[str, str], ...]) -> Choice:
+    """Returns the selection in an answer.
 
-    A letter stands alone, in brackets, or before a period, bracket or colon. The "A" in "A cat" is an article.
+    A letter stands alone, in brackets, before a period, bracket or colon, or after words such as "the answer is". The
+    "A" in "A cat" is an article. ``labels`` holds the letters and texts of the options; () if they are unknown.
     """
+    texts = _option_texts(labels)
     answer = clean_answer(answer.translate(TO_ASCII))
     whole = _option_text(answer)
-    lone = _LONE_LETTER.fullmatch(answer) or _NAMED_LETTER.fullmatch(answer)
-    if lone and (not texts or lone.group(1).upper() in texts):
-        return lone.group(1).upper(), whole
-    owners = [label for label, text in texts.items() if text == whole and text]
-    if len(owners) == 1:
-        return owners[0], whole
+    owners = "".join(label for label, text in texts.items() if text == whole and text)
+    lone = _lone_letter(answer)
+    if lone and (not texts or lone in texts):
+        # An option whose text is another option's letter: "A" may select either of the two.
+        return Choice(lone, whole, bool(owners) and lone not in owners)
+    if owners:
+        return Choice(owners, whole, len(owners) > 1)
+    if lone:
+        return Choice("", whole, True)
+    boxed = last_box(answer) if "\\boxed" in answer else None
+    if boxed and boxed.strip() != answer:
+        return read_choice(boxed, labels)
+    bare = _without_phrases(answer)
+    if bare != answer:
+        choice = read_choice(bare, labels)
+        if choice.letters or choice.is_unclear:
+            return choice
+    several = _several_letters(answer)
+    if several and (texts or several[-1] <= _LAST_UNKNOWN):
+        return Choice("", whole, True) if texts and not set(several) <= set(texts) else Choice(several, whole)
     both = _LETTER_AND_TEXT.fullmatch(answer)
     if both:
-        label, text = (both.group(1) or both.group(2)).upper(), _option_text(both.group(3))
-        owners = [owner for owner, option in texts.items() if option == text and text]
-        if (not texts or label in texts) and (not owners or label in owners):
-            return label, text
-    return None, whole
+        letter = next(group for group in both.groups()[:4] if group).upper()
+        return _letter_and_text(letter, both[5], whole, texts)
+    if is_no_answer(whole) or (texts and _may_name_option(whole, texts)):
+        return Choice("", whole, True)
+    return Choice("", whole, bool(_names_options(answer)))
+
+
+def _may_name_option(text: str, texts: Mapping[str, str]) -> bool:
+    """Returns whether a text may name one of the options."""
+    return any(compare_texts(text, option) is not False for option in texts.values() if option)
+
+
+def _names_options(answer: str) -> bool:
+    """Returns whether an answer such as "A or B" names letters without selecting one."""
+    return _NAMED_LETTERS.fullmatch(answer) is not None
+
+
+def _lone_letter(answer: str) -> str:
+    lone = _LONE_LETTER.fullmatch(answer)
+    return lone[1].upper() if lone else ""
+
+
+def _without_phrases(answer: str) -> str:
+    """Returns the answer without "The answer is" before it and "is correct" after it."""
+    lead = _LEAD.match(answer)
+    if lead and 0 < lead.end() < len(answer):
+        answer = answer[lead.end() :]
+    return clean_answer(_TAIL.sub("", answer.replace("**", "")))
+
+
+def _several_letters(answer: str) -> str:
+    """Returns the sorted letters of "A, C", "A and C", "(A)(C)", "A C" or "AC"; "" for other answers."""
+    if not _SEVERAL.fullmatch(answer) and not _ROW.fullmatch(answer):
+        return ""
+    letters = re.sub(r"\band\b|[^A-Za-z]", "", answer, flags=re.IGNORECASE).upper()
+    is_word = answer.isalpha() and list(letters) != sorted(letters)  # "BAD" is a word, "ABD" a selection
+    return "" if is_word or len(set(letters)) < len(letters) else "".join(sorted(letters))
+
+
+def _letter_and_text(letter: str, rest: str, whole: str, texts: Mapping[str, str]) -> Choice:
+    """Returns the selection in an answer such as "B. Paris"."""
+    text = _option_text(rest)
+    owners = [owner for owner, option in texts.items() if option == text and text]
+    if texts and letter not in texts:
+        return Choice("", whole, True)
+    if letter in owners:
+        return Choice(letter, text)
+    if owners:
+        return Choice("", whole, True)
+    others = {(match[1] or match[2]).upper() for match in _OTHER_LETTER.finditer(rest)} - {letter}
+    if texts:
+        others &= set(texts)
+    if others or (_DOUBT.search(text) and not (texts and compare_texts(text, texts[letter]))):
+        return Choice("", whole, True)
+    return Choice(letter, text)

@@ -39,7 +39,7 @@ def extract_answer(response: str, style: str | re.Pattern[str] = "final_answer")
     elif style.startswith(REGEX_PREFIX):
         extracted = _last_group(_compile(style.removeprefix(REGEX_PREFIX)), response)
     elif style == "boxed":
-        extracted = _last_box(response)
+        extracted = last_box(response)
     elif style == "direct":
         extracted = response
     elif style in _MARKERS:
@@ -64,7 +64,8 @@ def _last_group(pattern: re.Pattern[str], response: str) -> str | None:
     return matches[-1].group(1) if matches else None
 
 
-def _last_box(response: str) -> str | None:
+def last_box(response: str) -> str | None:
+    r"""Returns the content of the last ``\boxed{}`` in a text, or None if no box exists or the last box is open."""
     boxes = list(re.finditer(r"\\boxed\s*(?=\{)", response))
     if not boxes:
         return None

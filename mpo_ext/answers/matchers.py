@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import importlib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-from mpo_ext.answers.base import Matcher, Verdict
+from mpo_ext.answers.base import Matcher, Verdict, rank
 from mpo_ext.answers.choices import ChoiceMatcher
 from mpo_ext.answers.math import MathMatcher
 from mpo_ext.answers.normalize import fold
@@ -17,7 +18,9 @@ from mpo_ext.checks import check_number, did_you_mean
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CustomMatcher(Matcher):
-    """Calls a function of the user: ``function(prediction, truth)`` returns a bool, a score in [0, 1] or a Verdict.
+    """Calls a function of the user: ``function(prediction, truth)`` returns a bool, None, a score or a Verdict.
+
+    None means that the answer is unreadable. A score is a number in [0, 1].
 
     Attributes:
         function: The function, or its import path "module:function", which can be sent to other processes.
@@ -25,7 +28,7 @@ class CustomMatcher(Matcher):
     """
 
     kind: ClassVar[str] = "custom"
-    function: str | Callable[[str, str], bool | float | Verdict]
+    function: str | Callable[[str, str], bool | float | Verdict | None]
     accept: float = 1.0
 
     def __post_init__(self) -> None:
@@ -41,14 +44,14 @@ class CustomMatcher(Matcher):
         result = function(prediction, truth)
         if isinstance(result, Verdict):
             return result
-        if isinstance(result, bool):
+        if result is None or isinstance(result, bool):
             return self._verdict(result, name, prediction, truth)
         check_number(f"the score of {name}", result, "[0, 1]")
         return Verdict(result >= self.accept, float(result), f"{self.kind}:{name}", prediction, truth)
 
 
 @functools.cache
-def load_function(name: str) -> Callable[[str, str], bool | float | Verdict]:
+def load_function(name: str) -> Callable[[str, str], bool | float | Verdict | None]:
     """Imports and returns the function with the import path "module:function"."""
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
@@ -66,6 +69,8 @@ def load_function(name: str) -> Callable[[str, str], bool | float | Verdict]:
 class AnyMatcher(Matcher):
     """Accepts an answer if at least one of several matchers accepts it; the matchers are called in order.
 
+    An answer is wrong only if it is wrong for every matcher.
+
     Attributes:
         matchers: Matchers, kinds of matchers, or mappings with a ``kind`` and the options of the matcher.
     """
@@ -79,16 +84,22 @@ class AnyMatcher(Matcher):
         object.__setattr__(self, "matchers", tuple(map(_build, self.matchers)))
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Calls each matcher with all truths; returns the first accepting verdict, or else the best verdict."""
+        """Calls each matcher with all truths; returns the first accepting verdict, or else the highest in rank."""
         best: Verdict | None = None
         for rule in cast(Sequence[Matcher], self.matchers):
             verdict = rule(prediction, truth)
             if verdict.correct:
                 return verdict
-            if best is None or verdict.score > best.score:
+            if best is None or rank(verdict) > rank(best):
                 best = verdict
         assert best is not None
         return best
+
+    def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "AnyMatcher":
+        """Returns the matcher with these options in each of its matchers of choices that has none."""
+        rules = cast(Sequence[Matcher], self.matchers)
+        changed = [rule.with_options(options) for rule in rules]
+        return self if all(map(operator.is_, rules, changed)) else AnyMatcher(matchers=changed)
 
     def _compare(self, prediction: str, truth: str) -> Verdict:
         return self(prediction, truth)
@@ -121,7 +132,7 @@ def matcher(kind: str, **options: Any) -> Matcher:
     """
     if kind not in MATCHERS:
         raise ValueError(f"kind must be one of {', '.join(MATCHERS)}, got {kind!r}{did_you_mean(kind, MATCHERS)}")
-    fields = {field.name: field for field in dataclasses.fields(MATCHERS[kind])}
+    fields = {field.name: field for field in dataclasses.fields(MATCHERS[kind]) if field.init}
     for name in options:
         if name not in fields:
             known = f"; its options: {', '.join(fields)}" if fields else "; it has no options"
@@ -135,8 +146,8 @@ def matcher(kind: str, **options: Any) -> Matcher:
 def is_same_answer(first: str | None, second: str | None, matcher: Matcher) -> bool:
     """Returns whether two answers are equal up to case and spaces, or are accepted by the matcher in either order.
 
-    An unreadable answer (None) differs from every answer, including another unreadable answer and the text "None".
+    A missing answer (None) differs from every answer, including another missing answer and the text "None".
     """
     if first is None or second is None:
         return False
-    return fold(first) == fold(second) or matcher(first, second).correct or matcher(second, first).correct
+    return fold(first) == fold(second) or bool(matcher(first, second).correct or matcher(second, first).correct)

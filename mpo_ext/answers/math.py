@@ -8,18 +8,51 @@ from typing import ClassVar
 from mpo_ext.answers.base import Matcher, Verdict
 from mpo_ext.answers.math_process import math_process
 from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
+from mpo_ext.answers.number_text import Number, parse_number
+from mpo_ext.answers.numbers import NumberRule, number_text
+from mpo_ext.answers.texts import compare_texts, is_no_answer, without_lead
+from mpo_ext.answers.units import compare_units, parse_unit
 from mpo_ext.checks import check_number, install_hint
+
+_NUMBERS = NumberRule(relative=1e-6, absolute=1e-9, percent="either", units="any")
+_PROSE = re.compile(r"[^\W\d_]{2,}(?:\W+[^\W\d_]+)*")
+_FUNCTIONS = (
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt frac pi max min lim det mod gcd"
+)
+_FUNCTIONS += (
+    " lcm infty cup cap left right text mathrm emptyset alpha beta gamma theta lambda sigma omega varnothing inf"
+)
+_NOT_WORDS = frozenset(_FUNCTIONS.split())
+_WORDS = "a an the is are was not no if so to of at by we it or and cm mm km kg for with than"
+_SENTENCE_WORDS = frozenset(_WORDS.split())
+_TRAILING_UNIT = re.compile(
+    r"(?:\\(?:text|mathrm|textrm|mbox)\s*\{([^{}]*)\}|\s([^\W\d_]{1,4}))\s*(?:\^\s*\{?([23])\}?)?$"
+)
+_ASCII_NAMES = re.compile(r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sin|cos|tan|log|ln|exp|pi|infty)(?![A-Za-z])")
+_SYMBOLS = {"\u221e": "\\infty ", "\u03c0": "\\pi ", "\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u00f7": "\\div "}
+_SYMBOLS |= {
+    "\u2264": "\\le ",
+    "\u2265": "\\ge ",
+    "\u222a": "\\cup ",
+    "\u2229": "\\cap ",
+    "**": "^",
+    "\u2260": "\\ne ",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MathMatcher(Matcher):
     """Compares mathematical expressions with the package math-verify (the extra ``math``).
 
-    The comparison runs in a helper process, because a process can be stopped at any time and from any thread. Words
-    are compared as text, because as products of letters "no" equals "on".
+    Numbers are compared as ``NumberMatcher`` compares them, with every unit and with either meaning of a percent sign;
+    words are compared as text, because as products of letters "no" equals "on". An answer is unreadable if it is a
+    sentence or if math-verify cannot read it or the truth.
+
+    The comparison of expressions runs in a helper process, because a process can be stopped at any time and from any
+    thread.
 
     Attributes:
-        seconds: Time limit in seconds, after which two expressions count as different (rule "math:unfinished").
+        seconds: Time limit in seconds, after which the answer is unreadable (rule "math:unfinished").
     """
 
     kind: ClassVar[str] = "math"
@@ -31,11 +64,78 @@ class MathMatcher(Matcher):
             raise ImportError(f"the matcher 'math' needs the package math-verify: {install_hint('math')}")
 
     def _compare(self, prediction: str, truth: str) -> Verdict:
+        first, second = parse_number(prediction), parse_number(truth)
+        if first and second and _are_numbers(first, second):
+            correct, rule = _NUMBERS.compare(first, second)
+            return self._verdict(correct, rule, number_text(first), number_text(second))
         prediction, truth = clean_answer(prediction.translate(TO_ASCII)), clean_answer(truth.translate(TO_ASCII))
-        is_prose = any(re.fullmatch(r"[^\W\d_]{2,}(?:\W+[^\W\d_]+)*", text) for text in (prediction, truth))
-        if is_prose or fold(prediction) == fold(truth):
-            return self._verdict(fold(prediction) == fold(truth) != "", "text", fold(prediction), fold(truth))
-        if not prediction or not truth:
-            return self._verdict(False, "empty", prediction, truth)
-        equal = math_process().equal(prediction, truth, self.seconds)
-        return self._verdict(bool(equal), "unfinished" if equal is None else "equivalence", prediction, truth)
+        if fold(prediction) == fold(truth) != "":
+            return self._verdict(True, "text", fold(prediction), fold(truth))
+        if _PROSE.fullmatch(truth) and not _is_named(truth):
+            return self._verdict(compare_texts(prediction, truth), "text", fold(prediction), fold(truth))
+        prediction = without_lead(prediction)
+        bare, unit = _split_unit(prediction)
+        bare_truth, true_unit = _split_unit(truth)
+        if not prediction or not truth or is_no_answer(fold(prediction)) or _is_sentence(bare):
+            return self._verdict(None, "text", fold(prediction), fold(truth))
+        if unit and true_unit:  # math-verify drops units
+            factor = compare_units(unit, true_unit)
+            if factor == "different":
+                return self._verdict(False, "unit", prediction, truth)
+            if isinstance(factor, str):
+                return self._verdict(None, "unit", prediction, truth)
+            if factor != 1:
+                bare = f"\\frac{{{factor.numerator}}}{{{factor.denominator}}} \\cdot ({bare})"
+        result = math_process().compare(_latex(bare), _latex(bare_truth), self.seconds)
+        correct = {"equal": True, "different": False}.get(result)
+        rule = "equivalence" if result in ("equal", "different") else result
+        return self._verdict(correct, rule, prediction, truth)
+
+
+def _are_numbers(first: Number, second: Number) -> bool:
+    """Returns whether two numbers are to be compared as numbers, not as expressions with symbols."""
+    if first.name != second.name and first.name and second.name:
+        return False
+    return first.unit == second.unit or not (_is_symbol(first) or _is_symbol(second))
+
+
+def _is_symbol(number: Number) -> bool:
+    """Returns whether the "unit" of a number may be a factor of an expression, as in "2b" and "5 xy"."""
+    if not number.unit or number.is_currency or number.unit == "%":
+        return False
+    unit = parse_unit(number.unit)
+    return unit is None or (not unit.is_known and len(number.unit) < 4)
+
+
+def _is_named(text: str) -> bool:
+    return text.casefold() in _NOT_WORDS
+
+
+def _is_sentence(text: str) -> bool:
+    """Returns whether a text has words beside its mathematics."""
+    if re.search(r"\\(?:text|mathrm|textrm|mbox)\s*\{[^{}]*\b(?:or|and)\b", text):
+        text = re.sub(r"\b(?:or|and)\b", "", text)  # "x = 1 \text{ or } x = 2"
+    if re.fullmatch(r"[^\W\d_]+(?:\s+[^\W\d_]+)+", text) and re.search(r"[^\W\d_]{3}", text):
+        return text.casefold() not in _NOT_WORDS
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", " ", text))
+    words = [word.casefold() for word in words]
+    return any(word not in _NOT_WORDS and (len(word) > 4 or word in _SENTENCE_WORDS) for word in words)
+
+
+def _split_unit(text: str) -> tuple[str, str]:
+    r"""Returns an expression and the known unit after it: "\sqrt{2} \text{ m}" is \sqrt{2} and m."""
+    match = _TRAILING_UNIT.search(text)
+    if match is None or not text[: match.start()].strip(" ({[$"):
+        return text, ""
+    unit = (match[1] or match[2]).strip() + (f"^{match[3]}" if match[3] else "")
+    parsed = parse_unit(unit) if unit else None
+    if parsed is None or not parsed.is_known or (match[2] and len(match[2]) == 1):  # a single letter is a variable
+        return text, ""
+    return text[: match.start()].strip(), unit
+
+
+def _latex(text: str) -> str:
+    """Returns an expression with the names and symbols that math-verify knows."""
+    for symbol, name in _SYMBOLS.items():
+        text = text.replace(symbol, name)
+    return _ASCII_NAMES.sub(r"\\\1 ", text)

@@ -4,11 +4,52 @@ import atexit
 import contextlib
 import functools
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import threading
 from typing import Any
+
+
+def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, prediction_text: str) -> str:
+    """Returns what math-verify's result means, as ``MathProcess.compare`` returns it.
+
+    math-verify rounds to six decimals, so all tiny numbers are equal for it, and it compares no inequality with an
+    interval. The values of two expressions are compared with a relative tolerance here.
+
+    Args:
+        is_equal: Result of math-verify.
+        truth: Parsed truth.
+        prediction: Parsed prediction.
+        truth_text: The truth as text; the values of a decimal number may be rounded.
+        prediction_text: The prediction as text.
+    """
+    import sympy
+
+    if isinstance(truth, sympy.Eq) and isinstance(prediction, sympy.Eq) and truth.lhs == prediction.lhs:
+        truth, prediction = truth.rhs, prediction.rhs
+    if not is_equal:
+        kinds = [isinstance(each, (sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge)) for each in (truth, prediction)]
+        sets = [isinstance(each, sympy.Set) for each in (truth, prediction)]
+        if any(kinds) and any(sets):
+            return "unread"
+    if not all(isinstance(each, sympy.Expr) for each in (truth, prediction)):
+        return "equal" if is_equal else "different"
+    symbols = sorted(truth.free_symbols | prediction.free_symbols, key=str)
+    primes = {symbol: sympy.Rational(sympy.prime(number), 7) for number, symbol in enumerate(symbols, 5)}
+    values = [complex(each.subs(primes).evalf(20)) for each in (truth, prediction)]
+    distance = abs(values[0] - values[1])
+    if is_equal and not math.isfinite(distance):
+        return "equal"
+    if is_equal:
+        return "equal" if distance <= 1e-6 * max(map(abs, values)) else "different" if not symbols else "unread"
+    for text in (truth_text, prediction_text):
+        decimal = re.fullmatch(r"[+-]?[0-9]*\.([0-9]{1,15})", text.strip("$ "))
+        if decimal and not symbols and 2 * distance <= 10.0 ** -len(decimal[1]):
+            return "rounded"
+    return "different"
 
 
 def serve() -> None:
@@ -42,12 +83,16 @@ def serve() -> None:
             signal.setitimer(signal.ITIMER_REAL, request["seconds"])
         try:
             truth, prediction = read(request["truth"]), read(request["prediction"])
-            equal = bool(truth and prediction and verify(truth, prediction, timeout_seconds=None))
+            if not truth or not prediction:
+                result = "unread"
+            else:
+                is_equal = verify(truth, prediction, timeout_seconds=None)
+                result = check_result(is_equal, truth[0], prediction[0], request["truth"], request["prediction"])
         except Exception:
-            equal = False
+            result = "unread"
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps({"equal": equal}), flush=True)
+        print(json.dumps({"result": result}), flush=True)
 
 
 class MathProcess:
@@ -61,16 +106,22 @@ class MathProcess:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
-    def equal(self, prediction: str, truth: str, seconds: float) -> bool | None:
-        """Returns whether two expressions are equal; None if the time limit is reached or the helper process dies."""
+    def compare(self, prediction: str, truth: str, seconds: float) -> str:
+        """Compares two expressions.
+
+        Returns:
+            "equal" or "different"; "rounded" if one expression is a decimal number and the rounded value of the other;
+            "unread" if math-verify cannot read an expression, or "unfinished" if the time limit is reached or the
+            helper process dies.
+        """
         request = {"prediction": prediction, "truth": truth, "seconds": seconds}
         with self._lock:
             process = self._started()
             reply = self._ask(process, json.dumps(request), seconds + self.GRACE_SECONDS)
             if reply is None:
                 self._stop()
-                return None
-            return bool(reply["equal"])
+                return "unfinished"
+            return str(reply["result"])
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:

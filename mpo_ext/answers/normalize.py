@@ -3,6 +3,7 @@
 import re
 
 _WRAPPERS = (("**", "**"), ("*", "*"), ("`", "`"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+_MARKUP = re.compile(r"[*`$\\.\u3002]")
 _TEXT_COMMAND = re.compile(r"\\(?:boxed|text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*(?=\{)")
 # Maps full-width characters and minus-like signs to ASCII. NFKC would also turn a superscript into a digit.
 TO_ASCII: dict[int, int | str] = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
@@ -11,11 +12,13 @@ TO_ASCII |= {0x3000: " ", **dict.fromkeys((0x2212, 0xFE63, 0x2010, 0x2011, 0x201
 
 def fold(text: str) -> str:
     """Returns a text in lower case, with single spaces, and with full-width characters and minus signs in ASCII."""
-    return " ".join(text.translate(TO_ASCII).casefold().split())
+    return " ".join((text if text.isascii() else text.translate(TO_ASCII)).casefold().split())
 
 
 def clean_answer(answer: str) -> str:
     r"""Removes the wrapping of an answer: markdown, math delimiters, ``\boxed{}``, ``\text{}`` and a final period."""
+    if not _MARKUP.search(answer):
+        return answer.strip()
     before = None
     while answer != before:
         before = answer

@@ -1,6 +1,7 @@
 """The matchers for numbers."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -8,105 +9,169 @@ from fractions import Fraction
 from typing import ClassVar, Literal
 
 from mpo_ext.answers.base import Matcher, Verdict, check_flag
-from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
-from mpo_ext.checks import check_choice, check_number
+from mpo_ext.answers.normalize import clean_answer, fold
+from mpo_ext.answers.number_text import Number, parse_number
+from mpo_ext.answers.texts import compare_texts
+from mpo_ext.answers.units import compare_units, may_be_converted
+from mpo_ext.checks import check_choice, check_number, shorten
 
 _DEGREES = ("\u00b0", "degree", "degrees", "deg")
-_CURRENCIES = "$\u20ac\u00a3\u00a5\u20b9"
-_DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
-_TIMES_TEN = r"\s*(?:\*|x|\u00d7|\u00b7|\\times|\\cdot)\s*10\s*(?:\^|\*\*)\s*"
-_AMOUNT = re.compile(
-    rf"({_DIGITS})(?:[eE]([+-]?[0-9]{{1,3}})|{_TIMES_TEN}(\{{)?([+-]?[0-9]{{1,3}})(?(3)\}}))?(?![0-9,.]*[0-9])"
-)
-_FRACTION = re.compile(r"(?:([0-9]{1,30})\s+)?([0-9]{1,30})\s*/\s*([0-9]{1,30})(?![0-9.,/])")
-_TEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([+-]?[0-9]{1,30})\s*\}\s*\{\s*([0-9]{1,30})\s*\}")
-_TEX_NOISE = re.compile(r"\\(?:text|mathrm|textrm|mbox)\s*\{([^{}]*)\}")
-_ANY_UNIT = re.compile(r"(?:\u00b0\s*)?[^\W\d_]+(?:[ /][^\W\d_]+)?(?:\^?[23]|[\u00b2\u00b3])?|\u00b0")
-_LONGEST_NUMBER = 400
+_NOTHING = ("none", "nil", "nothing", "null", "no")
 
 _YEAR = re.compile(r"[0-9]{4}")
 _YEARS = range(1800, 2101)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Number:
-    """A number from a text, and its currency, percent sign or unit; "" if the number has no unit."""
-
-    value: Fraction
-    unit: str = ""
-
-
-def parse_number(text: str, *, units: Sequence[str] | Literal["any"] = ()) -> Number | None:
-    r"""Returns the number in a text, or None if the text contains anything else.
-
-    A number may have a sign, thousands separators ("1,234"), decimals, a power of ten ("1e-3", "2 x 10^5"), a fraction
-    ("3/4", "1 1/2", ``\frac{3}{4}``), a currency sign in front, and at the end a percent sign or one of the ``units``.
-    ``units="any"`` accepts any one or two words as the unit.
-    """
-    text = clean_answer(text.translate(TO_ASCII))
-    text = _TEX_NOISE.sub(r" \1", re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00ba", "\u00b0", text))
-    text = " ".join(re.sub(r"\\[,;! ]", " ", text).replace("\\%", "%").replace("\\$", "$").split())
-    if len(text) > _LONGEST_NUMBER:
-        return None
-    head = re.match(rf"([+-]?)\s*([{_CURRENCIES}]?)\s*([+-]?)\s*", text)
-    assert head is not None  # every part may be empty
-    if head.group(1) and head.group(3):
-        return None
-    sign = -1 if "-" in head.group(1) + head.group(3) else 1
-    text = text[head.end() :]
-    if match := _TEX_FRACTION.match(text):
-        numerator, denominator = int(match.group(1)), int(match.group(2))
-        value = Fraction(numerator, denominator) if denominator else None
-    elif match := _FRACTION.match(text):
-        whole, numerator, denominator = int(match.group(1) or 0), int(match.group(2)), int(match.group(3))
-        value = whole + Fraction(numerator, denominator) if denominator else None
-    elif match := _AMOUNT.match(text):
-        value = Fraction(match.group(1).replace(",", "")) * Fraction(10) ** int(match.group(2) or match.group(4) or 0)
-    else:
-        return None
-    unit = text[match.end() :].strip()
-    is_known = unit in ("", "%") or (_ANY_UNIT.fullmatch(unit) if units == "any" else fold(unit) in map(fold, units))
-    if value is None or not is_known or (unit and head.group(2)):
-        return None
-    unit = head.group(2) or fold(unit)
-    return Number(sign * value, _DEGREES[0] if unit in _DEGREES else unit)
-
-
 def _within(prediction: Fraction, truth: Fraction, relative: float, absolute: float) -> bool:
-    return abs(prediction - truth) <= max(_as_written(absolute), _as_written(relative) * abs(truth))
+    if prediction == truth:
+        return True
+    if truth == 0:
+        return abs(prediction) <= _as_written(absolute)
+    return abs(prediction - truth) <= _as_written(relative) * abs(truth)
 
 
+@functools.lru_cache(maxsize=256)
 def _as_written(value: float) -> Fraction:
     return Fraction(repr(float(value)))  # exact decimal: 0.05 is 1/20, so 105 is within 5 % of 100
 
 
-def _number_text(number: Number) -> str:
+def number_text(number: Number) -> str:
+    """Returns a number and its unit as a verdict shows them."""
     value = number.value
-    written = str(value.numerator) if value.denominator == 1 else repr(_to_float(value))
-    return f"{written} {number.unit}".strip()
+    written = str(value.numerator) if value.denominator == 1 and abs(value) < 10**21 else repr(_to_float(value))
+    return f"{written} {number.unit}" if number.unit else written
 
 
 def _to_float(value: Fraction) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NumberRule:
+    """Compares two numbers; see ``NumberMatcher`` for most attributes.
+
+    Attributes:
+        percent: As in ``NumberMatcher``; "either" reads 50% as 0.5 and as 50.
+        is_rounding_wrong: Whether the truth rounded to fewer decimals is wrong, not unreadable.
+    """
+
+    relative: float
+    absolute: float
+    percent: Literal["ignore", "ratio", "keep", "either"] = "ignore"
+    degrees: bool = True
+    units: Sequence[str] | Literal["any"] = ()
+    is_rounding_wrong: bool = False
+
+    def compare(self, prediction: Number, truth: Number) -> tuple[bool | None, str]:
+        """Returns whether two numbers are equal (None: not sure) and the name of the comparison that decided."""
+        if prediction.name != truth.name and prediction.name and truth.name:
+            return None, "name"
+        first, second = self._without_percent(prediction), self._without_percent(truth)
+        if first.unit == second.unit:
+            return self._values(first, second, prediction, truth)
+        if not first.unit or not second.unit:
+            return self._one_unit(first, second, prediction, truth)
+        if first.is_currency and second.is_currency:
+            return False, "unit"
+        factor = compare_units(first.unit, second.unit)
+        if factor == "different":
+            return False, "unit"
+        if isinstance(factor, str):
+            return None, "unit"
+        converted = dataclasses.replace(first, value=first.value * factor, others=(), decimals=0)
+        return self._values(converted, second, prediction, truth)
+
+    def _values(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
+        if _within(first.value, second.value, self.relative, self.absolute):
+            return True, "value"
+        is_percent = prediction.unit != truth.unit and "%" in (prediction.unit, truth.unit)
+        factors = (100, Fraction(1, 100)) if is_percent and self.percent == "either" else ()
+        if any(_within(first.value * factor, second.value, self.relative, 0) for factor in factors):
+            return True, "percent"
+        if first.is_approximate or second.is_approximate:
+            return None, "approximate"
+        return (None, "unclear value") if self._is_unclear(first, second, prediction, truth) else (False, "value")
+
+    def _one_unit(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
+        """Compares a number that has a unit with a number that has none."""
+        unit = first.unit or second.unit
+        if unit == "%":
+            return False, "unit"  # percent="keep"
+        is_currency = first.is_currency or second.is_currency
+        if _within(first.value, second.value, self.relative, self.absolute):
+            return (True, "value") if is_currency or self._accepts(unit) else (None, "unit")
+        correct, rule = self._values(first, second, prediction, truth)
+        if correct is False and not is_currency and may_be_converted(first.value, second.value, unit):
+            return None, "unit"
+        return correct, rule
+
+    def _is_unclear(self, first: Number, second: Number, prediction: Number, truth: Number) -> bool:
+        """Returns whether two different values may be written for the same number."""
+        if any(_within(other, second.value, self.relative, self.absolute) for other in first.others):
+            return True
+        if any(_within(first.value, other, self.relative, self.absolute) for other in second.others):
+            return True
+        is_percent = prediction.unit != truth.unit and "%" in (prediction.unit, truth.unit)
+        if is_percent and self.percent == "ignore" and second.value in (first.value * 100, first.value / 100):
+            return True
+        return not self.is_rounding_wrong and (_is_rounded(first, second) or _is_rounded(second, first))
+
+    def _accepts(self, unit: str) -> bool:
+        if self.units == "any" or (self.degrees and fold(unit) in _DEGREES):
+            return True
+        return fold(unit) in _folded(tuple(self.units))
+
+    def _without_percent(self, number: Number) -> Number:
+        if number.unit != "%" or self.percent == "keep":
+            return number
+        value = number.value / 100 if self.percent == "ratio" else number.value
+        decimals = 0 if self.percent == "ratio" else number.decimals
+        return Number(value, is_approximate=number.is_approximate, decimals=decimals)
+
+
+def _is_rounded(rounded: Number, exact: Number) -> bool:
+    """Returns whether a number with decimals is another number, rounded to these decimals."""
+    if not rounded.decimals or exact.value.denominator == 1 or 0 < exact.decimals <= rounded.decimals:
+        return False
+    return abs(rounded.value - exact.value) * 2 <= Fraction(1, 10**rounded.decimals)
+
+
+@functools.lru_cache(maxsize=64)
+def _folded(units: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(map(fold, units))
+
+
+def _compare_as_texts(prediction: str, truth: str, number: Number | None) -> bool | None:
+    """Compares answers of which at least one holds no number that can be read; ``number`` is that of the answer."""
+    correct = compare_texts(prediction, truth)
+    if correct is not False:
+        return correct
+    if re.search(r"\d", truth):
+        return None  # a range, a list or a date, of which the answer may be another form
+    if number is None:
+        return None if re.search(r"\d", prediction) else False
+    return None if number.value == 0 and fold(truth) in _NOTHING else False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NumberMatcher(Matcher):
     """Compares numbers with a tolerance, and other answers as text without regard to case.
 
-    A number is correct if ``|prediction - truth| <= max(absolute, relative * |truth|)``. If both numbers have a unit
-    or a currency, the two units must be the same.
+    A number is right if ``|prediction - truth| <= relative * |truth|``, or ``<= absolute`` if the truth is 0. If both
+    numbers have a unit, the units are converted: 700 cm equals 7 m, and 7 km is wrong. An answer without a number, or
+    with several numbers, is unreadable if the truth is a number. So is an answer that may be right in another
+    notation: with a unit that the truth lacks, with a decimal comma, or rounded to fewer decimals than the truth.
 
     Attributes:
         relative: Tolerance as a fraction of the truth. With the authors' 1e-3, 2023 matches 2024.
-        absolute: Absolute tolerance, which decides if the truth is 0.
+        absolute: Absolute tolerance, used only if the truth is 0.
         percent: "ignore" drops the percent sign, "ratio" reads 5% as 0.05, "keep" reads the sign as a unit that both
             numbers or neither number must have.
-        degrees: Whether a degree sign or the word "degree", "degrees" or "deg" may follow the number.
-        units: Further units that may follow the number; "any" accepts any one or two words.
+        degrees: Whether a degree sign or the word "degree", "degrees" or "deg" may follow only one of the numbers.
+        units: Units that may follow only one of the numbers; "any" accepts every unit.
     """
 
     kind: ClassVar[str] = "number"
@@ -115,6 +180,7 @@ class NumberMatcher(Matcher):
     percent: Literal["ignore", "ratio", "keep"] = "ignore"
     degrees: bool = True
     units: Sequence[str] | Literal["any"] = ()
+    _rule: NumberRule = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_number("relative", self.relative, "[0, 1]")
@@ -124,36 +190,30 @@ class NumberMatcher(Matcher):
         if self.units != "any" and (
             isinstance(self.units, str) or not all(isinstance(unit, str) and unit.strip() for unit in self.units)
         ):
-            raise ValueError(f"units must be 'any' or a list of units, got {self.units!r}")
+            raise ValueError(f"units must be 'any' or a list of units, got {shorten(self.units)}")
+        names = ("relative", "absolute", "percent", "degrees", "units")
+        object.__setattr__(self, "_rule", NumberRule(**{name: getattr(self, name) for name in names}))
 
     def _compare(self, prediction: str, truth: str) -> Verdict:
-        predicted, true = self._read(prediction), self._read(truth)
+        predicted, true = parse_number(prediction), parse_number(truth)
         if predicted is None or true is None:
-            prediction, truth = fold(clean_answer(prediction)), fold(clean_answer(truth))
-            return self._verdict(prediction == truth != "", "text", prediction, truth)
-        units = {predicted.unit, true.unit}
-        same_unit = len(units - {""}) <= 1 and units != {"", "%"}
-        correct = same_unit and _within(predicted.value, true.value, self.relative, self.absolute)
-        rule = "value" if same_unit else "unit"
-        return self._verdict(correct, rule, _number_text(predicted), _number_text(true))
-
-    def _read(self, text: str) -> Number | None:
-        units: Sequence[str] | Literal["any"] = self.units
-        if units != "any" and self.degrees:
-            units = (*units, *_DEGREES)
-        number = parse_number(text, units=units)
-        if number is None or number.unit != "%" or self.percent == "keep":
-            return number
-        return Number(number.value / 100 if self.percent == "ratio" else number.value)
+            folded, folded_truth = fold(clean_answer(prediction)), fold(clean_answer(truth))
+            if true is not None:
+                return self._verdict(True if folded == folded_truth else None, "text", folded, folded_truth)
+            return self._verdict(_compare_as_texts(prediction, truth, predicted), "text", folded, folded_truth)
+        correct, name = self._rule.compare(predicted, true)
+        return self._verdict(correct, name, number_text(predicted), number_text(true))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChartMatcher(Matcher):
     """Applies the relaxed accuracy of ChartQA: numbers within 5 % of the truth; other answers as text, ignoring case.
 
+    What is unreadable for ``NumberMatcher`` is unreadable here, too.
+
     Attributes:
         relative: Tolerance as a fraction of the truth.
-        absolute: Absolute tolerance, which decides if the truth is 0.
+        absolute: Absolute tolerance, used only if the truth is 0.
         years: "auto" compares exactly if the truth has four digits and lies between 1800 and 2100. "exact" compares
             every answer exactly, as ChartQAPro's script does with answers that its data marks as years. "relaxed"
             treats a year like any other number, as the ChartQA paper does.
@@ -172,12 +232,18 @@ class ChartMatcher(Matcher):
     def _compare(self, prediction: str, truth: str) -> Verdict:
         plain_prediction, plain_truth = fold(clean_answer(prediction)), fold(clean_answer(truth))
         predicted, true = parse_number(prediction), parse_number(truth)
-        if self.years == "exact" or predicted is None or true is None:
-            return self._verdict(plain_prediction == plain_truth != "", "text", plain_prediction, plain_truth)
-        currencies = {predicted.unit, true.unit} - {"", "%"}
-        if len(currencies) > 1:
-            return self._verdict(False, "unit", _number_text(predicted), _number_text(true))
-        if self.years == "auto" and _YEAR.fullmatch(plain_truth) and int(plain_truth) in _YEARS:
-            return self._verdict(predicted.value == true.value, "year", _number_text(predicted), plain_truth)
-        correct = _within(predicted.value, true.value, self.relative, self.absolute)
-        return self._verdict(correct, "value", _number_text(predicted), _number_text(true))
+        if predicted is None or true is None or plain_prediction == plain_truth != "":
+            if true is not None:
+                correct = True if plain_prediction == plain_truth else None
+            else:
+                correct = _compare_as_texts(prediction, truth, predicted)
+            return self._verdict(correct, "text", plain_prediction, plain_truth)
+        is_year = bool(_YEAR.fullmatch(plain_truth)) and int(plain_truth) in _YEARS
+        is_exact = self.years == "exact" or (self.years == "auto" and is_year)
+        relative, absolute = (0.0, 0.0) if is_exact else (self.relative, self.absolute)
+        rule = NumberRule(relative=relative, absolute=absolute, is_rounding_wrong=True)
+        correct, name = rule.compare(predicted, true)
+        if self.years == "exact" and correct:
+            correct = None  # the same value in another form, where the text has to be equal
+        name = "year" if is_exact and name == "value" else name
+        return self._verdict(correct, name, number_text(predicted), number_text(true))

@@ -1,19 +1,26 @@
 """The matchers for texts."""
 
 import dataclasses
+import functools
 import importlib.util
 import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-from mpo_ext.answers.base import Matcher, Verdict, check_flag
+from mpo_ext.answers.base import Matcher, Verdict, check_flag, is_empty, rank
 from mpo_ext.answers.normalize import fold
+from mpo_ext.answers.number_text import parse_number
+from mpo_ext.answers.numbers import NumberRule
+from mpo_ext.answers.texts import compare_folded
 from mpo_ext.checks import check_number, install_hint
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExactMatcher(Matcher):
-    """Compares texts exactly, apart from surrounding spaces and, with ``ignore_case``, apart from case."""
+    """Compares texts exactly, apart from surrounding spaces and, with ``ignore_case``, apart from case.
+
+    Every other text is wrong, also "7 apples" if the truth is "7".
+    """
 
     kind: ClassVar[str] = "exact"
     ignore_case: bool = False
@@ -31,6 +38,9 @@ class ExactMatcher(Matcher):
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AnlsMatcher(Matcher):
     """Computes the normalized Levenshtein similarity of DocVQA: ``1 - distance / length of the longer text``.
+
+    An answer is wrong if its score is 0 or if its digits differ from those of the truth. Otherwise, an answer that is
+    not similar enough is unreadable, as is a text that holds the truth among other words ("Total: $5" for "$5").
 
     Attributes:
         threshold: Similarity below which the score is 0.
@@ -56,7 +66,30 @@ class AnlsMatcher(Matcher):
         score = anls(prediction, truth, self.threshold)
         same_digits = not self.exact_digits or re.findall("[0-9]+", prediction) == re.findall("[0-9]+", truth)
         rule = "similarity" if same_digits else "digits"
-        return Verdict(score >= self.accept and same_digits, score, f"{self.kind}:{rule}", prediction, truth)
+        correct: bool | None = score >= self.accept and same_digits
+        if not correct and ((same_digits and score > 0) or _may_be_same(prediction, truth)):
+            correct = None
+        return Verdict(correct, score, f"{self.kind}:{rule}", prediction, truth)
+
+
+_DIGIT = re.compile("[0-9]")
+_ANY_NUMBERS = NumberRule(relative=0, absolute=0, units="any", is_rounding_wrong=True)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _may_be_same(first: str, second: str) -> bool:
+    """Returns whether two different folded texts may be two forms of the same answer."""
+    if compare_folded(first, second) is not False:
+        return True
+    left, right = parse_number(first), parse_number(second)
+    if left and right:
+        return _ANY_NUMBERS.compare(left, right)[0] is not False
+    if left is None and right is None and first.isascii() and second.isascii() and not _DIGIT.search(first + second):
+        return False
+    digits, other_digits = re.sub("[^0-9]", "", first), re.sub("[^0-9]", "", second)
+    if digits and other_digits:  # a date with other separators, or a list or range of numbers that begins alike
+        return digits == other_digits and len(digits) >= 4
+    return False
 
 
 def anls(prediction: str, truth: str, threshold: float = 0.5) -> float:
@@ -91,6 +124,7 @@ _CONTRACTIONS = {f"{stem}nt": f"{stem}n't" for stem in _NEGATED_VERBS + _NEGATED
 }
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def normalize_vqa(text: str) -> str:
     """Normalizes a text as VQA's evaluation code does: case, punctuation, number words, articles and contractions.
 
@@ -113,7 +147,8 @@ class VqaMatcher(Matcher):
     """Computes the VQA accuracy: ``min(n / 3, 1)`` if n of ten annotators gave the answer, up to normalization.
 
     If the list of truths has another length, n is scaled to ten, so a single truth scores 0 or 1. If normalization
-    leaves one of the texts empty, the original texts are compared.
+    leaves one of the texts empty, the original texts are compared. An answer is unreadable if a few annotators
+    gave it, or if it may be a truth in other words: it holds the truth ("a brown dog" for "dog"), or the same number.
 
     Attributes:
         accept: Minimum score counted as correct.
@@ -128,17 +163,26 @@ class VqaMatcher(Matcher):
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
         """Compares an answer with the answers of all annotators and returns a single verdict."""
         truths = self._check(prediction, truth)
-        if not prediction.strip():
-            return Verdict(False, 0.0, f"{self.kind}:empty", prediction, truths[0])
+        if is_empty(prediction, truths):
+            return self._verdict(None, "empty", prediction, truths[0])
         verdicts = [self._compare(prediction, text) for text in truths]
-        agreeing = sum(verdict.correct for verdict in verdicts)
+        agreeing = sum(verdict.correct is True for verdict in verdicts)
         score = min(10 * agreeing / (3 * len(truths)), 1.0)
-        best = max(verdicts, key=lambda verdict: verdict.correct)
-        return dataclasses.replace(best, correct=score >= self.accept, score=score)
+        best = max(verdicts, key=rank)
+        correct: bool | None = score >= self.accept
+        if not correct and best.correct is not False:
+            correct = None  # some annotators gave the answer, or may have given it
+        return dataclasses.replace(best, correct=correct, score=score)
 
     def _compare(self, prediction: str, truth: str) -> Verdict:
         predicted, true = normalize_vqa(prediction), normalize_vqa(truth)
-        if predicted and true:
-            return self._verdict(predicted == true, "normalized", predicted, true)
-        predicted, true = fold(prediction), fold(truth)
-        return self._verdict(predicted == true, "raw", predicted, true)
+        rule = "normalized"
+        if not predicted or not true:
+            predicted, true, rule = fold(prediction), fold(truth), "raw"
+        if predicted == true:
+            return self._verdict(True, rule, predicted, true)
+        folded, folded_truth = fold(prediction), fold(truth)
+        is_unclear = _may_be_same(folded, folded_truth)
+        if not is_unclear and (folded, folded_truth) != (predicted, true):
+            is_unclear = _may_be_same(predicted, true)
+        return self._verdict(None if is_unclear else False, rule, predicted, true)

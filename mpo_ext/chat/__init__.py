@@ -1,6 +1,6 @@
 """Conversations and their token ids, the same for training, sampling and evaluation."""
 
-from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages, load_image
+from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages
 from mpo_ext.chat.encoder import ChatEncoder, EncodedResponse
 from mpo_ext.chat.template import ChatError, find_chat_template
 
@@ -12,5 +12,4 @@ __all__ = [
     "EncodedResponse",
     "chat_messages",
     "find_chat_template",
-    "load_image",
 ]

@@ -1,7 +1,6 @@
 """Conversations: a question or several turns with images, and their form as messages for a chat template."""
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,23 +17,13 @@ class Conversation:
         messages: Turns, used instead of ``question``: mappings with ``role`` and ``content``. The content is text with
             ``<image>`` at the place of each image, or a list of ``{"type": "text", "text": ...}`` and
             ``{"type": "image"}``.
-        images: PIL images or paths of images, in the order of their places.
+        images: Images in any form that ``load_image`` takes, in the order of their places.
     """
 
     key: str = ""
     question: str = ""
     messages: tuple[Mapping[str, Any], ...] = ()
     images: tuple[Any, ...] = ()
-
-
-def load_image(image: Any) -> Any:
-    """Opens an image path and converts the image to RGB; returns an image that is already open unchanged."""
-    if not isinstance(image, (str, os.PathLike)):
-        return image
-    from PIL import Image
-
-    with Image.open(image) as opened:
-        return opened.convert("RGB")
 
 
 def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import mpo_ext
 
 _PACKAGES = ("torch", "numpy", "transformers", "accelerate", "triton")
 _BACKENDS = "mpo_ext.ops.backends"
+_VISION = "the processors of some vision models need it (extra 'vision')"
 
 
 def add_parser(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,6 +41,10 @@ def _facts() -> Iterator[tuple[str, str]]:
         yield "torch import", torch_error
     else:
         yield "torch's CUDA", f"{torch.version.cuda or 'none'}, {torch.cuda.device_count()} GPU(s)"
+
+        problem = importlib.import_module("mpo_ext.processors").torchvision_problem()
+        version = _try(functools.partial(importlib.metadata.version, "torchvision"))[1]
+        yield "torchvision", version if problem is None else f"{problem}: {_VISION}"
 
     has_native, file_or_error = _try(lambda: importlib.import_module("mpo_ext.ops.native").compiled().__file__)
     yield "native module", file_or_error

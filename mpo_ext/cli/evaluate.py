@@ -26,8 +26,8 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )  # fmt: skip
     parser.add_argument(
         "--data", action="append", required=True, metavar="[NAME=]PATH",
-        help="JSONL file of items (question, image, answer_gt or answer), or a meta file (.json) of such files; may "
-        "be repeated",
+        help="file of items (.jsonl, .tsv, .csv or .parquet; question, image, answer_gt or answer), or a meta file "
+        "(.json) of such files; may be repeated",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder of the evaluation")
     parser.add_argument(

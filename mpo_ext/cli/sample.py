@@ -68,7 +68,7 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
     parser.add_argument(
         "source",
         type=Path,
-        help="JSONL file of items (question, image, and chosen or answer_gt), or a "
+        help="file of items (.jsonl, .tsv, .csv or .parquet; question, image, and chosen or answer_gt), or a "
         "meta file (.json) that lists such files, in the format of MMPR's prompts",
     )
     parser.add_argument("out", type=Path, help="folder of the run")

@@ -47,10 +47,14 @@ def run_train(args: argparse.Namespace) -> int:
         return train(recipe) or 0
     from mpo_ext.plan.planner import plan
     from mpo_ext.plan.report import print_plan
+    from mpo_ext.processors import check_model
 
     planned = plan(recipe, world=args.world or int(os.environ.get("WORLD_SIZE", "1")))
     if int(os.environ.get("RANK", "0")) != 0:
         return 0
+    check_model(recipe.model.path, revision=recipe.model.revision)
+    if recipe.reference.path is not None:
+        check_model(recipe.reference.path)
     print_plan(planned)
     return 0 if print_data(recipe) else 1
 

@@ -2,8 +2,6 @@
 
 import collections
 import dataclasses
-import os
-import warnings
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
@@ -11,12 +9,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER
-from mpo_ext.checks import check_choice, check_integer, install_hint
-from mpo_ext.data.paths import find_url
+from mpo_ext.checks import check_choice, check_integer
 from mpo_ext.data.reader import BadLine, Location
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.stats import SubsetStats, count_words
+from mpo_ext.images import ImageError, check_image, describe_source, image_exists, is_remote
 
 ImageCheck = Literal["verify", "decode", "exists", "skip"]
 
@@ -80,8 +78,8 @@ def check_pairs(
 
     Args:
         source: Pairs to check.
-        images: "verify" opens each image file once and lets PIL verify it, "decode" decodes the whole image, "exists"
-            checks only that the file exists, "skip" checks nothing.
+        images: "verify" opens each image and lets PIL verify it, "decode" decodes the whole image, "exists" checks
+            only that the file exists, "skip" checks nothing.
         keep: Maximum number of examples of each kind in the report.
         length: Function that returns the length of a text, for the statistics.
         on_line: Function that is called after each line.
@@ -93,7 +91,7 @@ def check_pairs(
     check_choice("images", images, get_args(ImageCheck))
     check_integer("keep", keep, least=0)
     report = CheckReport(stats={name: SubsetStats() for name in source.subsets})
-    check_image = _ImageChecker(images)
+    checker = _ImageChecker(images)
     duplicates = _Duplicates()
     for where, pair in source.scan():
         stats = report.stats.setdefault(where.subset, SubsetStats())
@@ -103,7 +101,7 @@ def check_pairs(
         else:
             stats.add(pair, length)
             duplicates.add(pair, where)
-            for kind, message in _defects(pair, check_image):
+            for kind, message in _defects(pair, checker):
                 report.add(Finding(kind, where, message), keep)
         on_line()
     for where, first in duplicates.find():
@@ -116,7 +114,7 @@ def check_pairs(
     return report
 
 
-def _defects(pair: Pair, check_image: "_ImageChecker") -> Iterator[tuple[str, str]]:
+def _defects(pair: Pair, checker: "_ImageChecker") -> Iterator[tuple[str, str]]:
     for name in ("question", "chosen", "rejected"):
         if not getattr(pair, name).strip():
             yield f"empty {name}", f"{name} must hold text, got {getattr(pair, name)!r}"
@@ -130,53 +128,36 @@ def _defects(pair: Pair, check_image: "_ImageChecker") -> Iterator[tuple[str, st
     if "answer_gt" in pair.source and pair.source["answer_gt"] is not None:
         yield "answer_gt", f"answer_gt must be text, got {pair.source['answer_gt']!r:.60}"
     for image in pair.images:
-        problem = check_image(image)
-        if problem is not None:
-            yield problem
+        yield from checker(image)
 
 
 class _ImageChecker:
-    """Returns the defect of an image file, or None; a file that several pairs use is checked once."""
+    """Returns the defects of an image; an image that several pairs use is checked once."""
 
     def __init__(self, mode: ImageCheck) -> None:
         self._mode = mode
-        self._defects: dict[int, tuple[str, str] | None] = {}
-        if mode in ("verify", "decode"):
-            try:
-                import PIL.Image  # noqa: F401
-            except ImportError as error:
-                raise ImportError(f"PIL is missing: {install_hint('data')}") from error
+        self._defects: dict[int, list[tuple[str, str]]] = {}
 
-    def __call__(self, path: str) -> tuple[str, str] | None:
+    def __call__(self, source: str) -> list[tuple[str, str]]:
         if self._mode == "skip":
-            return None
-        key = hash(path)
+            return []
+        key = hash(source)
         if key not in self._defects:
-            self._defects[key] = self._check(path)
+            self._defects[key] = self._check(source)
         return self._defects[key]
 
-    def _check(self, path: str) -> tuple[str, str] | None:
-        if not os.path.isfile(path):
-            url = find_url(path)
-            if url is not None:
-                return "image is a URL", f"URLs are not fetched: download the image and name its file, got {url}"
-            return "missing image", f"an image must be a file, got {path}"
+    def _check(self, source: str) -> list[tuple[str, str]]:
+        name = describe_source(source)
+        if is_remote(source):
+            return [("image is a URL", f"URLs are not fetched: download the image and name its file, got {name}")]
+        if not image_exists(source):
+            return [("missing image", f"an image must be a file, got {name}")]
         if self._mode == "exists":
-            return None
-        from PIL import Image
-
+            return []
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PIL warns about large images, which are not defects
-                with Image.open(path) as image:
-                    if self._mode == "decode":
-                        image.load()
-                    else:
-                        image.verify()
-        except Exception as error:  # PIL's plugins raise many exception types
-            reason = str(error).splitlines()[0][:120] if str(error) else ""
-            return "broken image", f"an image must open, got {path}: {type(error).__name__} {reason}".rstrip()
-        return None
+            return check_image(source, decode=self._mode == "decode")
+        except ImageError as error:
+            return [("broken image", str(error))]
 
 
 class _Duplicates:

@@ -9,11 +9,11 @@ from mpo_ext.data.formats import FORMATS, Format
 from mpo_ext.data.hf import save_dataset
 from mpo_ext.data.jsonl import write_pairs
 from mpo_ext.data.mmpr import write_mmpr
-from mpo_ext.data.paths import find_url
 from mpo_ext.data.reader import BadLine, Location, Skipped
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.trl import Kind, write_trl
+from mpo_ext.images import ImageError, describe_source, is_remote, read_source
 
 
 def convert(
@@ -83,11 +83,10 @@ def _with_readable_images(where: Location, pair: Pair) -> Pair | BadLine:
     """Returns the pair, or a BadLine if one of its images cannot be read."""
     for image in pair.images:
         try:
-            with open(image, "rb"):
-                pass
+            read_source(image)
+        except ImageError as error:
+            return BadLine(where, "image is a URL" if is_remote(image) else "unreadable image", str(error))
         except OSError as error:
-            url = find_url(image)
-            if url is not None:
-                return BadLine(where, "image is a URL", f"URLs are not fetched: download the image, got {url}")
-            return BadLine(where, "unreadable image", f"images must be readable files, got {image}: {error.strerror}")
+            reason = f"images must be readable files, got {describe_source(image)}: {error.strerror}"
+            return BadLine(where, "unreadable image", reason)
     return pair

@@ -15,6 +15,7 @@ from mpo_ext.data.reader import Location, PairSequence, raise_bad_line
 from mpo_ext.data.records import Pair
 from mpo_ext.data.trl import Kind, from_trl, to_trl
 from mpo_ext.files import atomic_write, sync_folder, sync_tree
+from mpo_ext.images import is_url, read_source
 
 if TYPE_CHECKING:
     import datasets
@@ -96,9 +97,11 @@ _temporary_folders: list[tempfile.TemporaryDirectory] = []
 
 
 def _encoded(path: str, embed: bool) -> dict[str, Any]:
+    if is_url(path):
+        return {"path": None, "bytes": read_source(path)}
     if not embed:
         return {"path": path, "bytes": None}
-    return {"path": os.path.basename(path), "bytes": Path(path).read_bytes()}
+    return {"path": os.path.basename(path), "bytes": read_source(path)}
 
 
 def save_dataset(

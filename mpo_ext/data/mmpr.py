@@ -21,10 +21,11 @@ import numpy as np
 
 from mpo_ext.checks import check_index, shorten
 from mpo_ext.data.jsonl import LineFile, dump_line, parse_object
-from mpo_ext.data.paths import RootMap, below, map_root
+from mpo_ext.data.paths import RootMap, absolute_path, below, map_root
 from mpo_ext.data.reader import MAX_LINE_BYTES, FieldError, Location, PairSequence
 from mpo_ext.data.records import SOURCE, Pair
 from mpo_ext.files import atomic_write, write_json
+from mpo_ext.images import describe_source, is_url, local_path
 
 _FIELDS = ("image", "question", "chosen", "rejected", "answer_gt", "provenance")
 _FILE_SETTINGS = ("annotation", "length")  # settings that a written copy of a subset changes
@@ -190,7 +191,7 @@ class _LineParser:
         source = dict(self.source)
         extra = {name: value for name, value in values.items() if name not in _FIELDS}
         if SOURCE in extra:
-            raise FieldError(f"the field {SOURCE!r} must be left to the reader, got {extra[SOURCE]!r}")
+            raise FieldError(f"the field {SOURCE!r} must be left to the reader, got {shorten(extra[SOURCE])}")
         for name in ("question", "chosen", "rejected"):
             if name not in values:
                 raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, values))}")
@@ -233,11 +234,14 @@ def _images(values: Mapping[str, Any]) -> tuple[list[str], str]:
 
 
 def resolve_image(image: str, root: str) -> str:
-    """Joins an image path to the root of its subset; raises FieldError if the path leads out of the root."""
+    """Returns ``absolute_path(image, root)``; raises FieldError if the path leads out of the root of its subset."""
+    image = local_path(image)
+    if is_url(image):
+        return image
     joined = os.path.join(root, image)
     normal, base = os.path.normpath(joined), os.path.normpath(root)
     if below(normal, base) is None or "\0" in image:
-        raise FieldError(f"image must stay inside {root}, got {image[:120]!r}", kind="bad image path")
+        raise FieldError(f"image must stay inside {root}, got {describe_source(image)!r}", kind="bad image path")
     return joined
 
 
@@ -257,11 +261,13 @@ def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any]) -> dic
     for name, value in pair.extra.items():
         if name != SOURCE:
             if name in values:
-                raise ValueError(f"extra must not hold {name!r}, which the pair itself writes, got {value!r}")
+                raise ValueError(f"extra must not hold {name!r}, which the pair itself writes, got {shorten(value)}")
             values[name] = value
     if pair.provenance:
         if "provenance" in values:
-            raise ValueError(f"extra must not hold 'provenance' beside the pair's own, got {values['provenance']!r}")
+            raise ValueError(
+                f"extra must not hold 'provenance' beside the pair's own, got {shorten(values['provenance'])}"
+            )
         values["provenance"] = pair.provenance
     return values
 
@@ -285,13 +291,16 @@ def to_line(pair: Pair, root: str) -> bytes:
     """
     source = pair.source
     paths = source.get("paths")
-    if not paths or tuple(os.path.join(root, path) for path in paths) != pair.images:
+    if not paths or tuple(absolute_path(path, root) for path in paths) != pair.images:
         paths = []
         for image in pair.images:
+            if is_url(image):
+                paths.append(image)
+                continue
             normal = below(os.path.normpath(os.path.join(root, image)), root)
             unchanged = below(image, root)
             if normal is None:
-                raise ValueError(f"images must be below the root {root}, got {image!r}")
+                raise ValueError(f"images must be below the root {root}, got {describe_source(image)!r}")
             paths.append(normal if unchanged is None else unchanged)
     values = _line(pair, paths, source)
     order = source.get("fields")
@@ -331,8 +340,12 @@ def write_mmpr(
         for pair in pairs:
             source = pair.source if _has_subset(pair.source) else {}
             subset = source.get("subset", name)
-            if root is None and not source and any(not os.path.isabs(image) for image in pair.images):
-                raise ValueError(f"images must be absolute where no root is given, got {pair.images}")
+            if (
+                root is None
+                and not source
+                and (relative := [image for image in pair.images if not os.path.isabs(image) and not is_url(image)])
+            ):
+                raise ValueError(f"images must be absolute where no root is given, got {shorten(relative)}")
             settings = {"root": source.get("root", default_root), **source.get("settings", {})}
             if not source:
                 settings |= {"data_augment": False, "repeat_time": 1}

@@ -1,23 +1,16 @@
-"""Image paths: URLs, folders that have moved, and conversion between relative and absolute paths."""
+"""Image paths: folders that have moved, and conversion between relative and absolute paths."""
 
 import dataclasses
 import functools
 import os
-import re
 from collections.abc import Sequence
 
 from mpo_ext.data.records import SOURCE, Pair
+from mpo_ext.images import is_url, local_path
 
 RootMap = Sequence[tuple[str, str]]
-_URL = re.compile(r"(?:^|/)((?:(?:https?|ftp|s3|gs|hf)://|data:image/).+)", re.IGNORECASE | re.DOTALL)
 
 real_path = functools.lru_cache(maxsize=64)(os.path.realpath)
-
-
-def find_url(path: str) -> str | None:
-    """Returns the URL at the start of an image path or after a root, or None if the path has no URL."""
-    match = _URL.search(path)
-    return None if match is None else match.group(1)
 
 
 def parse_root_map(text: str) -> tuple[str, str]:
@@ -46,15 +39,18 @@ def map_roots(pair: Pair, root_map: RootMap) -> Pair:
     extra, root = pair.extra, pair.source.get("root")
     if isinstance(root, str):
         extra = {**extra, SOURCE: {**pair.source, "root": map_root(root, root_map)}}
-    return dataclasses.replace(pair, images=tuple(map_root(image, root_map) for image in pair.images), extra=extra)
+    return dataclasses.replace(
+        pair, images=tuple(map_root(local_path(image), root_map) for image in pair.images), extra=extra
+    )
 
 
 def absolute_path(image: str, root: str) -> str:
-    """Joins an image path to a root folder; a URL is returned unchanged.
+    """Joins an image path to a root folder. A ``file://`` URL becomes its path; another URL is returned unchanged.
 
     Leading ``..`` parts start at the root's real path, so that an image has the same path from every root.
     """
-    if find_url(image):
+    image = local_path(image)
+    if is_url(image):
         return image
     if not image.startswith("../"):
         return os.path.join(root, image)
@@ -65,9 +61,11 @@ def absolute_path(image: str, root: str) -> str:
 
 
 def path_from(folder: str, path: str) -> str:
-    """Returns a path relative to a folder if the path lies below the folder, otherwise the path unchanged."""
+    """Returns a path relative to a folder if the path lies below the folder, otherwise the path or URL unchanged."""
+    if is_url(path):
+        return path
     inside = os.path.relpath(path, folder)
-    return path if inside.startswith("..") or find_url(path) else inside.replace(os.sep, "/")
+    return path if inside.startswith("..") else inside.replace(os.sep, "/")
 
 
 def below(path: str, root: str) -> str | None:

@@ -15,6 +15,7 @@ from mpo_ext.data.paths import RootMap, absolute_path, path_from, real_path
 from mpo_ext.data.reader import MAX_LINE_BYTES, BadLine, Location, PairSequence
 from mpo_ext.data.records import Pair
 from mpo_ext.data.trl import read_trl
+from mpo_ext.images import describe_source, image_exists
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,8 +94,8 @@ class MissingImages:
         for image in pair.images:
             key = hash(image)
             if key not in self._exists:
-                self._exists[key] = os.path.isfile(image)
-                self.first = self.first or ("" if self._exists[key] else image)
+                self._exists[key] = image_exists(image)
+                self.first = self.first or ("" if self._exists[key] else describe_source(image))
 
     def warning(self, source: PairSource) -> str | None:
         """Returns a warning with the number of missing images, or None if no image is missing."""

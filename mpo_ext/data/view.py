@@ -7,15 +7,14 @@ import io
 import json
 import os
 import random
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from mpo_ext.checks import check_integer
-from mpo_ext.data.paths import find_url
 from mpo_ext.data.reader import BadLine, Skipped
 from mpo_ext.data.records import SOURCE, Pair
 from mpo_ext.data.sources import PairSource
+from mpo_ext.images import ImageError, describe_source, is_remote, is_url, load_image
 from mpo_ext.report import save_page
 
 _TEMPLATE = "pairs_view.html.j2"
@@ -146,6 +145,17 @@ def script_json(value: Any) -> Any:
     return Markup(text)  # the loop escapes it
 
 
+def make_thumbnail(source: str, size: int) -> Any:
+    """Returns the pixels that a model sees, as a PIL image with sides of at most ``size`` pixels."""
+    image = load_image(source)
+    image.thumbnail((size, size))
+    return image
+
+
+def _name(path: str) -> str:
+    return describe_source(path if is_url(path) else os.path.basename(path))
+
+
 class Thumbnails:
     """Small copies of images as data URIs; an image that is added twice is stored once."""
 
@@ -158,7 +168,7 @@ class Thumbnails:
     def add(self, path: str) -> dict[str, Any]:
         """Returns the image's name and its index in ``uris``, or its name and the reason why it has no data URI."""
         if path not in self._entries:
-            self._entries[path] = {"name": os.path.basename(path)[:120], **self._make(path)}
+            self._entries[path] = {"name": _name(path), **self._make(path)}
         return self._entries[path]
 
     def _make(self, path: str) -> dict[str, Any]:
@@ -167,22 +177,14 @@ class Thumbnails:
         if self._budget <= 0:
             self.omitted += 1
             return {"problem": "no room left in the page"}
-        from PIL import Image
-
+        if is_remote(path):
+            return {"problem": "a URL, not fetched"}
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(path) as image:
-                    image.draft("RGB", (self._size, self._size))
-                    has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-                    small = image.convert("RGBA" if has_alpha else "RGB")
+            small = make_thumbnail(path, self._size)
         except FileNotFoundError:
-            return {"problem": "missing" if find_url(path) is None else "a URL, not fetched"}
-        except Exception as error:  # PIL's plugins raise many exception types
-            return {"problem": f"broken: {type(error).__name__}"}
-        if has_alpha:
-            small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
-        small.thumbnail((self._size, self._size))
+            return {"problem": "missing"}
+        except ImageError as error:
+            return {"problem": f"broken: {error}"}
         buffer = io.BytesIO()
         small.save(buffer, format="JPEG", quality=80)
         uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -186,7 +186,7 @@ def evaluate(
             tokens += sum(len(generation.token_ids) for generation in generations)
             on_batch(len(generations))
         right = [
-            answer is not None and is_right(answer, str(task.answer)).correct
+            answer is not None and bool(is_right(answer, str(task.answer)).correct)
             for answer, task in zip(answers, form_tasks, strict=True)
         ]
         result[form] = {

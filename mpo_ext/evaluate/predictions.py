@@ -12,7 +12,10 @@ from mpo_ext.evaluate.exports import EXPORTS, vlmevalkit_columns
 from mpo_ext.evaluate.scoring import ScoredResponse
 from mpo_ext.files import atomic_write
 from mpo_ext.generate.items import Item
+from mpo_ext.images import describe_source, is_data_url
 from mpo_ext.journal import encode_line
+
+_SCORED = ("answer", "correct", "unreadable", "rule", "tokens", "finish")
 
 
 def write_predictions(
@@ -47,7 +50,7 @@ def write_predictions(
                     for kit in exports
                 ]
                 for index, (item, problem, responses) in enumerate(cell.read(world_size)):
-                    cell.scores.append(cell.evaluation.question_score(problem, responses))
+                    cell.scores.append(cell.evaluation.question_score(item, problem, responses))
                     cell.offsets.append(file.tell())
                     file.writelines(map(encode_line, _lines(cell, index, item, problem, responses)))
                     if not problem:
@@ -80,11 +83,13 @@ def _lines(
         "prompt": cell.evaluation.prompt,
         "index": index,
         "question": item.question,
-        "images": list(item.pair_images),
+        "images": [describe_source(image) if is_data_url(image) else image for image in item.pair_images],
         "truth": list(item.truths),
     }
     if problem:
         yield {**shared, "problem": problem}
     for sample, response in enumerate(responses):
-        scored = {name: getattr(response, name) for name in ("answer", "correct", "rule", "tokens", "finish")}
+        scored = {
+            name: getattr(response, name) for name in ("answer", "correct", "unreadable", "rule", "tokens", "finish")
+        }
         yield {**shared, "sample": sample, "response": response.text, **scored}

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import os
 import random
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -16,6 +15,10 @@ from mpo_ext.evaluate.predictions import predictions_path, read_predictions
 from mpo_ext.files import atomic_path, atomic_write
 from mpo_ext.report import Bars, Panel, markdown_table, save_page, save_panels
 
+_UNREADABLE = (
+    "Unreadable: no answer can be extracted, or the matcher can call it neither right nor wrong. "
+    "The accuracy counts these responses as not right.\n"
+)
 _TEMPLATE = "failures_view.html.j2"
 _THUMBNAIL = 320
 _IMAGE_BUDGET = 64 << 20
@@ -69,7 +72,7 @@ def markdown_report(results: Mapping[str, Any]) -> str:
         if samples > 1:
             line += [_percent(row["majority"]), *(_percent(each) for each in row["pass_at"].values())]
         lines.append(line)
-    texts += ["## Beside the accuracy\n", _markdown(header, lines)]
+    texts += ["## Beside the accuracy\n", _UNREADABLE, _markdown(header, lines)]
     skipped: dict[tuple[str, str], int] = {}
     for row in rows:
         for reason, count in row["refused"].items():
@@ -222,7 +225,7 @@ def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -
                 "where": f"{cell.data.name} {index + 1}",
                 "question": cut_text(item.question, _MAX_CHARACTERS),
                 "truth": cut_text(" | ".join(item.truths), _MAX_CHARACTERS),
-                "images": [images.add(os.path.join(item.image_root, image)) for image in item.images],
+                "images": [images.add(image) for image in item.image_sources],
             }
 
 
@@ -234,7 +237,7 @@ def _answers(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "problem": problem,
         "right": sum(sample["correct"] for sample in samples),
-        "unreadable": sum(sample["answer"] is None for sample in samples),
+        "unreadable": sum(sample["unreadable"] for sample in samples),
         "cutOff": sum(sample["finish"] == "length" for sample in samples),
         "count": len(samples),
         "samples": [
@@ -242,6 +245,7 @@ def _answers(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "text": cut_text(sample["response"], _MAX_CHARACTERS),
                 "answer": sample["answer"] and cut_text(sample["answer"], _MAX_CHARACTERS),
                 "right": sample["correct"],
+                "unreadable": sample["unreadable"],
                 "cutOff": sample["finish"] == "length",
             }
             for sample in (samples[place] for place in sorted(shown))

@@ -77,9 +77,11 @@ class ScoredResponse:
     """A response and its score.
 
     Attributes:
-        answer: Extracted answer; None if the response has no readable answer.
+        answer: Extracted answer; None if the response has no answer.
+        correct: Whether the answer is correct; False for an unreadable answer, as in the scripts of benchmarks.
         rule: Name of the rule by which the matcher decided; None if there is no answer.
         finish: "stop", or "length" if ``max_new_tokens`` truncated the response.
+        unreadable: Whether the response has no answer, or an answer that is neither correct nor wrong.
     """
 
     text: str
@@ -88,6 +90,7 @@ class ScoredResponse:
     rule: str | None
     tokens: int
     finish: str
+    unreadable: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ class QuestionScore:
     Attributes:
         problem: Reason why the question could not be asked (the other attributes are then empty), or None.
         right: For each sampled response, whether its answer is correct.
-        unreadable: Number of responses without a readable answer.
+        unreadable: Number of unreadable responses; they count as not correct.
         cut_off: Number of responses that ``max_new_tokens`` truncated.
         tokens: Number of generated tokens in all responses.
         majority: Whether the most frequent answer is correct.
@@ -146,21 +149,32 @@ class Evaluation:
             return problem, []
         responses = []
         for record in records:
-            answer, verdict = self.scorer.score(record["text"], item.truths)
-            correct, rule = (verdict.correct, verdict.rule) if verdict else (False, None)
-            responses.append(ScoredResponse(record["text"], answer, correct, rule, record["tokens"], record["finish"]))
+            answer, verdict = self.scorer.score(record["text"], item)
+            correct, rule = (verdict.correct, verdict.rule) if verdict else (None, None)
+            responses.append(
+                ScoredResponse(
+                    text=record["text"],
+                    answer=answer,
+                    correct=correct is True,
+                    rule=rule,
+                    tokens=record["tokens"],
+                    finish=record["finish"],
+                    unreadable=correct is None,
+                )
+            )
         return None, responses
 
-    def question_score(self, problem: str | None, responses: Sequence[ScoredResponse]) -> QuestionScore:
+    def question_score(self, item: Item, problem: str | None, responses: Sequence[ScoredResponse]) -> QuestionScore:
         if problem is not None:
             return QuestionScore(problem)
+        matcher = self.scorer.matcher_for(item)
         first = majority(
             [response.answer for response in responses],
-            lambda first, second: is_same_answer(first, second, self.scorer.matcher),
+            lambda first, second: is_same_answer(first, second, matcher),
         )
         return QuestionScore(
             right=tuple(response.correct for response in responses),
-            unreadable=sum(response.answer is None for response in responses),
+            unreadable=sum(response.unreadable for response in responses),
             cut_off=sum(response.finish == "length" for response in responses),
             tokens=sum(response.tokens for response in responses),
             majority=first is not None and responses[first].correct,

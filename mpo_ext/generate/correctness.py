@@ -72,19 +72,26 @@ class CorrectnessConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScoredSample:
-    """A response, its extracted answer (None if unreadable) and its record in the journal."""
+    """A response, its extracted answer (None: there is none), its verdict, and its record in the journal.
+
+    ``correct`` is True or False if the response is surely right or surely wrong, and None if it is unreadable.
+    """
 
     text: str
     answer: str | None
+    correct: bool | None
+    rule: str | None
     record: Mapping[str, Any]
 
 
 class Correctness:
     """The correctness pipeline; ``mpo_ext.generate.runner.run`` runs it.
 
-    Outputs: ``pairs`` (right against wrong), ``format_pairs`` (right against unreadable) and ``unsolved`` (questions
-    without a right sample, as input for ``DropoutNTP``). If an unsolved question has no ``chosen`` response, it gets
-    one of its wrong samples.
+    Outputs: ``pairs`` (right against wrong), ``format_pairs`` (right against a response without an answer in the form
+    that the style asks for) and ``unsolved`` (questions without a right sample, as input for ``DropoutNTP``). If an
+    unsolved question has no ``chosen`` response, it gets one of its wrong samples.
+
+    A sample whose answer the matcher cannot read is in no pair, because its answer may be right.
     """
 
     name = "correctness"
@@ -112,22 +119,22 @@ class Correctness:
         all_records = self.questions.sample(items, engine)
         for item, records in zip(items, all_records, strict=True):
             for record in records:
-                if "problem" in record:
-                    continue
-                record["answer"], verdict = self.scorer.score(record["text"], item.truths)
-                if verdict is not None:
-                    record |= {"correct": verdict.correct, "score": verdict.score, "rule": verdict.rule}
+                if "problem" not in record:
+                    record |= self.scorer.score_fields(record["text"], item)
         return all_records
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
         result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         if problem := next((record["problem"] for record in records if "problem" in record), None):
             return result.skip(problem)
-        samples = [ScoredSample(record["text"], record["answer"], record) for record in records]
+        samples = [self._scored(item, record) for record in records]
         samples = [sample for sample in samples if self._is_usable(sample, result)]
-        right = [sample for sample in samples if sample.record.get("correct")]
-        wrong = [sample for sample in samples if sample.record.get("correct") is False]
-        unreadable = [sample for sample in samples if sample.answer is None]
+        right = [sample for sample in samples if sample.correct is True]
+        wrong = [sample for sample in samples if sample.correct is False]
+        unanswered = [sample for sample in samples if sample.answer is None]
+        n_unreadable = len(samples) - len(right) - len(wrong) - len(unanswered)
+        if n_unreadable:
+            result.skipped["answer of the sample is unreadable"] += n_unreadable
         if not right:
             result.lines.append(("unsolved", self._unsolved_line(item, wrong)))
             return result.skip("question without a right answer")
@@ -137,12 +144,16 @@ class Correctness:
         if len(right) == len(samples):
             return result.skip("question with right answers only")
         if self.config.dedupe:
-            right, wrong, unreadable = (self._distinct(samples, result) for samples in (right, wrong, unreadable))
-        for name, candidates in (("pairs", wrong), ("format_pairs", unreadable)):
+            right, wrong, unanswered = (self._distinct(samples, result) for samples in (right, wrong, unanswered))
+        for name, candidates in (("pairs", wrong), ("format_pairs", unanswered)):
             for chosen, rejected in self._choose_pairs(item, right, candidates, result):
                 pair = self._pair(item, chosen, rejected, model=model, accuracy=accuracy)
                 result.lines.append((name, pair.to_dict()))
         return result if result.lines else result.skip("question without a pair")
+
+    def _scored(self, item: Item, record: Mapping[str, Any]) -> ScoredSample:
+        fields = self.scorer.stored_fields(record, item)
+        return ScoredSample(record["text"], fields["answer"], fields["correct"], fields.get("rule"), record)
 
     def _is_usable(self, sample: ScoredSample, result: ItemResult) -> bool:
         reason = None
@@ -179,7 +190,7 @@ class Correctness:
                 continue
             if uses["chosen", chosen.text] >= limit or uses["rejected", rejected.text] >= limit:
                 continue
-            if is_same_answer(chosen.answer, rejected.answer, self.scorer.matcher):
+            if is_same_answer(chosen.answer, rejected.answer, self.scorer.matcher_for(item)):
                 result.skipped["same answer on both sides"] += 1
                 continue
             uses["chosen", chosen.text] += 1
@@ -207,7 +218,7 @@ class Correctness:
             "rejected_key": rejected.record["key"],
             "chosen_answer": chosen.answer,
             "rejected_answer": rejected.answer,
-            "rule": chosen.record["rule"],
+            "rule": chosen.rule,
             "accuracy": round(accuracy, 6),
             "generated_tokens": [chosen.record["tokens"], rejected.record["tokens"]],
         }

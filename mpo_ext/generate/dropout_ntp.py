@@ -16,6 +16,7 @@ from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.questions import AnswerScorer
 from mpo_ext.generate.repetition import is_degenerate
+from mpo_ext.images import ImageError
 
 WRONG_CHOSEN = "chosen is a sample that was wrong (--allow-wrong-chosen takes it)"
 _BROKEN = "\ufffd"  # a decoder writes this for an incomplete character
@@ -39,7 +40,10 @@ class DropoutNTPConfig:
         allow_wrong_chosen: Whether to use items whose chosen response is a wrong sample, as in the ``unsolved.jsonl``
             of the correctness pipeline; False skips these items.
         style: Form of the answer in a response, see ``extract_answer``; used for items that have a true answer.
-        matcher: Kind and options of the matcher that compares an answer with the truth; None compares no answers.
+        matcher: Kind and options of the matcher that compares an answer with the truth; None compares no answers. With
+            a matcher and a true answer, a continuation is skipped if its answer is right, or if the matcher cannot
+            read the answer, which may then be right. A continuation without an answer in the form of ``style`` is
+            used, because the method needs no answers.
     """
 
     keep: float = 0.5
@@ -174,7 +178,8 @@ class DropoutNTP:
         seen: set[str] = set()
         for sample, record in enumerate(records):
             chosen = item.chosen if item.chosen is not None else record.get("chosen", "")
-            reason = self._skip_reason(chosen, record)
+            scored = self._stored_score(item, record)
+            reason = self._skip_reason(chosen, record, scored)
             if reason is None and record["text"] in seen:
                 reason = "continuation is a duplicate"
             if reason is not None:
@@ -195,7 +200,7 @@ class DropoutNTP:
                 "finish": record["finish"],
                 "generated_tokens": record["tokens"],
                 "chosen_source": WRONG_SAMPLE if is_wrong else "input" if item.chosen is not None else "sample",
-                "rejected_answer": record.get("answer"),
+                "rejected_answer": scored.get("answer"),
             }
             pair = item.pair(item.question, chosen, record["text"], provenance)
             result.lines.append(("pairs", pair.to_dict()))
@@ -215,7 +220,7 @@ class DropoutNTP:
         elif self.config.with_image or item.chosen is None:
             try:
                 row.images = item.load_images()
-            except OSError:
+            except (OSError, ImageError):
                 row.problem = "image cannot be read"
         return row
 
@@ -244,8 +249,9 @@ class DropoutNTP:
                 row.problem = "sampled chosen response cut off at max_new_tokens"
             elif is_degenerate(generation.text):
                 row.problem = "sampled chosen response repeats itself"
-            elif self._score(row.item, generation.text).get("correct") is False:
-                row.problem = "sampled chosen response is wrong"
+            elif (score := self._score(row.item, generation.text)) and score["correct"] is not True:
+                is_wrong = score["correct"] is False
+                row.problem = f"sampled chosen response {'is wrong' if is_wrong else 'has no readable answer'}"
             row.chosen = generation.text
             row.sampled_tokens = len(generation.token_ids)
 
@@ -268,7 +274,7 @@ class DropoutNTP:
         }
         return record | self._score(row.item, text)
 
-    def _skip_reason(self, chosen: str, record: Mapping[str, Any]) -> str | None:
+    def _skip_reason(self, chosen: str, record: Mapping[str, Any], scored: Mapping[str, Any]) -> str | None:
         """Returns the reason why a continuation is skipped; None if it can be a rejected response."""
         if record["finish"] == "length" and not self.config.allow_truncated:
             return "continuation cut off at max_new_tokens"
@@ -280,16 +286,23 @@ class DropoutNTP:
             return "continuation holds a broken character"
         if is_degenerate(record["text"]):
             return "continuation repeats itself"
-        if record.get("correct"):
+        if scored.get("correct"):
             return "answer is still right"
+        if scored.get("answer") is not None and scored["correct"] is None:
+            return "answer is unreadable, and may still be right"
         return None
 
     def _score(self, item: Item, text: str) -> dict[str, Any]:
-        """Returns the answer and its correctness as a dict, which is empty without a true answer or a matcher."""
+        """Returns the answer and its verdict for the journal; empty without a true answer or a matcher."""
         if not item.truths or self._scorer is None:
             return {}
-        answer, verdict = self._scorer.score(text, item.truths)
-        return {"answer": answer, "correct": verdict is not None and verdict.correct}
+        return self._scorer.score_fields(text, item)
+
+    def _stored_score(self, item: Item, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the answer and its verdict from a record; empty without a true answer or a matcher."""
+        if not item.truths or self._scorer is None:
+            return {}
+        return self._scorer.stored_fields(record, item)
 
 
 def without_placeholders(question: str) -> str:

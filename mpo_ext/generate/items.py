@@ -3,18 +3,21 @@
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.chat import IMAGE_PLACEHOLDER, load_image
+from mpo_ext.answers import label_options
+from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_json
 from mpo_ext.data.mmpr import read_meta, resolve_image
-from mpo_ext.data.paths import find_url
+from mpo_ext.data.paths import absolute_path
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import SOURCE, Pair
+from mpo_ext.generate.item_forms import FormError, read_fields
+from mpo_ext.generate.item_rows import count_rows, read_rows
+from mpo_ext.images import is_data_url, is_remote, is_url, load_image
 
 WRONG_SAMPLE = "wrong sample"  # the ``chosen_source`` of a chosen response that is known to be wrong
 
@@ -25,10 +28,10 @@ class Item:
 
     Attributes:
         question: The question; may hold ``<image>`` at the place of an image.
-        images: Image paths as the input gives them.
+        images: Image paths as the input gives them, and data URLs of images that the input itself holds.
         chosen: Preferred response, an input of DropoutNTP; None if the item has no such response.
         truths: True answers, each of which counts as right.
-        extra: Other fields of the input line.
+        extra: Other fields of the input line. ``options`` is a list of texts, or a dict from letter to text.
         image_root: Folder against which relative image paths are resolved.
         subset: Name of the item's subset in a meta file; None without a meta file. The pairs of a subset have absolute
             image paths and record the subset and its root. In other pairs, relative image paths start at the folder of
@@ -50,7 +53,18 @@ class Item:
         """Returns the image paths for pairs: absolute for an item of a subset, otherwise as the input gives them."""
         if self.subset is None:
             return self.images
-        return tuple(os.path.join(self.image_root, image) for image in self.images)
+        return self.image_sources
+
+    @property
+    def image_sources(self) -> tuple[str, ...]:
+        """Returns the images for ``load_image``: paths joined to ``image_root``, and URLs."""
+        return tuple(absolute_path(image, self.image_root) for image in self.images)
+
+    @property
+    def options(self) -> tuple[tuple[str, str], ...] | None:
+        """Returns the letters and texts of the options, or None if the item has no options."""
+        options = self.extra.get("options")
+        return None if options is None else tuple(label_options(options).items())
 
     @property
     def pair_extra(self) -> dict[str, Any]:
@@ -75,8 +89,8 @@ class Item:
         return Pair(question, chosen, rejected, self.pair_images, self.answer_gt, provenance, self.pair_extra)
 
     def load_images(self) -> tuple[Any, ...]:
-        """Opens the images; raises OSError if an image is missing or cannot be read."""
-        return tuple(load_image(Path(self.image_root, image)) for image in self.images)
+        """Opens the images; raises FileNotFoundError or ImageError if an image is missing or cannot be read."""
+        return tuple(map(load_image, self.image_sources))
 
     @classmethod
     def from_dict(cls, values: Any, *, image_root: str = "", subset: str | None = None) -> "Item":
@@ -84,38 +98,39 @@ class Item:
 
         Args:
             values: Parsed line with ``question``; ``image`` or ``images``, a path or a list of paths; ``chosen``;
-                ``answer_gt`` or ``answer``. All other fields except ``rejected`` become ``extra``.
+                ``answer_gt`` or ``answer``; ``options``; or a row in one of the forms of ``item_forms``. All other
+                fields except ``rejected`` become ``extra``.
             image_root: Folder against which relative image paths are resolved.
             subset: Name of the subset, whose images must stay below ``image_root``; None without a meta file.
         """
         if not isinstance(values, Mapping):
             return cls(problem="unreadable line")
+        source = values.get(SOURCE)
         try:
-            check_json("item", dict(values))
+            fields = read_fields({key: value for key, value in values.items() if key != SOURCE})
+        except FormError as error:
+            return cls(question=str(values.get("question")), problem=str(error))
+        try:
+            check_json(
+                "item", {**fields.extra, "question": fields.question, "chosen": fields.chosen, "": fields.truths}
+            )
         except (TypeError, ValueError):
             return cls(problem="unreadable line")
-        rest = dict(values)
-        source = rest.pop(SOURCE, None)
-        question, chosen = rest.pop("question", None), rest.pop("chosen", None)
-        images = rest.pop("images", None) or rest.pop("image", None) or ()
-        images = (images,) if isinstance(images, str) else images
-        answer = rest.pop("answer_gt", None)
-        answer = rest.pop("answer", None) if answer is None else answer
-        truths = answer if isinstance(answer, (list, tuple)) else () if answer is None else (answer,)
-        for key in ("rejected", "image", "images"):
-            rest.pop(key, None)
+        question, images, chosen = fields.question, fields.images, fields.chosen
         if subset is None:
             subset, image_root = _remembered_subset(source, images, image_root)
+        options = fields.extra.get("options") or ()
+        marks = "".join(options.values() if isinstance(options, dict) else options).count(IMAGE_PLACEHOLDER)
         problem = None
         if not isinstance(question, str) or not question.strip():
             problem = "no question"
-        elif not isinstance(images, (list, tuple)) or not all(map(_is_path, images)):
+        elif not all(map(_is_path, images)):
             problem = "images are no paths"  # words: ignore (journals hold this text)
-        elif any(map(find_url, images)):
+        elif any(map(is_remote, images)):
             problem = "images are URLs, which are not fetched: download them first"
         elif subset is not None and not all(_is_inside(image, image_root) for image in images):
             problem = "image outside the root of its subset"
-        elif question.count(IMAGE_PLACEHOLDER) not in {0, len(images)}:
+        elif question.count(IMAGE_PLACEHOLDER) + marks not in {0, len(images)}:
             problem = f"number of {IMAGE_PLACEHOLDER} is not that of the images"
         if problem is not None:
             return cls(question=str(question), problem=problem)
@@ -123,8 +138,8 @@ class Item:
             question=str(question),
             images=tuple(images),
             chosen=chosen if isinstance(chosen, str) and chosen.strip() else None,
-            truths=tuple(map(str, truths)),
-            extra=rest,
+            truths=tuple(fields.truths),
+            extra=fields.extra,
             image_root=image_root,
             subset=subset,
         )
@@ -142,7 +157,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ItemFile:
-    """A JSONL file of items; ``subset`` is the name of the file in a meta file, or None without a meta file."""
+    """A file of items; ``subset`` is the name of the file in a meta file, or None without a meta file."""
 
     path: str
     image_root: str = ""
@@ -179,10 +194,7 @@ def open_items(
     for item_file in files:
         if item_file.subset is not None:
             digest.update(repr(item_file.subset).encode(errors="surrogatepass"))
-        with open(item_file.path, "rb") as file:
-            for line in file:
-                digest.update(line)
-                count += bool(line.strip())
+        count += count_rows(item_file.path, digest)
     return ItemSource(files, digest.hexdigest(), count if limit is None else min(count, limit))
 
 
@@ -192,7 +204,7 @@ def item_files(
     """Returns the files of a source: the source itself, or the files in a meta file (.json) as MMPR uses it.
 
     Args:
-        source: Path of a JSONL file or a meta file.
+        source: Path of a JSONL, TSV, CSV or Parquet file, or of a meta file.
         image_root: Folder against which relative image paths are resolved; a meta file names a root for each file.
         root_map: Pairs of path prefixes (old, new) for folders in a meta file that have moved.
 
@@ -214,15 +226,8 @@ def item_files(
 def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
     """Yields the items of files in order; a line that cannot be read becomes an item with a ``problem``."""
     for item_file in files:
-        with open(item_file.path, "rb") as file:
-            for line in file:
-                if not line.strip():
-                    continue
-                try:
-                    values = json.loads(line)
-                except ValueError:
-                    values = None
-                yield Item.from_dict(values, image_root=item_file.image_root, subset=item_file.subset)
+        for values in read_rows(item_file.path):
+            yield Item.from_dict(values, image_root=item_file.image_root, subset=item_file.subset)
 
 
 def _is_path(image: object) -> bool:
@@ -234,12 +239,18 @@ def _remembered_subset(source: object, images: object, image_root: str) -> tuple
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):
         return None, image_root
-    if not all(_is_path(image) and os.path.isabs(image) and _is_inside(image, root) for image in images):
+    if not all(_is_path(image) and _is_absolute(image) and _is_inside(image, root) for image in images):
         return None, image_root
     return subset, root
 
 
+def _is_absolute(image: str) -> bool:
+    return os.path.isabs(image) or is_url(image)
+
+
 def _is_inside(image: str, root: str) -> bool:
+    if is_data_url(image):
+        return True
     try:
         resolve_image(image, root)
     except FieldError:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.data.paths import find_url
 from mpo_ext.files import FileLock, atomic_write
 from mpo_ext.generate.items import Item
+from mpo_ext.images import is_url
 from mpo_ext.journal import encode_line
 
 
@@ -155,7 +155,7 @@ class PairOutputs:
 
     def _relative_path(self, image: str, root: str) -> str:
         """Returns an image path relative to the folder of the outputs; returns absolute paths and URLs unchanged."""
-        if os.path.isabs(image) or find_url(image):
+        if os.path.isabs(image) or is_url(image):
             return image
         path = os.path.relpath(os.path.abspath(os.path.join(root, image)), self._folder)
         return path.replace(os.sep, "/")

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpo_ext.answers import Verdict, extract_answer, matcher
+from mpo_ext.answers import VERDICT_VERSION, Matcher, Verdict, extract_answer, matcher
+from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.items import Item
 from mpo_ext.generate.prompts import PromptTemplate, render
+from mpo_ext.images import ImageError
 
 _MAX_KNOWN_VERDICTS = 1 << 16
 
@@ -36,6 +38,23 @@ class QuestionSampler:
             return item.question
         return render(self.template, item.question, item.extra.get("options"))
 
+    def _prompt_problem(self, item: Item) -> str | None:
+        """Returns the reason why the template cannot show an item, or None."""
+        try:
+            prompt = self.prompt(item)
+        except ValueError:
+            return "options cannot be shown by this template"
+        if prompt.count(IMAGE_PLACEHOLDER) not in {0, len(item.images)}:
+            return f"number of {IMAGE_PLACEHOLDER} in the prompt is not that of the images"
+        in_options = IMAGE_PLACEHOLDER in "".join(text for _, text in item.options or ())
+        if (
+            in_options
+            and self.template
+            and not self.template.text.find("{question}") < self.template.text.find("{options}")
+        ):
+            return f"{IMAGE_PLACEHOLDER} in options needs a template that shows them after the question"
+        return None
+
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
         """Asks the questions and returns a list of records for each item.
 
@@ -49,8 +68,12 @@ class QuestionSampler:
                 continue
             try:
                 images = item.load_images()
-            except OSError:
+            except (OSError, ImageError):
                 problems[row] = "image cannot be read"
+                continue
+            problem = self._prompt_problem(item)
+            if problem is not None:
+                problems[row] = problem
                 continue
             prompt = self.prompt(item)
             requests += [
@@ -91,17 +114,39 @@ class AnswerScorer:
         self.matcher = matcher(**matcher_options)
         self.style = style or (template.answer_style if template else "final_answer")
         extract_answer("", self.style)  # raises for an unknown style before a model is loaded
-        self._verdicts: dict[tuple[tuple[str, ...], str], Verdict] = {}
+        self._verdicts: dict[tuple[tuple[str, ...], Any, str], Verdict] = {}
 
-    def score(self, text: str, truths: tuple[str, ...]) -> tuple[str | None, Verdict | None]:
-        """Returns the answer in a response and the matcher's verdict; both are None if no answer is readable."""
+    def matcher_for(self, item: Item) -> Matcher:
+        """Returns the matcher for the answers to an item, which knows the item's options."""
+        return self.matcher if item.options is None else self.matcher.with_options(dict(item.options))
+
+    def score(self, text: str, item: Item) -> tuple[str | None, Verdict | None]:
+        """Returns the answer in a response and the matcher's verdict; both are None if no answer can be extracted."""
         answer = extract_answer(text, self.style)
         if answer is None:
             return None, None
         # Verdicts are cached: samples often agree, journals are read more than once, and some matchers are slow.
-        verdict = self._verdicts.get((truths, answer))
+        key = (item.truths, item.options, answer)
+        verdict = self._verdicts.get(key)
         if verdict is None:
             if len(self._verdicts) >= _MAX_KNOWN_VERDICTS:
                 self._verdicts.clear()
-            verdict = self._verdicts[truths, answer] = self.matcher(answer, truths)
+            verdict = self._verdicts[key] = self.matcher_for(item)(answer, item.truths)
         return answer, verdict
+
+    def score_fields(self, text: str, item: Item) -> dict[str, Any]:
+        """Returns the answer in a response and its verdict as the fields that a journal stores.
+
+        ``correct`` is true, false, or null if no answer can be extracted or the matcher cannot read it.
+        """
+        answer, verdict = self.score(text, item)
+        fields: dict[str, Any] = {"answer": answer, "correct": None if verdict is None else verdict.correct}
+        if verdict is not None:
+            fields |= {"score": verdict.score, "rule": verdict.rule}
+        return {**fields, "verdicts": VERDICT_VERSION}
+
+    def stored_fields(self, record: Mapping[str, Any], item: Item) -> dict[str, Any]:
+        """Returns the fields of ``score_fields`` from a record; a record of older matchers is scored again."""
+        if record.get("verdicts") == VERDICT_VERSION:
+            return {name: record[name] for name in ("answer", "correct", "score", "rule") if name in record}
+        return self.score_fields(record["text"], item)

@@ -6,10 +6,12 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpo_ext.chat import ChatEncoder, Conversation, load_image
+from mpo_ext.chat import ChatEncoder, Conversation
 from mpo_ext.chat.encoder import EncodedPrompt, embedding_rows_of, stop_ids_of
 from mpo_ext.checks import check_integer
 from mpo_ext.generate.engine import Generation, Request, SamplingConfig
+from mpo_ext.images import load_image
+from mpo_ext.processors import load_processor, takes_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,6 +121,10 @@ class TransformersEngine:
             batch_size: See the class.
             chat_options: See the class.
             **options: Passed to ``from_pretrained``, for example ``revision`` or ``gguf_file``.
+
+        Raises:
+            ImportError: If the processor needs torchvision, which is missing.
+            ValueError: If the model is not a causal language model (``mpo_ext.processors.check_supported``).
         """
         import torch
         import transformers
@@ -127,11 +133,10 @@ class TransformersEngine:
             local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
             device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
         config = transformers.AutoConfig.from_pretrained(name, **options)
-        has_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        processor = load_processor(name, config, **options)  # fails in seconds, unlike the weights
+        has_images = takes_images(config)
         loader = transformers.AutoModelForImageTextToText if has_images else transformers.AutoModelForCausalLM
         model = loader.from_pretrained(name, dtype=dtype, **options).to(device)
-        processor_loader = transformers.AutoProcessor if has_images else transformers.AutoTokenizer
-        processor = processor_loader.from_pretrained(name, **options)
         return cls(model, processor, name=name, batch_size=batch_size, **(chat_options or {}))
 
     def settings(self) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpo_ext.chat import ChatEncoder, Conversation, load_image
+from mpo_ext.chat import ChatEncoder, Conversation
 from mpo_ext.checks import install_hint
 from mpo_ext.generate.engine import Generation, Request
 from mpo_ext.generate.transformers_engine import make_generation
+from mpo_ext.images import load_image
 
 
 class VLLMEngine:

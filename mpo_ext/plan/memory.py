@@ -242,7 +242,7 @@ def meta_model(recipe: ModelRecipe) -> nn.Module:
 
     check_model_path("model.path", recipe.path)
     config = AutoConfig.from_pretrained(recipe.path, revision=recipe.revision)
-    loader, _ = models.loader_of(config)
+    loader = models.loader_of(config)
     if recipe.dtype == "auto":
         named = getattr(config, "dtype", None)
         dtype = named if isinstance(named, torch.dtype) else torch.float32

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mpo_ext.chat import ChatEncoder, ChatError, Conversation, EncodedResponse, load_image
+from mpo_ext.chat import ChatEncoder, ChatError, Conversation, EncodedResponse
 from mpo_ext.checks import check_integer
 from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
+from mpo_ext.images import describe_source, load_image
 
 TOO_LONG = "longer than max_length"
 NO_ROOM = "prompt leaves no room for a response"
@@ -368,7 +369,8 @@ def _open(path: str, index: int, name: str) -> Any:
     except Exception as error:  # Pillow raises many kinds of exceptions for a broken file
         kind = MissingImageError if isinstance(error, FileNotFoundError) else BadPairError
         raise kind(
-            f"{name}: images[{index}] must be an image that can be read, got {path}: {type(error).__name__}: {error}"
+            f"{name}: images[{index}] must be an image that can be read, got {describe_source(path)}: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 

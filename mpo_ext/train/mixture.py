@@ -13,10 +13,10 @@ import numpy as np
 
 from mpo_ext.checks import check_integer
 from mpo_ext.data.mmpr import MMPRDataset
-from mpo_ext.data.paths import find_url
 from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import PairSource, open_pairs
+from mpo_ext.images import describe_source, image_exists
 from mpo_ext.train.encode import prompt_key
 from mpo_ext.train.recipe import SourceRecipe
 
@@ -251,11 +251,11 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
     for image in pair.images:
         key = hash(image)
         if key not in file_exists:
-            file_exists[key] = os.path.isfile(image)
+            file_exists[key] = image_exists(image)
             if not file_exists[key]:
                 overview.missing += 1
                 if overview.missing <= _EXAMPLES:
-                    overview.examples.append(f"{name}: no such image: {find_url(image) or image}")
+                    overview.examples.append(f"{name}: no such image: {describe_source(image)}")
         is_complete = is_complete and file_exists[key]
     return is_complete
 

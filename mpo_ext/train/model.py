@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
+from mpo_ext.processors import load_processor, takes_images
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
 
 _SAMPLED = 4096  # minimum number of values that a fingerprint reads from a larger parameter
@@ -27,31 +28,29 @@ PARTS = {
 
 def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
     """Returns the model on the CPU, prepared for training, and its processor (for a text model its tokenizer)."""
-    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+    from transformers import AutoConfig
 
     check_model_path("model.path", recipe.path)
     config = AutoConfig.from_pretrained(recipe.path, revision=recipe.revision)
-    loader, has_images = loader_of(config)
+    processor = load_processor(recipe.path, config, revision=recipe.revision)  # fails in seconds, unlike the weights
     options: dict[str, Any] = {}
     if recipe.lora is not None and recipe.lora.quantization is not None:
         options["quantization_config"] = _quantization(recipe)
-    model = loader.from_pretrained(
+    model = loader_of(config).from_pretrained(
         recipe.path,
         revision=recipe.revision,
         dtype=recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
         attn_implementation=recipe.attention,
         **options,
     )
-    processor = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(recipe.path, revision=recipe.revision)
     return prepare_model(model, recipe), processor
 
 
-def loader_of(config: Any) -> tuple[Any, bool]:
-    """Returns the auto class that loads models with this config, and whether they take images."""
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+def loader_of(config: Any) -> Any:
+    """Returns the auto class that loads models with this config."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return (AutoModelForImageTextToText if has_images else AutoModelForCausalLM), has_images
+    return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
 
 
 def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mpo_ext.chat import ChatEncoder, Conversation, chat_messages, load_image
+from mpo_ext.chat import ChatEncoder, Conversation, chat_messages
 from mpo_ext.chat.conversation import message_turns
 from mpo_ext.chat.decoding import squash
 from mpo_ext.chat.template import OPEN_TAG
 from mpo_ext.checks import LinesError
 from mpo_ext.data.records import Pair
+from mpo_ext.images import load_image
 from mpo_ext.train.encode import BadPairError, Encoder, Sample, conversation_of
 
 _CONSOLE_CHARACTERS = 160

@@ -10,6 +10,7 @@ from torch import nn
 from mpo_ext.chat.encoder import embedding_rows_of, stop_ids_of
 from mpo_ext.checks import check_model_path
 from mpo_ext.loss.hf_head import unwrap_model
+from mpo_ext.processors import check_model, check_supported
 from mpo_ext.train.dataset import Collator, RunData, without_responses
 from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.export import check_mergeable
@@ -65,9 +66,11 @@ def set_up(recipe: Recipe, accelerator: Any, model: nn.Module | None, processor:
     """
     if recipe.reference.path is not None:
         check_model_path("reference.path", recipe.reference.path)
+        check_model(recipe.reference.path)
     if model is None:
         model, processor = load_model(recipe.model)
     else:
+        check_supported(unwrap_model(model).config, processor)
         model = prepare_model(model, recipe.model)
     data = _make_data(recipe, accelerator, model, processor)
     # The reference may copy the policy, so it is made before the policy is wrapped or moved.

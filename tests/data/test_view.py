@@ -117,7 +117,7 @@ def test_the_page_states_what_it_omits(write_lines: Any, images: Path, tmp_path:
 
 def test_thumbnails_are_small_for_every_image_mode(images: Path, tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
-    modes = {"1": 1, "L": 9, "P": 3, "LA": (1, 2), "RGBA": (1, 2, 3, 0), "CMYK": (1, 2, 3, 4), "I;16": 9, "F": 0.5}
+    modes = {"1": 1, "L": 9, "P": 3, "LA": (1, 2), "RGBA": (1, 2, 3, 0), "CMYK": (1, 2, 3, 4), "I;16": 9, "F": 50.5}
     paths = []
     for index, (mode, color) in enumerate(modes.items()):
         paths.append(images / f"{index}.{'tiff' if mode in ('CMYK', 'F', 'I;16') else 'png'}")

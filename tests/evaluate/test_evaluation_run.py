@@ -85,8 +85,8 @@ def test_the_numbers_are_those_of_the_answers(tmp_path: Path) -> None:
     assert len(predictions) == 9
     assert predictions[1] == {
         "data": "mine", "prompt": "cot", "index": 1, "question": "two", "images": [], "truth": ["1"], "sample": 0,
-        "response": final(0), "answer": "0", "correct": False, "rule": "vqa:normalized", "tokens": len(final(0)),
-        "finish": "stop",
+        "response": final(0), "answer": "0", "correct": False, "unreadable": False, "rule": "vqa:normalized",
+        "tokens": len(final(0)), "finish": "stop",
     }  # fmt: skip
     assert (predictions[4]["answer"], predictions[4]["correct"], predictions[4]["finish"]) == (None, False, "length")
     assert [line["problem"] for line in predictions[6:]] == [
@@ -352,3 +352,34 @@ def test_bad_arguments_are_named_before_anything_is_asked(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"none\.jsonl"):
         evaluate({"m": StubEngine()}, {"d": tmp_path / "none.jsonl"}, tmp_path / "out")
+
+
+def test_unreadable_answers_are_counted_and_are_not_right(tmp_path: Path) -> None:
+    """Two of four responses are unreadable: one has no answer, the other an answer that may be right."""
+    data = write_lines(tmp_path / "d.jsonl", [{"question": each, "answer_gt": "7"} for each in "abcd"])
+    answers = {"a": [final("seven")], "b": [final("7 apples")], "c": [final(8)], "d": ["It is 7"]}
+    config = EvaluationConfig(prompts=("cot",), matcher={"kind": "number"})
+    results = evaluate({"m": ScriptedEngine(answers)}, {"d": data}, tmp_path / "out", config=config)
+    (row,) = results["results"]
+    assert (row["accuracy"], row["unreadable"]) == (0.25, 0.5)
+    lines = lines_of(tmp_path / "out" / "predictions-m.jsonl")
+    assert [(line["correct"], line["unreadable"]) for line in lines] == [
+        (True, False), (False, True), (False, False), (False, True),
+    ]  # fmt: skip
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "Unreadable: no answer can be extracted" in table
+    assert " 50.0 |" in table
+
+
+def test_the_options_of_each_item_decide_about_its_answers(tmp_path: Path) -> None:
+    items = [
+        {"question": "a", "options": ["Rome", "Paris"], "answer": "B"},
+        {"question": "b", "options": "['x', 'y']", "answer": "B"},
+    ]
+    data = write_lines(tmp_path / "d.jsonl", items)
+    answers = {"a": [final("Paris"), final("Rome"), final("Paris")], "b": [final("Paris"), final("y"), final("(B)")]}
+    config = EvaluationConfig(prompts=("cot",), samples=3, temperature=1.0, matcher={"kind": "choice"})
+    (row,) = evaluate({"m": ScriptedEngine(answers)}, {"d": data}, tmp_path / "out", config=config)["results"]
+    assert row["accuracy"] == pytest.approx(4 / 6)
+    assert row["unreadable"] == pytest.approx(1 / 6)
+    assert row["majority"]["accuracy"] == 1.0  # "y" and "(B)" are the same answer

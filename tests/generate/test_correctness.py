@@ -193,3 +193,78 @@ def test_a_template_is_in_the_prompt_and_in_the_pair() -> None:
     (records,) = pipeline.sample([ITEM], engine)
     ((_, pair),) = pipeline.make_pairs(ITEM, records, "stub").lines
     assert pair["question"] == engine.requests[0].question == render(template, "How many?") != "How many?"
+
+
+def test_only_surely_wrong_samples_are_rejected() -> None:
+    """10,000 samples in many forms: no right and no unreadable answer is rejected, and only right ones are chosen."""
+    rng = random.Random(0)
+    right = [
+        "{}",
+        "{}.0",
+        "x = {}",
+        "about {}",
+        "${}$",
+        "The answer is $\\boxed{{{}}}$.",
+        "**{}**",
+        "{} ",
+        "{}%",
+        "\\${}",
+    ]
+    unsure = [
+        "{} apples",
+        "{}k",
+        "{} or 3",
+        "{}-40",
+        "between 1 and {}",
+        "at least {}",
+        "not {}",
+        "{}th",
+        "{} million",
+        "?",
+    ]
+    by_text: dict[str, str] = {}
+    outcomes: collections.Counter[str] = collections.Counter()
+    pipeline = Correctness(CorrectnessConfig(samples=20, matcher={"kind": "number"}, pairs_per_question=0))
+    for number in range(500):
+        truth = rng.randrange(20, 100)
+        item = Item(question=f"Question {number}?", truths=(str(truth),))
+        script = {}
+        for key in pipeline.keys(item):
+            kind = rng.choice(["right", "wrong", "unreadable", "missing"])
+            value = truth + rng.randrange(1, 9) if kind == "wrong" else truth
+            form = rng.choice(unsure if kind == "unreadable" else right)
+            if kind == "wrong" and form.startswith("about"):
+                form = "{}"
+            text = answered(form.format(value), f"{key}.") if kind != "missing" else f"{key}. It is {truth}."
+            by_text[text] = kind
+            script[key] = Generation((1,), text, "stop")
+        (records,) = pipeline.sample([item], StubEngine(script=script))
+        outcome = pipeline.make_pairs(item, records, "stub")
+        outcomes.update(name for name, _ in outcome.lines)
+        outcomes["unreadable"] += outcome.skipped["answer of the sample is unreadable"]
+        assert {by_text[chosen] for chosen, _ in pairs(outcome)} <= {"right"}
+        assert {by_text[rejected] for _, rejected in pairs(outcome)} <= {"wrong"}
+        assert {by_text[rejected] for _, rejected in pairs(outcome, "format_pairs")} <= {"missing"}
+    counts = collections.Counter(by_text.values())
+    assert counts.total() == 10_000
+    assert outcomes["pairs"] > 10_000
+    assert outcomes["unreadable"] == counts["unreadable"]
+
+
+def test_samples_of_older_journals_are_scored_again() -> None:
+    """Before, "7 apples" was stored as wrong beside the truth 7, and 2e-9 as right beside 1.2e-9."""
+    pipeline = Correctness(CorrectnessConfig(samples=3, matcher={"kind": "number"}))
+    old = [("7", True), ("7 apples", False), ("8", False)]
+    records = [
+        {"key": key, "text": answered(answer), "finish": "stop", "tokens": 1, "answer": answer}
+        | {"correct": correct, "score": float(correct), "rule": "number:value"}
+        for key, (answer, correct) in zip(pipeline.keys(ITEM), old, strict=True)
+    ]
+    assert pairs(pipeline.make_pairs(ITEM, records, "stub")) == [(answered(7), answered(8))]
+
+
+def test_the_options_of_an_item_decide_about_its_answers() -> None:
+    item = Item.from_dict({"question": "Where?", "options": ["Rome", "Paris"], "answer": "B"})
+    outcome = judged([answered("Paris"), answered("Rome"), answered("London")], item, matcher={"kind": "choice"})
+    assert pairs(outcome) == [(answered("Paris"), answered("Rome"))]
+    assert outcome.skipped["answer of the sample is unreadable"] == 1

@@ -226,3 +226,33 @@ def test_bad_settings_are_named(options: dict, error: type[Exception], message: 
 def test_bad_sampling_settings_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("ending", "matcher", "skipped"),
+    [
+        ("\nFinal answer: 8", {"kind": "number"}, {}),
+        ("\nFinal answer: seven", {"kind": "number"}, {"answer is still right": 1}),
+        ("\nFinal answer: 7 apples", {"kind": "number"}, {"answer is unreadable, and may still be right": 1}),
+        ("\nIt is 7 apples", {"kind": "number"}, {}),  # no answer in this style: the method needs none
+        ("\nFinal answer: 7 apples", None, {}),
+    ],
+)
+def test_an_unreadable_answer_may_still_be_right(ending: str, matcher: dict | None, skipped: dict[str, int]) -> None:
+    outcome = pairs_of(Item(question="Q", chosen=CHOSEN, truths=("7",)), ending, matcher=matcher)
+    assert outcome.skipped == skipped
+    assert len(outcome.lines) == 1 - len(skipped)
+
+
+def test_a_sampled_chosen_response_has_a_right_answer_if_the_answer_is_known() -> None:
+    item = Item(question="Why?", truths=("7",))
+    pipeline = DropoutNTP(DropoutNTPConfig(sample_chosen=True, matcher={"kind": "number"}))
+    (key,) = pipeline.keys(item)
+    for text, skipped in (
+        ("Long enough.\nFinal answer: seven", {}),
+        ("Long enough.\nFinal answer: 7 or 8", {"sampled chosen response has no readable answer": 1}),
+        ("Long enough.\nIt is 7.", {"sampled chosen response has no readable answer": 1}),
+    ):
+        engine = StubEngine(script={item.digest: Generation((), text, "stop"), key: Generation((33,), "!", "stop")})
+        (records,) = pipeline.sample([item], engine)
+        assert pipeline.make_pairs(item, records, "stub").skipped == skipped

@@ -253,7 +253,8 @@ def test_vllm_gets_ids_images_and_a_seed_for_each_request(monkeypatch: pytest.Mo
     stopped, cut = engine.generate([first, second])
     assert (stopped.token_ids, stopped.finish_reason) == ((9, 10), "stop")
     assert (cut.token_ids, cut.finish_reason) == ((9, 10), "length")
-    assert stopped.text == engine.decode_response(second, (9, 10))
+    assert engine.decode_response(first, (11, 12)) + stopped.text == engine.decode_response(first, (11, 12, 9, 10))
+    assert cut.text == engine.decode_response(second, (9, 10))
     prompts, params = fake.calls[0]
     assert prompts[0]["prompt_token_ids"][-2:] == [11, 12]
     torch.manual_seed(0)

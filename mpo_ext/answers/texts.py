@@ -1,0 +1,66 @@
+"""Compares answers that are words: equal, different, or not sure."""
+
+import functools
+import re
+
+from mpo_ext.answers.normalize import clean_answer, fold
+
+_LEAD = re.compile(r"(?:(?:the|my)\s+)?(?:(?:final|correct|right)\s+)*(?:answer|it)(?:\s+is|\s*:|\s*=)\s*:?\s*", re.I)
+_WORD = re.compile(r"[+-]?(?:[0-9]+(?:[.,/][0-9]+)*|\.[0-9]+)|[<>\u2264\u2265]=?|[^\W_]+")
+_NO_ANSWER = re.compile(
+    r"(?:i|we)\s+(?:do\s+not|don't|don\u2019t|cannot|can't|can\u2019t|could\s+not|couldn't|am\s+not|am\s+unable)\b.*"
+    r"|(?:i'm|i\u2019m)\s+(?:not|unable|sorry)\b.*|(?:sorry|unfortunately)\b.*|unable\s+to\b.*|it\s+depends\b.*"
+    r"|.*\b(?:cannot|can't|can\s+not|could\s+not)\s+be\s+\w+.*"
+    r"|(?:unknown|unclear|unanswerable|unsure|uncertain|undetermined|n/?a|null|nan|tbd|none\s+given|no\s+answer)"
+    r"|(?:not|no|insufficient|not\s+enough)\s+(?:sure|clear|certain|available|applicable|given|visible|known|specified"
+    r"|shown|mentioned|provided|stated|data|information|idea)\b.*|[?.\-_\u2026 ]+",
+    re.DOTALL,
+)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def is_no_answer(text: str) -> bool:
+    """Returns whether a text, in the form that ``fold`` returns, declines to answer ("I don't know", "N/A", "?")."""
+    return _NO_ANSWER.fullmatch(text) is not None
+
+
+def without_lead(text: str) -> str:
+    """Returns a text without "The answer is" before it."""
+    lead = _LEAD.match(text)
+    return text[lead.end() :] if lead and lead.end() < len(text) else text
+
+
+def compare_texts(first: str, second: str) -> bool | None:
+    """Returns whether two answers in words are equal, ignoring case and phrases such as "The answer is".
+
+    None means that they may mean the same, or that one of them gives no answer: the words of one answer occur within
+    the other in the same order ("dog" and "a brown dog"), or one of the texts declines to answer.
+    """
+    return compare_folded(fold(clean_answer(first)), fold(clean_answer(second)))
+
+
+def compare_folded(first: str, second: str) -> bool | None:
+    """Returns the result of ``compare_texts`` for two texts that ``fold`` has returned."""
+    if first == second != "":
+        return True
+    if not first or not second or is_no_answer(first) or is_no_answer(second):
+        return None
+    first, second = without_lead(first), without_lead(second)
+    if first == second or clean_answer(first) == clean_answer(second):
+        return True
+    return None if may_be_same_words(first, second) else False
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(text))
+
+
+def may_be_same_words(first: str, second: str) -> bool:
+    """Returns whether two folded texts have the same words, or the words of one occur within the other, in order."""
+    shorter, longer = sorted((_words(first), _words(second)), key=len)
+    if not shorter:
+        return (
+            bool(first) and bool(second) and not _WORD.search(first + second) and (first in second or second in first)
+        )
+    return any(longer[start : start + len(shorter)] == shorter for start in range(len(longer) - len(shorter) + 1))

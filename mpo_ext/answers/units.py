@@ -1,0 +1,235 @@
+"""Units of measurement: their dimension and their factor, so that 7 m equals 700 cm and differs from 7 km."""
+
+import dataclasses
+import functools
+import re
+from fractions import Fraction
+from typing import Literal
+
+Dimension = tuple[tuple[str, int], ...]
+
+_TEN = Fraction(10)
+_PREFIXES = {"n": -9, "\u00b5": -6, "\u03bc": -6, "u": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9, "T": 12}
+_PREFIX_WORDS = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "kilo": 3, "mega": 6, "giga": 9}
+# Units that take prefixes: symbol, words, factor, dimension. "C", "F", "K" and "B" are left out: they are ambiguous.
+_SCALED = (
+    ("m", "metre meter", "1", {"m": 1}),
+    ("g", "gram gramme", "1/1000", {"kg": 1}),
+    ("s", "second", "1", {"s": 1}),
+    ("L", "litre liter", "1/1000", {"m": 3}),
+    ("l", "", "1/1000", {"m": 3}),
+    ("Hz", "hertz", "1", {"s": -1}),
+    ("N", "newton", "1", {"kg": 1, "m": 1, "s": -2}),
+    ("J", "joule", "1", {"kg": 1, "m": 2, "s": -2}),
+    ("W", "watt", "1", {"kg": 1, "m": 2, "s": -3}),
+    ("Wh", "", "3600", {"kg": 1, "m": 2, "s": -2}),
+    ("Pa", "pascal", "1", {"kg": 1, "m": -1, "s": -2}),
+    ("A", "ampere amp", "1", {"A": 1}),
+    ("V", "volt", "1", {"kg": 1, "m": 2, "s": -3, "A": -1}),
+    ("\u03a9", "ohm", "1", {"kg": 1, "m": 2, "s": -3, "A": -2}),
+    ("mol", "mole", "1", {"mol": 1}),
+)
+# Units without prefixes: all their names, factor, dimension.
+_PLAIN = (
+    ("min minute minutes mins", "60", {"s": 1}),
+    ("h hr hrs hour hours", "3600", {"s": 1}),
+    ("sec secs", "1", {"s": 1}),
+    ("d day days", "86400", {"s": 1}),
+    ("wk week weeks", "604800", {"s": 1}),
+    ("month months", "1", {"month": 1}),
+    ("yr yrs year years", "12", {"month": 1}),
+    ("in inch inches", "0.0254", {"m": 1}),
+    ("ft foot feet", "0.3048", {"m": 1}),
+    ("yd yard yards", "0.9144", {"m": 1}),
+    ("mi mile miles", "1609.344", {"m": 1}),
+    ("mph", "0.44704", {"m": 1, "s": -1}),
+    ("kmh kph", "5/18", {"m": 1, "s": -1}),
+    ("t tonne tonnes", "1000", {"kg": 1}),
+    ("lb lbs pound pounds", "0.45359237", {"kg": 1}),
+    ("oz ounce ounces", "0.028349523125", {"kg": 1}),
+    ("ha hectare hectares", "10000", {"m": 2}),
+    ("rpm", "1/60", {"s": -1}),
+    ("\u00b0 deg degree degrees", "1", {"degree": 1}),
+    ("rad radian radians", "1", {"radian": 1}),
+)
+_TEMPERATURES = {"\u00b0c": "celsius", "\u00b0f": "fahrenheit", "kelvin": "kelvin", "kelvins": "kelvin"}
+_TEMPERATURES |= {"celsius": "celsius", "fahrenheit": "fahrenheit", "centigrade": "celsius"}
+
+# Words after a number that change its value ("7 tenths"), or that belong to a sentence ("7 or more").
+_VAGUE_WORDS = (
+    "a an and as at below above between but by for from half halves hundredth hundredths if in into is less left"
+    " loss lower higher minus more most least no not of off on or out over pair pairs plus point quarter quarters"
+    " rest score shared than the then third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth"
+    " eighths ninth ninths tenth tenths thousandth thousandths times to under until versus vs where while with am pm"
+    " bc ad bce ce o'clock x y z i j e pi sqrt couple couples gross remainder each unless which that was were are"
+    " be k kilo mn mln mio bn mrd tsd b lots because since so maybe perhaps about approximately however wait"
+)
+_VAGUE = frozenset([*_VAGUE_WORDS.split(), "\u03c0"])
+_TOKEN = re.compile(
+    r"\s*(\*|\u00b7|\u22c5|\u2219|/|per\b)?\s*"
+    r"((?:\u00b0\s?)?[^\W\d_]+\.?|\u00b0)"
+    r"(?:(?:\s*\^\s*\{?\s*(-?[1-9])\s*\}?|([23]))(?![0-9])|(\u207b?[\u00b9\u00b2\u00b3\u2074]))?"
+)
+_SUPERSCRIPT = str.maketrans("\u207b\u00b9\u00b2\u00b3\u2074", "-1234")
+_MAX_WORDS = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unit:
+    """A unit of measurement.
+
+    Attributes:
+        dimension: Base units and their powers, in the order of their names; an unknown word is a base unit.
+        factor: Value of the unit in its base units.
+        is_known: Whether every word of the unit is a known unit.
+    """
+
+    dimension: Dimension
+    factor: Fraction = Fraction(1)
+    is_known: bool = True
+
+
+@functools.cache
+def _units() -> dict[str, tuple[Fraction, dict[str, int]]]:
+    units: dict[str, tuple[Fraction, dict[str, int]]] = {}
+    for symbol, words, text, dimension in _SCALED:
+        factor = Fraction(text)
+        units[symbol] = (factor, dimension)
+        units |= {f"{prefix}{symbol}": (factor * _TEN**power, dimension) for prefix, power in _PREFIXES.items()}
+        for word in words.split():
+            for name in (word, f"{word}s"):
+                units[name] = (factor, dimension)
+                units |= {f"{pre}{name}": (factor * _TEN**power, dimension) for pre, power in _PREFIX_WORDS.items()}
+    for names, text, dimension in _PLAIN:
+        units |= dict.fromkeys(names.split(), (Fraction(text), dimension))
+    return units
+
+
+@functools.cache
+def _folded_units() -> dict[str, tuple[Fraction, dict[str, int]]]:
+    """Returns the units by name in lower case, without the names that mean several units ("mW" and "MW")."""
+    units = _units()
+    folded: dict[str, tuple[Fraction, dict[str, int]]] = {}
+    for name, unit in units.items():
+        same = folded.setdefault(name.casefold(), unit)
+        if same != unit:
+            folded[name.casefold()] = (Fraction(0), {})
+    return {name: unit for name, unit in folded.items() if unit[0]}
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_unit(text: str) -> Unit | None:
+    """Returns the unit in the text that follows a number, or None if the text does not name a unit.
+
+    A unit may be a product or a quotient with powers ("N m", "kg/m^3", "m s⁻²", "square metres", "miles per hour").
+    Other words are units too ("apples"), up to four words, unless they may change the value ("tenths", "or more").
+    """
+    powers: dict[str, int] = {}
+    factor, is_known = Fraction(1), True
+    position, words, next_power, latest = 0, 0, 1, ""
+    text = text.strip()
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None or words == _MAX_WORDS:
+            return None
+        word, position, words = match[2], match.end(), words + 1
+        lower = word.casefold().rstrip(".")
+        if lower in ("square", "sq", "cubic", "cu"):
+            next_power = 3 if lower.startswith("cu") else 2
+            continue
+        if lower in ("squared", "cubed") and latest:
+            power = 1 if lower == "squared" else 2
+            dimension = {latest: 1}
+        else:
+            power = int(match[3] or match[4] or (match[5] or "1").translate(_SUPERSCRIPT)) * next_power
+            power *= -1 if match[1] in ("/", "per") else 1
+            dimension, latest, next_power = {word: 1}, word, 1
+            if (word if len(word) == 1 else lower) in _VAGUE and not (
+                lower == "in" and match.span() == (0, len(text))
+            ):
+                return None
+        for name, base_power in dimension.items():
+            unit = _find(name, text)
+            is_known = is_known and unit is not None
+            size, bases = unit or (Fraction(1), {_singular(name): 1})
+            factor *= size ** (power * base_power)
+            for base, exponent in bases.items():
+                powers[base] = powers.get(base, 0) + exponent * power
+    dimension_items = tuple(sorted((base, power) for base, power in powers.items() if power))
+    return Unit(dimension_items, factor, is_known)
+
+
+def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
+    """Returns the factor and the dimension of a word, or None if the unit is unknown."""
+    name = word.replace(" ", "").rstrip(".")
+    scale = _TEMPERATURES.get(name.casefold())
+    if scale is not None:
+        return Fraction(1), {scale: 1}
+    if name in ("degree", "degrees", "deg", "\u00b0") and any(scale in text.casefold() for scale in _TEMPERATURES):
+        return Fraction(1), {}  # "degrees Celsius": the scale itself is the unit
+    return _units().get(name) or _folded_units().get(name.casefold())
+
+
+def _singular(word: str) -> str:
+    word = word.casefold().rstrip(".")
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def compare_units(first: str, second: str) -> Fraction | Literal["different", "unclear"]:
+    """Compares two units.
+
+    Returns:
+        The factor that converts a value in the first unit into the second; "different" if they measure different
+        quantities, or "unclear" if a unit is unknown, if the words of one unit may be another name for the
+        other, or if a scale has another zero ("20 °C" and "68 °F").
+    """
+    if first == second:
+        return Fraction(1)
+    left, right = parse_unit(first), parse_unit(second)
+    if left is None or right is None:
+        return "unclear"
+    if left.dimension == right.dimension:
+        return left.factor / right.factor
+    if not (left.is_known and right.is_known):
+        return "unclear"
+    scales = {"celsius", "fahrenheit", "kelvin", "degree", "radian"}
+    if all(len(unit.dimension) == 1 and unit.dimension[0][0] in scales for unit in (left, right)):
+        return "unclear"
+    times = (("month", 1),), (("s", 1),)
+    if {left.dimension, right.dimension} == set(times):
+        return "unclear"  # months have no fixed number of days
+    if "m" in (first, second) and right.dimension + left.dimension in ((("m", 1), *times[1]), (*times[1], ("m", 1))):
+        return "unclear"  # "m" may be minutes
+    return "different"
+
+
+_SCALES = frozenset({"celsius", "fahrenheit", "kelvin"})
+_FACTORS = (
+    "3 7 12 14 16 24 30 36 52 60 144 168 180 360 365 1440 1760 3600 5280 86400 3.6 2.2 1.8 2.54 30.48 0.3048 0.9144"
+    " 1.609344 1.61 1.6 0.45359237 28.349523125"
+)
+_CONVERSIONS = frozenset(map(Fraction, _FACTORS.split()))
+
+
+def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
+    """Returns whether two values may be the same quantity although only one of them has a unit.
+
+    This is so if they differ only in the sign, if their ratio is a power of ten, or, for a known unit, a usual factor
+    between units.
+    """
+    parsed = parse_unit(unit)
+    if first == -second or parsed is None:
+        return True
+    if parsed.is_known and {base for base, _ in parsed.dimension} & _SCALES:
+        return _is_temperature(first, second)
+    if not first or not second:
+        return False
+    ratio = abs(first / second)
+    ratio = 1 / ratio if ratio < 1 else ratio
+    is_power = ratio.denominator == 1 and str(ratio.numerator).rstrip("0") == "1"
+    return is_power or (parsed.is_known and (ratio in _CONVERSIONS or 1 / ratio in _CONVERSIONS))
+
+
+def _is_temperature(first: Fraction, second: Fraction) -> bool:
+    scale, kelvin = Fraction(9, 5), (Fraction("273.15"), 273)
+    return abs(first - second) in kelvin or second == first * scale + 32 or first == second * scale + 32

@@ -1,0 +1,410 @@
+"""Loads images: every part of the package gets its pixels from ``load_image``.
+
+Training, sampling, evaluation and pages therefore see the same pixels. docs/images.md states the rules.
+"""
+
+import base64
+import binascii
+import contextlib
+import functools
+import io
+import itertools
+import os
+import re
+import urllib.parse
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mpo_ext.checks import install_hint, shorten, type_and_value
+
+LIMIT_VARIABLE = "MPO_MAX_IMAGE_PIXELS"
+_DEFAULT_LIMIT = 178_956_970  # the number of pixels from which Pillow refuses to open an image by default
+_SHOWN = 80  # maximum number of characters of a source in a message
+_URL = re.compile(r"data:|file:/|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(?=/)(?!//)", re.IGNORECASE)
+_NO_ANIMATIONS = ("MPO", "PSD")  # their further frames are previews and layers
+_GREYS = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
+_ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
+_WHITE_IS_ZERO = 0
+
+
+class ImageError(ValueError):
+    """Raised for an image that cannot be used. The message shows at most 80 characters of the source."""
+
+
+def load_image(source: Any) -> Any:
+    """Returns the pixels that a model sees: a PIL image of mode RGB, upright, in sRGB, on white.
+
+    EXIF orientation is applied, transparency is composited on white, an embedded colour profile is converted to sRGB,
+    16-bit grey is scaled to 8 bits, and an animation gives its first frame. A PIL image that needs none of these is
+    returned unchanged.
+
+    Args:
+        source: Path, ``file://`` URL, ``data:`` URL, bytes of an image file, or PIL image.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ImageError: If the image cannot be read or has more pixels than the limit, its values have no known range, or
+            the source is another URL. URLs are not fetched.
+        TypeError: If the source has another type.
+        ImportError: If Pillow is not installed.
+    """
+    with _opened(source) as image:
+        return _to_rgb(image)
+
+
+def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
+    """Returns the kind and text of each property of an image that its owner may not expect.
+
+    These are an animation, of which only the first frame is used, and a colour profile that cannot be applied.
+
+    Args:
+        source: Path, ``file://`` URL, ``data:`` URL or bytes of an image file.
+        decode: Whether to decode the pixels. If False, only the headers are read, and the checksums of formats that
+            have checksums.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ImageError: If ``load_image`` would raise it. Without ``decode``, damaged pixels may stay undetected.
+    """
+    name, notes = describe_source(source), []
+    with _opened(source) as image:
+        if getattr(image, "is_animated", False) and image.format not in _NO_ANIMATIONS:
+            text = f"only the first frame is used, got {image.n_frames} frames in {name}"
+            notes.append(("animated image", text))
+        profile = image.info.get("icc_profile")
+        problem = _profile_transform(profile, _color_mode(image.mode))[1] if profile else None
+        if problem is not None:
+            text = f"the colours count as sRGB, because the profile {problem}, in {name}"
+            notes.append(("colour profile", text))
+    with _opened(source) as image:
+        if decode or image.mode in ("I", "F"):
+            _to_rgb(image)
+        else:
+            _check_transparency(image, _raw_mode(image))
+            image.verify()
+    return notes
+
+
+def is_url(source: str) -> bool:
+    """Returns whether a text is a URL and not a path. The path of a file named "data:..." must begin with a folder."""
+    return _URL.match(source) is not None
+
+
+def is_data_url(source: str) -> bool:
+    return source[:5].lower() == "data:"
+
+
+def is_remote(source: str) -> bool:
+    """Returns whether a text is a URL that must be downloaded; ``data:`` URLs and ``file://`` URLs of here are not."""
+    return is_url(source) and not is_data_url(source) and _FILE_URL.match(source) is None
+
+
+def local_path(source: str) -> str:
+    """Returns the path of a ``file://`` URL; other texts are returned unchanged."""
+    match = _FILE_URL.match(source)
+    return source if match is None else urllib.parse.unquote(source[match.end() :])
+
+
+def image_exists(source: str) -> bool:
+    """Returns whether a path or ``file://`` URL names a file; True for a ``data:`` URL, False for any other URL."""
+    return is_data_url(source) or os.path.isfile(local_path(source))
+
+
+def describe_source(source: Any) -> str:
+    """Returns the source of an image for a message, in at most 80 characters."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"{len(source):,} bytes"
+    if not isinstance(source, (str, os.PathLike)):
+        mode = getattr(source, "mode", None)
+        return f"a PIL image of mode {mode}" if isinstance(mode, str) else type_and_value(source)
+    text = os.fspath(source)
+    if isinstance(text, bytes):
+        return shorten(text, _SHOWN)
+    if is_data_url(text):
+        return f"{text[:40]}... ({len(text):,} characters)" if len(text) > _SHOWN else text
+    if len(text) <= _SHOWN:
+        return text
+    return f"{text[: _SHOWN - 3]}..." if is_url(text) else f"...{text[3 - _SHOWN :]}"
+
+
+def read_source(source: str) -> bytes:
+    """Returns the bytes of an image file, given by a path, a ``file://`` URL or a ``data:`` URL.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ImageError: If the ``data:`` URL is malformed, or the source is another URL.
+    """
+    if is_data_url(source):
+        return _data_bytes(source)
+    _check_is_local(source)
+    return Path(local_path(source)).read_bytes()
+
+
+def max_pixels() -> int:
+    """Returns the maximum number of pixels of an image, from the environment variable MPO_MAX_IMAGE_PIXELS."""
+    text = os.environ.get(LIMIT_VARIABLE, "")
+    if not text:
+        return _DEFAULT_LIMIT
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise ValueError(f"{LIMIT_VARIABLE} must be a positive integer, got {shorten(text)}")
+    return int(text)
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(f"Pillow is missing: {install_hint('data')}") from error
+    return Image
+
+
+@contextlib.contextmanager
+def _opened(source: Any) -> Iterator[Any]:
+    """Yields a PIL image with an allowed size; all errors in the block name the source."""
+    pillow, limit = _pillow(), max_pixels()
+    if isinstance(source, pillow.Image):
+        with _named_errors(source), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _check_size(source.size, limit)
+            yield source
+        return
+    file: Any
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        file = io.BytesIO(source)
+    elif isinstance(source, str) and is_data_url(source):
+        file = io.BytesIO(_data_bytes(source))
+    elif isinstance(source, (str, os.PathLike)):
+        file = os.fspath(source)
+        if isinstance(source, str):
+            _check_is_local(source)
+            file = local_path(source)
+        if not os.path.exists(file):
+            raise FileNotFoundError(f"image must be a file that exists, got {describe_source(source)}")
+    else:
+        raise TypeError(f"image must be a path, a URL, bytes or a PIL image, got {type_and_value(source)}")
+    if pillow.MAX_IMAGE_PIXELS is not None and limit > 2 * pillow.MAX_IMAGE_PIXELS:
+        pillow.MAX_IMAGE_PIXELS = -(-limit // 2)  # Pillow refuses from twice this number on
+    with _named_errors(source), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns about sizes below the limit and about unusual metadata
+        with pillow.open(file) as image:
+            _check_size(image.size, limit)
+            yield image
+
+
+@contextlib.contextmanager
+def _named_errors(source: Any) -> Iterator[None]:
+    """Turns the errors of Pillow in the block into an ImageError that names the source."""
+    from PIL import Image, UnidentifiedImageError
+
+    name = describe_source(source)
+    try:
+        yield
+    except (FileNotFoundError, ImportError, MemoryError):
+        raise
+    except ImageError as error:
+        raise ImageError(f"image must {error} in {name}") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"image must be in a format that Pillow can read, got {name}") from None
+    except Image.DecompressionBombError:
+        raise ImageError(
+            f"image must have at most {max_pixels():,} pixels, got more in {name}: set {LIMIT_VARIABLE} to allow more"
+        ) from None
+    except Exception as error:  # Pillow's plugins raise many exception types
+        text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        reason = f"{type(error).__name__}: {text.splitlines()[0][:120]}" if text else type(error).__name__
+        raise ImageError(f"image must be readable, got {name}: {reason}") from error
+
+
+def _check_size(size: tuple[int, int], limit: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"have at least one pixel, got {width} x {height}")
+    if width * height > limit:
+        raise ImageError(
+            f"have at most {limit:,} pixels ({LIMIT_VARIABLE} sets another limit), got {width:,} x {height:,}"
+        )
+
+
+def _check_is_local(source: str) -> None:
+    if is_remote(source):
+        raise ImageError(f"image must be a file here, got the URL {describe_source(source)}: download it first")
+
+
+def _data_bytes(url: str) -> bytes:
+    """Decodes a ``data:`` URL (RFC 2397)."""
+    name = describe_source(url)
+    header, comma, text = url.partition(",")
+    if not comma:
+        raise ImageError(f"image must be a data: URL with a comma before the data, got {name}")
+    if not header.lower().endswith(";base64"):
+        return urllib.parse.unquote_to_bytes(text)
+    text = "".join((urllib.parse.unquote(text) if "%" in text else text).split())
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"image must be a data: URL with valid base64, got {name}: {error}") from None
+
+
+def _to_rgb(image: Any) -> Any:
+    """Converts an opened image as ``load_image`` describes. ImageErrors begin after "image must"."""
+    pillow = _pillow()
+    raw_mode = _raw_mode(image)
+    _check_transparency(image, raw_mode)
+    image.load()
+    orientation = _orientation(image)  # after load(), because Pillow turns some TIFF files while it loads them
+    if type(image) is pillow.Image and image.mode == "RGB" and not image.info and orientation is None:
+        return image
+    color, alpha = _color_and_alpha(image, raw_mode)
+    rgb = _to_srgb(color, image.info.get("icc_profile"))
+    if alpha is not None:
+        white = pillow.new("RGB", rgb.size, "white")
+        rgb = pillow.composite(rgb, white, alpha)
+    if orientation is not None:
+        rgb = rgb.transpose(orientation)
+    rgb.info = {}  # nothing is left to apply
+    return rgb
+
+
+def _raw_mode(image: Any) -> str:
+    """Returns the layout of an opened file's pixels, such as "L;4"; "" if it is not known. ``load`` discards it."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else None
+    raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return raw_mode if isinstance(raw_mode, str) else ""
+
+
+def _check_transparency(image: Any, raw_mode: str) -> None:
+    if raw_mode == "RGB;16B" and "transparency" in image.info:
+        # Pillow drops the low bytes, so it cannot tell the transparent colour from its neighbours.
+        raise ImageError("not have a transparent colour of 16 bits, got mode RGB;16 with tRNS")
+
+
+def _orientation(image: Any) -> Any:
+    """Returns the transposition that turns an image upright, or None. A damaged EXIF block counts as absent."""
+    transpose = _pillow().Transpose
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # Pillow's parser raises many exception types; viewers ignore such a block, too
+        return None
+    return {
+        2: transpose.FLIP_LEFT_RIGHT,
+        3: transpose.ROTATE_180,
+        4: transpose.FLIP_TOP_BOTTOM,
+        5: transpose.TRANSPOSE,
+        6: transpose.ROTATE_270,
+        7: transpose.TRANSVERSE,
+        8: transpose.ROTATE_90,
+    }.get(orientation)
+
+
+def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
+    """Returns the colours in mode L, RGB, CMYK or LAB, and the opacity in mode L or None."""
+    mode, transparency = image.mode, image.info.get("transparency")
+    if mode.startswith("I") or mode == "F":
+        return _grey(image, transparency)
+    if mode in ("CMYK", "LAB"):
+        return image, None
+    if mode in ("La", "LA"):
+        grey_alpha = image.convert("LA") if mode == "La" else image
+        return grey_alpha.getchannel("L"), grey_alpha.getchannel("A")
+    if not image.has_transparency_data:
+        return image.convert("L" if mode in ("1", "L") else "RGB"), None
+    if raw_mode in ("L;2", "L;4") and isinstance(transparency, int):
+        # Pillow scales these pixels to 8 bits, but leaves the transparent value as it is.
+        image = image.copy()
+        image.info["transparency"] = transparency * (85 if raw_mode == "L;2" else 17)
+    rgba = image.convert("RGBA")
+    return rgba.convert("RGB"), rgba.getchannel("A")
+
+
+def _grey(image: Any, transparency: object) -> tuple[Any, Any]:
+    """Scales grey of more than 8 bits to mode L, and returns it with its opacity in mode L or None."""
+    import numpy as np
+
+    values, pillow = np.asarray(image), _pillow()
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16"):
+        bits = tags.get(_BITS, (16,))
+        most = (1 << (bits[0] if isinstance(bits, tuple) else bits)) - 1
+    elif image.mode == "I" and image.format in ("PNG", "PPM"):
+        most = 65535  # Pillow scales both to 16 bits
+    else:
+        values = np.nan_to_num(values, nan=-1.0, posinf=-1.0, neginf=-1.0) if image.mode == "F" else values
+        low, high = values.min(), values.max()
+        if low < 0 or high > 255 or 0 < high <= 1:
+            raise ImageError(
+                f"have 8 or 16 bits, or in mode {image.mode}, whose range is unknown, values from 0 to 255 of which "
+                f"one exceeds 1, got values from {_range(image)}"
+            )
+        most = 255
+    scaled = np.rint(values.astype(np.float64) * (255 / most)).clip(0, 255).astype(np.uint8)
+    if image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        scaled = 255 - scaled  # Pillow inverts only up to 8 bits
+    alpha = None
+    if isinstance(transparency, int):
+        alpha = pillow.fromarray(np.where(values == transparency, 0, 255).astype(np.uint8))
+    return pillow.fromarray(scaled), alpha
+
+
+def _range(image: Any) -> str:
+    low, high = image.getextrema()
+    return f"{low:g} to {high:g}"
+
+
+def _color_mode(mode: str) -> str:
+    """Returns the mode of the colours that ``_color_and_alpha`` makes of an image."""
+    return "L" if mode in _GREYS else mode if mode in ("CMYK", "LAB") else "RGB"
+
+
+def _to_srgb(color: Any, profile: bytes | None) -> Any:
+    """Converts colours with their profile to sRGB; a profile that cannot be applied counts as sRGB."""
+    transform = _profile_transform(profile, color.mode)[0] if profile else None
+    if transform is None:
+        return color.convert("RGB")
+    if transform.inputMode != color.mode:
+        color = color.convert(transform.inputMode)
+    return transform.apply(color)
+
+
+@functools.lru_cache(maxsize=64)
+def _profile_transform(profile: bytes, mode: str) -> tuple[Any, str | None]:
+    """Returns the transform from a profile to sRGB, and the reason why the profile cannot be applied.
+
+    Both are None if the profile is sRGB up to rounding, so that most photos keep their exact values.
+    """
+    cms, pillow = _image_cms(), _pillow()
+    try:
+        source = cms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space
+        input_mode = _PROFILE_MODES.get(space)
+        if input_mode != mode and (mode, input_mode) != ("L", "RGB"):
+            return None, f"is for {space.strip()}, not for {mode}"
+        # The fast form is off by up to 10 of 255 in dark grey.
+        flags = cms.Flags.NOOPTIMIZE if input_mode == "L" else cms.Flags.NONE
+        transform = cms.buildTransform(source, cms.createProfile("sRGB"), input_mode, "RGB", flags=flags)
+    except (OSError, ValueError, TypeError, cms.PyCMSError) as error:
+        return None, f"is broken ({shorten(str(error), 60)})"
+    if input_mode == "RGB":
+        levels = range(0, 256, 15)
+        colors = bytes(itertools.chain.from_iterable(itertools.product(levels, repeat=3)))
+        cube = pillow.frombytes("RGB", (len(colors) // 3, 1), colors)
+    elif input_mode == "L":
+        cube = pillow.frombytes("L", (256, 1), bytes(range(256)))
+    else:
+        return transform, None
+    before, after = cube.convert("RGB").tobytes(), transform.apply(cube).tobytes()
+    is_srgb = max(abs(left - right) for left, right in zip(before, after, strict=True)) <= 1
+    return (None if is_srgb else transform), None
+
+
+def _image_cms() -> Any:
+    """Returns Pillow's module for colour profiles, which needs a Pillow with littlecms, as its wheels are."""
+    from PIL import ImageCms, features
+
+    if not features.check("littlecms2"):
+        raise ImportError("colour profiles need a Pillow with littlecms2: install Pillow's wheel from PyPI")
+    return ImageCms

@@ -1,0 +1,116 @@
+"""Loads a model's processor, and refuses models that the package cannot use, before the weights are loaded."""
+
+import contextlib
+import importlib
+import importlib.metadata
+from collections.abc import Iterator
+from typing import Any
+
+from mpo_ext.checks import install_hint
+
+_TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "decoder")  # parts that may hold the decoder's config
+
+
+def takes_images(config: Any) -> bool:
+    """Returns whether the models of a config are image-text-to-text models of transformers."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def load_processor(path: str, config: Any, **options: Any) -> Any:
+    """Loads the processor of an image model, or the tokenizer of a text model.
+
+    Args:
+        path: Folder or hub name of the model.
+        config: The model's config.
+        **options: Passed to ``from_pretrained``, such as ``revision``.
+
+    Raises:
+        ImportError: If the processor needs torchvision, and torchvision is missing or cannot be imported. Which
+            processors need torchvision depends on the version of transformers, so transformers decides.
+        ValueError: If ``check_supported`` refuses the model.
+    """
+    with _torchvision_errors(path):
+        from transformers import AutoProcessor, AutoTokenizer
+
+        check_supported(config)
+        loader = AutoProcessor if takes_images(config) else AutoTokenizer
+        processor = loader.from_pretrained(path, **options)
+    check_supported(config, processor)
+    return processor
+
+
+def check_model(path: str, **options: Any) -> None:
+    """Raises the errors of ``load_processor`` for a model; of a text model, only the config is read.
+
+    ``options`` are passed to ``from_pretrained``.
+    """
+    with _torchvision_errors(path):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(path, **options)
+        has_images = takes_images(config)
+    check_supported(config)
+    if has_images:
+        load_processor(path, config, **options)
+
+
+@contextlib.contextmanager
+def _torchvision_errors(path: str) -> Iterator[None]:
+    """Turns an error in the block that a missing or broken torchvision causes into an ImportError that says so."""
+    try:
+        yield
+    except Exception as error:  # transformers raises ImportError, ValueError or RuntimeError, some from another error
+        problem, texts = torchvision_problem(), []
+        cause: BaseException | None = error
+        while cause is not None:
+            texts.append(str(cause).lower())
+            cause = cause.__cause__ or cause.__context__
+        if problem is None or not any("torchvision" in text for text in texts):
+            raise
+        raise ImportError(
+            f"the processor of {path} needs torchvision, but torchvision {problem}: {install_hint('vision')}, with "
+            f"the torchvision that matches torch {importlib.metadata.version('torch')}"
+        ) from error
+
+
+def check_supported(config: Any, processor: Any = None) -> None:
+    """Checks that a model continues a text from left to right, and takes images as tokens of this text.
+
+    Raises:
+        ValueError: If the model has an encoder and a decoder, attends to images by cross-attention, or attends to its
+            prompt in both directions (PaliGemma), or if its processor makes labels.
+    """
+    configs = [config, *(getattr(config, name, None) for name in _TEXT_CONFIGS)]
+
+    def has(name: str) -> bool:
+        values = (getattr(one, name, None) for one in configs)
+        return any(value is True or (isinstance(value, (list, tuple)) and bool(value)) for value in values)
+
+    reason = None
+    if has("is_encoder_decoder"):
+        reason = "has an encoder and a decoder"
+    elif has("cross_attention_layers"):
+        reason = "attends to images by cross-attention"
+    elif has("use_bidirectional_attention"):
+        reason = "attends to its prompt in both directions"
+    elif "labels" in (getattr(processor, "model_input_names", None) or ()):
+        reason = f"has a processor that makes labels ({type(processor).__name__})"
+    if reason is not None:
+        raise ValueError(
+            "model must read its prompt from left to right, with images as tokens of the prompt, got the model type "
+            f"{getattr(config, 'model_type', type(config).__name__)!r}, which {reason}: it is not supported"
+        )
+
+
+def torchvision_problem() -> str | None:
+    """Returns None if torchvision can be imported, otherwise the reason."""
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError as error:
+        return "is not installed" if error.name == "torchvision" else f"cannot be imported ({error})"
+    except Exception as error:  # a torchvision built for another torch raises RuntimeError or OSError
+        text = " ".join(str(error).split())[:120]
+        return f"cannot be imported ({type(error).__name__}: {text})"
+    return None

@@ -1,0 +1,383 @@
+"""Items in the forms in which benchmarks are published: read with their images, options and answers, or refused."""
+
+import base64
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stub_engine import StubEngine
+
+from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
+from mpo_ext.generate.items import Item, item_files, open_items, read_items
+from mpo_ext.generate.runner import run
+
+
+def picture(color: str = "red", form: str = "PNG") -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), color).save(buffer, form)
+    return buffer.getvalue()
+
+
+def in_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+RED, BLUE = picture("red"), picture("blue")
+RED_URL, BLUE_URL = (f"data:image/png;base64,{in_base64(content)}" for content in (RED, BLUE))
+
+MMMU = {
+    "id": "validation_Art_1", "question": "Which of <image 1> and <image 2> is older?", "explanation": "",
+    "image_1": "a.png", "image_2": "b.png", "image_3": None, "img_type": "['Paintings']",
+    "options": "['the \"first\"', \"it's <image 2>\", '3, 4']",
+    "answer": "B", "topic_difficulty": "Easy", "question_type": "multiple-choice", "subfield": "Art",
+}  # fmt: skip
+MATHVISTA = {
+    "pid": "1", "question": "How long is AB?", "image": "images/1.jpg", "decoded_image": {"bytes": RED, "path": None},
+    "choices": None, "unit": "cm", "precision": 1.0, "answer": "1.2", "question_type": "free_form",
+    "answer_type": "float", "metadata": {"img_height": 4, "img_width": 4}, "query": "Hint: ... How long is AB?",
+}  # fmt: skip
+M3COT = {
+    "id": "physical-1", "category": "heat", "image_id": "physical-1", "question": "Which is warmer?", "image": "a.png",
+    "choices": ["the left", "the right"], "context": "Two bodies touch.", "answer": "A", "rationale": "...",
+}  # fmt: skip
+SCIENCEQA = {
+    "question": "Which ocean is it?", "choices": ["the Arctic Ocean", "the Indian Ocean"], "answer": 1, "hint": "",
+    "image": {"bytes": RED, "path": "image.png"}, "task": "closed choice", "grade": "grade4", "lecture": "Oceans ...",
+}  # fmt: skip
+CHARTQA = {"imgname": "41.png", "query": "What is the highest bar?", "label": "14"}
+POPE = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a car?", "label": "yes"}
+POPE_TABLE = {
+    "id": "0", "question_id": "1", "question": "Is there a car?", "answer": "no", "category": "random",
+    "image_source": "COCO_val2014_000000310196", "image": {"bytes": RED, "path": None},
+}  # fmt: skip
+MMBENCH = {
+    "index": "241", "question": "What is shown?", "hint": "Look well.", "A": "a cat", "B": "None", "C": "a dog",
+    "D": "", "answer": "B", "category": "coarse", "image": in_base64(RED), "l2-category": "x", "split": "dev",
+}  # fmt: skip
+
+
+def read(values: dict[str, Any]) -> Item:
+    item = Item.from_dict(values)
+    assert item.problem is None, item.problem
+    return item
+
+
+def test_mmmu() -> None:
+    item = read(MMMU)
+    assert item.question == "Which of <image> and <image> is older?"
+    assert item.extra["options"] == ['the "first"', "it's <image>", "3, 4"]
+    assert item.images == ("a.png", "b.png", "b.png")  # in the order of the marks, of which the last is in an option
+    assert (item.truths, item.extra["img_type"], item.extra["id"]) == (("B",), "['Paintings']", "validation_Art_1")
+    assert not {"image_1", "image_2", "image_3"} & set(item.extra)
+
+
+def test_open_questions_of_mmmu_may_have_several_answers() -> None:
+    values = {**MMMU, "question_type": "open", "options": "[]", "question": "<image 1>, <image 2>?"}
+    assert read({**values, "answer": "['24/7', '3.429']"}).truths == ("24/7", "3.429")
+    assert read({**values, "answer": "[1, 2"}).truths == ("[1, 2",)
+    assert read({**values, "answer": "7"}).options is None
+    assert read({**values, "answer": "?"}).truths == ()  # the test split
+
+
+def test_images_that_no_mark_names_come_first() -> None:
+    item = read({**MMMU, "question": "Like <image 2>?", "options": "['a', 'b']"})
+    assert (item.question, item.images) == ("<image>\nLike <image>?", ("a.png", "b.png"))
+    assert read({**MMMU, "question": "Like?", "options": "['a', 'b']"}).images == ("a.png", "b.png")
+    listed = {"question": "<image 2> or <image 1>?", "images": ["a.png", "b.png"], "answer": "x"}
+    assert read(listed).images == ("b.png", "a.png")
+
+
+def test_mathvista() -> None:
+    item = read(MATHVISTA)
+    assert (item.question, item.images, item.truths, item.options) == ("How long is AB?", (RED_URL,), ("1.2",), None)
+    assert (item.extra["precision"], item.extra["unit"]) == (1.0, "cm")
+    assert read({**MATHVISTA, "decoded_image": None}).images == ("images/1.jpg",)
+    choice = read({**MATHVISTA, "choices": ["longer", "shorter"], "answer": "shorter"})
+    assert (choice.extra["options"], choice.truths) == (["longer", "shorter"], ("shorter",))
+
+
+def test_m3cot() -> None:
+    item = read(M3COT)
+    assert (item.question, item.truths) == ("Two bodies touch.\nWhich is warmer?", ("A",))
+    assert (item.extra["options"], item.extra["image_id"]) == (["the left", "the right"], "physical-1")
+
+
+def test_scienceqa() -> None:
+    item = read(SCIENCEQA)
+    assert (item.truths, item.images, item.question) == (("B",), (RED_URL,), "Which ocean is it?")
+    assert read({**SCIENCEQA, "image": None}).images == ()
+    assert read({**SCIENCEQA, "hint": "It is warm."}).question == "It is warm.\nWhich ocean is it?"
+    assert Item.from_dict({**SCIENCEQA, "answer": 2}).problem == (
+        "answer must be a letter or the text of an option: a number may be an index from 0 or from 1"
+    )
+
+
+def test_chartqa() -> None:
+    item = read(CHARTQA)
+    assert (item.question, item.images, item.truths) == ("What is the highest bar?", ("41.png",), ("14",))
+    table = {"image": {"bytes": RED, "path": "41.png"}, "query": "What?", "label": ["14"], "human_or_machine": 0}
+    assert (read(table).images, read(table).truths) == ((RED_URL,), ("14",))
+
+
+def test_pope() -> None:
+    item = read(POPE)
+    assert (item.question, item.truths, item.images) == (
+        "Is there a car?",
+        ("yes",),
+        ("COCO_val2014_000000310196.jpg",),
+    )
+    assert (read(POPE_TABLE).truths, read(POPE_TABLE).images) == (("no",), (RED_URL,))
+    source = {"question": "Q?", "answer": "no", "image_source": "COCO_val2014_000000310196"}
+    assert Item.from_dict(source).problem == "image must be given: image_source names no file"
+    assert read({**source, "image_source": "a.jpg"}).images == ("a.jpg",)
+
+
+def test_mmbench() -> None:
+    item = read(MMBENCH)
+    assert item.extra["options"] == ["a cat", "None", "a dog"]
+    assert (item.question, item.images, item.truths) == ("Look well.\nWhat is shown?", (RED_URL,), ("B",))
+    assert Item.from_dict({**MMBENCH, "image": "240"}).problem == (
+        "image refers to the image of another row: write that image into this row"
+    )
+    assert Item.from_dict({**MMBENCH, "C": "", "D": "x"}).problem == "option D stands after an empty option"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["x", "y"], (("A", "x"), ("B", "y"))),
+        ("['x', 'y']", (("A", "x"), ("B", "y"))),
+        ('["x", "y"]', (("A", "x"), ("B", "y"))),
+        ("('x', 'y')", (("A", "x"), ("B", "y"))),
+        ({"a": "x", "c": "y"}, (("A", "x"), ("C", "y"))),
+        ("{'a': 'x', 'b': 'y'}", (("A", "x"), ("B", "y"))),
+        ({"text": ["x", "y"], "label": ["A", "B"]}, (("A", "x"), ("B", "y"))),
+        ([1, 2.5], (("A", "1"), ("B", "2.5"))),
+        ([], None),
+        ("[]", None),
+        ("", None),
+        (None, None),
+        ({}, None),
+    ],
+)
+def test_options_that_are_read(options: Any, expected: Any) -> None:
+    assert read({"question": "Q?", "answer": "A", "options": options}).options == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "a cat", "A. cat B. dog", 7, True, [None], [["x"]], [{"a": 1}], {"1": "x"}, {"a": "x", "A": "y"}, ["x"] * 27,
+        {"text": ["x"], "label": []}, {"text": "x", "label": "A"}, "'a cat'", "[1, [2]]", {"AB": "x"},
+    ],
+)  # fmt: skip
+def test_options_that_are_refused(options: Any) -> None:
+    problem = Item.from_dict({"question": "Q?", "answer": "A", "options": options}).problem
+    assert problem is not None
+    assert problem.startswith("options must ")
+    assert len(problem) < 100
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "truth"),
+    [(["3", "5"], 5, "B"), (["0", "1"], 0, "A"), (["x", "y"], "B", "B"), (["x", "y"], "y", "y")],
+)
+def test_answers_that_are_read(options: list[str], answer: Any, truth: str) -> None:
+    assert read({"question": "Q?", "answer": answer, "options": options}).truths == (truth,)
+
+
+@pytest.mark.parametrize(("options", "answer"), [(["x", "y"], 1), (["1", "0"], 1), (["x", "y"], 7), (["x", "y"], -1)])
+def test_numbers_that_may_be_an_index_or_an_option_are_refused(options: list[str], answer: int) -> None:
+    problem = Item.from_dict({"question": "Q?", "answer": answer, "options": options}).problem
+    assert problem is not None
+    assert problem.startswith("answer must be a letter")
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"video": "a.mp4"}, "video"),
+        ({"videos": ["a.mp4"]}, "videos"),
+        ({"picture": "somewhere"}, "picture"),
+        ({"img": "a.png"}, "img"),
+        ({"photo_1": "x"}, "photo_1"),
+        ({"image_file": "a.png"}, "image_file"),
+        ({"file_name": "a.jpeg"}, "file_name"),
+        ({"figure_path": "b.webp"}, "figure_path"),
+        ({"content": RED}, "content"),
+        ({"thing": {"bytes": RED, "path": None}}, "thing"),
+        ({"thing": RED_URL}, "thing"),
+        ({"left_image": "a"}, "left_image"),
+        ({"pixels": [[1, 2], [3, 4]]}, "pixels"),
+    ],
+)
+def test_unknown_images_refuse_the_item_by_name(fields: dict[str, Any], field: str) -> None:
+    problem = Item.from_dict({"question": "Q?", "answer": "7", **fields}).problem
+    assert problem == f"the field {field!r} looks like an image, and is not read: name it image or images"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image_id": "7", "image_source": "COCO", "image": "a.png"}, {"img_type": "['Plots']"}, {"image_width": 4},
+        {"image_1_license": "CC BY 4.0"}, {"num_images": 2}, {"video": None}, {"img": ""}, {"has_image": True},
+        {"rationale": "See a.png."}, {"source": "figures of a book"}, {"imagination": "x"},
+    ],
+)  # fmt: skip
+def test_other_fields_are_kept(fields: dict[str, Any]) -> None:
+    item = read({"question": "Q?", "answer": "7", **fields})
+    assert {**item.extra, **({"image": "a.png"} if item.images else {})} == fields
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"image": "a.png", "images": ["b.png"]}, "images must be given once, got images and image with other images"),
+        ({"image": "a.png", "image_1": "b.png"}, "images must be given once, got image_1 and image"),
+        ({"question": "<image 2>?", "image_1": "a.png"}, "<image 2> must have an image with this number"),
+        ({"question": "<image>?"}, "number of <image> is not that of the images"),
+        ({"image": b"no image at all"}, "image must be PNG, JPEG, GIF, WebP, BMP or TIFF, got other bytes"),
+        ({"options": ["a", "b"], "choices": ["a", "c"]}, "options and choices differ"),
+        ({"answer": {"text": "7"}}, "answer must be a text or a list of texts"),
+        ({"answer": [["7"]]}, "answer must hold texts"),
+        ({"options": ["<image>", "b"]}, "number of <image> is not that of the images"),
+    ],
+)
+def test_items_that_would_be_asked_in_another_way_are_refused(values: dict[str, Any], problem: str) -> None:
+    assert Item.from_dict({"question": "Q?", "answer": "7", **values}).problem == problem
+
+
+@pytest.mark.parametrize(
+    ("form", "mime"), [("JPEG", "jpeg"), ("GIF", "gif"), ("WEBP", "webp"), ("BMP", "bmp"), ("TIFF", "tiff")]
+)
+def test_image_bytes_of_all_formats(form: str, mime: str) -> None:
+    content = picture(form=form)
+    url = f"data:image/{mime};base64,{in_base64(content)}"
+    assert read({"question": "Q?", "image": content}).images == (url,)
+    assert read({"question": "Q?", "image": in_base64(content)}).images == (url,)
+    assert read({"question": "Q?", "images": [content, RED]}).images == (url, RED_URL)
+
+
+def test_an_open_image_becomes_a_data_url() -> None:
+    from PIL import Image
+
+    (url,) = read({"question": "Q?", "decoded_image": Image.new("RGB", (4, 4), "red")}).images
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
+        assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+# ---- Tables
+
+
+def write_tsv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), dialect="excel-tab" if path.suffix == ".tsv" else "excel")
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv"])
+def test_tables_of_text(tmp_path: Path, suffix: str) -> None:
+    rows = [{**MMBENCH, "question": 'A "quoted"\tquestion,\nin two lines?'}, {**MMBENCH, "image": in_base64(BLUE)}]
+    path = write_tsv(tmp_path / f"bench{suffix}", rows)
+    source = open_items(path)
+    first, second = source.items()
+    assert source.count == 2
+    assert first.question == 'Look well.\nA "quoted"\tquestion,\nin two lines?'
+    assert first.extra["options"][1] == "None"  # a text, not a missing value
+    assert second.images == (BLUE_URL,)
+
+
+def test_a_row_with_too_few_or_too_many_values_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bench.tsv"
+    path.write_text("question\tanswer\nQ1\t7\nQ2\nQ3\t7\t8\n")
+    assert [item.problem for item in read_items(item_files(path))] == [None, "unreadable line", "unreadable line"]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    from PIL import Image
+
+    rows = {
+        "question": ["Like <image 1>?", "Which?"],
+        "options": ["['a', 'b']", "[]"],
+        "answer": ["A", "7"],
+        "image_1": [Image.new("RGB", (4, 4), "red"), None],
+        "precision": [1.0, float("nan")],
+    }
+    features = datasets.Features(
+        {name: datasets.Image() if name == "image_1" else datasets.Value("string") for name in rows}
+        | {"precision": datasets.Value("float64")}
+    )
+    path = tmp_path / "bench.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    source = open_items(path)
+    first, second = source.items()
+    assert source.count == 2
+    assert (first.question, first.extra["options"], first.truths) == ("Like <image>?", ["a", "b"], ("A",))
+    assert first.images[0].startswith("data:image/png;base64,")
+    assert (second.problem, second.images, second.extra) == (None, (), {"precision": None})
+    assert open_items(path, limit=1).count == 1
+
+
+def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bench.parquet"
+    path.write_bytes(b"PAR1 no more")
+    with pytest.raises(ValueError, match=r"bench\.parquet must be a Parquet file"):
+        open_items(path)
+
+
+# ---- Runs
+
+
+def test_a_bad_item_does_not_end_a_run(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(RED)
+    good = {"question": "How many?", "answer": "7", "image": "a.png"}
+    bad: list[dict[str, Any]] = [
+        {**good, "options": ["x"] * 27}, {**good, "options": {"1": "x"}}, {**good, "options": "no list"},
+        {**good, "video": "a.mp4"}, {**good, "choices": ["x", "y"], "answer": 5}, {**good, "image": ["a.png", 7]},
+    ]  # fmt: skip
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(values) + "\n" for values in [good, *bad, good]))
+    pipeline = Correctness(CorrectnessConfig(samples=4, template="cot"))
+    engine = StubEngine()
+    summary = run(pipeline, engine, path, tmp_path / "out", image_root=str(tmp_path), stream=None)
+    assert summary.items == 8
+    assert len(engine.requests) == 8
+    assert all(len(request.images) == 1 for request in engine.requests)
+    assert (
+        sum(summary.skipped[reason] for reason in summary.skipped if reason.startswith(("options", "the field"))) == 4
+    )
+
+
+def test_images_in_options_need_a_prompt_that_shows_them(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(RED)
+    item = Item.from_dict(MMMU, image_root=str(tmp_path))
+    for template, problem in (("cot", None), (None, "number of <image> in the prompt is not that of the images")):
+        pipeline = Correctness(CorrectnessConfig(samples=2, template=template))
+        engine = StubEngine()
+        (records,) = pipeline.sample([item], engine)
+        assert {record.get("problem") for record in records} == {problem}
+        for request in engine.requests:
+            assert request.question.count(IMAGE_PLACEHOLDER) == len(request.images) == 3
+
+
+def test_a_template_that_cannot_show_the_options_refuses_the_item() -> None:
+    from mpo_ext.generate.engine import SamplingConfig
+    from mpo_ext.generate.prompts import PromptTemplate
+    from mpo_ext.generate.questions import QuestionSampler
+
+    item = Item.from_dict({"question": "Where?", "options": ["Rome", "Paris"], "answer": "B"})
+    template = PromptTemplate("short", "{question} Answer:", "direct")
+    engine = StubEngine()
+    (records,) = QuestionSampler("test", 1, SamplingConfig(), 0, template).sample([item], engine)
+    assert records[0]["problem"] == "options cannot be shown by this template"
+    assert engine.requests == []
