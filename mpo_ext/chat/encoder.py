@@ -104,7 +104,6 @@ class ChatEncoder:
         stop_ids: Iterable[int] = (),
         embedding_rows: int | None = None,
     ) -> None:
-        _check_processor(processor)
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.is_multimodal = processor is not self.tokenizer
@@ -366,14 +365,6 @@ def embedding_rows_of(model: Any) -> int | None:
     """Returns the number of rows of a model's input embedding; None if the model has none."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     return getattr(embedding, "num_embeddings", None)
-
-
-def _check_processor(processor: Any) -> None:
-    if any(kind.__name__ == "PaliGemmaProcessor" for kind in type(processor).__mro__):
-        raise ChatError(
-            "processor must leave the text of prompts as it is, got PaliGemmaProcessor, which adds a begin token and "
-            "a line break to it: PaliGemma has no chat template and is not supported"
-        )
 
 
 def _response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: int) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ from zoo_oracle import Turn, compare, conversation_of, messages_of
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation
 from mpo_ext.data.records import Pair
-from mpo_ext.train.encode import BadPairError, Encoder, Sample
+from mpo_ext.processors import check_supported
+from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.proof import prove
 from mpo_ext.train.shared_prefix import supports_shared_prefix
 
@@ -144,8 +145,9 @@ def test_a_refusal_says_why(name: str) -> None:
     family = FAMILIES[name]
     processor = family.build()
     if pattern := family.refused.get("family"):
-        with pytest.raises(ChatError, match=pattern):
-            ChatEncoder(processor, **family.options).response_ids(Conversation(question="What?"), "A cat.")
+        with pytest.raises(ValueError, match=pattern):  # noqa: PT012 - either of them refuses the family
+            check_supported(getattr(transformers, f"{family.config}Config")(), processor)
+            ChatEncoder(processor, **family.options)
         return
     encoder = ChatEncoder(processor, **family.options)
     system = conversation_of(messages_of(processor, PROMPTS["system"]))
@@ -231,13 +233,6 @@ def assert_proved(encoder: Encoder, pair: Pair) -> None:
     assert proof.notices == encoder.chat.notices
     assert not proof.skipped
     assert not proof.problems
-
-
-def test_paligemma_is_refused_with_an_image(pictures: list[str]) -> None:
-    """Its processor writes a begin token and a line break into the prompt, as no text of ours does."""
-    pair = Pair(question="<image>answer en What?", chosen="A cat.", rejected="A dog.", images=(pictures[0],))
-    with pytest.raises((BadPairError, ChatError), match="chat template"):
-        Encoder(FAMILIES["PaliGemma"].build()).encode(pair, "pairs.jsonl:1")
 
 
 def test_the_page_has_the_table_of_the_registry() -> None:

@@ -423,8 +423,8 @@ IMAGE_FAMILIES: dict[str, Family] = {
         separate_rows="attention that is not causal",
         end="<eos>",
         image=True,
-        refused={"family": "PaliGemmaProcessor"},
-        rule="refused: its processor changes the text of prompts",
+        refused={"family": "attends to its prompt in both directions"},
+        rule="refused: it attends to its prompt in both directions",
     ),
 }
 FAMILIES = {**TEXT_FAMILIES, **IMAGE_FAMILIES}
