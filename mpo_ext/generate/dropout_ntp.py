@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mpo_ext.answers import extract_answer
 from mpo_ext.chat import IMAGE_PLACEHOLDER, ChatError, Conversation
+from mpo_ext.chat.template import common_length
 from mpo_ext.checks import check_choice, check_integer, check_number
 from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
@@ -120,6 +121,8 @@ class DropoutNTP:
             words = chosen.split(" ")
             kept = " ".join(words[: int(len(words) * self.config.keep)]).strip()
             ids = engine.encode_response(conversation, kept) if kept else []
+            # The template may write white space after the kept words.
+            ids = ids[: common_length(ids, engine.encode_response(conversation, chosen))]
             return Prefix(tuple(ids), engine.decode_response(conversation, ids))
         ids = engine.encode_response(conversation, chosen)
         count = int(len(ids) * self.config.keep)

@@ -128,6 +128,19 @@ def test_sampled_ids_become_the_trained_ids(name: str, monkeypatch: pytest.Monke
     assert sample.rejected_ids.tolist() == whole[rejected]
 
 
+@pytest.mark.parametrize("name", [name for name in ENCODED if not load(name)[0].needs_thoughts])
+def test_kept_words_are_the_beginning_of_the_response(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours, _, _ = engines(name, monkeypatch)
+    chosen = "The answer is 12. It is red."
+    ours.model.script = [ours.chat.end_id]
+    pipeline = DropoutNTP(DropoutNTPConfig(keep=0.5, unit="words", sampling=SAMPLING, matcher=None))
+    ((record,),) = pipeline.sample([Item(question="What is shown?", chosen=chosen)], ours)
+    whole = ours.chat.response_ids(Request(question="What is shown?"), chosen)
+    kept = ours.model.prompts[-1][-record["cut"]["tokens"] :]
+    assert kept == whole[: len(kept)]
+    assert ours.chat.response_text(Request(question="What is shown?"), kept).endswith("The answer is")
+
+
 @pytest.mark.parametrize("name", ENCODED)
 def test_samples_of_the_correctness_pipeline_are_trained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, ours, _, _ = engines(name, monkeypatch)
