@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,10 +58,13 @@ def make_accelerator(recipe: Recipe) -> Any:
     return accelerator
 
 
-def set_up(recipe: Recipe, accelerator: Any, model: nn.Module | None, processor: Any) -> RunSetup:
+def set_up(
+    recipe: Recipe, accelerator: Any, model: nn.Module | None, processor: Any, *, date: datetime.date
+) -> RunSetup:
     """Loads models, opens the data, makes the optimizer and prepares all of them with accelerate.
 
-    If ``model`` is None, ``recipe.model.path`` and its processor are loaded instead.
+    If ``model`` is None, ``recipe.model.path`` and its processor are loaded instead. ``date`` is the date that the
+    chat template may write.
     """
     if recipe.reference.path is not None:
         check_model_path("reference.path", recipe.reference.path)
@@ -68,7 +72,7 @@ def set_up(recipe: Recipe, accelerator: Any, model: nn.Module | None, processor:
         model, processor = load_model(recipe.model)
     else:
         model = prepare_model(model, recipe.model)
-    data = _make_data(recipe, accelerator, model, processor)
+    data = _make_data(recipe, accelerator, model, processor, date)
     # The reference may copy the policy, so it is made before the policy is wrapped or moved.
     reference_model, reference_fingerprint = _make_reference_model(recipe, model)
     if recipe.reference.sync_every and reference_model is not None:
@@ -83,13 +87,16 @@ def set_up(recipe: Recipe, accelerator: Any, model: nn.Module | None, processor:
     return RunSetup(model, processor, optimizer, data, reference_model, reference_fingerprint)
 
 
-def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any) -> RunData:
+def _make_data(
+    recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any, date: datetime.date
+) -> RunData:
     tokenizer = getattr(processor, "tokenizer", processor)
     encoder = Encoder(
         processor,
         max_length=recipe.data.max_length,
         too_long=recipe.data.too_long,
         chat_template=recipe.model.chat_template,
+        date=date,
         image_token_id=getattr(unwrap_model(model).config, "image_token_id", None),
     )
     pad_id = tokenizer.pad_token_id
