@@ -70,8 +70,8 @@ class Journal:
                 self._write([{"format": _FORMAT, "settings": self.settings}])
                 self._sync()
                 sync_folder(self.path.parent)
-            elif differences := list(differences(header, self.settings)):
-                raise SettingsMismatchError(self.path, differences)
+            elif changes := list(differences(header, self.settings)):
+                raise SettingsMismatchError(self.path, changes)
             self._close = stack.pop_all()
         return self
 

@@ -19,7 +19,7 @@ from mpo_ext.journal import differences
 LIBRARIES = ("transformers", "tokenizers", "torch", "torchvision", "pillow", "sentencepiece", "tiktoken")
 
 # Parts that depend on the user's files and settings only. A library serializes the other parts in its own way.
-_INDEPENDENT_PARTS = ("chat_template", "template_kwargs", "date")
+_INDEPENDENT_PARTS = ("chat_template", "chat_template_kwargs", "date")
 # Settings that name a class, a file or a version, or are set by calls, and so do not change pixels.
 _IGNORED_SETTINGS = (
     "auto_map", "feature_extractor_type", "image_processor_type", "name_or_path", "_name_or_path", "processor_class",
@@ -66,8 +66,8 @@ def processor_parts(chat: ChatEncoder, end_ids: Iterable[int]) -> dict[str, Any]
         parts["chat_template"] = _digest(chat_template.encode(errors="surrogatepass"))
         if reads_date(chat_template):
             parts["date"] = chat.date.isoformat()
-    if chat.template_kwargs:
-        parts["template_kwargs"] = _plain(chat.template_kwargs)
+    if chat.chat_template_kwargs:
+        parts["chat_template_kwargs"] = _plain(chat.chat_template_kwargs)
     if processor is not tokenizer:
         parts["processor"] = {
             name: value

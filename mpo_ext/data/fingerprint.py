@@ -99,9 +99,9 @@ def describe_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | Non
     after = [value[:_BLOCK_BYTES] for value in hashes]
     first = next((index for index, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None)
     if first is None and new["lines"] > old["lines"]:
-        return f"{new['lines'] - old['lines']:,} lines were added at its end ({counts})"
+        return f"lines were added at its end ({counts})"
     if first is None:
-        return f"{old['lines'] - new['lines']:,} lines were removed from its end ({counts})"
+        return f"lines were removed from its end ({counts})"
     line = first * block + 1
     if block == 1 and sorted(before) == sorted(after):
         return f"its lines are in another order from line {line:,} on ({counts})"

@@ -67,7 +67,7 @@ class InputChanges:
 
 
 def collect_inputs(data: RunData, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the inputs of a run as JSON values. All ranks must call this function; each rank reads some of the files.
+    """Returns the inputs of a run as JSON values. All ranks must call this function; each reads some of the files.
 
     Args:
         data: Data and encoder of the run.
@@ -178,9 +178,7 @@ def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str
 def _changed_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Yields a change of the sizes of image files. Files that were missing may have been repaired: not compared."""
     pairs = zip(old["images"], new["images"], strict=False)
-    changed = [
-        (path, before, after) for (_, before), (path, after) in pairs if before is not None and before != after
-    ]
+    changed = [(path, before, after) for (_, before), (path, after) in pairs if before is not None and before != after]
     if changed:
         path, before, after = changed[0]
         yield (
@@ -241,8 +239,8 @@ def _hash_tokens(sample: Sample) -> str:
 def _compare_encoding(old: Mapping[str, Any], new: Mapping[str, Any], changes: InputChanges) -> None:
     """Adds the changes of processor, libraries, and the encoding of the first pairs.
 
-    Another version of a library is no reason to refuse: it may only write the same tokenizer in another form. The
-    pairs decide whether the encoding has changed.
+    Another version of a library may write the same tokenizer in another form. Then, the pairs decide whether the
+    encoding has changed.
     """
     parts = changed_parts(old["processor"], new["processor"])
     versions = list(changed_parts(old["versions"], new["versions"]).values())

@@ -112,8 +112,8 @@ class Trainer:
         state, say = self.state, self.output.console.say
         checkpoint = self.checkpoint
         with self.output.console, self.stop.caught():
-            self._prepare()
             self.output.check_inputs(self.data, checkpoint)
+            self._prepare()
             try:
                 self.reference = self.make_reference()
             except InterruptedRunError:
@@ -147,7 +147,7 @@ class Trainer:
             return self._close()
 
     def _date(self) -> datetime.date:
-        """Returns the date for the chat template, on all ranks the same: that of a checkpoint or of stored log-probs."""
+        """Returns the date for the chat template: that of the checkpoint or of stored log-probs, otherwise today."""
         inputs = None
         if self.checkpoint is not None:
             inputs = self.output.checkpoints.state(self.accelerator, self.checkpoint).get("inputs")

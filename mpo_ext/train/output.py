@@ -82,7 +82,8 @@ class RunOutput:
                 f"the data cannot be compared with those of {checkpoint}, which an earlier version of mpo_ext wrote"
             )
             return
-        self.input_changes = compare_inputs(stored, self.inputs)
+        # All ranks must agree, although their machines may round pixels differently.
+        self.input_changes = gather(self.accelerator, compare_inputs(stored, self.inputs))[0]
         self.input_changes.check(checkpoint, accept=self.recipe.output.resume_changed_data)
 
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:

@@ -118,7 +118,9 @@ def compute_reference_file(
     was_training = model.training
     model.eval()
     journal_path = _journal_path(path, accelerator.process_index)
-    begun = read_header(journal_path) if journal_path.exists() else None  # with equal settings, but maybe other versions
+    begun = (
+        read_header(journal_path) if journal_path.exists() else None
+    )  # with equal settings, but maybe other versions
     with Journal(journal_path, begun or settings) as journal:
         for batches in _batches_of_ranks(data, known):
             for batch in batches:

@@ -87,9 +87,7 @@ def set_up(
     return RunSetup(model, processor, optimizer, data, reference_model, reference_fingerprint)
 
 
-def _make_data(
-    recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any, date: datetime.date
-) -> RunData:
+def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any, date: datetime.date) -> RunData:
     tokenizer = getattr(processor, "tokenizer", processor)
     encoder = Encoder(
         processor,
