@@ -123,7 +123,8 @@ def test_two_files_that_are_swapped(tmp_path: Path, pairs: Path) -> None:
     pairs.write_text(texts[1])
     other.write_text(texts[0])
     text = refusal(tmp_path / "run", pairs, **sources)
-    assert f"{pairs}: it holds what {other} held" in text and f"{other}: it holds what {pairs} held" in text
+    assert f"{pairs}: it holds what {other} held" in text
+    assert f"{other}: it holds what {pairs} held" in text
 
 
 def test_the_subsets_of_a_meta_file(tmp_path: Path, pairs: Path) -> None:
@@ -195,7 +196,8 @@ def test_changed_evaluation_data_are_evaluated_again(tmp_path: Path, pairs: Path
     train(tmp_path / "run", pairs, 1, **settings)
     text = capsys.readouterr().err
     assert f"since the checkpoint: evaluation: {evaluation}: lines were added at its end" in text
-    assert "evaluation after step 1" in text and "already finished" not in text
+    assert "evaluation after step 1" in text
+    assert "already finished" not in text
     train(tmp_path / "run", pairs, 1, **settings)
     assert "already finished" in capsys.readouterr().err
 
@@ -230,7 +232,8 @@ def test_an_old_checkpoint_resumes_with_the_same_bits(tmp_path: Path, pairs: Pat
         assert ("the data cannot be compared with those of" in text) == (name == "old")
         assert "resume_changed_data" not in text
     old, new = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("old", "new"))
-    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
 
 
 # The processor
@@ -323,7 +326,7 @@ def test_other_versions_are_refused_only_with_another_encoding(
 
     original = inputs._hash_tokens
     monkeypatch.setattr(inputs, "_hash_tokens", lambda sample: original(sample)[::-1])
-    with pytest.raises(LinesError, match="is '98.0'(.|\n)*the pair has other token ids than before"):
+    with pytest.raises(LinesError, match=r"is '98.0'(.|\n)*the pair has other token ids than before"):
         train(tmp_path / "run", pairs, 3)
 
 
@@ -342,7 +345,7 @@ def test_pixels_that_differ_by_rounding_are_said(
     monkeypatch.setattr(
         inputs, "_encoded_pairs", lambda data: [{**pair, "digest": "third"} for pair in encoded_pairs(data)]
     )
-    with pytest.raises(LinesError, match="pillow was '.*', is '99.0'(.|\n)*the pair has other pixels than before"):
+    with pytest.raises(LinesError, match=r"pillow was '.*', is '99.0'(.|\n)*the pair has other pixels than before"):
         train(tmp_path / "run", pairs, 3)
 
 
@@ -368,7 +371,8 @@ def dated_processor() -> Any:
 def test_a_resumed_run_keeps_its_date(tmp_path: Path, pairs: Path, clock: type[FixedDate]) -> None:
     train(tmp_path / "run", pairs, 1, processor=dated_processor())
     before = state_of(tmp_path / "run")["inputs"]
-    assert before["date"] == "2024-07-26" and before["processor"]["date"] == "2024-07-26"
+    assert before["date"] == "2024-07-26"
+    assert before["processor"]["date"] == "2024-07-26"
     clock.day_of_run = TODAY + datetime.timedelta(days=1)
     train(tmp_path / "run", pairs, 2, processor=dated_processor())
     assert state_of(tmp_path / "run")["inputs"] == before
@@ -396,7 +400,7 @@ def test_stored_log_probs_of_another_processor_are_refused_by_name(tmp_path: Pat
     train(tmp_path / "one", pairs, 1, **settings)
     _, processor = tiny()
     change(processor)
-    with pytest.raises(LinesError, match="reference.file must have been made for this run") as error:
+    with pytest.raises(LinesError, match=r"reference.file must have been made for this run") as error:
         train(tmp_path / "two", pairs, 1, processor=processor, **settings)
     assert words in str(error.value)
     assert "delete it to compute it again, or name another file" in str(error.value)
