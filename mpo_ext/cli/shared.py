@@ -116,6 +116,11 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine-option", action="append", default=[], metavar="NAME=JSON",
         help="passed to from_pretrained or vllm.LLM, as in --engine-option tensor_parallel_size=2",
     )  # fmt: skip
+    parser.add_argument("--chat-template", metavar="FILE", help="chat template to use instead of the model's")
+    parser.add_argument(
+        "--chat-template-kwargs", metavar="JSON", default="{}",
+        help="variables for the chat template, as in '{\"enable_thinking\": false}'",
+    )  # fmt: skip
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--device", help="device of transformers (default: the GPU of this process, or the CPU)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per batch, for transformers (default: 16)")
@@ -131,12 +136,32 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
     if args.engine == "vllm":
         from mpo_ext.generate.vllm_engine import VLLMEngine
 
-        return VLLMEngine(model, dtype=args.dtype, **options)
+        return VLLMEngine(model, dtype=args.dtype, chat_options=chat_options(args), **options)
     from mpo_ext.generate.transformers_engine import TransformersEngine
 
     return TransformersEngine.from_pretrained(
-        model, dtype=args.dtype, device=args.device, batch_size=args.batch_size, **options
+        model,
+        dtype=args.dtype,
+        device=args.device,
+        batch_size=args.batch_size,
+        chat_options=chat_options(args),
+        **options,
     )
+
+
+def chat_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of ``mpo_ext.chat.ChatEncoder`` that the command line gives."""
+    template = None
+    if args.chat_template is not None:
+        with open(args.chat_template, encoding="utf-8") as file:
+            template = file.read()
+    try:
+        kwargs = json.loads(args.chat_template_kwargs)
+    except ValueError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"--chat-template-kwargs must be a JSON object, got {args.chat_template_kwargs[:80]!r}")
+    return {"chat_template": template, "chat_template_kwargs": kwargs}
 
 
 def add_matcher(parser: argparse.ArgumentParser) -> None:

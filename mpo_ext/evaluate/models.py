@@ -93,7 +93,8 @@ class FingerprintedEngine:
         from mpo_ext.train.model import fingerprint
 
         self.name = engine.name
-        self.generate, self.encode, self.decode = engine.generate, engine.encode, engine.decode
+        self.generate = engine.generate
+        self.encode_response, self.decode_response = engine.encode_response, engine.decode_response
         self._settings = {**engine.settings(), "weights": fingerprint(engine.model)}
 
     def settings(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mpo_ext.answers import extract_answer
-from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.chat import IMAGE_PLACEHOLDER, Conversation
 from mpo_ext.checks import check_choice, check_integer, check_number
 from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
@@ -110,18 +110,19 @@ class DropoutNTP:
     def keys(self, item: Item) -> list[str]:
         return [f"{item.digest}-{sample}" for sample in range(self.config.samples)]
 
-    def cut(self, chosen: str, engine: Engine) -> Prefix:
-        """Returns the prefix of a response; a cut inside a character moves back to the beginning of the character."""
+    def cut(self, chosen: str, conversation: Conversation, engine: Engine) -> Prefix:
+        """Returns the prefix of a response to a conversation; a cut moves back to the beginning of a character."""
         if self.config.unit == "words":
             words = chosen.split(" ")
-            ids = engine.encode(" ".join(words[: int(len(words) * self.config.keep)]).strip())
-            return Prefix(tuple(ids), engine.decode(ids))
-        ids = engine.encode(chosen)
+            kept = " ".join(words[: int(len(words) * self.config.keep)]).strip()
+            ids = engine.encode_response(conversation, kept) if kept else []
+            return Prefix(tuple(ids), engine.decode_response(conversation, ids))
+        ids = engine.encode_response(conversation, chosen)
         count = int(len(ids) * self.config.keep)
-        text = engine.decode(ids[:count])
+        text = engine.decode_response(conversation, ids[:count])
         while count > 0 and text.endswith(_BROKEN):
             count -= 1
-            text = engine.decode(ids[:count])
+            text = engine.decode_response(conversation, ids[:count])
         return Prefix(tuple(ids[:count]), text)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
@@ -132,17 +133,17 @@ class DropoutNTP:
         for row in rows:
             if row.problem is not None or row.chosen is None:
                 continue
-            row.prefix = self.cut(row.chosen, engine)
+            row.prefix = self.cut(row.chosen, self._conversation(row), engine)
             if not row.prefix.token_ids and self.config.keep > 0:
                 row.problem = "chosen response too short to cut"
                 continue
-            question = row.item.question
+            conversation = self._conversation(row)
             for key in self.keys(row.item):
                 requests.append(
                     Request(
                         key=key,
-                        question=question if self.config.with_image else without_placeholders(question),
-                        images=row.images if self.config.with_image else (),
+                        question=conversation.question,
+                        images=conversation.images,
                         prefix_ids=row.prefix.token_ids,
                         seed=derive_seed(self.config.seed, self.name, key),
                         sampling=self.config.sampling,
@@ -214,6 +215,12 @@ class DropoutNTP:
                 row.problem = "image cannot be read"
         return row
 
+    def _conversation(self, row: _Row) -> Conversation:
+        """Returns the conversation whose response the model continues."""
+        if self.config.with_image:
+            return Conversation(key=row.item.digest, question=row.item.question, images=row.images)
+        return Conversation(key=row.item.digest, question=without_placeholders(row.item.question))
+
     def _sample_chosen(self, rows: Sequence[_Row], engine: Engine) -> None:
         """Samples the missing chosen response of each row; the model sees the images."""
         if not rows:
@@ -245,7 +252,7 @@ class DropoutNTP:
             record |= {"chosen": row.chosen, "chosen_tokens": row.sampled_tokens}
         if generation is None:
             return {**record, "problem": row.problem}
-        text = engine.decode([*row.prefix.token_ids, *generation.token_ids])
+        text = engine.decode_response(self._conversation(row), [*row.prefix.token_ids, *generation.token_ids])
         record |= {
             "text": text,
             "finish": generation.finish_reason,

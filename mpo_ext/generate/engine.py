@@ -75,11 +75,11 @@ class Engine(Protocol):
     def settings(self) -> dict[str, Any]:
         """Returns all settings that the generations depend on, as JSON values."""
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without special tokens around it."""
+    def encode_response(self, conversation: Conversation, response: str) -> list[int]:
+        """Returns the token ids of a response to a conversation, without the token that ends the turn."""
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Returns the text of token ids, including special tokens."""
+    def decode_response(self, conversation: Conversation, token_ids: Sequence[int]) -> str:
+        """Returns the response for token ids that follow the prompt; special tokens inside are kept."""
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """Returns the continuation of each request, in the order of the requests."""

@@ -3,10 +3,11 @@
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpo_ext.chat import find_chat_template, lacks_special_tokens, load_image, render_prompt
+from mpo_ext.chat import ChatEncoder, Conversation, load_image
+from mpo_ext.chat.encoder import EncodedPrompt, embedding_rows_of, stop_ids_of
 from mpo_ext.checks import check_integer
 from mpo_ext.generate.engine import Generation, Request, SamplingConfig
 
@@ -68,7 +69,13 @@ class TransformersEngine:
             question and a newline.
         name: Name of the model in the records; None: the name in the model's config.
         batch_size: Number of prompts per batch. Prompts of similar lengths are batched together.
-        chat_template: Chat template to use instead of the processor's; None: the chat template of the processor.
+        **chat_options: Options of ``ChatEncoder``: ``chat_template``, ``chat_template_kwargs`` and ``date``.
+
+    Attributes:
+        chat: Encoder of prompts and responses, the same as in training.
+
+    Raises:
+        ChatError: If the chat template cannot be used.
     """
 
     def __init__(
@@ -78,20 +85,18 @@ class TransformersEngine:
         *,
         name: str | None = None,
         batch_size: int = 16,
-        chat_template: str | None = None,
+        **chat_options: Any,
     ) -> None:
         check_integer("batch_size", batch_size, least=1)
         self.model = model.eval()
         self.processor = processor
-        self.tokenizer = getattr(processor, "tokenizer", processor)
         self.batch_size = batch_size
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self.chat_template = find_chat_template(processor, chat_template)
-        end_ids = model.generation_config.eos_token_id
-        end_ids = end_ids if end_ids is not None else self.tokenizer.eos_token_id
-        self.end_ids = frozenset([end_ids] if isinstance(end_ids, int) else end_ids or ())
-        pad = self.tokenizer.pad_token_id
-        self._pad_id = pad if pad is not None else min(self.end_ids, default=0)
+        self.chat = ChatEncoder(
+            processor, stop_ids=stop_ids_of(model), embedding_rows=embedding_rows_of(model), **chat_options
+        )
+        pad = self.chat.tokenizer.pad_token_id
+        self._pad_id = pad if pad is not None else min(self.chat.stop_ids)
 
     @classmethod
     def from_pretrained(
@@ -101,7 +106,7 @@ class TransformersEngine:
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int = 16,
-        chat_template: str | None = None,
+        chat_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> "TransformersEngine":
         """Loads a model and its processor.
@@ -112,7 +117,7 @@ class TransformersEngine:
             dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
             device: Device of the model; None: the GPU of this process, or the CPU without a GPU.
             batch_size: See the class.
-            chat_template: See the class.
+            chat_options: See the class.
             **options: Passed to ``from_pretrained``, for example ``revision`` or ``gguf_file``.
         """
         import torch
@@ -127,36 +132,27 @@ class TransformersEngine:
         model = loader.from_pretrained(name, dtype=dtype, **options).to(device)
         processor_loader = transformers.AutoProcessor if has_images else transformers.AutoTokenizer
         processor = processor_loader.from_pretrained(name, **options)
-        return cls(model, processor, name=name, batch_size=batch_size, chat_template=chat_template)
+        return cls(model, processor, name=name, batch_size=batch_size, **(chat_options or {}))
 
     def settings(self) -> dict[str, Any]:
         """Returns all settings that the generations depend on. Batch size and device only change rounding."""
         return {"engine": "transformers", "model": self.name, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+    def encode_response(self, conversation: Conversation, response: str) -> list[int]:
+        return self.chat.response_ids(conversation, response)[:-1]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Returns the text of token ids, including special tokens, with which some models write boxes."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def prompt(self, request: Request) -> str:
-        """Returns the text of a request up to the beginning of the assistant's turn."""
-        return render_prompt(self.processor, request, self.chat_template)
+    def decode_response(self, conversation: Conversation, token_ids: Sequence[int]) -> str:
+        return self.chat.response_text(conversation, token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        prompts = [self.prompt(request) for request in requests]
-        lengths = [
-            len(self.tokenizer.encode(prompt, add_special_tokens=False)) + len(request.prefix_ids)
-            for prompt, request in zip(prompts, requests, strict=True)
-        ]
+        prompts = [self.chat.prompt(request) for request in requests]
         results: dict[int, Generation] = {}
-        for rows in _batches(requests, lengths, self.batch_size):
+        for rows in self._batches(requests, prompts):
             outputs = self._generate_batch([requests[row] for row in rows], [prompts[row] for row in rows])
             results.update(zip(rows, outputs, strict=True))
         return [results[row] for row in range(len(requests))]
 
-    def _generate_batch(self, requests: Sequence[Request], prompts: Sequence[str]) -> list[Generation]:
+    def _generate_batch(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> list[Generation]:
         import torch
 
         inputs = self._inputs(requests, prompts)
@@ -165,12 +161,8 @@ class TransformersEngine:
         draw = [SeededDraw([request.seed for request in requests], sampling)] if sampling.temperature > 0 else []
         with torch.inference_mode():
             output = self.model.generate(**inputs, generation_config=config, logits_processor=draw)
-        return [self._generation(ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
-
-    def _generation(self, ids: list[int]) -> Generation:
-        end = next((index for index, token in enumerate(ids) if token in self.end_ids), None)
-        ids = ids if end is None else ids[:end]
-        return Generation(tuple(ids), self.decode(ids), "length" if end is None else "stop")
+        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [make_generation(self.chat, request, ids) for request, ids in zip(requests, rows, strict=True)]
 
     def _generation_config(self, sampling: SamplingConfig) -> Any:
         """Returns a greedy config with the model's end and suppressed tokens; ``SeededDraw`` draws the tokens."""
@@ -180,7 +172,7 @@ class TransformersEngine:
         return GenerationConfig(
             do_sample=False,
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(self.end_ids) or None,
+            eos_token_id=sorted(self.chat.stop_ids),
             pad_token_id=self._pad_id,
             bos_token_id=model_config.bos_token_id,
             suppress_tokens=model_config.suppress_tokens,
@@ -188,25 +180,32 @@ class TransformersEngine:
             use_cache=True,
         )
 
-    def _inputs(self, requests: Sequence[Request], prompts: Sequence[str]) -> dict[str, Any]:
+    def _inputs(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         """Returns the inputs of the model. Each row is a prompt and its prefix, padded on the left."""
         import torch
 
-        special = {"add_special_tokens": lacks_special_tokens(self.tokenizer, prompts[0])}
         inputs: dict[str, Any]
-        if any(request.images for request in requests):
+        if requests[0].images:
             images = [[load_image(image) for image in request.images] for request in requests]
+            special = self.chat.adds_special_tokens(prompts[0].text)
+            texts = [prompt.text for prompt in prompts]
             inputs = dict(
-                self.processor(text=list(prompts), images=images, padding=True, return_tensors="pt", **special)
+                self.processor(
+                    text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=special
+                )
             )
+            suffix = self.chat.added_suffix if special else 0
             shape, mask = inputs["input_ids"].shape, inputs.pop("attention_mask").bool()
             per_token = {name for name, value in inputs.items() if getattr(value, "shape", None) == shape}
             rows = {
-                name: [row[is_real] for row, is_real in zip(inputs[name], mask, strict=True)] for name in per_token
+                name: [
+                    row[is_real][: len(row[is_real]) - suffix] for row, is_real in zip(inputs[name], mask, strict=True)
+                ]
+                for name in per_token
             }
         else:
             inputs = {}
-            rows = {"input_ids": [torch.tensor(ids) for ids in self.tokenizer(list(prompts), **special)["input_ids"]]}
+            rows = {"input_ids": [torch.tensor(prompt.ids) for prompt in prompts]}
         prefixes = [torch.tensor(request.prefix_ids, dtype=torch.int64) for request in requests]
         for name, values in rows.items():
             is_ids = name == "input_ids"
@@ -224,16 +223,25 @@ class TransformersEngine:
             if isinstance(value, torch.Tensor)
         }
 
+    def _batches(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> Iterator[list[int]]:
+        """Yields the rows of each batch, which have equal settings, equal numbers of images and similar lengths."""
+        groups: dict[tuple[SamplingConfig, int, bool], list[int]] = {}
+        for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+            key = (request.sampling, len(request.images), self.chat.adds_special_tokens(prompt.text))
+            groups.setdefault(key, []).append(row)
+        for rows in groups.values():
+            rows.sort(key=lambda row: len(prompts[row].ids) + len(requests[row].prefix_ids))
+            for start in range(0, len(rows), self.batch_size):
+                yield rows[start : start + self.batch_size]
 
-def _batches(requests: Sequence[Request], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yields the rows of each batch, which have equal settings, equal numbers of images and similar lengths."""
-    groups: dict[tuple[SamplingConfig, int], list[int]] = {}
-    for row, request in enumerate(requests):
-        groups.setdefault((request.sampling, len(request.images)), []).append(row)
-    for rows in groups.values():
-        rows.sort(key=lambda row: lengths[row])
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
+
+def make_generation(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> Generation:
+    """Returns the generation for sampled ids, with the text that follows the request's prefix."""
+    kept, has_end = chat.trim(ids)
+    head = chat.response_text(request, request.prefix_ids) if request.prefix_ids else ""
+    text = chat.response_text(request, [*request.prefix_ids, *kept])
+    text = text[len(head) :] if text.startswith(head) else chat.response_text(request, kept)
+    return Generation(tuple(kept), text, "stop" if has_end else "length")
 
 
 def _pad_left(rows: "Sequence[Tensor]", value: int) -> "Tensor":

@@ -1,25 +1,33 @@
 """The engine that uses vLLM."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpo_ext.chat import chat_messages, load_image
+from mpo_ext.chat import ChatEncoder, Conversation, load_image
 from mpo_ext.checks import install_hint
 from mpo_ext.generate.engine import Generation, Request
+from mpo_ext.generate.transformers_engine import make_generation
 
 
 class VLLMEngine:
     """Runs a model in vLLM's offline engine, which batches the requests. Each request has a separate seed.
 
+    vLLM gets the token ids of prompts, which are those of ``TransformersEngine``, and expands the image tokens.
+
     Args:
         model: Folder or name of the model.
+        processor: Processor of the model, or the tokenizer of a text model; None: loaded with transformers.
+        chat_options: Options of ``ChatEncoder``: ``chat_template``, ``chat_template_kwargs`` and ``date``.
         **options: Passed to ``vllm.LLM``, for example ``dtype``, ``tensor_parallel_size`` or ``limit_mm_per_prompt``.
 
     Raises:
+        ChatError: If the chat template cannot be used.
         ImportError: If vllm is missing.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(
+        self, model: str, *, processor: Any = None, chat_options: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
         try:
             import vllm
         except ImportError as error:
@@ -27,17 +35,19 @@ class VLLMEngine:
         self._sampling_params = vllm.SamplingParams
         self.name = model
         self.options = options
+        # The template is checked before the weights are loaded.
+        loaded, stop_ids = _load_processor(model, options) if processor is None else (processor, [])
+        self.chat = ChatEncoder(loaded, stop_ids=stop_ids, **(chat_options or {}))
         self.llm = vllm.LLM(model=model, **options)
-        self.tokenizer = self.llm.get_tokenizer()
 
     def settings(self) -> dict[str, Any]:
         return {"engine": "vllm", "model": self.name, "dtype": str(self.options.get("dtype", "auto"))}
 
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+    def encode_response(self, conversation: Conversation, response: str) -> list[int]:
+        return self.chat.response_ids(conversation, response)[:-1]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def decode_response(self, conversation: Conversation, token_ids: Sequence[int]) -> str:
+        return self.chat.response_text(conversation, token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         prompts, params = [], []
@@ -50,24 +60,40 @@ class VLLMEngine:
                     top_k=request.sampling.top_k or -1,
                     max_tokens=request.sampling.max_new_tokens,
                     seed=request.seed,
+                    stop_token_ids=sorted(self.chat.stop_ids),
                     skip_special_tokens=False,
                 )
             )
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return [self._generation(output.outputs[0]) for output in outputs]
+        return [
+            self._generation(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)
+        ]
 
     def _prompt(self, request: Request) -> dict[str, Any]:
-        messages = chat_messages(request, as_parts=bool(request.images))
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        prompt: dict[str, Any] = {"prompt_token_ids": [*self.encode(text), *request.prefix_ids]}
+        prompt: dict[str, Any] = {"prompt_token_ids": [*self.chat.prompt_ids(request), *request.prefix_ids]}
         if request.images:
             prompt["multi_modal_data"] = {"image": [load_image(image) for image in request.images]}
         return prompt
 
-    def _generation(self, completion: Any) -> Generation:
-        """Converts a completion and removes the end token that vLLM leaves in the ids."""
-        ids = list(completion.token_ids)
-        is_length = completion.finish_reason == "length"
-        if not is_length and ids and ids[-1] in {self.tokenizer.eos_token_id, completion.stop_reason}:
-            ids.pop()
-        return Generation(tuple(ids), self.decode(ids), "length" if is_length else "stop")
+    def _generation(self, request: Request, completion: Any) -> Generation:
+        """Converts a completion; vLLM may leave the token that ended it in the ids, or remove it."""
+        generation = make_generation(self.chat, request, completion.token_ids)
+        finish = "length" if completion.finish_reason == "length" else "stop"
+        return Generation(generation.token_ids, generation.text, finish)
+
+
+def _load_processor(model: str, options: Mapping[str, Any]) -> tuple[Any, list[int]]:
+    """Returns the processor of a model, or the tokenizer of a text model, and the ids at which the model stops."""
+    import transformers
+
+    hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    config = transformers.AutoConfig.from_pretrained(model, **hub)
+    has_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    processor = (transformers.AutoProcessor if has_images else transformers.AutoTokenizer).from_pretrained(
+        model, **hub
+    )
+    try:
+        ids = transformers.GenerationConfig.from_pretrained(model, **hub).eos_token_id
+    except OSError:  # the model has no generation_config.json
+        ids = getattr(config.get_text_config(), "eos_token_id", None)
+    return processor, [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -29,8 +29,8 @@ class Batch:
         segments: ``[R, L]`` int32: 0 for the prompt, 1, 2, ... for the responses of the row, -1 for padding.
         index: ``[N]`` int64, the position in the flattened rows ``[R * L]`` that predicts each label.
         labels: ``[N]`` int64, the tokens of the B chosen responses, followed by the tokens of the B rejected
-            responses. An empty response has one label, -100, because the loss functions need at least one row per
-            sequence.
+            responses; -100 for tokens that are no targets. An empty response has one label, -100, because the loss
+            functions need at least one row per sequence.
         cu_seqlens: ``[2B + 1]`` int64, the offsets of the responses in ``labels``.
         names: File and line number of each pair, for messages.
         keys: ``Sample.key`` of each pair.
@@ -102,10 +102,17 @@ class _PlacedResponse(NamedTuple):
     prompt_length: int
     segment: int
     ids: Tensor
+    targets: Tensor | None
 
     @property
     def end(self) -> int:
         return self.start + len(self.ids)
+
+    @property
+    def labels(self) -> Tensor:
+        if not len(self.ids):
+            return torch.tensor([_IGNORE_INDEX])
+        return self.ids if self.targets is None else self.ids.masked_fill(~self.targets, _IGNORE_INDEX)
 
 
 class _RowPlan(NamedTuple):
@@ -199,8 +206,13 @@ def collate(
     )
 
 
-def _responses(sample: Sample, with_rejected: bool) -> tuple[Tensor, Tensor]:
-    return sample.chosen_ids, sample.rejected_ids if with_rejected else sample.rejected_ids[:0]
+def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """Returns the ids and the targets of the chosen and of the rejected response."""
+    chosen = (sample.chosen_ids, sample.chosen_targets)
+    return [
+        chosen,
+        (sample.rejected_ids, sample.rejected_targets) if with_rejected else (sample.rejected_ids[:0], None),
+    ]
 
 
 def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
@@ -209,8 +221,8 @@ def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejecte
     responses = []
     for side in (0, 1):
         for row, sample in enumerate(samples):
-            size, ids = len(sample.prompt_ids), _responses(sample, with_rejected)[side]
-            responses.append(_PlacedResponse(row + side * len(owners), size, size, 1, ids))
+            size, (ids, targets) = len(sample.prompt_ids), _responses(sample, with_rejected)[side]
+            responses.append(_PlacedResponse(row + side * len(owners), size, size, 1, ids, targets))
     return _RowPlan(owners, owners * 2 if with_rejected else owners, responses)
 
 
@@ -228,9 +240,9 @@ def _plan_shared(samples: Sequence[Sample], blanks: list[Sample], with_rejected:
             ends.append(len(sample.prompt_ids))
             segment_counts.append(0)
         _check_same_prompt(owners[row], sample)
-        for side, ids in zip(sides, _responses(sample, with_rejected), strict=True):
+        for side, (ids, targets) in zip(sides, _responses(sample, with_rejected), strict=True):
             segment_counts[row] += 1
-            side.append(_PlacedResponse(row, ends[row], len(sample.prompt_ids), segment_counts[row], ids))
+            side.append(_PlacedResponse(row, ends[row], len(sample.prompt_ids), segment_counts[row], ids, targets))
             ends[row] += len(ids)
     owners += blanks
     return _RowPlan(owners, owners, sides[0] + sides[1])
@@ -259,7 +271,7 @@ def _label_rows(responses: Sequence[_PlacedResponse], rows: int, length: int) ->
         # The last token of the prompt predicts the first token of each response.
         places[0] = min(response.row, rows - 1) * length + max(response.prompt_length - 1, 0)
         index.append(places)
-        labels.append(response.ids if len(response.ids) else torch.tensor([_IGNORE_INDEX]))
+        labels.append(response.labels)
     return torch.cat(index), torch.cat(labels), [len(ids) for ids in labels]
 
 

@@ -58,6 +58,7 @@ class StepSlice:
     counts: tuple[BatchCounts, ...]
     skipped: tuple[SkippedPair | BadLine | BadPairError, ...]
     n_cut: int = 0
+    n_split: int = 0
     error: str | None = None
 
 
@@ -141,13 +142,13 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         counts = tuple(
             BatchCounts(
                 len(part),
-                sum(len(sample.chosen_ids) for sample in part),
-                sum(len(sample.chosen_ids) > 0 for sample in part),
+                sum(sample.n_chosen_targets for sample in part),
+                sum(sample.n_chosen_targets > 0 for sample in part),
             )
             for part in parts
         )
-        n_cut = sum(sample.is_cut for sample in samples)
-        return StepSlice(step, tuple(map(self.collator, parts)), counts, tuple(skipped), n_cut)
+        n_cut, n_split = sum(sample.is_cut for sample in samples), sum(sample.is_split for sample in samples)
+        return StepSlice(step, tuple(map(self.collator, parts)), counts, tuple(skipped), n_cut, n_split)
 
     def _advice(self, index: int, result: BadLine | BadPairError) -> str:
         """Returns advice on a bad pair: how to correct the path of a missing image, and how to skip bad pairs."""
@@ -272,4 +273,6 @@ class RunData:
 def without_responses(sample: Sample) -> Sample:
     """Returns the sample with two empty responses."""
     empty = sample.chosen_ids[:0]
-    return dataclasses.replace(sample, chosen_ids=empty, rejected_ids=empty)
+    return dataclasses.replace(
+        sample, chosen_ids=empty, rejected_ids=empty, chosen_targets=None, rejected_targets=None
+    )

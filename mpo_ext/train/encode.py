@@ -4,21 +4,13 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mpo_ext.chat import (
-    IMAGE_PLACEHOLDER,
-    Conversation,
-    end_of_turn_id,
-    find_chat_template,
-    lacks_special_tokens,
-    load_image,
-    render_prompt,
-)
+from mpo_ext.chat import ChatEncoder, ChatError, Conversation, EncodedResponse, load_image
 from mpo_ext.checks import check_integer
 from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
@@ -55,6 +47,10 @@ class Sample:
             tiles or patches; batches concatenate along this axis.
         digest: Hash of the model's inputs: all token ids, ``token_inputs`` and ``image_inputs``.
         is_cut: Whether a response was cut and lacks the token that ends the turn.
+        is_split: Whether a response was tokenized apart from the prompt; see ``mpo_ext.chat.ChatEncoder``.
+        chosen_targets: ``[C]`` bool, False for the user's turns in a chosen response of several turns; None: all
+            tokens are targets.
+        rejected_targets: ``[R]`` bool, the same for the rejected response.
     """
 
     key: str
@@ -67,6 +63,14 @@ class Sample:
     image_inputs: Mapping[str, Tensor]
     digest: str
     is_cut: bool = False
+    is_split: bool = False
+    chosen_targets: Tensor | None = None
+    rejected_targets: Tensor | None = None
+
+    @property
+    def n_chosen_targets(self) -> int:
+        """Number of tokens of the chosen response that are targets."""
+        return len(self.chosen_ids) if self.chosen_targets is None else int(self.chosen_targets.sum())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class PairCounts:
     Attributes:
         kept: Number of pairs that became samples.
         cut: Number of samples with a cut response.
+        split: Number of samples with a response that was tokenized apart from the prompt.
         skipped: Number of skipped pairs for each reason; the reason of a bad line is its ``BadLine.kind``.
         examples: The first message for each reason.
     """
@@ -97,6 +102,7 @@ class PairCounts:
     def __init__(self) -> None:
         self.kept = 0
         self.cut = 0
+        self.split = 0
         self.skipped: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, str] = {}
 
@@ -105,6 +111,7 @@ class PairCounts:
         if isinstance(result, Sample):
             self.kept += 1
             self.cut += result.is_cut
+            self.split += result.is_split
             return
         if isinstance(result, SkippedPair):
             reason, message = result.reason, f"{result.name}: {result.detail}"
@@ -117,6 +124,7 @@ class PairCounts:
         """Adds the counts of another process."""
         self.kept += other.kept
         self.cut += other.cut
+        self.split += other.split
         self.skipped.update(other.skipped)
         self.examples = {**other.examples, **self.examples}
 
@@ -129,15 +137,23 @@ class PairCounts:
         """Yields the counts and the examples as lines of text."""
         if self.cut:
             yield f"cut the responses of {self.cut:,} pairs"
+        if self.split:
+            yield f"tokenized the responses of {self.split:,} pairs apart: the tokenizer merges prompt and response"
         for reason, count in self.skipped.most_common():
             yield f"skipped {count:,}: {reason}, for example {self.examples[reason]}"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counts under the names that checkpoints use."""
-        return {"kept": self.kept, "cut": self.cut, "dropped": dict(self.skipped), "examples": self.examples}
+        return {
+            "kept": self.kept,
+            "cut": self.cut,
+            "split": self.split,
+            "dropped": dict(self.skipped),
+            "examples": self.examples,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.kept, self.cut = state["kept"], state["cut"]
+        self.kept, self.cut, self.split = state["kept"], state["cut"], state.get("split", 0)
         self.skipped = collections.Counter(state["dropped"])
         self.examples = dict(state["examples"])
 
@@ -154,17 +170,13 @@ def prompt_key(pair: Pair) -> str:
 class Encoder:
     """Encodes pairs as samples. An encoder can be pickled for the workers of a DataLoader.
 
-    The text and the tokens of the prompt are exactly those from which ``TransformersEngine`` samples. As in sampling,
-    a response is tokenised separately, without special tokens, and appended to the prompt's ids. These ids may differ
-    from those of the concatenated text if the tokenizer merges characters across the boundary.
+    ``mpo_ext.chat.ChatEncoder`` makes the token ids; sampling and evaluation use the same class. Each response ends
+    with the token that ends the turn. Text that the template writes after this token, such as the line break after
+    ``<|im_end|>``, is not a training target.
 
-    Each response is followed by the token that ends the turn: the first special token that the chat template writes
-    after an assistant's response, or the tokenizer's ``eos_token`` if the template writes none. Text that the template
-    writes around this token, such as the line break after ``<|im_end|>``, is not a training target.
-
-    A prompt of several turns is in ``pair.source["messages"]``, which replaces ``question``: a list of
-    ``{"role": ..., "content": ...}`` that ends before the response. The content is text with ``<image>`` at the place
-    of each image, or a list of ``{"type": "text", "text": ...}`` and ``{"type": "image"}``.
+    A prompt of several turns is in ``pair.source["messages"]``, which replaces ``question``; see
+    ``mpo_ext.chat.Conversation``. A response of several turns is in ``pair.source["chosen_messages"]`` or
+    ``["rejected_messages"]``, which replaces ``chosen`` or ``rejected``; only the assistant's turns are targets.
 
     Some processors (Idefics3, SmolVLM) nest images in a batch axis, which their models flatten: the encoder changes
     ``[1, N, ...]`` to ``[N, 1, ...]``. Models with cross-attention to images (Mllama) are not supported.
@@ -173,10 +185,9 @@ class Encoder:
         processor: The model's processor, or the tokenizer of a text model.
         max_length: Maximum number of tokens of a prompt plus its longer response; None: no limit.
         too_long: "drop" skips longer pairs; "truncate" cuts the ends of the responses, never the prompt.
-        chat_template: Chat template to use instead of the processor's template; None: the processor's template.
         image_token_id: Id of the token that represents (a part of) an image in the prompt, from the model's config;
             None: the id is read from the tokenizer or, if the tokenizer has none, from the processor.
-        end_id: Id of the token that ends a turn; None: the id is derived from the chat template.
+        **chat_options: Options of ``ChatEncoder``, such as ``chat_template``, ``date`` and ``stop_ids``.
     """
 
     def __init__(
@@ -185,40 +196,49 @@ class Encoder:
         *,
         max_length: int | None = None,
         too_long: Literal["drop", "truncate"] = "drop",
-        chat_template: str | None = None,
         image_token_id: int | None = None,
-        end_id: int | None = None,
+        **chat_options: Any,
     ) -> None:
         if max_length is not None:
             check_integer("max_length", max_length, least=2)
         if too_long not in ("drop", "truncate"):
             raise ValueError(f"too_long must be 'drop' or 'truncate', got {too_long!r}")
-        self.processor = processor
-        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.chat = ChatEncoder(processor, **chat_options)
+        self.processor, self.tokenizer = processor, self.chat.tokenizer
         self.max_length, self.too_long = max_length, too_long
-        self.chat_template = find_chat_template(processor, chat_template)
         self.image_token_id = image_token_id
         for owner in (self.tokenizer, processor):
             if self.image_token_id is None:
                 self.image_token_id = _token_id(self.tokenizer, owner, "image")
         media_ids = {_token_id(self.tokenizer, processor, kind) for kind in ("image", "video", "audio")}
         self._media_ids = frozenset((media_ids | {self.image_token_id}) - {None})
-        self.end_id = end_of_turn_id(processor, self.chat_template) if end_id is None else end_id
+
+    @property
+    def end_id(self) -> int:
+        """Id of the token that ends a turn."""
+        return self.chat.end_id
 
     def encode(self, pair: Pair, name: str) -> Sample | SkippedPair:
         """Encodes a pair with absolute image paths; ``name`` is its file and line number, for messages.
 
         Raises:
             BadPairError: If an image cannot be read, the prompt does not fit its images or the chat template, or a
-                response contains an image token or the token that ends a turn.
+                response does not fit the chat template or contains an image token.
             TypeError: If the processor returns values that cannot be batched.
         """
-        chosen = self._response("chosen", pair.chosen, name)
-        rejected = self._response("rejected", pair.rejected, name)
-        if chosen == rejected:
-            return SkippedPair(name, EQUAL, f"both responses are the same {len(chosen)} tokens")
-        prompt_ids, token_inputs, image_inputs = self._prompt(pair, name)
-        size, longest = len(prompt_ids), max(len(chosen), len(rejected))
+        conversation = conversation_of(pair, name)
+        if pair.images and not self.chat.is_multimodal:
+            raise BadPairError(f"{name}: images must be none for a text model, got {len(pair.images)}")
+        try:
+            self.chat.prompt(conversation)
+        except ChatError as error:
+            raise BadPairError(f"{name}: the prompt must fit the chat template, got {error}") from error
+        chosen = self._response("chosen", pair, conversation, name)
+        rejected = self._response("rejected", pair, conversation, name)
+        if chosen.ids == rejected.ids:
+            return SkippedPair(name, EQUAL, f"both responses are the same {len(chosen.ids)} tokens")
+        prompt_ids, token_inputs, image_inputs = self._prompt(conversation, name)
+        size, longest = len(prompt_ids), max(len(chosen.ids), len(rejected.ids))
         room = longest if self.max_length is None else self.max_length - size
         if room < longest:
             detail = f"{size} tokens of prompt and {longest} of the longer response, max_length is {self.max_length}"
@@ -226,10 +246,12 @@ class Encoder:
                 return SkippedPair(name, NO_ROOM, detail)
             if self.too_long == "drop":
                 return SkippedPair(name, TOO_LONG, detail)
-            chosen, rejected = chosen[:room], rejected[:room]
-            if chosen == rejected:
+            if chosen.ids[:room] == rejected.ids[:room]:
                 return SkippedPair(name, EQUAL_CUT, detail)
-        chosen_ids, rejected_ids = torch.tensor(chosen), torch.tensor(rejected)
+        chosen_ids, rejected_ids = torch.tensor(chosen.ids[:room]), torch.tensor(rejected.ids[:room])
+        targets = {"chosen_targets": _targets(chosen, room), "rejected_targets": _targets(rejected, room)}
+        responses = {"prompt": prompt_ids, "chosen": chosen_ids, "rejected": rejected_ids}
+        responses |= {key: value for key, value in targets.items() if value is not None}
         return Sample(
             key=pair.key(),
             name=name,
@@ -239,70 +261,55 @@ class Encoder:
             rejected_ids=rejected_ids,
             token_inputs=token_inputs,
             image_inputs=image_inputs,
-            digest=_digest(prompt_ids, chosen_ids, rejected_ids, token_inputs, image_inputs),
+            digest=_digest(responses, token_inputs, image_inputs),
             is_cut=room < longest,
+            is_split=chosen.is_split or rejected.is_split,
+            chosen_targets=targets["chosen_targets"],
+            rejected_targets=targets["rejected_targets"],
         )
 
-    def _response(self, side: str, text: str, name: str) -> list[int]:
-        ids = list(self.tokenizer.encode(text, add_special_tokens=False))
-        for token in ids:
-            if token in self._media_ids or token == self.end_id:
-                kind = "an end of the turn" if token == self.end_id else "an image, video or audio token"
-                token_text = self.tokenizer.convert_ids_to_tokens(token)
-                raise BadPairError(f"{name}: {side} must not hold {kind}, got {token_text!r} in {text[:80]!r}")
-        return [*ids, self.end_id]
-
-    def _prompt(self, pair: Pair, name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Returns the prompt's token ids ``[P]``, its other per-token inputs ``[P]``, and its image inputs."""
-        if pair.images and self.processor is self.tokenizer:
-            raise BadPairError(f"{name}: images must be none for a text model, got {len(pair.images)}")
-        messages = pair.source.get("messages")
-        if messages is not None and self.chat_template is None:
-            raise BadPairError(f"{name}: a prompt of {len(messages)} messages must have a chat template, got none")
+    def _response(self, side: str, pair: Pair, conversation: Conversation, name: str) -> EncodedResponse:
+        response = pair.source.get(f"{side}_messages", getattr(pair, side))
         try:
-            turns = () if messages is None else self._messages(messages, len(pair.images))
-            request = Conversation(key=name, question=pair.question, messages=turns, images=pair.images)
-            text = render_prompt(self.processor, request, self.chat_template)
-        except Exception as error:  # a template may raise any exception
-            raise BadPairError(f"{name}: the prompt must fit the chat template, got {error}") from error
-        special = lacks_special_tokens(self.tokenizer, text)
-        if not pair.images:
-            ids = torch.tensor(list(self.tokenizer.encode(text, add_special_tokens=special)), dtype=torch.int64)
+            encoded = self.chat.response(conversation, response)
+        except ChatError as error:
+            raise BadPairError(f"{name}: {side} must fit the chat template, got {error}") from error
+        for token in encoded.ids:
+            if token in self._media_ids:
+                token_text = self.tokenizer.convert_ids_to_tokens(token)
+                text = getattr(pair, side)[:80]
+                raise BadPairError(
+                    f"{name}: {side} must not hold an image, video or audio token, got {token_text!r} in {text!r}"
+                )
+        return encoded
+
+    def _prompt(self, conversation: Conversation, name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Returns the prompt's token ids ``[P]``, its other per-token inputs ``[P]``, and its image inputs."""
+        prompt = self.chat.prompt(conversation)
+        if not conversation.images:
+            ids = torch.tensor(prompt.ids, dtype=torch.int64)
             self._check_image_tokens(ids, {}, 0, name)
             return ids, {}, {}
-        images = [_open(path, index, name) for index, path in enumerate(pair.images)]
+        images = [_open(path, index, name) for index, path in enumerate(conversation.images)]
         try:
+            special = self.chat.adds_special_tokens(prompt.text)
             options = {"padding": True, "return_tensors": "pt", "add_special_tokens": special}
-            inputs = dict(self.processor(text=[text], images=[images], **options))
+            inputs = dict(self.processor(text=[prompt.text], images=[images], **options))
         except Exception as error:  # processors report a wrong number of images in many ways
             raise BadPairError(
                 f"{name}: the prompt with its {len(images)} images must be valid for the processor, "
                 f"got {type(error).__name__}: {error}"
             ) from error
         ids, token_inputs, image_inputs = _split_inputs(inputs)
+        if special and self.chat.added_suffix:
+            ids = ids[: -self.chat.added_suffix]
+            token_inputs = {key: value[: len(ids)] for key, value in token_inputs.items()}
+        try:
+            self.chat.check_ids(ids.tolist())
+        except ChatError as error:
+            raise BadPairError(f"{name}: {error}") from error
         self._check_image_tokens(ids, image_inputs, len(images), name)
         return ids, token_inputs, image_inputs
-
-    def _messages(self, messages: object, images: int) -> tuple[dict[str, Any], ...]:
-        """Returns the conversation in the form that chat templates expect, with each image in its place."""
-        if not isinstance(messages, list) or not messages:
-            raise ValueError(f"messages must be a list of messages, got {str(messages)[:80]!r}")
-        turns = []
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise ValueError(f"messages must have a role and content each, got {str(message)[:80]!r}")
-            turns.append({**message, "content": _parts(message.get("content"), split=images > 0)})
-        if turns[-1]["role"] == "assistant":
-            raise ValueError("messages must end before the assistant's response, got an assistant message at the end")
-        places = sum(part["type"] == "image" for turn in turns for part in turn["content"])
-        if images and not places:
-            first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
-            first["content"] = [{"type": "image"}] * images + first["content"]
-        elif places != images:
-            raise ValueError(f"messages must have one place for each of the {images} images, got {places}")
-        if self.processor is not self.tokenizer:
-            return tuple(turns)
-        return tuple({**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns)
 
     def _check_image_tokens(self, ids: Tensor, image_inputs: Mapping[str, Tensor], images: int, name: str) -> None:
         if self.image_token_id is None:
@@ -330,6 +337,22 @@ class Encoder:
         return None
 
 
+def conversation_of(pair: Pair, name: str) -> Conversation:
+    """Returns the prompt of a pair: its question, or the turns of ``pair.source["messages"]``."""
+    messages = pair.source.get("messages", ())
+    if "messages" in pair.source and not (isinstance(messages, (list, tuple)) and messages):
+        raise BadPairError(
+            f"{name}: the prompt must fit the chat template, got messages must be a list of messages, got "
+            f"{str(messages)[:80]!r}"
+        )
+    return Conversation(key=name, question=pair.question, messages=tuple(messages), images=pair.images)
+
+
+def _targets(response: EncodedResponse, room: int) -> Tensor | None:
+    """Returns which tokens of a response are targets, or None if all are."""
+    return None if all(response.is_target) else torch.tensor(response.is_target[:room])
+
+
 def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
     """Returns the id of the token that represents an image, a video or audio; None if ``owner`` names none."""
     token_id = getattr(owner, f"{kind}_token_id", None)
@@ -347,29 +370,6 @@ def _open(path: str, index: int, name: str) -> Any:
         raise kind(
             f"{name}: images[{index}] must be an image that can be read, got {path}: {type(error).__name__}: {error}"
         ) from error
-
-
-def _parts(content: object, *, split: bool) -> list[dict[str, Any]]:
-    """Splits the content of a message into texts and images."""
-    if isinstance(content, str):
-        pieces = content.split(IMAGE_PLACEHOLDER) if split else [content]
-        parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
-        for piece in pieces[1:]:
-            text = piece.removeprefix("\n")  # the templates write a line break after an image
-            parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
-        return parts
-    if not isinstance(content, Sequence):
-        raise ValueError(f"content must be text or a list of texts and images, got {str(content)[:80]!r}")
-    parts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            parts.append({"type": "image"})
-        elif kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        else:
-            raise ValueError(f"content must be text or a list of texts and images, got {str(part)[:80]!r}")
-    return parts
 
 
 def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -396,13 +396,10 @@ def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], di
     return ids[0][is_token].to(torch.int64), token_inputs, image_inputs
 
 
-def _digest(
-    prompt: Tensor, chosen: Tensor, rejected: Tensor, tokens: Mapping[str, Tensor], images: Mapping[str, Tensor]
-) -> str:
+def _digest(ids: Mapping[str, Tensor], token_inputs: Mapping[str, Tensor], image_inputs: Mapping[str, Tensor]) -> str:
     """Returns a hash of the names, dtypes, shapes and bytes of all tensors."""
     hasher = hashlib.blake2b(digest_size=16)
-    fields = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    for group in (fields, tokens, images):
+    for group in (ids, token_inputs, image_inputs):
         hasher.update(f"{len(group)};".encode())
         for field in sorted(group):
             value = group[field].contiguous()

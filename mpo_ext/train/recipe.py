@@ -76,6 +76,7 @@ class ModelRecipe:
         lora: Adapters to train; all other weights are then frozen. None: the weights are trained.
         gradient_checkpointing: Whether backward recomputes the activations of each layer.
         chat_template: Chat template to use instead of the processor's template; None: the processor's template.
+        chat_template_kwargs: Variables for the chat template, such as ``{enable_thinking: false}``.
     """
 
     path: Text
@@ -86,6 +87,7 @@ class ModelRecipe:
     lora: Section[LoraRecipe] | None = None
     gradient_checkpointing: StrictBool = False
     chat_template: StrictStr | None = None
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for part in self.freeze:

@@ -47,6 +47,7 @@ class RunState:
             self.pair_counts.add(skipped)
         self.pair_counts.kept += sum(counts.pairs for counts in step_slice.counts)
         self.pair_counts.cut += step_slice.n_cut
+        self.pair_counts.split += step_slice.n_split
 
     def check_trained_on_pairs(self) -> None:
         """Raises ``LinesError`` if every pair so far was skipped, because the model is still unchanged."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from mpo_ext.chat.encoder import embedding_rows_of, stop_ids_of
 from mpo_ext.checks import check_model_path
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.dataset import Collator, RunData, without_responses
@@ -93,10 +94,14 @@ def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: An
         processor,
         max_length=recipe.data.max_length,
         too_long=recipe.data.too_long,
-        chat_template=recipe.model.chat_template,
-        date=date,
         image_token_id=getattr(unwrap_model(model).config, "image_token_id", None),
+        chat_template=recipe.model.chat_template,
+        chat_template_kwargs=recipe.model.chat_template_kwargs,
+        date=date,
+        stop_ids=stop_ids_of(unwrap_model(model)),
+        embedding_rows=embedding_rows_of(unwrap_model(model)),
     )
+    _add_stop_id(unwrap_model(model), encoder.end_id)
     pad_id = tokenizer.pad_token_id
     collator = Collator(
         "shared",
@@ -105,6 +110,13 @@ def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: An
         positions=prompt_positions(model),
     )
     return RunData(recipe, accelerator, encoder, collator)
+
+
+def _add_stop_id(model: Any, end_id: int) -> None:
+    """Adds the token that ends a turn to the model's stop tokens, which the export writes into generation_config."""
+    stop_ids = stop_ids_of(model)
+    if getattr(model, "generation_config", None) is not None and end_id not in stop_ids:
+        model.generation_config.eos_token_id = [*stop_ids, end_id] if stop_ids else end_id
 
 
 def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module | None, str]:

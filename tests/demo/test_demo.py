@@ -32,7 +32,7 @@ from mpo_ext.demo.pairs import make_pairs, write_items
 from mpo_ext.demo.settings import Settings
 from mpo_ext.demo.train import METHODS, evaluate, train_branch, train_sft
 from mpo_ext.generate.engine import Request, SamplingConfig
-from mpo_ext.generate.transformers_engine import TransformersEngine
+from mpo_ext.generate.transformers_engine import TransformersEngine, make_generation
 from mpo_ext.journal import read_records
 from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.loop import train
@@ -144,9 +144,10 @@ def test_training_and_sampling_see_the_same_prompt(processor: DigitsProcessor, t
     own = () if task.picture is None else (task.picture,)
     engine = TransformersEngine(build_model(processor.tokenizer, hidden_size=32, layers=1), processor)
     request = Request(question=task.question, images=own)
-    prompt = engine._inputs([request], [engine.prompt(request)])["input_ids"][0].tolist()
+    prompt = engine._inputs([request], [engine.chat.prompt(request)])["input_ids"][0].tolist()
     assert sample.prompt_ids.tolist() == prompt
-    assert sample.chosen_ids.tolist() == [*engine.encode(task.response), processor.tokenizer.eos_token_id]
+    assert sample.chosen_ids.tolist() == engine.chat.response_ids(request, task.response)
+    assert engine.encode_response(request, task.response) == sample.chosen_ids[:-1].tolist()
     assert (sample.prompt_ids == processor.image_token_id).sum() == 4 * len(own)
 
 
@@ -183,7 +184,8 @@ class Scripted(TransformersEngine):
     blind: ClassVar[list[Request]] = []
 
     def generate(self, requests):
-        return [self._generation([*self.encode(self._answer(request)), *self.end_ids]) for request in requests]
+        rows = [self.chat.response_ids(request, self._answer(request)) for request in requests]
+        return [make_generation(self.chat, request, row) for request, row in zip(requests, rows, strict=True)]
 
     def _answer(self, request: Request) -> str:
         if not request.images:
@@ -304,7 +306,9 @@ def test_the_evaluation_requires_the_exact_form(processor: DigitsProcessor, mode
     texts = [tasks[0].response, f"{tasks[1].response} {tasks[1].response}", "sum", str(tasks[3].answer + 1)]
 
     def generate(self, requests):
-        return [self._generation(self.encode(text)) for text in texts]
+        pairs = zip(requests, texts, strict=True)
+        rows = [self.encode_response(request, text) for request, text in pairs]
+        return [make_generation(self.chat, request, row) for request, row in zip(requests, rows, strict=True)]
 
     monkeypatch.setattr(TransformersEngine, "generate", generate)
     expected = {"accuracy": 0.25, "unparsable": 0.5, "tokens": 1.25, "count": 4}

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from mpo_ext.chat import Conversation
 from mpo_ext.generate.engine import Generation, Request
 
 
@@ -27,6 +28,12 @@ class StubEngine:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(map(chr, token_ids))
+
+    def encode_response(self, conversation: Conversation, response: str) -> list[int]:
+        return self.encode(response)
+
+    def decode_response(self, conversation: Conversation, token_ids: Sequence[int]) -> str:
+        return self.decode(token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         if self.keep_requests:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from stub_engine import StubEngine
 
+from mpo_ext.chat import Conversation
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig, without_placeholders
 from mpo_ext.generate.engine import Generation, SamplingConfig
 from mpo_ext.generate.items import Item, item_files, read_items
@@ -50,7 +51,7 @@ def test_a_cut_in_tokens_keeps_characters_whole() -> None:
             return bytes(token_ids).decode(errors="replace")
 
     for keep in (0.1, 0.25, 0.4, 0.5, 0.75, 0.9):
-        prefix = DropoutNTP(DropoutNTPConfig(keep=keep)).cut("\u8fd9\u662f\u4e00\u53ea\u732b", Bytes())
+        prefix = DropoutNTP(DropoutNTPConfig(keep=keep)).cut("\u8fd9\u662f\u4e00\u53ea\u732b", Conversation(), Bytes())
         assert "\u8fd9\u662f\u4e00\u53ea\u732b".startswith(prefix.text)
         assert len(prefix.token_ids) == len(prefix.text.encode()) > 15 * keep - 3
 

@@ -25,7 +25,7 @@ from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import Request, SamplingConfig, derive_seed, rank_and_world_size
 from mpo_ext.generate.runner import run as run_pipeline
-from mpo_ext.generate.transformers_engine import TransformersEngine, sample_token
+from mpo_ext.generate.transformers_engine import TransformersEngine, make_generation, sample_token
 from mpo_ext.generate.vllm_engine import VLLMEngine
 
 SAMPLING = SamplingConfig(max_new_tokens=12, top_k=0, temperature=1.0)
@@ -73,7 +73,7 @@ def test_a_result_does_not_depend_on_the_batch_or_the_order(engine: Transformers
 
 def test_padding_on_the_left_changes_no_logits(engine: TransformersEngine) -> None:
     requests = [request for request in requests_of(12) if request.images]
-    prompts = [engine.prompt(request) for request in requests]
+    prompts = [engine.chat.prompt(request) for request in requests]
     batch = engine._inputs(requests, prompts)
     assert (batch["attention_mask"] == 0).any()
     logits = engine.model(**batch).logits[:, -1]
@@ -93,19 +93,20 @@ def test_a_prefix_is_what_the_turn_begins_with(engine: TransformersEngine) -> No
 
 def test_the_image_is_seen(engine: TransformersEngine) -> None:
     requests = [request for request in requests_of(6, prefix_ids=()) if request.images]
-    seen = [engine._inputs([request], [engine.prompt(request)]) for request in requests]
+    seen = [engine._inputs([request], [engine.chat.prompt(request)]) for request in requests]
     assert all("pixel_values" in inputs for inputs in seen)
     blind = [dataclasses.replace(request, images=()) for request in requests]
-    assert "pixel_values" not in engine._inputs(blind, [engine.prompt(request) for request in blind])
-    assert "<IMG_CONTEXT>" not in engine.prompt(blind[0])
+    assert "pixel_values" not in engine._inputs(blind, [engine.chat.prompt(request) for request in blind])
+    assert "<IMG_CONTEXT>" not in engine.chat.prompt_text(blind[0])
 
 
 def test_the_reason_to_finish_and_the_end_token(engine: TransformersEngine) -> None:
     (request, *_) = requests_of(1)
-    end = next(iter(engine.end_ids))
-    assert engine._generation([9, 10, end, 11]).token_ids == (9, 10)
-    assert engine._generation([9, 10, end, 11]).finish_reason == "stop"
-    assert engine._generation([9, 10]).finish_reason == "length"
+    request = dataclasses.replace(request, prefix_ids=())
+    for end in engine.chat.stop_ids:
+        stopped = make_generation(engine.chat, request, [9, 10, end, 11])
+        assert (stopped.token_ids, stopped.finish_reason) == ((9, 10), "stop")
+    assert make_generation(engine.chat, request, [9, 10]).finish_reason == "length"
     assert len(engine.generate([request])[0].token_ids) <= SAMPLING.max_new_tokens
 
 
@@ -149,9 +150,10 @@ def test_a_tokenizer_without_a_template_gets_a_plain_prompt(engine: Transformers
     tokenizer = build_tokenizer()
     tokenizer.chat_template = None
     plain = TransformersEngine(engine.model, tokenizer)
-    assert plain.prompt(Request(question="What is the sum ?")) == "What is the sum ?\n"
-    (generation,) = plain.generate([Request(question="What is the sum ?", sampling=SAMPLING)])
-    assert generation.text == plain.decode(generation.token_ids)
+    assert plain.chat.prompt_text(Request(question="What is the sum ?")) == "What is the sum ?\n"
+    request = Request(question="What is the sum ?", sampling=SAMPLING)
+    (generation,) = plain.generate([request])
+    assert generation.text == plain.decode_response(request, generation.token_ids)
 
 
 def test_ranks_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,15 +232,6 @@ class FakeVLLM(types.ModuleType):
             def __init__(self, model: str, **options: Any) -> None:
                 self.options = options
 
-            def get_tokenizer(self) -> Any:
-                tokenizer = build_tokenizer()
-                tokenizer.chat_template = (
-                    "<|user|> {% for message in messages %}{% if message.content is string %}{{ message.content }}"
-                    "{% else %}{% for part in message.content %}{{ part.text or '<IMG_CONTEXT> ' }}{% endfor %}"
-                    "{% endif %}{% endfor %} <|assistant|>"
-                )
-                return tokenizer
-
             def generate(self, prompts: Any, params: Any, *, use_tqdm: bool) -> Any:
                 outer.calls.append((prompts, params))
                 end = build_tokenizer().eos_token_id
@@ -252,16 +245,22 @@ class FakeVLLM(types.ModuleType):
 def test_vllm_gets_ids_images_and_a_seed_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeVLLM()
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    engine = VLLMEngine("some/model", dtype="bfloat16")
+    processor = build_processor()
+    engine = VLLMEngine("some/model", processor=processor, dtype="bfloat16")
     image = Image.new("RGB", (4, 4))
     first = Request(question="What is the sum", images=(image,), prefix_ids=(11, 12), seed=5, sampling=SAMPLING)
-    stopped, cut = engine.generate([first, Request(question="What is the sum", seed=6)])
+    second = Request(question="What is the sum", seed=6)
+    stopped, cut = engine.generate([first, second])
     assert (stopped.token_ids, stopped.finish_reason) == ((9, 10), "stop")
     assert (cut.token_ids, cut.finish_reason) == ((9, 10), "length")
-    assert stopped.text == engine.decode((9, 10))
+    assert stopped.text == engine.decode_response(second, (9, 10))
     prompts, params = fake.calls[0]
     assert prompts[0]["prompt_token_ids"][-2:] == [11, 12]
-    assert prompts[0]["prompt_token_ids"][:-2] == engine.encode("<|user|> <IMG_CONTEXT> What is the sum <|assistant|>")
+    torch.manual_seed(0)
+    twin = TransformersEngine(build_model(processor.tokenizer, hidden_size=32, layers=1), processor)
+    assert prompts[0]["prompt_token_ids"][:-2] == twin.chat.prompt_ids(first)
+    assert prompts[1]["prompt_token_ids"] == twin.chat.prompt_ids(second)
+    assert params[0].options["stop_token_ids"] == sorted(twin.chat.stop_ids)
     assert prompts[0]["multi_modal_data"] == {"image": [image]}
     assert "multi_modal_data" not in prompts[1]
     assert [each.options["seed"] for each in params] == [5, 6]

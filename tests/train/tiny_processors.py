@@ -152,7 +152,8 @@ def idefics3() -> Any:
 
 def gemma3() -> Any:
     tokens = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    tokenizer = build_tokenizer([*tokens.values(), *SPECIAL[GEMMA]], bos="<s>", extra_special_tokens=tokens)
+    tokenizer = build_tokenizer([*tokens.values()], bos="<s>", extra_special_tokens=tokens)
+    tokenizer.add_tokens(SPECIAL[GEMMA], special_tokens=True)
     image_processor = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
     template = GEMMA.replace("IMAGE", "<start_of_image>")
     return Gemma3Processor(image_processor, tokenizer, image_seq_length=4, chat_template=template)

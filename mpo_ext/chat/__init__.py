@@ -1,0 +1,16 @@
+"""Conversations and their token ids, the same for training, sampling and evaluation."""
+
+from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages, load_image
+from mpo_ext.chat.encoder import ChatEncoder, EncodedResponse
+from mpo_ext.chat.template import ChatError, find_chat_template
+
+__all__ = [
+    "IMAGE_PLACEHOLDER",
+    "ChatEncoder",
+    "ChatError",
+    "Conversation",
+    "EncodedResponse",
+    "chat_messages",
+    "find_chat_template",
+    "load_image",
+]

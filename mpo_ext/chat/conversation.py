@@ -1,0 +1,107 @@
+"""Conversations: a question or several turns with images, and their form as messages for a chat template."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+IMAGE_PLACEHOLDER = "<image>"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """The turns before the assistant's turn.
+
+    Attributes:
+        key: Name of the conversation in error messages.
+        question: The user's question; ``<image>`` marks the place of an image. Without marks, the images come first.
+        messages: Turns, used instead of ``question``: mappings with ``role`` and ``content``. The content is text with
+            ``<image>`` at the place of each image, or a list of ``{"type": "text", "text": ...}`` and
+            ``{"type": "image"}``.
+        images: PIL images or paths of images, in the order of their places.
+    """
+
+    key: str = ""
+    question: str = ""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    images: tuple[Any, ...] = ()
+
+
+def load_image(image: Any) -> Any:
+    """Opens an image path and converts the image to RGB; returns an image that is already open unchanged."""
+    if not isinstance(image, (str, os.PathLike)):
+        return image
+    from PIL import Image
+
+    with Image.open(image) as opened:
+        return opened.convert("RGB")
+
+
+def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[str, Any]]:
+    """Returns a conversation as messages for a chat template.
+
+    ``as_parts`` makes the content of each message a list of images and texts, the format of multimodal models.
+
+    Raises:
+        ValueError: If a message has no role or content, the last message is the assistant's, the number of places
+            differs from the number of images, or a model without images gets images.
+    """
+    count = len(conversation.images)
+    if not as_parts and count:
+        raise ValueError(f"images must be empty for a text model, got {count} in {conversation.key!r}")
+    messages = conversation.messages or ({"role": "user", "content": conversation.question},)
+    turns = message_turns(messages, split=as_parts)
+    if turns[-1]["role"] == "assistant":
+        raise ValueError("messages must end before the assistant's response, got an assistant message at the end")
+    places = sum(part["type"] == "image" for turn in turns for part in turn["content"])
+    if count and not places:
+        first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
+        first["content"] = [{"type": "image"}] * count + first["content"]
+    elif places != count:
+        rule = (
+            "messages must have one place" if conversation.messages else f"question must have one {IMAGE_PLACEHOLDER}"
+        )
+        raise ValueError(f"{rule} for each of the {count} images, got {places} in {conversation.key!r}")
+    return turns if as_parts else [{**turn, "content": _text(turn["content"])} for turn in turns]
+
+
+def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
+    """Returns messages whose content is a list of texts and images.
+
+    ``split`` splits texts at each ``<image>``; without it, ``<image>`` is ordinary text.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"messages must be a list of messages, got {str(messages)[:80]!r}")
+    turns = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"messages must have a role and content each, got {str(message)[:80]!r}")
+        turns.append({**message, "content": _parts(message.get("content"), split=split)})
+    return turns
+
+
+def _parts(content: object, *, split: bool) -> list[dict[str, Any]]:
+    """Splits the content of a message into texts and images."""
+    if isinstance(content, str):
+        pieces = content.split(IMAGE_PLACEHOLDER) if split else [content]
+        parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
+        for piece in pieces[1:]:
+            text = piece.removeprefix("\n")  # the templates write a line break after an image
+            parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+        return parts
+    if not isinstance(content, Sequence):
+        raise ValueError(f"content must be text or a list of texts and images, got {str(content)[:80]!r}")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "image":
+            parts.append({"type": "image"})
+        elif kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        else:
+            raise ValueError(f"content must be text or a list of texts and images, got {str(part)[:80]!r}")
+    return parts
+
+
+def _text(parts: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(part["text"] for part in parts)

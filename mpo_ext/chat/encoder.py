@@ -1,0 +1,400 @@
+"""The encoder that training, sampling and evaluation share: token ids exactly as the model's processor makes them."""
+
+import datetime
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages, message_turns
+from mpo_ext.chat.template import (
+    OPEN_TAG,
+    PROBE,
+    ChatError,
+    Renderer,
+    TurnForm,
+    common_length,
+    find_chat_template,
+    find_end,
+    find_form,
+    freeze_date,
+)
+
+_CONTEXT = 16  # number of prompt tokens that are decoded with a response, so that the response keeps its spaces
+_ANCHORS = ("", "\n", "a", ":")
+
+
+class EncodedPrompt(NamedTuple):
+    """The prompt of a conversation.
+
+    Attributes:
+        messages: The turns before the response, in the form that the chat template takes.
+        text: The text up to the beginning of the response. The place of an image is not expanded.
+        ids: Token ids of ``text``.
+    """
+
+    messages: list[dict[str, Any]]
+    text: str
+    ids: list[int]
+
+
+class EncodedResponse(NamedTuple):
+    """The token ids that follow a prompt.
+
+    Attributes:
+        ids: Token ids of the response, up to and including the token that ends the turn.
+        is_target: Whether the assistant writes each token; False for user turns inside a response of several turns.
+        is_split: Whether the response was tokenized apart from the prompt, because the tokenizer merges the end of
+            the prompt with the beginning of the response.
+    """
+
+    ids: list[int]
+    is_target: list[bool]
+    is_split: bool
+
+
+class ChatEncoder:
+    """Turns conversations and responses into token ids, and token ids into responses. Instances can be pickled.
+
+    The ids of a prompt are those of ``apply_chat_template(..., add_generation_prompt=True, tokenize=True)``. The ids
+    of a response are the ids of the whole conversation without those of the prompt, up to and including the token that
+    ends the turn. The text that the template writes after this token, such as a line break, belongs to no response.
+
+    Five rules go beyond the template. ``notices`` names those that hold for every conversation:
+
+    - If the template ignores ``add_generation_prompt``, the prompt ends with the header that the template writes
+      before a response, without trailing spaces.
+    - If the template writes no special token after a response, ``eos_token`` follows, and the white space that the
+      template writes there is left out.
+    - If the generation prompt opens a block such as ``<think>``, a response that closes the block without opening it
+      is rendered with the beginning of the block.
+    - If the tokenizer merges the end of the prompt with the beginning of the response, the response is tokenized
+      apart, as the model continues a prompt in sampling.
+    - Tokens that a tokenizer adds at the end of every text (``add_eos_token``) are left out.
+
+    Args:
+        processor: The model's processor, or the tokenizer of a text model.
+        chat_template: Chat template to use instead of the processor's. Without any template, a prompt is the question
+            and a line break.
+        chat_template_kwargs: Variables for the template, such as ``{"enable_thinking": False}``.
+        date: Date for templates that write the current date; None: today.
+        stop_ids: Ids at which the model stops, from its ``generation_config``.
+        embedding_rows: Number of rows of the model's embedding; None: ids are not checked.
+
+    Attributes:
+        end_id: Id of the token that ends an assistant's turn in training.
+        stop_ids: Ids at which sampling stops: the model's, ``end_id`` and the tokenizer's ``eos_token_id``.
+        notices: The rules that hold for every conversation.
+
+    Raises:
+        ChatError: If the template does not write responses, its generation prompt does not fit its conversations, or
+            the token that ends a turn is unknown.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
+        stop_ids: Iterable[int] = (),
+        embedding_rows: int | None = None,
+    ) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.is_multimodal = processor is not self.tokenizer
+        self.chat_template = find_chat_template(processor, chat_template)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.date = date or datetime.date.today()
+        self.embedding_rows = embedding_rows
+        self.notices: tuple[str, ...] = ()
+        self._prefix_ids, self._suffix_ids = _added_tokens(self.tokenizer)
+        self._last: tuple[Conversation, EncodedPrompt] | None = None
+        self._form = TurnForm()
+        if self.chat_template is not None:
+            template = freeze_date(self.chat_template, self.date)
+            if template != self.chat_template:
+                self._say(f"the chat template writes the date: frozen at {self.date}")
+            self._renderer = Renderer(processor, template, self.chat_template_kwargs)
+            self._form, notice = find_form(self._renderer)
+            if notice:
+                self._say(notice)
+        self.end_id, self._ends_in_tail = find_end(self._form, self.tokenizer)
+        if self.chat_template is not None and not self._ends_in_tail:
+            self._say(f"the chat template writes no end of turn: {self.tokenizer.eos_token!r} ends each response")
+        self.stop_ids = frozenset({*stop_ids, self.end_id, self.tokenizer.eos_token_id} - {None})
+        self._check_probe()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
+
+    def prompt(self, conversation: Conversation) -> EncodedPrompt:
+        """Returns the prompt of a conversation; its images are not opened.
+
+        Raises:
+            ChatError: If the conversation does not fit the chat template.
+        """
+        if self._last is not None and self._last[0] is conversation:
+            return self._last[1]
+        try:
+            if self.chat_template is None:
+                messages, text = (
+                    [],
+                    _plain_prompt(conversation, getattr(self.processor, "image_token", IMAGE_PLACEHOLDER)),
+                )
+            else:
+                messages = chat_messages(conversation, as_parts=self.is_multimodal)
+                text = self._prompt_text(messages)
+        except ChatError:
+            raise
+        except ValueError as error:
+            raise ChatError(str(error)) from error
+        prompt = EncodedPrompt(messages, text, self._encode(text))
+        self._last = (conversation, prompt)
+        return prompt
+
+    def prompt_text(self, conversation: Conversation) -> str:
+        """Returns the text of a conversation up to the beginning of the assistant's response."""
+        return self.prompt(conversation).text
+
+    def prompt_ids(self, conversation: Conversation) -> list[int]:
+        """Returns the token ids of ``prompt_text``; a processor expands the tokens of images later."""
+        return self.prompt(conversation).ids
+
+    def adds_special_tokens(self, text: str) -> bool:
+        """Returns whether a processor adds special tokens to the text of a prompt, as ``apply_chat_template`` does."""
+        if self.chat_template is not None and not self.is_multimodal:
+            return False
+        begin = getattr(self.tokenizer, "bos_token", None)
+        return not (begin and text.startswith(begin))
+
+    @property
+    def added_suffix(self) -> int:
+        """Number of tokens that the tokenizer adds at the end of a text; a prompt must not have them."""
+        return len(self._suffix_ids)
+
+    def trim(self, ids: Sequence[int]) -> tuple[list[int], bool]:
+        """Returns sampled ids up to the first id that ends a turn, and whether there is such an id."""
+        end = next((index for index, token in enumerate(ids) if token in self.stop_ids), None)
+        return list(ids[:end]), end is not None
+
+    def response_ids(self, conversation: Conversation, response: str) -> list[int]:
+        """Returns the token ids of a response, up to and including the token that ends the turn."""
+        return self.response(conversation, response).ids
+
+    def response(self, conversation: Conversation, response: str | Sequence[Mapping[str, Any]]) -> EncodedResponse:
+        """Returns the token ids that follow a conversation's prompt.
+
+        Args:
+            conversation: The turns before the response.
+            response: The assistant's text, or several turns that begin and end with the assistant's.
+
+        Raises:
+            ChatError: If the template does not write the response after the prompt, the response holds the token that
+                ends the turn, or an id exceeds the embedding.
+        """
+        prompt = self.prompt(conversation)
+        encoded = self._single(prompt, response) if isinstance(response, str) else self._several(prompt, response)
+        self.check_ids(encoded.ids)
+        return encoded
+
+    def response_text(self, conversation: Conversation, ids: Sequence[int]) -> str:
+        """Returns the response for ids that follow the prompt, without the white space that the template adds.
+
+        ``ids`` end before the token that ends the turn. Special tokens are kept, because some models write boxes with
+        them.
+        """
+        context = self.prompt(conversation).ids[-_CONTEXT:]
+        head, text = self.decode(context), self.decode([*context, *ids])
+        text = text[len(head) :] if text.startswith(head) else self.decode(ids)
+        lead = self._form.lead
+        if lead and not lead.strip():
+            text = text.removeprefix(lead)
+        white = self._form.tail[: len(self._form.tail) - len(self._form.tail.lstrip())]
+        return text.removesuffix(white) if white else text
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of token ids, including special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises ``ChatError`` if an id has no row in the model's embedding."""
+        if self.embedding_rows is not None and ids and (largest := max(ids)) >= self.embedding_rows:
+            raise ChatError(
+                f"token ids must be below the {self.embedding_rows} rows of the model's embedding, got {largest} "
+                f"({self.tokenizer.convert_ids_to_tokens(largest)!r}): the tokenizer does not belong to this model"
+            )
+
+    def _say(self, notice: str) -> None:
+        self.notices = (*self.notices, notice)
+
+    def _prompt_text(self, messages: list[dict[str, Any]]) -> str:
+        if not self._form.ignores_generation_prompt:
+            return self._renderer.render(messages, generation_prompt=True)
+        whole = self._renderer.render([*messages, self._renderer.turn("assistant", PROBE)], generation_prompt=False)
+        return whole.rpartition(PROBE)[0].rstrip(" ")
+
+    def _check_probe(self) -> None:
+        """Encodes a short conversation, and adds notices on the rules that it needs."""
+        if self._form.opened:
+            return
+        conversation = Conversation(question="question")
+        if self.response(conversation, PROBE).is_split:
+            end = self.prompt_text(conversation)[-20:]
+            self._say(f"the tokenizer merges the end of the prompt, {end!r}, with the response: tokenized apart")
+        begin = self.tokenizer.bos_token_id
+        if begin is not None and self.prompt_ids(conversation).count(begin) > 1:
+            self._say(
+                f"prompts have {self.tokenizer.bos_token!r} twice: the template writes it, and the processor adds it"
+            )
+
+    def _encode(self, text: str) -> list[int]:
+        """Returns the ids of a text from its beginning, with the special tokens that the processor puts first."""
+        ids = list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        return [*self._prefix_ids, *ids] if self.adds_special_tokens(text) else ids
+
+    def _single(self, prompt: EncodedPrompt, response: str) -> EncodedResponse:
+        whole = self._whole_text(prompt, response)
+        rest = whole[len(prompt.text) :]
+        if self._ends_in_tail == 0:
+            rest = rest.removesuffix(self._form.tail) if self.chat_template is not None else rest
+        ids, is_split = self._continue(prompt, rest)
+        if self._ends_in_tail == 0:
+            ids = [*ids, self.end_id]
+        self._check_single_end(ids, response)
+        ids = ids[: ids.index(self.end_id) + 1]
+        return EncodedResponse(ids, [True] * len(ids), is_split)
+
+    def _whole_text(self, prompt: EncodedPrompt, response: str) -> str:
+        """Returns the text of the conversation with the response."""
+        if self.chat_template is None:
+            return prompt.text + response
+        for text in self._renderings(response):
+            whole = self._renderer.render(
+                [*prompt.messages, self._renderer.turn("assistant", text)], generation_prompt=False
+            )
+            if whole.startswith(prompt.text):
+                if _squash(text) not in _squash(whole[len(prompt.text) :]):
+                    raise ChatError(
+                        f"the chat template must write the response unchanged, got {whole[len(prompt.text) :][:80]!r} "
+                        f"for {response[:80]!r}"
+                    )
+                return whole
+        raise ChatError(
+            f"the prompt must be the beginning of the whole conversation, got {prompt.text[-40:]!r} where the "
+            f"conversation with the response {response[:80]!r} has "
+            f"{whole[common_length(whole, prompt.text) :][:80]!r}"
+            + (f": the response must close the block {self._form.opened!r}" if self._form.opened else "")
+        )
+
+    def _renderings(self, response: str) -> list[str]:
+        """Returns the response and, if it continues a block that the generation prompt opens, the completed block."""
+        opened = self._form.opened
+        tag = OPEN_TAG.search(opened)
+        if tag and f"</{tag[1]}>" in response and f"<{tag[1]}>" not in response:
+            return [response, opened + response]
+        return [response]
+
+    def _several(self, prompt: EncodedPrompt, turns: Sequence[Mapping[str, Any]]) -> EncodedResponse:
+        """Encodes a response of several turns; only the assistant's turns are targets."""
+        if self.chat_template is None or self._ends_in_tail == 0:
+            raise ChatError(f"a response of {len(turns)} turns must have a chat template that ends turns, got none")
+        try:
+            parts = message_turns(list(turns), split=False)
+        except ValueError as error:
+            raise ChatError(str(error)) from error
+        roles = [turn["role"] for turn in parts]
+        if roles[0] != "assistant" or roles[-1] != "assistant":
+            raise ChatError(f"a response must begin and end with an assistant's turn, got {', '.join(roles)[:80]}")
+        if not self.is_multimodal:
+            parts = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in parts]
+        messages = [*prompt.messages, *parts]
+        whole = self._renderer.render(messages, generation_prompt=False)
+        ids = self._encode(whole)
+        is_target = [False] * len(ids)
+        end = len(ids)
+        for number, role in enumerate(roles):
+            if role != "assistant":
+                continue
+            text = self._prompt_text(messages[: len(prompt.messages) + number])
+            start = self._encode(text)
+            if not whole.startswith(text) or ids[: len(start)] != start:
+                raise ChatError(
+                    f"the chat template must keep earlier turns as they are, got {text[-80:]!r} before turn "
+                    f"{number + 1} of the response and other text in the whole conversation"
+                )
+            if self.end_id not in ids[len(start) :]:
+                raise ChatError(f"the chat template must end turn {number + 1} of the response, got no end of turn")
+            end = ids.index(self.end_id, len(start)) + 1
+            is_target[len(start) : end] = [True] * (end - len(start))
+        size = len(prompt.ids)
+        return EncodedResponse(ids[size:end], is_target[size:end], False)
+
+    def _continue(self, prompt: EncodedPrompt, rest: str) -> tuple[list[int], bool]:
+        """Returns the ids of ``rest`` after the prompt, and whether they had to be tokenized apart."""
+        whole = self._encode(prompt.text + rest)
+        size = len(prompt.ids)
+        if whole[:size] == prompt.ids:
+            return whole[size:], False
+        ids = _tokenize_apart(self.tokenizer, self.decode, prompt.ids[-_CONTEXT:], rest)
+        if ids is None:
+            raise ChatError(
+                f"the tokenizer must be able to continue the prompt's end {prompt.text[-40:]!r} with {rest[:80]!r}, "
+                "got other text from its tokens"
+            )
+        return ids, True
+
+    def _check_single_end(self, ids: Sequence[int], response: str) -> None:
+        count = list(ids).count(self.end_id)
+        if count != max(1, self._ends_in_tail):
+            token = self.tokenizer.convert_ids_to_tokens(self.end_id)
+            raise ChatError(f"a response must not hold an end of the turn, got {token!r} in {response[:80]!r}")
+
+
+def stop_ids_of(model: Any) -> list[int]:
+    """Returns the ids at which a model stops, from its ``generation_config``."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def embedding_rows_of(model: Any) -> int | None:
+    """Returns the number of rows of a model's input embedding; None if the model has none."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return getattr(embedding, "num_embeddings", None)
+
+
+def _plain_prompt(conversation: Conversation, image: str) -> str:
+    """Returns the prompt of a model without a chat template; ``image`` is its token for an image."""
+    if conversation.messages:
+        raise ChatError(f"a conversation of {len(conversation.messages)} messages must have a chat template, got none")
+    missing = max(0, len(conversation.images) - conversation.question.count(IMAGE_PLACEHOLDER))
+    return f"{image * missing}{conversation.question.replace(IMAGE_PLACEHOLDER, image)}\n"
+
+
+def _tokenize_apart(
+    tokenizer: Any, decode: Callable[[Sequence[int]], str], context: list[int], text: str
+) -> list[int] | None:
+    """Returns ids that continue ``context`` with ``text``, or None. SentencePiece needs an anchor before the text."""
+    expected = unicodedata.normalize("NFC", decode(context) + text)
+    for anchor in _ANCHORS:
+        begin = list(tokenizer.encode(anchor, add_special_tokens=False)) if anchor else []
+        ids = list(tokenizer.encode(anchor + text, add_special_tokens=False, verbose=False))
+        rest = ids[len(begin) :]
+        if ids[: len(begin)] == begin and unicodedata.normalize("NFC", decode([*context, *rest])) == expected:
+            return rest
+    return None
+
+
+def _added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the ids that the tokenizer adds before and after a text."""
+    plain = list(tokenizer.encode("a", add_special_tokens=False))
+    ids = list(tokenizer.encode("a"))
+    for start in range(len(ids) - len(plain) + 1):
+        if ids[start : start + len(plain)] == plain:
+            return tuple(ids[:start]), tuple(ids[start + len(plain) :])
+    return (), ()
+
+
+def _squash(text: str) -> str:
+    """Returns the text without white space, because templates trim and move it."""
+    return "".join(unicodedata.normalize("NFC", text).split())

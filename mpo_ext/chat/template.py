@@ -1,0 +1,154 @@
+"""Chat templates: which template is used, the dates that it writes, and what it writes around a response."""
+
+import dataclasses
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PROBE = "Qz7 probe 7zQ"  # a response that does not occur in any template
+OPEN_TAG = re.compile(r"<(\w+)>\s*$")
+_OTHER_PROBE = "Xk3 other 3kX"
+
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+
+
+def find_chat_template(processor: Any, chat_template: str | None = None) -> str | None:
+    """Returns ``chat_template``, or else the template of the processor or its tokenizer; None if no template exists.
+
+    If the processor has several named templates, the template "default" is returned.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    template = chat_template or getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    return template.get("default") if isinstance(template, Mapping) else template
+
+
+def freeze_date(template: str, date: datetime.date) -> str:
+    """Returns the template with each call ``strftime_now("...")`` replaced by the text for ``date``, at midnight.
+
+    Otherwise the prompts of a run would change at midnight.
+
+    Raises:
+        ChatError: If a call has no constant format.
+    """
+    midnight = datetime.datetime.combine(date, datetime.time())
+    frozen = _DATE_CALL.sub(lambda call: repr(midnight.strftime(call[2])), template)
+    if re.search(r"strftime_now\(", frozen):
+        call = frozen[frozen.index("strftime_now(") :][:80]
+        raise ChatError(f"chat_template must call strftime_now with a constant format, got {call!r}")
+    return frozen
+
+
+class ChatError(ValueError):
+    """Raised if a chat template cannot be used, or if a conversation does not fit the template."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TurnForm:
+    """What a chat template writes around a response, found with probe responses.
+
+    Attributes:
+        ignores_generation_prompt: Whether the template ignores ``add_generation_prompt`` although it writes a header.
+        opened: End of the generation prompt that the template does not write before a response, such as ``<think>``.
+        lead: Text between the prompt and a response.
+        tail: Text after a response.
+    """
+
+    ignores_generation_prompt: bool = False
+    opened: str = ""
+    lead: str = ""
+    tail: str = ""
+
+
+class Renderer:
+    """Renders messages with the chat template of a processor, or of the tokenizer of a text model."""
+
+    def __init__(self, processor: Any, chat_template: str, chat_template_kwargs: Mapping[str, Any]) -> None:
+        self._processor = processor
+        self._template = chat_template
+        self._kwargs = dict(chat_template_kwargs)
+        self._as_parts = hasattr(processor, "tokenizer")
+
+    def turn(self, role: str, text: str) -> dict[str, Any]:
+        """Returns a message with a text, in the form that the template takes."""
+        return {"role": role, "content": [{"type": "text", "text": text}] if self._as_parts else text}
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> str:
+        """Returns the text of messages; raises ``ChatError`` if the template fails."""
+        try:
+            return self._processor.apply_chat_template(
+                list(messages),
+                chat_template=self._template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **self._kwargs,
+            )
+        except Exception as error:  # a template may raise any exception
+            raise ChatError(f"the conversation must fit the chat template, got {str(error)[:300]}") from error
+
+
+def common_length(left: str, right: str) -> int:
+    """Returns the number of characters at the beginning of both texts that are equal."""
+    pairs = zip(left, right, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
+def find_form(renderer: Renderer) -> tuple[TurnForm, str | None]:
+    """Returns what the template writes around a response, found with two probe responses, and a notice or None.
+
+    Raises:
+        ChatError: If the template does not write responses, or its generation prompt does not fit its conversations.
+    """
+    question = renderer.turn("user", "question")
+    prompt = renderer.render([question], generation_prompt=True)
+    plain = renderer.render([question], generation_prompt=False)
+    sides = []
+    for probe in (PROBE, _OTHER_PROBE):
+        whole = renderer.render([question, renderer.turn("assistant", probe)], generation_prompt=False)
+        before, found, after = whole.rpartition(probe)
+        if not found:
+            raise ChatError(f"chat_template must write the assistant's response, got {whole[:200]!r}")
+        sides.append((before, after))
+    if sides[0] != sides[1]:
+        raise ChatError("chat_template must write the same text around every response, got two different texts")
+    before, tail = sides[0]
+    if prompt == plain and before.startswith(plain) and before[len(plain) :].strip():
+        header = before[len(plain) :]
+        form = TurnForm(True, lead=header[len(header.rstrip(" ")) :], tail=tail)
+        return form, f"the chat template ignores add_generation_prompt: prompts end with its header {header!r}"
+    if before.startswith(prompt):
+        return TurnForm(lead=before[len(prompt) :], tail=tail), None
+    opened = prompt[common_length(prompt, before) :]
+    if tag := OPEN_TAG.search(opened):
+        response = f"{opened}reason\n</{tag[1]}>\n\n{PROBE}"
+        whole = renderer.render([question, renderer.turn("assistant", response)], generation_prompt=False)
+        if whole.startswith(prompt):
+            notice = f"the generation prompt ends with {opened!r}: each response must close this block"
+            return TurnForm(opened=opened, tail=tail), notice
+    raise ChatError(
+        f"the generation prompt must be the beginning of the whole conversation, got {prompt[-80:]!r} where the "
+        f"conversation with a response has {before[-80:]!r}: pass template variables such as "
+        "enable_thinking=false, or another chat_template"
+    )
+
+
+def find_end(form: TurnForm, tokenizer: Any) -> tuple[int, int]:
+    """Returns the id that ends a turn, and how often the template writes it after a response (0: never).
+
+    Raises:
+        ChatError: If the template ends a turn with ordinary text, or if neither it nor the tokenizer has an end.
+    """
+    tail = form.tail
+    special_ids = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []
+    end = next((token for token in ids if token in special_ids and tokenizer.decode([token]).strip()), None)
+    if end is not None:
+        return end, ids.count(end)
+    if tail.strip():
+        raise ChatError(
+            f"the chat template must end a turn with a special token or white space, got {tail[:80]!r}, which is "
+            "ordinary text for this tokenizer: add the token to the tokenizer, or pass another chat_template"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ChatError("the end of a turn must be known: the chat template writes none, and eos_token is None")
+    return tokenizer.eos_token_id, 0
