@@ -7,6 +7,7 @@ from mpo_ext.chat import ChatEncoder, Conversation, load_image
 from mpo_ext.checks import install_hint
 from mpo_ext.generate.engine import Generation, Request
 from mpo_ext.generate.transformers_engine import make_generation
+from mpo_ext.provenance import processor_parts
 
 
 class VLLMEngine:
@@ -41,7 +42,9 @@ class VLLMEngine:
         self.llm = vllm.LLM(model=model, **options)
 
     def settings(self) -> dict[str, Any]:
-        return {"engine": "vllm", "model": self.name, "dtype": str(self.options.get("dtype", "auto"))}
+        dtype = str(self.options.get("dtype", "auto"))
+        parts = processor_parts(self.chat, self.chat.stop_ids)
+        return {"engine": "vllm", "model": self.name, "dtype": dtype, "processor": parts}
 
     def encode_response(self, conversation: Conversation, response: str) -> list[int]:
         return self.chat.response_ids(conversation, response)[:-1]
