@@ -1,4 +1,4 @@
-"""The inputs of a run as its checkpoints record them: data, processor, library versions and the first encoded pairs.
+"""The inputs of a run as its checkpoints record them: data, processor, versions, start model and encoded pairs.
 
 A run that resumes compares its inputs with those of the checkpoint and names the changes.
 """
@@ -37,7 +37,7 @@ class InputChanges:
     """Changes between the inputs of a checkpoint and those of a run that resumes.
 
     Attributes:
-        refused: Changes of the training data or of its encoding.
+        refused: Changes of the training data, of their encoding, or of weights that checkpoints do not hold.
         allowed: Changes that do not affect training, such as versions of libraries with the same encoding.
         evaluation: Changes of the evaluation data, which are allowed, too.
     """
@@ -50,8 +50,10 @@ class InputChanges:
         """Raises ``LinesError`` with the refused changes, unless they are accepted."""
         if self.refused and not accept:
             raise LinesError(
-                f"data and processor must be those of {path}, but:\n  " + "\n  ".join(_shown(self.refused)) + "\n"
-                f"training would continue with other pairs or tokens. {_ACCEPT}"
+                f"data, processor and start model must be those of {path}, but:\n  "
+                + "\n  ".join(_shown(self.refused))
+                + "\n"
+                f"training would continue with other pairs, tokens or weights. {_ACCEPT}"
             )
 
     def lines(self) -> Iterator[str]:
@@ -66,12 +68,13 @@ class InputChanges:
             yield f"since the checkpoint: {text}"
 
 
-def collect_inputs(data: RunData, known: Mapping[str, Any] | None) -> dict[str, Any]:
+def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights: Mapping[str, str]) -> dict[str, Any]:
     """Returns the inputs of a run as JSON values. All ranks must call this function; each reads some of the files.
 
     Args:
         data: Data and encoder of the run.
         known: Inputs of a checkpoint. Files with the same path, size and modification time are not read again.
+        fixed_weights: Fingerprints of the models whose weights a checkpoint does not hold, by setting.
 
     Raises:
         CheckpointError: If a rank cannot read a file.
@@ -96,6 +99,7 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None) -> dict[str, 
         "date": data.encoder.chat.date.isoformat(),
         "processor": processor_parts(data.encoder.chat, [data.encoder.chat.end_id]),
         "versions": library_versions(),
+        "weights": dict(fixed_weights),
         "pairs": _encoded_pairs(data),
     }
 
@@ -105,6 +109,9 @@ def compare_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> InputChang
     changes = InputChanges()
     changes.refused += _changed_subsets(old["train"], new["train"])
     changes.evaluation += _changed_subsets(old["eval"], new["eval"])
+    for name in old["weights"].keys() & new["weights"].keys():
+        if old["weights"][name] != new["weights"][name]:
+            changes.refused.append(f"{name}: the model has other weights than at the beginning of the run")
     _compare_encoding(old, new, changes)
     return changes
 

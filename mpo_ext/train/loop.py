@@ -103,7 +103,7 @@ class Trainer:
         setup = set_up(recipe, self.accelerator, model, processor, date=self._date())
         self.model, self.processor, self.optimizer = setup.model, setup.processor, setup.optimizer
         self.data, self.reference_model = setup.data, setup.reference_model
-        self.reference_fingerprint = setup.reference_fingerprint
+        self.reference_fingerprint, self.fixed_weights = setup.reference_fingerprint, setup.fixed_weights
         self.reference: Reference | None = None
         self.output.console.total = self.data.total_steps
 
@@ -112,7 +112,7 @@ class Trainer:
         state, say = self.state, self.output.console.say
         checkpoint = self.checkpoint
         with self.output.console, self.stop.caught():
-            self.output.check_inputs(self.data, checkpoint)
+            self.output.check_inputs(self.data, checkpoint, self.fixed_weights)
             self._prepare()
             try:
                 self.reference = self.make_reference()

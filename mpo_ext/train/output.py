@@ -64,19 +64,22 @@ class RunOutput:
                 )
             self.log.rewind(0)
 
-    def check_inputs(self, data: RunData, checkpoint: Path | None) -> None:
+    def check_inputs(self, data: RunData, checkpoint: Path | None, fixed_weights: Mapping[str, str]) -> None:
         """Records the inputs of the run for its checkpoints, and compares them with those of a checkpoint.
 
-        Raises ``LinesError`` if a setting has changed that must not change within a run, or if the training data or
-        their encoding have changed and ``output.resume_changed_data`` is False.
+        ``fixed_weights`` are those of ``RunSetup``.
+
+        Raises:
+            LinesError: If a setting has changed that must not change within a run, or if an input has changed that
+                affects training and ``output.resume_changed_data`` is False.
         """
         if checkpoint is None:
-            self.inputs = collect_inputs(data, None) if self.save else None
+            self.inputs = collect_inputs(data, None, fixed_weights) if self.save else None
             return
         state = self.checkpoints.state(self.accelerator, checkpoint)
         self.changed = changed_settings(state, self.recipe, checkpoint)
         stored = state.get("inputs")
-        self.inputs = collect_inputs(data, stored)
+        self.inputs = collect_inputs(data, stored, fixed_weights)
         if stored is None:
             self.console.say(
                 f"the data cannot be compared with those of {checkpoint}, which an earlier version of mpo_ext wrote"

@@ -32,7 +32,8 @@ class RunSetup(NamedTuple):
     """The parts of a run; accelerate has prepared the models and the optimizer.
 
     ``reference_model`` is separate from the policy; None if no such model is loaded. ``reference_fingerprint`` belongs
-    to the model of the precomputed log-probs; "" if no log-probs are precomputed.
+    to the model of the precomputed log-probs; "" if no log-probs are precomputed. ``fixed_weights`` are the results of
+    ``fingerprint``, by setting, for the models whose weights a checkpoint does not hold.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class RunSetup(NamedTuple):
     data: RunData
     reference_model: nn.Module | None
     reference_fingerprint: str
+    fixed_weights: dict[str, str]
 
 
 def make_accelerator(recipe: Recipe) -> Any:
@@ -78,6 +80,7 @@ def set_up(
     reference_model, reference_fingerprint = _make_reference_model(recipe, model)
     if recipe.reference.sync_every and reference_model is not None:
         _check_can_move(recipe, accelerator, model, reference_model)
+    fixed_weights = _fixed_weights(recipe, model, reference_model) if accelerator.is_main_process else {}
     optimizer: Any = make_optimizer(model, recipe.optim, accelerator.device)
     _set_deepspeed_sizes(recipe, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -85,7 +88,7 @@ def set_up(
         check_mergeable(model)
     if reference_model is not None:
         reference_model = _prepare_reference_model(accelerator, reference_model)
-    return RunSetup(model, processor, optimizer, data, reference_model, reference_fingerprint)
+    return RunSetup(model, processor, optimizer, data, reference_model, reference_fingerprint, fixed_weights)
 
 
 def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any, date: datetime.date) -> RunData:
@@ -132,6 +135,20 @@ def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module 
     if kind == "precomputed" and reference_path(recipe).exists():
         model = None
     return model, digest
+
+
+def _fixed_weights(recipe: Recipe, policy: nn.Module, reference: nn.Module | None) -> dict[str, str]:
+    """Returns the fingerprints of weights that a run reads again when it resumes; empty for quantized models."""
+    if recipe.model.lora is not None and recipe.model.lora.quantization is not None:
+        return {}
+    is_copied = recipe.reference_kind == "copy" and not recipe.reference.sync_every
+    has_frozen = not all(parameter.requires_grad for parameter in policy.parameters())
+    fixed = {}
+    if has_frozen or (is_copied and recipe.reference.path is None):
+        fixed["model.path"] = fingerprint(policy)
+    if is_copied and recipe.reference.path is not None and reference is not None:
+        fixed["reference.path"] = fingerprint(reference)
+    return fixed
 
 
 def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, reference: nn.Module) -> None:

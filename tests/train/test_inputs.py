@@ -42,9 +42,10 @@ def pairs(tmp_path: Path) -> Path:
     return write_pairs(tmp_path / "data", 12, text_only=3)
 
 
-def train(out: Path, data: Path, steps: int, processor: Any = None, **settings: Any) -> None:
+def train(out: Path, data: Path, steps: int, *, processor: Any = None, model: Any = None, **settings: Any) -> None:
     AcceleratorState._reset_state(True)
-    model, own = tiny()
+    whole, own = tiny()
+    model = model or whole
     values = {"optim__max_steps": steps, "optim__batch_size": 4, "optim__epochs": 3, "data__workers": 0, **settings}
     assert loop.train(recipe(out, data, **values), model=model, processor=processor or own) == 0
 
@@ -57,7 +58,7 @@ def edit_lines(path: Path, edit: Edit) -> None:
 
 def refusal(out: Path, data: Path, **settings: Any) -> str:
     """Returns the message with which a second step is refused."""
-    with pytest.raises(LinesError, match="data and processor must be those of") as error:
+    with pytest.raises(LinesError, match="data, processor and start model must be those of") as error:
         train(out, data, 2, **settings)
     assert "output.resume_changed_data=true accepts the changes" in str(error.value)
     assert len((out / "log.jsonl").read_text().splitlines()) == 1
@@ -347,6 +348,37 @@ def test_pixels_that_differ_by_rounding_are_said(
     )
     with pytest.raises(LinesError, match=r"pillow was '.*', is '99.0'(.|\n)*the pair has other pixels than before"):
         train(tmp_path / "run", pairs, 3)
+
+
+# The start model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"model__lora": {"rank": 2}},
+        {"model__freeze": ["vision_tower"], "loss__dpo_weight": 0.0, "loss__bco_weight": 0.0},
+    ],
+    ids=["reference", "adapters", "frozen"],
+)
+def test_another_start_model_is_refused(tmp_path: Path, pairs: Path, settings: dict[str, Any]) -> None:
+    train(tmp_path / "run", pairs, 1, **settings)
+    text = refusal(tmp_path / "run", pairs, model=tiny(seed=1)[0], **settings)
+    assert "model.path: the model has other weights than at the beginning of the run" in text
+    train(tmp_path / "run", pairs, 2, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"loss__dpo_weight": 0.0, "loss__bco_weight": 0.0}, {"reference__sync_every": 1}],
+    ids=["no reference", "moving reference"],
+)
+def test_a_start_model_that_a_checkpoint_holds_may_change(
+    tmp_path: Path, pairs: Path, settings: dict[str, Any]
+) -> None:
+    train(tmp_path / "run", pairs, 1, **settings)
+    train(tmp_path / "run", pairs, 2, model=tiny(seed=1)[0], **settings)
 
 
 # Dates
