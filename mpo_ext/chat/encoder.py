@@ -84,6 +84,8 @@ class ChatEncoder:
         end_id: Id of the token that ends an assistant's turn in training.
         stop_ids: Ids at which sampling stops: the model's, ``end_id`` and the tokenizer's ``eos_token_id``.
         notices: The rules that hold for every conversation.
+        form: What the template writes around a response.
+        ends_in_tail: How often the template writes ``end_id`` after a response; 0: never.
 
     Raises:
         ChatError: If the template does not write responses, its generation prompt does not fit its conversations, or
@@ -110,23 +112,20 @@ class ChatEncoder:
         self.notices: tuple[str, ...] = ()
         self._prefix_ids, self._suffix_ids = _added_tokens(self.tokenizer)
         self._last: tuple[Conversation, EncodedPrompt] | None = None
-        self._form = TurnForm()
+        self.form = TurnForm()
         if self.chat_template is not None:
             template = freeze_date(self.chat_template, self.date)
             if template != self.chat_template:
                 self._say(f"the chat template writes the date: frozen at {self.date}")
             self._renderer = Renderer(processor, template, self.chat_template_kwargs)
-            self._form, notice = find_form(self._renderer)
+            self.form, notice = find_form(self._renderer)
             if notice:
                 self._say(notice)
-        self.end_id, self._ends_in_tail = find_end(self._form, self.tokenizer)
-        if self.chat_template is not None and not self._ends_in_tail:
+        self.end_id, self.ends_in_tail = find_end(self.form, self.tokenizer)
+        if self.chat_template is not None and not self.ends_in_tail:
             self._say(f"the chat template writes no end of turn: {self.tokenizer.eos_token!r} ends each response")
         self.stop_ids = frozenset({*stop_ids, self.end_id, self.tokenizer.eos_token_id} - {None})
         self._check_probe()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}
 
     def prompt(self, conversation: Conversation) -> EncodedPrompt:
         """Returns the prompt of a conversation; its images are not opened.
@@ -173,6 +172,10 @@ class ChatEncoder:
         """Number of tokens that the tokenizer adds at the end of a text; a prompt must not have them."""
         return len(self._suffix_ids)
 
+    def processor_ids(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> list[int]:
+        """Returns the token ids of ``apply_chat_template(..., tokenize=True)``; messages hold the images."""
+        return self._renderer.ids(messages, generation_prompt=generation_prompt)
+
     def trim(self, ids: Sequence[int]) -> tuple[list[int], bool]:
         """Returns sampled ids up to the first id that ends a turn, and whether there is such an id."""
         end = next((index for index, token in enumerate(ids) if token in self.stop_ids), None)
@@ -204,13 +207,15 @@ class ChatEncoder:
         ``ids`` end before the token that ends the turn. Special tokens are kept, because some models write boxes with
         them.
         """
-        context = self.prompt(conversation).ids[-_CONTEXT:]
+        prompt = self.prompt(conversation)
+        context = prompt.ids[-_CONTEXT:]
         head, text = self.decode(context), self.decode([*context, *ids])
         text = text[len(head) :] if text.startswith(head) else self.decode(ids)
-        lead = self._form.lead
-        if lead and not lead.strip():
-            text = text.removeprefix(lead)
-        white = self._form.tail[: len(self._form.tail) - len(self._form.tail.lstrip())]
+        lead = self.form.lead if not self.form.lead.strip() else ""
+        if not head.endswith(prompt.text[-1:]):  # the tokenizer drops white space at the end of a text
+            lead = prompt.text[len(prompt.text.rstrip()) :] + lead
+        text = text.removeprefix(lead)
+        white = self.form.tail[: len(self.form.tail) - len(self.form.tail.lstrip())]
         return text.removesuffix(white) if white else text
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -229,14 +234,14 @@ class ChatEncoder:
         self.notices = (*self.notices, notice)
 
     def _prompt_text(self, messages: list[dict[str, Any]]) -> str:
-        if not self._form.ignores_generation_prompt:
+        if not self.form.ignores_generation_prompt:
             return self._renderer.render(messages, generation_prompt=True)
         whole = self._renderer.render([*messages, self._renderer.turn("assistant", PROBE)], generation_prompt=False)
         return whole.rpartition(PROBE)[0].rstrip(" ")
 
     def _check_probe(self) -> None:
         """Encodes a short conversation, and adds notices on the rules that it needs."""
-        if self._form.opened:
+        if self.form.opened:
             return
         conversation = Conversation(question="question")
         if self.response(conversation, PROBE).is_split:
@@ -256,10 +261,10 @@ class ChatEncoder:
     def _single(self, prompt: EncodedPrompt, response: str) -> EncodedResponse:
         whole = self._whole_text(prompt, response)
         rest = whole[len(prompt.text) :]
-        if self._ends_in_tail == 0:
-            rest = rest.removesuffix(self._form.tail) if self.chat_template is not None else rest
+        if self.ends_in_tail == 0:
+            rest = rest.removesuffix(self.form.tail) if self.chat_template is not None else rest
         ids, is_split = self._continue(prompt, rest)
-        if self._ends_in_tail == 0:
+        if self.ends_in_tail == 0:
             ids = [*ids, self.end_id]
         self._check_single_end(ids, response)
         ids = ids[: ids.index(self.end_id) + 1]
@@ -284,12 +289,12 @@ class ChatEncoder:
             f"the prompt must be the beginning of the whole conversation, got {prompt.text[-40:]!r} where the "
             f"conversation with the response {response[:80]!r} has "
             f"{whole[common_length(whole, prompt.text) :][:80]!r}"
-            + (f": the response must close the block {self._form.opened!r}" if self._form.opened else "")
+            + (f": the response must close the block {self.form.opened!r}" if self.form.opened else "")
         )
 
     def _renderings(self, response: str) -> list[str]:
         """Returns the response and, if it continues a block that the generation prompt opens, the completed block."""
-        opened = self._form.opened
+        opened = self.form.opened
         tag = OPEN_TAG.search(opened)
         if tag and f"</{tag[1]}>" in response and f"<{tag[1]}>" not in response:
             return [response, opened + response]
@@ -297,22 +302,16 @@ class ChatEncoder:
 
     def _several(self, prompt: EncodedPrompt, turns: Sequence[Mapping[str, Any]]) -> EncodedResponse:
         """Encodes a response of several turns; only the assistant's turns are targets."""
-        if self.chat_template is None or self._ends_in_tail == 0:
+        if self.chat_template is None or self.ends_in_tail == 0:
             raise ChatError(f"a response of {len(turns)} turns must have a chat template that ends turns, got none")
-        try:
-            parts = message_turns(list(turns), split=False)
-        except ValueError as error:
-            raise ChatError(str(error)) from error
+        parts = _response_turns(turns, self.tokenizer, self.end_id)
         roles = [turn["role"] for turn in parts]
-        if roles[0] != "assistant" or roles[-1] != "assistant":
-            raise ChatError(f"a response must begin and end with an assistant's turn, got {', '.join(roles)[:80]}")
         if not self.is_multimodal:
             parts = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in parts]
         messages = [*prompt.messages, *parts]
         whole = self._renderer.render(messages, generation_prompt=False)
         ids = self._encode(whole)
-        is_target = [False] * len(ids)
-        end = len(ids)
+        is_target, end = [False] * len(ids), len(ids)
         for number, role in enumerate(roles):
             if role != "assistant":
                 continue
@@ -346,7 +345,7 @@ class ChatEncoder:
 
     def _check_single_end(self, ids: Sequence[int], response: str) -> None:
         count = list(ids).count(self.end_id)
-        if count != max(1, self._ends_in_tail):
+        if count != max(1, self.ends_in_tail):
             token = self.tokenizer.convert_ids_to_tokens(self.end_id)
             raise ChatError(f"a response must not hold an end of the turn, got {token!r} in {response[:80]!r}")
 
@@ -373,6 +372,23 @@ def embedding_rows_of(model: Any) -> int | None:
     """Returns the number of rows of a model's input embedding; None if the model has none."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     return getattr(embedding, "num_embeddings", None)
+
+
+def _response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: int) -> list[dict[str, Any]]:
+    """Returns the checked turns of a response, each with a list of texts."""
+    try:
+        parts = message_turns(list(turns), split=False)
+    except ValueError as error:
+        raise ChatError(str(error)) from error
+    roles = [turn["role"] for turn in parts]
+    if roles[0] != "assistant" or roles[-1] != "assistant":
+        raise ChatError(f"a response must begin and end with an assistant's turn, got {', '.join(roles)[:80]}")
+    for part in (part for turn in parts for part in turn["content"]):
+        if part["type"] != "text":
+            raise ChatError(f"a response must hold text, got a part of type {part['type']!r}")
+        if end_id in tokenizer.encode(part["text"], add_special_tokens=False):
+            raise ChatError(f"a response must not hold an end of the turn, got {part['text'][:80]!r}")
+    return parts
 
 
 def _plain_prompt(conversation: Conversation, image: str) -> str:

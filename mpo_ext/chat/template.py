@@ -45,7 +45,7 @@ class ChatError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TurnForm:
-    """What a chat template writes around a response, found with probe responses.
+    """The text that a chat template writes around a response.
 
     Attributes:
         ignores_generation_prompt: Whether the template ignores ``add_generation_prompt`` although it writes a header.
@@ -76,15 +76,22 @@ class Renderer:
     def render(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> str:
         """Returns the text of messages; raises ``ChatError`` if the template fails."""
         try:
-            return self._processor.apply_chat_template(
-                list(messages),
-                chat_template=self._template,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                **self._kwargs,
-            )
+            return self._apply(messages, add_generation_prompt=generation_prompt, tokenize=False)
         except Exception as error:  # a template may raise any exception
             raise ChatError(f"the conversation must fit the chat template, got {str(error)[:300]}") from error
+
+    def ids(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> list[int]:
+        """Returns the token ids of messages that hold their images, as the processor makes them."""
+        ids = self._apply(messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False)
+        while len(ids) and not isinstance(ids[0], int):  # some processors return a batch of one
+            ids = ids[0].tolist() if hasattr(ids[0], "tolist") else ids[0]
+            ids = [ids] if isinstance(ids, int) else ids
+        return list(ids)
+
+    def _apply(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        return self._processor.apply_chat_template(
+            list(messages), chat_template=self._template, **options, **self._kwargs
+        )
 
 
 def common_length(left: str, right: str) -> int:

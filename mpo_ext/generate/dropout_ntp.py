@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mpo_ext.answers import extract_answer
-from mpo_ext.chat import IMAGE_PLACEHOLDER, Conversation
+from mpo_ext.chat import IMAGE_PLACEHOLDER, ChatError, Conversation
 from mpo_ext.checks import check_choice, check_integer, check_number
 from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
@@ -133,7 +133,11 @@ class DropoutNTP:
         for row in rows:
             if row.problem is not None or row.chosen is None:
                 continue
-            row.prefix = self.cut(row.chosen, self._conversation(row), engine)
+            try:
+                row.prefix = self.cut(row.chosen, self._conversation(row), engine)
+            except ChatError:
+                row.problem = "chosen response does not fit the chat template"
+                continue
             if not row.prefix.token_ids and self.config.keep > 0:
                 row.problem = "chosen response too short to cut"
                 continue

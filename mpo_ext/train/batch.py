@@ -29,7 +29,7 @@ class Batch:
         segments: ``[R, L]`` int32: 0 for the prompt, 1, 2, ... for the responses of the row, -1 for padding.
         index: ``[N]`` int64, the position in the flattened rows ``[R * L]`` that predicts each label.
         labels: ``[N]`` int64, the tokens of the B chosen responses, followed by the tokens of the B rejected
-            responses; -100 for tokens that are no targets. An empty response has one label, -100, because the loss
+            responses; -100 for the tokens of user turns. An empty response has one label, -100, because the loss
             functions need at least one row per sequence.
         cu_seqlens: ``[2B + 1]`` int64, the offsets of the responses in ``labels``.
         names: File and line number of each pair, for messages.

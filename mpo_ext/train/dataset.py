@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mpo_ext.data.reader import BadLine
+from mpo_ext.data.records import Pair
 from mpo_ext.train.batch import Batch, RowLayout, collate
 from mpo_ext.train.encode import BadPairError, Encoder, MissingImageError, Sample, SkippedPair
 from mpo_ext.train.mixture import Mixture
@@ -205,6 +206,13 @@ class RunData:
     def mixtures(self) -> list[Mixture]:
         """The training mixture and, if there is one, the evaluation mixture."""
         return [mixture for mixture in (self.mixture, self.eval_mixture) if mixture is not None]
+
+    def first_pairs(self) -> Iterator[tuple[Pair, str]]:
+        """Yields the good pairs in the order of the first epoch, with their names."""
+        for index in self.sampler.order(0):
+            pair, name = self.mixture.read(int(index))
+            if not isinstance(pair, BadLine):
+                yield pair, name
 
     def steps(self) -> StepDataset:
         """Returns the dataset of this rank's training slices."""

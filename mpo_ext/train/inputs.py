@@ -223,7 +223,8 @@ def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
 
 def _hash_pair(pair: Pair) -> str:
     """Returns a hash of the texts of a pair; its paths are left out, because a folder may move."""
-    texts = [pair.question, pair.chosen, pair.rejected, pair.source.get("messages"), len(pair.images)]
+    turns = [pair.source.get(name) for name in ("messages", "chosen_messages", "rejected_messages")]
+    texts = [pair.question, pair.chosen, pair.rejected, turns, len(pair.images)]
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
 
 
@@ -238,8 +239,10 @@ def _hash_tokens(sample: Sample) -> str:
     """Returns a hash of all token ids of a sample and its other inputs per token, without the pixels."""
     hasher = hashlib.blake2b(digest_size=16)
     ids = {"prompt": sample.prompt_ids, "chosen": sample.chosen_ids, "rejected": sample.rejected_ids}
-    for name, tensor in sorted({**ids, **sample.token_inputs}.items()):
-        hasher.update(f"{name} {tensor.tolist()};".encode())
+    targets = {"chosen targets": sample.chosen_targets, "rejected targets": sample.rejected_targets}
+    for name, tensor in sorted({**ids, **targets, **sample.token_inputs}.items()):
+        if tensor is not None:
+            hasher.update(f"{name} {tensor.tolist()};".encode())
     return hasher.hexdigest()
 
 

@@ -23,6 +23,7 @@ from mpo_ext.train.metrics import Totals, log_line, peak_memory_mib
 from mpo_ext.train.optimizer import clip_gradients, scheduled_learning_rate
 from mpo_ext.train.output import RunOutput
 from mpo_ext.train.progress import compare_first_loss
+from mpo_ext.train.proof import Proof, prove
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import (
@@ -163,8 +164,19 @@ class Trainer:
         if self.accelerator.is_main_process:
             for overview in mixture.inspect(files=False, limit=_COUNTED_LINES):
                 say(str(overview))
+        self._prove()
         if layout := choose_layout(self.model, self.data):
             say(layout)
+
+    def _prove(self) -> None:
+        """Compares the first pairs with the model's processor, and shows how the model reads them."""
+        proof: Proof | None = None
+        if self.accelerator.is_main_process:
+            proof = prove(self.data.encoder, self.data.first_pairs())
+            self.output.write_first_pairs(proof)
+        for shared in gather(self.accelerator, proof):
+            if shared is not None:
+                shared.check()
 
     def make_reference(self) -> Reference | None:
         """Returns the source of the reference log-probs; computes the log-prob file if the recipe needs it."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from mpo_ext.files import atomic_write
 from mpo_ext.train import model_card
 from mpo_ext.train.checkpoint import Checkpoints
 from mpo_ext.train.dataset import RunData
@@ -14,6 +15,7 @@ from mpo_ext.train.export import export_model, is_exported_since
 from mpo_ext.train.inputs import InputChanges, collect_inputs, compare_inputs
 from mpo_ext.train.metrics import Log
 from mpo_ext.train.progress import Console
+from mpo_ext.train.proof import Proof
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.resume import RunState, changed_settings, flat_settings, plain_values
@@ -54,6 +56,15 @@ class RunOutput:
                 for name, value in settings.items()
             }
             self.accelerator.init_trackers("mpo_ext", config=config)
+
+    def write_first_pairs(self, proof: Proof) -> None:
+        """Prints the first pair as the model reads it, and writes the first pairs to ``first_pairs.txt``."""
+        path = self.folder / "first_pairs.txt"
+        for line in proof.console_lines():
+            self.console.say(line)
+        with atomic_write(path) as file:
+            file.write(("\n".join(proof.lines()) + "\n").encode())
+        self.console.say(f"the first pairs, decoded, are in {path}")
 
     def start_log(self) -> None:
         """Empties the log for a new run; an earlier run that saved no checkpoint may have left lines."""

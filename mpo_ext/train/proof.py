@@ -1,0 +1,210 @@
+"""The proof at the start of a run: compares the first pairs with the model's own processor and prints them decoded."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mpo_ext.chat import ChatEncoder, Conversation, chat_messages, load_image
+from mpo_ext.chat.conversation import message_turns
+from mpo_ext.checks import LinesError
+from mpo_ext.data.records import Pair
+from mpo_ext.train.encode import BadPairError, Encoder, Sample, conversation_of
+
+_CONSOLE_CHARACTERS = 160
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProvedPair:
+    """A pair as the model reads it.
+
+    Attributes:
+        name: File and line number of the pair.
+        prompt: Text of the prompt's token ids, with a run of image tokens as ``<image> x 64``.
+        chosen: Text of the chosen response's token ids; the targets of training are in double square brackets.
+        rejected: The same for the rejected response.
+        sizes: Numbers of tokens, for messages.
+    """
+
+    name: str
+    prompt: str
+    chosen: str
+    rejected: str
+    sizes: str
+
+    def lines(self, most: int | None = None) -> Iterator[str]:
+        """Yields lines of text; ``most`` cuts each text to its last or first characters, None cuts nothing."""
+        yield f"{self.name}: {self.sizes}"
+        for label, text in (("prompt", self.prompt), ("chosen", self.chosen), ("rejected", self.rejected)):
+            shown = text.replace("\n", "\\n")
+            if most is not None and len(shown) > most:
+                shown = f"... {shown[-most:]}" if label == "prompt" else f"{shown[:most]} ..."
+            yield f"  {label + ':':9} {shown}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Proof:
+    """The result of ``prove``.
+
+    Attributes:
+        notices: Rules beyond the chat template, and comparisons that could not be made.
+        pairs: The first pairs, decoded.
+        skipped: Messages of pairs that could not be encoded.
+        problems: Differences between the encoder and the processor, and other reasons not to train.
+    """
+
+    notices: tuple[str, ...]
+    pairs: tuple[ProvedPair, ...]
+    skipped: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def lines(self, most: int | None = None) -> Iterator[str]:
+        """Yields the proof as lines of text; ``most`` is the maximum number of characters of a text."""
+        yield from (f"chat template: {notice}" for notice in self.notices)
+        yield from (f"not encoded: {message}" for message in self.skipped)
+        for pair in self.pairs:
+            yield from pair.lines(most)
+        yield from self.problems
+
+    def console_lines(self) -> Iterator[str]:
+        """Yields the notices and the first pair, shortened."""
+        return dataclasses.replace(self, pairs=self.pairs[:1]).lines(_CONSOLE_CHARACTERS)
+
+    def check(self) -> None:
+        """Raises ``LinesError`` if there are problems."""
+        if self.problems:
+            raise LinesError("the token ids of the first pairs must be those of the model's processor, but:\n  " +
+                             "\n  ".join(self.problems))  # fmt: skip
+
+
+def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3) -> Proof:
+    """Encodes the first pairs and compares them with the model's own processor.
+
+    For each pair: the prompt's ids are those of ``apply_chat_template`` with images; prompt and response are the
+    beginning of the whole conversation's ids; the response's ids decode to the response; the response ends with a
+    token at which sampling stops; all ids are below the size of the embedding.
+
+    Args:
+        encoder: Encoder of the run.
+        pairs: Pairs with absolute image paths, and their names for messages.
+        count: Number of pairs to prove.
+    """
+    proved: list[ProvedPair] = []
+    skipped: list[str] = []
+    problems: list[str] = []
+    notices = dict.fromkeys(encoder.chat.notices)
+    for pair, name in itertools.islice(pairs, 50 * count):
+        try:
+            sample = encoder.encode(pair, name)
+        except BadPairError as error:
+            skipped.append(str(error))
+            continue
+        if not isinstance(sample, Sample):
+            continue
+        proved.append(_decode(encoder, sample))
+        problems += [f"{name}: {problem}" for problem in _decoding_problems(encoder, pair, sample)]
+        try:
+            problems += [f"{name}: {problem}" for problem in _differences(encoder, pair, sample)]
+        except Exception as error:  # processors may raise anything; the pair itself could be encoded
+            notices[f"the ids could not be compared with the processor's: {type(error).__name__}: {error}"[:300]] = (
+                None
+            )
+        if len(proved) == count:
+            break
+    return Proof(tuple(notices), tuple(proved), tuple(skipped[:count]), tuple(problems))
+
+
+def _decoding_problems(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
+    """Yields the responses whose ids do not decode to the response, or at whose end sampling does not stop."""
+    chat = encoder.chat
+    conversation = conversation_of(pair, sample.name)
+    for side, ids in (("chosen", sample.chosen_ids.tolist()), ("rejected", sample.rejected_ids.tolist())):
+        if sample.is_cut or f"{side}_messages" in pair.source:
+            continue
+        response, text = getattr(pair, side), chat.response_text(conversation, ids[:-1])
+        if _squash(response) not in _squash(text):
+            yield f"the ids of {side} must decode to the response, got {text[:80]!r} for {response[:80]!r}"
+        if ids[-1] not in chat.stop_ids:
+            yield f"{side} must end with a token at which sampling stops, got {ids[-1]}"
+
+
+def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
+    """Yields the differences between the ids of the sample and those of the processor."""
+    chat = encoder.chat
+    if chat.chat_template is None:
+        return
+    prompt, images = sample.prompt_ids.tolist(), [load_image(path) for path in pair.images]
+    messages = _with_images(chat, conversation_of(pair, sample.name), images)
+    if not chat.form.ignores_generation_prompt:
+        expected = chat.processor_ids(messages, generation_prompt=True)
+        suffix = chat.added_suffix if chat.adds_special_tokens(chat.decode(expected[:8])) else 0
+        yield from _difference(encoder, "the prompt", prompt, expected[: len(expected) - suffix])
+    if not chat.ends_in_tail or chat.form.opened or sample.is_split or sample.is_cut:
+        return  # the ids follow a rule beyond the template
+    for side, ids in (("chosen", sample.chosen_ids.tolist()), ("rejected", sample.rejected_ids.tolist())):
+        response = pair.source.get(f"{side}_messages") or [{"role": "assistant", "content": getattr(pair, side)}]
+        turns = message_turns(response, split=False)
+        if not chat.is_multimodal:
+            turns = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
+        whole = chat.processor_ids([*messages, *turns], generation_prompt=False)
+        yield from _difference(encoder, f"prompt and {side}", [*prompt, *ids], whole[: len(prompt) + len(ids)])
+
+
+def _with_images(chat: ChatEncoder, conversation: Conversation, images: Sequence[Any]) -> list[dict[str, Any]]:
+    """Returns the messages with each image in its place."""
+    messages = chat_messages(conversation, as_parts=chat.is_multimodal)
+    if not chat.is_multimodal:
+        return messages
+    rest = iter(images)
+    return [
+        {**turn, "content": [{"type": "image", "image": next(rest)} if part["type"] == "image" else part
+                             for part in turn["content"]]}
+        for turn in messages
+    ]  # fmt: skip
+
+
+def _difference(encoder: Encoder, what: str, ours: Sequence[int], expected: Sequence[int]) -> Iterator[str]:
+    if list(ours) == list(expected):
+        return
+    pairs = itertools.zip_longest(ours, expected)
+    place = next(index for index, (left, right) in enumerate(pairs) if left != right)
+    left, right = (encoder.chat.decode(ids[place : place + 8]) for ids in (ours, expected))
+    yield (
+        f"the ids of {what} must be those of the processor, got {left[:80]!r} at token {place} where it has "
+        f"{right[:80]!r}"
+    )
+
+
+def _decode(encoder: Encoder, sample: Sample) -> ProvedPair:
+    images = int((sample.prompt_ids == encoder.image_token_id).sum()) if encoder.image_token_id is not None else 0
+    counts = f"{len(sample.prompt_ids):,} tokens of prompt{f' ({images:,} of images)' if images else ''}"
+    sizes = f"{counts}, {len(sample.chosen_ids):,} of chosen, {len(sample.rejected_ids):,} of rejected"
+    pieces = []
+    for is_image, group in itertools.groupby(
+        sample.prompt_ids.tolist(), lambda token: token == encoder.image_token_id
+    ):
+        ids = list(group)
+        pieces.append(f"<image> x {len(ids)}" if is_image else encoder.chat.decode(ids))
+    return ProvedPair(
+        sample.name,
+        "".join(pieces),
+        _marked(encoder, sample.chosen_ids, sample.chosen_targets),
+        _marked(encoder, sample.rejected_ids, sample.rejected_targets),
+        sizes,
+    )
+
+
+def _marked(encoder: Encoder, ids: Tensor, targets: Tensor | None) -> str:
+    """Returns the text of a response with its targets in double square brackets."""
+    is_target = [True] * len(ids) if targets is None else targets.tolist()
+    text = ""
+    for marked, group in itertools.groupby(zip(ids.tolist(), is_target, strict=True), lambda entry: entry[1]):
+        part = encoder.chat.decode([token for token, _ in group])
+        text += f"[[{part}]]" if marked else part
+    return text
+
+
+def _squash(text: str) -> str:
+    return "".join(text.split())
