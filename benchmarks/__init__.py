@@ -1,1 +1,1 @@
-"""Benchmarks, for example ``python -m benchmarks.logits``, to be run in the root of the repository."""
+"""Benchmarks. Run them in the root of the repository, for example ``python -m benchmarks.logits``."""

@@ -1,6 +1,7 @@
 """Runs all benchmarks: ``python -m benchmarks``. ``--quick`` checks within minutes that every benchmark works.
 
-``make bench`` measures and rewrites README.md and docs/; ``--render --docs`` rewrites both without measuring.
+``make bench`` measures and rewrites the tables in README.md and docs/; ``--render --docs`` rewrites them from results/
+without measuring.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_all(names: list[str], out: Path, args: argparse.Namespace, command: str) -> None:
-    """Runs the benchmarks, and writes the result files of the benchmarks, the machine and the cost model."""
+    """Runs the benchmarks, and writes their result files and those of the machine's rates and the cost model."""
     begin, whole = time.perf_counter(), sum(SHARES[name] for name in names)
     minutes = min(args.minutes, _QUICK_MINUTES) if args.quick else args.minutes
     seconds: dict[str, list[float]] = {}

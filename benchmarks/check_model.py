@@ -1,4 +1,4 @@
-"""Compares the predictions of mpo_ext.plan.roofline with the measured points."""
+"""Compares the predictions of mpo_ext.plan.roofline with the measured points (provider and shape) in results/."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_ours(provider: str) -> bool:
 
 
 def compared(documents: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the points of the cost model's result file: each measured point with its prediction.
+    """Returns each measured point with its prediction, as the result file of the cost model stores them.
 
     A prediction uses the machine's rates from the same rounds, because other programs may slow the machine down.
     """
@@ -67,7 +67,7 @@ def _predict(benchmark: str, point: Mapping[str, Any], rates: machines.Machine) 
 
 @functools.cache
 def step_inputs(sizes: Sizes, *, precomputed: bool) -> tuple[cost.ModelShape, cost.StepShape]:
-    """Returns the cost model's descriptions of the network and the step that ``benchmarks.train_step`` measures."""
+    """Returns the model and the step that ``benchmarks.train_step`` measures, as inputs of the cost model."""
     from mpo_ext.plan.memory import MemoryEstimate
 
     with torch.device("meta"):
@@ -104,7 +104,7 @@ def middle(values: Sequence[float]) -> float:
 
 
 def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Returns the points of each kind, such as "peers, linear", sorted by kind."""
+    """Returns the points by kind: mpo_ext's or other libraries' ("peers"), and benchmark; sorted by kind."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         who = "mpo_ext" if is_ours(point["provider"]) else "peers"

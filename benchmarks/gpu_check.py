@@ -1,4 +1,4 @@
-"""Runs all checks that need a GPU, and writes a report: ``make gpu-check``, or ``python -m benchmarks.gpu_check``.
+"""Runs all checks that need a GPU, and writes a report (``make gpu-check``, or ``python -m benchmarks.gpu_check``).
 
 Builds the CUDA kernels, runs all tests on every backend, runs tests/gpu (also under compute-sanitizer), and measures.
 The report folder holds report.md, results.json and logs. If a step fails, the other steps still run.
@@ -63,7 +63,7 @@ class StepResult:
 
 
 def commands(step: str, root: Path) -> dict[str, list[str]]:
-    """Returns the commands of a step; each key is the name of a log."""
+    """Returns the commands of a step by the name of their log."""
     python = sys.executable
     pytest = [python, "-m", "pytest"]
     if step == "build":
@@ -118,7 +118,10 @@ def run_step(step: str, root: Path, out: Path) -> StepResult:
 
 
 def bytes_needed(loss: LossShape, what: str) -> int:
-    """Returns the bytes that every method moves: each pass reads the labelled logits, backward writes the gradient."""
+    """Returns the bytes that any method must move in forward, in backward, or in both (``what``).
+
+    Each of the two passes reads the labelled logits, and backward writes the gradient.
+    """
     row = loss.vocab * loss.size
     forward = loss.labelled * row
     backward = forward + loss.rows * row
@@ -139,7 +142,7 @@ def copy_bandwidth(device: str, nbytes: int = 1 << 30) -> float:
 def measure(
     loss: LossShape, device: str, names: Sequence[str], runs: int
 ) -> tuple[dict[str, dict[str, Timing]], dict[str, int]]:
-    """Measures each provider's forward, backward and both together. Prints and leaves out the providers that fail.
+    """Measures forward, backward and both together for each provider. A provider that fails is printed and skipped.
 
     Returns:
         The timings by pass and provider, and the peak bytes of forward and backward by provider (0 on a CPU).

@@ -1,7 +1,7 @@
-"""Measures forward and backward of the loss from hidden states and of its rivals: ``python -m benchmarks.linear``.
+"""Measures the loss from hidden states against other libraries (rivals): ``python -m benchmarks.linear``.
 
-A rival computes the log-probs of one pair, and ``logits.pair_loss`` the MPO loss. Only Liger, which returns no
-log-probs, computes its chunked DPO loss instead. The floor is the time of the matrix products alone.
+A rival computes the log-probs of one pair, and ``logits.pair_loss`` computes the MPO loss from them. Only Liger, which
+returns no log-probs, computes its chunked DPO loss instead. The floor is the time of the necessary matmuls alone.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 class HiddenBatch:
     """Hidden states ``[2, B T, D]``, head ``[V, D]``, ref_logp ``[2]``, and labels ``[2, B T]``.
 
-    Only the last fraction ``share`` of each row has labels other than -100. B pairs of T tokens are stored as one pair
-    of B * T tokens, which does not change the matrix products.
+    Only the last fraction ``share`` of each sequence has labels other than -100. B pairs of T tokens are stored as one
+    pair of B * T tokens, which does not change the matmuls.
     """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:
@@ -50,14 +50,17 @@ class HiddenBatch:
 
 
 def ours(batch: HiddenBatch, frozen: bool = False, **options: Any) -> tuple[Tensor, ...]:
-    """Returns the loss of ``linear_mpo_loss`` and the gradients of the loss."""
+    """Returns the loss of ``linear_mpo_loss`` and its gradients."""
     hidden, weight = batch.inputs(frozen)
     loss = linear_mpo_loss(hidden, weight, batch.labels_on_cpu, batch.ref_logp, shift=False, **options).loss
     return loss.detach(), *torch.autograd.grad(loss, (hidden,) if frozen else (hidden, weight))
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor, Tensor], Tensor]) -> losses.Provider:
-    """Builds a provider from a peer's log-probs of hidden states ``[n, D]``, head and labels ``[n]`` (some -100)."""
+    """Returns a provider that computes the MPO loss with another library's ``token_logp(hidden, head, labels)``.
+
+    The arguments of ``token_logp`` are ``[n, D]``, ``[V, D]`` and ``[n]``; some labels are -100.
+    """
 
     def run(batch: HiddenBatch) -> tuple[Tensor, ...]:
         hidden, weight = batch.inputs()
@@ -141,7 +144,7 @@ GPU_RIVALS = {"cut-cross-entropy": _cut_cross_entropy("cce")}
 
 
 def provider(name: str) -> losses.Provider:
-    """Returns the provider called ``name``. An absent or broken peer may raise any exception."""
+    """Returns the provider called ``name``. A library that is missing or broken may raise any exception."""
     options = (OURS | SMALL).get(name)
     if options is None:
         return (RIVALS | GPU_RIVALS)[name]()
@@ -149,7 +152,7 @@ def provider(name: str) -> losses.Provider:
 
 
 def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
-    """Returns programs that multiply the labelled rows into preallocated memory, in the dtype of our products."""
+    """Returns programs that run the matmuls of the labelled rows, into preallocated memory, in mpo_ext's dtype."""
     dtype = matmul_dtype(batch.hidden.dtype, batch.hidden.device)
     rows = batch.hidden.flatten(0, 1)[batch.labels.flatten() != -100].to(dtype)
     weight = batch.weight.to(dtype)
@@ -163,7 +166,7 @@ def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
 
 
 def _floor_seconds(name: str, medians: Mapping[str, float]) -> float:
-    """Returns the seconds of the matrix products that every method needs; a frozen head needs no gradient."""
+    """Returns the seconds of the matmuls that every method needs; with a frozen head, without that of its gradient."""
     forward_and_hidden = medians["mm forward"] + medians["mm d hidden"]
     return forward_and_hidden if name == FROZEN else forward_and_hidden + medians["mm d weight"]
 

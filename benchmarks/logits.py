@@ -1,6 +1,7 @@
-"""Measures forward and backward of the loss from logits and of its rivals: ``python -m benchmarks.logits``.
+"""Measures the loss from logits against other libraries (rivals): ``python -m benchmarks.logits``.
 
-Every rival computes the same MPO loss of one pair. The floor is two reads and one write of the labelled logits.
+Every rival computes the same MPO loss of one pair, forward and backward. The floor is the time of two reads and one
+write of the labelled logits.
 """
 
 from __future__ import annotations
@@ -63,13 +64,13 @@ def _compiled() -> LossOf:
 
 
 def pair_loss(logp: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
-    """Computes the MPO loss of log-probs ``[2B, T]`` in eager torch, for peers that only return log-probs."""
+    """Returns the MPO loss of log-probs ``[2B, T]`` in eager torch, for libraries that only return log-probs."""
     state = torch.zeros(2, dtype=torch.float64, device=logp.device)
     return eager.pair_loss(logp, labels, ref_logp, BatchShift(state), MPOConfig()).loss
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor], Tensor]) -> LossOf:
-    """Builds the MPO loss from a peer's ``token_logp``, which accepts only labels inside the vocabulary (not -100)."""
+    """Returns the MPO loss with another library's ``token_logp``, which accepts only labels in the vocabulary."""
 
     def loss_of(values: Tensor, batch: LogitsBatch) -> Tensor:
         logp = token_logp(values, batch.labels.clamp(min=0)).float()
@@ -120,12 +121,12 @@ OVERWRITING = frozenset({"mpo_ext, reuse_logits", "Liger cross entropy"})
 
 
 def provider(name: str) -> losses.Provider:
-    """Returns the provider called ``name``. An absent or broken peer may raise any exception."""
+    """Returns the provider called ``name``. A library that is missing or broken may raise any exception."""
     return functools.partial(gradient, LOSSES[name]())
 
 
 def _floor_runs(batch: LogitsBatch) -> dict[str, Callable[[], Any]]:
-    """Returns a program that reads the labelled rows twice and writes them once in place, viewed as float32."""
+    """Returns a program that reads the labelled logits twice and writes them once, in place, viewed as float32."""
     labelled = batch.logits[:, int((batch.labels[0] == -100).sum()) :]
     return {"floor": lambda: (labelled.view(torch.float32).sum(), labelled.view(torch.float32).mul_(1.0))}
 

@@ -24,14 +24,18 @@ _TRIAL = 16  # the rows and the vocabulary of a trial are smaller by this factor
 
 @dataclasses.dataclass(frozen=True)
 class LossBenchmark:
-    """Providers of one kind of loss, and the batch and the floor of all providers.
+    """A benchmark of the loss from logits or from hidden states.
+
+    A provider is a way to compute the loss: mpo_ext with certain options, or another library. The floor is the time of
+    the necessary work alone.
 
     Attributes:
         name: "logits" or "linear".
-        providers: Functions that return a provider, by name. An absent or broken peer may raise any exception.
+        providers: Functions that return a provider, by name. A library that is missing or broken may raise any
+            exception.
         make_batch: Returns the batch of a shape on a device.
-        floor_runs: Returns the programs of the floor by name. The programs may overwrite the batch.
-        floor_seconds: Returns the floor of a provider from the median seconds of the programs of the floor.
+        floor_runs: Returns the programs that measure the floor, by name. The programs may overwrite the batch.
+        floor_seconds: Returns the floor of a provider, given the median seconds of these programs.
         overwriting: Names of the providers that overwrite the logits of the batch.
         frozen: Names of the providers that compute no gradient of the head.
     """
@@ -67,9 +71,9 @@ def usable(
     device: str = "cpu",
     most_seconds: float = math.inf,
 ) -> tuple[dict[str, Provider], dict[str, str]]:
-    """Finds the providers that can run on a shape, with a trial on a smaller shape.
+    """Tries the providers on a smaller shape to find those that can run on ``loss``.
 
-    A peer is left out if its run would take longer than ``most_seconds``, estimated from the trial.
+    Another library is skipped if its run would take longer than ``most_seconds``, estimated from the trial.
 
     Returns:
         The usable providers, and the reason for each provider that is not usable, both by name.
@@ -114,7 +118,7 @@ def _elapsed(run: Provider, batch: Any) -> float:
 def runs_of(
     benchmark: LossBenchmark, cases: Mapping[str, Provider], loss: LossShape, *, device: str = "cpu"
 ) -> dict[str, Run]:
-    """Returns the runs of the providers and of the programs of the floor, for ``interleaved``."""
+    """Returns the runs of the providers and of the programs that measure the floor, for ``interleaved``."""
     batch = benchmark.make_batch(loss, device)
     work = batch if loss.hidden is not None else benchmark.make_batch(loss, device)
     runs: dict[str, Run] = {}
@@ -144,7 +148,7 @@ def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape,
 def memory_target(
     begin: Callable[[], None], benchmark: LossBenchmark, name: str, loss: LossShape, threads: int
 ) -> None:
-    """Runs a provider in a fresh process, and calls ``begin`` after a first run that includes all setup."""
+    """Runs a provider twice in a fresh process; calls ``begin`` after the first run, which includes all setup."""
     torch.set_num_threads(threads)
     run = benchmark.providers[name]()
     small = {"tokens": 4, "share": 1.0} if loss.hidden is None else {"tokens": 4, "hidden": 16, "vocab": 64}
@@ -196,7 +200,7 @@ def command(benchmark: LossBenchmark, args: argparse.Namespace) -> None:
 
 
 def time_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, Any]:
-    """Times the cases in turn on a shape, prints a table, and returns the results for the JSON file."""
+    """Times the providers in turn on a shape, prints a table, and returns the results for the JSON file."""
     cases, missing = usable(benchmark, args.cases, loss, device=args.device)
     timings = interleaved(runs_of(benchmark, cases, loss, device=args.device), args.runs, device=args.device)
     floors = floors_of(benchmark, cases, timings)
@@ -220,10 +224,10 @@ def time_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespa
 
 
 def memory_of_cases(benchmark: LossBenchmark, loss: LossShape, args: argparse.Namespace) -> dict[str, int | str]:
-    """Measures and prints the peak memory of each case: resident in a fresh process, or allocated on the GPU.
+    """Measures and prints the peak memory of each provider: resident in a fresh process, or allocated on the GPU.
 
     Returns:
-        The bytes beyond inputs and gradients by case, or the reason why a case was not measured.
+        By provider, the bytes beyond inputs and gradients, or the reason why they were not measured.
     """
     trial = dataclasses.replace(loss, tokens=min(loss.tokens, 8), vocab=min(loss.vocab, 512))
     cases, missing = usable(benchmark, args.cases, trial, device=args.device)

@@ -1,4 +1,4 @@
-"""Measures the machine's rates for mpo_ext.plan.roofline, with programs that run in turn with the benchmarks."""
+"""Measures the rates of the machine that mpo_ext.plan.roofline needs, with programs that alternate with benchmarks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ DTYPES = ("float32", "bfloat16")
 
 @functools.cache
 def programs() -> dict[str, Run]:
-    """Returns the programs by name, for ``interleaved``. The memory of the programs stays allocated.
+    """Returns the programs by name, for ``interleaved``. Their memory stays allocated.
 
-    A program that measures the speed in cache runs once untimed, because the previous program has filled the cache.
+    A program that measures the speed in cache first runs once untimed, because the cache holds other data.
     """
     words = torch.ones(_WORDS)
     cached = torch.randn(_CACHED)
@@ -69,7 +69,7 @@ def programs() -> dict[str, Run]:
 
 
 def sample(runs: int = 5) -> dict[str, list[float]]:
-    """Times the programs without benchmarks between them, and returns the seconds by program."""
+    """Times the programs alone, without benchmarks between them, and returns the seconds of each run by program."""
     return {name: timing.seconds for name, timing in interleaved(programs(), runs).items()}
 
 

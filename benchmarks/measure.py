@@ -36,7 +36,7 @@ _PACKAGES = (
 
 
 def nothing() -> None:
-    """Does nothing; prepares a run that needs no preparation."""
+    """Does nothing; the ``prepare`` of a run that needs no preparation."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def interleaved(
     Args:
         cases: ``(prepare, run)`` by name. Only ``run`` is timed; its result is freed after the clock has stopped.
         runs: Number of counted rounds.
-        seconds_in_all: Time limit, after which no further round begins.
-        least: Number of rounds that are counted regardless of the time limit.
-        device: "cpu" or "cuda". CUDA events time a GPU, whose second-level cache is emptied before each run.
+        seconds_in_all: Time limit in seconds, after which no further round begins.
+        least: Minimum number of counted rounds, regardless of the time limit.
+        device: "cpu" or "cuda". A GPU is timed with CUDA events, and its L2 cache is emptied before each run.
     """
     clock = _gpu_clock(device) if device.startswith("cuda") else _cpu_clock
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -123,7 +123,7 @@ def gpu_peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def peak_bytes(target: Callable[..., None], *args: object) -> int:
-    """Runs ``target(begin, *args)`` in a fresh process, and returns the peak of the added resident bytes.
+    """Runs ``target(begin, *args)`` in a fresh process, and returns the peak increase of its resident bytes.
 
     The measurement starts when ``target`` calls ``begin()``.
     """

@@ -1,4 +1,4 @@
-"""Draws the result files as PNG and SVG plots, on a white background that is readable on dark pages."""
+"""Plots the result files as PNG and SVG, on a white background, so that dark web pages show them readably."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ _SHARES = (1.0, 0.25, 0.1)
 
 
 def products_of(method: str) -> str:
-    """Returns the number of matrix products with the head and the rows they cover, such as "3, labelled rows"."""
+    """Returns the number of matmuls with the head and the rows they cover, such as "3, labelled rows"."""
     counting = machines.Machine(name="counts", is_gpu=True, bandwidth=float("inf"), matmul_rates={"bfloat16": 1.0})
     flop = 2.0 * _WIDE.rows * _WIDE.vocab * _WIDE.hidden_size  # at 1 FLOP/s, predicted seconds count FLOP
     whole, half = (
@@ -130,7 +130,7 @@ def _floors(name: str) -> tuple[float, float]:
 
 
 def floors(documents: Documents) -> str:
-    """Returns a table of the least time that each GPU needs to move the logits."""
+    """Returns a table of the floor on each GPU: the time to move the logits at peak bandwidth."""
     rows = []
     for name in machines.GPUS:
         forward, backward = _floors(name)
@@ -138,7 +138,8 @@ def floors(documents: Documents) -> str:
         rows.append([name, bandwidth, *(f"{1e3 * s:.2f}" for s in (forward, backward, forward + backward))])
     header = ["GPU", "peak bandwidth", "forward, ms", "backward, ms", "both, ms"]
     return (
-        f"Floors predicted from the peak bandwidth: N = N' = {_ROWS:,}, V = {_BIG.vocab:,}, bfloat16, "
+        f"Floors (time of the memory traffic alone), predicted from the peak bandwidth: N = N' = {_ROWS:,}, "
+        f"V = {_BIG.vocab:,}, bfloat16, "
         f"{2 * _ROWS * _BIG.vocab / 1e9:.2f} GB of logits.\n\n{markdown_table(header, rows)}"
     )
 

@@ -29,7 +29,7 @@ from mpo_ext.generate.transformers_engine import TransformersEngine
 
 
 class TimedEngine(TransformersEngine):
-    """Engine that adds up the time spent in ``generate``."""
+    """An engine that adds up the time spent in ``generate``."""
 
     seconds = 0.0
 

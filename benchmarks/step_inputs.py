@@ -26,7 +26,7 @@ class Sizes:
     """Sizes of the model and of the pairs.
 
     Attributes:
-        vocab: Vocabulary size V, at least the number of words of the tokenizer.
+        vocab: Vocabulary size V, at least that of the tokenizer.
         hidden: Hidden size of the decoder; each attention head has size 64.
         layers: Number of decoder layers.
         images: Number of images per pair; 0 makes text-only pairs.

@@ -1,7 +1,7 @@
 """Declares the measurements of ``python -m benchmarks``, and makes the points of the result files.
 
-The providers of a group, its floor and the programs of ``benchmarks.machine`` run in turn, round by round. A provider
-that is missing, fails or would take too long becomes a point with the reason.
+The providers of a group, its floor and the programs of ``benchmarks.machine`` run in turn, round by round. If a
+provider is missing, fails or would take too long, its point has the reason in place of measurements.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def logits_groups(*, quick: bool) -> list[Group]:
 
 
 def linear_groups(*, quick: bool) -> list[Group]:
-    """Returns the groups of the loss from hidden states; the sweeps over V, D, T and B measure our methods only."""
+    """Returns the groups of the loss from hidden states; the sweeps over V, D, T and B measure only mpo_ext."""
     # F.linear_cross_entropy takes seconds even on the small shapes of a quick run.
     rivals = tuple(name for name in linear.RIVALS if not (quick and name == "F.linear_cross_entropy"))
     ours, everyone = tuple(linear.OURS), (*linear.OURS, *linear.SMALL, *rivals)
@@ -209,7 +209,8 @@ def run_groups(
 ) -> Results:
     """Measures the groups in order of importance, until ``seconds`` have passed.
 
-    Groups that have not begun by then become points with that reason. ``log`` receives a line for each measured group.
+    The points of groups that have not begun by then have this reason in place of measurements. ``log`` receives a line
+    for each measured group.
     """
     results = Results()
     begin = time.perf_counter()
@@ -245,7 +246,7 @@ def step_groups(*, quick: bool) -> list[tuple[str, train_step.Sizes, tuple[str, 
 
 
 def run_train_step(*, quick: bool, seconds: float, threads: int, log: Callable[[str], None]) -> Results:
-    """Measures complete training steps of our trainer and of TRL's trainer."""
+    """Measures complete training steps of mpo_ext's trainer and of TRL's trainer."""
     results = Results()
     begin = time.perf_counter()
     for number, (sweep, sizes, names, steps) in enumerate(step_groups(quick=quick), start=1):

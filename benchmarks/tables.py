@@ -20,6 +20,7 @@ _DTYPES = ("float32", "bfloat16")
 #: Table labels of the providers whose label differs from the name.
 _NAMES = {
     "mpo_ext, reuse_logits": "mpo_ext, `reuse_logits=True`",
+    "mpo_ext, all statistics": "mpo_ext, `stats`: entropy, mean_logit, top1, sum_p_squared",
     "mpo_ext, recompute=False": "mpo_ext, `recompute=False`",
     "mpo_ext, memory_budget of 512 KiB": "mpo_ext, `memory_budget=2**19`",
     "mpo_ext, from logits, reuse_logits": "mpo_ext, from logits, `reuse_logits=True`",
@@ -135,8 +136,8 @@ def _of_floor(point: Point | None) -> str:
 # ------------------------------------------------------------------------------------------- logits and hidden states
 
 _FLOORS = {
-    "logits": "the floor: one read, then one read and one write in place",
-    "linear": "the floor: the three matrix products alone",
+    "logits": "only the memory traffic, in torch: read, then read and write",
+    "linear": "only the three matrix products, in torch",
 }
 _MEMORY = {
     "logits": "Memory is the peak in addition to the logits; it includes their gradient.",
@@ -150,13 +151,13 @@ def _shape(name: str, document: Document) -> str:
     hidden_size = f"D = {point['hidden']}, " if name == "linear" else ""
     pairs = "One pair" if point["pairs"] == 1 else f"{point['pairs']} pairs"
     return (
-        f"{pairs}, T = {point['tokens']}, {hidden_size}V = {point['vocab']:,}, forward + backward; all rows are "
-        "labelled unless the column says otherwise"
+        f"{pairs}, T = {point['tokens']}, {hidden_size}V = {point['vocab']:,}, forward + backward. Every token "
+        "position is labelled unless the column says otherwise"
     )
 
 
 def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
-    """Returns a table with a row for each provider measured on the base shape, and a last row for the floor."""
+    """Returns a table with a row for each provider measured on the base shape; the last row is the floor."""
     base, swept = _measured(document, "base"), _measured(document, "share")
     few = min({p["share"] for p in swept}, key=lambda share: abs(share - 0.1), default=None)
     at_few = [p for p in swept if p["share"] == few]
@@ -195,7 +196,7 @@ def full_table(name: str, documents: Documents) -> str:
 
 
 def sweeps(name: str, documents: Documents) -> str:
-    """Returns the plot and a table of our methods and eager torch, with a row for each measured shape."""
+    """Returns the plot and a table of mpo_ext's methods and eager torch, with a row for each measured shape."""
     document = documents[name]
     points = [p for p in _measured(document) if p["sweep"] in _AXES]
     providers = [p for p in dict.fromkeys(p["provider"] for p in points) if check_model.is_ours(p) or p == "eager"]
@@ -257,7 +258,7 @@ def _loss_gap(base: Sequence[Point], trl: Point | None) -> str:
     if trl is None or not ours:
         return ""
     gap = max(abs(a - b) for p in ours for a, b in zip(p["losses"], trl["losses"], strict=True))
-    return f"The losses of our trainer differ from those of TRL by at most {gap:.1e} in a step."
+    return f"In every step, the losses of our trainer differ from those of TRL by at most {gap:.1e} (absolute)."
 
 
 def readme_step(documents: Documents) -> str:

@@ -1,8 +1,8 @@
-"""Compares our training step with TRL's in speed, memory and losses: ``python -m benchmarks.train_step``.
+"""Compares a training step of mpo_ext with one of TRL (time, memory, losses): ``python -m benchmarks.train_step``.
 
 Both trainers run completely, from pairs on the disk to the optimizer, each in its own process, with the same model,
 pairs and order of pairs. The processes take turns: one process makes a step while the others wait. TRL 1.16 computes
-the MPO loss without a reward shift (``sigmoid``, ``bco_pair``, ``sft``), so our reward shift is fixed at 0.
+the MPO loss without a reward shift (``sigmoid``, ``bco_pair``, ``sft``), so the reward shift of mpo_ext is fixed at 0.
 
 The model is an InternVL, small except for its vocabulary. A pair has four images of 256 tokens each and responses of
 128 tokens. ``--prompt text`` replaces the images with 1,024 tokens of text, because TRL rejects a precomputed
@@ -53,7 +53,7 @@ DEFAULT_CASES = ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
 def _side(
     connection: Any, case: TrainerCase, pairs: Path, sizes: Sizes, steps: int, threads: int, with_parts: bool
 ) -> None:
-    """Trains one case in the current process, and sends each measured step or the error to ``connection``."""
+    """Trains a case in the current process, and sends each measured step, or the error, to ``connection``."""
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     try:

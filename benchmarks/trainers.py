@@ -1,4 +1,4 @@
-"""Runs our trainer or TRL's DPOTrainer step by step, and measures each step."""
+"""Runs mpo_ext's trainer or TRL's DPOTrainer step by step, and measures each step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MeasuredStep:
     Attributes:
         loss: Mean loss of the micro-batches.
         cpu_seconds: CPU time of all threads.
-        peak: Peak resident memory in bytes, less the resident memory before the model was built.
+        peak: Peak resident memory minus the resident memory before the model was built, in bytes.
         parts: Seconds by part of the step; empty if the parts are not measured.
     """
 
@@ -43,7 +43,7 @@ class MeasuredStep:
 
 
 class Gate:
-    """Makes a process wait for its turn, and measures each step from the start of the turn to the end of the step.
+    """Makes a trainer process wait for its turn, and measures each step from the start of the turn.
 
     Args:
         connection: Connection to the process that assigns turns. None: never wait, and append each step to ``steps``.

@@ -10,16 +10,16 @@ _INTERVAL_RULES = {"(-inf, inf)": "finite", "(0, inf)": "positive and finite", "
 
 
 def install_hint(extra: str) -> str:
-    """Returns advice for error messages on how to install an extra of mpo-ext."""
+    """Returns advice for error messages: how to install an extra of mpo-ext."""
     return f"install the extra '{extra}' of mpo-ext (in its source tree: pip install '.[{extra}]')"
 
 
 class LinesError(ValueError):
-    """An error with a message of several lines; commands print the message with its line breaks."""
+    """An error whose message has several lines; commands print these line breaks."""
 
 
 def check_number(name: str, value: object, interval: str = "") -> None:
-    """Checks that a value is a real number and, optionally, that it lies in an interval.
+    """Raises unless a value is a real number and, optionally, lies in an interval.
 
     ``interval`` holds the allowed numbers in mathematical notation, such as ``"[0, 1)"`` or ``"(0, inf)"``; NaN lies
     in no interval. The empty string allows every number.
@@ -63,13 +63,13 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str:
-    """Returns ``; did you mean 'x'?`` for the most similar known word, or ``otherwise`` if no word is similar."""
+    """Returns ``; did you mean 'x'?`` for the known word most similar to ``word``, or ``otherwise`` if none is."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else otherwise
 
 
 def check_model_path(name: str, path: str) -> None:
-    """Raises FileNotFoundError if a model's path does not exist and cannot be a hub id."""
+    """Raises FileNotFoundError if a model's path does not exist and cannot be the id of a model on the hub."""
     if os.path.exists(path) or "://" in path:
         return
     parent = os.path.dirname(path)
@@ -78,13 +78,13 @@ def check_model_path(name: str, path: str) -> None:
 
 
 def check_json(name: str, value: object) -> None:
-    """Checks that JSON can store a value without changing it.
+    """Raises unless JSON can store a value without changing it.
 
-    Messages name the parts of the value ``name.key`` and ``name[index]``.
+    Messages refer to parts of the value as ``name.key`` and ``name[index]``.
 
     Raises:
         TypeError: If a value at any depth is not None, a bool, an int, a float, a str, a list or a dict with str keys.
-        ValueError: If a number is not finite, or a text has a lone surrogate.
+        ValueError: If a number is not finite, or a string contains a lone surrogate.
     """
     if isinstance(value, str):
         check_text(name, value)
@@ -105,7 +105,7 @@ def check_json(name: str, value: object) -> None:
 
 
 def check_text(name: str, value: str) -> None:
-    """Raises ValueError if the text cannot be encoded as UTF-8."""
+    """Raises ValueError if the string ``value`` cannot be encoded as UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -12,14 +12,14 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], *, is_locked: bool = False) -> Iterator[IO[bytes]]:
-    """Yields a file open for writing, and after the block syncs the file to disk and renames it to ``path``.
+    """Yields a temporary file open for writing; after the ``with`` block, syncs it to disk and renames it to ``path``.
 
     If the block raises, ``path`` stays unchanged.
 
     Args:
         path: Path of the file to write. Its folder is created if it does not exist.
-        is_locked: Whether the caller holds a lock on ``path``. If True, the temporary file has a fixed name, so the
-            next writer overwrites the temporary file of a killed process.
+        is_locked: Whether the caller holds a lock on ``path``. If True, the temporary file has a fixed name, so that
+            the next writer overwrites the file that a killed process left.
     """
     target = Path(path)
     token = "partial" if is_locked else f"{secrets.token_hex(6)}.tmp"
@@ -29,7 +29,10 @@ def atomic_write(path: str | os.PathLike[str], *, is_locked: bool = False) -> It
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path with the same suffix for a library to write to, and renames it after the block."""
+    """Yields a temporary path with the suffix of ``path``; after the ``with`` block, renames it to ``path``.
+
+    Use it for libraries that write to a path; for all other files, use ``atomic_write``.
+    """
     target = Path(path)
     with _renamed(target, f".{target.stem[:200]}.{secrets.token_hex(6)}{target.suffix}") as temporary:
         yield temporary
@@ -68,7 +71,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Syncs the file names in a folder to disk; without this, a power failure may undo a rename in the folder."""
+    """Syncs the entries of a folder to disk; without this, a power failure may undo a rename in the folder."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -90,14 +93,15 @@ class LockedError(RuntimeError):
 
 
 class FileLock:
-    """Locks a file for one process; the kernel releases the lock when the process dies.
+    """Context manager that holds a lock; the operating system releases the lock when the process dies.
 
-    The lock file contains the process id of the lock's holder, and LockedError names this id.
+    The lock file contains the process id of the holder, which LockedError names.
 
     Args:
-        path: Path of the lock file; never deleted, or two processes could lock different files at the same path.
+        path: Path of the lock file. The file is never deleted; otherwise two processes could hold locks on different
+            files at the same path.
         what: Name of the locked resource for the error message.
-        wait: Whether to wait for the lock instead of raising.
+        wait: Whether to wait until the lock is free instead of raising.
 
     Raises:
         LockedError: If another process holds the lock and ``wait`` is False.

@@ -1,9 +1,10 @@
 """Append-only files of records that survive a kill at any moment. Each process of a sampling run has a journal.
 
-The first line is a header with the settings of the run; every other line is a record with a ``key``. The kernel has a
-record before ``append`` returns, so a kill of the process loses no appended record. Against a crash of the machine,
-the file is synced to disk when it is created, at most every ``fsync_s`` seconds after that, and when it is closed. A
-kill or a crash can leave an incomplete last line, which is cut off when the journal is opened.
+The first line is a header with the settings of the run; every other line is a record with a ``key``. ``append``
+returns after the operating system has received the record, so killing the process loses no appended record. To survive
+a crash of the machine, the file is synced to disk when it is created, at most every ``fsync_s`` seconds after that,
+and when it is closed. A kill or a crash can leave an incomplete last line, which is removed when the journal is
+opened.
 """
 
 import contextlib
@@ -23,10 +24,10 @@ _MISSING = "(absent)"
 
 
 class SettingsMismatchError(LinesError):
-    """Raised if the settings in a journal differ from the settings with which the journal is opened.
+    """Raised if the settings in a journal differ from the requested settings.
 
     Attributes:
-        differences: Name, value in the file and requested value of each setting that differs.
+        differences: For each setting that differs: its name, its value in the file, and its requested value.
     """
 
     def __init__(self, path: Path, differences: Sequence[tuple[str, Any, Any]]) -> None:
@@ -36,7 +37,7 @@ class SettingsMismatchError(LinesError):
 
 
 class Journal:
-    """The journal of a process, used as a context manager. Only a single process at a time can open the file.
+    """The journal of a process, a context manager. Only one process at a time can open the file.
 
     Args:
         path: Path of the file, which is created if it does not exist.

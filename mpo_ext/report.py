@@ -38,7 +38,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bars:
-    """Bars of one colour in a panel: one value per name on the panel's axis, optionally with error bars."""
+    """Bars of one colour in a panel, optionally with error bars; ``names`` label the bars on the axis."""
 
     label: str
     names: Sequence[str]
@@ -49,7 +49,7 @@ class Bars:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Panel:
-    """A plot of lines or of bars; horizontal bars are named on the y axis, from top to bottom."""
+    """A plot of lines or of bars. Horizontal bars have their names on the y axis and run from top to bottom."""
 
     title: str
     x_label: str
@@ -59,7 +59,7 @@ class Panel:
 
 
 def save_panels(path: str | os.PathLike[str], title: str, panels: Sequence[Panel]) -> None:
-    """Draws the panels, three per row, and writes a figure in the format of the path's suffix. Needs matplotlib."""
+    """Writes a figure of the panels, three per row, in the format of the path's suffix. Needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -132,7 +132,7 @@ def save_page(path: str | os.PathLike[str], template: str, values: Mapping[str, 
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table with the first column aligned to the left and all others to the right."""
+    """Returns a Markdown table whose first column is left-aligned and whose other columns are right-aligned."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     widths = [max(width, 1 if column == 0 else 2) for column, width in enumerate(widths)]  # room for "-" and "-:"
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -149,7 +149,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Returns whether a column holds only numbers, is not the first, and its table has three or more columns."""
+    """Returns whether a column holds numbers, so that it is right-aligned: each cell is empty or begins with a digit.
+
+    The result is False for the first column, and in a table with fewer than three columns.
+    """
     return column > 0 and len(rows[0]) > 2 and all(not row[column] or row[column][0].isdigit() for row in rows)
 
 

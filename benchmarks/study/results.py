@@ -23,7 +23,7 @@ Results = Mapping[tuple[int, str], Mapping[str, Any]]
 
 
 def slug(name: str) -> str:
-    """Returns a name as a file name of lower-case letters, digits, dots and hyphens."""
+    """Converts a name to a file name of lower-case letters, digits, dots and hyphens."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
@@ -43,7 +43,7 @@ def read(out: Path, settings: StudySettings, row: str) -> dict[str, Any] | None:
 
 
 def save(out: Path, settings: StudySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the result of a run, and returns the result with key, seed and row."""
+    """Writes the result of a run, and returns it with the added fields ``key``, ``seed`` and ``row``."""
     complete = complete_result(settings, row, result)
     path = _file(out, settings, row)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def _file(out: Path, settings: StudySettings, row: str) -> Path:
 
 
 def complete_result(settings: StudySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a result with key, seed and row."""
+    """Returns a result with the added fields ``key``, ``seed`` and ``row``."""
     return {"key": key_of(settings, row), "seed": settings.seed, "row": row, **result}
 
 

@@ -1,4 +1,7 @@
-"""Runs a row of the study: trains a seed's start model with the row's settings, and evaluates the model."""
+"""Runs a row of the study: trains a seed's start model with the row's settings, and evaluates the model.
+
+A row is a training run with its own settings, shown as a row of a results table.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _LOG_KEYS = ("loss", "dpo_loss", "bco_loss", "ntp_loss", "reward_accuracy", "cho
 
 
 def run_row(folder: Path, settings: StudySettings, row: str) -> dict[str, Any]:
-    """Trains a seed's start model with the settings of a row, evaluates the model, and writes the result.
+    """Trains a seed's start model with the settings of a row, evaluates it, and writes and returns the result.
 
     ``start.prepare`` must have filled the seed's ``folder``. The result has ``evaluation``, and ``log`` with the means
     over the first and over the last steps.

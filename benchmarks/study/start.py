@@ -1,4 +1,4 @@
-"""Makes the start of a seed: the start model, the files of pairs, and the log-probs of the reference."""
+"""Prepares a seed of the study: the start model, the files of pairs, and the log-probs of the reference."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Workers:
             self._executor.shutdown(cancel_futures=True)
 
     def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Starts a task, and returns its future. With one job, the task has run when ``submit`` returns."""
+        """Starts a task, and returns its future. With one job, the task runs before ``submit`` returns."""
         if self.jobs == 1:
             future: Future[Any] = Future()
             try:

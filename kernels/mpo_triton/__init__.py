@@ -1,7 +1,7 @@
-"""Triton kernels of mpo_ext, for GPUs without a CUDA build; installed as ``mpo_ext.kernels``. Needs triton.
+"""Triton kernels of mpo_ext, for GPUs if the CUDA kernels are not built; installed as ``mpo_ext.kernels``.
 
-Each file holds one operator. The functions follow the contracts of ``mpo_ext.ops``, their only caller, which checks
-all arguments.
+A row is the V logits of one token position. Each file holds one operator. The functions implement operators of
+``mpo_ext.ops``, their only caller, which checks all arguments. They need triton.
 """
 
 from .logits_grad import logits_grad

@@ -13,7 +13,7 @@ _INTEGERS = ["vocab", "first", "total", *_STRIDES, *(f"grad_{name}" for name in 
 
 @triton.jit
 def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Fills the columns in a chunk of a row with equal values; columns are the positions shift .. end - 1."""
+    """Writes ``filler`` to the columns of a row that lie in a chunk; columns are the positions shift .. end - 1."""
     for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
         at = tl.multiple_of(at, BLOCK)
         positions = at + tl.arange(0, BLOCK)
@@ -115,7 +115,7 @@ def logits_grad(
     grad_layout: tuple[Tensor, int, int, int],
     tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Fills the gradient of ``logits_grad`` in one launch; if given, for one tile of the vocabulary."""
+    """Writes the gradient of ``logits_grad`` in one launch; with ``tile``, that of one tile of the vocabulary."""
     first, total, _ = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)

@@ -69,7 +69,7 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes the rewards (0 if a side is empty), NTP and the reward shift. Grid (1,), as these need all pairs."""
+    """Computes rewards (0 for a pair with an unlabelled response), NTP and the reward shift. Grid (1,): all pairs."""
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means
@@ -143,7 +143,7 @@ def pair_loss_kernel(
     AVERAGE_SEQUENCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes the DPO and BCO terms and all derivatives in one program, since it takes negligible time. Grid (1,)."""
+    """Computes DPO, BCO and all derivatives in one program, because the work is negligible. Grid (1,)."""
     delta = tl.load(scalars_ptr)
     ntp = tl.load(scalars_ptr + 1)
     ntp_denominator = tl.load(scalars_ptr + 2)
@@ -195,7 +195,7 @@ def row_weights_kernel(
     ignore_index: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Writes each sequence's coefficient to its labelled rows, and 0 to its other rows. Grid (2B,)."""
+    """Writes d loss / d logp of each sequence to its labelled rows, and 0 to its other rows. Grid (2B,)."""
     sequence = tl.program_id(0)
     begin = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)
@@ -207,7 +207,7 @@ def row_weights_kernel(
 
 
 class PairLossOutputs(NamedTuple):
-    """The tensors that ``pair_loss`` fills, in the order in which the operator returns them."""
+    """The output tensors of ``pair_loss``, in the order in which the operator returns them."""
 
     loss: Tensor
     terms: Tensor
@@ -233,7 +233,7 @@ def pair_loss(
     ignore_index: int,
     out: PairLossOutputs,
 ) -> None:
-    """Fills the outputs of the operator ``pair_loss`` in four launches, without synchronisation.
+    """Writes the outputs of the operator ``pair_loss`` in four launches, without synchronisation.
 
     ``settings`` are beta, the weights of DPO, BCO and NTP, label smoothing, and the decay of EMA.
     """

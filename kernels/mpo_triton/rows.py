@@ -1,8 +1,8 @@
 """The layout of rows of logits in the Triton kernels: 16-byte vectors at aligned addresses, wherever a row starts.
 
-If the vocabulary is odd, rows do not start at multiples of 16 bytes. A row is therefore read from the multiple before
-its start: position ``a`` is column ``a - misalignment``, where the misalignment is less than one vector. Only the
-first and the last block of positions need a mask.
+If the vocabulary size is odd, rows do not start at multiples of 16 bytes. A row is therefore read from the last
+multiple before its start: position ``a`` is column ``a - misalignment``, where the misalignment is less than one
+vector. Only the first and the last block of positions need a mask.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ VECTOR_BYTES = 16
 
 
 class AlignedRows(NamedTuple):
-    """Rows relative to a base that is aligned to 16 bytes.
+    """The layout of rows relative to a base address that is aligned to 16 bytes.
 
     Row i starts ``misalignment + (i // inner) * outer_stride + (i % inner) * row_stride`` elements after the base.
     """
@@ -29,7 +29,7 @@ class AlignedRows(NamedTuple):
 
 
 def aligned_rows(layout: tuple[Tensor, int, int, int]) -> AlignedRows:
-    """Returns the rows of a ``RowLayout`` of ``mpo_ext.ops`` relative to an aligned base."""
+    """Returns a ``RowLayout`` of ``mpo_ext.ops`` relative to an aligned base address."""
     tensor, *strides = layout
     offset = tensor.data_ptr() % VECTOR_BYTES // tensor.element_size()
     if offset == 0:
@@ -40,14 +40,14 @@ def aligned_rows(layout: tuple[Tensor, int, int, int]) -> AlignedRows:
 
 
 class Blocks(NamedTuple):
-    """The columns that a program handles, ``chunk`` in total and ``block`` at a time, and its number of warps."""
+    """The number of columns per program, ``chunk`` in total and ``block`` at a time, and its number of warps."""
 
     block: int
     chunk: int
     num_warps: int
 
     def programs(self, vocab: int, dtype: torch.dtype) -> int:
-        """Returns the number of programs per row; a row that begins at an unaligned address covers one more vector."""
+        """Returns the number of programs per row. A row with an unaligned start spans one more vector."""
         return triton.cdiv(vocab + VECTOR_BYTES // dtype.itemsize - 1, self.chunk)
 
 
@@ -67,6 +67,6 @@ def blocks(vocab: int, dtype: torch.dtype) -> Blocks:
 
 @triton.jit
 def row_offset(row, misalignment, inner, outer_stride, row_stride):
-    """Returns the elements from the aligned base to a row, in 64 bits, because rows * vocab can exceed 2**31."""
+    """Returns the number of elements from the aligned base to a row, int64, because rows * vocab can exceed 2**31."""
     row = row.to(tl.int64)
     return misalignment + (row // inner) * outer_stride + (row % inner) * row_stride

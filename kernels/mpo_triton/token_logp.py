@@ -89,7 +89,7 @@ def token_logp_chunk_kernel(
 def merge_chunks(
     states_ptr, row, chunks, is_valid, MAX_CHUNKS: tl.constexpr, STATE: tl.constexpr, STATS: tl.constexpr
 ):
-    """Merges the states of a row's chunks in order. Returns the sums in double."""
+    """Merges the softmax states of a row's chunks in order. Returns the sums in double precision."""
     lanes = tl.arange(0, MAX_CHUNKS)
     mask = (lanes < chunks) & is_valid
     state_ptr = states_ptr + (row * chunks + lanes) * STATE
@@ -117,7 +117,7 @@ def merge_chunks(
 def merge_tile(
     row_state_ptr, row_max, row_sum, e_d, z_sum, squared, z_label, is_valid, is_later, has_label, STATS: tl.constexpr
 ):
-    """Merges a tile into the row's state, stores the state, and returns the sums over all tiles so far."""
+    """Merges a tile into the row's softmax state, stores the state, and returns the sums over all tiles so far."""
     old_max = tl.load(row_state_ptr, mask=is_later, other=-float("inf"))
     old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)
     old_label = tl.load(row_state_ptr + 5, mask=is_later, other=0.0)
@@ -252,7 +252,7 @@ def token_logp(
     row_stats: Tensor,
     tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Fills the outputs of ``token_logp`` in two launches without synchronisation; if given, for one tile."""
+    """Writes the outputs of ``token_logp`` in two launches without synchronisation; with ``tile``, of one tile."""
     first, total, row_states = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)

@@ -1,6 +1,6 @@
-"""The ``mpo-ext data`` commands check, stats, convert and view, which import their dependencies when they run.
+"""The commands ``mpo-ext data check``, ``stats``, ``convert`` and ``view``, which import dependencies when they run.
 
-Exit status: 1 if ``check`` has findings or a bad line stopped ``convert``, 2 if the command could not run, else 0.
+Exit status: 1 if ``check`` found a defect or a bad line stopped ``convert``, 2 if the command could not run, else 0.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The ``mpo-ext doctor`` command: prints what is installed and which backends can run, even if imports fail."""
+"""The ``mpo-ext doctor`` command: prints installed versions and usable backends, even if imports fail."""
 
 from __future__ import annotations
 

@@ -14,9 +14,10 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], Command]:
-    """Returns a decorator with which a command prints an expected error on stderr and returns ``failure``.
+    """Returns a decorator for commands: it prints an expected error on stderr and returns the status ``failure``.
 
-    With ``--debug``, the error is raised. ``extra`` names the package's extra with the dependencies of the command.
+    With ``--debug``, the error is raised instead. ``name`` is the command in messages; ``extra`` is the extra of
+    mpo_ext that installs the dependencies of the command.
     """
 
     def decorate(run: Command) -> Command:
@@ -55,7 +56,7 @@ def leave_broken_pipe() -> int:
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--debug``, with which ``command`` raises errors with their traceback."""
+    """Adds the option ``--debug``: errors are raised with their traceback."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -80,7 +81,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parse = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        """Accepts each KEY=VALUE that follows an option, because argparse leaves it in the unknown arguments."""
+        """Parses arguments like argparse, and accepts each KEY=VALUE after an option, which argparse calls unknown."""
         namespace, rest = parse(args, namespace)
         for text in rest:
             if text.startswith("--") and "." in text.partition("=")[0]:
@@ -95,7 +96,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_root_map(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--root-map``, which may be repeated."""
+    """Adds the option ``--root-map OLD=NEW``, which may be repeated."""
     parser.add_argument(
         "--root-map", action="append", default=[], metavar="OLD=NEW",
         help="where folders have moved to; may be repeated",
@@ -103,7 +104,7 @@ def add_root_map(parser: argparse.ArgumentParser) -> None:
 
 
 def root_map(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Returns the path prefixes (old, new) of ``--root-map``."""
+    """Returns the pairs of path prefixes (old, new) that ``--root-map`` gives."""
     from mpo_ext.data.paths import parse_root_map
 
     return [parse_root_map(text) for text in args.root_map]
@@ -183,7 +184,11 @@ def matcher_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_json_options(flag: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Parses NAME=JSON texts into a dict; a value that is not JSON stays a text. Raises ValueError for other texts."""
+    """Parses strings NAME=JSON into a dict; a value that is not JSON stays a string.
+
+    Raises:
+        ValueError: If a string is not of this form.
+    """
     options = {}
     for text in texts:
         name, equals, value = text.partition("=")

@@ -56,11 +56,11 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def print_data(recipe: "Recipe") -> bool:
-    """Prints formats, pairs with images, bad lines and missing images of the data.
+    """Inspects the data of a recipe; prints formats, numbers of pairs with images, bad lines and missing images.
 
     Returns:
-        True if the trainer can use the data: the data has no defects, or ``data.skip_bad`` is set and each of
-        ``data.train`` and ``data.eval`` has a good pair.
+        True if the trainer can use the data: there is no bad line and no missing image, or ``data.skip_bad`` is set
+        and ``data.train`` and ``data.eval`` (if given) have a valid pair.
     """
     from mpo_ext.train.mixture import Mixture
 

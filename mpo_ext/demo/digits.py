@@ -38,9 +38,12 @@ _SPLIT_SEED = 0  # the split is part of the task, so it does not depend on the s
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Digits:
-    """The digits of a split: ``images`` (``[N, 8, 8]`` float32 in [0, 1]), and ``values`` and ``indices`` (``[N]``).
+    """The N digits of a split.
 
-    ``indices`` are positions in scikit-learn's data set; they allow a check that the splits are disjoint.
+    Attributes:
+        images: ``[N, 8, 8]`` float32 in [0, 1].
+        values: ``[N]`` the digits, 0 to 9.
+        indices: ``[N]`` positions in scikit-learn's data set, to check that the splits are disjoint.
     """
 
     images: np.ndarray
@@ -50,7 +53,7 @@ class Digits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """A question about an image, with its true answer and a right response.
+    """A question about an image, with the correct answer and a correct response.
 
     Attributes:
         image: ``[1, 32, 32]`` float32 in [0, 1]; None: the prompt has no image.
@@ -58,7 +61,7 @@ class Task:
         operation: Key of ``OPERATIONS``.
         region: Key of ``REGIONS``.
         form: Form of the response that the question asks for, "direct" or "cot".
-        is_named: Whether the question names the digits, which makes the image unnecessary.
+        is_named: Whether the question states the digits, so that it can be answered without the image.
     """
 
     image: Tensor | None
@@ -82,14 +85,14 @@ class Task:
 
     @property
     def picture(self) -> Image.Image | None:
-        """The image as 32x32 grey values of 8 bits; None if the prompt has no image."""
+        """The image as an 8-bit grey picture of 32x32 pixels; None if the prompt has no image."""
         if self.image is None:
             return None
         return Image.fromarray((self.image.squeeze(0).numpy() * 255).round().astype(np.uint8))
 
     @property
     def response(self) -> str:
-        """The right response in the form that the question asks for."""
+        """The correct response in the form that the question asks for."""
         if self.form == "direct":
             return str(self.answer)
         cells = REGIONS[self.region]
@@ -102,7 +105,7 @@ class Task:
 
 @functools.cache
 def load_digits() -> dict[str, Digits]:
-    """Loads scikit-learn's 1,797 digits and splits them into train, validation and held-out."""
+    """Loads scikit-learn's 1,797 digits and returns the splits "train", "validation" and "held-out" by name."""
     from sklearn.datasets import load_digits as load
 
     images, values = load(return_X_y=True)
@@ -117,7 +120,7 @@ def load_digits() -> dict[str, Digits]:
 
 
 def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str | None = None) -> list[Task]:
-    """Draws questions about new grids, half of them (on average) about the whole grid and half about two of its cells.
+    """Draws questions about random grids; half of them (on average) are about the whole grid, half about two cells.
 
     ``form`` is "direct" or "cot"; None draws the form of each question.
     """
@@ -141,7 +144,7 @@ def without_image(task: Task) -> Task:
 
 
 def in_words(task: Task) -> Task:
-    """Returns the same question without its image, but with the digits named in the text."""
+    """Returns the same question without its image, but with the digits stated in its text."""
     return dataclasses.replace(task, image=None, is_named=True)
 
 
@@ -154,7 +157,7 @@ def grid_image(cells: np.ndarray) -> Tensor:
 
 
 def vocabulary() -> Iterator[str]:
-    """Yields each word of all questions and right responses once."""
+    """Yields each word of all questions and correct responses once."""
     words = [" ".join(INSTRUCTIONS.values()), "What is the of ?", *CELLS, *REGIONS, *OPERATIONS, ", .", TRIGGER]
     words += map(str, range(LARGEST_ANSWER + 1))
     yield from dict.fromkeys(word for text in words for word in text.split())

@@ -1,4 +1,4 @@
-"""Runs the demo (SFT, pairs, three branches, evaluation) and writes its results."""
+"""Runs the demo (SFT, pairs, three further training runs, evaluation) and writes its results."""
 
 import contextlib
 import copy
@@ -43,12 +43,12 @@ class DemoResult:
     Attributes:
         settings: Settings of the run.
         seconds: Duration of each stage in seconds.
-        sft_curve: Log of ``train_sft``.
-        pair_counts: Number of pairs by form and pipeline.
+        sft_curve: Log that ``train_sft`` returned.
+        pair_counts: Number of pairs by form and pipeline, as in ``MadePairs.counts``.
         pairs_left_out: Number of pairs that were made but not used, by reason.
         sampling: Summary of each run of the data engine, by the run's folder.
-        branch_curves: Log of ``train_branch``, by method.
-        accuracy: Result of ``evaluate``, by method; ``START`` is the SFT model.
+        branch_curves: Log that ``train_branch`` returned, by method.
+        accuracy: Result of ``evaluate`` on held-out questions, by method; ``START`` is the SFT model.
     """
 
     settings: Settings
@@ -92,7 +92,7 @@ def run(*, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, ba
 
     Args:
         out: Existing folder for the results.
-        seeds: Seeds of the runs. The curves show the first run; pairs of later runs are written to ``seed-N``.
+        seeds: Seeds of the runs. The curves show the first seed; pairs of other seeds are written to ``seed-N``.
         quick: Whether to use ``Settings.quick``.
         threads: Number of CPU threads; None: torch's choice.
         backend: Backend of the loss; None: the best installed backend.
@@ -119,7 +119,7 @@ def run(*, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, ba
 
 
 def run_seed(settings: Settings, folder: Path, console: Console) -> DemoResult:
-    """Runs the demo with one seed, writes pairs and training runs to ``folder``, and returns the results."""
+    """Runs the demo with one seed, writes the pairs and the training runs to ``folder``, and returns the results."""
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     stages = _Stages(console)

@@ -1,4 +1,4 @@
-"""An InternVLForConditionalGeneration small enough for two CPU cores, its processor, and a tokenizer of words."""
+"""An InternVLForConditionalGeneration small enough for two CPU cores, its processor, and its word tokenizer."""
 
 import re
 from typing import Any

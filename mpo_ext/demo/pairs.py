@@ -1,4 +1,4 @@
-"""Makes the demo's preference pairs with the data engine: correctness pairs, format pairs and DropoutNTP pairs."""
+"""Makes the demo's preference pairs with ``mpo_ext.generate``: correctness, format and DropoutNTP pairs."""
 
 import collections
 import dataclasses
@@ -38,10 +38,10 @@ class MadePairs:
     """The pairs that ``make_pairs`` wrote.
 
     Attributes:
-        path: Path of the file of pairs.
+        path: Path of the file of pairs, ``pairs.jsonl``.
         counts: Number of pairs by form and pipeline; a key is for example "cot dropout_ntp".
         left_out: Number of pairs that were made but are not in the file, by reason.
-        summaries: Summary of each run of the data engine, by the run's folder.
+        summaries: Summary of each sampling run, by the name of the run's folder.
         report: Result of ``check_pairs`` for the file.
     """
 
@@ -53,7 +53,7 @@ class MadePairs:
 
 
 class _Sampler:
-    """Runs pipelines of the data engine with one model, and keeps each run's summary by the run's folder."""
+    """Runs pipelines of ``mpo_ext.generate`` with one model, and keeps the summary of each run."""
 
     def __init__(self, engine: TransformersEngine, folder: Path, stream: TextIO | None) -> None:
         self.engine, self.folder, self.stream = engine, folder, stream
@@ -84,12 +84,14 @@ def make_pairs(
     *,
     stream: TextIO | None = None,
 ) -> MadePairs:
-    """Lets the model answer new questions about training grids, and makes three kinds of pairs from the answers.
+    """Lets the model answer questions about grids of training digits, and makes three kinds of pairs from the answers.
 
-    Writes the questions (``images``, ``direct.jsonl``, ``cot.jsonl``), a folder for each run of the data engine, and
-    ``pairs.jsonl``, ``check.json`` and ``pairs.html``. Relative image paths start at ``folder``.
-    ``stream`` receives the progress of the data engine; None disables the display. RuntimeError is raised if the
-    answers give no pair or the check of the pairs has findings.
+    Writes to ``folder``: the questions (``images``, ``direct.jsonl``, ``cot.jsonl``), a folder for each sampling run,
+    ``pairs.jsonl``, ``check.json`` and ``pairs.html``. Relative image paths are resolved from ``folder``. ``stream``
+    receives the progress of sampling; None disables the display.
+
+    Raises:
+        RuntimeError: If the answers give no pair, or ``check_pairs`` finds a defect in the pairs.
     """
     engine = TransformersEngine(model, processor, name=f"digits demo, seed {settings.seed}", batch_size=BATCH_SIZE)
     sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
@@ -124,7 +126,7 @@ def make_pairs(
 
 
 def write_items(folder: Path, form: str, tasks: Sequence[digits.Task]) -> None:
-    """Writes questions to ``FORM.jsonl``, which the data engine reads, and the questions' images to PNG files."""
+    """Writes questions to ``FORM.jsonl``, an input file of ``mpo_ext.generate``, and their images to PNG files."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / f"{form}.jsonl") as file:
         for number, task in enumerate(tasks):
@@ -137,7 +139,7 @@ def write_items(folder: Path, form: str, tasks: Sequence[digits.Task]) -> None:
 
 
 def read_made(path: Path, folder: Path) -> Iterator[Pair]:
-    """Yields the pairs that the data engine wrote to a file, with image paths relative to ``folder``."""
+    """Yields the pairs in a file of a sampling run, with image paths relative to ``folder``."""
     for pair in read_pairs(path):
         images = (os.path.relpath(path.parent.resolve() / image, folder.resolve()) for image in pair.images)
         yield dataclasses.replace(pair, images=tuple(images))

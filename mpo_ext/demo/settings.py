@@ -8,27 +8,28 @@ class Settings:
     """Settings of a run. The defaults were chosen on the validation digits, never on the held-out digits.
 
     Attributes:
-        seed: Seed of weights, questions, samples and the order of pairs; the split of the digits is fixed.
+        seed: Seed of weights, questions, sampled answers and the order of pairs; the split of the digits is fixed.
         hidden_size: Hidden size of the language model.
         layers: Number of layers of the language model.
         sft_rate: Learning rate of the SFT.
         sft_batch: Number of questions per step of the SFT.
         sft_questions: Number of different questions of the SFT, each used in several epochs.
-        sft_blind_share: Fraction of the SFT questions whose image is omitted, which prepares the model for DropoutNTP.
-        sft_target: Step-by-step accuracy on validation grids at which the learning rate begins to decay.
+        sft_blind_share: Fraction of the SFT questions without their image, so that the model learns to continue a
+            response without an image, as DropoutNTP requires.
+        sft_target: Accuracy of step-by-step validation answers at which the learning rate begins to decay.
         sft_check_steps: Number of steps between two measurements of the step-by-step accuracy.
         sft_decay_steps: Number of steps in which the learning rate decays to zero.
         sft_most_steps: Maximum number of steps before the decay begins.
         questions: Number of questions per form that the model answers to make pairs.
         samples: Number of answers per question.
-        temperature: Sampling temperature of the answers and of the blind continuations.
-        pairs_per_question: Maximum number of pairs with a wrong answer, and of pairs with an unreadable one, per
-            question.
+        temperature: Sampling temperature of the answers and of the continuations without an image.
+        pairs_per_question: Maximum number of pairs per question whose rejected answer is wrong, and of pairs whose
+            rejected answer is unreadable.
         direct_pairs: Maximum number of pairs with direct answers.
-        dropout_ntp_questions: Number of step-by-step questions for DropoutNTP, which cuts a right answer and lets the
-            model continue it without the image. Some of the questions give no pair.
-        keep: Fraction of the tokens of a right answer that DropoutNTP keeps.
-        branch_steps: Number of steps of each of the three branches.
+        dropout_ntp_questions: Number of step-by-step questions for DropoutNTP, which truncates a correct response and
+            lets the model continue it without the image. Some of the questions give no pair.
+        keep: Fraction of the tokens of a correct response that DropoutNTP keeps.
+        branch_steps: Number of steps of each branch: the three training runs (SFT, DPO, MPO) from the SFT model.
         branch_batch: Number of pairs per step of a branch.
         branch_rate: Learning rate of all branches.
         warmup_steps: Number of steps in which a learning rate rises from zero.

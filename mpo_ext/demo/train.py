@@ -1,4 +1,4 @@
-"""The demo's training runs (SFT, and the branches on pairs) and the evaluation of its models."""
+"""The demo's training runs (SFT, then a run per method on the pairs) and the evaluation of its models."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -34,12 +34,13 @@ def train_sft(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains on right responses up to a target accuracy or a step limit, and finally decays the learning rate.
+    """Trains on correct responses up to a target accuracy or a step limit, then decays the learning rate to zero.
 
     Writes ``sft.jsonl`` (questions with responses) and the runs ``runs/SFT-start`` and ``runs/SFT-end``.
 
     Returns:
-        The log, one dict per step; every ``sft_check_steps``-th dict has the step-by-step validation ``accuracy``.
+        The log, one dict per step; every ``sft_check_steps``-th dict has ``accuracy``, that of step-by-step answers to
+        validation questions.
     """
     splits = digits.load_digits()
     validation = digits.sample_tasks(splits["validation"], settings.validation_tasks, np.random.default_rng(0), "cot")
@@ -76,7 +77,7 @@ def train_branch(
     settings: Settings,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the SFT model further on the pairs, with the loss weights of a method, and returns a dict for each step.
+    """Trains the SFT model further on the pairs, with the loss weights of a method, and returns a log dict per step.
 
     All methods share the pairs, their order, the number of steps and the learning rate. The reference is the SFT
     model; the first branch that needs its log-probabilities writes them to ``reference.jsonl`` in ``folder``.
@@ -139,7 +140,7 @@ def make_recipe(
 
 
 def write_sft(folder: Path, tasks: Sequence[digits.Task]) -> Path:
-    """Writes questions as pairs of a right response and an empty rejected response, which SFT does not read."""
+    """Writes questions as pairs of a correct response and an empty rejected response; returns their path."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     pairs = []
     for number, task in enumerate(tasks):
@@ -160,7 +161,7 @@ def evaluate(
     *,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> dict[str, dict[str, float]]:
-    """Lets the model answer the questions by greedy decoding and returns statistics of the answers by form.
+    """Lets the model answer the questions by greedy decoding, and returns statistics of the answers by form.
 
     ``on_batch`` is called after each batch with the number of questions of the batch.
 

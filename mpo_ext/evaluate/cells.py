@@ -17,12 +17,12 @@ from mpo_ext.generate.sampler import open_journal, read_samples, sample_items
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationRun:
-    """Settings of an evaluation's process that do not change the results.
+    """Settings of one process of an evaluation. They do not change the results.
 
     Attributes:
-        block_size: Number of responses to request at a time, but at least all responses to a question. A kill loses at
-            most these responses.
-        rank: Rank of this process, which asks every question whose position modulo ``world_size`` is the rank.
+        block_size: Number of responses to request at a time, at least the number of responses per question. A kill of
+            the process loses at most these responses.
+        rank: Rank of this process. It asks the questions whose position modulo ``world_size`` equals the rank.
         world_size: Number of processes, which need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
     """
@@ -42,7 +42,7 @@ class EvaluationRun:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QuestionFile:
-    """A file of questions, and the name and path of the file in the results."""
+    """A file of questions, with the name and the path that the results show."""
 
     name: str
     path: str
@@ -51,7 +51,7 @@ class QuestionFile:
 
 @dataclasses.dataclass(slots=True)
 class Cell:
-    """The answers of a model to the questions of a file under a prompt.
+    """The responses of a model to the questions of a file with a prompt template, and their scores.
 
     Attributes:
         folder: Folder of the journals.
@@ -72,7 +72,7 @@ class Cell:
         return self.model, self.data.name, self.evaluation.prompt
 
     def ask(self, engine: Engine, run: EvaluationRun) -> None:
-        """Samples the responses that are missing in the journal of this process."""
+        """Samples the responses that are missing in the journal of this process, and appends them to the journal."""
         evaluation, source = self.evaluation, self.data.source
         ranks = {"rank": run.rank, "world_size": run.world_size}
         right, answered, skipped = 0.0, 0, 0
@@ -92,7 +92,7 @@ class Cell:
                 progress.advance(counts + (f", {skipped} skipped" if skipped else ""))
 
     def read(self, world_size: int) -> Iterator[tuple[Item, str | None, list[ScoredResponse]]]:
-        """Yields each item, the reason if it was not asked (or None), and the scored responses, from all journals."""
+        """Yields each item, the reason why it was not asked (or None), and the scored responses, from all journals."""
         for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
             yield item, *self.evaluation.score(item, records)
 
@@ -100,7 +100,7 @@ class Cell:
 def open_questions(
     name: str, path: str | os.PathLike[str], *, limit: int | None, image_root: str, root_map: Sequence[tuple[str, str]]
 ) -> QuestionFile:
-    """Opens a file of questions and checks that at least one question has a true answer."""
+    """Opens a file of questions and checks that at least one question has a ground-truth answer."""
     is_meta = Path(path).suffix == ".json"
     roots: Mapping[str, Any] = {"root_map": tuple(root_map)} if is_meta else {"image_root": image_root}
     source = open_items(os.fspath(path), limit=limit, **roots)

@@ -1,4 +1,4 @@
-"""Writes predictions in the file formats of other evaluation kits, to compare the scores of these kits with ours."""
+"""Writes predictions in the formats of other evaluation kits, so that these kits can score the same responses."""
 
 import contextlib
 import csv
@@ -24,9 +24,9 @@ def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence
     """Writes VLMEvalKit's prediction tables ``vlmevalkit/MODEL/MODEL_TASK.tsv``, a file for each sample.
 
     Columns: index, question, the options, all scalar fields of the item, answer, prediction (the whole response), and
-    two columns of ours, ``extracted`` and ``hit``. ``index`` is the item's field of that name, or else the item's
-    position. ``task`` names the data and the prompt. ``columns`` is the result of ``vlmevalkit_columns``. The context
-    manager yields a function that adds a question.
+    two additional columns, ``extracted`` (the extracted answer) and ``hit`` (whether it is correct). ``index`` is the
+    item's field of that name, or else the item's position. ``task`` names the data and the prompt. ``columns`` is the
+    result of ``vlmevalkit_columns``. The context manager yields a function that adds a question.
     """
     with contextlib.ExitStack() as stack:
         tables = []
@@ -61,7 +61,7 @@ def lmms_eval(out: Path, model: str, task: str, samples: int, columns: Sequence[
     """Writes lmms-eval's sample log ``lmms-eval/MODEL/mpo-ext_samples_TASK.jsonl``, a line for each question.
 
     Keys: doc_id, target, input, resps, filtered_resps (the extracted answers), doc_hash, prompt_hash and target_hash
-    as in lmms-eval, and the metric exact_match, the fraction of samples that our matcher accepts. ``columns`` is
+    as in lmms-eval, and the metric exact_match, the fraction of responses that our matcher accepts. ``columns`` is
     unused; the other arguments and the yielded function are those of ``vlmevalkit``.
     """
     with atomic_write(out / "lmms-eval" / model / f"mpo-ext_samples_{task}.jsonl") as file:

@@ -1,4 +1,4 @@
-"""Resolves a model name or folder to an engine: whole models, folders of runs, and adapters."""
+"""Resolves a model name or folder (a whole model, the folder of a run, or LoRA adapters) and loads it as an engine."""
 
 import dataclasses
 import json
@@ -23,11 +23,11 @@ class ModelSource:
 
 
 def find_model(name: str) -> ModelSource:
-    """Resolves a name or folder to a model, to the ``final`` folder of a run, or to adapters and their base model.
+    """Resolves a name or folder to a whole model, the ``final`` folder of a run, or adapters and their base model.
 
     Raises:
-        FileNotFoundError: If the name can only be a folder, and the folder does not exist.
-        ValueError: If no model can be loaded from the folder. The message says what to do.
+        FileNotFoundError: If the name is a local path that does not exist.
+        ValueError: If the name is invalid, or no model can be loaded from the folder. The message says what to do.
     """
     folder = Path(name)
     if not folder.exists():
@@ -63,7 +63,7 @@ def find_model(name: str) -> ModelSource:
 
 
 def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
-    """Creates the engine with ``make``, which gets the path of a whole model, and merges the adapters into the model.
+    """Returns ``make(path of the whole model)``, an engine, after merging the adapters of ``source`` into its model.
 
     Raises:
         ImportError: If the model has adapters and peft is missing.
@@ -87,7 +87,7 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
 
 
 class FingerprintedEngine:
-    """An engine with a hash of its weights in the settings, because the weights in a folder can change."""
+    """An engine whose settings include a hash of its weights, because the weights in a folder can change."""
 
     def __init__(self, engine: TransformersEngine) -> None:
         from mpo_ext.train.model import fingerprint

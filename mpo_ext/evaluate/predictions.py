@@ -26,10 +26,12 @@ def write_predictions(
 ) -> None:
     """Reads the journals of the cells, writes a line for each response, and fills in the scores of the cells.
 
-    The cells must be grouped by model. ``model_files`` and ``data_files`` map each name to its form in file names.
+    Cells of the same model must be adjacent. ``model_files`` and ``data_files`` map each name to its form in file
+    names.
 
     Raises:
-        IncompleteRunError: If a process has not finished yet; the models before the incomplete model are written.
+        IncompleteRunError: If a process has not finished yet; the files of models before the incomplete model are
+            complete.
     """
     columns: dict[str, list[str]] = {}
     for model, model_cells in itertools.groupby(cells, key=lambda cell: cell.model):
@@ -58,7 +60,10 @@ def predictions_path(out: Path, model_file: str) -> Path:
 
 
 def read_predictions(path: Path, cell: Cell, indices: Iterable[int]) -> Iterator[list[dict[str, Any]]]:
-    """Yields the lines of each question in ``indices``: a line for each sample, or a single line with the problem."""
+    """Yields the lines of each question: one per response, or a single line if the question could not be asked.
+
+    ``indices`` are positions of questions in the file of questions.
+    """
     with open(path, "rb") as file:
         for index in indices:
             file.seek(cell.offsets[index])

@@ -1,4 +1,4 @@
-"""Writes the human-readable reports of an evaluation: the tables, the pictures and the page of failures."""
+"""Writes the human-readable reports of an evaluation: tables, plots, and a page of wrongly answered questions."""
 
 import hashlib
 import importlib.util
@@ -34,9 +34,9 @@ def write_reports(
 ) -> list[str]:
     """Writes ``table.md``, ``accuracy.png``, ``accuracy.svg`` and ``failures.html``, and returns warnings.
 
-    A warning names a report that is left out because a package is missing. ``results`` is the content of
-    ``results.json``. The page shows at most ``limit`` questions; if more questions failed, they are drawn at random
-    with ``seed``.
+    A warning names a report that is not written because a package is missing. ``results`` is the content of
+    ``results.json``. ``failures.html`` shows at most ``limit`` questions with a wrong answer; if there are more, it
+    shows a random sample, drawn with ``seed``.
     """
     with atomic_write(out / "table.md") as file:
         file.write(markdown_report(results).encode())
@@ -53,7 +53,7 @@ def write_reports(
 
 
 def markdown_report(results: Mapping[str, Any]) -> str:
-    """Returns the results as Markdown tables: accuracies, further numbers, and comparisons."""
+    """Returns the results as Markdown tables: accuracies, counts and pass@k, and comparisons."""
     models = list(results["settings"]["models"])
     rows = results["results"]
     texts = ["# Evaluation\n", "Accuracy in %, ± its standard error.\n", accuracy_table(results)]

@@ -1,4 +1,4 @@
-"""Computes the numbers of an evaluation: accuracies with standard errors, and comparisons."""
+"""Computes the results of an evaluation: accuracies with standard errors, and comparisons of models and prompts."""
 
 import collections
 import contextlib
@@ -24,9 +24,10 @@ _PACKAGES = ("torch", "transformers")
 def compute_results(
     cells: Sequence[Cell], config: EvaluationConfig, limit: int | None, engines: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Returns all numbers of an evaluation, as JSON values.
+    """Returns the content of ``results.json``: settings, accuracies and comparisons, as JSON values.
 
-    ``limit`` is the maximum number of questions per file (None: all); ``engines`` holds the engine settings by model.
+    ``limit`` is the maximum number of questions per file (None: all); ``engines``: settings of the engine of each
+    model.
     """
     scores = {cell.key: cell.scores for cell in cells}
     models = list(dict.fromkeys(cell.model for cell in cells))

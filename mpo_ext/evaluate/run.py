@@ -1,8 +1,8 @@
 """Evaluates models on questions with a known answer: samples the missing responses and writes the results.
 
 Each combination of a model, a file of questions and a prompt has separate journals (``mpo_ext.generate.sampler``).
-Therefore an interrupted evaluation resumes, and models, files and prompts can be added later. All results are computed
-from the journals.
+Therefore an interrupted evaluation can resume, and models, files and prompts can be added later. All results are
+computed from the journals.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def evaluate(
     make_engine: Callable[[str], Engine] = TransformersEngine.from_pretrained,
     run: EvaluationRun | None = None,
 ) -> dict[str, Any] | None:
-    """Asks every model every question under every prompt, and writes the results into a folder.
+    """Asks every model every question with every prompt template, and writes the results into a folder.
 
     Args:
         models: Models by their name in the results. A model is a folder (a model, a run with ``final``, or adapters),
@@ -52,16 +52,16 @@ def evaluate(
         limit: Maximum number of questions per file; None: all questions.
         image_root: Folder against which relative image paths in JSONL files are resolved.
         root_map: Pairs of path prefixes (old, new) for folders in meta files that have moved.
-        exports: Evaluation kits to write predictions for, any of "vlmevalkit" and "lmms-eval".
-        page_limit: Maximum number of questions on the page of failures; if more failed, the page shows a random draw.
-        make_engine: Creates an engine from the path of a whole model.
+        exports: Evaluation kits in whose formats predictions are written: "vlmevalkit", "lmms-eval".
+        page_limit: Maximum number of questions on ``failures.html``; a random sample if more were answered wrongly.
+        make_engine: Function that creates an engine from the path of a whole model.
         run: Block size, processes and progress display; None: the default ``EvaluationRun``.
 
     Returns:
         The content of ``results.json``; None if other processes have not finished yet.
 
     Raises:
-        SettingsMismatchError: If the folder holds answers with other weights, settings or questions.
+        SettingsMismatchError: If the folder holds responses for other weights, settings or questions.
         ValueError: If an argument is out of range, a model cannot be loaded, or a file has no question with an answer.
         ImportError: If a package is missing.
     """

@@ -1,7 +1,7 @@
 """The settings of an evaluation, and the scores of responses.
 
-The journals hold only the responses. Answers are extracted and compared when the journals are read, so an evaluation
-can be scored again with another style or matcher without the model.
+The journals hold only the responses. Answers are extracted and compared when the journals are read, so the same
+responses can be scored again with another style or matcher, without the model.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _DEFAULT_MAX_NEW_TOKENS = 4096
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """Prompts, sampling and matcher of an evaluation.
+    """Settings of an evaluation: prompts, sampling and matcher.
 
     Attributes:
         prompts: Names of prompt templates (``mpo_ext.generate.prompts``); "none" asks the question without a template.
@@ -33,9 +33,9 @@ class EvaluationConfig:
         top_k: See ``SamplingConfig``.
         max_new_tokens: Maximum number of tokens per response. None: 100 for templates that ask only for the answer,
             4096 for all other prompts.
-        seed: Seed of all draws.
+        seed: Seed of the sampling of responses.
         style: Form of the answer in a response, see ``extract_answer``; None: the style of each template.
-        matcher: Kind and options of the matcher that compares an answer with the truth.
+        matcher: Kind and options of the matcher that compares an answer with the ground truth.
     """
 
     prompts: tuple[str, ...] = ("direct",)
@@ -63,7 +63,7 @@ class EvaluationConfig:
             Evaluation(self, prompt)
 
     def sampling(self, template: PromptTemplate | None) -> SamplingConfig:
-        """Returns the sampling settings for the prompts of a template; None stands for prompts without a template."""
+        """Returns the sampling settings for prompts of a template; None: prompts without a template."""
         max_new_tokens = self.max_new_tokens
         if max_new_tokens is None:
             max_new_tokens = _MAX_NEW_TOKENS.get(template.answer_style if template else "", _DEFAULT_MAX_NEW_TOKENS)
@@ -78,8 +78,8 @@ class ScoredResponse:
 
     Attributes:
         answer: Extracted answer; None if the response has no readable answer.
-        rule: Rule by which the matcher decided; None without an answer.
-        finish: "stop", or "length" if the response was cut off.
+        rule: Name of the rule by which the matcher decided; None if there is no answer.
+        finish: "stop", or "length" if ``max_new_tokens`` truncated the response.
     """
 
     text: str
@@ -92,15 +92,15 @@ class ScoredResponse:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QuestionScore:
-    """The score of a question over all its samples.
+    """The score of a model on a question, over all sampled responses.
 
     Attributes:
         problem: Reason why the question could not be asked (the other attributes are then empty), or None.
-        right: For each sample, whether the answer is right.
-        unreadable: Number of samples without a readable answer.
-        cut_off: Number of samples that ``max_new_tokens`` cut off.
-        tokens: Number of generated tokens in all samples.
-        majority: Whether the most frequent answer is right.
+        right: For each sampled response, whether its answer is correct.
+        unreadable: Number of responses without a readable answer.
+        cut_off: Number of responses that ``max_new_tokens`` truncated.
+        tokens: Number of generated tokens in all responses.
+        majority: Whether the most frequent answer is correct.
     """
 
     problem: str | None = None
@@ -112,7 +112,7 @@ class QuestionScore:
 
     @property
     def accuracy(self) -> float:
-        """Returns the fraction of right samples."""
+        """Returns the fraction of correct responses."""
         return sum(self.right) / len(self.right)
 
 

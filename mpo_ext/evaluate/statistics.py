@@ -33,9 +33,9 @@ def wilson(fraction: float, count: int) -> tuple[float, float]:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Returns the unbiased estimate of pass@k (arXiv 2107.03374) from ``right`` right samples among ``samples``.
+    """Returns the unbiased estimate of pass@k (arXiv 2107.03374), with ``right`` correct among ``samples`` responses.
 
-    It is the probability that ``k`` samples, drawn without replacement, contain a right sample.
+    It is the probability that ``k`` of the responses, drawn without replacement, contain a correct one.
     """
     if not 1 <= k <= samples:
         raise ValueError(f"k must be in [1, {samples}], got {k}")
@@ -43,9 +43,10 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None], is_same: Callable[[str, str], bool]) -> int | None:
-    """Returns the index of the first sample with the most frequent answer, or None if no answer is readable.
+    """Returns the index in ``answers`` of the first occurrence of the most frequent answer.
 
-    Unreadable answers (None) do not count. Of several equally frequent answers, the earliest answer wins.
+    ``is_same`` decides whether two answers are equal. Unreadable answers (None) do not count; if all are unreadable,
+    the result is None. Among equally frequent answers, the earliest wins.
     """
     groups: dict[int, int] = {}
     known: dict[str, int] = {}
@@ -60,7 +61,11 @@ def majority(answers: Sequence[str | None], is_same: Callable[[str, str], bool])
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Returns the two-sided p-value of McNemar's exact test of the hypothesis that a gain is as likely as a loss."""
+    """Returns the two-sided p-value of McNemar's exact test of the hypothesis that two models are equally good.
+
+    ``gained`` is the number of questions that only the second model answered correctly, ``lost`` the number of those
+    that only the first model did.
+    """
     count = gained + lost
     term = total = 1
     for number in range(min(gained, lost)):
@@ -71,14 +76,14 @@ def mcnemar(gained: int, lost: int) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Comparison:
-    """The comparison of a second model with a first model, on the questions that both models answered.
+    """The accuracy of a second model compared with that of a first, on the questions that both models answered.
 
     Attributes:
         questions: Number of questions that both models answered.
         difference: Accuracy of the second model minus accuracy of the first model; None without questions.
         standard_error: Standard error of ``difference`` over the questions; None for fewer than 2 questions.
-        gained: Number of questions on which the second model has more right samples.
-        lost: Number of questions on which the first model has more right samples.
+        gained: Number of questions to which the second model gave more correct responses than the first.
+        lost: Number of questions to which the first model gave more correct responses than the second.
         p: Two-sided p-value; None if the questions do not determine it.
         test: "mcnemar" (exact, for one sample per question) or "normal" (difference divided by its standard error).
     """
@@ -93,7 +98,16 @@ class Comparison:
 
 
 def compare(first: Sequence[float], second: Sequence[float], *, samples: int) -> Comparison:
-    """Compares two models by their fractions of right samples; each sequence holds a fraction for each question."""
+    """Compares the accuracy of two models on the same questions.
+
+    Args:
+        first: For each question, the fraction of the first model's sampled answers that are correct.
+        second: The same fractions for the second model, in the same order.
+        samples: Number of sampled answers per question; 1 selects McNemar's test.
+
+    Returns:
+        The difference of the accuracies with its standard error and p-value, and the numbers of gains and losses.
+    """
     differences = [after - before for before, after in zip(first, second, strict=True)]
     difference, error = mean_and_error(differences)
     gained, lost = sum(value > 0 for value in differences), sum(value < 0 for value in differences)

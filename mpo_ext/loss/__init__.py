@@ -1,4 +1,4 @@
-"""The loss: ``mpo_loss``, ``linear_mpo_loss``, ``token_logp``, ``linear_token_logp`` and their settings.
+"""The public loss functions (``mpo_loss``, ``linear_mpo_loss``, ``token_logp``, ...) and their settings.
 
 Names are imported on first use, which keeps ``import mpo_ext`` fast.
 """

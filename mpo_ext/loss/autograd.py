@@ -14,9 +14,9 @@ from mpo_ext.ops.logits import logits_grad, logits_grad_
 class LossOfLogits(torch.autograd.Function):
     """Attaches the gradient with respect to the logits to a loss.
 
-    The weight of every row, d loss / d logp, is known, so backward is one operator, which computes weight times
-    ``onehot(label) - softmax(logits)``. Saved for backward are the logits (not a copy), the labels, and three numbers
-    per row.
+    The weight of every row, d loss / d logp, is already known. Backward is therefore one operator, which computes
+    ``weight * (onehot(label) - softmax(logits))``. Saved for backward are the logits (not a copy), the labels, and
+    three numbers per row: maximum, sum of exponentials and weight.
     """
 
     @staticmethod
@@ -58,7 +58,7 @@ class LossOfLogits(torch.autograd.Function):
 
 
 class LogpOfLogits(torch.autograd.Function):
-    """Attaches the gradient with respect to the logits to log-probs. The incoming gradient is each row's weight."""
+    """Attaches the gradient with respect to the logits to log-probs. The weight of a row is its incoming gradient."""
 
     @staticmethod
     def forward(
@@ -86,8 +86,8 @@ class LogpOfLogits(torch.autograd.Function):
 class ValueOfHidden(torch.autograd.Function):
     """Attaches the gradients with respect to the hidden states and the head to a loss or to log-probs.
 
-    For a loss, ``row_weight`` is d loss / d logp of each row. For log-probs it is None: the incoming gradient is the
-    weight.
+    For a loss, ``row_weight`` is d loss / d logp of each row. For log-probs it is None: the weight of a row is its
+    incoming gradient.
     """
 
     @staticmethod
@@ -145,8 +145,8 @@ class ValueOfHidden(torch.autograd.Function):
 class OnceDifferentiable(torch.autograd.Function):
     """Returns a gradient unchanged, and raises if that gradient is differentiated.
 
-    If the saved logits require a gradient but the incoming gradient does not, torch's ``once_differentiable`` returns
-    a constant, which would make a gradient penalty incomplete without a warning.
+    torch's ``once_differentiable`` is not enough: if the saved logits require a gradient but the incoming gradient
+    does not, it returns a constant, and a gradient penalty would be incomplete without a warning.
     """
 
     @staticmethod

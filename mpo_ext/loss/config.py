@@ -16,12 +16,12 @@ class MPOConfig:
     Attributes:
         beta: Temperature of the implicit reward ``beta * (logp - ref_logp)``, which DPO and BCO share.
         dpo_weight: Weight of the pairwise term (Direct Preference Optimization, arXiv 2305.18290).
-        bco_weight: Weight of the per-answer term (Binary Classifier Optimization, arXiv 2404.04656).
+        bco_weight: Weight of the per-response term (Binary Classifier Optimization, arXiv 2404.04656).
         ntp_weight: Weight of the next-token cross entropy of the chosen responses.
-        label_smoothing: Fraction of pairs assumed to be labelled in reverse, in ``[0, 0.5)`` (conservative DPO).
+        label_smoothing: Assumed fraction of pairs with swapped responses, in ``[0, 0.5)`` (conservative DPO).
         ntp_average: "token": mean cross entropy over all chosen tokens of the batch, as in the authors' code.
-            "sequence": mean over the responses of each response's mean per token, as in the paper. Both are equal for
-            one pair.
+            "sequence": mean over the chosen responses of each response's mean per token, as in the paper. Both are
+            equal for one pair.
         ignore_index: Label of positions that are not scored.
 
     Raises:
@@ -49,7 +49,7 @@ class MPOConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MPOConfig":
-        """Returns a config with the given settings, such as a parsed YAML file; an unknown key raises ValueError."""
+        """Returns a config with the settings in a mapping (a parsed YAML file); an unknown key raises ValueError."""
         if not isinstance(values, Mapping):
             raise TypeError(f"values must be a mapping of settings, got {values!r}")
         known = [field.name for field in dataclasses.fields(cls)]

@@ -20,7 +20,7 @@ from mpo_ext.ops.pair_loss import CUMULATIVE, HOLD
 
 
 class PairLoss(NamedTuple):
-    """The result of the pair loss. The operator ``pair_loss`` returns these fields in order, then the row weights."""
+    """The result of the pair loss. The operator ``pair_loss`` returns these fields, followed by the row weights."""
 
     loss: Tensor  # 0-d
     terms: Tensor  # [3]: DPO, BCO, NTP, without their weights
@@ -70,11 +70,11 @@ def linear_logits(
 
 
 def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Sums a value per token over each sequence. The sums of ``token_logp`` are the ``ref_logp`` of ``mpo_loss``.
+    """Returns the sum of the token values of each sequence; sums of ``token_logp`` are a ``ref_logp`` of ``mpo_loss``.
 
     Args:
-        rows: Value of each token: ``[2B, T]``, or packed ``[N]`` or ``[1, N]`` with ``cu_seqlens``.
-        cu_seqlens: ``[2B + 1]`` int32 or int64: the first row of each packed sequence, then N. None: padded input.
+        rows: A value for each token: ``[2B, T]``, or packed ``[N]`` or ``[1, N]`` with ``cu_seqlens``.
+        cu_seqlens: ``[2B + 1]`` int32 or int64: the start of each packed sequence, and N. None: the input is padded.
 
     Returns:
         ``[2B]`` in the dtype of ``rows``, differentiable; 0 for an empty sequence.
@@ -103,7 +103,8 @@ def pair_loss(
 
     The reward of a response is ``r = beta * (logp - ref_logp)``. A pair has DPO = ``-logsigmoid(r_c - r_r)`` and BCO =
     ``-logsigmoid(r_c - delta) - logsigmoid(delta - r_r)``; both are averaged over pairs. NTP is the cross entropy of
-    the chosen responses. The rewards of a pair with an empty side are 0, so the pair adds a constant and no gradient.
+    the chosen responses. If a response of a pair has no labelled token, the rewards of the pair are 0, so its DPO and
+    BCO are constants without gradient.
     """
     labelled = labels != config.ignore_index
     tokens = sequence_sums(labelled.long(), cu_seqlens)

@@ -32,9 +32,9 @@ class MPOOutput(NamedTuple):
         ntp_loss: 0-d cross entropy of the chosen responses in nats, unweighted.
         chosen_logp: ``[B]`` summed log-prob of each chosen response under the policy, in nats.
         rejected_logp: ``[B]`` summed log-prob of each rejected response under the policy, in nats.
-        chosen_reward: ``[B]`` ``beta * (logp - ref_logp)`` of each chosen response; 0 if a side of the pair is empty.
-        rejected_reward: ``[B]`` ``beta * (logp - ref_logp)`` of each rejected response; 0 if a side is empty.
-        reward_shift: 0-d delta that the loss used.
+        chosen_reward: ``[B]`` ``beta * (logp - ref_logp)``; 0 if a response of the pair has no labelled token.
+        rejected_reward: ``[B]`` the same for each rejected response.
+        reward_shift: 0-d reward shift delta that the loss used.
         tokens: ``[2B]`` int64 number of labelled tokens of each sequence.
         stats: Requested statistics by name, 0-d, averaged over the labelled tokens of the batch; 0 if it has none.
         backend: Name of the backend that ran.
@@ -70,29 +70,30 @@ def mpo_loss(
 ) -> MPOOutput:
     """Returns the MPO loss ``dpo_weight * DPO + bco_weight * BCO + ntp_weight * NTP`` (arXiv 2411.10442).
 
-    Forward reads each logit of a labelled row once. Backward reads each of these logits once and writes its gradient
-    once. Rows whose label is ``config.ignore_index`` are never read. A pair with an empty side adds a constant to DPO
-    and BCO and no gradient. NTP is 0 if the chosen responses of the batch have no labelled token.
+    A row is the V logits of one token position. Forward reads each logit of a labelled row once. Backward reads each
+    of these logits once and writes its gradient once. Rows whose label is ``config.ignore_index`` are never read. If a
+    response of a pair has no labelled token, DPO and BCO of the pair are constants without gradient. NTP is 0 if the
+    chosen responses of the batch have no labelled token.
 
     Args:
         logits: ``[2B, T, V]``, or packed ``[N, V]`` with ``cu_seqlens``: B chosen sequences, then B rejected
-            sequences; i and B + i are a pair. float32, bfloat16, float16 or float64, any strides. -inf bans a token.
+            sequences; i and B + i are a pair. float32, bfloat16, float16 or float64, any strides. -inf masks a token.
         labels: ``[2B, T]`` or ``[N]`` int64; ``config.ignore_index`` at positions that are not scored. Any other label
             outside ``[0, V)`` makes the loss NaN.
-        ref_logp: ``[2B]`` float32 or float64 summed log-probs of the same tokens under the reference model; for padded
-            input, ``token_logp(ref_logits, labels, shift=True).sum(-1)`` under no_grad.
-        ref_logits: Logits of the reference model, shaped like ``logits``, without gradient. Give either these or
-            ``ref_logp``.
+        ref_logp: ``[2B]`` float32 or float64 summed log-probs of the labelled tokens of each sequence under the
+            reference model. Padded: ``token_logp(ref_logits, labels, shift=True).sum(-1)`` under ``no_grad``.
+        ref_logits: Logits of the reference model, shaped like ``logits``, without gradient. Pass either ``ref_logits``
+            or ``ref_logp``.
         config: Weights, beta and the other settings of the loss.
         reward_shift: The delta of the BCO term: a number, a 0-d tensor, or a ``RewardShift``, which the call updates.
             None: 0.
-        cu_seqlens: ``[2B + 1]`` int32 or int64: the first row of each packed sequence, then N. None: padded input.
+        cu_seqlens: ``[2B + 1]`` int32 or int64: the start of each packed sequence, and N. None: the input is padded.
         shift: Whether position t is scored against ``labels[t + 1]`` of its sequence, as in Hugging Face models.
-        stats: Statistics to compute in the same read: any of "entropy" (in nats), "mean_logit", "top1" (whether the
-            label has the largest logit of its row) and "sum_p_squared" (sum of the squared probabilities of a row).
-        reuse_logits: Whether backward may write the gradient over the logits. Another use of the logits in the graph
-            raises torch's "modified by an inplace operation", and a second backward raises. The backend "reference"
-            ignores this.
+        stats: Statistics of the labelled rows to compute in forward: any of "entropy" (in nats), "mean_logit", "top1"
+            (whether the label has the largest logit) and "sum_p_squared" (sum of the squared probabilities).
+        reuse_logits: Whether backward may write the gradient over the logits. A second backward then raises. If
+            another operation also needs the logits in its backward, torch raises "modified by an inplace operation".
+            The backend "reference" ignores this argument.
         backend: "cpu", "cuda", "triton" or "reference" (plain torch). None: the best available backend.
 
     Returns:
@@ -161,46 +162,46 @@ def linear_mpo_loss(
     stats: Sequence[str] = (),
     backend: str | None = None,
 ) -> MPOOutput:
-    """Returns ``mpo_loss`` from hidden states and the output head, without ever holding all logits.
+    """Returns ``mpo_loss`` from hidden states and the output head, without storing all logits.
 
     The logits are ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``, without the
-    tanh if softcap is None. Only labelled rows are projected, in tiles of rows by vocabulary. The loss is that of
-    ``mpo_loss`` on logits that are not rounded to the dtype of the hidden states. Exception: a CPU that multiplies
-    this dtype faster than float32 rounds the logits, unless MPO_CPU_MATMUL=float32 is set. ``hidden_and_head`` gets
-    the arguments from a Hugging Face model.
+    tanh if softcap is None. Only the logits of labelled rows (token positions) are computed, one tile of rows and
+    vocabulary at a time. They are not rounded to the dtype of the hidden states, except on a CPU that multiplies this
+    dtype faster than float32; MPO_CPU_MATMUL=float32 prevents this rounding. ``hidden_and_head`` gets the arguments
+    from a Hugging Face model.
 
-    Forward multiplies the n labelled rows by the head once, and backward runs three such matrix products. With
-    ``recompute=False`` there are one product in forward and two in backward; if neither weight nor bias needs a
-    gradient, two and none. Memory beyond inputs and gradients: ``memory_budget``, up to two float32 copies of the n
-    rows of ``hidden``, and the work memory of torch's products (largest on a CPU that multiplies bfloat16 natively).
-    With ``recompute=False``, n rows of logits also stay from forward to backward, where the gradient of ``weight``
-    takes over their memory.
+    With n labelled rows, forward runs one matmul of size n x D x V and backward three; with ``recompute=False``, one
+    and two; if neither weight nor bias needs a gradient, two and none.
+
+    Memory in addition to inputs and gradients: ``memory_budget``, up to two float32 copies of n rows of ``hidden``,
+    and the workspace of torch's matmul (largest on a CPU that multiplies bfloat16 natively). With ``recompute=False``,
+    n rows of logits also stay from forward to backward, where the gradient of ``weight`` takes over their memory.
 
     Args:
         hidden: ``[2B, T, D]``, or packed ``[N, D]`` with ``cu_seqlens``: final hidden states of B chosen sequences,
             then of B rejected sequences. float32, bfloat16, float16 or float64.
         weight: ``[V, D]`` weight of the output head. Its dtype may differ from that of ``hidden`` (float32 parameters
             under autocast).
-        labels: As in ``mpo_loss``. If ``hidden`` is on a GPU, labels on the CPU, best in pinned memory, spare the host
-            from waiting for the number of labelled rows. Labels on the GPU work too.
+        labels: As in ``mpo_loss``. If ``hidden`` is on a GPU, keep the labels on the CPU, best in pinned memory: the
+            host then knows the number of labelled rows without waiting for the GPU. Labels on the GPU also work.
         ref_logp: As in ``mpo_loss``.
-        ref_hidden: ``[2B, T, D']`` or ``[N, D']`` hidden states of the reference model, without gradient. Give either
-            these or ``ref_logp``.
+        ref_hidden: ``[2B, T, D']`` or ``[N, D']`` hidden states of the reference model, without gradient. Pass
+            either ``ref_hidden`` or ``ref_logp``.
         ref_weight: ``[V', D']`` weight of the reference model's head, without gradient. None: ``weight``.
         bias: ``[V]`` bias of the head, or None.
         ref_bias: ``[V']`` bias of the reference model's head. None: no bias, or ``bias`` if ``ref_weight`` is None.
-        logit_scale: Factor of the head's product (Cohere), not 0. Like softcap and temperature, also for the reference
-            model.
+        logit_scale: Factor of the head's output (Cohere), not 0. ``logit_scale``, ``softcap`` and ``temperature`` also
+            apply to the reference model.
         softcap: Bound of the logits (Gemma 2), above 0. None: no bound.
         temperature: Divisor of the final logits, above 0.
         memory_budget: Bytes for a tile and the tensors computed from it. None: 64 MiB on a CPU, 256 MiB on a GPU. The
             budget changes the speed, and the result only by rounding. A CPU is fast down to about 4 MiB and usable
             down to about 256 KiB; a budget of a few bytes is very slow.
-        recompute: Whether backward computes the tiles again. False: forward keeps the logits of the labelled rows,
-            which saves one product in four. They are kept in float32 in most cases; with bfloat16 hidden states and
-            weight, in float16, as distances from the row's maximum. The logits and the gradient of ``weight`` share
-            memory of the size of the larger of the two, plus a tile. A second backward computes the tiles again.
-            Without effect if ``weight`` needs no gradient.
+        recompute: Whether backward computes the tiles of logits again. False: forward keeps the logits of the labelled
+            rows, which saves one of the four matmuls. They are kept in float32 in most cases; with bfloat16 hidden
+            states and weight, in float16, as distances from the row's maximum. The logits and the gradient of
+            ``weight`` share memory of the size of the larger of the two, plus a tile. A second backward computes the
+            tiles again. The argument has no effect if ``weight`` needs no gradient.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.
@@ -318,9 +319,9 @@ def linear_token_logp(
     ignore_index: int = -100,
     backend: str | None = None,
 ) -> Tensor:
-    """Returns ``token_logp`` from hidden states and the output head, without ever holding all logits.
+    """Returns ``token_logp`` from hidden states and the output head, without storing all logits.
 
-    ``linear_mpo_loss`` describes the logits, the number of products and the memory.
+    ``linear_mpo_loss`` describes the logits, the number of matmuls and the memory.
 
     Args:
         hidden: ``[..., D]`` float32, bfloat16, float16 or float64.
@@ -363,7 +364,7 @@ def linear_token_logp(
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Returns the labels aligned with the logits that predict them: ``out[..., t] = labels[..., t + 1]``.
+    """Returns each label at the position whose logits predict it: ``out[..., t] = labels[..., t + 1]``.
 
     The last position of each sequence gets ``ignore_index``. With ``cu_seqlens``, the last axis holds packed
     sequences.
@@ -386,7 +387,7 @@ def _check_config(config: MPOConfig) -> None:
 
 
 class _PairInputs(NamedTuple):
-    """The arguments that the operators ``pair_loss`` and ``forward`` share, in their order."""
+    """The arguments that the operators ``pair_loss`` and ``forward`` share, in the order of their parameters."""
 
     ref_logp: Tensor
     state: Tensor
@@ -412,7 +413,7 @@ def _end_pairs(
     shift: BatchShift,
     backend: str,
 ) -> tuple[eager.PairLoss, Tensor]:
-    """Updates the reward shift. Returns the pair loss and row weights, recomputed if pooling changed delta."""
+    """Updates the reward shift. Returns the pair loss and the row weights, recomputed if other ranks changed delta."""
     *fields, weight = outputs
     pair = eager.PairLoss(*fields)
     pooled = end_batch(reward_shift, shift, pair.state, pair.batch)

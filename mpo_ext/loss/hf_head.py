@@ -2,7 +2,7 @@
 
 The model is called with its wrappers: calling the module inside DDP would leave DDP's reducer unprepared, and the
 ranks would diverge. During the call only the ``forward`` of the head is replaced. The replacement records its
-arguments and returns the probe, a few known numbers, instead of logits. The model's output for the probe reveals the
+arguments and returns a few known numbers, the probe, in place of logits. The model's output for the probe reveals the
 factor and the softcap that the model applies to its logits.
 
 Neither transformers nor peft is imported: models are recognised by their attributes.
@@ -32,9 +32,9 @@ class HiddenAndHead(NamedTuple):
 
     Attributes:
         hidden: ``[B, T, D]`` input of the output head, with its autograd graph.
-        weight: ``[V, D]`` weight of the head, as it is during forward.
+        weight: ``[V, D]`` weight of the head, as FSDP or ZeRO gathers it for forward.
         bias: ``[V]`` bias of the head, or None.
-        logit_scale: Factor that the model applies to the head's product.
+        logit_scale: Factor by which the model multiplies the head's output.
         softcap: Bound that the model applies to its logits, or None.
         outputs: The model's output. Its ``logits`` hold the probe and must not be used.
     """
@@ -61,7 +61,7 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
 
     Backward must go through ``hidden``, because that starts the backward hooks of wrappers on the model's outputs. If
     the model runs under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the
-    product is float32.
+    matmul with the head is float32.
 
     Args:
         model: Hugging Face model with a linear output head, wrapped as for training: in DDP, in FSDP or by accelerate.
@@ -72,8 +72,8 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
     Raises:
         TypeError: If the model has no output head, the head is not a plain linear layer, or an input is positional.
         ValueError: If labels are among the inputs.
-        RuntimeError: If forward does not call the head exactly once, changes the logits in an unknown way, or does not
-            keep the head's weight whole until backward.
+        RuntimeError: If the model's forward does not call the head exactly once or changes the logits in an unknown
+            way, or if the head's weight is sharded in forward or freed before backward.
     """
     if positional:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Preference losses that the MPO paper compares with MPO, on summed log-probs of responses, in plain torch.
+"""Preference losses that the MPO paper compares with MPO, computed from summed log-probs in plain torch.
 
 ``mpo_loss`` computes MPO itself. These losses are for custom training loops and for comparisons with MPO.
 """
@@ -22,7 +22,7 @@ DISCOPOP_TAU = 0.05
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """The checked inputs of a loss. The log-probs of a pair with an empty side are replaced by 0.
+    """The checked inputs of a loss. The log-probs of a pair are replaced by 0 if one of its responses has no label.
 
     In the formulas, S is the summed log-prob of a response's labels, n the number of these labels, ``h = S - S^ref``
     the log-ratio and e the label smoothing; c and r mean chosen and rejected.
@@ -36,7 +36,7 @@ class Pairs:
         rejected_tokens: ``[B]`` n_r in the dtype of the log-probs, at least 1.
         has_both_sides: ``[B]`` bool, whether both responses of the pair have labels.
         beta: Temperature, as in ``preference_loss``.
-        label_smoothing: Fraction of pairs assumed to be labelled in reverse, in ``[0, 0.5)``.
+        label_smoothing: Assumed fraction of pairs with swapped responses, in ``[0, 0.5)``.
         delta: Reward shift: a number, or a 0-d tensor without gradient.
     """
 
@@ -98,9 +98,9 @@ def preference_loss(
 ) -> Tensor:
     """Returns the preference loss of each pair, in nats; each loss's paper minimises the mean over pairs.
 
-    A pair with an empty side is not compared: its loss and gradient are 0 whatever its log-probs are, and no other
-    pair is compared with it. (In ``mpo_loss``, the DPO and BCO of such a pair are constants, also with gradient 0.) A
-    NaN log-prob makes the loss of its pair, or the mean loss of the batch, not finite.
+    If a response of a pair has no label, the pair is left out: its loss and gradient are 0 whatever its log-probs are,
+    and no other pair is compared with it. (In ``mpo_loss``, the DPO and BCO of such a pair are constants, also with
+    gradient 0.) A NaN log-prob makes the loss of its pair not finite, and with it the mean of the batch.
 
     Args:
         name: Key of ``LOSSES``: the usual name, which is TRL 1.16's name if TRL has the loss.
@@ -108,13 +108,14 @@ def preference_loss(
         rejected_logp: ``[B]`` sum for each rejected response, in the same dtype.
         ref_chosen_logp: ``[B]`` sum for each chosen response under the reference model, without gradient. A loss that
             needs no reference ignores it and accepts None.
-        ref_rejected_logp: ``[B]`` sum for each rejected response under the reference model, with the same rules.
+        ref_rejected_logp: ``[B]`` sum for each rejected response under the reference model; otherwise like
+            ``ref_chosen_logp``.
         chosen_tokens: ``[B]`` int32 or int64 number of labels of each chosen response.
         rejected_tokens: ``[B]`` int32 or int64 number of labels of each rejected response.
         beta: Temperature of the implicit reward ``beta * h``; tau in "ipo", 1 / eta in "sppo_hard", and the weight
             lambda in "orpo".
-        label_smoothing: Fraction of pairs assumed to be labelled in reverse, in ``[0, 0.5)``.
-        delta: Reward shift of "bco_pair": a number, or a 0-d tensor, for which the host does not wait.
+        label_smoothing: Assumed fraction of pairs with swapped responses, in ``[0, 0.5)``.
+        delta: Reward shift of "bco_pair": a number, or a 0-d tensor, which the host does not read.
 
     Returns:
         ``[B]`` in the dtype of the log-probs.

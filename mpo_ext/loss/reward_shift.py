@@ -15,7 +15,7 @@ from mpo_ext.ops.pair_loss import CUMULATIVE, EMA, HOLD
 
 
 class BatchShift(NamedTuple):
-    """The reward shift that the pair loss of one batch uses, and the rule by which the batch updates it."""
+    """The reward shift that the pair loss of one batch uses, and the rule by which the pair loss updates it."""
 
     state: Tensor  # [2] float64: delta, and the number of its updates so far
     rule: int = HOLD  # HOLD, CUMULATIVE or EMA: how the pair loss itself updates the state
@@ -25,21 +25,22 @@ class BatchShift(NamedTuple):
 
 
 class RewardShift:
-    """The moving average of rewards, delta, that centres the BCO term (arXiv 2411.10442, after arXiv 2404.04656).
+    """The reward shift delta: a moving average of rewards, and the threshold of the BCO term (arXiv 2411.10442).
 
     Pass the same instance to every call of ``mpo_loss``, which updates it except after ``eval()`` or while gradients
     are disabled. The state stays on the device of the rewards, so no call waits for the device. If
-    ``torch.distributed`` is initialised, the state is reduced over the ranks.
+    ``torch.distributed`` is initialised, the rewards of all ranks update the state.
 
-    The statistic of one call is the mean reward over both sides of its pairs, without pairs that have an empty side.
+    An update uses the mean reward of the chosen and rejected responses of its batch. Pairs in which a response has no
+    labelled token do not count.
 
     Args:
-        mode: "cumulative": mean of the statistics of all updates so far, in which each rank counts once, as in the
-            authors' code. "ema": ``decay * delta + (1 - decay) * mean`` with the mean over all rewards of all ranks,
-            as in NeMo-RL. "fixed": always ``value``.
+        mode: "cumulative": the mean of the mean rewards of all updates so far; with ``per="micro_batch"``, the mean
+            reward of each rank has the same weight, as in the authors' code. "ema": ``decay * delta + (1 - decay) *
+            mean`` with the mean over all rewards of all ranks, as in NeMo-RL. "fixed": always ``value``.
         decay: Fraction of the old value that "ema" keeps, in ``[0, 1)``.
-        update: "before": a call uses the delta that already includes its rewards, as in the authors' code. "after": a
-            call uses the delta after the previous call.
+        update: "before": a call updates delta with its own rewards and then uses it, as in the authors' code. "after":
+            a call uses delta first and updates it afterwards.
         value: Initial delta. The first update of "cumulative" discards it.
         per: "micro_batch": every call updates delta. "optimizer_step": calls collect rewards and ``step()`` updates
             delta, which makes the result independent of gradient accumulation (needs ``update="after"``).
@@ -100,7 +101,7 @@ class RewardShift:
         return self
 
     def eval(self) -> RewardShift:
-        """Turns updates off for evaluation, in which calls use delta but do not change it."""
+        """Turns updates off for an evaluation: calls use delta but do not change it. Returns the instance."""
         return self.train(False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,8 +143,8 @@ class RewardShift:
     def update(self, reward_sum: float | Tensor, count: float | Tensor) -> None:
         """Updates delta with the rewards of this rank's micro-batch. ``mpo_loss`` calls this; custom loops may, too.
 
-        With ``per="optimizer_step"`` the rewards are collected until ``step()``. All ranks must call this together. A
-        count of 0 (every pair has an empty side) changes nothing.
+        With ``per="optimizer_step"`` the rewards are collected until ``step()``. All ranks must call this together. If
+        ``count`` is 0, nothing changes.
 
         Args:
             reward_sum: Sum of the rewards, a number or a 0-d tensor.
@@ -158,7 +159,7 @@ class RewardShift:
         self._apply(batch, each_rank_counts=self.mode == "cumulative")
 
     def step(self) -> None:
-        """Ends an optimizer step: with ``per="optimizer_step"``, updates delta with the rewards since the last step.
+        """Ends an optimizer step: with ``per="optimizer_step"``, updates delta with the rewards since the last call.
 
         All ranks must call this together. It does nothing with ``per="micro_batch"`` or mode "fixed".
         """
@@ -168,7 +169,7 @@ class RewardShift:
         self._pending = torch.zeros_like(self._pending)
 
     def begin_batch(self, device: torch.device) -> BatchShift:
-        """Returns the shift for the pair loss of a batch. ``mpo_loss`` calls this before the pair loss."""
+        """Returns the reward shift for the pair loss of a batch. ``mpo_loss`` calls this before the pair loss."""
         if self._state.device != device:
             self._state = self._state.to(device)
             self._pending = self._pending.to(device)
@@ -184,11 +185,12 @@ class RewardShift:
 
         Args:
             shift: Result of ``begin_batch``.
-            new_state: ``[2]`` state to which the pair loss updated the shift.
-            batch: ``[2]`` sum and count of the rewards of the batch.
+            new_state: ``[2]`` reward-shift state after the update by the pair loss.
+            batch: ``[2]`` sum and count of the rewards of this rank's batch.
 
         Returns:
-            The pooled state with which the pair loss must be computed again; None if the pair loss is final.
+            The state after an update with the rewards of all ranks, if the pair loss must be computed again with this
+            state; otherwise None.
         """
         if shift.rule != HOLD:
             self._state = new_state
@@ -231,7 +233,7 @@ def _is_distributed() -> bool:
 
 
 def begin_batch(reward_shift: RewardShift | Tensor | float | None, device: torch.device) -> BatchShift:
-    """Returns the shift for the pair loss of a batch, for every kind of argument ``reward_shift``.
+    """Returns the reward shift for the pair loss of a batch, whatever the type of ``reward_shift``.
 
     Raises:
         TypeError: If ``reward_shift`` has another type.
@@ -261,5 +263,5 @@ def begin_batch(reward_shift: RewardShift | Tensor | float | None, device: torch
 def end_batch(
     reward_shift: RewardShift | Tensor | float | None, shift: BatchShift, new_state: Tensor, batch: Tensor
 ) -> Tensor | None:
-    """Calls ``RewardShift.end_batch``; returns None for any other kind of ``reward_shift``, which never changes."""
+    """Calls ``RewardShift.end_batch``. Returns None for a number, a tensor or None, which never change."""
     return reward_shift.end_batch(shift, new_state, batch) if isinstance(reward_shift, RewardShift) else None

@@ -20,7 +20,9 @@ with suppress(ImportError):
 
 
 def choose_backend(backend: str | None, logits: Tensor, name: str = "logits") -> str:
-    """Returns the name of the backend for ``logits``, which may be hidden states instead.
+    """Returns the backend that runs for ``logits`` (or hidden states): ``backend`` if it is given, else the best.
+
+    ``name`` names the tensor in messages.
 
     Raises:
         TypeError: If the backend does not support the dtype of ``logits``.
@@ -83,10 +85,10 @@ def triton_problem(device: str) -> str | None:
 
 
 def cpu_isa() -> str:
-    """Returns the instruction set of the CPU kernels: MPO_CPU_ISA if it is set, else the best that runs here.
+    """Returns the instruction set of the CPU kernels: MPO_CPU_ISA if it is set, else the best on this machine.
 
     Raises:
-        ValueError: If MPO_CPU_ISA does not name an instruction set that runs here.
+        ValueError: If MPO_CPU_ISA does not name an instruction set that this machine can run.
     """
     runnable = native.cpu_isas()
     requested = os.environ.get("MPO_CPU_ISA")
@@ -96,7 +98,7 @@ def cpu_isa() -> str:
 
 
 def triton_kernels() -> Any:
-    """Returns ``mpo_ext.kernels``, imported on first use because triton is optional."""
+    """Returns the module ``mpo_ext.kernels``, imported on first use because triton is optional."""
     from mpo_ext import kernels
 
     return kernels

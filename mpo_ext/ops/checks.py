@@ -24,7 +24,10 @@ def check_logits(name: str, logits: Tensor, axis: str = "vocabulary") -> None:
 
 
 def check_labels(logits: Tensor, labels: Tensor, name: str = "logits", *, may_be_on_cpu: bool = False) -> None:
-    """Raises unless ``labels`` is int64, has the logits' leading shape, and is on their device (or an allowed CPU)."""
+    """Raises unless ``labels`` is int64, has the shape of the logits without the last axis, and is on their device.
+
+    With ``may_be_on_cpu``, labels on the CPU are also allowed.
+    """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
@@ -39,7 +42,7 @@ def check_labels(logits: Tensor, labels: Tensor, name: str = "logits", *, may_be
 
 
 def check_pairs(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, name: str = "logits") -> int:
-    """Raises unless logits and labels hold whole pairs, padded or packed. Returns the number of sequences, 2B.
+    """Raises unless logits and labels hold B pairs, padded or packed. Returns the number of sequences, 2B.
 
     If ``name`` is "hidden", ``logits`` are hidden states, and labels may be on the CPU.
     """
@@ -96,7 +99,10 @@ def check_offsets(cu_seqlens: Tensor, rows: int) -> None:
 def check_reference(
     logits: Tensor, sequences: int, ref_logp: Tensor | None, ref_logits: Tensor | None, name: str = "logits"
 ) -> None:
-    """Raises unless exactly one valid reference is given. ``ref_hidden`` and ``hidden`` may differ in feature size."""
+    """Raises unless exactly one valid reference is given: summed log-probs, or the logits of the reference model.
+
+    With ``name`` "hidden", ``logits`` and ``ref_logits`` are hidden states, whose hidden sizes may differ.
+    """
     ref_name = f"ref_{name}"
     if (ref_logp is None) == (ref_logits is None):
         got = "neither" if ref_logp is None else "both"
@@ -125,7 +131,7 @@ def check_reference(
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
-    """Raises unless weight and bias fit the hidden states; ``prefix`` precedes the names of tensors in messages."""
+    """Raises unless the weight and bias of the head fit the hidden states; ``prefix`` precedes names in messages."""
     tensors = {f"{prefix}weight": weight} if bias is None else {f"{prefix}weight": weight, f"{prefix}bias": bias}
     for name, tensor in tensors.items():
         _check_float_tensor(name, tensor)
@@ -157,7 +163,7 @@ def check_head_options(
 
 
 def check_stats(stats: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names in the order of ``STATS``, without repetitions.
+    """Returns the requested statistics in the order of ``STATS``, without repetitions.
 
     Raises:
         TypeError: If ``stats`` is not a sequence of names.
@@ -190,7 +196,7 @@ def check_reuse(logits: Tensor) -> None:
 
 
 def check_row_values(logits: Tensor, labels: Tensor, dtype: torch.dtype, **values: Tensor) -> None:
-    """Raises unless ``logits`` and ``labels`` fit, and each of ``values`` has one number of ``dtype`` per row."""
+    """Raises unless ``labels`` fit the ``logits``, and each of ``values`` has one number of ``dtype`` per label."""
     check_logits("logits", logits)
     check_labels(logits, labels)
     for name, tensor in values.items():

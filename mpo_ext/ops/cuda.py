@@ -1,4 +1,4 @@
-"""Provides the stream, the work memory and the block counters of CUDA launches."""
+"""Provides the stream, the workspace and the block counters of CUDA launches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _stream_counters: dict[tuple[torch.device, int], Tensor] = {}
 def forward_arguments(
     layout: RowLayout, labels: Tensor, ignore_index: int, pairs: int, tile: Tile | None = None
 ) -> tuple[dict[str, object], list[Tensor]]:
-    """Returns the inputs of token_logp and forward, and the work memory to keep alive until the launch."""
+    """Returns the input arguments of token_logp and forward, and the workspace to keep alive until the launch."""
     rows = row_arguments(layout, labels, ignore_index, tile)
     size = {"multiprocessors": multiprocessors(labels.device)}
     shape = native.compiled().cuda_forward_shape(
@@ -39,7 +39,9 @@ def current_stream(tensor: Tensor) -> int:
 
 
 def counters(count: int, like: Tensor) -> Tensor:
-    """Returns zeros in which a kernel counts its blocks; kernels reset them, so each stream reuses one tensor.
+    """Returns at least ``count`` int32 counters of finished blocks, all 0. Kernels reset them after use.
+
+    Launches on a stream therefore share a tensor.
 
     A launch that is captured into a CUDA graph gets a separate tensor, zeroed at each replay, because a graph may be
     replayed on any stream.

@@ -1,4 +1,4 @@
-"""The operators on hidden states. Logits exist only for labelled rows, and one tile at a time (``tiles.py``)."""
+"""The operators on hidden states. They compute the logits of labelled rows only, one tile at a time (``tiles.py``)."""
 
 from __future__ import annotations
 
@@ -42,11 +42,12 @@ def linear_token_logp(
     matmul_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the log-probability of each label from hidden states. Only labelled rows are projected.
+    """Returns the log-probability of each label from hidden states. Only logits of labelled rows are computed.
 
     Returns:
-        The four outputs of ``logits.token_logp``, on the device of ``hidden``, and the kept tensor for the n labelled
-        rows: ``[0]``, ``[n, D]`` d logp / d hidden, or the logits as bytes in the layout of ``KeptLogits``.
+        ``(logp, row_max, row_sum, row_stats, kept)``: the outputs of ``logits.token_logp``, on the device of
+        ``hidden``, and the tensor for backward. With n labelled rows, ``kept`` is ``[0]`` (KEEP_NOTHING), d logp /
+        d hidden ``[n, D]`` (KEEP_HIDDEN_GRAD), or logits as bytes in the layout of ``KeptLogits`` (KEEP_LOGITS).
     """
     head = _head(weight, bias, head_scales, matmul_dtype)
     tiles = TiledRows(hidden, labels, head, ignore_index, memory_budget, keeps_logits=keep == KEEP_LOGITS)
@@ -110,7 +111,7 @@ def _head(weight: Tensor, bias: Tensor | None, head_scales: Sequence[float], mat
 
 @dataclass
 class _Chunk:
-    """Labelled rows that are scored together, and their results so far."""
+    """Labelled rows that are scored together, and their results over the tiles so far."""
 
     rows: slice
     labels: Tensor
@@ -163,8 +164,8 @@ def kept_hidden_grad(
 ) -> Tensor:
     """Returns the gradient of ``scale * (row_weight * logp).sum()`` with respect to the hidden states.
 
-    ``kept``, ``[n, D]``, is the d logp / d hidden that ``linear_token_logp`` kept. Of ``hidden``, only the shape and
-    dtype are used. The other arguments are those of ``linear_grad``.
+    ``kept`` is the d logp / d hidden, ``[n, D]``, that ``linear_token_logp`` returned. Only the shape and dtype of
+    ``hidden`` are used. The other arguments are those of ``linear_grad``.
     """
     index = labelled_rows(labels, ignore_index).to(hidden.device, non_blocking=True)
     factor = row_weight.reshape(-1)[index]
@@ -198,13 +199,13 @@ def linear_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
-    Tiles are projected again, or restored from ``kept``, and overwritten with their gradient. Sums are formed in
-    float32 (float64 for float64) and rounded once. ``kept`` is overwritten with the gradient of its logits, and then,
-    if wanted, with the gradient of weight, which ``kept_weight_grad`` returns.
+    The logits of each tile are computed again, or restored from ``kept``, and overwritten with their gradient. Sums
+    over tiles are formed in float32 (float64 for float64 inputs) and rounded once. ``kept`` is overwritten; if
+    the gradient of weight is wanted, it is written there, and ``kept_weight_grad`` returns it.
 
     Returns:
-        The gradients of hidden, weight and bias, each shaped like its tensor and contiguous; ``[0]`` for a gradient
-        that is not wanted or lies in ``kept``.
+        The gradients of hidden, weight and bias, contiguous, each in the shape of its input. A gradient that is not
+        wanted, or that lies in ``kept``, is returned as an empty tensor ``[0]``.
     """
     head = _head(weight, bias, head_scales, matmul_dtype)
     options = {"converts_weight_grad": wanted[1], "keeps_logits": kept is not None}
@@ -297,7 +298,7 @@ def _empty_gradients(
 
 
 def kept_weight_grad(kept: Tensor, weight: Tensor) -> Tensor:
-    """Returns the gradient of weight, ``[V, D]``, in the memory of the kept logits that ``linear_grad`` consumed."""
+    """Returns the gradient of weight, ``[V, D]``, as a view of the memory of ``kept`` after ``linear_grad``."""
     size = weight.numel() * weight.dtype.itemsize
     return kept.as_strided((size,), (1,)).view(weight.dtype).view(weight.shape)  # torch.compile cannot trace a slice
 

@@ -1,4 +1,4 @@
-"""The operators on logits: ``token_logp`` scores rows, ``logits_grad`` returns the gradient of the scores.
+"""The operators on logits: ``token_logp`` returns log-probs of labels, ``logits_grad`` their gradient.
 
 Each operator allocates its outputs and calls the kernel of a backend. Operators other than ``logits_grad_`` return new
 tensors and write to no input, so ``torch.compile`` can trace past them.
@@ -23,7 +23,7 @@ RowOutputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def stats_mask(stats: Sequence[str]) -> int:
-    """Returns the bits that request these statistics from ``token_logp``."""
+    """Returns the argument ``stats`` of ``token_logp`` for these statistics: bit i requests ``STATS[i]``."""
     return sum(1 << STATS.index(name) for name in set(stats))
 
 
@@ -38,8 +38,9 @@ def token_logp(
     """Returns the log-probability of each label. Reads each logit of a labelled row once.
 
     Returns:
-        ``(logp, row_max, row_sum, row_stats)``: three tensors ``[...]`` with ``sum_v exp(z_v - row_max) == row_sum``,
-        and ``[number of statistics, ...]`` in the order of ``STATS``; float32, or float64 for float64 logits.
+        ``(logp, row_max, row_sum, row_stats)``, float32, or float64 for float64 logits. The first three are ``[...]``;
+        ``row_max`` is the largest logit of a row, and ``row_sum`` the sum of ``exp(z - row_max)``. ``row_stats`` is
+        ``[number of statistics, ...]`` in the order of ``STATS``.
     """
     check_logits("logits", logits)
     check_labels(logits, labels)
@@ -70,10 +71,10 @@ def score(
     *,
     leaves_exp_logits: bool = False,
 ) -> None:
-    """Fills the outputs of ``token_logp``; with a tile, they cover the vocabulary up to the end of the tile.
+    """Writes the results of ``token_logp`` to ``outputs``; with a tile, those of all columns up to its end.
 
     ``leaves_exp_logits`` overwrites the logits with ``exp(z - row_max)``, where ``row_max`` includes this tile, and
-    with 0 for the label. They are undefined in a row whose label is out of range or whose logp is NaN.
+    with 0 at the label. These values are undefined in a row whose label is out of range or whose logp is NaN.
     """
     if labels.numel() == 0:
         return
@@ -128,8 +129,8 @@ def logits_grad(
     """Returns the gradient ``scale * weight * (onehot(label) - softmax(logits))``, and 0 in ignored rows.
 
     The result is contiguous and has the shape and dtype of the logits. Each logit of a labelled row is read once and
-    its gradient is written once. On a CPU the zeros of ignored rows cost nothing: they are zeroed pages of the system
-    that stay untouched.
+    its gradient is written once. On a CPU the zeros of ignored rows cost no time, because newly allocated memory is
+    zero already.
     """
     check_row_values(logits, labels, result_dtype(logits), row_max=row_max, row_sum=row_sum, weight=weight)
     is_zeroed = backend == "cpu"
@@ -154,7 +155,7 @@ def logits_grad_(
     ignore_index: int,
     backend: str,
 ) -> None:
-    """Overwrites the logits with their gradient. Arguments as in ``logits_grad``; ``check_reuse`` must pass."""
+    """Overwrites logits that pass ``check_reuse`` with their gradient. The arguments are those of ``logits_grad``."""
     check_row_values(logits, labels, result_dtype(logits), row_max=row_max, row_sum=row_sum, weight=weight)
     check_reuse(logits)
     if row_layout(logits).tensor is not logits:
@@ -178,8 +179,8 @@ def write_grad(
 ) -> None:
     """Writes the gradient of ``logits_grad``, whose arguments come first, into ``grad``.
 
-    ``grad`` has the shape of the logits and may be the logits. If ``grad`` holds zeros, ``is_zeroed`` saves writing
-    the ignored rows. ``tile`` names the columns of the vocabulary that the logits cover; None: all.
+    ``grad`` has the shape of the logits and may be the logits. With ``is_zeroed``, ``grad`` contains zeros, and
+    ignored rows are not written. ``tile``: the columns of the vocabulary that the logits cover; None: all.
     """
     if labels.numel() == 0:
         return

@@ -17,9 +17,9 @@ _HUGE_PAGES_BYTES = 1 << 20
 
 
 class Tile(NamedTuple):
-    """Columns ``first`` to ``first + V - 1`` of a vocabulary; labels are indices into the whole vocabulary."""
+    """The columns of a vocabulary that logits ``[..., V]`` cover; labels are indices into the whole vocabulary."""
 
-    first: int  # a row's tiles are scored from left to right; the first tile ignores the contents of state
+    first: int  # first column; a row's tiles are scored in order, and the first ignores the contents of state
     total: int  # size of the whole vocabulary
     state: Tensor | None  # [rows, ROW_STATE] float64, passed from tile to tile; write_grad ignores it
 
@@ -34,7 +34,10 @@ class RowLayout(NamedTuple):
 
 
 def row_layout(tensor: Tensor) -> RowLayout:
-    """Describes the rows of ``[..., V]``; copies the tensor if V is not contiguous or two strides do not suffice."""
+    """Returns the layout of the rows of ``[..., V]``.
+
+    It is that of a copy if V is not the contiguous axis or two strides do not suffice.
+    """
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
     # (size, stride) of the leading axes from the right, merged where the strides allow it.
@@ -53,7 +56,7 @@ def row_layout(tensor: Tensor) -> RowLayout:
 
 
 def row_arguments(layout: RowLayout, labels: Tensor, ignore_index: int, tile: Tile | None = None) -> dict[str, object]:
-    """Returns the arguments that token_logp and logits_grad share, with addresses: the tensors must outlive them."""
+    """Returns the arguments that token_logp and logits_grad share. The caller keeps the tensors alive for the call."""
     return {
         "logits": layout.tensor.data_ptr(),
         "labels": labels.data_ptr(),
@@ -75,7 +78,7 @@ def addresses(**tensors: Tensor | None) -> dict[str, int]:
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
-    """Returns a context in which the tensor's device is the current device, on which kernels are launched."""
+    """Returns a context that makes the tensor's device current; kernels are launched on the current device."""
     if tensor.device.type == "cpu":
         return nullcontext()
     return getattr(torch, tensor.device.type).device(tensor.device)
@@ -87,10 +90,10 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Returns contiguous zeros on the CPU; large tensors are huge pages that have not been touched yet.
+    """Returns contiguous zeros on the CPU; a large tensor consists of huge pages that have not been written yet.
 
-    The page faults of a new gradient cost more on a CPU than computing it. numpy's calloc asks for huge pages and gets
-    zeroed pages that stay untouched until they are written; torch.zeros writes every byte.
+    On a CPU, the page faults of a new gradient tensor take more time than computing the gradient. numpy's calloc
+    requests huge pages, which the operating system zeroes on first use; torch.zeros writes every byte.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _HUGE_PAGES_BYTES:

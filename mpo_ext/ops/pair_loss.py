@@ -37,7 +37,7 @@ class PairLossSettings(NamedTuple):
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> PairLossSettings:
-        """Returns the settings from a result of ``numbers``."""
+        """Returns the settings from the list of numbers that ``numbers`` returns."""
         beta, dpo, bco, ntp, smoothing, average_sequences, rule, update_first, decay = numbers
         return cls(beta, dpo, bco, ntp, smoothing, bool(average_sequences), int(rule), bool(update_first), decay)
 
@@ -53,9 +53,9 @@ def pair_loss(
     ignore_index: int,  # label of rows that are not scored
     backend: str,  # a result of choose_backend other than "reference"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the fields of ``mpo_ext.loss.eager.PairLoss`` for B pairs, then d loss / d logp of each row.
+    """Returns the fields of ``mpo_ext.loss.eager.PairLoss`` for B pairs, followed by d loss / d logp of each row.
 
-    It reads no tensor of the size of the logits.
+    It reads only tensors with one number per row or per sequence.
     """
     outputs = _pair_loss_outputs(logp, ref_logp, state)
     # Held in variables until the call returns: an address does not keep its tensor alive.
@@ -138,8 +138,8 @@ def forward(
 ]:  # fmt: skip
     """Returns the four outputs of ``token_logp``, then the nine outputs of ``pair_loss``.
 
-    The arguments are those of both operators. The backend "cuda" runs both in one launch, which gives the same bits as
-    two launches.
+    The arguments are those of both operators. The backend "cuda" runs both in one launch; the results are bitwise
+    identical to those of two launches.
     """
     if backend != "cuda" or labels.numel() == 0:
         rows = token_logp(logits, labels, ignore_index, stats, backend)

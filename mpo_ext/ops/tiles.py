@@ -1,14 +1,14 @@
 """Tiles of logits: how the labelled rows and the vocabulary are cut, and how a tile is computed and kept.
 
-A tile is some labelled rows by some columns of the vocabulary. torch's matrix product computes a tile. While the tile
-is in the cache, the kernels score it or turn it into its gradient. The outer loop goes over the vocabulary and the
-inner loop over rows, so each part of the head is read and widened once for all rows, and the gradient of that part is
-complete when its tiles are done.
+A tile holds the logits of some labelled rows (token positions) for some columns of the vocabulary. A matmul of torch
+computes a tile. While the tile is in the cache, the kernels compute log-probs from it or overwrite it with its
+gradient. The outer loop runs over the vocabulary and the inner loop over rows. Each part of the head is therefore
+read, and converted to another dtype if needed, once for all rows, and its gradient is complete after its tiles.
 
-A CPU that does not multiply bfloat16 or float16 faster than float32 gets inputs that are widened to float32 part by
-part, which is exact. On other CPUs, tiles have the dtype of the inputs, like a model's own logits. On a GPU the inputs
-keep their dtype and the product is float32. The gradient of the product is rounded to the dtype of the inputs, because
-it is an input of the next products.
+On a CPU that does not multiply bfloat16 or float16 faster than float32, the inputs of the matmuls are converted to
+float32 part by part, which is exact. On other CPUs, tiles have the dtype of the inputs, like a model's own logits. On
+a GPU the inputs keep their dtype and the result is float32. The gradient of a tile is rounded to the dtype of the
+inputs, because it is an input of the next matmuls.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Head(NamedTuple):
 
     @property
     def inner_scale(self) -> float:
-        """Factor of the product inside tanh, or of the whole logit without a softcap."""
+        """Factor of ``hidden @ weight.T + bias`` inside tanh, or in the logit if there is no softcap."""
         return self.logit_scale / (self.softcap or self.temperature)
 
     @property
@@ -64,21 +64,21 @@ class Head(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """Derivative of a logit with respect to the product, without the derivative of tanh."""
+        """Derivative of a logit with respect to ``hidden @ weight.T + bias``, without the derivative of tanh."""
         return self.logit_scale / self.temperature
 
 
 class KeptLogits:
-    """Lays out kept logits in memory that the gradient of weight takes over while backward consumes the logits.
+    """The memory layout of kept logits. The gradient of weight takes over this memory during backward.
 
-    Columns are consumed from left to right, and their gradient is written to the front of the memory. The logits start
-    late enough that the gradient of a tile's columns ends before the logits of that tile start. With n labelled rows,
-    the memory is therefore that of ``max(n, D)`` rows and a tile, instead of ``n + D`` rows.
+    Backward reads the columns from first to last and writes their gradient to the start of the memory. The logits
+    start at an offset such that the gradient of a tile's columns ends before the logits of that tile start. With n
+    labelled rows, the memory is therefore that of ``max(n, D)`` rows and a tile, instead of ``n + D`` rows.
 
     A float16 logit (used for bfloat16 gradients) is stored as its distance from the largest logit of its row so far.
-    These maxima are stored behind the logits. The error is 2^-12 of the distance. The error of exp(logit) is therefore
-    below the rounding error of bfloat16 if exp(logit) is above 3e-4 of the largest, and a small part of the sum
-    otherwise.
+    These maxima are stored after the logits. The error is 2^-12 of the distance. The error of exp(logit) is therefore
+    below the rounding error of bfloat16 for logits with exp(logit) above 3e-4 of the largest; smaller terms contribute
+    little to the sum.
 
     Args:
         rows: Number of labelled rows, n.
@@ -106,19 +106,19 @@ class KeptLogits:
         self.size = self._maxima + tiles * rows * torch.float32.itemsize
 
     def tile(self, memory: Tensor, rows: slice, first: int, end: int) -> Tensor:
-        """Returns the logits of a tile, contiguous, because rows of the whole vocabulary would touch more pages."""
+        """Returns a view of the logits of a tile. Each tile is contiguous, which touches fewer memory pages."""
         width = end - first
         begin = self._begin + self._column_bytes * first + rows.start * width * self.dtype.itemsize
         return _typed(memory, begin, (rows.stop - rows.start, width), self.dtype)
 
     def store_(self, memory: Tensor, rows: slice, first: int, end: int, logits: Tensor, row_max: Tensor) -> None:
-        """Stores a float32 tile in float16 and overwrites ``logits``; ``row_max`` is each row's maximum so far."""
+        """Stores a tile's float32 ``logits`` in float16 (overwriting them); ``row_max``: each row's maximum so far."""
         safe_max = self._tile_max(memory, rows, first)
         safe_max.copy_(torch.where(row_max == -math.inf, 0.0, row_max).unsqueeze(1))
         self.tile(memory, rows, first, end).copy_(logits.sub_(safe_max))
 
     def restore(self, memory: Tensor, rows: slice, first: int, end: int, out: Tensor) -> Tensor:
-        """Fills ``out`` with a tile that ``store_`` has stored, in float32."""
+        """Writes a tile that ``store_`` has stored to the float32 tensor ``out``, and returns ``out``."""
         return out.copy_(self.tile(memory, rows, first, end)).add_(self._tile_max(memory, rows, first))
 
     def _tile_max(self, memory: Tensor, rows: slice, first: int) -> Tensor:
@@ -127,7 +127,7 @@ class KeptLogits:
 
 
 class TiledRows:
-    """The labelled rows of one call, the sizes of their tiles, and the buffers that all tiles share."""
+    """The labelled rows of one operator call, the sizes of their tiles, and the buffers that the tiles share."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class TiledRows:
         self.kept_logits = KeptLogits(count, self.vocab, self._chunk_columns, grad_bytes, kept_dtype)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yields equal slices of the labelled rows, each with its labels."""
+        """Yields slices of the labelled rows, each with its labels; all slices except the last have the same size."""
         for begin in range(0, self.rows.shape[0], self._chunk_rows):
             rows = slice(begin, min(begin + self._chunk_rows, self.rows.shape[0]))
             yield rows, self.labels[rows]
@@ -193,14 +193,14 @@ class TiledRows:
             yield first, min(first + self._chunk_columns, self.vocab)
 
     def weight_rows(self, first: int, end: int) -> Tensor:
-        """Returns rows ``first`` to ``end - 1`` of the head in the dtype of the products' inputs."""
+        """Returns rows ``first`` to ``end - 1`` of the head's weight, converted to the dtype of the matmul inputs."""
         part = self.head.weight[first:end]
         if part.dtype == self.input_dtype:
             return part
         return self._buffer("weight", part.shape, self.input_dtype).copy_(part)
 
     def as_input(self, grad: Tensor) -> Tensor:
-        """Returns the gradient of a tile in the dtype of the products' inputs."""
+        """Returns the gradient of a tile in the dtype in which it enters the next matmuls, ``input_dtype``."""
         if grad.dtype == self.input_dtype:
             return grad
         return self._buffer("grad input", grad.shape, self.input_dtype).copy_(grad)
@@ -208,7 +208,10 @@ class TiledRows:
     def logits(
         self, rows: slice, weight_rows: Tensor, first: int, end: int, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the logits of a tile, and tanh if there is a softcap. The next tile overwrites these buffers."""
+        """Computes the logits of a tile. Returns them, and the tanh of the softcap (None without a softcap).
+
+        The next tile overwrites the returned tensors.
+        """
         if out is None:
             out = self._buffer("logits", (rows.stop - rows.start, end - first))
         head = self.head
@@ -222,7 +225,7 @@ class TiledRows:
         return out, raw
 
     def restored_logits(self, memory: Tensor, rows: slice, first: int, end: int) -> tuple[Tensor, Tensor | None]:
-        """Returns the kept logits of a tile, in place or in the shared buffer, and tanh if there is a softcap."""
+        """Returns the kept logits of a tile, and the tanh of the softcap (None without a softcap)."""
         if self.keeps_in_place:
             logits = self.kept_logits.tile(memory, rows, first, end)
         else:
@@ -233,7 +236,7 @@ class TiledRows:
         return logits, torch.mul(logits, 1 / self.head.outer_scale, out=self._buffer("tanh", logits.shape))
 
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
-        """Adds a tile's part to the gradient of its columns; the last chunk of rows rounds and stores the sum."""
+        """Adds a tile's part to the gradient of weight; the last chunk of rows stores the sum in ``target``."""
         # A single product may be rounded directly; the sum of several products is formed in float32.
         is_direct = target.dtype == (grad.dtype if is_first and is_last else self.like.dtype)
         total = target if is_direct else self._buffer("weight grad", target.shape, self.like.dtype)
@@ -242,7 +245,7 @@ class TiledRows:
             target.copy_(total)
 
     def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
-        """Adds a tile's part to the gradient of the bias; the last chunk of rows rounds and stores the sum."""
+        """Adds a tile's part to the gradient of bias; the last chunk of rows stores the sum in ``target``."""
         total = self._buffer("bias grad", (1, target.shape[0]), self.like.dtype)[0]
         if is_first:
             total.zero_()
@@ -260,12 +263,12 @@ class TiledRows:
 
 
 def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
-    """Returns the flat positions of the labels to score. If the labels are on a GPU, the host waits for the GPU."""
+    """Returns the flat indices of the labels to score, ``[n]``. If the labels are on a GPU, the host waits for it."""
     return (labels.reshape(-1) != ignore_index).nonzero().squeeze(-1)
 
 
 def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """Returns the values of the labelled rows as a tensor shaped like ``like``, zeros elsewhere."""
+    """Returns a tensor shaped like ``like`` with ``rows`` at the labelled positions ``index``, and zeros elsewhere."""
     rows = rows.to(like.dtype)
     if rows.numel() == like.numel():
         return rows.view(like.shape)
@@ -288,7 +291,7 @@ def tile_shape(
         per_element: Bytes per element of a tile.
         per_column: Further bytes per column of a tile.
         budget: Bytes that a tile may take.
-        preferred: Bytes of ``rows * columns * per_element`` beyond which a tile does not get faster.
+        preferred: Number of bytes ``rows * columns * per_element`` above which larger tiles are not faster.
     """
     columns = min(vocab, _MIN_COLUMNS)
     if per_column:  # at most half of the budget for memory that does not depend on the rows
@@ -306,7 +309,7 @@ def tile_shape(
 
 
 def fresh_memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Returns uninitialised memory of the size of a head; on a CPU in huge pages, which fault less often."""
+    """Returns uninitialised memory for a large tensor; on a CPU in huge pages, which cause fewer page faults."""
     return fresh_zeros(shape, dtype) if like.device.type == "cpu" else like.new_empty(shape, dtype=dtype)
 
 
@@ -327,7 +330,7 @@ def _scaled_matmul(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """Adds ``a @ b``, in any dtype, to ``total`` in the dtype of ``total``; overwrites ``total`` if ``is_first``."""
+    """Adds ``a @ b`` to ``total`` in the dtype of ``total``; if ``is_first``, overwrites ``total`` instead."""
     if a.dtype == total.dtype:
         if is_first:
             torch.mm(a, b, out=total)
@@ -342,9 +345,10 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Returns the dtype in which inputs of ``dtype`` are multiplied: on a CPU, float32 unless ``dtype`` is faster.
+    """Returns the dtype in which matmuls take inputs of ``dtype``: on a CPU, float32 unless ``dtype`` is faster.
 
-    MPO_CPU_MATMUL replaces the measurement: "float32" always widens (logits are then never rounded), "native" never.
+    MPO_CPU_MATMUL replaces the measurement: "float32" always converts to float32, so logits are never rounded;
+    "native" never converts.
 
     Raises:
         ValueError: If MPO_CPU_MATMUL has another value.
@@ -376,7 +380,7 @@ def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
 
 
 def _widens_results(device: torch.device) -> bool:
-    """Returns whether products on this device take half-precision inputs and return float32."""
+    """Returns whether matmuls on this device can take half-precision inputs and return float32."""
     return device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads()
 
 

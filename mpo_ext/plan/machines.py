@@ -1,6 +1,6 @@
 """Rates of machines, and the time that a stage of work takes at these rates.
 
-A stage takes as long as the slowest of its matrix products, its memory traffic and its arithmetic. On a CPU, page
+The time of a stage is the longest of the times of its matmuls, its memory traffic and its arithmetic. On a CPU, page
 faults of fresh memory are added. The rates belong to the machine and are the same for every method.
 """
 
@@ -14,16 +14,17 @@ BANDWIDTH_SHARE, PRODUCT_SHARE = 0.9, 0.7
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A part of the work that does not overlap with any other part.
+    """A part of the work that does not run at the same time as other parts.
 
     Attributes:
-        flop: Number of floating-point operations in the matrix products.
-        dtype: Dtype of the inputs of the matrix products.
-        moved: Number of bytes that are read and written.
-        kernel: Number of logits that our kernels process forward and backward; a logit in one direction counts 1/2.
+        flop: Number of floating-point operations in the matmuls.
+        dtype: Dtype of the inputs of the matmuls.
+        moved: Number of bytes that are read or written.
+        kernel: Number of logits that our kernels process forward and backward; a logit that is processed in only one
+            direction counts 1/2.
         softmax: The same number for torch's softmax.
-        fresh: Number of bytes of fresh memory in small pages.
-        huge: Number of bytes of fresh memory in huge pages.
+        fresh: Number of bytes of newly allocated memory in small pages.
+        huge: Number of bytes of newly allocated memory in huge pages.
     """
 
     name: str
@@ -42,13 +43,14 @@ class Machine:
 
     Attributes:
         is_gpu: Whether the machine is a GPU, which runs the GPU implementation of each method.
-        bandwidth: Bytes per second that are read from or written to memory already in use.
-        matmul_rates: FLOP per second of large matrix products, by dtype.
+        bandwidth: Bytes per second that are read from or written to memory that has been used before.
+        matmul_rates: FLOP per second of large matmuls, by dtype.
         kernel_rate: Logits per second that our kernels process forward and backward, if memory is not the limit.
         softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
-        fresh: Bytes per second at which fresh memory in small pages becomes available, without the time to write it.
+        fresh: Bytes per second at which the operating system provides new memory in small pages (page faults); writing
+            to the memory is not included.
         huge: The same rate for huge pages.
-        overhead: Seconds added to a forward and backward of any size.
+        overhead: Constant number of seconds added to each forward and backward.
     """
 
     name: str
@@ -90,7 +92,8 @@ class DataSheet:
     """Figures of a GPU from its vendor's data sheet.
 
     ``bandwidth`` and ``matmul_rates`` are peak bytes and peak dense FLOP per second; float32 is without tensor cores.
-    ``clock`` is in hertz, ``memory`` in bytes. None of the vendor's documents confirmed the ``unconfirmed`` figures.
+    ``clock`` is in hertz, ``memory`` in bytes. ``unconfirmed`` names the figures that no document of the vendor
+    confirmed.
     """
 
     bandwidth: float
@@ -129,7 +132,7 @@ GPUS = {
 
 
 def gpu(name: str) -> Machine:
-    """Returns a GPU of ``GPUS`` as a machine, at ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of its peak rates."""
+    """Returns a GPU of ``GPUS`` as a machine that reaches ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of its peaks."""
     if name not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {name!r}")
     sheet = GPUS[name]

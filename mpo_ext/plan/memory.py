@@ -1,4 +1,4 @@
-"""Estimates the memory of a rank from a model on the meta device; docs/train.md explains the formulas."""
+"""Estimates the memory of a training run per rank, from a model on the meta device (formulas: docs/train.md)."""
 
 import dataclasses
 import math
@@ -40,9 +40,9 @@ class Memory:
 
 
 class MemoryEstimate:
-    """Estimates the memory of a rank. All sizes are in bytes.
+    """Estimates the peak memory of a rank in a training step. All sizes are in bytes.
 
-    ``model`` is the model as it is trained, with frozen parts and adapters; it may be on the meta device.
+    ``model`` is the prepared policy, with frozen parts and adapters; it may be on the meta device.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, layout: RowLayout, world_size: int) -> None:
@@ -86,7 +86,7 @@ class MemoryEstimate:
         yield Memory("activations", size, size, f"{formula}; {self.positions:,} positions")
 
     def activations(self, *, checkpointed: bool) -> int:
-        """Returns the bytes that the forward pass of the layers keeps for backward."""
+        """Returns the bytes of the activations that the layers keep for backward, over all positions."""
         total = self._activations(self.decoder, self.positions, checkpointed=checkpointed)
         total += (4 + self.compute_bytes) * self.hidden_size * self.positions  # the final norm
         if self.recipe.model.attention == "eager":
@@ -121,7 +121,10 @@ class MemoryEstimate:
         )
 
     def cost_step(self, micro_batches: int) -> roofline.StepShape:
-        """Returns the shape of a step of longest pairs; with a vision tower, all prompt tokens are image tokens."""
+        """Returns the shape of a step in which all pairs have the maximum length.
+
+        With a vision tower, all prompt tokens are image tokens.
+        """
         kind = self.recipe.reference_kind
         config = unwrap_model(self.model).config
         return roofline.StepShape(
@@ -142,7 +145,7 @@ class MemoryEstimate:
         return self.separate_positions * self.vocab * _EAGER_BYTES[self.compute_bytes]
 
     def bytes_per_position(self, layer: nn.Module) -> int:
-        """Returns the bytes per position that a layer keeps for backward."""
+        """Returns the bytes of activations that a layer keeps for backward per token position."""
         total = 0
         modules = dict(layer.named_modules())
         for name, module in modules.items():
@@ -225,7 +228,7 @@ class MemoryEstimate:
 
 
 def longest_pair(recipe: Recipe, model: nn.Module) -> int:
-    """Returns the number of tokens of the longest pair, limited to the positions that the model's config allows."""
+    """Returns the assumed length of prompt and response: ``data.max_length``, or the model's limit if that is less."""
     tokens = recipe.data.max_length or ASSUMED_LENGTH
     return min(tokens, getattr(_text_config(model), "max_position_embeddings", None) or tokens)
 

@@ -18,7 +18,7 @@ _FEW_STEPS = 30  # the margin shows no trend in fewer steps
 
 
 def plan(recipe: Recipe, *, world: int = 1) -> Plan:
-    """Plans a run of ``world`` processes from the model's config and the data; reads no weights and no images.
+    """Returns the plan of a run of ``world`` processes; reads the model's config and the data, not weights or images.
 
     Raises:
         OSError: If the model's config or a file of pairs cannot be read.

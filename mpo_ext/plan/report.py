@@ -16,13 +16,13 @@ from mpo_ext.train.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Variant:
-    """The run with one changed setting.
+    """The planned run, with one changed setting or unchanged.
 
     Attributes:
         name: The changed setting, or "this recipe".
         trainer: Key of ``roofline.STEPS``.
-        changes: Changed fields of ``Plan.cost_step``.
-        bytes: Estimated bytes of a rank's unsharded memory; None if only ``mpo_ext.plan.roofline`` can predict them.
+        changes: Fields of ``Plan.cost_step`` that differ from those of the planned run, by name.
+        bytes: Estimated bytes of a rank's memory without sharding; None: ``mpo_ext.plan.roofline`` predicts them.
     """
 
     name: str
@@ -33,21 +33,22 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The plan of a run. ``str`` of a plan is a page of text.
+    """The plan of a run. ``str(plan)`` returns all tables as text.
 
     Attributes:
         parameters: Number of parameters, adapters included; tied parameters count once.
         steps_per_epoch: Number of optimizer steps per epoch, before pairs are skipped.
         warmup_steps: Number of steps in which the learning rate rises.
-        pairs_per_rank: Largest number of pairs of a rank in a step.
-        micro_batches: Largest number of micro-batches of a rank in a step.
-        layout: Layout of the batches, from the model's config and code; the trainer verifies it on the first pairs.
-        tokens: Number of tokens of the longest pair: its prompt and its longer response.
-        positions: Number of decoder positions of a micro-batch of longest pairs.
-        other_activations: Number of bytes of the activations if gradient checkpointing is toggled.
+        pairs_per_rank: Maximum number of pairs of a rank per step.
+        micro_batches: Maximum number of micro-batches of a rank per step.
+        layout: Layout of the batches, "shared" or "separate", from the model's config and code. The trainer verifies
+            "shared" on the first pairs.
+        tokens: Assumed number of tokens of a prompt and a response (see docs/train.md).
+        positions: Number of decoder positions of a micro-batch of such pairs.
+        other_activations: Number of bytes of the activations with the opposite setting of gradient checkpointing.
         eager_loss: Peak bytes of the same loss in plain torch, on the logits of separate rows.
         cost_model: Sizes and dtypes of the model, for ``mpo_ext.plan.roofline``.
-        cost_step: Shape of a rank's step of longest pairs, for ``mpo_ext.plan.roofline``.
+        cost_step: Shape of a rank's step in which all pairs have this length, for ``mpo_ext.plan.roofline``.
         variants: The unchanged run, followed by runs with changed settings.
     """
 
@@ -83,7 +84,7 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Estimated bytes of a rank's memory, not sharded."""
+        """Estimated bytes of a rank's memory without sharding."""
         return sum(part.bytes for part in self.memory)
 
     @property
@@ -92,7 +93,7 @@ class Plan:
         return sum(part.sharded for part in self.memory)
 
     def predict(self, trainer: str, machine: Machine, **changes: Any) -> Cost:
-        """Predicts the cost of a rank's step on a machine; ``changes`` replace fields of ``cost_step``."""
+        """Returns the predicted cost of a rank's step on a machine; ``changes`` replace fields of ``cost_step``."""
         return step_cost(trainer, self.cost_model, dataclasses.replace(self.cost_step, **changes), machine)
 
     def times(self, machine: Machine) -> list[tuple[str, ...]]:
@@ -109,7 +110,7 @@ class Plan:
         return rows
 
     def advice(self, machine: Machine) -> Iterator[str]:
-        """Yields sentences that advise settings for the machine, based on predictions."""
+        """Yields sentences that advise settings for the machine, based on the predicted times and memory."""
         if self.cost_model.head_learns:
             for variant in self.variants:
                 if variant.name.startswith("loss.recompute") and variant.bytes is not None:

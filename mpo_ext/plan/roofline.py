@@ -1,7 +1,7 @@
 """Predicts the time and the memory of a loss and of a training step from a few rates of a machine (a roofline).
 
-A method is a list of stages (``mpo_ext.plan.machines``). Nothing is measured here, and nothing is fitted to a method.
-docs/performance.md compares the predictions with measurements on a CPU; the predictions for GPUs are not yet compared.
+A method is a list of stages (``mpo_ext.plan.machines``). This module measures nothing and fits no rate to a method.
+docs/performance.md compares the predictions with measurements on a CPU. Predictions for GPUs have not been compared.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ class Cost:
     """A predicted cost.
 
     Attributes:
-        seconds: Seconds of all stages.
+        seconds: Total seconds of all stages.
         memory: Peak bytes. The cost of a loss excludes its inputs and includes gradients; the cost of a step includes
             parameters and optimizer state.
         parts: Seconds of each stage.
@@ -42,9 +42,9 @@ class LossShape:
         tokens: Number of tokens of each sequence, T.
         vocab: Size of the vocabulary, V.
         hidden: Size of the hidden states, D; None if the loss starts from logits.
-        share: Fraction of the rows that have a label.
+        share: Fraction of the rows (token positions) that have a label.
         dtype: Dtype of the logits, or of hidden states and head.
-        matmul_dtype: Dtype of the inputs of our matrix products on a CPU; None: ``dtype``.
+        matmul_dtype: Dtype of the inputs of mpo_ext's matmuls on a CPU; None: ``dtype``.
     """
 
     pairs: int = 1
@@ -66,7 +66,7 @@ class LossShape:
 
     @property
     def rows(self) -> int:
-        """Number of rows, ``2 B T``."""
+        """Number of rows (token positions), ``2 B T``."""
         return 2 * self.pairs * self.tokens
 
     @property
@@ -166,8 +166,8 @@ def _linear_ours(
 def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, converted: int = 0) -> int:
     """Returns the bytes of the tiles of ``linear_mpo_loss``: its budget, or the bytes of all logits if they are fewer.
 
-    ``budget`` is ``memory_budget`` in bytes. Half-precision inputs of the matrix products (``is_half``) add two copies
-    of a tile. ``converted`` is the number of bytes of the head's copy in the dtype of the matrix products.
+    ``budget`` is ``memory_budget`` in bytes. Half-precision inputs of the matmuls (``is_half``) add two copies of a
+    tile. ``converted`` is the number of bytes of a copy of the head in the dtype of the matmuls.
     """
     return min(budget, (12 if is_half else 4) * rows * vocab + converted)
 
@@ -266,7 +266,7 @@ LINEAR: dict[str, _Method] = {
 
 
 def loss_cost(method: str, loss: LossShape, machine: Machine) -> Cost:
-    """Predicts the cost of the MPO loss, forward and backward.
+    """Returns the predicted cost of the MPO loss, forward and backward.
 
     ``method`` is a key of ``LINEAR``, or of ``LOGITS`` if ``loss.hidden`` is None.
     """
@@ -291,14 +291,14 @@ class ModelShape:
     Attributes:
         decoder: Number of weights in the decoder's linear layers, without the output head.
         width: Hidden size of the decoder, D.
-        kept: Number of bytes per position that the decoder's layers keep for backward.
+        kept: Number of bytes of activations per position that the decoder's layers keep for backward.
         vision: Number of weights in the linear layers of vision tower and projector.
         vision_width: Hidden size of the vision tower.
-        vision_kept: Number of bytes per patch that the vision tower keeps for backward.
-        vision_learns: Whether the vision tower has a backward.
-        head_learns: Whether the head's weight has a gradient.
+        vision_kept: Number of bytes of activations per patch that the vision tower keeps for backward.
+        vision_learns: Whether the vision tower is trained.
+        head_learns: Whether the head's weight is trained.
         dtype: Dtype of the parameters.
-        compute: Dtype of the inputs of matrix products.
+        compute: Dtype of the inputs of matmuls.
     """
 
     parameters: int
@@ -328,9 +328,9 @@ class StepShape:
         pairs: Number of pairs per micro-batch.
         image_tokens: Number of image tokens of a prompt.
         patches: Number of vision tower patches per image token.
-        image_size: Number of patches in one attention window of the vision tower; None: all patches of a prompt.
-        checkpointing: Whether backward recomputes the layers.
-        precomputed: Whether the reference log-probs were computed before training.
+        image_size: Number of patches that attend to each other in the vision tower; None: all patches of a prompt.
+        checkpointing: Whether gradient checkpointing is on.
+        precomputed: Whether the reference log-probs are computed before training.
         shards: Number of devices over which parameters, gradients and optimizer state are sharded.
     """
 
@@ -359,7 +359,7 @@ STEPS = {
 
 
 def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine) -> Cost:
-    """Predicts the cost of a training step: layers, loss, reference, gradient norm and AdamW, no communication."""
+    """Returns the predicted cost of a step: layers, loss, reference, gradient norm, AdamW, but no communication."""
     check_choice("trainer", trainer, STEPS)
     method, is_shared = STEPS[trainer]
     row = step.prompt + 2 * step.response if is_shared else step.prompt + step.response

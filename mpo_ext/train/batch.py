@@ -1,4 +1,4 @@
-"""Batches of pairs: ``collate`` combines samples into the rows that go through the model."""
+"""Batches of pairs: ``collate`` combines encoded pairs (samples) into the sequence rows that go through the model."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -21,21 +21,21 @@ class Batch:
     """A batch of B pairs, on the CPU until ``to`` moves it.
 
     Attributes:
-        layout: "shared": a row is ``[prompt | chosen | rejected]``; pairs with the same prompt share a row,
-            ``[prompt | chosen | rejected | chosen | rejected ...]``. "separate": a row is ``[prompt | response]``; the
-            chosen rows come first, and the images are stored once for both rows of a pair.
+        layout: "shared": a sequence row is ``[prompt | chosen | rejected]``; pairs with the same prompt share a row,
+            ``[prompt | chosen | rejected | chosen | rejected ...]``. "separate": a sequence row is
+            ``[prompt | response]``; the chosen rows come first, and images are stored once for both rows of a pair.
         inputs: Keyword arguments of the model except attention masks: ``input_ids`` ``[R, L]``, ``position_ids`` if
-            the layout needs them, per-token inputs, ``pixel_values`` ...
+            the layout needs them, inputs with a value per token, ``pixel_values`` ...
         segments: ``[R, L]`` int32: 0 for the prompt, 1, 2, ... for the responses of the row, -1 for padding.
-        index: ``[N]`` int64, the position in the flattened rows ``[R * L]`` that predicts each label.
+        index: ``[N]`` int64: for each label, the token position that predicts it, in the flattened rows ``[R * L]``.
         labels: ``[N]`` int64, the tokens of the B chosen responses, followed by the tokens of the B rejected
             responses; -100 for the tokens of user turns. An empty response has one label, -100, because the loss
-            functions need at least one row per sequence.
+            functions need at least one token position per sequence.
         cu_seqlens: ``[2B + 1]`` int64, the offsets of the responses in ``labels``.
         names: File and line number of each pair, for messages.
         keys: ``Sample.key`` of each pair.
         digests: ``Sample.digest`` of each pair.
-        copies: Number of rows per prompt: 2 in the layout "separate" with rejected responses, otherwise 1.
+        copies: Number of sequence rows per prompt: 2 in the layout "separate" with rejected responses, otherwise 1.
     """
 
     layout: RowLayout
@@ -50,10 +50,9 @@ class Batch:
     copies: int
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """Returns the batch on a device, except for ``labels``, which are not moved.
+        """Returns the batch with all tensors on a device, except for ``labels``, which stay on the CPU.
 
-        ``linear_mpo_loss`` takes labels on the CPU to avoid waiting for the GPU; ``mpo_loss`` needs
-        ``labels.to(logits.device)``.
+        ``linear_mpo_loss`` then need not wait for the GPU; for ``mpo_loss``, pass ``labels.to(logits.device)``.
         """
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), skip="labels")
 
@@ -75,27 +74,27 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """Number of rows that go through the model, R."""
+        """Number of sequence rows that go through the model, R."""
         return self.segments.shape[0]
 
     @property
     def positions(self) -> int:
-        """Number of positions that go through the decoder, R * L, padding included."""
+        """Number of token positions that go through the decoder, R * L, padding included."""
         return self.segments.numel()
 
     @property
     def projected_rows(self) -> int:
-        """Number of labelled positions, which are the rows that ``linear_mpo_loss`` projects onto the vocabulary."""
+        """Number of labelled token positions, for which ``linear_mpo_loss`` computes logits."""
         return int((self.labels != _IGNORE_INDEX).sum())
 
     @property
     def tokens(self) -> int:
-        """Number of positions without padding. Read it before ``to``, because on a GPU it waits for the device."""
+        """Number of token positions without padding. Read it before ``to``: on a GPU it waits for the device."""
         return int((self.segments >= 0).sum())
 
 
 class _PlacedResponse(NamedTuple):
-    """A response and its place in the rows."""
+    """A response and its place in the sequence rows."""
 
     row: int
     start: int
@@ -116,11 +115,11 @@ class _PlacedResponse(NamedTuple):
 
 
 class _RowPlan(NamedTuple):
-    """The rows of a batch.
+    """The sequence rows of a batch.
 
     Attributes:
         owners: The samples that provide prompts and images.
-        row_owners: The sample that provides the prompt of each row; each owner occurs ``copies`` times.
+        row_owners: For each row, the sample that provides its prompt; each owner occurs ``copies`` times.
         responses: The B chosen responses, followed by the B rejected responses.
     """
 
@@ -152,10 +151,10 @@ def collate(
     positions: Callable[[Sample], Tensor] | None = None,
     blank: Sample | None = None,
 ) -> Batch:
-    """Combines samples into a batch on the CPU; also for the workers of a DataLoader.
+    """Returns a batch of samples on the CPU. DataLoader workers can call it.
 
-    In the layout "shared", samples with the same ``prompt_key`` share a row and its images. Trailing axes of image
-    inputs are padded with zeros to the largest size, as processors do.
+    In the layout "shared", samples with the same ``prompt_key`` share a sequence row and its images. Trailing axes of
+    image inputs are padded with zeros to the largest size, as processors do.
 
     Args:
         samples: At least one sample. Empty responses are allowed and do not contribute to the loss.
@@ -164,8 +163,9 @@ def collate(
             embed it, and it must not be the id of an image token.
         with_rejected: Whether rejected responses go through the model; False: they are treated as empty.
         positions: The result of ``prompt_positions(model)``.
-        blank: A sample with images whose prompt fills an extra, unscored row of each batch without images: ranks that
-            share a model must either all run its vision tower or all skip it. None: no extra row.
+        blank: A sample with images. A batch without images gets an additional row with its prompt, which is not
+            scored, because ranks that share a model must either all run its vision tower or all skip it. None: no
+            additional row.
 
     Raises:
         TypeError: If token ids are not int64.

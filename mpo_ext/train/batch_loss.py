@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, and the weights with which micro-batch losses add up to the loss of the step."""
+"""The loss of a micro-batch, weighted such that the micro-batch losses add up to the loss of the step."""
 
 import contextlib
 import dataclasses
@@ -23,13 +23,13 @@ STATS = ("entropy", "top1")
 
 
 class BatchLoss:
-    """Computes the loss of micro-batches; ``reference`` is None for a loss without reference."""
+    """Computes the loss of micro-batches. ``reference`` gives the reference log-probs; None: the loss needs none."""
 
     def __init__(self, recipe: LossRecipe, accelerator: Any, reference: Reference | None) -> None:
         self.recipe, self.accelerator, self.reference = recipe, accelerator, reference
 
     def __call__(self, model: nn.Module, batch: Batch, config: MPOConfig, reward_shift: RewardShift) -> MPOOutput:
-        """Returns the policy's loss on a micro-batch on any device; updates ``reward_shift`` in training mode."""
+        """Returns the policy's loss on a micro-batch; updates ``reward_shift`` if it is in training mode."""
         recipe = self.recipe
         batch = batch.to(self.accelerator.device)
         if self.reference is not None:
@@ -58,7 +58,7 @@ class BatchLoss:
 def weighted_config(
     recipe: LossRecipe, counts: BatchCounts | None, size: StepSize, world_size: int
 ) -> MPOConfig | None:
-    """Returns the loss settings that weight a micro-batch by its part of the step, or None if all weights are 0.
+    """Returns loss settings whose weights are scaled by the micro-batch's share of the step; None if all are 0.
 
     The weights have the factor ``world_size`` because accelerate averages gradients over the ranks. ``counts`` is None
     for a dummy batch.
@@ -80,7 +80,7 @@ def weighted_config(
 
 
 def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, config: MPOConfig) -> MPOOutput:
-    """Computes the loss ``dpo_weight * mean(preference loss) + ntp_weight * next-token loss`` from log-probs.
+    """Returns the loss ``dpo_weight * mean(preference loss) + ntp_weight * next-token loss`` from log-probs.
 
     ``name`` is a key of ``mpo_ext.loss.preference.LOSSES``. ``logp`` holds the log-probs of the ``[N]`` labels
     on the device of ``batch.cu_seqlens``; ``ref_logp`` the summed log-probs of the responses under the reference,
@@ -125,7 +125,7 @@ def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, c
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch: Batch, recipe: Recipe, step: int) -> Iterator[None]:
-    """Adds the sizes of ``batch`` and advice to an out-of-memory error in the block; ``step`` counts from 1."""
+    """Adds the sizes of ``batch`` and advice to an out-of-memory error in the ``with`` block; ``step`` is from 1."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:

@@ -29,16 +29,16 @@ from mpo_ext.train.ranks import gather
 def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Path, *, merged: bool = False) -> None:
     """Writes the model in Hugging Face format for ``from_pretrained``. All ranks must call this function.
 
-    With LoRA the export holds the adapters and, with ``merged``, the merged model in ``folder/merged``. To merge, the
-    main rank loads the base model again in the dtype of training, which works under any sharding and quantization but
-    needs memory for one copy. A base model without a name or path is copied instead, unless it is sharded; see
-    ``check_mergeable``.
+    With LoRA the export contains the adapters and, with ``merged``, also the merged model in ``folder/merged``. To
+    merge, the main rank loads the base model again, in the dtype of training. This works under any sharding and
+    quantization but needs memory for one more model. A base model without a name or path is copied instead, unless it
+    is sharded; see ``check_mergeable``.
 
     Args:
         accelerator: accelerate's ``Accelerator``.
         model: Model as ``accelerator.prepare`` returned it.
         processor: Processor or tokenizer to write; None: write none.
-        folder: Folder of the export; an earlier export in this folder is replaced as a whole.
+        folder: Folder of the export; an earlier export in this folder is replaced completely.
         merged: Whether to write the merged model, too; ignored without LoRA.
 
     Raises:

@@ -1,4 +1,7 @@
-"""The forward pass of a batch: hidden states or logits that predict the labels, with each image encoded once."""
+"""The forward pass of a batch: hidden states or logits at the token positions that predict labels.
+
+Each image is encoded once for both responses of a pair.
+"""
 
 import inspect
 import warnings
@@ -32,7 +35,7 @@ class HiddenRows(NamedTuple):
 
 
 def forward(model: nn.Module, batch: Batch) -> HiddenRows:
-    """Runs the model once on a batch, without its output head, and returns the hidden states that predict the labels.
+    """Runs the model on a batch without its output head, and returns the hidden states that predict the labels.
 
     The loss is ``linear_mpo_loss(out.hidden, out.weight, batch.labels, ..., cu_seqlens=batch.cu_seqlens, shift=False,
     **out.options)``.
@@ -71,7 +74,7 @@ def _label_rows(values: Tensor, batch: Batch) -> Tensor:
 
 @contextmanager
 def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
-    """Yields the model's inputs. Inside the context, the model encodes each image once for both rows of a pair."""
+    """Yields the model's inputs. In the ``with`` block, the model encodes each image once for both rows of a pair."""
     inputs: dict[str, Any] = dict(batch.inputs)
     has_grid = any(name in inputs for name in GRIDS)
     if has_grid and prompt_positions(inner) is not None and getattr(inputs.get("position_ids"), "ndim", 0) < 3:

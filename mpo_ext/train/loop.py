@@ -46,7 +46,7 @@ OnStep = Callable[[int, Mapping[str, float]], object]
 def train(
     recipe: Recipe, *, model: nn.Module | None = None, processor: Any = None, on_step: OnStep | None = None
 ) -> int:
-    """Trains a model as the recipe specifies.
+    """Trains a model on preference pairs as the recipe specifies.
 
     Args:
         recipe: Recipe of the run.
@@ -57,7 +57,7 @@ def train(
             run ends as if this step were the last. None: no call.
 
     Returns:
-        0 if the run finished, ``INTERRUPTED`` if SIGTERM or SIGINT ended the run, which saves its progress first.
+        The exit status: 0 if the run finished; ``INTERRUPTED`` if SIGTERM or SIGINT ended it, with its progress saved.
 
     Raises:
         ValueError: If recipe, data or checkpoint do not match each other, or every pair was skipped.
@@ -69,7 +69,7 @@ def train(
 
 
 class Trainer:
-    """Holds the parts of one training run and runs it. ``train`` is the usual entry point and explains the arguments.
+    """A training run. ``train`` is the usual entry point and explains the arguments.
 
     If ``save`` is False, no checkpoint, final model or model card is written.
 
@@ -79,7 +79,7 @@ class Trainer:
         checkpoint: Checkpoint from which ``run`` resumes, or None.
         state: Step number, pair counts and reward shift.
         output: Console, log, checkpoints and exported model.
-        reference_model: Reference model that is separate from the policy; None if the run has loaded none.
+        reference_model: The separate reference model; None if the run has not loaded one.
         reference: Source of the reference log-probs; None before ``run`` and for a loss without reference.
     """
 
@@ -179,7 +179,10 @@ class Trainer:
                 shared.check()
 
     def make_reference(self) -> Reference | None:
-        """Returns the source of the reference log-probs; computes the log-prob file if the recipe needs it."""
+        """Returns the source of the reference log-probs (None if the loss needs none).
+
+        If the recipe precomputes the log-probs, this method computes them and writes their file.
+        """
         kind, loss = self.recipe.reference_kind, self.recipe.loss
         if kind is None:
             return None

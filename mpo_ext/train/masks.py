@@ -1,4 +1,4 @@
-"""Positions and attention masks of rows that contain a prompt and several responses."""
+"""Position ids and attention masks of sequence rows that contain a prompt and several responses."""
 
 import dataclasses
 import inspect
@@ -30,18 +30,18 @@ def sequence_positions(segments: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PromptPositions:
-    """Computes the positions of a prompt for a model with multimodal rotary positions. Picklable, without weights.
+    """Computes the position ids of a prompt for a model with multimodal RoPE. Picklable; holds no weights.
 
     Attributes:
-        kind: Class that defines ``get_rope_index``.
-        config: Config of this class's module in the model.
+        kind: Class of the model that defines ``get_rope_index``.
+        config: Config of the model's module of this class.
     """
 
     kind: type[nn.Module]
     config: Any
 
     def __call__(self, sample: Sample) -> Tensor:
-        """Returns a prompt's positions, ``[A, P]`` int64 with A axes (time, height and width in Qwen2-VL)."""
+        """Returns the position ids of a prompt of P tokens: ``[A, P]`` int64 with A axes (3 in Qwen2-VL)."""
         owner = self.kind.__new__(self.kind)
         nn.Module.__init__(owner)
         owner.config = self.config
@@ -65,7 +65,7 @@ class PromptPositions:
 
 
 def prompt_positions(model: nn.Module) -> PromptPositions | None:
-    """Returns the argument ``positions`` of ``collate`` for a model; None if a token's position is its index."""
+    """Returns the argument ``positions`` of ``collate`` for a model; None if position ids are the token indices."""
     for module in unwrap_model(model).modules():
         if callable(getattr(type(module), "get_rope_index", None)):
             return PromptPositions(type(module), module.config)
@@ -81,7 +81,7 @@ class MaskPlan(NamedTuple):
 
 
 def plan_masks(inner: nn.Module) -> MaskPlan | str:
-    """Returns the masks that a model needs, or the reason (as text) why its masks cannot be built."""
+    """Returns the kinds of masks that a model needs, or the reason (a string) why its masks cannot be built."""
     name, config = type(inner).__name__, decoder_config(inner)
     if config is None:
         return f"{name} has no config"
@@ -116,7 +116,7 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
 
 
 def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Tensor]:
-    """Returns the masks ``[R, 1, L, L]`` of rows with several responses, as a tensor or by kind of layer.
+    """Returns the masks ``[R, 1, L, L]`` of sequence rows with several responses: one, or a dict by kind of layer.
 
     A token attends to the prompt and to its own response, up to itself. Padding attends to itself, because a softmax
     over an empty set is NaN.

@@ -25,14 +25,14 @@ _SFT_KEYS = ("loss", "ntp_loss", "chosen_logp", "entropy", "top1", "pairs", "cho
 
 
 class Totals:
-    """Metric sums over the micro-batches of a step or an evaluation; ``add`` does not wait for the device."""
+    """Sums of metrics over the micro-batches of a step or an evaluation. ``add`` does not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self.reward_shift: Tensor | None = None
 
     def add(self, out: MPOOutput, *, ntp_parts: int, tokens: int) -> None:
-        """Adds the metrics of a micro-batch with ``tokens`` positions without padding to the sums.
+        """Adds the metrics of a micro-batch to the sums; ``tokens`` is its number of token positions without padding.
 
         ``ntp_parts`` is the number of chosen tokens or responses over which the next-token term is averaged.
         """
@@ -56,9 +56,10 @@ class Totals:
 
 
 def means(sums: Mapping[str, float], weights: tuple[float, float, float]) -> dict[str, float]:
-    """Returns the loss, the reward margin, and the means of the sums over pairs, next-token parts or labelled tokens.
+    """Returns the metrics of a step or an evaluation from the sums of ``Totals.reduce``.
 
-    ``weights`` are the weights of the DPO, BCO and next-token terms of the loss.
+    Most metrics are means over pairs; the next-token loss is a mean over its parts (``Totals.add``), entropy and top1
+    are means over labelled tokens. ``weights`` are the weights of the DPO, BCO and next-token terms of the loss.
     """
     pairs, parts = max(sums["pairs"], 1), max(sums["ntp_parts"], 1)
     labelled = max(sums["chosen_tokens"] + sums["rejected_tokens"], 1)
@@ -75,7 +76,7 @@ def means(sums: Mapping[str, float], weights: tuple[float, float, float]) -> dic
 
 
 def log_line(sums: Mapping[str, float], recipe: LossRecipe, reward_shift: RewardShift) -> dict[str, float]:
-    """Converts the result of ``Totals.reduce`` to the metrics that exist for the loss of the recipe."""
+    """Returns the metrics of ``means`` that the loss of the recipe has, and the reward shift if the loss has one."""
     config = recipe.config
     line = means(sums, (config.dpo_weight, config.bco_weight, config.ntp_weight))
     if not recipe.has_preference:
@@ -86,7 +87,7 @@ def log_line(sums: Mapping[str, float], recipe: LossRecipe, reward_shift: Reward
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Returns this process's peak memory in MiB: allocated GPU memory with CUDA, otherwise resident memory."""
+    """Returns the peak memory of this process in MiB: allocated GPU memory with CUDA, otherwise resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -106,11 +107,11 @@ class Log:
             file.write(encoded + "\n")
 
     def position(self) -> int:
-        """Returns the size of the file in bytes, or 0 if the file does not exist."""
+        """Returns the size of the file in bytes (0 if it does not exist), for ``rewind``."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def rewind(self, position: int) -> None:
-        """Cuts the file to ``position`` bytes, which removes the lines written after a checkpoint."""
+        """Truncates the file to ``position`` bytes, which removes the lines written after a checkpoint."""
         if self.position() > position:
             os.truncate(self.path, position)
 

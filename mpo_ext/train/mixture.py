@@ -1,4 +1,4 @@
-"""``Mixture``: random access to the lines of several sources, and the lines of each epoch by ``repeat_time``."""
+"""``Mixture``: random access to the lines of several sources, and the lines that each epoch visits."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ _ROUNDING = 1e-6  # 100 lines with repeat_time 0.29 give 29 pairs, though the pr
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MixtureSubset:
-    """A subset of a source: a row of the mixture's table.
+    """A subset of a source, such as a subset of MMPR. ``Mixture.lines`` prints a line for each.
 
     Attributes:
         source: Index of the source in the mixture.
@@ -37,7 +37,7 @@ class MixtureSubset:
         first: Index of the subset's first line in the mixture.
         repeat_time: ``repeat_time`` of the source times ``repeat_time`` of the subset.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
-        label: The name, preceded by the shortest end of the path that distinguishes subsets with equal names.
+        label: The name; if several subsets have this name, preceded by the end of the path that distinguishes them.
     """
 
     source: int
@@ -51,13 +51,13 @@ class MixtureSubset:
 
 @dataclasses.dataclass(slots=True)
 class SourceOverview:
-    """The results of inspecting a source.
+    """The result of inspecting a source (``Mixture.inspect``).
 
     Attributes:
         is_format_given: Whether the recipe names the format.
         root: Folder against which relative image paths are resolved.
         lines_read: Number of lines that were read, spread evenly over the source.
-        bad: Number of read lines that do not contain a valid pair.
+        bad: Number of read lines without a valid pair.
         with_images: Number of read pairs with images.
         images: Number of different images in the read pairs; 0 if the image files were not checked.
         missing: Number of different images whose file does not exist.
@@ -89,10 +89,10 @@ class SourceOverview:
 
 
 class Mixture(Sequence[Pair | BadLine]):
-    """The concatenated lines of all sources; an index selects a line, regardless of its ``repeat_time``.
+    """The lines of all sources as one sequence. An index selects a line; ``repeat_time`` does not change the indices.
 
-    The readers hold an offset of 8 bytes per line in memory, but not the lines. A copy in another process reopens the
-    sources at its first read.
+    Memory holds an offset of 8 bytes per line, but not the lines. A copy in another process reopens the sources at its
+    first read.
 
     ``repeat_time`` sets how often an epoch visits the lines of a subset: an epoch takes ``floor(n * repeat_time)``
     pairs from ``n`` lines. Each line occurs as often as the integer part of ``repeat_time``; the remaining pairs are
@@ -154,7 +154,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return source, index - self._starts[source]
 
     def read(self, index: int) -> tuple[Pair | BadLine, str]:
-        """Returns a line's pair (with absolute image paths) or error, and the line's file and number as text.
+        """Returns the pair of a line (with absolute image paths) or its error, and the file and line number as text.
 
         Raises:
             RuntimeError: If the source's number of lines has changed since the mixture was created.
@@ -164,7 +164,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return pair, str(where)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Returns the line indices of an epoch, ``[pairs]`` int64, ascending; the index of a repeated line recurs."""
+        """Returns the line indices of an epoch, ``[pairs]`` int64, ascending; repeated lines occur several times."""
         check_integer("epoch", epoch, least=0)
         parts = []
         for subset in self.subsets:
@@ -178,9 +178,9 @@ class Mixture(Sequence[Pair | BadLine]):
         return np.concatenate(parts)
 
     def prompt_groups(self) -> np.ndarray:
-        """Reads all lines and returns their groups, ``[len(self)]`` int64: equal prompts have equal numbers.
+        """Reads all lines and returns a group number for each, ``[len(self)]`` int64: equal for equal prompts.
 
-        The number of a bad line is unique.
+        The group number of a bad line is unique.
         """
         groups = np.empty(len(self), dtype=np.int64)
         for index in range(len(self)):
@@ -220,7 +220,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return overviews
 
     def lines(self) -> Iterator[str]:
-        """Yields the lines of the mixture's table as text."""
+        """Yields a line of text for each subset: its name, lines, ``repeat_time`` and pairs per epoch."""
         width = max(len(subset.label) for subset in self.subsets)
         yield f"{'subset':<{width}}  {'lines':>11}  {'repeat_time':>11}  {'pairs/epoch':>11}"
         for subset in self.subsets:

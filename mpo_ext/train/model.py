@@ -1,4 +1,4 @@
-"""Loads the model to train, freezes parts or adds adapters, and disables dropout for exact log-probs."""
+"""Loads the model to train, freezes parts or adds LoRA adapters, and disables dropout."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ PARTS = {
 
 
 def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
-    """Loads a model, prepared for training, and its processor (the tokenizer of a text model) on the CPU."""
+    """Returns the model on the CPU, prepared for training, and its processor (for a text model its tokenizer)."""
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
     check_model_path("model.path", recipe.path)
@@ -47,7 +47,7 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
 
 
 def loader_of(config: Any) -> tuple[Any, bool]:
-    """Returns the auto class that loads the models of a config, and whether these models take images."""
+    """Returns the auto class that loads models with this config, and whether they take images."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -199,5 +199,5 @@ def _quantization(recipe: ModelRecipe) -> Any:
 
 
 def without_adapters(recipe: ModelRecipe) -> ModelRecipe:
-    """Returns the recipe of a reference model: without adapters, frozen parts and gradient checkpointing."""
+    """Returns the recipe for loading a reference model: lora, freeze and gradient_checkpointing are unset."""
     return dataclasses.replace(recipe, lora=None, freeze=(), gradient_checkpointing=False)

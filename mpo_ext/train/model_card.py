@@ -54,7 +54,8 @@ def write_card(
         folder: Folder of the exported model, whose config.json determines the loading code.
         recipe: Recipe of the run.
         curves: Log lines of steps and evaluations; evaluation keys start with ``eval_``.
-        summary: Last metrics by name. A mapping holds counts; ``datasets`` lists dataset names for the hub metadata.
+        summary: Last metrics by name. A value that is a mapping holds counts; ``datasets`` lists names of data sets
+            for the hub's metadata.
     """
     folder = Path(folder)
     texts = [f"---\n{_metadata(recipe, summary).to_yaml()}\n---\n", f"# {_title(recipe)}\n", _description(recipe)]

@@ -10,7 +10,7 @@ from mpo_ext.train.recipe import OptimRecipe
 
 
 def make_optimizer(model: nn.Module, recipe: OptimRecipe, device: torch.device) -> torch.optim.Optimizer:
-    """Returns AdamW over the trainable parameters, with weight decay for parameters of at least two axes only."""
+    """Returns AdamW over the trainable parameters; only parameters with at least two axes have weight decay."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": recipe.weight_decay},
@@ -26,7 +26,7 @@ def make_optimizer(model: nn.Module, recipe: OptimRecipe, device: torch.device) 
 
 
 def scheduled_learning_rate(recipe: OptimRecipe, step: int, total_steps: int) -> float:
-    """Returns the learning rate of a step (from 0). The warm-up starts at learning rate 0, as in transformers."""
+    """Returns the learning rate of a step, counted from 0. The warm-up starts at 0, as in transformers."""
     warmup_steps = math.ceil(total_steps * recipe.warmup_ratio)
     if step < warmup_steps:
         return recipe.learning_rate * step / warmup_steps

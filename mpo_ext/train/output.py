@@ -24,7 +24,8 @@ from mpo_ext.train.resume import RunState, changed_settings, flat_settings, plai
 class RunOutput:
     """Writes the output of a run. All ranks must call each method.
 
-    If ``save`` is False, no checkpoint, final model or model card is written. ``final`` is the final model's folder.
+    If ``save`` is False, no checkpoint, final model or model card is written. ``final`` is the folder of the final
+    model.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any, state: RunState, *, save: bool) -> None:
@@ -48,7 +49,7 @@ class RunOutput:
         )
 
     def start_trackers(self) -> None:
-        """Starts the recipe's experiment trackers and passes them the recipe's settings."""
+        """Starts the experiment trackers that the recipe names, and logs all settings of the recipe to them."""
         if self.recipe.output.trackers:
             settings = flat_settings(plain_values(self.recipe.to_dict()))
             config = {
@@ -105,7 +106,10 @@ class RunOutput:
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:
         """Restores policy, optimizer, run state and log from a checkpoint, and ``reference`` if the reference moves.
 
-        ``check_inputs`` must have accepted the checkpoint. Returns whether any setting or data have changed.
+        ``check_inputs`` must have accepted the checkpoint.
+
+        Returns:
+            Whether a setting or the data have changed since the checkpoint.
         """
         changes = self.input_changes
         state = self.checkpoints.load(self.accelerator, path, model, optimizer, reference=reference)
@@ -121,7 +125,7 @@ class RunOutput:
         return bool(self.changed or changes.refused or changes.evaluation)
 
     def save_checkpoint(self, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> None:
-        """Writes a checkpoint. The arguments are those of ``resume``."""
+        """Writes a checkpoint of policy, optimizer and run state, and of ``reference`` unless it is None."""
         if not self.save:
             return
         state = self.state.state_dict(self.log.position() if self.is_main else 0, self.inputs)
@@ -153,7 +157,10 @@ class RunOutput:
             self.accelerator.log(values, step=self.state.step)
 
     def is_finished(self, checkpoint: Path) -> bool:
-        """Returns whether the final model was exported after a checkpoint; if so, writes a missing model card."""
+        """Returns whether the final model was exported after the checkpoint.
+
+        If so, and its model card is missing, this method writes the card.
+        """
         if not is_exported_since(self.accelerator, self.final, checkpoint):
             return False
         if not all(gather(self.accelerator, (self.final / "README.md").exists())):  # killed after the export

@@ -14,9 +14,10 @@ _FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 
 
 class Console:
-    """Shows the progress of a run as a bar on a terminal, or as a line every half minute in other streams.
+    """Shows the progress of a run: as a bar on a terminal, as a line every half minute in other streams.
 
-    ``total`` and ``done`` are numbers of steps. If ``stream`` is None, nothing is printed.
+    ``total`` is the number of steps of the run, ``done`` the number of finished steps. If ``stream`` is None, nothing
+    is printed.
     """
 
     def __init__(self, total: int, done: int, stream: TextIO | None) -> None:

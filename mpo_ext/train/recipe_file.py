@@ -20,7 +20,7 @@ _CORE_SCHEMA = {
 
 
 def parse_yaml(text: str) -> Any:
-    """Parses YAML text; raises ``ValueError`` if it is not YAML or a mapping contains a key twice."""
+    """Returns the value of YAML text; raises ``ValueError`` if it is not YAML or a mapping contains a key twice."""
     ruamel = _import_ruamel()
     try:
         return _yaml(dumps=False).load(text)
@@ -36,7 +36,7 @@ def dump_yaml(values: Any) -> str:
 
 
 def apply_override(values: Any, override: str) -> None:
-    """Sets the value of an override ``KEY=VALUE`` in a parsed recipe; KEY is a dotted name, VALUE is YAML."""
+    """Changes a parsed recipe in place by an override ``KEY=VALUE``; KEY is a dotted name, VALUE is YAML."""
     key, equals, text = override.partition("=")
     *sections, name = key.strip().split(".")
     if not equals or not all((*sections, name)):

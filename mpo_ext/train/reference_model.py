@@ -22,13 +22,13 @@ from mpo_ext.train.recipe import LossRecipe
 
 
 class Reference(Protocol):
-    """Interface between the training loop and every kind of reference."""
+    """The interface of all kinds of reference: summed log-probs of a batch, and moving towards the policy."""
 
     def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
-        """Returns the summed log-probs of a batch's B chosen, then B rejected responses: ``[2B]`` float64."""
+        """Returns the summed log-probs of the B chosen and then the B rejected responses: ``[2B]`` float64."""
 
     def sync(self, policy: nn.Module, mix: float) -> None:
-        """Sets the reference to ``(1 - mix) * reference + mix * policy`` (TR-DPO, arXiv 2404.09656)."""
+        """Sets the parameters to ``(1 - mix) * reference + mix * policy`` (TR-DPO, arXiv 2404.09656)."""
 
 
 def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
@@ -44,7 +44,7 @@ def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
 
 
 def sequence_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
-    """Returns the summed log-probs of 2B responses, ``[2B]`` float64, with the same kernels as for the policy."""
+    """Returns the summed log-probs of the 2B responses of a batch, ``[2B]`` float64, with the policy's kernels."""
     return sequence_sums(label_logp(model, batch, recipe).double(), batch.cu_seqlens)
 
 

@@ -18,12 +18,13 @@ class StepSampler:
     its last step holds the remaining pairs.
 
     Args:
-        epoch: Returns the pair indices of an epoch, int64, as ``Mixture.epoch`` does, equally many for each epoch.
+        epoch: Function that returns the pair indices of an epoch, int64, such as ``Mixture.epoch``; each epoch must
+            have the same number of pairs.
         batch_size: Number of pairs per step, summed over all ranks.
         seed: Seed of the pair order.
         groups: A number for each pair index, equal for pairs with the same prompt, as ``Mixture.prompt_groups``
-            returns. Pairs with the same prompt become adjacent, except at the ends of steps and of rank slices; copies
-            of a repeated pair do not. None: pairs are not grouped.
+            returns. Pairs with the same prompt become adjacent, except at the ends of steps and of rank slices. Copies
+            of a repeated pair do not become adjacent. None: pairs are not grouped.
 
     Attributes:
         steps_per_epoch: Number of steps per epoch, including a shorter last step.
@@ -65,7 +66,7 @@ class StepSampler:
         return self.order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
 
     def rank_slice(self, step: int, rank: int, world_size: int) -> np.ndarray:
-        """Returns a rank's slice of ``step(step)``, which may be empty; the slices' lengths differ by at most 1."""
+        """Returns the rank's slice of ``step(step)``, which may be empty. Slice lengths differ by at most 1."""
         check_integer("world_size", world_size, least=1)
         check_integer("rank", rank, least=0)
         if rank >= world_size:
@@ -88,13 +89,15 @@ def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generat
 
 
 def micro_batches(lengths: Sequence[int], size: int, *, groups: Sequence[Any] | None = None) -> list[list[int]]:
-    """Splits a rank slice by length, longest first: memory peaks in the first micro-batch, and padding stays small.
+    """Splits a rank slice into micro-batches by length, longest first.
+
+    Memory therefore peaks in the first micro-batch, and there is little padding.
 
     Args:
         lengths: Number of tokens of each pair.
         size: Number of pairs per micro-batch; the last micro-batch may have fewer.
         groups: A value per pair that is equal for pairs with the same prompt, such as ``Sample.prompt_key``. These
-            pairs stay adjacent, in the place of the longest. None: pairs are not grouped.
+            pairs stay adjacent, at the place of their longest pair. None: pairs are not grouped.
 
     Returns:
         For each micro-batch, positions in ``lengths``. Each position occurs once; equal lengths keep their order.

@@ -23,7 +23,7 @@ _TYPES = {"bool_type": "true or false", "int_type": "an integer", "float_type": 
 
 
 def wrong_type(words: str) -> PydanticCustomError:
-    """Returns the error for a value of the wrong type; ``words`` name the right type."""
+    """Returns the error for a value of the wrong type; ``words`` name the required type."""
     return PydanticCustomError("wrong_type", words)  # type: ignore[arg-type]  # pydantic wants a literal
 
 
@@ -92,7 +92,7 @@ StringOrStrings = Annotated[str | tuple[str, ...], PlainValidator(_to_string_or_
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(kind: type[T]) -> type[T]:
-    """Makes a class a section of a recipe: a frozen dataclass whose constructor converts and checks its arguments.
+    """Class decorator for a section of a recipe: a frozen dataclass that converts and checks its arguments.
 
     Mappings are converted to sections, lists to tuples, and ints to floats if the setting is a float. A value of the
     wrong type raises TypeError, any other invalid value ValueError; messages begin with the setting's dotted name.

@@ -1,4 +1,4 @@
-"""Checks whether a model supports the layout "shared", by its config and code and by a test on a few pairs."""
+"""Checks whether a model supports the layout "shared": its config and code, and log-probs of a few pairs."""
 
 import dataclasses
 import inspect
@@ -20,7 +20,10 @@ from mpo_ext.train.masks import decoder_config, plan_masks
 
 
 def supports_shared_prefix(model: nn.Module) -> str | None:
-    """Returns None if a (bare or wrapped) model's config and code allow the layout "shared", otherwise the reason."""
+    """Returns None if the config and code of a model allow the layout "shared", otherwise the reason.
+
+    The model may be wrapped (DDP, FSDP, peft).
+    """
     inner = unwrap_model(model)
     name = type(inner).__name__
     peft_config = getattr(model, "active_peft_config", None)
@@ -55,7 +58,7 @@ def check_shared_prefix(
     device: torch.device | str | None = None,
     tolerance: float | None = None,
 ) -> str | None:
-    """Returns None if a few pairs' log-probs agree in the layouts "shared" and "separate", otherwise the reason.
+    """Returns None if the log-probs of a few pairs agree in the layouts "shared" and "separate", otherwise the reason.
 
     The model runs three times in evaluation mode, without gradients. In the third run the responses attend to each
     other, which measures the effect of a broken mask. During the runs, sliding windows are reduced below the length of

@@ -20,8 +20,8 @@ class StopRequests:
     """Collects requests to end a run, which come from signals to any rank or from ``on_step``.
 
     Attributes:
-        received: Number of the signal that this rank has received, or None.
-        agreed: Number of the signal that ends the run on all ranks, or None.
+        received: Signal number (such as 15) that this rank has received, or None.
+        agreed: Signal number that ends the run on all ranks, or None.
         is_over: Whether ``on_step`` has requested the end of the run.
     """
 
@@ -63,7 +63,7 @@ class StopRequests:
 
 @contextlib.contextmanager
 def blocked_in_new_workers() -> Iterator[None]:
-    """Blocks SIGTERM and SIGINT while the block starts processes, in which ``init_worker`` unblocks the signals."""
+    """Blocks SIGTERM and SIGINT while the ``with`` block starts processes; ``init_worker`` unblocks them there."""
     multiprocessing.resource_tracker.ensure_running()  # starting it unblocks the signals
     blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:

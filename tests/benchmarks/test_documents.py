@@ -151,7 +151,7 @@ def test_the_readme_has_short_tables_with_machine_and_command() -> None:
     assert rows(made)["mpo_ext"] == ["40.0 ms", "", "4.0 ms", "3 MiB"]
     assert rows(made)["the same loss in eager torch"] == ["1.50 s", "", "", "9 MiB"]
     assert rows(made)[""] == ["float32", "bfloat16", "float32, 12% labelled", "memory, float32"]
-    assert rows(made)["the floor: one read, then one read and one write in place"][:1] == ["20.0 ms"]
+    assert rows(made)["only the memory traffic, in torch: read, then read and write"][:1] == ["20.0 ms"]
     assert "T = 8, V = 1,024" in made
     assert "quack" not in made
 
