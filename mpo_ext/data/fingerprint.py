@@ -111,8 +111,11 @@ def describe_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | Non
 
 
 def _hash_bytes(path: str) -> str:
+    hasher = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        while chunk := file.read(_CHUNK):
+            hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def _hash_blocks(path: str, block: int, limit: int | None = None) -> tuple[int, list[bytes]]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from digits_run import recipe, tiny, write_pairs
+from run_recipe import Job, run, text_of
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, normalizers
 
@@ -82,12 +83,19 @@ EDITS: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_changed_lines_are_refused_or_accepted(tmp_path: Path, pairs: Path, name: str, capsys: Any) -> None:
+def test_changed_lines_are_refused(tmp_path: Path, pairs: Path, name: str) -> None:
+    edit, words = EDITS[name]
+    train(tmp_path / "run", pairs, 1, data__skip_bad=True)
+    edit_lines(pairs, edit)
+    assert f"{pairs}: {words}" in refusal(tmp_path / "run", pairs, data__skip_bad=True)
+
+
+@pytest.mark.parametrize("name", ["append", "break"])
+def test_changed_lines_are_accepted_on_demand(tmp_path: Path, pairs: Path, name: str, capsys: Any) -> None:
     edit, words = EDITS[name]
     settings = {"data__skip_bad": True}
     train(tmp_path / "run", pairs, 1, **settings)
     edit_lines(pairs, edit)
-    assert f"{pairs}: {words}" in refusal(tmp_path / "run", pairs, **settings)
     capsys.readouterr()
     train(tmp_path / "run", pairs, 2, output__resume_changed_data=True, **settings)
     text = capsys.readouterr().err
@@ -465,3 +473,18 @@ def test_log_probs_of_other_versions_are_used_as_far_as_they_fit(
     set_mean(processor)
     with pytest.raises(ValueError, match=r"image_mean was \[0.3, 0.3, 0.3\], is \[0.5(.|\n)*transformers was"):
         train(tmp_path / "three", pairs, 1, processor=processor, **settings)
+
+
+# Several ranks
+
+
+def test_all_ranks_refuse_changed_data(tmp_path: Path, pairs: Path) -> None:
+    settings = {"optim__batch_size": 4, "optim__max_steps": 1, "data__train": [str(pairs)] * 3}
+    job = Job(tmp_path / "run", pairs, settings, world_size=2)
+    assert run(job) == [0, 0], text_of(job)
+    edit_lines(pairs, lambda lines: lines.append(lines[0]))
+    job = dataclasses.replace(job, settings={**settings, "optim__max_steps": 2})
+    assert run(job) == [1, 1], text_of(job)
+    assert text_of(job).count(f"{pairs}: lines were added at its end (12 lines before, 13 now)") >= 3
+    job = dataclasses.replace(job, settings={**job.settings, "output__resume_changed_data": True})
+    assert run(job) == [0, 0], text_of(job)
