@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mpo_ext.data.hf import DatasetPairs
 from mpo_ext.data.jsonl import LineFile
 from mpo_ext.data.mmpr import MMPRDataset
 from mpo_ext.data.sources import PairSource
@@ -25,10 +26,17 @@ _IGNORED_FILES = ("state.json", "dataset_info.json")  # of a Hugging Face datase
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HashedFile:
-    """A file of a source. ``lines`` is the number of its lines, or None if the file does not consist of lines."""
+    """A file of a source.
+
+    Attributes:
+        path: Path of the file that is read.
+        lines: Number of its lines, or None if the file does not consist of lines.
+        name: Name of the file in messages; "": the path.
+    """
 
     path: str
     lines: int | None
+    name: str = ""
 
 
 def files_of(source: PairSource) -> list[list[HashedFile]]:
@@ -36,9 +44,12 @@ def files_of(source: PairSource) -> list[list[HashedFile]]:
     if isinstance(source.pairs, MMPRDataset):
         return [[HashedFile(file.path, len(file))] for file in source.pairs.files]
     if isinstance(source.pairs, LineFile):
-        return [[HashedFile(source.path, len(source.pairs))]]
-    if not os.path.isdir(source.path):
+        return [[HashedFile(source.pairs.path, len(source.pairs), source.path)]]
+    if os.path.isfile(source.path):
         return [[HashedFile(source.path, None)]]
+    if not os.path.isdir(source.path):
+        assert isinstance(source.pairs, DatasetPairs)
+        return [[HashedFile(path, None, source.path) for path in source.pairs.files]]
     paths = sorted(path for path in Path(source.path).rglob("*") if path.is_file())
     paths = [path for path in paths if path.name not in _IGNORED_FILES and not path.name.startswith("cache-")]
     return [[HashedFile(str(path), None) for path in paths]]
@@ -53,9 +64,9 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
             the file.
 
     Returns:
-        ``path``, ``size`` in bytes and ``mtime_ns`` of the file, and ``digest``, which depends on the content only.
-        For a file of lines, also ``lines`` (their number), ``block`` (the number of lines in a block) and ``blocks``
-        (the first bytes of the hash of each block, in Base64).
+        ``path``, ``size`` in bytes and ``mtime_ns`` of the file, its ``name`` in messages, and ``digest``, which
+        depends on the content only. For a file of lines, also ``lines`` (their number), ``block`` (the number of lines
+        in a block) and ``blocks`` (the first bytes of the hash of each block, in Base64).
 
     Raises:
         OSError: If the file cannot be read.
@@ -66,7 +77,8 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
     }  # fmt: skip
     for fingerprint in known:
         if all(fingerprint[name] == value for name, value in values.items()):
-            return dict(fingerprint)
+            return {**fingerprint, "name": file.name or file.path}
+    values["name"] = file.name or file.path
     if file.lines is None:
         return {**values, "digest": _hash_bytes(file.path)}
     block = 1

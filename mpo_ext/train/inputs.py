@@ -162,7 +162,7 @@ def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str
     if len(old) != len(new):
         yield f"the subsets were {', '.join(names[0])}, are {', '.join(names[1])}"
         return
-    digests = {file["digest"]: file["path"] for subset in old for file in subset["files"]}
+    digests = {file["digest"]: file["name"] for subset in old for file in subset["files"]}
     for before, after in zip(old, new, strict=True):
         where = f"{after['path']}" if after["name"] in after["path"] else f"{after['path']}: {after['name']}"
         for name in ("repeat_time", "format"):
@@ -176,7 +176,7 @@ def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str
         for old_file, new_file in zip(before["files"], after["files"], strict=True):
             if text := describe_change(old_file, new_file):
                 other = digests.get(new_file["digest"])
-                texts.append(f"{new_file['path']}: {f'it holds what {other} held' if other else text}")
+                texts.append(f"{new_file['name']}: {f'it holds what {other} held' if other else text}")
         yield from texts
         if not texts:
             yield from _changed_images(before, after)

@@ -1,5 +1,6 @@
 """Tests that the fingerprint of a file of pairs tells whether and where its lines have changed."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -127,6 +128,8 @@ def test_the_files_of_a_meta_file_and_of_a_dataset(tmp_path: Path) -> None:
         datasets.Dataset.from_list(rows).save_to_disk(str(folder))
         ((file,),) = files_of(open_pairs(folder))
         hashes.append(hash_file(file))
+        elsewhere = dataclasses.replace(open_pairs(folder), path="hf://owner/name")  # not a path
+        assert files_of(elsewhere) == [[HashedFile(file.path, None, "hf://owner/name")]]
     assert hashes[0]["digest"] == hashes[1]["digest"]
     assert describe_change(hashes[0], hashes[1]) is None
     text = describe_change(hashes[0], hashes[2])
