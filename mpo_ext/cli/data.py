@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.cli.shared import Command, add_debug, add_root_map, at_least, command, root_map
+from mpo_ext.cli.shared import Command, add_chat, add_debug, add_root_map, at_least, command, root_map
 
 _FORMATS = ("mmpr", "pairs", "trl", "hf")
 _KINDS = ("standard", "conversational")
@@ -50,6 +50,9 @@ def _add_check(commands: Any) -> None:
         "--examples", type=at_least(0), default=5, help="number of findings shown of each kind (default: 5)"
     )
     parser.add_argument("--json", type=Path, help="also write the report to this file")
+    text = "also encode the first pairs with the processor of this model (folder or name), as training does"
+    parser.add_argument("--model", help=text)
+    add_chat(parser)
 
 
 def _add_stats(commands: Any) -> None:
@@ -136,9 +139,21 @@ def _check(args: argparse.Namespace) -> int:
         for kind, findings in report.examples.items():
             for finding in findings:
                 console.print(f"{finding.where}: {kind}: {_printable(finding.message)}", markup=False, highlight=False)
+    values = report.to_dict()
+    is_valid = report.is_clean
+    if args.model is not None:
+        from mpo_ext.cli.processor import check_processor, good_pairs
+
+        encoded = check_processor(args, args.model, good_pairs(source))
+        values["model"] = encoded.to_dict()
+        for line in (*(f"{name:<20}{fact}" for name, fact in encoded.facts), *encoded.lines):
+            console.print(_printable(line), markup=False, highlight=False)
+        if encoded.problems:
+            console.print(f"NOT VALID: {_printable('; '.join(encoded.problems))}", markup=False, highlight=False)
+        is_valid = is_valid and not encoded.problems
     if args.json is not None:
-        write_json(args.json, report.to_dict())
-    return 0 if report.is_clean else 1
+        write_json(args.json, values)
+    return 0 if is_valid else 1
 
 
 @command("data stats", extra="data", failure=2)

@@ -162,6 +162,11 @@ class DatasetPairs(PairSequence):
         self._dataset, self._name, self._root_map = dataset, name, tuple(root_map)
         self._image_dir = None if image_dir is None else Path(image_dir)
 
+    @property
+    def files(self) -> list[str]:
+        """Paths of the files that hold the rows; empty for a dataset in memory."""
+        return [entry["filename"] for entry in self._dataset.cache_files]
+
     def __len__(self) -> int:
         return len(self._dataset)
 

@@ -114,7 +114,7 @@ class Mixture(Sequence[Pair | BadLine]):
         subsets: list[MixtureSubset] = []
         self._starts = [0]
         for number, recipe in enumerate(self.sources):
-            for name, lines, repeat in _subsets_of(self._source(number), recipe):
+            for name, lines, repeat in _subsets_of(self.open_source(number), recipe):
                 first = subsets[-1].first + subsets[-1].lines if subsets else 0
                 pairs = math.floor(lines * repeat + _ROUNDING)
                 subsets.append(MixtureSubset(number, name, first, lines, repeat, pairs))
@@ -160,7 +160,7 @@ class Mixture(Sequence[Pair | BadLine]):
             RuntimeError: If the source's number of lines has changed since the mixture was created.
         """
         source, line = self.locate(index)
-        where, pair = self._source(source).read(line)
+        where, pair = self.open_source(source).read(line)
         return pair, str(where)
 
     def epoch(self, epoch: int) -> np.ndarray:
@@ -199,7 +199,7 @@ class Mixture(Sequence[Pair | BadLine]):
         """
         overviews = []
         for number, recipe in enumerate(self.sources):
-            source, first = self._source(number), self._starts[number]
+            source, first = self.open_source(number), self._starts[number]
             size = len(source.pairs)
             overview = SourceOverview(recipe.path, source.format, recipe.format is not None, source.root, size)
             count = min(size, limit if source.format != "hf" else min(limit, _INSPECTED_HF_ROWS))
@@ -227,7 +227,8 @@ class Mixture(Sequence[Pair | BadLine]):
             yield f"{subset.label:<{width}}  {subset.lines:>11,}  {subset.repeat_time:>11.4g}  {subset.pairs:>11,}"
         yield f"{'all':<{width}}  {len(self):>11,}  {'':>11}  {self.pairs:>11,}"
 
-    def _source(self, number: int) -> PairSource:
+    def open_source(self, number: int) -> PairSource:
+        """Returns the source at an index of ``sources``, which is opened at the first call."""
         source = self._opened[number]
         if source is not None:
             return source

@@ -360,6 +360,8 @@ class OutputRecipe:
         trackers: Names of trackers in accelerate: "tensorboard", "wandb", ...
         resume: "auto" resumes from the newest checkpoint in ``dir``; "never" rejects a folder that contains a
             checkpoint; any other value is the path of a checkpoint.
+        resume_changed_data: Whether a run may resume although its training data, its processor, or the model that it
+            began with have changed since the checkpoint.
         on_nonfinite: Reaction to a loss or gradient that is not finite: "stop", or "skip" the step and count it.
         save_merged: Whether to write the model with merged LoRA adapters in addition to the adapters.
     """
@@ -373,6 +375,7 @@ class OutputRecipe:
     log_every: PositiveCount = 1
     trackers: Strings = ()
     resume: Text = "auto"
+    resume_changed_data: StrictBool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
     save_merged: StrictBool = False
 
