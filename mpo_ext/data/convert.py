@@ -72,8 +72,8 @@ def convert(
     elif format == "pairs":
         count = write_pairs(out, pairs())
     elif format == "trl":
-        has_images = any(pair.images for pair in pairs()) if kind == "conversational" else False
-        count = write_trl(out, pairs(), kind, structured=has_images)
+        has_images = any(pair.images for pair in pairs())
+        count = write_trl(out, pairs(), kind, has_images=has_images)
     else:
         count = save_dataset(Path(out), pairs, kind)
     return count, skipped

@@ -56,7 +56,7 @@ def test_rows_of_other_writers_are_read_or_rejected() -> None:
     row = {"prompt": "q", "chosen": "c", "rejected": "r", "score": 0.5}
     assert from_trl(row) == Pair("q", "c", "r", extra={"score": 0.5})
     user = {"role": "user", "content": "q"}
-    for prompt in ([user, user], [{"role": "system", "content": "s"}, user], [], [1], 3, None, [{"role": "user"}]):
+    for prompt in ([user, user], [user, {"role": "system", "content": "s"}], [], [1], 3, None, [{"role": "user"}]):
         with pytest.raises(FieldError, match="prompt must"):
             from_trl({**row, "prompt": prompt})
     with pytest.raises(FieldError, match="chosen must be text or one message"):
