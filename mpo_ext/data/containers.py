@@ -51,7 +51,8 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_LISTS = ("images", "messages", "conversations", "conversation", "rejected_messages", "history")
+#: Columns of CSV files whose cells may be lists or objects whatever they hold; others only if they hold messages.
+_LISTS = ("image", "images", "messages", "conversations", "conversation", "rejected_messages", "history")
 
 
 def cache_folder() -> Path:
@@ -243,15 +244,21 @@ def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
 
 def _cell(name: str, text: str) -> Any:
     """Returns the value of a cell: lists and messages, as JSON or in Python's notation, are parsed."""
-    begin = text.lstrip()[:2]
-    if name in _LISTS and begin[:1] == "[" or begin in ("[{", "{'", '{"'):
+    is_list = name in _LISTS
+    if text.lstrip()[:1] in ("[", "{"):
         for parse in (json.loads, ast.literal_eval):
             try:
                 value = parse(text)
                 json.dumps(value, allow_nan=False)
-                return value
             except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 continue
-    if name in _LISTS and not text:
-        return None
-    return text
+            if is_list or _are_messages(value):
+                return value
+    return None if is_list and not text else text
+
+
+def _are_messages(value: object) -> bool:
+    messages = value if isinstance(value, list) else [value]
+    return bool(messages) and all(
+        isinstance(message, dict) and ("role" in message or "from" in message) for message in messages
+    )

@@ -83,6 +83,12 @@ def drop_fields(value: Any, names: Collection[str]) -> Any:
     return value
 
 
+def show_path(path: str) -> str:
+    """Returns an image path for a message: a data URL, or another path that is not a path of a file, is cut."""
+    is_file_path = len(path) <= 300 and not path.lower().startswith("data:")
+    return path if is_file_path else f"{path[:77]}..."
+
+
 def _prompt_texts(pair: Pair) -> list[str]:
     texts = [pair.question]
     messages = pair.source.get(PROMPT_TURNS)

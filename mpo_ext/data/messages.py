@@ -5,6 +5,7 @@ A turn is ``{"role": ..., "content": ...}`` whose content is text with ``<image>
 
 import base64
 import binascii
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -313,7 +314,7 @@ def pair_of_turns(
     """
     roles = [turn["role"] for turn in prompt]
     rest = roles[1:] if roles and roles[0] in ("system", "developer") else roles
-    is_alternating = all(one != two for one, two in zip(rest, rest[1:], strict=False))
+    is_alternating = all(one != two for one, two in itertools.pairwise(rest))
     if not rest or rest[-1] != "user" or not is_alternating or not set(rest) <= {"user", "assistant"}:
         raise FieldError(
             "prompt must be turns of user and assistant that alternate and end with one message of the user, after "

@@ -13,6 +13,7 @@ from mpo_ext.data.formats import FORMATS, ROW_READERS, Format, detect_columns, d
 from mpo_ext.data.hf import DatasetPairs, is_saved_dataset, save_bytes, saved_dataset
 from mpo_ext.data.hub import has_parquet, hub_id, load_hub, load_parquet, missing_path
 from mpo_ext.data.jsonl import LineFile, parse_pair
+from mpo_ext.data.media import show_path
 from mpo_ext.data.mmpr import MMPRDataset, MMPRSubset, line_parser, read_annotation
 from mpo_ext.data.paths import RootMap, absolute_path, path_from, real_path
 from mpo_ext.data.reader import MAX_LINE_BYTES, BadLine, Location, PairSequence
@@ -105,7 +106,8 @@ class MissingImages:
         missing = sum(not exists for exists in self._exists.values())
         if not missing:
             return None
-        text = f"warning: {missing:,} of {len(self._exists):,} images do not exist as files, as {self.first[:80]}"
+        first = show_path(self.first)
+        text = f"warning: {missing:,} of {len(self._exists):,} images do not exist as files, as {first}"
         if source.format == "hf" or source.subsets:
             return f"{text}: try --root-map"
         return f"{text}: relative images start at {source.root}: try --root"

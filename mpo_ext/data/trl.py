@@ -93,9 +93,7 @@ def _prompt_messages(pair: Pair, *, has_images: bool) -> list[dict[str, Any]]:
         turn["content"].count(IMAGE_PLACEHOLDER) if has_places else len(pair.images) * (index == first)
         for index, turn in enumerate(turns)
     ]
-    return [
-        {**turn, "content": _blocks(turn["content"], count)} for turn, count in zip(turns, counts, strict=True)
-    ]
+    return [{**turn, "content": _blocks(turn["content"], count)} for turn, count in zip(turns, counts, strict=True)]
 
 
 def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:

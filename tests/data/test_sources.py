@@ -26,7 +26,7 @@ def test_the_format_is_detected(mmpr: Path, tmp_path: Path) -> None:
         open_pairs(tmp_path / "bad.jsonl")
     with pytest.raises(FileNotFoundError, match="path must exist"):
         open_pairs(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="format must be one of mmpr, pairs, .*, hf, got 'csv'"):
+    with pytest.raises(ValueError, match=r"format must be one of mmpr, pairs, .*, hf, got 'csv'"):
         open_pairs(mmpr, format="csv")  # type: ignore[arg-type]
 
 
