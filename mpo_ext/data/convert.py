@@ -16,6 +16,8 @@ from mpo_ext.data.records import TURNS, Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.trl import Kind, write_trl
 
+_MMPR_FIELDS = {"image", "question", "chosen", "rejected", "answer_gt"}
+
 
 def convert(
     source: PairSource,
@@ -89,6 +91,12 @@ def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair |
         advice = "pairs holds them" if format == "mmpr" else "the kind conversational holds them"
         reason = f"{format} must have a prompt and responses of one turn, got several in {', '.join(turns)}: {advice}"
         return BadLine(where, "several turns", reason)
+    if format == "mmpr":
+        if names := sorted(pair.extra.keys() & _MMPR_FIELDS):
+            reason = f"extra must not hold a field that the line itself has, got {', '.join(map(repr, names))}"
+            return BadLine(where, "bad field", reason)
+        if urls := [image for image in pair.images if find_url(image) and not os.path.isabs(image)]:
+            return BadLine(where, "image is a URL", f"mmpr must have images in files, got {show_path(urls[0])}")
     return _with_readable_images(where, pair) if format == "hf" else pair
 
 

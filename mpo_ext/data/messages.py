@@ -40,9 +40,9 @@ def row_images(row: Mapping[str, Any], save_image: SaveImage | None) -> list[str
     found = {}
     for name in ("image", "images"):
         value = row.get(name)
-        if is_empty(value):
+        images = list(value) if isinstance(value, (list, tuple)) else [] if is_empty(value) else [value]
+        if not images:
             continue
-        images = list(value) if isinstance(value, (list, tuple)) else [value]
         found[name] = [image_path("images", image, save_image) for image in images]
     if len(found) == 2 and found["image"] != found["images"]:
         raise FieldError(
@@ -66,7 +66,7 @@ def image_path(name: str, image: object, save_image: SaveImage | None) -> str:
                 return image[field]
         if content is not None:
             raise FieldError(f"{name} must be paths unless image_dir is given, got {len(content):,} bytes")
-    raise FieldError(f"{name} must be paths unless image_dir is given, got {type_and_value(image)}")
+    raise FieldError(f"{name} must be paths, or objects with bytes, path or url, got {type_and_value(image)}")
 
 
 class Images:
@@ -202,12 +202,12 @@ def refuse_tools(values: Mapping[str, Any], name: str = "a row") -> None:
 
 
 def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
-    """Raises FieldError if one of the fields, which would change the prompt in other programs, is not empty."""
+    """Raises FieldError if one of the fields, which change the prompt in other formats or programs, is not empty."""
     for name in names:
         if not is_empty(row.get(name)):
             raise FieldError(
-                f"{name} must be empty or a turn of the conversation, got {type_and_value(row[name])}: this format "
-                "has no such field; name it in ignore (--ignore) if it does not matter"
+                f"{name} must be empty, because this format would leave it out, got {type_and_value(row[name])}: "
+                "name it in ignore (--ignore) if it does not matter"
             )
 
 

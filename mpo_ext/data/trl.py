@@ -121,6 +121,8 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
     images = Images(columns, save_image)
     turns = _prompt_turns(prompt, images, row.get("question"))
     extra = {**_json("extra", row.get("extra")), **{name: row[name] for name in row if name not in _COLUMNS}}
+    if isinstance(prompt, str) and row.get("question") is not None:  # ``to_trl`` writes it for messages only
+        extra["question"] = row["question"]
     answers = {"chosen": read_response("chosen", chosen), "rejected": read_response("rejected", rejected)}
     source = extra.get(SOURCE)
     if isinstance(source, dict) and len(turns) > 1 and _is_same_prompt(source.get(PROMPT_TURNS), prompt):
