@@ -11,6 +11,7 @@ from typing import Any
 
 from mpo_ext.cli.shared import Command, add_debug, add_root_map, at_least, command, root_map
 
+# The names in ``mpo_ext.data.formats``, which is imported when a command runs.
 _FORMATS = ("mmpr", "pairs", "trl", "sharegpt", "alpaca", "swift", "openai", "rlaif-v", "hf")
 _WRITABLE = ("mmpr", "pairs", "trl", "hf")
 _KINDS = ("standard", "conversational")

@@ -274,7 +274,9 @@ def saved_dataset(path: str | os.PathLike[str], split: str | None = None) -> "da
     try:
         dataset = datasets.load_from_disk(os.fspath(path))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{os.fspath(path)} must be a folder that save_to_disk wrote, or hold parquet files, got {error}") from None
+        raise ValueError(
+            f"{os.fspath(path)} must be a folder that save_to_disk wrote, or hold parquet files, got {error}"
+        ) from None
     if isinstance(dataset, datasets.Dataset):
         if split is not None:
             raise ValueError(f"split must be None for the dataset without splits {os.fspath(path)}, got {split!r}")

@@ -69,7 +69,7 @@ def load_hub(
         here = "" if path.startswith(_PREFIX) else f"no file or folder {path} exists here, and "
         raise ValueError(
             f"path must be a file or folder here, or a dataset of the Hugging Face hub, got {path}: {here}{state}: "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {_one_line(error)}"
         ) from error
     return pick_split(path, loaded, split)
 
@@ -91,7 +91,7 @@ def load_parquet(path: str, *, split: str | None, config: str | None = None) -> 
             split = None if split == "train" else split
     except Exception as error:  # datasets and pyarrow raise many types
         cause = error.__cause__ or error
-        raise ValueError(f"path must hold parquet files, got {path}: {_first_line(cause)}") from error
+        raise ValueError(f"path must hold parquet files, got {path}: {_one_line(cause)}") from error
     return pick_split(path, loaded, split)
 
 
@@ -110,5 +110,5 @@ def has_parquet(folder: str) -> bool:
     return next(Path(folder).rglob("*.parquet"), None) is not None
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

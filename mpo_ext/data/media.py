@@ -90,13 +90,13 @@ def show_path(path: str) -> str:
 
 
 def _prompt_texts(pair: Pair) -> list[str]:
-    texts = [pair.question]
+    values: list[Any] = [pair.question]
     messages = pair.source.get(PROMPT_TURNS)
     for message in messages if isinstance(messages, list) else ():
         content = message.get("content") if isinstance(message, Mapping) else None
         parts = content if isinstance(content, list) else [{"text": content}]
-        texts += [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
-    return texts
+        values += [part.get("text") for part in parts if isinstance(part, Mapping)]
+    return [value for value in values if isinstance(value, str)]
 
 
 def count_places(pair: Pair) -> int:

@@ -29,7 +29,7 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
         raise ValueError(f"world must be a positive int, got {world!r}")
     optim = recipe.optim
     mixture = Mixture(recipe.data.train, seed=optim.seed, name="data.train")
-    eval_subsets: Sequence[MixtureSubset] = ()
+    eval_subsets: tuple[MixtureSubset, ...] = ()
     if recipe.data.eval:
         eval_subsets = Mixture(recipe.data.eval, seed=optim.seed, name="data.eval").subsets
     model = meta_model(recipe.model)

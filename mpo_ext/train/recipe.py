@@ -32,6 +32,7 @@ from mpo_ext.train.settings import (
     TwoFractions,
     section,
 )
+from mpo_ext.train.source_recipe import SourceRecipe as SourceRecipe  # for users of this module
 from mpo_ext.train.source_recipe import Sources
 
 #: Parts of a model that ``ModelRecipe.freeze`` may name.

@@ -2,13 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from rows import assistant, gpt, human, open_rows, read_row, system, text, user
 
+from mpo_ext.cli import data as cli_data
 from mpo_ext.data import BadLine, Pair, open_pairs
-from mpo_ext.data.formats import FORMATS, row_format
+from mpo_ext.data.formats import FORMATS, WRITABLE, row_format
+from mpo_ext.train.source_recipe import SourceRecipe
 
 SEVERAL = [user("a"), assistant("b"), user("q")]
 FIRST = {"chosen": "c", "rejected": "r"}
@@ -34,15 +36,26 @@ ROWS: list[tuple[str, dict[str, Any], Pair]] = [
         {"conversations": [{"from": "system", "value": "s"}, human("q")], **FIRST, "images": None, "tools": ""},
         Pair("q", "c", "r", extra=turns(system("s"), user("q"))),
     ),
-    ("sharegpt", {"messages": SEVERAL, "chosen": assistant("c"), "rejected": assistant("r")},
-     Pair("q", "c", "r", extra=turns(*SEVERAL))),
+    (
+        "sharegpt",
+        {"messages": SEVERAL, "chosen": assistant("c"), "rejected": assistant("r")},
+        Pair("q", "c", "r", extra=turns(*SEVERAL)),
+    ),
     (
         "sharegpt",
         {"conversation": [{"human": "a", "assistant": "b"}, {"human": "q"}], **FIRST},
         Pair("q", "c", "r", extra=turns(*SEVERAL)),
     ),
-    ("sharegpt", {"conversations": [human("q")], "chosen": [gpt("c"), human("d"), gpt("e")], "rejected": [gpt("r")]},
-     Pair("q", "c\n\nd\n\ne", "r", extra={"$source": {"chosen_messages": [assistant("c"), user("d"), assistant("e")]}})),
+    (
+        "sharegpt",
+        {"conversations": [human("q")], "chosen": [gpt("c"), human("d"), gpt("e")], "rejected": [gpt("r")]},
+        Pair(
+            "q",
+            "c\n\nd\n\ne",
+            "r",
+            extra={"$source": {"chosen_messages": [assistant("c"), user("d"), assistant("e")]}},
+        ),
+    ),
     ("alpaca", {"instruction": "i", "input": "j", **FIRST}, Pair("i\nj", "c", "r")),
     ("alpaca", {"instruction": "i", "input": "", "system": "", "history": [], **FIRST}, Pair("i", "c", "r")),
     (
@@ -58,8 +71,11 @@ ROWS: list[tuple[str, dict[str, Any], Pair]] = [
     ),
     (
         "swift",
-        {"messages": [user("<image>q"), assistant("c")], "rejected_response": [assistant("r")],
-         "images": [{"bytes": None, "path": "a.png"}]},
+        {
+            "messages": [user("<image>q"), assistant("c")],
+            "rejected_response": [assistant("r")],
+            "images": [{"bytes": None, "path": "a.png"}],
+        },
         Pair("<image>q", "c", "r", ("a.png",)),
     ),
     (
@@ -74,35 +90,72 @@ ROWS: list[tuple[str, dict[str, Any], Pair]] = [
     ),
     (
         "openai",
-        {"input": {"messages": [user("q")], "tools": [], "parallel_tool_calls": True},
-         "preferred_output": [assistant("c")], "non_preferred_output": [assistant("r")]},
+        {
+            "input": {"messages": [user("q")], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [assistant("c")],
+            "non_preferred_output": [assistant("r")],
+        },
         Pair("q", "c", "r"),
     ),
     (
         "openai",
-        {"input": {"messages": [system("s"), *SEVERAL]}, "preferred_output": [assistant([text("c")])],
-         "non_preferred_output": [assistant("r")], "metadata": {"id": "x"}},
+        {
+            "input": {"messages": [system("s"), *SEVERAL]},
+            "preferred_output": [assistant([text("c")])],
+            "non_preferred_output": [assistant("r")],
+            "metadata": {"id": "x"},
+        },
         Pair("q", "c", "r", extra={"metadata": {"id": "x"}, **turns(system("s"), *SEVERAL)}),
     ),
     (
         "openai",
-        {"input": {"messages": [user([text("q"), {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}])]},
-         "preferred_output": [assistant("c")], "non_preferred_output": [assistant("r")]},
+        {
+            "input": {
+                "messages": [user([text("q"), {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}])]
+            },
+            "preferred_output": [assistant("c")],
+            "non_preferred_output": [assistant("r")],
+        },
         Pair("q<image>\n", "c", "r", ("a.png",)),
     ),
     (
         "rlaif-v",
-        {"ds_name": "d", "image": "a.png", "question": "q", **FIRST, "origin_dataset": "o", "origin_split": "{}",
-         "idx": "0", "image_path": "x/a.png"},
-        Pair("q", "c", "r", ("a.png",), provenance={"ds_name": "d", "origin_dataset": "o", "origin_split": "{}",
-                                                    "idx": "0", "image_path": "x/a.png"}),
+        {
+            "ds_name": "d",
+            "image": "a.png",
+            "question": "q",
+            **FIRST,
+            "origin_dataset": "o",
+            "origin_split": "{}",
+            "idx": "0",
+            "image_path": "x/a.png",
+        },
+        Pair(
+            "q",
+            "c",
+            "r",
+            ("a.png",),
+            provenance={
+                "ds_name": "d",
+                "origin_dataset": "o",
+                "origin_split": "{}",
+                "idx": "0",
+                "image_path": "x/a.png",
+            },
+        ),
     ),
-    ("rlaif-v", {"question": "q", **FIRST, "image": {"path": "a.png"}, "answer_gt": "2"},
-     Pair("q", "c", "r", ("a.png",), "2")),
+    (
+        "rlaif-v",
+        {"question": "q", **FIRST, "image": {"path": "a.png"}, "answer_gt": "2"},
+        Pair("q", "c", "r", ("a.png",), "2"),
+    ),
     ("rlaif-v", {"question": "q", **FIRST, "system": "s"}, Pair("q", "c", "r", extra=turns(system("s"), user("q")))),
-    ("rlaif-v", {"question": "q", **FIRST, "images": ["a.png", "b.png"], "id": 3},
-     Pair("q", "c", "r", ("a.png", "b.png"), extra={"id": 3})),
-]  # fmt: skip
+    (
+        "rlaif-v",
+        {"question": "q", **FIRST, "images": ["a.png", "b.png"], "id": 3},
+        Pair("q", "c", "r", ("a.png", "b.png"), extra={"id": 3}),
+    ),
+]
 
 
 @pytest.mark.parametrize(("format", "row", "pair"), ROWS)
@@ -116,44 +169,146 @@ def test_a_row_is_detected_and_read(format: str, row: dict[str, Any], pair: Pair
 BAD_ROWS: list[tuple[str, dict[str, Any], str, str]] = [
     ("sharegpt", {"conversations": [human("q"), gpt("a")], **FIRST}, "bad field", "end with one message of the user"),
     ("sharegpt", {"conversations": [human("q"), human("q")], **FIRST}, "bad field", "turns .* that alternate"),
-    ("sharegpt", {"conversations": [human("q"), {"from": "function_call", "value": "{}"}], **FIRST}, "tools", "function"),
-    ("sharegpt", {"conversations": [human("q"), {"from": "observation", "value": "{}"}], **FIRST}, "tools", "observation"),
+    (
+        "sharegpt",
+        {"conversations": [human("q"), {"from": "function_call", "value": "{}"}], **FIRST},
+        "tools",
+        "function",
+    ),
+    (
+        "sharegpt",
+        {"conversations": [human("q"), {"from": "observation", "value": "{}"}], **FIRST},
+        "tools",
+        "observation",
+    ),
     ("sharegpt", {"conversations": [human("q")], **FIRST, "tools": "[{}, 1]"}, "tools", "the field 'tools'"),
     ("sharegpt", {"conversations": [human("q")], "chosen": gpt("c")}, "bad field", "rejected must be given"),
     ("sharegpt", {"conversations": [human("q")], "messages": [user("q")], **FIRST}, "bad field", "given once"),
     ("sharegpt", {"conversations": [{"from": "alien", "value": "q"}], **FIRST}, "bad field", "got the role 'alien'"),
-    ("sharegpt", {"conversations": [human("<image><image>q")], **FIRST, "images": ["a.png"]}, "no image", "2 parts or more"),
+    (
+        "sharegpt",
+        {"conversations": [human("<image><image>q")], **FIRST, "images": ["a.png"]},
+        "no image",
+        "2 parts or more",
+    ),
     ("sharegpt", {"conversations": [human("<image>q")], **FIRST, "images": ["a", "b"]}, "bad field", "no or 2 places"),
     ("sharegpt", {"conversations": [human("q")], **FIRST, "videos": ["a.mp4"]}, "unread field", "'videos'"),
     ("sharegpt", {"conversations": [human("<video>q")], **FIRST}, "video or audio", "must not hold <video>"),
     ("alpaca", {"instruction": "q", "chosen": "c", "output": "d"}, "bad field", "rejected must be given"),
     ("alpaca", {"instruction": ["q"], **FIRST}, "bad field", "instruction must be text"),
-    ("alpaca", {"instruction": "q", "history": [["a"]], **FIRST}, "bad field", "history must hold lists of a question"),
+    (
+        "alpaca",
+        {"instruction": "q", "history": [["a"]], **FIRST},
+        "bad field",
+        "history must hold lists of a question",
+    ),
     ("alpaca", {"instruction": "q", "system": ["s"], **FIRST}, "bad field", "system must be text"),
-    ("swift", {"messages": [user("q"), assistant("c")], "rejected_response": ["r", "s"]}, "bad field", "one row for each"),
-    ("swift", {"messages": [user("q"), assistant("c")], "rejected_response": None}, "bad field", "rejected_messages must be"),
-    ("swift", {"messages": [user("q")], "rejected_response": "r"}, "bad field", "messages must be text or one message"),
-    ("swift", {"messages": [user("q"), assistant("c")], "rejected_response": [user("r")]}, "bad field", "rejected_response"),
-    ("swift", {"messages": [user("q"), assistant("c")], "rejected_response": "r", "rejected_images": ["b.png"]},
-     "unread field", "'rejected_images'"),
-    ("swift", {"messages": [user("q"), assistant("c")], "rejected_response": "r", "objects": {"bbox": [[1, 2]]}},
-     "bad field", "objects must be empty"),
-    ("swift", {"messages": [user("q"), {"role": "tool_call", "content": "{}"}], "rejected_response": "r"}, "tools", "tool_call"),
-    ("swift", {"messages": [user("q"), {**assistant("c"), "loss": False}], "rejected_response": "r"}, "bad field", "'loss'"),
+    (
+        "swift",
+        {"messages": [user("q"), assistant("c")], "rejected_response": ["r", "s"]},
+        "bad field",
+        "one row for each",
+    ),
+    (
+        "swift",
+        {"messages": [user("q"), assistant("c")], "rejected_response": None},
+        "bad field",
+        "rejected_messages must be",
+    ),
+    (
+        "swift",
+        {"messages": [user("q")], "rejected_response": "r"},
+        "bad field",
+        "messages must be text or one message",
+    ),
+    (
+        "swift",
+        {"messages": [user("q"), assistant("c")], "rejected_response": [user("r")]},
+        "bad field",
+        "rejected_response",
+    ),
+    (
+        "swift",
+        {"messages": [user("q"), assistant("c")], "rejected_response": "r", "rejected_images": ["b.png"]},
+        "unread field",
+        "'rejected_images'",
+    ),
+    (
+        "swift",
+        {"messages": [user("q"), assistant("c")], "rejected_response": "r", "objects": {"bbox": [[1, 2]]}},
+        "bad field",
+        "objects must be empty",
+    ),
+    (
+        "swift",
+        {"messages": [user("q"), {"role": "tool_call", "content": "{}"}], "rejected_response": "r"},
+        "tools",
+        "tool_call",
+    ),
+    (
+        "swift",
+        {"messages": [user("q"), {**assistant("c"), "loss": False}], "rejected_response": "r"},
+        "bad field",
+        "'loss'",
+    ),
     ("swift", {"query": ["q"], "response": "c", "rejected_response": "r"}, "bad field", "query must be text"),
-    ("openai", {"input": {"messages": [user("q")], "tools": [{"type": "function"}]},
-                "preferred_output": [assistant("c")], "non_preferred_output": [assistant("r")]}, "tools", "input must be"),
-    ("openai", {"input": {"messages": [user("q")]}, "preferred_output": [{"role": "assistant", "tool_calls": [{"id": 1}]}],
-                "non_preferred_output": [assistant("r")]}, "tools", "'tool_calls'"),
-    ("openai", {"input": "q", "preferred_output": [assistant("c")], "non_preferred_output": [assistant("r")]},
-     "bad field", "input must be an object with messages"),
-    ("openai", {"input": {"messages": [user("q")]}, "preferred_output": [{**assistant("c"), "weight": 0}],
-                "non_preferred_output": [assistant("r")]}, "bad field", "got the field 'weight' 0"),
-    ("rlaif-v", {"question": "q", **FIRST, "image": {"path": None}, "image_path": "a.png", "ds_name": "d",
-                 "origin_dataset": "o"}, "unread field", "'image_path'"),
-    ("rlaif-v", {"question": "q", **FIRST, "image": "a.png", "images": ["b.png"]}, "bad field", "must not both be given"),
+    (
+        "openai",
+        {
+            "input": {"messages": [user("q")], "tools": [{"type": "function"}]},
+            "preferred_output": [assistant("c")],
+            "non_preferred_output": [assistant("r")],
+        },
+        "tools",
+        "input must be",
+    ),
+    (
+        "openai",
+        {
+            "input": {"messages": [user("q")]},
+            "preferred_output": [{"role": "assistant", "tool_calls": [{"id": 1}]}],
+            "non_preferred_output": [assistant("r")],
+        },
+        "tools",
+        "'tool_calls'",
+    ),
+    (
+        "openai",
+        {"input": "q", "preferred_output": [assistant("c")], "non_preferred_output": [assistant("r")]},
+        "bad field",
+        "input must be an object with messages",
+    ),
+    (
+        "openai",
+        {
+            "input": {"messages": [user("q")]},
+            "preferred_output": [{**assistant("c"), "weight": 0}],
+            "non_preferred_output": [assistant("r")],
+        },
+        "bad field",
+        "got the field 'weight' 0",
+    ),
+    (
+        "rlaif-v",
+        {
+            "question": "q",
+            **FIRST,
+            "image": {"path": None},
+            "image_path": "a.png",
+            "ds_name": "d",
+            "origin_dataset": "o",
+        },
+        "unread field",
+        "'image_path'",
+    ),
+    (
+        "rlaif-v",
+        {"question": "q", **FIRST, "image": "a.png", "images": ["b.png"]},
+        "bad field",
+        "must not both be given",
+    ),
     ("rlaif-v", {"question": "q", **FIRST, "image": {"bytes": "AAAA"}}, "bad field", "bytes must be binary"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("format", "row", "kind", "words"), BAD_ROWS)
@@ -238,3 +393,14 @@ def test_open_pairs_reads_the_rows_of_a_file_with_relative_images(tmp_path: Path
     source = open_rows(images, [row for format, row, _ in ROWS if format == "sharegpt"])
     assert source.read(0)[1].images == (str(images / "a.png"),)
     assert open_pairs(source.path).format == "sharegpt"
+
+
+def test_the_command_and_the_recipe_know_all_formats() -> None:
+    recipe = load_recipe_formats()
+    assert cli_data._FORMATS == FORMATS == recipe
+    assert cli_data._WRITABLE == WRITABLE
+
+
+def load_recipe_formats() -> tuple[str, ...]:
+    (literal, _) = get_args(get_type_hints(SourceRecipe)["format"])
+    return get_args(literal)

@@ -96,9 +96,13 @@ QUESTIONS = {
 @pytest.mark.parametrize("format", QUESTIONS)
 @pytest.mark.parametrize(
     ("question", "kind"),
-    [("<image>\nq", "no image"), ("see <image> here", "no image"), ("<video>q", "video or audio"),
-     ("q <audio>", "video or audio")],
-)  # fmt: skip
+    [
+        ("<image>\nq", "no image"),
+        ("see <image> here", "no image"),
+        ("<video>q", "video or audio"),
+        ("q <audio>", "video or audio"),
+    ],
+)
 def test_a_mark_without_its_file_is_refused(format: str, question: str, kind: str, tmp_path: Path) -> None:
     bad = read_row(tmp_path, QUESTIONS[format](question), format=format)
     assert isinstance(bad, BadLine), bad
@@ -141,9 +145,7 @@ def test_every_command_counts_the_refused_lines(
     assert json.loads((tmp_path / "r.json").read_text())["findings"]["rows"] == COUNTS
 
 
-def test_the_trainer_and_its_dry_run_count_the_refused_lines(
-    images: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_trainer_and_its_dry_run_count_the_refused_lines(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mpo_ext.cli.train import print_data
     from mpo_ext.train.mixture import Mixture
     from mpo_ext.train.recipe import load_recipe
@@ -167,7 +169,9 @@ def test_turns_are_checked_measured_and_shown(tmp_path: Path, images: Path) -> N
     equal = {**row, "chosen": [assistant("a"), user("b"), assistant("c")], "rejected": "a\n\nb\n\nc"}
     source = open_rows(images, [row, row, equal])
     assert check_pairs(source).totals() == {"duplicate": 1}
-    assert collect_stats(source, len)["rows"].question.most == len("user: first <image>\n\nassistant: b\n\nuser: second <image>")
+    assert collect_stats(source, len)["rows"].question.most == len(
+        "user: first <image>\n\nassistant: b\n\nuser: second <image>"
+    )
     write_view(tmp_path / "v.html", source)
     page = (tmp_path / "v.html").read_text()
     assert "assistant: b" in page
@@ -199,8 +203,11 @@ def test_a_field_that_mmpr_cannot_hold_refuses_the_line(tmp_path: Path, images: 
 def test_convert_keeps_every_field_and_image(tmp_path: Path, images: Path) -> None:
     row = {
         "prompt": [user([{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "q"}])],
-        "chosen": [assistant("c")], "rejected": [assistant("r")], "score": 0.5, "tags": ["x"],
-    }  # fmt: skip
+        "chosen": [assistant("c")],
+        "rejected": [assistant("r")],
+        "score": 0.5,
+        "tags": ["x"],
+    }
     convert(open_rows(images, [row]), tmp_path / "p.jsonl", "pairs")
     pair = open_pairs(tmp_path / "p.jsonl").read(0)[1]
     assert pair == Pair("<image>\nq", "c", "r", (str(images / "a.png"),), extra={"score": 0.5, "tags": ["x"]})

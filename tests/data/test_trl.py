@@ -98,7 +98,9 @@ def turns(messages: list[dict[str, Any]]) -> dict[str, Any]:
     ],
 )
 def test_images_of_either_column_are_taken(image: dict[str, Any], tmp_path: Path) -> None:
-    assert read_row(tmp_path, {"prompt": "q", "chosen": "c", "rejected": "r", **image}) == Pair("q", "c", "r", ("a.png",))
+    assert read_row(tmp_path, {"prompt": "q", "chosen": "c", "rejected": "r", **image}) == Pair(
+        "q", "c", "r", ("a.png",)
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,12 @@ def test_the_bytes_of_a_part_are_stored(tmp_path: Path, images: Path, cache: Pat
 
 
 def test_images_of_parts_and_columns_keep_their_order(tmp_path: Path) -> None:
-    prompt = [system("s"), user("1 <image>"), assistant("b"), user([{"type": "image"}, PNG, text("q"), {"type": "image"}])]
+    prompt = [
+        system("s"),
+        user("1 <image>"),
+        assistant("b"),
+        user([{"type": "image"}, PNG, text("q"), {"type": "image"}]),
+    ]
     pair = read_row(tmp_path, {"prompt": prompt, **ANSWERS, "images": ["1.png", "2.png", "3.png"]})
     assert isinstance(pair, Pair)
     assert pair.images == ("1.png", "2.png", "a.png", "3.png")
@@ -147,28 +154,51 @@ def test_images_of_parts_and_columns_keep_their_order(tmp_path: Path) -> None:
     [
         ({"prompt": [system("s"), user("q")], **ANSWERS}, Pair("q", "c", "r", extra=turns([system("s"), user("q")]))),
         ({"prompt": EARLIER, **ANSWERS}, Pair("q", "c", "r", extra=turns(EARLIER))),
-        ({"prompt": [assistant("hi"), user("q")], **ANSWERS},
-         Pair("q", "c", "r", extra=turns([assistant("hi"), user("q")]))),
-        ({"prompt": [{"role": "developer", "content": "s"}, user("q")], **ANSWERS},
-         Pair("q", "c", "r", extra=turns([{"role": "developer", "content": "s"}, user("q")]))),
+        (
+            {"prompt": [assistant("hi"), user("q")], **ANSWERS},
+            Pair("q", "c", "r", extra=turns([assistant("hi"), user("q")])),
+        ),
+        (
+            {"prompt": [{"role": "developer", "content": "s"}, user("q")], **ANSWERS},
+            Pair("q", "c", "r", extra=turns([{"role": "developer", "content": "s"}, user("q")])),
+        ),
         ({"chosen": [user("q"), assistant("c")], "rejected": [user("q"), assistant("r")]}, Pair("q", "c", "r")),
-        ({"chosen": [*EARLIER, assistant("c")], "rejected": [*EARLIER, assistant("r")], "score": 1},
-         Pair("q", "c", "r", extra={"score": 1, **turns(EARLIER)})),
-        ({"chosen": [user("q"), assistant("c"), user("d"), assistant("e")], "rejected": [user("q"), assistant("r")]},
-         Pair("q", "c\n\nd\n\ne", "r",
-              extra={"$source": {"chosen_messages": [assistant("c"), user("d"), assistant("e")]}})),
-        ({"prompt": "q", "chosen": [user("q"), assistant("c")], "rejected": [user("q"), assistant("r")]},
-         Pair("q", "c", "r")),
-        ({"prompt": [user("q")], "chosen": [user("q"), assistant("c")], "rejected": [user("q"), assistant("r")]},
-         Pair("q", "c", "r")),
+        (
+            {"chosen": [*EARLIER, assistant("c")], "rejected": [*EARLIER, assistant("r")], "score": 1},
+            Pair("q", "c", "r", extra={"score": 1, **turns(EARLIER)}),
+        ),
+        (
+            {
+                "chosen": [user("q"), assistant("c"), user("d"), assistant("e")],
+                "rejected": [user("q"), assistant("r")],
+            },
+            Pair(
+                "q",
+                "c\n\nd\n\ne",
+                "r",
+                extra={"$source": {"chosen_messages": [assistant("c"), user("d"), assistant("e")]}},
+            ),
+        ),
+        (
+            {"prompt": "q", "chosen": [user("q"), assistant("c")], "rejected": [user("q"), assistant("r")]},
+            Pair("q", "c", "r"),
+        ),
+        (
+            {"prompt": [user("q")], "chosen": [user("q"), assistant("c")], "rejected": [user("q"), assistant("r")]},
+            Pair("q", "c", "r"),
+        ),
         ({"chosen": [human("q"), gpt("c")], "rejected": [human("q"), gpt("r")]}, Pair("q", "c", "r")),
-        ({"chosen": [user([PNG, text("q")]), assistant("c")], "rejected": [user([PNG, text("q")]), assistant("r")]},
-         Pair("<image>\nq", "c", "r", ("a.png",))),
+        (
+            {"chosen": [user([PNG, text("q")]), assistant("c")], "rejected": [user([PNG, text("q")]), assistant("r")]},
+            Pair("<image>\nq", "c", "r", ("a.png",)),
+        ),
         ({"prompt": [user("q")], "chosen": assistant("c"), "rejected": "r"}, Pair("q", "c", "r")),
-        ({"prompt": "q", "chosen": "c", "rejected": "r", "question": "raw"},
-         Pair("q", "c", "r", extra={"question": "raw"})),
+        (
+            {"prompt": "q", "chosen": "c", "rejected": "r", "question": "raw"},
+            Pair("q", "c", "r", extra={"question": "raw"}),
+        ),
     ],
-)  # fmt: skip
+)
 def test_prompts_and_responses_of_several_turns(row: dict[str, Any], pair: Pair, tmp_path: Path) -> None:
     source = open_rows(tmp_path, [row])
     assert source.format == "trl"
@@ -181,26 +211,61 @@ def test_prompts_and_responses_of_several_turns(row: dict[str, Any], pair: Pair,
         ({"prompt": EARLIER[:2], **ANSWERS}, "bad field", "end with one message of the user"),
         ({"prompt": [user("q"), {"role": "tool", "content": "x"}], **ANSWERS}, "tools", "a turn of 'tool'"),
         ({"prompt": [user("q")], **ANSWERS, "tools": [{"type": "function"}]}, "tools", "the field 'tools'"),
-        ({"prompt": [user("q")], "chosen": [{"role": "assistant", "tool_calls": [1]}], "rejected": "r"}, "tools", "tool_calls"),
+        (
+            {"prompt": [user("q")], "chosen": [{"role": "assistant", "tool_calls": [1]}], "rejected": "r"},
+            "tools",
+            "tool_calls",
+        ),
         ({"prompt": [user("q")], **ANSWERS, "system": "s"}, "bad field", "system must be empty"),
-        ({"prompt": [user("q")], **ANSWERS, "chat_template_kwargs": {"x": 1}}, "bad field", "chat_template_kwargs must be"),
+        (
+            {"prompt": [user("q")], **ANSWERS, "chat_template_kwargs": {"x": 1}},
+            "bad field",
+            "chat_template_kwargs must be",
+        ),
         ({"prompt": [user([{"type": "image"}, text("q")])], **ANSWERS}, "no image", "an image for each image part"),
-        ({"prompt": [user([{"type": "image"}, text("q")])], **ANSWERS, "images": ["a", "b"]}, "bad field", "no or 2 places"),
+        (
+            {"prompt": [user([{"type": "image"}, text("q")])], **ANSWERS, "images": ["a", "b"]},
+            "bad field",
+            "no or 2 places",
+        ),
         ({"prompt": [user([{"type": "image", "image": "a", "path": "b"}])], **ANSWERS}, "bad field", "name one image"),
-        ({"prompt": [user([{"type": "video", "video": "a.mp4"}])], **ANSWERS}, "video or audio", "blocks of text and images"),
+        (
+            {"prompt": [user([{"type": "video", "video": "a.mp4"}])], **ANSWERS},
+            "video or audio",
+            "blocks of text and images",
+        ),
         ({"prompt": [user([{"type": "input_audio", "input_audio": {}}])], **ANSWERS}, "video or audio", "blocks"),
-        ({"prompt": [user([{**PNG, "max_pixels": 9}, text("q")])], **ANSWERS}, "bad field", "the field 'max_pixels' 9"),
-        ({"prompt": [user("q")], "chosen": [assistant([PNG])], "rejected": "r"}, "bad field", "must be without images"),
+        (
+            {"prompt": [user([{**PNG, "max_pixels": 9}, text("q")])], **ANSWERS},
+            "bad field",
+            "the field 'max_pixels' 9",
+        ),
+        (
+            {"prompt": [user("q")], "chosen": [assistant([PNG])], "rejected": "r"},
+            "bad field",
+            "must be without images",
+        ),
         ({"prompt": [{**user("q"), "name": "Ada"}], **ANSWERS}, "bad field", "the field 'name' 'Ada'"),
-        ({"prompt": "p", "chosen": [user("q"), assistant("c")], "rejected": [user("q"), assistant("r")]},
-         "bad field", "prompt must agree"),
-        ({"chosen": [user("q"), assistant("c"), user("d")], "rejected": [user("q"), assistant("r")]}, "bad field", "chosen must"),
+        (
+            {"prompt": "p", "chosen": [user("q"), assistant("c")], "rejected": [user("q"), assistant("r")]},
+            "bad field",
+            "prompt must agree",
+        ),
+        (
+            {"chosen": [user("q"), assistant("c"), user("d")], "rejected": [user("q"), assistant("r")]},
+            "bad field",
+            "chosen must",
+        ),
         ({"chosen": [user("q"), assistant("c")], "rejected": [user("p"), assistant("r")]}, "bad field", "chosen must"),
-        ({"prompt": [user("q")], **ANSWERS, "images": ["a.png", None]}, "bad field", "objects with bytes, path or url"),
+        (
+            {"prompt": [user("q")], **ANSWERS, "images": ["a.png", None]},
+            "bad field",
+            "objects with bytes, path or url",
+        ),
         ({"prompt": [user("q")], **ANSWERS, "images": [["1.png", "2.png"]]}, "bad field", "got list"),
         ({"prompt": [system("s"), user([PNG, text("<image>")])], **ANSWERS}, "bad field", "0 or 1 times"),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_cannot_mean_what_it_says_is_refused(
     row: dict[str, Any], kind: str, words: str, tmp_path: Path
 ) -> None:
@@ -212,15 +277,25 @@ def test_a_row_that_cannot_mean_what_it_says_is_refused(
 def test_turns_survive_conversion(tmp_path: Path, images: Path) -> None:
     pytest.importorskip("datasets")
     rows = [
-        {"prompt": [system("s"), user("1: <image> there"), assistant("b"), user("<image>q")],
-         "chosen": [assistant("c"), user("d"), assistant("e")], "rejected": "r", "images": ["a.png", "sub/b.jpg"]},
+        {
+            "prompt": [system("s"), user("1: <image> there"), assistant("b"), user("<image>q")],
+            "chosen": [assistant("c"), user("d"), assistant("e")],
+            "rejected": "r",
+            "images": ["a.png", "sub/b.jpg"],
+        },
         {"prompt": EARLIER, **ANSWERS},
         {"prompt": "one turn <image>", **ANSWERS, "image": "a.png"},
-    ]  # fmt: skip
+    ]
     source = open_rows(images, rows)
     pairs = [source.read(index)[1] for index in range(3)]
     place: Any = source
-    for name, format in (("1.jsonl", "pairs"), ("2.jsonl", "trl"), ("3", "hf"), ("4.jsonl", "trl"), ("5.jsonl", "pairs")):
+    for name, format in (
+        ("1.jsonl", "pairs"),
+        ("2.jsonl", "trl"),
+        ("3", "hf"),
+        ("4.jsonl", "trl"),
+        ("5.jsonl", "pairs"),
+    ):
         count, skipped = convert(place, tmp_path / name, format, kind="conversational")  # type: ignore[arg-type]
         assert (count, skipped.total) == (3, 0)
         place = open_pairs(tmp_path / name)

@@ -24,8 +24,8 @@ from mpo_ext.data.records import Pair
 from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.mixture import Mixture
+from mpo_ext.train.recipe import SourceRecipe
 from mpo_ext.train.sampler import StepSampler, micro_batches
-from mpo_ext.train.source_recipe import SourceRecipe
 
 ALL = os.environ.get("MPO_EXACTNESS_ALL") == "1"
 STEPS = 20

@@ -14,7 +14,7 @@ from mpo_ext.data.jsonl import write_pairs
 from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.train.mixture import Mixture
-from mpo_ext.train.source_recipe import SourceRecipe
+from mpo_ext.train.recipe import SourceRecipe
 
 
 def pairs_file(path: Path, count: int, name: str = "q") -> SourceRecipe:
