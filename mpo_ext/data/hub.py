@@ -69,7 +69,7 @@ def load_hub(
         here = "" if path.startswith(_PREFIX) else f"no file or folder {path} exists here, and "
         raise ValueError(
             f"path must be a file or folder here, or a dataset of the Hugging Face hub, got {path}: {here}{state}: "
-            f"{type(error).__name__}: {_one_line(error)}"
+            f"{type(error).__name__}: {_one_line(error.__cause__ or error)}"
         ) from error
     return pick_split(path, loaded, split)
 

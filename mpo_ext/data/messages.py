@@ -31,8 +31,8 @@ _PART_FIELDS = {"type", "text", "detail", *_PATH_FIELDS}
 def row_images(row: Mapping[str, Any], save_image: SaveImage | None) -> list[str]:
     """Returns the image paths in the fields ``image`` and ``images`` of a row.
 
-    Either field may hold an image or a list of images. An image is a path, or an object with ``bytes``, ``path`` or
-    ``url``. ``save_image`` stores bytes and returns the path; None: bytes raise FieldError.
+    Either field may hold an image or a list of images. An image is a path, bytes, or an object with ``bytes``,
+    ``path`` or ``url``. ``save_image`` stores bytes and returns the path; None: bytes raise FieldError.
 
     Raises:
         FieldError: If a value is not an image, or the two fields differ.
@@ -53,6 +53,8 @@ def row_images(row: Mapping[str, Any], save_image: SaveImage | None) -> list[str
 
 def image_path(name: str, image: object, save_image: SaveImage | None) -> str:
     """Returns the path of an image of a row; see ``row_images``."""
+    if isinstance(image, bytes):
+        image = {"bytes": image}
     if isinstance(image, str) and image:
         return image
     if isinstance(image, Mapping):
@@ -162,10 +164,21 @@ def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
     Raises:
         FieldError: If a message is invalid, calls a tool, or has a part or a field that this package does not use.
     """
-    messages = [value] if isinstance(value, Mapping) else value
+    messages = _unbundled(value)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise FieldError(f"{name} must be text or a list of messages, got {shorten(value)}")
     return [_turn(name, message, images) for message in messages]
+
+
+def _unbundled(value: object) -> object:
+    """Returns a message as a list, and a dict of lists, in which older datasets store messages, as messages."""
+    if not isinstance(value, Mapping):
+        return value
+    columns = list(value.values())
+    is_bundle = value.keys() in ({"from", "value"}, {"role", "content"}) and all(isinstance(c, list) for c in columns)
+    if is_bundle and len(columns[0]) == len(columns[1]):
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [value]
 
 
 def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
@@ -173,7 +186,7 @@ def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
     is_sharegpt = "from" in message and "role" not in message
     role_field, content_field = ("from", "value") if is_sharegpt else ("role", "content")
     role = message.get(role_field)
-    if role in _TOOL_ROLES or (isinstance(role, str) and role.replace("-", "_") in _TOOL_ROLES):
+    if isinstance(role, str) and role.replace("-", "_") in _TOOL_ROLES:
         raise FieldError(f"{name} must be turns without tools, got a turn of {role!r}", kind=TOOLS)
     if not isinstance(role, str) or role not in _ROLES:
         known = ", ".join(_ROLES)

@@ -125,6 +125,11 @@ def test_shards_of_different_columns_lose_no_image_silently(images: Path, tmp_pa
             Pair("q", "c", "r", extra={"n": 2.5, "no": None, "when": "2026-01-02"}),
         ),
         (
+            "sharegpt",
+            {"conversations": {"from": ["human"], "value": ["q"]}, "chosen": "c", "rejected": "r"},
+            Pair("q", "c", "r"),
+        ),
+        (
             "pairs",
             {"question": "q", "chosen": "c", "rejected": "r", "images": ["a.png"]},
             Pair("q", "c", "r", ("a.png",)),
@@ -152,6 +157,18 @@ def test_the_column_image_of_a_dataset_is_taken(images: Path, tmp_path: Path, ca
     assert second == Pair("q", "c", "r")
     assert isinstance(third, BadLine)
     assert third.kind == "no image"
+
+
+@pytest.mark.parametrize("with_path", [True, False])
+def test_images_of_parquet_files_without_features(with_path: bool, images: Path, tmp_path: Path, cache: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    content = (images / "a.png").read_bytes()
+    image = {"bytes": content, "path": "a.png"} if with_path else content
+    table = {"prompt": ["q"], "chosen": ["c"], "rejected": ["r"], "image": [image]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+    (image_path,) = open_pairs(tmp_path / "t.parquet").pairs[0].images
+    assert Path(image_path).parent == cache / "images"
+    assert Path(image_path).read_bytes() == content
 
 
 def test_images_inside_messages_of_a_dataset_are_not_decoded(images: Path, tmp_path: Path) -> None:
