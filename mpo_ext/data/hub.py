@@ -65,7 +65,9 @@ def load_hub(
     try:
         loaded = datasets.load_dataset(name, name=config, revision=revision)
     except Exception as error:  # datasets and huggingface_hub raise many types
-        state = "the hub is offline (HF_HUB_OFFLINE) and the cache does not hold it" if offline else "the hub answered"
+        state = "loading it from the hub failed"
+        if offline:
+            state = "the hub is offline (HF_HUB_OFFLINE) and the cache does not hold it"
         here = "" if path.startswith(_PREFIX) else f"no file or folder {path} exists here, and "
         raise ValueError(
             f"path must be a file or folder here, or a dataset of the Hugging Face hub, got {path}: {here}{state}: "
