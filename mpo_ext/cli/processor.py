@@ -49,8 +49,8 @@ def check_processor(
         OSError: If a file cannot be read.
         ValueError: If the model, or its chat template, cannot be used.
     """
-    from mpo_ext.processors import load_without_weights
     from mpo_ext.evaluate.models import find_model
+    from mpo_ext.processors import load_without_weights
     from mpo_ext.train.encode import Encoder
     from mpo_ext.train.proof import prove
 
