@@ -8,6 +8,7 @@ from mpo_ext.checks import install_hint
 from mpo_ext.generate.engine import Generation, Request
 from mpo_ext.generate.transformers_engine import make_generation
 from mpo_ext.images import load_image
+from mpo_ext.processors import load_processor
 
 
 class VLLMEngine:
@@ -23,7 +24,7 @@ class VLLMEngine:
 
     Raises:
         ChatError: If the chat template cannot be used.
-        ImportError: If vllm is missing.
+        ImportError: If vllm is missing, or the processor needs torchvision, which is missing.
     """
 
     def __init__(
@@ -89,10 +90,7 @@ def _load_processor(model: str, options: Mapping[str, Any]) -> tuple[Any, list[i
 
     hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
     config = transformers.AutoConfig.from_pretrained(model, **hub)
-    has_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    processor = (transformers.AutoProcessor if has_images else transformers.AutoTokenizer).from_pretrained(
-        model, **hub
-    )
+    processor = load_processor(model, config, **hub)
     try:
         ids = transformers.GenerationConfig.from_pretrained(model, **hub).eos_token_id
     except OSError:  # the model has no generation_config.json
