@@ -90,10 +90,9 @@ def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair |
         advice = "pairs holds them" if format == "mmpr" else "the kind conversational holds them"
         reason = f"{format} must have a prompt and responses of one turn, got several in {', '.join(turns)}: {advice}"
         return BadLine(where, "several turns", reason)
-    if format == "mmpr":
-        if names := sorted(pair.extra.keys() & _MMPR_FIELDS):
-            reason = f"extra must not hold a field that the line itself has, got {', '.join(map(repr, names))}"
-            return BadLine(where, "bad field", reason)
+    if format == "mmpr" and (names := sorted(pair.extra.keys() & _MMPR_FIELDS)):
+        reason = f"extra must not hold a field that the line itself has, got {', '.join(map(repr, names))}"
+        return BadLine(where, "bad field", reason)
     return _with_readable_images(where, pair) if format == "hf" else pair
 
 
