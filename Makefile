@@ -10,7 +10,7 @@ DEV_EXTRAS ?= dev
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench sanitize gpu-check clean
+.PHONY: demo test lint docs bench sanitize gpu-check zoo-trl clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
@@ -36,6 +36,11 @@ docs: $(BIN)/python
 # of README.md and docs/.
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks --docs
+
+# Compares the token ids of the families of models in tests/zoo with those that TRL makes.
+zoo-trl: $(VENV)/.dev
+	$(BIN)/pip install --quiet --no-deps --target build/trl 'trl==1.16.*'
+	PYTHONPATH=build/trl:tests/zoo $(BIN)/python tests/zoo/compare_with_trl.py
 
 # Runs everything that needs a GPU and writes a report to gpu-report/.
 gpu-check: $(VENV)/.dev

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages, message_turns
+from mpo_ext.chat.decoding import possible_texts, squash
 from mpo_ext.chat.template import (
     OPEN_TAG,
     PROBE,
@@ -17,6 +18,7 @@ from mpo_ext.chat.template import (
     find_end,
     find_form,
     freeze_date,
+    special_ids,
 )
 
 _CONTEXT = 16  # number of prompt tokens that are decoded with a response, so that the response keeps its spaces
@@ -110,6 +112,7 @@ class ChatEncoder:
         self.date = date or datetime.date.today()
         self.embedding_rows = embedding_rows
         self.notices: tuple[str, ...] = ()
+        self._special_ids = special_ids(self.tokenizer)
         self._prefix_ids, self._suffix_ids = _added_tokens(self.tokenizer)
         self._last: tuple[Conversation, EncodedPrompt] | None = None
         self.form = TurnForm()
@@ -144,6 +147,7 @@ class ChatEncoder:
             else:
                 messages = chat_messages(conversation, as_parts=self.is_multimodal)
                 text = self._prompt_text(messages)
+                _check_turns(messages, text)
         except ChatError:
             raise
         except ValueError as error:
@@ -207,16 +211,23 @@ class ChatEncoder:
         ``ids`` end before the token that ends the turn. Special tokens are kept, because some models write boxes with
         them.
         """
-        prompt = self.prompt(conversation)
-        context = prompt.ids[-_CONTEXT:]
-        head, text = self.decode(context), self.decode([*context, *ids])
-        text = text[len(head) :] if text.startswith(head) else self.decode(ids)
+        ids, prompt = list(ids), self.prompt(conversation)
+        texts = possible_texts(self.decode, self._special_ids, prompt.ids[-_CONTEXT:], ids)
         lead = self.form.lead if not self.form.lead.strip() else ""
-        if not head.endswith(prompt.text[-1:]):  # the tokenizer drops white space at the end of a text
+        if not self.decode(prompt.ids[-_CONTEXT:]).endswith(prompt.text[-1:]):  # white space at the end is not decoded
             lead = prompt.text[len(prompt.text.rstrip()) :] + lead
-        text = text.removeprefix(lead)
-        white = self.form.tail[: len(self.form.tail) - len(self.form.tail.lstrip())]
-        return text.removesuffix(white) if white else text
+        tail = self.form.tail if self.ends_in_tail else ""
+        white = tail[: len(tail) - len(tail.lstrip())]
+        texts = list(dict.fromkeys(text.removeprefix(lead).removesuffix(white) for text in texts))
+
+        def score(text: str) -> tuple[int, bool]:
+            try:
+                encoded = self.response_ids(conversation, text)[:-1]
+            except ChatError:
+                return -1, False
+            return common_length(encoded, ids), encoded == ids
+
+        return texts[0] if len(texts) == 1 else max(texts, key=score)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, including special tokens."""
@@ -247,8 +258,9 @@ class ChatEncoder:
         if self.response(conversation, PROBE).is_split:
             end = self.prompt_text(conversation)[-20:]
             self._say(f"the tokenizer merges the end of the prompt, {end!r}, with the response: tokenized apart")
-        begin = self.tokenizer.bos_token_id
-        if begin is not None and self.prompt_ids(conversation).count(begin) > 1:
+        begin, prompt = self.tokenizer.bos_token_id, self.prompt(conversation)
+        added = self._prefix_ids if self.adds_special_tokens(prompt.text) else ()
+        if begin in added and begin in prompt.ids[len(added) :]:
             self._say(
                 f"prompts have {self.tokenizer.bos_token!r} twice: the template writes it, and the processor adds it"
             )
@@ -274,12 +286,13 @@ class ChatEncoder:
         """Returns the text of the conversation with the response."""
         if self.chat_template is None:
             return prompt.text + response
-        for text in self._renderings(response):
+        for text in _renderings(response, self.form.opened):
             whole = self._renderer.render(
                 [*prompt.messages, self._renderer.turn("assistant", text)], generation_prompt=False
             )
             if whole.startswith(prompt.text):
-                if _squash(text) not in _squash(whole[len(prompt.text) :]):
+                block = OPEN_TAG.search(prompt.text)  # a response may begin with the block that the prompt opens
+                if squash(text) not in squash(whole[block.start() if block else len(prompt.text) :]):
                     raise ChatError(
                         f"the chat template must write the response unchanged, got {whole[len(prompt.text) :][:80]!r} "
                         f"for {response[:80]!r}"
@@ -291,14 +304,6 @@ class ChatEncoder:
             f"{whole[common_length(whole, prompt.text) :][:80]!r}"
             + (f": the response must close the block {self.form.opened!r}" if self.form.opened else "")
         )
-
-    def _renderings(self, response: str) -> list[str]:
-        """Returns the response and, if it continues a block that the generation prompt opens, the completed block."""
-        opened = self.form.opened
-        tag = OPEN_TAG.search(opened)
-        if tag and f"</{tag[1]}>" in response and f"<{tag[1]}>" not in response:
-            return [response, opened + response]
-        return [response]
 
     def _several(self, prompt: EncodedPrompt, turns: Sequence[Mapping[str, Any]]) -> EncodedResponse:
         """Encodes a response of several turns; only the assistant's turns are targets."""
@@ -399,6 +404,28 @@ def _plain_prompt(conversation: Conversation, image: str) -> str:
     return f"{image * missing}{conversation.question.replace(IMAGE_PLACEHOLDER, image)}\n"
 
 
+def _renderings(response: str, opened: str) -> list[str]:
+    """Returns the response and, if it continues the block that the generation prompt opens, the completed block."""
+    tag = OPEN_TAG.search(opened)
+    if tag and f"</{tag[1]}>" in response and not response.lstrip().startswith(f"<{tag[1]}>"):
+        return [response, opened + response]
+    return [response]
+
+
+def _check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raises ``ChatError`` if a template leaves out the text of a turn; thoughts of earlier turns may be left out."""
+    written = squash(text)
+    for message in messages:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+        for part in parts:
+            if squash(part.rpartition("</think>")[2] if message["role"] == "assistant" else part) not in written:
+                raise ChatError(
+                    f"the chat template must write the text of each turn, got none of the {message['role']}'s "
+                    f"{part[:80]!r}: leave the turn out, or pass another chat_template"
+                )
+
+
 def _tokenize_apart(
     tokenizer: Any, decode: Callable[[Sequence[int]], str], context: list[int], text: str
 ) -> list[int] | None:
@@ -421,8 +448,3 @@ def _added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if ids[start : start + len(plain)] == plain:
             return tuple(ids[:start]), tuple(ids[start + len(plain) :])
     return (), ()
-
-
-def _squash(text: str) -> str:
-    """Returns the text without white space, because templates trim and move it."""
-    return "".join(unicodedata.normalize("NFC", text).split())

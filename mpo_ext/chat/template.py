@@ -94,8 +94,8 @@ class Renderer:
         )
 
 
-def common_length(left: str, right: str) -> int:
-    """Returns the number of characters at the beginning of both texts that are equal."""
+def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Returns the number of characters or ids at the beginning of both that are equal."""
     pairs = zip(left, right, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
@@ -139,6 +139,11 @@ def find_form(renderer: Renderer) -> tuple[TurnForm, str | None]:
     )
 
 
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Returns the ids of all special and added tokens."""
+    return frozenset({*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})})
+
+
 def find_end(form: TurnForm, tokenizer: Any) -> tuple[int, int]:
     """Returns the id that ends a turn, and how often the template writes it after a response (0: never).
 
@@ -146,9 +151,9 @@ def find_end(form: TurnForm, tokenizer: Any) -> tuple[int, int]:
         ChatError: If the template ends a turn with ordinary text, or if neither it nor the tokenizer has an end.
     """
     tail = form.tail
-    special_ids = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
     ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []
-    end = next((token for token in ids if token in special_ids and tokenizer.decode([token]).strip()), None)
+    special = special_ids(tokenizer)
+    end = next((token for token in ids if token in special and tokenizer.decode([token]).strip()), None)
     if end is not None:
         return end, ids.count(end)
     if tail.strip():

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mpo_ext.chat import ChatEncoder, Conversation, chat_messages
 from mpo_ext.chat.conversation import message_turns
+from mpo_ext.chat.decoding import squash
+from mpo_ext.chat.template import OPEN_TAG
 from mpo_ext.checks import LinesError
 from mpo_ext.data.records import Pair
 from mpo_ext.images import load_image
@@ -125,7 +127,8 @@ def _decoding_problems(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator
         if sample.is_cut or f"{side}_messages" in pair.source:
             continue
         response, text = getattr(pair, side), chat.response_text(conversation, ids[:-1])
-        if _squash(response) not in _squash(text):
+        block = OPEN_TAG.search(chat.prompt_text(conversation))  # a response may begin with the block of the prompt
+        if squash(response) not in squash(f"{block[0]}{text}" if block else text):
             yield f"the ids of {side} must decode to the response, got {text[:80]!r} for {response[:80]!r}"
         if ids[-1] not in chat.stop_ids:
             yield f"{side} must end with a token at which sampling stops, got {ids[-1]}"
@@ -137,10 +140,11 @@ def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
     if chat.chat_template is None:
         return
     prompt, images = sample.prompt_ids.tolist(), [load_image(path) for path in pair.images]
-    messages = _with_images(chat, conversation_of(pair, sample.name), images)
+    conversation = conversation_of(pair, sample.name)
+    messages = _with_images(chat, conversation, images)
     if not chat.form.ignores_generation_prompt:
         expected = chat.processor_ids(messages, generation_prompt=True)
-        suffix = chat.added_suffix if chat.adds_special_tokens(chat.decode(expected[:8])) else 0
+        suffix = chat.added_suffix if chat.adds_special_tokens(chat.prompt_text(conversation)) else 0
         yield from _difference(encoder, "the prompt", prompt, expected[: len(expected) - suffix])
     if not chat.ends_in_tail or chat.form.opened or sample.is_split or sample.is_cut:
         return  # the ids follow a rule beyond the template
@@ -205,7 +209,3 @@ def _marked(encoder: Encoder, ids: Tensor, targets: Tensor | None) -> str:
         part = encoder.chat.decode([token for token, _ in group])
         text += f"[[{part}]]" if marked else part
     return text
-
-
-def _squash(text: str) -> str:
-    return "".join(text.split())

@@ -1,0 +1,89 @@
+"""A model of transformers whose next tokens are given, and a stand-in for vLLM that answers with them."""
+
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class ScriptedConfig(PretrainedConfig):
+    model_type = "scripted"
+
+
+class ScriptedModel(PreTrainedModel, GenerationMixin):
+    """Writes the ids of a script after any prompt, one at each step: the logits are one-hot.
+
+    Attributes:
+        script: Ids to write; the last id is written again and again.
+        prompts: Token ids of the prompts.
+        scripts: Scripts of the following calls, which replace ``script``.
+    """
+
+    config_class = ScriptedConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(ScriptedConfig(vocab_size=vocab_size, num_hidden_layers=1))
+        self.embedding = torch.nn.Embedding(vocab_size, 1)
+        self.script: list[int] = []
+        self.scripts: list[list[int]] = []
+        self.prompts: list[list[int]] = []
+        self.post_init()
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embedding
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Accepts the inputs of every family; the images are ignored."""
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **inputs: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids}
+
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> CausalLMOutput:
+        (row,) = input_ids.tolist()  # a batch of one has no padding
+        if not self.prompts or len(row) <= len(self.prompts[-1]) or row[: len(self.prompts[-1])] != self.prompts[-1]:
+            self.prompts.append(row)
+            self.script = self.scripts.pop(0) if self.scripts else self.script
+        done = len(row) - len(self.prompts[-1])
+        token = self.script[min(done, len(self.script) - 1)]
+        logits = torch.full((1, len(row), self.config.vocab_size), -1e4)
+        logits[:, -1, token] = 1e4
+        return CausalLMOutput(logits=logits)
+
+
+class FakeVLLM(types.ModuleType):
+    """Stands in for vLLM: notes the prompts, and answers each with the ids of a script."""
+
+    def __init__(self, script: Sequence[int] = ()) -> None:
+        super().__init__("vllm")
+        self.script = list(script)
+        self.prompts: list[dict[str, Any]] = []
+        self.params: list[Any] = []
+        module = self
+
+        class SamplingParams:
+            def __init__(self, **options: Any) -> None:
+                self.options = options
+
+        class LLM:
+            def __init__(self, **options: Any) -> None:
+                pass
+
+            def generate(self, prompts: list[dict[str, Any]], params: list[Any], use_tqdm: bool) -> list[Any]:
+                module.prompts += prompts
+                module.params += params
+                completions = []
+                for one in params:
+                    stops = one.options["stop_token_ids"]
+                    end = next((place for place, token in enumerate(module.script) if token in stops), None)
+                    ids = module.script if end is None else module.script[: end + 1]
+                    reason = "length" if end is None else "stop"
+                    stop = None if end is None else ids[-1]
+                    completion = types.SimpleNamespace(token_ids=ids, finish_reason=reason, stop_reason=stop)
+                    completions.append(types.SimpleNamespace(outputs=[completion]))
+                return completions
+
+        self.LLM, self.SamplingParams = LLM, SamplingParams

@@ -1,0 +1,109 @@
+"""Random templates, tokenizers and conversations: the ids are the template's own, or the encoder refuses."""
+
+import collections
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+pytest.importorskip("hypothesis")
+
+import transformers
+from hypothesis import HealthCheck, given, settings
+from zoo_cases import Case, cases
+from zoo_oracle import compare, conversation_of, messages_of
+from zoo_tokenizers import METASPACE
+
+from mpo_ext.chat import ChatError
+from mpo_ext.data.records import Pair
+from mpo_ext.train.encode import BadPairError, Encoder, Sample
+from mpo_ext.train.proof import prove
+
+# MPO_ZOO_CASES=2000 runs the long version. The short one takes the same cases each time.
+CASES = int(os.environ.get("MPO_ZOO_CASES", "200"))
+ENCODED, REFUSED = "encoded", "refused"
+OTHER = "<think>\nNo.\n</think>\n\nSomething else."  # the rejected response
+
+transformers.logging.set_verbosity_error()
+
+
+def encode(case: Case) -> str:
+    """Encodes a case and compares the ids with the template's; returns whether it was encoded or refused."""
+    processor: Any = case.tokenizer.build()
+    template = case.template.jinja()
+    messages = messages_of(processor, case.turns)
+    response = written(case, processor, messages)
+    conversation = conversation_of(messages)
+    pair = Pair("", case.response, OTHER, extra={"$source": {"messages": list(conversation.messages)}})
+    try:
+        trainer = Encoder(processor, chat_template=template)
+        sample = trainer.encode(pair, "pairs.jsonl:1")
+    except (ChatError, BadPairError):
+        return REFUSED
+    assert isinstance(sample, Sample)
+    encoder = trainer.chat
+    encoded = encoder.response(conversation, case.response)
+    assert sample.chosen_ids.tolist() == encoded.ids
+    suffix = case.tokenizer.suffix if case.tokenizer.in_processor else 0
+    compare(
+        encoder,
+        messages,
+        response,
+        sample.prompt_ids.tolist(),
+        encoded.ids,
+        is_split=encoded.is_split,
+        adds_header=case.template.adds_header,
+        suffix=suffix,
+        chat_template=template,
+    )
+    assert all(encoded.is_target)
+    assert prove(trainer, [(pair, "pairs.jsonl:1")]).problems == ()
+    # SentencePiece cannot tell its sign for a space from a space, and no text says which of two blocks a prompt opens.
+    if METASPACE not in case.response and case.response.count("<think>") < 2:
+        text = encoder.response_text(conversation, encoded.ids[:-1])
+        try:
+            ids = encoder.response_ids(conversation, text)
+        except ChatError as error:  # sampled thoughts without an end are not trained
+            if "must close the block" not in str(error):
+                raise
+        else:
+            assert ids == encoded.ids
+    return ENCODED
+
+
+def written(case: Case, processor: Any, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the assistant's message: a response to a prompt that ends with ``<think>`` closes this block."""
+    (plain,) = messages_of(processor, [("assistant", case.response)])
+    block = re.search(r"<think>\s*$", case.template.generation or "")
+    continues = "</think>" in case.response and not case.response.lstrip().startswith("<think>")
+    if case.template.ignores != "no" or not block or not continues:
+        return plain
+    options = {"chat_template": case.template.jinja(), "tokenize": False}
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **options)
+    if processor.apply_chat_template([*messages, plain], **options).startswith(prompt):
+        return plain
+    (closed,) = messages_of(processor, [("assistant", block[0] + case.response)])
+    return closed
+
+
+def test_the_ids_are_the_template_s_or_the_encoder_refuses() -> None:
+    counts: collections.Counter[str] = collections.Counter()
+
+    @settings(
+        max_examples=CASES,
+        deadline=None,
+        derandomize=CASES == 200,
+        database=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases())
+    def run(case: Case) -> None:
+        counts[encode(case)] += 1
+
+    run()
+    print(f"{counts[ENCODED]} encoded, {counts[REFUSED]} refused, 0 wrong")
+    assert counts[ENCODED] > CASES / 3
+    assert counts[REFUSED] > CASES / 20
