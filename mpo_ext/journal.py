@@ -71,8 +71,8 @@ class Journal:
                 self._write([{"format": _FORMAT, "settings": self.settings}])
                 self._sync()
                 sync_folder(self.path.parent)
-            elif differences := list(_differences(header, self.settings)):
-                raise SettingsMismatchError(self.path, differences)
+            elif changes := list(differences(header, self.settings)):
+                raise SettingsMismatchError(self.path, changes)
             self._close = stack.pop_all()
         return self
 
@@ -174,10 +174,11 @@ def _line_start(file: int, end: int) -> int:
     return 0
 
 
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields the dotted name and both values of each difference between nested settings; "(absent)": no value."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
-            yield from _differences(old.get(key, _MISSING), new.get(key, _MISSING), f"{name}.{key}" if name else key)
+            yield from differences(old.get(key, _MISSING), new.get(key, _MISSING), f"{name}.{key}" if name else key)
     elif old != new:
         yield name, old, new
 

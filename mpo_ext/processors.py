@@ -1,6 +1,7 @@
 """Loads a model's processor, and refuses models that the package cannot use, before the weights are loaded."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.metadata
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 from mpo_ext.checks import install_hint
 
+_HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
 _TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "decoder")  # parts that may hold the decoder's config
 
 
@@ -39,6 +41,48 @@ def load_processor(path: str, config: Any, **options: Any) -> Any:
         processor = loader.from_pretrained(path, **options)
     check_supported(config, processor)
     return processor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadedProcessor:
+    """The processor of a model.
+
+    Attributes:
+        processor: Processor, or the tokenizer of a text model.
+        config: Config of the model.
+        stop_ids: Ids at which the model stops, from ``generation_config.json``, or else from the config.
+        embedding_rows: Number of rows of the input embedding according to the config; None: the config has none.
+    """
+
+    processor: Any
+    config: Any
+    stop_ids: tuple[int, ...]
+    embedding_rows: int | None
+
+
+def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
+    """Loads the processor of a model and the parts of its configs that belong to it.
+
+    ``options`` are those of ``from_pretrained``, of which those that do not concern the location are ignored.
+
+    Raises:
+        ImportError: If the processor needs torchvision, which is missing.
+        OSError: If a file is missing.
+        ValueError: If transformers or this package does not support the model.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
+    with _torchvision_errors(path):
+        config = AutoConfig.from_pretrained(path, **hub)
+    processor = load_processor(path, config, **hub)
+    text_config = config.get_text_config()
+    try:
+        stop_ids = GenerationConfig.from_pretrained(path, **hub).eos_token_id
+    except OSError:  # the model has no generation_config.json
+        stop_ids = getattr(text_config, "eos_token_id", None)
+    ids = () if stop_ids is None else (stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids)
+    return LoadedProcessor(processor, config, ids, getattr(text_config, "vocab_size", None))
 
 
 def check_model(path: str, **options: Any) -> None:

@@ -355,6 +355,18 @@ class ChatEncoder:
             raise ChatError(f"a response must not hold an end of the turn, got {token!r} in {response[:80]!r}")
 
 
+def with_date(chat: ChatEncoder, date: datetime.date) -> ChatEncoder:
+    """Returns the same encoder for another date."""
+    return ChatEncoder(
+        chat.processor,
+        chat_template=chat.chat_template,
+        chat_template_kwargs=chat.chat_template_kwargs,
+        date=date,
+        stop_ids=chat.stop_ids,
+        embedding_rows=chat.embedding_rows,
+    )
+
+
 def stop_ids_of(model: Any) -> list[int]:
     """Returns the ids at which a model stops, from its ``generation_config``."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.cli.shared import Command, add_debug, add_root_map, at_least, command, root_map
+from mpo_ext.cli.shared import Command, add_chat, add_debug, add_root_map, at_least, command, root_map
 
-_FORMATS = ("mmpr", "pairs", "trl", "hf")
+# The names in ``mpo_ext.data.formats``, which is imported when a command runs.
+_FORMATS = ("mmpr", "pairs", "trl", "sharegpt", "alpaca", "swift", "openai", "rlaif-v", "hf")
+_WRITABLE = ("mmpr", "pairs", "trl", "hf")
 _KINDS = ("standard", "conversational")
 
 
@@ -27,11 +29,18 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 def _add_command(commands: Any, name: str, text: str, run: Command) -> argparse.ArgumentParser:
     """Adds a command with the help ``text`` and the options that all commands share."""
     parser = commands.add_parser(name, help=text)
-    parser.add_argument("path", type=Path, help="meta file (.json), file of lines (.jsonl), or folder of a HF dataset")
-    parser.add_argument("--from", dest="format", choices=_FORMATS, help="format of PATH (default: detected)")
+    text = "meta file, file of rows (.jsonl, .json, .csv, .parquet, also .gz), folder of a dataset, or hf://owner/name"
+    parser.add_argument("path", help=text)
+    parser.add_argument("--from", dest="format", choices=_FORMATS, help="format of the rows (default: detected)")
     parser.add_argument("--root", type=Path, help="folder that relative images start at (default: that of PATH)")
     add_root_map(parser)
-    parser.add_argument("--image-dir", type=Path, help="folder for images of a HF dataset that have no path")
+    text = "folder for images that rows hold as bytes (default: mpo_ext/images beside the cache of datasets)"
+    parser.add_argument("--image-dir", type=Path, help=text)
+    parser.add_argument("--split", help="split of a dataset that has several")
+    parser.add_argument("--revision", help="branch, tag or commit of a dataset of the Hugging Face hub")
+    parser.add_argument("--config", help="configuration of a dataset of the Hugging Face hub that has several")
+    text = "field that is removed from each row before it is read; may be repeated"
+    parser.add_argument("--ignore", action="append", default=[], metavar="FIELD", help=text)
     parser.add_argument(
         "--max-line-bytes", type=at_least(1), default=16 << 20, help="a longer line is a bad line (default: 16 MiB)"
     )
@@ -50,6 +59,9 @@ def _add_check(commands: Any) -> None:
         "--examples", type=at_least(0), default=5, help="number of findings shown of each kind (default: 5)"
     )
     parser.add_argument("--json", type=Path, help="also write the report to this file")
+    text = "also encode the first pairs with the processor of this model (folder or name), as training does"
+    parser.add_argument("--model", help=text)
+    add_chat(parser)
 
 
 def _add_stats(commands: Any) -> None:
@@ -65,7 +77,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 def _add_convert(commands: Any) -> None:
     parser = _add_command(commands, "convert", "write pairs in another format", _convert)
     parser.add_argument("out", type=Path, help="folder for mmpr and hf, file for pairs and trl")
-    parser.add_argument("--to", choices=_FORMATS, required=True, help="format to write")
+    parser.add_argument("--to", choices=_WRITABLE, required=True, help="format to write")
     parser.add_argument("--kind", choices=_KINDS, default="standard", help="kind of TRL's format (default: standard)")
     parser.add_argument("--out-root", type=Path, help="for mmpr: image folder of pairs that were not read from MMPR")
     parser.add_argument("--name", default="pairs", help="for mmpr: name of the subset of these pairs (default: pairs)")
@@ -88,7 +100,8 @@ def _add_view(commands: Any) -> None:
 def _open(args: argparse.Namespace) -> Any:
     from mpo_ext.data.sources import open_pairs
 
-    settings = {name: getattr(args, name) for name in ("format", "root", "image_dir", "max_line_bytes")}
+    names = ("format", "root", "image_dir", "max_line_bytes", "split", "revision", "config", "ignore")
+    settings = {name: getattr(args, name) for name in names}
     return open_pairs(args.path, root_map=root_map(args), **settings)
 
 
@@ -136,9 +149,21 @@ def _check(args: argparse.Namespace) -> int:
         for kind, findings in report.examples.items():
             for finding in findings:
                 console.print(f"{finding.where}: {kind}: {_printable(finding.message)}", markup=False, highlight=False)
+    values = report.to_dict()
+    is_valid = report.is_clean
+    if args.model is not None:
+        from mpo_ext.cli.processor import check_processor, good_pairs
+
+        encoded = check_processor(args, args.model, good_pairs(source))
+        values["model"] = encoded.to_dict()
+        for line in (*(f"{name:<20}{fact}" for name, fact in encoded.facts), *encoded.lines):
+            console.print(_printable(line), markup=False, highlight=False)
+        if encoded.problems:
+            console.print(f"NOT VALID: {_printable('; '.join(encoded.problems))}", markup=False, highlight=False)
+        is_valid = is_valid and not encoded.problems
     if args.json is not None:
-        write_json(args.json, report.to_dict())
-    return 0 if report.is_clean else 1
+        write_json(args.json, values)
+    return 0 if is_valid else 1
 
 
 @command("data stats", extra="data", failure=2)
@@ -169,7 +194,7 @@ def _convert(args: argparse.Namespace) -> int:
     written = args.out / "meta.json" if args.to == "mmpr" else args.out
     if written.exists() and not args.force:
         raise FileExistsError(f"out must not exist without --force, got {written}")
-    if args.out.exists() and args.to != "mmpr" and args.out.samefile(args.path):
+    if args.out.exists() and args.to != "mmpr" and Path(args.path).exists() and args.out.samefile(args.path):
         raise ValueError(f"out must be another place than path, got {args.out}")
     source, warn = _open_with_warning(args)
     try:
@@ -202,7 +227,8 @@ def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:
     origin = "detected" if args.format is None else "set by --from"
     pairs = sum(subset.pairs for subset in stats.values())
     text_only = sum(subset.text_only for subset in stats.values())
-    return f"Format {source.format} ({origin}): {pairs - text_only:,} of {pairs:,} pairs with images"
+    place = f"{source.path}: " if source.path.startswith("hf://") else ""
+    return f"{place}Format {source.format} ({origin}): {pairs - text_only:,} of {pairs:,} pairs with images"
 
 
 def _stats_table(stats: Any, unit: str) -> Any:

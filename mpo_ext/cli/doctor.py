@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import mpo_ext
+from mpo_ext.cli import shared
 
 _PACKAGES = ("torch", "numpy", "transformers", "accelerate", "triton")
 _BACKENDS = "mpo_ext.ops.backends"
@@ -19,15 +20,41 @@ _VISION = "the processors of some vision models need it (extra 'vision')"
 
 
 def add_parser(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subcommands.add_parser("doctor", help="print what is installed and which backends can run here")
+    parser = subcommands.add_parser(
+        "doctor",
+        help="print what is installed and which backends can run here, and check a model's chat template",
+        description="Prints what is installed and which backends can run here. With MODEL, also encodes a question as "
+        "training does and compares the token ids with those of the model's processor; weights are not loaded.",
+    )
+    parser.add_argument("model", nargs="?", help="folder of a model, of a run or of adapters, or a name on the hub")
+    shared.add_chat(parser)
+    shared.add_debug(parser)
     parser.set_defaults(run=doctor)
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Prints facts for a bug report, one per line, and returns 1 if the CPU kernels cannot run, otherwise 0."""
+    """Prints facts for a bug report, one per line.
+
+    Returns:
+        1 if the CPU kernels cannot run or the model's processor cannot be used, otherwise 0.
+    """
     for name, fact in _facts():
         print(f"{name:<20}{fact}")
-    return 0 if _try(lambda: importlib.import_module(_BACKENDS).cpu_isa())[0] else 1
+    status = 0 if _try(lambda: importlib.import_module(_BACKENDS).cpu_isa())[0] else 1
+    return status if args.model is None else max(status, _check_model(args))
+
+
+@shared.command("doctor", extra="train")
+def _check_model(args: argparse.Namespace) -> int:
+    from mpo_ext.cli.processor import check_processor
+
+    report = check_processor(args, args.model)
+    print()
+    for name, fact in report.facts:
+        print(f"{name:<20}{fact}")
+    print("\n".join(report.lines))
+    print("NOT VALID: " + "; ".join(report.problems) if report.problems else "valid: the ids are the processor's")
+    return 1 if report.problems else 0
 
 
 def _facts() -> Iterator[tuple[str, str]]:

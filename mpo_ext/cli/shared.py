@@ -113,6 +113,18 @@ def root_map(args: argparse.Namespace) -> list[tuple[str, str]]:
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the engine that generates responses."""
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    add_chat(parser)
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--device", help="device of transformers (default: the GPU of this process, or the CPU)")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts per batch, for transformers (default: 16)")
+    parser.add_argument(
+        "--block-size", type=int, default=64,
+        help="responses per block, the most that are lost if the process is killed (default: 64)",
+    )  # fmt: skip
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """Adds the options with which a model's processor is loaded and used."""
     parser.add_argument(
         "--engine-option", action="append", default=[], metavar="NAME=JSON",
         help="passed to from_pretrained or vllm.LLM, as in --engine-option tensor_parallel_size=2",
@@ -121,13 +133,6 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template-kwargs", metavar="JSON", default="{}",
         help="variables for the chat template, as in '{\"enable_thinking\": false}'",
-    )  # fmt: skip
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    parser.add_argument("--device", help="device of transformers (default: the GPU of this process, or the CPU)")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts per batch, for transformers (default: 16)")
-    parser.add_argument(
-        "--block-size", type=int, default=64,
-        help="responses per block, the most that are lost if the process is killed (default: 64)",
     )  # fmt: skip
 
 

@@ -70,8 +70,8 @@ def print_data(recipe: "Recipe") -> bool:
 
     is_valid, is_complete = True, True
     print("\nData")
-    for sources in filter(None, (recipe.data.train, recipe.data.eval)):
-        overviews = Mixture(sources, seed=recipe.optim.seed).inspect()
+    for name, sources in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        overviews = Mixture(sources, seed=recipe.optim.seed, name=name).inspect() if sources else []
         for overview in overviews:
             print(f"  {overview}")
             if overview.images:

@@ -10,8 +10,9 @@ import numpy as np
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_choice, check_integer
+from mpo_ext.data.media import count_places
 from mpo_ext.data.reader import BadLine, Location
-from mpo_ext.data.records import Pair
+from mpo_ext.data.records import CHOSEN_TURNS, REJECTED_TURNS, Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.stats import SubsetStats, count_words
 from mpo_ext.images import ImageError, check_image, describe_source, image_exists, is_remote
@@ -118,9 +119,10 @@ def _defects(pair: Pair, checker: "_ImageChecker") -> Iterator[tuple[str, str]]:
     for name in ("question", "chosen", "rejected"):
         if not getattr(pair, name).strip():
             yield f"empty {name}", f"{name} must hold text, got {getattr(pair, name)!r}"
-    if pair.chosen == pair.rejected and pair.chosen.strip():
+    turns = [pair.source.get(name) for name in (CHOSEN_TURNS, REJECTED_TURNS)]
+    if pair.chosen == pair.rejected and pair.chosen.strip() and turns[0] == turns[1]:
         yield "equal responses", f"chosen and rejected must differ, got {pair.chosen[:60]!r} twice"
-    placeholders, images = pair.question.count(IMAGE_PLACEHOLDER), len(pair.images)
+    placeholders, images = count_places(pair), len(pair.images)
     if placeholders != images and (images, placeholders) != (1, 0):
         allowed = "0 or 1" if images == 1 else str(images)
         message = f"question must hold {IMAGE_PLACEHOLDER} {allowed} times for {images} images, got {placeholders}"

@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpo_ext.checks import check_choice
-from mpo_ext.data.formats import FORMATS, Format
+from mpo_ext.data.formats import WRITABLE, Format
 from mpo_ext.data.hf import save_dataset
 from mpo_ext.data.jsonl import write_pairs
 from mpo_ext.data.mmpr import write_mmpr
 from mpo_ext.data.reader import BadLine, Location, Skipped
-from mpo_ext.data.records import Pair
+from mpo_ext.data.records import TURNS, Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.trl import Kind, write_trl
 from mpo_ext.images import ImageError, describe_source, is_remote, read_source
+
+_MMPR_FIELDS = {"image", "question", "chosen", "rejected", "answer_gt"}
 
 
 def convert(
@@ -34,10 +36,11 @@ def convert(
     Args:
         source: Pairs to write.
         out: Folder to write for "mmpr" and "hf", file to write for "pairs" and "trl".
-        format: Format to write.
+        format: Format to write, one of ``WRITABLE``.
         kind: Kind of TRL's format: "standard" or "conversational".
-        skip_bad: Whether to skip bad lines and, for "hf", pairs with an unreadable image. If False, the first bad line
-            is raised and nothing is written.
+        skip_bad: Whether to skip bad lines, pairs that the format cannot hold (those with several turns, except in
+            "pairs" and in the conversational kind) and, for "hf", pairs with an unreadable image. If False, the first
+            such line is raised and nothing is written.
         root: For "mmpr": image folder of pairs that were not read from MMPR; see ``write_mmpr``.
         name: For "mmpr": name of the subset of pairs that were not read from MMPR.
 
@@ -45,12 +48,13 @@ def convert(
         The number of pairs written, and the skipped lines.
 
     Raises:
-        BadLine: If a line is bad and ``skip_bad`` is False.
+        BadLine: If ``skip_bad`` is False, and a line is bad or, for "hf", has an image that cannot be read, or the
+            format cannot hold its turns.
         ValueError: If the format is unknown or cannot hold a pair.
-        OSError: If the output cannot be written or, for "hf", an image cannot be read.
+        OSError: If the output cannot be written.
         ImportError: If Hugging Face datasets is required but not installed.
     """
-    check_choice("format", format, FORMATS)
+    check_choice("format", format, WRITABLE)
     skipped = Skipped()
 
     def pairs() -> Iterator[Pair]:
@@ -58,8 +62,8 @@ def convert(
         skipped = Skipped()  # some formats read the pairs twice; each bad line counts once
         is_file = format in ("pairs", "trl")
         for where, pair in source.scan_for(Path(out).absolute().parent) if is_file else source.scan():
-            if skip_bad and format == "hf" and not isinstance(pair, BadLine):
-                pair = _with_readable_images(where, pair)
+            if not isinstance(pair, BadLine):
+                pair = _holdable(where, pair, format, kind)
             if not isinstance(pair, BadLine):
                 yield pair
             elif skip_bad:
@@ -72,11 +76,24 @@ def convert(
     elif format == "pairs":
         count = write_pairs(out, pairs())
     elif format == "trl":
-        has_images = any(pair.images for pair in pairs()) if kind == "conversational" else False
-        count = write_trl(out, pairs(), kind, structured=has_images)
+        has_images = any(pair.images for pair in pairs())
+        count = write_trl(out, pairs(), kind, has_images=has_images)
     else:
         count = save_dataset(Path(out), pairs, kind)
     return count, skipped
+
+
+def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair | BadLine:
+    """Returns the pair, or a BadLine if the format cannot hold the turns or images of the pair."""
+    turns = [name for name in TURNS if name in pair.source]
+    if turns and format != "pairs" and (format == "mmpr" or kind == "standard"):
+        advice = "pairs holds them" if format == "mmpr" else "the kind conversational holds them"
+        reason = f"{format} must have a prompt and responses of one turn, got several in {', '.join(turns)}: {advice}"
+        return BadLine(where, "several turns", reason)
+    if format == "mmpr" and (names := sorted(pair.extra.keys() & _MMPR_FIELDS)):
+        reason = f"extra must not hold a field that the line itself has, got {', '.join(map(repr, names))}"
+        return BadLine(where, "bad field", reason)
+    return _with_readable_images(where, pair) if format == "hf" else pair
 
 
 def _with_readable_images(where: Location, pair: Pair) -> Pair | BadLine:

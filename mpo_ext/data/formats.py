@@ -1,57 +1,144 @@
-"""The file formats of pairs, and detection of a path's format.
+"""The row formats of pairs, and their detection from the fields of a row.
 
-| format | path | reader and writer |
+| format | row | reader |
 | --- | --- | --- |
-| mmpr | meta file (.json), or the lines of one subset (.jsonl) | ``mmpr.py`` |
-| pairs | lines (.jsonl), one ``Pair.to_dict()`` per line | ``jsonl.py`` |
-| trl | lines (.jsonl), one row of TRL's preference format per line | ``trl.py`` |
-| hf | folder of a Hugging Face dataset with rows of TRL's preference format | ``hf.py`` |
+| mmpr | a line of MMPR: question, chosen, rejected, image | ``mmpr.py`` |
+| pairs | ``Pair.to_dict()`` | ``jsonl.py`` |
+| trl | TRL's preference format | ``trl.py`` |
+| sharegpt | conversations, chosen, rejected (LLaMA-Factory) | ``sharegpt.py`` |
+| alpaca | instruction, input, chosen, rejected (LLaMA-Factory) | ``alpaca.py`` |
+| swift | messages, rejected_response (ms-swift) | ``swift.py`` |
+| openai | input.messages, preferred_output, non_preferred_output | ``openai.py`` |
+| rlaif-v | question, chosen, rejected, image or images as bytes or paths | ``rlaif_v.py`` |
+| hf | any of these in a folder that ``save_to_disk`` of Hugging Face datasets wrote | ``hf.py`` |
 
-``sources.py`` opens a path of any format; ``convert.py`` writes every format.
+Rows lie in files of lines, tables and datasets (``containers.py``, ``hub.py``). ``sources.py`` opens a path of any
+format; ``convert.py`` writes the formats in ``WRITABLE``.
 """
 
-import os
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, get_args
 
+from mpo_ext.data.alpaca import from_alpaca
 from mpo_ext.data.jsonl import LineFile
+from mpo_ext.data.messages import is_conversation
+from mpo_ext.data.openai import from_openai
 from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
+from mpo_ext.data.rlaif_v import from_rlaif_v
+from mpo_ext.data.sharegpt import TURNS_FIELDS, from_sharegpt
+from mpo_ext.data.swift import from_swift
+from mpo_ext.data.trl import from_trl
 
-Format = Literal["mmpr", "pairs", "trl", "hf"]
+Format = Literal["mmpr", "pairs", "trl", "sharegpt", "alpaca", "swift", "openai", "rlaif-v", "hf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-_MARKERS: dict[str, Format] = {"prompt": "trl", "images": "pairs", "image": "mmpr"}  # fields that only one format has
+WRITABLE: tuple[Format, ...] = ("mmpr", "pairs", "trl", "hf")
+#: Readers that convert one row of a line or table; ``save_image`` stores the bytes of an image.
+ROW_READERS: dict[str, Callable[..., Pair]] = {
+    "trl": from_trl,
+    "sharegpt": from_sharegpt,
+    "alpaca": from_alpaca,
+    "swift": from_swift,
+    "openai": from_openai,
+    "rlaif-v": from_rlaif_v,
+}
+_PAIR_FIELDS = {"question", "chosen", "rejected", "images", "answer_gt", "provenance", "extra"}
 _SAMPLED_LINES = 1000
 
 
-def detect_format(path: str, *, max_line_bytes: int) -> Format:
-    """Returns the format of a path: "hf" for a folder, "mmpr" for a .json file, otherwise the format of its lines.
+def row_format(row: Mapping[str, Any]) -> Format | None:
+    """Returns the format of a row by its fields; None if several formats, or no format, have such fields."""
+    if "preferred_output" in row or "non_preferred_output" in row:
+        return "openai"
+    if "rejected_response" in row or "rejected_messages" in row:
+        return "swift"
+    if "prompt" in row:
+        return "trl"
+    if "chosen" in row and "rejected" in row:
+        if any(name in row for name in TURNS_FIELDS):
+            return "sharegpt"
+        if "instruction" in row:
+            return "alpaca"
+        if "question" not in row:
+            return "trl" if is_conversation(row["chosen"]) and is_conversation(row["rejected"]) else None
+    return _question_format(row)
 
-    The first line with a field that only one format has ("prompt": trl; "images": pairs; "image": mmpr) decides. If
-    none of the first 1000 lines has such a field, the pairs are text only and the format is "mmpr".
+
+def _question_format(row: Mapping[str, Any]) -> Format | None:
+    """Returns the format of a row with a question, which several formats share."""
+    images = [row[name] for name in ("image", "images") if name in row]
+    are_paths = all(isinstance(path, str) or path is None for value in images for path in _listed(value))
+    responses = [row.get(name, "") for name in ("chosen", "rejected")]
+    is_foreign = not are_paths or any(row.get(name) for name in ("system", "history")) or len(images) == 2
+    if is_foreign or {"ds_name", "origin_dataset"} <= row.keys() or any(map(is_conversation, responses)):
+        return "rlaif-v" if "question" in row else None
+    if "images" in row:
+        return "pairs" if row.keys() <= _PAIR_FIELDS else "rlaif-v" if "question" in row else "pairs"
+    return "mmpr" if "image" in row else None
+
+
+def _listed(value: object) -> Iterable[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def detect_lines(file: LineFile) -> Format:
+    """Returns the format of a file of lines: that of the first line whose fields only one format has.
+
+    If none of the first 1000 lines has such fields, the lines are text pairs, and the format is "mmpr".
 
     Raises:
-        ValueError: If the file is empty, or the first 1000 lines are all bad.
+        ValueError: If the file is empty, the first 1000 lines are all bad, or the first good line is not a pair.
     """
-    if os.path.isdir(path):
-        return "hf"
-    if path.endswith(".json"):
-        return "mmpr"
-    lines = LineFile(path, lambda values, line: Pair.from_dict(values), max_line_bytes=max_line_bytes)
-    if len(lines) == 0:
-        raise ValueError(f"path must hold pairs, got an empty file: {path}")
-    is_readable = False
-    for index in range(min(len(lines), _SAMPLED_LINES)):
+    if len(file) == 0:
+        raise ValueError(f"path must hold pairs, got an empty file: {file.name}")
+    first_bad: BadLine | None = None
+    first_row: tuple[int, dict[str, Any]] | None = None
+    for index in range(min(len(file), _SAMPLED_LINES)):
         try:
-            values = lines.read_object(index)
-        except BadLine:
+            row = file.read_object(index)
+        except BadLine as bad:
+            first_bad = first_bad or bad
             continue
-        is_readable = True
-        for field, format in _MARKERS.items():
-            if field in values:
-                return format
-    if is_readable:
+        first_row = first_row or (index, row)
+        if (format := row_format(row)) is not None:
+            return format
+    if first_row is None:
+        assert first_bad is not None
+        advice = ""
+        if _begins_with_array(file.path):
+            advice = " (the file is a JSON array: rename it to .json, or write one object per line)"
+        raise ValueError(f"path must hold one JSON object per line, got {first_bad}{advice}")
+    index, row = first_row
+    return _undecided(row, str(file.locate(index)))
+
+
+def _begins_with_array(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(1024).lstrip().startswith(b"[")
+
+
+def detect_columns(row: Mapping[str, Any], name: str) -> Format:
+    """Returns the format of a table from a row with a value of each column's type; see ``detect_lines``."""
+    return row_format(row) or _undecided(row, name)
+
+
+def _undecided(row: Mapping[str, Any], where: str) -> Format:
+    """Returns "mmpr" for the fields of a text pair, which look alike in all formats.
+
+    Raises:
+        ValueError: If the fields are not those of a text pair.
+    """
+    if {"question", "chosen", "rejected"} <= row.keys():
         return "mmpr"
+    fields = ", ".join(f"{field!r} ({type(value).__name__})" for field, value in row.items()) or "no fields"
     raise ValueError(
-        f"format must be told apart by a good line, got none among the first {_SAMPLED_LINES} of {path}: "
-        f"name it ({', '.join(FORMATS)})"
+        f"format must be clear from the fields, got {shorten_text(fields)} in {where}: a row has chosen and rejected, "
+        "and prompt, question, instruction, conversations or whole conversations; or the fields of ms-swift "
+        f"(rejected_response) or OpenAI (preferred_output); --from or a recipe's format names one of "
+        f"{', '.join(FORMATS)}"
     )
+
+
+def shorten_text(text: str, limit: int = 300) -> str:
+    """Returns a text cut to ``limit`` characters for a message."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,15 +1,21 @@
-"""Hugging Face datasets with rows of TRL's preference format (see ``trl.py``)."""
+"""Hugging Face datasets: reading rows of any format, and writing rows of TRL's preference format (see ``trl.py``)."""
 
+import copy
+import datetime
+import decimal
+import functools
 import hashlib
 import io
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mpo_ext.checks import check_choice, check_index, install_hint
+from mpo_ext.data.media import check_media, drop_fields
 from mpo_ext.data.paths import RootMap, map_roots
 from mpo_ext.data.reader import Location, PairSequence, raise_bad_line
 from mpo_ext.data.records import Pair
@@ -71,7 +77,7 @@ def to_dataset(
 
     def rows() -> Iterator[dict[str, Any]]:
         for pair in read_all():
-            row = to_trl(pair, kind, structured=has_images)
+            row = to_trl(pair, kind, has_images=has_images)
             if has_images:
                 row["image_paths"] = row["images"]
                 row["images"] = [_encoded(path, embed) for path in row["images"]]
@@ -137,13 +143,18 @@ def save_dataset(
 
 
 class DatasetPairs(PairSequence):
-    """The pairs of a Hugging Face dataset in TRL's preference format, read on access.
+    """The pairs of a Hugging Face dataset, read on access.
 
     Args:
-        dataset: The dataset.
+        dataset: The dataset. Its images are not decoded.
         name: Name of the dataset in locations and messages.
-        image_dir: Folder for storing images that have bytes and no path; None: a row with such an image is bad.
+        image_dir: Folder for storing images that have bytes; None: a row with such an image is bad.
         root_map: Path prefixes (old, new) of folders that have moved.
+        parse: Function that converts a row to a pair; its argument ``save_image`` stores the bytes of an image.
+        ignore: Names of columns and inner fields that are removed before a row is parsed.
+
+    Attributes:
+        parse: The argument; may be replaced before the first read.
     """
 
     def __init__(
@@ -153,14 +164,23 @@ class DatasetPairs(PairSequence):
         name: str = "dataset",
         image_dir: str | os.PathLike[str] | None = None,
         root_map: RootMap = (),
+        parse: Callable[..., Pair] = from_trl,
+        ignore: Collection[str] = (),
     ) -> None:
-        datasets = require_datasets()
-        if "images" in dataset.features:
-            dataset = dataset.cast_column("images", datasets.List(datasets.Image(decode=False)))
-            if "image_paths" in dataset.features:  # the paths suffice
-                dataset = dataset.remove_columns("images")
-        self._dataset, self._name, self._root_map = dataset, name, tuple(root_map)
+        unread = [column for column in dataset.column_names if column in ignore]
+        if "image_paths" in dataset.features and "images" in dataset.features:  # the paths suffice
+            unread.append("images")
+        dataset = dataset.remove_columns(unread)
+        self._features = _undecoded(dataset.features)
+        self._dataset = dataset.with_format("arrow")  # the stored values, without opening the images
+        self._name, self._root_map = name, tuple(root_map)
         self._image_dir = None if image_dir is None else Path(image_dir)
+        self.parse, self._ignore = parse, frozenset(ignore)
+
+    @property
+    def files(self) -> list[str]:
+        """Paths of the files that hold the rows; empty for a dataset in memory."""
+        return [entry["filename"] for entry in self._dataset.cache_files]
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -168,20 +188,67 @@ class DatasetPairs(PairSequence):
     def read(self, index: int) -> Pair:
         where = self.locate(index)
         with raise_bad_line(where):
-            row = self._dataset[where.line - 1]
-            return map_roots(from_trl(row, save_image=self._save if self._image_dir else None), self._root_map)
+            stored = self._dataset[where.line - 1].to_pylist()[0]
+            row = {name: _plain(value) for name, value in self._features.decode_example(stored).items()}
+            if self._ignore:
+                row = drop_fields(row, self._ignore)
+            save_image = None if self._image_dir is None else functools.partial(save_bytes, self._image_dir)
+            pair = self.parse(row, save_image=save_image)
+            check_media(row, pair)
+            return map_roots(pair, self._root_map)
 
     def locate(self, index: int) -> Location:
         return Location(Path(self._name).name, self._name, check_index(index, len(self)) + 1)
 
-    def _save(self, content: bytes) -> str:
-        assert self._image_dir is not None
-        suffix = _SUFFIXES.get(_mime(content).removeprefix("image/"), "")
-        path = self._image_dir / f"{hashlib.blake2b(content, digest_size=12).hexdigest()}{suffix}"
-        if not path.exists():
-            with atomic_write(path) as file:
-                file.write(content)
-        return str(path)
+    def sample_row(self) -> dict[str, Any]:
+        """Returns a row with an empty value of each column's type, for the detection of the format."""
+        return {name: _empty_value(feature) for name, feature in self._features.items() if name not in self._ignore}
+
+
+def _undecoded(features: Any) -> Any:
+    """Returns features whose images, audio and video stay undecoded."""
+    if isinstance(features, dict):
+        return type(features)({name: _undecoded(feature) for name, feature in features.items()})
+    if isinstance(features, list):
+        return [_undecoded(feature) for feature in features]
+    features = copy.copy(features)
+    if hasattr(features, "feature"):
+        features.feature = _undecoded(features.feature)
+    if hasattr(features, "decode"):
+        features.decode = False
+    return features
+
+
+def _empty_value(feature: Any) -> Any:
+    if isinstance(feature, dict) or type(feature).__name__ == "Image":
+        return {"bytes": None}
+    if isinstance(feature, list) or hasattr(feature, "feature"):
+        inner = feature[0] if isinstance(feature, list) else feature.feature
+        return [_empty_value(inner)]
+    return ""
+
+
+def _plain(value: Any) -> Any:
+    """Returns a stored value as JSON: dates as text, and NaN, with which pandas marks a missing value, as None."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    return str(value) if isinstance(value, (datetime.timedelta, decimal.Decimal)) else value
+
+
+def save_bytes(folder: Path, content: bytes) -> str:
+    """Stores the bytes of an image in a file named after their hash, and returns the path."""
+    suffix = _SUFFIXES.get(_mime(content).removeprefix("image/"), "")
+    path = folder / f"{hashlib.blake2b(content, digest_size=12).hexdigest()}{suffix}"
+    if not path.exists():
+        with atomic_write(path) as file:
+            file.write(content)
+    return str(path)
 
 
 def _mime(content: bytes) -> str:
@@ -201,11 +268,28 @@ def load_dataset_folder(path: str | os.PathLike[str], **options: Any) -> Dataset
         ImportError: If Hugging Face datasets is not installed.
         ValueError: If the folder does not hold a dataset, or holds several splits.
     """
+    return DatasetPairs(saved_dataset(path), name=os.fspath(path), **options)
+
+
+def is_saved_dataset(folder: str) -> bool:
+    """Returns whether ``save_to_disk`` of Hugging Face datasets wrote a folder."""
+    return any(os.path.exists(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
+
+
+def saved_dataset(path: str | os.PathLike[str], split: str | None = None) -> "datasets.Dataset":
+    """Loads a dataset that ``save_to_disk`` wrote; see ``load_dataset_folder``. None: the only split."""
     datasets = require_datasets()
     try:
         dataset = datasets.load_from_disk(os.fspath(path))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{os.fspath(path)} must be a folder that save_to_disk wrote, got {error}") from None
-    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"{os.fspath(path)} must be a folder that save_to_disk wrote, or hold parquet files, got {error}"
+        ) from None
+    if isinstance(dataset, datasets.Dataset):
+        if split is not None:
+            raise ValueError(f"split must be None for the dataset without splits {os.fspath(path)}, got {split!r}")
+        return dataset
+    if split is None:
         raise ValueError(f"{os.fspath(path)} must hold one split; name one of {', '.join(map(str, dataset))} below it")
-    return DatasetPairs(dataset, name=os.fspath(path), **options)
+    check_choice("split", split, map(str, dataset))
+    return dataset[split]

@@ -5,19 +5,22 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from mpo_ext.checks import check_index, check_integer, shorten
+from mpo_ext.data.media import check_media, drop_fields
 from mpo_ext.data.paths import RootMap, map_roots
 from mpo_ext.data.reader import MAX_LINE_BYTES, BadLine, FieldError, Location, PairSequence, raise_bad_line
 from mpo_ext.data.records import Pair
 from mpo_ext.files import atomic_write
 
 _CHUNK = 1 << 20
+#: Only field of a line that stands for a record that could not be read; its value is the reason.
+UNREADABLE = "$unreadable"
 
 
 class LineFile(PairSequence):
@@ -31,6 +34,8 @@ class LineFile(PairSequence):
         subset: Name for ``Location.subset``; None: the file's name without suffix.
         root_map: Path prefixes (old, new) of folders that have moved.
         max_line_bytes: Maximum length of a line in bytes; a longer line is bad and is never loaded.
+        name: Path in locations and messages; None: the path of the file.
+        ignore: Names of fields that are removed, at any depth, before a line is parsed.
 
     Raises:
         OSError: If the file cannot be read.
@@ -44,10 +49,14 @@ class LineFile(PairSequence):
         subset: str | None = None,
         root_map: RootMap = (),
         max_line_bytes: int = MAX_LINE_BYTES,
+        name: str | None = None,
+        ignore: Collection[str] = (),
     ) -> None:
         check_integer("max_line_bytes", max_line_bytes, least=1)
         self.path = os.fspath(path)
-        self.subset = Path(self.path).stem if subset is None else subset
+        self.name = self.path if name is None else name
+        self.subset = Path(self.name).stem if subset is None else subset
+        self._ignore = frozenset(ignore)
         self._parse = parse
         self._root_map = tuple(root_map)
         self._max_line_bytes = max_line_bytes
@@ -76,7 +85,11 @@ class LineFile(PairSequence):
         where = self.locate(index)
         with raise_bad_line(where):
             values, text = self._read_object(where)
-            return map_roots(self._parse(values, text), self._root_map)
+            if UNREADABLE in values:
+                raise FieldError(str(values[UNREADABLE]))
+            pair = self._parse(values, text)
+            check_media(values, pair)
+            return map_roots(pair, self._root_map)
 
     def read_object(self, index: int) -> dict[str, Any]:
         """Returns the JSON object of a line, which need not be a pair; raises BadLine if the line has no object."""
@@ -87,11 +100,12 @@ class LineFile(PairSequence):
     def locate(self, index: int) -> Location:
         index = check_index(index, len(self))
         _, numbers = self._index()
-        return Location(self.subset, self.path, (index if numbers is None else int(numbers[index])) + 1)
+        return Location(self.subset, self.name, (index if numbers is None else int(numbers[index])) + 1)
 
     def _read_object(self, where: Location) -> tuple[dict[str, Any], str]:
         text = self._read_bytes(where).decode("utf-8-sig" if where.line == 1 else "utf-8")
-        return parse_object(text), text
+        values = parse_object(text)
+        return drop_fields(values, self._ignore) if self._ignore else values, text
 
     def _read_bytes(self, where: Location) -> bytes:
         starts, _ = self._index()
@@ -101,7 +115,7 @@ class LineFile(PairSequence):
             raise BadLine(where, "huge line", limit)
         raw = os.pread(self._opened().fileno(), stop - start, start)
         if len(raw) != stop - start:
-            raise RuntimeError(f"{self.path} must not change while it is read, got a shorter file than was indexed")
+            raise RuntimeError(f"{self.name} must not change while it is read, got a shorter file than was indexed")
         return raw.rstrip(b"\r\n")
 
     def _opened(self) -> IO[bytes]:
@@ -176,10 +190,11 @@ def read_pairs(
         root_map: Path prefixes (old, new) of folders that have moved.
         max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
     """
-    return LineFile(path, _parse_pair, root_map=root_map, max_line_bytes=max_line_bytes)
+    return LineFile(path, parse_pair, root_map=root_map, max_line_bytes=max_line_bytes)
 
 
-def _parse_pair(values: dict[str, Any], line: str) -> Pair:
+def parse_pair(values: dict[str, Any], line: str) -> Pair:
+    """Converts a line of the format "pairs" to a pair, as the ``parse`` of LineFile."""
     if "image" in values:
         raise FieldError(
             f"images of a line of pairs must be a list named 'images', got 'image' {shorten(values['image'])}: "

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from mpo_ext.checks import check_index, shorten
 from mpo_ext.data.jsonl import LineFile, dump_line, parse_object
+from mpo_ext.data.messages import refuse_meaning
 from mpo_ext.data.paths import RootMap, absolute_path, below, map_root
 from mpo_ext.data.reader import MAX_LINE_BYTES, FieldError, Location, PairSequence
 from mpo_ext.data.records import SOURCE, Pair
@@ -107,6 +108,7 @@ class MMPRDataset(PairSequence):
         repeat: Whether to apply ``repeat_time``; if False, each line is used once.
         seed: Seed for drawing the lines of subsets with a ``repeat_time`` below 1; equal seeds draw equal lines.
         max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
+        ignore: See LineFile.
 
     Attributes:
         subsets: The subsets of the meta file.
@@ -125,9 +127,11 @@ class MMPRDataset(PairSequence):
         repeat: bool = True,
         seed: int = 0,
         max_line_bytes: int = MAX_LINE_BYTES,
+        ignore: Collection[str] = (),
     ) -> None:
         self.subsets = read_meta(meta, root_map=root_map)
-        self.files = [read_annotation(subset, max_line_bytes=max_line_bytes) for subset in self.subsets]
+        options = {"max_line_bytes": max_line_bytes, "ignore": ignore}
+        self.files = [read_annotation(subset, **options) for subset in self.subsets]
         self._repeat, self._seed = repeat, seed
         self._drawn: list[np.ndarray | None] = []
         self._ends: list[int] | None = None
@@ -173,13 +177,17 @@ class MMPRDataset(PairSequence):
         return self._ends
 
 
-def read_annotation(subset: MMPRSubset, *, max_line_bytes: int = MAX_LINE_BYTES) -> LineFile:
-    """Opens the lines of a subset, without applying ``repeat_time``."""
+def read_annotation(subset: MMPRSubset, **options: Any) -> LineFile:
+    """Opens the lines of a subset, without applying ``repeat_time``; ``options`` are those of LineFile."""
+    return LineFile(subset.annotation, line_parser(subset), **{"subset": subset.name, **options})
+
+
+def line_parser(subset: MMPRSubset) -> Callable[[dict[str, Any], str], Pair]:
+    """Returns the function that converts the object and text of a subset's line to a pair."""
     settings = {name: value for name, value in subset.settings.items() if name not in (*_FILE_SETTINGS, "root")}
     # The root is not among the settings, because ``map_roots`` looks for it in the source.
     source = {"format": "mmpr", "subset": subset.name, "root": subset.root}
-    parse = _LineParser(subset.root, {**source, "settings": settings} if settings else source)
-    return LineFile(subset.annotation, parse, subset=subset.name, max_line_bytes=max_line_bytes)
+    return _LineParser(subset.root, {**source, "settings": settings} if settings else source)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -200,6 +208,7 @@ class _LineParser:
                 f"images of an MMPR line must be named by 'image', got 'images' {shorten(values['images'])}: "
                 "a file of such lines is read with the format 'pairs' (--from pairs, in a recipe format: pairs)"
             )
+        refuse_meaning(values, "system", "history")
         relative, source["image"] = _images(values)
         images = tuple(resolve_image(image, self.root) for image in relative)
         if [below(image, self.root) for image in images] != relative:

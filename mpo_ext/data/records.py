@@ -11,6 +11,9 @@ from mpo_ext.checks import check_json, check_text, type_and_value
 
 # Key of `Pair.extra` under which a reader stores how its source wrote the pair; all other keys are unknown fields.
 SOURCE = "$source"
+# Keys of `Pair.source` for the turns of a prompt or response that has more than one turn.
+PROMPT_TURNS, CHOSEN_TURNS, REJECTED_TURNS = "messages", "chosen_messages", "rejected_messages"
+TURNS = (PROMPT_TURNS, CHOSEN_TURNS, REJECTED_TURNS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,7 +31,11 @@ class Pair:
             ``mpo-ext data view`` reads ``pipeline`` and ``cut``, the number of characters of ``chosen`` that
             DropoutNTP kept; ``cut`` may also be ``{"characters": 17, "tokens": 4}``.
         extra: Unknown fields of the source. The key ``"$source"`` holds the values that a lossless conversion back to
-            the source's format needs, such as the subset, its settings and the form of ``image``.
+            the source's format needs, such as the subset, its settings and the form of ``image``. It also holds the
+            turns ``{"role": ..., "content": ...}`` of a prompt of several turns (``messages``, which replaces
+            ``question``, the last user turn) and of responses of several turns (``chosen_messages`` and
+            ``rejected_messages``; ``chosen`` and ``rejected`` then join the contents of the turns). Content has
+            ``<image>`` at the place of each image.
 
     Raises:
         TypeError: If a field has a wrong type. The message names the field, the rule and the value.
@@ -111,6 +118,8 @@ class Pair:
         return cls(**{**values, "images": tuple(images)})
 
     def key(self) -> str:
-        """Returns a hash of question, responses and image paths that is equal in every run and on every machine."""
-        text = json.dumps([self.question, self.chosen, self.rejected, *self.images], ensure_ascii=True)
+        """Returns a hash of prompt, responses and image paths that is equal in every run and on every machine."""
+        turns = {name: self.source[name] for name in TURNS if name in self.source}
+        parts = [self.question, self.chosen, self.rejected, *self.images, *([turns] if turns else [])]
+        text = json.dumps(parts, ensure_ascii=True, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

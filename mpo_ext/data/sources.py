@@ -1,20 +1,22 @@
 """Opens pairs in any format, for commands and for the trainer."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from mpo_ext.checks import check_choice
-from mpo_ext.data.formats import FORMATS, Format, detect_format
-from mpo_ext.data.hf import load_dataset_folder
-from mpo_ext.data.jsonl import read_pairs
-from mpo_ext.data.mmpr import MMPRDataset, MMPRSubset, read_annotation
+from mpo_ext.data.containers import as_lines, cache_folder, is_parquet
+from mpo_ext.data.formats import FORMATS, ROW_READERS, Format, detect_columns, detect_lines
+from mpo_ext.data.hf import DatasetPairs, is_saved_dataset, save_bytes, saved_dataset
+from mpo_ext.data.hub import has_parquet, hub_id, load_hub, load_parquet, missing_path
+from mpo_ext.data.jsonl import LineFile, parse_pair
+from mpo_ext.data.mmpr import MMPRDataset, MMPRSubset, line_parser, read_annotation
 from mpo_ext.data.paths import RootMap, absolute_path, path_from, real_path
 from mpo_ext.data.reader import MAX_LINE_BYTES, BadLine, Location, PairSequence
 from mpo_ext.data.records import Pair
-from mpo_ext.data.trl import read_trl
 from mpo_ext.images import describe_source, image_exists
 
 
@@ -23,12 +25,13 @@ class PairSource:
     """Pairs that ``open_pairs`` opened.
 
     Attributes:
-        path: Path that was opened.
-        format: "mmpr" (a meta file, or the lines of one subset), "pairs", "trl" (lines) or "hf" (a folder).
+        path: Path that was opened, or ``hf://owner/name``.
+        format: Format of the rows; "hf" for all rows of a folder that ``save_to_disk`` wrote.
         pairs: The pairs, each line once.
         root: Folder that relative image paths start at.
         subsets: Subsets of a meta file, by name; empty for the other formats.
         on_pair: Called with each pair, after its image paths are made absolute; None disables the callback.
+        is_dataset: Whether the pairs are rows of a dataset or parquet files, which store images as bytes.
     """
 
     path: str
@@ -37,6 +40,7 @@ class PairSource:
     root: str
     subsets: dict[str, MMPRSubset]
     on_pair: Callable[[Pair], object] | None = None
+    is_dataset: bool = False
 
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
         """Yields the location of every line, and the line's pair with absolute image paths or a BadLine."""
@@ -116,44 +120,143 @@ def open_pairs(
     root_map: RootMap = (),
     image_dir: str | os.PathLike[str] | None = None,
     max_line_bytes: int = MAX_LINE_BYTES,
+    split: str | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+    ignore: Collection[str] = (),
 ) -> PairSource:
     """Opens pairs in any format.
 
     Args:
-        path: Path of a meta file (.json), of a file of lines (.jsonl) or of the folder of a Hugging Face dataset.
-        format: Format of the path; None: ``detect_format`` detects the format. A later line in another format is bad.
+        path: Path of a meta file (.json); of a file of rows (JSON lines, JSON array, CSV or parquet); of a folder of
+            parquet files or of a Hugging Face dataset; or the id of a dataset of the Hugging Face hub
+            (``hf://owner/name``, or ``owner/name`` if ``hub.hub_id`` takes it as an id).
+        format: Format of the rows; None: it is detected from the fields. A later row in another format is bad.
         root: Folder that relative image paths start at; None: the folder of the file. A meta file has its own roots.
         root_map: Path prefixes (old, new) of folders of images or annotations that have moved.
-        image_dir: Folder for storing images of a Hugging Face dataset that have no path; None: their rows are bad.
+        image_dir: Folder for storing images that a row holds as bytes; None: ``images`` in ``cache_folder()``.
         max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
+        split: Split of a dataset that has several.
+        revision: Branch, tag or commit of a dataset of the hub; None: the default branch.
+        config: Configuration of a dataset of the hub that has several.
+        ignore: Names of fields that are removed, at any depth, before a row is read.
 
     Raises:
-        OSError: If a file cannot be read.
-        ValueError: If an argument is invalid or the format cannot be detected.
-        ImportError: If the path is a Hugging Face dataset, and the package datasets is not installed.
+        OSError: If a file cannot be read, or a converted file cannot be written into the cache.
+        ValueError: If an argument is invalid, the format cannot be detected, or the hub has no such dataset.
+        ImportError: If the pairs are parquet files or a dataset, and the package datasets is not installed.
     """
     if format is not None:
         check_choice("format", format, FORMATS)
     name = os.fspath(path)
-    if not os.path.exists(name):
-        raise FileNotFoundError(f"path must exist, got {name}")
-    format = format or detect_format(name, max_line_bytes=max_line_bytes)
-    if format != "hf" and os.path.isdir(name):
-        raise ValueError(f"path must be a file for the format {format!r}, got the folder {name}")
+    options = _ReadOptions(
+        root_map=tuple(root_map),
+        image_dir=Path(image_dir) if image_dir is not None else cache_folder() / "images",
+        max_line_bytes=max_line_bytes,
+        ignore=frozenset(ignore),
+    )
+    dataset_id = hub_id(name)
+    if dataset_id is None and not os.path.exists(name):
+        raise missing_path(name)
+    for setting, value in (("revision", revision), ("config", config)):
+        if dataset_id is None and value is not None:
+            raise ValueError(f"{setting} must be None for {name}, which is not on the Hugging Face hub, got {value!r}")
     folder = os.path.abspath(os.path.dirname(name) if root is None else root)
-    subsets: dict[str, MMPRSubset] = {}
-    pairs: PairSequence
+    if dataset_id is not None:
+        dataset = load_hub(name, dataset_id, split=split, revision=revision, config=config)
+        folder = os.path.abspath("." if root is None else root)
+        return _open_table(f"hf://{dataset_id}", dataset, format, folder, options)
+    if os.path.isdir(name):
+        if format not in (None, "hf") and not has_parquet(name) and not is_saved_dataset(name):
+            raise ValueError(f"path must be a file for the format {format!r}, got the folder {name}")
+        if is_saved_dataset(name) or not has_parquet(name):
+            return _open_table(name, saved_dataset(name, split), format, folder, options, is_saved=True)
+        folder = os.path.abspath(name if root is None else root)
+        return _open_table(name, load_parquet(name, split=split), format, folder, options)
+    if os.path.isfile(name) and is_parquet(name):
+        return _open_table(name, load_parquet(name, split=split), format, folder, options)
+    if split is not None:
+        raise ValueError(f"split must be None for {name}, which has no splits, got {split!r}")
+    return _open_file(name, format, folder, options)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _ReadOptions:
+    root_map: RootMap
+    image_dir: Path
+    max_line_bytes: int
+    ignore: frozenset[str]
+
+
+def _open_file(name: str, format: Format | None, folder: str, options: _ReadOptions) -> PairSource:
+    """Opens a meta file or a file of lines."""
     if format == "hf":
-        pairs = load_dataset_folder(name, root_map=root_map, image_dir=image_dir)
-    elif format == "trl":
-        pairs = read_trl(name, root_map=root_map, max_line_bytes=max_line_bytes)
-    elif format == "pairs":
-        pairs = read_pairs(name, root_map=root_map, max_line_bytes=max_line_bytes)
-    elif name.endswith(".json"):
-        pairs = MMPRDataset(name, root_map=root_map, repeat=False, max_line_bytes=max_line_bytes)
-        subsets = {subset.name: subset for subset in pairs.subsets}
+        raise ValueError(f"{name} must be a folder that save_to_disk wrote for the format 'hf', got a file")
+    lines = as_lines(name, is_meta_allowed=format in (None, "mmpr"))
+    if lines is None:
+        meta = MMPRDataset(
+            name,
+            root_map=options.root_map,
+            repeat=False,
+            max_line_bytes=options.max_line_bytes,
+            ignore=options.ignore,
+        )
+        return PairSource(name, "mmpr", meta, folder, {subset.name: subset for subset in meta.subsets})
+    line_options: dict[str, Any] = {
+        "max_line_bytes": options.max_line_bytes,
+        "name": name,
+        "ignore": options.ignore,
+    }
+    if format is None:
+        format = detect_lines(LineFile(lines, _no_pair, **line_options))
+    if format == "mmpr":
+        pairs = read_annotation(_subset_of(name, folder, lines), **line_options)
+        return PairSource(name, format, pairs, folder, {})
+    parse = parse_pair if format == "pairs" else _RowParser(format, options.image_dir)
+    pairs = LineFile(lines, parse, root_map=options.root_map, **line_options)
+    return PairSource(name, format, pairs, folder, {})
+
+
+def _no_pair(values: dict[str, Any], line: str) -> Pair:
+    raise AssertionError("a format is detected from the objects of lines")
+
+
+def _subset_of(name: str, folder: str, annotation: str = "") -> MMPRSubset:
+    settings: dict[str, Any] = {"data_augment": False, "repeat_time": 1}
+    return MMPRSubset(Path(name).stem, folder, os.path.abspath(annotation), 1, None, settings)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _RowParser:
+    """Parses a line with the reader of a row format."""
+
+    format: str
+    image_dir: Path
+
+    def __call__(self, values: dict[str, Any], line: str) -> Pair:
+        return ROW_READERS[self.format](values, save_image=functools.partial(save_bytes, self.image_dir))
+
+
+def _open_table(
+    name: str, dataset: Any, format: Format | None, folder: str, options: _ReadOptions, *, is_saved: bool = False
+) -> PairSource:
+    """Opens the rows of a loaded dataset; ``is_saved``: ``save_to_disk`` wrote the dataset."""
+    pairs = DatasetPairs(
+        dataset, name=name, image_dir=options.image_dir, root_map=options.root_map, ignore=options.ignore
+    )
+    if format == "hf" and not is_saved:
+        raise ValueError(f"{name} must be a folder that save_to_disk wrote for the format 'hf', got another source")
+    rows = format if format not in (None, "hf") else detect_columns(pairs.sample_row(), name)
+    if rows == "mmpr":
+        pairs.parse = functools.partial(_parse_mmpr_row, line_parser(_subset_of(name, folder)))
     else:
-        settings: dict[str, Any] = {"data_augment": False, "repeat_time": 1}
-        subset = MMPRSubset(Path(name).stem, folder, os.path.abspath(name), 1, None, settings)
-        pairs = read_annotation(subset, max_line_bytes=max_line_bytes)
-    return PairSource(name, format, pairs, folder, subsets)
+        pairs.parse = _parse_pairs_row if rows == "pairs" else ROW_READERS[rows]
+    return PairSource(name, "hf" if is_saved else rows, pairs, folder, {}, is_dataset=True)
+
+
+def _parse_mmpr_row(parse: Callable[[dict[str, Any], str], Pair], row: dict[str, Any], *, save_image: object) -> Pair:
+    return parse(row, "")
+
+
+def _parse_pairs_row(row: dict[str, Any], *, save_image: object) -> Pair:
+    return parse_pair({name: value for name, value in row.items() if value is not None}, "")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mpo_ext.checks import install_hint
+from mpo_ext.data.messages import prompt_text
 from mpo_ext.data.reader import Skipped
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import PairSource
@@ -46,6 +47,7 @@ class SubsetStats:
 
     Attributes:
         skipped: Number of bad lines.
+        question: Lengths of the prompts: of the question, or of all turns of the prompt with their roles.
         images: Number of images; an image that several pairs use counts several times.
         with_answer: Number of pairs with a true answer.
         rejected_longer: Number of pairs whose rejected response is longer than the chosen response.
@@ -69,7 +71,7 @@ class SubsetStats:
         self.text_only += not pair.images
         self.with_answer += pair.answer_gt is not None
         self.rejected_longer += rejected > chosen
-        self.question.add(length(pair.question))
+        self.question.add(length(prompt_text(pair)))
         self.chosen.add(chosen)
         self.rejected.add(rejected)
 

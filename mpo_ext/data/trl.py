@@ -1,6 +1,6 @@
 """TRL's preference format as JSON lines; conversion in both directions is lossless.
 
-TRL has the columns ``prompt``, ``chosen``, ``rejected`` and ``images``. This module adds
+TRL has the columns ``prompt``, ``chosen``, ``rejected``, and ``images`` or ``image``. This module adds
 
 - ``answer_gt`` (text or null),
 - ``image_paths`` (list of texts), only in datasets, because their ``images`` may hold bytes without a path,
@@ -10,84 +10,192 @@ TRL has the columns ``prompt``, ``chosen``, ``rejected`` and ``images``. This mo
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_choice, shorten, type_and_value
 from mpo_ext.data.jsonl import LineFile, parse_object, write_lines
+from mpo_ext.data.messages import (
+    Images,
+    SaveImage,
+    Turn,
+    is_conversation,
+    pair_of_turns,
+    read_response,
+    read_turns,
+    refuse_meaning,
+    refuse_tools,
+    row_images,
+    split_common,
+)
 from mpo_ext.data.paths import RootMap
 from mpo_ext.data.reader import MAX_LINE_BYTES, FieldError
-from mpo_ext.data.records import Pair
+from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TURNS, REJECTED_TURNS, SOURCE, TURNS, Pair
 
 Kind = Literal["standard", "conversational"]
-_COLUMNS = ("prompt", "chosen", "rejected", "images", "answer_gt", "image_paths", "question", "provenance", "extra")
+_COLUMNS = (
+    *("prompt", "chosen", "rejected", "image", "images", "image_paths"),
+    *("answer_gt", "question", "provenance", "extra"),
+)
 
 
-def to_trl(pair: Pair, kind: Kind = "standard", *, structured: bool = True) -> dict[str, Any]:
+def to_trl(pair: Pair, kind: Kind = "standard", *, has_images: bool = True) -> dict[str, Any]:
     """Converts a pair to a row of TRL's preference format.
 
     Args:
         pair: Pair to convert.
-        kind: "standard": the prompt is the question. "conversational": the prompt is a user message in which an image
-            block replaces each ``<image>`` and one line break after it. If the number of ``<image>`` is not the number
-            of images, all image blocks precede the unchanged text.
-        structured: Whether the content of the user message is a list of blocks, which image models expect, or text.
-            All rows of a dataset must have the same value.
+        kind: "standard": the prompt is the question. "conversational": the prompt is the turns of the pair or a user
+            message with the question. An image block replaces each ``<image>`` and one line break after it. If the
+            number of ``<image>`` is not the number of images, all image blocks precede the unchanged text.
+        has_images: Whether the file or dataset has images. If True, the row has the paths as ``images``, and the
+            content of a prompt's message is a list of blocks, which image models expect. If False, the row has no
+            ``images`` (TRL would expect an image model), and content is text. All rows must have the same value.
 
-    Returns:
-        The row, with paths as ``images``.
+    Raises:
+        ValueError: If ``kind`` is "standard" and the pair has a prompt or response of several turns, or
+            ``has_images`` is False and the pair has images.
     """
     check_choice("kind", kind, get_args(Kind))
-    row: dict[str, Any] = {"prompt": pair.question, "chosen": pair.chosen, "rejected": pair.rejected}
-    if kind == "conversational":
-        content = _blocks(pair.question, len(pair.images)) if structured else pair.question
+    if pair.images and not has_images:
+        raise ValueError(f"has_images must be True for a pair with images, got {shorten(pair.images)}")
+    if kind == "standard":
+        if several := [name for name in TURNS if name in pair.source]:
+            raise ValueError(f"kind must be 'conversational' for several turns in {', '.join(several)}, got {kind!r}")
+        row: dict[str, Any] = {"prompt": pair.question, "chosen": pair.chosen, "rejected": pair.rejected}
+    else:
         row = {
-            "prompt": [{"role": "user", "content": content}],
-            "chosen": [{"role": "assistant", "content": pair.chosen}],
-            "rejected": [{"role": "assistant", "content": pair.rejected}],
+            "prompt": _prompt_messages(pair, has_images=has_images),
+            "chosen": pair.source.get(CHOSEN_TURNS) or [{"role": "assistant", "content": pair.chosen}],
+            "rejected": pair.source.get(REJECTED_TURNS) or [{"role": "assistant", "content": pair.rejected}],
         }
-    row |= {"images": list(pair.images), "answer_gt": pair.answer_gt, "question": None}
-    if kind == "conversational" and _question(row["prompt"][0]["content"]) != pair.question:
-        row["question"] = pair.question
+    if has_images:
+        row["images"] = list(pair.images)
+    row |= {"answer_gt": pair.answer_gt, "question": None}
+    if kind == "conversational" and PROMPT_TURNS not in pair.source:
+        content = row["prompt"][0]["content"]
+        if isinstance(content, list) and _join_blocks(content) != pair.question:
+            row["question"] = pair.question
     row["provenance"] = json.dumps(pair.provenance, ensure_ascii=False) if pair.provenance else None
     row["extra"] = json.dumps(pair.extra, ensure_ascii=False) if pair.extra else None
     return row
 
 
-def from_trl(row: Mapping[str, Any], *, save_image: Callable[[bytes], str] | None = None) -> Pair:
+def _prompt_messages(pair: Pair, *, has_images: bool) -> list[dict[str, Any]]:
+    turns = pair.source.get(PROMPT_TURNS) or [{"role": "user", "content": pair.question}]
+    if not has_images:
+        return [dict(turn) for turn in turns]
+    if len(turns) == 1:
+        return [{**turns[0], "content": _blocks(pair.question, len(pair.images))}]
+    has_places = any(IMAGE_PLACEHOLDER in turn["content"] for turn in turns)
+    first = next((index for index, turn in enumerate(turns) if turn["role"] == "user"), 0)
+    counts = [
+        turn["content"].count(IMAGE_PLACEHOLDER) if has_places else len(pair.images) * (index == first)
+        for index, turn in enumerate(turns)
+    ]
+    return [{**turn, "content": _blocks(turn["content"], count)} for turn, count in zip(turns, counts, strict=True)]
+
+
+def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
     """Converts a row of TRL's preference format to a pair.
 
+    Without ``prompt``, or if ``prompt`` is text and ``chosen`` is a whole conversation, the prompt is the turns that
+    ``chosen`` and ``rejected`` have in common.
+
     Args:
-        row: Row with a text or one user message as prompt. Columns that ``to_trl`` does not write go into ``extra``.
+        row: Row with a text or messages as prompt. Columns that ``to_trl`` does not write go into ``extra``.
         save_image: Function that stores the bytes of an image and returns the path; None: bytes raise FieldError.
 
     Raises:
         FieldError: If a column is missing or invalid. The message names the column, the rule and the value.
         TypeError: If a column has the wrong type.
     """
-    for name in ("prompt", "chosen", "rejected"):
+    refuse_tools(row)
+    refuse_meaning(row, "system", "history", "chat_template_kwargs")
+    for name in ("chosen", "rejected"):
         if row.get(name) is None:
             raise FieldError(f"{name} must be given, got columns {', '.join(map(repr, row))}")
+    prompt, chosen, rejected = _split(row)
     paths = row.get("image_paths")
-    images = [_path(image, save_image) for image in _list("images", row.get("images"))] if paths is None else paths
-    question = _prompt(row["prompt"])
-    original = row.get("question")
-    if isinstance(original, str) and isinstance(row["prompt"], list):
-        content = row["prompt"][0]["content"]
-        # A prompt that was edited later takes precedence over the original question.
-        if (content if isinstance(content, str) else _plain(content)) in (original, _blocks(original, len(images))):
-            question = original
-    extra = {name: value for name, value in row.items() if name not in _COLUMNS}
-    return Pair(
-        question=question,
-        chosen=_response("chosen", row["chosen"]),
-        rejected=_response("rejected", row["rejected"]),
-        images=tuple(_list("image_paths", images)),
+    columns = row_images(row, save_image) if paths is None else _list("image_paths", paths)
+    images = Images(columns, save_image)
+    turns = _prompt_turns(prompt, images, row.get("question"))
+    extra = {**_json("extra", row.get("extra")), **{name: row[name] for name in row if name not in _COLUMNS}}
+    if isinstance(prompt, str) and row.get("question") is not None:  # ``to_trl`` writes it for messages only
+        extra["question"] = row["question"]
+    answers = {"chosen": read_response("chosen", chosen), "rejected": read_response("rejected", rejected)}
+    source = extra.get(SOURCE)
+    if isinstance(source, dict) and len(turns) > 1 and _is_same_prompt(source.get(PROMPT_TURNS), prompt):
+        turns = source[PROMPT_TURNS]
+    return pair_of_turns(
+        turns,
+        answers["chosen"],
+        answers["rejected"],
+        columns if isinstance(prompt, str) else images.paths("prompt"),
         answer_gt=row.get("answer_gt"),
         provenance=_json("provenance", row.get("provenance")),
-        extra={**_json("extra", row.get("extra")), **extra},
+        extra=extra,
     )
+
+
+def _split(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Returns prompt, chosen and rejected; the prompt of whole conversations is their common part."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    are_conversations = isinstance(chosen, list) and isinstance(rejected, list)
+    if isinstance(prompt, list) and are_conversations and prompt:
+        size = len(prompt)
+        if chosen[:size] == prompt == rejected[:size]:
+            return prompt, chosen[size:], rejected[size:]
+    if isinstance(prompt, list) or not are_conversations or (prompt is not None and _begins_with_response(chosen)):
+        if prompt is None:
+            raise FieldError(
+                f"prompt must be given unless chosen and rejected are conversations, got {type_and_value(chosen)} "
+                f"in columns {', '.join(map(repr, row))}"
+            )
+        return prompt, chosen, rejected
+    size = split_common(chosen, rejected)
+    common = chosen[:size]
+    if prompt is not None:
+        contents = [message.get("content", message.get("value")) for message in common if isinstance(message, dict)]
+        if prompt not in contents:
+            raise FieldError(f"prompt must agree with the turns of chosen and rejected, got {shorten(prompt)}")
+    return common, chosen[size:], rejected[size:]
+
+
+def _begins_with_response(chosen: list[Any]) -> bool:
+    first = chosen[0] if chosen and isinstance(chosen[0], dict) else {}
+    return first.get("role", first.get("from")) in ("assistant", "gpt")
+
+
+def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn]:
+    """Returns the turns of a prompt, with the original question if the prompt was not edited later."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if prompt != [] and not is_conversation(prompt):
+        raise FieldError(f"prompt must be text or a list of messages, got {shorten(prompt)}")
+    turns = read_turns("prompt", prompt, images)
+    if len(turns) == 1 and isinstance(question, str) and isinstance(prompt, list):
+        content = prompt[0].get("content")
+        blocks = content if isinstance(content, str) else _plain(content)
+        # A prompt that was edited later takes precedence over the original question.
+        if blocks in (question, _blocks(question, images.count)):
+            return [{**turns[0], "content": question}]
+    return turns
+
+
+def _is_same_prompt(original: object, prompt: object) -> bool:
+    """Returns whether the messages of a prompt are what ``to_trl`` makes of the original turns."""
+    if not is_conversation(original) or not isinstance(original, list) or not isinstance(prompt, list):
+        return False
+    if not all(isinstance(turn.get("content"), str) and isinstance(turn.get("role"), str) for turn in original):
+        return False
+    plain = [
+        {**message, "content": _plain(message["content"])} if isinstance(message["content"], list) else message
+        for message in prompt
+    ]
+    count = sum(block["type"] == "image" for turn in plain for block in turn["content"] if isinstance(block, dict))
+    pair = Pair("", "", "", ("image",) * count, extra={SOURCE: {PROMPT_TURNS: original}})
+    return plain in (original, _prompt_messages(pair, has_images=True))
 
 
 def _blocks(question: str, images: int) -> list[dict[str, Any]]:
@@ -112,50 +220,12 @@ def _image_block() -> dict[str, Any]:
 
 
 def _plain(content: Iterable[Any]) -> list[dict[str, Any]]:
-    return [_text_block(b["text"]) if b["type"] == "text" else _image_block() for b in content]
+    return [_text_block(b["text"]) if b.get("type") == "text" else _image_block() for b in content]
 
 
-def _question(content: object) -> str:
-    """Returns the question in the content of a user message, as the inverse of ``_blocks``."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise FieldError(f"prompt must have text or a list of blocks as content, got {shorten(content)}")
-    parts = []
-    for block in content:
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind == "image":
-            parts.append(IMAGE_PLACEHOLDER + "\n")
-        elif kind == "text" and isinstance(block.get("text"), str):
-            parts.append(block["text"])
-        else:
-            raise FieldError(f"prompt must have blocks of text and images, got {shorten(block)}")
-    return "".join(parts)
-
-
-def _prompt(prompt: object) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
-        raise FieldError(f"prompt must be text or a list of messages, got {shorten(prompt)}")
-    roles = [message.get("role") for message in prompt]
-    if roles != ["user"]:
-        raise FieldError(f"prompt must be one message of the user, got roles {shorten(roles)}")
-    return _question(prompt[0].get("content"))
-
-
-def _response(name: str, value: object) -> str:
-    if isinstance(value, str):
-        return value
-    message = value[0] if isinstance(value, list) and len(value) == 1 else None
-    if not isinstance(message, dict) or message.get("role") != "assistant":
-        raise FieldError(f"{name} must be text or one message of the assistant, got {shorten(value)}")
-    content = message.get("content")
-    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
-        content = content[0].get("text")
-    if not isinstance(content, str):
-        raise FieldError(f"{name} must have text as its content, got {shorten(content)}")
-    return content
+def _join_blocks(content: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the text of blocks, as the inverse of ``_blocks``."""
+    return "".join(IMAGE_PLACEHOLDER + "\n" if block["type"] == "image" else block["text"] for block in content)
 
 
 def _list(name: str, value: object) -> list[Any]:
@@ -174,18 +244,6 @@ def _json(name: str, value: object) -> dict[str, Any]:
     return value or {}
 
 
-def _path(image: object, save_image: Callable[[bytes], str] | None) -> str:
-    if isinstance(image, str):
-        return image
-    if isinstance(image, dict):
-        if image.get("bytes") is not None:
-            if save_image is not None:
-                return save_image(image["bytes"])
-        elif isinstance(image.get("path"), str):
-            return image["path"]
-    raise FieldError(f"images must be paths unless image_dir is given, got {type(image).__name__}")
-
-
 def read_trl(
     path: str | os.PathLike[str], *, root_map: RootMap = (), max_line_bytes: int = MAX_LINE_BYTES
 ) -> LineFile:
@@ -198,5 +256,8 @@ def _parse_row(values: dict[str, Any], line: str) -> Pair:
 
 
 def write_trl(path: str | os.PathLike[str], pairs: Iterable[Pair], kind: Kind = "standard", **options: Any) -> int:
-    """Writes each pair as a row of ``to_trl``, one per line, atomically, and returns the number of rows."""
+    """Writes each pair as a row of ``to_trl``, one per line, atomically, and returns the number of rows.
+
+    ``options`` are those of ``to_trl``. With the default ``has_images=True``, every row has a list ``images``.
+    """
     return write_lines(path, (to_trl(pair, kind, **options) for pair in pairs))

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mpo_ext.checks import check_integer
+from mpo_ext.data.messages import prompt_text
 from mpo_ext.data.reader import BadLine, Skipped
 from mpo_ext.data.records import SOURCE, Pair
 from mpo_ext.data.sources import PairSource
@@ -105,8 +106,8 @@ def _entry(pair: Pair, subset: str, where: str, images: "Thumbnails", max_charac
         "answer": None if pair.answer_gt is None else cut_text(pair.answer_gt, max_characters),
         "more": cut_text(json.dumps(more, ensure_ascii=False, indent=1), max_characters),
     }
-    for name in ("question", "chosen", "rejected"):
-        entry[name] = cut_text(getattr(pair, name), max_characters)
+    for name, text in (("question", prompt_text(pair)), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        entry[name] = cut_text(text, max_characters)
     return entry
 
 

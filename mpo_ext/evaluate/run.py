@@ -23,7 +23,7 @@ from mpo_ext.evaluate.results import ALL, compute_results
 from mpo_ext.evaluate.scoring import Evaluation, EvaluationConfig
 from mpo_ext.files import FileLock, write_json
 from mpo_ext.generate.engine import Engine
-from mpo_ext.generate.sampler import IncompleteRunError
+from mpo_ext.generate.sampler import IncompleteRunError, keep_date
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
 
@@ -89,8 +89,8 @@ def evaluate(
     engines: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         engine: Any = load_engine(sources[name], make_engine) if name in sources else model
-        if isinstance(engine, TransformersEngine):
-            engine = FingerprintedEngine(engine)
+        keep_date(engine, [cell.folder for cell in cells if cell.model == name])
+        engine = FingerprintedEngine(engine) if isinstance(engine, TransformersEngine) else engine
         engines[name] = engine.settings()
         for cell in cells:
             if cell.model == name:

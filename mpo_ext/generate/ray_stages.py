@@ -17,7 +17,7 @@ from mpo_ext.generate.items import Item, open_items
 from mpo_ext.generate.outputs import Summary
 from mpo_ext.generate.progress import SamplingProgress
 from mpo_ext.generate.runner import PairPipeline, write_outputs
-from mpo_ext.generate.sampler import Pipeline, blocks, open_journal
+from mpo_ext.generate.sampler import Pipeline, blocks, open_journal, set_date, stored_date
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,7 +68,10 @@ def run(
     items = open_items(source, image_root=image_root, root_map=root_map, limit=limit)
     DataContext.get_current().execution_options.preserve_order = True
 
-    with open_journal(pipeline, engine.settings, items, out) as journal:
+    settings = dict(engine.settings)
+    if (date := stored_date(out)) and "processor" in settings:
+        settings["processor"] = {**settings["processor"], "date": date}
+    with open_journal(pipeline, settings, items, out) as journal:
         stored = sum(1 for _ in journal.records())
         per_item = len(pipeline.keys(Item()))
         to_do: list[dict[str, Any]] = []
@@ -87,7 +90,7 @@ def run(
                 data = ray.data.from_items(to_do, override_num_blocks=len(to_do))
                 stage = data.map_batches(
                     _Worker,
-                    fn_constructor_args=(pipeline, engine.make),
+                    fn_constructor_args=(pipeline, engine.make, settings.get("processor", {}).get("date")),
                     batch_size=1,
                     compute=ActorPoolStrategy(size=workers),
                     num_gpus=gpus_per_worker or None,
@@ -102,9 +105,10 @@ def run(
 
 
 class _Worker:
-    def __init__(self, pipeline: Pipeline, make_engine: Callable[[], Engine]) -> None:
+    def __init__(self, pipeline: Pipeline, make_engine: Callable[[], Engine], date: str | None) -> None:
         self.pipeline = pipeline
         self.engine = make_engine()
+        set_date(self.engine, date)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         blocks = map(pickle.loads, batch["block"])

@@ -21,6 +21,7 @@ from mpo_ext.generate.sampler import (
     IncompleteRunError,
     Pipeline,
     check_world_size,
+    keep_date,
     open_journal,
     read_samples,
     sample_items,
@@ -88,6 +89,7 @@ def run(
     out = Path(out)
     items = open_items(source, image_root=image_root, root_map=root_map, limit=limit)
     ranks = {"rank": rank, "world_size": world_size}
+    keep_date(engine, [out])
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(open_journal(pipeline, engine.settings(), items, out, fsync_s=fsync_s, **ranks))
         # A single process sees every record, so it writes the outputs while it samples.

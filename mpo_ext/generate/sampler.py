@@ -7,11 +7,13 @@ Items go through the engine in blocks, whose bounds depend only on the input and
 incomplete, the whole block is generated again with the same arithmetic; only the missing records are appended.
 """
 
+import datetime
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mpo_ext.chat.encoder import with_date
 from mpo_ext.checks import check_integer
 from mpo_ext.generate.engine import Engine
 from mpo_ext.generate.items import Item, ItemSource
@@ -49,6 +51,30 @@ def check_world_size(out: Path, world_size: int) -> None:
             raise ValueError(f"processes must be the {begun} that {out} was begun with, got {world_size}")
 
 
+def stored_date(out: Path) -> str | None:
+    """Returns the date that the prompts of the journals in a folder have, in ISO format, or None if they have none."""
+    for path in sorted(out.glob("journal-*-of-*.jsonl")):
+        settings = read_header(path) or {}
+        if date := settings.get("engine", {}).get("processor", {}).get("date"):
+            return date
+    return None
+
+
+def keep_date(engine: Engine, folders: Iterable[Path]) -> None:
+    """Sets the date that an engine's chat template writes to that of the journals in folders, if they have one.
+
+    Otherwise, the prompts of a run would change from day to day.
+    """
+    set_date(engine, next(filter(None, map(stored_date, folders)), None))
+
+
+def set_date(engine: Engine, date: str | None) -> None:
+    """Sets the date that an engine's chat template writes to the result of ``stored_date``; None: no change."""
+    chat = getattr(engine, "chat", None)
+    if date is not None and chat is not None:
+        engine.chat = with_date(chat, datetime.date.fromisoformat(date))  # type: ignore[attr-defined]
+
+
 def open_journal(
     pipeline: Pipeline,
     engine_settings: Mapping[str, Any],
@@ -61,7 +87,8 @@ def open_journal(
 ) -> Journal:
     """Returns the journal of a process, to be used as a context manager.
 
-    ``engine_settings`` is the result of the engine's ``settings()``; ``out`` is the folder of the run.
+    ``engine_settings`` is the result of the engine's ``settings()``; ``out`` is the folder of the run. Journals of
+    earlier versions of mpo_ext do not describe the processor; then it is not compared.
 
     Raises:
         ValueError: If the rank is out of range, or the run was started with another number of processes.
@@ -71,13 +98,17 @@ def open_journal(
     if rank >= world_size:
         raise ValueError(f"rank must be below world_size ({world_size}), got {rank}")
     check_world_size(out, world_size)
+    path = journal_path(out, rank, world_size)
+    stored = read_header(path) if path.exists() else None
+    if stored is not None and "processor" not in stored.get("engine", {}):
+        engine_settings = {name: value for name, value in engine_settings.items() if name != "processor"}
     settings = {
         "pipeline": {"name": pipeline.name, **pipeline.settings()},
         "engine": dict(engine_settings),
         "input": {"blake2b": source.digest},
         "processes": world_size,
     }
-    return Journal(journal_path(out, rank, world_size), settings, fsync_s=fsync_s)
+    return Journal(path, settings, fsync_s=fsync_s)
 
 
 def sample_items(

@@ -12,6 +12,7 @@ from mpo_ext.checks import check_integer
 from mpo_ext.generate.engine import Generation, Request, SamplingConfig
 from mpo_ext.images import load_image
 from mpo_ext.processors import load_processor, takes_images
+from mpo_ext.provenance import processor_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +142,9 @@ class TransformersEngine:
 
     def settings(self) -> dict[str, Any]:
         """Returns all settings that the generations depend on. Batch size and device only change rounding."""
-        return {"engine": "transformers", "model": self.name, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        parts = processor_parts(self.chat, self.chat.stop_ids)
+        return {"engine": "transformers", "model": self.name, "dtype": dtype, "processor": parts}
 
     def encode_response(self, conversation: Conversation, response: str) -> list[int]:
         return self.chat.response_ids(conversation, response)[:-1]

@@ -8,6 +8,8 @@ from mpo_ext.checks import install_hint
 from mpo_ext.generate.engine import Generation, Request
 from mpo_ext.generate.transformers_engine import make_generation
 from mpo_ext.images import load_image
+from mpo_ext.processors import load_without_weights
+from mpo_ext.provenance import processor_parts
 
 
 class VLLMEngine:
@@ -37,12 +39,18 @@ class VLLMEngine:
         self.name = model
         self.options = options
         # The template is checked before the weights are loaded.
-        loaded, stop_ids = _load_processor(model, options) if processor is None else (processor, [])
-        self.chat = ChatEncoder(loaded, stop_ids=stop_ids, **(chat_options or {}))
+        checks: dict[str, Any] = {}
+        if processor is None:
+            loaded = load_without_weights(model, **options)
+            processor = loaded.processor
+            checks = {"stop_ids": loaded.stop_ids, "embedding_rows": loaded.embedding_rows}
+        self.chat = ChatEncoder(processor, **checks, **(chat_options or {}))
         self.llm = vllm.LLM(model=model, **options)
 
     def settings(self) -> dict[str, Any]:
-        return {"engine": "vllm", "model": self.name, "dtype": str(self.options.get("dtype", "auto"))}
+        dtype = str(self.options.get("dtype", "auto"))
+        parts = processor_parts(self.chat, self.chat.stop_ids)
+        return {"engine": "vllm", "model": self.name, "dtype": dtype, "processor": parts}
 
     def encode_response(self, conversation: Conversation, response: str) -> list[int]:
         return self.chat.response_ids(conversation, response)[:-1]
@@ -79,22 +87,5 @@ class VLLMEngine:
     def _generation(self, request: Request, completion: Any) -> Generation:
         """Converts a completion; vLLM may leave the token that ended it in the ids, or remove it."""
         generation = make_generation(self.chat, request, completion.token_ids)
-        finish = "length" if completion.finish_reason == "length" else "stop"
-        return Generation(generation.token_ids, generation.text, finish)
-
-
-def _load_processor(model: str, options: Mapping[str, Any]) -> tuple[Any, list[int]]:
-    """Returns the processor of a model, or the tokenizer of a text model, and the ids at which the model stops."""
-    import transformers
-
-    hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-    config = transformers.AutoConfig.from_pretrained(model, **hub)
-    has_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    processor = (transformers.AutoProcessor if has_images else transformers.AutoTokenizer).from_pretrained(
-        model, **hub
-    )
-    try:
-        ids = transformers.GenerationConfig.from_pretrained(model, **hub).eos_token_id
-    except OSError:  # the model has no generation_config.json
-        ids = getattr(config.get_text_config(), "eos_token_id", None)
-    return processor, [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        is_length = completion.finish_reason == "length"
+        return Generation(generation.token_ids, generation.text, "length" if is_length else "stop")

@@ -10,7 +10,7 @@ from torch import nn
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.plan.memory import ASSUMED_LENGTH, Memory, MemoryEstimate, meta_model
 from mpo_ext.plan.report import Plan, Variant, format_bytes
-from mpo_ext.train.mixture import Mixture
+from mpo_ext.train.mixture import Mixture, MixtureSubset
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.shared_prefix import supports_shared_prefix
 
@@ -28,8 +28,10 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
     if isinstance(world, bool) or not isinstance(world, int) or world < 1:
         raise ValueError(f"world must be a positive int, got {world!r}")
     optim = recipe.optim
-    mixture = Mixture(recipe.data.train, seed=optim.seed)
-    eval_subsets = Mixture(recipe.data.eval, seed=optim.seed).subsets if recipe.data.eval else ()
+    mixture = Mixture(recipe.data.train, seed=optim.seed, name="data.train")
+    eval_subsets: tuple[MixtureSubset, ...] = ()
+    if recipe.data.eval:
+        eval_subsets = Mixture(recipe.data.eval, seed=optim.seed, name="data.eval").subsets
     model = meta_model(recipe.model)
     parameters = list(model.parameters())
     steps_per_epoch = math.ceil(mixture.pairs / optim.batch_size)

@@ -191,12 +191,14 @@ class RunData:
 
     def __init__(self, recipe: Recipe, accelerator: Any, encoder: Encoder, collator: Collator) -> None:
         self.recipe, self.accelerator, self.encoder, self.collator = recipe, accelerator, encoder, collator
-        self.mixture = Mixture(recipe.data.train, seed=recipe.optim.seed)
+        self.mixture = Mixture(recipe.data.train, seed=recipe.optim.seed, name="data.train")
         groups = self.mixture.prompt_groups() if recipe.data.group_prompts else None
         self.sampler = StepSampler(
             self.mixture.epoch, batch_size=recipe.optim.batch_size, seed=recipe.optim.seed, groups=groups
         )
-        self.eval_mixture = Mixture(recipe.data.eval, seed=recipe.optim.seed) if recipe.data.eval else None
+        self.eval_mixture = None
+        if recipe.data.eval:
+            self.eval_mixture = Mixture(recipe.data.eval, seed=recipe.optim.seed, name="data.eval")
         self.total_steps = recipe.optim.epochs * self.sampler.steps_per_epoch
         if recipe.optim.max_steps is not None:
             self.total_steps = min(self.total_steps, recipe.optim.max_steps)

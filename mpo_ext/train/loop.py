@@ -5,6 +5,7 @@ The weighted micro-batch losses of all ranks add up to the loss of the step. Che
 
 import contextlib
 import copy
+import datetime
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from mpo_ext.train.batch_loss import BatchLoss, explain_out_of_memory, weighted_
 from mpo_ext.train.dataset import StepSize, StepSlice, size_over_ranks
 from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.evaluation import evaluate
+from mpo_ext.train.inputs import stored_date
 from mpo_ext.train.metrics import Totals, log_line, peak_memory_mib
 from mpo_ext.train.optimizer import clip_gradients, scheduled_learning_rate
 from mpo_ext.train.output import RunOutput
@@ -27,6 +29,7 @@ from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import (
     PrecomputedReference,
     compute_reference_file,
+    reference_date,
     reference_path,
     reference_settings,
 )
@@ -73,6 +76,7 @@ class Trainer:
     Attributes:
         model: Policy, as ``accelerator.prepare`` returned it.
         data: Training and evaluation pairs; ``data.encoder`` may be replaced before ``run``.
+        checkpoint: Checkpoint from which ``run`` resumes, or None.
         state: Step number, pair counts and reward shift.
         output: Console, log, checkpoints and exported model.
         reference_model: The separate reference model; None if the run has not loaded one.
@@ -96,18 +100,20 @@ class Trainer:
         self.output = RunOutput(recipe, self.accelerator, self.state, save=save)
         self.stop = StopRequests(self.accelerator)
         self.eval_pair_counts = PairCounts()
-        setup = set_up(recipe, self.accelerator, model, processor)
+        self.checkpoint = self.output.checkpoints.resolve(recipe.output.resume)
+        setup = set_up(recipe, self.accelerator, model, processor, date=self._date())
         self.model, self.processor, self.optimizer = setup.model, setup.processor, setup.optimizer
         self.data, self.reference_model = setup.data, setup.reference_model
-        self.reference_fingerprint = setup.reference_fingerprint
+        self.reference_fingerprint, self.fixed_weights = setup.reference_fingerprint, setup.fixed_weights
         self.reference: Reference | None = None
         self.output.console.total = self.data.total_steps
 
     def run(self) -> int:
         """Trains until the last step or a signal; returns the exit status (see ``train``)."""
         state, say = self.state, self.output.console.say
-        checkpoint = self.output.checkpoints.resolve(self.recipe.output.resume)
+        checkpoint = self.checkpoint
         with self.output.console, self.stop.caught():
+            self.output.check_inputs(self.data, checkpoint, self.fixed_weights)
             self._prepare()
             try:
                 self.reference = self.make_reference()
@@ -140,6 +146,14 @@ class Trainer:
             self._save_if_due(is_end=True)
             self.output.finish(self.model, self.processor)
             return self._close()
+
+    def _date(self) -> datetime.date:
+        """Returns the date for the chat template: that of the checkpoint or of stored log-probs, otherwise today."""
+        inputs = None
+        if self.checkpoint is not None:
+            inputs = self.output.checkpoints.state(self.accelerator, self.checkpoint).get("inputs")
+        date = stored_date(inputs) or reference_date(self.recipe) or datetime.date.today()
+        return gather(self.accelerator, date)[0]
 
     def _prepare(self) -> None:
         """Starts the trackers, reports the data and chooses the row layout."""

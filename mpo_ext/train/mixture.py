@@ -18,11 +18,11 @@ from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import PairSource, open_pairs
 from mpo_ext.images import describe_source, image_exists
 from mpo_ext.train.encode import prompt_key
-from mpo_ext.train.recipe import SourceRecipe
+from mpo_ext.train.source_recipe import SourceRecipe
 
 _DRAW = 1  # part of the seed; ``sampler`` uses another number, which keeps their random numbers independent
 _INSPECTED_LINES = 20_000  # maximum number of lines that ``Mixture.inspect`` reads per source
-_INSPECTED_HF_ROWS = 200  # lower, because reading a row may write its images to ``image_dir``
+_INSPECTED_DATASET_ROWS = 200  # lower, because reading a row may write its images to ``image_dir``
 _EXAMPLES = 3
 _ROUNDING = 1e-6  # 100 lines with repeat_time 0.29 give 29 pairs, though the product is 28.999999999999996
 
@@ -100,21 +100,23 @@ class Mixture(Sequence[Pair | BadLine]):
 
     Attributes:
         subsets: Subsets of all sources, in the order of their lines.
+        name: Name of the setting that lists the sources, for messages, such as ``data.train``.
 
     Raises:
         OSError: If a source cannot be read.
         ValueError: If a source is invalid, or an epoch would not contain any pairs.
     """
 
-    def __init__(self, sources: Sequence[SourceRecipe], *, seed: int = 0) -> None:
+    def __init__(self, sources: Sequence[SourceRecipe], *, seed: int = 0, name: str = "sources") -> None:
         check_integer("seed", seed, least=0)
         self.sources = tuple(sources)
         self.seed = seed
+        self.name = name
         self._opened: list[PairSource | None] = [None] * len(self.sources)
         subsets: list[MixtureSubset] = []
         self._starts = [0]
         for number, recipe in enumerate(self.sources):
-            for name, lines, repeat in _subsets_of(self._source(number), recipe):
+            for name, lines, repeat in _subsets_of(self.open_source(number), recipe):
                 first = subsets[-1].first + subsets[-1].lines if subsets else 0
                 pairs = math.floor(lines * repeat + _ROUNDING)
                 subsets.append(MixtureSubset(number, name, first, lines, repeat, pairs))
@@ -126,7 +128,7 @@ class Mixture(Sequence[Pair | BadLine]):
         )
         if self.pairs == 0:
             paths_text = ", ".join(recipe.path for recipe in self.sources) or "no sources"
-            raise ValueError(f"sources must give an epoch at least one pair, got none from {paths_text}")
+            raise ValueError(f"{name} must give an epoch at least one pair, got none from {paths_text}")
 
     @property
     def pairs(self) -> int:
@@ -160,7 +162,7 @@ class Mixture(Sequence[Pair | BadLine]):
             RuntimeError: If the source's number of lines has changed since the mixture was created.
         """
         source, line = self.locate(index)
-        where, pair = self._source(source).read(line)
+        where, pair = self.open_source(source).read(line)
         return pair, str(where)
 
     def epoch(self, epoch: int) -> np.ndarray:
@@ -199,10 +201,10 @@ class Mixture(Sequence[Pair | BadLine]):
         """
         overviews = []
         for number, recipe in enumerate(self.sources):
-            source, first = self._source(number), self._starts[number]
+            source, first = self.open_source(number), self._starts[number]
             size = len(source.pairs)
-            overview = SourceOverview(recipe.path, source.format, recipe.format is not None, source.root, size)
-            count = min(size, limit if source.format != "hf" else min(limit, _INSPECTED_HF_ROWS))
+            overview = SourceOverview(source.path, source.format, recipe.format is not None, source.root, size)
+            count = min(size, min(limit, _INSPECTED_DATASET_ROWS) if source.is_dataset else limit)
             file_exists: dict[int, bool] = {}
             for line in np.linspace(0, size - 1, count).round().astype(int) if count else ():
                 pair, name = self.read(first + int(line))
@@ -227,14 +229,19 @@ class Mixture(Sequence[Pair | BadLine]):
             yield f"{subset.label:<{width}}  {subset.lines:>11,}  {subset.repeat_time:>11.4g}  {subset.pairs:>11,}"
         yield f"{'all':<{width}}  {len(self):>11,}  {'':>11}  {self.pairs:>11,}"
 
-    def _source(self, number: int) -> PairSource:
+    def open_source(self, number: int) -> PairSource:
+        """Returns the source at an index of ``sources``, which is opened at the first call."""
         source = self._opened[number]
         if source is not None:
             return source
         recipe = self.sources[number]
-        source = open_pairs(
-            recipe.path, format=recipe.format, root=recipe.root, root_map=recipe.root_map, image_dir=recipe.image_dir
-        )
+        names = ("format", "root", "root_map", "image_dir", "split", "revision", "config", "ignore")
+        try:
+            source = open_pairs(recipe.path, **{name: getattr(recipe, name) for name in names})
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.name}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
         if number + 1 < len(self._starts):
             size, expected = len(source.pairs), self._starts[number + 1] - self._starts[number]
             if size != expected:

@@ -10,7 +10,9 @@ from torch import nn
 from mpo_ext.files import atomic_write
 from mpo_ext.train import model_card
 from mpo_ext.train.checkpoint import Checkpoints
+from mpo_ext.train.dataset import RunData
 from mpo_ext.train.export import export_model, is_exported_since
+from mpo_ext.train.inputs import InputChanges, collect_inputs, compare_inputs
 from mpo_ext.train.metrics import Log
 from mpo_ext.train.progress import Console
 from mpo_ext.train.proof import Proof
@@ -34,6 +36,9 @@ class RunOutput:
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
+        self.inputs: dict[str, Any] | None = None
+        self.input_changes = InputChanges()
+        self.changed: dict[str, str] = {}
         self.console = Console(0, 0, sys.stderr if self.is_main else None)
         self.log = Log(self.folder / "log.jsonl")
         self.checkpoints = Checkpoints(
@@ -71,30 +76,59 @@ class RunOutput:
                 )
             self.log.rewind(0)
 
+    def check_inputs(self, data: RunData, checkpoint: Path | None, fixed_weights: Mapping[str, str]) -> None:
+        """Records the inputs of the run for its checkpoints, and compares them with those of a checkpoint.
+
+        ``fixed_weights`` are those of ``RunSetup``.
+
+        Raises:
+            LinesError: If a setting has changed that must not change within a run, or if an input has changed that
+                affects training and ``output.resume_changed_data`` is False.
+        """
+        if checkpoint is None:
+            self.inputs = collect_inputs(data, None, fixed_weights) if self.save else None
+            return
+        state = self.checkpoints.state(self.accelerator, checkpoint)
+        self.changed = changed_settings(state, self.recipe, checkpoint)
+        stored = state.get("inputs")
+        self.inputs = collect_inputs(data, stored, fixed_weights)
+        if stored is None:
+            self.console.say(
+                f"the data cannot be compared with those of {checkpoint}, which an earlier version of mpo_ext wrote"
+            )
+            return
+        # All ranks must agree, although their machines may round pixels differently.
+        self.input_changes = gather(self.accelerator, compare_inputs(stored, self.inputs))[0]
+        if any(name.startswith("data.eval") for name in self.changed):
+            self.input_changes.evaluation.clear()  # other sources: the changed setting says it
+        self.input_changes.check(checkpoint, accept=self.recipe.output.resume_changed_data)
+
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:
         """Restores policy, optimizer, run state and log from a checkpoint, and ``reference`` if the reference moves.
 
-        Returns:
-            Whether a setting has changed since the checkpoint.
+        ``check_inputs`` must have accepted the checkpoint.
 
-        Raises:
-            LinesError: If a setting has changed that must not change within a run.
+        Returns:
+            Whether a setting or the data have changed since the checkpoint.
         """
-        changed = changed_settings(self.checkpoints.state(self.accelerator, path), self.recipe, path)
+        changes = self.input_changes
         state = self.checkpoints.load(self.accelerator, path, model, optimizer, reference=reference)
-        for text in changed.values():
+        for text in self.changed.values():
             self.console.say(f"since the checkpoint: {text}")
-        self.state.load_state_dict(state, keep_evaluation=not any(name.startswith("data.eval") for name in changed))
+        for text in changes.lines():
+            self.console.say(text)
+        has_same_evaluation = not changes.evaluation and not any(name.startswith("data.eval") for name in self.changed)
+        self.state.load_state_dict(state, keep_evaluation=has_same_evaluation)
         if self.is_main:
             self.log.rewind(state["log_position"])
         self.accelerator.wait_for_everyone()
-        return bool(changed)
+        return bool(self.changed or changes.refused or changes.evaluation)
 
     def save_checkpoint(self, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> None:
         """Writes a checkpoint of policy, optimizer and run state, and of ``reference`` unless it is None."""
         if not self.save:
             return
-        state = self.state.state_dict(self.log.position() if self.is_main else 0)
+        state = self.state.state_dict(self.log.position() if self.is_main else 0, self.inputs)
         evaluation = state["evaluation"]
         score = None if evaluation is None else evaluation[f"eval_{self.recipe.output.best_metric}"]
         self.checkpoints.save(

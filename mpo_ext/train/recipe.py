@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, StrictBool, StrictStr
+from pydantic import StrictBool, StrictStr
 
 from mpo_ext.checks import did_you_mean, shorten
 from mpo_ext.loss.config import MPOConfig
@@ -30,11 +30,10 @@ from mpo_ext.train.settings import (
     Strings,
     Text,
     TwoFractions,
-    TwoStrings,
-    list_of,
     section,
-    wrong_type,
 )
+from mpo_ext.train.source_recipe import SourceRecipe as SourceRecipe  # for users of this module
+from mpo_ext.train.source_recipe import Sources
 
 #: Parts of a model that ``ModelRecipe.freeze`` may name.
 FREEZABLE = ("vision_tower", "projector", "language_model")
@@ -87,7 +86,7 @@ class ModelRecipe:
     lora: Section[LoraRecipe] | None = None
     gradient_checkpointing: StrictBool = False
     chat_template: StrictStr | None = None
-    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for part in self.freeze:
@@ -109,45 +108,6 @@ class ModelRecipe:
 
 
 @section
-class SourceRecipe:
-    """A file or folder of pairs in a format that ``mpo_ext.data.open_pairs`` reads.
-
-    Attributes:
-        path: MMPR meta file, file of lines (MMPR, ``mpo-ext sample``, TRL), or folder of a Hugging Face dataset.
-        format: "mmpr", "pairs" (written by ``mpo-ext sample``), "trl" or "hf"; None detects the format.
-        root: Folder against which relative image paths are resolved; None: the folder that contains ``path``.
-        root_map: (old, new) path prefixes of images and annotations that have moved from ``old`` to ``new``.
-        image_dir: Folder to which images are written if a Hugging Face dataset stores them without paths.
-        repeat_time: Average number of visits to each pair per epoch: 0.5 visits a random half of the pairs, 2 visits
-            each pair twice. It multiplies the ``repeat_time`` of each subset of an MMPR meta file.
-    """
-
-    path: Text
-    format: Literal["mmpr", "pairs", "trl", "hf"] | None = None
-    root: StrictStr | None = None
-    root_map: Annotated[tuple[TwoStrings, ...], list_of("lists of 2 strings")] = ()
-    image_dir: StrictStr | None = None
-    repeat_time: Positive = 1.0
-
-
-def _to_source(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"path": value}
-    if not isinstance(value, (Mapping, SourceRecipe)):
-        raise wrong_type("a path or a section")
-    return value
-
-
-def _to_list(value: Any) -> Any:
-    return [value] if isinstance(value, (str, Mapping, SourceRecipe)) else value
-
-
-_Source = Annotated[SourceRecipe, BeforeValidator(_to_source)]
-# pydantic runs BeforeValidators from right to left.
-_Sources = Annotated[tuple[_Source, ...], list_of("paths or sections"), BeforeValidator(_to_list)]
-
-
-@section
 class DataRecipe:
     """Settings of the data for training and evaluation.
 
@@ -162,8 +122,8 @@ class DataRecipe:
         workers: Number of processes that read and encode pairs in advance; 0: the training process does this work.
     """
 
-    train: Annotated[_Sources, NOT_EMPTY]
-    eval: _Sources = ()
+    train: Annotated[Sources, NOT_EMPTY]
+    eval: Sources = ()
     max_length: Length | None = 4096
     too_long: Literal["drop", "truncate"] = "drop"
     skip_bad: StrictBool = False
@@ -360,6 +320,8 @@ class OutputRecipe:
         trackers: Names of trackers in accelerate: "tensorboard", "wandb", ...
         resume: "auto" resumes from the newest checkpoint in ``dir``; "never" rejects a folder that contains a
             checkpoint; any other value is the path of a checkpoint.
+        resume_changed_data: Whether a run may resume although its training data, its processor, or the model that it
+            began with have changed since the checkpoint.
         on_nonfinite: Reaction to a loss or gradient that is not finite: "stop", or "skip" the step and count it.
         save_merged: Whether to write the model with merged LoRA adapters in addition to the adapters.
     """
@@ -373,6 +335,7 @@ class OutputRecipe:
     log_every: PositiveCount = 1
     trackers: Strings = ()
     resume: Text = "auto"
+    resume_changed_data: StrictBool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
     save_merged: StrictBool = False
 

@@ -1,5 +1,6 @@
 """Precomputed reference log-probs: computed once by all ranks, stored in a file, and looked up in every step."""
 
+import datetime
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpo_ext.checks import LinesError
 from mpo_ext.data.reader import BadLine
 from mpo_ext.files import atomic_write
 from mpo_ext.journal import Journal, encode_line, read_header, read_records
+from mpo_ext.provenance import changed_independently, changed_parts, library_versions, processor_parts
 from mpo_ext.train.batch import Batch
 from mpo_ext.train.dataset import NO_PAIR, RunData
 from mpo_ext.train.ranks import gather
@@ -19,13 +22,16 @@ from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_model import sequence_logp
 from mpo_ext.train.signals import InterruptedRunError, StopRequests
 
+_PROVENANCE = ("processor", "versions", "date")  # compared by other rules than equality
+
 
 class PrecomputedReference:
     """Looks up reference log-probs by ``Sample.digest`` in a file; raises ``ValueError`` if its settings differ."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        _check_settings(path, settings)
+        header = _check_settings(path, settings)
+        self._changes = _possible_causes(header, settings)
         self._logp = {NO_PAIR: [0.0, 0.0], **{record["key"]: record["logp"] for record in read_records(path)}}
 
     def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
@@ -34,7 +40,7 @@ class PrecomputedReference:
             if digest not in self._logp:
                 raise ValueError(
                     f"reference.file must hold the pair {name}, got none with its tokens and pixels in {self.path}: "
-                    "the data or its preprocessing has changed; delete the file to compute it again"
+                    f"{self._changes}; delete the file to compute it again"
                 )
         logp = torch.tensor([self._logp[digest] for digest in batch.digests], dtype=torch.float64)
         return logp.T.flatten().to(batch.index.device)
@@ -72,7 +78,21 @@ def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[
         "max_length": recipe.data.max_length,
         "too_long": recipe.data.too_long,
         "from_logits": recipe.loss.from_logits,
+        "processor": processor_parts(data.encoder.chat, [data.encoder.chat.end_id]),
+        "versions": library_versions(),
+        "date": data.encoder.chat.date.isoformat(),
     }
+
+
+def reference_date(recipe: Recipe) -> datetime.date | None:
+    """Returns the date for which the prompts of stored or begun log-probs were rendered, or None if unknown."""
+    if recipe.reference_kind != "precomputed":
+        return None
+    path = reference_path(recipe)
+    for file in (path, *_journal_paths(path)):
+        if file.exists() and (settings := read_header(file)) is not None and "date" in settings:
+            return datetime.date.fromisoformat(settings["date"])
+    return None
 
 
 def compute_reference_file(
@@ -97,7 +117,11 @@ def compute_reference_file(
     say(f"reference: log-probs of {sum(map(len, data.mixtures)):,} pairs, computed once into {path}")
     was_training = model.training
     model.eval()
-    with Journal(_journal_path(path, accelerator.process_index), settings) as journal:
+    journal_path = _journal_path(path, accelerator.process_index)
+    begun = (
+        read_header(journal_path) if journal_path.exists() else None
+    )  # with equal settings, but maybe other versions
+    with Journal(journal_path, begun or settings) as journal:
         for batches in _batches_of_ranks(data, known):
             for batch in batches:
                 with torch.no_grad(), accelerator.autocast():
@@ -121,16 +145,37 @@ def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
         yield batches + [data.dummy_batch()] * (n_batches - len(batches))
 
 
-def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raises a ``ValueError`` that lists all differences if the file was not made with ``settings``."""
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a file; raises a ``ValueError`` that lists all differences if they do not fit.
+
+    Other versions of libraries may serialize the same processor in another form. Then, only the parts of the processor
+    that do not depend on a library are compared here, because the digest of each pair covers the rest.
+    """
     old, new = read_header(path) or {}, json.loads(json.dumps(settings))
-    differing = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
-    if differing:
-        lines = "".join(f"\n  {name} was {old.get(name)!r}, is {new.get(name)!r}" for name in differing)
-        raise ValueError(
-            f"reference.file must have been made for this run, but {path} is stale:{lines}\n"
+    texts = [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in dict.fromkeys([*old, *new])
+        if name not in _PROVENANCE and old.get(name) != new.get(name)
+    ]
+    if "processor" in old:  # earlier versions of mpo_ext did not store it
+        parts = changed_parts(old["processor"], new["processor"])
+        has_same_versions = old["versions"] == new["versions"]
+        texts += [parts[name] for name in (parts if has_same_versions else changed_independently(parts))]
+    if texts:
+        raise LinesError(
+            f"reference.file must have been made for this run, but {path} is stale:\n  " + "\n  ".join(texts) + "\n"
             "delete it to compute it again, or name another file"
         )
+    return old
+
+
+def _possible_causes(header: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Returns what has changed since a file was made that may change the encoding of a pair."""
+    if "processor" not in header:
+        return "the images, the processor, or the date in the prompts have changed (the file does not say which)"
+    changed = [*changed_parts(header["processor"], settings["processor"]).values()]
+    changed += changed_parts(header["versions"], settings["versions"]).values()
+    return "; ".join(changed) or "the image files have changed, or this machine rounds pixels differently"
 
 
 def _known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:

@@ -1,5 +1,6 @@
 """Resuming a run: the plain state in a checkpoint, and the settings that may differ in the run that resumes."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -69,12 +70,18 @@ class RunState:
         line = self.evaluation
         return line if line is not None and line["step"] == self.step else None
 
-    def state_dict(self, log_position: int) -> dict[str, Any]:
-        """Returns the state, with the size of the log in bytes, as JSON values. All ranks must call this method."""
+    def state_dict(self, log_position: int, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Returns the state as JSON values. All ranks must call this method.
+
+        Args:
+            log_position: Size of the log in bytes.
+            inputs: Result of ``collect_inputs``.
+        """
         return {
             "step": self.step,
             "reward_shift": self.reward_shift.state_dict(),
             "recipe": plain_values(self._recipe.to_dict()),
+            "inputs": inputs,
             "log_position": log_position,
             "skipped_steps": self.n_skipped_steps,
             "evaluation": self.current_evaluation(),
@@ -98,9 +105,13 @@ class RunState:
 def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> dict[str, str]:
     """Returns a message, by setting name, for each setting that differs between a checkpoint's state and the recipe.
 
-    Raises ``LinesError`` if a setting has changed that must not change within a run.
+    A setting that the checkpoint does not know had its default. Raises ``LinesError`` if a setting has changed that
+    must not change within a run.
     """
-    old, new = flat_settings(state["recipe"]), flat_settings(plain_values(recipe.to_dict()))
+    stored = state["recipe"]
+    with contextlib.suppress(TypeError, ValueError):  # a setting that does not exist any more
+        stored = plain_values(Recipe(**stored).to_dict())
+    old, new = flat_settings(stored), flat_settings(plain_values(recipe.to_dict()))
     changed = {
         name: f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in dict.fromkeys([*old, *new])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ class RunSetup(NamedTuple):
     """The parts of a run; accelerate has prepared the models and the optimizer.
 
     ``reference_model`` is separate from the policy; None if no such model is loaded. ``reference_fingerprint`` belongs
-    to the model of the precomputed log-probs; "" if no log-probs are precomputed.
+    to the model of the precomputed log-probs; "" if no log-probs are precomputed. ``fixed_weights`` are the results of
+    ``fingerprint``, by setting, for the models whose weights a checkpoint does not hold.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class RunSetup(NamedTuple):
     data: RunData
     reference_model: nn.Module | None
     reference_fingerprint: str
+    fixed_weights: dict[str, str]
 
 
 def make_accelerator(recipe: Recipe) -> Any:
@@ -59,10 +62,13 @@ def make_accelerator(recipe: Recipe) -> Any:
     return accelerator
 
 
-def set_up(recipe: Recipe, accelerator: Any, model: nn.Module | None, processor: Any) -> RunSetup:
+def set_up(
+    recipe: Recipe, accelerator: Any, model: nn.Module | None, processor: Any, *, date: datetime.date
+) -> RunSetup:
     """Loads models, opens the data, makes the optimizer and prepares all of them with accelerate.
 
-    If ``model`` is None, ``recipe.model.path`` and its processor are loaded instead.
+    If ``model`` is None, ``recipe.model.path`` and its processor are loaded instead. ``date`` is the date that the
+    chat template may write.
     """
     if recipe.reference.path is not None:
         check_model_path("reference.path", recipe.reference.path)
@@ -72,11 +78,12 @@ def set_up(recipe: Recipe, accelerator: Any, model: nn.Module | None, processor:
     else:
         check_supported(unwrap_model(model).config, processor)
         model = prepare_model(model, recipe.model)
-    data = _make_data(recipe, accelerator, model, processor)
+    data = _make_data(recipe, accelerator, model, processor, date)
     # The reference may copy the policy, so it is made before the policy is wrapped or moved.
     reference_model, reference_fingerprint = _make_reference_model(recipe, model)
     if recipe.reference.sync_every and reference_model is not None:
         _check_can_move(recipe, accelerator, model, reference_model)
+    fixed_weights = _fixed_weights(recipe, model, reference_model) if accelerator.is_main_process else {}
     optimizer: Any = make_optimizer(model, recipe.optim, accelerator.device)
     _set_deepspeed_sizes(recipe, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -84,10 +91,10 @@ def set_up(recipe: Recipe, accelerator: Any, model: nn.Module | None, processor:
         check_mergeable(model)
     if reference_model is not None:
         reference_model = _prepare_reference_model(accelerator, reference_model)
-    return RunSetup(model, processor, optimizer, data, reference_model, reference_fingerprint)
+    return RunSetup(model, processor, optimizer, data, reference_model, reference_fingerprint, fixed_weights)
 
 
-def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any) -> RunData:
+def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any, date: datetime.date) -> RunData:
     tokenizer = getattr(processor, "tokenizer", processor)
     encoder = Encoder(
         processor,
@@ -96,6 +103,7 @@ def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: An
         image_token_id=getattr(unwrap_model(model).config, "image_token_id", None),
         chat_template=recipe.model.chat_template,
         chat_template_kwargs=recipe.model.chat_template_kwargs,
+        date=date,
         stop_ids=stop_ids_of(unwrap_model(model)),
         embedding_rows=embedding_rows_of(unwrap_model(model)),
     )
@@ -130,6 +138,20 @@ def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module 
     if kind == "precomputed" and reference_path(recipe).exists():
         model = None
     return model, digest
+
+
+def _fixed_weights(recipe: Recipe, policy: nn.Module, reference: nn.Module | None) -> dict[str, str]:
+    """Returns the fingerprints of weights that a run reads again when it resumes; empty for quantized models."""
+    if recipe.model.lora is not None and recipe.model.lora.quantization is not None:
+        return {}
+    is_copied = recipe.reference_kind == "copy" and not recipe.reference.sync_every
+    has_frozen = not all(parameter.requires_grad for parameter in policy.parameters())
+    fixed = {}
+    if has_frozen or (is_copied and recipe.reference.path is None):
+        fixed["model.path"] = fingerprint(policy)
+    if is_copied and recipe.reference.path is not None and reference is not None:
+        fixed["reference.path"] = fingerprint(reference)
+    return fixed
 
 
 def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, reference: nn.Module) -> None:

@@ -43,7 +43,7 @@ LINES: dict[str, list[dict[str, Any]]] = {
         {"image": None, "question": "3 + 1?", "chosen": "4", "rejected": "5", "answer_gt": ""},
         {"image": [], "question": "4 + 1?", "chosen": "5", "rejected": "6", "provenance": {}},
         {"id": 7, "question": "5 + 1?", "chosen": "6", "rejected": "7", "provenance": {"pipeline": "correctness"}},
-        {"chosen": "8", "rejected": "9", "question": "字段顺序", "pictures": ["kept"], "extra": 1},
+        {"chosen": "8", "rejected": "9", "question": "字段顺序", "notes": ["kept"], "extra": 1},
     ],
 }
 
@@ -76,7 +76,7 @@ DEFECTS: list[tuple[str, Any, str]] = [
     ("broken image", {**GOOD, "image": "broken.png"}, "image must be in a format that Pillow can read"),
     ("placeholders", {**GOOD, "question": "<image><image>"}, "0 or 1 times for 1 images, got 2"),
     ("placeholders", {**GOOD, "image": ["a.png", "a.png"]}, "2 times for 2 images, got 1"),
-    ("placeholders", {"question": "<image>", "chosen": "c", "rejected": "r"}, "0 times for 0 images, got 1"),
+    ("no image", {"question": "<image>", "chosen": "c", "rejected": "r"}, "0 times for 0 images, got 1"),
     ("empty question", {**GOOD, "question": " ", "chosen": "1"}, "question must hold text, got ' '"),
     ("empty chosen", {**GOOD, "chosen": ""}, "chosen must hold text, got ''"),
     ("empty rejected", {**GOOD, "rejected": "\n"}, r"rejected must hold text, got '\n'"),

@@ -19,7 +19,8 @@ def test_each_defect_is_found_alone_in_its_line(broken: Path) -> None:
     for line, (kind, _, words) in enumerate(DEFECTS, start=2):
         assert (findings[line].kind, words in findings[line].message) == (kind, True), findings[line]
         assert findings[line].where.file.endswith("broken.jsonl")
-    bad = sum(kind in ("bad JSON", "bad UTF-8", "huge line", "bad field", "bad image path") for kind, _, _ in DEFECTS)
+    bad_lines = ("bad JSON", "bad UTF-8", "huge line", "bad field", "bad image path", "no image")
+    bad = sum(kind in bad_lines for kind, _, _ in DEFECTS)
     assert report.stats["broken"].skipped == bad
     assert report.stats["broken"].pairs == 1 + len(DEFECTS) - bad
 

@@ -22,11 +22,11 @@ def test_the_format_is_detected(mmpr: Path, tmp_path: Path) -> None:
     assert source.format == "mmpr"
     assert source.pairs[0].images[0] == str(tmp_path / "images/a.png")
     (tmp_path / "bad.jsonl").write_bytes(b"{\n[]\n")
-    with pytest.raises(ValueError, match="format must be told apart by a good line"):
+    with pytest.raises(ValueError, match=r"path must hold one JSON object per line, got .*bad.jsonl:1: bad JSON"):
         open_pairs(tmp_path / "bad.jsonl")
     with pytest.raises(FileNotFoundError, match="path must exist"):
         open_pairs(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="format must be one of mmpr, pairs, trl, hf, got 'csv'"):
+    with pytest.raises(ValueError, match=r"format must be one of mmpr, pairs, .*, hf, got 'csv'"):
         open_pairs(mmpr, format="csv")  # type: ignore[arg-type]
 
 

@@ -267,7 +267,9 @@ def test_vllm_gets_ids_images_and_a_seed_for_each_request(monkeypatch: pytest.Mo
     assert [each.options["seed"] for each in params] == [5, 6]
     assert params[0].options["top_k"] == -1
     assert params[0].options["max_tokens"] == 12
-    assert engine.settings() == {"engine": "vllm", "model": "some/model", "dtype": "bfloat16"}
+    settings = engine.settings()
+    assert settings.pop("processor") == twin.settings()["processor"]
+    assert settings == {"engine": "vllm", "model": "some/model", "dtype": "bfloat16"}
 
 
 def test_a_missing_vllm_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

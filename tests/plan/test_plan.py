@@ -497,7 +497,7 @@ def test_errors_of_model_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([*run, f"model.path={tmp_path / 'gone'}"]) == 1
     assert "gone" in capsys.readouterr().err
     assert main([*run, "data.train=gone.jsonl"]) == 1
-    assert capsys.readouterr().err == "mpo-ext train: path must exist, got gone.jsonl\n"
+    assert capsys.readouterr().err == "mpo-ext train: data.train: path must exist, got gone.jsonl\n"
     assert main([*run, "model.freeze=[vision_tower]"]) == 1
     assert "freeze must name parts that the model has, got 'vision_tower'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="world must be a positive int, got 0"):

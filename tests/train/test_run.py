@@ -767,6 +767,7 @@ def test_settings_that_may_change_when_a_run_resumes(
     for name, value in free.items():
         trainer.output.recipe = recipe(tmp_path / "out", pairs, **{**base, name: value})
         trainer.state.evaluation = None
+        trainer.output.check_inputs(trainer.data, path, trainer.fixed_weights)
         assert trainer.output.resume(path, trainer.model, trainer.optimizer, None)
         assert (trainer.state.evaluation is None) == (name == "data__eval"), name
     second_rank = resume.RunState(trainer.recipe, SimpleNamespace(is_main_process=False))
@@ -781,4 +782,4 @@ def test_settings_that_may_change_when_a_run_resumes(
     for name, value in fixed.items():
         trainer.output.recipe = recipe(tmp_path / "out", pairs, **{**base, name: value})
         with pytest.raises(ValueError, match=rf"(?s){name.replace('__', '.')} was .*, is .*use another output\.dir"):
-            trainer.output.resume(path, trainer.model, trainer.optimizer, None)
+            trainer.output.check_inputs(trainer.data, path, trainer.fixed_weights)

@@ -1,0 +1,136 @@
+"""Checks a model's processor and chat template without its weights, for ``mpo-ext doctor`` and ``data check``."""
+
+import argparse
+import dataclasses
+import itertools
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mpo_ext.cli.shared import chat_options, parse_json_options
+
+_SEARCHED_PAIRS = 1000  # maximum number of pairs that are searched for a pair with images
+_PROVED_PAIRS = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProcessorReport:
+    """The result of a check.
+
+    Attributes:
+        facts: Names and facts about processor and chat template.
+        lines: The encoded pairs as lines of text.
+        problems: Reasons why training with this processor would be wrong or would stop.
+    """
+
+    facts: tuple[tuple[str, str], ...]
+    lines: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as JSON values."""
+        return {"facts": dict(self.facts), "lines": list(self.lines), "problems": list(self.problems)}
+
+
+def check_processor(
+    args: argparse.Namespace, model: str, pairs: Iterable[tuple[Any, str]] | None = None
+) -> ProcessorReport:
+    """Encodes pairs as training does, and compares the token ids with those of the model's processor.
+
+    Args:
+        args: Arguments with the options of ``add_chat``.
+        model: Folder of a model, of a run or of adapters, or a name on the hub.
+        pairs: Pairs with absolute image paths, and their names; None: a question with text, and one with an image if
+            the model takes images.
+
+    Raises:
+        ImportError: If a package is missing.
+        OSError: If a file cannot be read.
+        ValueError: If the model, or its chat template, cannot be used.
+    """
+    from mpo_ext.evaluate.models import find_model
+    from mpo_ext.processors import load_without_weights
+    from mpo_ext.train.encode import Encoder
+    from mpo_ext.train.proof import prove
+
+    path = find_model(model).path
+    loaded = load_without_weights(path, **parse_json_options("--engine-option", args.engine_option))
+    encoder = Encoder(
+        loaded.processor,
+        max_length=None,
+        image_token_id=getattr(loaded.config, "image_token_id", None),
+        stop_ids=loaded.stop_ids,
+        embedding_rows=loaded.embedding_rows,
+        **chat_options(args),
+    )
+    facts = tuple(_facts(path, loaded, encoder.chat))
+    if pairs is not None:
+        proof = prove(encoder, _first(pairs), count=_PROVED_PAIRS)
+        problems = list(proof.problems)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            proof = prove(encoder, _examples(Path(folder), has_images=encoder.chat.is_multimodal))
+        problems = [*proof.problems, *proof.skipped]
+    if not proof.pairs:
+        problems.append("no pair could be encoded")
+    return ProcessorReport(facts, tuple(proof.lines()), tuple(problems))
+
+
+def good_pairs(source: Any) -> Iterator[tuple[Any, str]]:
+    """Yields the pairs of a ``PairSource`` that can be read, with their file and line."""
+    from mpo_ext.data.reader import BadLine
+
+    for where, pair in source.scan():
+        if not isinstance(pair, BadLine):
+            yield pair, str(where)
+
+
+def _first(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
+    """Returns the first pairs; one with images comes first, if there is one among the searched pairs."""
+    searched = list(itertools.islice(pairs, _SEARCHED_PAIRS))
+    with_images = next((entry for entry in searched if entry[0].images), None)
+    return (
+        searched if with_images is None else [with_images, *(entry for entry in searched if entry is not with_images)]
+    )
+
+
+def _examples(folder: Path, *, has_images: bool) -> Iterator[tuple[Any, str]]:
+    """Yields a pair of text and, for a model with images, a pair with an image."""
+    from mpo_ext.data.records import Pair
+
+    yield Pair("What is larger, 2 or 3?", "3", "2"), "a question"
+    if has_images:
+        from PIL import Image
+
+        path = folder / "image.png"
+        Image.linear_gradient("L").resize((320, 240)).convert("RGB").save(path)
+        yield Pair("<image>\nHow many colours are there?", "1", "2", images=(str(path),)), "an image"
+
+
+def _facts(path: str, loaded: Any, chat: Any) -> Iterator[tuple[str, str]]:
+    tokenizer = chat.tokenizer
+    yield "model", f"{path} ({', '.join(loaded.config.architectures or [loaded.config.model_type])})"
+    image_processor = getattr(loaded.processor, "image_processor", None)
+    names = [type(part).__name__ for part in (loaded.processor, image_processor) if part is not None]
+    yield "processor", ", ".join(names)
+    template = chat.chat_template
+    yield (
+        "chat template",
+        "none: a prompt is the question and a line break" if template is None else (f"{len(template):,} characters"),
+    )
+    yield "end of a turn", _token(tokenizer, chat.end_id)
+    yield "sampling stops at", ", ".join(_token(tokenizer, token) for token in sorted(chat.stop_ids))
+    if chat.end_id not in loaded.stop_ids:
+        yield "", "the end of a turn is not in generation_config.json: other programs may not stop there"
+    ids = sorted(tokenizer.get_vocab().values())
+    rows = loaded.embedding_rows
+    yield "token ids", f"up to {ids[-1]:,}; the embedding has {'an unknown number of' if rows is None else rows} rows"
+    if rows is not None and ids[-1] >= rows:
+        beyond = [token for token in ids if token >= rows]
+        first = _token(tokenizer, beyond[0])
+        yield "", f"{len(beyond):,} of the ids have no row, the first is {first}: pairs with them are refused"
+
+
+def _token(tokenizer: Any, token: int) -> str:
+    return f"{tokenizer.convert_ids_to_tokens(token)} ({token})"

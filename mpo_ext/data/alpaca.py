@@ -1,0 +1,53 @@
+"""Alpaca rows with a preference, as LLaMA-Factory reads them.
+
+A row has ``instruction``, ``chosen`` and ``rejected``, and optionally ``input`` (appended to the instruction after a
+line break), ``system``, ``history`` and ``images``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mpo_ext.checks import type_and_value
+from mpo_ext.data.messages import (
+    Images,
+    SaveImage,
+    pair_of_turns,
+    read_history,
+    read_response,
+    read_system,
+    refuse_meaning,
+    refuse_tools,
+    row_images,
+)
+from mpo_ext.data.reader import FieldError
+from mpo_ext.data.records import Pair
+
+_FIELDS = {"instruction", "input", "chosen", "rejected", "system", "history", "image", "images", "tools"}
+
+
+def from_alpaca(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
+    """Converts a row to a pair; unknown fields go into ``extra``.
+
+    Raises:
+        FieldError: If a field is missing or invalid. The message names the field, the rule and the value.
+    """
+    refuse_tools(row)
+    refuse_meaning(row, "objects", "chat_template_kwargs")
+    for name in ("instruction", "chosen", "rejected"):
+        if row.get(name) is None:
+            raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, row))}")
+    parts = [row["instruction"], row.get("input") or ""]
+    for name, text in zip(("instruction", "input"), parts, strict=True):
+        if not isinstance(text, str):
+            raise FieldError(f"{name} must be text, got {type_and_value(text)}")
+    question = "\n".join(filter(None, parts))
+    images = Images(row_images(row, save_image), save_image)
+    history = read_history(row, images)
+    images.add_marks("instruction", question)
+    return pair_of_turns(
+        read_system(row, [*history, {"role": "user", "content": question}]),
+        read_response("chosen", row["chosen"]),
+        read_response("rejected", row["rejected"]),
+        images.paths("instruction"),
+        extra={name: value for name, value in row.items() if name not in _FIELDS},
+    )

@@ -1,0 +1,264 @@
+"""Files that hold rows: JSON lines, JSON arrays, CSV, compressed or in UTF-16, and how they become JSON lines.
+
+Files in UTF-8 with one JSON object per line are read where they are. All others are written as such lines into the
+cache once, and again if the file changes. Parquet files are read by ``hub.py``.
+"""
+
+import ast
+import bz2
+import codecs
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from mpo_ext.checks import shorten
+from mpo_ext.data.jsonl import UNREADABLE, dump_line, parse_object
+from mpo_ext.files import atomic_write
+
+_VERSION = 1  # part of the names of cached files
+_HEAD = 1 << 16
+_COMPRESSIONS: dict[str, tuple[bytes, Callable[[Any], IO[bytes]]]] = {
+    ".gz": (b"\x1f\x8b", gzip.open),  # type: ignore[dict-item]
+    ".bz2": (b"BZh", bz2.open),  # type: ignore[dict-item]
+    ".xz": (b"\xfd7zXZ\x00", lzma.open),  # type: ignore[dict-item]
+}
+_REFUSED = {
+    b"PK\x03\x04": "a zip file (or an Excel file): unpack it, or save it as CSV or parquet",
+    b"\x28\xb5\x2f\xfd": "a file compressed by zstd: decompress it (zstd -d)",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
+    b"ARROW1": "an Arrow file: name the folder that save_to_disk wrote",
+    b"version https://git-lfs": "a Git LFS pointer instead of the file: fetch the file with git lfs pull",
+    b"SQLite format 3": "an SQLite database: export it as CSV",
+    b"\x80\x04\x95": "a pickle: write it as JSON lines",
+    b"<!DOCTYPE html": "an HTML page, probably of a download that failed",
+    b"<html": "an HTML page, probably of a download that failed",
+}
+_PARQUET = b"PAR1"
+# The longest mark comes first: that of UTF-32 begins with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+#: Columns of CSV files whose cells may be lists or objects whatever they hold; others only if they hold messages.
+_LISTS = ("image", "images", "messages", "conversations", "conversation", "rejected_messages", "history")
+
+
+def cache_folder() -> Path:
+    """Returns the folder of converted files and of images from datasets, beside the cache of the package datasets."""
+    if datasets_cache := os.environ.get("HF_DATASETS_CACHE"):
+        return Path(datasets_cache).absolute().parent / "mpo_ext"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(os.environ.get("HF_HOME") or os.path.join(cache, "huggingface"), "mpo_ext")
+
+
+def is_parquet(path: str) -> bool:
+    """Returns whether a file is a parquet file, by its first bytes; an unreadable file raises OSError."""
+    with open(path, "rb") as file:
+        return file.read(4) == _PARQUET
+
+
+def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
+    """Returns the path of a file of JSON lines with the rows of a file: the path itself, or a file in the cache.
+
+    Args:
+        path: Path of a file that is not parquet.
+        is_meta_allowed: Whether a JSON object in a .json file may be the meta file of MMPR.
+
+    Returns:
+        The path of the lines, or None if the file is a meta file.
+
+    Raises:
+        OSError: If a file cannot be read or written.
+        ValueError: If the file is in a form or encoding that this package does not read. The message names it.
+    """
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    compression = next((suffix for suffix, (magic, _) in _COMPRESSIONS.items() if head.startswith(magic)), None)
+    name = path
+    if compression is not None:
+        name = name.removesuffix(compression)
+        with _opened(path, compression) as file:
+            head = file.read(_HEAD)
+    for magic, description in _REFUSED.items():
+        if head.startswith(magic):
+            raise ValueError(f"path must be a file of rows, got {path}, which is {description}")
+    if name.endswith(".parquet"):
+        raise ValueError(f"path must be a parquet file by its content too, got {path}")
+    encoding = _encoding(head)
+    kind = _kind(name, head.decode(encoding, "replace"))
+    if kind == "object":
+        is_meta = is_meta_allowed and _is_meta(path, compression, encoding)
+        if is_meta and compression is None and encoding == "utf-8-sig":
+            return None
+        if is_meta:
+            raise ValueError(f"path must be an uncompressed meta file in UTF-8, got {path}")
+        kind = "lines"
+    if kind == "lines" and compression is None and encoding == "utf-8-sig":
+        return path
+    return _cached(path, compression, encoding, kind)
+
+
+def _encoding(head: bytes) -> str:
+    """Returns the encoding that the first bytes state, by a byte order mark or by JSON's first two characters."""
+    for mark, encoding in _MARKS:
+        if head.startswith(mark):
+            return encoding
+    if len(head) > 3 and head[:1] in b"{[" and head[1] == 0 and head[2] and head[3] == 0:
+        return "utf-16-le"
+    if len(head) > 3 and head[0] == 0 and head[1:2] in b"{[" and head[2] == 0 and head[3]:
+        return "utf-16-be"
+    return "utf-8-sig"
+
+
+def _kind(name: str, text: str) -> str:
+    """Returns "csv", "tsv", "array", "object" (a .json file with one object, perhaps one per line) or "lines"."""
+    for suffix in ("csv", "tsv"):
+        if name.lower().endswith(f".{suffix}"):
+            return suffix
+    if not name.lower().endswith(".json"):
+        return "lines"
+    first = text.lstrip()[:1]
+    return {"[": "array", "{": "object"}.get(first, "object")
+
+
+def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
+    """Returns whether a .json file that begins with an object holds one object that is not a pair."""
+    with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as lines:
+        try:
+            first = parse_object(next(iter(lines), ""))
+        except (ValueError, TypeError, RecursionError):
+            return True  # an object of several lines, or a broken file
+        if any(line.strip() for line in lines):
+            return False
+    return not any(name in first for name in ("chosen", "rejected_response", "rejected_messages", "preferred_output"))
+
+
+@contextlib.contextmanager
+def _opened(path: str, compression: str | None) -> Iterator[IO[bytes]]:
+    try:
+        with open(path, "rb") if compression is None else _COMPRESSIONS[compression][1](path) as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise ValueError(f"path must be a complete {compression} file, got {path}: {error}") from None
+
+
+def _cached(path: str, compression: str | None, encoding: str, kind: str) -> str:
+    status = os.stat(path)
+    key = repr((_VERSION, os.path.realpath(path), status.st_size, status.st_mtime_ns))
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+    stem = re.sub(r"[^\w.-]", "_", os.path.basename(path))[:100]
+    target = cache_folder() / "lines" / f"{stem}-{digest}.jsonl"
+    if target.exists():
+        return str(target)
+    with _opened(path, compression) as file, atomic_write(target) as out:
+        if kind == "lines" and encoding == "utf-8-sig":
+            while chunk := file.read(1 << 20):
+                out.write(chunk)
+            return str(target)
+        try:
+            with io.TextIOWrapper(file, encoding, newline="") as text:
+                rows = {"array": _array_items, "lines": _lines}.get(kind, _csv_rows)(text, path)
+                for row in rows:
+                    out.write(row)
+        except UnicodeError as error:
+            raise ValueError(
+                f"path must be text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, got {path}: {error}: "
+                "convert it with iconv"
+            ) from None
+    return str(target)
+
+
+def _lines(text: IO[str], path: str) -> Iterator[bytes]:
+    for line in text:
+        yield line.encode("utf-8", "surrogatepass")
+
+
+def _array_items(text: IO[str], path: str) -> Iterator[bytes]:
+    """Yields the text of each item of a JSON array as one line."""
+    content = text.read()
+    decoder, position, count = json.JSONDecoder(), _skip(content, 0) + 1, 0
+    position = _skip(content, position)
+    try:
+        while content[position : position + 1] != "]" or count:
+            _, end = decoder.raw_decode(content, position)
+            count += 1
+            # Outside of texts, in which JSON has none, line breaks are spaces.
+            yield re.sub(r"[\r\n]", " ", content[position:end]).encode("utf-8", "surrogatepass") + b"\n"
+            position = _skip(content, end)
+            separator = content[position : position + 1]
+            if separator == "]":
+                break
+            if separator != ",":
+                raise json.JSONDecodeError("Expecting ',' or ']'", content, position)
+            position = _skip(content, position + 1)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(
+            f"path must be a JSON array, got {path}: item {count + 1} is not JSON: {str(error).splitlines()[0]}"
+        ) from None
+    if content[position + 1 :].strip():
+        raise ValueError(f"path must be one JSON array, got {path} with more text after character {position}")
+
+
+def _skip(text: str, position: int) -> int:
+    while text[position : position + 1] in (" ", "\t", "\r", "\n") and position < len(text):
+        position += 1
+    return position
+
+
+def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
+    """Yields each record of a CSV file as an object whose values are texts, or lists if they are written as JSON."""
+    delimiter = "\t" if re.search(r"\.tsv(?:\.\w+)?$", path, re.IGNORECASE) else ","
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    limit = csv.field_size_limit(1 << 30)
+    try:
+        header = next(reader, None)
+        if not header:
+            raise ValueError(f"path must have a header with the names of columns, got {path}")
+        if len(header) == 1 and ";" in header[0]:
+            raise ValueError(f"path must separate columns by {delimiter!r}, got {path} with {shorten(header[0])}")
+        if len(set(header)) != len(header):
+            raise ValueError(f"path must name each column once, got {path} with {shorten(header)}")
+        for record in reader:
+            if len(record) == len(header):
+                yield dump_line({name: _cell(name, value) for name, value in zip(header, record, strict=True)})
+            elif record:
+                reason = f"a record must have {len(header)} columns, got {len(record)} up to line {reader.line_num}"
+                yield dump_line({UNREADABLE: reason})
+    except csv.Error as error:
+        raise ValueError(f"path must be CSV, got {path}: line {reader.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _cell(name: str, text: str) -> Any:
+    """Returns the value of a cell: lists and messages, as JSON or in Python's notation, are parsed."""
+    is_list = name in _LISTS
+    if text.lstrip()[:1] in ("[", "{"):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(text)
+                json.dumps(value, allow_nan=False)
+            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if is_list or _are_messages(value):
+                return value
+    return None if is_list and not text else text
+
+
+def _are_messages(value: object) -> bool:
+    messages = value if isinstance(value, list) else [value]
+    return bool(messages) and all(
+        isinstance(message, dict) and ("role" in message or "from" in message) for message in messages
+    )

@@ -1,0 +1,116 @@
+"""Parquet files, and datasets of the Hugging Face hub, through the package datasets."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpo_ext.data.hf import require_datasets
+
+if TYPE_CHECKING:
+    import datasets
+
+_PREFIX = "hf://"
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
+
+
+def hub_id(path: str) -> str | None:
+    """Returns the id of a dataset of the Hugging Face hub that a path names, or None for a path of this machine.
+
+    ``hf://owner/name`` (or ``hf://datasets/owner/name``) is always an id. ``owner/name`` is an id if no file or folder
+    has this path, ``owner`` is not a folder here, and ``name`` has no file extension.
+
+    Raises:
+        ValueError: If the path begins with ``hf://`` but does not name a dataset.
+    """
+    if path.startswith(_PREFIX):
+        name = path.removeprefix(_PREFIX).removeprefix("datasets/").strip("/")
+        if not _ID.fullmatch(name):
+            raise ValueError(f"path must read hf://owner/name, got {path}")
+        return name
+    is_id = _ID.fullmatch(path) is not None and _EXTENSION.search(path) is None
+    return path if is_id and not os.path.exists(path) and not os.path.isdir(path.split("/")[0]) else None
+
+
+def missing_path(path: str) -> FileNotFoundError:
+    """Returns the error of a path that is neither a file or folder here nor the id of a dataset."""
+    if _ID.fullmatch(path) is None:
+        return FileNotFoundError(f"path must exist, got {path}")
+    return FileNotFoundError(
+        f"path must exist, got {path}: no file or folder has this path, and it is not read as a dataset of the "
+        f"Hugging Face hub, because {path.split('/')[0]} is a folder here or the name has an extension; "
+        f"hf://{path} names the dataset of the hub"
+    )
+
+
+def load_hub(
+    path: str, name: str, *, split: str | None, revision: str | None, config: str | None
+) -> "datasets.Dataset":
+    """Loads a split of a dataset of the hub into the cache of the package datasets; the network may be off then.
+
+    Args:
+        path: Path that the user gave, for messages.
+        name: Id of the dataset.
+        split: Name of the split; None: the only split.
+        revision: Branch, tag or commit; None: the default branch.
+        config: Name of the configuration; None: the only or default configuration.
+
+    Raises:
+        ValueError: If the dataset cannot be loaded, or the split must be named.
+    """
+    datasets = require_datasets()
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        loaded = datasets.load_dataset(name, name=config, revision=revision)
+    except Exception as error:  # datasets and huggingface_hub raise many types
+        state = "loading it from the hub failed"
+        if offline:
+            state = "the hub is offline (HF_HUB_OFFLINE) and the cache does not hold it"
+        here = "" if path.startswith(_PREFIX) else f"no file or folder {path} exists here, and "
+        raise ValueError(
+            f"path must be a file or folder here, or a dataset of the Hugging Face hub, got {path}: {here}{state}: "
+            f"{type(error).__name__}: {_one_line(error.__cause__ or error)}"
+        ) from error
+    return pick_split(path, loaded, split)
+
+
+def load_parquet(path: str, *, split: str | None, config: str | None = None) -> "datasets.Dataset":
+    """Loads a parquet file, or a folder of parquet files, into the cache of the package datasets.
+
+    A folder is read as a dataset of the hub would be: names like ``test-00000-of-00002.parquet`` are splits.
+
+    Raises:
+        ValueError: If the files cannot be read as one table, or the split must be named.
+    """
+    datasets = require_datasets()
+    try:
+        if os.path.isdir(path):
+            loaded: Any = datasets.load_dataset(path, name=config)
+        else:
+            loaded = datasets.load_dataset("parquet", data_files={"train": [os.path.abspath(path)]})
+            split = None if split == "train" else split
+    except Exception as error:  # datasets and pyarrow raise many types
+        cause = error.__cause__ or error
+        raise ValueError(f"path must hold parquet files, got {path}: {_one_line(cause)}") from error
+    return pick_split(path, loaded, split)
+
+
+def pick_split(path: str, loaded: Any, split: str | None) -> "datasets.Dataset":
+    """Returns a split of a loaded dataset; None: the only split."""
+    names: Sequence[str] = list(map(str, loaded))
+    if split is None and len(names) == 1:
+        return loaded[names[0]]
+    if split not in names:
+        raise ValueError(f"split must be one of {', '.join(names)} for {path}, got {split}: name it (--split, split)")
+    return loaded[split]
+
+
+def has_parquet(folder: str) -> bool:
+    """Returns whether a folder holds parquet files, at any depth."""
+    return next(Path(folder).rglob("*.parquet"), None) is not None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,49 @@
+"""Rows of OpenAI's preference fine-tuning.
+
+A row has the prompt's turns in ``input.messages``, and the responses in ``preferred_output`` and
+``non_preferred_output``, each a list of messages.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mpo_ext.checks import shorten
+from mpo_ext.data.messages import (
+    Images,
+    SaveImage,
+    pair_of_turns,
+    read_response,
+    read_turns,
+    refuse_fields,
+    refuse_tools,
+)
+from mpo_ext.data.reader import FieldError
+from mpo_ext.data.records import Pair
+
+_FIELDS = {"input", "preferred_output", "non_preferred_output"}
+
+
+def from_openai(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
+    """Converts a row to a pair; unknown fields go into ``extra``.
+
+    Raises:
+        FieldError: If a field is missing or invalid. The message names the field, the rule and the value.
+    """
+    for name in ("input", "preferred_output", "non_preferred_output"):
+        if row.get(name) is None:
+            raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, row))}")
+    prompt = row["input"]
+    if not isinstance(prompt, Mapping) or prompt.get("messages") is None:
+        raise FieldError(f"input must be an object with messages, got {shorten(prompt)}")
+    refuse_tools(row)
+    refuse_tools(prompt, "input")
+    refuse_fields("input", prompt, {"messages", "tools", "functions", "parallel_tool_calls"})
+    images = Images((), save_image)
+    turns = read_turns("input.messages", prompt["messages"], images)
+    return pair_of_turns(
+        turns,
+        read_response("preferred_output", row["preferred_output"]),
+        read_response("non_preferred_output", row["non_preferred_output"]),
+        images.paths("input.messages"),
+        extra={name: value for name, value in row.items() if name not in _FIELDS},
+    )

@@ -1,0 +1,71 @@
+"""ShareGPT rows with a preference, as LLaMA-Factory reads them.
+
+A row has the prompt's turns in ``conversations`` (or ``conversation``, ``messages``), ``chosen`` and ``rejected``, and
+optionally ``system`` and ``images``. A turn has ``from`` and ``value``, or ``role`` and ``content``; ms-swift also
+writes a question and its response as one entry ``{"human": ..., "assistant": ...}``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mpo_ext.checks import shorten
+from mpo_ext.data.messages import (
+    Images,
+    SaveImage,
+    pair_of_turns,
+    read_response,
+    read_system,
+    read_turns,
+    refuse_meaning,
+    refuse_tools,
+    row_images,
+)
+from mpo_ext.data.reader import FieldError
+from mpo_ext.data.records import Pair
+
+TURNS_FIELDS = ("conversations", "conversation", "messages")
+_FIELDS = {*TURNS_FIELDS, "chosen", "rejected", "system", "image", "images", "tools"}
+_QUESTIONS, _ANSWERS = ("human", "user"), ("assistant", "gpt", "bot")
+
+
+def from_sharegpt(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
+    """Converts a row to a pair; unknown fields go into ``extra``.
+
+    Raises:
+        FieldError: If a field is missing or invalid. The message names the field, the rule and the value.
+    """
+    refuse_tools(row)
+    refuse_meaning(row, "history", "objects", "chat_template_kwargs")
+    given = [name for name in TURNS_FIELDS if row.get(name) is not None]
+    if len(given) != 1:
+        raise FieldError(f"conversations must be given once, got fields {', '.join(map(repr, row))}")
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, row))}")
+    images = Images(row_images(row, save_image), save_image)
+    prompt = read_turns(given[0], _expand(row[given[0]]), images)
+    return pair_of_turns(
+        read_system(row, prompt),
+        read_response("chosen", row["chosen"]),
+        read_response("rejected", row["rejected"]),
+        images.paths(given[0]),
+        extra={name: value for name, value in row.items() if name not in _FIELDS},
+    )
+
+
+def _expand(turns: object) -> object:
+    """Returns entries with a question and a response as two messages each; other entries are returned unchanged."""
+    if not isinstance(turns, (list, tuple)):
+        return turns
+    messages: list[Any] = []
+    for entry in turns:
+        if not isinstance(entry, Mapping) or "role" in entry or "from" in entry:
+            messages.append(entry)
+            continue
+        question = [name for name in _QUESTIONS if entry.get(name) is not None]
+        answer = [name for name in _ANSWERS if entry.get(name) is not None]
+        if len(question) != 1 or len(answer) > 1 or len(question) + len(answer) != len(entry):
+            raise FieldError(f"conversations must hold messages or questions with responses, got {shorten(entry)}")
+        messages.append({"role": "user", "content": entry[question[0]]})
+        messages += [{"role": "assistant", "content": entry[name]} for name in answer]
+    return messages

@@ -1,0 +1,144 @@
+"""Identifies what turns text and images into tokens and pixels: parts of a processor, and versions of libraries.
+
+Runs store both. A run that resumes, or that uses stored samples or log-probs, compares them and names the parts that
+have changed.
+"""
+
+import enum
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mpo_ext.chat import ChatEncoder
+from mpo_ext.checks import shorten
+from mpo_ext.journal import differences
+
+#: Packages whose versions can change token ids or pixels.
+LIBRARIES = ("transformers", "tokenizers", "torch", "torchvision", "pillow", "sentencepiece", "tiktoken")
+
+# Parts that depend on the user's files and settings only. A library serializes the other parts in its own way.
+_INDEPENDENT_PARTS = ("chat_template", "chat_template_kwargs", "date")
+# Settings that name a class, a file or a version, or are set by calls, and so do not change pixels.
+_IGNORED_SETTINGS = (
+    "auto_map", "feature_extractor_type", "image_processor_type", "name_or_path", "_name_or_path", "processor_class",
+    "transformers_version", "video_processor_type",
+)  # fmt: skip
+# State of the tokenizer that a call with padding or truncation changes, and the version of its format.
+_IGNORED_FIELDS = ("version", "truncation", "padding")
+_TOKENIZER_FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space")
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions of mpo_ext and of the installed packages that can change token ids or pixels."""
+    import mpo_ext
+
+    versions = {"mpo_ext": mpo_ext.__version__}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def processor_parts(chat: ChatEncoder, end_ids: Iterable[int]) -> dict[str, Any]:
+    """Returns the parts of a processor that token ids and pixels depend on, as JSON values.
+
+    Large parts (the tokenizer and the chat template) are represented by hashes. Paths, versions, and names of classes
+    are left out. For a tokenizer, fields with the value null or false are left out, too, because a later version of
+    the library may write additional fields with these defaults. The date is included if the chat template writes it.
+
+    Args:
+        chat: Encoder with the processor, the chat template and its settings.
+        end_ids: Ids of the tokens that end a response.
+    """
+    processor, tokenizer, chat_template = chat.processor, chat.tokenizer, chat.chat_template
+    parts: dict[str, Any] = {
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "special_tokens": {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "end_ids": sorted(end_ids),
+    }
+    flags = {name: getattr(tokenizer, name, None) for name in _TOKENIZER_FLAGS}
+    parts["special_tokens"] |= {name: flag for name, flag in flags.items() if isinstance(flag, bool)}
+    if chat_template is not None:
+        parts["chat_template"] = _digest(chat_template.encode(errors="surrogatepass"))
+        if reads_date(chat_template):
+            parts["date"] = chat.date.isoformat()
+    if chat.chat_template_kwargs:
+        parts["chat_template_kwargs"] = _plain(chat.chat_template_kwargs)
+    if processor is not tokenizer:
+        parts["processor"] = {
+            name: value
+            for name, value in sorted(vars(processor).items())
+            if isinstance(value, (bool, int, float, str)) and name not in (*_IGNORED_SETTINGS, "chat_template")
+        }
+        image_processor = getattr(processor, "image_processor", None)
+        if image_processor is not None:
+            parts["image_processor"] = _plain(image_processor.to_dict())
+    return json.loads(json.dumps(parts))
+
+
+def reads_date(chat_template: str | None) -> bool:
+    """Returns whether a chat template can write the current date."""
+    return chat_template is not None and "strftime_now" in chat_template
+
+
+def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a message, by part and setting, for each difference between two results of ``processor_parts``.
+
+    The names of messages are dotted names such as ``image_processor.size.height``.
+    """
+    return {
+        name: f"{name} was {shorten(before)}, is {shorten(after)}" for name, before, after in differences(old, new)
+    }
+
+
+def changed_independently(names: Iterable[str]) -> list[str]:
+    """Returns those of the names of ``changed_parts`` whose change another version of a library cannot explain."""
+    return [name for name in names if name.partition(".")[0] in _INDEPENDENT_PARTS]
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Returns a hash of vocabulary, merges, normalization, added tokens and the tokens around a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        added = {str(key): str(token) for key, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+        values: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), sorted(added.items())]
+    else:
+        values = json.loads(backend.to_str())
+        values = _without_defaults({name: value for name, value in values.items() if name not in _IGNORED_FIELDS})
+        merges = values.get("model", {}).get("merges")
+        if merges and not isinstance(merges[0], str):  # earlier versions write a merge as one string
+            values["model"]["merges"] = [" ".join(merge) for merge in merges]
+    return _digest(json.dumps(values, sort_keys=True).encode())
+
+
+def _without_defaults(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name: _without_defaults(field) for name, field in value.items() if field is not None and field is not False
+        }
+    return [_without_defaults(field) for field in value] if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    """Returns settings as JSON values, without null and without the settings that do not change pixels."""
+    if isinstance(value, Mapping):
+        return {
+            str(name): _plain(setting)
+            for name, setting in sorted(value.items(), key=lambda item: str(item[0]))
+            if setting is not None and name not in _IGNORED_SETTINGS
+        }
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if hasattr(value, "tolist"):  # an array
+        return value.tolist()
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

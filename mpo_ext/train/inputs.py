@@ -1,0 +1,281 @@
+"""The inputs of a run as its checkpoints record them: data, processor, versions, start model and encoded pairs.
+
+A run that resumes compares its inputs with those of the checkpoint and names the changes.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpo_ext.checks import LinesError
+from mpo_ext.data.fingerprint import HashedFile, describe_change, files_of, hash_file
+from mpo_ext.data.reader import BadLine
+from mpo_ext.data.records import Pair
+from mpo_ext.provenance import changed_independently, changed_parts, library_versions, processor_parts
+from mpo_ext.train.checkpoint_files import together
+from mpo_ext.train.dataset import RunData
+from mpo_ext.train.encode import BadPairError, Sample
+from mpo_ext.train.mixture import Mixture, MixtureSubset
+from mpo_ext.train.ranks import gather
+
+_ENCODED_PAIRS = 8  # number of pairs of the run whose encoding is recorded
+_SEARCHED_PAIRS = 1000  # maximum number of pairs that are searched for a pair with images
+_IMAGE_LINES = 32  # number of lines per subset whose image files are recorded by size
+_SHOWN = 10  # maximum number of changes in a message
+_ACCEPT = "output.resume_changed_data=true accepts the changes; another output.dir starts a new run"
+
+
+@dataclasses.dataclass
+class InputChanges:
+    """Changes between the inputs of a checkpoint and those of a run that resumes.
+
+    Attributes:
+        refused: Changes of the training data, of their encoding, or of weights that checkpoints do not hold.
+        allowed: Changes that do not affect training, such as versions of libraries with the same encoding.
+        evaluation: Changes of the evaluation data, which are allowed, too.
+    """
+
+    refused: list[str] = dataclasses.field(default_factory=list)
+    allowed: list[str] = dataclasses.field(default_factory=list)
+    evaluation: list[str] = dataclasses.field(default_factory=list)
+
+    def check(self, path: Path, *, accept: bool) -> None:
+        """Raises ``LinesError`` with the refused changes, unless they are accepted."""
+        if self.refused and not accept:
+            raise LinesError(
+                f"data, processor and start model must be those of {path}, but:\n  "
+                + "\n  ".join(_shown(self.refused))
+                + "\n"
+                f"training would continue with other pairs, tokens or weights. {_ACCEPT}"
+            )
+
+    def lines(self) -> Iterator[str]:
+        """Yields a line of text for each change, for the log."""
+        for text in _shown(self.refused):
+            yield f"since the checkpoint, accepted by output.resume_changed_data: {text}"
+        if self.refused:
+            yield "this epoch may visit some pairs twice and leave out others"
+        for text in _shown(self.evaluation):
+            yield f"since the checkpoint: evaluation: {text}"
+        for text in _shown(self.allowed):
+            yield f"since the checkpoint: {text}"
+
+
+def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the inputs of a run as JSON values. All ranks must call this function; each reads some of the files.
+
+    Args:
+        data: Data and encoder of the run.
+        known: Inputs of a checkpoint. Files with the same path, size and modification time are not read again.
+        fixed_weights: Fingerprints of the models whose weights a checkpoint does not hold, by setting.
+
+    Raises:
+        CheckpointError: If a rank cannot read a file.
+    """
+    accelerator = data.accelerator
+    known_files = [] if known is None else [
+        file for name in ("train", "eval") for subset in known[name] for file in subset["files"]
+    ]  # fmt: skip
+    files = [subset for mixture in data.mixtures for subset in _files_of_mixture(mixture)]
+    flat = [file for subset in files for file in subset]
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    with together(accelerator):
+        hashed = [(number, hash_file(flat[number], known_files)) for number in range(rank, len(flat), world_size)]
+    hashes = {number: values for part in gather(accelerator, hashed) for number, values in part}
+    numbers = iter(range(len(flat)))
+    fingerprints = iter([[hashes[next(numbers)] for _ in subset] for subset in files])
+    inputs: dict[str, Any] = {"train": [], "eval": []}
+    for name, mixture in zip(("train", "eval"), data.mixtures, strict=False):
+        inputs[name] = [_describe_subset(mixture, subset, next(fingerprints)) for subset in mixture.subsets]
+    return {
+        **inputs,
+        "date": data.encoder.chat.date.isoformat(),
+        "processor": processor_parts(data.encoder.chat, [data.encoder.chat.end_id]),
+        "versions": library_versions(),
+        "weights": dict(fixed_weights),
+        "pairs": _encoded_pairs(data),
+    }
+
+
+def compare_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> InputChanges:
+    """Compares the inputs of a checkpoint with those of a run."""
+    changes = InputChanges()
+    changes.refused += _changed_subsets(old["train"], new["train"])
+    changes.evaluation += _changed_subsets(old["eval"], new["eval"])
+    for name in old["weights"].keys() & new["weights"].keys():
+        if old["weights"][name] != new["weights"][name]:
+            changes.refused.append(f"{name}: the model has other weights than at the beginning of the run")
+    _compare_encoding(old, new, changes)
+    return changes
+
+
+def stored_date(inputs: Mapping[str, Any] | None) -> datetime.date | None:
+    """Returns the date for which the chat template was rendered, or None if no inputs were stored."""
+    return None if inputs is None else datetime.date.fromisoformat(inputs["date"])
+
+
+def _files_of_mixture(mixture: Mixture) -> Iterator[list[HashedFile]]:
+    for number in range(len(mixture.sources)):
+        yield from files_of(mixture.open_source(number))
+
+
+def _describe_subset(mixture: Mixture, subset: MixtureSubset, files: list[dict[str, Any]]) -> dict[str, Any]:
+    source = mixture.open_source(subset.source)
+    return {
+        "name": subset.label,
+        "path": source.path,
+        "format": source.format,
+        "lines": subset.lines,
+        "repeat_time": subset.repeat_time,
+        "files": files,
+        "images": [[image, _size(image)] for image in _compared_images(mixture, subset)],
+    }
+
+
+def _compared_images(mixture: Mixture, subset: MixtureSubset) -> Iterator[str]:
+    """Yields the image paths of lines that are spread evenly over a subset."""
+    count = min(subset.lines, _IMAGE_LINES)
+    for line in np.linspace(0, subset.lines - 1, count).round().astype(int) if count else ():
+        pair, _ = mixture.read(subset.first + int(line))
+        if not isinstance(pair, BadLine):
+            yield from pair.images
+
+
+def _size(image: str) -> int | None:
+    """Returns the size of an image file in bytes, or None if there is no such file."""
+    try:
+        return os.stat(image).st_size
+    except (OSError, ValueError):
+        return None
+
+
+def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yields the changes of the sources of training or evaluation."""
+    names = [[subset["name"] for subset in subsets] for subsets in (old, new)]
+    if len(old) != len(new):
+        yield f"the subsets were {', '.join(names[0])}, are {', '.join(names[1])}"
+        return
+    digests = {file["digest"]: file["name"] for subset in old for file in subset["files"]}
+    for before, after in zip(old, new, strict=True):
+        where = f"{after['path']}" if after["name"] in after["path"] else f"{after['path']}: {after['name']}"
+        for name in ("repeat_time", "format"):
+            if before[name] != after[name]:
+                yield f"{where}: {name} was {before[name]!r}, is {after[name]!r}"
+        if len(before["files"]) != len(after["files"]):
+            lines = f"{before['lines']:,} pairs before, {after['lines']:,} now"
+            yield f"{where}: has {len(after['files'])} files, had {len(before['files'])} ({lines})"
+            continue
+        texts = []
+        for old_file, new_file in zip(before["files"], after["files"], strict=True):
+            if text := describe_change(old_file, new_file):
+                other = digests.get(new_file["digest"])
+                texts.append(f"{new_file['name']}: {f'it holds what {other} held' if other else text}")
+        yield from texts
+        if not texts:
+            yield from _changed_images(before, after)
+
+
+def _changed_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a change of the sizes of image files. Files that were missing may have been repaired: not compared."""
+    pairs = zip(old["images"], new["images"], strict=False)
+    changed = [(path, before, after) for (_, before), (path, after) in pairs if before is not None and before != after]
+    if changed:
+        path, before, after = changed[0]
+        yield (
+            f"{new['path']}: {len(changed)} of the {len(new['images'])} compared images have another size, as {path}: "
+            f"{before:,} bytes before, {'missing' if after is None else f'{after:,}'} now"
+        )
+
+
+def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
+    """Returns hashes of the first pairs of the run, and of the first pair with images, before and after encoding."""
+    encoded: list[dict[str, Any]] = []
+    has_images = False
+    for index in data.sampler.order(0)[:_SEARCHED_PAIRS]:
+        pair, name = data.mixture.read(int(index))
+        if isinstance(pair, BadLine) or (len(encoded) >= _ENCODED_PAIRS and not pair.images):
+            continue
+        try:
+            sample = data.encoder.encode(pair, name)
+        except BadPairError:
+            continue
+        has_images = has_images or bool(pair.images)
+        encoded.append(
+            {
+                "name": name,
+                "content": _hash_pair(pair),
+                "files": [_hash_image(image) for image in pair.images],
+                "tokens": _hash_tokens(sample) if isinstance(sample, Sample) else f"skipped: {sample.reason}",
+                "digest": sample.digest if isinstance(sample, Sample) else "",
+            }
+        )
+        if len(encoded) >= _ENCODED_PAIRS and has_images:
+            break
+    return encoded
+
+
+def _hash_pair(pair: Pair) -> str:
+    """Returns a hash of the texts of a pair; its paths are left out, because a folder may move."""
+    turns = [pair.source.get(name) for name in ("messages", "chosen_messages", "rejected_messages")]
+    texts = [pair.question, pair.chosen, pair.rejected, turns, len(pair.images)]
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
+
+
+def _hash_image(image: str) -> str:
+    try:
+        return hashlib.blake2b(Path(image).read_bytes(), digest_size=16).hexdigest()
+    except (OSError, ValueError):
+        return ""
+
+
+def _hash_tokens(sample: Sample) -> str:
+    """Returns a hash of all token ids of a sample and its other inputs per token, without the pixels."""
+    hasher = hashlib.blake2b(digest_size=16)
+    ids = {"prompt": sample.prompt_ids, "chosen": sample.chosen_ids, "rejected": sample.rejected_ids}
+    targets = {"chosen targets": sample.chosen_targets, "rejected targets": sample.rejected_targets}
+    for name, tensor in sorted({**ids, **targets, **sample.token_inputs}.items()):
+        if tensor is not None:
+            hasher.update(f"{name} {tensor.tolist()};".encode())
+    return hasher.hexdigest()
+
+
+def _compare_encoding(old: Mapping[str, Any], new: Mapping[str, Any], changes: InputChanges) -> None:
+    """Adds the changes of processor, libraries, and the encoding of the first pairs.
+
+    Another version of a library may write the same tokenizer in another form. Then, the pairs decide whether the
+    encoding has changed.
+    """
+    parts = changed_parts(old["processor"], new["processor"])
+    versions = list(changed_parts(old["versions"], new["versions"]).values())
+    stored = {pair["content"]: pair for pair in old["pairs"]}
+    both = [(stored[pair["content"]], pair) for pair in new["pairs"] if pair["content"] in stored]
+    replaced = [after["name"] for before, after in both if before["files"] != after["files"]]
+    changes.refused += [f"{name}: the content of its images has changed" for name in replaced[:1]]
+    both = [(before, after) for before, after in both if before["files"] == after["files"]]
+    tokens = [after["name"] for before, after in both if before["tokens"] != after["tokens"]]
+    pixels = [after["name"] for before, after in both if before["digest"] != after["digest"]]
+    same = f"the first {len(both)} compared pairs are encoded as before"
+    if tokens or (pixels and (parts or versions)):
+        changes.refused += [*parts.values(), *versions]
+        kind = "other token ids" if tokens else "other pixels"
+        changes.refused.append(f"{(tokens or pixels)[0]}: the pair has {kind} than before")
+    elif parts and (changed_independently(parts) or not versions or not both):
+        changes.refused += parts.values()
+        changes.allowed += [f"{text} ({same})" for text in versions]
+    else:
+        changes.allowed += [f"{text} ({same})" for text in [*parts.values(), *versions]]
+        changes.allowed += [
+            f"{name}: the pixels differ by rounding: same files, processor and versions" for name in pixels[:1]
+        ]
+
+
+def _shown(texts: Sequence[str]) -> list[str]:
+    more = [f"and {len(texts) - _SHOWN:,} more"] if len(texts) > _SHOWN else []
+    return [*texts[:_SHOWN], *more]

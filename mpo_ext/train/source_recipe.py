@@ -1,0 +1,59 @@
+"""Settings of a source of pairs, part of the data section of a recipe."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, StrictStr
+
+from mpo_ext.train.settings import Positive, Strings, Text, TwoStrings, list_of, section, wrong_type
+
+
+@section
+class SourceRecipe:
+    """A file or folder of pairs in a format that ``mpo_ext.data.open_pairs`` reads.
+
+    Attributes:
+        path: MMPR meta file; file of rows (.jsonl, .json, .csv or .parquet, also compressed); folder of parquet files
+            or of a Hugging Face dataset; or dataset of the Hugging Face hub, as ``hf://owner/name``, or
+            ``owner/name`` if no such path exists here.
+        format: "mmpr", "pairs" (written by ``mpo-ext sample``), "trl", "sharegpt", "alpaca", "swift", "openai",
+            "rlaif-v" or "hf" (folder that ``save_to_disk`` wrote); None detects the format.
+        root: Folder against which relative image paths are resolved; None: the folder that contains ``path``.
+        root_map: (old, new) path prefixes of images and annotations that have moved from ``old`` to ``new``.
+        image_dir: Folder to which images are written if rows hold them as bytes; None: ``mpo_ext/images`` beside the
+            cache of the package datasets.
+        split: Split of a dataset that has several.
+        revision: Branch, tag or commit of a dataset of the hub; None: the default branch.
+        config: Configuration of a dataset of the hub that has several.
+        ignore: Names of fields that are removed from each row, at any depth, before it is read.
+        repeat_time: Average number of visits to each pair per epoch: 0.5 visits a random half of the pairs, 2 visits
+            each pair twice. It multiplies the ``repeat_time`` of each subset of an MMPR meta file.
+    """
+
+    path: Text
+    format: Literal["mmpr", "pairs", "trl", "sharegpt", "alpaca", "swift", "openai", "rlaif-v", "hf"] | None = None
+    root: StrictStr | None = None
+    root_map: Annotated[tuple[TwoStrings, ...], list_of("lists of 2 strings")] = ()
+    image_dir: StrictStr | None = None
+    split: StrictStr | None = None
+    revision: StrictStr | None = None
+    config: StrictStr | None = None
+    ignore: Strings = ()
+    repeat_time: Positive = 1.0
+
+
+def _to_source(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"path": value}
+    if not isinstance(value, (Mapping, SourceRecipe)):
+        raise wrong_type("a path or a section")
+    return value
+
+
+def _to_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, Mapping, SourceRecipe)) else value
+
+
+_Source = Annotated[SourceRecipe, BeforeValidator(_to_source)]
+#: A source, or a list of sources. pydantic runs BeforeValidators from right to left.
+Sources = Annotated[tuple[_Source, ...], list_of("paths or sections"), BeforeValidator(_to_list)]

@@ -1,0 +1,145 @@
+"""``mpo-ext doctor MODEL`` and ``mpo-ext data check --model MODEL``, which need no weights."""
+
+# ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for package in ("transformers", "sklearn", "PIL"):
+    pytest.importorskip(package)
+
+import torch
+import transformers
+from tiny_processors import QWEN, SPECIAL, ZEPHYR, build_tokenizer, with_template
+
+from mpo_ext.__main__ import main
+from mpo_ext.demo.model import build_model, build_processor
+
+CHAT = QWEN.replace("IMAGE", "<image>")
+
+
+def save(folder: Path, template: str = CHAT, *, rows: int | None = None, stop: int | None = None) -> Path:
+    """Saves a text model without weights; ``rows`` is the size of its embedding, ``stop`` its stop token."""
+    tokenizer = with_template(build_tokenizer(SPECIAL[QWEN]), template)
+    tokenizer.save_pretrained(folder)
+    config = transformers.Qwen2Config(vocab_size=rows or len(tokenizer) + 1, num_hidden_layers=1)
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>") if stop is None else stop
+    transformers.GenerationConfig(eos_token_id=end).save_pretrained(folder)
+    return folder
+
+
+def write(path: Path, *lines: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+PAIR = {"question": "How many?", "chosen": "Two.", "rejected": "Three."}
+
+
+def test_doctor_proves_a_model_without_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(save(tmp_path / "model"))]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        f"model               {tmp_path}/model (Qwen2ForCausalLM)",
+        "end of a turn       <|im_end|> (259)",
+        "sampling stops at   </s> (257), <|im_end|> (259)",
+        "token ids           up to 260; the embedding has 261 rows",
+        "  chosen:   [[3<|im_end|>]]",
+        "  rejected: [[2<|im_end|>]]",
+        "valid: the ids are the processor's",
+    ):
+        assert f"\n{line}\n" in out
+    assert "prompt:   <|im_start|>user\\nWhat is larger, 2 or 3?<|im_end|>\\n<|im_start|>assistant\\n" in out
+
+
+def test_doctor_proves_a_model_with_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    processor = build_processor()
+    build_model(processor.tokenizer, hidden_size=32, layers=1).config.save_pretrained(tmp_path / "final")
+    processor.save_pretrained(tmp_path / "final")
+    options = ["--engine-option", "trust_remote_code=true"]
+    assert main(["doctor", str(tmp_path), *options]) == 0  # the folder of a run
+    out = capsys.readouterr().out
+    assert "<image> x 4" in out
+    assert "DigitsProcessor, GotOcr2ImageProcessor" in out
+    assert main(["doctor", str(tmp_path)]) == 1
+    assert "--engine-option trust_remote_code=true does so" in capsys.readouterr().err
+
+
+def test_doctor_says_where_other_programs_may_not_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(save(tmp_path / "model", stop=257))]) == 0
+    out = capsys.readouterr().out
+    assert "sampling stops at   </s> (257), <|im_end|> (259)" in out
+    assert "the end of a turn is not in generation_config.json" in out
+
+
+def test_doctor_refuses_ids_beyond_the_embedding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(save(tmp_path / "model", rows=258))]) == 1
+    out = capsys.readouterr()
+    assert "258 rows" in out.out + out.err
+    assert "<|im_" in out.out + out.err
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+            "chat_template must",
+        ),
+        ("{{ messages.nothing.at_all }}", "must fit the chat template"),
+        ("{% for m in messages %}{{ strftime_now(m.role) }}{{ m.content }}{% endfor %}", "strftime_now"),
+    ],
+    ids=["drops the response", "fails", "date of another form"],
+)
+def test_doctor_refuses_a_template(
+    tmp_path: Path, template: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(save(tmp_path / "model", template))]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_another_template_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save(tmp_path / "model", "{{ nothing.at_all }}")
+    (tmp_path / "chat.jinja").write_text(ZEPHYR)
+    assert main(["doctor", str(folder), "--chat-template", str(tmp_path / "chat.jinja")]) == 0
+    assert "end of a turn       </s> (257)" in capsys.readouterr().out
+
+
+def test_doctor_without_such_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(tmp_path / "none")]) == 1
+    assert f"model must be a folder or a name on the hub, got '{tmp_path}/none'" in capsys.readouterr().err
+
+
+def test_check_encodes_the_first_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, report = save(tmp_path / "model"), tmp_path / "report.json"
+    pairs = write(tmp_path / "pairs.jsonl", PAIR, {**PAIR, "question": "Who?", "chosen": "She."})
+    assert main(["data", "check", str(pairs), "--model", str(model), "--json", str(report)]) == 0
+    out = capsys.readouterr().out
+    assert f"{pairs}:1: " in out
+    assert "  chosen:   [[Two.<|im_end|>]]" in out
+    assert "  chosen:   [[She.<|im_end|>]]" in out
+    values = json.loads(report.read_text())["model"]
+    assert values["problems"] == []
+    assert values["facts"]["end of a turn"] == "<|im_end|> (259)"
+
+
+def test_check_finds_pairs_that_a_model_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save(tmp_path / "model")
+    pairs = write(
+        tmp_path / "pairs.jsonl", {**PAIR, "chosen": "Two.<|im_end|> or three"}, {**PAIR, "question": "Who?"}
+    )
+    assert main(["data", "check", str(pairs), "--model", str(model)]) == 0
+    assert f"not encoded: {pairs}:1: chosen must fit the chat template" in capsys.readouterr().out
+    pairs = write(tmp_path / "pairs.jsonl", {**PAIR, "chosen": "Two.<|im_end|> or three"})
+    assert main(["data", "check", str(pairs), "--model", str(model)]) == 1
+    assert "NOT VALID: no pair could be encoded" in capsys.readouterr().out
+    small = save(tmp_path / "small", rows=200)
+    pairs = write(tmp_path / "pairs.jsonl", PAIR)
+    assert main(["data", "check", str(pairs), "--model", str(small)]) == 2
+    assert "must be below the 200 rows of the model's embedding, got 259" in capsys.readouterr().err
+    assert main(["data", "check", str(pairs)]) == 0

@@ -1,0 +1,226 @@
+"""Files that hold rows: compressed, arrays, CSV, other encodings; and files whose real form the error names."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmpr_files import GOOD, LINES, run_data
+
+from mpo_ext.data import BadLine, Pair, open_pairs
+from mpo_ext.data.containers import cache_folder
+from mpo_ext.data.sources import PairSource
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "多少? é", "chosen": "c\n\u2028", "rejected": "r", "images": ["a.png"], "n": 1},
+    {"prompt": "q", "chosen": "2024-01-01", "rejected": "007"},
+]
+PAIRS = [
+    Pair("多少? é", "c\n\u2028", "r", ("a.png",), extra={"n": 1}),
+    Pair("q", "2024-01-01", "007"),
+]
+LINES_TEXT = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+ARRAY_TEXT = json.dumps(ROWS, ensure_ascii=False, indent=2)
+
+
+def pairs_of(source: PairSource) -> list[Any]:
+    return [pair for _, pair in source.pairs.scan()]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", gzip.compress(LINES_TEXT.encode())),
+        ("a.jsonl", gzip.compress(LINES_TEXT.encode())),
+        ("a.jsonl.bz2", bz2.compress(LINES_TEXT.encode())),
+        ("a.jsonl.xz", lzma.compress(LINES_TEXT.encode())),
+        ("a.json", ARRAY_TEXT.encode()),
+        ("a.json", json.dumps(ROWS).encode()),
+        ("a.json.gz", gzip.compress(ARRAY_TEXT.encode())),
+        ("a.json", LINES_TEXT.encode()),
+        ("a.json.gz", gzip.compress(LINES_TEXT.encode())),
+        ("a.jsonl", LINES_TEXT.encode("utf-8-sig")),
+        ("a.jsonl", LINES_TEXT.encode("utf-16")),
+        ("a.jsonl", LINES_TEXT.encode("utf-16-le")),
+        ("a.jsonl", LINES_TEXT.encode("utf-16-be")),
+        ("a.jsonl", LINES_TEXT.encode("utf-32")),
+        ("a.json", ARRAY_TEXT.encode("utf-16")),
+        ("a.jsonl.gz", gzip.compress(LINES_TEXT.encode("utf-16"))),
+        ("a.txt", LINES_TEXT.encode()),
+    ],
+)
+def test_a_file_of_rows_is_read_in_its_form(name: str, content: bytes, tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    for _ in range(2):
+        source = open_pairs(path)
+        assert source.format == "trl"
+        assert pairs_of(source) == PAIRS
+        assert str(source.pairs.locate(1)) == f"{path}:2"
+        assert source.read(0)[1].images == (str(tmp_path / "a.png"),)
+    assert {file.parent for file in tmp_path.iterdir()} == {tmp_path}
+    assert cache_folder() == cache
+
+
+def test_a_changed_file_is_converted_again(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    for rows in (ROWS, ROWS[:1]):
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+        assert pairs_of(open_pairs(path)) == PAIRS[: len(rows)]
+    assert len(list((cache / "lines").iterdir())) == 2
+
+
+def test_mmpr_lines_and_meta_files_are_read_as_before(mmpr: Path, tmp_path: Path, images: Path) -> None:
+    assert open_pairs(mmpr).subsets.keys() == LINES.keys()
+    mmpr.write_text(json.dumps(json.loads(mmpr.read_text()), indent=1))
+    assert open_pairs(mmpr).subsets.keys() == LINES.keys()
+    rows = LINES["multi"]
+    (images / "m.json").write_text(json.dumps(rows))
+    (images / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    from_array, from_lines = (open_pairs(images / name) for name in ("m.json", "m.jsonl"))
+    assert from_array.format == from_lines.format == "mmpr"
+    assert pairs_of(from_array) == pairs_of(from_lines)
+    (images / "one.json").write_text(json.dumps(GOOD))
+    assert pairs_of(open_pairs(images / "one.json"))[0].images == (str(images / "a.png"),)
+
+
+def test_each_item_of_an_array_is_read_strictly(tmp_path: Path) -> None:
+    items = [
+        '{"prompt": "q",\r\n "chosen": "c", "rejected": "r"}',
+        "3",
+        '{"prompt": 1, "prompt": 2}',
+        '{"prompt": NaN}',
+    ]
+    (tmp_path / "a.json").write_text(f"[{', '.join(items)} ]\n")
+    good, *bad = pairs_of(open_pairs(tmp_path / "a.json"))
+    assert good == Pair("q", "c", "r")
+    assert [one.kind for one in bad] == ["bad field", "bad field", "bad JSON"]
+    assert "a line must hold an object, got int" in bad[0].reason
+    assert str(bad[2]).startswith(f"{tmp_path / 'a.json'}:4: ")
+
+
+def write_csv(path: Path, header: list[str], *records: list[str], **options: Any) -> Path:
+    with open(path, "w", newline="", encoding=options.pop("encoding", "utf-8")) as file:
+        csv.writer(file, **options).writerows([header, *records])
+    return path
+
+
+def test_csv_cells_are_texts_lists_and_messages(tmp_path: Path) -> None:
+    header = ["prompt", "chosen", "rejected", "images", "score"]
+    messages = [{"role": "user", "content": "q"}]
+    path = write_csv(
+        tmp_path / "a.csv",
+        header,
+        ["line 1\nline 2", "007", "NA", "", "1e3"],
+        [json.dumps(messages), "c", "r", '["a.png", "b.png"]', ""],
+        [repr(messages), '{"answer": 4}', "[1]", "a.png", "x" * 200_000],
+    )
+    assert pairs_of(open_pairs(path)) == [
+        Pair("line 1\nline 2", "007", "NA", extra={"score": "1e3"}),
+        Pair("q", "c", "r", ("a.png", "b.png"), extra={"score": ""}),
+        Pair("q", '{"answer": 4}', "[1]", ("a.png",), extra={"score": "x" * 200_000}),
+    ]
+    assert csv.field_size_limit() == 131072
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.csv", {"encoding": "utf-16"}), ("a.csv", {"encoding": "utf-8-sig"}), ("a.tsv", {"delimiter": "\t"})],
+)
+def test_csv_of_other_programs(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    path = write_csv(
+        tmp_path / name, ["question", "chosen", "rejected", "image"], ["q, é", "c", "r", "a.png"], **options
+    )
+    source = open_pairs(path)
+    assert source.format == "mmpr"
+    assert (source.pairs[0].question, source.pairs[0].images) == ("q, é", (str(tmp_path / "a.png"),))
+    zipped = tmp_path / f"{name}.gz"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    assert open_pairs(zipped).pairs[0].question == "q, é"
+
+
+def test_a_csv_record_of_another_width_is_a_bad_line(tmp_path: Path) -> None:
+    path = write_csv(
+        tmp_path / "a.csv", ["prompt", "chosen", "rejected"], ["q", "c"], ["q", "c", "r"], ["q", "c", "r", "x"]
+    )
+    first, good, last = pairs_of(open_pairs(path))
+    assert good == Pair("q", "c", "r")
+    for bad, words in ((first, "3 columns, got 2 up to line 2"), (last, "3 columns, got 4 up to line 4")):
+        assert isinstance(bad, BadLine)
+        assert words in bad.reason
+
+
+def zip_file() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("a.jsonl", LINES_TEXT)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", zip_file(), "which is a zip file"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd....", "compressed by zstd"),
+        ("a.arrow", b"ARROW1\0\0", "an Arrow file: name the folder"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("a.jsonl", b"<!DOCTYPE html><html>", "an HTML page"),
+        ("a.parquet", LINES_TEXT.encode(), "must be a parquet file by its content too"),
+        ("a.parquet", b"PAR1 and no more", "must hold parquet files"),
+        ("a.jsonl.gz", gzip.compress(LINES_TEXT.encode())[:-9], "must be a complete .gz file"),
+        ("a.jsonl.xz", lzma.compress(LINES_TEXT.encode())[:-9], "must be a complete .xz file"),
+        ("a.jsonl", LINES_TEXT.splitlines()[0].encode("gb18030"), "one JSON object per line, got .*:1: bad UTF-8"),
+        ("a.jsonl", '{"prompt": "é"}'.encode("latin-1"), "one JSON object per line, got .*:1: bad UTF-8"),
+        ("a.json", ARRAY_TEXT.encode("gb18030"), "text in UTF-8, or in UTF-16 or UTF-32 .*: convert it with iconv"),
+        ("a.csv", "prompt,chosen,rejected\né,c,r\n".encode("latin-1"), "convert it with iconv"),
+        ("a.jsonl", ARRAY_TEXT.encode(), "the file is a JSON array: rename it to .json"),
+        ("a.jsonl", json.dumps(ROWS).encode(), "the file is a JSON array: rename it to .json"),
+        ("a.json", ARRAY_TEXT.encode()[:-2], "must be a JSON array, got .*: item 3 is not JSON|Expecting"),
+        ("a.json", b"[] []", "must be one JSON array, got .* with more text"),
+        ("a.json", b"[]", "must hold pairs, got an empty file"),
+        ("a.jsonl", b"", "must hold pairs, got an empty file"),
+        ("a.csv", b"", "must have a header"),
+        ("a.csv", b"prompt;chosen;rejected\nq;c;r\n", "must separate columns by ','"),
+        ("a.csv", b"prompt,prompt,chosen\n", "must name each column once"),
+        ("a.csv", b'prompt,chosen,rejected\n"q"x,c,r\n', "must be CSV, got .*line 2"),
+        ("a.csv", b"a,b\n1,2\n", r"format must be clear from the fields, got 'a' \(str\), 'b' \(str\)"),
+    ],
+)
+def test_the_real_cause_is_named(name: str, content: bytes, words: str, tmp_path: Path, cache: Path) -> None:
+    if name.endswith(".parquet"):
+        pytest.importorskip("datasets")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        open_pairs(tmp_path / name)
+    assert name in str(error.value)
+    assert "told apart" not in str(error.value)
+    assert len(str(error.value)) < 1000
+    assert not list((cache / "lines").glob("*")) or words.startswith(("must hold", "format"))
+
+
+def test_a_format_that_is_given_is_used_in_any_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"question": "q", "chosen": "c", "rejected": "r"}]))
+    for format in ("mmpr", "pairs", "rlaif-v"):
+        source = open_pairs(tmp_path / "a.json", format=format)  # type: ignore[arg-type]
+        assert (source.format, source.pairs[0].question) == (format, "q")
+    with pytest.raises(ValueError, match="must be a folder that save_to_disk wrote for the format 'hf', got a file"):
+        open_pairs(tmp_path / "a.json", format="hf")
+
+
+@pytest.mark.parametrize("write", [lambda rows: json.dumps(rows), lambda rows: "\n".join(map(json.dumps, rows))])
+def test_commands_take_every_file(
+    write: Callable[[Any], str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"instruction": "q", "chosen": "c", "rejected": "r", "images": ["a.png"]}]
+    (images / "a.json.gz").write_bytes(gzip.compress(write(rows).encode()))
+    assert run_data("check", images / "a.json.gz") == 0
+    assert "Format alpaca (detected): 1 of 1 pairs with images" in capsys.readouterr().out
+    assert run_data("convert", images / "a.json.gz", tmp_path / "p.jsonl", "--to", "pairs") == 0
+    assert open_pairs(tmp_path / "p.jsonl").read(0)[1].images == (str(images / "a.png"),)
