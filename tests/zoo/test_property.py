@@ -12,7 +12,10 @@ pytest.importorskip("hypothesis")
 
 import transformers
 from hypothesis import HealthCheck, given, settings
-from zoo_cases import Case, cases
+from PIL import Image
+from test_families import load
+from zoo_cases import Case, ImageCase, cases, image_cases
+from zoo_families import IMAGE_FAMILIES
 from zoo_oracle import compare, conversation_of, messages_of
 from zoo_tokenizers import METASPACE
 
@@ -107,3 +110,58 @@ def test_the_ids_are_the_template_s_or_the_encoder_refuses() -> None:
     print(f"{counts[ENCODED]} encoded, {counts[REFUSED]} refused, 0 wrong")
     assert counts[ENCODED] > CASES / 3
     assert counts[REFUSED] > CASES / 20
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Any]]:
+    """Returns images of several shapes and their paths."""
+    folder = tmp_path_factory.mktemp("pictures")
+    sizes = [(64, 48), (40, 70), (56, 56), (90, 30)]
+    images = [Image.new("RGB", size, (50 * number, 99, 180)) for number, size in enumerate(sizes)]
+    for number, image in enumerate(images):
+        image.save(folder / f"{number}.png")
+    return [(str(folder / f"{number}.png"), image) for number, image in enumerate(images)]
+
+
+def test_the_ids_with_images_are_those_of_the_processor(pictures: list[tuple[str, Any]]) -> None:
+    counts: collections.Counter[str] = collections.Counter()
+    families = [name for name, family in IMAGE_FAMILIES.items() if not family.refused and not family.needs_thoughts]
+
+    @settings(
+        max_examples=CASES // 2,
+        deadline=None,
+        derandomize=CASES == 200,
+        database=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(image_cases(families, len(pictures)))
+    def run(case: ImageCase) -> None:
+        counts[encode_images(case, pictures)] += 1
+
+    run()
+    print(f"with images: {counts[ENCODED]} encoded, {counts[REFUSED]} refused, 0 wrong")
+    assert counts[ENCODED] > CASES / 4
+
+
+def encode_images(case: ImageCase, pictures: list[tuple[str, Any]]) -> str:
+    """Encodes a case with images and compares the ids with the processor's."""
+    _, processor, _ = load(case.family)
+    used = [part for _, parts in case.turns for part in parts if isinstance(part, int)]
+    turns = [
+        (role, [pictures[part][1] if isinstance(part, int) else part for part in parts]) for role, parts in case.turns
+    ]
+    messages = messages_of(processor, turns)
+    (response,) = messages_of(processor, [("assistant", case.response)])
+    source = {"messages": list(conversation_of(messages).messages)}
+    paths = tuple(pictures[number][0] for number in used)
+    pair = Pair("", case.response, OTHER, paths, extra={"$source": source})
+    trainer = Encoder(processor)
+    try:
+        sample = trainer.encode(pair, "pairs.jsonl:1")
+    except BadPairError:
+        return REFUSED
+    assert isinstance(sample, Sample)
+    compare(trainer.chat, messages, response, sample.prompt_ids.tolist(), sample.chosen_ids.tolist())
+    assert prove(trainer, [(pair, "pairs.jsonl:1")]).problems == ()
+    return ENCODED

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
@@ -218,3 +219,29 @@ def cases(draw: st.DrawFn) -> Case:
         turns += [("user", draw(texts)), ("assistant", draw(texts))]
     turns.append(("user", draw(texts)))
     return Case(draw(tokenizer_forms), draw(template_forms()), tuple(turns), draw(responses))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageCase:
+    """A family with images, and a conversation in which numbers are places of images."""
+
+    family: str
+    turns: tuple[tuple[str, tuple[str | int, ...]], ...]
+    response: str
+
+
+PLAIN = tuple(fragment for fragment in FRAGMENTS if not fragment.startswith(("<", "[", "</", "\u2581")))
+plain_texts = st.lists(st.sampled_from(PLAIN), min_size=1, max_size=3).map("".join)
+
+
+@st.composite
+def image_cases(draw: st.DrawFn, families: Sequence[str], images: int) -> ImageCase:
+    """Draws a conversation with at least one of ``images`` images, in any places of the user's turns."""
+    part = st.one_of(plain_texts, st.integers(0, images - 1))
+    turns: list[tuple[str, tuple[str | int, ...]]] = []
+    for _ in range(draw(st.integers(0, 1))):
+        turns += [("user", tuple(draw(st.lists(part, min_size=1, max_size=3)))), ("assistant", (draw(plain_texts),))]
+    places = draw(st.lists(part, min_size=0, max_size=3))
+    places.insert(draw(st.integers(0, len(places))), draw(st.integers(0, images - 1)))
+    turns.append(("user", tuple(places)))
+    return ImageCase(draw(st.sampled_from(families)), tuple(turns), draw(plain_texts).strip() or "red")
