@@ -817,5 +817,5 @@ def test_the_learning_rate_is_set_before_the_backward_pass(tmp_path: Path, pairs
 
     trainer.accelerator.backward = record
     trainer.run()
-    steps = [line["learning_rate"] for line in log(tmp_path / "out")]
+    steps = [line["learning_rate"] for line in log(trainer.recipe)]
     assert list(dict.fromkeys(rates)) == steps
