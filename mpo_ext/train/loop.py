@@ -112,7 +112,7 @@ class Trainer:
         """Trains until the last step or a signal; returns the exit status (see ``train``)."""
         state, say = self.state, self.output.console.say
         checkpoint = self.checkpoint
-        with self.output.console, self.stop.caught():
+        with self.output.locked(), self.output.console, self.stop.caught():
             self.output.check_inputs(self.data, checkpoint, self.fixed_weights)
             self._prepare()
             try:
@@ -213,6 +213,9 @@ class Trainer:
         learning_rate = scheduled_learning_rate(recipe.optim, state.step, self.data.total_steps)
         if size.micro_steps == 0:
             return self._skip_empty_step(learning_rate)
+        # Before the backward pass, because accelerate steps DeepSpeed's optimizer within it.
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         shift_before = copy.deepcopy(state.reward_shift)
         totals, losses = self._accumulate_gradients(step_slice, size)
         grad_norm = clip_gradients(self.accelerator, self.model, recipe.optim.max_grad_norm)
@@ -223,8 +226,6 @@ class Trainer:
         # With float16 the loss scaler handles gradients that overflow.
         is_finite = math.isfinite(sums["loss"]) and (recipe.precision == "fp16" or math.isfinite(grad_norm))
         if is_finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
             self.optimizer.step()
             state.reward_shift.step()
         else:

@@ -1,13 +1,14 @@
 """The output of a run: console, log, trackers, checkpoints, final model and model card."""
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from mpo_ext.files import atomic_write
+from mpo_ext.files import FileLock, LockedError, atomic_write
 from mpo_ext.train import model_card
 from mpo_ext.train.checkpoint import Checkpoints
 from mpo_ext.train.dataset import RunData
@@ -47,6 +48,25 @@ class RunOutput:
             keep_best=recipe.output.keep_best,
             higher_is_better=recipe.output.best_metric == "reward_accuracy",
         )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Locks the output folder for this run.
+
+        Raises:
+            LockedError: If another run writes into the folder.
+        """
+        error: str | None = None
+        with contextlib.ExitStack() as stack:
+            if self.is_main:
+                try:
+                    stack.enter_context(FileLock(self.folder / "run.lock", str(self.folder)))
+                except LockedError as locked:
+                    error = f"output.dir: {locked}"
+            for text in gather(self.accelerator, error):
+                if text is not None:
+                    raise LockedError(text)
+            yield
 
     def start_trackers(self) -> None:
         """Starts the experiment trackers that the recipe names, and logs all settings of the recipe to them."""

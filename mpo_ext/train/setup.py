@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import datetime
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,11 @@ class RunSetup(NamedTuple):
 
 
 def make_accelerator(recipe: Recipe) -> Any:
-    """Seeds all random generators and returns accelerate's ``Accelerator`` for the recipe."""
+    """Seeds all random generators and returns accelerate's ``Accelerator`` for the recipe.
+
+    Raises:
+        ValueError: If the launcher started more processes than accelerate has found.
+    """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
 
@@ -58,6 +63,13 @@ def make_accelerator(recipe: Recipe) -> Any:
         log_with=list(recipe.output.trackers) or None,
         project_dir=str(Path(recipe.output.dir)),
     )
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched.isdigit() and int(launched) != accelerator.num_processes:
+        raise ValueError(
+            f"processes must be the {launched} that the launcher started, got {accelerator.num_processes} in "
+            "accelerate: each process would train on all pairs in the same folder; without GPUs, use accelerate "
+            "launch --cpu or set ACCELERATE_USE_CPU=true"
+        )
     set_seed(recipe.optim.seed)
     return accelerator
 

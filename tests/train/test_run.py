@@ -23,6 +23,7 @@ from digits_run import recipe, tiny, weights, write_pairs
 from test_trainer import TEXT, log, run, text_pairs, text_tokenizer
 from torch import nn
 
+from mpo_ext.files import FileLock, LockedError
 from mpo_ext.train import batch_loss, loop, model_card, progress, reference_file, reference_model, resume, setup
 from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.loop import Trainer
@@ -783,3 +784,38 @@ def test_settings_that_may_change_when_a_run_resumes(
         trainer.output.recipe = recipe(tmp_path / "out", pairs, **{**base, name: value})
         with pytest.raises(ValueError, match=rf"(?s){name.replace('__', '.')} was .*, is .*use another output\.dir"):
             trainer.output.check_inputs(trainer.data, path, trainer.fixed_weights)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path, pairs: Path) -> None:
+    trainer = trainer_of(tmp_path / "out", pairs)
+    with (
+        FileLock(tmp_path / "out" / "run.lock", "the run"),
+        pytest.raises(LockedError, match=r"output.dir: .*out must"),
+    ):
+        trainer.run()
+
+
+def test_processes_that_accelerate_does_not_know_are_refused(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU, accelerate gives each process of torchrun a world of one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="processes must be the 2 that the launcher started, got 1 in accelerate"):
+        trainer_of(tmp_path / "out", pairs)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_learning_rate_is_set_before_the_backward_pass(tmp_path: Path, pairs: Path) -> None:
+    """Within the backward pass, accelerate steps the optimizer of DeepSpeed."""
+    trainer = trainer_of(tmp_path / "out", pairs, optim__warmup_ratio=0.5)
+    rates: list[float] = []
+    backward = trainer.accelerator.backward
+
+    def record(loss: torch.Tensor, **options: Any) -> None:
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        backward(loss, **options)
+
+    trainer.accelerator.backward = record
+    trainer.run()
+    steps = [line["learning_rate"] for line in log(trainer.recipe)]
+    assert list(dict.fromkeys(rates)) == steps
