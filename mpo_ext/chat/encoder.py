@@ -291,12 +291,7 @@ class ChatEncoder:
                 [*prompt.messages, self._renderer.turn("assistant", text)], generation_prompt=False
             )
             if whole.startswith(prompt.text):
-                block = OPEN_TAG.search(prompt.text)  # a response may begin with the block that the prompt opens
-                if squash(text) not in squash(whole[block.start() if block else len(prompt.text) :]):
-                    raise ChatError(
-                        f"the chat template must write the response unchanged, got {whole[len(prompt.text) :][:80]!r} "
-                        f"for {response[:80]!r}"
-                    )
+                _check_written(text, prompt.text, whole)
                 return whole
         raise ChatError(
             f"the prompt must be the beginning of the whole conversation, got {prompt.text[-40:]!r} where the "
@@ -311,14 +306,16 @@ class ChatEncoder:
             raise ChatError(f"a response of {len(turns)} turns must have a chat template that ends turns, got none")
         parts = _response_turns(turns, self.tokenizer, self.end_id)
         roles = [turn["role"] for turn in parts]
+        texts = ["".join(part["text"] for part in turn["content"]) for turn in parts]
         if not self.is_multimodal:
-            parts = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in parts]
+            parts = [{**turn, "content": text} for turn, text in zip(parts, texts, strict=True)]
         messages = [*prompt.messages, *parts]
         whole = self._renderer.render(messages, generation_prompt=False)
         ids = self._encode(whole)
         is_target, end = [False] * len(ids), len(ids)
         for number, role in enumerate(roles):
             if role != "assistant":
+                _check_written(texts[number], prompt.text, whole)
                 continue
             text = self._prompt_text(messages[: len(prompt.messages) + number])
             start = self._encode(text)
@@ -327,6 +324,7 @@ class ChatEncoder:
                     f"the chat template must keep earlier turns as they are, got {text[-80:]!r} before turn "
                     f"{number + 1} of the response and other text in the whole conversation"
                 )
+            _check_written(texts[number], text, whole)
             if self.end_id not in ids[len(start) :]:
                 raise ChatError(f"the chat template must end turn {number + 1} of the response, got no end of turn")
             end = ids.index(self.end_id, len(start)) + 1
@@ -402,6 +400,16 @@ def _plain_prompt(conversation: Conversation, image: str) -> str:
         raise ChatError(f"a conversation of {len(conversation.messages)} messages must have a chat template, got none")
     missing = max(0, len(conversation.images) - conversation.question.count(IMAGE_PLACEHOLDER))
     return f"{image * missing}{conversation.question.replace(IMAGE_PLACEHOLDER, image)}\n"
+
+
+def _check_written(response: str, prompt: str, whole: str) -> None:
+    """Raises ``ChatError`` if the text of a response does not follow the prompt in the whole conversation."""
+    block = OPEN_TAG.search(prompt)  # a response may begin with the block that the prompt opens
+    if squash(response) not in squash(whole[block.start() if block else len(prompt) :]):
+        raise ChatError(
+            f"the chat template must write the response unchanged, got {whole[len(prompt) :][:80]!r} for "
+            f"{response[:80]!r}"
+        )
 
 
 def _renderings(response: str, opened: str) -> list[str]:

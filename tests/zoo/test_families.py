@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import transformers
 from PIL import Image
-from zoo_families import DATE, FAMILIES, IMAGE_FAMILIES, Family, meta_model, table
-from zoo_oracle import Turn, compare, conversation_of, messages_of
+from zoo_families import DATE, FAMILIES, IMAGE_FAMILIES, THOUGHT, Family, meta_model, table
+from zoo_oracle import Turn, compare, conversation_of, messages_of, template_ids
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation
 from mpo_ext.data.records import Pair
@@ -130,6 +130,61 @@ def test_a_response_keeps_its_text(name: str) -> None:
         if response == response.strip() and response not in family.responses:
             text = encoder.response_text(conversation, encoder.response_ids(conversation, response)[:-1])
             assert text.removeprefix("<think>\n\n</think>\n\n").removeprefix("\n</think>\n\n") == response
+
+
+SEVERAL: tuple[Turn, ...] = (
+    ("assistant", "A red square."),
+    ("user", "Is it red?"),
+    ("assistant", "The answer is 12.\n\nYes."),
+)
+NO_SEVERAL = {  # families that refuse a response of several turns
+    "Qwen3 without thinking": "keep earlier turns",
+    "Qwen3 2507 thinking": "keep earlier turns",
+    "GLM-4": "template that ends turns",
+    "LLaVA 1.5": "template that ends turns",
+    "GLM-4V": "template that ends turns",
+}
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_a_response_of_several_turns_has_the_ids_of_the_template(name: str) -> None:
+    family, processor, encoder = load(name)
+    messages, response = messages_of(processor, ONE_TURN), messages_of(processor, SEVERAL)
+    conversation = conversation_of(messages)
+    if name in NO_SEVERAL:
+        with pytest.raises(ChatError, match=NO_SEVERAL[name]):
+            encoder.response(conversation, response)
+        return
+    encoded = encoder.response(conversation, response)
+    whole = template_ids(processor, [*messages, *response], **family.template_kwargs)
+    is_target = [False] * len(whole)
+    end = 0
+    for number in (0, 2):
+        before = [*messages, *response[:number]]
+        if is_header_added(encoder):
+            start = len(encoder.prompt_ids(conversation_of(before)))
+        else:
+            start = len(template_ids(processor, before, generation_prompt=True, **family.template_kwargs))
+        end = whole.index(encoder.end_id, start) + 1
+        is_target[start:end] = [True] * (end - start)
+    size = len(encoder.prompt_ids(conversation))
+    assert encoded.ids == whole[size:end]
+    assert encoded.is_target == is_target[size:end]
+
+
+@pytest.mark.parametrize(
+    ("name", "turns"),
+    [
+        ("Qwen3", [("assistant", THOUGHT), *SEVERAL[1:]]),  # drops the thoughts of earlier turns
+        ("DeepSeek R1 first", [*SEVERAL[:2], ("assistant", THOUGHT)]),  # drops all thoughts
+        ("Phi-3 first", [SEVERAL[0], ("system", "Be brief."), *SEVERAL[1:]]),  # drops the system's turns
+    ],
+)
+def test_a_response_of_several_turns_is_written_as_a_whole(name: str, turns: list[Turn]) -> None:
+    _, processor, encoder = load(name)
+    conversation = conversation_of(messages_of(processor, ONE_TURN))
+    with pytest.raises(ChatError, match="write the response unchanged"):
+        encoder.response(conversation, messages_of(processor, turns))
 
 
 @pytest.mark.parametrize("name", ENCODED)
