@@ -1,4 +1,4 @@
-"""Random chat templates, tokenizers and conversations, for test_property."""
+"""Random chat templates, tokenizers and conversations, for test_random_cases."""
 
 import dataclasses
 import functools
