@@ -382,7 +382,7 @@ def test_an_image_that_has_changed_is_found_in_a_precomputed_reference(tmp_path:
     settings = {"reference__kind": "precomputed", "reference__file": str(tmp_path / "reference.jsonl")}
     run(recipe(tmp_path / "a", data, **settings))
     Image.new("RGB", (32, 32), "white").save(data.with_name("0-5.png"))
-    with pytest.raises(ValueError, match=r"must hold the pair .*pairs\.jsonl:6.*the data or its preprocessing"):
+    with pytest.raises(ValueError, match=r"must hold the pair .*pairs\.jsonl:6.*the image files have changed"):
         run(recipe(tmp_path / "b", data, **settings))
 
 
