@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.encode import Sample
+from mpo_ext.train.split_attention import base_implementation, is_split, split_decoder, window_marker
 
 #: Model inputs that hold the grid sizes of images and videos.
 GRIDS = ("image_grid_thw", "video_grid_thw")
@@ -73,11 +74,15 @@ def prompt_positions(model: nn.Module) -> PromptPositions | None:
 
 
 class MaskPlan(NamedTuple):
-    """The kinds of attention masks that a model needs, its sliding window, and its attention implementation."""
+    """The kinds of attention masks that a model needs, its sliding window, and its attention implementation.
+
+    ``implementation`` is the name in transformers; ``is_split`` says whether ``use_split_attention`` has been called.
+    """
 
     kinds: frozenset[str]
     window: int | None
     implementation: str
+    is_split: bool
 
 
 def plan_masks(inner: nn.Module) -> MaskPlan | str:
@@ -85,10 +90,11 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
     name, config = type(inner).__name__, decoder_config(inner)
     if config is None:
         return f"{name} has no config"
-    implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in _IMPLEMENTATIONS:
-        why = "takes no such mask" if "flash" in str(implementation) else "is not supported"
-        return f"attention {implementation!r} {why}: set model.attention to {' or '.join(_IMPLEMENTATIONS)}"
+    name_of_attention = getattr(config, "_attn_implementation", None)
+    implementation = base_implementation(name_of_attention)
+    if implementation not in _IMPLEMENTATIONS and not is_split(name_of_attention):
+        return no_mask(implementation)
+    assert implementation is not None
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is not None:
@@ -112,7 +118,31 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
     }
     if unknown_settings and types is None:
         return f"{name} has an unknown kind of attention: its config has {unknown_settings}"
-    return MaskPlan(kinds, window, implementation)
+    return MaskPlan(kinds, window, implementation, is_split(name_of_attention))
+
+
+def plan_or_raise(inner: nn.Module) -> MaskPlan:
+    """Returns ``plan_masks``.
+
+    Raises:
+        ValueError: If the model does not support rows with several responses.
+    """
+    plan = plan_masks(inner)
+    if isinstance(plan, str):
+        raise ValueError(f'layout must be "separate" for this model, got "shared": {plan}')
+    return plan
+
+
+def no_mask(implementation: str | None) -> str:
+    """Returns the reason why an attention implementation cannot use the masks of ``attention_masks``."""
+    why = "takes no such mask" if "flash" in str(implementation) else "is not supported"
+    return f"attention {implementation!r} {why}: set model.attention to {' or '.join(_IMPLEMENTATIONS)}"
+
+
+def mask_markers(plan: MaskPlan, rows: int, device: torch.device) -> Tensor | dict[str, Tensor]:
+    """Returns the markers that split attention takes in place of masks: one, or a dict by kind of layer."""
+    windows = {_FULL: None, _SLIDING: plan.window}
+    return _by_kind({kind: window_marker(rows, windows[kind], device) for kind in plan.kinds})
 
 
 def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Tensor]:
@@ -121,9 +151,9 @@ def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Te
     A token attends to the prompt and to its own response, up to itself. Padding attends to itself, because a softmax
     over an empty set is NaN.
     """
-    plan = plan_masks(inner)
-    if isinstance(plan, str):
-        raise ValueError(f'layout must be "separate" for this model, got "shared": {plan}')
+    plan = plan_or_raise(inner)
+    if plan.implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f'layout must be "separate" for this model, got "masked": {no_mask(plan.implementation)}')
     query, key = segments.unsqueeze(2), segments.unsqueeze(1)
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
@@ -141,14 +171,32 @@ def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Te
         formatted = {
             kind: torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest) for kind, mask in formatted.items()
         }
+    return _by_kind(formatted)
+
+
+def _by_kind(masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
     # Models with one kind of layer take a single tensor; models that mix kinds look their masks up by name.
-    return formatted if len(formatted) > 1 else next(iter(formatted.values()))
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def use_split_attention(model: nn.Module) -> str | None:
+    """Lets a model attend to rows with several responses in causal calls, and returns None or the reason why not.
+
+    The model may be wrapped. Its attention implementation becomes one of ``split_attention.NAMES``, which is not
+    saved; in all other rows attention stays that of the implementation before.
+    """
+    inner = unwrap_model(model)
+    return split_decoder(_decoder(inner) or inner, decoder_config(inner))
+
+
+def _decoder(inner: nn.Module) -> Any:
+    get_decoder: Any = getattr(inner, "get_decoder", None)
+    return get_decoder() if callable(get_decoder) else None
 
 
 def decoder_config(inner: nn.Module) -> Any:
     """Returns the config that the decoder reads; the model's config may contain another copy."""
-    get_decoder: Any = getattr(inner, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
+    decoder = _decoder(inner)
     config: Any = getattr(decoder, "config", None) or getattr(inner, "config", None)
     return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
 

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from mpo_ext.train.encode import Sample
+from mpo_ext.train.masks import use_split_attention
 
 VOCAB = 61
 IMAGE = 60  # the token that stands for a piece of an image
@@ -240,7 +241,9 @@ def build(name: str, attention: str | None = "sdpa", dtype: torch.dtype = torch.
     torch.manual_seed(0)
     model = {**FAMILIES, **REFUSED}[name].model().to(dtype).train()
     if attention is not None:
-        model.set_attn_implementation(attention)
+        model.set_attn_implementation(attention.removeprefix("split "))
+        if attention.startswith("split "):
+            assert use_split_attention(model) is None
     with torch.no_grad():  # as they are initialised, no token would look at any other in particular
         for parameter in model.parameters():
             if parameter.ndim > 1:
