@@ -153,7 +153,7 @@ def _base_of(module: nn.Module) -> tuple[str, Callable[..., tuple[Tensor, Any]]]
 
 
 class _Call(NamedTuple):
-    """What a split attention function has checked: its segments and the sliding window."""
+    """The segments of a call of an attention function, and its sliding window."""
 
     segments: RowSegments
     window: int | None
@@ -188,6 +188,7 @@ def _split_sdpa(
     unknown = [name for name in _NOT_IN_SDPA if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"attention must be without {', '.join(unknown)}, got it in {type(module).__name__}")
+    query, key, value = _autocast(query, key, value)
     rows, _, length, _ = query.shape
     options = {"dropout_p": kwargs.get("dropout") or 0.0, "scale": kwargs.get("scaling")}
     groups = query.shape[1] // key.shape[1]
@@ -217,6 +218,20 @@ def _split_sdpa(
     return torch.cat(outputs).view(rows, length, query.shape[1], value.shape[3]), None
 
 
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Returns tensors in the dtype that autocast gives to attention: masks that are not tensors bypass autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def _has_aligned_kernels(query: Tensor) -> bool:
+    """Returns whether SDPA has kernels that align causal attention to the last key; others need a mask."""
+    return query.is_cuda
+
+
 def _tokens(tensor: Tensor) -> Tensor:
     """Returns ``[R, H, L, D]`` as ``[R * L, H, D]``."""
     return tensor.transpose(1, 2).flatten(0, 1)
@@ -234,7 +249,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, optio
         out = torch.cat(pieces, 2)
     elif count == total:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-    elif query.is_cuda:
+    elif _has_aligned_kernels(query):
         from torch.nn.attention.bias import causal_lower_right
 
         # The flash kernel aligns to the last key; is_causal of scaled_dot_product_attention aligns to the first.

@@ -56,6 +56,29 @@ def test_loss_and_gradients_are_those_of_the_dense_mask(
     assert_as_dense(build(family, "split sdpa", torch.float64), several_pairs(family, count), 1e-12)
 
 
+@pytest.mark.parametrize("family", ["llama", "internvl", "gemma3"])
+def test_masks_that_torch_aligns_to_the_last_key_give_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_attention, "_has_aligned_kernels", lambda query: True)  # as on a GPU
+    assert_as_dense(build(family, "split sdpa", torch.float64), several_pairs(family, 2), 1e-12)
+
+
+def test_autocast_reaches_queries_and_keys_of_another_dtype_than_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_attention, "_has_aligned_kernels", lambda query: True)
+    model = build("llama", "split sdpa")
+    dtypes = set()
+
+    def note(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        dtypes.update({query.dtype, key.dtype, value.dtype})
+        return SDPA(query, key, value, **options)
+
+    SDPA = torch.nn.functional.scaled_dot_product_attention  # noqa: N806
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, batch_of(model, samples_of("llama"), "shared"))
+    assert loss.isfinite()
+    assert dtypes == {torch.bfloat16}
+
+
 #: Models whose norms compute in the dtype of the model: those of other families round float64 to float32.
 LAYER_NORM = {
     "phi": partial(text_model, "Phi"),
