@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,10 +70,9 @@ def test_autocast_reaches_queries_and_keys_of_another_dtype_than_the_values(monk
 
     def note(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
         dtypes.update({query.dtype, key.dtype, value.dtype})
-        return SDPA(query, key, value, **options)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
 
-    SDPA = torch.nn.functional.scaled_dot_product_attention  # noqa: N806
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    monkeypatch.setattr(split_attention, "F", SimpleNamespace(scaled_dot_product_attention=note))
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(model, batch_of(model, samples_of("llama"), "shared"))
     assert loss.isfinite()
