@@ -10,7 +10,7 @@ from torch import Tensor
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.train.encode import Sample
 from mpo_ext.train.masks import sequence_positions
-from mpo_ext.train.split_attention import segment_lengths
+from mpo_ext.train.split_attention import segment_lengths, token_blocks
 
 RowLayout = Literal["shared", "masked", "separate"]
 
@@ -39,6 +39,8 @@ class Batch:
         digests: ``Sample.digest`` of each pair.
         copies: Number of sequence rows per prompt: 2 in the layout "separate" with rejected responses, otherwise 1.
         segment_lengths: For each row, the number of tokens of its prompt and of each response that is not empty.
+        image_blocks: For each row, first and last position (exclusive) of each run of tokens with type 1 in
+            ``token_type_ids``; empty without this input.
     """
 
     layout: RowLayout
@@ -52,6 +54,7 @@ class Batch:
     digests: tuple[str, ...]
     copies: int
     segment_lengths: tuple[tuple[int, ...], ...]
+    image_blocks: tuple[tuple[tuple[int, int], ...], ...]
 
     def with_segments(self, segments: Tensor) -> "Batch":
         """Returns the batch with other ``segments`` of the same shape."""
@@ -212,6 +215,7 @@ def collate(
         digests=tuple(sample.digest for sample in samples),
         copies=plan.copies,
         segment_lengths=segment_lengths(segments),
+        image_blocks=token_blocks(inputs.get("token_type_ids")),
     )
 
 

@@ -18,6 +18,7 @@ from mpo_ext.train.masks import (
     GRIDS,
     attention_masks,
     embedding_dtype,
+    has_image_blocks,
     mask_markers,
     plan_or_raise,
     prompt_positions,
@@ -124,14 +125,16 @@ def _attention_inputs(inner: nn.Module, batch: Batch) -> dict[str, Any]:
     if batch.layout == "separate":
         return {"attention_mask": (batch.segments >= 0).long()}
     plan = plan_or_raise(inner)
+    has_blocks = bool(batch.image_blocks) and has_image_blocks(inner)
     if batch.layout == "masked" or not plan.is_split:
-        return {"attention_mask": attention_masks(inner, batch.segments)}
+        types = (batch.inputs["token_type_ids"],) if has_blocks else ()
+        return {"attention_mask": attention_masks(inner, batch.segments, *types)}
     rows, length = batch.segments.shape
     device = batch.segments.device
     return {
         "attention_mask": mask_markers(plan, rows, device),
         # Reaches the attention functions through the model's keyword arguments, also when a layer is recomputed.
-        "row_segments": RowSegments(batch.segment_lengths, length, device),
+        "row_segments": RowSegments(batch.segment_lengths, length, device, batch.image_blocks if has_blocks else ()),
     }
 
 

@@ -145,11 +145,31 @@ def mask_markers(plan: MaskPlan, rows: int, device: torch.device) -> Tensor | di
     return _by_kind({kind: window_marker(rows, windows[kind], device) for kind in plan.kinds})
 
 
-def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Tensor]:
+def has_image_blocks(inner: nn.Module) -> bool:
+    """Returns whether tokens of an image, which have type 1 in ``token_type_ids``, attend to each other (Gemma 3)."""
+    return any(
+        hasattr(type(module), "get_image_features")
+        and "get_block_sequence_ids_for_mask(token_type_ids" in forward_source(type(module))
+        for module in inner.modules()
+    )
+
+
+def forward_source(kind: type) -> str:
+    """Returns the source code of a module's forward, or "" if it is not available."""
+    try:
+        return inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return ""
+
+
+def attention_masks(
+    inner: nn.Module, segments: Tensor, token_types: Tensor | None = None
+) -> Tensor | dict[str, Tensor]:
     """Returns the masks ``[R, 1, L, L]`` of sequence rows with several responses: one, or a dict by kind of layer.
 
-    A token attends to the prompt and to its own response, up to itself. Padding attends to itself, because a softmax
-    over an empty set is NaN.
+    A token attends to the prompt and to its own response, up to itself. With ``token_types`` (``token_type_ids``),
+    tokens of an image, a run of type 1, also attend to later tokens of the same image. Padding attends to itself,
+    because a softmax over an empty set is NaN.
     """
     plan = plan_or_raise(inner)
     if plan.implementation not in _IMPLEMENTATIONS:
@@ -158,6 +178,11 @@ def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Te
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     visible = causal & (query >= 0) & ((key == 0) | (key == query))
+    if token_types is not None:
+        is_image = token_types == 1
+        is_first = is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
+        number = is_first.cumsum(1).masked_fill(~is_image, 0)
+        visible |= (number.unsqueeze(2) == number.unsqueeze(1)) & (number > 0).unsqueeze(2)
     diagonal = torch.eye(length, dtype=torch.bool, device=segments.device)
     masks = {_FULL: visible | diagonal}
     if _SLIDING in plan.kinds and plan.window is not None:

@@ -1,6 +1,5 @@
 """Checks whether a model supports the layout "shared": its config and code, and log-probs of a few pairs."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.batch import Batch, collate
 from mpo_ext.train.encode import Sample
 from mpo_ext.train.forward import forward
-from mpo_ext.train.masks import decoder_config, plan_masks
+from mpo_ext.train.masks import decoder_config, forward_source, has_image_blocks, plan_masks
 
 
 def supports_shared_prefix(model: nn.Module) -> str | None:
@@ -42,8 +41,9 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
         kind = type(module)
         if getattr(kind, "_is_stateful", False):
             return f"{kind.__name__} has recurrent layers, which no mask can separate"
-        # Gemma 3: our mask would replace the mask that lets the tokens of an image attend to each other.
-        if hasattr(kind, "get_image_features") and "block_sequence_ids" in _forward_source(kind):
+        # Gemma 4: our mask would replace the mask that lets the tokens of an image attend to each other.
+        has_blocks = hasattr(kind, "get_image_features") and "block_sequence_ids" in forward_source(kind)
+        if has_blocks and not has_image_blocks(inner):
             return f"tokens of an image attend to each other in {kind.__name__}"
     return None
 
@@ -109,13 +109,6 @@ def check_shared_prefix(
         f"{name}) from the log-probs of separate rows, the limit is {limit:.2g}; responses that attend to each other "
         f"would change them by {leak:.2g}"
     )
-
-
-def _forward_source(kind: type) -> str:
-    try:
-        return inspect.getsource(kind.forward)  # type: ignore[attr-defined]
-    except (OSError, TypeError):  # without source code, check_shared_prefix still compares log-probs
-        return ""
 
 
 def label_logp_and_precision(model: nn.Module, batch: Batch) -> tuple[Tensor, float]:

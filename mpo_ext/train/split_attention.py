@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -38,12 +39,14 @@ class _Part(NamedTuple):
         prompt: The part whose first tokens are keys before the part's own; None for the part that holds the prompt.
         prompt_length: Number of these tokens.
         is_padding: Whether the part has no call.
+        blocks: First and last offset (exclusive) of each image whose tokens attend to each other.
     """
 
     size: int
     prompt: int | None = None
     prompt_length: int = 0
     is_padding: bool = False
+    blocks: tuple[tuple[int, int], ...] = ()
 
 
 class RowSegments:
@@ -58,13 +61,22 @@ class RowSegments:
         longest: The largest number of queries and of keys of a call.
     """
 
-    def __init__(self, lengths: Sequence[Sequence[int]], length: int, device: torch.device) -> None:
-        """Takes ``segment_lengths`` of the R rows, their number of token positions L, and the device."""
+    def __init__(
+        self,
+        lengths: Sequence[Sequence[int]],
+        length: int,
+        device: torch.device,
+        blocks: Sequence[tuple[tuple[int, int], ...]] = (),
+    ) -> None:
+        """Takes ``segment_lengths`` of the R rows, their number of token positions L, and the device.
+
+        ``blocks`` are those of ``token_blocks`` for models in which the tokens of an image attend to each other.
+        """
         self.parts: list[_Part] = []
-        for row in lengths:
+        for number, row in enumerate(lengths):
             first = len(self.parts)
             if row:
-                self.parts.append(_Part(sum(row[:2])))
+                self.parts.append(_Part(sum(row[:2]), blocks=blocks[number] if blocks else ()))
             self.parts += [_Part(size, first, row[0]) for size in row[2:]]
             self.parts.append(_Part(length - sum(row), is_padding=True))
         self.sizes = [part.size for part in self.parts]
@@ -79,6 +91,15 @@ class RowSegments:
 def segment_lengths(segments: Tensor) -> tuple[tuple[int, ...], ...]:
     """Returns for each row of ``Batch.segments`` the lengths of the prompt and of each non-empty response."""
     return tuple(tuple(row[row >= 0].unique_consecutive(return_counts=True)[1].tolist()) for row in segments.cpu())
+
+
+def token_blocks(token_types: Tensor | None) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Returns for each row of ``token_type_ids`` the runs of type 1 (images): first and last token (exclusive)."""
+    if token_types is None:
+        return ()
+    edges = F.pad((token_types == 1).int(), (1, 1)).diff(dim=1)  # 1 where a run begins, -1 after its last token
+    starts, stops = (tuple((row == edge).nonzero().flatten().tolist() for row in edges) for edge in (1, -1))
+    return tuple(tuple(zip(*row, strict=True)) for row in zip(starts, stops, strict=True))
 
 
 def base_implementation(name: str | None) -> str | None:
@@ -214,7 +235,8 @@ def _split_sdpa(
                 seen = slice(start, part.prompt_length)
                 prompts[part.prompt] = keys[part.prompt][seen], values[part.prompt][seen]
             own = tuple(map(torch.cat, zip(prompts[part.prompt], own, strict=True)))  # type: ignore[assignment]
-        outputs.append(_causal(queries[i], *own, call.window, options))
+        out = _causal(queries[i], *own, call.window, options)
+        outputs += _with_blocks(out, part.blocks, queries[i], *own, call.window, options) if part.blocks else [out]
     return torch.cat(outputs).view(rows, length, query.shape[1], value.shape[3]), None
 
 
@@ -260,15 +282,44 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, optio
     return out.squeeze(0).transpose(0, 1)
 
 
-def _windows(count: int, total: int, window: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
+def _with_blocks(
+    out: Tensor,
+    blocks: Sequence[tuple[int, int]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    options: dict[str, Any],
+) -> Iterator[Tensor]:
+    """Yields the pieces of causal attention ``[n, H, D]``, in which tokens of blocks also attend to later ones."""
+    edges = [0, *(edge for block in blocks for edge in block), len(out)]
+    between = out.split([stop - start for start, stop in pairwise(edges)])[::2]
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    yield between[0]
+    for (start, stop), text in zip(blocks, between[1:], strict=True):
+        if window is None or stop <= window:
+            groups: Any = [(slice(0, stop - start), slice(0, stop), None)]
+        else:
+            groups = _windows(stop - start, stop, window, query.device, causal=False)
+        for queries, keys, mask in groups:
+            rows = slice(start + queries.start, start + queries.stop)
+            attended = F.scaled_dot_product_attention(
+                q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=mask, **options
+            )
+            yield attended.squeeze(0).transpose(0, 1)
+        yield text
+
+
+def _windows(
+    count: int, total: int, window: int, device: torch.device, *, causal: bool = True
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields groups of queries, the keys within their windows, and the mask between them."""
     for start in range(0, count, WINDOW_QUERIES):
         stop = min(start + WINDOW_QUERIES, count)
-        last = total - count + stop
-        first = max(0, last - (stop - start) - window + 1)
-        diagonal = last - (stop - start) - first
-        mask = torch.ones(stop - start, last - first, dtype=torch.bool, device=device)
-        yield slice(start, stop), slice(first, last), mask.tril(diagonal).triu(diagonal - window + 1)
+        place = total - count + start  # of the first query among the keys
+        first, last = max(0, place - window + 1), total - count + stop if causal else total
+        mask = torch.ones(stop - start, last - first, dtype=torch.bool, device=device).triu(place - first - window + 1)
+        yield slice(start, stop), slice(first, last), mask.tril(place - first) if causal else mask
 
 
 class _WithBase:
@@ -297,6 +348,8 @@ def _split_flash(
         return base(with_base, query, key, value, attention_mask, **kwargs)
     rows, _, length, _ = query.shape
     segments = call.segments
+    if any(part.blocks for part in segments.parts):
+        raise ValueError(f"attention of images must be causal for flash-attn, got {type(module).__name__}")
     queries, keys, values = (_tokens(tensor).split(segments.sizes) for tensor in (query, key, value))
     calls = [(i, part) for i, part in enumerate(segments.parts) if not part.is_padding]
     packed = torch.cat([queries[i] for i, _ in calls])

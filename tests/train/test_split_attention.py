@@ -23,7 +23,7 @@ from mpo_ext.train.encode import Sample
 from mpo_ext.train.forward import forward
 from mpo_ext.train.masks import attention_masks, prompt_positions, use_split_attention
 from mpo_ext.train.shared_prefix import check_shared_prefix, supports_shared_prefix
-from mpo_ext.train.split_attention import RowSegments, segment_lengths
+from mpo_ext.train.split_attention import RowSegments, segment_lengths, token_blocks
 
 SPLIT = [family for family in FAMILIES if family != "gemma2"]  # sdpa in transformers does not support its softcap
 FLASH = [family for family in FAMILIES if family not in VISION or family in ("internvl", "qwen2_5_vl-sliding")]
@@ -128,14 +128,17 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2-sliding", "internvl"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3_vlm", "qwen2-sliding", "internvl"])
 def test_no_mask_of_a_row_is_allocated(family: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split_attention, "WINDOW_QUERIES", 16)
     model = build(family, "split sdpa")
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    samples = [sample(family, seed, prompt=1, text=70, chosen=9, rejected=11) for seed in (1, 2)]
-    samples[1] = sample(family, 2, prompt=1, text=70, chosen=13, rejected=1)
+    prompt: Any = {"prompt": 1, "text": 70, "images": 2 if family in VISION else 0}
+    samples = [
+        sample(family, 1, chosen=9, rejected=11, **prompt),
+        sample(family, 2, chosen=13, rejected=1, **prompt),
+    ]
     batches = {layout: batch_of(model, samples, layout) for layout in ("shared", "masked")}
     found = {}
     for layout, batch in batches.items():
@@ -180,6 +183,16 @@ def test_segments_become_calls() -> None:
     assert [part.size + part.prompt_length for part in rows.parts if not part.is_padding] == [5, 3, 4, 4]
     assert [offsets.tolist() for offsets in rows.cu_seqlens] == [[0, 5, 6, 8, 12], [0, 5, 8, 12, 16]]
     assert rows.longest == (5, 5)
+
+
+def test_runs_of_image_tokens_become_blocks() -> None:
+    types = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 2, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]])
+    assert token_blocks(types) == (((0, 2), (3, 4)), ((4, 6),), ())
+    assert token_blocks(None) == ()
+    samples = [sample("gemma3_vlm", 1, images=2), sample("gemma3_vlm", 2)]
+    batch = batch_of(build("gemma3_vlm"), samples, "shared")
+    assert [len(row) for row in batch.image_blocks] == [2, 0]
+    assert batch_of(build("internvl"), [sample("internvl", 1, images=2)], "shared").image_blocks == ()
 
 
 def test_rows_without_segments_have_the_attention_of_transformers() -> None:
@@ -256,8 +269,8 @@ def test_a_layer_that_takes_the_marker_as_a_mask_raises() -> None:
     ],
 )
 def test_the_check_finds_mistakes(family: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(lengths: Any, length: int, device: torch.device) -> RowSegments:
-        rows = RowSegments(lengths, length, device)
+    def wrong(*args: Any) -> RowSegments:
+        rows = RowSegments(*args)
         change = {"prompt_length": 0} if mistake == "no prompt" else {"prompt": 0}
         rows.parts = [part if part.prompt is None else part._replace(**change) for part in rows.parts]
         return rows
@@ -324,6 +337,12 @@ def test_the_check_passes_with_flash_attention(flash: FlashAttention, family: st
     windows = [getattr(module, "sliding_window", None) for module in model.modules()]
     assert check_shared_prefix(model, samples_of(family), pad_id=PAD) is None
     assert windows == [getattr(module, "sliding_window", None) for module in model.modules()]
+
+
+def test_flash_attention_has_no_blocks_of_images(flash: FlashAttention) -> None:
+    model = flash_model("gemma3_vlm")
+    with pytest.raises(ValueError, match="attention of images must be causal for flash-attn, got Gemma3Attention"):
+        forward(model, batch_of(model, samples_of("gemma3_vlm"), "shared"))
 
 
 def test_flash_attention_has_no_dense_mask(flash: FlashAttention) -> None:
