@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(DEFAULT_CASES))
     parser.add_argument(
-        "--attention", action="store_true", help="compare ways to attend, with cases and sizes of its own"
+        "--attention", action="store_true", help="compare ways to attend, with separate cases and sizes"
     )
     parser.add_argument("--parts", action="store_true", help="measure the parts of a step too")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
