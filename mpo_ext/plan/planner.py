@@ -10,9 +10,11 @@ from torch import nn
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.plan.memory import ASSUMED_LENGTH, Memory, MemoryEstimate, meta_model
 from mpo_ext.plan.report import Plan, Variant, format_bytes
+from mpo_ext.train.masks import no_mask, use_split_attention
 from mpo_ext.train.mixture import Mixture, MixtureSubset
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.shared_prefix import supports_shared_prefix
+from mpo_ext.train.split_attention import NAMES
 
 _FEW_STEPS = 30  # the margin shows no trend in fewer steps
 
@@ -81,8 +83,12 @@ def _separate_reason(model: nn.Module, recipe: Recipe) -> str | None:
     """Returns the reason for the layout "separate"; None if the layout is "shared"."""
     if not recipe.loss.shared_prefix:
         return "loss.shared_prefix is false"
-    if recipe.model.attention not in ("sdpa", "eager"):
-        return f"attention {recipe.model.attention!r} does not support the mask of shared prompts; sdpa and eager do"
+    attention = recipe.model.attention
+    if attention not in ("sdpa", "eager"):  # the model on the meta device has sdpa
+        if attention not in NAMES or recipe.loss.shared_prefix == "masked":
+            return no_mask(attention)
+        if (reason := use_split_attention(model)) is not None:
+            return reason
     return supports_shared_prefix(model)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.train.encode import Sample
 from mpo_ext.train.masks import sequence_positions
+from mpo_ext.train.split_attention import segment_lengths, token_blocks
 
-RowLayout = Literal["shared", "separate"]
+RowLayout = Literal["shared", "masked", "separate"]
 
 _IGNORE_INDEX = MPOConfig().ignore_index
 
@@ -22,7 +23,8 @@ class Batch:
 
     Attributes:
         layout: "shared": a sequence row is ``[prompt | chosen | rejected]``; pairs with the same prompt share a row,
-            ``[prompt | chosen | rejected | chosen | rejected ...]``. "separate": a sequence row is
+            ``[prompt | chosen | rejected | chosen | rejected ...]``. "masked": the same rows, always with a dense
+            attention mask, which "shared" needs only without split attention. "separate": a sequence row is
             ``[prompt | response]``; the chosen rows come first, and images are stored once for both rows of a pair.
         inputs: Keyword arguments of the model except attention masks: ``input_ids`` ``[R, L]``, ``position_ids`` if
             the layout needs them, inputs with a value per token, ``pixel_values`` ...
@@ -36,6 +38,9 @@ class Batch:
         keys: ``Sample.key`` of each pair.
         digests: ``Sample.digest`` of each pair.
         copies: Number of sequence rows per prompt: 2 in the layout "separate" with rejected responses, otherwise 1.
+        segment_lengths: For each row, the number of tokens of its prompt and of each response that is not empty.
+        image_blocks: For each row, first and last position (exclusive) of each run of tokens with type 1 in
+            ``token_type_ids``; empty without this input.
     """
 
     layout: RowLayout
@@ -48,6 +53,12 @@ class Batch:
     keys: tuple[str, ...]
     digests: tuple[str, ...]
     copies: int
+    segment_lengths: tuple[tuple[int, ...], ...]
+    image_blocks: tuple[tuple[tuple[int, int], ...], ...]
+
+    def with_segments(self, segments: Tensor) -> "Batch":
+        """Returns the batch with other ``segments`` of the same shape."""
+        return dataclasses.replace(self, segments=segments, segment_lengths=segment_lengths(segments))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Returns the batch with all tensors on a device, except for ``labels``, which stay on the CPU.
@@ -153,12 +164,12 @@ def collate(
 ) -> Batch:
     """Returns a batch of samples on the CPU. DataLoader workers can call it.
 
-    In the layout "shared", samples with the same ``prompt_key`` share a sequence row and its images. Trailing axes of
-    image inputs are padded with zeros to the largest size, as processors do.
+    In the layouts "shared" and "masked", samples with the same ``prompt_key`` share a sequence row and its images.
+    Trailing axes of image inputs are padded with zeros to the largest size, as processors do.
 
     Args:
         samples: At least one sample. Empty responses are allowed and do not contribute to the loss.
-        layout: "shared" or "separate"; see ``Batch``.
+        layout: "shared", "masked" or "separate"; see ``Batch``.
         pad_id: Token id that fills shorter rows on the right. Attention never reads it, but the model must be able to
             embed it, and it must not be the id of an image token.
         with_rejected: Whether rejected responses go through the model; False: they are treated as empty.
@@ -187,7 +198,7 @@ def collate(
     if positions is not None:
         prompts = [positions(owner) for owner in plan.owners]
         inputs["position_ids"] = _rotary_positions(prompts * plan.copies, plan.present, rows, length)
-    elif layout == "shared":
+    elif layout != "separate":
         inputs["position_ids"] = sequence_positions(segments)
     inputs |= _token_inputs(plan.row_owners, rows, length)
     inputs |= _image_inputs(plan.owners)
@@ -203,6 +214,8 @@ def collate(
         keys=tuple(sample.key for sample in samples),
         digests=tuple(sample.digest for sample in samples),
         copies=plan.copies,
+        segment_lengths=segment_lengths(segments),
+        image_blocks=token_blocks(inputs.get("token_type_ids")),
     )
 
 

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from mpo_ext.loss.hf_head import hidden_and_head, unwrap_model
 from mpo_ext.train.batch import Batch
-from mpo_ext.train.masks import GRIDS, attention_masks, embedding_dtype, prompt_positions
+from mpo_ext.train.masks import (
+    GRIDS,
+    attention_masks,
+    embedding_dtype,
+    has_image_blocks,
+    mask_markers,
+    plan_or_raise,
+    prompt_positions,
+)
+from mpo_ext.train.split_attention import RowSegments
 
 _BY_LAYER = "deepstack_features"
 _FEATURE_METHODS = ("get_image_features", "get_video_features")
@@ -85,8 +94,7 @@ def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
     for name, values in inputs.items():
         if name.startswith("pixel_values") and values.is_floating_point():
             inputs[name] = values.to(embedding_dtype(inner))
-    masks = attention_masks(inner, batch.segments) if batch.layout == "shared" else (batch.segments >= 0).long()
-    inputs |= {"attention_mask": masks, "use_cache": False}
+    inputs |= _attention_inputs(inner, batch) | {"use_cache": False}
     images = [
         name
         for name, values in batch.inputs.items()
@@ -111,6 +119,23 @@ def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
                 vars(module).pop(name, None)
             else:
                 object.__setattr__(module, name, method)
+
+
+def _attention_inputs(inner: nn.Module, batch: Batch) -> dict[str, Any]:
+    if batch.layout == "separate":
+        return {"attention_mask": (batch.segments >= 0).long()}
+    plan = plan_or_raise(inner)
+    has_blocks = bool(batch.image_blocks) and has_image_blocks(inner)
+    if batch.layout == "masked" or not plan.is_split:
+        types = (batch.inputs["token_type_ids"],) if has_blocks else ()
+        return {"attention_mask": attention_masks(inner, batch.segments, *types)}
+    rows, length = batch.segments.shape
+    device = batch.segments.device
+    return {
+        "attention_mask": mask_markers(plan, rows, device),
+        # Reaches the attention functions through the model's keyword arguments, also when a layer is recomputed.
+        "row_segments": RowSegments(batch.segment_lengths, length, device, batch.image_blocks if has_blocks else ()),
+    }
 
 
 def _encoders(inner: nn.Module, name: str) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.encode import Sample
+from mpo_ext.train.split_attention import base_implementation, is_split, split_decoder, window_marker
 
 #: Model inputs that hold the grid sizes of images and videos.
 GRIDS = ("image_grid_thw", "video_grid_thw")
@@ -73,11 +74,15 @@ def prompt_positions(model: nn.Module) -> PromptPositions | None:
 
 
 class MaskPlan(NamedTuple):
-    """The kinds of attention masks that a model needs, its sliding window, and its attention implementation."""
+    """The kinds of attention masks that a model needs, its sliding window, and its attention implementation.
+
+    ``implementation`` is the name in transformers; ``is_split`` says whether ``use_split_attention`` has been called.
+    """
 
     kinds: frozenset[str]
     window: int | None
     implementation: str
+    is_split: bool
 
 
 def plan_masks(inner: nn.Module) -> MaskPlan | str:
@@ -85,10 +90,11 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
     name, config = type(inner).__name__, decoder_config(inner)
     if config is None:
         return f"{name} has no config"
-    implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in _IMPLEMENTATIONS:
-        why = "takes no such mask" if "flash" in str(implementation) else "is not supported"
-        return f"attention {implementation!r} {why}: set model.attention to {' or '.join(_IMPLEMENTATIONS)}"
+    name_of_attention = getattr(config, "_attn_implementation", None)
+    implementation = base_implementation(name_of_attention)
+    if implementation not in _IMPLEMENTATIONS and not is_split(name_of_attention):
+        return no_mask(implementation)
+    assert implementation is not None
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is not None:
@@ -112,22 +118,71 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
     }
     if unknown_settings and types is None:
         return f"{name} has an unknown kind of attention: its config has {unknown_settings}"
-    return MaskPlan(kinds, window, implementation)
+    return MaskPlan(kinds, window, implementation, is_split(name_of_attention))
 
 
-def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Tensor]:
-    """Returns the masks ``[R, 1, L, L]`` of sequence rows with several responses: one, or a dict by kind of layer.
+def plan_or_raise(inner: nn.Module) -> MaskPlan:
+    """Returns ``plan_masks``.
 
-    A token attends to the prompt and to its own response, up to itself. Padding attends to itself, because a softmax
-    over an empty set is NaN.
+    Raises:
+        ValueError: If the model does not support rows with several responses.
     """
     plan = plan_masks(inner)
     if isinstance(plan, str):
         raise ValueError(f'layout must be "separate" for this model, got "shared": {plan}')
+    return plan
+
+
+def no_mask(implementation: str | None) -> str:
+    """Returns the reason why an attention implementation cannot use the masks of ``attention_masks``."""
+    why = "takes no such mask" if "flash" in str(implementation) else "is not supported"
+    return f"attention {implementation!r} {why}: set model.attention to {' or '.join(_IMPLEMENTATIONS)}"
+
+
+def mask_markers(plan: MaskPlan, rows: int, device: torch.device) -> Tensor | dict[str, Tensor]:
+    """Returns the markers that split attention takes in place of masks: one, or a dict by kind of layer."""
+    windows = {_FULL: None, _SLIDING: plan.window}
+    return _by_kind({kind: window_marker(rows, windows[kind], device) for kind in plan.kinds})
+
+
+def has_image_blocks(inner: nn.Module) -> bool:
+    """Returns whether tokens of an image, which have type 1 in ``token_type_ids``, attend to each other (Gemma 3)."""
+    return any(
+        hasattr(type(module), "get_image_features")
+        and "get_block_sequence_ids_for_mask(token_type_ids" in forward_source(type(module))
+        for module in inner.modules()
+    )
+
+
+def forward_source(kind: type) -> str:
+    """Returns the source code of a module's forward, or "" if it is not available."""
+    try:
+        return inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return ""
+
+
+def attention_masks(
+    inner: nn.Module, segments: Tensor, token_types: Tensor | None = None
+) -> Tensor | dict[str, Tensor]:
+    """Returns the masks ``[R, 1, L, L]`` of sequence rows with several responses: one, or a dict by kind of layer.
+
+    A token attends to the prompt and to its own response, up to itself. With ``token_types`` (``token_type_ids``),
+    tokens of an image, a run of type 1, also attend to later tokens of the same image. Padding attends to itself,
+    because a softmax over an empty set is NaN.
+    """
+    plan = plan_or_raise(inner)
+    if plan.implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f'layout must be "separate" for this model, got "masked": {no_mask(plan.implementation)}')
     query, key = segments.unsqueeze(2), segments.unsqueeze(1)
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     visible = causal & (query >= 0) & ((key == 0) | (key == query))
+    if token_types is not None:
+        is_image = token_types == 1
+        is_first = is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
+        number = is_first.cumsum(1).masked_fill(~is_image, 0)
+        visible |= (number.unsqueeze(2) == number.unsqueeze(1)) & (number > 0).unsqueeze(2)
     diagonal = torch.eye(length, dtype=torch.bool, device=segments.device)
     masks = {_FULL: visible | diagonal}
     if _SLIDING in plan.kinds and plan.window is not None:
@@ -141,14 +196,32 @@ def attention_masks(inner: nn.Module, segments: Tensor) -> Tensor | dict[str, Te
         formatted = {
             kind: torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest) for kind, mask in formatted.items()
         }
+    return _by_kind(formatted)
+
+
+def _by_kind(masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
     # Models with one kind of layer take a single tensor; models that mix kinds look their masks up by name.
-    return formatted if len(formatted) > 1 else next(iter(formatted.values()))
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def use_split_attention(model: nn.Module) -> str | None:
+    """Lets a model attend to rows with several responses in causal calls, and returns None or the reason why not.
+
+    The model may be wrapped. Its attention implementation becomes one of ``split_attention.NAMES``, which is not
+    saved; in all other rows attention stays that of the implementation before.
+    """
+    inner = unwrap_model(model)
+    return split_decoder(_decoder(inner) or inner, decoder_config(inner))
+
+
+def _decoder(inner: nn.Module) -> Any:
+    get_decoder: Any = getattr(inner, "get_decoder", None)
+    return get_decoder() if callable(get_decoder) else None
 
 
 def decoder_config(inner: nn.Module) -> Any:
     """Returns the config that the decoder reads; the model's config may contain another copy."""
-    get_decoder: Any = getattr(inner, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
+    decoder = _decoder(inner)
     config: Any = getattr(decoder, "config", None) or getattr(inner, "config", None)
     return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
 

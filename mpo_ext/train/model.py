@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.processors import load_processor, takes_images
+from mpo_ext.train.masks import use_split_attention
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
 
 _SAMPLED = 4096  # minimum number of values that a fingerprint reads from a larger parameter
@@ -54,8 +55,12 @@ def loader_of(config: Any) -> Any:
 
 
 def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
-    """Disables dropout, freezes parts or adds adapters as the recipe says, and returns the model to train."""
+    """Disables dropout, freezes parts or adds adapters as the recipe says, and returns the model to train.
+
+    Models with an attention implementation that has a split form use it in rows with several responses.
+    """
     switch_off_dropout(model)
+    use_split_attention(model)
     config: Any = model.config
     config.use_cache = False
     if recipe.lora is not None:

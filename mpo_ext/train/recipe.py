@@ -26,6 +26,7 @@ from mpo_ext.train.settings import (
     PositiveCount,
     PositiveFraction,
     Section,
+    SharedPrefix,
     StringOrStrings,
     Strings,
     Text,
@@ -70,7 +71,7 @@ class ModelRecipe:
         revision: Revision of the model on the hub; None: the default revision.
         dtype: Dtype of the parameters: "float32", "bfloat16", "float16", or "auto" (the dtype of the saved model).
         attention: Name of the attention implementation in transformers. Both responses can share a row only with
-            "sdpa" and "eager"; with others, they run in separate rows.
+            "sdpa", "flash_attention_2", "flash_attention_3" and "eager"; with others, they run in separate rows.
         freeze: Parts of the model that are not trained: any of "vision_tower", "projector", "language_model".
         lora: Adapters to train; all other weights are then frozen. None: the weights are trained.
         gradient_checkpointing: Whether backward recomputes the activations of each layer.
@@ -148,7 +149,7 @@ class LossRecipe:
             micro-batches; "micro_batch" averages the means of the micro-batches, as the authors' code does.
         from_logits: Whether to call ``mpo_loss`` on the model's logits instead of ``linear_mpo_loss``.
         shared_prefix: Whether a pair is one row ``[prompt | chosen | rejected]`` if the model supports this layout;
-            False: each response has a separate row.
+            False: each response has a separate row; "masked": one row with a dense attention mask, for comparison.
         recompute: See ``linear_mpo_loss``.
         memory_budget_mib: ``memory_budget`` of ``linear_mpo_loss``, in MiB.
         backend: See ``mpo_loss``.
@@ -163,7 +164,7 @@ class LossRecipe:
     preference: StrictStr | None = None
     average_over: Literal["step", "micro_batch"] = "step"
     from_logits: StrictBool = False
-    shared_prefix: StrictBool = True
+    shared_prefix: SharedPrefix = True
     recompute: StrictBool = True
     memory_budget_mib: PositiveCount | None = None
     backend: BackendName | None = None

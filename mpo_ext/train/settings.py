@@ -6,7 +6,7 @@ import functools
 import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import pydantic.dataclasses
@@ -88,6 +88,15 @@ def _to_string_or_strings(value: Any) -> Any:
 
 
 StringOrStrings = Annotated[str | tuple[str, ...], PlainValidator(_to_string_or_strings), NOT_EMPTY]
+
+
+def _to_shared_prefix(value: Any) -> Any:
+    if not isinstance(value, bool) and value != "masked":
+        raise wrong_type("true, false or 'masked'")
+    return value
+
+
+SharedPrefix = Annotated[bool | Literal["masked"], PlainValidator(_to_shared_prefix)]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

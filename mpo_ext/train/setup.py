@@ -4,8 +4,9 @@ import copy
 import dataclasses
 import datetime
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -16,7 +17,7 @@ from mpo_ext.processors import check_model, check_supported
 from mpo_ext.train.dataset import Collator, RunData, without_responses
 from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.export import check_mergeable
-from mpo_ext.train.masks import prompt_positions
+from mpo_ext.train.masks import prompt_positions, use_split_attention
 from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_model, without_adapters
 from mpo_ext.train.optimizer import make_optimizer
 from mpo_ext.train.ranks import gather
@@ -218,16 +219,34 @@ def choose_layout(model: nn.Module, data: RunData) -> str | None:
         if accelerator.num_processes > 1:  # all ranks must run the same parts of the model
             data.collator = dataclasses.replace(data.collator, blank=without_responses(with_images))
     data.set_dummy(samples[0])
-    reason: str | None = "loss.shared_prefix is false"
-    if recipe.loss.shared_prefix:
+    reasons: list[str] = []
+    for layout in _shared_layouts(recipe, model, reasons):
         with accelerator.autocast():
             pad_id, positions = data.collator.pad_id, data.collator.positions
-            reason = check_shared_prefix(model, samples, pad_id=pad_id, positions=positions, device=accelerator.device)
-    reason = next((text for text in gather(accelerator, reason) if text is not None), None)
-    if reason is None:
-        return "one row for each prompt with its responses (shared prefix), checked on the first pairs"
+            reason = check_shared_prefix(
+                model, samples, pad_id=pad_id, positions=positions, device=accelerator.device, layout=layout
+            )
+        reason = next((text for text in gather(accelerator, reason) if text is not None), None)
+        if reason is None:
+            data.collator = dataclasses.replace(data.collator, layout=layout)
+            dense = f", with a dense attention mask: {'; '.join(reasons)}" if reasons else ""
+            return f"one row for each prompt with its responses (shared prefix), checked on the first pairs{dense}"
+        reasons.append(reason)
     data.collator = dataclasses.replace(data.collator, layout="separate")
-    return f"separate rows for chosen and rejected responses: {reason}"
+    return f"separate rows for chosen and rejected responses: {'; '.join(dict.fromkeys(reasons))}"
+
+
+def _shared_layouts(recipe: Recipe, model: nn.Module, reasons: list[str]) -> Iterator[Literal["shared", "masked"]]:
+    """Yields the layouts to check in order, and adds to ``reasons`` why a layout is left out."""
+    if not recipe.loss.shared_prefix:
+        reasons.append("loss.shared_prefix is false")
+        return
+    reason = "loss.shared_prefix is masked" if recipe.loss.shared_prefix == "masked" else use_split_attention(model)
+    if reason is None:
+        yield "shared"
+    else:
+        reasons.append(reason)
+    yield "masked"
 
 
 def _find_samples(data: RunData, *, search_images: bool) -> tuple[list[Sample], Sample | None]:

@@ -1,11 +1,9 @@
 """Checks whether a model supports the layout "shared": its config and code, and log-probs of a few pairs."""
 
-import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.batch import Batch, collate
 from mpo_ext.train.encode import Sample
 from mpo_ext.train.forward import forward
-from mpo_ext.train.masks import decoder_config, plan_masks
+from mpo_ext.train.masks import decoder_config, forward_source, has_image_blocks, plan_masks
 
 
 def supports_shared_prefix(model: nn.Module) -> str | None:
@@ -43,8 +41,9 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
         kind = type(module)
         if getattr(kind, "_is_stateful", False):
             return f"{kind.__name__} has recurrent layers, which no mask can separate"
-        # Gemma 3: our mask would replace the mask that lets the tokens of an image attend to each other.
-        if hasattr(kind, "get_image_features") and "block_sequence_ids" in _forward_source(kind):
+        # Gemma 4: our mask would replace the mask that lets the tokens of an image attend to each other.
+        has_blocks = hasattr(kind, "get_image_features") and "block_sequence_ids" in forward_source(kind)
+        if has_blocks and not has_image_blocks(inner):
             return f"tokens of an image attend to each other in {kind.__name__}"
     return None
 
@@ -57,8 +56,9 @@ def check_shared_prefix(
     positions: Callable[[Sample], Tensor] | None = None,
     device: torch.device | str | None = None,
     tolerance: float | None = None,
+    layout: Literal["shared", "masked"] = "shared",
 ) -> str | None:
-    """Returns None if the log-probs of a few pairs agree in the layouts "shared" and "separate", otherwise the reason.
+    """Returns None if the log-probs of a few pairs agree in ``layout`` and in "separate", otherwise the reason.
 
     The model runs three times in evaluation mode, without gradients. In the third run the responses attend to each
     other, which measures the effect of a broken mask. During the runs, sliding windows are reduced below the length of
@@ -78,7 +78,7 @@ def check_shared_prefix(
     if reason is not None:
         return reason
     device = next(model.parameters()).device if device is None else device
-    shared = collate(samples, "shared", pad_id=pad_id, positions=positions)
+    shared = collate(samples, layout, pad_id=pad_id, positions=positions)
     separate = collate(samples, "separate", pad_id=pad_id, positions=positions)
     labelled = shared.labels != MPOConfig().ignore_index
     if not labelled.any():
@@ -93,7 +93,7 @@ def check_shared_prefix(
             raise
         except Exception as error:
             return f"{type(error).__name__} in the forward of {kind}: {error}"
-        leaking = dataclasses.replace(shared, segments=shared.segments.clamp(max=1))
+        leaking = shared.with_segments(shared.segments.clamp(max=1))
         broken, _ = label_logp_and_precision(model, leaking.to(device))
     differences = (actual - expected)[labelled].abs()
     rms = _rms(differences)
@@ -109,13 +109,6 @@ def check_shared_prefix(
         f"{name}) from the log-probs of separate rows, the limit is {limit:.2g}; responses that attend to each other "
         f"would change them by {leak:.2g}"
     )
-
-
-def _forward_source(kind: type) -> str:
-    try:
-        return inspect.getsource(kind.forward)  # type: ignore[attr-defined]
-    except (OSError, TypeError):  # without source code, check_shared_prefix still compares log-probs
-        return ""
 
 
 def label_logp_and_precision(model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
@@ -153,7 +146,8 @@ def _evaluation_mode(model: nn.Module, window: int) -> Iterator[None]:
     windows: dict[int, tuple[Any, int]] = {}
     for module in unwrap_model(model).modules():
         owner: Any = getattr(module, "config", None)
-        for config in (owner, getattr(owner, "text_config", None)):
+        # flash-attn has the window of the attention module instead of a mask.
+        for config in (module, owner, getattr(owner, "text_config", None)):
             size = getattr(config, "sliding_window", None)
             if isinstance(size, int) and size > window:
                 windows.setdefault(id(config), (config, size))

@@ -155,9 +155,11 @@ def test_the_layout_comes_with_its_reason(tmp_path: Path) -> None:
     separate = plan(make(tmp_path, "loss.shared_prefix=false", pairs=240))
     assert (separate.layout, separate.positions) == ("separate", 128)
     assert separate.notes == ("layout separate: loss.shared_prefix is false",)
-    flash = plan(make(tmp_path, "model.attention=flash_attention_2"))
-    assert flash.layout == "separate"
-    assert "'flash_attention_2' does not support the mask of shared prompts" in flash.notes[0]
+    assert plan(make(tmp_path, "model.attention=flash_attention_2", pairs=240)).layout == "shared"
+    for settings in (("flash_attention_2", "masked"), ("flex_attention", "true")):
+        refused = plan(make(tmp_path, f"model.attention={settings[0]}", f"loss.shared_prefix={settings[1]}"))
+        assert refused.layout == "separate"
+        assert f"{settings[0]!r}" in refused.notes[0]
     sft = plan(make(tmp_path, "loss.dpo_weight=0", "loss.bco_weight=0", "optim.micro_batch_size=2"))
     assert sft.positions == 2 * 64
 

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from mpo_ext.train.encode import Sample
+from mpo_ext.train.masks import use_split_attention
 
 VOCAB = 61
 IMAGE = 60  # the token that stands for a piece of an image
@@ -140,14 +141,21 @@ def smolvlm() -> nn.Module:
 def gemma3_vlm() -> nn.Module:
     config = transformers.Gemma3Config(
         vision_config={**VISION, "image_size": 8, "patch_size": 4, "num_channels": 1},
-        text_config={**TEXT, "head_dim": 8, "sliding_window": WINDOW},
+        text_config={
+            **TEXT,
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
         image_token_index=IMAGE,
         image_token_id=IMAGE,
         mm_tokens_per_image=4,
         boi_token_index=IMAGE - 1,
         eoi_token_index=IMAGE - 2,
     )
-    return transformers.Gemma3ForConditionalGeneration(config)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # 0 without a checkpoint
+    return model
 
 
 Images = Callable[[int, torch.Generator], tuple[list[list[int]], dict[str, torch.Tensor]]]
@@ -203,13 +211,13 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family(
         partial(text_model, "Gemma3Text", **GEMMA, layer_types=["sliding_attention", "full_attention"]),
     ),
+    "gemma3_vlm": Family(gemma3_vlm, tiles(4), "token_type_ids", "model.vision_tower"),
     "mistral": Family(partial(text_model, "Mistral", sliding_window=WINDOW)),
     "qwen2-sliding": Family(
         partial(text_model, "Qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
     ),
 }
 REFUSED: dict[str, Family] = {
-    "gemma3_vlm": Family(gemma3_vlm, tiles(4), "token_type_ids", "model.vision_tower"),
     "qwen3_next": Family(
         partial(
             text_model,
@@ -240,7 +248,9 @@ def build(name: str, attention: str | None = "sdpa", dtype: torch.dtype = torch.
     torch.manual_seed(0)
     model = {**FAMILIES, **REFUSED}[name].model().to(dtype).train()
     if attention is not None:
-        model.set_attn_implementation(attention)
+        model.set_attn_implementation(attention.removeprefix("split "))
+        if attention.startswith("split "):
+            assert use_split_attention(model) is None
     with torch.no_grad():  # as they are initialised, no token would look at any other in particular
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -20,8 +20,8 @@ LAYOUTS = ("shared", "separate")
 CASES = [
     (family, attention)
     for family in FAMILIES
-    for attention in ("sdpa", "eager")
-    if (family, attention) != ("gemma2", "sdpa")
+    for attention in ("sdpa", "split sdpa", "eager")
+    if family != "gemma2" or attention == "eager"
 ]
 VISION = [family for family in FAMILIES if FAMILIES[family].tower]
 

@@ -93,7 +93,7 @@ FIRST = sample("internvl", 1, images=1)
     ("samples", "kind", "error", "message"),
     [
         ([], "shared", ValueError, "samples must hold at least one sample, got none"),
-        ([FIRST], "packed", ValueError, "layout must be one of shared, separate, got 'packed'"),
+        ([FIRST], "packed", ValueError, "layout must be one of shared, masked, separate, got 'packed'"),
         (
             [changed(FIRST, chosen_ids=FIRST.chosen_ids.int())],
             "shared",

@@ -195,6 +195,8 @@ def test_values_that_do_not_fit_are_named(load: Callable[..., Recipe], override:
         ("optim.batch_size=2.0", r"optim\.batch_size must be an integer, got 2\.0"),
         ("optim.max_steps=x", r"optim\.max_steps must be an integer, got 'x'"),
         ("data.skip_bad=1", r"data\.skip_bad must be true or false, got 1"),
+        ("loss.shared_prefix=dense", r"loss\.shared_prefix must be true, false or 'masked', got 'dense'"),
+        ("loss.shared_prefix=1", r"loss\.shared_prefix must be true, false or 'masked', got 1"),
         ("data.skip_bad=no", r"data\.skip_bad must be true or false, got 'no'"),
         ("model.path=3", r"model\.path must be a string, got 3: put it in quotes"),
         ("model.path=", r"model\.path must be a string, got None"),

@@ -428,6 +428,75 @@ def test_the_layout_is_tried_on_a_pair_with_images(
     assert [bool(sample.image_inputs) for sample in seen] == [False, True]
 
 
+CHECKED = "one row for each prompt with its responses (shared prefix), checked on the first pairs"
+
+
+@pytest.mark.parametrize(
+    ("settings", "failing", "layout", "line"),
+    [
+        ({}, (), "shared", CHECKED),
+        (
+            {"loss__shared_prefix": "masked"},
+            (),
+            "masked",
+            f"{CHECKED}, with a dense attention mask: loss.shared_prefix is masked",
+        ),
+        (
+            {"model__attention": "eager"},
+            (),
+            "masked",
+            f"{CHECKED}, with a dense attention mask: attention 'eager' has no split form",
+        ),
+        ({}, ("shared",), "masked", f"{CHECKED}, with a dense attention mask: shared fails"),
+        (
+            {},
+            ("shared", "masked"),
+            "separate",
+            "separate rows for chosen and rejected responses: shared fails; masked fails",
+        ),
+        (
+            {"loss__shared_prefix": False},
+            (),
+            "separate",
+            "separate rows for chosen and rejected responses: loss.shared_prefix is false",
+        ),
+    ],
+    ids=["split", "masked", "eager", "split fails", "both fail", "separate"],
+)
+def test_the_layout_is_the_first_that_passes_the_check(
+    tmp_path: Path,
+    pairs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    failing: tuple[str, ...],
+    layout: str,
+    line: str,
+) -> None:
+    model, _ = tiny()
+    model.set_attn_implementation(settings.get("model__attention", "sdpa"))
+    trainer = trainer_of(tmp_path / "out", pairs, model, **settings)
+    if failing:
+        monkeypatch.setattr(
+            setup,
+            "check_shared_prefix",
+            lambda *args, layout, **options: f"{layout} fails" if layout in failing else None,
+        )
+    assert setup.choose_layout(trainer.model, trainer.data) == line
+    assert trainer.data.collator.layout == layout
+
+
+def test_split_attention_trains_as_the_dense_mask_and_separate_rows_do(tmp_path: Path, pairs: Path) -> None:
+    split, masked, separate = (
+        run(recipe(tmp_path / str(value), pairs, loss__shared_prefix=value, model__gradient_checkpointing=True))
+        for value in (True, "masked", False)
+    )
+    assert len(split) == 3
+    for other in (masked, separate):
+        for ours, theirs in zip(split, other, strict=True):
+            for name in ("loss", "chosen_logp", "chosen_reward", "grad_norm"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+
+
 # Steps without pairs, and steps that are not finite.
 
 

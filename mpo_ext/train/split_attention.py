@@ -1,0 +1,377 @@
+"""Attention of sequence rows ``[prompt | response | response ...]`` in causal calls, without a mask of the row.
+
+The prompt and the first response are one causal call. Each further response is one causal call of its queries over the
+keys of the prompt and of the response. The functions are registered in transformers' ``AttentionInterface`` under the
+names of ``NAMES``; without the keyword argument ``row_segments`` they call the function of transformers.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: The registered name for each attention implementation of transformers that has a split form.
+NAMES = {
+    "sdpa": "mpo_split_sdpa",
+    "flash_attention_2": "mpo_split_flash_attention_2",
+    "flash_attention_3": "mpo_split_flash_attention_3",
+}
+_BASES = {name: base for base, name in NAMES.items()}
+
+#: Queries of one call where a sliding window is shorter than the sequence; limits the size of the call's mask.
+WINDOW_QUERIES = 512
+
+#: Arguments that change attention and that SDPA does not support.
+_NOT_IN_SDPA = ("softcap", "s_aux", "position_bias")
+
+
+class _Part(NamedTuple):
+    """Consecutive tokens of a row whose queries are one causal call, or the padding of a row.
+
+    Attributes:
+        size: Number of tokens.
+        prompt: The part whose first tokens are keys before the part's own; None for the part that holds the prompt.
+        prompt_length: Number of these tokens.
+        is_padding: Whether the part has no call.
+        blocks: First and last offset (exclusive) of each image whose tokens attend to each other.
+    """
+
+    size: int
+    prompt: int | None = None
+    prompt_length: int = 0
+    is_padding: bool = False
+    blocks: tuple[tuple[int, int], ...] = ()
+
+
+class RowSegments:
+    """The parts of the sequence rows of a batch, as the attention functions need them.
+
+    The parts of a row are the prompt with the first response, each further response, and the padding.
+
+    Attributes:
+        parts: The parts of all rows, in order.
+        sizes: The number of tokens of each part; their sum is R * L.
+        cu_seqlens: ``[C + 1]`` int32 each, the offsets of the queries and of the keys of the C calls.
+        longest: The largest number of queries and of keys of a call.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[Sequence[int]],
+        length: int,
+        device: torch.device,
+        blocks: Sequence[tuple[tuple[int, int], ...]] = (),
+    ) -> None:
+        """Takes ``segment_lengths`` of the R rows, their number of token positions L, and the device.
+
+        ``blocks`` are those of ``token_blocks`` for models in which the tokens of an image attend to each other.
+        """
+        self.parts: list[_Part] = []
+        for number, row in enumerate(lengths):
+            first = len(self.parts)
+            if row:
+                self.parts.append(_Part(sum(row[:2]), blocks=blocks[number] if blocks else ()))
+            self.parts += [_Part(size, first, row[0]) for size in row[2:]]
+            self.parts.append(_Part(length - sum(row), is_padding=True))
+        self.sizes = [part.size for part in self.parts]
+        calls = [part for part in self.parts if not part.is_padding]
+        counts = [part.size for part in calls], [part.size + part.prompt_length for part in calls]
+        self.longest = max(counts[0]), max(counts[1])
+        self.cu_seqlens = tuple(
+            torch.tensor([0, *sizes]).cumsum(0, dtype=torch.int32).to(device, non_blocking=True) for sizes in counts
+        )
+
+
+def segment_lengths(segments: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Returns for each row of ``Batch.segments`` the lengths of the prompt and of each non-empty response."""
+    return tuple(tuple(row[row >= 0].unique_consecutive(return_counts=True)[1].tolist()) for row in segments.cpu())
+
+
+def token_blocks(token_types: Tensor | None) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Returns for each row of ``token_type_ids`` the runs of type 1 (images): first and last token (exclusive)."""
+    if token_types is None:
+        return ()
+    edges = F.pad((token_types == 1).int(), (1, 1)).diff(dim=1)  # 1 where a run begins, -1 after its last token
+    starts, stops = (tuple((row == edge).nonzero().flatten().tolist() for row in edges) for edge in (1, -1))
+    return tuple(tuple(zip(*row, strict=True)) for row in zip(starts, stops, strict=True))
+
+
+def base_implementation(name: str | None) -> str | None:
+    """Returns the attention implementation of transformers behind a registered name; other names unchanged."""
+    return _BASES.get(str(name), name)
+
+
+def is_split(name: str | None) -> bool:
+    """Returns whether an attention implementation has been registered by ``split_decoder``."""
+    return name in _BASES
+
+
+def split_decoder(decoder: nn.Module, config: Any) -> str | None:
+    """Sets the attention implementation of a decoder to its split form, and returns None or the reason why not.
+
+    ``config`` is the config that the layers of the decoder read. Attention of rows without ``row_segments`` is that of
+    the implementation before. transformers does not save the name with the model.
+    """
+    base = base_implementation(getattr(config, "_attn_implementation", None))
+    if base not in NAMES:
+        return f"attention {base!r} has no split form"
+    try:
+        from transformers import AttentionInterface
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    except ImportError:
+        return "transformers has no AttentionInterface"
+    try:
+        code = inspect.getsource(sys.modules[type(decoder).__module__])
+    except (KeyError, OSError, TypeError):
+        code = ""
+    # A model that compares the name of its attention would not recognise the registered name.
+    if "ALL_ATTENTION_FUNCTIONS" not in code or re.search(r"_attn_implementation\s*(==|in)\s*.?[\"']sdpa", code):
+        return f"attention of {type(decoder).__name__} does not go through AttentionInterface"
+    if base not in ALL_ATTENTION_FUNCTIONS:
+        return f"attention {base!r} is not known to transformers"
+    if base != "sdpa":
+        from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
+
+        if flash_attn_supports_top_left_mask():
+            return f"attention {base!r} aligns its causal mask to the first key instead of the last"
+    name = NAMES[base]
+    AttentionInterface.register(name, _split_sdpa if base == "sdpa" else _split_flash)
+    _register_mask(name, base)
+    config._attn_implementation = name  # noqa: SLF001 - the public setter would also change the vision tower
+    return None
+
+
+def _register_mask(name: str, base: str) -> None:
+    """Registers the mask function of the base: rows without segments keep the masks that they had."""
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    except ImportError:  # before transformers 4.53 models build their masks themselves
+        return
+    if base in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def window_marker(rows: int, window: int | None, device: torch.device) -> Tensor:
+    """Returns an empty tensor ``[R, 1, 0, window]`` that takes the place of a mask; ``[R, 1, 0, 0]`` for no window.
+
+    Models hand a 4-D mask on to each layer as it is. Attention that applies the marker as a mask raises an error.
+    """
+    return torch.empty(rows, 1, 0, window or 0, dtype=torch.bool, device=device)
+
+
+def _base_of(module: nn.Module) -> tuple[str, Callable[..., tuple[Tensor, Any]]]:
+    """Returns the implementation of transformers behind that of an attention module: its name and its function."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = _BASES[getattr(module.config, "_attn_implementation", "")]
+    return name, ALL_ATTENTION_FUNCTIONS[name]
+
+
+class _Call(NamedTuple):
+    """The segments of a call of an attention function, and its sliding window."""
+
+    segments: RowSegments
+    window: int | None
+
+
+def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _Call | None:
+    """Returns the segments of a call and its window, or None for a call of rows without segments."""
+    segments = kwargs.pop("row_segments", None)
+    is_marked = mask is not None and mask.ndim == 4 and mask.shape[2] == 0
+    if not is_marked and segments is None:
+        return None
+    if not is_marked or segments is None:
+        missing = "row_segments" if segments is None else "the marker in place of a mask"
+        raise RuntimeError(f"the model must pass {missing} on to {type(module).__name__}, got none")
+    if not (getattr(module, "is_causal", True) and kwargs.pop("is_causal", None) in (None, True)):
+        raise ValueError(f"attention must be causal in rows with several responses, got {type(module).__name__}")
+    assert mask is not None
+    return _Call(segments, mask.shape[3] or None)
+
+
+def _split_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """Attention function for ``AttentionInterface``, with ``scaled_dot_product_attention``.
+
+    ``query`` is ``[R, H, L, D]``, ``key`` and ``value`` are ``[R, G, L, D]`` with H a multiple of G; the result is
+    ``[R, L, H, D]``. Padding has zeros.
+    """
+    call = _checked_call(module, attention_mask, kwargs)
+    if call is None:
+        return _base_of(module)[1](module, query, key, value, attention_mask, **kwargs)
+    unknown = [name for name in _NOT_IN_SDPA if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(f"attention must be without {', '.join(unknown)}, got it in {type(module).__name__}")
+    query, key, value = _autocast(query, key, value)
+    rows, _, length, _ = query.shape
+    options = {"dropout_p": kwargs.get("dropout") or 0.0, "scale": kwargs.get("scaling")}
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        # The flash kernel of CUDA shares keys between heads; other kernels need a copy of the keys for each head.
+        if query.is_cuda and query.dtype != torch.float32 and query.shape[3] <= 256 and call.window is None:
+            options["enable_gqa"] = True
+        else:
+            key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    sizes = call.segments.sizes
+    queries, keys, values = (_tokens(tensor).split(sizes) for tensor in (query, key, value))
+    prompts: dict[int, tuple[Tensor, Tensor]] = {}
+    outputs = []
+    for i, part in enumerate(call.segments.parts):
+        if part.is_padding:
+            outputs.append(values[i].new_zeros(part.size, query.shape[1], value.shape[3]))
+            continue
+        own = keys[i], values[i]
+        if part.prompt is not None:
+            if part.prompt not in prompts:  # once per row: the backward of each slice has the size of the part
+                # Within a window, the first token of a response sees no more than this of the prompt.
+                start = 0 if call.window is None else max(0, part.prompt_length + 1 - call.window)
+                seen = slice(start, part.prompt_length)
+                prompts[part.prompt] = keys[part.prompt][seen], values[part.prompt][seen]
+            own = tuple(map(torch.cat, zip(prompts[part.prompt], own, strict=True)))  # type: ignore[assignment]
+        out = _causal(queries[i], *own, call.window, options)
+        outputs += _with_blocks(out, part.blocks, queries[i], *own, call.window, options) if part.blocks else [out]
+    return torch.cat(outputs).view(rows, length, query.shape[1], value.shape[3]), None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Returns tensors in the dtype that autocast gives to attention: masks that are not tensors bypass autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def _has_aligned_kernels(query: Tensor) -> bool:
+    """Returns whether SDPA has kernels that align causal attention to the last key; others need a mask."""
+    return query.is_cuda
+
+
+def _tokens(tensor: Tensor) -> Tensor:
+    """Returns ``[R, H, L, D]`` as ``[R * L, H, D]``."""
+    return tensor.transpose(1, 2).flatten(0, 1)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, options: dict[str, Any]) -> Tensor:
+    """Returns causal attention ``[n, H, D]`` of n queries over m keys, of which the last n belong to the queries."""
+    count, total = len(query), len(key)
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    if window is not None and total > window:
+        pieces = [
+            F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], attn_mask=mask, **options)
+            for queries, keys, mask in _windows(count, total, window, query.device)
+        ]
+        out = torch.cat(pieces, 2)
+    elif count == total:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+    elif _has_aligned_kernels(query):
+        from torch.nn.attention.bias import causal_lower_right
+
+        # The flash kernel aligns to the last key; is_causal of scaled_dot_product_attention aligns to the first.
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(count, total), **options)
+    else:
+        mask = torch.ones(count, total, dtype=torch.bool, device=query.device).tril(total - count)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _with_blocks(
+    out: Tensor,
+    blocks: Sequence[tuple[int, int]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    options: dict[str, Any],
+) -> Iterator[Tensor]:
+    """Yields the pieces of causal attention ``[n, H, D]``, in which tokens of blocks also attend to later ones."""
+    edges = [0, *(edge for block in blocks for edge in block), len(out)]
+    between = out.split([stop - start for start, stop in pairwise(edges)])[::2]
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    yield between[0]
+    for (start, stop), text in zip(blocks, between[1:], strict=True):
+        if window is None or stop <= window:
+            groups: Any = [(slice(0, stop - start), slice(0, stop), None)]
+        else:
+            groups = _windows(stop - start, stop, window, query.device, causal=False)
+        for queries, keys, mask in groups:
+            rows = slice(start + queries.start, start + queries.stop)
+            attended = F.scaled_dot_product_attention(
+                q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=mask, **options
+            )
+            yield attended.squeeze(0).transpose(0, 1)
+        yield text
+
+
+def _windows(
+    count: int, total: int, window: int, device: torch.device, *, causal: bool = True
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields groups of queries, the keys within their windows, and the mask between them."""
+    for start in range(0, count, WINDOW_QUERIES):
+        stop = min(start + WINDOW_QUERIES, count)
+        place = total - count + start  # of the first query among the keys
+        first, last = max(0, place - window + 1), total - count + stop if causal else total
+        mask = torch.ones(stop - start, last - first, dtype=torch.bool, device=device).triu(place - first - window + 1)
+        yield slice(start, stop), slice(first, last), mask.tril(place - first) if causal else mask
+
+
+class _WithBase:
+    """An attention module whose config names the attention implementation of transformers."""
+
+    def __init__(self, module: Any, **values: Any) -> None:
+        self._module = module
+        self._values = values
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__["_values"]
+        return values[name] if name in values else getattr(self.__dict__["_module"], name)
+
+
+def _split_flash(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """Attention function for ``AttentionInterface``: one call of flash-attn with sequences of unequal lengths.
+
+    Shapes are those of ``_split_sdpa``. flash-attn aligns causal attention to the last key.
+    """
+    name, base = _base_of(module)
+    with_base = _WithBase(module, config=_WithBase(module.config, _attn_implementation=name))
+    call = _checked_call(module, attention_mask, kwargs)
+    if call is None:
+        return base(with_base, query, key, value, attention_mask, **kwargs)
+    rows, _, length, _ = query.shape
+    segments = call.segments
+    if any(part.blocks for part in segments.parts):
+        raise ValueError(f"attention of images must be causal for flash-attn, got {type(module).__name__}")
+    queries, keys, values = (_tokens(tensor).split(segments.sizes) for tensor in (query, key, value))
+    calls = [(i, part) for i, part in enumerate(segments.parts) if not part.is_padding]
+    packed = torch.cat([queries[i] for i, _ in calls])
+    packed_keys, packed_values = (
+        torch.cat(
+            [
+                piece
+                for i, part in calls
+                for piece in ([] if part.prompt is None else [pieces[part.prompt][: part.prompt_length]]) + [pieces[i]]
+            ]
+        )
+        for pieces in (keys, values)
+    )
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (packed, packed_keys, packed_values))
+    kwargs |= {"sliding_window": call.window, "position_ids": None}
+    out, _ = base(
+        with_base, q, k, v, None, **kwargs,
+        cu_seq_lens_q=segments.cu_seqlens[0], cu_seq_lens_k=segments.cu_seqlens[1],
+        max_length_q=segments.longest[0], max_length_k=segments.longest[1],
+    )  # fmt: skip
+    results = iter(out.squeeze(0).split([part.size for _, part in calls]))
+    outputs = [
+        out.new_zeros(part.size, *out.shape[2:]) if part.is_padding else next(results) for part in segments.parts
+    ]
+    return torch.cat(outputs).view(rows, length, *out.shape[2:]), None
