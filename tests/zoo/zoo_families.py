@@ -391,7 +391,6 @@ IMAGE_FAMILIES: dict[str, Family] = {
         models="Gemma 3",
         build=processors.gemma3,
         config="Gemma3",
-        separate_rows="tokens of an image attend to each other",
         end="<end_of_turn>",
         image=True,
     ),
