@@ -8,7 +8,9 @@ poisoned buffers and counters, or through ``mpo_ext.ops``.
 import contextlib
 import ctypes
 import functools
+import hashlib
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,8 @@ import numpy as np
 import ptxsim
 import pytest
 import torch
+
+from mpo_ext.files import FileLock, atomic_write
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,7 +35,7 @@ def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> 
     """Returns the PTX of a kernel file. ``edit`` replaces text in its source or in a header, to break it."""
     source = ROOT / "csrc" / "mpo" / "cuda" / f"{file}.cu"
     if edit is None:
-        return ptxsim.compile_cuda(source, arch=arch, include_dirs=[ROOT / "csrc"])
+        return _compile(source.read_text(), arch)
     text = source.read_text()
     # The headers are copied into the source, so that they can be edited too.
     for header in ("pair_loss.cuh", "rows.cuh", "reduce.cuh", "formats.cuh"):
@@ -40,7 +44,24 @@ def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> 
         text = text.replace(f'#include "mpo/cuda/{header}"', "")
     assert text.count(edit[0]) == 1, f"the text to replace must occur once: {edit[0]!r}"
     text = re.sub(r"case DType::kFloat(16|32): status = launch.*", "", text)  # compile bfloat16 only
-    return ptxsim.compile_cuda(text.replace(*edit), arch=arch, include_dirs=[ROOT / "csrc"])
+    return _compile(text.replace(*edit), arch)
+
+
+def _compile(text: str, arch: str) -> str:
+    """Compiles a source once for all test processes and runs; ``build/ptx`` keeps the PTX of these sources."""
+    nvcc = ptxsim.find_nvcc()
+    headers = [path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*.*h"))]
+    compiler = (nvcc, os.stat(nvcc).st_mtime_ns) if nvcc else None
+    key = hashlib.blake2b(repr((text, arch, headers, compiler)).encode(), digest_size=16).hexdigest()
+    folder = ROOT / "build" / "ptx"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{key}.ptx"
+    with FileLock(folder / f"{key}.lock", str(path), wait=True):
+        if not path.exists():
+            compiled = ptxsim.compile_cuda(text, arch=arch, include_dirs=[ROOT / "csrc"])
+            with atomic_write(path) as file:
+                file.write(compiled.encode())
+    return path.read_text()
 
 
 @functools.cache
