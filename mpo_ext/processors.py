@@ -10,6 +10,12 @@ from typing import Any
 from mpo_ext.checks import install_hint
 
 _HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
+# Types that transformers also loads as causal models; their attention is causal only if ``is_decoder`` is set.
+_ENCODERS = {
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+    "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
+    "xmod",
+}  # fmt: skip
 _TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "decoder")  # parts that may hold the decoder's config
 
 
@@ -123,8 +129,8 @@ def check_supported(config: Any, processor: Any = None) -> None:
     """Checks that a model continues a text from left to right, and takes images as tokens of this text.
 
     Raises:
-        ValueError: If the model has an encoder and a decoder, attends to images by cross-attention, or attends to its
-            prompt in both directions (PaliGemma), or if its processor makes labels.
+        ValueError: If the model is an encoder, has an encoder and a decoder, attends to images by cross-attention, or
+            attends to its prompt in both directions (PaliGemma), or if its processor makes labels.
     """
     configs = [config, *(getattr(config, name, None) for name in _TEXT_CONFIGS)]
 
@@ -135,6 +141,8 @@ def check_supported(config: Any, processor: Any = None) -> None:
     reason = None
     if has("is_encoder_decoder"):
         reason = "has an encoder and a decoder"
+    elif getattr(config, "model_type", None) in _ENCODERS and not getattr(config, "is_decoder", False):
+        reason = "attends to its whole text in both directions"
     elif has("cross_attention_layers"):
         reason = "attends to images by cross-attention"
     elif has("use_bidirectional_attention"):

@@ -191,3 +191,14 @@ def test_a_paligemma_is_refused_before_the_first_step(tmp_path: Path) -> None:
         train(recipe, model=model, processor=processor)
     with pytest.raises(ValueError, match=r"'llava', which has a processor that makes labels \(PaliGemmaProcessor\)"):
         check_supported(transformers.LlavaConfig(), processor)
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra", "XLNet"])
+def test_an_encoder_is_refused(name: str) -> None:
+    """transformers loads encoders as causal models, too, but their attention is not causal."""
+    config = getattr(transformers, f"{name}Config")()
+    with pytest.raises(ValueError, match="which attends to its whole text in both directions: it is not supported"):
+        check_supported(config)
+    if hasattr(config, "is_decoder") and name != "XLNet":
+        config.is_decoder = True
+        check_supported(config)

@@ -129,6 +129,9 @@ class ChatEncoder:
             self._say(f"the chat template writes no end of turn: {self.tokenizer.eos_token!r} ends each response")
         self.stop_ids = frozenset({*stop_ids, self.end_id, self.tokenizer.eos_token_id} - {None})
         self._check_probe()
+        surplus = len(self.tokenizer) - (embedding_rows or len(self.tokenizer))
+        if surplus > 0:
+            self._say(f"{surplus} tokens of the tokenizer have no row in the embedding: texts with them are refused")
 
     def prompt(self, conversation: Conversation) -> EncodedPrompt:
         """Returns the prompt of a conversation; its images are not opened.
@@ -153,6 +156,8 @@ class ChatEncoder:
         except ValueError as error:
             raise ChatError(str(error)) from error
         prompt = EncodedPrompt(messages, text, self._encode(text))
+        if not conversation.images:  # otherwise the processor replaces the tokens of images
+            self.check_ids(prompt.ids)
         self._last = (conversation, prompt)
         return prompt
 
@@ -179,11 +184,6 @@ class ChatEncoder:
     def processor_ids(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> list[int]:
         """Returns the token ids of ``apply_chat_template(..., tokenize=True)``; messages hold the images."""
         return self._renderer.ids(messages, generation_prompt=generation_prompt)
-
-    def trim(self, ids: Sequence[int]) -> tuple[list[int], bool]:
-        """Returns sampled ids up to the first id that ends a turn, and whether there is such an id."""
-        end = next((index for index, token in enumerate(ids) if token in self.stop_ids), None)
-        return list(ids[:end]), end is not None
 
     def response_ids(self, conversation: Conversation, response: str) -> list[int]:
         """Returns the token ids of a response, up to and including the token that ends the turn."""
@@ -216,9 +216,8 @@ class ChatEncoder:
         lead = self.form.lead if not self.form.lead.strip() else ""
         if not self.decode(prompt.ids[-_CONTEXT:]).endswith(prompt.text[-1:]):  # white space at the end is not decoded
             lead = prompt.text[len(prompt.text.rstrip()) :] + lead
-        tail = self.form.tail if self.ends_in_tail else ""
-        white = tail[: len(tail) - len(tail.lstrip())]
-        texts = list(dict.fromkeys(text.removeprefix(lead).removesuffix(white) for text in texts))
+        closing = self.form.tail.partition(self.decode([self.end_id]))[0] if self.ends_in_tail else ""
+        texts = list(dict.fromkeys(text.removeprefix(lead).removesuffix(closing) for text in texts))
 
         def score(text: str) -> tuple[int, bool]:
             try:

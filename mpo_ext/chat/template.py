@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,13 +52,15 @@ class TurnForm:
         ignores_generation_prompt: Whether the template ignores ``add_generation_prompt`` although it writes a header.
         opened: End of the generation prompt that the template does not write before a response, such as ``<think>``.
         lead: Text between the prompt and a response.
-        tail: Text after a response.
+        tail: Text after the response that ends a conversation.
+        inner_tail: Text after a response that a user's turn follows, with this turn; empty if that cannot be rendered.
     """
 
     ignores_generation_prompt: bool = False
     opened: str = ""
     lead: str = ""
     tail: str = ""
+    inner_tail: str = ""
 
 
 class Renderer:
@@ -119,24 +122,33 @@ def find_form(renderer: Renderer) -> tuple[TurnForm, str | None]:
     if sides[0] != sides[1]:
         raise ChatError("chat_template must write the same text around every response, got two different texts")
     before, tail = sides[0]
+    inner = _inner_tail(renderer, question)
     if prompt == plain and before.startswith(plain) and before[len(plain) :].strip():
         header = before[len(plain) :]
-        form = TurnForm(True, lead=header[len(header.rstrip(" ")) :], tail=tail)
+        form = TurnForm(True, lead=header[len(header.rstrip(" ")) :], tail=tail, inner_tail=inner)
         return form, f"the chat template ignores add_generation_prompt: prompts end with its header {header!r}"
     if before.startswith(prompt):
-        return TurnForm(lead=before[len(prompt) :], tail=tail), None
+        return TurnForm(lead=before[len(prompt) :], tail=tail, inner_tail=inner), None
     opened = prompt[common_length(prompt, before) :]
     if tag := OPEN_TAG.search(opened):
         response = f"{opened}reason\n</{tag[1]}>\n\n{PROBE}"
         whole = renderer.render([question, renderer.turn("assistant", response)], generation_prompt=False)
         if whole.startswith(prompt):
             notice = f"the generation prompt ends with {opened!r}: each response must close this block"
-            return TurnForm(opened=opened, tail=tail), notice
+            return TurnForm(opened=opened, tail=tail, inner_tail=inner), notice
     raise ChatError(
         f"the generation prompt must be the beginning of the whole conversation, got {prompt[-80:]!r} where the "
         f"conversation with a response has {before[-80:]!r}: pass template variables such as "
         "enable_thinking=false, or another chat_template"
     )
+
+
+def _inner_tail(renderer: Renderer, question: dict[str, Any]) -> str:
+    try:
+        whole = renderer.render([question, renderer.turn("assistant", PROBE), question], generation_prompt=False)
+    except ChatError:  # some templates take a single turn
+        return ""
+    return whole.rpartition(PROBE)[2]
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -152,9 +164,18 @@ def find_end(form: TurnForm, tokenizer: Any) -> tuple[int, int]:
     """
     tail = form.tail
     ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []
-    special = special_ids(tokenizer)
-    end = next((token for token in ids if token in special and tokenizer.decode([token]).strip()), None)
-    if end is not None:
+    known = {token for token in special_ids(tokenizer) if tokenizer.decode([token]).strip()}
+    # A closing tag such as </answer> is often an added token, but not a special one.
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marked = {*tokenizer.all_special_ids, *(token for token, value in added.items() if value.special)}
+    special = known & marked if known & marked & set(ids) else known
+    start = next((place for place, token in enumerate(ids) if token in special), None)
+    if start is not None:
+        run = list(itertools.takewhile(special.__contains__, ids[start:]))
+        # Several tokens may end a turn together. Others, such as Phi-3's <|endoftext|>, end the whole conversation.
+        inner = tokenizer.encode(form.inner_tail, add_special_tokens=False)[start:] if form.inner_tail else []
+        shared = [token for token, other in zip(run, inner, strict=False) if token == other]
+        end = shared[-1] if shared else run[0]
         return end, ids.count(end)
     if tail.strip():
         raise ChatError(

@@ -245,11 +245,12 @@ class TransformersEngine:
 
 def make_generation(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> Generation:
     """Returns the generation for sampled ids, with the text that follows the request's prefix."""
-    kept, has_end = chat.trim(ids)
+    end = next((place for place, token in enumerate(ids) if token in chat.stop_ids), None)
+    kept = list(ids[:end])
     head = chat.response_text(request, request.prefix_ids) if request.prefix_ids else ""
     text = chat.response_text(request, [*request.prefix_ids, *kept])
     text = text[len(head) :] if text.startswith(head) else chat.response_text(request, kept)
-    return Generation(tuple(kept), text, "stop" if has_end else "length")
+    return Generation(tuple(kept), text, "length" if end is None else "stop")
 
 
 def _pad_left(rows: "Sequence[Tensor]", value: int) -> "Tensor":
