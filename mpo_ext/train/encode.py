@@ -21,6 +21,8 @@ NO_ROOM = "prompt leaves no room for a response"
 EQUAL = "chosen and rejected are equal"
 EQUAL_CUT = "chosen and rejected are equal once cut"
 BAD_PAIR = "bad pair"
+# Attributes of tokenizers and processors, without "_token", that name the tokens of media and around them.
+_MEDIA_TOKENS = ("image", "video", "audio", "boi", "eoi", "start_image", "end_image", "vision_start", "vision_end")
 _PER_IMAGE = ("image_", "pixel_", "num_", "batch_")  # per-image inputs, whose shape may be the prompt's by chance
 
 
@@ -211,7 +213,8 @@ class Encoder:
         for owner in (self.tokenizer, processor):
             if self.image_token_id is None:
                 self.image_token_id = _token_id(self.tokenizer, owner, "image")
-        media_ids = {_token_id(self.tokenizer, processor, kind) for kind in ("image", "video", "audio")}
+        owners = (self.tokenizer, processor)
+        media_ids = {_token_id(self.tokenizer, owner, kind) for owner in owners for kind in _MEDIA_TOKENS}
         self._media_ids = frozenset((media_ids | {self.image_token_id}) - {None})
 
     @property
@@ -313,6 +316,12 @@ class Encoder:
         return ids, token_inputs, image_inputs
 
     def _check_image_tokens(self, ids: Tensor, image_inputs: Mapping[str, Tensor], images: int, name: str) -> None:
+        token = next((token for token in ids.tolist() if token in self._media_ids), None)
+        if not images and token is not None:
+            raise BadPairError(
+                f"{name}: the prompt must have 0 image tokens for its 0 images, got "
+                f"{self.tokenizer.decode([token])!r} in its text"
+            )
         if self.image_token_id is None:
             return
         count = int((ids == self.image_token_id).sum())
