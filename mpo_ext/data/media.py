@@ -19,10 +19,11 @@ _MEDIA_NAME = re.compile(
 )
 _OTHER_MARKS = ("<video>", "<audio>")
 _MEDIA_FILE = re.compile(
-    r"[^\n]*\.(?:png|jpe?g|jfif|gif|webp|bmp|tiff?|svg|heic|heif|avif|ico|ppm|dcm"
+    r"[^\n]*[^\s/\\.]\.(?:png|jpe?g|jfif|gif|webp|bmp|tiff?|svg|heic|heif|avif|ico|ppm|dcm"
     r"|mp4|webm|avi|mov|mkv|m4v|mpe?g|flv|wmv|wav|mp3|flac|ogg|m4a|aac|opus)",
     re.IGNORECASE,
 )
+_QUOTED = re.compile(r"""(?<=["'])[^"'\s]+(?=["'])""")
 _URL = re.compile(r"(?:https?|s3|gs|file|hf)://\S+", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:(?:image|video|audio)/", re.IGNORECASE)
 # Fields whose values name a file even if they contain spaces, as in "my photo.png".
@@ -124,8 +125,11 @@ def _check_value(name: str, value: object) -> None:
     elif isinstance(value, (list, tuple)):
         for part in value:
             _check_value(name, part)
-    elif isinstance(value, str) and _is_media(name, value.strip()):
-        raise _unread(name, value)
+    elif isinstance(value, str):
+        text = value.strip()
+        # A cell of a CSV file may hold a list of paths as text.
+        if _is_media(name, text) or (text.startswith("[") and any(map(_MEDIA_FILE.fullmatch, _QUOTED.findall(text)))):
+            raise _unread(name, value)
 
 
 def _is_media(name: str, text: str) -> bool:
@@ -134,7 +138,7 @@ def _is_media(name: str, text: str) -> bool:
     if len(text) >= _SHORTEST_BASE64 and _BASE64_MEDIA.match(text) and _BASE64.fullmatch(text):
         return True
     if _URL.fullmatch(text):
-        text = re.split(r"[?#]", text, maxsplit=1)[0]
+        return any(map(_MEDIA_FILE.fullmatch, (text, re.split(r"[?#]", text, maxsplit=1)[0])))
     if not _MEDIA_FILE.fullmatch(text):
         return False
     # "What is in a.png" is a sentence; "my photos/a b.png" is not.
