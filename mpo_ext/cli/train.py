@@ -60,11 +60,11 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def print_data(recipe: "Recipe") -> bool:
-    """Inspects the data of a recipe; prints formats, numbers of pairs with images, bad lines and missing images.
+    """Inspects the data of a recipe; prints formats, pairs with images, bad lines, wrong places and missing images.
 
     Returns:
-        True if the trainer can use the data: there is no bad line and no missing image, or ``data.skip_bad`` is set
-        and ``data.train`` and ``data.eval`` (if given) have a valid pair.
+        True if the trainer can use the data: there is no bad line, wrong place or missing image, or ``data.skip_bad``
+        is set and ``data.train`` and ``data.eval`` (if given) have a valid pair.
     """
     from mpo_ext.train.mixture import Mixture
 
@@ -86,7 +86,7 @@ def print_data(recipe: "Recipe") -> bool:
                     f"    relative images start at {overview.root}; root names another folder, as in "
                     f"{{path: {overview.path}, root: .}}"
                 )
-        bad = sum(overview.bad + overview.pairs_missing for overview in overviews)
+        bad = sum(overview.bad + overview.misplaced + overview.pairs_missing for overview in overviews)
         read = sum(overview.lines_read for overview in overviews)
         is_complete &= all(overview.lines_read == overview.lines for overview in overviews)
         is_valid &= bad == 0 or (recipe.data.skip_bad and bad < read)

@@ -8,9 +8,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_choice, check_integer
-from mpo_ext.data.media import count_places
+from mpo_ext.data.media import place_problem
 from mpo_ext.data.reader import BadLine, Location
 from mpo_ext.data.records import CHOSEN_TURNS, REJECTED_TURNS, Pair
 from mpo_ext.data.sources import PairSource
@@ -122,11 +121,8 @@ def _defects(pair: Pair, checker: "_ImageChecker") -> Iterator[tuple[str, str]]:
     turns = [pair.source.get(name) for name in (CHOSEN_TURNS, REJECTED_TURNS)]
     if pair.chosen == pair.rejected and pair.chosen.strip() and turns[0] == turns[1]:
         yield "equal responses", f"chosen and rejected must differ, got {pair.chosen[:60]!r} twice"
-    placeholders, images = count_places(pair), len(pair.images)
-    if placeholders != images and (images, placeholders) != (1, 0):
-        allowed = "0 or 1" if images == 1 else str(images)
-        message = f"question must hold {IMAGE_PLACEHOLDER} {allowed} times for {images} images, got {placeholders}"
-        yield "placeholders", message
+    if (problem := place_problem(pair)) is not None:
+        yield "placeholders", problem
     if "answer_gt" in pair.source and pair.source["answer_gt"] is not None:
         yield "answer_gt", f"answer_gt must be text, got {pair.source['answer_gt']!r:.60}"
     for image in pair.images:

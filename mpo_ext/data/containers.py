@@ -25,6 +25,8 @@ from mpo_ext.checks import shorten
 from mpo_ext.data.jsonl import UNREADABLE, dump_line, parse_object
 from mpo_ext.files import atomic_write
 
+#: What to do with a .json file that is neither rows nor a meta file.
+ROWS_ADVICE = "rows are expected as one JSON array, or as one object per line"
 _VERSION = 1  # part of the names of cached files
 _HEAD = 1 << 16
 _COMPRESSIONS: dict[str, tuple[bytes, Callable[[Any], IO[bytes]]]] = {
@@ -44,6 +46,7 @@ _REFUSED = {
     b"<html": "an HTML page, probably of a download that failed",
 }
 _PARQUET = b"PAR1"
+_RESPONSES = ("chosen", "rejected_response", "rejected_messages", "preferred_output")  # fields that only rows have
 # The longest mark comes first: that of UTF-32 begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -99,7 +102,10 @@ def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
     encoding = _encoding(head)
     kind = _kind(name, head.decode(encoding, "replace"))
     if kind == "object":
-        is_meta = is_meta_allowed and _is_meta(path, compression, encoding)
+        is_object = _is_meta(path, compression, encoding)
+        if is_object and (values := _one_object(path, compression, encoding)) is not None:
+            refuse_rows(path, values)
+        is_meta = is_object and is_meta_allowed
         if is_meta and compression is None and encoding == "utf-8-sig":
             return None
         if is_meta:
@@ -142,7 +148,37 @@ def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
             return True  # an object of several lines, or a broken file
         if any(line.strip() for line in lines):
             return False
-    return not any(name in first for name in ("chosen", "rejected_response", "rejected_messages", "preferred_output"))
+    return not any(name in first for name in _RESPONSES)
+
+
+def _one_object(path: str, compression: str | None, encoding: str) -> dict[str, Any] | None:
+    """Returns the object of a file; None if the file is not one JSON object."""
+    with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as text:
+        try:
+            return parse_object(text.read())
+        except (ValueError, TypeError, RecursionError):
+            return None
+
+
+def refuse_rows(path: str, values: dict[str, Any]) -> None:
+    """Raises ValueError if an object is not a meta file but one row over several lines, or rows inside an object."""
+    if not values or any(
+        isinstance(value, dict) and {"root", "annotation"} & value.keys() for value in values.values()
+    ):
+        return
+    lists = [name for name, value in values.items() if _is_list_of_objects(value)]
+    if any(name in values for name in _RESPONSES):
+        fields = shorten(", ".join(values))
+        found = f"one object with the fields {fields}: write it as one line, or into an array"
+    elif lists:
+        found = f"an object with {len(values[lists[0]]):,} rows in {lists[0][:80]!r}: write that array alone"
+    else:
+        return
+    raise ValueError(f"path must be a file of rows or a meta file, got {path}, which is {found} ({ROWS_ADVICE})")
+
+
+def _is_list_of_objects(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 @contextlib.contextmanager

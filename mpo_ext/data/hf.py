@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mpo_ext.checks import check_choice, check_index, install_hint
-from mpo_ext.data.media import check_media, drop_fields
+from mpo_ext.data.media import check_media, drop_fields, refuse_bytes
 from mpo_ext.data.paths import RootMap, map_roots
 from mpo_ext.data.reader import Location, PairSequence, raise_bad_line
 from mpo_ext.data.records import Pair
@@ -193,8 +193,8 @@ class DatasetPairs(PairSequence):
             if self._ignore:
                 row = drop_fields(row, self._ignore)
             save_image = None if self._image_dir is None else functools.partial(save_bytes, self._image_dir)
-            pair = self.parse(row, save_image=save_image)
-            check_media(row, pair)
+            refuse_bytes(row)
+            pair = check_media(row, self.parse(row, save_image=save_image))
             return map_roots(pair, self._root_map)
 
     def locate(self, index: int) -> Location:

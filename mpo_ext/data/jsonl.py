@@ -87,8 +87,7 @@ class LineFile(PairSequence):
             values, text = self._read_object(where)
             if UNREADABLE in values:
                 raise FieldError(str(values[UNREADABLE]))
-            pair = self._parse(values, text)
-            check_media(values, pair)
+            pair = check_media(values, self._parse(values, text))
             return map_roots(pair, self._root_map)
 
     def read_object(self, index: int) -> dict[str, Any]:

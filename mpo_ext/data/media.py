@@ -6,17 +6,40 @@ from typing import Any
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import shorten
+from mpo_ext.data.marks import NO_IMAGE, check_marks
 from mpo_ext.data.reader import FieldError
-from mpo_ext.data.records import PROMPT_TURNS, Pair
+from mpo_ext.data.records import PROMPT_TURNS, SOURCE, Pair
 
 #: Kinds of bad lines.
-NO_IMAGE, IMAGE_IN_RESPONSE, UNREAD_FIELD = "no image", "image in response", "unread field"
+IMAGE_IN_RESPONSE, UNREAD_FIELD = "image in response", "unread field"
 VIDEO, TOOLS = "video or audio", "tools"
 
 _MEDIA_NAME = re.compile(
     r"image|img|picture|photo|pixel|screenshot|thumbnail|video|audio|waveform|(?:^|_)pics?(?:_|$)", re.IGNORECASE
 )
 _OTHER_MARKS = ("<video>", "<audio>")
+_MEDIA_FILE = re.compile(
+    r"[^\n]*[^\s/\\.]\.(?:png|jpe?g|jfif|gif|webp|bmp|tiff?|svg|heic|heif|avif|ico|ppm|dcm"
+    r"|mp4|webm|avi|mov|mkv|m4v|mpe?g|flv|wmv|wav|mp3|flac|ogg|m4a|aac|opus)",
+    re.IGNORECASE,
+)
+_QUOTED = re.compile(r"""(?<=["'])[^"'\s]+(?=["'])""")
+_URL = re.compile(r"(?:https?|s3|gs|file|hf)://\S+", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:(?:image|video|audio)/", re.IGNORECASE)
+# Fields whose values name a file even if they contain spaces, as in "my photo.png".
+_FILE_FIELD = re.compile(r"file|path|name|media|visual|attachment|fig|jpe?g|png|src", re.IGNORECASE)
+# First bytes of files in base64: JPEG, PNG, GIF, RIFF (WebP, WAV, AVI), BMP, TIFF, MP4 (HEIC, AVIF), MP3, Ogg, FLAC
+# and Matroska.
+_BASE64_MEDIA = re.compile(
+    r"/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk.{6}AAAA|SUkqA|TU0AK|AAAA..Z0eXB|SUQz|//u[QSU]|T2dnU|ZkxhQ|GkXfo"
+)
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_SHORTEST_BASE64 = 65  # no file of these types is shorter; words and ids are
+# Fields in which readers look for the bytes of images; mpo_ext describes the origin of a pair in ``provenance``.
+_READ_FIELDS = {
+    *("image", "images", "prompt", "chosen", "rejected", "messages", "rejected_messages", "rejected_response"),
+    *("conversations", "conversation", "input", "preferred_output", "non_preferred_output"),
+}
 
 
 def is_empty(value: object) -> bool:
@@ -28,20 +51,26 @@ def is_empty(value: object) -> bool:
     return not value
 
 
-def check_media(values: Mapping[str, Any], pair: Pair) -> None:
+def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
     """Checks that a pair has all images of its row, and nothing in place of images that a model would read as text.
 
     Args:
         values: Fields of the row. Those that the reader did not consume are in ``pair.extra``.
         pair: The pair that a reader made of the row.
 
+    Returns:
+        The pair, with ``<image>`` in place of numbered marks such as ``<image 1>``; see ``marks.check_marks``.
+
     Raises:
-        FieldError: If an unknown field may hold an image, video or audio; if the prompt has ``<image>`` without any
-            image, ``<video>`` or ``<audio>``; or if a response has ``<image>``.
+        FieldError: If an unknown field may hold an image, video or audio; if the prompt has ``<image>`` or another
+            mark without any image, ``<video>`` or ``<audio>``; or if a response has ``<image>``.
     """
     for name, value in values.items():
         if pair.extra.get(name) is value:  # not the field "extra" of a row with an unknown field of this name inside
             _check_field(name, value, has_images=bool(pair.images))
+    for name, value in pair.extra.items():
+        if not pair.images and name not in (SOURCE, "provenance"):
+            _check_value(name, value)
     for text in _prompt_texts(pair):
         if not pair.images and (count := text.count(IMAGE_PLACEHOLDER)):
             raise FieldError(
@@ -58,17 +87,71 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> None:
                 f"{name} must not hold {IMAGE_PLACEHOLDER}, the mark of an image in a prompt, got {shorten(text)}",
                 kind=IMAGE_IN_RESPONSE,
             )
+    return check_marks(pair)
+
+
+def refuse_bytes(row: Mapping[str, Any]) -> None:
+    """Raises FieldError if a column of a table, other than those of images and messages, holds bytes."""
+    for name, value in row.items():
+        if name not in _READ_FIELDS:
+            _refuse_bytes(name, value)
+
+
+def _refuse_bytes(name: str, value: object) -> None:
+    if isinstance(value, (bytes, bytearray)) and value:
+        raise _unread(name, value)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    for part in parts:
+        _refuse_bytes(name, part)
+
+
+def _unread(name: str, value: object) -> FieldError:
+    return FieldError(
+        f"images must be in image or images (no other media are supported), got the field {name!r} "
+        f"{shorten(value)}: rename it, or name it in ignore (--ignore) if it does not matter",
+        kind=UNREAD_FIELD,
+    )
+
+
+def _check_value(name: str, value: object) -> None:
+    """Raises FieldError if a value, or a value inside it, is the path, URL or content of an image, video or audio."""
+    if isinstance(value, Mapping):
+        content = value.get("bytes")
+        # The form of images in Hugging Face's datasets. A number of bytes is the size of a file.
+        if {"bytes", "path"} == value.keys() and not is_empty(value) and not isinstance(content, (int, float)):
+            raise _unread(name, value)
+        for inner, part in value.items():
+            _check_value(f"{name}.{inner}", part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _check_value(name, part)
+    elif isinstance(value, str):
+        text = value.strip()
+        # A cell of a CSV file may hold a list of paths as text.
+        if _is_media(name, text) or (text.startswith("[") and any(map(_MEDIA_FILE.fullmatch, _QUOTED.findall(text)))):
+            raise _unread(name, value)
+
+
+def _is_media(name: str, text: str) -> bool:
+    if _DATA_URL.match(text):
+        return True
+    if len(text) >= _SHORTEST_BASE64 and _BASE64_MEDIA.match(text) and _BASE64.fullmatch(text):
+        return True
+    if _URL.fullmatch(text):
+        return any(map(_MEDIA_FILE.fullmatch, (text, re.split(r"[?#]", text, maxsplit=1)[0])))
+    if not _MEDIA_FILE.fullmatch(text):
+        return False
+    # "What is in a.png" is a sentence; "my photos/a b.png" is not.
+    words = text.split()
+    has_folder = "/" in words[0] or "\\" in words[0]
+    return len(words) == 1 or has_folder or _FILE_FIELD.search(name) is not None
 
 
 def _check_field(name: str, value: object, *, has_images: bool) -> None:
     """Raises FieldError if an unknown field, or (without images) a field inside it, may hold an image."""
     # Beside the images of the pair, a number is their count, or the width or id of one of them.
     if _MEDIA_NAME.search(name) and not is_empty(value) and not (has_images and isinstance(value, (int, float))):
-        raise FieldError(
-            f"images must be in image or images (no other media are supported), got the field {name!r} "
-            f"{shorten(value)}: rename it, or name it in ignore (--ignore) if it does not matter",
-            kind=UNREAD_FIELD,
-        )
+        raise _unread(name, value)
     if isinstance(value, Mapping) and not has_images:
         for inner, part in value.items():
             _check_field(f"{name}.{inner}", part, has_images=has_images)
@@ -103,3 +186,12 @@ def count_places(pair: Pair) -> int:
     return sum(content.count(IMAGE_PLACEHOLDER) for content in contents if isinstance(content, str)) + sum(
         isinstance(part, Mapping) and part.get("type") == "image" for part in parts
     )
+
+
+def place_problem(pair: Pair) -> str | None:
+    """Returns why the places for images in a prompt do not fit the pair's images; None: they fit, or are left out."""
+    places, images = count_places(pair), len(pair.images)
+    if places == images or (images, places) == (1, 0):
+        return None
+    allowed = "0 or 1" if images == 1 else str(images)
+    return f"question must hold {IMAGE_PLACEHOLDER} {allowed} times for {images} images, got {places}"

@@ -11,7 +11,8 @@ from typing import Any
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import shorten, type_and_value
-from mpo_ext.data.media import NO_IMAGE, TOOLS, VIDEO, is_empty
+from mpo_ext.data.marks import NO_IMAGE
+from mpo_ext.data.media import TOOLS, VIDEO, is_empty
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TURNS, REJECTED_TURNS, SOURCE, Pair
 

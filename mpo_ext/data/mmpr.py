@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from mpo_ext.checks import check_index, shorten
+from mpo_ext.data.containers import ROWS_ADVICE, refuse_rows
 from mpo_ext.data.jsonl import LineFile, dump_line, parse_object
 from mpo_ext.data.messages import refuse_meaning
 from mpo_ext.data.paths import RootMap, absolute_path, below, map_root
@@ -69,17 +70,18 @@ def read_meta(path: str | os.PathLike[str], *, root_map: RootMap = ()) -> list[M
             raise ValueError("an empty file")
         entries = parse_object(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{os.fspath(path)} must be a meta file in JSON, got {error}") from None
+        raise ValueError(f"{os.fspath(path)} must be a meta file in JSON, got {error}: {ROWS_ADVICE}") from None
+    refuse_rows(os.fspath(path), entries)
     return [_subset(name, entry, folder, root_map) for name, entry in entries.items()]
 
 
 def _subset(name: str, entry: object, folder: Path, root_map: RootMap) -> MMPRSubset:
     def error(setting: str, rule: str) -> ValueError:
         value = entry.get(setting) if isinstance(entry, dict) else entry
-        return ValueError(f"{name}: {setting} must be {rule}, got {value!r}")
+        return ValueError(f"{name[:80]}: {setting} must be {rule}, got {shorten(value)}")
 
     if not isinstance(entry, dict):
-        raise error("the entry", "an object")
+        raise error("the entry", f"an object with root and annotation ({ROWS_ADVICE})")
     paths = {}
     for setting in ("root", "annotation"):
         value = entry.get(setting)

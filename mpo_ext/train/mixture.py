@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpo_ext.checks import check_integer
+from mpo_ext.data.media import place_problem
 from mpo_ext.data.mmpr import MMPRDataset
 from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
@@ -58,10 +59,11 @@ class SourceOverview:
         root: Folder against which relative image paths are resolved.
         lines_read: Number of lines that were read, spread evenly over the source.
         bad: Number of read lines without a valid pair.
+        misplaced: Number of read pairs whose ``<image>`` marks do not fit their images.
         with_images: Number of read pairs with images.
         images: Number of different images in the read pairs; 0 if the image files were not checked.
         missing: Number of different images whose file does not exist.
-        pairs_missing: Number of read pairs with at least one missing image file.
+        pairs_missing: Number of read pairs with right places and at least one missing image file.
         examples: Messages for the first bad lines and missing images.
     """
 
@@ -72,6 +74,7 @@ class SourceOverview:
     lines: int
     lines_read: int = 0
     bad: int = 0
+    misplaced: int = 0
     with_images: int = 0
     images: int = 0
     missing: int = 0
@@ -85,7 +88,8 @@ class SourceOverview:
         text = (
             f"{self.path}: format {self.format}{origin}; {self.with_images:,} of {pairs:,} pairs with images{sample}"
         )
-        return text + (f"; {self.bad:,} lines hold NO PAIR" if self.bad else "")
+        text += f"; {self.bad:,} lines hold NO PAIR" if self.bad else ""
+        return text + (f"; {self.misplaced:,} pairs have WRONG PLACES for their images" if self.misplaced else "")
 
 
 class Mixture(Sequence[Pair | BadLine]):
@@ -193,7 +197,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return groups
 
     def inspect(self, *, files: bool = True, limit: int = _INSPECTED_LINES) -> list[SourceOverview]:
-        """Inspects each source: its format, its bad lines, its pairs with images, and its missing image files.
+        """Inspects each source: its format, bad lines, pairs with images, wrong places, and missing image files.
 
         Args:
             files: Whether to check that the image files exist.
@@ -215,6 +219,11 @@ class Mixture(Sequence[Pair | BadLine]):
                         overview.examples.append(str(pair))
                     continue
                 overview.with_images += bool(pair.images)
+                if (problem := place_problem(pair)) is not None:
+                    overview.misplaced += 1
+                    if overview.misplaced <= _EXAMPLES:
+                        overview.examples.append(f"{name}: {problem}")
+                    continue
                 if files:
                     overview.pairs_missing += not _has_images(pair, name, file_exists, overview)
             overview.images = len(file_exists)

@@ -224,3 +224,29 @@ def test_commands_take_every_file(
     assert "Format alpaca (detected): 1 of 1 pairs with images" in capsys.readouterr().out
     assert run_data("convert", images / "a.json.gz", tmp_path / "p.jsonl", "--to", "pairs") == 0
     assert open_pairs(tmp_path / "p.jsonl").read(0)[1].images == (str(images / "a.png"),)
+
+
+@pytest.mark.parametrize("format", [None, "trl"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (json.dumps({"data": [{"prompt": "q" * 500, "chosen": "c", "rejected": "r"}] * 100}), "100 rows in 'data'"),
+        (json.dumps({"train": [{"prompt": "q"}], "version": "1"}, indent=2), "1 rows in 'train'"),
+        (json.dumps({"rows": {}, "a" * 500: [{"x": "y" * 500}]}), "1 rows in 'aaa"),
+        (json.dumps({"prompt": "q" * 500, "chosen": "c", "rejected": "r"}, indent=2), "fields 'prompt, chosen, rej"),
+    ],
+)
+def test_rows_inside_an_object_are_named_briefly(content: str, words: str, format: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(ValueError, match="rows are expected as one JSON array, or as one object per line") as caught:
+        open_pairs(tmp_path / "rows.json", format=format)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("content", [{"data": ["text" * 500]}, {"data": "text" * 500}, {"d" * 900: {"root": 3}}])
+def test_a_wrong_meta_file_is_named_briefly(content: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must be") as caught:
+        open_pairs(tmp_path / "rows.json")
+    assert len(str(caught.value)) < 400

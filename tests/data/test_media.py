@@ -76,6 +76,94 @@ def test_numbers_beside_an_image_are_kept(tmp_path: Path) -> None:
     assert isinstance(bad, BadLine)
 
 
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+@pytest.mark.parametrize("format", TEXT)
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"figure": "a.png"},
+        {"file_name": "train/0001.JPG"},
+        {"filename": "my chart.webp"},
+        {"path": "/data/a.tiff"},
+        {"path": "my data/a b.png"},
+        {"media": ["notes.txt", "clip.mp4"]},
+        {"visual_input": {"file": ["a.png"]}},
+        {"attachments": [{"type": "file", "name": "speech.wav"}]},
+        {"context": "https://host/a.png?size=large#top"},
+        {"context": "https://host/get?file=a.png"},
+        {"figures": "['a.png', 'b.png']"},
+        {"figures": '["a.png"]'},
+        {"context": "data:image/png;base64,AAAA"},
+        {"context": "data:audio/wav;base64,AAAA"},
+        {"context": PNG},
+        {"context": {"bytes": "x", "path": None}},
+        {"context": {"bytes": None, "path": "a"}},
+    ],
+)
+def test_a_value_that_is_an_image_is_refused_by_the_name_of_its_field(
+    format: str, field: dict[str, Any], tmp_path: Path
+) -> None:
+    bad = read_row(tmp_path, {**TEXT[format], **field}, format=format)
+    assert isinstance(bad, BadLine), bad
+    (name,) = field
+    assert (bad.kind, f"got the field '{name}" in bad.reason) == ("unread field", True)
+    assert "ignore" in bad.reason
+    assert len(bad.reason) < 350
+    assert isinstance(read_row(tmp_path, {**TEXT[format], **field}, format=format, ignore=[name]), Pair)
+
+
+def test_a_value_inside_extra_is_checked(tmp_path: Path) -> None:
+    bad = read_row(tmp_path, {**TEXT["mmpr"], "images": [], "extra": {"figure": "a.png"}}, format="pairs")
+    assert isinstance(bad, BadLine), bad
+    assert "got the field 'figure' 'a.png'" in bad.reason
+    bad = read_row(tmp_path, {**TEXT["trl"], "extra": '{"figure": "a.png"}'})
+    assert isinstance(bad, BadLine), bad
+
+
+@pytest.mark.parametrize("format", TEXT)
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"context": "What does the program write to a.png"},
+        {"context": "Open a.png, then b.png."},
+        {"context": "[1] Smith (2020) writes a.png"},
+        {"extension": ".png"},
+        {"type": "image/png"},
+        {"source_file": "x.json"},
+        {"file_name": "train.parquet"},
+        {"stats": {"bytes": 1024, "path": "x.json"}},
+        {"hash": "9" * 64},
+        {"url": "https://host/page.html"},
+        {"provenance": {"file": "a.png"}},
+        {"key": "Qk" + "b" * 80},
+    ],
+)
+def test_values_that_are_no_image_are_kept(format: str, field: dict[str, Any], tmp_path: Path) -> None:
+    assert isinstance(pair := read_row(tmp_path, {**TEXT[format], **field}, format=format), Pair), pair
+
+
+def test_values_beside_an_image_are_kept(tmp_path: Path) -> None:
+    more = {"source_file": "x.json", "file_name": "a.png", "meta": {"path": "old/a.png"}}
+    pair = read_row(tmp_path, {**TEXT["trl"], "image": "a.png", **more})
+    assert isinstance(pair, Pair), pair
+    assert pair.extra == more
+
+
+@pytest.mark.parametrize("name", ["picture", "figure", "jpg", "png", "meta"])
+@pytest.mark.parametrize("has_image", [False, True])
+def test_bytes_in_a_column_are_refused_by_its_name(name: str, has_image: bool, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    value = {"part": [b"\x89PNG"]} if name == "meta" else {"bytes": b"\x89PNG", "path": None}
+    row = {**TEXT["trl"], name: value, **({"image": "a.png"} if has_image else {})}
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "d")
+    _, bad = open_pairs(tmp_path / "d").read(0)
+    assert isinstance(bad, BadLine), bad
+    assert (bad.kind, f"got the field '{name}" in bad.reason) == ("unread field", True)
+    assert isinstance(open_pairs(tmp_path / "d", ignore=[name]).read(0)[1], Pair)
+
+
 def test_empty_values() -> None:
     assert all(map(is_empty, (None, "", [], {}, 0, False, [None, ""], {"bytes": None, "path": None}, [[], {}])))
     assert not any(map(is_empty, ("a", ["", "a"], {"bytes": b"x"}, 1, [0, 1])))
@@ -161,6 +249,25 @@ def test_the_trainer_and_its_dry_run_count_the_refused_lines(images: Path, capsy
     out = capsys.readouterr().out
     assert "4 lines hold NO PAIR" in out
     assert "rows.jsonl:2: no image: question must hold <image> 0 times for 0 images" in out
+
+
+def test_the_dry_run_counts_wrong_places(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mpo_ext.cli.train import print_data
+    from mpo_ext.train.mixture import Mixture
+    from mpo_ext.train.recipe import load_recipe
+
+    row = {**TEXT["trl"], "image": "a.png"}
+    rows = [row, {**row, "prompt": "<image> or <image>?"}, {**TEXT["trl"], "images": ["a.png", "sub/b.jpg"]}]
+    path = open_rows(images, rows).path
+    (images / "r.yaml").write_text(f"model: {{path: m}}\ndata: {{train: {path}}}\noutput: {{dir: out}}\n")
+    recipe = load_recipe(images / "r.yaml", [])
+    (overview,) = Mixture(recipe.data.train).inspect()
+    assert (overview.bad, overview.misplaced) == (0, 2)
+    assert print_data(recipe) is False
+    out = capsys.readouterr().out
+    assert "2 pairs have WRONG PLACES for their images" in out
+    assert "rows.jsonl:2: question must hold <image> 0 or 1 times for 1 images, got 2" in out
+    assert "NOT VALID: the run would stop at the first of them" in out
 
 
 def test_turns_are_checked_measured_and_shown(tmp_path: Path, images: Path) -> None:

@@ -1,0 +1,111 @@
+"""Marks of images in prompts as other programs write them: numbered marks get the pair's images, others are refused.
+
+Only whole marks count: HTML such as ``<img src="a.png">`` is text.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.checks import shorten
+from mpo_ext.data.reader import FieldError
+from mpo_ext.data.records import PROMPT_TURNS, SOURCE, Pair
+
+#: Kinds of bad lines.
+NO_IMAGE, IMAGE_MARK = "no image", "image mark"
+
+# <image 1> (MMMU), <image_1>, <image1> (MathVision), <image-1>, <|image_1|> (Phi-3-vision)
+_NUMBERED = re.compile(r"<(\|?)image[ _-]?([0-9]{1,3})\1>", re.IGNORECASE)
+_MARKS = re.compile(
+    r"<(?!image>)(?i:image)>"  # <Image>, <IMAGE>
+    r"|<\|(?:image|image_pad|vision_start|image_start|begin_of_image|media_placeholder)\|>"
+    r"|<(?:start_of_image|image_soft_token|image_placeholder|image_pad|ImageHere|IMG_CONTEXT)>"
+    r"|\[IMG\]"
+    r"|<img>[^<>\n]*(?:\.\w{3,4}|://[^<>\s]+)\s*</img>"  # Qwen-VL, with the path or URL of the image
+)
+
+
+def check_marks(pair: Pair) -> Pair:
+    """Returns a pair whose prompt marks its images by ``<image>`` only.
+
+    The numbered mark ``<image 2>`` (also ``<image_2>``, ``<image2>``, ``<|image_2|>``) is the place of the second
+    image. The returned pair has ``<image>`` at the places of these marks, and its images in the order of the places.
+    A response may name ``<image 1>`` as text.
+
+    Raises:
+        FieldError: If a pair without images has a mark, a pair with images has a mark that is not numbered, or the
+            numbered marks do not have each number of an image once, or stand beside ``<image>``.
+    """
+    texts = _texts(pair)
+    numbers = [int(match[2]) for text in texts for match in _NUMBERED.finditer(text)]
+    for text in texts:
+        mark = _MARKS.search(text) or (None if pair.images else _NUMBERED.search(text))
+        if mark is None:
+            continue
+        if not pair.images:
+            raise FieldError(
+                f"question must hold no mark of an image without its image: {shorten(mark[0])} names an image, but "
+                f"the pair has none, got {shorten(text)}",
+                kind=NO_IMAGE,
+            )
+        raise FieldError(
+            f"question must mark images by {IMAGE_PLACEHOLDER} or <image 1>, got {shorten(mark[0])} in "
+            f"{shorten(text)}: replace it by {IMAGE_PLACEHOLDER}",
+            kind=IMAGE_MARK,
+        )
+    if not numbers:
+        return pair
+    expected = list(range(1, len(pair.images) + 1))
+    if sorted(numbers) != expected or any(IMAGE_PLACEHOLDER in text for text in texts):
+        beside = f" beside {IMAGE_PLACEHOLDER}" if any(IMAGE_PLACEHOLDER in text for text in texts) else ""
+        raise FieldError(
+            f"question must hold each of the numbered marks <image 1> to <image {len(expected)}> once for its images, "
+            f"and no {IMAGE_PLACEHOLDER}, got the numbers {shorten(numbers)}{beside}",
+            kind=IMAGE_MARK,
+        )
+    return _replaced(pair, tuple(pair.images[number - 1] for number in numbers))
+
+
+def _replaced(pair: Pair, images: tuple[str, ...]) -> Pair:
+    def place(text: str) -> str:
+        return _NUMBERED.sub(IMAGE_PLACEHOLDER, text)
+
+    extra = pair.extra
+    if isinstance(messages := pair.source.get(PROMPT_TURNS), list):
+        turns = [_mapped(message, place) for message in messages]
+        extra = {**extra, SOURCE: {**pair.source, PROMPT_TURNS: turns}}
+    return dataclasses.replace(pair, question=place(pair.question), images=images, extra=extra)
+
+
+def _mapped(message: Any, change: Callable[[str], str]) -> Any:
+    """Returns a message with changed texts."""
+    if not isinstance(message, Mapping):
+        return message
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": change(content)}
+    if not isinstance(content, list):
+        return message
+    parts = [
+        {**part, "text": change(part["text"])}
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        else part
+        for part in content
+    ]
+    return {**message, "content": parts}
+
+
+def _texts(pair: Pair) -> list[str]:
+    """Returns the texts of the prompt in order, with ``<image>`` for the place of an image block."""
+    messages = pair.source.get(PROMPT_TURNS)
+    if not isinstance(messages, list):
+        return [pair.question]
+    texts: list[str] = []
+    for message in messages:
+        _mapped(message, lambda text: texts.append(text) or text)  # type: ignore[func-returns-value]
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, list) and any(isinstance(p, Mapping) and p.get("type") == "image" for p in content):
+            texts.append(IMAGE_PLACEHOLDER)
+    return texts

@@ -1,0 +1,111 @@
+"""Marks of images in the notation of other programs: numbered marks are places, others refuse their line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rows import assistant, read_row, user
+
+from mpo_ext.data import BadLine, Pair, open_pairs
+from mpo_ext.data.convert import convert
+
+NUMBERED = ["<image {}>", "<image_{}>", "<image{}>", "<|image_{}|>", "<image-{}>", "<Image {}>"]
+
+
+def row(question: Any, *images: str) -> dict[str, Any]:
+    return {"prompt": question, "chosen": "c", "rejected": "r", "images": list(images)}
+
+
+@pytest.mark.parametrize("mark", NUMBERED)
+def test_numbered_marks_are_places_of_the_images_with_these_numbers(mark: str, tmp_path: Path) -> None:
+    question = f"Is {mark.format(2)} above {mark.format(1)}?"
+    expected = ("Is <image> above <image>?", ("b.png", "a.png"))
+    pair = read_row(tmp_path, row(question, "a.png", "b.png"))
+    assert isinstance(pair, Pair), pair
+    assert (pair.question, pair.images) == expected
+    values = {"question": question, "chosen": "c", "rejected": "r", "images": ["a.png", "b.png"]}
+    pair = read_row(tmp_path, values, format="pairs")
+    assert isinstance(pair, Pair)
+    assert (pair.question, pair.images) == expected
+
+
+def test_numbered_marks_of_several_turns_are_places(tmp_path: Path) -> None:
+    turns = [user("See <image 2>"), assistant("Yes."), user("And <image 1>?")]
+    pair = read_row(tmp_path, row(turns, "a.png", "b.png"))
+    assert isinstance(pair, Pair), pair
+    assert pair.images == ("b.png", "a.png")
+    assert [turn["content"] for turn in pair.source["messages"]] == ["See <image>", "Yes.", "And <image>?"]
+    assert pair.question == "And <image>?"
+
+
+def test_numbered_marks_of_mmpr_are_written_as_places(tmp_path: Path, images: Path) -> None:
+    line = '{"image": ["a.png", "sub/b.jpg"], "question": "<image_2> or <image_1>?", "chosen": "c", "rejected": "r"}'
+    (images / "x.jsonl").write_text(line)
+    convert(open_pairs(images / "x.jsonl"), tmp_path / "out", "mmpr")
+    (pair,) = (pair for _, pair in open_pairs(tmp_path / "out" / "meta.json").scan())
+    assert isinstance(pair, Pair)
+    assert (pair.question, [Path(image).name for image in pair.images]) == ("<image> or <image>?", ["b.jpg", "a.png"])
+
+
+@pytest.mark.parametrize(
+    ("question", "count"),
+    [
+        ("<image 1> and <image 1>", 1),
+        ("<image 1> and <image_1>", 2),
+        ("<image 2>", 2),
+        ("<image 1>", 2),
+        ("<image 0>", 1),
+        ("<image 1> <image 3>", 2),
+        ("<image>\nWhat is in <image 1>?", 1),
+        ([user([{"type": "image"}, {"type": "text", "text": "In <image 1>?"}])], 1),
+        ([user("<image 1>"), assistant("a"), user("<image 1>")], 1),
+    ],
+)
+def test_numbers_that_do_not_fit_the_images_refuse_the_line(question: Any, count: int, tmp_path: Path) -> None:
+    bad = read_row(tmp_path, row(question, *["a.png", "b.png"][:count]))
+    assert isinstance(bad, BadLine), bad
+    assert bad.kind in ("image mark", "no image")
+    assert "numbered marks" in bad.reason
+
+
+OTHERS = [
+    *("<img>a.png</img>", "<img>https://host/1234</img>", "<start_of_image>", "[IMG]", "<Image>", "<IMAGE>"),
+    *("<|image|>", "<|image_pad|>", "<|vision_start|>", "<image_soft_token>", "<image_placeholder>", "<ImageHere>"),
+    "<IMG_CONTEXT>",
+]
+
+
+@pytest.mark.parametrize("mark", [*OTHERS, *(mark.format(1) for mark in NUMBERED)])
+def test_a_mark_of_another_program_without_an_image_refuses_the_line(mark: str, tmp_path: Path) -> None:
+    for prompt in (f"{mark}\nq", [user(f"see {mark}"), assistant("a"), user("q")]):
+        bad = read_row(tmp_path, row(prompt))
+        assert isinstance(bad, BadLine), bad
+        assert bad.kind == "no image"
+        assert f"{mark!r} names an image, but the pair has none" in bad.reason
+
+
+@pytest.mark.parametrize("mark", OTHERS)
+def test_a_mark_of_another_program_beside_an_image_refuses_the_line(mark: str, tmp_path: Path) -> None:
+    bad = read_row(tmp_path, row(f"{mark}\nq", "a.png"))
+    assert isinstance(bad, BadLine), bad
+    assert (bad.kind, "replace it by <image>" in bad.reason) == ("image mark", True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('Fix <img src="a.png">', "<img>", "<img></img>", "Is <img>text</img> valid?", "<picture>a.png</picture>"),
+        *("[img]", "<images>", "<image src='a.png'/>", "image 1", "<image one>", "a.png"),
+    ],
+)
+def test_html_and_text_that_is_no_mark_stays(text: str, tmp_path: Path) -> None:
+    for images in ((), ("a.png",)):
+        pair = read_row(tmp_path, row(text, *images))
+        assert isinstance(pair, Pair), pair
+        assert (pair.question, pair.images) == (text, images)
+
+
+def test_a_response_may_name_a_numbered_image(tmp_path: Path) -> None:
+    pair = read_row(tmp_path, {**row("<image 1>", "a.png"), "chosen": "In <image 1>"})
+    assert isinstance(pair, Pair)
+    assert pair.chosen == "In <image 1>"
