@@ -47,8 +47,8 @@ class Choice:
     Attributes:
         letters: Letters of the options, each once and sorted; "" if the answer names no option.
         text: Normalized text of the answer, or the text after the letter.
-        is_unclear: Whether the answer names several options of which it selects one ("A or B"), an option that does
-            not exist, or a letter with the text of another option.
+        is_unclear: Whether the answer names several options without deciding ("A or B"), names an option that does not
+            exist, or pairs a letter with the text of another option.
     """
 
     letters: str

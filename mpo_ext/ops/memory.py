@@ -17,7 +17,7 @@ _HUGE_PAGES_BYTES = 1 << 20
 
 
 class Tile(NamedTuple):
-    """The columns of a vocabulary that logits ``[..., V]`` cover; labels are indices into the whole vocabulary."""
+    """The vocabulary ids that a tile of logits ``[..., V]`` covers; labels are ids of the whole vocabulary."""
 
     first: int  # first column; a row's tiles are scored in order, and the first ignores the contents of state
     total: int  # size of the whole vocabulary

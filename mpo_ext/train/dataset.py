@@ -231,7 +231,7 @@ class RunData:
         return self._load(self._dataset(self.eval_mixture, sampler), range(sampler.steps_per_epoch))
 
     def load_all_lines(self) -> Iterator[StepSlice]:
-        """Loads each line of all mixtures once, without bad pairs, because training steps report bad pairs."""
+        """Loads each line of all mixtures once and skips bad pairs, which the training steps report."""
         for mixture in self.mixtures:
             epoch = functools.partial(_all_lines, len(mixture))
             sampler = StepSampler(epoch, batch_size=self.recipe.optim.batch_size)

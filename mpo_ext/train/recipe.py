@@ -203,7 +203,7 @@ class LossRecipe:
 
     @property
     def config(self) -> MPOConfig:
-        """The settings of this section that ``MPOConfig`` has."""
+        """An ``MPOConfig`` with the settings of this recipe section."""
         names = [field.name for field in dataclasses.fields(MPOConfig) if field.name != "ignore_index"]
         return MPOConfig(**{name: getattr(self, name) for name in names})
 

@@ -160,7 +160,8 @@ def _register_mask(name: str, base: str) -> None:
 def window_marker(rows: int, window: int | None, device: torch.device) -> Tensor:
     """Returns an empty tensor ``[R, 1, 0, window]`` that takes the place of a mask; ``[R, 1, 0, 0]`` for no window.
 
-    Models hand a 4-D mask on to each layer as it is. Attention that applies the marker as a mask raises an error.
+    Models pass a 4-D mask unchanged to each layer. An attention function that does not know the marker and uses it as
+    a mask fails because of its shape, instead of computing wrong results.
     """
     return torch.empty(rows, 1, 0, window or 0, dtype=torch.bool, device=device)
 
