@@ -472,9 +472,12 @@ def test_files_in_other_forms(tmp_path: Path, name: str, content: bytes) -> None
         ("a.jsonl", json.dumps(ROWS).encode(), "with a JSON array: give it the suffix .json"),
         ("a.jsonl", json.dumps(ROWS, indent=1).encode(), "with a JSON array: give it the suffix .json"),
         ("a.jsonl", b"PK\x03\x04 zip", "a zip file"), ("a.csv", b"PK\x03\x04 zip", "a zip file"),
-        ("a.jsonl", b"\x28\xb5\x2f\xfd zstd", "zstd"), ("a.csv", TABLE.encode("latin-1"), "convert it with iconv"),
-        ("a.csv", TABLE.encode("utf-16-le"), "text in UTF-8"), ("a.jsonl", gzip.compress(LINES.encode())[:-9], "complete"),
-        ("a.json", b"[{}, ", "item 2 is not JSON"), ("a.csv", b'question,answer\n"a"b,7\n', "a table of text in UTF-8"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd zstd", "zstd"),
+        ("a.csv", TABLE.encode("latin-1"), "convert it with iconv"),
+        ("a.csv", TABLE.encode("utf-16-le"), "text in UTF-8"),
+        ("a.jsonl", gzip.compress(LINES.encode())[:-9], "complete"),
+        ("a.json", b"[{}, ", "item 2 is not JSON"),
+        ("a.csv", b'question,answer\n"a"b,7\n', "a table of text in UTF-8"),
     ],
 )  # fmt: skip
 def test_files_that_are_not_read_name_the_cause(tmp_path: Path, name: str, content: bytes, cause: str) -> None:
