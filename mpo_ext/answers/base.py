@@ -8,7 +8,7 @@ from typing import ClassVar
 from mpo_ext.checks import shorten
 
 #: Version of the verdicts, which changes if a matcher may decide in another way; journals store it with each verdict.
-VERDICT_VERSION = 2
+VERDICT_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

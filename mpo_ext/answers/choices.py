@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from mpo_ext.answers.base import Matcher, Verdict
-from mpo_ext.answers.extract import last_box
+from mpo_ext.answers.extract import all_boxes, last_box
 from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
 from mpo_ext.answers.texts import compare_texts, is_no_answer
 from mpo_ext.checks import shorten
@@ -106,6 +106,20 @@ class ChoiceMatcher(Matcher):
         return self._verdict(None if correct is False and labels else correct, "text", form, true_form)
 
 
+def _read_boxes(answer: str, boxes: Sequence[str], labels: tuple[tuple[str, str], ...]) -> Choice:
+    """Returns the selection in an answer with different boxes: all their letters if it lists them, else unclear."""
+    choices = {read_choice(box, labels) for box in boxes}
+    letters = {choice.letters for choice in choices}
+    if len(letters) == 1 and "" not in letters and not any(choice.is_unclear for choice in choices):
+        return next(iter(choices))
+    bare = answer.replace("$", "")
+    for box in boxes:
+        letter = _lone_letter(clean_answer(box))
+        bare = re.sub(r"\\boxed\s*\{" + re.escape(box) + r"\}", letter or "?", bare)
+    choice = read_choice(bare, labels)
+    return choice if len(choice.letters) > 1 else Choice("", _option_text(answer), True)
+
+
 def _has_text(choice: Choice) -> bool:
     return choice.text.casefold() not in ("", choice.letters.casefold())
 
@@ -153,7 +167,10 @@ def read_choice(answer: str, labels: tuple[tuple[str, str], ...]) -> Choice:
         return Choice(owners, whole, len(owners) > 1)
     if lone:
         return Choice("", whole, True)
-    boxed = last_box(answer) if "\\boxed" in answer else None
+    boxes = all_boxes(answer)
+    if len(set(boxes)) > 1:
+        return _read_boxes(answer, boxes, labels)
+    boxed = last_box(answer) if boxes else None
     if boxed and boxed.strip() != answer:
         return read_choice(boxed, labels)
     bare = _without_phrases(answer)

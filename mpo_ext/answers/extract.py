@@ -74,6 +74,13 @@ def last_box(response: str) -> str | None:
     return None if closing is None else response[opening + 1 : closing]
 
 
+def all_boxes(text: str) -> list[str]:
+    r"""Returns the contents of all ``\boxed{}`` in a text that have a closing brace."""
+    openings = [box.end() for box in re.finditer(r"\\boxed\s*(?=\{)", text)]
+    ends = [(opening, closing_brace(text, opening)) for opening in openings]
+    return [text[opening + 1 : end] for opening, end in ends if end is not None]
+
+
 def _after_marker(marker: re.Pattern[str], response: str) -> str | None:
     markers = list(marker.finditer(response))
     if not markers:

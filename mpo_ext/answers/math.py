@@ -10,8 +10,9 @@ from mpo_ext.answers.math_process import math_process
 from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
 from mpo_ext.answers.number_text import Number, parse_number
 from mpo_ext.answers.numbers import NumberRule, number_text
+from mpo_ext.answers.readings import compare_readings, is_symbol, without_unknown_unit
 from mpo_ext.answers.texts import compare_texts, is_no_answer, without_lead
-from mpo_ext.answers.units import compare_units, parse_unit
+from mpo_ext.answers.units import compare_units, is_case_off, parse_unit
 from mpo_ext.checks import check_number, install_hint
 
 _NUMBERS = NumberRule(relative=1e-6, absolute=1e-9, percent="either", units="any")
@@ -64,11 +65,27 @@ class MathMatcher(Matcher):
             raise ImportError(f"the matcher 'math' needs the package math-verify: {install_hint('math')}")
 
     def _compare(self, prediction: str, truth: str) -> Verdict:
+        verdict = self._compare_forms(prediction, truth)
+        if verdict.correct is not False:
+            return verdict
+        correct, rule = compare_readings(prediction, truth)
+        if correct is not False:
+            return self._verdict(correct, rule, verdict.prediction, verdict.truth)
+        bare, bare_truth = without_unknown_unit(prediction), without_unknown_unit(truth)
+        if not bare or not bare_truth or (bare, bare_truth) == (prediction, truth):
+            return verdict
+        if self._compare_forms(bare, bare_truth).correct is False:
+            return verdict
+        return self._verdict(None, "unit", verdict.prediction, verdict.truth)
+
+    def _compare_forms(self, prediction: str, truth: str) -> Verdict:
         first, second = parse_number(prediction), parse_number(truth)
         if first and second and _are_numbers(first, second):
             correct, rule = _NUMBERS.compare(first, second)
             return self._verdict(correct, rule, number_text(first), number_text(second))
         prediction, truth = clean_answer(prediction.translate(TO_ASCII)), clean_answer(truth.translate(TO_ASCII))
+        if is_case_off(prediction, truth):
+            return self._verdict(None, "case", prediction, truth)
         if fold(prediction) == fold(truth) != "":
             return self._verdict(True, "text", fold(prediction), fold(truth))
         if _PROSE.fullmatch(truth) and not _is_named(truth):
@@ -96,15 +113,7 @@ def _are_numbers(first: Number, second: Number) -> bool:
     """Returns whether two numbers are to be compared as numbers, not as expressions with symbols."""
     if first.name != second.name and first.name and second.name:
         return False
-    return first.unit == second.unit or not (_is_symbol(first) or _is_symbol(second))
-
-
-def _is_symbol(number: Number) -> bool:
-    """Returns whether the "unit" of a number may be a factor of an expression, as in "2b" and "5 xy"."""
-    if not number.unit or number.is_currency or number.unit == "%":
-        return False
-    unit = parse_unit(number.unit)
-    return unit is None or (not unit.is_known and len(number.unit) < 4)
+    return first.unit == second.unit or not (is_symbol(first) or is_symbol(second))
 
 
 def _is_named(text: str) -> bool:

@@ -47,6 +47,8 @@ _TEX_TEXT = re.compile(r"\\(?:text|mathrm|textrm|mathbf|textbf|mbox|operatorname
 _TEX_DEGREE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00ba|\\deg\b")
 _TEX_SIGNS = {"\\%": "%", "\\times": "\u00d7", "\\cdot": "\u00b7", "\\approx": "\u2248", "\\pm": "\u00b1"}
 _TEX_SIGNS |= {"{,}": ",", "\\sim": "\u2248", "\u223c": "\u2248", "\u2243": "\u2248", "\u2245": "\u2248"}
+_TEX_OHM = re.compile(r"(?:(?<![^\W\d_])([kMGm])\s*)?\\Omega(?![A-Za-z])")
+_TEX_MICRO = re.compile(r"\\mu(?:\s+(?=[A-Za-z])|\s*(?=\u03a9))")
 _SPACES = str.maketrans(dict.fromkeys("\u00a0\u2007\u2009\u200a\u202f\u205f", " ") | {"\u2044": "/", "\u200b": None})
 
 _LEAD = re.compile(
@@ -129,6 +131,7 @@ def _normalize(text: str) -> str | None:
         text = text[:1] + _TEX_SPACES.sub(" ", text[1:]) if text.startswith("~") else _TEX_SPACES.sub(" ", text)
         for sign, plain in _TEX_SIGNS.items():
             text = text.replace(sign, plain)
+        text = _TEX_MICRO.sub("\u00b5", _TEX_OHM.sub("\\1\u03a9", text))
     elif "\u00ba" in text:
         text = text.replace("\u00ba", "\u00b0")
     text = text.replace("\\$", "\ue000")
@@ -227,6 +230,9 @@ def _with_unit(number: Number, rest: str, is_apart: bool) -> Number | None:
     folded = rest.casefold()
     if folded in ("%", "percent", "per cent", "pct"):
         return None if number.unit else dataclasses.replace(number, unit="%")
+    if folded in ("\u2030", "\\textperthousand", "per mille", "permille", "per mil"):
+        value = number.value / 1000
+        return None if number.unit else dataclasses.replace(number, value=value, decimals=0, others=(number.value,))
     currency = _CURRENCIES.get(folded)
     if currency is not None:
         return (

@@ -12,11 +12,16 @@ from mpo_ext.answers.base import Matcher, Verdict, check_flag
 from mpo_ext.answers.normalize import clean_answer, fold
 from mpo_ext.answers.number_text import Number, parse_number
 from mpo_ext.answers.texts import compare_texts
-from mpo_ext.answers.units import compare_units, may_be_converted
+from mpo_ext.answers.units import compare_units, fold_unit, is_case_off, may_be_converted
 from mpo_ext.checks import check_choice, check_number, shorten
 
 _DEGREES = ("\u00b0", "degree", "degrees", "deg")
 _NOTHING = ("none", "nil", "nothing", "null", "no")
+
+_CONSTANTS = dict.fromkeys(("\u221e", "\\infty", "+\u221e", "+\\infty", "inf", "infinity"), "infinity")
+_CONSTANTS |= {"\u03c0": "pi", "\\pi": "pi", "pi": "pi", "-\u221e": "-inf", "-\\infty": "-inf", "-infinity": "-inf"}
+_CONSTANTS |= {"-inf": "-inf", "minus infinity": "-inf", "e": "e"}
+_SYMBOL = re.compile(r"\\[A-Za-z]|[\u221a\u221e\u0391-\u03c9]")
 
 _YEAR = re.compile(r"[0-9]{4}")
 _YEARS = range(1800, 2101)
@@ -122,7 +127,7 @@ class NumberRule:
     def _accepts(self, unit: str) -> bool:
         if self.units == "any" or (self.degrees and fold(unit) in _DEGREES):
             return True
-        return fold(unit) in _folded(tuple(self.units))
+        return fold_unit(unit) in _folded(tuple(self.units))
 
     def _without_percent(self, number: Number) -> Number:
         if number.unit != "%" or self.percent == "keep":
@@ -141,16 +146,21 @@ def _is_rounded(rounded: Number, exact: Number) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _folded(units: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(map(fold, units))
+    return frozenset(map(fold_unit, units))
 
 
 def _compare_as_texts(prediction: str, truth: str, number: Number | None) -> bool | None:
     """Compares answers of which at least one holds no number that can be read; ``number`` is that of the answer."""
+    if is_case_off(prediction, truth):
+        return None
     correct = compare_texts(prediction, truth)
     if correct is not False:
         return correct
-    if re.search(r"\d", truth):
-        return None  # a range, a list or a date, of which the answer may be another form
+    constant, other = (_CONSTANTS.get(fold(clean_answer(text))) for text in (truth, prediction))
+    if constant and other:
+        return constant == other
+    if re.search(r"\d", truth) or ((number or other) and (constant or _SYMBOL.search(truth))):
+        return None  # an expression, a range, a list or a date, of which the answer may be another form
     if number is None:
         return None if re.search(r"\d", prediction) else False
     return None if number.value == 0 and fold(truth) in _NOTHING else False
@@ -199,7 +209,8 @@ class NumberMatcher(Matcher):
         if predicted is None or true is None:
             folded, folded_truth = fold(clean_answer(prediction)), fold(clean_answer(truth))
             if true is not None:
-                return self._verdict(True if folded == folded_truth else None, "text", folded, folded_truth)
+                is_same = folded == folded_truth and not is_case_off(prediction, truth)
+                return self._verdict(True if is_same else None, "text", folded, folded_truth)
             return self._verdict(_compare_as_texts(prediction, truth, predicted), "text", folded, folded_truth)
         correct, name = self._rule.compare(predicted, true)
         return self._verdict(correct, name, number_text(predicted), number_text(true))
@@ -232,9 +243,10 @@ class ChartMatcher(Matcher):
     def _compare(self, prediction: str, truth: str) -> Verdict:
         plain_prediction, plain_truth = fold(clean_answer(prediction)), fold(clean_answer(truth))
         predicted, true = parse_number(prediction), parse_number(truth)
-        if predicted is None or true is None or plain_prediction == plain_truth != "":
+        is_case_equal = not is_case_off(prediction, truth)
+        if predicted is None or true is None or (plain_prediction == plain_truth != "" and is_case_equal):
             if true is not None:
-                correct = True if plain_prediction == plain_truth else None
+                correct = True if plain_prediction == plain_truth and is_case_equal else None
             else:
                 correct = _compare_as_texts(prediction, truth, predicted)
             return self._verdict(correct, "text", plain_prediction, plain_truth)

@@ -26,7 +26,9 @@ _SCALED = (
     ("Pa", "pascal", "1", {"kg": 1, "m": -1, "s": -2}),
     ("A", "ampere amp", "1", {"A": 1}),
     ("V", "volt", "1", {"kg": 1, "m": 2, "s": -3, "A": -1}),
+    ("Nm", "", "1", {"kg": 1, "m": 2, "s": -2}),
     ("\u03a9", "ohm", "1", {"kg": 1, "m": 2, "s": -3, "A": -2}),
+    ("\u2126", "", "1", {"kg": 1, "m": 2, "s": -3, "A": -2}),
     ("mol", "mole", "1", {"mol": 1}),
 )
 # Units without prefixes: all their names, factor, dimension.
@@ -44,6 +46,10 @@ _PLAIN = (
     ("mi mile miles", "1609.344", {"m": 1}),
     ("mph", "0.44704", {"m": 1, "s": -1}),
     ("kmh kph", "5/18", {"m": 1, "s": -1}),
+    ("mps", "1", {"m": 1, "s": -1}),
+    ("psi", "6894.757293168", {"kg": 1, "m": -1, "s": -2}),
+    ("px pixel pixels", "1", {"pixel": 1}),
+    ("dB decibel decibels", "1", {"decibel": 1}),
     ("t tonne tonnes", "1000", {"kg": 1}),
     ("lb lbs pound pounds", "0.45359237", {"kg": 1}),
     ("oz ounce ounces", "0.028349523125", {"kg": 1}),
@@ -52,6 +58,12 @@ _PLAIN = (
     ("\u00b0 deg degree degrees", "1", {"degree": 1}),
     ("rad radian radians", "1", {"radian": 1}),
 )
+# A kilobyte has 1000 or 1024 bytes: each amount of data is a base unit.
+_DATA_PREFIXES = {"": "", "k": "kilo", "K": "kilo", "M": "mega", "G": "giga", "T": "tera", "P": "peta"}
+_DATA = {"B": "byte", "b": "bit"}
+# Symbols of other units, which differ from a known unit only in case ("mS" and "ms", "mM" and "mm", "kn" and "kN").
+_OTHER_SYMBOLS = "mM nM uM \u00b5M \u03bcM mG kn knot MPS PSI PX"
+_OTHER_SYMBOLS += "".join(f" {prefix}{symbol}" for prefix in "numk\u00b5\u03bcMG" for symbol in "ST")
 _TEMPERATURES = {"\u00b0c": "celsius", "\u00b0f": "fahrenheit", "kelvin": "kelvin", "kelvins": "kelvin"}
 _TEMPERATURES |= {"celsius": "celsius", "fahrenheit": "fahrenheit", "centigrade": "celsius"}
 
@@ -100,17 +112,26 @@ def _units() -> dict[str, tuple[Fraction, dict[str, int]]]:
             for name in (word, f"{word}s"):
                 units[name] = (factor, dimension)
                 units |= {f"{pre}{name}": (factor * _TEN**power, dimension) for pre, power in _PREFIX_WORDS.items()}
-    for names, text, dimension in _PLAIN:
-        units |= dict.fromkeys(names.split(), (Fraction(text), dimension))
+    for symbol, word in _DATA.items():
+        for prefix, pre in _DATA_PREFIXES.items():
+            base = f"{pre}{word}"
+            names = [base, f"{base}s", *([f"{prefix}{symbol}"] if prefix else [])]
+            names += [f"{prefix}bit", f"{prefix}bits"] if symbol == "b" else []
+            units |= dict.fromkeys(names, (Fraction(1), {base: 1}))
+            units[f"{prefix}{symbol}ps"] = (Fraction(1), {base: 1, "s": -1})
+    for plain, text, dimension in _PLAIN:
+        units |= dict.fromkeys(plain.split(), (Fraction(text), dimension))
     return units
 
 
 @functools.cache
 def _folded_units() -> dict[str, tuple[Fraction, dict[str, int]]]:
-    """Returns the units by name in lower case, without the names that mean several units ("mW" and "MW")."""
-    units = _units()
+    """Returns the units by name in lower case, without letters and names that mean several units ("mW" and "MW")."""
+    units = _units() | {name: (Fraction(0), {}) for name in _OTHER_SYMBOLS.split() if name not in _units()}
     folded: dict[str, tuple[Fraction, dict[str, int]]] = {}
     for name, unit in units.items():
+        if len(name) == 1:
+            continue
         same = folded.setdefault(name.casefold(), unit)
         if same != unit:
             folded[name.casefold()] = (Fraction(0), {})
@@ -162,7 +183,7 @@ def parse_unit(text: str) -> Unit | None:
 def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
     """Returns the factor and the dimension of a word, or None if the unit is unknown."""
     name = word.replace(" ", "").rstrip(".")
-    scale = _TEMPERATURES.get(name.casefold())
+    scale = "kelvin" if name in ("K", "\u00b0K") else _TEMPERATURES.get(name.casefold())
     if scale is not None:
         return Fraction(1), {scale: 1}
     if name in ("degree", "degrees", "deg", "\u00b0") and any(scale in text.casefold() for scale in _TEMPERATURES):
@@ -170,8 +191,31 @@ def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
     return _units().get(name) or _folded_units().get(name.casefold())
 
 
+def fold_unit(text: str) -> str:
+    """Returns a unit in lower case, apart from its symbols, whose case has a meaning ("GB" and "Gb", "S" and "s")."""
+    return " ".join(map(_fold_word, text.split()))
+
+
+def _fold_word(word: str) -> str:
+    is_word = word.islower() or word.istitle() or (word.isupper() and len(word) > 3)
+    return word.casefold() if len(word) > 2 and is_word else word
+
+
+def is_case_off(first: str, second: str) -> bool:
+    """Returns whether two texts have symbols after a number that differ only in case ("5 M" and "5 m")."""
+    if first == second or first.casefold() != second.casefold():
+        return False
+    symbols = zip(_AFTER_NUMBER.findall(first), _AFTER_NUMBER.findall(second), strict=False)
+    return any(
+        fold_unit(symbol) != fold_unit(other) and compare_units(symbol, other) != 1 for symbol, other in symbols
+    )
+
+
+_AFTER_NUMBER = re.compile(r"[0-9)}]\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*)?([^\W\d_]+)")
+
+
 def _singular(word: str) -> str:
-    word = word.casefold().rstrip(".")
+    word = _fold_word(word.rstrip("."))
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
@@ -195,6 +239,8 @@ def compare_units(first: str, second: str) -> Fraction | Literal["different", "u
     scales = {"celsius", "fahrenheit", "kelvin", "degree", "radian"}
     if all(len(unit.dimension) == 1 and unit.dimension[0][0] in scales for unit in (left, right)):
         return "unclear"
+    if {base for base, _ in left.dimension} & _DATA_BASES and {base for base, _ in right.dimension} & _DATA_BASES:
+        return "unclear"
     times = (("month", 1),), (("s", 1),)
     if {left.dimension, right.dimension} == set(times):
         return "unclear"  # months have no fixed number of days
@@ -203,7 +249,9 @@ def compare_units(first: str, second: str) -> Fraction | Literal["different", "u
     return "different"
 
 
+_DATA_BASES = frozenset(f"{pre}{word}" for pre in _DATA_PREFIXES.values() for word in _DATA.values())
 _SCALES = frozenset({"celsius", "fahrenheit", "kelvin"})
+_DATA_FACTORS = frozenset(bits * size for bits in (1, 8) for size in (1, 1000, 1024, 10**6, 1 << 20, 10**9, 1 << 30))
 _FACTORS = (
     "3 7 12 14 16 24 30 36 52 60 144 168 180 360 365 1440 1760 3600 5280 86400 3.6 2.2 1.8 2.54 30.48 0.3048 0.9144"
     " 1.609344 1.61 1.6 0.45359237 28.349523125"
@@ -221,12 +269,15 @@ def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
     if first == -second or parsed is None:
         return True
     if parsed.is_known and {base for base, _ in parsed.dimension} & _SCALES:
-        return _is_temperature(first, second)
+        is_thousand = unit == "K" and (first == 1000 * second or second == 1000 * first)
+        return is_thousand or _is_temperature(first, second)
     if not first or not second:
         return False
     ratio = abs(first / second)
     ratio = 1 / ratio if ratio < 1 else ratio
     is_power = ratio.denominator == 1 and str(ratio.numerator).rstrip("0") == "1"
+    if {base for base, _ in parsed.dimension} & _DATA_BASES and ratio in _DATA_FACTORS:
+        return True
     return is_power or (parsed.is_known and (ratio in _CONVERSIONS or 1 / ratio in _CONVERSIONS))
 
 

@@ -2,43 +2,51 @@
 
 Besides the form of MMPR, these are the forms of MMMU (``options`` as the text of a Python list, ``image_1`` to
 ``image_7``, ``<image 1>``), MathVista (``choices``, ``decoded_image``), M3CoT and ScienceQA (``choices``, ``context``
-or ``hint``, an answer that is an index), ChartQA (``query``, ``label``, ``imgname``), POPE (``text``, ``label``) and
-MMBench (columns ``A``, ``B``, ..., an image in base64).
+or ``hint``, an answer that is an index), AI2D (an index as text), MathVision (``<image1>``), ChartQA (``query``,
+``label``, ``imgname``), POPE (``text``, ``label``), MMBench (columns ``A``, ``B``, ..., an image in base64) and
+SEED-Bench (``choice_a``, ``choice_b``, ...).
 """
 
-import ast
 import base64
 import dataclasses
 import datetime
 import decimal
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mpo_ext.answers import label_options
 from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.generate.item_options import (
+    FormError,
+    indexed_answer,
+    is_missing,
+    numbered_answer,
+    read_literal,
+    take_options,
+)
 
 _QUESTIONS = ("question", "query", "text")
 _ANSWERS = ("answer_gt", "answer", "label", "answers")
 _IMAGES = ("images", "image", "decoded_image", "imgname", "image_path")
 _NUMBERED_IMAGE = re.compile(r"image_([1-9][0-9]?)")
-_NUMBERED_MARK = re.compile(r"<image ([1-9][0-9]?)>")
-_COLUMNS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_NUMBERED_MARK = re.compile(r"<(\|?)(?:image|img)[ _-]?([0-9]{1,2})\1>", re.IGNORECASE)
+_LETTERS = re.compile(r"[(\[]?[A-Za-z][)\].:]*(?:\s*[,;&]\s*[(\[]?[A-Za-z][)\].:]*)*")
 # A field whose name or value looks like an image that this module does not read would be lost.
 _IMAGE_NAME = re.compile(r"(?:^|_)(?:images?|imgs?|pictures?|photos?|videos?|audios?|frames|pixels)(?:_|$)")
 _METADATA = re.compile(
     r"(?:^|_)(?:id|ids|type|types|source|sources|width|height|size|license|attribution|caption|captions|category|count|num"
     r"|number|n|url|urls|description|descriptions|use|name|split|hash|quality)(?:_|$)"
 )
+_FILE_NAME = re.compile(
+    r"image|img|file|path|photo|pic|video|figure|screenshot"
+    r"|(?:^|_)(?:media|medium|visuals?|diagrams?|charts?|plots?|scans?|screen|drawing|attachments?|fig|frame)(?:_|[0-9]|$)"
+)
 _IMAGE_FILE = re.compile(r"\S[^\n]*\.(?:png|jpe?g|gif|webp|bmp|tiff?|mp4|webm|avi|mov)", re.IGNORECASE)
 _MIME_BY_BASE64 = {"/9j/": "jpeg", "iVBORw0KGgo": "png", "R0lGOD": "gif", "UklGR": "webp", "Qk": "bmp", "SUkq": "tiff"}
 _MIME_BY_BASE64["TU0AK"] = "tiff"
 _SHORTEST_BASE64 = 65  # shorter texts are the ``index`` of another row of MMBench, which has the image
-
-
-class FormError(ValueError):
-    """Raised for an item that cannot be used; the message is the item's ``problem``."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -69,12 +77,13 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
     question_key = next((key for key in _QUESTIONS if rest.get(key) is not None), "question")
     question, chosen = rest.pop(question_key, None), rest.pop("chosen", None)
     rest.pop("rejected", None)
-    options, is_index = _take_options(rest)
+    options, is_index = take_options(rest)
     if not isinstance(question, str):
         return ItemFields(question, chosen, [], [], rest)
     truths = _take_truths(rest, options, is_index=is_index)
     if options is not None:
         context = next((rest[key] for key in ("context", "hint") if isinstance(rest.get(key), str)), "")
+        context = "" if is_missing(context) else context
         question = f"{context.strip()}\n{question}" if context.strip() else question
     question, options, images = _take_images(rest, question, options)
     if options is not None:
@@ -90,82 +99,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     return str(value) if isinstance(value, decimal.Decimal) else value
-
-
-# ---- Options
-
-
-def _take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | None, bool]:
-    """Removes the options from the fields; returns them, and whether their form has an index as the answer."""
-    named = [key for key in ("options", "choices") if key in rest]
-    taken = {key: rest.pop(key) for key in named}
-    options = [(key, parsed) for key, value in taken.items() if (parsed := parse_options(key, value)) is not None]
-    if len(options) > 1 and options[0][1] != options[1][1]:
-        raise FormError("options and choices differ")
-    if options:
-        return options[0][1], options[0][0] == "choices"
-    columns = []
-    for letter in _COLUMNS:
-        if not isinstance(rest.get(letter), str) or not rest[letter].strip():
-            break
-        columns.append(letter)
-    if len(columns) < 2:
-        return None, False
-    texts = [rest.pop(letter) for letter in columns]
-    for letter in _COLUMNS[len(columns) :]:
-        if isinstance(rest.get(letter), str) and not rest[letter].strip():
-            del rest[letter]  # a question with fewer options than others
-        elif letter in rest:
-            raise FormError(f"option {letter} stands after an empty option")
-    return texts, False
-
-
-def parse_options(key: str, value: Any) -> list[str] | dict[str, str] | None:
-    """Returns options as a list of texts or a dict from letter to text; None for an empty value.
-
-    Args:
-        key: Name of the field in messages.
-        value: A list; a dict from letter to text; a dict with ``text`` and ``label`` lists; or the text of a list or
-            dict in the notation of Python or JSON, as MMMU has it.
-
-    Raises:
-        FormError: If the value is none of these, or has more than 26 options.
-    """
-    if isinstance(value, str) and value.strip():
-        try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise FormError(f"{key} must be a list of texts") from None
-        if isinstance(value, str):
-            raise FormError(f"{key} must be a list of texts")
-    if value is None or (isinstance(value, (str, Sequence, Mapping)) and not value):
-        return None
-    if isinstance(value, Mapping) and set(value) == {"text", "label"}:
-        texts, labels = value["text"], value["label"]
-        if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):
-            raise FormError(f"{key} must have as many texts as labels")
-        value = dict(zip(map(str, labels), texts, strict=True))
-    if isinstance(value, Mapping):
-        options: list[str] | dict[str, str] = {
-            str(label).strip().upper(): _option(key, t) for label, t in value.items()
-        }
-        if len(options) < len(value):
-            raise FormError(f"{key} must have different labels")
-    elif isinstance(value, (list, tuple)):
-        options = [_option(key, text) for text in value]
-    else:
-        raise FormError(f"{key} must be a list of texts")
-    try:
-        label_options(options)
-    except (TypeError, ValueError):
-        raise FormError(f"{key} must be 1 to 26 texts, labelled A to Z if they have labels") from None
-    return options
-
-
-def _option(key: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise FormError(f"{key} must hold texts")
-    return str(value)
 
 
 # ---- Answers
@@ -186,14 +119,32 @@ def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | Non
     if isinstance(answer, (list, tuple)):
         if not all(isinstance(each, (str, int, float)) for each in answer):
             raise FormError(f"{key} must hold texts")
-        return [str(each) for each in answer]
+        return [_checked(str(each), options) for each in answer]
     if isinstance(answer, Mapping):
         raise FormError(f"{key} must be a text or a list of texts")
     if isinstance(answer, int) and not isinstance(answer, bool) and options is not None:
-        return [_indexed_answer(answer, options, is_index=is_index)]
+        return [indexed_answer(answer, options, is_index=is_index)]
     text = str(answer)
     is_hidden = text.strip() in ("", "?") and (options is not None or "question_type" in rest)
-    return [] if is_hidden else [text]  # test splits have no answers
+    if is_hidden or is_missing(answer):
+        return []  # test splits have no answers
+    if isinstance(options, list) and re.fullmatch(r"[0-9]{1,3}", text.strip()):
+        return [numbered_answer(text, options, is_index=is_index)]
+    return [_checked(text, options)]
+
+
+def _checked(text: str, options: list[str] | dict[str, str] | None) -> str:
+    """Returns a true answer; raises FormError for the letters of options that the item does not have."""
+    if options is None or not _LETTERS.fullmatch(text.strip()):
+        return text
+    labels = label_options(options)
+    if any(option.strip() == text.strip() for option in labels.values()):
+        return text
+    if not set(re.findall("[A-Z]", text.upper())) <= set(labels):
+        raise FormError(
+            f"answer must be a letter or the text of an option, got {text.strip()} for {len(labels)} options"
+        )
+    return text
 
 
 def _is_texts(value: Any) -> bool:
@@ -203,22 +154,10 @@ def _is_texts(value: Any) -> bool:
 def _open_answers(answer: str) -> Any:
     """Returns the answers to an open question of MMMU, which may be the text of a list."""
     try:
-        answers = ast.literal_eval(answer.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        answers = read_literal(answer)
+    except ValueError:
         return answer
     return answers if isinstance(answers, list) and answers else answer
-
-
-def _indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Returns the letter of an answer that is the index of an option, counted from 0 as in ScienceQA."""
-    labels = label_options(options)
-    matching = [label for label, text in labels.items() if text.strip() == str(answer)]
-    letter = list(labels)[answer] if 0 <= answer < len(labels) else None
-    if is_index and letter is not None:
-        return letter
-    if matching and (letter is None or matching == [letter]):
-        return matching[0]
-    raise FormError("answer must be a letter or the text of an option: a number may be an index from 0 or from 1")
 
 
 # ---- Images
@@ -252,7 +191,8 @@ def _take_images(
     if len(different) > 1:
         raise FormError(f"images must be given once, got {different[0]} and {different[1]} with other images")
     images = next(iter(fields.values()), [])
-    if not numbered and not (images and _NUMBERED_MARK.search(question)):
+    texts = [question, *(options.values() if isinstance(options, dict) else options or ())]
+    if not numbered and not any(map(_NUMBERED_MARK.search, texts)):
         return question, options, images
     return _place_numbered(question, options, numbered or dict(enumerate(images, 1)))
 
@@ -266,7 +206,7 @@ def _place_numbered(
 
     def place(text: str) -> str:
         def mark(match: re.Match[str]) -> str:
-            number = int(match[1])
+            number = int(match[2])
             if number not in images:
                 raise FormError(f"{match[0]} must have an image with this number")
             order.append(images[number])
@@ -290,7 +230,7 @@ def _image(key: str, value: Any, rest: Mapping[str, Any]) -> Any:
     """Returns an image as a path or a data URL, None for no image, and other values unchanged."""
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:  # the form of Hugging Face's datasets
         value = value["bytes"] if value.get("bytes") else value.get("path")
-    if value is None or value == "":
+    if value is None or value == "" or is_missing(value):
         return None
     if isinstance(value, (bytes, bytearray)):
         return _data_url(base64.b64encode(value).decode())
@@ -322,11 +262,26 @@ def _is_image_like(key: str, value: Any) -> bool:
             return True
         if isinstance(entry, Mapping) and "bytes" in entry and "path" in entry:
             return True
-        if isinstance(entry, str) and entry.startswith("data:image/"):
+        if isinstance(entry, str) and (entry.startswith("data:image/") or _is_base64(entry)):
             return True
     if value is None or isinstance(value, (bool, int, float)) or value in ("", [], {}):
         return False
     name = key.casefold().replace("-", "_")
     is_named = _IMAGE_NAME.search(name) is not None and _METADATA.search(name) is None
-    is_file = any(isinstance(entry, str) and _IMAGE_FILE.fullmatch(entry) is not None for entry in entries)
-    return is_named or (is_file and re.search(r"image|img|file|path|photo|pic|video|figure", name) is not None)
+    is_file = any(_IMAGE_FILE.fullmatch(text) is not None for text in _texts(value))
+    return is_named or (is_file and _FILE_NAME.search(name) is not None)
+
+
+def _texts(value: Any) -> list[str]:
+    """Returns the texts in a value, also those in its lists and objects."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [text for entry in value for text in _texts(entry)]
+    return [value] if isinstance(value, str) else []
+
+
+def _is_base64(text: str) -> bool:
+    """Returns whether a text is an image in base64."""
+    is_long = len(text) >= _SHORTEST_BASE64 and text.startswith(tuple(_MIME_BY_BASE64))
+    return is_long and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text) is not None and " " not in text

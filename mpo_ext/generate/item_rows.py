@@ -1,5 +1,6 @@
-"""Reads the rows of a file of items: JSON Lines, TSV, CSV or Parquet."""
+"""Reads the rows of a file of items: JSON lines, a JSON array, TSV, CSV or Parquet, also compressed or in UTF-16."""
 
+import codecs
 import csv
 import hashlib
 import json
@@ -9,50 +10,101 @@ from pathlib import Path
 from typing import Any
 
 from mpo_ext.checks import install_hint
+from mpo_ext.data.containers import as_lines, is_parquet
+from mpo_ext.data.jsonl import UNREADABLE
 
 TABLES = (".tsv", ".csv", ".parquet")
+_HEAD = 1 << 16
 _PARQUET_ROWS = 32  # rows that are read at a time; each may hold several images
 
 
 def read_rows(path: str) -> Iterator[Any]:
-    """Yields the rows of a file; None for a line that is not JSON. Values of TSV and CSV are texts."""
-    suffix = Path(path).suffix.lower()
-    if suffix == ".parquet":
+    """Yields the rows of a file; None for a line that is not JSON. Values of TSV and CSV are texts.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the file is in a form or encoding that is not read; the message names it.
+    """
+    if _is_parquet(path):
         for batch in _parquet(path).iter_batches(batch_size=_PARQUET_ROWS):
             for row in batch.to_pylist():
                 yield {
                     name: None if value != value else value for name, value in row.items()
                 }  # NaN is a missing value
-    elif suffix in TABLES:
-        csv.field_size_limit(sys.maxsize)  # images in base64 are longer than the default limit
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for row in csv.DictReader(file, dialect="excel-tab" if suffix == ".tsv" else "excel", strict=True):
-                # DictReader has the key None for too many values, and the value None for too few.
-                yield None if None in row or None in row.values() else row
-    else:
-        with open(path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    yield _parse(line)
+        return
+    lines = _lines(path)
+    suffix = Path(path).suffix.lower()
+    if lines == path and suffix in TABLES:
+        yield from _table_rows(path, "excel-tab" if suffix == ".tsv" else "excel")
+        return
+    with open(lines, "rb") as file:
+        for line in file:
+            if line.strip():
+                yield _parse(line)
 
 
 def count_rows(path: str, digest: "hashlib._Hash | hashlib.blake2b") -> int:
-    """Returns the number of rows of a file, and adds the content of the file to a digest."""
-    suffix = Path(path).suffix.lower()
-    count = 0
+    """Returns the number of rows of a file, and adds the content of the file to a digest; raises as ``read_rows``."""
     with open(path, "rb") as file:
-        for line in file:
-            digest.update(line)
-            count += bool(line.strip())
-    if suffix == ".parquet":
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if _is_parquet(path):
         return int(_parquet(path).metadata.num_rows)
-    return sum(1 for _ in read_rows(path)) if suffix in TABLES else count
+    lines = _lines(path)
+    if lines == path and Path(path).suffix.lower() in TABLES:
+        return sum(1 for _ in read_rows(path))
+    with open(lines, "rb") as file:
+        return sum(bool(line.strip()) for line in file)
+
+
+def _is_parquet(path: str) -> bool:
+    return is_parquet(path) or Path(path).suffix.lower() == ".parquet"
+
+
+def _lines(path: str) -> str:
+    """Returns the path of a table of text in UTF-8, or of JSON lines with the rows of another file."""
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    if Path(path).suffix.lower() in TABLES and _is_utf8(head):
+        return path  # tables with images in base64 are not copied into the cache
+    lines = as_lines(path, is_meta_allowed=False)
+    assert lines is not None  # only meta files give None
+    with open(lines, "rb") as file:
+        head = file.read(_HEAD).removeprefix(codecs.BOM_UTF8)
+    if head.lstrip()[:1] == b"[" and not isinstance(_parse(head.lstrip().partition(b"\n")[0]), list):
+        raise ValueError(f"path must be JSON lines, got {path} with a JSON array: give it the suffix .json")
+    if head.lstrip()[:2] == b"[{":
+        raise ValueError(f"path must be JSON lines, got {path} with a JSON array: give it the suffix .json")
+    if b"\0" in head:
+        raise ValueError(f"path must be text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, got {path}")
+    return lines
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in head and not head.startswith(b"PK\x03\x04")
+
+
+def _table_rows(path: str, dialect: str) -> Iterator[Any]:
+    csv.field_size_limit(sys.maxsize)  # images in base64 are longer than the default limit
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file, dialect=dialect, strict=True):
+                # DictReader has the key None for too many values, and the value None for too few.
+                yield None if None in row or None in row.values() else row
+    except (UnicodeError, csv.Error) as error:
+        raise ValueError(f"path must be a table of text in UTF-8, got {path}: {error}") from None
 
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except ValueError:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return {UNREADABLE: "a line must be text in UTF-8"}
+    except (ValueError, RecursionError):
         return None
 
 

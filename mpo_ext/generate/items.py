@@ -11,6 +11,8 @@ from typing import Any
 from mpo_ext.answers import label_options
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_json
+from mpo_ext.data.containers import as_lines
+from mpo_ext.data.jsonl import UNREADABLE
 from mpo_ext.data.mmpr import read_meta, resolve_image
 from mpo_ext.data.paths import absolute_path
 from mpo_ext.data.reader import FieldError
@@ -105,6 +107,8 @@ class Item:
         """
         if not isinstance(values, Mapping):
             return cls(problem="unreadable line")
+        if UNREADABLE in values:
+            return cls(problem=str(values[UNREADABLE]))
         source = values.get(SOURCE)
         try:
             fields = read_fields({key: value for key, value in values.items() if key != SOURCE})
@@ -204,7 +208,7 @@ def item_files(
     """Returns the files of a source: the source itself, or the files in a meta file (.json) as MMPR uses it.
 
     Args:
-        source: Path of a JSONL, TSV, CSV or Parquet file, or of a meta file.
+        source: Path of a file of JSON lines, a JSON array (.json), TSV, CSV or Parquet, or of a meta file.
         image_root: Folder against which relative image paths are resolved; a meta file names a root for each file.
         root_map: Pairs of path prefixes (old, new) for folders in a meta file that have moved.
 
@@ -212,7 +216,7 @@ def item_files(
         OSError: If the meta file cannot be read.
         ValueError: If the file is not a meta file, or if an argument does not fit the kind of the source.
     """
-    if Path(source).suffix != ".json":
+    if not _is_meta(source):
         if root_map:
             raise ValueError(f"root_map must be left out unless source is a meta file (.json), got {root_map}")
         return (ItemFile(str(source), image_root),)
@@ -221,6 +225,17 @@ def item_files(
     return tuple(
         ItemFile(subset.annotation, subset.root, subset.name) for subset in read_meta(source, root_map=root_map)
     )
+
+
+def _is_meta(source: str | Path) -> bool:
+    """Returns whether a file is a .json file that is no JSON array; raises ValueError for an array in another form."""
+    if Path(source).suffix != ".json":
+        return False
+    with open(source, "rb") as file:
+        head = file.read(1 << 12)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
+        return as_lines(str(source)) is None
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"["
 
 
 def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:

@@ -102,9 +102,12 @@ def test_what_needs_no_model_is_checked_before_it_is_loaded(
 
     assert refused("correctness", "none.jsonl", "out") == "mpo-ext sample: source must exist, got none.jsonl\n"
     (tmp_path / "pairs.json").write_text("[1, 2]")
-    assert "must be a meta file in JSON" in refused("correctness", "pairs.json", "out")
+    assert "got none among the first 2 of pairs.json: unreadable line" in refused("correctness", "pairs.json", "out")
+    (tmp_path / "meta.json").write_text("7")
+    assert "must be a meta file in JSON" in refused("correctness", "meta.json", "out")
     (tmp_path / "list.jsonl").write_text('[\n{"a": 1},\n]\n')
-    assert "got none among the first 3 of list.jsonl: unreadable line" in refused("correctness", "list.jsonl", "out")
+    for pipeline in ("correctness", "dropout-ntp"):
+        assert "with a JSON array: give it the suffix .json" in refused(pipeline, "list.jsonl", "out")
     (tmp_path / "empty.jsonl").write_text("\n")
     assert "got an empty file: empty.jsonl" in refused("dropout-ntp", "empty.jsonl", "out")
     (tmp_path / "truthless.jsonl").write_text('{"question": "Q"}\n')

@@ -1,9 +1,12 @@
 """Items in the forms in which benchmarks are published: read with their images, options and answers, or refused."""
 
 import base64
+import bz2
 import csv
+import gzip
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +162,9 @@ def test_mmbench() -> None:
         ("{'a': 'x', 'b': 'y'}", (("A", "x"), ("B", "y"))),
         ({"text": ["x", "y"], "label": ["A", "B"]}, (("A", "x"), ("B", "y"))),
         ([1, 2.5], (("A", "1"), ("B", "2.5"))),
+        ("['x' 'y']", (("A", "x"), ("B", "y"))),  # a numpy array
+        ("['x' \"y's\"\n 'z']", (("A", "x"), ("B", "y's"), ("C", "z"))),
+        ("['x']", (("A", "x"),)),
         ([], None),
         ("[]", None),
         ("", None),
@@ -175,6 +181,7 @@ def test_options_that_are_read(options: Any, expected: Any) -> None:
     [
         "a cat", "A. cat B. dog", 7, True, [None], [["x"]], [{"a": 1}], {"1": "x"}, {"a": "x", "A": "y"}, ["x"] * 27,
         {"text": ["x"], "label": []}, {"text": "x", "label": "A"}, "'a cat'", "[1, [2]]", {"AB": "x"},
+        "['x', 'y' 'z']", "['x''y']", "('x' 'y')", "{'a': 'x' 'y'}", "[1 2]", "['x' 1]",
     ],
 )  # fmt: skip
 def test_options_that_are_refused(options: Any) -> None:
@@ -214,6 +221,13 @@ def test_numbers_that_may_be_an_index_or_an_option_are_refused(options: list[str
         ({"thing": {"bytes": RED, "path": None}}, "thing"),
         ({"thing": RED_URL}, "thing"),
         ({"left_image": "a"}, "left_image"),
+        ({"media": "a.png"}, "media"),
+        ({"media": [{"type": "image", "url": "b/a.jpg"}]}, "media"),
+        ({"visual": "a.webp"}, "visual"),
+        ({"figure": "a.png"}, "figure"),
+        ({"diagram": ["a.png"]}, "diagram"),
+        ({"screenshot": "https://a/b.png"}, "screenshot"),
+        ({"figure": in_base64(RED)}, "figure"),
         ({"pixels": [[1, 2], [3, 4]]}, "pixels"),
     ],
 )
@@ -228,6 +242,8 @@ def test_unknown_images_refuse_the_item_by_name(fields: dict[str, Any], field: s
         {"image_id": "7", "image_source": "COCO", "image": "a.png"}, {"img_type": "['Plots']"}, {"image_width": 4},
         {"image_1_license": "CC BY 4.0"}, {"num_images": 2}, {"video": None}, {"img": ""}, {"has_image": True},
         {"rationale": "See a.png."}, {"source": "figures of a book"}, {"imagination": "x"},
+        {"figure": "Figure 2"}, {"media": "print"}, {"visual": True}, {"option_count": 4}, {"choice_type": "single"},
+        {"options_format": "text"}, {"choices_a": None}, {"A": "only one"},
     ],
 )  # fmt: skip
 def test_other_fields_are_kept(fields: dict[str, Any]) -> None:
@@ -246,7 +262,7 @@ def test_other_fields_are_kept(fields: dict[str, Any]) -> None:
         ({"options": ["a", "b"], "choices": ["a", "c"]}, "options and choices differ"),
         ({"answer": {"text": "7"}}, "answer must be a text or a list of texts"),
         ({"answer": [["7"]]}, "answer must hold texts"),
-        ({"options": ["<image>", "b"]}, "number of <image> is not that of the images"),
+        ({"options": ["<image>", "b"], "answer": "A"}, "number of <image> is not that of the images"),
     ],
 )
 def test_items_that_would_be_asked_in_another_way_are_refused(values: dict[str, Any], problem: str) -> None:
@@ -270,6 +286,91 @@ def test_an_open_image_becomes_a_data_url() -> None:
     (url,) = read({"question": "Q?", "decoded_image": Image.new("RGB", (4, 4), "red")}).images
     with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
         assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+# ---- Other names of options and marks
+
+
+@pytest.mark.parametrize("name", ["choice_{}", "option_{}", "op{}"])
+def test_options_in_fields_of_their_own(name: str) -> None:
+    fields = dict(zip(map(name.format, "abcd"), ("a cat", "a dog", "nan", ""), strict=True))
+    item = read({"question": "Q?", "answer": "B", **fields})
+    assert (item.options, item.truths) == ((("A", "a cat"), ("B", "a dog")), ("B",))
+    assert set(item.extra) == {"options"}
+    numbers = dict(zip(map(name.format, "abc"), (1, 2, 3), strict=True))
+    assert read({"question": "Q?", "answer": "C", **numbers}).extra == {"options": ["1", "2", "3"]}
+    problem = Item.from_dict({"question": "Q?", "answer": "D", **fields, name.format("d"): "x"}).problem
+    assert problem == "option D stands after an empty option"
+
+
+def test_candidates_are_options() -> None:
+    assert read({"question": "Q?", "answer": "B", "candidates": ["x", "y"]}).extra == {"options": ["x", "y"]}
+    assert read({"question": "Q?", "answer": "B", "candidates": "['x' 'y']"}).extra == {"options": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"answer_choices": ["x", "y"]}, "answer_choices"), ({"Options": "A. x B. y"}, "Options"),
+        ({"option_1": "x", "option_2": "y"}, "option_1"), ({"choice1": "x"}, "choice1"),
+        ({"answerOptions": {"A": "x"}}, "answerOptions"), ({"mc_candidates": ["x"]}, "mc_candidates"),
+        ({"distractor1": "x"}, "distractor1"), ({"endings": ["x", "y"]}, "endings"), ({"choice_a": "x"}, "choice_a"),
+    ],
+)  # fmt: skip
+def test_unknown_options_refuse_the_item_by_name(fields: dict[str, Any], field: str) -> None:
+    problem = Item.from_dict({"question": "Q?", "answer": "A", **fields}).problem
+    assert problem == f"the field {field!r} looks like options, and is not read: name it options"
+
+
+def test_missing_values_of_pandas_are_missing() -> None:
+    item = read({**MMBENCH, "hint": "nan", "C": "nan", "D": "nan", "answer": "A"})
+    assert (item.question, item.extra["options"]) == ("What is shown?", ["a cat", "None"])
+    assert Item.from_dict({**MMBENCH, "C": "nan", "D": "a cow"}).problem == "option D stands after an empty option"
+    assert read({**MMBENCH, "answer": "nan"}).truths == ()
+    assert read({"question": "Q?", "answer": "7", "image": "nan", "context": "NaN"}).images == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "truth"),
+    [
+        ({"choices": ["x", "y"], "answer": "1"}, "B"), ({"choices": "['x' 'y']", "answer": " 0"}, "A"),
+        ({"choices": ["3", "5"], "answer": "5"}, "5"), ({"choices": ["0", "1"], "answer": "1"}, "1"),
+        ({"options": ["3", "1"], "answer": "1"}, "1"), ({"options": ["x", "y"], "answer": "(b)"}, "(b)"),
+        ({"options": ["x", "y"], "answer": "A, B"}, "A, B"), ({"options": ["x", "D"], "answer": "D"}, "D"),
+    ],
+)  # fmt: skip
+def test_answers_as_text_with_options(fields: dict[str, Any], truth: str) -> None:
+    assert read({"question": "Q?", **fields}).truths == (truth,)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"choices": ["1", "0"], "answer": "1"}, {"options": ["x", "y"], "answer": "1"},
+        {"choices": ["x", "y"], "answer": "2"}, {"choice_a": "x", "choice_b": "y", "answer": "0"},
+        {"options": ["x", "y"], "answer": "C"}, {"options": ["x", "y"], "answer": "(d)."},
+        {"options": {"A": "x", "C": "y"}, "answer": "B"}, {"options": ["x", "y"], "answer": "A, C"},
+        {"options": ["x", "y"], "answer": ["A", "E"]},
+    ],
+)  # fmt: skip
+def test_answers_that_name_no_option_are_refused(fields: dict[str, Any]) -> None:
+    problem = Item.from_dict({"question": "Q?", **fields}).problem
+    assert problem is not None
+    assert problem.startswith("answer must be a letter or the text of an option")
+
+
+@pytest.mark.parametrize("mark", ["<image {}>", "<image{}>", "<image_{}>", "<|image_{}|>", "<Image {}>", "<img_{}>"])
+def test_marks_with_numbers(mark: str) -> None:
+    question = f"Is {mark.format(2)} like {mark.format(1)}?"
+    item = read({"question": question, "images": ["a.png", "b.png"], "answer": "7"})
+    assert (item.question, item.images) == ("Is <image> like <image>?", ("b.png", "a.png"))
+    vision = {"question": f"What is it?\n{mark.format(1)}", "image": "images/1.jpg", "decoded_image": {"bytes": RED}}
+    assert (read(vision).question, read(vision).images) == ("What is it?\n<image>", (RED_URL,))
+    options = {"question": "Which?", "images": ["a.png"], "options": [mark.format(1), "none"], "answer": "A"}
+    assert read(options).extra["options"] == ["<image>", "none"]
+    for fields in ({}, {"images": ["a.png"]}):
+        problem = Item.from_dict({"question": question, "answer": "7", **fields}).problem
+        assert problem == f"{mark.format(2)} must have an image with this number"
 
 
 # ---- Tables
@@ -332,6 +433,63 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1 no more")
     with pytest.raises(ValueError, match=r"bench\.parquet must be a Parquet file"):
         open_items(path)
+
+
+# ---- Files in other forms
+
+ROWS = [{"question": f"Wie gro\u00df ist {number}?", "answer": str(number)} for number in range(3)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+TABLE = "question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in ROWS)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", gzip.compress(LINES.encode())), ("a.jsonl", gzip.compress(LINES.encode())),
+        ("a.jsonl.bz2", bz2.compress(LINES.encode())), ("a.csv.gz", gzip.compress(TABLE.encode())),
+        ("a.jsonl", LINES.encode("utf-16")), ("a.csv", TABLE.encode("utf-16")), ("a.jsonl", LINES.encode("utf-8-sig")),
+        ("a.json", json.dumps(ROWS).encode()), ("a.json", json.dumps(ROWS, indent=1).encode("utf-16")),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())), ("a.csv", TABLE.encode("utf-8-sig")),
+        ("a.tsv", TABLE.replace(",", "\t").encode("utf-16")),
+    ],
+)  # fmt: skip
+def test_files_in_other_forms(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    source = open_items(tmp_path / name)
+    assert source.count == 3
+    assert [(item.question, *item.truths) for item in source.items()] == [tuple(row.values()) for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("a.jsonl", json.dumps(ROWS).encode(), "with a JSON array: give it the suffix .json"),
+        ("a.jsonl", json.dumps(ROWS, indent=1).encode(), "with a JSON array: give it the suffix .json"),
+        ("a.jsonl", b"PK\x03\x04 zip", "a zip file"), ("a.csv", b"PK\x03\x04 zip", "a zip file"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd zstd", "zstd"),
+        ("a.csv", TABLE.encode("latin-1"), "convert it with iconv"),
+        ("a.csv", TABLE.encode("utf-16-le"), "text in UTF-8"),
+        ("a.jsonl", gzip.compress(LINES.encode())[:-9], "complete"),
+        ("a.json", b"[{}, ", "item 2 is not JSON"),
+        ("a.csv", b'question,answer\n"a"b,7\n', "a table of text in UTF-8"),
+    ],
+)  # fmt: skip
+def test_files_that_are_not_read_name_the_cause(tmp_path: Path, name: str, content: bytes, cause: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(cause)):
+        open_items(tmp_path / name)
+
+
+def test_a_line_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINES.encode("latin-1"))
+    assert {item.problem for item in open_items(path).items()} == {"a line must be text in UTF-8"}
 
 
 # ---- Runs

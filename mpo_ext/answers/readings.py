@@ -1,0 +1,126 @@
+"""Other readings of answers: an answer in mathematics is wrong only if no usual reading of it is the truth."""
+
+import dataclasses
+import re
+from fractions import Fraction
+
+from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
+from mpo_ext.answers.number_text import Number, parse_number
+from mpo_ext.answers.numbers import NumberRule
+from mpo_ext.answers.units import compare_units, parse_unit
+
+_RULE = NumberRule(relative=1e-6, absolute=1e-9, percent="either", units="any")
+_ZERO = frozenset(("none", "nil", "nothing", "null", "no", "no solution", "no solutions"))
+_COMMA = re.compile(r"(?<![0-9,])([0-9]{1,3}(?:[. ][0-9]{3})+|[0-9]+),([0-9]+)(?![0-9,])")
+_MIXED = re.compile(r"(?<![0-9.])([0-9]{1,30})-([0-9]{1,30}\s*/\s*[0-9]{1,30})(?![0-9.])")
+_MAGNITUDE = re.compile(r"(?<=[0-9])\s?(k|K|M|m|MM|mn|mln|Mio|B|b|bn|Mrd|G|T|t|tn)(?![^\W_])\.?")
+_WORDS = {"k": "thousand", "m": "million", "b": "billion", "g": "billion", "t": "trillion"}
+_PART = re.compile(
+    r"([0-9]+(?:\.[0-9]+)?(?:\s*/\s*[0-9]+)?)\s*([^\W\d_]+\.?|[\u00b0'\"\u2032\u2033])(?:\s*,)?(?:\s+and\b)?\s*"
+)
+_SIGNS = {"'": "ft", "\u2032": "ft", '"': "in", "\u2033": "in"}
+_UNIT = re.compile(
+    r"(?:\\[,;:! ]|~|\s)*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*([^{}]*?)\s*\}|(?<=[\s0-9)}])([^\W\d_]{2,}))"
+    r"\s*(?:\^\s*\{?[23]\}?)?\s*$"
+)
+
+
+def is_symbol(number: Number) -> bool:
+    """Returns whether the "unit" of a number may be a factor of an expression, as in "2b" and "5 xy"."""
+    if not number.unit or number.is_currency or number.unit == "%":
+        return False
+    unit = parse_unit(number.unit)
+    return unit is None or (not unit.is_known and len(number.unit) < 4)
+
+
+def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
+    """Compares two answers that differ as expressions by the other readings of numbers in them.
+
+    Other readings are: letters as an unknown unit ("7 pcs"), a decimal comma ("7,0"), a magnitude ("1.5M"), a mixed
+    number ("1-1/4"), a quantity in several units ("5 ft 6 in"), and a word for 0 ("none").
+
+    Returns:
+        True if the answers are equal (only for quantities in several units), None if they may be equal, or False; and
+        the name of the comparison.
+    """
+    prediction, truth = (clean_answer(text.translate(TO_ASCII)) for text in (prediction, truth))
+    first, second = parse_number(prediction), parse_number(truth)
+    is_quantity = first and second and (_may_have_unit(first, prediction) or _may_have_unit(second, truth))
+    if first and second and is_quantity and (first.name == second.name or not (first.name and second.name)):
+        return (None, "unit") if _RULE.compare(first, second)[0] is not False else (False, "value")
+    sums = _sum(prediction), _sum(truth)
+    left, right = sums[0] or first, sums[1] or second
+    if any(sums) and left and right:
+        return _RULE.compare(left, right)
+    if fold(prediction) in _ZERO and fold(truth) in _ZERO:
+        return False, "text"
+    if (first and is_symbol(first)) or (second and is_symbol(second)):
+        return False, "value"  # a product with a variable
+    for left in (first, *_readings(prediction, first)):
+        for right in (second, *_readings(truth, second)):
+            if (
+                (left is not first or right is not second)
+                and left
+                and right
+                and _RULE.compare(left, right)[0] is not False
+            ):
+                return None, "reading"
+    return False, "value"
+
+
+def without_unknown_unit(text: str) -> str:
+    r"""Returns an expression without the unknown unit after it: "\sqrt{2} pcs" is "\sqrt{2}"."""
+    text = clean_answer(text)
+    match = _UNIT.search(text)
+    unit = match and (match[1] or match[2])
+    if not match or not unit or not re.search(r"[0-9}]", text[: match.start()]):
+        return text
+    parsed = parse_unit(unit)
+    return text if parsed is None or parsed.is_known else text[: match.start()].strip()
+
+
+def _may_have_unit(number: Number, text: str) -> bool:
+    """Returns whether a number has letters that are an unknown unit and not a variable beside its factor ("2b")."""
+    if not is_symbol(number):
+        return False
+    is_variable = len(number.unit) == 1 and number.unit.islower() and re.search(rf"[0-9]{number.unit}", text)
+    return not is_variable
+
+
+def _readings(text: str, number: Number | None) -> list[Number | None]:
+    if fold(text) in _ZERO:
+        return [Number(Fraction(0))]
+    texts = [_COMMA.sub(lambda match: re.sub("[. ]", "", match[1]) + f".{match[2]}", text), _MIXED.sub(r"\1 \2", text)]
+    readings = [parse_number(each) for each in texts if each != text]
+    for each in () if number else (text, texts[0]):
+        magnitude = _MAGNITUDE.search(each)
+        if magnitude:
+            word = _WORDS[magnitude[1][0].casefold()]
+            reading = parse_number(f"{each[: magnitude.start()]} {word} {each[magnitude.end() :]}".strip())
+            if reading and magnitude[1] in ("b", "t", "m"):  # a variable, as in "2b", or exactly so many
+                reading = dataclasses.replace(reading, others=())
+            readings.append(reading)
+    return readings
+
+
+def _sum(text: str) -> Number | None:
+    """Returns a quantity in several units ("5 ft 6 in") in the first of them, or None for another text."""
+    sign = -1 if text.startswith("-") else 1
+    position, parts = len(text) - len(text.lstrip("-")), []
+    while position < len(text):
+        match = _PART.match(text, position)
+        number = match and parse_number(match[1])
+        if match is None or number is None:
+            return None
+        parts.append((number.value, _SIGNS.get(match[2], match[2])))
+        position = match.end()
+    if len(parts) < 2:
+        return None
+    unit, total, last = parts[0][1], parts[0][0], Fraction(1)
+    for value, name in parts[1:]:
+        factor = compare_units(name, unit)
+        if isinstance(factor, str) or not factor < last:
+            return None
+        total, last = total + value * factor, factor
+    parsed = parse_unit(unit)
+    return Number(sign * total, unit) if parsed is not None and parsed.is_known else None

@@ -1,0 +1,187 @@
+"""Reads the options of items, and answers that are the index of an option."""
+
+import ast
+import io
+import itertools
+import re
+import tokenize
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpo_ext.answers import label_options
+
+_COLUMNS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LISTS = ("options", "choices", "candidates")
+# Names of fields with one option each: "A", "choice_a", "option_a", "opa".
+_SERIES = (
+    "{upper}",
+    "choice_{lower}",
+    "choice_{upper}",
+    "option_{lower}",
+    "option_{upper}",
+    "op{lower}",
+    "option{upper}",
+)
+_OPTIONS_NAME = re.compile(
+    r"(?:^|_)(?:choices?|options?|opts?|candidates?|distractors?|endings?)_?(?:[0-9]+|[a-z])?(?:_|$)"
+)
+_METADATA = re.compile(r"(?:^|_)(?:ids?|types?|count|num|number|n|source|format|style|language|split)(?:_|$)")
+_SPACES = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT)
+
+
+class FormError(ValueError):
+    """Raised for an item that cannot be used; the message is the item's ``problem``."""
+
+
+def is_missing(value: Any) -> bool:
+    """Returns whether a value is the text that pandas writes for a missing value."""
+    return isinstance(value, str) and value.strip() in ("nan", "NaN")
+
+
+def read_literal(text: str) -> Any:
+    """Returns the value of a text in the notation of Python, or of a numpy array of texts ("['cat' 'dog']").
+
+    Raises:
+        ValueError: If the text is neither. Python joins texts without a comma between them; here this is an error.
+    """
+    text = text.strip()
+    try:
+        value = ast.literal_eval(text)
+        tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in _SPACES]
+    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError) as error:
+        raise ValueError(str(error)) from None
+    adjacent = [
+        first.end != second.start
+        for first, second in itertools.pairwise(tokens)
+        if first.type == second.type == tokenize.STRING
+    ]
+    if not adjacent:
+        return value
+    strings = [token.string for token in tokens if token.type == tokenize.STRING]
+    others = [token.string for token in tokens if token.type != tokenize.STRING and token.string]
+    if others != ["[", "]"] or not all(adjacent):
+        raise ValueError("texts must be separated by commas")
+    return [ast.literal_eval(string) for string in strings]
+
+
+def take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | None, bool]:
+    """Removes the options from the fields; returns them, and whether their form has an index as the answer.
+
+    Raises:
+        FormError: If options cannot be read, or if a field that is not read looks like options.
+    """
+    taken = {key: rest.pop(key) for key in _LISTS if key in rest}
+    options = [(key, parsed) for key, value in taken.items() if (parsed := parse_options(key, value)) is not None]
+    for key, parsed in options[1:]:
+        if parsed != options[0][1]:
+            raise FormError(f"{options[0][0]} and {key} differ")
+    if options:
+        return options[0][1], options[0][0] == "choices"
+    series = [texts for name in _SERIES if (texts := _take_series(rest, name)) is not None]
+    if len(series) > 1 and any(texts != series[0] for texts in series):
+        raise FormError("options must be given once, got different options in two series of fields")
+    if series:
+        return series[0], False
+    for key, value in rest.items():
+        name = re.sub("([a-z])([A-Z])", r"\1_\2", key).casefold().replace("-", "_").replace(" ", "_")
+        is_content = isinstance(value, (str, list, tuple, Mapping)) and bool(value) and not is_missing(value)
+        if is_content and _OPTIONS_NAME.search(name) and not _METADATA.search(name):
+            raise FormError(f"the field {key!r} looks like options, and is not read: name it options")
+    return None, False
+
+
+def _take_series(rest: dict[str, Any], name: str) -> list[str] | None:
+    """Removes fields with one option each, such as ``choice_a`` and ``choice_b``; None if there are no two of them."""
+    keys = {letter: name.format(upper=letter, lower=letter.lower()) for letter in _COLUMNS}
+    values = {letter: rest[key] for letter, key in keys.items() if key in rest}
+    texts: list[str] = []
+    for letter in _COLUMNS:
+        if not _is_text(values.get(letter)):
+            break
+        texts.append(str(values[letter]))
+    if len(texts) < 2:
+        return None
+    for letter in _COLUMNS[len(texts) :]:
+        if _is_text(values.get(letter)):
+            raise FormError(f"option {letter} stands after an empty option")
+        if letter in values and not (values[letter] is None or isinstance(values[letter], str)):
+            raise FormError(f"option {letter} must be a text")
+    for letter in values:
+        del rest[keys[letter]]  # the others are empty: a question with fewer options than others
+    return texts
+
+
+def _is_text(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number or (isinstance(value, str) and bool(value.strip()) and not is_missing(value))
+
+
+def parse_options(key: str, value: Any) -> list[str] | dict[str, str] | None:
+    """Returns options as a list of texts or a dict from letter to text; None for an empty value.
+
+    Args:
+        key: Name of the field in messages.
+        value: A list; a dict from letter to text; a dict with ``text`` and ``label`` lists; or the text of a list or
+            dict in the notation of Python or JSON, as MMMU has it.
+
+    Raises:
+        FormError: If the value is none of these, or has more than 26 options.
+    """
+    if isinstance(value, str) and value.strip():
+        try:
+            value = read_literal(value)
+        except ValueError:
+            raise FormError(f"{key} must be a list of texts") from None
+        if isinstance(value, str):
+            raise FormError(f"{key} must be a list of texts")
+    if value is None or (isinstance(value, (str, Sequence, Mapping)) and not value):
+        return None
+    if isinstance(value, Mapping) and set(value) == {"text", "label"}:
+        texts, labels = value["text"], value["label"]
+        if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):
+            raise FormError(f"{key} must have as many texts as labels")
+        value = dict(zip(map(str, labels), texts, strict=True))
+    if isinstance(value, Mapping):
+        options: list[str] | dict[str, str] = {
+            str(label).strip().upper(): _option(key, t) for label, t in value.items()
+        }
+        if len(options) < len(value):
+            raise FormError(f"{key} must have different labels")
+    elif isinstance(value, (list, tuple)):
+        options = [_option(key, text) for text in value]
+    else:
+        raise FormError(f"{key} must be a list of texts")
+    try:
+        label_options(options)
+    except (TypeError, ValueError):
+        raise FormError(f"{key} must be 1 to 26 texts, labelled A to Z if they have labels") from None
+    return options
+
+
+def _option(key: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise FormError(f"{key} must hold texts")
+    return str(value)
+
+
+def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index: bool) -> str:
+    """Returns the letter of an answer that is the index of an option, counted from 0 as in ScienceQA."""
+    labels = label_options(options)
+    matching = [label for label, text in labels.items() if text.strip() == str(answer)]
+    letter = list(labels)[answer] if 0 <= answer < len(labels) else None
+    if is_index and letter is not None:
+        return letter
+    if matching and (letter is None or matching == [letter]):
+        return matching[0]
+    raise FormError("answer must be a letter or the text of an option: a number may be an index from 0 or from 1")
+
+
+def numbered_answer(answer: str, options: list[str], *, is_index: bool) -> str:
+    """Returns the true answer for digits: the text of an option, or the letter of an index counted from 0."""
+    matching = [label for label, text in label_options(options).items() if text.strip() == answer.strip()]
+    index = int(answer)
+    if matching and (not is_index or index >= len(options) or matching == [_COLUMNS[index]]):
+        return answer
+    if matching:
+        raise FormError("answer must be a letter or the text of an option: this number may be the text or the index")
+    return indexed_answer(index, options, is_index=is_index)
