@@ -84,7 +84,7 @@ class MathMatcher(Matcher):
             correct, rule = _NUMBERS.compare(first, second)
             return self._verdict(correct, rule, number_text(first), number_text(second))
         prediction, truth = clean_answer(prediction.translate(TO_ASCII)), clean_answer(truth.translate(TO_ASCII))
-        if is_case_off(prediction, truth):
+        if is_case_off(prediction, truth) or (first and second and _is_other_unit(first, second)):
             return self._verdict(None, "case", prediction, truth)
         if fold(prediction) == fold(truth) != "":
             return self._verdict(True, "text", fold(prediction), fold(truth))
@@ -114,6 +114,12 @@ def _are_numbers(first: Number, second: Number) -> bool:
     if first.name != second.name and first.name and second.name:
         return False
     return first.unit == second.unit or not (is_symbol(first) or is_symbol(second))
+
+
+def _is_other_unit(first: Number, second: Number) -> bool:
+    """Returns whether two units differ only in case and are not surely the same unit ("m/s" and "m/S")."""
+    is_same_text = first.unit.casefold() == second.unit.casefold()
+    return first.unit != second.unit and is_same_text and compare_units(first.unit, second.unit) != 1
 
 
 def _is_named(text: str) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from fractions import Fraction
+from typing import Literal
 
 from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
 from mpo_ext.answers.number_text import Number, parse_number
@@ -16,9 +17,10 @@ _MIXED = re.compile(r"(?<![0-9.])([0-9]{1,30})-([0-9]{1,30}\s*/\s*[0-9]{1,30})(?
 _MAGNITUDE = re.compile(r"(?<=[0-9])\s?(k|K|M|m|MM|mn|mln|Mio|B|b|bn|Mrd|G|T|t|tn)(?![^\W_])\.?")
 _WORDS = {"k": "thousand", "m": "million", "b": "billion", "g": "billion", "t": "trillion"}
 _PART = re.compile(
-    r"([0-9]+(?:\.[0-9]+)?(?:\s*/\s*[0-9]+)?)\s*([^\W\d_]+\.?|[\u00b0'\"\u2032\u2033])(?:\s*,)?(?:\s+and\b)?\s*"
+    r"([0-9]+(?:\.[0-9]+)?(?:\s*/\s*[0-9]+)?)\s*([^\W\d_]+\.?|''|[\u00b0'\"\u2032\u2033])(?:\s*,)?(?:\s+and\b)?\s*"
 )
-_SIGNS = {"'": "ft", "\u2032": "ft", '"': "in", "\u2033": "in"}
+_FEET = {"'": "ft", "\u2032": "ft", '"': "inch", "\u2033": "inch"}
+_ANGLES = {"'": Fraction(1, 60), "\u2032": Fraction(1, 60), '"': Fraction(1, 3600), "\u2033": Fraction(1, 3600)}
 _UNIT = re.compile(
     r"(?:\\[,;:! ]|~|\s)*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*([^{}]*?)\s*\}|(?<=[\s0-9)}])([^\W\d_]{2,}))"
     r"\s*(?:\^\s*\{?[23]\}?)?\s*$"
@@ -49,8 +51,10 @@ def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
     if first and second and is_quantity and (first.name == second.name or not (first.name and second.name)):
         return (None, "unit") if _RULE.compare(first, second)[0] is not False else (False, "value")
     sums = _sum(prediction), _sum(truth)
+    if "unclear" in sums:
+        return None, "reading"
     left, right = sums[0] or first, sums[1] or second
-    if any(sums) and left and right:
+    if any(sums) and isinstance(left, Number) and isinstance(right, Number):
         return _RULE.compare(left, right)
     if fold(prediction) in _ZERO and fold(truth) in _ZERO:
         return False, "text"
@@ -103,7 +107,7 @@ def _readings(text: str, number: Number | None) -> list[Number | None]:
     return readings
 
 
-def _sum(text: str) -> Number | None:
+def _sum(text: str) -> Number | Literal["unclear"] | None:
     """Returns a quantity in several units ("5 ft 6 in") in the first of them, or None for another text."""
     sign = -1 if text.startswith("-") else 1
     position, parts = len(text) - len(text.lstrip("-")), []
@@ -112,15 +116,21 @@ def _sum(text: str) -> Number | None:
         number = match and parse_number(match[1])
         if match is None or number is None:
             return None
-        parts.append((number.value, _SIGNS.get(match[2], match[2])))
+        parts.append((number.value, match[2].replace("''", '"')))
         position = match.end()
-    if len(parts) < 2:
+    if len(parts) < 2 or not any(_is_unit(name) for _, name in parts):
         return None
-    unit, total, last = parts[0][1], parts[0][0], Fraction(1)
+    is_angle = parts[0][1] == "\u00b0"
+    unit = _FEET.get(parts[0][1], parts[0][1])
+    total, last = parts[0][0], Fraction(1)
     for value, name in parts[1:]:
-        factor = compare_units(name, unit)
+        factor = _ANGLES.get(name, "unclear") if is_angle else compare_units(_FEET.get(name, name), unit)
         if isinstance(factor, str) or not factor < last:
-            return None
+            return "unclear"
         total, last = total + value * factor, factor
-    parsed = parse_unit(unit)
-    return Number(sign * total, unit) if parsed is not None and parsed.is_known else None
+    return Number(sign * total, unit) if _is_unit(unit) else "unclear"
+
+
+def _is_unit(name: str) -> bool:
+    parsed = parse_unit(_FEET.get(name, name))
+    return parsed is not None and parsed.is_known

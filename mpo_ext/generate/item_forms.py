@@ -119,7 +119,7 @@ def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | Non
     if isinstance(answer, (list, tuple)):
         if not all(isinstance(each, (str, int, float)) for each in answer):
             raise FormError(f"{key} must hold texts")
-        return [_checked(str(each), options) for each in answer]
+        return [_checked(str(each), options, is_index=is_index) for each in answer]
     if isinstance(answer, Mapping):
         raise FormError(f"{key} must be a text or a list of texts")
     if isinstance(answer, int) and not isinstance(answer, bool) and options is not None:
@@ -128,13 +128,13 @@ def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | Non
     is_hidden = text.strip() in ("", "?") and (options is not None or "question_type" in rest)
     if is_hidden or is_missing(answer):
         return []  # test splits have no answers
-    if isinstance(options, list) and re.fullmatch(r"[0-9]{1,3}", text.strip()):
-        return [numbered_answer(text, options, is_index=is_index)]
-    return [_checked(text, options)]
+    return [_checked(text, options, is_index=is_index)]
 
 
-def _checked(text: str, options: list[str] | dict[str, str] | None) -> str:
-    """Returns a true answer; raises FormError for the letters of options that the item does not have."""
+def _checked(text: str, options: list[str] | dict[str, str] | None, *, is_index: bool) -> str:
+    """Returns a true answer; raises FormError for an index or letters of options that the item does not have."""
+    if options is not None and re.fullmatch(r"-?[0-9]{1,3}(?:\.0)?", text.strip()):
+        return numbered_answer(text, options, is_index=is_index)
     if options is None or not _LETTERS.fullmatch(text.strip()):
         return text
     labels = label_options(options)

@@ -176,11 +176,12 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
     raise FormError("answer must be a letter or the text of an option: a number may be an index from 0 or from 1")
 
 
-def numbered_answer(answer: str, options: list[str], *, is_index: bool) -> str:
+def numbered_answer(answer: str, options: list[str] | dict[str, str], *, is_index: bool) -> str:
     """Returns the true answer for digits: the text of an option, or the letter of an index counted from 0."""
-    matching = [label for label, text in label_options(options).items() if text.strip() == answer.strip()]
-    index = int(answer)
-    if matching and (not is_index or index >= len(options) or matching == [_COLUMNS[index]]):
+    labels = label_options(options)
+    matching = [label for label, text in labels.items() if text.strip() == answer.strip()]
+    index = int(float(answer))
+    if matching and (not is_index or not 0 <= index < len(labels) or matching == [list(labels)[index]]):
         return answer
     if matching:
         raise FormError("answer must be a letter or the text of an option: this number may be the text or the index")

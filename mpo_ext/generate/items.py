@@ -228,7 +228,7 @@ def item_files(
 
 
 def _is_meta(source: str | Path) -> bool:
-    """Returns whether a file is a .json file that is no JSON array; raises ValueError for an array in another form."""
+    """Returns whether a file is a .json file without a JSON array; raises ValueError for an array in another form."""
     if Path(source).suffix != ".json":
         return False
     with open(source, "rb") as file:

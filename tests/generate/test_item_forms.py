@@ -336,6 +336,8 @@ def test_missing_values_of_pandas_are_missing() -> None:
         ({"choices": ["x", "y"], "answer": "1"}, "B"), ({"choices": "['x' 'y']", "answer": " 0"}, "A"),
         ({"choices": ["3", "5"], "answer": "5"}, "5"), ({"choices": ["0", "1"], "answer": "1"}, "1"),
         ({"options": ["3", "1"], "answer": "1"}, "1"), ({"options": ["x", "y"], "answer": "(b)"}, "(b)"),
+        ({"choices": ["x", "y"], "answer": "1.0"}, "B"), ({"choices": ["x", "y"], "answer": ["1"]}, "B"),
+        ({"choices": {"A": "x", "C": "y"}, "answer": "1"}, "C"), ({"options": ["-1", "y"], "answer": "-1"}, "-1"),
         ({"options": ["x", "y"], "answer": "A, B"}, "A, B"), ({"options": ["x", "D"], "answer": "D"}, "D"),
     ],
 )  # fmt: skip
@@ -349,6 +351,9 @@ def test_answers_as_text_with_options(fields: dict[str, Any], truth: str) -> Non
         {"choices": ["1", "0"], "answer": "1"}, {"options": ["x", "y"], "answer": "1"},
         {"choices": ["x", "y"], "answer": "2"}, {"choice_a": "x", "choice_b": "y", "answer": "0"},
         {"options": ["x", "y"], "answer": "C"}, {"options": ["x", "y"], "answer": "(d)."},
+        {"options": ["x", "y"], "answer": 1.0}, {"choices": ["x", "y"], "answer": "-1"},
+        {"choices": ["x"], "answer": ["1"]},
+        {"options": {"A": "x", "B": "y"}, "answer": "1"}, {"choices": ["1", "0"], "answer": ["0"]},
         {"options": {"A": "x", "C": "y"}, "answer": "B"}, {"options": ["x", "y"], "answer": "A, C"},
         {"options": ["x", "y"], "answer": ["A", "E"]},
     ],
@@ -437,7 +442,7 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
 
 # ---- Files in other forms
 
-ROWS = [{"question": f"Wie gro\u00df ist {number}?", "answer": str(number)} for number in range(3)]
+ROWS = [{"question": f"Gro\u00df: {number}?", "answer": str(number)} for number in range(3)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 TABLE = "question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in ROWS)
 
