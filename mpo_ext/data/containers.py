@@ -4,7 +4,6 @@ Files in UTF-8 with one JSON object per line are read where they are. All others
 cache once, and again if the file changes. Parquet files are read by ``hub.py``.
 """
 
-import ast
 import bz2
 import codecs
 import contextlib
@@ -23,6 +22,7 @@ from typing import IO, Any
 
 from mpo_ext.checks import shorten
 from mpo_ext.data.jsonl import UNREADABLE, dump_line, parse_object
+from mpo_ext.data.literals import read_literal
 from mpo_ext.files import atomic_write
 
 #: What to do with a .json file that is neither rows nor a meta file.
@@ -282,7 +282,7 @@ def _cell(name: str, text: str) -> Any:
     """Returns the value of a cell: lists and messages, as JSON or in Python's notation, are parsed."""
     is_list = name in _LISTS
     if text.lstrip()[:1] in ("[", "{"):
-        for parse in (json.loads, ast.literal_eval):
+        for parse in (json.loads, read_literal):
             try:
                 value = parse(text)
                 json.dumps(value, allow_nan=False)

@@ -18,12 +18,12 @@ from typing import Any
 
 from mpo_ext.answers import label_options
 from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.data.literals import read_literal
 from mpo_ext.generate.item_options import (
     FormError,
     indexed_answer,
     is_missing,
     numbered_answer,
-    read_literal,
     take_options,
 )
 

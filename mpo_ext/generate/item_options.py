@@ -1,14 +1,11 @@
 """Reads the options of items, and answers that are the index of an option."""
 
-import ast
-import io
-import itertools
 import re
-import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_ext.answers import label_options
+from mpo_ext.data.literals import read_literal
 
 _COLUMNS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LISTS = ("options", "choices", "candidates")
@@ -26,7 +23,6 @@ _OPTIONS_NAME = re.compile(
     r"(?:^|_)(?:choices?|options?|opts?|candidates?|distractors?|endings?)_?(?:[0-9]+|[a-z])?(?:_|$)"
 )
 _METADATA = re.compile(r"(?:^|_)(?:ids?|types?|count|num|number|n|source|format|style|language|split)(?:_|$)")
-_SPACES = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT)
 
 
 class FormError(ValueError):
@@ -36,32 +32,6 @@ class FormError(ValueError):
 def is_missing(value: Any) -> bool:
     """Returns whether a value is the text that pandas writes for a missing value."""
     return isinstance(value, str) and value.strip() in ("nan", "NaN")
-
-
-def read_literal(text: str) -> Any:
-    """Returns the value of a text in the notation of Python, or of a numpy array of texts ("['cat' 'dog']").
-
-    Raises:
-        ValueError: If the text is neither. Python joins texts without a comma between them; here this is an error.
-    """
-    text = text.strip()
-    try:
-        value = ast.literal_eval(text)
-        tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in _SPACES]
-    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError) as error:
-        raise ValueError(str(error)) from None
-    adjacent = [
-        first.end != second.start
-        for first, second in itertools.pairwise(tokens)
-        if first.type == second.type == tokenize.STRING
-    ]
-    if not adjacent:
-        return value
-    strings = [token.string for token in tokens if token.type == tokenize.STRING]
-    others = [token.string for token in tokens if token.type != tokenize.STRING and token.string]
-    if others != ["[", "]"] or not all(adjacent):
-        raise ValueError("texts must be separated by commas")
-    return [ast.literal_eval(string) for string in strings]
 
 
 def take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | None, bool]:

@@ -250,3 +250,12 @@ def test_a_wrong_meta_file_is_named_briefly(content: Any, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="must be") as caught:
         open_pairs(tmp_path / "rows.json")
     assert len(str(caught.value)) < 400
+
+
+def test_a_cell_with_a_list_as_numpy_writes_it(tmp_path: Path, cache: Path) -> None:
+    """Python would join the two paths to one."""
+    path = tmp_path / "a.csv"
+    path.write_text("question,chosen,rejected,images\n<image> or <image>?,c,r,\"['a.png' 'b.png']\"\n")
+    (_, pair), *_ = open_pairs(path).scan()
+    assert not isinstance(pair, BadLine), pair
+    assert pair.images == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
