@@ -29,6 +29,11 @@ def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], C
                 return status
             except BrokenPipeError:
                 return leave_broken_pipe()
+            except KeyboardInterrupt:
+                if getattr(args, "debug", False):
+                    raise
+                print(f"mpo-ext {name}: interrupted; the same command resumes a run that it began", file=sys.stderr)
+                return 130
             except (ImportError, OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
                 if getattr(args, "debug", False):
                     raise

@@ -205,7 +205,7 @@ class DropoutNTP:
                 "chosen_source": WRONG_SAMPLE if is_wrong else "input" if item.chosen is not None else "sample",
                 "rejected_answer": scored.get("answer"),
             }
-            pair = item.pair(item.question, chosen, record["text"], provenance)
+            pair = item.pair(item.question_with_options, chosen, record["text"], provenance)
             result.lines.append(("pairs", pair.to_dict()))
             if is_wrong:
                 result.notes["pairs whose chosen response is a sample that was wrong"] += 1
@@ -230,8 +230,8 @@ class DropoutNTP:
     def _conversation(self, row: _Row) -> Conversation:
         """Returns the conversation whose response the model continues."""
         if self.config.with_image:
-            return Conversation(key=row.item.digest, question=row.item.question, images=row.images)
-        return Conversation(key=row.item.digest, question=without_placeholders(row.item.question))
+            return Conversation(key=row.item.digest, question=row.item.question_with_options, images=row.images)
+        return Conversation(key=row.item.digest, question=without_placeholders(row.item.question_with_options))
 
     def _sample_chosen(self, rows: Sequence[_Row], engine: Engine) -> None:
         """Samples the missing chosen response of each row; the model sees the images."""
@@ -240,7 +240,7 @@ class DropoutNTP:
         requests = [
             Request(
                 key=row.item.digest,
-                question=row.item.question,
+                question=row.item.question_with_options,
                 images=row.images,
                 seed=derive_seed(self.config.seed, f"{self.name}.chosen", row.item.digest),
                 sampling=self.config.sampling,

@@ -63,6 +63,17 @@ class Item:
         return tuple(absolute_path(image, self.image_root) for image in self.images)
 
     @property
+    def question_with_options(self) -> str:
+        """Returns the question, followed by a line for each option unless the question itself shows the options."""
+        options = self.options
+        if options is None:
+            return self.question
+        forms = ("{0}. {1}", "({0}) {1}", "{0}) {1}", "{0}: {1}")
+        if all(any(form.format(*option) in self.question for form in forms) for option in options):
+            return self.question
+        return "\n".join([self.question, *(f"{letter}. {text}" for letter, text in options)])
+
+    @property
     def options(self) -> tuple[tuple[str, str], ...] | None:
         """Returns the letters and texts of the options, or None if the item has no options."""
         options = self.extra.get("options")

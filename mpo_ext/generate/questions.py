@@ -35,7 +35,7 @@ class QuestionSampler:
     def prompt(self, item: Item) -> str:
         """Returns the question as the model sees it, before the chat template is applied."""
         if self.template is None:
-            return item.question
+            return item.question_with_options
         return render(self.template, item.question, item.extra.get("options"))
 
     def _prompt_problem(self, item: Item) -> str | None:

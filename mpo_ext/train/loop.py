@@ -208,13 +208,16 @@ class Trainer:
         """Runs an optimizer step; returns whether a signal ends the run."""
         began_s = time.perf_counter()
         recipe, state = self.recipe, self.state
+        try:
+            size = size_over_ranks(self.accelerator, step_slice)
+        except ValueError:  # a bad pair, which ends the run on all ranks
+            self._save_if_due(is_end=True)
+            raise
         state.count_pairs(step_slice)
-        size = size_over_ranks(self.accelerator, step_slice)
         learning_rate = scheduled_learning_rate(recipe.optim, state.step, self.data.total_steps)
         if size.micro_steps == 0:
             return self._skip_empty_step(learning_rate)
-        # Before the backward pass, because accelerate steps DeepSpeed's optimizer within it.
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups:  # before backward, in which accelerate steps DeepSpeed's optimizer
             group["lr"] = learning_rate
         shift_before = copy.deepcopy(state.reward_shift)
         totals, losses = self._accumulate_gradients(step_slice, size)
@@ -309,8 +312,8 @@ class Trainer:
     def _report(self, line: Mapping[str, float]) -> None:
         """Shows the step on the console, calls ``on_step``, and writes the log line if it is due."""
         step = self.state.step
-        epoch = step / self.data.sampler.steps_per_epoch
-        line = {"step": step, "epoch": epoch, **line, "skipped_steps": self.state.n_skipped_steps}
+        progress = {"step": step, "epoch": step / self.data.sampler.steps_per_epoch}
+        line = {**progress, **line, "skipped_steps": self.state.n_skipped_steps}
         if self.accelerator.is_main_process:
             self.output.console.step(step, line)
             if self.on_step is not None:
@@ -349,15 +352,14 @@ class Trainer:
 
     def _save_if_due(self, *, is_end: bool = False) -> None:
         every = self.recipe.output.save_every
-        if is_end or (every and self.state.step % every == 0):
+        if self.state.step and (is_end or (every and self.state.step % every == 0)):
             self.output.save_checkpoint(self.model, self.optimizer, self._moving_reference())
 
     def _interrupted(self, position: str) -> int:
         """Reports the signal that ends the run; returns ``INTERRUPTED``."""
         advice = "" if self.recipe.output.resume == "never" else "; the same command resumes from here"
         self.output.console.say(f"{self.stop.name()}: ended {position}{advice}")
-        self._close()
-        return INTERRUPTED
+        return self._close() or INTERRUPTED
 
     def _close(self) -> int:
         """Ends the trackers and the process group; returns 0, the exit status of a finished run."""

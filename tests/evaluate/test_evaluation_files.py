@@ -43,7 +43,7 @@ def data(tmp_path: Path) -> Path:
         tmp_path / "d.jsonl",
         [
             {"question": "easy", "answer_gt": "1"},
-            {"question": "hard", "answer_gt": ["2", "two"], "options": ["x", "y"], "category": "c", "index": 77,
+            {"question": "hard", "answer_gt": ["2", "two"], "options": ["2", "two"], "category": "c", "index": 77,
              "image": "red.png"},
             {"question": f"odd {HOSTILE}", "answer_gt": "3", "image": "none.png"},
             {"question": f"late {HOSTILE}", "answer_gt": "4"},
@@ -76,7 +76,7 @@ def test_vlmevalkit_reads_its_table(data: Path, tmp_path: Path) -> None:
         "index", "question", "answer", "prediction", "extracted", "hit", "A", "B", "category"
     }  # fmt: skip
     assert [row["index"] for row in rows] == ["0", "77", "3"]
-    assert (rows[1]["A"], rows[1]["B"], rows[1]["category"], rows[0]["A"]) == ("x", "y", "c", "")
+    assert (rows[1]["A"], rows[1]["B"], rows[1]["category"], rows[0]["A"]) == ("2", "two", "c", "")
     assert rows[1]["prediction"] == "First line\n\tand\nFinal answer: two"
     assert [(row["extracted"], row["hit"]) for row in rows] == [("1", "1"), ("two", "1"), ("", "0")]
     assert rows[2]["question"] == f"late {HOSTILE}"
@@ -98,7 +98,7 @@ def test_lmms_eval_has_its_keys(data: Path, tmp_path: Path) -> None:
     assert (easy["target"], easy["resps"], easy["filtered_resps"]) == ("1", [["Final answer: 1"]], ["1"])
     assert (easy["exact_match"], hard["exact_match"], late["exact_match"]) == (1.0, 1.0, 0.0)
     assert late["filtered_resps"] == ["[invalid]"]
-    assert hard["input"].startswith("hard\nA. x\nB. y\n\nReason")
+    assert hard["input"].startswith("hard\nA. 2\nB. two\n\nReason")
     assert easy["prompt_hash"] == hashlib.sha256(easy["input"].encode()).hexdigest()
     assert len({sample["doc_hash"] for sample in samples}) == 3
 

@@ -15,6 +15,7 @@ from stub_engine import StubEngine
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
+from mpo_ext.generate.dropout_ntp import DropoutNTP
 from mpo_ext.generate.items import Item, item_files, open_items, read_items
 from mpo_ext.generate.runner import run
 
@@ -520,15 +521,15 @@ def test_a_bad_item_does_not_end_a_run(tmp_path: Path) -> None:
     )
 
 
-def test_images_in_options_need_a_prompt_that_shows_them(tmp_path: Path) -> None:
+def test_images_in_options_are_shown(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(RED)
     item = Item.from_dict(MMMU, image_root=str(tmp_path))
-    for template, problem in (("cot", None), (None, "number of <image> in the prompt is not that of the images")):
+    for template in ("cot", None):
         pipeline = Correctness(CorrectnessConfig(samples=2, template=template))
         engine = StubEngine()
         (records,) = pipeline.sample([item], engine)
-        assert {record.get("problem") for record in records} == {problem}
+        assert {record.get("problem") for record in records} == {None}
         for request in engine.requests:
             assert request.question.count(IMAGE_PLACEHOLDER) == len(request.images) == 3
 
@@ -544,3 +545,24 @@ def test_a_template_that_cannot_show_the_options_refuses_the_item() -> None:
     (records,) = QuestionSampler("test", 1, SamplingConfig(), 0, template).sample([item], engine)
     assert records[0]["problem"] == "options cannot be shown by this template"
     assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "prompt"),
+    [
+        ("Which?", ["a cat", "a dog"], "Which?\nA. a cat\nB. a dog"),
+        ("Which?", {"A": "a cat", "C": "a dog"}, "Which?\nA. a cat\nC. a dog"),
+        ("Which?\nA. a cat\nB. a dog", ["a cat", "a dog"], None),
+        ("Which?\n(A) a cat (B) a dog", ["a cat", "a dog"], None),
+        ("Is it a cat or a dog?", ["a cat", "a dog"], "Is it a cat or a dog?\nA. a cat\nB. a dog"),
+        ("Which?", None, None),
+    ],
+)
+def test_questions_without_a_template_show_their_options(question: str, options: Any, prompt: str | None) -> None:
+    values = {"question": question, "chosen": "B, as it barks", "answer": "A", "options": options}
+    item = Item.from_dict({name: value for name, value in values.items() if value is not None})
+    assert item.problem is None
+    engine = StubEngine()
+    Correctness(CorrectnessConfig(samples=2, template=None)).sample([item], engine)
+    DropoutNTP().sample([item], engine)
+    assert [request.question for request in engine.requests] == [prompt or question] * 3

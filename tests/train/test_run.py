@@ -888,3 +888,24 @@ def test_the_learning_rate_is_set_before_the_backward_pass(tmp_path: Path, pairs
     trainer.run()
     steps = [line["learning_rate"] for line in log(trainer.recipe)]
     assert list(dict.fromkeys(rates)) == steps
+
+
+def test_a_bad_pair_saves_the_steps_before_and_may_be_skipped_by_the_resumed_run(tmp_path: Path, pairs: Path) -> None:
+    def remove_an_image(lines: list[dict[str, Any]]) -> None:
+        lines[3]["images"] = ["none.png"]
+
+    bad = with_lines(pairs, "bad.jsonl", remove_an_image)
+    for seed in range(20):  # the bad pair must not be in the first step
+        trainer = trainer_of(tmp_path / f"{seed}", bad, optim__seed=seed)
+        with pytest.raises(ValueError, match=r"bad.jsonl:4: .*none.png.*data.skip_bad=true leaves such pairs out"):
+            trainer.run()
+        if trainer.state.step > 0:
+            break
+    assert [path.name for path in (tmp_path / f"{seed}" / "checkpoints").iterdir()] == [
+        f"step-{trainer.state.step:08d}"
+    ]
+    resumed = trainer_of(tmp_path / f"{seed}", bad, optim__seed=seed, data__skip_bad=True)
+    assert resumed.run() == 0
+    assert resumed.state.step == 3
+    assert resumed.state.pair_counts.n_skipped == 1
+    assert resumed.state.pair_counts.kept == 19
