@@ -7,6 +7,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
+from mpo_ext.chat.encoder import as_ids
 from mpo_ext.checks import install_hint
 
 _HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
@@ -87,8 +88,7 @@ def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
         stop_ids = GenerationConfig.from_pretrained(path, **hub).eos_token_id
     except OSError:  # the model has no generation_config.json
         stop_ids = getattr(text_config, "eos_token_id", None)
-    ids = () if stop_ids is None else (stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids)
-    return LoadedProcessor(processor, config, ids, getattr(text_config, "vocab_size", None))
+    return LoadedProcessor(processor, config, tuple(as_ids(stop_ids)), getattr(text_config, "vocab_size", None))
 
 
 def check_model(path: str, **options: Any) -> None:

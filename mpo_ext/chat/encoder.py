@@ -143,10 +143,8 @@ class ChatEncoder:
             return self._last[1]
         try:
             if self.chat_template is None:
-                messages, text = (
-                    [],
-                    _plain_prompt(conversation, getattr(self.processor, "image_token", IMAGE_PLACEHOLDER)),
-                )
+                messages = []
+                text = _plain_prompt(conversation, getattr(self.processor, "image_token", IMAGE_PLACEHOLDER))
             else:
                 messages = chat_messages(conversation, as_parts=self.is_multimodal)
                 text = self._prompt_text(messages)
@@ -366,7 +364,11 @@ def with_date(chat: ChatEncoder, date: datetime.date) -> ChatEncoder:
 
 def stop_ids_of(model: Any) -> list[int]:
     """Returns the ids at which a model stops, from its ``generation_config``."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return as_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+
+
+def as_ids(ids: int | Iterable[int] | None) -> list[int]:
+    """Returns the ids of a setting that holds an id, several ids or None, such as ``eos_token_id``."""
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 

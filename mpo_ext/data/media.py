@@ -68,9 +68,10 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
     for name, value in values.items():
         if pair.extra.get(name) is value:  # not the field "extra" of a row with an unknown field of this name inside
             _check_field(name, value, has_images=bool(pair.images))
+    read = {re.split(r"[/\\]", image)[-1] for image in pair.images}
     for name, value in pair.extra.items():
-        if not pair.images and name not in (SOURCE, "provenance"):
-            _check_value(name, value)
+        if name not in (SOURCE, "provenance"):
+            _check_value(name, value, read)
     for text in _prompt_texts(pair):
         if not pair.images and (count := text.count(IMAGE_PLACEHOLDER)):
             raise FieldError(
@@ -113,20 +114,25 @@ def _unread(name: str, value: object) -> FieldError:
     )
 
 
-def _check_value(name: str, value: object) -> None:
-    """Raises FieldError if a value, or a value inside it, is the path, URL or content of an image, video or audio."""
+def _check_value(name: str, value: object, read: Collection[str]) -> None:
+    """Raises FieldError if a value, or a value inside it, is the path, URL or content of an image, video or audio.
+
+    ``read`` holds the file names of the pair's images, which a row may repeat.
+    """
     if isinstance(value, Mapping):
         content = value.get("bytes")
         # The form of images in Hugging Face's datasets. A number of bytes is the size of a file.
         if {"bytes", "path"} == value.keys() and not is_empty(value) and not isinstance(content, (int, float)):
             raise _unread(name, value)
         for inner, part in value.items():
-            _check_value(f"{name}.{inner}", part)
+            _check_value(f"{name}.{inner}", part, read)
     elif isinstance(value, (list, tuple)):
         for part in value:
-            _check_value(name, part)
+            _check_value(name, part, read)
     elif isinstance(value, str):
         text = value.strip()
+        if re.split(r"[/\\]", text)[-1] in read:
+            return
         # A cell of a CSV file may hold a list of paths as text.
         if _is_media(name, text) or (text.startswith("[") and any(map(_MEDIA_FILE.fullmatch, _QUOTED.findall(text)))):
             raise _unread(name, value)

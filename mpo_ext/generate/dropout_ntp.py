@@ -140,15 +140,15 @@ class DropoutNTP:
         for row in rows:
             if row.problem is not None or row.chosen is None:
                 continue
+            conversation = self._conversation(row)
             try:
-                row.prefix = self.cut(row.chosen, self._conversation(row), engine)
+                row.prefix = self.cut(row.chosen, conversation, engine)
             except ChatError:
                 row.problem = "chosen response does not fit the chat template"
                 continue
             if not row.prefix.token_ids and self.config.keep > 0:
                 row.problem = "chosen response too short to cut"
                 continue
-            conversation = self._conversation(row)
             for key in self.keys(row.item):
                 requests.append(
                     Request(

@@ -120,3 +120,17 @@ def test_what_needs_no_model_is_checked_before_it_is_loaded(
     told = refused("correctness", items, "out", model="runs/nope")
     assert "--model must be a folder here or a hub id, got runs/nope: the folder does not exist" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_ends_the_command_without_a_traceback(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    whole = StubEngine.generate
+    monkeypatch.setattr(StubEngine, "generate", interrupt)
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out") == 130
+    assert "mpo-ext sample: interrupted; the same command resumes" in capsys.readouterr().err
+    monkeypatch.setattr(StubEngine, "generate", whole)
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out") == 0

@@ -151,6 +151,26 @@ def test_values_beside_an_image_are_kept(tmp_path: Path) -> None:
     assert pair.extra == more
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"figure": "b.png"},
+        {"meta": {"path": "old/b.png"}},
+        {"context": ["a.png", "clip.mp4"]},
+        {"context": "https://host/b.png"},
+        {"context": "data:image/png;base64,AAAA"},
+        {"context": {"bytes": "x", "path": "a.png"}},
+    ],
+)
+def test_another_image_beside_an_image_is_refused(field: dict[str, Any], tmp_path: Path) -> None:
+    row = {**TEXT["trl"], "image": "a.png", **field}
+    bad = read_row(tmp_path, row)
+    assert isinstance(bad, BadLine), bad
+    (name,) = field
+    assert (bad.kind, f"got the field '{name}" in bad.reason) == ("unread field", True)
+    assert isinstance(read_row(tmp_path, row, ignore=[name]), Pair)
+
+
 @pytest.mark.parametrize("name", ["picture", "figure", "jpg", "png", "meta"])
 @pytest.mark.parametrize("has_image", [False, True])
 def test_bytes_in_a_column_are_refused_by_its_name(name: str, has_image: bool, tmp_path: Path) -> None:

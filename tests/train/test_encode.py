@@ -566,7 +566,13 @@ def test_the_tally_counts_by_reason(images: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("family", "token"),
-    [(gemma3, "<start_of_image>"), (internvl, "<IMG_CONTEXT>"), (internvl, "<img>"), (qwen, "<|video_pad|>")],
+    [
+        (gemma3, "<start_of_image>"),
+        (gemma3, "<end_of_image>"),
+        (internvl, "<IMG_CONTEXT>"),
+        (internvl, "<img>"),
+        (qwen, "<|video_pad|>"),
+    ],
 )
 def test_a_token_of_media_in_the_text_of_a_pair_without_images_is_refused(family: Any, token: str) -> None:
     processor = family()
