@@ -253,29 +253,39 @@ def _skip(text: str, position: int) -> int:
     return position
 
 
+@contextlib.contextmanager
+def long_cells() -> Iterator[None]:
+    """Lets cells of CSV files be as long as an image in base64; restores the limit of the module csv."""
+    limit = csv.field_size_limit(1 << 30)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
     """Yields each record of a CSV file as an object whose values are texts, or lists if they are written as JSON."""
     delimiter = "\t" if re.search(r"\.tsv(?:\.\w+)?$", path, re.IGNORECASE) else ","
     reader = csv.reader(text, delimiter=delimiter, strict=True)
-    limit = csv.field_size_limit(1 << 30)
-    try:
-        header = next(reader, None)
-        if not header:
-            raise ValueError(f"path must have a header with the names of columns, got {path}")
-        if len(header) == 1 and ";" in header[0]:
-            raise ValueError(f"path must separate columns by {delimiter!r}, got {path} with {shorten(header[0])}")
-        if len(set(header)) != len(header):
-            raise ValueError(f"path must name each column once, got {path} with {shorten(header)}")
-        for record in reader:
-            if len(record) == len(header):
-                yield dump_line({name: _cell(name, value) for name, value in zip(header, record, strict=True)})
-            elif record:
-                reason = f"a record must have {len(header)} columns, got {len(record)} up to line {reader.line_num}"
-                yield dump_line({UNREADABLE: reason})
-    except csv.Error as error:
-        raise ValueError(f"path must be CSV, got {path}: line {reader.line_num}: {error}") from None
-    finally:
-        csv.field_size_limit(limit)
+    with long_cells():
+        try:
+            header = next(reader, None)
+            if not header:
+                raise ValueError(f"path must have a header with the names of columns, got {path}")
+            if len(header) == 1 and ";" in header[0]:
+                raise ValueError(f"path must separate columns by {delimiter!r}, got {path} with {shorten(header[0])}")
+            if len(set(header)) != len(header):
+                raise ValueError(f"path must name each column once, got {path} with {shorten(header)}")
+            for record in reader:
+                if len(record) == len(header):
+                    yield dump_line({name: _cell(name, value) for name, value in zip(header, record, strict=True)})
+                elif record:
+                    reason = (
+                        f"a record must have {len(header)} columns, got {len(record)} up to line {reader.line_num}"
+                    )
+                    yield dump_line({UNREADABLE: reason})
+        except csv.Error as error:
+            raise ValueError(f"path must be CSV, got {path}: line {reader.line_num}: {error}") from None
 
 
 def _cell(name: str, text: str) -> Any:

@@ -16,8 +16,8 @@ from mpo_ext.data.records import PROMPT_TURNS, SOURCE, Pair
 #: Kinds of bad lines.
 NO_IMAGE, IMAGE_MARK = "no image", "image mark"
 
-# <image 1> (MMMU), <image_1>, <image1> (MathVision), <image-1>, <|image_1|> (Phi-3-vision)
-_NUMBERED = re.compile(r"<(\|?)image[ _-]?([0-9]{1,3})\1>", re.IGNORECASE)
+#: <image 1> (MMMU), <img1>, <image_1>, <image1> (MathVision), <image-1>, <|image_1|> (Phi-3-vision)
+NUMBERED_MARK = re.compile(r"<(\|?)(?:image|img)[ _-]?([0-9]{1,3})\1>", re.IGNORECASE)
 _MARKS = re.compile(
     r"<(?!image>)(?i:image)>"  # <Image>, <IMAGE>
     r"|<\|(?:image|image_pad|vision_start|image_start|begin_of_image|media_placeholder)\|>"
@@ -39,9 +39,9 @@ def check_marks(pair: Pair) -> Pair:
             numbered marks do not have each number of an image once, or stand beside ``<image>``.
     """
     texts = _texts(pair)
-    numbers = [int(match[2]) for text in texts for match in _NUMBERED.finditer(text)]
+    numbers = [int(match[2]) for text in texts for match in NUMBERED_MARK.finditer(text)]
     for text in texts:
-        mark = _MARKS.search(text) or (None if pair.images else _NUMBERED.search(text))
+        mark = _MARKS.search(text) or (None if pair.images else NUMBERED_MARK.search(text))
         if mark is None:
             continue
         if not pair.images:
@@ -70,7 +70,7 @@ def check_marks(pair: Pair) -> Pair:
 
 def _replaced(pair: Pair, images: tuple[str, ...]) -> Pair:
     def place(text: str) -> str:
-        return _NUMBERED.sub(IMAGE_PLACEHOLDER, text)
+        return NUMBERED_MARK.sub(IMAGE_PLACEHOLDER, text)
 
     extra = pair.extra
     if isinstance(messages := pair.source.get(PROMPT_TURNS), list):

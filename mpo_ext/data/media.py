@@ -18,7 +18,8 @@ _MEDIA_NAME = re.compile(
     r"image|img|picture|photo|pixel|screenshot|thumbnail|video|audio|waveform|(?:^|_)pics?(?:_|$)", re.IGNORECASE
 )
 _OTHER_MARKS = ("<video>", "<audio>")
-_MEDIA_FILE = re.compile(
+#: Paths whose extension is that of an image, video or audio file.
+MEDIA_FILE = re.compile(
     r"[^\n]*[^\s/\\.]\.(?:png|jpe?g|jfif|gif|webp|bmp|tiff?|svg|heic|heif|avif|ico|ppm|dcm"
     r"|mp4|webm|avi|mov|mkv|m4v|mpe?g|flv|wmv|wav|mp3|flac|ogg|m4a|aac|opus)",
     re.IGNORECASE,
@@ -134,18 +135,23 @@ def _check_value(name: str, value: object, read: Collection[str]) -> None:
         if re.split(r"[/\\]", text)[-1] in read:
             return
         # A cell of a CSV file may hold a list of paths as text.
-        if _is_media(name, text) or (text.startswith("[") and any(map(_MEDIA_FILE.fullmatch, _QUOTED.findall(text)))):
+        if _is_media(name, text) or (text.startswith("[") and any(map(MEDIA_FILE.fullmatch, _QUOTED.findall(text)))):
             raise _unread(name, value)
 
 
-def _is_media(name: str, text: str) -> bool:
+def is_media_content(text: str) -> bool:
+    """Returns whether a text is a data URL, or the base64 text, of an image, video or audio."""
     if _DATA_URL.match(text):
         return True
-    if len(text) >= _SHORTEST_BASE64 and _BASE64_MEDIA.match(text) and _BASE64.fullmatch(text):
+    return len(text) >= _SHORTEST_BASE64 and bool(_BASE64_MEDIA.match(text)) and _BASE64.fullmatch(text) is not None
+
+
+def _is_media(name: str, text: str) -> bool:
+    if is_media_content(text):
         return True
     if _URL.fullmatch(text):
-        return any(map(_MEDIA_FILE.fullmatch, (text, re.split(r"[?#]", text, maxsplit=1)[0])))
-    if not _MEDIA_FILE.fullmatch(text):
+        return any(map(MEDIA_FILE.fullmatch, (text, re.split(r"[?#]", text, maxsplit=1)[0])))
+    if not MEDIA_FILE.fullmatch(text):
         return False
     # "What is in a.png" is a sentence; "my photos/a b.png" is not.
     words = text.split()

@@ -19,6 +19,8 @@ from typing import Any
 from mpo_ext.answers import label_options
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.data.literals import read_literal
+from mpo_ext.data.marks import NUMBERED_MARK
+from mpo_ext.data.media import MEDIA_FILE, is_media_content
 from mpo_ext.generate.item_options import (
     FormError,
     indexed_answer,
@@ -31,7 +33,6 @@ _QUESTIONS = ("question", "query", "text")
 _ANSWERS = ("answer_gt", "answer", "label", "answers")
 _IMAGES = ("images", "image", "decoded_image", "imgname", "image_path")
 _NUMBERED_IMAGE = re.compile(r"image_([1-9][0-9]?)")
-_NUMBERED_MARK = re.compile(r"<(\|?)(?:image|img)[ _-]?([0-9]{1,2})\1>", re.IGNORECASE)
 _LETTERS = re.compile(r"[(\[]?[A-Za-z][)\].:]*(?:\s*[,;&]\s*[(\[]?[A-Za-z][)\].:]*)*")
 # A field whose name or value looks like an image that this module does not read would be lost.
 _IMAGE_NAME = re.compile(r"(?:^|_)(?:images?|imgs?|pictures?|photos?|videos?|audios?|frames|pixels)(?:_|$)")
@@ -43,7 +44,6 @@ _FILE_NAME = re.compile(
     r"image|img|file|path|photo|pic|video|figure|screenshot"
     r"|(?:^|_)(?:media|medium|visuals?|diagrams?|charts?|plots?|scans?|screen|drawing|attachments?|fig|frame)(?:_|[0-9]|$)"
 )
-_IMAGE_FILE = re.compile(r"\S[^\n]*\.(?:png|jpe?g|gif|webp|bmp|tiff?|mp4|webm|avi|mov)", re.IGNORECASE)
 _MIME_BY_BASE64 = {"/9j/": "jpeg", "iVBORw0KGgo": "png", "R0lGOD": "gif", "UklGR": "webp", "Qk": "bmp", "SUkq": "tiff"}
 _MIME_BY_BASE64["TU0AK"] = "tiff"
 _SHORTEST_BASE64 = 65  # shorter texts are the ``index`` of another row of MMBench, which has the image
@@ -182,7 +182,7 @@ def _take_images(
     if "decoded_image" in fields:
         fields.pop("image", None)  # MathVista's ``image`` is the path of the same image
     if not fields and not numbered and isinstance(rest.get("image_source"), str):
-        if not _IMAGE_FILE.fullmatch(rest["image_source"]):
+        if not MEDIA_FILE.fullmatch(rest["image_source"]):
             raise FormError("image must be given: image_source names no file")
         fields["image_source"] = [rest.pop("image_source")]
     if numbered and fields:
@@ -192,7 +192,7 @@ def _take_images(
         raise FormError(f"images must be given once, got {different[0]} and {different[1]} with other images")
     images = next(iter(fields.values()), [])
     texts = [question, *(options.values() if isinstance(options, dict) else options or ())]
-    if not numbered and not any(map(_NUMBERED_MARK.search, texts)):
+    if not numbered and not any(map(NUMBERED_MARK.search, texts)):
         return question, options, images
     return _place_numbered(question, options, numbered or dict(enumerate(images, 1)))
 
@@ -213,7 +213,7 @@ def _place_numbered(
             placed.add(number)
             return IMAGE_PLACEHOLDER
 
-        return _NUMBERED_MARK.sub(mark, text)
+        return NUMBERED_MARK.sub(mark, text)
 
     question = place(question)
     if isinstance(options, dict):
@@ -262,13 +262,13 @@ def _is_image_like(key: str, value: Any) -> bool:
             return True
         if isinstance(entry, Mapping) and "bytes" in entry and "path" in entry:
             return True
-        if isinstance(entry, str) and (entry.startswith("data:image/") or _is_base64(entry)):
+        if isinstance(entry, str) and is_media_content(entry):
             return True
     if value is None or isinstance(value, (bool, int, float)) or value in ("", [], {}):
         return False
     name = key.casefold().replace("-", "_")
     is_named = _IMAGE_NAME.search(name) is not None and _METADATA.search(name) is None
-    is_file = any(_IMAGE_FILE.fullmatch(text) is not None for text in _texts(value))
+    is_file = any(MEDIA_FILE.fullmatch(text) is not None for text in _texts(value))
     return is_named or (is_file and _FILE_NAME.search(name) is not None)
 
 
@@ -279,9 +279,3 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, (list, tuple)):
         return [text for entry in value for text in _texts(entry)]
     return [value] if isinstance(value, str) else []
-
-
-def _is_base64(text: str) -> bool:
-    """Returns whether a text is an image in base64."""
-    is_long = len(text) >= _SHORTEST_BASE64 and text.startswith(tuple(_MIME_BY_BASE64))
-    return is_long and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text) is not None and " " not in text

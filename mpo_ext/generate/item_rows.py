@@ -4,13 +4,12 @@ import codecs
 import csv
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mpo_ext.checks import install_hint
-from mpo_ext.data.containers import as_lines, is_parquet
+from mpo_ext.data.containers import as_lines, is_parquet, long_cells
 from mpo_ext.data.jsonl import UNREADABLE
 
 TABLES = (".tsv", ".csv", ".parquet")
@@ -89,9 +88,8 @@ def _is_utf8(head: bytes) -> bool:
 
 
 def _table_rows(path: str, dialect: str) -> Iterator[Any]:
-    csv.field_size_limit(sys.maxsize)  # images in base64 are longer than the default limit
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with long_cells(), open(path, encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file, dialect=dialect, strict=True):
                 # DictReader has the key None for too many values, and the value None for too few.
                 yield None if None in row or None in row.values() else row

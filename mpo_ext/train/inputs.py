@@ -6,6 +6,7 @@ A run that resumes compares its inputs with those of the checkpoint and names th
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -198,9 +199,8 @@ def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
     """Returns hashes of the first pairs of the run, and of the first pair with images, before and after encoding."""
     encoded: list[dict[str, Any]] = []
     has_images = False
-    for index in data.sampler.order(0)[:_SEARCHED_PAIRS]:
-        pair, name = data.mixture.read(int(index))
-        if isinstance(pair, BadLine) or (len(encoded) >= _ENCODED_PAIRS and not pair.images):
+    for pair, name in itertools.islice(data.first_pairs(), _SEARCHED_PAIRS):
+        if len(encoded) >= _ENCODED_PAIRS and not pair.images:
             continue
         try:
             sample = data.encoder.encode(pair, name)
