@@ -9,7 +9,7 @@ from typing import ClassVar
 from mpo_ext.answers.base import Matcher, Verdict
 from mpo_ext.answers.extract import all_boxes, last_box
 from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
-from mpo_ext.answers.texts import compare_texts, is_no_answer
+from mpo_ext.answers.word_answers import compare_texts, is_no_answer
 from mpo_ext.checks import shorten
 
 _LONE_LETTER = re.compile(r"[(\[{]?\s*([A-Za-z])\s*[)\]}.:,]*")

@@ -11,8 +11,8 @@ from mpo_ext.answers.normalize import TO_ASCII, clean_answer, fold
 from mpo_ext.answers.number_text import Number, parse_number
 from mpo_ext.answers.numbers import NumberRule, number_text
 from mpo_ext.answers.readings import compare_readings, is_symbol, without_unknown_unit
-from mpo_ext.answers.texts import compare_texts, is_no_answer, without_lead
 from mpo_ext.answers.units import compare_units, is_case_off, parse_unit
+from mpo_ext.answers.word_answers import compare_texts, is_no_answer, without_lead
 from mpo_ext.checks import check_number, install_hint
 
 _NUMBERS = NumberRule(relative=1e-6, absolute=1e-9, percent="either", units="any")

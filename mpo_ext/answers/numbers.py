@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 from mpo_ext.answers.base import Matcher, Verdict, check_flag
 from mpo_ext.answers.normalize import clean_answer, fold
 from mpo_ext.answers.number_text import Number, parse_number
-from mpo_ext.answers.texts import compare_texts
 from mpo_ext.answers.units import compare_units, fold_unit, is_case_off, may_be_converted
+from mpo_ext.answers.word_answers import compare_texts
 from mpo_ext.checks import check_choice, check_number, shorten
 
 _DEGREES = ("\u00b0", "degree", "degrees", "deg")

@@ -11,7 +11,7 @@ from mpo_ext.answers.base import Matcher, Verdict, check_flag, is_empty, rank
 from mpo_ext.answers.normalize import fold
 from mpo_ext.answers.number_text import parse_number
 from mpo_ext.answers.numbers import NumberRule
-from mpo_ext.answers.texts import compare_folded
+from mpo_ext.answers.word_answers import compare_folded
 from mpo_ext.checks import check_number, install_hint
 
 
