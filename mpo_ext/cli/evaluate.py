@@ -26,13 +26,13 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )  # fmt: skip
     parser.add_argument(
         "--data", action="append", required=True, metavar="[NAME=]PATH",
-        help="file of items (.jsonl, .tsv, .csv or .parquet; question, image, answer_gt or answer), or a meta file "
-        "(.json) of such files; may be repeated",
+        help="file of items (.jsonl, .json, .tsv, .csv, .parquet, also .gz; question, image, answer_gt or answer), or "
+        "a meta file (.json) of such files; may be repeated",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder of the evaluation")
     parser.add_argument(
         "--prompt", nargs="+", default=["direct"], metavar="PROMPT",
-        help="direct, cot, both, the name of another template, or none for the unchanged question (default: direct)",
+        help="direct, cot, both, another template's name, or none: the question with its options (default: direct)",
     )  # fmt: skip
     parser.add_argument("--samples", type=int, default=1, help="responses per question (default: 1)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")

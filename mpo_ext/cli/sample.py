@@ -44,7 +44,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "correctness",
         help="pair samples with a right answer and samples with a wrong answer",
         description="Samples responses to questions with a known answer and pairs right samples with wrong samples. "
-        "Writes OUT/pairs.jsonl, OUT/format_pairs.jsonl (no readable answer) and OUT/unsolved.jsonl (no right "
+        "Writes OUT/pairs.jsonl, OUT/format_pairs.jsonl (rejected: no answer) and OUT/unsolved.jsonl (no right "
         "sample), which 'mpo-ext sample dropout-ntp' reads.",
     )
     _add_common(correctness, samples=32, max_new_tokens=4096)
@@ -68,8 +68,8 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
     parser.add_argument(
         "source",
         type=Path,
-        help="file of items (.jsonl, .tsv, .csv or .parquet; question, image, and chosen or answer_gt), or a "
-        "meta file (.json) that lists such files, in the format of MMPR's prompts",
+        help="file of items (.jsonl, .json, .tsv, .csv, .parquet, also .gz; question, image, chosen or answer_gt), or "
+        "a meta file (.json) that lists such files, in the format of MMPR's prompts",
     )
     parser.add_argument("out", type=Path, help="folder of the run")
     parser.add_argument("--model", required=True, help="folder or name of the model")

@@ -33,7 +33,7 @@ class CorrectnessConfig:
         sampling: Settings for drawing tokens.
         seed: Seed of all draws and choices.
         template: Name of the prompt template (``mpo_ext.generate.prompts``), which also shows the ``options`` of an
-            item; None asks the question without a template. Pairs hold the rendered prompt.
+            item; None: the question with its options. Pairs hold the rendered prompt.
         style: Form of the answer in a response, see ``extract_answer``; None: the style of the template, or
             "final_answer" without a template.
         matcher: Kind and options of the matcher that compares an answer with the truth.

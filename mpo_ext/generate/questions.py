@@ -20,7 +20,7 @@ class QuestionSampler:
 
     Attributes:
         name: Name of the pipeline; the seeds of the requests depend on it.
-        template: Template of the prompts; None asks the questions without a template.
+        template: Template of the prompts; None: the question with its options.
     """
 
     name: str
