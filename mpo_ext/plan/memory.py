@@ -13,6 +13,7 @@ from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.plan import roofline
 from mpo_ext.train import model as models
 from mpo_ext.train.batch import RowLayout
+from mpo_ext.train.optimizer import hidden_matrices
 from mpo_ext.train.recipe import ModelRecipe, Recipe
 from mpo_ext.train.reference_model import check_can_follow
 
@@ -20,6 +21,7 @@ from mpo_ext.train.reference_model import check_can_follow
 RESPONSE_SHARE = 0.25
 ASSUMED_LENGTH = 4096  #: Assumed number of tokens of the longest pair if the recipe sets no limit.
 
+_LEAST_8BIT = 4096  # smaller parameters have a state of float32 in bitsandbytes
 _NF4_BYTES = 4.127 / 8  # per weight, with its part of the doubly quantized scales
 _EAGER_BYTES = {2: 18, 4: 16, 8: 32}  # peak bytes per logit in plain torch, by the bytes of a logit
 
@@ -68,7 +70,7 @@ class MemoryEstimate:
         weights = self._weights()
         yield self._over_ranks("parameters", weights, "number x size of model.dtype")
         yield self._over_ranks("gradients", gradients, "trainable x size of their dtype")
-        yield self._over_ranks("AdamW state", 2 * gradients, "2 x gradients")
+        yield self._over_ranks("optimizer state", *self._optimizer_state(trainable))
         if self.world_size > 1:
             yield Memory(
                 "buckets or gathered layers", gradients, self._gathered(), "DDP: gradients; FSDP2: 2 layers, head"
@@ -84,6 +86,22 @@ class MemoryEstimate:
         size = self.activations(checkpointed=checkpointed)
         formula = "inputs of layers + 1 whole layer" if checkpointed else "tensors that linear layers and norms keep"
         yield Memory("activations", size, size, f"{formula}; {self.positions:,} positions")
+
+    def _optimizer_state(self, trainable: Sequence[nn.Parameter]) -> tuple[int, str]:
+        """Returns the bytes of the optimizer's state, and their formula."""
+        name = self.recipe.optim.name
+        if name == "muon":
+            once = sum(_bytes(matrix) for matrix in hidden_matrices(self.model) if matrix.requires_grad)
+            return 2 * sum(map(_bytes, trainable)) - once, "muon: 1 x gradients of hidden matrices, 2 x others"
+        if name == "adafactor":
+            sizes = (sum(p.shape[-2:]) * math.prod(p.shape[:-2]) if p.ndim > 1 else p.numel() for p in trainable)
+            return 4 * sum(sizes), "adafactor: 4 bytes per row and column"
+        if name in ("adamw_8bit", "paged_adamw_8bit"):
+            wide = {id(m.weight) for m in unwrap_model(self.model).modules() if isinstance(m, nn.Embedding)}
+            narrow = sum(p.numel() for p in trainable if id(p) not in wide and p.numel() >= _LEAST_8BIT)
+            others = sum(p.numel() for p in trainable) - narrow
+            return round(narrow * (2 + 8 / 256)) + 8 * others, f"{name}: 2.03 bytes per weight, 8 in embeddings"
+        return 2 * sum(map(_bytes, trainable)), "2 x gradients" if name == "adamw" else "as AdamW: 2 x gradients"
 
     def activations(self, *, checkpointed: bool) -> int:
         """Returns the bytes of the activations that the layers keep for backward, over all positions."""

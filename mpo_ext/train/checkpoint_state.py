@@ -19,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from mpo_ext.files import write_and_sync
 from mpo_ext.train.checkpoint_files import CheckpointError, list_names, to_bytes, together
@@ -48,6 +49,7 @@ def save_state(
                 groups = zip(optimizer.param_groups, _names_in_groups(optimizer, parameters), strict=True)
                 named = [{**group, "params": names} for group, names in groups]
                 trainer = {"groups": named, "scaler": _scaler_state(accelerator)}
+                trainer["values"] = _optimizer_values(optimizer, parameters)
                 write_and_sync(folder / _TRAINER, to_bytes(trainer))
         elif reference is not None:
             raise CheckpointError("reference must be None with DeepSpeed, which has no part for it")
@@ -93,6 +95,7 @@ class StateReader:
         self.optimizer = _inner_optimizer(optimizer)
         parameters = _named_parameters(accelerator, model)
         self.groups = _matched_groups(self.optimizer, parameters, trainer["groups"])
+        self.values: dict[str, Any] = trainer.get("values", {})  # checkpoints of AdamW may lack this entry
         self.tensors = _model_tensors(accelerator, model, reference)
         self.tensors.update(_empty_optimizer_tensors(parameters, saved))
         _check_tensors(self.tensors, saved, folder)
@@ -106,7 +109,7 @@ class StateReader:
             return
         with _without_warning():
             dcp.load(self.tensors, storage_reader=self.reader)
-        _load_optimizer(self.optimizer, self.groups, self.tensors)
+        _load_optimizer(self.optimizer, self.groups, self.tensors, self.values)
         if self.scaler:
             self.accelerator.scaler.load_state_dict(self.scaler)
 
@@ -198,19 +201,44 @@ def _names_in_groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, 
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Returns the optimizer's state tensors by name; a parameter that never had a gradient has no state."""
-    tensors = {}
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[str, nn.Parameter, Any]]:
+    """Yields name, parameter and value of each entry of the optimizer's state.
+
+    A parameter that never had a gradient has no state.
+    """
     for group, names in zip(optimizer.param_groups, _names_in_groups(optimizer, parameters), strict=True):
         for parameter, name in zip(group["params"], names, strict=True):
             for key, value in optimizer.state.get(parameter, {}).items():
-                if not isinstance(value, Tensor) or value.shape not in {parameter.shape, torch.Size()}:
-                    raise CheckpointError(
-                        f"optimizer must have a state of tensors with the parameter's shape {tuple(parameter.shape)} "
-                        f"or none, got {key} {getattr(value, 'shape', value)!r} of {name}"
-                    )
-                tensors[f"optimizer.{name}.{key}"] = value
+                yield f"optimizer.{name}.{key}", parameter, value
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Returns the tensors of the optimizer's state by name."""
+    tensors = {}
+    for name, parameter, value in _optimizer_state(optimizer, parameters):
+        if not isinstance(value, Tensor):
+            continue
+        if isinstance(parameter, DTensor) and value.shape not in {parameter.shape, torch.Size()}:
+            raise CheckpointError(
+                "optimizer must have a state with the shape of the parameter or none if parameters are sharded, got "
+                f"{name} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}"
+            )
+        tensors[name] = value
     return tensors
+
+
+def _optimizer_values(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """Returns the numbers and strings of the optimizer's state by name."""
+    values = {}
+    for name, _, value in _optimizer_state(optimizer, parameters):
+        if isinstance(value, Tensor):
+            continue
+        if value is not None and not isinstance(value, (bool, int, float, str)):
+            raise CheckpointError(f"optimizer must have a state of tensors and numbers, got {type(value)} for {name}")
+        values[name] = value
+    return values
 
 
 def _empty_optimizer_tensors(parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -246,17 +274,27 @@ def _matched_groups(
 
 
 def _load_optimizer(
-    optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    groups: list[dict[str, Any]],
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
 ) -> None:
     """Replaces the group settings and the whole state of the optimizer."""
     numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
-    state: dict[int, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
+    state: dict[int, dict[str, Any]] = {}
+    for full_name, value in (*tensors.items(), *values.items()):
         if full_name.startswith("optimizer."):
             name, _, key = full_name.removeprefix("optimizer.").rpartition(".")
-            state.setdefault(numbers[name], {})[key] = tensor
+            state.setdefault(numbers[name], {})[key] = value
     numbered = [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups]
     optimizer.load_state_dict({"state": state, "param_groups": numbered})
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entries in state.items():
+        loaded = optimizer.state[ordered[number]]
+        for key, value in entries.items():
+            # torch casts the state to the dtype of the parameter, which rounds float32 states of bfloat16 parameters.
+            if isinstance(value, Tensor) and loaded[key].dtype != value.dtype:
+                loaded[key] = value.to(loaded[key].device)
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], path: Path) -> None:

@@ -20,7 +20,7 @@ from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.evaluation import evaluate
 from mpo_ext.train.inputs import stored_date
 from mpo_ext.train.metrics import Totals, log_line, peak_memory_mib
-from mpo_ext.train.optimizer import clip_gradients, scheduled_learning_rate
+from mpo_ext.train.optimizer import clip_gradients, learning_rates, set_learning_rates
 from mpo_ext.train.output import RunOutput
 from mpo_ext.train.progress import compare_first_loss
 from mpo_ext.train.proof import Proof, prove
@@ -103,6 +103,7 @@ class Trainer:
         self.checkpoint = self.output.checkpoints.resolve(recipe.output.resume)
         setup = set_up(recipe, self.accelerator, model, processor, date=self._date())
         self.model, self.processor, self.optimizer = setup.model, setup.processor, setup.optimizer
+        self.groups = setup.groups
         self.data, self.reference_model = setup.data, setup.reference_model
         self.reference_fingerprint, self.fixed_weights = setup.reference_fingerprint, setup.fixed_weights
         self.reference: Reference | None = None
@@ -214,11 +215,10 @@ class Trainer:
             self._save_if_due(is_end=True)
             raise
         state.count_pairs(step_slice)
-        learning_rate = scheduled_learning_rate(recipe.optim, state.step, self.data.total_steps)
+        schedule = self.groups, recipe.optim, state.step, self.data.total_steps
         if size.micro_steps == 0:
-            return self._skip_empty_step(learning_rate)
-        for group in self.optimizer.param_groups:  # before backward, in which accelerate steps DeepSpeed's optimizer
-            group["lr"] = learning_rate
+            return self._skip_empty_step(learning_rates(*schedule))
+        rates = set_learning_rates(self.optimizer, *schedule)
         shift_before = copy.deepcopy(state.reward_shift)
         totals, losses = self._accumulate_gradients(step_slice, size)
         grad_norm = clip_gradients(self.accelerator, self.model, recipe.optim.max_grad_norm)
@@ -242,7 +242,7 @@ class Trainer:
             self._compare_first_loss(line)
         self._count_step()
         line |= {
-            "learning_rate": learning_rate,
+            **rates,
             "grad_norm": grad_norm,
             "tokens_per_s": sums["tokens"] / (time.perf_counter() - began_s),
             "memory_mib": peak_memory_mib(self.accelerator.device),
@@ -272,11 +272,11 @@ class Trainer:
                 losses.append((batch.names, out.loss.detach()))
         return totals, losses
 
-    def _skip_empty_step(self, learning_rate: float) -> bool:
+    def _skip_empty_step(self, rates: Mapping[str, float]) -> bool:
         """Counts and logs a step without any trainable pair; returns whether a signal ends the run."""
         self._count_step()
         self.output.console.say(f"step {self.state.step}: all of its pairs were skipped, so the model is unchanged")
-        self._report({"pairs": 0.0, "learning_rate": learning_rate})
+        self._report({"pairs": 0.0, **rates})
         return self._end_step()
 
     def _count_step(self) -> None:

@@ -1,39 +1,283 @@
-"""The optimizer of a run: parameter groups, learning-rate schedule and gradient clipping."""
+"""The optimizer of a run: parameter groups, optimizers by name, learning-rate schedule and gradient clipping."""
 
+import importlib
 import math
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from mpo_ext.train.recipe import OptimRecipe
+from mpo_ext.checks import shorten
+from mpo_ext.loss.hf_head import unwrap_model
+from mpo_ext.train.model import has_vision, modules_of
+from mpo_ext.train.optim_recipe import OptimRecipe
+from mpo_ext.train.settings import MODEL_PARTS
+
+#: Optimizers that read whole parameters, or whose kernels take no shards, by the kind of sharding.
+_NOT_ON_SHARDS = {
+    "DEEPSPEED": ("adamw_8bit", "paged_adamw_8bit", "adafactor", "muon"),
+    "FSDP": ("adamw_8bit", "paged_adamw_8bit", "adafactor"),
+}
+
+Maker = Callable[[list[dict[str, Any]], dict[str, Any], nn.Module], torch.optim.Optimizer]
 
 
-def make_optimizer(model: nn.Module, recipe: OptimRecipe, device: torch.device) -> torch.optim.Optimizer:
-    """Returns AdamW over the trainable parameters; only parameters with at least two axes have weight decay."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+class ParameterGroup(NamedTuple):
+    """Parameters with the same settings.
+
+    Attributes:
+        part: Name of the part in ``optim.groups``; "" for parameters with the settings of ``optim``.
+        parameters: The trainable parameters.
+        learning_rate: Maximum learning rate.
+        weight_decay: Weight decay.
+        orthogonalized: Whether Muon updates them; False: AdamW, or the optimizer is not Muon.
+    """
+
+    part: str
+    parameters: list[nn.Parameter]
+    learning_rate: float
+    weight_decay: float
+    orthogonalized: bool = False
+
+
+def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[ParameterGroup]:
+    """Returns the trainable parameters in groups; only parameters with at least two axes have weight decay.
+
+    Raises:
+        ValueError: If ``optim.groups`` names a part that the model lacks or does not train.
+    """
+    parts = _part_of_parameters(model, recipe.groups)
+    hidden = _hidden_matrices(model) if recipe.name == "muon" else set()
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {
+        (part, orthogonalized, has_decay): []
+        for part in ("", *recipe.groups)
+        for orthogonalized in (True, False)
+        for has_decay in (True, False)
+    }
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = parts.get(id(parameter), ""), id(parameter) in hidden, parameter.ndim >= 2
+            groups[key].append(parameter)
+    for part in recipe.groups:
+        if not any(parameters for (name, *_), parameters in groups.items() if name == part):
+            raise ValueError(f"optim.groups must name parts that are trained, got {part!r}, which is frozen")
+    made = []
+    for (part, orthogonalized, has_decay), parameters in groups.items():
+        own = recipe.groups.get(part)
+        rate = recipe.learning_rate if own is None or own.learning_rate is None else own.learning_rate
+        decay = recipe.weight_decay if own is None or own.weight_decay is None else own.weight_decay
+        if parameters:
+            made.append(ParameterGroup(part, parameters, rate, decay if has_decay else 0.0, orthogonalized))
+    return made
+
+
+def _part_of_parameters(model: nn.Module, parts: Iterable[str]) -> dict[int, str]:
+    """Returns the name of the part by ``id`` of the parameter, for the parts with separate settings."""
+    inner: Any = unwrap_model(model)
+    found: dict[int, str] = {}
+    for part in MODEL_PARTS:  # in Qwen2-VL the projector is a submodule of the vision tower
+        modules = [module for _, module in modules_of(inner, part)]
+        if part == "language_model":
+            modules = [inner] if not has_vision(inner) else [*modules, inner.get_output_embeddings()]
+        if part in parts and not modules:
+            kind = type(inner).__name__
+            raise ValueError(f"optim.groups must name parts that the model has, got {part!r}, not found in {kind}")
+        found |= {id(parameter): part for module in modules for parameter in module.parameters()}
+    return {key: part for key, part in found.items() if part in parts}
+
+
+def _hidden_matrices(model: nn.Module) -> set[int]:
+    """Returns the ``id`` of each weight that Muon updates."""
+    return {id(parameter) for parameter in hidden_matrices(model)}
+
+
+def hidden_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the weights with two axes, except for embeddings and the output head."""
+    inner: Any = unwrap_model(model)
+    head = inner.get_output_embeddings()
+    outer = [module for module in inner.modules() if isinstance(module, nn.Embedding) or module is head]
+    excluded = {id(parameter) for module in outer for parameter in module.parameters()}
+    for parameter in inner.parameters():
+        if parameter.ndim == 2 and id(parameter) not in excluded:
+            yield parameter
+
+
+def make_optimizer(
+    groups: Sequence[ParameterGroup], recipe: OptimRecipe, model: nn.Module, accelerator: Any
+) -> torch.optim.Optimizer:
+    """Returns the optimizer that the recipe names, over the groups in their order.
+
+    Raises:
+        ImportError: If a library is missing.
+        TypeError: If the optimizer does not take ``optim.args``.
+        ValueError: If the optimizer cannot train the model on these ranks.
+    """
+    _check_ranks(recipe, accelerator)
+    options: dict[str, Any] = {"lr": recipe.learning_rate}
+    if "adamw" in recipe.name or recipe.name == "muon":
+        options |= {"betas": recipe.betas, "eps": recipe.eps}
+    if recipe.name == "adamw":
+        options["fused"] = accelerator.device.type == "cuda" or None
+    options |= recipe.args
+    described = [
+        {"params": group.parameters, "weight_decay": group.weight_decay}
+        | ({"orthogonalized": group.orthogonalized} if recipe.name == "muon" else {})
+        for group in groups
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=recipe.learning_rate,
-        betas=recipe.betas,
-        eps=recipe.eps,
-        fused=device.type == "cuda" or None,
-    )
+    make = _MAKERS.get(recipe.name) or _importing(recipe.name)
+    try:
+        made = make(described, options, model)
+    except TypeError as error:
+        text = f"optim.args must be arguments of {recipe.name}, got {shorten(recipe.args)}: {error}"
+        raise TypeError(text) from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"optim.name must be a torch.optim.Optimizer, got {recipe.name} ({type(made).__name__})")
+    return made
 
 
-def scheduled_learning_rate(recipe: OptimRecipe, step: int, total_steps: int) -> float:
+def _check_ranks(recipe: OptimRecipe, accelerator: Any) -> None:
+    """Raises ``ValueError`` for an optimizer that would be wrong on sharded parameters."""
+    sharding = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if recipe.name in _NOT_ON_SHARDS.get(sharding, ()):
+        raise ValueError(
+            f"optim.name must be an optimizer that works on shards of parameters under {sharding}, got {recipe.name!r}"
+        )
+
+
+def _importing(path: str) -> Maker:
+    """Returns a function that makes an optimizer of the class with an import path."""
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        text = f"optim.name must be the import path of a class, got {path!r}: {error}"
+        raise ImportError(text) from error
+    return lambda groups, options, model: kind(groups, **options)
+
+
+def _make_adamw(groups: list[dict[str, Any]], options: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, **options)
+
+
+def _make_adamw_8bit(
+    groups: list[dict[str, Any]], options: dict[str, Any], model: nn.Module, *, paged: bool = False
+) -> torch.optim.Optimizer:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError(f"optim.name {_8BIT[paged]!r} needs bitsandbytes: {'pip install bitsandbytes'}") from error
+    device = next(parameter.device for group in groups for parameter in group["params"])
+    if paged and device.type != "cuda":
+        raise ValueError(f"optim.name must be 'adamw_8bit' on {device.type}, which has no pages, got {_8BIT[True]!r}")
+    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+    made = kind(groups, **options)
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for module in model.modules():  # 8 bits are too few for embeddings, whose gradients are sparse (arXiv 2110.02861)
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return made
+
+
+def _make_adafactor(groups: list[dict[str, Any]], options: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, **{"scale_parameter": False, "relative_step": False, **options})
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon/) for matrices of hidden layers, AdamW for all others.
+
+    Groups with ``orthogonalized`` go through ``torch.optim.Muon``, the other groups through ``torch.optim.AdamW``. The
+    default ``adjust_lr_fn`` scales Muon's updates to the size of AdamW's, so that one learning rate serves both.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adjust_lr_fn: str = "match_rms_adamw",
+        **options: Any,
+    ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"optim.name 'muon' needs torch 2.9 or later, got {torch.__version__}")
+        groups = list(params)
+        sides = {side: [group for group in groups if group["orthogonalized"] == side] for side in (True, False)}
+        self._parts: dict[bool, torch.optim.Optimizer] = {}
+        if sides[True]:
+            self._parts[True] = torch.optim.Muon(sides[True], lr=lr, adjust_lr_fn=adjust_lr_fn, **options)
+        if sides[False]:
+            self._parts[False] = torch.optim.AdamW(sides[False], lr=lr, betas=betas, eps=eps)
+        super().__init__(groups, {"lr": lr})  # the groups have the defaults of their part by now
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates all parameters."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for side, part in self._parts.items():
+            part.param_groups = [group for group in self.param_groups if group["orthogonalized"] == side]
+            part.state = self.state  # load_state_dict replaces both
+            part.step()
+        return loss
+
+
+def _make_muon(groups: list[dict[str, Any]], options: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    return Muon(groups, **options)
+
+
+_8BIT = {False: "adamw_8bit", True: "paged_adamw_8bit"}
+_MAKERS: dict[str, Maker] = {
+    "adamw": _make_adamw,
+    "adamw_8bit": _make_adamw_8bit,
+    "paged_adamw_8bit": lambda *arguments: _make_adamw_8bit(*arguments, paged=True),
+    "adafactor": _make_adafactor,
+    "muon": _make_muon,
+}
+
+
+def scheduled_learning_rate(recipe: OptimRecipe, maximum: float, step: int, total_steps: int) -> float:
     """Returns the learning rate of a step, counted from 0. The warm-up starts at 0, as in transformers."""
     warmup_steps = math.ceil(total_steps * recipe.warmup_ratio)
     if step < warmup_steps:
-        return recipe.learning_rate * step / warmup_steps
+        return maximum * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     if recipe.schedule == "cosine":
-        return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-    return recipe.learning_rate * (1 - progress if recipe.schedule == "linear" else 1)
+        fraction = 0.5 * (1 + math.cos(math.pi * progress))
+    elif recipe.schedule == "linear":
+        fraction = 1 - progress
+    elif recipe.schedule == "wsd":
+        decay_steps = max(1, math.ceil(total_steps * recipe.decay_ratio))
+        fraction = min(1.0, (total_steps - step) / decay_steps)
+    else:
+        fraction = 1.0
+    return maximum * (recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * fraction)
+
+
+def set_learning_rates(
+    optimizer: Any, groups: Sequence[ParameterGroup], recipe: OptimRecipe, step: int, total_steps: int
+) -> dict[str, float]:
+    """Sets the learning rates of a step, counted from 0, and returns them by their names in the log.
+
+    Call it before backward, in which accelerate steps DeepSpeed's optimizer.
+    """
+    for group, made in zip(optimizer.param_groups, groups, strict=True):
+        group["lr"] = scheduled_learning_rate(recipe, made.learning_rate, step, total_steps)
+    return learning_rates(groups, recipe, step, total_steps)
+
+
+def learning_rates(
+    groups: Sequence[ParameterGroup], recipe: OptimRecipe, step: int, total_steps: int
+) -> dict[str, float]:
+    """Returns the learning rates of a step, counted from 0: that of ``optim``, and those of parts with an own rate."""
+    rates = {"learning_rate": recipe.learning_rate}
+    rates |= {f"learning_rate_{group.part}": group.learning_rate for group in groups if group.part}
+    return {name: scheduled_learning_rate(recipe, rate, step, total_steps) for name, rate in rates.items()}
 
 
 def clip_gradients(accelerator: Any, model: nn.Module, max_grad_norm: float) -> float:

@@ -14,13 +14,14 @@ from pydantic import StrictBool, StrictStr
 
 from mpo_ext.checks import did_you_mean, shorten
 from mpo_ext.loss.config import MPOConfig
+from mpo_ext.train.optim_recipe import OptimRecipe as OptimRecipe
 from mpo_ext.train.recipe_file import apply_override, dump_yaml, parse_yaml
 from mpo_ext.train.settings import (
+    MODEL_PARTS,
     NOT_EMPTY,
     Count,
     Fraction,
     Length,
-    NotNegative,
     Number,
     Positive,
     PositiveCount,
@@ -30,14 +31,10 @@ from mpo_ext.train.settings import (
     StringOrStrings,
     Strings,
     Text,
-    TwoFractions,
     section,
 )
 from mpo_ext.train.source_recipe import SourceRecipe as SourceRecipe  # for users of this module
 from mpo_ext.train.source_recipe import Sources
-
-#: Parts of a model that ``ModelRecipe.freeze`` may name.
-FREEZABLE = ("vision_tower", "projector", "language_model")
 
 BackendName = Literal["cpu", "cuda", "triton", "reference"]
 
@@ -91,11 +88,12 @@ class ModelRecipe:
 
     def __post_init__(self) -> None:
         for part in self.freeze:
-            if part not in FREEZABLE:
+            if part not in MODEL_PARTS:
                 raise ValueError(
-                    f"freeze must name parts among {', '.join(FREEZABLE)}, got {part!r}{did_you_mean(part, FREEZABLE)}"
+                    f"freeze must name parts among {', '.join(MODEL_PARTS)}, got {part!r}"
+                    f"{did_you_mean(part, MODEL_PARTS)}"
                 )
-        if set(self.freeze) == set(FREEZABLE):
+        if set(self.freeze) == set(MODEL_PARTS):
             raise ValueError(f"freeze must leave something to train, got {', '.join(self.freeze)}")
         if self.lora is not None and self.freeze:
             raise ValueError(
@@ -265,45 +263,6 @@ class ReferenceRecipe:
             raise ValueError(f"path must be None for kind 'adapter', which is the model itself, got {self.path!r}")
         if self.file is not None and self.kind != "precomputed":
             raise ValueError(f"file must be None unless kind is 'precomputed', got {self.file!r} with {self.kind!r}")
-
-
-@section
-class OptimRecipe:
-    """Settings of AdamW and of the learning rate schedule. The defaults are those of InternVL2.5-MPO.
-
-    Attributes:
-        learning_rate: Maximum learning rate, reached at the end of warmup.
-        batch_size: Number of pairs per optimizer step, summed over all ranks and micro-batches.
-        micro_batch_size: Number of pairs per forward pass on each rank.
-        epochs: Number of passes over the data.
-        max_steps: Maximum number of steps; None: no limit. The schedule ends at the last step of the run.
-        betas: AdamW's ``betas``.
-        eps: AdamW's ``eps``.
-        weight_decay: AdamW's weight decay, applied to matrices but not to biases and norms.
-        warmup_ratio: Fraction of the steps during which the learning rate rises linearly from 0.
-        schedule: Course of the learning rate after warmup: "cosine" to 0, "linear" to 0, or "constant".
-        max_grad_norm: Norm to which larger gradients are clipped; 0 disables clipping.
-        seed: Seed of the pair order and of all other random numbers.
-    """
-
-    learning_rate: NotNegative = 1e-6
-    batch_size: PositiveCount = 256
-    micro_batch_size: PositiveCount = 1
-    epochs: PositiveCount = 1
-    max_steps: PositiveCount | None = None
-    betas: TwoFractions = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.05
-    warmup_ratio: Fraction = 0.03
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    max_grad_norm: NotNegative = 1.0
-    seed: Count = 0
-
-    def __post_init__(self) -> None:
-        if self.batch_size < self.micro_batch_size:
-            raise ValueError(
-                f"batch_size must be at least micro_batch_size {self.micro_batch_size}, got {self.batch_size}"
-            )
 
 
 @section

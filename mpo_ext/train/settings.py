@@ -57,6 +57,9 @@ def _to_section(value: Any) -> Any:
     return value
 
 
+#: Parts of a model that recipes may name.
+MODEL_PARTS = ("vision_tower", "projector", "language_model")
+
 Number = StrictFloat
 NOT_EMPTY = _rule("not empty", bool)
 Text = Annotated[StrictStr, NOT_EMPTY]
@@ -154,7 +157,9 @@ def _dotted(parts: Sequence[int | str]) -> str:
 def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
     """Returns a hint: a similar name in the section, the same name in another section, or all names in the section."""
     settings = _settings(kind)
-    names = settings[".".join(parent for parent in parents if isinstance(parent, str))]
+    path = [parent for parent in parents if isinstance(parent, str)]
+    known = settings.get(".".join(path))
+    names = settings[".".join([*path[:-1], "*"])] if known is None else known
     prefix = _dotted((*parents, ""))
     close = difflib.get_close_matches(key, names, n=1)
     if close:
@@ -166,11 +171,18 @@ def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
 
 
 def _settings(kind: type, where: str = "") -> dict[str, list[str]]:
-    """Returns the names of the settings of each section, by the dotted name of the section."""
+    """Returns the names of the settings of each section, by the dotted name of the section.
+
+    Sections in a mapping have the name ``*``.
+    """
     hints = typing.get_type_hints(kind)
     settings = {where: list(hints)}
     for name, hint in hints.items():
-        for option in (hint, *typing.get_args(hint)):
+        below = f"{where}.{name}".lstrip(".")
+        options = [hint, *typing.get_args(hint)]
+        if typing.get_origin(hint) is dict:
+            options, below = [options[-1], *typing.get_args(options[-1])], f"{below}.*"
+        for option in options:
             if dataclasses.is_dataclass(option):
-                settings |= _settings(typing.cast(type, option), f"{where}.{name}".lstrip("."))
+                settings |= _settings(typing.cast(type, option), below)
     return settings

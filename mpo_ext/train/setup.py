@@ -19,7 +19,7 @@ from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.export import check_mergeable
 from mpo_ext.train.masks import prompt_positions, use_split_attention
 from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_model, without_adapters
-from mpo_ext.train.optimizer import make_optimizer
+from mpo_ext.train.optimizer import ParameterGroup, make_optimizer, parameter_groups
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import reference_path
@@ -32,7 +32,7 @@ _SEARCHED_PAIRS = 1000
 
 
 class RunSetup(NamedTuple):
-    """The parts of a run; accelerate has prepared the models and the optimizer.
+    """The parts of a run; accelerate has prepared the models and the optimizer, whose groups are ``groups``.
 
     ``reference_model`` is separate from the policy; None if no such model is loaded. ``reference_fingerprint`` belongs
     to the model of the precomputed log-probs; "" if no log-probs are precomputed. ``fixed_weights`` are the results of
@@ -42,6 +42,7 @@ class RunSetup(NamedTuple):
     model: nn.Module
     processor: Any
     optimizer: Any
+    groups: list[ParameterGroup]
     data: RunData
     reference_model: nn.Module | None
     reference_fingerprint: str
@@ -97,14 +98,15 @@ def set_up(
     if recipe.reference.sync_every and reference_model is not None:
         _check_can_move(recipe, accelerator, model, reference_model)
     fixed_weights = _fixed_weights(recipe, model, reference_model) if accelerator.is_main_process else {}
-    optimizer: Any = make_optimizer(model, recipe.optim, accelerator.device)
+    groups = parameter_groups(model, recipe.optim)
+    optimizer: Any = make_optimizer(groups, recipe.optim, model, accelerator)
     _set_deepspeed_sizes(recipe, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
     if recipe.output.save_merged:  # fail now, not after training
         check_mergeable(model)
     if reference_model is not None:
         reference_model = _prepare_reference_model(accelerator, reference_model)
-    return RunSetup(model, processor, optimizer, data, reference_model, reference_fingerprint, fixed_weights)
+    return RunSetup(model, processor, optimizer, groups, data, reference_model, reference_fingerprint, fixed_weights)
 
 
 def _make_data(recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any, date: datetime.date) -> RunData:

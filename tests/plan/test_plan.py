@@ -95,7 +95,7 @@ def test_the_model_is_that_of_the_trainer(tmp_path: Path, overrides: tuple[str, 
         parameter.numel() * parameter.element_size() for parameter in model.parameters()
     )
     assert part(planned, "gradients").bytes == 4 * planned.trainable
-    assert part(planned, "AdamW state").bytes == 8 * planned.trainable
+    assert part(planned, "optimizer state").bytes == 8 * planned.trainable
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -277,7 +277,7 @@ def test_another_reference_has_its_own_size(tmp_path: Path) -> None:
 
 def test_sharding_divides_what_it_shards(tmp_path: Path) -> None:
     alone, four = plan(make(tmp_path)), plan(make(tmp_path), world=4)
-    for name in ("parameters", "gradients", "AdamW state", "reference"):
+    for name in ("parameters", "gradients", "optimizer state", "reference"):
         assert part(four, name).bytes == part(alone, name).bytes
         assert part(four, name).sharded == -(-part(alone, name).bytes // 4)
     assert part(four, "activations").sharded == part(alone, "activations").bytes

@@ -29,6 +29,7 @@ from families import IMAGE, VOCAB, internvl, text_model
 from run_recipe import server
 from torch import nn
 
+from mpo_ext.train import checkpoint_state
 from mpo_ext.train.checkpoint import Checkpoints
 from mpo_ext.train.checkpoint_files import CheckpointError
 from mpo_ext.train.export import export_model
@@ -57,7 +58,7 @@ class Small(nn.Module):
 def moved(model: nn.Module) -> torch.optim.Optimizer:
     """Returns an optimizer after a step with only some of the layers."""
     optimizer = optimizer_of(model)
-    model.used(torch.ones(3)).sum().backward()
+    model.used(torch.ones(3, dtype=model.used.weight.dtype)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
     return optimizer
@@ -208,11 +209,42 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_changed(
         load_changed(accelerator, tmp_path, change)
 
 
-def test_an_optimizer_state_that_cannot_be_resharded_is_refused(accelerator: Any, tmp_path: Path) -> None:
+def test_an_optimizer_state_that_cannot_be_resharded_is_refused(
+    accelerator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = Small()
     optimizer = moved(model)
     optimizer.state[model.used.weight]["row"] = torch.ones(2)
-    with pytest.raises(CheckpointError, match=r"shape \(3, 3\) or none, got row torch.Size\(\[2\]\) of used.weight"):
+    monkeypatch.setattr(checkpoint_state, "DTensor", torch.nn.Parameter)
+    with pytest.raises(
+        CheckpointError, match=r"got optimizer\.used\.weight\.row of shape \(2,\) for a parameter of \(3, 3\)"
+    ):
+        Checkpoints(tmp_path).save(accelerator, 1, model, optimizer, {})
+
+
+def test_an_optimizer_state_of_any_shape_and_of_numbers_is_restored(accelerator: Any, tmp_path: Path) -> None:
+    model = Small().bfloat16()
+    optimizer = moved(model)
+    tensors = {"row": torch.rand(2), "codes": torch.arange(9, dtype=torch.uint8).view(3, 3)}
+    own = {**tensors, "steps": 3, "size": 0.1, "no": None}
+    optimizer.state[model.used.weight].update(own)
+    path = Checkpoints(tmp_path).save(accelerator, 1, model, optimizer, {})
+    again = moved(model)
+    Checkpoints(tmp_path).load(accelerator, path, model, again)
+    loaded = again.state[model.used.weight]
+    for name, value in own.items():
+        if isinstance(value, torch.Tensor):
+            assert loaded[name].dtype == value.dtype  # and not that of the parameter
+            assert torch.equal(loaded[name], value)
+        else:
+            assert loaded[name] == value
+
+
+def test_an_optimizer_state_of_another_kind_is_refused(accelerator: Any, tmp_path: Path) -> None:
+    model = Small()
+    optimizer = moved(model)
+    optimizer.state[model.used.weight]["hook"] = print
+    with pytest.raises(CheckpointError, match=r"tensors and numbers, got .* for optimizer\.used\.weight\.hook"):
         Checkpoints(tmp_path).save(accelerator, 1, model, optimizer, {})
 
 

@@ -35,6 +35,7 @@ from mpo_ext.train.recipe import (
     load_recipe,
 )
 from mpo_ext.train.recipe_file import parse_yaml
+from mpo_ext.train.settings import MODEL_PARTS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SMALL = "model: {path: m}\ndata: {train: a.jsonl}\noutput: {dir: out}\n"
@@ -72,7 +73,7 @@ def test_the_defaults_are_those_of_the_loss() -> None:
 
 
 def test_names_are_those_of_the_parts_that_use_them() -> None:
-    assert set(recipe.FREEZABLE) == set(model.PARTS)
+    assert set(MODEL_PARTS) == set(model.PARTS)
     assert typing.get_args(recipe.BackendName) == BACKENDS
 
 
@@ -173,7 +174,7 @@ def test_overrides_reach_every_depth(load: Callable[..., Recipe]) -> None:
         ("optim..seed=1", r"an override must read KEY=VALUE, got 'optim\.\.seed=1'"),
         ("optim.seed=[", r"optim\.seed must have a value in YAML, got '\['"),
         ("model.path.x=1", r"model\.path\.x must be in a section, but model\.path is 'm'"),
-        ("optim.schedule=cosin", r"optim\.schedule must be 'cosine', 'linear' or 'constant', got 'cosin'"),
+        ("optim.schedule=cosin", r"optim\.schedule must be 'cosine', 'linear', 'constant' or 'wsd', got 'cosin'"),
         ("model.freeze=[vision_towr]", r"model\.freeze must name .*got 'vision_towr'; did you mean 'vision_tower'\?"),
         ("loss.beta=0", r"loss\.beta must be positive and finite, got 0\.0"),
         ("reward_shift.per=optimizer_step", r"reward_shift\.update must be 'after' when per is 'optimizer_step'"),
@@ -256,7 +257,10 @@ def test_a_file_that_does_not_exist_or_is_not_a_mapping(load: Callable[..., Reci
         (lambda: ModelRecipe(path=""), "path must not be empty, got ''"),
         (lambda: ModelRecipe(path="m", attention=""), "attention must not be empty"),
         (lambda: ModelRecipe(path="m", freeze=("vision",)), "freeze must name parts among vision_tower, projector, "),
-        (lambda: ModelRecipe(path="m", freeze=recipe.FREEZABLE), "freeze must leave something to train, got vision_"),
+        (
+            lambda: ModelRecipe(path="m", freeze=MODEL_PARTS),
+            "freeze must leave something to train, got vision_",
+        ),
         (
             lambda: ModelRecipe(path="m", freeze=("projector",), lora=LoraRecipe()),
             "freeze must be empty with lora, which freezes all but the adapters, got projector",

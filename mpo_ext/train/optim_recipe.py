@@ -1,0 +1,112 @@
+"""The section ``optim`` of a recipe: optimizer, batch size and learning-rate schedule."""
+
+import dataclasses
+from typing import Any, Literal
+
+from mpo_ext.checks import did_you_mean
+from mpo_ext.train.settings import (
+    MODEL_PARTS,
+    Count,
+    Fraction,
+    NotNegative,
+    Positive,
+    PositiveCount,
+    PositiveFraction,
+    Section,
+    Text,
+    TwoFractions,
+    section,
+)
+
+#: Optimizers that ``OptimRecipe.name`` knows besides import paths.
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon")
+_OWN_ARGUMENTS = ("params", "lr", "betas", "eps", "weight_decay")
+
+
+@section
+class GroupRecipe:
+    """Settings of the optimizer for one part of the model; None: that of ``optim``."""
+
+    learning_rate: NotNegative | None = None
+    weight_decay: NotNegative | None = None
+
+
+@section
+class OptimRecipe:
+    """Settings of the optimizer and of the learning rate schedule. The defaults are those of InternVL2.5-MPO.
+
+    Attributes:
+        name: "adamw"; "adamw_8bit" or "paged_adamw_8bit" (bitsandbytes); "adafactor" (transformers, with a given
+            rate); "muon" (matrices of hidden layers; AdamW for all others); or the import path of a class, as in
+            "torch.optim.SGD", which is called with parameter groups, ``lr`` and ``args``.
+        args: Further arguments of the optimizer.
+        learning_rate: Maximum learning rate, reached at the end of warmup.
+        groups: Own settings of parts of the model, as in ``{vision_tower: {learning_rate: 2e-6}}``. Parts are
+            "vision_tower", "projector" and "language_model".
+        batch_size: Number of pairs per optimizer step, summed over all ranks and micro-batches.
+        micro_batch_size: Number of pairs per forward pass on each rank.
+        epochs: Number of passes over the data.
+        max_steps: Maximum number of steps; None: no limit. The schedule ends at the last step of the run.
+        betas: AdamW's ``betas``; optimizers without AdamW do not read it.
+        eps: AdamW's ``eps``; optimizers without AdamW do not read it.
+        weight_decay: Weight decay, applied to matrices but not to biases and norms.
+        warmup_ratio: Fraction of the steps during which the learning rate rises linearly from 0.
+        schedule: Course of the learning rate after warmup: "cosine", "linear", "constant", or "wsd" (constant, then
+            linear during the last ``decay_ratio`` of the steps: warmup, stable, decay; arXiv 2404.06395).
+        min_lr_ratio: Fraction of the maximum learning rate at which "cosine", "linear" and "wsd" end.
+        decay_ratio: Fraction of the steps during which "wsd" decays.
+        max_grad_norm: Norm to which larger gradients are clipped; 0 disables clipping.
+        seed: Seed of the pair order and of all other random numbers.
+    """
+
+    name: Text = "adamw"
+    args: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    learning_rate: NotNegative = 1e-6
+    groups: dict[str, Section[GroupRecipe]] = dataclasses.field(default_factory=dict, hash=False)
+    batch_size: PositiveCount = 256
+    micro_batch_size: PositiveCount = 1
+    epochs: PositiveCount = 1
+    max_steps: PositiveCount | None = None
+    betas: TwoFractions = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.05
+    warmup_ratio: Fraction = 0.03
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    min_lr_ratio: Fraction = 0.0
+    decay_ratio: PositiveFraction = 0.1
+    max_grad_norm: NotNegative = 1.0
+    seed: Count = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < self.micro_batch_size:
+            raise ValueError(
+                f"batch_size must be at least micro_batch_size {self.micro_batch_size}, got {self.batch_size}"
+            )
+        if self.name not in OPTIMIZERS and "." not in self.name:
+            raise ValueError(
+                f"name must be one of {', '.join(OPTIMIZERS)}, or the import path of a class, got "
+                f"{self.name!r}{did_you_mean(self.name, OPTIMIZERS)}"
+            )
+        for part in self.groups:
+            if part not in MODEL_PARTS:
+                raise ValueError(
+                    f"groups must name parts among {', '.join(MODEL_PARTS)}, got {part!r}"
+                    f"{did_you_mean(part, MODEL_PARTS)}"
+                )
+        own = [name for name in self.args if name in _OWN_ARGUMENTS]
+        if own:
+            raise ValueError(f"args must not hold a setting of optim, got {', '.join(own)}")
+        if "adamw" not in self.name and self.name != "muon" and (self.betas, self.eps) != ((0.9, 0.999), 1e-8):
+            raise ValueError(
+                f"betas and eps must be the defaults with {self.name}, which does not read them (its own go into "
+                f"args), got {list(self.betas)} and {self.eps:g}"
+            )
+        if self.schedule == "constant" and self.min_lr_ratio:
+            raise ValueError(f"min_lr_ratio must be 0 with schedule 'constant', got {self.min_lr_ratio}")
+        if self.schedule != "wsd" and self.decay_ratio != 0.1:
+            raise ValueError(f"decay_ratio must be 0.1 unless schedule is 'wsd', got {self.decay_ratio}")
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError(
+                "warmup_ratio and decay_ratio must be at most 1 together with schedule 'wsd', got "
+                f"{self.warmup_ratio} and {self.decay_ratio}"
+            )
