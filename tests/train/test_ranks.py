@@ -129,3 +129,13 @@ def test_micro_batches_of_two_ranks_are_averaged_as_the_authors_do(job_of: Calla
     for line, other in zip(log_of(one), log_of(two), strict=True):
         assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
     same(result_of(one), result_of(two), 2e-5)
+
+
+def test_muon_on_shards_learns_what_it_does_on_one_rank(job_of: Callable[..., Job]) -> None:
+    settings = {"optim__name": "muon", "optim__groups": {"projector": {"learning_rate": 2e-3}}, "data__eval": []}
+    one, two = job_of("muon-one", **settings), job_of("muon-two", 2, sharded=True, **settings)
+    assert run(one) == [0], text_of(one)
+    assert run(two) == [0, 0], text_of(two)
+    for line, other in zip(log_of(one), log_of(two), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    same(result_of(one), result_of(two), 1e-3)  # its products are in bfloat16
