@@ -19,8 +19,8 @@ from mpo_ext.train.dataset import StepSize, StepSlice, size_over_ranks
 from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.evaluation import evaluate
 from mpo_ext.train.inputs import stored_date
-from mpo_ext.train.metrics import Totals, log_line, peak_memory_mib
-from mpo_ext.train.optimizer import clip_gradients, learning_rates, set_learning_rates
+from mpo_ext.train.metrics import Totals, log_line, peak_memory_mib, speed
+from mpo_ext.train.optimizer import clip_gradients, set_learning_rates
 from mpo_ext.train.output import RunOutput
 from mpo_ext.train.progress import compare_first_loss
 from mpo_ext.train.proof import Proof, prove
@@ -126,7 +126,8 @@ class Trainer:
             else:
                 has_changed = self.output.resume(checkpoint, self.model, self.optimizer, self._moving_reference())
                 position = f"step {state.step} of {self.data.total_steps}"
-                if state.step >= self.data.total_steps and not has_changed and self.output.is_finished(checkpoint):
+                is_done = state.step >= self.data.total_steps or state.has_stalled()
+                if is_done and not has_changed and self.output.is_finished(checkpoint):
                     say(f"already finished ({position}): the model is in {self.output.final}")
                     return self._close()
                 say(f"resumes from {checkpoint} after step {state.step}")
@@ -136,7 +137,7 @@ class Trainer:
             is_due = checkpoint is not None and state.step < self.data.total_steps
             if is_due and state.current_evaluation() is None and self._evaluate_if_due() is not None:
                 self._save_if_due()
-            for step_slice in self.data.load_steps(state.step):
+            for step_slice in () if state.has_stalled() else self.data.load_steps(state.step):
                 if self._run_step(step_slice):
                     self._save_if_due(is_end=True)
                     return self._interrupted(f"after step {state.step} of {self.data.total_steps}")
@@ -215,10 +216,9 @@ class Trainer:
             self._save_if_due(is_end=True)
             raise
         state.count_pairs(step_slice)
-        schedule = self.groups, recipe.optim, state.step, self.data.total_steps
+        rates = set_learning_rates(self.optimizer, self.groups, recipe.optim, state.step, self.data.total_steps)
         if size.micro_steps == 0:
-            return self._skip_empty_step(learning_rates(*schedule))
-        rates = set_learning_rates(self.optimizer, *schedule)
+            return self._skip_empty_step(rates)
         shift_before = copy.deepcopy(state.reward_shift)
         totals, losses = self._accumulate_gradients(step_slice, size)
         grad_norm = clip_gradients(self.accelerator, self.model, recipe.optim.max_grad_norm)
@@ -244,7 +244,7 @@ class Trainer:
         line |= {
             **rates,
             "grad_norm": grad_norm,
-            "tokens_per_s": sums["tokens"] / (time.perf_counter() - began_s),
+            **speed(sums, time.perf_counter() - began_s),
             "memory_mib": peak_memory_mib(self.accelerator.device),
         }
         self._report(line)
@@ -312,8 +312,8 @@ class Trainer:
     def _report(self, line: Mapping[str, float]) -> None:
         """Shows the step on the console, calls ``on_step``, and writes the log line if it is due."""
         step = self.state.step
-        progress = {"step": step, "epoch": step / self.data.sampler.steps_per_epoch}
-        line = {**progress, **line, "skipped_steps": self.state.n_skipped_steps}
+        epoch = step / self.data.sampler.steps_per_epoch
+        line = {"step": step, "epoch": epoch, **line, "skipped_steps": self.state.n_skipped_steps}
         if self.accelerator.is_main_process:
             self.output.console.step(step, line)
             if self.on_step is not None:
@@ -329,9 +329,10 @@ class Trainer:
             return False
         if self.state.step == self.data.sampler.steps_per_epoch:  # later epochs would skip the same pairs
             self.state.check_trained_on_pairs()
-        evaluation = self._evaluate_if_due()
+        has_evaluated = self._evaluate_if_due() is not None
+        self.stop.is_over = self.state.has_stalled()
         self._save_if_due()
-        return evaluation is not None and self.stop.agree()  # a signal may arrive during a long evaluation
+        return has_evaluated and self.stop.agree()  # a signal may arrive during a long evaluation
 
     def _evaluate_if_due(self, *, is_end: bool = False) -> dict[str, float] | None:
         """Returns the log line of the evaluation after this step, or None if no evaluation is due."""
@@ -341,7 +342,7 @@ class Trainer:
         line = self.state.current_evaluation()
         if line is None:
             line = {"step": self.state.step, **{f"eval_{name}": value for name, value in self.evaluate().items()}}
-            self.state.evaluation = line
+            self.state.record_evaluation(line)
             self.output.report_evaluation(line)
         return line
 

@@ -20,6 +20,7 @@ from mpo_ext.train.recipe import LossRecipe
 _SUMS = (
     "pairs", "loss", "dpo_loss", "bco_loss", "ntp_loss", "ntp_parts", "chosen_reward", "rejected_reward",
     "reward_accuracy", "chosen_logp", "rejected_logp", "entropy", "top1", "chosen_tokens", "rejected_tokens", "tokens",
+    "longer_chosen", "longer_rejected", "accurate_longer_chosen", "accurate_longer_rejected",
 )  # fmt: skip
 _SFT_KEYS = ("loss", "ntp_loss", "chosen_logp", "entropy", "top1", "pairs", "chosen_tokens")
 
@@ -37,14 +38,17 @@ class Totals:
         ``ntp_parts`` is the number of chosen tokens or responses over which the next-token term is averaged.
         """
         pairs = len(out.chosen_reward)
-        labelled = out.tokens.view(2, -1).sum(1)
+        lengths = out.tokens.view(2, -1)
+        labelled, difference = lengths.sum(1), lengths[0] - lengths[1]
+        is_accurate = out.chosen_reward > out.rejected_reward
         zero = out.loss.new_zeros(())
         values = (
             pairs, out.loss.detach(), out.dpo_loss * pairs, out.bco_loss * pairs, out.ntp_loss * ntp_parts,
             ntp_parts, out.chosen_reward.sum(), out.rejected_reward.sum(),
-            (out.chosen_reward > out.rejected_reward).sum(), out.chosen_logp.sum(), out.rejected_logp.sum(),
+            is_accurate.sum(), out.chosen_logp.sum(), out.rejected_logp.sum(),
             out.stats.get("entropy", zero) * labelled.sum(), out.stats.get("top1", zero) * labelled.sum(),
-            labelled[0], labelled[1], tokens,
+            labelled[0], labelled[1], tokens, (difference > 0).sum(), (difference < 0).sum(),
+            (is_accurate & (difference > 0)).sum(), (is_accurate & (difference < 0)).sum(),
         )  # fmt: skip
         self.sums += torch.stack([torch.as_tensor(value).to(self.sums) for value in values])
         self.reward_shift = out.reward_shift
@@ -69,10 +73,22 @@ def means(sums: Mapping[str, float], weights: tuple[float, float, float]) -> dic
     line = {"loss": loss, **line}
     for name in ("chosen_reward", "rejected_reward", "reward_accuracy", "chosen_logp", "rejected_logp"):
         line[name] = sums[name] / pairs
+    line["balanced_accuracy"] = _balanced_accuracy(sums, line["reward_accuracy"])
+    line["length_accuracy"] = (0.5 * (sums["longer_chosen"] - sums["longer_rejected"]) + 0.5 * sums["pairs"]) / pairs
     line["reward_margin"] = line["chosen_reward"] - line["rejected_reward"]
     line |= {name: sums[name] / labelled for name in ("entropy", "top1")}
     line |= {name: sums[name] for name in ("pairs", "chosen_tokens", "rejected_tokens")}
     return line
+
+
+def _balanced_accuracy(sums: Mapping[str, float], accuracy: float) -> float:
+    """Returns the mean of the reward accuracies of pairs with a longer chosen and with a longer rejected response.
+
+    If only one kind occurs, its accuracy; if all responses have the length of their partner, ``accuracy``.
+    """
+    kinds = [name for name in ("longer_chosen", "longer_rejected") if sums[name]]
+    parts = [sums[f"accurate_{name}"] / sums[name] for name in kinds]
+    return sum(parts) / len(parts) if parts else accuracy
 
 
 def log_line(sums: Mapping[str, float], recipe: LossRecipe, reward_shift: RewardShift) -> dict[str, float]:
@@ -84,6 +100,11 @@ def log_line(sums: Mapping[str, float], recipe: LossRecipe, reward_shift: Reward
     if recipe.preference is not None:
         return {name: value for name, value in line.items() if name not in STATS}
     return {**line, "reward_shift": reward_shift.value}
+
+
+def speed(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Returns the seconds of a step, and its tokens (without padding) and pairs per second over all ranks."""
+    return {"step_s": seconds, "tokens_per_s": sums["tokens"] / seconds, "pairs_per_s": sums["pairs"] / seconds}
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -268,13 +268,6 @@ def set_learning_rates(
     """
     for group, made in zip(optimizer.param_groups, groups, strict=True):
         group["lr"] = scheduled_learning_rate(recipe, made.learning_rate, step, total_steps)
-    return learning_rates(groups, recipe, step, total_steps)
-
-
-def learning_rates(
-    groups: Sequence[ParameterGroup], recipe: OptimRecipe, step: int, total_steps: int
-) -> dict[str, float]:
-    """Returns the learning rates of a step, counted from 0: that of ``optim``, and those of parts with an own rate."""
     rates = {"learning_rate": recipe.learning_rate}
     rates |= {f"learning_rate_{group.part}": group.learning_rate for group in groups if group.part}
     return {name: scheduled_learning_rate(recipe, rate, step, total_steps) for name, rate in rates.items()}

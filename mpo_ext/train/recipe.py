@@ -276,6 +276,8 @@ class OutputRecipe:
         keep_best: Whether to keep also the checkpoint with the best evaluation; needs ``data.eval``.
         eval_every: Number of steps between two evaluations; 0 evaluates only at the end.
         best_metric: Metric of the best checkpoint: "reward_accuracy" (higher is better) or "loss" (lower is better).
+        early_stopping: Number of evaluations in a row without a new best value of ``best_metric`` after which the run
+            ends as if this step were the last; 0 disables this. Needs ``eval_every``.
         log_every: Number of steps between two lines of the log.
         trackers: Names of trackers in accelerate: "tensorboard", "wandb", ...
         resume: "auto" resumes from the newest checkpoint in ``dir``; "never" rejects a folder that contains a
@@ -292,6 +294,7 @@ class OutputRecipe:
     keep_best: StrictBool = False
     eval_every: Count = 0
     best_metric: Literal["reward_accuracy", "loss"] = "reward_accuracy"
+    early_stopping: Count = 0
     log_every: PositiveCount = 1
     trackers: Strings = ()
     resume: Text = "auto"
@@ -300,6 +303,8 @@ class OutputRecipe:
     save_merged: StrictBool = False
 
     def __post_init__(self) -> None:
+        if self.early_stopping and not self.eval_every:
+            raise ValueError(f"early_stopping must be 0 unless eval_every is positive, got {self.early_stopping}")
         if "" in self.trackers:
             raise ValueError(f"trackers must not hold an empty name, got {self.trackers}")
 
@@ -336,11 +341,13 @@ class Recipe:
                 if value:
                     raise ValueError(f"output.{name} must be {type(value)()} without data.eval, got {value}")
         metric = self.output.best_metric
-        if self.output.keep_best and metric == "reward_accuracy" and self.reference_kind is None:
-            raise ValueError(
-                "output.best_metric must be 'loss' with keep_best if the loss has no preference term, got "
-                "'reward_accuracy'"
-            )
+        if metric == "reward_accuracy" and not self.loss.has_preference:
+            for name in ("keep_best", "early_stopping"):
+                if getattr(self.output, name):
+                    raise ValueError(
+                        f"output.best_metric must be 'loss' with {name} if the loss has no preference term, got "
+                        f"{metric!r}"
+                    )
         if self.output.save_merged and self.model.lora is None:
             raise ValueError("output.save_merged must be False without model.lora, got True")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ class RunState:
         n_skipped_steps: Number of steps that did not update the model because the loss or gradient was not finite.
         pair_counts: Counts of this rank's trained and skipped pairs; the main rank's counts include a checkpoint's.
         evaluation: Log line of the latest evaluation; None before the first evaluation.
+        best_score: The best value of ``output.best_metric`` so far; None before the first evaluation.
+        n_stalled: Number of evaluations since the best one.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any) -> None:
@@ -39,6 +42,8 @@ class RunState:
         self.n_skipped_steps = 0
         self.pair_counts = PairCounts()
         self.evaluation: dict[str, float] | None = None
+        self.best_score: float | None = None
+        self.n_stalled = 0
         self.reward_shift = RewardShift(**dataclasses.asdict(recipe.reward_shift))
 
     def count_pairs(self, step_slice: StepSlice) -> None:
@@ -70,6 +75,25 @@ class RunState:
         line = self.evaluation
         return line if line is not None and line["step"] == self.step else None
 
+    def record_evaluation(self, line: dict[str, float]) -> None:
+        """Records the log line of an evaluation after the current step."""
+        self.evaluation = line
+        metric = self._recipe.output.best_metric
+        score = line.get(f"eval_{metric}")
+        if score is None:  # the loss has no preference term
+            return
+        is_higher = metric != "loss"
+        best = self.best_score
+        # A score that is not a number is never the best.
+        is_best = not math.isnan(score) and (best is None or (score > best if is_higher else score < best))
+        self.best_score = score if is_best else best
+        self.n_stalled = 0 if is_best else self.n_stalled + 1
+
+    def has_stalled(self) -> bool:
+        """Returns whether the last ``output.early_stopping`` evaluations were not better than the best before them."""
+        patience = self._recipe.output.early_stopping
+        return patience > 0 and self.n_stalled >= patience
+
     def state_dict(self, log_position: int, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
         """Returns the state as JSON values. All ranks must call this method.
 
@@ -85,6 +109,8 @@ class RunState:
             "log_position": log_position,
             "skipped_steps": self.n_skipped_steps,
             "evaluation": self.current_evaluation(),
+            "best_score": self.best_score,
+            "stalled_evaluations": self.n_stalled,
             "tally": self.pair_counts_of_all_ranks().state_dict(),
         }
 
@@ -96,6 +122,8 @@ class RunState:
         self.step = state["step"]
         if keep_evaluation:
             self.evaluation = state["evaluation"]
+            self.best_score = state.get("best_score")  # None in older checkpoints
+            self.n_stalled = state.get("stalled_evaluations", 0)
         if self._accelerator.is_main_process:
             self.pair_counts.load_state_dict(state["tally"])
         self.n_skipped_steps = state["skipped_steps"]

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 LIMIT_S = 120.0
+#: Keys of the log that depend on the clock and the machine.
+TIMING = ("step_s", "tokens_per_s", "pairs_per_s", "memory_mib")
 HERE = Path(__file__).parent
 # One thread: sums are in one order then. No GPU: other tests have it.
 _ENVIRONMENT = {
@@ -127,7 +129,7 @@ def text_of(job: Job) -> str:
 def log_of(job: Job) -> list[dict[str, Any]]:
     """Returns the log without the values that depend on the clock and the machine."""
     lines = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in line if name not in ("tokens_per_s", "memory_mib")} for line in lines]
+    return [{name: line[name] for name in line if name not in TIMING} for line in lines]
 
 
 def result_of(job: Job, rank: int = 0) -> dict[str, Any]:

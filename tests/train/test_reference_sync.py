@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedType
 from digits_run import tiny
-from run_recipe import Job, log_of, result_of, run, text_of
+from run_recipe import TIMING, Job, log_of, result_of, run, text_of
 from safetensors.torch import load_file
 from test_exactness import TOLERANCE, assert_equal
 from test_trainer import TEXT, text_pairs, text_tokenizer
@@ -234,10 +234,9 @@ def test_a_resumed_run_ends_with_the_same_bits(
     resume = {"output__resume": str(checkpoint_of(trainer, step)), "output__save_every": 0}
     rest: list[dict[str, float]] = []
     resumed = run_here(digits_run.recipe(tmp_path / "run", data.path, **settings_of(**resume)), rest)
-    timing = {"tokens_per_s", "memory_mib"}
     for line, other in zip(rest, lines[step:], strict=True):
-        assert {name: line[name] for name in line if name not in timing} == {
-            name: other[name] for name in other if name not in timing
+        assert {name: line[name] for name in line if name not in TIMING} == {
+            name: other[name] for name in other if name not in TIMING
         }
     for one, other in ((resumed.model, trainer.model), (resumed.reference_model, trainer.reference_model)):
         assert one is not None

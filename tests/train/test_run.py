@@ -27,7 +27,7 @@ from mpo_ext.files import FileLock, LockedError
 from mpo_ext.train import batch_loss, loop, model_card, progress, reference_file, reference_model, resume, setup
 from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.loop import Trainer
-from mpo_ext.train.metrics import Log, Totals
+from mpo_ext.train.metrics import Log, Totals, means
 from mpo_ext.train.model import fingerprint, freeze_parts, load_model, prepare_model, switch_off_dropout
 from mpo_ext.train.progress import Console
 from mpo_ext.train.recipe import ModelRecipe
@@ -595,6 +595,8 @@ def test_tokens_per_second_and_memory_have_their_units(
     assert trainer.run() == 0
     lines = log(trainer.recipe)
     assert [line["tokens_per_s"] for line in lines] == [count / 4 for count in tokens]
+    assert [line["pairs_per_s"] for line in lines] == [line["pairs"] / 4 for line in lines]
+    assert [line["step_s"] for line in lines] == [4] * len(lines)
     assert all(64 < line["memory_mib"] < 2**17 for line in lines)
     assert [line["epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1])
 
@@ -650,6 +652,31 @@ def test_a_reward_that_is_equal_is_not_accurate() -> None:
     totals.add(out, ntp_parts=2, tokens=9)
     sums = totals.reduce(SimpleNamespace(num_processes=1))
     assert (sums["reward_accuracy"], sums["pairs"], sums["tokens"]) == (1, 2, 9)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "rewards", "expected"),
+    [
+        ([5, 5, 5, 1], [1, 1, 1, 5], [1, 1, 1, -1], (0.75, 0.75, 0.5)),  # only length counts
+        ([5, 5, 5, 1], [1, 1, 1, 5], [1, 1, 1, 1], (1.0, 0.75, 1.0)),
+        ([5, 3, 3, 1], [1, 3, 3, 5], [1, 1, -1, -1], (0.5, 0.5, 0.5)),
+        ([5, 3], [1, 3], [1, -1], (0.5, 0.75, 1.0)),  # one kind of pairs
+        ([3, 3], [3, 3], [1, 1], (1.0, 0.5, 1.0)),
+    ],
+)
+def test_the_accuracy_is_beside_that_of_the_longer_response(
+    chosen: list[int], rejected: list[int], rewards: list[float], expected: tuple[float, float, float]
+) -> None:
+    zero, pairs = torch.zeros(()), len(chosen)
+    out: Any = SimpleNamespace(
+        loss=zero, dpo_loss=zero, bco_loss=zero, ntp_loss=zero, chosen_reward=torch.tensor(rewards).float(),
+        rejected_reward=torch.zeros(pairs), chosen_logp=zero, rejected_logp=zero, stats={},
+        tokens=torch.tensor(chosen + rejected), reward_shift=None,
+    )  # fmt: skip
+    totals = Totals(torch.device("cpu"))
+    totals.add(out, ntp_parts=1, tokens=1)
+    line = means(totals.reduce(SimpleNamespace(num_processes=1)), (1, 1, 1))
+    assert (line["reward_accuracy"], line["length_accuracy"], line["balanced_accuracy"]) == pytest.approx(expected)
 
 
 def test_the_log_is_json_whatever_the_numbers_are(tmp_path: Path) -> None:
@@ -769,6 +796,42 @@ def test_the_best_checkpoint_is_kept_by_its_metric(
     assert trainer.run() == 0
     kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert kept == [f"step-{best:08d}", "step-00000003"]
+
+
+def values_of_evaluations(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    left = iter(values)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"reward_accuracy": next(left), "loss": 1.0})
+
+
+def test_a_run_that_no_longer_improves_ends(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"data__eval": [str(pairs)], "output__eval_every": 1, "output__early_stopping": 2, "optim__epochs": 4}
+    values_of_evaluations(monkeypatch, [0.5, math.nan, 0.7, 0.7, 0.6, 0.9])
+    trainer = trainer_of(tmp_path / "out", pairs, **settings)
+    assert trainer.run() == 0
+    assert trainer.state.step == 5  # the third evaluation was the best, and two were not better
+    assert (tmp_path / "out" / "final" / "config.json").exists()
+
+    again = trainer_of(tmp_path / "out", pairs, **settings)
+    assert again.run() == 0
+    assert again.state.step == 5
+    values_of_evaluations(monkeypatch, [0.1] * 9)
+    patient = trainer_of(tmp_path / "out", pairs, **{**settings, "output__early_stopping": 4})
+    assert patient.run() == 0
+    assert patient.state.step == 7  # it counts on from two
+
+
+def test_a_run_interrupted_before_it_stops_early_counts_on(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"data__eval": [str(pairs)], "output__eval_every": 1, "output__early_stopping": 2, "optim__epochs": 4}
+    values_of_evaluations(monkeypatch, [0.5, 0.4])
+    trainer = trainer_of(tmp_path / "out", pairs, **settings, output__save_every=1)
+    trainer.on_step = lambda step, line: signal.raise_signal(signal.SIGTERM) if step == 2 else None
+    assert trainer.run() == loop.INTERRUPTED
+    values_of_evaluations(monkeypatch, [0.4, 0.4, 0.4])
+    trainer = trainer_of(tmp_path / "out", pairs, **settings)
+    assert trainer.run() == 0
+    assert trainer.state.step == 3
 
 
 # The state with which a run resumes.

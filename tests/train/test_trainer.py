@@ -419,7 +419,8 @@ def test_the_log_has_every_quantity_and_the_model_its_card(tmp_path: Path, pairs
     wanted = (
         "epoch", "loss", "dpo_loss", "bco_loss", "ntp_loss", "chosen_reward", "rejected_reward", "reward_margin",
         "reward_accuracy", "reward_shift", "chosen_logp", "rejected_logp", "entropy", "top1", "learning_rate",
-        "grad_norm", "pairs", "chosen_tokens", "rejected_tokens", "tokens_per_s", "memory_mib", "skipped_steps",
+        "grad_norm", "pairs", "chosen_tokens", "rejected_tokens", "tokens_per_s", "pairs_per_s", "step_s",
+        "memory_mib", "skipped_steps", "length_accuracy", "balanced_accuracy",
     )  # fmt: skip
     assert set(wanted) <= set(steps[0])
     assert steps[0]["pairs"] == 8
