@@ -5,7 +5,6 @@ The weighted micro-batch losses of all ranks add up to the loss of the step. Che
 
 import contextlib
 import copy
-import datetime
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,6 @@ from mpo_ext.train.batch_loss import BatchLoss, explain_out_of_memory, weighted_
 from mpo_ext.train.dataset import StepSize, StepSlice, size_over_ranks
 from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.evaluation import evaluate
-from mpo_ext.train.inputs import stored_date
 from mpo_ext.train.metrics import Totals, log_line, peak_memory_mib, speed
 from mpo_ext.train.optimizer import clip_gradients, set_learning_rates
 from mpo_ext.train.output import RunOutput
@@ -29,7 +27,6 @@ from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import (
     PrecomputedReference,
     compute_reference_file,
-    reference_date,
     reference_path,
     reference_settings,
 )
@@ -101,7 +98,7 @@ class Trainer:
         self.stop = StopRequests(self.accelerator)
         self.eval_pair_counts = PairCounts()
         self.checkpoint = self.output.checkpoints.resolve(recipe.output.resume)
-        setup = set_up(recipe, self.accelerator, model, processor, date=self._date())
+        setup = set_up(recipe, self.accelerator, model, processor, date=self.output.template_date(self.checkpoint))
         self.model, self.processor, self.optimizer = setup.model, setup.processor, setup.optimizer
         self.groups = setup.groups
         self.data, self.reference_model = setup.data, setup.reference_model
@@ -148,14 +145,6 @@ class Trainer:
             self._save_if_due(is_end=True)
             self.output.finish(self.model, self.processor)
             return self._close()
-
-    def _date(self) -> datetime.date:
-        """Returns the date for the chat template: that of the checkpoint or of stored log-probs, otherwise today."""
-        inputs = None
-        if self.checkpoint is not None:
-            inputs = self.output.checkpoints.state(self.accelerator, self.checkpoint).get("inputs")
-        date = stored_date(inputs) or reference_date(self.recipe) or datetime.date.today()
-        return gather(self.accelerator, date)[0]
 
     def _prepare(self) -> None:
         """Starts the trackers, reports the data and chooses the row layout."""

@@ -1,6 +1,7 @@
 """The output of a run: console, log, trackers, checkpoints, final model and model card."""
 
 import contextlib
+import datetime
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,12 +14,13 @@ from mpo_ext.train import model_card
 from mpo_ext.train.checkpoint import Checkpoints
 from mpo_ext.train.dataset import RunData
 from mpo_ext.train.export import export_model, is_exported_since
-from mpo_ext.train.inputs import InputChanges, collect_inputs, compare_inputs
+from mpo_ext.train.inputs import InputChanges, collect_inputs, compare_inputs, stored_date
 from mpo_ext.train.metrics import Log
 from mpo_ext.train.progress import Console
 from mpo_ext.train.proof import Proof
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.reference_file import reference_date
 from mpo_ext.train.resume import RunState, changed_settings, flat_settings, plain_values
 
 
@@ -48,6 +50,12 @@ class RunOutput:
             keep_best=recipe.output.keep_best,
             higher_is_better=recipe.output.best_metric == "reward_accuracy",
         )
+
+    def template_date(self, checkpoint: Path | None) -> datetime.date:
+        """Returns the date for the chat template: that of the checkpoint or of stored log-probs, otherwise today."""
+        inputs = None if checkpoint is None else self.checkpoints.state(self.accelerator, checkpoint).get("inputs")
+        date = stored_date(inputs) or reference_date(self.recipe) or datetime.date.today()
+        return gather(self.accelerator, date)[0]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
