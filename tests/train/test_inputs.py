@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, normalizers
 
 from mpo_ext.checks import LinesError
-from mpo_ext.train import inputs, loop, model_card, reference_file
+from mpo_ext.train import inputs, loop, model_card, output, reference_file
 
 Edit = Callable[[list[dict[str, Any]]], Any]
 TODAY = datetime.date(2024, 7, 26)
@@ -397,7 +397,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> type[FixedDate]:
     """Sets the date of the trainer; the tests advance it."""
     module = dataclasses.make_dataclass("FakeDatetime", [])
     module.date = FixedDate
-    monkeypatch.setattr(loop, "datetime", module)
+    monkeypatch.setattr(output, "datetime", module)
     monkeypatch.setattr(FixedDate, "day_of_run", TODAY)
     return FixedDate
 
