@@ -1,15 +1,16 @@
 """The engine that uses transformers. The tokens of each row of a batch are drawn with a separate seed."""
 
-import math
 import os
-import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpo_ext.chat import ChatEncoder, Conversation
 from mpo_ext.chat.encoder import EncodedPrompt, embedding_rows_of, stop_ids_of
 from mpo_ext.checks import check_integer
+from mpo_ext.generate.drawing import SeededDraw
 from mpo_ext.generate.engine import Generation, Request, SamplingConfig
+from mpo_ext.generate.shared_prefill import SharedPrefill, UnsharedError, sharing_problem
 from mpo_ext.images import load_image
 from mpo_ext.processors import load_processor, takes_images
 from mpo_ext.provenance import processor_parts
@@ -18,60 +19,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig) -> "Tensor":
-    """Draws a token for each row by inverting the cumulative distribution at the row's uniform number.
-
-    ``scores`` are ``[B, V]`` logits, and ``uniforms`` are ``[B]`` float64 random numbers in [0, 1).
-
-    Raises:
-        FloatingPointError: If the distribution of a row is not finite.
-    """
-    import torch
-
-    if sampling.temperature == 0:
-        return scores.argmax(dim=-1)
-    scores = scores.float() / sampling.temperature
-    if 0 < sampling.top_k < scores.shape[-1]:
-        smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < smallest, -math.inf)
-    probs = torch.softmax(scores, dim=-1)
-    if sampling.top_p < 1:
-        largest_first = probs.sort(dim=-1, descending=True).values
-        before = largest_first.cumsum(dim=-1) - largest_first
-        smallest = largest_first.masked_fill(before >= sampling.top_p, math.inf).amin(dim=-1, keepdim=True)
-        probs = probs.masked_fill(probs < smallest, 0)
-    cumulative = probs.double().cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    if not bool(torch.isfinite(total).all()):
-        raise FloatingPointError("logits must have a finite maximum and no NaN, got a row that violates this")
-    drawn = torch.searchsorted(cumulative, uniforms[:, None].to(cumulative.device) * total, right=True)
-    return drawn.squeeze(-1).clamp_max(scores.shape[-1] - 1)
-
-
-class SeededDraw:
-    """A logits processor that draws each row's token with the row's random generator and masks all other tokens."""
-
-    def __init__(self, seeds: Sequence[int], sampling: SamplingConfig) -> None:
-        self.generators = [random.Random(seed) for seed in seeds]
-        self.sampling = sampling
-
-    def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":
-        import torch
-
-        uniforms = torch.tensor([generator.random() for generator in self.generators], dtype=torch.float64)
-        drawn = sample_token(scores, uniforms, self.sampling)
-        return torch.full_like(scores, -math.inf).scatter_(1, drawn[:, None], 0.0)
-
-
 class TransformersEngine:
     """Runs a Hugging Face causal or image-text-to-text model, in left-padded batches, with a KV cache.
+
+    Requests with the same prompt and images share its prefill: the prompt and the vision tower run once, and the cache
+    is repeated for the samples. If a model's cache cannot be repeated, a warning says why, and each sample runs its
+    prompt.
 
     Args:
         model: The model, which is put into evaluation mode.
         processor: Processor of the model, or the tokenizer of a text model. Without a chat template, a prompt is the
             question and a newline.
         name: Name of the model in the records; None: the name in the model's config.
-        batch_size: Number of prompts per batch. Prompts of similar lengths are batched together.
+        batch_size: Maximum number of samples per batch. Prompts of similar lengths are batched together.
         **chat_options: Options of ``ChatEncoder``: ``chat_template``, ``chat_template_kwargs`` and ``date``.
 
     Attributes:
@@ -98,6 +58,7 @@ class TransformersEngine:
         self.chat = ChatEncoder(
             processor, stop_ids=stop_ids_of(model), embedding_rows=embedding_rows_of(model), **chat_options
         )
+        self._shares_prefill = True
         pad = self.chat.tokenizer.pad_token_id
         self._pad_id = pad if pad is not None else min(self.chat.stop_ids)
 
@@ -155,22 +116,42 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         prompts = [self.chat.prompt(request) for request in requests]
         results: dict[int, Generation] = {}
-        for rows in self._batches(requests, prompts):
-            outputs = self._generate_batch([requests[row] for row in rows], [prompts[row] for row in rows])
-            results.update(zip(rows, outputs, strict=True))
+        for questions in self._batches(requests, prompts):
+            rows = [row for question in questions for row in question]
+            try:
+                outputs = self._continue(questions, requests, prompts)
+            except UnsharedError as error:
+                self._stop_sharing(str(error))
+                return self.generate(requests)
+            for row, ids in zip(rows, outputs, strict=True):
+                results[row] = make_generation(self.chat, requests[row], ids)
         return [results[row] for row in range(len(requests))]
 
-    def _generate_batch(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> list[Generation]:
+    def _continue(
+        self, questions: Sequence[Sequence[int]], requests: Sequence[Request], prompts: Sequence[EncodedPrompt]
+    ) -> list[list[int]]:
+        """Returns the new token ids of each request of the questions, padded after the end token."""
         import torch
 
-        inputs = self._inputs(requests, prompts)
-        sampling = requests[0].sampling
-        config = self._generation_config(sampling)
-        draw = [SeededDraw([request.seed for request in requests], sampling)] if sampling.temperature > 0 else []
+        inputs = self._inputs(*zip(*((requests[rows[0]], prompts[rows[0]]) for rows in questions), strict=True))
+        seeds = [requests[row].seed for rows in questions for row in rows]
+        sampling = requests[questions[0][0]].sampling
+        options = {**inputs, "generation_config": self._generation_config(sampling)}
         with torch.inference_mode():
-            output = self.model.generate(**inputs, generation_config=config, logits_processor=draw)
-        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [make_generation(self.chat, request, ids) for request, ids in zip(requests, rows, strict=True)]
+            if len(seeds) > len(questions):
+                if problem := sharing_problem(self.model):
+                    raise UnsharedError(problem)
+                places = [place for place, rows in enumerate(questions) for _ in rows]
+                shared = SharedPrefill(places, seeds, sampling=sampling, batch_size=self.batch_size)
+                return self.model.generate(**options, custom_generate=shared)
+            draw = [SeededDraw(seeds, sampling)] if sampling.temperature > 0 else []
+            output = self.model.generate(**options, logits_processor=draw)
+        return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+    def _stop_sharing(self, reason: str) -> None:
+        self._shares_prefill = False
+        name = type(self.model).__name__
+        warnings.warn(f"{name} runs the prompt for each sample, because {reason}", stacklevel=4)
 
     def _generation_config(self, sampling: SamplingConfig) -> Any:
         """Returns a greedy config with the model's end and suppressed tokens; ``SeededDraw`` draws the tokens."""
@@ -231,16 +212,29 @@ class TransformersEngine:
             if isinstance(value, torch.Tensor)
         }
 
-    def _batches(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> Iterator[list[int]]:
-        """Yields the rows of each batch, which have equal settings, equal numbers of images and similar lengths."""
-        groups: dict[tuple[SamplingConfig, int, bool], list[int]] = {}
+    def _batches(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> Iterator[list[list[int]]]:
+        """Yields batches of questions. A question is the list of the requests with its prompt.
+
+        The questions of a batch have equal settings, equal numbers of images and similar lengths. A batch has at most
+        ``batch_size`` requests, or a single question.
+        """
+        groups: dict[Any, dict[Any, list[int]]] = {}
         for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
             key = (request.sampling, len(request.images), self.chat.adds_special_tokens(prompt.text))
-            groups.setdefault(key, []).append(row)
-        for rows in groups.values():
-            rows.sort(key=lambda row: len(prompts[row].ids) + len(requests[row].prefix_ids))
-            for start in range(0, len(rows), self.batch_size):
-                yield rows[start : start + self.batch_size]
+            images = tuple(image if isinstance(image, str) else id(image) for image in request.images)
+            question = (prompt.text, request.prefix_ids, images) if self._shares_prefill else row
+            groups.setdefault(key, {}).setdefault(question, []).append(row)
+        for questions in groups.values():
+            by_length = sorted(
+                questions.values(), key=lambda rows: len(prompts[rows[0]].ids) + len(requests[rows[0]].prefix_ids)
+            )
+            batch: list[list[int]] = []
+            for rows in by_length:
+                if batch and sum(map(len, batch)) + len(rows) > self.batch_size:
+                    yield batch
+                    batch = []
+                batch.append(rows)
+            yield batch
 
 
 def make_generation(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> Generation:

@@ -22,10 +22,11 @@ from mpo_ext.chat import chat_messages
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import build_model, build_processor, build_tokenizer
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
+from mpo_ext.generate.drawing import sample_token
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import Request, SamplingConfig, derive_seed, rank_and_world_size
 from mpo_ext.generate.runner import run as run_pipeline
-from mpo_ext.generate.transformers_engine import TransformersEngine, make_generation, sample_token
+from mpo_ext.generate.transformers_engine import TransformersEngine, make_generation
 from mpo_ext.generate.vllm_engine import VLLMEngine
 
 SAMPLING = SamplingConfig(max_new_tokens=12, top_k=0, temperature=1.0)

@@ -1,0 +1,68 @@
+"""Draws the next token of each row of a batch with a separate random generator."""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mpo_ext.generate.engine import SamplingConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig) -> "Tensor":
+    """Draws a token for each row by inverting the cumulative distribution at the row's uniform number.
+
+    ``scores`` are ``[B, V]`` logits, and ``uniforms`` are ``[B]`` float64 random numbers in [0, 1).
+
+    Raises:
+        FloatingPointError: If the distribution of a row is not finite.
+    """
+    import torch
+
+    if sampling.temperature == 0:
+        return scores.argmax(dim=-1)
+    scores = scores.float() / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[-1]:
+        smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < smallest, -math.inf)
+    probs = torch.softmax(scores, dim=-1)
+    if sampling.top_p < 1:
+        largest_first = probs.sort(dim=-1, descending=True).values
+        before = largest_first.cumsum(dim=-1) - largest_first
+        smallest = largest_first.masked_fill(before >= sampling.top_p, math.inf).amin(dim=-1, keepdim=True)
+        probs = probs.masked_fill(probs < smallest, 0)
+    cumulative = probs.double().cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    if not bool(torch.isfinite(total).all()):
+        raise FloatingPointError("logits must have a finite maximum and no NaN, got a row that violates this")
+    drawn = torch.searchsorted(cumulative, uniforms[:, None].to(cumulative.device) * total, right=True)
+    return drawn.squeeze(-1).clamp_max(scores.shape[-1] - 1)
+
+
+class SeededDraw:
+    """Draws each row's tokens with the row's random generator.
+
+    As a logits processor of transformers, an instance masks all other tokens than the drawn ones.
+    """
+
+    def __init__(self, seeds: Sequence[int], sampling: SamplingConfig) -> None:
+        self.generators = [random.Random(seed) for seed in seeds]
+        self.sampling = sampling
+
+    def draw(self, scores: "Tensor") -> "Tensor":
+        """Returns the next token of each row; ``scores`` are ``[B, V]`` logits."""
+        import torch
+
+        uniforms = torch.tensor([generator.random() for generator in self.generators], dtype=torch.float64)
+        return sample_token(scores, uniforms, self.sampling)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Removes all rows but these."""
+        self.generators = [self.generators[row] for row in rows]
+
+    def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":
+        import torch
+
+        return torch.full_like(scores, -math.inf).scatter_(1, self.draw(scores)[:, None], 0.0)

@@ -1,0 +1,201 @@
+"""Continues prompts several times: a prompt and its images run once, and its samples are decoded together."""
+
+import copy
+import inspect
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mpo_ext.generate.drawing import SeededDraw
+from mpo_ext.generate.engine import SamplingConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class UnsharedError(Exception):
+    """Raised if the state of a model after its prompts cannot be repeated. The message gives the reason."""
+
+
+def sharing_problem(model: Any) -> str | None:
+    """Returns the reason why the samples of a prompt cannot share its prefill, or None.
+
+    ``SharedPrefill`` finds further reasons after the prefill.
+    """
+    from transformers import GenerationMixin
+
+    if getattr(model.generate, "__func__", None) is not GenerationMixin.generate:
+        return "it overrides generate"
+    if "next_sequence_length" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+        return "this version of transformers is too old"
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if not {"cache", "past_key_values"} & set(inspect.signature(type(model).forward).parameters):
+        return "it takes no cache"
+    return None
+
+
+class SharedPrefill:
+    """A decoding loop for ``generate(custom_generate=...)`` of transformers, whose inputs hold each prompt once.
+
+    ``generate`` prepares positions, cache, logits processors and stopping criteria, as for the loops of transformers.
+    The prompts run in one forward pass. Then their cache and all inputs are repeated for the samples, and each sample
+    gets the tokens that ``generate`` and ``SeededDraw`` would give it in a separate row, apart from rounding. When
+    half of the samples have ended, they leave the batch.
+
+    Args:
+        prompts: For each sample the row of its prompt.
+        seeds: Seed of each sample.
+        sampling: Settings for drawing tokens.
+        batch_size: Maximum number of samples that are decoded together.
+    """
+
+    def __init__(
+        self, prompts: Sequence[int], seeds: Sequence[int], *, sampling: SamplingConfig, batch_size: int
+    ) -> None:
+        n_parts = -(-len(prompts) // batch_size)
+        bounds = [len(prompts) * part // n_parts for part in range(n_parts + 1)]
+        self._parts = [
+            (prompts[start:stop], SeededDraw(seeds[start:stop], sampling))
+            for start, stop in itertools.pairwise(bounds)
+        ]
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: "Tensor",
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **inputs: Any,
+    ) -> list[list[int]]:
+        """Returns the new token ids of each sample, padded after the end token.
+
+        Raises:
+            UnsharedError: If the state after the prefill cannot be repeated.
+        """
+        import torch
+
+        n_prompts = len(input_ids)
+        states = _module_states(model, n_prompts)
+        logits, inputs = _forward(model, input_ids, inputs, is_first_iteration=True)
+        _check_cache(inputs)
+        for name, state in _module_states(model, n_prompts).items():
+            if states.get(name) is not state:
+                raise UnsharedError(f"it keeps a state in {name}")
+        inputs = {name: None if _is_image(name, value) else value for name, value in inputs.items()}
+        decoded: list[list[int]] = []
+        for number, (prompts, draw) in enumerate(self._parts, start=1):
+            rows = torch.tensor(prompts, device=input_ids.device)
+            is_last = number == len(self._parts)
+            batch = _DecodingBatch(
+                model, inputs if is_last else copy.deepcopy(inputs), input_ids, logits, draw, generation_config
+            )
+            batch.select(rows)
+            decoded += batch.decode(logits_processor, stopping_criteria)
+        return decoded
+
+
+class _DecodingBatch:
+    """The rows that are decoded together, and the inputs of the model's next step."""
+
+    def __init__(
+        self, model: Any, inputs: dict[str, Any], ids: "Tensor", logits: "Tensor", draw: SeededDraw, config: Any
+    ) -> None:
+        self.model, self.inputs, self.ids, self.logits, self.draw = model, inputs, ids, logits, draw
+        self.pad_id = config.pad_token_id
+
+    def select(self, rows: "Tensor") -> None:
+        """Replaces the rows of the batch by these rows, each as often as ``rows`` names it."""
+        n_rows = len(self.ids)
+        for name, value in self.inputs.items():
+            self.inputs[name] = _select_rows(name, value, rows, n_rows)
+        self.ids, self.logits = self.ids.index_select(0, rows), self.logits.index_select(0, rows)
+
+    def decode(self, logits_processor: Any, stopping_criteria: Any) -> list[list[int]]:
+        """Returns the new token ids of each row."""
+        import torch
+
+        width = self.ids.shape[1]
+        places = torch.arange(len(self.ids), device=self.ids.device)  # of the batch's rows in the result
+        is_running = torch.ones_like(places, dtype=torch.bool)
+        result: list[list[int]] = [[] for _ in places]
+        while True:
+            tokens = self.draw.draw(logits_processor(self.ids, self.logits))
+            tokens = torch.where(is_running, tokens, self.pad_id)
+            self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
+            is_running &= ~stopping_criteria(self.ids, None)
+            n_running = int(is_running.sum())
+            if 2 * n_running <= len(places):
+                ended = ~is_running
+                for place, ids in zip(places[ended].tolist(), self.ids[ended, width:].tolist(), strict=True):
+                    result[place] = ids
+                if n_running == 0:
+                    return result
+                rows = is_running.nonzero().squeeze(1)
+                self.draw.keep(rows.tolist())
+                self.select(rows)
+                places, is_running = places[rows], is_running[rows]
+            self.logits, self.inputs = _forward(self.model, self.ids, self.inputs, next_sequence_length=1)
+
+
+def _forward(model: Any, ids: "Tensor", inputs: dict[str, Any], **options: Any) -> tuple["Tensor", dict[str, Any]]:
+    """Runs the model as the loops of transformers do; returns the logits ``[B, V]`` and the inputs of the next step."""
+    import torch
+
+    outputs = model(**model.prepare_inputs_for_generation(ids, **options, **inputs), return_dict=True)
+    # The documented interface of decoding loops has no public method for this.
+    inputs = model._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=False)  # noqa: SLF001
+    # A copy, because a view would keep the logits of all positions.
+    return outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device), inputs
+
+
+def _is_image(name: str, value: Any) -> bool:
+    """Returns whether an input holds images, which only the prefill reads; no other input is floating-point."""
+    import torch
+
+    return name == "mm_encoder_outputs" or (isinstance(value, torch.Tensor) and value.is_floating_point())
+
+
+def _select_rows(name: str, value: Any, rows: "Tensor", n_rows: int) -> Any:
+    """Returns an input of the model for these rows. A cache is changed in place."""
+    import torch
+    from transformers import DynamicCache
+
+    if isinstance(value, DynamicCache):
+        value.reorder_cache(rows)
+    elif isinstance(value, torch.Tensor):
+        axis = 1 if name == "position_ids" and value.ndim == 3 else 0  # rotary positions with several axes
+        if value.ndim > axis and value.shape[axis] == n_rows:
+            return value.index_select(axis, rows.to(value.device))
+    return value
+
+
+def _check_cache(inputs: dict[str, Any]) -> None:
+    """Raises ``UnsharedError`` unless the cache holds the prompts and can be repeated."""
+    from transformers import DynamicCache
+
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    if type(cache) is not DynamicCache:
+        raise UnsharedError(f"its cache is a {type(cache).__name__}, not a DynamicCache")
+    for kind in map(type, cache.layers):
+        if kind.__module__ != DynamicCache.__module__ and "reorder_cache" not in vars(kind):
+            raise UnsharedError(f"its {kind.__name__} does not define reorder_cache")
+
+
+def _module_states(model: Any, n_rows: int) -> dict[str, Any]:
+    """Returns the tensors with ``n_rows`` rows that the modules hold outside their parameters and buffers.
+
+    ``rope_deltas`` of Qwen-VL are left out: they are not used if a step gets its positions.
+    """
+    import torch
+
+    return {
+        f"{name}.{attribute}": value
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+        and value.ndim > 0
+        and value.shape[0] == n_rows
+        and attribute != "rope_deltas"
+    }
