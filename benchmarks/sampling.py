@@ -1,8 +1,13 @@
-"""Compares the sampling speed of batches and of single prompts: ``python -m benchmarks.sampling``.
+"""Measures the speed of sampling: ``python -m benchmarks.sampling``.
 
-The model is the untrained InternVL of the digits demo. The items are questions about grids of digits with correct
-step-by-step responses. The overhead of a run is the time spent outside ``TransformersEngine.generate``: cutting and
-joining responses, filters, journal syncs and outputs. All cases run in turn in one process; the results are medians.
+Three questions are answered. All cases run in turn in one process; the results are medians.
+
+1. What is gained by batches instead of single prompts? The model is the untrained InternVL of the digits demo. The
+   items are questions about grids of digits with correct step-by-step responses.
+2. What does a run cost beside ``TransformersEngine.generate``: cutting and joining responses, filters, journal syncs
+   and outputs? The model and the items are the same.
+3. What is gained if the samples of a question share one prefill? The model is an untrained InternVL with the patches
+   and image tokens of the released ones; the question has images and random words.
 """
 
 from __future__ import annotations
@@ -18,14 +23,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.measure import interleaved, nothing
+from benchmarks.step_inputs import Sizes, build
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import build_model, build_tokenizer
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import Request, SamplingConfig
 from mpo_ext.generate.runner import run
 from mpo_ext.generate.transformers_engine import TransformersEngine
+
+SHARED, APART = "one prefill per question", "one prefill per sample"
 
 
 class TimedEngine(TransformersEngine):
@@ -47,7 +56,12 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1024)
     parser.add_argument("--single", type=int, default=64, help="number of prompts that are compared one by one")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens of each sample")
+    parser.add_argument("--samples", type=int, default=32, help="samples of the question with images; 0: leave it out")
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of the question with images")
+    parser.add_argument("--images", type=int, default=2, help="images of the question, of 256 tokens each")
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size of the model with images")
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers of the model with images")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -55,6 +69,17 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    results = _batches_and_overhead(args)
+    if args.samples:
+        results |= _shared_prefill(args)
+    if args.json == "-":
+        print(json.dumps(results))
+    elif args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _batches_and_overhead(args: argparse.Namespace) -> dict[str, Any]:
+    """Compares batches with single prompts, measures the time beside generation, and prints both."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
@@ -65,6 +90,8 @@ def main() -> None:
     requests = [Request(question=task.question, seed=row, sampling=sampling) for row, task in enumerate(tasks)]
 
     engines = {size: TransformersEngine(model, tokenizer, batch_size=size) for size in (1, args.batch_size)}
+    for engine in engines.values():
+        engine.shares_prefill = False  # some of the questions are equal
     cases: dict[str, Callable[[], object]] = {
         "one by one": lambda: engines[1].generate(requests[: args.single]),
         f"batches of {args.batch_size}": lambda: engines[args.batch_size].generate(requests[: args.single]),
@@ -76,21 +103,17 @@ def main() -> None:
 
     runs = {name: (nothing, run) for name, run in {**cases, "overhead": add_overhead}.items()}
     timings = interleaved(runs, args.repeat)
-    medians = {name: timings[name].median_s for name in cases}
-    single, batched = medians.values()
+    single, batched = (timings[name].median_s for name in cases)
     overhead = statistics.median(overheads[1:])
-    for name, value in medians.items():
-        print(f"{name:<20} {1e3 * value:8.1f} ms for {args.single} prompts of {args.tokens} new tokens")
-    print(f"{'ratio':<20} {single / batched:8.2f} x")
-    print(f"{'overhead of a run':<20} {100 * overhead:8.2f} % of its generation")
-    if args.json:
-        shape = {"prompts": args.single, "new_tokens": args.tokens, "batch_size": args.batch_size}
-        results: dict[str, Any] = {name: {"seconds": timings[name].seconds, **shape} for name in cases}
-        results[f"batches of {args.batch_size}"]["overhead_share"] = overhead
-        if args.json == "-":
-            print(json.dumps(results))
-        else:
-            Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+    for name in cases:
+        median = 1e3 * timings[name].median_s
+        print(f"{name:<26} {median:8.1f} ms for {args.single} prompts of {args.tokens} new tokens")
+    print(f"{'ratio':<26} {single / batched:8.2f} x")
+    print(f"{'overhead of a run':<26} {100 * overhead:8.2f} % of its generation")
+    shape = {"prompts": args.single, "new_tokens": args.tokens, "batch_size": args.batch_size}
+    results: dict[str, Any] = {name: {"seconds": timings[name].seconds, **shape} for name in cases}
+    results[f"batches of {args.batch_size}"]["overhead_share"] = overhead
+    return results
 
 
 def _overhead(model: Any, tokenizer: Any, tasks: Any, sampling: SamplingConfig, batch_size: int) -> float:
@@ -104,6 +127,44 @@ def _overhead(model: Any, tokenizer: Any, tasks: Any, sampling: SamplingConfig, 
         begin = time.perf_counter()
         run(pipeline, engine, source, Path(folder, "out"), block_size=batch_size)
         return (time.perf_counter() - begin) / engine.seconds - 1
+
+
+def _shared_prefill(args: argparse.Namespace) -> dict[str, Any]:
+    """Compares a prefill per question with a prefill per sample, and prints the result."""
+    sizes = Sizes(vocab=4096, hidden=args.hidden, layers=args.layers, images=args.images, vision_hidden=256)
+    model, processor = build(sizes)
+    processor.tokenizer.eos_token = None  # all responses have the same length
+    engines = {}
+    for name in (APART, SHARED):
+        engines[name] = TransformersEngine(model, processor, batch_size=max(1, args.samples))
+        engines[name].shares_prefill = name == SHARED
+    requests = _samples(engines[SHARED], sizes, args)
+    runs = {name: (nothing, lambda engine=engine: engine.generate(requests)) for name, engine in engines.items()}
+    assert engines[APART].generate(requests) == engines[SHARED].generate(requests), "the tokens must be equal"
+    timings = interleaved(runs, args.repeat)
+    for name in engines:
+        print(f"{name:<26} {timings[name].median_s:8.2f} s for {args.samples} samples of {args.tokens} new tokens")
+    ratio = timings[APART].median_s / timings[SHARED].median_s
+    print(f"{'ratio':<26} {ratio:8.2f} x with a prompt of {args.prompt} tokens and {args.images} images")
+    shape = {"prompts": 1, "samples": args.samples, "prompt_tokens": args.prompt, "images": args.images}
+    shape |= {"new_tokens": args.tokens, "batch_size": args.samples, "hidden": args.hidden, "layers": args.layers}
+    return {name: {"seconds": timings[name].seconds, **shape} for name in engines}
+
+
+def _samples(engine: TransformersEngine, sizes: Sizes, args: argparse.Namespace) -> list[Request]:
+    """Returns a request per sample of a question with ``args.prompt`` tokens, of which each word is one."""
+    rng = np.random.default_rng(0)
+    shape = (sizes.images, sizes.pixels, sizes.pixels, 3)
+    images = tuple(Image.fromarray(pixels) for pixels in rng.integers(256, size=shape, dtype=np.uint8))
+    words = sorted(digits.vocabulary())
+    bare = Request(question="<image>" * sizes.images + " ", images=images)
+    text = engine.chat.prompt_text(bare)
+    used = len(engine.processor(text=[text], images=[list(images)] if images else None)["input_ids"][0])
+    if used > args.prompt:
+        raise ValueError(f"prompt must be at least {used}, the tokens without a word, got {args.prompt}")
+    question = bare.question + " ".join(rng.choice(words, args.prompt - used))
+    sampling = SamplingConfig(temperature=1.0, top_k=0, max_new_tokens=args.tokens)
+    return [Request(question=question, images=images, seed=seed, sampling=sampling) for seed in range(args.samples)]
 
 
 if __name__ == "__main__":

@@ -274,7 +274,22 @@ def run_train_step(*, quick: bool, seconds: float, threads: int, log: Callable[[
 
 def run_sampling(*, quick: bool, log: Callable[[str], None]) -> Results:
     """Runs ``benchmarks.sampling`` in a fresh process and reads its results."""
-    size = ["--items", "64", "--single", "16", "--repeat", "1"] if quick else ["--items", "256", "--repeat", "2"]
+    size = ["--items", "256", "--repeat", "2"]
+    if quick:
+        size = [
+            "--items",
+            "64",
+            "--single",
+            "16",
+            "--repeat",
+            "1",
+            "--samples",
+            "4",
+            "--hidden",
+            "128",
+            "--layers",
+            "1",
+        ]
     command = [sys.executable, "-m", "benchmarks.sampling", "--json", "-", *size]
     log(" ".join(["python", *command[1:]]))
     results = Results()

@@ -295,9 +295,17 @@ def sampling(documents: Documents) -> str:
     rows = []
     for p in _measured(document):
         beyond = "" if p.get("overhead_share") is None else f"{p['overhead_share']:.1%}"
-        rows.append([p["provider"], str(p.get("prompts", "")), str(p.get("new_tokens", "")), _time(p), beyond])
-    table = markdown_table(["", "prompts", "new tokens", "time", "time beyond generation"], rows)
-    return f"{_where(document)} The model is that of the digits demo.\n\n{table}{_missing(document)}"
+        sizes = [str(p.get(name, "")) for name in ("prompts", "prompt_tokens", "images", "samples", "new_tokens")]
+        rows.append([p["provider"], *sizes, _time(p), beyond])
+    header = ["", "prompts", "prompt tokens", "images", "samples", "new tokens", "time", "time beyond generation"]
+    shared = next((p for p in _measured(document) if p.get("samples")), None)
+    model = "The model is that of the digits demo."
+    if shared is not None:
+        model = (
+            "In the rows without images, the model is that of the digits demo. In the others, it is an untrained InternVL "
+            f"with hidden size {shared['hidden']} and {shared['layers']} layers; all samples are decoded together."
+        )
+    return f"{_where(document)} {model}\n\n{markdown_table(header, rows)}{_missing(document)}"
 
 
 # ------------------------------------------------------------------------------------- the cost model and the kernels

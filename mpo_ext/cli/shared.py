@@ -121,7 +121,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add_chat(parser)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--device", help="device of transformers (default: the GPU of this process, or the CPU)")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts per batch, for transformers (default: 16)")
+    parser.add_argument("--batch-size", type=int, help="samples per batch of transformers (default: 16)")
     parser.add_argument(
         "--block-size", type=int, default=64,
         help="responses per block, the most that are lost if the process is killed (default: 64)",
@@ -147,6 +147,13 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
     if args.engine == "vllm":
         from mpo_ext.generate.vllm_engine import VLLMEngine
 
+        for name, advice in (
+            ("device", "set CUDA_VISIBLE_DEVICES"),
+            ("batch_size", "use --engine-option max_num_seqs=N"),
+        ):
+            if (value := getattr(args, name)) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} must be left out with --engine vllm, got {value}: {advice}")
         return VLLMEngine(model, dtype=args.dtype, chat_options=chat_options(args), **options)
     from mpo_ext.generate.transformers_engine import TransformersEngine
 
@@ -154,7 +161,7 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
         model,
         dtype=args.dtype,
         device=args.device,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or 16,
         chat_options=chat_options(args),
         **options,
     )

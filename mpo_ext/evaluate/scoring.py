@@ -130,7 +130,7 @@ class Evaluation:
         sampling = config.sampling(self.template)
         self.questions = QuestionSampler(self.name, config.samples, sampling, config.seed, self.template)
         self.scorer = AnswerScorer(config.matcher, style=config.style, template=self.template)
-        self.keys, self.sample = self.questions.keys, self.questions.sample
+        self.keys, self.steps = self.questions.keys, self.questions.steps
 
     def settings(self) -> dict[str, Any]:
         """Returns all settings that the responses depend on, as JSON values."""

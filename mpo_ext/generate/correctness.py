@@ -15,6 +15,7 @@ from mpo_ext.answers import is_same_answer
 from mpo_ext.checks import check_integer, check_number
 from mpo_ext.data.records import Pair
 from mpo_ext.generate.engine import Engine, SamplingConfig
+from mpo_ext.generate.feeding import Steps, run_steps
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.prompts import get_template
@@ -116,7 +117,11 @@ class Correctness:
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
         """Samples and scores the responses to the items; the records of an unusable item hold the reason."""
-        all_records = self.questions.sample(items, engine)
+        return run_steps(self.steps(items, engine), engine)
+
+    def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
+        """Yields the requests of ``sample``, and returns its records."""
+        all_records = yield from self.questions.steps(items, engine)
         for item, records in zip(items, all_records, strict=True):
             for record in records:
                 if "problem" not in record:

@@ -5,7 +5,7 @@ need the image. Their tokens are joined before decoding, so no space is lost bet
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
 from mpo_ext.answers import extract_answer
@@ -13,9 +13,10 @@ from mpo_ext.chat import IMAGE_PLACEHOLDER, ChatError, Conversation
 from mpo_ext.chat.template import common_length
 from mpo_ext.checks import check_choice, check_integer, check_number
 from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig, derive_seed
+from mpo_ext.generate.feeding import Steps, run_steps
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
-from mpo_ext.generate.questions import AnswerScorer
+from mpo_ext.generate.questions import AnswerScorer, refusal_fields
 from mpo_ext.generate.repetition import is_degenerate
 from mpo_ext.images import ImageError
 
@@ -80,12 +81,14 @@ class _Row:
 
     Attributes:
         problem: Reason why the item cannot be used, or None.
+        refusal: What the engine said, if the problem is that it refused the prompt.
         images: Opened images; empty if the model does not see them.
         sampled_tokens: Number of tokens in a chosen response that the model sampled; None for a given response.
     """
 
     item: Item
     problem: str | None = None
+    refusal: str | None = None
     images: tuple[Any, ...] = ()
     chosen: str | None = None
     sampled_tokens: int | None = None
@@ -134,8 +137,12 @@ class DropoutNTP:
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
         """Cuts and continues the responses of the items; the records of an unusable item hold the reason."""
+        return run_steps(self.steps(items, engine), engine)
+
+    def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
+        """Yields the requests of ``sample``, and returns its records."""
         rows = [self._load(item) for item in items]
-        self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None], engine)
+        yield from self._sample_chosen([row for row in rows if row.problem is None and row.chosen is None])
         requests: list[Request] = []
         for row in rows:
             if row.problem is not None or row.chosen is None:
@@ -160,7 +167,7 @@ class DropoutNTP:
                         sampling=self.config.sampling,
                     )
                 )
-        generations = iter(engine.generate(requests))
+        generations = iter((yield requests))
         return [
             [
                 self._record(row, key, next(generations) if row.problem is None else None, engine)
@@ -233,7 +240,7 @@ class DropoutNTP:
             return Conversation(key=row.item.digest, question=row.item.question_with_options, images=row.images)
         return Conversation(key=row.item.digest, question=without_placeholders(row.item.question_with_options))
 
-    def _sample_chosen(self, rows: Sequence[_Row], engine: Engine) -> None:
+    def _sample_chosen(self, rows: Sequence[_Row]) -> Generator[list[Request], list[Generation], None]:
         """Samples the missing chosen response of each row; the model sees the images."""
         if not rows:
             return
@@ -247,8 +254,11 @@ class DropoutNTP:
             )
             for row in rows
         ]
-        for row, generation in zip(rows, engine.generate(requests), strict=True):
-            if generation.finish_reason == "length":
+        generations = yield requests
+        for row, generation in zip(rows, generations, strict=True):
+            if generation.refusal is not None:
+                row.problem, row.refusal = refusal_fields(generation.refusal).values()
+            elif generation.finish_reason == "length":
                 row.problem = "sampled chosen response cut off at max_new_tokens"
             elif is_degenerate(generation.text):
                 row.problem = "sampled chosen response repeats itself"
@@ -264,7 +274,9 @@ class DropoutNTP:
         if row.sampled_tokens is not None:
             record |= {"chosen": row.chosen, "chosen_tokens": row.sampled_tokens}
         if generation is None:
-            return {**record, "problem": row.problem}
+            return {**record, "problem": row.problem, **({"refusal": row.refusal} if row.refusal else {})}
+        if generation.refusal is not None:
+            return {**record, **refusal_fields(generation.refusal)}
         text = engine.decode_response(self._conversation(row), [*row.prefix.token_ids, *generation.token_ids])
         record |= {
             "text": text,

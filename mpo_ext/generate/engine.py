@@ -60,11 +60,13 @@ class Generation:
         token_ids: Generated token ids, without the prefix and the end token.
         text: Text of ``token_ids``.
         finish_reason: "stop" if the model ended its turn, "length" if ``max_new_tokens`` cut the continuation off.
+        refusal: Reason why the engine refused the request, for example a prompt that is too long; else None.
     """
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: Literal["stop", "length"]
+    refusal: str | None = None
 
 
 class Engine(Protocol):

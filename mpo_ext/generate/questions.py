@@ -7,11 +7,17 @@ from typing import Any
 from mpo_ext.answers import VERDICT_VERSION, Matcher, Verdict, extract_answer, matcher
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
+from mpo_ext.generate.feeding import Steps, run_steps
 from mpo_ext.generate.items import Item
 from mpo_ext.generate.prompts import PromptTemplate, render
 from mpo_ext.images import ImageError
 
 _MAX_KNOWN_VERDICTS = 1 << 16
+
+
+def refusal_fields(refusal: str) -> dict[str, str]:
+    """Returns the fields of a record for a request that the engine refused."""
+    return {"problem": "prompt refused by the engine", "refusal": refusal}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,7 +62,11 @@ class QuestionSampler:
         return None
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Asks the questions and returns a list of records for each item.
+        """Asks the questions and returns a list of records for each item."""
+        return run_steps(self.steps(items, engine), engine)
+
+    def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
+        """Yields the requests of the questions, and returns a list of records for each item.
 
         A record has ``key``, ``text``, ``finish`` and ``tokens``; if the item cannot be used, ``key`` and ``problem``.
         """
@@ -86,7 +96,7 @@ class QuestionSampler:
                 )
                 for key in self.keys(item)
             ]
-        generations = iter(engine.generate(requests))
+        generations = iter((yield requests))
         records: list[list[dict[str, Any]]] = []
         for row, item in enumerate(items):
             if row in problems:
@@ -94,6 +104,9 @@ class QuestionSampler:
                 continue
             records.append([])
             for key, generation in zip(self.keys(item), generations, strict=False):
+                if generation.refusal is not None:
+                    records[-1].append({"key": key, **refusal_fields(generation.refusal)})
+                    continue
                 record = {"key": key, "text": generation.text, "finish": generation.finish_reason}
                 records[-1].append({**record, "tokens": len(generation.token_ids)})
         return records

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from mpo_ext.checks import check_integer, install_hint
 from mpo_ext.generate.engine import Engine
+from mpo_ext.generate.feeding import run_steps
 from mpo_ext.generate.items import Item, open_items
 from mpo_ext.generate.outputs import Summary
 from mpo_ext.generate.progress import SamplingProgress
@@ -111,5 +112,5 @@ class _Worker:
         set_date(self.engine, date)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        blocks = map(pickle.loads, batch["block"])
-        return {**batch, "records": [pickle.dumps(self.pipeline.sample(block, self.engine)) for block in blocks]}
+        steps = (self.pipeline.steps(pickle.loads(block), self.engine) for block in batch["block"])
+        return {**batch, "records": [pickle.dumps(run_steps(block, self.engine)) for block in steps]}

@@ -4,9 +4,11 @@ Each process of a run takes every item whose position modulo the number of proce
 records to a separate journal (``mpo_ext.journal``) in input order. Memory does not grow with the number of items.
 
 Items go through the engine in blocks, whose bounds depend only on the input and the block size. If a kill left a block
-incomplete, the whole block is generated again with the same arithmetic; only the missing records are appended.
+incomplete, the whole block is generated again with the same arithmetic; only the missing records are appended. Engines
+that take requests at any time run several blocks at the same time (``mpo_ext.generate.feeding``).
 """
 
+import dataclasses
 import datetime
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from typing import Any, Protocol
 from mpo_ext.chat.encoder import with_date
 from mpo_ext.checks import check_integer
 from mpo_ext.generate.engine import Engine
+from mpo_ext.generate.feeding import Steps, run_blocks
 from mpo_ext.generate.items import Item, ItemSource
 from mpo_ext.journal import Journal, read_header, read_records
 
@@ -31,8 +34,8 @@ class Pipeline(Protocol):
     def keys(self, item: Item) -> list[str]:
         """Returns the names of the records of an item, in order."""
 
-    def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Returns the records of each item, with a record for each key of the item."""
+    def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
+        """Yields the requests of a block, and returns the records of each item, with a record for each of its keys."""
 
 
 class IncompleteRunError(Exception):
@@ -129,20 +132,14 @@ def sample_items(
         ValueError: If the journal does not fit the input.
     """
     items = itertools.islice(source.items(), rank, None, world_size)
-    stored = journal.records()
-    for block in blocks(items, pipeline, block_size):
-        keys = [pipeline.keys(item) for item in block]
-        flat_keys = list(itertools.chain.from_iterable(keys))
-        records = list(_stored_records(stored, flat_keys, journal.path))
-        if len(records) < len(flat_keys):
-            sampled = list(itertools.chain.from_iterable(pipeline.sample(block, engine)))
-            if [record["key"] for record in sampled] != flat_keys:
-                raise RuntimeError(f"{pipeline.name}.sample must give one record for each key, in order")
-            missing = sampled[len(records) :]
-            journal.append(missing)
-            records += missing
-        rows = iter(records)
-        for item, item_keys in zip(block, keys, strict=True):
+    stored = _stored_blocks(blocks(items, pipeline, block_size), pipeline, journal)
+    # Blocks whose records are all stored come first, so that appending does not disturb the reading of the journal.
+    to_do = ((block, block.steps(pipeline, engine)) for block in stored)
+    for block, sampled in run_blocks(to_do, engine):
+        if not block.is_complete:
+            block.add(journal, list(itertools.chain.from_iterable(sampled)), pipeline.name)
+        rows = iter(block.records)
+        for item, item_keys in zip(block.items, block.keys, strict=True):
             yield item, list(itertools.islice(rows, len(item_keys)))
 
 
@@ -179,6 +176,44 @@ def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterat
     items = iter(items)
     while block := list(itertools.islice(items, size)):
         yield block
+
+
+@dataclasses.dataclass(slots=True)
+class _StoredBlock:
+    """A block of items, the keys of each item, and the first records of the block."""
+
+    items: list[Item]
+    keys: list[list[str]]
+    records: list[dict[str, Any]]
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.records) == sum(map(len, self.keys))
+
+    def steps(self, pipeline: Pipeline, engine: Engine) -> Steps:
+        return _no_steps() if self.is_complete else pipeline.steps(self.items, engine)
+
+    def add(self, journal: Journal, sampled: list[dict[str, Any]], pipeline: str) -> None:
+        """Appends the missing records to the journal."""
+        if [record["key"] for record in sampled] != list(itertools.chain.from_iterable(self.keys)):
+            raise RuntimeError(f"{pipeline}.steps must give one record for each key, in order")
+        missing = sampled[len(self.records) :]
+        journal.append(missing)
+        self.records += missing
+
+
+def _no_steps() -> Steps:
+    yield from ()
+    return []
+
+
+def _stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal: Journal) -> Iterator[_StoredBlock]:
+    """Yields the blocks with the records that the journal has at the beginning."""
+    stored = journal.records()
+    for items in item_blocks:
+        keys = [pipeline.keys(item) for item in items]
+        records = list(_stored_records(stored, itertools.chain.from_iterable(keys), journal.path))
+        yield _StoredBlock(items, keys, records)
 
 
 def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:

@@ -140,7 +140,7 @@ class _DecodingBatch:
 
 
 def _forward(model: Any, ids: "Tensor", inputs: dict[str, Any], **options: Any) -> tuple["Tensor", dict[str, Any]]:
-    """Runs the model as the loops of transformers do; returns the logits ``[B, V]`` and the inputs of the next step."""
+    """Runs the model as the loops of transformers do; returns logits ``[B, V]`` and the inputs of the next step."""
     import torch
 
     outputs = model(**model.prepare_inputs_for_generation(ids, **options, **inputs), return_dict=True)

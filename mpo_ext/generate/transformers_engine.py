@@ -1,5 +1,6 @@
 """The engine that uses transformers. The tokens of each row of a batch are drawn with a separate seed."""
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,23 @@ from mpo_ext.provenance import processor_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: Settings of a checkpoint's ``generation_config`` that change the distribution of the tokens, with neutral values.
+#: They are ignored, as vLLM does: a sample depends on ``SamplingConfig`` alone.
+_IGNORED = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "sequence_bias": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+}
+#: Settings that change memory and speed.
+_TECHNICAL = ("cache_implementation", "cache_config", "prefill_chunk_size", "compile_config", "disable_compile")
 
 
 class TransformersEngine:
@@ -36,6 +54,7 @@ class TransformersEngine:
 
     Attributes:
         chat: Encoder of prompts and responses, the same as in training.
+        shares_prefill: Whether requests with the same prompt and images share its prefill.
 
     Raises:
         ChatError: If the chat template cannot be used.
@@ -58,7 +77,13 @@ class TransformersEngine:
         self.chat = ChatEncoder(
             processor, stop_ids=stop_ids_of(model), embedding_rows=embedding_rows_of(model), **chat_options
         )
-        self._shares_prefill = True
+        self.shares_prefill = True
+        for name, value in self._ignored_settings().items():
+            warnings.warn(
+                f"generation_config.json asks for {name}={value}, which sampling ignores: it would change the "
+                "distribution that the samples are drawn from",
+                stacklevel=2,
+            )
         pad = self.chat.tokenizer.pad_token_id
         self._pad_id = pad if pad is not None else min(self.chat.stop_ids)
 
@@ -105,7 +130,14 @@ class TransformersEngine:
         """Returns all settings that the generations depend on. Batch size and device only change rounding."""
         dtype = str(self.model.dtype).removeprefix("torch.")
         parts = processor_parts(self.chat, self.chat.stop_ids)
-        return {"engine": "transformers", "model": self.name, "dtype": dtype, "processor": parts}
+        ignored = self._ignored_settings()
+        settings = {"engine": "transformers", "model": self.name, "dtype": dtype, "processor": parts}
+        return {**settings, "ignored": ignored} if ignored else settings
+
+    def _ignored_settings(self) -> dict[str, Any]:
+        """Returns the model's settings that would change the distribution of the tokens."""
+        values = {name: getattr(self.model.generation_config, name, None) for name in _IGNORED}
+        return {name: value for name, value in values.items() if value not in (None, _IGNORED[name])}
 
     def encode_response(self, conversation: Conversation, response: str) -> list[int]:
         return self.chat.response_ids(conversation, response)[:-1]
@@ -137,7 +169,7 @@ class TransformersEngine:
         seeds = [requests[row].seed for rows in questions for row in rows]
         sampling = requests[questions[0][0]].sampling
         options = {**inputs, "generation_config": self._generation_config(sampling)}
-        with torch.inference_mode():
+        with torch.inference_mode(), self._without_defaults():
             if len(seeds) > len(questions):
                 if problem := sharing_problem(self.model):
                     raise UnsharedError(problem)
@@ -149,7 +181,7 @@ class TransformersEngine:
         return output[:, inputs["input_ids"].shape[1] :].tolist()
 
     def _stop_sharing(self, reason: str) -> None:
-        self._shares_prefill = False
+        self.shares_prefill = False
         name = type(self.model).__name__
         warnings.warn(f"{name} runs the prompt for each sample, because {reason}", stacklevel=4)
 
@@ -168,6 +200,18 @@ class TransformersEngine:
             bad_words_ids=model_config.bad_words_ids,
             use_cache=True,
         )
+
+    @contextlib.contextmanager
+    def _without_defaults(self) -> Iterator[None]:
+        """Hides the model's ``generation_config``, from which ``generate`` takes every setting that is None."""
+        from transformers import GenerationConfig
+
+        stored = self.model.generation_config
+        self.model.generation_config = GenerationConfig(**{name: getattr(stored, name, None) for name in _TECHNICAL})
+        try:
+            yield
+        finally:
+            self.model.generation_config = stored
 
     def _inputs(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         """Returns the inputs of the model. Each row is a prompt and its prefix, padded on the left."""
@@ -222,7 +266,7 @@ class TransformersEngine:
         for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
             key = (request.sampling, len(request.images), self.chat.adds_special_tokens(prompt.text))
             images = tuple(image if isinstance(image, str) else id(image) for image in request.images)
-            question = (prompt.text, request.prefix_ids, images) if self._shares_prefill else row
+            question = (prompt.text, request.prefix_ids, images) if self.shares_prefill else row
             groups.setdefault(key, {}).setdefault(question, []).append(row)
         for questions in groups.values():
             by_length = sorted(

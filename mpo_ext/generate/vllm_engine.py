@@ -1,26 +1,31 @@
 """The engine that uses vLLM."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_ext.chat import ChatEncoder, Conversation
-from mpo_ext.checks import install_hint
+from mpo_ext.checks import check_integer, install_hint
 from mpo_ext.generate.engine import Generation, Request
 from mpo_ext.generate.transformers_engine import make_generation
 from mpo_ext.images import load_image
 from mpo_ext.processors import load_without_weights
 from mpo_ext.provenance import processor_parts
 
+_MAX_REFUSAL = 300  # characters
+
 
 class VLLMEngine:
     """Runs a model in vLLM's offline engine, which batches the requests. Each request has a separate seed.
 
-    vLLM gets the token ids of prompts, which are those of ``TransformersEngine``, and expands the image tokens.
+    Requests can be added while others are running (``mpo_ext.generate.feeding``). vLLM gets the token ids of prompts,
+    which are those of ``TransformersEngine``, and expands the image tokens.
 
     Args:
         model: Folder or name of the model.
         processor: Processor of the model, or the tokenizer of a text model; None: loaded with transformers.
         chat_options: Options of ``ChatEncoder``: ``chat_template``, ``chat_template_kwargs`` and ``date``.
+        concurrency: Number of requests to run at the same time; at least the ``max_num_seqs`` of vLLM.
         **options: Passed to ``vllm.LLM``, for example ``dtype``, ``tensor_parallel_size`` or ``limit_mm_per_prompt``.
 
     Raises:
@@ -29,14 +34,26 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, model: str, *, processor: Any = None, chat_options: Mapping[str, Any] | None = None, **options: Any
+        self,
+        model: str,
+        *,
+        processor: Any = None,
+        chat_options: Mapping[str, Any] | None = None,
+        concurrency: int = 1024,
+        **options: Any,
     ) -> None:
+        check_integer("concurrency", concurrency, least=1)
         try:
             import vllm
         except ImportError as error:
             raise ImportError(f"VLLMEngine needs vllm: {install_hint('vllm')} ({error})") from error
-        self._sampling_params = vllm.SamplingParams
-        self.name = model
+        self._vllm = vllm
+        self._names = itertools.count()
+        self._running: dict[str, Request] = {}
+        self._refused: list[tuple[str, Generation]] = []
+        # vLLM's own error for prompts that are too long is not a ValueError in all versions.
+        self._refusals = (ValueError, getattr(getattr(vllm, "exceptions", None), "VLLMValidationError", ValueError))
+        self.name, self.concurrency = model, concurrency
         self.options = options
         # The template is checked before the weights are loaded.
         checks: dict[str, Any] = {}
@@ -59,24 +76,47 @@ class VLLMEngine:
         return self.chat.response_text(conversation, token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        prompts, params = [], []
-        for request in requests:
-            prompts.append(self._prompt(request))
-            params.append(
-                self._sampling_params(
-                    temperature=request.sampling.temperature,
-                    top_p=request.sampling.top_p,
-                    top_k=request.sampling.top_k or -1,
-                    max_tokens=request.sampling.max_new_tokens,
-                    seed=request.seed,
-                    stop_token_ids=sorted(self.chat.stop_ids),
-                    skip_special_tokens=False,
-                )
-            )
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return [
-            self._generation(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)
-        ]
+        names = [self.submit(request) for request in requests]
+        results: dict[str, Generation] = {}
+        while len(results) < len(names):
+            results.update(self.finished())
+        return [results[name] for name in names]
+
+    def submit(self, request: Request) -> str:
+        """Starts a request and returns a name for it. A request that vLLM refuses ends at once, with the reason."""
+        name = str(next(self._names))
+        sampling = request.sampling
+        params = self._vllm.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            max_tokens=sampling.max_new_tokens,
+            seed=request.seed,
+            stop_token_ids=sorted(self.chat.stop_ids),
+            skip_special_tokens=False,
+        )
+        try:
+            self.llm.llm_engine.add_request(name, self._prompt(request), params)
+        except self._refusals as error:
+            refusal = f"{type(error).__name__}: {error}"
+            self._refused.append((name, Generation((), "", "length", refusal=refusal[:_MAX_REFUSAL])))
+        else:
+            self._running[name] = request
+        return name
+
+    def finished(self) -> list[tuple[str, Generation]]:
+        """Returns the names and continuations of requests that have ended; waits for one if requests are running."""
+        ended, self._refused = self._refused, []
+        while self._running and not ended:
+            for output in self.llm.llm_engine.step():
+                if output.finished:
+                    request = self._running.pop(output.request_id)
+                    ended.append((output.request_id, self._generation(request, output.outputs[0])))
+        return ended
+
+    def cancel(self, names: Sequence[str]) -> None:
+        """Stops requests."""
+        self.llm.llm_engine.abort_request([name for name in names if self._running.pop(name, None)])
 
     def _prompt(self, request: Request) -> dict[str, Any]:
         prompt: dict[str, Any] = {"prompt_token_ids": [*self.chat.prompt_ids(request), *request.prefix_ids]}
@@ -85,7 +125,13 @@ class VLLMEngine:
         return prompt
 
     def _generation(self, request: Request, completion: Any) -> Generation:
-        """Converts a completion; vLLM may leave the token that ended it in the ids, or remove it."""
+        """Converts a completion; vLLM may leave the token that ended it in the ids, or remove it.
+
+        Raises:
+            RuntimeError: If vLLM ended the request for another reason than "stop" or "length".
+        """
+        reason = completion.finish_reason
+        if reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM must end request {request.key!r} with 'stop' or 'length', got {reason!r}")
         generation = make_generation(self.chat, request, completion.token_ids)
-        is_length = completion.finish_reason == "length"
-        return Generation(generation.token_ids, generation.text, "length" if is_length else "stop")
+        return Generation(generation.token_ids, generation.text, reason)

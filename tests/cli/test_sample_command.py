@@ -134,3 +134,21 @@ def test_an_interrupt_ends_the_command_without_a_traceback(
     assert "mpo-ext sample: interrupted; the same command resumes" in capsys.readouterr().err
     monkeypatch.setattr(StubEngine, "generate", whole)
     assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--device", "cuda:1"), "--device must be left out with --engine vllm, got cuda:1: set CUDA_VISIBLE_DEVICES"),
+        (("--batch-size", "32"), "--batch-size must be left out with --engine vllm, got 32: use --engine-option"),
+    ],
+)
+def test_options_of_transformers_are_refused_with_vllm(
+    option: tuple[str, str], message: str, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers(required=True))
+    command = ["sample", "dropout-ntp", str(items), str(tmp_path / "out"), "--model", "some/model", "--engine", "vllm"]
+    args = parser.parse_args([*command, *option])
+    assert args.run(args) == 1
+    assert message in capsys.readouterr().err

@@ -222,25 +222,51 @@ class FakeVLLM(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("vllm")
-        self.calls: list[tuple[Any, Any]] = []
+        self.prompts: list[Any] = []
+        self.params: list[Any] = []
+        self.most_running = 0
         outer = self
 
         class SamplingParams:
             def __init__(self, **options: Any) -> None:
                 self.options = options
 
-        class LLM:
-            def __init__(self, model: str, **options: Any) -> None:
-                self.options = options
+        class Engine:
+            """Ends the latest request at each step. A prompt of more than 400 tokens is refused."""
 
-            def generate(self, prompts: Any, params: Any, *, use_tqdm: bool) -> Any:
-                outer.calls.append((prompts, params))
+            def __init__(self) -> None:
+                self.waiting: list[tuple[str, Any]] = []
+
+            def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
+                if len(prompt["prompt_token_ids"]) > 400:
+                    raise self.ValidationError("the prompt is longer than the maximum model length of 400")
+                outer.prompts.append(prompt)
+                outer.params.append(params)
                 end = build_tokenizer().eos_token_id
                 stopped = types.SimpleNamespace(token_ids=[9, 10, end], finish_reason="stop", stop_reason=None)
                 cut = types.SimpleNamespace(token_ids=[9, 10], finish_reason="length", stop_reason=None)
-                return [types.SimpleNamespace(outputs=[[stopped, cut][row % 2]]) for row in range(len(prompts))]
+                self.waiting.append((request_id, [stopped, cut][len(self.waiting) % 2]))
+
+            def step(self) -> Any:
+                outer.most_running = max(outer.most_running, len(self.waiting))
+                request_id, completion = self.waiting.pop()
+                unfinished = [types.SimpleNamespace(request_id=name, finished=False) for name, _ in self.waiting]
+                done = types.SimpleNamespace(request_id=request_id, finished=True, outputs=[completion])
+                return [*unfinished, done]
+
+            def abort_request(self, request_ids: list[str]) -> None:
+                self.waiting = [each for each in self.waiting if each[0] not in request_ids]
+
+            class ValidationError(Exception):
+                """vLLM's error, which is not a ValueError."""
+
+        class LLM:
+            def __init__(self, model: str, **options: Any) -> None:
+                self.options = options
+                self.llm_engine = Engine()
 
         self.SamplingParams, self.LLM = SamplingParams, LLM
+        self.exceptions = types.SimpleNamespace(VLLMValidationError=Engine.ValidationError)
 
 
 def test_vllm_gets_ids_images_and_a_seed_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +282,7 @@ def test_vllm_gets_ids_images_and_a_seed_for_each_request(monkeypatch: pytest.Mo
     assert (cut.token_ids, cut.finish_reason) == ((9, 10), "length")
     assert engine.decode_response(first, (11, 12)) + stopped.text == engine.decode_response(first, (11, 12, 9, 10))
     assert cut.text == engine.decode_response(second, (9, 10))
-    prompts, params = fake.calls[0]
+    prompts, params = fake.prompts, fake.params
     assert prompts[0]["prompt_token_ids"][-2:] == [11, 12]
     torch.manual_seed(0)
     twin = TransformersEngine(build_model(processor.tokenizer, hidden_size=32, layers=1), processor)
@@ -277,3 +303,49 @@ def test_a_missing_vllm_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match="VLLMEngine needs vllm: install the extra 'vllm'"):
         VLLMEngine("some/model")
+
+
+def test_vllm_ends_a_refused_request_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", FakeVLLM())
+    engine = VLLMEngine("some/model", processor=build_processor())
+    requests = requests_of(3, images=(), prefix_ids=())
+    requests[1] = dataclasses.replace(requests[1], prefix_ids=(9,) * 500)
+    first, refused, last = engine.generate(requests)
+    assert refused.refusal == "ValidationError: the prompt is longer than the maximum model length of 400"
+    assert (first.refusal, last.refusal) == (None, None)
+    assert first.token_ids[:2] == last.token_ids[:2] == (9, 10)
+
+
+def test_vllm_gets_the_requests_of_several_blocks(monkeypatch: pytest.MonkeyPatch, grids: Path) -> None:
+    fake = FakeVLLM()
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    engine = VLLMEngine("some/model", processor=build_processor(), concurrency=24)
+    pipeline = Correctness(CorrectnessConfig(samples=4, sampling=SAMPLING, matcher={"kind": "number"}))
+    run_pipeline(pipeline, engine, grids / "items.jsonl", grids / "out", image_root=str(grids), block_size=8)
+    assert len(fake.prompts) == 64
+    assert fake.most_running == 24
+
+
+def test_vllm_requests_that_end_otherwise_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", FakeVLLM())
+    engine = VLLMEngine("some/model", processor=build_processor())
+    (request,) = requests_of(1)
+    completion = types.SimpleNamespace(token_ids=[9], finish_reason="abort")
+    with pytest.raises(RuntimeError, match="vLLM must end request '0' with 'stop' or 'length', got 'abort'"):
+        engine._generation(request, completion)
+
+
+def test_settings_of_the_checkpoint_that_change_the_distribution_are_ignored(engine: TransformersEngine) -> None:
+    requests = requests_of(6)
+    expected = engine.generate(requests)
+    assert "ignored" not in engine.settings()
+    model = build_model(engine.chat.tokenizer, hidden_size=32, layers=1)
+    model.load_state_dict(engine.model.state_dict())
+    penalties = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_new_tokens": 11}
+    model.generation_config.update(**penalties)
+    with pytest.warns(UserWarning, match=r"generation_config.json asks for repetition_penalty=9.0, which") as warned:
+        other = TransformersEngine(model, engine.processor)
+    assert len(warned) == 3
+    assert other.generate(requests) == expected
+    assert other.settings()["ignored"] == penalties
+    assert model.generation_config.repetition_penalty == 9.0

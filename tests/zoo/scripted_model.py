@@ -70,20 +70,22 @@ class FakeVLLM(types.ModuleType):
 
         class LLM:
             def __init__(self, **options: Any) -> None:
-                pass
+                self.llm_engine = self
+                self.done: list[Any] = []
 
-            def generate(self, prompts: list[dict[str, Any]], params: list[Any], use_tqdm: bool) -> list[Any]:
-                module.prompts += prompts
-                module.params += params
-                completions = []
-                for one in params:
-                    stops = one.options["stop_token_ids"]
-                    end = next((place for place, token in enumerate(module.script) if token in stops), None)
-                    ids = module.script if end is None else module.script[: end + 1]
-                    reason = "length" if end is None else "stop"
-                    stop = None if end is None else ids[-1]
-                    completion = types.SimpleNamespace(token_ids=ids, finish_reason=reason, stop_reason=stop)
-                    completions.append(types.SimpleNamespace(outputs=[completion]))
-                return completions
+            def add_request(self, request_id: str, prompt: dict[str, Any], params: Any) -> None:
+                module.prompts.append(prompt)
+                module.params.append(params)
+                stops = params.options["stop_token_ids"]
+                end = next((place for place, token in enumerate(module.script) if token in stops), None)
+                ids = module.script if end is None else module.script[: end + 1]
+                reason = "length" if end is None else "stop"
+                stop = None if end is None else ids[-1]
+                completion = types.SimpleNamespace(token_ids=ids, finish_reason=reason, stop_reason=stop)
+                self.done.append(types.SimpleNamespace(request_id=request_id, finished=True, outputs=[completion]))
+
+            def step(self) -> list[Any]:
+                done, self.done = self.done, []
+                return done
 
         self.LLM, self.SamplingParams = LLM, SamplingParams

@@ -1,0 +1,129 @@
+"""Runs the requests of blocks of items: block after block or, if the engine can, several blocks at the same time."""
+
+import collections
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, cast
+
+from mpo_ext.generate.engine import Engine, Generation, Request
+
+_MAX_KEPT = 4  # largest number of samples that have begun and are not yet returned, in units of the concurrency
+
+Records = list[list[dict[str, Any]]]
+#: The work on a block. It yields requests, gets their generations, and at the end returns the records of each item.
+Steps = Generator[list[Request], list[Generation], Records]
+Tag = TypeVar("Tag")
+
+
+class StreamingEngine(Engine, Protocol):
+    """An engine that takes further requests while others are running.
+
+    Attributes:
+        concurrency: Number of requests that keep the engine busy.
+    """
+
+    concurrency: int
+
+    def submit(self, request: Request) -> str:
+        """Starts a request and returns a name for it."""
+
+    def finished(self) -> list[tuple[str, Generation]]:
+        """Returns the names and continuations of requests that have ended; waits for one if requests are running."""
+
+    def cancel(self, names: Sequence[str]) -> None:
+        """Stops requests."""
+
+
+def run_steps(steps: Steps, engine: Engine) -> Records:
+    """Returns the records of a block, whose requests are run by ``engine.generate``."""
+    generations: Any = None
+    while True:
+        try:
+            requests = steps.send(generations)
+        except StopIteration as stop:
+            return cast(Records, stop.value)
+        generations = engine.generate(requests)
+
+
+def run_blocks(blocks: Iterator[tuple[Tag, Steps]], engine: Engine) -> Iterator[tuple[Tag, Records]]:
+    """Yields the tag and the records of each block, in order.
+
+    With a ``StreamingEngine``, later blocks begin before earlier ones have ended, so that the engine always has
+    ``concurrency`` requests. Otherwise, the blocks run one after the other.
+    """
+    if hasattr(engine, "submit"):
+        with contextlib.closing(_Feeder(cast(StreamingEngine, engine))) as feeder:
+            yield from feeder.run(blocks)
+        return
+    for tag, steps in blocks:
+        yield tag, run_steps(steps, engine)
+
+
+class _Block:
+    """A block that has begun.
+
+    Attributes:
+        generations: Continuations of the requests that ``steps`` waits for; None for those that are running.
+        records: The result, or None.
+        n_requests: Number of all requests so far.
+    """
+
+    def __init__(self, tag: Any, steps: Steps) -> None:
+        self.tag, self.steps = tag, steps
+        self.generations: list[Generation | None] = []
+        self.records: Records | None = None
+        self.n_requests = 0
+
+
+class _Feeder:
+    """Runs several blocks at the same time on a streaming engine."""
+
+    def __init__(self, engine: StreamingEngine) -> None:
+        self._engine = engine
+        self._blocks: collections.deque[_Block] = collections.deque()
+        self._running: dict[str, tuple[_Block, int]] = {}
+
+    def run(self, blocks: Iterator[tuple[Tag, Steps]]) -> Iterator[tuple[Tag, Records]]:
+        has_more = True
+        while has_more or self._blocks:
+            while has_more and not self._is_full():
+                tag, steps = next(blocks, (None, None))
+                has_more = steps is not None
+                if steps is not None:
+                    self._blocks.append(_Block(tag, steps))
+                    self._advance(self._blocks[-1], None)
+            while self._blocks and self._blocks[0].records is not None:
+                block = self._blocks.popleft()
+                yield block.tag, cast(Records, block.records)
+            if self._running:
+                self._collect()
+
+    def close(self) -> None:
+        """Stops all running requests."""
+        self._engine.cancel(list(self._running))
+        self._running.clear()
+
+    def _is_full(self) -> bool:
+        kept = sum(block.n_requests for block in self._blocks)
+        return len(self._running) >= self._engine.concurrency or kept >= _MAX_KEPT * self._engine.concurrency
+
+    def _advance(self, block: _Block, generations: list[Generation] | None) -> None:
+        """Gives a block the generations that it waits for, and submits its next requests."""
+        try:
+            requests = block.steps.send(generations)  # type: ignore[arg-type]
+            while not requests:
+                requests = block.steps.send([])
+        except StopIteration as stop:
+            block.records = stop.value
+            return
+        block.generations = [None] * len(requests)
+        block.n_requests += len(requests)
+        for place, request in enumerate(requests):
+            self._running[self._engine.submit(request)] = (block, place)
+
+    def _collect(self) -> None:
+        for name, generation in self._engine.finished():
+            block, place = self._running.pop(name)
+            block.generations[place] = generation
+            if None not in block.generations:
+                self._advance(block, cast(list[Generation], block.generations))
