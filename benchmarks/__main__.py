@@ -94,7 +94,7 @@ def measure_all(names: list[str], out: Path, args: argparse.Namespace, command: 
         elif name == "train_step":
             results = suite.run_train_step(quick=args.quick, seconds=budget, threads=args.threads, log=log)
         else:
-            results = suite.run_sampling(quick=args.quick, log=log)
+            results = suite.run_sampling(quick=args.quick, threads=args.threads, log=log)
         for program, values in results.machine.items():
             seconds.setdefault(program, []).extend(values)
         write(name, start, results.points, missing=results.missing)

@@ -272,25 +272,12 @@ def run_train_step(*, quick: bool, seconds: float, threads: int, log: Callable[[
     return results
 
 
-def run_sampling(*, quick: bool, log: Callable[[str], None]) -> Results:
+def run_sampling(*, quick: bool, threads: int, log: Callable[[str], None]) -> Results:
     """Runs ``benchmarks.sampling`` in a fresh process and reads its results."""
-    size = ["--items", "256", "--repeat", "2"]
+    size = "--items 256 --repeat 2"
     if quick:
-        size = [
-            "--items",
-            "64",
-            "--single",
-            "16",
-            "--repeat",
-            "1",
-            "--samples",
-            "4",
-            "--hidden",
-            "128",
-            "--layers",
-            "1",
-        ]
-    command = [sys.executable, "-m", "benchmarks.sampling", "--json", "-", *size]
+        size = "--items 64 --single 16 --repeat 1 --samples 4 --hidden 64 --layers 1"
+    command = [sys.executable, "-m", "benchmarks.sampling", "--json", "-", "--threads", str(threads), *size.split()]
     log(" ".join(["python", *command[1:]]))
     results = Results()
     done = subprocess.run(command, capture_output=True, text=True, check=False)

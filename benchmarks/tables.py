@@ -302,8 +302,8 @@ def sampling(documents: Documents) -> str:
     model = "The model is that of the digits demo."
     if shared is not None:
         model = (
-            "In the rows without images, the model is that of the digits demo. In the others, it is an untrained InternVL "
-            f"with hidden size {shared['hidden']} and {shared['layers']} layers; all samples are decoded together."
+            "The model is that of the digits demo. For the samples with images, it is an untrained InternVL with hidden "
+            f"size {shared['hidden']} and {shared['layers']} layers; all samples are decoded together."
         )
     return f"{_where(document)} {model}\n\n{markdown_table(header, rows)}{_missing(document)}"
 
