@@ -302,7 +302,7 @@ def sampling(documents: Documents) -> str:
     model = "The model is that of the digits demo."
     if shared is not None:
         model = (
-            "The model is that of the digits demo. For the samples with images, it is an untrained InternVL with hidden "
+            "The model is that of the digits demo; for the samples with images, an untrained InternVL with hidden "
             f"size {shared['hidden']} and {shared['layers']} layers; all samples are decoded together."
         )
     return f"{_where(document)} {model}\n\n{markdown_table(header, rows)}{_missing(document)}"
