@@ -72,7 +72,7 @@ def make_engine(build: Callable[[], tuple[Any, Any]], **options: Any) -> Transfo
     with torch.no_grad():  # as they are initialised, the images and the earlier tokens would hardly matter
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4)
+                parameter.mul_(8)
     return TransformersEngine(model, processor, **options)
 
 
@@ -114,14 +114,14 @@ class Calls:
         self.shapes.append(next(value.shape for value in values if isinstance(value, torch.Tensor)))
 
 
-@pytest.mark.parametrize("sampling", [SAMPLING, GREEDY], ids=["sampled", "greedy"])
 @pytest.mark.parametrize("name", [*TEXT, *IMAGES])
-def test_the_tokens_are_those_of_separate_rows(name: str, sampling: SamplingConfig) -> None:
+def test_the_tokens_are_those_of_separate_rows(name: str) -> None:
     engine = make_engine({**TEXT, **IMAGES}[name])
     images = 2 if name in IMAGES else 0
-    requests = requests_of(COUNTS, images=images, sampling=sampling, prefix_ids=(9, 10, 11))
+    sampled = requests_of(COUNTS, images=images, prefix_ids=(9, 10, 11))
+    requests = [*sampled, *(dataclasses.replace(request, sampling=GREEDY) for request in sampled)]
     expected = one_by_one(engine, requests)
-    assert len({generation.token_ids for generation in expected}) > (2 if sampling is GREEDY else 8)
+    assert len({generation.token_ids for generation in expected}) > 6
     for batch_size in (16, 6, 2):  # several questions in a batch; one in a batch; parts of a question
         engine.batch_size = batch_size
         with warnings.catch_warnings():
@@ -135,15 +135,14 @@ def test_the_tokens_are_those_of_separate_rows(name: str, sampling: SamplingConf
 def test_prompt_and_images_run_once_per_question(name: str, batch_size: int) -> None:
     engine = make_engine(IMAGES[name], batch_size=batch_size)
     requests = requests_of((8, 8), images=2)
-    (alone,) = ([request] for request in requests[:1])
     tower = Calls(getattr(engine.model.model, TOWERS[name]))
     decoder = Calls(engine.model.get_decoder().layers[0])
-    engine.generate(alone)
-    rows_of_two_images = sum(shape[0] for shape in tower.shapes)
+    engine.generate(requests_of((1, 1), images=2))
+    expected = sum(shape[0] for shape in tower.shapes)
     tower.shapes.clear()
     decoder.shapes.clear()
     engine.generate(requests)
-    assert sum(shape[0] for shape in tower.shapes) <= 2.5 * rows_of_two_images  # the second's images are larger
+    assert sum(shape[0] for shape in tower.shapes) == expected
     prompts = [shape for shape in decoder.shapes if shape[1] > 1]
     assert sum(shape[0] for shape in prompts) == 2
     steps = [shape[0] for shape in decoder.shapes if shape[1] == 1]
@@ -153,17 +152,16 @@ def test_prompt_and_images_run_once_per_question(name: str, batch_size: int) -> 
 
 def test_samples_that_have_ended_leave_the_batch() -> None:
     engine = make_engine(TEXT["qwen2"], batch_size=32)
-    requests = requests_of((24, 8), sampling=dataclasses.replace(SAMPLING, max_new_tokens=60))
-    engine.chat.stop_ids = frozenset({*engine.chat.stop_ids, *range(60, 80)})  # so that a twelfth of the tokens ends
+    requests = requests_of((24, 8), sampling=dataclasses.replace(SAMPLING, max_new_tokens=20))
+    engine.model.generation_config.eos_token_id = list(range(60, 100))  # about a seventh of the tokens
+    engine = TransformersEngine(engine.model, engine.processor, batch_size=32)
     expected = one_by_one(engine, requests)
-    engine.chat.stop_ids = expected_stops = engine.chat.stop_ids
-    assert {generation.finish_reason for generation in expected} == {"stop"}
+    assert len({len(generation.token_ids) for generation in expected}) > 8
     steps = Calls(engine.model.get_decoder().layers[0])
     assert engine.generate(requests) == expected
-    assert engine.chat.stop_ids is expected_stops
     rows = [shape[0] for shape in steps.shapes if shape[1] == 1]
     assert rows == sorted(rows, reverse=True)
-    assert rows[-1] <= 2
+    assert rows[0] > 4 * rows[-1]
     assert sum(rows) < 32 * len(rows) / 2
 
 
