@@ -162,8 +162,10 @@ def _select_rows(name: str, value: Any, rows: "Tensor", n_rows: int) -> Any:
     import torch
     from transformers import DynamicCache
 
+    from mpo_ext.generate.growing_cache import repeat_cache
+
     if isinstance(value, DynamicCache):
-        value.reorder_cache(rows)
+        repeat_cache(value, rows)
     elif isinstance(value, torch.Tensor):
         axis = 1 if name == "position_ids" and value.ndim == 3 else 0  # rotary positions with several axes
         if value.ndim > axis and value.shape[axis] == n_rows:
@@ -178,7 +180,7 @@ def _check_cache(inputs: dict[str, Any]) -> None:
     cache = inputs.get("cache", inputs.get("past_key_values"))
     if type(cache) is not DynamicCache:
         raise UnsharedError(f"its cache is a {type(cache).__name__}, not a DynamicCache")
-    for kind in map(type, cache.layers):
+    for kind in map(type, cache.layers):  # all kinds of transformers repeat their states
         if kind.__module__ != DynamicCache.__module__ and "reorder_cache" not in vars(kind):
             raise UnsharedError(f"its {kind.__name__} does not define reorder_cache")
 

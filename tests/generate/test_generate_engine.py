@@ -323,7 +323,7 @@ def test_vllm_gets_the_requests_of_several_blocks(monkeypatch: pytest.MonkeyPatc
     pipeline = Correctness(CorrectnessConfig(samples=4, sampling=SAMPLING, matcher={"kind": "number"}))
     run_pipeline(pipeline, engine, grids / "items.jsonl", grids / "out", image_root=str(grids), block_size=8)
     assert len(fake.prompts) == 64
-    assert fake.most_running == 24
+    assert 24 <= fake.most_running < 24 + 8
 
 
 def test_vllm_requests_that_end_otherwise_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,60 @@
+"""A cache layer of transformers that grows without copying all keys and values at each token."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+_LEAST_ROOM = 64  # tokens
+
+
+class GrowingLayer(DynamicLayer):
+    """Holds keys and values ``[B, heads, T, D]`` in tensors that have room for further tokens.
+
+    Args:
+        layer: Layer whose keys and values are copied.
+        rows: For each row of the new layer a row of ``layer``.
+    """
+
+    def __init__(self, layer: DynamicLayer, rows: Tensor) -> None:
+        super().__init__()
+        self.device, self.is_initialized = layer.device, True
+        self.keys, self.values = layer.keys, layer.values
+        self.reorder_cache(rows)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends keys and values, and returns all keys and values as views."""
+        start = self.keys.shape[-2]
+        stop = start + key_states.shape[-2]
+        if stop > self._all_keys.shape[-2]:
+            self._all_keys = _with_room(self.keys, stop)
+            self._all_values = _with_room(self.values, stop)
+        self._all_keys[:, :, start:stop] = key_states
+        self._all_values[:, :, start:stop] = value_states
+        self.keys, self.values = self._all_keys[:, :, :stop], self._all_values[:, :, :stop]
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replaces the rows by these rows."""
+        length, rows = self.keys.shape[-2], beam_idx.to(self.keys.device)
+        self._all_keys = _with_room(self.keys.index_select(0, rows), length)
+        self._all_values = _with_room(self.values.index_select(0, rows), length)
+        self.keys, self.values = self._all_keys[:, :, :length], self._all_values[:, :, :length]
+
+
+def repeat_cache(cache: DynamicCache, rows: Tensor) -> None:
+    """Replaces the rows of a cache by these rows, each as often as ``rows`` names it; plain layers then grow fast."""
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
+            cache.layers[place] = GrowingLayer(layer, rows)
+        else:
+            layer.reorder_cache(rows)
+
+
+def _with_room(states: Tensor, length: int) -> Tensor:
+    """Returns a tensor for at least ``length`` tokens that begins with ``states``."""
+    n_rows, n_heads, n_tokens, size = states.shape
+    result = states.new_empty(n_rows, n_heads, length + max(_LEAST_ROOM, length // 8), size)
+    result[:, :, :n_tokens] = states
+    return result
