@@ -21,6 +21,8 @@ class GrowingLayer(DynamicLayer):
         super().__init__()
         self.device, self.is_initialized = layer.device, True
         self.keys, self.values = layer.keys, layer.values
+        self._all_keys: Tensor
+        self._all_values: Tensor
         self.reorder_cache(rows)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -178,7 +178,7 @@ def _check_cache(inputs: dict[str, Any]) -> None:
     from transformers import DynamicCache
 
     cache = inputs.get("cache", inputs.get("past_key_values"))
-    if type(cache) is not DynamicCache:
+    if cache is None or type(cache) is not DynamicCache:
         raise UnsharedError(f"its cache is a {type(cache).__name__}, not a DynamicCache")
     for kind in map(type, cache.layers):  # all kinds of transformers repeat their states
         if kind.__module__ != DynamicCache.__module__ and "reorder_cache" not in vars(kind):
