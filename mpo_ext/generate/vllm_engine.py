@@ -51,8 +51,7 @@ class VLLMEngine:
         self._names = itertools.count()
         self._running: dict[str, Request] = {}
         self._refused: list[tuple[str, Generation]] = []
-        # vLLM's own error for prompts that are too long is not a ValueError in all versions.
-        self._refusals = (ValueError, getattr(getattr(vllm, "exceptions", None), "VLLMValidationError", ValueError))
+        self._refusals = _refusals()
         self.name, self.concurrency = model, concurrency
         self.options = options
         # The template is checked before the weights are loaded.
@@ -135,3 +134,12 @@ class VLLMEngine:
             raise RuntimeError(f"vLLM must end request {request.key!r} with 'stop' or 'length', got {reason!r}")
         generation = make_generation(self.chat, request, completion.token_ids)
         return Generation(generation.token_ids, generation.text, reason)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Returns the errors of vLLM for prompts that it refuses; its own error is not a ValueError."""
+    try:
+        from vllm.exceptions import VLLMValidationError
+    except ImportError:  # in older versions
+        return (ValueError,)
+    return (ValueError, VLLMValidationError)

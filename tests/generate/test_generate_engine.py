@@ -306,7 +306,9 @@ def test_a_missing_vllm_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_vllm_ends_a_refused_request_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", FakeVLLM())
+    fake = FakeVLLM()
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setitem(sys.modules, "vllm.exceptions", fake.exceptions)
     engine = VLLMEngine("some/model", processor=build_processor())
     requests = requests_of(3, images=(), prefix_ids=())
     requests[1] = dataclasses.replace(requests[1], prefix_ids=(9,) * 500)
