@@ -21,9 +21,11 @@ import transformers
 import vision_families
 from PIL import Image
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 
 from mpo_ext.demo.model import build_model, build_processor
 from mpo_ext.generate.engine import Generation, Request, SamplingConfig, derive_seed
+from mpo_ext.generate.growing_cache import GrowingLayer
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
 SAMPLING = SamplingConfig(max_new_tokens=12, top_k=0, temperature=1.0)
@@ -224,3 +226,19 @@ def test_a_model_that_cannot_share_says_why_once(build: Callable[[], tuple[Any, 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert engine.generate(requests) == expected
+
+
+def test_a_growing_layer_holds_what_a_layer_of_transformers_holds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = DynamicLayer()
+    plain.update(*torch.randn(2, 2, 3, 5, 4, generator=generator))
+    growing = GrowingLayer(plain, torch.tensor([1, 0, 1]))
+    plain.reorder_cache(torch.tensor([1, 0, 1]))
+    for step in range(150):
+        if step == 100:
+            for layer in (plain, growing):
+                layer.reorder_cache(torch.tensor([2, 1]))
+        states = torch.randn(2, len(plain.keys), 3, 1, 4, generator=generator)
+        for expected, held in zip(plain.update(*states), growing.update(*states), strict=True):
+            assert torch.equal(expected, held)
+        assert growing.get_seq_length() == plain.get_seq_length()
