@@ -115,7 +115,9 @@ class VLLMEngine:
 
     def cancel(self, names: Sequence[str]) -> None:
         """Stops requests."""
-        self.llm.llm_engine.abort_request([name for name in names if self._running.pop(name, None)])
+        running = [name for name in names if self._running.pop(name, None)]
+        if running:
+            self.llm.llm_engine.abort_request(running)
 
     def _prompt(self, request: Request) -> dict[str, Any]:
         prompt: dict[str, Any] = {"prompt_token_ids": [*self.chat.prompt_ids(request), *request.prefix_ids]}
