@@ -144,7 +144,7 @@ def _forward(model: Any, ids: "Tensor", inputs: dict[str, Any], **options: Any) 
     import torch
 
     outputs = model(**model.prepare_inputs_for_generation(ids, **options, **inputs), return_dict=True)
-    # The documented interface of decoding loops has no public method for this.
+    # transformers has no public method that does this for a decoding loop.
     inputs = model._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=False)  # noqa: SLF001
     # A copy, because a view would keep the logits of all positions.
     return outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device), inputs
