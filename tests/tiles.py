@@ -14,12 +14,19 @@ from oracle import (
     wide,
 )
 
-from mpo_ext import MPOOutput, linear_mpo_loss
+from mpo_ext import MPOConfig, MPOOutput, linear_mpo_loss, mpo_loss
 from mpo_ext.ops import logits as ops
 from mpo_ext.ops.checks import STATS
 from mpo_ext.ops.memory import ROW_STATE, Tile
 
 ALL_STATS = 15
+#: Labels with a bad label, 99, in a response that no term of the loss contains, and the settings of the loss.
+UNSEEN_BAD_LABELS = {
+    "rejected under NTP": ([[1, 2, 3], [1, 99, 3]], {"dpo_weight": 0.0, "bco_weight": 0.0}),
+    "chosen without NTP": ([[1, 99, 3], [-100] * 3], {"ntp_weight": 0.0}),
+    "rejected without chosen": ([[-100] * 3, [1, 99, 3]], {}),
+    "sequence": ([[-100] * 3, [1, 99, 3]], {"ntp_average": "sequence"}),
+}
 
 
 def check_tiles(backend: str, dtype: torch.dtype, vocab: int, inner_edges: Sequence[int], seed: int = 0) -> None:
@@ -91,3 +98,21 @@ def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
 
 
 LINEAR_OPTIONS = [{}, {"recompute": False}, {"frozen": True}, {"softcap": 5.0, "logit_scale": 0.5}]
+
+
+def check_unseen_bad_label(name: str, backend: str, device: str = "cpu") -> None:
+    """Checks that a bad label makes the loss NaN although no term contains its response, and that a good one does not.
+
+    The loss would otherwise be finite and its gradient NaN.
+    """
+    rows, settings = UNSEEN_BAD_LABELS[name]
+    labels = torch.tensor(rows)
+    options = {"config": MPOConfig(**settings), "shift": False, "backend": backend}
+    for is_bad in (True, False):
+        labels = labels if is_bad else labels.where(labels != 99, 4)
+        logits = torch.zeros(2, 3, 7, device=device, requires_grad=True)
+        output = mpo_loss(logits, labels.to(device), torch.zeros(2, device=device), **options)
+        (gradient,) = torch.autograd.grad(output.loss, logits)
+        assert bool(torch.isnan(output.loss)) == is_bad, (name, output)
+        if backend != "reference":  # for it, torch.where hides the NaN from autograd
+            assert bool(torch.isnan(gradient).any()) == is_bad, (name, gradient)

@@ -147,9 +147,10 @@ MPO_HD double ntp_grad(const ChosenSums& s, double tokens, const PairLossConfig&
   return -c.ntp_weight / (c.average_sequences ? tokens * s.responses : s.tokens);
 }
 
-/// Returns the weighted sum of the terms. A term with weight 0 is left out, because 0 * inf would be NaN.
-MPO_HD double total_loss(double dpo, double bco, double ntp, const PairLossConfig& c) {
-  double loss = 0;
+/// Returns the weighted sum of the terms. A term with weight 0 is left out, because 0 * inf would be NaN. `has_nan`:
+/// whether a sum of log-probs is NaN. The loss is then NaN, even if no term contains that sum.
+MPO_HD double total_loss(double dpo, double bco, double ntp, bool has_nan, const PairLossConfig& c) {
+  double loss = has_nan ? NAN : 0;
   if (c.dpo_weight > 0) loss += c.dpo_weight * dpo;
   if (c.bco_weight > 0) loss += c.bco_weight * bco;
   if (c.ntp_weight > 0) loss += c.ntp_weight * ntp;

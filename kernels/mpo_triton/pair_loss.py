@@ -55,7 +55,7 @@ def pair_rewards_kernel(
     ref_logp_ptr,  # [2B] float64
     state_ptr,  # [2] float64: delta and its number of updates
     rewards_ptr,  # [2B] float64, out
-    scalars_ptr,  # [3] float64, out: delta, the NTP term and its denominator
+    scalars_ptr,  # [4] float64, out: delta, the NTP term, its denominator, and the number of sums that are NaN
     reward_shift_ptr,  # [1] float32, out
     out_sums_ptr,  # [2B] float32, out
     out_rewards_ptr,  # [2B] float32, out
@@ -74,6 +74,7 @@ def pair_rewards_kernel(
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means
     ntp_count = tl.zeros((BLOCK,), tl.float64)  # tokens of the chosen responses, or the responses
+    nan_count = tl.zeros((BLOCK,), tl.float64)
     for at in range(0, pairs, BLOCK):
         pair = at + tl.arange(0, BLOCK)
         mask = pair < pairs
@@ -92,6 +93,7 @@ def pair_rewards_kernel(
         tl.store(out_rewards_ptr + pairs + pair, rejected.to(tl.float32), mask=mask)
         tl.store(out_sums_ptr + pair, chosen_sum.to(tl.float32), mask=mask)
         tl.store(out_sums_ptr + pairs + pair, rejected_sum.to(tl.float32), mask=mask)
+        nan_count += tl.where(chosen_sum != chosen_sum, 1.0, 0.0) + tl.where(rejected_sum != rejected_sum, 1.0, 0.0)
         reward_sum += chosen + rejected
         reward_count += tl.where(has_both, 2.0, 0.0)
         if AVERAGE_SEQUENCES:
@@ -124,13 +126,14 @@ def pair_rewards_kernel(
     tl.store(scalars_ptr, delta)
     tl.store(scalars_ptr + 1, -tl.sum(ntp_sum, axis=0) / ntp_denominator)
     tl.store(scalars_ptr + 2, ntp_denominator)
+    tl.store(scalars_ptr + 3, tl.sum(nan_count, axis=0))
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def pair_loss_kernel(
     rewards_ptr,  # [2B] float64
     tokens_ptr,  # [2B] int64
-    scalars_ptr,  # [3] float64 from pair_rewards_kernel
+    scalars_ptr,  # [4] float64 from pair_rewards_kernel
     loss_ptr,  # [1] float32, out
     terms_ptr,  # [3] float32, out
     coefficients_ptr,  # [2B] float64, out: d loss / d logp of the rows of each sequence
@@ -180,6 +183,8 @@ def pair_loss_kernel(
     loss = tl.where(dpo_weight > 0, dpo_weight * dpo, 0.0)
     loss += tl.where(bco_weight > 0, bco_weight * bco, 0.0)
     loss += tl.where(ntp_weight > 0, ntp_weight * ntp, 0.0)
+    # A term may leave out a response with a bad label, which must not give a finite loss.
+    loss = tl.where(tl.load(scalars_ptr + 3) > 0, float("nan"), loss)
     tl.store(loss_ptr, loss.to(tl.float32))
     tl.store(terms_ptr, dpo.to(tl.float32))
     tl.store(terms_ptr + 1, bco.to(tl.float32))
@@ -239,7 +244,7 @@ def pair_loss(
     """
     sequences = ref_logp.shape[0]
     sums = ref_logp.new_empty(sequences, dtype=torch.float64)
-    rewards, coefficients, scalars = torch.empty_like(sums), torch.empty_like(sums), sums.new_empty(3)
+    rewards, coefficients, scalars = torch.empty_like(sums), torch.empty_like(sums), sums.new_empty(4)
     sequence_sums_kernel[(sequences,)](
         logp, labels, offsets, sums, out.tokens, ignore_index, BLOCK=_ROWS_BLOCK, num_warps=4
     )

@@ -91,6 +91,11 @@ def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     return rows.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence, rows.reshape(-1))
 
 
+def nan_factor(sums: Tensor) -> Tensor:
+    """Returns the 0-d factor of a loss: NaN if one of the summed log-probs is NaN, otherwise 1."""
+    return torch.where(sums.detach().isnan().any(), torch.nan, 1.0).to(sums.dtype)
+
+
 def pair_loss(
     logp: Tensor,  # [2B, T], or [1, N] with cu_seqlens; the chosen sequences come first
     labels: Tensor,  # like logp, int64, aligned with logp
@@ -134,6 +139,8 @@ def pair_loss(
     # A term with weight 0 is left out, because 0 * inf would be NaN.
     weighted = zip((config.dpo_weight, config.bco_weight, config.ntp_weight), (dpo, bco, ntp), strict=True)
     loss = sum((weight * term for weight, term in weighted if weight > 0), sums.new_zeros(()))
+    # A term may leave out a response with a bad label, which must not give a finite loss or gradient.
+    loss = loss * nan_factor(sums)
     terms = torch.stack([dpo, bco, ntp]).detach()
     return PairLoss(loss, terms, delta, sums.detach(), reward.detach(), tokens, new_state, batch)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpo_ext.loss.config import MPOConfig
-from mpo_ext.loss.eager import sequence_sums
+from mpo_ext.loss.eager import nan_factor, sequence_sums
 from mpo_ext.loss.functions import MPOOutput, linear_mpo_loss, mpo_loss
 from mpo_ext.loss.preference import LOSSES, preference_loss
 from mpo_ext.loss.reward_shift import RewardShift
@@ -108,7 +108,7 @@ def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, c
     reference = torch.cat([ref_chosen, ref_rejected]) if LOSSES[name].needs_reference else torch.zeros_like(sums)
     rewards = torch.where(has_both.repeat(2), config.beta * (sums.detach() - reference), 0.0).float()
     return MPOOutput(
-        loss=(config.dpo_weight * preference + config.ntp_weight * ntp).to(logp.dtype),
+        loss=(nan_factor(sums) * (config.dpo_weight * preference + config.ntp_weight * ntp)).to(logp.dtype),
         dpo_loss=preference.detach().float(),
         bco_loss=preference.new_zeros((), dtype=torch.float32),
         ntp_loss=ntp.detach().float(),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ptxsim.testing import need_nvcc
 from simulator import SimulatedNative, simulated_backend
-from tiles import LINEAR_OPTIONS, check_linear, check_tiles
+from tiles import LINEAR_OPTIONS, UNSEEN_BAD_LABELS, check_linear, check_tiles, check_unseen_bad_label
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
 from mpo_ext.loss.reward_shift import BatchShift
@@ -135,6 +135,12 @@ def test_the_config_reaches_the_kernel() -> None:
     expected, expected_grad = run("cpu", *batch, config=config)
     assert_same(ours, expected)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", UNSEEN_BAD_LABELS)
+def test_a_bad_label_makes_the_loss_nan_even_if_no_term_contains_it(name: str) -> None:
+    with simulated_backend(SimulatedNative()):
+        check_unseen_bad_label(name, "cuda")
 
 
 def test_token_logp_and_reference_logits() -> None:

@@ -17,6 +17,7 @@ from oracle import (
     lay_out,
     make_case,
 )
+from tiles import UNSEEN_BAD_LABELS, check_unseen_bad_label
 from torch import Tensor
 
 from mpo_ext import MPOConfig, MPOOutput, RewardShift, mpo_loss
@@ -389,6 +390,11 @@ def test_a_label_out_of_range_makes_the_loss_nan_and_spares_the_other_pair(
     assert torch.isnan(output.chosen_logp).tolist() == [True, False]
     assert torch.equal(output.rejected_logp, clean.rejected_logp)
     assert torch.equal(output.chosen_logp[1], clean.chosen_logp[1])
+
+
+@pytest.mark.parametrize("name", UNSEEN_BAD_LABELS)
+def test_a_bad_label_makes_the_loss_nan_even_if_no_term_contains_it(engine: str, device: str, name: str) -> None:
+    check_unseen_bad_label(name, engine, device)
 
 
 # A node of a graph.

@@ -17,7 +17,7 @@ from oracle import Case, assert_output_as_accurate, lay_out, make_case
 from ptxsim import find_nvcc
 from ptxsim.testing import need_nvcc
 from simulated import FILES, signature, simulation
-from tiles import check_tiles
+from tiles import UNSEEN_BAD_LABELS, check_tiles, check_unseen_bad_label
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -92,6 +92,12 @@ def test_simulated_ptx_takes_packed_sequences_and_any_share_of_labelled_rows() -
 def test_simulated_ptx_scores_tiles_of_a_vocabulary(dtype: torch.dtype, vocab: int, edges: tuple, arch: int) -> None:
     with simulation(arch):
         check_tiles("triton", dtype, vocab, edges)
+
+
+@pytest.mark.parametrize("name", UNSEEN_BAD_LABELS)
+def test_a_bad_label_makes_the_loss_nan_even_if_no_term_contains_it(name: str) -> None:
+    with simulation():
+        check_unseen_bad_label(name, "triton")
 
 
 def test_schedules_leave_the_bits_as_they_are() -> None:

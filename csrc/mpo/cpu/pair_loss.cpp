@@ -1,5 +1,6 @@
 // The loss of B pairs from the log-probs of their tokens, and the weight of each row's gradient. All arithmetic is in
 // double: its time is negligible, and a sum of thousands of log-probs needs the digits.
+#include <cmath>
 #include <vector>
 
 #include "mpo/math.h"
@@ -31,9 +32,11 @@ void pair_loss(const PairLossParams& p) {
   // A pair with an empty side has nothing to compare: its rewards are 0 and do not update the reward shift.
   const auto has_both = [&](int64_t pair) { return p.tokens[pair] > 0 && p.tokens[pairs + pair] > 0; };
   const auto reward_of = [&](int64_t s) { return has_both(s % pairs) ? c.beta * (sum[s] - p.ref_logp[s]) : 0.0; };
+  bool has_nan = false;
   double reward_sum = 0, reward_count = 0;
   ChosenSums chosen{0, 0, 0, 0};
   for (int64_t s = 0; s < 2 * pairs; ++s) {
+    has_nan |= std::isnan(sum[s]);
     reward[s] = static_cast<Real>(reward_of(s));
     reward_sum += reward_of(s);
     reward_count += has_both(s % pairs) ? 1 : 0;
@@ -68,7 +71,7 @@ void pair_loss(const PairLossParams& p) {
   dpo /= static_cast<double>(pairs);
   bco /= static_cast<double>(pairs);
 
-  *static_cast<Real*>(p.loss) = static_cast<Real>(total_loss(dpo, bco, ntp, c));
+  *static_cast<Real*>(p.loss) = static_cast<Real>(total_loss(dpo, bco, ntp, has_nan, c));
   terms[0] = static_cast<Real>(dpo);
   terms[1] = static_cast<Real>(bco);
   terms[2] = static_cast<Real>(ntp);

@@ -172,7 +172,9 @@ __device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossS
 
   // Rewards, and the sums over the batch.
   double totals[6] = {0, 0, 0, 0, 0, 0};  // sum and count of rewards, then ChosenSums
+  int has_nan = 0;
   for (int64_t s = thread; s < sequences; s += kCudaThreads) {
+    has_nan |= isnan(a.sums[s]);
     const double reward = in.reward(s);
     static_cast<float*>(p.reward)[s] = static_cast<float>(reward);
     totals[0] += reward;
@@ -185,6 +187,7 @@ __device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossS
       totals[5] += 1;
     }
   }
+  has_nan = __syncthreads_or(has_nan);
   block_sum(totals, shared);
   const ChosenSums chosen{totals[2], totals[3], totals[4], totals[5]};
   const ShiftState before{p.state[0], p.state[1]};
@@ -209,7 +212,7 @@ __device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossS
   if (thread == 0) {
     const double dpo = terms[0] / static_cast<double>(p.pairs), bco = terms[1] / static_cast<double>(p.pairs);
     const double ntp = ntp_loss(chosen, c);
-    *static_cast<float*>(p.loss) = static_cast<float>(total_loss(dpo, bco, ntp, c));
+    *static_cast<float*>(p.loss) = static_cast<float>(total_loss(dpo, bco, ntp, has_nan != 0, c));
     static_cast<float*>(p.terms)[0] = static_cast<float>(dpo);
     static_cast<float*>(p.terms)[1] = static_cast<float>(bco);
     static_cast<float*>(p.terms)[2] = static_cast<float>(ntp);

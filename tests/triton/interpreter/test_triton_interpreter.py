@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import STATS, Case, assert_output_as_accurate, lay_out, make_case
-from tiles import LINEAR_OPTIONS, check_linear, check_tiles
+from tiles import LINEAR_OPTIONS, UNSEEN_BAD_LABELS, check_linear, check_tiles, check_unseen_bad_label
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
 from mpo_ext.ops import logits as ops
@@ -151,6 +151,11 @@ def test_edges_agree_with_the_cpu_kernels(dtype: torch.dtype) -> None:
             ours, cpu, equal_nan=True, rtol=2e-2 if ours.dtype != torch.float32 else 1e-5, atol=1e-6
         )
     assert (results[0][2][3, ::2][logits[3, ::2] == -torch.inf] == 0).all()
+
+
+@pytest.mark.parametrize("name", UNSEEN_BAD_LABELS)
+def test_a_bad_label_makes_the_loss_nan_even_if_no_term_contains_it(name: str) -> None:
+    check_unseen_bad_label(name, "triton")
 
 
 def test_ignored_rows_are_never_read() -> None:
