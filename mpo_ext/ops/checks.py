@@ -13,6 +13,10 @@ from mpo_ext.checks import check_integer, check_number
 
 #: Statistics of a row of logits, in the order of their bits (csrc/mpo/api.h: RowStats).
 STATS = ("entropy", "mean_logit", "top1", "sum_p_squared")
+#: Number of values in ``ops.pair_loss.PairLossSettings``.
+N_SETTINGS = 9
+#: Backends that run kernels.
+KERNELS = ("cpu", "cuda", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -199,12 +203,69 @@ def check_row_values(logits: Tensor, labels: Tensor, dtype: torch.dtype, **value
     """Raises unless ``labels`` fit the ``logits``, and each of ``values`` has one number of ``dtype`` per label."""
     check_logits("logits", logits)
     check_labels(logits, labels)
+    check_rows(labels, dtype, logits.device, **values)
+
+
+def check_rows(labels: Tensor, dtype: torch.dtype, device: torch.device, **values: Tensor) -> None:
+    """Raises unless each of ``values`` has one number of ``dtype`` per label and is on the device."""
     for name, tensor in values.items():
-        if tensor.shape != labels.shape or tensor.dtype != dtype:
+        if tensor.shape != labels.shape or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
-                f"{name} must be {dtype} of the shape of labels, {_shape(labels)}, got {tensor.dtype} of shape "
-                f"{_shape(tensor)}"
+                f"{name} must be {dtype} of the shape of labels, {_shape(labels)}, on {device}, got {tensor.dtype} of "
+                f"shape {_shape(tensor)} on {tensor.device}"
             )
+
+
+def check_kernel(backend: str, tensor: Tensor, name: str = "logits") -> None:
+    """Raises unless ``backend`` names kernels that can read ``tensor``; the public functions choose such a backend."""
+    if backend not in KERNELS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, KERNELS))}, got {backend!r}")
+    if backend == "cpu" and tensor.device.type != "cpu":
+        raise RuntimeError(f"backend 'cpu' needs {name} on the CPU, got {name} on {tensor.device}")
+
+
+def check_pair_rows(rows: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
+    """Raises unless ``rows`` has a log-prob of ``dtype`` for each label of a padded or packed batch."""
+    if rows.dtype != dtype:
+        raise TypeError(f"logp must be {dtype}, got {rows.dtype}")
+    check_labels(rows.unsqueeze(-1), labels, "logp")
+
+
+def check_pair_inputs(
+    labels: Tensor, ref_logp: Tensor, state: Tensor, cu_seqlens: Tensor | None, settings: Sequence[float]
+) -> None:
+    """Raises unless the reference, the state of the reward shift and the settings fit the labels of 2B sequences."""
+    if ref_logp.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"ref_logp must be torch.float32 or torch.float64, got {ref_logp.dtype}")
+    sequences = ref_logp.shape[0] if ref_logp.ndim == 1 else 0
+    if sequences == 0 or sequences % 2:
+        raise ValueError(f"ref_logp must be [2B], B at least 1, got shape {_shape(ref_logp)}")
+    if state.dtype != torch.float64 or state.shape != (2,):
+        raise ValueError(f"state must be torch.float64 of shape (2,), got {state.dtype} of shape {_shape(state)}")
+    if len(settings) != N_SETTINGS:
+        raise ValueError(f"settings must be {N_SETTINGS} numbers, got {len(settings)}")
+    if cu_seqlens is None:
+        if labels.ndim != 2 or labels.shape[0] != sequences:
+            raise ValueError(f"labels must be [2B, T] with 2B = {sequences}, got shape {_shape(labels)}")
+    else:
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be torch.int32 or torch.int64, got {cu_seqlens.dtype}")
+        if cu_seqlens.shape != (sequences + 1,):
+            raise ValueError(f"cu_seqlens must be [2B + 1] = [{sequences + 1}], got shape {_shape(cu_seqlens)}")
+        if cu_seqlens.device.type == "cpu":
+            check_offsets(cu_seqlens, labels.numel())
+    for name, tensor in (("ref_logp", ref_logp), ("state", state), ("cu_seqlens", cu_seqlens)):
+        if tensor is not None and tensor.device != labels.device:
+            raise ValueError(f"{name} must be on the device of labels, {labels.device}, got {tensor.device}")
+
+
+def check_scale(scale: Tensor | None, logits: Tensor) -> None:
+    """Raises unless ``scale`` is None or a 0-d floating-point tensor on the device of the logits."""
+    if scale is not None and (scale.ndim != 0 or not scale.is_floating_point() or scale.device != logits.device):
+        raise ValueError(
+            f"scale must be a 0-d floating-point tensor on {logits.device}, got {scale.dtype} of shape "
+            f"{_shape(scale)} on {scale.device}"
+        )
 
 
 def _check_float_tensor(name: str, tensor: Tensor) -> None:

@@ -10,6 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mpo_ext.ops.checks import (
+    STATS,
+    check_head,
+    check_kernel,
+    check_labels,
+    check_logits,
+    check_rows,
+    check_scale,
+)
 from mpo_ext.ops.logits import RowOutputs, score, token_logp_outputs, write_grad
 from mpo_ext.ops.memory import ROW_STATE, Tile, result_dtype
 from mpo_ext.ops.tiles import Head, TiledRows, accumulate, fresh_memory, labelled_rows, scatter_rows
@@ -49,7 +58,9 @@ def linear_token_logp(
         ``hidden``, and the tensor for backward. With n labelled rows, ``kept`` is ``[0]`` (KEEP_NOTHING), d logp /
         d hidden ``[n, D]`` (KEEP_HIDDEN_GRAD), or logits as bytes in the layout of ``KeptLogits`` (KEEP_LOGITS).
     """
-    head = _head(weight, bias, head_scales, matmul_dtype)
+    head = _checked_head(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
+    if not 0 <= stats < 1 << len(STATS) or keep not in (KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS):
+        raise ValueError(f"stats must be below {1 << len(STATS)}, and keep 0, 1 or 2, got {stats} and {keep}")
     tiles = TiledRows(hidden, labels, head, ignore_index, memory_budget, keeps_logits=keep == KEEP_LOGITS)
     device_labels = tiles.like.new_empty(labels.shape, dtype=torch.int64)  # only their shape and device are used
     outputs = token_logp_outputs(tiles.like, device_labels, stats)
@@ -104,7 +115,26 @@ def _(
     return *outputs, like.new_empty(size, dtype=torch.uint8)
 
 
-def _head(weight: Tensor, bias: Tensor | None, head_scales: Sequence[float], matmul_dtype: torch.dtype) -> Head:
+def _checked_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    head_scales: Sequence[float],
+    memory_budget: int,
+    matmul_dtype: torch.dtype,
+    backend: str,
+) -> Head:
+    """Returns the head, and raises unless tensors and options fit each other."""
+    check_logits("hidden", hidden, "feature")
+    check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
+    check_head(hidden, weight, bias)
+    check_kernel(backend, hidden, "hidden")
+    if len(head_scales) != 3 or memory_budget < 1 or not matmul_dtype.is_floating_point:
+        raise ValueError(
+            "head_scales must be 3 numbers, memory_budget at least 1 and matmul_dtype a floating-point dtype, got "
+            f"{list(head_scales)}, {memory_budget} and {matmul_dtype}"
+        )
     logit_scale, softcap, temperature = head_scales
     return Head(weight, bias, logit_scale, softcap, temperature, matmul_dtype)
 
@@ -167,7 +197,13 @@ def kept_hidden_grad(
     ``kept`` is the d logp / d hidden, ``[n, D]``, that ``linear_token_logp`` returned. Only the shape and dtype of
     ``hidden`` are used. The other arguments are those of ``linear_grad``.
     """
+    check_logits("hidden", hidden, "feature")
+    check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
+    check_rows(labels, kept.dtype, hidden.device, row_weight=row_weight)
+    check_scale(scale, hidden)
     index = labelled_rows(labels, ignore_index).to(hidden.device, non_blocking=True)
+    if kept.shape != (len(index), hidden.shape[-1]):
+        raise ValueError(f"kept must be [n, D] = {(len(index), hidden.shape[-1])}, got {tuple(kept.shape)}")
     factor = row_weight.reshape(-1)[index]
     if scale is not None:
         factor = factor * scale.to(factor.dtype)
@@ -207,9 +243,17 @@ def linear_grad(
         The gradients of hidden, weight and bias, contiguous, each in the shape of its input. A gradient that is not
         wanted, or that lies in ``kept``, is returned as an empty tensor ``[0]``.
     """
-    head = _head(weight, bias, head_scales, matmul_dtype)
+    head = _checked_head(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
+    rows = {"row_max": row_max, "row_sum": row_sum, "row_weight": row_weight}
+    check_rows(labels, result_dtype(hidden, weight), hidden.device, **rows)
+    check_scale(scale, hidden)
     options = {"converts_weight_grad": wanted[1], "keeps_logits": kept is not None}
     tiles = TiledRows(hidden, labels, head, ignore_index, memory_budget, **options)
+    if kept is not None and (kept.dtype != torch.uint8 or kept.shape != (tiles.kept_logits.size,)):
+        raise ValueError(
+            f"kept must be {tiles.kept_logits.size:,} bytes of torch.uint8, got {kept.dtype} of shape "
+            f"{tuple(kept.shape)}"
+        )
     d_hidden, d_weight, d_bias = _empty_gradients(hidden, weight, bias, (wanted[0], False, wanted[2]))
     if wanted[1]:
         d_weight = fresh_memory(hidden, weight.shape, weight.dtype) if kept is None else kept_weight_grad(kept, weight)

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from mpo_ext.ops import backends, cuda, native
-from mpo_ext.ops.checks import STATS, check_labels, check_logits, check_reuse, check_row_values
+from mpo_ext.ops.checks import (
+    STATS,
+    check_kernel,
+    check_labels,
+    check_logits,
+    check_reuse,
+    check_row_values,
+    check_scale,
+)
 from mpo_ext.ops.memory import Tile, addresses, device_guard, fresh_zeros, result_dtype, row_arguments, row_layout
 
 #: Names of the outputs of ``token_logp`` in the kernels.
@@ -44,6 +52,9 @@ def token_logp(
     """
     check_logits("logits", logits)
     check_labels(logits, labels)
+    check_kernel(backend, logits)
+    if not 0 <= stats < 1 << len(STATS):
+        raise ValueError(f"stats must be at least 0 and below {1 << len(STATS)}, got {stats}")
     outputs = token_logp_outputs(logits, labels, stats)
     score(logits, labels, ignore_index, stats, backend, outputs)
     return outputs
@@ -132,7 +143,7 @@ def logits_grad(
     its gradient is written once. On a CPU the zeros of ignored rows cost no time, because newly allocated memory is
     zero already.
     """
-    check_row_values(logits, labels, result_dtype(logits), row_max=row_max, row_sum=row_sum, weight=weight)
+    _check_grad_inputs(logits, labels, row_max, row_sum, weight, scale, backend)
     is_zeroed = backend == "cpu"
     grad = fresh_zeros(logits.shape, logits.dtype) if is_zeroed else logits.new_empty(logits.shape)
     write_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, backend, grad, is_zeroed=is_zeroed)
@@ -156,11 +167,25 @@ def logits_grad_(
     backend: str,
 ) -> None:
     """Overwrites logits that pass ``check_reuse`` with their gradient. The arguments are those of ``logits_grad``."""
-    check_row_values(logits, labels, result_dtype(logits), row_max=row_max, row_sum=row_sum, weight=weight)
+    _check_grad_inputs(logits, labels, row_max, row_sum, weight, scale, backend)
     check_reuse(logits)
     if row_layout(logits).tensor is not logits:
         raise ValueError(f"logits must have rows that two strides describe, got strides {tuple(logits.stride())}")
     write_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, backend, logits)
+
+
+def _check_grad_inputs(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    backend: str,
+) -> None:
+    check_row_values(logits, labels, result_dtype(logits), row_max=row_max, row_sum=row_sum, weight=weight)
+    check_scale(scale, logits)
+    check_kernel(backend, logits)
 
 
 def write_grad(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpo_ext.ops import backends, cuda, native
-from mpo_ext.ops.checks import check_labels, check_logits, check_offsets
+from mpo_ext.ops.checks import check_kernel, check_labels, check_logits, check_pair_inputs, check_pair_rows
 from mpo_ext.ops.logits import ROW_OUTPUTS, token_logp, token_logp_outputs
 from mpo_ext.ops.memory import addresses, device_guard, row_layout
 
@@ -57,6 +57,10 @@ def pair_loss(
 
     It reads only tensors with one number per row or per sequence.
     """
+    check_kernel(backend, logp, "logp")
+    is_double = logp.dtype == torch.float64 and backend == "cpu"
+    check_pair_rows(logp, labels, torch.float64 if is_double else torch.float32)
+    check_pair_inputs(labels, ref_logp, state, cu_seqlens, settings)
     outputs = _pair_loss_outputs(logp, ref_logp, state)
     # Held in variables until the call returns: an address does not keep its tensor alive.
     rows, row_labels = logp.contiguous(), labels.contiguous()
@@ -76,8 +80,6 @@ def pair_loss(
     offsets = cu_seqlens
     if offsets is None:
         offsets = torch.arange(ref_logp.shape[0] + 1, dtype=torch.int64, device=logp.device) * logp.shape[-1]
-    elif offsets.device.type == "cpu":  # reading offsets on a GPU would wait for it
-        check_offsets(offsets, logp.numel())
     offsets, references = offsets.to(torch.int64).contiguous(), ref_logp.double().contiguous()
     old_state, values = state.contiguous(), PairLossSettings.from_numbers(settings)
     if backend == "triton":
@@ -95,7 +97,7 @@ def pair_loss(
         pairs=ref_logp.shape[0] // 2,
         rows=rows.numel(),
         ignore_index=ignore_index,
-        is_double=logp.dtype == torch.float64,
+        is_double=is_double,
     )
     return outputs
 
@@ -147,6 +149,7 @@ def forward(
         return (*rows, *pair)
     check_logits("logits", logits)
     check_labels(logits, labels)
+    check_pair_inputs(labels, ref_logp, state, cu_seqlens, settings)
     rows = token_logp_outputs(logits, labels, stats)
     outputs = _pair_loss_outputs(rows[0], ref_logp, state)
     layout, row_labels = row_layout(logits), labels.contiguous()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mpo_ext import MPOConfig, MPOOutput, RewardShift, mpo_loss, token_logp
+from mpo_ext.ops import linear
 from mpo_ext.ops import logits as ops
-from mpo_ext.ops.checks import STATS
+from mpo_ext.ops.checks import STATS, check_kernel
 from mpo_ext.ops.pair_loss import CUMULATIVE, PairLossSettings, forward, pair_loss
 
 VOCAB = 101
@@ -47,6 +49,86 @@ def test_opcheck_passes_for_every_operator(rows: tuple[Tensor, Tensor]) -> None:
     for operator, args in cases:
         result = torch.library.opcheck(operator, args)
         assert set(result.values()) == {"SUCCESS"}, (operator, result)
+
+
+def operator_calls() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
+    """Returns a valid call of each operator; ``test_operators_refuse`` replaces an argument."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 9, VOCAB), torch.randint(VOCAB, (4, 9))
+    logp, row_max, row_sum, _ = ops.token_logp(logits, labels, -100, 0, "cpu")
+    hidden, weight, bias = torch.randn(4, 9, 8), torch.randn(VOCAB, 8), torch.randn(VOCAB)
+    pair = {
+        "ref_logp": torch.zeros(4),
+        "state": torch.zeros(2, dtype=torch.float64),
+        "cu_seqlens": None,
+        "settings": PairLossSettings(0.1, 0.8, 0.2, 1.0, 0.0, False).numbers(),
+        "ignore_index": -100,
+    }
+    grad = {"row_max": row_max, "row_sum": row_sum, "weight": logp, "scale": None, "ignore_index": -100}
+    options = {"ignore_index": -100, "head_scales": [1.0, 0.0, 1.0], "memory_budget": 1 << 20}
+    options |= {"matmul_dtype": torch.float32, "backend": "cpu"}
+    head = {"hidden": hidden, "weight": weight, "bias": bias, "labels": labels}
+    rows = {"row_max": row_max, "row_sum": row_sum, "row_weight": logp, "scale": None, "kept": None}
+    kept = {"kept": hidden.reshape(36, 8), "row_weight": logp, "scale": None, "ignore_index": -100}
+    logit_rows = {"logits": logits, "labels": labels}
+    return {
+        "token_logp": (ops.token_logp, logit_rows | {"ignore_index": -100, "stats": 0, "backend": "cpu"}),
+        "pair_loss": (pair_loss, {"logp": logp, "labels": labels, **pair, "backend": "cpu"}),
+        "forward": (forward, logit_rows | pair | {"stats": 0, "backend": "cpu"}),
+        "logits_grad": (ops.logits_grad, logit_rows | grad | {"backend": "cpu"}),
+        "logits_grad_": (ops.logits_grad_, logit_rows | grad | {"backend": "cpu"}),
+        "linear_token_logp": (linear.linear_token_logp, head | {"stats": 0, "keep": 0} | options),
+        "linear_grad": (linear.linear_grad, head | rows | {"wanted": [True] * 3} | options),
+        "kept_hidden_grad": (linear.kept_hidden_grad, {"hidden": hidden, "labels": labels} | kept),
+    }
+
+
+# For each argument that an operator passes to a kernel: values that would be read wrongly or out of bounds.
+_DOUBLES, _FEW = torch.zeros(4, 9, dtype=torch.float64), torch.zeros(4, 8)
+_ROWS = (_DOUBLES, _DOUBLES.half(), _FEW, torch.zeros(0))
+BAD_ARGUMENTS: dict[str, tuple[object, ...]] = {
+    "logits": (torch.zeros(4, 8, VOCAB), torch.zeros(4, 9, VOCAB, dtype=torch.int32), torch.zeros(4, 9, 0)),
+    "logp": (_DOUBLES.half(), _FEW, torch.zeros(0)),
+    "labels": (_FEW.long(), _DOUBLES.int(), _DOUBLES),
+    "ref_logp": (torch.zeros(2), torch.zeros(3), torch.zeros(0), torch.zeros(4).half(), torch.zeros(())),
+    "state": (torch.zeros(2), torch.zeros(1, dtype=torch.float64)),
+    "cu_seqlens": (
+        torch.tensor([0, 9, 18, 36]),
+        torch.tensor([0, 9, 18, 27, 99]),
+        torch.tensor([0, -9, 18, 27, 36]),
+        torch.zeros(5),
+    ),
+    "settings": ([], [0.1] * 8),
+    "stats": (16, -1),
+    "keep": (3, -1),
+    "row_max": _ROWS,
+    "row_sum": _ROWS,
+    "row_weight": _ROWS,
+    "scale": (torch.zeros(0), torch.zeros(2), torch.tensor(1)),
+    "hidden": (torch.zeros(4, 9, 7), torch.zeros(4, 8, 8)),
+    "bias": (torch.zeros(3),),
+    "head_scales": ([], [1.0, 0.0]),
+    "memory_budget": (0,),
+    "kept": (torch.zeros(3), torch.zeros(35, 8)),
+    "backend": ("reference", "gpu", ""),
+}
+
+
+@pytest.mark.parametrize("name", operator_calls())
+def test_operators_refuse(name: str) -> None:
+    operator, arguments = operator_calls()[name]
+    operator(**arguments)
+    bad = {**BAD_ARGUMENTS, "weight": (torch.zeros(VOCAB, 7),) if "hidden" in arguments else _ROWS}
+    for argument, values in bad.items():
+        for value in values if argument in arguments else ():
+            with pytest.raises((TypeError, ValueError, RuntimeError), match=r"must|labels|needs") as caught:
+                operator(**{**arguments, argument: value})
+            assert "INTERNAL" not in str(caught.value), (argument, value)
+
+
+def test_the_cpu_kernels_refuse_tensors_of_another_device() -> None:
+    with pytest.raises(RuntimeError, match="backend 'cpu' needs logits on the CPU, got logits on meta"):
+        check_kernel("cpu", torch.zeros(2, 3, 5, device="meta"))
 
 
 class TinyModel(nn.Module):
