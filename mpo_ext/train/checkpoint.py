@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mpo_ext.train.checkpoint_files import (
     CheckpointError,
     Manifest,
     delete_folder,
+    file_digests,
     file_sizes,
     free_mib,
     move_into_place,
@@ -28,6 +30,7 @@ from mpo_ext.train.checkpoint_files import (
     together,
 )
 from mpo_ext.train.checkpoint_state import StateReader, is_deepspeed, save_state
+from mpo_ext.train.ranks import gather
 
 _STATE = "state.json"
 _NAME = re.compile(r"step-\d{8,}")
@@ -50,6 +53,7 @@ class Checkpoints:
         check_integer("keep_last", keep_last, least=1)
         self.folder = Path(folder)
         self.keep_last, self.keep_best, self.higher_is_better = keep_last, keep_best, higher_is_better
+        self._checked: set[Path] = set()  # checkpoints whose contents this process has compared with their digests
 
     def save(
         self,
@@ -98,9 +102,16 @@ class Checkpoints:
             with together(accelerator):
                 if accelerator.is_main_process:
                     write_and_sync(partial / _STATE, json.dumps(state, indent=1).encode())
-                    self._publish(accelerator, partial, path, step, score)
+            names = gather(accelerator, sorted(file_sizes(partial)) if accelerator.is_main_process else [])[0]
+            with together(accelerator):
+                digests = file_digests(accelerator, partial, names)
+            parts = gather(accelerator, digests)
+            with together(accelerator):
+                if accelerator.is_main_process:
+                    self._publish(accelerator, partial, path, step, score, parts)
         except CheckpointError as error:
             raise CheckpointError(self._after_failure(accelerator, partial, path, error)) from error
+        self._checked.discard(path)
         if accelerator.is_main_process:
             self._delete_old()
         accelerator.wait_for_everyone()
@@ -121,12 +132,14 @@ class Checkpoints:
             reference: Reference model; None if the checkpoint was saved without a reference model.
 
         Raises:
-            CheckpointError: If files differ from the manifest, the checkpoint belongs to another model, optimizer or
-                precision, or reading fails. Only a failed read may leave the run partly restored.
+            CheckpointError: If files differ from the manifest in size or digest, the checkpoint belongs to another
+                model, optimizer or precision, or reading fails. Only a failed read may leave the run partly restored.
         """
         path = Path(path)
         with together(accelerator):
             manifest = Manifest.read(path)
+        self._check_contents(accelerator, manifest, path)
+        with together(accelerator):
             state = json.loads((path / _STATE).read_bytes())
             reader = StateReader(accelerator, path, model, optimizer, reference, deepspeed=manifest.deepspeed)
         with together(accelerator):
@@ -137,7 +150,9 @@ class Checkpoints:
     def state(self, accelerator: Any, path: Path) -> dict[str, Any]:
         """Returns the state that was passed to ``save``. All ranks must call this method."""
         with together(accelerator):
-            Manifest.read(Path(path))
+            manifest = Manifest.read(Path(path))
+        self._check_contents(accelerator, manifest, Path(path))
+        with together(accelerator):
             state: dict[str, Any] = json.loads((Path(path) / _STATE).read_bytes())
         return state
 
@@ -156,19 +171,35 @@ class Checkpoints:
         ]
         return max(scored)[2] if scored else None
 
-    def resolve(self, resume: str) -> Path | None:
+    def resolve(self, accelerator: Any, resume: str) -> Path | None:
         """Returns the checkpoint that ``OutputRecipe.resume`` selects, or None for a new run.
 
+        All ranks must call this method. The files of the checkpoint are read and compared with their digests.
+
         Args:
-            resume: "auto": newest checkpoint, or a new run if the folder has none; "never": new run; otherwise the
-                path of a checkpoint.
+            accelerator: accelerate's ``Accelerator``.
+            resume: "auto": newest intact checkpoint, or a new run if the folder has no checkpoint; "never": new run;
+                otherwise the path of a checkpoint.
 
         Raises:
             FileExistsError: If ``resume`` is "never" and the folder has a checkpoint.
-            CheckpointError: If ``resume`` is a path without a complete checkpoint.
+            CheckpointError: If ``resume`` is a path without an intact checkpoint, or "auto" and all are damaged.
         """
         if resume == "auto":
-            return self.latest()
+            complete = self._complete()
+            for manifest, path in reversed(complete):
+                try:
+                    self._check_contents(accelerator, manifest, path)
+                except CheckpointError as error:
+                    _LOG.warning("%s is left out: %s", path, error)
+                else:
+                    return path
+            if complete:
+                raise CheckpointError(
+                    f"one checkpoint in {self.folder} must be intact, got {len(complete)} damaged checkpoints: choose "
+                    "another output.dir to start a new run"
+                )
+            return None
         if resume == "never":
             latest = self.latest()
             if latest is not None:
@@ -178,12 +209,18 @@ class Checkpoints:
                 )
             return None
         try:
-            Manifest.read(Path(resume))
+            self._check_contents(accelerator, Manifest.read(Path(resume)), Path(resume))
         except CheckpointError as error:
             raise CheckpointError(
                 f'resume must be "auto", "never" or the path of a checkpoint, got {resume!r}: {error}'
             ) from error
         return Path(resume)
+
+    def _check_contents(self, accelerator: Any, manifest: Manifest, path: Path) -> None:
+        """Raises ``CheckpointError`` if a file has another digest; each process reads a checkpoint once."""
+        if path not in self._checked:
+            manifest.check_contents(accelerator, path)
+            self._checked.add(path)
 
     def _complete(self) -> list[tuple[Manifest, Path]]:
         """Returns the manifests and paths of the complete checkpoints, oldest first."""
@@ -203,11 +240,20 @@ class Checkpoints:
                 _LOG.warning("%s is left out: %s", path, error)
         return sorted(complete, key=lambda entry: entry[0].number)
 
-    def _publish(self, accelerator: Any, partial: Path, path: Path, step: int, score: float | None) -> None:
+    def _publish(
+        self,
+        accelerator: Any,
+        partial: Path,
+        path: Path,
+        step: int,
+        score: float | None,
+        digests: Iterable[dict[str, str]],
+    ) -> None:
         """Writes the manifest and renames the folder, which makes the checkpoint visible."""
         number = max((manifest.number for manifest, _ in self._complete()), default=0) + 1
         world_size, files = accelerator.num_processes, file_sizes(partial)
-        Manifest(number, step, world_size, score, files, is_deepspeed(accelerator)).write(partial)
+        merged = {name: digest for part in digests for name, digest in part.items()}
+        Manifest(number, step, world_size, score, files, is_deepspeed(accelerator), merged).write(partial)
         sync_tree(partial)
         move_into_place(partial, path)
 

@@ -6,13 +6,14 @@ folder with the final name is renamed (``.replaced-``) before and deleted after.
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|replaced|deleted)-[0-9a-f]{12
 _FORMAT = "mpo_ext.checkpoint/1"
 _MANIFEST = "manifest.json"
 _LISTED_NAMES = 5
+_CHUNK = 1 << 20
 
 
 class CheckpointError(RuntimeError):
@@ -42,6 +44,7 @@ class Manifest:
         score: Evaluation score at this step, or None.
         files: Size in bytes of each file, by path within the folder.
         deepspeed: Whether DeepSpeed wrote the tensors.
+        digests: SHA-256 of each file, by path within the folder; None in checkpoints of earlier versions.
     """
 
     number: int
@@ -50,17 +53,24 @@ class Manifest:
     score: float | None
     files: dict[str, int]
     deepspeed: bool
+    digests: dict[str, str] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Reads a folder's manifest; raises ``CheckpointError`` if it is invalid or a listed file has another size."""
+        """Reads a folder's manifest; raises ``CheckpointError`` if it is invalid or a listed file has another size.
+
+        The contents of the files are not read; ``check_contents`` does that.
+        """
         path = folder / _MANIFEST
         try:
             values = json.loads(path.read_bytes())
+            digest = values.pop("digest", None) if isinstance(values, dict) else None
+            if digest is not None and digest != _digest_of(values):
+                raise ValueError("another digest than the file states")
         except OSError as error:
             raise CheckpointError(f"a checkpoint must have a manifest, got {path}: {error.strerror}") from error
         except ValueError as error:
-            raise CheckpointError(f"a manifest must be JSON, got {error} in {path}") from error
+            raise CheckpointError(f"a manifest must be JSON as it was written, got {error} in {path}") from error
         version = values.pop("format", None) if isinstance(values, dict) else None
         if version != _FORMAT:
             raise CheckpointError(f"a checkpoint must be of format {_FORMAT!r}, got {version!r} in {path}")
@@ -82,8 +92,37 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes the manifest into a folder and syncs it to disk."""
-        text = json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
+        values = {"format": _FORMAT, **dataclasses.asdict(self)}
+        text = json.dumps({**values, "digest": _digest_of(values)}, indent=1, allow_nan=False)
         write_and_sync(folder / _MANIFEST, text.encode())
+
+    def check_contents(self, accelerator: Any, folder: Path) -> None:
+        """Raises ``CheckpointError`` on all ranks if a file has another digest. All ranks must call this method."""
+        with together(accelerator):
+            for name, digest in file_digests(accelerator, folder, sorted(self.digests or ())).items():
+                if digest != (self.digests or {})[name]:
+                    raise CheckpointError(
+                        f"files of a checkpoint must be as they were written, got other contents in {folder / name}"
+                    )
+
+
+def _digest_of(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def file_digests(accelerator: Any, folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Returns the SHA-256 of this rank's part of the files, by name. The ranks share the work."""
+    return {
+        name: _file_digest(folder / name) for name in names[accelerator.process_index :: accelerator.num_processes]
+    }
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

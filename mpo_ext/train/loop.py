@@ -97,7 +97,7 @@ class Trainer:
         self.output = RunOutput(recipe, self.accelerator, self.state, save=save)
         self.stop = StopRequests(self.accelerator)
         self.eval_pair_counts = PairCounts()
-        self.checkpoint = self.output.checkpoints.resolve(recipe.output.resume)
+        self.checkpoint = self.output.checkpoints.resolve(self.accelerator, recipe.output.resume)
         setup = set_up(recipe, self.accelerator, model, processor, date=self.output.template_date(self.checkpoint))
         self.model, self.processor, self.optimizer = setup.model, setup.processor, setup.optimizer
         self.groups = setup.groups

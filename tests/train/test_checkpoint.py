@@ -307,17 +307,17 @@ def test_after_going_back_the_newest_is_the_last_that_was_written(save: Callable
     assert names_of(store) == ["step-00000002", "step-00000003"]
 
 
-def test_resume_finds_what_it_says(save: Callable[..., Path], tmp_path: Path) -> None:
+def test_resume_finds_what_it_says(accelerator: Any, save: Callable[..., Path], tmp_path: Path) -> None:
     store = Checkpoints(tmp_path / "a")
-    assert store.resolve("auto") is None
-    assert store.resolve("never") is None
+    assert store.resolve(accelerator, "auto") is None
+    assert store.resolve(accelerator, "never") is None
     path, newest = save(store, 1), save(store, 2)
-    assert store.resolve("auto") == newest
-    assert store.resolve(str(path)) == path
+    assert store.resolve(accelerator, "auto") == newest
+    assert store.resolve(accelerator, str(path)) == path
     with pytest.raises(FileExistsError, match=r'"auto" or a checkpoint .* got "never" with .*step-00000002'):
-        store.resolve("never")
+        store.resolve(accelerator, "never")
     with pytest.raises(CheckpointError, match=r'"auto", "never" or the path of a checkpoint, got .*manifest\.json'):
-        store.resolve(str(store.folder))
+        store.resolve(accelerator, str(store.folder))
 
 
 def damaged(path: Path) -> None:
@@ -333,7 +333,7 @@ def damaged(path: Path) -> None:
         (lambda path: (path / "manifest.json").unlink(), r"must have a manifest, got .*manifest\.json: No such file"),
         (
             lambda path: (path / "manifest.json").write_text("{"),
-            r"a manifest must be JSON, got .* in .*manifest\.json",
+            r"a manifest must be JSON as it was written, got .* in .*manifest\.json",
         ),
         (lambda path: (path / "manifest.json").write_text('{"format": 2}'), r"must be of format .*/1', got 2 in"),
         (
@@ -364,11 +364,57 @@ def test_a_damaged_one_is_refused_by_name_and_passed_over(
     assert store.latest() == path
 
 
+def test_a_changed_byte_in_any_file_is_noticed_and_an_older_checkpoint_is_taken(
+    accelerator: Any, save: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Checkpoints(tmp_path)
+    good, path = save(store, 1), save(store, 2)
+    rng = random.Random(0)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    assert {"manifest.json", "state.json", "trainer.pt", ".metadata", "__0_0.distcp"} <= {file.name for file in files}
+    for file in files:
+        content = file.read_bytes()
+        for place in [0, len(content) - 1, *rng.choices(range(len(content)), k=6)]:
+            changed = bytes([content[place] ^ 1 << rng.randrange(8)])
+            file.write_bytes(content[:place] + changed + content[place + 1 :])
+            model = Small()
+            with pytest.raises(CheckpointError, match=r"got other contents in|manifest|bytes in|a checkpoint must be"):
+                Checkpoints(tmp_path).load(accelerator, path, model, optimizer_of(model))
+            assert Checkpoints(tmp_path).resolve(accelerator, "auto") == good, (file.name, place)
+            with pytest.raises(CheckpointError, match='resume must be "auto"'):
+                Checkpoints(tmp_path).resolve(accelerator, str(path))
+        file.write_bytes(content)
+    assert Checkpoints(tmp_path).resolve(accelerator, "auto") == path
+    assert "got other contents in" in caplog.text
+
+
+def test_a_run_does_not_start_again_beside_damaged_checkpoints(
+    accelerator: Any, save: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = save(Checkpoints(tmp_path), 1) / "state.json"
+    file.write_bytes(file.read_bytes().replace(b"1", b"2"))
+    with pytest.raises(CheckpointError, match="must be intact, got 1 damaged"):
+        Checkpoints(tmp_path).resolve(accelerator, "auto")
+
+
+def test_a_checkpoint_without_digests_still_resumes(
+    accelerator: Any, save: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = save(Checkpoints(tmp_path), 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["digest"], manifest["digests"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    model = Small()
+    assert Checkpoints(tmp_path).resolve(accelerator, "auto") == path
+    assert Checkpoints(tmp_path).load(accelerator, path, model, optimizer_of(model)) == {"step": 1}
+
+
 def test_another_number_of_ranks_is_logged(
     accelerator: Any, save: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = save(Checkpoints(tmp_path), 1)
     manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["digest"]
     (path / "manifest.json").write_text(json.dumps({**manifest, "world_size": 3}))
     model = Small()
     torch.manual_seed(3)
@@ -549,7 +595,7 @@ def test_a_write_that_fails_costs_the_new_checkpoint_only(accelerator: Any, tmp_
     assert f"the last good checkpoint is {store.folder / 'step-00000001'}" in text
     assert names_of(store) == ["step-00000001"]
     model = Large()
-    store.load(accelerator, store.resolve("auto"), model, optimizer_of(model))
+    store.load(accelerator, store.resolve(accelerator, "auto"), model, optimizer_of(model))
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(

@@ -224,6 +224,7 @@ def rewrite_state(out: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
         (folder / "state.json").write_text(json.dumps(state))
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["files"]["state.json"] = (folder / "state.json").stat().st_size
+        del manifest["digest"], manifest["digests"]
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
