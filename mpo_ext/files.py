@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,6 +49,45 @@ def _renamed(target: Path, temporary_name: str) -> Iterator[Path]:
         sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_outputs(
+    name: str,
+    outputs: Iterable[str | os.PathLike[str]],
+    *,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    is_ours: bool = True,
+) -> None:
+    """Raises if writing files or folders would destroy what a user has.
+
+    Args:
+        name: Name of the argument that gives the place of the outputs, for messages.
+        outputs: Paths that will be written; those that do not exist are ignored.
+        inputs: Paths that will be read; names that are not files here are ignored.
+        is_ours: Whether mpo_ext wrote the existing outputs, so that they may be replaced.
+
+    Raises:
+        ValueError: If an output is an input, also under another path, or a folder with an input.
+        FileExistsError: If an output exists and ``is_ours`` is False.
+    """
+    existing = {_identity(path): os.fspath(path) for path in outputs if os.path.lexists(path)}
+    for path in inputs if existing else ():
+        real = Path(os.path.realpath(path))
+        for place in (real, *real.parents):
+            if place.exists() and (output := existing.get(_identity(place))) is not None:
+                raise ValueError(f"{name} must not replace an input, got the input {os.fspath(path)} in {output}")
+    if existing and not is_ours:
+        first = next(iter(existing.values()))
+        raise FileExistsError(
+            f"{name} must be a new place or an earlier output of the same command, got {first}, which mpo_ext has not "
+            "written: choose another place"
+        )
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Returns the device and the inode of a path, which all of its names share; those of a broken link itself."""
+    status = os.stat(path) if os.path.exists(path) else os.lstat(path)
+    return status.st_dev, status.st_ino
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -105,6 +144,7 @@ class FileLock:
 
     Raises:
         LockedError: If another process holds the lock and ``wait`` is False.
+        FileExistsError: If the file holds anything but a process id.
     """
 
     def __init__(self, path: Path, what: str, *, wait: bool = False) -> None:
@@ -124,6 +164,10 @@ class FileLock:
         except OSError:
             os.close(descriptor)
             raise
+        content = os.pread(descriptor, 33, 0)
+        if content.strip() and not content.strip().isdigit():
+            os.close(descriptor)
+            raise FileExistsError(f"{self.path} must be a lock file, got a file that mpo_ext has not written")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._file = descriptor

@@ -65,6 +65,7 @@ class Journal:
             stack.enter_context(self._lock)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             stack.callback(os.close, self._file)
+            _check_beginning(self._file, self.path)
             _cut_half_line(self._file)
             header = read_header(self.path)
             if header is None:
@@ -146,6 +147,14 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             except ValueError as error:
                 raise ValueError(f"{path} must hold one record a line, got line {number}: {error}") from None
             yield record
+
+
+def _check_beginning(file: int, path: Path) -> None:
+    """Raises ValueError unless a file is empty or begins like a journal; another file would be cut."""
+    beginning = encode_line({"format": _FORMAT})[:-2]
+    found = os.pread(file, len(beginning), 0)
+    if not beginning.startswith(found):
+        raise ValueError(f"path must be a journal of format {_FORMAT}, got {path} beginning with {found!r}")
 
 
 def _cut_half_line(file: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from mpo_ext.files import atomic_path, atomic_write
 
 _COLUMNS = 3
+_GENERATOR, _HEAD_BYTES = b'<meta name="generator" content="mpo_ext">', 1000  # of each page
 _PANEL_INCHES = (4.6, 3.4)
 _BAR_INCHES = 0.35
 
@@ -129,6 +130,15 @@ def save_page(path: str | os.PathLike[str], template: str, values: Mapping[str, 
     page = environment.get_template(template).render(**values)
     with atomic_write(path) as file:
         file.write(page.encode())
+
+
+def is_page(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a file is a page that ``save_page`` wrote."""
+    try:
+        with open(path, "rb") as file:
+            return _GENERATOR in file.read(_HEAD_BYTES)
+    except OSError:
+        return False
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,12 +4,13 @@ Exit status: 1 if ``check`` found a defect or a bad line stopped ``convert``, 2 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.cli.shared import Command, add_chat, add_debug, add_root_map, at_least, command, root_map
+from mpo_ext.cli.shared import Command, add_chat, add_debug, add_image_limit, add_root_map, at_least, command, root_map
 
 # The names in ``mpo_ext.data.formats``, which is imported when a command runs.
 _FORMATS = ("mmpr", "pairs", "trl", "sharegpt", "alpaca", "swift", "openai", "rlaif-v", "hf")
@@ -44,6 +45,7 @@ def _add_command(commands: Any, name: str, text: str, run: Command) -> argparse.
     parser.add_argument(
         "--max-line-bytes", type=at_least(1), default=16 << 20, help="a longer line is a bad line (default: 16 MiB)"
     )
+    add_image_limit(parser)
     add_debug(parser)
     parser.set_defaults(run=run)
     return parser
@@ -132,6 +134,7 @@ def _check(args: argparse.Namespace) -> int:
     from mpo_ext.files import write_json
 
     source = _open(args)
+    _check_json_report(args, source)
     length, unit = token_counter(args.tokenizer)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("check", total=len(source.pairs))
@@ -173,6 +176,7 @@ def _stats(args: argparse.Namespace) -> int:
     from mpo_ext.files import write_json
 
     source, warn = _open_with_warning(args)
+    _check_json_report(args, source)
     length, unit = token_counter(args.tokenizer)
     skipped = Skipped()
     stats = collect_stats(source, length, skipped)
@@ -188,14 +192,11 @@ def _stats(args: argparse.Namespace) -> int:
 
 @command("data convert", extra="data", failure=2)
 def _convert(args: argparse.Namespace) -> int:
-    from mpo_ext.data.convert import convert
+    from mpo_ext.data.convert import convert, written_paths
     from mpo_ext.data.reader import BadLine
 
-    written = args.out / "meta.json" if args.to == "mmpr" else args.out
-    if written.exists() and not args.force:
-        raise FileExistsError(f"out must not exist without --force, got {written}")
-    if args.out.exists() and args.to != "mmpr" and Path(args.path).exists() and args.out.samefile(args.path):
-        raise ValueError(f"out must be another place than path, got {args.out}")
+    if (written := written_paths(args.out, args.to)) and not args.force:
+        raise FileExistsError(f"out must not exist without --force, got {written[0]}")
     source, warn = _open_with_warning(args)
     try:
         count, skipped = convert(
@@ -204,7 +205,7 @@ def _convert(args: argparse.Namespace) -> int:
     except BadLine as bad:
         print(f"{bad}\n--skip-bad skips such lines and counts them", file=sys.stderr)
         return 1
-    print(f"wrote {count:,} pairs to {args.out}")
+    print(f"wrote {count:,} pairs to {args.out / 'meta.json' if args.to == 'mmpr' else args.out}")
     warn(skipped)
     return 0
 
@@ -212,14 +213,30 @@ def _convert(args: argparse.Namespace) -> int:
 @command("data view", extra="data", failure=2)
 def _view(args: argparse.Namespace) -> int:
     from mpo_ext.data.view import write_view
+    from mpo_ext.files import check_outputs
+    from mpo_ext.report import is_page
 
     source, warn = _open_with_warning(args)
+    check_outputs("--out", [args.out], inputs=source.files, is_ours=is_page(args.out))
     count, skipped = write_view(
         args.out, source, title=args.title, limit=args.limit, seed=args.seed, thumbnail=args.thumbnail
     )
     print(f"wrote {count:,} of {len(source.pairs):,} pairs to {args.out}")
     warn(skipped)
     return 0
+
+
+def _check_json_report(args: argparse.Namespace, source: Any) -> None:
+    """Raises if ``--json`` names an input, or a file that is not an earlier report."""
+    from mpo_ext.files import check_outputs
+
+    if args.json is not None:
+        try:
+            report = json.loads(args.json.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            report = None
+        is_ours = isinstance(report, dict) and isinstance(report.get("subsets"), dict)
+        check_outputs("--json", [args.json], inputs=source.files, is_ours=is_ours)
 
 
 def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:

@@ -57,16 +57,25 @@ def demo(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"--out must be a writable folder, got {args.out}: {error.strerror}", file=sys.stderr)
         return 1
+    lock = args.out / "demo.lock"
+    if any(args.out.iterdir()) and not lock.exists():
+        print(f"--out must be a new or empty folder, or that of an earlier demo, got {args.out}", file=sys.stderr)
+        return 1
     from mpo_ext.demo import experiment
+    from mpo_ext.files import FileLock, LockedError
 
     try:
-        experiment.run(
-            out=args.out,
-            seeds=range(args.seed, args.seed + args.seeds),
-            quick=args.quick,
-            threads=args.threads,
-            backend=args.backend,
-        )
+        with FileLock(lock, str(args.out)):
+            experiment.run(
+                out=args.out,
+                seeds=range(args.seed, args.seed + args.seeds),
+                quick=args.quick,
+                threads=args.threads,
+                backend=args.backend,
+            )
+    except LockedError as error:
+        print(f"--out: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command starts over", file=sys.stderr)
         return 130

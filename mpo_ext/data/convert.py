@@ -13,7 +13,8 @@ from mpo_ext.data.reader import BadLine, Location, Skipped
 from mpo_ext.data.records import TURNS, Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.trl import Kind, write_trl
-from mpo_ext.images import ImageError, describe_source, is_remote, read_source
+from mpo_ext.files import check_outputs
+from mpo_ext.images import ImageError, describe_source, is_remote, read_image
 
 _MMPR_FIELDS = {"image", "question", "chosen", "rejected", "answer_gt"}
 
@@ -50,11 +51,12 @@ def convert(
     Raises:
         BadLine: If ``skip_bad`` is False, and a line is bad or, for "hf", has an image that cannot be read, or the
             format cannot hold its turns.
-        ValueError: If the format is unknown or cannot hold a pair.
+        ValueError: If the format is unknown or cannot hold a pair, or ``out`` would replace an input.
         OSError: If the output cannot be written.
         ImportError: If Hugging Face datasets is required but not installed.
     """
     check_choice("format", format, WRITABLE)
+    check_outputs("out", written_paths(out, format), inputs=source.files)
     skipped = Skipped()
 
     def pairs() -> Iterator[Pair]:
@@ -83,6 +85,13 @@ def convert(
     return count, skipped
 
 
+def written_paths(out: str | os.PathLike[str], format: Format) -> list[Path]:
+    """Returns the existing files and folders that ``convert`` may replace."""
+    out = Path(out)
+    places = [out / "meta.json", *out.glob("annotations/*.jsonl")] if format == "mmpr" else [out]
+    return [place for place in places if os.path.lexists(place)]
+
+
 def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair | BadLine:
     """Returns the pair, or a BadLine if the format cannot hold the turns or images of the pair."""
     turns = [name for name in TURNS if name in pair.source]
@@ -100,7 +109,7 @@ def _with_readable_images(where: Location, pair: Pair) -> Pair | BadLine:
     """Returns the pair, or a BadLine if one of its images cannot be read."""
     for image in pair.images:
         try:
-            read_source(image)
+            read_image(image)
         except ImageError as error:
             return BadLine(where, "image is a URL" if is_remote(image) else "unreadable image", str(error))
         except OSError as error:

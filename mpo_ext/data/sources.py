@@ -42,6 +42,12 @@ class PairSource:
     on_pair: Callable[[Pair], object] | None = None
     is_dataset: bool = False
 
+    @property
+    def files(self) -> list[str]:
+        """Paths of the files that the pairs are read from."""
+        stored = self.pairs.files if isinstance(self.pairs, DatasetPairs) else []
+        return [self.path, *(subset.annotation for subset in self.subsets.values()), *stored]
+
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
         """Yields the location of every line, and the line's pair with absolute image paths or a BadLine."""
         return map(self.read, range(len(self.pairs)))

@@ -15,6 +15,7 @@ from mpo_ext.data.messages import prompt_text
 from mpo_ext.data.reader import BadLine, Skipped
 from mpo_ext.data.records import SOURCE, Pair
 from mpo_ext.data.sources import PairSource
+from mpo_ext.files import check_outputs
 from mpo_ext.images import ImageError, describe_source, is_remote, is_url, load_image
 from mpo_ext.report import save_page
 
@@ -48,7 +49,7 @@ def write_view(
         The number of pairs on the page, and the bad lines.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of its range, or ``path`` is an input.
         ImportError: If jinja2 or PIL is not installed.
         OSError: If the page cannot be written.
     """
@@ -59,6 +60,7 @@ def write_view(
         ("max_characters", max_characters, 1),
     ):
         check_integer(name, value, least=least)
+    check_outputs("path", [path], inputs=source.files)
     total = len(source.pairs)
     drawn = range(total) if total <= limit else sorted(random.Random(seed).sample(range(total), limit))
     images, skipped = Thumbnails(thumbnail, image_budget), Skipped()

@@ -9,7 +9,7 @@ import contextlib
 import gc
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ from mpo_ext.checks import check_integer
 from mpo_ext.evaluate.cells import Cell, EvaluationRun, open_questions
 from mpo_ext.evaluate.exports import EXPORTS
 from mpo_ext.evaluate.models import FingerprintedEngine, find_model, load_engine
-from mpo_ext.evaluate.predictions import write_predictions
+from mpo_ext.evaluate.predictions import predictions_path, write_predictions
 from mpo_ext.evaluate.report import write_reports
 from mpo_ext.evaluate.results import ALL, compute_results
 from mpo_ext.evaluate.scoring import Evaluation, EvaluationConfig
-from mpo_ext.files import FileLock, write_json
+from mpo_ext.files import FileLock, check_outputs, write_json
 from mpo_ext.generate.engine import Engine
-from mpo_ext.generate.sampler import IncompleteRunError, keep_date
+from mpo_ext.generate.items import item_files
+from mpo_ext.generate.sampler import IncompleteRunError, has_journals, keep_date
 from mpo_ext.generate.transformers_engine import TransformersEngine
+
+_OUTPUTS = ("results.json", "table.md", "accuracy.png", "accuracy.svg", "failures.html", *EXPORTS)
 
 
 def evaluate(
@@ -69,10 +72,10 @@ def evaluate(
     check_integer("page_limit", page_limit, least=1)
     if limit is not None:
         check_integer("limit", limit, least=1)
-    for kit in exports:
-        if kit not in EXPORTS:
-            raise ValueError(f"exports must be among {', '.join(EXPORTS)}, got {kit!r}")
+    if unknown := [kit for kit in exports if kit not in EXPORTS]:
+        raise ValueError(f"exports must be among {', '.join(EXPORTS)}, got {unknown[0]!r}")
     model_files, data_files = _file_names("models", models), _file_names("data", data)
+    _check_outputs(out, model_files.values(), data.values(), root_map)
     sources = {
         name: find_model(os.fspath(model)) for name, model in models.items() if isinstance(model, (str, os.PathLike))
     }
@@ -107,6 +110,21 @@ def evaluate(
         write_json(out / "results.json", results)
         return results
     return None
+
+
+def _check_outputs(
+    out: Path,
+    model_files: Iterable[str],
+    data: Iterable[str | os.PathLike[str]],
+    root_map: Sequence[tuple[str, str]],
+) -> None:
+    """Raises if the evaluation would replace a file of questions, or a file that no evaluation has written."""
+    inputs: list[str | os.PathLike[str]] = []
+    for path in data:
+        files = item_files(os.fspath(path), root_map=root_map if Path(path).suffix == ".json" else ())
+        inputs += [path, *(item_file.path for item_file in files)]
+    outputs = [*(predictions_path(out, file) for file in model_files), *(out / name for name in _OUTPUTS)]
+    check_outputs("out", outputs, inputs=inputs, is_ours=has_journals(out / "journals"))
 
 
 def _free_memory() -> None:

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from mpo_ext.checks import check_integer
+from mpo_ext.files import check_outputs
 from mpo_ext.generate.engine import Engine
-from mpo_ext.generate.items import Item, ItemSource, item_files, open_items, read_items
+from mpo_ext.generate.items import Item, ItemFile, ItemSource, item_files, open_items, read_items
 from mpo_ext.generate.outputs import ItemResult, PairOutputs, Summary
 from mpo_ext.generate.progress import SamplingProgress
 from mpo_ext.generate.sampler import (
     IncompleteRunError,
     Pipeline,
     check_world_size,
+    has_journals,
     keep_date,
     open_journal,
     read_samples,
@@ -87,6 +89,7 @@ def run(
     if limit is not None:
         check_integer("limit", limit, least=1)
     out = Path(out)
+    _check_outputs(pipeline, source, item_files(source, image_root=image_root, root_map=root_map), out)
     items = open_items(source, image_root=image_root, root_map=root_map, limit=limit)
     ranks = {"rank": rank, "world_size": world_size}
     keep_date(engine, [out])
@@ -106,6 +109,13 @@ def run(
         if outputs is None:
             return write_outputs(pipeline, items, out, world_size=world_size, model=engine.name)
     return outputs.summary
+
+
+def _check_outputs(pipeline: PairPipeline, source: str | Path, files: Sequence[ItemFile], out: Path) -> None:
+    """Raises if the outputs would replace an input or a file that no run has written."""
+    outputs = [out / f"{name}.jsonl" for name in pipeline.outputs] + [out / "summary.json"]
+    inputs = [source, *(item_file.path for item_file in files)]
+    check_outputs("out", outputs, inputs=inputs, is_ours=has_journals(out))
 
 
 def write_outputs(
@@ -148,6 +158,7 @@ def check_run(
     for item_file in files:
         if not os.path.isfile(item_file.path):
             raise FileNotFoundError(f"source must be a file of items, got {item_file.path}: this file does not exist")
+    _check_outputs(pipeline, source, files, Path(out))
     first = list(itertools.islice(read_items(files), _CHECKED_ITEMS))
     if not first:
         raise ValueError(f"source must hold items, got an empty file: {source}")

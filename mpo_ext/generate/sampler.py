@@ -8,6 +8,7 @@ incomplete, the whole block is generated again with the same arithmetic; only th
 that take requests at any time run several blocks at the same time (``mpo_ext.generate.feeding``).
 """
 
+import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -44,6 +45,15 @@ class IncompleteRunError(Exception):
 
 def journal_path(out: Path, rank: int, world_size: int) -> Path:
     return out / f"journal-{rank:05d}-of-{world_size:05d}.jsonl"
+
+
+def has_journals(folder: Path) -> bool:
+    """Returns whether a folder or a folder below it holds a journal, so that mpo_ext wrote the outputs beside it."""
+    for path in folder.rglob("journal-*-of-*.jsonl"):
+        with contextlib.suppress(ValueError):
+            read_header(path)
+            return True
+    return False
 
 
 def check_world_size(out: Path, world_size: int) -> None:

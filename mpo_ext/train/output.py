@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mpo_ext.files import FileLock, LockedError, atomic_write
+from mpo_ext.files import FileLock, LockedError, atomic_write, check_outputs
 from mpo_ext.train import model_card
 from mpo_ext.train.checkpoint import Checkpoints
 from mpo_ext.train.dataset import RunData
@@ -22,6 +22,8 @@ from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import reference_date
 from mpo_ext.train.resume import RunState, changed_settings, flat_settings, plain_values
+
+_LOCK = "run.lock"
 
 
 class RunOutput:
@@ -36,6 +38,8 @@ class RunOutput:
         self.folder = Path(recipe.output.dir)
         self.final = self.folder / "final"
         self.is_main = accelerator.is_main_process
+        self._check_outputs()  # on all ranks, so that all of them raise
+        accelerator.wait_for_everyone()
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
@@ -68,13 +72,26 @@ class RunOutput:
         with contextlib.ExitStack() as stack:
             if self.is_main:
                 try:
-                    stack.enter_context(FileLock(self.folder / "run.lock", str(self.folder)))
+                    stack.enter_context(FileLock(self.folder / _LOCK, str(self.folder)))
                 except LockedError as locked:
                     error = f"output.dir: {locked}"
             for text in gather(self.accelerator, error):
                 if text is not None:
                     raise LockedError(text)
             yield
+
+    def _check_outputs(self) -> None:
+        """Raises if the run would replace an input or a file that no run has written."""
+        recipe, names = self.recipe, ("log.jsonl", "first_pairs.txt", "final", "checkpoints")
+        sources = [*recipe.data.train, *recipe.data.eval]
+        inputs = [*(source.path for source in sources), recipe.model.path, recipe.reference.path]
+        checkpoints = self.folder.glob("checkpoints/step-*/manifest.json")  # runs of earlier versions have no lock
+        check_outputs(
+            "output.dir",
+            [self.folder / name for name in names],
+            inputs=[path for path in inputs if path is not None],
+            is_ours=(self.folder / _LOCK).exists() or any(checkpoints),
+        )
 
     def start_trackers(self) -> None:
         """Starts the experiment trackers that the recipe names, and logs all settings of the recipe to them."""

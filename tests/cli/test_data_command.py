@@ -84,7 +84,7 @@ def test_convert_stops_at_a_bad_line_or_skips_it(
     assert "out must not exist without --force" in capsys.readouterr().err
     assert run_data("convert", broken, out, "--to", "trl", "--skip-bad", "--force") == 0
     assert run_data("convert", out, out, "--to", "pairs", "--force") == 2
-    assert "out must be another place than path" in capsys.readouterr().err
+    assert "out must not replace an input" in capsys.readouterr().err
 
 
 def test_a_dataset_with_a_missing_image_is_not_written(

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from stub_engine import StubEngine
 
+from mpo_ext.answers.matchers import MATCHERS as ALL_MATCHERS
 from mpo_ext.cli import sample as cli
+from mpo_ext.cli.shared import MATCHERS
 
 
 @pytest.fixture
@@ -152,3 +154,7 @@ def test_options_of_transformers_are_refused_with_vllm(
     args = parser.parse_args([*command, *option])
     assert args.run(args) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_help_lists_all_matchers() -> None:
+    assert set(MATCHERS) == set(ALL_MATCHERS)

@@ -609,6 +609,7 @@ def test_on_step_is_called_for_each_and_the_log_has_some_and_the_last(
     called: list[int] = []
     trained = recipe(tmp_path / "out", pairs, output__log_every=every, optim__max_steps=3)
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.lock").touch()
     (tmp_path / "out" / "log.jsonl").write_text('{"step": 77}\n')  # left by a run without a checkpoint
     loop.train(trained, model=model, processor=processor, on_step=lambda step, line: called.append(step))
     assert called == [1, 2, 3]
