@@ -11,16 +11,22 @@ import io
 import itertools
 import os
 import re
+import stat
 import urllib.parse
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from mpo_ext.checks import install_hint, shorten, type_and_value
+from mpo_ext.checks import check_integer, install_hint, shorten, type_and_value
 
 LIMIT_VARIABLE = "MPO_MAX_IMAGE_PIXELS"
-_DEFAULT_LIMIT = 178_956_970  # the number of pixels from which Pillow refuses to open an image by default
+_DEFAULT_LIMIT = 1 << 26  # pixels: 8192 x 8192, which take a few hundred MB while they are decoded
+# Formats that Pillow reads itself. It would start Ghostscript for EPS, for instance.
+_FORMATS = (
+    "PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "TGA", "PCX",
+    "SGI", "QOI", "DDS",
+)  # fmt: skip
+_GREY_BLOCK = 1 << 20  # pixels that are scaled at a time
 _SHOWN = 80  # maximum number of characters of a source in a message
 _URL = re.compile(r"data:|file:/|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(?=/)(?!//)", re.IGNORECASE)
@@ -47,8 +53,8 @@ def load_image(source: Any) -> Any:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ImageError: If the image cannot be read or has more pixels than the limit, its values have no known range, or
-            the source is another URL. URLs are not fetched.
+        ImageError: If the image cannot be read, is not a regular file in a known format, or has more pixels than the
+            limit, its values have no known range, or the source is another URL. URLs are not fetched.
         TypeError: If the source has another type.
         ImportError: If Pillow is not installed.
     """
@@ -136,12 +142,34 @@ def read_source(source: str) -> bytes:
 
     Raises:
         OSError: If the file cannot be read.
-        ImageError: If the ``data:`` URL is malformed, or the source is another URL.
+        ImageError: If the ``data:`` URL is malformed, the path is not a regular file, or the source is another URL.
     """
     if is_data_url(source):
         return _data_bytes(source)
     _check_is_local(source)
-    return Path(local_path(source)).read_bytes()
+    with _open_regular(local_path(source), source) as file:
+        return file.read()
+
+
+def read_image(source: str) -> bytes:
+    """Returns the result of ``read_source`` if it is an image, so that nothing else is copied or published.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ImageError: If ``load_image`` would raise it.
+    """
+    content = read_source(source)
+    try:
+        check_image(content)
+    except ImageError as error:
+        raise ImageError(f"{error}: {describe_source(source)}") from None
+    return content
+
+
+def set_max_pixels(limit: int) -> None:
+    """Sets the maximum number of pixels of an image in this process and those that it starts."""
+    check_integer("max_image_pixels", limit, least=1)
+    os.environ[LIMIT_VARIABLE] = str(limit)
 
 
 def max_pixels() -> int:
@@ -152,6 +180,23 @@ def max_pixels() -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise ValueError(f"{LIMIT_VARIABLE} must be a positive integer, got {shorten(text)}")
     return int(text)
+
+
+def _open_regular(path: str | os.PathLike[str], source: Any) -> IO[bytes]:
+    """Opens a regular file; raises ImageError for a pipe or a device, which could block or never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ImageError(f"image must be a regular file, got {describe_source(source)}")
+    return open(descriptor, "rb")
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Returns the names of the formats that may be opened and that this Pillow knows."""
+    pillow = _pillow()
+    pillow.init()
+    return tuple(name for name in _FORMATS if name in pillow.OPEN)
 
 
 def _pillow() -> Any:
@@ -170,9 +215,12 @@ def _opened(source: Any) -> Iterator[Any]:
         with _named_errors(source), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _check_size(source.size, limit)
+            if source.format not in (None, *_FORMATS):  # its pixels may not have been decoded yet
+                raise ImageError(f"be in one of the formats {', '.join(_FORMATS)}, got {source.format}")
             yield source
         return
     file: Any
+    stack = contextlib.ExitStack()
     if isinstance(source, (bytes, bytearray, memoryview)):
         file = io.BytesIO(source)
     elif isinstance(source, str) and is_data_url(source):
@@ -184,13 +232,15 @@ def _opened(source: Any) -> Iterator[Any]:
             file = local_path(source)
         if not os.path.exists(file):
             raise FileNotFoundError(f"image must be a file that exists, got {describe_source(source)}")
+        with _named_errors(source):
+            file = stack.enter_context(_open_regular(file, source))
     else:
         raise TypeError(f"image must be a path, a URL, bytes or a PIL image, got {type_and_value(source)}")
     if pillow.MAX_IMAGE_PIXELS is not None and limit > 2 * pillow.MAX_IMAGE_PIXELS:
         pillow.MAX_IMAGE_PIXELS = -(-limit // 2)  # Pillow refuses from twice this number on
-    with _named_errors(source), warnings.catch_warnings():
+    with stack, _named_errors(source), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about sizes below the limit and about unusual metadata
-        with pillow.open(file) as image:
+        with pillow.open(file, formats=_known_formats()) as image:
             _check_size(image.size, limit)
             yield image
 
@@ -206,9 +256,10 @@ def _named_errors(source: Any) -> Iterator[None]:
     except (FileNotFoundError, ImportError, MemoryError):
         raise
     except ImageError as error:
-        raise ImageError(f"image must {error} in {name}") from None
+        text = str(error)
+        raise ImageError(text if text.startswith("image must") else f"image must {text} in {name}") from None
     except UnidentifiedImageError:
-        raise ImageError(f"image must be in a format that Pillow can read, got {name}") from None
+        raise ImageError(f"image must be in a format that mpo_ext reads, such as PNG or JPEG, got {name}") from None
     except Image.DecompressionBombError:
         raise ImageError(
             f"image must have at most {max_pixels():,} pixels, got more in {name}: set {LIMIT_VARIABLE} to allow more"
@@ -341,7 +392,11 @@ def _grey(image: Any, transparency: object) -> tuple[Any, Any]:
                 f"one exceeds 1, got values from {_range(image)}"
             )
         most = 255
-    scaled = np.rint(values.astype(np.float64) * (255 / most)).clip(0, 255).astype(np.uint8)
+    scaled = np.empty(values.shape, np.uint8)
+    rows = max(_GREY_BLOCK // values.shape[1], 1)  # float64 takes 8 bytes per pixel, and several copies
+    for first in range(0, values.shape[0], rows):
+        part = values[first : first + rows].astype(np.float64) * (255 / most)
+        scaled[first : first + rows] = np.rint(part).clip(0, 255).astype(np.uint8)
     if image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         scaled = 255 - scaled  # Pillow inverts only up to 8 bits
     alpha = None

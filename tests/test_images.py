@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import subprocess
 import urllib.parse
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from image_files import ANIMATED, FILES, ImageFile, chunk, png, saved, tiff
 from PIL import Image
 
+from mpo_ext import images as image_module
 from mpo_ext.data import Pair, open_pairs, read_pairs, write_pairs
 from mpo_ext.data.check import check_pairs
 from mpo_ext.data.convert import convert
@@ -200,9 +202,9 @@ SOURCES = {
     f"data:image/png;base64,{LONG}!": "valid base64",
     f"data:image/png;base64,{LONG}x": "valid base64",  # one letter too many
     f"data:image/png;base64{LONG}": "a comma before the data",
-    f"data:image/png;base64,{'A' * 100_000}": "a format that Pillow can read",
-    f"data:image/svg+xml,<svg>{LONG}</svg>": "a format that Pillow can read",
-    "data:,": "a format that Pillow can read",
+    f"data:image/png;base64,{'A' * 100_000}": "a format that mpo_ext reads",
+    f"data:image/svg+xml,<svg>{LONG}</svg>": "a format that mpo_ext reads",
+    "data:,": "a format that mpo_ext reads",
 }
 BARE = base64.b64encode(FILES[0].content).decode()  # base64 without the beginning of a data URL
 PATHS = (f"/{LONG}", LONG, f"/images/{LONG}.png", BARE)
@@ -264,7 +266,9 @@ def test_a_truncated_file_is_refused(format: str, tmp_path: Path) -> None:
     content = saved(Image.fromarray(image_files.noise(3)), format)
     for share in (0.3, 0.6, 0.9):
         cut = content[: int(share * len(content))]
-        with pytest.raises(ImageError, match=r"image must be (readable|in a format that Pillow can read), got"):
+        with pytest.raises(
+            ImageError, match=r"image must be (readable|in a format that mpo_ext reads, such as .*), got"
+        ):
             load_image(cut)
         (tmp_path / "cut").write_bytes(cut)
         write_pairs(tmp_path / "p.jsonl", [Pair("q", "c", "r", ("cut",))])
@@ -279,6 +283,37 @@ def test_empty_files_folders_and_texts_are_refused(tmp_path: Path) -> None:
             load_image(source)
 
 
+def test_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("/dev/zero")
+    write_pairs(tmp_path / "p.jsonl", [Pair("q", "c", "r", (name,)) for name in ("a.png", "b.png")])
+    for name in ("a.png", "b.png"):
+        for read in (load_image, image_module.check_image, image_module.read_source, image_module.read_image):
+            with pytest.raises(ImageError, match=r"image must be a regular file, got .*[ab]\.png"):
+                read(str(tmp_path / name))
+    assert check_pairs(open_pairs(tmp_path / "p.jsonl")).totals() == {"missing image": 2}
+
+
+def test_only_formats_that_pillow_reads_itself_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n1 0 0 rg 0 0 9 9 rectfill\n%%EOF\n"
+    (tmp_path / "a.png").write_bytes(eps)
+    started = []
+    monkeypatch.setattr(subprocess, "check_call", started.append)
+    for source in (eps, tmp_path / "a.png", Image.open(io.BytesIO(eps))):
+        with pytest.raises(ImageError, match="format"):
+            load_image(source)
+    assert not started
+
+
+def test_a_grey_image_of_16_bits_is_scaled_in_parts_without_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(128, 512)
+    image = Image.fromarray(values)
+    whole = np.asarray(load_image(image))
+    monkeypatch.setattr(image_module, "_GREY_BLOCK", 1500)
+    assert (np.asarray(load_image(image)) == whole).all()
+    assert (whole[..., 0] == np.rint(values * (255 / 65535))).all()
+
+
 def test_the_limit_of_pixels_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     header = png(8, 0, [])[:16]
     rest = png(8, 0, [])[24:]
@@ -288,13 +323,13 @@ def test_the_limit_of_pixels_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None
         crc = __import__("zlib").crc32(body[12:29]).to_bytes(4, "big")
         return body[:29] + crc + body[33:]
 
-    for size in ((13_378, 13_378), (200_000, 200_000)):
-        with pytest.raises(ImageError, match=r"at most 178,956,970 pixels.*MPO_MAX_IMAGE_PIXELS"):
+    for size in ((8_192, 8_193), (200_000, 200_000)):
+        with pytest.raises(ImageError, match=r"at most 67,108,864 pixels.*MPO_MAX_IMAGE_PIXELS"):
             load_image(sized(*size))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Pillow warns from half as many pixels on
         with pytest.raises(ImageError, match="truncated"):
-            load_image(sized(13_377, 13_377))
+            load_image(sized(8_192, 8_192))
     content = saved(Image.new("RGB", (40, 25)), "PNG")
     monkeypatch.setenv("MPO_MAX_IMAGE_PIXELS", "999")
     for source in (content, Image.new("L", (40, 25))):

@@ -64,6 +64,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="largest number of questions on the page of failures (default: 5000)",
     )
     shared.add_engine(parser)
+    shared.add_image_limit(parser)
     shared.add_debug(parser)
     parser.set_defaults(run=run_evaluate)
 

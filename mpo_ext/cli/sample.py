@@ -90,6 +90,7 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
         "template, or final_answer)",
     )
     shared.add_matcher(parser)
+    shared.add_image_limit(parser)
     shared.add_debug(parser)
 
 

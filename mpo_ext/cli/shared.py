@@ -10,6 +10,8 @@ from typing import Any
 
 from mpo_ext.checks import LinesError, install_hint
 
+# The names in ``mpo_ext.answers`` and ``mpo_ext.generate.prompts``, which are imported when a command runs.
+MATCHERS = ("exact", "choice", "number", "chart", "anls", "vqa", "math", "custom", "any")
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -24,6 +26,10 @@ def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], C
         @functools.wraps(run)
         def guarded(args: argparse.Namespace) -> int:
             try:
+                if getattr(args, "max_image_pixels", None) is not None:
+                    from mpo_ext.images import set_max_pixels
+
+                    set_max_pixels(args.max_image_pixels)
                 status = run(args)
                 sys.stdout.flush()
                 return status
@@ -98,6 +104,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         return namespace, [text for text in rest if text not in late]
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def add_image_limit(parser: argparse.ArgumentParser) -> None:
+    """Adds the option ``--max-image-pixels``, which ``command`` applies."""
+    text = "maximum number of pixels of an image; a larger one is refused (default: 67108864)"
+    parser.add_argument("--max-image-pixels", type=at_least(1), metavar="N", help=text)
 
 
 def add_root_map(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +196,9 @@ def chat_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_matcher(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the matcher that compares answers."""
-    parser.add_argument("--matcher", default="vqa", help="how answers are compared (default: vqa)")
+    parser.add_argument(
+        "--matcher", default="vqa", help=f"how answers are compared: {', '.join(MATCHERS)} (default: vqa)"
+    )
     parser.add_argument(
         "--matcher-option", action="append", default=[], metavar="NAME=JSON", help="option of the matcher"
     )

@@ -1,9 +1,9 @@
 """The ``mpo-ext train`` command, which imports its dependencies when it runs."""
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
+from mpo_ext.checks import environment_integer
 from mpo_ext.cli.shared import add_debug, add_recipe, command
 
 if TYPE_CHECKING:
@@ -36,9 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @command("train", extra="train")
 def run_train(args: argparse.Namespace) -> int:
     """Runs ``mpo-ext train`` and returns the exit status; a dry run returns 1 if the trainer cannot use the data."""
+    from mpo_ext.images import set_max_pixels
     from mpo_ext.train.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
+    if recipe.data.max_image_pixels is not None:
+        set_max_pixels(recipe.data.max_image_pixels)
     if not args.dry_run:
         if args.world is not None:
             raise ValueError(f"--world must come with --dry-run, got {args.world} without it")
@@ -49,8 +52,8 @@ def run_train(args: argparse.Namespace) -> int:
     from mpo_ext.plan.report import print_plan
     from mpo_ext.processors import check_model
 
-    planned = plan(recipe, world=args.world or int(os.environ.get("WORLD_SIZE", "1")))
-    if int(os.environ.get("RANK", "0")) != 0:
+    planned = plan(recipe, world=args.world or environment_integer("WORLD_SIZE", 1))
+    if environment_integer("RANK", 0) != 0:
         return 0
     check_model(recipe.model.path, revision=recipe.model.revision)
     if recipe.reference.path is not None:

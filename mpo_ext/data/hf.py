@@ -21,7 +21,7 @@ from mpo_ext.data.reader import Location, PairSequence, raise_bad_line
 from mpo_ext.data.records import Pair
 from mpo_ext.data.trl import Kind, from_trl, to_trl
 from mpo_ext.files import atomic_write, sync_folder, sync_tree
-from mpo_ext.images import is_url, read_source
+from mpo_ext.images import is_url, read_image
 
 if TYPE_CHECKING:
     import datasets
@@ -59,6 +59,7 @@ def to_dataset(
     Raises:
         ImportError: If Hugging Face datasets is not installed.
         OSError: If ``embed`` is True and an image cannot be read.
+        ImageError: If ``embed`` is True and a file is not an image; nothing else is stored.
     """
     datasets = require_datasets()
     check_choice("kind", kind, get_args(Kind))
@@ -104,10 +105,10 @@ _temporary_folders: list[tempfile.TemporaryDirectory] = []
 
 def _encoded(path: str, embed: bool) -> dict[str, Any]:
     if is_url(path):
-        return {"path": None, "bytes": read_source(path)}
+        return {"path": None, "bytes": read_image(path)}
     if not embed:
         return {"path": path, "bytes": None}
-    return {"path": os.path.basename(path), "bytes": read_source(path)}
+    return {"path": os.path.basename(path), "bytes": read_image(path)}
 
 
 def save_dataset(
@@ -116,7 +117,7 @@ def save_dataset(
     """Writes a dataset with its images for ``datasets.load_from_disk``; it appears complete or not at all.
 
     Args:
-        folder: Folder of the dataset. An existing folder is replaced if it is empty or a dataset.
+        folder: Folder of the dataset. An existing folder is replaced if it holds only a dataset.
         pairs: The pairs, or a function that returns a new iterator over the pairs.
         kind: "standard" or "conversational".
 
@@ -124,11 +125,11 @@ def save_dataset(
         The number of rows.
 
     Raises:
-        FileExistsError: If ``folder`` exists and is neither empty nor a dataset.
+        FileExistsError: If ``folder`` exists and holds anything but a dataset.
     """
     target = Path(folder)
-    if target.exists() and not (target / "state.json").exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"folder must be empty or hold a dataset, got {target}")
+    if target.exists() and not (target.is_dir() and all(map(_is_dataset_file, target.iterdir()))):
+        raise FileExistsError(f"folder must be empty or hold only a dataset, got {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as work:
         dataset = to_dataset(pairs, kind, embed=True, cache_dir=Path(work, "cache"))
@@ -140,6 +141,11 @@ def save_dataset(
         os.replace(written, target)
     sync_folder(target.parent)
     return len(dataset)
+
+
+def _is_dataset_file(path: Path) -> bool:
+    """Returns whether ``save_to_disk`` or a use of the dataset may have written a file."""
+    return path.is_file() and (path.suffix == ".arrow" or path.name in ("state.json", "dataset_info.json"))
 
 
 class DatasetPairs(PairSequence):
@@ -242,7 +248,8 @@ def _plain(value: Any) -> Any:
 
 
 def save_bytes(folder: Path, content: bytes) -> str:
-    """Stores the bytes of an image in a file named after their hash, and returns the path."""
+    """Stores the bytes of an image in a file named after their hash, and returns the absolute path."""
+    folder = folder.absolute()  # relative paths of images start at the root of a source
     suffix = _SUFFIXES.get(_mime(content).removeprefix("image/"), "")
     path = folder / f"{hashlib.blake2b(content, digest_size=12).hexdigest()}{suffix}"
     if not path.exists():

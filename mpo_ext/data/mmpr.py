@@ -23,7 +23,7 @@ from mpo_ext.checks import check_index, shorten
 from mpo_ext.data.containers import ROWS_ADVICE, refuse_rows
 from mpo_ext.data.jsonl import LineFile, dump_line, parse_object
 from mpo_ext.data.messages import refuse_meaning
-from mpo_ext.data.paths import RootMap, absolute_path, below, map_root
+from mpo_ext.data.paths import RootMap, absolute_path, below, map_root, real_path
 from mpo_ext.data.reader import MAX_LINE_BYTES, FieldError, Location, PairSequence
 from mpo_ext.data.records import SOURCE, Pair
 from mpo_ext.files import atomic_write, write_json
@@ -253,6 +253,14 @@ def resolve_image(image: str, root: str) -> str:
     normal, base = os.path.normpath(joined), os.path.normpath(root)
     if below(normal, base) is None or "\0" in image:
         raise FieldError(f"image must stay inside {root}, got {describe_source(image)!r}", kind="bad image path")
+    folder, name = os.path.split(joined)
+    real = os.path.realpath(joined) if os.path.islink(joined) else os.path.join(real_path(folder), name)
+    if below(real, real_path(root)) is None:
+        raise FieldError(
+            f"image must stay inside {root}, got {describe_source(image)!r}, a link to {describe_source(real)}: name "
+            "the folder of the files as root (or with root_map), or copy them",
+            kind="bad image path",
+        )
     return joined
 
 

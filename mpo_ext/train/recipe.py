@@ -119,6 +119,8 @@ class DataRecipe:
         skip_bad: Whether to skip and count unreadable pairs (a bad line, a missing image) instead of stopping.
         group_prompts: Whether pairs with the same prompt are placed next to each other, which lets them share a row.
         workers: Number of processes that read and encode pairs in advance; 0: the training process does this work.
+        max_image_pixels: Maximum number of pixels of an image; a pair with a larger image is unreadable. None: that of
+            the environment variable MPO_MAX_IMAGE_PIXELS, or 8192 x 8192.
     """
 
     train: Annotated[Sources, NOT_EMPTY]
@@ -128,6 +130,7 @@ class DataRecipe:
     skip_bad: StrictBool = False
     group_prompts: StrictBool = False
     workers: Count = 0
+    max_image_pixels: Length | None = None
 
 
 @section

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import datetime
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from mpo_ext.chat.encoder import embedding_rows_of, stop_ids_of
-from mpo_ext.checks import check_model_path
+from mpo_ext.checks import check_model_path, environment_integer
+from mpo_ext.images import set_max_pixels
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.processors import check_model, check_supported
 from mpo_ext.train.dataset import Collator, RunData, without_responses
@@ -58,6 +58,9 @@ def make_accelerator(recipe: Recipe) -> Any:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
 
+    launched = environment_integer("WORLD_SIZE", 1)
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        environment_integer(name, 0)
     accelerator = Accelerator(
         mixed_precision=_PRECISIONS[recipe.precision],
         # A forward without images leaves the parameters of the vision tower unused.
@@ -65,8 +68,7 @@ def make_accelerator(recipe: Recipe) -> Any:
         log_with=list(recipe.output.trackers) or None,
         project_dir=str(Path(recipe.output.dir)),
     )
-    launched = os.environ.get("WORLD_SIZE", "1")
-    if launched.isdigit() and int(launched) != accelerator.num_processes:
+    if launched != accelerator.num_processes:
         raise ValueError(
             f"processes must be the {launched} that the launcher started, got {accelerator.num_processes} in "
             "accelerate: each process would train on all pairs in the same folder; without GPUs, use accelerate "
@@ -84,6 +86,8 @@ def set_up(
     If ``model`` is None, ``recipe.model.path`` and its processor are loaded instead. ``date`` is the date that the
     chat template may write.
     """
+    if recipe.data.max_image_pixels is not None:
+        set_max_pixels(recipe.data.max_image_pixels)
     if recipe.reference.path is not None:
         check_model_path("reference.path", recipe.reference.path)
         check_model(recipe.reference.path)

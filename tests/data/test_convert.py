@@ -1,5 +1,6 @@
 """Conversions between all formats, and writers that fail."""
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from mmpr_files import PAIR
 
 from mpo_ext.data import (
+    BadLine,
     Pair,
     open_pairs,
     read_meta,
@@ -14,7 +16,9 @@ from mpo_ext.data import (
     write_pairs,
 )
 from mpo_ext.data.convert import convert
+from mpo_ext.data.hf import to_dataset
 from mpo_ext.data.trl import write_trl
+from mpo_ext.images import ImageError
 
 
 def assert_same_mmpr(meta: Path, other: Path) -> None:
@@ -83,3 +87,16 @@ def test_a_writer_that_fails_keeps_the_existing_files(tmp_path: Path, mmpr: Path
         with pytest.raises(KeyError):
             write(out, failing())
         assert {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()} == before
+
+
+def test_only_images_are_copied_into_a_dataset(tmp_path: Path) -> None:
+    secret = tmp_path / "id_rsa"
+    secret.write_text("-----BEGIN OPENSSH PRIVATE KEY-----")
+    (tmp_path / "link.png").symlink_to(secret)
+    for image in (str(secret), "link.png", f"data:image/png;base64,{base64.b64encode(b'no image').decode()}"):
+        write_pairs(tmp_path / "p.jsonl", [Pair("q", "c", "r", (image,))])
+        with pytest.raises(BadLine, match="image must be in a format"):
+            convert(open_pairs(tmp_path / "p.jsonl"), tmp_path / "out", "hf")
+        with pytest.raises(ImageError, match="image must be in a format"):
+            to_dataset([Pair("q", "c", "r", (str(tmp_path / image) if "data" not in image else image,))], embed=True)
+    assert not (tmp_path / "out").exists()

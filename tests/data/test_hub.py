@@ -51,13 +51,18 @@ def check_rlaif_v(source: Any, images: Path, cache: Path, count: int) -> None:
     assert pairs[0] == Pair("q0", "c", "r", (image,), provenance=ORIGIN)
 
 
-def test_parquet_files_are_read_and_images_are_stored(images: Path, tmp_path: Path, cache: Path) -> None:
+def test_parquet_files_are_read_and_images_are_stored(
+    images: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rlaif_v(images).to_parquet(str(tmp_path / "RLAIF-V-Dataset_000.parquet"))
     source = open_pairs(tmp_path / "RLAIF-V-Dataset_000.parquet")
     check_rlaif_v(source, images, cache, 2)
     assert str(source.pairs.locate(1)) == f"{tmp_path / 'RLAIF-V-Dataset_000.parquet'}:2"
     other = open_pairs(tmp_path / "RLAIF-V-Dataset_000.parquet", image_dir=tmp_path / "out")
     assert Path(other.pairs[0].images[0]).parent == tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    (_, pair), _ = open_pairs(tmp_path / "RLAIF-V-Dataset_000.parquet", image_dir="out", root=tmp_path / "root").scan()
+    assert pair.images[0] == other.pairs[0].images[0]  # not below the root
 
 
 def test_a_folder_of_shards_is_one_table(images: Path, tmp_path: Path, cache: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mmpr_files import LINES, PAIR, SETTINGS
+from mmpr_files import GOOD, LINES, PAIR, SETTINGS
 
 from mpo_ext.data import (
     BadLine,
@@ -59,6 +59,20 @@ def test_dots_and_absolute_paths_inside_the_root_are_kept_as_written(images: Pat
     assert all(os.path.exists(pair.images[0]) for pair in MMPRDataset(meta)[:3])
     write_mmpr(meta.parent / "out", MMPRDataset(meta))
     assert (meta.parent / "out/annotations/odd.jsonl").read_bytes() == (meta.parent / "odd.jsonl").read_bytes()
+
+
+def test_a_link_out_of_the_root_is_a_bad_line(images: Path, tmp_path: Path, write_lines: Any) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "b.png").write_bytes((images / "a.png").read_bytes())
+    (images / "file.png").symlink_to(tmp_path / "secret" / "b.png")
+    (images / "folder").symlink_to(tmp_path / "secret")
+    (images / "inside.png").symlink_to(images / "a.png")
+    for image in ("file.png", "folder/b.png"):
+        meta = write_lines("links", [{**GOOD, "image": image}])
+        with pytest.raises(BadLine, match=r"image must stay inside .*, a link to .*secret/b\.png"):
+            list(MMPRDataset(meta))
+    (pair,) = MMPRDataset(write_lines("links", [{**GOOD, "image": "inside.png"}]))
+    assert pair.images == (f"{images}/inside.png",)
 
 
 def test_a_root_of_slash_allows_every_absolute_path() -> None:
