@@ -5,10 +5,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from mpo_ext.answers.normalize import fold
 from mpo_ext.checks import shorten
 
 #: Version of the verdicts, which changes if a matcher may decide in another way; journals store it with each verdict.
-VERDICT_VERSION = 3
+VERDICT_VERSION = 4
+#: Length in characters up to which matchers compare answers, because their time grows with the square of the length.
+LONGEST_ANSWER = 2000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Matcher(abc.ABC):
     """The base class of all matchers. A subclass has its options as attributes and compares an answer with a truth."""
 
     kind: ClassVar[str]
+    longest: ClassVar[int | None] = LONGEST_ANSWER  # characters; None: the time is linear
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
         """Compares an answer with the truth, or with each of several truths, and returns the best verdict.
@@ -47,11 +51,24 @@ class Matcher(abc.ABC):
             truth: The true answer, or a list of answers that are all right.
         """
         truths = self._check(prediction, truth)
-        if is_empty(prediction, truths):
-            return self._verdict(None, "empty", prediction, truths[0])
+        if (verdict := self._early_verdict(prediction, truths)) is not None:
+            return verdict
         if len(truths) == 1:
             return self._compare(prediction, truths[0])
         return max((self._compare(prediction, each) for each in truths), key=rank)
+
+    def _early_verdict(self, prediction: str, truths: Sequence[str]) -> Verdict | None:
+        """Returns the verdict on texts that are blank or too long to compare; None for all others.
+
+        Longer texts are equal if they are the same apart from case and spaces; otherwise, the answer is unreadable.
+        """
+        if is_empty(prediction, truths):
+            return self._verdict(None, "empty", prediction, truths[0])
+        if self.longest is None or max(len(prediction), *map(len, truths)) <= self.longest:
+            return None
+        folded = fold(prediction)
+        same = [truth for truth in truths if fold(truth) == folded]
+        return self._verdict(True if same else None, "length", folded, [*same, *truths][0])
 
     def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "Matcher":
         """Returns the matcher for a question with these options; only matchers of choices depend on them."""

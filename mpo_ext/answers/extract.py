@@ -2,15 +2,16 @@
 
 import re
 
-from mpo_ext.answers.normalize import clean_answer, closing_brace
+from mpo_ext.answers.normalize import BRACES, clean_answer, closing_brace
 
 STYLES = ("final_answer", "boxed", "answer", "direct")
 REGEX_PREFIX = "regex:"
 
 _EMPHASIS = r"(?:\*\*|__|\*|_)"
 _MARKERS = {
-    "final_answer": re.compile(rf"(?<!\w)final\s+answer{_EMPHASIS}?(?:\s+is)?\s*{_EMPHASIS}?\s*[:\uff1a]", re.I),
-    "answer": re.compile(rf"(?<![^\W_])answer{_EMPHASIS}?(?:\s+is)?\s*{_EMPHASIS}?\s*[:\uff1a]", re.I),
+    # Spaces can be matched in one way only, so that the time is linear.
+    "final_answer": re.compile(rf"(?<!\w)final\s+answer{_EMPHASIS}?(?:\s+is)?\s*(?:{_EMPHASIS}\s*)?[:\uff1a]", re.I),
+    "answer": re.compile(rf"(?<![^\W_])answer{_EMPHASIS}?(?:\s+is)?\s*(?:{_EMPHASIS}\s*)?[:\uff1a]", re.I),
 }
 _CLOSED_EMPHASIS = re.compile(rf"{_EMPHASIS}(?=\s|$)")
 _MATH_BLOCKS = (("\\[", "\\]"), ("$$", "$$"))
@@ -76,9 +77,15 @@ def last_box(response: str) -> str | None:
 
 def all_boxes(text: str) -> list[str]:
     r"""Returns the contents of all ``\boxed{}`` in a text that have a closing brace."""
-    openings = [box.end() for box in re.finditer(r"\\boxed\s*(?=\{)", text)]
-    ends = [(opening, closing_brace(text, opening)) for opening in openings]
-    return [text[opening + 1 : end] for opening, end in ends if end is not None]
+    openings = {box.end() for box in re.finditer(r"\\boxed\s*(?=\{)", text)}
+    contents: dict[int, str] = {}
+    open_braces: list[int] = []
+    for brace in BRACES.finditer(text):
+        if brace[0] == "{":
+            open_braces.append(brace.start())
+        elif brace[0] == "}" and open_braces and (opening := open_braces.pop()) in openings:
+            contents[opening] = text[opening + 1 : brace.start()]
+    return [contents[opening] for opening in sorted(contents)]
 
 
 def _after_marker(marker: re.Pattern[str], response: str) -> str | None:

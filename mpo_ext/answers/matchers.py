@@ -28,6 +28,7 @@ class CustomMatcher(Matcher):
     """
 
     kind: ClassVar[str] = "custom"
+    longest: ClassVar[int | None] = None
     function: str | Callable[[str, str], bool | float | Verdict | None]
     accept: float = 1.0
 
@@ -76,6 +77,7 @@ class AnyMatcher(Matcher):
     """
 
     kind: ClassVar[str] = "any"
+    longest: ClassVar[int | None] = None
     matchers: Sequence[Matcher | str | Mapping[str, Any]]
 
     def __post_init__(self) -> None:

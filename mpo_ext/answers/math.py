@@ -142,7 +142,7 @@ def _split_unit(text: str) -> tuple[str, str]:
     match = _TRAILING_UNIT.search(text)
     if match is None or not text[: match.start()].strip(" ({[$"):
         return text, ""
-    unit = (match[1] or match[2]).strip() + (f"^{match[3]}" if match[3] else "")
+    unit = (match[1] or match[2] or "").strip() + (f"^{match[3]}" if match[3] else "")
     parsed = parse_unit(unit) if unit else None
     if parsed is None or not parsed.is_known or (match[2] and len(match[2]) == 1):  # a single letter is a variable
         return text, ""

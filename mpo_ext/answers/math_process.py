@@ -127,7 +127,8 @@ class MathProcess:
         if self._process is None or self._process.poll() is not None:
             self._stop()
             self._process = subprocess.Popen(
-                [sys.executable, "-c", self.START, json.dumps(sys.path)],
+                # -I: otherwise "-c" imports from the current folder, which may hold anyone's json.py.
+                [sys.executable, "-I", "-c", self.START, json.dumps(_import_path())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -172,6 +173,13 @@ class MathProcess:
     def close(self) -> None:
         with self._lock:
             self._stop()
+
+
+def _import_path() -> list[str]:
+    """Returns the folders to import from, without the current folder; the folder of mpo_ext comes last."""
+    here = os.path.realpath(os.curdir)
+    folders = [folder for folder in sys.path if folder and os.path.realpath(folder) != here]
+    return [*folders, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
 
 
 _inherited: list[MathProcess] = []  # of the parent process; a forked child must neither end nor await them

@@ -3,6 +3,9 @@
 import re
 
 _WRAPPERS = (("**", "**"), ("*", "*"), ("`", "`"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+_MAX_WRAPPINGS, _LONG, _MAX_WRAPPINGS_OF_LONG = 50, 2000, 4  # each is removed in a pass over the answer
+#: Braces and escaped characters; an escaped brace does not count.
+BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _MARKUP = re.compile(r"[*`$\\.\u3002]")
 _TEXT_COMMAND = re.compile(r"\\(?:boxed|text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*(?=\{)")
 # Maps full-width characters and minus-like signs to ASCII. NFKC would also turn a superscript into a digit.
@@ -19,8 +22,7 @@ def clean_answer(answer: str) -> str:
     r"""Removes the wrapping of an answer: markdown, math delimiters, ``\boxed{}``, ``\text{}`` and a final period."""
     if not _MARKUP.search(answer):
         return answer.strip()
-    before = None
-    while answer != before:
+    for _ in range(_MAX_WRAPPINGS if len(answer) <= _LONG else _MAX_WRAPPINGS_OF_LONG):
         before = answer
         answer = answer.strip()
         for left, right in _WRAPPERS:
@@ -36,21 +38,16 @@ def clean_answer(answer: str) -> str:
         is_abbreviation = re.search(r"[^\W\d]\.[^\W\d]\.$", answer)
         if answer.endswith((".", "\u3002")) and not answer.endswith("..") and not is_abbreviation:
             answer = answer[:-1]
+        if answer == before:
+            break
     return answer
 
 
 def closing_brace(text: str, opening: int) -> int | None:
     """Returns the index of the brace that closes the brace at ``opening``, or None; escaped braces do not count."""
     depth = 0
-    position = opening
-    while position < len(text):
-        if text[position] == "\\":
-            position += 1
-        elif text[position] == "{":
-            depth += 1
-        elif text[position] == "}":
-            depth -= 1
-            if depth == 0:
-                return position
-        position += 1
+    for brace in BRACES.finditer(text, opening):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
+            return brace.start()
     return None

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-from mpo_ext.answers.base import Matcher, Verdict, check_flag, is_empty, rank
+from mpo_ext.answers.base import Matcher, Verdict, check_flag, rank
 from mpo_ext.answers.normalize import fold
 from mpo_ext.answers.number_text import parse_number
 from mpo_ext.answers.numbers import NumberRule
@@ -23,6 +23,7 @@ class ExactMatcher(Matcher):
     """
 
     kind: ClassVar[str] = "exact"
+    longest: ClassVar[int | None] = None
     ignore_case: bool = False
 
     def __post_init__(self) -> None:
@@ -163,8 +164,8 @@ class VqaMatcher(Matcher):
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
         """Compares an answer with the answers of all annotators and returns a single verdict."""
         truths = self._check(prediction, truth)
-        if is_empty(prediction, truths):
-            return self._verdict(None, "empty", prediction, truths[0])
+        if (verdict := self._early_verdict(prediction, truths)) is not None:
+            return verdict
         verdicts = [self._compare(prediction, text) for text in truths]
         agreeing = sum(verdict.correct is True for verdict in verdicts)
         score = min(10 * agreeing / (3 * len(truths)), 1.0)

@@ -4,8 +4,11 @@ import itertools
 import multiprocessing
 import pickle
 import re
+import subprocess
+import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -516,6 +519,23 @@ def test_math_in_forked_daemon_workers():
         theirs = pool.map_async(_math_in_worker, range(6)).get(timeout=60)
     assert math_process.math_process()._process.pid not in theirs
     assert matcher("math")("\\sqrt{4}/4", "0.5").correct
+
+
+@needs_math_verify
+@pytest.mark.parametrize("start", ["-c", "-m"])
+def test_the_process_imports_nothing_from_the_current_folder(start, tmp_path):
+    code = "from mpo_ext.answers import matcher; print(matcher('math')('\\\\sqrt{4}/4', '0.5').correct)"
+    (tmp_path / "started.py").write_text(code)
+    for name in ("json", "logging", "sympy", "math_verify"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('planted code ran')")
+    # The parent has imported its modules before it enters the folder.
+    enter = f"import json, logging, mpo_ext.answers; import os; os.chdir({str(tmp_path)!r})\n"
+    command = [sys.executable, "-c", enter + code]
+    if start == "-m":
+        command = [sys.executable, "-c", f"{enter}import sys; sys.path.insert(0, ''); exec(open('started.py').read())"]
+    root = Path(math_process.__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
 
 
 @needs_math_verify

@@ -1,0 +1,82 @@
+"""No answer takes long. ``make audit`` tries 10,000 answers with 50 ms each; the default suits a busy machine."""
+
+import os
+import random
+import time
+
+import pytest
+from hostile_answers import FOUND, hostile_answer
+
+from mpo_ext.answers import STYLES, extract_answer, matcher
+from mpo_ext.answers.extract import all_boxes
+from mpo_ext.answers.matchers import MATCHERS
+from mpo_ext.answers.math import MathMatcher
+from mpo_ext.answers.math_process import MathProcess
+
+CASES = int(os.environ.get("MPO_HOSTILE_ANSWERS", "150"))
+SECONDS = float(os.environ.get("MPO_HOSTILE_SECONDS", "1"))
+KINDS = [kind for kind in MATCHERS if kind not in ("custom", "any")]
+TRUTHS = ("7", "x . . .", "A", "a brown dog", "\\frac{1}{2}", "1,234.5 km")
+
+
+@pytest.fixture(autouse=True)
+def _without_helper_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The helper process of the matcher "math" has its own limit of time."""
+    monkeypatch.setattr(MathProcess, "compare", lambda *arguments: "unfinished")
+
+
+def seconds_of(answer: str, truths: tuple[str, ...] = TRUTHS) -> dict[str, float]:
+    """Returns the CPU time of each style and matcher, for the slowest truth."""
+    seconds = {}
+
+    def measure(name: str, call: object, *arguments: object) -> object:
+        start = time.thread_time()
+        result = call(*arguments)
+        seconds[name] = max(seconds.get(name, 0), time.thread_time() - start)
+        return result
+
+    extracted = {measure(style, extract_answer, answer, style) for style in STYLES} | {answer}
+    for kind in KINDS:
+        rule = matcher(kind)
+        for text in extracted - {None, ""}:
+            for truth in (*truths, answer):
+                measure(kind, rule, text, truth)
+                measure(kind, rule, truth, text)
+    return seconds
+
+
+def check(answer: str) -> None:
+    slow = {name: taken for name, taken in seconds_of(answer).items() if taken > SECONDS}
+    if slow:  # once more, because of what else runs on the machine; the caches are empty for another text
+        slow = {name: taken for name, taken in seconds_of(answer + ".").items() if taken > SECONDS}
+    assert not slow, (answer[:60], len(answer), slow)
+
+
+@pytest.mark.parametrize("number", range(len(FOUND)))
+def test_the_answers_that_took_long(number: int) -> None:
+    check(FOUND[number])
+
+
+def test_hostile_answers() -> None:
+    rng = random.Random(CASES)
+    for _ in range(CASES):
+        check(hostile_answer(rng))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_answer_is_right_only_if_it_is_the_truth(kind: str) -> None:
+    rule, long = matcher(kind), "a brown dog " * 500
+    assert rule(long, long.upper() if kind != "exact" else long).correct is True
+    verdict = rule(long, long + "x")
+    assert (verdict.correct, verdict.rule) == ((False, "exact:text") if kind == "exact" else (None, f"{kind}:length"))
+    assert rule(long, "7").correct is (False if kind == "exact" else None)
+
+
+def test_all_boxes_are_found_in_one_pass() -> None:
+    assert all_boxes("\\boxed{a} } \\boxed{b{c}\\}} \\boxed {\\boxed{d}} \\boxed{e") == [
+        "a",
+        "b{c}\\}",
+        "\\boxed{d}",
+        "d",
+    ]
+    assert MathMatcher.longest == 2000
