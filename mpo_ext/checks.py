@@ -14,6 +14,9 @@ def install_hint(extra: str) -> str:
     return f"install the extra '{extra}' of mpo-ext (in its source tree: pip install '.[{extra}]')"
 
 
+_MAX_DEPTH = 100
+
+
 class LinesError(ValueError):
     """An error whose message has several lines; commands print these line breaks."""
 
@@ -75,6 +78,31 @@ def check_model_path(name: str, path: str) -> None:
     parent = os.path.dirname(path)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or (parent and os.path.isdir(parent)):
         raise FileNotFoundError(f"{name} must be a folder here or a hub id, got {path}: the folder does not exist")
+
+
+def environment_integer(name: str, default: int) -> int:
+    """Returns the integer in an environment variable of a launcher, or ``default`` if the variable is not set.
+
+    Raises:
+        ValueError: If the value is not an integer of at least 0.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(f"{name} must be an integer of at least 0 in the environment, got {text!r}")
+    return int(text)
+
+
+def is_nested_deeply(value: object) -> bool:
+    """Returns whether lists and dicts are nested more than 100 deep; recursive functions could fail then."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
+        level = [inner for part in parts for inner in part if isinstance(inner, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def check_json(name: str, value: object) -> None:

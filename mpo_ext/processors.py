@@ -4,12 +4,15 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from mpo_ext.chat.encoder import as_ids
 from mpo_ext.checks import install_hint
 
+_CACHED_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
+_HUB_SECONDS = 10.0
 _HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
 # Types that transformers also loads as causal models; their attention is causal only if ``is_decoder`` is set.
 _ENCODERS = {
@@ -25,6 +28,40 @@ def takes_images(config: Any) -> bool:
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def check_on_hub(name: str, path: str) -> None:
+    """Raises FileNotFoundError if a path is neither a file or folder here nor a model in the cache or on the hub.
+
+    It asks the hub once. Without it, ``from_pretrained`` asks several times, and its error does not say that no folder
+    of this name exists.
+
+    Args:
+        name: Name of the argument in messages.
+        path: Folder or hub name of the model.
+    """
+    if os.path.exists(path) or "://" in path:
+        return
+    import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+
+    here = (
+        f"{name} must be a folder here or a model of the Hugging Face hub, got {path}: no folder {path} exists in "
+        f"{os.getcwd()}"
+    )
+    try:
+        for file in _CACHED_FILES:
+            if isinstance(hub.try_to_load_from_cache(path, file), str):
+                return
+        reason = "HF_HUB_OFFLINE is set, and the cache does not hold the model"
+        if not hub.constants.HF_HUB_OFFLINE:
+            hub.get_hf_file_metadata(hub.hf_hub_url(path, "config.json"), timeout=_HUB_SECONDS)
+            return
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return  # the model exists in another form
+    except Exception as error:  # huggingface_hub and its HTTP library raise many types
+        reason = f"the hub does not give it ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+    raise FileNotFoundError(f"{here}, and {reason}")
 
 
 def load_processor(path: str, config: Any, **options: Any) -> Any:
@@ -79,6 +116,7 @@ def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
     """
     from transformers import AutoConfig, GenerationConfig
 
+    check_on_hub("model", path)
     hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
     with _torchvision_errors(path):
         config = AutoConfig.from_pretrained(path, **hub)
@@ -96,6 +134,7 @@ def check_model(path: str, **options: Any) -> None:
 
     ``options`` are passed to ``from_pretrained``.
     """
+    check_on_hub("model", path)
     with _torchvision_errors(path):
         from transformers import AutoConfig
 

@@ -7,6 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mpo_ext.chat.time_limit import time_limit
+
+#: Seconds that rendering a conversation may take, which takes milliseconds. A template may loop for ever.
+RENDER_SECONDS = 60.0
 PROBE = "Qz7 probe 7zQ"  # a response that does not occur in any template
 OPEN_TAG = re.compile(r"<(\w+)>\s*$")
 _OTHER_PROBE = "Xk3 other 3kX"
@@ -92,9 +96,10 @@ class Renderer:
         return list(ids)
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-        return self._processor.apply_chat_template(
-            list(messages), chat_template=self._template, **options, **self._kwargs
-        )
+        with time_limit(RENDER_SECONDS, "the chat template"):
+            return self._processor.apply_chat_template(
+                list(messages), chat_template=self._template, **options, **self._kwargs
+            )
 
 
 def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:

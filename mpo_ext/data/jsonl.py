@@ -4,6 +4,8 @@ import collections
 import json
 import math
 import os
+import threading
+import weakref
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mpo_ext.checks import check_index, check_integer, shorten
+from mpo_ext.checks import check_index, check_integer, is_nested_deeply, shorten
 from mpo_ext.data.media import check_media, drop_fields
 from mpo_ext.data.paths import RootMap, map_roots
 from mpo_ext.data.reader import MAX_LINE_BYTES, BadLine, FieldError, Location, PairSequence, raise_bad_line
@@ -23,10 +25,16 @@ _CHUNK = 1 << 20
 UNREADABLE = "$unreadable"
 
 
+_MOST_OPEN = 64
+_open_files: "dict[int, weakref.ref[LineFile]]" = {}  # by id, in the order of their last use
+_open_lock = threading.RLock()
+
+
 class LineFile(PairSequence):
     """The pairs of a file with one pair per line, read on access. The index takes 8 bytes of memory per line.
 
-    Empty lines are ignored. Workers of a data loader can share a LineFile: reads do not move a file position.
+    Empty lines are ignored. Workers of a data loader can share a LineFile: reads do not move a file position. Of all
+    LineFiles of a process, only the 64 that were read last keep their file open.
 
     Args:
         path: Path of the file.
@@ -60,7 +68,8 @@ class LineFile(PairSequence):
         self._parse = parse
         self._root_map = tuple(root_map)
         self._max_line_bytes = max_line_bytes
-        self._file: IO[bytes] | None = open(self.path, "rb")  # noqa: SIM115 - lives as long as the reader
+        self._file: IO[bytes] | None = None
+        self._opened()
         self._starts: array[int] | None = None
         self._numbers: np.ndarray | None = None
 
@@ -112,15 +121,25 @@ class LineFile(PairSequence):
         if stop - start > self._max_line_bytes:
             limit = f"must be at most {self._max_line_bytes:,} bytes long, got {stop - start:,}"
             raise BadLine(where, "huge line", limit)
-        raw = os.pread(self._opened().fileno(), stop - start, start)
+        raw = self._pread(stop - start, start)
         if len(raw) != stop - start:
             raise RuntimeError(f"{self.name} must not change while it is read, got a shorter file than was indexed")
         return raw.rstrip(b"\r\n")
 
     def _opened(self) -> IO[bytes]:
-        if self._file is None:
-            self._file = open(self.path, "rb")  # noqa: SIM115
-        return self._file
+        with _open_lock:
+            if self._file is None:
+                self._file = open(self.path, "rb")  # noqa: SIM115 - lives longer than this call
+            _open_files.pop(id(self), None)
+            _open_files[id(self)] = weakref.ref(self)
+            while len(_open_files) > _MOST_OPEN:
+                if (oldest := _open_files.pop(next(iter(_open_files)))()) is not None:
+                    oldest.close()
+            return self._file
+
+    def _pread(self, size: int, position: int) -> bytes:
+        with _open_lock:  # no other thread may close the file in between
+            return os.pread(self._opened().fileno(), size, position)
 
     def _index(self) -> "tuple[array[int], np.ndarray | None]":
         """Returns the byte offsets of lines and of the file's end, and indices of non-empty lines (None: all)."""
@@ -130,9 +149,9 @@ class LineFile(PairSequence):
 
     def _build_index(self) -> "tuple[array[int], np.ndarray | None]":
         starts = array("Q", [0])
-        file, position = self._opened().fileno(), 0
+        position = 0
         empty: list[int] = []
-        while chunk := os.pread(file, _CHUNK, position):
+        while chunk := self._pread(_CHUNK, position):
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10).astype(np.uint64) + np.uint64(position + 1)
             starts.frombytes(ends.tobytes())
             position += len(chunk)
@@ -141,7 +160,7 @@ class LineFile(PairSequence):
         offsets = np.frombuffer(starts, np.uint64)
         lengths = np.diff(offsets)
         for line in np.flatnonzero(lengths <= 2).tolist():
-            if not os.pread(file, int(lengths[line]), int(offsets[line])).rstrip(b"\r\n"):
+            if not self._pread(int(lengths[line]), int(offsets[line])).rstrip(b"\r\n"):
                 empty.append(line)
         return starts, np.setdiff1d(np.arange(len(lengths)), empty) if empty else None
 
@@ -156,6 +175,8 @@ def parse_object(text: str) -> dict[str, Any]:
     value = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     if not isinstance(value, dict):
         raise TypeError(f"a line must hold an object, got {type(value).__name__} {text[:60]!r}")
+    if is_nested_deeply(value):
+        raise FieldError("nested too deeply", kind="bad JSON")
     return value
 
 

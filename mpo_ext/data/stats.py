@@ -11,6 +11,7 @@ from mpo_ext.data.messages import prompt_text
 from mpo_ext.data.reader import Skipped
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import PairSource
+from mpo_ext.processors import check_on_hub
 
 # Chinese, Japanese and Korean are counted by character, because spaces do not separate all of their words.
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -100,6 +101,7 @@ def token_counter(tokenizer: str | os.PathLike[str] | None) -> tuple[Callable[[s
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError(f"transformers is missing: {install_hint('train')}") from error
+    check_on_hub("tokenizer", os.fspath(tokenizer))
     try:
         loaded: Any = AutoTokenizer.from_pretrained(os.fspath(tokenizer))
     except Exception as error:  # many types: missing folder, unknown hub id, broken file

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from mpo_ext.chat import Conversation
-from mpo_ext.checks import check_integer, check_number
+from mpo_ext.checks import check_integer, check_number, environment_integer
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,5 +106,5 @@ def rank_and_world_size() -> tuple[int, int]:
         ("SLURM_PROCID", "SLURM_NTASKS"),
     ):
         if rank in os.environ and world_size in os.environ:
-            return int(os.environ[rank]), int(os.environ[world_size])
+            return environment_integer(rank, 0), environment_integer(world_size, 1)
     return 0, 1

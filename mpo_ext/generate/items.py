@@ -10,7 +10,7 @@ from typing import Any
 
 from mpo_ext.answers import label_options
 from mpo_ext.chat import IMAGE_PLACEHOLDER
-from mpo_ext.checks import check_json
+from mpo_ext.checks import check_json, is_nested_deeply
 from mpo_ext.data.containers import as_lines
 from mpo_ext.data.jsonl import UNREADABLE
 from mpo_ext.data.mmpr import read_meta, resolve_image
@@ -116,7 +116,7 @@ class Item:
             image_root: Folder against which relative image paths are resolved.
             subset: Name of the subset, whose images must stay below ``image_root``; None without a meta file.
         """
-        if not isinstance(values, Mapping):
+        if not isinstance(values, Mapping) or is_nested_deeply(values):
             return cls(problem="unreadable line")
         if UNREADABLE in values:
             return cls(problem=str(values[UNREADABLE]))

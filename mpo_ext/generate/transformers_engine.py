@@ -1,19 +1,18 @@
 """The engine that uses transformers. The tokens of each row of a batch are drawn with a separate seed."""
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpo_ext.chat import ChatEncoder, Conversation
 from mpo_ext.chat.encoder import EncodedPrompt, embedding_rows_of, stop_ids_of
-from mpo_ext.checks import check_integer
+from mpo_ext.checks import check_integer, environment_integer
 from mpo_ext.generate.drawing import SeededDraw
 from mpo_ext.generate.engine import Generation, Request, SamplingConfig
 from mpo_ext.generate.shared_prefill import SharedPrefill, UnsharedError, sharing_problem
 from mpo_ext.images import load_image
-from mpo_ext.processors import load_processor, takes_images
+from mpo_ext.processors import check_on_hub, load_processor, takes_images
 from mpo_ext.provenance import processor_parts
 
 if TYPE_CHECKING:
@@ -116,8 +115,9 @@ class TransformersEngine:
         import torch
         import transformers
 
+        check_on_hub("model", name)
         if device is None:
-            local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+            local = environment_integer("LOCAL_RANK", environment_integer("SLURM_LOCALID", 0))
             device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
         config = transformers.AutoConfig.from_pretrained(name, **options)
         processor = load_processor(name, config, **options)  # fails in seconds, unlike the weights

@@ -11,6 +11,7 @@ from torch import nn
 from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.plan import roofline
+from mpo_ext.processors import check_on_hub
 from mpo_ext.train import model as models
 from mpo_ext.train.batch import RowLayout
 from mpo_ext.train.optimizer import hidden_matrices
@@ -259,6 +260,7 @@ def meta_model(recipe: ModelRecipe) -> nn.Module:
         raise ImportError(f"training needs transformers: {install_hint('train')}") from error
 
     check_model_path("model.path", recipe.path)
+    check_on_hub("model.path", recipe.path)
     config = AutoConfig.from_pretrained(recipe.path, revision=recipe.revision)
     loader = models.loader_of(config)
     if recipe.dtype == "auto":

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
-from mpo_ext.processors import load_processor, takes_images
+from mpo_ext.processors import check_on_hub, load_processor, takes_images
 from mpo_ext.train.masks import use_split_attention
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
 
@@ -32,6 +32,7 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig
 
     check_model_path("model.path", recipe.path)
+    check_on_hub("model.path", recipe.path)
     config = AutoConfig.from_pretrained(recipe.path, revision=recipe.revision)
     processor = load_processor(recipe.path, config, revision=recipe.revision)  # fails in seconds, unlike the weights
     options: dict[str, Any] = {}
