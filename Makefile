@@ -1,4 +1,4 @@
-# make demo | test | lint | docs | bench | sanitize | gpu-check. Each target first creates the virtual environment it needs.
+# make demo | test | lint | docs | bench | sanitize | audit | gpu-check. Each target first creates the virtual environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ DEV_EXTRAS ?= dev
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench sanitize gpu-check zoo-trl clean
+.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
@@ -53,6 +53,11 @@ sanitize: $(VENV)/.dev
 	    -DMPO_CUDA=OFF -DMPO_PYTHON=OFF -DMPO_NATIVE_TESTS=ON -DMPO_WERROR=ON -DMPO_SANITIZE=$$kind && \
 	  $(BIN)/cmake --build build/sanitize-$$kind && build/sanitize-$$kind/native_tests || exit 1; \
 	done
+
+# Repeats the checks of docs/reliability.md with many more cases than the tests, then the sanitizers.
+audit: $(VENV)/.dev
+	$(BIN)/python tools/audit.py
+	$(MAKE) sanitize
 
 clean:
 	rm -rf build dist *.egg-info mpo_ext/*.so demo-out
