@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mpo_ext.loss.batch_check import BatchFinding, check_batch
     from mpo_ext.loss.config import MPOConfig
     from mpo_ext.loss.eager import sequence_sums
     from mpo_ext.loss.functions import (
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
 
 # Modules of the names that are not in the module ``functions``.
 _HOMES = {"MPOConfig": "config", "RewardShift": "reward_shift", "sequence_sums": "eager"}
+_HOMES |= dict.fromkeys(("BatchFinding", "check_batch"), "batch_check")
 _HOMES |= dict.fromkeys(("HiddenAndHead", "hidden_and_head"), "hf_head")
 
 __all__ = [
+    "BatchFinding",
     "HiddenAndHead",
     "MPOConfig",
     "MPOOutput",
     "RewardShift",
+    "check_batch",
     "hidden_and_head",
     "linear_mpo_loss",
     "linear_token_logp",

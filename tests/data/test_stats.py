@@ -48,4 +48,4 @@ def test_stats_count_tokens_of_a_tokenizer(mmpr: Path, tmp_path: Path, capsys: p
     assert run_data("stats", mmpr, "--tokenizer", tmp_path / "tokenizer") == 0
     assert "tokens of" in capsys.readouterr().out
     assert run_data("stats", mmpr, "--tokenizer", tmp_path / "none") == 2
-    assert "tokenizer must be loadable by transformers" in capsys.readouterr().err
+    assert "tokenizer must be a folder here or a model of the Hugging Face hub" in capsys.readouterr().err

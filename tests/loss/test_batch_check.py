@@ -1,0 +1,124 @@
+"""``check_batch`` finds planted mistakes, and says nothing on right batches."""
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpo_ext import BatchFinding, MPOConfig, RewardShift, check_batch, sequence_sums, shift_labels, token_logp
+
+VOCAB, PAD = 50, 0
+
+
+class Letters:
+    """A tokenizer that decodes."""
+
+    pad_token_id = PAD
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(65 + token) for token in ids)
+
+
+def batch(seed: int, pairs: int = 3, *, confidence: float = 6.0, packed: bool = False) -> dict[str, Any]:
+    """Returns a right batch of a model that predicts most tokens, with padding, prompts and a near reference."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    prompts = [[rng.randrange(1, VOCAB) for _ in range(rng.randint(2, 9))] for _ in range(pairs)]
+    rows, masks = [], []
+    for number in range(2 * pairs):
+        prompt = prompts[number % pairs]
+        response = [rng.randrange(1, VOCAB) for _ in range(rng.randint(4, 12))]
+        rows.append(prompt + response)
+        masks.append([-100] * len(prompt) + response)
+    cu_seqlens = None
+    if packed:
+        ids, labels = (torch.tensor(list(itertools.chain(*lists))) for lists in (rows, masks))
+        cu_seqlens = torch.tensor([0, *torch.tensor([len(row) for row in rows]).cumsum(0).tolist()])
+    else:
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+        labels = torch.tensor([mask + [-100] * (length - len(mask)) for mask in masks])
+    following = shift_labels(ids, 1, cu_seqlens)
+    logits = torch.randn(*ids.shape, VOCAB, generator=generator)
+    noise = torch.rand(ids.shape, generator=generator)
+    logits.scatter_add_(-1, following.unsqueeze(-1), (confidence * noise).unsqueeze(-1))
+    values = {"logits": logits, "labels": labels, "input_ids": ids, "cu_seqlens": cu_seqlens, "tokenizer": Letters()}
+    values["ref_logp"] = sums(values) + 0.01 * torch.randn(2 * pairs, generator=generator)
+    return values
+
+
+def sums(values: dict[str, Any], labels: Tensor | None = None) -> Tensor:
+    aligned = shift_labels(values["labels"] if labels is None else labels, cu_seqlens=values["cu_seqlens"])
+    return sequence_sums(token_logp(values["logits"], aligned, shift=False), values["cu_seqlens"])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_right_batches_have_no_findings(packed: bool) -> None:
+    for seed in range(25):
+        values = batch(seed, random.Random(seed).randint(1, 5), confidence=seed % 7, packed=packed)
+        assert check_batch(**values, reward_shift=RewardShift()) == []
+        for left_out in ("tokenizer", "input_ids", "ref_logp"):
+            values[left_out] = None
+            assert check_batch(**values) == []
+
+
+def test_hidden_states_and_aligned_labels_are_right_too() -> None:
+    values = batch(1)
+    head = torch.eye(VOCAB)
+    assert check_batch(**values, weight=head) == []
+    aligned = shift_labels(values["labels"])
+    assert check_batch(**{**values, "labels": aligned}, shift=False) == []
+
+
+def interleaved(tensor: Tensor) -> Tensor:
+    return torch.stack(tensor.chunk(2), 1).flatten(0, 1)
+
+
+MISTAKES: dict[str, tuple[str, Any]] = {
+    "shifted twice": ("labels shifted", lambda v: {"labels": shift_labels(v["labels"])}),
+    "shifted twice, no ids": ("labels shifted", lambda v: {"labels": shift_labels(v["labels"]), "input_ids": None}),
+    "not shifted": ("labels shifted", lambda v: {"shift": False}),
+    "interleaved": (
+        "pairs interleaved",
+        lambda v: {name: interleaved(v[name]) for name in ("logits", "labels", "input_ids", "ref_logp")},
+    ),
+    "mean": (
+        "mean instead of sum",
+        lambda v: {"ref_logp": v["ref_logp"] / (v["labels"][:, 1:] != -100).sum(1)},
+    ),
+    "prompt": ("prompt not masked", lambda v: {"labels": v["input_ids"].where(v["input_ids"] != PAD, -100)}),
+    "padding": (
+        "padding not masked",
+        lambda v: {"labels": v["labels"].where(v["input_ids"] != PAD, PAD)},
+    ),
+    "nothing labelled": ("no labels", lambda v: {"labels": torch.full_like(v["labels"], -100)}),
+    "out of range": ("label out of range", lambda v: {"labels": v["labels"].where(v["labels"] < 30, VOCAB)}),
+    "reference swapped": ("reference in another order", lambda v: {"ref_logp": v["ref_logp"].roll(3)}),
+    "reference of other tokens": (
+        "reference of other tokens",
+        lambda v: {"ref_logp": sums(v, torch.where(v["labels"] == -100, -100, (v["labels"] + 1) % VOCAB))},
+    ),
+    "no reward shift": ("no reward shift", lambda v: {"reward_shift": None}),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_planted_mistakes_are_found(name: str) -> None:
+    kind, change = MISTAKES[name]
+    for seed in range(10):
+        values = batch(seed)
+        findings = check_batch(**{**values, **change(values)})
+        assert [finding.kind for finding in findings[:1]] == [kind], (seed, findings)
+
+
+def test_findings_name_their_evidence() -> None:
+    values = batch(0)
+    values["labels"][4, -1] = values["labels"][4, -2] = 77
+    (finding,) = check_batch(**values)
+    assert isinstance(finding, BatchFinding)
+    assert "labels of rejected 1 are neither -100 nor in [0, 50), as 77 at position" in str(finding)
+    assert check_batch(**batch(0), reward_shift=None, config=MPOConfig(bco_weight=0.0)) == []
+    with pytest.raises(ValueError, match="input_ids must have the shape of labels"):
+        check_batch(**{**batch(0), "input_ids": torch.zeros(1)})
