@@ -24,7 +24,7 @@ from mpo_ext.evaluate.scoring import Evaluation, EvaluationConfig
 from mpo_ext.files import FileLock, check_outputs, write_json
 from mpo_ext.generate.engine import Engine
 from mpo_ext.generate.items import item_files
-from mpo_ext.generate.sampler import IncompleteRunError, has_journals, keep_date
+from mpo_ext.generate.sampler import IncompleteRunError, holds_run, keep_date
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
 _OUTPUTS = ("results.json", "table.md", "accuracy.png", "accuracy.svg", "failures.html", *EXPORTS)
@@ -124,7 +124,7 @@ def _check_outputs(
         files = item_files(os.fspath(path), root_map=root_map if Path(path).suffix == ".json" else ())
         inputs += [path, *(item_file.path for item_file in files)]
     outputs = [*(predictions_path(out, file) for file in model_files), *(out / name for name in _OUTPUTS)]
-    check_outputs("out", outputs, inputs=inputs, is_ours=has_journals(out / "journals"))
+    check_outputs("out", outputs, inputs=inputs, is_ours=holds_run(out))
 
 
 def _free_memory() -> None:

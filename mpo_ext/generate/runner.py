@@ -22,7 +22,7 @@ from mpo_ext.generate.sampler import (
     IncompleteRunError,
     Pipeline,
     check_world_size,
-    has_journals,
+    holds_run,
     keep_date,
     open_journal,
     read_samples,
@@ -115,7 +115,7 @@ def _check_outputs(pipeline: PairPipeline, source: str | Path, files: Sequence[I
     """Raises if the outputs would replace an input or a file that no run has written."""
     outputs = [out / f"{name}.jsonl" for name in pipeline.outputs] + [out / "summary.json"]
     inputs = [source, *(item_file.path for item_file in files)]
-    check_outputs("out", outputs, inputs=inputs, is_ours=has_journals(out))
+    check_outputs("out", outputs, inputs=inputs, is_ours=holds_run(out))
 
 
 def write_outputs(

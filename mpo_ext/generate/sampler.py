@@ -47,8 +47,10 @@ def journal_path(out: Path, rank: int, world_size: int) -> Path:
     return out / f"journal-{rank:05d}-of-{world_size:05d}.jsonl"
 
 
-def has_journals(folder: Path) -> bool:
-    """Returns whether a folder or a folder below it holds a journal, so that mpo_ext wrote the outputs beside it."""
+def holds_run(folder: Path) -> bool:
+    """Returns whether a run wrote the outputs in a folder: it has their lock, or a journal, also in a folder below."""
+    if (folder / "outputs.lock").is_file():
+        return True
     for path in folder.rglob("journal-*-of-*.jsonl"):
         with contextlib.suppress(ValueError):
             read_header(path)
