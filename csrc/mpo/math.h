@@ -53,7 +53,7 @@ MPO_HD RowSums<Real> rescaled(RowSums<Real> s, Real max, Real scale) {
   return s;
 }
 
-/// The state of a row after a part of its vocabulary. z_label is defined once the part with the label has been read.
+/// The state of a row after a part of its vocabulary. z_label is 0 until the part with the label has been read.
 struct RowState {
   RowSums<double> sums;
   double z_label;

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mpo_ext.ops import linear
 from mpo_ext.ops.logits import logits_grad, logits_grad_
+from mpo_ext.ops.memory import VocabShard
+
+_WHOLE = VocabShard(0, 0)  # for operators, a total of 0 means that the logits are the whole vocabulary
 
 
 class LossOfLogits(torch.autograd.Function):
@@ -16,7 +20,8 @@ class LossOfLogits(torch.autograd.Function):
 
     The weight of every row, d loss / d logp, is already known. Backward is therefore one operator, which computes
     ``weight * (onehot(label) - softmax(logits))``. Saved for backward are the logits (not a copy), the labels, and
-    three numbers per row: maximum, sum of exponentials and weight.
+    three numbers per row: maximum, sum of exponentials and weight. ``shard``: the columns of the vocabulary that the
+    logits are; None: all.
     """
 
     @staticmethod
@@ -31,11 +36,13 @@ class LossOfLogits(torch.autograd.Function):
         ignore_index: int,
         reuse_logits: bool,
         backend: str,
+        shard: VocabShard | None = None,
     ) -> Tensor:
         ctx.save_for_backward(logits, labels, row_max, row_sum, weight)
         ctx.ignore_index = ignore_index
         ctx.reuse_logits = reuse_logits
         ctx.backend = backend
+        ctx.shard = shard or _WHOLE
         ctx.is_spent = False
         return loss.clone()
 
@@ -51,10 +58,10 @@ class LossOfLogits(torch.autograd.Function):
         # Comparing grad_loss with 1 on the host, to save a multiplication, would wait for the device.
         if ctx.reuse_logits:
             ctx.is_spent = True
-            logits_grad_(grad, *rows, grad_loss.detach(), ctx.ignore_index, ctx.backend)
+            logits_grad_(grad, *rows, grad_loss.detach(), ctx.ignore_index, ctx.backend, *ctx.shard)
         else:
-            grad = logits_grad(grad, *rows, grad_loss.detach(), ctx.ignore_index, ctx.backend)
-        return _once_differentiable(grad, logits, grad_loss), *[None] * 8
+            grad = logits_grad(grad, *rows, grad_loss.detach(), ctx.ignore_index, ctx.backend, *ctx.shard)
+        return _once_differentiable(grad, logits, grad_loss), *[None] * 9
 
 
 class LogpOfLogits(torch.autograd.Function):
@@ -70,24 +77,28 @@ class LogpOfLogits(torch.autograd.Function):
         row_sum: Tensor,
         ignore_index: int,
         backend: str,
+        shard: VocabShard | None = None,
     ) -> Tensor:
         ctx.save_for_backward(logits, labels, row_max, row_sum)
         ctx.ignore_index = ignore_index
         ctx.backend = backend
+        ctx.shard = shard or _WHOLE
         return logp.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor | None, ...]:
         logits, *rows = ctx.saved_tensors
-        grad = logits_grad(logits.detach(), *rows, grad_logp.detach(), None, ctx.ignore_index, ctx.backend)
-        return _once_differentiable(grad, logits, grad_logp), *[None] * 6
+        incoming = grad_logp.detach()
+        grad = logits_grad(logits.detach(), *rows, incoming, None, ctx.ignore_index, ctx.backend, *ctx.shard)
+        return _once_differentiable(grad, logits, grad_logp), *[None] * 7
 
 
 class ValueOfHidden(torch.autograd.Function):
     """Attaches the gradients with respect to the hidden states and the head to a loss or to log-probs.
 
     For a loss, ``row_weight`` is d loss / d logp of each row. For log-probs it is None: the weight of a row is its
-    incoming gradient.
+    incoming gradient. With ``shard``, weight and bias are this rank's shard of the head, and backward sums the
+    gradient of the hidden states over the ranks of ``group``.
     """
 
     @staticmethod
@@ -104,12 +115,15 @@ class ValueOfHidden(torch.autograd.Function):
         kept: Tensor,
         keep: int,
         options: linear.LinearOptions,
+        shard: VocabShard | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> Tensor:
         hidden_grad = kept if keep == linear.KEEP_HIDDEN_GRAD else None
         ctx.save_for_backward(hidden, weight, bias, labels, row_max, row_sum, row_weight, hidden_grad)
         # Not a saved tensor, because backward overwrites and then frees these logits.
         ctx.logits = kept if keep == linear.KEEP_LOGITS else None
         ctx.options = options
+        ctx.shard, ctx.group = shard, group
         return value.clone()
 
     @staticmethod
@@ -119,15 +133,21 @@ class ValueOfHidden(torch.autograd.Function):
         row_weight, scale = (incoming, None) if row_weight is None else (row_weight, incoming)
         wanted = ctx.needs_input_grad[:3]
         logits, ctx.logits = ctx.logits, None  # this backward overwrites the logits; a second one recomputes them
+        rows = (row_max, row_sum, row_weight)
         gradients: tuple[Tensor | None, ...]
-        if hidden_grad is not None:
+        if ctx.shard is not None:
+            gradients = _gradients_over_ranks(
+                ctx, (hidden.detach(), weight.detach(), None if bias is None else bias.detach()), labels, rows, scale,
+                hidden_grad, logits,
+            )  # fmt: skip
+        elif hidden_grad is not None:
             ignore_index = ctx.options.ignore_index
             d_hidden = linear.kept_hidden_grad(hidden.detach(), labels, hidden_grad, row_weight, scale, ignore_index)
             gradients = d_hidden, None, None
         else:
             head = weight.detach(), None if bias is None else bias.detach()
             d_hidden, d_weight, d_bias = linear.linear_grad(
-                hidden.detach(), *head, labels, row_max, row_sum, row_weight, scale, logits, wanted, *ctx.options
+                hidden.detach(), *head, labels, *rows, scale, logits, wanted, *ctx.options
             )
             if logits is not None and wanted[1]:
                 d_weight = linear.kept_weight_grad(logits, head[0])
@@ -138,8 +158,36 @@ class ValueOfHidden(torch.autograd.Function):
                 _once_differentiable(gradient, *sources, grad_value) if is_wanted and gradient is not None else None
                 for gradient, is_wanted in zip(gradients, wanted, strict=True)
             ),
-            *[None] * 8,
+            *[None] * 10,
         )
+
+
+def _gradients_over_ranks(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    labels: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor],
+    scale: Tensor | None,
+    hidden_grad: Tensor | None,
+    logits: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of ``ValueOfHidden`` with a shard of the head.
+
+    Only the labelled rows of the gradient of the hidden states are summed over the ranks, before they are rounded.
+    """
+    hidden, wanted = inputs[0], ctx.needs_input_grad[:3]
+    d_weight, d_bias = None, None
+    if hidden_grad is not None:
+        ignore_index = ctx.options.ignore_index
+        index, grad = linear.kept_hidden_rows(hidden, labels, hidden_grad, rows[2], scale, ignore_index)
+    else:
+        index, grad, d_weight, d_bias = linear.linear_grad_rows(
+            *inputs, labels, rows, scale, logits, wanted, ctx.options, ctx.shard
+        )
+    if not wanted[0]:
+        return None, d_weight, d_bias
+    dist.all_reduce(grad, group=ctx.group)
+    return linear.scatter_rows(grad, index, hidden), d_weight, d_bias
 
 
 class OnceDifferentiable(torch.autograd.Function):

@@ -44,6 +44,24 @@ def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tens
     return torch.where(labels == ignore_index, 0.0, picked)
 
 
+def shard_state(logits: Tensor, labels: Tensor, first: int) -> Tensor:
+    """Returns the row state, ``[..., ROW_STATE]`` float64, of the columns that follow ``first`` in the vocabulary.
+
+    It is that of ``ops.logits.token_logp_shard``, and differentiable: the maximum is taken as a constant.
+    """
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    row_max = z.detach().amax(-1)
+    d = z - torch.where(row_max == -torch.inf, 0.0, row_max).unsqueeze(-1)
+    e = d.exp()
+    e_d = torch.where(e > 0, e * d, torch.where(e.isnan(), e, 0.0))
+    column = labels - first
+    has_label = (column >= 0) & (column < z.shape[-1])
+    z_label = z.gather(-1, column.clamp(0, z.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    stats = (e_d.sum(-1).detach(), z.detach().sum(-1), e.detach().square().sum(-1))
+    state = (row_max, e.sum(-1), *stats, torch.where(has_label, z_label, 0.0))
+    return torch.stack([part.double() for part in state], -1)
+
+
 def linear_logits(
     hidden: Tensor,
     weight: Tensor,
@@ -111,9 +129,18 @@ def pair_loss(
     the chosen responses. If a response of a pair has no labelled token, the rewards of the pair are 0, so its DPO and
     BCO are constants without gradient.
     """
-    labelled = labels != config.ignore_index
-    tokens = sequence_sums(labelled.long(), cu_seqlens)
-    sums = sequence_sums(logp, cu_seqlens)
+    tokens = sequence_sums((labels != config.ignore_index).long(), cu_seqlens)
+    return pair_loss_of_sums(sequence_sums(logp, cu_seqlens), tokens, ref_logp, shift, config)
+
+
+def pair_loss_of_sums(
+    sums: Tensor,  # [2B] summed log-probs; the chosen sequences come first
+    tokens: Tensor,  # [2B] int64, number of labelled tokens
+    ref_logp: Tensor,  # [2B] summed log-probs under the reference model
+    shift: BatchShift,
+    config: MPOConfig,
+) -> PairLoss:
+    """Computes the loss of B pairs from the sums of their sequences, as ``pair_loss`` describes."""
     chosen_tokens, rejected_tokens = tokens.chunk(2)
     has_both = (chosen_tokens > 0) & (rejected_tokens > 0)
 

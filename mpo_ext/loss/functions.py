@@ -3,55 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mpo_ext.loss import eager
+from mpo_ext.loss import eager, parallel
 from mpo_ext.loss.autograd import LogpOfLogits, LossOfLogits, ValueOfHidden
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.reward_shift import BatchShift, RewardShift, begin_batch, end_batch
+from mpo_ext.loss.steps import (
+    HeadOptions,
+    HiddenReference,
+    LossOptions,
+    MPOOutput,
+    check_linear_logp,
+    check_linear_loss,
+    check_logits_loss,
+    end_pairs,
+    linear_options,
+    loss_output,
+    pair_inputs,
+    score_hidden,
+    shift_labels,
+    shifted_rows,
+    what_to_keep,
+)
 from mpo_ext.ops import backends, checks
-from mpo_ext.ops import linear as linear_ops
 from mpo_ext.ops import logits as logits_ops
 from mpo_ext.ops import pair_loss as pair_ops
-from mpo_ext.ops.tiles import default_memory_budget, matmul_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _DEFAULT_CONFIG = MPOConfig()
-
-
-class MPOOutput(NamedTuple):
-    """The result of ``mpo_loss`` and ``linear_mpo_loss``. Only ``loss`` is differentiable.
-
-    Attributes:
-        loss: 0-d loss, float32 (float64 for float64 logits).
-        dpo_loss: 0-d DPO term, averaged over pairs, unweighted.
-        bco_loss: 0-d BCO term, averaged over pairs, unweighted.
-        ntp_loss: 0-d cross entropy of the chosen responses in nats, unweighted.
-        chosen_logp: ``[B]`` summed log-prob of each chosen response under the policy, in nats.
-        rejected_logp: ``[B]`` summed log-prob of each rejected response under the policy, in nats.
-        chosen_reward: ``[B]`` ``beta * (logp - ref_logp)``; 0 if a response of the pair has no labelled token.
-        rejected_reward: ``[B]`` the same for each rejected response.
-        reward_shift: 0-d reward shift delta that the loss used.
-        tokens: ``[2B]`` int64 number of labelled tokens of each sequence.
-        stats: Requested statistics by name, 0-d, averaged over the labelled tokens of the batch; 0 if it has none.
-        backend: Name of the backend that ran.
-    """
-
-    loss: Tensor
-    dpo_loss: Tensor
-    bco_loss: Tensor
-    ntp_loss: Tensor
-    chosen_logp: Tensor
-    rejected_logp: Tensor
-    chosen_reward: Tensor
-    rejected_reward: Tensor
-    reward_shift: Tensor
-    tokens: Tensor
-    stats: dict[str, Tensor]
-    backend: str
 
 
 def mpo_loss(
@@ -67,6 +52,8 @@ def mpo_loss(
     stats: Sequence[str] = (),
     reuse_logits: bool = False,
     backend: str | None = None,
+    vocab_parallel: ProcessGroup | None = None,
+    sequence_parallel: ProcessGroup | None = None,
 ) -> MPOOutput:
     """Returns the MPO loss ``dpo_weight * DPO + bco_weight * BCO + ntp_weight * NTP`` (arXiv 2411.10442).
 
@@ -95,6 +82,12 @@ def mpo_loss(
             another operation also needs the logits in its backward, torch raises "modified by an inplace operation".
             The backend "reference" ignores this argument.
         backend: "cpu", "cuda", "triton" or "reference" (plain torch). None: the best available backend.
+        vocab_parallel: Process group whose ranks hold the columns of the logits (and of ``ref_logits``) in the order
+            of the ranks, at least one each; labels are ids of the whole vocabulary. All ranks get the same loss, and
+            the gradient of their columns. The other arguments must be the same on all ranks.
+        sequence_parallel: Process group whose ranks hold parts of every sequence, with ``shift=False`` (context
+            parallelism; not Megatron's sequence parallelism). ``cu_seqlens`` are the starts of this rank's parts, and
+            ``ref_logp`` the sums over whole sequences. All ranks get the same loss, and the gradient of their rows.
 
     Returns:
         An ``MPOOutput``. With the default weights, its loss is 0.831777 + NTP if the policy equals the reference and
@@ -106,13 +99,12 @@ def mpo_loss(
         RuntimeError: If the backend cannot run here. In backward: if the loss is differentiated twice, or if backward
             runs again after ``reuse_logits``.
     """
-    _check_config(config)
-    sequences = checks.check_pairs(logits, labels, cu_seqlens)
-    checks.check_reference(logits, sequences, ref_logp, ref_logits)
-    names = checks.check_stats(stats)
-    if reuse_logits:
-        checks.check_reuse(logits)
-    chosen_backend = backends.choose_backend(backend, logits)
+    options = LossOptions(config, reward_shift, cu_seqlens, shift, stats, backend)
+    if vocab_parallel is not None or sequence_parallel is not None:
+        return parallel.mpo_loss(
+            logits, labels, ref_logp, ref_logits, options, reuse_logits, vocab_parallel, sequence_parallel
+        )
+    _, names, chosen_backend = check_logits_loss(logits, labels, ref_logp, ref_logits, options, reuse_logits)
     if shift:
         labels = shift_labels(labels, config.ignore_index, cu_seqlens).contiguous()  # one copy, for backward too
     if ref_logits is not None:
@@ -124,7 +116,7 @@ def mpo_loss(
         return _eager_loss(logits, labels, ref_logp, config, reward_shift, cu_seqlens, names)
 
     batch_shift = begin_batch(reward_shift, logits.device)
-    inputs = _pair_inputs(ref_logp, batch_shift, cu_seqlens, config)
+    inputs = pair_inputs(ref_logp, batch_shift, cu_seqlens, config)
     detached, mask = logits.detach(), logits_ops.stats_mask(names)
     if chosen_backend == "cuda":  # rows and pairs in one launch
         outputs = pair_ops.forward(detached, labels, *inputs, mask, chosen_backend)
@@ -133,11 +125,11 @@ def mpo_loss(
         row_values = logits_ops.token_logp(detached, labels, config.ignore_index, mask, chosen_backend)
         outputs = pair_ops.pair_loss(row_values[0], labels, *inputs, chosen_backend)
     logp, row_max, row_sum, row_stats = row_values
-    pair, weight = _end_pairs(outputs, logp, labels, inputs, reward_shift, batch_shift, chosen_backend)
+    pair, weight = end_pairs(outputs, logp, labels, inputs, reward_shift, batch_shift, chosen_backend)
     loss = LossOfLogits.apply(
         logits, pair.loss, labels, row_max, row_sum, weight, config.ignore_index, reuse_logits, chosen_backend
     )
-    return _output(loss, pair, names, row_stats, chosen_backend)
+    return loss_output(loss, pair, names, row_stats, chosen_backend)
 
 
 def linear_mpo_loss(
@@ -161,6 +153,8 @@ def linear_mpo_loss(
     shift: bool = True,
     stats: Sequence[str] = (),
     backend: str | None = None,
+    vocab_parallel: ProcessGroup | None = None,
+    sequence_parallel: ProcessGroup | None = None,
 ) -> MPOOutput:
     """Returns ``mpo_loss`` from hidden states and the output head, without storing all logits.
 
@@ -208,6 +202,10 @@ def linear_mpo_loss(
         shift: As in ``mpo_loss``.
         stats: As in ``mpo_loss``.
         backend: As in ``mpo_loss``. "reference" computes all logits in plain torch.
+        vocab_parallel: Process group whose ranks hold the rows of ``weight`` and ``bias`` (and ``ref_weight`` and
+            ``ref_bias``) in the order of the ranks, at least one each. The other arguments, also ``hidden``, must be
+            the same on all ranks. Backward sums the gradient of ``hidden`` over the ranks, so it is the same on all.
+        sequence_parallel: As in ``mpo_loss``.
 
     Returns:
         An ``MPOOutput``, whose loss is differentiable with respect to hidden, weight and bias.
@@ -217,20 +215,15 @@ def linear_mpo_loss(
         ValueError: If a shape or value is wrong.
         RuntimeError: If the backend cannot run here. In backward: if the loss is differentiated twice.
     """
-    _check_config(config)
-    sequences = checks.check_pairs(hidden, labels, cu_seqlens, "hidden")
-    checks.check_head(hidden, weight, bias)
-    checks.check_head_options(logit_scale, softcap, temperature, memory_budget, recompute)
-    checks.check_reference(hidden, sequences, ref_logp, ref_hidden, "hidden")
-    if ref_hidden is None:
-        if ref_weight is not None or ref_bias is not None:
-            raise ValueError("ref_weight and ref_bias go with ref_hidden, got one of them without it")
-    else:
-        if ref_weight is None:
-            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
-        checks.check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-    names = checks.check_stats(stats)
-    chosen_backend = backends.choose_backend(backend, hidden, "hidden")
+    options = LossOptions(config, reward_shift, cu_seqlens, shift, stats, backend)
+    head = HeadOptions(logit_scale, softcap, temperature, memory_budget, recompute)
+    reference = HiddenReference(ref_logp, ref_hidden, ref_weight, ref_bias)
+    if vocab_parallel is not None or sequence_parallel is not None:
+        return parallel.linear_mpo_loss(
+            hidden, weight, bias, labels, reference, head, options, vocab_parallel, sequence_parallel
+        )
+    (_, names, chosen_backend), reference = check_linear_loss(hidden, weight, bias, labels, reference, head, options)
+    ref_logp, ref_hidden, ref_weight, ref_bias = reference
     if shift:
         offsets = None if cu_seqlens is None else cu_seqlens.to(labels.device)
         labels = shift_labels(labels, config.ignore_index, offsets).contiguous()
@@ -245,23 +238,22 @@ def linear_mpo_loss(
             ref_logp = eager.sequence_sums(rows.double(), cu_seqlens)
     assert ref_logp is not None  # check_reference requires ref_logp or ref_hidden
     if chosen_backend == "reference":
-        logits = eager.linear_logits(hidden, weight, bias, logit_scale, softcap, temperature)
+        logits = eager.linear_logits(hidden, weight, bias, *head.scales)
         return _eager_loss(logits, labels.to(hidden.device), ref_logp, config, reward_shift, cu_seqlens, names)
 
     batch_shift = begin_batch(reward_shift, hidden.device)
-    inputs = _pair_inputs(ref_logp, batch_shift, cu_seqlens, config)
-    numbers = (logit_scale, softcap, temperature, memory_budget)
-    options = _linear_options(hidden, weight, config.ignore_index, *numbers, chosen_backend)
-    keep = _what_to_keep(hidden, weight, bias, recompute)
+    inputs = pair_inputs(ref_logp, batch_shift, cu_seqlens, config)
+    linear = linear_options(hidden, weight, config.ignore_index, head, chosen_backend)
+    keep = what_to_keep(hidden, weight, bias, recompute)
     mask = logits_ops.stats_mask(names)
-    logp, row_max, row_sum, row_stats, kept = _score_hidden(hidden, weight, bias, labels, mask, keep, options)
+    logp, row_max, row_sum, row_stats, kept = score_hidden(hidden, weight, bias, labels, mask, keep, linear)
     device_labels = labels.to(hidden.device, non_blocking=True)
     outputs = pair_ops.pair_loss(logp, device_labels, *inputs, chosen_backend)
-    pair, row_weight = _end_pairs(outputs, logp, device_labels, inputs, reward_shift, batch_shift, chosen_backend)
+    pair, row_weight = end_pairs(outputs, logp, device_labels, inputs, reward_shift, batch_shift, chosen_backend)
     loss = ValueOfHidden.apply(
-        hidden, weight, bias, pair.loss, labels, row_max, row_sum, row_weight, kept, keep, options
+        hidden, weight, bias, pair.loss, labels, row_max, row_sum, row_weight, kept, keep, linear
     )
-    return _output(loss, pair, names, row_stats, chosen_backend)
+    return loss_output(loss, pair, names, row_stats, chosen_backend)
 
 
 def token_logp(
@@ -271,6 +263,7 @@ def token_logp(
     shift: bool = False,
     ignore_index: int = -100,
     backend: str | None = None,
+    vocab_parallel: ProcessGroup | None = None,
 ) -> Tensor:
     """Returns the log-probability of each label, differentiable, without a float32 copy of the logits.
 
@@ -283,6 +276,7 @@ def token_logp(
         shift: Whether position t of the last axis is scored against ``labels[t + 1]``; the last position gives 0.
         ignore_index: Label of positions that are not read and give 0.
         backend: As in ``mpo_loss``.
+        vocab_parallel: As in ``mpo_loss``.
 
     Returns:
         ``[...]`` float32 (float64 for float64 logits), in nats; NaN where a label is neither ``ignore_index`` nor in
@@ -293,11 +287,13 @@ def token_logp(
         ValueError: If a shape or value is wrong.
         RuntimeError: If the backend cannot run here, or the result is differentiated twice.
     """
+    if vocab_parallel is not None:
+        return parallel.token_logp(logits, labels, shift, ignore_index, backend, vocab_parallel)
     checks.check_logits("logits", logits)
     checks.check_labels(logits, labels)
     chosen_backend = backends.choose_backend(backend, logits)
     if shift:
-        labels = _shifted(labels, ignore_index)
+        labels = shifted_rows(labels, ignore_index)
     if chosen_backend == "reference":
         return eager.token_logp(logits, labels, ignore_index)
     logp, row_max, row_sum, _ = logits_ops.token_logp(logits.detach(), labels, ignore_index, 0, chosen_backend)
@@ -318,6 +314,7 @@ def linear_token_logp(
     shift: bool = False,
     ignore_index: int = -100,
     backend: str | None = None,
+    vocab_parallel: ProcessGroup | None = None,
 ) -> Tensor:
     """Returns ``token_logp`` from hidden states and the output head, without storing all logits.
 
@@ -336,6 +333,7 @@ def linear_token_logp(
         shift: As in ``token_logp``.
         ignore_index: As in ``token_logp``.
         backend: As in ``mpo_loss``.
+        vocab_parallel: As in ``linear_mpo_loss``.
 
     Returns:
         ``[...]`` float32 (float64 if hidden or weight is float64), in nats, differentiable with respect to hidden,
@@ -346,81 +344,21 @@ def linear_token_logp(
         ValueError: If a shape or value is wrong.
         RuntimeError: If the backend cannot run here, or the result is differentiated twice.
     """
-    checks.check_logits("hidden", hidden, "feature")
-    checks.check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
-    checks.check_head(hidden, weight, bias)
-    checks.check_head_options(logit_scale, softcap, temperature, memory_budget, recompute)
-    chosen_backend = backends.choose_backend(backend, hidden, "hidden")
+    head = HeadOptions(logit_scale, softcap, temperature, memory_budget, recompute)
+    if vocab_parallel is not None:
+        return parallel.linear_token_logp(
+            hidden, weight, bias, labels, head, shift, ignore_index, backend, vocab_parallel
+        )
+    chosen_backend = check_linear_logp(hidden, weight, bias, labels, head, backend)
     if shift:
-        labels = _shifted(labels, ignore_index)
+        labels = shifted_rows(labels, ignore_index)
     if chosen_backend == "reference":
-        logits = eager.linear_logits(hidden, weight, bias, logit_scale, softcap, temperature)
+        logits = eager.linear_logits(hidden, weight, bias, *head.scales)
         return eager.token_logp(logits, labels.to(hidden.device), ignore_index)
-    numbers = (logit_scale, softcap, temperature, memory_budget)
-    options = _linear_options(hidden, weight, ignore_index, *numbers, chosen_backend)
-    keep = _what_to_keep(hidden, weight, bias, recompute)
-    logp, row_max, row_sum, _, kept = _score_hidden(hidden, weight, bias, labels, 0, keep, options)
-    return ValueOfHidden.apply(hidden, weight, bias, logp, labels, row_max, row_sum, None, kept, keep, options)
-
-
-def shift_labels(labels: Tensor, ignore_index: int = -100, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Returns each label at the position whose logits predict it: ``out[..., t] = labels[..., t + 1]``.
-
-    The last position of each sequence gets ``ignore_index``. With ``cu_seqlens``, the last axis holds packed
-    sequences.
-    """
-    shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    if cu_seqlens is not None:
-        shifted = shifted.index_fill(-1, cu_seqlens[1:].long() - 1, ignore_index)
-    return shifted
-
-
-def _shifted(labels: Tensor, ignore_index: int) -> Tensor:
-    if labels.ndim == 0:
-        raise ValueError("shift needs labels with at least one axis, got shape ()")
-    return shift_labels(labels, ignore_index)
-
-
-def _check_config(config: MPOConfig) -> None:
-    if not isinstance(config, MPOConfig):
-        raise TypeError(f"config must be an MPOConfig, got {type(config).__name__}")
-
-
-class _PairInputs(NamedTuple):
-    """The arguments that the operators ``pair_loss`` and ``forward`` share, in the order of their parameters."""
-
-    ref_logp: Tensor
-    state: Tensor
-    cu_seqlens: Tensor | None
-    settings: list[float]
-    ignore_index: int
-
-
-def _pair_inputs(ref_logp: Tensor, shift: BatchShift, cu_seqlens: Tensor | None, config: MPOConfig) -> _PairInputs:
-    settings = pair_ops.PairLossSettings(
-        config.beta, config.dpo_weight, config.bco_weight, config.ntp_weight, config.label_smoothing,
-        config.ntp_average == "sequence", shift.rule, shift.update_first, shift.decay,
-    )  # fmt: skip
-    return _PairInputs(ref_logp.detach(), shift.state, cu_seqlens, settings.numbers(), config.ignore_index)
-
-
-def _end_pairs(
-    outputs: Sequence[Tensor],
-    logp: Tensor,
-    labels: Tensor,
-    inputs: _PairInputs,
-    reward_shift: RewardShift | Tensor | float | None,
-    shift: BatchShift,
-    backend: str,
-) -> tuple[eager.PairLoss, Tensor]:
-    """Updates the reward shift. Returns the pair loss and the row weights, recomputed if other ranks changed delta."""
-    *fields, weight = outputs
-    pair = eager.PairLoss(*fields)
-    pooled = end_batch(reward_shift, shift, pair.state, pair.batch)
-    if pooled is not None:
-        *fields, weight = pair_ops.pair_loss(logp, labels, *inputs._replace(state=pooled), backend)
-        pair = eager.PairLoss(*fields)
-    return pair, weight
+    linear = linear_options(hidden, weight, ignore_index, head, chosen_backend)
+    keep = what_to_keep(hidden, weight, bias, recompute)
+    logp, row_max, row_sum, _, kept = score_hidden(hidden, weight, bias, labels, 0, keep, linear)
+    return ValueOfHidden.apply(hidden, weight, bias, logp, labels, row_max, row_sum, None, kept, keep, linear)
 
 
 def _eager_loss(
@@ -440,61 +378,4 @@ def _eager_loss(
     pooled = end_batch(reward_shift, shift, pair.state, pair.batch)
     if pooled is not None:
         pair = eager.pair_loss(logp, labels, ref_logp, BatchShift(pooled), config, cu_seqlens)
-    return _output(pair.loss, pair, names, row_stats, "reference")
-
-
-def _output(loss: Tensor, pair: eager.PairLoss, names: Sequence[str], row_stats: Tensor, backend: str) -> MPOOutput:
-    dpo_loss, bco_loss, ntp_loss = pair.terms.unbind()
-    chosen_logp, rejected_logp = pair.logp.chunk(2)
-    chosen_reward, rejected_reward = pair.reward.chunk(2)
-    tokens = pair.tokens.sum().clamp(min=1)
-    averages = [rows.double().sum().div(tokens).to(pair.terms.dtype) for rows in row_stats]
-    return MPOOutput(
-        loss, dpo_loss, bco_loss, ntp_loss, chosen_logp, rejected_logp, chosen_reward, rejected_reward,
-        pair.reward_shift, pair.tokens, dict(zip(names, averages, strict=True)), backend,
-    )  # fmt: skip
-
-
-def _score_hidden(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    stats: int,
-    keep: int,
-    options: linear_ops.LinearOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = weight.detach(), None if bias is None else bias.detach()
-    return linear_ops.linear_token_logp(hidden.detach(), *head, labels, stats, keep, *options)
-
-
-def _what_to_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, recompute: bool) -> int:
-    """Returns the ``KEEP_`` constant of ``mpo_ext.ops.linear`` for the tensors that forward keeps for backward."""
-    head_needs_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not torch.is_grad_enabled() or not (head_needs_grad or hidden.requires_grad):
-        return linear_ops.KEEP_NOTHING
-    if not head_needs_grad:
-        return linear_ops.KEEP_HIDDEN_GRAD
-    # Kept logits lie in the memory of the gradient of weight.
-    return linear_ops.KEEP_LOGITS if weight.requires_grad and not recompute else linear_ops.KEEP_NOTHING
-
-
-def _linear_options(
-    hidden: Tensor,
-    weight: Tensor,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    memory_budget: int | None,
-    backend: str,
-) -> linear_ops.LinearOptions:
-    device = hidden.device
-    head_scales = [float(logit_scale), float(softcap or 0), float(temperature)]
-    if memory_budget is None:
-        memory_budget = default_memory_budget(device)
-    memory_budget = min(memory_budget, 1 << 62)  # an operator's argument is a 64-bit integer
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)  # the dtype of the model's own head product
-    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    return linear_ops.LinearOptions(ignore_index, head_scales, memory_budget, matmul_dtype(dtype, device), backend)
+    return loss_output(pair.loss, pair, names, row_stats, "reference")

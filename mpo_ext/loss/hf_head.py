@@ -37,6 +37,8 @@ class HiddenAndHead(NamedTuple):
         logit_scale: Factor by which the model multiplies the head's output.
         softcap: Bound that the model applies to its logits, or None.
         outputs: The model's output. Its ``logits`` hold the probe and must not be used.
+        vocab_parallel: Process group whose ranks hold the head's rows, if the head is sharded over the vocabulary
+            (``colwise``); weight and bias are then this rank's rows. Otherwise None.
     """
 
     hidden: Tensor
@@ -45,11 +47,13 @@ class HiddenAndHead(NamedTuple):
     logit_scale: float
     softcap: float | None
     outputs: Any
+    vocab_parallel: Any = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments bias, logit_scale and softcap: pass ``**head.options`` to ``linear_mpo_loss``."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        """The arguments bias, logit_scale, softcap and, with a sharded head, vocab_parallel of ``linear_mpo_loss``."""
+        options = {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        return options if self.vocab_parallel is None else {**options, "vocab_parallel": self.vocab_parallel}
 
 
 def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> HiddenAndHead:
@@ -65,7 +69,9 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
 
     Args:
         model: Hugging Face model with a linear output head, wrapped as for training: in DDP, in FSDP or by accelerate.
-            LoRA adapters are allowed, but not on the head. FSDP must shard the head with the root module.
+            LoRA adapters are allowed, but not on the head. FSDP must shard the head with the root module. The head
+            may be sharded over the vocabulary by tensor parallelism: by ``tp_plan`` of transformers, or by torch's
+            ``ColwiseParallel`` with ``output_layouts=Replicate()``.
         positional: Must be empty: the model's inputs are keyword arguments.
         inputs: Keyword arguments of ``model(...)``, such as ``input_ids=input_ids``, without labels.
 
@@ -105,7 +111,7 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
             f"model must call its output head once in a forward, got {len(calls)} calls in that of "
             f"{type(inner).__name__}: {_INSTEAD}"
         )
-    hidden, weight, bias, dtypes = calls[0]
+    hidden, weight, bias, dtypes, group = calls[0]
     for name, tensor in (("weight", weight), ("bias", bias)):
         _check_is_whole(name, tensor)
     logits = getattr(outputs, "logits", None)
@@ -119,7 +125,7 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
     logit_scale, softcap = _scale_and_softcap(inner, logits, dtypes)
     if hidden.requires_grad and logits.requires_grad:
         hidden = _Tie.apply(hidden, logits)
-    return HiddenAndHead(hidden, weight, bias, logit_scale, softcap, outputs)
+    return HiddenAndHead(hidden, weight, bias, logit_scale, softcap, outputs, group)
 
 
 class _HeadCall(NamedTuple):
@@ -129,6 +135,7 @@ class _HeadCall(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     dtypes: list[torch.dtype]
+    vocab_parallel: Any  # process group whose ranks hold the head's rows, or None
 
 
 def _check_is_whole(name: str, tensor: Tensor | None) -> None:
@@ -183,19 +190,20 @@ def _probed(layers: list[nn.Linear], calls: list[_HeadCall]) -> Iterator[None]:
     """Replaces the forward of the layers within the context: it records the call and returns the probe."""
 
     def probing(layer: nn.Linear) -> Any:
+        is_sharded = _is_forward_of_tp_plan(layer)
+
         def forward(input: Tensor) -> Tensor:
             # Read during the call: FSDP and ZeRO-3 gather the whole parameters for the forward only.
-            weight, bias = layer.weight, layer.bias
-            if hasattr(weight, "full_tensor"):
-                raise RuntimeError(
-                    f"model must have an output head whose weight is whole during forward, got "
-                    f"{type(weight).__name__} with placements {getattr(weight, 'placements', None)}: {_INSTEAD}"
-                )
-            dtypes = [input.dtype]
-            if torch.is_autocast_enabled(input.device.type):
-                dtypes.append(torch.get_autocast_dtype(input.device.type))
-            calls.append(_HeadCall(input, weight, bias, dtypes))
-            return _Probe.apply(input, weight, bias)
+            hidden, weight, bias, group = _local_head(layer, input, is_sharded)
+            dtypes = [hidden.dtype]
+            if torch.is_autocast_enabled(hidden.device.type):
+                dtypes.append(torch.get_autocast_dtype(hidden.device.type))
+            calls.append(_HeadCall(hidden, weight, bias, dtypes, group))
+            probe = _Probe.apply(hidden, weight, bias)
+            if hidden is input:
+                return probe
+            mesh: Any = input.device_mesh  # type: ignore[attr-defined]
+            return type(input).from_local(probe, mesh, input.placements, run_check=False)  # type: ignore[attr-defined]
 
         return forward
 
@@ -212,6 +220,34 @@ def _probed(layers: list[nn.Linear], calls: list[_HeadCall]) -> Iterator[None]:
                 object.__setattr__(layer, name, old_forward)
             else:
                 vars(layer).pop(name, None)
+
+
+def _is_forward_of_tp_plan(layer: nn.Linear) -> bool:
+    """Returns whether the layer's forward is that by which transformers runs a layer of ``tp_plan``."""
+    return getattr(vars(layer).get("forward"), "__module__", "") == "transformers.distributed.tensor_parallel"
+
+
+def _local_head(
+    layer: nn.Linear, input: Any, is_forward_of_tp_plan: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+    """Returns the local tensors of a call of the head, and the process group if its rows lie on several ranks.
+
+    FSDP2 shards in the same way as tensor parallelism, but its ranks have different hidden states. The head counts as
+    sharded over the vocabulary only if transformers replaced its forward, or torch made the hidden states a DTensor.
+    """
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    if not hasattr(weight, "full_tensor"):
+        return input, weight, bias, None
+    is_replicated = hasattr(input, "full_tensor") and all(place.is_replicate() for place in input.placements)
+    is_colwise = weight.device_mesh.ndim == 1 and weight.placements[0].is_shard(0)
+    if not is_colwise or not (is_replicated or (is_forward_of_tp_plan and not hasattr(input, "full_tensor"))):
+        raise RuntimeError(
+            "model must have an output head whose weight is whole during forward, or sharded over the vocabulary by "
+            f"tensor parallelism, got {type(weight).__name__} with placements {weight.placements}: {_INSTEAD}"
+        )
+    hidden = input.to_local() if is_replicated else input
+    return hidden, weight.to_local(), None if bias is None else bias.to_local(), weight.device_mesh.get_group()
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -247,7 +283,7 @@ def _linear_layers(model: nn.Module) -> list[nn.Linear]:
     else:
         layers = [head]
     for layer in layers:
-        is_patched = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+        is_patched = "forward" in vars(layer) and not hasattr(layer, "_hf_hook") and not _is_forward_of_tp_plan(layer)
         is_adapted = hasattr(layer, "base_layer")
         is_plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
         if not is_plain or is_patched or is_adapted:

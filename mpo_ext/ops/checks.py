@@ -45,10 +45,13 @@ def check_labels(logits: Tensor, labels: Tensor, name: str = "logits", *, may_be
         raise ValueError(f"labels must be on the device of {name}, {logits.device}, got {labels.device}")
 
 
-def check_pairs(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, name: str = "logits") -> int:
+def check_pairs(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, name: str = "logits", *, is_part: bool = False
+) -> int:
     """Raises unless logits and labels hold B pairs, padded or packed. Returns the number of sequences, 2B.
 
-    If ``name`` is "hidden", ``logits`` are hidden states, and labels may be on the CPU.
+    If ``name`` is "hidden", ``logits`` are hidden states, and labels may be on the CPU. With ``is_part``, the rows are
+    a rank's part of the sequences, and a packed sequence may have no row.
     """
     size, axis = ("D", "feature") if name == "hidden" else ("V", "vocabulary")
     check_logits(name, logits, axis)
@@ -67,11 +70,11 @@ def check_pairs(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, name:
     if logits.ndim != 2:
         raise ValueError(f"{name} must be [N, {size}] when cu_seqlens is given, got shape {_shape(logits)}")
     check_labels(logits, labels, name, may_be_on_cpu=name == "hidden")
-    _check_cu_seqlens(cu_seqlens, logits, name)
+    _check_cu_seqlens(cu_seqlens, logits, name, is_part)
     return cu_seqlens.shape[0] - 1
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor, name: str) -> None:
+def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor, name: str, is_part: bool) -> None:
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -85,17 +88,21 @@ def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor, name: str) -> None:
         )
     # Reading offsets on a GPU would wait for it; for bad offsets on a GPU, pair_loss returns NaN.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_offsets(cu_seqlens, logits.shape[0])
+        check_offsets(cu_seqlens, logits.shape[0], is_part=is_part)
 
 
-def check_offsets(cu_seqlens: Tensor, rows: int) -> None:
-    """Raises unless the offsets run from 0 to the number of rows and increase at every step."""
+def check_offsets(cu_seqlens: Tensor, rows: int, *, is_part: bool = False) -> None:
+    """Raises unless the offsets run from 0 to the number of rows and increase at every step.
+
+    With ``is_part``, they may also stay the same.
+    """
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
     for before, after in itertools.pairwise(offsets):
-        if after <= before:
-            raise ValueError(f"cu_seqlens must increase at every step, got {before} followed by {after}")
+        if after < before or (after == before and not is_part):
+            rule = "not decrease" if is_part else "increase at every step"
+            raise ValueError(f"cu_seqlens must {rule}, got {before} followed by {after}")
     if offsets[-1] != rows:
         raise ValueError(f"cu_seqlens must end at N, the number of rows, {rows}, got {offsets[-1]}")
 

@@ -20,7 +20,7 @@ from mpo_ext.ops.checks import (
     check_scale,
 )
 from mpo_ext.ops.logits import RowOutputs, score, token_logp_outputs, write_grad
-from mpo_ext.ops.memory import ROW_STATE, Tile, result_dtype
+from mpo_ext.ops.memory import ROW_STATE, Tile, VocabShard, empty_row_state, result_dtype
 from mpo_ext.ops.tiles import Head, TiledRows, accumulate, fresh_memory, labelled_rows, scatter_rows
 
 #: Tensors that ``linear_token_logp`` keeps for backward: none, the unscaled gradient of hidden states, or the logits.
@@ -58,46 +58,24 @@ def linear_token_logp(
         ``hidden``, and the tensor for backward. With n labelled rows, ``kept`` is ``[0]`` (KEEP_NOTHING), d logp /
         d hidden ``[n, D]`` (KEEP_HIDDEN_GRAD), or logits as bytes in the layout of ``KeptLogits`` (KEEP_LOGITS).
     """
-    head = _checked_head(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
+    _check_hidden(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
     if not 0 <= stats < 1 << len(STATS) or keep not in (KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS):
         raise ValueError(f"stats must be below {1 << len(STATS)}, and keep 0, 1 or 2, got {stats} and {keep}")
-    tiles = TiledRows(hidden, labels, head, ignore_index, memory_budget, keeps_logits=keep == KEEP_LOGITS)
+    options = LinearOptions(ignore_index, list(head_scales), memory_budget, matmul_dtype, backend)
+    tiles = _tiled_rows(hidden, weight, bias, labels, keep, options)
     device_labels = tiles.like.new_empty(labels.shape, dtype=torch.int64)  # only their shape and device are used
     outputs = token_logp_outputs(tiles.like, device_labels, stats)
     for output in outputs:
         output.zero_()
-    if keep == KEEP_LOGITS:
-        kept = fresh_memory(tiles.like, (tiles.kept_logits.size,), torch.uint8)
-    else:
-        kept = tiles.like.new_empty(tiles.rows.shape if keep == KEEP_HIDDEN_GRAD else (0,))
-    if tiles.rows.shape[0] == 0:
-        return *outputs, kept
-
-    chunks = [
-        _Chunk(rows, chunk_labels, token_logp_outputs(tiles.like, chunk_labels, stats), _new_state(chunk_labels))
-        for rows, chunk_labels in tiles.chunks()
-    ]
-    folds = keep == KEEP_HIDDEN_GRAD
-    for first, end in tiles.columns():
-        weight_rows = tiles.weight_rows(first, end)
-        for chunk in chunks:
-            out = tiles.kept_logits.tile(kept, chunk.rows, first, end) if tiles.keeps_in_place else None
-            logits, tanh = tiles.logits(chunk.rows, weight_rows, first, end, out)
-            tile = Tile(first, tiles.vocab, chunk.state)
-            old_max = chunk.outputs[1].clone() if folds else None
-            score(logits, chunk.labels, ignore_index, stats, backend, chunk.outputs, tile, leaves_exp_logits=folds)
-            if keep == KEEP_LOGITS and not tiles.keeps_in_place:
-                tiles.kept_logits.store_(kept, chunk.rows, first, end, logits, chunk.outputs[1])
-            if old_max is not None:
-                total = kept[chunk.rows]
-                _fold_hidden_grad(tiles, chunk, logits, tanh, weight_rows, old_max, total, is_first=first == 0)
-    for target, *parts in zip(outputs, *(chunk.outputs for chunk in chunks), strict=True):
+    chunks, kept = _score_tiles(tiles, stats, keep, options)
+    for target, *parts in zip(outputs, *(chunk.outputs for chunk in chunks), strict=True) if chunks else ():
         # Merging the axes of the labels makes the rows the last axis of each output.
         flat = target.view(*target.shape[: target.ndim - labels.ndim], labels.numel())
         flat[..., tiles.index] = torch.cat(parts, -1)
-    if folds:
+    if keep == KEEP_HIDDEN_GRAD:
         for chunk in chunks:
-            _finish_hidden_grad(tiles, chunk, kept[chunk.rows])
+            logp, _, row_sum, _ = chunk.outputs
+            _finish_hidden_grad(tiles.head, chunk.labels, logp, row_sum, chunk.state[:, -1], kept[chunk.rows])
     return *outputs, kept
 
 
@@ -115,7 +93,7 @@ def _(
     return *outputs, like.new_empty(size, dtype=torch.uint8)
 
 
-def _checked_head(
+def _check_hidden(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -124,8 +102,8 @@ def _checked_head(
     memory_budget: int,
     matmul_dtype: torch.dtype,
     backend: str,
-) -> Head:
-    """Returns the head, and raises unless tensors and options fit each other."""
+) -> None:
+    """Raises unless tensors and options fit each other."""
     check_logits("hidden", hidden, "feature")
     check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
     check_head(hidden, weight, bias)
@@ -135,8 +113,42 @@ def _checked_head(
             "head_scales must be 3 numbers, memory_budget at least 1 and matmul_dtype a floating-point dtype, got "
             f"{list(head_scales)}, {memory_budget} and {matmul_dtype}"
         )
+
+
+def linear_token_logp_shard(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    stats: int,
+    keep: int,
+    options: LinearOptions,
+    shard: VocabShard,
+) -> tuple[Tensor, Tensor]:
+    """Returns the state of each row after a shard of the head, ``[..., ROW_STATE]``, and the tensor for backward.
+
+    The arguments are those of ``linear_token_logp``; weight and bias are the shard, and labels are ids of the whole
+    vocabulary. With KEEP_HIDDEN_GRAD, ``finish_shard_hidden_grad`` completes the tensor for backward.
+    """
+    tiles = _tiled_rows(hidden, weight, bias, labels, keep, options)
+    chunks, kept = _score_tiles(tiles, stats, keep, options, shard)
+    state = empty_row_state(tiles.like.new_empty(labels.shape, dtype=torch.int64))
+    if chunks:
+        state.view(-1, ROW_STATE)[tiles.index] = torch.cat([chunk.state for chunk in chunks])
+    return state, kept
+
+
+def _head(weight: Tensor, bias: Tensor | None, head_scales: Sequence[float], matmul_dtype: torch.dtype) -> Head:
     logit_scale, softcap, temperature = head_scales
     return Head(weight, bias, logit_scale, softcap, temperature, matmul_dtype)
+
+
+def _tiled_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, keep: int, options: LinearOptions
+) -> TiledRows:
+    head = _head(weight, bias, options.head_scales, options.matmul_dtype)
+    keeps_logits = keep == KEEP_LOGITS
+    return TiledRows(hidden, labels, head, options.ignore_index, options.memory_budget, keeps_logits=keeps_logits)
 
 
 @dataclass
@@ -149,8 +161,42 @@ class _Chunk:
     state: Tensor
 
 
-def _new_state(labels: Tensor) -> Tensor:
-    return torch.empty(labels.shape[0], ROW_STATE, dtype=torch.float64, device=labels.device)
+def _score_tiles(
+    tiles: TiledRows, stats: int, keep: int, options: LinearOptions, shard: VocabShard | None = None
+) -> tuple[list[_Chunk], Tensor]:
+    """Scores the labelled rows tile by tile. Returns their chunks, and the tensor for backward.
+
+    With KEEP_HIDDEN_GRAD, ``_finish_hidden_grad`` completes the tensor for backward.
+    """
+    shard = shard or VocabShard(0, tiles.vocab)
+    if keep == KEEP_LOGITS:
+        kept = fresh_memory(tiles.like, (tiles.kept_logits.size,), torch.uint8)
+    else:
+        kept = tiles.like.new_empty(tiles.rows.shape if keep == KEEP_HIDDEN_GRAD else (0,))
+    if tiles.rows.shape[0] == 0:
+        return [], kept
+    chunks = [
+        _Chunk(rows, labels, token_logp_outputs(tiles.like, labels, stats), empty_row_state(labels))
+        for rows, labels in tiles.chunks()
+    ]
+    folds = keep == KEEP_HIDDEN_GRAD
+    for first, end in tiles.columns():
+        weight_rows = tiles.weight_rows(first, end)
+        tile = Tile(shard.first + first, shard.total, None)
+        for chunk in chunks:
+            out = tiles.kept_logits.tile(kept, chunk.rows, first, end) if tiles.keeps_in_place else None
+            logits, tanh = tiles.logits(chunk.rows, weight_rows, first, end, out)
+            old_max = chunk.outputs[1].clone() if folds else None
+            score(
+                logits, chunk.labels, options.ignore_index, stats, options.backend, chunk.outputs,
+                tile._replace(state=chunk.state), leaves_exp_logits=folds,
+            )  # fmt: skip
+            if keep == KEEP_LOGITS and not tiles.keeps_in_place:
+                tiles.kept_logits.store_(kept, chunk.rows, first, end, logits, chunk.outputs[1])
+            if old_max is not None:
+                total = kept[chunk.rows]
+                _fold_hidden_grad(tiles, chunk, logits, tanh, weight_rows, old_max, total, is_first=first == 0)
+    return chunks, kept
 
 
 def _fold_hidden_grad(
@@ -176,16 +222,47 @@ def _fold_hidden_grad(
     accumulate(total, tiles.as_input(exp_logits), weight_rows, is_first=is_first)
 
 
-def _finish_hidden_grad(tiles: TiledRows, chunk: _Chunk, total: Tensor) -> None:
-    """Completes d logp / d hidden = slope * ((1 - p_y) * tanh'_y * weight_y - the sum over the other columns)."""
-    logp, _, row_sum, _ = chunk.outputs
-    head = tiles.head
+def _finish_hidden_grad(
+    head: Head, columns: Tensor, logp: Tensor, row_sum: Tensor, z_label: Tensor, total: Tensor
+) -> None:
+    """Completes d logp / d hidden = slope * ((1 - p_y) * tanh'_y * weight_y - the sum over the other columns).
+
+    ``columns`` are the head's rows of the labels. A label without one (in another shard) contributes nothing.
+    """
     label_factor = -torch.expm1(logp)
     if head.softcap:
-        tanh = chunk.state[:, -1] / head.outer_scale
+        tanh = z_label / head.outer_scale
         label_factor = label_factor * (1 - tanh.square()).to(label_factor.dtype)
-    label_rows = head.weight[chunk.labels.clamp(0, tiles.vocab - 1)].to(total.dtype)
+    size = head.weight.shape[0]
+    has_label = (columns >= 0) & (columns < size)
+    label_factor = torch.where(has_label | logp.isnan(), label_factor, 0.0)  # NaN: the label is out of range
+    label_rows = head.weight[columns.clamp(0, size - 1)].to(total.dtype)
     total.div_(-row_sum.unsqueeze(1)).addcmul_(label_rows, label_factor.unsqueeze(1)).mul_(head.slope)
+
+
+def finish_shard_hidden_grad(
+    kept: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    outputs: RowOutputs,
+    options: LinearOptions,
+    shard: VocabShard,
+) -> None:
+    """Completes ``kept`` of ``linear_token_logp_shard`` in place: this shard's part of d logp / d hidden, ``[n, D]``.
+
+    ``state`` is that of the shard, and ``outputs`` are the results of ``merge_shards``.
+    """
+    index = labelled_rows(labels, options.ignore_index)
+    columns = labels.reshape(-1)[index].to(kept.device) - shard.first
+    index = index.to(kept.device)
+    logp, row_max, row_sum = (values.reshape(-1)[index] for values in outputs[:3])
+    shard_max, z_label = (state.view(-1, ROW_STATE)[index][:, part] for part in (0, -1))
+    scale = torch.where(shard_max == -math.inf, 0.0, torch.exp(shard_max - row_max)).to(kept.dtype)
+    kept.mul_(scale.unsqueeze(1))
+    _finish_hidden_grad(
+        _head(weight, None, options.head_scales, options.matmul_dtype), columns, logp, row_sum, z_label, kept
+    )
 
 
 @torch.library.custom_op("mpo_ext::kept_hidden_grad", mutates_args=())
@@ -201,18 +278,26 @@ def kept_hidden_grad(
     check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
     check_rows(labels, kept.dtype, hidden.device, row_weight=row_weight)
     check_scale(scale, hidden)
+    index, rows = kept_hidden_rows(hidden, labels, kept, row_weight, scale, ignore_index)
+    return scatter_rows(rows, index, hidden)
+
+
+@kept_hidden_grad.register_fake
+def _(hidden: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty(hidden.shape)
+
+
+def kept_hidden_rows(
+    hidden: Tensor, labels: Tensor, kept: Tensor, row_weight: Tensor, scale: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the flat indices of the labelled rows, and the gradient of these rows of ``kept_hidden_grad``."""
     index = labelled_rows(labels, ignore_index).to(hidden.device, non_blocking=True)
     if kept.shape != (len(index), hidden.shape[-1]):
         raise ValueError(f"kept must be [n, D] = {(len(index), hidden.shape[-1])}, got {tuple(kept.shape)}")
     factor = row_weight.reshape(-1)[index]
     if scale is not None:
         factor = factor * scale.to(factor.dtype)
-    return scatter_rows(kept * factor[:, None], index, hidden)
-
-
-@kept_hidden_grad.register_fake
-def _(hidden: Tensor, *_: Any) -> Tensor:
-    return hidden.new_empty(hidden.shape)
+    return index, kept * factor[:, None]
 
 
 @torch.library.custom_op("mpo_ext::linear_grad", mutates_args=("kept",))
@@ -243,33 +328,58 @@ def linear_grad(
         The gradients of hidden, weight and bias, contiguous, each in the shape of its input. A gradient that is not
         wanted, or that lies in ``kept``, is returned as an empty tensor ``[0]``.
     """
-    head = _checked_head(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
+    _check_hidden(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
     rows = {"row_max": row_max, "row_sum": row_sum, "row_weight": row_weight}
     check_rows(labels, result_dtype(hidden, weight), hidden.device, **rows)
     check_scale(scale, hidden)
-    options = {"converts_weight_grad": wanted[1], "keeps_logits": kept is not None}
-    tiles = TiledRows(hidden, labels, head, ignore_index, memory_budget, **options)
+    options = LinearOptions(ignore_index, list(head_scales), memory_budget, matmul_dtype, backend)
+    index, rows_grad, d_weight, d_bias = linear_grad_rows(
+        hidden, weight, bias, labels, (row_max, row_sum, row_weight), scale, kept, wanted, options
+    )
+    d_hidden = scatter_rows(rows_grad, index, hidden) if wanted[0] else rows_grad
+    return d_hidden, d_weight if kept is None else rows_grad.new_empty(0), d_bias
+
+
+def linear_grad_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_values: Sequence[Tensor],
+    scale: Tensor | None,
+    kept: Tensor | None,
+    wanted: Sequence[bool],
+    options: LinearOptions,
+    shard: VocabShard | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the flat indices of the labelled rows, their gradient before it is rounded, and the head's gradients.
+
+    The arguments are those of ``linear_grad``; ``row_values`` are row_max, row_sum and row_weight. With ``shard``,
+    weight and bias are a shard of the head, and the gradient of the rows is the shard's part of a sum.
+    """
+    head = _head(weight, bias, options.head_scales, options.matmul_dtype)
+    keeps = {"converts_weight_grad": wanted[1], "keeps_logits": kept is not None}
+    tiles = TiledRows(hidden, labels, head, options.ignore_index, options.memory_budget, **keeps)
     if kept is not None and (kept.dtype != torch.uint8 or kept.shape != (tiles.kept_logits.size,)):
         raise ValueError(
             f"kept must be {tiles.kept_logits.size:,} bytes of torch.uint8, got {kept.dtype} of shape "
             f"{tuple(kept.shape)}"
         )
-    d_hidden, d_weight, d_bias = _empty_gradients(hidden, weight, bias, (wanted[0], False, wanted[2]))
+    _, d_weight, d_bias = _empty_gradients(hidden, weight, bias, (False, False, wanted[2]))
     if wanted[1]:
         d_weight = fresh_memory(hidden, weight.shape, weight.dtype) if kept is None else kept_weight_grad(kept, weight)
     if tiles.rows.shape[0] == 0:
-        for gradient in (d_hidden, d_weight, d_bias):
+        for gradient in (d_weight, d_bias):
             gradient.zero_()
-    else:
-        # All gradients have the slope of the head and the scale of the loss as a factor.
-        factor = tiles.like.new_full((), head.slope, dtype=torch.float64)
-        if scale is not None:
-            factor = factor * scale.to(torch.float64)
-        row_values = [values.reshape(-1)[tiles.index] for values in (row_max, row_sum, row_weight)]
-        rows_grad = _fill_gradients(tiles, row_values, factor, kept, wanted, (d_weight, d_bias), ignore_index, backend)
-        if wanted[0]:
-            d_hidden = scatter_rows(rows_grad, tiles.index, hidden)
-    return d_hidden, d_weight if kept is None else tiles.like.new_empty(0), d_bias
+        return tiles.index, tiles.like.new_empty(tiles.rows.shape if wanted[0] else (0,)), d_weight, d_bias
+    # All gradients have the slope of the head and the scale of the loss as a factor.
+    factor = tiles.like.new_full((), head.slope, dtype=torch.float64)
+    if scale is not None:
+        factor = factor * scale.to(torch.float64)
+    values = [numbers.reshape(-1)[tiles.index] for numbers in row_values]
+    shard = shard or VocabShard(0, tiles.vocab)
+    rows_grad = _fill_gradients(tiles, values, factor, kept, wanted, (d_weight, d_bias), options, shard)
+    return tiles.index, rows_grad, d_weight, d_bias
 
 
 def _fill_gradients(
@@ -279,8 +389,8 @@ def _fill_gradients(
     kept: Tensor | None,
     wanted: Sequence[bool],
     head_grads: tuple[Tensor, Tensor],
-    ignore_index: int,
-    backend: str,
+    options: LinearOptions,
+    shard: VocabShard,
 ) -> Tensor:
     """Writes the gradients of weight and bias, and returns the gradient of the labelled rows of hidden states.
 
@@ -299,8 +409,8 @@ def _fill_gradients(
             else:
                 grad, tanh = tiles.restored_logits(kept, rows, first, end)
             write_grad(
-                grad, labels, row_max[rows], row_sum[rows], row_weight[rows], factor, ignore_index, backend, grad,
-                tile=Tile(first, tiles.vocab, None),
+                grad, labels, row_max[rows], row_sum[rows], row_weight[rows], factor, options.ignore_index,
+                options.backend, grad, tile=Tile(shard.first + first, shard.total, None),
             )  # fmt: skip
             _multiply_by_tanh_slope_(grad, tanh)
             if wanted[2] and tiles.head.bias is not None:

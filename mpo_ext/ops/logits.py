@@ -23,7 +23,17 @@ from mpo_ext.ops.checks import (
     check_row_values,
     check_scale,
 )
-from mpo_ext.ops.memory import Tile, addresses, device_guard, fresh_zeros, result_dtype, row_arguments, row_layout
+from mpo_ext.ops.memory import (
+    Tile,
+    VocabShard,
+    addresses,
+    device_guard,
+    empty_row_state,
+    fresh_zeros,
+    result_dtype,
+    row_arguments,
+    row_layout,
+)
 
 #: Names of the outputs of ``token_logp`` in the kernels.
 ROW_OUTPUTS = ("logp", "row_max", "row_sum", "row_stats")
@@ -69,6 +79,50 @@ def token_logp_outputs(logits: Tensor, labels: Tensor, stats: int) -> RowOutputs
     dtype = result_dtype(logits)
     logp, row_max, row_sum = (logits.new_empty(labels.shape, dtype=dtype) for _ in range(3))
     return logp, row_max, row_sum, logits.new_empty((stats.bit_count(), *labels.shape), dtype=dtype)
+
+
+def token_logp_shard(
+    logits: Tensor, labels: Tensor, ignore_index: int, stats: int, backend: str, shard: VocabShard
+) -> Tensor:
+    """Returns the state of each row after the columns of a shard, ``[..., ROW_STATE]``, for ``merge_shards``.
+
+    The arguments are those of ``token_logp``; labels are ids of the whole vocabulary. Each logit is read once.
+    """
+    state = empty_row_state(labels)
+    outputs = token_logp_outputs(logits, labels, stats)
+    score(logits, labels, ignore_index, stats, backend, outputs, Tile(shard.first, shard.total, state))
+    return state
+
+
+def merge_shards(
+    states: Tensor, labels: Tensor, ignore_index: int, stats: int, total: int, dtype: torch.dtype
+) -> RowOutputs:
+    """Returns the outputs of ``token_logp`` in ``dtype`` from the states of all shards, ``[shards, ..., ROW_STATE]``.
+
+    Each label's logit must be in one state, and 0 in the others. ``total`` is the size of the vocabulary. Only logp is
+    differentiable.
+    """
+    maxima, sums, e_d, z_sum, squared, z_label = states.unbind(-1)
+    maxima = maxima.detach()
+    row_max = maxima.amax(0)
+    gap = torch.where(maxima == -math.inf, 0.0, maxima - row_max)  # a shard without a maximum has a sum of 0
+    scale = gap.exp()
+    row_sum, label = (sums * scale).sum(0), z_label.sum(0)
+    logp = (label - row_max) - row_sum.log()
+    values = {
+        "entropy": lambda: row_sum.log() - ((e_d + gap * sums) * scale).sum(0) / row_sum,
+        "mean_logit": lambda: z_sum.sum(0) / total,
+        "top1": lambda: (label == row_max).to(row_sum.dtype) + (row_sum - row_sum),  # NaN if the row has a NaN
+        "sum_p_squared": lambda: (squared * scale.square()).sum(0) / row_sum.square(),
+    }
+    rows = [values[name]().detach() for bit, name in enumerate(STATS) if stats >> bit & 1]
+    is_ignored = labels == ignore_index
+    is_valid = ~is_ignored & (labels >= 0) & (labels < total)
+    filler = torch.where(is_ignored, 0.0, torch.nan).to(logp.dtype)
+    logp, *row_stats = (torch.where(is_valid, numbers, filler).to(dtype) for numbers in (logp, *rows))
+    row_max, row_sum = (torch.where(is_valid, numbers, 0.0).to(dtype) for numbers in (row_max, row_sum))
+    empty = logp.new_empty((0, *labels.shape))
+    return logp, row_max, row_sum.detach(), torch.stack(row_stats) if row_stats else empty
 
 
 def score(
@@ -136,6 +190,8 @@ def logits_grad(
     scale: Tensor | None,  # 0-d factor of the gradient; None: 1
     ignore_index: int,  # label of rows whose gradient is 0
     backend: str,  # a result of choose_backend other than "reference"
+    first: int = 0,  # the vocabulary id of column 0, if the logits are a shard
+    total: int = 0,  # size of the whole vocabulary; 0: that of the logits
 ) -> Tensor:
     """Returns the gradient ``scale * weight * (onehot(label) - softmax(logits))``, and 0 in ignored rows.
 
@@ -146,7 +202,10 @@ def logits_grad(
     _check_grad_inputs(logits, labels, row_max, row_sum, weight, scale, backend)
     is_zeroed = backend == "cpu"
     grad = fresh_zeros(logits.shape, logits.dtype) if is_zeroed else logits.new_empty(logits.shape)
-    write_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, backend, grad, is_zeroed=is_zeroed)
+    tile = Tile(first, total, None) if total else None
+    write_grad(
+        logits, labels, row_max, row_sum, weight, scale, ignore_index, backend, grad, is_zeroed=is_zeroed, tile=tile
+    )
     return grad
 
 
@@ -165,13 +224,16 @@ def logits_grad_(
     scale: Tensor | None,
     ignore_index: int,
     backend: str,
+    first: int = 0,
+    total: int = 0,
 ) -> None:
     """Overwrites logits that pass ``check_reuse`` with their gradient. The arguments are those of ``logits_grad``."""
     _check_grad_inputs(logits, labels, row_max, row_sum, weight, scale, backend)
     check_reuse(logits)
     if row_layout(logits).tensor is not logits:
         raise ValueError(f"logits must have rows that two strides describe, got strides {tuple(logits.stride())}")
-    write_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, backend, logits)
+    tile = Tile(first, total, None) if total else None
+    write_grad(logits, labels, row_max, row_sum, weight, scale, ignore_index, backend, logits, tile=tile)
 
 
 def _check_grad_inputs(

@@ -24,6 +24,20 @@ class Tile(NamedTuple):
     state: Tensor | None  # [rows, ROW_STATE] float64, passed from tile to tile; write_grad ignores it
 
 
+class VocabShard(NamedTuple):
+    """The vocabulary ids that a rank holds: those that follow ``first``, as many as its logits have, of ``total``."""
+
+    first: int
+    total: int
+
+
+def empty_row_state(labels: Tensor) -> Tensor:
+    """Returns the state ``[..., ROW_STATE]`` of rows before their first tile, on the device of the labels."""
+    state = torch.zeros(*labels.shape, ROW_STATE, dtype=torch.float64, device=labels.device)
+    state[..., 0] = -math.inf  # the maximum
+    return state
+
+
 class RowLayout(NamedTuple):
     """Rows in memory: row i starts at ``(i // inner) * outer_stride + (i % inner) * row_stride`` elements."""
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.eager import nan_factor, sequence_sums
-from mpo_ext.loss.functions import MPOOutput, linear_mpo_loss, mpo_loss
+from mpo_ext.loss.functions import linear_mpo_loss, mpo_loss
 from mpo_ext.loss.preference import LOSSES, preference_loss
 from mpo_ext.loss.reward_shift import RewardShift
+from mpo_ext.loss.steps import MPOOutput
 from mpo_ext.train.batch import Batch
 from mpo_ext.train.dataset import BatchCounts, StepSize
 from mpo_ext.train.forward import forward, forward_logits

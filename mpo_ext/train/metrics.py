@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo_ext.loss.functions import MPOOutput
 from mpo_ext.loss.reward_shift import RewardShift
+from mpo_ext.loss.steps import MPOOutput
 from mpo_ext.train.batch_loss import STATS
 from mpo_ext.train.recipe import LossRecipe
 

@@ -1,0 +1,423 @@
+"""The loss functions over several ranks: each holds columns of the vocabulary, parts of the sequences, or both.
+
+The kernels are those of one process: a rank's columns are a tile of the vocabulary. Each rank computes the loss from
+the same numbers and in the same order, so the loss is bitwise the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpo_ext.loss import eager
+from mpo_ext.loss.autograd import LogpOfLogits, LossOfLogits, ValueOfHidden
+from mpo_ext.loss.rank_groups import RankFacts, RankGroups, SumGradients
+from mpo_ext.loss.reward_shift import BatchShift, RewardShift, begin_batch, end_batch
+from mpo_ext.loss.steps import (
+    HeadOptions,
+    HiddenReference,
+    LossOptions,
+    LossPlan,
+    MPOOutput,
+    check_linear_logp,
+    check_linear_loss,
+    check_logits_loss,
+    linear_options,
+    loss_output,
+    pair_inputs,
+    score_hidden,
+    shift_labels,
+    shifted_rows,
+    what_to_keep,
+)
+from mpo_ext.ops import backends, checks
+from mpo_ext.ops import linear as linear_ops
+from mpo_ext.ops import logits as logits_ops
+from mpo_ext.ops import pair_loss as pair_ops
+from mpo_ext.ops.memory import VocabShard, result_dtype
+
+
+class _Rows(NamedTuple):
+    """Results for the rows of this rank, over the whole vocabulary."""
+
+    logp: Tensor
+    row_max: Tensor
+    row_sum: Tensor
+    row_stats: Tensor
+    kept: Tensor  # of linear_token_logp
+    ref_logp: Tensor | None  # as given, checked to be the same on all ranks
+
+
+@torch.compiler.disable
+def mpo_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor | None,
+    ref_logits: Tensor | None,
+    options: LossOptions,
+    reuse_logits: bool,
+    vocab_parallel: Any,
+    sequence_parallel: Any,
+) -> MPOOutput:
+    """Returns ``mpo_loss`` over the ranks of ``vocab_parallel``, of ``sequence_parallel``, or of both."""
+    groups = RankGroups(vocab_parallel, sequence_parallel)
+    config, is_part = options.config, groups.sequence is not None
+
+    def check() -> tuple[LossPlan, Tensor, BatchShift]:
+        plan = check_logits_loss(logits, labels, ref_logp, ref_logits, options, reuse_logits, is_part=is_part)
+        return plan, _aligned_labels(labels, options, groups), begin_batch(options.reward_shift, logits.device)
+
+    def facts(checked: tuple[LossPlan, Tensor, BatchShift]) -> RankFacts:
+        return RankFacts(
+            columns=logits.shape[-1],
+            ref_columns=0 if ref_logits is None else ref_logits.shape[-1],
+            sequences=checked[0].sequences,
+            settings=_checksum(options, checked[0].names, logits.dtype, ref_logits is None),
+            rows=labels.numel(),
+        )
+
+    (plan, rows_labels, batch_shift), shard, ref_shard = groups.agree(check, facts)
+    if ref_logits is not None:
+        with torch.no_grad():
+            ref = _score_logits(
+                groups, ref_shard, ref_logits, rows_labels, None, (), config.ignore_index, plan.backend
+            )
+            ref_logp = eager.sequence_sums(ref.logp.double(), options.cu_seqlens)
+    assert ref_logp is not None  # the checks require ref_logp or ref_logits
+    rows = _score_logits(groups, shard, logits, rows_labels, ref_logp, plan.names, config.ignore_index, plan.backend)
+    rows = rows._replace(ref_logp=rows.ref_logp if ref_logits is None else ref_logp)
+    pair, weight, row_stats = _pair_loss(
+        groups, rows, rows_labels, options, batch_shift, plan.backend, is_ref_partial=ref_logits is not None
+    )
+    loss = pair.loss
+    if plan.backend != "reference":
+        loss = LossOfLogits.apply(
+            logits, loss, rows_labels, rows.row_max, rows.row_sum, weight, config.ignore_index, reuse_logits,
+            plan.backend, shard,
+        )  # fmt: skip
+    return loss_output(loss, pair, plan.names, row_stats, plan.backend)
+
+
+@torch.compiler.disable
+def linear_mpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    reference: HiddenReference,
+    head: HeadOptions,
+    options: LossOptions,
+    vocab_parallel: Any,
+    sequence_parallel: Any,
+) -> MPOOutput:
+    """Returns ``linear_mpo_loss`` over the ranks of ``vocab_parallel``, of ``sequence_parallel``, or of both."""
+    groups = RankGroups(vocab_parallel, sequence_parallel)
+    config, is_part = options.config, groups.sequence is not None
+
+    def check() -> tuple[LossPlan, HiddenReference, Tensor, BatchShift]:
+        checked = check_linear_loss(hidden, weight, bias, labels, reference, head, options, is_part=is_part)
+        return *checked, _aligned_labels(labels, options, groups), begin_batch(options.reward_shift, hidden.device)
+
+    def facts(checked: tuple[LossPlan, HiddenReference, Tensor, BatchShift]) -> RankFacts:
+        plan, whole, aligned, _ = checked
+        dtypes = hidden.dtype, weight.dtype
+        return RankFacts(
+            columns=weight.shape[0],
+            ref_columns=0 if whole.ref_weight is None else whole.ref_weight.shape[0],
+            sequences=plan.sequences,
+            settings=_checksum(options, plan.names, dtypes, whole.ref_hidden is None, head.scales, bias is None),
+            rows=labels.numel(),
+            labelled=int((aligned != config.ignore_index).sum()),
+            requires_grad=int(hidden.requires_grad and torch.is_grad_enabled()),
+        )
+
+    (plan, whole, rows_labels, batch_shift), shard, ref_shard = groups.agree(check, facts)
+    ref_logp, ref_hidden, ref_weight, ref_bias = whole
+    if ref_hidden is not None:
+        assert ref_weight is not None
+        with torch.no_grad():
+            ref_options = linear_options(ref_hidden, ref_weight, config.ignore_index, head, plan.backend)
+            ref = _score_hidden(
+                groups, ref_shard, (ref_hidden, ref_weight, ref_bias), rows_labels, None, (), head, ref_options
+            )
+            ref_logp = eager.sequence_sums(ref.logp.double(), options.cu_seqlens)
+    assert ref_logp is not None  # the checks require ref_logp or ref_hidden
+    linear = linear_options(hidden, weight, config.ignore_index, head, plan.backend)
+    rows = _score_hidden(groups, shard, (hidden, weight, bias), rows_labels, ref_logp, plan.names, head, linear)
+    rows = rows._replace(ref_logp=rows.ref_logp if ref_hidden is None else ref_logp)
+    pair, row_weight, row_stats = _pair_loss(
+        groups, rows, rows_labels.to(hidden.device, non_blocking=True), options, batch_shift, plan.backend,
+        is_ref_partial=ref_hidden is not None,
+    )  # fmt: skip
+    loss = pair.loss
+    if plan.backend != "reference":
+        loss = _attach_to_hidden(
+            (hidden, weight, bias), loss, rows_labels, rows, row_weight, head, linear, shard, groups
+        )
+    return loss_output(loss, pair, plan.names, row_stats, plan.backend)
+
+
+@torch.compiler.disable
+def token_logp(
+    logits: Tensor, labels: Tensor, shift: bool, ignore_index: int, backend: str | None, vocab_parallel: Any
+) -> Tensor:
+    """Returns ``token_logp`` over the ranks of ``vocab_parallel``."""
+    groups = RankGroups(vocab_parallel, None)
+
+    def check() -> tuple[str, Tensor]:
+        checks.check_logits("logits", logits)
+        checks.check_labels(logits, labels)
+        aligned = shifted_rows(labels, ignore_index) if shift else labels
+        return backends.choose_backend(backend, logits), aligned
+
+    def facts(checked: tuple[str, Tensor]) -> RankFacts:
+        settings = _checksum(logits.dtype, shift, ignore_index)
+        return RankFacts(columns=logits.shape[-1], settings=settings, rows=labels.numel())
+
+    (chosen_backend, aligned), shard, _ = groups.agree(check, facts)
+    rows = _score_logits(groups, shard, logits, aligned, None, (), ignore_index, chosen_backend)
+    if chosen_backend == "reference":
+        return rows.logp
+    return LogpOfLogits.apply(
+        logits, rows.logp, aligned, rows.row_max, rows.row_sum, ignore_index, chosen_backend, shard
+    )
+
+
+@torch.compiler.disable
+def linear_token_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    head: HeadOptions,
+    shift: bool,
+    ignore_index: int,
+    backend: str | None,
+    vocab_parallel: Any,
+) -> Tensor:
+    """Returns ``linear_token_logp`` over the ranks of ``vocab_parallel``."""
+    groups = RankGroups(vocab_parallel, None)
+
+    def check() -> tuple[str, Tensor]:
+        chosen_backend = check_linear_logp(hidden, weight, bias, labels, head, backend)
+        return chosen_backend, shifted_rows(labels, ignore_index) if shift else labels
+
+    def facts(checked: tuple[str, Tensor]) -> RankFacts:
+        return RankFacts(
+            columns=weight.shape[0],
+            settings=_checksum(hidden.dtype, weight.dtype, shift, ignore_index, head.scales, bias is None),
+            rows=labels.numel(),
+            labelled=int((checked[1] != ignore_index).sum()),
+            requires_grad=int(hidden.requires_grad and torch.is_grad_enabled()),
+        )
+
+    (chosen_backend, aligned), shard, _ = groups.agree(check, facts)
+    linear = linear_options(hidden, weight, ignore_index, head, chosen_backend)
+    inputs = hidden, weight, bias
+    rows = _score_hidden(groups, shard, inputs, aligned, None, (), head, linear)
+    if chosen_backend == "reference":
+        return rows.logp
+    return _attach_to_hidden(inputs, rows.logp, aligned, rows, None, head, linear, shard, groups)
+
+
+def _aligned_labels(labels: Tensor, options: LossOptions, groups: RankGroups) -> Tensor:
+    """Returns the labels at the positions that predict them, ``shift`` being possible only in whole sequences."""
+    if not options.shift:
+        return labels
+    if groups.sequence is not None:
+        raise ValueError(
+            "shift must be False with sequence_parallel, since the label of a rank's last position is on another "
+            "rank, got True: split shift_labels(labels) like the logits"
+        )
+    cu_seqlens = options.cu_seqlens
+    offsets = None if cu_seqlens is None else cu_seqlens.to(labels.device)
+    return shift_labels(labels, options.config.ignore_index, offsets).contiguous()
+
+
+def _checksum(*settings: Any) -> int:
+    """Returns a checksum of settings; of a reward shift, only of what the host knows."""
+    shown = []
+    for value in settings:
+        if isinstance(value, LossOptions):
+            shift = value.reward_shift
+            if isinstance(shift, RewardShift):
+                shift = (shift.mode, shift.decay, shift.update_order, shift.per, shift.training)  # type: ignore[assignment]
+            is_packed = value.cu_seqlens is not None
+            value = value.config, shift if not isinstance(shift, Tensor) else "tensor", is_packed, value.shift
+        shown.append(value)
+    return zlib.crc32(repr(shown).encode())
+
+
+def _score_logits(
+    groups: RankGroups,
+    shard: VocabShard | None,
+    logits: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor | None,
+    names: tuple[str, ...],
+    ignore_index: int,
+    backend: str,
+) -> _Rows:
+    mask, empty = logits_ops.stats_mask(names), logits.new_empty(0)
+    if shard is None:
+        if backend == "reference":
+            logp = eager.token_logp(logits, labels, ignore_index)
+            return _Rows(logp, empty, empty, eager.token_stats(logits, labels, names, ignore_index), empty, ref_logp)
+        outputs = logits_ops.token_logp(logits.detach(), labels, ignore_index, mask, backend)
+        return _Rows(*outputs, empty, ref_logp)
+    if backend == "reference":
+        state = eager.shard_state(logits, labels, shard.first)
+    else:
+        state = logits_ops.token_logp_shard(logits.detach(), labels, ignore_index, mask, backend, shard)
+    merged, ref_logp = groups.merged_rows(state, labels, ref_logp, ignore_index, mask, shard, result_dtype(logits))
+    return _Rows(*merged, empty, ref_logp)
+
+
+def _score_hidden(
+    groups: RankGroups,
+    shard: VocabShard | None,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    labels: Tensor,
+    ref_logp: Tensor | None,
+    names: tuple[str, ...],
+    head: HeadOptions,
+    options: linear_ops.LinearOptions,
+) -> _Rows:
+    hidden, weight, bias = inputs
+    if options.backend == "reference":
+        if shard is not None:
+            hidden = SumGradients.apply(hidden, groups.vocab)
+        logits = eager.linear_logits(hidden, weight, bias, *head.scales)
+        labels = labels.to(hidden.device)
+        return _score_logits(groups, shard, logits, labels, ref_logp, names, options.ignore_index, "reference")
+    mask, keep = logits_ops.stats_mask(names), what_to_keep(hidden, weight, bias, head.recompute)
+    if shard is None:
+        *outputs, kept = score_hidden(hidden, weight, bias, labels, mask, keep, options)
+        return _Rows(*outputs, kept, ref_logp)
+    parts = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    state, kept = linear_ops.linear_token_logp_shard(*parts, labels, mask, keep, options, shard)
+    device_labels, dtype = labels.to(hidden.device, non_blocking=True), result_dtype(hidden, weight)
+    merged, ref_logp = groups.merged_rows(state, device_labels, ref_logp, options.ignore_index, mask, shard, dtype)
+    if keep == linear_ops.KEEP_HIDDEN_GRAD:
+        linear_ops.finish_shard_hidden_grad(kept, parts[1], labels, state, merged, options, shard)
+    return _Rows(*merged, kept, ref_logp)
+
+
+def _attach_to_hidden(
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    value: Tensor,
+    labels: Tensor,
+    rows: _Rows,
+    row_weight: Tensor | None,
+    head: HeadOptions,
+    options: linear_ops.LinearOptions,
+    shard: VocabShard | None,
+    groups: RankGroups,
+) -> Tensor:
+    keep = what_to_keep(*inputs, head.recompute)
+    return ValueOfHidden.apply(
+        *inputs, value, labels, rows.row_max, rows.row_sum, row_weight, rows.kept, keep, options, shard, groups.vocab
+    )
+
+
+def _pair_loss(
+    groups: RankGroups,
+    rows: _Rows,
+    labels: Tensor,
+    options: LossOptions,
+    shift: BatchShift,
+    backend: str,
+    *,
+    is_ref_partial: bool,
+) -> tuple[eager.PairLoss, Tensor | None, Tensor]:
+    """Returns the pair loss, the row weights (None: reference), and the statistics of the rows, or their sums.
+
+    Of the ranks with the same pairs, only the first adds their rewards to the reward shift.
+    """
+    assert rows.ref_logp is not None
+    logp, row_stats, ref_logp = rows.logp, rows.row_stats, rows.ref_logp
+    if groups.sequence is None:
+        compute = _PairsOfRows(logp, labels, ref_logp, options, backend)
+    else:
+        sums = _sequence_sums(logp.double(), options.cu_seqlens)
+        tokens = eager.sequence_sums((labels != options.config.ignore_index).long(), options.cu_seqlens)
+        stat_sums = row_stats.double().flatten(1).sum(1) if len(row_stats) else sums.new_zeros(0)
+        totals = groups.sequence_totals(sums, tokens, ref_logp, stat_sums, is_ref_partial=is_ref_partial)
+        compute = _PairsOfSums(logp, labels, totals, options, backend)
+        row_stats = totals[3].unsqueeze(1)
+    pair, weight = compute(shift)
+    batch = pair.batch if groups.is_first else torch.zeros_like(pair.batch)
+    pooled = end_batch(options.reward_shift, shift, pair.state, batch)
+    if pooled is not None:
+        pair, weight = compute(BatchShift(pooled))
+    return pair, weight, row_stats
+
+
+class _PairsOfRows(NamedTuple):
+    """Computes the pair loss, and the row weights, from the rows of whole sequences."""
+
+    logp: Tensor
+    labels: Tensor
+    ref_logp: Tensor
+    options: LossOptions
+    backend: str
+
+    def __call__(self, shift: BatchShift) -> tuple[eager.PairLoss, Tensor | None]:
+        config, cu_seqlens = self.options.config, self.options.cu_seqlens
+        if self.backend == "reference":
+            pair = eager.pair_loss(self.logp, self.labels, self.ref_logp.detach(), shift, config, cu_seqlens)
+            return pair, None
+        inputs = pair_inputs(self.ref_logp, shift, cu_seqlens, config)
+        *fields, weight = pair_ops.pair_loss(self.logp, self.labels, *inputs, self.backend)
+        return eager.PairLoss(*fields), weight
+
+
+class _PairsOfSums(NamedTuple):
+    """Computes the pair loss in float64 from the results of ``sequence_totals``, and the weights of its rows."""
+
+    logp: Tensor
+    labels: Tensor
+    totals: tuple[Tensor, Tensor, Tensor, Tensor]
+    options: LossOptions
+    backend: str
+
+    def __call__(self, shift: BatchShift) -> tuple[eager.PairLoss, Tensor | None]:
+        sums, tokens, ref_logp, _ = self.totals
+        config, dtype = self.options.config, self.logp.dtype
+        if self.backend == "reference":
+            pair = eager.pair_loss_of_sums(sums, tokens, ref_logp, shift, config)
+            return _in_dtype(pair, dtype), None
+        with torch.enable_grad():
+            leaf = sums.detach().requires_grad_()
+            pair = eager.pair_loss_of_sums(leaf, tokens, ref_logp, shift, config)
+            (coefficients,) = torch.autograd.grad(pair.loss, leaf)
+        of_rows = _sequence_values(coefficients, self.labels, self.options.cu_seqlens)
+        weight = torch.where(self.labels == config.ignore_index, 0.0, of_rows).to(dtype)
+        return _in_dtype(pair._replace(loss=pair.loss.detach()), dtype), weight
+
+
+def _in_dtype(pair: eager.PairLoss, dtype: torch.dtype) -> eager.PairLoss:
+    """Returns the pair loss with its results in the dtype of log-probs; the reward shift's state stays float64."""
+    names = ("loss", "terms", "reward_shift", "logp", "reward")
+    return pair._replace(**{name: getattr(pair, name).to(dtype) for name in names})
+
+
+def _sequence_sums(rows: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Returns ``eager.sequence_sums``; NaN if the offsets are invalid, which the host checks only on a CPU."""
+    sums = eager.sequence_sums(rows, cu_seqlens)
+    if cu_seqlens is None or cu_seqlens.device.type == "cpu":
+        return sums
+    is_valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == rows.numel()) & (cu_seqlens.diff() >= 0).all()
+    return torch.where(is_valid, sums, torch.nan)
+
+
+def _sequence_values(values: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Returns the value of each row's sequence, in the shape of the labels."""
+    if cu_seqlens is None:
+        return values.unsqueeze(1).expand(labels.shape)
+    positions = torch.arange(labels.numel(), device=labels.device)
+    sequence = torch.searchsorted(cu_seqlens.to(positions.dtype), positions, right=True) - 1
+    return values[sequence.clamp(0, values.shape[0] - 1)].view(labels.shape)

@@ -1,0 +1,271 @@
+"""The ranks that compute a loss together: they see the same errors, and exchange a few numbers per row or sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mpo_ext.loss.autograd import OnceDifferentiable
+from mpo_ext.ops.logits import RowOutputs, merge_shards
+from mpo_ext.ops.memory import ROW_STATE, VocabShard
+
+_Checked = TypeVar("_Checked")
+_ERRORS = (TypeError, ValueError, RuntimeError)  # types of errors that ranks tell each other; others become the last
+_MESSAGE_BYTES = 2000
+
+
+class RankFacts(NamedTuple):
+    """Numbers that a rank tells the others before they compute. All except the columns must be equal on all ranks.
+
+    Those after ``settings`` may differ between the ranks of ``sequence_parallel``.
+    """
+
+    columns: int = 0  # of this rank's logits or head
+    ref_columns: int = 0  # the same for the reference model; 0 if there is none
+    sequences: int = 0
+    settings: int = 0  # a checksum
+    rows: int = 0  # number of positions
+    labelled: int = 0  # number of labelled positions, if the host knows it
+    requires_grad: int = 0  # whether backward sums the gradient of the hidden states over the ranks
+
+
+_RULES = {
+    "sequences": "the batch must have the same number of sequences",
+    "settings": "config, stats, dtypes and the other options must be the same",
+    "rows": "labels must have the same number of positions",
+    "labelled": "labels must be the same, and have the same number of labelled positions",
+    "requires_grad": "hidden must require a gradient either on all ranks or on none, and so",
+}
+
+
+class RankGroups:
+    """The process groups ``vocab_parallel`` and ``sequence_parallel`` of a call, and what their ranks exchange.
+
+    All methods are collectives: all ranks of both groups call them in the same order.
+
+    Raises:
+        TypeError: If an argument is neither a process group nor None.
+        ValueError: If this process is not a member of a group.
+    """
+
+    def __init__(self, vocab_parallel: Any, sequence_parallel: Any) -> None:
+        self.vocab = _checked_group("vocab_parallel", vocab_parallel)
+        self.sequence = _checked_group("sequence_parallel", sequence_parallel)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the first of both groups: of ranks with the same pairs, only that rank counts them."""
+        return all(dist.get_rank(group) == 0 for _, group in self._named())
+
+    def agree(
+        self, check: Callable[[], _Checked], facts: Callable[[_Checked], RankFacts]
+    ) -> tuple[_Checked, VocabShard | None, VocabShard | None]:
+        """Runs the checks of a call. If they fail on a rank, or its facts differ, the error is raised on all ranks.
+
+        On a GPU, the host waits for the exchange if the group has no backend for the CPU.
+
+        Returns:
+            The result of ``check``, and this rank's shards of the vocabulary of the model and of the reference model
+            (None without ``vocab_parallel``).
+        """
+        error: Exception | None = None
+        checked, mine = None, RankFacts()
+        try:
+            checked = check()
+            mine = facts(checked)
+        except Exception as caught:
+            error = caught
+        shards: list[VocabShard | None] = [None, None]
+        for name, group in self._named():
+            facts_of_ranks, remote = _exchange(name, group, mine, error)
+            error = error or remote or _difference(name, facts_of_ranks)
+            if name == "vocab_parallel" and error is None:
+                rank = dist.get_rank(group)
+                for position in range(2):
+                    columns = [numbers[position] for numbers in facts_of_ranks]
+                    shards[position] = VocabShard(sum(columns[:rank]), sum(columns))
+        if error is not None:
+            raise error
+        return checked, *shards  # type: ignore[return-value]
+
+    def merged_rows(
+        self,
+        state: Tensor,
+        labels: Tensor,
+        ref_logp: Tensor | None,
+        ignore_index: int,
+        stats: int,
+        shard: VocabShard,
+        dtype: torch.dtype,
+    ) -> tuple[RowOutputs, Tensor | None]:
+        """Returns the outputs of ``token_logp`` for the whole vocabulary from this rank's state, ``[..., ROW_STATE]``.
+
+        Three numbers per row are exchanged (six with statistics), and the labels and ``ref_logp``, which must be the
+        same on all ranks: otherwise logp is NaN on a GPU, and a ValueError is raised on a CPU.
+
+        Returns:
+            The outputs of ``token_logp``, differentiable with respect to ``state``, and ``ref_logp``.
+        """
+        assert self.vocab is not None
+        parts = list(range(ROW_STATE)) if stats else [0, 1, ROW_STATE - 1]
+        rows = state[..., parts].reshape(labels.numel(), len(parts))
+        checked = [labels.reshape(-1).double()] + ([] if ref_logp is None else [ref_logp.detach().double()])
+        gathered = _all_gather(torch.cat([rows.detach().reshape(-1), *checked]), self.vocab)
+        ranks = gathered.shape[0]
+        of_rows, of_labels, of_ref = gathered.split(
+            [rows.numel(), labels.numel(), gathered.shape[1] - rows.numel() - labels.numel()], 1
+        )
+        of_rows = _with_own(of_rows.reshape(ranks, *rows.shape), rows, dist.get_rank(self.vocab))
+        states = of_rows.new_zeros(ranks, labels.numel(), ROW_STATE)
+        states = states.index_copy(2, torch.tensor(parts, device=states.device), of_rows)
+        states = self._poisoned("vocab_parallel", "labels", of_labels, states)
+        if ref_logp is not None:
+            ref_logp = self._poisoned("vocab_parallel", "ref_logp", of_ref, ref_logp.detach().double())
+        states = states.view(ranks, *labels.shape, ROW_STATE)
+        return merge_shards(states, labels, ignore_index, stats, shard.total, dtype), ref_logp
+
+    def sequence_totals(
+        self, sums: Tensor, tokens: Tensor, ref_logp: Tensor, stats: Tensor, *, is_ref_partial: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the totals over the parts of the sequences that the ranks of ``sequence_parallel`` hold.
+
+        Args:
+            sums: ``[2B]`` float64 summed log-probs of this rank's rows.
+            tokens: ``[2B]`` int64 number of labelled tokens of this rank's rows.
+            ref_logp: ``[2B]`` summed log-probs under the reference model.
+            stats: ``[number of statistics]`` float64 sums of the statistics.
+            is_ref_partial: Whether ``ref_logp`` are sums of this rank's rows. Otherwise they must be the same on all
+                ranks.
+
+        Returns:
+            The totals of the four tensors; the first is differentiable with respect to ``sums``.
+        """
+        assert self.sequence is not None
+        parts = (sums.detach(), tokens.double(), ref_logp.detach().double(), stats)
+        gathered = _all_gather(torch.cat(parts), self.sequence)
+        of_sums, of_tokens, of_ref, of_stats = gathered.split([len(part) for part in parts], 1)
+        total = _with_own(of_sums, sums, dist.get_rank(self.sequence)).sum(0)
+        if is_ref_partial:
+            ref_logp = of_ref.sum(0)
+        else:
+            ref_logp = self._poisoned("sequence_parallel", "ref_logp", of_ref, ref_logp.detach().double())
+        return total, of_tokens.sum(0).long(), ref_logp, of_stats.sum(0)
+
+    def _named(self) -> Iterator[tuple[str, dist.ProcessGroup]]:
+        if self.vocab is not None:
+            yield "vocab_parallel", self.vocab
+        if self.sequence is not None:
+            yield "sequence_parallel", self.sequence
+
+    def _poisoned(self, group: str, name: str, of_ranks: Tensor, values: Tensor) -> Tensor:
+        """Returns ``values`` if all rows of ``of_ranks`` are equal; otherwise NaN, or an error if all ranks see it."""
+        differs = ((of_ranks != of_ranks[:1]) & ~(of_ranks.isnan() & of_ranks[:1].isnan())).any(1)
+        # With two groups, ranks outside this group would wait for those that raise.
+        if values.device.type == "cpu" and (self.vocab is None or self.sequence is None):
+            if differs.any():
+                ranks = ", ".join(map(str, differs.nonzero().flatten().tolist()))
+                raise ValueError(f"{name} must be the same on all ranks of {group}, got others on {ranks} than on 0")
+            return values
+        return torch.where(differs.any(), math.nan, values)
+
+
+class SumGradients(torch.autograd.Function):
+    """Returns hidden states unchanged, and sums their gradient over the ranks of a group in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        grad = grad_outputs[0]
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(grad.dtype), None
+
+
+class _OwnPart(torch.autograd.Function):
+    """Returns a tensor unchanged; its gradient cannot be differentiated, as other ranks' parts are constants here."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        ctx.save_for_backward(part)
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return grad_outputs[0]
+        return OnceDifferentiable.apply(grad_outputs[0], *ctx.saved_tensors)
+
+
+def _checked_group(name: str, group: Any) -> dist.ProcessGroup | None:
+    if group is None:
+        return None
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"{name} must be a process group of this process, got one that it is not a member of")
+        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    return group
+
+
+def _exchange(
+    name: str, group: dist.ProcessGroup, mine: RankFacts, error: Exception | None
+) -> tuple[list[list[int]], Exception | None]:
+    """Returns the facts of all ranks, and the error of another rank if there is one."""
+    device = _exchange_device(group)
+    code = 0 if error is None else next((i for i, kind in enumerate(_ERRORS) if isinstance(error, kind)), 2) + 1
+    numbers = _all_gather(torch.tensor([code, *mine], dtype=torch.int64, device=device), group).tolist()
+    codes = [number for number, *_ in numbers]
+    facts = [rest for _, *rest in numbers]
+    if not any(codes):
+        return facts, None
+    text = ("" if error is None else str(error)).encode()[:_MESSAGE_BYTES]
+    padded = torch.tensor(list(text.ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.uint8, device=device)
+    messages = _all_gather(padded, group).cpu().numpy()
+    rank = next(i for i, number in enumerate(codes) if number)
+    message = messages[rank].tobytes().rstrip(b"\0").decode(errors="ignore")
+    return facts, _ERRORS[codes[rank] - 1](f"rank {rank} of {name}: {message}")
+
+
+def _difference(name: str, facts: list[list[int]]) -> ValueError | None:
+    """Returns an error if facts of ranks differ that must be equal."""
+    fields = ("sequences", "settings") if name == "sequence_parallel" else tuple(_RULES)
+    for field in fields:
+        values = [numbers[RankFacts._fields.index(field)] for numbers in facts]
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                shown = "other options" if field == "settings" else str(value)
+                first = "" if field == "settings" else f"{values[0]} "
+                return ValueError(
+                    f"{_RULES[field]} on all ranks of {name}, got {shown} on rank {rank}, {first}on rank 0"
+                )
+    return None
+
+
+def _exchange_device(group: dist.ProcessGroup) -> torch.device:
+    """Returns the CPU if the group has a backend for it, because the host need not wait for the GPU then."""
+    kinds = [entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")]
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    return torch.device(kinds[0], getattr(torch, kinds[0]).current_device())
+
+
+def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Returns the tensors of all ranks, ``[ranks, ...]``."""
+    gathered = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
+    dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=group)
+    return gathered
+
+
+def _with_own(gathered: Tensor, own: Tensor, rank: int) -> Tensor:
+    """Returns ``gathered`` with this rank's part differentiable."""
+    if not own.requires_grad:
+        return gathered
+    return torch.cat([gathered[:rank], _OwnPart.apply(own).unsqueeze(0), gathered[rank + 1 :]])
