@@ -225,11 +225,9 @@ def check_case(rank: int, seed: int) -> dict[str, float]:
     errors = {}
     for name, value in expected.items():
         got = ours[name]
-        if (name == "d weight" and case.split.sequence is not None) or (
-            name == "d bias" and case.split.sequence is not None
-        ):  # a part of the sum over the sequence's ranks
+        if name in ("d weight", "d bias") and case.split.sequence is not None:
             total = got.to(torch.promote_types(got.dtype, torch.float32), copy=True)
-            dist.all_reduce(total, group=GROUPS[case.split.sequence])
+            dist.all_reduce(total, group=GROUPS[case.split.sequence])  # a rank has the part of its rows
             got = total.to(got.dtype)
         try:
             errors[name] = error(got, value) / BOUNDS[value.dtype if value.is_floating_point() else torch.float32]
@@ -250,3 +248,300 @@ def test_random_cases_equal_one_process(pool: RankPool) -> None:
     for worst in pool.run(fuzz, 0, CASES):
         for name, (value, seed) in worst.items():
             assert value <= 1, f"{name} of case {seed} is {value:.2f} times its bound"
+
+
+def same_bits(rank: int, seeds: range) -> list[dict[str, Tensor]]:
+    """Checks that two runs give the same bits. Returns the results that all ranks of the vocabulary share."""
+    shared = []
+    for seed in seeds:
+        case = make_case(seed)
+        options = {**case.options, **case.split.groups}
+        if case.function.endswith("token_logp"):
+            del options["sequence_parallel"]
+        else:
+            options["cu_seqlens"] = case.split.cu_seqlens
+        first, second = (compute(case, local(case, case.tensors), options) for _ in range(2))
+        assert all(torch.equal(first[name].nan_to_num(), second[name].nan_to_num()) for name in first), seed
+        shared.append({name: value for name, value in first.items() if name[:2] != "d " or name == "d hidden"})
+    return shared
+
+
+def test_two_runs_and_all_ranks_give_the_same_bits(pool: RankPool) -> None:
+    by_rank = pool.run(same_bits, range(0, 4 * len(LAYOUTS), len(LAYOUTS)))  # the vocabulary over two ranks
+    by_rank_of_4 = pool.run(same_bits, range(1, 4 * len(LAYOUTS), len(LAYOUTS)))  # over four
+    for results in (by_rank, by_rank_of_4):
+        for case in zip(*results, strict=True):
+            for other in case[1:]:
+                assert all(torch.equal(case[0][name].nan_to_num(), other[name].nan_to_num()) for name in case[0])
+
+
+def pairs(seed: int, vocab: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(4, 5, vocab, generator=generator)
+    labels = torch.randint(vocab, (4, 5), generator=generator)
+    return logits, labels, -15 - 5 * torch.rand(4, generator=generator)
+
+
+def reward_shift_run(rank: int, settings: dict[str, Any], sequence: bool) -> list[float]:
+    """Two data-parallel ranks times two ranks that share the vocabulary or the sequences. Returns each delta."""
+    shift = RewardShift(**settings)
+    replica, part = divmod(rank, 2)
+    log = []
+    for step in range(3):
+        logits, labels, ref_logp = pairs(10 * replica + step)
+        if replica == 1 and step == 2:
+            labels[2:] = IGNORE  # no pair with two sides
+        if sequence:
+            half = slice(0, 2) if part == 0 else slice(2, 5)
+            aligned = shift_labels(labels)[:, half]
+            options = {"shift": False, "sequence_parallel": GROUPS["pair"]}
+            out = mpo_loss(logits[:, half].requires_grad_(), aligned, ref_logp, reward_shift=shift, **options)
+        else:
+            columns = slice(0, 7) if part == 0 else slice(7, 24)
+            options = {"vocab_parallel": GROUPS["pair"]}
+            out = mpo_loss(logits[..., columns].requires_grad_(), labels, ref_logp, reward_shift=shift, **options)
+        shift.step()
+        log += [out.reward_shift.item(), shift.value, shift.state_dict()["count"]]
+    return log
+
+
+def expected_shift(settings: dict[str, Any]) -> list[float]:
+    """Returns the deltas of two data-parallel ranks, from one process."""
+    log, value, means = [], 0.0, []
+    for step in range(3):
+        rewards = []
+        for replica in range(2):
+            logits, labels, ref_logp = pairs(10 * replica + step)
+            if not (replica == 1 and step == 2):
+                out = mpo_loss(logits, labels, ref_logp)
+                rewards.append(torch.cat([out.chosen_reward, out.rejected_reward]).double())
+        before = value
+        if settings.get("mode") == "ema":
+            value = settings["decay"] * value + (1 - settings["decay"]) * torch.cat(rewards).mean().item()
+            means.append(0.0)
+        else:
+            per_step = settings.get("per") == "optimizer_step"
+            means += [torch.cat(rewards).mean()] if per_step else [values.mean() for values in rewards]
+            value = torch.stack(means).mean().item()
+        log += [before if settings.get("update") == "after" else value, value, len(means)]
+    return log
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["vocabulary", "sequence"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"mode": "ema", "decay": 0.5, "update": "after"}, {"update": "after", "per": "optimizer_step"}],
+    ids=str,
+)
+def test_the_reward_shift_counts_each_pair_once(pool: RankPool, settings: dict[str, Any], sequence: bool) -> None:
+    expected = pytest.approx(expected_shift(settings), rel=1e-5, abs=1e-6)
+    for log in pool.run(reward_shift_run, settings, sequence):
+        assert log == expected
+
+
+def raised(rank: int, fault: str, function: str) -> str:
+    """Returns the error of a call in which the arguments of one or of all ranks are wrong."""
+    logits, labels, ref_logp = pairs(3)
+    part = dist.get_rank(GROUPS["all"])
+    logits = logits[..., 6 * part : 6 * part + 6].clone()
+    options: dict[str, Any] = {"vocab_parallel": GROUPS["all"]}
+    if function == "mpo_loss":
+        options["ref_logp"] = ref_logp
+    else:
+        options["shift"] = True
+    tensors = [logits, labels]
+    if rank == 2:
+        if fault == "dtype":
+            tensors[1] = labels.int()
+        elif fault == "rows":
+            tensors = [logits[:, 1:], labels[:, 1:]]
+        elif fault == "label":
+            labels[3, 2] = (labels[3, 2] + 1) % 24
+        elif fault == "out of range":
+            labels[1, 3] = 24
+        elif fault == "options":
+            options |= {"config": MPOConfig(beta=0.2)} if function == "mpo_loss" else {"ignore_index": 3}
+        elif fault == "ref_logp":
+            options["ref_logp"] = ref_logp + 1
+        elif fault == "empty":
+            tensors[0] = logits[..., :0]
+        elif fault == "backend":
+            options["backend"] = "cuda"
+    try:
+        FUNCTIONS[function](*tensors, **options)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        return f"{type(problem).__name__}: {problem}"
+    return "no error"
+
+
+@pytest.mark.parametrize("function", ["mpo_loss", "token_logp"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("dtype", "TypeError: labels must be torch.int64, got torch.int32"),
+        ("rows", "ValueError: labels must have the same number of positions on all ranks of vocab_parallel"),
+        ("label", "ValueError: labels must be the same on all ranks of vocab_parallel, got others on 2 than on 0"),
+        ("out of range", "ValueError: labels must be the same on all ranks of vocab_parallel"),
+        ("options", "ValueError: config, stats, dtypes and the other options must be the same on all ranks"),
+        ("empty", "ValueError: logits must have a vocabulary axis of at least 1"),
+        ("backend", "RuntimeError: backend 'cuda' cannot run"),
+    ],
+)
+def test_a_fault_of_one_rank_is_raised_on_all(pool: RankPool, function: str, fault: str, message: str) -> None:
+    for rank, problem in enumerate(pool.run(raised, fault, function)):
+        kind, _, text = message.partition(": ")
+        assert problem.startswith(kind)
+        assert text in problem
+        if fault in ("dtype", "empty", "backend") and rank != 2:
+            assert "rank 2 of vocab_parallel" in problem
+
+
+def test_sums_of_the_reference_must_be_the_same_on_all_ranks(pool: RankPool) -> None:
+    for problem in pool.run(raised, "ref_logp", "mpo_loss"):
+        assert "ref_logp must be the same on all ranks of vocab_parallel" in problem
+
+
+def fault_with_two_groups(rank: int, fault: str) -> tuple[str, float]:
+    """Returns the error and the loss of a call over both groups in which rank 2 is wrong."""
+    logits, labels, ref_logp = pairs(4)
+    columns = slice(0, 10) if rank % 2 == 0 else slice(10, 24)
+    rows = slice(0, 3) if rank < 2 else slice(3, 5)
+    labels = shift_labels(labels)[:, rows].clone()
+    if rank == 2 and fault == "dtype":
+        labels = labels.int()
+    elif rank == 2:
+        labels[0, 0] = (labels[0, 0] + 1) % 24
+    try:
+        out = mpo_loss(
+            logits[:, rows, columns], labels, ref_logp, shift=False,
+            vocab_parallel=GROUPS["pair"], sequence_parallel=GROUPS["cross"],
+        )  # fmt: skip
+    except TypeError as problem:
+        return str(problem), 0.0
+    return "", out.loss.item()
+
+
+def test_faults_reach_the_ranks_of_both_groups(pool: RankPool) -> None:
+    for problem, _ in pool.run(fault_with_two_groups, "dtype"):
+        assert "labels must be torch.int64, got torch.int32" in problem
+    for problem, loss in pool.run(fault_with_two_groups, "label"):  # an error would leave the other group waiting
+        assert problem == ""
+        assert loss != loss
+
+
+def refused(rank: int) -> dict[str, str]:
+    logits, labels, ref_logp = pairs(5)
+    half = logits[..., 12 * (rank % 2) : 12 * (rank % 2) + 12].clone().requires_grad_()
+    group = GROUPS["pair"]
+    other = dist.new_group([0]), dist.new_group([1])
+    calls = {
+        "shift": lambda: mpo_loss(logits, labels, ref_logp, sequence_parallel=group),
+        "type": lambda: token_logp(half, labels, vocab_parallel=2),
+        "member": lambda: token_logp(half, labels, vocab_parallel=other[1 if rank == 0 else 0]),
+        "offsets": lambda: mpo_loss(
+            logits[0], labels[0], ref_logp[:2], cu_seqlens=torch.tensor([0, 4, 3 if rank == 1 else 5]), shift=False,
+            sequence_parallel=group,
+        ),
+    }  # fmt: skip
+    for backend in ("cpu", "reference"):
+        loss = mpo_loss(half, labels, ref_logp, vocab_parallel=group, backend=backend).loss
+        (grad,) = torch.autograd.grad(loss, half, create_graph=True)
+        calls[f"twice {backend}"] = grad.sum().backward
+    texts = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except (TypeError, ValueError, RuntimeError) as problem:
+            texts[name] = str(problem)
+    return texts
+
+
+def test_what_is_refused_is_named(pool: RankPool) -> None:
+    for texts in pool.run(refused):
+        assert "shift must be False with sequence_parallel" in texts["shift"]
+        assert "vocab_parallel must be a torch.distributed.ProcessGroup or None, got int" in texts["type"]
+        assert "vocab_parallel must be a process group of this process" in texts["member"]
+        assert "cu_seqlens must not decrease, got 4 followed by 3" in texts["offsets"]
+        assert "can be differentiated once" in texts["twice cpu"]
+        assert "can be differentiated once" in texts["twice reference"]
+
+
+def compiled(rank: int) -> tuple[float, float]:
+    logits, labels, ref_logp = pairs(6)
+    half = logits[..., 12 * (rank % 2) : 12 * (rank % 2) + 12].clone()
+
+    def loss(part: Tensor) -> Tensor:
+        return 2 * mpo_loss(part * 1.5, labels, ref_logp, vocab_parallel=GROUPS["pair"]).loss
+
+    values = []
+    for function in (loss, torch.compile(loss, backend="aot_eager")):
+        leaf = half.clone().requires_grad_()
+        function(leaf).backward()
+        values.append(leaf.grad)
+    return values[0].norm().item(), (values[0] - values[1]).abs().max().item()
+
+
+def test_a_compiled_function_may_call_the_loss(pool: RankPool) -> None:
+    for norm, difference in pool.run(compiled):
+        assert norm > 0
+        assert difference <= 1e-7
+
+
+def tp_plan(rank: int, style: str) -> dict[str, Any]:
+    """Compares a model whose layers are sharded by transformers or torch with the whole model."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    from mpo_ext import hidden_and_head
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=61, num_key_value_heads=2, tie_word_embeddings=False, **sizes)
+    whole = Qwen2ForCausalLM(config)
+    sharded = Qwen2ForCausalLM(config)
+    sharded.load_state_dict(whole.state_dict())
+    mesh = DeviceMesh.from_group(GROUPS["pair"], "cpu", mesh_dim_names=("tp",))
+    if style == "transformers":
+        layers = {name: kind for name, kind in whole.tp_plan.items() if "*" not in name}
+        for name, kind in whole.tp_plan.items():
+            if "*" in name:
+                layers |= {name.replace("*", str(layer)): kind for layer in range(2)}
+        parameters = {
+            f"{name}.{part}": kind
+            for name, kind in layers.items()
+            for part in ("weight", "bias")
+            if f"{name}.{part}" in dict(sharded.named_parameters())
+        }
+        apply_tensor_parallelism(sharded, mesh, parameters | layers)
+    else:
+        layouts = {"torch": Replicate(), "local": Shard(-1)}[style]
+        parallelize_module(sharded, mesh, {"lm_head": ColwiseParallel(output_layouts=layouts)})
+    input_ids = torch.randint(61, (4, 7))
+    labels = input_ids.masked_fill(torch.arange(7) < 2, IGNORE)
+    ref_logp = torch.full((4,), -20.0)
+    if style == "local":
+        logits = sharded(input_ids=input_ids).logits
+        out = mpo_loss(logits, labels, ref_logp, vocab_parallel=GROUPS["pair"])
+    else:
+        head = hidden_and_head(sharded, input_ids=input_ids)
+        assert head.vocab_parallel is not None
+        assert head.weight.shape[0] < 61
+        out = linear_mpo_loss(head.hidden, head.weight, labels, ref_logp, **head.options)
+    out.loss.backward()
+    truth = mpo_loss(whole(input_ids=input_ids).logits, labels, ref_logp)
+    truth.loss.backward()
+    errors = {"loss": (out.loss - truth.loss).abs().item()}
+    for (name, parameter), other in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+        grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+        errors[name] = ((grad - other.grad).abs().max() / other.grad.abs().max()).item()
+    return errors
+
+
+@pytest.mark.parametrize("style", ["transformers", "torch", "local"])
+def test_a_model_with_a_sharded_head(pool: RankPool, style: str) -> None:
+    for errors in pool.run(tp_plan, style):
+        assert len(errors) > 20
+        assert max(errors.values()) <= 5e-6, errors
