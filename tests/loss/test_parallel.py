@@ -16,9 +16,11 @@ from torch import Tensor
 from mpo_ext import (
     MPOConfig,
     MPOOutput,
+    RewardShift,
     linear_mpo_loss,
     linear_token_logp,
     mpo_loss,
+    shift_labels,
     token_logp,
 )
 
