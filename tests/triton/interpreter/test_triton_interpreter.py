@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import STATS, Case, assert_output_as_accurate, lay_out, make_case
+from shards import check_shards
 from tiles import LINEAR_OPTIONS, UNSEEN_BAD_LABELS, check_linear, check_tiles, check_unseen_bad_label
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
@@ -46,6 +47,12 @@ def test_every_dtype_and_vocabulary(dtype: torch.dtype, vocab: int) -> None:
 @pytest.mark.parametrize(("vocab", "edges"), [(203, (64, 65, 128)), (9001, (5000,))], ids=["narrow", "many chunks"])
 def test_tiles_of_a_vocabulary_give_what_the_whole_gives(dtype: torch.dtype, vocab: int, edges: tuple) -> None:
     check_tiles("triton", dtype, vocab, edges)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("vocab", "edges"), [(203, (64, 65, 128)), (9001, (5000,))], ids=["narrow", "many chunks"])
+def test_merged_shards_of_a_vocabulary_equal_the_whole(dtype: torch.dtype, vocab: int, edges: tuple) -> None:
+    check_shards("triton", dtype, vocab, edges)
 
 
 @pytest.mark.parametrize("options", LINEAR_OPTIONS, ids=str)
