@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ptxsim.testing import need_nvcc
+from shards import check_shards
 from simulator import SimulatedNative, simulated_backend
 from tiles import LINEAR_OPTIONS, UNSEEN_BAD_LABELS, check_linear, check_tiles, check_unseen_bad_label
 
@@ -57,6 +58,13 @@ def test_the_loss_and_its_gradient_are_those_of_the_cpu(dtype: torch.dtype, shif
 def test_tiles_of_a_vocabulary_give_what_the_whole_gives(dtype: torch.dtype, vocab: int, edges: tuple) -> None:
     with simulated_backend(SimulatedNative()):
         check_tiles("cuda", dtype, vocab, edges)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vocab", "edges"), [(203, (64, 65, 128)), (9001, (5000,))], ids=["narrow", "split rows"])
+def test_merged_shards_of_a_vocabulary_equal_the_whole(dtype: torch.dtype, vocab: int, edges: tuple) -> None:
+    with simulated_backend(SimulatedNative()):
+        check_shards("cuda", dtype, vocab, edges)
 
 
 @pytest.mark.parametrize("options", LINEAR_OPTIONS, ids=str)

@@ -24,7 +24,7 @@ from mpo_ext import (
     token_logp,
 )
 
-CASES = int(os.environ.get("MPO_PARALLEL_CASES", "60"))
+CASES = int(os.environ.get("MPO_PARALLEL_CASES", "40"))
 IGNORE = -100
 #: Groups of the vocabulary and of the sequences.
 LAYOUTS = (("pair", None), ("all", None), (None, "cross"), (None, "all"), ("pair", "cross"))
@@ -226,13 +226,15 @@ def check_case(rank: int, seed: int) -> dict[str, float]:
     expected = local(case, truth)
     errors = {}
     for name, value in expected.items():
-        got = ours[name]
+        got, bound = ours[name], BOUNDS[value.dtype if value.is_floating_point() else torch.float32]
         if name in ("d weight", "d bias") and case.split.sequence is not None:
             total = got.to(torch.promote_types(got.dtype, torch.float32), copy=True)
             dist.all_reduce(total, group=GROUPS[case.split.sequence])  # a rank has the part of its rows
             got = total.to(got.dtype)
+            if got.dtype == torch.bfloat16:  # each part is rounded
+                bound *= dist.get_world_size(GROUPS[case.split.sequence])
         try:
-            errors[name] = error(got, value) / BOUNDS[value.dtype if value.is_floating_point() else torch.float32]
+            errors[name] = error(got, value) / bound
         except AssertionError as problem:
             raise AssertionError(f"seed {seed}, {case.function}, {case.split}: {name}: {problem}") from problem
     return errors
@@ -441,7 +443,7 @@ def refused(rank: int) -> dict[str, str]:
         "type": lambda: token_logp(half, labels, vocab_parallel=2),
         "member": lambda: token_logp(half, labels, vocab_parallel=other[1 if rank == 0 else 0]),
         "offsets": lambda: mpo_loss(
-            logits[0], labels[0], ref_logp[:2], cu_seqlens=torch.tensor([0, 4, 3 if rank == 1 else 5]), shift=False,
+            logits[0], labels[0], ref_logp[:2], cu_seqlens=torch.tensor([0, 4, 3 if rank % 2 else 5]), shift=False,
             sequence_parallel=group,
         ),
     }  # fmt: skip
@@ -468,7 +470,9 @@ def test_what_is_refused_is_named(pool: RankPool) -> None:
         assert "can be differentiated once" in texts["twice reference"]
 
 
-def compiled(rank: int) -> tuple[float, float]:
+def compiled(rank: int) -> tuple[float, float] | None:
+    if rank >= 2:
+        return None
     logits, labels, ref_logp = pairs(6)
     half = logits[..., 12 * (rank % 2) : 12 * (rank % 2) + 12].clone()
 
@@ -484,13 +488,15 @@ def compiled(rank: int) -> tuple[float, float]:
 
 
 def test_a_compiled_function_may_call_the_loss(pool: RankPool) -> None:
-    for norm, difference in pool.run(compiled):
+    for norm, difference in pool.run(compiled)[:2]:
         assert norm > 0
         assert difference <= 1e-7
 
 
 def tp_plan(rank: int, style: str) -> dict[str, Any]:
-    """Compares a model whose layers are sharded by transformers or torch with the whole model."""
+    """Compares a model whose layers are sharded by transformers or torch with the whole model, on two ranks."""
+    if rank >= 2:
+        return {}
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -544,6 +550,6 @@ def tp_plan(rank: int, style: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("style", ["transformers", "torch", "local"])
 def test_a_model_with_a_sharded_head(pool: RankPool, style: str) -> None:
-    for errors in pool.run(tp_plan, style):
+    for errors in pool.run(tp_plan, style)[:2]:
         assert len(errors) > 20
         assert max(errors.values()) <= 5e-6, errors
