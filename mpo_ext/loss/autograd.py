@@ -204,8 +204,8 @@ class OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            "mpo_ext's kernels and its losses over several ranks can be differentiated once, got a double backward: on "
-            "one rank use backend='reference', which is plain torch"
+            "mpo_ext's kernels and its losses over several ranks can be differentiated once, got a double backward: "
+            "on one rank use backend='reference', which is plain torch"
         )
 
 

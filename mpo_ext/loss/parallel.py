@@ -6,7 +6,9 @@ the same numbers and in the same order, so the loss is bitwise the same on all r
 
 from __future__ import annotations
 
+import functools
 import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +50,6 @@ class _Rows(NamedTuple):
     row_sum: Tensor
     row_stats: Tensor
     kept: Tensor  # of linear_token_logp
-    ref_logp: Tensor | None  # as given, checked to be the same on all ranks
 
 
 @torch.compiler.disable
@@ -82,16 +83,13 @@ def mpo_loss(
     (plan, rows_labels, batch_shift), shard, ref_shard = groups.agree(check, facts)
     if ref_logits is not None:
         with torch.no_grad():
-            ref = _score_logits(
-                groups, ref_shard, ref_logits, rows_labels, None, (), config.ignore_index, plan.backend
-            )
+            ref = _score_logits(groups, ref_shard, ref_logits, rows_labels, {}, (), config.ignore_index, plan.backend)
             ref_logp = eager.sequence_sums(ref.logp.double(), options.cu_seqlens)
     assert ref_logp is not None  # the checks require ref_logp or ref_logits
-    rows = _score_logits(groups, shard, logits, rows_labels, ref_logp, plan.names, config.ignore_index, plan.backend)
-    rows = rows._replace(ref_logp=rows.ref_logp if ref_logits is None else ref_logp)
-    pair, weight, row_stats = _pair_loss(
-        groups, rows, rows_labels, options, batch_shift, plan.backend, is_ref_partial=ref_logits is not None
-    )
+    same = {"ref_logp": ref_logp, "reward_shift": batch_shift.state}
+    rows = _score_logits(groups, shard, logits, rows_labels, same, plan.names, config.ignore_index, plan.backend)
+    reference = _ReferenceSums(ref_logp, is_partial=ref_logits is not None)
+    pair, weight, row_stats = _pair_loss(groups, rows, rows_labels, reference, options, batch_shift, plan.backend)
     loss = pair.loss
     if plan.backend != "reference":
         loss = LossOfLogits.apply(
@@ -139,19 +137,17 @@ def linear_mpo_loss(
     if ref_hidden is not None:
         assert ref_weight is not None
         with torch.no_grad():
+            ref_inputs = ref_hidden, ref_weight, ref_bias
             ref_options = linear_options(ref_hidden, ref_weight, config.ignore_index, head, plan.backend)
-            ref = _score_hidden(
-                groups, ref_shard, (ref_hidden, ref_weight, ref_bias), rows_labels, None, (), head, ref_options
-            )
+            ref = _score_hidden(groups, ref_shard, ref_inputs, rows_labels, {}, (), head, ref_options)
             ref_logp = eager.sequence_sums(ref.logp.double(), options.cu_seqlens)
     assert ref_logp is not None  # the checks require ref_logp or ref_hidden
+    inputs, same = (hidden, weight, bias), {"ref_logp": ref_logp, "reward_shift": batch_shift.state}
     linear = linear_options(hidden, weight, config.ignore_index, head, plan.backend)
-    rows = _score_hidden(groups, shard, (hidden, weight, bias), rows_labels, ref_logp, plan.names, head, linear)
-    rows = rows._replace(ref_logp=rows.ref_logp if ref_hidden is None else ref_logp)
-    pair, row_weight, row_stats = _pair_loss(
-        groups, rows, rows_labels.to(hidden.device, non_blocking=True), options, batch_shift, plan.backend,
-        is_ref_partial=ref_hidden is not None,
-    )  # fmt: skip
+    rows = _score_hidden(groups, shard, inputs, rows_labels, same, plan.names, head, linear)
+    device_labels = rows_labels.to(hidden.device, non_blocking=True)
+    ref_sums = _ReferenceSums(ref_logp, is_partial=ref_hidden is not None)
+    pair, row_weight, row_stats = _pair_loss(groups, rows, device_labels, ref_sums, options, batch_shift, plan.backend)
     loss = pair.loss
     if plan.backend != "reference":
         loss = _attach_to_hidden(
@@ -178,7 +174,7 @@ def token_logp(
         return RankFacts(columns=logits.shape[-1], settings=settings, rows=labels.numel())
 
     (chosen_backend, aligned), shard, _ = groups.agree(check, facts)
-    rows = _score_logits(groups, shard, logits, aligned, None, (), ignore_index, chosen_backend)
+    rows = _score_logits(groups, shard, logits, aligned, {}, (), ignore_index, chosen_backend)
     if chosen_backend == "reference":
         return rows.logp
     return LogpOfLogits.apply(
@@ -217,7 +213,7 @@ def linear_token_logp(
     (chosen_backend, aligned), shard, _ = groups.agree(check, facts)
     linear = linear_options(hidden, weight, ignore_index, head, chosen_backend)
     inputs = hidden, weight, bias
-    rows = _score_hidden(groups, shard, inputs, aligned, None, (), head, linear)
+    rows = _score_hidden(groups, shard, inputs, aligned, {}, (), head, linear)
     if chosen_backend == "reference":
         return rows.logp
     return _attach_to_hidden(inputs, rows.logp, aligned, rows, None, head, linear, shard, groups)
@@ -256,24 +252,26 @@ def _score_logits(
     shard: VocabShard | None,
     logits: Tensor,
     labels: Tensor,
-    ref_logp: Tensor | None,
+    same: Mapping[str, Tensor],
     names: tuple[str, ...],
     ignore_index: int,
     backend: str,
 ) -> _Rows:
+    """Returns the results for the rows; ``same`` are tensors that must be the same on all ranks of the vocabulary."""
     mask, empty = logits_ops.stats_mask(names), logits.new_empty(0)
-    if shard is None:
+    if shard is not None:
         if backend == "reference":
-            logp = eager.token_logp(logits, labels, ignore_index)
-            return _Rows(logp, empty, empty, eager.token_stats(logits, labels, names, ignore_index), empty, ref_logp)
-        outputs = logits_ops.token_logp(logits.detach(), labels, ignore_index, mask, backend)
-        return _Rows(*outputs, empty, ref_logp)
-    if backend == "reference":
-        state = eager.shard_state(logits, labels, shard.first)
+            state = eager.shard_state(logits, labels, shard.first)
+        else:
+            state = logits_ops.token_logp_shard(logits.detach(), labels, ignore_index, mask, backend, shard)
+        outputs = groups.merged_rows(state, labels, same, ignore_index, mask, shard, result_dtype(logits))
+    elif backend == "reference":
+        logp = eager.token_logp(logits, labels, ignore_index)
+        outputs = logp, empty, empty, eager.token_stats(logits, labels, names, ignore_index)
     else:
-        state = logits_ops.token_logp_shard(logits.detach(), labels, ignore_index, mask, backend, shard)
-    merged, ref_logp = groups.merged_rows(state, labels, ref_logp, ignore_index, mask, shard, result_dtype(logits))
-    return _Rows(*merged, empty, ref_logp)
+        outputs = logits_ops.token_logp(logits.detach(), labels, ignore_index, mask, backend)
+    logp, row_max, row_sum, row_stats = outputs
+    return _Rows(logp, row_max, row_sum, row_stats, empty)
 
 
 def _score_hidden(
@@ -281,29 +279,29 @@ def _score_hidden(
     shard: VocabShard | None,
     inputs: tuple[Tensor, Tensor, Tensor | None],
     labels: Tensor,
-    ref_logp: Tensor | None,
+    same: Mapping[str, Tensor],
     names: tuple[str, ...],
     head: HeadOptions,
     options: linear_ops.LinearOptions,
 ) -> _Rows:
+    """Returns the results of ``_score_logits`` from hidden states, weight and bias."""
     hidden, weight, bias = inputs
     if options.backend == "reference":
         if shard is not None:
             hidden = SumGradients.apply(hidden, groups.vocab)
         logits = eager.linear_logits(hidden, weight, bias, *head.scales)
         labels = labels.to(hidden.device)
-        return _score_logits(groups, shard, logits, labels, ref_logp, names, options.ignore_index, "reference")
+        return _score_logits(groups, shard, logits, labels, same, names, options.ignore_index, "reference")
     mask, keep = logits_ops.stats_mask(names), what_to_keep(hidden, weight, bias, head.recompute)
     if shard is None:
-        *outputs, kept = score_hidden(hidden, weight, bias, labels, mask, keep, options)
-        return _Rows(*outputs, kept, ref_logp)
+        return _Rows(*score_hidden(hidden, weight, bias, labels, mask, keep, options))
     parts = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     state, kept = linear_ops.linear_token_logp_shard(*parts, labels, mask, keep, options, shard)
     device_labels, dtype = labels.to(hidden.device, non_blocking=True), result_dtype(hidden, weight)
-    merged, ref_logp = groups.merged_rows(state, device_labels, ref_logp, options.ignore_index, mask, shard, dtype)
+    outputs = groups.merged_rows(state, device_labels, same, options.ignore_index, mask, shard, dtype)
     if keep == linear_ops.KEEP_HIDDEN_GRAD:
-        linear_ops.finish_shard_hidden_grad(kept, parts[1], labels, state, merged, options, shard)
-    return _Rows(*merged, kept, ref_logp)
+        linear_ops.finish_shard_hidden_grad(kept, parts[1], labels, state, outputs, options, shard)
+    return _Rows(*outputs, kept)
 
 
 def _attach_to_hidden(
@@ -323,31 +321,32 @@ def _attach_to_hidden(
     )
 
 
+class _ReferenceSums(NamedTuple):
+    """The summed log-probs under the reference model."""
+
+    logp: Tensor  # [2B]
+    is_partial: bool  # whether they are sums of this rank's rows, if the sequences lie on several ranks
+
+
 def _pair_loss(
     groups: RankGroups,
     rows: _Rows,
     labels: Tensor,
+    reference: _ReferenceSums,
     options: LossOptions,
     shift: BatchShift,
     backend: str,
-    *,
-    is_ref_partial: bool,
 ) -> tuple[eager.PairLoss, Tensor | None, Tensor]:
     """Returns the pair loss, the row weights (None: reference), and the statistics of the rows, or their sums.
 
     Of the ranks with the same pairs, only the first adds their rewards to the reward shift.
     """
-    assert rows.ref_logp is not None
-    logp, row_stats, ref_logp = rows.logp, rows.row_stats, rows.ref_logp
+    row_stats = rows.row_stats
     if groups.sequence is None:
-        compute = _PairsOfRows(logp, labels, ref_logp, options, backend)
+        compute = functools.partial(_loss_of_rows, rows.logp, labels, reference.logp, options, backend)
     else:
-        sums = _sequence_sums(logp.double(), options.cu_seqlens)
-        tokens = eager.sequence_sums((labels != options.config.ignore_index).long(), options.cu_seqlens)
-        stat_sums = row_stats.double().flatten(1).sum(1) if len(row_stats) else sums.new_zeros(0)
-        totals = groups.sequence_totals(sums, tokens, ref_logp, stat_sums, is_ref_partial=is_ref_partial)
-        compute = _PairsOfSums(logp, labels, totals, options, backend)
-        row_stats = totals[3].unsqueeze(1)
+        sums, tokens, ref_logp, row_stats = _totals(groups, rows, labels, reference, options, shift)
+        compute = functools.partial(_loss_of_sums, rows.logp.dtype, labels, (sums, tokens, ref_logp), options, backend)
     pair, weight = compute(shift)
     batch = pair.batch if groups.is_first else torch.zeros_like(pair.batch)
     pooled = end_batch(options.reward_shift, shift, pair.state, batch)
@@ -356,62 +355,71 @@ def _pair_loss(
     return pair, weight, row_stats
 
 
-class _PairsOfRows(NamedTuple):
-    """Computes the pair loss, and the row weights, from the rows of whole sequences."""
+def _totals(
+    groups: RankGroups,
+    rows: _Rows,
+    labels: Tensor,
+    reference: _ReferenceSums,
+    options: LossOptions,
+    shift: BatchShift,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the sums over the ranks of the sequences: log-probs, tokens, reference log-probs, and statistics."""
+    cu_seqlens = options.cu_seqlens
+    sums = eager.sequence_sums(rows.logp.double(), cu_seqlens)
+    if cu_seqlens is not None and cu_seqlens.device.type != "cpu":  # the host has not checked offsets on a GPU
+        is_valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == labels.numel()) & (cu_seqlens.diff() >= 0).all()
+        sums = torch.where(is_valid, sums, torch.nan)
+    tokens = eager.sequence_sums((labels != options.config.ignore_index).double(), cu_seqlens)
+    ref_logp = reference.logp.detach().double()
+    others = [tokens, ref_logp if reference.is_partial else ref_logp.new_zeros(0)]
+    sizes = [len(tokens), len(others[1]), len(rows.row_stats)]
+    others.append(rows.row_stats.double().flatten(1).sum(1) if sizes[2] else sums.new_zeros(0))
+    same = (
+        {"reward_shift": shift.state} if reference.is_partial else {"ref_logp": ref_logp, "reward_shift": shift.state}
+    )
+    sums, total = groups.sequence_totals(sums, torch.cat(others), same)
+    tokens, ref_total, stats = total.split(sizes)
+    return sums, tokens.long(), ref_total if reference.is_partial else ref_logp, stats.unsqueeze(1)
 
-    logp: Tensor
-    labels: Tensor
-    ref_logp: Tensor
-    options: LossOptions
-    backend: str
 
-    def __call__(self, shift: BatchShift) -> tuple[eager.PairLoss, Tensor | None]:
-        config, cu_seqlens = self.options.config, self.options.cu_seqlens
-        if self.backend == "reference":
-            pair = eager.pair_loss(self.logp, self.labels, self.ref_logp.detach(), shift, config, cu_seqlens)
-            return pair, None
-        inputs = pair_inputs(self.ref_logp, shift, cu_seqlens, config)
-        *fields, weight = pair_ops.pair_loss(self.logp, self.labels, *inputs, self.backend)
-        return eager.PairLoss(*fields), weight
+def _loss_of_rows(
+    logp: Tensor, labels: Tensor, ref_logp: Tensor, options: LossOptions, backend: str, shift: BatchShift
+) -> tuple[eager.PairLoss, Tensor | None]:
+    """Returns the pair loss and the row weights from the rows of whole sequences."""
+    if backend == "reference":
+        pair = eager.pair_loss(logp, labels, ref_logp.detach(), shift, options.config, options.cu_seqlens)
+        return pair, None
+    inputs = pair_inputs(ref_logp, shift, options.cu_seqlens, options.config)
+    *fields, weight = pair_ops.pair_loss(logp, labels, *inputs, backend)
+    return eager.PairLoss(*fields), weight
 
 
-class _PairsOfSums(NamedTuple):
-    """Computes the pair loss in float64 from the results of ``sequence_totals``, and the weights of its rows."""
-
-    logp: Tensor
-    labels: Tensor
-    totals: tuple[Tensor, Tensor, Tensor, Tensor]
-    options: LossOptions
-    backend: str
-
-    def __call__(self, shift: BatchShift) -> tuple[eager.PairLoss, Tensor | None]:
-        sums, tokens, ref_logp, _ = self.totals
-        config, dtype = self.options.config, self.logp.dtype
-        if self.backend == "reference":
-            pair = eager.pair_loss_of_sums(sums, tokens, ref_logp, shift, config)
-            return _in_dtype(pair, dtype), None
-        with torch.enable_grad():
-            leaf = sums.detach().requires_grad_()
-            pair = eager.pair_loss_of_sums(leaf, tokens, ref_logp, shift, config)
-            (coefficients,) = torch.autograd.grad(pair.loss, leaf)
-        of_rows = _sequence_values(coefficients, self.labels, self.options.cu_seqlens)
-        weight = torch.where(self.labels == config.ignore_index, 0.0, of_rows).to(dtype)
-        return _in_dtype(pair._replace(loss=pair.loss.detach()), dtype), weight
+def _loss_of_sums(
+    dtype: torch.dtype,
+    labels: Tensor,
+    totals: tuple[Tensor, Tensor, Tensor],
+    options: LossOptions,
+    backend: str,
+    shift: BatchShift,
+) -> tuple[eager.PairLoss, Tensor | None]:
+    """Returns the pair loss from sums over whole sequences, in float64, and the weights of this rank's rows."""
+    sums, tokens, ref_logp = totals
+    config = options.config
+    if backend == "reference":
+        return _in_dtype(eager.pair_loss_of_sums(sums, tokens, ref_logp, shift, config), dtype), None
+    with torch.enable_grad():
+        leaf = sums.detach().requires_grad_()
+        pair = eager.pair_loss_of_sums(leaf, tokens, ref_logp, shift, config)
+        (coefficients,) = torch.autograd.grad(pair.loss, leaf)
+    of_rows = _sequence_values(coefficients, labels, options.cu_seqlens)
+    weight = torch.where(labels == config.ignore_index, 0.0, of_rows).to(dtype)
+    return _in_dtype(pair._replace(loss=pair.loss.detach()), dtype), weight
 
 
 def _in_dtype(pair: eager.PairLoss, dtype: torch.dtype) -> eager.PairLoss:
     """Returns the pair loss with its results in the dtype of log-probs; the reward shift's state stays float64."""
     names = ("loss", "terms", "reward_shift", "logp", "reward")
     return pair._replace(**{name: getattr(pair, name).to(dtype) for name in names})
-
-
-def _sequence_sums(rows: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Returns ``eager.sequence_sums``; NaN if the offsets are invalid, which the host checks only on a CPU."""
-    sums = eager.sequence_sums(rows, cu_seqlens)
-    if cu_seqlens is None or cu_seqlens.device.type == "cpu":
-        return sums
-    is_valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == rows.numel()) & (cu_seqlens.diff() >= 0).all()
-    return torch.where(is_valid, sums, torch.nan)
 
 
 def _sequence_values(values: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -59,7 +59,7 @@ class RankGroups:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the first of both groups: of ranks with the same pairs, only that rank counts them."""
+        """Tells whether this rank is the first of both groups, and hence counts the pairs that they share."""
         return all(dist.get_rank(group) == 0 for _, group in self._named())
 
     def agree(
@@ -97,81 +97,65 @@ class RankGroups:
         self,
         state: Tensor,
         labels: Tensor,
-        ref_logp: Tensor | None,
+        same: Mapping[str, Tensor],
         ignore_index: int,
         stats: int,
         shard: VocabShard,
         dtype: torch.dtype,
-    ) -> tuple[RowOutputs, Tensor | None]:
+    ) -> RowOutputs:
         """Returns the outputs of ``token_logp`` for the whole vocabulary from this rank's state, ``[..., ROW_STATE]``.
 
-        Three numbers per row are exchanged (six with statistics), and the labels and ``ref_logp``, which must be the
-        same on all ranks: otherwise logp is NaN on a GPU, and a ValueError is raised on a CPU.
-
-        Returns:
-            The outputs of ``token_logp``, differentiable with respect to ``state``, and ``ref_logp``.
+        Three numbers per row are exchanged (six with statistics). The labels and the tensors ``same`` are exchanged
+        too, and must be equal on all ranks: otherwise logp is NaN, or on a CPU with one group, a ValueError is raised.
+        The outputs are differentiable with respect to ``state``.
         """
         assert self.vocab is not None
         parts = list(range(ROW_STATE)) if stats else [0, 1, ROW_STATE - 1]
         rows = state[..., parts].reshape(labels.numel(), len(parts))
-        checked = [labels.reshape(-1).double()] + ([] if ref_logp is None else [ref_logp.detach().double()])
-        gathered = _all_gather(torch.cat([rows.detach().reshape(-1), *checked]), self.vocab)
-        ranks = gathered.shape[0]
-        of_rows, of_labels, of_ref = gathered.split(
-            [rows.numel(), labels.numel(), gathered.shape[1] - rows.numel() - labels.numel()], 1
-        )
-        of_rows = _with_own(of_rows.reshape(ranks, *rows.shape), rows, dist.get_rank(self.vocab))
-        states = of_rows.new_zeros(ranks, labels.numel(), ROW_STATE)
+        of_rows, poison = self._gathered("vocab_parallel", rows, {"labels": labels, **same})
+        of_rows = _with_own(of_rows, rows, dist.get_rank(self.vocab)) + poison
+        states = of_rows.new_zeros(*of_rows.shape[:2], ROW_STATE)
         states = states.index_copy(2, torch.tensor(parts, device=states.device), of_rows)
-        states = self._poisoned("vocab_parallel", "labels", of_labels, states)
-        if ref_logp is not None:
-            ref_logp = self._poisoned("vocab_parallel", "ref_logp", of_ref, ref_logp.detach().double())
-        states = states.view(ranks, *labels.shape, ROW_STATE)
-        return merge_shards(states, labels, ignore_index, stats, shard.total, dtype), ref_logp
+        states = states.view(states.shape[0], *labels.shape, ROW_STATE)
+        return merge_shards(states, labels, ignore_index, stats, shard.total, dtype)
 
-    def sequence_totals(
-        self, sums: Tensor, tokens: Tensor, ref_logp: Tensor, stats: Tensor, *, is_ref_partial: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the totals over the parts of the sequences that the ranks of ``sequence_parallel`` hold.
+    def sequence_totals(self, sums: Tensor, others: Tensor, same: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns the sums over the ranks of ``sequence_parallel`` of two float64 tensors, ``[n]`` and ``[m]``.
 
-        Args:
-            sums: ``[2B]`` float64 summed log-probs of this rank's rows.
-            tokens: ``[2B]`` int64 number of labelled tokens of this rank's rows.
-            ref_logp: ``[2B]`` summed log-probs under the reference model.
-            stats: ``[number of statistics]`` float64 sums of the statistics.
-            is_ref_partial: Whether ``ref_logp`` are sums of this rank's rows. Otherwise they must be the same on all
-                ranks.
-
-        Returns:
-            The totals of the four tensors; the first is differentiable with respect to ``sums``.
+        The first is differentiable with respect to ``sums``. The tensors ``same`` must be equal on all ranks, as in
+        ``merged_rows``; otherwise the sums are NaN.
         """
         assert self.sequence is not None
-        parts = (sums.detach(), tokens.double(), ref_logp.detach().double(), stats)
-        gathered = _all_gather(torch.cat(parts), self.sequence)
-        of_sums, of_tokens, of_ref, of_stats = gathered.split([len(part) for part in parts], 1)
-        total = _with_own(of_sums, sums, dist.get_rank(self.sequence)).sum(0)
-        if is_ref_partial:
-            ref_logp = of_ref.sum(0)
-        else:
-            ref_logp = self._poisoned("sequence_parallel", "ref_logp", of_ref, ref_logp.detach().double())
-        return total, of_tokens.sum(0).long(), ref_logp, of_stats.sum(0)
+        gathered, poison = self._gathered("sequence_parallel", torch.cat([sums, others]), same)
+        of_sums, of_others = gathered.split([len(sums), len(others)], 1)
+        return _with_own(of_sums, sums, dist.get_rank(self.sequence)).sum(0) + poison, of_others.sum(0)
+
+    def _gathered(self, name: str, values: Tensor, same: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns the float64 ``values`` of all ranks, ``[ranks, ...]``, and 0, or NaN if ``same`` differs."""
+        group = dict(self._named())[name]
+        parts = [values.detach(), *(tensor.detach().to(values.device, torch.float64) for tensor in same.values())]
+        gathered = _all_gather(torch.cat([part.reshape(-1) for part in parts]), group)
+        of_values, *of_same = gathered.split([part.numel() for part in parts], 1)
+        poison = values.new_zeros(())
+        for label, of_ranks in zip(same, of_same, strict=True):
+            # Not equal, and not both NaN.
+            differs = ((of_ranks != of_ranks[:1]) & ~(of_ranks.isnan() & of_ranks[:1].isnan())).any(1)
+            # With two groups, ranks outside this group would wait for those that raise.
+            if values.device.type == "cpu" and (self.vocab is None or self.sequence is None):
+                if differs.any():
+                    ranks = ", ".join(map(str, differs.nonzero().flatten().tolist()))
+                    raise ValueError(
+                        f"{label} must be the same on all ranks of {name}, got others on {ranks} than on 0"
+                    )
+            else:
+                poison = torch.where(differs.any(), math.nan, poison)
+        return of_values.reshape(-1, *values.shape), poison
 
     def _named(self) -> Iterator[tuple[str, dist.ProcessGroup]]:
         if self.vocab is not None:
             yield "vocab_parallel", self.vocab
         if self.sequence is not None:
             yield "sequence_parallel", self.sequence
-
-    def _poisoned(self, group: str, name: str, of_ranks: Tensor, values: Tensor) -> Tensor:
-        """Returns ``values`` if all rows of ``of_ranks`` are equal; otherwise NaN, or an error if all ranks see it."""
-        differs = ((of_ranks != of_ranks[:1]) & ~(of_ranks.isnan() & of_ranks[:1].isnan())).any(1)
-        # With two groups, ranks outside this group would wait for those that raise.
-        if values.device.type == "cpu" and (self.vocab is None or self.sequence is None):
-            if differs.any():
-                ranks = ", ".join(map(str, differs.nonzero().flatten().tolist()))
-                raise ValueError(f"{name} must be the same on all ranks of {group}, got others on {ranks} than on 0")
-            return values
-        return torch.where(differs.any(), math.nan, values)
 
 
 class SumGradients(torch.autograd.Function):
@@ -206,13 +190,11 @@ class _OwnPart(torch.autograd.Function):
 
 
 def _checked_group(name: str, group: Any) -> dist.ProcessGroup | None:
-    if group is None:
-        return None
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        if group == dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError(f"{name} must be a process group of this process, got one that it is not a member of")
-        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
-    return group
+    if group is None or (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        return group
+    if dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{name} must be a process group that this process is a member of, got another group")
+    raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
 
 
 def _exchange(

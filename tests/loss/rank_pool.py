@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 RANKS = 4
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 #: In a worker, its process groups by name: "all" four ranks, "pair" (0, 1 | 2, 3) and "cross" (0, 2 | 1, 3).
 GROUPS: dict[str, dist.ProcessGroup] = {}
 

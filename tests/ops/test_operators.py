@@ -188,7 +188,7 @@ def test_a_second_derivative_raises_even_where_only_the_logits_ask_for_it(rows: 
     logits, labels = rows[0].requires_grad_(), rows[1]
     for value in (mpo_loss(logits, labels, torch.zeros(4)).loss, token_logp(logits, labels).sum()):
         (grad,) = torch.autograd.grad(value, logits, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiated once.*on one rank use backend='reference'"):
+        with pytest.raises(RuntimeError, match=r"differentiated once.*on one rank use backend='reference'"):
             torch.autograd.grad(grad.square().sum(), logits)
 
 
