@@ -149,7 +149,7 @@ class RankGroups:
                     )
             else:
                 poison = torch.where(differs.any(), math.nan, poison)
-        return of_values.reshape(-1, *values.shape), poison
+        return of_values.reshape(len(gathered), *values.shape), poison
 
     def _named(self) -> Iterator[tuple[str, dist.ProcessGroup]]:
         if self.vocab is not None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 RANKS = 4
-TIMEOUT_S = 300
+TIMEOUT_S = 60  # of a collective; a test may take twice as long
 #: In a worker, its process groups by name: "all" four ranks, "pair" (0, 1 | 2, 3) and "cross" (0, 2 | 1, 3).
 GROUPS: dict[str, dist.ProcessGroup] = {}
 
@@ -41,7 +41,7 @@ class RankPool:
         results: dict[int, Any] = {}
         while len(results) < RANKS:
             waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
-            ready = wait(waiting, TIMEOUT_S)
+            ready = wait(waiting, 2 * TIMEOUT_S)
             assert ready, f"ranks {sorted(results)} of {RANKS} have finished; the others hang"
             for pipe in ready:
                 results[self.pipes.index(pipe)] = pipe.recv()
@@ -59,7 +59,7 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("MPO_CPU_MATMUL", "float32")
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=TIMEOUT_S // 2)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=TIMEOUT_S)
     )
     for name, members in {"all": [[0, 1, 2, 3]], "pair": [[0, 1], [2, 3]], "cross": [[0, 2], [1, 3]]}.items():
         for ranks in members:

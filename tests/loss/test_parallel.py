@@ -465,7 +465,7 @@ def test_what_is_refused_is_named(pool: RankPool) -> None:
     for texts in pool.run(refused):
         assert "shift must be False with sequence_parallel" in texts["shift"]
         assert "vocab_parallel must be a torch.distributed.ProcessGroup or None, got int" in texts["type"]
-        assert "vocab_parallel must be a process group of this process" in texts["member"]
+        assert "vocab_parallel must be a process group that this process is a member of" in texts["member"]
         assert "cu_seqlens must not decrease, got 4 followed by 3" in texts["offsets"]
         assert "can be differentiated once" in texts["twice cpu"]
         assert "can be differentiated once" in texts["twice reference"]
