@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from benchmarks.measure import reset_peak, resident_bytes
 from mpo_ext import linear_mpo_loss, mpo_loss
 
-PAIRS, LENGTH, HIDDEN, VOCAB = 1, 256, 1024, 131072
+PAIRS, LENGTH, HIDDEN, VOCAB = 1, 256, 512, 65536
 MIB = 1 << 20
 
 
@@ -24,6 +24,7 @@ def measure(rank: int, world: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     group, columns = dist.new_group(range(world)), VOCAB // world
+    torch.manual_seed(0)  # the labels of all ranks are the same
     labels, ref_logp = torch.randint(VOCAB, (2 * PAIRS, LENGTH)), torch.zeros(2 * PAIRS)
     options = {"vocab_parallel": group} if world > 1 else {}
 
