@@ -649,7 +649,9 @@ def test_a_weight_that_is_sharded_during_forward_is_refused(
         from torch.distributed.tensor import Shard, distribute_tensor
 
         model.lm_head.weight = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)]))
-        with pytest.raises(RuntimeError, match=r"whole during forward, or sharded.*, got DTensor.*Shard.*mpo_loss\(model"):
+        with pytest.raises(
+            RuntimeError, match=r"whole during forward, or sharded.*, got DTensor.*Shard.*mpo_loss\(model"
+        ):
             hidden_and_head(model, **inputs)
         model.lm_head.weight = whole
     finally:
