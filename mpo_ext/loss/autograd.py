@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -93,12 +93,20 @@ class LogpOfLogits(torch.autograd.Function):
         return _once_differentiable(grad, logits, grad_logp), *[None] * 7
 
 
+class HiddenPlan(NamedTuple):
+    """How backward computes the gradients of hidden states and head."""
+
+    keep: int  # a KEEP_ constant of mpo_ext.ops.linear
+    options: linear.LinearOptions
+    shard: VocabShard | None = None  # if weight and bias are this rank's shard of the head
+    group: dist.ProcessGroup | None = None  # over which the gradient of the hidden states is summed then
+
+
 class ValueOfHidden(torch.autograd.Function):
     """Attaches the gradients with respect to the hidden states and the head to a loss or to log-probs.
 
     For a loss, ``row_weight`` is d loss / d logp of each row. For log-probs it is None: the weight of a row is its
-    incoming gradient. With ``shard``, weight and bias are this rank's shard of the head, and backward sums the
-    gradient of the hidden states over the ranks of ``group``.
+    incoming gradient.
     """
 
     @staticmethod
@@ -113,17 +121,13 @@ class ValueOfHidden(torch.autograd.Function):
         row_sum: Tensor,
         row_weight: Tensor | None,
         kept: Tensor,
-        keep: int,
-        options: linear.LinearOptions,
-        shard: VocabShard | None = None,
-        group: dist.ProcessGroup | None = None,
+        plan: HiddenPlan,
     ) -> Tensor:
-        hidden_grad = kept if keep == linear.KEEP_HIDDEN_GRAD else None
+        hidden_grad = kept if plan.keep == linear.KEEP_HIDDEN_GRAD else None
         ctx.save_for_backward(hidden, weight, bias, labels, row_max, row_sum, row_weight, hidden_grad)
         # Not a saved tensor, because backward overwrites and then frees these logits.
-        ctx.logits = kept if keep == linear.KEEP_LOGITS else None
-        ctx.options = options
-        ctx.shard, ctx.group = shard, group
+        ctx.logits = kept if plan.keep == linear.KEEP_LOGITS else None
+        ctx.plan = plan
         return value.clone()
 
     @staticmethod
@@ -135,19 +139,19 @@ class ValueOfHidden(torch.autograd.Function):
         logits, ctx.logits = ctx.logits, None  # this backward overwrites the logits; a second one recomputes them
         rows = (row_max, row_sum, row_weight)
         gradients: tuple[Tensor | None, ...]
-        if ctx.shard is not None:
+        if ctx.plan.shard is not None:
             gradients = _gradients_over_ranks(
                 ctx, (hidden.detach(), weight.detach(), None if bias is None else bias.detach()), labels, rows, scale,
                 hidden_grad, logits,
             )  # fmt: skip
         elif hidden_grad is not None:
-            ignore_index = ctx.options.ignore_index
+            ignore_index = ctx.plan.options.ignore_index
             d_hidden = linear.kept_hidden_grad(hidden.detach(), labels, hidden_grad, row_weight, scale, ignore_index)
             gradients = d_hidden, None, None
         else:
             head = weight.detach(), None if bias is None else bias.detach()
             d_hidden, d_weight, d_bias = linear.linear_grad(
-                hidden.detach(), *head, labels, *rows, scale, logits, wanted, *ctx.options
+                hidden.detach(), *head, labels, *rows, scale, logits, wanted, *ctx.plan.options
             )
             if logits is not None and wanted[1]:
                 d_weight = linear.kept_weight_grad(logits, head[0])
@@ -158,7 +162,7 @@ class ValueOfHidden(torch.autograd.Function):
                 _once_differentiable(gradient, *sources, grad_value) if is_wanted and gradient is not None else None
                 for gradient, is_wanted in zip(gradients, wanted, strict=True)
             ),
-            *[None] * 10,
+            *[None] * 7,
         )
 
 
@@ -178,15 +182,15 @@ def _gradients_over_ranks(
     hidden, wanted = inputs[0], ctx.needs_input_grad[:3]
     d_weight, d_bias = None, None
     if hidden_grad is not None:
-        ignore_index = ctx.options.ignore_index
+        ignore_index = ctx.plan.options.ignore_index
         index, grad = linear.kept_hidden_rows(hidden, labels, hidden_grad, rows[2], scale, ignore_index)
     else:
         index, grad, d_weight, d_bias = linear.linear_grad_rows(
-            *inputs, labels, rows, scale, logits, wanted, ctx.options, ctx.shard
+            *inputs, labels, rows, scale, logits, wanted, ctx.plan.options, ctx.plan.shard
         )
     if not wanted[0]:
         return None, d_weight, d_bias
-    dist.all_reduce(grad, group=ctx.group)
+    dist.all_reduce(grad, group=ctx.plan.group)
     return linear.scatter_rows(grad, index, hidden), d_weight, d_bias
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpo_ext.loss import eager, parallel
-from mpo_ext.loss.autograd import LogpOfLogits, LossOfLogits, ValueOfHidden
+from mpo_ext.loss.autograd import HiddenPlan, LogpOfLogits, LossOfLogits, ValueOfHidden
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.reward_shift import BatchShift, RewardShift, begin_batch, end_batch
 from mpo_ext.loss.steps import (
@@ -251,7 +251,7 @@ def linear_mpo_loss(
     outputs = pair_ops.pair_loss(logp, device_labels, *inputs, chosen_backend)
     pair, row_weight = end_pairs(outputs, logp, device_labels, inputs, reward_shift, batch_shift, chosen_backend)
     loss = ValueOfHidden.apply(
-        hidden, weight, bias, pair.loss, labels, row_max, row_sum, row_weight, kept, keep, linear
+        hidden, weight, bias, pair.loss, labels, row_max, row_sum, row_weight, kept, HiddenPlan(keep, linear)
     )
     return loss_output(loss, pair, names, row_stats, chosen_backend)
 
@@ -358,7 +358,8 @@ def linear_token_logp(
     linear = linear_options(hidden, weight, ignore_index, head, chosen_backend)
     keep = what_to_keep(hidden, weight, bias, recompute)
     logp, row_max, row_sum, _, kept = score_hidden(hidden, weight, bias, labels, 0, keep, linear)
-    return ValueOfHidden.apply(hidden, weight, bias, logp, labels, row_max, row_sum, None, kept, keep, linear)
+    plan = HiddenPlan(keep, linear)
+    return ValueOfHidden.apply(hidden, weight, bias, logp, labels, row_max, row_sum, None, kept, plan)
 
 
 def _eager_loss(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mpo_ext.loss import eager
-from mpo_ext.loss.autograd import LogpOfLogits, LossOfLogits, ValueOfHidden
+from mpo_ext.loss.autograd import HiddenPlan, LogpOfLogits, LossOfLogits, ValueOfHidden
 from mpo_ext.loss.rank_groups import RankFacts, RankGroups, SumGradients
 from mpo_ext.loss.reward_shift import BatchShift, RewardShift, begin_batch, end_batch
 from mpo_ext.loss.steps import (
@@ -315,10 +315,8 @@ def _attach_to_hidden(
     shard: VocabShard | None,
     groups: RankGroups,
 ) -> Tensor:
-    keep = what_to_keep(*inputs, head.recompute)
-    return ValueOfHidden.apply(
-        *inputs, value, labels, rows.row_max, rows.row_sum, row_weight, rows.kept, keep, options, shard, groups.vocab
-    )
+    plan = HiddenPlan(what_to_keep(*inputs, head.recompute), options, shard, groups.vocab)
+    return ValueOfHidden.apply(*inputs, value, labels, rows.row_max, rows.row_sum, row_weight, rows.kept, plan)
 
 
 class _ReferenceSums(NamedTuple):
