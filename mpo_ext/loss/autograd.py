@@ -94,7 +94,7 @@ class LogpOfLogits(torch.autograd.Function):
 
 
 class HiddenPlan(NamedTuple):
-    """How backward computes the gradients of hidden states and head."""
+    """The settings by which backward computes the gradients of hidden states and head."""
 
     keep: int  # a KEEP_ constant of mpo_ext.ops.linear
     options: linear.LinearOptions
