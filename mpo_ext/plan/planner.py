@@ -84,11 +84,12 @@ def _separate_reason(model: nn.Module, recipe: Recipe) -> str | None:
     if not recipe.loss.shared_prefix:
         return "loss.shared_prefix is false"
     attention = recipe.model.attention
-    if attention not in ("sdpa", "eager"):  # the model on the meta device has sdpa
-        if attention not in NAMES or recipe.loss.shared_prefix == "masked":
-            return no_mask(attention)
-        if (reason := use_split_attention(model)) is not None:
-            return reason
+    is_split = attention in NAMES and recipe.loss.shared_prefix != "masked"
+    if not is_split and attention not in ("sdpa", "eager"):
+        return no_mask(attention)
+    reason = use_split_attention(model) if is_split else None  # the model on the meta device has sdpa
+    if reason is not None and attention != "sdpa":
+        return reason
     return supports_shared_prefix(model)
 
 

@@ -10,13 +10,31 @@ from torch import Tensor, nn
 
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.encode import Sample
-from mpo_ext.train.split_attention import base_implementation, is_split, split_decoder, window_marker
+from mpo_ext.train.split_attention import (
+    base_implementation,
+    is_split,
+    join_decoder,
+    split_decoder,
+    window_marker,
+)
+from mpo_ext.train.split_recurrence import has_split_layers, join_layers, split_layers
 
 #: Model inputs that hold the grid sizes of images and videos.
 GRIDS = ("image_grid_thw", "video_grid_thw")
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _IMPLEMENTATIONS = ("sdpa", "eager")
+
+#: Layers with states instead of attention, by their type in transformers' configs.
+_WITH_STATES = frozenset({"linear_attention", "conv"})
+
+#: The masks of layers that combine kinds, and of layers that mix no tokens.
+_COMBINED = {
+    "hybrid": (_FULL, "linear_attention"),
+    "hybrid_sliding": (_SLIDING, "linear_attention"),
+    "mlp": (),
+    "moe": (),
+}
 
 
 def sequence_positions(segments: Tensor) -> Tensor:
@@ -77,6 +95,7 @@ class MaskPlan(NamedTuple):
     """The kinds of attention masks that a model needs, its sliding window, and its attention implementation.
 
     ``implementation`` is the name in transformers; ``is_split`` says whether ``use_split_attention`` has been called.
+    Kinds of layers with states are among ``kinds`` only in this case, because no mask separates responses there.
     """
 
     kinds: frozenset[str]
@@ -97,9 +116,14 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
     assert implementation is not None
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
+    known = {_FULL, _SLIDING}
+    is_state_split = has_split_layers(_decoder(inner) or inner)
     if types is not None:
         kinds = frozenset(types[: getattr(config, "num_hidden_layers", None)])
-        unknown = sorted(kinds - {_FULL, _SLIDING})
+        if is_state_split:
+            kinds = frozenset(part for kind in kinds for part in _COMBINED.get(kind, (kind,)))
+            known = {_FULL, _SLIDING, *_WITH_STATES}
+        unknown = sorted(kinds - known)
         if unknown:
             return f"{name} has layers of {', '.join(unknown)}"
     elif window is not None and any(
@@ -118,7 +142,8 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
     }
     if unknown_settings and types is None:
         return f"{name} has an unknown kind of attention: its config has {unknown_settings}"
-    return MaskPlan(kinds, window, implementation, is_split(name_of_attention))
+    is_row_split = is_split(name_of_attention) or (is_state_split and kinds <= _WITH_STATES)
+    return MaskPlan(kinds, window, implementation, is_row_split)
 
 
 def plan_or_raise(inner: nn.Module) -> MaskPlan:
@@ -141,8 +166,8 @@ def no_mask(implementation: str | None) -> str:
 
 def mask_markers(plan: MaskPlan, rows: int, device: torch.device) -> Tensor | dict[str, Tensor]:
     """Returns the markers that split attention takes in place of masks: one, or a dict by kind of layer."""
-    windows = {_FULL: None, _SLIDING: plan.window}
-    return _by_kind({kind: window_marker(rows, windows[kind], device) for kind in plan.kinds})
+    windows = {_SLIDING: plan.window}
+    return _by_kind({kind: window_marker(rows, windows.get(kind), device) for kind in plan.kinds})
 
 
 def has_image_blocks(inner: nn.Module) -> bool:
@@ -174,6 +199,11 @@ def attention_masks(
     plan = plan_or_raise(inner)
     if plan.implementation not in _IMPLEMENTATIONS:
         raise ValueError(f'layout must be "separate" for this model, got "masked": {no_mask(plan.implementation)}')
+    if with_states := sorted(plan.kinds & _WITH_STATES):
+        raise ValueError(
+            f'layout must be "shared" or "separate" for this model, got "masked": no mask separates responses in '
+            f"layers of {', '.join(with_states)}"
+        )
     query, key = segments.unsqueeze(2), segments.unsqueeze(1)
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
@@ -205,13 +235,28 @@ def _by_kind(masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
 
 
 def use_split_attention(model: nn.Module) -> str | None:
-    """Lets a model attend to rows with several responses in causal calls, and returns None or the reason why not.
+    """Lets a model run over rows with several responses without a mask, and returns None or the reason why not.
 
-    The model may be wrapped. Its attention implementation becomes one of ``split_attention.NAMES``, which is not
-    saved; in all other rows attention stays that of the implementation before.
+    Attention becomes causal calls, and layers with states (recurrences, convolutions) start each response from the
+    states of its prompt. The model may be wrapped. Its attention implementation becomes one of
+    ``split_attention.NAMES``, which is not saved; all other rows go through the model as before.
     """
     inner = unwrap_model(model)
-    return split_decoder(_decoder(inner) or inner, decoder_config(inner))
+    decoder = _decoder(inner) or inner
+    config = decoder_config(inner)
+    types = getattr(config, "layer_types", None)
+    has_attention = not types or not _WITH_STATES.issuperset(types[: getattr(config, "num_hidden_layers", None)])
+    reason = split_layers(decoder) or (split_decoder(decoder, config) if has_attention else None)
+    if reason is not None:
+        join_layers(decoder)
+    return reason
+
+
+def undo_split_attention(model: nn.Module) -> None:
+    """Undoes ``use_split_attention``."""
+    inner = unwrap_model(model)
+    join_layers(_decoder(inner) or inner)
+    join_decoder(decoder_config(inner))
 
 
 def _decoder(inner: nn.Module) -> Any:

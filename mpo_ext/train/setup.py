@@ -17,7 +17,7 @@ from mpo_ext.processors import check_model, check_supported
 from mpo_ext.train.dataset import Collator, RunData, without_responses
 from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.export import check_mergeable
-from mpo_ext.train.masks import prompt_positions, use_split_attention
+from mpo_ext.train.masks import prompt_positions, undo_split_attention, use_split_attention
 from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_model, without_adapters
 from mpo_ext.train.optimizer import ParameterGroup, make_optimizer, parameter_groups
 from mpo_ext.train.ranks import gather
@@ -252,6 +252,7 @@ def _shared_layouts(recipe: Recipe, model: nn.Module, reasons: list[str]) -> Ite
         yield "shared"
     else:
         reasons.append(reason)
+    undo_split_attention(model)
     yield "masked"
 
 

@@ -15,6 +15,7 @@ from mpo_ext.train.batch import Batch, collate
 from mpo_ext.train.encode import Sample
 from mpo_ext.train.forward import forward
 from mpo_ext.train.masks import decoder_config, forward_source, has_image_blocks, plan_masks
+from mpo_ext.train.split_recurrence import has_split_layers
 
 
 def supports_shared_prefix(model: nn.Module) -> str | None:
@@ -37,9 +38,10 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
         return f"{name} attends to images through cross attention"
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None):
         return f"{name} has attention that is not causal"
+    has_states = has_split_layers(inner)
     for module in inner.modules():
         kind = type(module)
-        if getattr(kind, "_is_stateful", False):
+        if getattr(kind, "_is_stateful", False) and not has_states:
             return f"{kind.__name__} has recurrent layers, which no mask can separate"
         # Gemma 4: our mask would replace the mask that lets the tokens of an image attend to each other.
         has_blocks = hasattr(kind, "get_image_features") and "block_sequence_ids" in forward_source(kind)

@@ -112,6 +112,13 @@ def is_split(name: str | None) -> bool:
     return name in _BASES
 
 
+def join_decoder(config: Any) -> None:
+    """Undoes ``split_decoder``; ``config`` is the config that the layers of the decoder read."""
+    name = getattr(config, "_attn_implementation", None)
+    if is_split(name):
+        config._attn_implementation = base_implementation(name)  # noqa: SLF001 - as in split_decoder
+
+
 def split_decoder(decoder: nn.Module, config: Any) -> str | None:
     """Sets the attention implementation of a decoder to its split form, and returns None or the reason why not.
 
@@ -166,6 +173,11 @@ def window_marker(rows: int, window: int | None, device: torch.device) -> Tensor
     return torch.empty(rows, 1, 0, window or 0, dtype=torch.bool, device=device)
 
 
+def is_marker(mask: Any) -> bool:
+    """Returns whether a mask is a result of ``window_marker``."""
+    return isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == 0
+
+
 def _base_of(module: nn.Module) -> tuple[str, Callable[..., tuple[Tensor, Any]]]:
     """Returns the implementation of transformers behind that of an attention module: its name and its function."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -184,10 +196,9 @@ class _Call(NamedTuple):
 def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _Call | None:
     """Returns the segments of a call and its window, or None for a call of rows without segments."""
     segments = kwargs.pop("row_segments", None)
-    is_marked = mask is not None and mask.ndim == 4 and mask.shape[2] == 0
-    if not is_marked and segments is None:
+    if not is_marker(mask) and segments is None:
         return None
-    if not is_marked or segments is None:
+    if not is_marker(mask) or segments is None:
         missing = "row_segments" if segments is None else "the marker in place of a mask"
         raise RuntimeError(f"the model must pass {missing} on to {type(module).__name__}, got none")
     if not (getattr(module, "is_causal", True) and kwargs.pop("is_causal", None) in (None, True)):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, build
+from families import FAMILIES, HYBRID, build
 from single_forwards import assert_same, gradients
 from test_split_attention import SPLIT, Operators, several_pairs
 from torch import nn
@@ -33,6 +33,17 @@ def test_loss_and_gradients_are_those_of_the_dense_mask(family: str, dtype: torc
     loss = loss_of(model, family, "shared")
     torch.testing.assert_close(loss, expected, rtol=tol, atol=0)
     assert_same(gradients(model, loss), gradients(model, expected), tol)
+
+
+@pytest.mark.parametrize("family", HYBRID)
+def test_hybrid_layers_give_the_loss_of_separate_rows(family: str) -> None:
+    """Runs flash-linear-attention, mamba-ssm and causal-conv1d where they are installed, else plain torch."""
+    model = build(family, "sdpa", torch.bfloat16).cuda()
+    assert use_split_attention(model) is None
+    expected = loss_of(model, family, "separate")
+    loss = loss_of(model, family, "shared")
+    torch.testing.assert_close(loss, expected, rtol=5e-2, atol=0)
+    assert_same(gradients(model, loss), gradients(model, expected), 5e-2)
 
 
 def test_causal_calls_keep_the_flash_kernel() -> None:

@@ -217,23 +217,133 @@ FAMILIES: dict[str, Family] = {
         partial(text_model, "Qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
     ),
 }
-REFUSED: dict[str, Family] = {
-    "qwen3_next": Family(
+MIXED = {"layer_types": ["linear_attention", "full_attention"]}
+DELTA_NET = {
+    **MIXED,
+    "head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 4,
+}
+EXPERTS = {
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 4, "mamba_expand": 2, "mamba_chunk_size": 4}
+
+
+def qwen3_5_vl() -> nn.Module:
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "in_channels": 1,
+        "patch_size": 4,
+        "temporal_patch_size": 1,
+        "out_hidden_size": 16,
+        "num_position_embeddings": 16,
+    }
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    text = {**TEXT, **DELTA_NET, "rope_parameters": rope}
+    config = transformers.Qwen3_5Config(vision_config=vision, text_config=text, **QWEN_TOKENS)
+    return transformers.Qwen3_5ForConditionalGeneration(config)
+
+
+def nemotron_h() -> nn.Module:
+    config = transformers.NemotronHConfig(
+        **{name: value for name, value in TEXT.items() if name != "num_hidden_layers"},
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+        head_dim=8,
+        ssm_state_size=4,
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        n_groups=2,
+        chunk_size=4,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        moe_shared_expert_intermediate_size=8,
+    )
+    return transformers.NemotronHForCausalLM(config)
+
+
+def mamba2() -> nn.Module:
+    return transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            state_size=4,
+            num_hidden_layers=2,
+            num_heads=4,
+            head_dim=8,
+            n_groups=2,
+            chunk_size=4,
+            pad_token_id=PAD,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+    )
+
+
+#: Models with states, which only split rows can separate.
+HYBRID: dict[str, Family] = {
+    "qwen3_next": Family(partial(text_model, "Qwen3Next", **DELTA_NET, **EXPERTS)),
+    "qwen3_5": Family(partial(text_model, "Qwen3_5Text", **DELTA_NET)),
+    "qwen3_5_vl": Family(qwen3_5_vl, patches, "mm_token_type_ids", "model.visual"),
+    "qwen3_5_moe": Family(partial(text_model, "Qwen3_5MoeText", **DELTA_NET, **EXPERTS)),
+    "olmo_hybrid": Family(
+        partial(text_model, "OlmoHybrid", **{**DELTA_NET, "linear_num_key_heads": 4, "num_key_value_heads": 2})
+    ),
+    "kimi_linear": Family(
         partial(
             text_model,
-            "Qwen3Next",
-            head_dim=8,
-            layer_types=["linear_attention", "full_attention"],
-            linear_num_value_heads=2,
-            linear_num_key_heads=2,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            num_experts=2,
+            "KimiLinear",
+            **MIXED,
+            num_key_value_heads=2,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+            linear_head_dim=8,
+            linear_num_heads=2,
+            num_local_experts=2,
             num_experts_per_tok=1,
             moe_intermediate_size=8,
-            shared_expert_intermediate_size=8,
         )
     ),
+    "falcon_h1": Family(partial(text_model, "FalconH1", **MAMBA, mamba_d_ssm=32)),
+    "bamba": Family(partial(text_model, "Bamba", **MAMBA, attn_layer_indices=[1])),
+    "granitemoehybrid": Family(
+        partial(
+            text_model,
+            "GraniteMoeHybrid",
+            **MIXED,
+            **MAMBA,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            shared_intermediate_size=8,
+        )
+    ),
+    "nemotron_h": Family(nemotron_h),
+    "zamba2": Family(
+        partial(
+            text_model,
+            "Zamba2",
+            layers_block_type=["linear_attention", "hybrid"],
+            num_key_value_heads=2,
+            mamba_d_state=4,
+            n_mamba_heads=4,
+            chunk_size=4,
+        )
+    ),
+    "lfm2": Family(partial(text_model, "Lfm2", layer_types=["conv", "full_attention"])),
+    "mamba2": Family(mamba2),
+}
+REFUSED: dict[str, Family] = {
     "mamba": Family(
         lambda: transformers.MambaForCausalLM(
             transformers.MambaConfig(
@@ -241,19 +351,34 @@ REFUSED: dict[str, Family] = {
             )
         )
     ),
+    "jamba": Family(
+        partial(
+            text_model,
+            "Jamba",
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
+            num_experts=2,
+            num_experts_per_tok=1,
+        )
+    ),
 }
+ALL = {**FAMILIES, **HYBRID, **REFUSED}
 
 
 def build(name: str, attention: str | None = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    model = {**FAMILIES, **REFUSED}[name].model().to(dtype).train()
+    model = ALL[name].model().to(dtype).train()
     if attention is not None:
         model.set_attn_implementation(attention.removeprefix("split "))
         if attention.startswith("split "):
             assert use_split_attention(model) is None
     with torch.no_grad():  # as they are initialised, no token would look at any other in particular
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("A_log"):
+                parameter.fill_(-2)  # states that last longer than a prompt
+            elif parameter.ndim > 1:
                 parameter.mul_(8)
     return model
 
@@ -271,7 +396,7 @@ def sample(
 ) -> Sample:
     """Returns a pair. The prompt depends on the seed ``prompt``, the responses on ``seed``."""
     generator = torch.Generator().manual_seed(1000 + (seed if prompt is None else prompt))
-    family_of = {**FAMILIES, **REFUSED}[family]
+    family_of = ALL[family]
     ids = torch.randint(2, 50, (text,), generator=generator).tolist()
     image_inputs: dict[str, torch.Tensor] = {}
     if images:
@@ -298,7 +423,7 @@ def sample(
 
 def samples_of(family: str) -> list[Sample]:
     """Returns pairs of unequal lengths: two of one question with two images, one with one image, one without."""
-    some = 1 if {**FAMILIES, **REFUSED}[family].images else 0
+    some = 1 if ALL[family].images else 0
     return [
         sample(family, 1, prompt=9, text=8, chosen=6, rejected=3, images=2 * some),
         sample(family, 2, text=4, chosen=1, rejected=5),

@@ -17,6 +17,7 @@ from mpo_ext.chat import ChatEncoder, ChatError, Conversation
 from mpo_ext.data.records import Pair
 from mpo_ext.processors import check_supported
 from mpo_ext.train.encode import Encoder, Sample
+from mpo_ext.train.masks import use_split_attention
 from mpo_ext.train.proof import prove
 from mpo_ext.train.shared_prefix import supports_shared_prefix
 
@@ -299,6 +300,8 @@ def test_the_page_has_the_table_of_the_registry() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_rows_of_the_table_are_those_of_the_trainer(name: str) -> None:
-    reason = supports_shared_prefix(meta_model(FAMILIES[name]))
+    model = meta_model(FAMILIES[name])
+    use_split_attention(model)
+    reason = supports_shared_prefix(model)
     separate = FAMILIES[name].separate_rows
     assert separate in reason if reason else not separate

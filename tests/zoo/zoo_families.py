@@ -411,7 +411,6 @@ IMAGE_FAMILIES: dict[str, Family] = {
         models="MiniCPM-V 4.6",
         build=processors.minicpm_v,
         config="MiniCPMV4_6",
-        separate_rows="layers of linear_attention",
         end="<|im_end|>",
         image=True,
     ),

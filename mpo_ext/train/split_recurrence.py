@@ -1,0 +1,280 @@
+"""Layers with states (recurrences, convolutions) in sequence rows ``[prompt | response | response ...]``.
+
+Such a layer runs over the prompt first and keeps its final states: the recurrent state and the last inputs of the
+convolution. Then it runs over the responses, and each starts from the states of its prompt. Gradients flow through the
+states. The layers take and return states through their argument ``cache``, by the methods of transformers' ``Cache``;
+this covers Gated DeltaNet, Mamba 2 and short convolutions. In calls without the keyword argument ``row_segments`` the
+layers run as before.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from mpo_ext.train.split_attention import RowSegments, is_marker
+
+#: Responses of one call are padded to the longest; a response shorter than this part of it has a call of its own.
+SHORTEST = 0.75
+
+#: A layer that steps from a single token updates the given state in place, which destroys it for other responses.
+MIN_TOKENS = 2
+
+_CHECKED_TOKENS = 24, 16  # of a sequence and of its prompt
+
+
+class _States:
+    """The states of sequences in a layer, with the methods of transformers' ``Cache`` that layers with states call.
+
+    Unlike a ``Cache`` it keeps the autograd graph of the states. Each attribute is a dict by ``state_idx``.
+
+    Attributes:
+        conv: ``[B, C, K - 1]`` each, the last inputs of a convolution of C channels and K taps.
+        recurrent: ``[B, ...]`` each, the state of a recurrence.
+    """
+
+    def __init__(self) -> None:
+        self.conv: dict[int, Tensor] = {}
+        self.recurrent: dict[int, Tensor] = {}
+
+    @staticmethod
+    def join(states: Sequence[tuple["_States", int]]) -> "_States":
+        """Returns the states of several sequences, each given as the states of a batch and an index in it."""
+        joined = _States()
+        first = states[0][0]
+        joined.conv = {i: torch.cat([s.conv[i][row, None] for s, row in states]) for i in first.conv}
+        joined.recurrent = {i: torch.cat([s.recurrent[i][row, None] for s, row in states]) for i in first.recurrent}
+        return joined
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.conv.get(state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.recurrent.get(state_idx)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return True  # the layer then changes no state in place
+
+    def update_conv_state(
+        self, inputs: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int
+    ) -> Tensor:
+        """Returns the earlier inputs and ``inputs``, ``[B, C, n]``, and keeps the last ``conv_kernel_size - 1``."""
+        if state_idx in self.conv:
+            inputs = torch.cat([self.conv[state_idx].to(inputs.dtype), inputs], -1)
+        surplus = inputs.shape[-1] - (conv_kernel_size - 1)
+        self.conv[state_idx] = inputs[..., max(surplus, 0) :] if surplus >= 0 else F.pad(inputs, (-surplus, 0))
+        return inputs
+
+    def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0) -> Tensor:
+        self.recurrent[state_idx] = state
+        return state
+
+
+class _Piece(NamedTuple):
+    """Consecutive tokens of a row that are a prompt, a response, both, or padding.
+
+    Attributes:
+        size: Number of tokens.
+        prompt: The piece whose final states are the initial states of this piece; None for no initial states.
+        keeps_states: Whether other pieces start from the final states of this piece.
+        is_padding: Whether the layer skips these tokens.
+    """
+
+    size: int
+    prompt: int | None = None
+    keeps_states: bool = False
+    is_padding: bool = False
+
+
+def _pieces(segments: RowSegments) -> list[_Piece]:
+    """Returns the parts of the rows; parts that hold a prompt of other parts and a response are divided."""
+    parts = segments.parts
+    lengths = {part.prompt: part.prompt_length for part in parts if part.prompt is not None and part.prompt_length}
+    pieces: list[_Piece] = []
+    places: dict[int | None, int] = {}
+    for number, part in enumerate(parts):
+        rest, start = part.size, places.get(part.prompt)
+        if number in lengths:
+            places[number] = start = len(pieces)
+            pieces.append(_Piece(lengths[number], keeps_states=True))
+            rest -= lengths[number]
+        if rest:
+            pieces.append(_Piece(rest, start, is_padding=part.is_padding))
+    return pieces
+
+
+def _groups(sizes: dict[int, int], shortest: float) -> Iterator[list[int]]:
+    """Yields the keys of ``sizes`` in groups in which no size is below ``shortest`` of the largest."""
+    group: list[int] = []
+    for number in sorted(sizes, key=lambda number: -sizes[number]):
+        if group and sizes[number] < shortest * sizes[group[0]]:
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
+
+
+class _SplitForward:
+    """The forward of a layer with states; it takes the place of ``layer.forward`` in one instance."""
+
+    def __init__(self, layer: nn.Module, cache_name: str) -> None:
+        self._layer = layer
+        self._forward: Callable[..., Tensor] = layer.forward
+        self._cache_name = cache_name
+        self._is_checked = False
+        #: The instance attribute ``forward`` before, if there was one.
+        self.before: Any = vars(layer).get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer; with ``row_segments`` once for each group of prompts and of responses.
+
+        The hidden states are ``[R, L, D]``; in rows with several responses, the result is zero for padding.
+
+        Raises:
+            RuntimeError: If the layer does not continue from the states of a prompt, or a row's segments are missing.
+            ValueError: If the layer is called with other values per token, or with a cache.
+        """
+        segments, mask = kwargs.pop("row_segments", None), kwargs.get("attention_mask")
+        kind = type(self._layer).__name__
+        if segments is None:
+            if is_marker(mask):
+                raise RuntimeError(f"the model must pass row_segments on to {kind}, got none")
+            return self._forward(*args, **kwargs)
+        hidden = kwargs.pop("hidden_states") if not args else args[0]
+        others = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and not is_marker(value)}
+        if len(args) > 1 or others or kwargs.pop(self._cache_name, None) is not None:
+            names = ", ".join(others) or self._cache_name
+            raise ValueError(f"{kind} must get hidden_states alone in rows with several responses, got {names}")
+        options = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+        pieces = _pieces(segments)
+        if any(piece.keeps_states for piece in pieces):
+            self._check(hidden, options)
+        rows, length, _ = hidden.shape
+        return self._run(hidden.flatten(0, 1), pieces, options).unflatten(0, (rows, length))
+
+    def _run(self, tokens: Tensor, pieces: Sequence[_Piece], options: dict[str, Any]) -> Tensor:
+        """Returns the outputs ``[N, D]`` of the pieces of ``tokens``, ``[N, D]``."""
+        inputs = tokens.split([piece.size for piece in pieces])
+        outputs: dict[int, Tensor] = {}
+        finals: dict[int, tuple[_States, int]] = {}
+        prompts = {i: piece.size for i, piece in enumerate(pieces) if piece.keeps_states}
+        for group in _groups(prompts, 1.0):  # of one length: padding would change the final states
+            states = _States()
+            outputs |= self._call(group, inputs, states, options)
+            finals |= {number: (states, row) for row, number in enumerate(group)}
+        others = {i: piece.size for i, piece in enumerate(pieces) if not (piece.keeps_states or piece.is_padding)}
+        for group in _groups({i: size for i, size in others.items() if pieces[i].prompt is None}, SHORTEST):
+            outputs |= self._call(group, inputs, None, options)
+        for group in _groups({i: size for i, size in others.items() if pieces[i].prompt is not None}, SHORTEST):
+            initial = _States.join([finals[pieces[number].prompt] for number in group])  # type: ignore[index]
+            outputs |= self._call(group, inputs, initial, options)
+        example = next(iter(outputs.values()), tokens)
+        return torch.cat([
+            outputs[i] if i in outputs else example.new_zeros(piece.size, example.shape[1])
+            for i, piece in enumerate(pieces)
+        ])  # fmt: skip
+
+    def _call(
+        self, group: Sequence[int], inputs: Sequence[Tensor], states: _States | None, options: dict[str, Any]
+    ) -> dict[int, Tensor]:
+        """Returns the outputs of a group of pieces, which are one batch of the layer, padded on the right."""
+        pieces = [inputs[number] for number in group]
+        batch = pieces[0].unsqueeze(0) if len(pieces) == 1 else pad_sequence(pieces, batch_first=True)
+        if states is not None and (states.conv or states.recurrent):
+            batch = F.pad(batch, (0, 0, 0, max(0, MIN_TOKENS - batch.shape[1])))
+        out = self._forward(batch, **{self._cache_name: states}, **options)
+        return {number: out[row, : len(inputs[number])] for row, number in enumerate(group)}
+
+    def _check(self, hidden: Tensor, options: dict[str, Any]) -> None:
+        """Raises ``RuntimeError`` if a sequence in two pieces differs from the sequence in one, in this layer.
+
+        Compares the outputs of a response and the gradients that it sends to its prompt: kernels may ignore an initial
+        state, or the gradient of a final state. Both are measured against the effect of the states.
+        """
+        if self._is_checked or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+            return
+        length, prompt = _CHECKED_TOKENS
+        noise = torch.randn(2, length, hidden.shape[2], generator=torch.Generator().manual_seed(0))
+        tokens, direction = noise.to(hidden.device, hidden.dtype)
+        whole, parts = [_Piece(length)], [_Piece(prompt, keeps_states=True), _Piece(length - prompt, 0)]
+        apart = [_Piece(prompt), _Piece(length - prompt)]
+        # Recomputation of layers counts the tensors that a forward saves; those of this check are not among them.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+            results = []
+            for pieces in (whole, parts, apart):
+                sequence = tokens.clone().requires_grad_()
+                out = self._run(sequence, pieces, options)[prompt:]
+                (grad,) = torch.autograd.grad((out * direction[prompt:]).sum(), sequence)
+                # A convolution reaches the first outputs and the end of the prompt only, a recurrence the others, too.
+                half = len(out) // 2
+                results.append([part.detach().double() for part in (out[:half], out[half:], grad[: prompt // 2])])
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        for name, truth, ours, without in zip(("outputs", "outputs", "gradients"), *results, strict=True):
+            error, effect = (ours - truth).norm(), (without - truth).norm()
+            if not error <= max(effect / 4, 16 * torch.finfo(dtype).eps * truth.norm()):
+                raise RuntimeError(
+                    f"{type(self._layer).__name__} must continue from the states of a prompt, got {name} that differ "
+                    f"by {error.item():.2g} from those of one sequence; without states they differ by "
+                    f"{effect.item():.2g}"
+                )
+        self._is_checked = True
+
+
+@functools.cache
+def _cache_name(kind: type[nn.Module]) -> str | None:
+    """Returns the name of the argument by which layers of a class take states; None for a class without states.
+
+    Raises:
+        ValueError: If the class takes states in another way, or its recurrence takes no initial state.
+    """
+    try:
+        code, names = inspect.getsource(kind.forward), inspect.signature(kind.forward).parameters
+    except (OSError, TypeError, ValueError):
+        return None
+    has_recurrence = ".get_recurrent_state(" in code
+    if not has_recurrence and ".get_conv_state(" not in code:
+        return None
+    name = next((name for name in ("cache", "cache_params", "past_key_values") if name in names), None)
+    if name is None or "hidden_states" not in names:
+        raise ValueError(f"{kind.__name__} takes its states in another way than from transformers' Cache")
+    if has_recurrence and "initial_state" not in code:
+        raise ValueError(f"the recurrence of {kind.__name__} takes no initial state")
+    return name
+
+
+def split_layers(decoder: nn.Module) -> str | None:
+    """Lets the layers with states of a decoder run over rows with several responses.
+
+    Returns None, also for a decoder without such layers, or the reason why a layer cannot; then none is changed. The
+    change is an instance attribute ``forward`` of each layer, which is not saved with the model.
+    """
+    try:
+        layers = [(layer, name) for layer in decoder.modules() if (name := _cache_name(type(layer))) is not None]
+    except ValueError as error:
+        return str(error)
+    for layer, name in layers:
+        if not isinstance(layer.forward, _SplitForward):
+            layer.forward = _SplitForward(layer, name)  # type: ignore[assignment]
+    return None
+
+
+def join_layers(decoder: nn.Module) -> None:
+    """Undoes ``split_layers``."""
+    for layer in decoder.modules():
+        forward = vars(layer).get("forward")
+        if isinstance(forward, _SplitForward):
+            del layer.forward
+            if forward.before is not None:
+                layer.forward = forward.before
+
+
+def has_split_layers(decoder: nn.Module) -> bool:
+    """Returns whether ``split_layers`` has changed a layer of the decoder."""
+    return any(isinstance(vars(layer).get("forward"), _SplitForward) for layer in decoder.modules())
