@@ -117,10 +117,9 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     known = {_FULL, _SLIDING}
-    is_state_split = has_split_layers(_decoder(inner) or inner)
     if types is not None:
         kinds = frozenset(types[: getattr(config, "num_hidden_layers", None)])
-        if is_state_split:
+        if has_split_layers(_decoder(inner) or inner):
             kinds = frozenset(part for kind in kinds for part in _COMBINED.get(kind, (kind,)))
             known = {_FULL, _SLIDING, *_WITH_STATES}
         unknown = sorted(kinds - known)
@@ -142,8 +141,7 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
     }
     if unknown_settings and types is None:
         return f"{name} has an unknown kind of attention: its config has {unknown_settings}"
-    is_row_split = is_split(name_of_attention) or (is_state_split and kinds <= _WITH_STATES)
-    return MaskPlan(kinds, window, implementation, is_row_split)
+    return MaskPlan(kinds, window, implementation, is_split(name_of_attention))
 
 
 def plan_or_raise(inner: nn.Module) -> MaskPlan:
@@ -243,10 +241,7 @@ def use_split_attention(model: nn.Module) -> str | None:
     """
     inner = unwrap_model(model)
     decoder = _decoder(inner) or inner
-    config = decoder_config(inner)
-    types = getattr(config, "layer_types", None)
-    has_attention = not types or not _WITH_STATES.issuperset(types[: getattr(config, "num_hidden_layers", None)])
-    reason = split_layers(decoder) or (split_decoder(decoder, config) if has_attention else None)
+    reason = split_layers(decoder) or split_decoder(decoder, decoder_config(inner))
     if reason is not None:
         join_layers(decoder)
     return reason

@@ -211,14 +211,19 @@ class _SplitForward:
                 sequence = tokens.clone().requires_grad_()
                 out = self._run(sequence, pieces, options)[prompt:]
                 (grad,) = torch.autograd.grad((out * direction[prompt:]).sum(), sequence)
-                # A convolution reaches the first outputs and the end of the prompt only, a recurrence the others, too.
-                half = len(out) // 2
-                results.append([part.detach().double() for part in (out[:half], out[half:], grad[: prompt // 2])])
+                results.append((out.detach().double(), grad.double()))
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        for name, truth, ours, without in zip(("outputs", "outputs", "gradients"), *results, strict=True):
-            error, effect = (ours - truth).norm(), (without - truth).norm()
-            if not error <= max(effect / 4, 16 * torch.finfo(dtype).eps * truth.norm()):
+        half = (length - prompt) // 2
+        # A convolution reaches the first outputs and the end of the prompt only; a recurrence reaches the others, too.
+        for name, index, places, rounding in (
+            ("outputs", 0, slice(half), 16.0),
+            ("outputs", 0, slice(half, None), 16.0),
+            ("gradients", 1, slice(half), 1.0),
+        ):
+            truth, ours, without = (result[index] for result in results)
+            error, effect = ((other - truth)[places].norm() for other in (ours, without))
+            if not error <= max(effect / 4, rounding * torch.finfo(dtype).eps * truth.norm()):
                 raise RuntimeError(
                     f"{type(self._layer).__name__} must continue from the states of a prompt, got {name} that differ "
                     f"by {error.item():.2g} from those of one sequence; without states they differ by "

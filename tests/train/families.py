@@ -271,24 +271,6 @@ def nemotron_h() -> nn.Module:
     return transformers.NemotronHForCausalLM(config)
 
 
-def mamba2() -> nn.Module:
-    return transformers.Mamba2ForCausalLM(
-        transformers.Mamba2Config(
-            vocab_size=VOCAB,
-            hidden_size=16,
-            state_size=4,
-            num_hidden_layers=2,
-            num_heads=4,
-            head_dim=8,
-            n_groups=2,
-            chunk_size=4,
-            pad_token_id=PAD,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
-    )
-
-
 #: Models with states, which only split rows can separate.
 HYBRID: dict[str, Family] = {
     "qwen3_next": Family(partial(text_model, "Qwen3Next", **DELTA_NET, **EXPERTS)),
@@ -341,7 +323,6 @@ HYBRID: dict[str, Family] = {
         )
     ),
     "lfm2": Family(partial(text_model, "Lfm2", layer_types=["conv", "full_attention"])),
-    "mamba2": Family(mamba2),
 }
 REFUSED: dict[str, Family] = {
     "mamba": Family(
