@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=4096, help="tokens of the prompt")
     parser.add_argument("--response", type=int, default=256, help="tokens of each response")
-    parser.add_argument("--steps", type=int, default=5, help="counted steps, after one that is not counted")
+    parser.add_argument("--steps", type=int, default=5, help="counted steps, after a first step that is not counted")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mpo_ext.train.split_attention import RowSegments, is_marker
 
-#: Responses of one call are padded to the longest; a response shorter than this part of it has a call of its own.
+#: Responses of one call are padded to the longest; a response shorter than this fraction of it goes to another call.
 SHORTEST = 0.75
 
 #: A layer that steps from a single token updates the given state in place, which destroys it for other responses.
@@ -261,11 +261,11 @@ def split_layers(decoder: nn.Module) -> str | None:
     change is an instance attribute ``forward`` of each layer, which is not saved with the model.
     """
     try:
-        layers = [(layer, name) for layer in decoder.modules() if (name := _cache_name(type(layer))) is not None]
+        names = [(layer, _cache_name(type(layer))) for layer in decoder.modules()]  # type: ignore[arg-type]
     except ValueError as error:
         return str(error)
-    for layer, name in layers:
-        if not isinstance(layer.forward, _SplitForward):
+    for layer, name in names:
+        if name is not None and not isinstance(layer.forward, _SplitForward):
             layer.forward = _SplitForward(layer, name)  # type: ignore[assignment]
     return None
 
