@@ -10,7 +10,7 @@ from torch import nn
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.plan.memory import ASSUMED_LENGTH, Memory, MemoryEstimate, meta_model
 from mpo_ext.plan.report import Plan, Variant, format_bytes
-from mpo_ext.train.masks import no_mask, use_split_attention
+from mpo_ext.train.masks import no_mask, undo_split_attention, use_split_attention
 from mpo_ext.train.mixture import Mixture, MixtureSubset
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.shared_prefix import supports_shared_prefix
@@ -84,12 +84,14 @@ def _separate_reason(model: nn.Module, recipe: Recipe) -> str | None:
     if not recipe.loss.shared_prefix:
         return "loss.shared_prefix is false"
     attention = recipe.model.attention
-    is_split = attention in NAMES and recipe.loss.shared_prefix != "masked"
-    if not is_split and attention not in ("sdpa", "eager"):
+    if attention in NAMES and recipe.loss.shared_prefix != "masked":
+        reason = use_split_attention(model)  # the model on the meta device has sdpa
+        if reason is not None and attention != "sdpa":
+            return reason
+    elif attention in ("sdpa", "eager"):
+        undo_split_attention(model)
+    else:
         return no_mask(attention)
-    reason = use_split_attention(model) if is_split else None  # the model on the meta device has sdpa
-    if reason is not None and attention != "sdpa":
-        return reason
     return supports_shared_prefix(model)
 
 

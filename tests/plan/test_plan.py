@@ -164,6 +164,16 @@ def test_the_layout_comes_with_its_reason(tmp_path: Path) -> None:
     assert sft.positions == 2 * 64
 
 
+def test_a_hybrid_model_shares_prefixes_with_split_attention(tmp_path: Path) -> None:
+    hybrid: dict[str, Any] = {"family": "Qwen3_5Text", **families.DELTA_NET}
+    shared = plan(make(tmp_path, pairs=240, **hybrid))
+    assert (shared.layout, shared.positions, shared.notes) == ("shared", 48 + 32, ())
+    for setting in ("loss.shared_prefix=masked", "model.attention=eager"):
+        separate = plan(make(tmp_path, setting, **hybrid))
+        assert separate.layout == "separate"
+        assert "Qwen3_5ForCausalLM has layers of linear_attention" in separate.notes[0]
+
+
 def test_a_model_that_cannot_share_prefixes_says_why(tmp_path: Path) -> None:
     config = transformers.Mamba2Config(
         vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=8, n_groups=1

@@ -324,7 +324,7 @@ def test_a_run_trains_as_with_separate_rows(
     monkeypatch.setattr(model_card, "write_card", lambda folder, **values: None)  # draws curves
     pairs = write_pairs(tmp_path / "pairs", 12, text_only=4)
     logs, consoles = [], []
-    for shared in (True, False):
+    for shared in (True, "masked"):
         model, processor = hybrid()
         lines: list[dict[str, float]] = []
         settings = {"loss__shared_prefix": shared, "model__gradient_checkpointing": True, "data__workers": 0}
@@ -334,7 +334,9 @@ def test_a_run_trains_as_with_separate_rows(
         )
         logs.append(lines)
         consoles.append(capsys.readouterr())
-    assert "one row for each prompt with its responses" in "".join(consoles[0])
+    assert "(shared prefix), checked on the first pairs" in "".join(consoles[0])
+    assert "separate rows for chosen and rejected responses: loss.shared_prefix is masked" in "".join(consoles[1])
+    assert "has layers of linear_attention" in "".join(consoles[1])
     assert len(logs[0]) == 2
     for ours, theirs in zip(*logs, strict=True):
         for name in ("loss", "chosen_logp", "chosen_reward", "grad_norm"):
