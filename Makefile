@@ -10,7 +10,7 @@ DEV_EXTRAS ?= dev
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl clean
+.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl check-attention clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
@@ -41,6 +41,10 @@ bench: $(VENV)/.bench
 zoo-trl: $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps --target build/trl 'trl==1.16.*'
 	PYTHONPATH=build/trl:tests/zoo $(BIN)/python tests/zoo/compare_with_trl.py
+
+# Compares split attention and packed rows with separate rows and the dense mask, for many families of models.
+check-attention: $(VENV)/.dev
+	$(BIN)/python tests/train/check_split_attention.py
 
 # Runs everything that needs a GPU and writes a report to gpu-report/.
 gpu-check: $(VENV)/.dev

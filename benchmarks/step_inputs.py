@@ -34,7 +34,8 @@ class Sizes:
         vision_hidden: Hidden size of the vision tower, which has two layers; each attention head has size 64.
         response: Largest number of tokens per response, including the end token.
         least_response: Smallest number of tokens per response, including the end token.
-        text: Number of prompt words in addition to the question of eight words.
+        text: Largest number of prompt words in addition to the question of eight words.
+        least_text: Smallest number of these words; None: all prompts have ``text`` words.
         batch: Number of pairs per optimizer step.
         micro_batch: Number of pairs per forward pass.
     """
@@ -48,6 +49,7 @@ class Sizes:
     response: int = 128
     least_response: int = 128
     text: int = 0
+    least_text: int | None = None
     batch: int = 1
     micro_batch: int = 1
 
@@ -101,7 +103,10 @@ def make_pairs(folder: Path, sizes: Sizes, count: int) -> Path:
             path = folder / f"{number}-{place}.png"
             Image.fromarray(coarse).resize((sizes.pixels, sizes.pixels), Image.Resampling.NEAREST).save(path)
             paths.append(str(path))
-        question = "<image>" * sizes.images + text(8 + sizes.text)
+        words_of_prompt = sizes.text
+        if sizes.least_text is not None:
+            words_of_prompt = int(rng.integers(sizes.least_text, sizes.text + 1))
+        question = "<image>" * sizes.images + text(8 + words_of_prompt)
         pairs.append(Pair(question, response(), response(), tuple(paths)))
     path = folder / "pairs.jsonl"
     write_pairs(path, pairs)

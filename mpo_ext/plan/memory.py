@@ -57,13 +57,17 @@ class MemoryEstimate:
         self.compute_bytes = self.weight_bytes if recipe.precision == "fp32" else 2
         self.decoder, self.vision = _layers(model)
         self.tokens = longest_pair(recipe, model)
-        self.micro_batch = recipe.optim.micro_batch_size
         sides = 2 if recipe.loss.has_preference else 1
         self.response = round(self.tokens * RESPONSE_SHARE)
-        self.prompt_positions = self.micro_batch * (self.tokens - self.response)
-        self.labelled = self.micro_batch * sides * self.response
-        self.separate_positions = self.micro_batch * sides * self.tokens
-        self.positions = self.prompt_positions + self.labelled if layout == "shared" else self.separate_positions
+        prompt, labelled, separate = self.tokens - self.response, sides * self.response, sides * self.tokens
+        positions = prompt + labelled if layout == "shared" else separate
+        limit, pairs = recipe.optim.micro_batch_tokens, float(recipe.optim.micro_batch_size)
+        if limit is not None:  # shorter pairs fill a micro-batch up to the limit
+            pairs = max(1.0, limit / positions)
+        self.micro_batch = int(pairs)
+        self.prompt_positions, self.labelled = round(pairs * prompt), round(pairs * labelled)
+        self.separate_positions, self.positions = round(pairs * separate), round(pairs * positions)
+        self.row = positions
 
     def parts(self) -> Iterator[Memory]:
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -109,7 +113,8 @@ class MemoryEstimate:
         total = self._activations(self.decoder, self.positions, checkpointed=checkpointed)
         total += (4 + self.compute_bytes) * self.hidden_size * self.positions  # the final norm
         if self.recipe.model.attention == "eager":
-            row = self.positions // self.micro_batch if self.layout == "shared" else self.tokens
+            is_dense = self.layout == "shared" and self.recipe.loss.shared_prefix == "masked"
+            row = self.row if is_dense else self.tokens
             scores = getattr(_text_config(self.model), "num_attention_heads", 1) * row * self.positions
             total += (4 + self.compute_bytes) * scores * (1 if checkpointed else len(self.decoder))
         if any(parameter.requires_grad for layer in self.vision for parameter in layer.parameters()):

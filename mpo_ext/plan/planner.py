@@ -41,9 +41,9 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
     if optim.max_steps is not None:
         steps = min(steps, optim.max_steps)
     pairs_per_rank = math.ceil(min(optim.batch_size, mixture.pairs) / world)
-    micro_batches = math.ceil(pairs_per_rank / optim.micro_batch_size)
     reason = _separate_reason(model, recipe)
     estimate = MemoryEstimate(recipe, model, "separate" if reason is not None else "shared", world)
+    micro_batches = math.ceil(pairs_per_rank / estimate.micro_batch)
     memory = tuple(estimate.parts())
     notes = [] if reason is None else [f"layout separate: {reason}"]
     notes += _notes(recipe, estimate.tokens, steps)

@@ -1,7 +1,8 @@
 """Batches of pairs: ``collate`` combines encoded pairs (samples) into the sequence rows that go through the model."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -9,10 +10,9 @@ from torch import Tensor
 
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.train.encode import Sample
-from mpo_ext.train.masks import sequence_positions
-from mpo_ext.train.split_attention import segment_lengths, token_blocks
+from mpo_ext.train.split_attention import token_blocks
 
-RowLayout = Literal["shared", "masked", "separate"]
+RowLayout = Literal["packed", "shared", "masked", "separate"]
 
 _IGNORE_INDEX = MPOConfig().ignore_index
 
@@ -23,12 +23,13 @@ class Batch:
 
     Attributes:
         layout: "shared": a sequence row is ``[prompt | chosen | rejected]``; pairs with the same prompt share a row,
-            ``[prompt | chosen | rejected | chosen | rejected ...]``. "masked": the same rows, always with a dense
-            attention mask, which "shared" needs only without split attention. "separate": a sequence row is
+            ``[prompt | chosen | rejected | chosen | rejected ...]``. "packed": these rows one after the other in a
+            single row without padding, which needs split attention. "masked": the rows of "shared", always with a
+            dense attention mask, which "shared" needs only without split attention. "separate": a sequence row is
             ``[prompt | response]``; the chosen rows come first, and images are stored once for both rows of a pair.
         inputs: Keyword arguments of the model except attention masks: ``input_ids`` ``[R, L]``, ``position_ids`` if
             the layout needs them, inputs with a value per token, ``pixel_values`` ...
-        segments: ``[R, L]`` int32: 0 for the prompt, 1, 2, ... for the responses of the row, -1 for padding.
+        segments: ``[R, L]`` int32: 0 for a prompt, 1, 2, ... for the responses to this prompt, -1 for padding.
         index: ``[N]`` int64: for each label, the token position that predicts it, in the flattened rows ``[R * L]``.
         labels: ``[N]`` int64, the tokens of the B chosen responses, followed by the tokens of the B rejected
             responses; -100 for the tokens of user turns. An empty response has one label, -100, because the loss
@@ -38,9 +39,10 @@ class Batch:
         keys: ``Sample.key`` of each pair.
         digests: ``Sample.digest`` of each pair.
         copies: Number of sequence rows per prompt: 2 in the layout "separate" with rejected responses, otherwise 1.
-        segment_lengths: For each row, the number of tokens of its prompt and of each response that is not empty.
-        image_blocks: For each row, first and last position (exclusive) of each run of tokens with type 1 in
-            ``token_type_ids``; empty without this input.
+        segment_lengths: For each prompt of each row, the number of tokens of the prompt and of each response that is
+            not empty; an empty prompt has none. Only the layout "packed" has several prompts in a row.
+        image_blocks: For each prompt of each row, first and last token (exclusive) of each run of tokens with type 1
+            in ``token_type_ids``; empty without this input.
     """
 
     layout: RowLayout
@@ -53,12 +55,16 @@ class Batch:
     keys: tuple[str, ...]
     digests: tuple[str, ...]
     copies: int
-    segment_lengths: tuple[tuple[int, ...], ...]
-    image_blocks: tuple[tuple[tuple[int, int], ...], ...]
+    segment_lengths: tuple[tuple[tuple[int, ...], ...], ...]
+    image_blocks: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
 
-    def with_segments(self, segments: Tensor) -> "Batch":
-        """Returns the batch with other ``segments`` of the same shape."""
-        return dataclasses.replace(self, segments=segments, segment_lengths=segment_lengths(segments))
+    def with_merged_responses(self) -> "Batch":
+        """Returns the batch in which all responses to a prompt are one segment, so that they attend to each other."""
+        lengths = tuple(
+            tuple((prompt[0], sum(prompt[1:])) if len(prompt) > 1 else prompt for prompt in row)
+            for row in self.segment_lengths
+        )
+        return dataclasses.replace(self, segments=self.segments.clamp(max=1), segment_lengths=lengths)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Returns the batch with all tensors on a device, except for ``labels``, which stay on the CPU.
@@ -104,12 +110,32 @@ class Batch:
         return int((self.segments >= 0).sum())
 
 
-class _PlacedResponse(NamedTuple):
-    """A response and its place in the sequence rows."""
+class _PlacedPrompt(NamedTuple):
+    """The prompt of a sample and its place in the sequence rows; ``number`` is its index in ``_RowPlan.prompts``."""
 
+    number: int
+    sample: Sample
     row: int
     start: int
-    prompt_length: int
+
+    @property
+    def ids(self) -> Tensor:
+        return self.sample.prompt_ids
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.ids)
+
+    @property
+    def place(self) -> tuple[int, slice]:
+        return self.row, slice(self.start, self.end)
+
+
+class _PlacedResponse(NamedTuple):
+    """A response and its place in the sequence rows; ``segment`` counts the responses to its prompt from 1."""
+
+    prompt: _PlacedPrompt
+    start: int
     segment: int
     ids: Tensor
     targets: Tensor | None
@@ -117,6 +143,10 @@ class _PlacedResponse(NamedTuple):
     @property
     def end(self) -> int:
         return self.start + len(self.ids)
+
+    @property
+    def place(self) -> tuple[int, slice]:
+        return self.prompt.row, slice(self.start, self.end)
 
     @property
     def labels(self) -> Tensor:
@@ -129,28 +159,44 @@ class _RowPlan(NamedTuple):
     """The sequence rows of a batch.
 
     Attributes:
-        owners: The samples that provide prompts and images.
-        row_owners: For each row, the sample that provides its prompt; each owner occurs ``copies`` times.
+        prompts: The prompts in the order of rows and of places in a row; each sample occurs ``copies`` times.
         responses: The B chosen responses, followed by the B rejected responses.
+        copies: Number of sequence rows per prompt.
     """
 
-    owners: list[Sample]
-    row_owners: list[Sample]
+    prompts: list[_PlacedPrompt]
     responses: list[_PlacedResponse]
+    copies: int = 1
 
     @property
-    def copies(self) -> int:
-        return len(self.row_owners) // len(self.owners)
+    def owners(self) -> list[Sample]:
+        """The samples that provide prompts and images."""
+        return [prompt.sample for prompt in self.prompts[: len(self.prompts) // self.copies]]
 
     @property
-    def present(self) -> list[_PlacedResponse]:
-        """The responses that have a row; without rejected responses, the layout "separate" has no rows for them."""
-        return [response for response in self.responses if response.row < len(self.row_owners)]
+    def ends(self) -> list[int]:
+        """The number of tokens of each row."""
+        ends = [0] * (self.prompts[-1].row + 1)
+        for prompt in self.prompts:
+            ends[prompt.row] = max(ends[prompt.row], prompt.end)
+        for response in self.responses:
+            ends[response.prompt.row] = max(ends[response.prompt.row], response.end)
+        return ends
 
-    @property
-    def length(self) -> int:
-        prompts = (len(owner.prompt_ids) for owner in self.owners)
-        return max(1, *prompts, *(response.end for response in self.present))
+    def segment_lengths(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Returns ``Batch.segment_lengths``."""
+        sizes = [{0: len(prompt.ids)} for prompt in self.prompts]
+        for response in self.responses:
+            if len(response.ids):
+                sizes[response.prompt.number][response.segment] = len(response.ids)
+        return self.by_row([tuple(size for _, size in sorted(segments.items()) if size) for segments in sizes])
+
+    def by_row(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Returns a value of each prompt as a tuple for each row."""
+        rows: list[list[Any]] = [[] for _ in self.ends]
+        for prompt, value in zip(self.prompts, values, strict=True):
+            rows[prompt.row].append(value)
+        return tuple(map(tuple, rows))
 
 
 def collate(
@@ -164,19 +210,18 @@ def collate(
 ) -> Batch:
     """Returns a batch of samples on the CPU. DataLoader workers can call it.
 
-    In the layouts "shared" and "masked", samples with the same ``prompt_key`` share a sequence row and its images.
+    Except in the layout "separate", samples with the same ``prompt_key`` share a prompt and its images.
     Trailing axes of image inputs are padded with zeros to the largest size, as processors do.
 
     Args:
         samples: At least one sample. Empty responses are allowed and do not contribute to the loss.
-        layout: "shared", "masked" or "separate"; see ``Batch``.
+        layout: "packed", "shared", "masked" or "separate"; see ``Batch``.
         pad_id: Token id that fills shorter rows on the right. Attention never reads it, but the model must be able to
             embed it, and it must not be the id of an image token.
         with_rejected: Whether rejected responses go through the model; False: they are treated as empty.
         positions: The result of ``prompt_positions(model)``.
-        blank: A sample with images. A batch without images gets an additional row with its prompt, which is not
-            scored, because ranks that share a model must either all run its vision tower or all skip it. None: no
-            additional row.
+        blank: A sample with images. A batch without images gets its prompt in addition, which is not scored, because
+            ranks that share a model must either all run its vision tower or all skip it. None: no additional prompt.
 
     Raises:
         TypeError: If token ids are not int64.
@@ -191,18 +236,21 @@ def collate(
         _check_sample(sample)
     blanks = [blank] if blank is not None and not any(sample.image_inputs for sample in samples) else []
     plan = (_plan_separate if layout == "separate" else _plan_shared)(samples, blanks, with_rejected)
+    if layout == "packed":
+        plan = _packed(plan)
 
     input_ids, segments = _fill_rows(plan, pad_id)
     rows, length = segments.shape
     inputs = {"input_ids": input_ids}
     if positions is not None:
-        prompts = [positions(owner) for owner in plan.owners]
-        inputs["position_ids"] = _rotary_positions(prompts * plan.copies, plan.present, rows, length)
+        inputs["position_ids"] = _positions([positions(owner) for owner in plan.owners], plan, rows, length)
     elif layout != "separate":
-        inputs["position_ids"] = sequence_positions(segments)
-    inputs |= _token_inputs(plan.row_owners, rows, length)
+        indices = [torch.arange(len(owner.prompt_ids)).unsqueeze(0) for owner in plan.owners]
+        inputs["position_ids"] = _positions(indices, plan, rows, length)[0]
+    inputs |= _token_inputs(plan.prompts, rows, length)
     inputs |= _image_inputs(plan.owners)
-    index, labels, lengths = _label_rows(plan.responses, rows, length)
+    index, labels, lengths = _label_rows(plan.responses, length)
+    has_types = any("token_type_ids" in owner.token_inputs for owner in plan.owners)
     return Batch(
         layout=layout,
         inputs=inputs,
@@ -214,8 +262,8 @@ def collate(
         keys=tuple(sample.key for sample in samples),
         digests=tuple(sample.digest for sample in samples),
         copies=plan.copies,
-        segment_lengths=segment_lengths(segments),
-        image_blocks=token_blocks(inputs.get("token_type_ids")),
+        segment_lengths=plan.segment_lengths(),
+        image_blocks=plan.by_row([_image_blocks(prompt.sample) for prompt in plan.prompts]) if has_types else (),
     )
 
 
@@ -231,59 +279,69 @@ def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor
 def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
     """Plans a row for each response; the rejected rows follow all chosen and blank rows."""
     owners = [*samples, *blanks]
+    copies = 2 if with_rejected else 1
+    prompts = [_PlacedPrompt(row, owner, row, 0) for row, owner in enumerate(owners * copies)]
     responses = []
-    for side in (0, 1):
-        for row, sample in enumerate(samples):
-            size, (ids, targets) = len(sample.prompt_ids), _responses(sample, with_rejected)[side]
-            responses.append(_PlacedResponse(row + side * len(owners), size, size, 1, ids, targets))
-    return _RowPlan(owners, owners * 2 if with_rejected else owners, responses)
+    for side, first in ((0, 0), (1, len(prompts) - len(owners))):
+        for row, sample in enumerate(samples, first):
+            ids, targets = _responses(sample, with_rejected)[side]
+            responses.append(_PlacedResponse(prompts[row], prompts[row].end, 1, ids, targets))
+    return _RowPlan(prompts, responses, copies)
 
 
 def _plan_shared(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
     """Plans a row for each prompt with all its responses."""
-    row_of: dict[str, int] = {}
-    owners: list[Sample] = []
+    prompts: dict[str, _PlacedPrompt] = {}
     ends: list[int] = []
     segment_counts: list[int] = []
     sides: tuple[list[_PlacedResponse], list[_PlacedResponse]] = ([], [])
     for sample in samples:
-        row = row_of.setdefault(sample.prompt_key, len(owners))
-        if row == len(owners):
-            owners.append(sample)
-            ends.append(len(sample.prompt_ids))
+        prompt = prompts.setdefault(sample.prompt_key, _PlacedPrompt(len(ends), sample, len(ends), 0))
+        row = prompt.row
+        if row == len(ends):
+            ends.append(prompt.end)
             segment_counts.append(0)
-        _check_same_prompt(owners[row], sample)
+        _check_same_prompt(prompt.sample, sample)
         for side, (ids, targets) in zip(sides, _responses(sample, with_rejected), strict=True):
             segment_counts[row] += 1
-            side.append(_PlacedResponse(row, ends[row], len(sample.prompt_ids), segment_counts[row], ids, targets))
+            side.append(_PlacedResponse(prompt, ends[row], segment_counts[row], ids, targets))
             ends[row] += len(ids)
-    owners += blanks
-    return _RowPlan(owners, owners, sides[0] + sides[1])
+    additional = [_PlacedPrompt(row, blank, row, 0) for row, blank in enumerate(blanks, len(ends))]
+    return _RowPlan([*prompts.values(), *additional], sides[0] + sides[1])
+
+
+def _packed(plan: _RowPlan) -> _RowPlan:
+    """Returns a plan in which the rows of another plan lie in a single row, one after the other."""
+    starts = [0, *accumulate(plan.ends)]
+    prompts = [prompt._replace(row=0, start=starts[prompt.row]) for prompt in plan.prompts]
+    responses = [
+        response._replace(prompt=prompts[response.prompt.number], start=starts[response.prompt.row] + response.start)
+        for response in plan.responses
+    ]
+    return _RowPlan(prompts, responses)
 
 
 def _fill_rows(plan: _RowPlan, pad_id: int) -> tuple[Tensor, Tensor]:
     """Returns the token ids and the segments of all rows, ``[R, L]`` each."""
-    shape = (len(plan.row_owners), plan.length)
+    shape = (len(plan.ends), max(1, *plan.ends))
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     segments = torch.full(shape, -1, dtype=torch.int32)
-    for row, owner in enumerate(plan.row_owners):
-        size = len(owner.prompt_ids)
-        input_ids[row, :size] = owner.prompt_ids
-        segments[row, :size] = 0
-    for response in plan.present:
-        input_ids[response.row, response.start : response.end] = response.ids
-        segments[response.row, response.start : response.end] = response.segment
+    for prompt in plan.prompts:
+        input_ids[prompt.place] = prompt.ids
+        segments[prompt.place] = 0
+    for response in plan.responses:
+        input_ids[response.place] = response.ids
+        segments[response.place] = response.segment
     return input_ids, segments
 
 
-def _label_rows(responses: Sequence[_PlacedResponse], rows: int, length: int) -> tuple[Tensor, Tensor, list[int]]:
+def _label_rows(responses: Sequence[_PlacedResponse], length: int) -> tuple[Tensor, Tensor, list[int]]:
     """Returns ``Batch.index``, ``Batch.labels`` and the number of labels per response."""
     index, labels = [], []
     for response in responses:
-        places = torch.arange(len(response.ids) or 1) + (response.row * length + response.start - 1)
-        # The last token of the prompt predicts the first token of each response.
-        places[0] = min(response.row, rows - 1) * length + max(response.prompt_length - 1, 0)
-        index.append(places)
+        places = torch.arange(len(response.ids) or 1) + response.start - 1
+        places[0] = max(response.prompt.end - 1, 0)  # the last token of the prompt predicts the first token
+        index.append(places + response.prompt.row * length)
         labels.append(response.labels)
     return torch.cat(index), torch.cat(labels), [len(ids) for ids in labels]
 
@@ -314,28 +372,38 @@ def _check_same_prompt(first: Sample, second: Sample) -> None:
         )
 
 
-def _rotary_positions(
-    prompts: Sequence[Tensor], responses: Iterable[_PlacedResponse], rows: int, length: int
-) -> Tensor:
-    """Returns the positions of all rows, ``[A, R, L]`` int64; a response continues after its prompt's maximum."""
-    positions = torch.zeros(prompts[0].shape[0], rows, length, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        positions[:, row, : prompt.shape[1]] = prompt
-    for response in responses:
-        first = int(prompts[response.row].max()) + 1 if response.prompt_length else 0
-        positions[:, response.row, response.start : response.end] = torch.arange(first, first + len(response.ids))
+def _positions(values: Sequence[Tensor], plan: _RowPlan, rows: int, length: int) -> Tensor:
+    """Returns the positions of all rows, ``[A, R, L]`` int64; a response continues after its prompt's maximum.
+
+    ``values`` are the positions ``[A, P]`` of the prompts of ``plan.owners``.
+    """
+    positions = torch.zeros(values[0].shape[0], rows, length, dtype=torch.int64)
+    firsts = []
+    for prompt, of_prompt in zip(plan.prompts, [*values] * plan.copies, strict=True):
+        row, place = prompt.place
+        positions[:, row, place] = of_prompt
+        firsts.append(int(of_prompt.max()) + 1 if of_prompt.numel() else 0)
+    for response in plan.responses:
+        row, place = response.place
+        first = firsts[response.prompt.number]
+        positions[:, row, place] = torch.arange(first, first + len(response.ids))
     return positions
 
 
-def _token_inputs(owners: Sequence[Sample], rows: int, length: int) -> dict[str, Tensor]:
+def _token_inputs(prompts: Sequence[_PlacedPrompt], rows: int, length: int) -> dict[str, Tensor]:
     """Returns the per-token inputs, ``[R, L]`` each: 0 for responses, padding, and prompts without these inputs."""
     inputs: dict[str, Tensor] = {}
-    for row, owner in enumerate(owners):
-        for name, values in owner.token_inputs.items():
+    for prompt in prompts:
+        for name, values in prompt.sample.token_inputs.items():
             if name not in inputs:
                 inputs[name] = values.new_zeros(rows, length)
-            inputs[name][row, : len(values)] = values
+            inputs[name][prompt.place] = values
     return inputs
+
+
+def _image_blocks(sample: Sample) -> tuple[tuple[int, int], ...]:
+    types = sample.token_inputs.get("token_type_ids")
+    return () if types is None else token_blocks(types)
 
 
 def _image_inputs(owners: Sequence[Sample]) -> dict[str, Tensor]:

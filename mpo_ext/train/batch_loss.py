@@ -56,9 +56,7 @@ class BatchLoss:
             )  # fmt: skip
 
 
-def weighted_config(
-    recipe: LossRecipe, counts: BatchCounts | None, size: StepSize, world_size: int
-) -> MPOConfig | None:
+def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, world_size: int) -> MPOConfig | None:
     """Returns loss settings whose weights are scaled by the micro-batch's share of the step; None if all are 0.
 
     The weights have the factor ``world_size`` because accelerate averages gradients over the ranks. ``counts`` is None
@@ -66,8 +64,13 @@ def weighted_config(
     """
     if counts is None:
         return None
-    config = recipe.config
-    if recipe.average_over == "micro_batch":
+    config = recipe.loss.config
+    if recipe.loss.average_over == "micro_batch" and recipe.optim.micro_batch_tokens is not None:
+        # The number of pairs of a micro-batch depends on lengths here, so each pair counts as a micro-batch.
+        config = dataclasses.replace(config, ntp_average="sequence")
+        scale = world_size * counts.pairs / size.counts.pairs
+        ntp_scale = world_size * counts.chosen_responses / size.counts.pairs
+    elif recipe.loss.average_over == "micro_batch":
         scale = ntp_scale = world_size / size.micro_batches
     else:
         scale = world_size * counts.pairs / size.counts.pairs
@@ -78,6 +81,13 @@ def weighted_config(
     if not (dpo_weight or bco_weight or ntp_weight):
         return None
     return dataclasses.replace(config, dpo_weight=dpo_weight, bco_weight=bco_weight, ntp_weight=ntp_weight)
+
+
+def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, counts: BatchCounts) -> MPOOutput:
+    """Returns the output with the next-token loss averaged as the recipe says, if ``used`` averages otherwise."""
+    if used.ntp_average == recipe.ntp_average:
+        return out
+    return out._replace(ntp_loss=-out.chosen_logp.sum() / max(counts.chosen_tokens, 1))
 
 
 def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, config: MPOConfig) -> MPOOutput:
@@ -124,6 +134,11 @@ def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, c
     )
 
 
+def _micro_batch_setting(recipe: Recipe) -> str:
+    name = "micro_batch_size" if recipe.optim.micro_batch_tokens is None else "micro_batch_tokens"
+    return f"optim.{name} (now {getattr(recipe.optim, name)})"
+
+
 @contextlib.contextmanager
 def explain_out_of_memory(batch: Batch, recipe: Recipe, step: int) -> Iterator[None]:
     """Adds the sizes of ``batch`` and advice to an out-of-memory error in the ``with`` block; ``step`` is from 1."""
@@ -137,8 +152,8 @@ def explain_out_of_memory(batch: Batch, recipe: Recipe, step: int) -> Iterator[N
         raise RuntimeError(
             f"out of memory in step {step} with {batch.pairs} pairs in {batch.rows} rows of "
             f"{batch.segments.shape[1]} positions ({batch.projected_rows} labelled), images {images}: "
-            f"{', '.join(batch.names[:4])}. These settings need less memory: a smaller optim.micro_batch_size (now "
-            f"{recipe.optim.micro_batch_size}), model.gradient_checkpointing=true, a smaller data.max_length (now "
+            f"{', '.join(batch.names[:4])}. These settings need less memory: a smaller "
+            f"{_micro_batch_setting(recipe)}, model.gradient_checkpointing=true, a smaller data.max_length (now "
             f"{recipe.data.max_length}), reference.kind=precomputed, model.lora, a smaller loss.memory_budget_mib, "
             f"sharding through accelerate. {error}"
         ) from error

@@ -20,7 +20,7 @@ from mpo_ext.train.encode import BadPairError, Encoder, MissingImageError, Sampl
 from mpo_ext.train.mixture import Mixture
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
-from mpo_ext.train.sampler import StepSampler, micro_batches
+from mpo_ext.train.sampler import StepSampler, micro_batches, token_micro_batches
 from mpo_ext.train.signals import blocked_in_new_workers, init_worker
 
 NO_PAIR = ""  # digest of a dummy sample
@@ -107,7 +107,8 @@ class Collator:
 class StepDataset(torch.utils.data.Dataset[StepSlice]):
     """Reads, encodes and batches a rank's slice of each step; item k is step k. Runs in DataLoader workers.
 
-    With ``group_prompts``, pairs with the same prompt are adjacent. Without ``skip_bad``, a bad pair ends the run.
+    With ``micro_batch_tokens``, micro-batches are filled by tokens instead of ``micro_batch_size`` pairs. With
+    ``group_prompts``, pairs with the same prompt are adjacent. Without ``skip_bad``, a bad pair ends the run.
     """
 
     mixture: Mixture
@@ -117,6 +118,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
     rank: int
     world_size: int
     micro_batch_size: int
+    micro_batch_tokens: int | None
     group_prompts: bool
     skip_bad: bool
 
@@ -134,12 +136,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
                 skipped.append(result)
             else:
                 return StepSlice(step, (), (), (), error=f"{result} ({self._advice(int(index), result)})")
-        lengths = [
-            len(sample.prompt_ids) + max(len(sample.chosen_ids), len(sample.rejected_ids)) for sample in samples
-        ]
-        groups = [sample.prompt_key for sample in samples] if self.group_prompts else None
-        split = micro_batches(lengths, self.micro_batch_size, groups=groups)
-        parts = [[samples[position] for position in positions] for positions in split]
+        parts = [[samples[position] for position in positions] for positions in self._split(samples)]
         counts = tuple(
             BatchCounts(
                 len(part),
@@ -150,6 +147,19 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         )
         n_cut, n_split = sum(sample.is_cut for sample in samples), sum(sample.is_split for sample in samples)
         return StepSlice(step, tuple(map(self.collator, parts)), counts, tuple(skipped), n_cut, n_split)
+
+    def _split(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Returns the micro-batches of a slice, as positions in ``samples``."""
+        prompts, keys = [len(sample.prompt_ids) for sample in samples], [sample.prompt_key for sample in samples]
+        if self.micro_batch_tokens is None:
+            lengths = [
+                prompt + max(len(sample.chosen_ids), len(sample.rejected_ids))
+                for prompt, sample in zip(prompts, samples, strict=True)
+            ]
+            return micro_batches(lengths, self.micro_batch_size, groups=keys if self.group_prompts else None)
+        sides = ("chosen_ids", "rejected_ids") if self.collator.with_rejected else ("chosen_ids",)
+        responses = [[len(getattr(sample, side)) for side in sides] for sample in samples]
+        return token_micro_batches(prompts, responses, self.micro_batch_tokens, self.collator.layout, groups=keys)
 
     def _advice(self, index: int, result: BadLine | BadPairError) -> str:
         """Returns advice on a bad pair: how to correct the path of a missing image, and how to skip bad pairs."""
@@ -261,6 +271,7 @@ class RunData:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             micro_batch_size=self.recipe.optim.micro_batch_size,
+            micro_batch_tokens=self.recipe.optim.micro_batch_tokens,
             group_prompts=self.recipe.data.group_prompts,
             skip_bad=skip_bad or self.recipe.data.skip_bad,
         )

@@ -125,6 +125,11 @@ def _attention_inputs(inner: nn.Module, batch: Batch) -> dict[str, Any]:
     if batch.layout == "separate":
         return {"attention_mask": (batch.segments >= 0).long()}
     plan = plan_or_raise(inner)
+    if batch.layout == "packed" and not plan.is_split:
+        raise ValueError(
+            f'layout must be "shared" or "masked" for this model, got "packed": {type(inner).__name__} has no split '
+            "attention (use_split_attention)"
+        )
     has_blocks = bool(batch.image_blocks) and has_image_blocks(inner)
     if batch.layout == "masked" or not plan.is_split:
         types = (batch.inputs["token_type_ids"],) if has_blocks else ()

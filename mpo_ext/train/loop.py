@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpo_ext.loss.reward_shift import RewardShift
-from mpo_ext.train.batch_loss import BatchLoss, explain_out_of_memory, weighted_config
+from mpo_ext.train.batch_loss import BatchLoss, explain_out_of_memory, weighted_config, with_logged_average
 from mpo_ext.train.dataset import StepSize, StepSlice, size_over_ranks
 from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.evaluation import evaluate
@@ -156,7 +156,7 @@ class Trainer:
             for overview in mixture.inspect(files=False, limit=_COUNTED_LINES):
                 say(str(overview))
         self._prove()
-        if layout := choose_layout(self.model, self.data):
+        if layout := choose_layout(self.model, self.data, self.reference_model):
             say(layout)
 
     def _prove(self) -> None:
@@ -247,16 +247,18 @@ class Trainer:
         totals = Totals(accelerator.device)
         losses: list[tuple[tuple[str, ...], Tensor]] = []
         for number, (batch, counts) in enumerate(self.data.equal_batches(step_slice, size), 1):
-            config = weighted_config(recipe.loss, counts, size, accelerator.num_processes)
+            config = weighted_config(recipe, counts, size, accelerator.num_processes)
             is_last = number == size.micro_steps
             accelerator.sync_gradients = is_last
             with (
                 contextlib.nullcontext() if is_last else accelerator.no_sync(self.model),
                 explain_out_of_memory(batch, recipe, self.state.step + 1),
             ):
-                out = self.batch_loss(self.model, batch, config or recipe.loss.config, self.state.reward_shift)
+                used = config or recipe.loss.config
+                out = self.batch_loss(self.model, batch, used, self.state.reward_shift)
                 accelerator.backward(out.loss if config is not None else out.loss * 0)
             if counts is not None:
+                out = with_logged_average(out, used, recipe.loss, counts)
                 totals.add(out, ntp_parts=counts.ntp_parts(recipe.loss.ntp_average), tokens=batch.tokens)
                 losses.append((batch.names, out.loss.detach()))
         return totals, losses

@@ -45,6 +45,8 @@ class OptimRecipe:
             "vision_tower", "projector" and "language_model".
         batch_size: Number of pairs per optimizer step, summed over all ranks and micro-batches.
         micro_batch_size: Number of pairs per forward pass on each rank.
+        micro_batch_tokens: Maximum number of token positions per forward pass on each rank, padding included; a longer
+            pair goes through the model alone. None: ``micro_batch_size`` pairs per forward pass.
         epochs: Number of passes over the data.
         max_steps: Maximum number of steps; None: no limit. The schedule ends at the last step of the run.
         betas: AdamW's ``betas``; optimizers without AdamW do not read it.
@@ -65,6 +67,7 @@ class OptimRecipe:
     groups: dict[str, Section[GroupRecipe]] = dataclasses.field(default_factory=dict, hash=False)
     batch_size: PositiveCount = 256
     micro_batch_size: PositiveCount = 1
+    micro_batch_tokens: PositiveCount | None = None
     epochs: PositiveCount = 1
     max_steps: PositiveCount | None = None
     betas: TwoFractions = (0.9, 0.999)
@@ -81,6 +84,11 @@ class OptimRecipe:
         if self.batch_size < self.micro_batch_size:
             raise ValueError(
                 f"batch_size must be at least micro_batch_size {self.micro_batch_size}, got {self.batch_size}"
+            )
+        if self.micro_batch_tokens is not None and self.micro_batch_size != 1:
+            raise ValueError(
+                f"micro_batch_tokens must be None with micro_batch_size {self.micro_batch_size}, got "
+                f"{self.micro_batch_tokens}: one of them sets the size of a micro-batch"
             )
         if self.name not in OPTIMIZERS and "." not in self.name:
             raise ValueError(

@@ -147,10 +147,12 @@ class LossRecipe:
         ntp_average: See ``MPOConfig``.
         preference: Name of a loss in ``mpo_ext.loss.preference`` that replaces the DPO term; None: the DPO term.
         average_over: "step" averages over all pairs and chosen tokens of an optimizer step, over all ranks and
-            micro-batches; "micro_batch" averages the means of the micro-batches, as the authors' code does.
+            micro-batches; "micro_batch" averages the means of the micro-batches, as the authors' code does. With
+            ``optim.micro_batch_tokens``, "micro_batch" averages the means of the pairs, as with micro-batches of one.
         from_logits: Whether to call ``mpo_loss`` on the model's logits instead of ``linear_mpo_loss``.
-        shared_prefix: Whether a pair is one row ``[prompt | chosen | rejected]`` if the model supports this layout;
-            False: each response has a separate row; "masked": one row with a dense attention mask, for comparison.
+        shared_prefix: Whether a pair is ``[prompt | chosen | rejected]`` if the model supports this layout, and all
+            pairs of a micro-batch lie in one row; False: each response has a separate row. For comparison, "padded":
+            each prompt has a row; "masked": each prompt has a row, with a dense attention mask.
         recompute: See ``linear_mpo_loss``.
         memory_budget_mib: ``memory_budget`` of ``linear_mpo_loss``, in MiB.
         backend: See ``mpo_loss``.

@@ -19,8 +19,9 @@ from mpo_ext.train.recipe import Recipe
 # only, change how long it is trained, or (micro-batches) must be adjustable when memory runs out.
 _FREE_SETTINGS = (
     "output.", "data.eval", "data.skip_bad", "data.max_image_pixels", "data.workers", "optim.epochs",
-    "optim.max_steps", "optim.micro_batch_size", "loss.memory_budget_mib", "loss.recompute", "loss.shared_prefix",
-    "loss.from_logits", "loss.backend", "model.attention", "model.gradient_checkpointing", "reference.file",
+    "optim.max_steps", "optim.micro_batch_size", "optim.micro_batch_tokens", "loss.memory_budget_mib",
+    "loss.recompute", "loss.shared_prefix", "loss.from_logits", "loss.backend", "model.attention",
+    "model.gradient_checkpointing", "reference.file",
 )  # fmt: skip
 
 

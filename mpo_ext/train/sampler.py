@@ -1,11 +1,12 @@
 """Assigns the pairs of the data to optimizer steps, ranks and micro-batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from mpo_ext.checks import check_integer
+from mpo_ext.train.batch import RowLayout
 
 _ORDER = 2  # part of the seed; ``mixture`` uses another number, which keeps their random numbers independent
 
@@ -103,12 +104,77 @@ def micro_batches(lengths: Sequence[int], size: int, *, groups: Sequence[Any] | 
         For each micro-batch, positions in ``lengths``. Each position occurs once; equal lengths keep their order.
     """
     check_integer("size", size, least=1)
+    order = [position for positions in _longest_first(lengths, groups) for position in positions]
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def token_micro_batches(
+    prompts: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    limit: int,
+    layout: RowLayout,
+    *,
+    groups: Sequence[Any],
+) -> list[list[int]]:
+    """Splits a rank slice into micro-batches of at most ``limit`` token positions, longest pairs first.
+
+    The pairs of a prompt go into the first micro-batch with room for them (first-fit decreasing bin packing). A pair
+    that is longer than the limit is a micro-batch without other pairs.
+
+    Args:
+        prompts: Number of prompt tokens of each pair.
+        responses: Number of tokens of each response of each pair.
+        limit: Largest number of token positions that go through the decoder, padding included.
+        layout: Row layout, which determines the positions of a micro-batch.
+        groups: A value per pair that is equal for pairs with the same prompt, which share it in a micro-batch.
+
+    Returns:
+        As ``micro_batches``.
+    """
+    check_integer("limit", limit, least=1)
+    lengths = [prompt + max(sizes, default=0) for prompt, sizes in zip(prompts, responses, strict=True)]
+    batches: list[tuple[list[int], int, int]] = []  # pairs, number of rows, length of the longest row or of all rows
+    for pairs in _longest_first(lengths, groups):
+        for part, rows, length in _rows_of_group(pairs, prompts, responses, limit, layout):
+            for place, (others, other_rows, other_length) in enumerate(batches):
+                if layout == "packed":
+                    joined = others + part, 1, other_length + length
+                else:
+                    joined = others + part, other_rows + rows, max(other_length, length)
+                if joined[1] * joined[2] <= limit:
+                    batches[place] = joined
+                    break
+            else:
+                batches.append((part, rows, length))
+    return [pairs for pairs, _, _ in batches]
+
+
+def _rows_of_group(
+    pairs: Sequence[int], prompts: Sequence[int], responses: Sequence[Sequence[int]], limit: int, layout: RowLayout
+) -> Iterator[tuple[list[int], int, int]]:
+    """Yields pairs of a prompt that share rows, with the number of rows and their length, of at most ``limit``."""
+    part: list[int] = []
+    rows, length = 0, 0
+    for pair in pairs:
+        if layout == "separate":
+            yield [pair], len(responses[pair]), prompts[pair] + max(responses[pair], default=0)
+            continue
+        size = sum(responses[pair])
+        if part and length + size > limit:
+            yield part, rows, length
+            part = []
+        length = length + size if part else prompts[pair] + size
+        rows, part = 1, [*part, pair]
+    if part:
+        yield part, rows, length
+
+
+def _longest_first(lengths: Sequence[int], groups: Sequence[Any] | None) -> list[list[int]]:
+    """Returns the positions in ``lengths`` by group; groups and the pairs of a group begin with the longest pair."""
     if groups is not None and len(groups) != len(lengths):
         raise ValueError(f"groups must be as many as the {len(lengths)} lengths, got {len(groups)}")
     members: dict[Any, list[int]] = {}
     for position in range(len(lengths)):
         members.setdefault(position if groups is None else groups[position], []).append(position)
     sorted_groups = [sorted(positions, key=lambda position: -lengths[position]) for positions in members.values()]
-    sorted_groups.sort(key=lambda positions: -lengths[positions[0]])
-    order = [position for positions in sorted_groups for position in positions]
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    return sorted(sorted_groups, key=lambda positions: -lengths[positions[0]])

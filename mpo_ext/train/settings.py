@@ -94,12 +94,12 @@ StringOrStrings = Annotated[str | tuple[str, ...], PlainValidator(_to_string_or_
 
 
 def _to_shared_prefix(value: Any) -> Any:
-    if not isinstance(value, bool) and value != "masked":
-        raise wrong_type("true, false or 'masked'")
+    if not isinstance(value, bool) and value not in ("padded", "masked"):
+        raise wrong_type("true, false, 'padded' or 'masked'")
     return value
 
 
-SharedPrefix = Annotated[bool | Literal["masked"], PlainValidator(_to_shared_prefix)]
+SharedPrefix = Annotated[bool | Literal["padded", "masked"], PlainValidator(_to_shared_prefix)]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

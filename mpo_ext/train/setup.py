@@ -3,9 +3,9 @@
 import copy
 import dataclasses
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -24,11 +24,19 @@ from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import reference_path
 from mpo_ext.train.reference_model import check_can_follow
-from mpo_ext.train.shared_prefix import check_shared_prefix
+from mpo_ext.train.shared_prefix import SharedLayout, check_shared_prefix
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _CHECKED_SAMPLES = 2
 _SEARCHED_PAIRS = 1000
+_ROW_FOR_EACH_PROMPT = "one row for each prompt with its responses"
+_LAYOUTS: dict[SharedLayout, str] = {
+    "packed": "one row without padding for all pairs of a micro-batch",
+    "shared": _ROW_FOR_EACH_PROMPT,
+    "masked": _ROW_FOR_EACH_PROMPT,
+}
+#: Words before the reasons why an earlier layout was left out.
+_FALLBACKS: dict[SharedLayout, str] = {"shared": "not packed", "masked": "with a dense attention mask"}
 
 
 class RunSetup(NamedTuple):
@@ -206,11 +214,11 @@ def _set_deepspeed_sizes(recipe: Recipe, accelerator: Any) -> None:
         plugin.deepspeed_config["gradient_clipping"] = recipe.optim.max_grad_norm
 
 
-def choose_layout(model: nn.Module, data: RunData) -> str | None:
+def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | None = None) -> str | None:
     """Chooses the row layout, the sample for dummy batches and the sample for blank images, and sets them in ``data``.
 
-    The layout is a shared prefix if the recipe and the model allow it and both layouts give the same results on the
-    first pairs.
+    The layout is the first that the recipe and the models allow and that gives the log-probs of separate rows on the
+    first pairs. A separate reference model is checked if it was loaded from ``reference.path``.
 
     Returns:
         A line for the console, or None if no usable pair was found; the first step reports why.
@@ -225,35 +233,56 @@ def choose_layout(model: nn.Module, data: RunData) -> str | None:
         if accelerator.num_processes > 1:  # all ranks must run the same parts of the model
             data.collator = dataclasses.replace(data.collator, blank=without_responses(with_images))
     data.set_dummy(samples[0])
+    models = [model]
+    if recipe.reference.path is not None and reference_model is not None:
+        models.append(reference_model)
     reasons: list[str] = []
-    for layout in _shared_layouts(recipe, model, reasons):
-        with accelerator.autocast():
-            pad_id, positions = data.collator.pad_id, data.collator.positions
-            reason = check_shared_prefix(
-                model, samples, pad_id=pad_id, positions=positions, device=accelerator.device, layout=layout
-            )
-        reason = next((text for text in gather(accelerator, reason) if text is not None), None)
+    for layout in _shared_layouts(recipe, models, reasons):
+        reason = _check_layout(models, samples, data, layout)
         if reason is None:
             data.collator = dataclasses.replace(data.collator, layout=layout)
-            dense = f", with a dense attention mask: {'; '.join(reasons)}" if reasons else ""
-            return f"one row for each prompt with its responses (shared prefix), checked on the first pairs{dense}"
+            why = f", {_FALLBACKS[layout]}: {'; '.join(dict.fromkeys(reasons))}" if reasons else ""
+            return f"{_LAYOUTS[layout]} (shared prefix), checked on the first pairs{why}"
         reasons.append(reason)
     data.collator = dataclasses.replace(data.collator, layout="separate")
     return f"separate rows for chosen and rejected responses: {'; '.join(dict.fromkeys(reasons))}"
 
 
-def _shared_layouts(recipe: Recipe, model: nn.Module, reasons: list[str]) -> Iterator[Literal["shared", "masked"]]:
+def _shared_layouts(recipe: Recipe, models: Sequence[nn.Module], reasons: list[str]) -> Iterator[SharedLayout]:
     """Yields the layouts to check in order, and adds to ``reasons`` why a layout is left out."""
-    if not recipe.loss.shared_prefix:
+    setting = recipe.loss.shared_prefix
+    if not setting:
         reasons.append("loss.shared_prefix is false")
         return
-    reason = "loss.shared_prefix is masked" if recipe.loss.shared_prefix == "masked" else use_split_attention(model)
-    if reason is None:
-        yield "shared"
+    if setting == "masked":
+        reasons.append("loss.shared_prefix is masked")
+    elif split_reasons := [reason for model in models if (reason := use_split_attention(model)) is not None]:
+        reasons += split_reasons
     else:
-        reasons.append(reason)
-    undo_split_attention(model)
+        if setting == "padded":
+            reasons.append("loss.shared_prefix is padded")
+        else:
+            yield "packed"
+        yield "shared"
+    for model in models:
+        undo_split_attention(model)
     yield "masked"
+
+
+def _check_layout(
+    models: Sequence[nn.Module], samples: Sequence[Sample], data: RunData, layout: SharedLayout
+) -> str | None:
+    """Returns the reason of ``check_shared_prefix`` on any rank, or None. All ranks must call this function."""
+    pad_id, positions, device = data.collator.pad_id, data.collator.positions, data.accelerator.device
+    for model in models:
+        with data.accelerator.autocast():
+            reason = check_shared_prefix(
+                model, samples, pad_id=pad_id, positions=positions, device=device, layout=layout
+            )
+        reason = next((text for text in gather(data.accelerator, reason) if text is not None), None)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _find_samples(data: RunData, *, search_images: bool) -> tuple[list[Sample], Sample | None]:

@@ -1,5 +1,6 @@
 """Checks whether a model supports the layout "shared": its config and code, and log-probs of a few pairs."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from mpo_ext.train.encode import Sample
 from mpo_ext.train.forward import forward
 from mpo_ext.train.masks import decoder_config, forward_source, has_image_blocks, plan_masks
 from mpo_ext.train.split_recurrence import has_split_layers
+
+SharedLayout = Literal["packed", "shared", "masked"]
 
 
 def supports_shared_prefix(model: nn.Module) -> str | None:
@@ -58,7 +61,7 @@ def check_shared_prefix(
     positions: Callable[[Sample], Tensor] | None = None,
     device: torch.device | str | None = None,
     tolerance: float | None = None,
-    layout: Literal["shared", "masked"] = "shared",
+    layout: SharedLayout = "shared",
 ) -> str | None:
     """Returns None if the log-probs of a few pairs agree in ``layout`` and in "separate", otherwise the reason.
 
@@ -80,6 +83,8 @@ def check_shared_prefix(
     if reason is not None:
         return reason
     device = next(model.parameters()).device if device is None else device
+    if layout == "packed":
+        samples = _with_two_prompts(samples)
     shared = collate(samples, layout, pad_id=pad_id, positions=positions)
     separate = collate(samples, "separate", pad_id=pad_id, positions=positions)
     labelled = shared.labels != MPOConfig().ignore_index
@@ -95,8 +100,7 @@ def check_shared_prefix(
             raise
         except Exception as error:
             return f"{type(error).__name__} in the forward of {kind}: {error}"
-        leaking = shared.with_segments(shared.segments.clamp(max=1))
-        broken, _ = label_logp_and_precision(model, leaking.to(device))
+        broken, _ = label_logp_and_precision(model, shared.with_merged_responses().to(device))
     differences = (actual - expected)[labelled].abs()
     rms = _rms(differences)
     leak = _rms((broken - expected)[labelled])
@@ -111,6 +115,14 @@ def check_shared_prefix(
         f"{name}) from the log-probs of separate rows, the limit is {limit:.2g}; responses that attend to each other "
         f"would change them by {leak:.2g}"
     )
+
+
+def _with_two_prompts(samples: Sequence[Sample]) -> list[Sample]:
+    """Returns samples with at least two prompts, so that a packed row holds two."""
+    first, *others = samples
+    if all(other.prompt_key == first.prompt_key for other in others):
+        others = [dataclasses.replace(other, prompt_key=f"{first.prompt_key} again") for other in others or [first]]
+    return [first, *others]
 
 
 def label_logp_and_precision(model: nn.Module, batch: Batch) -> tuple[Tensor, float]:

@@ -1,14 +1,16 @@
 """Attention of sequence rows ``[prompt | response | response ...]`` in causal calls, without a mask of the row.
 
-The prompt and the first response are one causal call. Each further response is one causal call of its queries over the
-keys of the prompt and of the response. The functions are registered in transformers' ``AttentionInterface`` under the
-names of ``NAMES``; without the keyword argument ``row_segments`` they call the function of transformers.
+A row may hold several prompts, each with its responses. A prompt and its first response are one causal call. Each
+further response is one causal call of its queries over the keys of its prompt and of the response. The functions are
+registered in transformers' ``AttentionInterface`` under the names of ``NAMES``; without the keyword argument
+``row_segments`` they call the function of transformers.
 """
 
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 #: The registered name for each attention implementation of transformers that has a split form.
 NAMES = {
     "sdpa": "mpo_split_sdpa",
+    "eager": "mpo_split_eager",
     "flash_attention_2": "mpo_split_flash_attention_2",
     "flash_attention_3": "mpo_split_flash_attention_3",
 }
@@ -26,6 +29,9 @@ _BASES = {name: base for base, name in NAMES.items()}
 
 #: Queries of one call where a sliding window is shorter than the sequence; limits the size of the call's mask.
 WINDOW_QUERIES = 512
+
+#: Name of the eager attention function in each modeling file of transformers, which computes sinks and soft caps.
+_EAGER = "eager_attention_forward"
 
 #: Arguments that change attention and that SDPA does not support.
 _NOT_IN_SDPA = ("softcap", "s_aux", "position_bias")
@@ -36,7 +42,7 @@ class _Part(NamedTuple):
 
     Attributes:
         size: Number of tokens.
-        prompt: The part whose first tokens are keys before the part's own; None for the part that holds the prompt.
+        prompt: Index of the part whose first tokens are keys before the part's own; None for a part with a prompt.
         prompt_length: Number of these tokens.
         is_padding: Whether the part has no call.
         blocks: First and last offset (exclusive) of each image whose tokens attend to each other.
@@ -52,7 +58,8 @@ class _Part(NamedTuple):
 class RowSegments:
     """The parts of the sequence rows of a batch, as the attention functions need them.
 
-    The parts of a row are the prompt with the first response, each further response, and the padding.
+    The parts of a row are, for each of its prompts, the prompt with its first response and each further response;
+    the last part is the padding.
 
     Attributes:
         parts: The parts of all rows, in order.
@@ -63,22 +70,23 @@ class RowSegments:
 
     def __init__(
         self,
-        lengths: Sequence[Sequence[int]],
+        lengths: Sequence[Sequence[Sequence[int]]],
         length: int,
         device: torch.device,
-        blocks: Sequence[tuple[tuple[int, int], ...]] = (),
+        blocks: Sequence[Sequence[tuple[tuple[int, int], ...]]] = (),
     ) -> None:
-        """Takes ``segment_lengths`` of the R rows, their number of token positions L, and the device.
+        """Takes ``Batch.segment_lengths`` of the R rows, their number of token positions L, and the device.
 
-        ``blocks`` are those of ``token_blocks`` for models in which the tokens of an image attend to each other.
+        ``blocks`` are ``Batch.image_blocks`` for models in which the tokens of an image attend to each other.
         """
         self.parts: list[_Part] = []
-        for number, row in enumerate(lengths):
-            first = len(self.parts)
-            if row:
-                self.parts.append(_Part(sum(row[:2]), blocks=blocks[number] if blocks else ()))
-            self.parts += [_Part(size, first, row[0]) for size in row[2:]]
-            self.parts.append(_Part(length - sum(row), is_padding=True))
+        for row, prompts in enumerate(lengths):
+            for number, sizes in enumerate(prompts):
+                first = len(self.parts)
+                if sizes:
+                    self.parts.append(_Part(sum(sizes[:2]), blocks=blocks[row][number] if blocks else ()))
+                self.parts += [_Part(size, first, sizes[0]) for size in sizes[2:]]
+            self.parts.append(_Part(length - sum(map(sum, prompts)), is_padding=True))
         self.sizes = [part.size for part in self.parts]
         calls = [part for part in self.parts if not part.is_padding]
         counts = [part.size for part in calls], [part.size + part.prompt_length for part in calls]
@@ -88,18 +96,11 @@ class RowSegments:
         )
 
 
-def segment_lengths(segments: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Returns for each row of ``Batch.segments`` the lengths of the prompt and of each non-empty response."""
-    return tuple(tuple(row[row >= 0].unique_consecutive(return_counts=True)[1].tolist()) for row in segments.cpu())
-
-
-def token_blocks(token_types: Tensor | None) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Returns for each row of ``token_type_ids`` the runs of type 1 (images): first and last token (exclusive)."""
-    if token_types is None:
-        return ()
-    edges = F.pad((token_types == 1).int(), (1, 1)).diff(dim=1)  # 1 where a run begins, -1 after its last token
-    starts, stops = (tuple((row == edge).nonzero().flatten().tolist() for row in edges) for edge in (1, -1))
-    return tuple(tuple(zip(*row, strict=True)) for row in zip(starts, stops, strict=True))
+def token_blocks(token_types: Tensor) -> tuple[tuple[int, int], ...]:
+    """Returns the runs of type 1 (images) in ``token_type_ids`` of a prompt: first and last token (exclusive)."""
+    edges = F.pad((token_types == 1).int(), (1, 1)).diff()  # 1 where a run begins, -1 after its last token
+    starts, stops = ((edges == edge).nonzero().flatten().tolist() for edge in (1, -1))
+    return tuple(zip(starts, stops, strict=True))
 
 
 def base_implementation(name: str | None) -> str | None:
@@ -138,17 +139,18 @@ def split_decoder(decoder: nn.Module, config: Any) -> str | None:
     except (KeyError, OSError, TypeError):
         code = ""
     # A model that compares the name of its attention would not recognise the registered name.
-    if "ALL_ATTENTION_FUNCTIONS" not in code or re.search(r"_attn_implementation\s*(==|in)\s*.?[\"']sdpa", code):
+    compared = rf"_attn_implementation\s*(==|!=|in|not in)\s*.?[\"'](sdpa|{base})"
+    if "ALL_ATTENTION_FUNCTIONS" not in code or re.search(compared, code):
         return f"attention of {type(decoder).__name__} does not go through AttentionInterface"
-    if base not in ALL_ATTENTION_FUNCTIONS:
+    if base not in ALL_ATTENTION_FUNCTIONS and f"def {_EAGER}(" not in code:
         return f"attention {base!r} is not known to transformers"
-    if base != "sdpa":
+    if base.startswith("flash"):
         from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 
         if flash_attn_supports_top_left_mask():
             return f"attention {base!r} aligns its causal mask to the first key instead of the last"
     name = NAMES[base]
-    AttentionInterface.register(name, _split_sdpa if base == "sdpa" else _split_flash)
+    AttentionInterface.register(name, {"sdpa": _split_sdpa, "eager": _split_eager}.get(base, _split_flash))
     _register_mask(name, base)
     config._attn_implementation = name  # noqa: SLF001 - the public setter would also change the vision tower
     return None
@@ -183,7 +185,14 @@ def _base_of(module: nn.Module) -> tuple[str, Callable[..., tuple[Tensor, Any]]]
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = _BASES[getattr(module.config, "_attn_implementation", "")]
+    if name == "eager":
+        return name, getattr(sys.modules[type(module).__module__], _EAGER)
     return name, ALL_ATTENTION_FUNCTIONS[name]
+
+
+#: Function that returns attention ``[1, H, n, D]`` of n queries over m keys and m values ``[1, G, m, D]``;
+#: its keyword arguments are ``attn_mask``, boolean ``[n, m]`` or None, and ``is_causal``.
+_Attend = Callable[..., Tensor]
 
 
 class _Call(NamedTuple):
@@ -222,7 +231,6 @@ def _split_sdpa(
     if unknown:
         raise ValueError(f"attention must be without {', '.join(unknown)}, got it in {type(module).__name__}")
     query, key, value = _autocast(query, key, value)
-    rows, _, length, _ = query.shape
     options = {"dropout_p": kwargs.get("dropout") or 0.0, "scale": kwargs.get("scaling")}
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -231,25 +239,54 @@ def _split_sdpa(
             options["enable_gqa"] = True
         else:
             key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    return _attend_to_parts(call, query, key, value, partial(F.scaled_dot_product_attention, **options)), None
+
+
+def _split_eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """Attention function for ``AttentionInterface``, with the eager attention of the model's own code.
+
+    Shapes are those of ``_split_sdpa``. Sinks and soft caps are those of the model.
+    """
+    _, base = _base_of(module)
+    call = _checked_call(module, attention_mask, kwargs)
+    if call is None:
+        return base(module, query, key, value, attention_mask, **kwargs)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if is_causal:
+            attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        if attn_mask is not None:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, torch.finfo(q.dtype).min)
+            attn_mask = attn_mask[None, None]
+        return base(module, q, k, v, attn_mask, **kwargs)[0].transpose(1, 2)
+
+    return _attend_to_parts(call, query, key, value, attend), None
+
+
+def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, attend: _Attend) -> Tensor:
+    """Returns attention ``[R, L, H, D]`` of rows with several responses, computed for each part by ``attend``."""
+    rows, heads, length, _ = query.shape
     sizes = call.segments.sizes
     queries, keys, values = (_tokens(tensor).split(sizes) for tensor in (query, key, value))
     prompts: dict[int, tuple[Tensor, Tensor]] = {}
     outputs = []
     for i, part in enumerate(call.segments.parts):
         if part.is_padding:
-            outputs.append(values[i].new_zeros(part.size, query.shape[1], value.shape[3]))
+            outputs.append(values[i].new_zeros(part.size, heads, value.shape[3]))
             continue
         own = keys[i], values[i]
         if part.prompt is not None:
-            if part.prompt not in prompts:  # once per row: the backward of each slice has the size of the part
+            if part.prompt not in prompts:  # once per prompt: the backward of each slice has the size of the part
                 # Within a window, the first token of a response sees no more than this of the prompt.
                 start = 0 if call.window is None else max(0, part.prompt_length + 1 - call.window)
                 seen = slice(start, part.prompt_length)
                 prompts[part.prompt] = keys[part.prompt][seen], values[part.prompt][seen]
             own = tuple(map(torch.cat, zip(prompts[part.prompt], own, strict=True)))  # type: ignore[assignment]
-        out = _causal(queries[i], *own, call.window, options)
-        outputs += _with_blocks(out, part.blocks, queries[i], *own, call.window, options) if part.blocks else [out]
-    return torch.cat(outputs).view(rows, length, query.shape[1], value.shape[3]), None
+        out = _causal(queries[i], *own, call.window, attend)
+        outputs += _with_blocks(out, part.blocks, queries[i], *own, call.window, attend) if part.blocks else [out]
+    return torch.cat(outputs).view(rows, length, heads, value.shape[3])
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -261,9 +298,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
-def _has_aligned_kernels(query: Tensor) -> bool:
-    """Returns whether SDPA has kernels that align causal attention to the last key; others need a mask."""
-    return query.is_cuda
+def _has_aligned_kernels(query: Tensor, attend: _Attend) -> bool:
+    """Returns whether attention has kernels that align causal attention to the last key; others need a mask."""
+    return query.is_cuda and isinstance(attend, partial)  # of SDPA
 
 
 def _tokens(tensor: Tensor) -> Tensor:
@@ -271,26 +308,26 @@ def _tokens(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).flatten(0, 1)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, options: dict[str, Any]) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: _Attend) -> Tensor:
     """Returns causal attention ``[n, H, D]`` of n queries over m keys, of which the last n belong to the queries."""
     count, total = len(query), len(key)
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
     if window is not None and total > window:
         pieces = [
-            F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], attn_mask=mask, **options)
+            attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], attn_mask=mask)
             for queries, keys, mask in _windows(count, total, window, query.device)
         ]
         out = torch.cat(pieces, 2)
     elif count == total:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-    elif _has_aligned_kernels(query):
+        out = attend(q, k, v, is_causal=True)
+    elif _has_aligned_kernels(query, attend):
         from torch.nn.attention.bias import causal_lower_right
 
         # The flash kernel aligns to the last key; is_causal of scaled_dot_product_attention aligns to the first.
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(count, total), **options)
+        out = attend(q, k, v, attn_mask=causal_lower_right(count, total))
     else:
         mask = torch.ones(count, total, dtype=torch.bool, device=query.device).tril(total - count)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+        out = attend(q, k, v, attn_mask=mask)
     return out.squeeze(0).transpose(0, 1)
 
 
@@ -301,7 +338,7 @@ def _with_blocks(
     key: Tensor,
     value: Tensor,
     window: int | None,
-    options: dict[str, Any],
+    attend: _Attend,
 ) -> Iterator[Tensor]:
     """Yields the pieces of causal attention ``[n, H, D]``, in which tokens of blocks also attend to later ones."""
     edges = [0, *(edge for block in blocks for edge in block), len(out)]
@@ -315,9 +352,7 @@ def _with_blocks(
             groups = _windows(stop - start, stop, window, query.device, causal=False)
         for queries, keys, mask in groups:
             rows = slice(start + queries.start, start + queries.stop)
-            attended = F.scaled_dot_product_attention(
-                q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=mask, **options
-            )
+            attended = attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=mask)
             yield attended.squeeze(0).transpose(0, 1)
         yield text
 

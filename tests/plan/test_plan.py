@@ -377,7 +377,20 @@ def test_the_vision_tower_costs_nothing_where_it_is_frozen(tmp_path: Path) -> No
 def test_eager_attention_keeps_its_scores(tmp_path: Path) -> None:
     sdpa, eager = plan(make(tmp_path)), plan(make(tmp_path, "model.attention=eager"))
     difference = part(eager, "activations").bytes - part(sdpa, "activations").bytes
-    assert difference == 2 * 2 * 80 * 80 * (4 + 4)  # layers, heads, scores, bytes
+    assert difference == 2 * 2 * 64 * 80 * (4 + 4)  # layers, heads, scores, bytes
+    masked = plan(make(tmp_path, "model.attention=eager", "loss.shared_prefix=masked"))
+    assert part(masked, "activations").bytes - part(sdpa, "activations").bytes == 2 * 2 * 80 * 80 * (4 + 4)
+
+
+def test_micro_batches_filled_by_tokens_have_this_number_of_positions(tmp_path: Path) -> None:
+    planned = plan(make(tmp_path, "optim.micro_batch_tokens=200"))
+    assert (planned.positions, planned.micro_batches) == (200, 2)  # four pairs of 80 positions, two in a micro-batch
+    two = plan(make(tmp_path, "optim.micro_batch_size=2"))
+    for name in ("activations", "loss"):
+        assert part(planned, name).bytes >= part(two, name).bytes
+    assert part(planned, "activations").bytes == part(two, "activations").bytes * 200 // 160
+    assert plan(make(tmp_path, "optim.micro_batch_tokens=10")).positions == 80
+    assert plan(make(tmp_path, "optim.micro_batch_tokens=200", "loss.shared_prefix=false")).positions == 200
 
 
 def test_the_text_is_complete(tmp_path: Path) -> None:

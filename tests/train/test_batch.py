@@ -42,6 +42,16 @@ def test_the_rows_of_both_layouts() -> None:
     assert batch.digests == ("digest1", "digest2", "digest3")
     assert (batch.pairs, batch.rows, batch.positions, batch.tokens, batch.projected_rows) == (3, 2, 16, 14, 9)
 
+    batch = collate([one, two, three], "packed", pad_id=PAD)
+    assert batch.segments.tolist() == [[0, 0, 0, 1, 1, 2, 3, 4, 0, 0, 1, 2, 2, 2]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 3, 3, 0, 1, 2, 2, 3, 4]]
+    assert batch.index.tolist() == [2, 3, 9, 2, 2, 9, 11, 12, 2]
+    assert batch.segment_lengths == (((3, 2, 1, 1, 1), (2, 1, 3)),)
+    assert torch.equal(batch.labels, torch.cat(labels))
+    assert (batch.pairs, batch.rows, batch.positions, batch.tokens, batch.projected_rows) == (3, 1, 14, 14, 9)
+    shared = collate([one, two, three], "shared", pad_id=PAD)
+    assert torch.equal(batch.inputs["input_ids"][0], shared.inputs["input_ids"][shared.segments >= 0])
+
     batch = collate([one, two], "separate", pad_id=PAD)
     assert batch.segments.tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, -1, -1], [0, 0, 0, 1, -1], [0, 0, 1, 1, 1]]
     assert set(batch.inputs) == {"input_ids"}
@@ -49,6 +59,41 @@ def test_the_rows_of_both_layouts() -> None:
     assert torch.equal(
         batch.labels, torch.cat([one.chosen_ids, two.chosen_ids, one.rejected_ids, two.rejected_ids])
     )  # fmt: skip
+
+
+def test_a_packed_row_has_the_inputs_of_its_prompts_at_their_places() -> None:
+    one, two = sample("gemma3_vlm", 1, images=2), sample("gemma3_vlm", 2, text=4, images=1)
+    blank = dataclasses.replace(two, prompt_key="blank", chosen_ids=two.chosen_ids[:0])
+    batch = collate([one, two], "packed", pad_id=PAD, blank=blank)  # not needed: there are images
+    types = [one.token_inputs["token_type_ids"], torch.zeros(7), two.token_inputs["token_type_ids"], torch.zeros(7)]
+    assert batch.inputs["token_type_ids"].tolist() == [torch.cat(types).tolist()]
+    assert [len(blocks) for blocks in batch.image_blocks[0]] == [2, 1]
+    assert torch.equal(batch.inputs["pixel_values"][:2], one.image_inputs["pixel_values"])
+    text = sample("gemma3_vlm", 3)
+    batch = collate([text, text], "packed", pad_id=PAD, blank=blank)
+    assert batch.segment_lengths == (((5, 4, 3, 4, 3), (len(two.prompt_ids),)),)
+    assert batch.positions == 5 + 4 + 3 + 4 + 3 + len(two.prompt_ids)
+    assert [len(blocks) for blocks in batch.image_blocks[0]] == [0, 1]
+
+
+def test_a_packed_row_has_rotary_positions_of_several_axes() -> None:
+    model = build("qwen2_5_vl")
+    samples = samples_of("qwen2_5_vl")
+    shared, packed = (
+        collate(samples, layout, pad_id=PAD, positions=prompt_positions(model)) for layout in ("shared", "packed")
+    )
+    assert packed.inputs["position_ids"].shape == (3, 1, shared.tokens)
+    assert torch.equal(packed.inputs["position_ids"][:, 0], shared.inputs["position_ids"][:, shared.segments >= 0])
+
+
+def test_a_packed_row_may_hold_empty_prompts_and_empty_responses() -> None:
+    empty = sample("llama", 1, text=0, chosen=0, rejected=0)
+    only_prompt = sample("llama", 2, text=2, chosen=0, rejected=0)
+    batch = collate([empty, only_prompt, sample("llama", 3, text=3, chosen=2, rejected=0)], "packed", pad_id=PAD)
+    assert batch.segments.tolist() == [[0, 0, 0, 0, 0, 1, 1]]
+    assert batch.segment_lengths == (((), (2,), (3, 2)),)
+    assert batch.index.tolist() == [0, 1, 4, 5, 0, 1, 4]
+    assert collate([empty], "packed", pad_id=PAD).segments.tolist() == [[-1]]
 
 
 def test_collation_can_go_to_a_worker_and_its_batch_come_back() -> None:
@@ -93,7 +138,7 @@ FIRST = sample("internvl", 1, images=1)
     ("samples", "kind", "error", "message"),
     [
         ([], "shared", ValueError, "samples must hold at least one sample, got none"),
-        ([FIRST], "packed", ValueError, "layout must be one of shared, masked, separate, got 'packed'"),
+        ([FIRST], "dense", ValueError, "layout must be one of packed, shared, masked, separate, got 'dense'"),
         (
             [changed(FIRST, chosen_ids=FIRST.chosen_ids.int())],
             "shared",

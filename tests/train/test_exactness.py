@@ -108,6 +108,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prompts together": {"data__group_prompts": True},
     "prompts together, two rows": {"data__group_prompts": True, "loss__shared_prefix": False},
     "evaluation between": {"output__eval_every": 1},
+    **{
+        f"filled by tokens, {name}": {
+            "optim__micro_batch_size": 1,  # of the script
+            "optim__micro_batch_tokens": 400,
+            "reward_shift__update": "after",
+            "reward_shift__per": "optimizer_step",
+            **settings,
+        }
+        for name, settings in {
+            "by token": {},
+            "by response": {"loss__ntp_average": "sequence"},
+            "means of pairs": {"loss__average_over": "micro_batch"},
+            "means of pairs, by response": {"loss__average_over": "micro_batch", "loss__ntp_average": "sequence"},
+            "two rows": {"loss__shared_prefix": False, "reference__kind": "precomputed"},
+            "prompts together": {"data__group_prompts": True},
+        }.items()
+    },
 }
 
 
@@ -225,7 +242,7 @@ def run_trainer(
     if recipe.model.lora is not None:
         set_adapters(trainer.model)
     assert trainer.run() == 0
-    assert trainer.data.collator.layout == ("shared" if recipe.loss.shared_prefix else "separate")
+    assert trainer.data.collator.layout == ("packed" if recipe.loss.shared_prefix else "separate")
     assert sum(trainer.state.pair_counts.skipped.values()) > 0  # the line of equal responses
     return Run(lines, {plain_name(name): one.detach() for name, one in trainer.model.named_parameters()})
 

@@ -16,6 +16,7 @@ import torch
 from run_recipe import Job, log_of, result_of, run, signal_at_forward, text_of
 
 _BASE = {"optim__batch_size": 5, "optim__micro_batch_size": 2, "optim__epochs": 2, "output__save_every": 2}
+_FILLED = {"optim__micro_batch_size": 1, "optim__micro_batch_tokens": 300}
 # With these settings delta does not depend on the distribution of the pairs over ranks.
 _SHIFT = {"reward_shift__mode": "ema", "reward_shift__update": "after", "reward_shift__per": "optimizer_step"}
 
@@ -53,7 +54,7 @@ def same(one: dict[str, Any], other: dict[str, Any], at_most: float) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_ranks_learn_what_one_does(sharded: bool, job_of: Callable[..., Job], single: Job) -> None:
-    job = job_of(f"two-{sharded}", 2, sharded=sharded)
+    job = job_of(f"two-{sharded}", 2, sharded=sharded, **_FILLED)
     assert run(job) == [0, 0], text_of(job)
     lines, expected = log_of(job), log_of(single)
     assert len(lines) == len(expected) == 7  # six steps and an evaluation

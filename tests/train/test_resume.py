@@ -77,7 +77,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss__shared_prefix": False,
         "model__freeze": ["vision_tower"],
     },
-    "after": {"reward_shift__update": "after", "loss__from_logits": True, "data__group_prompts": True},
+    "after": {
+        "reward_shift__update": "after",
+        "loss__from_logits": True,
+        "data__group_prompts": True,
+        "optim__micro_batch_size": 1,
+        "optim__micro_batch_tokens": 300,
+    },
 }
 STEPS = 6
 

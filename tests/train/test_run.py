@@ -428,31 +428,34 @@ def test_the_layout_is_tried_on_a_pair_with_images(
     assert [bool(sample.image_inputs) for sample in seen] == [False, True]
 
 
+PACKED = "one row without padding for all pairs of a micro-batch (shared prefix), checked on the first pairs"
 CHECKED = "one row for each prompt with its responses (shared prefix), checked on the first pairs"
 
 
 @pytest.mark.parametrize(
     ("settings", "failing", "layout", "line"),
     [
-        ({}, (), "shared", CHECKED),
+        ({}, (), "packed", PACKED),
+        ({"loss__shared_prefix": "padded"}, (), "shared", f"{CHECKED}, not packed: loss.shared_prefix is padded"),
+        ({}, ("packed",), "shared", f"{CHECKED}, not packed: packed fails"),
         (
             {"loss__shared_prefix": "masked"},
             (),
             "masked",
             f"{CHECKED}, with a dense attention mask: loss.shared_prefix is masked",
         ),
-        (
-            {"model__attention": "eager"},
-            (),
-            "masked",
-            f"{CHECKED}, with a dense attention mask: attention 'eager' has no split form",
-        ),
-        ({}, ("shared",), "masked", f"{CHECKED}, with a dense attention mask: shared fails"),
+        ({"model__attention": "eager"}, (), "packed", PACKED),
         (
             {},
-            ("shared", "masked"),
+            ("packed", "shared"),
+            "masked",
+            f"{CHECKED}, with a dense attention mask: packed fails; shared fails",
+        ),
+        (
+            {},
+            ("packed", "shared", "masked"),
             "separate",
-            "separate rows for chosen and rejected responses: shared fails; masked fails",
+            "separate rows for chosen and rejected responses: packed fails; shared fails; masked fails",
         ),
         (
             {"loss__shared_prefix": False},
@@ -461,7 +464,7 @@ CHECKED = "one row for each prompt with its responses (shared prefix), checked o
             "separate rows for chosen and rejected responses: loss.shared_prefix is false",
         ),
     ],
-    ids=["split", "masked", "eager", "split fails", "both fail", "separate"],
+    ids=["packed", "padded", "packing fails", "masked", "eager", "split fails", "all fail", "separate"],
 )
 def test_the_layout_is_the_first_that_passes_the_check(
     tmp_path: Path,
@@ -486,13 +489,13 @@ def test_the_layout_is_the_first_that_passes_the_check(
 
 
 def test_split_attention_trains_as_the_dense_mask_and_separate_rows_do(tmp_path: Path, pairs: Path) -> None:
-    split, masked, separate = (
+    packed, padded, masked, separate = (
         run(recipe(tmp_path / str(value), pairs, loss__shared_prefix=value, model__gradient_checkpointing=True))
-        for value in (True, "masked", False)
+        for value in (True, "padded", "masked", False)
     )
-    assert len(split) == 3
-    for other in (masked, separate):
-        for ours, theirs in zip(split, other, strict=True):
+    assert len(packed) == 3
+    for other in (padded, masked, separate):
+        for ours, theirs in zip(packed, other, strict=True):
             for name in ("loss", "chosen_logp", "chosen_reward", "grad_norm"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
 

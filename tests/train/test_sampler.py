@@ -2,11 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+from families import PAD, sample
 
-from mpo_ext.train.sampler import StepSampler, micro_batches
+from mpo_ext.train.batch import collate
+from mpo_ext.train.sampler import StepSampler, micro_batches, token_micro_batches
 
 
 def numbers(count: int) -> Callable[[int], np.ndarray]:
@@ -122,3 +125,44 @@ def test_micro_batches_keep_the_pairs_of_a_prompt_together() -> None:
     assert micro_batches(lengths, 2, groups=groups) == [[1, 3], [4, 5], [0, 2], [6]]
     with pytest.raises(ValueError, match="groups must be as many as the 7 lengths, got 1"):
         micro_batches(lengths, 2, groups=["a"])
+
+
+def test_micro_batches_are_filled_by_tokens() -> None:
+    prompts, responses = [10, 30, 20, 5, 12], [[2, 3], [5, 5], [9, 1], [1, 1], [4, 4]]
+    keys = list("abcde")
+    assert token_micro_batches(prompts, responses, 50, "packed", groups=keys) == [[1, 3], [2, 4], [0]]
+    assert token_micro_batches(prompts, responses, 60, "packed", groups=keys) == [[1, 4], [2, 0, 3]]
+    assert token_micro_batches(prompts, responses, 10**6, "packed", groups=keys) == [[1, 2, 4, 0, 3]]
+    assert token_micro_batches(prompts, responses, 1, "packed", groups=keys) == [[1], [2], [4], [0], [3]]
+    # Rows are padded to the longest: 40; 30 and 20; 15 and 7.
+    assert token_micro_batches(prompts, responses, 60, "shared", groups=keys) == [[1], [2, 4], [0, 3]]
+    # Two rows for each pair: 2 * 35; 2 * 29, 2 * 16; 2 * 13, 2 * 6.
+    assert token_micro_batches(prompts, responses, 70, "separate", groups=keys) == [[1], [2], [4, 0], [3]]
+    assert token_micro_batches([], [], 5, "packed", groups=[]) == []
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        token_micro_batches(prompts, responses, 0, "packed", groups=keys)
+
+
+def test_pairs_of_a_prompt_share_it_in_a_micro_batch_up_to_the_limit() -> None:
+    prompts, responses, keys = [10, 10, 10, 30], [[2, 2], [3, 3], [4, 4], [9, 9]], ["a", "a", "a", "b"]
+    assert token_micro_batches(prompts, responses, 76, "packed", groups=keys) == [[3, 2, 1, 0]]
+    assert token_micro_batches(prompts, responses, 75, "packed", groups=keys) == [[3], [2, 1, 0]]
+    assert token_micro_batches(prompts, responses, 24, "packed", groups=keys) == [[3], [2, 1], [0]]
+    assert token_micro_batches(prompts, responses, 96, "masked", groups=keys) == [[3, 2, 1, 0]]
+    assert token_micro_batches(prompts, responses, 95, "masked", groups=keys) == [[3], [2, 1, 0]]
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared", "separate"])
+def test_no_micro_batch_has_more_positions_than_the_limit(layout: Any) -> None:
+    rng = np.random.default_rng(0)
+    samples = [
+        sample("llama", seed, prompt=seed % 40, text=5 + seed % 40, chosen=chosen, rejected=rejected)
+        for seed, (chosen, rejected) in enumerate(rng.integers(0, 30, (60, 2)).tolist())
+    ]
+    prompts = [len(one.prompt_ids) for one in samples]
+    responses = [[len(one.chosen_ids), len(one.rejected_ids)] for one in samples]
+    split = token_micro_batches(prompts, responses, 150, layout, groups=[one.prompt_key for one in samples])
+    assert sorted(pair for pairs in split for pair in pairs) == list(range(60))
+    positions = [collate([samples[pair] for pair in pairs], layout, pad_id=PAD).positions for pairs in split]
+    assert max(positions) <= 150
+    assert sum(positions) > 0.8 * 150 * len(positions)

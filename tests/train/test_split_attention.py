@@ -6,11 +6,12 @@ import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import transformers
+from all_float64 import AllFloat64
 from families import FAMILIES, PAD, WINDOW, build, sample, samples_of, text_model
 from flash_stand_in import FlashAttention
 from single_forwards import VISION, assert_same, batch_of, gradients, loss_of, plain_loss
@@ -22,8 +23,8 @@ from mpo_ext.train import split_attention
 from mpo_ext.train.encode import Sample
 from mpo_ext.train.forward import forward
 from mpo_ext.train.masks import attention_masks, prompt_positions, use_split_attention
-from mpo_ext.train.shared_prefix import check_shared_prefix, supports_shared_prefix
-from mpo_ext.train.split_attention import RowSegments, segment_lengths, token_blocks
+from mpo_ext.train.shared_prefix import SharedLayout, check_shared_prefix, supports_shared_prefix
+from mpo_ext.train.split_attention import RowSegments, token_blocks
 
 SPLIT = [family for family in FAMILIES if family != "gemma2"]  # sdpa in transformers does not support its softcap
 FLASH = [family for family in FAMILIES if family not in VISION or family in ("internvl", "qwen2_5_vl-sliding")]
@@ -42,9 +43,10 @@ def several_pairs(family: str, count: int) -> list[Sample]:
 def assert_as_dense(model: nn.Module, samples: list[Sample], tol: float) -> None:
     expected_loss = loss_of(model, batch_of(model, samples, "masked"))
     expected = gradients(model, expected_loss)
-    loss = loss_of(model, batch_of(model, samples, "shared"))
-    torch.testing.assert_close(loss, expected_loss, rtol=tol, atol=0)
-    assert_same(gradients(model, loss), expected, tol)
+    for layout in ("shared", "packed"):
+        loss = loss_of(model, batch_of(model, samples, layout))
+        torch.testing.assert_close(loss, expected_loss, rtol=tol, atol=0)
+        assert_same(gradients(model, loss), expected, tol)
 
 
 @pytest.mark.parametrize("queries", [2, split_attention.WINDOW_QUERIES])
@@ -59,12 +61,12 @@ def test_loss_and_gradients_are_those_of_the_dense_mask(
 
 @pytest.mark.parametrize("family", ["llama", "internvl", "gemma3"])
 def test_masks_that_torch_aligns_to_the_last_key_give_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_attention, "_has_aligned_kernels", lambda query: True)  # as on a GPU
+    monkeypatch.setattr(split_attention, "_has_aligned_kernels", lambda query, attend: True)  # as on a GPU
     assert_as_dense(build(family, "split sdpa", torch.float64), several_pairs(family, 2), 1e-12)
 
 
 def test_autocast_reaches_queries_and_keys_of_another_dtype_than_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_attention, "_has_aligned_kernels", lambda query: True)
+    monkeypatch.setattr(split_attention, "_has_aligned_kernels", lambda query, attend: True)
     model = build("llama", "split sdpa")
     dtypes = set()
 
@@ -101,10 +103,37 @@ def test_loss_and_gradients_are_those_of_separate_rows(name: str, dtype: torch.d
         samples = several_pairs("llama", count)
         expected_loss = loss_of(model, batch_of(model, samples, "separate"))
         expected = gradients(model, expected_loss)
-        loss = loss_of(model, batch_of(model, samples, "shared"))
-        torch.testing.assert_close(loss, expected_loss, rtol=tol, atol=0)
-        assert_same(gradients(model, loss), expected, tol)
+        for layout in ("shared", "packed"):
+            loss = loss_of(model, batch_of(model, samples, layout))
+            torch.testing.assert_close(loss, expected_loss, rtol=tol, atol=0)
+            assert_same(gradients(model, loss), expected, tol)
         assert_as_dense(model, samples, tol)
+
+
+@pytest.mark.parametrize("family", SPLIT)
+def test_loss_and_gradients_are_those_of_separate_rows_where_norms_have_float64(family: str) -> None:
+    model = build(family, "split sdpa", torch.float64)
+    samples = several_pairs(family, 3)
+    with AllFloat64():
+        losses = {
+            layout: loss_of(model, batch_of(model, samples, layout)) for layout in ("separate", "shared", "packed")
+        }
+    expected_loss = losses.pop("separate")
+    expected = gradients(model, expected_loss)
+    for loss in losses.values():
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+        assert_same(gradients(model, loss), expected, 1e-12)
+
+
+@pytest.mark.parametrize("queries", [2, split_attention.WINDOW_QUERIES])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_vlm", "qwen2_5_vl-sliding"])
+def test_eager_attention_is_split_too(family: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_attention, "WINDOW_QUERIES", queries)
+    model = build(family, "split eager", torch.float64)
+    assert model.get_decoder().config._attn_implementation == "mpo_split_eager"
+    with AllFloat64():
+        assert_as_dense(model, several_pairs(family, 2), 1e-12)
+    assert check_shared_prefix(model, samples_of(family), pad_id=PAD, positions=prompt_positions(model)) is None
 
 
 class Operators(TorchDispatchMode):
@@ -127,6 +156,15 @@ class Operators(TorchDispatchMode):
         return [shape for shape in self.shapes if sum(axis >= size for axis in shape) > 1]
 
 
+def test_eager_attention_of_rows_allocates_no_mask_of_the_row() -> None:
+    model = build("gemma2", "split eager")
+    for layout in ("shared", "packed"):
+        batch = batch_of(model, [sample("gemma2", seed, text=70, chosen=12, rejected=11) for seed in (1, 2)], layout)
+        with Operators() as operators:
+            loss_of(model, batch).backward()
+        assert not operators.squares(70 + 12 + 1)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3_vlm", "qwen2-sliding", "internvl"])
 def test_no_mask_of_a_row_is_allocated(family: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +177,13 @@ def test_no_mask_of_a_row_is_allocated(family: str, recompute: bool, monkeypatch
         sample(family, 1, chosen=9, rejected=11, **prompt),
         sample(family, 2, chosen=13, rejected=1, **prompt),
     ]
-    batches = {layout: batch_of(model, samples, layout) for layout in ("shared", "masked")}
+    batches = {layout: batch_of(model, samples, layout) for layout in ("shared", "packed", "masked")}
     found = {}
     for layout, batch in batches.items():
         with Operators() as found[layout]:
             loss_of(model, batch).backward()
-    assert not found["shared"].squares(70)  # not even the square of the prompt
+    for layout in ("shared", "packed"):
+        assert not found[layout].squares(70)  # not even the square of the prompt
     assert found["masked"].squares(70 + 9 + 11 + 13 + 1)
     names = found["shared"].names
     assert "_scaled_dot_product_flash_attention_for_cpu" in names
@@ -171,27 +210,30 @@ def test_a_row_without_a_response_and_one_without_tokens_attend_to_nothing_else(
         sample("llama", 4, prompt=3, chosen=2, rejected=3),
     ]
     batch = batch_of(model, samples, "shared")
-    assert batch.segment_lengths == ((5,), (), (5, 4, 2, 3))
+    assert batch.segment_lengths == (((5,),), ((),), ((5, 4, 2, 3),))
     assert_as_dense(model, samples, 1e-6)
 
 
 def test_segments_become_calls() -> None:
-    segments = torch.tensor([[0, 0, 1, 1, 1, 2, 3, 3], [0, 0, 0, 2, -1, -1, -1, -1], [-1] * 8], dtype=torch.int32)
-    rows = RowSegments(segment_lengths(segments), 8, torch.device("cpu"))
-    assert segment_lengths(segments) == ((2, 3, 1, 2), (3, 1), ())
+    rows = RowSegments((((2, 3, 1, 2),), ((3, 1),), ((),)), 8, torch.device("cpu"))
     assert rows.sizes == [5, 1, 2, 0, 4, 4, 8]
     assert [part.size + part.prompt_length for part in rows.parts if not part.is_padding] == [5, 3, 4, 4]
     assert [offsets.tolist() for offsets in rows.cu_seqlens] == [[0, 5, 6, 8, 12], [0, 5, 8, 12, 16]]
     assert rows.longest == (5, 5)
+    packed = RowSegments((((2, 3, 1), (), (4,), (3, 1, 2)),), 16, torch.device("cpu"))
+    assert packed.sizes == [5, 1, 4, 4, 2, 0]
+    assert [part.prompt for part in packed.parts] == [None, 0, None, None, 3, None]
+    assert [offsets.tolist() for offsets in packed.cu_seqlens] == [[0, 5, 6, 10, 14, 16], [0, 5, 8, 12, 16, 21]]
+    assert packed.longest == (5, 5)
 
 
 def test_runs_of_image_tokens_become_blocks() -> None:
-    types = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 2, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]])
-    assert token_blocks(types) == (((0, 2), (3, 4)), ((4, 6),), ())
-    assert token_blocks(None) == ()
+    assert token_blocks(torch.tensor([1, 1, 0, 1, 0, 0])) == ((0, 2), (3, 4))
+    assert token_blocks(torch.tensor([0, 2, 0, 0, 1, 1])) == ((4, 6),)
+    assert token_blocks(torch.tensor([0, 0])) == ()
     samples = [sample("gemma3_vlm", 1, images=2), sample("gemma3_vlm", 2)]
     batch = batch_of(build("gemma3_vlm"), samples, "shared")
-    assert [len(row) for row in batch.image_blocks] == [2, 0]
+    assert [[len(blocks) for blocks in row] for row in batch.image_blocks] == [[2], [0]]
     assert batch_of(build("internvl"), [sample("internvl", 1, images=2)], "shared").image_blocks == ()
 
 
@@ -199,8 +241,8 @@ def test_rows_without_segments_have_the_attention_of_transformers() -> None:
     ids = torch.randint(2, 50, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
-    for family in ("llama", "gemma3", "mistral"):
-        ours, theirs = build(family, "split sdpa"), build(family, "sdpa")
+    for family, attention in (("llama", "sdpa"), ("gemma3", "sdpa"), ("mistral", "sdpa"), ("gemma2", "eager")):
+        ours, theirs = build(family, f"split {attention}"), build(family, attention)
         for options in ({"attention_mask": mask}, {}):
             assert torch.equal(ours(ids, **options).logits, theirs(ids, **options).logits)
         generated = [model.eval().generate(ids, max_new_tokens=4, do_sample=False) for model in (ours, theirs)]
@@ -218,7 +260,9 @@ def test_the_name_of_split_attention_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_models_without_split_attention_say_why() -> None:
-    assert use_split_attention(build("gemma2", "eager")) == "attention 'eager' has no split form"
+    model = build("llama")
+    model.config._attn_implementation = "flex_attention"
+    assert use_split_attention(model) == "attention 'flex_attention' has no split form"
     config = transformers.FalconConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     falcon = transformers.FalconForCausalLM(config)
     falcon.set_attn_implementation("sdpa")
@@ -255,6 +299,7 @@ def test_a_layer_that_takes_the_marker_as_a_mask_raises() -> None:
         forward(model, batch_of(model, samples_of("llama"), "shared"))
 
 
+@pytest.mark.parametrize("layout", ["shared", "packed"])
 @pytest.mark.parametrize(
     ("family", "mistake"),
     [
@@ -268,7 +313,9 @@ def test_a_layer_that_takes_the_marker_as_a_mask_raises() -> None:
         ("qwen2-sliding", "no window"),
     ],
 )
-def test_the_check_finds_mistakes(family: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_finds_mistakes(
+    family: str, mistake: str, layout: SharedLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wrong(*args: Any) -> RowSegments:
         rows = RowSegments(*args)
         change = {"prompt_length": 0} if mistake == "no prompt" else {"prompt": 0}
@@ -282,12 +329,32 @@ def test_the_check_finds_mistakes(family: str, mistake: str, monkeypatch: pytest
         )
     else:
         monkeypatch.setattr(forward_module, "RowSegments", wrong)
-    reason = check_shared_prefix(model, samples_of(family), pad_id=PAD, positions=prompt_positions(model))
+    positions = prompt_positions(model)
+    reason = check_shared_prefix(model, samples_of(family), pad_id=PAD, positions=positions, layout=layout)
     assert "differ by" in (reason or "")
-    masked = check_shared_prefix(
-        model, samples_of(family), pad_id=PAD, positions=prompt_positions(model), layout="masked"
-    )
+    masked = check_shared_prefix(model, samples_of(family), pad_id=PAD, positions=positions, layout="masked")
     assert masked is None
+
+
+def test_the_check_of_packed_rows_finds_a_prompt_that_attends_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def joined(lengths: Any, *args: Any) -> RowSegments:
+        return RowSegments([[tuple(size for prompt in row for size in prompt)] for row in lengths], *args)
+
+    model = build("llama", "split sdpa")
+    for samples in ([sample("llama", 1)], [sample("llama", seed, prompt=1) for seed in (1, 2)], samples_of("llama")):
+        assert check_shared_prefix(model, samples, pad_id=PAD, layout="packed") is None
+        with monkeypatch.context() as patch:
+            patch.setattr(forward_module, "RowSegments", joined)
+            assert "differ by" in (check_shared_prefix(model, samples, pad_id=PAD, layout="packed") or "")
+
+
+def test_models_without_split_attention_are_not_packed() -> None:
+    model = build("llama", "eager")
+    assert "LlamaForCausalLM has no split attention" in (
+        check_shared_prefix(model, samples_of("llama"), pad_id=PAD, layout="packed") or ""
+    )
+    with pytest.raises(ValueError, match=r'must be "shared" or "masked" for this model, got "packed"'):
+        forward(model, batch_of(model, samples_of("llama"), "packed"))
 
 
 MARKERS = forward_module.mask_markers
@@ -307,23 +374,28 @@ def flash_model(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("layout", ["shared", "packed"])
 @pytest.mark.parametrize("family", FLASH)
-def test_flash_attention_is_called_with_sequences_of_unequal_lengths(flash: FlashAttention, family: str) -> None:
+def test_flash_attention_is_called_with_sequences_of_unequal_lengths(
+    flash: FlashAttention, family: str, layout: str
+) -> None:
     model = flash_model(family, torch.float64)
     assert supports_shared_prefix(model) is None
     samples = several_pairs(family, 2)
     truth = build(family, "eager" if family == "gemma2" else "sdpa", torch.float64)
     expected_loss = loss_of(truth, batch_of(truth, samples, "masked"))
-    loss = loss_of(model, batch := batch_of(model, samples, "shared"))
+    loss = loss_of(model, batch := batch_of(model, samples, layout))
     tol = 1e-6 if family == "gemma2" else 1e-12  # eager attention computes its softmax in float32
     torch.testing.assert_close(loss, expected_loss, rtol=tol, atol=0)
     assert_same(gradients(model, loss), gradients(truth, expected_loss), tol)
-    prompt, *responses = batch.segment_lengths[0]
-    call = flash.calls[0]
-    assert call["causal"]
-    assert call["q"][:4] == [prompt + responses[0], *responses[1:4]]
-    assert call["k"][:4] == [prompt + responses[0], *(prompt + size for size in responses[1:4])]
-    assert sum(call["q"]) == batch.tokens
+    prompts = [prompt for row in batch.segment_lengths for prompt in row]
+    assert [len(prompt) for prompt in prompts] == [5, 3, 3]
+    assert len(flash.calls) == model.get_decoder().config.num_hidden_layers  # one call for all sequences of a layer
+    for call in flash.calls:
+        assert call["causal"]
+        assert call["q"] == [size for prompt, *sizes in prompts for size in (prompt + sizes[0], *sizes[1:])]
+        assert call["k"] == [prompt + size for prompt, *sizes in prompts for size in sizes]
+        assert sum(call["q"]) == batch.tokens
     windows = {call["window"][0] for call in flash.calls}
     full = set() if family == "mistral" else {-1}
     has_windows = family == "mistral" or family.startswith("gemma") or "sliding" in family
@@ -335,7 +407,8 @@ def test_flash_attention_is_called_with_sequences_of_unequal_lengths(flash: Flas
 def test_the_check_passes_with_flash_attention(flash: FlashAttention, family: str) -> None:
     model = flash_model(family)
     windows = [getattr(module, "sliding_window", None) for module in model.modules()]
-    assert check_shared_prefix(model, samples_of(family), pad_id=PAD) is None
+    for layout in get_args(SharedLayout)[:2]:
+        assert check_shared_prefix(model, samples_of(family), pad_id=PAD, layout=layout) is None
     assert windows == [getattr(module, "sliding_window", None) for module in model.modules()]
 
 

@@ -1,0 +1,26 @@
+"""Lets a model of transformers compute in float64 where its code converts to float32, such as in its norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class AllFloat64(TorchFunctionMode):
+    """Replaces float32 by float64 in all arguments of torch's functions."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = [torch.float64 if value is torch.float32 else value for value in args]
+        wide = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        return func(*args, **wide)

@@ -1,0 +1,108 @@
+"""Compares split attention with separate rows and with the dense mask, for many families: ``make check-attention``.
+
+For each family, loss and all gradients of the layouts "shared" (padded rows) and "packed" are compared with those of
+"separate" and "masked": for text, one image and several images, one to four pairs of a prompt beside pairs of other
+prompts, responses of unequal lengths, and sliding windows that are shorter and longer than a prompt. The table has the
+largest relative errors: of the loss, and of any gradient relative to the largest gradient. In float64 the norms of the
+models compute in float64, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from all_float64 import AllFloat64
+from families import FAMILIES, Family, build, sample
+from more_families import MORE
+from single_forwards import batch_of, gradients
+from torch import nn
+
+from mpo_ext import linear_mpo_loss
+from mpo_ext.train.encode import Sample
+from mpo_ext.train.forward import forward
+from mpo_ext.train.masks import use_split_attention
+
+LIMITS = {torch.float32: 1e-6, torch.float64: 1e-12}
+EAGER = ("gemma2", "gptoss")  # sdpa in transformers supports neither softcaps nor sinks
+ALL: dict[str, Family] = {**FAMILIES, **MORE}
+
+
+def pairs(family: str, count: int, images: int) -> list[Sample]:
+    """Returns pairs of unequal lengths: ``count`` of one prompt, and one each of two others."""
+    same = [
+        sample(family, seed, prompt=3, text=9, chosen=1 + 3 * seed % 7, rejected=6 - seed, images=images)
+        for seed in range(count)
+    ]
+    return [*same, sample(family, 21, text=2, chosen=8, rejected=2), sample(family, 22, text=7, images=min(images, 1))]
+
+
+def result(model: nn.Module, samples: list[Sample], layout: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    batch = batch_of(model, samples, layout)
+    if next(model.parameters()).dtype == torch.float64:
+        with AllFloat64():
+            out = forward(model, batch)
+    else:
+        out = forward(model, batch)
+    reference = -torch.linspace(3, 9, 2 * batch.pairs)
+    loss = linear_mpo_loss(
+        out.hidden, out.weight, batch.labels, reference, cu_seqlens=batch.cu_seqlens, shift=False, **out.options
+    ).loss
+    return loss.detach(), gradients(model, loss)
+
+
+def errors(model: nn.Module, samples: list[Sample]) -> dict[tuple[str, str], float]:
+    """Returns the largest relative error of each pair of layouts."""
+    results = {layout: result(model, samples, layout) for layout in ("separate", "masked", "shared", "packed")}
+    found = {}
+    for truth in ("separate", "masked"):
+        loss, grads = results[truth]
+        largest = max(grad.abs().max().item() for grad in grads.values())
+        for layout in ("masked", "shared", "packed"):
+            if layout != truth:
+                other, others = results[layout]
+                worst = max((others[name] - grad).abs().max().item() for name, grad in grads.items()) / largest
+                found[layout, truth] = max(worst, abs(other - loss).item() / abs(loss).item())
+    return found
+
+
+def check(name: str, dtype: torch.dtype) -> dict[tuple[str, str], float]:
+    """Returns the largest relative errors of a family over all batches."""
+    model = build(name, "eager" if name.startswith(EAGER) else "sdpa", dtype)
+    reason = use_split_attention(model)
+    if reason is not None:
+        raise ValueError(reason)
+    worst: dict[tuple[str, str], float] = {}
+    for images in (0, 1, 2) if ALL[name].images else (0,):
+        for count in (1, 2, 4):
+            for key, error in errors(model, pairs(name, count, images)).items():
+                worst[key] = max(worst.get(key, 0.0), error)
+    return worst
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", default=list(ALL), help="names of families; default: all")
+    torch.set_num_threads(1)
+    failed = 0
+    columns = [(layout, truth) for truth in ("separate", "masked") for layout in ("shared", "packed")]
+    columns.append(("masked", "separate"))
+    print(f"{'family':<24}{'dtype':<9}" + "".join(f"{f'{layout} / {truth}':>20}" for layout, truth in columns))
+    for name in parser.parse_args().families:
+        for dtype in LIMITS:
+            try:
+                worst = check(name, dtype)
+            except Exception as error:  # every error is a result
+                failed += 1
+                print(f"{name:<24}{type(error).__name__}: {error}", flush=True)
+                break
+            is_wrong = any(not worst[column] <= LIMITS[dtype] for column in columns[:-1])
+            failed += is_wrong
+            line = f"{name:<24}{str(dtype).removeprefix('torch.'):<9}" + "".join(f"{worst[c]:>20.1e}" for c in columns)
+            print(f"{line}{'  above the limit' if is_wrong else ''}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
