@@ -231,7 +231,7 @@ def _split_sdpa(
     if unknown:
         raise ValueError(f"attention must be without {', '.join(unknown)}, got it in {type(module).__name__}")
     query, key, value = _autocast(query, key, value)
-    options = {"dropout_p": kwargs.get("dropout") or 0.0, "scale": kwargs.get("scaling")}
+    options: dict[str, Any] = {"dropout_p": kwargs.get("dropout") or 0.0, "scale": kwargs.get("scaling")}
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         # The flash kernel of CUDA shares keys between heads; other kernels need a copy of the keys for each head.

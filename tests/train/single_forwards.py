@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from all_float64 import AllFloat64
 from families import FAMILIES, PAD, VOCAB
 from torch import nn
 
@@ -39,7 +41,8 @@ def batch_of(model: nn.Module, samples: Sequence[Sample], kind: Any, **options: 
 
 
 def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
-    out = forward(model, batch)
+    with AllFloat64() if next(model.parameters()).dtype == torch.float64 else nullcontext():
+        out = forward(model, batch)
     return linear_mpo_loss(
         out.hidden, out.weight, batch.labels, -torch.linspace(3, 9, 2 * batch.pairs), cu_seqlens=batch.cu_seqlens,
         shift=False, **out.options,

@@ -165,4 +165,5 @@ def test_no_micro_batch_has_more_positions_than_the_limit(layout: Any) -> None:
     assert sorted(pair for pairs in split for pair in pairs) == list(range(60))
     positions = [collate([samples[pair] for pair in pairs], layout, pad_id=PAD).positions for pairs in split]
     assert max(positions) <= 150
-    assert sum(positions) > 0.8 * 150 * len(positions)
+    if layout == "packed":
+        assert len(positions) <= sum(positions) / 150 + 2  # no packing needs less than the first term
