@@ -43,14 +43,18 @@ def main() -> None:
     steps, failed = run_cases(CASES, sizes, args.steps + 1, threads=args.threads)
     results = {name: summary(measured) for name, measured in steps.items()}
     base = results.get("padded rows")
-    print(f"{'case':<16}{'step':>9}{'p20 .. p80':>18}{'of padded':>11}{'peak MiB':>10}{'loss gap':>10}")
+    print(
+        f"{'case':<16}{'step':>9}{'p20 .. p80':>18}{'of padded':>11}{'CPU s':>8}{'of padded':>11}{'peak MiB':>10}{'loss gap':>10}"
+    )
     for name, result in results.items():
         low, high = result["spread_s"]
         line = f"{name:<16}{result['median_s']:>7.2f} s{f'{low:.2f} .. {high:.2f} s':>18}"
-        ratio, gap = float("nan"), float("nan")
+        wall, cpu, gap = float("nan"), float("nan"), float("nan")
         if base is not None:
-            ratio, gap = result["median_s"] / base["median_s"], loss_gap(result["losses"], base["losses"])
-        print(f"{line}{ratio:>11.2f}{result['peak'] / 2**20:>10.0f}{gap:>10.1e}")
+            wall, cpu = (result[key] / base[key] for key in ("median_s", "median_cpu_s"))
+            gap = loss_gap(result["losses"], base["losses"])
+        line += f"{wall:>11.2f}{result['median_cpu_s']:>8.2f}{cpu:>11.2f}"
+        print(f"{line}{result['peak'] / 2**20:>10.0f}{gap:>10.1e}")
     for name, reason in failed.items():
         print(f"{name:<16}not run: {reason}")
     if args.json:

@@ -384,7 +384,7 @@ def test_eager_attention_keeps_its_scores(tmp_path: Path) -> None:
 
 def test_micro_batches_filled_by_tokens_have_this_number_of_positions(tmp_path: Path) -> None:
     planned = plan(make(tmp_path, "optim.micro_batch_tokens=200"))
-    assert (planned.positions, planned.micro_batches) == (200, 2)  # four pairs of 80 positions, two in a micro-batch
+    assert (planned.positions, planned.micro_batches) == (200, 4)  # eight pairs of 80 positions, two in a micro-batch
     two = plan(make(tmp_path, "optim.micro_batch_size=2"))
     for name in ("activations", "loss"):
         assert part(planned, name).bytes >= part(two, name).bytes

@@ -128,7 +128,10 @@ def test_eager_attention_is_split_too(family: str, queries: int, monkeypatch: py
     model = build(family, "split eager", torch.float64)
     assert model.get_decoder().config._attn_implementation == "mpo_split_eager"
     assert_as_dense(model, several_pairs(family, 2), 1e-12)
-    assert check_shared_prefix(model, samples_of(family), pad_id=PAD, positions=prompt_positions(model)) is None
+    model = build(family, "split eager")
+    for layout in get_args(SharedLayout):
+        positions = prompt_positions(model)
+        assert check_shared_prefix(model, samples_of(family), pad_id=PAD, positions=positions, layout=layout) is None
 
 
 class Operators(TorchDispatchMode):
