@@ -44,7 +44,8 @@ def main() -> None:
     results = {name: summary(measured) for name, measured in steps.items()}
     base = results.get("padded rows")
     print(
-        f"{'case':<16}{'step':>9}{'p20 .. p80':>18}{'of padded':>11}{'CPU s':>8}{'of padded':>11}{'peak MiB':>10}{'loss gap':>10}"
+        f"{'case':<16}{'step':>9}{'p20 .. p80':>18}{'of padded':>11}{'CPU s':>8}{'of padded':>11}{'peak MiB':>10}"
+        f"{'loss gap':>10}"
     )
     for name, result in results.items():
         low, high = result["spread_s"]

@@ -138,6 +138,24 @@ def test_long_pairs_come_first(tmp_path: Path, pairs: Path) -> None:
     assert max(lengths) == lengths[0] > lengths[-1], prompts
 
 
+@pytest.mark.parametrize(("prefix", "layout"), [(True, "packed"), ("padded", "shared"), (False, "separate")])
+def test_micro_batches_are_filled_by_tokens_with_the_pairs_of_a_step(
+    tmp_path: Path, pairs: Path, prefix: Any, layout: str
+) -> None:
+    by_pairs = trainer_of(tmp_path / "pairs", pairs, optim__micro_batch_size=1)
+    settings = {"optim__micro_batch_size": 1, "optim__micro_batch_tokens": 400, "loss__shared_prefix": prefix}
+    by_tokens = trainer_of(tmp_path / "tokens", pairs, **settings)
+    setup.choose_layout(by_tokens.model, by_tokens.data)
+    for step in range(2):
+        batches, again = (by_tokens.data.steps()[step].batches for _ in range(2))
+        assert [batch.names for batch in batches] == [batch.names for batch in again]
+        assert {batch.layout for batch in batches} == {layout}
+        assert max(batch.positions for batch in batches) <= 400
+        assert len(batches) < sum(batch.pairs for batch in batches)
+        names = sorted(name for batch in batches for name in batch.names)
+        assert names == sorted(batch.names[0] for batch in by_pairs.data.steps()[step].batches)
+
+
 def test_the_template_of_the_recipe_reaches_the_encoder(tmp_path: Path, pairs: Path) -> None:
     template = "{% for message in messages %}<|{{ message['role'] }}|> x {% endfor %}<|assistant|> "
     with pytest.raises(ValueError, match=r"(?i)template"):  # it writes no response
