@@ -507,6 +507,23 @@ def test_the_layout_is_the_first_that_passes_the_check(
     assert trainer.data.collator.layout == layout
 
 
+def test_a_reference_model_from_a_path_is_checked_too(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tmp_path / "out", pairs)
+    reference = tiny()[0]
+
+    def check(model: nn.Module, *args: Any, layout: str, **options: Any) -> str | None:
+        return "the reference fails" if model is reference and layout == "packed" else None
+
+    monkeypatch.setattr(setup, "check_shared_prefix", check)
+    assert setup.choose_layout(trainer.model, trainer.data, reference) == PACKED  # a copy of the policy
+    other = dataclasses.replace(trainer.recipe.reference, path="other")
+    trainer.data.recipe = dataclasses.replace(trainer.recipe, reference=other)
+    assert setup.choose_layout(trainer.model, trainer.data, reference) == f"{CHECKED}, not packed: the reference fails"
+    assert trainer.data.collator.layout == "shared"
+
+
 def test_split_attention_trains_as_the_dense_mask_and_separate_rows_do(tmp_path: Path, pairs: Path) -> None:
     packed, padded, masked, separate = (
         run(recipe(tmp_path / str(value), pairs, loss__shared_prefix=value, model__gradient_checkpointing=True))
