@@ -86,7 +86,7 @@ def test_a_layer_in_float64_gives_the_outputs_and_gradients_of_single_sequences(
 
     assert split_layers(layer) is None
     for shape in ((len(rows), 22), (1, len(rows) * 22)):  # also as one packed row
-        segments = RowSegments(rows, 22, torch.device("cpu"))
+        segments = RowSegments([[row] for row in rows], 22, torch.device("cpu"))
         actual = layer(hidden_states=hidden.reshape(*shape, 16), row_segments=segments).reshape(hidden.shape)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
         assert not actual[4, 4:].any()
@@ -95,7 +95,7 @@ def test_a_layer_in_float64_gives_the_outputs_and_gradients_of_single_sequences(
 
 
 def test_rows_become_pieces() -> None:
-    segments = RowSegments([(4, 3, 2), (5, 6), (2,), ()], 11, torch.device("cpu"))
+    segments = RowSegments([[(4, 3, 2)], [(5, 6)], [(2,)], []], 11, torch.device("cpu"))
     pieces = _pieces(segments)
     assert [tuple(piece) for piece in pieces] == [
         (4, None, True, False), (3, 0, False, False), (2, 0, False, False), (2, None, False, True),
@@ -179,7 +179,7 @@ def test_states_that_decay_within_a_token_pass_the_check() -> None:
     with torch.no_grad():
         layer.A_log.fill_(2)
     assert split_layers(layer) is None
-    segments = RowSegments([(16, 4, 4)], 24, torch.device("cpu"))
+    segments = RowSegments([[(16, 4, 4)]], 24, torch.device("cpu"))
     assert layer(torch.randn(1, 24, 512), row_segments=segments).isfinite().all()
 
 
