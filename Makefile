@@ -32,7 +32,7 @@ docs: $(BIN)/python
 	$(BIN)/pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
 	$(BIN)/mkdocs build --strict
 
-# Runs the benchmarks for about twenty minutes, on a machine without other work; writes results/ and the marked blocks
+# Runs the benchmarks for about half an hour, on a machine without other work; writes results/ and the marked blocks
 # of README.md and docs/.
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks --docs

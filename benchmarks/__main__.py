@@ -19,7 +19,7 @@ import torch
 from benchmarks import check_model, documents, linear, logits, machine, measure, plots, schema, suite, tables
 
 #: Fraction of the total time by benchmark.
-SHARES = {"logits": 0.3, "linear": 0.4, "train_step": 0.26, "sampling": 0.04}
+SHARES = {"logits": 0.2, "linear": 0.3, "train_step": 0.46, "sampling": 0.04}
 _QUICK_MINUTES = 4.0
 
 
@@ -29,7 +29,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", nargs="+", metavar="NAME", help=f"any of {', '.join(SHARES)} (default: all)")
     made.add_argument("--out", metavar="DIR", help="folder (default: results, or build/benchmarks with --quick)")
     made.add_argument("--threads", type=int, default=2, help="CPU threads")
-    made.add_argument("--minutes", type=float, default=19.0, help="time for all benchmarks; later groups are skipped")
+    made.add_argument(
+        "--cpu-time", action="store_true", help="measure CPU time of one thread, for a machine with other work"
+    )
+    made.add_argument("--minutes", type=float, default=30.0, help="time for all benchmarks; later groups are skipped")
+    made.add_argument(
+        "--prompts", type=int, nargs="*", default=suite.PROMPTS, metavar="TOKENS",
+        help="prompts of the training steps with expensive attention",
+    )  # fmt: skip
     made.add_argument("--docs", action="store_true", help="write the marked blocks of README.md and docs/")
     made.add_argument("--render", action="store_true", help="measure nothing: read the result files instead")
     return made
@@ -46,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         options.error(f"--minutes must be positive, got {args.minutes}")
     if args.docs and args.quick:
         options.error("--docs must not be given with --quick: documents show full runs")
+    if args.cpu_time and args.threads != 1:
+        options.error(f"--threads must be 1 with --cpu-time, got {args.threads}")
+    if args.cpu_time:
+        measure.use_cpu_time()
     torch.set_num_threads(args.threads)
     out = Path(args.out or ("build/benchmarks" if args.quick else "results"))
     out.mkdir(parents=True, exist_ok=True)
@@ -92,7 +103,8 @@ def measure_all(names: list[str], out: Path, args: argparse.Namespace, command: 
         elif name == "linear":
             results = suite.run_groups(linear.BENCHMARK, suite.linear_groups(quick=args.quick), budget, log)
         elif name == "train_step":
-            results = suite.run_train_step(quick=args.quick, seconds=budget, threads=args.threads, log=log)
+            options = {"threads": args.threads, "prompts": args.prompts, "seconds": budget}
+            results = suite.run_train_step(quick=args.quick, log=log, **options)
         else:
             results = suite.run_sampling(quick=args.quick, threads=args.threads, log=log)
         for program, values in results.machine.items():

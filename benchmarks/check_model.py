@@ -1,4 +1,4 @@
-"""Compares the predictions of mpo_ext.plan.roofline with the measured points (provider and shape) in results/."""
+"""Compares the predictions of mpo_ext.plan with the measured points (provider and shape) in results/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.step_inputs import Sizes, build, make_recipe
-from mpo_ext.plan import machines
+from mpo_ext.plan import machines, steps
 from mpo_ext.plan import roofline as cost
 
 WITHIN = 0.25  # largest relative error of an accurate prediction
@@ -55,10 +55,10 @@ def _predict(benchmark: str, point: Mapping[str, Any], rates: machines.Machine) 
     if benchmark == "train_step":
         sizes = Sizes(**{key: point[key] for key in Sizes.__dataclass_fields__})
         trainer = provider.removesuffix(", precomputed")
-        if trainer not in cost.STEPS:
+        if trainer not in steps.STEPS:
             return None
         model, step = step_inputs(sizes, precomputed=trainer != provider)
-        return cost.step_cost(trainer, model, step, rates)
+        return steps.step_cost(trainer, model, step, rates)
     if provider not in (cost.LOGITS if benchmark == "logits" else cost.LINEAR):
         return None
     shape = {key: point[key] for key in ("dtype", "pairs", "tokens", "vocab", "hidden", "share")}
@@ -66,7 +66,7 @@ def _predict(benchmark: str, point: Mapping[str, Any], rates: machines.Machine) 
 
 
 @functools.cache
-def step_inputs(sizes: Sizes, *, precomputed: bool) -> tuple[cost.ModelShape, cost.StepShape]:
+def step_inputs(sizes: Sizes, *, precomputed: bool) -> tuple[steps.ModelShape, steps.StepShape]:
     """Returns the model and the step that ``benchmarks.train_step`` measures, as inputs of the cost model."""
     from mpo_ext.plan.memory import MemoryEstimate
 
@@ -75,8 +75,8 @@ def step_inputs(sizes: Sizes, *, precomputed: bool) -> tuple[cost.ModelShape, co
     with tempfile.TemporaryDirectory() as folder:
         recipe = make_recipe(Path(folder), Path("pairs.jsonl"), sizes, 1, {})
     estimate = MemoryEstimate(recipe, model, "shared", 1)
-    step = cost.StepShape(
-        prompt=sizes.images * sizes.image_tokens + sizes.text + 8,
+    step = steps.StepShape(
+        prompt=sizes.prompt,
         response=(sizes.response + sizes.least_response) // 2,
         pairs=sizes.micro_batch,
         micro_batches=sizes.batch // sizes.micro_batch,

@@ -2,7 +2,7 @@
 
 A block begins with ``<!-- results: NAME -->`` and ends with ``<!-- end of results -->``, each marker on its own line.
 tests/benchmarks/test_documents.py fails if a block differs from the text that the result files give. A block whose
-name begins with "predicted" holds predictions of mpo_ext.plan.roofline, not measurements.
+name begins with "predicted" holds predictions of mpo_ext.plan, not measurements.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "linear": (("linear",), partial(tables.full_table, "linear")),
     "linear_sweeps": (("linear",), partial(tables.sweeps, "linear")),
     "train_step": (("train_step",), tables.steps),
+    "train_step_attention": (("train_step",), tables.attention_steps),
     "sampling": (("sampling",), tables.sampling),
     "rates": (("cost_model",), tables.rates),
     "cost_model": (("cost_model",), tables.cost_model),
     "instructions": (("machine_code",), tables.instruction_counts),
     "registers": (("machine_code",), tables.registers),
     "predicted_paths": ((), predictions.paths),
-    "predicted_steps": ((), predictions.steps),
+    "predicted_steps": ((), predictions.step_times),
+    "predicted_vocabularies": ((), predictions.vocabularies),
+    "predicted_published": ((), predictions.published),
     "predicted_losses": ((), predictions.losses),
     "predicted_floors": ((), predictions.floors),
     "predicted_issue": (("machine_code",), predictions.issue),

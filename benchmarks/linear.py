@@ -22,7 +22,12 @@ from mpo_ext.ops.tiles import matmul_dtype
 from mpo_ext.plan.roofline import LossShape
 
 FROZEN = "mpo_ext, frozen head"
-OURS: dict[str, dict[str, Any]] = {"mpo_ext": {}, "mpo_ext, recompute=False": {"recompute": False}, FROZEN: {}}
+OURS: dict[str, dict[str, Any]] = {
+    "mpo_ext": {},
+    "mpo_ext, recompute=True": {"recompute": True},
+    "mpo_ext, recompute=False": {"recompute": False},
+    FROZEN: {},
+}
 #: The smallest useful memory budget. It is not measured on every shape.
 SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memory_budget": 512 << 10}}
 

@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Run, Timing, environment, gpu_peak_bytes, interleaved, nothing, peak_bytes, write_json
+from benchmarks.measure import (
+    Run,
+    Timing,
+    environment,
+    gpu_peak_bytes,
+    interleaved,
+    nothing,
+    peak_bytes,
+    use_cpu_time,
+    write_json,
+)
 from mpo_ext.plan.roofline import LossShape
 
 #: Function that runs forward and backward on a batch and returns the gradients.
@@ -170,6 +180,7 @@ def parser(description: str, benchmark: LossBenchmark, *, cases: Iterable[str], 
     made.add_argument("--vocab", type=int, default=151936, help="V, size of the vocabulary")
     made.add_argument("--runs", type=int, default=runs, help="counted runs of each case")
     made.add_argument("--threads", type=int, default=2, help="CPU threads")
+    made.add_argument("--cpu-time", action="store_true", help="measure CPU time, for a machine with other work")
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     made.add_argument("--shares", nargs="+", type=float, default=shares, help="shares of the rows that have a label")
@@ -182,6 +193,8 @@ def parser(description: str, benchmark: LossBenchmark, *, cases: Iterable[str], 
 def command(benchmark: LossBenchmark, args: argparse.Namespace) -> None:
     """Measures one pair, prints the tables, and writes the results as JSON if ``--json`` is given."""
     torch.set_num_threads(args.threads)
+    if args.cpu_time:
+        use_cpu_time()
     hidden = getattr(args, "hidden_size", None)
     print(", ".join(f"{key} {value}" for key, value in environment().items()))
     print(f"one pair, T {args.tokens}, {'' if hidden is None else f'D {hidden}, '}V {args.vocab}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from benchmarks.measure import Run, interleaved, nothing
 from mpo_ext import mpo_loss
@@ -17,6 +18,8 @@ from mpo_ext.plan.machines import Machine
 _WORDS = 32 << 20  # float32 values: four times the last-level cache of a common server
 _FRESH_BYTES = 128 << 20  # the allocator may reuse a smaller block that was freed just before
 _ROWS, _HIDDEN, _COLUMNS = 256, 896, 8192  # sizes of the matrix products
+_SHORTEST = (32, 1024)  # smallest sizes of further products
+_ATTENTION = (1, 4, 2048, 64)  # pairs, heads, tokens and head size of the attention kernels
 _CACHED = (2, 16, 65536)  # logits that stay in a last-level cache
 _NARROW = (2, 128, 65536)  # logits in bfloat16: computing takes longer than reading
 DTYPES = ("float32", "bfloat16")
@@ -64,8 +67,20 @@ def programs() -> dict[str, Run]:
         rows, weight = torch.randn(_ROWS, _HIDDEN).to(kind), torch.randn(_COLUMNS, _HIDDEN).to(kind)
         product = torch.empty(_ROWS, _COLUMNS, dtype=kind)
         runs[f"product {dtype}"] = functools.partial(torch.mm, rows, weight.T, out=product)
+    for size in _SHORTEST:
+        rows, weight = torch.randn(size, max(size, _HIDDEN)), torch.randn(_COLUMNS, max(size, _HIDDEN))
+        runs[f"product of {size}"] = functools.partial(torch.mm, rows, weight.T, out=torch.empty(size, _COLUMNS))
+    query = torch.randn(_ATTENTION, requires_grad=True)
+    mask = torch.ones(_ATTENTION[2], _ATTENTION[2], dtype=torch.bool).tril()
+    for kind, options in {"plain": {"is_causal": True}, "masked": {"attn_mask": mask}}.items():
+        runs[f"attention {kind}"] = functools.partial(_attend, query, options)
     warm = ("kernels", "huge", "softmax", "overhead")
     return {f"machine: {name}": (run if name in warm else nothing, run) for name, run in runs.items()}
+
+
+def _attend(query: torch.Tensor, options: dict[str, Any]) -> None:
+    """Runs attention forward and backward, with the same queries, keys and values."""
+    torch.autograd.grad(F.scaled_dot_product_attention(query, query, query, **options).sum(), query)
 
 
 def sample(runs: int = 5) -> dict[str, list[float]]:
@@ -74,7 +89,10 @@ def sample(runs: int = 5) -> dict[str, list[float]]:
 
 
 def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Machine:
-    """Returns the rates of the machine from the median seconds of all programs."""
+    """Returns the rates of the machine from the median seconds of the programs.
+
+    Runs before 2026-11-29 have no programs for attention and for products of other sizes; their rates are left out.
+    """
     wanted = ["read", "update", "fill", "fresh", "huge", "kernels", "softmax", "overhead"]
     for key in (*wanted, *(f"product {dtype}" for dtype in DTYPES)):
         if not seconds.get(f"machine: {key}"):
@@ -86,11 +104,26 @@ def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Mac
     def beyond(fresh: str, used: str) -> float:
         return max(median[fresh] - median[used], 1e-9)
 
+    of_256 = flop / median["product float32"]
+    shares = {_ROWS: 1.0}
+    for shortest in _SHORTEST:
+        if f"product of {shortest}" in median:
+            work = 2 * shortest * max(shortest, _HIDDEN) * _COLUMNS
+            shares[shortest] = work / median[f"product of {shortest}"] / of_256
+    pairs, heads, tokens, head_size = _ATTENTION
+    scores = 3.5 * 4 * pairs * heads * head_size * tokens**2  # five products in backward, two in forward
+    attention = {
+        kind: {"float32": scores * part / median[f"attention {kind}"]}
+        for kind, part in {"plain": 0.5, "masked": 1.0}.items()
+        if f"attention {kind}" in median
+    }
     return Machine(
         name=name,
         is_gpu=False,
         bandwidth=3 * size / (median["read"] + median["update"]),
         matmul_rates={dtype: flop / median[f"product {dtype}"] for dtype in DTYPES},
+        matmul_shares=shares if len(shares) > 1 else {},
+        attention_rates=attention,
         kernel_rate=math.prod(_NARROW) / max(median["kernels"] - median["overhead"], 1e-9),
         softmax_rate=math.prod(_CACHED) / median["softmax"],
         fresh=_FRESH_BYTES / beyond("fresh", "fill"),

@@ -1,4 +1,4 @@
-"""Makes Markdown tables of the predictions of mpo_ext.plan.roofline, for ``benchmarks.documents``."""
+"""Makes Markdown tables of the predictions of mpo_ext.plan, for ``benchmarks.documents``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.tables import Documents, provider_name
-from mpo_ext.plan import machines
+from mpo_ext.plan import machines, steps
 from mpo_ext.plan import roofline as cost
 from mpo_ext.report import markdown_table
 
@@ -27,6 +27,24 @@ def _gpu_table(loss: cost.LossShape, methods: Sequence[str]) -> str:
     return markdown_table(["ms, predicted", *machines.GPUS, "memory, predicted"], rows)
 
 
+_VOCABS = (151936, 248320, 262144)  # Qwen2.5, Qwen3.5, Gemma
+
+
+def vocabularies(documents: Documents) -> str:
+    """Returns a table of the predicted time of the loss from hidden states for several vocabularies."""
+    machine = machines.gpu("H100")
+    rows = []
+    for method in cost.LINEAR:
+        costs = [cost.loss_cost(method, replace(_WIDE, vocab=vocab), machine) for vocab in _VOCABS]
+        cells = [cell for each in costs for cell in (f"{1e3 * each.seconds:.1f} ms", _gib(each.memory))]
+        rows.append([provider_name(method), *cells])
+    header = [cell for vocab in _VOCABS for cell in (f"V = {vocab:,}", "memory")]
+    return (
+        f"Predicted for an H100, {_WIDE.rows:,} of {_WIDE.rows:,} rows labelled, D = {_WIDE.hidden}, bfloat16, from "
+        f"hidden states:\n\n{markdown_table(['predicted', *header], rows)}"
+    )
+
+
 def losses(documents: Documents) -> str:
     """Returns tables of the predicted time and memory of each loss method on each GPU."""
     parts = []
@@ -43,7 +61,7 @@ def losses(documents: Documents) -> str:
 _PATHS = {
     "mpo_ext, from logits": "logits, `mpo_loss`",
     "mpo_ext, from logits, reuse_logits": "logits, `mpo_loss(reuse_logits=True)`",
-    "mpo_ext": "`linear_mpo_loss`",
+    "mpo_ext": "`linear_mpo_loss`, which recomputes on a GPU",
     "mpo_ext, recompute=False": "`linear_mpo_loss(recompute=False)`",
     "mpo_ext, frozen head": "`linear_mpo_loss`, frozen head",
     "eager": "logits, eager torch",
@@ -78,45 +96,82 @@ def paths(documents: Documents) -> str:
     )
 
 
-def _described_model(*, trainable_share: float = 1.0, head_learns: bool = True) -> cost.ModelShape:
+def _described_model(*, trainable_share: float = 1.0, head_learns: bool = True) -> steps.ModelShape:
     """Returns the shape of a decoder as large as Qwen2.5-7B, without a vision tower."""
     layers, width, middle, keys, vocab = 28, 3584, 18944, 512, 152064
     decoder = layers * (2 * width * width + 2 * width * keys + 3 * width * middle)
     # The trainer keeps input and output of each linear layer in bfloat16; a norm keeps its input and its result.
     linear = 2 * (width + width) + 2 * (width + keys) + 3 * (width + middle)
     kept = layers * (2 * linear + 2 * (4 + 2) * width)
+    # Passes over memory as in ``MemoryEstimate.bytes_moved_per_position``.
+    moved = layers * 2 * (linear + 2 * 7 * width + 10 * (width + keys) + 5 * middle + 6 * width)
     parameters = decoder + 2 * vocab * width
-    return cost.ModelShape(
+    return steps.ModelShape(
         parameters=parameters, trainable=round(trainable_share * parameters), decoder=decoder, layers=layers,
-        width=width, vocab=vocab, kept=kept, head_learns=head_learns,
+        width=width, vocab=vocab, heads=width // 128, kept=kept, moved=moved, head_learns=head_learns,
     )  # fmt: skip
 
 
-def steps(documents: Documents) -> str:
-    """Returns a table of the predicted time and memory of a training step with each trainer."""
+#: Prompt and response of the pairs of the step tables, in tokens.
+_PAIRS = ((3072, 1024), (12288, 2048))
+
+
+def step_times(documents: Documents) -> str:
+    """Returns a table of the predicted time and memory of a training step with each trainer, for each pair."""
     model, machine = _described_model(), machines.gpu("H100")
-    step = cost.StepShape(prompt=3072, response=1024, checkpointing=True, shards=8)
-    ready = cost.StepShape(prompt=3072, response=1024, checkpointing=True, shards=8, precomputed=True)
     frozen = _described_model(trainable_share=0.005, head_learns=False)
+    adapters = "mpo_ext, precomputed, adapters of 0.5 % of the weights, frozen head"
     cases = [
-        ("mpo_ext", model, step, "mpo_ext"),
-        ("mpo_ext, precomputed reference", model, ready, "mpo_ext"),
-        ("mpo_ext, precomputed, `recompute=False`", model, ready, "mpo_ext, recompute=False"),
-        ("mpo_ext, precomputed, adapters of 0.5 % of the weights, frozen head", frozen, ready, "mpo_ext"),
-        ("mpo_ext, separate rows", model, step, "mpo_ext, separate rows"),
-        ("mpo_ext, separate rows, from logits", model, step, "mpo_ext, separate rows, from logits"),
-        ("TRL's DPOTrainer", model, step, "TRL"),
+        ("mpo_ext, one row with split attention", model, False, "mpo_ext"),
+        ("mpo_ext, one row with a dense mask", model, False, "mpo_ext, dense mask"),
+        ("mpo_ext, separate rows", model, False, "mpo_ext, separate rows"),
+        ("TRL's DPOTrainer", model, False, "TRL"),
+        ("mpo_ext, split attention, precomputed reference", model, True, "mpo_ext"),
+        ("mpo_ext, split attention, precomputed, `recompute=False`", model, True, "mpo_ext, recompute=False"),
+        (adapters, frozen, True, "mpo_ext"),
+        ("mpo_ext, separate rows, from logits", model, False, "mpo_ext, separate rows, from logits"),
     ]
+    shapes = [steps.StepShape(prompt=prompt, response=response, checkpointing=True, shards=8) for prompt, response in
+              _PAIRS]  # fmt: skip
     rows = []
-    for text, described, batch, trainer in cases:
-        predicted = cost.step_cost(trainer, described, batch, machine)
-        rows.append([text, f"{predicted.seconds:.2f} s", f"{predicted.memory / 2**30:.0f} GiB"])
+    for text, described, is_ready, trainer in cases:
+        cells = [text]
+        for shape in shapes:
+            predicted = steps.step_cost(trainer, described, replace(shape, precomputed=is_ready), machine)
+            cells += [f"{predicted.seconds:.2f} s", f"{predicted.memory / 2**30:.0f} GiB"]
+        rows.append(cells)
+    header = ["a training step, predicted"]
+    for shape in shapes:
+        header += [f"prompt {shape.prompt:,}, responses {shape.response:,}", "memory"]
     return (
-        f"Predicted for one of {step.shards} H100s with sharded weights (communication not counted): a decoder of "
-        f"{model.parameters / 1e9:.1f} billion float32 parameters with bfloat16 compute, one pair, a prompt of "
-        f"{step.prompt:,} tokens, responses of {step.response:,} tokens, gradient checkpointing.\n\n"
-        f"{markdown_table(['a training step, predicted', 'time', 'memory'], rows)}"
+        f"Predicted for one of {shapes[0].shards} H100s with sharded weights (communication not counted): a decoder "
+        f"of {model.parameters / 1e9:.1f} billion float32 parameters with bfloat16 compute, one pair, gradient "
+        f"checkpointing, no padding.\n\n{markdown_table(header, rows)}"
     )
+
+
+#: Published times of a cross entropy from hidden states, forward and backward, in bfloat16: what, GPU, rows, D, V, ms,
+#: and source. Rows that a source does not give are assumed.
+_PUBLISHED = (
+    ("Liger 0.8.5, CuTe, recomputes", "H100", 8192, 4096, 131072, 50.4, "README in Liger's wheel"),
+    ("Liger 0.8.5, CuTe, recomputes", "H100", 32768, 4096, 131072, 211.0, "README in Liger's wheel"),
+    ("quack, linear cross entropy", "H100", 2048, 4096, 128256, 7.96, "Liger #1356; 2,048 rows assumed"),
+    ("Liger, CuTe", "H100", 2048, 4096, 128256, 8.72, "Liger #1356; 2,048 rows assumed"),
+    ("Liger, CuTe, without recomputation", "B200", 8192, 4096, 152064, 20.9, "Liger #1339"),
+    ("Liger, CuTe, without recomputation", "B200", 8192, 4096, 262144, 36.3, "Liger #1339"),
+)
+
+
+def published(documents: Documents) -> str:
+    """Returns a table of published times of other libraries beside our predicted times for the same sizes."""
+    rows = []
+    for name, gpu, count, hidden, vocab, milliseconds, source in _PUBLISHED:
+        loss = cost.LossShape(tokens=count // 2, vocab=vocab, hidden=hidden)
+        ours = (cost.loss_cost(f"mpo_ext, recompute={value}", loss, machines.gpu(gpu)) for value in (True, False))
+        sizes = [gpu, f"{count:,}", f"{hidden:,}", f"{vocab:,}", f"{milliseconds:g}"]
+        rows.append([name, *sizes, *(f"{1e3 * each.seconds:.1f}" for each in ours), source])
+    header = ["published by others", "GPU", "rows", "D", "V", "ms, published", "ours, `recompute=True`, predicted"]
+    return markdown_table([*header, "ours, `recompute=False`, predicted", "source"], rows)
 
 
 _LATENCY = 0.8e-6  # assumed latency of a GPU's memory, in seconds

@@ -54,6 +54,11 @@ class Sizes:
     micro_batch: int = 1
 
     @property
+    def prompt(self) -> int:
+        """Number of tokens of a prompt: images, words, the question of eight words, and two of the chat template."""
+        return self.images * self.image_tokens + self.text + 10
+
+    @property
     def pixels(self) -> int:
         """Height and width of an image in pixels."""
         return 28 * round(self.image_tokens**0.5)
@@ -75,7 +80,7 @@ def build(sizes: Sizes) -> tuple[Any, Any]:
     processor = DigitsProcessor(images, tokenizer, sizes.image_tokens, CHAT_TEMPLATE)
     heads, vision_heads = max(1, sizes.hidden // 64), max(1, sizes.vision_hidden // 64)
     text = {"hidden_size": sizes.hidden, "num_hidden_layers": sizes.layers, "num_attention_heads": heads}
-    text |= {"vocab_size": sizes.vocab, "max_position_embeddings": 8192}
+    text |= {"vocab_size": sizes.vocab, "max_position_embeddings": 16384}
     vision = {"hidden_size": sizes.vision_hidden, "num_attention_heads": vision_heads, "patch_size": [14, 14]}
     config = make_config(tokenizer, text, vision, pixels=sizes.pixels, image_tokens=sizes.image_tokens)
     torch.manual_seed(0)

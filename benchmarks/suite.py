@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import linear, logits, losses, machine, train_step
-from benchmarks.measure import Timing, interleaved
+from benchmarks.measure import Timing, interleaved, is_cpu_time
 from mpo_ext.ops.tiles import matmul_dtype
 from mpo_ext.plan.roofline import LossShape
 
@@ -232,25 +232,43 @@ TINY = train_step.Sizes(
 )
 
 
-def step_groups(*, quick: bool) -> list[tuple[str, train_step.Sizes, tuple[str, ...], int]]:
+#: Prompts of the steps whose attention is expensive, in tokens; TRL is measured with those up to the second number.
+PROMPTS, _TRL_PROMPT = (1024, 2048, 4096, 8192), 2048
+
+
+def step_groups(
+    *, quick: bool, prompts: Sequence[int] = PROMPTS
+) -> list[tuple[str, train_step.Sizes, tuple[str, ...], int]]:
     """Returns the sweep, the sizes, the cases and the number of counted steps of each group."""
     ours, cases = ("mpo_ext", "mpo_ext, precomputed"), ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
     if quick:
         return [("base", TINY, cases, 2)]
     base = train_step.Sizes()
+    rivals = ("TRL", "TRL, torch_compile")
     return [
         ("base", base, cases, 3),
         ("image tokens", dataclasses.replace(base, images=1), ours, 3),
         ("image tokens", dataclasses.replace(base, images=2), ours, 3),
+        *(
+            (
+                "prompt",
+                train_step.attention_sizes(tokens),
+                (*(rivals if tokens <= _TRL_PROMPT else ()), *train_step.ATTENTION_CASES),
+                2,
+            )
+            for tokens in prompts
+        ),
     ]
 
 
-def run_train_step(*, quick: bool, seconds: float, threads: int, log: Callable[[str], None]) -> Results:
+def run_train_step(
+    *, quick: bool, seconds: float, threads: int, log: Callable[[str], None], prompts: Sequence[int] = PROMPTS
+) -> Results:
     """Measures complete training steps of mpo_ext's trainer and of TRL's trainer."""
     results = Results()
     begin = time.perf_counter()
-    for number, (sweep, sizes, names, steps) in enumerate(step_groups(quick=quick), start=1):
-        where = f"{sweep}={sizes.images * sizes.image_tokens}"
+    for number, (sweep, sizes, names, steps) in enumerate(step_groups(quick=quick, prompts=prompts), start=1):
+        where = f"{sweep}={sizes.prompt if sweep == 'prompt' else sizes.images * sizes.image_tokens}"
         if time.perf_counter() - begin > seconds and number > 1:
             reason = f"the {seconds:.0f} s of this benchmark were over"
             results.points += [point(where, name, None, reason=reason) for name in names]
@@ -266,7 +284,9 @@ def run_train_step(*, quick: bool, seconds: float, threads: int, log: Callable[[
                 continue
             summary = train_step.summary(measured[name])
             values = {key: summary[key] for key in ("median_cpu_s", "peak_of_steps", "losses")}
-            values |= {"seconds": [step.seconds for step in measured[name][1:]], "peak_bytes": summary["peak"]}
+            counted = measured[name][1:]
+            seconds = [step.cpu_seconds if is_cpu_time() else step.seconds for step in counted]
+            values |= {"seconds": seconds, "peak_bytes": summary["peak"]}
             results.points.append(point(where, name, None, **shape, **values, beside=results.beside))
     results.add_machine(machine.sample(3))
     return results

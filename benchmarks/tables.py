@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import check_model
+from benchmarks import check_model, step_inputs, train_step
 from mpo_ext.report import markdown_table
 
 PLOTS = Path("docs/plots")
@@ -22,6 +22,7 @@ _NAMES = {
     "mpo_ext, reuse_logits": "mpo_ext, `reuse_logits=True`",
     "mpo_ext, all statistics": "mpo_ext, `stats`: entropy, mean_logit, top1, sum_p_squared",
     "mpo_ext, recompute=False": "mpo_ext, `recompute=False`",
+    "mpo_ext, recompute=True": "mpo_ext, `recompute=True`",
     "mpo_ext, memory_budget of 512 KiB": "mpo_ext, `memory_budget=2**19`",
     "mpo_ext, from logits, reuse_logits": "mpo_ext, from logits, `reuse_logits=True`",
     "eager": "the same loss in eager torch",
@@ -36,6 +37,7 @@ _NAMES = {
     "cut-cross-entropy torch_compile": "cut-cross-entropy (its torch_compile)",
     "TRL": "TRL's DPOTrainer",
     "TRL, precomputed": "TRL's DPOTrainer, precomputed reference",
+    "TRL, torch_compile": "TRL's DPOTrainer, `torch_compile`",
     "mpo_ext, precomputed": "mpo_ext, precomputed reference",
 }
 
@@ -54,9 +56,10 @@ def _plain(text: str) -> str:
 
 def _cpu(document: Document) -> str:
     environment = document["environment"]
-    return (
-        f"{environment['threads']} threads of {environment['cpu'].rsplit(' x ', 1)[0]} ({environment['cores']} cores)"
-    )
+    count = environment["threads"]
+    threads = "1 thread" if count == 1 else f"{count} threads"
+    time = ", in CPU time" if "--cpu-time" in environment["command"].split() else ""
+    return f"{threads} of {environment['cpu'].rsplit(' x ', 1)[0]} ({environment['cores']} cores){time}"
 
 
 def _where(document: Document) -> str:
@@ -275,7 +278,7 @@ def steps(documents: Documents) -> str:
     document = documents["train_step"]
     base, trl = _base_steps(document)
     rows = []
-    for point in _measured(document):
+    for point in (p for p in _measured(document) if not _is_attention(p)):
         tokens = f"{point['images'] * point['image_tokens']:,}"
         faster = _faster(point, trl) if point in base else ""
         memory = _mib(point["peak_bytes"])
@@ -288,6 +291,63 @@ def steps(documents: Documents) -> str:
         _loss_gap(base, trl),
         _missing(document),
     ])  # fmt: skip
+
+
+def _is_attention(point: Point) -> bool:
+    return point["sweep"].startswith("prompt")
+
+
+#: Table labels of the cases that attend in different ways.
+_ATTENTION_NAMES = {
+    "mpo_ext": "mpo_ext, one row, split attention",
+    "mpo_ext, dense mask": "mpo_ext, one row, dense mask",
+}
+
+
+def attention_steps(documents: Documents) -> str:
+    """Returns the table of the training steps whose attention is expensive, by prompt and way to attend."""
+    document = documents["train_step"]
+    points = [point for point in _measured(document) if _is_attention(point)]
+    rows = []
+    for point in points:
+        beside = [other for other in points if other["sweep"] == point["sweep"]]
+        sizes = step_inputs.Sizes(**{key: point[key] for key in step_inputs.Sizes.__dataclass_fields__})
+        speed = train_step.rates(sizes, point["median_s"])
+        ratios = []
+        for name in ("mpo_ext, separate rows", "mpo_ext, dense mask", "TRL"):
+            other = _find(beside, provider=name)
+            ratios.append("" if other is None else f"{point['median_s'] / other['median_s']:.2f}")
+        name = _ATTENTION_NAMES.get(point["provider"], provider_name(point["provider"]))
+        rows.append([
+            f"{sizes.prompt:,}", str(sizes.layers), name, _time(point), *ratios, f"{speed['pairs_per_s']:.3f}",
+            f"{speed['tokens_per_s']:,.0f}", _mib(point["peak_bytes"]),
+        ])  # fmt: skip
+    header = ["prompt", "layers", "", "step", "of separate rows", "of dense mask", "of TRL", "pairs/s", "tokens/s"]
+    parts = [f"{_where(document)}\n"]
+    if rows:
+        first = points[0]
+        gaps = [
+            abs(a - b)
+            for point in points
+            if (trl := _find(points, sweep=point["sweep"], provider="TRL")) is not None
+            for a, b in zip(point["losses"], trl["losses"], strict=True)
+        ]
+        parts.append(
+            f"A text model of the form of Qwen2, V = {first['vocab']:,}, hidden size {first['hidden']}, responses of "
+            f"{first['response']} tokens, one pair per step, float32. The tokens of a prompt count once for a pair. "
+            "Medians of the steps after the first.\n"
+        )
+        parts.append(markdown_table([*header, "peak memory"], rows))
+        if gaps:
+            parts.append(
+                f"In every step, the losses differ from those of TRL by at most {max(gaps):.1e} (absolute).\n"
+            )
+    reasons = [
+        f"- {point['id']}: {_plain(point['reason'])}"
+        for point in document["points"]
+        if _is_attention(point) and point["status"] != "measured"
+    ]
+    return "\n".join([*parts, *(["Not run:", "", *reasons] if reasons else [])])
 
 
 def sampling(documents: Documents) -> str:
@@ -317,6 +377,15 @@ def rates(documents: Documents) -> str:
     rows = [
         ["bandwidth", f"{machine['bandwidth'] / 1e9:.1f} GB/s"],
         *([f"matrix products, {d}", f"{rate / 1e9:.0f} GFLOP/s"] for d, rate in machine["matmul_rates"].items()),
+        *(
+            [f"attention, {kind}, {d}", f"{rate / 1e9:.0f} GFLOP/s"]
+            for kind, by_dtype in machine.get("attention_rates", {}).items()
+            for d, rate in by_dtype.items()
+        ),
+        *(
+            [f"share of the matrix products' rate, smallest size {size}", f"{share:.0%}"]
+            for size, share in machine.get("matmul_shares", {}).items()
+        ),
         ["our kernels in cache, forward and backward", f"{machine['kernel_rate'] / 1e9:.2f} G logits/s"],
         ["torch's log_softmax in cache, forward and backward", f"{machine['softmax_rate'] / 1e9:.2f} G logits/s"],
         ["page faults, small pages", f"{machine['fresh'] / 1e9:.2f} GB/s"],

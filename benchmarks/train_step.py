@@ -8,8 +8,8 @@ The model is an InternVL, small except for its vocabulary. A pair has four image
 128 tokens. ``--prompt text`` replaces the images with 1,024 tokens of text, because TRL rejects a precomputed
 reference for images. A case that fails is listed with its error.
 
-``--attention`` compares three ways to attend in mpo_ext, with a small vocabulary and a long prompt of text: one row
-with split attention, one row with a dense mask, and separate rows.
+``--attention`` compares the ways to attend, with a small vocabulary and a long prompt of text: one row with split
+attention, one row with a dense mask, and separate rows, in mpo_ext and in TRL.
 """
 
 from __future__ import annotations
@@ -45,16 +45,32 @@ CASES = {
     "TRL, torch_compile": TrainerCase(True, {"torch_compile": True}),
     "mpo_ext": TrainerCase(False),
     "mpo_ext, precomputed": TrainerCase(False, {"reference.kind": "precomputed"}),
-    "mpo_ext, recompute=False": TrainerCase(False, {"loss.recompute": False}),
-    "mpo_ext, dense mask": TrainerCase(False, {"loss.shared_prefix": "masked"}),
-    "mpo_ext, separate rows": TrainerCase(False, {"loss.shared_prefix": False}),
-    "mpo_ext, from logits": TrainerCase(False, {"loss.from_logits": True}),
-    "mpo_ext, separate rows, from logits": TrainerCase(False, {"loss.shared_prefix": False, "loss.from_logits": True}),
+    **{
+        f"mpo_ext{rows}{loss}": TrainerCase(False, {**of_rows, **of_loss})
+        for rows, of_rows in {
+            "": {},
+            ", dense mask": {"loss.shared_prefix": "masked"},
+            ", separate rows": {"loss.shared_prefix": False},
+        }.items()
+        for loss, of_loss in {
+            "": {},
+            ", recompute=False": {"loss.recompute": False},
+            ", recompute=True": {"loss.recompute": True},
+            ", from logits": {"loss.from_logits": True},
+        }.items()
+    },
 }
 DEFAULT_CASES = ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
 ATTENTION_CASES = ("mpo_ext, dense mask", "mpo_ext", "mpo_ext, separate rows")
-#: A prompt of 4,096 tokens, of which 10 are the question and the template's, and responses of 512 tokens.
-ATTENTION_SIZES = Sizes(vocab=1024, hidden=512, layers=8, images=0, response=512, least_response=512, text=4086)
+#: Longest prompt with eight layers. Longer ones have two, so that a process needs less than 5 GiB.
+_DEEP_PROMPT = 4096
+
+
+def attention_sizes(prompt: int) -> Sizes:
+    """Returns sizes with which attention takes a large part of a step: a prompt of text, a small vocabulary."""
+    layers = 8 if prompt <= _DEEP_PROMPT else 2
+    sizes = Sizes(vocab=1024, hidden=512, layers=layers, images=0, response=512, least_response=512)
+    return dataclasses.replace(sizes, text=prompt - sizes.prompt)
 
 
 def _side(
@@ -140,22 +156,30 @@ def summary(steps: Sequence[MeasuredStep]) -> dict[str, Any]:
     }
 
 
+def rates(sizes: Sizes, seconds: float) -> dict[str, float]:
+    """Returns pairs and tokens per second. The tokens of a prompt count once for a pair."""
+    tokens = sizes.prompt + sizes.response + sizes.least_response
+    return {"pairs_per_s": sizes.batch / seconds, "tokens_per_s": sizes.batch * tokens / seconds}
+
+
 def loss_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Returns the largest absolute difference between the losses of two runs at the same step."""
     return max(abs(our - their) for our, their in zip(ours, theirs, strict=True))
 
 
-def table(results: Mapping[str, dict[str, Any]], failed: Mapping[str, str], base: str) -> Iterator[str]:
+def table(results: Mapping[str, dict[str, Any]], failed: Mapping[str, str], base: str, sizes: Sizes) -> Iterator[str]:
     """Yields the lines of the table of all cases. Ratios are relative to the case ``base``."""
     yield f"base: {base}"
     yield (
-        f"{'case':<36}{'step':>9}{'p20 .. p80':>18}{'times faster':>14}{'CPU s':>9}{'times less':>12}"
-        f"{'peak MiB':>10}{'of base':>8}{'loss gap':>10}"
+        f"{'case':<36}{'step':>9}{'p20 .. p80':>18}{'pairs/s':>9}{'tokens/s':>10}{'times faster':>14}{'CPU s':>9}"
+        f"{'times less':>12}{'peak MiB':>10}{'of base':>8}{'loss gap':>10}"
     )
     first = results.get(base)
     for name, result in results.items():
         low, high = result["spread_s"]
+        per_second = rates(sizes, result["median_s"])
         line = f"{name:<36}{result['median_s']:>7.2f} s{f'{low:.2f} .. {high:.2f} s':>18}"
+        line += f"{per_second['pairs_per_s']:>9.3f}{per_second['tokens_per_s']:>10.0f}"
         if first is None:
             yield f"{line}{'':>14}{result['median_cpu_s']:>9.2f}{'':>12}{result['peak'] / 2**20:>10.0f}"
             continue
@@ -184,34 +208,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for field in dataclasses.fields(Sizes):
         if field.name != "text":
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+            text = f"default: {field.default}, or with --attention another"
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help=text)
     parser.add_argument("--prompt", choices=("images", "text"), default="images")
     parser.add_argument(
         "--steps", type=int, default=10, help="counted steps of each case, after a first step that is not counted"
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(DEFAULT_CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES)
     parser.add_argument(
-        "--attention", action="store_true", help="compare ways to attend, with separate cases and sizes"
-    )
+        "--attention", type=int, nargs="?", const=_DEEP_PROMPT, metavar="TOKENS",
+        help=f"compare ways to attend, with separate sizes and a prompt of this many tokens (default: {_DEEP_PROMPT})",
+    )  # fmt: skip
     parser.add_argument("--parts", action="store_true", help="measure the parts of a step too")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Sizes) if field.name != "text"}
-    sizes = Sizes(**fields)
+    fields = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Sizes)}
+    changed = {name: value for name, value in fields.items() if value is not None}
+    sizes = dataclasses.replace(attention_sizes(args.attention) if args.attention else Sizes(), **changed)
     if args.prompt == "text":
         sizes = dataclasses.replace(sizes, images=0, text=sizes.images * sizes.image_tokens)
-    base = "TRL"
-    if args.attention:
-        args.cases, sizes, base = ATTENTION_CASES, ATTENTION_SIZES, ATTENTION_CASES[0]
+    names = args.cases or list(ATTENTION_CASES if args.attention else DEFAULT_CASES)
+    base = "TRL" if "TRL" in names else names[0]
 
     print(", ".join(f"{key} {value}" for key, value in environment().items()))
     print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(sizes).items()))
-    cases = {name: CASES[name] for name in args.cases}
+    cases = {name: CASES[name] for name in names}
     steps, failed = run_cases(cases, sizes, args.steps + 1, threads=args.threads, with_parts=args.parts)
     results = {name: summary(measured) for name, measured in steps.items()}
-    print("\n".join(table(results, failed, base)))
+    print("\n".join(table(results, failed, base, sizes)))
     if args.parts and results:
         print("\nmedian seconds by part")
         print("\n".join(parts_table(results)))

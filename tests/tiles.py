@@ -97,7 +97,7 @@ def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
         torch.testing.assert_close(gradient, expected_gradient, rtol=torch.finfo(dtype).eps, atol=2e-6 * largest)
 
 
-LINEAR_OPTIONS = [{}, {"recompute": False}, {"frozen": True}, {"softcap": 5.0, "logit_scale": 0.5}]
+LINEAR_OPTIONS = [{"recompute": True}, {"recompute": False}, {"frozen": True}, {"softcap": 5.0, "logit_scale": 0.5}]
 
 
 def check_unseen_bad_label(name: str, backend: str, device: str = "cpu") -> None:

@@ -146,7 +146,7 @@ def linear_mpo_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     memory_budget: int | None = None,
-    recompute: bool = True,
+    recompute: bool | None = None,
     config: MPOConfig = _DEFAULT_CONFIG,
     reward_shift: RewardShift | Tensor | float | None = None,
     cu_seqlens: Tensor | None = None,
@@ -194,8 +194,9 @@ def linear_mpo_loss(
         recompute: Whether backward computes the tiles of logits again. False: forward keeps the logits of the labelled
             rows, which saves one of the four matmuls. They are kept in float32 in most cases; with bfloat16 hidden
             states and weight, in float16, as distances from the row's maximum. The logits and the gradient of
-            ``weight`` share memory of the size of the larger of the two, plus a tile. A second backward computes the
-            tiles again. The argument has no effect if ``weight`` needs no gradient.
+            ``weight`` share memory of the size of the larger of the two, plus a tile. None: on a CPU, forward keeps
+            the logits that fit into the memory of that gradient (all if at most D rows have a label); on a GPU, as
+            True. A second backward computes all tiles again. No effect if ``weight`` needs no gradient.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.
@@ -310,7 +311,7 @@ def linear_token_logp(
     softcap: float | None = None,
     temperature: float = 1.0,
     memory_budget: int | None = None,
-    recompute: bool = True,
+    recompute: bool | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     backend: str | None = None,

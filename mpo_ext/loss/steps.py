@@ -87,7 +87,7 @@ class HeadOptions(NamedTuple):
     softcap: float | None
     temperature: float
     memory_budget: int | None
-    recompute: bool
+    recompute: bool | None
 
     @property
     def scales(self) -> tuple[float, float | None, float]:
@@ -245,15 +245,16 @@ def score_hidden(
     return linear_ops.linear_token_logp(hidden.detach(), *head, labels, stats, keep, *options)
 
 
-def what_to_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, recompute: bool) -> int:
+def what_to_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, recompute: bool | None) -> int:
     """Returns the ``KEEP_`` constant of ``mpo_ext.ops.linear`` for the tensors that forward keeps for backward."""
     head_needs_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (head_needs_grad or hidden.requires_grad):
         return linear_ops.KEEP_NOTHING
     if not head_needs_grad:
         return linear_ops.KEEP_HIDDEN_GRAD
-    # Kept logits lie in the memory of the gradient of weight.
-    return linear_ops.KEEP_LOGITS if weight.requires_grad and not recompute else linear_ops.KEEP_NOTHING
+    # Kept logits lie in the memory of the gradient of weight. On a GPU, their small tiles make the products slow.
+    keeps = hidden.device.type == "cpu" if recompute is None else not recompute
+    return linear_ops.KEEP_LOGITS if weight.requires_grad and keeps else linear_ops.KEEP_NOTHING
 
 
 def linear_options(
@@ -268,4 +269,6 @@ def linear_options(
     dtype = torch.promote_types(hidden.dtype, weight.dtype)  # the dtype of the model's own head product
     if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    return linear_ops.LinearOptions(ignore_index, head_scales, memory_budget, matmul_dtype(dtype, device), backend)
+    dtype = matmul_dtype(dtype, device)
+    only_fitting = head.recompute is None
+    return linear_ops.LinearOptions(ignore_index, head_scales, memory_budget, dtype, backend, only_fitting)

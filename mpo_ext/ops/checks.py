@@ -158,7 +158,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
 
 
 def check_head_options(
-    logit_scale: float, softcap: float | None, temperature: float, memory_budget: int | None, recompute: bool
+    logit_scale: float, softcap: float | None, temperature: float, memory_budget: int | None, recompute: bool | None
 ) -> None:
     """Raises unless the settings of the head, the memory budget and ``recompute`` are valid."""
     check_number("logit_scale", logit_scale)
@@ -167,8 +167,8 @@ def check_head_options(
     if softcap is not None:
         check_number("softcap", softcap, "(0, inf)")
     check_number("temperature", temperature, "(0, inf)")
-    if not isinstance(recompute, bool):
-        raise TypeError(f"recompute must be a bool, got {recompute!r}")
+    if recompute is not None and not isinstance(recompute, bool):
+        raise TypeError(f"recompute must be a bool or None, got {recompute!r}")
     if memory_budget is not None:
         check_integer("memory_budget", memory_budget, least=1)
 

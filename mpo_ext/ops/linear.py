@@ -35,6 +35,7 @@ class LinearOptions(NamedTuple):
     memory_budget: int  # bytes for a tile and the tensors computed from it
     matmul_dtype: torch.dtype  # dtype of the inputs of matrix products, a result of tiles.matmul_dtype
     backend: str  # a result of choose_backend other than "reference"
+    only_fitting: bool = False  # whether kept logits are only those that fit into the memory of the gradient of weight
 
 
 @torch.library.custom_op("mpo_ext::linear_token_logp", mutates_args=())
@@ -50,6 +51,7 @@ def linear_token_logp(
     memory_budget: int,
     matmul_dtype: torch.dtype,
     backend: str,
+    only_fitting: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the log-probability of each label from hidden states. Only logits of labelled rows are computed.
 
@@ -61,7 +63,7 @@ def linear_token_logp(
     _check_hidden(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
     if not 0 <= stats < 1 << len(STATS) or keep not in (KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS):
         raise ValueError(f"stats must be below {1 << len(STATS)}, and keep 0, 1 or 2, got {stats} and {keep}")
-    options = LinearOptions(ignore_index, list(head_scales), memory_budget, matmul_dtype, backend)
+    options = LinearOptions(ignore_index, list(head_scales), memory_budget, matmul_dtype, backend, only_fitting)
     tiles = _tiled_rows(hidden, weight, bias, labels, keep, options)
     device_labels = tiles.like.new_empty(labels.shape, dtype=torch.int64)  # only their shape and device are used
     outputs = token_logp_outputs(tiles.like, device_labels, stats)
@@ -147,8 +149,8 @@ def _tiled_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, keep: int, options: LinearOptions
 ) -> TiledRows:
     head = _head(weight, bias, options.head_scales, options.matmul_dtype)
-    keeps_logits = keep == KEEP_LOGITS
-    return TiledRows(hidden, labels, head, options.ignore_index, options.memory_budget, keeps_logits=keeps_logits)
+    keeps = {"keeps_logits": keep == KEEP_LOGITS, "only_fitting": options.only_fitting}
+    return TiledRows(hidden, labels, head, options.ignore_index, options.memory_budget, **keeps)
 
 
 @dataclass
@@ -183,15 +185,17 @@ def _score_tiles(
     for first, end in tiles.columns():
         weight_rows = tiles.weight_rows(first, end)
         tile = Tile(shard.first + first, shard.total, None)
+        is_kept = keep == KEEP_LOGITS and first < tiles.kept_logits.stop
+        in_place = is_kept and tiles.keeps_in_place
         for chunk in chunks:
-            out = tiles.kept_logits.tile(kept, chunk.rows, first, end) if tiles.keeps_in_place else None
+            out = tiles.kept_logits.tile(kept, chunk.rows, first, end) if in_place else None
             logits, tanh = tiles.logits(chunk.rows, weight_rows, first, end, out)
             old_max = chunk.outputs[1].clone() if folds else None
             score(
                 logits, chunk.labels, options.ignore_index, stats, options.backend, chunk.outputs,
                 tile._replace(state=chunk.state), leaves_exp_logits=folds,
             )  # fmt: skip
-            if keep == KEEP_LOGITS and not tiles.keeps_in_place:
+            if is_kept and not in_place:
                 tiles.kept_logits.store_(kept, chunk.rows, first, end, logits, chunk.outputs[1])
             if old_max is not None:
                 total = kept[chunk.rows]
@@ -317,6 +321,7 @@ def linear_grad(
     memory_budget: int,
     matmul_dtype: torch.dtype,
     backend: str,
+    only_fitting: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
@@ -332,7 +337,7 @@ def linear_grad(
     rows = {"row_max": row_max, "row_sum": row_sum, "row_weight": row_weight}
     check_rows(labels, result_dtype(hidden, weight), hidden.device, **rows)
     check_scale(scale, hidden)
-    options = LinearOptions(ignore_index, list(head_scales), memory_budget, matmul_dtype, backend)
+    options = LinearOptions(ignore_index, list(head_scales), memory_budget, matmul_dtype, backend, only_fitting)
     index, rows_grad, d_weight, d_bias = linear_grad_rows(
         hidden, weight, bias, labels, (row_max, row_sum, row_weight), scale, kept, wanted, options
     )
@@ -358,7 +363,8 @@ def linear_grad_rows(
     weight and bias are a shard of the head, and the gradient of the rows is the shard's part of a sum.
     """
     head = _head(weight, bias, options.head_scales, options.matmul_dtype)
-    keeps = {"converts_weight_grad": wanted[1], "keeps_logits": kept is not None}
+    keeps = {"keeps_logits": kept is not None, "only_fitting": options.only_fitting}
+    keeps["converts_weight_grad"] = wanted[1]
     tiles = TiledRows(hidden, labels, head, options.ignore_index, options.memory_budget, **keeps)
     if kept is not None and (kept.dtype != torch.uint8 or kept.shape != (tiles.kept_logits.size,)):
         raise ValueError(
@@ -404,7 +410,7 @@ def _fill_gradients(
         weight_rows = tiles.weight_rows(first, end)
         for number, (rows, labels) in enumerate(chunks):
             place = {"is_first": number == 0, "is_last": number == len(chunks) - 1}
-            if kept is None:
+            if kept is None or first >= tiles.kept_logits.stop:
                 grad, tanh = tiles.logits(rows, weight_rows, first, end)
             else:
                 grad, tanh = tiles.restored_logits(kept, rows, first, end)

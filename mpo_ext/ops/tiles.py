@@ -73,7 +73,8 @@ class KeptLogits:
 
     Backward reads the columns from first to last and writes their gradient to the start of the memory. The logits
     start at an offset such that the gradient of a tile's columns ends before the logits of that tile start. With n
-    labelled rows, the memory is therefore that of ``max(n, D)`` rows and a tile, instead of ``n + D`` rows.
+    labelled rows, the memory is therefore that of ``max(n, D)`` rows and a tile, instead of ``n + D`` rows. With
+    ``only_fitting``, it is that of D rows: if n is larger, only the logits of the first columns are kept.
 
     A float16 logit (used for bfloat16 gradients) is stored as its distance from the largest logit of its row so far.
     These maxima are stored after the logits. The error is 2^-12 of the distance. The error of exp(logit) is therefore
@@ -86,23 +87,31 @@ class KeptLogits:
         columns: Number of columns of a tile.
         grad_bytes: Bytes of the gradient of one column.
         dtype: dtype of the kept logits.
+        only_fitting: Whether to keep no more columns than fit into the memory of the gradient.
 
     Attributes:
         size: Bytes of the whole memory.
+        stop: End of the columns whose logits are kept.
     """
 
-    def __init__(self, rows: int, vocab: int, columns: int, grad_bytes: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rows: int, vocab: int, columns: int, grad_bytes: int, dtype: torch.dtype, *, only_fitting: bool = False
+    ) -> None:
         self.dtype = dtype
         self._rows, self._columns = rows, columns
         self._column_bytes = rows * dtype.itemsize
-        last = (vocab - 1) // columns * columns
+        self.stop = vocab
+        if only_fitting and self._column_bytes > grad_bytes:
+            # The logits start after the gradient of the first tile, and are then read faster than it is written.
+            self.stop = (vocab - columns) * grad_bytes // self._column_bytes // columns * columns
+        last = max(self.stop - 1, 0) // columns * columns
         # The required offset is linear from the first full tile to the last; a partial tile may follow.
         tight = {0, max(last - columns, 0), last}
         self._begin = _aligned(
-            max(min(first + columns, vocab) * grad_bytes - first * self._column_bytes for first in tight)
+            max(min(first + columns, self.stop) * grad_bytes - first * self._column_bytes for first in tight)
         )
-        self._maxima = _aligned(self._begin + vocab * self._column_bytes)
-        tiles = -(-vocab // columns) if dtype == torch.float16 else 0
+        self._maxima = _aligned(max(self._begin + self.stop * self._column_bytes, vocab * grad_bytes))
+        tiles = -(-self.stop // columns) if dtype == torch.float16 else 0
         self.size = self._maxima + tiles * rows * torch.float32.itemsize
 
     def tile(self, memory: Tensor, rows: slice, first: int, end: int) -> Tensor:
@@ -139,6 +148,7 @@ class TiledRows:
         *,
         converts_weight_grad: bool = False,
         keeps_logits: bool = False,
+        only_fitting: bool = False,
     ) -> None:
         self.head = head
         self.vocab, hidden_size = head.weight.shape
@@ -163,11 +173,12 @@ class TiledRows:
         is_rounded = hidden.dtype == head.weight.dtype == torch.bfloat16
         kept_dtype = torch.float16 if is_rounded and self.tile_dtype == torch.float32 else self.tile_dtype
         self.keeps_in_place = keeps_logits and kept_dtype == self.tile_dtype
-        planes = (not self.keeps_in_place) + bool(head.softcap) + 2 * is_narrow
-        per_column = (widens * self.input_dtype.itemsize + converts * self.like.dtype.itemsize) * hidden_size
-        preferred = _CPU_TILE_BYTES if on_cpu else memory_budget
         count = self.rows.shape[0]
         grad_bytes = hidden_size * head.weight.dtype.itemsize
+        keeps_all = not only_fitting or count * kept_dtype.itemsize <= grad_bytes
+        planes = (not (self.keeps_in_place and keeps_all)) + bool(head.softcap) + 2 * is_narrow
+        per_column = (widens * self.input_dtype.itemsize + converts * self.like.dtype.itemsize) * hidden_size
+        preferred = _CPU_TILE_BYTES if on_cpu else memory_budget
         if keeps_logits:
             per_column += min(count * kept_dtype.itemsize, grad_bytes)  # the distance that ``KeptLogits`` leaves
             memory_budget = min(memory_budget, _CPU_KEPT_BYTES if on_cpu else _GPU_KEPT_BYTES)
@@ -179,7 +190,9 @@ class TiledRows:
             budget=memory_budget,
             preferred=preferred,
         )
-        self.kept_logits = KeptLogits(count, self.vocab, self._chunk_columns, grad_bytes, kept_dtype)
+        self.kept_logits = KeptLogits(
+            count, self.vocab, self._chunk_columns, grad_bytes, kept_dtype, only_fitting=only_fitting
+        )
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields slices of the labelled rows, each with its labels; all slices except the last have the same size."""

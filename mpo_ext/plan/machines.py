@@ -1,15 +1,21 @@
 """Rates of machines, and the time that a stage of work takes at these rates.
 
-The time of a stage is the longest of the times of its matmuls, its memory traffic and its arithmetic. On a CPU, page
-faults of fresh memory are added. The rates belong to the machine and are the same for every method.
+The time of a stage is the longest of the times of its matmuls and attention kernels, its memory traffic and its
+arithmetic. On a CPU, page faults of fresh memory are added. The rates belong to the machine and are the same for every
+method.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 
 #: Assumed (not measured) fractions of a GPU's peak rates that large kernels reach.
 BANDWIDTH_SHARE, PRODUCT_SHARE = 0.9, 0.7
+#: Assumed fractions of a GPU's peak rate that attention kernels reach. Without a mask: between FlashAttention-2 (0.35)
+#: and FlashAttention-3 (0.75) on an H100 (arXiv 2407.08608). With a dense mask: the 14.9 ms of SDPA for 16,384 tokens
+#: and 32 heads of 128 that OpenPipe/ART, pull request 586, measured, taken as an H100's.
+ATTENTION_SHARES = {"plain": 0.5, "masked": 0.3}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +24,10 @@ class Stage:
 
     Attributes:
         flop: Number of floating-point operations in the matmuls.
-        dtype: Dtype of the inputs of the matmuls.
+        dtype: Dtype of the inputs of the matmuls and attention kernels.
+        shortest: Smallest of the three sizes of the matmuls; small ones are slower on a CPU.
+        attention: Number of floating-point operations in attention kernels.
+        attention_kind: Key of ``Machine.attention_rates``.
         moved: Number of bytes that are read or written.
         kernel: Number of logits that our kernels process forward and backward; a logit that is processed in only one
             direction counts 1/2.
@@ -30,6 +39,9 @@ class Stage:
     name: str
     flop: float = 0.0
     dtype: str = "float32"
+    shortest: float = math.inf
+    attention: float = 0.0
+    attention_kind: str = "plain"
     moved: float = 0.0
     kernel: float = 0.0
     softmax: float = 0.0
@@ -45,6 +57,11 @@ class Machine:
         is_gpu: Whether the machine is a GPU, which runs the GPU implementation of each method.
         bandwidth: Bytes per second that are read from or written to memory that has been used before.
         matmul_rates: FLOP per second of large matmuls, by dtype.
+        matmul_shares: Share of this rate that matmuls reach, by the smallest of their three sizes. Between two sizes,
+            the share is interpolated over the logarithm of the size. Empty: 1 for all.
+        attention_rates: FLOP per second of attention kernels, by kind and dtype: "plain" without a mask (causal or
+            full; only the scores that are needed count), "masked" with a dense mask (all scores count). The rate of
+            matmuls replaces a missing rate.
         kernel_rate: Logits per second that our kernels process forward and backward, if memory is not the limit.
         softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
         fresh: Bytes per second at which the operating system provides new memory in small pages (page faults); writing
@@ -57,6 +74,8 @@ class Machine:
     is_gpu: bool
     bandwidth: float
     matmul_rates: Mapping[str, float]
+    matmul_shares: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    attention_rates: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     kernel_rate: float = math.inf
     softmax_rate: float = math.inf
     fresh: float = math.inf
@@ -67,6 +86,9 @@ class Machine:
     def __post_init__(self) -> None:
         rates = {name: getattr(self, name) for name in ("bandwidth", "kernel_rate", "softmax_rate", "fresh", "huge")}
         rates |= {f"matmul_rates[{name!r}]": rate for name, rate in self.matmul_rates.items()}
+        rates |= {f"matmul_shares[{size}]": share for size, share in self.matmul_shares.items()}
+        for kind, by_dtype in self.attention_rates.items():
+            rates |= {f"attention_rates[{kind!r}][{name!r}]": rate for name, rate in by_dtype.items()}
         for name, rate in rates.items():
             if not rate > 0:  # also catches NaN
                 raise ValueError(f"{name} must be positive, got {rate}")
@@ -75,16 +97,34 @@ class Machine:
 
     def seconds(self, stage: Stage) -> float:
         """Returns the seconds of a stage; raises ``ValueError`` if the machine has no rate for the stage's dtype."""
-        if stage.flop and stage.dtype not in self.matmul_rates:
+        if (stage.flop or stage.attention) and stage.dtype not in self.matmul_rates:
             raise ValueError(
                 f"dtype must be one of {', '.join(self.matmul_rates)} on {self.name}, got {stage.dtype!r}"
             )
+        computing = 0.0
+        if stage.flop:
+            computing += stage.flop / (self.matmul_rates[stage.dtype] * self.matmul_share(stage.shortest))
+        if stage.attention:
+            rates = self.attention_rates.get(stage.attention_kind, {})
+            computing += stage.attention / rates.get(stage.dtype, self.matmul_rates[stage.dtype])
         work = max(
-            stage.flop / self.matmul_rates[stage.dtype] if stage.flop else 0.0,
+            computing,
             stage.moved / self.bandwidth,
             stage.kernel / self.kernel_rate + stage.softmax / self.softmax_rate,
         )
         return work + stage.fresh / self.fresh + stage.huge / self.huge
+
+    def matmul_share(self, shortest: float) -> float:
+        """Returns the share of ``matmul_rates`` that matmuls reach whose smallest size is ``shortest``."""
+        points = sorted(self.matmul_shares.items())
+        if not points:
+            return 1.0
+        if shortest <= points[0][0]:
+            return points[0][1] * shortest / points[0][0]
+        for (small, low), (large, high) in itertools.pairwise(points):
+            if shortest <= large:
+                return low + (high - low) * math.log(shortest / small) / math.log(large / small)
+        return points[-1][1]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,12 +183,16 @@ def gpu(name: str) -> Machine:
 
 
 def peaks(bandwidth: float, matmul_rates: Mapping[str, float], name: str = "GPU") -> Machine:
-    """Returns a GPU that reaches ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of peak bytes and FLOP per second."""
+    """Returns a GPU that reaches the assumed shares of its peak bytes and FLOP per second."""
     return Machine(
         name=name,
         is_gpu=True,
         bandwidth=BANDWIDTH_SHARE * bandwidth,
         matmul_rates={dtype: PRODUCT_SHARE * rate for dtype, rate in matmul_rates.items()},
+        attention_rates={
+            kind: {dtype: share * rate for dtype, rate in matmul_rates.items()}
+            for kind, share in ATTENTION_SHARES.items()
+        },
         overhead=50e-6,  # assumed time of the launches of a forward and a backward
         source="peaks as given",
     )

@@ -10,13 +10,15 @@ from torch import nn
 
 from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
-from mpo_ext.plan import roofline
+from mpo_ext.plan import roofline, steps
 from mpo_ext.processors import check_on_hub
 from mpo_ext.train import model as models
 from mpo_ext.train.batch import RowLayout
+from mpo_ext.train.masks import decoder_config
 from mpo_ext.train.optimizer import hidden_matrices
 from mpo_ext.train.recipe import ModelRecipe, Recipe
 from mpo_ext.train.reference_model import check_can_follow
+from mpo_ext.train.split_attention import is_split
 
 #: Assumed length of each response as a fraction of the longest pair; the rest is a prompt full of image tokens.
 RESPONSE_SHARE = 0.25
@@ -56,6 +58,9 @@ class MemoryEstimate:
         self.weight_bytes: int = self.head_weight.element_size()
         self.compute_bytes = self.weight_bytes if recipe.precision == "fp32" else 2
         self.decoder, self.vision = _layers(model)
+        self.rows: steps.Rows = "separate" if layout == "separate" else "masked"
+        if layout != "separate" and recipe.loss.shared_prefix != "masked" and has_split_attention(model):
+            self.rows = "split"
         self.tokens = longest_pair(recipe, model)
         sides = 2 if recipe.loss.has_preference else 1
         self.response = round(self.tokens * RESPONSE_SHARE)
@@ -117,41 +122,47 @@ class MemoryEstimate:
             row = self.row if is_dense else self.tokens
             scores = getattr(_text_config(self.model), "num_attention_heads", 1) * row * self.positions
             total += (4 + self.compute_bytes) * scores * (1 if checkpointed else len(self.decoder))
+        elif self.rows == "masked":  # SDPA keeps the mask in the dtype of the scores for each layer
+            row = self.positions // self.micro_batch
+            total += self.compute_bytes * row * self.positions * (1 if checkpointed else len(self.decoder))
         if any(parameter.requires_grad for layer in self.vision for parameter in layer.parameters()):
             patches = self.prompt_positions * _patches_per_token(unwrap_model(self.model).config)
             total += self._activations(self.vision, patches, checkpointed=checkpointed)
         return total
 
-    def cost_model(self) -> roofline.ModelShape:
-        """Returns the sizes and dtypes of the model for ``mpo_ext.plan.roofline``."""
+    def cost_model(self) -> steps.ModelShape:
+        """Returns the sizes and dtypes of the model for ``mpo_ext.plan.steps``."""
         parameters = list(self.model.parameters())
         compute = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.recipe.precision]
-        return roofline.ModelShape(
+        return steps.ModelShape(
             parameters=sum(parameter.numel() for parameter in parameters),
             trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
             decoder=_linear_weights(self.decoder),
             layers=len(self.decoder),
             width=self.hidden_size,
             vocab=self.vocab,
+            heads=getattr(_text_config(self.model), "num_attention_heads", 1),
             kept=sum(map(self.bytes_per_position, self.decoder)),
+            moved=sum(map(self.bytes_moved_per_position, self.decoder)),
             vision=_linear_weights(self.vision),
             vision_layers=len(self.vision),
             vision_width=max(map(_width, self.vision), default=0),
             vision_kept=sum(map(self.bytes_per_position, self.vision)),
+            vision_moved=sum(self.bytes_moved_per_position(layer, has_rotary=False) for layer in self.vision),
             vision_learns=any(parameter.requires_grad for layer in self.vision for parameter in layer.parameters()),
             head_learns=self.head_weight.requires_grad,
             dtype=str(self.head_weight.dtype).removeprefix("torch."),
             compute=compute,
         )
 
-    def cost_step(self, micro_batches: int) -> roofline.StepShape:
+    def cost_step(self, micro_batches: int) -> steps.StepShape:
         """Returns the shape of a step in which all pairs have the maximum length.
 
         With a vision tower, all prompt tokens are image tokens.
         """
         kind = self.recipe.reference_kind
         config = unwrap_model(self.model).config
-        return roofline.StepShape(
+        return steps.StepShape(
             prompt=self.tokens - self.response,
             response=self.response,
             pairs=self.micro_batch,
@@ -162,6 +173,7 @@ class MemoryEstimate:
             checkpointing=self.recipe.model.gradient_checkpointing,
             precomputed=kind == "precomputed",
             has_reference=kind is not None,
+            has_eager_attention=self.recipe.model.attention == "eager",
         )
 
     def eager_loss(self) -> int:
@@ -183,6 +195,26 @@ class MemoryEstimate:
                 width = getattr(projection, "out_features", weight.numel())
                 total += (4 + self.compute_bytes) * width
         return total
+
+    def bytes_moved_per_position(self, layer: nn.Module, *, has_rotary: bool = True) -> int:
+        """Returns the bytes per token position that a layer reads and writes in a forward, besides attention.
+
+        Counted are the operations of transformers' models without a compiler: an RMS norm takes 7 passes over its
+        elements (a layer norm 2), rotary embedding 10 over queries and keys, the activation and the gate 5 over the
+        inner width of the MLP, and the two residual additions 6 over the hidden size.
+        """
+        total = 0
+        for name, module in layer.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, nn.Linear):
+                total += module.in_features + module.out_features
+                if has_rotary and name.endswith(("q_proj", "k_proj")):
+                    total += 10 * module.out_features
+                if name.endswith(("down_proj", "fc2")):
+                    total += 5 * module.in_features
+            elif type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
+                total += (2 if isinstance(module, nn.LayerNorm) else 7) * weight.numel()
+        return self.compute_bytes * (total + 6 * _width(layer))
 
     def _activations(self, layers: Sequence[nn.Module], positions: int, *, checkpointed: bool) -> int:
         whole = [positions * self.bytes_per_position(layer) for layer in layers]
@@ -233,7 +265,7 @@ class MemoryEstimate:
         if self.head_weight.requires_grad:
             size += _bytes(self.head_weight)
             formula += " + head's gradient"
-            if not loss.recompute:
+            if loss.recompute is False:  # None keeps no more than fits into the head's gradient
                 # The kept logits share the memory of the head's gradient; for a bfloat16 model they have 2 bytes each.
                 width = 2 if self.compute_bytes == 2 and self.head_weight.dtype == torch.bfloat16 else 4
                 size += max(0, width * self.labelled * self.vocab - _bytes(self.head_weight))
@@ -249,6 +281,11 @@ class MemoryEstimate:
 
     def _over_ranks(self, name: str, size: int, formula: str) -> Memory:
         return Memory(name, size, math.ceil(size / self.world_size), formula)
+
+
+def has_split_attention(model: nn.Module) -> bool:
+    """Returns whether the decoder of a prepared model attends in causal calls instead of under a mask of the row."""
+    return is_split(getattr(decoder_config(unwrap_model(model)), "_attn_implementation", None))
 
 
 def longest_pair(recipe: Recipe, model: nn.Module) -> int:

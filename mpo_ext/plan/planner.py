@@ -10,6 +10,7 @@ from torch import nn
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.plan.memory import ASSUMED_LENGTH, Memory, MemoryEstimate, meta_model
 from mpo_ext.plan.report import Plan, Variant, format_bytes
+from mpo_ext.plan.steps import ROW_NAMES
 from mpo_ext.train.masks import no_mask, undo_split_attention, use_split_attention
 from mpo_ext.train.mixture import Mixture, MixtureSubset
 from mpo_ext.train.recipe import Recipe
@@ -136,9 +137,9 @@ def _variants(estimate: MemoryEstimate) -> Iterator[Variant]:
         yield _variant(estimate, f"reference.kind={other}", changes, reference=reference)
     if not loss.from_logits:
         if estimate.head_weight.requires_grad:
-            flipped = dataclasses.replace(loss, recompute=not loss.recompute)
+            flipped = dataclasses.replace(loss, recompute=loss.recompute is False)  # None is True on a GPU
             yield _variant(estimate, f"loss.recompute={str(flipped.recompute).lower()}", loss=flipped)
-        from_logits = dataclasses.replace(loss, from_logits=True, recompute=True, memory_budget_mib=None)
+        from_logits = dataclasses.replace(loss, from_logits=True, recompute=None, memory_budget_mib=None)
         yield _variant(estimate, "loss.from_logits=true", loss=from_logits)
     checkpointing = not recipe.model.gradient_checkpointing
     model = dataclasses.replace(recipe.model, gradient_checkpointing=checkpointing)
@@ -151,9 +152,10 @@ def _variant(estimate: MemoryEstimate, name: str, changes: dict[str, Any] | None
     """Returns the run with changed fields of ``Plan.cost_step`` and changed sections of the recipe."""
     recipe = dataclasses.replace(estimate.recipe, **sections)
     other = MemoryEstimate(recipe, estimate.model, estimate.layout, estimate.world_size)
-    trainer = "mpo_ext" if estimate.layout == "shared" else "mpo_ext, separate rows"
+    loss = ""
     if recipe.loss.from_logits:
-        trainer += ", from logits"
-    elif not recipe.loss.recompute and estimate.layout == "shared":
-        trainer = "mpo_ext, recompute=False"
+        loss = ", from logits"
+    elif recipe.loss.recompute is not None:
+        loss = f", recompute={recipe.loss.recompute}"
+    trainer = f"mpo_ext{ROW_NAMES[other.rows]}{loss}"
     return Variant(name, trainer, changes or {}, sum(part.bytes for part in other.parts()))

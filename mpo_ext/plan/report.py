@@ -7,7 +7,8 @@ from typing import Any
 
 from mpo_ext.plan.machines import Machine
 from mpo_ext.plan.memory import Memory
-from mpo_ext.plan.roofline import Cost, ModelShape, StepShape, step_cost
+from mpo_ext.plan.roofline import Cost
+from mpo_ext.plan.steps import ModelShape, StepShape, step_cost
 from mpo_ext.report import is_numeric_column, text_table
 from mpo_ext.train.batch import RowLayout
 from mpo_ext.train.mixture import MixtureSubset
@@ -20,9 +21,9 @@ class Variant:
 
     Attributes:
         name: The changed setting, or "this recipe".
-        trainer: Key of ``roofline.STEPS``.
+        trainer: Key of ``steps.STEPS``.
         changes: Fields of ``Plan.cost_step`` that differ from those of the planned run, by name.
-        bytes: Estimated bytes of a rank's memory without sharding; None: ``mpo_ext.plan.roofline`` predicts them.
+        bytes: Estimated bytes of a rank's memory without sharding; None: ``mpo_ext.plan.steps`` predicts them.
     """
 
     name: str
@@ -47,8 +48,8 @@ class Plan:
         positions: Number of decoder positions of a micro-batch of such pairs.
         other_activations: Number of bytes of the activations with the opposite setting of gradient checkpointing.
         eager_loss: Peak bytes of the same loss in plain torch, on the logits of separate rows.
-        cost_model: Sizes and dtypes of the model, for ``mpo_ext.plan.roofline``.
-        cost_step: Shape of a rank's step in which all pairs have this length, for ``mpo_ext.plan.roofline``.
+        cost_model: Sizes and dtypes of the model, for ``mpo_ext.plan.steps``.
+        cost_step: Shape of a rank's step in which all pairs have this length, for ``mpo_ext.plan.steps``.
         variants: The unchanged run, followed by runs with changed settings.
     """
 

@@ -1,4 +1,4 @@
-"""Predicts the time and the memory of a loss and of a training step from a few rates of a machine (a roofline).
+"""Predicts the time and the memory of a loss from a few rates of a machine (a roofline); ``steps`` adds the layers.
 
 A method is a list of stages (``mpo_ext.plan.machines``). This module measures nothing and fits no rate to a method.
 docs/performance.md compares the predictions with measurements on a CPU. Predictions for GPUs have not been compared.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from mpo_ext.checks import check_choice
 from mpo_ext.plan.machines import Machine, Stage
 
-_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GPU_TILES = 256 << 20  #: Default memory_budget of linear_mpo_loss on a GPU, in bytes.
 _CPU_TILES = 16 << 20
 _TRL_ROWS, _TRL_COLUMNS = 4096, 32768  # size of a tile in TRL's ChunkedLogProb
@@ -62,7 +62,7 @@ class LossShape:
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must be in [0, 1], got {self.share}")
         for dtype in (self.dtype, *([] if self.matmul_dtype is None else [self.matmul_dtype])):
-            check_choice("dtype", dtype, _SIZES)
+            check_choice("dtype", dtype, SIZES)
 
     @property
     def rows(self) -> int:
@@ -84,14 +84,14 @@ class LossShape:
     @property
     def size(self) -> int:
         """Number of bytes of one element of the logits, or of hidden states and head."""
-        return _SIZES[self.dtype]
+        return SIZES[self.dtype]
 
 
-_Parts = tuple[list[Stage], float]  # the stages, and the peak bytes beyond inputs, gradients included
-_Method = Callable[[LossShape, Machine], _Parts]
+Parts = tuple[list[Stage], float]  # the stages, and the peak bytes beyond inputs, gradients included
+_Method = Callable[[LossShape, Machine], Parts]
 
 
-def _logits_ours(loss: LossShape, machine: Machine) -> _Parts:
+def logits_ours(loss: LossShape, machine: Machine) -> Parts:
     labelled, every = loss.labelled * loss.vocab, loss.rows * loss.vocab
     # On a CPU, the gradients of ignored rows are zero pages that are never touched.
     written = loss.size * (every if machine.is_gpu else labelled)
@@ -100,13 +100,13 @@ def _logits_ours(loss: LossShape, machine: Machine) -> _Parts:
     return [forward, backward], written
 
 
-def _logits_in_place(loss: LossShape, machine: Machine) -> _Parts:
+def _logits_in_place(loss: LossShape, machine: Machine) -> Parts:
     labelled, every = loss.labelled * loss.vocab, loss.rows * loss.vocab
     forward = Stage(name="forward", moved=loss.size * labelled, kernel=labelled / 2)
     return [forward, Stage(name="backward", moved=loss.size * (labelled + every), kernel=labelled / 2)], 0.0
 
 
-def _logits_eager(loss: LossShape, machine: Machine) -> _Parts:
+def _logits_eager(loss: LossShape, machine: Machine) -> Parts:
     # Three new float32 tensors: log_softmax, the zeros that gather's backward fills, and the gradient. Half precision
     # adds a widened copy of the logits and the rounded gradient.
     logits, size = loss.rows * loss.vocab, loss.size
@@ -117,7 +117,7 @@ def _logits_eager(loss: LossShape, machine: Machine) -> _Parts:
     return [stage], (16 if wide else 12) * logits
 
 
-def _logits_compiled(loss: LossShape, machine: Machine) -> _Parts:
+def _logits_compiled(loss: LossShape, machine: Machine) -> Parts:
     # Three reads of the logits (maximum, sum, result), the kept float32 log_softmax, and the gradient.
     logits, size = loss.rows * loss.vocab, loss.size
     moved = 3 * size + 4 + 4 + size
@@ -125,37 +125,51 @@ def _logits_compiled(loss: LossShape, machine: Machine) -> _Parts:
     return [stage], (4 + size) * logits
 
 
-def _products(loss: LossShape, rows: int, count: int, name: str, dtype: str) -> Stage:
+def head_products(loss: LossShape, rows: int, count: float, name: str, dtype: str) -> Stage:
     """Returns the stage of ``count`` matrix products; each reads the head or writes a tensor of the head's size."""
     flop = 2.0 * count * rows * loss.vocab * loss.hidden_size
-    return Stage(name=name, flop=flop, dtype=dtype, moved=count * _SIZES[dtype] * loss.vocab * loss.hidden_size)
+    moved = count * SIZES[dtype] * loss.vocab * loss.hidden_size
+    return Stage(name=name, flop=flop, dtype=dtype, shortest=min(rows, loss.vocab, loss.hidden_size), moved=moved)
 
 
-def _gradients(loss: LossShape, *, has_head: bool = True) -> float:
+def loss_gradients(loss: LossShape, *, has_head: bool = True) -> float:
     return loss.size * loss.hidden_size * (loss.rows + (loss.vocab if has_head else 0))
 
 
+def _kept_width(loss: LossShape, machine: Machine) -> int:
+    """Returns the bytes of a kept logit: those of a logit in a tile, or a float16 copy of it."""
+    product = loss.dtype if loss.matmul_dtype is None else loss.matmul_dtype
+    width = 4 if machine.is_gpu or product == "float32" else loss.size
+    return 2 if loss.dtype == "bfloat16" else width
+
+
+def _linear_default(loss: LossShape, machine: Machine) -> Parts:
+    # On a CPU, forward keeps the logits that fit into the memory of the head's gradient.
+    logits, grad = loss.labelled * _kept_width(loss, machine), loss.hidden_size * loss.size
+    kept = 0.0 if machine.is_gpu else min(1.0, grad / logits) if logits else 1.0
+    return _linear_ours(loss, machine, products=4 - kept, kept=kept)
+
+
 def _linear_ours(
-    loss: LossShape, machine: Machine, *, products: int, keeps: bool = False, has_head: bool = True
-) -> _Parts:
+    loss: LossShape, machine: Machine, *, products: float, kept: float = 0.0, has_head: bool = True
+) -> Parts:
     product = loss.dtype if loss.matmul_dtype is None or machine.is_gpu else loss.matmul_dtype
     logits = loss.labelled * loss.vocab
     # On a GPU, a tile does not fit the cache: a product writes it in float32, the kernel reads and writes it, and the
     # next products read it in half precision. On a CPU, a tile stays in the cache.
-    moved = (4 * 6 + 2 * 3 if loss.size < 4 else 4 * 8) * logits * machine.is_gpu
-    widened = 0 if product == loss.dtype else products * (loss.size + _SIZES[product]) * loss.vocab * loss.hidden_size
-    grads = _gradients(loss, has_head=has_head)
+    moved: float = (4 * 6 + 2 * 3 if loss.size < 4 else 4 * 8) * logits * machine.is_gpu
+    widened = 0 if product == loss.dtype else products * (loss.size + SIZES[product]) * loss.vocab * loss.hidden_size
+    grads = loss_gradients(loss, has_head=has_head)
     held = grads
-    if keeps:
-        # The head's gradient reuses the memory of the kept logits, which are the tiles or bfloat16 copies of them.
-        width = 4 if machine.is_gpu or product == "float32" else loss.size
-        is_narrow = width == 4 and loss.dtype == "bfloat16"
-        width = 2 if is_narrow else width
-        moved += (2 if is_narrow else 5) * width * logits * (not machine.is_gpu)
-        held += max(width * logits - loss.size * loss.vocab * loss.hidden_size, 0)
+    if kept:
+        # The head's gradient reuses the memory of the kept logits, which are the tiles or float16 copies of them.
+        width = _kept_width(loss, machine)
+        is_copied = loss.dtype == "bfloat16" and product == "float32"
+        moved += (2 if is_copied else 5) * width * kept * logits * (not machine.is_gpu)
+        held += max(width * kept * logits - loss.size * loss.vocab * loss.hidden_size, 0)
     budget = GPU_TILES if machine.is_gpu else _CPU_TILES
     stages = [
-        _products(loss, loss.labelled, products, "matrix products", product),
+        head_products(loss, loss.labelled, products, "matrix products", product),
         Stage(name="kernels", moved=moved, kernel=logits),
         Stage(name="gradients and copies", moved=grads + widened, huge=held),
     ]
@@ -175,66 +189,66 @@ def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, con
 def _linear_of_logits(of_logits: _Method) -> _Method:
     """Returns a method that computes the logits of all rows and applies a method that starts from logits."""
 
-    def method(loss: LossShape, machine: Machine) -> _Parts:
+    def method(loss: LossShape, machine: Machine) -> Parts:
         stages, memory = of_logits(loss, machine)
-        logits, grads = loss.size * loss.rows * loss.vocab, _gradients(loss)
-        first = _products(loss, loss.rows, 3, "matrix products", loss.dtype)
+        logits, grads = loss.size * loss.rows * loss.vocab, loss_gradients(loss)
+        first = head_products(loss, loss.rows, 3, "matrix products", loss.dtype)
         return [first, Stage(name="logits", moved=3 * logits, fresh=logits + grads), *stages], memory + logits + grads
 
     return method
 
 
-def _linear_trl(loss: LossShape, machine: Machine) -> _Parts:
-    grads = _gradients(loss)
+def _linear_trl(loss: LossShape, machine: Machine) -> Parts:
+    grads = loss_gradients(loss)
     sums = 4 * loss.hidden_size * (loss.rows + loss.vocab)  # float32 for every dtype
     if machine.is_gpu:
         logits = loss.labelled * loss.vocab
         tile = loss.size * min(loss.labelled, _TRL_ROWS) * min(loss.vocab, _TRL_COLUMNS)
         kernels = Stage(name="kernels", moved=7 * loss.size * logits, kernel=logits)
-        return [_products(loss, loss.labelled, 4, "matrix products", loss.dtype), kernels], grads + sums + tile
+        return [head_products(loss, loss.labelled, 4, "matrix products", loss.dtype), kernels], grads + sums + tile
     # On a CPU, torch operations score every row. Each operation creates a float32 tensor: 4 forward, 10 backward. The
     # two matrix products of the backward have float32 inputs.
     logits = loss.rows * loss.vocab
     tile = min(loss.rows, _TRL_ROWS) * min(loss.vocab, _TRL_COLUMNS)
     stages = [
-        _products(loss, loss.rows, 2, "matrix products of logits", loss.dtype),
-        _products(loss, loss.rows, 2, "matrix products of gradients", "float32"),
+        head_products(loss, loss.rows, 2, "matrix products of logits", loss.dtype),
+        head_products(loss, loss.rows, 2, "matrix products of gradients", "float32"),
         Stage(name="operations", moved=14 * 8 * logits, softmax=logits, fresh=14 * 4 * logits),
         Stage(name="gradients", moved=3 * sums, fresh=sums + (grads if loss.size < 4 else 0)),
     ]
     return stages, sums + (grads if loss.size < 4 else 0) + (loss.size + 6 * 4) * tile
 
 
-def _linear_cce(loss: LossShape, machine: Machine) -> _Parts:
-    grads = _gradients(loss)
+def _linear_cce(loss: LossShape, machine: Machine) -> Parts:
+    grads = loss_gradients(loss)
     if machine.is_gpu:  # tiles stay on the chip; the filter of small gradients is not modelled
-        return [_products(loss, loss.labelled, 4, "matrix products", loss.dtype)], grads
+        return [head_products(loss, loss.labelled, 4, "matrix products", loss.dtype)], grads
     # On a CPU, the torch_compile implementation drops ignored rows and materialises the logits.
     logits = loss.labelled * loss.vocab
     stages = [
-        _products(loss, loss.labelled, 3, "matrix products", loss.dtype),
+        head_products(loss, loss.labelled, 3, "matrix products", loss.dtype),
         Stage(name="loss", moved=6 * loss.size * logits, softmax=1.5 * logits, fresh=2 * loss.size * logits),
         Stage(name="gradients", moved=grads, fresh=grads),
     ]
     return stages, grads + 2 * loss.size * logits
 
 
-def _linear_torch(loss: LossShape, machine: Machine) -> _Parts:
+def _linear_torch(loss: LossShape, machine: Machine) -> Parts:
     # F.linear_cross_entropy with reduction="none" works on chunks of rows, which backward recomputes.
-    logits, grads = loss.rows * loss.vocab, _gradients(loss)
+    logits, grads = loss.rows * loss.vocab, loss_gradients(loss)
     stages = [
-        _products(loss, loss.rows, 4, "matrix products", loss.dtype),
+        head_products(loss, loss.rows, 4, "matrix products", loss.dtype),
         Stage(name="loss", moved=7 * 4 * logits, softmax=1.5 * logits),
         Stage(name="gradients", moved=grads, fresh=grads),
     ]
     return stages, grads + _CPU_TILES
 
 
-def _linear_liger(loss: LossShape, machine: Machine) -> _Parts:
+def _linear_liger(loss: LossShape, machine: Machine) -> Parts:
     # A chunk is one pair, with its logits, their float32 log_softmax, and the gradients of both.
-    logits, pair, grads = loss.rows * loss.vocab, 2 * loss.tokens * loss.vocab, _gradients(loss)
+    logits, pair, grads = loss.rows * loss.vocab, 2 * loss.tokens * loss.vocab, loss_gradients(loss)
     stages = [
-        _products(loss, loss.rows, 3, "matrix products", loss.dtype),
+        head_products(loss, loss.rows, 3, "matrix products", loss.dtype),
         Stage(name="loss", moved=2 * 16 * logits, softmax=logits, fresh=(2 * loss.size + 8) * logits),
         Stage(name="gradients", moved=3 * grads, fresh=2 * grads),
     ]
@@ -243,7 +257,7 @@ def _linear_liger(loss: LossShape, machine: Machine) -> _Parts:
 
 #: Methods that start from logits, by their name in benchmarks.logits.
 LOGITS: dict[str, _Method] = {
-    "mpo_ext": _logits_ours,
+    "mpo_ext": logits_ours,
     "mpo_ext, reuse_logits": _logits_in_place,
     "torch.compile": _logits_compiled,
     "eager": _logits_eager,
@@ -251,12 +265,13 @@ LOGITS: dict[str, _Method] = {
 
 #: Methods that start from hidden states; a method that benchmarks.linear measures has the same name there.
 LINEAR: dict[str, _Method] = {
-    "mpo_ext": functools.partial(_linear_ours, products=4),
-    "mpo_ext, recompute=False": functools.partial(_linear_ours, products=3, keeps=True),
+    "mpo_ext": _linear_default,
+    "mpo_ext, recompute=True": functools.partial(_linear_ours, products=4),
+    "mpo_ext, recompute=False": functools.partial(_linear_ours, products=3, kept=1.0),
     "mpo_ext, frozen head": functools.partial(_linear_ours, products=2, has_head=False),
     "eager": _linear_of_logits(_logits_eager),
     "torch.compile": _linear_of_logits(_logits_compiled),
-    "mpo_ext, from logits": _linear_of_logits(_logits_ours),
+    "mpo_ext, from logits": _linear_of_logits(logits_ours),
     "mpo_ext, from logits, reuse_logits": _linear_of_logits(_logits_in_place),
     "F.linear_cross_entropy": _linear_torch,
     "trl ChunkedLogProb": _linear_trl,
@@ -266,172 +281,19 @@ LINEAR: dict[str, _Method] = {
 
 
 def loss_cost(method: str, loss: LossShape, machine: Machine) -> Cost:
-    """Returns the predicted cost of the MPO loss, forward and backward.
+    """Returns the predicted cost of the MPO loss, forward and backward, on the machine.
 
     ``method`` is a key of ``LINEAR``, or of ``LOGITS`` if ``loss.hidden`` is None.
     """
     methods = LOGITS if loss.hidden is None else LINEAR
     check_choice("method", method, methods)
     stages, memory = methods[method](loss, machine)
-    return _cost(stages, memory, machine)
+    return cost_of(stages, memory, machine)
 
 
-def _cost(stages: Sequence[Stage], memory: float, machine: Machine) -> Cost:
+def cost_of(stages: Sequence[Stage], memory: float, machine: Machine) -> Cost:
     parts = {stage.name: machine.seconds(stage) for stage in stages}
     if len(parts) != len(stages):
         raise ValueError(f"stages must have different names, got {[stage.name for stage in stages]}")
     parts["fixed"] = machine.overhead
     return Cost(sum(parts.values()), memory, parts)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """Sizes and dtypes of a model that determine the cost of a step.
-
-    Attributes:
-        decoder: Number of weights in the decoder's linear layers, without the output head.
-        width: Hidden size of the decoder, D.
-        kept: Number of bytes of activations per position that the decoder's layers keep for backward.
-        vision: Number of weights in the linear layers of vision tower and projector.
-        vision_width: Hidden size of the vision tower.
-        vision_kept: Number of bytes of activations per patch that the vision tower keeps for backward.
-        vision_learns: Whether the vision tower is trained.
-        head_learns: Whether the head's weight is trained.
-        dtype: Dtype of the parameters.
-        compute: Dtype of the inputs of matmuls.
-    """
-
-    parameters: int
-    trainable: int
-    decoder: int
-    layers: int
-    width: int
-    vocab: int
-    kept: int = 0
-    vision: int = 0
-    vision_layers: int = 0
-    vision_width: int = 0
-    vision_kept: int = 0
-    vision_learns: bool = True
-    head_learns: bool = True
-    dtype: str = "float32"
-    compute: str = "bfloat16"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepShape:
-    """Shape of one device's optimizer step.
-
-    Attributes:
-        prompt: Number of tokens of a prompt, image tokens included.
-        response: Number of tokens of a response; each token has a label.
-        pairs: Number of pairs per micro-batch.
-        image_tokens: Number of image tokens of a prompt.
-        patches: Number of vision tower patches per image token.
-        image_size: Number of patches that attend to each other in the vision tower; None: all patches of a prompt.
-        checkpointing: Whether gradient checkpointing is on.
-        precomputed: Whether the reference log-probs are computed before training.
-        shards: Number of devices over which parameters, gradients and optimizer state are sharded.
-    """
-
-    prompt: int
-    response: int
-    pairs: int = 1
-    micro_batches: int = 1
-    image_tokens: int = 0
-    patches: int = 4
-    image_size: int | None = None
-    checkpointing: bool = False
-    precomputed: bool = False
-    has_reference: bool = True
-    shards: int = 1
-
-
-#: For each trainer: the method of its loss, and whether both responses share a row with their prompt.
-STEPS = {
-    "mpo_ext": ("mpo_ext", True),
-    "mpo_ext, recompute=False": ("mpo_ext, recompute=False", True),
-    "mpo_ext, separate rows": ("mpo_ext", False),
-    "mpo_ext, from logits": ("mpo_ext", True),
-    "mpo_ext, separate rows, from logits": ("mpo_ext", False),
-    "TRL": ("trl ChunkedLogProb", False),
-}
-
-
-def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine) -> Cost:
-    """Returns the predicted cost of a step: layers, loss, reference, gradient norm, AdamW, but no communication."""
-    check_choice("trainer", trainer, STEPS)
-    method, is_shared = STEPS[trainer]
-    row = step.prompt + 2 * step.response if is_shared else step.prompt + step.response
-    rows = step.pairs * (1 if is_shared else 2)
-    positions = rows * row
-    patches = rows * step.image_tokens * step.patches
-    passes = 3 + step.checkpointing  # one forward, and a backward of twice the cost
-    wide = _SIZES[model.compute]
-
-    def layers(name: str, times: float, vision_times: float) -> list[Stage]:
-        scores = 4.0 * model.layers * model.width * row * positions
-        among = step.image_size or step.image_tokens * step.patches
-        vision_scores = 4.0 * model.vision_layers * model.vision_width * among * patches
-        decoder = Stage(
-            name=f"decoder, {name}",
-            flop=times * (2.0 * model.decoder * positions + scores),
-            dtype=model.compute,
-            moved=times * (model.kept * positions + wide * model.decoder),
-            fresh=times * model.kept * positions / 2,
-        )
-        vision = Stage(
-            name=f"vision, {name}",
-            flop=vision_times * (2.0 * model.vision * patches + vision_scores),
-            dtype=model.compute,
-            moved=vision_times * (model.vision_kept * patches + wide * model.vision),
-            fresh=vision_times * model.vision_kept * patches / 2,
-        )
-        return [decoder, vision]
-
-    scored = LossShape(
-        pairs=step.pairs,
-        tokens=row if not is_shared else step.response,
-        vocab=model.vocab,
-        hidden=model.width,
-        share=1.0 if is_shared else step.response / row,
-        dtype=model.compute,
-    )
-    if trainer.endswith("from logits"):
-        stages, loss_memory = _logits_of_all(scored, positions, machine)
-    else:
-        if not model.head_learns and method.startswith("mpo_ext"):
-            method = "mpo_ext, frozen head"
-        stages, loss_memory = LINEAR[method](scored, machine)
-    stages = [*layers("policy", passes, passes if model.vision_learns else 1), *stages]
-    if step.has_reference and not step.precomputed:
-        stages += layers("reference", 1, 1)
-        counted = scored.rows if trainer == "TRL" and not machine.is_gpu else scored.labelled
-        stages.append(_products(scored, counted, 1, "head, reference", model.compute))
-        if trainer == "TRL" and not machine.is_gpu:
-            logits = counted * model.vocab
-            stages.append(Stage(name="loss, reference", moved=32 * logits, softmax=logits / 2, fresh=16 * logits))
-    micro_batch = _cost(stages, 0.0, machine)
-    parts = {name: step.micro_batches * seconds for name, seconds in micro_batch.parts.items()}
-
-    learnt = _SIZES[model.dtype] * model.trainable / step.shards
-    # AdamW reads parameters, gradients and two moments, and writes all except the gradients. Clipping reads the
-    # gradients for their norm, and reads and writes them to scale them.
-    optimizer = Stage(name="optimizer", moved=(7 + 3) * learnt, fresh=learnt)
-    parts["optimizer"] = machine.seconds(optimizer)
-    weights = _SIZES[model.dtype] * model.parameters / step.shards
-    kept: float = model.kept * positions + (model.vision_kept * patches if model.vision_learns else 0)
-    if step.checkpointing:
-        kept = kept / max(model.layers, 1) + wide * model.layers * model.width * positions
-    reference_copy = weights if step.has_reference and not step.precomputed else 0.0
-    memory = weights + 3 * learnt + reference_copy + kept + loss_memory
-    return Cost(sum(parts.values()), memory, parts)
-
-
-def _logits_of_all(loss: LossShape, positions: int, machine: Machine) -> _Parts:
-    """Returns stages and memory of the logits of all positions and of our loss on the labelled rows."""
-    stages, _ = _logits_ours(loss, machine)
-    every, grads = loss.size * positions * loss.vocab, _gradients(loss)
-    products = _products(loss, positions, 3, "matrix products", loss.dtype)
-    memory = 2 * every + 2 * loss.size * loss.labelled * loss.vocab + grads
-    return [products, Stage(name="logits", moved=2 * every, fresh=2 * every + grads), *stages], memory

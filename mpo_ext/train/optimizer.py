@@ -118,7 +118,7 @@ def make_optimizer(
     if "adamw" in recipe.name or recipe.name == "muon":
         options |= {"betas": recipe.betas, "eps": recipe.eps}
     if recipe.name == "adamw":
-        options["fused"] = accelerator.device.type == "cuda" or None
+        options["fused"] = accelerator.device.type in ("cpu", "cuda") or None  # else a CPU allocates each result
     options |= recipe.args
     described = [
         {"params": group.parameters, "weight_decay": group.weight_decay}

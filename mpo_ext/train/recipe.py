@@ -168,7 +168,7 @@ class LossRecipe:
     average_over: Literal["step", "micro_batch"] = "step"
     from_logits: StrictBool = False
     shared_prefix: SharedPrefix = True
-    recompute: StrictBool = True
+    recompute: StrictBool | None = None
     memory_budget_mib: PositiveCount | None = None
     backend: BackendName | None = None
 
@@ -184,8 +184,8 @@ class LossRecipe:
                     "memory_budget_mib must be None with from_logits, which computes all logits at once, got "
                     f"{self.memory_budget_mib}"
                 )
-            if not self.recompute:
-                raise ValueError("recompute must be True with from_logits, which keeps the logits anyway, got False")
+            if self.recompute is False:
+                raise ValueError("recompute must be None with from_logits, which keeps the logits anyway, got False")
 
     def _check_preference(self, name: str) -> None:
         import torch

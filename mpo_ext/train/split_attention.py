@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpo_ext.train.joint_attention import TokenPart, can_join, joint_attention, joint_calls
+
 #: The registered name for each attention implementation of transformers that has a split form.
 NAMES = {
     "sdpa": "mpo_split_sdpa",
@@ -239,6 +241,11 @@ def _split_sdpa(
             options["enable_gqa"] = True
         else:
             key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    if _joins(query, value, call, options["dropout_p"]):
+        parts = [TokenPart(*part[:4]) for part in call.segments.parts]
+        tensors = _tokens(query), _tokens(key), _tokens(value)
+        out = joint_attention(*tensors, joint_calls(parts), options["scale"])
+        return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
     return _attend_to_parts(call, query, key, value, partial(F.scaled_dot_product_attention, **options)), None
 
 
@@ -287,6 +294,13 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
         out = _causal(queries[i], *own, call.window, attend)
         outputs += _with_blocks(out, part.blocks, queries[i], *own, call.window, attend) if part.blocks else [out]
     return torch.cat(outputs).view(rows, length, heads, value.shape[3])
+
+
+def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
+    """Returns whether responses attend to their prompts in calls without a mask (``joint_attention``)."""
+    parts = call.segments.parts
+    is_plain = not dropout and call.window is None and not any(part.blocks for part in parts)
+    return is_plain and any(part.prompt is not None for part in parts) and can_join(query, value)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import check_model, linear, logits, losses, machine, schema, suite
+from benchmarks import check_model, linear, logits, losses, machine, schema, suite, train_step
 from benchmarks.measure import interleaved
 from mpo_ext.plan import roofline as cost
 from mpo_ext.plan.roofline import LossShape
@@ -26,6 +26,7 @@ def _small_programs(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(machine, "_COLUMNS", 64)
     monkeypatch.setattr(machine, "_CACHED", (2, 4, 64))
     monkeypatch.setattr(machine, "_NARROW", (2, 8, 64))
+    monkeypatch.setattr(machine, "_ATTENTION", (1, 2, 128, 64))
     machine.programs.cache_clear()
     yield
     machine.programs.cache_clear()
@@ -79,7 +80,8 @@ def test_every_case_from_hidden_states_has_run_before_it_is_measured(monkeypatch
     cases, missing = losses.usable(linear.BENCHMARK, names, loss)
     assert tuple(cases) == tuple(names)
     assert not missing
-    assert calls == [(False, {}), (False, {"recompute": False}), (True, {}), (False, {"memory_budget": 1 << 19})]
+    options = [{}, {"recompute": True}, {"recompute": False}]
+    assert calls == [*((False, each) for each in options), (True, {}), (False, {"memory_budget": 1 << 19})]
 
 
 def test_a_provider_that_is_too_slow_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +179,29 @@ def test_rates_are_what_the_programs_do_by_their_medians() -> None:
     assert found.overhead == 0.25
 
 
+def test_attention_and_products_of_other_sizes_have_rates() -> None:
+    times = {"attention plain": 2.0, "attention masked": 8.0, "product of 32": 1.0, "product of 1024": 8.0}
+    found = machine.rates(seconds(**times))
+    scores = 3.5 * 4 * 2 * 64 * 128**2
+    assert found.attention_rates == {"plain": {"float32": scores / 4}, "masked": {"float32": scores / 8}}
+    of_256 = 256 * 896 * 64
+    of_32, of_1024 = 2 * 32 * 896 * 64, 2 * 1024 * 1024 * 64 / 8
+    assert found.matmul_shares == {256: 1.0, 32: of_32 / of_256, 1024: of_1024 / of_256}
+    assert not machine.rates(seconds()).attention_rates  # as in result files without these programs
+    assert not machine.rates(seconds()).matmul_shares
+
+
+def test_steps_with_long_prompts_have_the_layers_that_fit() -> None:
+    groups = [group for group in suite.step_groups(quick=False) if group[0] == "prompt"]
+    assert [(sizes.prompt, sizes.layers) for _, sizes, _, _ in groups] == [
+        (1024, 8), (2048, 8), (4096, 8), (8192, 2)
+    ]  # fmt: skip
+    assert ["TRL" in names for _, _, names, _ in groups] == [True, True, False, False]
+    assert all(set(names) <= set(train_step.CASES) for _, _, names, _ in groups)
+    assert [group[0] for group in suite.step_groups(quick=False, prompts=(512,))][-2:] == ["image tokens", "prompt"]
+    assert train_step.rates(groups[0][1], 2.0) == {"pairs_per_s": 0.5, "tokens_per_s": 1024.0}
+
+
 def test_rates_need_every_program() -> None:
     some = seconds()
     del some["machine: fresh"]
@@ -214,7 +239,7 @@ def test_the_cost_model_describes_the_model_of_the_training_step() -> None:
 
 def test_schema_takes_what_the_suite_writes() -> None:
     assert schema.VERSION == 1
-    names = {f"machine: {name}" for name in ("read", "product float32", "product bfloat16")}
+    names = {f"machine: {name}" for name in ("read", "product float32", "product of 32", "attention masked")}
     assert names <= set(machine.programs())
     points = suite.machine_points({"machine: read": [1.0, 2.0]})
     assert points[0]["provider"] == "read"

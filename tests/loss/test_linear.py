@@ -320,7 +320,7 @@ AXES: dict[str, list[Any]] = {
     "shift": [False, True],
     "head": [{}, {"logit_scale": -0.3}, {"softcap": 5.0}, {"logit_scale": 2.0, "softcap": 30.0, "temperature": 0.7}],
     "budget": [1, 3000, 50_000, None],
-    "recompute": [True, False],
+    "recompute": [True, False, None],
     "wanted": [ALL, ("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias"), ("hidden", "weight")],
 }
 
@@ -357,7 +357,8 @@ def pairwise(axes: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
 def id_of(choice: dict[str, Any]) -> str:
     """`float32-V301-D5-0.2-...`."""
     head = ",".join(f"{name}={value}" for name, value in choice["head"].items()) or "plain"
-    flags = [name for name in ("packed", "has_bias", "shift", "recompute") if choice[name]]
+    flags = [name for name in ("packed", "has_bias", "shift") if choice[name]]
+    flags += {True: ["recompute"], False: ["keep"], None: []}[choice["recompute"]]
     parts = [
         str(choice["dtype"]).removeprefix("torch."),
         f"V{choice['vocab']}",
@@ -900,12 +901,20 @@ def filled_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("keep", [linear_ops.KEEP_NOTHING, linear_ops.KEEP_HIDDEN_GRAD, linear_ops.KEEP_LOGITS])
+@pytest.mark.parametrize(
+    ("keep", "only_fitting"),
+    [
+        (linear_ops.KEEP_NOTHING, False), (linear_ops.KEEP_HIDDEN_GRAD, False), (linear_ops.KEEP_LOGITS, False),
+        (linear_ops.KEEP_LOGITS, True),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("labelled", [0.0, 0.5, 1.0])
-def test_opcheck_passes_for_every_operator(keep: int, labelled: float, filled_memory: None) -> None:
+def test_opcheck_passes_for_every_operator(
+    keep: int, only_fitting: bool, labelled: float, filled_memory: None
+) -> None:
     case = make_linear(torch.bfloat16, 67, 13, labelled=labelled, has_bias=True, shift=False)
     hidden, weight, bias = (LAYOUTS["transposed"](tensor) for tensor in case.tensors.values())
-    options = linear_ops.LinearOptions(-100, [1.0, 20.0, 1.0], 4000, torch.bfloat16, "cpu")
+    options = linear_ops.LinearOptions(-100, [1.0, 20.0, 1.0], 4000, torch.bfloat16, "cpu", only_fitting)
     forward = (hidden, weight, bias, case.labels, ops.stats_mask(checks.STATS), keep, *options)
     result = torch.library.opcheck(linear_ops.linear_token_logp, forward)
     assert set(result.values()) == {"SUCCESS"}, result
@@ -992,17 +1001,18 @@ def test_an_ample_budget_takes_the_whole() -> None:
     assert tile == (300, 5000)
 
 
+@pytest.mark.parametrize("only_fitting", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_kept_logits_are_not_written_over_before_they_are_used_up(dtype: torch.dtype) -> None:
+def test_kept_logits_are_not_written_over_before_they_are_used_up(dtype: torch.dtype, only_fitting: bool) -> None:
     # 1000 = 3 * 333 + 1: the last tile has one column.
     sizes = itertools.product((0, 1, 3, 40), (1, 7, 64, 1000), (1, 5, 64, 333, 999), (4, 52, 2000))
     for count, vocab, columns, grad_bytes in sizes:
         columns = min(columns, vocab)
-        kept = tile_ops.KeptLogits(count, vocab, columns, grad_bytes, dtype)
+        kept = tile_ops.KeptLogits(count, vocab, columns, grad_bytes, dtype, only_fitting=only_fitting)
         memory = torch.zeros(kept.size, dtype=torch.uint8)
         shape = (count, vocab, columns, grad_bytes)
         half = slice(0, count // 2), slice(count // 2, count)
-        tiles = [(first, min(first + columns, vocab)) for first in range(0, vocab, columns)]
+        tiles = [(first, min(first + columns, vocab)) for first in range(0, kept.stop, columns)]
         for number, (first, end) in enumerate(tiles):
             for rows in half:
                 kept.tile(memory, rows, first, end).fill_(number + 1)
@@ -1017,6 +1027,12 @@ def test_kept_logits_are_not_written_over_before_they_are_used_up(dtype: torch.d
         assert vocab * grad_bytes <= kept.size, shape
         smaller = min(grad_bytes, count * dtype.itemsize)
         maxima = 4 * count * len(tiles) if dtype == torch.float16 else 0
+        if only_fitting and count * dtype.itemsize > grad_bytes:
+            assert kept.size <= vocab * grad_bytes + maxima + 128, shape
+            fitting = (vocab - columns) * grad_bytes // (count * dtype.itemsize)
+            assert fitting - columns < kept.stop <= max(fitting, 0), shape
+            continue
+        assert kept.stop == vocab, shape
         assert kept.size <= vocab * max(grad_bytes, count * dtype.itemsize) + columns * smaller + maxima + 128, shape
 
 
@@ -1154,7 +1170,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"^memory_budget must be an integer, got 1000000000\.0",
     ),
     "memory_budget True": ({"memory_budget": True}, TypeError, r"^memory_budget must be an integer, got True"),
-    "recompute a string": ({"recompute": "no"}, TypeError, r"^recompute must be a bool, got 'no'"),
+    "recompute a string": ({"recompute": "no"}, TypeError, r"^recompute must be a bool or None, got 'no'"),
     "an unknown statistic": ({"stats": ("entropie",)}, ValueError, r"^stats must be names .*got 'entropie'"),
     "an unknown backend": ({"backend": "gpu"}, ValueError, r"^backend must be None or one of .*got 'gpu'"),
     "a config of another kind": ({"config": {}}, TypeError, r"^config must be an MPOConfig, got dict"),

@@ -13,7 +13,8 @@ import pytest
 
 from mpo_ext.plan import machines
 from mpo_ext.plan.machines import GPUS, Machine, Stage, gpu
-from mpo_ext.plan.roofline import LINEAR, LOGITS, STEPS, LossShape, ModelShape, StepShape, loss_cost, step_cost
+from mpo_ext.plan.roofline import LINEAR, LOGITS, LossShape, loss_cost
+from mpo_ext.plan.steps import STEPS, ModelShape, StepShape, step_cost
 
 CPU = Machine(
     name="test",
@@ -67,6 +68,7 @@ def test_gradients_of_hidden_states_and_head_are_huge_pages() -> None:
     d_hidden, d_weight, logits = 20 * 8 * 4, 100 * 8 * 4, 10 * 100 * 4
     pages = only(huge=1.0)
     assert loss_cost("mpo_ext", LINEAR_LOSS, pages).seconds == d_hidden + d_weight
+    assert loss_cost("mpo_ext, recompute=True", LINEAR_LOSS, pages).seconds == d_hidden + d_weight
     assert loss_cost("mpo_ext, recompute=False", LINEAR_LOSS, pages).seconds == d_hidden + max(d_weight, logits)
     assert loss_cost("mpo_ext, frozen head", LINEAR_LOSS, pages).seconds == d_hidden
     assert loss_cost("mpo_ext", LINEAR_LOSS, only(fresh=1.0)).seconds == 0
@@ -75,7 +77,8 @@ def test_gradients_of_hidden_states_and_head_are_huge_pages() -> None:
 @pytest.mark.parametrize(
     ("method", "rows", "products"),
     [
-        ("mpo_ext", 10, 4),
+        ("mpo_ext", 10, 4 - 8 / 10),  # the logits of 8 of 10 rows fit into the gradient of the head
+        ("mpo_ext, recompute=True", 10, 4),
         ("mpo_ext, recompute=False", 10, 3),
         ("mpo_ext, frozen head", 10, 2),
         ("eager", 20, 3),
@@ -90,7 +93,17 @@ def test_gradients_of_hidden_states_and_head_are_huge_pages() -> None:
 )
 def test_products_with_the_head(method: str, rows: int, products: int) -> None:
     found = loss_cost(method, LINEAR_LOSS, only(matmul_rates={"float32": 1.0})).seconds
-    assert found == 2 * rows * 100 * 8 * products
+    assert math.isclose(found, 2 * rows * 100 * 8 * products)
+
+
+def test_logits_that_fit_into_the_gradient_are_kept_on_a_cpu_only() -> None:
+    products = only(matmul_rates={"float32": 1.0, "bfloat16": 1.0})
+    few = dataclasses.replace(LINEAR_LOSS, share=0.4)  # 8 rows, as many as the hidden size
+    assert loss_cost("mpo_ext", few, products) == loss_cost("mpo_ext, recompute=False", few, products)
+    on_gpu = dataclasses.replace(products, is_gpu=True)
+    assert loss_cost("mpo_ext", few, on_gpu) == loss_cost("mpo_ext, recompute=True", few, on_gpu)
+    none = dataclasses.replace(LINEAR_LOSS, share=0.0)
+    assert loss_cost("mpo_ext", none, products).seconds == 0
 
 
 def test_peers_skip_ignored_rows_on_a_gpu() -> None:
@@ -115,7 +128,9 @@ def test_memory_from_hidden_states_does_not_hold_the_logits() -> None:
     kept = loss_cost("mpo_ext, recompute=False", loss, CPU).memory - grads
     assert 4 * (1024 - 896) * 151936 < kept < 4 * (1024 - 896) * 151936 + 0.1 * logits
     few = dataclasses.replace(loss, share=0.5)
-    assert loss_cost("mpo_ext, recompute=False", few, CPU).memory == loss_cost("mpo_ext", few, CPU).memory
+    without = loss_cost("mpo_ext, recompute=True", few, CPU).memory
+    assert loss_cost("mpo_ext, recompute=False", few, CPU).memory == loss_cost("mpo_ext", few, CPU).memory == without
+    assert loss_cost("mpo_ext", loss, CPU).memory == loss_cost("mpo_ext, recompute=True", loss, CPU).memory
     widened = dataclasses.replace(loss, dtype="bfloat16", matmul_dtype="float32")
     kept = loss_cost("mpo_ext, recompute=False", widened, CPU).memory - grads / 2
     assert 2 * (1024 - 896) * 151936 < kept < 2 * (1024 - 896) * 151936 + 0.1 * logits
@@ -145,40 +160,97 @@ def test_parts_add_up_with_the_fixed_part() -> None:
 def test_a_cpu_that_widens_inputs_multiplies_at_the_rate_of_float32() -> None:
     loss = LossShape(tokens=10, vocab=100, hidden=8, dtype="bfloat16")
     products = only(matmul_rates={"float32": 1.0, "bfloat16": math.inf})
-    assert loss_cost("mpo_ext", loss, products).seconds == 0
+    assert loss_cost("mpo_ext, recompute=True", loss, products).seconds == 0
     widened = dataclasses.replace(loss, matmul_dtype="float32")
-    assert loss_cost("mpo_ext", widened, products).seconds == 2 * 20 * 100 * 8 * 4
+    assert loss_cost("mpo_ext, recompute=True", widened, products).seconds == 2 * 20 * 100 * 8 * 4
+
+
+def test_matmuls_reach_a_share_by_their_smallest_size() -> None:
+    machine = dataclasses.replace(CPU, matmul_shares={64: 0.5, 256: 1.0, 1024: 1.25})
+    shares = [machine.matmul_share(size) for size in (32, 64, 128, 256, 512, 1024, math.inf)]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.125, 1.25, 1.25])
+    assert machine.seconds(Stage(name="x", flop=1e10, shortest=64)) == 2
+    assert CPU.seconds(Stage(name="x", flop=1e10, shortest=1)) == 1
+
+
+def test_attention_has_rates_by_kind_and_dtype() -> None:
+    machine = dataclasses.replace(CPU, attention_rates={"plain": {"float32": 4e9}, "masked": {"float32": 2e9}})
+    assert machine.seconds(Stage(name="x", attention=8e9)) == 2
+    assert machine.seconds(Stage(name="x", attention=8e9, attention_kind="masked", flop=1e10)) == 4 + 1
+    assert machine.seconds(Stage(name="x", attention=8e10, dtype="bfloat16")) == 2  # as its matmuls
 
 
 MODEL = ModelShape(
-    parameters=1000, trainable=500, decoder=300, layers=2, width=8, vocab=100, kept=40, vision=50, vision_layers=1,
-    vision_width=4, vision_kept=10, compute="float32",
+    parameters=1000, trainable=500, decoder=300, layers=2, width=8, vocab=100, heads=3, kept=40, moved=90, vision=50,
+    vision_layers=1, vision_width=4, vision_kept=10, vision_moved=20, compute="float32",
 )  # fmt: skip
 STEP = StepShape(prompt=16, response=4, image_tokens=8, patches=4)
 PRODUCTS = only(matmul_rates={"float32": 1.0})
 
 
-def by_hand(*, row: int, rows: int, scored: int, head: int, passes: int, reference: bool) -> float:
-    positions, patches = row * rows, rows * 8 * 4
-    decoder = 2 * 300 * positions + 4 * 2 * 8 * row * positions
-    vision = 2 * 50 * patches + 4 * 1 * 4 * 32 * patches
+#: Scores of an attention head for a prompt of 16 and responses of 4 tokens, by the rows of a pair.
+SPLIT, DENSE, CAUSAL = 20 * 20 / 2 + 4 * (16 + 2), 24 * 24, 2 * 20 * 20 / 2
+
+
+def by_hand(
+    *, scores: float, positions: int, rows: int, scored: int, head: int, passes: int = 3, reference: bool = False
+) -> float:
+    patches = rows * 8 * 4
+    decoder, vision = 2 * 300 * positions, 2 * 50 * patches
+    attention = 4 * 2 * 8 * scores + 4 * 1 * 4 * 32 * patches
     loss = 2 * scored * 100 * 8
-    return passes * (decoder + vision) + head * loss + reference * (decoder + vision + loss)
+    # A backward of attention has five products, of which two compute the scores and their gradient.
+    once = passes * (decoder + vision) + (passes + 0.5) * attention + head * loss
+    return once + reference * (decoder + vision + attention + loss)
 
 
 def test_flop_of_a_step() -> None:
+    split = {"scores": SPLIT, "positions": 24, "rows": 1, "scored": 8, "head": 3}
     found = step_cost("mpo_ext", MODEL, STEP, PRODUCTS).seconds
-    assert found == by_hand(row=24, rows=1, scored=8, head=4, passes=3, reference=True)
+    assert found == by_hand(**split, reference=True)
     precomputed = dataclasses.replace(STEP, precomputed=True)
     found = step_cost("mpo_ext", MODEL, precomputed, PRODUCTS).seconds
-    assert found == by_hand(row=24, rows=1, scored=8, head=4, passes=3, reference=False)
+    assert found == by_hand(**split)
     checkpointed = dataclasses.replace(precomputed, checkpointing=True)
     found = step_cost("mpo_ext", MODEL, checkpointed, PRODUCTS).seconds
-    assert found == by_hand(row=24, rows=1, scored=8, head=4, passes=4, reference=False)
+    assert found == by_hand(**split, passes=4)
     found = step_cost("TRL", MODEL, STEP, PRODUCTS).seconds
-    assert found == by_hand(row=20, rows=2, scored=40, head=4, passes=3, reference=True)
-    found = step_cost("mpo_ext, recompute=False", MODEL, precomputed, PRODUCTS).seconds
-    assert found == by_hand(row=24, rows=1, scored=8, head=3, passes=3, reference=False)
+    assert found == by_hand(scores=CAUSAL, positions=40, rows=2, scored=40, head=4, reference=True)
+    found = step_cost("mpo_ext, recompute=True", MODEL, precomputed, PRODUCTS).seconds
+    assert found == by_hand(**{**split, "head": 4})
+    found = step_cost("mpo_ext, dense mask", MODEL, precomputed, PRODUCTS).seconds
+    assert found == by_hand(**{**split, "scores": DENSE})
+    found = step_cost("mpo_ext, separate rows", MODEL, precomputed, PRODUCTS).seconds
+    assert found == by_hand(scores=CAUSAL, positions=40, rows=2, scored=8, head=3)
+
+
+def test_each_kind_of_attention_has_its_rate_and_its_memory() -> None:
+    step = dataclasses.replace(STEP, precomputed=True, image_tokens=0)
+    plain, masked = (only(attention_rates={kind: {"float32": 1.0}}) for kind in ("plain", "masked"))
+    for trainer, machine, scores in (
+        ("mpo_ext", plain, SPLIT), ("mpo_ext, separate rows", plain, CAUSAL), ("mpo_ext, dense mask", masked, DENSE),
+    ):  # fmt: skip
+        assert step_cost(trainer, MODEL, step, machine).seconds == 3.5 * 4 * 2 * 8 * scores
+    assert step_cost("mpo_ext", MODEL, step, masked).seconds == 0
+    # A dense mask stays in memory for each of the two layers; eager attention keeps the scores of all heads.
+    eager = dataclasses.replace(step, has_eager_attention=True)
+    memory = step_cost("mpo_ext", MODEL, step, CPU).memory
+    assert step_cost("mpo_ext, dense mask", MODEL, step, CPU).memory - memory == 4 * 2 * DENSE
+    assert step_cost("mpo_ext", MODEL, eager, CPU).memory - memory == (4 + 4) * 2 * 3 * DENSE
+    moves = only(bandwidth=1.0)
+    passes = step_cost("mpo_ext", MODEL, eager, moves).parts["decoder, attention, policy"]
+    assert passes == 16 * 4 * 2 * 3 * DENSE
+    products = step_cost("mpo_ext", MODEL, eager, PRODUCTS).parts["decoder, attention, policy"]
+    assert products == 3 * 4 * 2 * 8 * DENSE
+
+
+def test_layers_pass_over_memory_beside_their_products() -> None:
+    step = dataclasses.replace(STEP, precomputed=True)
+    parts = step_cost("mpo_ext", MODEL, step, only(bandwidth=1.0)).parts
+    assert parts["decoder, passes, policy"] == 3 * 90 * 24
+    assert parts["vision, passes, policy"] == 3 * (20 * 32 + 4 * 50)
+    frozen = dataclasses.replace(MODEL, vision_learns=False)
+    assert step_cost("mpo_ext", frozen, step, only(bandwidth=1.0)).parts["vision, passes, policy"] == 20 * 32 + 4 * 50
 
 
 def test_micro_batches_repeat_all_but_the_optimizer() -> None:
@@ -202,7 +274,7 @@ def test_a_frozen_head_has_two_products() -> None:
     frozen = dataclasses.replace(MODEL, head_learns=False, trainable=0)
     step = dataclasses.replace(STEP, precomputed=True)
     found = step_cost("mpo_ext", frozen, step, PRODUCTS).seconds
-    assert found == by_hand(row=24, rows=1, scored=8, head=2, passes=3, reference=False)
+    assert found == by_hand(scores=SPLIT, positions=24, rows=1, scored=8, head=2)
 
 
 @pytest.mark.parametrize(("trainer", "name"), list(itertools.product(STEPS, GPUS)))
@@ -283,7 +355,7 @@ def test_methods_have_the_names_of_the_benchmarks() -> None:
 
 
 def test_the_model_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import mpo_ext.plan.roofline"
+    code = "import sys; sys.modules['torch'] = None; import mpo_ext.plan.steps"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

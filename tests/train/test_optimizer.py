@@ -292,3 +292,13 @@ def test_what_cannot_train_is_refused() -> None:
         recipe = OptimRecipe(name=name)
         with pytest.raises(ValueError, match=f"shards of parameters under {sharding}, got '{name}'"):
             make_optimizer([], recipe, model, ranks)
+
+
+def test_the_fused_update_of_a_cpu_is_that_of_adamw() -> None:
+    model, twin = with_gradients(), with_gradients()
+    made = optimizer(model, learning_rate=1e-2, weight_decay=0.1)
+    assert made.defaults["fused"]
+    fused = steps(model, made)
+    plain = steps(twin, optimizer(twin, learning_rate=1e-2, weight_decay=0.1, args={"fused": False}))
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-5, atol=1e-7)

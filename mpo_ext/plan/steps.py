@@ -1,0 +1,273 @@
+"""Predicts the time and the memory of a training step: layers, attention, loss, reference, gradient norm, AdamW.
+
+The layers are three stages: their matrix products, their attention, and their passes over memory. Communication
+between devices and the preparation of the data are left out.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from mpo_ext.checks import check_choice
+from mpo_ext.plan.machines import Machine, Stage
+from mpo_ext.plan.roofline import (
+    LINEAR,
+    SIZES,
+    Cost,
+    LossShape,
+    Parts,
+    cost_of,
+    head_products,
+    logits_ours,
+    loss_gradients,
+)
+
+#: Passes over the scores of eager attention, forward and backward together: product, mask, float32 softmax and back.
+_EAGER_PASSES = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Sizes and dtypes of a model that determine the cost of a step.
+
+    Attributes:
+        decoder: Number of weights in the decoder's linear layers, without the output head.
+        width: Hidden size of the decoder, D.
+        heads: Number of attention heads of the decoder.
+        kept: Number of bytes of activations per position that the decoder's layers keep for backward.
+        moved: Number of bytes per position that the decoder's layers read and write in a forward, besides attention.
+        vision: Number of weights in the linear layers of vision tower and projector.
+        vision_width: Hidden size of the vision tower.
+        vision_kept: Number of bytes of activations per patch that the vision tower keeps for backward.
+        vision_moved: Number of bytes per patch that the vision tower reads and writes in a forward.
+        vision_learns: Whether the vision tower is trained.
+        head_learns: Whether the head's weight is trained.
+        dtype: Dtype of the parameters.
+        compute: Dtype of the inputs of matmuls.
+    """
+
+    parameters: int
+    trainable: int
+    decoder: int
+    layers: int
+    width: int
+    vocab: int
+    heads: int = 1
+    kept: int = 0
+    moved: int = 0
+    vision: int = 0
+    vision_layers: int = 0
+    vision_width: int = 0
+    vision_kept: int = 0
+    vision_moved: int = 0
+    vision_learns: bool = True
+    head_learns: bool = True
+    dtype: str = "float32"
+    compute: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """Shape of one device's optimizer step.
+
+    Attributes:
+        prompt: Number of tokens of a prompt, image tokens included.
+        response: Number of tokens of a response; each token has a label.
+        pairs: Number of pairs per micro-batch.
+        image_tokens: Number of image tokens of a prompt.
+        patches: Number of vision tower patches per image token.
+        image_size: Number of patches that attend to each other in the vision tower; None: all patches of a prompt.
+        checkpointing: Whether gradient checkpointing is on.
+        precomputed: Whether the reference log-probs are computed before training.
+        shards: Number of devices over which parameters, gradients and optimizer state are sharded.
+        has_eager_attention: Whether the decoder attends without attention kernels.
+    """
+
+    prompt: int
+    response: int
+    pairs: int = 1
+    micro_batches: int = 1
+    image_tokens: int = 0
+    patches: int = 4
+    image_size: int | None = None
+    checkpointing: bool = False
+    precomputed: bool = False
+    has_reference: bool = True
+    shards: int = 1
+    has_eager_attention: bool = False
+
+
+#: Rows of a pair: one row with split attention, one row with a dense mask, or a causal row for each response.
+Rows = Literal["split", "masked", "separate"]
+
+
+class StepMethod(NamedTuple):
+    """A trainer and its settings: the method of its loss (a key of ``roofline.LINEAR``), and its rows."""
+
+    method: str
+    rows: Rows
+    from_logits: bool = False
+    is_trl: bool = False
+
+
+#: How the name of a trainer says its rows.
+ROW_NAMES: dict[Rows, str] = {"split": "", "masked": ", dense mask", "separate": ", separate rows"}
+#: The trainers by name; the settings of mpo_ext are separated by commas.
+STEPS = {
+    f"mpo_ext{of_rows}{of_loss}": StepMethod(f"mpo_ext{of_method}", rows, of_loss.endswith("logits"))
+    for rows, of_rows in ROW_NAMES.items()
+    for of_loss, of_method in {
+        "": "",
+        ", recompute=False": ", recompute=False",
+        ", recompute=True": ", recompute=True",
+        ", from logits": "",
+    }.items()
+} | {"TRL": StepMethod("trl ChunkedLogProb", "separate", is_trl=True)}
+
+
+class _Positions(NamedTuple):
+    """The rows of a micro-batch: their number, the tokens of a row, and the scores of an attention head."""
+
+    rows: int
+    row: int
+    scores: float
+    kind: str
+
+    @property
+    def all(self) -> int:
+        return self.rows * self.row
+
+
+def _positions(step: StepShape, rows: Rows) -> _Positions:
+    prompt, response = step.prompt, step.response
+    sequence = prompt + response
+    shared = prompt + 2 * response
+    if rows == "separate":
+        scores = sequence**2 if step.has_eager_attention else sequence**2 / 2
+        return _Positions(2 * step.pairs, sequence, 2 * step.pairs * scores, "plain")
+    if rows == "masked" or step.has_eager_attention:
+        return _Positions(step.pairs, shared, step.pairs * shared**2, "masked")
+    scores = sequence**2 / 2 + response * (prompt + response / 2)
+    return _Positions(step.pairs, shared, step.pairs * scores, "plain")
+
+
+class _Layers:
+    """The stages of the layers of decoder and vision tower for the rows of a micro-batch."""
+
+    def __init__(self, model: ModelShape, step: StepShape, rows: Rows) -> None:
+        self.model, self.step = model, step
+        self.positions = _positions(step, rows)
+        self.patches = self.positions.rows * step.image_tokens * step.patches
+
+    def stages(self, name: str, forwards: int, *, with_backward: bool, of_vision: bool) -> Iterator[Stage]:
+        """Yields the stages of some forwards and, ``with_backward``, of a backward.
+
+        A backward has two products for each of the forward, and moves twice the bytes. An attention kernel computes
+        the scores again in backward: five products instead of two. ``of_vision``: whether the tower has a backward.
+        """
+        model, positions = self.model, self.positions
+        times = forwards + 2 * with_backward
+        wide, compute = SIZES[model.compute], model.compute
+        weights = wide * model.decoder
+        yield Stage(
+            name=f"decoder, products, {name}", flop=2.0 * times * model.decoder * positions.all, dtype=compute,
+            shortest=min(positions.all, model.width), moved=times * weights,
+        )  # fmt: skip
+        yield self._attention(f"decoder, attention, {name}", forwards, with_backward=with_backward)
+        yield Stage(
+            name=f"decoder, passes, {name}", moved=times * model.moved * positions.all,
+            fresh=times * model.kept * positions.all / 2,
+        )  # fmt: skip
+        if not model.vision:
+            return
+        learns = with_backward and of_vision
+        forwards = forwards if learns else 1
+        times = forwards + 2 * learns
+        among = self.step.image_size or self.step.image_tokens * self.step.patches
+        scores = 4.0 * model.vision_layers * model.vision_width * among * self.patches
+        yield Stage(
+            name=f"vision, {name}", flop=2.0 * times * model.vision * self.patches, dtype=compute,
+            shortest=min(self.patches, model.vision_width), attention=(forwards + 2.5 * learns) * scores,
+        )  # fmt: skip
+        yield Stage(
+            name=f"vision, passes, {name}", moved=times * (model.vision_moved * self.patches + wide * model.vision),
+            fresh=times * model.vision_kept * self.patches / 2,
+        )  # fmt: skip
+
+    def _attention(self, name: str, forwards: int, *, with_backward: bool) -> Stage:
+        model, positions = self.model, self.positions
+        scores = 4.0 * model.layers * model.width * positions.scores
+        if self.step.has_eager_attention:
+            passes = _EAGER_PASSES / 2 * (forwards + with_backward)
+            moved = passes * SIZES[model.compute] * model.layers * model.heads * positions.scores
+            return Stage(name=name, flop=(forwards + 2 * with_backward) * scores, dtype=model.compute, moved=moved)
+        flop = (forwards + 2.5 * with_backward) * scores
+        return Stage(name=name, dtype=model.compute, attention=flop, attention_kind=positions.kind)
+
+    def kept(self) -> float:
+        """Returns the bytes that the layers keep for backward."""
+        model, positions = self.model, self.positions
+        wide = SIZES[model.compute]
+        kept: float = model.kept * positions.all
+        if self.step.has_eager_attention:
+            kept += (4 + wide) * model.layers * model.heads * positions.scores
+        elif positions.kind == "masked":  # each layer keeps the mask in the dtype of the scores
+            kept += wide * model.layers * positions.scores
+        if model.vision_learns:
+            kept += model.vision_kept * self.patches
+        if self.step.checkpointing:
+            kept = kept / max(model.layers, 1) + wide * model.layers * model.width * positions.all
+        return kept
+
+
+def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine) -> Cost:
+    """Returns the predicted cost of a step of a trainer, a key of ``STEPS``."""
+    check_choice("trainer", trainer, STEPS)
+    settings = STEPS[trainer]
+    layers = _Layers(model, step, settings.rows)
+    positions = layers.positions
+    is_shared = settings.rows != "separate"
+    scored = LossShape(
+        pairs=step.pairs,
+        tokens=step.response if is_shared else positions.row,
+        vocab=model.vocab,
+        hidden=model.width,
+        share=1.0 if is_shared else step.response / positions.row,
+        dtype=model.compute,
+    )
+    if settings.from_logits:
+        loss, loss_memory = _logits_of_all(scored, positions.all, machine)
+    else:
+        is_frozen = not model.head_learns and not settings.is_trl
+        loss, loss_memory = LINEAR["mpo_ext, frozen head" if is_frozen else settings.method](scored, machine)
+    learning = layers.stages("policy", 1 + step.checkpointing, with_backward=True, of_vision=model.vision_learns)
+    stages = [*learning, *loss]
+    if step.has_reference and not step.precomputed:
+        stages += layers.stages("reference", 1, with_backward=False, of_vision=False)
+        scores_all = settings.is_trl and not machine.is_gpu  # TRL's plain torch path does not skip ignored rows
+        counted = scored.rows if scores_all else scored.labelled
+        stages.append(head_products(scored, counted, 1, "head, reference", model.compute))
+        if scores_all:
+            logits = counted * model.vocab
+            stages.append(Stage(name="loss, reference", moved=32 * logits, softmax=logits / 2, fresh=16 * logits))
+    micro_batch = cost_of(stages, 0.0, machine)
+    parts = {name: step.micro_batches * seconds for name, seconds in micro_batch.parts.items()}
+
+    learnt = SIZES[model.dtype] * model.trainable / step.shards
+    # AdamW reads parameters, gradients and two moments, and writes all except the gradients. Clipping reads the
+    # gradients for their norm, and reads and writes them to scale them.
+    optimizer = Stage(name="optimizer", moved=(7 + 3) * learnt, fresh=learnt)
+    parts["optimizer"] = machine.seconds(optimizer)
+    weights = SIZES[model.dtype] * model.parameters / step.shards
+    reference_copy = weights if step.has_reference and not step.precomputed else 0.0
+    memory = weights + 3 * learnt + reference_copy + layers.kept() + loss_memory
+    return Cost(sum(parts.values()), memory, parts)
+
+
+def _logits_of_all(loss: LossShape, positions: int, machine: Machine) -> Parts:
+    """Returns stages and memory of the logits of all positions and of our loss on the labelled rows."""
+    stages, _ = logits_ours(loss, machine)
+    every, grads = loss.size * positions * loss.vocab, loss_gradients(loss)
+    products = head_products(loss, positions, 3, "matrix products", loss.dtype)
+    memory = 2 * every + 2 * loss.size * loss.labelled * loss.vocab + grads
+    return [products, Stage(name="logits", moved=2 * every, fresh=2 * every + grads), *stages], memory

@@ -1,0 +1,157 @@
+"""Attention of responses to their prompt on a CPU: calls without a mask, joined by their log-sum-exp.
+
+SDPA's flash kernel of the CPU aligns causal attention to the first key, so the queries of a further response over the
+keys of prompt and response would need a mask. Here a response attends to itself in a causal call, all responses of a
+prompt attend to the prompt in one call without a mask, and the two results are averaged with the weights
+``exp(lse - joint lse)``. The kernel's backward of each call takes the joint result and the joint log-sum-exp, which
+gives the exact gradients (FlashAttention-2, arXiv 2307.08691, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenPart(NamedTuple):
+    """Consecutive tokens whose queries attend causally to each other, and to the first tokens of another part.
+
+    Attributes:
+        size: Number of tokens.
+        prompt: Number of the other part; None for no other part.
+        prompt_length: Number of its first tokens that are keys.
+        is_padding: Whether the tokens attend to nothing.
+    """
+
+    size: int
+    prompt: int | None
+    prompt_length: int
+    is_padding: bool
+
+
+class JointCalls(NamedTuple):
+    """Calls of the kernel, as first token and end of queries and keys.
+
+    Attributes:
+        own: ``(start, stop)`` of each causal call of tokens over themselves. Calls do not overlap.
+        shared: ``(start, stop, key start, key stop)`` of each call without a mask.
+    """
+
+    own: tuple[tuple[int, int], ...]
+    shared: tuple[tuple[int, int, int, int], ...]
+
+
+def joint_calls(parts: Sequence[TokenPart]) -> JointCalls:
+    """Returns the calls of all parts. Neighbouring parts with the same prompt share a call over its keys."""
+    own: list[tuple[int, int]] = []
+    shared: list[tuple[int, int, int, int]] = []
+    starts: list[int] = []
+    start = 0
+    for i, part in enumerate(parts):
+        starts.append(start)
+        stop = start + part.size
+        if part.is_padding or not part.size:
+            start = stop
+            continue
+        if part.prompt is not None and part.prompt_length:
+            first = starts[part.prompt]
+            keys = first, first + min(part.prompt_length, parts[part.prompt].size)
+            if shared and shared[-1][1:] == (start, *keys):
+                shared[-1] = shared[-1][0], stop, *keys
+            elif part.prompt == i - 1:  # the response that follows the prompt in its part joins the call
+                if keys[1] < start:
+                    own[-1:] = [keys, (keys[1], start)]
+                shared.append((keys[1], stop, *keys))
+            else:
+                shared.append((start, stop, *keys))
+        own.append((start, stop))
+        start = stop
+    return JointCalls(tuple(own), tuple(shared))
+
+
+def can_join(query: Tensor, value: Tensor) -> bool:
+    """Returns whether ``joint_attention`` takes tensors of this device, dtype and head size."""
+    # Half precision would round the result of each call before they are joined.
+    is_exact = query.dtype in (torch.float32, torch.float64)
+    has_kernel = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
+    return query.device.type == "cpu" and is_exact and has_kernel and query.shape[-1] == value.shape[-1]
+
+
+def joint_attention(query: Tensor, key: Tensor, value: Tensor, calls: JointCalls, scale: float | None) -> Tensor:
+    """Returns attention ``[T, H, D]`` of T tokens; tokens without a call (padding) have zeros.
+
+    Args:
+        query: ``[T, H, D]`` float32 or float64 on the CPU, as are ``key`` and ``value``.
+        key: ``[T, H, D]``.
+        value: ``[T, H, D]``.
+        calls: A result of ``joint_calls``.
+        scale: Factor of the scores; None: ``D ** -0.5``.
+
+    Raises:
+        RuntimeError: If a gradient of the result is differentiated.
+    """
+    tensors = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    out: Tensor = _JointAttention.apply(*tensors, calls, scale)
+    return out
+
+
+def _heads(tensor: Tensor) -> Tensor:
+    """Returns ``[n, H, D]`` as ``[1, H, n, D]``, and ``[n, H]`` as ``[1, H, n]``."""
+    return tensor.transpose(0, 1).unsqueeze(0)
+
+
+def _tokens(tensor: Tensor) -> Tensor:
+    """Returns ``[1, H, n, D]`` as ``[n, H, D]``, and ``[1, H, n]`` as ``[n, H]``."""
+    return tensor.squeeze(0).transpose(0, 1)
+
+
+class _JointAttention(torch.autograd.Function):
+    """Computes ``joint_attention``. The kernel has no second derivative, so double backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, calls: JointCalls, scale: float | None) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - alone returns the lse
+        out = query.new_zeros(query.shape)
+        lse = query.new_zeros(query.shape[:2])
+        for start, stop in calls.own:
+            own = (_heads(tensor[start:stop]) for tensor in (query, key, value))
+            part, part_lse = kernel(*own, 0.0, True, scale=scale)
+            out[start:stop], lse[start:stop] = _tokens(part), _tokens(part_lse)
+        for start, stop, first, end in calls.shared:
+            prompt = (_heads(tensor[first:end]) for tensor in (key, value))
+            part, part_lse = kernel(_heads(query[start:stop]), *prompt, 0.0, False, scale=scale)
+            rows, rows_lse, part_lse = out[start:stop], lse[start:stop], _tokens(part_lse)
+            joint = torch.logaddexp(rows_lse, part_lse)
+            rows.mul_((rows_lse - joint).exp_().unsqueeze(-1))
+            rows.addcmul_(_tokens(part), (part_lse - joint).exp_().unsqueeze(-1))
+            rows_lse.copy_(joint)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.calls, ctx.scale = calls, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
+        query, key, value, out, lse = ctx.saved_tensors
+        grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+        grads = tuple(tensor.new_zeros(tensor.shape) for tensor in (query, key, value))
+
+        def add(start: int, stop: int, first: int, end: int, is_causal: bool) -> None:
+            inputs = query[start:stop], key[first:end], value[first:end], out[start:stop], lse[start:stop]
+            parts = kernel(
+                _heads(grad_out[start:stop]), *map(_heads, inputs), 0.0, is_causal, scale=ctx.scale
+            )  # fmt: skip
+            for grad, part, rows in zip(grads, parts, (slice(start, stop), *[slice(first, end)] * 2), strict=True):
+                if is_causal:  # these calls come first and do not overlap
+                    grad[rows] = _tokens(part)
+                else:
+                    grad[rows] += _tokens(part)
+
+        for start, stop in ctx.calls.own:
+            add(start, stop, start, stop, True)
+        for start, stop, first, end in ctx.calls.shared:
+            add(start, stop, first, end, False)
+        return *grads, None, None
