@@ -116,7 +116,7 @@ def test_parts_have_their_own_rates_and_decay() -> None:
 
     def plain(name: str, parameter: nn.Parameter) -> torch.optim.Optimizer:
         rate, decay = next((own[part] for part in own if part in name), (1e-4, 0.05))
-        return torch.optim.AdamW([parameter], lr=rate, weight_decay=decay if parameter.ndim >= 2 else 0.0)
+        return torch.optim.AdamW([parameter], lr=rate, weight_decay=decay if parameter.ndim >= 2 else 0.0, fused=True)
 
     recipe = OptimRecipe(
         learning_rate=1e-4,
