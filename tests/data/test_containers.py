@@ -37,22 +37,22 @@ def pairs_of(source: PairSource) -> list[Any]:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES_TEXT.encode())),
-        ("a.jsonl", gzip.compress(LINES_TEXT.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES_TEXT.encode(), mtime=0)),
+        ("a.jsonl", gzip.compress(LINES_TEXT.encode(), mtime=0)),
         ("a.jsonl.bz2", bz2.compress(LINES_TEXT.encode())),
         ("a.jsonl.xz", lzma.compress(LINES_TEXT.encode())),
         ("a.json", ARRAY_TEXT.encode()),
         ("a.json", json.dumps(ROWS).encode()),
-        ("a.json.gz", gzip.compress(ARRAY_TEXT.encode())),
+        ("a.json.gz", gzip.compress(ARRAY_TEXT.encode(), mtime=0)),
         ("a.json", LINES_TEXT.encode()),
-        ("a.json.gz", gzip.compress(LINES_TEXT.encode())),
+        ("a.json.gz", gzip.compress(LINES_TEXT.encode(), mtime=0)),
         ("a.jsonl", LINES_TEXT.encode("utf-8-sig")),
         ("a.jsonl", LINES_TEXT.encode("utf-16")),
         ("a.jsonl", LINES_TEXT.encode("utf-16-le")),
         ("a.jsonl", LINES_TEXT.encode("utf-16-be")),
         ("a.jsonl", LINES_TEXT.encode("utf-32")),
         ("a.json", ARRAY_TEXT.encode("utf-16")),
-        ("a.jsonl.gz", gzip.compress(LINES_TEXT.encode("utf-16"))),
+        ("a.jsonl.gz", gzip.compress(LINES_TEXT.encode("utf-16"), mtime=0)),
         ("a.txt", LINES_TEXT.encode()),
     ],
 )
@@ -72,7 +72,7 @@ def test_a_file_of_rows_is_read_in_its_form(name: str, content: bytes, tmp_path:
 def test_a_changed_file_is_converted_again(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     for rows in (ROWS, ROWS[:1]):
-        path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode(), mtime=0))
         assert pairs_of(open_pairs(path)) == PAIRS[: len(rows)]
     assert len(list((cache / "lines").iterdir())) == 2
 
@@ -142,7 +142,7 @@ def test_csv_of_other_programs(name: str, options: dict[str, Any], tmp_path: Pat
     assert source.format == "mmpr"
     assert (source.pairs[0].question, source.pairs[0].images) == ("q, é", (str(tmp_path / "a.png"),))
     zipped = tmp_path / f"{name}.gz"
-    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    zipped.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
     assert open_pairs(zipped).pairs[0].question == "q, é"
 
 
@@ -174,7 +174,7 @@ def zip_file() -> bytes:
         ("a.jsonl", b"<!DOCTYPE html><html>", "an HTML page"),
         ("a.parquet", LINES_TEXT.encode(), "must be a parquet file by its content too"),
         ("a.parquet", b"PAR1 and no more", "must hold parquet files"),
-        ("a.jsonl.gz", gzip.compress(LINES_TEXT.encode())[:-9], "must be a complete .gz file"),
+        ("a.jsonl.gz", gzip.compress(LINES_TEXT.encode(), mtime=0)[:-9], "must be a complete .gz file"),
         ("a.jsonl.xz", lzma.compress(LINES_TEXT.encode())[:-9], "must be a complete .xz file"),
         ("a.jsonl", LINES_TEXT.splitlines()[0].encode("gb18030"), "one JSON object per line, got .*:1: bad UTF-8"),
         ("a.jsonl", '{"prompt": "é"}'.encode("latin-1"), "one JSON object per line, got .*:1: bad UTF-8"),
@@ -219,7 +219,7 @@ def test_commands_take_every_file(
     write: Callable[[Any], str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"instruction": "q", "chosen": "c", "rejected": "r", "images": ["a.png"]}]
-    (images / "a.json.gz").write_bytes(gzip.compress(write(rows).encode()))
+    (images / "a.json.gz").write_bytes(gzip.compress(write(rows).encode(), mtime=0))
     assert run_data("check", images / "a.json.gz") == 0
     assert "Format alpaca (detected): 1 of 1 pairs with images" in capsys.readouterr().out
     assert run_data("convert", images / "a.json.gz", tmp_path / "p.jsonl", "--to", "pairs") == 0

@@ -457,11 +457,11 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES.encode())), ("a.jsonl", gzip.compress(LINES.encode())),
-        ("a.jsonl.bz2", bz2.compress(LINES.encode())), ("a.csv.gz", gzip.compress(TABLE.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)), ("a.jsonl", gzip.compress(LINES.encode(), mtime=0)),
+        ("a.jsonl.bz2", bz2.compress(LINES.encode())), ("a.csv.gz", gzip.compress(TABLE.encode(), mtime=0)),
         ("a.jsonl", LINES.encode("utf-16")), ("a.csv", TABLE.encode("utf-16")), ("a.jsonl", LINES.encode("utf-8-sig")),
         ("a.json", json.dumps(ROWS).encode()), ("a.json", json.dumps(ROWS, indent=1).encode("utf-16")),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())), ("a.csv", TABLE.encode("utf-8-sig")),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)), ("a.csv", TABLE.encode("utf-8-sig")),
         ("a.tsv", TABLE.replace(",", "\t").encode("utf-16")),
     ],
 )  # fmt: skip
@@ -481,7 +481,7 @@ def test_files_in_other_forms(tmp_path: Path, name: str, content: bytes) -> None
         ("a.jsonl", b"\x28\xb5\x2f\xfd zstd", "zstd"),
         ("a.csv", TABLE.encode("latin-1"), "convert it with iconv"),
         ("a.csv", TABLE.encode("utf-16-le"), "text in UTF-8"),
-        ("a.jsonl", gzip.compress(LINES.encode())[:-9], "complete"),
+        ("a.jsonl", gzip.compress(LINES.encode(), mtime=0)[:-9], "complete"),
         ("a.json", b"[{}, ", "item 2 is not JSON"),
         ("a.csv", b'question,answer\n"a"b,7\n', "a table of text in UTF-8"),
     ],
