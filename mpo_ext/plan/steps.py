@@ -145,9 +145,11 @@ def _positions(step: StepShape, rows: Rows) -> _Positions:
     if rows == "separate":
         scores = sequence**2 if step.has_eager_attention else sequence**2 / 2
         return _Positions(2 * step.pairs, sequence, 2 * step.pairs * scores, "plain")
-    if rows == "masked" or step.has_eager_attention:
+    if rows == "masked":
         return _Positions(step.pairs, shared, step.pairs * shared**2, "masked")
     scores = sequence**2 / 2 + response * (prompt + response / 2)
+    if step.has_eager_attention:
+        scores = sequence**2 + response * sequence
     return _Positions(step.pairs, shared, step.pairs * scores, "plain")
 
 
