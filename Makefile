@@ -10,7 +10,7 @@ DEV_EXTRAS ?= dev
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl check-attention clean
+.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl check-attention integrations clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
@@ -45,6 +45,20 @@ zoo-trl: $(VENV)/.dev
 # Compares split attention and packed rows with separate rows and the dense mask, for many families of models.
 check-attention: $(VENV)/.dev
 	$(BIN)/python tests/train/check_split_attention.py
+# Compares other trainers with their own loss and with ours. LLaMA-Factory and ms-swift need older versions of transformers,
+# so each has its own environment in build/, with torch. TRL's tests are in `make test`, too.
+integrations: $(VENV)/.dev build/llama-factory/.installed build/ms-swift/.installed
+	$(BIN)/python -m pytest tests/integrations
+	build/llama-factory/bin/python -m pytest tests/integrations/test_llama_factory.py
+	build/ms-swift/bin/python -m pytest tests/integrations/test_ms_swift.py
+
+build/llama-factory/.installed: TRAINER = llamafactory==0.9.5
+build/ms-swift/.installed: TRAINER = ms-swift==4.6.0
+build/%/.installed: pyproject.toml
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/pip install --quiet '$(TRAINER)' pytest pytest-timeout pillow
+	build/$*/bin/pip install --quiet -e . '$(TRAINER)'
+	touch $@
 
 # Runs everything that needs a GPU and writes a report to gpu-report/.
 gpu-check: $(VENV)/.dev

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from mpo_ext.loss.config import MPOConfig
     from mpo_ext.loss.eager import sequence_sums
     from mpo_ext.loss.functions import linear_mpo_loss, linear_token_logp, mpo_loss, token_logp
-    from mpo_ext.loss.hf_head import HiddenAndHead, hidden_and_head
+    from mpo_ext.loss.hf_head import HiddenAndHead, hidden_and_head, value_in_forward
     from mpo_ext.loss.reward_shift import RewardShift
     from mpo_ext.loss.steps import MPOOutput, shift_labels
 
 # Modules of the names that are not in the module ``functions``.
 _HOMES = {"MPOConfig": "config", "RewardShift": "reward_shift", "sequence_sums": "eager"}
 _HOMES |= dict.fromkeys(("BatchFinding", "check_batch"), "batch_check")
-_HOMES |= dict.fromkeys(("HiddenAndHead", "hidden_and_head"), "hf_head")
+_HOMES |= dict.fromkeys(("HiddenAndHead", "hidden_and_head", "value_in_forward"), "hf_head")
 _HOMES |= dict.fromkeys(("MPOOutput", "shift_labels"), "steps")
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "sequence_sums",
     "shift_labels",
     "token_logp",
+    "value_in_forward",
 ]
 
 

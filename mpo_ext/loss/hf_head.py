@@ -11,7 +11,7 @@ Neither transformers nor peft is imported: models are recognised by their attrib
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -25,6 +25,10 @@ _INSTEAD = "use mpo_loss(model(...).logits, ...) instead"
 
 # Cached factor and softcap by model and the settings that determine them: reading the probe waits for the device.
 _KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[float, float | None]]] = WeakKeyDictionary()
+# The same for ``value_in_forward``, which needs them before the model returns logits, by the numbers of the config.
+_KNOWN_IN_FORWARD: WeakKeyDictionary[nn.Module, dict[tuple[float, ...], tuple[float, float | None]]] = (
+    WeakKeyDictionary()
+)
 
 
 class HiddenAndHead(NamedTuple):
@@ -86,46 +90,67 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
             "inputs must be passed by keyword, as in hidden_and_head(model, input_ids=input_ids), got "
             f"{len(positional)} without: {', '.join(type(value).__name__ for value in positional)}"
         )
-    if inputs.get("labels") is not None:
-        raise ValueError(
-            "inputs must not hold labels, since the model would compute its own loss from what stands in for logits, "
-            f"got labels of type {type(inputs['labels']).__name__}: pass them to linear_mpo_loss"
-        )
     inner = unwrap_model(model)
-    calls: list[_HeadCall] = []
-    with _probed(_linear_layers(inner), calls):
-        try:
-            outputs = model(**inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if not calls:  # the error is unrelated to the output head
-                raise
-            raise RuntimeError(
-                f"model must take {len(_PROBE)} numbers per token in place of its logits, got {type(error).__name__} "
-                f"after the output head was called: {_INSTEAD}"
-            ) from error
-
-    if len(calls) != 1:
-        raise RuntimeError(
-            f"model must call its output head once in a forward, got {len(calls)} calls in that of "
-            f"{type(inner).__name__}: {_INSTEAD}"
-        )
-    hidden, weight, bias, dtypes, group = calls[0]
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    call, outputs = _run(model, inner, inputs, _record)
+    for name, tensor in (("weight", call.weight), ("bias", call.bias)):
         _check_is_whole(name, tensor)
-    logits = getattr(outputs, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise RuntimeError(
-            f"model must return an object with logits, got {type(outputs).__name__} (return_dict must not be False): "
-            f"or {_INSTEAD}"
-        )
-    if logits.shape != (*hidden.shape[:-1], len(_PROBE)):
-        raise _unknown(inner, f"shape {tuple(logits.shape)} from {(*hidden.shape[:-1], len(_PROBE))}")
-    logit_scale, softcap = _scale_and_softcap(inner, logits, dtypes)
+    logits = outputs.logits
+    logit_scale, softcap = _scale_and_softcap(inner, logits, call.dtypes)
+    hidden = call.hidden
     if hidden.requires_grad and logits.requires_grad:
         hidden = _Tie.apply(hidden, logits)
-    return HiddenAndHead(hidden, weight, bias, logit_scale, softcap, outputs, group)
+    return HiddenAndHead(hidden, call.weight, call.bias, logit_scale, softcap, outputs, call.vocab_parallel)
+
+
+def value_in_forward(
+    model: nn.Module, compute: Callable[[HiddenAndHead], Tensor], /, **inputs: Any
+) -> tuple[Tensor, Any]:
+    """Runs the model, and computes a value inside the forward of its output head, in place of the logits.
+
+    There every wrapper holds the whole weight of the head. This function therefore also works where
+    ``hidden_and_head`` raises: under FSDP2 with a root that is resharded after forward, and under ZeRO-3. The
+    gradient of the value goes through the model's output, so the backward hooks of wrappers run first.
+
+    With a model that it does not know, the function first runs another forward, without gradient, to find the factor
+    and the softcap.
+
+    Args:
+        model: As in ``hidden_and_head``.
+        compute: Returns the value, such as a loss, from hidden states and head (with ``outputs=None``). Called once.
+        inputs: As in ``hidden_and_head``.
+
+    Returns:
+        The value and the model's output. The ``logits`` of the output hold the probe and must not be used.
+
+    Raises:
+        TypeError: As in ``hidden_and_head``.
+        ValueError: As in ``hidden_and_head``.
+        RuntimeError: If the model's forward does not call the head exactly once or changes the logits in an unknown
+            way, or if the head's weight is sharded in the head's own forward.
+    """
+    inner = unwrap_model(model)
+    known = _KNOWN_IN_FORWARD.setdefault(inner, {})
+    numbers = _config_numbers(inner)
+    if numbers not in known:
+        devices = {parameter.device for parameter in inner.parameters() if parameter.device.type == "cuda"}
+        with torch.no_grad(), torch.random.fork_rng(list(devices)):
+            call, outputs = _run(model, inner, inputs, _record)
+        known[numbers] = _scale_and_softcap(inner, outputs.logits, call.dtypes)
+        if not outputs.logits.numel():  # the probe was empty
+            return compute(_head_of(call, known.pop(numbers))), outputs
+    values: list[tuple[Tensor, _GradientCell]] = []
+
+    def compute_in_head(call: _HeadCall) -> Tensor:
+        value = compute(_head_of(call, known[numbers]))
+        cell = _GradientCell()
+        values.append((value, cell))
+        return _LossProbe.apply(value, call.hidden, cell)
+
+    _, outputs = _run(model, inner, inputs, compute_in_head)
+    value, cell = values[0]
+    if value.requires_grad and outputs.logits.requires_grad:
+        value = _LossOfLogits.apply(outputs.logits, value.detach(), cell)
+    return value, outputs
 
 
 class _HeadCall(NamedTuple):
@@ -136,6 +161,54 @@ class _HeadCall(NamedTuple):
     bias: Tensor | None
     dtypes: list[torch.dtype]
     vocab_parallel: Any  # process group whose ranks hold the head's rows, or None
+
+
+def _head_of(call: _HeadCall, numbers: tuple[float, float | None]) -> HiddenAndHead:
+    return HiddenAndHead(call.hidden, call.weight, call.bias, *numbers, None, call.vocab_parallel)
+
+
+def _record(call: _HeadCall) -> Tensor:
+    return _Probe.apply(call.hidden, call.weight, call.bias)
+
+
+def _run(
+    model: nn.Module, inner: nn.Module, inputs: dict[str, Any], in_head: Callable[[_HeadCall], Tensor]
+) -> tuple[_HeadCall, Any]:
+    """Runs the model with ``in_head`` as its head's forward. Returns the head's call and the model's output."""
+    if inputs.get("labels") is not None:
+        raise ValueError(
+            "inputs must not hold labels, since the model would compute its own loss from what stands in for logits, "
+            f"got labels of type {type(inputs['labels']).__name__}: pass them to linear_mpo_loss"
+        )
+    calls: list[_HeadCall] = []
+    returned: list[Tensor] = []
+    with _probed(_linear_layers(inner), in_head, calls, returned):
+        try:
+            outputs = model(**inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not returned:  # the error is unrelated to the numbers in place of logits
+                raise
+            raise RuntimeError(
+                f"model must take {len(_PROBE)} numbers per token in place of its logits, got {type(error).__name__} "
+                f"after the output head was called: {_INSTEAD}"
+            ) from error
+    if len(calls) != 1:
+        raise RuntimeError(
+            f"model must call its output head once in a forward, got {len(calls)} calls in that of "
+            f"{type(inner).__name__}: {_INSTEAD}"
+        )
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise RuntimeError(
+            f"model must return an object with logits, got {type(outputs).__name__} (return_dict must not be False): "
+            f"or {_INSTEAD}"
+        )
+    expected = (*calls[0].hidden.shape[:-1], len(_PROBE))
+    if logits.shape != expected:
+        raise _unknown(inner, f"shape {tuple(logits.shape)} from {expected}")
+    return calls[0], outputs
 
 
 def _check_is_whole(name: str, tensor: Tensor | None) -> None:
@@ -157,10 +230,7 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # float64, if the device has it, shows the model's factor exactly. Not expanded, because models may write into
-        # their logits.
-        dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
-        return torch.tensor(_PROBE, dtype=dtype, device=hidden.device).repeat(*hidden.shape[:-1], 1)
+        return _probe_rows(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None]:
@@ -185,9 +255,56 @@ class _Tie(torch.autograd.Function):
         return grad_outputs[0], torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
+class _GradientCell:
+    """Carries the gradient of a value past the operations between the output head and the model's output."""
+
+    gradient: Tensor
+
+
+class _LossProbe(torch.autograd.Function):
+    """Returns the probe in place of logits; its backward starts that of the value that was computed in the head."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, hidden: Tensor, cell: _GradientCell) -> Tensor:
+        ctx.cell = cell
+        return _probe_rows(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.cell.gradient, None, None
+
+
+class _LossOfLogits(torch.autograd.Function):
+    """Returns the value; its backward stores the gradient, and sends a gradient of zero to the model's output."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, value: Tensor, cell: _GradientCell) -> Tensor:
+        ctx.cell = cell
+        ctx.like = logits.shape, logits.dtype, logits.device
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        ctx.cell.gradient = grad_outputs[0]
+        shape, dtype, device = ctx.like
+        return torch.zeros((), dtype=dtype, device=device).expand(shape), None, None
+
+
+def _probe_rows(hidden: Tensor) -> Tensor:
+    # float64, if the device has it, shows the model's factor exactly. Not expanded, because models may write into
+    # their logits.
+    dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
+    return torch.tensor(_PROBE, dtype=dtype, device=hidden.device).repeat(*hidden.shape[:-1], 1)
+
+
 @contextmanager
-def _probed(layers: list[nn.Linear], calls: list[_HeadCall]) -> Iterator[None]:
-    """Replaces the forward of the layers within the context: it records the call and returns the probe."""
+def _probed(
+    layers: list[nn.Linear],
+    in_head: Callable[[_HeadCall], Tensor],
+    calls: list[_HeadCall],
+    returned: list[Tensor],
+) -> Iterator[None]:
+    """Replaces the forward of the layers within the context by ``in_head``; records the calls and their results."""
 
     def probing(layer: nn.Linear) -> Any:
         is_sharded = _is_forward_of_tp_plan(layer)
@@ -199,11 +316,12 @@ def _probed(layers: list[nn.Linear], calls: list[_HeadCall]) -> Iterator[None]:
             if torch.is_autocast_enabled(hidden.device.type):
                 dtypes.append(torch.get_autocast_dtype(hidden.device.type))
             calls.append(_HeadCall(hidden, weight, bias, dtypes, group))
-            probe = _Probe.apply(hidden, weight, bias)
+            returned.append(in_head(calls[-1]))
             if hidden is input:
-                return probe
+                return returned[-1]
             mesh: Any = input.device_mesh  # type: ignore[attr-defined]
-            return type(input).from_local(probe, mesh, input.placements, run_check=False)  # type: ignore[attr-defined]
+            placements: Any = input.placements  # type: ignore[attr-defined]
+            return type(input).from_local(returned[-1], mesh, placements, run_check=False)  # type: ignore[attr-defined]
 
         return forward
 

@@ -36,7 +36,7 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ("Entropy", "nats", (("entropy", "entropy", "C0"),)),
 )
 _SMOOTHED_FROM = 200  # minimum number of points of a smoothed line
-_CITATION = """@article{wang2024mpo,
+CITATION = """@article{wang2024mpo,
   title={Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference Optimization},
   author={Wang, Weiyun and Chen, Zhe and Wang, Wenhai and Cao, Yue and Liu, Yangzhou and Gao, Zhangwei and Zhu, Jinguo
     and Zhu, Xizhou and Lu, Lewei and Qiao, Yu and Dai, Jifeng},
@@ -63,7 +63,7 @@ def write_card(
     texts += ["## How to load it\n", _loading(folder, recipe)]
     texts += ["## Recipe\n", "The recipe of `mpo-ext train` (`mpo_ext/train/recipe.py` explains each setting):\n"]
     texts += [_fenced(recipe.to_yaml(), "yaml")]
-    texts += ["## Citation\n", _fenced(_CITATION, "bibtex")]
+    texts += ["## Citation\n", _fenced(CITATION, "bibtex")]
     (folder / "README.md").write_text("\n".join(text for text in texts if text), encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 import transformers
 from torch import nn
 
-from mpo_ext import HiddenAndHead, hidden_and_head, linear_mpo_loss, mpo_loss
+from mpo_ext import HiddenAndHead, hidden_and_head, linear_mpo_loss, mpo_loss, value_in_forward
 from mpo_ext.loss import eager as reference
 
 VOCAB = 61
@@ -206,6 +206,49 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(family: str) -> N
     assert out.weight is model.get_output_embeddings().weight
     assert out.hidden.shape == (2, TOKENS, 16)
     assert out.outputs.logits.shape == (2, TOKENS, 8)
+
+
+def loss_in_forward(model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+    loss, _ = value_in_forward(model, lambda head: loss_of(head, labels), **inputs)
+    return loss
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loss_in_the_forward_and_its_gradients_are_those_of_the_logits(family: str) -> None:
+    model = build(family)
+    inputs, labels = batch_of(model)
+    truth = mpo_loss(model(**inputs).logits, labels, REF_LOGP, backend="reference").loss
+    truth.backward()
+    true_gradients = gradients(model)
+    for _ in range(2):  # the first call finds the factor and the softcap
+        loss = loss_in_forward(model, inputs, labels)
+        torch.testing.assert_close(loss, truth, rtol=1e-9, atol=1e-9)
+        (2 * loss).backward()
+        assert_same_gradients({name: grad / 2 for name, grad in gradients(model).items()}, true_gradients)
+
+
+def test_a_value_in_the_forward_needs_no_gradient() -> None:
+    model = build("gemma2")
+    inputs, _ = batch_of(model)
+    with torch.no_grad():
+        logits, outputs = value_in_forward(model, logits_of, **inputs)
+        torch.testing.assert_close(logits, model(**inputs).logits)
+    assert outputs.logits.shape == (2, TOKENS, 8)
+
+
+def test_a_loss_in_the_forward_leaves_the_random_stream_as_it_was() -> None:
+    model = build("llama")
+    inputs, labels = batch_of(model)
+    before = torch.get_rng_state()
+    loss_in_forward(model, inputs, labels)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_error_of_the_loss_in_the_forward_is_passed_on() -> None:
+    model = build("llama")
+    inputs, labels = batch_of(model)
+    with pytest.raises(ValueError, match="labels must have"):
+        loss_in_forward(model, inputs, labels[:, :-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -503,6 +546,35 @@ def fsdp2_head_by_itself(rank: int, is_kept: bool) -> None:
     assert_same_gradients(gradients(model), truth)
 
 
+def fsdp2_in_forward(rank: int, family: str) -> None:
+    """Shards each linear layer by itself, also a head that is not tied, and frees every weight after its forward."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    inner = build(family)
+    truth = mean_gradients(inner)
+    model = copy.deepcopy(inner)
+    tied = model.get_input_embeddings().weight
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear) and module.weight is not tied:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    for _ in range(2):
+        inputs, labels = batch_of(inner, rank)
+        loss_in_forward(model, inputs, labels).backward()
+        assert_same_gradients(gradients(model), truth)
+
+
+def ddp_in_forward(rank: int, **settings: Any) -> None:
+    inner = build("gemma2")
+    truth = mean_gradients(inner)
+    model = nn.parallel.DistributedDataParallel(copy.deepcopy(inner), **settings)
+    inputs, labels = batch_of(inner, rank)
+    for _ in range(2):
+        loss_in_forward(model, inputs, labels).backward()
+        assert_same_gradients(gradients(model), truth)
+
+
 def fsdp1(rank: int, family: str) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -538,6 +610,11 @@ DISTRIBUTED: dict[str, Callable[[int], None]] = {
     "fsdp1-tied": partial(fsdp1, family="llama-tied"),
     "fsdp2": partial(fsdp2, family="internvl"),
     "fsdp2-tied": partial(fsdp2, family="llama-tied"),
+    "fsdp2-in-forward": partial(fsdp2_in_forward, family="llama"),
+    "fsdp2-in-forward-images": partial(fsdp2_in_forward, family="internvl"),
+    "fsdp2-in-forward-tied": partial(fsdp2_in_forward, family="llama-tied"),
+    "ddp-in-forward": ddp_in_forward,
+    "ddp-in-forward-find-unused": partial(ddp_in_forward, find_unused_parameters=True),
     "fsdp2-head-kept": partial(fsdp2_head_by_itself, is_kept=True),
     "fsdp2-head-resharded": partial(fsdp2_head_by_itself, is_kept=False),
 }

@@ -1,0 +1,201 @@
+"""The MPO loss for subclasses of transformers' Trainer, on the batches of ``mpo_ext.train.batch``."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+
+from mpo_ext.integrations.reward_shift_state import RewardShiftStep, load_reward_shift, save_reward_shift
+from mpo_ext.loss.config import MPOConfig
+from mpo_ext.loss.eager import sequence_sums
+from mpo_ext.loss.functions import linear_mpo_loss, linear_token_logp
+from mpo_ext.loss.reward_shift import RewardShift
+from mpo_ext.train.batch import Batch
+from mpo_ext.train.dataset import Collator
+from mpo_ext.train.encode import Encoder, Sample
+from mpo_ext.train.forward import forward
+from mpo_ext.train.masks import prompt_positions, use_split_attention
+from mpo_ext.train.shared_prefix import check_shared_prefix
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+_DEFAULT_CONFIG = MPOConfig()
+PairLayout = Literal["shared", "masked", "separate"]
+_LAYOUTS: tuple[PairLayout, ...] = ("shared", "masked", "separate")
+
+
+@dataclasses.dataclass(frozen=True)
+class PairCollator:
+    """Collates samples of ``mpo_ext.train.encode.Encoder`` for ``MPOLossMixin``: ``{"batch": Batch}``."""
+
+    collator: Collator
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        encoder: Encoder,
+        samples: Sequence[Sample],
+        *,
+        layout: PairLayout | None = None,
+    ) -> PairCollator:
+        """Returns a collator that puts both responses of a pair into one row if the model supports it.
+
+        Args:
+            model: The model that will be trained, before any wrapper.
+            encoder: The encoder that made the samples.
+            samples: One or two samples, one of them with images if any has. The log-probs of a shared row are
+                compared with those of separate rows on these samples.
+            layout: "shared", "masked" or "separate", see ``mpo_ext.train.batch.Batch``. None: the first of them that
+                gives the right log-probs.
+
+        Raises:
+            ValueError: If ``layout`` is unknown, or the model does not support it.
+        """
+        if layout is not None and layout not in _LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}, got {layout!r}")
+        pad_id = encoder.tokenizer.pad_token_id
+        pad_id = encoder.end_id if pad_id is None else pad_id
+        positions = prompt_positions(model)
+        device = next(model.parameters()).device
+        for candidate in _LAYOUTS if layout is None else (layout,):
+            reason = use_split_attention(model) if candidate == "shared" else None
+            if reason is None and candidate != "separate":
+                reason = check_shared_prefix(
+                    model, samples, pad_id=pad_id, positions=positions, device=device, layout=candidate
+                )
+            if reason is None:
+                return cls(Collator(candidate, pad_id, with_rejected=True, positions=positions))
+            if layout is not None:
+                raise ValueError(f"layout must be a layout that the model supports, got {layout!r}: {reason}")
+        raise AssertionError("separate rows fit every model")
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        return {"batch": self.collator(samples)}
+
+
+class MPOLossMixin(_Base):
+    """Gives a subclass of transformers' Trainer the MPO loss: ``class PairTrainer(MPOLossMixin, Trainer)``.
+
+    The data set holds samples of ``mpo_ext.train.encode.Encoder``; ``data_collator`` is a ``PairCollator``. A batch
+    may hold ``ref_logp``, ``[2B]`` summed log-probs under the reference, chosen first; otherwise they are computed:
+    with ``ref_model``, with the policy without its LoRA adapters, or with a copy of the policy as it is at the start.
+
+    Checkpoints hold the reward shift. The log has each term of the loss. As everywhere in Trainer, a step averages
+    its micro-batches, whatever their numbers of tokens.
+
+    Args:
+        *args: As in Trainer.
+        mpo_config: Weights, beta and the other settings of the loss.
+        reward_shift: The reward shift; None: ``RewardShift()``, that of the authors' code.
+        ref_model: Reference model; None: see above.
+        **kwargs: As in Trainer.
+
+    Raises:
+        ValueError: If a reference model is needed under FSDP or DeepSpeed, where Trainer cannot shard a second model.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        mpo_config: MPOConfig = _DEFAULT_CONFIG,
+        reward_shift: RewardShift | None = None,
+        ref_model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.mpo_config, self.reward_shift = mpo_config, reward_shift or RewardShift()
+        self._terms: dict[str, dict[str, list[float]]] = {
+            mode: collections.defaultdict(list) for mode in ("train", "eval")
+        }
+        if ref_model is None and not is_peft_model(self.model):
+            ref_model = copy.deepcopy(self.model)
+        if ref_model is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "model must have LoRA adapters under FSDP and DeepSpeed, got a reference that is a second model: "
+                "mpo-ext train and MPOTrainer of mpo_ext.integrations.trl shard it"
+            )
+        self.ref_model = ref_model
+        if ref_model is not None:
+            ref_model.eval().requires_grad_(False)
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self.add_callback(RewardShiftStep(self.reward_shift))
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        """Returns the MPO loss of a batch; with ``return_outputs`` also the ``MPOOutput``."""
+        is_training = self.model.training
+        self.reward_shift.train(is_training)
+        batch = inputs["batch"].to(self.accelerator.device)
+        ref_logp = inputs.get("ref_logp")
+        if ref_logp is None:
+            ref_logp = self._reference_logp(batch)
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
+            rows = forward(model, batch)
+            out = linear_mpo_loss(
+                rows.hidden, rows.weight, batch.labels, ref_logp.to(rows.hidden.device), config=self.mpo_config,
+                reward_shift=self.reward_shift, cu_seqlens=batch.cu_seqlens, shift=False, **rows.options,
+            )  # fmt: skip
+        self._add_terms("train" if is_training else "eval", out)
+        return (out.loss, out) if return_outputs else out.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs the terms of the loss with the trainer's own values."""
+        mode = "train" if self.model.training else "eval"
+        prefix = "eval_" if mode == "eval" else ""
+        means = {f"{prefix}{name}": sum(values) / len(values) for name, values in self._terms[mode].items()}
+        self._terms[mode].clear()
+        super().log(logs | means, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Any, None, None]:
+        """Returns the loss of an evaluation batch."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        save_reward_shift(self, self.reward_shift, trial)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_reward_shift(self.reward_shift, checkpoint)
+
+    @torch.no_grad()
+    def _reference_logp(self, batch: Batch) -> Tensor:
+        without_adapters = contextlib.nullcontext()
+        if self.ref_model is None:
+            without_adapters = self.accelerator.unwrap_model(self.model).disable_adapter()
+        with without_adapters, self.accelerator.autocast():
+            rows = forward(self.model if self.ref_model is None else self.ref_model, batch)
+            logp = linear_token_logp(rows.hidden, rows.weight, batch.labels, **rows.options)
+        return sequence_sums(logp.double(), batch.cu_seqlens)
+
+    def _add_terms(self, mode: str, out: Any) -> None:
+        margins = out.chosen_reward - out.rejected_reward
+        terms = {
+            "loss/dpo": out.dpo_loss,
+            "loss/bco": out.bco_loss,
+            "loss/ntp": out.ntp_loss,
+            "reward_shift": out.reward_shift,
+            "rewards/chosen": out.chosen_reward.mean(),
+            "rewards/rejected": out.rejected_reward.mean(),
+            "rewards/margins": margins.mean(),
+            "rewards/accuracies": (margins > 0).double().mean(),
+            "logps/chosen": out.chosen_logp.mean(),
+            "logps/rejected": out.rejected_logp.mean(),
+        }
+        values = torch.stack([value.detach().double() for value in terms.values()])
+        for name, value in zip(terms, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True):
+            self._terms[mode][name].append(value)

@@ -1,0 +1,151 @@
+"""Replaces functions of other packages, after a check of their version and source, and restores them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import os
+import sys
+from typing import Any, NamedTuple
+
+from mpo_ext.checks import did_you_mean
+from mpo_ext.integrations.sources import KNOWN, KnownSources
+
+_ABSENT = object()
+
+
+class Replacement(NamedTuple):
+    """An attribute of a class or module, and its new value."""
+
+    owner: Any
+    name: str
+    value: Any
+
+
+class _Applied(NamedTuple):
+    owner: Any
+    name: str
+    before: Any  # _ABSENT if the owner itself had no such attribute
+    value: Any
+
+
+_applied: dict[str, list[_Applied]] = {}
+
+
+def patch(name: str, **options: Any) -> None:
+    """Puts the loss of mpo_ext into another trainer, until ``unpatch``. Prints a line that says what has changed.
+
+    Losses change by rounding only, unless an option asks for more.
+
+    Args:
+        name: "trl", "llama-factory" or "ms-swift".
+        options: ``reward_shift``, the settings of ``RewardShift`` as a mapping, such as ``{"mode": "cumulative"}``.
+            None: that of the trainer itself, which is fixed at 0 in TRL and "cumulative" in the others.
+
+    Raises:
+        ImportError: If the trainer's package is not installed.
+        RuntimeError: If the package has a version or source that mpo_ext does not know, or is already patched.
+        TypeError: If an option does not exist.
+        ValueError: If ``name`` is unknown, or an option has a value that is not allowed.
+    """
+    version = check_sources(name)
+    if name in _applied:
+        raise RuntimeError(f"name must be a trainer without a patch, got {name!r}, which is patched: unpatch it first")
+    module = importlib.import_module(f".{KNOWN[name].module}", __package__)
+    replacements, summary = module.replacements(**options)
+    _applied[name] = [_replace(replacement) for replacement in replacements]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"mpo_ext: {KNOWN[name].package} {version} patched: {summary}", file=sys.stderr)
+
+
+def unpatch(name: str) -> None:
+    """Restores a trainer that ``patch`` changed.
+
+    Raises:
+        RuntimeError: If the trainer is not patched, or another patch was applied after that of mpo_ext.
+        ValueError: If ``name`` is unknown.
+    """
+    _known(name)
+    if name not in _applied:
+        raise RuntimeError(f"name must be a trainer with a patch, got {name!r}, which is not patched")
+    for change in _applied[name]:
+        if vars(change.owner).get(change.name) is not change.value:
+            raise RuntimeError(
+                f"{_title(change.owner)}.{change.name} must be the function of mpo_ext, got "
+                f"{vars(change.owner).get(change.name)!r}: undo the later patch first"
+            )
+    for change in reversed(_applied.pop(name)):
+        if change.before is _ABSENT:
+            delattr(change.owner, change.name)
+        else:
+            setattr(change.owner, change.name, change.before)
+
+
+def check_sources(name: str) -> str:
+    """Returns the version of a trainer's package, after a check that mpo_ext knows the version and its source.
+
+    Raises:
+        ImportError: If the package is not installed.
+        RuntimeError: If the version is unknown, or a function has another source.
+        ValueError: If ``name`` is unknown.
+    """
+    package, _, versions = _known(name)
+    newest = max(versions, key=_key)
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"{package} must be installed: pip install '{package}=={newest}.*'") from None
+    known = versions.get(".".join(version.split(".")[:2]))
+    if known is None:
+        raise RuntimeError(
+            f"{package} must have a version that mpo_ext knows ({', '.join(sorted(versions, key=_key))}), got "
+            f"{version}: pip install '{package}=={newest}.*'"
+        )
+    for path, expected in known.items():
+        found = source_hash(path)
+        if found != expected:
+            raise RuntimeError(
+                f"{path} of {package} {version} must have the source that mpo_ext knows (hash {expected}), got hash "
+                f"{found}: another patch or another build of {package} changed it"
+            )
+    return version
+
+
+def source_hash(path: str) -> str:
+    """Returns 16 hexadecimal digits of the SHA-256 of a function's source; ``path`` is "module:Class.method"."""
+    module, _, names = path.partition(":")
+    function: Any = importlib.import_module(module)
+    for name in names.split("."):
+        function = getattr(function, name, None)
+    for change in (change for changes in _applied.values() for change in changes):
+        if change.value is function and change.before is not _ABSENT:
+            function = change.before  # the function that mpo_ext itself has replaced
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        return "none"
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def _known(name: str) -> KnownSources:
+    if name not in KNOWN:
+        hint = did_you_mean(name, KNOWN, f"; known names: {', '.join(KNOWN)}")
+        raise ValueError(f"name must be the name of a trainer that mpo_ext can patch, got {name!r}{hint}")
+    return KNOWN[name]
+
+
+def _replace(replacement: Replacement) -> _Applied:
+    owner, name, value = replacement
+    before = vars(owner).get(name, _ABSENT)
+    setattr(owner, name, value)
+    return _Applied(owner, name, before, value)
+
+
+def _key(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def _title(owner: Any) -> str:
+    return str(getattr(owner, "__qualname__", None) or owner.__name__)

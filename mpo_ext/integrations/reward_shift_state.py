@@ -1,0 +1,67 @@
+"""The reward shift in the checkpoints of transformers' Trainer and of its subclasses in other packages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from mpo_ext.files import write_json
+from mpo_ext.loss.reward_shift import RewardShift
+
+STATE_FILE = "reward_shift.json"
+
+
+class RewardShiftStep(TrainerCallback):
+    """Calls ``RewardShift.step`` after each optimizer step."""
+
+    def __init__(self, reward_shift: RewardShift) -> None:
+        self.reward_shift = reward_shift
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.reward_shift.step()
+
+
+def make_reward_shift(settings: Mapping[str, Any]) -> RewardShift:
+    """Returns a ``RewardShift`` with the settings of a mapping.
+
+    Raises:
+        TypeError: If ``settings`` is not a mapping, or has a key that ``RewardShift`` does not know.
+        ValueError: If a setting has a value that is not allowed.
+    """
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"reward_shift must be a mapping of the settings of RewardShift, got {settings!r}")
+    known = ("mode", "decay", "update", "value", "per")
+    if unknown := [key for key in settings if key not in known]:
+        raise TypeError(f"reward_shift must have keys among {', '.join(known)}, got {', '.join(map(str, unknown))}")
+    return RewardShift(**settings)
+
+
+def save_reward_shift(trainer: Any, reward_shift: RewardShift, trial: Any) -> None:
+    """Writes the state into the folder of the checkpoint that ``trainer`` is about to save.
+
+    Called before the trainer's own ``_save_checkpoint``, so that a checkpoint without the state is never complete.
+    """
+    if trainer.args.should_save:
+        folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
+        write_json(folder / STATE_FILE, reward_shift.state_dict())
+
+
+def load_reward_shift(reward_shift: RewardShift, checkpoint: str) -> None:
+    """Restores the state from a checkpoint's folder.
+
+    Raises:
+        ValueError: If the folder has no state, or the state of a ``RewardShift`` with other settings.
+    """
+    path = Path(checkpoint) / STATE_FILE
+    if not path.is_file():
+        if reward_shift.mode == "fixed":
+            return
+        raise ValueError(
+            f"resume_from_checkpoint must be a checkpoint with a reward shift, got {checkpoint} without {STATE_FILE}: "
+            "it comes from a run without mpo_ext. Start a new run from its weights, or fix the reward shift"
+        )
+    reward_shift.load_state_dict(json.loads(path.read_text()))

@@ -1,0 +1,125 @@
+"""The loss of batches with a row for each response, as the collators of other trainers make them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpo_ext.integrations.patching import Replacement
+from mpo_ext.integrations.reward_shift_state import load_reward_shift, save_reward_shift
+from mpo_ext.loss.config import MPOConfig
+from mpo_ext.loss.eager import sequence_sums
+from mpo_ext.loss.functions import linear_mpo_loss, linear_token_logp
+from mpo_ext.loss.hf_head import HiddenAndHead, value_in_forward
+from mpo_ext.loss.reward_shift import RewardShift
+from mpo_ext.loss.steps import MPOOutput, shift_labels
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """The loss of a trainer: its terms, its reward shift, and the options of ``linear_mpo_loss``."""
+
+    config: MPOConfig
+    reward_shift: RewardShift
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def loss_of_rows(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    ref_logp: Tensor,
+    mpo: LossSettings,
+    *,
+    stats: Sequence[str] = (),
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, MPOOutput, Any]:
+    """Runs the model on a batch. Returns the differentiable loss, the ``MPOOutput`` and the model's output.
+
+    ``labels`` are ``[2B, T]``, B chosen rows first, aligned with ``input_ids``; or ``[1, N]``, one packed row with
+    ``cu_seqlens``, ``[2B + 1]``. ``ref_logp`` is ``[2B]``.
+    """
+    results: list[MPOOutput] = []
+
+    def compute(head: HiddenAndHead) -> Tensor:
+        device = head.hidden.device
+        rows, targets = _token_rows(head, labels), labels.to(device)
+        if cu_seqlens is not None:
+            rows, targets = rows[0], targets[0]
+        out = linear_mpo_loss(
+            rows, head.weight, targets, ref_logp.to(device), config=mpo.config, reward_shift=mpo.reward_shift,
+            cu_seqlens=cu_seqlens, stats=stats, **head.options, **mpo.options,
+        )  # fmt: skip
+        results.append(out)
+        return out.loss
+
+    loss, outputs = value_in_forward(model, compute, **inputs)
+    return loss, results[0], outputs
+
+
+@torch.no_grad()
+def logp_of_rows(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    options: Mapping[str, Any],
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Returns the summed log-probs of the labels of each response under a reference, ``[2B]`` float64."""
+    targets = shift_labels(labels, cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device))
+
+    def compute(head: HiddenAndHead) -> Tensor:
+        return linear_token_logp(
+            _token_rows(head, labels), head.weight, targets.to(head.hidden.device), **head.options, **options
+        )
+
+    logp, _ = value_in_forward(model, compute, **inputs)
+    return logp.double().sum(-1) if cu_seqlens is None else sequence_sums(logp[0].double(), cu_seqlens)
+
+
+def keep_own_loss(trainer: Any, reason: str) -> None:
+    """Prints once per trainer why it keeps its own loss although it is patched."""
+    if not hasattr(trainer, "mpo_notice") and trainer.is_world_process_zero():
+        print(f"mpo_ext: {type(trainer).__name__} keeps its own loss, because {reason}", file=sys.stderr)
+    trainer.mpo_notice = reason
+
+
+def _token_rows(head: HiddenAndHead, labels: Tensor) -> Tensor:
+    """Returns the hidden states of the tokens, without those of the virtual tokens of prompt tuning before them."""
+    return head.hidden[:, head.hidden.shape[1] - labels.shape[1] :]
+
+
+def checkpoint_replacements(owner: Any, settings: Callable[[Any], LossSettings | None]) -> list[Replacement]:
+    """Returns functions of a Trainer that store the reward shift in checkpoints and restore it.
+
+    ``settings`` returns the loss of a trainer, or None if the trainer computes another loss.
+    """
+    own_save: Any = vars(owner).get("_save_checkpoint")
+    own_load: Any = vars(owner).get("_load_optimizer_and_scheduler")
+
+    def save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
+        if (mpo := settings(self)) is not None:
+            save_reward_shift(self, mpo.reward_shift, trial)
+        if own_save is None:
+            super(owner, self)._save_checkpoint(model, trial)
+        else:
+            own_save(self, model, trial)
+
+    def load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        if own_load is None:
+            super(owner, self)._load_optimizer_and_scheduler(checkpoint)
+        else:
+            own_load(self, checkpoint)
+        if checkpoint is not None and (mpo := settings(self)) is not None:
+            load_reward_shift(mpo.reward_shift, checkpoint)
+
+    return [
+        Replacement(owner, "_save_checkpoint", save_checkpoint),
+        Replacement(owner, "_load_optimizer_and_scheduler", load_optimizer_and_scheduler),
+    ]

@@ -1,0 +1,57 @@
+"""The versions and sources of other trainers that mpo_ext was tested with.
+
+A source is the first 16 hexadecimal digits of the SHA-256 of a function's text, as ``inspect.getsource`` returns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class KnownSources(NamedTuple):
+    """The sources of a package.
+
+    Attributes:
+        package: Name of the distribution.
+        module: Module of ``mpo_ext.integrations`` that uses the package.
+        versions: For each version without its last number ("1.16"), the hash of each function, by
+            "module:Class.method" or "module:function".
+    """
+
+    package: str
+    module: str
+    versions: Mapping[str, Mapping[str, str]]
+
+
+def _methods(owner: str, **hashes: str) -> dict[str, str]:
+    return {f"{owner}.{name}": value for name, value in hashes.items()}
+
+
+_TRL_FUSED = _methods(
+    "trl.trainer.dpo_trainer:DPOTrainer",
+    _compute_loss="5e58a1699e0d76cd",
+    compute_ref_log_probs="90611af9cbadb8ec",
+    _precompute_ref_logps="f2c098c7da6ca701",
+)
+_LLAMA_FACTORY = _methods(
+    "llamafactory.train.dpo.trainer:CustomDPOTrainer",
+    get_batch_loss_metrics="bc6da1ac2acdb40a",
+    compute_reference_log_probs="23f066dddd125afd",
+    compute_preference_loss="cb1b42bd9100b74e",
+    concatenated_forward="01052d609c8d238c",
+    bco_loss="ae311d85f60042ca",
+)
+_MS_SWIFT = _methods(
+    "swift.rlhf_trainers.dpo_trainer:DPOTrainer",
+    get_batch_loss_metrics="e7a23b99175f80a9",
+    compute_ref_log_probs="2f67b12779beed76",
+    dpo_loss="1aaa4687df01d236",
+    concatenated_forward="c2a0011554fcb631",
+)
+
+KNOWN: Mapping[str, KnownSources] = {
+    "trl": KnownSources("trl", "trl", {"1.15": _TRL_FUSED, "1.16": _TRL_FUSED}),
+    "llama-factory": KnownSources("llamafactory", "llama_factory", {"0.9": _LLAMA_FACTORY}),
+    "ms-swift": KnownSources("ms-swift", "ms_swift", {"4.6": _MS_SWIFT}),
+}

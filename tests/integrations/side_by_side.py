@@ -1,0 +1,139 @@
+"""Times and memory of other trainers with their own loss and with that of mpo_ext, on a CPU, in turn.
+
+    python tests/integrations/side_by_side.py trl [--rounds 3] [--steps 4] [--length 4] [--pairs 2]
+
+Each run is a separate process with one thread. The model is a Qwen2 with two layers of width 256 and 151,936 tokens,
+the data are the same, and so are the losses: the reward shift is that of the trainer. Prints the median seconds of a
+step, without the first, and the peak memory of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+VOCAB, HIDDEN = 151_936, 256
+
+
+def steps_recorder() -> Any:
+    import transformers
+
+    class StepTimes(transformers.TrainerCallback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.times.append(time.perf_counter() - self.start)
+
+    return StepTimes()
+
+
+def run_trl(kind: str, model: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
+    import tiny_models
+    import trl
+
+    from mpo_ext.integrations.trl import MPOTrainer, MPOTrainingConfig
+
+    settings: dict[str, Any] = {
+        "output_dir": str(model / "out"), "per_device_train_batch_size": options.pairs, "max_steps": options.steps,
+        "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "logging_steps": 1,
+        "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "max_length": None,
+        "gradient_checkpointing": False, "disable_tqdm": True, "learning_rate": 1e-4,
+    }  # fmt: skip
+    times = steps_recorder()
+    if kind == "own":
+        args, trainer_type = trl.DPOConfig(**settings), trl.DPOTrainer
+    else:
+        args, trainer_type = MPOTrainingConfig(reward_shift="fixed", **settings), MPOTrainer
+    trainer = trainer_type(
+        str(model), args=args, train_dataset=tiny_models.pairs(length=options.length), callbacks=[times]
+    )
+    trainer.train()
+    return times.times, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def run_llama_factory(kind: str, model: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
+    import tiny_models
+    from llama_factory_runs import run
+
+    times = steps_recorder()
+    settings = {"per_device_train_batch_size": options.pairs, "max_steps": options.steps, "learning_rate": 1e-4}
+    out = Path(tempfile.mkdtemp(dir=model)) / "out"
+    log = run(kind, model, out, tiny_models.pairs(length=options.length), callbacks=[times], **settings)
+    return times.times, [line["loss"] for line in log]
+
+
+RUNS = {"trl": run_trl, "llama-factory": run_llama_factory}
+PACKAGES = {"trl": "trl", "llama-factory": "llamafactory"}
+
+
+def child(options: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    times, losses = RUNS[options.trainer](options.child, Path(options.model), options)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"times": times, "losses": losses, "peak_mib": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("trainer", choices=RUNS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--length", type=int, default=4, help="factor of the length of the responses")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs in a step")
+    parser.add_argument("--child", choices=("own", "mpo"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options)
+        return
+    import tiny_models
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    results: dict[str, list[dict[str, Any]]] = {"own": [], "mpo": []}
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_models.save_text_model(
+            Path(folder), vocab=VOCAB, hidden=HIDDEN, tie_word_embeddings=True
+        )  # fmt: skip
+        for _ in range(options.rounds):
+            for kind, runs in results.items():
+                command = [sys.executable, __file__, *sys.argv[1:], "--child", kind, "--model", str(model)]
+                process = subprocess.run(command, env=environment, capture_output=True, text=True)
+                if process.returncode:
+                    sys.exit(process.stderr)
+                runs.append(json.loads(process.stdout.splitlines()[-1]))
+    package = PACKAGES[options.trainer]
+    print(f"{package} {importlib.metadata.version(package)}, {options.rounds} runs of {options.steps} steps each")
+    medians = {}
+    for kind, runs in results.items():
+        seconds = [value for run in runs for value in run["times"][1:]]
+        peaks = [run["peak_mib"] for run in runs]
+        medians[kind] = statistics.median(seconds), statistics.median(peaks)
+        spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+        print(f"{kind}: {medians[kind][0]:.2f} s a step ({spread}), peak {medians[kind][1]:,.0f} MiB")
+    faster, memory = medians["own"][0] / medians["mpo"][0], medians["mpo"][1] / medians["own"][1]
+    print(f"{faster:.1f} times faster, {memory:.2f} x memory")
+    pairs = zip(results["own"][0]["losses"], results["mpo"][0]["losses"], strict=True)
+    print(f"last loss {results['own'][0]['losses'][-1]:.6f}; largest difference: ", end="")
+    print(f"{max(abs(one - two) for one, two in pairs):.1e}")
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(HERE), str(HERE.parent / "train")]
+    main()

@@ -1,0 +1,160 @@
+"""A transformers Trainer with MPOLossMixin against MPO in plain float64 torch, and against itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import peft
+import plain
+import pytest
+import tiny_models
+import torch
+import transformers
+
+from mpo_ext import RewardShift
+from mpo_ext.data.records import Pair
+from mpo_ext.integrations import MPOLossMixin, PairCollator
+from mpo_ext.train.encode import Encoder, Sample
+
+
+class PairTrainer(MPOLossMixin, transformers.Trainer):
+    """The subclass that the page shows."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save_text_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> Encoder:
+    return Encoder(transformers.AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.fixture(scope="module")
+def samples(encoder: Encoder) -> list[Sample]:
+    draw = random.Random(0)
+    pairs = [Pair(f"{draw.randrange(99)} + 2?", "sum " * draw.randrange(1, 4), f"No {number}") for number in range(24)]
+    return [encoder.encode(pair, f"pair {number}") for number, pair in enumerate(pairs)]  # type: ignore[misc]
+
+
+def load(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def make(
+    model: Any, encoder: Encoder, samples: list[Sample], out: Path, *, layout: Any = None, **settings: Any
+) -> Any:
+    options = {name: settings.pop(name) for name in ("reward_shift", "ref_model") if name in settings}
+    values: dict[str, Any] = {
+        "per_device_train_batch_size": 2, "max_steps": 6, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
+        "weight_decay": 0.0, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True,
+        "disable_tqdm": True, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    return PairTrainer(
+        model, transformers.TrainingArguments(str(out), **{**values, **settings}), train_dataset=samples,
+        data_collator=PairCollator.for_model(model, encoder, samples[:2]), **options,
+    )  # fmt: skip
+
+
+def train(trainer: Any, **options: Any) -> list[dict[str, Any]]:
+    trainer.train(**options)
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def test_a_run_is_that_of_plain_float64(folder: Path, encoder: Encoder, samples: list[Sample], tmp_path: Path) -> None:
+    model = plain.widen(load(folder))
+    truth_model, truth_reference = copy.deepcopy(model), copy.deepcopy(model)
+    trainer = make(model, encoder, samples, tmp_path)
+    assert trainer.data_collator.collator.layout == "shared"
+    batches: list[list[plain.Pair]] = []
+    collate = trainer.data_collator
+
+    def record(batch: list[Sample]) -> Any:
+        ids = [(sample.prompt_ids, sample.chosen_ids, sample.rejected_ids) for sample in batch]
+        batches.append([plain.Pair(*(tuple(part.tolist()) for part in parts), None) for parts in ids])
+        return collate(batch)
+
+    trainer.data_collator = record
+    log = train(trainer)
+    settings = plain.Settings(
+        average_over="micro_batch", weight_decay=0.0, warmup_ratio=0.0, schedule="constant"
+    )  # fmt: skip
+    steps = [batches[first : first + 2] for first in range(0, 12, 2)]
+    truth = list(plain.train(truth_model, truth_reference, steps, settings))
+    for line, expected in zip(log, truth, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert line["rewards/margins"] == pytest.approx(expected["reward_margin"], abs=1e-6)
+    assert trainer.reward_shift.value == pytest.approx(truth[-1]["reward_shift"], rel=1e-6)
+    for (name, one), two in zip(model.named_parameters(), truth_model.parameters(), strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(
+    folder: Path, encoder: Encoder, samples: list[Sample], tmp_path: Path
+) -> None:
+    shift = RewardShift("ema", update="after", per="optimizer_step")
+    whole = make(load(folder), encoder, samples, tmp_path, reward_shift=shift, save_strategy="steps", save_steps=3)
+    log = train(whole)
+    assert json.loads((tmp_path / "checkpoint-3" / "reward_shift.json").read_text())["count"] == 3
+    shift = RewardShift("ema", update="after", per="optimizer_step")
+    again = make(load(folder), encoder, samples, tmp_path / "again", reward_shift=shift)
+    resumed = train(again, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in log]
+    assert again.reward_shift.state_dict() == whole.reward_shift.state_dict()
+    for one, two in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_the_policy_without_its_adapters_is_the_reference(
+    folder: Path, encoder: Encoder, samples: list[Sample], tmp_path: Path
+) -> None:
+    logs = []
+    for ref_model in (None, load(folder)):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(load(folder), config)
+        options = {} if ref_model is None else {"ref_model": ref_model}
+        trainer = make(model, encoder, samples, tmp_path, learning_rate=1e-2, **options)
+        assert (trainer.ref_model is None) == (ref_model is None)
+        logs.append([line["loss"] for line in train(trainer)])
+    assert logs[0] == pytest.approx(logs[1], abs=1e-6)
+    assert logs[0][0] != logs[0][-1]
+
+
+def test_an_evaluation_leaves_the_reward_shift(
+    folder: Path, encoder: Encoder, samples: list[Sample], tmp_path: Path
+) -> None:
+    trainer = make(load(folder), encoder, samples, tmp_path, max_steps=2)
+    train(trainer)
+    before = trainer.reward_shift.state_dict()
+    metrics = trainer.evaluate(samples[:4])
+    assert trainer.reward_shift.state_dict() == before
+    assert metrics["eval_loss"] > 0
+    line = next(line for line in trainer.state.log_history if "eval_loss/dpo" in line)
+    assert line["eval_reward_shift"] == pytest.approx(before["value"])
+
+
+def test_reference_log_probs_in_the_batch_are_used(
+    folder: Path, encoder: Encoder, samples: list[Sample], tmp_path: Path
+) -> None:
+    trainer = make(load(folder), encoder, samples, tmp_path)
+    batch = trainer.data_collator(samples[:2])
+    own = trainer.compute_loss(trainer.model, batch)
+    ref_logp = trainer._reference_logp(batch["batch"])
+    assert trainer.compute_loss(trainer.model, {**batch, "ref_logp": ref_logp}).item() == own.item()
+    assert trainer.compute_loss(trainer.model, {**batch, "ref_logp": ref_logp + torch.arange(4)}).item() != own.item()
+
+
+def test_a_layout_that_the_model_does_not_support_is_refused(encoder: Encoder, samples: list[Sample]) -> None:
+    config = transformers.MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, state_size=4)
+    model = transformers.MambaForCausalLM(config)
+    with pytest.raises(ValueError, match="layout must be a layout that the model supports, got 'shared'"):
+        PairCollator.for_model(model, encoder, samples[:2], layout="shared")
+    assert PairCollator.for_model(model, encoder, samples[:2]).collator.layout == "separate"
+    with pytest.raises(ValueError, match="layout must be one of"):
+        PairCollator.for_model(model, encoder, samples[:2], layout="packed")  # type: ignore[arg-type]

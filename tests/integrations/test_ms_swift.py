@@ -1,0 +1,56 @@
+"""ms-swift's DPO with its own loss and with that of mpo_ext. ``make integrations`` runs this file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("swift.rlhf_trainers", reason="make integrations runs this file in an environment with ms-swift")
+
+import tiny_models
+from ms_swift_runs import run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save_text_model(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Any:
+    return tiny_models.pairs()
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_ten_steps_are_those_of_ms_swift(model: Path, tmp_path: Path, pairs: Any, tuning: str) -> None:
+    theirs = run("own", model, tmp_path / "own", pairs, "tuner_type", tuning)
+    ours = run("mpo", model, tmp_path / "mpo", pairs, "tuner_type", tuning)
+    assert len(ours) == len(theirs) == 10
+    for our_line, their_line in zip(ours, theirs, strict=True):
+        for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected", "nll_loss"):
+            assert our_line[name] == pytest.approx(their_line[name], rel=1e-5, abs=1e-5), name
+        # ms-swift multiplies rewards by the sum of the loss weights.
+        assert 2 * our_line["rewards/margins"] == pytest.approx(their_line["rewards/margins"], rel=1e-4, abs=1e-5)
+    assert ours[-1]["reward_shift"] != 0
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(model: Path, tmp_path: Path, pairs: Any) -> None:
+    settings = ("max_steps", 6, "save_steps", 3)
+    log = run("mpo", model, tmp_path / "out", pairs, *settings)
+    checkpoint = next((tmp_path / "out").glob("**/checkpoint-3"))
+    assert json.loads((checkpoint / "reward_shift.json").read_text())["count"] == 3
+    resumed = run("mpo", model, tmp_path / "again", pairs, *settings, "resume_from_checkpoint", checkpoint)
+    for name in ("loss", "reward_shift"):
+        assert [line[name] for line in resumed[-3:]] == [line[name] for line in log[-3:]]
+
+
+def test_other_losses_stay_ms_swifts(model: Path, tmp_path: Path, pairs: Any) -> None:
+    settings = ("max_steps", 2, "loss_type", "hinge", "loss_weights", None)
+    theirs = run("own", model, tmp_path / "own", pairs, *settings)
+    ours = run("mpo", model, tmp_path / "mpo", pairs, *settings)
+    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+    text = (tmp_path / "mpo.text").read_text()
+    assert "keeps its own loss, because loss_type must be among sigmoid, bco_pair, sft, got hinge" in text
