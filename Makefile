@@ -45,6 +45,7 @@ zoo-trl: $(VENV)/.dev
 # Compares split attention and packed rows with separate rows and the dense mask, for many families of models.
 check-attention: $(VENV)/.dev
 	$(BIN)/python tests/train/check_split_attention.py
+
 # Compares other trainers with their own loss and with ours. LLaMA-Factory and ms-swift need older versions of transformers,
 # so each has its own environment in build/, with torch. TRL's tests are in `make test`, too.
 integrations: $(VENV)/.dev build/llama-factory/.installed build/ms-swift/.installed
