@@ -10,7 +10,7 @@ DEV_EXTRAS ?= dev
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl check-attention integrations clean
+.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl check-attention integrations deepspeed-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
@@ -60,6 +60,10 @@ build/%/.installed: pyproject.toml
 	build/$*/bin/pip install --quiet '$(TRAINER)' pytest pytest-timeout pillow
 	build/$*/bin/pip install --quiet -e . '$(TRAINER)'
 	touch $@
+
+# Compares runs of two CPU ranks with one process: all combinations of DeepSpeed, and the files of recipes/accelerate.
+deepspeed-check: $(VENV)/.dev
+	MPO_DEEPSPEED_ALL=1 $(PYTEST) tests/train/test_deepspeed.py tests/train/test_launch.py
 
 # Runs everything that needs a GPU and writes a report to gpu-report/.
 gpu-check: $(VENV)/.dev

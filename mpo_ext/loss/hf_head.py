@@ -73,9 +73,9 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
 
     Args:
         model: Hugging Face model with a linear output head, wrapped as for training: in DDP, in FSDP or by accelerate.
-            LoRA adapters are allowed, but not on the head. FSDP must shard the head with the root module. The head
-            may be sharded over the vocabulary by tensor parallelism: by ``tp_plan`` of transformers, or by torch's
-            ``ColwiseParallel`` with ``output_layouts=Replicate()``.
+            LoRA adapters are allowed, but not on the head. FSDP must shard the head with the root module; ZeRO-3 may
+            partition it. The head may be sharded over the vocabulary by tensor parallelism: by ``tp_plan`` of
+            transformers, or by torch's ``ColwiseParallel`` with ``output_layouts=Replicate()``.
         positional: Must be empty: the model's inputs are keyword arguments.
         inputs: Keyword arguments of ``model(...)``, such as ``input_ids=input_ids``, without labels.
 
@@ -216,8 +216,7 @@ def _check_is_whole(name: str, tensor: Tensor | None) -> None:
         raise RuntimeError(
             f"model must keep the {name} of its output head whole until backward, got a {name} that was freed after "
             "the head's own forward: shard the head together with the root module (FSDP: do not wrap the head by "
-            "itself, and do not reshard the root after forward; ZeRO-3: gather the parameter around forward and "
-            f"loss), or {_INSTEAD}"
+            f"itself, and do not reshard the root after forward), or {_INSTEAD}"
         )
 
 
@@ -297,6 +296,14 @@ def _probe_rows(hidden: Tensor) -> Tensor:
     return torch.tensor(_PROBE, dtype=dtype, device=hidden.device).repeat(*hidden.shape[:-1], 1)
 
 
+def _held(parameter: Any) -> Any:
+    """Returns the parameter, or a view of it under ZeRO-3, which empties the parameter after the layer's forward.
+
+    The view keeps the gathered memory until the backward pass of the loss.
+    """
+    return parameter.view_as(parameter) if hasattr(parameter, "ds_id") else parameter
+
+
 @contextmanager
 def _probed(
     layers: list[nn.Linear],
@@ -353,8 +360,7 @@ def _local_head(
     FSDP2 shards in the same way as tensor parallelism, but its ranks have different hidden states. The head counts as
     sharded over the vocabulary only if transformers replaced its forward, or torch made the hidden states a DTensor.
     """
-    weight: Any = layer.weight
-    bias: Any = layer.bias
+    weight, bias = _held(layer.weight), _held(layer.bias)
     if not hasattr(weight, "full_tensor"):
         return input, weight, bias, None
     is_replicated = hasattr(input, "full_tensor") and all(place.is_replicate() for place in input.placements)

@@ -223,16 +223,14 @@ class MemoryEstimate:
         return sum(whole)
 
     def _weights(self) -> int:
-        """Returns the bytes of the parameters; bitsandbytes quantizes all linear layers except the head."""
+        """Returns the bytes of the parameters; bitsandbytes quantizes the language model's linear layers."""
         lora = self.recipe.model.lora
         if lora is None or lora.quantization is None:
             return sum(map(_bytes, self.model.parameters()))
-        quantized = {
-            id(module.weight): module.weight.numel()
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and module is not self.head and "lora_" not in name
-        }
-        others = sum(4 * parameter.numel() for parameter in self.model.parameters() if id(parameter) not in quantized)
+        inner = unwrap_model(self.model)
+        layers = [inner.get_submodule(name) for name in models.language_linears(self.model)]
+        quantized = {id(layer.weight): layer.weight.numel() for layer in layers}  # type: ignore[union-attr,operator]
+        others = sum(_bytes(parameter) for parameter in self.model.parameters() if id(parameter) not in quantized)
         return round(_NF4_BYTES * sum(quantized.values())) + others
 
     def _reference(self, weights: int) -> tuple[str, int, str]:

@@ -29,8 +29,9 @@ from mpo_ext.train.checkpoint_files import (
     temporary_path,
     together,
 )
-from mpo_ext.train.checkpoint_state import StateReader, is_deepspeed, save_state
+from mpo_ext.train.checkpoint_state import StateReader, save_state
 from mpo_ext.train.ranks import gather
+from mpo_ext.train.zero import is_deepspeed
 
 _STATE = "state.json"
 _NAME = re.compile(r"step-\d{8,}")
@@ -72,7 +73,7 @@ class Checkpoints:
         optimizer, the loss scaler's state, ``state``, and each rank's random states (Python, NumPy, torch, CUDA).
         Saving changes none of them. A checkpoint of the same step is replaced.
 
-        Under DeepSpeed its engine writes and reads the tensors; this code has not been run with DeepSpeed itself.
+        Under DeepSpeed its engine writes and reads the tensors.
 
         Args:
             accelerator: accelerate's ``Accelerator``.
@@ -122,7 +123,8 @@ class Checkpoints:
     ) -> dict[str, Any]:
         """Restores a checkpoint in place, bit for bit, and returns its ``state``. All ranks must call this method.
 
-        Random states are restored only for the number of ranks of the save; otherwise a warning is logged.
+        Random states are restored only for the number of ranks of the save; otherwise a warning is logged. A
+        checkpoint of DeepSpeed needs the same number of ranks.
 
         Args:
             accelerator: accelerate's ``Accelerator``.
@@ -141,10 +143,10 @@ class Checkpoints:
         self._check_contents(accelerator, manifest, path)
         with together(accelerator):
             state = json.loads((path / _STATE).read_bytes())
-            reader = StateReader(accelerator, path, model, optimizer, reference, deepspeed=manifest.deepspeed)
+            reader = StateReader(accelerator, path, model, optimizer, reference, manifest=manifest)
         with together(accelerator):
             reader.restore()
-            reader.restore_random_state(manifest.world_size)
+            reader.restore_random_state()
         return state
 
     def state(self, accelerator: Any, path: Path) -> dict[str, Any]:

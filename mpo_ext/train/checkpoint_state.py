@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from mpo_ext.files import write_and_sync
-from mpo_ext.train.checkpoint_files import CheckpointError, list_names, to_bytes, together
+from mpo_ext.train.checkpoint_files import CheckpointError, Manifest, list_names, to_bytes, together
 from mpo_ext.train.model import reshard
+from mpo_ext.train.zero import is_deepspeed
 
 _TRAINER, _TENSORS, _DEEPSPEED = "trainer.pt", "tensors", "deepspeed"
 _LOG = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def save_state(
 class StateReader:
     """Checks a checkpoint against the models and optimizer of a run and restores them. All ranks must take part.
 
-    ``deepspeed`` is True if DeepSpeed wrote the tensors; see ``Checkpoints.load`` for other arguments and errors.
+    ``manifest`` is that of the folder; see ``Checkpoints.load`` for other arguments and errors.
     """
 
     def __init__(
@@ -77,17 +78,23 @@ class StateReader:
         optimizer: Any,
         reference: nn.Module | None,
         *,
-        deepspeed: bool,
+        manifest: Manifest,
     ) -> None:
         self.accelerator, self.folder, self.model, self.reference = accelerator, folder, model, reference
         self.deepspeed = is_deepspeed(accelerator)
-        if deepspeed != self.deepspeed:
+        self.world_size = manifest.world_size
+        if manifest.deepspeed != self.deepspeed:
             kinds = {True: "DeepSpeed", False: "one process, DDP or FSDP2"}
             raise CheckpointError(
-                f"a checkpoint must be resumed under {kinds[deepspeed]}, as it was saved, got "
+                f"a checkpoint must be resumed under {kinds[manifest.deepspeed]}, as it was saved, got "
                 f"{kinds[self.deepspeed]}: {folder}"
             )
         if self.deepspeed:
+            if self.world_size != accelerator.num_processes:
+                raise CheckpointError(
+                    f"a checkpoint of DeepSpeed must be resumed by the {self.world_size} processes that saved it, got "
+                    f"{accelerator.num_processes}: {folder}"
+                )
             return
         trainer = torch.load(folder / _TRAINER, weights_only=True)
         self.reader = dcp.FileSystemReader(folder / _TENSORS)
@@ -113,13 +120,13 @@ class StateReader:
         if self.scaler:
             self.accelerator.scaler.load_state_dict(self.scaler)
 
-    def restore_random_state(self, world_size: int) -> None:
+    def restore_random_state(self) -> None:
         """Restores this rank's random states; only logs a warning if the number of ranks has changed."""
-        if world_size == self.accelerator.num_processes:
+        if self.world_size == self.accelerator.num_processes:
             _restore_random_state(self.accelerator, self.folder / _random_name(self.accelerator))
         elif self.accelerator.is_main_process:
             text = "random states are not restored: %s was saved by %d ranks, and there are %d now"
-            _LOG.warning(text, self.folder, world_size, self.accelerator.num_processes)
+            _LOG.warning(text, self.folder, self.world_size, self.accelerator.num_processes)
 
 
 class _TensorWriter(dcp.FileSystemWriter):
@@ -140,10 +147,6 @@ def unwrapped(accelerator: Any, model: nn.Module) -> Any:
     if accelerator.distributed_type == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
         raise CheckpointError("fsdp_version must be 2, got 1: checkpoints cannot hold its flattened parameters")
     return accelerator.unwrap_model(model, keep_torch_compile=False)
-
-
-def is_deepspeed(accelerator: Any) -> bool:
-    return accelerator.distributed_type == "DEEPSPEED"
 
 
 def _model_tensors(accelerator: Any, model: nn.Module, reference: nn.Module | None) -> dict[str, Tensor]:

@@ -21,18 +21,20 @@ from mpo_ext.train.checkpoint_files import (
     temporary_path,
     together,
 )
-from mpo_ext.train.checkpoint_state import is_deepspeed, unwrapped
+from mpo_ext.train.checkpoint_state import unwrapped
 from mpo_ext.train.model import reshard
+from mpo_ext.train.quantization import load_dequantized, quantized_layers
 from mpo_ext.train.ranks import gather
+from mpo_ext.train.zero import full_state_dict, is_deepspeed, is_partitioned, without_partitioning
 
 
 def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Path, *, merged: bool = False) -> None:
     """Writes the model in Hugging Face format for ``from_pretrained``. All ranks must call this function.
 
     With LoRA the export contains the adapters and, with ``merged``, also the merged model in ``folder/merged``. To
-    merge, the main rank loads the base model again, in the dtype of training. This works under any sharding and
-    quantization but needs memory for one more model. A base model without a name or path is copied instead, unless it
-    is sharded; see ``check_mergeable``.
+    merge, the main rank loads the base model again, in the dtype of training, and replaces quantized weights by their
+    dequantized values. This works under any sharding but needs memory for one more model. A base model without a name
+    or path is copied instead, unless it is sharded or quantized; see ``check_mergeable``.
 
     Args:
         accelerator: accelerate's ``Accelerator``.
@@ -58,15 +60,16 @@ def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Pat
         reshard(inner)
     try:
         with together(accelerator):
-            state_dict = None
+            state_dict: dict[str, Any] | None = None
             if is_deepspeed(accelerator):
-                state_dict = accelerator.get_state_dict(model)
+                state_dict = full_state_dict(inner, is_main=accelerator.is_main_process)
             elif _is_sharded(inner):
                 options = StateDictOptions(full_state_dict=True, cpu_offload=True)
                 state_dict = get_model_state_dict(inner, options=options)
         with together(accelerator):
             if accelerator.is_main_process:
-                _write_export(inner, state_dict, processor, partial, merged)
+                with without_partitioning():
+                    _write_export(inner, state_dict, processor, partial, merged)
                 sync_tree(partial)
                 move_into_place(partial, folder)
     except CheckpointError as error:
@@ -92,14 +95,16 @@ def is_exported_since(accelerator: Any, folder: Path, checkpoint: Path) -> bool:
 def check_mergeable(model: nn.Module) -> None:
     """Raises ``CheckpointError`` if ``export_model`` cannot merge the adapters of the prepared model."""
     peft_model: Any = next(module for module in model.modules() if hasattr(module, "peft_config"))
-    if not peft_model.peft_config[peft_model.active_adapter].base_model_name_or_path and _is_sharded(model):
+    is_named = peft_model.peft_config[peft_model.active_adapter].base_model_name_or_path
+    kind = "sharded" if _is_sharded(model) else "quantized" if any(quantized_layers(model)) else None
+    if kind is not None and not is_named:
         raise CheckpointError(
-            "a sharded model to be merged must have come from from_pretrained, got a model without a name"
+            f"a {kind} model to be merged must have come from from_pretrained, got a model without a name"
         )
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return is_partitioned(model) or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _write_export(
@@ -114,13 +119,16 @@ def _write_export(
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.save_pretrained(partial)
     if merged:
-        _merge(inner, base, partial).save_pretrained(partial / "merged")
+        _merge(inner, base, partial, state_dict).save_pretrained(partial / "merged")
         if processor is not None:
             processor.save_pretrained(partial / "merged")
 
 
-def _merge(inner: Any, base: Any, adapters: Path) -> Any:
-    """Loads or copies the base model, merges the adapters into it and returns the merged model."""
+def _merge(inner: Any, base: Any, adapters: Path, state_dict: dict[str, Tensor] | None) -> Any:
+    """Loads or copies the base model, merges the adapters into it and returns the merged model.
+
+    The base weights are those of training: 4-bit weights are dequantized.
+    """
     from peft import PeftModel
 
     config = inner.peft_config[inner.active_adapter]
@@ -129,6 +137,7 @@ def _merge(inner: Any, base: Any, adapters: Path) -> Any:
         check_mergeable(inner)
         return copy.deepcopy(inner).merge_and_unload(safe_merge=True)
     whole = type(base).from_pretrained(source, revision=config.revision, dtype=base.dtype)
+    load_dequantized(whole, base, state_dict)
     whole.generation_config = base.generation_config
     return PeftModel.from_pretrained(whole, adapters).merge_and_unload(safe_merge=True)  # type: ignore[operator]
 

@@ -13,7 +13,9 @@ from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.processors import check_on_hub, load_processor, takes_images
 from mpo_ext.train.masks import use_split_attention
+from mpo_ext.train.quantization import disable_weight_packing, quantization_config
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
+from mpo_ext.train.zero import full_shape, gathered, is_partitioned, without_partitioning
 
 _SAMPLED = 4096  # minimum number of values that a fingerprint reads from a larger parameter
 
@@ -37,14 +39,21 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
     processor = load_processor(recipe.path, config, revision=recipe.revision)  # fails in seconds, unlike the weights
     options: dict[str, Any] = {}
     if recipe.lora is not None and recipe.lora.quantization is not None:
-        options["quantization_config"] = _quantization(recipe)
-    model = loader_of(config).from_pretrained(
-        recipe.path,
-        revision=recipe.revision,
-        dtype=recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
-        attn_implementation=recipe.attention,
-        **options,
-    )
+        options["quantization_config"] = _quantization(recipe, config)
+    # With ZeRO-3, transformers may draw initial values while it loads, on which the adapters must not depend.
+    with torch.random.fork_rng(devices=[]):
+        model = loader_of(config).from_pretrained(
+            recipe.path,
+            revision=recipe.revision,
+            dtype=recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+            attn_implementation=recipe.attention,
+            **options,
+        )
+    disable_weight_packing(model)
+    if is_partitioned(model):
+        # With ZeRO-3, transformers keeps renamings that the checkpoint did not need; a save would revert them.
+        renamings = getattr(model, "_weight_conversions", ())
+        model._weight_conversions = [entry for entry in renamings if entry.was_used()]  # noqa: SLF001
     return prepare_model(model, recipe), processor
 
 
@@ -128,17 +137,7 @@ def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
     inner: Any = unwrap_model(model)
     target: str | list[str] = recipe.target if isinstance(recipe.target, str) else list(recipe.target)
     if target == "all-linear":
-        roots = [name for name, _ in modules_of(inner, "language_model")] if has_vision(inner) else [""]
-        head = inner.get_output_embeddings()
-        target = [
-            name
-            for name, module in inner.named_modules()
-            if isinstance(module, nn.Linear)
-            and module is not head
-            and any(not root or name.startswith(f"{root}.") for root in roots)
-        ]
-    if recipe.quantization is not None:
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        target = language_linears(inner)
     config = peft.LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # peft takes a float
@@ -149,10 +148,26 @@ def add_lora(model: nn.Module, recipe: LoraRecipe) -> nn.Module:
     return peft.get_peft_model(model, config)  # type: ignore[arg-type]
 
 
+def language_linears(model: nn.Module) -> list[str]:
+    """Returns the names of the linear layers of the language model, without the output head and adapters."""
+    inner: Any = unwrap_model(model)
+    roots = [f"{name}." for name, _ in modules_of(inner, "language_model")] if has_vision(inner) else [""]
+    head = inner.get_output_embeddings()
+    return [
+        name
+        for name, module in inner.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and "lora_" not in name
+        and name.startswith(tuple(roots))
+    ]
+
+
 def fingerprint(model: nn.Module) -> str:
     """Returns a hash of a model's class and of up to 8,191 evenly spaced values of each parameter.
 
-    The hash identifies a reference model; adapters do not change it.
+    The hash identifies a reference model; adapters do not change it. If ZeRO-3 has partitioned the model, all ranks
+    must call this function.
     """
     inner = unwrap_model(model)
     digest = hashlib.blake2b(digest_size=16)
@@ -160,10 +175,11 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in sorted(inner.named_parameters()):
         if "lora_" in name:
             continue
-        flat = parameter.detach().reshape(-1)
-        stride = max(1, flat.numel() // _SAMPLED)
-        values = flat[::stride].contiguous().cpu()
-        digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        with gathered(parameter):
+            flat = parameter.detach().reshape(-1)
+            stride = max(1, flat.numel() // _SAMPLED)
+            values = flat[::stride].clone().cpu()
+        digest.update(f"{name.replace('.base_layer', '')} {tuple(full_shape(parameter))} {parameter.dtype}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -186,21 +202,12 @@ def modules_of(inner: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:
             return
 
 
-def _quantization(recipe: ModelRecipe) -> Any:
-    import importlib.util
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("model.lora.quantization needs bitsandbytes: pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    compute = torch.bfloat16 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=["lm_head"],
-    )
+def _quantization(recipe: ModelRecipe, config: Any) -> Any:
+    with without_partitioning(), torch.device("meta"):
+        model = loader_of(config).from_config(config)
+    quantized = set(language_linears(model))
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return quantization_config(recipe.dtype, [name for name in linears if name not in quantized])
 
 
 def without_adapters(recipe: ModelRecipe) -> ModelRecipe:

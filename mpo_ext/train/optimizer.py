@@ -13,6 +13,7 @@ from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.model import has_vision, modules_of
 from mpo_ext.train.optim_recipe import OptimRecipe
 from mpo_ext.train.settings import MODEL_PARTS
+from mpo_ext.train.zero import full_shape
 
 #: Optimizers that read whole parameters, or whose kernels take no shards, by the kind of sharding.
 _NOT_ON_SHARDS = {
@@ -57,7 +58,7 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[ParameterGro
     }
     for parameter in model.parameters():
         if parameter.requires_grad:
-            key = parts.get(id(parameter), ""), id(parameter) in hidden, parameter.ndim >= 2
+            key = parts.get(id(parameter), ""), id(parameter) in hidden, len(full_shape(parameter)) >= 2
             groups[key].append(parameter)
     for part in recipe.groups:
         if not any(parameters for (name, *_), parameters in groups.items() if name == part):
@@ -99,7 +100,7 @@ def hidden_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
     outer = [module for module in inner.modules() if isinstance(module, nn.Embedding) or module is head]
     excluded = {id(parameter) for module in outer for parameter in module.parameters()}
     for parameter in inner.parameters():
-        if parameter.ndim == 2 and id(parameter) not in excluded:
+        if len(full_shape(parameter)) == 2 and id(parameter) not in excluded:
             yield parameter
 
 

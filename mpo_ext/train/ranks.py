@@ -1,5 +1,6 @@
-"""Communication between the ranks of a run."""
+"""Starting the ranks of a run on CPUs, and communication between ranks."""
 
+import os
 from typing import Any
 
 
@@ -10,3 +11,30 @@ def gather(accelerator: Any, value: Any) -> list[Any]:
     from accelerate.utils import gather_object
 
     return gather_object([value])
+
+
+def join_cpu_ranks() -> None:
+    """Joins the ranks of a launched run that shards on CPUs; does nothing in other runs.
+
+    accelerate selects FSDP and DeepSpeed only if the ranks have GPUs. With ``ACCELERATE_USE_CPU=true``, this function
+    makes it select them on CPUs, for trying a cluster's config file on any machine.
+    """
+    uses_deepspeed, uses_fsdp = _is_set("ACCELERATE_USE_DEEPSPEED"), _is_set("ACCELERATE_USE_FSDP")
+    if "LOCAL_RANK" not in os.environ or not _is_set("ACCELERATE_USE_CPU") or not (uses_deepspeed or uses_fsdp):
+        return
+    from accelerate import DistributedType, PartialState
+
+    PartialState(cpu=True)  # starts gloo
+    kind = DistributedType.DEEPSPEED if uses_deepspeed else DistributedType.MULTI_GPU
+    PartialState._shared_state["distributed_type"] = kind  # noqa: SLF001  # accelerate has no public way
+    if uses_deepspeed:
+        del os.environ["ACCELERATE_USE_CPU"]  # otherwise accelerate ignores ACCELERATE_USE_DEEPSPEED
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first; gloo suffices
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")

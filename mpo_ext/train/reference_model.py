@@ -59,7 +59,8 @@ class CopyReference:
     def __init__(
         self, model: nn.Module, recipe: LossRecipe, autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        model.eval()  # not chained: DeepSpeed's engine returns None
+        self.model = model.requires_grad_(False)
         self._recipe, self._autocast = recipe, autocast
 
     @torch.no_grad()

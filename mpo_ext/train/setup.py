@@ -1,9 +1,9 @@
 """Builds the parts of a run from its recipe: accelerator, policy, reference model, data and optimizer."""
 
-import copy
 import dataclasses
 import datetime
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,18 @@ from mpo_ext.train.export import check_mergeable
 from mpo_ext.train.masks import prompt_positions, undo_split_attention, use_split_attention
 from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_model, without_adapters
 from mpo_ext.train.optimizer import ParameterGroup, make_optimizer, parameter_groups
-from mpo_ext.train.ranks import gather
+from mpo_ext.train.ranks import gather, join_cpu_ranks
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import reference_path
 from mpo_ext.train.reference_model import check_can_follow
 from mpo_ext.train.shared_prefix import SharedLayout, check_shared_prefix
+from mpo_ext.train.zero import copy_model, is_deepspeed, is_partitioned, prepare_frozen, set_sizes
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_NEEDED_ACCELERATE = {
+    "FSDP2": ("1.14.0", "free the weight of the output head before the loss"),
+    "DeepSpeed": ("1.8.0", "step the optimizer after each micro-batch"),
+}
 _CHECKED_SAMPLES = 2
 _SEARCHED_PAIRS = 1000
 _ROW_FOR_EACH_PROMPT = "one row for each prompt with its responses"
@@ -62,6 +67,7 @@ def make_accelerator(recipe: Recipe) -> Any:
 
     Raises:
         ValueError: If the launcher started more processes than accelerate has found.
+        ImportError: If accelerate is too old for FSDP2 or DeepSpeed.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
@@ -69,6 +75,7 @@ def make_accelerator(recipe: Recipe) -> Any:
     launched = environment_integer("WORLD_SIZE", 1)
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         environment_integer(name, 0)
+    join_cpu_ranks()
     accelerator = Accelerator(
         mixed_precision=_PRECISIONS[recipe.precision],
         # A forward without images leaves the parameters of the vision tower unused.
@@ -82,8 +89,23 @@ def make_accelerator(recipe: Recipe) -> Any:
             "accelerate: each process would train on all pairs in the same folder; without GPUs, use accelerate "
             "launch --cpu or set ACCELERATE_USE_CPU=true"
         )
+    _check_accelerate(accelerator)
     set_seed(recipe.optim.seed)
     return accelerator
+
+
+def _check_accelerate(accelerator: Any) -> None:
+    from accelerate.utils import compare_versions
+
+    kind = "DeepSpeed" if is_deepspeed(accelerator) else "FSDP2" if getattr(accelerator, "is_fsdp2", False) else None
+    if kind is None:
+        return
+    minimum, fault = _NEEDED_ACCELERATE[kind]
+    if compare_versions("accelerate", "<", minimum):
+        raise ImportError(
+            f"accelerate must be at least {minimum} for {kind}, got {version('accelerate')}: earlier versions "
+            f"{fault}; pip install -U accelerate"
+        )
 
 
 def set_up(
@@ -109,10 +131,13 @@ def set_up(
     reference_model, reference_fingerprint = _make_reference_model(recipe, model)
     if recipe.reference.sync_every and reference_model is not None:
         _check_can_move(recipe, accelerator, model, reference_model)
-    fixed_weights = _fixed_weights(recipe, model, reference_model) if accelerator.is_main_process else {}
+    # ZeRO-3 gathers the weights on all ranks.
+    takes_part = accelerator.is_main_process or is_partitioned(model)
+    fixed_weights = _fixed_weights(recipe, model, reference_model) if takes_part else {}
     groups = parameter_groups(model, recipe.optim)
     optimizer: Any = make_optimizer(groups, recipe.optim, model, accelerator)
-    _set_deepspeed_sizes(recipe, accelerator)
+    set_sizes(recipe, accelerator)
+    _choose_wrapped_layers(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     if recipe.output.save_merged:  # fail now, not after training
         check_mergeable(model)
@@ -161,7 +186,7 @@ def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module 
         model, _ = load_model(without_adapters(dataclasses.replace(recipe.model, path=path, revision=None)))
         digest = fingerprint(model)
     elif kind == "copy":
-        model = copy.deepcopy(policy)
+        model = copy_model(policy)
     if kind == "precomputed" and reference_path(recipe).exists():
         model = None
     return model, digest
@@ -195,23 +220,29 @@ def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, referen
     check_can_follow(reference, policy, every)
 
 
+def _choose_wrapped_layers(accelerator: Any, model: nn.Module) -> None:
+    """Sets the layer classes that FSDP shards one by one, unless the config file names them.
+
+    Some models, such as LLaVA and Gemma 3, name classes that they do not have, which accelerate refuses.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.transformer_cls_names_to_wrap:
+        return
+    classes = {type(module).__name__ for module in model.modules()}
+    names = getattr(unwrap_model(model), "_no_split_modules", None) or ()
+    plugin.transformer_cls_names_to_wrap = sorted(classes.intersection(names)) or None
+
+
 def _prepare_reference_model(accelerator: Any, model: nn.Module) -> nn.Module:
     """Moves the reference model to the policy's device and shards it like the policy."""
     model.eval().requires_grad_(False)
+    if is_deepspeed(accelerator):
+        return prepare_frozen(accelerator, model)
     if getattr(accelerator, "is_fsdp2", False):
         from accelerate.utils import fsdp2_prepare_model
 
         return fsdp2_prepare_model(accelerator, model)
     return accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
-
-
-def _set_deepspeed_sizes(recipe: Recipe, accelerator: Any) -> None:
-    """Sets the sizes that DeepSpeed otherwise takes from a data loader. The loop itself accumulates gradients."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None:
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = recipe.optim.micro_batch_size
-        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
-        plugin.deepspeed_config["gradient_clipping"] = recipe.optim.max_grad_norm
 
 
 def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | None = None) -> str | None:
@@ -277,8 +308,9 @@ def _check_layout(
     for model in models:
         with data.accelerator.autocast():
             reason = check_shared_prefix(
-                model, samples, pad_id=pad_id, positions=positions, device=device, layout=layout
-            )
+                model, samples, pad_id=pad_id, positions=positions, device=device, layout=layout,
+                from_logits=data.recipe.loss.from_logits,
+            )  # fmt: skip
         reason = next((text for text in gather(data.accelerator, reason) if text is not None), None)
         if reason is not None:
             return reason

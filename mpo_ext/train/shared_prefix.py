@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mpo_ext.loss.config import MPOConfig
-from mpo_ext.loss.functions import linear_token_logp
+from mpo_ext.loss.functions import linear_token_logp, token_logp
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.batch import Batch, collate
 from mpo_ext.train.encode import Sample
-from mpo_ext.train.forward import forward
+from mpo_ext.train.forward import forward, forward_logits
 from mpo_ext.train.masks import decoder_config, forward_source, has_image_blocks, plan_masks
 from mpo_ext.train.split_recurrence import has_split_layers
 
@@ -62,6 +62,7 @@ def check_shared_prefix(
     device: torch.device | str | None = None,
     tolerance: float | None = None,
     layout: SharedLayout = "shared",
+    from_logits: bool = False,
 ) -> str | None:
     """Returns None if the log-probs of a few pairs agree in ``layout`` and in "separate", otherwise the reason.
 
@@ -73,7 +74,8 @@ def check_shared_prefix(
     ``model`` is as in ``forward``, ``pad_id`` and ``positions`` are as in ``collate``. At least one sample must be
     given, with images if the run will have images. ``tolerance`` is the maximum root mean square difference of the
     log-probs, in nats; None: 16 times the machine epsilon of the arithmetic, at least 1e-3. A small effect of a broken
-    mask reduces the limit to half of this effect, but not below a quarter of ``tolerance``.
+    mask reduces the limit to half of this effect, but not below a quarter of ``tolerance``. With ``from_logits`` the
+    model computes logits, as with the setting ``loss.from_logits``.
 
     Raises:
         torch.OutOfMemoryError: If memory runs out.
@@ -93,14 +95,14 @@ def check_shared_prefix(
     longest = int((separate.segments >= 0).sum(1).max())
     kind = type(unwrap_model(model)).__name__
     with _evaluation_mode(model, max(1, longest // 2)), torch.no_grad():
-        expected, epsilon = label_logp_and_precision(model, separate.to(device))
+        expected, epsilon = label_logp_and_precision(model, separate.to(device), from_logits)
         try:
-            actual, _ = label_logp_and_precision(model, shared.to(device))
+            actual, _ = label_logp_and_precision(model, shared.to(device), from_logits)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             return f"{type(error).__name__} in the forward of {kind}: {error}"
-        broken, _ = label_logp_and_precision(model, shared.with_merged_responses().to(device))
+        broken, _ = label_logp_and_precision(model, shared.with_merged_responses().to(device), from_logits)
     differences = (actual - expected)[labelled].abs()
     rms = _rms(differences)
     leak = _rms((broken - expected)[labelled])
@@ -125,8 +127,11 @@ def _with_two_prompts(samples: Sequence[Sample]) -> list[Sample]:
     return [first, *others]
 
 
-def label_logp_and_precision(model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
-    """Returns the labels' log-probs as float64 on the CPU, and the machine epsilon of the arithmetic behind them."""
+def label_logp_and_precision(model: nn.Module, batch: Batch, from_logits: bool = False) -> tuple[Tensor, float]:
+    """Returns the labels' log-probs as float64 on the CPU, and the machine epsilon of the arithmetic behind them.
+
+    With ``from_logits``, the model computes logits; otherwise the log-probs follow from its hidden states.
+    """
     dtypes: list[torch.dtype] = []
 
     def note(module: nn.Module, args: Any) -> None:  # autocast may be active inside the model only
@@ -138,14 +143,22 @@ def label_logp_and_precision(model: nn.Module, batch: Batch) -> tuple[Tensor, fl
     inner = unwrap_model(model)
     handle = inner.get_input_embeddings().register_forward_pre_hook(note)  # type: ignore[operator]
     try:
-        out = forward(model, batch)
+        if from_logits:
+            logits = forward_logits(model, batch)
+            dtypes.append(logits.dtype)
+        else:
+            out = forward(model, batch)
+            dtypes += [out.hidden.dtype, out.weight.dtype]
     finally:
         handle.remove()
-    floats = [dtype for dtype in (*dtypes, out.hidden.dtype, out.weight.dtype) if dtype.is_floating_point]
+    floats = [dtype for dtype in dtypes if dtype.is_floating_point]
     epsilon = max(torch.finfo(dtype).eps for dtype in floats)
-    if out.hidden.is_cuda and torch.get_float32_matmul_precision() != "highest":
+    if batch.labels.is_cuda and torch.get_float32_matmul_precision() != "highest":
         epsilon = max(epsilon, torch.finfo(torch.float16).eps)  # TF32 has the mantissa of float16
-    logp = linear_token_logp(out.hidden, out.weight.to(out.hidden.device), batch.labels, **out.options)
+    if from_logits:
+        logp = token_logp(logits, batch.labels.to(logits.device))
+    else:
+        logp = linear_token_logp(out.hidden, out.weight.to(out.hidden.device), batch.labels, **out.options)
     return logp.double().cpu(), epsilon
 
 

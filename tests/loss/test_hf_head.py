@@ -740,7 +740,7 @@ def test_a_weight_that_is_freed_after_the_heads_forward_is_refused(inputs: dict[
     model = build("llama")
 
     def free(layer: nn.Module, args: Any, output: Any) -> None:
-        if how == "numel":  # ZeRO-3
+        if how == "numel":
             layer.weight.data = torch.empty(0, dtype=torch.float64)
         else:  # FSDP
             layer.weight.untyped_storage().resize_(0)
@@ -748,6 +748,22 @@ def test_a_weight_that_is_freed_after_the_heads_forward_is_refused(inputs: dict[
     model.lm_head.register_forward_hook(free)
     with pytest.raises(RuntimeError, match=r"shard the head together with the root.*mpo_loss\(model"):
         hidden_and_head(model, **inputs)
+
+
+def test_a_weight_that_zero3_frees_is_kept(inputs: dict[str, Any]) -> None:
+    model = build("llama")
+    expected = model.lm_head.weight.detach().clone()
+    model.lm_head.weight.ds_id = 0  # the mark of DeepSpeed
+
+    def free(layer: nn.Module, args: Any, output: Any) -> None:
+        layer.weight.data = torch.empty(0, dtype=torch.float64)
+
+    model.lm_head.register_forward_hook(free)
+    head = hidden_and_head(model, **inputs)
+    assert model.lm_head.weight.numel() == 0
+    assert torch.equal(head.weight, expected)
+    linear_mpo_loss(head.hidden, head.weight, inputs["input_ids"], torch.zeros(len(head.hidden))).loss.backward()
+    assert model.lm_head.weight.grad.shape == expected.shape
 
 
 @pytest.mark.parametrize(

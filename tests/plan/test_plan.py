@@ -307,8 +307,9 @@ def test_4_bit_weights(tmp_path: Path) -> None:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name
     )
-    others = planned.parameters - linear
-    assert part(planned, "parameters").bytes == round(4.127 / 8 * linear) + 4 * others
+    adapters = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+    others = 2 * (planned.parameters - linear - adapters) + 4 * adapters
+    assert part(planned, "parameters").bytes == round(4.127 / 8 * linear) + others
 
 
 def saved_bytes(model: nn.Module, positions: int, *, images: bool = False) -> int:

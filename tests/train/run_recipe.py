@@ -26,7 +26,7 @@ LIMIT_S = 120.0
 TIMING = ("step_s", "tokens_per_s", "pairs_per_s", "memory_mib")
 HERE = Path(__file__).parent
 # One thread: sums are in one order then. No GPU: other tests have it.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "ACCELERATE_USE_CPU": "true",
     "CUDA_VISIBLE_DEVICES": "",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -39,7 +39,6 @@ _FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 
@@ -56,6 +55,8 @@ class Job:
         hook: Called in each process with its rank, before the run.
         world_size: Number of processes.
         sharded: Whether they shard the model (FSDP2) instead of copying it (DDP).
+        zero: Settings of DeepSpeed's ZeRO, such as its stage; None: no DeepSpeed.
+        model: Folder of the model; None: the tiny model of ``digits_run``, made by each process.
     """
 
     out: Path
@@ -64,6 +65,8 @@ class Job:
     hook: Callable[[int], None] | None = None
     world_size: int = 1
     sharded: bool = False
+    zero: dict[str, Any] | None = None
+    model: Path | None = None
 
     def beside(self, suffix: str) -> Path:
         return self.out.with_name(f"{self.out.name}.{suffix}")
@@ -78,7 +81,7 @@ def server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run_recipe_preload", "run_recipe"])
     before = dict(os.environ)
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), before.get("PYTHONPATH"))))
     try:
         multiprocessing.forkserver.ensure_running()
@@ -145,7 +148,7 @@ def _work(job: Job, rank: int) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
     try:
         code = _train(job, rank)
     except BaseException:
@@ -159,16 +162,17 @@ def _train(job: Job, rank: int) -> int:
     import digits_run
     import torch
 
-    from mpo_ext.train import loop, model_card
+    from mpo_ext.train import loop, model_card, zero
 
     torch.set_num_threads(1)
     model_card.write_card = lambda *args, **kwargs: None  # drawing takes longer than the run
-    if job.world_size > 1:
+    if job.world_size > 1 or job.zero is not None:
         _join_ranks(job, rank)
     if job.hook is not None:
         job.hook(rank)
-    model, processor = digits_run.tiny()
-    recipe = digits_run.recipe(job.out.with_name(f"{job.out.name}.{rank}") / job.out.name, job.pairs, **job.settings)
+    model, processor = digits_run.tiny() if job.model is None else (None, None)
+    settings = job.settings if job.model is None else {**job.settings, "model__path": str(job.model)}
+    recipe = digits_run.recipe(job.out.with_name(f"{job.out.name}.{rank}") / job.out.name, job.pairs, **settings)
     recipe = dataclasses.replace(recipe, output=dataclasses.replace(recipe.output, dir=str(job.out)))
     job.beside("begun").touch()
     trainer = loop.Trainer(recipe, model=model, processor=processor)
@@ -179,8 +183,9 @@ def _train(job: Job, rank: int) -> int:
         assert not [value for value in gc.get_objects() if type(value) is torch.nn.parallel.DistributedDataParallel]
         weights = {}
         for name, value in trainer.model.named_parameters():
-            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-            weights[name] = whole.detach().clone()
+            with zero.gathered(value):
+                whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+                weights[name] = whole.detach().clone()
         torch.save(
             {"weights": weights, "reward_shift": trainer.state.reward_shift.state_dict()}, job.beside(f"rank{rank}")
         )
@@ -194,7 +199,6 @@ def _train(job: Job, rank: int) -> int:
 def _join_ranks(job: Job, rank: int) -> None:
     from datetime import timedelta
 
-    import accelerate
     import torch.distributed as dist
 
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.world_size, "LOCAL_WORLD_SIZE": job.world_size}
@@ -209,9 +213,12 @@ def _join_ranks(job: Job, rank: int) -> None:
     )
     if job.sharded:
         os.environ.update(_FSDP2)
-        accelerate.PartialState(cpu=True)
-        # accelerate shards on accelerators only; all else of it works on a CPU too.
-        accelerate.PartialState._shared_state["distributed_type"] = accelerate.DistributedType.MULTI_GPU
+    if job.zero is not None:
+        config = job.beside(f"zero{rank}.json")
+        # Otherwise ZeRO-3 leaves parameters of less than 100,000 elements whole.
+        zero = {"stage3_param_persistence_threshold": 0, **job.zero}
+        config.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "zero_optimization": zero}))
+        os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(config))
 
 
 # Hooks
@@ -347,7 +354,7 @@ def program(command: Sequence[str], text: Path) -> Iterator[Any]:
 
     with open(text, "w") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **_ENVIRONMENT}, start_new_session=True
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}, start_new_session=True
         )
     try:
         yield process

@@ -302,3 +302,15 @@ def test_the_fused_update_of_a_cpu_is_that_of_adamw() -> None:
     plain = steps(twin, optimizer(twin, learning_rate=1e-2, weight_decay=0.1, args={"fused": False}))
     for name, value in plain.items():
         torch.testing.assert_close(fused[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_vectors_have_no_weight_decay_even_if_zero3_has_emptied_them() -> None:
+    """ZeRO-3 leaves an empty vector in place of each parameter."""
+    model, _ = digits_run.tiny()
+    shapes = {}
+    for parameter in model.parameters():
+        shapes[id(parameter)] = parameter.ds_shape = parameter.shape  # the mark of DeepSpeed
+        parameter.data = torch.empty(0)
+    decay = {True: 0.5, False: 0.0}
+    for group in parameter_groups(model, OptimRecipe(weight_decay=0.5)):
+        assert {decay[len(shapes[id(parameter)]) >= 2] for parameter in group.parameters} == {group.weight_decay}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import digits_run
+import model_folders
 import pytest
 import torch
 from run_recipe import Job, log_of, result_of, run, signal_at_forward, text_of
@@ -67,6 +68,18 @@ def test_two_ranks_learn_what_one_does(sharded: bool, job_of: Callable[..., Job]
     same(first, second, 0.0)
     assert first["reward_shift"] == second["reward_shift"]
     same(first, result_of(single), 2e-5)
+
+
+def test_fsdp2_finds_the_layers_of_a_model_that_names_missing_classes(folder: Path, tmp_path: Path) -> None:
+    """LLaVA's class names layers of CLIP's text model, which LLaVA does not have."""
+    model = model_folders.write_llava(tmp_path / "llava")
+    pairs = model_folders.write_pairs(tmp_path / "pairs", 6, images=True)
+    settings = {**_BASE, **_SHIFT, "optim__epochs": 1, "output__save_every": 0}
+    one = Job(tmp_path / "one", pairs, settings, model=model)
+    two = dataclasses.replace(one, out=tmp_path / "two", world_size=2, sharded=True)
+    assert run(one) == [0], text_of(one)
+    assert run(two) == [0, 0], text_of(two)
+    same(result_of(two), result_of(one), 2e-5)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])

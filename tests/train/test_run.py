@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import families
 import pytest
 import torch
@@ -975,6 +976,15 @@ def test_processes_that_accelerate_does_not_know_are_refused(
     with pytest.raises(ValueError, match="processes must be the 2 that the launcher started, got 1 in accelerate"):
         trainer_of(tmp_path / "out", pairs)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_accelerate_that_frees_the_head_is_refused_with_fsdp2(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerate.Accelerator, "is_fsdp2", property(lambda self: True), raising=False)
+    monkeypatch.setattr(accelerate.utils, "compare_versions", lambda *args: args == ("accelerate", "<", "1.14.0"))
+    with pytest.raises(ImportError, match=r"accelerate must be at least 1\.14\.0 for FSDP2, got \d"):
+        trainer_of(tmp_path / "out", pairs)
 
 
 def test_the_learning_rate_is_set_before_the_backward_pass(tmp_path: Path, pairs: Path) -> None:

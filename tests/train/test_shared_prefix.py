@@ -39,6 +39,22 @@ def test_the_check_passes(family: str, attention: str, dtype: torch.dtype) -> No
     assert checked(model, family) is None
 
 
+def test_with_from_logits_the_model_computes_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models whose head ``hidden_and_head`` refuses are trained from logits, and checked with them."""
+    model = build("llama", None)
+    batch = batch_of(model, samples_of("llama"), "shared")
+    expected, logp = (label_logp_and_precision(model, batch, from_logits)[0] for from_logits in (False, True))
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no head")
+
+    monkeypatch.setattr(forward_module, "hidden_and_head", refuse)
+    assert checked(model, "llama", from_logits=True) is None
+    with pytest.raises(RuntimeError, match="no head"):
+        checked(model, "llama")
+
+
 @pytest.mark.parametrize(
     ("family", "reason"),
     [

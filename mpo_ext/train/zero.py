@@ -1,0 +1,127 @@
+"""DeepSpeed: parameters that ZeRO-3 has partitioned, engines for frozen models, and the settings that the loop needs.
+
+ZeRO-3 leaves an empty tensor in place of a parameter; the attribute ``ds_shape`` has its shape. Without DeepSpeed, all
+functions treat parameters as whole.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpo_ext.train.recipe import Recipe
+
+# The settings that the engine of a frozen model shares with that of the policy.
+_SHARED_SETTINGS = ("zero_optimization", "bf16", "fp16", "communication_data_type", "train_micro_batch_size_per_gpu")
+
+
+def is_deepspeed(accelerator: Any) -> bool:
+    return accelerator.distributed_type == "DEEPSPEED"
+
+
+def zero_stage(accelerator: Any) -> int | None:
+    """Returns the ZeRO stage of a run, or None without DeepSpeed."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return None if plugin is None else int(plugin.deepspeed_config["zero_optimization"]["stage"])
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Returns whether ZeRO-3 has partitioned the parameters of a model."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Returns the shape of the whole parameter."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextlib.contextmanager
+def gathered(parameter: Tensor) -> Iterator[None]:
+    """Makes a parameter whole within the ``with`` block. All ranks must enter the block."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
+@contextlib.contextmanager
+def without_partitioning() -> Iterator[None]:
+    """Lets a single rank build or load a whole transformers model within the ``with`` block, also under ZeRO-3."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    from accelerate.state import AcceleratorState
+    from transformers.integrations import deepspeed as integration
+
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration.set_hf_deepspeed_config(AcceleratorState().deepspeed_plugin.dschf)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Returns a deep copy of a model; the copy is partitioned as the model is. All ranks must call this function.
+
+    One parameter at a time is whole.
+    """
+    if not is_partitioned(model):
+        return copy.deepcopy(model)
+    import deepspeed
+    from accelerate.state import AcceleratorState
+
+    config = AcceleratorState().deepspeed_plugin.dschf.config
+    copies: dict[int, Any] = {}
+    for parameter in model.parameters():
+        holder = nn.Module()
+        with gathered(parameter):
+            whole = parameter.detach().clone()
+        holder.register_parameter("copy", nn.Parameter(whole, requires_grad=parameter.requires_grad))
+        deepspeed.zero.Init(module=holder, config_dict_or_path=config)
+        copies[id(parameter)] = holder.copy
+    return copy.deepcopy(model, copies)
+
+
+def full_state_dict(model: nn.Module, *, is_main: bool) -> dict[str, Tensor] | None:
+    """Returns the state dict of a model with whole tensors on the CPU on the main rank, and None on other ranks.
+
+    All ranks must call this function. Names of a tied parameter share one tensor.
+    """
+    state = model.state_dict(keep_vars=True)
+    whole: dict[int, Any] = {}
+    for value in {id(value): value for value in state.values()}.values():
+        if not isinstance(value, Tensor):  # bitsandbytes may add strings
+            whole[id(value)] = value
+            continue
+        with gathered(value):
+            whole[id(value)] = value.detach().to("cpu", copy=True) if is_main else None
+    return {name: whole[id(value)] for name, value in state.items()} if is_main else None
+
+
+def prepare_frozen(accelerator: Any, model: nn.Module) -> nn.Module:
+    """Returns a separate engine for a frozen model, in the dtype of the policy's engine; ZeRO-3 also shards it."""
+    import deepspeed
+
+    policy_config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config = {name: copy.deepcopy(policy_config[name]) for name in _SHARED_SETTINGS if name in policy_config}
+    if zero_stage(accelerator) != 3:  # lower stages shard only what is trained
+        config["zero_optimization"] = {"stage": 0}
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine
+
+
+def set_sizes(recipe: Recipe, accelerator: Any) -> None:
+    """Sets the sizes that DeepSpeed otherwise takes from a data loader. The loop itself accumulates gradients."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = recipe.optim.micro_batch_size
+        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+        plugin.deepspeed_config["gradient_clipping"] = recipe.optim.max_grad_norm
