@@ -762,8 +762,6 @@ def test_a_weight_that_zero3_frees_is_kept(inputs: dict[str, Any]) -> None:
     head = hidden_and_head(model, **inputs)
     assert model.lm_head.weight.numel() == 0
     assert torch.equal(head.weight, expected)
-    linear_mpo_loss(head.hidden, head.weight, inputs["input_ids"], torch.zeros(len(head.hidden))).loss.backward()
-    assert model.lm_head.weight.grad.shape == expected.shape
 
 
 @pytest.mark.parametrize(
