@@ -108,7 +108,8 @@ def check(
 ) -> Job:
     name = f"zero{stage}-{model}-{abs(hash(str((zero, settings)))):x}"
     job = job_of(name, model, stage, zero=zero, **settings)
-    assert run(job) == [0, 0], text_of(job)
+    # With offloading, DeepSpeed compiles its Adam at the first start.
+    assert run(job, limit_s=120 if zero is None else 400) == [0, 0], text_of(job)
     assert_equal(job, single(model, **settings))
     return job
 
