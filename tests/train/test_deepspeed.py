@@ -119,7 +119,7 @@ def test_zero3_trains_an_image_model_as_one_process_does(
 ) -> None:
     """The pairs include text, so a rank may have no image; the reference is a copy."""
     job = check(job_of, single, "llava", 3)
-    assert "one row for each prompt" in text_of(job)
+    assert "(shared prefix), checked on the first pairs" in text_of(job)
     assert "agree" in text_of(job)
 
 
