@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mpo_ext.checks import shorten
+from mpo_ext.checks import install_hint, shorten
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.model import has_vision, modules_of
 from mpo_ext.train.optim_recipe import OptimRecipe
@@ -167,7 +167,7 @@ def _make_adamw_8bit(
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ImportError(f"optim.name {_8BIT[paged]!r} needs bitsandbytes: {'pip install bitsandbytes'}") from error
+        raise ImportError(f"optim.name {_8BIT[paged]!r} needs bitsandbytes: {install_hint('qlora')}") from error
     device = next(parameter.device for group in groups for parameter in group["params"])
     if paged and device.type != "cuda":
         raise ValueError(f"optim.name must be 'adamw_8bit' on {device.type}, which has no pages, got {_8BIT[True]!r}")
