@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-NATIVE := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+# Versions to install. The workflows use .github/constraints.txt, which has one for every package.
+CONSTRAINTS ?= constraints.txt
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
 PYTEST_ARGS ?=
 # Extras of mpo-ext for development. "dev,nvcc" adds nvcc, which the tests of the CUDA kernels need, from PyPI.
 DEV_EXTRAS ?= dev
@@ -91,14 +93,14 @@ $(BIN)/python:
 # The stamps are renewed when the native code or the requirements change.
 $(VENV)/.demo: $(BIN)/python $(NATIVE)
 	@echo "Installing and compiling, also for CUDA if nvcc is on PATH (MPO_CUDA=OFF disables that). This takes some minutes"
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[demo]'
 	touch $@
 
 # --no-deps: peers that need other versions of their dependencies must not change the versions of this project.
 $(VENV)/.bench: $(VENV)/.dev
-	$(BIN)/pip install --quiet --no-deps -c constraints.txt 'cut-cross-entropy>=25.1' 'liger-kernel>=0.8' 'trl>=1.15'
+	$(BIN)/pip install --quiet --no-deps -c $(CONSTRAINTS) 'cut-cross-entropy>=25.1' 'liger-kernel>=0.8' 'trl>=1.15'
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python $(NATIVE)
-	MPO_WERROR=ON $(BIN)/pip install --quiet -c constraints.txt -e '.[$(DEV_EXTRAS)]'
+	MPO_WERROR=ON $(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[$(DEV_EXTRAS)]'
 	touch $@ $(VENV)/.demo

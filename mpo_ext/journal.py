@@ -154,7 +154,8 @@ def _check_beginning(file: int, path: Path) -> None:
     beginning = encode_line({"format": _FORMAT})[:-2]
     found = os.pread(file, len(beginning), 0)
     if not beginning.startswith(found):
-        raise ValueError(f"path must be a journal of format {_FORMAT}, got {path} beginning with {found!r}")
+        if read_header(path) is None:  # otherwise the header is written with other spaces
+            raise ValueError(f"path must be a journal of format {_FORMAT}, got {path} beginning with {found!r}")
 
 
 def _cut_half_line(file: int) -> None:

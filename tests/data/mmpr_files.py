@@ -73,7 +73,7 @@ DEFECTS: list[tuple[str, Any, str]] = [
     ("bad image path", {**GOOD, "image": "../a.png"}, "image must stay inside"),
     ("missing image", {**GOOD, "image": "none.png"}, "an image must be a file"),
     ("missing image", {**GOOD, "image": "sub"}, "an image must be a file"),
-    ("broken image", {**GOOD, "image": "broken.png"}, "image must be in a format that Pillow can read"),
+    ("broken image", {**GOOD, "image": "broken.png"}, "such as PNG or JPEG"),
     ("placeholders", {**GOOD, "question": "<image><image>"}, "0 or 1 times for 1 images, got 2"),
     ("placeholders", {**GOOD, "image": ["a.png", "a.png"]}, "2 times for 2 images, got 1"),
     ("no image", {"question": "<image>", "chosen": "c", "rejected": "r"}, "0 times for 0 images, got 1"),

@@ -274,7 +274,7 @@ def test_a_file_that_does_not_exist_or_is_not_a_mapping(load: Callable[..., Reci
         (lambda: LossRecipe(ntp_weight=-1), "ntp_weight must be finite and not negative, got -1.0"),
         (lambda: LossRecipe(memory_budget_mib=0), "memory_budget_mib must be at least 1, got 0"),
         (lambda: LossRecipe(from_logits=True, memory_budget_mib=8), "memory_budget_mib must be None with from_logits"),
-        (lambda: LossRecipe(from_logits=True, recompute=False), "recompute must be True with from_logits"),
+        (lambda: LossRecipe(from_logits=True, recompute=False), "recompute must be None with from_logits"),
         (lambda: LossRecipe(backend="gpu"), "backend must be 'cpu', 'cuda', 'triton' or 'reference', got 'gpu'"),
         (lambda: RewardShiftRecipe(per="optimizer_step"), "update must be 'after' when per is 'optimizer_step'"),
         (lambda: ReferenceRecipe(sync_every=-1), "sync_every must be at least 0, got -1"),

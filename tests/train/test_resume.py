@@ -325,7 +325,7 @@ def test_a_second_sigint_ends_at_once(job_of: Callable[..., Job], whole: Callabl
 def test_signals_and_kills_with_workers(job_of: Callable[..., Job], whole: Callable[[str], Job]) -> None:
     """Signals reach the run and its data workers, as those of a cluster or a terminal do."""
     job = job_of("workers", "after", data__workers=1)
-    hook = functools.partial(signal_group_at_forward, 4, signal.SIGTERM)
+    hook = functools.partial(signal_group_at_forward, 1, signal.SIGTERM)  # each step has one micro-batch
     assert run(dataclasses.replace(job, hook=hook)) == [INTERRUPTED], text_of(job)
     assert "SIGTERM: ended after step 2 of 6" in text_of(job)
     hook = functools.partial(die_in_write, "fsync", 1)
@@ -412,6 +412,7 @@ def test_a_finished_run_ends_as_it_did(job_of: Callable[..., Job], whole: Callab
 def test_a_run_that_starts_again_says_so(job_of: Callable[..., Job]) -> None:
     job = job_of("again", "copy", optim__max_steps=1)
     job.out.mkdir(parents=True)
+    (job.out / "run.lock").touch()
     (job.out / "log.jsonl").write_text('{"step": 1, "loss": 9}\n')
     assert run(job) == [0], text_of(job)
     assert f"no checkpoint in {job.out / 'checkpoints'} yet: starts from the beginning" in text_of(job)

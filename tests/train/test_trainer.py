@@ -355,7 +355,7 @@ def test_out_of_memory_names_sizes_and_what_lowers_them(
         raise torch.OutOfMemoryError("tried to allocate 1 GiB")
 
     monkeypatch.setattr(batch_loss, "linear_mpo_loss", full)
-    with pytest.raises(RuntimeError, match=r"step 1 with 4 pairs in 4 rows of \d+ positions.*optim\.micro_batch_size"):
+    with pytest.raises(RuntimeError, match=r"step 1 with 4 pairs in 1 rows of \d+ positions.*optim\.micro_batch_size"):
         run(recipe(tmp_path / "out", pairs))
 
 
