@@ -153,9 +153,9 @@ def _check_beginning(file: int, path: Path) -> None:
     """Raises ValueError unless a file is empty or begins like a journal; another file would be cut."""
     beginning = encode_line({"format": _FORMAT})[:-2]
     found = os.pread(file, len(beginning), 0)
-    if not beginning.startswith(found):
-        if read_header(path) is None:  # otherwise the header is written with other spaces
-            raise ValueError(f"path must be a journal of format {_FORMAT}, got {path} beginning with {found!r}")
+    # A header may also be written with other spaces.
+    if not beginning.startswith(found) and read_header(path) is None:
+        raise ValueError(f"path must be a journal of format {_FORMAT}, got {path} beginning with {found!r}")
 
 
 def _cut_half_line(file: int) -> None:

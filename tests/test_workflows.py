@@ -19,7 +19,8 @@ def test_workflows_run_only_pinned_code(path: Path) -> None:
 
 
 def test_the_versions_that_ci_uses_are_exact() -> None:
-    lines = [line for line in (ROOT / ".github" / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    text = (ROOT / ".github" / "constraints.txt").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
     assert len(lines) > 50
     for line in lines:
         assert re.fullmatch(r'[\w.-]+==[\w.+!-]+(; python_version >= "3\.\d+")?', line), line
