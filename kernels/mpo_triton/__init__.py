@@ -1,7 +1,7 @@
 """Triton kernels of mpo_ext, for GPUs if the CUDA kernels are not built; installed as ``mpo_ext.kernels``.
 
-A row is the V logits of one token position. Each file holds one operator. The functions implement operators of
-``mpo_ext.ops``, their only caller, which checks all arguments. They need triton.
+A row is the V logits of one token position. Each file holds one operator of ``mpo_ext.ops``, which is the only caller
+of the functions here and checks all arguments. The kernels need triton.
 """
 
 from .logits_grad import logits_grad

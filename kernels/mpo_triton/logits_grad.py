@@ -13,7 +13,10 @@ _INTEGERS = ["vocab", "first", "total", *_STRIDES, *(f"grad_{name}" for name in 
 
 @triton.jit
 def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Writes ``filler`` to the columns of a row that lie in a chunk; columns are the positions shift .. end - 1."""
+    """Writes ``filler`` to the positions begin .. begin + CHUNK - 1 of a row, as far as they are columns.
+
+    The columns of the row are the positions shift .. end - 1.
+    """
     for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
         at = tl.multiple_of(at, BLOCK)
         positions = at + tl.arange(0, BLOCK)
@@ -115,7 +118,11 @@ def logits_grad(
     grad_layout: tuple[Tensor, int, int, int],
     tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Writes the gradient of ``logits_grad`` in one launch; with ``tile``, that of one tile of the vocabulary."""
+    """Writes the gradient that the operator ``logits_grad`` returns to ``grad_layout``, in one launch.
+
+    ``layout`` and ``grad_layout`` are ``RowLayout`` tuples of ``mpo_ext.ops.memory``. ``tile`` is a ``Tile`` if the
+    logits are one tile of the vocabulary.
+    """
     first, total, _ = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)

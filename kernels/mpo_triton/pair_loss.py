@@ -22,7 +22,7 @@ def sequence_sums_kernel(
     ignore_index: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Sums the log-probs and counts the labelled tokens of each sequence. Grid (2B,)."""
+    """Sums the log-probs and counts the labelled tokens of each sequence. Grid (2B,): a program per sequence."""
     sequence = tl.program_id(0)
     begin = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)
@@ -69,7 +69,10 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes rewards (0 for a pair with an unlabelled response), NTP and the reward shift. Grid (1,): all pairs."""
+    """Computes the rewards, NTP and the reward shift delta.
+
+    The rewards of a pair are 0 if one of its responses has no labelled token. Grid (1,): one program for all pairs.
+    """
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means
@@ -146,7 +149,10 @@ def pair_loss_kernel(
     AVERAGE_SEQUENCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes DPO, BCO and all derivatives in one program, because the work is negligible. Grid (1,)."""
+    """Computes DPO, BCO, the loss and d loss / d logp of each sequence.
+
+    Grid (1,): one program for all pairs, because the work is negligible.
+    """
     delta = tl.load(scalars_ptr)
     ntp = tl.load(scalars_ptr + 1)
     ntp_denominator = tl.load(scalars_ptr + 2)
@@ -238,9 +244,10 @@ def pair_loss(
     ignore_index: int,
     out: PairLossOutputs,
 ) -> None:
-    """Writes the outputs of the operator ``pair_loss`` in four launches, without synchronisation.
+    """Writes the outputs of the operator ``pair_loss`` to ``out`` in four launches, without synchronisation.
 
-    ``settings`` are beta, the weights of DPO, BCO and NTP, label smoothing, and the decay of EMA.
+    The first arguments are those of the operator. ``settings`` are beta, the weights of DPO, BCO and NTP, the label
+    smoothing, and the decay of the moving average. The other arguments are fields of ``PairLossSettings``.
     """
     sequences = ref_logp.shape[0]
     sums = ref_logp.new_empty(sequences, dtype=torch.float64)

@@ -29,22 +29,23 @@ class AlignedRows(NamedTuple):
 
 
 def aligned_rows(layout: tuple[Tensor, int, int, int]) -> AlignedRows:
-    """Returns a ``RowLayout`` of ``mpo_ext.ops`` relative to an aligned base address."""
+    """Returns the layout of rows relative to an aligned base; ``layout`` is a ``RowLayout`` of ``mpo_ext.ops``."""
     tensor, *strides = layout
     offset = tensor.data_ptr() % VECTOR_BYTES // tensor.element_size()
     if offset == 0:
         return AlignedRows(tensor, 0, *strides)
-    # The base is a view from the multiple before the tensor, in the same storage, whose start is aligned.
+    # The base is a view of the same storage that starts at the last multiple of 16 bytes before the tensor. The view
+    # stays in the storage, because the storage starts at a multiple of 16 bytes.
     base = torch.as_strided(tensor, (1,), (1,), tensor.storage_offset() - offset)
     return AlignedRows(base, offset, *strides)
 
 
 class Blocks(NamedTuple):
-    """The number of columns per program, ``chunk`` in total and ``block`` at a time, and its number of warps."""
+    """The sizes of a program that processes a part of a row."""
 
-    block: int
-    chunk: int
-    num_warps: int
+    block: int  # number of columns that the program processes at a time
+    chunk: int  # number of columns that the program processes in total
+    num_warps: int  # number of warps of the program
 
     def programs(self, vocab: int, dtype: torch.dtype) -> int:
         """Returns the number of programs per row. A row with an unaligned start spans one more vector."""

@@ -89,7 +89,11 @@ def token_logp_chunk_kernel(
 def merge_chunks(
     states_ptr, row, chunks, is_valid, MAX_CHUNKS: tl.constexpr, STATE: tl.constexpr, STATS: tl.constexpr
 ):
-    """Merges the softmax states of a row's chunks in order. Returns the sums in double precision."""
+    """Returns the softmax state of a row, merged from the states of its chunks.
+
+    The state is row_max, row_sum, e_d, z_sum and squared, in double precision. Without STATS, the last three are
+    placeholders.
+    """
     lanes = tl.arange(0, MAX_CHUNKS)
     mask = (lanes < chunks) & is_valid
     state_ptr = states_ptr + (row * chunks + lanes) * STATE
@@ -117,7 +121,10 @@ def merge_chunks(
 def merge_tile(
     row_state_ptr, row_max, row_sum, e_d, z_sum, squared, z_label, is_valid, is_later, has_label, STATS: tl.constexpr
 ):
-    """Merges a tile into the row's softmax state, stores the state, and returns the sums over all tiles so far."""
+    """Merges a tile into the row's softmax state and stores the state.
+
+    Returns the state over all tiles so far: new_max, row_sum, e_d, z_sum, squared and z_label.
+    """
     old_max = tl.load(row_state_ptr, mask=is_later, other=-float("inf"))
     old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)
     old_label = tl.load(row_state_ptr + 5, mask=is_later, other=0.0)
@@ -160,7 +167,10 @@ def store_stats(
     filler,
     STATS: tl.constexpr,
 ):
-    """Stores the statistics that STATS selects; consecutive statistics are ``rows`` elements apart."""
+    """Stores the statistics of a row that STATS selects. In memory, a statistic is ``rows`` elements after the last.
+
+    A row that is not valid gets ``filler`` instead.
+    """
     if STATS & 1:
         entropy = log_sum - e_d / row_sum
         tl.store(out_ptr, tl.where(is_valid, entropy, filler).to(tl.float32))
@@ -252,7 +262,11 @@ def token_logp(
     row_stats: Tensor,
     tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Writes the outputs of ``token_logp`` in two launches without synchronisation; with ``tile``, of one tile."""
+    """Writes the outputs of the operator ``token_logp`` in two launches, without synchronisation.
+
+    ``layout`` is a ``RowLayout`` of ``mpo_ext.ops.memory``. ``tile`` is a ``Tile`` if the logits are one tile of the
+    vocabulary; the outputs then cover the columns up to the end of the tile.
+    """
     first, total, row_states = tile or (0, vocab, None)
     rows, dtype = aligned_rows(layout), layout[0].dtype
     sizes = blocks(vocab, dtype)

@@ -20,8 +20,8 @@ class LossOfLogits(torch.autograd.Function):
 
     The weight of every row, d loss / d logp, is already known. Backward is therefore one operator, which computes
     ``weight * (onehot(label) - softmax(logits))``. Saved for backward are the logits (not a copy), the labels, and
-    three numbers per row: maximum, sum of exponentials and weight. ``shard``: the columns of the vocabulary that the
-    logits are; None: all.
+    three numbers per row: maximum, sum of exponentials and weight. ``shard`` names the columns of the vocabulary that
+    the logits cover; None means all columns.
     """
 
     @staticmethod
@@ -65,7 +65,11 @@ class LossOfLogits(torch.autograd.Function):
 
 
 class LogpOfLogits(torch.autograd.Function):
-    """Attaches the gradient with respect to the logits to log-probs. The weight of a row is its incoming gradient."""
+    """Attaches the gradient with respect to the logits to the log-probs of the labels.
+
+    Backward computes ``weight * (onehot(label) - softmax(logits))``, as in ``LossOfLogits``. The weight of a row is
+    the incoming gradient of its log-prob.
+    """
 
     @staticmethod
     def forward(
@@ -98,15 +102,15 @@ class HiddenPlan(NamedTuple):
 
     keep: int  # a KEEP_ constant of mpo_ext.ops.linear
     options: linear.LinearOptions
-    shard: VocabShard | None = None  # if weight and bias are this rank's shard of the head
-    group: dist.ProcessGroup | None = None  # over which the gradient of the hidden states is summed then
+    shard: VocabShard | None = None  # this rank's part of the vocabulary; None: weight and bias are the whole head
+    group: dist.ProcessGroup | None = None  # with a shard: the ranks that sum the gradient of the hidden states
 
 
 class ValueOfHidden(torch.autograd.Function):
     """Attaches the gradients with respect to the hidden states and the head to a loss or to log-probs.
 
-    For a loss, ``row_weight`` is d loss / d logp of each row. For log-probs it is None: the weight of a row is its
-    incoming gradient.
+    For a loss, ``row_weight`` is d loss / d logp of each row. For log-probs, ``row_weight`` is None, and the weight of
+    a row is the incoming gradient of its log-prob. ``kept`` is the last output of ``ops.linear.linear_token_logp``.
     """
 
     @staticmethod
@@ -175,9 +179,9 @@ def _gradients_over_ranks(
     hidden_grad: Tensor | None,
     logits: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of ``ValueOfHidden`` with a shard of the head.
+    """Returns the gradients of hidden states, weight and bias if this rank holds a shard of the head.
 
-    Only the labelled rows of the gradient of the hidden states are summed over the ranks, before they are rounded.
+    The ranks sum only the labelled rows of the gradient of the hidden states. The sum is rounded afterwards.
     """
     hidden, wanted = inputs[0], ctx.needs_input_grad[:3]
     d_weight, d_bias = None, None
@@ -197,8 +201,8 @@ def _gradients_over_ranks(
 class OnceDifferentiable(torch.autograd.Function):
     """Returns a gradient unchanged, and raises if that gradient is differentiated.
 
-    torch's ``once_differentiable`` is not enough: if the saved logits require a gradient but the incoming gradient
-    does not, it returns a constant, and a gradient penalty would be incomplete without a warning.
+    torch's ``once_differentiable`` is not enough. If the saved logits require a gradient but the incoming gradient
+    does not, torch's function returns a constant. A gradient penalty would then be incomplete without a warning.
     """
 
     @staticmethod
@@ -214,7 +218,7 @@ class OnceDifferentiable(torch.autograd.Function):
 
 
 def _once_differentiable(grad: Tensor, *sources: Tensor) -> Tensor:
-    """Returns ``grad`` such that differentiating it with respect to ``sources`` raises."""
+    """Returns ``grad`` with a graph that raises if ``grad`` is differentiated with respect to ``sources``."""
     if not torch.is_grad_enabled():  # backward enables gradients only under create_graph=True
         return grad
     return OnceDifferentiable.apply(grad, *sources)

@@ -1,4 +1,4 @@
-"""Looks for the usual mistakes in a batch before a training run: ``check_batch``."""
+"""``check_batch`` looks for common mistakes in a batch before a training run."""
 
 import dataclasses
 import math
@@ -36,7 +36,10 @@ class _Sequence:
     ids: Tensor | None  # [T] on the CPU
 
     def sum_and_count(self, ahead: int, ignore_index: int) -> tuple[float, int]:
-        """Returns the summed log-prob of the labels ``ahead`` positions after their logits, and their number."""
+        """Returns the summed log-prob of the scored labels, and the number of these labels.
+
+        The logits at position t score the label at position ``t + ahead``.
+        """
         labels = self.labels[ahead:]
         logits = self.logits[: len(labels)]
         is_scored = (labels != ignore_index) & (labels >= 0) & (labels < logits.shape[-1])
@@ -59,10 +62,10 @@ def check_batch(
     reward_shift: RewardShift | Tensor | float | None = _NOT_GIVEN,
     config: MPOConfig = _DEFAULT_CONFIG,
 ) -> list[BatchFinding]:
-    """Returns the probable mistakes in the arguments of ``mpo_loss``, each with its evidence; [] for a right batch.
+    """Returns the probable mistakes in the arguments of ``mpo_loss``, each with its evidence; [] for a correct batch.
 
-    It is meant for the first batch, on which policy and reference are nearly equal. It waits for the device and forms
-    the logits of a whole sequence, so do not call it in every step.
+    Call this function for the first batch, on which policy and reference are nearly equal. Do not call it in every
+    step, because it waits for the device and computes all logits of each sequence.
 
     Args:
         logits: ``[2B, T, V]``, or packed ``[N, V]`` with ``cu_seqlens``, as in ``mpo_loss``; with ``weight``, hidden
@@ -71,12 +74,13 @@ def check_batch(
         ref_logp: ``[2B]`` summed log-probs under the reference, or None.
         weight: ``[V, D]`` weight of the head, or None.
         bias: ``[V]`` bias of the head, or None.
-        input_ids: Token ids of the model's input, shaped like ``labels``, with the prompts. Most mistakes with masks
-            and pairs show only with them.
+        input_ids: Token ids of the model's input, shaped like ``labels``, including the prompts. None skips the
+            checks of prompts and padding.
         tokenizer: Tokenizer that decodes the evidence and names the padding token, or None.
         cu_seqlens: ``[2B + 1]`` as in ``mpo_loss``.
         shift: As in ``mpo_loss``.
-        reward_shift: The argument of ``mpo_loss``, to check that it was not forgotten. Left out: not checked.
+        reward_shift: The argument that ``mpo_loss`` will get. A missing shift (None or 0) is reported if
+            ``config.bco_weight`` is positive. Without this argument, the reward shift is not checked.
         config: As in ``mpo_loss``.
 
     Raises:
@@ -155,7 +159,11 @@ def _check_labelled(sequences: Sequence[_Sequence], ahead: int, ignore_index: in
 
 
 def _check_alignment(sequences: Sequence[_Sequence], ahead: int, ignore_index: int) -> Iterator[BatchFinding]:
-    """Compares labels with input ids, which are at the same position with shift, and one position later without."""
+    """Yields a finding if most labels equal the input ids of other positions than expected.
+
+    The label at position t must equal input id t with ``shift`` (``ahead`` is 1), and input id t + 1 without it
+    (``ahead`` is 0).
+    """
     shares = {offset: _share_of_equal(sequences, offset, ignore_index) for offset in (-1, 0, 1, 2)}
     expected = 1 - ahead
     best = max(shares, key=lambda offset: shares[offset])
@@ -186,7 +194,10 @@ def _share_of_equal(sequences: Sequence[_Sequence], offset: int, ignore_index: i
 
 
 def _check_alignment_by_logp(sequences: Sequence[_Sequence], ahead: int, ignore_index: int) -> Iterator[BatchFinding]:
-    """Compares the log-probs of neighbouring alignments; a trained model makes the right one much more likely."""
+    """Yields a finding if the labels are much more likely when they are scored at other positions.
+
+    A trained model gives the labels a much higher log-prob at the right distance from their logits than at others.
+    """
     means = {}
     for other in range(3):
         parts = [sequence.sum_and_count(other, ignore_index) for sequence in sequences]

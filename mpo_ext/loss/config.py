@@ -20,8 +20,8 @@ class MPOConfig:
         ntp_weight: Weight of the next-token cross entropy of the chosen responses.
         label_smoothing: Assumed fraction of pairs with swapped responses, in ``[0, 0.5)`` (conservative DPO).
         ntp_average: "token": mean cross entropy over all chosen tokens of the batch, as in the authors' code.
-            "sequence": mean over the chosen responses of each response's mean per token, as in the paper. Both are
-            equal for one pair.
+            "sequence": mean cross entropy per token of each chosen response, averaged over the responses, as in the
+            paper. For a batch of one pair, both averages are equal.
         ignore_index: Label of positions that are not scored.
 
     Raises:

@@ -26,7 +26,7 @@ class PairLoss(NamedTuple):
     terms: Tensor  # [3]: DPO, BCO, NTP, without their weights
     reward_shift: Tensor  # 0-d, the delta that the loss used
     logp: Tensor  # [2B] summed log-probs
-    reward: Tensor  # [2B]
+    reward: Tensor  # [2B] beta * (logp - ref_logp); 0 if a response of the pair has no labelled token
     tokens: Tensor  # [2B] int64, number of labelled tokens
     state: Tensor  # [2] float64, state of the reward shift after this batch
     batch: Tensor  # [2] float64, sum and count of the rewards of this batch
@@ -45,9 +45,10 @@ def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tens
 
 
 def shard_state(logits: Tensor, labels: Tensor, first: int) -> Tensor:
-    """Returns the row state, ``[..., ROW_STATE]`` float64, of the columns that follow ``first`` in the vocabulary.
+    """Returns the state of each row, ``[..., ROW_STATE]`` float64, after a shard of the vocabulary.
 
-    It is that of ``ops.logits.token_logp_shard``, and differentiable: the maximum is taken as a constant.
+    ``logits`` are the columns of the shard, and ``first`` is the vocabulary id of the first column. The values are
+    those of ``ops.logits.token_logp_shard``, but differentiable, except for the maximum.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
     row_max = z.detach().amax(-1)
@@ -88,7 +89,9 @@ def linear_logits(
 
 
 def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Returns the sum of the token values of each sequence; sums of ``token_logp`` are a ``ref_logp`` of ``mpo_loss``.
+    """Returns the sum of the token values of each sequence.
+
+    If the values are ``token_logp`` of a reference model, the sums are the argument ``ref_logp`` of ``mpo_loss``.
 
     Args:
         rows: A value for each token: ``[2B, T]``, or packed ``[N]`` or ``[1, N]`` with ``cu_seqlens``.
@@ -122,12 +125,12 @@ def pair_loss(
     config: MPOConfig,
     cu_seqlens: Tensor | None = None,  # [2B + 1]; None: padded input
 ) -> PairLoss:
-    """Computes the loss of B pairs from the log-probs of their tokens (arXiv 2411.10442, equations 1 to 7).
+    """Returns the loss of B pairs from the log-probs of their tokens (arXiv 2411.10442, equations 1 to 7).
 
-    The reward of a response is ``r = beta * (logp - ref_logp)``. A pair has DPO = ``-logsigmoid(r_c - r_r)`` and BCO =
-    ``-logsigmoid(r_c - delta) - logsigmoid(delta - r_r)``; both are averaged over pairs. NTP is the cross entropy of
-    the chosen responses. If a response of a pair has no labelled token, the rewards of the pair are 0, so its DPO and
-    BCO are constants without gradient.
+    The reward of a response is ``r = beta * (logp - ref_logp)``: r_c of the chosen and r_r of the rejected response.
+    The reward shift is delta. A pair has DPO = ``-logsigmoid(r_c - r_r)`` and BCO = ``-logsigmoid(r_c - delta) -
+    logsigmoid(delta - r_r)``; both are averaged over pairs. NTP is the cross entropy of the chosen responses. If a
+    response of a pair has no labelled token, both rewards of the pair are 0, so its DPO and BCO have no gradient.
     """
     tokens = sequence_sums((labels != config.ignore_index).long(), cu_seqlens)
     return pair_loss_of_sums(sequence_sums(logp, cu_seqlens), tokens, ref_logp, shift, config)
@@ -140,7 +143,7 @@ def pair_loss_of_sums(
     shift: BatchShift,
     config: MPOConfig,
 ) -> PairLoss:
-    """Computes the loss of B pairs from the sums of their sequences, as ``pair_loss`` describes."""
+    """Returns the loss of B pairs from the summed log-probs of their sequences; ``pair_loss`` has the formulas."""
     chosen_tokens, rejected_tokens = tokens.chunk(2)
     has_both = (chosen_tokens > 0) & (rejected_tokens > 0)
 
@@ -173,7 +176,10 @@ def pair_loss_of_sums(
 
 
 def _moved(shift: BatchShift, batch: Tensor) -> Tensor:
-    """Returns the shift's state after ``batch``, the sum and the count of rewards. A count of 0 changes nothing."""
+    """Returns the state of the reward shift after a batch, ``[2]``: delta, and the number of its updates.
+
+    ``batch`` holds the sum and the count of the batch's rewards. A count of 0 leaves the state unchanged.
+    """
     if shift.rule == HOLD:
         return shift.state.clone()
     value, updates = shift.state

@@ -80,7 +80,7 @@ def mpo_loss(
             (whether the label has the largest logit) and "sum_p_squared" (sum of the squared probabilities).
         reuse_logits: Whether backward may write the gradient over the logits. A second backward then raises. If
             another operation also needs the logits in its backward, torch raises "modified by an inplace operation".
-            The backend "reference" ignores this argument.
+            The backend "reference" ignores ``reuse_logits``.
         backend: "cpu", "cuda", "triton" or "reference" (plain torch). None: the best available backend.
         vocab_parallel: Process group whose ranks hold the columns of the logits (and of ``ref_logits``) in the order
             of the ranks, at least one each; labels are ids of the whole vocabulary. All ranks get the same loss, and
@@ -195,8 +195,8 @@ def linear_mpo_loss(
             rows, which saves one of the four matmuls. They are kept in float32 in most cases; with bfloat16 hidden
             states and weight, in float16, as distances from the row's maximum. The logits and the gradient of
             ``weight`` share memory of the size of the larger of the two, plus a tile. None: on a CPU, forward keeps
-            the logits that fit into the memory of that gradient (all if at most D rows have a label); on a GPU, as
-            True. A second backward computes all tiles again. No effect if ``weight`` needs no gradient.
+            the logits that fit into the memory of that gradient (all if at most D rows have a label); on a GPU, None
+            means True. A second backward computes all tiles again. No effect if ``weight`` needs no gradient.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.

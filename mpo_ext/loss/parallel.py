@@ -1,7 +1,10 @@
-"""The loss functions over several ranks: each holds columns of the vocabulary, parts of the sequences, or both.
+"""The loss functions over several ranks. Each rank holds columns of the vocabulary, parts of the sequences, or both.
 
-The kernels are those of one process: a rank's columns are a tile of the vocabulary. Each rank computes the loss from
-the same numbers and in the same order, so the loss is bitwise the same on all ranks.
+The kernels are the same as in one process; they treat the columns of a rank as a tile of the vocabulary. Each rank
+computes the loss from the same numbers in the same order, so the loss is bitwise the same on all ranks.
+
+The functions ``mpo_loss``, ``linear_mpo_loss``, ``token_logp`` and ``linear_token_logp`` take the arguments of the
+functions of the same names in ``mpo_ext.loss.functions``, some of them grouped into tuples.
 """
 
 from __future__ import annotations
@@ -43,13 +46,13 @@ from mpo_ext.ops.memory import VocabShard, result_dtype
 
 
 class _Rows(NamedTuple):
-    """Results for the rows of this rank, over the whole vocabulary."""
+    """The outputs of ``ops.linear.linear_token_logp`` for the rows of this rank, over the whole vocabulary."""
 
     logp: Tensor
     row_max: Tensor
     row_sum: Tensor
     row_stats: Tensor
-    kept: Tensor  # of linear_token_logp
+    kept: Tensor  # the tensor for backward; empty if the rows come from logits
 
 
 @torch.compiler.disable
@@ -63,7 +66,7 @@ def mpo_loss(
     vocab_parallel: Any,
     sequence_parallel: Any,
 ) -> MPOOutput:
-    """Returns ``mpo_loss`` over the ranks of ``vocab_parallel``, of ``sequence_parallel``, or of both."""
+    """Returns the MPO loss of logits that are split over the ranks of one or both process groups."""
     groups = RankGroups(vocab_parallel, sequence_parallel)
     config, is_part = options.config, groups.sequence is not None
 
@@ -111,7 +114,7 @@ def linear_mpo_loss(
     vocab_parallel: Any,
     sequence_parallel: Any,
 ) -> MPOOutput:
-    """Returns ``linear_mpo_loss`` over the ranks of ``vocab_parallel``, of ``sequence_parallel``, or of both."""
+    """Returns the MPO loss of a head or hidden states that are split over the ranks of one or both process groups."""
     groups = RankGroups(vocab_parallel, sequence_parallel)
     config, is_part = options.config, groups.sequence is not None
 
@@ -160,7 +163,7 @@ def linear_mpo_loss(
 def token_logp(
     logits: Tensor, labels: Tensor, shift: bool, ignore_index: int, backend: str | None, vocab_parallel: Any
 ) -> Tensor:
-    """Returns ``token_logp`` over the ranks of ``vocab_parallel``."""
+    """Returns the log-prob of each label; each rank of ``vocab_parallel`` holds some columns of the logits."""
     groups = RankGroups(vocab_parallel, None)
 
     def check() -> tuple[str, Tensor]:
@@ -194,7 +197,7 @@ def linear_token_logp(
     backend: str | None,
     vocab_parallel: Any,
 ) -> Tensor:
-    """Returns ``linear_token_logp`` over the ranks of ``vocab_parallel``."""
+    """Returns the log-prob of each label; each rank of ``vocab_parallel`` holds some rows of the head."""
     groups = RankGroups(vocab_parallel, None)
 
     def check() -> tuple[str, Tensor]:
@@ -220,7 +223,7 @@ def linear_token_logp(
 
 
 def _aligned_labels(labels: Tensor, options: LossOptions, groups: RankGroups) -> Tensor:
-    """Returns the labels at the positions that predict them, ``shift`` being possible only in whole sequences."""
+    """Returns each label at the position that predicts it; raises if ``shift`` would need labels of another rank."""
     if not options.shift:
         return labels
     if groups.sequence is not None:
@@ -234,7 +237,7 @@ def _aligned_labels(labels: Tensor, options: LossOptions, groups: RankGroups) ->
 
 
 def _checksum(*settings: Any) -> int:
-    """Returns a checksum of settings; of a reward shift, only of what the host knows."""
+    """Returns a checksum of settings. Values in tensors, such as delta, are left out: reading them waits for a GPU."""
     shown = []
     for value in settings:
         if isinstance(value, LossOptions):
@@ -257,7 +260,11 @@ def _score_logits(
     ignore_index: int,
     backend: str,
 ) -> _Rows:
-    """Returns the results for the rows; ``same`` are tensors that must be the same on all ranks of the vocabulary."""
+    """Returns the log-probs and statistics of this rank's rows over the whole vocabulary.
+
+    ``shard`` names the columns that this rank holds (None: all). The tensors in ``same`` must be equal on all ranks of
+    ``vocab_parallel``. ``names`` are the requested statistics.
+    """
     mask, empty = logits_ops.stats_mask(names), logits.new_empty(0)
     if shard is not None:
         if backend == "reference":
@@ -284,7 +291,7 @@ def _score_hidden(
     head: HeadOptions,
     options: linear_ops.LinearOptions,
 ) -> _Rows:
-    """Returns the results of ``_score_logits`` from hidden states, weight and bias."""
+    """Returns the results of ``_score_logits``, and the tensor for backward, from hidden states, weight and bias."""
     hidden, weight, bias = inputs
     if options.backend == "reference":
         if shard is not None:
@@ -323,7 +330,7 @@ class _ReferenceSums(NamedTuple):
     """The summed log-probs under the reference model."""
 
     logp: Tensor  # [2B]
-    is_partial: bool  # whether they are sums of this rank's rows, if the sequences lie on several ranks
+    is_partial: bool  # whether logp sums only this rank's rows (matters if a sequence lies on several ranks)
 
 
 def _pair_loss(
@@ -335,9 +342,11 @@ def _pair_loss(
     shift: BatchShift,
     backend: str,
 ) -> tuple[eager.PairLoss, Tensor | None, Tensor]:
-    """Returns the pair loss, the row weights (None: reference), and the statistics of the rows, or their sums.
+    """Returns the pair loss, the row weights and the statistics, and updates the reward shift.
 
-    Of the ranks with the same pairs, only the first adds their rewards to the reward shift.
+    The row weights are None for the backend "reference". The statistics are those of each row, or their sums over all
+    rows if sequences lie on several ranks. Among ranks with the same pairs, only the first adds the pairs' rewards to
+    the reward shift.
     """
     row_stats = rows.row_stats
     if groups.sequence is None:
@@ -361,7 +370,10 @@ def _totals(
     options: LossOptions,
     shift: BatchShift,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the sums over the ranks of the sequences: log-probs, tokens, reference log-probs, and statistics."""
+    """Returns sums over the ranks of ``sequence_parallel``: log-probs, tokens, reference log-probs and statistics.
+
+    The first three are ``[2B]``, one value for each sequence. The statistics are ``[number of statistics, 1]``.
+    """
     cu_seqlens = options.cu_seqlens
     sums = eager.sequence_sums(rows.logp.double(), cu_seqlens)
     if cu_seqlens is not None and cu_seqlens.device.type != "cpu":  # the host has not checked offsets on a GPU
@@ -383,7 +395,7 @@ def _totals(
 def _loss_of_rows(
     logp: Tensor, labels: Tensor, ref_logp: Tensor, options: LossOptions, backend: str, shift: BatchShift
 ) -> tuple[eager.PairLoss, Tensor | None]:
-    """Returns the pair loss and the row weights from the rows of whole sequences."""
+    """Returns the pair loss and the row weights (None for "reference") from log-probs ``logp`` of whole sequences."""
     if backend == "reference":
         pair = eager.pair_loss(logp, labels, ref_logp.detach(), shift, options.config, options.cu_seqlens)
         return pair, None
@@ -400,7 +412,10 @@ def _loss_of_sums(
     backend: str,
     shift: BatchShift,
 ) -> tuple[eager.PairLoss, Tensor | None]:
-    """Returns the pair loss from sums over whole sequences, in float64, and the weights of this rank's rows."""
+    """Returns the pair loss and the weights of this rank's rows (None for "reference") from float64 sums.
+
+    ``totals`` are the summed log-probs, the numbers of tokens and the reference log-probs of whole sequences.
+    """
     sums, tokens, ref_logp = totals
     config = options.config
     if backend == "reference":
@@ -415,13 +430,13 @@ def _loss_of_sums(
 
 
 def _in_dtype(pair: eager.PairLoss, dtype: torch.dtype) -> eager.PairLoss:
-    """Returns the pair loss with its results in the dtype of log-probs; the reward shift's state stays float64."""
+    """Returns the pair loss with its floating-point results in ``dtype``, except the state of the reward shift."""
     names = ("loss", "terms", "reward_shift", "logp", "reward")
     return pair._replace(**{name: getattr(pair, name).to(dtype) for name in names})
 
 
 def _sequence_values(values: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Returns the value of each row's sequence, in the shape of the labels."""
+    """Returns for each row the value of its sequence: ``values`` are ``[2B]``, the result has the labels' shape."""
     if cu_seqlens is None:
         return values.unsqueeze(1).expand(labels.shape)
     positions = torch.arange(labels.numel(), device=labels.device)

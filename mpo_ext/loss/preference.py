@@ -96,11 +96,11 @@ def preference_loss(
     label_smoothing: float = 0.0,
     delta: float | Tensor = 0.0,
 ) -> Tensor:
-    """Returns the preference loss of each pair, in nats; each loss's paper minimises the mean over pairs.
+    """Returns the preference loss of each pair. The paper of each loss minimises the mean over pairs.
 
     If a response of a pair has no label, the pair is left out: its loss and gradient are 0 whatever its log-probs are,
     and no other pair is compared with it. (In ``mpo_loss``, the DPO and BCO of such a pair are constants, also with
-    gradient 0.) A NaN log-prob makes the loss of its pair not finite, and with it the mean of the batch.
+    gradient 0.) If a log-prob is NaN, the loss of its pair and the mean over the batch are not finite.
 
     Args:
         name: Key of ``LOSSES``: the usual name, which is TRL 1.16's name if TRL has the loss.
@@ -108,8 +108,8 @@ def preference_loss(
         rejected_logp: ``[B]`` sum for each rejected response, in the same dtype.
         ref_chosen_logp: ``[B]`` sum for each chosen response under the reference model, without gradient. A loss that
             needs no reference ignores it and accepts None.
-        ref_rejected_logp: ``[B]`` sum for each rejected response under the reference model; otherwise like
-            ``ref_chosen_logp``.
+        ref_rejected_logp: ``[B]`` sum for each rejected response under the reference model, without gradient. None is
+            accepted as for ``ref_chosen_logp``.
         chosen_tokens: ``[B]`` int32 or int64 number of labels of each chosen response.
         rejected_tokens: ``[B]`` int32 or int64 number of labels of each rejected response.
         beta: Temperature of the implicit reward ``beta * h``; tau in "ipo", 1 / eta in "sppo_hard", and the weight
@@ -194,7 +194,8 @@ def _ipo(pairs: Pairs) -> Tensor:
 def _robust(pairs: Pairs) -> Tensor:
     """Returns robust DPO (arXiv 2403.00409): ``((1 - e) * -log sigmoid(m) - e * -log sigmoid(-m)) / (1 - 2e)``.
 
-    It is an unbiased estimate of DPO's loss if a fraction e of the labels is flipped, and negative for a large m.
+    If the responses of a fraction e of the pairs are swapped, the loss is an unbiased estimate of the DPO loss on
+    correct pairs. The loss is negative for a large m.
     """
     smoothing = pairs.label_smoothing
     clean, flipped = -F.logsigmoid(pairs.margin), -F.logsigmoid(-pairs.margin)
@@ -218,8 +219,8 @@ def _sppo_hard(pairs: Pairs) -> Tensor:
 def _aot(pairs: Pairs) -> Tensor:
     """Returns the AOT loss for paired data (arXiv 2406.05882): sorted policy margins against sorted reference margins.
 
-    ``-log sigmoid(beta * (a_(k) - b_(k)))`` for rank k, with ``a = S_c - S_r`` and ``b = S_c^ref - S_r^ref`` sorted;
-    label smoothing as in conservative DPO.
+    With ``a = S_c - S_r`` and ``b = S_c^ref - S_r^ref``, both sorted over the pairs, the loss of the k-th values is
+    ``-log sigmoid(beta * (a_(k) - b_(k)))``. Label smoothing works as in conservative DPO.
     """
     return _sorted_logistic(
         pairs, pairs.chosen_logp - pairs.rejected_logp, pairs.ref_chosen_logp - pairs.ref_rejected_logp
@@ -235,9 +236,10 @@ def _aot_unpaired(pairs: Pairs) -> Tensor:
 
 
 def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
-    """Compares ``better`` and ``worse``, both ``[B]``, rank by rank over the pairs with both sides.
+    """Returns the logistic loss of the sorted values of ``better`` against the sorted values of ``worse``, ``[B]``.
 
-    The loss returned for a pair is that of the rank of its value in ``better``.
+    Both inputs are ``[B]``; only pairs with both sides take part. The k-th smallest value of ``better`` is compared
+    with the k-th smallest value of ``worse``. The pair that owns the value of ``better`` gets the loss.
     """
     better, order = torch.where(pairs.has_both_sides, better, torch.inf).sort()
     worse = torch.where(pairs.has_both_sides, worse, torch.inf).sort().values
@@ -263,9 +265,9 @@ def _log_odds(logp: Tensor) -> Tensor:
 
 
 def _exo_pair(pairs: Pairs) -> Tensor:
-    """Returns the EXO loss of pairs (arXiv 2402.00856, eq. 16) for a label smoothing e, which is 1e-3 in the paper.
+    """Returns the EXO loss of pairs (arXiv 2402.00856, eq. 16). The paper sets the label smoothing e to 1e-3.
 
-    It is the KL divergence of ``(sigmoid(m), sigmoid(-m))`` from ``(1 - e, e)``:
+    The loss is the KL divergence of ``(sigmoid(m), sigmoid(-m))`` from ``(1 - e, e)``:
     ``sigmoid(m) * (log sigmoid(m) - log(1 - e)) + sigmoid(-m) * (log sigmoid(-m) - log e)``.
     """
     margin, smoothing = pairs.margin, pairs.label_smoothing
@@ -285,7 +287,7 @@ def _nca_pair(pairs: Pairs) -> Tensor:
 def _apo_zero(pairs: Pairs) -> Tensor:
     """Returns APO-zero (arXiv 2408.06266, eq. 7): ``1 - sigmoid(beta * h_c) + sigmoid(beta * h_r)``.
 
-    It is meant for chosen responses that are better than the model's own.
+    The paper advises this loss if the chosen responses are better than the model's own responses.
     """
     return torch.sigmoid(-pairs.beta * pairs.chosen_ratio) + torch.sigmoid(pairs.beta * pairs.rejected_ratio)
 
@@ -293,7 +295,7 @@ def _apo_zero(pairs: Pairs) -> Tensor:
 def _apo_down(pairs: Pairs) -> Tensor:
     """Returns APO-down (arXiv 2408.06266, eq. 8): ``sigmoid(beta * h_c) + 1 - sigmoid(m)``.
 
-    It is meant for chosen responses that are worse than the model's own.
+    The paper advises this loss if the chosen responses are worse than the model's own responses.
     """
     return torch.sigmoid(pairs.beta * pairs.chosen_ratio) + torch.sigmoid(-pairs.margin)
 
@@ -346,7 +348,7 @@ def _find(name: str) -> PreferenceLoss:
 def _check_tensor(
     name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None
 ) -> None:
-    """Raises unless the tensor is ``[B]``, has one of the dtypes, and has the shape and device of ``like``."""
+    """Raises unless the tensor is ``[B]``, has one of the dtypes, and the shape and device of ``like``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:

@@ -1,4 +1,7 @@
-"""The ranks that compute a loss together: they see the same errors, and exchange a few numbers per row or sequence."""
+"""Process groups whose ranks compute a loss together.
+
+The ranks raise the same errors, and exchange a few numbers per row (token position) or sequence.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,21 @@ from mpo_ext.ops.logits import RowOutputs, merge_shards
 from mpo_ext.ops.memory import ROW_STATE, VocabShard
 
 _Checked = TypeVar("_Checked")
-_ERRORS = (TypeError, ValueError, RuntimeError)  # types of errors that ranks tell each other; others become the last
+_ERRORS = (TypeError, ValueError, RuntimeError)  # types of errors that ranks send; other types are sent as the last
 _MESSAGE_BYTES = 2000
 
 
 class RankFacts(NamedTuple):
-    """Numbers that a rank tells the others before they compute. All except the columns must be equal on all ranks.
+    """Numbers about its inputs that each rank sends to the other ranks before they compute the loss.
 
-    Those after ``settings`` may differ between the ranks of ``sequence_parallel``.
+    The ranks of ``vocab_parallel`` must agree on all numbers except the columns. The ranks of ``sequence_parallel``
+    must agree on ``sequences`` and ``settings`` only.
     """
 
-    columns: int = 0  # of this rank's logits or head
-    ref_columns: int = 0  # the same for the reference model; 0 if there is none
-    sequences: int = 0
-    settings: int = 0  # a checksum
+    columns: int = 0  # number of vocabulary columns that this rank's logits or head have
+    ref_columns: int = 0  # the same for the logits or head of the reference model; 0 without them
+    sequences: int = 0  # number of sequences, 2B
+    settings: int = 0  # a checksum of the options of the loss
     rows: int = 0  # number of positions
     labelled: int = 0  # number of labelled positions, if the host knows it
     requires_grad: int = 0  # whether backward sums the gradient of the hidden states over the ranks
@@ -44,9 +48,9 @@ _RULES = {
 
 
 class RankGroups:
-    """The process groups ``vocab_parallel`` and ``sequence_parallel`` of a call, and what their ranks exchange.
+    """The process groups ``vocab_parallel`` and ``sequence_parallel`` of a call, and the exchanges among their ranks.
 
-    All methods are collectives: all ranks of both groups call them in the same order.
+    All methods are collective operations: all ranks of both groups must call them in the same order.
 
     Raises:
         TypeError: If an argument is neither a process group nor None.
@@ -59,15 +63,19 @@ class RankGroups:
 
     @property
     def is_first(self) -> bool:
-        """Tells whether this rank is the first of both groups, and hence counts the pairs that they share."""
+        """Returns whether this rank is the first of each group; only this rank counts pairs that the ranks share."""
         return all(dist.get_rank(group) == 0 for _, group in self._named())
 
     def agree(
         self, check: Callable[[], _Checked], facts: Callable[[_Checked], RankFacts]
     ) -> tuple[_Checked, VocabShard | None, VocabShard | None]:
-        """Runs the checks of a call. If they fail on a rank, or its facts differ, the error is raised on all ranks.
+        """Checks the arguments of a call on all ranks. An error on one rank, or a difference, raises on all ranks.
 
-        On a GPU, the host waits for the exchange if the group has no backend for the CPU.
+        If a group has no backend for the CPU, the host waits for the GPU.
+
+        Args:
+            check: Checks this rank's arguments and returns a result.
+            facts: Returns the numbers to compare among the ranks, from the result of ``check``.
 
         Returns:
             The result of ``check``, and this rank's shards of the vocabulary of the model and of the reference model
@@ -105,9 +113,9 @@ class RankGroups:
     ) -> RowOutputs:
         """Returns the outputs of ``token_logp`` for the whole vocabulary from this rank's state, ``[..., ROW_STATE]``.
 
-        Three numbers per row are exchanged (six with statistics). The labels and the tensors ``same`` are exchanged
-        too, and must be equal on all ranks: otherwise logp is NaN, or on a CPU with one group, a ValueError is raised.
-        The outputs are differentiable with respect to ``state``.
+        The ranks exchange three numbers per row (six with statistics), the labels, and the tensors ``same``. Labels
+        and ``same`` must be equal on all ranks. If they differ, logp is NaN; on a CPU with only one group, the method
+        raises ValueError instead. ``logp`` is differentiable with respect to ``state``.
         """
         assert self.vocab is not None
         parts = list(range(ROW_STATE)) if stats else [0, 1, ROW_STATE - 1]
@@ -120,10 +128,10 @@ class RankGroups:
         return merge_shards(states, labels, ignore_index, stats, shard.total, dtype)
 
     def sequence_totals(self, sums: Tensor, others: Tensor, same: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the sums over the ranks of ``sequence_parallel`` of two float64 tensors, ``[n]`` and ``[m]``.
+        """Returns ``sums`` ``[n]`` and ``others`` ``[m]``, both float64, added up over ``sequence_parallel``.
 
-        The first is differentiable with respect to ``sums``. The tensors ``same`` must be equal on all ranks, as in
-        ``merged_rows``; otherwise the sums are NaN.
+        The first result is differentiable with respect to ``sums``. The tensors ``same`` must be equal on all ranks.
+        If they differ, the first result is NaN; on a CPU with only one group, the method raises ValueError instead.
         """
         assert self.sequence is not None
         gathered, poison = self._gathered("sequence_parallel", torch.cat([sums, others]), same)
@@ -131,16 +139,19 @@ class RankGroups:
         return _with_own(of_sums, sums, dist.get_rank(self.sequence)).sum(0) + poison, of_others.sum(0)
 
     def _gathered(self, name: str, values: Tensor, same: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the float64 ``values`` of all ranks, ``[ranks, ...]``, and 0, or NaN if ``same`` differs."""
+        """Returns the float64 ``values`` of all ranks, ``[ranks, ...]``, and a 0-d tensor to add to results.
+
+        The 0-d tensor is 0 if the tensors ``same`` are equal on all ranks of the group ``name``, and NaN otherwise.
+        """
         group = dict(self._named())[name]
         parts = [values.detach(), *(tensor.detach().to(values.device, torch.float64) for tensor in same.values())]
         gathered = _all_gather(torch.cat([part.reshape(-1) for part in parts]), group)
         of_values, *of_same = gathered.split([part.numel() for part in parts], 1)
         poison = values.new_zeros(())
         for label, of_ranks in zip(same, of_same, strict=True):
-            # Not equal, and not both NaN.
+            # Two NaN count as equal.
             differs = ((of_ranks != of_ranks[:1]) & ~(of_ranks.isnan() & of_ranks[:1].isnan())).any(1)
-            # With two groups, ranks outside this group would wait for those that raise.
+            # With two groups, raising is unsafe: ranks outside this group would wait forever for the ranks that raise.
             if values.device.type == "cpu" and (self.vocab is None or self.sequence is None):
                 if differs.any():
                     ranks = ", ".join(map(str, differs.nonzero().flatten().tolist()))
@@ -175,7 +186,10 @@ class SumGradients(torch.autograd.Function):
 
 
 class _OwnPart(torch.autograd.Function):
-    """Returns a tensor unchanged; its gradient cannot be differentiated, as other ranks' parts are constants here."""
+    """Returns a tensor unchanged, and raises if the tensor's gradient is differentiated.
+
+    The second derivative would be wrong, because the parts of the other ranks are constants on this rank.
+    """
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
@@ -200,7 +214,10 @@ def _checked_group(name: str, group: Any) -> dist.ProcessGroup | None:
 def _exchange(
     name: str, group: dist.ProcessGroup, mine: RankFacts, error: Exception | None
 ) -> tuple[list[list[int]], Exception | None]:
-    """Returns the facts of all ranks, and the error of another rank if there is one."""
+    """Returns the facts of all ranks, and the error of the first rank that has one (None if all checks passed).
+
+    ``mine`` and ``error`` are the facts and the error of this rank; ``name`` is the group's name for messages.
+    """
     device = _exchange_device(group)
     code = 0 if error is None else next((i for i, kind in enumerate(_ERRORS) if isinstance(error, kind)), 2) + 1
     numbers = _all_gather(torch.tensor([code, *mine], dtype=torch.int64, device=device), group).tolist()
@@ -217,7 +234,7 @@ def _exchange(
 
 
 def _difference(name: str, facts: list[list[int]]) -> ValueError | None:
-    """Returns an error if facts of ranks differ that must be equal."""
+    """Returns an error if the ranks' facts differ where they must be equal, otherwise None."""
     fields = ("sequences", "settings") if name == "sequence_parallel" else tuple(_RULES)
     for field in fields:
         values = [numbers[RankFacts._fields.index(field)] for numbers in facts]
@@ -232,7 +249,10 @@ def _difference(name: str, facts: list[list[int]]) -> ValueError | None:
 
 
 def _exchange_device(group: dist.ProcessGroup) -> torch.device:
-    """Returns the CPU if the group has a backend for it, because the host need not wait for the GPU then."""
+    """Returns the device of the exchange: the CPU if the group has a CPU backend, otherwise the current GPU.
+
+    On the CPU, the host need not wait for the GPU.
+    """
     kinds = [entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")]
     if "cpu" in kinds:
         return torch.device("cpu")
@@ -240,14 +260,14 @@ def _exchange_device(group: dist.ProcessGroup) -> torch.device:
 
 
 def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Returns the tensors of all ranks, ``[ranks, ...]``."""
+    """Returns the tensors of all ranks of the group, stacked in the order of the ranks, ``[ranks, ...]``."""
     gathered = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
     dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=group)
     return gathered
 
 
 def _with_own(gathered: Tensor, own: Tensor, rank: int) -> Tensor:
-    """Returns ``gathered`` with this rank's part differentiable."""
+    """Returns ``gathered``, ``[ranks, ...]``, with this rank's part replaced by the differentiable tensor ``own``."""
     if not own.requires_grad:
         return gathered
     return torch.cat([gathered[:rank], _OwnPart.apply(own).unsqueeze(0), gathered[rank + 1 :]])

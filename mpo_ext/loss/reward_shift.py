@@ -35,9 +35,10 @@ class RewardShift:
     labelled token do not count.
 
     Args:
-        mode: "cumulative": the mean of the mean rewards of all updates so far; with ``per="micro_batch"``, the mean
-            reward of each rank has the same weight, as in the authors' code. "ema": ``decay * delta + (1 - decay) *
-            mean`` with the mean over all rewards of all ranks, as in NeMo-RL. "fixed": always ``value``.
+        mode: "cumulative": every update has a mean reward, and delta is the average of these means so far. With
+            ``per="micro_batch"``, each rank's mean has the same weight, as in the authors' code. "ema": an update
+            gives ``decay * delta + (1 - decay) * mean`` with the mean over all rewards of all ranks, as in NeMo-RL.
+            "fixed": delta is always ``value``.
         decay: Fraction of the old value that "ema" keeps, in ``[0, 1)``.
         update: "before": a call updates delta with its own rewards and then uses it, as in the authors' code. "after":
             a call uses delta first and updates it afterwards.
@@ -101,7 +102,7 @@ class RewardShift:
         return self
 
     def eval(self) -> RewardShift:
-        """Turns updates off for an evaluation: calls use delta but do not change it. Returns the instance."""
+        """Turns updates off for an evaluation, and returns the instance. Calls then use delta without changing it."""
         return self.train(False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -233,7 +234,7 @@ def _is_distributed() -> bool:
 
 
 def begin_batch(reward_shift: RewardShift | Tensor | float | None, device: torch.device) -> BatchShift:
-    """Returns the reward shift for the pair loss of a batch, whatever the type of ``reward_shift``.
+    """Returns the reward shift for the pair loss of a batch, from any type that ``mpo_loss`` accepts.
 
     Raises:
         TypeError: If ``reward_shift`` has another type.
@@ -263,5 +264,5 @@ def begin_batch(reward_shift: RewardShift | Tensor | float | None, device: torch
 def end_batch(
     reward_shift: RewardShift | Tensor | float | None, shift: BatchShift, new_state: Tensor, batch: Tensor
 ) -> Tensor | None:
-    """Calls ``RewardShift.end_batch``. Returns None for a number, a tensor or None, which never change."""
+    """Returns the result of ``RewardShift.end_batch``. A number, a tensor or None never changes and gives None."""
     return reward_shift.end_batch(shift, new_state, batch) if isinstance(reward_shift, RewardShift) else None

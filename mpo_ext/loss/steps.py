@@ -29,10 +29,10 @@ class MPOOutput(NamedTuple):
         chosen_logp: ``[B]`` summed log-prob of each chosen response under the policy, in nats.
         rejected_logp: ``[B]`` summed log-prob of each rejected response under the policy, in nats.
         chosen_reward: ``[B]`` ``beta * (logp - ref_logp)``; 0 if a response of the pair has no labelled token.
-        rejected_reward: ``[B]`` the same for each rejected response.
+        rejected_reward: ``[B]`` reward of each rejected response, defined like ``chosen_reward``.
         reward_shift: 0-d reward shift delta that the loss used.
         tokens: ``[2B]`` int64 number of labelled tokens of each sequence.
-        stats: Requested statistics by name, 0-d, averaged over the labelled tokens of the batch; 0 if it has none.
+        stats: Requested statistics by name, 0-d, averaged over the labelled tokens of the batch (0 without tokens).
         backend: Name of the backend that ran.
     """
 
@@ -105,10 +105,10 @@ class HiddenReference(NamedTuple):
 
 
 class LossPlan(NamedTuple):
-    """The result of the checks of a loss."""
+    """The facts about a call of a loss function that its checks return."""
 
     sequences: int  # 2B
-    names: tuple[str, ...]  # of the statistics
+    names: tuple[str, ...]  # of the requested statistics
     backend: str
 
 
@@ -122,7 +122,10 @@ def check_logits_loss(
     *,
     is_part: bool = False,
 ) -> LossPlan:
-    """Raises unless the arguments of ``mpo_loss`` are valid; ``is_part`` as in ``checks.check_pairs``."""
+    """Checks the arguments of ``mpo_loss``: raises if one is invalid, otherwise returns the plan of the call.
+
+    ``is_part`` tells that the rows are a rank's part of the sequences, as in ``checks.check_pairs``.
+    """
     _check_config(options.config)
     sequences = checks.check_pairs(logits, labels, options.cu_seqlens, is_part=is_part)
     checks.check_reference(logits, sequences, ref_logp, ref_logits)
@@ -143,7 +146,10 @@ def check_linear_loss(
     *,
     is_part: bool = False,
 ) -> tuple[LossPlan, HiddenReference]:
-    """Raises unless the arguments of ``linear_mpo_loss`` are valid. Returns also the reference with its head."""
+    """Checks the arguments of ``linear_mpo_loss``: raises if one is invalid, otherwise returns the plan of the call.
+
+    The second result is ``reference``, in which a missing head of the reference model is replaced by the policy's.
+    """
     _check_config(options.config)
     sequences = checks.check_pairs(hidden, labels, options.cu_seqlens, "hidden", is_part=is_part)
     checks.check_head(hidden, weight, bias)
@@ -165,7 +171,7 @@ def check_linear_loss(
 def check_linear_logp(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: HeadOptions, backend: str | None
 ) -> str:
-    """Raises unless the arguments of ``linear_token_logp`` are valid. Returns the backend."""
+    """Checks the arguments of ``linear_token_logp``: raises if one is invalid, otherwise returns the backend."""
     checks.check_logits("hidden", hidden, "feature")
     checks.check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
     checks.check_head(hidden, weight, bias)
@@ -189,7 +195,7 @@ class PairInputs(NamedTuple):
 
 
 def pair_inputs(ref_logp: Tensor, shift: BatchShift, cu_seqlens: Tensor | None, config: MPOConfig) -> PairInputs:
-    """Returns the arguments of the pair loss, with the settings as a list of numbers."""
+    """Returns the arguments of the operator ``pair_loss`` after logp and labels; ``shift`` is the reward shift."""
     settings = pair_ops.PairLossSettings(
         config.beta, config.dpo_weight, config.bco_weight, config.ntp_weight, config.label_smoothing,
         config.ntp_average == "sequence", shift.rule, shift.update_first, shift.decay,
@@ -206,7 +212,11 @@ def end_pairs(
     shift: BatchShift,
     backend: str,
 ) -> tuple[eager.PairLoss, Tensor]:
-    """Updates the reward shift. Returns the pair loss and the row weights, recomputed if other ranks changed delta."""
+    """Updates the reward shift with a batch, and returns the pair loss and the row weights, d loss / d logp.
+
+    ``outputs`` are those of the operator ``pair_loss`` for ``inputs``. If the loss must use a delta that includes the
+    rewards of all ranks, the pair loss is computed again with that delta.
+    """
     *fields, weight = outputs
     pair = eager.PairLoss(*fields)
     pooled = end_batch(reward_shift, shift, pair.state, pair.batch)
@@ -219,7 +229,11 @@ def end_pairs(
 def loss_output(
     loss: Tensor, pair: eager.PairLoss, names: Sequence[str], row_stats: Tensor, backend: str
 ) -> MPOOutput:
-    """Returns the result of a loss; the statistics ``row_stats``, ``[len(names), ...]``, are averaged over tokens."""
+    """Returns the ``MPOOutput`` of a loss.
+
+    ``row_stats``, ``[len(names), ...]``, are the statistics of each row; the result has their means over the labelled
+    tokens.
+    """
     dpo_loss, bco_loss, ntp_loss = pair.terms.unbind()
     chosen_logp, rejected_logp = pair.logp.chunk(2)
     chosen_reward, rejected_reward = pair.reward.chunk(2)
@@ -240,13 +254,13 @@ def score_hidden(
     keep: int,
     options: linear_ops.LinearOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the outputs of the operator ``linear_token_logp``, which gets tensors without their autograd graph."""
+    """Returns the outputs of the operator ``linear_token_logp``, called with detached tensors."""
     head = weight.detach(), None if bias is None else bias.detach()
     return linear_ops.linear_token_logp(hidden.detach(), *head, labels, stats, keep, *options)
 
 
 def what_to_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, recompute: bool | None) -> int:
-    """Returns the ``KEEP_`` constant of ``mpo_ext.ops.linear`` for the tensors that forward keeps for backward."""
+    """Returns which tensor forward keeps for backward, as a ``KEEP_`` constant of ``mpo_ext.ops.linear``."""
     head_needs_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (head_needs_grad or hidden.requires_grad):
         return linear_ops.KEEP_NOTHING
@@ -260,7 +274,7 @@ def what_to_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, recompute:
 def linear_options(
     hidden: Tensor, weight: Tensor, ignore_index: int, head: HeadOptions, backend: str
 ) -> linear_ops.LinearOptions:
-    """Returns the last arguments of the operators on hidden states."""
+    """Returns the last arguments of the operators on hidden states, with defaults filled in for None."""
     device, memory_budget = hidden.device, head.memory_budget
     head_scales = [float(head.logit_scale), float(head.softcap or 0), float(head.temperature)]
     if memory_budget is None:

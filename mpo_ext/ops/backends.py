@@ -20,9 +20,9 @@ with suppress(ImportError):
 
 
 def choose_backend(backend: str | None, logits: Tensor, name: str = "logits") -> str:
-    """Returns the backend that runs for ``logits`` (or hidden states): ``backend`` if it is given, else the best.
+    """Returns the backend that runs for ``logits`` (or hidden states): ``backend`` if it is given, else the fastest.
 
-    ``name`` names the tensor in messages.
+    Error messages call the tensor ``name``.
 
     Raises:
         TypeError: If the backend does not support the dtype of ``logits``.
@@ -85,7 +85,9 @@ def triton_problem(device: str) -> str | None:
 
 
 def cpu_isa() -> str:
-    """Returns the instruction set of the CPU kernels: MPO_CPU_ISA if it is set, else the best on this machine.
+    """Returns the name of the instruction set that the CPU kernels use.
+
+    The environment variable MPO_CPU_ISA selects it; by default it is the best that this machine can run.
 
     Raises:
         ValueError: If MPO_CPU_ISA does not name an instruction set that this machine can run.

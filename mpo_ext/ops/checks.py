@@ -21,7 +21,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_logits(name: str, logits: Tensor, axis: str = "vocabulary") -> None:
-    """Raises unless the kernels support ``logits`` (or hidden states); ``axis`` names the last axis in messages."""
+    """Raises unless ``logits`` (or hidden states) has a supported dtype and a last axis that is not empty.
+
+    Error messages call the tensor ``name`` and its last axis ``axis``.
+    """
     _check_float_tensor(name, logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must have a {axis} axis of at least 1 at the end, got shape {_shape(logits)}")
@@ -30,7 +33,7 @@ def check_logits(name: str, logits: Tensor, axis: str = "vocabulary") -> None:
 def check_labels(logits: Tensor, labels: Tensor, name: str = "logits", *, may_be_on_cpu: bool = False) -> None:
     """Raises unless ``labels`` is int64, has the shape of the logits without the last axis, and is on their device.
 
-    With ``may_be_on_cpu``, labels on the CPU are also allowed.
+    With ``may_be_on_cpu``, labels on the CPU are also allowed. Error messages call the logits ``name``.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
@@ -51,7 +54,7 @@ def check_pairs(
     """Raises unless logits and labels hold B pairs, padded or packed. Returns the number of sequences, 2B.
 
     If ``name`` is "hidden", ``logits`` are hidden states, and labels may be on the CPU. With ``is_part``, the rows are
-    a rank's part of the sequences, and a packed sequence may have no row.
+    the part of the sequences that one rank holds; then a packed sequence may have no row on this rank.
     """
     size, axis = ("D", "feature") if name == "hidden" else ("V", "vocabulary")
     check_logits(name, logits, axis)
@@ -92,9 +95,9 @@ def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor, name: str, is_part: bo
 
 
 def check_offsets(cu_seqlens: Tensor, rows: int, *, is_part: bool = False) -> None:
-    """Raises unless the offsets run from 0 to the number of rows and increase at every step.
+    """Raises unless the offsets of packed sequences run from 0 to the number of rows and increase at every step.
 
-    With ``is_part``, they may also stay the same.
+    With ``is_part`` (a rank's part of the sequences), neighbouring offsets may be equal.
     """
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
@@ -112,7 +115,8 @@ def check_reference(
 ) -> None:
     """Raises unless exactly one valid reference is given: summed log-probs, or the logits of the reference model.
 
-    With ``name`` "hidden", ``logits`` and ``ref_logits`` are hidden states, whose hidden sizes may differ.
+    ``sequences`` is the number of sequences, 2B. With ``name`` "hidden", ``logits`` and ``ref_logits`` are hidden
+    states, whose hidden sizes may differ.
     """
     ref_name = f"ref_{name}"
     if (ref_logp is None) == (ref_logits is None):
@@ -142,7 +146,7 @@ def check_reference(
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
-    """Raises unless the weight and bias of the head fit the hidden states; ``prefix`` precedes names in messages."""
+    """Raises unless the weight and bias of the head fit the hidden states; messages put ``prefix`` before names."""
     tensors = {f"{prefix}weight": weight} if bias is None else {f"{prefix}weight": weight, f"{prefix}bias": bias}
     for name, tensor in tensors.items():
         _check_float_tensor(name, tensor)
@@ -191,7 +195,7 @@ def check_stats(stats: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_reuse(logits: Tensor) -> None:
-    """Raises unless the gradient of the logits can be written into their memory."""
+    """Raises unless the gradient can overwrite the logits: vocabulary axis of stride 1, rows that do not overlap."""
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"reuse_logits needs logits whose vocabulary axis has stride 1, got strides {tuple(logits.stride())}"
@@ -224,7 +228,7 @@ def check_rows(labels: Tensor, dtype: torch.dtype, device: torch.device, **value
 
 
 def check_kernel(backend: str, tensor: Tensor, name: str = "logits") -> None:
-    """Raises unless ``backend`` names kernels that can read ``tensor``; the public functions choose such a backend."""
+    """Raises unless ``backend`` names kernels that can read ``tensor``. Error messages call the tensor ``name``."""
     if backend not in KERNELS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, KERNELS))}, got {backend!r}")
     if backend == "cpu" and tensor.device.type != "cpu":
@@ -232,7 +236,7 @@ def check_kernel(backend: str, tensor: Tensor, name: str = "logits") -> None:
 
 
 def check_pair_rows(rows: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-    """Raises unless ``rows`` has a log-prob of ``dtype`` for each label of a padded or packed batch."""
+    """Raises unless ``rows`` holds one log-prob of ``dtype`` for each label."""
     if rows.dtype != dtype:
         raise TypeError(f"logp must be {dtype}, got {rows.dtype}")
     check_labels(rows.unsqueeze(-1), labels, "logp")

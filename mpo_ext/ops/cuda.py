@@ -1,4 +1,4 @@
-"""Provides the stream, the workspace and the block counters of CUDA launches."""
+"""Arguments of CUDA kernel launches: the stream, the workspace, and the counters of finished blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _stream_counters: dict[tuple[torch.device, int], Tensor] = {}
 def forward_arguments(
     layout: RowLayout, labels: Tensor, ignore_index: int, pairs: int, tile: Tile | None = None
 ) -> tuple[dict[str, object], list[Tensor]]:
-    """Returns the input arguments of token_logp and forward, and the workspace to keep alive until the launch."""
+    """Returns the input arguments of the kernels token_logp and forward, and their workspace.
+
+    The caller keeps the workspace tensors alive until the launch. ``pairs`` is the number of pairs B, or 0 for
+    token_logp alone. ``tile`` is the part of the vocabulary that the logits cover; None: all.
+    """
     rows = row_arguments(layout, labels, ignore_index, tile)
     size = {"multiprocessors": multiprocessors(labels.device)}
     shape = native.compiled().cuda_forward_shape(
@@ -39,12 +43,11 @@ def current_stream(tensor: Tensor) -> int:
 
 
 def counters(count: int, like: Tensor) -> Tensor:
-    """Returns at least ``count`` int32 counters of finished blocks, all 0. Kernels reset them after use.
+    """Returns at least ``count`` int32 counters of finished blocks, all 0, on the device of ``like``.
 
-    Launches on a stream therefore share a tensor.
-
-    A launch that is captured into a CUDA graph gets a separate tensor, zeroed at each replay, because a graph may be
-    replayed on any stream.
+    Kernels reset the counters to 0 after use. All launches on a stream can therefore share one tensor. A launch that
+    is captured into a CUDA graph gets a separate tensor, because a graph may be replayed on any stream. Each replay
+    sets this tensor to 0.
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=like.device)

@@ -56,9 +56,10 @@ def linear_token_logp(
     """Returns the log-probability of each label from hidden states. Only logits of labelled rows are computed.
 
     Returns:
-        ``(logp, row_max, row_sum, row_stats, kept)``: the outputs of ``logits.token_logp``, on the device of
-        ``hidden``, and the tensor for backward. With n labelled rows, ``kept`` is ``[0]`` (KEEP_NOTHING), d logp /
-        d hidden ``[n, D]`` (KEEP_HIDDEN_GRAD), or logits as bytes in the layout of ``KeptLogits`` (KEEP_LOGITS).
+        ``(logp, row_max, row_sum, row_stats, kept)``. The first four are the outputs of ``logits.token_logp``, on the
+        device of ``hidden``. ``kept`` is the tensor for backward. With n labelled rows, it is empty (KEEP_NOTHING),
+        d logp / d hidden ``[n, D]`` (KEEP_HIDDEN_GRAD), or bytes of logits as ``KeptLogits`` lays them out
+        (KEEP_LOGITS).
     """
     _check_hidden(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
     if not 0 <= stats < 1 << len(STATS) or keep not in (KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS):
@@ -105,7 +106,7 @@ def _check_hidden(
     matmul_dtype: torch.dtype,
     backend: str,
 ) -> None:
-    """Raises unless tensors and options fit each other."""
+    """Raises unless the arguments of ``linear_token_logp`` with these names are valid and fit each other."""
     check_logits("hidden", hidden, "feature")
     check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
     check_head(hidden, weight, bias)
@@ -129,8 +130,9 @@ def linear_token_logp_shard(
 ) -> tuple[Tensor, Tensor]:
     """Returns the state of each row after a shard of the head, ``[..., ROW_STATE]``, and the tensor for backward.
 
-    The arguments are those of ``linear_token_logp``; weight and bias are the shard, and labels are ids of the whole
-    vocabulary. With KEEP_HIDDEN_GRAD, ``finish_shard_hidden_grad`` completes the tensor for backward.
+    The arguments are those of ``linear_token_logp``. Weight and bias are this rank's shard of the head; labels are ids
+    of the whole vocabulary. With KEEP_HIDDEN_GRAD, the caller passes the tensor for backward to
+    ``finish_shard_hidden_grad``.
     """
     tiles = _tiled_rows(hidden, weight, bias, labels, keep, options)
     chunks, kept = _score_tiles(tiles, stats, keep, options, shard)
@@ -157,18 +159,18 @@ def _tiled_rows(
 class _Chunk:
     """Labelled rows that are scored together, and their results over the tiles so far."""
 
-    rows: slice
-    labels: Tensor
-    outputs: RowOutputs
-    state: Tensor
+    rows: slice  # of the n labelled rows
+    labels: Tensor  # of these rows
+    outputs: RowOutputs  # as logits.token_logp returns them
+    state: Tensor  # [rows, ROW_STATE]
 
 
 def _score_tiles(
     tiles: TiledRows, stats: int, keep: int, options: LinearOptions, shard: VocabShard | None = None
 ) -> tuple[list[_Chunk], Tensor]:
-    """Scores the labelled rows tile by tile. Returns their chunks, and the tensor for backward.
+    """Scores the labelled rows tile by tile. Returns chunks of rows with their results, and the tensor for backward.
 
-    With KEEP_HIDDEN_GRAD, ``_finish_hidden_grad`` completes the tensor for backward.
+    With KEEP_HIDDEN_GRAD, the caller passes the tensor for backward to ``_finish_hidden_grad``.
     """
     shard = shard or VocabShard(0, tiles.vocab)
     if keep == KEEP_LOGITS:
@@ -214,10 +216,10 @@ def _fold_hidden_grad(
     *,
     is_first: bool,
 ) -> None:
-    """Rescales ``total``, the sum of earlier tiles, to the new row maximum, and adds a tile's ``exp_logits @ weight``.
+    """Adds a tile's part of the gradient of hidden states, ``exp_logits @ weight``, to ``total`` in place.
 
-    ``exp_logits`` is 0 for the label. ``_finish_hidden_grad`` adds the label's part as ``1 - p`` to avoid
-    cancellation.
+    ``total`` is the sum over earlier tiles. It is first rescaled from the rows' old maxima to their new maxima.
+    ``exp_logits`` is 0 for the label, whose part ``_finish_hidden_grad`` adds as ``1 - p`` to avoid cancellation.
     """
     _multiply_by_tanh_slope_(exp_logits, tanh)
     if not is_first:
@@ -229,9 +231,11 @@ def _fold_hidden_grad(
 def _finish_hidden_grad(
     head: Head, columns: Tensor, logp: Tensor, row_sum: Tensor, z_label: Tensor, total: Tensor
 ) -> None:
-    """Completes d logp / d hidden = slope * ((1 - p_y) * tanh'_y * weight_y - the sum over the other columns).
+    """Completes the gradient of hidden states in ``total``, in place.
 
-    ``columns`` are the head's rows of the labels. A label without one (in another shard) contributes nothing.
+    The gradient is d logp / d hidden = slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum). y is the label, p_y its
+    probability, and S the sum over the other columns that ``total`` holds. ``columns`` are the positions of the labels
+    in the head. A label in another shard of the head contributes nothing.
     """
     label_factor = -torch.expm1(logp)
     if head.softcap:
@@ -253,9 +257,10 @@ def finish_shard_hidden_grad(
     options: LinearOptions,
     shard: VocabShard,
 ) -> None:
-    """Completes ``kept`` of ``linear_token_logp_shard`` in place: this shard's part of d logp / d hidden, ``[n, D]``.
+    """Completes ``kept`` in place, so that it holds this shard's part of d logp / d hidden, ``[n, D]``.
 
-    ``state`` is that of the shard, and ``outputs`` are the results of ``merge_shards``.
+    ``kept`` and ``state`` are the results of ``linear_token_logp_shard``. ``outputs`` are the results of
+    ``merge_shards`` for the whole vocabulary.
     """
     index = labelled_rows(labels, options.ignore_index)
     columns = labels.reshape(-1)[index].to(kept.device) - shard.first
@@ -275,8 +280,8 @@ def kept_hidden_grad(
 ) -> Tensor:
     """Returns the gradient of ``scale * (row_weight * logp).sum()`` with respect to the hidden states.
 
-    ``kept`` is the d logp / d hidden, ``[n, D]``, that ``linear_token_logp`` returned. Only the shape and dtype of
-    ``hidden`` are used. The other arguments are those of ``linear_grad``.
+    ``kept`` is the tensor d logp / d hidden, ``[n, D]``, that ``linear_token_logp`` returned. Of ``hidden``, only the
+    shape, dtype and device are used. The other arguments are those of ``linear_grad``.
     """
     check_logits("hidden", hidden, "feature")
     check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
@@ -294,7 +299,10 @@ def _(hidden: Tensor, *_: Any) -> Tensor:
 def kept_hidden_rows(
     hidden: Tensor, labels: Tensor, kept: Tensor, row_weight: Tensor, scale: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns the flat indices of the labelled rows, and the gradient of these rows of ``kept_hidden_grad``."""
+    """Returns the flat indices of the n labelled rows, and the gradient of their hidden states, ``[n, D]``.
+
+    The arguments are those of ``kept_hidden_grad``, which also fills in the zeros of the other rows.
+    """
     index = labelled_rows(labels, ignore_index).to(hidden.device, non_blocking=True)
     if kept.shape != (len(index), hidden.shape[-1]):
         raise ValueError(f"kept must be [n, D] = {(len(index), hidden.shape[-1])}, got {tuple(kept.shape)}")
@@ -326,8 +334,8 @@ def linear_grad(
     """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
     The logits of each tile are computed again, or restored from ``kept``, and overwritten with their gradient. Sums
-    over tiles are formed in float32 (float64 for float64 inputs) and rounded once. ``kept`` is overwritten; if
-    the gradient of weight is wanted, it is written there, and ``kept_weight_grad`` returns it.
+    over tiles are formed in float32 (float64 for float64 inputs) and rounded once. The call overwrites ``kept``. A
+    wanted gradient of weight is written to the memory of ``kept``, from which ``kept_weight_grad`` returns it.
 
     Returns:
         The gradients of hidden, weight and bias, contiguous, each in the shape of its input. A gradient that is not
@@ -357,10 +365,15 @@ def linear_grad_rows(
     options: LinearOptions,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the flat indices of the labelled rows, their gradient before it is rounded, and the head's gradients.
+    """Returns the gradients of ``linear_grad``, with the gradient of hidden states for labelled rows only.
 
     The arguments are those of ``linear_grad``; ``row_values`` are row_max, row_sum and row_weight. With ``shard``,
-    weight and bias are a shard of the head, and the gradient of the rows is the shard's part of a sum.
+    weight and bias are a rank's shard of the head. The gradient of hidden states is then this shard's part of the sum
+    over the ranks.
+
+    Returns:
+        The flat indices of the n labelled rows, the gradient of their hidden states ``[n, D]`` before it is rounded,
+        and the gradients of weight and bias.
     """
     head = _head(weight, bias, options.head_scales, options.matmul_dtype)
     keeps = {"keeps_logits": kept is not None, "only_fitting": options.only_fitting}
@@ -398,9 +411,10 @@ def _fill_gradients(
     options: LinearOptions,
     shard: VocabShard,
 ) -> Tensor:
-    """Writes the gradients of weight and bias, and returns the gradient of the labelled rows of hidden states.
+    """Writes the gradients of weight and bias to ``head_grads``, and returns the gradient of the labelled rows.
 
-    ``row_values`` are the maximum, the sum and the weight of each labelled row. Unwanted gradients are not written.
+    ``row_values`` are the maximum, the sum and the weight of each labelled row. Every gradient is multiplied by
+    ``factor``, a 0-d tensor. Unwanted gradients are not written; an unwanted gradient of the rows is empty.
     """
     row_max, row_sum, row_weight = row_values
     d_weight, d_bias = head_grads
@@ -458,12 +472,15 @@ def _empty_gradients(
 
 
 def kept_weight_grad(kept: Tensor, weight: Tensor) -> Tensor:
-    """Returns the gradient of weight, ``[V, D]``, as a view of the memory of ``kept`` after ``linear_grad``."""
+    """Returns the gradient of weight, ``[V, D]``, that ``linear_grad`` wrote to ``kept``, as a view of ``kept``."""
     size = weight.numel() * weight.dtype.itemsize
     return kept.as_strided((size,), (1,)).view(weight.dtype).view(weight.shape)  # torch.compile cannot trace a slice
 
 
 def _multiply_by_tanh_slope_(grad: Tensor, tanh: Tensor | None) -> None:
-    """Turns the gradient with respect to ``tanh(x)`` into the gradient with respect to ``x``; overwrites ``tanh``."""
+    """Turns ``grad``, in place, from the gradient with respect to ``tanh(x)`` into the gradient with respect to ``x``.
+
+    ``tanh`` is overwritten. If it is None (no softcap), nothing changes.
+    """
     if tanh is not None:
         grad.addcmul_(grad, tanh.square_(), value=-1)

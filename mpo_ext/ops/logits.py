@@ -1,7 +1,7 @@
-"""The operators on logits: ``token_logp`` returns log-probs of labels, ``logits_grad`` their gradient.
+"""The operators on logits: ``token_logp`` returns log-probs of labels, ``logits_grad`` the gradient of the logits.
 
-Each operator allocates its outputs and calls the kernel of a backend. Operators other than ``logits_grad_`` return new
-tensors and write to no input, so ``torch.compile`` can trace past them.
+Each operator allocates its outputs and calls the kernel of a backend. All operators except ``logits_grad_`` return new
+tensors and do not write to their inputs, so ``torch.compile`` can trace past them.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def token_logp(
     """Returns the log-probability of each label. Reads each logit of a labelled row once.
 
     Returns:
-        ``(logp, row_max, row_sum, row_stats)``, float32, or float64 for float64 logits. The first three are ``[...]``;
-        ``row_max`` is the largest logit of a row, and ``row_sum`` the sum of ``exp(z - row_max)``. ``row_stats`` is
-        ``[number of statistics, ...]`` in the order of ``STATS``.
+        ``(logp, row_max, row_sum, row_stats)``, float32, or float64 for float64 logits. The first three are ``[...]``:
+        the log-prob of the label, the largest logit z of the row, and the row's sum of ``exp(z - row_max)``.
+        ``row_stats`` is ``[number of statistics, ...]`` in the order of ``STATS``.
     """
     check_logits("logits", logits)
     check_labels(logits, labels)
@@ -86,7 +86,8 @@ def token_logp_shard(
 ) -> Tensor:
     """Returns the state of each row after the columns of a shard, ``[..., ROW_STATE]``, for ``merge_shards``.
 
-    The arguments are those of ``token_logp``; labels are ids of the whole vocabulary. Each logit is read once.
+    The arguments are those of ``token_logp``. ``logits`` are the columns of the shard; labels are ids of the whole
+    vocabulary. Each logit is read once.
     """
     state = empty_row_state(labels)
     outputs = token_logp_outputs(logits, labels, stats)
@@ -99,8 +100,8 @@ def merge_shards(
 ) -> RowOutputs:
     """Returns the outputs of ``token_logp`` in ``dtype`` from the states of all shards, ``[shards, ..., ROW_STATE]``.
 
-    Each label's logit must be in one state, and 0 in the others. ``total`` is the size of the vocabulary. Only logp is
-    differentiable.
+    The logit of each label must be in the state of one shard; the other shards' states have 0 in its place. ``total``
+    is the size of the whole vocabulary. Of the outputs, only logp is differentiable.
     """
     maxima, sums, e_d, z_sum, squared, z_label = states.unbind(-1)
     maxima = maxima.detach()
@@ -136,10 +137,11 @@ def score(
     *,
     leaves_exp_logits: bool = False,
 ) -> None:
-    """Writes the results of ``token_logp`` to ``outputs``; with a tile, those of all columns up to its end.
+    """Writes the results of ``token_logp``, whose arguments come first, to ``outputs``.
 
-    ``leaves_exp_logits`` overwrites the logits with ``exp(z - row_max)``, where ``row_max`` includes this tile, and
-    with 0 at the label. These values are undefined in a row whose label is out of range or whose logp is NaN.
+    With a tile, the results cover the columns of the vocabulary up to the end of the tile. ``leaves_exp_logits``
+    overwrites each logit z with ``exp(z - row_max)``, where ``row_max`` includes this tile, and the label's logit
+    with 0. The new values are undefined in a row whose label is out of range or whose logp is NaN.
     """
     if labels.numel() == 0:
         return
@@ -170,7 +172,7 @@ def score(
 def _write_exp_logits(
     logits: Tensor, labels: Tensor, row_max: Tensor, ignore_index: int, backend: str, tile: Tile | None
 ) -> None:
-    """Overwrites the logits as ``leaves_exp_logits`` of ``score`` describes, in a second pass over them."""
+    """Overwrites the logits as ``score`` does with ``leaves_exp_logits``, in a second pass over the logits."""
     safe_max = torch.where(row_max == -math.inf, 0.0, row_max)  # all logits so far are -inf
     ones = torch.ones_like(safe_max)
     write_grad(logits, labels, safe_max, ones, -ones, None, ignore_index, backend, logits, tile=tile)
@@ -193,7 +195,7 @@ def logits_grad(
     first: int = 0,  # the vocabulary id of column 0, if the logits are a shard
     total: int = 0,  # size of the whole vocabulary; 0: that of the logits
 ) -> Tensor:
-    """Returns the gradient ``scale * weight * (onehot(label) - softmax(logits))``, and 0 in ignored rows.
+    """Returns the gradient of the logits, ``scale * weight * (onehot(label) - softmax(logits))``; 0 in ignored rows.
 
     The result is contiguous and has the shape and dtype of the logits. Each logit of a labelled row is read once and
     its gradient is written once. On a CPU the zeros of ignored rows cost no time, because newly allocated memory is
@@ -264,10 +266,11 @@ def write_grad(
     is_zeroed: bool = False,
     tile: Tile | None = None,
 ) -> None:
-    """Writes the gradient of ``logits_grad``, whose arguments come first, into ``grad``.
+    """Writes the result of ``logits_grad``, whose arguments come first, to ``grad``.
 
-    ``grad`` has the shape of the logits and may be the logits. With ``is_zeroed``, ``grad`` contains zeros, and
-    ignored rows are not written. ``tile``: the columns of the vocabulary that the logits cover; None: all.
+    ``grad`` has the shape of the logits and may be the logits themselves. ``is_zeroed`` tells that ``grad`` already
+    contains zeros, so ignored rows are not written. ``tile`` names the columns of the vocabulary that the logits
+    cover; None means all columns.
     """
     if labels.numel() == 0:
         return

@@ -25,10 +25,10 @@ class Tile(NamedTuple):
 
 
 class VocabShard(NamedTuple):
-    """The vocabulary ids that a rank holds: those that follow ``first``, as many as its logits have, of ``total``."""
+    """The part of the vocabulary that a rank holds: consecutive ids, one for each column of the rank's logits."""
 
-    first: int
-    total: int
+    first: int  # vocabulary id of the rank's first column
+    total: int  # size of the whole vocabulary
 
 
 def empty_row_state(labels: Tensor) -> Tensor:
@@ -48,9 +48,9 @@ class RowLayout(NamedTuple):
 
 
 def row_layout(tensor: Tensor) -> RowLayout:
-    """Returns the layout of the rows of ``[..., V]``.
+    """Returns the layout of the rows of a tensor ``[..., V]``.
 
-    It is that of a copy if V is not the contiguous axis or two strides do not suffice.
+    If V is not the contiguous axis, or two strides cannot describe the rows, the layout is that of a contiguous copy.
     """
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
@@ -70,7 +70,10 @@ def row_layout(tensor: Tensor) -> RowLayout:
 
 
 def row_arguments(layout: RowLayout, labels: Tensor, ignore_index: int, tile: Tile | None = None) -> dict[str, object]:
-    """Returns the arguments that token_logp and logits_grad share. The caller keeps the tensors alive for the call."""
+    """Returns the arguments that the kernels token_logp and logits_grad share.
+
+    Addresses are plain numbers, so the caller must keep the tensors alive until the kernel call returns.
+    """
     return {
         "logits": layout.tensor.data_ptr(),
         "labels": labels.data_ptr(),
@@ -104,10 +107,11 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Returns contiguous zeros on the CPU; a large tensor consists of huge pages that have not been written yet.
+    """Returns contiguous zeros on the CPU. A large tensor consists of huge pages that are not written until first use.
 
-    On a CPU, the page faults of a new gradient tensor take more time than computing the gradient. numpy's calloc
-    requests huge pages, which the operating system zeroes on first use; torch.zeros writes every byte.
+    On a CPU, the page faults of a new gradient tensor take more time than computing the gradient. Huge pages cause
+    fewer faults. numpy's calloc requests them, and the operating system zeroes them on first use; torch.zeros would
+    write every byte.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _HUGE_PAGES_BYTES:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 @functools.cache
 def compiled() -> ModuleType:
-    """Returns the compiled module.
+    """Returns the compiled module ``mpo_ext._C``.
 
     Raises:
         ImportError: If the module is missing or does not load.

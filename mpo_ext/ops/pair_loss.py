@@ -1,4 +1,4 @@
-"""The operators on pairs: ``pair_loss``, and ``forward``, which also scores the rows."""
+"""The operators on pairs: ``pair_loss``, and ``forward``, which also computes the log-probs of the labels."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the fields of ``mpo_ext.loss.eager.PairLoss`` for B pairs, followed by d loss / d logp of each row.
 
-    It reads only tensors with one number per row or per sequence.
+    The operator reads only tensors with one number per row or per sequence.
     """
     check_kernel(backend, logp, "logp")
     is_double = logp.dtype == torch.float64 and backend == "cpu"
@@ -184,9 +184,10 @@ def _(
 def _cuda_arguments(
     outputs: tuple[Tensor, ...], ref_logp: Tensor, state: Tensor, cu_seqlens: Tensor | None, settings: Sequence[float]
 ) -> tuple[dict[str, object], list[Tensor | None]]:
-    """Returns the arguments of pair_loss and forward except the rows, and the tensors that the caller keeps alive.
+    """Returns the arguments that the kernels pair_loss and forward share, and the tensors behind the addresses.
 
-    ref_logp and cu_seqlens keep their dtypes, because converting them would take further launches.
+    The caller must keep these tensors alive until the launch. ref_logp and cu_seqlens keep their dtypes, because
+    converting them would take further launches.
     """
     inputs = [ref_logp.contiguous(), state.contiguous(), None if cu_seqlens is None else cu_seqlens.contiguous()]
     arguments: dict[str, object] = {

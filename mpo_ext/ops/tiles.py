@@ -40,9 +40,10 @@ def default_memory_budget(device: torch.device) -> int:
 
 
 class Head(NamedTuple):
-    """An output head with logits ``cap * tanh(z / cap) / temperature``, or ``z / temperature`` without a softcap.
+    """An output head.
 
-    ``z = logit_scale * (hidden @ weight.T + bias)``.
+    With ``z = logit_scale * (hidden @ weight.T + bias)``, the logits are ``softcap * tanh(z / softcap) /
+    temperature``, or ``z / temperature`` without a softcap.
     """
 
     weight: Tensor  # [V, D]
@@ -73,13 +74,13 @@ class KeptLogits:
 
     Backward reads the columns from first to last and writes their gradient to the start of the memory. The logits
     start at an offset such that the gradient of a tile's columns ends before the logits of that tile start. With n
-    labelled rows, the memory is therefore that of ``max(n, D)`` rows and a tile, instead of ``n + D`` rows. With
-    ``only_fitting``, it is that of D rows: if n is larger, only the logits of the first columns are kept.
+    labelled rows, the memory holds ``max(n, D)`` values per column and a tile, instead of ``n + D`` values per column.
+    With ``only_fitting``, it holds D values per column: if n is larger, only the logits of the first columns are kept.
 
     A float16 logit (used for bfloat16 gradients) is stored as its distance from the largest logit of its row so far.
-    These maxima are stored after the logits. The error is 2^-12 of the distance. The error of exp(logit) is therefore
-    below the rounding error of bfloat16 for logits with exp(logit) above 3e-4 of the largest; smaller terms contribute
-    little to the sum.
+    These largest logits are stored after the logits. The error is 2^-12 of the distance. If exp(logit) is above 3e-4
+    of the row's largest exp(logit), its error is therefore below the rounding error of bfloat16. Smaller terms
+    contribute little to the sum.
 
     Args:
         rows: Number of labelled rows, n.
@@ -115,13 +116,19 @@ class KeptLogits:
         self.size = self._maxima + tiles * rows * torch.float32.itemsize
 
     def tile(self, memory: Tensor, rows: slice, first: int, end: int) -> Tensor:
-        """Returns a view of the logits of a tile. Each tile is contiguous, which touches fewer memory pages."""
+        """Returns a view of a tile's logits in ``memory``: the slice ``rows``, and columns ``first`` to ``end - 1``.
+
+        Each tile is contiguous, so reading it touches fewer memory pages.
+        """
         width = end - first
         begin = self._begin + self._column_bytes * first + rows.start * width * self.dtype.itemsize
         return _typed(memory, begin, (rows.stop - rows.start, width), self.dtype)
 
     def store_(self, memory: Tensor, rows: slice, first: int, end: int, logits: Tensor, row_max: Tensor) -> None:
-        """Stores a tile's float32 ``logits`` in float16 (overwriting them); ``row_max``: each row's maximum so far."""
+        """Stores a tile's float32 ``logits`` in float16, as distances from ``row_max``, each row's maximum so far.
+
+        The call overwrites ``logits``.
+        """
         safe_max = self._tile_max(memory, rows, first)
         safe_max.copy_(torch.where(row_max == -math.inf, 0.0, row_max).unsqueeze(1))
         self.tile(memory, rows, first, end).copy_(logits.sub_(safe_max))
@@ -195,13 +202,13 @@ class TiledRows:
         )
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yields slices of the labelled rows, each with its labels; all slices except the last have the same size."""
+        """Yields slices of the labelled rows, each with its labels. All slices except the last have the same size."""
         for begin in range(0, self.rows.shape[0], self._chunk_rows):
             rows = slice(begin, min(begin + self._chunk_rows, self.rows.shape[0]))
             yield rows, self.labels[rows]
 
     def columns(self) -> Iterator[tuple[int, int]]:
-        """Yields the first column and the end of each slice of the vocabulary."""
+        """Yields the first column and the end (the last column plus 1) of each slice of the vocabulary."""
         for first in range(0, self.vocab, self._chunk_columns):
             yield first, min(first + self._chunk_columns, self.vocab)
 
@@ -221,9 +228,10 @@ class TiledRows:
     def logits(
         self, rows: slice, weight_rows: Tensor, first: int, end: int, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Computes the logits of a tile. Returns them, and the tanh of the softcap (None without a softcap).
+        """Returns the logits of a tile, and the tanh of the softcap (None without a softcap).
 
-        The next tile overwrites the returned tensors.
+        ``weight_rows`` is the result of the method of that name for the same columns. The logits are written to
+        ``out`` if it is given. All other results lie in buffers that the next tile overwrites.
         """
         if out is None:
             out = self._buffer("logits", (rows.stop - rows.start, end - first))
@@ -249,7 +257,10 @@ class TiledRows:
         return logits, torch.mul(logits, 1 / self.head.outer_scale, out=self._buffer("tanh", logits.shape))
 
     def add_weight_grad(self, target: Tensor, grad: Tensor, rows: slice, *, is_first: bool, is_last: bool) -> None:
-        """Adds a tile's part to the gradient of weight; the last chunk of rows stores the sum in ``target``."""
+        """Adds a tile's part, ``grad.T @ rows``, to the gradient of weight for the tile's columns.
+
+        The chunks of rows are added one by one. The last chunk (``is_last``) stores the sum in ``target``.
+        """
         # A single product may be rounded directly; the sum of several products is formed in float32.
         is_direct = target.dtype == (grad.dtype if is_first and is_last else self.like.dtype)
         total = target if is_direct else self._buffer("weight grad", target.shape, self.like.dtype)
@@ -258,7 +269,10 @@ class TiledRows:
             target.copy_(total)
 
     def add_bias_grad(self, target: Tensor, grad: Tensor, *, is_first: bool, is_last: bool) -> None:
-        """Adds a tile's part to the gradient of bias; the last chunk of rows stores the sum in ``target``."""
+        """Adds a tile's part to the gradient of bias for the tile's columns.
+
+        The chunks of rows are added one by one. The last chunk (``is_last``) stores the sum in ``target``.
+        """
         total = self._buffer("bias grad", (1, target.shape[0]), self.like.dtype)[0]
         if is_first:
             total.zero_()
@@ -267,7 +281,7 @@ class TiledRows:
             target.copy_(total)
 
     def _buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Returns an uninitialised matrix that tiles share under ``name``; by default in the tile's dtype."""
+        """Returns an uninitialised matrix, by default in the tile's dtype. Calls with the same name share memory."""
         rows, columns = shape
         memory = self._buffers.get(name)
         if memory is None or memory.numel() < rows * columns:
@@ -358,10 +372,11 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Returns the dtype in which matmuls take inputs of ``dtype``: on a CPU, float32 unless ``dtype`` is faster.
+    """Returns the dtype to which inputs of ``dtype`` are converted for matmuls.
 
-    MPO_CPU_MATMUL replaces the measurement: "float32" always converts to float32, so logits are never rounded;
-    "native" never converts.
+    A GPU keeps ``dtype``. A CPU keeps bfloat16 or float16 only if a measurement shows that it multiplies them faster
+    than float32; otherwise the result is float32. The environment variable MPO_CPU_MATMUL replaces the measurement:
+    "float32" always converts to float32, so logits are never rounded; "native" never converts.
 
     Raises:
         ValueError: If MPO_CPU_MATMUL has another value.

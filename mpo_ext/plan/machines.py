@@ -1,8 +1,8 @@
 """Rates of machines, and the time that a stage of work takes at these rates.
 
-The time of a stage is the longest of the times of its matmuls and attention kernels, its memory traffic and its
-arithmetic. On a CPU, page faults of fresh memory are added. The rates belong to the machine and are the same for every
-method.
+Three times are computed for a stage: its matmuls and attention kernels, its memory traffic, and its arithmetic on
+logits. The longest of the three is the time of the stage. On a CPU, the time of page faults is added. The rates belong
+to the machine; no rate belongs to a method.
 """
 
 import dataclasses
@@ -20,18 +20,19 @@ ATTENTION_SHARES = {"plain": 0.5, "masked": 0.3}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A part of the work that does not run at the same time as other parts.
+    """A part of the work, such as a forward; the stages run one after the other.
 
     Attributes:
+        name: Name of the stage in reports.
         flop: Number of floating-point operations in the matmuls.
         dtype: Dtype of the inputs of the matmuls and attention kernels.
-        shortest: Smallest of the three sizes of the matmuls; small ones are slower on a CPU.
+        shortest: Smallest of the three sizes m, n, k of the matmuls. On a CPU, small matmuls reach a lower rate.
         attention: Number of floating-point operations in attention kernels.
         attention_kind: Key of ``Machine.attention_rates``.
         moved: Number of bytes that are read or written.
         kernel: Number of logits that our kernels process forward and backward; a logit that is processed in only one
             direction counts 1/2.
-        softmax: The same number for torch's softmax.
+        softmax: Number of logits that torch's softmax processes, counted like ``kernel``.
         fresh: Number of bytes of newly allocated memory in small pages.
         huge: Number of bytes of newly allocated memory in huge pages.
     """
@@ -54,11 +55,12 @@ class Machine:
     """Rates of a machine. A rate of ``inf`` means that the machine spends no time on this kind of work.
 
     Attributes:
+        name: Name of the machine in reports.
         is_gpu: Whether the machine is a GPU, which runs the GPU implementation of each method.
         bandwidth: Bytes per second that are read from or written to memory that has been used before.
         matmul_rates: FLOP per second of large matmuls, by dtype.
-        matmul_shares: Share of this rate that matmuls reach, by the smallest of their three sizes. Between two sizes,
-            the share is interpolated over the logarithm of the size. Empty: 1 for all.
+        matmul_shares: Fraction of ``matmul_rates`` that matmuls reach, by the smallest of their three sizes m, n, k.
+            Between two sizes, the fraction is interpolated over the logarithm of the size. Empty: 1 for all sizes.
         attention_rates: FLOP per second of attention kernels, by kind and dtype: "plain" without a mask (causal or
             full; only the scores that are needed count), "masked" with a dense mask (all scores count). The rate of
             matmuls replaces a missing rate.
@@ -66,8 +68,9 @@ class Machine:
         softmax_rate: Logits per second that torch's log_softmax processes forward and backward, in cache.
         fresh: Bytes per second at which the operating system provides new memory in small pages (page faults); writing
             to the memory is not included.
-        huge: The same rate for huge pages.
-        overhead: Constant number of seconds added to each forward and backward.
+        huge: Bytes per second at which the operating system provides new memory in huge pages.
+        overhead: Constant number of seconds added to the time of a forward and backward together.
+        source: Origin of the rates, for reports.
     """
 
     name: str
@@ -115,7 +118,7 @@ class Machine:
         return work + stage.fresh / self.fresh + stage.huge / self.huge
 
     def matmul_share(self, shortest: float) -> float:
-        """Returns the share of ``matmul_rates`` that matmuls reach whose smallest size is ``shortest``."""
+        """Returns the fraction of ``matmul_rates`` that matmuls with the smallest size ``shortest`` reach."""
         points = sorted(self.matmul_shares.items())
         if not points:
             return 1.0
@@ -131,9 +134,9 @@ class Machine:
 class DataSheet:
     """Figures of a GPU from its vendor's data sheet.
 
-    ``bandwidth`` and ``matmul_rates`` are peak bytes and peak dense FLOP per second; float32 is without tensor cores.
-    ``clock`` is in hertz, ``memory`` in bytes. ``unconfirmed`` names the figures that no document of the vendor
-    confirmed.
+    ``bandwidth`` is in bytes per second. ``matmul_rates`` are in FLOP per second, for dense matrices, and without
+    tensor cores for float32. Both are peak rates. ``clock`` is in hertz, ``memory`` in bytes. ``unconfirmed`` names
+    the figures that no document of the vendor confirmed.
     """
 
     bandwidth: float
@@ -172,7 +175,7 @@ GPUS = {
 
 
 def gpu(name: str) -> Machine:
-    """Returns a GPU of ``GPUS`` as a machine that reaches ``BANDWIDTH_SHARE`` and ``PRODUCT_SHARE`` of its peaks."""
+    """Returns the GPU of this name in ``GPUS`` as a machine, with the assumed fractions of its peak rates."""
     if name not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {name!r}")
     sheet = GPUS[name]
@@ -183,7 +186,16 @@ def gpu(name: str) -> Machine:
 
 
 def peaks(bandwidth: float, matmul_rates: Mapping[str, float], name: str = "GPU") -> Machine:
-    """Returns a GPU that reaches the assumed shares of its peak bytes and FLOP per second."""
+    """Returns a GPU as a machine, from its peak rates.
+
+    The machine reaches the assumed fractions ``BANDWIDTH_SHARE``, ``PRODUCT_SHARE`` and ``ATTENTION_SHARES`` of the
+    peaks.
+
+    Args:
+        bandwidth: Peak bytes per second.
+        matmul_rates: Peak FLOP per second by dtype.
+        name: Name of the machine in reports.
+    """
     return Machine(
         name=name,
         is_gpu=True,

@@ -21,7 +21,7 @@ _FEW_STEPS = 30  # the margin shows no trend in fewer steps
 
 
 def plan(recipe: Recipe, *, world: int = 1) -> Plan:
-    """Returns the plan of a run of ``world`` processes; reads the model's config and the data, not weights or images.
+    """Returns the plan of a run of ``world`` processes. Weights and images are not read.
 
     Raises:
         OSError: If the model's config or a file of pairs cannot be read.
@@ -81,7 +81,7 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
 
 
 def _separate_reason(model: nn.Module, recipe: Recipe) -> str | None:
-    """Returns the reason for the layout "separate"; None if the layout is "shared"."""
+    """Returns why prompts are repeated for each response (layout "separate"), or None if they are shared."""
     if not recipe.loss.shared_prefix:
         return "loss.shared_prefix is false"
     attention = recipe.model.attention
@@ -149,7 +149,14 @@ def _variants(estimate: MemoryEstimate) -> Iterator[Variant]:
 
 
 def _variant(estimate: MemoryEstimate, name: str, changes: dict[str, Any] | None = None, **sections: Any) -> Variant:
-    """Returns the run with changed fields of ``Plan.cost_step`` and changed sections of the recipe."""
+    """Returns a variant of the planned run with changed settings.
+
+    Args:
+        estimate: The planned run.
+        name: Name of the variant in tables.
+        changes: Fields of ``Plan.cost_step`` that differ from those of the planned run.
+        **sections: Sections of the recipe that replace those of the planned run.
+    """
     recipe = dataclasses.replace(estimate.recipe, **sections)
     other = MemoryEstimate(recipe, estimate.model, estimate.layout, estimate.world_size)
     loss = ""

@@ -17,13 +17,13 @@ from mpo_ext.train.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Variant:
-    """The planned run, with one changed setting or unchanged.
+    """A row of the table of predicted times: the planned run, or the run with one changed setting.
 
     Attributes:
         name: The changed setting, or "this recipe".
         trainer: Key of ``steps.STEPS``.
         changes: Fields of ``Plan.cost_step`` that differ from those of the planned run, by name.
-        bytes: Estimated bytes of a rank's memory without sharding; None: ``mpo_ext.plan.steps`` predicts them.
+        bytes: Estimated bytes of a rank's memory without sharding; None (TRL): ``mpo_ext.plan.steps`` predicts them.
     """
 
     name: str
@@ -37,20 +37,25 @@ class Plan:
     """The plan of a run. ``str(plan)`` returns all tables as text.
 
     Attributes:
+        model_class: Name of the model's class.
         parameters: Number of parameters, adapters included; tied parameters count once.
+        trainable: Number of parameters that the run trains.
         steps_per_epoch: Number of optimizer steps per epoch, before pairs are skipped.
         warmup_steps: Number of steps in which the learning rate rises.
         pairs_per_rank: Maximum number of pairs of a rank per step.
         micro_batches: Maximum number of micro-batches of a rank per step.
+        world: Number of processes (ranks).
         layout: Layout of the batches, "shared" or "separate", from the model's config and code. The trainer verifies
             "shared" on the first pairs.
-        tokens: Assumed number of tokens of a prompt and a response (see docs/train.md).
-        positions: Number of decoder positions of a micro-batch of such pairs.
+        tokens: Assumed number of tokens of a prompt plus a response (see docs/train.md).
+        positions: Number of decoder positions of a micro-batch whose pairs all have this length.
+        memory: Parts of a rank's memory.
         other_activations: Number of bytes of the activations with the opposite setting of gradient checkpointing.
         eager_loss: Peak bytes of the same loss in plain torch, on the logits of separate rows.
         cost_model: Sizes and dtypes of the model, for ``mpo_ext.plan.steps``.
-        cost_step: Shape of a rank's step in which all pairs have this length, for ``mpo_ext.plan.steps``.
+        cost_step: Shape of a rank's step in which all pairs have the assumed length, for ``mpo_ext.plan.steps``.
         variants: The unchanged run, followed by runs with changed settings.
+        notes: Remarks that are printed after the tables.
     """
 
     recipe: Recipe
@@ -94,7 +99,10 @@ class Plan:
         return sum(part.sharded for part in self.memory)
 
     def predict(self, trainer: str, machine: Machine, **changes: Any) -> Cost:
-        """Returns the predicted cost of a rank's step on a machine; ``changes`` replace fields of ``cost_step``."""
+        """Returns the predicted cost of one step of a rank on a machine.
+
+        ``trainer`` is a key of ``steps.STEPS``. ``changes`` replace fields of ``cost_step``.
+        """
         return step_cost(trainer, self.cost_model, dataclasses.replace(self.cost_step, **changes), machine)
 
     def times(self, machine: Machine) -> list[tuple[str, ...]]:

@@ -1,7 +1,8 @@
-"""Predicts the time and the memory of a loss from a few rates of a machine (a roofline); ``steps`` adds the layers.
+"""Predicts the time and the memory of a loss from a few rates of a machine, such as FLOP per second (a roofline).
 
-A method is a list of stages (``mpo_ext.plan.machines``). This module measures nothing and fits no rate to a method.
-docs/performance.md compares the predictions with measurements on a CPU. Predictions for GPUs have not been compared.
+A method is a way to compute the loss, described as a list of stages (``mpo_ext.plan.machines``). This module measures
+nothing, and no rate is fitted to a method. ``mpo_ext.plan.steps`` adds the layers of the model. docs/performance.md
+compares the predictions with measurements on a CPU. Predictions for GPUs have not been compared with measurements.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ _TRL_ROWS, _TRL_COLUMNS = 4096, 32768  # size of a tile in TRL's ChunkedLogProb
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cost:
-    """A predicted cost.
+    """The predicted cost of a loss or of a training step.
 
     Attributes:
         seconds: Total seconds of all stages.
@@ -126,7 +127,10 @@ def _logits_compiled(loss: LossShape, machine: Machine) -> Parts:
 
 
 def head_products(loss: LossShape, rows: int, count: float, name: str, dtype: str) -> Stage:
-    """Returns the stage of ``count`` matrix products; each reads the head or writes a tensor of the head's size."""
+    """Returns the stage of ``count`` matrix products of ``rows`` hidden states with the head, or of that size.
+
+    Each product reads the head or writes a tensor of the head's size. ``dtype`` is that of the inputs.
+    """
     flop = 2.0 * count * rows * loss.vocab * loss.hidden_size
     moved = count * SIZES[dtype] * loss.vocab * loss.hidden_size
     return Stage(name=name, flop=flop, dtype=dtype, shortest=min(rows, loss.vocab, loss.hidden_size), moved=moved)
@@ -137,7 +141,7 @@ def loss_gradients(loss: LossShape, *, has_head: bool = True) -> float:
 
 
 def _kept_width(loss: LossShape, machine: Machine) -> int:
-    """Returns the bytes of a kept logit: those of a logit in a tile, or a float16 copy of it."""
+    """Returns the bytes of a logit that forward keeps: 2 for a float16 copy, otherwise those of a logit in a tile."""
     product = loss.dtype if loss.matmul_dtype is None else loss.matmul_dtype
     width = 4 if machine.is_gpu or product == "float32" else loss.size
     return 2 if loss.dtype == "bfloat16" else width
@@ -178,16 +182,20 @@ def _linear_ours(
 
 
 def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, converted: int = 0) -> int:
-    """Returns the bytes of the tiles of ``linear_mpo_loss``: its budget, or the bytes of all logits if they are fewer.
+    """Returns the bytes of the tiles of ``linear_mpo_loss``: ``budget``, or fewer if all logits need less.
 
-    ``budget`` is ``memory_budget`` in bytes. Half-precision inputs of the matmuls (``is_half``) add two copies of a
-    tile. ``converted`` is the number of bytes of a copy of the head in the dtype of the matmuls.
+    Args:
+        rows: Number of labelled rows (token positions).
+        vocab: Size of the vocabulary.
+        budget: The argument ``memory_budget`` of ``linear_mpo_loss``, in bytes.
+        is_half: Whether matmuls have half-precision inputs, which add two copies of a tile.
+        converted: Number of bytes of a copy of the head in the dtype of the matmuls.
     """
     return min(budget, (12 if is_half else 4) * rows * vocab + converted)
 
 
 def _linear_of_logits(of_logits: _Method) -> _Method:
-    """Returns a method that computes the logits of all rows and applies a method that starts from logits."""
+    """Returns a method that computes the logits of all rows and passes them to the method ``of_logits``."""
 
     def method(loss: LossShape, machine: Machine) -> Parts:
         stages, memory = of_logits(loss, machine)

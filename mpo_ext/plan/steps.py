@@ -1,7 +1,7 @@
 """Predicts the time and the memory of a training step: layers, attention, loss, reference, gradient norm, AdamW.
 
-The layers are three stages: their matrix products, their attention, and their passes over memory. Communication
-between devices and the preparation of the data are left out.
+The layers of the decoder are three stages: matrix products, attention, and passes over memory. Communication between
+devices and the preparation of the data are left out.
 """
 
 import dataclasses
@@ -31,12 +31,17 @@ class ModelShape:
     """Sizes and dtypes of a model that determine the cost of a step.
 
     Attributes:
+        parameters: Number of parameters.
+        trainable: Number of parameters that are trained.
         decoder: Number of weights in the decoder's linear layers, without the output head.
+        layers: Number of decoder layers.
         width: Hidden size of the decoder, D.
+        vocab: Size of the vocabulary, V.
         heads: Number of attention heads of the decoder.
         kept: Number of bytes of activations per position that the decoder's layers keep for backward.
         moved: Number of bytes per position that the decoder's layers read and write in a forward, besides attention.
-        vision: Number of weights in the linear layers of vision tower and projector.
+        vision: Number of weights in the linear layers of vision tower and projector; 0 without a vision tower.
+        vision_layers: Number of layers of the vision tower.
         vision_width: Hidden size of the vision tower.
         vision_kept: Number of bytes of activations per patch that the vision tower keeps for backward.
         vision_moved: Number of bytes per patch that the vision tower reads and writes in a forward.
@@ -74,13 +79,15 @@ class StepShape:
         prompt: Number of tokens of a prompt, image tokens included.
         response: Number of tokens of a response; each token has a label.
         pairs: Number of pairs per micro-batch.
+        micro_batches: Number of micro-batches per step.
         image_tokens: Number of image tokens of a prompt.
         patches: Number of vision tower patches per image token.
         image_size: Number of patches that attend to each other in the vision tower; None: all patches of a prompt.
         checkpointing: Whether gradient checkpointing is on.
         precomputed: Whether the reference log-probs are computed before training.
+        has_reference: Whether the loss needs a reference model.
         shards: Number of devices over which parameters, gradients and optimizer state are sharded.
-        has_eager_attention: Whether the decoder attends without attention kernels.
+        has_eager_attention: Whether the decoder computes attention with plain torch operations, without a kernel.
     """
 
     prompt: int
@@ -102,15 +109,15 @@ Rows = Literal["split", "masked", "separate"]
 
 
 class StepMethod(NamedTuple):
-    """A trainer and its settings: the method of its loss (a key of ``roofline.LINEAR``), and its rows."""
+    """A trainer and its settings."""
 
-    method: str
-    rows: Rows
-    from_logits: bool = False
-    is_trl: bool = False
+    method: str  # method of the loss, a key of roofline.LINEAR
+    rows: Rows  # how the responses of a pair lie in sequence rows
+    from_logits: bool = False  # whether the model computes all logits before the loss
+    is_trl: bool = False  # whether the trainer is TRL's
 
 
-#: How the name of a trainer says its rows.
+#: The part of a trainer's name that tells its rows.
 ROW_NAMES: dict[Rows, str] = {"split": "", "masked": ", dense mask", "separate": ", separate rows"}
 #: The trainers by name; the settings of mpo_ext are separated by commas.
 STEPS = {
@@ -126,12 +133,12 @@ STEPS = {
 
 
 class _Positions(NamedTuple):
-    """The rows of a micro-batch: their number, the tokens of a row, and the scores of an attention head."""
+    """The sequence rows of a micro-batch."""
 
-    rows: int
-    row: int
-    scores: float
-    kind: str
+    rows: int  # number of rows
+    row: int  # number of tokens of a row
+    scores: float  # number of attention scores of one head, over all rows
+    kind: str  # key of Machine.attention_rates
 
     @property
     def all(self) -> int:
@@ -162,10 +169,11 @@ class _Layers:
         self.patches = self.positions.rows * step.image_tokens * step.patches
 
     def stages(self, name: str, forwards: int, *, with_backward: bool, of_vision: bool) -> Iterator[Stage]:
-        """Yields the stages of some forwards and, ``with_backward``, of a backward.
+        """Yields the stages of ``forwards`` forward passes and, with ``with_backward``, of one backward pass.
 
-        A backward has two products for each of the forward, and moves twice the bytes. An attention kernel computes
-        the scores again in backward: five products instead of two. ``of_vision``: whether the tower has a backward.
+        A backward has two matrix products for each product of a forward, and moves twice the bytes. An attention
+        kernel computes the scores again in backward: it has five products, and two in forward. ``of_vision`` tells
+        whether the vision tower has a backward. ``name`` ends the name of each stage.
         """
         model, positions = self.model, self.positions
         times = forwards + 2 * with_backward
@@ -207,7 +215,7 @@ class _Layers:
         return Stage(name=name, dtype=model.compute, attention=flop, attention_kind=positions.kind)
 
     def kept(self) -> float:
-        """Returns the bytes that the layers keep for backward."""
+        """Returns the bytes of activations that decoder and vision tower keep for backward."""
         model, positions = self.model, self.positions
         wide = SIZES[model.compute]
         kept: float = model.kept * positions.all
@@ -223,7 +231,7 @@ class _Layers:
 
 
 def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine) -> Cost:
-    """Returns the predicted cost of a step of a trainer, a key of ``STEPS``."""
+    """Returns the predicted cost of an optimizer step on the machine; ``trainer`` is a key of ``STEPS``."""
     check_choice("trainer", trainer, STEPS)
     settings = STEPS[trainer]
     layers = _Layers(model, step, settings.rows)
@@ -267,7 +275,7 @@ def step_cost(trainer: str, model: ModelShape, step: StepShape, machine: Machine
 
 
 def _logits_of_all(loss: LossShape, positions: int, machine: Machine) -> Parts:
-    """Returns stages and memory of the logits of all positions and of our loss on the labelled rows."""
+    """Returns the stages and the peak bytes of ``mpo_loss`` if the model computes the logits of all positions."""
     stages, _ = logits_ours(loss, machine)
     every, grads = loss.size * positions * loss.vocab, loss_gradients(loss)
     products = head_products(loss, positions, 3, "matrix products", loss.dtype)

@@ -1,4 +1,7 @@
-"""Batches of pairs: ``collate`` combines encoded pairs (samples) into the sequence rows that go through the model."""
+"""Batches of pairs. ``collate`` combines encoded pairs (samples) into the sequence rows that go through the model.
+
+A sequence row is a sequence of tokens, one row of ``input_ids``.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -25,10 +28,10 @@ class Batch:
         layout: "shared": a sequence row is ``[prompt | chosen | rejected]``; pairs with the same prompt share a row,
             ``[prompt | chosen | rejected | chosen | rejected ...]``. "packed": these rows one after the other in a
             single row without padding, which needs split attention. "masked": the rows of "shared", always with a
-            dense attention mask, which "shared" needs only without split attention. "separate": a sequence row is
-            ``[prompt | response]``; the chosen rows come first, and images are stored once for both rows of a pair.
-        inputs: Keyword arguments of the model except attention masks: ``input_ids`` ``[R, L]``, ``position_ids`` if
-            the layout needs them, inputs with a value per token, ``pixel_values`` ...
+            dense attention mask; "shared" needs this mask only without split attention. "separate": a sequence row
+            is ``[prompt | response]``; the chosen rows come first, and images are stored once for both rows of a pair.
+        inputs: Keyword arguments of the model except attention masks: ``input_ids`` ``[R, L]`` (R sequence rows of L
+            tokens), ``position_ids`` if the layout needs them, other inputs per token, ``pixel_values`` ...
         segments: ``[R, L]`` int32: 0 for a prompt, 1, 2, ... for the responses to this prompt, -1 for padding.
         index: ``[N]`` int64: for each label, the token position that predicts it, in the flattened rows ``[R * L]``.
         labels: ``[N]`` int64, the tokens of the B chosen responses, followed by the tokens of the B rejected
@@ -41,8 +44,8 @@ class Batch:
         copies: Number of sequence rows per prompt: 2 in the layout "separate" with rejected responses, otherwise 1.
         segment_lengths: For each prompt of each row, the number of tokens of the prompt and of each response that is
             not empty; an empty prompt has none. Only the layout "packed" has several prompts in a row.
-        image_blocks: For each prompt of each row, first and last token (exclusive) of each run of tokens with type 1
-            in ``token_type_ids``; empty without this input.
+        image_blocks: For each prompt of each row, the start and the end (exclusive) of each run of tokens with type 1
+            in ``token_type_ids``, counted in tokens; empty without this input.
     """
 
     layout: RowLayout
@@ -59,7 +62,7 @@ class Batch:
     image_blocks: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
 
     def with_merged_responses(self) -> "Batch":
-        """Returns the batch in which all responses to a prompt are one segment, so that they attend to each other."""
+        """Returns a batch in which all responses to a prompt are one segment, so that they attend to each other."""
         lengths = tuple(
             tuple((prompt[0], sum(prompt[1:])) if len(prompt) > 1 else prompt for prompt in row)
             for row in self.segment_lengths
@@ -69,7 +72,8 @@ class Batch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Returns the batch with all tensors on a device, except for ``labels``, which stay on the CPU.
 
-        ``linear_mpo_loss`` then need not wait for the GPU; for ``mpo_loss``, pass ``labels.to(logits.device)``.
+        With labels on the CPU, ``linear_mpo_loss`` need not wait for the GPU. ``mpo_loss`` needs
+        ``labels.to(logits.device)``.
         """
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), skip="labels")
 
@@ -111,12 +115,12 @@ class Batch:
 
 
 class _PlacedPrompt(NamedTuple):
-    """The prompt of a sample and its place in the sequence rows; ``number`` is its index in ``_RowPlan.prompts``."""
+    """The prompt of a sample and its place in the sequence rows."""
 
-    number: int
+    number: int  # index of the prompt in _RowPlan.prompts
     sample: Sample
-    row: int
-    start: int
+    row: int  # index of the sequence row
+    start: int  # position of the first token in the row
 
     @property
     def ids(self) -> Tensor:
@@ -132,13 +136,13 @@ class _PlacedPrompt(NamedTuple):
 
 
 class _PlacedResponse(NamedTuple):
-    """A response and its place in the sequence rows; ``segment`` counts the responses to its prompt from 1."""
+    """A response and its place in the sequence row of its prompt."""
 
     prompt: _PlacedPrompt
-    start: int
-    segment: int
+    start: int  # position of the first token in the row
+    segment: int  # number of the response among the responses to its prompt, from 1
     ids: Tensor
-    targets: Tensor | None
+    targets: Tensor | None  # bool for each token, whether it is scored; None: all tokens are scored
 
     @property
     def end(self) -> int:
@@ -156,10 +160,10 @@ class _PlacedResponse(NamedTuple):
 
 
 class _RowPlan(NamedTuple):
-    """The sequence rows of a batch.
+    """The places of prompts and responses in the sequence rows of a batch.
 
     Attributes:
-        prompts: The prompts in the order of rows and of places in a row; each sample occurs ``copies`` times.
+        prompts: The prompts, ordered by row and by position in the row. Each prompt occurs ``copies`` times.
         responses: The B chosen responses, followed by the B rejected responses.
         copies: Number of sequence rows per prompt.
     """
@@ -170,7 +174,7 @@ class _RowPlan(NamedTuple):
 
     @property
     def owners(self) -> list[Sample]:
-        """The samples that provide prompts and images."""
+        """The samples that provide the prompts and their images, without the repetitions for ``copies``."""
         return [prompt.sample for prompt in self.prompts[: len(self.prompts) // self.copies]]
 
     @property
@@ -192,7 +196,7 @@ class _RowPlan(NamedTuple):
         return self.by_row([tuple(size for _, size in sorted(segments.items()) if size) for segments in sizes])
 
     def by_row(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """Returns a value of each prompt as a tuple for each row."""
+        """Returns ``values``, one for each prompt, grouped into a tuple for each row."""
         rows: list[list[Any]] = [[] for _ in self.ends]
         for prompt, value in zip(self.prompts, values, strict=True):
             rows[prompt.row].append(value)
@@ -208,7 +212,7 @@ def collate(
     positions: Callable[[Sample], Tensor] | None = None,
     blank: Sample | None = None,
 ) -> Batch:
-    """Returns a batch of samples on the CPU. DataLoader workers can call it.
+    """Returns a batch of samples on the CPU. DataLoader workers can call this function.
 
     Except in the layout "separate", samples with the same ``prompt_key`` share a prompt and its images.
     Trailing axes of image inputs are padded with zeros to the largest size, as processors do.
@@ -219,9 +223,10 @@ def collate(
         pad_id: Token id that fills shorter rows on the right. Attention never reads it, but the model must be able to
             embed it, and it must not be the id of an image token.
         with_rejected: Whether rejected responses go through the model; False: they are treated as empty.
-        positions: The result of ``prompt_positions(model)``.
-        blank: A sample with images. A batch without images gets its prompt in addition, which is not scored, because
-            ranks that share a model must either all run its vision tower or all skip it. None: no additional prompt.
+        positions: Function that returns the position ids of a sample's prompt, from ``prompt_positions(model)``. None:
+            tokens are numbered from 0.
+        blank: A sample with images. Its prompt is added, without labels, to a batch that has no images. This is
+            needed if ranks share a model, because all of them must run its vision tower. None: no additional prompt.
 
     Raises:
         TypeError: If token ids are not int64.
@@ -268,7 +273,7 @@ def collate(
 
 
 def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor | None]]:
-    """Returns the ids and the targets of the chosen and of the rejected response."""
+    """Returns ``(ids, targets)`` of the chosen and of the rejected response (empty without ``with_rejected``)."""
     chosen = (sample.chosen_ids, sample.chosen_targets)
     return [
         chosen,
@@ -277,7 +282,7 @@ def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor
 
 
 def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
-    """Plans a row for each response; the rejected rows follow all chosen and blank rows."""
+    """Returns a plan with a row for each response. The rejected rows follow all chosen rows and the blank row."""
     owners = [*samples, *blanks]
     copies = 2 if with_rejected else 1
     prompts = [_PlacedPrompt(row, owner, row, 0) for row, owner in enumerate(owners * copies)]
@@ -290,7 +295,7 @@ def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejecte
 
 
 def _plan_shared(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
-    """Plans a row for each prompt with all its responses."""
+    """Returns a plan with a row for each prompt, which all responses to the prompt follow."""
     prompts: dict[str, _PlacedPrompt] = {}
     ends: list[int] = []
     segment_counts: list[int] = []
@@ -373,9 +378,10 @@ def _check_same_prompt(first: Sample, second: Sample) -> None:
 
 
 def _positions(values: Sequence[Tensor], plan: _RowPlan, rows: int, length: int) -> Tensor:
-    """Returns the positions of all rows, ``[A, R, L]`` int64; a response continues after its prompt's maximum.
+    """Returns the position ids of all rows, ``[A, R, L]`` int64, with A axes (several for multimodal RoPE).
 
-    ``values`` are the positions ``[A, P]`` of the prompts of ``plan.owners``.
+    ``values`` are the position ids ``[A, P]`` of the prompts of ``plan.owners``. Each response is numbered from the
+    largest position of its prompt plus 1.
     """
     positions = torch.zeros(values[0].shape[0], rows, length, dtype=torch.int64)
     firsts = []
@@ -391,7 +397,10 @@ def _positions(values: Sequence[Tensor], plan: _RowPlan, rows: int, length: int)
 
 
 def _token_inputs(prompts: Sequence[_PlacedPrompt], rows: int, length: int) -> dict[str, Tensor]:
-    """Returns the per-token inputs, ``[R, L]`` each: 0 for responses, padding, and prompts without these inputs."""
+    """Returns the other inputs per token by name, ``[R, L]`` each.
+
+    The values are 0 for responses, padding, and prompts without these inputs.
+    """
     inputs: dict[str, Tensor] = {}
     for prompt in prompts:
         for name, values in prompt.sample.token_inputs.items():
@@ -407,7 +416,7 @@ def _image_blocks(sample: Sample) -> tuple[tuple[int, int], ...]:
 
 
 def _image_inputs(owners: Sequence[Sample]) -> dict[str, Tensor]:
-    """Concatenates the image inputs of all prompts that have images."""
+    """Returns the image inputs by name, concatenated over all prompts that have images."""
     with_images = [owner for owner in owners if owner.image_inputs]
     if not with_images:
         return {}
@@ -422,7 +431,10 @@ def _image_inputs(owners: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def _padded_cat(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenates tensors along the first axis after padding the other axes with zeros to their largest size."""
+    """Returns the tensors concatenated along the first axis, with the other axes padded with zeros to one size.
+
+    The size of an axis is the largest of the tensors. ``name`` is the name of the input in messages.
+    """
     axes, dtypes = {tensor.ndim for tensor in tensors}, {tensor.dtype for tensor in tensors}
     if len(axes) > 1 or len(dtypes) > 1 or 0 in axes:
         shapes = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)

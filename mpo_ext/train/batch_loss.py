@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, weighted such that the micro-batch losses add up to the loss of the step."""
+"""The loss of a micro-batch. It is weighted such that the losses of all micro-batches add up to the step's loss."""
 
 import contextlib
 import dataclasses
@@ -24,13 +24,22 @@ STATS = ("entropy", "top1")
 
 
 class BatchLoss:
-    """Computes the loss of micro-batches. ``reference`` gives the reference log-probs; None: the loss needs none."""
+    """Computes the loss of micro-batches.
+
+    Args:
+        recipe: Settings of the loss.
+        accelerator: The ``accelerate.Accelerator`` of the run.
+        reference: Source of the log-probs of the reference model; None if the loss needs no reference.
+    """
 
     def __init__(self, recipe: LossRecipe, accelerator: Any, reference: Reference | None) -> None:
         self.recipe, self.accelerator, self.reference = recipe, accelerator, reference
 
     def __call__(self, model: nn.Module, batch: Batch, config: MPOConfig, reward_shift: RewardShift) -> MPOOutput:
-        """Returns the policy's loss on a micro-batch; updates ``reward_shift`` if it is in training mode."""
+        """Returns the policy's loss on a micro-batch, and updates ``reward_shift`` if it is in training mode.
+
+        ``config`` holds the weights of the loss terms for this micro-batch.
+        """
         recipe = self.recipe
         batch = batch.to(self.accelerator.device)
         if self.reference is not None:
@@ -57,10 +66,18 @@ class BatchLoss:
 
 
 def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, world_size: int) -> MPOConfig | None:
-    """Returns loss settings whose weights are scaled by the micro-batch's share of the step; None if all are 0.
+    """Returns the loss settings of a micro-batch, with the weight of each term scaled by its share of the step.
 
-    The weights have the factor ``world_size`` because accelerate averages gradients over the ranks. ``counts`` is None
-    for a dummy batch.
+    The weights have the factor ``world_size``, because accelerate averages gradients over the ranks.
+
+    Args:
+        recipe: The recipe of the run.
+        counts: Sizes of the micro-batch; None for a dummy batch.
+        size: Size of the step over all ranks.
+        world_size: Number of ranks.
+
+    Returns:
+        The settings, or None if all weights are 0, as for a dummy batch.
     """
     if counts is None:
         return None
@@ -84,7 +101,10 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
 
 
 def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, counts: BatchCounts) -> MPOOutput:
-    """Returns the output with the next-token loss averaged as the recipe says, if ``used`` averages otherwise."""
+    """Returns the output of a loss with its next-token loss averaged as the recipe says, for the log.
+
+    ``used`` are the settings with which the loss was computed; they may average the next-token loss otherwise.
+    """
     if used.ntp_average == recipe.ntp_average:
         return out
     return out._replace(ntp_loss=-out.chosen_logp.sum() / max(counts.chosen_tokens, 1))
@@ -93,9 +113,16 @@ def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, cou
 def preference_output(name: str, logp: Tensor, batch: Batch, ref_logp: Tensor, config: MPOConfig) -> MPOOutput:
     """Returns the loss ``dpo_weight * mean(preference loss) + ntp_weight * next-token loss`` from log-probs.
 
-    ``name`` is a key of ``mpo_ext.loss.preference.LOSSES``. ``logp`` holds the log-probs of the ``[N]`` labels
-    on the device of ``batch.cu_seqlens``; ``ref_logp`` the summed log-probs of the responses under the reference,
-    ``[2B]`` float64. In the result, ``dpo_loss`` is the mean preference loss, ``stats`` is empty, the reward shift 0.
+    Args:
+        name: Key of ``mpo_ext.loss.preference.LOSSES``.
+        logp: ``[N]`` log-probs of the labels, on the device of ``batch.cu_seqlens``.
+        batch: The batch of B pairs.
+        ref_logp: ``[2B]`` float64 summed log-probs of the responses under the reference model.
+        config: Weights, beta and the other settings of the loss.
+
+    Returns:
+        An ``MPOOutput``, in which ``dpo_loss`` is the mean preference loss, ``bco_loss`` and the reward shift are 0,
+        and ``stats`` is empty.
     """
     labels = batch.labels.to(logp.device)
     is_scored = labels != config.ignore_index
@@ -141,7 +168,10 @@ def _micro_batch_setting(recipe: Recipe) -> str:
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch: Batch, recipe: Recipe, step: int) -> Iterator[None]:
-    """Adds the sizes of ``batch`` and advice to an out-of-memory error in the ``with`` block; ``step`` is from 1."""
+    """Adds the sizes of ``batch`` and advice to an out-of-memory error that the ``with`` block raises.
+
+    ``step`` is the number of the step in the message, counted from 1.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:

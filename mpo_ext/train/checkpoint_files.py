@@ -1,7 +1,7 @@
 """Atomic writing of folders by all ranks, for checkpoints and the exported model.
 
-A folder is written under a temporary name (``.tmp-``) and renamed when all of its files are on disk. An existing
-folder with the final name is renamed (``.replaced-``) before and deleted after.
+A folder is written under a temporary name (``.tmp-``). When all of its files are on disk, it is renamed to its final
+name. If a folder with the final name exists, it is first renamed (``.replaced-``), and deleted in the end.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _CHUNK = 1 << 20
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or export cannot be written or read. If one rank fails, all ranks raise this error."""
+    """Raised if a checkpoint or export cannot be written or read. If one rank fails, all ranks raise this error."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,9 +57,10 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Reads a folder's manifest; raises ``CheckpointError`` if it is invalid or a listed file has another size.
+        """Returns the manifest of a folder.
 
-        The contents of the files are not read; ``check_contents`` does that.
+        Raises ``CheckpointError`` if the manifest is invalid, or if a listed file is missing or has another size. The
+        contents of the files are not read; ``check_contents`` reads them.
         """
         path = folder / _MANIFEST
         try:
@@ -97,7 +98,10 @@ class Manifest:
         write_and_sync(folder / _MANIFEST, text.encode())
 
     def check_contents(self, accelerator: Any, folder: Path) -> None:
-        """Raises ``CheckpointError`` on all ranks if a file has another digest. All ranks must call this method."""
+        """Raises ``CheckpointError`` on all ranks if a file has another digest than the manifest states.
+
+        All ranks must call this method.
+        """
         with together(accelerator):
             for name, digest in file_digests(accelerator, folder, sorted(self.digests or ())).items():
                 if digest != (self.digests or {})[name]:
@@ -111,7 +115,7 @@ def _digest_of(values: Any) -> str:
 
 
 def file_digests(accelerator: Any, folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Returns the SHA-256 of this rank's part of the files, by name. The ranks share the work."""
+    """Returns the SHA-256 of each file that this rank reads, by name. Each rank reads a part of the files."""
     return {
         name: _file_digest(folder / name) for name in names[accelerator.process_index :: accelerator.num_processes]
     }
@@ -133,7 +137,10 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def together(accelerator: Any) -> Iterator[None]:
-    """Raises ``CheckpointError`` on all ranks, with all errors, if the block fails on any rank."""
+    """Raises ``CheckpointError`` on all ranks if the ``with`` block fails on any rank.
+
+    The message holds the errors of all ranks. All ranks must run the block.
+    """
     from accelerate.utils import gather_object
 
     caught: BaseException | None = None
@@ -148,7 +155,7 @@ def together(accelerator: Any) -> Iterator[None]:
 
 
 def _error_texts(error: BaseException, accelerator: Any) -> list[str]:
-    """Returns a text for each error in an exception; torch's exception may hold the errors of several ranks."""
+    """Returns a text for each error in an exception. A ``CheckpointException`` holds the errors of several ranks."""
     if isinstance(error, CheckpointException):
         failures = {rank: inner for rank, (inner, _) in error.failures.items()}
     else:
@@ -161,7 +168,7 @@ def _error_texts(error: BaseException, accelerator: Any) -> list[str]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Returns a temporary path beside ``path``, equal on all ranks. All ranks must call this function."""
+    """Returns a temporary path in the folder of ``path``, the same on all ranks. All ranks must call this function."""
     from accelerate.utils import broadcast_object_list
 
     return _beside(path, "tmp", broadcast_object_list([secrets.token_hex(6)])[0])
@@ -172,9 +179,9 @@ def _beside(path: Path, kind: str, token: str) -> Path:
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
-    """Cleans up after a killed process: removes its temporary folders and restores a replaced folder.
+    """Cleans up after a killed process: removes its temporary folders, and restores a folder that it was replacing.
 
-    ``names`` is the pattern of the final names; leftovers with other names are kept.
+    ``names`` is the pattern of the final names. Temporary folders with other final names are kept.
     """
     for path in list(folder.iterdir()):
         leftover = LEFTOVER.fullmatch(path.name)
@@ -188,9 +195,9 @@ def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
 
 
 def move_into_place(partial: Path, path: Path) -> None:
-    """Renames a complete and synced folder to its final name, and deletes the folder that had this name.
+    """Renames the complete and synced folder ``partial`` to ``path``, and deletes the folder that had this name.
 
-    If the process is killed in between, ``remove_leftovers`` cleans up.
+    If the process is killed before the end, ``remove_leftovers`` cleans up.
     """
     old = _beside(path, "replaced", secrets.token_hex(6))
     replaces = path.exists()
@@ -210,21 +217,24 @@ def delete_folder(path: Path) -> None:
 
 
 def to_bytes(value: Any) -> bytes:
-    """Returns a value serialized with ``torch.save``, in memory because torch hides the ``OSError`` of a full disk."""
+    """Returns the bytes that ``torch.save`` writes for a value.
+
+    The caller writes them to disk, because ``torch.save`` to a file hides the ``OSError`` of a full disk.
+    """
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def free_mib(folder: Path) -> int:
-    """Returns the free disk space in MiB at a folder, which need not exist."""
+    """Returns the free space in MiB on the disk of a folder, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free >> 20
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Returns the first few names in order and how many more there are, for a message."""
+    """Returns a text for messages: the first few names in order, and the number of further names."""
     ordered = sorted(names)
     more = f" and {len(ordered) - _LISTED_NAMES} more" if len(ordered) > _LISTED_NAMES else ""
     return ", ".join(ordered[:_LISTED_NAMES]) + more

@@ -34,7 +34,7 @@ class BatchCounts(NamedTuple):
     chosen_responses: int = 0
 
     def ntp_parts(self, ntp_average: str) -> int:
-        """Returns the number of chosen tokens or responses over which the next-token term is averaged."""
+        """Returns the divisor of the next-token term: chosen tokens ("token"), or chosen responses ("sequence")."""
         return self.chosen_tokens if ntp_average == "token" else self.chosen_responses
 
 
@@ -48,9 +48,11 @@ class StepSlice:
 
     Attributes:
         step: Step number, from 0.
+        batches: The micro-batches.
         counts: Sizes of each micro-batch in ``batches``.
         skipped: Pairs that were skipped, with the reason.
         n_cut: Number of pairs with a truncated response.
+        n_split: Number of pairs with a response that was tokenized apart from the prompt.
         error: Error message of a bad pair that must end the run, or None.
     """
 
@@ -68,7 +70,7 @@ class StepSize(NamedTuple):
 
     Attributes:
         counts: Sums over all micro-batches of all ranks.
-        micro_steps: Largest number of micro-batches on any rank.
+        micro_steps: Number of micro-batches on the rank that has the most.
         micro_batches: Number of micro-batches on all ranks.
     """
 
@@ -78,7 +80,10 @@ class StepSize(NamedTuple):
 
 
 def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
-    """Returns the size of a step over all ranks; raises the errors of slices. All ranks must call this function."""
+    """Returns the size of a step over all ranks. ``step_slice`` is the part of this rank.
+
+    If a slice has an error, all ranks raise ValueError. All ranks must call this function.
+    """
     ranks = gather(accelerator, (step_slice.error, _sum_counts(step_slice.counts), len(step_slice.batches)))
     if errors := [error for error, _, _ in ranks if error is not None]:
         raise ValueError("; ".join(errors))
@@ -88,7 +93,10 @@ def size_over_ranks(accelerator: Any, step_slice: StepSlice) -> StepSize:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collator:
-    """Calls ``collate`` with the options of a run, the fields of this class. Instances can be pickled."""
+    """Calls ``collate`` with the options of a run. The fields are arguments of ``collate``.
+
+    Instances can be pickled, for DataLoader workers.
+    """
 
     layout: RowLayout
     pad_id: int
@@ -105,10 +113,21 @@ class Collator:
 
 @dataclasses.dataclass(eq=False)
 class StepDataset(torch.utils.data.Dataset[StepSlice]):
-    """Reads, encodes and batches a rank's slice of each step; item k is step k. Runs in DataLoader workers.
+    """Reads, encodes and batches a rank's slice of each step. Item k is the slice of step k.
 
-    With ``micro_batch_tokens``, micro-batches are filled by tokens instead of ``micro_batch_size`` pairs. With
-    ``group_prompts``, pairs with the same prompt are adjacent. Without ``skip_bad``, a bad pair ends the run.
+    DataLoader workers run this class.
+
+    Attributes:
+        mixture: The pairs.
+        sampler: Assigns pairs to steps and ranks.
+        encoder: Encodes a pair as a sample.
+        collator: Combines samples into a batch.
+        rank: Number of this process.
+        world_size: Number of processes.
+        micro_batch_size: Number of pairs per micro-batch, if ``micro_batch_tokens`` is None.
+        micro_batch_tokens: Maximum number of tokens per micro-batch; None: no limit.
+        group_prompts: Whether pairs with the same prompt come into the same micro-batch where possible.
+        skip_bad: Whether bad pairs are skipped; False: a bad pair ends the run.
     """
 
     mixture: Mixture
@@ -175,7 +194,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         )
 
     def encode(self, index: int) -> Sample | SkippedPair | BadLine | BadPairError:
-        """Reads and encodes a pair of the mixture; the error of a bad pair is returned instead of raised."""
+        """Reads and encodes a pair of the mixture. Returns a sample, or the reason why the pair is skipped or bad."""
         pair, name = self.mixture.read(index)
         if isinstance(pair, BadLine):
             return pair
@@ -186,7 +205,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
 
 
 def _all_lines(lines: int, epoch: int) -> np.ndarray:
-    """Returns each line of a mixture once, as the ``epoch`` function of ``StepSampler``."""
+    """Returns the indices of all lines of a mixture, each once; an ``epoch`` function for ``StepSampler``."""
     return np.arange(lines)
 
 
@@ -220,7 +239,7 @@ class RunData:
         return [mixture for mixture in (self.mixture, self.eval_mixture) if mixture is not None]
 
     def first_pairs(self) -> Iterator[tuple[Pair, str]]:
-        """Yields the good pairs in the order of the first epoch, with their names."""
+        """Yields the valid pairs in the order of the first epoch, each with its file and line number."""
         for index in self.sampler.order(0):
             pair, name = self.mixture.read(int(index))
             if not isinstance(pair, BadLine):
@@ -231,24 +250,30 @@ class RunData:
         return self._dataset(self.mixture, self.sampler)
 
     def load_steps(self, first: int) -> Iterator[StepSlice]:
-        """Loads this rank's training slices from step ``first`` (counted from 0) to the last step."""
+        """Yields this rank's training slices from step ``first`` (counted from 0) to the last step."""
         return self._load(self.steps(), range(first, self.total_steps))
 
     def load_evaluation(self) -> Iterator[StepSlice]:
-        """Loads this rank's evaluation slices; each step has as many pairs as a training step."""
+        """Yields this rank's evaluation slices. Each step has as many pairs as a training step."""
         assert self.eval_mixture is not None
         sampler = StepSampler(self.eval_mixture.epoch, batch_size=self.recipe.optim.batch_size)
         return self._load(self._dataset(self.eval_mixture, sampler), range(sampler.steps_per_epoch))
 
     def load_all_lines(self) -> Iterator[StepSlice]:
-        """Loads each line of all mixtures once and skips bad pairs, which the training steps report."""
+        """Yields this rank's slices of all lines of all mixtures, each line once.
+
+        Bad pairs are skipped here; the training steps report them.
+        """
         for mixture in self.mixtures:
             epoch = functools.partial(_all_lines, len(mixture))
             sampler = StepSampler(epoch, batch_size=self.recipe.optim.batch_size)
             yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
 
     def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:
-        """Yields each micro-batch of the slice with its sizes, and dummies with None up to ``size.micro_steps``."""
+        """Yields ``size.micro_steps`` micro-batches with their sizes, so that all ranks run equally many.
+
+        After the micro-batches of the slice come dummy batches, with None instead of sizes.
+        """
         yield from zip(step_slice.batches, step_slice.counts, strict=True)
         for _ in range(size.micro_steps - len(step_slice.batches)):
             yield self.dummy_batch(), None

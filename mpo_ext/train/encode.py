@@ -53,7 +53,7 @@ class Sample:
         is_split: Whether a response was tokenized apart from the prompt; see ``mpo_ext.chat.ChatEncoder``.
         chosen_targets: ``[C]`` bool, False for the user's turns in a chosen response of several turns; None: all
             tokens are targets.
-        rejected_targets: ``[R]`` bool, the same for the rejected response.
+        rejected_targets: ``[R]`` bool, defined like ``chosen_targets`` for the rejected response.
     """
 
     key: str
@@ -78,7 +78,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SkippedPair:
-    """A valid pair that is not used for training.
+    """A valid pair that training does not use, for example because it is too long.
 
     Attributes:
         name: File and line number of the pair.
@@ -124,7 +124,7 @@ class PairCounts:
         self.examples.setdefault(reason, message)
 
     def merge(self, other: "PairCounts") -> None:
-        """Adds the counts of another process."""
+        """Adds the counts of another process. For a reason with an example here, the example stays."""
         self.kept += other.kept
         self.cut += other.cut
         self.split += other.split
@@ -146,7 +146,7 @@ class PairCounts:
             yield f"skipped {count:,}: {reason}, for example {self.examples[reason]}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the counts under the names that checkpoints use."""
+        """Returns the counts and the examples as a dict, under the names that checkpoints use."""
         return {
             "kept": self.kept,
             "cut": self.cut,
@@ -179,10 +179,12 @@ class Encoder:
 
     A prompt of several turns is in ``pair.source["messages"]``, which replaces ``question``; see
     ``mpo_ext.chat.Conversation``. A response of several turns is in ``pair.source["chosen_messages"]`` or
-    ``["rejected_messages"]``, which replaces ``chosen`` or ``rejected``; only the assistant's turns are targets.
+    ``["rejected_messages"]``, which replaces ``chosen`` or ``rejected``. In such a response, only the assistant's
+    turns are targets.
 
-    Some processors (Idefics3, SmolVLM) nest images in a batch axis, which their models flatten: the encoder changes
-    ``[1, N, ...]`` to ``[N, 1, ...]``. Models with cross-attention to images (Mllama) are not supported.
+    Some processors (Idefics3, SmolVLM) return images with an additional batch axis, ``[1, N, ...]``. The encoder
+    changes their shape to ``[N, 1, ...]``, so that batches can concatenate the first axis; the models flatten both
+    axes. Models with cross-attention to images (Mllama) are not supported.
 
     Args:
         processor: The model's processor, or the tokenizer of a text model.
@@ -223,7 +225,11 @@ class Encoder:
         return self.chat.end_id
 
     def encode(self, pair: Pair, name: str) -> Sample | SkippedPair:
-        """Encodes a pair with absolute image paths; ``name`` is its file and line number, for messages.
+        """Returns the sample of a pair, or the reason why the pair is skipped.
+
+        Args:
+            pair: A pair with absolute image paths.
+            name: File and line number of the pair, for messages.
 
         Raises:
             BadPairError: If an image cannot be read, the prompt does not fit its images or the chat template, or a
@@ -348,7 +354,10 @@ class Encoder:
 
 
 def conversation_of(pair: Pair, name: str) -> Conversation:
-    """Returns the prompt of a pair: its question, or the turns of ``pair.source["messages"]``."""
+    """Returns the prompt of a pair: its question, or the turns of ``pair.source["messages"]``.
+
+    ``name`` is the file and line number of the pair.
+    """
     messages = pair.source.get("messages", ())
     if "messages" in pair.source and not (isinstance(messages, (list, tuple)) and messages):
         raise BadPairError(
@@ -359,12 +368,15 @@ def conversation_of(pair: Pair, name: str) -> Conversation:
 
 
 def _targets(response: EncodedResponse, room: int) -> Tensor | None:
-    """Returns which tokens of a response are targets, or None if all are."""
+    """Returns for each of the first ``room`` tokens of a response whether it is a target; None if all tokens are."""
     return None if all(response.is_target) else torch.tensor(response.is_target[:room])
 
 
 def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
-    """Returns the id of the token that represents an image, a video or audio; None if ``owner`` names none."""
+    """Returns the id of the token that represents media of a kind ("image", "video" ...).
+
+    ``owner`` (a tokenizer or a processor) names the token in its attributes. If it names none, the result is None.
+    """
     token_id = getattr(owner, f"{kind}_token_id", None)
     token = getattr(owner, f"{kind}_token", None)
     if token_id is None and isinstance(token, str):
@@ -384,7 +396,7 @@ def _open(path: str, index: int, name: str) -> Any:
 
 
 def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Splits the processor's output for one sample into token ids, per-token inputs and image inputs."""
+    """Splits the processor's output for one sample. Returns the token ids, inputs per token, and image inputs."""
     for input_name, value in inputs.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"the processor must return tensors, got {type(value).__name__} for {input_name!r}")

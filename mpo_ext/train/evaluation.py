@@ -1,4 +1,4 @@
-"""The evaluation of the policy on the evaluation pairs (``data.eval``)."""
+"""Evaluates the policy on the evaluation pairs (``data.eval`` in the recipe)."""
 
 import torch
 from torch import nn
