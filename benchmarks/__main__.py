@@ -70,7 +70,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_all(names: list[str], out: Path, args: argparse.Namespace, command: str) -> None:
-    """Runs the benchmarks, and writes their result files and those of the machine's rates and the cost model."""
+    """Runs the benchmarks ``names``, and writes their result files to the folder ``out``.
+
+    Two further files are written: the rates of the machine, and the predictions of the cost model. ``command`` is the
+    command line, which each file records.
+    """
     begin, whole = time.perf_counter(), sum(SHARES[name] for name in names)
     minutes = min(args.minutes, _QUICK_MINUTES) if args.quick else args.minutes
     seconds: dict[str, list[float]] = {}

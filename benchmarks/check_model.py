@@ -1,4 +1,7 @@
-"""Compares the predictions of mpo_ext.plan with the measured points (provider and shape) in results/."""
+"""Compares the predictions of mpo_ext.plan with the measurements in results/.
+
+A point is the measurement of one provider (a way to compute the loss, or a trainer) on one shape.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,10 @@ def is_ours(provider: str) -> bool:
 
 
 def compared(documents: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns each measured point with its prediction, as the result file of the cost model stores them.
+    """Returns the points of the result file of the cost model: each measured point with its predicted cost.
 
-    A prediction uses the machine's rates from the same rounds, because other programs may slow the machine down.
+    A prediction uses rates of the machine that were measured in the same rounds as the point, because other programs
+    may slow the machine down. Points that the cost model does not describe are left out.
     """
     points = []
     for benchmark in ("logits", "linear", "train_step"):
@@ -89,12 +93,12 @@ def step_inputs(sizes: Sizes, *, precomputed: bool) -> tuple[steps.ModelShape, s
 
 
 def error(point: Mapping[str, Any]) -> float:
-    """Returns the relative error of the predicted time."""
+    """Returns the relative error of the predicted time: predicted / measured - 1."""
     return point["predicted_s"] / point["median_s"] - 1
 
 
 def memory_error(point: Mapping[str, Any]) -> float:
-    """Returns the relative error of the predicted memory."""
+    """Returns the relative error of the predicted memory: predicted / measured - 1."""
     return point["predicted_bytes"] / point["peak_bytes"] - 1
 
 
@@ -104,7 +108,10 @@ def middle(values: Sequence[float]) -> float:
 
 
 def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Returns the points by kind: mpo_ext's or other libraries' ("peers"), and benchmark; sorted by kind."""
+    """Returns the points grouped by kind, sorted by kind.
+
+    A kind is "mpo_ext" or "peers" (other libraries) with the name of the benchmark, such as "peers, linear".
+    """
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         who = "mpo_ext" if is_ours(point["provider"]) else "peers"

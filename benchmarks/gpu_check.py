@@ -51,19 +51,19 @@ Timings = Mapping[str, Mapping[str, Timing]]
 
 @dataclasses.dataclass
 class StepResult:
-    """Result of one step of the check."""
+    """Result of one step of the check, such as "build" or "tests"."""
 
     name: str
     passed: bool
     seconds: float
-    notes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)  # a line for each command that failed
 
 
 # -------------------------------------------------------------------------------------------------------------- steps
 
 
 def commands(step: str, root: Path) -> dict[str, list[str]]:
-    """Returns the commands of a step by the name of their log."""
+    """Returns the commands of a step, by the name of the log file of each command. ``root`` is the repository."""
     python = sys.executable
     pytest = [python, "-m", "pytest"]
     if step == "build":
@@ -96,7 +96,7 @@ def step_environment(step: str) -> dict[str, str]:
 
 
 def run_step(step: str, root: Path, out: Path) -> StepResult:
-    """Runs the commands of a step, and writes a log for each command."""
+    """Runs the commands of a step, writes a log for each command to the folder ``out``, and returns the result."""
     start = time.perf_counter()
     notes = []
     for name, command in commands(step, root).items():
@@ -142,7 +142,9 @@ def copy_bandwidth(device: str, nbytes: int = 1 << 30) -> float:
 def measure(
     loss: LossShape, device: str, names: Sequence[str], runs: int
 ) -> tuple[dict[str, dict[str, Timing]], dict[str, int]]:
-    """Measures forward, backward and both together for each provider. A provider that fails is printed and skipped.
+    """Measures forward, backward and both together for each provider, ``runs`` times.
+
+    If a provider fails, the error is printed and the provider is left out.
 
     Returns:
         The timings by pass and provider, and the peak bytes of forward and backward by provider (0 on a CPU).
@@ -175,7 +177,10 @@ def measure(
 
 
 def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor | None) -> dict[str, Run]:
-    """Returns the runs of forward, backward and both. ``pristine``: logits to restore before each run, or None."""
+    """Returns the runs of forward, of backward and of both together, for one provider.
+
+    ``pristine`` is a copy of the logits for a provider that overwrites them; each run then starts from this copy.
+    """
     leaf = batch.logits.detach().requires_grad_()
     losses: list[Tensor] = []
     restore: Callable[[], Any] = nothing if pristine is None else functools.partial(batch.logits.copy_, pristine)

@@ -1,8 +1,8 @@
 """Compares rows of a hybrid model (Gated DeltaNet and attention): ``python -m benchmarks.hybrid_rows``.
 
-A small Qwen3.5 text model makes training steps (forward pass, loss, backward pass) on one pair, with one row for the
-prompt and both responses, and with a row for each response. The runs take turns. Peak memory is that of one step in a
-fresh process. ``--vocab`` is small, so that the layers take most of the time.
+A small Qwen3.5 text model makes training steps (forward pass, loss, backward pass) on one pair. One case has a single
+row for the prompt and both responses; the other has a row for each response. The runs take turns. Peak memory is that
+of one step in a fresh process. The default vocabulary is small, so that the layers take most of the time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def build(vocab: int, hidden: int, layers: int) -> Any:
 
 
 def make_step(layout: Any, vocab: int, hidden: int, layers: int, prompt: int, response: int) -> Callable[[], float]:
-    """Returns a training step on one pair of random tokens; the step returns its loss."""
+    """Returns a function that runs a training step on one pair of random tokens, and returns the loss."""
     model = build(vocab, hidden, layers)
     generator = torch.Generator().manual_seed(0)
     prompt_ids, chosen_ids, rejected_ids = (
@@ -76,7 +76,10 @@ def make_step(layout: Any, vocab: int, hidden: int, layers: int, prompt: int, re
 
 
 def one_step(begin: Callable[[], None], threads: int, *sizes: Any) -> None:
-    """Makes a step for ``peak_bytes``."""
+    """Runs one training step in a fresh process; ``peak_bytes`` measures from the call of ``begin``.
+
+    ``sizes`` are the arguments of ``make_step``.
+    """
     torch.set_num_threads(threads)
     step = make_step(*sizes)
     begin()
@@ -84,7 +87,7 @@ def one_step(begin: Callable[[], None], threads: int, *sizes: Any) -> None:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Measures both layouts, and prints a table of times, peak memory and losses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=256)

@@ -33,10 +33,11 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 
 
 class HiddenBatch:
-    """Hidden states ``[2, B T, D]``, head ``[V, D]``, ref_logp ``[2]``, and labels ``[2, B T]``.
+    """Random inputs of the loss from hidden states.
 
-    Only the last fraction ``share`` of each sequence has labels other than -100. B pairs of T tokens are stored as one
-    pair of B * T tokens, which does not change the matmuls.
+    They are hidden states ``[2, B T, D]``, a head ``[V, D]``, ref_logp ``[2]``, and labels ``[2, B T]``. Only the last
+    fraction ``share`` of each sequence has labels other than -100. B pairs of T tokens are stored as one pair of B * T
+    tokens, which does not change the matmuls.
     """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:
@@ -55,7 +56,7 @@ class HiddenBatch:
 
 
 def ours(batch: HiddenBatch, frozen: bool = False, **options: Any) -> tuple[Tensor, ...]:
-    """Returns the loss of ``linear_mpo_loss`` and its gradients."""
+    """Returns the loss of ``linear_mpo_loss``, and the gradients of hidden states and (unless ``frozen``) head."""
     hidden, weight = batch.inputs(frozen)
     loss = linear_mpo_loss(hidden, weight, batch.labels_on_cpu, batch.ref_logp, shift=False, **options).loss
     return loss.detach(), *torch.autograd.grad(loss, (hidden,) if frozen else (hidden, weight))
@@ -157,7 +158,10 @@ def provider(name: str) -> losses.Provider:
 
 
 def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
-    """Returns programs that run the matmuls of the labelled rows, into preallocated memory, in mpo_ext's dtype."""
+    """Returns the programs that measure the floor: each runs one matmul of the labelled rows.
+
+    The matmuls write to preallocated memory and have the dtype in which mpo_ext runs them.
+    """
     dtype = matmul_dtype(batch.hidden.dtype, batch.hidden.device)
     rows = batch.hidden.flatten(0, 1)[batch.labels.flatten() != -100].to(dtype)
     weight = batch.weight.to(dtype)
@@ -171,7 +175,10 @@ def _floor_runs(batch: HiddenBatch) -> dict[str, Callable[[], Any]]:
 
 
 def _floor_seconds(name: str, medians: Mapping[str, float]) -> float:
-    """Returns the seconds of the matmuls that every method needs; with a frozen head, without that of its gradient."""
+    """Returns the seconds of the matmuls that every method needs. A frozen head needs no matmul for its gradient.
+
+    ``medians`` are the median seconds of the programs of ``_floor_runs``.
+    """
     forward_and_hidden = medians["mm forward"] + medians["mm d hidden"]
     return forward_and_hidden if name == FROZEN else forward_and_hidden + medians["mm d weight"]
 

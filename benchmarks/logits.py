@@ -24,7 +24,10 @@ STATS = ("entropy", "mean_logit", "top1")
 
 
 class LogitsBatch:
-    """Logits ``[2B, T, V]``, ref_logp ``[2B]``, and labels ``[2B, T]`` (-100 except in the last ``share`` of T)."""
+    """Random inputs of the loss from logits: logits ``[2B, T, V]``, ref_logp ``[2B]``, and labels ``[2B, T]``.
+
+    Only the last fraction ``share`` of each sequence has labels other than -100.
+    """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
@@ -70,7 +73,10 @@ def pair_loss(logp: Tensor, labels: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def _from_tokens(token_logp: Callable[[Tensor, Tensor], Tensor]) -> LossOf:
-    """Returns the MPO loss with another library's ``token_logp``, which accepts only labels in the vocabulary."""
+    """Returns a function that computes the MPO loss with another library's ``token_logp(logits, labels)``.
+
+    ``token_logp`` accepts only labels in the vocabulary, so labels of -100 are replaced before the call.
+    """
 
     def loss_of(values: Tensor, batch: LogitsBatch) -> Tensor:
         logp = token_logp(values, batch.labels.clamp(min=0)).float()
@@ -126,7 +132,10 @@ def provider(name: str) -> losses.Provider:
 
 
 def _floor_runs(batch: LogitsBatch) -> dict[str, Callable[[], Any]]:
-    """Returns a program that reads the labelled logits twice and writes them once, in place, viewed as float32."""
+    """Returns the program that measures the floor: it reads the labelled logits twice and writes them once.
+
+    The program works in place, and views the logits as float32.
+    """
     labelled = batch.logits[:, int((batch.labels[0] == -100).sum()) :]
     return {"floor": lambda: (labelled.view(torch.float32).sum(), labelled.view(torch.float32).mul_(1.0))}
 

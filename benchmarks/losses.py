@@ -45,7 +45,9 @@ class LossBenchmark:
             exception.
         make_batch: Returns the batch of a shape on a device.
         floor_runs: Returns the programs that measure the floor, by name. The programs may overwrite the batch.
-        floor_seconds: Returns the floor of a provider, given the median seconds of these programs.
+        floor_seconds: Returns the floor of a provider in seconds, from its name and the median seconds of the programs
+            of ``floor_runs``.
+        floor: Description of the floor, for the result files.
         overwriting: Names of the providers that overwrite the logits of the batch.
         frozen: Names of the providers that compute no gradient of the head.
     """
@@ -81,9 +83,10 @@ def usable(
     device: str = "cpu",
     most_seconds: float = math.inf,
 ) -> tuple[dict[str, Provider], dict[str, str]]:
-    """Tries the providers on a smaller shape to find those that can run on ``loss``.
+    """Returns the providers that can run on the shape ``loss``, found by trials on a smaller shape.
 
-    Another library is skipped if its run would take longer than ``most_seconds``, estimated from the trial.
+    The time of a run is estimated from the trial. Another library is left out if its run would take longer than
+    ``most_seconds``.
 
     Returns:
         The usable providers, and the reason for each provider that is not usable, both by name.
@@ -128,7 +131,10 @@ def _elapsed(run: Provider, batch: Any) -> float:
 def runs_of(
     benchmark: LossBenchmark, cases: Mapping[str, Provider], loss: LossShape, *, device: str = "cpu"
 ) -> dict[str, Run]:
-    """Returns the runs of the providers and of the programs that measure the floor, for ``interleaved``."""
+    """Returns the runs of the providers and of the programs that measure the floor, by name, for ``interleaved``.
+
+    All runs use the shape ``loss``. Providers that overwrite their logits get a copy, which is restored before a run.
+    """
     batch = benchmark.make_batch(loss, device)
     work = batch if loss.hidden is not None else benchmark.make_batch(loss, device)
     runs: dict[str, Run] = {}
@@ -147,7 +153,10 @@ def floors_of(benchmark: LossBenchmark, names: Iterable[str], timings: Mapping[s
 
 
 def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape, device: str = "cpu") -> int:
-    """Returns the peak bytes beyond the inputs, including the gradients, or raises OSError or RuntimeError."""
+    """Returns the peak bytes of a run of the provider ``name`` beyond its inputs; gradients are included.
+
+    Raises OSError or RuntimeError if the memory cannot be measured.
+    """
     if device == "cpu":
         return peak_bytes(memory_target, benchmark, name, loss, torch.get_num_threads())
     batch = benchmark.make_batch(loss, device)
@@ -158,7 +167,10 @@ def peak_of(benchmark: LossBenchmark, name: str, run: Provider, loss: LossShape,
 def memory_target(
     begin: Callable[[], None], benchmark: LossBenchmark, name: str, loss: LossShape, threads: int
 ) -> None:
-    """Runs a provider twice in a fresh process; calls ``begin`` after the first run, which includes all setup."""
+    """Runs a provider twice, for ``peak_bytes``, which calls this function in a fresh process.
+
+    The first run includes all setup. ``begin`` is called after it, so only the second run is measured.
+    """
     torch.set_num_threads(threads)
     run = benchmark.providers[name]()
     small = {"tokens": 4, "share": 1.0} if loss.hidden is None else {"tokens": 4, "hidden": 16, "vocab": 64}

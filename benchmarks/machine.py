@@ -1,4 +1,7 @@
-"""Measures the rates of the machine that mpo_ext.plan.roofline needs, with programs that alternate with benchmarks."""
+"""Measures the rates of this machine (such as bytes and FLOP per second) for the cost model, mpo_ext.plan.roofline.
+
+The rates come from small programs. They take turns with the benchmarks, because other work may slow the machine down.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,9 @@ DTYPES = ("float32", "bfloat16")
 
 @functools.cache
 def programs() -> dict[str, Run]:
-    """Returns the programs by name, for ``interleaved``. Their memory stays allocated.
+    """Returns the programs that measure the machine, by name, for ``interleaved``. Their memory stays allocated.
 
-    A program that measures the speed in cache first runs once untimed, because the cache holds other data.
+    A program that measures the speed in cache runs once untimed before each timed run, which fills the cache.
     """
     words = torch.ones(_WORDS)
     cached = torch.randn(_CACHED)
@@ -91,7 +94,8 @@ def sample(runs: int = 5) -> dict[str, list[float]]:
 def rates(seconds: Mapping[str, Sequence[float]], name: str = "this CPU") -> Machine:
     """Returns the rates of the machine from the median seconds of the programs.
 
-    Runs before 2026-11-29 have no programs for attention and for products of other sizes; their rates are left out.
+    ``seconds`` holds the seconds of each run by program. Result files from before 2026-11-29 lack the programs for
+    attention and for products of other sizes. The rates of missing programs are left out.
     """
     wanted = ["read", "update", "fill", "fresh", "huge", "kernels", "softmax", "overhead"]
     for key in (*wanted, *(f"product {dtype}" for dtype in DTYPES)):

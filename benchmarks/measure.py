@@ -1,4 +1,7 @@
-"""Measures time and memory on a shared machine, with interleaved runs, medians and fresh processes."""
+"""Measures time and memory on a machine that also does other work.
+
+The cases run in turn, times are medians, and peak memory is measured in fresh processes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ _clock: Callable[[], float] = time.perf_counter
 def use_cpu_time() -> None:
     """Makes ``interleaved`` measure the CPU time of all threads, which other programs on the machine disturb less.
 
-    On one thread of an idle machine it equals the elapsed time.
+    On one thread of an idle machine, the CPU time equals the elapsed time.
     """
     global _clock
     _clock = time.process_time
@@ -76,7 +79,7 @@ class Timing:
 def interleaved(
     cases: Mapping[str, Run], runs: int, *, seconds_in_all: float = math.inf, least: int = 2, device: str = "cpu"
 ) -> dict[str, Timing]:
-    """Times all cases in turn, round by round. The first round is not counted.
+    """Times all cases in turn, round by round, and returns the timings by name. The first round is not counted.
 
     Args:
         cases: ``(prepare, run)`` by name. Only ``run`` is timed; its result is freed after the clock has stopped.
@@ -222,7 +225,10 @@ def now() -> tuple[str, tuple[float, ...]]:
 
 
 def provenance(command: str, started: str, load_before: tuple[float, ...]) -> dict[str, Any]:
-    """Returns the environment of a run as ``benchmarks.schema`` requires. ``now`` returns the last two arguments."""
+    """Returns the environment of a run in the form that ``benchmarks.schema`` requires.
+
+    ``command`` is the command line. ``started`` and ``load_before`` are the results of ``now`` when the run started.
+    """
     short = environment()
     # A run writes these files itself, so they do not count as modified.
     changed = subprocess.run(

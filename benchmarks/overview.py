@@ -1,6 +1,6 @@
 """Draws docs/images/overview.svg: a preference pair, the terms of the loss, and the speed in results/logits.json.
 
-Usage: ``python -m benchmarks.overview``. A test checks that the committed picture shows the results.
+Usage: ``python -m benchmarks.overview``. A test checks that the committed picture shows the committed results.
 """
 
 import json

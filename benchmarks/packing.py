@@ -2,7 +2,8 @@
 
 Both cases are complete steps of our trainer with split attention, from pairs on the disk to the optimizer. A
 micro-batch has 8 pairs of text. The lengths of prompts and responses are uniformly distributed between a smallest and
-a largest length. In padded rows each prompt is a row with its responses; a packed row holds all of them.
+a largest length. With padded rows, each prompt has a row with its responses. A packed row holds all prompts of the
+micro-batch with their responses, without padding.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SIZES = Sizes(
 
 
 def main() -> None:
-    """Prints the table, and writes it as JSON if ``--json`` is given."""
+    """Measures both cases, prints a table, and writes the results as JSON if ``--json`` is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("hidden", "layers", "text", "least_text", "response", "least_response"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(SIZES, name))

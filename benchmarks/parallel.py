@@ -1,7 +1,8 @@
-"""Memory of a rank when 1, 2 or 4 ranks (gloo, on this machine) share a vocabulary: ``python -m benchmarks.parallel``.
+"""Measures the memory of a rank when 1, 2 or 4 ranks share a vocabulary: ``python -m benchmarks.parallel``.
 
-A figure is the peak of a forward and a backward over the memory before the rank's tensors were made. Hidden states and
-their gradient, which every rank holds whole, are listed apart.
+The ranks run on this machine with gloo. A peak is measured over a forward and a backward, relative to the memory
+before the tensors of the rank were made. Every rank holds all hidden states and their gradient, which are listed
+separately.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plots the result files as PNG and SVG, on a white background, so that dark web pages show them readably."""
+"""Plots the result files as PNG and SVG, on a white background, so that the plots are readable on dark web pages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _LABELS = {
 
 
 def draw(documents: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Draws the plots of the result files with matplotlib, and returns the paths of the PNG and SVG files."""
+    """Draws the plots of the result files to ``folder``, and returns the paths of the PNG and SVG files.
+
+    ``documents`` holds the contents of the result files by benchmark.
+    """
     written = []
     for name in ("logits", "linear"):
         if name in documents:
@@ -48,7 +51,10 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
 
 
 def _scaling(name: str, points: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Draws the measured time against each swept size, with one row of panels per dtype."""
+    """Plots the measured time against each size that a sweep varies, with one row of panels per dtype.
+
+    Returns the paths of the plot files; none if there is no sweep.
+    """
     measured = [point for point in points if point["status"] == "measured" and point.get("median_s") is not None]
     axes = [axis for axis in _LABELS if any(point["sweep"] == axis for point in measured)]
     dtypes = [d for d in ("float32", "bfloat16") if any(p["sweep"] in axes and p["dtype"] == d for p in measured)]

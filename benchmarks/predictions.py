@@ -70,7 +70,7 @@ _SHARES = (1.0, 0.25, 0.1)
 
 
 def products_of(method: str) -> str:
-    """Returns the number of matmuls with the head and the rows they cover, such as "3, labelled rows"."""
+    """Returns the number of matmuls with the head and the rows that they cover, such as "3, labelled rows"."""
     counting = machines.Machine(name="counts", is_gpu=True, bandwidth=float("inf"), matmul_rates={"bfloat16": 1.0})
     flop = 2.0 * _WIDE.rows * _WIDE.vocab * _WIDE.hidden_size  # at 1 FLOP/s, predicted seconds count FLOP
     whole, half = (
@@ -117,7 +117,7 @@ _PAIRS = ((3072, 1024), (12288, 2048))
 
 
 def step_times(documents: Documents) -> str:
-    """Returns a table of the predicted time and memory of a training step with each trainer, for each pair."""
+    """Returns a table of the predicted time and memory of a training step, by trainer, for each size of ``_PAIRS``."""
     model, machine = _described_model(), machines.gpu("H100")
     frozen = _described_model(trainable_share=0.005, head_learns=False)
     adapters = "mpo_ext, precomputed, adapters of 0.5 % of the weights, frozen head"
@@ -163,7 +163,7 @@ _PUBLISHED = (
 
 
 def published(documents: Documents) -> str:
-    """Returns a table of published times of other libraries beside our predicted times for the same sizes."""
+    """Returns a table of times that other libraries published, with our predicted times for the same sizes."""
     rows = []
     for name, gpu, count, hidden, vocab, milliseconds, source in _PUBLISHED:
         loss = cost.LossShape(tokens=count // 2, vocab=vocab, hidden=hidden)
@@ -200,7 +200,10 @@ def floors(documents: Documents) -> str:
 
 
 def issue(documents: Documents) -> str:
-    """Returns a table of each GPU's time to issue the instructions, as a fraction of the time to move the logits."""
+    """Returns a table of the time that each GPU needs to issue the kernels' instructions.
+
+    The times are fractions of the time to move the logits at peak bandwidth.
+    """
     counts = documents["machine_code"]["instructions"]["sm_90"]
     names = ("token_logp bfloat16", "token_logp bfloat16 stats", "logits_grad bfloat16")
     forward, stats, backward = (counts[name]["per_logit"] for name in names)

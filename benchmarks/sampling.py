@@ -40,7 +40,7 @@ SHARED, APART = "one prefill per question", "one prefill per sample"
 
 
 class TimedEngine(TransformersEngine):
-    """An engine that adds up the time spent in ``generate``."""
+    """An engine that adds up the wall-clock seconds spent in ``generate``."""
 
     seconds = 0.0
 
@@ -159,7 +159,10 @@ def _shared_prefill(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _samples(engine: TransformersEngine, sizes: Sizes, args: argparse.Namespace) -> list[Request]:
-    """Returns a request per sample of a question with ``args.prompt`` tokens, of which each word is one."""
+    """Returns a request for each sample of one question.
+
+    The question has images and random words, so that its prompt has ``args.prompt`` tokens; each word is one token.
+    """
     rng = np.random.default_rng(0)
     shape = (sizes.images, sizes.pixels, sizes.pixels, 3)
     images = tuple(Image.fromarray(pixels) for pixels in rng.integers(256, size=shape, dtype=np.uint8))

@@ -25,7 +25,10 @@ _NUMBERS = ("median_s", "p20_s", "p80_s", "peak_bytes", "floor_s", "share_of_flo
 
 
 def check(document: Mapping[str, Any], name: str) -> None:
-    """Checks the format of a result file. The ValueError for a wrong value names the place of the value."""
+    """Raises ValueError if the content of a result file has a wrong format.
+
+    The message names the file (``name``), the place of the wrong value, the rule and the value.
+    """
 
     def must(holds: bool, where: str, rule: str, value: object) -> None:
         if not holds:
@@ -73,7 +76,7 @@ def check(document: Mapping[str, Any], name: str) -> None:
 
 
 def load(path: Path, check: Callable[[Mapping[str, Any], str], None] = check) -> dict[str, Any]:
-    """Reads a result file, and checks the format with ``check``."""
+    """Returns the content of a result file after ``check`` has checked its format."""
     document: dict[str, Any] = json.loads(path.read_text())
     check(document, path.name)
     return document

@@ -30,7 +30,9 @@ class Group:
     """Providers that run in turn on one shape.
 
     Attributes:
-        sweep: Size that varies in the sweep, or "base".
+        sweep: Size that varies over the groups of the sweep, such as "vocab"; "base" for the base shape.
+        loss: The shape.
+        providers: Names of the providers.
         runs: Number of counted rounds.
         memory: Names of the providers whose peak memory is measured too, each in a fresh process.
     """
@@ -47,6 +49,7 @@ class Results:
     """Results of a benchmark so far.
 
     Attributes:
+        points: Points for the result file.
         missing: Reasons by provider, for the providers that could not run.
         machine: Seconds by program of ``benchmarks.machine``, from all groups.
         beside: Median seconds by program of ``benchmarks.machine``, from the last group.
@@ -96,7 +99,10 @@ def _around(base: LossShape, axes: Mapping[str, Sequence[Any]]) -> Iterator[tupl
 
 
 def logits_groups(*, quick: bool) -> list[Group]:
-    """Returns the groups of the loss from logits: the base shape, and sweeps over labelled share, V, T, B, dtype."""
+    """Returns the groups of the loss from logits: the base shape, and sweeps over labelled share, V, T, B and dtype.
+
+    ``quick`` selects small shapes.
+    """
     rivals = ("eager", "torch.compile", "TRL selective_log_softmax", "Liger cross entropy", "quack cross entropy")
     everyone = ("mpo_ext", "mpo_ext, reuse_logits", logits.STATISTICS, *rivals, "mpo_ext, cuda", "mpo_ext, triton")
     ours = ("mpo_ext", "mpo_ext, reuse_logits")
@@ -129,7 +135,10 @@ def logits_groups(*, quick: bool) -> list[Group]:
 
 
 def linear_groups(*, quick: bool) -> list[Group]:
-    """Returns the groups of the loss from hidden states; the sweeps over V, D, T and B measure only mpo_ext."""
+    """Returns the groups of the loss from hidden states: the base shape, and sweeps over labelled share, V, D, T, B.
+
+    The sweeps over V, D, T and B measure only mpo_ext. ``quick`` selects small shapes.
+    """
     # F.linear_cross_entropy takes seconds even on the small shapes of a quick run.
     rivals = tuple(name for name in linear.RIVALS if not (quick and name == "F.linear_cross_entropy"))
     ours, everyone = tuple(linear.OURS), (*linear.OURS, *linear.SMALL, *rivals)
@@ -161,7 +170,7 @@ def linear_groups(*, quick: bool) -> list[Group]:
 
 
 def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, seconds_in_all: float) -> None:
-    """Measures a group, and adds its points to ``results``."""
+    """Measures a group, and adds its points to ``results``. ``seconds_in_all`` limits the time of the rounds."""
     loss = group.loss
     cases, missing = losses.usable(benchmark, group.providers, loss, most_seconds=_RUN_SECONDS)
     runs = losses.runs_of(benchmark, cases, loss)
@@ -207,10 +216,10 @@ def _peaks(
 def run_groups(
     benchmark: losses.LossBenchmark, groups: Sequence[Group], seconds: float, log: Callable[[str], None]
 ) -> Results:
-    """Measures the groups in order of importance, until ``seconds`` have passed.
+    """Measures the groups in their order until ``seconds`` have passed, and returns the results.
 
-    The points of groups that have not begun by then have this reason in place of measurements. ``log`` receives a line
-    for each measured group.
+    For a group that has not begun by then, the points hold this reason in place of measurements. ``log`` receives a
+    line for each measured group.
     """
     results = Results()
     begin = time.perf_counter()
@@ -239,7 +248,10 @@ PROMPTS, _TRL_PROMPT = (1024, 2048, 4096, 8192), 2048
 def step_groups(
     *, quick: bool, prompts: Sequence[int] = PROMPTS
 ) -> list[tuple[str, train_step.Sizes, tuple[str, ...], int]]:
-    """Returns the sweep, the sizes, the cases and the number of counted steps of each group."""
+    """Returns the sweep, the sizes, the cases and the number of counted steps of each group.
+
+    ``prompts`` are the tokens of the prompts of the steps whose attention is expensive.
+    """
     ours, cases = ("mpo_ext", "mpo_ext, precomputed"), ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
     if quick:
         return [("base", TINY, cases, 2)]
@@ -264,7 +276,10 @@ def step_groups(
 def run_train_step(
     *, quick: bool, seconds: float, threads: int, log: Callable[[str], None], prompts: Sequence[int] = PROMPTS
 ) -> Results:
-    """Measures complete training steps of mpo_ext's trainer and of TRL's trainer."""
+    """Measures complete training steps of mpo_ext's trainer and of TRL's trainer, and returns the results.
+
+    A group that has not begun after ``seconds`` is not measured. ``prompts`` are those of ``step_groups``.
+    """
     results = Results()
     begin = time.perf_counter()
     for number, (sweep, sizes, names, steps) in enumerate(step_groups(quick=quick, prompts=prompts), start=1):
@@ -293,7 +308,7 @@ def run_train_step(
 
 
 def run_sampling(*, quick: bool, threads: int, log: Callable[[str], None]) -> Results:
-    """Runs ``benchmarks.sampling`` in a fresh process and reads its results."""
+    """Runs ``benchmarks.sampling`` in a fresh process, and returns its results."""
     size = "--items 256 --repeat 2"
     if quick:
         size = "--items 64 --single 16 --repeat 1 --samples 4 --hidden 64 --layers 1"

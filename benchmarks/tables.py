@@ -50,7 +50,7 @@ def provider_name(provider: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns the first sentence of a reason without Markdown's special characters."""
+    """Returns the first sentence of a reason, without characters that have a meaning in Markdown."""
     return text.partition(". ")[0].translate(str.maketrans("|", "/", "<>`")).rstrip(".")
 
 
@@ -121,7 +121,10 @@ def _mib(size: float | None) -> str:
 
 
 def _beyond(point: Point | None) -> float | None:
-    """Returns the peak bytes beyond the inputs; from hidden states, also beyond the returned gradients."""
+    """Returns the peak bytes of a point beyond the inputs, or None if memory was not measured.
+
+    For a loss from hidden states, the returned gradients are also subtracted.
+    """
     if point is None or point.get("peak_bytes") is None:
         return None
     if point.get("hidden") is None:
@@ -160,7 +163,10 @@ def _shape(name: str, document: Document) -> str:
 
 
 def _loss_rows(name: str, document: Document, *, is_short: bool) -> str:
-    """Returns a table with a row for each provider measured on the base shape; the last row is the floor."""
+    """Returns a table with a row for each provider that was measured on the base shape. The last row is the floor.
+
+    ``is_short`` selects the fewer columns of the README.
+    """
     base, swept = _measured(document, "base"), _measured(document, "share")
     few = min({p["share"] for p in swept}, key=lambda share: abs(share - 0.1), default=None)
     at_few = [p for p in swept if p["share"] == few]
@@ -199,7 +205,10 @@ def full_table(name: str, documents: Documents) -> str:
 
 
 def sweeps(name: str, documents: Documents) -> str:
-    """Returns the plot and a table of mpo_ext's methods and eager torch, with a row for each measured shape."""
+    """Returns the plot of the sweeps, and a table with a row for each measured shape.
+
+    The columns of the table are mpo_ext's methods and eager torch.
+    """
     document = documents[name]
     points = [p for p in _measured(document) if p["sweep"] in _AXES]
     providers = [p for p in dict.fromkeys(p["provider"] for p in points) if check_model.is_ours(p) or p == "eager"]
@@ -305,7 +314,7 @@ _ATTENTION_NAMES = {
 
 
 def attention_steps(documents: Documents) -> str:
-    """Returns the table of the training steps whose attention is expensive, by prompt and way to attend."""
+    """Returns the table of the training steps whose attention is expensive: a row for each prompt and case."""
     document = documents["train_step"]
     points = [point for point in _measured(document) if _is_attention(point)]
     rows = []
@@ -400,7 +409,7 @@ def _error_range(errors: Sequence[float]) -> str:
 
 
 def cost_model(documents: Documents) -> str:
-    """Returns a table of the cost model's errors, and a table of the methods with large errors."""
+    """Returns a table of the cost model's errors by kind of points, and a table of the methods with large errors."""
     points = documents["cost_model"]["points"]
     within, errors = check_model.WITHIN, [abs(check_model.error(p)) for p in points]
     ours = [abs(check_model.error(p)) for p in points if check_model.is_ours(p["provider"])]

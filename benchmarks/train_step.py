@@ -33,10 +33,10 @@ from benchmarks.trainers import Gate, MeasuredStep, Parts, run_ours, run_trl
 
 @dataclasses.dataclass(frozen=True)
 class TrainerCase:
-    """A trainer and its settings, which override the recipe of our trainer or the ``DPOConfig`` of TRL."""
+    """A trainer and its settings."""
 
-    is_trl: bool
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_trl: bool  # whether the trainer is TRL's
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # override our recipe or DPOConfig
 
 
 CASES = {
@@ -67,7 +67,10 @@ _DEEP_PROMPT = 4096
 
 
 def attention_sizes(prompt: int) -> Sizes:
-    """Returns sizes with which attention takes a large part of a step: a prompt of text, a small vocabulary."""
+    """Returns sizes with which attention takes a large part of a step: a long prompt of text, a small vocabulary.
+
+    ``prompt`` is the number of tokens of the prompt.
+    """
     layers = 8 if prompt <= _DEEP_PROMPT else 2
     sizes = Sizes(vocab=1024, hidden=512, layers=layers, images=0, response=512, least_response=512)
     return dataclasses.replace(sizes, text=prompt - sizes.prompt)
@@ -99,7 +102,7 @@ def _side(
 def run_cases(
     cases: Mapping[str, TrainerCase], sizes: Sizes, steps: int, *, threads: int, with_parts: bool = False
 ) -> tuple[dict[str, list[MeasuredStep]], dict[str, str]]:
-    """Runs the cases in turn, one step of each case at a time. The first step includes all setup.
+    """Runs the cases in turn, one step of each case at a time. The first step of a case includes all setup.
 
     Returns:
         The steps of each case that succeeded, and the error of each case that failed.
@@ -141,7 +144,7 @@ def run_cases(
 
 
 def summary(steps: Sequence[MeasuredStep]) -> dict[str, Any]:
-    """Returns the medians over all steps except the first, the peak bytes, and the loss of each step."""
+    """Returns the results of a case by name: medians over the steps after the first, peak bytes, and all losses."""
     counted = steps[1:]
     timing = Timing([step.seconds for step in counted])
     parts = {name: statistics.median(step.parts.get(name, 0.0) for step in counted) for name in counted[-1].parts}
@@ -168,7 +171,10 @@ def loss_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def table(results: Mapping[str, dict[str, Any]], failed: Mapping[str, str], base: str, sizes: Sizes) -> Iterator[str]:
-    """Yields the lines of the table of all cases. Ratios are relative to the case ``base``."""
+    """Yields the lines of the table of all cases. Ratios are relative to the case ``base``.
+
+    ``results`` holds the ``summary`` of each case, ``failed`` the error of each case that failed.
+    """
     yield f"base: {base}"
     yield (
         f"{'case':<36}{'step':>9}{'p20 .. p80':>18}{'pairs/s':>9}{'tokens/s':>10}{'times faster':>14}{'CPU s':>9}"
@@ -204,7 +210,7 @@ def parts_table(results: Mapping[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Prints the tables, and writes them as JSON if ``--json`` is given."""
+    """Measures the cases, prints the tables, and writes the results as JSON if ``--json`` is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for field in dataclasses.fields(Sizes):
         if field.name != "text":

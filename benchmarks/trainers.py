@@ -30,6 +30,7 @@ class MeasuredStep:
 
     Attributes:
         loss: Mean loss of the micro-batches.
+        seconds: Wall-clock time.
         cpu_seconds: CPU time of all threads.
         peak: Peak resident memory minus the resident memory before the model was built, in bytes.
         parts: Seconds by part of the step; empty if the parts are not measured.
@@ -44,6 +45,8 @@ class MeasuredStep:
 
 class Gate:
     """Makes a trainer process wait for its turn, and measures each step from the start of the turn.
+
+    The trainer calls the gate with the loss after each step.
 
     Args:
         connection: Connection to the process that assigns turns. None: never wait, and append each step to ``steps``.
@@ -83,7 +86,10 @@ class Parts:
         self._marks: dict[str, float] = {}
 
     def wrap(self, call: Callable[..., Any], name: str, *, of_policy: bool = False) -> Callable[..., Any]:
-        """Returns a ``call`` that is timed as part ``name``; with ``of_policy``, only if gradients are recorded."""
+        """Returns ``call`` with its time added to the part ``name``.
+
+        With ``of_policy``, only calls that record gradients count, which leaves out those of the reference model.
+        """
 
         @functools.wraps(call)
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -136,7 +142,10 @@ class _DoneError(Exception):
 
 
 def run_ours(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> None:
-    """Trains with ``mpo_ext.train`` and calls the gate after each step."""
+    """Trains with ``mpo_ext.train``, and calls the gate after each of ``steps`` steps.
+
+    ``pairs`` is the file of pairs. ``settings`` override the recipe.
+    """
     from mpo_ext.train import batch_loss, dataset, loop
     from mpo_ext.train import reference_model as references
 
@@ -180,7 +189,7 @@ def _trl_rows(recipe: Any, sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def _trl_options(recipe: Any, sizes: Sizes, steps: int, folder: str) -> dict[str, Any]:
-    """Returns the options that make TRL compute the same as our recipe."""
+    """Returns the options of ``DPOConfig`` that make TRL compute the same loss and updates as our recipe."""
     return {
         "output_dir": folder,
         "loss_type": ["sigmoid", "bco_pair", "sft"],
@@ -206,10 +215,11 @@ def _trl_options(recipe: Any, sizes: Sizes, steps: int, folder: str) -> dict[str
 
 
 def run_trl(gate: Gate, pairs: Path, sizes: Sizes, steps: int, settings: Mapping[str, Any]) -> None:
-    """Trains with TRL's DPOTrainer and calls the gate after each step.
+    """Trains with TRL's DPOTrainer, and calls the gate after each of ``steps`` steps.
 
-    TRL keeps its defaults, such as the fused AdamW, except that it computes in float32, without gradient
-    checkpointing, without a length limit (by default 1,024 tokens) and without a log.
+    TRL keeps its defaults, such as the fused AdamW, with four exceptions: it computes in float32, without gradient
+    checkpointing, without a length limit (by default 1,024 tokens) and without a log. ``pairs`` is the file of pairs.
+    ``settings`` override the options of ``DPOConfig``.
     """
     from datasets import Dataset
     from datasets import Image as ImageFeature

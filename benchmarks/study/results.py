@@ -23,18 +23,18 @@ Results = Mapping[tuple[int, str], Mapping[str, Any]]
 
 
 def slug(name: str) -> str:
-    """Converts a name to a file name of lower-case letters, digits, dots and hyphens."""
+    """Returns a file name for ``name``, of lower-case letters, digits, dots and hyphens."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def key_of(settings: StudySettings, row: str) -> str:
-    """Returns a hash of the settings and of the row that a result depends on."""
+    """Returns a hash of everything that a result depends on: the settings of the seed, and those of the row."""
     parts = [dataclasses.asdict(settings), None if row == tables.START else dataclasses.asdict(tables.ROWS[row])]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def read(out: Path, settings: StudySettings, row: str) -> dict[str, Any] | None:
-    """Returns the saved result of a run with these settings, or None if no such result exists."""
+    """Returns the saved result of a row with these settings, or None if no such result exists in ``out``."""
     path = _file(out, settings, row)
     if not path.exists():
         return None
@@ -72,7 +72,10 @@ def is_measured(result: Mapping[str, Any] | None) -> bool:
 def document_of(
     results: Results, settings: Mapping[int, StudySettings], environment: Mapping[str, Any], quick: bool
 ) -> dict[str, Any]:
-    """Returns the content of ``study.json``. Runs without a result are listed as not run."""
+    """Returns the content of ``study.json``. Runs without a result are listed as not run.
+
+    ``results`` holds the results by seed and row, ``settings`` the settings by seed.
+    """
     starts, listed = [], []
     for seed in settings:
         for row in (tables.START, *tables.ROWS):
@@ -104,7 +107,10 @@ def write_document(out: Path, document: Mapping[str, Any]) -> None:
 
 
 def save_plot(path: Path, document: Mapping[str, Any]) -> None:
-    """Draws each row's held-out accuracy, as mean and standard deviation over the seeds, with one panel per table."""
+    """Plots the held-out accuracy of each row to the file ``path``, with one panel per table.
+
+    The bars show the mean over the seeds, the whiskers the standard deviation.
+    """
     panels = []
     for table in tables.TABLES.values():
         content = []

@@ -1,6 +1,6 @@
 """Runs a row of the study: trains a seed's start model with the row's settings, and evaluates the model.
 
-A row is a training run with its own settings, shown as a row of a results table.
+A row is a training run that begins from the start model. It is shown as a row of a results table.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ _LOG_KEYS = ("loss", "dpo_loss", "bco_loss", "ntp_loss", "reward_accuracy", "cho
 
 
 def run_row(folder: Path, settings: StudySettings, row: str) -> dict[str, Any]:
-    """Trains a seed's start model with the settings of a row, evaluates it, and writes and returns the result.
+    """Trains a seed's start model with the settings of a row, evaluates the model, and writes the result.
 
-    ``start.prepare`` must have filled the seed's ``folder``. The result has ``evaluation``, and ``log`` with the means
-    over the first and over the last steps.
+    ``start.prepare`` must have filled the seed's ``folder``.
+
+    Returns:
+        The result. Its ``evaluation`` has the accuracies; its ``log`` has the means of the metrics over the first
+        steps and over the last steps.
     """
     lines: list[Mapping[str, float]] = []
     with training.logged(folder), training.Stopwatch() as watch:

@@ -35,7 +35,10 @@ class Study:
 
     Args:
         out: Existing folder, in which each seed has a subfolder.
+        settings: Settings by seed.
         quick: Whether ``settings`` come from ``StudySettings.quick``.
+        environment: Machine, versions and command, for the result file.
+        say: Function that prints a line.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class Study:
         self.began = self.written = time.monotonic()
 
     def run(self, jobs: int, threads: int) -> None:
-        """Executes all runs that are still to do, in ``jobs`` processes."""
+        """Executes all runs that are still to do, in ``jobs`` processes of ``threads`` CPU threads each."""
         pending: dict[concurrent.futures.Future[dict[str, Any]], StudyRun] = {}
         with Workers(jobs, _begin_process, threads) as workers, sigterm_as_interrupt():
             while self.queue or pending:
@@ -85,7 +88,10 @@ class Study:
                         raise error
 
     def finish(self, seed: int, row: str, result: dict[str, Any]) -> None:
-        """Adds a result. A successful start queues the rows of its seed; a failed start marks the rows as failed."""
+        """Adds the result of a run. ``row`` may be the start of the seed.
+
+        If a start has succeeded, the rows of its seed are queued. If a start has failed, its rows count as failed.
+        """
         self.results[seed, row] = result
         self.left -= row != tables.START
         self.say(f"{self.minutes():5.1f} min, {self.left} to do: seed {seed}, {row}: {_summary(result)}")
@@ -102,7 +108,7 @@ class Study:
 
     @staticmethod
     def _order(run: StudyRun) -> tuple[int, int, int]:
-        """Returns the sort key of a run: main rows of all seeds come first, other rows follow seed by seed."""
+        """Returns the sort key of a run: rows of the main table come first, for all seeds; others follow by seed."""
         seed, row = run
         place = [tables.START, *tables.ROWS].index(row)
         main = {shown for name in tables.MAIN for _, shown in tables.TABLES[name].rows}
@@ -131,9 +137,10 @@ class Study:
 def run(
     *, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, backend: str | None, jobs: int, command: str
 ) -> int:
-    """Executes the runs still to do, and writes ``study.json``, ``study.md``, ``study.png`` and ``study.svg``.
+    """Executes the runs that are still to do, and writes ``study.json``, ``study.md`` and the plot (PNG and SVG).
 
-    The arguments are the options of ``python -m benchmarks.study``, and the command line for the result file.
+    The arguments are the options of ``python -m benchmarks.study``. ``command`` is the command line, for the result
+    file.
 
     Returns:
         0, or 1 if a run failed.

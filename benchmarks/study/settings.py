@@ -1,4 +1,4 @@
-"""Settings of the study."""
+"""Settings of the study: sizes of the model and the data, learning rates and numbers of steps."""
 
 import dataclasses
 
@@ -17,10 +17,12 @@ class StudySettings(Settings):
         direct_questions: Number of direct questions that make pairs; ``questions`` counts step-by-step questions.
         sft_text_share: Fraction of the first training run's questions that name the digits and have no image.
         text_questions: Number of questions without an image that make pairs.
-        late_continuations: Number of continuations of an answer of which the fraction 0.75 is kept. Few of these
-            continuations are wrong, because the kept part names all digits. Other answers are continued once.
+        late_continuations: Number of times that DropoutNTP continues an answer if it keeps 0.75 of the answer. Few of
+            these continuations are wrong, because the kept part names all digits. If less of an answer is kept, the
+            answer is continued once.
         pairs: Number of mixed pairs.
-        mixed_shares: Fractions of direct correctness, step-by-step correctness and DropoutNTP pairs in ``pairs``.
+        mixed_shares: Fractions of the mixed pairs that come from three sources: correctness pairs with direct
+            answers, correctness pairs with step-by-step answers, and DropoutNTP pairs.
         kind_pairs: Largest number of pairs in each of the files that compare kinds of pairs.
     """
 

@@ -34,8 +34,11 @@ _BLOCK_SIZE = 2048
 def prepare(folder: Path, settings: StudySettings, row: str = tables.START) -> dict[str, Any]:
     """Makes the start model of a seed, the files of pairs and the reference log-probs, unless they exist.
 
+    ``folder`` is the folder of the seed. Files from other settings are deleted.
+
     Returns:
-        The result with ``evaluation``, ``pairs`` (number of pairs by file), ``sampling`` and ``curve``.
+        The result of the start: ``evaluation`` of the start model, ``pairs`` (number of pairs by file), ``sampling``
+        (summaries by kind of pairs) and ``curve`` (evaluations during training).
 
     Raises:
         RuntimeError: If the model's answers gave no pair for a file.
@@ -79,7 +82,9 @@ def _train_start(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains on correct responses to questions with an image, without an image, or with the digits in words.
+    """Trains the start model, in place, on correct responses to questions.
+
+    Most questions have an image. Some have lost their image, and some name the digits in words.
 
     Returns:
         For each evaluation, ``step``, ``loss`` and the validation accuracy of each column.
@@ -108,7 +113,7 @@ def _train_start(
 
 
 def _part(split: digits.Digits, begin: int, end: int | None) -> digits.Digits:
-    """Returns the digits of a split from index ``begin`` to ``end``."""
+    """Returns the digits of a split from index ``begin`` to ``end`` (exclusive; None: to the last)."""
     part = slice(begin, end)
     return digits.Digits(split.images[part], split.values[part], split.indices[part])
 
@@ -120,7 +125,10 @@ def _sample(
     rng: np.random.Generator,
     folder: Path,
 ) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
-    """Samples answers about unseen digits, and returns the pairs by kind and the sampling summaries by kind."""
+    """Samples answers about digits that the start model has not seen, and makes pairs from them.
+
+    Returns the pairs and the sampling summaries, both by kind of pairs (the kinds are those of ``choose``).
+    """
     engine = TransformersEngine(model, processor, name=f"digits study, seed {settings.seed}", batch_size=BATCH_SIZE)
     unseen = _part(digits.load_digits()["train"], settings.sft_digits, None)
     for form, count in (("direct", settings.direct_questions), ("cot", settings.questions)):
@@ -159,10 +167,10 @@ def _sample(
 def choose(
     pool: Mapping[str, Sequence[Pair]], settings: StudySettings, rng: np.random.Generator
 ) -> dict[str, list[Pair]]:
-    """Chooses the pairs of each file in ``tables.PAIR_FILES`` at random.
+    """Returns the pairs of each file in ``tables.PAIR_FILES``, chosen at random from ``pool``.
 
-    The kinds in ``pool`` are "direct", "cot", "text" and the keys of ``tables.KEEPS``. A file without pairs raises
-    RuntimeError.
+    ``pool`` holds the pairs by kind: "direct", "cot" (step by step), "text" and the keys of ``tables.KEEPS``. If a
+    file would have no pairs, RuntimeError is raised.
     """
     mixed_kinds = ("direct", "cot", "DropoutNTP 0.5")
     shuffled = {name: [pool[name][index] for index in rng.permutation(len(pool[name]))] for name in pool}
@@ -196,7 +204,10 @@ def _compute_reference(
     name: str,
     folder: Path,
 ) -> None:
-    """Precomputes the start model's log-probs of a file of pairs, with a training step at a learning rate of zero."""
+    """Writes the start model's log-probs of the file of pairs ``name``, which the rows use as their reference.
+
+    The trainer computes them before a training step, whose learning rate is 0.
+    """
     recipe = make_recipe(
         training.pair_file(folder, name), folder / "runs" / "reference", loss=METHODS["MPO"], steps=1,
         batch=settings.branch_batch, rate=0.0, schedule="constant", settings=settings,

@@ -29,7 +29,7 @@ STEPS_BETWEEN_SYNCS = 4  # number of times that TR-DPO syncs its reference in a 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRow:
-    """Settings of a run that begins from the start model. The defaults are the settings of MPO.
+    """Settings of a training run that begins from the start model. The defaults are the settings of the MPO run.
 
     Attributes:
         loss: Fields of ``LossRecipe``.
@@ -51,8 +51,9 @@ class StudyTable:
     """Rows that are shown in one table.
 
     Attributes:
-        rows: Label and name of each row; ``START`` is the start model.
-        paper: Numbers in the paper (arXiv 2411.10442v2) by row.
+        title: Title of the table.
+        rows: Label and name of each row. The name ``START`` stands for the start model, other names for ``ROWS``.
+        paper: The paper's numbers (arXiv 2411.10442v2), by name of the row.
     """
 
     title: str
@@ -180,7 +181,7 @@ MAIN = ("main",)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads and checks a result file. The ValueError for a wrong format begins with the file name."""
+    """Returns the content of a result file. A wrong format raises ValueError, whose message names the file."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         check(document)
@@ -190,7 +191,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check(document: Mapping[str, Any]) -> None:
-    """Checks the format of a result file. The ValueError for a wrong value names the place, the rule and the value."""
+    """Raises ValueError if the content of a result file has a wrong format.
+
+    The message names the place of the wrong value, the rule and the value.
+    """
 
     def must(holds: bool, where: str, rule: str, value: object) -> None:
         if not holds:
@@ -230,7 +234,10 @@ def check(document: Mapping[str, Any]) -> None:
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the Markdown of the blocks "study_setup" and "study_differences", and of a block for each table."""
+    """Returns the Markdown text of each block of the pages, by name.
+
+    The blocks are "study_setup", one block for each table, and "study_differences".
+    """
     blocks = {"study_setup": _setup(document)}
     for name, table in TABLES.items():
         blocks[f"study_{name}"] = _table(document, table)
@@ -238,7 +245,10 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "accuracy") -> dict[int, float]:
-    """Returns a quantity by seed, in percent or in tokens, for each seed with a measured result of the row."""
+    """Returns a quantity of a row, by seed, for the seeds with a measured result of the row.
+
+    ``column`` is one of ``COLUMNS``, and ``quantity`` one of ``QUANTITIES``. Fractions are returned in percent.
+    """
     factor = 1 if quantity == "tokens" else 100
     return {
         result["seed"]: factor * result["evaluation"][column][quantity]
@@ -254,7 +264,7 @@ def differences(document: Mapping[str, Any], row: str, other: str, column: str) 
 
 
 def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
-    """Returns the mean ± the sample standard deviation with one decimal; a single number has no deviation."""
+    """Returns the text "mean ± sample standard deviation" with one decimal. A single number has no deviation."""
     if not numbers:
         return ""
     mean = f"{statistics.fmean(numbers):{'+' if signed else ''}.1f}"
@@ -320,7 +330,7 @@ _NOISE = 2.5  # a mean of three seeds differs from zero at the 5 % level if it i
 
 
 def _differences(document: Mapping[str, Any]) -> str:
-    """Returns a table of ``DIFFERENCES``, with the smallest and the largest value over the seeds."""
+    """Returns a table of ``DIFFERENCES``: mean, deviation, and the smallest and the largest value over the seeds."""
     rows = []
     for row, other, column in DIFFERENCES:
         numbers = differences(document, row, other, column)
@@ -346,7 +356,7 @@ BLOCKS: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], str]] = {
 
 
 def _setup(document: Mapping[str, Any]) -> str:
-    """Returns the settings and machine of the study, the number of pairs by seed, and the failed runs."""
+    """Returns a text with settings and machine of the study, the number of pairs by seed, and the failed runs."""
     environment, settings = document["environment"], document["settings"]
     count = settings["evaluation_tasks"]
     runs = sum(result["row"] != START and result["status"] == "measured" for result in document["results"])

@@ -29,7 +29,7 @@ _encoded: dict[str, Sample | SkippedPair] = {}  # by ``Pair.key()``, for all row
 
 
 class CachingEncoder(Encoder):
-    """Encoder that caches the encoded pairs for the next row, because encoding takes a quarter of a step."""
+    """An encoder that caches the encoded pairs for later rows, because encoding takes a quarter of a step."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.__dict__.update(vars(encoder))
@@ -51,7 +51,7 @@ def train(
     processor: DigitsProcessor,
     on_step: Callable[[int, Mapping[str, float]], object] | None = None,
 ) -> None:
-    """Trains the model in place, and deletes the output folder of the run."""
+    """Trains the model in place, and deletes the output folder of the run. ``on_step`` is called after each step."""
     trainer = Trainer(recipe, model=model, processor=processor, on_step=on_step, save=False)
     trainer.data.encoder = CachingEncoder(trainer.data.encoder)
     if trainer.run() != 0:
@@ -65,7 +65,7 @@ def make_model(settings: StudySettings) -> tuple[InternVLForConditionalGeneratio
 
 
 def evaluation_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:
-    """Returns the questions of each column, sampled with a fixed seed."""
+    """Returns ``count`` questions about the digits of a split for each column of the tables, with a fixed seed."""
     rng = np.random.default_rng(_EVALUATION_SEED)
     tasks = {form: digits.sample_tasks(split, count, rng, form) for form in digits.FORMS}
     return {**tasks, tables.TEXT: list(map(digits.in_words, digits.sample_tasks(split, count, rng, "cot")))}
@@ -81,7 +81,7 @@ def evaluate_columns(
 def evaluate_held_out(
     model: InternVLForConditionalGeneration, processor: DigitsProcessor, settings: StudySettings
 ) -> dict[str, dict[str, float]]:
-    """Evaluates the model on the held-out questions, as ``evaluate_columns`` does."""
+    """Returns the result of ``evaluate_columns`` on the held-out questions."""
     tasks = evaluation_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)
     return evaluate_columns(model, processor, tasks)
 
@@ -101,13 +101,13 @@ def reference_file(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def logged(folder: Path) -> Iterator[None]:
-    """Appends stderr to ``log.txt`` in the folder of a seed, for all runs of the seed."""
+    """Redirects stderr of the ``with`` block to the end of ``log.txt`` in the folder of a seed."""
     with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         yield
 
 
 class Stopwatch:
-    """Measures the wall-clock time and the CPU time of a ``with`` block."""
+    """Measures the wall-clock time and the CPU time of a ``with`` block, as ``seconds`` after the block."""
 
     def __enter__(self) -> Stopwatch:
         self._begin = time.perf_counter(), time.process_time()

@@ -18,10 +18,14 @@ Future = concurrent.futures.Future
 
 
 class Workers:
-    """Runs tasks in this process (one job) or in several processes. An exception in the ``with`` block ends all tasks.
+    """Runs tasks in this process (one job) or in several processes.
+
+    An exception in the ``with`` block ends all tasks.
 
     Args:
+        jobs: Number of processes.
         begin: Called once in each process before the first task. ``begin`` and the tasks must be importable.
+        *args: Arguments of ``begin``.
     """
 
     def __init__(self, jobs: int, begin: Callable[..., object], *args: Any) -> None:
@@ -66,7 +70,10 @@ class Workers:
 
 
 def _begin(parent: int, stop: Any, begin: Callable[..., object], args: tuple[Any, ...]) -> None:
-    """Starts a worker that exits when the parent process has ended or has set ``stop``."""
+    """Prepares a worker process: it exits when the process ``parent`` has ended or has set ``stop``.
+
+    ``begin`` and ``args`` are those of ``Workers``.
+    """
 
     def watch() -> None:
         while os.getppid() == parent and not stop.wait(_WATCH_S):
@@ -79,7 +86,7 @@ def _begin(parent: int, stop: Any, begin: Callable[..., object], args: tuple[Any
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Makes SIGTERM raise KeyboardInterrupt in the ``with`` block. Has no effect outside the main thread."""
+    """Makes SIGTERM raise KeyboardInterrupt inside the ``with`` block. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,6 +1,6 @@
-"""The forward pass of a batch: hidden states or logits at the token positions that predict labels.
+"""The forward pass of a batch. It returns hidden states or logits at the token positions that predict labels.
 
-Each image is encoded once for both responses of a pair.
+The vision tower encodes each image once for both responses of a pair.
 """
 
 import inspect
@@ -30,7 +30,7 @@ _FEATURE_METHODS = ("get_image_features", "get_video_features")
 
 
 class HiddenRows(NamedTuple):
-    """The result of ``forward``: arguments of ``linear_mpo_loss``.
+    """The result of ``forward``. Its fields are arguments of ``linear_mpo_loss``.
 
     Attributes:
         hidden: ``[N, D]``, the hidden states that predict ``batch.labels``, with their autograd graph.
@@ -49,10 +49,12 @@ def forward(model: nn.Module, batch: Batch) -> HiddenRows:
     The loss is ``linear_mpo_loss(out.hidden, out.weight, batch.labels, ..., cu_seqlens=batch.cu_seqlens, shift=False,
     **out.options)``.
 
-    The model may be wrapped by DDP, FSDP, accelerate or peft; see ``hidden_and_head``. The batch is on its device.
+    The model may be wrapped by DDP, FSDP, accelerate or peft; see ``hidden_and_head``. The batch must be on the device
+    of the model.
 
     Raises:
-        ValueError: If the model does not support the batch's layout, or the batch lacks the model's positions.
+        ValueError: If the model does not support the batch's layout, or the batch lacks position ids that the model
+            needs.
         RuntimeError: If the model does not return one hidden state per position.
     """
     with model_inputs(unwrap_model(model), batch) as inputs:
@@ -64,7 +66,8 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Runs the model once on a batch and returns the logits that predict the labels, ``[N, V]``.
 
     The loss is ``mpo_loss(logits, batch.labels.to(logits.device), ..., cu_seqlens=batch.cu_seqlens, shift=False)``.
-    The model computes the logits of all positions, ``[R, L, V]``. Arguments and errors are those of ``forward``.
+    The model computes the logits of all positions, ``[R, L, V]``, of which the labelled ones are returned. Arguments
+    and errors are those of ``forward``.
     """
     with model_inputs(unwrap_model(model), batch) as inputs:
         logits = model(**inputs).logits
@@ -83,7 +86,10 @@ def _label_rows(values: Tensor, batch: Batch) -> Tensor:
 
 @contextmanager
 def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
-    """Yields the model's inputs. In the ``with`` block, the model encodes each image once for both rows of a pair."""
+    """Yields the model's keyword arguments for a batch. ``inner`` is the model without wrappers.
+
+    Inside the ``with`` block, the model encodes each image once, also if the image belongs to two sequence rows.
+    """
     inputs: dict[str, Any] = dict(batch.inputs)
     has_grid = any(name in inputs for name in GRIDS)
     if has_grid and prompt_positions(inner) is not None and getattr(inputs.get("position_ids"), "ndim", 0) < 3:
@@ -144,7 +150,7 @@ def _attention_inputs(inner: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def _encoders(inner: nn.Module, name: str) -> list[nn.Module]:
-    """Returns the modules whose forward calls the method ``name``, without modules that only delegate to it."""
+    """Returns the modules that have a method ``name`` and whose forward uses it."""
     return [
         module
         for module in inner.modules()
@@ -158,7 +164,10 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 
 
 def _features_twice(encode: Callable[..., Any], owner: nn.Module) -> Callable[..., Any]:
-    """Wraps ``get_image_features``: the result contains the features of all images twice in a row."""
+    """Returns a wrapper of ``get_image_features``, whose result contains the features of all images twice.
+
+    The second copy follows the first. ``owner`` is the module that has the method ``encode``.
+    """
 
     def encode_once(*args: Any, **kwargs: Any) -> Any:
         features = encode(*args, **kwargs)

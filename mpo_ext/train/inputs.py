@@ -35,12 +35,13 @@ _ACCEPT = "output.resume_changed_data=true accepts the changes; another output.d
 
 @dataclasses.dataclass
 class InputChanges:
-    """Changes between the inputs of a checkpoint and those of a run that resumes.
+    """Changes between the inputs of a checkpoint and those of a run that resumes, as messages.
 
     Attributes:
-        refused: Changes of the training data, of their encoding, or of weights that checkpoints do not hold.
-        allowed: Changes that do not affect training, such as versions of libraries with the same encoding.
-        evaluation: Changes of the evaluation data, which are allowed, too.
+        refused: Changes that affect training: the training data, their encoding, or weights that checkpoints do not
+            hold. A run resumes with such changes only if they are accepted.
+        allowed: Changes that do not affect training, such as other versions of libraries that encode pairs alike.
+        evaluation: Changes of the evaluation data, with which a run may resume.
     """
 
     refused: list[str] = dataclasses.field(default_factory=list)
@@ -48,7 +49,7 @@ class InputChanges:
     evaluation: list[str] = dataclasses.field(default_factory=list)
 
     def check(self, path: Path, *, accept: bool) -> None:
-        """Raises ``LinesError`` with the refused changes, unless they are accepted."""
+        """Raises ``LinesError`` if there are refused changes and ``accept`` is False; ``path`` is the checkpoint."""
         if self.refused and not accept:
             raise LinesError(
                 f"data, processor and start model must be those of {path}, but:\n  "
@@ -106,7 +107,7 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
 
 
 def compare_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> InputChanges:
-    """Compares the inputs of a checkpoint with those of a run."""
+    """Returns the changes between the inputs of a checkpoint (``old``) and of a run (``new``)."""
     changes = InputChanges()
     changes.refused += _changed_subsets(old["train"], new["train"])
     changes.evaluation += _changed_subsets(old["eval"], new["eval"])
@@ -141,7 +142,7 @@ def _describe_subset(mixture: Mixture, subset: MixtureSubset, files: list[dict[s
 
 
 def _compared_images(mixture: Mixture, subset: MixtureSubset) -> Iterator[str]:
-    """Yields the image paths of lines that are spread evenly over a subset."""
+    """Yields the image paths of a few lines, which are spread evenly over a subset."""
     count = min(subset.lines, _IMAGE_LINES)
     for line in np.linspace(0, subset.lines - 1, count).round().astype(int) if count else ():
         pair, _ = mixture.read(subset.first + int(line))
@@ -158,7 +159,7 @@ def _size(image: str) -> int | None:
 
 
 def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields the changes of the sources of training or evaluation."""
+    """Yields a message for each change of the subsets of the training or evaluation data."""
     names = [[subset["name"] for subset in subsets] for subsets in (old, new)]
     if len(old) != len(new):
         yield f"the subsets were {', '.join(names[0])}, are {', '.join(names[1])}"
@@ -184,7 +185,10 @@ def _changed_subsets(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str
 
 
 def _changed_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a change of the sizes of image files. Files that were missing may have been repaired: not compared."""
+    """Yields a message if image files have another size than before.
+
+    Files that were missing before are not compared, because they may have been added since.
+    """
     pairs = zip(old["images"], new["images"], strict=False)
     changed = [(path, before, after) for (_, before), (path, after) in pairs if before is not None and before != after]
     if changed:
@@ -196,7 +200,10 @@ def _changed_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[
 
 
 def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
-    """Returns hashes of the first pairs of the run, and of the first pair with images, before and after encoding."""
+    """Returns hashes of the first pairs of the run, and of the first pair with images.
+
+    Each pair has a hash of its texts, of its image files, and of its encoded tokens and pixels.
+    """
     encoded: list[dict[str, Any]] = []
     has_images = False
     for pair, name in itertools.islice(data.first_pairs(), _SEARCHED_PAIRS):
@@ -222,7 +229,7 @@ def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
 
 
 def _hash_pair(pair: Pair) -> str:
-    """Returns a hash of the texts of a pair; its paths are left out, because a folder may move."""
+    """Returns a hash of the texts of a pair. Image paths are left out, because a folder may move."""
     turns = [pair.source.get(name) for name in ("messages", "chosen_messages", "rejected_messages")]
     texts = [pair.question, pair.chosen, pair.rejected, turns, len(pair.images)]
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
@@ -247,10 +254,10 @@ def _hash_tokens(sample: Sample) -> str:
 
 
 def _compare_encoding(old: Mapping[str, Any], new: Mapping[str, Any], changes: InputChanges) -> None:
-    """Adds the changes of processor, libraries, and the encoding of the first pairs.
+    """Adds the changes of the processor, of libraries and of the encoding of the first pairs to ``changes``.
 
-    Another version of a library may write the same tokenizer in another form. Then, the pairs decide whether the
-    encoding has changed.
+    Another version of a library may store the same tokenizer in another form. If the versions differ, the encoded
+    pairs therefore decide whether the encoding has changed.
     """
     parts = changed_parts(old["processor"], new["processor"])
     versions = list(changed_parts(old["versions"], new["versions"]).values())

@@ -1,10 +1,11 @@
-"""Attention of responses to their prompt on a CPU: calls without a mask, joined by their log-sum-exp.
+"""Attention of responses to their prompt on a CPU: kernel calls without a mask, joined by their log-sum-exp.
 
-SDPA's flash kernel of the CPU aligns causal attention to the first key, so the queries of a further response over the
-keys of prompt and response would need a mask. Here a response attends to itself in a causal call, all responses of a
-prompt attend to the prompt in one call without a mask, and the two results are averaged with the weights
-``exp(lse - joint lse)``. The kernel's backward of each call takes the joint result and the joint log-sum-exp, which
-gives the exact gradients (FlashAttention-2, arXiv 2307.08691, section 3.1).
+SDPA's flash kernel of the CPU aligns causal attention to the first key. A call for the queries of a second response
+over the keys of prompt and response would therefore need a mask. This module uses two kinds of calls instead. Each
+response attends to itself in a causal call. All responses to a prompt attend to the prompt in one call without a mask.
+The two results are averaged with the weights ``exp(lse - joint lse)``, where lse is the log-sum-exp of the scores of a
+query. The kernel's backward of each call takes the joint result and the joint log-sum-exp, which gives the exact
+gradients (FlashAttention-2, arXiv 2307.08691, section 3.1).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch import Tensor
 
 
 class TokenPart(NamedTuple):
-    """Consecutive tokens whose queries attend causally to each other, and to the first tokens of another part.
+    """Consecutive tokens whose queries attend causally to each other, and to a prompt at the start of another part.
 
     Attributes:
         size: Number of tokens.
-        prompt: Number of the other part; None for no other part.
-        prompt_length: Number of its first tokens that are keys.
+        prompt: Index of the part that starts with the prompt; None if the tokens attend to no other part.
+        prompt_length: Number of tokens of the prompt.
         is_padding: Whether the tokens attend to nothing.
     """
 
@@ -33,11 +34,11 @@ class TokenPart(NamedTuple):
 
 
 class JointCalls(NamedTuple):
-    """Calls of the kernel, as first token and end of queries and keys.
+    """The ranges of tokens in calls of the kernel. A stop is exclusive.
 
     Attributes:
-        own: ``(start, stop)`` of each causal call of tokens over themselves. Calls do not overlap.
-        shared: ``(start, stop, key start, key stop)`` of each call without a mask.
+        own: ``(start, stop)`` of the tokens of each causal call, which are queries and keys. Ranges do not overlap.
+        shared: ``(start, stop, key start, key stop)`` of the queries and the keys of each call without a mask.
     """
 
     own: tuple[tuple[int, int], ...]
@@ -45,7 +46,7 @@ class JointCalls(NamedTuple):
 
 
 def joint_calls(parts: Sequence[TokenPart]) -> JointCalls:
-    """Returns the calls of all parts. Neighbouring parts with the same prompt share a call over its keys."""
+    """Returns the kernel calls for all parts. Neighbouring parts with the same prompt share a call over its keys."""
     own: list[tuple[int, int]] = []
     shared: list[tuple[int, int, int, int]] = []
     starts: list[int] = []
@@ -81,7 +82,7 @@ def can_join(query: Tensor, value: Tensor) -> bool:
 
 
 def joint_attention(query: Tensor, key: Tensor, value: Tensor, calls: JointCalls, scale: float | None) -> Tensor:
-    """Returns attention ``[T, H, D]`` of T tokens; tokens without a call (padding) have zeros.
+    """Returns the attention output ``[T, H, D]`` of T tokens. It is zero for tokens without a call (padding).
 
     Args:
         query: ``[T, H, D]`` float32 or float64 on the CPU, as are ``key`` and ``value``.

@@ -1,6 +1,7 @@
 """The training loop: runs optimizer steps over preference pairs with accelerate (one process, DDP, FSDP2, DeepSpeed).
 
-The weighted micro-batch losses of all ranks add up to the loss of the step. Checkpoints are written between steps.
+The micro-batch losses of all ranks are weighted such that they add up to the loss of the step. Checkpoints are written
+between steps.
 """
 
 import contextlib
@@ -107,7 +108,7 @@ class Trainer:
         self.output.console.total = self.data.total_steps
 
     def run(self) -> int:
-        """Trains until the last step or a signal; returns the exit status (see ``train``)."""
+        """Trains until the last step or until a signal. Returns the exit status, as ``train`` does."""
         state, say = self.state, self.output.console.say
         checkpoint = self.checkpoint
         with self.output.locked(), self.output.console, self.stop.caught():
@@ -160,7 +161,10 @@ class Trainer:
             say(layout)
 
     def _prove(self) -> None:
-        """Compares the first pairs with the model's processor, and shows how the model reads them."""
+        """Compares the encoding of the first pairs with the model's processor, and prints the decoded first pair.
+
+        Raises ``LinesError`` on all ranks if the encoding differs.
+        """
         proof: Proof | None = None
         if self.accelerator.is_main_process:
             proof = prove(self.data.encoder, self.data.first_pairs())
@@ -170,7 +174,7 @@ class Trainer:
                 shared.check()
 
     def make_reference(self) -> Reference | None:
-        """Returns the source of the reference log-probs (None if the loss needs none).
+        """Returns the source of the reference log-probs, or None if the loss needs no reference.
 
         If the recipe precomputes the log-probs, this method computes them and writes their file.
         """
@@ -191,7 +195,7 @@ class Trainer:
         return PrecomputedReference(path, settings)
 
     def _moving_reference(self) -> nn.Module | None:
-        """Returns the reference model if it moves during training (checkpoints must store it), or None."""
+        """Returns the reference model if training updates it, so that checkpoints must store it; otherwise None."""
         moves = self.recipe.reference.sync_every and isinstance(self.reference, CopyReference)
         return self.reference.model if moves else None  # type: ignore[union-attr]
 
@@ -242,7 +246,10 @@ class Trainer:
     def _accumulate_gradients(
         self, step_slice: StepSlice, size: StepSize
     ) -> tuple[Totals, list[tuple[tuple[str, ...], Tensor]]]:
-        """Runs all micro-batches; returns the metric sums, and the pair names and the loss of each micro-batch."""
+        """Runs forward and backward of all micro-batches of a step.
+
+        Returns the sums of the metrics, and for each micro-batch the names of its pairs and its loss.
+        """
         recipe, accelerator = self.recipe, self.accelerator
         totals = Totals(accelerator.device)
         losses: list[tuple[tuple[str, ...], Tensor]] = []
@@ -271,7 +278,7 @@ class Trainer:
         return self._end_step()
 
     def _count_step(self) -> None:
-        """Increments the step number and moves the reference every ``reference.sync_every`` steps."""
+        """Increments the step number, and updates the reference every ``reference.sync_every`` steps."""
         self.state.step += 1
         every = self.recipe.reference.sync_every
         if every and self.reference is not None and self.state.step % every == 0:
@@ -285,7 +292,11 @@ class Trainer:
     def _handle_nonfinite(
         self, losses: list[tuple[tuple[str, ...], Tensor]], grad_norm: float, shift_before: RewardShift
     ) -> None:
-        """Skips a step with a non-finite loss or gradient, or raises ``FloatingPointError``, as the recipe says."""
+        """Skips a step whose loss or gradient is not finite, or raises ``FloatingPointError``, as the recipe says.
+
+        ``losses`` are the names of the pairs and the loss of each micro-batch. ``shift_before`` is the reward shift
+        before the step, which is restored.
+        """
         state = self.state
         state.reward_shift = shift_before
         names = [name for names, loss in losses if not math.isfinite(loss.item()) for name in names]
@@ -301,7 +312,7 @@ class Trainer:
         self.output.console.say(f"{text}; the step is skipped, {state.n_skipped_steps} so far")
 
     def _report(self, line: Mapping[str, float]) -> None:
-        """Shows the step on the console, calls ``on_step``, and writes the log line if it is due."""
+        """Shows the step on the console, calls ``on_step``, and writes ``line`` to the log if a log line is due."""
         step = self.state.step
         epoch = step / self.data.sampler.steps_per_epoch
         line = {"step": step, "epoch": epoch, **line, "skipped_steps": self.state.n_skipped_steps}
@@ -313,7 +324,7 @@ class Trainer:
             self.output.log_step(line)
 
     def _end_step(self) -> bool:
-        """Evaluates and saves when due; returns whether a signal ends the run."""
+        """Evaluates and writes a checkpoint if they are due after this step. Returns whether a signal ends the run."""
         if self.stop.agree():
             return True
         if self.stop.is_over or self.state.step == self.data.total_steps:
@@ -338,7 +349,7 @@ class Trainer:
         return line
 
     def evaluate(self) -> dict[str, float]:
-        """Returns the metrics (loss, rewards, ...) over all evaluation pairs."""
+        """Returns the metrics (loss, rewards, ...) over all evaluation pairs. All ranks must call this method."""
         metrics, self.eval_pair_counts = evaluate(self.model, self.data, self.batch_loss, self.state.reward_shift)
         return metrics
 

@@ -1,4 +1,4 @@
-"""Position ids and attention masks of sequence rows that contain a prompt and several responses."""
+"""Position ids and attention masks of sequence rows ``[prompt | response | response ...]``."""
 
 import dataclasses
 import inspect
@@ -28,7 +28,7 @@ _IMPLEMENTATIONS = ("sdpa", "eager")
 #: Layers with states instead of attention, by their type in transformers' configs.
 _WITH_STATES = frozenset({"linear_attention", "conv"})
 
-#: The masks of layers that combine kinds, and of layers that mix no tokens.
+#: The kinds of masks that a layer type needs: two if the layer combines kinds, none if the layer mixes no tokens.
 _COMBINED = {
     "hybrid": (_FULL, "linear_attention"),
     "hybrid_sliding": (_SLIDING, "linear_attention"),
@@ -38,7 +38,10 @@ _COMBINED = {
 
 
 def sequence_positions(segments: Tensor) -> Tensor:
-    """Returns each token's position in its own sequence ``[prompt | response]``, ``[R, L]`` int64; 0 for padding."""
+    """Returns each token's position in its sequence ``[prompt | response]``, ``[R, L]`` int64; 0 for padding.
+
+    ``segments`` are those of a ``Batch``.
+    """
     places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     is_first = torch.ones_like(segments, dtype=torch.bool)
     is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
@@ -49,7 +52,9 @@ def sequence_positions(segments: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PromptPositions:
-    """Computes the position ids of a prompt for a model with multimodal RoPE. Picklable; holds no weights.
+    """Computes the position ids of a prompt for a model with multimodal RoPE.
+
+    An instance holds no weights and can be pickled, for DataLoader workers.
 
     Attributes:
         kind: Class of the model that defines ``get_rope_index``.
@@ -92,10 +97,14 @@ def prompt_positions(model: nn.Module) -> PromptPositions | None:
 
 
 class MaskPlan(NamedTuple):
-    """The kinds of attention masks that a model needs, its sliding window, and its attention implementation.
+    """The attention masks that a model needs.
 
-    ``implementation`` is the name in transformers; ``is_split`` says whether ``use_split_attention`` has been called.
-    Kinds of layers with states are among ``kinds`` only in this case, because no mask separates responses there.
+    Attributes:
+        kinds: Kinds of layers that need a mask or a marker, by their names in transformers' configs. Layers with
+            states are included only with split attention, because no mask separates responses in them.
+        window: Number of tokens of the sliding window, or None.
+        implementation: Name of the attention implementation in transformers.
+        is_split: Whether ``use_split_attention`` has changed the model.
     """
 
     kinds: frozenset[str]
@@ -105,7 +114,7 @@ class MaskPlan(NamedTuple):
 
 
 def plan_masks(inner: nn.Module) -> MaskPlan | str:
-    """Returns the kinds of masks that a model needs, or the reason (a string) why its masks cannot be built."""
+    """Returns the masks that a model needs, or the reason (a string) why they cannot be built."""
     name, config = type(inner).__name__, decoder_config(inner)
     if config is None:
         return f"{name} has no config"
@@ -145,7 +154,7 @@ def plan_masks(inner: nn.Module) -> MaskPlan | str:
 
 
 def plan_or_raise(inner: nn.Module) -> MaskPlan:
-    """Returns ``plan_masks``.
+    """Returns the masks that a model needs, as ``plan_masks`` does.
 
     Raises:
         ValueError: If the model does not support rows with several responses.
@@ -163,13 +172,19 @@ def no_mask(implementation: str | None) -> str:
 
 
 def mask_markers(plan: MaskPlan, rows: int, device: torch.device) -> Tensor | dict[str, Tensor]:
-    """Returns the markers that split attention takes in place of masks: one, or a dict by kind of layer."""
+    """Returns the markers that split attention takes in place of masks (``window_marker``).
+
+    The result is one marker, or a dict of markers by kind of layer if the model has several kinds. ``rows`` is R.
+    """
     windows = {_SLIDING: plan.window}
     return _by_kind({kind: window_marker(rows, windows.get(kind), device) for kind in plan.kinds})
 
 
 def has_image_blocks(inner: nn.Module) -> bool:
-    """Returns whether tokens of an image, which have type 1 in ``token_type_ids``, attend to each other (Gemma 3)."""
+    """Returns whether the tokens of an image attend to later tokens of the same image, as in Gemma 3.
+
+    Image tokens have type 1 in ``token_type_ids``.
+    """
     return any(
         hasattr(type(module), "get_image_features")
         and "get_block_sequence_ids_for_mask(token_type_ids" in forward_source(type(module))
@@ -188,11 +203,12 @@ def forward_source(kind: type) -> str:
 def attention_masks(
     inner: nn.Module, segments: Tensor, token_types: Tensor | None = None
 ) -> Tensor | dict[str, Tensor]:
-    """Returns the masks ``[R, 1, L, L]`` of sequence rows with several responses: one, or a dict by kind of layer.
+    """Returns the attention masks ``[R, 1, L, L]`` of sequence rows with several responses.
 
-    A token attends to the prompt and to its own response, up to itself. With ``token_types`` (``token_type_ids``),
-    tokens of an image, a run of type 1, also attend to later tokens of the same image. Padding attends to itself,
-    because a softmax over an empty set is NaN.
+    The result is one mask, or a dict of masks by kind of layer if the model has several kinds. A token attends to the
+    prompt and to its own response, up to itself. With ``token_types`` (``token_type_ids``), the tokens of an image (a
+    run of type 1) also attend to later tokens of the same image. A padding token attends to itself, because a softmax
+    over an empty set is NaN.
     """
     plan = plan_or_raise(inner)
     if plan.implementation not in _IMPLEMENTATIONS:
@@ -233,11 +249,14 @@ def _by_kind(masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
 
 
 def use_split_attention(model: nn.Module) -> str | None:
-    """Lets a model run over rows with several responses without a mask, and returns None or the reason why not.
+    """Changes a model such that it runs over rows with several responses without a mask.
 
-    Attention becomes causal calls, and layers with states (recurrences, convolutions) start each response from the
-    states of its prompt. The model may be wrapped. Its attention implementation becomes one of
-    ``split_attention.NAMES``, which is not saved; all other rows go through the model as before.
+    Attention over such rows becomes causal calls, and layers with states (recurrences, convolutions) start each
+    response from the states of its prompt. All other rows go through the model as before. The model may be wrapped.
+    Its attention implementation becomes one of ``split_attention.NAMES``; this name is not saved with the model.
+
+    Returns:
+        None, or the reason why the model cannot be changed. The model is then unchanged.
     """
     inner = unwrap_model(model)
     decoder = _decoder(inner) or inner
@@ -248,7 +267,7 @@ def use_split_attention(model: nn.Module) -> str | None:
 
 
 def undo_split_attention(model: nn.Module) -> None:
-    """Undoes ``use_split_attention``."""
+    """Undoes ``use_split_attention``; does nothing for an unchanged model."""
     inner = unwrap_model(model)
     join_layers(_decoder(inner) or inner)
     join_decoder(decoder_config(inner))
@@ -260,7 +279,7 @@ def _decoder(inner: nn.Module) -> Any:
 
 
 def decoder_config(inner: nn.Module) -> Any:
-    """Returns the config that the decoder reads; the model's config may contain another copy."""
+    """Returns the config that the decoder reads, which may be another object than that in the model's config."""
     decoder = _decoder(inner)
     config: Any = getattr(decoder, "config", None) or getattr(inner, "config", None)
     return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config

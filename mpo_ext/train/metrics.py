@@ -33,9 +33,12 @@ class Totals:
         self.reward_shift: Tensor | None = None
 
     def add(self, out: MPOOutput, *, ntp_parts: int, tokens: int) -> None:
-        """Adds the metrics of a micro-batch to the sums; ``tokens`` is its number of token positions without padding.
+        """Adds the metrics of a micro-batch to the sums.
 
-        ``ntp_parts`` is the number of chosen tokens or responses over which the next-token term is averaged.
+        Args:
+            out: Output of the loss for the micro-batch.
+            ntp_parts: Number of chosen tokens or responses over which the next-token term is averaged.
+            tokens: Number of token positions of the micro-batch, without padding.
         """
         pairs = len(out.chosen_reward)
         lengths = out.tokens.view(2, -1)
@@ -62,8 +65,9 @@ class Totals:
 def means(sums: Mapping[str, float], weights: tuple[float, float, float]) -> dict[str, float]:
     """Returns the metrics of a step or an evaluation from the sums of ``Totals.reduce``.
 
-    Most metrics are means over pairs; the next-token loss is a mean over its parts (``Totals.add``), entropy and top1
-    are means over labelled tokens. ``weights`` are the weights of the DPO, BCO and next-token terms of the loss.
+    Most metrics are means over pairs. The next-token loss is a mean over chosen tokens or responses (``ntp_parts`` of
+    ``Totals.add``). Entropy and top1 are means over labelled tokens. ``weights`` are the weights of the DPO, BCO and
+    next-token terms of the loss.
     """
     pairs, parts = max(sums["pairs"], 1), max(sums["ntp_parts"], 1)
     labelled = max(sums["chosen_tokens"] + sums["rejected_tokens"], 1)
@@ -82,9 +86,10 @@ def means(sums: Mapping[str, float], weights: tuple[float, float, float]) -> dic
 
 
 def _balanced_accuracy(sums: Mapping[str, float], accuracy: float) -> float:
-    """Returns the mean of the reward accuracies of pairs with a longer chosen and with a longer rejected response.
+    """Returns the mean of two reward accuracies: of pairs with a longer chosen, and with a longer rejected response.
 
-    If only one kind occurs, its accuracy; if all responses have the length of their partner, ``accuracy``.
+    If only one kind of pair occurs, the result is the accuracy of this kind. If no pair has responses of unequal
+    lengths, the result is ``accuracy``.
     """
     kinds = [name for name in ("longer_chosen", "longer_rejected") if sums[name]]
     parts = [sums[f"accurate_{name}"] / sums[name] for name in kinds]
@@ -92,7 +97,7 @@ def _balanced_accuracy(sums: Mapping[str, float], accuracy: float) -> float:
 
 
 def log_line(sums: Mapping[str, float], recipe: LossRecipe, reward_shift: RewardShift) -> dict[str, float]:
-    """Returns the metrics of ``means`` that the loss of the recipe has, and the reward shift if the loss has one."""
+    """Returns the metrics of ``means`` that the loss of the recipe has, and its reward shift if there is one."""
     config = recipe.config
     line = means(sums, (config.dpo_weight, config.bco_weight, config.ntp_weight))
     if not recipe.has_preference:

@@ -30,15 +30,16 @@ _ROUNDING = 1e-6  # 100 lines with repeat_time 0.29 give 29 pairs, though the pr
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MixtureSubset:
-    """A subset of a source, such as a subset of MMPR. ``Mixture.lines`` prints a line for each.
+    """A subset of a source, such as a subset of MMPR. A source of another format is a single subset.
 
     Attributes:
         source: Index of the source in the mixture.
         name: Name of the subset in an MMPR meta file, otherwise the name of the file or folder.
         first: Index of the subset's first line in the mixture.
+        lines: Number of lines.
         repeat_time: ``repeat_time`` of the source times ``repeat_time`` of the subset.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
-        label: The name; if several subsets have this name, preceded by the end of the path that distinguishes them.
+        label: The name. If several subsets have this name, the end of the path that distinguishes them precedes it.
     """
 
     source: int
@@ -55,15 +56,19 @@ class SourceOverview:
     """The result of inspecting a source (``Mixture.inspect``).
 
     Attributes:
+        path: Path of the source.
+        format: Format of the source.
         is_format_given: Whether the recipe names the format.
         root: Folder against which relative image paths are resolved.
+        lines: Number of lines of the source.
         lines_read: Number of lines that were read, spread evenly over the source.
         bad: Number of read lines without a valid pair.
         misplaced: Number of read pairs whose ``<image>`` marks do not fit their images.
         with_images: Number of read pairs with images.
         images: Number of different images in the read pairs; 0 if the image files were not checked.
         missing: Number of different images whose file does not exist.
-        pairs_missing: Number of read pairs with right places and at least one missing image file.
+        pairs_missing: Number of read pairs with at least one missing image file; pairs that are counted in
+            ``misplaced`` are left out.
         examples: Messages for the first bad lines and missing images.
     """
 
@@ -95,8 +100,8 @@ class SourceOverview:
 class Mixture(Sequence[Pair | BadLine]):
     """The lines of all sources as one sequence. An index selects a line; ``repeat_time`` does not change the indices.
 
-    Memory holds an offset of 8 bytes per line, but not the lines. A copy in another process reopens the sources at its
-    first read.
+    Memory holds an offset of 8 bytes per line, but not the lines. A pickled copy in another process reopens the
+    sources when it first reads a line.
 
     ``repeat_time`` sets how often an epoch visits the lines of a subset: an epoch takes ``floor(n * repeat_time)``
     pairs from ``n`` lines. Each line occurs as often as the integer part of ``repeat_time``; the remaining pairs are
@@ -197,7 +202,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return groups
 
     def inspect(self, *, files: bool = True, limit: int = _INSPECTED_LINES) -> list[SourceOverview]:
-        """Inspects each source: its format, bad lines, pairs with images, wrong places, and missing image files.
+        """Returns an overview of each source: format, bad lines, pairs with images, and missing image files.
 
         Args:
             files: Whether to check that the image files exist.
@@ -231,7 +236,7 @@ class Mixture(Sequence[Pair | BadLine]):
         return overviews
 
     def lines(self) -> Iterator[str]:
-        """Yields a line of text for each subset: its name, lines, ``repeat_time`` and pairs per epoch."""
+        """Yields the lines of a text table: name, lines, ``repeat_time`` and pairs per epoch of each subset."""
         width = max(len(subset.label) for subset in self.subsets)
         yield f"{'subset':<{width}}  {'lines':>11}  {'repeat_time':>11}  {'pairs/epoch':>11}"
         for subset in self.subsets:
@@ -239,7 +244,7 @@ class Mixture(Sequence[Pair | BadLine]):
         yield f"{'all':<{width}}  {len(self):>11,}  {'':>11}  {self.pairs:>11,}"
 
     def open_source(self, number: int) -> PairSource:
-        """Returns the source at an index of ``sources``, which is opened at the first call."""
+        """Returns the source at index ``number`` of ``sources``. The first call opens it."""
         source = self._opened[number]
         if source is not None:
             return source
@@ -262,7 +267,11 @@ class Mixture(Sequence[Pair | BadLine]):
 
 
 def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: SourceOverview) -> bool:
-    """Returns whether all image files of a pair exist, and counts missing files; each file is checked once."""
+    """Returns whether all image files of a pair exist, and counts missing files in ``overview``.
+
+    ``file_exists`` holds the results of earlier checks by hash of the path, so each file is checked once. ``name`` is
+    the file and line number of the pair.
+    """
     is_complete = True
     for image in pair.images:
         key = hash(image)
@@ -277,7 +286,7 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
 
 
 def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns the names; names of several paths are preceded by the shortest path end that distinguishes them."""
+    """Returns the names. If subsets of several paths have a name, the shortest distinguishing path end precedes it."""
     parts = [Path(os.path.normpath(path)).parts for path in paths]
     labels = []
     for path_parts, name in zip(parts, names, strict=True):

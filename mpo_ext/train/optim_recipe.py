@@ -25,7 +25,7 @@ _OWN_ARGUMENTS = ("params", "lr", "betas", "eps", "weight_decay")
 
 @section
 class GroupRecipe:
-    """Settings of the optimizer for one part of the model; None: that of ``optim``."""
+    """Settings of the optimizer for one part of the model. None means the setting of ``optim``."""
 
     learning_rate: NotNegative | None = None
     weight_decay: NotNegative | None = None
@@ -41,7 +41,7 @@ class OptimRecipe:
             "torch.optim.SGD", which is called with parameter groups, ``lr`` and ``args``.
         args: Further arguments of the optimizer.
         learning_rate: Maximum learning rate, reached at the end of warmup.
-        groups: Own settings of parts of the model, as in ``{vision_tower: {learning_rate: 2e-6}}``. Parts are
+        groups: Settings for single parts of the model, such as ``{vision_tower: {learning_rate: 2e-6}}``. Parts are
             "vision_tower", "projector" and "language_model".
         batch_size: Number of pairs per optimizer step, summed over all ranks and micro-batches.
         micro_batch_size: Number of pairs per forward pass on each rank.

@@ -56,7 +56,10 @@ class RunOutput:
         )
 
     def template_date(self, checkpoint: Path | None) -> datetime.date:
-        """Returns the date for the chat template: that of the checkpoint or of stored log-probs, otherwise today."""
+        """Returns the date that the chat template prints in prompts, the same on all ranks.
+
+        The date is that of the checkpoint or of the stored reference log-probs, otherwise today.
+        """
         inputs = None if checkpoint is None else self.checkpoints.state(self.accelerator, checkpoint).get("inputs")
         date = stored_date(inputs) or reference_date(self.recipe) or datetime.date.today()
         return gather(self.accelerator, date)[0]
@@ -81,7 +84,7 @@ class RunOutput:
             yield
 
     def _check_outputs(self) -> None:
-        """Raises if the run would replace an input or a file that no run has written."""
+        """Raises if the run would overwrite one of its inputs, or a file that no run has written."""
         recipe, names = self.recipe, ("log.jsonl", "first_pairs.txt", "final", "checkpoints")
         sources = [*recipe.data.train, *recipe.data.eval]
         inputs = [*(source.path for source in sources), recipe.model.path, recipe.reference.path]
@@ -113,7 +116,7 @@ class RunOutput:
         self.console.say(f"the first pairs, decoded, are in {path}")
 
     def start_log(self) -> None:
-        """Empties the log for a new run; an earlier run that saved no checkpoint may have left lines."""
+        """Empties the log for a new run, because an earlier run that wrote no checkpoint may have left lines."""
         if self.is_main:
             if self.log.position():
                 self.console.say(
@@ -124,7 +127,8 @@ class RunOutput:
     def check_inputs(self, data: RunData, checkpoint: Path | None, fixed_weights: Mapping[str, str]) -> None:
         """Records the inputs of the run for its checkpoints, and compares them with those of a checkpoint.
 
-        ``fixed_weights`` are those of ``RunSetup``.
+        ``data`` are the pairs of the run, and ``fixed_weights`` are those of ``RunSetup``. Without a checkpoint, the
+        inputs are only recorded.
 
         Raises:
             LinesError: If a setting has changed that must not change within a run, or if an input has changed that
@@ -149,9 +153,15 @@ class RunOutput:
         self.input_changes.check(checkpoint, accept=self.recipe.output.resume_changed_data)
 
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:
-        """Restores policy, optimizer, run state and log from a checkpoint, and ``reference`` if the reference moves.
+        """Restores policy, optimizer, run state and log from a checkpoint, and the reference model.
 
         ``check_inputs`` must have accepted the checkpoint.
+
+        Args:
+            path: Folder of the checkpoint.
+            model: Policy.
+            optimizer: Optimizer of the policy.
+            reference: Reference model if training updates it; None otherwise.
 
         Returns:
             Whether a setting or the data have changed since the checkpoint.
@@ -170,7 +180,10 @@ class RunOutput:
         return bool(self.changed or changes.refused or changes.evaluation)
 
     def save_checkpoint(self, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> None:
-        """Writes a checkpoint of policy, optimizer and run state, and of ``reference`` unless it is None."""
+        """Writes a checkpoint of policy, optimizer and run state.
+
+        ``reference`` is the reference model if training updates it; then the checkpoint also holds it.
+        """
         if not self.save:
             return
         state = self.state.state_dict(self.log.position() if self.is_main else 0, self.inputs)
@@ -202,9 +215,9 @@ class RunOutput:
             self.accelerator.log(values, step=self.state.step)
 
     def is_finished(self, checkpoint: Path) -> bool:
-        """Returns whether the final model was exported after the checkpoint.
+        """Returns whether the final model was exported after the checkpoint was written.
 
-        If so, and its model card is missing, this method writes the card.
+        If the model was exported but its model card is missing, this method writes the card.
         """
         if not is_exported_since(self.accelerator, self.final, checkpoint):
             return False

@@ -14,7 +14,7 @@ _FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 
 
 class Console:
-    """Shows the progress of a run: as a bar on a terminal, as a line every half minute in other streams.
+    """Shows the progress of a run: as a bar on a terminal, or as a line every half minute in other streams.
 
     ``total`` is the number of steps of the run, ``done`` the number of finished steps. If ``stream`` is None, nothing
     is printed.
@@ -77,9 +77,10 @@ class Console:
 
 
 def compare_first_loss(recipe: Recipe, line: Mapping[str, float]) -> str:
-    """Returns a console line that compares the first step's loss with its expected value.
+    """Returns a console line that compares the loss of the first step with its expected value.
 
-    Before training the policy equals the reference, so all rewards must be 0, which determines the DPO and BCO terms.
+    Before training, the policy equals the reference, so all rewards must be 0. This determines the DPO and BCO terms.
+    ``line`` is the log line of the first step.
     """
     config, shift = recipe.loss.config, recipe.reward_shift
     delta = shift.value if shift.mode != "cumulative" or shift.update == "after" else 0.0

@@ -1,4 +1,7 @@
-"""The proof at the start of a run: compares the first pairs with the model's own processor and prints them decoded."""
+"""The check at the start of a run: are the first pairs encoded as the model's processor encodes them?
+
+The result, a ``Proof``, also holds the pairs as decoded text.
+"""
 
 import dataclasses
 import itertools
@@ -27,8 +30,8 @@ class ProvedPair:
         name: File and line number of the pair.
         prompt: Text of the prompt's token ids, with a run of image tokens as ``<image> x 64``.
         chosen: Text of the chosen response's token ids; the targets of training are in double square brackets.
-        rejected: The same for the rejected response.
-        sizes: Numbers of tokens, for messages.
+        rejected: Text of the rejected response's token ids, marked in the same way.
+        sizes: Text with the numbers of tokens.
     """
 
     name: str
@@ -38,7 +41,11 @@ class ProvedPair:
     sizes: str
 
     def lines(self, most: int | None = None) -> Iterator[str]:
-        """Yields lines of text; ``most`` cuts each text to its last or first characters, None cuts nothing."""
+        """Yields lines of text: the name and sizes, the prompt and both responses.
+
+        ``most`` is the maximum number of characters of a text: the last of the prompt, the first of a response. None:
+        no limit.
+        """
         yield f"{self.name}: {self.sizes}"
         for label, text in (("prompt", self.prompt), ("chosen", self.chosen), ("rejected", self.rejected)):
             shown = text.replace("\n", "\\n")
@@ -64,7 +71,7 @@ class Proof:
     problems: tuple[str, ...]
 
     def lines(self, most: int | None = None) -> Iterator[str]:
-        """Yields the proof as lines of text; ``most`` is the maximum number of characters of a text."""
+        """Yields the proof as lines of text. ``most`` limits the texts, as in ``ProvedPair.lines``."""
         yield from (f"chat template: {notice}" for notice in self.notices)
         yield from (f"not encoded: {message}" for message in self.skipped)
         for pair in self.pairs:
@@ -72,7 +79,7 @@ class Proof:
         yield from self.problems
 
     def console_lines(self) -> Iterator[str]:
-        """Yields the notices and the first pair, shortened."""
+        """Yields the lines of the proof with only the first pair, shortened."""
         return dataclasses.replace(self, pairs=self.pairs[:1]).lines(_CONSOLE_CHARACTERS)
 
     def check(self) -> None:
@@ -83,11 +90,11 @@ class Proof:
 
 
 def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3) -> Proof:
-    """Encodes the first pairs and compares them with the model's own processor.
+    """Encodes the first pairs, compares them with the model's own processor, and returns the result.
 
-    For each pair: the prompt's ids are those of ``apply_chat_template`` with images; prompt and response are the
-    beginning of the whole conversation's ids; the response's ids decode to the response; the response ends with a
-    token at which sampling stops; all ids are below the size of the embedding.
+    Four facts are checked for each pair. The ids of the prompt are those of ``apply_chat_template`` with images. The
+    ids of prompt and response are the beginning of the ids of the whole conversation. The ids of a response decode to
+    the response. A response ends with a token at which sampling stops.
 
     Args:
         encoder: Encoder of the run.
@@ -120,7 +127,7 @@ def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3
 
 
 def _decoding_problems(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
-    """Yields the responses whose ids do not decode to the response, or at whose end sampling does not stop."""
+    """Yields a message for each response whose ids do not decode to its text, or whose end does not stop sampling."""
     chat = encoder.chat
     conversation = conversation_of(pair, sample.name)
     for side, ids in (("chosen", sample.chosen_ids.tolist()), ("rejected", sample.rejected_ids.tolist())):
@@ -135,7 +142,7 @@ def _decoding_problems(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator
 
 
 def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
-    """Yields the differences between the ids of the sample and those of the processor."""
+    """Yields a message for each difference between the ids of the sample and those of the processor."""
     chat = encoder.chat
     if chat.chat_template is None:
         return
@@ -158,7 +165,7 @@ def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
 
 
 def _with_images(chat: ChatEncoder, conversation: Conversation, images: Sequence[Any]) -> list[dict[str, Any]]:
-    """Returns the messages with each image in its place."""
+    """Returns the messages of the conversation, with each image in its place (without images for a text model)."""
     messages = chat_messages(conversation, as_parts=chat.is_multimodal)
     if not chat.is_multimodal:
         return messages

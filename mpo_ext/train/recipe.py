@@ -119,8 +119,8 @@ class DataRecipe:
         skip_bad: Whether to skip and count unreadable pairs (a bad line, a missing image) instead of stopping.
         group_prompts: Whether pairs with the same prompt are placed next to each other, which lets them share a row.
         workers: Number of processes that read and encode pairs in advance; 0: the training process does this work.
-        max_image_pixels: Maximum number of pixels of an image; a pair with a larger image is unreadable. None: that of
-            the environment variable MPO_MAX_IMAGE_PIXELS, or 8192 x 8192.
+        max_image_pixels: Maximum number of pixels of an image; a pair with a larger image is unreadable. None: the
+            value of the environment variable MPO_MAX_IMAGE_PIXELS, or 8192 x 8192 if it is not set.
     """
 
     train: Annotated[Sources, NOT_EMPTY]
@@ -150,9 +150,10 @@ class LossRecipe:
             micro-batches; "micro_batch" averages the means of the micro-batches, as the authors' code does. With
             ``optim.micro_batch_tokens``, "micro_batch" averages the means of the pairs, as with micro-batches of one.
         from_logits: Whether to call ``mpo_loss`` on the model's logits instead of ``linear_mpo_loss``.
-        shared_prefix: Whether a pair is ``[prompt | chosen | rejected]`` if the model supports this layout, and all
-            pairs of a micro-batch lie in one row; False: each response has a separate row. For comparison, "padded":
-            each prompt has a row; "masked": each prompt has a row, with a dense attention mask.
+        shared_prefix: Whether both responses of a pair follow one copy of the prompt (``[prompt | chosen |
+            rejected]``), and all pairs of a micro-batch lie in one row. A model that does not support this layout
+            gets a row for each response, as with False. Two values are for comparisons: "padded" gives each prompt a
+            row; "masked" also uses a dense attention mask.
         recompute: See ``linear_mpo_loss``.
         memory_budget_mib: ``memory_budget`` of ``linear_mpo_loss``, in MiB.
         backend: See ``mpo_loss``.
@@ -281,14 +282,14 @@ class OutputRecipe:
         keep_best: Whether to keep also the checkpoint with the best evaluation; needs ``data.eval``.
         eval_every: Number of steps between two evaluations; 0 evaluates only at the end.
         best_metric: Metric of the best checkpoint: "reward_accuracy" (higher is better) or "loss" (lower is better).
-        early_stopping: Number of evaluations in a row without a new best value of ``best_metric`` after which the run
-            ends as if this step were the last; 0 disables this. Needs ``eval_every``.
+        early_stopping: Patience: the run ends, as if its last step were done, if this number of evaluations in a row
+            gives no new best value of ``best_metric``. 0 disables early stopping. Needs ``eval_every``.
         log_every: Number of steps between two lines of the log.
         trackers: Names of trackers in accelerate: "tensorboard", "wandb", ...
         resume: "auto" resumes from the newest checkpoint in ``dir``; "never" rejects a folder that contains a
             checkpoint; any other value is the path of a checkpoint.
         resume_changed_data: Whether a run may resume although its training data, its processor, or the model that it
-            began with have changed since the checkpoint.
+            began with has changed since the checkpoint.
         on_nonfinite: Reaction to a loss or gradient that is not finite: "stop", or "skip" the step and count it.
         save_merged: Whether to write the model with merged LoRA adapters in addition to the adapters.
     """

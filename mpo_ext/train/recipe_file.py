@@ -20,7 +20,7 @@ _CORE_SCHEMA = {
 
 
 def parse_yaml(text: str) -> Any:
-    """Returns the value of YAML text; raises ``ValueError`` if it is not YAML or a mapping contains a key twice."""
+    """Returns the parsed YAML text. Raises ``ValueError`` if it is not YAML, or if a mapping contains a key twice."""
     ruamel = _import_ruamel()
     try:
         return _yaml(dumps=False).load(text)
@@ -29,14 +29,17 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(values: Any) -> str:
-    """Returns values as YAML text; strings that YAML 1.1 or 1.2 would read as another type are quoted."""
+    """Returns values as YAML text. Strings that YAML 1.1 or 1.2 would read as another type are quoted."""
     stream = io.StringIO()
     _yaml(dumps=True).dump(values, stream)
     return stream.getvalue()
 
 
 def apply_override(values: Any, override: str) -> None:
-    """Changes a parsed recipe in place by an override ``KEY=VALUE``; KEY is a dotted name, VALUE is YAML."""
+    """Sets a value in a parsed recipe, in place, as an override ``KEY=VALUE`` says.
+
+    KEY is the dotted name of a setting; VALUE is YAML.
+    """
     key, equals, text = override.partition("=")
     *sections, name = key.strip().split(".")
     if not equals or not all((*sections, name)):
@@ -67,7 +70,10 @@ def _import_ruamel() -> Any:
 
 @functools.cache
 def _yaml(*, dumps: bool) -> Any:
-    """Returns a parser, or a writer whose strings and numbers have the same meaning in YAML 1.1 and 1.2."""
+    """Returns a YAML 1.2 parser or, with ``dumps``, a writer.
+
+    The strings and numbers of the writer have the same meaning in YAML 1.1 and 1.2.
+    """
     ruamel = _import_ruamel()
     rules = [
         (f"tag:yaml.org,2002:{name}", re.compile(f"(?:{p})$"), first) for name, (p, first) in _CORE_SCHEMA.items()

@@ -1,4 +1,4 @@
-"""Precomputed reference log-probs: computed once by all ranks, stored in a file, and looked up in every step."""
+"""Precomputed reference log-probs. All ranks compute them once and store them in a file; each step looks them up."""
 
 import datetime
 import hashlib
@@ -26,7 +26,15 @@ _PROVENANCE = ("processor", "versions", "date")  # compared by other rules than 
 
 
 class PrecomputedReference:
-    """Looks up reference log-probs by ``Sample.digest`` in a file; raises ``ValueError`` if its settings differ."""
+    """Looks up reference log-probs in a file, by ``Sample.digest``.
+
+    Args:
+        path: The file.
+        settings: Settings of this run, from ``reference_settings``.
+
+    Raises:
+        ValueError: If the file was made with other settings.
+    """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
@@ -35,7 +43,10 @@ class PrecomputedReference:
         self._logp = {NO_PAIR: [0.0, 0.0], **{record["key"]: record["logp"] for record in read_records(path)}}
 
     def logp(self, policy: nn.Module, batch: Batch) -> Tensor:
-        """Returns the summed log-probs of 2B responses from the file; raises ``ValueError`` if a pair is missing."""
+        """Returns the summed log-probs of the 2B responses, ``[2B]`` float64; the B chosen responses come first.
+
+        Raises ``ValueError`` if the file lacks a pair. ``policy`` is not used.
+        """
         for name, digest in zip(batch.names, batch.digests, strict=True):
             if digest not in self._logp:
                 raise ValueError(
@@ -56,9 +67,9 @@ def reference_path(recipe: Recipe) -> Path:
 
 
 def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[str, Any]:
-    """Returns the settings that the log-probs depend on; reads all lines of the data.
+    """Returns the settings on which the reference log-probs depend. Reads all lines of the data.
 
-    ``fingerprint`` is the fingerprint of the reference model.
+    ``fingerprint`` identifies the weights of the reference model.
     """
     keys = []
     for mixture in data.mixtures:
@@ -85,7 +96,7 @@ def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[
 
 
 def reference_date(recipe: Recipe) -> datetime.date | None:
-    """Returns the date for which the prompts of stored or begun log-probs were rendered, or None if unknown."""
+    """Returns the date in the prompts of the stored log-probs, also of an unfinished file; None if there is none."""
     if recipe.reference_kind != "precomputed":
         return None
     path = reference_path(recipe)
@@ -106,7 +117,16 @@ def compute_reference_file(
 ) -> None:
     """Writes the reference log-probs of all pairs to a file. All ranks must call this function.
 
-    Each rank computes a slice and writes a journal beside the file; a killed run loses at most the current batch.
+    Each rank computes a slice of the pairs and writes a journal in the folder of the file. A killed run therefore
+    loses at most the current batch.
+
+    Args:
+        path: The file.
+        settings: Settings of this run, from ``reference_settings``.
+        model: Reference model.
+        data: Pairs of the run.
+        stop: Requests to end the run.
+        say: Function that prints a line.
 
     Raises:
         InterruptedRunError: If a signal ends the computation.
@@ -138,7 +158,10 @@ def compute_reference_file(
 
 
 def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
-    """Yields this rank's batches that hold unknown pairs, per step; dummies equalize their number over the ranks."""
+    """Yields, for each step, this rank's batches with pairs whose digest is not in ``known``.
+
+    Dummy batches are added, so that all ranks have the same number of batches.
+    """
     for step_slice in data.load_all_lines():
         batches = [batch for batch in step_slice.batches if not known.issuperset(batch.digests)]
         n_batches = max(gather(data.accelerator, len(batches)))
@@ -146,10 +169,10 @@ def _batches_of_ranks(data: RunData, known: set[str]) -> Iterator[list[Batch]]:
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a file; raises a ``ValueError`` that lists all differences if they do not fit.
+    """Returns the settings of a file, or raises a ``ValueError`` that lists all differences from ``settings``.
 
-    Other versions of libraries may serialize the same processor in another form. Then, only the parts of the processor
-    that do not depend on a library are compared here, because the digest of each pair covers the rest.
+    Other versions of libraries may serialize the same processor in another form. If the versions differ, only the
+    parts of the processor that do not depend on a library are compared here. The digest of each pair covers the rest.
     """
     old, new = read_header(path) or {}, json.loads(json.dumps(settings))
     texts = [
@@ -170,7 +193,10 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _possible_causes(header: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Returns what has changed since a file was made that may change the encoding of a pair."""
+    """Returns a text that lists the changes since a file was made that may have changed the encoding of a pair.
+
+    ``header`` holds the settings of the file, ``settings`` those of this run.
+    """
     if "processor" not in header:
         return "the images, the processor, or the date in the prompts have changed (the file does not say which)"
     changed = [*changed_parts(header["processor"], settings["processor"]).values()]
@@ -179,7 +205,7 @@ def _possible_causes(header: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 
 
 def _known_digests(path: Path, settings: Mapping[str, Any]) -> set[str]:
-    """Returns the digests in the journals of an interrupted run."""
+    """Returns the digests of the pairs whose log-probs an interrupted run has already written to its journals."""
     known: set[str] = set()
     for journal in _journal_paths(path):
         if read_header(journal) is not None:

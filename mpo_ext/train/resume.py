@@ -1,4 +1,4 @@
-"""Resuming a run: the plain state in a checkpoint, and the settings that may differ in the run that resumes."""
+"""Resuming a run: the part of its state that checkpoints store as JSON, and the settings that may change."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,8 @@ class RunState:
     Attributes:
         step: Number of steps done.
         n_skipped_steps: Number of steps that did not update the model because the loss or gradient was not finite.
-        pair_counts: Counts of this rank's trained and skipped pairs; the main rank's counts include a checkpoint's.
+        pair_counts: Counts of this rank's trained and skipped pairs. On the main rank, they include the counts of the
+            checkpoint from which the run resumed.
         evaluation: Log line of the latest evaluation; None before the first evaluation.
         best_score: The best value of ``output.best_metric`` so far; None before the first evaluation.
         n_stalled: Number of evaluations since the best one.
@@ -56,7 +57,7 @@ class RunState:
         self.pair_counts.split += step_slice.n_split
 
     def check_trained_on_pairs(self) -> None:
-        """Raises ``LinesError`` if every pair so far was skipped, because the model is still unchanged."""
+        """Raises ``LinesError`` if every pair so far was skipped, so that the model is still unchanged."""
         counts = self.pair_counts_of_all_ranks()
         if counts.kept == 0 and self.step > 0:
             raise LinesError(
@@ -91,12 +92,12 @@ class RunState:
         self.n_stalled = 0 if is_best else self.n_stalled + 1
 
     def has_stalled(self) -> bool:
-        """Returns whether the last ``output.early_stopping`` evaluations were not better than the best before them."""
+        """Returns whether the last ``output.early_stopping`` evaluations gave no new best value; for 0, False."""
         patience = self._recipe.output.early_stopping
         return patience > 0 and self.n_stalled >= patience
 
     def state_dict(self, log_position: int, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Returns the state as JSON values. All ranks must call this method.
+        """Returns the state as JSON values, with the pair counts of all ranks. All ranks must call this method.
 
         Args:
             log_position: Size of the log in bytes.
@@ -116,9 +117,10 @@ class RunState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, keep_evaluation: bool) -> None:
-        """Restores a state from ``state_dict``; pair counts are restored on the main rank only.
+        """Restores a state that ``state_dict`` returned. Only the main rank restores the pair counts.
 
-        ``keep_evaluation`` must be False if the evaluation pairs have changed.
+        ``keep_evaluation`` tells whether to restore the latest evaluation and the best score. It must be False if the
+        evaluation pairs have changed.
         """
         self.step = state["step"]
         if keep_evaluation:
@@ -132,10 +134,10 @@ class RunState:
 
 
 def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> dict[str, str]:
-    """Returns a message, by setting name, for each setting that differs between a checkpoint's state and the recipe.
+    """Returns the settings that differ between a checkpoint and the recipe: a message for each, by setting name.
 
-    A setting that the checkpoint does not know had its default. Raises ``LinesError`` if a setting has changed that
-    must not change within a run.
+    ``state`` is the state in the checkpoint at ``path``. If the checkpoint does not know a setting, the setting counts
+    as having had its default. Raises ``LinesError`` if a setting has changed that must not change within a run.
     """
     stored = state["recipe"]
     with contextlib.suppress(TypeError, ValueError):  # a setting that does not exist any more
@@ -156,7 +158,7 @@ def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> di
 
 
 def plain_values(values: Any) -> Any:
-    """Converts nested values to JSON types: keys to strings, tuples to lists and paths to strings."""
+    """Returns nested values converted to JSON types: keys to strings, tuples to lists, and paths to strings."""
     if isinstance(values, Mapping):
         return {str(key): plain_values(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):

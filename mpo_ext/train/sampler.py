@@ -12,11 +12,11 @@ _ORDER = 2  # part of the seed; ``mixture`` uses another number, which keeps the
 
 
 class StepSampler:
-    """Chooses the pairs of each optimizer step. Steps are numbered from 0 through all epochs.
+    """Chooses the pairs of each optimizer step. Steps are numbered from 0; the numbers continue over epochs.
 
     The pairs of a step depend only on the seed and the step number. An interrupted run therefore needs no other state
-    to resume, and any number of ranks divides the same pairs. An epoch visits each of its pairs once, in random order;
-    its last step holds the remaining pairs.
+    to resume, and a step has the same pairs for any number of ranks. An epoch visits each of its pairs once, in random
+    order; its last step holds the remaining pairs.
 
     Args:
         epoch: Function that returns the pair indices of an epoch, int64, such as ``Mixture.epoch``; each epoch must
@@ -28,6 +28,7 @@ class StepSampler:
             of a repeated pair do not become adjacent. None: pairs are not grouped.
 
     Attributes:
+        pairs_per_epoch: Number of pairs per epoch.
         steps_per_epoch: Number of steps per epoch, including a shorter last step.
     """
 
@@ -45,7 +46,10 @@ class StepSampler:
         self.steps_per_epoch = -(-self.pairs_per_epoch // batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Returns the pair indices in the order of the epoch, ``[pairs_per_epoch]`` int64; caches the latest epoch."""
+        """Returns the pair indices of an epoch in the order of its steps, ``[pairs_per_epoch]`` int64.
+
+        The result for the latest epoch is cached.
+        """
         check_integer("epoch", epoch, least=0)
         if self._order is None or self._order[0] != epoch:
             pairs = self._epoch(epoch)
@@ -77,7 +81,10 @@ class StepSampler:
 
 
 def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns positions in ``pairs`` that make the pairs of a group adjacent; the order of the groups is random."""
+    """Returns a permutation of the positions in ``pairs`` that makes pairs of a group adjacent.
+
+    The order of the groups is random. ``groups`` holds the group number of each pair index.
+    """
     # The c-th copy of each pair goes to the c-th group of its prompt, because a step should not contain a pair twice.
     by_pair = np.argsort(pairs, kind="stable")
     ascending = pairs[by_pair]
@@ -90,7 +97,7 @@ def _sort_by_group(pairs: np.ndarray, groups: np.ndarray, rng: np.random.Generat
 
 
 def micro_batches(lengths: Sequence[int], size: int, *, groups: Sequence[Any] | None = None) -> list[list[int]]:
-    """Splits a rank slice into micro-batches by length, longest first.
+    """Returns the micro-batches of a rank slice. Pairs are sorted by length, the longest pair first.
 
     Memory therefore peaks in the first micro-batch, and there is little padding.
 
@@ -116,20 +123,21 @@ def token_micro_batches(
     *,
     groups: Sequence[Any],
 ) -> list[list[int]]:
-    """Splits a rank slice into micro-batches of at most ``limit`` token positions, longest pairs first.
+    """Returns the micro-batches of a rank slice, each with at most ``limit`` token positions.
 
-    The pairs of a prompt go into the first micro-batch with room for them (first-fit decreasing bin packing). A pair
-    that is longer than the limit is a micro-batch without other pairs.
+    The prompts are placed in the order of their longest pair. All pairs of a prompt go into the first micro-batch with
+    room for them (first-fit decreasing bin packing). A pair that is longer than the limit has a separate micro-batch.
 
     Args:
         prompts: Number of prompt tokens of each pair.
         responses: Number of tokens of each response of each pair.
         limit: Largest number of token positions that go through the decoder, padding included.
-        layout: Row layout, which determines the positions of a micro-batch.
-        groups: A value per pair that is equal for pairs with the same prompt, which share it in a micro-batch.
+        layout: Row layout, which determines the number of positions of a micro-batch.
+        groups: A value per pair that is equal for pairs with the same prompt. These pairs share the prompt's tokens if
+            the layout allows it.
 
     Returns:
-        As ``micro_batches``.
+        For each micro-batch, positions in ``prompts``. Each position occurs once.
     """
     check_integer("limit", limit, least=1)
     lengths = [prompt + max(sizes, default=0) for prompt, sizes in zip(prompts, responses, strict=True)]
@@ -152,7 +160,10 @@ def token_micro_batches(
 def _rows_of_group(
     pairs: Sequence[int], prompts: Sequence[int], responses: Sequence[Sequence[int]], limit: int, layout: RowLayout
 ) -> Iterator[tuple[list[int], int, int]]:
-    """Yields pairs of a prompt that share rows, with the number of rows and their length, of at most ``limit``."""
+    """Yields pairs of one prompt that go into a micro-batch together, with the number and the length of their rows.
+
+    Pairs that share a row have at most ``limit`` tokens together; a single pair may have more.
+    """
     part: list[int] = []
     rows, length = 0, 0
     for pair in pairs:
@@ -170,7 +181,10 @@ def _rows_of_group(
 
 
 def _longest_first(lengths: Sequence[int], groups: Sequence[Any] | None) -> list[list[int]]:
-    """Returns the positions in ``lengths`` by group; groups and the pairs of a group begin with the longest pair."""
+    """Returns the positions in ``lengths`` by group. The pairs of a group are sorted by length, the longest first.
+
+    The groups are sorted by the length of their longest pair. If ``groups`` is None, each pair is a group.
+    """
     if groups is not None and len(groups) != len(lengths):
         raise ValueError(f"groups must be as many as the {len(lengths)} lengths, got {len(groups)}")
     members: dict[Any, list[int]] = {}

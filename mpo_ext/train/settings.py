@@ -23,12 +23,12 @@ _TYPES = {"bool_type": "true or false", "int_type": "an integer", "float_type": 
 
 
 def wrong_type(words: str) -> PydanticCustomError:
-    """Returns the error for a value of the wrong type; ``words`` name the required type."""
+    """Returns the exception for a value of the wrong type. ``words`` name the required type, such as "a section"."""
     return PydanticCustomError("wrong_type", words)  # type: ignore[arg-type]  # pydantic wants a literal
 
 
 def _rule(words: str, holds: Callable[[Any], bool]) -> AfterValidator:
-    """Returns a validator that rejects values for which ``holds`` is false; ``words`` state the rule."""
+    """Returns a validator that rejects values for which ``holds`` returns False. ``words`` state the rule."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -39,7 +39,10 @@ def _rule(words: str, holds: Callable[[Any], bool]) -> AfterValidator:
 
 
 def list_of(elements: str, size: int | None = None) -> BeforeValidator:
-    """Returns a validator that converts a list to a tuple; ``size`` is the required length (None: any length)."""
+    """Returns a validator that converts a list to a tuple.
+
+    ``elements`` names the elements in messages. ``size`` is the required length; None allows any length.
+    """
 
     def convert(value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or (size is not None and len(value) != size):
@@ -107,7 +110,8 @@ def section(kind: type[T]) -> type[T]:
     """Class decorator for a section of a recipe: a frozen dataclass that converts and checks its arguments.
 
     Mappings are converted to sections, lists to tuples, and ints to floats if the setting is a float. A value of the
-    wrong type raises TypeError, any other invalid value ValueError; messages begin with the setting's dotted name.
+    wrong type raises TypeError; any other invalid value raises ValueError. Messages begin with the setting's dotted
+    name.
     """
     config = pydantic.ConfigDict(extra="forbid")
     built: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(kind)
@@ -125,7 +129,10 @@ def section(kind: type[T]) -> type[T]:
 
 
 def _describe(error: pydantic.ValidationError, kind: type) -> Exception:
-    """Returns the exception for the first invalid setting; unknown settings come before invalid values."""
+    """Returns the exception for one of pydantic's errors: the first unknown setting, otherwise the first error.
+
+    ``kind`` is the section that was validated.
+    """
     unknown = ("unexpected_keyword_argument", "invalid_key")
     details = min(error.errors(include_url=False), key=lambda details: details["type"] not in unknown)
     where = _dotted(details["loc"])
@@ -150,12 +157,15 @@ def _describe(error: pydantic.ValidationError, kind: type) -> Exception:
 
 
 def _dotted(parts: Sequence[int | str]) -> str:
-    """Joins the parts of a setting's name, as in ``data.train[1].root``."""
+    """Returns the dotted name of a setting from its parts, such as ``data.train[1].root``."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
 
 
 def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
-    """Returns a hint: a similar name in the section, the same name in another section, or all names in the section."""
+    """Returns a hint for the unknown setting ``key`` in the section at ``parents``.
+
+    The hint is a similar name in the section, the same name in another section, or all names in the section.
+    """
     settings = _settings(kind)
     path = [parent for parent in parents if isinstance(parent, str)]
     known = settings.get(".".join(path))
@@ -171,9 +181,9 @@ def _nearest_setting(parents: Sequence[int | str], key: str, kind: type) -> str:
 
 
 def _settings(kind: type, where: str = "") -> dict[str, list[str]]:
-    """Returns the names of the settings of each section, by the dotted name of the section.
+    """Returns the names of the settings in each section of ``kind``, by the dotted name of the section.
 
-    Sections in a mapping have the name ``*``.
+    ``where`` is the dotted name of ``kind``. Sections that are values of a mapping have the name ``*``.
     """
     hints = typing.get_type_hints(kind)
     settings = {where: list(hints)}

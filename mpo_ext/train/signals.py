@@ -32,7 +32,10 @@ class StopRequests:
         self.is_over = False
 
     def agree(self) -> bool:
-        """Exchanges requests between ranks; returns whether a signal ends the run. All ranks must call this method."""
+        """Exchanges the requests of all ranks, and returns whether a signal ends the run.
+
+        All ranks must call this method.
+        """
         requests = gather(self._accelerator, (self.received, self.is_over))
         self.agreed = next((received for received, _ in requests if received is not None), None)
         self.is_over = any(is_over for _, is_over in requests)
@@ -44,7 +47,10 @@ class StopRequests:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Sets ``received`` on SIGTERM or SIGINT in the block; any later SIGINT raises ``KeyboardInterrupt``."""
+        """Records a SIGTERM or SIGINT during the ``with`` block in ``received``.
+
+        After the first signal, a SIGINT raises ``KeyboardInterrupt``.
+        """
 
         def note(number: int, frame: object) -> None:
             self.received = number
@@ -63,7 +69,10 @@ class StopRequests:
 
 @contextlib.contextmanager
 def blocked_in_new_workers() -> Iterator[None]:
-    """Blocks SIGTERM and SIGINT while the ``with`` block starts processes; ``init_worker`` unblocks them there."""
+    """Blocks SIGTERM and SIGINT while the ``with`` block starts worker processes.
+
+    In the workers, the signals stay blocked until ``init_worker`` unblocks them.
+    """
     multiprocessing.resource_tracker.ensure_running()  # starting it unblocks the signals
     blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -73,7 +82,10 @@ def blocked_in_new_workers() -> Iterator[None]:
 
 
 def init_worker(worker: int) -> None:
-    """Makes a data worker ignore SIGINT and the first SIGTERM, because the run ends its workers itself."""
+    """Makes a data worker ignore SIGINT and the first SIGTERM, because the run itself ends its workers.
+
+    ``worker`` is the worker's number, which is not used.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

@@ -1,4 +1,4 @@
-"""Settings of a source of pairs, part of the data section of a recipe."""
+"""Settings of a source of pairs: an entry of ``data.train`` or ``data.eval`` in a recipe."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -27,7 +27,7 @@ class SourceRecipe:
         config: Configuration of a dataset of the hub that has several.
         ignore: Names of fields that are removed from each row, at any depth, before it is read.
         repeat_time: Average number of visits to each pair per epoch: 0.5 visits a random half of the pairs, 2 visits
-            each pair twice. It multiplies the ``repeat_time`` of each subset of an MMPR meta file.
+            each pair twice. In an MMPR meta file, the ``repeat_time`` of each subset is multiplied by this value.
     """
 
     path: Text

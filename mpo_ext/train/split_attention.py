@@ -1,9 +1,9 @@
-"""Attention of sequence rows ``[prompt | response | response ...]`` in causal calls, without a mask of the row.
+"""Split attention: attention of sequence rows ``[prompt | response | response ...]`` without a mask of the row.
 
-A row may hold several prompts, each with its responses. A prompt and its first response are one causal call. Each
-further response is one causal call of its queries over the keys of its prompt and of the response. The functions are
-registered in transformers' ``AttentionInterface`` under the names of ``NAMES``; without the keyword argument
-``row_segments`` they call the function of transformers.
+Attention is split into causal calls of an attention function. A prompt and its first response are one call. Each
+further response is one call, of its queries over the keys of its prompt and of the response. A row may hold several
+prompts, each with its responses. The functions are registered in transformers' ``AttentionInterface`` under the names
+in ``NAMES``. Without the keyword argument ``row_segments``, they call the function of transformers.
 """
 
 import inspect
@@ -29,7 +29,7 @@ NAMES = {
 }
 _BASES = {name: base for base, name in NAMES.items()}
 
-#: Queries of one call where a sliding window is shorter than the sequence; limits the size of the call's mask.
+#: Maximum number of queries of a call if a sliding window is shorter than the sequence. It limits the call's mask.
 WINDOW_QUERIES = 512
 
 #: Name of the eager attention function in each modeling file of transformers, which computes sinks and soft caps.
@@ -44,10 +44,10 @@ class _Part(NamedTuple):
 
     Attributes:
         size: Number of tokens.
-        prompt: Index of the part whose first tokens are keys before the part's own; None for a part with a prompt.
-        prompt_length: Number of these tokens.
-        is_padding: Whether the part has no call.
-        blocks: First and last offset (exclusive) of each image whose tokens attend to each other.
+        prompt: Index of the part that starts with the prompt of these tokens; None if this part starts with it.
+        prompt_length: Number of tokens of the prompt in the other part; 0 if ``prompt`` is None.
+        is_padding: Whether the part is padding, which has no call.
+        blocks: Start and end (exclusive) of each image whose tokens attend to each other, as offsets in the part.
     """
 
     size: int
@@ -58,16 +58,16 @@ class _Part(NamedTuple):
 
 
 class RowSegments:
-    """The parts of the sequence rows of a batch, as the attention functions need them.
+    """The parts of the sequence rows of a batch, for the attention functions.
 
-    The parts of a row are, for each of its prompts, the prompt with its first response and each further response;
-    the last part is the padding.
+    For each of its prompts, a row has a part with the prompt and its first response, and a part for each further
+    response. The last part of a row is the padding.
 
     Attributes:
         parts: The parts of all rows, in order.
         sizes: The number of tokens of each part; their sum is R * L.
-        cu_seqlens: ``[C + 1]`` int32 each, the offsets of the queries and of the keys of the C calls.
-        longest: The largest number of queries and of keys of a call.
+        cu_seqlens: Two tensors ``[C + 1]`` int32: the offsets of the queries and of the keys of the C calls.
+        longest: The largest number of queries of a call, and the largest number of keys.
     """
 
     def __init__(
@@ -77,9 +77,13 @@ class RowSegments:
         device: torch.device,
         blocks: Sequence[Sequence[tuple[tuple[int, int], ...]]] = (),
     ) -> None:
-        """Takes ``Batch.segment_lengths`` of the R rows, their number of token positions L, and the device.
+        """Divides the rows into parts.
 
-        ``blocks`` are ``Batch.image_blocks`` for models in which the tokens of an image attend to each other.
+        Args:
+            lengths: ``Batch.segment_lengths`` of the R rows.
+            length: Number of token positions of a row, L.
+            device: Device of ``cu_seqlens``.
+            blocks: ``Batch.image_blocks`` if tokens of an image attend to each other in the model; otherwise empty.
         """
         self.parts: list[_Part] = []
         for row, prompts in enumerate(lengths):
@@ -99,19 +103,19 @@ class RowSegments:
 
 
 def token_blocks(token_types: Tensor) -> tuple[tuple[int, int], ...]:
-    """Returns the runs of type 1 (images) in ``token_type_ids`` of a prompt: first and last token (exclusive)."""
+    """Returns the start and the end (exclusive) of each run of type 1 (image) in a prompt's ``token_type_ids``."""
     edges = F.pad((token_types == 1).int(), (1, 1)).diff()  # 1 where a run begins, -1 after its last token
     starts, stops = ((edges == edge).nonzero().flatten().tolist() for edge in (1, -1))
     return tuple(zip(starts, stops, strict=True))
 
 
 def base_implementation(name: str | None) -> str | None:
-    """Returns the attention implementation of transformers behind a registered name; other names unchanged."""
+    """Returns the name of transformers' implementation behind a name in ``NAMES``; returns other names unchanged."""
     return _BASES.get(str(name), name)
 
 
 def is_split(name: str | None) -> bool:
-    """Returns whether an attention implementation has been registered by ``split_decoder``."""
+    """Returns whether an attention implementation is split attention, registered by ``split_decoder``."""
     return name in _BASES
 
 
@@ -123,10 +127,17 @@ def join_decoder(config: Any) -> None:
 
 
 def split_decoder(decoder: nn.Module, config: Any) -> str | None:
-    """Sets the attention implementation of a decoder to its split form, and returns None or the reason why not.
+    """Sets the attention implementation of a decoder to its split form.
 
-    ``config`` is the config that the layers of the decoder read. Attention of rows without ``row_segments`` is that of
-    the implementation before. transformers does not save the name with the model.
+    Calls without ``row_segments`` still run the implementation that the decoder had before. transformers does not save
+    the name of the split form with the model.
+
+    Args:
+        decoder: Decoder of a Hugging Face model.
+        config: Config that the layers of the decoder read.
+
+    Returns:
+        None, or the reason why the implementation cannot be split. The decoder is then unchanged.
     """
     base = base_implementation(getattr(config, "_attn_implementation", None))
     if base not in NAMES:
@@ -159,7 +170,10 @@ def split_decoder(decoder: nn.Module, config: Any) -> str | None:
 
 
 def _register_mask(name: str, base: str) -> None:
-    """Registers the mask function of the base: rows without segments keep the masks that they had."""
+    """Registers the mask function of the implementation ``base`` for ``name``.
+
+    Calls without ``row_segments`` therefore keep their masks.
+    """
     try:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     except ImportError:  # before transformers 4.53 models build their masks themselves
@@ -169,10 +183,10 @@ def _register_mask(name: str, base: str) -> None:
 
 
 def window_marker(rows: int, window: int | None, device: torch.device) -> Tensor:
-    """Returns an empty tensor ``[R, 1, 0, window]`` that takes the place of a mask; ``[R, 1, 0, 0]`` for no window.
+    """Returns an empty tensor that takes the place of a mask: ``[R, 1, 0, window]``; without window ``[R, 1, 0, 0]``.
 
-    Models pass a 4-D mask unchanged to each layer. An attention function that does not know the marker and uses it as
-    a mask fails because of its shape, instead of computing wrong results.
+    Models pass a 4-D mask unchanged to each layer, so the marker tells the layer its window. If an attention function
+    does not know the marker and uses it as a mask, the shape makes it fail instead of computing wrong results.
     """
     return torch.empty(rows, 1, 0, window or 0, dtype=torch.bool, device=device)
 
@@ -183,7 +197,7 @@ def is_marker(mask: Any) -> bool:
 
 
 def _base_of(module: nn.Module) -> tuple[str, Callable[..., tuple[Tensor, Any]]]:
-    """Returns the implementation of transformers behind that of an attention module: its name and its function."""
+    """Returns the name and the function of transformers' implementation that an attention module's split form uses."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = _BASES[getattr(module.config, "_attn_implementation", "")]
@@ -205,7 +219,12 @@ class _Call(NamedTuple):
 
 
 def _checked_call(module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> _Call | None:
-    """Returns the segments of a call and its window, or None for a call of rows without segments."""
+    """Returns the row segments and the window of a call, or None for a call without ``row_segments``.
+
+    ``module`` is the attention module, ``mask`` its mask or marker. ``kwargs`` are its keyword arguments, from which
+    ``row_segments`` and ``is_causal`` are removed. Raises if only one of marker and segments is there, or if the
+    module is not causal.
+    """
     segments = kwargs.pop("row_segments", None)
     if not is_marker(mask) and segments is None:
         return None
@@ -223,8 +242,8 @@ def _split_sdpa(
 ) -> tuple[Tensor, Any]:
     """Attention function for ``AttentionInterface``, with ``scaled_dot_product_attention``.
 
-    ``query`` is ``[R, H, L, D]``, ``key`` and ``value`` are ``[R, G, L, D]`` with H a multiple of G; the result is
-    ``[R, L, H, D]``. Padding has zeros.
+    ``query`` is ``[R, H, L, D]``; ``key`` and ``value`` are ``[R, G, L, D]`` with H a multiple of G. Returns the
+    attention output ``[R, L, H, D]``, with zeros for padding, and None instead of attention weights.
     """
     call = _checked_call(module, attention_mask, kwargs)
     if call is None:
@@ -254,7 +273,7 @@ def _split_eager(
 ) -> tuple[Tensor, Any]:
     """Attention function for ``AttentionInterface``, with the eager attention of the model's own code.
 
-    Shapes are those of ``_split_sdpa``. Sinks and soft caps are those of the model.
+    Arguments and result are those of ``_split_sdpa``. The model's code also applies sinks and soft caps.
     """
     _, base = _base_of(module)
     call = _checked_call(module, attention_mask, kwargs)
@@ -273,7 +292,7 @@ def _split_eager(
 
 
 def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, attend: _Attend) -> Tensor:
-    """Returns attention ``[R, L, H, D]`` of rows with several responses, computed for each part by ``attend``."""
+    """Returns the attention output ``[R, L, H, D]`` of rows with several responses; ``attend`` computes each part."""
     rows, heads, length, _ = query.shape
     sizes = call.segments.sizes
     queries, keys, values = (_tokens(tensor).split(sizes) for tensor in (query, key, value))
@@ -297,14 +316,17 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
 
 
 def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
-    """Returns whether responses attend to their prompts in calls without a mask (``joint_attention``)."""
+    """Returns whether ``joint_attention`` can compute a call: attention to prompts in kernel calls without a mask."""
     parts = call.segments.parts
     is_plain = not dropout and call.window is None and not any(part.blocks for part in parts)
     return is_plain and any(part.prompt is not None for part in parts) and can_join(query, value)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Returns tensors in the dtype that autocast gives to attention: masks that are not tensors bypass autocast."""
+    """Returns the tensors in the dtype that autocast would give to attention.
+
+    The conversion is explicit, because calls with a mask that is not a tensor bypass autocast.
+    """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -313,7 +335,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _has_aligned_kernels(query: Tensor, attend: _Attend) -> bool:
-    """Returns whether attention has kernels that align causal attention to the last key; others need a mask."""
+    """Returns whether ``attend`` has a kernel that aligns causal attention to the last key, without a mask."""
     return query.is_cuda and isinstance(attend, partial)  # of SDPA
 
 
@@ -323,7 +345,7 @@ def _tokens(tensor: Tensor) -> Tensor:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: _Attend) -> Tensor:
-    """Returns causal attention ``[n, H, D]`` of n queries over m keys, of which the last n belong to the queries."""
+    """Returns causal attention ``[n, H, D]`` of n queries over m keys. The last n keys are of the queries' tokens."""
     count, total = len(query), len(key)
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
     if window is not None and total > window:
@@ -354,7 +376,11 @@ def _with_blocks(
     window: int | None,
     attend: _Attend,
 ) -> Iterator[Tensor]:
-    """Yields the pieces of causal attention ``[n, H, D]``, in which tokens of blocks also attend to later ones."""
+    """Yields consecutive pieces of attention ``[n, H, D]``, in which tokens of an image attend to each other.
+
+    ``out`` is the causal attention of the same queries. ``blocks`` are the images; in each of them, tokens also attend
+    to later tokens of the image.
+    """
     edges = [0, *(edge for block in blocks for edge in block), len(out)]
     between = out.split([stop - start for start, stop in pairwise(edges)])[::2]
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
@@ -374,7 +400,10 @@ def _with_blocks(
 def _windows(
     count: int, total: int, window: int, device: torch.device, *, causal: bool = True
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yields groups of queries, the keys within their windows, and the mask between them."""
+    """Yields, for each group of queries, the slice of queries, the slice of keys in their windows, and the mask.
+
+    ``count`` is the number of queries, ``total`` the number of keys, of which the last belong to the queries.
+    """
     for start in range(0, count, WINDOW_QUERIES):
         stop = min(start + WINDOW_QUERIES, count)
         place = total - count + start  # of the first query among the keys
@@ -384,7 +413,7 @@ def _windows(
 
 
 class _WithBase:
-    """An attention module whose config names the attention implementation of transformers."""
+    """A view of an object with some attributes replaced by ``values``; here, of an attention module or its config."""
 
     def __init__(self, module: Any, **values: Any) -> None:
         self._module = module
@@ -398,9 +427,10 @@ class _WithBase:
 def _split_flash(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """Attention function for ``AttentionInterface``: one call of flash-attn with sequences of unequal lengths.
+    """Attention function for ``AttentionInterface``, with one call of flash-attn for all parts of all rows.
 
-    Shapes are those of ``_split_sdpa``. flash-attn aligns causal attention to the last key.
+    Arguments and result are those of ``_split_sdpa``. The parts are packed sequences of unequal lengths. flash-attn
+    aligns causal attention to the last key.
     """
     name, base = _base_of(module)
     with_base = _WithBase(module, config=_WithBase(module.config, _attn_implementation=name))

@@ -1,10 +1,10 @@
 """Layers with states (recurrences, convolutions) in sequence rows ``[prompt | response | response ...]``.
 
 Such a layer runs over the prompt first and keeps its final states: the recurrent state and the last inputs of the
-convolution. Then it runs over the responses, and each starts from the states of its prompt. Gradients flow through the
-states. The layers take and return states through their argument ``cache``, by the methods of transformers' ``Cache``;
-this covers Gated DeltaNet, Mamba 2 and short convolutions. In calls without the keyword argument ``row_segments`` the
-layers run as before.
+convolution. Then it runs over the responses, and each response starts from the states of its prompt. Gradients flow
+through the states. The layers read and write states by the methods of transformers' ``Cache``, which they get as an
+argument; this covers Gated DeltaNet, Mamba 2 and short convolutions. In calls without the keyword argument
+``row_segments``, the layers run as before.
 """
 
 import functools
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mpo_ext.train.split_attention import RowSegments, is_marker
 
-#: Responses of one call are padded to the longest; a response shorter than this fraction of it goes to another call.
+#: The responses of a call are padded to the longest. A response shorter than this fraction of it goes to another call.
 SHORTEST = 0.75
 
 #: A layer that steps from a single token updates the given state in place, which destroys it for other responses.
@@ -29,9 +29,10 @@ _CHECKED_TOKENS = 24, 16  # of a sequence and of its prompt
 
 
 class _States:
-    """The states of sequences in a layer, with the methods of transformers' ``Cache`` that layers with states call.
+    """The states of B sequences in a layer, with the methods of transformers' ``Cache`` that layers with states call.
 
-    Unlike a ``Cache`` it keeps the autograd graph of the states. Each attribute is a dict by ``state_idx``.
+    Unlike a ``Cache``, an instance keeps the autograd graph of the states. Each attribute is a dict by ``state_idx``,
+    the number of a state in the layer.
 
     Attributes:
         conv: ``[B, C, K - 1]`` each, the last inputs of a convolution of C channels and K taps.
@@ -44,7 +45,7 @@ class _States:
 
     @staticmethod
     def join(states: Sequence[tuple["_States", int]]) -> "_States":
-        """Returns the states of several sequences, each given as the states of a batch and an index in it."""
+        """Returns the states of several sequences as one batch. Each sequence is given as (states, index in them)."""
         joined = _States()
         first = states[0][0]
         joined.conv = {i: torch.cat([s.conv[i][row, None] for s, row in states]) for i in first.conv}
@@ -63,7 +64,7 @@ class _States:
     def update_conv_state(
         self, inputs: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int
     ) -> Tensor:
-        """Returns the earlier inputs and ``inputs``, ``[B, C, n]``, and keeps the last ``conv_kernel_size - 1``."""
+        """Returns the kept inputs followed by ``inputs``, ``[B, C, n]``. Keeps the last ``conv_kernel_size - 1``."""
         if state_idx in self.conv:
             inputs = torch.cat([self.conv[state_idx].to(inputs.dtype), inputs], -1)
         surplus = inputs.shape[-1] - (conv_kernel_size - 1)
@@ -80,7 +81,7 @@ class _Piece(NamedTuple):
 
     Attributes:
         size: Number of tokens.
-        prompt: The piece whose final states are the initial states of this piece; None for no initial states.
+        prompt: Index of the piece whose final states are the initial states of this piece; None for no initial states.
         keeps_states: Whether other pieces start from the final states of this piece.
         is_padding: Whether the layer skips these tokens.
     """
@@ -92,7 +93,10 @@ class _Piece(NamedTuple):
 
 
 def _pieces(segments: RowSegments) -> list[_Piece]:
-    """Returns the parts of the rows; parts that hold a prompt of other parts and a response are divided."""
+    """Returns the pieces of the rows.
+
+    A part with a prompt and its first response is divided if other responses need the states of the prompt.
+    """
     parts = segments.parts
     lengths = {part.prompt: part.prompt_length for part in parts if part.prompt is not None and part.prompt_length}
     pieces: list[_Piece] = []
@@ -109,7 +113,7 @@ def _pieces(segments: RowSegments) -> list[_Piece]:
 
 
 def _groups(sizes: dict[int, int], shortest: float) -> Iterator[list[int]]:
-    """Yields the keys of ``sizes`` in groups in which no size is below ``shortest`` of the largest."""
+    """Yields the keys of ``sizes`` in groups of similar size: at least ``shortest`` times the largest of the group."""
     group: list[int] = []
     for number in sorted(sizes, key=lambda number: -sizes[number]):
         if group and sizes[number] < shortest * sizes[group[0]]:
@@ -121,7 +125,7 @@ def _groups(sizes: dict[int, int], shortest: float) -> Iterator[list[int]]:
 
 
 class _SplitForward:
-    """The forward of a layer with states; it takes the place of ``layer.forward`` in one instance."""
+    """Replaces ``layer.forward`` of one layer with states. ``cache_name`` is the layer's argument for the states."""
 
     def __init__(self, layer: nn.Module, cache_name: str) -> None:
         self._layer = layer
@@ -132,13 +136,15 @@ class _SplitForward:
         self.before: Any = vars(layer).get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the layer; with ``row_segments`` once for each group of prompts and of responses.
+        """Returns the layer's output, ``[R, L, D]`` for hidden states ``[R, L, D]``.
 
-        The hidden states are ``[R, L, D]``; in rows with several responses, the result is zero for padding.
+        With ``row_segments``, the layer runs once for each group of prompts and of responses, and the output is zero
+        for padding.
 
         Raises:
-            RuntimeError: If the layer does not continue from the states of a prompt, or a row's segments are missing.
-            ValueError: If the layer is called with other values per token, or with a cache.
+            RuntimeError: If the layer does not continue from the states of a prompt, or a marker in place of a mask
+                comes without ``row_segments``.
+            ValueError: If the layer also gets other tensors, or a cache, in a call with ``row_segments``.
         """
         segments, mask = kwargs.pop("row_segments", None), kwargs.get("attention_mask")
         kind = type(self._layer).__name__
@@ -159,7 +165,7 @@ class _SplitForward:
         return self._run(hidden.flatten(0, 1), pieces, options).unflatten(0, (rows, length))
 
     def _run(self, tokens: Tensor, pieces: Sequence[_Piece], options: dict[str, Any]) -> Tensor:
-        """Returns the outputs ``[N, D]`` of the pieces of ``tokens``, ``[N, D]``."""
+        """Returns the layer's outputs ``[N, D]`` for hidden states ``tokens`` ``[N, D]``, divided into ``pieces``."""
         inputs = tokens.split([piece.size for piece in pieces])
         outputs: dict[int, Tensor] = {}
         finals: dict[int, tuple[_States, int]] = {}
@@ -183,7 +189,10 @@ class _SplitForward:
     def _call(
         self, group: Sequence[int], inputs: Sequence[Tensor], states: _States | None, options: dict[str, Any]
     ) -> dict[int, Tensor]:
-        """Returns the outputs of a group of pieces, which are one batch of the layer, padded on the right."""
+        """Runs the layer on a group of pieces as one batch, padded on the right. Returns the outputs by piece index.
+
+        ``states`` are the initial states; the layer replaces them by the final states. None: no states.
+        """
         pieces = [inputs[number] for number in group]
         batch = pieces[0].unsqueeze(0) if len(pieces) == 1 else pad_sequence(pieces, batch_first=True)
         if states is not None and (states.conv or states.recurrent):
@@ -192,10 +201,11 @@ class _SplitForward:
         return {number: out[row, : len(inputs[number])] for row, number in enumerate(group)}
 
     def _check(self, hidden: Tensor, options: dict[str, Any]) -> None:
-        """Raises ``RuntimeError`` if a sequence in two pieces differs from the sequence in one, in this layer.
+        """Raises ``RuntimeError`` if the layer gives other results for a sequence in two pieces than in one.
 
-        Compares the outputs of a response and the gradients that it sends to its prompt: kernels may ignore an initial
-        state, or the gradient of a final state. Both are measured against the effect of the states.
+        A kernel may ignore an initial state, or the gradient of a final state. The check compares the outputs of a
+        response, and the gradients that the response sends to its prompt. A difference is measured against the effect
+        of leaving the states out.
         """
         if self._is_checked or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             return
@@ -204,7 +214,7 @@ class _SplitForward:
         tokens, direction = noise.to(hidden.device, hidden.dtype)
         whole, parts = [_Piece(length)], [_Piece(prompt, keeps_states=True), _Piece(length - prompt, 0)]
         apart = [_Piece(prompt), _Piece(length - prompt)]
-        # Recomputation of layers counts the tensors that a forward saves; those of this check are not among them.
+        # Recomputation of layers counts the tensors that a forward saves. The hooks hide those of this check from it.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
             results = []
             for pieces in (whole, parts, apart):
@@ -240,7 +250,7 @@ class _SplitForward:
 
 @functools.cache
 def _cache_name(kind: type[nn.Module]) -> str | None:
-    """Returns the name of the argument by which layers of a class take states; None for a class without states.
+    """Returns the name of the argument through which layers of a class get states; None for a class without states.
 
     Raises:
         ValueError: If the class takes states in another way, or its recurrence takes no initial state.
@@ -261,10 +271,13 @@ def _cache_name(kind: type[nn.Module]) -> str | None:
 
 
 def split_layers(decoder: nn.Module) -> str | None:
-    """Lets the layers with states of a decoder run over rows with several responses.
+    """Changes the layers with states of a decoder such that they run over rows with several responses.
 
-    Returns None, also for a decoder without such layers, or the reason why a layer cannot; then none is changed. The
-    change is an instance attribute ``forward`` of each layer, which is not saved with the model.
+    The change is an instance attribute ``forward`` of each such layer, which is not saved with the model.
+
+    Returns:
+        None, also for a decoder without such layers, or the reason why a layer cannot be changed. In the second case,
+        all layers are unchanged.
     """
     try:
         names = [(layer, _cache_name(type(layer))) for layer in decoder.modules()]  # type: ignore[arg-type]
@@ -277,7 +290,7 @@ def split_layers(decoder: nn.Module) -> str | None:
 
 
 def join_layers(decoder: nn.Module) -> None:
-    """Undoes ``split_layers``."""
+    """Undoes ``split_layers``; does nothing for an unchanged decoder."""
     for layer in decoder.modules():
         forward = vars(layer).get("forward")
         if isinstance(forward, _SplitForward):
