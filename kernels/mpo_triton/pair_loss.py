@@ -69,10 +69,7 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes the rewards, NTP and the reward shift delta.
-
-    The rewards of a pair are 0 if one of its responses has no labelled token. Grid (1,): one program for all pairs.
-    """
+    """Computes rewards (0 for a pair with an unlabelled response), NTP and delta. Grid (1,): a program for all."""
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means

@@ -161,10 +161,7 @@ class Trainer:
             say(layout)
 
     def _prove(self) -> None:
-        """Compares the encoding of the first pairs with the model's processor, and prints the decoded first pair.
-
-        Raises ``LinesError`` on all ranks if the encoding differs.
-        """
+        """Prints the decoded first pair, and raises ``LinesError`` if the first pairs are encoded wrongly."""
         proof: Proof | None = None
         if self.accelerator.is_main_process:
             proof = prove(self.data.encoder, self.data.first_pairs())
@@ -246,10 +243,7 @@ class Trainer:
     def _accumulate_gradients(
         self, step_slice: StepSlice, size: StepSize
     ) -> tuple[Totals, list[tuple[tuple[str, ...], Tensor]]]:
-        """Runs forward and backward of all micro-batches of a step.
-
-        Returns the sums of the metrics, and for each micro-batch the names of its pairs and its loss.
-        """
+        """Runs the micro-batches. Returns the sums of metrics, and each micro-batch's pair names and loss."""
         recipe, accelerator = self.recipe, self.accelerator
         totals = Totals(accelerator.device)
         losses: list[tuple[tuple[str, ...], Tensor]] = []
@@ -292,10 +286,9 @@ class Trainer:
     def _handle_nonfinite(
         self, losses: list[tuple[tuple[str, ...], Tensor]], grad_norm: float, shift_before: RewardShift
     ) -> None:
-        """Skips a step whose loss or gradient is not finite, or raises ``FloatingPointError``, as the recipe says.
+        """Skips a step with a non-finite loss or gradient and restores ``shift_before``, or raises.
 
-        ``losses`` are the names of the pairs and the loss of each micro-batch. ``shift_before`` is the reward shift
-        before the step, which is restored.
+        ``losses`` are the pair names and the loss of each micro-batch.
         """
         state = self.state
         state.reward_shift = shift_before
