@@ -120,7 +120,7 @@ def by_kind(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping
 
 
 def summary(points: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields the number of points and the prediction errors of each kind of points."""
+    """Yields a dict for each kind of points (``by_kind``): the number of points, and the prediction errors."""
     for kind, members in by_kind(points):
         errors = [error(point) for point in members]
         memory = [

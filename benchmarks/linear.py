@@ -195,7 +195,7 @@ BENCHMARK = losses.LossBenchmark(
 
 
 def main() -> None:
-    """Prints the tables, and writes them as JSON if ``--json`` is given."""
+    """Measures the providers, prints the tables, and writes the results as JSON if ``--json`` is given."""
     cases = (*OURS, *SMALL, *RIVALS)
     parser = losses.parser(str(__doc__).splitlines()[0], BENCHMARK, cases=cases, runs=5, shares=[1.0, 0.15])
     losses.command(BENCHMARK, parser.parse_args())

@@ -156,7 +156,7 @@ BENCHMARK = losses.LossBenchmark(
 
 
 def main() -> None:
-    """Prints the tables, and writes them as JSON if ``--json`` is given."""
+    """Measures the providers, prints the tables, and writes the results as JSON if ``--json`` is given."""
     ours = ("mpo_ext", "mpo_ext, reuse_logits", STATISTICS, "eager", "torch.compile")
     parser = losses.parser(str(__doc__).splitlines()[0], BENCHMARK, cases=ours, runs=11, shares=[1.0, 0.1])
     losses.command(BENCHMARK, parser.parse_args())

@@ -56,7 +56,7 @@ def is_cpu_time() -> bool:
 
 
 def nothing() -> None:
-    """Does nothing; the ``prepare`` of a run that needs no preparation."""
+    """Does nothing. A run that needs no preparation has this function as its ``prepare``."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _cpu_clock(run: Callable[[], Any]) -> float:
 
 
 def _touch_free_memory() -> None:
-    """Touches free memory that the host of a virtual machine has reclaimed, to spare the next case this delay."""
+    """Writes to free memory. The host of a virtual machine may have reclaimed it, which would delay the next case."""
     fresh_zeros((_FREE_BYTES,), torch.uint8).fill_(1)
 
 

@@ -53,7 +53,7 @@ class TimedEngine(TransformersEngine):
 
 
 def main() -> None:
-    """Prints the results, and writes them as JSON if ``--json`` is given."""
+    """Measures all cases, prints the results, and writes them as JSON if ``--json`` is given."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--items", type=int, default=1024)
     parser.add_argument("--single", type=int, default=64, help="number of prompts that are compared one by one")
@@ -81,7 +81,10 @@ def main() -> None:
 
 
 def _batches_and_overhead(args: argparse.Namespace) -> dict[str, Any]:
-    """Compares batches with single prompts, measures the time beside generation, and prints both."""
+    """Compares batches with single prompts, and measures the time that a run spends outside generation.
+
+    Prints the results, and returns them by case.
+    """
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
@@ -132,7 +135,7 @@ def _overhead(model: Any, tokenizer: Any, tasks: Any, sampling: SamplingConfig, 
 
 
 def _shared_prefill(args: argparse.Namespace) -> dict[str, Any]:
-    """Compares a prefill per question with a prefill per sample, and prints the result."""
+    """Compares a prefill per question with a prefill per sample. Prints the results, and returns them by case."""
     sizes = Sizes(vocab=4096, hidden=args.hidden, layers=args.layers, images=args.images, vision_hidden=256)
     model, processor = build(sizes)
     processor.tokenizer.eos_token = None  # all responses have the same length

@@ -69,13 +69,16 @@ class Results:
                 self.beside[name] = statistics.median(values)
 
     def skip(self, name: str, reason: str, sweep: str, loss: LossShape | None, **values: Any) -> None:
-        """Adds a point without measurements, for a provider that could not run."""
+        """Adds a point for the provider ``name``, which could not run, with the reason in place of measurements."""
         self.missing.setdefault(name, reason)
         self.points.append(point(sweep, name, loss, **values, reason=reason))
 
 
 def point(sweep: str, provider: str, loss: LossShape | None, **values: Any) -> dict[str, Any]:
-    """Returns a point of a result file. A point without ``seconds`` or ``peak_bytes`` must have a ``reason``."""
+    """Returns a point of a result file. ``values`` are further fields of the point, such as ``seconds``.
+
+    A point without ``seconds`` or ``peak_bytes`` must have a ``reason``.
+    """
     shape = {name: getattr(loss, name, None) for name in ("dtype", "pairs", "tokens", "vocab", "hidden", "share")}
     made = {"sweep": sweep, "provider": provider, **shape, "status": "measured", "reason": "", **values}
     if made.get("seconds"):
@@ -197,7 +200,7 @@ def run_group(benchmark: losses.LossBenchmark, group: Group, results: Results, s
 def _peaks(
     benchmark: losses.LossBenchmark, group: Group, cases: Mapping[str, losses.Provider], seconds_in_all: float
 ) -> dict[str, int | str]:
-    """Returns the peak bytes of each provider, or the reason why the memory was not measured."""
+    """Returns the peak bytes of each provider in ``group.memory``, or the reason why they were not measured."""
     peaks: dict[str, int | str] = {}
     begin = time.perf_counter()
     for name in group.memory:
@@ -326,7 +329,7 @@ def run_sampling(*, quick: bool, threads: int, log: Callable[[str], None]) -> Re
 
 
 def machine_points(seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Returns the seconds of the programs of ``benchmarks.machine`` as points."""
+    """Returns a point for each program of ``benchmarks.machine``, from the seconds of its runs."""
     return [
         point("machine", name.removeprefix("machine: "), None, seconds=list(values))
         for name, values in seconds.items()

@@ -54,6 +54,8 @@ def logits_grad_kernel(
 ):
     """Computes grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i) for CHUNK columns of a row.
 
+    m_i is the row's maximum, and sum_i its sum of exponentials.
+
     Grid    (rows, chunks)
     Reads   each logit of a labelled row once
     Writes  each element once, in 16-byte vectors except in the first and last block; zeros in ignored rows

@@ -215,6 +215,8 @@ def token_logp_kernel(
 ):
     """Merges a row's chunks in order and computes logp = (z[y] - m) - log(sum) and the statistics.
 
+    m is the row's maximum, sum its sum of exponentials, and y its label.
+
     Grid    (rows,)
     Reads   the states of the chunks and one logit per row with a valid label
     Writes  three floats per row and one per statistic; ROW_STATE doubles if IS_TILE

@@ -1,8 +1,8 @@
 """The MPO loss in plain torch: its readable definition, and the eager baseline of the benchmarks.
 
-Autograd can differentiate it on any device and to any order. Nothing is optimised: a float32 ``log_softmax`` of all
-rows is materialised, as in most trainers. A NaN in the logits of an ignored row, which the kernels never read,
-therefore reaches the gradient. ``mpo_ext.loss.functions`` uses this module for ``backend="reference"``.
+Autograd can differentiate this loss on any device and to any order. Nothing is optimised: a float32 ``log_softmax`` of
+all rows is materialised, as in most trainers. A NaN in the logits of an ignored row therefore reaches the gradient.
+The kernels never read such a row. ``mpo_ext.loss.functions`` uses this module for ``backend="reference"``.
 """
 
 from __future__ import annotations

@@ -168,8 +168,8 @@ def _logistic(pairs: Pairs, margin: Tensor) -> Tensor:
 def _sigmoid(pairs: Pairs) -> Tensor:
     """Returns the DPO loss (arXiv 2305.18290): ``-log sigmoid(m)``.
 
-    ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m)`` with label smoothing e is conservative DPO (a note of E.
-    Mitchell, 2023, without arXiv number), as in TRL before 0.29.
+    With label smoothing e, the loss is conservative DPO, ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m)``, as in TRL
+    before 0.29 (from a note of E. Mitchell, 2023, without arXiv number).
     """
     return _logistic(pairs, pairs.margin)
 
@@ -210,7 +210,7 @@ def _hinge(pairs: Pairs) -> Tensor:
 def _sppo_hard(pairs: Pairs) -> Tensor:
     """Returns the SPPO loss (arXiv 2405.00675, eq. 4.7) with win probabilities 1 and 0.
 
-    ``(h_c - 1 / (2 * beta))^2 + (h_r + 1 / (2 * beta))^2``
+    The loss is ``(h_c - 1 / (2 * beta))^2 + (h_r + 1 / (2 * beta))^2``.
     """
     target = 1 / (2 * pairs.beta)
     return (pairs.chosen_ratio - target).square() + (pairs.rejected_ratio + target).square()
@@ -278,7 +278,7 @@ def _exo_pair(pairs: Pairs) -> Tensor:
 def _nca_pair(pairs: Pairs) -> Tensor:
     """Returns the NCA loss of pairs (arXiv 2402.05369), with the reward ``r = beta * h``.
 
-    ``-log sigmoid(r_c) - log sigmoid(-r_c) / 2 - log sigmoid(-r_r) / 2``
+    The loss is ``-log sigmoid(r_c) - log sigmoid(-r_c) / 2 - log sigmoid(-r_r) / 2``.
     """
     chosen_reward, rejected_reward = pairs.beta * pairs.chosen_ratio, pairs.beta * pairs.rejected_ratio
     return -F.logsigmoid(chosen_reward) - (F.logsigmoid(-chosen_reward) + F.logsigmoid(-rejected_reward)) / 2
@@ -303,7 +303,7 @@ def _apo_down(pairs: Pairs) -> Tensor:
 def _discopop(pairs: Pairs) -> Tensor:
     """Returns the DiscoPOP loss (arXiv 2406.08414, eq. 5) with the mixing weight ``s = sigmoid(m / 0.05)``.
 
-    ``-(1 - s) * log sigmoid(m) + s * exp(-m)``
+    The loss is ``-(1 - s) * log sigmoid(m) + s * exp(-m)``.
     """
     margin = pairs.margin
     ratio = margin / DISCOPOP_TAU

@@ -144,8 +144,8 @@ class RewardShift:
     def update(self, reward_sum: float | Tensor, count: float | Tensor) -> None:
         """Updates delta with the rewards of this rank's micro-batch. ``mpo_loss`` calls this; custom loops may, too.
 
-        With ``per="optimizer_step"`` the rewards are collected until ``step()``. All ranks must call this together. If
-        ``count`` is 0, nothing changes.
+        With ``per="optimizer_step"``, the rewards are collected until ``step()``. All ranks must call this method
+        together. If ``count`` is 0, nothing changes.
 
         Args:
             reward_sum: Sum of the rewards, a number or a 0-d tensor.
@@ -162,7 +162,7 @@ class RewardShift:
     def step(self) -> None:
         """Ends an optimizer step: with ``per="optimizer_step"``, updates delta with the rewards since the last call.
 
-        All ranks must call this together. It does nothing with ``per="micro_batch"`` or mode "fixed".
+        All ranks must call this method together. It does nothing with ``per="micro_batch"`` or mode "fixed".
         """
         if self.mode == "fixed" or self.per != "optimizer_step":
             return

@@ -81,7 +81,7 @@ class LossOptions(NamedTuple):
 
 
 class HeadOptions(NamedTuple):
-    """The arguments of ``linear_mpo_loss`` and ``linear_token_logp`` that are numbers, under their names."""
+    """Arguments of ``linear_mpo_loss`` and ``linear_token_logp``: scales of the head, memory, recomputation."""
 
     logit_scale: float
     softcap: float | None

@@ -20,7 +20,7 @@ with suppress(ImportError):
 
 
 def choose_backend(backend: str | None, logits: Tensor, name: str = "logits") -> str:
-    """Returns the backend that runs for ``logits`` (or hidden states): ``backend`` if it is given, else the fastest.
+    """Returns the backend that runs for ``logits`` (or hidden states): ``backend``, or the fastest if it is None.
 
     Error messages call the tensor ``name``.
 

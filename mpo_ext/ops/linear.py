@@ -234,8 +234,9 @@ def _finish_hidden_grad(
     """Completes the gradient of hidden states in ``total``, in place.
 
     The gradient is d logp / d hidden = slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum). y is the label, p_y its
-    probability, and S the sum over the other columns that ``total`` holds. ``columns`` are the positions of the labels
-    in the head. A label in another shard of the head contributes nothing.
+    probability, tanh'_y the derivative of the softcap's tanh (1 without a softcap), and S the sum over the other
+    columns that ``total`` holds. ``columns`` are the positions of the labels in the head. A label in another shard of
+    the head contributes nothing.
     """
     label_factor = -torch.expm1(logp)
     if head.softcap:

@@ -19,7 +19,7 @@ _OUTPUTS = ("loss", "terms", "reward_shift", "sums", "reward", "tokens", "new_st
 
 
 class PairLossSettings(NamedTuple):
-    """Settings of the pair loss. Operators take them as a list of numbers, which their schema can hold."""
+    """Settings of the pair loss. Operators take a list of numbers instead, because torch has no type for settings."""
 
     beta: float  # temperature of the reward beta * (logp - ref_logp)
     dpo_weight: float

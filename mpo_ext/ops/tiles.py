@@ -134,7 +134,7 @@ class KeptLogits:
         self.tile(memory, rows, first, end).copy_(logits.sub_(safe_max))
 
     def restore(self, memory: Tensor, rows: slice, first: int, end: int, out: Tensor) -> Tensor:
-        """Writes a tile that ``store_`` has stored to the float32 tensor ``out``, and returns ``out``."""
+        """Writes the logits of a tile from ``store_`` to the float32 tensor ``out``, and returns ``out``."""
         return out.copy_(self.tile(memory, rows, first, end)).add_(self._tile_max(memory, rows, first))
 
     def _tile_max(self, memory: Tensor, rows: slice, first: int) -> Tensor:
@@ -143,7 +143,18 @@ class KeptLogits:
 
 
 class TiledRows:
-    """The labelled rows of one operator call, the sizes of their tiles, and the buffers that the tiles share."""
+    """The labelled rows of one operator call, the sizes of their tiles, and the buffers that the tiles share.
+
+    Args:
+        hidden: ``[..., D]`` hidden states.
+        labels: ``[...]`` int64.
+        head: Output head.
+        ignore_index: Label of rows that are left out.
+        memory_budget: Bytes for a tile and the tensors computed from it.
+        converts_weight_grad: Whether the gradient of weight is computed, whose sum may need a float32 buffer.
+        keeps_logits: Whether forward keeps logits for backward.
+        only_fitting: As in ``KeptLogits``.
+    """
 
     def __init__(
         self,
@@ -290,7 +301,7 @@ class TiledRows:
 
 
 def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor:
-    """Returns the flat indices of the labels to score, ``[n]``. If the labels are on a GPU, the host waits for it."""
+    """Returns the flat indices of the labels to score, ``[n]``. The host waits for the GPU if labels are on a GPU."""
     return (labels.reshape(-1) != ignore_index).nonzero().squeeze(-1)
 
 

@@ -228,7 +228,7 @@ def print_times(plan: Plan, machine: Machine) -> None:
 
 
 def format_bytes(size: int) -> str:
-    """Formats a number of bytes in MiB or GiB."""
+    """Returns a number of bytes as text in MiB or GiB."""
     gib = size / 2**30
     if gib < 0.1:
         return f"{size / 2**20:,.1f} MiB" if size else "0"

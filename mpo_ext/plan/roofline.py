@@ -127,7 +127,7 @@ def _logits_compiled(loss: LossShape, machine: Machine) -> Parts:
 
 
 def head_products(loss: LossShape, rows: int, count: float, name: str, dtype: str) -> Stage:
-    """Returns the stage of ``count`` matrix products of ``rows`` hidden states with the head, or of that size.
+    """Returns the stage of ``count`` matrix products among ``rows`` hidden states, the head, and their gradients.
 
     Each product reads the head or writes a tensor of the head's size. ``dtype`` is that of the inputs.
     """

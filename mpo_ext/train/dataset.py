@@ -27,7 +27,7 @@ NO_PAIR = ""  # digest of a dummy sample
 
 
 class BatchCounts(NamedTuple):
-    """The numbers of items over which the loss terms are averaged."""
+    """The numbers over which the terms of the loss are averaged, for a micro-batch or a step."""
 
     pairs: int = 0
     chosen_tokens: int = 0
@@ -125,8 +125,8 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         rank: Number of this process.
         world_size: Number of processes.
         micro_batch_size: Number of pairs per micro-batch, if ``micro_batch_tokens`` is None.
-        micro_batch_tokens: Maximum number of tokens per micro-batch; None: no limit.
-        group_prompts: Whether pairs with the same prompt come into the same micro-batch where possible.
+        micro_batch_tokens: Maximum number of token positions per micro-batch; None: ``micro_batch_size`` pairs.
+        group_prompts: Whether pairs with the same prompt are adjacent in the order from which micro-batches are cut.
         skip_bad: Whether bad pairs are skipped; False: a bad pair ends the run.
     """
 
@@ -214,6 +214,9 @@ class RunData:
 
     Attributes:
         encoder: Encoder from pairs to samples; may be replaced before the run.
+        mixture: Training pairs.
+        sampler: Assigns the training pairs to steps and ranks.
+        total_steps: Number of steps of the run.
         eval_mixture: Evaluation pairs, or None.
         dummy: Sample for dummy batches; None before ``set_dummy``.
     """

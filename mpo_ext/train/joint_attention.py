@@ -74,7 +74,7 @@ def joint_calls(parts: Sequence[TokenPart]) -> JointCalls:
 
 
 def can_join(query: Tensor, value: Tensor) -> bool:
-    """Returns whether ``joint_attention`` takes tensors of this device, dtype and head size."""
+    """Returns whether ``joint_attention`` supports the device, the dtype and the head sizes of these tensors."""
     # Half precision would round the result of each call before they are joined.
     is_exact = query.dtype in (torch.float32, torch.float64)
     has_kernel = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")

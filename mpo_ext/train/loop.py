@@ -197,7 +197,7 @@ class Trainer:
         return self.reference.model if moves else None  # type: ignore[union-attr]
 
     def _run_step(self, step_slice: StepSlice) -> bool:
-        """Runs an optimizer step; returns whether a signal ends the run."""
+        """Runs an optimizer step on this rank's slice, and returns whether a signal ends the run."""
         began_s = time.perf_counter()
         recipe, state = self.recipe, self.state
         try:
@@ -352,7 +352,7 @@ class Trainer:
             self.output.save_checkpoint(self.model, self.optimizer, self._moving_reference())
 
     def _interrupted(self, position: str) -> int:
-        """Reports the signal that ends the run; returns ``INTERRUPTED``."""
+        """Prints that a signal ended the run at ``position``, a text. Returns ``INTERRUPTED``."""
         advice = "" if self.recipe.output.resume == "never" else "; the same command resumes from here"
         self.output.console.say(f"{self.stop.name()}: ended {position}{advice}")
         return self._close() or INTERRUPTED

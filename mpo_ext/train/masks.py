@@ -58,7 +58,7 @@ class PromptPositions:
 
     Attributes:
         kind: Class of the model that defines ``get_rope_index``.
-        config: Config of the model's module of this class.
+        config: Config of the module of this class in the model.
     """
 
     kind: type[nn.Module]
@@ -174,7 +174,8 @@ def no_mask(implementation: str | None) -> str:
 def mask_markers(plan: MaskPlan, rows: int, device: torch.device) -> Tensor | dict[str, Tensor]:
     """Returns the markers that split attention takes in place of masks (``window_marker``).
 
-    The result is one marker, or a dict of markers by kind of layer if the model has several kinds. ``rows`` is R.
+    The result is one marker, or a dict of markers by kind of layer if the model has several kinds. ``rows`` is the
+    number of sequence rows, R.
     """
     windows = {_SLIDING: plan.window}
     return _by_kind({kind: window_marker(rows, windows.get(kind), device) for kind in plan.kinds})

@@ -49,7 +49,7 @@ class LoraRecipe:
         dropout: Dropout probability on the input of each adapter; above 0, the policy's log-probs are random.
         target: Names of the layers that get an adapter, or "all-linear": all linear layers of the language model
             except the output head.
-        quantization: "4bit" stores the base weights in NF4 (bitsandbytes; QLoRA, arXiv 2305.14314); None keeps them.
+        quantization: "4bit" stores the base weights in NF4 (bitsandbytes; QLoRA, arXiv 2305.14314). None: no change.
     """
 
     rank: PositiveCount = 16
@@ -254,8 +254,8 @@ class ReferenceRecipe:
         file: File of the log-probs of "precomputed"; None: ``reference.jsonl`` in the output folder.
         sync_every: Number of steps between two updates of a "copy" towards the policy (TR-DPO, arXiv 2404.09656; TRL's
             ``ref_model_sync_steps``); 0 disables updates.
-        sync_mix: Weight of the policy in an update: each parameter becomes ``mix * policy + (1 - mix) * reference``. 1
-            is the paper's hard update. TRL's ``ref_model_mixup_alpha``.
+        sync_mix: Weight w of the policy in an update: each parameter becomes ``w * policy + (1 - w) * reference``. The
+            value 1 is the paper's hard update. TRL calls the weight ``ref_model_mixup_alpha``.
     """
 
     kind: Literal["copy", "adapter", "precomputed"] | None = None

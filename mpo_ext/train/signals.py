@@ -17,12 +17,12 @@ class InterruptedRunError(Exception):
 
 
 class StopRequests:
-    """Collects requests to end a run, which come from signals to any rank or from ``on_step``.
+    """Collects requests to end a run. They come from signals to any rank, from ``on_step`` or from early stopping.
 
     Attributes:
         received: Signal number (such as 15) that this rank has received, or None.
         agreed: Signal number that ends the run on all ranks, or None.
-        is_over: Whether ``on_step`` has requested the end of the run.
+        is_over: Whether ``on_step`` or early stopping has requested the end of the run.
     """
 
     def __init__(self, accelerator: Any) -> None:

@@ -22,9 +22,9 @@ class SourceRecipe:
         root_map: (old, new) path prefixes of images and annotations that have moved from ``old`` to ``new``.
         image_dir: Folder to which images are written if rows hold them as bytes; None: ``mpo_ext/images`` beside the
             cache of the package datasets.
-        split: Split of a dataset that has several.
+        split: Name of the split to read, for a dataset that has several splits.
         revision: Branch, tag or commit of a dataset of the hub; None: the default branch.
-        config: Configuration of a dataset of the hub that has several.
+        config: Name of the configuration to read, for a dataset of the hub that has several configurations.
         ignore: Names of fields that are removed from each row, at any depth, before it is read.
         repeat_time: Average number of visits to each pair per epoch: 0.5 visits a random half of the pairs, 2 visits
             each pair twice. In an MMPR meta file, the ``repeat_time`` of each subset is multiplied by this value.

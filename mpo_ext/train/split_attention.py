@@ -345,7 +345,10 @@ def _tokens(tensor: Tensor) -> Tensor:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: _Attend) -> Tensor:
-    """Returns causal attention ``[n, H, D]`` of n queries over m keys. The last n keys are of the queries' tokens."""
+    """Returns causal attention ``[n, H, D]`` of n queries over m keys. The last n keys belong to the queries' tokens.
+
+    ``window`` is the number of tokens of the sliding window (None: no window); ``attend`` computes attention.
+    """
     count, total = len(query), len(key)
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
     if window is not None and total > window:
@@ -402,7 +405,8 @@ def _windows(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields, for each group of queries, the slice of queries, the slice of keys in their windows, and the mask.
 
-    ``count`` is the number of queries, ``total`` the number of keys, of which the last belong to the queries.
+    ``count`` is the number of queries and ``total`` the number of keys. The last ``count`` keys belong to the queries.
+    If ``causal`` is False, queries also attend to later keys.
     """
     for start in range(0, count, WINDOW_QUERIES):
         stop = min(start + WINDOW_QUERIES, count)

@@ -45,7 +45,7 @@ class _States:
 
     @staticmethod
     def join(states: Sequence[tuple["_States", int]]) -> "_States":
-        """Returns the states of several sequences as one batch. Each sequence is given as (states, index in them)."""
+        """Returns the states of several sequences as one batch. Each sequence is given as (batch, index in it)."""
         joined = _States()
         first = states[0][0]
         joined.conv = {i: torch.cat([s.conv[i][row, None] for s, row in states]) for i in first.conv}
@@ -64,7 +64,10 @@ class _States:
     def update_conv_state(
         self, inputs: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int
     ) -> Tensor:
-        """Returns the kept inputs followed by ``inputs``, ``[B, C, n]``. Keeps the last ``conv_kernel_size - 1``."""
+        """Returns the inputs that were kept, followed by ``inputs``, ``[B, C, n]``.
+
+        The last ``conv_kernel_size - 1`` of them are kept for the next call.
+        """
         if state_idx in self.conv:
             inputs = torch.cat([self.conv[state_idx].to(inputs.dtype), inputs], -1)
         surplus = inputs.shape[-1] - (conv_kernel_size - 1)
