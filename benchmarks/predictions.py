@@ -210,7 +210,7 @@ def issue(documents: Documents) -> str:
     rows = []
     for name, sheet in machines.GPUS.items():
         read, update = _floors(name)
-        clocks = sheet.multiprocessors * sheet.clock / (_ROWS * _BIG.vocab)  # of the GPU, per second and logit
+        clocks = sheet.multiprocessors * sheet.clock / (_ROWS * _BIG.vocab)  # cycles per second and logit
         shares = [forward / 128 / clocks / read, 1 / 16 / clocks / read, stats / 128 / clocks / read]
         shares.append(backward / 128 / clocks / update)
         in_flight = f"{sheet.bandwidth / sheet.multiprocessors * _LATENCY / 1024:.0f} KiB"

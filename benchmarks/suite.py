@@ -244,7 +244,7 @@ TINY = train_step.Sizes(
 )
 
 
-#: Prompts of the steps whose attention is expensive, in tokens; TRL is measured with those up to the second number.
+#: Prompts of the steps whose attention is expensive, in tokens, and the longest prompt with which TRL is measured.
 PROMPTS, _TRL_PROMPT = (1024, 2048, 4096, 8192), 2048
 
 

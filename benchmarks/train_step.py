@@ -36,7 +36,7 @@ class TrainerCase:
     """A trainer and its settings."""
 
     is_trl: bool  # whether the trainer is TRL's
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # override our recipe or DPOConfig
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # override recipe or DPOConfig
 
 
 CASES = {

@@ -47,7 +47,7 @@ def prepare(folder: Path, settings: StudySettings, row: str = tables.START) -> d
     if result is not None and training.start_file(folder).exists():
         return result
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():  # from outdated settings; a result names its settings by a key
+    for path in folder.iterdir():  # without a result, these files come from other settings
         if path.name != results.RESULTS:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     training.clear_encoded()

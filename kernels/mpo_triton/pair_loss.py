@@ -186,7 +186,7 @@ def pair_loss_kernel(
     loss = tl.where(dpo_weight > 0, dpo_weight * dpo, 0.0)
     loss += tl.where(bco_weight > 0, bco_weight * bco, 0.0)
     loss += tl.where(ntp_weight > 0, ntp_weight * ntp, 0.0)
-    # A term may leave out a response with a bad label, which must not give a finite loss.
+    # A bad label must not give a finite loss, even if every term leaves its response out.
     loss = tl.where(tl.load(scalars_ptr + 3) > 0, float("nan"), loss)
     tl.store(loss_ptr, loss.to(tl.float32))
     tl.store(terms_ptr, dpo.to(tl.float32))

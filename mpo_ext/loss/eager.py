@@ -169,7 +169,7 @@ def pair_loss_of_sums(
     # A term with weight 0 is left out, because 0 * inf would be NaN.
     weighted = zip((config.dpo_weight, config.bco_weight, config.ntp_weight), (dpo, bco, ntp), strict=True)
     loss = sum((weight * term for weight, term in weighted if weight > 0), sums.new_zeros(()))
-    # A term may leave out a response with a bad label, which must not give a finite loss or gradient.
+    # A bad label must not give a finite loss or gradient, even if every term leaves its response out.
     loss = loss * nan_factor(sums)
     terms = torch.stack([dpo, bco, ntp]).detach()
     return PairLoss(loss, terms, delta, sums.detach(), reward.detach(), tokens, new_state, batch)

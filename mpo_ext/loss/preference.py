@@ -168,8 +168,8 @@ def _logistic(pairs: Pairs, margin: Tensor) -> Tensor:
 def _sigmoid(pairs: Pairs) -> Tensor:
     """Returns the DPO loss (arXiv 2305.18290): ``-log sigmoid(m)``.
 
-    With label smoothing e, the loss is conservative DPO, ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m)``, as in TRL
-    before 0.29 (from a note of E. Mitchell, 2023, without arXiv number).
+    With label smoothing e, the loss is conservative DPO, ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m)``, as in
+    TRL before 0.29 (from a note of E. Mitchell, 2023, without arXiv number).
     """
     return _logistic(pairs, pairs.margin)
 

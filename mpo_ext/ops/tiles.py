@@ -171,7 +171,7 @@ class TiledRows:
         self.head = head
         self.vocab, hidden_size = head.weight.shape
         self.like = hidden.new_empty((1, 1), dtype=result_dtype(hidden, head.weight))
-        # A dtype that products on this device accept without rounding their results further.
+        # A GPU whose matmuls would round their results to the dtype of half-precision inputs gets float32 inputs.
         on_cpu = hidden.device.type == "cpu"
         self.input_dtype = head.matmul_dtype if on_cpu or _widens_results(hidden.device) else self.like.dtype
         self.tile_dtype = self.input_dtype if on_cpu else self.like.dtype

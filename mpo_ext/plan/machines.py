@@ -13,8 +13,8 @@ from collections.abc import Mapping
 #: Assumed (not measured) fractions of a GPU's peak rates that large kernels reach.
 BANDWIDTH_SHARE, PRODUCT_SHARE = 0.9, 0.7
 #: Assumed fractions of a GPU's peak rate that attention kernels reach. Without a mask: between FlashAttention-2 (0.35)
-#: and FlashAttention-3 (0.75) on an H100 (arXiv 2407.08608). With a dense mask: the 14.9 ms of SDPA for 16,384 tokens
-#: and 32 heads of 128 that OpenPipe/ART, pull request 586, measured, taken as an H100's.
+#: and FlashAttention-3 (0.75) on an H100 (arXiv 2407.08608). With a dense mask: from the 14.9 ms that OpenPipe/ART,
+#: pull request 586, measured for SDPA with 16,384 tokens and 32 heads of 128; the GPU is assumed to be an H100.
 ATTENTION_SHARES = {"plain": 0.5, "masked": 0.3}
 
 

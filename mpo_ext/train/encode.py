@@ -23,7 +23,7 @@ EQUAL_CUT = "chosen and rejected are equal once cut"
 BAD_PAIR = "bad pair"
 # Attributes of tokenizers and processors, without "_token", that name the tokens of media and around them.
 _MEDIA_TOKENS = ("image", "video", "audio", "boi", "eoi", "start_image", "end_image", "vision_start", "vision_end")
-_PER_IMAGE = ("image_", "pixel_", "num_", "batch_")  # per-image inputs, whose shape may be the prompt's by chance
+_PER_IMAGE = ("image_", "pixel_", "num_", "batch_")  # inputs per image, which may have the prompt's shape by chance
 
 
 class BadPairError(ValueError):

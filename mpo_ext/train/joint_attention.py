@@ -62,7 +62,7 @@ def joint_calls(parts: Sequence[TokenPart]) -> JointCalls:
             keys = first, first + min(part.prompt_length, parts[part.prompt].size)
             if shared and shared[-1][1:] == (start, *keys):
                 shared[-1] = shared[-1][0], stop, *keys
-            elif part.prompt == i - 1:  # the response that follows the prompt in its part joins the call
+            elif part.prompt == i - 1:  # the first response, in the part of the prompt, joins the call
                 if keys[1] < start:
                     own[-1:] = [keys, (keys[1], start)]
                 shared.append((keys[1], stop, *keys))

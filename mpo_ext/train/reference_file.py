@@ -140,7 +140,7 @@ def compute_reference_file(
     journal_path = _journal_path(path, accelerator.process_index)
     begun = (
         read_header(journal_path) if journal_path.exists() else None
-    )  # with equal settings, but maybe other versions
+    )  # an interrupted run has equal settings, but maybe other versions of libraries
     with Journal(journal_path, begun or settings) as journal:
         for batches in _batches_of_ranks(data, known):
             for batch in batches:

@@ -305,7 +305,7 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
         own = keys[i], values[i]
         if part.prompt is not None:
             if part.prompt not in prompts:  # once per prompt: the backward of each slice has the size of the part
-                # Within a window, the first token of a response sees no more than this of the prompt.
+                # With a window, a response sees at most the last ``window - 1`` tokens of the prompt.
                 start = 0 if call.window is None else max(0, part.prompt_length + 1 - call.window)
                 seen = slice(start, part.prompt_length)
                 prompts[part.prompt] = keys[part.prompt][seen], values[part.prompt][seen]
@@ -336,7 +336,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _has_aligned_kernels(query: Tensor, attend: _Attend) -> bool:
     """Returns whether ``attend`` has a kernel that aligns causal attention to the last key, without a mask."""
-    return query.is_cuda and isinstance(attend, partial)  # of SDPA
+    return query.is_cuda and isinstance(attend, partial)  # a partial is SDPA; eager attention is a function
 
 
 def _tokens(tensor: Tensor) -> Tensor:
@@ -410,7 +410,7 @@ def _windows(
     """
     for start in range(0, count, WINDOW_QUERIES):
         stop = min(start + WINDOW_QUERIES, count)
-        place = total - count + start  # of the first query among the keys
+        place = total - count + start  # position of the first query among the keys
         first, last = max(0, place - window + 1), total - count + stop if causal else total
         mask = torch.ones(stop - start, last - first, dtype=torch.bool, device=device).triu(place - first - window + 1)
         yield slice(start, stop), slice(first, last), mask.tril(place - first) if causal else mask

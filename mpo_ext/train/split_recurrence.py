@@ -25,7 +25,7 @@ SHORTEST = 0.75
 #: A layer that steps from a single token updates the given state in place, which destroys it for other responses.
 MIN_TOKENS = 2
 
-_CHECKED_TOKENS = 24, 16  # of a sequence and of its prompt
+_CHECKED_TOKENS = 24, 16  # numbers of tokens of the sequence in ``_check`` and of its prompt
 
 
 class _States:
@@ -135,7 +135,7 @@ class _SplitForward:
         self._forward: Callable[..., Tensor] = layer.forward
         self._cache_name = cache_name
         self._is_checked = False
-        #: The instance attribute ``forward`` before, if there was one.
+        #: The instance attribute ``forward`` that the layer had before, or None.
         self.before: Any = vars(layer).get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +230,7 @@ class _SplitForward:
         if torch.is_autocast_enabled(device):
             dtypes.append(torch.get_autocast_dtype(device))
         if hidden.is_cuda:
-            dtypes.append(torch.float16)  # TF32 has its mantissa
+            dtypes.append(torch.float16)  # TF32 has the mantissa of float16
         # Recurrences compute in float32 whatever the dtype of the model.
         rounding = max(64 * torch.finfo(torch.float32).eps, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
         half = (length - prompt) // 2
