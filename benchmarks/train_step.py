@@ -2,7 +2,8 @@
 
 Both trainers run completely, from pairs on the disk to the optimizer, each in its own process, with the same model,
 pairs and order of pairs. The processes take turns: one process makes a step while the others wait. TRL 1.16 computes
-the MPO loss without a reward shift (``sigmoid``, ``bco_pair``, ``sft``), so the reward shift of mpo_ext is fixed at 0.
+the MPO loss as the sum of its losses ``sigmoid``, ``bco_pair`` and ``sft``, without a reward shift. The reward shift
+of mpo_ext is therefore fixed at 0.
 
 The model is an InternVL, small except for its vocabulary. A pair has four images of 256 tokens each and responses of
 128 tokens. ``--prompt text`` replaces the images with 1,024 tokens of text, because TRL rejects a precomputed

@@ -69,7 +69,7 @@ def pair_rewards_kernel(
     UPDATE_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes rewards (0 for a pair with an unlabelled response), NTP and delta. Grid (1,): a program for all."""
+    """Computes rewards (0 for a pair with an unlabelled response), NTP and delta for all pairs. Grid (1,)."""
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means

@@ -167,9 +167,9 @@ def store_stats(
     filler,
     STATS: tl.constexpr,
 ):
-    """Stores the statistics of a row that STATS selects. In memory, a statistic is ``rows`` elements after the last.
+    """Stores the statistics of a row that STATS selects, or ``filler`` for each of them if the row is not valid.
 
-    A row that is not valid gets ``filler`` instead.
+    In memory, consecutive statistics of a row are ``rows`` elements apart.
     """
     if STATS & 1:
         entropy = log_sum - e_d / row_sum

@@ -18,10 +18,10 @@ _WHOLE = VocabShard(0, 0)  # for operators, a total of 0 means that the logits a
 class LossOfLogits(torch.autograd.Function):
     """Attaches the gradient with respect to the logits to a loss.
 
-    The weight of every row, d loss / d logp, is already known. Backward is therefore one operator, which computes
-    ``weight * (onehot(label) - softmax(logits))``. Saved for backward are the logits (not a copy), the labels, and
-    three numbers per row: maximum, sum of exponentials and weight. ``shard`` names the columns of the vocabulary that
-    the logits cover; None means all columns.
+    The weight of every row, d loss / d logp, is already known. Backward therefore runs a single operator, which
+    returns ``weight * (onehot(label) - softmax(logits))``. Saved for backward are the logits (not a copy), the labels,
+    and three numbers per row: maximum, sum of exponentials and weight. ``shard`` names the columns of the vocabulary
+    that the logits cover; None means all columns.
     """
 
     @staticmethod
@@ -98,7 +98,7 @@ class LogpOfLogits(torch.autograd.Function):
 
 
 class HiddenPlan(NamedTuple):
-    """The settings by which backward computes the gradients of hidden states and head."""
+    """The settings with which backward computes the gradients of hidden states and head."""
 
     keep: int  # a KEEP_ constant of mpo_ext.ops.linear
     options: linear.LinearOptions

@@ -83,11 +83,12 @@ def mpo_loss(
             The backend "reference" ignores ``reuse_logits``.
         backend: "cpu", "cuda", "triton" or "reference" (plain torch). None: the best available backend.
         vocab_parallel: Process group whose ranks hold the columns of the logits (and of ``ref_logits``) in the order
-            of the ranks, at least one each; labels are ids of the whole vocabulary. All ranks get the same loss, and
-            the gradient of their columns. The other arguments must be the same on all ranks.
+            of the ranks, at least one each; labels are ids of the whole vocabulary. All ranks get the same loss; each
+            rank gets the gradient of its columns. The other arguments must be the same on all ranks.
         sequence_parallel: Process group whose ranks hold parts of every sequence, with ``shift=False`` (context
             parallelism; not Megatron's sequence parallelism). ``cu_seqlens`` are the starts of this rank's parts, and
-            ``ref_logp`` the sums over whole sequences. All ranks get the same loss, and the gradient of their rows.
+            ``ref_logp`` the sums over whole sequences. All ranks get the same loss; each rank gets the gradient of its
+            rows.
 
     Returns:
         An ``MPOOutput``. With the default weights, its loss is 0.831777 + NTP if the policy equals the reference and
@@ -164,8 +165,8 @@ def linear_mpo_loss(
     dtype faster than float32; MPO_CPU_MATMUL=float32 prevents this rounding. ``hidden_and_head`` gets the arguments
     from a Hugging Face model.
 
-    With n labelled rows, forward runs one matmul of size n x D x V and backward three; with ``recompute=False``, one
-    and two; if neither weight nor bias needs a gradient, two and none.
+    With n labelled rows, forward runs one matmul of size n x D x V, and backward runs three. With ``recompute=False``,
+    forward runs one and backward two. If neither weight nor bias needs a gradient, forward runs two and backward none.
 
     Memory in addition to inputs and gradients: ``memory_budget``, up to two float32 copies of n rows of ``hidden``,
     and the workspace of torch's matmul (largest on a CPU that multiplies bfloat16 natively). With ``recompute=False``,

@@ -50,9 +50,9 @@ def train(
         recipe: Recipe of the run.
         model: Model to train in place; None: load ``recipe.model.path``.
         processor: Processor or tokenizer of ``model``; None if ``model`` is None.
-        on_step: Function called on the main process after each step with the step number (from 1) and the log line of
-            the step, which has 0 ``pairs`` and no loss if all pairs were skipped. If the function returns True, the
-            run ends as if this step were the last. None: no call.
+        on_step: Function that the main process calls after each step, with the step number (from 1) and the log line
+            of the step. If all pairs of the step were skipped, the line has 0 ``pairs`` and no loss. If the function
+            returns True, the run ends as if this step were the last. None: no call.
 
     Returns:
         The exit status: 0 if the run finished; ``INTERRUPTED`` if SIGTERM or SIGINT ended it, with its progress saved.

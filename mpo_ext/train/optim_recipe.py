@@ -36,9 +36,10 @@ class OptimRecipe:
     """Settings of the optimizer and of the learning rate schedule. The defaults are those of InternVL2.5-MPO.
 
     Attributes:
-        name: "adamw"; "adamw_8bit" or "paged_adamw_8bit" (bitsandbytes); "adafactor" (transformers, with a given
-            rate); "muon" (matrices of hidden layers; AdamW for all others); or the import path of a class, as in
-            "torch.optim.SGD", which is called with parameter groups, ``lr`` and ``args``.
+        name: "adamw"; "adamw_8bit" or "paged_adamw_8bit" (bitsandbytes); "adafactor" (transformers, with
+            ``learning_rate`` as its rate); "muon" (Muon for the matrices of hidden layers, AdamW for all other
+            parameters); or the import path of a class, such as "torch.optim.SGD", which is called with parameter
+            groups, ``lr`` and ``args``.
         args: Further arguments of the optimizer.
         learning_rate: Maximum learning rate, reached at the end of warmup.
         groups: Settings for single parts of the model, such as ``{vision_tower: {learning_rate: 2e-6}}``. Parts are
@@ -49,7 +50,7 @@ class OptimRecipe:
             pair goes through the model alone. None: ``micro_batch_size`` pairs per forward pass.
         epochs: Number of passes over the data.
         max_steps: Maximum number of steps; None: no limit. The schedule ends at the last step of the run.
-        betas: AdamW's ``betas``; optimizers without AdamW do not read it.
+        betas: AdamW's ``betas``; optimizers without AdamW do not read them.
         eps: AdamW's ``eps``; optimizers without AdamW do not read it.
         weight_decay: Weight decay, applied to matrices but not to biases and norms.
         warmup_ratio: Fraction of the steps during which the learning rate rises linearly from 0.

@@ -146,9 +146,9 @@ class LossRecipe:
         label_smoothing: See ``MPOConfig``.
         ntp_average: See ``MPOConfig``.
         preference: Name of a loss in ``mpo_ext.loss.preference`` that replaces the DPO term; None: the DPO term.
-        average_over: "step" averages over all pairs and chosen tokens of an optimizer step, over all ranks and
-            micro-batches; "micro_batch" averages the means of the micro-batches, as the authors' code does. With
-            ``optim.micro_batch_tokens``, "micro_batch" averages the means of the pairs, as with micro-batches of one.
+        average_over: "step" averages over all ranks and micro-batches of an optimizer step: DPO and BCO over pairs,
+            NTP as ``ntp_average`` says. "micro_batch" averages the losses of the micro-batches, as the authors' code
+            does. With ``optim.micro_batch_tokens``, "micro_batch" treats each pair as a micro-batch.
         from_logits: Whether to call ``mpo_loss`` on the model's logits instead of ``linear_mpo_loss``.
         shared_prefix: Whether both responses of a pair follow one copy of the prompt (``[prompt | chosen |
             rejected]``), and all pairs of a micro-batch lie in one row. A model that does not support this layout
