@@ -8,9 +8,9 @@ from typing import ClassVar
 from mpo_ext.answers.normalize import fold
 from mpo_ext.checks import shorten
 
-#: Version of the verdicts, which changes if a matcher may decide in another way; journals store it with each verdict.
+#: Version of the verdicts. It changes whenever a matcher may decide differently. Journals store it with each verdict.
 VERDICT_VERSION = 4
-#: Length in characters up to which matchers compare answers, because their time grows with the square of the length.
+#: Longest answer, in characters, that matchers compare: their time grows with the square of the length.
 LONGEST_ANSWER = 2000
 
 
@@ -19,12 +19,12 @@ class Verdict:
     """The result of comparing an answer with the truth.
 
     Attributes:
-        correct: True if the answer is right, False if it is surely wrong, and None if it is unreadable: the matcher
-            cannot read an answer, or cannot tell whether the answer means the truth.
+        correct: True if the answer is right, False if it is surely wrong, None if it is unreadable. "Unreadable" means
+            that the matcher cannot read the answer, or cannot tell whether the answer equals the truth.
         score: Score in [0, 1]; 0 or 1 if the matcher gives no partial credit.
         rule: Kind of the matcher and the comparison that decided, for example "choice:letter".
-        prediction: The answer in the form that was compared.
-        truth: The best-matching true answer in the form that was compared.
+        prediction: The answer, in the form that the matcher compared.
+        truth: The true answer, in the form that the matcher compared; of several true answers, the best match.
     """
 
     correct: bool | None
@@ -36,7 +36,12 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Matcher(abc.ABC):
-    """The base class of all matchers. A subclass has its options as attributes and compares an answer with a truth."""
+    """The base class of all matchers. A matcher compares an answer with the true answer; its attributes are options.
+
+    Attributes:
+        kind: Name of the matcher, the key in ``MATCHERS``.
+        longest: Length in characters of the longest text that is compared; None: no limit.
+    """
 
     kind: ClassVar[str]
     longest: ClassVar[int | None] = LONGEST_ANSWER  # characters; None: the time is linear
@@ -44,10 +49,10 @@ class Matcher(abc.ABC):
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
         """Compares an answer with the truth, or with each of several truths, and returns the best verdict.
 
-        An answer is wrong only if it is wrong for every truth.
+        The answer is wrong only if it is wrong for every truth.
 
         Args:
-            prediction: The extracted answer. None, which stands for a missing answer, raises a TypeError.
+            prediction: The extracted answer. A missing answer (None) raises a TypeError.
             truth: The true answer, or a list of answers that are all right.
         """
         truths = self._check(prediction, truth)
@@ -58,9 +63,10 @@ class Matcher(abc.ABC):
         return max((self._compare(prediction, each) for each in truths), key=rank)
 
     def _early_verdict(self, prediction: str, truths: Sequence[str]) -> Verdict | None:
-        """Returns the verdict on texts that are blank or too long to compare; None for all others.
+        """Returns the verdict if a text is blank or longer than ``longest``, and None for all other texts.
 
-        Longer texts are equal if they are the same apart from case and spaces; otherwise, the answer is unreadable.
+        A blank answer is unreadable. A long answer is right if it equals a truth up to case and spaces, and otherwise
+        unreadable.
         """
         if is_empty(prediction, truths):
             return self._verdict(None, "empty", prediction, truths[0])
@@ -71,7 +77,7 @@ class Matcher(abc.ABC):
         return self._verdict(True if same else None, "length", folded, [*same, *truths][0])
 
     def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "Matcher":
-        """Returns the matcher for a question with these options; only matchers of choices depend on them."""
+        """Returns the matcher for a question with these answer options; only ``ChoiceMatcher`` depends on them."""
         return self
 
     def _check(self, prediction: str, truth: str | Sequence[str]) -> tuple[str, ...]:
@@ -92,16 +98,16 @@ class Matcher(abc.ABC):
 
 
 def is_empty(prediction: str, truths: Sequence[str]) -> bool:
-    """Returns whether an answer, or every true answer, is blank."""
+    """Returns whether the answer is blank, or all true answers are blank."""
     return not prediction.strip() or not any(truth.strip() for truth in truths)
 
 
 def rank(verdict: Verdict) -> tuple[int, float]:
-    """Returns the key by which verdicts are ordered: right, then unreadable, then wrong."""
+    """Returns the sort key of a verdict: a right answer is above an unreadable one, and that above a wrong one."""
     return {True: 2, None: 1, False: 0}[verdict.correct], verdict.score
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raises TypeError unless ``value`` is a bool."""
+    """Raises TypeError unless ``value`` is a bool; ``name`` is its name in the message."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be true or false, got {value!r}")

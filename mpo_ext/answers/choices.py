@@ -42,13 +42,13 @@ _OTHER_LETTER = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]|(?<!\w)([B-HJ-Z])(?!\w)"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Choice:
-    """The selection in an answer: the letters of options, or, if no letter can be read, the text of the answer.
+    """The options that an answer selects.
 
     Attributes:
-        letters: Letters of the options, each once and sorted; "" if the answer names no option.
-        text: Normalized text of the answer, or the text after the letter.
-        is_unclear: Whether the answer names several options without deciding ("A or B"), names an option that does not
-            exist, or pairs a letter with the text of another option.
+        letters: Letters of the selected options, sorted, each once; "" if no option can be read from the answer.
+        text: Normalized text of the answer; of an answer such as "B. Paris", the text after the letter.
+        is_unclear: Whether the selection is unclear. The answer then names several options without deciding
+            ("A or B"), names an option that does not exist, or pairs a letter with the text of another option.
     """
 
     letters: str
@@ -58,15 +58,15 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceMatcher(Matcher):
-    """Compares multiple-choice answers by the letter, in any of its usual forms, or by the text of the option.
+    """Compares multiple-choice answers by the letter of the option, or by its text.
 
-    An answer with several letters ("A, C", "AC", "(A)(C)") is right if the truth has the same letters. An answer
-    from which no option can be read is unreadable: "A or B", a letter that no option has, a letter with the text of
-    another option ("B. Paris" if Paris is C), or a text that differs from the texts of all options.
+    An answer with several letters ("A, C", "AC", "(A)(C)") is right if the truth has the same letters. An answer is
+    unreadable if it names several options without deciding ("A or B"), a letter that no option has, a letter with the
+    text of another option ("B. Paris" if Paris is C), or a text that differs from the texts of all known options.
 
     Attributes:
-        options: Option texts in the order A, B, ..., or a mapping from letter to text; None if they are unknown. The
-            pipelines take the options of each item then.
+        options: Option texts in the order A, B, ..., or a mapping from letter to text. None: unknown; a command then
+            passes the options of each item to ``with_options``.
     """
 
     kind: ClassVar[str] = "choice"
@@ -83,7 +83,7 @@ class ChoiceMatcher(Matcher):
         object.__setattr__(self, "_labels", tuple(label_options(self.options).items()))
 
     def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "ChoiceMatcher":
-        """Returns a matcher with these options, unless this matcher has options already."""
+        """Returns a matcher with these options, or this matcher if it has options already."""
         return self if self.options is not None else ChoiceMatcher(options=options)
 
     def _compare(self, prediction: str, truth: str) -> Verdict:
@@ -107,7 +107,11 @@ class ChoiceMatcher(Matcher):
 
 
 def _read_boxes(answer: str, boxes: Sequence[str], labels: tuple[tuple[str, str], ...]) -> Choice:
-    """Returns the selection in an answer with different boxes: all their letters if it lists them, else unclear."""
+    r"""Returns the selection in an answer with several different ``\boxed{}``, whose contents are ``boxes``.
+
+    Boxes with the same letter select this letter. Boxes in a list ("\boxed{A}, \boxed{C}") select all their letters.
+    Otherwise, the selection is unclear.
+    """
     choices = {read_choice(box, labels) for box in boxes}
     letters = {choice.letters for choice in choices}
     if len(letters) == 1 and "" not in letters and not any(choice.is_unclear for choice in choices):
@@ -125,7 +129,7 @@ def _has_text(choice: Choice) -> bool:
 
 
 def label_options(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Returns the option texts by letter: A, B, ... for a list of texts, the keys for a mapping."""
+    """Returns a mapping from letter to option text. The texts of a list get the letters A, B, ... in order."""
     is_labelled = isinstance(options, Mapping)
     texts = list(options.values()) if isinstance(options, Mapping) else list(options)
     labels = list(options) if is_labelled else [chr(ord("A") + index) for index in range(len(texts))]
@@ -152,8 +156,12 @@ def _option_text(text: str) -> str:
 def read_choice(answer: str, labels: tuple[tuple[str, str], ...]) -> Choice:
     """Returns the selection in an answer.
 
-    A letter stands alone, in brackets, before a period, bracket or colon, or after words such as "the answer is". The
-    "A" in "A cat" is an article. ``labels`` holds the letters and texts of the options; () if they are unknown.
+    A letter selects an option if it stands alone, in brackets, before a period, bracket or colon, or after words such
+    as "the answer is". The "A" in "A cat" is an article and selects no option.
+
+    Args:
+        answer: The answer as extracted from a response.
+        labels: Letter and text of each option; () if the options are unknown.
     """
     texts = _option_texts(labels)
     answer = clean_answer(answer.translate(TO_ASCII))
@@ -191,7 +199,7 @@ def read_choice(answer: str, labels: tuple[tuple[str, str], ...]) -> Choice:
 
 
 def _may_name_option(text: str, texts: Mapping[str, str]) -> bool:
-    """Returns whether a text may name one of the options."""
+    """Returns whether a text equals, or may mean, one of the option texts; ``texts`` maps letters to these texts."""
     return any(compare_texts(text, option) is not False for option in texts.values() if option)
 
 
@@ -206,7 +214,7 @@ def _lone_letter(answer: str) -> str:
 
 
 def _without_phrases(answer: str) -> str:
-    """Returns the answer without "The answer is" before it and "is correct" after it."""
+    """Returns the answer without a phrase such as "The answer is" before it, and "is correct" after it."""
     lead = _LEAD.match(answer)
     if lead and 0 < lead.end() < len(answer):
         answer = answer[lead.end() :]
@@ -223,7 +231,14 @@ def _several_letters(answer: str) -> str:
 
 
 def _letter_and_text(letter: str, rest: str, whole: str, texts: Mapping[str, str]) -> Choice:
-    """Returns the selection in an answer such as "B. Paris"."""
+    """Returns the selection in an answer that is a letter with a text, such as "B. Paris".
+
+    Args:
+        letter: The letter.
+        rest: The text after the letter.
+        whole: Normalized text of the whole answer.
+        texts: Option texts by letter; empty if the options are unknown.
+    """
     text = _option_text(rest)
     owners = [owner for owner, option in texts.items() if option == text and text]
     if texts and letter not in texts:

@@ -25,7 +25,7 @@ def extract_answer(response: str, style: str | re.Pattern[str] = "final_answer")
         style: Form of the answer that the prompt asked for. "final_answer" and "answer" take the text after the last
             "Final answer:" or "Answer:" up to the end of the line, or the next line if the rest of the line is empty.
             "boxed" takes the content of the last ``\boxed{...}``. "direct" takes the whole response. ``regex:...``, or
-            a compiled pattern, takes the only group of the last match.
+            a compiled pattern, takes the content of the pattern's only group in the last match.
 
     Returns:
         The answer without markdown, math delimiters and a final period; None if it is unreadable, for example because
@@ -76,7 +76,7 @@ def last_box(response: str) -> str | None:
 
 
 def all_boxes(text: str) -> list[str]:
-    r"""Returns the contents of all ``\boxed{}`` in a text that have a closing brace."""
+    r"""Returns the contents of all ``\boxed{}`` with a closing brace in a text, in the order of the text."""
     openings = {box.end() for box in re.finditer(r"\\boxed\s*(?=\{)", text)}
     contents: dict[int, str] = {}
     open_braces: list[int] = []

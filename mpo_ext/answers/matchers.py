@@ -18,12 +18,12 @@ from mpo_ext.checks import check_number, did_you_mean
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CustomMatcher(Matcher):
-    """Calls a function of the user: ``function(prediction, truth)`` returns a bool, None, a score or a Verdict.
+    """Calls ``function(prediction, truth)``, a function of the user that returns a bool, None, a score or a Verdict.
 
     None means that the answer is unreadable. A score is a number in [0, 1].
 
     Attributes:
-        function: The function, or its import path "module:function", which can be sent to other processes.
+        function: The function, or its import path "module:function". Other processes can import the path.
         accept: Minimum score counted as correct.
     """
 
@@ -68,12 +68,13 @@ def load_function(name: str) -> Callable[[str, str], bool | float | Verdict | No
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AnyMatcher(Matcher):
-    """Accepts an answer if at least one of several matchers accepts it; the matchers are called in order.
+    """Accepts an answer if at least one of several matchers accepts it.
 
     An answer is wrong only if it is wrong for every matcher.
 
     Attributes:
-        matchers: Matchers, kinds of matchers, or mappings with a ``kind`` and the options of the matcher.
+        matchers: The matchers in the order of their calls. Each is a ``Matcher``, a kind such as "number", or a
+            mapping with a ``kind`` and the options of the matcher.
     """
 
     kind: ClassVar[str] = "any"
@@ -86,7 +87,7 @@ class AnyMatcher(Matcher):
         object.__setattr__(self, "matchers", tuple(map(_build, self.matchers)))
 
     def __call__(self, prediction: str, truth: str | Sequence[str]) -> Verdict:
-        """Calls each matcher with all truths; returns the first accepting verdict, or else the highest in rank."""
+        """Returns the verdict of the first matcher that accepts the answer, or else the best verdict by ``rank``."""
         best: Verdict | None = None
         for rule in cast(Sequence[Matcher], self.matchers):
             verdict = rule(prediction, truth)
@@ -98,7 +99,7 @@ class AnyMatcher(Matcher):
         return best
 
     def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "AnyMatcher":
-        """Returns the matcher with these options in each of its matchers of choices that has none."""
+        """Returns an ``AnyMatcher`` that passes these answer options to each of its matchers without options."""
         rules = cast(Sequence[Matcher], self.matchers)
         changed = [rule.with_options(options) for rule in rules]
         return self if all(map(operator.is_, rules, changed)) else AnyMatcher(matchers=changed)
@@ -122,11 +123,11 @@ MATCHERS: dict[str, type[Matcher]] = {each.kind: each for each in (*_BASIC, Cust
 
 
 def matcher(kind: str, **options: Any) -> Matcher:
-    """Creates a matcher.
+    """Creates and returns a matcher.
 
     Args:
         kind: Kind of the matcher, a key of ``MATCHERS``.
-        options: Options of the matcher, which are the attributes of its class.
+        options: Options of the matcher, by name: the attributes of its class.
 
     Raises:
         ImportError: If the matcher needs a package that is not installed.

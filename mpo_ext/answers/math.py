@@ -45,15 +45,15 @@ _SYMBOLS |= {
 class MathMatcher(Matcher):
     """Compares mathematical expressions with the package math-verify (the extra ``math``).
 
-    Numbers are compared as ``NumberMatcher`` compares them, with every unit and with either meaning of a percent sign;
-    words are compared as text, because as products of letters "no" equals "on". An answer is unreadable if it is a
-    sentence or if math-verify cannot read it or the truth.
+    Numbers are compared by the rules of ``NumberMatcher``. Any unit may follow only one of the numbers, and 50% equals
+    both 50 and 0.5. Words are compared as text: as products of letters, "no" would equal "on". An answer is unreadable
+    if it is a sentence, or if math-verify cannot read the answer or the truth.
 
-    The comparison of expressions runs in a helper process, because a process can be stopped at any time and from any
-    thread.
+    Expressions are compared in a helper process, because a process can be stopped at any time and from any thread.
 
     Attributes:
-        seconds: Time limit in seconds, after which the answer is unreadable (rule "math:unfinished").
+        seconds: Time limit of a comparison, in seconds. At the limit, the answer is unreadable (rule
+            "math:unfinished").
     """
 
     kind: ClassVar[str] = "math"
@@ -110,14 +110,14 @@ class MathMatcher(Matcher):
 
 
 def _are_numbers(first: Number, second: Number) -> bool:
-    """Returns whether two numbers are to be compared as numbers, not as expressions with symbols."""
+    """Returns whether to compare two numbers by value; False: compare them as expressions with symbols."""
     if first.name != second.name and first.name and second.name:
         return False
     return first.unit == second.unit or not (is_symbol(first) or is_symbol(second))
 
 
 def _is_other_unit(first: Number, second: Number) -> bool:
-    """Returns whether two units differ only in case and are not surely the same unit ("m/s" and "m/S")."""
+    """Returns whether the units of two numbers differ only in case and may be different ("m/s" and "m/S")."""
     is_same_text = first.unit.casefold() == second.unit.casefold()
     return first.unit != second.unit and is_same_text and compare_units(first.unit, second.unit) != 1
 
@@ -127,7 +127,7 @@ def _is_named(text: str) -> bool:
 
 
 def _is_sentence(text: str) -> bool:
-    """Returns whether a text has words beside its mathematics."""
+    """Returns whether a text holds words of a sentence, besides names of functions and symbols."""
     if re.search(r"\\(?:text|mathrm|textrm|mbox)\s*\{[^{}]*\b(?:or|and)\b", text):
         text = re.sub(r"\b(?:or|and)\b", "", text)  # "x = 1 \text{ or } x = 2"
     if re.fullmatch(r"[^\W\d_]+(?:\s+[^\W\d_]+)+", text) and re.search(r"[^\W\d_]{3}", text):
@@ -138,7 +138,7 @@ def _is_sentence(text: str) -> bool:
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    r"""Returns an expression and the known unit after it: "\sqrt{2} \text{ m}" is \sqrt{2} and m."""
+    r"""Splits "\sqrt{2} \text{ m}" into the expression "\sqrt{2}" and the unit "m"; "" without a known unit."""
     match = _TRAILING_UNIT.search(text)
     if match is None or not text[: match.start()].strip(" ({[$"):
         return text, ""
@@ -150,7 +150,7 @@ def _split_unit(text: str) -> tuple[str, str]:
 
 
 def _latex(text: str) -> str:
-    """Returns an expression with the names and symbols that math-verify knows."""
+    r"""Returns an expression with names and symbols as LaTeX commands, which math-verify knows: "pi" is "\pi"."""
     for symbol, name in _SYMBOLS.items():
         text = text.replace(symbol, name)
     return _ASCII_NAMES.sub(r"\\\1 ", text)

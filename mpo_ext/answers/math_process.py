@@ -14,16 +14,17 @@ from typing import Any
 
 
 def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, prediction_text: str) -> str:
-    """Returns what math-verify's result means, as ``MathProcess.compare`` returns it.
+    """Corrects the result of math-verify, and returns "equal", "different", "rounded" or "unread".
 
-    math-verify rounds to six decimals, so all tiny numbers are equal for it, and it compares no inequality with an
-    interval. The values of two expressions are compared with a relative tolerance here.
+    ``MathProcess.compare`` explains these results. math-verify rounds to six decimals, so it calls all tiny numbers
+    equal; this function compares the values of two expressions with a relative tolerance of 1e-6. math-verify cannot
+    compare an inequality with a set such as an interval; the result is then "unread".
 
     Args:
-        is_equal: Result of math-verify.
-        truth: Parsed truth.
-        prediction: Parsed prediction.
-        truth_text: The truth as text; the values of a decimal number may be rounded.
+        is_equal: Result of math-verify: whether the prediction equals the truth.
+        truth: The truth as a sympy object.
+        prediction: The prediction as a sympy object.
+        truth_text: The truth as text, which shows the number of decimals of a decimal number.
         prediction_text: The prediction as text.
     """
     import sympy
@@ -53,7 +54,11 @@ def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, p
 
 
 def serve() -> None:
-    """Reads pairs of expressions from stdin and writes a line of JSON for each pair. Runs in the helper process."""
+    """Runs in the helper process: reads one pair of expressions per line of stdin, and prints one result per pair.
+
+    Requests and results are JSON objects. The first line that it prints is ``{"ready": true}``, or ``{"error": ...}``
+    if math-verify cannot be imported.
+    """
     import logging
     import signal
 
@@ -96,7 +101,7 @@ def serve() -> None:
 
 
 class MathProcess:
-    """A helper process, which starts with the first request and handles a single request at a time."""
+    """A helper process that compares expressions. It starts with the first request and handles one at a time."""
 
     START = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
     START_SECONDS = 120.0
@@ -107,12 +112,12 @@ class MathProcess:
         self._process: subprocess.Popen[str] | None = None
 
     def compare(self, prediction: str, truth: str, seconds: float) -> str:
-        """Compares two expressions.
+        """Compares two expressions within a time limit of ``seconds``.
 
         Returns:
-            "equal" or "different"; "rounded" if one expression is a decimal number and the rounded value of the other;
-            "unread" if math-verify cannot read an expression, or "unfinished" if the time limit is reached or the
-            helper process dies.
+            "equal" or "different"; "rounded" if one expression is a decimal number to which the other can be rounded;
+            "unread" if math-verify cannot read or compare the expressions; "unfinished" if the time limit is reached
+            or the helper process dies.
         """
         request = {"prediction": prediction, "truth": truth, "seconds": seconds}
         with self._lock:
@@ -176,13 +181,13 @@ class MathProcess:
 
 
 def _import_path() -> list[str]:
-    """Returns the folders to import from, without the current folder; the folder of mpo_ext comes last."""
+    """Returns ``sys.path`` without the current folder, followed by the folder that holds mpo_ext."""
     here = os.path.realpath(os.curdir)
     folders = [folder for folder in sys.path if folder and os.path.realpath(folder) != here]
     return [*folders, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
 
 
-_inherited: list[MathProcess] = []  # of the parent process; a forked child must neither end nor await them
+_inherited: list[MathProcess] = []  # helpers of the parent process, which a forked child must neither end nor await
 
 
 @functools.cache

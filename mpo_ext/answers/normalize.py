@@ -19,7 +19,7 @@ def fold(text: str) -> str:
 
 
 def clean_answer(answer: str) -> str:
-    r"""Removes the wrapping of an answer: markdown, math delimiters, ``\boxed{}``, ``\text{}`` and a final period."""
+    r"""Returns an answer without surrounding markdown, math delimiters, ``\boxed{}``, ``\text{}`` and final period."""
     if not _MARKUP.search(answer):
         return answer.strip()
     for _ in range(_MAX_WRAPPINGS if len(answer) <= _LONG else _MAX_WRAPPINGS_OF_LONG):

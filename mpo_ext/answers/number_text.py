@@ -72,13 +72,13 @@ class Number:
 
     Attributes:
         value: Exact value, in the unit of the text.
-        unit: Unit after the number as it is written, "%", or a currency ("$", "EUR"); "" without a unit.
+        unit: The unit as the text writes it, "%", or a currency ("$", "EUR"); "" without a unit.
         is_currency: Whether ``unit`` is a currency.
         is_approximate: Whether the text calls the number approximate ("about 7").
-        decimals: Number of decimals of a plain decimal number, otherwise 0.
+        decimals: Number of digits after the decimal point of a plain decimal number; 0 for all other forms.
         others: Further values that the text may mean: "1,234" is 1.234 where a comma separates decimals, and
             "7 million" may answer a question that asks for millions.
-        name: Variable that the text gives the value to ("x" in "x = 7"), or "".
+        name: Variable that has this value in the text ("x" in "x = 7"), or "".
     """
 
     value: Fraction
@@ -95,8 +95,8 @@ def parse_number(text: str) -> Number | None:
 
     A number may have a sign, thousands separators ("1,234", "1 234", "1'234"), decimals, a power of ten ("1e-3",
     "2 x 10^5", "10⁻³"), a fraction ("3/4", "1 1/2", "½", ``\frac{3}{4}``), a currency, a percent sign, a unit, and
-    English words ("seven", "7 million", "minus three"). Around it, "The answer is", "x =", "about", markdown, math
-    delimiters and ``\boxed{}`` are allowed. Decimal commas are ambiguous, so "1,5" and "1.234,5" give None.
+    English words ("seven", "7 million", "minus three"). "The answer is", "x =", "about", markdown, math delimiters and
+    ``\boxed{}`` may surround the number. Decimal commas are ambiguous, so "1,5" and "1.234,5" give None.
     """
     return None if len(text) > 2 * _LONGEST else _parse(text)
 
@@ -116,7 +116,7 @@ def _parse(text: str) -> Number | None:
 
 
 def _normalize(text: str) -> str | None:
-    """Returns an answer in ASCII as far as possible and without markup; None if it marks several numbers."""
+    r"""Returns an answer without markup, in ASCII where possible; None if ``_unbox`` cannot read its ``\boxed{}``."""
     text = text.translate(TO_ASCII).translate(_SPACES)
     if not text.isascii():
         text = "".join(map(_ascii_digit, text))
@@ -152,7 +152,7 @@ def _ascii_digit(character: str) -> str:
 
 
 def _unbox(text: str) -> str | None:
-    """Returns the content of the only box and the text after it; None if different boxes exist or one is open."""
+    r"""Returns the content of the only ``\boxed{}`` and the text after it; None if boxes differ or a brace is open."""
     contents, rest = set(), ""
     for box in re.finditer(r"\\boxed\s*(?=\{)", text):
         end = closing_brace(text, box.end())
@@ -191,7 +191,7 @@ def _read_answer(text: str) -> Number | None:
 
 
 def _read_amount(text: str) -> Number | None:
-    """Returns the number that makes up the whole text, with its unit."""
+    """Returns the number with its unit if they make up the whole text, or else None."""
     text = _NEGATIVE.sub("-", text)
     head = _HEAD.match(text)
     assert head is not None  # every part may be empty
@@ -273,13 +273,16 @@ def _read_power(text: str, start: int) -> tuple[Fraction, int] | None:
 
 
 def _exponent(match: re.Match[str], first: int) -> int:
-    """Returns the exponent from the groups of a match, in digits or in superscripts; 0 without an exponent."""
+    """Returns the exponent in group ``first`` of a match or in a later group, in digits or superscripts; 0 if none."""
     text = next((group for group in match.groups()[first - 1 :] if group), "0")
     return int(text.translate(_FROM_RAISED))
 
 
 def _other_values(digits: str, sign: int) -> tuple[Fraction, ...]:
-    """Returns the values that digits with separators mean in other countries, or as several numbers."""
+    """Returns other values that digits with separators may mean: 1.234 for "1,234", or 1 and 234 for "1 234".
+
+    ``sign`` is 1 or -1 and is a factor of the values.
+    """
     if _TWO_WAYS.fullmatch(digits):
         other = digits.replace(",", ".") if "," in digits else digits.replace(".", "")
         return (sign * Fraction(other),)

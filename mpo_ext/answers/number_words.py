@@ -19,7 +19,10 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 def read_number_words(text: str) -> tuple[Fraction, int] | None:
-    """Returns the number that a text begins with, written in English words, and the position after it, or None."""
+    """Returns the number in English words at the start of a text, and the index of the character after it.
+
+    Returns None if the text does not begin with a number in words.
+    """
     words = [(match.group().casefold(), match.end()) for match in _WORD.finditer(text)]
     starts = [match.start() for match in _WORD.finditer(text)]
     gaps = [text[end:start] for (_, end), start in zip(words, starts[1:], strict=False)]
@@ -36,7 +39,7 @@ def read_number_words(text: str) -> tuple[Fraction, int] | None:
 
 
 def _read(names: list[str], start: int) -> tuple[Fraction, int] | None:
-    """Returns the number at ``names[start:]`` and the index after it, or None."""
+    """Returns the number that begins with the word ``names[start]``, and the index of the word after it, or None."""
 
     def name(index: int) -> str:
         return names[index] if index < len(names) else ""
@@ -65,7 +68,7 @@ def _read(names: list[str], start: int) -> tuple[Fraction, int] | None:
 
 
 def _read_whole(names: list[str], start: int) -> tuple[int, int] | None:
-    """Returns the whole number at ``names[start:]`` and the index after it, or None."""
+    """Returns the whole number that begins with ``names[start]``, and the index of the word after it, or None."""
     total = group = 0
     index, last, largest = start, "", 10**15
     if names[index : index + 1] in (["a"], ["an"]):

@@ -41,7 +41,7 @@ def _as_written(value: float) -> Fraction:
 
 
 def number_text(number: Number) -> str:
-    """Returns a number and its unit as a verdict shows them."""
+    """Returns a number and its unit as text, in the form that verdicts show."""
     value = number.value
     written = str(value.numerator) if value.denominator == 1 and abs(value) < 10**21 else repr(_to_float(value))
     return f"{written} {number.unit}" if number.unit else written
@@ -56,11 +56,11 @@ def _to_float(value: Fraction) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NumberRule:
-    """Compares two numbers; see ``NumberMatcher`` for most attributes.
+    """Compares two numbers. ``NumberMatcher`` describes the attributes that are missing here.
 
     Attributes:
-        percent: As in ``NumberMatcher``; "either" reads 50% as 0.5 and as 50.
-        is_rounding_wrong: Whether the truth rounded to fewer decimals is wrong, not unreadable.
+        percent: As in ``NumberMatcher``. In addition, with "either", 50% equals both 0.5 and 50.
+        is_rounding_wrong: Whether an answer that is the truth rounded to fewer decimals is wrong; False: unreadable.
     """
 
     relative: float
@@ -71,7 +71,7 @@ class NumberRule:
     is_rounding_wrong: bool = False
 
     def compare(self, prediction: Number, truth: Number) -> tuple[bool | None, str]:
-        """Returns whether two numbers are equal (None: not sure) and the name of the comparison that decided."""
+        """Returns whether two numbers are equal (None: they may be), and the name of the comparison that decided."""
         if prediction.name != truth.name and prediction.name and truth.name:
             return None, "name"
         first, second = self._without_percent(prediction), self._without_percent(truth)
@@ -101,7 +101,10 @@ class NumberRule:
         return (None, "unclear value") if self._is_unclear(first, second, prediction, truth) else (False, "value")
 
     def _one_unit(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
-        """Compares a number that has a unit with a number that has none."""
+        """Compares a number that has a unit with a number that has none; returns as ``compare``.
+
+        ``first`` and ``second`` are ``prediction`` and ``truth`` after ``_without_percent``.
+        """
         unit = first.unit or second.unit
         if unit == "%":
             return False, "unit"  # percent="keep"
@@ -114,7 +117,7 @@ class NumberRule:
         return correct, rule
 
     def _is_unclear(self, first: Number, second: Number, prediction: Number, truth: Number) -> bool:
-        """Returns whether two different values may be written for the same number."""
+        """Returns whether two numbers with different values may be notations of the same number."""
         if any(_within(other, second.value, self.relative, self.absolute) for other in first.others):
             return True
         if any(_within(first.value, other, self.relative, self.absolute) for other in second.others):
@@ -138,7 +141,7 @@ class NumberRule:
 
 
 def _is_rounded(rounded: Number, exact: Number) -> bool:
-    """Returns whether a number with decimals is another number, rounded to these decimals."""
+    """Returns whether ``rounded`` is ``exact`` rounded to the decimals of ``rounded``."""
     if not rounded.decimals or exact.value.denominator == 1 or 0 < exact.decimals <= rounded.decimals:
         return False
     return abs(rounded.value - exact.value) * 2 <= Fraction(1, 10**rounded.decimals)
@@ -150,7 +153,10 @@ def _folded(units: tuple[str, ...]) -> frozenset[str]:
 
 
 def _compare_as_texts(prediction: str, truth: str, number: Number | None) -> bool | None:
-    """Compares answers of which at least one holds no number that can be read; ``number`` is that of the answer."""
+    """Returns whether an answer equals the truth (None: unclear) if at least one of the two is not a number.
+
+    ``number`` is the number in the answer, or None.
+    """
     if is_case_off(prediction, truth):
         return None
     correct = compare_texts(prediction, truth)
@@ -171,15 +177,17 @@ class NumberMatcher(Matcher):
     """Compares numbers with a tolerance, and other answers as text without regard to case.
 
     A number is right if ``|prediction - truth| <= relative * |truth|``, or ``<= absolute`` if the truth is 0. If both
-    numbers have a unit, the units are converted: 700 cm equals 7 m, and 7 km is wrong. An answer without a number, or
-    with several numbers, is unreadable if the truth is a number. So is an answer that may be right in another
-    notation: with a unit that the truth lacks, with a decimal comma, or rounded to fewer decimals than the truth.
+    numbers have a unit, the units are converted: 700 cm equals 7 m, and 7 km is wrong.
+
+    If the truth is a number, an answer without a number, or with several numbers, is unreadable. An answer that may
+    be right in another notation is unreadable, too: it has a unit that the truth lacks or a decimal comma, or it is
+    rounded to fewer decimals than the truth.
 
     Attributes:
-        relative: Tolerance as a fraction of the truth. With the authors' 1e-3, 2023 matches 2024.
+        relative: Tolerance as a fraction of the truth. With 1e-3, which the authors of MPO use, 2023 matches 2024.
         absolute: Absolute tolerance, used only if the truth is 0.
-        percent: "ignore" drops the percent sign, "ratio" reads 5% as 0.05, "keep" reads the sign as a unit that both
-            numbers or neither number must have.
+        percent: "ignore" drops the percent sign, "ratio" reads 5% as 0.05, and "keep" reads the sign as a unit: a
+            number with the sign never equals a number without it.
         degrees: Whether a degree sign or the word "degree", "degrees" or "deg" may follow only one of the numbers.
         units: Units that may follow only one of the numbers; "any" accepts every unit.
     """
@@ -218,16 +226,17 @@ class NumberMatcher(Matcher):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChartMatcher(Matcher):
-    """Applies the relaxed accuracy of ChartQA: numbers within 5 % of the truth; other answers as text, ignoring case.
+    """Applies the relaxed accuracy of ChartQA: numbers within 5 % of the truth are right.
 
-    What is unreadable for ``NumberMatcher`` is unreadable here, too.
+    Other answers are compared as text, ignoring case. An answer is unreadable in the cases of ``NumberMatcher``. The
+    only exception is a rounded number beyond the tolerance, which is wrong.
 
     Attributes:
         relative: Tolerance as a fraction of the truth.
         absolute: Absolute tolerance, used only if the truth is 0.
-        years: "auto" compares exactly if the truth has four digits and lies between 1800 and 2100. "exact" compares
-            every answer exactly, as ChartQAPro's script does with answers that its data marks as years. "relaxed"
-            treats a year like any other number, as the ChartQA paper does.
+        years: "auto" requires the exact number if the truth has four digits and lies between 1800 and 2100. "exact"
+            requires it for every truth, as ChartQAPro's script does for answers that its data marks as years.
+            "relaxed" treats a year like any other number, as the ChartQA paper does.
     """
 
     kind: ClassVar[str] = "chart"

@@ -1,4 +1,4 @@
-"""Other readings of answers: an answer in mathematics is wrong only if no usual reading of it is the truth."""
+"""Compares answers by their other readings, such as "7,0" as 7.0: wrong only if no usual reading equals the truth."""
 
 import dataclasses
 import re
@@ -28,7 +28,7 @@ _UNIT = re.compile(
 
 
 def is_symbol(number: Number) -> bool:
-    """Returns whether the "unit" of a number may be a factor of an expression, as in "2b" and "5 xy"."""
+    """Returns whether the ``unit`` of a number may be variables of an expression, as in "2b" and "5 xy"."""
     if not number.unit or number.is_currency or number.unit == "%":
         return False
     unit = parse_unit(number.unit)
@@ -36,14 +36,14 @@ def is_symbol(number: Number) -> bool:
 
 
 def compare_readings(prediction: str, truth: str) -> tuple[bool | None, str]:
-    """Compares two answers that differ as expressions by the other readings of numbers in them.
+    """Compares other readings of two answers that differ as expressions.
 
     Other readings are: letters as an unknown unit ("7 pcs"), a decimal comma ("7,0"), a magnitude ("1.5M"), a mixed
     number ("1-1/4"), a quantity in several units ("5 ft 6 in"), and a word for 0 ("none").
 
     Returns:
-        True if the answers are equal (only for quantities in several units), None if they may be equal, or False; and
-        the name of the comparison.
+        Whether the answers are equal, and the name of the comparison that decided. The first value is None if the
+        answers may be equal, and True only for quantities in several units.
     """
     prediction, truth = (clean_answer(text.translate(TO_ASCII)) for text in (prediction, truth))
     first, second = parse_number(prediction), parse_number(truth)
@@ -84,7 +84,7 @@ def without_unknown_unit(text: str) -> str:
 
 
 def _may_have_unit(number: Number, text: str) -> bool:
-    """Returns whether a number has letters that are an unknown unit and not a variable beside its factor ("2b")."""
+    """Returns whether the letters after a number may be an unknown unit ("7 pcs"), and not a variable ("2b")."""
     if not is_symbol(number):
         return False
     is_variable = len(number.unit) == 1 and number.unit.islower() and re.search(rf"[0-9]{number.unit}", text)
@@ -108,7 +108,10 @@ def _readings(text: str, number: Number | None) -> list[Number | None]:
 
 
 def _sum(text: str) -> Number | Literal["unclear"] | None:
-    """Returns a quantity in several units ("5 ft 6 in") in the first of them, or None for another text."""
+    """Returns a quantity in several units as a number in the first unit: "5 ft 6 in" is 5.5 ft.
+
+    Returns "unclear" if the units do not fit together, and None if the text is not such a quantity.
+    """
     sign = -1 if text.startswith("-") else 1
     position, parts = len(text) - len(text.lstrip("-")), []
     while position < len(text):

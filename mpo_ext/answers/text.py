@@ -38,16 +38,16 @@ class ExactMatcher(Matcher):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AnlsMatcher(Matcher):
-    """Computes the normalized Levenshtein similarity of DocVQA: ``1 - distance / length of the longer text``.
+    """Scores answers by DocVQA's normalized Levenshtein similarity: ``1 - distance / length of the longer text``.
 
-    An answer is wrong if its score is 0 or if its digits differ from those of the truth. Otherwise, an answer that is
-    not similar enough is unreadable, as is a text that holds the truth among other words ("Total: $5" for "$5").
+    An answer below ``accept`` is wrong if its score is 0 or if its digits differ from those of the truth; otherwise it
+    is unreadable. A text that holds the truth among other words ("Total: $5" for "$5") is unreadable in any case.
 
     Attributes:
         threshold: Similarity below which the score is 0.
         accept: Minimum similarity counted as correct.
-        exact_digits: Whether a correct answer must also have the same digits as the truth, because "10 May 2001" is
-            similar to "10 May 2011" but wrong. This does not change the score.
+        exact_digits: Whether a correct answer must also have the same digits as the truth: "10 May 2001" is similar to
+            "10 May 2011" but wrong. The score does not depend on it.
     """
 
     kind: ClassVar[str] = "anls"
@@ -79,7 +79,7 @@ _ANY_NUMBERS = NumberRule(relative=0, absolute=0, units="any", is_rounding_wrong
 
 @functools.lru_cache(maxsize=1 << 14)
 def _may_be_same(first: str, second: str) -> bool:
-    """Returns whether two different folded texts may be two forms of the same answer."""
+    """Returns whether two different texts from ``fold`` may be two forms of the same answer."""
     if compare_folded(first, second) is not False:
         return True
     left, right = parse_number(first), parse_number(second)
@@ -127,10 +127,10 @@ _CONTRACTIONS = {f"{stem}nt": f"{stem}n't" for stem in _NEGATED_VERBS + _NEGATED
 
 @functools.lru_cache(maxsize=1 << 14)
 def normalize_vqa(text: str) -> str:
-    """Normalizes a text as VQA's evaluation code does: case, punctuation, number words, articles and contractions.
+    """Returns a text normalized as by VQA's evaluation code: case, punctuation, number words, articles, contractions.
 
-    Unlike that code, it keeps characters that change the meaning: a minus sign before a number, a decimal point, a
-    slash between digits, "<" and ">", and an article at the end of the text ("vitamin A").
+    Unlike VQA's code, this function keeps characters that change the meaning: a minus sign before a number, a decimal
+    point, a slash between digits, "<" and ">", and an article at the end of the text ("vitamin A").
     """
     text = fold(text).replace("\u2019", "'")
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
@@ -145,11 +145,13 @@ def normalize_vqa(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VqaMatcher(Matcher):
-    """Computes the VQA accuracy: ``min(n / 3, 1)`` if n of ten annotators gave the answer, up to normalization.
+    """Scores answers by the VQA accuracy: ``min(n / 3, 1)`` if n of ten annotators gave the same normalized answer.
 
-    If the list of truths has another length, n is scaled to ten, so a single truth scores 0 or 1. If normalization
-    leaves one of the texts empty, the original texts are compared. An answer is unreadable if a few annotators
-    gave it, or if it may be a truth in other words: it holds the truth ("a brown dog" for "dog"), or the same number.
+    For another number of annotators, n is scaled to ten; with a single truth, the score is 0 or 1. If normalization
+    leaves one of the texts empty, the original texts are compared.
+
+    An answer with a score below ``accept`` is unreadable if some annotators gave it, or if it may be a truth in other
+    words: it holds the truth ("a brown dog" for "dog") or the same number.
 
     Attributes:
         accept: Minimum score counted as correct.

@@ -1,4 +1,4 @@
-"""Units of measurement: their dimension and their factor, so that 7 m equals 700 cm and differs from 7 km."""
+"""Reads and compares units of measurement, so that 7 m equals 700 cm and differs from 7 km."""
 
 import dataclasses
 import functools
@@ -91,8 +91,8 @@ class Unit:
     """A unit of measurement.
 
     Attributes:
-        dimension: Base units and their powers, in the order of their names; an unknown word is a base unit.
-        factor: Value of the unit in its base units.
+        dimension: Pairs of a base unit and its power, sorted by name. An unknown word counts as a base unit.
+        factor: Value of the unit in its base units: 1/100 for "cm".
         is_known: Whether every word of the unit is a known unit.
     """
 
@@ -126,7 +126,7 @@ def _units() -> dict[str, tuple[Fraction, dict[str, int]]]:
 
 @functools.cache
 def _folded_units() -> dict[str, tuple[Fraction, dict[str, int]]]:
-    """Returns the units by name in lower case, without letters and names that mean several units ("mW" and "MW")."""
+    """Returns ``_units`` by lower-case name, without single letters and without ambiguous names ("mW" and "MW")."""
     units = _units() | {name: (Fraction(0), {}) for name in _OTHER_SYMBOLS.split() if name not in _units()}
     folded: dict[str, tuple[Fraction, dict[str, int]]] = {}
     for name, unit in units.items():
@@ -143,7 +143,7 @@ def parse_unit(text: str) -> Unit | None:
     """Returns the unit in the text that follows a number, or None if the text does not name a unit.
 
     A unit may be a product or a quotient with powers ("N m", "kg/m^3", "m s⁻²", "square metres", "miles per hour").
-    Other words are units too ("apples"), up to four words, unless they may change the value ("tenths", "or more").
+    Up to four other words are an unknown unit ("apples"), unless they may change the value ("tenths", "or more").
     """
     powers: dict[str, int] = {}
     factor, is_known = Fraction(1), True
@@ -181,7 +181,7 @@ def parse_unit(text: str) -> Unit | None:
 
 
 def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
-    """Returns the factor and the dimension of a word, or None if the unit is unknown."""
+    """Returns the factor and the dimension of the unit ``word`` in ``text``, or None if the unit is unknown."""
     name = word.replace(" ", "").rstrip(".")
     scale = "kelvin" if name in ("K", "\u00b0K") else _TEMPERATURES.get(name.casefold())
     if scale is not None:
@@ -192,7 +192,7 @@ def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
 
 
 def fold_unit(text: str) -> str:
-    """Returns a unit in lower case, apart from its symbols, whose case has a meaning ("GB" and "Gb", "S" and "s")."""
+    """Returns a unit with its words in lower case. Symbols keep their case, which has a meaning ("GB" and "Gb")."""
     return " ".join(map(_fold_word, text.split()))
 
 
@@ -202,7 +202,7 @@ def _fold_word(word: str) -> str:
 
 
 def is_case_off(first: str, second: str) -> bool:
-    """Returns whether two texts have symbols after a number that differ only in case ("5 M" and "5 m")."""
+    """Returns whether two texts differ only in case, and this case may change a unit ("5 M" and "5 m")."""
     if first == second or first.casefold() != second.casefold():
         return False
     symbols = zip(_AFTER_NUMBER.findall(first), _AFTER_NUMBER.findall(second), strict=False)
@@ -223,9 +223,9 @@ def compare_units(first: str, second: str) -> Fraction | Literal["different", "u
     """Compares two units.
 
     Returns:
-        The factor that converts a value in the first unit into the second; "different" if they measure different
-        quantities, or "unclear" if a unit is unknown, if the words of one unit may be another name for the
-        other, or if a scale has another zero ("20 °C" and "68 °F").
+        The factor that converts a value from the first unit to the second. "different" if the units measure different
+        quantities. "unclear" if a unit is unknown or ambiguous, or if no constant factor converts the units, as
+        between °C and °F, bytes and bits, or months and seconds.
     """
     if first == second:
         return Fraction(1)
@@ -262,8 +262,8 @@ _CONVERSIONS = frozenset(map(Fraction, _FACTORS.split()))
 def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
     """Returns whether two values may be the same quantity although only one of them has a unit.
 
-    This is so if they differ only in the sign, if their ratio is a power of ten, or, for a known unit, a usual factor
-    between units.
+    They may be if they differ only in the sign, if their ratio is a power of ten, or if ``unit`` is known and the
+    ratio is a usual factor between units. Temperatures may differ as two scales do.
     """
     parsed = parse_unit(unit)
     if first == -second or parsed is None:

@@ -1,4 +1,4 @@
-"""Compares answers that are words: equal, different, or not sure."""
+"""Compares answers in words: they are equal or different, or their relation is unclear."""
 
 import functools
 import re
@@ -20,12 +20,12 @@ _NO_ANSWER = re.compile(
 
 @functools.lru_cache(maxsize=1 << 14)
 def is_no_answer(text: str) -> bool:
-    """Returns whether a text, in the form that ``fold`` returns, declines to answer ("I don't know", "N/A", "?")."""
+    """Returns whether a text from ``fold`` declines to answer ("i don't know", "n/a", "?")."""
     return _NO_ANSWER.fullmatch(text) is not None
 
 
 def without_lead(text: str) -> str:
-    """Returns a text without "The answer is" before it."""
+    """Returns a text without a phrase such as "The answer is" at its beginning."""
     lead = _LEAD.match(text)
     return text[lead.end() :] if lead and lead.end() < len(text) else text
 
@@ -33,14 +33,14 @@ def without_lead(text: str) -> str:
 def compare_texts(first: str, second: str) -> bool | None:
     """Returns whether two answers in words are equal, ignoring case and phrases such as "The answer is".
 
-    None means that they may mean the same, or that one of them gives no answer: the words of one answer occur within
-    the other in the same order ("dog" and "a brown dog"), or one of the texts declines to answer.
+    None means that this is unclear: the words of one answer occur in a row within the other ("dog" and "a brown dog"),
+    or one of the texts is empty or declines to answer.
     """
     return compare_folded(fold(clean_answer(first)), fold(clean_answer(second)))
 
 
 def compare_folded(first: str, second: str) -> bool | None:
-    """Returns the result of ``compare_texts`` for two texts that ``fold`` has returned."""
+    """Returns the result of ``compare_texts`` for two texts from ``fold``."""
     if first == second != "":
         return True
     if not first or not second or is_no_answer(first) or is_no_answer(second):
@@ -57,7 +57,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def may_be_same_words(first: str, second: str) -> bool:
-    """Returns whether two folded texts have the same words, or the words of one occur within the other, in order."""
+    """Returns whether the words of one text occur in a row within the other; both texts are from ``fold``."""
     shorter, longer = sorted((_words(first), _words(second)), key=len)
     if not shorter:
         return (

@@ -1,4 +1,4 @@
-"""Conversations and their token ids, the same for training, sampling and evaluation."""
+"""Turns conversations into token ids, in the same way for training, sampling and evaluation."""
 
 from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages
 from mpo_ext.chat.encoder import ChatEncoder, EncodedResponse

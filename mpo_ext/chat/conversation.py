@@ -1,4 +1,4 @@
-"""Conversations: a question or several turns with images, and their form as messages for a chat template."""
+"""Conversations with images, and their form as messages for a chat template."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,15 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """The turns before the assistant's turn.
+    """The turns before the response of the assistant.
 
     Attributes:
         key: Name of the conversation in error messages.
         question: The user's question; ``<image>`` marks the place of an image. Without marks, the images come first.
-        messages: Turns, used instead of ``question``: mappings with ``role`` and ``content``. The content is text with
+        messages: All turns, instead of ``question``: mappings with ``role`` and ``content``. The content is text with
             ``<image>`` at the place of each image, or a list of ``{"type": "text", "text": ...}`` and
             ``{"type": "image"}``.
-        images: Images in any form that ``load_image`` takes, in the order of their places.
+        images: Images in the order of their places, in any form that ``mpo_ext.images.load_image`` takes.
     """
 
     key: str = ""
@@ -29,11 +29,14 @@ class Conversation:
 def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[str, Any]]:
     """Returns a conversation as messages for a chat template.
 
-    ``as_parts`` makes the content of each message a list of images and texts, the format of multimodal models.
+    Args:
+        conversation: The conversation.
+        as_parts: Whether the content of each message is a list of images and texts, the format of multimodal models.
+            False: the content is text, and images are an error.
 
     Raises:
-        ValueError: If a message has no role or content, the last message is the assistant's, the number of places
-            differs from the number of images, or a model without images gets images.
+        ValueError: If a message has no role or content, the last message is the assistant's, the number of image
+            places differs from the number of images, or a text model gets images.
     """
     count = len(conversation.images)
     if not as_parts and count:
@@ -55,9 +58,9 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
 
 
 def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
-    """Returns messages whose content is a list of texts and images.
+    """Checks messages, and returns them with a list of texts and images as the content of each message.
 
-    ``split`` splits texts at each ``<image>``; without it, ``<image>`` is ordinary text.
+    ``split`` says whether ``<image>`` in a text is the place of an image; False: it is ordinary text.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of messages, got {str(messages)[:80]!r}")
@@ -70,7 +73,7 @@ def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
 
 
 def _parts(content: object, *, split: bool) -> list[dict[str, Any]]:
-    """Splits the content of a message into texts and images."""
+    """Returns the content of a message as a list of texts and images; ``split`` is as in ``message_turns``."""
     if isinstance(content, str):
         pieces = content.split(IMAGE_PLACEHOLDER) if split else [content]
         parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []

@@ -1,4 +1,4 @@
-"""The texts of sampled token ids."""
+"""Finds the text of sampled token ids."""
 
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
@@ -7,21 +7,24 @@ _METASPACE = "\u2581"  # SentencePiece's sign for a space, which it cannot tell 
 
 
 def squash(text: str) -> str:
-    """Returns the text without white space, which templates trim and move, in the form NFC, as tokenizers make it."""
+    """Returns a text without white space and in Unicode's form NFC, to compare texts from templates and tokenizers.
+
+    Templates trim and move white space; tokenizers may convert texts to NFC.
+    """
     return "".join(unicodedata.normalize("NFC", text.replace(_METASPACE, " ")).split())
 
 
 def possible_texts(
     decode: Callable[[Sequence[int]], str], special_ids: Collection[int], context: Sequence[int], ids: Sequence[int]
 ) -> list[str]:
-    """Returns texts of the ids that follow a prompt, of which one encodes as these ids.
+    """Returns candidates for the text of the ids that follow a prompt. One of them should encode to these ids.
 
-    Decoders of SentencePiece drop the space that their tokenizer prepends, at the beginning of a text only. Some of
-    these tokenizers prepend a space at the beginning of a text, some after each special token, and some nowhere.
+    The candidates differ in spaces. SentencePiece tokenizers prepend a space at the beginning of a text, after each
+    special token, or nowhere. Their decoders drop this space at the beginning of a text only.
 
     Args:
-        decode: Returns the text of ids.
-        special_ids: Ids of special tokens, before and after which the tokenizer splits texts.
+        decode: Function that returns the text of ids.
+        special_ids: Ids of special tokens. The tokenizer splits texts at these tokens.
         context: The last ids of the prompt.
         ids: The ids of the response.
     """

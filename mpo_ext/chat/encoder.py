@@ -1,4 +1,4 @@
-"""The encoder that training, sampling and evaluation share: token ids exactly as the model's processor makes them."""
+"""The encoder of training, sampling and evaluation. Its token ids are exactly those of the model's processor."""
 
 import datetime
 import unicodedata
@@ -44,7 +44,7 @@ class EncodedResponse(NamedTuple):
 
     Attributes:
         ids: Token ids of the response, up to and including the token that ends the turn.
-        is_target: Whether the assistant writes each token; False for user turns inside a response of several turns.
+        is_target: For each token, whether the assistant writes it; False in user turns between the assistant's turns.
         is_split: Whether the response was tokenized apart from the prompt, because the tokenizer merges the end of
             the prompt with the beginning of the response.
     """
@@ -61,16 +61,16 @@ class ChatEncoder:
     of a response are the ids of the whole conversation without those of the prompt, up to and including the token that
     ends the turn. The text that the template writes after this token, such as a line break, belongs to no response.
 
-    Five rules go beyond the template. ``notices`` names those that hold for every conversation:
+    In five cases, the encoder deviates from the template. ``notices`` names the cases that hold for all conversations:
 
     - If the template ignores ``add_generation_prompt``, the prompt ends with the header that the template writes
       before a response, without trailing spaces.
     - If the template writes no special token after a response, ``eos_token`` follows, and the white space that the
       template writes there is left out.
-    - If the generation prompt opens a block such as ``<think>``, a response that closes the block without opening it
-      is rendered with the beginning of the block.
+    - If the generation prompt opens a block such as ``<think>``, and a response closes the block without opening it,
+      the opening tag is put before the response.
     - If the tokenizer merges the end of the prompt with the beginning of the response, the response is tokenized
-      apart, as the model continues a prompt in sampling.
+      apart from the prompt, because in sampling, too, the model writes after a complete prompt.
     - Tokens that a tokenizer adds at the end of every text (``add_eos_token``) are left out.
 
     Args:
@@ -80,18 +80,18 @@ class ChatEncoder:
         chat_template_kwargs: Variables for the template, such as ``{"enable_thinking": False}``.
         date: Date for templates that write the current date; None: today.
         stop_ids: Ids at which the model stops, from its ``generation_config``.
-        embedding_rows: Number of rows of the model's embedding; None: ids are not checked.
+        embedding_rows: Number of rows of the model's input embedding. An id beyond it is an error. None: no check.
 
     Attributes:
         end_id: Id of the token that ends an assistant's turn in training.
         stop_ids: Ids at which sampling stops: the model's, ``end_id`` and the tokenizer's ``eos_token_id``.
-        notices: The rules that hold for every conversation.
-        form: What the template writes around a response.
+        notices: Sentences for the user about the deviations, and other facts that hold for all conversations.
+        form: The text that the template writes around a response.
         ends_in_tail: How often the template writes ``end_id`` after a response; 0: never.
 
     Raises:
-        ChatError: If the template does not write responses, its generation prompt does not fit its conversations, or
-            the token that ends a turn is unknown.
+        ChatError: If the template does not write responses, if the generation prompt is not the beginning of the whole
+            conversation, or if the token that ends a turn is unknown.
     """
 
     def __init__(
@@ -164,11 +164,11 @@ class ChatEncoder:
         return self.prompt(conversation).text
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Returns the token ids of ``prompt_text``; a processor expands the tokens of images later."""
+        """Returns the token ids of ``prompt_text``; a processor expands the placeholder of each image later."""
         return self.prompt(conversation).ids
 
     def adds_special_tokens(self, text: str) -> bool:
-        """Returns whether a processor adds special tokens to the text of a prompt, as ``apply_chat_template`` does."""
+        """Returns whether the processor, in ``apply_chat_template``, adds special tokens to ``text``, a prompt."""
         if self.chat_template is not None and not self.is_multimodal:
             return False
         begin = getattr(self.tokenizer, "bos_token", None)
@@ -176,11 +176,16 @@ class ChatEncoder:
 
     @property
     def added_suffix(self) -> int:
-        """Number of tokens that the tokenizer adds at the end of a text; a prompt must not have them."""
+        """Number of tokens that the tokenizer adds at the end of each text; they must be cut off a prompt."""
         return len(self._suffix_ids)
 
     def processor_ids(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> list[int]:
-        """Returns the token ids of ``apply_chat_template(..., tokenize=True)``; messages hold the images."""
+        """Returns the token ids of ``apply_chat_template(..., tokenize=True)``.
+
+        Args:
+            messages: The messages, which hold their images.
+            generation_prompt: Whether the text ends with the header of the assistant's response.
+        """
         return self._renderer.ids(messages, generation_prompt=generation_prompt)
 
     def response_ids(self, conversation: Conversation, response: str) -> list[int]:
@@ -204,10 +209,13 @@ class ChatEncoder:
         return encoded
 
     def response_text(self, conversation: Conversation, ids: Sequence[int]) -> str:
-        """Returns the response for ids that follow the prompt, without the white space that the template adds.
+        """Returns the text of a response from its token ids, without the white space that the template adds.
 
-        ``ids`` end before the token that ends the turn. Special tokens are kept, because some models write boxes with
-        them.
+        The text keeps special tokens, because some models write bounding boxes with them.
+
+        Args:
+            conversation: The turns before the response.
+            ids: Token ids after the prompt, without the token that ends the turn.
         """
         ids, prompt = list(ids), self.prompt(conversation)
         texts = possible_texts(self.decode, self._special_ids, prompt.ids[-_CONTEXT:], ids)
@@ -248,7 +256,7 @@ class ChatEncoder:
         return whole.rpartition(PROBE)[0].rstrip(" ")
 
     def _check_probe(self) -> None:
-        """Encodes a short conversation, and adds notices on the rules that it needs."""
+        """Encodes a short conversation, and adds the notices about merged tokens and a doubled first token."""
         if self.form.opened:
             return
         conversation = Conversation(question="question")
@@ -263,7 +271,7 @@ class ChatEncoder:
             )
 
     def _encode(self, text: str) -> list[int]:
-        """Returns the ids of a text from its beginning, with the special tokens that the processor puts first."""
+        """Returns the ids of the text of a conversation, with the special tokens that the processor puts first."""
         ids = list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
         return [*self._prefix_ids, *ids] if self.adds_special_tokens(text) else ids
 
@@ -280,7 +288,7 @@ class ChatEncoder:
         return EncodedResponse(ids, [True] * len(ids), is_split)
 
     def _whole_text(self, prompt: EncodedPrompt, response: str) -> str:
-        """Returns the text of the conversation with the response."""
+        """Returns the text of the prompt and the response, as the template writes the whole conversation."""
         if self.chat_template is None:
             return prompt.text + response
         for text in _renderings(response, self.form.opened):
@@ -330,7 +338,7 @@ class ChatEncoder:
         return EncodedResponse(ids[size:end], is_target[size:end], False)
 
     def _continue(self, prompt: EncodedPrompt, rest: str) -> tuple[list[int], bool]:
-        """Returns the ids of ``rest`` after the prompt, and whether they had to be tokenized apart."""
+        """Returns the ids of ``rest``, the text after the prompt, and whether it was tokenized apart from it."""
         whole = self._encode(prompt.text + rest)
         size = len(prompt.ids)
         if whole[:size] == prompt.ids:
@@ -351,7 +359,7 @@ class ChatEncoder:
 
 
 def with_date(chat: ChatEncoder, date: datetime.date) -> ChatEncoder:
-    """Returns the same encoder for another date."""
+    """Returns a new encoder that equals ``chat`` except for the date."""
     return ChatEncoder(
         chat.processor,
         chat_template=chat.chat_template,
@@ -368,7 +376,7 @@ def stop_ids_of(model: Any) -> list[int]:
 
 
 def as_ids(ids: int | Iterable[int] | None) -> list[int]:
-    """Returns the ids of a setting that holds an id, several ids or None, such as ``eos_token_id``."""
+    """Returns the list of ids in a setting such as ``eos_token_id``, which holds an id, several ids or None."""
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
@@ -379,7 +387,7 @@ def embedding_rows_of(model: Any) -> int | None:
 
 
 def _response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: int) -> list[dict[str, Any]]:
-    """Returns the checked turns of a response, each with a list of texts."""
+    """Checks the turns of a response, and returns them with a list of texts as the content of each turn."""
     try:
         parts = message_turns(list(turns), split=False)
     except ValueError as error:
@@ -396,7 +404,7 @@ def _response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: 
 
 
 def _plain_prompt(conversation: Conversation, image: str) -> str:
-    """Returns the prompt of a model without a chat template; ``image`` is its token for an image."""
+    """Returns the prompt for a model without a chat template; ``image`` is the text of the model's image token."""
     if conversation.messages:
         raise ChatError(f"a conversation of {len(conversation.messages)} messages must have a chat template, got none")
     missing = max(0, len(conversation.images) - conversation.question.count(IMAGE_PLACEHOLDER))
@@ -404,7 +412,7 @@ def _plain_prompt(conversation: Conversation, image: str) -> str:
 
 
 def _check_written(response: str, prompt: str, whole: str) -> None:
-    """Raises ``ChatError`` if the text of a response does not follow the prompt in the whole conversation."""
+    """Raises ``ChatError`` if ``whole``, the conversation's text, does not have the response after the prompt."""
     block = OPEN_TAG.search(prompt)  # a response may begin with the block that the prompt opens
     if squash(response) not in squash(whole[block.start() if block else len(prompt) :]):
         raise ChatError(
@@ -414,7 +422,11 @@ def _check_written(response: str, prompt: str, whole: str) -> None:
 
 
 def _renderings(response: str, opened: str) -> list[str]:
-    """Returns the response and, if it continues the block that the generation prompt opens, the completed block."""
+    """Returns the texts to try as the response: the response, and ``opened`` with the response.
+
+    ``opened`` is the opening tag at the end of the generation prompt, such as ``<think>``. The second text is returned
+    only if the response closes this tag without opening it.
+    """
     tag = OPEN_TAG.search(opened)
     if tag and f"</{tag[1]}>" in response and not response.lstrip().startswith(f"<{tag[1]}>"):
         return [response, opened + response]
@@ -422,7 +434,10 @@ def _renderings(response: str, opened: str) -> list[str]:
 
 
 def _check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
-    """Raises ``ChatError`` if a template leaves out the text of a turn; thoughts of earlier turns may be left out."""
+    """Raises ``ChatError`` if the text of a turn is missing in ``text``, the text of the prompt.
+
+    Templates may leave out the thoughts of earlier turns, up to ``</think>``.
+    """
     written = squash(text)
     for message in messages:
         content = message["content"]
@@ -438,7 +453,11 @@ def _check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
 def _tokenize_apart(
     tokenizer: Any, decode: Callable[[Sequence[int]], str], context: list[int], text: str
 ) -> list[int] | None:
-    """Returns ids that continue ``context`` with ``text``, or None. SentencePiece needs an anchor before the text."""
+    """Returns the ids of ``text`` that decode to it after the ids ``context``, or None if no ids are found.
+
+    SentencePiece prepends a space to a text. The text is therefore also encoded after an anchor such as a line break,
+    whose ids are cut off.
+    """
     expected = unicodedata.normalize("NFC", decode(context) + text)
     for anchor in _ANCHORS:
         begin = list(tokenizer.encode(anchor, add_special_tokens=False)) if anchor else []
@@ -450,7 +469,7 @@ def _tokenize_apart(
 
 
 def _added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the ids that the tokenizer adds before and after a text."""
+    """Returns the ids that the tokenizer adds before each text, and the ids that it adds after each text."""
     plain = list(tokenizer.encode("a", add_special_tokens=False))
     ids = list(tokenizer.encode("a"))
     for start in range(len(ids) - len(plain) + 1):

@@ -1,4 +1,4 @@
-"""Chat templates: which template is used, the dates that it writes, and what it writes around a response."""
+"""Chat templates: finds the template, fixes its date, renders messages, and finds the text around a response."""
 
 import dataclasses
 import datetime
@@ -9,7 +9,7 @@ from typing import Any
 
 from mpo_ext.chat.time_limit import time_limit
 
-#: Seconds that rendering a conversation may take, which takes milliseconds. A template may loop for ever.
+#: Time limit in seconds for rendering a conversation, because a template may loop for ever. It takes milliseconds.
 RENDER_SECONDS = 60.0
 PROBE = "Qz7 probe 7zQ"  # a response that does not occur in any template
 OPEN_TAG = re.compile(r"<(\w+)>\s*$")
@@ -29,9 +29,9 @@ def find_chat_template(processor: Any, chat_template: str | None = None) -> str 
 
 
 def freeze_date(template: str, date: datetime.date) -> str:
-    """Returns the template with each call ``strftime_now("...")`` replaced by the text for ``date``, at midnight.
+    """Returns the template with each call ``strftime_now("...")`` replaced by the text for ``date`` at 00:00.
 
-    Otherwise the prompts of a run would change at midnight.
+    Without this, the prompts of a run would change with the time.
 
     Raises:
         ChatError: If a call has no constant format.
@@ -53,11 +53,13 @@ class TurnForm:
     """The text that a chat template writes around a response.
 
     Attributes:
-        ignores_generation_prompt: Whether the template ignores ``add_generation_prompt`` although it writes a header.
-        opened: End of the generation prompt that the template does not write before a response, such as ``<think>``.
+        ignores_generation_prompt: Whether the template ignores ``add_generation_prompt`` although it writes a header
+            before a response.
+        opened: Opening tag such as ``<think>`` that ends the generation prompt, but is not written before a response.
         lead: Text between the prompt and a response.
-        tail: Text after the response that ends a conversation.
-        inner_tail: Text after a response that a user's turn follows, with this turn; empty if that cannot be rendered.
+        tail: Text after a response at the end of a conversation.
+        inner_tail: Text after a response that is followed by a user's turn, including this turn; "" if the template
+            cannot render such a conversation.
     """
 
     ignores_generation_prompt: bool = False
@@ -77,11 +79,14 @@ class Renderer:
         self._as_parts = hasattr(processor, "tokenizer")
 
     def turn(self, role: str, text: str) -> dict[str, Any]:
-        """Returns a message with a text, in the form that the template takes."""
+        """Returns a message with this text; for a processor, its content is a list of parts."""
         return {"role": role, "content": [{"type": "text", "text": text}] if self._as_parts else text}
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> str:
-        """Returns the text of messages; raises ``ChatError`` if the template fails."""
+        """Returns the text of messages, and raises ``ChatError`` if the template fails.
+
+        ``generation_prompt`` says whether the text ends with the header of the assistant's response.
+        """
         try:
             return self._apply(messages, add_generation_prompt=generation_prompt, tokenize=False)
         except Exception as error:  # a template may raise any exception
@@ -103,16 +108,19 @@ class Renderer:
 
 
 def common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
-    """Returns the number of characters or ids at the beginning of both that are equal."""
+    """Returns the length of the common beginning of two texts or two lists of ids."""
     pairs = zip(left, right, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
 
 def find_form(renderer: Renderer) -> tuple[TurnForm, str | None]:
-    """Returns what the template writes around a response, found with two probe responses, and a notice or None.
+    """Renders two probe responses, and returns the text that the template writes around a response.
+
+    The second value is a notice for the user, or None.
 
     Raises:
-        ChatError: If the template does not write responses, or its generation prompt does not fit its conversations.
+        ChatError: If the template does not write responses, or if the generation prompt is not the beginning of the
+            whole conversation.
     """
     question = renderer.turn("user", "question")
     prompt = renderer.render([question], generation_prompt=True)
@@ -165,7 +173,8 @@ def find_end(form: TurnForm, tokenizer: Any) -> tuple[int, int]:
     """Returns the id that ends a turn, and how often the template writes it after a response (0: never).
 
     Raises:
-        ChatError: If the template ends a turn with ordinary text, or if neither it nor the tokenizer has an end.
+        ChatError: If the template ends a turn with ordinary text, or if the template writes no end and the tokenizer
+            has no ``eos_token``.
     """
     tail = form.tail
     ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []

@@ -1,4 +1,4 @@
-"""A time limit for code of others that runs in this process, such as a chat template."""
+"""A time limit for foreign code that runs in this process, such as a chat template."""
 
 import contextlib
 import ctypes
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 
 
 class _TimeUpError(BaseException):
-    """Interrupts a block. It is no ``Exception``, so that the block does not handle it."""
+    """Interrupts a ``with`` block. As a ``BaseException``, it passes every ``except Exception`` in the block."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raises ``TimeoutError`` in the block of a ``with`` statement if the block takes longer.
+    """Returns a context manager that raises ``TimeoutError`` if its block takes longer than ``seconds``.
 
-    It ends pure Python code, in any thread; a call of another language is ended when it returns.
+    It interrupts Python code in any thread. A call of compiled code is interrupted only when it returns.
 
     Args:
-        seconds: Time that the block may take.
-        what: Name of the work for the message.
+        seconds: Time limit of the block, in seconds.
+        what: Name of the work in the error message.
     """
     thread, lock = threading.get_ident(), threading.Lock()
     is_done = is_up = has_arrived = False

@@ -1,6 +1,6 @@
-"""The commands ``mpo-ext data check``, ``stats``, ``convert`` and ``view``, which import dependencies when they run.
+"""The commands ``mpo-ext data check``, ``stats``, ``convert`` and ``view``. They import dependencies when they run.
 
-Exit status: 1 if ``check`` found a defect or a bad line stopped ``convert``, 2 if the command could not run, else 0.
+The exit status is 1 if ``check`` finds a defect or a bad line stops ``convert``, 2 if the command cannot run, else 0.
 """
 
 import argparse
@@ -28,7 +28,14 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _add_command(commands: Any, name: str, text: str, run: Command) -> argparse.ArgumentParser:
-    """Adds a command with the help ``text`` and the options that all commands share."""
+    """Adds a command with the options that all ``data`` commands share, and returns its parser.
+
+    Args:
+        commands: The object of ``add_subparsers``.
+        name: Name of the command.
+        text: Help text of the command.
+        run: Function that runs the command.
+    """
     parser = commands.add_parser(name, help=text)
     text = "meta file, file of rows (.jsonl, .json, .csv, .parquet, also .gz), folder of a dataset, or hf://owner/name"
     parser.add_argument("path", help=text)
@@ -108,7 +115,10 @@ def _open(args: argparse.Namespace) -> Any:
 
 
 def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Callable[[Any], None]]:
-    """Returns the opened pairs, and a function that prints the skipped lines and warns about missing images."""
+    """Returns the opened pairs, and a function ``warn(skipped)`` to call after all pairs have been read.
+
+    The function prints the skipped lines and a warning about missing images.
+    """
     import dataclasses
 
     from mpo_ext.data.sources import MissingImages
@@ -240,7 +250,7 @@ def _check_json_report(args: argparse.Namespace, source: Any) -> None:
 
 
 def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:
-    """Returns a text with the format and the number of pairs with images, which exposes a wrongly detected format."""
+    """Returns a line with the format and the number of pairs with images, from which users see a wrong format."""
     origin = "detected" if args.format is None else "set by --from"
     pairs = sum(subset.pairs for subset in stats.values())
     text_only = sum(subset.text_only for subset in stats.values())
@@ -290,5 +300,5 @@ def _console() -> Any:
 
 
 def _printable(text: str) -> str:
-    """Escapes control characters, because those of a hostile file could control the terminal."""
+    """Returns a text with escaped control characters, because a hostile file could otherwise control the terminal."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

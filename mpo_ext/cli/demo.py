@@ -37,7 +37,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 class _Removed(argparse.Action):
-    """An option of the removed study; its error names the replacement."""
+    """An option of the removed ``demo --study``. It exits with an error that names the replacement."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
         parser.error(
@@ -47,7 +47,10 @@ class _Removed(argparse.Action):
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Runs the demo and returns the exit status: 1 if a requirement is not met, 130 after an interruption."""
+    """Runs the demo and returns the exit status.
+
+    The status is 1 if a package, the output folder or its lock is not available, 130 after an interruption, else 0.
+    """
     missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(f"mpo-ext demo needs {', '.join(missing)}: {install_hint('demo')}", file=sys.stderr)

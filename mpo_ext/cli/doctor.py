@@ -33,10 +33,10 @@ def add_parser(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Prints facts for a bug report, one per line.
+    """Prints facts for a bug report, one per line, and checks the processor of ``args.model`` if it is given.
 
     Returns:
-        1 if the CPU kernels cannot run or the model's processor cannot be used, otherwise 0.
+        The exit status: 1 if the CPU kernels cannot run or the model's processor cannot be used, otherwise 0.
     """
     for name, fact in _facts():
         print(f"{name:<20}{fact}")

@@ -108,7 +108,12 @@ def _prompts(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _named(what: str, texts: Sequence[str]) -> dict[str, str]:
-    """Returns the paths by name. A text is NAME=PATH, or a PATH whose name is its last part (for RUN/final: RUN)."""
+    """Returns the paths by name.
+
+    Args:
+        what: Name of the argument in error messages.
+        texts: Each is NAME=PATH, or a PATH whose name is its last part without suffix (for RUN/final: RUN).
+    """
     named: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")

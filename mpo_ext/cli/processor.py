@@ -16,11 +16,11 @@ _PROVED_PAIRS = 3
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProcessorReport:
-    """The result of a check.
+    """The result of checking a model's processor.
 
     Attributes:
-        facts: Names and facts about processor and chat template.
-        lines: The encoded pairs as lines of text.
+        facts: Facts about the processor and the chat template, each with its name.
+        lines: Lines of text that show the encoded pairs.
         problems: Reasons why training with this processor would be wrong or would stop.
     """
 
@@ -36,12 +36,12 @@ class ProcessorReport:
 def check_processor(
     args: argparse.Namespace, model: str, pairs: Iterable[tuple[Any, str]] | None = None
 ) -> ProcessorReport:
-    """Encodes pairs as training does, and compares the token ids with those of the model's processor.
+    """Encodes pairs as training does, compares the token ids with the processor's own, and returns a report.
 
     Args:
         args: Arguments with the options of ``add_chat``.
         model: Folder of a model, of a run or of adapters, or a name on the hub.
-        pairs: Pairs with absolute image paths, and their names; None: a question with text, and one with an image if
+        pairs: Tuples of a pair with absolute image paths and its name. None: a text example, and an image example if
             the model takes images.
 
     Raises:
@@ -78,7 +78,7 @@ def check_processor(
 
 
 def good_pairs(source: Any) -> Iterator[tuple[Any, str]]:
-    """Yields the pairs of a ``PairSource`` that can be read, with their file and line."""
+    """Yields each readable pair of a ``PairSource``, with its file and line as text."""
     from mpo_ext.data.reader import BadLine
 
     for where, pair in source.scan():
@@ -87,7 +87,7 @@ def good_pairs(source: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _first(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
-    """Returns the first pairs; one with images comes first, if there is one among the searched pairs."""
+    """Returns the first ``_SEARCHED_PAIRS`` pairs; the first pair with images, if any, is moved to the front."""
     searched = list(itertools.islice(pairs, _SEARCHED_PAIRS))
     with_images = next((entry for entry in searched if entry[0].images), None)
     return (
@@ -96,7 +96,7 @@ def _first(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
 
 
 def _examples(folder: Path, *, has_images: bool) -> Iterator[tuple[Any, str]]:
-    """Yields a pair of text and, for a model with images, a pair with an image."""
+    """Yields a text example and, if ``has_images``, an example whose image is written into ``folder``."""
     from mpo_ext.data.records import Pair
 
     yield Pair("What is larger, 2 or 3?", "3", "2"), "a question"

@@ -16,10 +16,15 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], Command]:
-    """Returns a decorator for commands: it prints an expected error on stderr and returns the status ``failure``.
+    """Returns a decorator for the functions of commands, which turns errors into exit statuses.
 
-    With ``--debug``, the error is raised instead. ``name`` is the command in messages; ``extra`` is the extra of
-    mpo_ext that installs the dependencies of the command.
+    The decorated function prints an expected error on stderr and returns ``failure``; with ``--debug``, it raises the
+    error. After an interruption it returns 130. It also applies ``--max-image-pixels``.
+
+    Args:
+        name: Name of the command in messages.
+        extra: Extra of mpo_ext that installs the dependencies of the command, such as "train".
+        failure: Exit status after an expected error.
     """
 
     def decorate(run: Command) -> Command:
@@ -92,7 +97,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parse = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        """Parses arguments like argparse, and accepts each KEY=VALUE after an option, which argparse calls unknown."""
+        """Parses arguments as argparse does, and adds each KEY=VALUE after an option to ``overrides``.
+
+        argparse alone would return such a KEY=VALUE as an unknown argument.
+        """
         namespace, rest = parse(args, namespace)
         for text in rest:
             if text.startswith("--") and "." in text.partition("=")[0]:
@@ -154,7 +162,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def load_engine(args: argparse.Namespace, model: str) -> Any:
-    """Loads a model into the engine that the options select."""
+    """Loads a model into the engine that the options select, and returns the engine."""
     options = parse_json_options("--engine-option", args.engine_option)
     if args.engine == "vllm":
         from mpo_ext.generate.vllm_engine import VLLMEngine
@@ -205,15 +213,17 @@ def add_matcher(parser: argparse.ArgumentParser) -> None:
 
 
 def matcher_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the settings of the matcher that the options select."""
+    """Returns the arguments of ``mpo_ext.answers.matcher`` that the options give: the kind and its options."""
     return {"kind": args.matcher, **parse_json_options("--matcher-option", args.matcher_option)}
 
 
 def parse_json_options(flag: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Parses strings NAME=JSON into a dict; a value that is not JSON stays a string.
+    """Returns the values of strings NAME=JSON by name; a value that is not JSON stays a string.
+
+    ``flag`` is the option in error messages.
 
     Raises:
-        ValueError: If a string is not of this form.
+        ValueError: If a string does not have this form.
     """
     options = {}
     for text in texts:

@@ -63,11 +63,13 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def print_data(recipe: "Recipe") -> bool:
-    """Inspects the data of a recipe; prints formats, pairs with images, bad lines, wrong places and missing images.
+    """Inspects the data of a recipe, and prints the format, the number of images and the defects of each source.
+
+    Defects are bad lines, pairs whose ``<image>`` marks do not fit their images, and pairs with a missing image.
 
     Returns:
-        True if the trainer can use the data: there is no bad line, wrong place or missing image, or ``data.skip_bad``
-        is set and ``data.train`` and ``data.eval`` (if given) have a valid pair.
+        Whether the trainer can use the data. It can if no defect is found, or if ``data.skip_bad`` is set and
+        ``data.train`` and ``data.eval`` (if given) each have a pair without defect.
     """
     from mpo_ext.train.mixture import Mixture
 

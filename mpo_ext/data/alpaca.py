@@ -26,7 +26,11 @@ _FIELDS = {"instruction", "input", "chosen", "rejected", "system", "history", "i
 
 
 def from_alpaca(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
-    """Converts a row to a pair; unknown fields go into ``extra``.
+    """Converts a row to a pair; unknown fields go into ``Pair.extra``.
+
+    Args:
+        row: Fields of the row.
+        save_image: As in ``messages.row_images``.
 
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.

@@ -21,7 +21,7 @@ ImageCheck = Literal["verify", "decode", "exists", "skip"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """A defect of the data; ``kind`` is a name such as "missing image"."""
+    """A defect of the data: its kind such as "missing image", its file and line, and a message for the user."""
 
     kind: str
     where: Location
@@ -30,7 +30,13 @@ class Finding:
 
 @dataclasses.dataclass(slots=True)
 class CheckReport:
-    """Findings counted by subset and kind, the first findings of each kind, and statistics by subset."""
+    """The result of ``check_pairs``.
+
+    Attributes:
+        counts: Number of findings, by subset and kind.
+        examples: The first findings of each kind.
+        stats: Statistics of the pairs, by subset.
+    """
 
     counts: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[Finding]] = dataclasses.field(default_factory=dict)
@@ -130,7 +136,10 @@ def _defects(pair: Pair, checker: "_ImageChecker") -> Iterator[tuple[str, str]]:
 
 
 class _ImageChecker:
-    """Returns the defects of an image; an image that several pairs use is checked once."""
+    """Checks images. A call returns the kind and message of each defect of an image.
+
+    An image that several pairs use is checked once.
+    """
 
     def __init__(self, mode: ImageCheck) -> None:
         self._mode = mode
@@ -171,7 +180,7 @@ class _Duplicates:
         self._files.append(self._places.setdefault((where.subset, where.file), len(self._places)))
 
     def find(self) -> Iterator[tuple[Location, Location]]:
-        """Yields the location of each repeated pair and of the first equal pair, in the order of the source."""
+        """Yields the location of each repeated pair and of the first pair that equals it, in the source's order."""
         keys = np.array(self._keys, np.uint64)
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]

@@ -1,7 +1,7 @@
-"""Files that hold rows: JSON lines, JSON arrays, CSV, compressed or in UTF-16, and how they become JSON lines.
+"""Converts files of rows to JSON lines: JSON arrays, CSV, compressed files, and text in UTF-16 or UTF-32.
 
-Files in UTF-8 with one JSON object per line are read where they are. All others are written as such lines into the
-cache once, and again if the file changes. Parquet files are read by ``hub.py``.
+Files in UTF-8 with one JSON object per line are read in place. All other files are converted once and stored in the
+cache; a changed file is converted again. ``hub.py`` reads parquet files.
 """
 
 import bz2
@@ -54,12 +54,12 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-#: Columns of CSV files whose cells may be lists or objects whatever they hold; others only if they hold messages.
+#: Columns of CSV files in which every list or object is parsed. In other columns, only messages are parsed.
 _LISTS = ("image", "images", "messages", "conversations", "conversation", "rejected_messages", "history")
 
 
 def cache_folder() -> Path:
-    """Returns the folder of converted files and of images from datasets, beside the cache of the package datasets."""
+    """Returns the folder for converted files and images of datasets, beside the cache of the package datasets."""
     if datasets_cache := os.environ.get("HF_DATASETS_CACHE"):
         return Path(datasets_cache).absolute().parent / "mpo_ext"
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -67,20 +67,20 @@ def cache_folder() -> Path:
 
 
 def is_parquet(path: str) -> bool:
-    """Returns whether a file is a parquet file, by its first bytes; an unreadable file raises OSError."""
+    """Returns whether the first bytes of a file are those of parquet; raises OSError if it cannot be read."""
     with open(path, "rb") as file:
         return file.read(4) == _PARQUET
 
 
 def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
-    """Returns the path of a file of JSON lines with the rows of a file: the path itself, or a file in the cache.
+    """Converts a file of rows to a file of JSON lines in the cache, unless it is such a file already.
 
     Args:
         path: Path of a file that is not parquet.
-        is_meta_allowed: Whether a JSON object in a .json file may be the meta file of MMPR.
+        is_meta_allowed: Whether a .json file with one object may be an MMPR meta file. False: the object is a row.
 
     Returns:
-        The path of the lines, or None if the file is a meta file.
+        The path of the file of JSON lines: ``path``, or a path in the cache. None if the file is a meta file.
 
     Raises:
         OSError: If a file cannot be read or written.
@@ -117,7 +117,7 @@ def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
 
 
 def _encoding(head: bytes) -> str:
-    """Returns the encoding that the first bytes state, by a byte order mark or by JSON's first two characters."""
+    """Returns the encoding of a file by its first bytes: a byte order mark, or zero bytes around JSON's "{" or "["."""
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return encoding
@@ -129,7 +129,14 @@ def _encoding(head: bytes) -> str:
 
 
 def _kind(name: str, text: str) -> str:
-    """Returns "csv", "tsv", "array", "object" (a .json file with one object, perhaps one per line) or "lines"."""
+    """Returns the form of a file: "csv", "tsv", "lines", or for a .json file "array" or "object".
+
+    A .json file of the form "object" holds a single object, or one object per line.
+
+    Args:
+        name: Name of the file without the suffix of a compression.
+        text: The beginning of the file.
+    """
     for suffix in ("csv", "tsv"):
         if name.lower().endswith(f".{suffix}"):
             return suffix
@@ -140,7 +147,7 @@ def _kind(name: str, text: str) -> str:
 
 
 def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
-    """Returns whether a .json file that begins with an object holds one object that is not a pair."""
+    """Returns whether a .json file may be a meta file: it holds a single object without the fields of a pair."""
     with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as lines:
         try:
             first = parse_object(next(iter(lines), ""))
@@ -152,7 +159,7 @@ def _is_meta(path: str, compression: str | None, encoding: str) -> bool:
 
 
 def _one_object(path: str, compression: str | None, encoding: str) -> dict[str, Any] | None:
-    """Returns the object of a file; None if the file is not one JSON object."""
+    """Returns the JSON object that a file consists of; None if the content is not a single object."""
     with _opened(path, compression) as file, io.TextIOWrapper(file, encoding, "replace") as text:
         try:
             return parse_object(text.read())
@@ -161,7 +168,10 @@ def _one_object(path: str, compression: str | None, encoding: str) -> dict[str, 
 
 
 def refuse_rows(path: str, values: dict[str, Any]) -> None:
-    """Raises ValueError if an object is not a meta file but one row over several lines, or rows inside an object."""
+    """Raises ValueError if ``values``, the object in a .json file, is a row or holds a list of rows.
+
+    An object of this kind is not a meta file.
+    """
     if not values or any(
         isinstance(value, dict) and {"root", "annotation"} & value.keys() for value in values.values()
     ):
@@ -255,7 +265,7 @@ def _skip(text: str, position: int) -> int:
 
 @contextlib.contextmanager
 def long_cells() -> Iterator[None]:
-    """Lets cells of CSV files be as long as an image in base64; restores the limit of the module csv."""
+    """Raises the cell limit of the module csv within a ``with`` block, because a cell may hold an image in base64."""
     limit = csv.field_size_limit(1 << 30)
     try:
         yield
@@ -264,7 +274,10 @@ def long_cells() -> Iterator[None]:
 
 
 def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
-    """Yields each record of a CSV file as an object whose values are texts, or lists if they are written as JSON."""
+    """Yields each record of a CSV file as a line of JSON, with the values that ``_cell`` returns.
+
+    A record with a wrong number of columns yields a line with the field ``UNREADABLE``.
+    """
     delimiter = "\t" if re.search(r"\.tsv(?:\.\w+)?$", path, re.IGNORECASE) else ","
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     with long_cells():
@@ -289,7 +302,11 @@ def _csv_rows(text: IO[str], path: str) -> Iterator[bytes]:
 
 
 def _cell(name: str, text: str) -> Any:
-    """Returns the value of a cell: lists and messages, as JSON or in Python's notation, are parsed."""
+    """Returns the value of a cell in the column ``name``.
+
+    A list or object in JSON or in Python's notation is parsed if the column is in ``_LISTS``, or if it holds messages.
+    Every other cell is a text.
+    """
     is_list = name in _LISTS
     if text.lstrip()[:1] in ("[", "{"):
         for parse in (json.loads, read_literal):

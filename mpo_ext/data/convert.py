@@ -39,9 +39,9 @@ def convert(
         out: Folder to write for "mmpr" and "hf", file to write for "pairs" and "trl".
         format: Format to write, one of ``WRITABLE``.
         kind: Kind of TRL's format: "standard" or "conversational".
-        skip_bad: Whether to skip bad lines, pairs that the format cannot hold (those with several turns, except in
-            "pairs" and in the conversational kind) and, for "hf", pairs with an unreadable image. If False, the first
-            such line is raised and nothing is written.
+        skip_bad: Whether to skip bad lines, pairs that the format cannot hold, and, for "hf", pairs with an unreadable
+            image. Pairs with several turns need "pairs" or the conversational kind. False: the first of these lines
+            is raised and nothing is written.
         root: For "mmpr": image folder of pairs that were not read from MMPR; see ``write_mmpr``.
         name: For "mmpr": name of the subset of pairs that were not read from MMPR.
 
@@ -49,8 +49,7 @@ def convert(
         The number of pairs written, and the skipped lines.
 
     Raises:
-        BadLine: If ``skip_bad`` is False, and a line is bad or, for "hf", has an image that cannot be read, or the
-            format cannot hold its turns.
+        BadLine: If ``skip_bad`` is False and a line would have to be skipped.
         ValueError: If the format is unknown or cannot hold a pair, or ``out`` would replace an input.
         OSError: If the output cannot be written.
         ImportError: If Hugging Face datasets is required but not installed.
@@ -86,14 +85,14 @@ def convert(
 
 
 def written_paths(out: str | os.PathLike[str], format: Format) -> list[Path]:
-    """Returns the existing files and folders that ``convert`` may replace."""
+    """Returns the existing files and folders that ``convert`` may replace if it writes ``format`` to ``out``."""
     out = Path(out)
     places = [out / "meta.json", *out.glob("annotations/*.jsonl")] if format == "mmpr" else [out]
     return [place for place in places if os.path.lexists(place)]
 
 
 def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair | BadLine:
-    """Returns the pair, or a BadLine if the format cannot hold the turns or images of the pair."""
+    """Returns the pair, or a BadLine if the format cannot hold its turns, its extra fields or its images."""
     turns = [name for name in TURNS if name in pair.source]
     if turns and format != "pairs" and (format == "mmpr" or kind == "standard"):
         advice = "pairs holds them" if format == "mmpr" else "the kind conversational holds them"

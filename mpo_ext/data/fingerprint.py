@@ -1,4 +1,4 @@
-"""Fingerprints of the files of pairs, which tell whether and where the lines of a run have changed.
+"""Computes and compares fingerprints of files of pairs, to find whether and where the lines of a run have changed.
 
 The fingerprint of a file of lines ignores empty lines and the form of line ends, as the readers do. It takes about a
 second per gigabyte, unless a stored fingerprint of the same path, size and modification time is reused.
@@ -26,11 +26,11 @@ _IGNORED_FILES = ("state.json", "dataset_info.json")  # of a Hugging Face datase
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HashedFile:
-    """A file of a source.
+    """A file of a source, of which a fingerprint is computed.
 
     Attributes:
         path: Path of the file that is read.
-        lines: Number of its lines, or None if the file does not consist of lines.
+        lines: Number of lines in the file, or None if the file does not consist of lines.
         name: Name of the file in messages; "": the path.
     """
 
@@ -40,7 +40,7 @@ class HashedFile:
 
 
 def files_of(source: PairSource) -> list[list[HashedFile]]:
-    """Returns the files of each subset of a source; a source that is not a meta file has one subset."""
+    """Returns a list of files for each subset of a source; a source that is not a meta file has one subset."""
     if isinstance(source.pairs, MMPRDataset):
         return [[HashedFile(file.path, len(file))] for file in source.pairs.files]
     if isinstance(source.pairs, LineFile):
@@ -95,9 +95,9 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
 
 
 def describe_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Returns what has changed between two fingerprints of a file, or None if the content is the same.
+    """Returns a text on the change between two fingerprints of a file, or None if the content is the same.
 
-    If the content differs, the file of the new fingerprint is read again, up to the number of lines of the old one.
+    To find the change, the file of the new fingerprint is read again, up to the old number of lines.
     """
     if old["digest"] == new["digest"]:
         return None
@@ -131,7 +131,10 @@ def _hash_bytes(path: str) -> str:
 
 
 def _hash_blocks(path: str, block: int, limit: int | None = None) -> tuple[int, list[bytes]]:
-    """Returns the number of lines of a file, and a hash of each block of lines; ``limit`` is a maximum of lines."""
+    """Returns the number of lines read from a file, and the hash of each block of ``block`` lines.
+
+    At most ``limit`` lines are read; None: all.
+    """
     hashes: list[bytes] = []
     hasher = hashlib.blake2b(digest_size=16)
     n_lines, n_in_block = 0, 0

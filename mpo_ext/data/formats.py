@@ -33,7 +33,7 @@ from mpo_ext.data.trl import from_trl
 Format = Literal["mmpr", "pairs", "trl", "sharegpt", "alpaca", "swift", "openai", "rlaif-v", "hf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 WRITABLE: tuple[Format, ...] = ("mmpr", "pairs", "trl", "hf")
-#: Readers that convert one row of a line or table; ``save_image`` stores the bytes of an image.
+#: Functions that convert a row to a pair. Their argument ``save_image`` stores the bytes of an image.
 ROW_READERS: dict[str, Callable[..., Pair]] = {
     "trl": from_trl,
     "sharegpt": from_sharegpt,
@@ -65,7 +65,10 @@ def row_format(row: Mapping[str, Any]) -> Format | None:
 
 
 def _question_format(row: Mapping[str, Any]) -> Format | None:
-    """Returns the format of a row with a question, which several formats share."""
+    """Returns the format of a row whose field ``question`` occurs in several formats, or None if it is unclear.
+
+    The form of the images and the other fields decide.
+    """
     images = [row[name] for name in ("image", "images") if name in row]
     are_paths = all(isinstance(path, str) or path is None for value in images for path in _listed(value))
     responses = [row.get(name, "") for name in ("chosen", "rejected")]
@@ -118,12 +121,20 @@ def _begins_with_array(path: str) -> bool:
 
 
 def detect_columns(row: Mapping[str, Any], name: str) -> Format:
-    """Returns the format of a table from a row with a value of each column's type; see ``detect_lines``."""
+    """Returns the format of a table by its columns; a table with the columns of a text pair has the format "mmpr".
+
+    Args:
+        row: A row with a value of each column's type.
+        name: Name of the table in error messages.
+
+    Raises:
+        ValueError: If no format has these columns.
+    """
     return row_format(row) or _undecided(row, name)
 
 
 def _undecided(row: Mapping[str, Any], where: str) -> Format:
-    """Returns "mmpr" for the fields of a text pair, which look alike in all formats.
+    """Returns "mmpr" if a row has the fields of a text pair, which several formats share; ``where`` is its place.
 
     Raises:
         ValueError: If the fields are not those of a text pair.

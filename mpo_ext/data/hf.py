@@ -1,4 +1,4 @@
-"""Hugging Face datasets: reading rows of any format, and writing rows of TRL's preference format (see ``trl.py``)."""
+"""Reads Hugging Face datasets with rows of any format, and writes them in TRL's preference format (``trl.py``)."""
 
 import copy
 import datetime
@@ -45,12 +45,13 @@ def to_dataset(
     embed: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> "datasets.Dataset":
-    """Builds a dataset for TRL's trainers, which is stored on disk and mapped into memory.
+    """Builds a dataset for TRL's trainers. The dataset is stored on disk and mapped into memory.
 
     Args:
         pairs: The pairs, or a function that returns a new iterator over the pairs; they are read twice.
         kind: "standard" or "conversational".
-        embed: Whether the dataset stores the bytes of the images. If False, reading a row opens the image files.
+        embed: Whether the dataset stores the bytes of the images. False: reading a row opens the image files, and only
+            the bytes of images in data URLs are stored.
         cache_dir: Folder in which to build the dataset; None: a temporary folder, deleted when the process exits.
 
     Returns:
@@ -58,8 +59,8 @@ def to_dataset(
 
     Raises:
         ImportError: If Hugging Face datasets is not installed.
-        OSError: If ``embed`` is True and an image cannot be read.
-        ImageError: If ``embed`` is True and a file is not an image; nothing else is stored.
+        OSError: If an image whose bytes are to be stored cannot be read.
+        ImageError: If bytes to be stored are not an image.
     """
     datasets = require_datasets()
     check_choice("kind", kind, get_args(Kind))
@@ -144,7 +145,7 @@ def save_dataset(
 
 
 def _is_dataset_file(path: Path) -> bool:
-    """Returns whether ``save_to_disk`` or a use of the dataset may have written a file."""
+    """Returns whether a file may belong to a dataset: ``save_to_disk`` or a later use of the dataset wrote it."""
     return path.is_file() and (path.suffix == ".arrow" or path.name in ("state.json", "dataset_info.json"))
 
 
@@ -160,7 +161,7 @@ class DatasetPairs(PairSequence):
         ignore: Names of columns and inner fields that are removed before a row is parsed.
 
     Attributes:
-        parse: The argument; may be replaced before the first read.
+        parse: The argument ``parse``; it may be replaced before the first read.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class DatasetPairs(PairSequence):
 
 
 def _undecoded(features: Any) -> Any:
-    """Returns features whose images, audio and video stay undecoded."""
+    """Returns a copy of a dataset's features that leaves images, audio and video undecoded."""
     if isinstance(features, dict):
         return type(features)({name: _undecoded(feature) for name, feature in features.items()})
     if isinstance(features, list):
@@ -235,7 +236,7 @@ def _empty_value(feature: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a stored value as JSON: dates as text, and NaN, with which pandas marks a missing value, as None."""
+    """Returns a stored value as a JSON value. A date becomes text, and NaN, pandas' missing value, becomes None."""
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -284,7 +285,16 @@ def is_saved_dataset(folder: str) -> bool:
 
 
 def saved_dataset(path: str | os.PathLike[str], split: str | None = None) -> "datasets.Dataset":
-    """Loads a dataset that ``save_to_disk`` wrote; see ``load_dataset_folder``. None: the only split."""
+    """Loads and returns a dataset that ``save_to_disk`` wrote, or one of its splits.
+
+    Args:
+        path: Folder of the dataset.
+        split: Name of the split. None: the dataset must not have splits.
+
+    Raises:
+        ImportError: If Hugging Face datasets is not installed.
+        ValueError: If the folder does not hold a dataset, or ``split`` does not fit it.
+    """
     datasets = require_datasets()
     try:
         dataset = datasets.load_from_disk(os.fspath(path))

@@ -1,4 +1,4 @@
-"""Parquet files, and datasets of the Hugging Face hub, through the package datasets."""
+"""Loads parquet files and datasets of the Hugging Face hub with the package datasets."""
 
 import os
 import re
@@ -17,7 +17,7 @@ _EXTENSION = re.compile(r"\.[A-Za-z]\w*$")
 
 
 def hub_id(path: str) -> str | None:
-    """Returns the id of a dataset of the Hugging Face hub that a path names, or None for a path of this machine.
+    """Returns the id of a dataset on the Hugging Face hub if ``path`` names one, or None for a path on this machine.
 
     ``hf://owner/name`` (or ``hf://datasets/owner/name``) is always an id. ``owner/name`` is an id if no file or folder
     has this path, ``owner`` is not a folder here, and ``name`` has no file extension.
@@ -48,7 +48,9 @@ def missing_path(path: str) -> FileNotFoundError:
 def load_hub(
     path: str, name: str, *, split: str | None, revision: str | None, config: str | None
 ) -> "datasets.Dataset":
-    """Loads a split of a dataset of the hub into the cache of the package datasets; the network may be off then.
+    """Loads a dataset of the hub through the cache of the package datasets, and returns one of its splits.
+
+    Without network, the dataset must be in the cache.
 
     Args:
         path: Path that the user gave, for messages.
@@ -77,9 +79,10 @@ def load_hub(
 
 
 def load_parquet(path: str, *, split: str | None, config: str | None = None) -> "datasets.Dataset":
-    """Loads a parquet file, or a folder of parquet files, into the cache of the package datasets.
+    """Loads a parquet file, or a folder of parquet files, as a dataset, and returns one of its splits.
 
-    A folder is read as a dataset of the hub would be: names like ``test-00000-of-00002.parquet`` are splits.
+    A folder is read like a dataset of the hub: ``test-00000-of-00002.parquet`` belongs to the split "test". A file is
+    the split "train". ``split`` None means the only split; ``config`` is the configuration of a folder, or None.
 
     Raises:
         ValueError: If the files cannot be read as one table, or the split must be named.
@@ -98,7 +101,7 @@ def load_parquet(path: str, *, split: str | None, config: str | None = None) -> 
 
 
 def pick_split(path: str, loaded: Any, split: str | None) -> "datasets.Dataset":
-    """Returns a split of a loaded dataset; None: the only split."""
+    """Returns the split named ``split`` of a loaded dataset; None: the only split. ``path`` is for messages."""
     names: Sequence[str] = list(map(str, loaded))
     if split is None and len(names) == 1:
         return loaded[names[0]]

@@ -21,7 +21,7 @@ from mpo_ext.data.records import Pair
 from mpo_ext.files import atomic_write
 
 _CHUNK = 1 << 20
-#: Only field of a line that stands for a record that could not be read; its value is the reason.
+#: The only field of a line that replaces an unreadable record; its value is the reason.
 UNREADABLE = "$unreadable"
 
 
@@ -142,7 +142,10 @@ class LineFile(PairSequence):
             return os.pread(self._opened().fileno(), size, position)
 
     def _index(self) -> "tuple[array[int], np.ndarray | None]":
-        """Returns the byte offsets of lines and of the file's end, and indices of non-empty lines (None: all)."""
+        """Returns the byte offsets of all lines and of the file's end, and the indices of non-empty lines.
+
+        The indices are None if no line is empty.
+        """
         if self._starts is None:
             self._starts, self._numbers = self._build_index()
         return self._starts, self._numbers
@@ -196,14 +199,17 @@ def _finite(text: str) -> float:
 
 
 def dump_line(values: Mapping[str, Any], *, ensure_ascii: bool = False) -> bytes:
-    """Returns the values as a line of JSON with a newline, formatted as in the published MMPR files."""
+    """Returns the values as a line of JSON in UTF-8 with a newline, in the format of the published MMPR files.
+
+    ``ensure_ascii`` is the argument of ``json.dumps``.
+    """
     return json.dumps(values, ensure_ascii=ensure_ascii, allow_nan=False).encode() + b"\n"
 
 
 def read_pairs(
     path: str | os.PathLike[str], *, root_map: RootMap = (), max_line_bytes: int = MAX_LINE_BYTES
 ) -> LineFile:
-    """Opens a file in the format "pairs", with one ``Pair.to_dict()`` per line.
+    """Opens a file in the format "pairs", which has one ``Pair.to_dict()`` per line, and returns its pairs.
 
     Args:
         path: Path of the file.
@@ -214,7 +220,10 @@ def read_pairs(
 
 
 def parse_pair(values: dict[str, Any], line: str) -> Pair:
-    """Converts a line of the format "pairs" to a pair, as the ``parse`` of LineFile."""
+    """Returns the pair in a line of the format "pairs": the function ``parse`` of a LineFile.
+
+    ``values`` is the object of the line; ``line``, its text, is not used.
+    """
     if "image" in values:
         raise FieldError(
             f"images of a line of pairs must be a list named 'images', got 'image' {shorten(values['image'])}: "

@@ -1,4 +1,4 @@
-"""Values that were written as texts in the notation of Python, as tables of texts have them."""
+"""Parses values that a table stores as text in Python's notation."""
 
 import ast
 import io
@@ -13,7 +13,7 @@ def read_literal(text: str) -> Any:
     """Returns the value of a text in the notation of Python, or of a numpy array of texts ("['cat' 'dog']").
 
     Raises:
-        ValueError: If the text is neither. Python joins texts without a comma between them; here this is an error.
+        ValueError: If the text has neither notation, or has adjacent texts ("'a''b'"), which Python would join.
     """
     text = text.strip()
     try:

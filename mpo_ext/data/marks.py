@@ -1,6 +1,6 @@
-"""Marks of images in prompts as other programs write them: numbered marks get the pair's images, others are refused.
+"""Image marks that other programs write in prompts: numbered marks become ``<image>``, all others are refused.
 
-Only whole marks count: HTML such as ``<img src="a.png">`` is text.
+Only complete marks count: HTML such as ``<img src="a.png">`` is text.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ _MARKS = re.compile(
 
 
 def check_marks(pair: Pair) -> Pair:
-    """Returns a pair whose prompt marks its images by ``<image>`` only.
+    """Checks the image marks in a prompt, and returns the pair with ``<image>`` as the only kind of mark.
 
     The numbered mark ``<image 2>`` (also ``<image_2>``, ``<image2>``, ``<|image_2|>``) is the place of the second
     image. The returned pair has ``<image>`` at the places of these marks, and its images in the order of the places.
     A response may name ``<image 1>`` as text.
 
     Raises:
-        FieldError: If a pair without images has a mark, a pair with images has a mark that is not numbered, or the
-            numbered marks do not have each number of an image once, or stand beside ``<image>``.
+        FieldError: If a pair without images has a mark; if a pair with images has a mark of another program without a
+            number; or if numbered marks do not name each image once, or stand beside ``<image>``.
     """
     texts = _texts(pair)
     numbers = [int(match[2]) for text in texts for match in NUMBERED_MARK.finditer(text)]
@@ -80,7 +80,7 @@ def _replaced(pair: Pair, images: tuple[str, ...]) -> Pair:
 
 
 def _mapped(message: Any, change: Callable[[str], str]) -> Any:
-    """Returns a message with changed texts."""
+    """Returns a message with ``change`` applied to each of its texts."""
     if not isinstance(message, Mapping):
         return message
     content = message.get("content")
@@ -98,7 +98,7 @@ def _mapped(message: Any, change: Callable[[str], str]) -> Any:
 
 
 def _texts(pair: Pair) -> list[str]:
-    """Returns the texts of the prompt in order, with ``<image>`` for the place of an image block."""
+    """Returns the texts of the prompt, and ``<image>`` after the texts of each message with image blocks."""
     messages = pair.source.get(PROMPT_TURNS)
     if not isinstance(messages, list):
         return [pair.question]

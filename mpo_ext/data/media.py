@@ -1,4 +1,4 @@
-"""Images, video and audio that a reader cannot use: their marks in texts, and fields that no reader consumes."""
+"""Refuses images, video and audio that no reader uses: marks in texts, and media in unknown fields."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -36,7 +36,7 @@ _BASE64_MEDIA = re.compile(
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _SHORTEST_BASE64 = 65  # no file of these types is shorter; words and ids are
-# Fields in which readers look for the bytes of images; mpo_ext describes the origin of a pair in ``provenance``.
+# Fields in which readers look for the bytes of images.
 _READ_FIELDS = {
     *("image", "images", "prompt", "chosen", "rejected", "messages", "rejected_messages", "rejected_response"),
     *("conversations", "conversation", "input", "preferred_output", "non_preferred_output"),
@@ -44,7 +44,7 @@ _READ_FIELDS = {
 
 
 def is_empty(value: object) -> bool:
-    """Returns whether a field has no content: null, false, 0, an empty text, list or object, or a list of such."""
+    """Returns whether a value is null, false, 0 or an empty text, or a list or object that holds only such values."""
     if isinstance(value, Mapping):
         return all(map(is_empty, value.values()))
     if isinstance(value, (list, tuple)):
@@ -53,18 +53,18 @@ def is_empty(value: object) -> bool:
 
 
 def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
-    """Checks that a pair has all images of its row, and nothing in place of images that a model would read as text.
+    """Checks that a pair has all images of its row, and that its texts have no marks of missing images or other media.
 
     Args:
-        values: Fields of the row. Those that the reader did not consume are in ``pair.extra``.
-        pair: The pair that a reader made of the row.
+        values: Fields of the row. ``pair.extra`` has the unknown fields, which the reader did not use.
+        pair: The pair that a reader made from the row.
 
     Returns:
         The pair, with ``<image>`` in place of numbered marks such as ``<image 1>``; see ``marks.check_marks``.
 
     Raises:
-        FieldError: If an unknown field may hold an image, video or audio; if the prompt has ``<image>`` or another
-            mark without any image, ``<video>`` or ``<audio>``; or if a response has ``<image>``.
+        FieldError: If an unknown field may hold an image, video or audio; if the prompt of a pair without images has
+            an image mark; if the prompt has ``<video>`` or ``<audio>``; or if a response has ``<image>``.
     """
     for name, value in values.items():
         if pair.extra.get(name) is value:  # not the field "extra" of a row with an unknown field of this name inside
@@ -118,7 +118,10 @@ def _unread(name: str, value: object) -> FieldError:
 def _check_value(name: str, value: object, read: Collection[str]) -> None:
     """Raises FieldError if a value, or a value inside it, is the path, URL or content of an image, video or audio.
 
-    ``read`` holds the file names of the pair's images, which a row may repeat.
+    Args:
+        name: Name of the field, for the message.
+        value: Value of the field.
+        read: File names of the pair's images, which other fields may repeat.
     """
     if isinstance(value, Mapping):
         content = value.get("bytes")
@@ -160,7 +163,10 @@ def _is_media(name: str, text: str) -> bool:
 
 
 def _check_field(name: str, value: object, *, has_images: bool) -> None:
-    """Raises FieldError if an unknown field, or (without images) a field inside it, may hold an image."""
+    """Raises FieldError if an unknown field is not empty and has the name of an image, video or audio field.
+
+    If the pair has no images, the fields inside an object are checked, too.
+    """
     # Beside the images of the pair, a number is their count, or the width or id of one of them.
     if _MEDIA_NAME.search(name) and not is_empty(value) and not (has_images and isinstance(value, (int, float))):
         raise _unread(name, value)
@@ -170,7 +176,7 @@ def _check_field(name: str, value: object, *, has_images: bool) -> None:
 
 
 def drop_fields(value: Any, names: Collection[str]) -> Any:
-    """Returns parsed JSON without the named fields, at any depth."""
+    """Returns a JSON value without the fields ``names``, which are removed at any depth."""
     if isinstance(value, Mapping):
         return {name: drop_fields(part, names) for name, part in value.items() if name not in names}
     if isinstance(value, (list, tuple)):
@@ -201,7 +207,10 @@ def count_places(pair: Pair) -> int:
 
 
 def place_problem(pair: Pair) -> str | None:
-    """Returns why the places for images in a prompt do not fit the pair's images; None: they fit, or are left out."""
+    """Returns a message if a prompt's number of places for images differs from the number of images, else None.
+
+    A single image needs no place.
+    """
     places, images = count_places(pair), len(pair.images)
     if places == images or (images, places) == (1, 0):
         return None

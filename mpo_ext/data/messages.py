@@ -53,7 +53,7 @@ def row_images(row: Mapping[str, Any], save_image: SaveImage | None) -> list[str
 
 
 def image_path(name: str, image: object, save_image: SaveImage | None) -> str:
-    """Returns the path of an image of a row; see ``row_images``."""
+    """Returns the path of an image in a form that ``row_images`` describes; ``name`` is the field in messages."""
     if isinstance(image, bytes):
         image = {"bytes": image}
     if isinstance(image, str) and image:
@@ -76,8 +76,8 @@ class Images:
     """The images of a row in the order of their places in the prompt.
 
     Args:
-        columns: Paths of the row's image fields, which fill the places without a path in order.
-        save_image: See ``row_images``.
+        columns: Paths from the row's fields ``image`` and ``images``. They fill, in order, the places without a path.
+        save_image: As in ``row_images``.
     """
 
     def __init__(self, columns: Sequence[str] = (), save_image: SaveImage | None = None) -> None:
@@ -87,7 +87,10 @@ class Images:
         self._n_places = 0
 
     def add_part(self, name: str, part: Mapping[str, Any]) -> None:
-        """Places the image of a message part, which names its image or takes the next one of the columns."""
+        """Adds the image of a message part: the image that the part names, or the next image of the columns.
+
+        ``name`` is the field in messages.
+        """
         self._n_places += 1
         path = self._part_path(name, part)
         if path is None:
@@ -101,17 +104,20 @@ class Images:
         self._placed.append(path)
 
     def add_marks(self, name: str, text: str) -> None:
-        """Places an image of the columns at each ``<image>`` of a text."""
+        """Adds the next image of the columns for each ``<image>`` in a text; ``name`` is the field in messages."""
         for _ in range(text.count(IMAGE_PLACEHOLDER)):
             self.add_part(name, {})
 
     @property
     def count(self) -> int:
-        """Number of images, in their places or not."""
+        """Number of all images, with or without a place in the prompt."""
         return len(self._placed) + len(self._waiting)
 
     def paths(self, name: str) -> tuple[str, ...]:
-        """Returns the paths in order; without any place in the prompt, the images of the columns come first."""
+        """Returns all paths in the order of their places; without places, all paths of the columns.
+
+        Raises FieldError if some, but not all, images have a place. ``name`` is the field in the message.
+        """
         if self._waiting and self._n_places:
             raise FieldError(f"{name} must have no or {self.count} places for its images, got {self._n_places}")
         return (*self._placed, *self._waiting)
@@ -160,7 +166,8 @@ def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
     Args:
         name: Name of the field, for messages.
         value: List of messages, or a message.
-        images: Collects the images of the parts and places those of the columns; None: an image raises FieldError.
+        images: Object that collects the images of parts and of ``<image>`` marks. None: an image part raises
+            FieldError.
 
     Raises:
         FieldError: If a message is invalid, calls a tool, or has a part or a field that this package does not use.
@@ -172,7 +179,10 @@ def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
 
 
 def _unbundled(value: object) -> object:
-    """Returns a message as a list, and a dict of lists, in which older datasets store messages, as messages."""
+    """Returns a list of messages for a single message, or for a dict of lists, as older datasets store messages.
+
+    Any other value is returned unchanged.
+    """
     if not isinstance(value, Mapping):
         return value
     columns = list(value.values())
@@ -197,7 +207,7 @@ def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
 
 
 def refuse_fields(name: str, values: Mapping[str, Any], known: set[str]) -> None:
-    """Raises FieldError if an object has a field with a value that is not known."""
+    """Raises FieldError if ``values`` has a field that is not in ``known`` and not empty."""
     for field, value in values.items():
         if field not in known and value not in (None, "", [], {}):  # 0 may be a weight
             raise FieldError(
@@ -216,7 +226,10 @@ def refuse_tools(values: Mapping[str, Any], name: str = "a row") -> None:
 
 
 def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
-    """Raises FieldError if one of the fields, which change the prompt in other formats or programs, is not empty."""
+    """Raises FieldError if one of the fields ``names`` is not empty.
+
+    The format of the row does not read these fields, but in other formats or programs they change the prompt.
+    """
     for name in names:
         if not is_empty(row.get(name)):
             raise FieldError(
@@ -261,7 +274,10 @@ def is_conversation(value: object) -> bool:
 
 
 def read_response(name: str, value: object) -> list[Turn]:
-    """Returns the turns of a response: a text, a message, or a list of messages."""
+    """Returns the turns of a response, which is a text, a message, or a list of messages.
+
+    Raises FieldError unless the turns alternate, and begin and end with the assistant.
+    """
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     turns = read_turns(name, value, None)
@@ -321,10 +337,22 @@ def pair_of_turns(
     provenance: dict[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Pair:
-    """Builds a pair. ``Pair.source`` holds the turns of a prompt or response that has more than one turn.
+    """Builds a pair from turns.
+
+    ``question`` is the last turn of the prompt. A prompt or response of several turns is also stored, with all its
+    turns, in ``Pair.source``.
+
+    Args:
+        prompt: Turns before the response: at most one system turn, then turns that alternate and end with the user.
+        chosen: Turns of the chosen response.
+        rejected: Turns of the rejected response.
+        images: Image paths in the order of their places.
+        answer_gt: As in ``Pair``.
+        provenance: As in ``Pair``.
+        extra: As in ``Pair``.
 
     Raises:
-        FieldError: If the prompt is not one system turn at most, followed by turns that alternate and end with a user.
+        FieldError: If the prompt has other turns, or places for a wrong number of images.
     """
     roles = [turn["role"] for turn in prompt]
     rest = roles[1:] if roles and roles[0] in ("system", "developer") else roles

@@ -37,6 +37,7 @@ class MMPRSubset(NamedTuple):
     """A subset, as its entry in a meta file describes it.
 
     Attributes:
+        name: Name of the subset.
         root: Absolute path of the subset's image folder.
         annotation: Absolute path of the subset's .jsonl file.
         repeat_time: Below 1: fraction of the lines to use. Otherwise: number of times that each line is used.
@@ -57,7 +58,7 @@ def read_meta(path: str | os.PathLike[str], *, root_map: RootMap = ()) -> list[M
 
     Args:
         path: Path of the meta file. Relative paths in the file start at its folder.
-        root_map: Path prefixes (old, new) to replace in ``root`` and ``annotation``.
+        root_map: Path prefixes (old, new): in ``root`` and ``annotation``, the old prefix is replaced by the new.
 
     Raises:
         OSError: If the file cannot be read.
@@ -110,11 +111,11 @@ class MMPRDataset(PairSequence):
         repeat: Whether to apply ``repeat_time``; if False, each line is used once.
         seed: Seed for drawing the lines of subsets with a ``repeat_time`` below 1; equal seeds draw equal lines.
         max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
-        ignore: See LineFile.
+        ignore: As in ``LineFile``.
 
     Attributes:
         subsets: The subsets of the meta file.
-        files: The lines of each subset.
+        files: One ``LineFile`` per subset.
 
     Raises:
         OSError: If a file cannot be read.
@@ -180,12 +181,12 @@ class MMPRDataset(PairSequence):
 
 
 def read_annotation(subset: MMPRSubset, **options: Any) -> LineFile:
-    """Opens the lines of a subset, without applying ``repeat_time``; ``options`` are those of LineFile."""
+    """Opens and returns the lines of a subset, each once; ``options`` are further arguments of ``LineFile``."""
     return LineFile(subset.annotation, line_parser(subset), **{"subset": subset.name, **options})
 
 
 def line_parser(subset: MMPRSubset) -> Callable[[dict[str, Any], str], Pair]:
-    """Returns the function that converts the object and text of a subset's line to a pair."""
+    """Returns the function ``parse`` of a subset's ``LineFile``, which converts a line's object and text to a pair."""
     settings = {name: value for name, value in subset.settings.items() if name not in (*_FILE_SETTINGS, "root")}
     # The root is not among the settings, because ``map_roots`` looks for it in the source.
     source = {"format": "mmpr", "subset": subset.name, "root": subset.root}
@@ -231,7 +232,7 @@ class _LineParser:
 
 
 def _images(values: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Returns the image paths of a line, and the form of the line's field ``image``."""
+    """Returns a line's image paths, and the form of its field ``image``: absent, null, empty, string or list."""
     if "image" not in values:
         return [], "absent"
     image = values["image"]
@@ -245,7 +246,10 @@ def _images(values: Mapping[str, Any]) -> tuple[list[str], str]:
 
 
 def resolve_image(image: str, root: str) -> str:
-    """Returns ``absolute_path(image, root)``; raises FieldError if the path leads out of the root of its subset."""
+    """Returns the absolute path of an image below ``root``, the image folder of its subset; a URL is unchanged.
+
+    Raises FieldError if the path, or a link in it, leads out of ``root``.
+    """
     image = local_path(image)
     if is_url(image):
         return image
@@ -265,7 +269,13 @@ def resolve_image(image: str, root: str) -> str:
 
 
 def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a line, in the order of the published files."""
+    """Returns the fields of a pair's line, in the order of the published files.
+
+    Args:
+        pair: The pair.
+        relative: Paths of its images, relative to the root.
+        source: ``pair.source``, which stores the form of the original line.
+    """
     form = source.get("image", "string" if len(relative) == 1 else "list" if relative else "absent")
     if form in ("string", "empty", "null", "absent") and len(relative) != (form == "string"):
         form = "string" if len(relative) == 1 else "list"  # the images were changed after reading
@@ -387,7 +397,7 @@ def _has_subset(source: Mapping[str, Any]) -> bool:
 
 
 def _file_name(subset: str, taken: set[str]) -> str:
-    """Makes a file name that is not in ``taken`` from the subset's name, adds the file name and returns it."""
+    """Returns a name for a subset's file that is not in ``taken``, and adds the name to ``taken``."""
     plain = re.sub(r"[^\w.-]", "_", subset, flags=re.ASCII).lstrip(".")[:100] or "subset"
     for suffix in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
         if (candidate := f"{plain}{suffix}.jsonl").lower() not in taken:

@@ -24,7 +24,11 @@ _FIELDS = {"input", "preferred_output", "non_preferred_output"}
 
 
 def from_openai(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
-    """Converts a row to a pair; unknown fields go into ``extra``.
+    """Converts a row to a pair; unknown fields go into ``Pair.extra``.
+
+    Args:
+        row: Fields of the row.
+        save_image: As in ``messages.row_images``.
 
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.

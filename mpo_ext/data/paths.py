@@ -22,7 +22,10 @@ def parse_root_map(text: str) -> tuple[str, str]:
 
 
 def map_root(path: str, root_map: RootMap) -> str:
-    """Applies the first pair (old, new) of ``root_map`` whose ``old`` is the path or a folder above the path."""
+    """Returns a path with its prefix replaced by the first pair (old, new) of ``root_map`` that fits.
+
+    A pair fits if ``old`` is the path or a folder above the path. Without such a pair, the path is returned unchanged.
+    """
     for old, new in root_map:
         prefix = old.rstrip("/")
         if path.rstrip("/") == prefix:
@@ -45,7 +48,7 @@ def map_roots(pair: Pair, root_map: RootMap) -> Pair:
 
 
 def absolute_path(image: str, root: str) -> str:
-    """Joins an image path to a root folder. A ``file://`` URL becomes its path; another URL is returned unchanged.
+    """Returns an image path joined to the root folder, and the path of a ``file://`` URL; other URLs are unchanged.
 
     Leading ``..`` parts start at the root's real path, so that an image has the same path from every root.
     """
@@ -69,6 +72,6 @@ def path_from(folder: str, path: str) -> str:
 
 
 def below(path: str, root: str) -> str | None:
-    """Returns the part of a path after a root, or None if the path does not start with the root."""
+    """Returns the part of a path after the folder ``root``, or None if the path does not start with this folder."""
     prefix = root if root.endswith("/") else root + "/"
     return path[len(prefix) :] if path.startswith(prefix) else None

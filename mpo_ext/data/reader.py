@@ -14,7 +14,13 @@ MAX_LINE_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Location:
-    """The subset (or the name of the file if the format has no subsets), file and line, counted from 1, of a pair."""
+    """The place of a pair.
+
+    Attributes:
+        subset: Name of the subset, or of the file if the format has no subsets.
+        file: Path of the file.
+        line: Number of the line, from 1.
+    """
 
     subset: str
     file: str
@@ -42,7 +48,7 @@ class BadLine(ValueError):  # noqa: N818 - it is also passed around as a finding
 
 
 class FieldError(ValueError):
-    """An error of a parser; ``kind`` becomes the kind of the BadLine."""
+    """Raised by a parser for an invalid field; ``raise_bad_line`` makes a BadLine of the same ``kind`` from it."""
 
     def __init__(self, reason: str, *, kind: str = "bad field") -> None:
         super().__init__(reason)
@@ -51,7 +57,7 @@ class FieldError(ValueError):
 
 @contextlib.contextmanager
 def raise_bad_line(where: Location) -> Iterator[None]:
-    """Turns a parser's errors in the block into a BadLine at ``where``."""
+    """Returns a context manager that turns a parser's errors into a BadLine at ``where``."""
     try:
         yield
     except BadLine:
@@ -70,7 +76,10 @@ def raise_bad_line(where: Location) -> Iterator[None]:
 
 
 class Skipped:
-    """Counts skipped bad lines, and keeps the first ``keep`` lines of each kind as examples.
+    """Counts skipped bad lines by kind, with examples.
+
+    Args:
+        keep: Maximum number of examples of each kind.
 
     Attributes:
         counts: Number of bad lines by kind.
@@ -94,7 +103,7 @@ class Skipped:
         return self.counts.total()
 
     def lines(self) -> Iterator[str]:
-        """Yields a line of text for each kind with its count, followed by its examples."""
+        """Yields, for each kind, a line of text with its count, followed by a line for each example."""
         for kind, count in self.counts.most_common():
             yield f"skipped {count:,}: {kind}"
             yield from (f"  {bad.where}: {bad.reason}" for bad in self.examples[kind])
@@ -126,7 +135,7 @@ class PairSequence(Sequence[Pair]):
         raise NotImplementedError
 
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields the location of every line, and the line's pair or (if the line is bad) a BadLine."""
+        """Yields the location of every line, with the line's pair, or with a BadLine if the line is bad."""
         for index in range(len(self)):
             where = self.locate(index)
             try:

@@ -32,10 +32,10 @@ class Pair:
             DropoutNTP kept; ``cut`` may also be ``{"characters": 17, "tokens": 4}``.
         extra: Unknown fields of the source. The key ``"$source"`` holds the values that a lossless conversion back to
             the source's format needs, such as the subset, its settings and the form of ``image``. It also holds the
-            turns ``{"role": ..., "content": ...}`` of a prompt of several turns (``messages``, which replaces
-            ``question``, the last user turn) and of responses of several turns (``chosen_messages`` and
-            ``rejected_messages``; ``chosen`` and ``rejected`` then join the contents of the turns). Content has
-            ``<image>`` at the place of each image.
+            turns ``{"role": ..., "content": ...}`` of a prompt or response of several turns. The turns of a prompt
+            are in ``messages``; ``question`` is then only the last user turn. The turns of responses are in
+            ``chosen_messages`` and ``rejected_messages``; ``chosen`` and ``rejected`` then join their contents. The
+            content of a turn has ``<image>`` at the place of each image.
 
     Raises:
         TypeError: If a field has a wrong type. The message names the field, the rule and the value.

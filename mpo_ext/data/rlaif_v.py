@@ -29,7 +29,11 @@ def from_rlaif_v(row: Mapping[str, Any], *, save_image: SaveImage | None = None)
     """Converts a row to a pair.
 
     The fields that name the row's origin go into ``provenance``: ``ds_name``, ``origin_dataset``, ``origin_split``,
-    ``idx`` and, if the row has an image, ``image_path``. Unknown fields go into ``extra``.
+    ``idx`` and, if the row has an image, ``image_path``. Unknown fields go into ``Pair.extra``.
+
+    Args:
+        row: Fields of the row.
+        save_image: As in ``messages.row_images``.
 
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.

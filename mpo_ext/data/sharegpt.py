@@ -29,7 +29,11 @@ _QUESTIONS, _ANSWERS = ("human", "user"), ("assistant", "gpt", "bot")
 
 
 def from_sharegpt(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
-    """Converts a row to a pair; unknown fields go into ``extra``.
+    """Converts a row to a pair; unknown fields go into ``Pair.extra``.
+
+    Args:
+        row: Fields of the row.
+        save_image: As in ``messages.row_images``.
 
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.
@@ -54,7 +58,7 @@ def from_sharegpt(row: Mapping[str, Any], *, save_image: SaveImage | None = None
 
 
 def _expand(turns: object) -> object:
-    """Returns entries with a question and a response as two messages each; other entries are returned unchanged."""
+    """Returns a list of messages, in which an entry with a question and a response becomes two messages."""
     if not isinstance(turns, (list, tuple)):
         return turns
     messages: list[Any] = []

@@ -31,7 +31,7 @@ class PairSource:
         root: Folder that relative image paths start at.
         subsets: Subsets of a meta file, by name; empty for the other formats.
         on_pair: Called with each pair, after its image paths are made absolute; None disables the callback.
-        is_dataset: Whether the pairs are rows of a dataset or parquet files, which store images as bytes.
+        is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
     """
 
     path: str
@@ -49,18 +49,19 @@ class PairSource:
         return [self.path, *(subset.annotation for subset in self.subsets.values()), *stored]
 
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields the location of every line, and the line's pair with absolute image paths or a BadLine."""
+        """Yields the location of every line, with the line's pair (its image paths are absolute) or a BadLine."""
         return map(self.read, range(len(self.pairs)))
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
-        """Returns what ``scan`` yields for the line at an index."""
+        """Returns the location of the line at an index, with its pair or a BadLine, as ``scan`` yields them."""
         where, _, pair = self._read(index)
         return where, pair
 
     def scan_for(self, folder: str | os.PathLike[str]) -> Iterator[tuple[Location, Pair | BadLine]]:
-        """Yields the same as ``scan``, but with relative image paths where a file in ``folder`` can use them.
+        """Yields the same as ``scan``, but with image paths for a file that is written into ``folder``.
 
-        A relative path of a line becomes relative to ``folder`` if ``folder`` is the root or contains the image.
+        A relative image path of a line becomes relative to ``folder`` if ``folder`` is the root or contains the image.
+        Otherwise, it becomes absolute.
         """
         folder = os.path.realpath(folder)
         for index in range(len(self.pairs)):
@@ -75,7 +76,7 @@ class PairSource:
             yield where, pair
 
     def _read(self, index: int) -> tuple[Location, tuple[str, ...], Pair | BadLine]:
-        """Returns a line's location, unchanged image paths, and the pair with absolute image paths or a BadLine."""
+        """Returns a line's location, its original image paths, and its pair with absolute paths or a BadLine."""
         where = self.pairs.locate(index)
         try:
             pair = self.pairs.read(index)
@@ -93,7 +94,11 @@ class PairSource:
 
 
 class MissingImages:
-    """Counts the image files that do not exist, each file once. Its ``add`` serves as ``PairSource.on_pair``."""
+    """Counts the image files that do not exist, each file once. Its ``add`` serves as ``PairSource.on_pair``.
+
+    Attributes:
+        first: Description of the first missing image; "" if none is missing.
+    """
 
     def __init__(self) -> None:
         self.first = ""
@@ -131,7 +136,7 @@ def open_pairs(
     config: str | None = None,
     ignore: Collection[str] = (),
 ) -> PairSource:
-    """Opens pairs in any format.
+    """Opens pairs in any format. The files are read when the pairs of the returned source are read.
 
     Args:
         path: Path of a meta file (.json); of a file of rows (JSON lines, JSON array, CSV or parquet); of a folder of
@@ -142,9 +147,9 @@ def open_pairs(
         root_map: Path prefixes (old, new) of folders of images or annotations that have moved.
         image_dir: Folder for storing images that a row holds as bytes; None: ``images`` in ``cache_folder()``.
         max_line_bytes: Maximum length of a line in bytes; a longer line is bad.
-        split: Split of a dataset that has several.
+        split: Name of the split of a dataset; None: the only split.
         revision: Branch, tag or commit of a dataset of the hub; None: the default branch.
-        config: Configuration of a dataset of the hub that has several.
+        config: Configuration of a dataset of the hub; None: the only or default configuration.
         ignore: Names of fields that are removed, at any depth, before a row is read.
 
     Raises:
@@ -234,7 +239,7 @@ def _subset_of(name: str, folder: str, annotation: str = "") -> MMPRSubset:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _RowParser:
-    """Parses a line with the reader of a row format."""
+    """The function ``parse`` of a ``LineFile`` whose lines are rows of ``format``."""
 
     format: str
     image_dir: Path
@@ -246,7 +251,16 @@ class _RowParser:
 def _open_table(
     name: str, dataset: Any, format: Format | None, folder: str, options: _ReadOptions, *, is_saved: bool = False
 ) -> PairSource:
-    """Opens the rows of a loaded dataset; ``is_saved``: ``save_to_disk`` wrote the dataset."""
+    """Opens the rows of a loaded dataset.
+
+    Args:
+        name: Path or hub id of the dataset, for messages.
+        dataset: The dataset.
+        format: Format of the rows; None or "hf": it is detected from the columns.
+        folder: Folder that relative image paths start at.
+        options: Further options.
+        is_saved: Whether ``save_to_disk`` wrote the dataset.
+    """
     pairs = DatasetPairs(
         dataset, name=name, image_dir=options.image_dir, root_map=options.root_map, ignore=options.ignore
     )

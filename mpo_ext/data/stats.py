@@ -20,7 +20,14 @@ _WORD = re.compile(f"[{_CJK}]|[^\\s{_CJK}]+")
 
 @dataclasses.dataclass(slots=True)
 class LengthStats:
-    """Minimum, mean and maximum length of texts."""
+    """Lengths of texts.
+
+    Attributes:
+        count: Number of texts.
+        total: Sum of the lengths.
+        least: Smallest length; 0 without texts.
+        most: Largest length; 0 without texts.
+    """
 
     count: int = 0
     total: int = 0
@@ -47,11 +54,15 @@ class SubsetStats:
     """Statistics of a subset.
 
     Attributes:
+        pairs: Number of good pairs.
         skipped: Number of bad lines.
-        question: Lengths of the prompts: of the question, or of all turns of the prompt with their roles.
         images: Number of images; an image that several pairs use counts several times.
+        text_only: Number of pairs without images.
         with_answer: Number of pairs with a true answer.
         rejected_longer: Number of pairs whose rejected response is longer than the chosen response.
+        question: Lengths of the prompts. A prompt of several turns counts with all its turns and roles.
+        chosen: Lengths of the chosen responses.
+        rejected: Lengths of the rejected responses.
     """
 
     pairs: int = 0
@@ -65,7 +76,7 @@ class SubsetStats:
     rejected: LengthStats = dataclasses.field(default_factory=LengthStats)
 
     def add(self, pair: Pair, length: Callable[[str], int]) -> None:
-        """Adds a pair whose texts are measured by ``length``."""
+        """Adds a pair to the statistics; ``length`` returns the length of a text."""
         chosen, rejected = length(pair.chosen), length(pair.rejected)
         self.pairs += 1
         self.images += len(pair.images)
@@ -115,7 +126,7 @@ def collect_stats(
 ) -> dict[str, SubsetStats]:
     """Reads every pair once and returns the statistics by subset, in the order of the source.
 
-    ``length`` measures a text. ``skipped`` collects the bad lines; None only counts them in the statistics.
+    ``length`` returns the length of a text. ``skipped`` collects the bad lines; with None, they are only counted.
     """
     stats = {name: SubsetStats() for name in source.subsets}
     for where, pair in source.scan():

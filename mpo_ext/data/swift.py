@@ -1,4 +1,4 @@
-"""Rows with a preference of ms-swift.
+"""Preference rows of ms-swift.
 
 A row has the whole chosen conversation in ``messages``, and the rejected side in ``rejected_response`` (a text, or
 the turns after the last question) or ``rejected_messages`` (the whole conversation). Older rows have ``query``,
@@ -34,7 +34,11 @@ _USER = ("user", "human")
 
 
 def from_swift(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
-    """Converts a row to a pair; unknown fields go into ``extra``.
+    """Converts a row to a pair; unknown fields go into ``Pair.extra``.
+
+    Args:
+        row: Fields of the row.
+        save_image: As in ``messages.row_images``.
 
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.
@@ -89,7 +93,10 @@ def _role(message: Mapping[str, Any]) -> object:
 
 
 def _rejected(value: Any) -> Any:
-    """Returns the rejected response of a row; a list may hold one text or the turns of the response."""
+    """Returns the rejected response in the field ``rejected_response``: a text, or the turns of a response.
+
+    A list with a single text stands for this text.
+    """
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         if len(value) > 1:
             raise FieldError(

@@ -1,4 +1,4 @@
-"""TRL's preference format as JSON lines; conversion in both directions is lossless.
+"""Converts pairs to TRL's preference format and back without loss, and reads and writes it as JSON lines.
 
 TRL has the columns ``prompt``, ``chosen``, ``rejected``, and ``images`` or ``image``. This module adds
 
@@ -99,8 +99,8 @@ def _prompt_messages(pair: Pair, *, has_images: bool) -> list[dict[str, Any]]:
 def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
     """Converts a row of TRL's preference format to a pair.
 
-    Without ``prompt``, or if ``prompt`` is text and ``chosen`` is a whole conversation, the prompt is the turns that
-    ``chosen`` and ``rejected`` have in common.
+    If ``chosen`` and ``rejected`` are whole conversations, the prompt consists of the first turns that they share. The
+    column ``prompt`` may then be missing, or be the text of one of these turns.
 
     Args:
         row: Row with a text or messages as prompt. Columns that ``to_trl`` does not write go into ``extra``.
@@ -139,7 +139,10 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
 
 
 def _split(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Returns prompt, chosen and rejected; the prompt of whole conversations is their common part."""
+    """Returns the prompt, the chosen and the rejected response of a row.
+
+    If ``chosen`` and ``rejected`` are whole conversations, the prompt is their common beginning.
+    """
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     are_conversations = isinstance(chosen, list) and isinstance(rejected, list)
     if isinstance(prompt, list) and are_conversations and prompt:
@@ -168,7 +171,13 @@ def _begins_with_response(chosen: list[Any]) -> bool:
 
 
 def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn]:
-    """Returns the turns of a prompt, with the original question if the prompt was not edited later."""
+    """Returns the turns of a prompt.
+
+    Args:
+        prompt: Column ``prompt``, a text or messages.
+        images: Object that collects the images of the prompt.
+        question: Column ``question``. If it is text and ``to_trl`` makes this prompt from it, it becomes the content.
+    """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     if prompt != [] and not is_conversation(prompt):
@@ -184,7 +193,7 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
 
 
 def _is_same_prompt(original: object, prompt: object) -> bool:
-    """Returns whether the messages of a prompt are what ``to_trl`` makes of the original turns."""
+    """Returns whether ``to_trl`` makes the messages of ``prompt`` from the turns ``original``."""
     if not is_conversation(original) or not isinstance(original, list) or not isinstance(prompt, list):
         return False
     if not all(isinstance(turn.get("content"), str) and isinstance(turn.get("role"), str) for turn in original):
@@ -224,7 +233,7 @@ def _plain(content: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _join_blocks(content: Iterable[Mapping[str, Any]]) -> str:
-    """Returns the text of blocks, as the inverse of ``_blocks``."""
+    """Returns the text of blocks, with ``<image>`` and a line break for each image: the inverse of ``_blocks``."""
     return "".join(IMAGE_PLACEHOLDER + "\n" if block["type"] == "image" else block["text"] for block in content)
 
 
@@ -247,7 +256,10 @@ def _json(name: str, value: object) -> dict[str, Any]:
 def read_trl(
     path: str | os.PathLike[str], *, root_map: RootMap = (), max_line_bytes: int = MAX_LINE_BYTES
 ) -> LineFile:
-    """Opens a file with one row of TRL's preference format per line, in either kind; see ``read_pairs``."""
+    """Opens a file with one row of TRL's preference format per line, and returns its pairs.
+
+    The rows may be of either kind. The arguments are those of ``jsonl.read_pairs``.
+    """
     return LineFile(path, _parse_row, root_map=root_map, max_line_bytes=max_line_bytes)
 
 
@@ -256,7 +268,7 @@ def _parse_row(values: dict[str, Any], line: str) -> Pair:
 
 
 def write_trl(path: str | os.PathLike[str], pairs: Iterable[Pair], kind: Kind = "standard", **options: Any) -> int:
-    """Writes each pair as a row of ``to_trl``, one per line, atomically, and returns the number of rows.
+    """Writes a file with one row of ``to_trl`` per line atomically, and returns the number of rows.
 
     ``options`` are those of ``to_trl``. With the default ``has_images=True``, every row has a list ``images``.
     """

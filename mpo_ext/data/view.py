@@ -1,4 +1,4 @@
-"""Writes preference pairs to a static HTML page with images, responses side by side, search and filters."""
+"""Writes preference pairs into a static HTML page with images, responses side by side, search and filters."""
 
 import base64
 import collections
@@ -114,7 +114,7 @@ def _entry(pair: Pair, subset: str, where: str, images: "Thumbnails", max_charac
 
 
 def _cut(pair: Pair) -> int | None:
-    """Returns the number of characters of the chosen response that DropoutNTP kept, or None if it is not known."""
+    """Returns the number of characters of the chosen response that DropoutNTP kept, or None if it is unknown."""
     cut = pair.provenance.get("cut")
     cut = cut.get("characters") if isinstance(cut, dict) else cut
     if isinstance(cut, bool) or not isinstance(cut, int) or not 0 < cut <= len(pair.chosen):
@@ -123,7 +123,7 @@ def _cut(pair: Pair) -> int | None:
 
 
 def _shared(chosen: str, rejected: str) -> int:
-    """Returns the number of characters in the common prefix."""
+    """Returns the number of characters in the common prefix of two responses."""
     equal = (left == right for left, right in zip(chosen, rejected, strict=False))
     return next((index for index, same in enumerate(equal) if not same), min(len(chosen), len(rejected)))
 
@@ -134,7 +134,7 @@ def _utf16(text: str) -> int:
 
 
 def cut_text(text: str, most: int) -> str:
-    """Cuts a text to ``most`` characters and appends the number of removed characters."""
+    """Returns a text of at most ``most`` characters; after a cut text, the number of removed characters follows."""
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most:,} more characters]"
 
 
@@ -149,7 +149,7 @@ def script_json(value: Any) -> Any:
 
 
 def make_thumbnail(source: str, size: int) -> Any:
-    """Returns the pixels that a model sees, as a PIL image with sides of at most ``size`` pixels."""
+    """Returns an image as a PIL image with sides of at most ``size`` pixels, converted as for a model."""
     image = load_image(source)
     image.thumbnail((size, size))
     return image
@@ -160,7 +160,16 @@ def _name(path: str) -> str:
 
 
 class Thumbnails:
-    """Small copies of images as data URIs; an image that is added twice is stored once."""
+    """Small copies of images as data URIs; an image that is added twice is stored once.
+
+    Args:
+        size: Maximum side of a copy in pixels; 0 omits all images.
+        budget: Maximum number of characters of all data URIs.
+
+    Attributes:
+        uris: The data URIs.
+        omitted: Number of images that did not fit into the budget.
+    """
 
     def __init__(self, size: int, budget: int) -> None:
         self.uris: list[str] = []

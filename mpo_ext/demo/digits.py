@@ -120,9 +120,15 @@ def load_digits() -> dict[str, Digits]:
 
 
 def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str | None = None) -> list[Task]:
-    """Draws questions about random grids; half of them (on average) are about the whole grid, half about two cells.
+    """Draws and returns questions about random grids.
 
-    ``form`` is "direct" or "cot"; None draws the form of each question.
+    On average, half of the questions are about the whole grid, and half about two cells.
+
+    Args:
+        digits: Split of which the grids are made.
+        count: Number of questions.
+        rng: Generator of the draws.
+        form: Form of the responses, "direct" or "cot"; None draws the form of each question.
     """
     if form is not None and form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)} or None, got {form!r}")

@@ -70,7 +70,13 @@ class _Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str, explanation: str, total: int | None) -> Iterator[Callable[..., None]]:
-        """Yields a function that advances the progress bar; if ``total`` is None, the stage has no progress bar."""
+        """Returns a context manager for a stage. It yields a function that advances the progress bar.
+
+        Args:
+            name: Name of the stage, the key of its duration in ``seconds``.
+            explanation: Text to print before the stage.
+            total: Number of steps of the progress bar; None: no progress bar.
+        """
         self.console.print(f"[bold]{name}[/bold]: {explanation}")
         columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -173,7 +179,10 @@ def held_out_tasks(settings: Settings) -> list[digits.Task]:
 
 
 def table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows of the comparison in percent; several seeds give means and standard deviations."""
+    """Returns the header and the rows of a table that compares the methods, in percent.
+
+    With several seeds, a cell has the mean and the standard deviation.
+    """
     header = ["method", "direct", "unparsable", "CoT", "unparsable"]
     rows = []
     for method, label in LABELS.items():
@@ -188,7 +197,7 @@ def table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(results: Sequence[DemoResult]) -> str:
-    """Returns the comparison as Markdown: a table over all seeds and, if there are several, a table for each seed."""
+    """Returns the comparison as Markdown: a table over all seeds and, with several seeds, a table for each seed."""
     text = report.markdown_table(*table(results)) + f"\n{_note(results)}\n"
     if len(results) > 1:
         for result in results:
@@ -197,7 +206,7 @@ def markdown(results: Sequence[DemoResult]) -> str:
 
 
 def print_table(console: Console, results: Sequence[DemoResult]) -> None:
-    """Prints the comparison as a table."""
+    """Prints the table that compares the methods."""
     header, rows = table(results)
     shown = Table(title="Held-out grids, percent", caption=_note(results))
     for index, name in enumerate(header):
@@ -230,7 +239,7 @@ def save_results(path: Path, results: Sequence[DemoResult], seconds: float) -> N
 
 
 def save_curves(path: Path, result: DemoResult) -> None:
-    """Plots the training curves of SFT and of the branches, and the final accuracies."""
+    """Writes a picture of the training curves of SFT and of the three branches, and of the final accuracies."""
 
     def lines(*quantities: tuple[str, str, str]) -> list[report.Line]:
         drawn = []
