@@ -10,7 +10,7 @@ _INTERVAL_RULES = {"(-inf, inf)": "finite", "(0, inf)": "positive and finite", "
 
 
 def install_hint(extra: str) -> str:
-    """Returns advice for error messages: how to install an extra of mpo-ext."""
+    """Returns advice for error messages on how to install an extra of mpo-ext, such as "train"."""
     return f"install the extra '{extra}' of mpo-ext (in its source tree: pip install '.[{extra}]')"
 
 
@@ -18,14 +18,14 @@ _MAX_DEPTH = 100
 
 
 class LinesError(ValueError):
-    """An error whose message has several lines; commands print these line breaks."""
+    """An error whose message has several lines. Commands print the line breaks of this error only."""
 
 
 def check_number(name: str, value: object, interval: str = "") -> None:
     """Raises unless a value is a real number and, optionally, lies in an interval.
 
-    ``interval`` holds the allowed numbers in mathematical notation, such as ``"[0, 1)"`` or ``"(0, inf)"``; NaN lies
-    in no interval. The empty string allows every number.
+    ``name`` is the argument in the message. ``interval`` holds the allowed numbers in mathematical notation, such as
+    ``"[0, 1)"`` or ``"(0, inf)"``. NaN lies in no interval. The empty string allows every number.
 
     Raises:
         TypeError: If the value is a bool or not a real number.
@@ -52,7 +52,7 @@ def check_integer(name: str, value: object, *, least: int | None = None) -> None
 
 
 def check_index(index: int, size: int) -> int:
-    """Converts an index that may be negative to a position from the start; raises IndexError if it is out of range."""
+    """Returns the position from 0 of an index, which may be negative; raises IndexError if it is out of range."""
     if not -size <= index < size:
         raise IndexError(f"index must be in [{-size}, {size}), got {index}")
     return index % size
@@ -66,7 +66,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str = "") -> str:
-    """Returns ``; did you mean 'x'?`` for the known word most similar to ``word``, or ``otherwise`` if none is."""
+    """Returns ``; did you mean 'x'?`` for the known word x that is similar to ``word``, or else ``otherwise``."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else otherwise
 
@@ -95,7 +95,7 @@ def environment_integer(name: str, default: int) -> int:
 
 
 def is_nested_deeply(value: object) -> bool:
-    """Returns whether lists and dicts are nested more than 100 deep; recursive functions could fail then."""
+    """Returns whether lists and dicts are nested more than 100 deep, on which recursive functions could fail."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]

@@ -1,4 +1,4 @@
-"""An InternVLForConditionalGeneration small enough for two CPU cores, its processor, and its word tokenizer."""
+"""Builds the demo's model: an InternVLForConditionalGeneration for two CPU cores, its processor and tokenizer."""
 
 import re
 from typing import Any
@@ -89,7 +89,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> DigitsProcessor:
-    """Returns the processor for images of 32x32 pixels."""
+    """Returns the demo's processor, for images of 32x32 pixels, with the tokenizer of ``build_tokenizer``."""
     images = GotOcr2ImageProcessorPil(
         size={"height": digits.IMAGE_PIXELS, "width": digits.IMAGE_PIXELS},
         crop_to_patches=False,
@@ -102,7 +102,15 @@ def build_processor() -> DigitsProcessor:
 def make_config(
     tokenizer: PreTrainedTokenizerFast, text: dict[str, Any], vision: dict[str, Any], *, pixels: int, image_tokens: int
 ) -> InternVLConfig:
-    """Returns the configuration of an InternVL; ``text`` and ``vision`` hold the sizes of decoder and vision tower."""
+    """Returns the configuration of an InternVL model.
+
+    Args:
+        tokenizer: Tokenizer with the special tokens of ``build_tokenizer``.
+        text: Values of ``text_config``, at least "hidden_size" and "num_attention_heads".
+        vision: Values of ``vision_config``, at least "hidden_size".
+        pixels: Height and width of an image in pixels.
+        image_tokens: Number of tokens per image.
+    """
     return InternVLConfig(
         vision_config={
             "num_hidden_layers": 2,
@@ -130,7 +138,15 @@ def make_config(
 def build_model(
     tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, layers: int = 3
 ) -> InternVLForConditionalGeneration:
-    """Returns an untrained model without dropout and drop path, so policy and reference agree at the first step."""
+    """Returns an untrained model of the demo.
+
+    It has neither dropout nor drop path, so that policy and reference agree at the first step.
+
+    Args:
+        tokenizer: Tokenizer of ``build_tokenizer``.
+        hidden_size: Hidden size of the language model.
+        layers: Number of layers of the language model.
+    """
     text = {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": 4}
     text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
     vision: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "patch_size": [8, 8]}

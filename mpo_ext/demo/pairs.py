@@ -60,7 +60,10 @@ class _Sampler:
         self.summaries: dict[str, Summary] = {}
 
     def run(self, pipeline: runner.PairPipeline, form: str, limit: int | None = None) -> list[Pair]:
-        """Runs a pipeline on the questions of a form and returns the pairs."""
+        """Runs a pipeline on the file of questions ``FORM.jsonl`` and returns the pairs that it made.
+
+        ``limit`` is the maximum number of questions; None: all.
+        """
         name = pipeline.name.replace("_", "-")
         out = self.folder / (f"{name}-{form}" if pipeline.name == "correctness" else name)
         # Otherwise an earlier demo's journal would be resumed: its settings hold the model's name, not the weights.
@@ -87,8 +90,15 @@ def make_pairs(
     """Lets the model answer questions about grids of training digits, and makes three kinds of pairs from the answers.
 
     Writes to ``folder``: the questions (``images``, ``direct.jsonl``, ``cot.jsonl``), a folder for each sampling run,
-    ``pairs.jsonl``, ``check.json`` and ``pairs.html``. Relative image paths are resolved from ``folder``. ``stream``
-    receives the progress of sampling; None disables the display.
+    ``pairs.jsonl``, ``check.json`` and ``pairs.html``. The image paths in the files are relative to ``folder``.
+
+    Args:
+        model: The SFT model.
+        processor: Processor of the model.
+        settings: Settings of the demo.
+        rng: Generator that draws the questions, and the pairs with direct answers.
+        folder: Folder to write to.
+        stream: Output of the progress display; None disables the display.
 
     Raises:
         RuntimeError: If the answers give no pair, or ``check_pairs`` finds a defect in the pairs.

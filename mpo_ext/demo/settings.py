@@ -23,8 +23,8 @@ class Settings:
         questions: Number of questions per form that the model answers to make pairs.
         samples: Number of answers per question.
         temperature: Sampling temperature of the answers and of the continuations without an image.
-        pairs_per_question: Maximum number of pairs per question whose rejected answer is wrong, and of pairs whose
-            rejected answer is unreadable.
+        pairs_per_question: Maximum number, per question, of pairs with a wrong rejected answer. The same maximum
+            holds for pairs with an unreadable rejected answer.
         direct_pairs: Maximum number of pairs with direct answers.
         dropout_ntp_questions: Number of step-by-step questions for DropoutNTP, which truncates a correct response and
             lets the model continue it without the image. Some of the questions give no pair.

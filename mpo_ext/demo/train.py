@@ -39,8 +39,8 @@ def train_sft(
     Writes ``sft.jsonl`` (questions with responses) and the runs ``runs/SFT-start`` and ``runs/SFT-end``.
 
     Returns:
-        The log, one dict per step; every ``sft_check_steps``-th dict has ``accuracy``, that of step-by-step answers to
-        validation questions.
+        The log, one dict per step. Every ``sft_check_steps``-th dict has ``accuracy``, the fraction of validation
+        questions that the model answers correctly step by step.
     """
     splits = digits.load_digits()
     validation = digits.sample_tasks(splits["validation"], settings.validation_tasks, np.random.default_rng(0), "cot")
@@ -77,10 +77,21 @@ def train_branch(
     settings: Settings,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the SFT model further on the pairs, with the loss weights of a method, and returns a log dict per step.
+    """Trains the SFT model further on the pairs, with the loss weights of a method.
 
     All methods share the pairs, their order, the number of steps and the learning rate. The reference is the SFT
     model; the first branch that needs its log-probabilities writes them to ``reference.jsonl`` in ``folder``.
+
+    Args:
+        model: The SFT model, which is changed.
+        processor: Processor of the model.
+        pairs: Path of the file of pairs.
+        method: Key of ``METHODS``.
+        settings: Settings of the demo.
+        folder: Folder for the run, ``runs/METHOD``.
+
+    Returns:
+        The log, one dict per step.
     """
     curve: list[dict[str, float]] = []
     recipe = make_recipe(
@@ -114,7 +125,19 @@ def make_recipe(
     settings: Settings,
     reference: Path | None = None,
 ) -> recipes.Recipe:
-    """Returns the recipe of a training run, and deletes the folder ``out`` that an earlier demo may have left."""
+    """Returns the recipe of a training run, and deletes the folder ``out`` that an earlier demo may have left.
+
+    Args:
+        pairs: Path of the file of pairs.
+        out: Folder of the run.
+        loss: Weights of the loss.
+        steps: Number of steps.
+        batch: Number of pairs per step.
+        rate: Learning rate.
+        schedule: Schedule of the learning rate, as in ``OptimRecipe``.
+        settings: Settings of the demo.
+        reference: File of the reference model's log-probabilities. None: the default ``ReferenceRecipe``.
+    """
     shutil.rmtree(out, ignore_errors=True)
     return recipes.Recipe(
         model=recipes.ModelRecipe(path=f"digits demo, seed {settings.seed}"),
@@ -140,7 +163,10 @@ def make_recipe(
 
 
 def write_sft(folder: Path, tasks: Sequence[digits.Task]) -> Path:
-    """Writes questions as pairs of a correct response and an empty rejected response; returns their path."""
+    """Writes questions to ``sft.jsonl`` in ``folder``, and returns the path of this file.
+
+    Each question becomes a pair of a correct chosen response and an empty rejected response.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     pairs = []
     for number, task in enumerate(tasks):

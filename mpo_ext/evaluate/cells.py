@@ -20,8 +20,8 @@ class EvaluationRun:
     """Settings of one process of an evaluation. They do not change the results.
 
     Attributes:
-        block_size: Number of responses to request at a time, at least the number of responses per question. A kill of
-            the process loses at most these responses.
+        block_size: Number of responses to request at a time. If a question has more responses, all responses to it are
+            requested at a time. A kill of the process loses at most these responses.
         rank: Rank of this process. It asks the questions whose position modulo ``world_size`` equals the rank.
         world_size: Number of processes, which need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
@@ -42,7 +42,13 @@ class EvaluationRun:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QuestionFile:
-    """A file of questions, with the name and the path that the results show."""
+    """A file of questions.
+
+    Attributes:
+        name: Name of the file in the results.
+        path: Path of the file in the results.
+        source: The questions.
+    """
 
     name: str
     path: str
@@ -54,6 +60,9 @@ class Cell:
     """The responses of a model to the questions of a file with a prompt template, and their scores.
 
     Attributes:
+        model: Name of the model.
+        data: The file of questions.
+        evaluation: The evaluation under the prompt of the cell.
         folder: Folder of the journals.
         scores: Scores of the questions in the order of the file; empty until the journals are read.
         offsets: Byte offset of each question in the file of predictions; empty until the journals are read.
@@ -92,7 +101,10 @@ class Cell:
                 progress.advance(counts + (f", {skipped} skipped" if skipped else ""))
 
     def read(self, world_size: int) -> Iterator[tuple[Item, str | None, list[ScoredResponse]]]:
-        """Yields each item, the reason why it was not asked (or None), and the scored responses, from all journals."""
+        """Reads the journals of all ``world_size`` processes.
+
+        Yields each item, the reason why it was not asked (or None), and its scored responses.
+        """
         for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
             yield item, *self.evaluation.score(item, records)
 
@@ -100,7 +112,15 @@ class Cell:
 def open_questions(
     name: str, path: str | os.PathLike[str], *, limit: int | None, image_root: str, root_map: Sequence[tuple[str, str]]
 ) -> QuestionFile:
-    """Opens a file of questions and checks that at least one question has a ground-truth answer."""
+    """Opens a file of questions, and checks that at least one question has a true answer.
+
+    Args:
+        name: Name of the file in the results.
+        path: Path of a file of items, or of a meta file (.json) of such files.
+        limit: Maximum number of questions; None: all.
+        image_root: Folder at which relative image paths start; not used for a .json file.
+        root_map: Path prefixes (old, new) of folders that have moved; used for a .json file only.
+    """
     is_meta = Path(path).suffix == ".json"
     roots: Mapping[str, Any] = {"root_map": tuple(root_map)} if is_meta else {"image_root": image_root}
     source = open_items(os.fspath(path), limit=limit, **roots)

@@ -23,10 +23,17 @@ _NO_ANSWER = "[invalid]"  # the value of lm-eval's and lmms-eval's filters for a
 def vlmevalkit(out: Path, model: str, task: str, samples: int, columns: Sequence[str]) -> Iterator[Add]:
     """Writes VLMEvalKit's prediction tables ``vlmevalkit/MODEL/MODEL_TASK.tsv``, a file for each sample.
 
-    Columns: index, question, the options, all scalar fields of the item, answer, prediction (the whole response), and
-    two additional columns, ``extracted`` (the extracted answer) and ``hit`` (whether it is correct). ``index`` is the
-    item's field of that name, or else the item's position. ``task`` names the data and the prompt. ``columns`` is the
-    result of ``vlmevalkit_columns``. The context manager yields a function that adds a question.
+    The context manager yields a function that adds a question. The columns are index, question, the options, all
+    scalar fields of the item, answer and prediction (the whole response). ``index`` is the item's field ``index``, or
+    else the item's position. Two columns are additional: ``extracted`` is the extracted answer, and ``hit`` is 1 if
+    this answer is correct.
+
+    Args:
+        out: Folder of the evaluation.
+        model: Name of the model in file names.
+        task: Name of the data and the prompt in file names.
+        samples: Number of samples per question.
+        columns: Result of ``vlmevalkit_columns``.
     """
     with contextlib.ExitStack() as stack:
         tables = []
@@ -61,8 +68,8 @@ def lmms_eval(out: Path, model: str, task: str, samples: int, columns: Sequence[
     """Writes lmms-eval's sample log ``lmms-eval/MODEL/mpo-ext_samples_TASK.jsonl``, a line for each question.
 
     Keys: doc_id, target, input, resps, filtered_resps (the extracted answers), doc_hash, prompt_hash and target_hash
-    as in lmms-eval, and the metric exact_match, the fraction of responses that our matcher accepts. ``columns`` is
-    unused; the other arguments and the yielded function are those of ``vlmevalkit``.
+    as in lmms-eval, and the metric exact_match, the fraction of responses that the evaluation's matcher accepts.
+    ``columns`` is unused; the other arguments and the yielded function are those of ``vlmevalkit``.
     """
     with atomic_write(out / "lmms-eval" / model / f"mpo-ext_samples_{task}.jsonl") as file:
 
@@ -98,7 +105,7 @@ def _text_of(binary: Any) -> Iterator[io.TextIOWrapper]:
 
 
 def _fields(number: int, item: Item) -> dict[str, Any]:
-    """Returns the columns of an item; non-scalar values are left out."""
+    """Returns the values of an item by column; non-scalar values are left out. ``number`` is the item's position."""
     options = item.extra.get("options")
     options_by_label = label_options(options) if isinstance(options, (list, tuple, Mapping)) and options else {}
     scalars = {

@@ -16,14 +16,21 @@ _MAX_NAMES = 8  # maximum number of file names in an error message
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelSource:
-    """The location of a model: ``path`` is a folder or hub name, ``adapter`` a folder of LoRA adapters to merge."""
+    """The location of a model.
+
+    Attributes:
+        path: Folder or hub name of a whole model.
+        adapter: Folder of LoRA adapters to merge into this model, or None.
+    """
 
     path: str
     adapter: str | None = None
 
 
 def find_model(name: str) -> ModelSource:
-    """Resolves a name or folder to a whole model, the ``final`` folder of a run, or adapters and their base model.
+    """Returns the location of the model that ``name`` means.
+
+    ``name`` is a hub name, or the folder of a whole model, of a run with ``final``, or of adapters.
 
     Raises:
         FileNotFoundError: If the name is a local path that does not exist.
@@ -63,7 +70,11 @@ def find_model(name: str) -> ModelSource:
 
 
 def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
-    """Returns ``make(path of the whole model)``, an engine, after merging the adapters of ``source`` into its model.
+    """Creates and returns the engine of a model, with the adapters of ``source`` merged into the model.
+
+    Args:
+        source: Location of the model.
+        make: Function that creates an engine from the path of a whole model.
 
     Raises:
         ImportError: If the model has adapters and peft is missing.

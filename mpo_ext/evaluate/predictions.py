@@ -29,8 +29,13 @@ def write_predictions(
 ) -> None:
     """Reads the journals of the cells, writes a line for each response, and fills in the scores of the cells.
 
-    Cells of the same model must be adjacent. ``model_files`` and ``data_files`` map each name to its form in file
-    names.
+    Args:
+        cells: Cells of the evaluation; those of the same model must be adjacent.
+        out: Folder of the evaluation.
+        exports: Evaluation kits to write files for, keys of ``EXPORTS``.
+        model_files: For each model, the form of its name in file names.
+        data_files: For each file of questions, the form of its name in file names.
+        world_size: Number of processes that wrote journals.
 
     Raises:
         IncompleteRunError: If a process has not finished yet; the files of models before the incomplete model are
@@ -65,7 +70,10 @@ def predictions_path(out: Path, model_file: str) -> Path:
 def read_predictions(path: Path, cell: Cell, indices: Iterable[int]) -> Iterator[list[dict[str, Any]]]:
     """Yields the lines of each question: one per response, or a single line if the question could not be asked.
 
-    ``indices`` are positions of questions in the file of questions.
+    Args:
+        path: Path of the predictions of a model.
+        cell: Cell of this model, with ``scores`` and ``offsets``.
+        indices: Positions of the questions in the file of questions.
     """
     with open(path, "rb") as file:
         for index in indices:

@@ -37,9 +37,15 @@ def write_reports(
 ) -> list[str]:
     """Writes ``table.md``, ``accuracy.png``, ``accuracy.svg`` and ``failures.html``, and returns warnings.
 
-    A warning names a report that is not written because a package is missing. ``results`` is the content of
-    ``results.json``. ``failures.html`` shows at most ``limit`` questions with a wrong answer; if there are more, it
-    shows a random sample, drawn with ``seed``.
+    A warning names a report that is not written because a package is missing.
+
+    Args:
+        cells: Cells of the evaluation, with scores.
+        results: Content of ``results.json``.
+        out: Folder of the evaluation.
+        model_files: For each model, the form of its name in file names.
+        limit: Maximum number of questions in ``failures.html``. If more have a wrong answer, they are drawn at random.
+        seed: Seed of this draw.
     """
     with atomic_write(out / "table.md") as file:
         file.write(markdown_report(results).encode())
@@ -123,7 +129,7 @@ def _percent(row: Mapping[str, Any]) -> str:
 
 
 def _is_shown(comparison: Mapping[str, Any], baseline: str) -> bool:
-    """Returns whether table.md shows a comparison: two prompts of a model, or a comparison with the first model."""
+    """Returns whether table.md shows a comparison: of two prompts of a model, or of ``baseline`` with a model."""
     first, second = comparison["first"], comparison["second"]
     return first["model"] in (baseline, second["model"])
 
@@ -217,7 +223,7 @@ def _write_page(cells: Sequence[Cell], out: Path, *, model_files: Mapping[str, s
 
 
 def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -> Iterator[dict[str, Any]]:
-    """Yields the page's entries for the questions in ``indices``, without answers."""
+    """Yields the page's entries for the questions at the positions ``indices``, without the models' answers."""
     for index, item in enumerate(cell.data.source.items()):
         if index in indices:
             yield {
@@ -230,7 +236,7 @@ def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -
 
 
 def _answers(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the samples of a question as the page shows them; if there are too many, wrong samples are preferred."""
+    """Returns the samples of a question for the page. Of more than ``_MAX_SAMPLES``, wrong samples are preferred."""
     problem = lines[0].get("problem")
     samples = [] if problem else lines
     shown = sorted(range(len(samples)), key=lambda place: samples[place]["correct"])[:_MAX_SAMPLES]

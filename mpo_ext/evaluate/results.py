@@ -26,8 +26,11 @@ def compute_results(
 ) -> dict[str, Any]:
     """Returns the content of ``results.json``: settings, accuracies and comparisons, as JSON values.
 
-    ``limit`` is the maximum number of questions per file (None: all); ``engines``: settings of the engine of each
-    model.
+    Args:
+        cells: Cells of the evaluation, with scores.
+        config: Settings of the evaluation.
+        limit: Maximum number of questions per file; None: all.
+        engines: Settings of the engine of each model, by the model's name.
     """
     scores = {cell.key: cell.scores for cell in cells}
     models = list(dict.fromkeys(cell.model for cell in cells))

@@ -49,14 +49,16 @@ def evaluate(
     Args:
         models: Models by their name in the results. A model is a folder (a model, a run with ``final``, or adapters),
             a name on the hub, or an engine. The models are loaded one after the other.
-        data: Questions by their name in the results: a JSONL file of items, or a meta file (.json) of such files.
+        data: Files of questions by their name in the results: files of items (see ``open_items``), or meta files
+            (.json) of such files.
         out: Folder of the evaluation.
         config: Prompts, sampling and matcher; None: the default ``EvaluationConfig``.
         limit: Maximum number of questions per file; None: all questions.
-        image_root: Folder against which relative image paths in JSONL files are resolved.
-        root_map: Pairs of path prefixes (old, new) for folders in meta files that have moved.
+        image_root: Folder at which relative image paths in files of items start. A meta file has its own roots.
+        root_map: Path prefixes (old, new) of folders in meta files that have moved.
         exports: Evaluation kits in whose formats predictions are written: "vlmevalkit", "lmms-eval".
-        page_limit: Maximum number of questions on ``failures.html``; a random sample if more were answered wrongly.
+        page_limit: Maximum number of questions on ``failures.html``. If more have a wrong answer, they are drawn at
+            random.
         make_engine: Function that creates an engine from the path of a whole model.
         run: Block size, processes and progress display; None: the default ``EvaluationRun``.
 
@@ -137,7 +139,7 @@ def _free_memory() -> None:
 
 
 def _file_names(what: str, named: Mapping[str, Any]) -> dict[str, str]:
-    """Returns a valid file name for each name."""
+    """Returns the form of each name in file names; ``what`` is the argument in error messages."""
     if not named:
         raise ValueError(f"{what} must name at least one, got none")
     files = {name: re.sub(r"[^\w.-]+", "-", name).strip(".-") for name in named}

@@ -17,7 +17,7 @@ from mpo_ext.generate.prompts import PromptTemplate, get_template
 from mpo_ext.generate.questions import AnswerScorer, QuestionSampler
 
 PLAIN = "none"
-_MAX_NEW_TOKENS = {"direct": 100}  # the authors' numbers, by the style of the template
+_MAX_NEW_TOKENS = {"direct": 100}  # by the style of the template; the authors of MPO use these numbers
 _DEFAULT_MAX_NEW_TOKENS = 4096
 
 
@@ -29,12 +29,12 @@ class EvaluationConfig:
         prompts: Names of prompt templates (``mpo_ext.generate.prompts``); "none" asks the question without a template.
         samples: Number of responses per question.
         temperature: Temperature of sampling; 0 is greedy decoding, which allows only a single sample.
-        top_p: See ``SamplingConfig``.
-        top_k: See ``SamplingConfig``.
+        top_p: As in ``SamplingConfig``.
+        top_k: As in ``SamplingConfig``.
         max_new_tokens: Maximum number of tokens per response. None: 100 for templates that ask only for the answer,
             4096 for all other prompts.
         seed: Seed of the sampling of responses.
-        style: Form of the answer in a response, see ``extract_answer``; None: the style of each template.
+        style: Form of the answer in a response, as in ``extract_answer``; None: the style of each template.
         matcher: Kind and options of the matcher that compares an answer with the ground truth.
     """
 
@@ -63,7 +63,7 @@ class EvaluationConfig:
             Evaluation(self, prompt)
 
     def sampling(self, template: PromptTemplate | None) -> SamplingConfig:
-        """Returns the sampling settings for prompts of a template; None: prompts without a template."""
+        """Returns the sampling settings for prompts from ``template``; None stands for prompts without a template."""
         max_new_tokens = self.max_new_tokens
         if max_new_tokens is None:
             max_new_tokens = _MAX_NEW_TOKENS.get(template.answer_style if template else "", _DEFAULT_MAX_NEW_TOKENS)
@@ -77,9 +77,11 @@ class ScoredResponse:
     """A response and its score.
 
     Attributes:
+        text: The whole response.
         answer: Extracted answer; None if the response has no answer.
         correct: Whether the answer is correct; False for an unreadable answer, as in the scripts of benchmarks.
         rule: Name of the rule by which the matcher decided; None if there is no answer.
+        tokens: Number of generated tokens.
         finish: "stop", or "length" if ``max_new_tokens`` truncated the response.
         unreadable: Whether the response has no answer, or an answer that is neither correct nor wrong.
     """
@@ -120,7 +122,12 @@ class QuestionScore:
 
 
 class Evaluation:
-    """Asks questions under one prompt of ``config`` and scores the responses; implements ``sampler.Pipeline``."""
+    """Asks questions under one prompt and scores the responses; implements ``sampler.Pipeline``.
+
+    Args:
+        config: Settings of the evaluation.
+        prompt: Name of a prompt template, or "none".
+    """
 
     name = "evaluation"
 
@@ -143,7 +150,10 @@ class Evaluation:
         }
 
     def score(self, item: Item, records: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[ScoredResponse]]:
-        """Returns the reason why a question could not be asked (or None), and the scored responses."""
+        """Returns the reason why a question could not be asked (or None), and the scored responses.
+
+        ``records`` are the question's records in a journal.
+        """
         problem = next((record["problem"] for record in records if "problem" in record), None)
         if problem is not None:
             return problem, []

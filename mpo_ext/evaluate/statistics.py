@@ -63,8 +63,8 @@ def majority(answers: Sequence[str | None], is_same: Callable[[str, str], bool])
 def mcnemar(gained: int, lost: int) -> float:
     """Returns the two-sided p-value of McNemar's exact test of the hypothesis that two models are equally good.
 
-    ``gained`` is the number of questions that only the second model answered correctly, ``lost`` the number of those
-    that only the first model did.
+    ``gained`` is the number of questions that only the second model answered correctly. ``lost`` is the number of
+    questions that only the first model answered correctly.
     """
     count = gained + lost
     term = total = 1
@@ -76,7 +76,7 @@ def mcnemar(gained: int, lost: int) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Comparison:
-    """The accuracy of a second model compared with that of a first, on the questions that both models answered.
+    """A comparison of the accuracies of two models on the questions that both models answered.
 
     Attributes:
         questions: Number of questions that both models answered.

@@ -1,6 +1,7 @@
-"""The correctness pipeline, which pairs right samples with wrong samples. Run by ``mpo_ext.generate.runner``.
+"""The correctness pipeline, which pairs right samples with wrong samples. ``mpo_ext.generate.runner`` runs it.
 
-A hash of the seed and the responses selects among the possible pairs, independently of the order of items or samples.
+A hash of the seed and the responses selects among the possible pairs. The selection does not depend on the order of
+items or samples.
 """
 
 import collections
@@ -35,11 +36,12 @@ class CorrectnessConfig:
         seed: Seed of all draws and choices.
         template: Name of the prompt template (``mpo_ext.generate.prompts``), which also shows the ``options`` of an
             item; None: the question with its options. Pairs hold the rendered prompt.
-        style: Form of the answer in a response, see ``extract_answer``; None: the style of the template, or
+        style: Form of the answer in a response, as in ``extract_answer``; None: the style of the template, or
             "final_answer" without a template.
         matcher: Kind and options of the matcher that compares an answer with the truth.
-        pairs_per_question: Maximum number of pairs per question in each of the two outputs; 0 sets no limit.
-        accuracy: Lowest and highest fraction of right samples for a question to give pairs.
+        pairs_per_question: Maximum number of pairs per question, in ``pairs`` and again in ``format_pairs``; 0 sets no
+            limit.
+        accuracy: Lowest and highest fraction of right samples. Other questions give no pairs.
         length_balance: Whether to prefer pairs whose responses have similar lengths.
         reuse_limit: Maximum number of pairs of an output that share a response; 0 sets no limit.
         dedupe: Whether to use equal responses to a question only once.
@@ -73,9 +75,14 @@ class CorrectnessConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScoredSample:
-    """A response, its extracted answer (None: there is none), its verdict, and its record in the journal.
+    """A response and its score.
 
-    ``correct`` is True or False if the response is surely right or surely wrong, and None if it is unreadable.
+    Attributes:
+        text: The response.
+        answer: The extracted answer; None if the response has no answer.
+        correct: True if the answer is right, False if it is surely wrong, None if it is missing or unreadable.
+        rule: The comparison that decided, as in ``Verdict``; None without an answer.
+        record: Record of the response in the journal.
     """
 
     text: str
@@ -116,7 +123,10 @@ class Correctness:
         return self.questions.keys(item)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Samples and scores the responses to the items; the records of an unusable item hold the reason."""
+        """Samples and scores responses to the items, and returns the records of each item.
+
+        The records of an unusable item hold the reason.
+        """
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
@@ -181,7 +191,10 @@ class Correctness:
     def _choose_pairs(
         self, item: Item, right: Sequence[ScoredSample], candidates: Sequence[ScoredSample], result: ItemResult
     ) -> Iterator[tuple[ScoredSample, ScoredSample]]:
-        """Yields up to ``pairs_per_question`` pairs, sorted by length gap and then by hash."""
+        """Yields up to ``pairs_per_question`` pairs of a right sample and a candidate.
+
+        Pairs come in the order of their length gap, then of their hash. ``result`` counts the pairs that are skipped.
+        """
         ranked = sorted(
             itertools.product(right, candidates), key=lambda pair: (self._length_gap(*pair), self._hash(item, *pair))
         )
@@ -204,7 +217,7 @@ class Correctness:
             yield chosen, rejected
 
     def _length_gap(self, chosen: ScoredSample, rejected: ScoredSample) -> int:
-        """Returns the difference of the log-lengths in bins; 0 without ``length_balance``."""
+        """Returns the logarithm of the ratio of the two lengths, in bins; 0 without ``length_balance``."""
         if not self.config.length_balance:
             return 0
         return round(_BINS_PER_DOUBLING * abs(math.log2(len(chosen.text) / len(rejected.text))))

@@ -1,4 +1,4 @@
-"""Draws the next token of each row of a batch with a separate random generator."""
+"""Draws the next token of each row of a batch with a separate random generator for each row."""
 
 import math
 import random
@@ -12,9 +12,15 @@ if TYPE_CHECKING:
 
 
 def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig) -> "Tensor":
-    """Draws a token for each row by inverting the cumulative distribution at the row's uniform number.
+    """Returns a token id for each row, drawn by inverting the cumulative distribution at the row's random number.
 
-    ``scores`` are ``[B, V]`` logits, and ``uniforms`` are ``[B]`` float64 random numbers in [0, 1).
+    Args:
+        scores: ``[B, V]`` logits.
+        uniforms: ``[B]`` float64 random numbers in [0, 1).
+        sampling: Temperature, ``top_k`` and ``top_p``.
+
+    Returns:
+        ``[B]`` int64 token ids.
 
     Raises:
         FloatingPointError: If the distribution of a row is not finite.
@@ -44,7 +50,11 @@ def sample_token(scores: "Tensor", uniforms: "Tensor", sampling: SamplingConfig)
 class SeededDraw:
     """Draws each row's tokens with the row's random generator.
 
-    As a logits processor of transformers, an instance masks all other tokens than the drawn ones.
+    As a logits processor of transformers, an instance masks all tokens except the drawn token of each row.
+
+    Args:
+        seeds: Seed of each row.
+        sampling: Temperature, ``top_k`` and ``top_p``.
     """
 
     def __init__(self, seeds: Sequence[int], sampling: SamplingConfig) -> None:
@@ -52,14 +62,14 @@ class SeededDraw:
         self.sampling = sampling
 
     def draw(self, scores: "Tensor") -> "Tensor":
-        """Returns the next token of each row; ``scores`` are ``[B, V]`` logits."""
+        """Returns the ``[B]`` next tokens of the rows; ``scores`` are their ``[B, V]`` logits."""
         import torch
 
         uniforms = torch.tensor([generator.random() for generator in self.generators], dtype=torch.float64)
         return sample_token(scores, uniforms, self.sampling)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Removes all rows but these."""
+        """Removes all rows except those with the indices ``rows``."""
         self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":

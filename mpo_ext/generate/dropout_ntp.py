@@ -1,7 +1,8 @@
-"""DropoutNTP: the model continues the beginning of a good response without the image. Run by ``generate.runner``.
+"""The pipeline DropoutNTP: the model continues the beginning of a good response without the image.
 
-Prefix and continuation form the rejected response, which begins like the chosen response and goes wrong where it would
-need the image. Their tokens are joined before decoding, so no space is lost between prefix and continuation.
+The kept beginning (the prefix) and the continuation form the rejected response. It begins like the chosen response and
+goes wrong where it would need the image. The tokens of both parts are joined before decoding, so that no space is lost
+between them. ``mpo_ext.generate.runner`` runs the pipeline.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ class DropoutNTPConfig:
     Attributes:
         keep: Fraction of the chosen response to keep as the prefix, in [0, 1).
         unit: Unit of ``keep``: "tokens" works for every language; "words" counts the texts between single spaces, as
-            the authors' script does.
+            the script of MPO's authors does.
         with_image: Whether the model sees the image while it continues the response.
         samples: Number of continuations per response.
         sampling: Settings for drawing tokens.
@@ -41,11 +42,11 @@ class DropoutNTPConfig:
         allow_truncated: Whether to use continuations that ``max_new_tokens`` cut off.
         allow_wrong_chosen: Whether to use items whose chosen response is a wrong sample, as in the ``unsolved.jsonl``
             of the correctness pipeline; False skips these items.
-        style: Form of the answer in a response, see ``extract_answer``; used for items that have a true answer.
-        matcher: Kind and options of the matcher that compares an answer with the truth; None compares no answers. With
-            a matcher and a true answer, a continuation is skipped if its answer is right, or if the matcher cannot
-            read the answer, which may then be right. A continuation without an answer in the form of ``style`` is
-            used, because the method needs no answers.
+        style: Form of the answer in a response, as in ``extract_answer``; used for items that have a true answer.
+        matcher: Kind and options of the matcher that compares an answer with the truth; None: no comparison. With a
+            matcher and a true answer, a continuation is skipped if its answer is right, or may be right because the
+            matcher cannot read it. A continuation without an answer in the form of ``style`` is used, because the
+            method needs no answers.
     """
 
     keep: float = 0.5
@@ -69,7 +70,7 @@ class DropoutNTPConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prefix:
-    """The part of a response that is kept: its token ids and their text."""
+    """The kept beginning of a response: its token ids and their text."""
 
     token_ids: tuple[int, ...]
     text: str
@@ -80,10 +81,13 @@ class _Row:
     """The state of an item in ``DropoutNTP.sample``.
 
     Attributes:
+        item: The item.
         problem: Reason why the item cannot be used, or None.
-        refusal: What the engine said, if the problem is that it refused the prompt.
+        refusal: The engine's reason for refusing the prompt, or None.
         images: Opened images; empty if the model does not see them.
-        sampled_tokens: Number of tokens in a chosen response that the model sampled; None for a given response.
+        chosen: The chosen response, from the item or sampled; None before it is sampled.
+        sampled_tokens: Number of tokens in a sampled chosen response; None for a response from the item.
+        prefix: The kept beginning of ``chosen``.
     """
 
     item: Item
@@ -119,7 +123,10 @@ class DropoutNTP:
         return [f"{item.digest}-{sample}" for sample in range(self.config.samples)]
 
     def cut(self, chosen: str, conversation: Conversation, engine: Engine) -> Prefix:
-        """Returns the prefix of a response to a conversation; a cut moves back to the beginning of a character."""
+        """Returns the beginning of ``chosen``, a response to ``conversation``, that the settings keep.
+
+        A cut inside a character moves back to the beginning of the character.
+        """
         if self.config.unit == "words":
             words = chosen.split(" ")
             kept = " ".join(words[: int(len(words) * self.config.keep)]).strip()
@@ -136,7 +143,10 @@ class DropoutNTP:
         return Prefix(tuple(ids[:count]), text)
 
     def sample(self, items: Sequence[Item], engine: Engine) -> list[list[dict[str, Any]]]:
-        """Cuts and continues the responses of the items; the records of an unusable item hold the reason."""
+        """Cuts and continues the chosen responses of the items, and returns the records of each item.
+
+        The records of an unusable item hold the reason.
+        """
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
@@ -219,7 +229,7 @@ class DropoutNTP:
         return result
 
     def _load(self, item: Item) -> _Row:
-        """Checks an item and opens the images that the model will see."""
+        """Checks an item, opens the images that the model will see, and returns the state of the item."""
         row = _Row(item, item.problem, chosen=item.chosen)
         if row.problem:
             return row
@@ -235,7 +245,7 @@ class DropoutNTP:
         return row
 
     def _conversation(self, row: _Row) -> Conversation:
-        """Returns the conversation whose response the model continues."""
+        """Returns the conversation whose response the model continues; without images unless ``with_image`` is set."""
         if self.config.with_image:
             return Conversation(key=row.item.digest, question=row.item.question_with_options, images=row.images)
         return Conversation(key=row.item.digest, question=without_placeholders(row.item.question_with_options))
@@ -308,7 +318,7 @@ class DropoutNTP:
         return None
 
     def _score(self, item: Item, text: str) -> dict[str, Any]:
-        """Returns the answer and its verdict for the journal; empty without a true answer or a matcher."""
+        """Returns the answer in ``text`` and its verdict, for the journal; empty without a true answer or matcher."""
         if not item.truths or self._scorer is None:
             return {}
         return self._scorer.score_fields(text, item)
@@ -321,7 +331,7 @@ class DropoutNTP:
 
 
 def without_placeholders(question: str) -> str:
-    """Returns the question without image placeholders."""
+    """Returns a question without ``<image>`` and the line break after it."""
     return question.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
 
 

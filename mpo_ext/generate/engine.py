@@ -16,12 +16,12 @@ from mpo_ext.checks import check_integer, check_number, environment_integer
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """Settings for drawing tokens. The defaults are those of the authors' scripts.
+    """Settings for drawing tokens. The defaults are those in the scripts of MPO's authors.
 
     Attributes:
         temperature: Temperature of the distribution; 0 takes the most probable token.
-        top_p: Draws from the most probable tokens whose total probability reaches this value.
-        top_k: Draws from this number of the most probable tokens; 0 draws from all tokens.
+        top_p: Tokens are drawn from the fewest most probable tokens whose total probability reaches this value.
+        top_k: Tokens are drawn from this number of the most probable tokens; 0: from all tokens.
         max_new_tokens: Maximum number of tokens in a continuation.
     """
 
@@ -39,7 +39,7 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Request(Conversation):
-    """A prompt to continue.
+    """A prompt to continue, with all attributes of a ``Conversation``.
 
     Attributes:
         prefix_ids: Token ids at the beginning of the assistant's turn; the continuation follows in the same turn.
@@ -70,7 +70,11 @@ class Generation:
 
 
 class Engine(Protocol):
-    """The attributes and methods that a pipeline needs of an engine."""
+    """The attributes and methods that a pipeline needs of an engine.
+
+    Attributes:
+        name: Name of the model, which the pairs record.
+    """
 
     name: str
 
@@ -81,7 +85,7 @@ class Engine(Protocol):
         """Returns the token ids of a response to a conversation, without the token that ends the turn."""
 
     def decode_response(self, conversation: Conversation, token_ids: Sequence[int]) -> str:
-        """Returns the response for token ids that follow the prompt; special tokens inside are kept."""
+        """Returns the text of a response, whose token ids follow the prompt; it keeps special tokens."""
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """Returns the continuation of each request, in the order of the requests."""

@@ -1,4 +1,7 @@
-"""Runs the requests of blocks of items: block after block or, if the engine can, several blocks at the same time."""
+"""Runs the requests of blocks: block after block or, if the engine can, several blocks at the same time.
+
+A block is a group of items that a pipeline samples together.
+"""
 
 import collections
 import contextlib
@@ -31,7 +34,7 @@ class StreamingEngine(Engine, Protocol):
         """Returns the names and continuations of requests that have ended; waits for one if requests are running."""
 
     def cancel(self, names: Sequence[str]) -> None:
-        """Stops requests."""
+        """Stops the requests with these names."""
 
 
 def run_steps(steps: Steps, engine: Engine) -> Records:
@@ -48,8 +51,10 @@ def run_steps(steps: Steps, engine: Engine) -> Records:
 def run_blocks(blocks: Iterator[tuple[Tag, Steps]], engine: Engine) -> Iterator[tuple[Tag, Records]]:
     """Yields the tag and the records of each block, in order.
 
-    With a ``StreamingEngine``, later blocks begin before earlier ones have ended, so that the engine always has
+    With a ``StreamingEngine``, later blocks begin before earlier blocks have ended, so that the engine always has
     ``concurrency`` requests. Otherwise, the blocks run one after the other.
+
+    ``blocks`` yields each block as a tag, which may be any object, and its steps.
     """
     if hasattr(engine, "submit"):
         with contextlib.closing(_Feeder(cast(StreamingEngine, engine))) as feeder:
@@ -63,8 +68,10 @@ class _Block:
     """A block that has begun.
 
     Attributes:
-        generations: Continuations of the requests that ``steps`` waits for; None for those that are running.
-        records: The result, or None.
+        tag: Tag of the block, as in ``run_blocks``.
+        steps: The work on the block.
+        generations: Continuations of the requests that ``steps`` waits for; None for each running request.
+        records: The result of ``steps``; None before ``steps`` has ended.
         n_requests: Number of all requests so far.
     """
 
@@ -108,7 +115,7 @@ class _Feeder:
         return len(self._running) >= self._engine.concurrency or kept >= _MAX_KEPT * self._engine.concurrency
 
     def _advance(self, block: _Block, generations: list[Generation] | None) -> None:
-        """Gives a block the generations that it waits for, and submits its next requests."""
+        """Passes a block the generations that it waits for (None at its start), and submits its next requests."""
         try:
             requests = block.steps.send(generations)  # type: ignore[arg-type]
             while not requests:

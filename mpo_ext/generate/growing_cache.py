@@ -14,7 +14,7 @@ class GrowingLayer(DynamicLayer):
 
     Args:
         layer: Layer whose keys and values are copied.
-        rows: For each row of the new layer a row of ``layer``.
+        rows: ``[B]`` int64: for each row of the new layer, the index of a row of ``layer``.
     """
 
     def __init__(self, layer: DynamicLayer, rows: Tensor) -> None:
@@ -26,7 +26,7 @@ class GrowingLayer(DynamicLayer):
         self.reorder_cache(rows)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends keys and values, and returns all keys and values as views."""
+        """Appends keys and values of further tokens, and returns views of all keys and all values."""
         start = self.keys.shape[-2]
         stop = start + key_states.shape[-2]
         if stop > self._all_keys.shape[-2]:
@@ -38,7 +38,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replaces the rows by these rows."""
+        """Replaces each row i by the row with the index ``beam_idx[i]``."""
         length, rows = self.keys.shape[-2], beam_idx.to(self.keys.device)
         self._all_keys = _with_room(self.keys.index_select(0, rows), length)
         self._all_values = _with_room(self.values.index_select(0, rows), length)
@@ -46,7 +46,10 @@ class GrowingLayer(DynamicLayer):
 
 
 def repeat_cache(cache: DynamicCache, rows: Tensor) -> None:
-    """Replaces the rows of a cache by these rows, each as often as ``rows`` names it; plain layers then grow fast."""
+    """Replaces each row i of a cache by the row with the index ``rows[i]``; an index may occur several times.
+
+    A plain ``DynamicLayer`` becomes a ``GrowingLayer``.
+    """
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
             cache.layers[place] = GrowingLayer(layer, rows)
@@ -55,7 +58,7 @@ def repeat_cache(cache: DynamicCache, rows: Tensor) -> None:
 
 
 def _with_room(states: Tensor, length: int) -> Tensor:
-    """Returns a tensor for at least ``length`` tokens that begins with ``states``."""
+    """Returns a copy of ``states`` ``[B, heads, T, D]`` with room for more than ``length`` tokens in all."""
     n_rows, n_heads, n_tokens, size = states.shape
     result = states.new_empty(n_rows, n_heads, length + max(_LEAST_ROOM, length // 8), size)
     result[:, :, :n_tokens] = states

@@ -54,8 +54,10 @@ class ItemFields:
     """The fields of an item, in one form for all published forms.
 
     Attributes:
-        question: The question with its context, and ``<image>`` at the place of an image; may be no text.
-        images: Paths and data URLs.
+        question: The question with its context, and ``<image>`` at the place of an image. It is not a text if the
+            input's question is not a text.
+        chosen: The preferred response, as the input gives it; None without it.
+        images: Paths and data URLs of the images.
         truths: True answers; the letter for an answer that is an index.
         extra: The other fields; ``options`` is a list of texts, or a dict from letter to text.
     """
@@ -68,7 +70,7 @@ class ItemFields:
 
 
 def read_fields(values: Mapping[str, Any]) -> ItemFields:
-    """Returns the fields of an item.
+    """Returns the fields of an item in the form that all published forms share; ``values`` are the fields of its row.
 
     Raises:
         FormError: If the item has options, an answer or images that cannot be read.
@@ -95,7 +97,7 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value of a table as JSON has it."""
+    """Returns a value of a table as a JSON value: dates and decimal numbers become texts."""
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     return str(value) if isinstance(value, decimal.Decimal) else value
@@ -105,7 +107,10 @@ def _plain(value: Any) -> Any:
 
 
 def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | None, *, is_index: bool) -> list[str]:
-    """Removes the answer from the fields, and returns all answers that are right."""
+    """Removes the answer from the fields ``rest``, and returns all true answers.
+
+    ``is_index`` is as in ``indexed_answer``.
+    """
     given = [key for key in _ANSWERS if rest.get(key) is not None and (key != "answers" or _is_texts(rest[key]))]
     key = given[0] if given else "answer_gt"
     answer = rest.pop(key, None)
@@ -132,7 +137,7 @@ def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | Non
 
 
 def _checked(text: str, options: list[str] | dict[str, str] | None, *, is_index: bool) -> str:
-    """Returns a true answer; raises FormError for an index or letters of options that the item does not have."""
+    """Returns a true answer. Raises FormError for an index, or for letters, of options that the item does not have."""
     if options is not None and re.fullmatch(r"-?[0-9]{1,3}(?:\.0)?", text.strip()):
         return numbered_answer(text, options, is_index=is_index)
     if options is None or not _LETTERS.fullmatch(text.strip()):
@@ -152,7 +157,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def _open_answers(answer: str) -> Any:
-    """Returns the answers to an open question of MMMU, which may be the text of a list."""
+    """Returns the answers to an open question of MMMU as a list, or ``answer`` if it is not the text of a list."""
     try:
         answers = read_literal(answer)
     except ValueError:
@@ -166,7 +171,7 @@ def _open_answers(answer: str) -> Any:
 def _take_images(
     rest: dict[str, Any], question: str, options: list[str] | dict[str, str] | None
 ) -> tuple[str, list[str] | dict[str, str] | None, list[Any]]:
-    """Removes the images from the fields; returns question and options with ``<image>`` marks, and the images."""
+    """Removes the images from the fields ``rest``; returns question and options with ``<image>``, and the images."""
     numbered = {
         int(match[1]): image
         for key in list(rest)
@@ -227,7 +232,10 @@ def _place_numbered(
 
 
 def _image(key: str, value: Any, rest: Mapping[str, Any]) -> Any:
-    """Returns an image as a path or a data URL, None for no image, and other values unchanged."""
+    """Returns an image as a path or a data URL; None for an empty value, and a value of another kind unchanged.
+
+    ``key`` is the name of the field, and ``rest`` holds the other fields of the item.
+    """
     if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:  # the form of Hugging Face's datasets
         value = value["bytes"] if value.get("bytes") else value.get("path")
     if value is None or value == "" or is_missing(value):

@@ -35,7 +35,9 @@ def is_missing(value: Any) -> bool:
 
 
 def take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | None, bool]:
-    """Removes the options from the fields; returns them, and whether their form has an index as the answer.
+    """Removes the options from the fields ``rest``, and returns them; None if the item has no options.
+
+    The second value is ``is_index`` of ``indexed_answer``: whether an integer answer is the index of an option.
 
     Raises:
         FormError: If options cannot be read, or if a field that is not read looks like options.
@@ -61,7 +63,10 @@ def take_options(rest: dict[str, Any]) -> tuple[list[str] | dict[str, str] | Non
 
 
 def _take_series(rest: dict[str, Any], name: str) -> list[str] | None:
-    """Removes fields with one option each, such as ``choice_a`` and ``choice_b``; None if there are no two of them."""
+    """Removes fields with one option each, such as ``choice_a`` and ``choice_b``, and returns the options.
+
+    ``name`` is the pattern of the field names. The result is None if fewer than two such fields have a text.
+    """
     keys = {letter: name.format(upper=letter, lower=letter.lower()) for letter in _COLUMNS}
     values = {letter: rest[key] for letter, key in keys.items() if key in rest}
     texts: list[str] = []
@@ -135,7 +140,14 @@ def _option(key: str, value: Any) -> str:
 
 
 def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Returns the letter of an answer that is the index of an option, counted from 0 as in ScienceQA."""
+    """Returns the letter of the option that an integer answer means: by its index, from 0, or by its text.
+
+    ``is_index`` says whether integer answers in this form of items are indices, as in ScienceQA. If they are not, the
+    answer must be the text of an option.
+
+    Raises:
+        FormError: If the answer may mean several options, or no option.
+    """
     labels = label_options(options)
     matching = [label for label, text in labels.items() if text.strip() == str(answer)]
     letter = list(labels)[answer] if 0 <= answer < len(labels) else None
@@ -147,7 +159,10 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
 
 
 def numbered_answer(answer: str, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Returns the true answer for digits: the text of an option, or the letter of an index counted from 0."""
+    """Returns a true answer in digits: unchanged if it is the text of an option, else the letter at this index.
+
+    Indices count from 0; ``is_index`` and the errors are those of ``indexed_answer``.
+    """
     labels = label_options(options)
     matching = [label for label, text in labels.items() if text.strip() == answer.strip()]
     index = int(float(answer))

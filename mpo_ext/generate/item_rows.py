@@ -18,7 +18,7 @@ _PARQUET_ROWS = 32  # rows that are read at a time; each may hold several images
 
 
 def read_rows(path: str) -> Iterator[Any]:
-    """Yields the rows of a file; None for a line that is not JSON. Values of TSV and CSV are texts.
+    """Yields the rows of a file, mostly dicts; None stands for an unreadable row. Values of TSV and CSV are texts.
 
     Raises:
         OSError: If the file cannot be read.
@@ -43,7 +43,10 @@ def read_rows(path: str) -> Iterator[Any]:
 
 
 def count_rows(path: str, digest: "hashlib._Hash | hashlib.blake2b") -> int:
-    """Returns the number of rows of a file, and adds the content of the file to a digest; raises as ``read_rows``."""
+    """Returns the number of rows of a file, and adds the content of the file to ``digest``.
+
+    The errors are those of ``read_rows``.
+    """
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
@@ -61,7 +64,7 @@ def _is_parquet(path: str) -> bool:
 
 
 def _lines(path: str) -> str:
-    """Returns the path of a table of text in UTF-8, or of JSON lines with the rows of another file."""
+    """Returns ``path`` for a TSV or CSV file in UTF-8, or else the path of a file of JSON lines with its rows."""
     with open(path, "rb") as file:
         head = file.read(_HEAD)
     if Path(path).suffix.lower() in TABLES and _is_utf8(head):

@@ -29,12 +29,12 @@ class Item:
     """A question to make pairs from, or to evaluate a model with.
 
     Attributes:
-        question: The question; may hold ``<image>`` at the place of an image.
+        question: The question; it may hold ``<image>`` at the place of an image.
         images: Image paths as the input gives them, and data URLs of images that the input itself holds.
         chosen: Preferred response, an input of DropoutNTP; None if the item has no such response.
         truths: True answers, each of which counts as right.
         extra: Other fields of the input line. ``options`` is a list of texts, or a dict from letter to text.
-        image_root: Folder against which relative image paths are resolved.
+        image_root: Folder at which relative image paths start.
         subset: Name of the item's subset in a meta file; None without a meta file. The pairs of a subset have absolute
             image paths and record the subset and its root. In other pairs, relative image paths start at the folder of
             the written file.
@@ -93,12 +93,12 @@ class Item:
 
     @property
     def digest(self) -> str:
-        """Returns a hash of the content as the name of the item; it does not depend on the position in the input."""
+        """Returns a hash of the item's content, which names the item. It does not depend on the item's position."""
         content = (self.question, self.images, self.chosen, self.truths, self.problem)
         return hashlib.blake2b(repr(content).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
     def pair(self, question: str, chosen: str, rejected: str, provenance: dict[str, Any]) -> Pair:
-        """Returns a pair with the image paths, the first true answer and the extra fields of the item."""
+        """Returns a pair of these texts with the item's image paths, first true answer and extra fields."""
         return Pair(question, chosen, rejected, self.pair_images, self.answer_gt, provenance, self.pair_extra)
 
     def load_images(self) -> tuple[Any, ...]:
@@ -113,7 +113,7 @@ class Item:
             values: Parsed line with ``question``; ``image`` or ``images``, a path or a list of paths; ``chosen``;
                 ``answer_gt`` or ``answer``; ``options``; or a row in one of the forms of ``item_forms``. All other
                 fields except ``rejected`` become ``extra``.
-            image_root: Folder against which relative image paths are resolved.
+            image_root: Folder at which relative image paths start.
             subset: Name of the subset, whose images must stay below ``image_root``; None without a meta file.
         """
         if not isinstance(values, Mapping) or is_nested_deeply(values):
@@ -172,7 +172,13 @@ class Item:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ItemFile:
-    """A file of items; ``subset`` is the name of the file in a meta file, or None without a meta file."""
+    """A file of items.
+
+    Attributes:
+        path: Path of the file.
+        image_root: Folder at which relative image paths start.
+        subset: Name of the file in a meta file; None without a meta file.
+    """
 
     path: str
     image_root: str = ""
@@ -184,6 +190,7 @@ class ItemSource:
     """The items of a run, opened by ``open_items``.
 
     Attributes:
+        files: The files of items, in order.
         digest: Hash of the lines and the subset names, which does not depend on the paths.
         count: Number of items in the run.
     """
@@ -202,7 +209,8 @@ def open_items(
 ) -> ItemSource:
     """Finds the files of a source, counts their items and computes their digest.
 
-    ``limit`` takes only the first items of the source; the other arguments are those of ``item_files``.
+    ``limit`` is the maximum number of items, from the first on; None: all. The other arguments are those of
+    ``item_files``.
     """
     files = item_files(source, image_root=image_root, root_map=root_map)
     digest, count = hashlib.blake2b(digest_size=16), 0
@@ -220,8 +228,8 @@ def item_files(
 
     Args:
         source: Path of a file of JSON lines, a JSON array (.json), TSV, CSV or Parquet, or of a meta file.
-        image_root: Folder against which relative image paths are resolved; a meta file names a root for each file.
-        root_map: Pairs of path prefixes (old, new) for folders in a meta file that have moved.
+        image_root: Folder at which relative image paths start; a meta file names a root for each file.
+        root_map: Path prefixes (old, new) of folders in a meta file that have moved.
 
     Raises:
         OSError: If the meta file cannot be read.
@@ -239,7 +247,10 @@ def item_files(
 
 
 def _is_meta(source: str | Path) -> bool:
-    """Returns whether a file is a .json file without a JSON array; raises ValueError for an array in another form."""
+    """Returns whether a file is a meta file: a .json file whose content is not a JSON array.
+
+    Raises ValueError for a meta file that is not in UTF-8.
+    """
     if Path(source).suffix != ".json":
         return False
     with open(source, "rb") as file:
@@ -261,7 +272,10 @@ def _is_path(image: object) -> bool:
 
 
 def _remembered_subset(source: object, images: object, image_root: str) -> tuple[str | None, str]:
-    """Returns the subset and root that a pipeline wrote into a line, or (None, ``image_root``) for other images."""
+    """Returns the subset and the root that a pipeline wrote into a line.
+
+    Returns (None, ``image_root``) if the line has no subset, or if an image is not an absolute path below its root.
+    """
     subset, root = (source.get("subset"), source.get("root")) if isinstance(source, dict) else (None, None)
     if not isinstance(subset, str) or not isinstance(root, str) or not isinstance(images, (list, tuple)):
         return None, image_root

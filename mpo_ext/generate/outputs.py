@@ -20,9 +20,11 @@ class ItemResult:
     """The output lines that a pipeline makes from the samples of an item, and the reasons for skipped samples.
 
     Attributes:
-        lines: Name of the output and content of each line.
-        skipped: Number of skips by reason, for single samples and for the item as a whole.
+        lines: For each line, the name of its output and its content.
+        skipped: Number of skips by reason, of single samples and of the item as a whole.
+        is_skipped: Whether the item is skipped as a whole.
         notes: Number of lines by remark.
+        tokens: Number of generated tokens.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
@@ -32,7 +34,7 @@ class ItemResult:
     tokens: int = 0
 
     def skip(self, reason: str) -> "ItemResult":
-        """Skips the item as a whole and returns this result."""
+        """Marks the item as skipped for this reason, and returns this result."""
         self.skipped[reason] += 1
         self.is_skipped = True
         return self
@@ -43,8 +45,12 @@ class Summary:
     """The numbers of a run, which do not depend on interruptions.
 
     Attributes:
+        items: Number of items.
         records: Number of samples.
+        generated_tokens: Number of generated tokens in all samples.
         lines: Number of lines by output.
+        chosen_chars: Number of characters in the chosen responses of all pairs.
+        rejected_chars: Number of characters in the rejected responses of all pairs.
         skipped: Number of skipped items and samples by reason.
         skipped_items: Number of items skipped as a whole.
         notes: Number of pairs by remark.
@@ -85,7 +91,7 @@ class Summary:
                 self.rejected_chars += len(line["rejected"])
 
     def counts(self) -> str:
-        """Returns the counts that the progress display shows."""
+        """Returns the numbers of pairs and skips as a text for the progress display."""
         return f"{self.pairs} pairs, {self.skipped_items} items without a pair, {self.skipped_samples} samples skipped"
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,10 +126,18 @@ class Summary:
 
 
 class PairOutputs:
-    """Writes the outputs and the summary of a run; older files are replaced only if the block ends without an error.
+    """A context manager that writes the outputs and the summary of a run.
 
-    In the files of pairs, relative image paths start at the folder of the file, where every reader of pairs expects
-    them. Journals and ``unsolved``, which is an input for another run, keep image paths as the input gives them.
+    Older files are replaced only if the ``with`` block ends without an error. In the files of pairs, relative image
+    paths start at the folder of the file, as every reader of pairs expects. Journals and ``unsolved``, which is an
+    input for another run, keep image paths as the input gives them.
+
+    Args:
+        names: Names of the outputs.
+        out: Folder of the run.
+
+    Attributes:
+        summary: The numbers of the run so far.
     """
 
     def __init__(self, names: Sequence[str], out: Path) -> None:

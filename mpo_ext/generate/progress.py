@@ -9,9 +9,12 @@ _INTERVAL_S = 30.0
 
 
 class SamplingProgress:
-    """Shows the number of finished items, as a bar on a terminal and elsewhere as a line every 30 seconds.
+    """Shows the number of finished items: as a bar on a terminal, elsewhere as a line every 30 seconds.
 
-    ``name`` is a label before the numbers. If ``stream`` is None, the display is disabled.
+    Args:
+        name: Label before the numbers.
+        total: Number of items.
+        stream: Output of the display; None disables the display.
     """
 
     def __init__(self, name: str, total: int, stream: TextIO | None) -> None:

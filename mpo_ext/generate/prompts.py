@@ -20,7 +20,13 @@ _FIELD = re.compile(r"(?<![\w\\])\{(\w+)\}")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PromptTemplate:
-    """The text around a question; ``answer_style`` is the style with which ``extract_answer`` extracts the answer."""
+    """The text around a question.
+
+    Attributes:
+        name: Name of the template.
+        text: The text, with the field ``{question}`` and optionally ``{options}``.
+        answer_style: Style with which ``extract_answer`` extracts the answer from a response.
+    """
 
     name: str
     text: str
@@ -97,7 +103,7 @@ TEMPLATES: dict[str, PromptTemplate] = {
 
 
 def get_template(name: str, templates: Mapping[str, PromptTemplate] = TEMPLATES) -> PromptTemplate:
-    """Returns the template with a name, from the built-in templates or from the result of ``load_templates``."""
+    """Returns the template with a name from ``templates``, by default the built-in templates."""
     check_choice("template", name, templates)
     return templates[name]
 
@@ -158,10 +164,13 @@ def _read(path: Path) -> Any:
 
 
 def render(template: PromptTemplate, question: str, options: Sequence[str] | Mapping[str, str] | None = None) -> str:
-    """Returns the prompt of a question, which is inserted into the template unchanged, even if it holds braces.
+    """Returns the prompt of a question. The question is inserted into the template unchanged, even if it has braces.
 
-    ``options`` holds the option texts in the order A, B, ..., or a mapping from letter to text. None removes the line
-    of ``{options}``, for a question that has no options or shows the options itself.
+    Args:
+        template: The template.
+        question: The question.
+        options: Option texts in the order A, B, ..., or a mapping from letter to text. None removes the line of
+            ``{options}``, for a question that has no options or shows the options itself.
     """
     if not isinstance(question, str):
         raise TypeError(f"question for template {template.name!r} must be a string, got {question!r}")

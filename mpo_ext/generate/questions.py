@@ -26,6 +26,9 @@ class QuestionSampler:
 
     Attributes:
         name: Name of the pipeline; the seeds of the requests depend on it.
+        samples: Number of responses per question.
+        sampling: Settings for drawing tokens.
+        seed: Seed of all draws.
         template: Template of the prompts; None: the question with its options.
     """
 
@@ -68,7 +71,8 @@ class QuestionSampler:
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
         """Yields the requests of the questions, and returns a list of records for each item.
 
-        A record has ``key``, ``text``, ``finish`` and ``tokens``; if the item cannot be used, ``key`` and ``problem``.
+        A record has ``key``, ``text``, ``finish`` and ``tokens``. If the item cannot be used, its records have only
+        ``key`` and ``problem``.
         """
         problems: dict[int, str] = {}
         requests: list[Request] = []
@@ -117,8 +121,9 @@ class AnswerScorer:
 
     Args:
         matcher_options: Kind and options of the matcher.
-        style: Form of the answer in a response, see ``extract_answer``; None: the style of the template.
-        template: Template of the questions; without a template, the style defaults to "final_answer".
+        style: Form of the answer in a response, as in ``extract_answer``; None: the style of the template, or
+            "final_answer" without a template.
+        template: Template of the prompts, or None.
     """
 
     def __init__(
@@ -130,7 +135,7 @@ class AnswerScorer:
         self._verdicts: dict[tuple[tuple[str, ...], Any, str], Verdict] = {}
 
     def matcher_for(self, item: Item) -> Matcher:
-        """Returns the matcher for the answers to an item, which knows the item's options."""
+        """Returns the matcher for the answers to an item; it has the item's options."""
         return self.matcher if item.options is None else self.matcher.with_options(dict(item.options))
 
     def score(self, text: str, item: Item) -> tuple[str | None, Verdict | None]:
@@ -148,7 +153,7 @@ class AnswerScorer:
         return answer, verdict
 
     def score_fields(self, text: str, item: Item) -> dict[str, Any]:
-        """Returns the answer in a response and its verdict as the fields that a journal stores.
+        """Returns the fields that a journal stores for the answer in a response and its verdict.
 
         ``correct`` is true, false, or null if no answer can be extracted or the matcher cannot read it.
         """
@@ -159,7 +164,10 @@ class AnswerScorer:
         return {**fields, "verdicts": VERDICT_VERSION}
 
     def stored_fields(self, record: Mapping[str, Any], item: Item) -> dict[str, Any]:
-        """Returns the fields of ``score_fields`` from a record; a record of older matchers is scored again."""
+        """Returns the fields of ``score_fields`` from a record of a journal.
+
+        If the record has verdicts of another ``VERDICT_VERSION``, the response is scored again.
+        """
         if record.get("verdicts") == VERDICT_VERSION:
             return {name: record[name] for name in ("answer", "correct", "score", "rule") if name in record}
         return self.score_fields(record["text"], item)

@@ -26,8 +26,9 @@ class RemoteEngine:
     """An engine that is created separately in each worker.
 
     Attributes:
-        make: Creates the engine; called once in each worker.
-        settings: Result of the engine's ``settings()``, given here because the driver has no engine.
+        make: Function that creates the engine; each worker calls it once.
+        name: Name of the model, which the pairs record.
+        settings: Result of the engine's ``settings()``. The driver needs it, because it has no engine.
     """
 
     make: Callable[[], Engine]
@@ -49,10 +50,10 @@ def run(
     root_map: Sequence[tuple[str, str]] = (),
     stream: TextIO | None = None,
 ) -> Summary | None:
-    """Runs a pipeline like ``runner.run``, but on the machines of a Ray cluster.
+    """Runs a pipeline like ``runner.run``, but on the machines of a Ray cluster, and returns the numbers of the run.
 
     The run uses ``workers`` actors with ``gpus_per_worker`` GPUs each. The other arguments are those of
-    ``runner.run``. Only the driver reads ``source`` and writes to ``out``; ``image_root`` must be the same folder on
+    ``runner.run``. Only the driver reads ``source`` and writes to ``out``. ``image_root`` must be the same folder on
     every machine.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Runs a pipeline over a file of items; a kill at any moment loses at most the block that is being generated.
+"""Runs a pipeline over a file of items. A kill loses at most the blocks of samples that are being generated.
 
 The processes of a run fill their journals (``mpo_ext.generate.sampler``). The first process that finds all journals
 complete converts them into the outputs, in the order of the input. The conversion draws no random numbers, so the
@@ -33,7 +33,11 @@ _CHECKED_ITEMS = 100
 
 
 class PairPipeline(Pipeline, Protocol):
-    """A pipeline that makes pairs. ``sample`` calls the engine; ``make_pairs`` draws nothing and needs no engine."""
+    """A pipeline that makes pairs. ``steps`` needs an engine; ``make_pairs`` needs none, and draws no random numbers.
+
+    Attributes:
+        needs_truths: Whether the items must have a true answer.
+    """
 
     needs_truths: bool
 
@@ -42,7 +46,7 @@ class PairPipeline(Pipeline, Protocol):
         """Returns the names of the outputs; each output is a JSONL file."""
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes pairs from the records of an item."""
+        """Returns the output lines that are made from the records of an item; ``model`` is the name of the model."""
 
 
 def run(
@@ -65,13 +69,14 @@ def run(
     Args:
         pipeline: ``DropoutNTP`` or ``Correctness``.
         engine: Engine that answers the requests.
-        source: JSONL file of items, or a meta file (.json) that lists such files, in the format of MMPR's prompts.
+        source: File of items, as in ``item_files``, or a meta file (.json) of such files in the format of MMPR's
+            prompts.
         out: Folder of the run.
-        block_size: Number of samples to request at a time, but at least all samples of an item. A kill loses at most
-            these samples.
+        block_size: Number of samples to request at a time. If an item has more samples, all its samples are requested
+            at a time. A kill loses at most these samples.
         limit: Maximum number of items, taken from the beginning; None: all items. A later run may take more.
-        image_root: Folder against which relative image paths are resolved; a meta file names a root for each file.
-        root_map: Pairs of path prefixes (old, new) for folders in a meta file that have moved.
+        image_root: Folder at which relative image paths start; a meta file names a root for each file.
+        root_map: Path prefixes (old, new) of folders in a meta file that have moved.
         rank: Rank of this process, which takes every item whose position modulo ``world_size`` is the rank.
         world_size: Number of processes, which need not run at the same time.
         fsync_s: Seconds between two syncs of the journal to disk.
@@ -123,8 +128,8 @@ def write_outputs(
 ) -> Summary | None:
     """Converts complete journals into the outputs: a file ``<name>.jsonl`` for each output, and ``summary.json``.
 
-    Returns the numbers of the run, or None without writing a file if a record is missing. ``world_size`` is the number
-    of journals, and ``model`` the name of the model for the provenance of the pairs.
+    Returns the numbers of the run. If a record is missing, the function writes no file and returns None.
+    ``world_size`` is the number of journals, and ``model`` the name of the model for the provenance of the pairs.
     """
     with contextlib.suppress(IncompleteRunError):
         samples = read_samples(pipeline, source, out, world_size=world_size)
@@ -144,9 +149,9 @@ def check_run(
     root_map: Sequence[tuple[str, str]] = (),
     world_size: int = 1,
 ) -> None:
-    """Raises the errors that ``run`` would raise, without a model.
+    """Checks the arguments of ``run`` before a model is loaded.
 
-    The arguments are those of ``run``. At least one of the first 100 lines of the source must hold a usable item.
+    At least one of the first 100 lines of the source must hold a usable item.
 
     Raises:
         OSError: If a file is missing or the folder is not writable.

@@ -4,8 +4,8 @@ Each process of a run takes every item whose position modulo the number of proce
 records to a separate journal (``mpo_ext.journal``) in input order. Memory does not grow with the number of items.
 
 Items go through the engine in blocks, whose bounds depend only on the input and the block size. If a kill left a block
-incomplete, the whole block is generated again with the same arithmetic; only the missing records are appended. Engines
-that take requests at any time run several blocks at the same time (``mpo_ext.generate.feeding``).
+incomplete, the whole block is generated again with the same arithmetic, and only the missing records are appended.
+Engines that take requests at any time run several blocks at the same time (``mpo_ext.generate.feeding``).
 """
 
 import contextlib
@@ -25,7 +25,11 @@ from mpo_ext.journal import Journal, read_header, read_records
 
 
 class Pipeline(Protocol):
-    """The part of a pipeline that fills the journals."""
+    """The part of a pipeline that fills the journals.
+
+    Attributes:
+        name: Name of the pipeline, which its journals record.
+    """
 
     name: str
 
@@ -48,7 +52,7 @@ def journal_path(out: Path, rank: int, world_size: int) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    """Returns whether a run wrote the outputs in a folder: it has their lock, or a journal, also in a folder below."""
+    """Returns whether a run has written to a folder: it holds ``outputs.lock``, or a journal at any depth."""
     if (folder / "outputs.lock").is_file():
         return True
     for path in folder.rglob("journal-*-of-*.jsonl"):
@@ -67,7 +71,7 @@ def check_world_size(out: Path, world_size: int) -> None:
 
 
 def stored_date(out: Path) -> str | None:
-    """Returns the date that the prompts of the journals in a folder have, in ISO format, or None if they have none."""
+    """Returns the date for chat templates that the journals in a folder record, in ISO format, or None without one."""
     for path in sorted(out.glob("journal-*-of-*.jsonl")):
         settings = read_header(path) or {}
         if date := settings.get("engine", {}).get("processor", {}).get("date"):
@@ -76,15 +80,15 @@ def stored_date(out: Path) -> str | None:
 
 
 def keep_date(engine: Engine, folders: Iterable[Path]) -> None:
-    """Sets the date that an engine's chat template writes to that of the journals in folders, if they have one.
+    """Sets the date of an engine's chat template to the first date that the journals in ``folders`` record.
 
-    Otherwise, the prompts of a run would change from day to day.
+    Without this, the prompts of a run would change from day to day. Without a recorded date, the engine is unchanged.
     """
     set_date(engine, next(filter(None, map(stored_date, folders)), None))
 
 
 def set_date(engine: Engine, date: str | None) -> None:
-    """Sets the date that an engine's chat template writes to the result of ``stored_date``; None: no change."""
+    """Sets the date that an engine's chat template writes. ``date`` is in ISO format; None: no change."""
     chat = getattr(engine, "chat", None)
     if date is not None and chat is not None:
         engine.chat = with_date(chat, datetime.date.fromisoformat(date))  # type: ignore[attr-defined]
@@ -102,8 +106,15 @@ def open_journal(
 ) -> Journal:
     """Returns the journal of a process, to be used as a context manager.
 
-    ``engine_settings`` is the result of the engine's ``settings()``; ``out`` is the folder of the run. Journals of
-    earlier versions of mpo_ext do not describe the processor; then it is not compared.
+    Args:
+        pipeline: The pipeline that samples the records.
+        engine_settings: Result of the engine's ``settings()``. Its "processor" is not compared with a journal of an
+            earlier version of mpo_ext, which does not describe the processor.
+        source: The items.
+        out: Folder of the run.
+        rank: Rank of the process.
+        world_size: Number of processes.
+        fsync_s: Seconds between two syncs of the journal to disk.
 
     Raises:
         ValueError: If the rank is out of range, or the run was started with another number of processes.
@@ -158,7 +169,7 @@ def sample_items(
 def read_samples(
     pipeline: Pipeline, source: ItemSource, out: Path, *, world_size: int = 1
 ) -> Iterator[tuple[Item, list[dict[str, Any]]]]:
-    """Returns an iterator that merges all journals of a run: each item with its records, in the order of the input.
+    """Returns an iterator over all items in the order of the input, each with its records from the journals.
 
     Raises:
         IncompleteRunError: If a journal is missing (raised at once) or lacks a record (raised during iteration).
@@ -192,7 +203,13 @@ def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterat
 
 @dataclasses.dataclass(slots=True)
 class _StoredBlock:
-    """A block of items, the keys of each item, and the first records of the block."""
+    """A block of items.
+
+    Attributes:
+        items: The items.
+        keys: Keys of the records of each item.
+        records: Records of the block, in order, as far as the journal holds them.
+    """
 
     items: list[Item]
     keys: list[list[str]]
@@ -206,7 +223,7 @@ class _StoredBlock:
         return _no_steps() if self.is_complete else pipeline.steps(self.items, engine)
 
     def add(self, journal: Journal, sampled: list[dict[str, Any]], pipeline: str) -> None:
-        """Appends the missing records to the journal."""
+        """Appends the missing records to the journal; ``sampled`` holds all records of the block."""
         if [record["key"] for record in sampled] != list(itertools.chain.from_iterable(self.keys)):
             raise RuntimeError(f"{pipeline}.steps must give one record for each key, in order")
         missing = sampled[len(self.records) :]
@@ -220,7 +237,7 @@ def _no_steps() -> Steps:
 
 
 def _stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal: Journal) -> Iterator[_StoredBlock]:
-    """Yields the blocks with the records that the journal has at the beginning."""
+    """Yields each block with those of its records that the journal holds already."""
     stored = journal.records()
     for items in item_blocks:
         keys = [pipeline.keys(item) for item in items]

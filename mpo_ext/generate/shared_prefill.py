@@ -44,7 +44,7 @@ class SharedPrefill:
     half of the samples have ended, they leave the batch.
 
     Args:
-        prompts: For each sample the row of its prompt.
+        prompts: For each sample, the row of its prompt in the inputs.
         seeds: Seed of each sample.
         sampling: Settings for drawing tokens.
         batch_size: Maximum number of samples that are decoded together.
@@ -69,7 +69,7 @@ class SharedPrefill:
         generation_config: Any,
         **inputs: Any,
     ) -> list[list[int]]:
-        """Returns the new token ids of each sample, padded after the end token.
+        """Returns the new token ids of each sample, padded after the end token. ``generate`` passes all arguments.
 
         Raises:
             UnsharedError: If the state after the prefill cannot be repeated.
@@ -106,14 +106,14 @@ class _DecodingBatch:
         self.pad_id = config.pad_token_id
 
     def select(self, rows: "Tensor") -> None:
-        """Replaces the rows of the batch by these rows, each as often as ``rows`` names it."""
+        """Replaces each row i of the batch by the row ``rows[i]``; an index may occur several times."""
         n_rows = len(self.ids)
         for name, value in self.inputs.items():
             self.inputs[name] = _select_rows(name, value, rows, n_rows)
         self.ids, self.logits = self.ids.index_select(0, rows), self.logits.index_select(0, rows)
 
     def decode(self, logits_processor: Any, stopping_criteria: Any) -> list[list[int]]:
-        """Returns the new token ids of each row."""
+        """Decodes until all rows have ended, and returns the new token ids of each row."""
         import torch
 
         width = self.ids.shape[1]
@@ -158,7 +158,10 @@ def _is_image(name: str, value: Any) -> bool:
 
 
 def _select_rows(name: str, value: Any, rows: "Tensor", n_rows: int) -> Any:
-    """Returns an input of the model for these rows. A cache is changed in place."""
+    """Returns an input of the model, which has ``n_rows`` rows, with the rows ``rows``.
+
+    A cache is changed in place. An input without rows is returned unchanged.
+    """
     import torch
     from transformers import DynamicCache
 
@@ -180,7 +183,7 @@ def _check_cache(inputs: dict[str, Any]) -> None:
     cache = inputs.get("cache", inputs.get("past_key_values"))
     if cache is None or type(cache) is not DynamicCache:
         raise UnsharedError(f"its cache is a {type(cache).__name__}, not a DynamicCache")
-    for kind in map(type, cache.layers):  # all kinds of transformers repeat their states
+    for kind in map(type, cache.layers):  # all layer classes of transformers can repeat their states
         if kind.__module__ != DynamicCache.__module__ and "reorder_cache" not in vars(kind):
             raise UnsharedError(f"its {kind.__name__} does not define reorder_cache")
 

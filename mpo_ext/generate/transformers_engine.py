@@ -1,4 +1,4 @@
-"""The engine that uses transformers. The tokens of each row of a batch are drawn with a separate seed."""
+"""The engine that uses transformers. Each row of a batch has a separate seed for drawing its tokens."""
 
 import contextlib
 import warnings
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: Settings of a checkpoint's ``generation_config`` that change the distribution of the tokens, with neutral values.
-#: They are ignored, as vLLM does: a sample depends on ``SamplingConfig`` alone.
+#: The engine ignores them, as vLLM does: a sample depends on ``SamplingConfig`` alone.
 _IGNORED = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
@@ -97,15 +97,15 @@ class TransformersEngine:
         chat_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> "TransformersEngine":
-        """Loads a model and its processor.
+        """Loads a model and its processor, and returns an engine.
 
         Args:
             name: Folder or name of the model. A model with images must be in the transformers format (for InternVL the
                 ``-hf`` checkpoints).
             dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
             device: Device of the model; None: the GPU of this process, or the CPU without a GPU.
-            batch_size: See the class.
-            chat_options: See the class.
+            batch_size: As in the class.
+            chat_options: Options of ``ChatEncoder``, as in the class.
             **options: Passed to ``from_pretrained``, for example ``revision`` or ``gguf_file``.
 
         Raises:
@@ -162,7 +162,13 @@ class TransformersEngine:
     def _continue(
         self, questions: Sequence[Sequence[int]], requests: Sequence[Request], prompts: Sequence[EncodedPrompt]
     ) -> list[list[int]]:
-        """Returns the new token ids of each request of the questions, padded after the end token."""
+        """Returns the new token ids of each request of a batch, padded after the end token.
+
+        Args:
+            questions: A batch from ``_batches``: for each question, the indices of its requests.
+            requests: All requests.
+            prompts: Prompt of each request.
+        """
         import torch
 
         inputs = self._inputs(*zip(*((requests[rows[0]], prompts[rows[0]]) for rows in questions), strict=True))
@@ -203,7 +209,10 @@ class TransformersEngine:
 
     @contextlib.contextmanager
     def _without_defaults(self) -> Iterator[None]:
-        """Hides the model's ``generation_config``, from which ``generate`` takes every setting that is None."""
+        """Hides the model's ``generation_config`` in a ``with`` block.
+
+        Otherwise, ``generate`` would take every setting that is None from it.
+        """
         from transformers import GenerationConfig
 
         stored = self.model.generation_config
@@ -257,7 +266,7 @@ class TransformersEngine:
         }
 
     def _batches(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> Iterator[list[list[int]]]:
-        """Yields batches of questions. A question is the list of the requests with its prompt.
+        """Yields batches of questions. A question is the list of indices of the requests with the same prompt.
 
         The questions of a batch have equal settings, equal numbers of images and similar lengths. A batch has at most
         ``batch_size`` requests, or a single question.
@@ -282,7 +291,7 @@ class TransformersEngine:
 
 
 def make_generation(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> Generation:
-    """Returns the generation for sampled ids, with the text that follows the request's prefix."""
+    """Returns the generation of a request from its sampled ids, which may go beyond the token that ended it."""
     end = next((place for place, token in enumerate(ids) if token in chat.stop_ids), None)
     kept = list(ids[:end])
     head = chat.response_text(request, request.prefix_ids) if request.prefix_ids else ""

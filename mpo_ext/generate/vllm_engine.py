@@ -114,7 +114,7 @@ class VLLMEngine:
         return ended
 
     def cancel(self, names: Sequence[str]) -> None:
-        """Stops requests."""
+        """Stops the requests with these names."""
         running = [name for name in names if self._running.pop(name, None)]
         if running:
             self.llm.llm_engine.abort_request(running)
@@ -126,7 +126,9 @@ class VLLMEngine:
         return prompt
 
     def _generation(self, request: Request, completion: Any) -> Generation:
-        """Converts a completion; vLLM may leave the token that ended it in the ids, or remove it.
+        """Returns the generation of a request from vLLM's completion.
+
+        The ids of the completion may or may not include the token that ended the turn.
 
         Raises:
             RuntimeError: If vLLM ended the request for another reason than "stop" or "length".
@@ -139,7 +141,7 @@ class VLLMEngine:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """Returns the errors of vLLM for prompts that it refuses; its own error is not a ValueError."""
+    """Returns the exception types of vLLM for prompts that it refuses."""
     try:
         from vllm.exceptions import VLLMValidationError
     except ImportError:  # in older versions
