@@ -58,16 +58,16 @@ def check_outputs(
     inputs: Iterable[str | os.PathLike[str]] = (),
     is_ours: bool = True,
 ) -> None:
-    """Raises if writing files or folders would destroy what a user has.
+    """Raises if writing the outputs would destroy files of the user.
 
     Args:
         name: Name of the argument that gives the place of the outputs, for messages.
-        outputs: Paths that will be written; those that do not exist are ignored.
+        outputs: Paths that will be written; paths that do not exist are ignored.
         inputs: Paths that will be read; names that are not files here are ignored.
         is_ours: Whether mpo_ext wrote the existing outputs, so that they may be replaced.
 
     Raises:
-        ValueError: If an output is an input, also under another path, or a folder with an input.
+        ValueError: If an output is an input (perhaps under another path), or a folder that holds an input.
         FileExistsError: If an output exists and ``is_ours`` is False.
     """
     existing = {_identity(path): os.fspath(path) for path in outputs if os.path.lexists(path)}
@@ -85,7 +85,7 @@ def check_outputs(
 
 
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns the device and the inode of a path, which all of its names share; those of a broken link itself."""
+    """Returns the device and the inode of a file, which all its paths share; for a broken link, those of the link."""
     status = os.stat(path) if os.path.exists(path) else os.lstat(path)
     return status.st_dev, status.st_ino
 
@@ -119,7 +119,7 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Syncs a folder and everything below it to disk."""
+    """Syncs a folder, and all files and folders below it, to disk."""
     for path in [*folder.rglob("*"), folder]:
         if path.is_dir():
             sync_folder(path)
@@ -132,12 +132,12 @@ class LockedError(RuntimeError):
 
 
 class FileLock:
-    """Context manager that holds a lock; the operating system releases the lock when the process dies.
+    """A context manager that holds a lock. The operating system releases the lock when the process dies.
 
     The lock file contains the process id of the holder, which LockedError names.
 
     Args:
-        path: Path of the lock file. The file is never deleted; otherwise two processes could hold locks on different
+        path: Path of the lock file. The file is never deleted. Otherwise, two processes could hold locks on different
             files at the same path.
         what: Name of the locked resource for the error message.
         wait: Whether to wait until the lock is free instead of raising.

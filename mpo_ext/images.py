@@ -53,8 +53,8 @@ def load_image(source: Any) -> Any:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ImageError: If the image cannot be read, is not a regular file in a known format, or has more pixels than the
-            limit, its values have no known range, or the source is another URL. URLs are not fetched.
+        ImageError: If the image cannot be read, is not a regular file in a known format, has more pixels than the
+            limit, or has values of an unknown range; or if the source is another URL, because URLs are not fetched.
         TypeError: If the source has another type.
         ImportError: If Pillow is not installed.
     """
@@ -63,14 +63,13 @@ def load_image(source: Any) -> Any:
 
 
 def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
-    """Returns the kind and text of each property of an image that its owner may not expect.
+    """Checks an image, and returns the kind and text of each warning about it.
 
-    These are an animation, of which only the first frame is used, and a colour profile that cannot be applied.
+    Warnings concern an animation, of which only the first frame is used, and a colour profile that cannot be applied.
 
     Args:
         source: Path, ``file://`` URL, ``data:`` URL or bytes of an image file.
-        decode: Whether to decode the pixels. If False, only the headers are read, and the checksums of formats that
-            have checksums.
+        decode: Whether to decode the pixels. False: only the headers are read, and checksums if the format has them.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -96,7 +95,7 @@ def check_image(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
 
 
 def is_url(source: str) -> bool:
-    """Returns whether a text is a URL and not a path. The path of a file named "data:..." must begin with a folder."""
+    """Returns whether a text is a URL and not a path. For a file with such a name, write "./" before the name."""
     return _URL.match(source) is not None
 
 
@@ -105,7 +104,7 @@ def is_data_url(source: str) -> bool:
 
 
 def is_remote(source: str) -> bool:
-    """Returns whether a text is a URL that must be downloaded; ``data:`` URLs and ``file://`` URLs of here are not."""
+    """Returns whether a text is a URL that must be downloaded; False for ``data:`` and local ``file://`` URLs."""
     return is_url(source) and not is_data_url(source) and _FILE_URL.match(source) is None
 
 
@@ -121,7 +120,7 @@ def image_exists(source: str) -> bool:
 
 
 def describe_source(source: Any) -> str:
-    """Returns the source of an image for a message, in at most 80 characters."""
+    """Returns a text of at most 80 characters that names the source of an image in a message."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source):,} bytes"
     if not isinstance(source, (str, os.PathLike)):
@@ -152,7 +151,9 @@ def read_source(source: str) -> bytes:
 
 
 def read_image(source: str) -> bytes:
-    """Returns the result of ``read_source`` if it is an image, so that nothing else is copied or published.
+    """Returns the bytes of an image file as ``read_source`` does, and raises if they are not an image.
+
+    A caller that copies or publishes files thus never copies another file.
 
     Raises:
         OSError: If the file cannot be read.
@@ -167,7 +168,7 @@ def read_image(source: str) -> bytes:
 
 
 def set_max_pixels(limit: int) -> None:
-    """Sets the maximum number of pixels of an image in this process and those that it starts."""
+    """Sets the maximum number of pixels of an image, for this process and the processes that it starts."""
     check_integer("max_image_pixels", limit, least=1)
     os.environ[LIMIT_VARIABLE] = str(limit)
 
@@ -193,7 +194,7 @@ def _open_regular(path: str | os.PathLike[str], source: Any) -> IO[bytes]:
 
 @functools.cache
 def _known_formats() -> tuple[str, ...]:
-    """Returns the names of the formats that may be opened and that this Pillow knows."""
+    """Returns the names of the allowed formats that the installed Pillow can open."""
     pillow = _pillow()
     pillow.init()
     return tuple(name for name in _FORMATS if name in pillow.OPEN)
@@ -247,7 +248,7 @@ def _opened(source: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _named_errors(source: Any) -> Iterator[None]:
-    """Turns the errors of Pillow in the block into an ImageError that names the source."""
+    """Turns the errors of Pillow in a ``with`` block into an ImageError that names the source."""
     from PIL import Image, UnidentifiedImageError
 
     name = describe_source(source)
@@ -286,7 +287,7 @@ def _check_is_local(source: str) -> None:
 
 
 def _data_bytes(url: str) -> bytes:
-    """Decodes a ``data:`` URL (RFC 2397)."""
+    """Returns the decoded bytes of a ``data:`` URL (RFC 2397)."""
     name = describe_source(url)
     header, comma, text = url.partition(",")
     if not comma:
@@ -301,7 +302,10 @@ def _data_bytes(url: str) -> bytes:
 
 
 def _to_rgb(image: Any) -> Any:
-    """Converts an opened image as ``load_image`` describes. ImageErrors begin after "image must"."""
+    """Returns an opened image, converted as ``load_image`` describes.
+
+    The text of an ImageError lacks its beginning "image must", which ``_named_errors`` adds.
+    """
     pillow = _pillow()
     raw_mode = _raw_mode(image)
     _check_transparency(image, raw_mode)
@@ -321,7 +325,7 @@ def _to_rgb(image: Any) -> Any:
 
 
 def _raw_mode(image: Any) -> str:
-    """Returns the layout of an opened file's pixels, such as "L;4"; "" if it is not known. ``load`` discards it."""
+    """Returns the pixel layout of an image such as "L;4", before ``load`` discards it; "" for an unknown layout."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else None
     raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -353,7 +357,7 @@ def _orientation(image: Any) -> Any:
 
 
 def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
-    """Returns the colours in mode L, RGB, CMYK or LAB, and the opacity in mode L or None."""
+    """Returns the colours of an image in mode L, RGB, CMYK or LAB, and its opacity in mode L or None."""
     mode, transparency = image.mode, image.info.get("transparency")
     if mode.startswith("I") or mode == "F":
         return _grey(image, transparency)
@@ -373,7 +377,7 @@ def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
 
 
 def _grey(image: Any, transparency: object) -> tuple[Any, Any]:
-    """Scales grey of more than 8 bits to mode L, and returns it with its opacity in mode L or None."""
+    """Returns a grey image of more than 8 bits scaled to mode L, and its opacity in mode L or None."""
     import numpy as np
 
     values, pillow = np.asarray(image), _pillow()
@@ -411,12 +415,12 @@ def _range(image: Any) -> str:
 
 
 def _color_mode(mode: str) -> str:
-    """Returns the mode of the colours that ``_color_and_alpha`` makes of an image."""
+    """Returns the mode of the colours that ``_color_and_alpha`` returns for an image of the mode ``mode``."""
     return "L" if mode in _GREYS else mode if mode in ("CMYK", "LAB") else "RGB"
 
 
 def _to_srgb(color: Any, profile: bytes | None) -> Any:
-    """Converts colours with their profile to sRGB; a profile that cannot be applied counts as sRGB."""
+    """Returns colours converted from their profile to sRGB; a profile that cannot be applied counts as sRGB."""
     transform = _profile_transform(profile, color.mode)[0] if profile else None
     if transform is None:
         return color.convert("RGB")
@@ -427,9 +431,10 @@ def _to_srgb(color: Any, profile: bytes | None) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _profile_transform(profile: bytes, mode: str) -> tuple[Any, str | None]:
-    """Returns the transform from a profile to sRGB, and the reason why the profile cannot be applied.
+    """Returns the transform from a profile to sRGB, and the reason why the profile cannot be applied (or None).
 
-    Both are None if the profile is sRGB up to rounding, so that most photos keep their exact values.
+    Both are None if the profile is sRGB up to rounding, so that most photos keep their exact values. ``mode`` is the
+    mode of the image's colours.
     """
     cms, pillow = _image_cms(), _pillow()
     try:
@@ -457,7 +462,7 @@ def _profile_transform(profile: bytes, mode: str) -> tuple[Any, str | None]:
 
 
 def _image_cms() -> Any:
-    """Returns Pillow's module for colour profiles, which needs a Pillow with littlecms, as its wheels are."""
+    """Returns Pillow's module for colour profiles; raises ImportError if Pillow was built without littlecms."""
     from PIL import ImageCms, features
 
     if not features.check("littlecms2"):

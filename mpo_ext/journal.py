@@ -1,4 +1,4 @@
-"""Append-only files of records that survive a kill at any moment. Each process of a sampling run has a journal.
+"""Journals: append-only files of records, which survive a kill at any moment. Each sampling process has a journal.
 
 The first line is a header with the settings of the run; every other line is a record with a ``key``. ``append``
 returns after the operating system has received the record, so killing the process loses no appended record. To survive
@@ -37,7 +37,7 @@ class SettingsMismatchError(LinesError):
 
 
 class Journal:
-    """The journal of a process, a context manager. Only one process at a time can open the file.
+    """The journal of a process, to be used as a context manager. Only one process at a time can open the file.
 
     Args:
         path: Path of the file, which is created if it does not exist.
@@ -104,7 +104,7 @@ class Journal:
 
 
 def encode_line(record: Mapping[str, Any]) -> bytes:
-    """Returns a record as a line of JSON in UTF-8; text that UTF-8 cannot encode is escaped."""
+    """Returns a record as a line of JSON in UTF-8. If UTF-8 cannot encode a text, all non-ASCII text is escaped."""
     try:
         return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which JSON can express and UTF-8 cannot
@@ -150,7 +150,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def _check_beginning(file: int, path: Path) -> None:
-    """Raises ValueError unless a file is empty or begins like a journal; another file would be cut."""
+    """Raises ValueError unless a file is empty or begins like a journal, because ``_cut_half_line`` may cut it."""
     beginning = encode_line({"format": _FORMAT})[:-2]
     found = os.pread(file, len(beginning), 0)
     # A header may also be written with other spaces.
@@ -159,7 +159,7 @@ def _check_beginning(file: int, path: Path) -> None:
 
 
 def _cut_half_line(file: int) -> None:
-    """Cuts off the rest of an interrupted write: bytes after the last newline, and a last line that is not JSON."""
+    """Removes the rest of an interrupted write: bytes after the last newline, and a last line that is not JSON."""
     size = os.fstat(file).st_size
     end = _line_start(file, size)  # offset after the last newline
     if end > 0:
@@ -185,7 +185,10 @@ def _line_start(file: int, end: int) -> int:
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields the dotted name and both values of each difference between nested settings; "(absent)": no value."""
+    """Yields the dotted name, the old and the new value of each difference between nested settings.
+
+    "(absent)" stands for a missing value. ``name`` is the dotted name of ``old`` and ``new`` themselves.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(old.get(key, _MISSING), new.get(key, _MISSING), f"{name}.{key}" if name else key)

@@ -1,4 +1,4 @@
-"""Loads a model's processor, and refuses models that the package cannot use, before the weights are loaded."""
+"""Loads a model's processor, and refuses unsupported models, before the weights are loaded."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ _TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "decoder")  # p
 
 
 def takes_images(config: Any) -> bool:
-    """Returns whether the models of a config are image-text-to-text models of transformers."""
+    """Returns whether ``config`` belongs to an image-text-to-text model of transformers."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -33,8 +33,8 @@ def takes_images(config: Any) -> bool:
 def check_on_hub(name: str, path: str) -> None:
     """Raises FileNotFoundError if a path is neither a file or folder here nor a model in the cache or on the hub.
 
-    It asks the hub once. Without it, ``from_pretrained`` asks several times, and its error does not say that no folder
-    of this name exists.
+    This check asks the hub once. ``from_pretrained`` would ask several times, and its error does not mention that no
+    folder of this name exists.
 
     Args:
         name: Name of the argument in messages.
@@ -65,7 +65,7 @@ def check_on_hub(name: str, path: str) -> None:
 
 
 def load_processor(path: str, config: Any, **options: Any) -> Any:
-    """Loads the processor of an image model, or the tokenizer of a text model.
+    """Loads and returns the processor of an image model, or the tokenizer of a text model.
 
     Args:
         path: Folder or hub name of the model.
@@ -105,9 +105,10 @@ class LoadedProcessor:
 
 
 def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
-    """Loads the processor of a model and the parts of its configs that belong to it.
+    """Loads a model's processor, and the settings for token ids from the model's configs.
 
-    ``options`` are those of ``from_pretrained``, of which those that do not concern the location are ignored.
+    ``options`` are arguments of ``from_pretrained``. Only the arguments in ``_HUB_OPTIONS``, such as ``revision``, are
+    used.
 
     Raises:
         ImportError: If the processor needs torchvision, which is missing.
@@ -130,9 +131,9 @@ def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
 
 
 def check_model(path: str, **options: Any) -> None:
-    """Raises the errors of ``load_processor`` for a model; of a text model, only the config is read.
+    """Checks that a model is supported and its processor can be loaded; raises the errors of ``load_processor``.
 
-    ``options`` are passed to ``from_pretrained``.
+    For a text model, only the config is read. ``options`` are passed to ``from_pretrained``.
     """
     check_on_hub("model", path)
     with _torchvision_errors(path):
@@ -147,7 +148,7 @@ def check_model(path: str, **options: Any) -> None:
 
 @contextlib.contextmanager
 def _torchvision_errors(path: str) -> Iterator[None]:
-    """Turns an error in the block that a missing or broken torchvision causes into an ImportError that says so."""
+    """Turns an error in a ``with`` block into an ImportError if a missing or broken torchvision caused it."""
     try:
         yield
     except Exception as error:  # transformers raises ImportError, ValueError or RuntimeError, some from another error
@@ -196,7 +197,7 @@ def check_supported(config: Any, processor: Any = None) -> None:
 
 
 def torchvision_problem() -> str | None:
-    """Returns None if torchvision can be imported, otherwise the reason."""
+    """Returns the reason why torchvision cannot be imported, or None if it can."""
     try:
         importlib.import_module("torchvision")
     except ModuleNotFoundError as error:

@@ -1,7 +1,7 @@
-"""Identifies what turns text and images into tokens and pixels: parts of a processor, and versions of libraries.
+"""Identifies the processor and the library versions that turn text and images into token ids and pixels.
 
-Runs store both. A run that resumes, or that uses stored samples or log-probs, compares them and names the parts that
-have changed.
+Runs store both. A run that resumes, or that uses stored samples or log-probs, compares both with the stored values and
+names the parts that have changed.
 """
 
 import enum
@@ -86,9 +86,9 @@ def reads_date(chat_template: str | None) -> bool:
 
 
 def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """Returns a message, by part and setting, for each difference between two results of ``processor_parts``.
+    """Returns a message for each difference between two results of ``processor_parts``.
 
-    The names of messages are dotted names such as ``image_processor.size.height``.
+    The keys of the messages are the dotted names of settings, such as ``image_processor.size.height``.
     """
     return {
         name: f"{name} was {shorten(before)}, is {shorten(after)}" for name, before, after in differences(old, new)
@@ -96,12 +96,12 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, s
 
 
 def changed_independently(names: Iterable[str]) -> list[str]:
-    """Returns those of the names of ``changed_parts`` whose change another version of a library cannot explain."""
+    """Returns the names from ``changed_parts`` of settings that another version of a library cannot have changed."""
     return [name for name in names if name.partition(".")[0] in _INDEPENDENT_PARTS]
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """Returns a hash of vocabulary, merges, normalization, added tokens and the tokens around a text."""
+    """Returns a hash of a tokenizer's vocabulary, merges, normalization, added tokens and tokens around a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         added = {str(key): str(token) for key, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}

@@ -1,4 +1,4 @@
-"""Plots, self-contained HTML pages, and tables in Markdown and plain text."""
+"""Writes plots and self-contained HTML pages, and formats tables in Markdown and plain text."""
 
 import dataclasses
 import math
@@ -39,7 +39,15 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bars:
-    """Bars of one colour in a panel, optionally with error bars; ``names`` label the bars on the axis."""
+    """Bars of one colour in a panel.
+
+    Attributes:
+        label: Text in the legend.
+        names: Labels of the bars on the axis.
+        values: Lengths of the bars.
+        errors: Lengths of the error bars to either side; None: no error bars.
+        color: Any matplotlib colour.
+    """
 
     label: str
     names: Sequence[str]
@@ -50,7 +58,15 @@ class Bars:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Panel:
-    """A plot of lines or of bars. Horizontal bars have their names on the y axis and run from top to bottom."""
+    """A plot of lines or of bars.
+
+    Attributes:
+        title: Title of the plot.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+        content: The lines, or the groups of bars.
+        is_horizontal: Whether bars are horizontal, with their names on the y axis from top to bottom.
+    """
 
     title: str
     x_label: str
@@ -60,7 +76,7 @@ class Panel:
 
 
 def save_panels(path: str | os.PathLike[str], title: str, panels: Sequence[Panel]) -> None:
-    """Writes a figure of the panels, three per row, in the format of the path's suffix. Needs matplotlib."""
+    """Writes a figure of the panels, three per row, in the format of the path's suffix, with matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -117,7 +133,13 @@ def _draw_line(axes: Any, line: Line) -> None:
 
 
 def save_page(path: str | os.PathLike[str], template: str, values: Mapping[str, Any]) -> None:
-    """Writes a page from a template of ``mpo_ext/templates``; all values except Markup are escaped. Needs jinja2."""
+    """Writes a page from a template in ``mpo_ext/templates`` with jinja2.
+
+    Args:
+        path: Path of the page.
+        template: File name of the template.
+        values: Variables of the template; all values except Markup are escaped.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -159,7 +181,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Returns whether a column holds numbers, so that it is right-aligned: each cell is empty or begins with a digit.
+    """Returns whether to right-align a column, because it holds numbers: each cell is empty or begins with a digit.
 
     The result is False for the first column, and in a table with fewer than three columns.
     """
