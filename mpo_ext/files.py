@@ -137,8 +137,8 @@ class FileLock:
     The lock file contains the process id of the holder, which LockedError names.
 
     Args:
-        path: Path of the lock file. The file is never deleted. Otherwise, two processes could hold locks on different
-            files at the same path.
+        path: Path of the lock file. The file is never deleted, because two processes could otherwise hold locks on
+            different files at the same path.
         what: Name of the locked resource for the error message.
         wait: Whether to wait until the lock is free instead of raising.
 

@@ -153,7 +153,7 @@ def read_source(source: str) -> bytes:
 def read_image(source: str) -> bytes:
     """Returns the bytes of an image file as ``read_source`` does, and raises if they are not an image.
 
-    A caller that copies or publishes files thus never copies another file.
+    A caller that copies or publishes images thus copies no other file.
 
     Raises:
         OSError: If the file cannot be read.

@@ -150,7 +150,10 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def _check_beginning(file: int, path: Path) -> None:
-    """Raises ValueError unless a file is empty or begins like a journal, because ``_cut_half_line`` may cut it."""
+    """Raises ValueError unless a file is empty or begins like a journal.
+
+    Without this check, ``_cut_half_line`` could cut a file that is not a journal.
+    """
     beginning = encode_line({"format": _FORMAT})[:-2]
     found = os.pread(file, len(beginning), 0)
     # A header may also be written with other spaces.

@@ -36,7 +36,9 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Matcher(abc.ABC):
-    """The base class of all matchers. A matcher compares an answer with the true answer; its attributes are options.
+    """The base class of all matchers. A matcher compares an answer with the true answer.
+
+    The attributes of a subclass are its options.
 
     Attributes:
         kind: Name of the matcher, the key in ``MATCHERS``.
@@ -65,8 +67,8 @@ class Matcher(abc.ABC):
     def _early_verdict(self, prediction: str, truths: Sequence[str]) -> Verdict | None:
         """Returns the verdict if a text is blank or longer than ``longest``, and None for all other texts.
 
-        A blank answer is unreadable. A long answer is right if it equals a truth up to case and spaces, and otherwise
-        unreadable.
+        An answer is unreadable if it or every truth is blank. A long answer is right if it equals a truth up to case
+        and spaces, and otherwise unreadable.
         """
         if is_empty(prediction, truths):
             return self._verdict(None, "empty", prediction, truths[0])
@@ -103,7 +105,7 @@ def is_empty(prediction: str, truths: Sequence[str]) -> bool:
 
 
 def rank(verdict: Verdict) -> tuple[int, float]:
-    """Returns the sort key of a verdict: a right answer is above an unreadable one, and that above a wrong one."""
+    """Returns the sort key of a verdict: right answers are highest, then unreadable, then wrong answers."""
     return {True: 2, None: 1, False: 0}[verdict.correct], verdict.score
 
 

@@ -65,8 +65,8 @@ class ChoiceMatcher(Matcher):
     text of another option ("B. Paris" if Paris is C), or a text that differs from the texts of all known options.
 
     Attributes:
-        options: Option texts in the order A, B, ..., or a mapping from letter to text. None: unknown; a command then
-            passes the options of each item to ``with_options``.
+        options: Option texts in the order A, B, ..., or a mapping from letter to text. None: unknown;
+            sampling and evaluation then pass the options of each item to ``with_options``.
     """
 
     kind: ClassVar[str] = "choice"

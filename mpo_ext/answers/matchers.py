@@ -99,7 +99,7 @@ class AnyMatcher(Matcher):
         return best
 
     def with_options(self, options: Sequence[str] | Mapping[str, str]) -> "AnyMatcher":
-        """Returns an ``AnyMatcher`` that passes these answer options to each of its matchers without options."""
+        """Returns an ``AnyMatcher`` in which each ``ChoiceMatcher`` without options has these answer options."""
         rules = cast(Sequence[Matcher], self.matchers)
         changed = [rule.with_options(options) for rule in rules]
         return self if all(map(operator.is_, rules, changed)) else AnyMatcher(matchers=changed)

@@ -45,9 +45,9 @@ _SYMBOLS |= {
 class MathMatcher(Matcher):
     """Compares mathematical expressions with the package math-verify (the extra ``math``).
 
-    Numbers are compared by the rules of ``NumberMatcher``. Any unit may follow only one of the numbers, and 50% equals
-    both 50 and 0.5. Words are compared as text: as products of letters, "no" would equal "on". An answer is unreadable
-    if it is a sentence, or if math-verify cannot read the answer or the truth.
+    Numbers are compared by the rules of ``NumberMatcher``. A unit may be missing after one of the numbers, and 50%
+    equals both 50 and 0.5. Words are compared as text: as products of letters, "no" would equal "on". An answer is
+    unreadable if it is a sentence, or if math-verify cannot read the answer or the truth.
 
     Expressions are compared in a helper process, because a process can be stopped at any time and from any thread.
 
@@ -138,7 +138,10 @@ def _is_sentence(text: str) -> bool:
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    r"""Splits "\sqrt{2} \text{ m}" into the expression "\sqrt{2}" and the unit "m"; "" without a known unit."""
+    r"""Returns an expression, and the known unit after it or "".
+
+    "\sqrt{2} \text{ m}" gives "\sqrt{2}" and "m".
+    """
     match = _TRAILING_UNIT.search(text)
     if match is None or not text[: match.start()].strip(" ({[$"):
         return text, ""

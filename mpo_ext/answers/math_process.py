@@ -56,7 +56,7 @@ def check_result(is_equal: bool, truth: Any, prediction: Any, truth_text: str, p
 def serve() -> None:
     """Runs in the helper process: reads one pair of expressions per line of stdin, and prints one result per pair.
 
-    Requests and results are JSON objects. The first line that it prints is ``{"ready": true}``, or ``{"error": ...}``
+    Requests and results are JSON objects. The first printed line is ``{"ready": true}``, or ``{"error": ...}``
     if math-verify cannot be imported.
     """
     import logging

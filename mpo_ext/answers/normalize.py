@@ -19,7 +19,10 @@ def fold(text: str) -> str:
 
 
 def clean_answer(answer: str) -> str:
-    r"""Returns an answer without surrounding markdown, math delimiters, ``\boxed{}``, ``\text{}`` and final period."""
+    r"""Returns an answer without its wrapping and its final period.
+
+    The wrapping is markdown, math delimiters, ``\boxed{}`` and ``\text{}`` around the answer.
+    """
     if not _MARKUP.search(answer):
         return answer.strip()
     for _ in range(_MAX_WRAPPINGS if len(answer) <= _LONG else _MAX_WRAPPINGS_OF_LONG):

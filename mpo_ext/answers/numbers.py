@@ -101,7 +101,7 @@ class NumberRule:
         return (None, "unclear value") if self._is_unclear(first, second, prediction, truth) else (False, "value")
 
     def _one_unit(self, first: Number, second: Number, prediction: Number, truth: Number) -> tuple[bool | None, str]:
-        """Compares a number that has a unit with a number that has none; returns as ``compare``.
+        """Compares a number that has a unit with a number that has none. The result is that of ``compare``.
 
         ``first`` and ``second`` are ``prediction`` and ``truth`` after ``_without_percent``.
         """
@@ -188,8 +188,9 @@ class NumberMatcher(Matcher):
         absolute: Absolute tolerance, used only if the truth is 0.
         percent: "ignore" drops the percent sign, "ratio" reads 5% as 0.05, and "keep" reads the sign as a unit: a
             number with the sign never equals a number without it.
-        degrees: Whether a degree sign or the word "degree", "degrees" or "deg" may follow only one of the numbers.
-        units: Units that may follow only one of the numbers; "any" accepts every unit.
+        degrees: Whether a degree sign, or the word "degree", "degrees" or "deg", may be missing after one of the
+            numbers.
+        units: Units that may be missing after one of the numbers; "any" stands for every unit.
     """
 
     kind: ClassVar[str] = "number"

@@ -1,4 +1,7 @@
-"""Compares answers by their other readings, such as "7,0" as 7.0: wrong only if no usual reading equals the truth."""
+"""Compares other readings of mathematical answers, such as "7,0" read as 7.0.
+
+An answer is wrong only if no usual reading of it equals the truth.
+"""
 
 import dataclasses
 import re

@@ -40,8 +40,8 @@ class ExactMatcher(Matcher):
 class AnlsMatcher(Matcher):
     """Scores answers by DocVQA's normalized Levenshtein similarity: ``1 - distance / length of the longer text``.
 
-    An answer below ``accept`` is wrong if its score is 0 or if its digits differ from those of the truth; otherwise it
-    is unreadable. A text that holds the truth among other words ("Total: $5" for "$5") is unreadable in any case.
+    An answer that is not right is wrong if its score is 0, or if its digits differ from those of the truth; otherwise
+    it is unreadable. It is also unreadable if it may be another form of the truth, such as "Total: $5" for "$5".
 
     Attributes:
         threshold: Similarity below which the score is 0.

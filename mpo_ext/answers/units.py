@@ -263,7 +263,7 @@ def may_be_converted(first: Fraction, second: Fraction, unit: str) -> bool:
     """Returns whether two values may be the same quantity although only one of them has a unit.
 
     They may be if they differ only in the sign, if their ratio is a power of ten, or if ``unit`` is known and the
-    ratio is a usual factor between units. Temperatures may differ as two scales do.
+    ratio is a usual factor between units. Temperatures may be values of two scales (Celsius, Fahrenheit, kelvin).
     """
     parsed = parse_unit(unit)
     if first == -second or parsed is None:

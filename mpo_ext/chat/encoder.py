@@ -168,7 +168,7 @@ class ChatEncoder:
         return self.prompt(conversation).ids
 
     def adds_special_tokens(self, text: str) -> bool:
-        """Returns whether the processor, in ``apply_chat_template``, adds special tokens to ``text``, a prompt."""
+        """Returns whether the processor's ``apply_chat_template`` adds special tokens to the text of a prompt."""
         if self.chat_template is not None and not self.is_multimodal:
             return False
         begin = getattr(self.tokenizer, "bos_token", None)
@@ -306,7 +306,7 @@ class ChatEncoder:
         )
 
     def _several(self, prompt: EncodedPrompt, turns: Sequence[Mapping[str, Any]]) -> EncodedResponse:
-        """Encodes a response of several turns; only the assistant's turns are targets."""
+        """Returns the encoded response of several turns; only tokens of the assistant's turns are targets."""
         if self.chat_template is None or self.ends_in_tail == 0:
             raise ChatError(f"a response of {len(turns)} turns must have a chat template that ends turns, got none")
         parts = _response_turns(turns, self.tokenizer, self.end_id)
@@ -422,7 +422,7 @@ def _check_written(response: str, prompt: str, whole: str) -> None:
 
 
 def _renderings(response: str, opened: str) -> list[str]:
-    """Returns the texts to try as the response: the response, and ``opened`` with the response.
+    """Returns the texts to try as the response: the response alone, and ``opened`` followed by the response.
 
     ``opened`` is the opening tag at the end of the generation prompt, such as ``<think>``. The second text is returned
     only if the response closes this tag without opening it.

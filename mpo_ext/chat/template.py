@@ -93,7 +93,10 @@ class Renderer:
             raise ChatError(f"the conversation must fit the chat template, got {str(error)[:300]}") from error
 
     def ids(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> list[int]:
-        """Returns the token ids of messages that hold their images, as the processor makes them."""
+        """Returns the token ids that the processor makes from messages, which hold their images.
+
+        ``generation_prompt`` is as in ``render``.
+        """
         ids = self._apply(messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False)
         while len(ids) and not isinstance(ids[0], int):  # some processors return a batch of one
             ids = ids[0].tolist() if hasattr(ids[0], "tolist") else ids[0]

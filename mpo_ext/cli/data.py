@@ -250,7 +250,7 @@ def _check_json_report(args: argparse.Namespace, source: Any) -> None:
 
 
 def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:
-    """Returns a line with the format and the number of pairs with images, from which users see a wrong format."""
+    """Returns a line with the format and the number of pairs with images, which reveals a wrongly detected format."""
     origin = "detected" if args.format is None else "set by --from"
     pairs = sum(subset.pairs for subset in stats.values())
     text_only = sum(subset.text_only for subset in stats.values())

@@ -96,7 +96,10 @@ def _first(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
 
 
 def _examples(folder: Path, *, has_images: bool) -> Iterator[tuple[Any, str]]:
-    """Yields a text example and, if ``has_images``, an example whose image is written into ``folder``."""
+    """Yields example pairs with their names: a text example and, if ``has_images``, an image example.
+
+    The image is written into ``folder``.
+    """
     from mpo_ext.data.records import Pair
 
     yield Pair("What is larger, 2 or 3?", "3", "2"), "a question"

@@ -265,7 +265,7 @@ def _skip(text: str, position: int) -> int:
 
 @contextlib.contextmanager
 def long_cells() -> Iterator[None]:
-    """Raises the cell limit of the module csv within a ``with`` block, because a cell may hold an image in base64."""
+    """Allows long cells in the module csv within a ``with`` block, because a cell may hold an image in base64."""
     limit = csv.field_size_limit(1 << 30)
     try:
         yield

@@ -30,7 +30,7 @@ _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "gif": ".gif", "bmp
 
 
 def require_datasets() -> Any:
-    """Returns the package datasets; raises ImportError with advice on how to install it."""
+    """Returns the module ``datasets``; raises ImportError with advice on the installation if it is missing."""
     try:
         import datasets
     except ImportError as error:

@@ -169,7 +169,7 @@ class LineFile(PairSequence):
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """Parses a JSON object strictly: unique fields, finite numbers, and no text after the object.
+    """Returns the JSON object in a text, parsed strictly: unique fields, finite numbers, no text after the object.
 
     Raises:
         TypeError: If the text is JSON but not an object.

@@ -93,7 +93,7 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
 
 
 def refuse_bytes(row: Mapping[str, Any]) -> None:
-    """Raises FieldError if a column of a table, other than those of images and messages, holds bytes."""
+    """Raises FieldError if a column of a table holds bytes, unless it is a column for images or messages."""
     for name, value in row.items():
         if name not in _READ_FIELDS:
             _refuse_bytes(name, value)

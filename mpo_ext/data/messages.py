@@ -33,7 +33,7 @@ def row_images(row: Mapping[str, Any], save_image: SaveImage | None) -> list[str
     """Returns the image paths in the fields ``image`` and ``images`` of a row.
 
     Either field may hold an image or a list of images. An image is a path, bytes, or an object with ``bytes``,
-    ``path`` or ``url``. ``save_image`` stores bytes and returns the path; None: bytes raise FieldError.
+    ``path`` or ``url``. ``save_image`` stores bytes and returns the path. If it is None, bytes raise FieldError.
 
     Raises:
         FieldError: If a value is not an image, or the two fields differ.
@@ -179,9 +179,9 @@ def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
 
 
 def _unbundled(value: object) -> object:
-    """Returns a list of messages for a single message, or for a dict of lists, as older datasets store messages.
+    """Returns a list of messages for a single message, or for a dict of lists such as ``{"role": [], "content": []}``.
 
-    Any other value is returned unchanged.
+    Older datasets store messages as a dict of lists. Any other value is returned unchanged.
     """
     if not isinstance(value, Mapping):
         return value
@@ -352,7 +352,7 @@ def pair_of_turns(
         extra: As in ``Pair``.
 
     Raises:
-        FieldError: If the prompt has other turns, or places for a wrong number of images.
+        FieldError: If the prompt has other turns than these, or places for a wrong number of images.
     """
     roles = [turn["role"] for turn in prompt]
     rest = roles[1:] if roles and roles[0] in ("system", "developer") else roles

@@ -48,7 +48,7 @@ def map_roots(pair: Pair, root_map: RootMap) -> Pair:
 
 
 def absolute_path(image: str, root: str) -> str:
-    """Returns an image path joined to the root folder, and the path of a ``file://`` URL; other URLs are unchanged.
+    """Returns an image path joined to the root folder; a ``file://`` URL gives its path, another URL is unchanged.
 
     Leading ``..`` parts start at the root's real path, so that an image has the same path from every root.
     """

@@ -30,7 +30,7 @@ class PairSource:
         pairs: The pairs, each line once.
         root: Folder that relative image paths start at.
         subsets: Subsets of a meta file, by name; empty for the other formats.
-        on_pair: Called with each pair, after its image paths are made absolute; None disables the callback.
+        on_pair: Function that is called with each pair, after its image paths are made absolute; None: no call.
         is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
     """
 
@@ -136,7 +136,7 @@ def open_pairs(
     config: str | None = None,
     ignore: Collection[str] = (),
 ) -> PairSource:
-    """Opens pairs in any format. The files are read when the pairs of the returned source are read.
+    """Opens pairs in any format. The returned source reads a pair when the pair is accessed.
 
     Args:
         path: Path of a meta file (.json); of a file of rows (JSON lines, JSON array, CSV or parquet); of a folder of

@@ -45,9 +45,10 @@ def to_trl(pair: Pair, kind: Kind = "standard", *, has_images: bool = True) -> d
 
     Args:
         pair: Pair to convert.
-        kind: "standard": the prompt is the question. "conversational": the prompt is the turns of the pair or a user
-            message with the question. An image block replaces each ``<image>`` and one line break after it. If the
-            number of ``<image>`` is not the number of images, all image blocks precede the unchanged text.
+        kind: "standard": the prompt is the question. "conversational": the prompt consists of the turns of the
+            pair, or of a user message with the question. An image block replaces each ``<image>`` and one line break
+            after it. If the number of ``<image>`` is not the number of images, all image blocks precede the unchanged
+            text.
         has_images: Whether the file or dataset has images. If True, the row has the paths as ``images``, and the
             content of a prompt's message is a list of blocks, which image models expect. If False, the row has no
             ``images`` (TRL would expect an image model), and content is text. All rows must have the same value.
@@ -176,7 +177,8 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
     Args:
         prompt: Column ``prompt``, a text or messages.
         images: Object that collects the images of the prompt.
-        question: Column ``question``. If it is text and ``to_trl`` makes this prompt from it, it becomes the content.
+        question: Column ``question``. If it is text, and ``to_trl`` makes this prompt from it, the only turn has this
+            content.
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]

@@ -134,7 +134,7 @@ def _utf16(text: str) -> int:
 
 
 def cut_text(text: str, most: int) -> str:
-    """Returns a text of at most ``most`` characters; after a cut text, the number of removed characters follows."""
+    """Returns a text; a text of more than ``most`` characters is cut, and its end states the number of the others."""
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most:,} more characters]"
 
 

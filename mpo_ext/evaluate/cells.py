@@ -21,7 +21,7 @@ class EvaluationRun:
 
     Attributes:
         block_size: Number of responses to request at a time. If a question has more responses, all responses to it are
-            requested at a time. A kill of the process loses at most these responses.
+            requested together. A kill of the process loses at most these responses.
         rank: Rank of this process. It asks the questions whose position modulo ``world_size`` equals the rank.
         world_size: Number of processes, which need not run at the same time.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.

@@ -98,7 +98,10 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
 
 
 class FingerprintedEngine:
-    """An engine whose settings include a hash of its weights, because the weights in a folder can change."""
+    """An engine that wraps ``engine`` and adds a hash of the weights to its settings.
+
+    The name of a model in the settings does not suffice, because the weights in a folder can change.
+    """
 
     def __init__(self, engine: TransformersEngine) -> None:
         from mpo_ext.train.model import fingerprint

@@ -49,7 +49,7 @@ def evaluate(
     Args:
         models: Models by their name in the results. A model is a folder (a model, a run with ``final``, or adapters),
             a name on the hub, or an engine. The models are loaded one after the other.
-        data: Files of questions by their name in the results: files of items (see ``open_items``), or meta files
+        data: Files of questions by their name in the results: files of items (see ``item_files``), or meta files
             (.json) of such files.
         out: Folder of the evaluation.
         config: Prompts, sampling and matcher; None: the default ``EvaluationConfig``.

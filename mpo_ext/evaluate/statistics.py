@@ -35,7 +35,7 @@ def wilson(fraction: float, count: int) -> tuple[float, float]:
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """Returns the unbiased estimate of pass@k (arXiv 2107.03374), with ``right`` correct among ``samples`` responses.
 
-    It is the probability that ``k`` of the responses, drawn without replacement, contain a correct one.
+    The estimate is the probability that ``k`` of the responses, drawn without replacement, contain a correct response.
     """
     if not 1 <= k <= samples:
         raise ValueError(f"k must be in [1, {samples}], got {k}")
@@ -84,7 +84,7 @@ class Comparison:
         standard_error: Standard error of ``difference`` over the questions; None for fewer than 2 questions.
         gained: Number of questions to which the second model gave more correct responses than the first.
         lost: Number of questions to which the first model gave more correct responses than the second.
-        p: Two-sided p-value; None if the questions do not determine it.
+        p: Two-sided p-value; None if it cannot be computed from these questions.
         test: "mcnemar" (exact, for one sample per question) or "normal" (difference divided by its standard error).
     """
 

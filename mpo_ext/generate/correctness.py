@@ -41,7 +41,8 @@ class CorrectnessConfig:
         matcher: Kind and options of the matcher that compares an answer with the truth.
         pairs_per_question: Maximum number of pairs per question, in ``pairs`` and again in ``format_pairs``; 0 sets no
             limit.
-        accuracy: Lowest and highest fraction of right samples. Other questions give no pairs.
+        accuracy: Lowest and highest fraction of right samples of a question. Questions outside this range give no
+            pairs.
         length_balance: Whether to prefer pairs whose responses have similar lengths.
         reuse_limit: Maximum number of pairs of an output that share a response; 0 sets no limit.
         dedupe: Whether to use equal responses to a question only once.
@@ -97,7 +98,7 @@ class Correctness:
 
     Outputs: ``pairs`` (right against wrong), ``format_pairs`` (right against a response without an answer in the form
     that the style asks for) and ``unsolved`` (questions without a right sample, as input for ``DropoutNTP``). If an
-    unsolved question has no ``chosen`` response, it gets one of its wrong samples.
+    unsolved question has no ``chosen`` response, one of its wrong samples becomes ``chosen``.
 
     A sample whose answer the matcher cannot read is in no pair, because its answer may be right.
     """

@@ -85,7 +85,7 @@ class Engine(Protocol):
         """Returns the token ids of a response to a conversation, without the token that ends the turn."""
 
     def decode_response(self, conversation: Conversation, token_ids: Sequence[int]) -> str:
-        """Returns the text of a response, whose token ids follow the prompt; it keeps special tokens."""
+        """Returns the text, including special tokens, of a response whose token ids follow the prompt."""
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """Returns the continuation of each request, in the order of the requests."""

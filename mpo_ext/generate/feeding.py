@@ -31,14 +31,17 @@ class StreamingEngine(Engine, Protocol):
         """Starts a request and returns a name for it."""
 
     def finished(self) -> list[tuple[str, Generation]]:
-        """Returns the names and continuations of requests that have ended; waits for one if requests are running."""
+        """Returns the name and the continuation of each request that has ended since the last call.
+
+        While requests are running, the call waits until at least one of them has ended.
+        """
 
     def cancel(self, names: Sequence[str]) -> None:
         """Stops the requests with these names."""
 
 
 def run_steps(steps: Steps, engine: Engine) -> Records:
-    """Returns the records of a block, whose requests are run by ``engine.generate``."""
+    """Runs the requests of a block with ``engine.generate``, and returns the records of the block."""
     generations: Any = None
     while True:
         try:

@@ -263,7 +263,7 @@ def _data_url(text: str) -> str:
 
 
 def _is_image_like(key: str, value: Any) -> bool:
-    """Returns whether a field that is not read may hold an image or a video."""
+    """Returns whether a field may hold an image or a video that this module does not read."""
     entries = value if isinstance(value, (list, tuple)) else [value]
     for entry in entries:
         if isinstance(entry, (bytes, bytearray)) or hasattr(entry, "mode"):

@@ -207,7 +207,7 @@ class ItemSource:
 def open_items(
     source: str | Path, *, image_root: str = "", root_map: Sequence[tuple[str, str]] = (), limit: int | None = None
 ) -> ItemSource:
-    """Finds the files of a source, counts their items and computes their digest.
+    """Opens the items of a source: finds its files, counts their items and computes their digest.
 
     ``limit`` is the maximum number of items, from the first on; None: all. The other arguments are those of
     ``item_files``.
@@ -224,7 +224,7 @@ def open_items(
 def item_files(
     source: str | Path, *, image_root: str = "", root_map: Sequence[tuple[str, str]] = ()
 ) -> tuple[ItemFile, ...]:
-    """Returns the files of a source: the source itself, or the files in a meta file (.json) as MMPR uses it.
+    """Returns the files of a source: the source itself, or the files that a meta file (.json) of MMPR's format lists.
 
     Args:
         source: Path of a file of JSON lines, a JSON array (.json), TSV, CSV or Parquet, or of a meta file.

@@ -23,7 +23,7 @@ class ItemResult:
         lines: For each line, the name of its output and its content.
         skipped: Number of skips by reason, of single samples and of the item as a whole.
         is_skipped: Whether the item is skipped as a whole.
-        notes: Number of lines by remark.
+        notes: Remarks for the summary, each with the number of lines that it concerns.
         tokens: Number of generated tokens.
     """
 
@@ -53,7 +53,7 @@ class Summary:
         rejected_chars: Number of characters in the rejected responses of all pairs.
         skipped: Number of skipped items and samples by reason.
         skipped_items: Number of items skipped as a whole.
-        notes: Number of pairs by remark.
+        notes: Remarks, each with the number of pairs that it concerns.
     """
 
     items: int = 0

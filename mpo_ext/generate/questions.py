@@ -135,7 +135,7 @@ class AnswerScorer:
         self._verdicts: dict[tuple[tuple[str, ...], Any, str], Verdict] = {}
 
     def matcher_for(self, item: Item) -> Matcher:
-        """Returns the matcher for the answers to an item; it has the item's options."""
+        """Returns the matcher for the answers to an item, with the item's options if the item has options."""
         return self.matcher if item.options is None else self.matcher.with_options(dict(item.options))
 
     def score(self, text: str, item: Item) -> tuple[str | None, Verdict | None]:

@@ -73,7 +73,7 @@ def run(
             prompts.
         out: Folder of the run.
         block_size: Number of samples to request at a time. If an item has more samples, all its samples are requested
-            at a time. A kill loses at most these samples.
+            together. A kill loses at most these samples.
         limit: Maximum number of items, taken from the beginning; None: all items. A later run may take more.
         image_root: Folder at which relative image paths start; a meta file names a root for each file.
         root_map: Path prefixes (old, new) of folders in a meta file that have moved.

@@ -39,7 +39,7 @@ _TECHNICAL = ("cache_implementation", "cache_config", "prefill_chunk_size", "com
 class TransformersEngine:
     """Runs a Hugging Face causal or image-text-to-text model, in left-padded batches, with a KV cache.
 
-    Requests with the same prompt and images share its prefill: the prompt and the vision tower run once, and the cache
+    Requests with the same prompt and images share one prefill: the prompt and the vision tower run once, and the cache
     is repeated for the samples. If a model's cache cannot be repeated, a warning says why, and each sample runs its
     prompt.
 
@@ -53,7 +53,7 @@ class TransformersEngine:
 
     Attributes:
         chat: Encoder of prompts and responses, the same as in training.
-        shares_prefill: Whether requests with the same prompt and images share its prefill.
+        shares_prefill: Whether requests with the same prompt and images share one prefill.
 
     Raises:
         ChatError: If the chat template cannot be used.
@@ -135,7 +135,7 @@ class TransformersEngine:
         return {**settings, "ignored": ignored} if ignored else settings
 
     def _ignored_settings(self) -> dict[str, Any]:
-        """Returns the model's settings that would change the distribution of the tokens."""
+        """Returns the ignored settings of the model, which would change the distribution of the tokens."""
         values = {name: getattr(self.model.generation_config, name, None) for name in _IGNORED}
         return {name: value for name, value in values.items() if value not in (None, _IGNORED[name])}
 
@@ -291,7 +291,10 @@ class TransformersEngine:
 
 
 def make_generation(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> Generation:
-    """Returns the generation of a request from its sampled ids, which may go beyond the token that ended it."""
+    """Returns the generation of a request from its sampled ids.
+
+    ``ids`` may have further ids after the token that ended the turn.
+    """
     end = next((place for place, token in enumerate(ids) if token in chat.stop_ids), None)
     kept = list(ids[:end])
     head = chat.response_text(request, request.prefix_ids) if request.prefix_ids else ""

@@ -104,7 +104,10 @@ class VLLMEngine:
         return name
 
     def finished(self) -> list[tuple[str, Generation]]:
-        """Returns the names and continuations of requests that have ended; waits for one if requests are running."""
+        """Returns the name and the continuation of each request that has ended since the last call.
+
+        While requests are running, the call waits until at least one of them has ended.
+        """
         ended, self._refused = self._refused, []
         while self._running and not ended:
             for output in self.llm.llm_engine.step():
