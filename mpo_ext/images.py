@@ -238,7 +238,7 @@ def _opened(source: Any) -> Iterator[Any]:
     else:
         raise TypeError(f"image must be a path, a URL, bytes or a PIL image, got {type_and_value(source)}")
     if pillow.MAX_IMAGE_PIXELS is not None and limit > 2 * pillow.MAX_IMAGE_PIXELS:
-        pillow.MAX_IMAGE_PIXELS = -(-limit // 2)  # Pillow refuses from twice this number on
+        pillow.MAX_IMAGE_PIXELS = -(-limit // 2)  # Pillow refuses images of more than twice this number
     with stack, _named_errors(source), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about sizes below the limit and about unusual metadata
         with pillow.open(file, formats=_known_formats()) as image:

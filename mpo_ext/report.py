@@ -11,7 +11,7 @@ import numpy as np
 from mpo_ext.files import atomic_path, atomic_write
 
 _COLUMNS = 3
-_GENERATOR, _HEAD_BYTES = b'<meta name="generator" content="mpo_ext">', 1000  # of each page
+_GENERATOR, _HEAD_BYTES = b'<meta name="generator" content="mpo_ext">', 1000  # a mark near the beginning of each page
 _PANEL_INCHES = (4.6, 3.4)
 _BAR_INCHES = 0.35
 

@@ -95,7 +95,7 @@ class ChoiceMatcher(Matcher):
                 return self._verdict(None, "unclear letter", form, true_form)
             same = predicted.letters == true.letters
             if not same and not labels and _has_text(predicted) and predicted.text == true.text:
-                return self._verdict(None, "unclear letter", form, true_form)  # the options in another order
+                return self._verdict(None, "unclear letter", form, true_form)  # the options may be in another order
             return self._verdict(same, "letter", form, true_form)
         if predicted.text == true.text != "" or fold(prediction) == fold(truth) != "":
             return self._verdict(True, "text", form, true_form)

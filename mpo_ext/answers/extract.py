@@ -66,7 +66,7 @@ def _last_group(pattern: re.Pattern[str], response: str) -> str | None:
 
 
 def last_box(response: str) -> str | None:
-    r"""Returns the content of the last ``\boxed{}`` in a text, or None if no box exists or the last box is open."""
+    r"""Returns the content of the last ``\boxed{}`` in a text, or None if it is missing or has no closing brace."""
     boxes = list(re.finditer(r"\\boxed\s*(?=\{)", response))
     if not boxes:
         return None

@@ -105,7 +105,7 @@ class MathProcess:
 
     START = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
     START_SECONDS = 120.0
-    GRACE_SECONDS = 1.0  # after the time limit, at which the process should have ended itself
+    GRACE_SECONDS = 1.0  # waiting time after the time limit, at which the process ends itself
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -3,7 +3,7 @@
 import re
 
 _WRAPPERS = (("**", "**"), ("*", "*"), ("`", "`"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
-_MAX_WRAPPINGS, _LONG, _MAX_WRAPPINGS_OF_LONG = 50, 2000, 4  # each is removed in a pass over the answer
+_MAX_WRAPPINGS, _LONG, _MAX_WRAPPINGS_OF_LONG = 50, 2000, 4  # a pass over the answer removes one wrapping
 #: Braces and escaped characters; an escaped brace does not count.
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _MARKUP = re.compile(r"[*`$\\.\u3002]")

@@ -13,7 +13,7 @@ from mpo_ext.answers.units import parse_unit
 _LONGEST = 400
 _PLAIN = re.compile(r"[+-]?[0-9]{1,100}(?:\.([0-9]{1,100}))?")
 
-# Currencies: what a text may write, and the currency that it means.
+# Currencies: signs and names in texts, and the currency that each of them means.
 _SIGNS = {"$": "$", "\u20ac": "EUR", "\u00a3": "GBP", "\u00a5": "\u00a5", "\u20b9": "INR"}
 _CODES = {"us$": "$", "usd": "$", "u.s.$": "$", "dollar": "$", "dollars": "$", "eur": "EUR", "euro": "EUR"}
 _CODES |= {"euros": "EUR", "gbp": "GBP", "inr": "INR", "rs": "INR", "rs.": "INR", "rupee": "INR", "rupees": "INR"}
@@ -152,7 +152,10 @@ def _ascii_digit(character: str) -> str:
 
 
 def _unbox(text: str) -> str | None:
-    r"""Returns the content of the only ``\boxed{}`` and the text after it; None if boxes differ or a brace is open."""
+    r"""Returns the content of the only ``\boxed{}`` and the text after it.
+
+    Returns None if the contents of several boxes differ, or if a closing brace is missing.
+    """
     contents, rest = set(), ""
     for box in re.finditer(r"\\boxed\s*(?=\{)", text):
         end = closing_brace(text, box.end())

@@ -79,7 +79,7 @@ class Renderer:
         self._as_parts = hasattr(processor, "tokenizer")
 
     def turn(self, role: str, text: str) -> dict[str, Any]:
-        """Returns a message with this text; for a processor, its content is a list of parts."""
+        """Returns a message whose content is the text for a tokenizer, or a list with a text part for a processor."""
         return {"role": role, "content": [{"type": "text", "text": text}] if self._as_parts else text}
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> str:

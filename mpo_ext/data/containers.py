@@ -305,7 +305,7 @@ def _cell(name: str, text: str) -> Any:
     """Returns the value of a cell in the column ``name``.
 
     A list or object in JSON or in Python's notation is parsed if the column is in ``_LISTS``, or if it holds messages.
-    Every other cell is a text.
+    An empty cell of a column in ``_LISTS`` is None. Every other cell is a text.
     """
     is_list = name in _LISTS
     if text.lstrip()[:1] in ("[", "{"):

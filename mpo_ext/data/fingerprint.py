@@ -20,8 +20,8 @@ from mpo_ext.data.sources import PairSource
 
 _CHUNK = 1 << 20
 _MAX_BLOCKS = 4096  # blocks of a larger file have several lines, so that a fingerprint takes 22 KB at most
-_BLOCK_BYTES = 4  # of the stored hash of a block; the digest of the file uses the whole hash
-_IGNORED_FILES = ("state.json", "dataset_info.json")  # of a Hugging Face dataset: names, dates, random fingerprints
+_BLOCK_BYTES = 4  # stored bytes of the hash of a block; the digest of the file uses the whole hash
+_IGNORED_FILES = ("state.json", "dataset_info.json")  # they hold names, dates and random fingerprints
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -134,7 +134,9 @@ def detect_columns(row: Mapping[str, Any], name: str) -> Format:
 
 
 def _undecided(row: Mapping[str, Any], where: str) -> Format:
-    """Returns "mmpr" if a row has the fields of a text pair, which several formats share; ``where`` is its place.
+    """Returns "mmpr" if a row has the fields of a text pair, which several formats share.
+
+    ``where`` is the place of the row in the error message.
 
     Raises:
         ValueError: If the fields are not those of a text pair.

@@ -35,7 +35,7 @@ _BASE64_MEDIA = re.compile(
     r"/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk.{6}AAAA|SUkqA|TU0AK|AAAA..Z0eXB|SUQz|//u[QSU]|T2dnU|ZkxhQ|GkXfo"
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
-_SHORTEST_BASE64 = 65  # no file of these types is shorter; words and ids are
+_SHORTEST_BASE64 = 65  # no file of these types is shorter; words and ids are shorter
 # Fields in which readers look for the bytes of images.
 _READ_FIELDS = {
     *("image", "images", "prompt", "chosen", "rejected", "messages", "rejected_messages", "rejected_response"),
@@ -67,7 +67,7 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
             an image mark; if the prompt has ``<video>`` or ``<audio>``; or if a response has ``<image>``.
     """
     for name, value in values.items():
-        if pair.extra.get(name) is value:  # not the field "extra" of a row with an unknown field of this name inside
+        if pair.extra.get(name) is value:  # the reader did not use this field of the row
             _check_field(name, value, has_images=bool(pair.images))
     read = {re.split(r"[/\\]", image)[-1] for image in pair.images}
     for name, value in pair.extra.items():

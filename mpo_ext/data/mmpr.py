@@ -206,7 +206,7 @@ class _LineParser:
         for name in ("question", "chosen", "rejected"):
             if name not in values:
                 raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, values))}")
-        if values.get("images"):  # kept as an unknown field, it would lose the images
+        if values.get("images"):  # as an unknown field, its images would be lost
             raise FieldError(
                 f"images of an MMPR line must be named by 'image', got 'images' {shorten(values['images'])}: "
                 "a file of such lines is read with the format 'pairs' (--from pairs, in a recipe format: pairs)"

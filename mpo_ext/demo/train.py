@@ -88,7 +88,7 @@ def train_branch(
         pairs: Path of the file of pairs.
         method: Key of ``METHODS``.
         settings: Settings of the demo.
-        folder: Folder for the run, ``runs/METHOD``.
+        folder: Folder of the demo. The run is written to ``runs/METHOD`` in this folder.
 
     Returns:
         The log, one dict per step.

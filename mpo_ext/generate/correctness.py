@@ -23,7 +23,7 @@ from mpo_ext.generate.prompts import get_template
 from mpo_ext.generate.questions import AnswerScorer, QuestionSampler
 from mpo_ext.generate.repetition import is_degenerate
 
-_BINS_PER_DOUBLING = 4  # bins of the length ratio of two responses
+_BINS_PER_DOUBLING = 4  # number of bins in which the length ratio of two responses doubles
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ class ScoredSample:
 
 
 class Correctness:
-    """The correctness pipeline; ``mpo_ext.generate.runner.run`` runs it.
+    """The pipeline that pairs right samples with wrong samples; ``mpo_ext.generate.runner.run`` runs it.
 
     Outputs: ``pairs`` (right against wrong), ``format_pairs`` (right against a response without an answer in the form
     that the style asks for) and ``unsolved`` (questions without a right sample, as input for ``DropoutNTP``). If an

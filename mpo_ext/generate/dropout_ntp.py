@@ -100,7 +100,10 @@ class _Row:
 
 
 class DropoutNTP:
-    """The DropoutNTP pipeline with the output ``pairs``; ``mpo_ext.generate.runner.run`` runs it."""
+    """The pipeline DropoutNTP, which the module describes. It has one output, ``pairs``.
+
+    ``mpo_ext.generate.runner.run`` runs the pipeline.
+    """
 
     name = "dropout_ntp"
     outputs = ("pairs",)

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_LEAST_ROOM = 64  # tokens
+_LEAST_ROOM = 64  # minimum number of tokens that can be appended without a copy
 
 
 class GrowingLayer(DynamicLayer):

@@ -82,7 +82,7 @@ def _take_series(rest: dict[str, Any], name: str) -> list[str] | None:
         if letter in values and not (values[letter] is None or isinstance(values[letter], str)):
             raise FormError(f"option {letter} must be a text")
     for letter in values:
-        del rest[keys[letter]]  # the others are empty: a question with fewer options than others
+        del rest[keys[letter]]  # the remaining fields are empty: the question has fewer options than others
     return texts
 
 

@@ -52,7 +52,7 @@ def journal_path(out: Path, rank: int, world_size: int) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    """Returns whether a run has written to a folder: it holds ``outputs.lock``, or a journal at any depth."""
+    """Returns whether a run has written to a folder, which then holds ``outputs.lock``, or a journal at any depth."""
     if (folder / "outputs.lock").is_file():
         return True
     for path in folder.rglob("journal-*-of-*.jsonl"):

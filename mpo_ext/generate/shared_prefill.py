@@ -20,7 +20,7 @@ class UnsharedError(Exception):
 def sharing_problem(model: Any) -> str | None:
     """Returns the reason why the samples of a prompt cannot share its prefill, or None.
 
-    ``SharedPrefill`` finds further reasons after the prefill.
+    The prefill is the forward pass of the prompt. ``SharedPrefill`` finds further reasons after the prefill.
     """
     from transformers import GenerationMixin
 
@@ -117,7 +117,7 @@ class _DecodingBatch:
         import torch
 
         width = self.ids.shape[1]
-        places = torch.arange(len(self.ids), device=self.ids.device)  # of the batch's rows in the result
+        places = torch.arange(len(self.ids), device=self.ids.device)  # place of each row in the result
         is_running = torch.ones_like(places, dtype=torch.bool)
         result: list[list[int]] = [[] for _ in places]
         while True:

@@ -12,7 +12,7 @@ from mpo_ext.images import load_image
 from mpo_ext.processors import load_without_weights
 from mpo_ext.provenance import processor_parts
 
-_MAX_REFUSAL = 300  # characters
+_MAX_REFUSAL = 300  # maximum number of characters
 
 
 class VLLMEngine:
@@ -147,6 +147,6 @@ def _refusals() -> tuple[type[Exception], ...]:
     """Returns the exception types of vLLM for prompts that it refuses."""
     try:
         from vllm.exceptions import VLLMValidationError
-    except ImportError:  # in older versions
+    except ImportError:  # older versions of vLLM do not have it
         return (ValueError,)
     return (ValueError, VLLMValidationError)
