@@ -180,11 +180,9 @@ class ChatEncoder:
         return len(self._suffix_ids)
 
     def processor_ids(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> list[int]:
-        """Returns the token ids of ``apply_chat_template(..., tokenize=True)``.
+        """Returns the token ids of ``apply_chat_template(..., tokenize=True)`` for messages that hold their images.
 
-        Args:
-            messages: The messages, which hold their images.
-            generation_prompt: Whether the text ends with the header of the assistant's response.
+        ``generation_prompt`` says whether the text ends with the header of the assistant's response.
         """
         return self._renderer.ids(messages, generation_prompt=generation_prompt)
 
@@ -211,11 +209,8 @@ class ChatEncoder:
     def response_text(self, conversation: Conversation, ids: Sequence[int]) -> str:
         """Returns the text of a response from its token ids, without the white space that the template adds.
 
-        The text keeps special tokens, because some models write bounding boxes with them.
-
-        Args:
-            conversation: The turns before the response.
-            ids: Token ids after the prompt, without the token that ends the turn.
+        ``ids`` follow the prompt of the conversation, without the token that ends the turn. The text keeps special
+        tokens, because some models write bounding boxes with them.
         """
         ids, prompt = list(ids), self.prompt(conversation)
         texts = possible_texts(self.decode, self._special_ids, prompt.ids[-_CONTEXT:], ids)

@@ -49,16 +49,14 @@ def evaluate(
     Args:
         models: Models by their name in the results. A model is a folder (a model, a run with ``final``, or adapters),
             a name on the hub, or an engine. The models are loaded one after the other.
-        data: Files of questions by their name in the results: files of items (see ``item_files``), or meta files
-            (.json) of such files.
+        data: Files of questions by their name in the results; ``item_files`` describes the kinds of files.
         out: Folder of the evaluation.
         config: Prompts, sampling and matcher; None: the default ``EvaluationConfig``.
         limit: Maximum number of questions per file; None: all questions.
         image_root: Folder at which relative image paths in files of items start. A meta file has its own roots.
         root_map: Path prefixes (old, new) of folders in meta files that have moved.
         exports: Evaluation kits in whose formats predictions are written: "vlmevalkit", "lmms-eval".
-        page_limit: Maximum number of questions on ``failures.html``. If more have a wrong answer, they are drawn at
-            random.
+        page_limit: Maximum number of questions on ``failures.html``; from more, they are drawn at random.
         make_engine: Function that creates an engine from the path of a whole model.
         run: Block size, processes and progress display; None: the default ``EvaluationRun``.
 
