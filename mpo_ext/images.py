@@ -184,7 +184,7 @@ def max_pixels() -> int:
 
 
 def _open_regular(path: str | os.PathLike[str], source: Any) -> IO[bytes]:
-    """Opens a regular file; raises ImageError for a pipe or a device, which could block or never end."""
+    """Opens and returns a regular file; raises ImageError for a pipe or a device, which could block or never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

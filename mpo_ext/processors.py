@@ -105,7 +105,7 @@ class LoadedProcessor:
 
 
 def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
-    """Loads a model's processor, and the settings for token ids from the model's configs.
+    """Loads and returns a model's processor, and the settings for token ids from the model's configs.
 
     ``options`` are arguments of ``from_pretrained``. Only the arguments in ``_HUB_OPTIONS``, such as ``revision``, are
     used.

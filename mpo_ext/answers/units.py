@@ -181,7 +181,10 @@ def parse_unit(text: str) -> Unit | None:
 
 
 def _find(word: str, text: str) -> tuple[Fraction, dict[str, int]] | None:
-    """Returns the factor and the dimension of the unit ``word`` in ``text``, or None if the unit is unknown."""
+    """Returns the factor and the dimension of the unit ``word``, or None if the unit is unknown.
+
+    ``text`` is the whole unit, from which "degrees" in "degrees Celsius" is recognised.
+    """
     name = word.replace(" ", "").rstrip(".")
     scale = "kelvin" if name in ("K", "\u00b0K") else _TEMPERATURES.get(name.casefold())
     if scale is not None:

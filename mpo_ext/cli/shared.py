@@ -220,7 +220,7 @@ def matcher_settings(args: argparse.Namespace) -> dict[str, Any]:
 def parse_json_options(flag: str, texts: Sequence[str]) -> dict[str, Any]:
     """Returns the values of strings NAME=JSON by name; a value that is not JSON stays a string.
 
-    ``flag`` is the option in error messages.
+    ``flag`` is the name of the option in error messages.
 
     Raises:
         ValueError: If a string does not have this form.

@@ -1,4 +1,4 @@
-"""Converts pairs from any format to any other format."""
+"""Converts pairs of any format to a format in ``formats.WRITABLE``."""
 
 import os
 from collections.abc import Iterator

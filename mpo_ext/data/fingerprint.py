@@ -60,13 +60,13 @@ def hash_file(file: HashedFile, known: Iterable[Mapping[str, Any]] = ()) -> dict
 
     Args:
         file: The file.
-        known: Stored fingerprints. One with the file's path, size and modification time is returned without reading
-            the file.
+        known: Stored fingerprints. If a stored fingerprint has the file's path, size and modification time, it is
+            returned, and the file is not read.
 
     Returns:
-        ``path``, ``size`` in bytes and ``mtime_ns`` of the file, its ``name`` in messages, and ``digest``, which
-        depends on the content only. For a file of lines, also ``lines`` (their number), ``block`` (the number of lines
-        in a block) and ``blocks`` (the first bytes of the hash of each block, in Base64).
+        A dict with the file's ``path``, ``size`` in bytes and ``mtime_ns``, its ``name`` in messages, and ``digest``,
+        which depends on the content only. A file of lines also has ``lines`` (their number), ``block`` (the number of
+        lines in a block) and ``blocks`` (the first bytes of the hash of each block, in Base64).
 
     Raises:
         OSError: If the file cannot be read.

@@ -270,11 +270,11 @@ def _mime(content: bytes) -> str:
 
 
 def load_dataset_folder(path: str | os.PathLike[str], **options: Any) -> DatasetPairs:
-    """Opens a dataset that ``save_to_disk`` wrote; ``options`` are passed to DatasetPairs.
+    """Opens a dataset that ``save_to_disk`` wrote, and returns its pairs; ``options`` are passed to DatasetPairs.
 
     Raises:
         ImportError: If Hugging Face datasets is not installed.
-        ValueError: If the folder does not hold a dataset, or holds several splits.
+        ValueError: If the folder does not hold a dataset, or holds a dataset with splits.
     """
     return DatasetPairs(saved_dataset(path), name=os.fspath(path), **options)
 

@@ -337,7 +337,7 @@ def pair_of_turns(
     provenance: dict[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Pair:
-    """Builds a pair from turns.
+    """Builds and returns a pair from turns.
 
     ``question`` is the last turn of the prompt. A prompt or response of several turns is also stored, with all its
     turns, in ``Pair.source``.

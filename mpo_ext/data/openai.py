@@ -24,7 +24,7 @@ _FIELDS = {"input", "preferred_output", "non_preferred_output"}
 
 
 def from_openai(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
-    """Converts a row to a pair; unknown fields go into ``Pair.extra``.
+    """Converts a row to a pair, and returns the pair. Unknown fields go into ``Pair.extra``.
 
     Args:
         row: Fields of the row.

@@ -14,7 +14,7 @@ real_path = functools.lru_cache(maxsize=64)(os.path.realpath)
 
 
 def parse_root_map(text: str) -> tuple[str, str]:
-    """Splits OLD=NEW into the prefixes (OLD, NEW); raises ValueError if "=", OLD or NEW is missing."""
+    """Returns the prefixes (OLD, NEW) of a text OLD=NEW; raises ValueError if "=", OLD or NEW is missing."""
     old, equals, new = text.partition("=")
     if not equals or not old or not new:
         raise ValueError(f"root_map must read OLD=NEW, got {text!r}")

@@ -118,7 +118,7 @@ class Pair:
         return cls(**{**values, "images": tuple(images)})
 
     def key(self) -> str:
-        """Returns a hash of prompt, responses and image paths that is equal in every run and on every machine."""
+        """Returns a hash of the prompt, the responses and the image paths; it is the same in every run everywhere."""
         turns = {name: self.source[name] for name in TURNS if name in self.source}
         parts = [self.question, self.chosen, self.rejected, *self.images, *([turns] if turns else [])]
         text = json.dumps(parts, ensure_ascii=True, sort_keys=True)

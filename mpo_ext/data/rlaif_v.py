@@ -26,7 +26,7 @@ _FIELDS = {"question", "chosen", "rejected", "image", "images", "system", "histo
 
 
 def from_rlaif_v(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
-    """Converts a row to a pair.
+    """Converts a row to a pair, and returns the pair.
 
     The fields that name the row's origin go into ``provenance``: ``ds_name``, ``origin_dataset``, ``origin_split``,
     ``idx`` and, if the row has an image, ``image_path``. Unknown fields go into ``Pair.extra``.

@@ -29,7 +29,7 @@ _QUESTIONS, _ANSWERS = ("human", "user"), ("assistant", "gpt", "bot")
 
 
 def from_sharegpt(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
-    """Converts a row to a pair; unknown fields go into ``Pair.extra``.
+    """Converts a row to a pair, and returns the pair. Unknown fields go into ``Pair.extra``.
 
     Args:
         row: Fields of the row.

@@ -200,7 +200,14 @@ class _ReadOptions:
 
 
 def _open_file(name: str, format: Format | None, folder: str, options: _ReadOptions) -> PairSource:
-    """Opens a meta file or a file of lines."""
+    """Opens a meta file or another file of rows, and returns its pairs.
+
+    Args:
+        name: Path of the file.
+        format: Format of the rows; None: it is detected.
+        folder: Folder that relative image paths start at.
+        options: Further options.
+    """
     if format == "hf":
         raise ValueError(f"{name} must be a folder that save_to_disk wrote for the format 'hf', got a file")
     lines = as_lines(name, is_meta_allowed=format in (None, "mmpr"))
@@ -251,7 +258,7 @@ class _RowParser:
 def _open_table(
     name: str, dataset: Any, format: Format | None, folder: str, options: _ReadOptions, *, is_saved: bool = False
 ) -> PairSource:
-    """Opens the rows of a loaded dataset.
+    """Opens the rows of a loaded dataset, and returns its pairs.
 
     Args:
         name: Path or hub id of the dataset, for messages.

@@ -41,7 +41,7 @@ _COLUMNS = (
 
 
 def to_trl(pair: Pair, kind: Kind = "standard", *, has_images: bool = True) -> dict[str, Any]:
-    """Converts a pair to a row of TRL's preference format.
+    """Returns a pair as a row of TRL's preference format.
 
     Args:
         pair: Pair to convert.

@@ -87,7 +87,7 @@ def make_pairs(
     *,
     stream: TextIO | None = None,
 ) -> MadePairs:
-    """Lets the model answer questions about grids of training digits, and makes three kinds of pairs from the answers.
+    """Makes and returns three kinds of pairs from the model's answers to questions about grids of training digits.
 
     Writes to ``folder``: the questions (``images``, ``direct.jsonl``, ``cot.jsonl``), a folder for each sampling run,
     ``pairs.jsonl``, ``check.json`` and ``pairs.html``. The image paths in the files are relative to ``folder``.

@@ -112,7 +112,7 @@ class Cell:
 def open_questions(
     name: str, path: str | os.PathLike[str], *, limit: int | None, image_root: str, root_map: Sequence[tuple[str, str]]
 ) -> QuestionFile:
-    """Opens a file of questions, and checks that at least one question has a true answer.
+    """Opens and returns a file of questions, and checks that at least one question has a true answer.
 
     Args:
         name: Name of the file in the results.

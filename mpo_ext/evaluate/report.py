@@ -129,7 +129,10 @@ def _percent(row: Mapping[str, Any]) -> str:
 
 
 def _is_shown(comparison: Mapping[str, Any], baseline: str) -> bool:
-    """Returns whether table.md shows a comparison: of two prompts of a model, or of ``baseline`` with a model."""
+    """Returns whether table.md shows a comparison.
+
+    It shows the comparisons of two prompts of a model, and of the model ``baseline`` with other models.
+    """
     first, second = comparison["first"], comparison["second"]
     return first["model"] in (baseline, second["model"])
 
@@ -167,7 +170,7 @@ def _write_pictures(results: Mapping[str, Any], out: Path) -> None:
 
 
 def _without_chance(svg: str) -> str:
-    """Returns an SVG picture without its date and with reproducible ids."""
+    """Returns an SVG picture without its date, and with ids that do not differ from run to run."""
     svg = re.sub(r"\s*<dc:date>.*?</dc:date>", "", svg, flags=re.S)
     names = dict.fromkeys(re.findall(r'(?:id="|#)([mpC]?[0-9a-f]{10,})\b', svg))
     numbers = {name: f"n{number}" for number, name in enumerate(names)}

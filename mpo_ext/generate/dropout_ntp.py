@@ -190,7 +190,7 @@ class DropoutNTP:
         ]
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
-        """Makes a pair from each usable continuation, and counts the other continuations by skip reason."""
+        """Returns a pair for each usable continuation of an item, and the number of skips by reason."""
         result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
         result.tokens += records[0].get("chosen_tokens", 0)
         if problem := next((record["problem"] for record in records if "problem" in record), None):
@@ -254,7 +254,7 @@ class DropoutNTP:
         return Conversation(key=row.item.digest, question=without_placeholders(row.item.question_with_options))
 
     def _sample_chosen(self, rows: Sequence[_Row]) -> Generator[list[Request], list[Generation], None]:
-        """Samples the missing chosen response of each row; the model sees the images."""
+        """Yields the requests for missing chosen responses, with the images, and stores the responses in the rows."""
         if not rows:
             return
         requests = [

@@ -137,7 +137,10 @@ def _take_truths(rest: dict[str, Any], options: list[str] | dict[str, str] | Non
 
 
 def _checked(text: str, options: list[str] | dict[str, str] | None, *, is_index: bool) -> str:
-    """Returns a true answer. Raises FormError for an index, or for letters, of options that the item does not have."""
+    """Returns a true answer; raises FormError for an index or a letter of an option that the item does not have.
+
+    ``is_index`` is as in ``indexed_answer``.
+    """
     if options is not None and re.fullmatch(r"-?[0-9]{1,3}(?:\.0)?", text.strip()):
         return numbered_answer(text, options, is_index=is_index)
     if options is None or not _LETTERS.fullmatch(text.strip()):

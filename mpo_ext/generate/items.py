@@ -81,7 +81,7 @@ class Item:
 
     @property
     def pair_extra(self) -> dict[str, Any]:
-        """Returns the extra fields of the item's pairs: ``extra``, and the subset and its root if it has a subset."""
+        """Returns the extra fields of the item's pairs: ``extra`` and, if it has a subset, the subset and its root."""
         if self.subset is None:
             return dict(self.extra)
         return {**self.extra, SOURCE: {"subset": self.subset, "root": self.image_root}}
@@ -102,12 +102,15 @@ class Item:
         return Pair(question, chosen, rejected, self.pair_images, self.answer_gt, provenance, self.pair_extra)
 
     def load_images(self) -> tuple[Any, ...]:
-        """Opens the images; raises FileNotFoundError or ImageError if an image is missing or cannot be read."""
+        """Returns the loaded images.
+
+        Raises FileNotFoundError if an image is missing, and ImageError if it cannot be read.
+        """
         return tuple(map(load_image, self.image_sources))
 
     @classmethod
     def from_dict(cls, values: Any, *, image_root: str = "", subset: str | None = None) -> "Item":
-        """Creates an item from an input line; if the item cannot be used, its ``problem`` gives the reason.
+        """Returns the item of an input line; if the item cannot be used, its ``problem`` gives the reason.
 
         Args:
             values: Parsed line with ``question``; ``image`` or ``images``, a path or a list of paths; ``chosen``;
@@ -160,7 +163,7 @@ class Item:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the item in the form that ``from_dict`` reads."""
+        """Returns the item as a dict that ``from_dict`` reads."""
         values: dict[str, Any] = {"image": list(self.pair_images)} if self.images else {}
         values["question"] = self.question
         if self.chosen is not None:
@@ -207,7 +210,7 @@ class ItemSource:
 def open_items(
     source: str | Path, *, image_root: str = "", root_map: Sequence[tuple[str, str]] = (), limit: int | None = None
 ) -> ItemSource:
-    """Opens the items of a source: finds its files, counts their items and computes their digest.
+    """Opens a source of items: finds its files, counts the items and computes a digest; returns an ItemSource.
 
     ``limit`` is the maximum number of items, from the first on; None: all. The other arguments are those of
     ``item_files``.
