@@ -58,7 +58,7 @@ def pair() -> Iterator[str]:
 
 
 def loss() -> Iterator[str]:
-    """Yields the elements of the middle part: the three terms and the passes over the logits."""
+    """Yields the SVG elements in the middle of the picture: the terms of the loss, and the passes over the logits."""
     yield text(326, 34, "One loss, one pass", size=15, bold=True)
     terms = (
         ("0.8 DPO", "the chosen response is better"),

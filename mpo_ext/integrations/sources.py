@@ -1,6 +1,6 @@
-"""The versions and sources of other trainers that mpo_ext was tested with.
+"""The versions of other trainers that mpo_ext was tested with, and digests of the functions that it builds on.
 
-A source is the first 16 hexadecimal digits of the SHA-256 of a function's text, as ``inspect.getsource`` returns it.
+A digest is the first 16 hexadecimal digits of the SHA-256 of the function's text, as ``inspect.getsource`` returns it.
 """
 
 from __future__ import annotations

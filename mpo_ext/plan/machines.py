@@ -118,7 +118,7 @@ class Machine:
         return work + stage.fresh / self.fresh + stage.huge / self.huge
 
     def matmul_share(self, shortest: float) -> float:
-        """Returns the fraction of ``matmul_rates`` that matmuls with the smallest size ``shortest`` reach."""
+        """Returns the fraction of ``matmul_rates`` that a matmul reaches whose smallest dimension is ``shortest``."""
         points = sorted(self.matmul_shares.items())
         if not points:
             return 1.0

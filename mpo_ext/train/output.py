@@ -153,7 +153,7 @@ class RunOutput:
         self.input_changes.check(checkpoint, accept=self.recipe.output.resume_changed_data)
 
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:
-        """Restores policy, optimizer, run state and log from a checkpoint, and the reference model.
+        """Restores policy, optimizer, run state and log from a checkpoint, and the reference model if one is given.
 
         ``check_inputs`` must have accepted the checkpoint.
 
