@@ -65,7 +65,7 @@ def make_model(settings: StudySettings) -> tuple[InternVLForConditionalGeneratio
 
 
 def evaluation_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:
-    """Returns for each column of the result tables ``count`` questions about the digits of a split, with a fixed seed."""
+    """Returns ``count`` questions about the digits of a split by column of the result tables, with a fixed seed."""
     rng = np.random.default_rng(_EVALUATION_SEED)
     tasks = {form: digits.sample_tasks(split, count, rng, form) for form in digits.FORMS}
     return {**tasks, tables.TEXT: list(map(digits.in_words, digits.sample_tasks(split, count, rng, "cot")))}

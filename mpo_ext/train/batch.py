@@ -282,7 +282,7 @@ def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor
 
 
 def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
-    """Returns a plan with a row for each response: first all chosen rows, then the blank rows, then all rejected rows."""
+    """Returns a plan with a row for each response: all chosen rows, then the blank rows, then all rejected rows."""
     owners = [*samples, *blanks]
     copies = 2 if with_rejected else 1
     prompts = [_PlacedPrompt(row, owner, row, 0) for row, owner in enumerate(owners * copies)]
