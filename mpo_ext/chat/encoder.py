@@ -131,7 +131,7 @@ class ChatEncoder:
         self._check_probe()
         surplus = len(self.tokenizer) - (embedding_rows or len(self.tokenizer))
         if surplus > 0:
-            self._say(f"{surplus} tokens of the tokenizer have no row in the embedding: texts with them are refused")
+            self._say(f"{surplus} token(s) of the tokenizer have no row in the embedding: texts with them are refused")
 
     def prompt(self, conversation: Conversation) -> EncodedPrompt:
         """Returns the prompt of a conversation; its images are not opened.

@@ -55,6 +55,9 @@ def check_batch(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     input_ids: Tensor | None = None,
     tokenizer: Any = None,
     cu_seqlens: Tensor | None = None,
@@ -74,6 +77,9 @@ def check_batch(
         ref_logp: ``[2B]`` summed log-probs under the reference, or None.
         weight: ``[V, D]`` weight of the head, or None.
         bias: ``[V]`` bias of the head, or None.
+        logit_scale: As in ``linear_mpo_loss``, as are ``softcap`` and ``temperature``.
+        softcap: Read with ``weight`` only, as are ``logit_scale`` and ``temperature``.
+        temperature: As in ``linear_mpo_loss``.
         input_ids: Token ids of the model's input, shaped like ``labels``, including the prompts. None skips the
             checks of prompts and padding.
         tokenizer: Tokenizer that decodes the evidence and names the padding token, or None.
@@ -97,7 +103,8 @@ def check_batch(
         )
     if ref_logp is not None:
         checks.check_reference(logits, count, ref_logp, None, name)
-    sequences = list(_split(logits, labels, weight, bias, input_ids, cu_seqlens, count))
+    head = None if weight is None else (weight, bias, logit_scale, softcap, temperature)
+    sequences = list(_split(logits, labels, head, input_ids, cu_seqlens, count))
     ignore_index, ahead = config.ignore_index, int(shift)
     findings = [*_check_range(sequences, ignore_index), *_check_labelled(sequences, ahead, ignore_index)]
     if findings:
@@ -123,8 +130,7 @@ def check_batch(
 def _split(
     logits: Tensor,
     labels: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    head: tuple[Any, ...] | None,
     input_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     count: int,
@@ -132,7 +138,7 @@ def _split(
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     for number in range(count):
         place: Any = number if bounds is None else slice(bounds[number], bounds[number + 1])
-        scores = logits[place] if weight is None else eager.linear_logits(logits[place], weight, bias)
+        scores = logits[place] if head is None else eager.linear_logits(logits[place], *head)
         ids = None if input_ids is None else input_ids[place].cpu()
         side = "chosen" if number < count // 2 else "rejected"
         yield _Sequence(f"{side} {number % (count // 2)}", scores, labels[place].cpu(), ids)

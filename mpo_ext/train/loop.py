@@ -326,7 +326,7 @@ class Trainer:
             self.state.check_trained_on_pairs()
         has_evaluated = self._evaluate_if_due() is not None
         self.stop.is_over = self.state.has_stalled()
-        self._save_if_due()
+        self._save_if_due(is_end=has_evaluated and self.state.is_best())
         return has_evaluated and self.stop.agree()  # a signal may arrive during a long evaluation
 
     def _evaluate_if_due(self, *, is_end: bool = False) -> dict[str, float] | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mpo_ext.checks import install_hint, shorten
+from mpo_ext.checks import did_you_mean, install_hint, shorten
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.model import has_vision, modules_of
 from mpo_ext.train.optim_recipe import OptimRecipe
@@ -150,10 +150,14 @@ def _importing(path: str) -> Maker:
     """Returns a function that makes an optimizer of the class with an import path."""
     module, _, name = path.rpartition(".")
     try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        text = f"optim.name must be the import path of a class, got {path!r}: {error}"
-        raise ImportError(text) from error
+        owner = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"optim.name must be the import path of a class, got {path!r}: {error}") from error
+    kind = getattr(owner, name, None)
+    if kind is None:
+        known = {other.lower(): other for other in vars(owner)}
+        hint = did_you_mean(known.get(name.lower(), name), vars(owner))
+        raise ValueError(f"optim.name must be the import path of a class, got {path!r}, not in {module}{hint}")
     return lambda groups, options, model: kind(groups, **options)
 
 

@@ -207,6 +207,12 @@ class RunOutput:
                 f"evaluation after step {self.state.step}: "
                 + ", ".join(f"{name[5:]} {line[name]:.4f}" for name in line if name.endswith(("loss", "accuracy")))
             )
+            if self.state.has_stalled():
+                recipe = self.recipe.output
+                self.console.say(
+                    f"early stopping: no better {recipe.best_metric} than {self.state.best_score:.4f} in "
+                    f"{recipe.early_stopping} evaluations, so the run ends after step {self.state.step}"
+                )
         self._track("eval", {name.removeprefix("eval_"): value for name, value in line.items()})
 
     def _track(self, prefix: str, line: Mapping[str, float]) -> None:

@@ -91,6 +91,10 @@ class RunState:
         self.best_score = score if is_best else best
         self.n_stalled = 0 if is_best else self.n_stalled + 1
 
+    def is_best(self) -> bool:
+        """Returns whether the latest evaluation is the best so far, and the run keeps its checkpoint."""
+        return self._recipe.output.keep_best and self.best_score is not None and self.n_stalled == 0
+
     def has_stalled(self) -> bool:
         """Returns whether the last ``output.early_stopping`` evaluations gave no new best value; for 0, False."""
         patience = self._recipe.output.early_stopping

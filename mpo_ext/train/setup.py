@@ -86,8 +86,8 @@ def make_accelerator(recipe: Recipe) -> Any:
     if launched != accelerator.num_processes:
         raise ValueError(
             f"processes must be the {launched} that the launcher started, got {accelerator.num_processes} in "
-            "accelerate: each process would train on all pairs in the same folder; without GPUs, use accelerate "
-            "launch --cpu or set ACCELERATE_USE_CPU=true"
+            "accelerate: each process would train on all pairs in the same folder; without GPUs, set "
+            "ACCELERATE_USE_CPU=true"
         )
     _check_accelerate(accelerator)
     set_seed(recipe.optim.seed)

@@ -100,7 +100,7 @@ def test_what_a_template_writes_after_the_end_is_no_target(after: str) -> None:
 def test_ids_without_a_row_in_the_embedding() -> None:
     rows = len(build_tokenizer(SPECIAL[QWEN]))
     chat = encoder_of(QWEN, added=("<box>",), embedding_rows=rows)
-    assert chat.notices == ("1 tokens of the tokenizer have no row in the embedding: texts with them are refused",)
+    assert chat.notices == ("1 token(s) of the tokenizer have no row in the embedding: texts with them are refused",)
     rule = rf"must be below the {rows} rows of the model's embedding, got {rows} \('<box>'\)"
     with pytest.raises(ChatError, match=rule):
         chat.prompt(Conversation(question="<box> where?"))

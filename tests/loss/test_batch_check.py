@@ -68,6 +68,8 @@ def test_hidden_states_and_aligned_labels_are_right_too() -> None:
     values = batch(1)
     head = torch.eye(VOCAB)
     assert check_batch(**values, weight=head) == []
+    assert check_batch(**values, weight=head / 4, logit_scale=2.0, temperature=0.5) == []
+    assert check_batch(**values, weight=head / 4) != []  # these logits do not fit the reference
     aligned = shift_labels(values["labels"])
     assert check_batch(**{**values, "labels": aligned}, shift=False) == []
 

@@ -271,8 +271,10 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 
 def test_what_cannot_train_is_refused() -> None:
     model, _ = digits_run.tiny()
-    with pytest.raises(ImportError, match=r"optim\.name must be the import path of a class, got 'torch\.optim\.Nix'"):
-        optimizer(model, name="torch.optim.Nix")
+    with pytest.raises(ValueError, match=r"import path of a class, got 'torch\.optim\.Sgd', .*; did you mean 'SGD'\?"):
+        optimizer(model, name="torch.optim.Sgd")
+    with pytest.raises(ValueError, match=r"import path of a class, got 'no_such\.Sgd': No module named 'no_such'"):
+        optimizer(model, name="no_such.Sgd")
     with pytest.raises(TypeError, match=r"optim\.args must be arguments of adamw, got \{'rate': 1\}"):
         optimizer(model, args={"rate": 1})
     with pytest.raises(TypeError, match=r"optim\.name must be a torch\.optim\.Optimizer, got builtins\.dict"):

@@ -861,6 +861,20 @@ def test_a_run_that_no_longer_improves_ends(tmp_path: Path, pairs: Path, monkeyp
     assert patient.state.step == 7  # it counts on from two
 
 
+def test_the_best_evaluation_has_a_checkpoint_and_the_end_is_explained(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    settings = {"eval_every": 1, "early_stopping": 2, "keep_best": True, "keep_last": 1}
+    values_of_evaluations(monkeypatch, [0.5, 0.7, 0.6, 0.6])
+    options = {f"output__{name}": value for name, value in settings.items()}
+    trainer = trainer_of(tmp_path / "out", pairs, data__eval=[str(pairs)], optim__epochs=4, **options)
+    assert trainer.run() == 0
+    kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004"]
+    text = "early stopping: no better reward_accuracy than 0.7000 in 2 evaluations, so the run ends after step 4"
+    assert text in capsys.readouterr().err
+
+
 def test_a_run_interrupted_before_it_stops_early_counts_on(
     tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
