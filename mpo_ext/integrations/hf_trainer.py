@@ -7,23 +7,25 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from mpo_ext.integrations.reward_shift_state import RewardShiftStep, load_reward_shift, save_reward_shift
+from mpo_ext.integrations.metrics import loss_metrics
+from mpo_ext.integrations.reward_shift_state import RewardShiftCheckpoints, RewardShiftStep
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.eager import sequence_sums
 from mpo_ext.loss.functions import linear_mpo_loss, linear_token_logp
 from mpo_ext.loss.reward_shift import RewardShift
-from mpo_ext.train.batch import Batch
+from mpo_ext.train.batch import Batch, RowLayout
 from mpo_ext.train.dataset import Collator
 from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.forward import forward
 from mpo_ext.train.masks import prompt_positions, use_split_attention
-from mpo_ext.train.shared_prefix import check_shared_prefix
+from mpo_ext.train.settings import SharedPrefix
+from mpo_ext.train.shared_prefix import check_shared_prefix, shared_layouts
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -31,8 +33,10 @@ else:
     _Base = object
 
 _DEFAULT_CONFIG = MPOConfig()
-PairLayout = Literal["shared", "masked", "separate"]
-_LAYOUTS: tuple[PairLayout, ...] = ("shared", "masked", "separate")
+#: For each layout that ``PairCollator.for_model`` takes, the setting of ``shared_layouts``; None: the first that fits.
+_SETTINGS: dict[RowLayout | None, SharedPrefix] = {
+    None: True, "packed": True, "shared": "padded", "masked": "masked", "separate": False
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ class PairCollator:
         encoder: Encoder,
         samples: Sequence[Sample],
         *,
-        layout: PairLayout | None = None,
+        layout: RowLayout | None = None,
     ) -> PairCollator:
         """Returns a collator that puts both responses of a pair into one row if the model supports it.
 
@@ -57,35 +61,38 @@ class PairCollator:
             encoder: The encoder that made the samples.
             samples: One or two samples, one of them with images if any has. The log-probs of a shared row are
                 compared with those of separate rows on these samples.
-            layout: "shared", "masked" or "separate", see ``mpo_ext.train.batch.Batch``. None: the first of them that
-                gives the right log-probs.
+            layout: "packed", "shared", "masked" or "separate", see ``mpo_ext.train.batch.Batch``. None: the first of
+                them that gives the right log-probs.
 
         Raises:
             ValueError: If ``layout`` is unknown, or the model does not support it.
         """
-        if layout is not None and layout not in _LAYOUTS:
-            raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}, got {layout!r}")
+        if layout not in _SETTINGS:
+            known = ", ".join(name for name in _SETTINGS if name is not None)
+            raise ValueError(f"layout must be one of {known}, got {layout!r}")
         pad_id = encoder.tokenizer.pad_token_id
         pad_id = encoder.end_id if pad_id is None else pad_id
         positions = prompt_positions(model)
         device = next(model.parameters()).device
-        for candidate in _LAYOUTS if layout is None else (layout,):
-            reason = use_split_attention(model) if candidate == "shared" else None
-            if reason is None and candidate != "separate":
-                reason = check_shared_prefix(
-                    model, samples, pad_id=pad_id, positions=positions, device=device, layout=candidate
-                )
+        reasons: list[str] = []
+        for candidate in shared_layouts([model], _SETTINGS[layout], reasons):
+            if layout not in (None, candidate):
+                break
+            reason = check_shared_prefix(
+                model, samples, pad_id=pad_id, positions=positions, device=device, layout=candidate
+            )
             if reason is None:
                 return cls(Collator(candidate, pad_id, with_rejected=True, positions=positions))
-            if layout is not None:
-                raise ValueError(f"layout must be a layout that the model supports, got {layout!r}: {reason}")
-        raise AssertionError("separate rows fit every model")
+            reasons.append(reason)
+        if layout not in (None, "separate"):
+            raise ValueError(f"layout must be a layout that the model supports, got {layout!r}: {reasons[-1]}")
+        return cls(Collator("separate", pad_id, with_rejected=True, positions=positions))
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         return {"batch": self.collator(samples)}
 
 
-class MPOLossMixin(_Base):
+class MPOLossMixin(RewardShiftCheckpoints, _Base):
     """Gives a subclass of transformers' Trainer the MPO loss: ``class PairTrainer(MPOLossMixin, Trainer)``.
 
     The data set holds samples of ``mpo_ext.train.encode.Encoder``; ``data_collator`` is a ``PairCollator``. A batch
@@ -128,6 +135,7 @@ class MPOLossMixin(_Base):
             )
         self.ref_model = ref_model
         if ref_model is not None:
+            use_split_attention(ref_model)  # as in the policy, for which the collator chose the layout
             ref_model.eval().requires_grad_(False)
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self.add_callback(RewardShiftStep(self.reward_shift))
@@ -163,15 +171,6 @@ class MPOLossMixin(_Base):
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        save_reward_shift(self, self.reward_shift, trial)
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_reward_shift(self.reward_shift, checkpoint)
-
     @torch.no_grad()
     def _reference_logp(self, batch: Batch) -> Tensor:
         without_adapters = contextlib.nullcontext()
@@ -183,19 +182,7 @@ class MPOLossMixin(_Base):
         return sequence_sums(logp.double(), batch.cu_seqlens)
 
     def _add_terms(self, mode: str, out: Any) -> None:
-        margins = out.chosen_reward - out.rejected_reward
-        terms = {
-            "loss/dpo": out.dpo_loss,
-            "loss/bco": out.bco_loss,
-            "loss/ntp": out.ntp_loss,
-            "reward_shift": out.reward_shift,
-            "rewards/chosen": out.chosen_reward.mean(),
-            "rewards/rejected": out.rejected_reward.mean(),
-            "rewards/margins": margins.mean(),
-            "rewards/accuracies": (margins > 0).double().mean(),
-            "logps/chosen": out.chosen_logp.mean(),
-            "logps/rejected": out.rejected_logp.mean(),
-        }
+        terms = loss_metrics(out)
         values = torch.stack([value.detach().double() for value in terms.values()])
         for name, value in zip(terms, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True):
             self._terms[mode][name].append(value)

@@ -10,14 +10,14 @@ import torch
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from torch import Tensor, nn
 
+from mpo_ext.integrations.metrics import loss_metrics
 from mpo_ext.integrations.patching import Replacement
-from mpo_ext.integrations.reward_shift_state import RewardShiftStep, make_reward_shift
 from mpo_ext.integrations.separate_rows import (
     LossSettings,
     checkpoint_replacements,
-    keep_own_loss,
     logp_of_rows,
     loss_of_rows,
+    settings_function,
 )
 from mpo_ext.loss.config import MPOConfig
 
@@ -30,19 +30,9 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
     They compute the loss if ``pref_loss`` is "sigmoid"; other losses stay those of LLaMA-Factory.
     """
     shift_settings = {"mode": "cumulative"} if reward_shift is None else dict(reward_shift)
-    make_reward_shift(shift_settings)  # refuses bad settings now
+    settings = settings_function(_other_loss, _config_of, shift_settings)
     own_reference = CustomDPOTrainer.compute_reference_log_probs
     own_loss = CustomDPOTrainer.get_batch_loss_metrics
-
-    def settings(trainer: Any) -> LossSettings | None:
-        reason = _other_loss(trainer)
-        if reason is not None:
-            keep_own_loss(trainer, reason)
-            return None
-        if not hasattr(trainer, "mpo"):
-            trainer.mpo = LossSettings(_config_of(trainer), make_reward_shift(shift_settings))
-            trainer.add_callback(RewardShiftStep(trainer.mpo.reward_shift))
-        return trainer.mpo
 
     def compute_reference_log_probs(self: Any, model: nn.Module, batch: dict[str, Any]) -> Any:
         mpo = settings(self)
@@ -91,19 +81,7 @@ def _loss(
     mpo.reward_shift.train(train_eval == "train")
     ref_logp = _reference_logp(trainer, mpo, model, batch)
     loss, out, _ = loss_of_rows(model, _model_inputs(batch), batch["labels"], ref_logp, mpo)
-    margins = out.chosen_reward - out.rejected_reward
-    metrics = {
-        "rewards/chosen": out.chosen_reward.mean(),
-        "rewards/rejected": out.rejected_reward.mean(),
-        "rewards/accuracies": (margins > 0).float().mean(),
-        "rewards/margins": margins.mean(),
-        "logps/chosen": out.chosen_logp.mean(),
-        "logps/rejected": out.rejected_logp.mean(),
-        "loss/dpo": out.dpo_loss,
-        "loss/bco": out.bco_loss,
-        "loss/ntp": out.ntp_loss,
-        "reward_shift": out.reward_shift,
-    }
+    metrics = loss_metrics(out)
     values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
     prefix = "eval_" if train_eval == "eval" else ""
     return loss, {f"{prefix}{name}": value for name, value in zip(metrics, values, strict=True)}

@@ -10,14 +10,14 @@ import torch
 from swift.rlhf_trainers.dpo_trainer import DPOTrainer
 from torch import Tensor, nn
 
+from mpo_ext.integrations.metrics import loss_metrics
 from mpo_ext.integrations.patching import Replacement
-from mpo_ext.integrations.reward_shift_state import RewardShiftStep, make_reward_shift
 from mpo_ext.integrations.separate_rows import (
     LossSettings,
     checkpoint_replacements,
-    keep_own_loss,
     logp_of_rows,
     loss_of_rows,
+    settings_function,
 )
 from mpo_ext.loss.config import MPOConfig
 
@@ -32,18 +32,8 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
     They compute the loss if its terms are among "sigmoid", "bco_pair" and "sft"; other losses stay ms-swift's.
     """
     shift_settings = {"mode": "cumulative"} if reward_shift is None else dict(reward_shift)
-    make_reward_shift(shift_settings)  # refuses bad settings now
+    settings = settings_function(_other_loss, _config_of, shift_settings)
     own_reference, own_loss = DPOTrainer.compute_ref_log_probs, DPOTrainer.get_batch_loss_metrics
-
-    def settings(trainer: Any) -> LossSettings | None:
-        reason = _other_loss(trainer)
-        if reason is not None:
-            keep_own_loss(trainer, reason)
-            return None
-        if not hasattr(trainer, "mpo"):
-            trainer.mpo = LossSettings(_config_of(trainer), make_reward_shift(shift_settings))
-            trainer.add_callback(RewardShiftStep(trainer.mpo.reward_shift))
-        return trainer.mpo
 
     def compute_ref_log_probs(self: Any, batch: dict[str, Any]) -> Any:
         mpo = settings(self)
@@ -117,19 +107,8 @@ def _loss(
         inputs["output_router_logits"] = True
     cu_seqlens = _cu_seqlens(trainer, batch)
     loss, out, outputs = loss_of_rows(model, inputs, batch["labels"], ref_logp, mpo, cu_seqlens=cu_seqlens)
-    margins = out.chosen_reward - out.rejected_reward
-    metrics = {
-        "rewards/chosen": out.chosen_reward.mean(),
-        "rewards/rejected": out.rejected_reward.mean(),
-        "rewards/accuracies": (margins > 0).double().mean(),
-        "rewards/margins": margins.mean(),
-        "logps/chosen": out.chosen_logp.mean(),
-        "logps/rejected": out.rejected_logp.mean(),
-        "nll_loss": out.ntp_loss,
-        "loss/dpo": out.dpo_loss,
-        "loss/bco": out.bco_loss,
-        "reward_shift": out.reward_shift,
-    }
+    metrics = loss_metrics(out)
+    metrics["nll_loss"] = metrics.pop("loss/ntp")
     if trainer.aux_loss_enabled:
         metrics["aux_loss"] = outputs.aux_loss
         loss = loss + trainer.aux_loss_coef * outputs.aux_loss

@@ -25,6 +25,21 @@ class RewardShiftStep(TrainerCallback):
         self.reward_shift.step()
 
 
+class RewardShiftCheckpoints:
+    """For a subclass of Trainer whose attribute ``reward_shift`` its checkpoints shall hold."""
+
+    reward_shift: RewardShift
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        save_reward_shift(self, self.reward_shift, trial)
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None:
+            load_reward_shift(self.reward_shift, checkpoint)
+
+
 def make_reward_shift(settings: Mapping[str, Any]) -> RewardShift:
     """Returns a ``RewardShift`` with the settings of a mapping.
 

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from mpo_ext.integrations.patching import Replacement
-from mpo_ext.integrations.reward_shift_state import load_reward_shift, save_reward_shift
+from mpo_ext.integrations.reward_shift_state import (
+    RewardShiftStep,
+    load_reward_shift,
+    make_reward_shift,
+    save_reward_shift,
+)
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.eager import sequence_sums
 from mpo_ext.loss.functions import linear_mpo_loss, linear_token_logp
@@ -27,6 +32,35 @@ class LossSettings:
     config: MPOConfig
     reward_shift: RewardShift
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def settings_function(
+    other_loss: Callable[[Any], str | None], config_of: Callable[[Any], MPOConfig], reward_shift: Mapping[str, Any]
+) -> Callable[[Any], LossSettings | None]:
+    """Returns a function of a patched trainer that returns its loss, or None if the trainer keeps its own.
+
+    Args:
+        other_loss: Returns for a trainer why it computes another loss, or None.
+        config_of: Returns the terms of a trainer's loss.
+        reward_shift: Settings of ``RewardShift``.
+
+    Raises:
+        TypeError: As ``make_reward_shift``.
+        ValueError: As ``make_reward_shift``.
+    """
+    make_reward_shift(reward_shift)  # refuses bad settings now
+
+    def settings(trainer: Any) -> LossSettings | None:
+        reason = other_loss(trainer)
+        if reason is not None:
+            keep_own_loss(trainer, reason)
+            return None
+        if not hasattr(trainer, "mpo"):
+            trainer.mpo = LossSettings(config_of(trainer), make_reward_shift(reward_shift))
+            trainer.add_callback(RewardShiftStep(trainer.mpo.reward_shift))
+        return trainer.mpo
+
+    return settings
 
 
 def loss_of_rows(

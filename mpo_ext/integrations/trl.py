@@ -18,18 +18,13 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, hash_module, use_adapter
 
 from mpo_ext.integrations.patching import Replacement, check_sources
-from mpo_ext.integrations.reward_shift_state import (
-    RewardShiftStep,
-    load_reward_shift,
-    make_reward_shift,
-    save_reward_shift,
-)
+from mpo_ext.integrations.reward_shift_state import RewardShiftCheckpoints, RewardShiftStep, make_reward_shift
 from mpo_ext.integrations.separate_rows import (
     LossSettings,
     checkpoint_replacements,
-    keep_own_loss,
     logp_of_rows,
     loss_of_rows,
+    settings_function,
 )
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.reward_shift import RewardShift
@@ -90,7 +85,7 @@ class MPOTrainingConfig(DPOConfig):
     )
 
 
-class MPOTrainer(DPOTrainer):
+class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
     """TRL's ``DPOTrainer`` with the MPO loss of mpo_ext, computed from hidden states without logits.
 
     Full and LoRA training of text and image models, DDP, FSDP2 and DeepSpeed, as in TRL. Beyond TRL: the reward shift
@@ -138,7 +133,8 @@ class MPOTrainer(DPOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = MPOTrainingConfig(f"{name.split('/')[-1]}-MPO")
         config, options = _settings_of(args)
-        self.mpo = LossSettings(config, reward_shift or _reward_shift_of(args), options)
+        self.reward_shift = reward_shift or _reward_shift_of(args)
+        self.mpo = LossSettings(config, self.reward_shift, options)
         precompute = _has_images(kwargs.get("train_dataset", rest[1] if len(rest) > 1 else None))
         precompute = precompute and args.precompute_ref_log_probs
         if precompute:  # TRL refuses this, so the reference is computed below
@@ -149,26 +145,12 @@ class MPOTrainer(DPOTrainer):
         if precompute:
             self._precompute_with_images()
 
-    @property
-    def reward_shift(self) -> RewardShift:
-        """The reward shift of the loss."""
-        return self.mpo.reward_shift
-
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Returns the summed log-probs of the chosen and of the rejected responses under the reference."""
         return reference_logp(self, self.mpo, model, inputs).chunk(2)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         return loss_of_batch(self, self.mpo, model, inputs, return_outputs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        save_reward_shift(self, self.reward_shift, trial)
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_reward_shift(self.reward_shift, checkpoint)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -347,6 +329,14 @@ def _other_loss(args: DPOConfig) -> str | None:
     return None
 
 
+def _other_loss_of(trainer: Any) -> str | None:
+    """Returns why a patched ``DPOTrainer`` keeps its own loss, or None."""
+    weights = trainer.loss_weights
+    if min(weights) < 0 or not any(weights):
+        return _other_loss(trainer.args) or f"loss_weights must be at least 0, and one of them positive, got {weights}"
+    return _other_loss(trainer.args)
+
+
 def _reward_shift_of(args: DPOConfig) -> RewardShift:
     if not isinstance(args, MPOTrainingConfig):
         return RewardShift()
@@ -365,22 +355,11 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
     They compute the loss if its terms are among "sigmoid", "bco_pair" and "sft"; other losses stay TRL's.
     """
     shift_settings = {"mode": "fixed"} if reward_shift is None else dict(reward_shift)
-    make_reward_shift(shift_settings)  # refuses bad settings now
+    settings_of_dpo = settings_function(_other_loss_of, lambda trainer: _config_of(trainer.args), shift_settings)
     own = {name: getattr(DPOTrainer, name) for name in ("_compute_loss", "compute_ref_log_probs")}
 
     def settings(trainer: Any) -> LossSettings | None:
-        if isinstance(trainer, MPOTrainer):
-            return None
-        reason = _other_loss(trainer.args)
-        if reason is None and (min(trainer.loss_weights) < 0 or not any(trainer.loss_weights)):
-            reason = f"loss_weights must be at least 0, and one of them positive, got {trainer.loss_weights}"
-        if reason is not None:
-            keep_own_loss(trainer, reason)
-            return None
-        if not hasattr(trainer, "mpo"):
-            trainer.mpo = LossSettings(_config_of(trainer.args), make_reward_shift(shift_settings))
-            trainer.add_callback(RewardShiftStep(trainer.mpo.reward_shift))
-        return trainer.mpo
+        return None if isinstance(trainer, MPOTrainer) else settings_of_dpo(trainer)
 
     def compute_ref_log_probs(self: Any, model: nn.Module, inputs: dict[str, Any]) -> Any:
         if (mpo := settings(self)) is None:

@@ -49,7 +49,7 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[ParameterGro
         ValueError: If ``optim.groups`` names a part that the model lacks or does not train.
     """
     parts = _part_of_parameters(model, recipe.groups)
-    hidden = _hidden_matrices(model) if recipe.name == "muon" else set()
+    hidden = {id(matrix) for matrix in hidden_matrices(model)} if recipe.name == "muon" else set()
     groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {
         (part, orthogonalized, has_decay): []
         for part in ("", *recipe.groups)
@@ -86,11 +86,6 @@ def _part_of_parameters(model: nn.Module, parts: Iterable[str]) -> dict[int, str
             raise ValueError(f"optim.groups must name parts that the model has, got {part!r}, not found in {kind}")
         found |= {id(parameter): part for module in modules for parameter in module.parameters()}
     return {key: part for key, part in found.items() if part in parts}
-
-
-def _hidden_matrices(model: nn.Module) -> set[int]:
-    """Returns the ``id`` of each weight that Muon updates."""
-    return {id(parameter) for parameter in hidden_matrices(model)}
 
 
 def hidden_matrices(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +17,14 @@ from mpo_ext.processors import check_model, check_supported
 from mpo_ext.train.dataset import Collator, RunData, without_responses
 from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.export import check_mergeable
-from mpo_ext.train.masks import prompt_positions, undo_split_attention, use_split_attention
+from mpo_ext.train.masks import prompt_positions
 from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_model, without_adapters
 from mpo_ext.train.optimizer import ParameterGroup, make_optimizer, parameter_groups
 from mpo_ext.train.ranks import gather, join_cpu_ranks
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import reference_path
 from mpo_ext.train.reference_model import check_can_follow
-from mpo_ext.train.shared_prefix import SharedLayout, check_shared_prefix
+from mpo_ext.train.shared_prefix import SharedLayout, check_shared_prefix, shared_layouts
 from mpo_ext.train.zero import copy_model, is_deepspeed, is_partitioned, prepare_frozen, set_sizes
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -268,7 +268,7 @@ def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | 
     if recipe.reference.path is not None and reference_model is not None:
         models.append(reference_model)
     reasons: list[str] = []
-    for layout in _shared_layouts(recipe, models, reasons):
+    for layout in shared_layouts(models, recipe.loss.shared_prefix, reasons):
         reason = _check_layout(models, samples, data, layout)
         if reason is None:
             data.collator = dataclasses.replace(data.collator, layout=layout)
@@ -277,27 +277,6 @@ def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | 
         reasons.append(reason)
     data.collator = dataclasses.replace(data.collator, layout="separate")
     return f"separate rows for chosen and rejected responses: {'; '.join(dict.fromkeys(reasons))}"
-
-
-def _shared_layouts(recipe: Recipe, models: Sequence[nn.Module], reasons: list[str]) -> Iterator[SharedLayout]:
-    """Yields the layouts to check in order, and adds to ``reasons`` why a layout is left out."""
-    setting = recipe.loss.shared_prefix
-    if not setting:
-        reasons.append("loss.shared_prefix is false")
-        return
-    if setting == "masked":
-        reasons.append("loss.shared_prefix is masked")
-    elif split_reasons := [reason for model in models if (reason := use_split_attention(model)) is not None]:
-        reasons += split_reasons
-    else:
-        if setting == "padded":
-            reasons.append("loss.shared_prefix is padded")
-        else:
-            yield "packed"
-        yield "shared"
-    for model in models:
-        undo_split_attention(model)
-    yield "masked"
 
 
 def _check_layout(

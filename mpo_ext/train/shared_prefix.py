@@ -15,7 +15,15 @@ from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.batch import Batch, collate
 from mpo_ext.train.encode import Sample
 from mpo_ext.train.forward import forward, forward_logits
-from mpo_ext.train.masks import decoder_config, forward_source, has_image_blocks, plan_masks
+from mpo_ext.train.masks import (
+    decoder_config,
+    forward_source,
+    has_image_blocks,
+    plan_masks,
+    undo_split_attention,
+    use_split_attention,
+)
+from mpo_ext.train.settings import SharedPrefix
 from mpo_ext.train.split_recurrence import has_split_layers
 
 SharedLayout = Literal["packed", "shared", "masked"]
@@ -51,6 +59,32 @@ def supports_shared_prefix(model: nn.Module) -> str | None:
         if has_blocks and not has_image_blocks(inner):
             return f"tokens of an image attend to each other in {kind.__name__}"
     return None
+
+
+def shared_layouts(models: Sequence[nn.Module], setting: SharedPrefix, reasons: list[str]) -> Iterator[SharedLayout]:
+    """Yields the layouts with shared rows to check, in order, and switches split attention of the models on or off.
+
+    Args:
+        models: Models that will run on the batches.
+        setting: As ``loss.shared_prefix`` of a recipe.
+        reasons: List to which the function adds why it leaves out a layout.
+    """
+    if not setting:
+        reasons.append("loss.shared_prefix is false")
+        return
+    if setting == "masked":
+        reasons.append("loss.shared_prefix is masked")
+    elif split_reasons := [reason for model in models if (reason := use_split_attention(model)) is not None]:
+        reasons += split_reasons
+    else:
+        if setting == "padded":
+            reasons.append("loss.shared_prefix is padded")
+        else:
+            yield "packed"
+        yield "shared"
+    for model in models:
+        undo_split_attention(model)
+    yield "masked"
 
 
 def check_shared_prefix(

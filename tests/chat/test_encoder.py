@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 for package in ("transformers", "tokenizers"):
-    pytest.importorskip(package)
+    pytest.importorskip(package, reason=f"needs {package}, which dev installs")
 
 from tiny_processors import QWEN, SPECIAL, build_tokenizer
 from tokenizers import processors

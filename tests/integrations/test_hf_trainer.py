@@ -70,7 +70,7 @@ def test_a_run_is_that_of_plain_float64(folder: Path, encoder: Encoder, samples:
     model = plain.widen(load(folder))
     truth_model, truth_reference = copy.deepcopy(model), copy.deepcopy(model)
     trainer = make(model, encoder, samples, tmp_path)
-    assert trainer.data_collator.collator.layout == "shared"
+    assert trainer.data_collator.collator.layout == "packed"
     batches: list[list[plain.Pair]] = []
     collate = trainer.data_collator
 
@@ -157,4 +157,4 @@ def test_a_layout_that_the_model_does_not_support_is_refused(encoder: Encoder, s
         PairCollator.for_model(model, encoder, samples[:2], layout="shared")
     assert PairCollator.for_model(model, encoder, samples[:2]).collator.layout == "separate"
     with pytest.raises(ValueError, match="layout must be one of"):
-        PairCollator.for_model(model, encoder, samples[:2], layout="packed")  # type: ignore[arg-type]
+        PairCollator.for_model(model, encoder, samples[:2], layout="one")  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from mpo_ext.integrations.sources import KnownSources
 if os.environ.get("CI") == "true":
     import trl
 else:
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="needs the extra trl, which dev installs with Python 3.11 and later")
 
 from mpo_ext.integrations.trl import MPOTrainer, MPOTrainingConfig
 

@@ -109,19 +109,21 @@ def qwen2_5_vl(**text: Any) -> nn.Module:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
+QWEN3_VISION = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "in_channels": 1,
+    "patch_size": 4,
+    "temporal_patch_size": 1,
+    "out_hidden_size": 16,
+    "num_position_embeddings": 16,
+}
+
+
 def qwen3_vl() -> nn.Module:
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_heads": 2,
-        "in_channels": 1,
-        "patch_size": 4,
-        "temporal_patch_size": 1,
-        "out_hidden_size": 16,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 1],
-    }
+    vision = {**QWEN3_VISION, "deepstack_visual_indexes": [0, 1]}
     text = {**TEXT, "head_dim": 8, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
     config = transformers.Qwen3VLConfig(vision_config=vision, text_config=text, **QWEN_TOKENS)
     return transformers.Qwen3VLForConditionalGeneration(config)
@@ -236,20 +238,9 @@ MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 4, "mamba_expand": 2, "mamba_chunk
 
 
 def qwen3_5_vl() -> nn.Module:
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_heads": 2,
-        "in_channels": 1,
-        "patch_size": 4,
-        "temporal_patch_size": 1,
-        "out_hidden_size": 16,
-        "num_position_embeddings": 16,
-    }
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4, "partial_rotary_factor": 1.0}
     text = {**TEXT, **DELTA_NET, "rope_parameters": rope}
-    config = transformers.Qwen3_5Config(vision_config=vision, text_config=text, **QWEN_TOKENS)
+    config = transformers.Qwen3_5Config(vision_config=QWEN3_VISION, text_config=text, **QWEN_TOKENS)
     return transformers.Qwen3_5ForConditionalGeneration(config)
 
 

@@ -19,7 +19,7 @@ import torch
 from run_recipe import Job, log_of, result_of, run, signal_at_forward, text_of
 from safetensors.torch import load_file
 
-pytest.importorskip("deepspeed")
+pytest.importorskip("deepspeed", reason="needs the extra deepspeed, which dev installs")
 
 ALL = os.environ.get("MPO_DEEPSPEED_ALL") == "1"
 only_in_all = pytest.mark.skipif(not ALL, reason="part of make deepspeed-check")
@@ -223,7 +223,7 @@ def test_policy_and_reference_agree_in_bfloat16(stage: int, job_of: Callable[...
 @pytest.mark.parametrize("stage", [2, 3, "FSDP2"])
 def test_qlora(stage: Any, job_of: Callable[..., Job], single: Callable[..., Job]) -> None:
     """The 4-bit weights of a sharded model are gathered and dequantized for the merged model."""
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="needs the extra qlora, which dev installs")
     settings = {"model__lora": {"rank": 4, "quantization": "4bit"}, "output__save_merged": True}
     if stage != "FSDP2":
         check(job_of, single, "llava", stage, **settings)

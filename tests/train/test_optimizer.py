@@ -98,7 +98,7 @@ def test_an_import_path_names_any_optimizer() -> None:
 
 
 def test_eight_bits_hold_the_moments_of_all_but_embeddings() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra qlora, which dev installs")
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes))
     for parameter in model.parameters():
@@ -183,7 +183,7 @@ def test_the_schedules_are_those_of_transformers(settings: dict[str, Any], name:
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "adamw_8bit", "torch.optim.AdamW"])
 def test_the_dry_run_knows_the_size_of_the_state(name: str) -> None:
     if name == "adamw_8bit":
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        pytest.importorskip("bitsandbytes", reason="needs the extra qlora, which dev installs")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes))
     for parameter in model.parameters():
@@ -222,7 +222,7 @@ class StoppedRun(Exception):  # noqa: N818 - no error of the program
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, settings: dict[str, Any], dtype: torch.dtype) -> None:
     if settings.get("name") == "adamw_8bit":
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        pytest.importorskip("bitsandbytes", reason="needs the extra qlora, which dev installs")
     pairs = digits_run.write_pairs(tmp_path / "data", 32)
     options = {f"optim__{name}": value for name, value in settings.items()} | {"output__save_every": 2}
 

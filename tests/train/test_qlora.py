@@ -18,7 +18,7 @@ from mpo_ext.train.model import add_lora, language_linears, load_model
 from mpo_ext.train.quantization import disable_weight_packing, quantized_layers
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra qlora, which dev installs")
 
 MODELS = {"qwen2": model_folders.write_qwen2, "llava": model_folders.write_llava}
 QLORA = LoraRecipe(rank=4, quantization="4bit")
