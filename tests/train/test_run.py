@@ -846,7 +846,7 @@ def values_of_evaluations(monkeypatch: pytest.MonkeyPatch, values: list[float]) 
 
 def test_a_run_that_no_longer_improves_ends(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"data__eval": [str(pairs)], "output__eval_every": 1, "output__early_stopping": 2, "optim__epochs": 4}
-    values_of_evaluations(monkeypatch, [0.5, math.nan, 0.7, 0.7, 0.6, 0.9])
+    values_of_evaluations(monkeypatch, [math.nan, 0.5, 0.7, 0.7, 0.6, 0.9])
     trainer = trainer_of(tmp_path / "out", pairs, **settings)
     assert trainer.run() == 0
     assert trainer.state.step == 5  # the third evaluation was the best, and two were not better
@@ -881,7 +881,7 @@ def test_a_run_interrupted_before_it_stops_early_counts_on(
     settings = {"data__eval": [str(pairs)], "output__eval_every": 1, "output__early_stopping": 2, "optim__epochs": 4}
     values_of_evaluations(monkeypatch, [0.5, 0.4])
     trainer = trainer_of(tmp_path / "out", pairs, **settings, output__save_every=1)
-    trainer.on_step = lambda step, line: signal.raise_signal(signal.SIGTERM) if step == 2 else None
+    trainer.on_step = lambda step, line: signal.raise_signal(signal.SIGTERM) if step == 3 else None
     assert trainer.run() == loop.INTERRUPTED
     values_of_evaluations(monkeypatch, [0.4, 0.4, 0.4])
     trainer = trainer_of(tmp_path / "out", pairs, **settings)
