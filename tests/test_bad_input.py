@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
+from mpo_ext import MPOConfig, RewardShift, linear_mpo_loss, linear_token_logp, mpo_loss, token_logp
 
 NEITHER_OR_BOTH = r"ref_logp.*ref_logits"
 
@@ -163,25 +164,33 @@ def test_good_arguments_pass(backend: str) -> None:
 
 
 TOKEN_MISTAKES: dict[str, tuple[Callable[[], Any], Any, str]] = {
-    "logits int64": (lambda: token_logp(zeros(2, 7, dtype=INT64), zeros(2, dtype=INT64)), TypeError, r"^logits must"),
-    "labels float": (lambda: token_logp(zeros(2, 7), zeros(2)), TypeError, r"^labels must be .*int64, got .*float32"),
+    "logits int64": (
+        lambda: token_logp(zeros(2, 7, dtype=INT64), zeros(2, dtype=INT64), shift=False),
+        TypeError,
+        r"^logits must",
+    ),
+    "labels float": (
+        lambda: token_logp(zeros(2, 7), zeros(2), shift=False),
+        TypeError,
+        r"^labels must be .*int64, got .*float32",
+    ),
     "labels too many": (
-        lambda: token_logp(zeros(2, 7), zeros(3, dtype=INT64)),
+        lambda: token_logp(zeros(2, 7), zeros(3, dtype=INT64), shift=False),
         ValueError,
         r"^labels must .*\(2, 7\).*\(3,\)",
     ),
     "labels with an axis too many": (
-        lambda: token_logp(zeros(2, 7), zeros(2, 1, dtype=INT64)),
+        lambda: token_logp(zeros(2, 7), zeros(2, 1, dtype=INT64), shift=False),
         ValueError,
         r"^labels must .*\(2, 1\)",
     ),
     "labels elsewhere": (
-        lambda: token_logp(zeros(2, 7), zeros(2, dtype=INT64).to("meta")),
+        lambda: token_logp(zeros(2, 7), zeros(2, dtype=INT64).to("meta"), shift=False),
         ELSEWHERE,
         r"^labels must .*meta",
     ),
     "backend unknown": (
-        lambda: token_logp(zeros(2, 7), zeros(2, dtype=INT64), backend="c++"),
+        lambda: token_logp(zeros(2, 7), zeros(2, dtype=INT64), backend="c++", shift=False),
         ValueError,
         r"^backend must .*'c\+\+'",
     ),
@@ -292,3 +301,14 @@ def test_a_reward_shift_names_what_is_no_number() -> None:
         RewardShift().load_state_dict(None)
     with pytest.raises(TypeError, match="value must be a number, got 'abc'"):
         RewardShift().load_state_dict({**RewardShift().state_dict(), "value": "abc"})
+
+
+@pytest.mark.parametrize("function", [mpo_loss, linear_mpo_loss])
+def test_a_field_of_the_config_says_where_it_belongs(function: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match=r"^beta is a field of MPOConfig: pass config=MPOConfig\(beta=0.2\)"):
+        function(zeros(2, 3, 7), zeros(2, 3, dtype=INT64), beta=0.2)
+
+
+def test_the_functions_shift_by_default_as_models_do() -> None:
+    for function in (mpo_loss, linear_mpo_loss, token_logp, linear_token_logp):
+        assert signature(function).parameters["shift"].default is True

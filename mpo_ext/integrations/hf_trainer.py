@@ -178,7 +178,7 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
             without_adapters = self.accelerator.unwrap_model(self.model).disable_adapter()
         with without_adapters, self.accelerator.autocast():
             rows = forward(self.model if self.ref_model is None else self.ref_model, batch)
-            logp = linear_token_logp(rows.hidden, rows.weight, batch.labels, **rows.options)
+            logp = linear_token_logp(rows.hidden, rows.weight, batch.labels, shift=False, **rows.options)
         return sequence_sums(logp.double(), batch.cu_seqlens)
 
     def _add_terms(self, mode: str, out: Any) -> None:

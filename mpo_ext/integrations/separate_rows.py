@@ -110,8 +110,9 @@ def logp_of_rows(
 
     def compute(head: HiddenAndHead) -> Tensor:
         return linear_token_logp(
-            _token_rows(head, labels), head.weight, targets.to(head.hidden.device), **head.options, **options
-        )
+            _token_rows(head, labels), head.weight, targets.to(head.hidden.device), shift=False,
+            **head.options, **options,
+        )  # fmt: skip
 
     logp, _ = value_in_forward(model, compute, **inputs)
     return logp.double().sum(-1) if cu_seqlens is None else sequence_sums(logp[0].double(), cu_seqlens)

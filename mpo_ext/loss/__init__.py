@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mpo_ext.loss.hf_head import HiddenAndHead, hidden_and_head, value_in_forward
     from mpo_ext.loss.reward_shift import RewardShift
     from mpo_ext.loss.steps import MPOOutput, shift_labels
+    from mpo_ext.ops.memory import empty_cache
 
 # Modules of the names that are not in the module ``functions``.
 _HOMES = {"MPOConfig": "config", "RewardShift": "reward_shift", "sequence_sums": "eager"}
@@ -28,6 +29,7 @@ __all__ = [
     "MPOOutput",
     "RewardShift",
     "check_batch",
+    "empty_cache",
     "hidden_and_head",
     "linear_mpo_loss",
     "linear_token_logp",
@@ -42,6 +44,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'mpo_ext.loss' has no attribute {name!r}")
+    if name == "empty_cache":
+        return importlib.import_module("mpo_ext.ops.memory").empty_cache
     return getattr(importlib.import_module(f"mpo_ext.loss.{_HOMES.get(name, 'functions')}"), name)
 
 

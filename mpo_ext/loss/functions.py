@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,8 +39,28 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _DEFAULT_CONFIG = MPOConfig()
+_CONFIG_FIELDS = frozenset(field.name for field in fields(MPOConfig))
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def _names_config_fields(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a loss function: a field of MPOConfig given as an argument raises an error that says where it goes."""
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        for name in options:
+            if name in _CONFIG_FIELDS:
+                raise TypeError(
+                    f"{name} is a field of MPOConfig: pass config=MPOConfig({name}={options[name]!r}), "
+                    f"not {name}={options[name]!r}"
+                )
+        return function(*args, **options)
+
+    return call
+
+
+@_names_config_fields
 def mpo_loss(
     logits: Tensor,
     labels: Tensor,
@@ -68,7 +90,7 @@ def mpo_loss(
         labels: ``[2B, T]`` or ``[N]`` int64; ``config.ignore_index`` at positions that are not scored. Any other label
             outside ``[0, V)`` makes the loss NaN.
         ref_logp: ``[2B]`` float32 or float64 summed log-probs of the labelled tokens of each sequence under the
-            reference model. Padded: ``token_logp(ref_logits, labels, shift=True).sum(-1)`` under ``no_grad``.
+            reference model. Padded: ``token_logp(ref_logits, labels).sum(-1)`` under ``no_grad``.
         ref_logits: Logits of the reference model, shaped like ``logits``, without gradient. Pass either ``ref_logits``
             or ``ref_logp``.
         config: Weights, beta and the other settings of the loss.
@@ -110,7 +132,9 @@ def mpo_loss(
         labels = shift_labels(labels, config.ignore_index, cu_seqlens).contiguous()  # one copy, for backward too
     if ref_logits is not None:
         with torch.no_grad():
-            rows = token_logp(ref_logits, labels, ignore_index=config.ignore_index, backend=chosen_backend)
+            rows = token_logp(
+                ref_logits, labels, shift=False, ignore_index=config.ignore_index, backend=chosen_backend
+            )
             ref_logp = eager.sequence_sums(rows.double(), cu_seqlens)
     assert ref_logp is not None  # check_reference requires ref_logp or ref_logits
     if chosen_backend == "reference":
@@ -133,6 +157,7 @@ def mpo_loss(
     return loss_output(loss, pair, names, row_stats, chosen_backend)
 
 
+@_names_config_fields
 def linear_mpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -234,8 +259,8 @@ def linear_mpo_loss(
         with torch.no_grad():
             rows = linear_token_logp(
                 ref_hidden, ref_weight, labels, bias=ref_bias, logit_scale=logit_scale, softcap=softcap,
-                temperature=temperature, memory_budget=memory_budget, ignore_index=config.ignore_index,
-                backend=chosen_backend,
+                temperature=temperature, memory_budget=memory_budget, shift=False,
+                ignore_index=config.ignore_index, backend=chosen_backend,
             )  # fmt: skip
             ref_logp = eager.sequence_sums(rows.double(), cu_seqlens)
     assert ref_logp is not None  # check_reference requires ref_logp or ref_hidden
@@ -262,20 +287,20 @@ def token_logp(
     logits: Tensor,
     labels: Tensor,
     *,
-    shift: bool = False,
+    shift: bool = True,
     ignore_index: int = -100,
     backend: str | None = None,
     vocab_parallel: ProcessGroup | None = None,
 ) -> Tensor:
     """Returns the log-probability of each label, differentiable, without a float32 copy of the logits.
 
-    Unlike in ``mpo_loss``, ``shift`` is False by default and does not support packed sequences. For packed sequences,
-    pass ``shift_labels(labels, cu_seqlens=cu_seqlens)`` as labels with ``shift=False``.
+    For packed sequences, pass ``shift_labels(labels, cu_seqlens=cu_seqlens)`` as labels with ``shift=False``.
 
     Args:
         logits: ``[..., V]`` float32, bfloat16, float16 or float64, any strides.
         labels: ``[...]`` int64, in ``[0, V)`` or ``ignore_index``.
-        shift: Whether position t of the last axis is scored against ``labels[t + 1]``; the last position gives 0.
+        shift: Whether position t of the last axis is scored against ``labels[t + 1]``, as in Hugging Face models; the
+            last position gives 0.
         ignore_index: Label of positions that are not read and give 0.
         backend: As in ``mpo_loss``.
         vocab_parallel: As in ``mpo_loss``.
@@ -313,7 +338,7 @@ def linear_token_logp(
     temperature: float = 1.0,
     memory_budget: int | None = None,
     recompute: bool | None = None,
-    shift: bool = False,
+    shift: bool = True,
     ignore_index: int = -100,
     backend: str | None = None,
     vocab_parallel: ProcessGroup | None = None,

@@ -21,7 +21,7 @@ from mpo_ext.ops.checks import (
 )
 from mpo_ext.ops.logits import RowOutputs, score, token_logp_outputs, write_grad
 from mpo_ext.ops.memory import ROW_STATE, Tile, VocabShard, empty_row_state, result_dtype
-from mpo_ext.ops.tiles import Head, TiledRows, accumulate, fresh_memory, labelled_rows, scatter_rows
+from mpo_ext.ops.tiles import Head, TiledRows, accumulate, head_grad_memory, labelled_rows, scatter_rows
 
 #: Tensors that ``linear_token_logp`` keeps for backward: none, the unscaled gradient of hidden states, or the logits.
 KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS = 0, 1, 2
@@ -174,7 +174,7 @@ def _score_tiles(
     """
     shard = shard or VocabShard(0, tiles.vocab)
     if keep == KEEP_LOGITS:
-        kept = fresh_memory(tiles.like, (tiles.kept_logits.size,), torch.uint8)
+        kept = head_grad_memory(tiles.like, (tiles.kept_logits.size,), torch.uint8)
     else:
         kept = tiles.like.new_empty(tiles.rows.shape if keep == KEEP_HIDDEN_GRAD else (0,))
     if tiles.rows.shape[0] == 0:
@@ -387,7 +387,9 @@ def linear_grad_rows(
         )
     _, d_weight, d_bias = _empty_gradients(hidden, weight, bias, (False, False, wanted[2]))
     if wanted[1]:
-        d_weight = fresh_memory(hidden, weight.shape, weight.dtype) if kept is None else kept_weight_grad(kept, weight)
+        d_weight = (
+            head_grad_memory(hidden, weight.shape, weight.dtype) if kept is None else kept_weight_grad(kept, weight)
+        )
     if tiles.rows.shape[0] == 0:
         for gradient in (d_weight, d_bias):
             gradient.zero_()

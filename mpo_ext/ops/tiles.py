@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mpo_ext.ops.memory import fresh_zeros, result_dtype
+from mpo_ext.ops.memory import result_dtype, reused_memory
 
 _CPU_MEMORY_BUDGET, _GPU_MEMORY_BUDGET = 64 << 20, 256 << 20
 _CPU_TILE_BYTES = 16 << 20  # logits of a tile: fits the last-level cache, large enough for fast products
@@ -346,9 +346,9 @@ def tile_shape(
     return chunk, max(widest // _COLUMN_STEP * _COLUMN_STEP, min(widest, _COLUMN_STEP), 1)
 
 
-def fresh_memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Returns uninitialised memory for a large tensor; on a CPU in huge pages, which cause fewer page faults."""
-    return fresh_zeros(shape, dtype) if like.device.type == "cpu" else like.new_empty(shape, dtype=dtype)
+def head_grad_memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Returns uninitialised memory for the gradient of a head; on a CPU that of an earlier gradient, if it is free."""
+    return reused_memory(shape, dtype) if like.device.type == "cpu" else like.new_empty(shape, dtype=dtype)
 
 
 def _scaled_matmul(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor | None) -> None:

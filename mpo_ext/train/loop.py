@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpo_ext.loss.reward_shift import RewardShift
+from mpo_ext.ops.memory import empty_cache
 from mpo_ext.train.batch_loss import BatchLoss, explain_out_of_memory, weighted_config, with_logged_average
 from mpo_ext.train.dataset import StepSize, StepSlice, size_over_ranks
 from mpo_ext.train.encode import PairCounts
@@ -63,7 +64,10 @@ def train(
         FloatingPointError: If a loss or gradient is not finite, unless ``output.on_nonfinite`` is "skip".
         RuntimeError: If memory runs out, or a rank fails.
     """
-    return Trainer(recipe, model=model, processor=processor, on_step=on_step).run()
+    try:
+        return Trainer(recipe, model=model, processor=processor, on_step=on_step).run()
+    finally:
+        empty_cache()
 
 
 class Trainer:

@@ -35,11 +35,11 @@ def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
     """Returns the log-probs of the N labels of a batch on the model's device: ``[N]`` float32, differentiable."""
     if recipe.from_logits:
         logits = forward_logits(model, batch)
-        return token_logp(logits, batch.labels.to(logits.device), backend=recipe.backend)
+        return token_logp(logits, batch.labels.to(logits.device), shift=False, backend=recipe.backend)
     out = forward(model, batch)
     return linear_token_logp(
         out.hidden, out.weight, batch.labels, memory_budget=memory_budget(recipe), recompute=recipe.recompute,
-        backend=recipe.backend, **out.options,
+        shift=False, backend=recipe.backend, **out.options,
     )  # fmt: skip
 
 

@@ -190,9 +190,10 @@ def label_logp_and_precision(model: nn.Module, batch: Batch, from_logits: bool =
     if batch.labels.is_cuda and torch.get_float32_matmul_precision() != "highest":
         epsilon = max(epsilon, torch.finfo(torch.float16).eps)  # TF32 has the mantissa of float16
     if from_logits:
-        logp = token_logp(logits, batch.labels.to(logits.device))
+        logp = token_logp(logits, batch.labels.to(logits.device), shift=False)
     else:
-        logp = linear_token_logp(out.hidden, out.weight.to(out.hidden.device), batch.labels, **out.options)
+        weight = out.weight.to(out.hidden.device)
+        logp = linear_token_logp(out.hidden, weight, batch.labels, shift=False, **out.options)
     return logp.double().cpu(), epsilon
 
 

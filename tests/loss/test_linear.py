@@ -178,9 +178,8 @@ def run_rows(
     """Returns the output of linear_token_logp for a case, and its gradients for a gradient of each row."""
     tensors = leaves(case, wanted)
     hidden, weight = tensors["hidden"], tensors["weight"]
-    logp = linear_token_logp(
-        hidden, weight, case.labels, bias=tensors.get("bias"), **case.head, backend=backend, **options
-    )
+    options = {"shift": False, **case.head, **options}
+    logp = linear_token_logp(hidden, weight, case.labels, bias=tensors.get("bias"), backend=backend, **options)
     return logp.detach(), gradients_of(logp, tensors, upstream_of(case))
 
 
@@ -782,7 +781,15 @@ def test_gradcheck(backend: str, mode: str, head: dict[str, Any]) -> None:
 
     def rows(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return linear_token_logp(
-            hidden, weight, case.labels, bias=bias, **head, backend=backend, recompute=recompute, memory_budget=400
+            hidden,
+            weight,
+            case.labels,
+            bias=bias,
+            **head,
+            backend=backend,
+            recompute=recompute,
+            memory_budget=400,
+            shift=False,
         )
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -804,7 +811,7 @@ def test_a_second_derivative_is_refused(kernel: str, mode: str) -> None:
         options = {"bias": bias, "backend": kernel, "recompute": MODES[mode]["recompute"]}
         losses = (
             linear_mpo_loss(hidden, weight, case.labels, case.ref_logp, **options).loss,
-            linear_token_logp(hidden, weight, case.labels, **options).sum(),
+            linear_token_logp(hidden, weight, case.labels, **options, shift=False).sum(),
         )
         for loss in losses:
             (gradient,) = torch.autograd.grad(loss, tensors[name], create_graph=True)
@@ -843,7 +850,9 @@ def test_no_gradient_is_recorded_where_none_is_wanted(engine: str, context: Call
             output = linear_mpo_loss(
                 hidden, weight, case.labels, case.ref_logp, bias=bias, backend=engine, recompute=recompute
             )
-            logp = linear_token_logp(hidden, weight, case.labels, bias=bias, backend=engine, recompute=recompute)
+            logp = linear_token_logp(
+                hidden, weight, case.labels, bias=bias, backend=engine, recompute=recompute, shift=False
+            )
         assert torch.equal(output.loss, expected.loss)
         assert not output.loss.requires_grad
         assert not logp.requires_grad
@@ -868,7 +877,7 @@ def test_no_input_is_written_to(kernel: str, mode: str) -> None:
     hidden, weight, bias = tensors.values()
     labels = case.labels.clone()
     logp = linear_token_logp(
-        hidden, weight, labels, bias=bias, **case.head, backend=kernel, recompute=MODES[mode]["recompute"]
+        hidden, weight, labels, bias=bias, **case.head, backend=kernel, recompute=MODES[mode]["recompute"], shift=False
     )
     logp.sum().backward()
     for name, tensor in case.tensors.items():
@@ -878,7 +887,7 @@ def test_no_input_is_written_to(kernel: str, mode: str) -> None:
 
 def test_an_empty_batch_gives_zeros() -> None:
     hidden, weight = torch.zeros(0, 5, requires_grad=True), torch.ones(7, 5, requires_grad=True)
-    logp = linear_token_logp(hidden, weight, torch.zeros(0, dtype=torch.int64))
+    logp = linear_token_logp(hidden, weight, torch.zeros(0, dtype=torch.int64), shift=False)
     logp.sum().backward()
     assert logp.shape == (0,)
     assert hidden.grad.shape == (0, 5)
@@ -1060,7 +1069,7 @@ def use_memory(begin: Callable[[], None], dtype: torch.dtype, mode: str, budget:
     weight = torch.zeros(60_000, 256, dtype=dtype).fill_(0.01).requires_grad_(not MODES[mode]["is_frozen"])
     labels = torch.randint(60_000, (2, 128))
     small = torch.zeros(64, 256, dtype=dtype, requires_grad=True)
-    linear_token_logp(hidden[0], small, labels[0] % 64).sum().backward()  # initialises libraries
+    linear_token_logp(hidden[0], small, labels[0] % 64, shift=False).sum().backward()  # initialises libraries
     begin()
     options = {"memory_budget": budget, "recompute": MODES[mode]["recompute"]}
     linear_mpo_loss(hidden, weight, labels, torch.zeros(2), shift=False, **options).loss.backward()
@@ -1247,4 +1256,4 @@ def test_token_logp_names_the_same_mistakes(mistake: str, computes_nothing: None
 def test_shift_needs_an_axis() -> None:
     with pytest.raises(ValueError, match=r"shift needs labels with at least one axis, got shape \(\)"):
         linear_token_logp(torch.zeros(5), torch.zeros(7, 5), torch.tensor(1), shift=True)
-    assert linear_token_logp(torch.zeros(5), torch.zeros(7, 5), torch.tensor(1)).shape == ()
+    assert linear_token_logp(torch.zeros(5), torch.zeros(7, 5), torch.tensor(1), shift=False).shape == ()

@@ -442,8 +442,8 @@ def refused(rank: int) -> dict[str, str]:
     other = dist.new_group([0]), dist.new_group([1])
     calls = {
         "shift": lambda: mpo_loss(logits, labels, ref_logp, sequence_parallel=group),
-        "type": lambda: token_logp(half, labels, vocab_parallel=2),
-        "member": lambda: token_logp(half, labels, vocab_parallel=other[1 if rank == 0 else 0]),
+        "type": lambda: token_logp(half, labels, vocab_parallel=2, shift=False),
+        "member": lambda: token_logp(half, labels, vocab_parallel=other[1 if rank == 0 else 0], shift=False),
         "offsets": lambda: mpo_loss(
             logits[0], labels[0], ref_logp[:2], cu_seqlens=torch.tensor([0, 4, 3 if rank % 2 else 5]), shift=False,
             sequence_parallel=group,

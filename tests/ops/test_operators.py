@@ -186,7 +186,7 @@ def test_compiling_does_not_start_over_while_the_reward_shift_moves() -> None:
 
 def test_a_second_derivative_raises_even_where_only_the_logits_ask_for_it(rows: tuple[Tensor, Tensor]) -> None:
     logits, labels = rows[0].requires_grad_(), rows[1]
-    for value in (mpo_loss(logits, labels, torch.zeros(4)).loss, token_logp(logits, labels).sum()):
+    for value in (mpo_loss(logits, labels, torch.zeros(4)).loss, token_logp(logits, labels, shift=False).sum()):
         (grad,) = torch.autograd.grad(value, logits, create_graph=True)
         with pytest.raises(RuntimeError, match=r"differentiated once.*on one rank use backend='reference'"):
             torch.autograd.grad(grad.square().sum(), logits)
@@ -222,12 +222,12 @@ def test_large_gradients_of_few_labelled_rows_touch_few_pages() -> None:
 
 def test_rows_of_many_axes_and_a_strided_vocabulary_are_taken(rows: tuple[Tensor, Tensor]) -> None:
     logits, labels = rows
-    expected = token_logp(logits, labels)
-    assert torch.equal(token_logp(logits.transpose(1, 2).contiguous().transpose(1, 2), labels), expected)
+    expected = token_logp(logits, labels, shift=False)
+    assert torch.equal(token_logp(logits.transpose(1, 2).contiguous().transpose(1, 2), labels, shift=False), expected)
     wide = torch.full((2, 3, 4, 9, 3, VOCAB + 5), torch.nan)
     wide[1, :2, :2, :, 0, :VOCAB] = logits.view(2, 2, 9, VOCAB)
     view = wide[1, :2, :2, :, 0, :VOCAB]
-    assert torch.equal(token_logp(view, labels.view(2, 2, 9)), expected.view(2, 2, 9))
+    assert torch.equal(token_logp(view, labels.view(2, 2, 9), shift=False), expected.view(2, 2, 9))
 
 
 def test_an_isa_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, rows: tuple[Tensor, Tensor]) -> None:
@@ -243,14 +243,14 @@ from mpo_ext import token_logp
 
 torch.set_num_threads(2)
 logits, labels = torch.arange(4.0 * 65536).view(4, 65536).sin(), torch.arange(4)  # by two threads
-expected = token_logp(logits, labels, backend="reference")
+expected = token_logp(logits, labels, backend="reference", shift=False)
 child = os.fork()  # before our kernels had anything to do
-found = token_logp(logits, labels)
+found = token_logp(logits, labels, shift=False)
 if child == 0:
     os._exit(max(abs(a - b) for a, b in zip(found.tolist(), expected.tolist())) > 1e-4)
 grandchild = os.fork()
 if grandchild == 0:
-    os._exit(not torch.equal(token_logp(logits, labels), found))
+    os._exit(not torch.equal(token_logp(logits, labels, shift=False), found))
 raise SystemExit(any(os.waitpid(one, 0)[1] for one in (child, grandchild)))
 """
 
@@ -261,7 +261,7 @@ def test_a_forked_process_computes_with_threads_of_its_own() -> None:
 
 
 def test_an_empty_batch_of_rows_gives_an_empty_result() -> None:
-    assert token_logp(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert token_logp(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), shift=False).shape == (0,)
     out = mpo_loss(torch.zeros(2, 0, 5, requires_grad=True), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2))
     out.loss.backward()
     assert torch.isfinite(out.loss)

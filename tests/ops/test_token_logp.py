@@ -54,7 +54,7 @@ def check(engine: str, device: str, layout: str, case: tuple) -> None:
     """Checks the values and the gradient of a case in a layout."""
     logits, labels, weight, (exact, exact_gradient, share), (eager, eager_gradient) = case
     z = lay_out(logits.to(device), layout).requires_grad_()
-    logp = token_logp(z, labels.to(device), backend=engine)
+    logp = token_logp(z, labels.to(device), backend=engine, shift=False)
     (gradient,) = torch.autograd.grad(logp, z, weight.to(device))
     assert logp.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
     assert gradient.dtype == logits.dtype
@@ -110,7 +110,7 @@ def test_the_gradient_of_a_confident_label_keeps_its_digits(
     _, eager = token_logp_eager(logits, labels)
     factor = 2.0 if dtype == torch.float32 else 1.0
     z = logits.to(device).requires_grad_()
-    token_logp(z, labels.to(device), backend=engine).sum().backward()
+    token_logp(z, labels.to(device), backend=engine, shift=False).sum().backward()
     assert z.grad is not None
     for one in enumerate(labels.tolist()):
         # 1 - p comes from a float32 logarithm, whose rounding is visible in float32 and never in half precision.
@@ -123,11 +123,11 @@ def test_an_upstream_gradient_may_have_any_stride(engine: str, device: str) -> N
     z = logits.view(3, 4, 67).to(device).requires_grad_()
     y = labels.view(3, 4).to(device)
     weight = torch.randn(4, 3, device=device).t()
-    (expected,) = torch.autograd.grad(token_logp(z, y, backend=engine), z, weight.contiguous())
-    (strided,) = torch.autograd.grad(token_logp(z, y, backend=engine), z, weight)
+    (expected,) = torch.autograd.grad(token_logp(z, y, backend=engine, shift=False), z, weight.contiguous())
+    (strided,) = torch.autograd.grad(token_logp(z, y, backend=engine, shift=False), z, weight)
     assert torch.equal(strided, expected)
-    (expected,) = torch.autograd.grad(token_logp(z, y, backend=engine), z, torch.full_like(weight, 0.25))
-    (expanded,) = torch.autograd.grad((0.25 * token_logp(z, y, backend=engine)).sum(), z)
+    (expected,) = torch.autograd.grad(token_logp(z, y, backend=engine, shift=False), z, torch.full_like(weight, 0.25))
+    (expanded,) = torch.autograd.grad((0.25 * token_logp(z, y, backend=engine, shift=False)).sum(), z)
     assert torch.equal(expanded, expected)
 
 
@@ -137,7 +137,7 @@ def test_any_number_of_axes_will_do(backend: str, device: str, shape: tuple[int,
     labels = torch.randint(7, shape, device=device)
     exact, exact_gradient, share = token_logp_exact(logits, labels)
     eager, eager_gradient = token_logp_eager(logits, labels)
-    logp = token_logp(logits, labels, backend=backend)
+    logp = token_logp(logits, labels, backend=backend, shift=False)
     assert_as_accurate(logp.detach().cpu(), eager.cpu(), exact)
     (gradient,) = torch.autograd.grad(logp.sum(), logits)
     if labels.numel():
@@ -158,7 +158,7 @@ def test_shift_scores_each_position_against_the_next_label(backend: str, device:
     assert_as_accurate(logp.detach().cpu(), eager, exact)
     assert_gradient_as_accurate(gradient.cpu(), eager_gradient, exact_gradient, share)
     assert not logp[..., -1].any()
-    unshifted = token_logp(z[..., :-1, :], labels[..., 1:].to(device), backend=backend)
+    unshifted = token_logp(z[..., :-1, :], labels[..., 1:].to(device), backend=backend, shift=False)
     assert torch.equal(logp[..., :-1], unshifted)
 
 
@@ -168,7 +168,7 @@ def test_ignore_index_may_be_any_label(backend: str, device: str, ignore_index: 
     labels = torch.tensor([0, 1, 4, ignore_index, 3, 0])
     exact, _, _ = token_logp_exact(logits, labels, ignore_index=ignore_index)
     eager, _ = token_logp_eager(logits, labels, ignore_index=ignore_index)
-    logp = token_logp(logits.to(device), labels.to(device), ignore_index=ignore_index, backend=backend)
+    logp = token_logp(logits.to(device), labels.to(device), ignore_index=ignore_index, backend=backend, shift=False)
     assert_as_accurate(logp.cpu(), eager, exact)
 
 
@@ -179,14 +179,16 @@ def test_a_label_out_of_range_gives_nan_in_its_row_only(
 ) -> None:
     logits = torch.randn(4, 67).to(dtype).to(device).requires_grad_()
     labels = torch.tensor([3, label, -100, 66], device=device)
-    logp = token_logp(logits, labels, backend=engine)
+    logp = token_logp(logits, labels, backend=engine, shift=False)
     assert torch.isnan(logp).tolist() == [False, True, False, False]
     (gradient,) = torch.autograd.grad(logp[[0, 2, 3]].sum(), logits)
     others = gradient[[0, 2, 3]]
     assert torch.isfinite(others).all()
     assert others[[0, 2]].any()
     good = torch.tensor([3, -100, -100, 66], device=device)
-    torch.testing.assert_close(logp[[0, 2, 3]], token_logp(logits, good, backend=engine)[[0, 2, 3]], rtol=0, atol=0)
+    torch.testing.assert_close(
+        logp[[0, 2, 3]], token_logp(logits, good, backend=engine, shift=False)[[0, 2, 3]], rtol=0, atol=0
+    )
 
 
 def masked_logits(dtype: torch.dtype, vocab: int) -> Tensor:
@@ -206,7 +208,7 @@ def test_minus_infinity_is_a_probability_of_zero(engine: str, device: str, dtype
     exact, exact_gradient, share = token_logp_exact(logits, labels)
     eager, eager_gradient = token_logp_eager(logits, labels)
     z = logits.to(device).requires_grad_()
-    logp = token_logp(z, labels.to(device), backend=engine)
+    logp = token_logp(z, labels.to(device), backend=engine, shift=False)
     (gradient,) = torch.autograd.grad(logp.sum(), z)
     assert_as_accurate(logp.detach().cpu(), eager, exact)
     assert_gradient_as_accurate(gradient.cpu(), eager_gradient, exact_gradient, share)
@@ -217,7 +219,7 @@ def test_minus_infinity_is_a_probability_of_zero(engine: str, device: str, dtype
 def test_a_forbidden_label_has_logp_minus_infinity(engine: str, device: str, dtype: torch.dtype) -> None:
     logits = masked_logits(dtype, 67).to(device)
     labels = torch.tensor([3, 20, 2], device=device)
-    assert token_logp(logits, labels, backend=engine).tolist() == [-math.inf] * 3
+    assert token_logp(logits, labels, backend=engine, shift=False).tolist() == [-math.inf] * 3
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
@@ -229,7 +231,7 @@ def test_nan_and_infinity_in_a_row_give_nan_in_that_row(
     logits = torch.randn(3, 67, generator=torch.Generator().manual_seed(column)).to(dtype)
     logits[1, column] = bad
     z = logits.to(device).requires_grad_()
-    logp = token_logp(z, torch.tensor([5, 5, 5], device=device), backend=engine)
+    logp = token_logp(z, torch.tensor([5, 5, 5], device=device), backend=engine, shift=False)
     assert torch.isnan(logp).tolist() == [False, True, False]
     (gradient,) = torch.autograd.grad(logp.sum(), z)
     assert torch.isfinite(gradient[[0, 2]]).all()
@@ -245,9 +247,9 @@ def test_ignored_rows_are_never_read(kernel: str, device: str, vocab: int, dtype
     poisoned = logits.clone()
     poisoned[ignored] = torch.nan
     z = poisoned.to(device).requires_grad_()
-    logp = token_logp(z, labels.to(device), backend=kernel)
+    logp = token_logp(z, labels.to(device), backend=kernel, shift=False)
     (gradient,) = torch.autograd.grad(logp.sum(), z)
-    clean = token_logp(logits.to(device), labels.to(device), backend=kernel)
+    clean = token_logp(logits.to(device), labels.to(device), backend=kernel, shift=False)
     assert torch.equal(logp.detach(), clean)
     assert torch.isfinite(gradient).all()
     assert not gradient.cpu()[ignored].any()
@@ -263,7 +265,7 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(
     results = []
     for count in (1, 1, 2, 3):
         torch.set_num_threads(count)
-        logp = token_logp(z, labels.to(device), backend=engine)
+        logp = token_logp(z, labels.to(device), backend=engine, shift=False)
         (gradient,) = torch.autograd.grad(logp, z, weight.to(device))
         results.append((logp.detach(), gradient))
     for logp, gradient in results[1:]:
@@ -274,17 +276,17 @@ def test_two_runs_and_any_number_of_threads_give_the_same_bits(
 def test_a_row_does_not_depend_on_its_neighbours(engine: str, device: str) -> None:
     logits, labels, *_ = judged(torch.float32, 1003, "peaked", rows=12, labelled=1.0)
     z, y = logits.to(device), labels.to(device)
-    together = token_logp(z, y, backend=engine)
-    alone = torch.stack([token_logp(z[i], y[i], backend=engine) for i in range(12)])
+    together = token_logp(z, y, backend=engine, shift=False)
+    alone = torch.stack([token_logp(z[i], y[i], backend=engine, shift=False) for i in range(12)])
     assert torch.equal(together, alone)
 
 
 def test_logits_without_grad_give_logp_without_grad(backend: str, device: str) -> None:
     logits = torch.randn(3, 5, device=device)
     labels = torch.tensor([1, 2, 3], device=device)
-    assert not token_logp(logits, labels, backend=backend).requires_grad
+    assert not token_logp(logits, labels, backend=backend, shift=False).requires_grad
     with torch.no_grad():
-        assert not token_logp(logits.requires_grad_(), labels, backend=backend).requires_grad
+        assert not token_logp(logits.requires_grad_(), labels, backend=backend, shift=False).requires_grad
 
 
 def test_gradcheck(backend: str, device: str) -> None:
@@ -300,7 +302,7 @@ def test_gradcheck(backend: str, device: str) -> None:
 
 def test_a_second_derivative_is_refused(kernel: str, device: str) -> None:
     logits = torch.randn(2, 5, device=device, requires_grad=True)
-    logp = token_logp(logits, torch.tensor([1, 2], device=device), backend=kernel)
+    logp = token_logp(logits, torch.tensor([1, 2], device=device), backend=kernel, shift=False)
     (gradient,) = torch.autograd.grad(logp.sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError):
         (gradient.square().sum() + logits.sum()).backward()

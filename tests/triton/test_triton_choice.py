@@ -14,7 +14,7 @@ from mpo_ext import token_logp
 def test_cpu_tensors_are_refused_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run: it needs tensors on a GPU, got device cpu"):
-        token_logp(torch.zeros(1, 4), torch.tensor([1]), backend="triton")
+        token_logp(torch.zeros(1, 4), torch.tensor([1]), backend="triton", shift=False)
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +23,7 @@ def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.Monke
         importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find_spec(name, *a)
     )
     with pytest.raises(RuntimeError, match=r"triton is not installed: install the extra 'triton'"):
-        token_logp(torch.zeros(1, 4), torch.tensor([1]), backend="triton")
+        token_logp(torch.zeros(1, 4), torch.tensor([1]), backend="triton", shift=False)
 
 
 def test_without_triton_the_other_backends_work(tmp_path: Path) -> None:
