@@ -15,7 +15,7 @@ from torch import Tensor
 #: Number of values in the row state that one tile of the vocabulary passes to the next (csrc/mpo/math.h: RowState).
 ROW_STATE = 6
 _HUGE_PAGES_BYTES = 1 << 20
-_REUSED_BYTES = 16 << 20  # memory for a tensor from this size on is kept for the next tensor of about this size
+REUSED_BYTES = 16 << 20  # memory for a tensor from this size on is kept for the next tensor of about this size
 _free_blocks: list[np.ndarray] = []  # at most one; list operations are atomic, so no lock is needed
 
 
@@ -125,11 +125,12 @@ def fresh_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def reused_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Returns a contiguous uninitialised tensor on the CPU, in the memory of an earlier freed tensor if possible.
 
-    The gradient of an output head is allocated and freed once a step. Its page faults take as long as a third of the
-    matmuls. One freed block is therefore kept until ``empty_cache``, and reused for tensors of at least half its size.
+    The gradient of logits or of an output head is allocated and freed once a step. Its page faults take longer than
+    writing it. One freed block is therefore kept until ``empty_cache``, and reused for tensors of at least half its
+    size.
     """
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < _REUSED_BYTES:
+    if nbytes < REUSED_BYTES:
         return fresh_zeros(shape, dtype)
     try:
         block = _free_blocks.pop()
@@ -149,7 +150,7 @@ def _keep_block(block: np.ndarray) -> None:
 
 
 def empty_cache() -> None:
-    """Frees the memory that mpo_ext keeps on the CPU between steps: at most one gradient of an output head.
+    """Frees the memory that mpo_ext keeps on the CPU between steps: at most one gradient of logits or of a head.
 
     Call it after training if the process continues. Memory on a GPU belongs to torch's allocator instead.
     """

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpo_ext import empty_cache, linear_mpo_loss
+from mpo_ext import empty_cache, linear_mpo_loss, mpo_loss
 from mpo_ext.ops import memory
 
 VOCAB, WIDTH = 70_000, 64  # a gradient of 17 MiB
@@ -85,3 +85,24 @@ def test_a_block_serves_tensors_that_are_a_little_smaller(weight: Tensor) -> Non
     assert not memory._free_blocks
     start = block.__array_interface__["data"][0]
     assert start <= gradient.data_ptr() < start + block.nbytes
+
+
+def logits_step(logits: Tensor, labels: Tensor) -> Tensor:
+    leaf = logits.detach().requires_grad_()
+    mpo_loss(leaf, labels, torch.zeros(2), shift=False).loss.backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@pytest.mark.parametrize(("ignored", "is_reused"), [(0, True), (20, True), (60, False)])
+def test_the_gradient_of_logits_reuses_memory_if_few_rows_are_ignored(ignored: int, is_reused: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 40, VOCAB, generator=generator)
+    labels = torch.randint(VOCAB, (2, 40), generator=generator)
+    labels.view(-1)[:ignored] = -100
+    memory.reused_memory(logits.shape, logits.dtype).fill_(3.0)  # freed: not zero
+    assert len(memory._free_blocks) == 1
+    gradient = logits_step(logits, labels)
+    assert (not memory._free_blocks) == is_reused
+    assert not gradient.flatten(0, 1)[:ignored].any()
+    assert torch.equal(gradient[:, -5:], logits_step(logits, labels)[:, -5:])
