@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Versions to install. The workflows use .github/constraints.txt, which has one for every package.
 CONSTRAINTS ?= constraints.txt
-NATIVE := CMakeLists.txt setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
+REQUIREMENTS := setup.py pyproject.toml $(CONSTRAINTS)
+NATIVE := CMakeLists.txt $(shell find csrc -type f)
 PYTEST_ARGS ?=
 # Extras of mpo-ext for development. "dev,nvcc" adds nvcc, which the tests of the CUDA kernels need, from PyPI.
 DEV_EXTRAS ?= dev
@@ -17,8 +18,11 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
 
-test: $(VENV)/.dev
+# With PYTEST_ARGS, only what they select: make test PYTEST_ARGS="tests/loss -k packed".
+test: $(VENV)/.dev $(VENV)/.native
+ifeq ($(strip $(PYTEST_ARGS)),)
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+endif
 	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
@@ -36,21 +40,21 @@ docs: $(BIN)/python
 
 # Runs the benchmarks for about half an hour, on a machine without other work; writes results/ and the marked blocks
 # of README.md and docs/.
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench $(VENV)/.native
 	$(BIN)/python -m benchmarks --docs
 
 # Compares the token ids of the families of models in tests/zoo with those that TRL makes.
-zoo-trl: $(VENV)/.dev
+zoo-trl: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/pip install --quiet --no-deps --target build/trl 'trl==1.16.*'
 	PYTHONPATH=build/trl:tests/zoo $(BIN)/python tests/zoo/compare_with_trl.py
 
 # Compares split attention and packed rows with separate rows and the dense mask, for many families of models.
-check-attention: $(VENV)/.dev
+check-attention: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/python tests/train/check_split_attention.py
 
 # Compares other trainers with their own loss and with ours. LLaMA-Factory and ms-swift need older versions of transformers,
 # so each has its own environment in build/, with torch. TRL's tests are in `make test`, too.
-integrations: $(VENV)/.dev build/llama-factory/.installed build/ms-swift/.installed
+integrations: $(VENV)/.dev $(VENV)/.native build/llama-factory/.installed build/ms-swift/.installed
 	$(BIN)/python -m pytest tests/integrations
 	build/llama-factory/bin/python -m pytest tests/integrations/test_llama_factory.py
 	build/ms-swift/bin/python -m pytest tests/integrations/test_ms_swift.py
@@ -64,11 +68,11 @@ build/%/.installed: pyproject.toml
 	touch $@
 
 # Compares runs of two CPU ranks with one process: all combinations of DeepSpeed, and the files of recipes/accelerate.
-deepspeed-check: $(VENV)/.dev
+deepspeed-check: $(VENV)/.dev $(VENV)/.native
 	MPO_DEEPSPEED_ALL=1 $(PYTEST) tests/train/test_deepspeed.py tests/train/test_launch.py
 
 # Runs everything that needs a GPU and writes a report to gpu-report/.
-gpu-check: $(VENV)/.dev
+gpu-check: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/python -m benchmarks.gpu_check
 
 # Runs the native tests under the address and undefined-behaviour sanitizers, then under the thread sanitizer.
@@ -80,7 +84,7 @@ sanitize: $(VENV)/.dev
 	done
 
 # Repeats the checks of docs/reliability.md with many more cases than the tests, then the sanitizers.
-audit: $(VENV)/.dev
+audit: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/python tools/audit.py
 	$(MAKE) sanitize
 
@@ -90,8 +94,8 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The stamps are renewed when the native code or the requirements change.
-$(VENV)/.demo: $(BIN)/python $(NATIVE)
+# The stamps are renewed when the requirements change; .native when the native code changes.
+$(VENV)/.demo: $(BIN)/python $(REQUIREMENTS) $(NATIVE)
 	@echo "Installing and compiling, also for CUDA if nvcc is on PATH (MPO_CUDA=OFF disables that). This takes some minutes"
 	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[demo]'
 	touch $@
@@ -101,6 +105,11 @@ $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps -c $(CONSTRAINTS) 'cut-cross-entropy>=25.1' 'liger-kernel>=0.8' 'trl>=1.15'
 	touch $@
 
-$(VENV)/.dev: $(BIN)/python $(NATIVE)
+$(VENV)/.dev: $(BIN)/python $(REQUIREMENTS)
 	MPO_WERROR=ON $(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[$(DEV_EXTRAS)]'
+	touch $@ $(VENV)/.demo
+
+# Compiles what has changed. Without pip, which would build in a new environment each time.
+$(VENV)/.native: $(NATIVE) | $(VENV)/.dev
+	MPO_WERROR=ON PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@ $(VENV)/.demo

@@ -1,6 +1,7 @@
 """Builds ``mpo_ext._C`` with CMake. Needs a C++17 compiler, but neither torch nor a GPU."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,14 +12,19 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Builds the CMake project; setuptools determines the folder of the result."""
+    """Builds the CMake project; setuptools determines the folder of the result.
+
+    The objects stay in ``build/native-*``, so a later build compiles only what has changed.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        work = Path(self.build_temp).resolve()
+        work = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         work.mkdir(parents=True, exist_ok=True)
         options = {
             "CMAKE_BUILD_TYPE": "Release",
+            # An earlier `pip install .` has stored the ninja of a build environment that pip has deleted.
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "MPO_CUDA": os.environ.get("MPO_CUDA", "AUTO"),
             "MPO_WERROR": os.environ.get("MPO_WERROR", "OFF"),
@@ -26,10 +32,17 @@ class CMakeBuild(build_ext):
         }
         if archs := os.environ.get("MPO_CUDA_ARCHS"):
             options["MPO_CUDA_ARCHS"] = archs
-        # --fresh: the cache of an earlier `pip install .` names a ninja in a build environment that pip has deleted.
-        configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(work)]
+        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(work)]
+        if not _belongs_to(work, ROOT):
+            configure.insert(1, "--fresh")
         self.spawn(configure + [f"-D{name}={value}" for name, value in options.items()])
         self.spawn(["cmake", "--build", str(work)])
+
+
+def _belongs_to(work: Path, source: Path) -> bool:
+    """Returns whether CMake configured ``work`` for this folder; a copied tree brings the cache of the original."""
+    cache = work / "CMakeCache.txt"
+    return cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={source}\n" in cache.read_text()
 
 
 setup(
