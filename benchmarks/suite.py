@@ -303,8 +303,8 @@ def run_train_step(
             summary = train_step.summary(measured[name])
             values = {key: summary[key] for key in ("median_cpu_s", "peak_of_steps", "losses")}
             counted = measured[name][1:]
-            seconds = [step.cpu_seconds if is_cpu_time() else step.seconds for step in counted]
-            values |= {"seconds": seconds, "peak_bytes": summary["peak"]}
+            times = [step.cpu_seconds if is_cpu_time() else step.seconds for step in counted]
+            values |= {"seconds": times, "peak_bytes": summary["peak"]}
             results.points.append(point(where, name, None, **shape, **values, beside=results.beside))
     results.add_machine(machine.sample(3))
     return results
