@@ -24,10 +24,37 @@ _TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "decoder")  # p
 
 
 def takes_images(config: Any) -> bool:
-    """Returns whether ``config`` belongs to an image-text-to-text model of transformers."""
+    """Returns whether ``config`` belongs to an image-text-to-text model of transformers or with its own code."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    own_code = getattr(config, "auto_map", None) or {}
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in own_code
+
+
+def load_config(path: str, **options: Any) -> Any:
+    """Returns the config of a model.
+
+    Args:
+        path: Folder or hub name of the model.
+        **options: Passed to ``from_pretrained``, such as ``revision`` or ``trust_remote_code``.
+
+    Raises:
+        OSError: If the config cannot be read.
+        ValueError: If the checkpoint has the format of InternVL's authors, or its code may not run.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    hub = {key: options[key] for key in _HUB_OPTIONS if key in options and key != "trust_remote_code"}
+    values: dict[str, Any] = {}
+    with contextlib.suppress(OSError):  # AutoConfig explains the error
+        values, _ = PretrainedConfig.get_config_dict(path, **hub)
+    if values.get("model_type") == "internvl_chat":
+        raise ValueError(
+            f"model must have the format of transformers, got {path} in the format of InternVL's authors (model_type "
+            f"internvl_chat): convert it once with 'mpo-ext convert-model {path} FOLDER', or take the checkpoint of "
+            "the hub whose name ends with -HF (InternVL3.5) or -hf"
+        )
+    return AutoConfig.from_pretrained(path, **options)
 
 
 def check_on_hub(name: str, path: str) -> None:
@@ -115,12 +142,12 @@ def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
         OSError: If a file is missing.
         ValueError: If transformers or this package does not support the model.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     check_on_hub("model", path)
     hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
     with _torchvision_errors(path):
-        config = AutoConfig.from_pretrained(path, **hub)
+        config = load_config(path, **hub)
     processor = load_processor(path, config, **hub)
     text_config = config.get_text_config()
     try:
@@ -137,9 +164,7 @@ def check_model(path: str, **options: Any) -> None:
     """
     check_on_hub("model", path)
     with _torchvision_errors(path):
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(path, **options)
+        config = load_config(path, **options)
         has_images = takes_images(config)
     check_supported(config)
     if has_images:

@@ -11,13 +11,15 @@ from torch import nn
 from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.plan import roofline, steps
-from mpo_ext.processors import check_on_hub
+from mpo_ext.plan.matrices import Matrix, matrices
+from mpo_ext.processors import check_on_hub, load_config
 from mpo_ext.train import model as models
 from mpo_ext.train.batch import RowLayout
 from mpo_ext.train.masks import decoder_config
 from mpo_ext.train.optimizer import hidden_matrices
 from mpo_ext.train.recipe import ModelRecipe, Recipe
 from mpo_ext.train.reference_model import check_can_follow
+from mpo_ext.train.router_loss import make_router_loss
 from mpo_ext.train.split_attention import is_split
 
 #: Assumed length of each response as a fraction of the longest pair; the rest is a prompt full of image tokens.
@@ -26,6 +28,7 @@ ASSUMED_LENGTH = 4096  #: Assumed number of tokens of the longest pair if the re
 
 _LEAST_8BIT = 4096  # smaller parameters have a state of float32 in bitsandbytes
 _NF4_BYTES = 4.127 / 8  # per weight, with its part of the doubly quantized scales
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # settings of configs
 _EAGER_BYTES = {2: 18, 4: 16, 8: 32}  # peak bytes per logit in plain torch, by the bytes of a logit
 
 
@@ -58,6 +61,8 @@ class MemoryEstimate:
         self.weight_bytes: int = self.head_weight.element_size()
         self.compute_bytes = self.weight_bytes if recipe.precision == "fp32" else 2
         self.decoder, self.vision = _layers(model)
+        self.router_notes: list[str] = []
+        self.router_loss = make_router_loss(model, recipe.loss.router_aux_loss_coef, self.router_notes.append)
         self.rows: steps.Rows = "separate" if layout == "separate" else "masked"
         if layout != "separate" and recipe.loss.shared_prefix != "masked" and has_split_attention(model):
             self.rows = "split"
@@ -125,6 +130,10 @@ class MemoryEstimate:
         elif self.rows == "masked":  # SDPA keeps the mask in the dtype of the scores for each layer
             row = self.positions // self.micro_batch
             total += self.compute_bytes * row * self.positions * (1 if checkpointed else len(self.decoder))
+        if self.router_loss is not None:  # the auxiliary loss keeps all router logits
+            config = _text_config(self.model)
+            experts = next((n for name in _EXPERT_COUNTS if (n := getattr(config, name, None))), 0)
+            total += self.compute_bytes * experts * len(self.router_loss.routers) * self.positions
         if any(parameter.requires_grad for layer in self.vision for parameter in layer.parameters()):
             patches = self.prompt_positions * _patches_per_token(unwrap_model(self.model).config)
             total += self._activations(self.vision, patches, checkpointed=checkpointed)
@@ -133,18 +142,23 @@ class MemoryEstimate:
     def cost_model(self) -> steps.ModelShape:
         """Returns the sizes and dtypes of the model for ``mpo_ext.plan.steps``."""
         parameters = list(self.model.parameters())
+        experts = [matrix for matrix in self.matrices(self.decoder) if matrix.is_expert]
+        weights = sum(matrix.weights for matrix in experts)
         compute = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.recipe.precision]
         return steps.ModelShape(
             parameters=sum(parameter.numel() for parameter in parameters),
             trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-            decoder=_linear_weights(self.decoder),
+            decoder=sum(matrix.weights for matrix in self.matrices(self.decoder) if not matrix.is_expert),
+            experts=weights,
+            expert_share=sum(matrix.weights * matrix.active / matrix.number for matrix in experts) / max(weights, 1),
+            expert_width=min((min(matrix.inputs, matrix.outputs) for matrix in experts), default=0),
             layers=len(self.decoder),
             width=self.hidden_size,
             vocab=self.vocab,
             heads=getattr(_text_config(self.model), "num_attention_heads", 1),
             kept=sum(map(self.bytes_per_position, self.decoder)),
             moved=sum(map(self.bytes_moved_per_position, self.decoder)),
-            vision=_linear_weights(self.vision),
+            vision=sum(matrix.weights for matrix in self.matrices(self.vision)),
             vision_layers=len(self.vision),
             vision_width=max(map(_width, self.vision), default=0),
             vision_kept=sum(map(self.bytes_per_position, self.vision)),
@@ -180,16 +194,21 @@ class MemoryEstimate:
         """Returns the peak bytes of the loss in plain torch on the logits of separate rows."""
         return self.separate_positions * self.vocab * _EAGER_BYTES[self.compute_bytes]
 
+    def matrices(self, layers: Sequence[nn.Module]) -> list[Matrix]:
+        """Returns the matrices of ``mpo_ext.plan.matrices`` of several layers."""
+        per_token = getattr(_text_config(self.model), "num_experts_per_tok", None)
+        return [matrix for layer in layers for matrix in matrices(layer, per_token)]
+
     def bytes_per_position(self, layer: nn.Module) -> int:
         """Returns the bytes of activations that a layer keeps for backward per token position."""
         total = 0
+        for matrix in self.matrices([layer]):
+            kept = matrix.outputs + (matrix.inputs if matrix.learns else 0)
+            total += round(self.compute_bytes * matrix.active * kept)
         modules = dict(layer.named_modules())
         for name, module in modules.items():
             weight = getattr(module, "weight", None)
-            if isinstance(module, nn.Linear):
-                kept = module.out_features + (module.in_features if module.weight.requires_grad else 0)
-                total += self.compute_bytes * kept
-            elif type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
+            if type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
                 # The weight of q_norm covers a single attention head.
                 projection = modules.get(f"{name.removesuffix('_norm')}_proj")
                 width = getattr(projection, "out_features", weight.numel())
@@ -204,15 +223,16 @@ class MemoryEstimate:
         inner width of the MLP, and the two residual additions 6 over the hidden size.
         """
         total = 0
-        for name, module in layer.named_modules():
+        for matrix in self.matrices([layer]):
+            passes = matrix.inputs + matrix.outputs
+            if has_rotary and matrix.name.endswith(("q_proj", "k_proj")):
+                passes += 10 * matrix.outputs
+            if matrix.name.endswith(("down_proj", "fc2")):
+                passes += 5 * matrix.inputs
+            total += round(matrix.active * passes)
+        for module in layer.modules():
             weight = getattr(module, "weight", None)
-            if isinstance(module, nn.Linear):
-                total += module.in_features + module.out_features
-                if has_rotary and name.endswith(("q_proj", "k_proj")):
-                    total += 10 * module.out_features
-                if name.endswith(("down_proj", "fc2")):
-                    total += 5 * module.in_features
-            elif type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
+            if type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
                 total += (2 if isinstance(module, nn.LayerNorm) else 7) * weight.numel()
         return self.compute_bytes * (total + 6 * _width(layer))
 
@@ -295,13 +315,13 @@ def longest_pair(recipe: Recipe, model: nn.Module) -> int:
 def meta_model(recipe: ModelRecipe) -> nn.Module:
     """Returns the model on the meta device, prepared as the trainer prepares it."""
     try:
-        from transformers import AutoConfig
+        import transformers  # noqa: F401
     except ImportError as error:
         raise ImportError(f"training needs transformers: {install_hint('train')}") from error
 
     check_model_path("model.path", recipe.path)
     check_on_hub("model.path", recipe.path)
-    config = AutoConfig.from_pretrained(recipe.path, revision=recipe.revision)
+    config = load_config(recipe.path, **recipe.hub_options)
     loader = models.loader_of(config)
     if recipe.dtype == "auto":
         named = getattr(config, "dtype", None)
@@ -311,7 +331,9 @@ def meta_model(recipe: ModelRecipe) -> nn.Module:
     # transformers rejects flash attention without a GPU; sdpa needs as much memory.
     attention = recipe.attention if recipe.attention in ("sdpa", "eager") else "sdpa"
     with torch.device("meta"):
-        model = loader.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = loader.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=recipe.trust_remote_code
+        )
         if recipe.lora is not None:
             recipe = dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, quantization=None))
         return models.prepare_model(model, recipe)
@@ -339,11 +361,6 @@ def _width(layer: nn.Module) -> int:
         if type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
             return weight.numel()
     return next((module.in_features for module in layer.modules() if isinstance(module, nn.Linear)), 0)
-
-
-def _linear_weights(layers: Sequence[nn.Module]) -> int:
-    modules = (module for layer in layers for module in layer.modules())
-    return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
 
 
 def _patches_per_image(config: Any) -> int | None:

@@ -45,16 +45,17 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
     reason = _separate_reason(model, recipe)
     estimate = MemoryEstimate(recipe, model, "separate" if reason is not None else "shared", world)
     micro_batches = math.ceil(pairs_per_rank / estimate.micro_batch)
-    memory = tuple(estimate.parts())
+    memory, cost_model = tuple(estimate.parts()), estimate.cost_model()
     notes = [] if reason is None else [f"layout separate: {reason}"]
-    notes += _notes(recipe, estimate.tokens, steps)
+    notes += [*estimate.router_notes, *_notes(recipe, estimate.tokens, steps)]
     if pairs_per_rank * (world - 1) >= optim.batch_size:
         notes.append(f"optim.batch_size {optim.batch_size} leaves some of the {world} processes without a pair")
     notes += _sync_notes(recipe, memory)
     return Plan(
         recipe=recipe,
         model_class=type(unwrap_model(model)).__name__,
-        parameters=sum(parameter.numel() for parameter in parameters),
+        parameters=cost_model.parameters,
+        active=cost_model.parameters - round((1 - cost_model.expert_share) * cost_model.experts),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         vocab_size=estimate.vocab,
         hidden_size=estimate.hidden_size,
@@ -73,7 +74,7 @@ def plan(recipe: Recipe, *, world: int = 1) -> Plan:
         memory=memory,
         other_activations=estimate.activations(checkpointed=not recipe.model.gradient_checkpointing),
         eager_loss=estimate.eager_loss(),
-        cost_model=estimate.cost_model(),
+        cost_model=cost_model,
         cost_step=estimate.cost_step(micro_batches),
         variants=tuple(_variants(estimate)),
         notes=tuple(notes),

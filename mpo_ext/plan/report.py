@@ -39,6 +39,7 @@ class Plan:
     Attributes:
         model_class: Name of the model's class.
         parameters: Number of parameters, adapters included; tied parameters count once.
+        active: Number of parameters without the experts through which a token does not pass.
         trainable: Number of parameters that the run trains.
         steps_per_epoch: Number of optimizer steps per epoch, before pairs are skipped.
         warmup_steps: Number of steps in which the learning rate rises.
@@ -61,6 +62,7 @@ class Plan:
     recipe: Recipe
     model_class: str
     parameters: int
+    active: int
     trainable: int
     vocab_size: int
     hidden_size: int
@@ -143,6 +145,7 @@ class Plan:
     def tables(self) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
         """Yields the title, the header and the rows of each table."""
         recipe, optim = self.recipe, self.recipe.optim
+        active = [("active per token", f"{self.active:,}")] if self.active < self.parameters else []
         other = "without" if recipe.model.gradient_checkpointing else "with"
         yield (
             "Model",
@@ -151,6 +154,7 @@ class Plan:
                 ("path", recipe.model.path),
                 ("class", self.model_class),
                 ("parameters", f"{self.parameters:,}"),
+                *active,
                 ("trainable", f"{self.trainable:,} ({self.trainable / self.parameters:.2%})"),
                 ("vocabulary x hidden size", f"{self.vocab_size:,} x {self.hidden_size:,}"),
                 ("decoder layers", f"{self.layers:,}"),

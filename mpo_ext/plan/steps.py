@@ -1,7 +1,7 @@
 """Predicts the time and the memory of a training step: layers, attention, loss, reference, gradient norm, AdamW.
 
-The layers of the decoder are three stages: matrix products, attention, and passes over memory. Communication between
-devices and the preparation of the data are left out.
+The layers of the decoder are three stages: matrix products (of experts apart), attention, and passes over memory.
+Communication between devices and the preparation of the data are left out.
 """
 
 import dataclasses
@@ -33,7 +33,10 @@ class ModelShape:
     Attributes:
         parameters: Number of parameters.
         trainable: Number of parameters that are trained.
-        decoder: Number of weights in the decoder's linear layers, without the output head.
+        decoder: Number of weights in the decoder's linear layers, without the output head and experts.
+        experts: Number of weights in the experts of all mixture-of-experts layers.
+        expert_share: Fraction of the experts through which a token passes.
+        expert_width: Smallest size of an expert's matrices.
         layers: Number of decoder layers.
         width: Hidden size of the decoder, D.
         vocab: Size of the vocabulary, V.
@@ -58,6 +61,9 @@ class ModelShape:
     width: int
     vocab: int
     heads: int = 1
+    experts: int = 0
+    expert_share: float = 1.0
+    expert_width: int = 0
     kept: int = 0
     moved: int = 0
     vision: int = 0
@@ -183,6 +189,13 @@ class _Layers:
             name=f"decoder, products, {name}", flop=2.0 * times * model.decoder * positions.all, dtype=compute,
             shortest=min(positions.all, model.width), moved=times * weights,
         )  # fmt: skip
+        if model.experts:  # a token passes some experts, and a micro-batch reads all of them
+            share = model.expert_share
+            yield Stage(
+                name=f"experts, products, {name}", flop=2.0 * times * share * model.experts * positions.all,
+                dtype=compute, shortest=min(share * positions.all, model.expert_width),
+                moved=times * wide * model.experts,
+            )  # fmt: skip
         yield self._attention(f"decoder, attention, {name}", forwards, with_backward=with_backward)
         yield Stage(
             name=f"decoder, passes, {name}", moved=times * model.moved * positions.all,

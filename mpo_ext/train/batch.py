@@ -113,6 +113,27 @@ class Batch:
         """Number of token positions without padding. Read it before ``to``: on a GPU it waits for the device."""
         return int((self.segments >= 0).sum())
 
+    @property
+    def routed_tokens(self) -> int:
+        """Number of tokens over which the auxiliary loss of routers is averaged; see ``is_routed``."""
+        return sum(sum(lengths) for row in self.segment_lengths for lengths in row if len(lengths) > 1)
+
+    def is_routed(self) -> Tensor:
+        """Returns which token positions the auxiliary loss of routers counts: ``[R * L]`` bool, on the CPU.
+
+        These are the tokens of the prompts that have a response, and of their responses. Padding, dummy batches and
+        the additional prompts with blank images do not count.
+        """
+        rows, length = self.segments.shape
+        is_routed = torch.zeros(rows, length, dtype=torch.bool)
+        for row, prompts in zip(is_routed, self.segment_lengths, strict=True):
+            start = 0
+            for lengths in prompts:
+                end = start + sum(lengths)
+                row[start:end] = len(lengths) > 1
+                start = end
+        return is_routed.flatten()
+
 
 class _PlacedPrompt(NamedTuple):
     """The prompt of a sample and its place in the sequence rows."""

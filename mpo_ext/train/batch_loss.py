@@ -19,6 +19,7 @@ from mpo_ext.train.dataset import BatchCounts, StepSize
 from mpo_ext.train.forward import forward, forward_logits
 from mpo_ext.train.recipe import LossRecipe, Recipe
 from mpo_ext.train.reference_model import Reference, label_logp, memory_budget
+from mpo_ext.train.router_loss import RouterLoss
 
 STATS = ("entropy", "top1")
 
@@ -30,39 +31,67 @@ class BatchLoss:
         recipe: Settings of the loss.
         accelerator: The ``accelerate.Accelerator`` of the run.
         reference: Source of the log-probs of the reference model; None if the loss needs no reference.
+        routers: Auxiliary loss of the policy's routers; None if the run has none.
     """
 
-    def __init__(self, recipe: LossRecipe, accelerator: Any, reference: Reference | None) -> None:
-        self.recipe, self.accelerator, self.reference = recipe, accelerator, reference
+    def __init__(
+        self, recipe: LossRecipe, accelerator: Any, reference: Reference | None, routers: RouterLoss | None = None
+    ) -> None:
+        self.recipe, self.accelerator, self.reference, self.routers = recipe, accelerator, reference, routers
 
-    def __call__(self, model: nn.Module, batch: Batch, config: MPOConfig, reward_shift: RewardShift) -> MPOOutput:
+    @property
+    def router_coef(self) -> float:
+        """Weight of the auxiliary loss of the routers; 0 if the run has none."""
+        return 0.0 if self.routers is None else self.routers.coef
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, config: MPOConfig, reward_shift: RewardShift, router_weight: float = 0.0
+    ) -> MPOOutput:
         """Returns the policy's loss on a micro-batch, and updates ``reward_shift`` if it is in training mode.
 
-        ``config`` holds the weights of the loss terms for this micro-batch.
+        Args:
+            model: Policy.
+            batch: Micro-batch of B pairs.
+            config: Weights of the loss terms for this micro-batch.
+            reward_shift: Reward shift of the run.
+            router_weight: Weight of the auxiliary loss of the routers for this micro-batch. If it is positive, the
+                loss includes this term, ``stats["router_aux_loss"]`` is its unweighted value, and
+                ``stats["routed_tokens"]`` the number of tokens over which it is averaged.
         """
-        recipe = self.recipe
         batch = batch.to(self.accelerator.device)
         if self.reference is not None:
             ref_logp = self.reference.logp(model, batch)
         else:
             ref_logp = torch.zeros(2 * batch.pairs, dtype=torch.float64, device=self.accelerator.device)
         shift = reward_shift if self.reference is not None else None
-        with self.accelerator.autocast():
-            if recipe.preference is not None:
-                logp = label_logp(model, batch, recipe)
-                return preference_output(recipe.preference, logp, batch, ref_logp, config)
-            if recipe.from_logits:
-                logits = forward_logits(model, batch)
-                return mpo_loss(
-                    logits, batch.labels.to(logits.device), ref_logp, config=config, reward_shift=shift,
-                    cu_seqlens=batch.cu_seqlens, shift=False, stats=STATS, backend=recipe.backend,
-                )  # fmt: skip
-            out = forward(model, batch)
-            return linear_mpo_loss(
-                out.hidden, out.weight, batch.labels, ref_logp, config=config, reward_shift=shift,
+        if self.routers is None or not router_weight:
+            with self.accelerator.autocast():
+                return self._policy_loss(model, batch, ref_logp, config, shift)
+        with self.routers.recorded() as logits, self.accelerator.autocast():
+            out = self._policy_loss(model, batch, ref_logp, config, shift)
+        aux_loss = self.routers(logits, batch.is_routed()).to(out.loss)
+        stats = {"router_aux_loss": aux_loss.detach(), "routed_tokens": torch.tensor(batch.routed_tokens)}
+        return out._replace(loss=out.loss + router_weight * aux_loss, stats={**out.stats, **stats})
+
+    def _policy_loss(
+        self, model: nn.Module, batch: Batch, ref_logp: Tensor, config: MPOConfig, shift: RewardShift | None
+    ) -> MPOOutput:
+        recipe = self.recipe
+        if recipe.preference is not None:
+            logp = label_logp(model, batch, recipe)
+            return preference_output(recipe.preference, logp, batch, ref_logp, config)
+        if recipe.from_logits:
+            logits = forward_logits(model, batch)
+            return mpo_loss(
+                logits, batch.labels.to(logits.device), ref_logp, config=config, reward_shift=shift,
                 cu_seqlens=batch.cu_seqlens, shift=False, stats=STATS, backend=recipe.backend,
-                memory_budget=memory_budget(recipe), recompute=recipe.recompute, **out.options,
             )  # fmt: skip
+        out = forward(model, batch)
+        return linear_mpo_loss(
+            out.hidden, out.weight, batch.labels, ref_logp, config=config, reward_shift=shift,
+            cu_seqlens=batch.cu_seqlens, shift=False, stats=STATS, backend=recipe.backend,
+            memory_budget=memory_budget(recipe), recompute=recipe.recompute, **out.options,
+        )  # fmt: skip
 
 
 def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, world_size: int) -> MPOConfig | None:
@@ -98,6 +127,25 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
     if not (dpo_weight or bco_weight or ntp_weight):
         return None
     return dataclasses.replace(config, dpo_weight=dpo_weight, bco_weight=bco_weight, ntp_weight=ntp_weight)
+
+
+def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size: StepSize, world_size: int) -> float:
+    """Returns the weight of the auxiliary loss of the routers for a micro-batch; 0 for a dummy batch.
+
+    ``coef`` is the weight of this loss in the step. The share of the micro-batch is that of its tokens: if the
+    experts were used equally often in all micro-batches, the step would have the gradient of one large micro-batch.
+    With ``average_over="micro_batch"`` the share is that of the other terms. The other arguments are those of
+    ``weighted_config``.
+    """
+    if counts is None:
+        return 0.0
+    if recipe.loss.average_over == "step":
+        share = counts.routed_tokens / max(size.counts.routed_tokens, 1)
+    elif recipe.optim.micro_batch_tokens is not None:
+        share = counts.pairs / size.counts.pairs
+    else:
+        share = 1 / size.micro_batches
+    return coef * world_size * share
 
 
 def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, counts: BatchCounts) -> MPOOutput:

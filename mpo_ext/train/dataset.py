@@ -32,6 +32,7 @@ class BatchCounts(NamedTuple):
     pairs: int = 0
     chosen_tokens: int = 0
     chosen_responses: int = 0
+    routed_tokens: int = 0  # Batch.routed_tokens
 
     def ntp_parts(self, ntp_average: str) -> int:
         """Returns the divisor of the next-token term: chosen tokens ("token"), or chosen responses ("sequence")."""
@@ -156,16 +157,18 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
             else:
                 return StepSlice(step, (), (), (), error=f"{result} ({self._advice(int(index), result)})")
         parts = [[samples[position] for position in positions] for positions in self._split(samples)]
+        batches = tuple(map(self.collator, parts))
         counts = tuple(
             BatchCounts(
                 len(part),
                 sum(sample.n_chosen_targets for sample in part),
                 sum(sample.n_chosen_targets > 0 for sample in part),
+                batch.routed_tokens,
             )
-            for part in parts
+            for part, batch in zip(parts, batches, strict=True)
         )
         n_cut, n_split = sum(sample.is_cut for sample in samples), sum(sample.is_split for sample in samples)
-        return StepSlice(step, tuple(map(self.collator, parts)), counts, tuple(skipped), n_cut, n_split)
+        return StepSlice(step, batches, counts, tuple(skipped), n_cut, n_split)
 
     def _split(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Returns the micro-batches of a slice, as positions in ``samples``."""

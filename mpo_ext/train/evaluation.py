@@ -18,7 +18,7 @@ def evaluate(
 
     All ranks must call this function.
     """
-    config, accelerator = batch_loss.recipe.config, data.accelerator
+    config, coef, accelerator = batch_loss.recipe.config, batch_loss.router_coef, data.accelerator
     totals, pair_counts = Totals(accelerator.device), PairCounts()
     model.eval()
     reward_shift.eval()
@@ -27,9 +27,9 @@ def evaluate(
         for skipped in step_slice.skipped:
             pair_counts.add(skipped)
         for batch, counts in data.equal_batches(step_slice, size):
-            out = batch_loss(model, batch, config, reward_shift)
+            out = batch_loss(model, batch, config, reward_shift, coef)
             if counts is not None:
                 totals.add(out, ntp_parts=counts.ntp_parts(config.ntp_average), tokens=batch.tokens)
     model.train()
     reward_shift.train()
-    return log_line(totals.reduce(accelerator), batch_loss.recipe, reward_shift), pair_counts
+    return log_line(totals.reduce(accelerator), batch_loss.recipe, reward_shift, coef), pair_counts

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.ops.memory import empty_cache
-from mpo_ext.train.batch_loss import BatchLoss, explain_out_of_memory, weighted_config, with_logged_average
+from mpo_ext.train.batch_loss import (
+    BatchLoss,
+    explain_out_of_memory,
+    router_weight,
+    weighted_config,
+    with_logged_average,
+)
 from mpo_ext.train.dataset import StepSize, StepSlice, size_over_ranks
 from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.evaluation import evaluate
@@ -34,6 +40,7 @@ from mpo_ext.train.reference_file import (
 )
 from mpo_ext.train.reference_model import AdapterReference, CopyReference, Reference
 from mpo_ext.train.resume import RunState
+from mpo_ext.train.router_loss import make_router_loss
 from mpo_ext.train.setup import choose_layout, make_accelerator, set_up
 from mpo_ext.train.signals import INTERRUPTED, InterruptedRunError, StopRequests
 
@@ -118,11 +125,12 @@ class Trainer:
         with self.output.locked(), self.output.console, self.stop.caught():
             self.output.check_inputs(self.data, checkpoint, self.fixed_weights)
             self._prepare()
+            routers = make_router_loss(self.model, self.recipe.loss.router_aux_loss_coef, say)
             try:
                 self.reference = self.make_reference()
             except InterruptedRunError:
                 return self._interrupted("while the log-probs of the reference were computed")
-            self.batch_loss = BatchLoss(self.recipe.loss, self.accelerator, self.reference)
+            self.batch_loss = BatchLoss(self.recipe.loss, self.accelerator, self.reference, routers)
             if checkpoint is None:
                 self.output.start_log()
             else:
@@ -217,7 +225,7 @@ class Trainer:
         totals, losses = self._accumulate_gradients(step_slice, size)
         grad_norm = clip_gradients(self.accelerator, self.model, recipe.optim.max_grad_norm)
         sums = totals.reduce(self.accelerator)
-        line = log_line(sums, recipe.loss, state.reward_shift)
+        line = log_line(sums, recipe.loss, state.reward_shift, self.batch_loss.router_coef)
         if recipe.loss.average_over == "micro_batch":
             line["loss"] = sums["loss"] / self.accelerator.num_processes
         # With float16 the loss scaler handles gradients that overflow.
@@ -260,8 +268,9 @@ class Trainer:
                 explain_out_of_memory(batch, recipe, self.state.step + 1),
             ):
                 used = config or recipe.loss.config
-                out = self.batch_loss(self.model, batch, used, self.state.reward_shift)
-                accelerator.backward(out.loss if config is not None else out.loss * 0)
+                weight = router_weight(recipe, self.batch_loss.router_coef, counts, size, accelerator.num_processes)
+                out = self.batch_loss(self.model, batch, used, self.state.reward_shift, weight)
+                accelerator.backward(out.loss if config is not None or weight else out.loss * 0)
             if counts is not None:
                 out = with_logged_average(out, used, recipe.loss, counts)
                 totals.add(out, ntp_parts=counts.ntp_parts(recipe.loss.ntp_average), tokens=batch.tokens)

@@ -20,9 +20,10 @@ from mpo_ext.train.recipe import LossRecipe
 _SUMS = (
     "pairs", "loss", "dpo_loss", "bco_loss", "ntp_loss", "ntp_parts", "chosen_reward", "rejected_reward",
     "reward_accuracy", "chosen_logp", "rejected_logp", "entropy", "top1", "chosen_tokens", "rejected_tokens", "tokens",
-    "longer_chosen", "longer_rejected", "accurate_longer_chosen", "accurate_longer_rejected",
+    "longer_chosen", "longer_rejected", "accurate_longer_chosen", "accurate_longer_rejected", "router_aux_loss",
+    "routed_tokens",
 )  # fmt: skip
-_SFT_KEYS = ("loss", "ntp_loss", "chosen_logp", "entropy", "top1", "pairs", "chosen_tokens")
+_SFT_KEYS = ("loss", "ntp_loss", "router_aux_loss", "chosen_logp", "entropy", "top1", "pairs", "chosen_tokens")
 
 
 class Totals:
@@ -45,6 +46,7 @@ class Totals:
         labelled, difference = lengths.sum(1), lengths[0] - lengths[1]
         is_accurate = out.chosen_reward > out.rejected_reward
         zero = out.loss.new_zeros(())
+        routed_tokens = out.stats.get("routed_tokens", zero)
         values = (
             pairs, out.loss.detach(), out.dpo_loss * pairs, out.bco_loss * pairs, out.ntp_loss * ntp_parts,
             ntp_parts, out.chosen_reward.sum(), out.rejected_reward.sum(),
@@ -52,6 +54,7 @@ class Totals:
             out.stats.get("entropy", zero) * labelled.sum(), out.stats.get("top1", zero) * labelled.sum(),
             labelled[0], labelled[1], tokens, (difference > 0).sum(), (difference < 0).sum(),
             (is_accurate & (difference > 0)).sum(), (is_accurate & (difference < 0)).sum(),
+            out.stats.get("router_aux_loss", zero) * routed_tokens, routed_tokens,
         )  # fmt: skip
         self.sums += torch.stack([torch.as_tensor(value).to(self.sums) for value in values])
         self.reward_shift = out.reward_shift
@@ -62,18 +65,24 @@ class Totals:
         return dict(zip(_SUMS, sums.tolist(), strict=True))
 
 
-def means(sums: Mapping[str, float], weights: tuple[float, float, float]) -> dict[str, float]:
+def means(
+    sums: Mapping[str, float], weights: tuple[float, float, float], router_coef: float = 0.0
+) -> dict[str, float]:
     """Returns the metrics of a step or an evaluation from the sums of ``Totals.reduce``.
 
     Most metrics are means over pairs. The next-token loss is a mean over chosen tokens or responses (``ntp_parts`` of
     ``Totals.add``). Entropy and top1 are means over labelled tokens. ``weights`` are the weights of the DPO, BCO and
-    next-token terms of the loss.
+    next-token terms of the loss. If ``router_coef`` is positive, the loss includes the auxiliary loss of the routers
+    with this weight.
     """
     pairs, parts = max(sums["pairs"], 1), max(sums["ntp_parts"], 1)
     labelled = max(sums["chosen_tokens"] + sums["rejected_tokens"], 1)
     line = {name: sums[name] / pairs for name in ("dpo_loss", "bco_loss")}
     line["ntp_loss"] = sums["ntp_loss"] / parts
     loss = sum(weight * value for weight, value in zip(weights, line.values(), strict=True))
+    if router_coef:
+        line["router_aux_loss"] = sums["router_aux_loss"] / max(sums["routed_tokens"], 1)
+        loss += router_coef * line["router_aux_loss"]
     line = {"loss": loss, **line}
     for name in ("chosen_reward", "rejected_reward", "reward_accuracy", "chosen_logp", "rejected_logp"):
         line[name] = sums[name] / pairs
@@ -96,12 +105,14 @@ def _balanced_accuracy(sums: Mapping[str, float], accuracy: float) -> float:
     return sum(parts) / len(parts) if parts else accuracy
 
 
-def log_line(sums: Mapping[str, float], recipe: LossRecipe, reward_shift: RewardShift) -> dict[str, float]:
+def log_line(
+    sums: Mapping[str, float], recipe: LossRecipe, reward_shift: RewardShift, router_coef: float = 0.0
+) -> dict[str, float]:
     """Returns the metrics of ``means`` that the loss of the recipe has, and its reward shift if there is one."""
     config = recipe.config
-    line = means(sums, (config.dpo_weight, config.bco_weight, config.ntp_weight))
+    line = means(sums, (config.dpo_weight, config.bco_weight, config.ntp_weight), router_coef)
     if not recipe.has_preference:
-        return {name: line[name] for name in _SFT_KEYS}
+        return {name: line[name] for name in _SFT_KEYS if name in line}
     if recipe.preference is not None:
         return {name: value for name, value in line.items() if name not in STATS}
     return {**line, "reward_shift": reward_shift.value}

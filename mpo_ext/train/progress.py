@@ -88,7 +88,8 @@ def compare_first_loss(recipe: Recipe, line: Mapping[str, float]) -> str:
     expected += config.bco_weight * (math.log1p(math.exp(delta)) + math.log1p(math.exp(-delta)))
     measured = config.dpo_weight * line["dpo_loss"] + config.bco_weight * line["bco_loss"]
     ntp = line["loss"] - measured
-    text = f"step 1: loss {line['loss']:.4f}, expected {expected:.4f} + {ntp:.4f} (next token)"
+    others = "next token and routers" if "router_aux_loss" in line else "next token"
+    text = f"step 1: loss {line['loss']:.4f}, expected {expected:.4f} + {ntp:.4f} ({others})"
     if abs(measured - expected) <= _FIRST_LOSS_TOLERANCE[recipe.precision]:
         return f"{text}: policy and reference agree"
     cause = "the reference is not the model that is trained"

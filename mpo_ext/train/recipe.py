@@ -22,6 +22,7 @@ from mpo_ext.train.settings import (
     Count,
     Fraction,
     Length,
+    NotNegative,
     Number,
     Positive,
     PositiveCount,
@@ -66,6 +67,8 @@ class ModelRecipe:
     Attributes:
         path: Folder or hub id of a Hugging Face causal or image-text-to-text model.
         revision: Revision of the model on the hub; None: the default revision.
+        trust_remote_code: Whether Python code in the folder or repository of the model (and of ``reference.path``) may
+            run. The code can do anything that the user can: read it first, and set ``revision`` to a commit.
         dtype: Dtype of the parameters: "float32", "bfloat16", "float16", or "auto" (the dtype of the saved model).
         attention: Name of the attention implementation in transformers. Both responses can share a row only with
             "sdpa", "flash_attention_2", "flash_attention_3" and "eager"; with others, they run in separate rows.
@@ -78,6 +81,7 @@ class ModelRecipe:
 
     path: Text
     revision: StrictStr | None = None
+    trust_remote_code: StrictBool = False
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     attention: Text = "sdpa"
     freeze: Strings = ()
@@ -104,6 +108,11 @@ class ModelRecipe:
                 "dtype must be 'float32' (or 'bfloat16') if the weights themselves are trained, got 'float16': the "
                 "loss scaler of precision fp16 needs float32 master weights"
             )
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` for the config, the processor and the weights."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 @section
@@ -146,6 +155,8 @@ class LossRecipe:
         label_smoothing: See ``MPOConfig``.
         ntp_average: See ``MPOConfig``.
         preference: Name of a loss in ``mpo_ext.loss.preference`` that replaces the DPO term; None: the DPO term.
+        router_aux_loss_coef: Weight of the load-balancing loss of a mixture-of-experts model's routers; 0 leaves the
+            loss out. None: ``router_aux_loss_coef`` of the model's config.
         average_over: "step" averages over all ranks and micro-batches of an optimizer step: DPO and BCO over pairs,
             NTP as ``ntp_average`` says. "micro_batch" averages the losses of the micro-batches, as the authors' code
             does. With ``optim.micro_batch_tokens``, "micro_batch" treats each pair as a micro-batch.
@@ -166,6 +177,7 @@ class LossRecipe:
     label_smoothing: Number = 0.0
     ntp_average: Literal["token", "sequence"] = "token"
     preference: StrictStr | None = None
+    router_aux_loss_coef: NotNegative | None = None
     average_over: Literal["step", "micro_batch"] = "step"
     from_logits: StrictBool = False
     shared_prefix: SharedPrefix = True
