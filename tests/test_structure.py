@@ -20,7 +20,8 @@ ALLOWED = {
     "plan": {"data", "loss", "ops", "train"},
     "evaluate": {"answers", "data", "generate", "train"},
     "demo": {"answers", "data", "evaluate", "generate", "loss", "train"},
-    "cli": {"answers", "data", "demo", "evaluate", "generate", "loss", "ops", "plan", "train"},
+    "convert": set(),
+    "cli": {"answers", "convert", "data", "demo", "evaluate", "generate", "loss", "ops", "plan", "train"},
     "kernels": set(),
     **{name: set() for name in GROUND},
 }

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mpo_ext.cli.shared import chat_options, parse_json_options
+from mpo_ext.cli.shared import chat_options, engine_options
 
 _SEARCHED_PAIRS = 1000  # maximum number of pairs that are searched for a pair with images
 _PROVED_PAIRS = 3
@@ -55,7 +55,7 @@ def check_processor(
     from mpo_ext.train.proof import prove
 
     path = find_model(model).path
-    loaded = load_without_weights(path, **parse_json_options("--engine-option", args.engine_option))
+    loaded = load_without_weights(path, **engine_options(args))
     encoder = Encoder(
         loaded.processor,
         max_length=None,

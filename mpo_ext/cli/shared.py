@@ -48,7 +48,7 @@ def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], C
             except (ImportError, OSError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
                 if getattr(args, "debug", False):
                     raise
-                print(f"mpo-ext {name}: {_describe(error, extra)}", file=sys.stderr)
+                print(f"mpo-ext {name}: {_describe(error, name, extra)}", file=sys.stderr)
                 return failure
 
         return guarded
@@ -56,12 +56,13 @@ def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], C
     return decorate
 
 
-def _describe(error: Exception, extra: str) -> str:
+def _describe(error: Exception, name: str, extra: str) -> str:
     text = str(error) if isinstance(error, LinesError) else " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ImportError) and "pip install" not in text:
         return f"{text}: {install_hint(extra)}"
     if "trust_remote_code=True" in text:
-        return f"{text}\n--engine-option trust_remote_code=true does so"
+        setting = "model.trust_remote_code=true" if name in ("train", "plan") else "--trust-remote-code"
+        return f"{text}\n{setting} does so"
     return text
 
 
@@ -151,6 +152,10 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 def add_chat(parser: argparse.ArgumentParser) -> None:
     """Adds the options with which a model's processor is loaded and used."""
     parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run the Python code that a model brings in its folder or repository (default: such models are refused)",
+    )  # fmt: skip
+    parser.add_argument(
         "--engine-option", action="append", default=[], metavar="NAME=JSON",
         help="passed to from_pretrained or vllm.LLM, as in --engine-option tensor_parallel_size=2",
     )  # fmt: skip
@@ -163,7 +168,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
 
 def load_engine(args: argparse.Namespace, model: str) -> Any:
     """Loads a model into the engine that the options select, and returns the engine."""
-    options = parse_json_options("--engine-option", args.engine_option)
+    options = engine_options(args)
     if args.engine == "vllm":
         from mpo_ext.generate.vllm_engine import VLLMEngine
 
@@ -185,6 +190,12 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
         chat_options=chat_options(args),
         **options,
     )
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of ``from_pretrained`` or ``vllm.LLM`` that the command line gives."""
+    options = parse_json_options("--engine-option", args.engine_option)
+    return {"trust_remote_code": args.trust_remote_code, **options}
 
 
 def chat_options(args: argparse.Namespace) -> dict[str, Any]:

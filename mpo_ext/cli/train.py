@@ -55,9 +55,9 @@ def run_train(args: argparse.Namespace) -> int:
     planned = plan(recipe, world=args.world or environment_integer("WORLD_SIZE", 1))
     if environment_integer("RANK", 0) != 0:
         return 0
-    check_model(recipe.model.path, revision=recipe.model.revision)
+    check_model(recipe.model.path, **recipe.model.hub_options)
     if recipe.reference.path is not None:
-        check_model(recipe.reference.path)
+        check_model(recipe.reference.path, trust_remote_code=recipe.model.trust_remote_code)
     print_plan(planned)
     return 0 if print_data(recipe) else 1
 

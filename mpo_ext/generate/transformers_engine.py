@@ -12,7 +12,7 @@ from mpo_ext.generate.drawing import SeededDraw
 from mpo_ext.generate.engine import Generation, Request, SamplingConfig
 from mpo_ext.generate.shared_prefill import SharedPrefill, UnsharedError, sharing_problem
 from mpo_ext.images import load_image
-from mpo_ext.processors import check_on_hub, load_processor, takes_images
+from mpo_ext.processors import check_on_hub, load_config, load_processor, takes_images
 from mpo_ext.provenance import processor_parts
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class TransformersEngine:
         if device is None:
             local = environment_integer("LOCAL_RANK", environment_integer("SLURM_LOCALID", 0))
             device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-        config = transformers.AutoConfig.from_pretrained(name, **options)
+        config = load_config(name, **options)
         processor = load_processor(name, config, **options)  # fails in seconds, unlike the weights
         has_images = takes_images(config)
         loader = transformers.AutoModelForImageTextToText if has_images else transformers.AutoModelForCausalLM

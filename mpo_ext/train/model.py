@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.loss.hf_head import unwrap_model
-from mpo_ext.processors import check_on_hub, load_processor, takes_images
+from mpo_ext.processors import check_on_hub, load_config, load_processor, takes_images
 from mpo_ext.train.masks import use_split_attention
 from mpo_ext.train.quantization import disable_weight_packing, quantization_config
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
@@ -31,12 +31,10 @@ PARTS = {
 
 def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
     """Returns the model on the CPU, prepared for training, and its processor (for a text model its tokenizer)."""
-    from transformers import AutoConfig
-
     check_model_path("model.path", recipe.path)
     check_on_hub("model.path", recipe.path)
-    config = AutoConfig.from_pretrained(recipe.path, revision=recipe.revision)
-    processor = load_processor(recipe.path, config, revision=recipe.revision)  # fails in seconds, unlike the weights
+    config = load_config(recipe.path, **recipe.hub_options)
+    processor = load_processor(recipe.path, config, **recipe.hub_options)  # fails in seconds, unlike the weights
     options: dict[str, Any] = {}
     if recipe.lora is not None and recipe.lora.quantization is not None:
         options["quantization_config"] = _quantization(recipe, config)
@@ -44,7 +42,7 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
     with torch.random.fork_rng(devices=[]):
         model = loader_of(config).from_pretrained(
             recipe.path,
-            revision=recipe.revision,
+            **recipe.hub_options,
             dtype=recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
             attn_implementation=recipe.attention,
             **options,
@@ -204,7 +202,7 @@ def modules_of(inner: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:
 
 def _quantization(recipe: ModelRecipe, config: Any) -> Any:
     with without_partitioning(), torch.device("meta"):
-        model = loader_of(config).from_config(config)
+        model = loader_of(config).from_config(config, trust_remote_code=recipe.trust_remote_code)
     quantized = set(language_linears(model))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return quantization_config(recipe.dtype, [name for name in linears if name not in quantized])

@@ -120,7 +120,7 @@ def set_up(
         set_max_pixels(recipe.data.max_image_pixels)
     if recipe.reference.path is not None:
         check_model_path("reference.path", recipe.reference.path)
-        check_model(recipe.reference.path)
+        check_model(recipe.reference.path, trust_remote_code=recipe.model.trust_remote_code)
     if model is None:
         model, processor = load_model(recipe.model)
     else:

@@ -61,13 +61,12 @@ def test_doctor_proves_a_model_with_images(tmp_path: Path, capsys: pytest.Captur
     processor = build_processor()
     build_model(processor.tokenizer, hidden_size=32, layers=1).config.save_pretrained(tmp_path / "final")
     processor.save_pretrained(tmp_path / "final")
-    options = ["--engine-option", "trust_remote_code=true"]
-    assert main(["doctor", str(tmp_path), *options]) == 0  # the folder of a run
+    assert main(["doctor", str(tmp_path), "--trust-remote-code"]) == 0  # the folder of a run
     out = capsys.readouterr().out
     assert "<image> x 4" in out
     assert "DigitsProcessor, GotOcr2ImageProcessor" in out
     assert main(["doctor", str(tmp_path)]) == 1
-    assert "--engine-option trust_remote_code=true does so" in capsys.readouterr().err
+    assert "--trust-remote-code does so" in capsys.readouterr().err
 
 
 def test_doctor_says_where_other_programs_may_not_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

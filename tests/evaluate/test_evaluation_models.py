@@ -74,7 +74,7 @@ def test_the_command_compares_two_models_with_images(
         "evaluate", str(digits_folder / "one"), f"B={digits_folder / 'two'}",
         "--data", f"grids={digits_folder / 'questions.jsonl'}", "--image-root", str(digits_folder),
         "--out", str(tmp_path / "out"), "--prompt", "both", "--max-new-tokens", "3", "--style", "direct",
-        "--matcher", "number", "--engine-option", "trust_remote_code=true", "--device", "cpu", "--limit", "6",
+        "--matcher", "number", "--trust-remote-code", "--device", "cpu", "--limit", "6",
         "--export", "lmms-eval", "vlmevalkit",
     ]  # fmt: skip
     assert main(command) == 0

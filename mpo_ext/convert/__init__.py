@@ -1,0 +1,1 @@
+"""Converts checkpoints in the formats of their authors to the format of transformers."""
