@@ -37,6 +37,10 @@ from mpo_ext.train.recipe import (
 from mpo_ext.train.recipe_file import parse_yaml
 from mpo_ext.train.settings import MODEL_PARTS
 
+RECENT = (
+    "internvl3.5-1b", "internvl3.5-8b", "internvl3.5-30b-a3b", "qwen3-vl-2b", "qwen3-vl-8b", "qwen3-vl-30b-a3b",
+    "qwen3.5-9b", "gemma3-4b",
+)  # fmt: skip
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SMALL = "model: {path: m}\ndata: {train: a.jsonl}\noutput: {dir: out}\n"
 
@@ -399,6 +403,7 @@ def test_the_recipes_have_the_authors_hyperparameters() -> None:
     built = {path.stem: load_recipe(path) for path in RECIPES}
     assert set(built) == {
         "internvl2.5-8b", "internvl3-1b", "internvl3-8b", "qwen2.5-vl-7b", "qwen2.5-vl-7b-lora", "smollm2-135m",
+        *RECENT,
     }  # fmt: skip
     expected = {"internvl2.5-8b": (1e-6, 8192), "internvl3-1b": (2e-7, 12288), "internvl3-8b": (2e-7, 12288)}
     for name, (rate, length) in expected.items():
@@ -406,6 +411,13 @@ def test_the_recipes_have_the_authors_hyperparameters() -> None:
         assert (one.optim, one.data.max_length) == (OptimRecipe(learning_rate=rate), length)
         assert (one.loss.average_over, one.precision, one.model.freeze) == ("micro_batch", "bf16", ())
         assert one.reward_shift == RewardShiftRecipe()
+    for name in RECENT:  # internvl_chat_gpt_oss/shell/internvl3_5_qwen3
+        one = built[name]
+        assert (one.optim, one.data.max_length) == (OptimRecipe(learning_rate=2e-7, seed=42), 16384)
+        assert (one.loss.average_over, one.precision, one.model.freeze) == ("micro_batch", "bf16", ())
+        assert one.loss.router_aux_loss_coef is None
+        assert one.model.gradient_checkpointing
+        assert not one.model.trust_remote_code
     assert built["qwen2.5-vl-7b-lora"].reference_kind == "adapter"
 
 
