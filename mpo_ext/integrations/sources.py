@@ -1,6 +1,7 @@
 """The versions of other trainers that mpo_ext was tested with, and digests of the functions that it builds on.
 
-A digest is the first 16 hexadecimal digits of the SHA-256 of the function's text, as ``inspect.getsource`` returns it.
+A digest is the first 16 hexadecimal digits of the SHA-256 of the text of a function or class, as ``inspect.getsource``
+returns it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ class KnownSources(NamedTuple):
     Attributes:
         package: Name of the distribution.
         module: Module of ``mpo_ext.integrations`` that uses the package.
-        versions: For each version without its last number ("1.16"), the hash of each function, by
-            "module:Class.method" or "module:function".
+        versions: For each version without its last number ("1.16"), the hash of each function or class, by
+            "module:Class.method", "module:function" or "module:Class".
     """
 
     package: str
@@ -34,6 +35,31 @@ _TRL_FUSED = _methods(
     compute_ref_log_probs="90611af9cbadb8ec",
     _precompute_ref_logps="f2c098c7da6ca701",
 )
+_TRL_LOGITS = _methods(
+    "trl.trainer.dpo_trainer:DPOTrainer",
+    _compute_loss="6a433f54b1ffecb9",
+    compute_ref_log_probs="a251e32eb2bcb4f8",
+    _precompute_ref_logps="7f9e173f104d4cab",
+)
+_TRL_LOGITS_10 = _methods(
+    "trl.trainer.dpo_trainer:DPOTrainer",
+    _compute_loss="36174ff2b52233aa",
+    compute_ref_log_probs="a251e32eb2bcb4f8",
+    _precompute_ref_logps="b2175b938afcaa4a",
+)
+_TRL = {
+    "1.9": _TRL_LOGITS,
+    **dict.fromkeys(("1.10", "1.11", "1.12"), _TRL_LOGITS_10),
+    "1.13": _TRL_LOGITS_10 | _methods("trl.trainer.dpo_trainer:DPOTrainer", _compute_loss="299a8fa4943459ef"),
+    "1.14": _methods(
+        "trl.trainer.dpo_trainer:DPOTrainer",
+        _compute_loss="6be3a70c5a4b126e",
+        compute_ref_log_probs="d643beaac47db303",
+        _precompute_ref_logps="f2c098c7da6ca701",
+    ),
+    **dict.fromkeys(("1.15", "1.16"), _TRL_FUSED),
+}
+_AXOLOTL = {"axolotl.core.trainers.dpo.trainer:AxolotlDPOTrainer": "f75fa969844acca6"}
 _LLAMA_FACTORY = _methods(
     "llamafactory.train.dpo.trainer:CustomDPOTrainer",
     get_batch_loss_metrics="bc6da1ac2acdb40a",
@@ -51,7 +77,17 @@ _MS_SWIFT = _methods(
 )
 
 KNOWN: Mapping[str, KnownSources] = {
-    "trl": KnownSources("trl", "trl", {"1.15": _TRL_FUSED, "1.16": _TRL_FUSED}),
+    "trl": KnownSources("trl", "trl", _TRL),
+    "axolotl": KnownSources("axolotl", "axolotl", {"0.19": _AXOLOTL}),
     "llama-factory": KnownSources("llamafactory", "llama_factory", {"0.9": _LLAMA_FACTORY}),
     "ms-swift": KnownSources("ms-swift", "ms_swift", {"4.6": _MS_SWIFT}),
+    "openrlhf": KnownSources(
+        "openrlhf", "openrlhf", {"0.11": {"openrlhf.models.utils:log_probs_from_logits": "92a21e3351d3ab12"}}
+    ),
+    "verl": KnownSources(
+        "verl", "verl", {"0.9": {"verl.utils.torch_functional:logprobs_from_logits": "dffd21fe40eb806b"}}
+    ),
+    "unsloth": KnownSources(
+        "unsloth", "unsloth", {"2026.10": {"unsloth.models.rl:selective_log_softmax": "73c9d10f8c306e18"}}
+    ),
 }

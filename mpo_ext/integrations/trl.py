@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,11 @@ class MPOTrainingConfig(DPOConfig):
     recompute: bool = dataclasses.field(
         default=True, metadata={"help": "Whether backward computes the tiles of logits again."}
     )
+
+    def __post_init__(self) -> None:
+        if reason := _other_terms(self.loss_type):  # before DPOConfig compares the number of weights
+            raise ValueError(f"{reason}; otherwise use trl.DPOTrainer and trl.DPOConfig")
+        super().__post_init__()
 
 
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
@@ -164,6 +169,11 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
             raise ValueError(
                 "precompute_ref_log_probs must be False for images under FSDP or DeepSpeed, got True: compute the "
                 "log-probs in a run without them first (TRL caches them with the data set), or keep the reference"
+            )
+        if not hasattr(self, "_precompute_model_hash"):
+            raise ValueError(
+                "precompute_ref_log_probs must be False for images with TRL before 1.14, got True: its cache does not "
+                "notice another processor or length; pip install --upgrade trl"
             )
         self.args.precompute_ref_log_probs = self.precompute_ref_logps = True
         # The cache must not serve another processor or length: TRL's fingerprint covers data and model only.
@@ -292,14 +302,14 @@ def _log(trainer: Any, mode: str, terms: dict[str, tuple[Tensor, Tensor]], input
     for name, total, count in zip(terms, values[::2], values[1::2], strict=True):
         trainer._metrics[mode][name].append(total / count if count else 0.0)
     if mode == "train":
-        trainer._total_train_tokens += int(n_tokens) // trainer._tp_size
+        trainer._total_train_tokens += int(n_tokens) // getattr(trainer, "_tp_size", 1)
     trainer._metrics[mode]["num_tokens"] = [trainer._total_train_tokens]
 
 
 def _settings_of(args: DPOConfig) -> tuple[MPOConfig, dict[str, Any]]:
     """Returns the settings of the loss and the options of ``linear_mpo_loss``; refuses every other loss of TRL."""
     if reason := _other_loss(args):
-        raise ValueError(f"{reason}: use trl.DPOTrainer for other losses")
+        raise ValueError(f"{reason}; otherwise use trl.DPOTrainer")
     budget = getattr(args, "memory_budget_mib", None)
     options = {
         "memory_budget": None if budget is None else budget << 20,
@@ -316,10 +326,21 @@ def _config_of(args: DPOConfig, **settings: Any) -> MPOConfig:
     return MPOConfig(beta=args.beta, **weights, **settings)
 
 
+def _other_terms(loss_type: str | Sequence[str]) -> str | None:
+    names = [loss_type] if isinstance(loss_type, str) else loss_type
+    other = [name for name in names if name not in _TERMS]
+    return f"loss_type must be among {', '.join(_TERMS)}, got {', '.join(other)}" if other else None
+
+
 def _other_loss(args: DPOConfig) -> str | None:
     """Returns the rule and the value of the setting that asks for a loss other than MPO and its terms, or None."""
-    if other := [name for name in args.loss_type if name not in _TERMS]:
-        return f"loss_type must be among {', '.join(_TERMS)}, got {', '.join(other)}"
+    if reason := _other_terms(args.loss_type):
+        return reason
+    if args.use_liger_kernel:
+        return (
+            "use_liger_kernel must be False, got True (Liger replaces the forward of the model, which must return "
+            "hidden states; the loss of mpo_ext needs no logits anyway)"
+        )
     if args.ld_alpha is not None:
         return f"ld_alpha must be None, got {args.ld_alpha}"
     if args.f_divergence_type != "reverse_kl":

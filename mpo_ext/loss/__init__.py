@@ -43,10 +43,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module 'mpo_ext.loss' has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "empty_cache":
-        return importlib.import_module("mpo_ext.ops.memory").empty_cache
-    return getattr(importlib.import_module(f"mpo_ext.loss.{_HOMES.get(name, 'functions')}"), name)
+        return importlib.import_module("..ops.memory", __name__).empty_cache
+    return getattr(importlib.import_module(f".{_HOMES.get(name, 'functions')}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -34,7 +34,7 @@ def choose_backend(backend: str | None, logits: Tensor, name: str = "logits") ->
         raise RuntimeError(f"{name} must be on a device that holds data, got device meta")
     if backend is None:
         if device == "cpu":
-            return "cpu"
+            return "reference" if native.PURE_PYTHON else "cpu"
         if logits.dtype == torch.float64:
             return "reference"
         if cuda_problem(logits.device) is None:

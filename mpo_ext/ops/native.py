@@ -7,6 +7,9 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
+#: Whether this copy has no compiled module on purpose: tools/hub_kernel.py sets it in the variant torch-universal.
+PURE_PYTHON = False
+
 
 @functools.cache
 def compiled() -> ModuleType:
@@ -15,6 +18,8 @@ def compiled() -> ModuleType:
     Raises:
         ImportError: If the module is missing or does not load.
     """
+    if PURE_PYTHON:
+        raise ImportError("this build of mpo_ext has no compiled kernels; pip install mpo-ext installs them")
     try:
         from mpo_ext import _C
     except ImportError as error:

@@ -77,8 +77,23 @@ def run_llama_factory(kind: str, model: Path, options: argparse.Namespace) -> tu
     return times.times, [line["loss"] for line in log]
 
 
-RUNS = {"trl": run_trl, "llama-factory": run_llama_factory}
-PACKAGES = {"trl": "trl", "llama-factory": "llamafactory"}
+def run_ms_swift(kind: str, model: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
+    import ms_swift_runs
+    import tiny_models
+    import transformers.trainer
+    from swift.pipelines import rlhf_main
+
+    times = steps_recorder()
+    transformers.trainer.DEFAULT_CALLBACKS.append(times)
+    settings = ("per_device_train_batch_size", options.pairs, "max_steps", options.steps, "learning_rate", 1e-4)
+    out = Path(tempfile.mkdtemp(dir=model)) / "out"
+    pairs = tiny_models.pairs(length=options.length)
+    rlhf_main(ms_swift_runs.words(kind, model, out, pairs, *settings, "save_strategy", "no"))
+    return times.times, [line["loss"] for line in ms_swift_runs.lines_of(out)]
+
+
+RUNS = {"trl": run_trl, "llama-factory": run_llama_factory, "ms-swift": run_ms_swift}
+PACKAGES = {"trl": "trl", "llama-factory": "llamafactory", "ms-swift": "ms-swift"}
 
 
 def child(options: argparse.Namespace) -> None:

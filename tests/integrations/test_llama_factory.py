@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("llamafactory", reason="make integrations runs this file in an environment with LLaMA-Factory")
 
+import plain_runs
 import tiny_models
 from llama_factory_runs import patched, run
 
@@ -61,6 +62,41 @@ def test_without_a_reward_shift_the_loss_is_the_sum_of_its_terms(
         assert line["reward_shift"] == 0
         terms = 0.8 * line["loss/dpo"] + 0.2 * line["loss/bco"] + line["loss/ntp"]
         assert line["loss"] == pytest.approx(terms, rel=1e-4)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_ten_steps_without_a_reward_shift_are_those_of_llama_factory(
+    models: dict[str, Path], tmp_path: Path, pairs: Any, tuning: str
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 10, "finetuning_type": tuning, "shift": {"mode": "fixed"}}
+    theirs = run("own", models["text"], tmp_path / "own", pairs, **settings)
+    ours = run("mpo", models["text"], tmp_path / "mpo", pairs, **settings)
+    assert len(ours) == 10
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
+    with_shift = run("own", models["text"], tmp_path / "shift", pairs, **{**settings, "shift": None})
+    assert [line["loss"] for line in ours] != pytest.approx([line["loss"] for line in with_shift], rel=1e-5)
+
+
+def test_the_authors_reward_shift_is_that_of_plain_float64(
+    models: dict[str, Path], tmp_path: Path, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpo_ext.integrations import llama_factory
+
+    batches: list[Any] = []
+    own = llama_factory._loss
+
+    def recorded(trainer: Any, mpo: Any, model: Any, batch: dict[str, Any], train_eval: str) -> Any:
+        batches.append([batch[name].tolist() for name in ("input_ids", "attention_mask", "labels")])
+        return own(trainer, mpo, model, batch, train_eval)
+
+    monkeypatch.setattr(llama_factory, "_loss", recorded)
+    log = run("mpo", models["text"], tmp_path / "mpo", pairs, max_steps=10)
+    truth = plain_runs.train(models["text"], batches, ntp_average="sequence")
+    assert len(log) == len(truth) == 10
+    for line, expected in zip(log, truth, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["reward_shift"] == pytest.approx(expected["reward_shift"], abs=1e-5)
+        assert line["rewards/margins"] == pytest.approx(expected["reward_margin"], abs=1e-5)
 
 
 def test_images_are_those_of_llama_factory(models: dict[str, Path], tmp_path: Path) -> None:

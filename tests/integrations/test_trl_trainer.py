@@ -118,7 +118,13 @@ def test_ten_steps_without_a_reward_shift_are_those_of_trl(
         assert line["loss"] == pytest.approx(terms, rel=1e-6)
 
 
-def test_the_patch_leaves_the_losses_and_is_undone(models: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+def _versions() -> list[str]:
+    return list(patching.KNOWN["trl"].versions)
+
+
+def test_the_patch_leaves_the_losses_and_is_undone(
+    models: dict[str, Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = dict(vars(trl.DPOTrainer))
     theirs = make(trl.DPOTrainer, models, "text", tmp_path, gradient_accumulation_steps=2, max_steps=4)
     their_log = train(theirs)
@@ -127,6 +133,10 @@ def test_the_patch_leaves_the_losses_and_is_undone(models: dict[str, Path], tmp_
         assert "trl 1." in capsys.readouterr().err
         with pytest.raises(RuntimeError, match="'trl', which is patched"):
             mpo_ext.patch("trl")
+        known = {**patching.KNOWN, "axolotl": KnownSources("trl", "axolotl", {version: {} for version in _versions()})}
+        monkeypatch.setattr(patching, "KNOWN", known)  # as if axolotl, whose loss is TRL's, were installed
+        with pytest.raises(RuntimeError, match=r"must be without a patch for patch\('axolotl'\), got that of 'trl'"):
+            mpo_ext.patch("axolotl")
         ours = make(trl.DPOTrainer, models, "text", tmp_path, gradient_accumulation_steps=2, max_steps=4)
         our_log = train(ours)
         other = make(trl.DPOTrainer, models, "text", tmp_path, loss_type=["hinge"], loss_weights=None, max_steps=1)
@@ -269,6 +279,8 @@ def test_an_evaluation_logs_the_terms_and_leaves_the_reward_shift(models: dict[s
     ("settings", "message"),
     [
         ({"loss_type": ["ipo"], "loss_weights": None}, "loss_type must be among sigmoid, bco_pair, sft, got ipo"),
+        ({"loss_type": ["ipo"]}, "loss_type must be among sigmoid, bco_pair, sft, got ipo"),
+        ({"use_liger_kernel": True}, "use_liger_kernel must be False, got True"),
         ({"ld_alpha": 0.5}, "ld_alpha must be None, got 0.5"),
         ({"loss_type": ["sigmoid"], "loss_weights": None, "f_divergence_type": "js_divergence"}, "f_divergence_type"),
         ({"use_weighting": True}, "use_weighting must be False"),

@@ -1,0 +1,23 @@
+"""axolotl's ``rl: dpo`` with the loss of mpo_ext: the functions of ``mpo_ext.patch("axolotl")``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mpo_ext.integrations import trl
+from mpo_ext.integrations.patching import Replacement, check_sources
+
+
+def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
+    """Returns the functions of ``mpo_ext.patch("axolotl")``, and a line about them.
+
+    axolotl's trainer is a subclass of TRL's ``DPOTrainer`` and leaves the loss to it, so these are those of
+    ``mpo_ext.patch("trl")``.
+
+    Raises:
+        RuntimeError: If TRL has a version or source that mpo_ext does not know.
+    """
+    version = check_sources("trl")
+    changes, summary = trl.replacements(reward_shift=reward_shift)
+    return changes, f"its {summary} (TRL {version})"

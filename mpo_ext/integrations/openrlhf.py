@@ -1,0 +1,29 @@
+"""OpenRLHF's log-probs of tokens by ``token_logp``: the function of ``mpo_ext.patch("openrlhf")``."""
+
+from __future__ import annotations
+
+from openrlhf.models.utils import log_probs_from_logits as own_function
+from torch import Tensor
+
+from mpo_ext.integrations.patching import Replacement, replace_in_modules
+from mpo_ext.loss.functions import token_logp
+
+
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Returns the log-prob of each label, ``[...]``, in nats; float32, or float64 for float64 logits.
+
+    Args:
+        logits: ``[..., V]``; divided by ``temperature`` in place, as by OpenRLHF.
+        labels: ``[...]`` int64.
+        temperature: Divisor of the logits.
+    """
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return token_logp(logits, labels, shift=False)
+
+
+def replacements() -> tuple[list[Replacement], str]:
+    """Returns the functions of ``mpo_ext.patch("openrlhf")``, and a line about them."""
+    return replace_in_modules(own_function, log_probs_from_logits, "openrlhf"), (
+        "log_probs_from_logits reads the logits once and keeps no copy of them (DPO, PPO and its relatives)"
+    )
