@@ -58,6 +58,8 @@ check-attention: $(VENV)/.dev $(VENV)/.native
 integrations: $(VENV)/.dev $(VENV)/.native build/llama-factory/.installed build/ms-swift/.installed build/log-probs/.installed
 	$(BIN)/python -m pytest tests/integrations
 	PYTHONPATH=build/log-probs $(BIN)/python -m pytest tests/integrations/test_log_probs.py
+	PYTHONPATH=build/unsloth $(BIN)/python -m pytest tests/integrations/test_log_probs.py
+	PYTHONPATH=build/axolotl $(BIN)/python -m pytest tests/integrations/test_axolotl.py
 	for version in $(OLD_TRL); do \
 	  $(BIN)/pip install --quiet --no-deps --target build/trl-$$version "trl==$$version.*" && \
 	  PYTHONPATH=build/trl-$$version $(BIN)/python -m pytest tests/integrations/test_trl_trainer.py || exit 1; \
@@ -69,6 +71,10 @@ OLD_TRL := 1.9 1.12 1.13 1.14 1.15
 build/log-probs/.installed: $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps --target build/log-probs 'openrlhf==0.11.2' 'verl==0.9.1' \
 	  'tensordict==0.10.0' cloudpickle orjson pyvers
+	$(BIN)/pip install --quiet --no-deps --target build/unsloth 'unsloth==2026.10.9' 'unsloth_zoo==2026.10.9' 'trl==1.15.*' \
+	  requests charset_normalizer urllib3 certifi
+	$(BIN)/pip install --quiet --no-deps --target build/axolotl 'axolotl==0.19.0' 'trl==1.9.0' addict requests \
+	  charset_normalizer urllib3 certifi
 	touch $@
 build/llama-factory/.installed: TRAINER = llamafactory==0.9.5
 build/ms-swift/.installed: TRAINER = ms-swift==4.6.0

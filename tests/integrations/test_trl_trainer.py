@@ -81,6 +81,7 @@ def make(
         models[family]
     )
     model = settings.pop("model", str(models[family]))
+    torch.manual_seed(0)  # TRL before 1.15 makes the adapters before it sets the seed
     return kind(
         model, settings.pop("ref_model", None),
         args=arguments(MPOTrainingConfig if is_mpo else trl.DPOConfig, folder, **settings),
