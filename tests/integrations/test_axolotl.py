@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.machinery
+import importlib
 import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-
-SPEC = importlib.util.find_spec("axolotl")
-if SPEC is None:
-    pytest.skip("make integrations runs this file in an environment with axolotl", allow_module_level=True)
-for package in ("axolotl", "axolotl.core", "axolotl.core.trainers", "axolotl.core.trainers.dpo"):
-    # Packages without their own code, which needs GPUs and more packages than the trainer.
-    module = ModuleType(package)
-    module.__path__ = [str(Path(SPEC.submodule_search_locations[0], *package.split(".")[1:]))]  # type: ignore[index]
-    module.__spec__ = importlib.machinery.ModuleSpec(package, None, is_package=True)
-    module.__spec__.submodule_search_locations = module.__path__
-    sys.modules.setdefault(package, module)
-
 import tiny_models
-import trl
-from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+from bare_packages import add_bare_packages
 
 import mpo_ext
 
+trl = pytest.importorskip("trl", reason="needs the extra trl")
 
-def train(model: Path, folder: Path, **settings: Any) -> list[dict[str, Any]]:
+
+@pytest.fixture(scope="module")
+def trainer_type() -> Any:
+    if importlib.util.find_spec("axolotl") is None:
+        pytest.skip("make integrations runs this file in an environment with axolotl")
+    # Their own code needs GPUs and more packages than the trainer.
+    add_bare_packages("axolotl", "axolotl.core", "axolotl.core.trainers", "axolotl.core.trainers.dpo")
+    return importlib.import_module("axolotl.core.trainers.dpo.trainer").AxolotlDPOTrainer
+
+
+def train(trainer_type: Any, model: Path, folder: Path, **settings: Any) -> list[dict[str, Any]]:
     values: dict[str, Any] = {
         "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": 10, "learning_rate": 1e-3,
         "lr_scheduler_type": "constant", "weight_decay": 0.0, "logging_steps": 1, "report_to": "none",
@@ -37,9 +33,7 @@ def train(model: Path, folder: Path, **settings: Any) -> list[dict[str, Any]]:
         "max_length": None, "disable_tqdm": True, "optim": "adamw_torch",
         "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0],
     }  # fmt: skip
-    trainer = AxolotlDPOTrainer(
-        str(model), args=trl.DPOConfig(**{**values, **settings}), train_dataset=tiny_models.pairs()
-    )
+    trainer = trainer_type(str(model), args=trl.DPOConfig(**{**values, **settings}), train_dataset=tiny_models.pairs())
     trainer.train()
     return [line for line in trainer.state.log_history if "loss" in line]
 
@@ -49,12 +43,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save_text_model(tmp_path_factory.mktemp("models"))
 
 
-def test_ten_steps_are_those_of_axolotl_and_the_patch_is_undone(model: Path, tmp_path: Path) -> None:
-    theirs = train(model, tmp_path)
-    before = dict(vars(trl.DPOTrainer)), dict(vars(AxolotlDPOTrainer))
+def test_ten_steps_are_those_of_axolotl_and_the_patch_is_undone(
+    trainer_type: Any, model: Path, tmp_path: Path
+) -> None:
+    theirs = train(trainer_type, model, tmp_path)
+    before = dict(vars(trl.DPOTrainer)), dict(vars(trainer_type))
     mpo_ext.patch("axolotl")
     try:
-        ours = train(model, tmp_path)
+        ours = train(trainer_type, model, tmp_path)
     finally:
         mpo_ext.unpatch("axolotl")
     assert len(ours) == len(theirs) == 10
@@ -62,13 +58,13 @@ def test_ten_steps_are_those_of_axolotl_and_the_patch_is_undone(model: Path, tmp
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-5, abs=1e-5)
     assert "loss/dpo" in ours[0]
     assert "loss/dpo" not in theirs[0]
-    assert (dict(vars(trl.DPOTrainer)), dict(vars(AxolotlDPOTrainer))) == before
+    assert (dict(vars(trl.DPOTrainer)), dict(vars(trainer_type))) == before
 
 
-def test_the_reward_shift_is_in_the_checkpoints(model: Path, tmp_path: Path) -> None:
+def test_the_reward_shift_is_in_the_checkpoints(trainer_type: Any, model: Path, tmp_path: Path) -> None:
     mpo_ext.patch("axolotl", reward_shift={"mode": "cumulative"})
     try:
-        log = train(model, tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+        log = train(trainer_type, model, tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     finally:
         mpo_ext.unpatch("axolotl")
     assert log[-1]["reward_shift"] != 0

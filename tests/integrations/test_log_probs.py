@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
 import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from bare_packages import add_bare_packages
 
 import mpo_ext
 
@@ -27,17 +24,10 @@ SHAPES = {"openrlhf": [(3, 7)], "verl": [(3, 7), (11,)], "unsloth": [(3, 7)]}
 @pytest.fixture(params=FUNCTIONS)
 def trainer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name = request.param
-    spec = importlib.util.find_spec(name)
-    if spec is None:
+    if importlib.util.find_spec(name) is None:
         pytest.skip(f"make integrations runs this test in an environment with {name}")
-    assert spec.submodule_search_locations is not None
-    (folder,) = spec.submodule_search_locations
-    for package in FUNCTIONS[name][2]:  # whose own code needs flash attention, Ray or a GPU
-        module = ModuleType(package)
-        module.__path__ = [str(Path(folder, *package.split(".")[1:]))]
-        module.__spec__ = importlib.machinery.ModuleSpec(package, None, is_package=True)
-        module.__spec__.submodule_search_locations = module.__path__
-        sys.modules.setdefault(package, module)
+    if packages := FUNCTIONS[name][2]:
+        add_bare_packages(*packages)  # their own code needs flash attention, Ray or a GPU
     if name == "unsloth":
         monkeypatch.setenv("UNSLOTH_FORCE_CPU", "1")
         importlib.import_module(name)
