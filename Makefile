@@ -1,4 +1,4 @@
-# make demo | test | lint | docs | notebook | bench | wheels | sanitize | audit | gpu-check. Each target first creates the virtual environment it needs.
+# make demo | test | lint | docs | bench | sanitize | audit | gpu-check. Each target first creates the virtual environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -71,11 +71,12 @@ OLD_TRL := 1.9 1.12 1.13 1.14 1.15
 build/log-probs/.installed: $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps --target build/log-probs 'openrlhf==0.11.2' 'verl==0.9.1' \
 	  'tensordict==0.10.0' cloudpickle orjson pyvers
-	$(BIN)/pip install --quiet --no-deps --target build/unsloth 'unsloth==2026.10.9' 'unsloth_zoo==2026.10.9' 'trl==1.15.*' \
-	  requests charset_normalizer urllib3 certifi
+	$(BIN)/pip install --quiet --no-deps --target build/unsloth 'unsloth==2026.10.9' 'unsloth_zoo==2026.10.9' \
+	  'trl==1.15.*' requests charset_normalizer urllib3 certifi
 	$(BIN)/pip install --quiet --no-deps --target build/axolotl 'axolotl==0.19.0' 'trl==1.9.0' addict requests \
 	  charset_normalizer urllib3 certifi
 	touch $@
+
 build/llama-factory/.installed: TRAINER = llamafactory==0.9.5
 build/ms-swift/.installed: TRAINER = ms-swift==4.6.0
 build/%/.installed: pyproject.toml
