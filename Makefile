@@ -73,7 +73,7 @@ build/log-probs/.installed: $(VENV)/.dev
 	  'tensordict==0.10.0' cloudpickle orjson pyvers
 	$(BIN)/pip install --quiet --no-deps --target build/unsloth 'unsloth==2026.10.9' 'unsloth_zoo==2026.10.9' \
 	  'trl==1.15.*' requests charset_normalizer urllib3 certifi
-	$(BIN)/pip install --quiet --no-deps --target build/axolotl 'axolotl==0.19.0' 'trl==1.9.0' addict requests \
+	$(BIN)/pip install --quiet --no-deps --target build/axolotl 'axolotl==0.19.0' 'trl==1.9.0' addict colorama requests \
 	  charset_normalizer urllib3 certifi
 	touch $@
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,8 +22,12 @@ trl = pytest.importorskip("trl", reason="needs the extra trl")
 def trainer_type() -> Any:
     if importlib.util.find_spec("axolotl") is None:
         pytest.skip("make integrations runs this file in an environment with axolotl")
-    # Their own code needs GPUs and more packages than the trainer.
-    add_bare_packages("axolotl", "axolotl.core", "axolotl.core.trainers", "axolotl.core.trainers.dpo")
+    # The code of these packages needs GPUs and more packages than the trainer.
+    trainers = ("axolotl.core", "axolotl.core.trainers", "axolotl.core.trainers.dpo")
+    add_bare_packages("axolotl", *trainers, "axolotl.utils.data")
+    tokens = ModuleType("axolotl.utils.data.utils")
+    tokens.remove_double_bos_token = None  # type: ignore[attr-defined]  # the tokenizer here has no BOS token
+    sys.modules.setdefault(tokens.__name__, tokens)
     return importlib.import_module("axolotl.core.trainers.dpo.trainer").AxolotlDPOTrainer
 
 
