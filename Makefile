@@ -67,7 +67,7 @@ integrations: $(VENV)/.dev $(VENV)/.native build/llama-factory/.installed build/
 	build/llama-factory/bin/python -m pytest tests/integrations/test_llama_factory.py
 	build/ms-swift/bin/python -m pytest tests/integrations/test_ms_swift.py
 
-OLD_TRL := 1.9 1.12 1.13 1.14 1.15
+OLD_TRL := 1.9 1.15
 build/log-probs/.installed: $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps --target build/log-probs 'openrlhf==0.11.2' 'verl==0.9.1' \
 	  'tensordict==0.10.0' cloudpickle orjson pyvers

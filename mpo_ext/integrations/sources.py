@@ -41,24 +41,6 @@ _TRL_LOGITS = _methods(
     compute_ref_log_probs="a251e32eb2bcb4f8",
     _precompute_ref_logps="7f9e173f104d4cab",
 )
-_TRL_LOGITS_10 = _methods(
-    "trl.trainer.dpo_trainer:DPOTrainer",
-    _compute_loss="36174ff2b52233aa",
-    compute_ref_log_probs="a251e32eb2bcb4f8",
-    _precompute_ref_logps="b2175b938afcaa4a",
-)
-_TRL = {
-    "1.9": _TRL_LOGITS,
-    **dict.fromkeys(("1.10", "1.11", "1.12"), _TRL_LOGITS_10),
-    "1.13": _TRL_LOGITS_10 | _methods("trl.trainer.dpo_trainer:DPOTrainer", _compute_loss="299a8fa4943459ef"),
-    "1.14": _methods(
-        "trl.trainer.dpo_trainer:DPOTrainer",
-        _compute_loss="6be3a70c5a4b126e",
-        compute_ref_log_probs="d643beaac47db303",
-        _precompute_ref_logps="f2c098c7da6ca701",
-    ),
-    **dict.fromkeys(("1.15", "1.16"), _TRL_FUSED),
-}
 _AXOLOTL = {"axolotl.core.trainers.dpo.trainer:AxolotlDPOTrainer": "f75fa969844acca6"}
 _LLAMA_FACTORY = _methods(
     "llamafactory.train.dpo.trainer:CustomDPOTrainer",
@@ -77,7 +59,7 @@ _MS_SWIFT = _methods(
 )
 
 KNOWN: Mapping[str, KnownSources] = {
-    "trl": KnownSources("trl", "trl", _TRL),
+    "trl": KnownSources("trl", "trl", {"1.9": _TRL_LOGITS, "1.15": _TRL_FUSED, "1.16": _TRL_FUSED}),
     "axolotl": KnownSources("axolotl", "axolotl", {"0.19": _AXOLOTL}),
     "llama-factory": KnownSources("llamafactory", "llama_factory", {"0.9": _LLAMA_FACTORY}),
     "ms-swift": KnownSources("ms-swift", "ms_swift", {"4.6": _MS_SWIFT}),
