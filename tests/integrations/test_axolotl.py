@@ -39,7 +39,9 @@ def train(trainer_type: Any, model: Path, folder: Path, **settings: Any) -> list
         "max_length": None, "disable_tqdm": True, "optim": "adamw_torch",
         "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0],
     }  # fmt: skip
-    trainer = trainer_type(str(model), args=trl.DPOConfig(**{**values, **settings}), train_dataset=tiny_models.pairs())
+    config_type = importlib.import_module("axolotl.core.trainers.dpo.args").AxolotlDPOConfig
+    args = config_type(**{**values, **settings})
+    trainer = trainer_type(str(model), args=args, train_dataset=tiny_models.pairs())
     trainer.train()
     return [line for line in trainer.state.log_history if "loss" in line]
 
