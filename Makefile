@@ -58,7 +58,7 @@ check-attention: $(VENV)/.dev $(VENV)/.native
 integrations: $(VENV)/.dev $(VENV)/.native build/llama-factory/.installed build/ms-swift/.installed build/log-probs/.installed
 	$(BIN)/python -m pytest tests/integrations
 	PYTHONPATH=build/log-probs $(BIN)/python -m pytest tests/integrations/test_log_probs.py
-	PYTHONPATH=build/unsloth $(BIN)/python -m pytest tests/integrations/test_log_probs.py
+	UNSLOTH_COMPILE_LOCATION=build/unsloth-cache PYTHONPATH=build/unsloth $(BIN)/python -m pytest tests/integrations/test_log_probs.py
 	PYTHONPATH=build/axolotl $(BIN)/python -m pytest tests/integrations/test_axolotl.py
 	for version in $(OLD_TRL); do \
 	  $(BIN)/pip install --quiet --no-deps --target build/trl-$$version "trl==$$version.*" && \
