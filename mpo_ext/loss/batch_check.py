@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mpo_ext.loss import eager
@@ -13,8 +16,10 @@ from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.ops import checks
 
 _SHOWN = 60  # characters of a decoded text
+_ROWS = 128  # positions whose logits are computed at a time
 _NOT_GIVEN: Any = object()
 _DEFAULT_CONFIG = MPOConfig()
+_BAD_LABELS = ("label out of range", "no labels")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,11 +34,22 @@ class BatchFinding:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Sequence:
-    name: str  # "chosen 0"
-    logits: Tensor  # [T, V]
-    labels: Tensor  # [T] on the CPU
-    ids: Tensor | None  # [T] on the CPU
+class BatchSequence:
+    """A sequence of T positions of a batch, as the checks read it.
+
+    Attributes:
+        name: Name of the sequence in messages, such as "chosen 0".
+        logits_at: Function that returns the logits ``[n, vocab]`` of n positions, from their int64 tensor on the CPU.
+        vocab: Number of logits of a position.
+        labels: ``[T]`` on the CPU.
+        ids: ``[T]`` token ids of the model's input on the CPU, or None.
+    """
+
+    name: str
+    logits_at: Callable[[Tensor], Tensor]
+    vocab: int
+    labels: Tensor
+    ids: Tensor | None
 
     def sum_and_count(self, ahead: int, ignore_index: int) -> tuple[float, int]:
         """Returns the summed log-prob of the scored labels, and the number of these labels.
@@ -41,11 +57,14 @@ class _Sequence:
         The logits at position t score the label at position ``t + ahead``.
         """
         labels = self.labels[ahead:]
-        logits = self.logits[: len(labels)]
-        is_scored = (labels != ignore_index) & (labels >= 0) & (labels < logits.shape[-1])
+        is_scored = (labels != ignore_index) & (labels >= 0) & (labels < self.vocab)
         rows = is_scored.nonzero().squeeze(-1)
-        logp = eager.token_logp(logits[rows.to(logits.device)].detach(), labels[rows].to(logits.device), ignore_index)
-        return float(logp.double().sum()), len(rows)
+        total = 0.0
+        for part in rows.split(_ROWS):  # not all at once, which could take gigabytes
+            logits = self.logits_at(part).detach()
+            logp = eager.token_logp(logits, labels[part].to(logits.device), ignore_index)
+            total += float(logp.double().sum())
+        return total, len(rows)
 
 
 def check_batch(
@@ -68,7 +87,7 @@ def check_batch(
     """Returns the probable mistakes in the arguments of ``mpo_loss``, each with its evidence; [] for a correct batch.
 
     Call this function for the first batch, on which policy and reference are nearly equal. Do not call it in every
-    step, because it waits for the device and computes all logits of each sequence.
+    step, because it waits for the device and computes the logits of all labels again.
 
     Args:
         logits: ``[2B, T, V]``, or packed ``[N, V]`` with ``cu_seqlens``, as in ``mpo_loss``; with ``weight``, hidden
@@ -105,18 +124,9 @@ def check_batch(
         checks.check_reference(logits, count, ref_logp, None, name)
     head = None if weight is None else (weight, bias, logit_scale, softcap, temperature)
     sequences = list(_split(logits, labels, head, input_ids, cu_seqlens, count))
-    ignore_index, ahead = config.ignore_index, int(shift)
-    findings = [*_check_range(sequences, ignore_index), *_check_labelled(sequences, ahead, ignore_index)]
-    if findings:
-        return findings  # the other checks read the labels
-    if input_ids is None:
-        findings += _check_alignment_by_logp(sequences, ahead, ignore_index)
-    else:
-        findings += _check_alignment(sequences, ahead, ignore_index)
-        findings += _check_prompts(sequences, ahead, ignore_index, tokenizer)
-        findings += _check_padding(sequences, ahead, ignore_index, tokenizer)
-    if ref_logp is not None and not findings:
-        findings += _check_reference(sequences, ref_logp.tolist(), ahead, ignore_index)
+    findings = find_mistakes(sequences, ref_logp, shift=shift, ignore_index=config.ignore_index, tokenizer=tokenizer)
+    if any(finding.kind in _BAD_LABELS for finding in findings):
+        return findings
     is_forgotten = reward_shift is None or (isinstance(reward_shift, (int, float)) and reward_shift == 0)
     if is_forgotten and config.bco_weight > 0:
         text = (
@@ -127,6 +137,46 @@ def check_batch(
     return findings
 
 
+def is_debugging() -> bool:
+    """Returns whether the environment variable MPO_DEBUG asks for ``check_batch`` in each call of a loss function."""
+    return not torch.compiler.is_compiling() and os.environ.get("MPO_DEBUG", "") not in ("", "0")
+
+
+def warn_of_mistakes(*args: Any, **options: Any) -> None:
+    """Warns of each finding of ``check_batch``, which gets the arguments, as from the caller of the loss function."""
+    with torch.no_grad():
+        findings = check_batch(*args, **options)
+    for finding in findings:
+        warnings.warn(f"MPO_DEBUG: {finding}", stacklevel=4)  # behind the decorator of the loss function
+
+
+def find_mistakes(
+    sequences: Sequence[BatchSequence],
+    ref_logp: Tensor | None,
+    *,
+    shift: bool,
+    ignore_index: int,
+    tokenizer: Any = None,
+) -> list[BatchFinding]:
+    """Returns the probable mistakes in B chosen sequences followed by B rejected sequences.
+
+    The other arguments are those of ``check_batch``.
+    """
+    ahead = int(shift)
+    findings = [*_check_range(sequences, ignore_index), *_check_labelled(sequences, ahead, ignore_index)]
+    if findings:
+        return findings  # the other checks read the labels
+    if any(sequence.ids is None for sequence in sequences):
+        findings += _check_alignment_by_logp(sequences, ahead, ignore_index)
+    else:
+        findings += _check_alignment(sequences, ahead, ignore_index)
+        findings += _check_prompts(sequences, ahead, ignore_index, tokenizer)
+        findings += _check_padding(sequences, ahead, ignore_index, tokenizer)
+    if ref_logp is not None and not findings:
+        findings += _check_reference(sequences, ref_logp.tolist(), ahead, ignore_index)
+    return findings
+
+
 def _split(
     logits: Tensor,
     labels: Tensor,
@@ -134,19 +184,25 @@ def _split(
     input_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     count: int,
-) -> Iterator[_Sequence]:
+) -> Iterator[BatchSequence]:
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     for number in range(count):
         place: Any = number if bounds is None else slice(bounds[number], bounds[number + 1])
-        scores = logits[place] if head is None else eager.linear_logits(logits[place], *head)
+        scores = logits[place]
+
+        def logits_at(rows: Tensor, scores: Tensor = scores) -> Tensor:
+            chosen = scores[rows.to(scores.device)]
+            return chosen if head is None else eager.linear_logits(chosen, *head)
+
         ids = None if input_ids is None else input_ids[place].cpu()
         side = "chosen" if number < count // 2 else "rejected"
-        yield _Sequence(f"{side} {number % (count // 2)}", scores, labels[place].cpu(), ids)
+        vocab = scores.shape[-1] if head is None else len(head[0])
+        yield BatchSequence(f"{side} {number % (count // 2)}", logits_at, vocab, labels[place].cpu(), ids)
 
 
-def _check_range(sequences: Sequence[_Sequence], ignore_index: int) -> Iterator[BatchFinding]:
+def _check_range(sequences: Sequence[BatchSequence], ignore_index: int) -> Iterator[BatchFinding]:
     for sequence in sequences:
-        labels, vocab = sequence.labels, sequence.logits.shape[-1]
+        labels, vocab = sequence.labels, sequence.vocab
         bad = ((labels != ignore_index) & ((labels < 0) | (labels >= vocab))).nonzero().squeeze(-1).tolist()
         if bad:
             yield BatchFinding(
@@ -156,7 +212,7 @@ def _check_range(sequences: Sequence[_Sequence], ignore_index: int) -> Iterator[
             )
 
 
-def _check_labelled(sequences: Sequence[_Sequence], ahead: int, ignore_index: int) -> Iterator[BatchFinding]:
+def _check_labelled(sequences: Sequence[BatchSequence], ahead: int, ignore_index: int) -> Iterator[BatchFinding]:
     empty = [sequence.name for sequence in sequences if bool((sequence.labels[ahead:] == ignore_index).all())]
     if empty:
         yield BatchFinding(
@@ -164,7 +220,7 @@ def _check_labelled(sequences: Sequence[_Sequence], ahead: int, ignore_index: in
         )
 
 
-def _check_alignment(sequences: Sequence[_Sequence], ahead: int, ignore_index: int) -> Iterator[BatchFinding]:
+def _check_alignment(sequences: Sequence[BatchSequence], ahead: int, ignore_index: int) -> Iterator[BatchFinding]:
     """Yields a finding if most labels equal the input ids of other positions than expected.
 
     The label at position t must equal input id t with ``shift`` (``ahead`` is 1), and input id t + 1 without it
@@ -186,7 +242,7 @@ def _check_alignment(sequences: Sequence[_Sequence], ahead: int, ignore_index: i
     )
 
 
-def _share_of_equal(sequences: Sequence[_Sequence], offset: int, ignore_index: int) -> float:
+def _share_of_equal(sequences: Sequence[BatchSequence], offset: int, ignore_index: int) -> float:
     equal = total = 0
     for sequence in sequences:
         assert sequence.ids is not None
@@ -199,7 +255,9 @@ def _share_of_equal(sequences: Sequence[_Sequence], offset: int, ignore_index: i
     return equal / max(total, 1)
 
 
-def _check_alignment_by_logp(sequences: Sequence[_Sequence], ahead: int, ignore_index: int) -> Iterator[BatchFinding]:
+def _check_alignment_by_logp(
+    sequences: Sequence[BatchSequence], ahead: int, ignore_index: int
+) -> Iterator[BatchFinding]:
     """Yields a finding if the labels are much more likely when they are scored at other positions.
 
     A trained model gives the labels a much higher log-prob at the right distance from their logits than at others.
@@ -217,11 +275,11 @@ def _check_alignment_by_logp(sequences: Sequence[_Sequence], ahead: int, ignore_
         )
 
 
-def _first_label(sequence: _Sequence, ignore_index: int) -> int:
+def _first_label(sequence: BatchSequence, ignore_index: int) -> int:
     return int((sequence.labels != ignore_index).nonzero()[0])
 
 
-def _prompt(sequence: _Sequence, ahead: int, ignore_index: int, padding: int | None) -> list[int]:
+def _prompt(sequence: BatchSequence, ahead: int, ignore_index: int, padding: int | None) -> list[int]:
     assert sequence.ids is not None
     prompt = sequence.ids[: _first_label(sequence, ignore_index) + 1 - ahead].tolist()
     while prompt and prompt[0] == padding:
@@ -230,7 +288,7 @@ def _prompt(sequence: _Sequence, ahead: int, ignore_index: int, padding: int | N
 
 
 def _check_prompts(
-    sequences: Sequence[_Sequence], ahead: int, ignore_index: int, tokenizer: Any
+    sequences: Sequence[BatchSequence], ahead: int, ignore_index: int, tokenizer: Any
 ) -> Iterator[BatchFinding]:
     padding = getattr(tokenizer, "pad_token_id", None)
     pairs = len(sequences) // 2
@@ -260,7 +318,7 @@ def _check_prompts(
 
 
 def _check_padding(
-    sequences: Sequence[_Sequence], ahead: int, ignore_index: int, tokenizer: Any
+    sequences: Sequence[BatchSequence], ahead: int, ignore_index: int, tokenizer: Any
 ) -> Iterator[BatchFinding]:
     padding = getattr(tokenizer, "pad_token_id", None)
     for sequence in sequences:
@@ -278,7 +336,7 @@ def _check_padding(
 
 
 def _check_reference(
-    sequences: Sequence[_Sequence], reference: list[float], ahead: int, ignore_index: int
+    sequences: Sequence[BatchSequence], reference: list[float], ahead: int, ignore_index: int
 ) -> Iterator[BatchFinding]:
     scored = [sequence.sum_and_count(ahead, ignore_index) for sequence in sequences]
     sums, sizes = [part for part, _ in scored], [size for _, size in scored]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpo_ext.loss import eager, parallel
 from mpo_ext.loss.autograd import HiddenPlan, LogpOfLogits, LossOfLogits, ValueOfHidden
+from mpo_ext.loss.batch_check import is_debugging, warn_of_mistakes
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.loss.reward_shift import BatchShift, RewardShift, begin_batch, end_batch
 from mpo_ext.loss.steps import (
@@ -128,6 +129,10 @@ def mpo_loss(
             logits, labels, ref_logp, ref_logits, options, reuse_logits, vocab_parallel, sequence_parallel
         )
     _, names, chosen_backend = check_logits_loss(logits, labels, ref_logp, ref_logits, options, reuse_logits)
+    if is_debugging():
+        warn_of_mistakes(
+            logits, labels, ref_logp, config=config, reward_shift=reward_shift, cu_seqlens=cu_seqlens, shift=shift
+        )
     if shift:
         labels = shift_labels(labels, config.ignore_index, cu_seqlens).contiguous()  # one copy, for backward too
     if ref_logits is not None:
@@ -251,6 +256,11 @@ def linear_mpo_loss(
         )
     (_, names, chosen_backend), reference = check_linear_loss(hidden, weight, bias, labels, reference, head, options)
     ref_logp, ref_hidden, ref_weight, ref_bias = reference
+    if is_debugging():
+        warn_of_mistakes(
+            hidden, labels, ref_logp, weight=weight, bias=bias, logit_scale=logit_scale, softcap=softcap,
+            temperature=temperature, config=config, reward_shift=reward_shift, cu_seqlens=cu_seqlens, shift=shift,
+        )  # fmt: skip
     if shift:
         offsets = None if cu_seqlens is None else cu_seqlens.to(labels.device)
         labels = shift_labels(labels, config.ignore_index, offsets).contiguous()

@@ -32,7 +32,8 @@ class RewardShift:
     ``torch.distributed`` is initialised, the rewards of all ranks update the state.
 
     An update uses the mean reward of the chosen and rejected responses of its batch. Pairs in which a response has no
-    labelled token do not count.
+    labelled token do not count. A reward that is not finite makes delta NaN for good. To leave out such a step, keep
+    ``state_dict()`` from before it and load it again; the trainer of mpo_ext does the same.
 
     Args:
         mode: "cumulative": every update has a mean reward, and delta is the average of these means so far. With

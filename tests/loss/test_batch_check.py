@@ -2,13 +2,24 @@
 
 import itertools
 import random
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mpo_ext import BatchFinding, MPOConfig, RewardShift, check_batch, sequence_sums, shift_labels, token_logp
+from mpo_ext import (
+    BatchFinding,
+    MPOConfig,
+    RewardShift,
+    check_batch,
+    linear_mpo_loss,
+    mpo_loss,
+    sequence_sums,
+    shift_labels,
+    token_logp,
+)
 
 VOCAB, PAD = 50, 0
 
@@ -124,3 +135,28 @@ def test_findings_name_their_evidence() -> None:
     assert check_batch(**batch(0), reward_shift=None, config=MPOConfig(bco_weight=0.0)) == []
     with pytest.raises(ValueError, match="input_ids must have the shape of labels"):
         check_batch(**{**batch(0), "input_ids": torch.zeros(1)})
+
+
+def test_debug_mode_checks_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = batch(0)
+    arguments = {name: values[name] for name in ("logits", "labels", "ref_logp")}
+    shifted = {**arguments, "labels": shift_labels(values["labels"])}
+    hidden = {"hidden" if name == "logits" else name: value for name, value in shifted.items()}
+    quiet = mpo_loss(**shifted, reward_shift=RewardShift())
+    monkeypatch.setenv("MPO_DEBUG", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mpo_loss(**arguments, reward_shift=RewardShift())
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="MPO_DEBUG: labels shifted: labels have a log-prob of") as found:
+            loud = mpo_loss(**shifted, reward_shift=RewardShift())
+        assert found[0].filename == __file__
+        assert torch.equal(loud.loss, quiet.loss)
+    with pytest.warns(UserWarning, match="MPO_DEBUG: labels shifted"):
+        linear_mpo_loss(**hidden, weight=torch.eye(VOCAB), reward_shift=RewardShift())
+    with pytest.warns(UserWarning, match="MPO_DEBUG: no reward shift"):
+        mpo_loss(**arguments)
+    monkeypatch.setenv("MPO_DEBUG", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mpo_loss(**shifted)
