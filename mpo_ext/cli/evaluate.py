@@ -81,15 +81,17 @@ def run_evaluate(args: argparse.Namespace) -> int:
     rank, world_size = rank_and_world_size()
     names = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "style")
     settings = {name: getattr(args, name) for name in names}
-    config = EvaluationConfig(prompts=_prompts(args.prompt), matcher=shared.matcher_settings(args), **settings)
+    with shared.settings_errors():
+        config = EvaluationConfig(prompts=_prompts(args.prompt), matcher=shared.matcher_settings(args), **settings)
+        models, data, root_map = _named("MODEL", args.models), _named("--data", args.data), shared.root_map(args)
     results = evaluate(
-        _named("MODEL", args.models),
-        _named("--data", args.data),
+        models,
+        data,
         args.out,
         config=config,
         limit=args.limit,
         image_root=args.image_root,
-        root_map=shared.root_map(args),
+        root_map=root_map,
         exports=list(dict.fromkeys(args.export)),
         make_engine=lambda path: load_engine(args, path),
         page_limit=args.page_limit,
@@ -100,6 +102,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
     else:
         print(accuracy_table(results), end="")
         print(f"written to {args.out}", file=sys.stderr)
+        if not any(result["questions"] for result in results["results"]):
+            reasons = sorted({reason for result in results["results"] for reason in result["refused"]})
+            print(f"mpo-ext evaluate: no question was asked: {', '.join(reasons)}", file=sys.stderr)
+            return 1
     return 0
 
 

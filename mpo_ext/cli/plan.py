@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from mpo_ext.cli.shared import add_debug, add_recipe, command
+from mpo_ext.cli.shared import add_debug, add_recipe, command, settings_errors
 
 if TYPE_CHECKING:
     from mpo_ext.plan.machines import Machine
@@ -36,8 +36,11 @@ def run_plan(args: argparse.Namespace) -> int:
     from mpo_ext.plan.report import print_plan, print_times
     from mpo_ext.train.recipe import load_recipe
 
-    planned = plan(load_recipe(args.recipe, args.overrides), world=args.world)
-    machine = _machine(args, planned.cost_model.compute)
+    with settings_errors():
+        recipe = load_recipe(args.recipe, args.overrides)
+    planned = plan(recipe, world=args.world)
+    with settings_errors():
+        machine = _machine(args, planned.cost_model.compute)
     print_plan(planned)
     print_times(planned, machine)
     return 0

@@ -1,13 +1,14 @@
 """The ``mpo-ext sample`` command, which imports its dependencies when it runs."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 from mpo_ext.checks import check_integer, check_model_path
 from mpo_ext.cli import shared
-from mpo_ext.cli.shared import command, load_engine
+from mpo_ext.cli.shared import command, load_engine, settings_errors
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -72,7 +73,9 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
         "a meta file (.json) that lists such files, in the format of MMPR's prompts",
     )
     parser.add_argument("out", type=Path, help="folder of the run")
-    parser.add_argument("--model", required=True, help="folder or name of the model")
+    parser.add_argument(
+        "--model", required=True, help="folder of a model, of a run of mpo-ext train or of LoRA adapters, or a name"
+    )
     shared.add_engine(parser)
     parser.add_argument("--image-root", default="", help="root of relative image paths; a meta file names its own")
     shared.add_root_map(parser)
@@ -97,20 +100,25 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
 @command("sample", extra="generate")
 def run_sample(args: argparse.Namespace) -> int:
     """Runs ``mpo-ext sample`` and returns the exit status."""
+    from mpo_ext.evaluate.models import ModelSource, find_model
+    from mpo_ext.evaluate.models import load_engine as load_source
     from mpo_ext.generate.engine import rank_and_world_size
     from mpo_ext.generate.runner import check_run, run
 
     rank, world_size = rank_and_world_size()
-    for name, value in (("block_size", args.block_size), ("batch_size", args.batch_size), ("limit", args.limit)):
-        if value is not None:
-            check_integer(name, value, least=1)
-    pipeline = args.build(args)
-    place = {"image_root": args.image_root, "root_map": shared.root_map(args), "world_size": world_size}
+    with settings_errors():
+        for name, value in (("block_size", args.block_size), ("batch_size", args.batch_size), ("limit", args.limit)):
+            if value is not None:
+                check_integer(name, value, least=1)
+        pipeline = args.build(args)
+        place = {"image_root": args.image_root, "root_map": shared.root_map(args), "world_size": world_size}
     # Checked before the model is loaded, because loading may take minutes.
     check_run(pipeline, args.source, args.out, **place)
     check_model_path("--model", args.model)
+    source = find_model(args.model) if Path(args.model).is_dir() else ModelSource(args.model)
     settings = {"block_size": args.block_size, "limit": args.limit, "rank": rank, "stream": sys.stderr}
-    summary = run(pipeline, load_engine(args, args.model), args.source, args.out, **settings, **place)
+    engine = load_source(source, functools.partial(load_engine, args))
+    summary = run(pipeline, engine, args.source, args.out, **settings, **place)
     waiting = f"process {rank} of {world_size} is done, others are not"
     print(waiting if summary is None else summary, file=sys.stderr)
     return 0

@@ -1,25 +1,41 @@
 """Options, exit statuses and error messages that several commands share."""
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mpo_ext.checks import LinesError, install_hint
+from mpo_ext.checks import LinesError, check_choice, install_hint
 
 # The names in ``mpo_ext.answers`` and ``mpo_ext.generate.prompts``, which are imported when a command runs.
 MATCHERS = ("exact", "choice", "number", "chart", "anls", "vqa", "math", "custom", "any")
 Command = Callable[[argparse.Namespace], int]
+WRONG_SETTINGS = 2  # exit status, as of argparse
+
+
+class WrongSettingsError(ValueError):
+    """Wrong options or a wrong recipe, for which ``command`` returns the exit status 2."""
+
+
+@contextlib.contextmanager
+def settings_errors() -> Iterator[None]:
+    """Turns the errors of the ``with`` block, which reads options or a recipe, into ``WrongSettingsError``."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        raise WrongSettingsError(str(error)) from error
 
 
 def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], Command]:
     """Returns a decorator for the functions of commands, which turns errors into exit statuses.
 
-    The decorated function prints an expected error on stderr and returns ``failure``; with ``--debug``, it raises the
-    error. After an interruption it returns 130. It also applies ``--max-image-pixels``.
+    The decorated function prints an expected error on stderr and returns ``failure``, or 2 for
+    ``WrongSettingsError``; with ``--debug``, it raises the error. After an interruption it returns 130. It also
+    applies ``--max-image-pixels``.
 
     Args:
         name: Name of the command in messages.
@@ -49,7 +65,7 @@ def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], C
                 if getattr(args, "debug", False):
                     raise
                 print(f"mpo-ext {name}: {_describe(error, name, extra)}", file=sys.stderr)
-                return failure
+                return WRONG_SETTINGS if isinstance(error, WrongSettingsError) else failure
 
         return guarded
 
@@ -178,7 +194,7 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
         ):
             if (value := getattr(args, name)) is not None:
                 flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} must be left out with --engine vllm, got {value}: {advice}")
+                raise WrongSettingsError(f"{flag} must be left out with --engine vllm, got {value}: {advice}")
         return VLLMEngine(model, dtype=args.dtype, chat_options=chat_options(args), **options)
     from mpo_ext.generate.transformers_engine import TransformersEngine
 
@@ -225,6 +241,7 @@ def add_matcher(parser: argparse.ArgumentParser) -> None:
 
 def matcher_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the arguments of ``mpo_ext.answers.matcher`` that the options give: the kind and its options."""
+    check_choice("--matcher", args.matcher, MATCHERS)
     return {"kind": args.matcher, **parse_json_options("--matcher-option", args.matcher_option)}
 
 

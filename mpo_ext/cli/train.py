@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mpo_ext.checks import environment_integer
-from mpo_ext.cli.shared import add_debug, add_recipe, command
+from mpo_ext.cli.shared import add_debug, add_recipe, command, settings_errors
 
 if TYPE_CHECKING:
     from mpo_ext.train.recipe import Recipe
@@ -39,12 +39,13 @@ def run_train(args: argparse.Namespace) -> int:
     from mpo_ext.images import set_max_pixels
     from mpo_ext.train.recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    with settings_errors():
+        recipe = load_recipe(args.recipe, args.overrides)
+        if args.world is not None and not args.dry_run:
+            raise ValueError(f"--world must come with --dry-run, got {args.world} without it")
     if recipe.data.max_image_pixels is not None:
         set_max_pixels(recipe.data.max_image_pixels)
     if not args.dry_run:
-        if args.world is not None:
-            raise ValueError(f"--world must come with --dry-run, got {args.world} without it")
         from mpo_ext.train.loop import train
 
         return train(recipe) or 0

@@ -14,6 +14,8 @@ from mpo_ext.generate.items import Item
 from mpo_ext.images import is_url
 from mpo_ext.journal import encode_line
 
+_REPEATED = "pairs of questions that occur more than once"  # note in the summary
+
 
 @dataclasses.dataclass(slots=True)
 class ItemResult:
@@ -145,6 +147,7 @@ class PairOutputs:
         self.summary = Summary(lines=dict.fromkeys(names, 0))
         self._folder = os.path.realpath(out)  # ".." after a link to a folder leads to the parent of the real folder
         self._files: dict[str, Any] = {}
+        self._digests: set[int] = set()  # of the items with pairs
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "PairOutputs":
@@ -162,6 +165,12 @@ class PairOutputs:
     def add(self, item: Item, result: ItemResult, records: int) -> None:
         """Writes the output lines of an item that has ``records`` samples."""
         self.summary.add(result, records)
+        pairs = sum(name != "unsolved" for name, _ in result.lines)
+        if pairs:
+            digest = int(item.digest, 16)
+            if digest in self._digests:  # with the same seeds, and so with the same samples
+                self.summary.notes[_REPEATED] += pairs
+            self._digests.add(digest)
         for name, line in result.lines:
             if line.get("images"):
                 line = {**line, "images": [self._relative_path(image, item.image_root) for image in line["images"]]}

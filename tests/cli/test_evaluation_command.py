@@ -73,11 +73,10 @@ def test_models_are_named_by_their_folder(tmp_path: Path) -> None:
     [
         (["--samples", "2"], "samples must be 1 at temperature 0"),
         (["--prompt", "cott"], "did you mean 'cot'?"),
+        (["--matcher", "numbers"], "--matcher must be one of exact, choice, number"),
         (["--matcher-option", "tolerance"], "--matcher-option must read NAME=JSON, got 'tolerance'"),
-        (["--export", "excel"], "exports must be among vlmevalkit, lmms-eval, got 'excel'"),
         (["--data", "items.jsonl", "--data", "x/items.jsonl"], "--data must have different names"),
         (["--data", "=items.jsonl"], "--data must read NAME=PATH or PATH, got '=items.jsonl'"),
-        (["--data", "x=none.jsonl"], "none.jsonl"),
         (["--root-map", "a"], "root_map must read OLD=NEW, got 'a'"),
     ],
 )
@@ -85,7 +84,7 @@ def test_bad_options_are_named(
     options: list[str], message: str, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    assert run(monkeypatch, items.parent / "model", "--data", f"d={items}", "--out", tmp_path / "o", *options) == 1
+    assert run(monkeypatch, items.parent / "model", "--data", f"d={items}", "--out", tmp_path / "o", *options) == 2
     error = capsys.readouterr().err
     assert error.startswith("mpo-ext evaluate: ")
     assert message in error
@@ -98,3 +97,29 @@ def test_a_process_reports_that_others_have_not_finished(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(monkeypatch, items.parent / "model", "--data", items, "--out", tmp_path / "o") == 0
     assert "process 0 of 2 has finished, others have not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--export", "excel"], "exports must be among vlmevalkit, lmms-eval, got 'excel'"),
+        (["--data", "x=none.jsonl"], "none.jsonl"),
+    ],
+)
+def test_wrong_inputs_are_named(
+    options: list[str], message: str, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run(monkeypatch, items.parent / "model", "--data", f"d={items}", "--out", tmp_path / "o", *options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_evaluation_that_asks_nothing_fails(
+    tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"question": "Q", "image": "gone.png", "answer_gt": "7"}] * 2
+    path = write_lines(tmp_path / "gone.jsonl", lines)
+    assert run(monkeypatch, items.parent / "model", "--data", path, "--out", tmp_path / "o") == 1
+    error = capsys.readouterr().err
+    assert "mpo-ext evaluate: no question was asked: image cannot be read\n" in error
+    assert (tmp_path / "o" / "results.json").exists()

@@ -74,7 +74,11 @@ def test_root_map_moves_a_meta_file(
     ("options", "message"),
     [
         (["--keep", "1.5"], "keep must be in [0, 1), got 1.5"),
-        (["--matcher", "guess"], "kind must be one of"),
+        (
+            ["--matcher", "numbers"],
+            "--matcher must be one of exact, choice, number, chart, anls, vqa, math, custom, any, got "
+            "'numbers'; did you mean 'number'?",
+        ),
         (["--matcher-option", "tolerance"], "--matcher-option must read NAME=JSON, got 'tolerance'"),
     ],
 )
@@ -82,7 +86,7 @@ def test_bad_options_are_named(
     options: list[str], message: str, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out", *options) == 1
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
 
 
@@ -99,7 +103,7 @@ def test_what_needs_no_model_is_checked_before_it_is_loaded(
 
     def refused(pipeline: str, source: object, out: object, *options: object, model: str = "stub") -> str:
         args = parser.parse_args(["sample", pipeline, *map(str, (source, out)), "--model", model, *map(str, options)])
-        assert args.run(args) == 1
+        assert args.run(args) in (1, 2)
         return capsys.readouterr().err
 
     assert refused("correctness", "none.jsonl", "out") == "mpo-ext sample: source must exist, got none.jsonl\n"
@@ -115,7 +119,7 @@ def test_what_needs_no_model_is_checked_before_it_is_loaded(
     (tmp_path / "truthless.jsonl").write_text('{"question": "Q"}\n')
     assert "must have a true answer" in refused("correctness", "truthless.jsonl", "out")
     assert "out must be a folder, got items.jsonl/sub" in refused("correctness", items, "items.jsonl/sub")
-    assert "kind must be one of" in refused("dropout-ntp", items, "out", "--matcher", "guess")
+    assert "--matcher must be one of" in refused("dropout-ntp", items, "out", "--matcher", "guess")
     assert "style must be one of" in refused("correctness", items, "out", "--style", "loud")
     assert "block_size must be at least 1, got 0" in refused("correctness", items, "out", "--block-size", 0)
     (tmp_path / "runs").mkdir()
@@ -152,9 +156,44 @@ def test_options_of_transformers_are_refused_with_vllm(
     cli.add_parser(parser.add_subparsers(required=True))
     command = ["sample", "dropout-ntp", str(items), str(tmp_path / "out"), "--model", "some/model", "--engine", "vllm"]
     args = parser.parse_args([*command, *option])
-    assert args.run(args) == 1
+    assert args.run(args) == 2
     assert message in capsys.readouterr().err
 
 
 def test_the_help_lists_all_matchers() -> None:
     assert set(MATCHERS) == set(ALL_MATCHERS)
+
+
+def test_the_model_of_a_run_is_found_in_its_folder(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded: list[str] = []
+
+    def load(args: argparse.Namespace, model: str) -> StubEngine:
+        loaded.append(model)
+        return StubEngine()
+
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers(required=True))
+    monkeypatch.setattr(cli, "load_engine", load)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    command = ["sample", "dropout-ntp", str(items), str(tmp_path / "out"), "--model", str(run)]
+    args = parser.parse_args(command)
+    assert args.run(args) == 1
+    assert "without final/: repeat its mpo-ext train command" in capsys.readouterr().err
+    (run / "final").mkdir()
+    (run / "final" / "config.json").write_text("{}")
+    assert args.run(args) == 0
+    assert loaded == [str(run / "final")]
+
+
+def test_pairs_of_repeated_questions_are_counted(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items.write_text(items.read_text() * 2)
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out") == 0
+    pairs = (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()
+    assert len(pairs) == 2 * len(set(pairs)) > 0
+    text = f"\n  pairs of questions that occur more than once: {len(pairs) // 2}\n"
+    assert text in capsys.readouterr().err
