@@ -1,6 +1,7 @@
 """The tables and the advice that ``mpo-ext plan`` and ``mpo-ext train --dry-run`` print."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from mpo_ext.plan.steps import ModelShape, StepShape, step_cost
 from mpo_ext.report import is_numeric_column, text_table
 from mpo_ext.train.batch import RowLayout
 from mpo_ext.train.mixture import MixtureSubset
+from mpo_ext.train.optim_recipe import OptimRecipe
 from mpo_ext.train.recipe import Recipe
 
 
@@ -168,7 +170,9 @@ class Plan:
             [
                 ("steps", f"{self.steps:,} ({self.steps_per_epoch:,} per epoch, before pairs are skipped)"),
                 ("warmup steps", f"{self.warmup_steps:,}"),
-                ("learning rate", f"{optim.learning_rate:g}, then {optim.schedule}"),
+                ("optimizer", optim.name),
+                ("learning rate", _describe_schedule(optim, self.steps)),
+                *((f"  {part}", _describe_group(optim, part)) for part in optim.groups),
                 ("pairs per step", f"{optim.batch_size:,}"),
                 ("processes", f"{self.world:,}"),
                 ("pairs per step and rank", f"{self.pairs_per_rank:,} in {self.micro_batches:,} micro-batches"),
@@ -176,6 +180,7 @@ class Plan:
                 ("longest pair", f"{self.tokens:,} tokens, {self.positions:,} positions per micro-batch"),
             ],
         )
+        yield "Output", ("", ""), list(_output_rows(recipe))
         rows = [self._memory_row(part) for part in self.memory]
         rows.append(self._memory_row(Memory("total", self.total_bytes, self.total_sharded, "")))
         columns = ("one copy per rank", "sharded") if self.world > 1 else ("estimate",)
@@ -251,6 +256,44 @@ def _describe_reference(recipe: Recipe) -> str:
             "(TR-DPO)"
         )
     return recipe.reference_kind or "none: the loss needs none"
+
+
+def _describe_schedule(optim: OptimRecipe, steps: int) -> str:
+    text = f"{optim.learning_rate:g}, then {optim.schedule}"
+    if optim.schedule == "wsd":
+        text += f": constant, and linear in the last {max(1, math.ceil(optim.decay_ratio * steps)):,} steps"
+    return text + (f", down to {optim.min_lr_ratio * optim.learning_rate:g}" if optim.min_lr_ratio else "")
+
+
+def _describe_group(optim: OptimRecipe, part: str) -> str:
+    group = optim.groups[part]
+    rate = optim.learning_rate if group.learning_rate is None else group.learning_rate
+    decay = optim.weight_decay if group.weight_decay is None else group.weight_decay
+    return f"{rate:g}, weight decay {decay:g}"
+
+
+def _output_rows(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    output, generation = recipe.output, recipe.output.eval_generate
+    yield "folder", output.dir
+    yield "checkpoints", f"every {output.save_every:,} steps" if output.save_every else "at the end"
+    if recipe.data.eval:
+        yield "evaluation", f"every {output.eval_every:,} steps" if output.eval_every else "at the end"
+    if generation is not None:
+        every = f"every {generation.every:,} steps" if generation.every else "after each epoch"
+        most = "" if generation.max_items is None else f", at most {generation.max_items:,} questions"
+        yield "evaluation by generation", f"{generation.path}, {every}{most}"
+    if output.keep_best:
+        yield "best checkpoint", f"kept, by {output.best_metric}"
+    if output.early_stopping:
+        yield (
+            "early stopping",
+            f"after {output.early_stopping:,} evaluations in a row without a better {output.best_metric}",
+        )
+    if output.trackers:
+        yield "trackers", ", ".join(output.trackers)
+    if output.push_to_hub is not None:
+        hub = output.push_to_hub
+        yield "upload to the hub", f"{hub.repo_id} ({'private' if hub.private else 'public'})"
 
 
 def _data_rows(subsets: Sequence[MixtureSubset], eval_subsets: Sequence[MixtureSubset]) -> Iterator[tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -552,3 +553,28 @@ def test_large_models_need_no_memory(tmp_path: Path) -> None:
     assert planned.parameters == 72_706_203_648  # Qwen2-72B
     assert part(planned, "parameters").bytes == 4 * planned.parameters
     assert json.loads((tmp_path / "model" / "config.json").read_text())["num_hidden_layers"] == 80
+
+
+def test_the_tables_show_groups_schedule_and_output(tmp_path: Path) -> None:
+    items = "{path: items.jsonl, every: 50, max_items: 20}"
+    recipe = make(
+        tmp_path, "optim.schedule=wsd", "optim.decay_ratio=0.5", "optim.min_lr_ratio=0.1", "optim.learning_rate=1e-4",
+        "optim.groups={vision_tower: {learning_rate: 2e-6}, projector: {weight_decay: 0}}", "optim.epochs=2",
+        f"data.eval={tmp_path / 'a.jsonl'}", "output.eval_every=5", f"output.eval_generate={items}",
+        "output.best_metric=answer_accuracy", "output.early_stopping=3", "output.keep_best=true",
+        "output.trackers=[wandb]", "output.push_to_hub=me/model", family="internvl",
+    )  # fmt: skip
+    planned = plan(recipe)
+    text = " ".join(str(planned).split())
+    decay = math.ceil(planned.steps / 2)
+    for words in (
+        f"learning rate 0.0001, then wsd: constant, and linear in the last {decay} steps, down to 1e-05",
+        "vision_tower 2e-06, weight decay 0.05 projector 0.0001, weight decay 0",
+        "evaluation every 5 steps",
+        "evaluation by generation items.jsonl, every 50 steps, at most 20 questions",
+        "best checkpoint kept, by answer_accuracy",
+        "early stopping after 3 evaluations in a row without a better answer_accuracy",
+        "trackers wandb",
+        "upload to the hub me/model (private)",
+    ):
+        assert words in text
