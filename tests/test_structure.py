@@ -15,7 +15,7 @@ ALLOWED = {
     "ops": {"kernels"},
     "loss": {"ops"},
     "generate": {"answers", "data"},
-    "train": {"data", "loss", "ops"},
+    "train": {"answers", "data", "evaluate", "generate", "loss", "ops"},
     "integrations": {"loss", "train"},
     "plan": {"data", "loss", "ops", "train"},
     "evaluate": {"answers", "data", "generate", "train"},

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +16,9 @@ from mpo_ext.loss.preference import LOSSES, preference_loss
 from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.loss.steps import MPOOutput
 from mpo_ext.train.batch import Batch
-from mpo_ext.train.dataset import BatchCounts, StepSize
-from mpo_ext.train.forward import forward, forward_logits
+from mpo_ext.train.dataset import NO_PAIR, BatchCounts, StepSize
+from mpo_ext.train.first_batch import FirstBatchCheck
+from mpo_ext.train.forward import HiddenRows, forward, forward_logits
 from mpo_ext.train.recipe import LossRecipe, Recipe
 from mpo_ext.train.reference_model import Reference, label_logp, memory_budget
 from mpo_ext.train.router_loss import RouterLoss
@@ -32,12 +34,16 @@ class BatchLoss:
         accelerator: The ``accelerate.Accelerator`` of the run.
         reference: Source of the log-probs of the reference model; None if the loss needs no reference.
         routers: Auxiliary loss of the policy's routers; None if the run has none.
+
+    Attributes:
+        first_batch: Check of each micro-batch, or None.
     """
 
     def __init__(
         self, recipe: LossRecipe, accelerator: Any, reference: Reference | None, routers: RouterLoss | None = None
     ) -> None:
         self.recipe, self.accelerator, self.reference, self.routers = recipe, accelerator, reference, routers
+        self.first_batch: FirstBatchCheck | None = None
 
     @property
     def router_coef(self) -> float:
@@ -78,20 +84,26 @@ class BatchLoss:
     ) -> MPOOutput:
         recipe = self.recipe
         if recipe.preference is not None:
-            logp = label_logp(model, batch, recipe)
+            logp = label_logp(model, batch, recipe, functools.partial(self._inspect, batch, ref_logp))
             return preference_output(recipe.preference, logp, batch, ref_logp, config)
         if recipe.from_logits:
             logits = forward_logits(model, batch)
+            self._inspect(batch, ref_logp, logits)
             return mpo_loss(
                 logits, batch.labels.to(logits.device), ref_logp, config=config, reward_shift=shift,
                 cu_seqlens=batch.cu_seqlens, shift=False, stats=STATS, backend=recipe.backend,
             )  # fmt: skip
         out = forward(model, batch)
+        self._inspect(batch, ref_logp, out)
         return linear_mpo_loss(
             out.hidden, out.weight, batch.labels, ref_logp, config=config, reward_shift=shift,
             cu_seqlens=batch.cu_seqlens, shift=False, stats=STATS, backend=recipe.backend,
             memory_budget=memory_budget(recipe), recompute=recipe.recompute, **out.options,
         )  # fmt: skip
+
+    def _inspect(self, batch: Batch, ref_logp: Tensor, output: Tensor | HiddenRows) -> None:
+        if self.first_batch is not None and batch.digests != (NO_PAIR,):
+            self.first_batch.check(batch, output, None if self.reference is None else ref_logp)
 
 
 def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, world_size: int) -> MPOConfig | None:

@@ -123,7 +123,8 @@ class StateReader:
     def restore_random_state(self) -> None:
         """Restores this rank's random states; only logs a warning if the number of ranks has changed."""
         if self.world_size == self.accelerator.num_processes:
-            _restore_random_state(self.accelerator, self.folder / _random_name(self.accelerator))
+            state = torch.load(self.folder / _random_name(self.accelerator), weights_only=True)
+            restore_random_state(self.accelerator, state)
         elif self.accelerator.is_main_process:
             text = "random states are not restored: %s was saved by %d ranks, and there are %d now"
             _LOG.warning(text, self.folder, self.world_size, self.accelerator.num_processes)
@@ -353,8 +354,8 @@ def random_state(accelerator: Any) -> dict[str, Any]:
     }
 
 
-def _restore_random_state(accelerator: Any, path: Path) -> None:
-    state = torch.load(path, weights_only=True)
+def restore_random_state(accelerator: Any, state: Mapping[str, Any]) -> None:
+    """Restores the states of this rank's random generators from the result of ``random_state``."""
     name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

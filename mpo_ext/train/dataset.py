@@ -7,12 +7,13 @@ of the data. Each rank splits its slice into micro-batches by length.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from mpo_ext.checks import LinesError
 from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.train.batch import Batch, RowLayout, collate
@@ -328,3 +329,30 @@ def without_responses(sample: Sample) -> Sample:
     return dataclasses.replace(
         sample, chosen_ids=empty, rejected_ids=empty, chosen_targets=None, rejected_targets=None
     )
+
+
+def check_lines(data: RunData, limit: int, say: Callable[[str], None]) -> None:
+    """Prints an overview of the training pairs, and checks the lines of all pairs. All ranks must call this function.
+
+    Args:
+        data: Data of the run.
+        limit: Maximum number of lines to read per source, spread evenly over the source.
+        say: Function that prints a line.
+
+    Raises:
+        LinesError: If a line has no valid pair and ``data.skip_bad`` is False.
+    """
+    problems: list[str] = []
+    if data.accelerator.is_main_process:
+        for mixture in data.mixtures:
+            for overview in mixture.inspect(files=False, limit=limit):
+                if mixture is data.mixture:
+                    say(str(overview))
+                problems += overview.examples
+    for texts in gather(data.accelerator, problems):
+        if texts and not data.recipe.data.skip_bad:
+            raise LinesError(
+                "the lines must hold pairs, but:\n  "
+                + "\n  ".join(dict.fromkeys(texts))
+                + "\ndata.skip_bad=true leaves such lines out"
+            )

@@ -1,4 +1,8 @@
-"""Evaluates the policy on the evaluation pairs (``data.eval`` in the recipe)."""
+"""The evaluations of a run: on the pairs of ``data.eval``, and by generation (``output.eval_generate``)."""
+
+import datetime
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -8,6 +12,14 @@ from mpo_ext.train.batch_loss import BatchLoss
 from mpo_ext.train.dataset import RunData, size_over_ranks
 from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.metrics import Totals, log_line
+from mpo_ext.train.output import RunOutput
+from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.resume import RunState
+
+if TYPE_CHECKING:
+    from mpo_ext.train.answer_evaluation import AnswerEvaluation
+
+_OF_ANSWERS = ("eval_answer", "eval_questions")  # beginnings of the metrics of ``AnswerEvaluation``
 
 
 @torch.no_grad()
@@ -33,3 +45,60 @@ def evaluate(
     model.train()
     reward_shift.train()
     return log_line(totals.reduce(accelerator), batch_loss.recipe, reward_shift, coef), pair_counts
+
+
+def open_answers(
+    recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any, *, date: datetime.date
+) -> "AnswerEvaluation | None":
+    """Returns the evaluation by generation of a run, or None if the recipe has none.
+
+    The arguments are those of ``AnswerEvaluation``.
+    """
+    if recipe.output.eval_generate is None:
+        return None
+    from mpo_ext.train.answer_evaluation import AnswerEvaluation  # needs the extra "generate"
+
+    return AnswerEvaluation(recipe, accelerator, model, processor, date=date)
+
+
+def evaluate_if_due(
+    state: RunState,
+    output: RunOutput,
+    data: RunData,
+    evaluate_pairs: Callable[[], Mapping[str, float]],
+    answers: "AnswerEvaluation | None",
+    *,
+    is_end: bool,
+) -> dict[str, float] | None:
+    """Runs the evaluations that are due after the current step and have not been done. All ranks must call this.
+
+    Args:
+        state: State of the run, which records the results.
+        output: Output of the run, which reports the results.
+        data: Data of the run.
+        evaluate_pairs: Function that returns the metrics on the evaluation pairs.
+        answers: The evaluation by generation, or None.
+        is_end: Whether the run ends after this step, so that all its evaluations are due.
+
+    Returns:
+        The log line of all evaluations after this step, or None if none is due.
+    """
+    settings, step = data.recipe.output, state.step
+    known = state.current_evaluation() or {}
+    metrics: dict[str, float] = {}
+    is_due = False
+    if data.eval_mixture is not None and (is_end or (settings.eval_every and step % settings.eval_every == 0)):
+        is_due = True
+        if not any(name.startswith("eval_") and not name.startswith(_OF_ANSWERS) for name in known):
+            metrics |= evaluate_pairs()
+    if answers is not None and settings.eval_generate is not None:
+        every = settings.eval_generate.every or data.sampler.steps_per_epoch
+        if is_end or step % every == 0:
+            is_due = True
+            if not any(name.startswith(_OF_ANSWERS) for name in known):
+                metrics |= answers.evaluate(step)
+    if metrics:
+        line = {"step": step, **{f"eval_{name}": value for name, value in metrics.items()}}
+        state.record_evaluation(line)
+        output.report_evaluation(line)
+    return state.current_evaluation() if is_due else None

@@ -22,14 +22,14 @@ from mpo_ext.train.batch_loss import (
     weighted_config,
     with_logged_average,
 )
-from mpo_ext.train.dataset import StepSize, StepSlice, size_over_ranks
+from mpo_ext.train.dataset import StepSize, StepSlice, check_lines, size_over_ranks
 from mpo_ext.train.encode import PairCounts
-from mpo_ext.train.evaluation import evaluate
+from mpo_ext.train.evaluation import evaluate, evaluate_if_due, open_answers
+from mpo_ext.train.first_batch import FirstBatchCheck
 from mpo_ext.train.metrics import Totals, log_line, peak_memory_mib, speed
 from mpo_ext.train.optimizer import clip_gradients, set_learning_rates
 from mpo_ext.train.output import RunOutput
-from mpo_ext.train.progress import compare_first_loss
-from mpo_ext.train.proof import Proof, prove
+from mpo_ext.train.progress import first_step_lines
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import (
@@ -43,6 +43,7 @@ from mpo_ext.train.resume import RunState
 from mpo_ext.train.router_loss import make_router_loss
 from mpo_ext.train.setup import choose_layout, make_accelerator, set_up
 from mpo_ext.train.signals import INTERRUPTED, InterruptedRunError, StopRequests
+from mpo_ext.train.trackers import start_trackers
 
 _COUNTED_LINES = 10_000  # number of lines per source in which pairs with images are counted
 
@@ -110,12 +111,15 @@ class Trainer:
         self.stop = StopRequests(self.accelerator)
         self.eval_pair_counts = PairCounts()
         self.checkpoint = self.output.checkpoints.resolve(self.accelerator, recipe.output.resume)
-        setup = set_up(recipe, self.accelerator, model, processor, date=self.output.template_date(self.checkpoint))
+        date = self.output.template_date(self.checkpoint)
+        setup = set_up(recipe, self.accelerator, model, processor, date=date)
         self.model, self.processor, self.optimizer = setup.model, setup.processor, setup.optimizer
         self.groups = setup.groups
         self.data, self.reference_model = setup.data, setup.reference_model
         self.reference_fingerprint, self.fixed_weights = setup.reference_fingerprint, setup.fixed_weights
         self.reference: Reference | None = None
+        self.answers = open_answers(recipe, self.accelerator, self.model, self.processor, date=date)
+        self.state.questions = None if self.answers is None else self.answers.questions.source.digest
         self.output.console.total = self.data.total_steps
 
     def run(self) -> int:
@@ -139,6 +143,7 @@ class Trainer:
                 is_done = state.step >= self.data.total_steps or state.has_stalled()
                 if is_done and not has_changed and self.output.is_finished(checkpoint):
                     say(f"already finished ({position}): the model is in {self.output.final}")
+                    self.output.push()
                     return self._close()
                 say(f"resumes from {checkpoint} after step {state.step}")
             self.output.console.done = state.step
@@ -161,26 +166,14 @@ class Trainer:
 
     def _prepare(self) -> None:
         """Starts the trackers, reports the data and chooses the row layout."""
-        say, mixture = self.output.console.say, self.data.mixture
-        self.output.start_trackers()
-        for line in mixture.lines():
+        say = self.output.console.say
+        start_trackers(self.recipe, self.accelerator)
+        for line in self.data.mixture.lines():
             say(line)
-        if self.accelerator.is_main_process:
-            for overview in mixture.inspect(files=False, limit=_COUNTED_LINES):
-                say(str(overview))
-        self._prove()
+        check_lines(self.data, _COUNTED_LINES, say)
+        self.output.check_first_pairs(self.data)
         if layout := choose_layout(self.model, self.data, self.reference_model):
             say(layout)
-
-    def _prove(self) -> None:
-        """Prints the decoded first pair, and raises ``LinesError`` if the first pairs are encoded wrongly."""
-        proof: Proof | None = None
-        if self.accelerator.is_main_process:
-            proof = prove(self.data.encoder, self.data.first_pairs())
-            self.output.write_first_pairs(proof)
-        for shared in gather(self.accelerator, proof):
-            if shared is not None:
-                shared.check()
 
     def make_reference(self) -> Reference | None:
         """Returns the source of the reference log-probs, or None if the loss needs no reference.
@@ -222,7 +215,11 @@ class Trainer:
         if size.micro_steps == 0:
             return self._skip_empty_step(rates)
         shift_before = copy.deepcopy(state.reward_shift)
+        check = FirstBatchCheck(recipe, self.processor) if state.step == 0 else None
+        self.batch_loss.first_batch = check
         totals, losses = self._accumulate_gradients(step_slice, size)
+        if check is not None:
+            check.report(self.accelerator, self.output.console.say)
         grad_norm = clip_gradients(self.accelerator, self.model, recipe.optim.max_grad_norm)
         sums = totals.reduce(self.accelerator)
         line = log_line(sums, recipe.loss, state.reward_shift, self.batch_loss.router_coef)
@@ -241,11 +238,13 @@ class Trainer:
         if self.accelerator.optimizer_step_was_skipped:
             state.n_skipped_steps += 1
         if state.step == 0 and is_finite:
-            self._compare_first_loss(line)
+            for text in first_step_lines(recipe, line, step_slice.batches):
+                self.output.console.say(text)
         self._count_step()
         line |= {
             **rates,
             "grad_norm": grad_norm,
+            "micro_batches": size.micro_batches,
             **speed(sums, time.perf_counter() - began_s),
             "memory_mib": peak_memory_mib(self.accelerator.device),
         }
@@ -290,11 +289,6 @@ class Trainer:
         every = self.recipe.reference.sync_every
         if every and self.reference is not None and self.state.step % every == 0:
             self.reference.sync(self.model, self.recipe.reference.sync_mix)
-
-    def _compare_first_loss(self, line: Mapping[str, float]) -> None:
-        has_known_value = self.recipe.reference.path is None and self.recipe.loss.preference is None
-        if self.reference is not None and has_known_value:
-            self.output.console.say(compare_first_loss(self.recipe, line))
 
     def _handle_nonfinite(
         self, losses: list[tuple[tuple[str, ...], Tensor]], grad_norm: float, shift_before: RewardShift
@@ -343,16 +337,8 @@ class Trainer:
         return has_evaluated and self.stop.agree()  # a signal may arrive during a long evaluation
 
     def _evaluate_if_due(self, *, is_end: bool = False) -> dict[str, float] | None:
-        """Returns the log line of the evaluation after this step, or None if no evaluation is due."""
-        every = self.recipe.output.eval_every
-        if self.data.eval_mixture is None or not (is_end or (every and self.state.step % every == 0)):
-            return None
-        line = self.state.current_evaluation()
-        if line is None:
-            line = {"step": self.state.step, **{f"eval_{name}": value for name, value in self.evaluate().items()}}
-            self.state.record_evaluation(line)
-            self.output.report_evaluation(line)
-        return line
+        """Returns the log line of the evaluations after this step, or None if no evaluation is due."""
+        return evaluate_if_due(self.state, self.output, self.data, self.evaluate, self.answers, is_end=is_end)
 
     def evaluate(self) -> dict[str, float]:
         """Returns the metrics (loss, rewards, ...) over all evaluation pairs. All ranks must call this method."""

@@ -264,11 +264,12 @@ def set_learning_rates(
 ) -> dict[str, float]:
     """Sets the learning rates of a step, counted from 0, and returns them by their names in the log.
 
-    Call it before backward, in which accelerate steps DeepSpeed's optimizer.
+    The name ``learning_rate`` is left out if ``optim.groups`` sets the rates of all trainable parameters. Call the
+    function before backward, in which accelerate steps DeepSpeed's optimizer.
     """
     for group, made in zip(optimizer.param_groups, groups, strict=True):
         group["lr"] = scheduled_learning_rate(recipe, made.learning_rate, step, total_steps)
-    rates = {"learning_rate": recipe.learning_rate}
+    rates = {"learning_rate": recipe.learning_rate} if any(not group.part for group in groups) else {}
     rates |= {f"learning_rate_{group.part}": group.learning_rate for group in groups if group.part}
     return {name: scheduled_learning_rate(recipe, rate, step, total_steps) for name, rate in rates.items()}
 

@@ -14,14 +14,15 @@ from mpo_ext.train import model_card
 from mpo_ext.train.checkpoint import Checkpoints
 from mpo_ext.train.dataset import RunData
 from mpo_ext.train.export import export_model, is_exported_since
+from mpo_ext.train.hub import HubUpload
 from mpo_ext.train.inputs import InputChanges, collect_inputs, compare_inputs, stored_date
 from mpo_ext.train.metrics import Log
 from mpo_ext.train.progress import Console
-from mpo_ext.train.proof import Proof
+from mpo_ext.train.proof import Proof, prove
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import reference_date
-from mpo_ext.train.resume import RunState, changed_settings, flat_settings, plain_values
+from mpo_ext.train.resume import RunState, changed_settings
 
 _LOCK = "run.lock"
 
@@ -39,6 +40,9 @@ class RunOutput:
         self.final = self.folder / "final"
         self.is_main = accelerator.is_main_process
         self._check_outputs()  # on all ranks, so that all of them raise
+        self.hub = HubUpload(recipe.output.push_to_hub, accelerator) if save and recipe.output.push_to_hub else None
+        if self.hub is not None:
+            self.hub.prepare()
         accelerator.wait_for_everyone()
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +56,7 @@ class RunOutput:
             self.folder / "checkpoints",
             keep_last=recipe.output.keep_last,
             keep_best=recipe.output.keep_best,
-            higher_is_better=recipe.output.best_metric == "reward_accuracy",
+            higher_is_better=recipe.output.higher_is_better,
         )
 
     def template_date(self, checkpoint: Path | None) -> datetime.date:
@@ -85,9 +89,11 @@ class RunOutput:
 
     def _check_outputs(self) -> None:
         """Raises if the run would overwrite one of its inputs, or a file that no run has written."""
-        recipe, names = self.recipe, ("log.jsonl", "first_pairs.txt", "final", "checkpoints")
+        recipe, names = self.recipe, ("log.jsonl", "first_pairs.txt", "final", "checkpoints", "answers")
         sources = [*recipe.data.train, *recipe.data.eval]
         inputs = [*(source.path for source in sources), recipe.model.path, recipe.reference.path]
+        if recipe.output.eval_generate is not None:
+            inputs.append(recipe.output.eval_generate.path)
         checkpoints = self.folder.glob("checkpoints/step-*/manifest.json")  # runs of earlier versions have no lock
         check_outputs(
             "output.dir",
@@ -96,17 +102,17 @@ class RunOutput:
             is_ours=(self.folder / _LOCK).exists() or any(checkpoints),
         )
 
-    def start_trackers(self) -> None:
-        """Starts the experiment trackers that the recipe names, and logs all settings of the recipe to them."""
-        if self.recipe.output.trackers:
-            settings = flat_settings(plain_values(self.recipe.to_dict()))
-            config = {
-                name: value if isinstance(value, (int, float, str, bool)) else str(value)
-                for name, value in settings.items()
-            }
-            self.accelerator.init_trackers("mpo_ext", config=config)
+    def check_first_pairs(self, data: RunData) -> None:
+        """Prints the decoded first pair, and raises ``LinesError`` if the first pairs are encoded wrongly."""
+        proof: Proof | None = None
+        if self.is_main:
+            proof = prove(data.encoder, data.first_pairs())
+            self._write_first_pairs(proof)
+        for shared in gather(self.accelerator, proof):
+            if shared is not None:
+                shared.check()
 
-    def write_first_pairs(self, proof: Proof) -> None:
+    def _write_first_pairs(self, proof: Proof) -> None:
         """Prints the first pair as the model reads it, and writes the first pairs to ``first_pairs.txt``."""
         path = self.folder / "first_pairs.txt"
         for line in proof.console_lines():
@@ -172,7 +178,10 @@ class RunOutput:
             self.console.say(f"since the checkpoint: {text}")
         for text in changes.lines():
             self.console.say(text)
-        has_same_evaluation = not changes.evaluation and not any(name.startswith("data.eval") for name in self.changed)
+        has_same_evaluation = not changes.evaluation and not any(map(_changes_evaluation, self.changed))
+        if self.state.questions is not None and state.get("questions") not in (None, self.state.questions):
+            self.console.say("the questions of output.eval_generate have changed: the best score counts from here")
+            has_same_evaluation = False
         self.state.load_state_dict(state, keep_evaluation=has_same_evaluation)
         if self.is_main:
             self.log.rewind(state["log_position"])
@@ -187,10 +196,8 @@ class RunOutput:
         if not self.save:
             return
         state = self.state.state_dict(self.log.position() if self.is_main else 0, self.inputs)
-        evaluation = state["evaluation"]
-        score = None if evaluation is None else evaluation[f"eval_{self.recipe.output.best_metric}"]
         self.checkpoints.save(
-            self.accelerator, self.state.step, model, optimizer, state, score=score, reference=reference
+            self.accelerator, self.state.step, model, optimizer, state, score=self.state.score(), reference=reference
         )
 
     def log_step(self, line: Mapping[str, float]) -> None:
@@ -246,6 +253,12 @@ class RunOutput:
             )
         self._write_card()
         self.console.say(f"the model is in {self.final}, the log in {self.log.path}")
+        self.push()
+
+    def push(self) -> None:
+        """Uploads the final model to the hub if the recipe says so."""
+        if self.hub is not None:
+            self.console.say(f"the model is on the hub: {self.hub.push(self.final)}")
 
     def _write_card(self) -> None:
         """Writes the model card with the last training metrics and the evaluation after the last step."""
@@ -257,3 +270,8 @@ class RunOutput:
         evaluation = self.state.current_evaluation() or {}
         summary = {**last, **evaluation, "dropped": dict(counts.skipped)}
         model_card.write_card(self.final, recipe=self.recipe, curves=lines, summary=summary)
+
+
+def _changes_evaluation(setting: str) -> bool:
+    """Returns whether a changed setting makes the scores of earlier evaluations incomparable."""
+    return setting.startswith(("data.eval", "output.eval_generate", "output.best_metric"))

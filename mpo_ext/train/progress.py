@@ -3,12 +3,14 @@
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+from mpo_ext.train.batch import Batch
 from mpo_ext.train.recipe import Recipe
 
 _PRINT_EVERY_S = 30.0
+_RATE = "learning_rate"
 _SHOWN = {"loss": ("loss", ".4f"), "accuracy": ("reward_accuracy", ".2f"), "margin": ("reward_margin", ".3f")}
 _FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 
@@ -61,7 +63,7 @@ class Console:
         """Shows a finished step, given the step number (from 1) and the log line of the step."""
         self.done = step
         parts = [f"{name} {line[key]:{form}}" for name, (key, form) in _SHOWN.items() if key in line]
-        text = ", ".join([*(parts or ["no pairs"]), f"rate {line['learning_rate']:.2e}"])
+        text = ", ".join([*(parts or ["no pairs"]), *_rates(line)])
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=text)
             return
@@ -74,6 +76,40 @@ class Console:
         first, first_s = self._first
         left = f", {(self.total - step) * (now - first_s) / (step - first):.0f} s left" if step > first else ""
         print(f"step {step}/{self.total}{left}: {text}", file=self.stream, flush=True)
+
+
+def _rates(line: Mapping[str, float]) -> list[str]:
+    """Returns the learning rates of a log line as text, one for each name whose parameters are trained with it."""
+    names = [name for name in line if name.startswith(_RATE)]
+    return [f"{name.removeprefix(_RATE).lstrip('_')} rate {line[name]:.2e}".lstrip() for name in names]
+
+
+def first_step_lines(recipe: Recipe, line: Mapping[str, float], batches: Sequence[Batch]) -> Iterator[str]:
+    """Yields the console lines about the first step.
+
+    Args:
+        recipe: Recipe of the run.
+        line: Log line of the step.
+        batches: Micro-batches of this rank.
+    """
+    if text := lone_pairs(recipe.optim.micro_batch_tokens, batches):
+        yield text
+    if recipe.reference_kind is not None and recipe.reference.path is None and recipe.loss.preference is None:
+        yield compare_first_loss(recipe, line)
+
+
+def lone_pairs(limit: int | None, batches: Sequence[Batch]) -> str | None:
+    """Returns a console line if ``optim.micro_batch_tokens`` is less than every pair, so that each is trained alone.
+
+    ``limit`` is the setting, and ``batches`` are the micro-batches of the first step. None: no line.
+    """
+    if limit is None or not batches or not all(batch.pairs == 1 and batch.positions > limit for batch in batches):
+        return None
+    smallest = min(batch.positions for batch in batches)
+    return (
+        f"optim.micro_batch_tokens is {limit:,}, less than every pair of the first step (at least {smallest:,} "
+        "positions): each pair is a micro-batch"
+    )
 
 
 def compare_first_loss(recipe: Recipe, line: Mapping[str, float]) -> str:

@@ -15,6 +15,7 @@ from pydantic import StrictBool, StrictStr
 from mpo_ext.checks import did_you_mean, shorten
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.train.optim_recipe import OptimRecipe as OptimRecipe
+from mpo_ext.train.output_recipe import OutputRecipe as OutputRecipe
 from mpo_ext.train.recipe_file import apply_override, dump_yaml, parse_yaml
 from mpo_ext.train.settings import (
     MODEL_PARTS,
@@ -252,6 +253,8 @@ class RewardShiftRecipe:
         from mpo_ext.loss.reward_shift import RewardShift  # imports torch
 
         RewardShift(**dataclasses.asdict(self))  # type: ignore[call-overload]
+        if self.mode != "ema" and self.decay != 0.99:
+            raise ValueError(f"decay must be left out unless mode is 'ema', got {self.decay} with {self.mode!r}")
 
 
 @section
@@ -284,50 +287,6 @@ class ReferenceRecipe:
 
 
 @section
-class OutputRecipe:
-    """Settings of the files that a run writes.
-
-    Attributes:
-        dir: Folder of the run.
-        save_every: Number of steps between two checkpoints; 0 writes a single checkpoint at the end.
-        keep_last: Number of latest checkpoints to keep.
-        keep_best: Whether to keep also the checkpoint with the best evaluation; needs ``data.eval``.
-        eval_every: Number of steps between two evaluations; 0 evaluates only at the end.
-        best_metric: Metric of the best checkpoint: "reward_accuracy" (higher is better) or "loss" (lower is better).
-        early_stopping: Patience: the run ends, as if its last step were done, if this number of evaluations in a row
-            gives no new best value of ``best_metric``. 0 disables early stopping. Needs ``eval_every``.
-        log_every: Number of steps between two lines of the log.
-        trackers: Names of trackers in accelerate: "tensorboard", "wandb", ...
-        resume: "auto" resumes from the newest checkpoint in ``dir``; "never" rejects a folder that contains a
-            checkpoint; any other value is the path of a checkpoint.
-        resume_changed_data: Whether a run may resume although its training data, its processor, or the model that it
-            began with has changed since the checkpoint.
-        on_nonfinite: Reaction to a loss or gradient that is not finite: "stop", or "skip" the step and count it.
-        save_merged: Whether to write the model with merged LoRA adapters in addition to the adapters.
-    """
-
-    dir: Text
-    save_every: Count = 200
-    keep_last: PositiveCount = 2
-    keep_best: StrictBool = False
-    eval_every: Count = 0
-    best_metric: Literal["reward_accuracy", "loss"] = "reward_accuracy"
-    early_stopping: Count = 0
-    log_every: PositiveCount = 1
-    trackers: Strings = ()
-    resume: Text = "auto"
-    resume_changed_data: StrictBool = False
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    save_merged: StrictBool = False
-
-    def __post_init__(self) -> None:
-        if self.early_stopping and not self.eval_every:
-            raise ValueError(f"early_stopping must be 0 unless eval_every is positive, got {self.early_stopping}")
-        if "" in self.trackers:
-            raise ValueError(f"trackers must not hold an empty name, got {self.trackers}")
-
-
-@section
 class Recipe:
     """Settings of a training run.
 
@@ -353,12 +312,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._check_reference()
+        metric = self.output.best_metric
         if not self.data.eval:
-            for name in ("keep_best", "eval_every"):
+            for name in ("eval_every",) if metric == "answer_accuracy" else ("keep_best", "eval_every"):
                 value = getattr(self.output, name)
                 if value:
                     raise ValueError(f"output.{name} must be {type(value)()} without data.eval, got {value}")
-        metric = self.output.best_metric
         if metric == "reward_accuracy" and not self.loss.has_preference:
             for name in ("keep_best", "early_stopping"):
                 if getattr(self.output, name):

@@ -16,9 +16,11 @@ from mpo_ext.loss.eager import sequence_sums
 from mpo_ext.loss.functions import linear_token_logp, token_logp
 from mpo_ext.loss.hf_head import unwrap_model
 from mpo_ext.train.batch import Batch
-from mpo_ext.train.forward import forward, forward_logits
+from mpo_ext.train.forward import HiddenRows, forward, forward_logits
 from mpo_ext.train.model import reshard
 from mpo_ext.train.recipe import LossRecipe
+
+Inspect = Callable[[Tensor | HiddenRows], None]
 
 
 class Reference(Protocol):
@@ -31,12 +33,19 @@ class Reference(Protocol):
         """Sets the parameters to ``(1 - mix) * reference + mix * policy`` (TR-DPO, arXiv 2404.09656)."""
 
 
-def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe) -> Tensor:
-    """Returns the log-probs of the N labels of a batch on the model's device: ``[N]`` float32, differentiable."""
+def label_logp(model: nn.Module, batch: Batch, recipe: LossRecipe, inspect: Inspect | None = None) -> Tensor:
+    """Returns the log-probs of the N labels of a batch on the model's device: ``[N]`` float32, differentiable.
+
+    ``inspect`` is called with the logits, or with the hidden states and the head, that the forward pass returned.
+    """
     if recipe.from_logits:
         logits = forward_logits(model, batch)
+        if inspect is not None:
+            inspect(logits)
         return token_logp(logits, batch.labels.to(logits.device), shift=False, backend=recipe.backend)
     out = forward(model, batch)
+    if inspect is not None:
+        inspect(out)
     return linear_token_logp(
         out.hidden, out.weight, batch.labels, memory_budget=memory_budget(recipe), recompute=recipe.recompute,
         shift=False, backend=recipe.backend, **out.options,

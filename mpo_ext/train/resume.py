@@ -36,6 +36,7 @@ class RunState:
         evaluation: Log line of the latest evaluation; None before the first evaluation.
         best_score: The best value of ``output.best_metric`` so far; None before the first evaluation.
         n_stalled: Number of evaluations since the best one.
+        questions: Digest of the questions of ``output.eval_generate``, or None.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Any) -> None:
@@ -46,6 +47,7 @@ class RunState:
         self.evaluation: dict[str, float] | None = None
         self.best_score: float | None = None
         self.n_stalled = 0
+        self.questions: str | None = None
         self.reward_shift = RewardShift(**dataclasses.asdict(recipe.reward_shift))
 
     def count_pairs(self, step_slice: StepSlice) -> None:
@@ -78,22 +80,30 @@ class RunState:
         return line if line is not None and line["step"] == self.step else None
 
     def record_evaluation(self, line: dict[str, float]) -> None:
-        """Records the log line of an evaluation after the current step."""
-        self.evaluation = line
-        metric = self._recipe.output.best_metric
-        score = line.get(f"eval_{metric}")
-        if score is None:  # the loss has no preference term
+        """Records the log line of an evaluation after the current step; earlier results of the step are kept."""
+        self.evaluation = {**(self.current_evaluation() or {}), **line}
+        score = line.get(self._best_key)
+        if score is None:  # another evaluation, or the loss has no preference term
             return
-        is_higher = metric != "loss"
         best = self.best_score
         # A score that is not a number is never the best.
+        is_higher = self._recipe.output.higher_is_better
         is_best = not math.isnan(score) and (best is None or (score > best if is_higher else score < best))
         self.best_score = score if is_best else best
         self.n_stalled = 0 if is_best else self.n_stalled + 1
 
+    @property
+    def _best_key(self) -> str:
+        return f"eval_{self._recipe.output.best_metric}"
+
+    def score(self) -> float | None:
+        """Returns ``output.best_metric`` of an evaluation after exactly this step; None without a finite value."""
+        score = (self.current_evaluation() or {}).get(self._best_key)
+        return score if score is not None and math.isfinite(score) else None
+
     def is_best(self) -> bool:
-        """Returns whether the latest evaluation is the best so far, and the run keeps its checkpoint."""
-        return self._recipe.output.keep_best and self.best_score is not None and self.n_stalled == 0
+        """Returns whether the evaluation after this step is the best so far, and the run keeps its checkpoint."""
+        return self._recipe.output.keep_best and self.score() is not None and self.n_stalled == 0
 
     def has_stalled(self) -> bool:
         """Returns whether the last ``output.early_stopping`` evaluations gave no new best value; for 0, False."""
@@ -117,6 +127,7 @@ class RunState:
             "evaluation": self.current_evaluation(),
             "best_score": self.best_score,
             "stalled_evaluations": self.n_stalled,
+            "questions": self.questions,
             "tally": self.pair_counts_of_all_ranks().state_dict(),
         }
 

@@ -25,6 +25,7 @@ from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_file import reference_path
 from mpo_ext.train.reference_model import check_can_follow
 from mpo_ext.train.shared_prefix import SharedLayout, check_shared_prefix, shared_layouts
+from mpo_ext.train.trackers import check_trackers
 from mpo_ext.train.zero import copy_model, is_deepspeed, is_partitioned, prepare_frozen, set_sizes
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -66,8 +67,8 @@ def make_accelerator(recipe: Recipe) -> Any:
     """Seeds all random generators and returns accelerate's ``Accelerator`` for the recipe.
 
     Raises:
-        ValueError: If the launcher started more processes than accelerate has found.
-        ImportError: If accelerate is too old for FSDP2 or DeepSpeed.
+        ValueError: If the launcher started more processes than accelerate has found, or a tracker is unknown.
+        ImportError: If accelerate is too old for FSDP2 or DeepSpeed, or the package of a tracker is missing.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
@@ -75,6 +76,7 @@ def make_accelerator(recipe: Recipe) -> Any:
     launched = environment_integer("WORLD_SIZE", 1)
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         environment_integer(name, 0)
+    check_trackers(recipe.output.trackers)
     join_cpu_ranks()
     accelerator = Accelerator(
         mixed_precision=_PRECISIONS[recipe.precision],

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing.resource_tracker
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from mpo_ext.train.ranks import gather
 
 INTERRUPTED = 128 + signal.SIGTERM  # exit status that shells report for SIGTERM
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAFE_PATH = "PYTHONSAFEPATH"  # environment variable of Python
 
 
 class InterruptedRunError(Exception):
@@ -71,14 +73,23 @@ class StopRequests:
 def blocked_in_new_workers() -> Iterator[None]:
     """Blocks SIGTERM and SIGINT while the ``with`` block starts worker processes.
 
-    In the workers, the signals stay blocked until ``init_worker`` unblocks them.
+    In the workers, the signals stay blocked until ``init_worker`` unblocks them. From Python 3.11 on, the workers do
+    not import modules from the current folder, whose files may have the names of modules.
     """
-    multiprocessing.resource_tracker.ensure_running()  # starting it unblocks the signals
-    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    safe_path = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
     try:
-        yield
+        multiprocessing.resource_tracker.ensure_running()  # starting it unblocks the signals
+        blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
+        if safe_path is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = safe_path
 
 
 def init_worker(worker: int) -> None:

@@ -51,9 +51,11 @@ def _to_source(value: Any) -> Any:
 
 
 def _to_list(value: Any) -> Any:
+    if value is None:
+        return []
     return [value] if isinstance(value, (str, Mapping, SourceRecipe)) else value
 
 
 _Source = Annotated[SourceRecipe, BeforeValidator(_to_source)]
-#: A source, or a list of sources. pydantic runs BeforeValidators from right to left.
+#: A source, or a list of sources; None is an empty list. pydantic runs BeforeValidators from right to left.
 Sources = Annotated[tuple[_Source, ...], list_of("paths or sections"), BeforeValidator(_to_list)]

@@ -290,6 +290,10 @@ def test_a_file_that_does_not_exist_or_is_not_a_mapping(load: Callable[..., Reci
             lambda: OptimRecipe(batch_size=3, micro_batch_size=4),
             "batch_size must be at least micro_batch_size 4, got 3",
         ),
+        (
+            lambda: RewardShiftRecipe(decay=0.9),
+            "decay must be left out unless mode is 'ema', got 0.9 with 'cumulative'",
+        ),
         (lambda: OptimRecipe(micro_batch_size=0), "micro_batch_size must be at least 1, got 0"),
         (lambda: OptimRecipe(micro_batch_tokens=0), "micro_batch_tokens must be at least 1, got 0"),
         (
@@ -483,6 +487,27 @@ def test_missing_packages_name_the_extra(
     assert capsys.readouterr().err == (f"mpo-ext train: No module named 'accelerate': {install_hint('train')}\n")
 
 
+def test_a_wrong_recipe_has_the_status_of_wrong_arguments(
+    trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.yaml").write_text(SMALL)
+    for arguments in (["none.yaml"], [str(tmp_path / "r.yaml"), "optim.epochs=0"]):
+        for command in ("train", "plan"):
+            assert main([command, *arguments]) == 2
+            error = capsys.readouterr().err
+            assert "none.yaml" in error or "optim.epochs must be at least 1, got 0" in error
+    with pytest.raises(ValueError, match=r"optim\.epochs must be"):
+        main(["train", str(tmp_path / "r.yaml"), "optim.epochs=0", "--debug"])
+    assert trained == []
+
+
+def test_no_evaluation_is_an_empty_list(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(SMALL)
+    assert load_recipe(tmp_path / "r.yaml", ["data.eval=null"]).data.eval == ()
+    with pytest.raises(ValueError, match=r"data\.train must not be empty"):
+        load_recipe(tmp_path / "r.yaml", ["data.train=null"])
+
+
 def test_words_that_are_not_settings_are_rejected(
     trained: list[Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -490,7 +515,7 @@ def test_words_that_are_not_settings_are_rejected(
     with pytest.raises(SystemExit):
         main(["train", str(tmp_path / "r.yaml"), "--debug", "seed"])
     assert "unrecognized arguments: seed" in capsys.readouterr().err
-    assert main(["train", str(tmp_path / "r.yaml"), "--world", "2"]) == 1
+    assert main(["train", str(tmp_path / "r.yaml"), "--world", "2"]) == 2
     assert "--world must come with --dry-run, got 2" in capsys.readouterr().err
     assert trained == []
 

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from digits_run import recipe, tiny, weights, write_pairs
 from test_trainer import TEXT, log, run, text_pairs, text_tokenizer
 from torch import nn
 
+from mpo_ext.checks import LinesError
 from mpo_ext.files import FileLock, LockedError
 from mpo_ext.train import batch_loss, loop, model_card, progress, reference_file, reference_model, resume, setup
 from mpo_ext.train.encode import PairCounts
@@ -662,11 +664,12 @@ def test_trackers_get_settings_steps_and_evaluations(
     double = with_lines(pairs, "double.jsonl", lambda lines: lines[4].update(rejected=lines[4]["chosen"]))
     trainer = trainer_of(tmp_path / "out", double, data__eval=[str(double)], output__log_every=1)
     output = dataclasses.replace(trainer.recipe.output, trackers=("mine",))
-    trainer.output.recipe = dataclasses.replace(trainer.recipe, output=output)
+    trainer.recipe = trainer.output.recipe = dataclasses.replace(trainer.recipe, output=output)
     sent: list[tuple[int, set[str]]] = []
     begun: list[Any] = []
     monkeypatch.setattr(trainer.accelerator, "log", lambda values, step: sent.append((step, set(values))))
-    monkeypatch.setattr(trainer.accelerator, "init_trackers", lambda name, config: begun.append((name, config)))
+    start = lambda name, config, **options: begun.append((name, config))  # noqa: E731
+    monkeypatch.setattr(trainer.accelerator, "init_trackers", start)
     assert trainer.run() == 0
     assert begun[0][0] == "mpo_ext"
     assert begun[0][1]["optim.batch_size"] == 8
@@ -887,6 +890,61 @@ def test_a_run_interrupted_before_it_stops_early_counts_on(
     trainer = trainer_of(tmp_path / "out", pairs, **settings)
     assert trainer.run() == 0
     assert trainer.state.step == 3
+
+
+# What a run says at its start.
+
+
+def test_rates_on_the_console_are_those_that_train(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+    parts = ("vision_tower", "projector", "language_model")
+    groups = {part: {"learning_rate": 10.0**-n} for n, part in enumerate(parts, 3)}
+    for name, own in (("all", groups), ("one", {"projector": groups["projector"]})):
+        trainer_of(tmp_path / name, pairs, optim__groups=own, optim__max_steps=1, optim__warmup_ratio=0.0).run()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step 1/1")]
+    rates = "vision_tower rate 1.00e-03, projector rate 1.00e-04, language_model rate 1.00e-05"
+    assert lines[0].endswith(f", {rates}")
+    assert lines[1].endswith(", rate 1.00e-03, projector rate 1.00e-04")
+    assert "learning_rate" not in log(recipe(tmp_path / "all", pairs))[0]
+
+
+def test_a_limit_of_tokens_below_every_pair_is_said(tmp_path: Path, pairs: Path, capsys: Any) -> None:
+    for limit in (20, 200):
+        settings = {"optim__micro_batch_tokens": limit, "optim__micro_batch_size": 1, "optim__max_steps": 1}
+        (line,) = run(recipe(tmp_path / str(limit), pairs, **settings))
+        text = capsys.readouterr().err
+        assert ("optim.micro_batch_tokens is 20, less than every pair of the first step (at least" in text) == (
+            limit == 20
+        )
+        assert (line["micro_batches"] == 8) == (limit == 20)
+
+
+@pytest.mark.parametrize("place", ["train", "eval"])
+def test_a_line_without_a_pair_ends_a_run_at_its_start(
+    place: str, tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = pairs.with_name(f"no-{place}.jsonl")
+    lines = pairs.read_text().splitlines()
+    bad.write_text("\n".join([*lines[:17], '{"question": "Q"}', *lines[18:], "{"]) + "\n")
+    files = {"data__train": [str(bad if place == "train" else pairs)], "data__eval": [str(bad)]}
+    with pytest.raises(LinesError, match=rf"(?s)the lines must hold pairs.*{bad.name}:18: .*{bad.name}:21: "):
+        trainer_of(tmp_path / "out", pairs, **files).run()
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+    trainer = trainer_of(tmp_path / "skip", pairs, **files, data__skip_bad=True)
+    assert trainer.run() == 0
+    assert trainer.state.pair_counts.n_skipped == (2 if place == "train" else 0)
+
+
+def test_workers_do_not_import_from_the_current_folder(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    for name in ("struct", "pickle", "json"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write('{name} ')")
+    trainer = trainer_of(tmp_path / "out", pairs, data__workers=1, optim__max_steps=1)
+    assert trainer.run() == 0
+    assert not (tmp_path / "imported").exists()
+    assert "PYTHONSAFEPATH" not in os.environ
 
 
 # The state with which a run resumes.

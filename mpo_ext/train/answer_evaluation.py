@@ -1,0 +1,166 @@
+"""The evaluation by generation during training (``output.eval_generate``): the policy answers questions.
+
+Prompts, matchers and scores are those of ``mpo_ext.evaluate``. Each rank asks a part of the questions.
+"""
+
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpo_ext.evaluate.cells import open_questions
+from mpo_ext.evaluate.scoring import Evaluation, QuestionScore, ScoredResponse
+from mpo_ext.evaluate.statistics import mean_and_error
+from mpo_ext.files import atomic_write
+from mpo_ext.generate.items import Item
+from mpo_ext.generate.transformers_engine import TransformersEngine
+from mpo_ext.images import image_exists
+from mpo_ext.loss.hf_head import unwrap_model
+from mpo_ext.train.preserve import preserved
+from mpo_ext.train.ranks import gather
+from mpo_ext.train.recipe import Recipe
+from mpo_ext.train.zero import zero_stage
+
+_BLOCK = 64  # minimum number of questions whose images are loaded at a time
+
+
+class AnswerEvaluation:
+    """Asks the policy the questions of ``output.eval_generate`` and scores its answers.
+
+    Args:
+        recipe: Recipe of the run, with ``output.eval_generate``.
+        accelerator: The ``accelerate.Accelerator`` of the run.
+        model: Policy, as ``accelerator.prepare`` returned it.
+        processor: Its processor, or the tokenizer of a text model.
+        date: Date that the chat template may write.
+
+    Raises:
+        OSError: If the file of questions cannot be read.
+        ValueError: If the ranks shard the parameters, the file has no question with an answer, or an image is missing.
+    """
+
+    def __init__(
+        self, recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any, *, date: datetime.date
+    ) -> None:
+        settings = recipe.output.eval_generate
+        assert settings is not None
+        check_ranks(accelerator, settings.path)
+        self._accelerator, self._batch_size = accelerator, settings.batch_size
+        self._model = unwrap_model(model)  # a reference to DDP would keep it alive at the end of the run
+        self._folder = Path(recipe.output.dir) / "answers"
+        self._evaluation = Evaluation(settings.config, settings.prompt)
+        try:
+            self.questions = open_questions(
+                "answers", settings.path, limit=settings.max_items, image_root=settings.image_root, root_map=()
+            )
+        except (OSError, ValueError) as error:
+            kind = ValueError if isinstance(error, ValueError) else type(error)
+            raise kind(f"output.eval_generate.path: {error}") from error
+        self._check_images(settings.path)
+        with preserved(accelerator, self._model):
+            self._engine = TransformersEngine(
+                self._model, processor, batch_size=settings.batch_size, date=date,
+                chat_template=recipe.model.chat_template, chat_template_kwargs=recipe.model.chat_template_kwargs,
+            )  # fmt: skip
+
+    def _check_images(self, path: str) -> None:
+        """Raises ``ValueError`` if an image of the questions does not exist."""
+        sources = dict.fromkeys(image for item in self.questions.source.items() for image in item.image_sources)
+        missing = [image for image in sources if not image_exists(image)]
+        if missing:
+            raise ValueError(
+                f"output.eval_generate.path must name questions whose images exist, got {path} with {len(missing):,} "
+                f"of {len(sources):,} images missing, such as {missing[0]}: relative paths start at image_root"
+            )
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Returns the scores of the policy, and writes its answers to ``answers/step-STEP.jsonl``.
+
+        The training state is the same before and after the call (``preserved``). All ranks must call this method.
+
+        Raises:
+            RuntimeError: If the generation fails on a rank.
+        """
+        results: list[tuple[QuestionScore, dict[str, Any]]] = []
+        error: str | None = None
+        with preserved(self._accelerator, self._model), torch.no_grad(), self._accelerator.autocast():
+            self._model.eval()
+            try:
+                results = list(self._ask())
+            except (OSError, ValueError, RuntimeError) as failure:  # the other ranks wait for this one
+                error = f"{type(failure).__name__}: {failure}"
+        ranks = gather(self._accelerator, (results, error))
+        if errors := [text for _, text in ranks if text is not None]:
+            raise RuntimeError(f"output.eval_generate failed after step {step}: {errors[0]}")
+        # Rank r asked the questions r, r + number of ranks, ...
+        rows = itertools.zip_longest(*(results for results, _ in ranks))
+        whole = [result for row in rows for result in row if result is not None]
+        if self._accelerator.is_main_process:
+            self._write(self._folder / f"step-{step:08d}.jsonl", [record for _, record in whole])
+        return answer_metrics([score for score, _ in whole])
+
+    def _ask(self) -> Iterator[tuple[QuestionScore, dict[str, Any]]]:
+        """Asks the questions of this rank. Yields the score of each, and its line for the file of answers."""
+        accelerator, evaluation = self._accelerator, self._evaluation
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        ours = itertools.islice(self.questions.source.items(), rank, None, world_size)
+        while block := list(itertools.islice(ours, max(_BLOCK, self._batch_size))):
+            for item, records in zip(block, evaluation.questions.sample(block, self._engine), strict=True):
+                problem, responses = evaluation.score(item, records)
+                yield evaluation.question_score(item, problem, responses), _answer_line(item, problem, responses)
+
+    def _write(self, path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+        path.parent.mkdir(exist_ok=True)
+        with atomic_write(path) as file:
+            for line in lines:
+                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="replace"))
+
+
+def check_ranks(accelerator: Any, path: str) -> None:
+    """Raises ``ValueError`` if the ranks shard the parameters, whose generation would have to run in step."""
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind == "DEEPSPEED":
+        kind = f"ZeRO-{zero_stage(accelerator)}"
+    elif kind == "FSDP" and getattr(accelerator, "is_fsdp2", False):
+        kind = "FSDP2"
+    if kind in ("ZeRO-3", "FSDP", "FSDP2", "MEGATRON_LM", "TP"):
+        raise ValueError(
+            f"output.eval_generate must be None under {kind}, got {path!r}: each rank holds only a part of the "
+            "parameters; evaluate the final model with mpo-ext evaluate, or train with DDP or ZeRO-2"
+        )
+
+
+def answer_metrics(scores: Sequence[QuestionScore]) -> dict[str, float]:
+    """Returns the metrics of an evaluation by generation.
+
+    ``answer_accuracy`` is NaN if no question could be asked. Its standard error is left out for fewer than two
+    questions.
+    """
+    answered = [score for score in scores if score.problem is None]
+    accuracy, error = mean_and_error([score.accuracy for score in answered])
+    count = max(len(answered), 1)
+    metrics = {"answer_accuracy": math.nan if accuracy is None else accuracy}
+    if error is not None:
+        metrics["answer_standard_error"] = error
+    return metrics | {
+        "answer_unreadable": sum(score.unreadable for score in answered) / count,
+        "answer_cut_off": sum(score.cut_off for score in answered) / count,
+        "answer_tokens": sum(score.tokens for score in answered) / count,
+        "questions": float(len(answered)),
+        "questions_refused": float(len(scores) - len(answered)),
+    }
+
+
+def _answer_line(item: Item, problem: str | None, responses: Sequence[ScoredResponse]) -> dict[str, Any]:
+    line: dict[str, Any] = {"question": item.question, "answer_gt": list(item.truths)}
+    if problem is not None:
+        return {**line, "problem": problem}
+    (response,) = responses
+    return {**line, **{field.name: getattr(response, field.name) for field in dataclasses.fields(response)}}

@@ -1,0 +1,86 @@
+"""The upload of the final model to the Hugging Face hub (``output.push_to_hub``)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mpo_ext.train.output_recipe import HubRecipe
+from mpo_ext.train.ranks import gather
+
+
+class HubUpload:
+    """Uploads the folder of the final model to a repository of the hub. Only the main process talks to the hub.
+
+    All ranks must call each method, and all of them raise its errors.
+    """
+
+    def __init__(self, recipe: HubRecipe, accelerator: Any) -> None:
+        self._recipe, self._accelerator = recipe, accelerator
+        self._name = recipe.repo_id
+
+    def prepare(self) -> None:
+        """Checks the token and creates the repository, so that a failure comes before training and not after it.
+
+        Raises:
+            ValueError: If there is no token, the name is invalid, the repository is public although
+                ``push_to_hub.private`` is True, or the hub refuses the token or is out of reach.
+        """
+        if text := self._on_main(self._prepare):
+            raise ValueError(text)
+
+    def push(self, folder: Path) -> str:
+        """Uploads a folder and returns the address of the commit. Files that the repository has are not sent again.
+
+        Raises:
+            RuntimeError: If the upload fails.
+        """
+        urls: list[str] = []
+
+        def upload() -> str | None:
+            from huggingface_hub import HfApi
+
+            try:
+                commit = HfApi().upload_folder(
+                    repo_id=self._name, folder_path=folder, commit_message="Model trained with mpo_ext"
+                )
+            except Exception as error:  # the clients of the hub raise errors of several libraries
+                return (
+                    f"output.push_to_hub: the upload of {folder} failed: {_describe(error)}; the model is complete "
+                    "there, and the same command uploads it again"
+                )
+            urls.append(str(getattr(commit, "commit_url", commit)))
+            return None
+
+        if text := self._on_main(upload):
+            raise RuntimeError(text)
+        return next(url for rank in gather(self._accelerator, urls) for url in rank)
+
+    def _prepare(self) -> str | None:
+        """Returns the reason why the upload would fail, or None."""
+        from huggingface_hub import HfApi, constants, get_token
+
+        name = self._recipe.repo_id
+        if constants.HF_HUB_OFFLINE:
+            return f"output.push_to_hub must be None with HF_HUB_OFFLINE=1, got {name!r}"
+        if get_token() is None:
+            return f"output.push_to_hub needs a token of the hub for {name!r}: set HF_TOKEN, or run hf auth login"
+        try:
+            api = HfApi()
+            if "/" not in name:
+                self._name = f"{api.whoami()['name']}/{name}"
+            api.create_repo(self._name, private=self._recipe.private, exist_ok=True)
+            is_private = api.repo_info(self._name).private
+        except Exception as error:  # the clients of the hub raise errors of several libraries
+            return f"output.push_to_hub: {name!r} cannot be created or read on the hub: {_describe(error)}"
+        if self._recipe.private and not is_private:
+            return f"output.push_to_hub.private must be false for {self._name!r}, which exists and is public, got true"
+        return None
+
+    def _on_main(self, action: Callable[[], str | None]) -> str | None:
+        """Runs a function on the main process, and returns its result (the text of an error, or None) on all ranks."""
+        text = action() if self._accelerator.is_main_process else None
+        return gather(self._accelerator, text)[0]
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
