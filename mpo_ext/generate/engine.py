@@ -45,11 +45,17 @@ class Request(Conversation):
         prefix_ids: Token ids at the beginning of the assistant's turn; the continuation follows in the same turn.
         seed: Seed of all draws.
         sampling: Settings for drawing tokens.
+        choices: Possible beginnings of the continuation, such as ``(("Yes", "yes"), ("No", "no"))``: for each choice,
+            its spellings. An engine that can measure their probabilities generates only one token, and returns
+            ``Generation.choice_probs``; other engines ignore the choices.
+        role: "answer" for the model that is trained, "judge" for the model that judges its answers.
     """
 
     prefix_ids: tuple[int, ...] = ()
     seed: int = 0
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    choices: tuple[tuple[str, ...], ...] = ()
+    role: Literal["answer", "judge"] = "answer"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,12 +67,22 @@ class Generation:
         text: Text of ``token_ids``.
         finish_reason: "stop" if the model ended its turn, "length" if ``max_new_tokens`` cut the continuation off.
         refusal: Reason why the engine refused the request, for example a prompt that is too long; else None.
+        tokens: Number of generated tokens, if the engine does not know their ids; else None.
+        choice_probs: For each choice of the request, the probability that the continuation begins with the first token
+            of one of its spellings; None if the request has no choices, or the engine cannot measure them.
     """
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: Literal["stop", "length"]
     refusal: str | None = None
+    tokens: int | None = None
+    choice_probs: tuple[float, ...] | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of generated tokens."""
+        return len(self.token_ids) if self.tokens is None else self.tokens
 
 
 class Engine(Protocol):

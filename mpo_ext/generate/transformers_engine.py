@@ -1,6 +1,7 @@
 """The engine that uses transformers. Each row of a batch has a separate seed for drawing its tokens."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpo_ext.chat import ChatEncoder, Conversation
 from mpo_ext.chat.encoder import EncodedPrompt, embedding_rows_of, stop_ids_of
 from mpo_ext.checks import check_integer, environment_integer
+from mpo_ext.generate.choices import FirstTokenProbs, choice_tokens, measured
 from mpo_ext.generate.drawing import SeededDraw
 from mpo_ext.generate.engine import Generation, Request, SamplingConfig
 from mpo_ext.generate.shared_prefill import SharedPrefill, UnsharedError, sharing_problem
@@ -150,6 +152,9 @@ class TransformersEngine:
         results: dict[int, Generation] = {}
         for questions in self._batches(requests, prompts):
             rows = [row for question in questions for row in question]
+            if (tokens := choice_tokens(self.chat, requests[rows[0]])) is not None:
+                results.update(zip(rows, self._measure(rows, requests, prompts, tokens), strict=True))
+                continue
             try:
                 outputs = self._continue(questions, requests, prompts)
             except UnsharedError as error:
@@ -185,6 +190,32 @@ class TransformersEngine:
             draw = [SeededDraw(seeds, sampling)] if sampling.temperature > 0 else []
             output = self.model.generate(**options, logits_processor=draw)
         return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+    def _measure(
+        self,
+        rows: Sequence[int],
+        requests: Sequence[Request],
+        prompts: Sequence[EncodedPrompt],
+        tokens: Sequence[Sequence[int]],
+    ) -> list[Generation]:
+        """Returns the most probable first token of the requests of a batch, with the probabilities of their choices.
+
+        ``tokens`` holds the token ids of each choice.
+        """
+        import torch
+
+        inputs = self._inputs([requests[row] for row in rows], [prompts[row] for row in rows])
+        config = self._generation_config(SamplingConfig(temperature=0.0, max_new_tokens=1))
+        first = FirstTokenProbs()
+        with torch.inference_mode(), self._without_defaults():
+            output = self.model.generate(**inputs, generation_config=config, logits_processor=[first])
+        assert first.probs is not None
+        generations = []
+        for row, ids, probs in zip(rows, output[:, -1:].tolist(), first.probs, strict=True):
+            known = {token: float(probs[token]) for choice in tokens for token in choice}
+            generation = make_generation(self.chat, requests[row], ids)
+            generations.append(dataclasses.replace(generation, choice_probs=measured(tokens, known)))
+        return generations
 
     def _stop_sharing(self, reason: str) -> None:
         self.shares_prefill = False
@@ -273,9 +304,11 @@ class TransformersEngine:
         """
         groups: dict[Any, dict[Any, list[int]]] = {}
         for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-            key = (request.sampling, len(request.images), self.chat.adds_special_tokens(prompt.text))
+            special = self.chat.adds_special_tokens(prompt.text)
+            key = (request.sampling, request.choices, len(request.images), special)
             images = tuple(image if isinstance(image, str) else id(image) for image in request.images)
-            question = (prompt.text, request.prefix_ids, images) if self.shares_prefill else row
+            is_shared = self.shares_prefill and not request.choices
+            question = (prompt.text, request.prefix_ids, images) if is_shared else row
             groups.setdefault(key, {}).setdefault(question, []).append(row)
         for questions in groups.values():
             by_length = sorted(

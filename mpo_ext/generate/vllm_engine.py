@@ -1,11 +1,14 @@
 """The engine that uses vLLM."""
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_ext.chat import ChatEncoder, Conversation
 from mpo_ext.checks import check_integer, install_hint
+from mpo_ext.generate.choices import choice_tokens, measured
 from mpo_ext.generate.engine import Generation, Request
 from mpo_ext.generate.transformers_engine import make_generation
 from mpo_ext.images import load_image
@@ -13,6 +16,7 @@ from mpo_ext.processors import load_without_weights
 from mpo_ext.provenance import processor_parts
 
 _MAX_REFUSAL = 300  # maximum number of characters
+_LOGPROBS = 20  # vLLM's default limit of log-probs per token
 
 
 class VLLMEngine:
@@ -50,6 +54,7 @@ class VLLMEngine:
         self._vllm = vllm
         self._names = itertools.count()
         self._running: dict[str, Request] = {}
+        self._choice_tokens: dict[str, list[list[int]]] = {}
         self._refused: list[tuple[str, Generation]] = []
         self._refusals = _refusals()
         self.name, self.concurrency = model, concurrency
@@ -85,11 +90,14 @@ class VLLMEngine:
         """Starts a request and returns a name for it. A request that vLLM refuses ends at once, with the reason."""
         name = str(next(self._names))
         sampling = request.sampling
+        limits: dict[str, Any] = {"max_tokens": sampling.max_new_tokens}
+        if (tokens := choice_tokens(self.chat, request)) is not None:
+            limits = {"max_tokens": 1, "logprobs": _LOGPROBS}
         params = self._vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or -1,
-            max_tokens=sampling.max_new_tokens,
+            **limits,
             seed=request.seed,
             stop_token_ids=sorted(self.chat.stop_ids),
             skip_special_tokens=False,
@@ -101,6 +109,8 @@ class VLLMEngine:
             self._refused.append((name, Generation((), "", "length", refusal=refusal[:_MAX_REFUSAL])))
         else:
             self._running[name] = request
+            if tokens is not None:
+                self._choice_tokens[name] = tokens
         return name
 
     def finished(self) -> list[tuple[str, Generation]]:
@@ -113,12 +123,18 @@ class VLLMEngine:
             for output in self.llm.llm_engine.step():
                 if output.finished:
                     request = self._running.pop(output.request_id)
-                    ended.append((output.request_id, self._generation(request, output.outputs[0])))
+                    generation = self._generation(request, output.outputs[0])
+                    if tokens := self._choice_tokens.pop(output.request_id, None):
+                        probs = _first_probs(output.outputs[0])
+                        generation = dataclasses.replace(generation, choice_probs=measured(tokens, probs))
+                    ended.append((output.request_id, generation))
         return ended
 
     def cancel(self, names: Sequence[str]) -> None:
         """Stops the requests with these names."""
         running = [name for name in names if self._running.pop(name, None)]
+        for name in running:
+            self._choice_tokens.pop(name, None)
         if running:
             self.llm.llm_engine.abort_request(running)
 
@@ -141,6 +157,11 @@ class VLLMEngine:
             raise RuntimeError(f"vLLM must end request {request.key!r} with 'stop' or 'length', got {reason!r}")
         generation = make_generation(self.chat, request, completion.token_ids)
         return Generation(generation.token_ids, generation.text, reason)
+
+
+def _first_probs(completion: Any) -> dict[int, float]:
+    """Returns the probabilities of the most probable first tokens of a completion."""
+    return {token: math.exp(entry.logprob) for token, entry in completion.logprobs[0].items()}
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 - these packages come with an extra, and without them there is nothing to test here
 import dataclasses
+import math
 import multiprocessing
 import random
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 from mpo_ext.chat import chat_messages
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import build_model, build_processor, build_tokenizer
+from mpo_ext.generate.choices import choice_tokens
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.drawing import sample_token
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
@@ -225,6 +227,7 @@ class FakeVLLM(types.ModuleType):
         self.prompts: list[Any] = []
         self.params: list[Any] = []
         self.most_running = 0
+        self.logprobs: dict[int, float] = {}
         outer = self
 
         class SamplingParams:
@@ -245,7 +248,10 @@ class FakeVLLM(types.ModuleType):
                 end = build_tokenizer().eos_token_id
                 stopped = types.SimpleNamespace(token_ids=[9, 10, end], finish_reason="stop", stop_reason=None)
                 cut = types.SimpleNamespace(token_ids=[9, 10], finish_reason="length", stop_reason=None)
-                self.waiting.append((request_id, [stopped, cut][len(self.waiting) % 2]))
+                completion = [stopped, cut][len(self.waiting) % 2]
+                entries = {token: types.SimpleNamespace(logprob=value) for token, value in outer.logprobs.items()}
+                completion.logprobs = [entries] if params.options.get("logprobs") else None
+                self.waiting.append((request_id, completion))
 
             def step(self) -> Any:
                 outer.most_running = max(outer.most_running, len(self.waiting))
@@ -297,6 +303,54 @@ def test_vllm_gets_ids_images_and_a_seed_for_each_request(monkeypatch: pytest.Mo
     settings = engine.settings()
     assert settings.pop("processor") == twin.settings()["processor"]
     assert settings == {"engine": "vllm", "model": "some/model", "dtype": "bfloat16"}
+
+
+CHOICES = (("sum", "top-left"), ("top-right",))
+
+
+def test_probabilities_of_choices_are_those_of_the_logits(engine: TransformersEngine) -> None:
+    requests = requests_of(7, choices=CHOICES)
+    generations = with_batch(engine, 3).generate([*requests, *requests_of(2)])
+    assert [generation.choice_probs for generation in generations[7:]] == [None, None]
+    vocabulary = engine.chat.tokenizer.get_vocab()
+    suppressed = engine.model.generation_config.suppress_tokens
+    for request, generation in zip(requests, generations, strict=False):
+        inputs = engine._inputs([request], [engine.chat.prompt(request)])
+        with torch.no_grad():
+            logits = engine.model(**inputs).logits[0, -1].float()
+        logits[suppressed] = -torch.inf
+        probs = logits.softmax(dim=-1)
+        expected = [sum(float(probs[vocabulary[word]]) for word in words) for words in CHOICES]
+        assert generation.choice_probs == pytest.approx(expected, rel=1e-4)
+        assert len(generation.token_ids) <= 1
+
+
+def test_choices_that_begin_with_the_same_token_are_generated(engine: TransformersEngine) -> None:
+    (request,) = requests_of(1, choices=(("unknown",), ("other", "sum")))  # both words are unknown to the tokenizer
+    assert choice_tokens(engine.chat, request) is None
+    (plain,) = requests_of(1)
+    assert engine.generate([request]) == engine.generate([plain])
+    clear = dataclasses.replace(request, choices=(("unknown", "top-left"), ("top-left", "sum", "top-right")))
+    assert choice_tokens(engine.chat, clear) is None  # both spellings of the first choice are excluded
+    vocabulary = engine.chat.tokenizer.get_vocab()
+    shared = dataclasses.replace(request, choices=(("sum", "top-left"), ("top-left", "top-right")))
+    assert choice_tokens(engine.chat, shared) == [[vocabulary["sum"]], [vocabulary["top-right"]]]
+
+
+def test_vllm_measures_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeVLLM()
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    engine = VLLMEngine("some/model", processor=build_processor())
+    vocabulary = engine.chat.tokenizer.get_vocab()
+    fake.logprobs = {vocabulary["sum"]: -1.0, vocabulary["top-right"]: -2.0, 3: -0.1}
+    measured, plain = engine.generate([Request(question="What", choices=CHOICES), Request(question="What")])
+    assert measured.choice_probs == pytest.approx((math.exp(-1), math.exp(-2)))
+    assert plain.choice_probs is None
+    options = [params.options for params in fake.params]
+    assert (options[0]["max_tokens"], options[0]["logprobs"]) == (1, 20)
+    assert (options[1]["max_tokens"], "logprobs" in options[1]) == (2048, False)
+    fake.logprobs = {3: -0.1}
+    assert engine.generate([Request(question="What", choices=CHOICES)])[0].choice_probs is None
 
 
 def test_a_missing_vllm_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
