@@ -6,7 +6,6 @@ items or samples.
 
 import collections
 import dataclasses
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.prompts import get_template
 from mpo_ext.generate.questions import AnswerScorer, QuestionSampler
-from mpo_ext.generate.repetition import is_degenerate
+from mpo_ext.generate.responses import choice_hash, distinct, skip_reason
 
 _BINS_PER_DOUBLING = 4  # number of bins in which the length ratio of two responses doubles
 
@@ -160,7 +159,7 @@ class Correctness:
         if len(right) == len(samples):
             return result.skip("question with right answers only")
         if self.config.dedupe:
-            right, wrong, unanswered = (self._distinct(samples, result) for samples in (right, wrong, unanswered))
+            right, wrong, unanswered = (distinct(samples, result) for samples in (right, wrong, unanswered))
         for name, candidates in (("pairs", wrong), ("format_pairs", unanswered)):
             for chosen, rejected in self._choose_pairs(item, right, candidates, result):
                 pair = self._pair(item, chosen, rejected, model=model, accuracy=accuracy)
@@ -172,22 +171,11 @@ class Correctness:
         return ScoredSample(record["text"], fields["answer"], fields["correct"], fields.get("rule"), record)
 
     def _is_usable(self, sample: ScoredSample, result: ItemResult) -> bool:
-        reason = None
-        if sample.record["finish"] == "length" and not self.config.allow_truncated:
-            reason = "sample cut off at max_new_tokens"
-        elif not sample.text.strip():
-            reason = "sample is empty"
-        elif not self.config.allow_degenerate and is_degenerate(sample.text):
-            reason = "sample repeats itself"
+        allowed = {name: getattr(self.config, name) for name in ("allow_truncated", "allow_degenerate")}
+        reason = skip_reason(sample.record, **allowed)
         if reason is not None:
             result.skipped[reason] += 1
         return reason is None
-
-    def _distinct(self, samples: Sequence[ScoredSample], result: ItemResult) -> list[ScoredSample]:
-        first_by_text = {" ".join(sample.text.split()): sample for sample in reversed(samples)}
-        if len(first_by_text) < len(samples):
-            result.skipped["sample is a duplicate"] += len(samples) - len(first_by_text)
-        return list(reversed(first_by_text.values()))
 
     def _choose_pairs(
         self, item: Item, right: Sequence[ScoredSample], candidates: Sequence[ScoredSample], result: ItemResult
@@ -224,8 +212,7 @@ class Correctness:
         return round(_BINS_PER_DOUBLING * abs(math.log2(len(chosen.text) / len(rejected.text))))
 
     def _hash(self, item: Item, *samples: ScoredSample) -> bytes:
-        parts = (self.config.seed, item.digest, *(sample.text for sample in samples))
-        return hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16).digest()
+        return choice_hash(self.config.seed, item, *(sample.text for sample in samples))
 
     def _pair(self, item: Item, chosen: ScoredSample, rejected: ScoredSample, *, model: str, accuracy: float) -> Pair:
         provenance = {

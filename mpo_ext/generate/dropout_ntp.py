@@ -192,7 +192,9 @@ class DropoutNTP:
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
         """Returns a pair for each usable continuation of an item, and the number of skips by reason."""
         result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
-        result.tokens += records[0].get("chosen_tokens", 0)
+        if sampled := records[0].get("chosen_tokens", 0):
+            result.stage_tokens.update(chosen=sampled, continuations=result.tokens)
+            result.tokens += sampled
         if problem := next((record["problem"] for record in records if "problem" in record), None):
             return result.skip(problem)
         is_wrong = _is_wrong(item)

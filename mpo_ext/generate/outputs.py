@@ -27,6 +27,7 @@ class ItemResult:
         is_skipped: Whether the item is skipped as a whole.
         notes: Remarks for the summary, each with the number of lines that it concerns.
         tokens: Number of generated tokens.
+        stage_tokens: Number of generated tokens by stage, for pipelines that have several stages.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
@@ -34,6 +35,7 @@ class ItemResult:
     is_skipped: bool = False
     notes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     tokens: int = 0
+    stage_tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def skip(self, reason: str) -> "ItemResult":
         """Marks the item as skipped for this reason, and returns this result."""
@@ -56,6 +58,7 @@ class Summary:
         skipped: Number of skipped items and samples by reason.
         skipped_items: Number of items skipped as a whole.
         notes: Remarks, each with the number of pairs that it concerns.
+        stage_tokens: Number of generated tokens by stage; empty for a pipeline with one stage.
     """
 
     items: int = 0
@@ -67,6 +70,7 @@ class Summary:
     skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     skipped_items: int = 0
     notes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    stage_tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     @property
     def skipped_samples(self) -> int:
@@ -86,6 +90,7 @@ class Summary:
         self.skipped.update(result.skipped)
         self.skipped_items += result.is_skipped
         self.notes.update(result.notes)
+        self.stage_tokens.update(result.stage_tokens)
         for name, line in result.lines:
             self.lines[name] = self.lines.get(name, 0) + 1
             if name != "unsolved":
@@ -108,6 +113,7 @@ class Summary:
             "refused_samples": self.skipped_samples,
             "notes": dict(sorted(self.notes.items())),
             "generated_tokens": self.generated_tokens,
+            **({"generated_tokens_by_stage": dict(self.stage_tokens)} if self.stage_tokens else {}),
             "generated_tokens_per_pair": round(self.generated_tokens / pairs, 2) if self.pairs else None,
             "chosen_chars_per_pair": round(self.chosen_chars / pairs, 2) if self.pairs else None,
             "rejected_chars_per_pair": round(self.rejected_chars / pairs, 2) if self.pairs else None,

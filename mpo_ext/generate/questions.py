@@ -1,4 +1,4 @@
-"""Asks each question several times and scores the answers; used by ``Correctness`` and by the evaluation."""
+"""Asks each question several times and scores the answers; used by the pipelines and by the evaluation."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -30,6 +30,7 @@ class QuestionSampler:
         sampling: Settings for drawing tokens.
         seed: Seed of all draws.
         template: Template of the prompts; None: the question with its options.
+        needs_truths: Whether questions without a true answer are left out.
     """
 
     name: str
@@ -37,6 +38,7 @@ class QuestionSampler:
     sampling: SamplingConfig
     seed: int
     template: PromptTemplate | None = None
+    needs_truths: bool = True
 
     def keys(self, item: Item) -> list[str]:
         return [f"{item.digest}-{sample}" for sample in range(self.samples)]
@@ -77,7 +79,7 @@ class QuestionSampler:
         problems: dict[int, str] = {}
         requests: list[Request] = []
         for row, item in enumerate(items):
-            if item.problem or not item.truths:
+            if item.problem or (self.needs_truths and not item.truths):
                 problems[row] = item.problem or "no true answer"
                 continue
             try:

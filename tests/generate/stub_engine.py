@@ -42,9 +42,26 @@ class StubEngine:
         return [self.script.get(request.key) or self._answer(request) for request in requests]
 
     def _answer(self, request: Request) -> Generation:
+        if request.role == "judge":
+            return self._judge(request)
         rng = random.Random(request.seed)
         words = " ".join(rng.choice(["one", "two", "\u4e09", "four"]) for _ in range(rng.randrange(1, 9)))
         answer = rng.choice(["\nFinal answer: 7", "\nFinal answer: 8", "\nFinal answer: 9", ""])
         text = f"{words}{answer}"
         finish = "length" if rng.random() < 0.1 else "stop"
         return Generation(tuple(self.encode(text)), text, finish)
+
+    def _judge(self, request: Request) -> Generation:
+        """Splits the answer of the prompt into words, asks about each, and takes a choice by the seed."""
+        rng = random.Random(request.seed)
+        if request.choices:
+            probs = tuple(rng.random() / len(request.choices) for _ in request.choices)
+            best = request.choices[probs.index(max(probs))][0]
+            return Generation(tuple(self.encode(best[:1])), best[:1], "length", choice_probs=probs)
+        _, is_answer, answer = request.question.rpartition("\nAnswer: ")
+        if is_answer:
+            text = "".join(f"- It says {word}.\n" for word in answer.split())
+        else:
+            claims = request.question.partition("Statements:\n")[2].splitlines()
+            text = "".join(f"- Is it true: {claim.removeprefix('- ')}?\n" for claim in claims)
+        return Generation(tuple(self.encode(text)), text, "stop")

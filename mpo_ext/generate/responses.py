@@ -1,0 +1,103 @@
+"""Filters and choices among the sampled responses to a question, which several pipelines share."""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from mpo_ext.generate.items import Item
+from mpo_ext.generate.outputs import ItemResult
+from mpo_ext.generate.repetition import is_degenerate
+
+
+class _HasText(Protocol):
+    @property
+    def text(self) -> str: ...
+
+
+Response = TypeVar("Response", bound=_HasText)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RatedResponse:
+    """A response and its score; a higher score is better.
+
+    Attributes:
+        text: The response.
+        score: The score.
+        record: Record of the response in the journal.
+    """
+
+    text: str
+    score: float
+    record: Mapping[str, Any]
+
+
+def skip_reason(record: Mapping[str, Any], *, allow_truncated: bool, allow_degenerate: bool) -> str | None:
+    """Returns the reason why a sampled response is skipped, from its record in the journal; None if it is used."""
+    if record["finish"] == "length" and not allow_truncated:
+        return "sample cut off at max_new_tokens"
+    if not record["text"].strip():
+        return "sample is empty"
+    if not allow_degenerate and is_degenerate(record["text"]):
+        return "sample repeats itself"
+    return None
+
+
+def normalized(text: str) -> str:
+    """Returns a text with single spaces, by which equal responses are found."""
+    return " ".join(text.split())
+
+
+def distinct(samples: Sequence[Response], result: ItemResult) -> list[Response]:
+    """Returns the first of each group of equal responses, and counts the others in ``result``."""
+    first_by_text = {normalized(sample.text): sample for sample in reversed(samples)}
+    if len(first_by_text) < len(samples):
+        result.skipped["sample is a duplicate"] += len(samples) - len(first_by_text)
+    return list(reversed(first_by_text.values()))
+
+
+def choice_hash(seed: int, item: Item, *texts: str) -> bytes:
+    """Returns a hash that selects among responses. It does not depend on the order of items or samples."""
+    parts = (seed, item.digest, *texts)
+    return hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def pairs_by_score(
+    item: Item,
+    responses: Sequence[RatedResponse],
+    result: ItemResult,
+    *,
+    min_gap: float,
+    max_shorter: float,
+    limit: int,
+    seed: int,
+) -> list[tuple[RatedResponse, RatedResponse]]:
+    """Returns pairs (chosen, rejected) of responses, selected by ``choice_hash``.
+
+    Args:
+        item: The question.
+        responses: The responses, which must be distinct.
+        result: Its notes count the combinations that are left out.
+        min_gap: Minimum difference of the two scores.
+        max_shorter: A pair is skipped if the chosen response has fewer words than the rejected one by more than this
+            fraction; 1 skips none.
+        limit: Maximum number of pairs; 0 sets no limit.
+        seed: Seed of the selection.
+    """
+    notes: collections.Counter[str] = collections.Counter()
+    pairs = []
+    for responses_of_pair in itertools.combinations(responses, 2):
+        rejected, chosen = sorted(responses_of_pair, key=lambda response: response.score)
+        n_chosen, n_rejected = len(chosen.text.split()), len(rejected.text.split())
+        if chosen.score - rejected.score < max(min_gap, 1e-9):
+            notes["possible pairs left out: scores are too similar"] += 1
+        elif n_rejected - n_chosen > max_shorter * n_rejected:
+            notes["possible pairs left out: chosen response is much shorter"] += 1
+        else:
+            pairs.append((chosen, rejected))
+    result.notes.update(notes)
+    pairs.sort(key=lambda pair: choice_hash(seed, item, pair[0].text, pair[1].text))
+    return pairs[: limit or None]
