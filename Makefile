@@ -13,7 +13,7 @@ DEV_EXTRAS ?= dev
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl check-attention integrations deepspeed-check wheels hub-kernel notebook clean
+.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mpo-ext demo
@@ -47,6 +47,11 @@ bench: $(VENV)/.bench $(VENV)/.native
 zoo-trl: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/pip install --quiet --no-deps --target build/trl 'trl==1.16.*'
 	PYTHONPATH=build/trl:tests/zoo $(BIN)/python tests/zoo/compare_with_trl.py
+
+# Runs the tests of sampling on a Ray cluster of this machine.
+ray-check: $(VENV)/.dev
+	$(BIN)/pip install --quiet --target build/ray 'ray>=2.30'
+	PYTHONPATH=build/ray $(BIN)/python -m pytest tests/generate/test_ray_stages.py
 
 # Compares split attention and packed rows with separate rows and the dense mask, for many families of models.
 check-attention: $(VENV)/.dev $(VENV)/.native

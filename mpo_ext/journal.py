@@ -70,7 +70,7 @@ class Journal:
             header = read_header(self.path)
             if header is None:
                 self._write([{"format": _FORMAT, "settings": self.settings}])
-                self._sync()
+                self.sync()
                 sync_folder(self.path.parent)
             elif changes := list(differences(header, self.settings)):
                 raise SettingsMismatchError(self.path, changes)
@@ -79,7 +79,7 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         with self._close:
-            self._sync()
+            self.sync()
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Appends records and, if the last sync is at least ``fsync_s`` seconds old, syncs the file to disk."""
@@ -87,7 +87,7 @@ class Journal:
             return
         self._write(records)
         if time.monotonic() - self._synced_s >= self.fsync_s:
-            self._sync()
+            self.sync()
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Yields the records in the order in which they were appended."""
@@ -98,7 +98,8 @@ class Journal:
         while rest:  # a full disk or a signal can end a write early
             rest = rest[os.write(self._file, rest) :]
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
+        """Syncs the file to disk."""
         os.fsync(self._file)
         self._synced_s = time.monotonic()
 

@@ -60,8 +60,16 @@ def run_blocks(blocks: Iterator[tuple[Tag, Steps]], engine: Engine) -> Iterator[
     ``blocks`` yields each block as a tag, which may be any object, and its steps.
     """
     if hasattr(engine, "submit"):
-        with contextlib.closing(_Feeder(cast(StreamingEngine, engine))) as feeder:
-            yield from feeder.run(blocks)
+        with contextlib.closing(Feeder(cast(StreamingEngine, engine))) as feeder:
+            has_more = True
+            while has_more or feeder.n_blocks:
+                while has_more and not feeder.is_full:
+                    tag, steps = next(blocks, (None, None))
+                    has_more = steps is not None
+                    if steps is not None:
+                        feeder.add(tag, steps)
+                yield from feeder.take(in_order=True)
+                feeder.collect()
         return
     for tag, steps in blocks:
         yield tag, run_steps(steps, engine)
@@ -85,40 +93,69 @@ class _Block:
         self.n_requests = 0
 
 
-class _Feeder:
-    """Runs several blocks at the same time on a streaming engine."""
+class Feeder:
+    """Runs several blocks at the same time on a streaming engine.
+
+    Attributes:
+        active_tag: After an error, the tag of the block with the error; None if the engine itself failed.
+    """
 
     def __init__(self, engine: StreamingEngine) -> None:
         self._engine = engine
         self._blocks: collections.deque[_Block] = collections.deque()
         self._running: dict[str, tuple[_Block, int]] = {}
+        self.active_tag: Any = None
 
-    def run(self, blocks: Iterator[tuple[Tag, Steps]]) -> Iterator[tuple[Tag, Records]]:
-        has_more = True
-        while has_more or self._blocks:
-            while has_more and not self._is_full():
-                tag, steps = next(blocks, (None, None))
-                has_more = steps is not None
-                if steps is not None:
-                    self._blocks.append(_Block(tag, steps))
-                    self._advance(self._blocks[-1], None)
-            while self._blocks and self._blocks[0].records is not None:
-                block = self._blocks.popleft()
-                yield block.tag, cast(Records, block.records)
-            if self._running:
-                self._collect()
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks that have begun and are not yet returned."""
+        return len(self._blocks)
+
+    @property
+    def is_full(self) -> bool:
+        """True if the engine has enough requests, or too many samples are kept."""
+        kept = sum(block.n_requests for block in self._blocks)
+        return len(self._running) >= self._engine.concurrency or kept >= _MAX_KEPT * self._engine.concurrency
+
+    def add(self, tag: Any, steps: Steps) -> None:
+        """Begins a block."""
+        self._blocks.append(_Block(tag, steps))
+        self._advance(self._blocks[-1], None)
+
+    def take(self, *, in_order: bool) -> list[tuple[Any, Records]]:
+        """Removes and returns the tag and the records of each complete block.
+
+        With ``in_order``, a block is kept until all earlier blocks are complete.
+        """
+        complete: list[_Block] = []
+        rest: collections.deque[_Block] = collections.deque()
+        for block in self._blocks:
+            if block.records is None or (in_order and rest):
+                rest.append(block)
+            else:
+                complete.append(block)
+        self._blocks = rest
+        return [(block.tag, cast(Records, block.records)) for block in complete]
+
+    def collect(self) -> None:
+        """Waits until a running request has ended, and continues the blocks whose requests have all ended."""
+        if not self._running:
+            return
+        self.active_tag = None
+        for name, generation in self._engine.finished():
+            block, place = self._running.pop(name)
+            block.generations[place] = generation
+            if None not in block.generations:
+                self._advance(block, cast(list[Generation], block.generations))
 
     def close(self) -> None:
         """Stops all running requests."""
         self._engine.cancel(list(self._running))
         self._running.clear()
 
-    def _is_full(self) -> bool:
-        kept = sum(block.n_requests for block in self._blocks)
-        return len(self._running) >= self._engine.concurrency or kept >= _MAX_KEPT * self._engine.concurrency
-
     def _advance(self, block: _Block, generations: list[Generation] | None) -> None:
         """Passes a block the generations that it waits for (None at its start), and submits its next requests."""
+        self.active_tag = block.tag
         try:
             requests = block.steps.send(generations)  # type: ignore[arg-type]
             while not requests:
@@ -130,10 +167,3 @@ class _Feeder:
         block.n_requests += len(requests)
         for place, request in enumerate(requests):
             self._running[self._engine.submit(request)] = (block, place)
-
-    def _collect(self) -> None:
-        for name, generation in self._engine.finished():
-            block, place = self._running.pop(name)
-            block.generations[place] = generation
-            if None not in block.generations:
-                self._advance(block, cast(list[Generation], block.generations))

@@ -1,117 +1,134 @@
-"""Runs a pipeline as a stage of Ray Data: each actor holds an engine, and the driver keeps the journal.
+"""Runs a pipeline on a Ray cluster: each actor holds an engine, and the driver keeps the journal.
 
-The driver reads the unfinished items into memory, sends out the blocks that the journal lacks, and appends the results
-in the order of the input. A run with Ray resumes like any other run and gives the same outputs.
+The driver reads the items and sends blocks to the actors, only a few per actor at a time. It stores each block when it
+finishes (``mpo_ext.generate.early_blocks``). A run with Ray resumes like any other run and gives the same outputs.
 """
 
-import dataclasses
+import contextlib
+import datetime
 import itertools
-import pickle
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from mpo_ext.checks import check_integer, install_hint
+from mpo_ext.checks import check_integer, check_number, install_hint
+from mpo_ext.generate.early_blocks import EarlyBlocks
 from mpo_ext.generate.engine import Engine
-from mpo_ext.generate.feeding import run_steps
-from mpo_ext.generate.items import Item, open_items
+from mpo_ext.generate.items import Item, ItemSource, open_items
 from mpo_ext.generate.outputs import Summary
 from mpo_ext.generate.progress import SamplingProgress
+from mpo_ext.generate.ray_pool import RayPool
+from mpo_ext.generate.ray_worker import Block
 from mpo_ext.generate.runner import PairPipeline, write_outputs
-from mpo_ext.generate.sampler import Pipeline, blocks, open_journal, set_date, stored_date
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RemoteEngine:
-    """An engine that is created separately in each worker.
-
-    Attributes:
-        make: Function that creates the engine; each worker calls it once.
-        name: Name of the model, which the pairs record.
-        settings: Result of the engine's ``settings()``. The driver needs it, because it has no engine.
-    """
-
-    make: Callable[[], Engine]
-    name: str
-    settings: Mapping[str, Any]
+from mpo_ext.generate.sampler import blocks, check_records, open_journal, stored_blocks, stored_date
 
 
 def run(
     pipeline: PairPipeline,
-    engine: RemoteEngine,
+    make_engine: Callable[[], Engine],
     source: str | Path,
     out: str | Path,
     *,
-    workers: int = 1,
-    gpus_per_worker: float = 0,
+    address: str = "local",
+    engines: int = 1,
+    gpus_per_engine: float = 0,
     block_size: int = 64,
     limit: int | None = None,
     image_root: str = "",
     root_map: Sequence[tuple[str, str]] = (),
     stream: TextIO | None = None,
-) -> Summary | None:
-    """Runs a pipeline like ``runner.run``, but on the machines of a Ray cluster, and returns the numbers of the run.
+) -> Summary:
+    """Runs a pipeline like ``runner.run``, but with engines on a Ray cluster, and returns the numbers of the run.
 
-    The run uses ``workers`` actors with ``gpus_per_worker`` GPUs each. The other arguments are those of
-    ``runner.run``. Only the driver reads ``source`` and writes to ``out``. ``image_root`` must be the same folder on
-    every machine.
+    Only the driver, which is this process, reads ``source`` and writes to ``out``. If an engine dies, a new one takes
+    over its blocks. The actors end with the driver, also if the driver is killed.
+
+    Args:
+        pipeline: As in ``runner.run``.
+        make_engine: Function that creates an engine; each actor calls it once.
+        source: As in ``runner.run``.
+        out: As in ``runner.run``.
+        address: Address of the cluster, "auto" for the cluster that runs on this machine, or "local" for a new one on
+            this machine, which ends with the run. Not used if Ray is already initialized.
+        engines: Number of actors.
+        gpus_per_engine: Number of GPUs of each actor.
+        block_size: As in ``runner.run``.
+        limit: As in ``runner.run``.
+        image_root: As in ``runner.run``; it must be the same folder on every machine.
+        root_map: As in ``runner.run``.
+        stream: As in ``runner.run``.
 
     Raises:
+        BlockError: If a block cannot be sampled. All blocks that were being sampled are stored before.
         ImportError: If ray is missing.
+        RuntimeError: If an engine cannot be created, or two engines have different settings.
+        SettingsMismatchError: If the folder holds a run with other settings or another input.
     """
+    check_integer("engines", engines, least=1)
+    check_number("gpus_per_engine", gpus_per_engine, "[0, inf)")
+    check_integer("block_size", block_size, least=1)
     try:
         import ray
-        from ray.data import ActorPoolStrategy, DataContext
     except ImportError as error:
-        raise ImportError(f"ray_stages needs Ray Data: {install_hint('ray')} ({error})") from error
-    check_integer("workers", workers, least=1)
-    check_integer("block_size", block_size, least=1)
+        raise ImportError(f"ray_stages needs ray: {install_hint('ray')} ({error})") from error
     out = Path(out)
     items = open_items(source, image_root=image_root, root_map=root_map, limit=limit)
-    DataContext.get_current().execution_options.preserve_order = True
-
-    settings = dict(engine.settings)
-    if (date := stored_date(out)) and "processor" in settings:
-        settings["processor"] = {**settings["processor"], "date": date}
-    with open_journal(pipeline, settings, items, out) as journal:
-        stored = sum(1 for _ in journal.records())
-        per_item = len(pipeline.keys(Item()))
-        to_do: list[dict[str, Any]] = []
-        n_stored_of_block = 0
-        for block in blocks(items.items(), pipeline, block_size):
-            count = len(block) * per_item
-            if stored < count:
-                if not to_do:
-                    n_stored_of_block = stored
-                # Bytes, because Arrow would give all dicts of a column the same keys.
-                to_do.append({"number": len(to_do), "block": pickle.dumps(block)})
-            stored = max(0, stored - count)
-        with SamplingProgress(pipeline.name, items.count, stream) as progress:
-            summary = Summary()
-            if to_do:
-                data = ray.data.from_items(to_do, override_num_blocks=len(to_do))
-                stage = data.map_batches(
-                    _Worker,
-                    fn_constructor_args=(pipeline, engine.make, settings.get("processor", {}).get("date")),
-                    batch_size=1,
-                    compute=ActorPoolStrategy(size=workers),
-                    num_gpus=gpus_per_worker or None,
-                )
-                for row in stage.iter_rows():
-                    block, records = pickle.loads(row["block"]), pickle.loads(row["records"])
-                    journal.append(list(itertools.chain(*records))[0 if row["number"] else n_stored_of_block :])
-                    for item, item_records in zip(block, records, strict=True):
-                        summary.add(pipeline.make_pairs(item, item_records, engine.name), len(item_records))
-                        progress.advance(summary.counts())
-        return write_outputs(pipeline, items, out, model=engine.name)
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            _connect(ray, address)
+            stack.callback(ray.shutdown)
+        # All machines use the same date, that of the first day of the run.
+        date = stored_date(out) or datetime.date.today().isoformat()
+        arguments = (pipeline, make_engine, date)
+        pool = RayPool(ray, arguments, engines=engines, gpus=gpus_per_engine, block_size=block_size, stream=stream)
+        stack.enter_context(contextlib.closing(pool))
+        name = _sample(pool, pipeline, items, out, block_size, stream)
+    written = write_outputs(pipeline, items, out, model=name)
+    assert written is not None  # the journal is complete
+    return written
 
 
-class _Worker:
-    def __init__(self, pipeline: Pipeline, make_engine: Callable[[], Engine], date: str | None) -> None:
-        self.pipeline = pipeline
-        self.engine = make_engine()
-        set_date(self.engine, date)
+def _sample(
+    pool: RayPool, pipeline: PairPipeline, items: ItemSource, out: Path, block_size: int, stream: TextIO | None
+) -> str:
+    """Samples the records that the journal lacks, and returns the name of the model."""
+    name, settings = pool.start()
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(open_journal(pipeline, settings, items, out))
+        early = stack.enter_context(EarlyBlocks(journal))
+        progress = stack.enter_context(SamplingProgress(pipeline.name, items.count, stream))
+        summary = Summary()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        steps = (self.pipeline.steps(pickle.loads(block), self.engine) for block in batch["block"])
-        return {**batch, "records": [pickle.dumps(run_steps(block, self.engine)) for block in steps]}
+        def count(block_items: Sequence[Item], records: Iterator[dict[str, Any]]) -> None:
+            for item in block_items:
+                item_records = list(itertools.islice(records, len(pipeline.keys(item))))
+                summary.add(pipeline.make_pairs(item, item_records, name), len(item_records))
+                progress.advance(summary.counts())
+
+        def to_do() -> Iterator[Block]:
+            start = first_item = 0
+            for block in stored_blocks(blocks(items.items(), pipeline, block_size), pipeline, journal):
+                keys = list(itertools.chain.from_iterable(block.keys))
+                if block.is_complete:
+                    count(block.items, iter(block.records))
+                elif (finished := early.announce(start, keys, block.records)) is not None:
+                    count(block.items, iter(finished))
+                else:
+                    yield Block(start, first_item, block.items, keys)
+                start += len(keys)
+                first_item += len(block.items)
+
+        for block, records in pool.run(to_do()):
+            check_records(records, block.keys, pipeline.name)
+            early.finish(block.start, records)
+            count(block.items, iter(records))
+    return name
+
+
+def _connect(ray: Any, address: str) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The processes that an engine starts, such as those of vLLM, end with its actor.
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
+    options = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, logging_level="WARNING", **options)

@@ -73,9 +73,10 @@ def check_world_size(out: Path, world_size: int) -> None:
 def stored_date(out: Path) -> str | None:
     """Returns the date for chat templates that the journals in a folder record, in ISO format, or None without one."""
     for path in sorted(out.glob("journal-*-of-*.jsonl")):
-        settings = read_header(path) or {}
-        if date := settings.get("engine", {}).get("processor", {}).get("date"):
-            return date
+        engine = (read_header(path) or {}).get("engine", {})
+        for settings in (engine, engine.get("judge", {})):
+            if date := settings.get("processor", {}).get("date"):
+                return date
     return None
 
 
@@ -155,7 +156,7 @@ def sample_items(
         ValueError: If the journal does not fit the input.
     """
     items = itertools.islice(source.items(), rank, None, world_size)
-    stored = _stored_blocks(blocks(items, pipeline, block_size), pipeline, journal)
+    stored = stored_blocks(blocks(items, pipeline, block_size), pipeline, journal)
     # Blocks whose records are all stored come first, so that appending does not disturb the reading of the journal.
     to_do = ((block, block.steps(pipeline, engine)) for block in stored)
     for block, sampled in run_blocks(to_do, engine):
@@ -202,7 +203,7 @@ def blocks(items: Iterable[Item], pipeline: Pipeline, block_size: int) -> Iterat
 
 
 @dataclasses.dataclass(slots=True)
-class _StoredBlock:
+class StoredBlock:
     """A block of items.
 
     Attributes:
@@ -224,11 +225,16 @@ class _StoredBlock:
 
     def add(self, journal: Journal, sampled: list[dict[str, Any]], pipeline: str) -> None:
         """Appends the missing records to the journal; ``sampled`` holds all records of the block."""
-        if [record["key"] for record in sampled] != list(itertools.chain.from_iterable(self.keys)):
-            raise RuntimeError(f"{pipeline}.steps must give one record for each key, in order")
+        check_records(sampled, list(itertools.chain.from_iterable(self.keys)), pipeline)
         missing = sampled[len(self.records) :]
         journal.append(missing)
         self.records += missing
+
+
+def check_records(sampled: Sequence[Mapping[str, Any]], keys: Sequence[str], pipeline: str) -> None:
+    """Raises RuntimeError unless ``sampled``, the records of the pipeline, has a record for each key, in order."""
+    if [record["key"] for record in sampled] != list(keys):
+        raise RuntimeError(f"{pipeline}.steps must give one record for each key, in order")
 
 
 def _no_steps() -> Steps:
@@ -236,13 +242,13 @@ def _no_steps() -> Steps:
     return []
 
 
-def _stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal: Journal) -> Iterator[_StoredBlock]:
+def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal: Journal) -> Iterator[StoredBlock]:
     """Yields each block with those of its records that the journal holds already."""
     stored = journal.records()
     for items in item_blocks:
         keys = [pipeline.keys(item) for item in items]
         records = list(_stored_records(stored, itertools.chain.from_iterable(keys), journal.path))
-        yield _StoredBlock(items, keys, records)
+        yield StoredBlock(items, keys, records)
 
 
 def _stored_records(records: Iterator[dict[str, Any]], keys: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:

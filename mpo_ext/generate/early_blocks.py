@@ -1,0 +1,120 @@
+"""A journal whose blocks may finish in any order.
+
+The journal holds its records in the order of the input. A block that finishes before an earlier block is kept in a
+second file, so that a kill does not lose it, and moves to the journal when its turn comes.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpo_ext.journal import Journal
+
+_COMPACT_BYTES = 16 << 20  # the second file is emptied at the next opportunity when it is larger
+
+
+@dataclasses.dataclass(slots=True)
+class _Place:
+    """A block in the order of the input.
+
+    Attributes:
+        start: Number of records before the block.
+        n_stored: Number of the block's records that the journal holds already.
+        is_finished: Whether the second file holds the block.
+    """
+
+    start: int
+    n_stored: int
+    is_finished: bool = False
+
+
+class EarlyBlocks:
+    """Appends blocks to a journal in the order of the input, whatever the order in which they finish.
+
+    A context manager, to be entered after the journal. Blocks are announced in the order of the input with
+    ``announce``. If the second file, ``early-RANK-of-WORLD.jsonl``, holds a block from an interrupted run, the block
+    need not be sampled again. At the end, the second file is removed if it holds no block.
+
+    Args:
+        journal: The journal, opened.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        name = journal.path.name.replace("journal-", "early-", 1)
+        self.path = journal.path.with_name(name)
+        self._file = Journal(self.path, journal.settings, fsync_s=journal.fsync_s)
+        self._places: collections.deque[_Place] = collections.deque()
+        self._spans: dict[int, tuple[int, int]] = {}  # offset and size of the line of each block, by its start
+        self._header_bytes = 0
+
+    def __enter__(self) -> "EarlyBlocks":
+        self._file.__enter__()
+        n_stored = sum(1 for _ in self.journal.records())
+        with open(self.path, "rb") as file:
+            self._header_bytes = len(file.readline())
+            offset = self._header_bytes
+            for line in file:
+                block = json.loads(line)
+                if block["start"] + len(block["records"]) > n_stored:  # otherwise the journal holds the whole block
+                    self._spans[block["start"]] = (offset, len(line))
+                offset += len(line)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
+        if not self._spans:
+            self.path.unlink()
+            self.path.with_name(f"{self.path.name}.lock").unlink(missing_ok=True)
+
+    def announce(
+        self, start: int, keys: Sequence[str], stored: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]] | None:
+        """Adds the next block of the input, and returns its records; None if it must be sampled.
+
+        Args:
+            start: Number of records of the input before the block.
+            keys: Keys of all records of the block.
+            stored: Records of the block that the journal holds already.
+        """
+        place = _Place(start, len(stored))
+        self._places.append(place)
+        if start in self._spans:
+            records = self._read(start)
+            # Another block size, or a change in the journal, makes another block.
+            if [record["key"] for record in records] == list(keys) and records[: len(stored)] == list(stored):
+                place.is_finished = True
+                self._move()
+                return records
+            del self._spans[start]
+        return None
+
+    def finish(self, start: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Stores all records of the block that begins at ``start``."""
+        if self._places[0].start == start:
+            self.journal.append(records[self._places.popleft().n_stored :])
+            self._move()
+            return
+        offset = os.path.getsize(self.path)
+        self._file.append([{"start": start, "records": list(records)}])
+        self._spans[start] = (offset, os.path.getsize(self.path) - offset)
+        next(place for place in self._places if place.start == start).is_finished = True
+
+    def _move(self) -> None:
+        """Moves the blocks whose turn has come to the journal."""
+        while self._places and self._places[0].is_finished:
+            place = self._places.popleft()
+            self.journal.append(self._read(place.start)[place.n_stored :])
+            del self._spans[place.start]
+        if not self._spans and os.path.getsize(self.path) > _COMPACT_BYTES:
+            self.journal.sync()
+            os.truncate(self.path, self._header_bytes)
+
+    def _read(self, start: int) -> list[dict[str, Any]]:
+        offset, size = self._spans[start]
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return json.loads(file.read(size))["records"]

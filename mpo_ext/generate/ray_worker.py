@@ -1,0 +1,143 @@
+"""The actor of a Ray run: it holds an engine and samples blocks."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from mpo_ext.generate.engine import Engine
+from mpo_ext.generate.feeding import Feeder, Records, StreamingEngine, run_steps
+from mpo_ext.generate.items import Item
+from mpo_ext.generate.sampler import Pipeline, set_date
+
+_SHOWN = 80  # maximum number of characters of a question in a message
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Block:
+    """A block of items that a worker samples.
+
+    Attributes:
+        start: Number of records of the input before the block, which names the block.
+        first_item: Number of items of the input before the block.
+        items: The items.
+        keys: Keys of all records of the block.
+    """
+
+    start: int
+    first_item: int
+    items: Sequence[Item]
+    keys: Sequence[str]
+
+    def __str__(self) -> str:
+        if len(self.items) == 1:
+            return self.describe(0)
+        return f"items {self.first_item + 1} to {self.first_item + len(self.items)}"
+
+    def describe(self, place: int) -> str:
+        """Returns the number and the question of an item of the block, for messages."""
+        question = " ".join(self.items[place].question.split())
+        shown = question if len(question) <= _SHOWN else f"{question[: _SHOWN - 3]}..."
+        return f"item {self.first_item + place + 1} ({shown!r})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockResult:
+    """The result of a block.
+
+    Attributes:
+        start: The block's ``start``.
+        records: Records of each item; empty after an error.
+        error: The message of an error, or None.
+    """
+
+    start: int
+    records: Records
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineReport:
+    """The properties of an engine that the driver needs.
+
+    Attributes:
+        name: Name of the model.
+        settings: Result of the engine's ``settings()``.
+        concurrency: Number of requests that keep a streaming engine busy; None for another engine.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    concurrency: int | None
+
+
+class RayWorker:
+    """Samples blocks with one engine. With a streaming engine, several blocks run at the same time.
+
+    Args:
+        pipeline: The pipeline.
+        make_engine: Function that creates the engine.
+        date: Date of the chat template, in ISO format.
+    """
+
+    def __init__(self, pipeline: Pipeline, make_engine: Callable[[], Engine], date: str) -> None:
+        self.pipeline, self._make_engine, self._date = pipeline, make_engine, date
+
+    def start(self) -> EngineReport:
+        """Creates the engine."""
+        self.engine = self._make_engine()
+        set_date(self.engine, self._date)
+        concurrency = getattr(self.engine, "concurrency", None) if hasattr(self.engine, "submit") else None
+        self._feeder = None if concurrency is None else Feeder(cast(StreamingEngine, self.engine))
+        self._blocks: dict[int, Block] = {}
+        return EngineReport(self.engine.name, self.engine.settings(), concurrency)
+
+    def step(self, blocks: Sequence[Block]) -> list[BlockResult]:
+        """Begins blocks, and returns the results of those that have finished, at least one.
+
+        A streaming engine also returns earlier blocks. Another engine finishes all the blocks.
+        """
+        if self._feeder is None:
+            return [self._run(block) for block in blocks]
+        finished: list[tuple[Any, Records]] = []
+        try:
+            for block in blocks:
+                self._blocks[block.start] = block
+                self._feeder.add(block.start, self.pipeline.steps(block.items, self.engine))
+            while self._blocks and not (finished := self._feeder.take(in_order=False)):
+                self._feeder.collect()
+        except Exception as error:
+            tag = self._feeder.active_tag
+            # An error of the engine itself concerns all blocks.
+            failed = [self._blocks.pop(start) for start in list(self._blocks) if tag in (None, start)]
+            return [BlockResult(block.start, [], f"{block}: {describe_error(error)}") for block in failed]
+        for start, _ in finished:
+            del self._blocks[start]
+        return [BlockResult(start, records) for start, records in finished]
+
+    def _run(self, block: Block) -> BlockResult:
+        try:
+            return BlockResult(block.start, run_steps(self.pipeline.steps(block.items, self.engine), self.engine))
+        except Exception as error:
+            return BlockResult(block.start, [], f"{block}: {describe_error(error)}{self._culprit(block)}")
+
+    def _culprit(self, block: Block) -> str:
+        """Returns a text that names the item that fails alone, while the next item does not; else an empty text."""
+        if len(block.items) < 2:
+            return ""
+        for place in range(len(block.items)):
+            if self._fails(block.items[place]):
+                neighbour = place + 1 if place + 1 < len(block.items) else place - 1
+                return "" if self._fails(block.items[neighbour]) else f"; alone, {block.describe(place)} fails"
+        return ""
+
+    def _fails(self, item: Item) -> bool:
+        try:
+            run_steps(self.pipeline.steps([item], self.engine), self.engine)
+        except Exception:
+            return True
+        return False
+
+
+def describe_error(error: Exception) -> str:
+    """Returns the type and the message of an error, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
