@@ -26,6 +26,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "continuation becomes the rejected response. Writes OUT/pairs.jsonl.",
     )
     _add_common(dropout, samples=1, max_new_tokens=2048)
+    _add_answers(dropout)
     dropout.add_argument("--keep", type=float, default=0.5, help="fraction of the response to keep (default: 0.5)")
     dropout.add_argument(
         "--unit", choices=("tokens", "words"), default="tokens", help="unit of --keep (default: tokens)"
@@ -49,6 +50,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "sample), which 'mpo-ext sample dropout-ntp' reads.",
     )
     _add_common(correctness, samples=32, max_new_tokens=4096)
+    _add_answers(correctness)
     correctness.add_argument("--template", help="prompt template that questions are put in (default: none)")
     correctness.add_argument(
         "--pairs-per-question", type=int, default=15, help="maximum pairs per question; 0 takes all (default: 15)"
@@ -63,6 +65,69 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     correctness.add_argument("--keep-duplicates", action="store_true", help="use equal responses more than once")
     correctness.set_defaults(run=run_sample, build=_correctness)
+    _add_rlaif_v(pipelines)
+    _add_judge(pipelines)
+
+
+def _add_rlaif_v(pipelines: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = pipelines.add_parser(
+        "rlaif-v",
+        help="check the claims of several responses one by one, and pair responses by their errors",
+        description="Samples responses, splits each into claims, asks a yes-or-no question with the image about each "
+        "claim, and pairs responses by their numbers of rejected claims (RLAIF-V, arXiv 2405.17220). Writes "
+        "OUT/pairs.jsonl.",
+    )
+    _add_common(parser, samples=10, max_new_tokens=2048)
+    parser.add_argument("--template", help="prompt template that questions are put in (default: none)")
+    parser.add_argument(
+        "--claims", choices=("model", "sentences"), default="model",
+        help="what splits a response: the model, or the ends of its sentences (default: model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--questions", choices=("model", "statement"), default="model",
+        help="how a claim becomes a question: rewritten by the model, or quoted as a statement (default: model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-gap", type=int, default=1, help="minimum difference of the numbers of rejected claims (default: 1)"
+    )
+    _add_judged(parser)
+    parser.set_defaults(run=run_sample, build=_rlaif_v)
+
+
+def _add_judge(pipelines: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = pipelines.add_parser(
+        "judge",
+        help="let a model compare or rate whole responses",
+        description="Samples responses and lets a model compare two of them, in both orders, or rate each. Two "
+        "responses whose comparison depends on the order give no pair. Writes OUT/pairs.jsonl.",
+    )
+    _add_common(parser, samples=4, max_new_tokens=2048)
+    parser.add_argument("--template", help="prompt template that questions are put in (default: none)")
+    parser.add_argument(
+        "--mode", choices=("pairwise", "pointwise"), default="pairwise",
+        help="compare two responses, or rate each response (default: pairwise)",
+    )  # fmt: skip
+    parser.add_argument("--best-rating", type=int, default=5, help="best rating of pointwise, 2 to 9 (default: 5)")
+    parser.add_argument(
+        "--min-gap", type=float, default=0.5, help="minimum difference of two ratings of a pair (default: 0.5)"
+    )
+    _add_judged(parser)
+    parser.set_defaults(run=run_sample, build=_judge)
+
+
+def _add_judged(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the pipelines whose responses a model judges."""
+    parser.add_argument(
+        "--pairs-per-question", type=int, default=2, help="maximum pairs per question; 0 takes all (default: 2)"
+    )
+    parser.add_argument(
+        "--max-shorter", type=float, default=1.0, metavar="FRACTION",
+        help="leave out a pair whose chosen response has fewer words than the rejected one by more than this "
+        "fraction; 1 leaves out none (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--judge-model", metavar="MODEL", help="model that judges, run like --model (default: the model itself)"
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens: int) -> None:
@@ -87,26 +152,41 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
     parser.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"(default: {max_new_tokens})")
     parser.add_argument("--allow-truncated", action="store_true", help="use responses that --max-new-tokens cut off")
+    _add_ray(parser)
+    shared.add_image_limit(parser)
+    shared.add_debug(parser)
+
+
+def _add_ray(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ray", metavar="ADDRESS",
+        help="run engines on a Ray cluster: its address, 'auto' for the cluster of this machine, or 'local' for a new "
+        "one on this machine",
+    )  # fmt: skip
+    parser.add_argument("--engines", type=int, help="number of engines, with --ray (default: 1)")
+    parser.add_argument("--gpus-per-engine", type=float, help="number of GPUs of an engine, with --ray (default: 0)")
+
+
+def _add_answers(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the pipelines that compare answers with the truth."""
     parser.add_argument(
         "--style",
         help="form of the answers: final_answer, boxed, answer, direct, regex:... (default: the form of the "
         "template, or final_answer)",
     )
     shared.add_matcher(parser)
-    shared.add_image_limit(parser)
-    shared.add_debug(parser)
 
 
 @command("sample", extra="generate")
 def run_sample(args: argparse.Namespace) -> int:
     """Runs ``mpo-ext sample`` and returns the exit status."""
-    from mpo_ext.evaluate.models import ModelSource, find_model
-    from mpo_ext.evaluate.models import load_engine as load_source
+    from mpo_ext.generate import ray_stages
     from mpo_ext.generate.engine import rank_and_world_size
     from mpo_ext.generate.runner import check_run, run
 
     rank, world_size = rank_and_world_size()
     with settings_errors():
+        _check_ray(args, world_size)
         for name, value in (("block_size", args.block_size), ("batch_size", args.batch_size), ("limit", args.limit)):
             if value is not None:
                 check_integer(name, value, least=1)
@@ -115,13 +195,59 @@ def run_sample(args: argparse.Namespace) -> int:
     # Checked before the model is loaded, because loading may take minutes.
     check_run(pipeline, args.source, args.out, **place)
     check_model_path("--model", args.model)
-    source = find_model(args.model) if Path(args.model).is_dir() else ModelSource(args.model)
-    settings = {"block_size": args.block_size, "limit": args.limit, "rank": rank, "stream": sys.stderr}
-    engine = load_source(source, functools.partial(load_engine, args))
-    summary = run(pipeline, engine, args.source, args.out, **settings, **place)
+    if getattr(args, "judge_model", None) is not None:
+        check_model_path("--judge-model", args.judge_model)
+    settings = {"block_size": args.block_size, "limit": args.limit, "stream": sys.stderr}
+    summary: Any
+    if args.ray is not None:
+        del place["world_size"]
+        summary = ray_stages.run(
+            pipeline, functools.partial(_load_in_actor, args), args.source, args.out, address=args.ray,
+            engines=1 if args.engines is None else args.engines, gpus_per_engine=args.gpus_per_engine or 0,
+            **settings, **place,
+        )  # fmt: skip
+    else:
+        summary = run(pipeline, _load_engines(args), args.source, args.out, rank=rank, **settings, **place)
     waiting = f"process {rank} of {world_size} is done, others are not"
     print(waiting if summary is None else summary, file=sys.stderr)
     return 0
+
+
+def _check_ray(args: argparse.Namespace, world_size: int) -> None:
+    if args.ray is None:
+        for name in ("engines", "gpus_per_engine"):
+            if (value := getattr(args, name)) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} must be left out without --ray, got {value}")
+    elif world_size > 1:
+        raise ValueError(f"--ray must run in one process, which is the driver, got {world_size} processes")
+
+
+def _load_in_actor(args: argparse.Namespace) -> Any:
+    """Applies the options that hold for a process, and loads the engines."""
+    if args.max_image_pixels is not None:
+        from mpo_ext.images import set_max_pixels
+
+        set_max_pixels(args.max_image_pixels)
+    return _load_engines(args)
+
+
+def _load_engines(args: argparse.Namespace) -> Any:
+    """Loads the model and, if the options name a model that judges, that model, and returns an engine."""
+    engine = _load_engine(args, args.model)
+    if getattr(args, "judge_model", None) is None:
+        return engine
+    from mpo_ext.generate.routing import RoutedEngine
+
+    return RoutedEngine(engine, _load_engine(args, args.judge_model))
+
+
+def _load_engine(args: argparse.Namespace, model: str) -> Any:
+    """Loads a model: a hub name, or the folder of a whole model, of a run, or of adapters."""
+    from mpo_ext.evaluate.models import ModelSource, find_model
+    from mpo_ext.evaluate.models import load_engine as load_source
+
+    source = find_model(model) if Path(model).is_dir() else ModelSource(model)
+    return load_source(source, functools.partial(load_engine, args))
 
 
 def _shared(args: argparse.Namespace) -> dict[str, Any]:
@@ -131,7 +257,7 @@ def _shared(args: argparse.Namespace) -> dict[str, Any]:
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_new_tokens=args.max_new_tokens
     )
     settings = {name: getattr(args, name) for name in ("samples", "seed", "allow_truncated")}
-    return {**settings, "sampling": sampling, "matcher": shared.matcher_settings(args)}
+    return {**settings, "sampling": sampling}
 
 
 def _dropout_ntp(args: argparse.Namespace) -> Any:
@@ -139,7 +265,8 @@ def _dropout_ntp(args: argparse.Namespace) -> Any:
 
     names = ("keep", "unit", "with_image", "sample_chosen", "allow_wrong_chosen")
     settings = {name: getattr(args, name) for name in names}
-    return DropoutNTP(DropoutNTPConfig(**settings, style=args.style or "final_answer", **_shared(args)))
+    settings |= {"style": args.style or "final_answer", "matcher": shared.matcher_settings(args)}
+    return DropoutNTP(DropoutNTPConfig(**settings, **_shared(args)))
 
 
 def _correctness(args: argparse.Namespace) -> Any:
@@ -147,5 +274,22 @@ def _correctness(args: argparse.Namespace) -> Any:
 
     names = ("template", "pairs_per_question", "length_balance", "reuse_limit", "style")
     settings = {name: getattr(args, name) for name in names}
-    accuracy, dedupe = tuple(args.accuracy), not args.keep_duplicates
-    return Correctness(CorrectnessConfig(**settings, accuracy=accuracy, dedupe=dedupe, **_shared(args)))
+    settings |= {"accuracy": tuple(args.accuracy), "dedupe": not args.keep_duplicates}
+    settings["matcher"] = shared.matcher_settings(args)
+    return Correctness(CorrectnessConfig(**settings, **_shared(args)))
+
+
+def _rlaif_v(args: argparse.Namespace) -> Any:
+    from mpo_ext.generate.rlaif_v import RlaifV, RlaifVConfig
+
+    names = ("template", "claims", "questions", "min_gap", "pairs_per_question", "max_shorter")
+    settings = {name: getattr(args, name) for name in names}
+    return RlaifV(RlaifVConfig(**settings, judge=args.judge_model, **_shared(args)))
+
+
+def _judge(args: argparse.Namespace) -> Any:
+    from mpo_ext.generate.judge import Judge, JudgeConfig
+
+    names = ("template", "mode", "best_rating", "min_gap", "pairs_per_question", "max_shorter")
+    settings = {name: getattr(args, name) for name in names}
+    return Judge(JudgeConfig(**settings, judge=args.judge_model, **_shared(args)))

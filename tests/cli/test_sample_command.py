@@ -51,6 +51,55 @@ def test_correctness_takes_its_options(items: Path, tmp_path: Path, monkeypatch:
     assert json.loads((out / "summary.json").read_text())["items"] == 3
 
 
+def test_rlaif_v_takes_its_options(items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    options = ["--samples", "3", "--claims", "sentences", "--questions", "statement", "--min-gap", "2"]
+    options += ["--pairs-per-question", "5", "--max-shorter", "0.5", "--judge-model", "better"]
+    assert sample(monkeypatch, "rlaif-v", items, out, *options) == 0
+    header = json.loads((out / "journal-00000-of-00001.jsonl").read_text().splitlines()[0])["settings"]
+    settings = header["pipeline"]
+    assert (settings["claims"], settings["questions"], settings["samples"]) == ("sentences", "statement", 3)
+    assert (settings["min_gap"], settings["pairs_per_question"], settings["max_shorter"]) == (2, 5, 0.5)
+    assert (settings["judge"], header["engine"]) == ("better", {"engine": "stub", "judge": {"engine": "stub"}})
+    assert json.loads((out / "summary.json").read_text())["generated_tokens_by_stage"]["claims"] == 0
+
+
+def test_judge_takes_its_options(items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    options = ["--mode", "pointwise", "--best-rating", "9", "--min-gap", "0.1", "--samples", "5"]
+    assert sample(monkeypatch, "judge", items, out, *options) == 0
+    header = json.loads((out / "journal-00000-of-00001.jsonl").read_text().splitlines()[0])["settings"]["pipeline"]
+    assert (header["mode"], header["best_rating"], header["min_gap"]) == ("pointwise", 9, 0.1)
+    pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    assert pairs
+    assert all(pair["provenance"]["scores"][0] >= pair["provenance"]["scores"][1] + 0.1 for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engines", "2"], "--engines must be left out without --ray, got 2"),
+        (["--gpus-per-engine", "0.5"], "--gpus-per-engine must be left out without --ray, got 0.5"),
+        (["--ray", "local", "--engines", "0"], "engines must be at least 1, got 0"),
+    ],
+)
+def test_options_of_ray_are_checked(
+    options: list[str], message: str, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out", *options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_ray_runs_in_one_process(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out", "--ray", "auto") == 1
+    assert "--ray must run in one process, which is the driver, got 2 processes" in capsys.readouterr().err
+
+
 def test_a_run_of_other_settings_is_refused_in_words(
     items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
