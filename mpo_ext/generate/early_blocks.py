@@ -5,6 +5,7 @@ second file, so that a kill does not lose it, and moves to the journal when its 
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -52,20 +53,32 @@ class EarlyBlocks:
         self._header_bytes = 0
 
     def __enter__(self) -> "EarlyBlocks":
-        self._file.__enter__()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._file)
+            self._read_spans()
+            self._close = stack.pop_all()
+        return self
+
+    def _read_spans(self) -> None:
+        """Finds the blocks in the second file that the journal lacks."""
         n_stored = sum(1 for _ in self.journal.records())
         with open(self.path, "rb") as file:
             self._header_bytes = len(file.readline())
             offset = self._header_bytes
-            for line in file:
-                block = json.loads(line)
+            for number, line in enumerate(file, start=2):
+                try:
+                    block = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{self.path} must hold one block a line, got line {number}: {error}; without the file, its "
+                        "blocks are sampled again"
+                    ) from None
                 if block["start"] + len(block["records"]) > n_stored:  # otherwise the journal holds the whole block
                     self._spans[block["start"]] = (offset, len(line))
                 offset += len(line)
-        return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.__exit__(*error)
+        self._close.__exit__(*error)  # type: ignore[arg-type]
         if not self._spans:
             self.path.unlink()
             self.path.with_name(f"{self.path.name}.lock").unlink(missing_ok=True)

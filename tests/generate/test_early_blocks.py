@@ -70,6 +70,20 @@ def test_a_block_that_finished_early_survives(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_broken_second_file_is_named(tmp_path: Path) -> None:
+    journal, path = open_files(tmp_path)
+    with journal, EarlyBlocks(journal) as early:
+        announce_all(early, journal)
+        early.finish(*block_records()[1])
+        early.finish(*block_records()[2])
+    path.write_bytes(path.read_bytes().replace(b'"start":3', b'"start":'))
+    with journal, pytest.raises(ValueError, match=r"early-.* must hold one block a line, got line 2: "):
+        EarlyBlocks(journal).__enter__()
+    path.unlink()
+    with journal, EarlyBlocks(journal) as early:
+        assert len(announce_all(early, journal)) == len(SIZES)
+
+
 def test_blocks_of_another_size_are_sampled_again(tmp_path: Path) -> None:
     journal, _ = open_files(tmp_path)
     with journal, EarlyBlocks(journal) as early:
