@@ -110,6 +110,18 @@ def test_the_second_file_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert len(list(journal.records())) == sum(SIZES)
 
 
+def test_moved_blocks_do_not_keep_the_second_file(tmp_path: Path) -> None:
+    journal, path = open_files(tmp_path)
+    for numbers in ((1, 3), (0,), (2, 4)):  # the second session moves block 1, and block 3 keeps the file
+        with journal, EarlyBlocks(journal) as early:
+            announce_all(early, journal)
+            for number in numbers:
+                early.finish(*block_records()[number])
+    assert not path.exists()
+    with journal:
+        assert len(list(journal.records())) == sum(SIZES)
+
+
 def test_any_order_and_any_kill(tmp_path: Path) -> None:
     rng = random.Random(0)
     for attempt in range(20):
@@ -132,3 +144,4 @@ def test_any_order_and_any_kill(tmp_path: Path) -> None:
             pytest.fail("the journal was not completed")
         with journal:
             assert [record["key"] for record in journal.records()] == [f"k{place}" for place in range(sum(SIZES))]
+        assert not path.exists()
