@@ -7,16 +7,25 @@ CONSTRAINTS ?= constraints.txt
 REQUIREMENTS := setup.py pyproject.toml $(CONSTRAINTS)
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
+# CUDA code takes minutes to compile, and without a GPU nothing runs it. MPO_CUDA=ON compiles it nevertheless.
+DEMO_CUDA := $(or $(MPO_CUDA),$(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo AUTO || echo OFF))
 # Extras of mpo-ext for development. "dev,nvcc" adds nvcc, which the tests of the CUDA kernels need, from PyPI.
 DEV_EXTRAS ?= dev
 # Most tests use one thread. Each process gets runs of adjacent tests, which share fixtures and oracles.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook clean
+.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook demo-start clean
 
+# An interrupted demo resumes. DEMO_ARGS="--seeds 5" runs it with five seeds.
 demo: $(VENV)/.demo
-	$(BIN)/mpo-ext demo
+	$(BIN)/mpo-ext demo $(DEMO_ARGS)
+
+# Trains the demo's start again, and puts it into the package.
+demo-start: $(VENV)/.demo
+	$(BIN)/mpo-ext demo --from-scratch --threads 1 --out build/demo-start
+	$(BIN)/python -m mpo_ext.demo.start build/demo-start
 
 # With PYTEST_ARGS, only what they select: make test PYTEST_ARGS="tests/loss -k packed".
 test: $(VENV)/.dev $(VENV)/.native
@@ -136,8 +145,10 @@ $(BIN)/python:
 
 # The stamps are renewed when the requirements change; .native when the native code changes.
 $(VENV)/.demo: $(BIN)/python $(REQUIREMENTS) $(NATIVE)
-	@echo "Installing and compiling, also for CUDA if nvcc is on PATH (MPO_CUDA=OFF disables that). This takes some minutes"
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[demo]'
+	@echo "Installing mpo-ext[demo] into $(VENV) (torch, transformers, scikit-learn, matplotlib and what they need), with"
+	@echo "its C++ code compiled, and MPO_CUDA=$(DEMO_CUDA) (OFF: no CUDA code, which no GPU here would run)"
+	@start=$$(date +%s); MPO_CUDA=$(DEMO_CUDA) $(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[demo]' && \
+	  echo "installed in $$(($$(date +%s) - start)) s"
 	touch $@
 
 # --no-deps: peers that need other versions of their dependencies must not change the versions of this project.

@@ -44,13 +44,14 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "predicted_floors": ((), predictions.floors),
     "predicted_issue": (("machine_code",), predictions.issue),
     "data_sheets": ((), predictions.data_sheets),
-    **{name: (("study",), make) for name, make in study.BLOCKS.items()},
+    **study.BLOCKS,
 }
 
 
 def load(folder: Path) -> dict[str, Any]:
     """Reads and checks the result files in a folder, and returns the contents by file name without suffix."""
-    loaders = {**dict.fromkeys(schema.BENCHMARKS, schema.load), "machine_code": machine_code.load, "study": study.load}
+    loaders = {**dict.fromkeys(schema.BENCHMARKS, schema.load), "machine_code": machine_code.load}
+    loaders |= dict.fromkeys(("study", "study_prior"), study.load)
     paths = {name: folder / f"{name}.json" for name in loaders}
     return {name: loaders[name](path) for name, path in paths.items() if path.exists()}
 

@@ -19,6 +19,9 @@ def parser() -> argparse.ArgumentParser:
         description="Trains a tiny multimodal model on digits with many losses, data and settings, and compares them.",
     )
     made.add_argument("--out", type=Path, default=Path("study"), help="output folder (default: study)")
+    made.add_argument("--task", choices=("language-prior", "perception"), default="language-prior",
+                      help="task of the model (default: language-prior, that of the demo)")  # fmt: skip
+    made.add_argument("--only", nargs="+", default=[], metavar="TABLE", help="run only the rows of these tables")
     made.add_argument("--seed", type=at_least(0), default=0, help="seed of the first start (default: 0)")
     made.add_argument("--seeds", type=at_least(1), default=1, help="number of starts, each with the next seed")
     made.add_argument("--threads", type=at_least(1), help="CPU threads of each process (default: divides the cores)")
@@ -47,10 +50,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"--out must be a folder that can be written, got {args.out}: {error.strerror}", file=sys.stderr)
         return 1
     from benchmarks.study import runs
+    from benchmarks.study.tables import TASKS
+
+    if unknown := [name for name in args.only if name not in TASKS[args.task].tables]:
+        print(f"--only must be among {', '.join(TASKS[args.task].tables)}, got {unknown[0]}", file=sys.stderr)
+        return 1
 
     try:
         return runs.run(
-            out=args.out, seeds=range(args.seed, args.seed + args.seeds), quick=args.quick, threads=args.threads,
+            out=args.out, seeds=range(args.seed, args.seed + args.seeds), task=args.task,
+            only=tuple(args.only), quick=args.quick, threads=args.threads,
             backend=args.backend, jobs=args.jobs, command=command_of(args),
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -60,9 +69,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def command_of(args: argparse.Namespace) -> str:
     """Returns the command line without the output folder, for the result file."""
-    given = {"--seed": args.seed, "--seeds": args.seeds, "--jobs": args.jobs, "--threads": args.threads,
+    given = {"--task": args.task, "--only": " ".join(args.only) or None,
+             "--seed": args.seed, "--seeds": args.seeds, "--jobs": args.jobs, "--threads": args.threads,
              "--backend": args.backend}  # fmt: skip
-    defaults = {"--seed": 0, "--seeds": 1, "--jobs": 1}
+    defaults = {"--task": "language-prior", "--seed": 0, "--seeds": 1, "--jobs": 1}
     options = [f"{name} {value}" for name, value in given.items() if value not in (None, defaults.get(name))]
     return " ".join(["python -m benchmarks.study", *options, *(["--quick"] if args.quick else [])])
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.study import tables
-from benchmarks.study.settings import StudySettings
+from benchmarks.study.declare import START
+from benchmarks.study.settings import AnySettings
 from mpo_ext import report
 
 RESULTS = "results"  # subfolder of a seed's folder
@@ -27,13 +28,14 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def key_of(settings: StudySettings, row: str) -> str:
-    """Returns a hash of everything that a result depends on: the settings of the seed, and those of the row."""
-    parts = [dataclasses.asdict(settings), None if row == tables.START else dataclasses.asdict(tables.ROWS[row])]
+def key_of(settings: AnySettings, row: str) -> str:
+    """Returns a hash of everything that a result depends on: the settings of the start, and those of the row."""
+    rows = tables.TASKS[settings.task].rows
+    parts = [dataclasses.asdict(settings), dataclasses.asdict(rows[row]) if row in rows else None]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def read(out: Path, settings: StudySettings, row: str) -> dict[str, Any] | None:
+def read(out: Path, settings: AnySettings, row: str) -> dict[str, Any] | None:
     """Returns the saved result of a row with these settings, or None if no such result exists in ``out``."""
     path = _file(out, settings, row)
     if not path.exists():
@@ -42,7 +44,7 @@ def read(out: Path, settings: StudySettings, row: str) -> dict[str, Any] | None:
     return result if result["key"] == key_of(settings, row) else None
 
 
-def save(out: Path, settings: StudySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
+def save(out: Path, settings: AnySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the result of a run, and returns it with the added fields ``key``, ``seed`` and ``row``."""
     complete = complete_result(settings, row, result)
     path = _file(out, settings, row)
@@ -51,11 +53,11 @@ def save(out: Path, settings: StudySettings, row: str, result: Mapping[str, Any]
     return complete
 
 
-def _file(out: Path, settings: StudySettings, row: str) -> Path:
+def _file(out: Path, settings: AnySettings, row: str) -> Path:
     return out / f"seed-{settings.seed}" / RESULTS / f"{slug(row)}.json"
 
 
-def complete_result(settings: StudySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
+def complete_result(settings: AnySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a result with the added fields ``key``, ``seed`` and ``row``."""
     return {"key": key_of(settings, row), "seed": settings.seed, "row": row, **result}
 
@@ -70,18 +72,20 @@ def is_measured(result: Mapping[str, Any] | None) -> bool:
 
 
 def document_of(
-    results: Results, settings: Mapping[int, StudySettings], environment: Mapping[str, Any], quick: bool
+    results: Results, settings: Mapping[int, AnySettings], environment: Mapping[str, Any], quick: bool
 ) -> dict[str, Any]:
     """Returns the content of ``study.json``. Runs without a result are listed as not run.
 
     ``results`` holds the results by seed and row, ``settings`` the settings by seed.
     """
     starts, listed = [], []
+    name = next(iter(settings.values())).task
+    task = tables.TASKS[name]
     for seed in settings:
-        for row in (tables.START, *tables.ROWS):
+        for row in (*task.starts, *task.rows):
             result = dict(results.get((seed, row), {"seed": seed, "row": row, **failure(tables.NOT_RUN)}))
             result.pop("key", None)
-            if row == tables.START:
+            if row == START:
                 parts = {name: result.pop(name, {}) for name in ("pairs", "sampling", "curve")}
                 starts.append({"seed": seed, **parts})
             listed.append(result)
@@ -91,6 +95,7 @@ def document_of(
     return {
         "schema": tables.SCHEMA,
         "benchmark": "study",
+        "task": name,
         "quick": quick,
         "environment": {**environment, "ended": ended, "load_after": [round(value, 2) for value in load]},
         "settings": shared,
@@ -112,7 +117,7 @@ def save_plot(path: Path, document: Mapping[str, Any]) -> None:
     The bars show the mean over the seeds, the whiskers the standard deviation.
     """
     panels = []
-    for table in tables.TABLES.values():
+    for table in tables.task_of(document).tables.values():
         content = []
         for column, color in zip(tables.COLUMNS, _COLORS, strict=True):
             labels, means, errors = [], [], []

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.study import results, tables, training
-from benchmarks.study.settings import StudySettings
+from benchmarks.study.declare import StudyRow
+from benchmarks.study.settings import AnySettings
 from mpo_ext.demo.train import make_recipe
 from mpo_ext.train.recipe import Recipe, ReferenceRecipe, RewardShiftRecipe
 
@@ -23,10 +24,10 @@ _LOG_KEYS = ("loss", "dpo_loss", "bco_loss", "ntp_loss", "reward_accuracy", "cho
              "grad_norm", "reward_shift")  # fmt: skip
 
 
-def run_row(folder: Path, settings: StudySettings, row: str) -> dict[str, Any]:
-    """Trains a seed's start model with the settings of a row, evaluates the model, and writes the result.
+def run_row(folder: Path, settings: AnySettings, row: str) -> dict[str, Any]:
+    """Trains a start model with the settings of a row, evaluates the model, and writes the result.
 
-    ``start.prepare`` must have filled the seed's ``folder``.
+    ``start.prepare`` must have filled the ``folder`` of the row's start, and ``settings`` are those of this start.
 
     Returns:
         The result. Its ``evaluation`` has the accuracies; its ``log`` has the means of the metrics over the first
@@ -34,9 +35,11 @@ def run_row(folder: Path, settings: StudySettings, row: str) -> dict[str, Any]:
     """
     lines: list[Mapping[str, float]] = []
     with training.logged(folder), training.Stopwatch() as watch:
-        model, processor = training.make_model(settings)
+        model, processor = training.new_model(settings)
         model.load_state_dict(torch.load(training.start_file(folder), weights_only=True))
-        recipe = row_recipe(tables.ROWS[row], settings, folder, folder / "runs" / results.slug(row))
+        recipe = row_recipe(
+            tables.TASKS[settings.task].rows[row], settings, folder, folder / "runs" / results.slug(row)
+        )
         training.train(recipe, model, processor, on_step=lambda _, line: lines.append(dict(line)))
         evaluation = training.evaluate_held_out(model, processor, settings)
     log = {"first": _means(lines[:_LOGGED_STEPS]), "last": _means(lines[-_LOGGED_STEPS:])}
@@ -44,11 +47,12 @@ def run_row(folder: Path, settings: StudySettings, row: str) -> dict[str, Any]:
     return results.save(folder.parent, settings, row, result)
 
 
-def row_recipe(row: tables.StudyRow, settings: StudySettings, folder: Path, out: Path) -> Recipe:
-    """Returns the recipe of a row. The pairs come from the seed's ``folder``; the run writes to ``out``."""
+def row_recipe(row: StudyRow, settings: AnySettings, folder: Path, out: Path) -> Recipe:
+    """Returns the recipe of a row. The pairs come from ``folder``, that of the start; the run writes to ``out``."""
     recipe = make_recipe(
         training.pair_file(folder, row.pairs), out, loss=dict(row.loss), steps=settings.branch_steps,
         batch=settings.branch_batch, rate=settings.branch_rate * row.rate, schedule="cosine", settings=settings,
+        warmup=settings.branch_warmup,
         reference=training.reference_file(folder, row.pairs),
     )  # fmt: skip
     reference = recipe.reference

@@ -1,4 +1,4 @@
-"""Runs the study: makes a start model and its pairs for each seed, and trains every row of ``tables`` from that model.
+"""Runs the study: makes a start model and its pairs for each seed, and trains every row of the task from that model.
 
 Each result is a file that is written atomically, so the same command resumes an interrupted study. Starts and rows of
 several seeds may run in parallel, each in its own process.
@@ -20,7 +20,8 @@ from rich.console import Console
 
 from benchmarks import measure
 from benchmarks.study import results, rows, start, tables
-from benchmarks.study.settings import StudySettings
+from benchmarks.study.declare import START
+from benchmarks.study.settings import SETTINGS, AnySettings
 from benchmarks.study.workers import Workers, sigterm_as_interrupt
 
 _WRITE_S = 10.0
@@ -36,7 +37,8 @@ class Study:
     Args:
         out: Existing folder, in which each seed has a subfolder.
         settings: Settings by seed.
-        quick: Whether ``settings`` come from ``StudySettings.quick``.
+        only: Names of the tables whose rows run; an empty tuple: all.
+        quick: Whether ``settings`` are those of a quick study.
         environment: Machine, versions and command, for the result file.
         say: Function that prints a line.
     """
@@ -44,27 +46,34 @@ class Study:
     def __init__(
         self,
         out: Path,
-        settings: dict[int, StudySettings],
+        settings: dict[int, AnySettings],
         *,
+        only: tuple[str, ...] = (),
         quick: bool,
         environment: dict[str, Any],
         say: Callable[[str], None],
     ) -> None:
         self.out, self.settings, self.quick, self.environment, self.say = out, settings, quick, environment, say
+        self.task = tables.TASKS[next(iter(settings.values())).task]
+        self.rows = self.task.choose(only)
         self.results: dict[StudyRun, dict[str, Any]] = {}
-        for seed, of_seed in settings.items():
-            for row in (tables.START, *tables.ROWS):
-                result = results.read(out, of_seed, row)
+        for seed in settings:
+            for row in (*self.task.starts, *self.task.rows):
+                result = results.read(out, self.settings_of(seed, row), row)
                 if result is not None:
                     self.results[seed, row] = result
+        starts = list(dict.fromkeys([START, *(row.start for row in self.rows.values())]))
         self.todo = {
-            seed: [row for row in tables.ROWS if not results.is_measured(self.results.get((seed, row)))]
+            (seed, start): [
+                name
+                for name, row in self.rows.items()
+                if row.start == start and not results.is_measured(self.results.get((seed, name)))
+            ]
+            for start in starts
             for seed in settings
         }
         self.left = sum(map(len, self.todo.values()))
-        self.queue = [
-            (seed, tables.START) for seed in settings if self.todo[seed] or (seed, tables.START) not in self.results
-        ]
+        self.queue = [run for run, rows_of_start in self.todo.items() if rows_of_start or run not in self.results]
         self.began = self.written = time.monotonic()
 
     def run(self, jobs: int, threads: int) -> None:
@@ -74,8 +83,9 @@ class Study:
             while self.queue or pending:
                 while self.queue and len(pending) < jobs:
                     seed, row = self.queue.pop(0)
-                    task = start.prepare if row == tables.START else rows.run_row
-                    pending[workers.submit(task, self.out / f"seed-{seed}", self.settings[seed], row)] = seed, row
+                    task = start.prepare if row in self.task.starts else rows.run_row
+                    folder = self.out / self.folder_of(seed, row)
+                    pending[workers.submit(task, folder, self.settings_of(seed, row), row)] = seed, row
                 for future in concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED).done:
                     seed, row = pending.pop(future)
                     error = future.exception()
@@ -83,35 +93,44 @@ class Study:
                         self.finish(seed, row, future.result())
                     elif isinstance(error, Exception):
                         failure = results.failure(_reason(error))
-                        self.finish(seed, row, results.complete_result(self.settings[seed], row, failure))
+                        self.finish(seed, row, results.complete_result(self.settings_of(seed, row), row, failure))
                     else:
                         raise error
 
     def finish(self, seed: int, row: str, result: dict[str, Any]) -> None:
-        """Adds the result of a run. ``row`` may be the start of the seed.
+        """Adds the result of a run. ``row`` may be a start.
 
-        If a start has succeeded, the rows of its seed are queued. If a start has failed, its rows count as failed.
+        If a start has succeeded, its rows are queued. If a start has failed, its rows count as failed.
         """
         self.results[seed, row] = result
-        self.left -= row != tables.START
+        is_start = row in self.task.starts
+        self.left -= not is_start
         self.say(f"{self.minutes():5.1f} min, {self.left} to do: seed {seed}, {row}: {_summary(result)}")
-        if row == tables.START and results.is_measured(result):
-            self.queue.extend((seed, name) for name in self.todo[seed])
+        if is_start and results.is_measured(result):
+            self.queue.extend((seed, name) for name in self.todo[seed, row])
             self.queue.sort(key=self._order)
-        elif row == tables.START:
+        elif is_start:
             failure = results.failure(f"{_NO_START}: {result['reason']}")
-            for name in self.todo[seed]:
-                self.results[seed, name] = results.complete_result(self.settings[seed], name, failure)
-            self.left -= len(self.todo[seed])
+            for name in self.todo[seed, row]:
+                self.results[seed, name] = results.complete_result(self.settings_of(seed, name), name, failure)
+            self.left -= len(self.todo[seed, row])
         if time.monotonic() - self.written > _WRITE_S:
             self.write()
 
-    @staticmethod
-    def _order(run: StudyRun) -> tuple[int, int, int]:
+    def settings_of(self, seed: int, row: str) -> AnySettings:
+        """Returns the settings of a start, or those of the start of a row."""
+        return dataclasses.replace(self.settings[seed], **self.task.starts[tables.start_of(self.task, row)])
+
+    def folder_of(self, seed: int, row: str) -> str:
+        """Returns the name of the folder of a start, or of the start of a row."""
+        variant = tables.start_of(self.task, row).removeprefix(START)
+        return f"seed-{seed}" + (f"-{results.slug(variant)}" if variant else "")
+
+    def _order(self, run: StudyRun) -> tuple[int, int, int]:
         """Returns the sort key of a run: rows of the main table come first, for all seeds; others follow by seed."""
         seed, row = run
-        place = [tables.START, *tables.ROWS].index(row)
-        main = {shown for name in tables.MAIN for _, shown in tables.TABLES[name].rows}
+        place = [*self.task.starts, *self.task.rows].index(row)
+        main = {shown for name in self.task.main for _, shown in self.task.tables[name].rows}
         return (0, place, seed) if row in main else (1, seed, place)
 
     def write(self) -> None:
@@ -127,7 +146,11 @@ class Study:
 
     def report_failures(self) -> bool:
         """Prints each failed run, and returns whether any run failed."""
-        failed = [result for result in self.results.values() if not results.is_measured(result)]
+        failed = [
+            result
+            for (_, row), result in self.results.items()
+            if not results.is_measured(result) and (row in self.rows or row in self.task.starts)
+        ]
         for result in failed:
             if not result["reason"].startswith(_NO_START):
                 self.say(f"failed: seed {result['seed']}, {result['row']}: {result['reason']}")
@@ -135,7 +158,16 @@ class Study:
 
 
 def run(
-    *, out: Path, seeds: Sequence[int], quick: bool, threads: int | None, backend: str | None, jobs: int, command: str
+    *,
+    out: Path,
+    seeds: Sequence[int],
+    task: str,
+    only: tuple[str, ...] = (),
+    quick: bool,
+    threads: int | None,
+    backend: str | None,
+    jobs: int,
+    command: str,
 ) -> int:
     """Executes the runs that are still to do, and writes ``study.json``, ``study.md`` and the plot (PNG and SVG).
 
@@ -149,12 +181,12 @@ def run(
         KeyboardInterrupt: On SIGINT or SIGTERM. Complete results are kept.
     """
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
-    make = StudySettings.quick if quick else StudySettings
+    make = SETTINGS[task].quick if quick else SETTINGS[task]
     settings = {seed: dataclasses.replace(make(seed=seed), backend=backend) for seed in seeds}
     environment = {**measure.provenance(command, *measure.now()), "threads": threads}
     say = functools.partial(Console().print, markup=False, highlight=False, soft_wrap=True)
-    study = Study(out, settings, quick=quick, environment=environment, say=say)
-    say(f"{len(tables.ROWS)} rows for each of {len(seeds)} seeds; {study.left} of these runs are still to do")
+    study = Study(out, settings, only=only, quick=quick, environment=environment, say=say)
+    say(f"{len(study.rows)} rows for each of {len(seeds)} seeds; {study.left} of these runs are still to do")
     try:
         study.run(jobs, threads)
     finally:

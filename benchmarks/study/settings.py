@@ -1,20 +1,22 @@
 """Settings of the study: sizes of the model and the data, learning rates and numbers of steps."""
 
 import dataclasses
+from typing import ClassVar
 
-from mpo_ext.demo.settings import Settings
+from mpo_ext.demo.settings import RunSettings, Settings
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StudySettings(Settings):
-    """Sizes and learning rates of one seed of the study, chosen on the validation digits.
-
-    The first training run has ``sft_most_steps`` steps, and its learning rate falls to zero. The study ignores the
-    demo's ``sft_target``, ``sft_decay_steps``, ``direct_pairs`` and ``keep``.
+class StudySettings(RunSettings):
+    """Sizes and learning rates of one seed of the task of adding digits, chosen on the validation digits.
 
     Attributes:
+        sft_steps: Number of steps of the first training run, whose learning rate falls to zero.
+        sft_warmup: Fraction of these steps in which the learning rate rises from zero.
+        sft_check_steps: Number of steps between two measurements of the validation accuracy.
+        sft_blind_share: Fraction of the first training run's questions without their image.
+        validation_tasks: Number of validation questions per measurement.
         sft_digits: Number of training digits in the first training run. The other training digits make the pairs.
-        direct_questions: Number of direct questions that make pairs; ``questions`` counts step-by-step questions.
         sft_text_share: Fraction of the first training run's questions that name the digits and have no image.
         text_questions: Number of questions without an image that make pairs.
         late_continuations: Number of times that DropoutNTP continues an answer if it keeps 0.75 of the answer. Few of
@@ -26,8 +28,15 @@ class StudySettings(Settings):
         kind_pairs: Largest number of pairs in each of the files that compare kinds of pairs.
     """
 
+    task: ClassVar[str] = "perception"
+
+    hidden_size: int = 128
+    layers: int = 3
+    sft_batch: int = 64
+    sft_questions: int = 16000
     sft_digits: int = 700
-    sft_most_steps: int = 700
+    sft_steps: int = 700
+    sft_warmup: float = 10 / 700
     sft_check_steps: int = 50
     sft_blind_share: float = 0.0625
     sft_text_share: float = 0.2
@@ -44,14 +53,53 @@ class StudySettings(Settings):
     branch_steps: int = 80
     branch_batch: int = 32
     branch_rate: float = 1e-4
+    branch_warmup: float = 0.125
     evaluation_tasks: int = 500
+    validation_tasks: int = 300
 
     @classmethod
     def quick(cls, seed: int = 0) -> "StudySettings":
         """Returns the settings of a study that takes a minute and only checks that all parts work."""
         return cls(
             seed=seed, hidden_size=64, layers=1, sft_rate=5e-3, sft_questions=500, sft_check_steps=40,
-            sft_most_steps=40, questions=400, direct_questions=60, samples=4, temperature=0.7,
+            sft_steps=40, sft_warmup=0.025, questions=400, direct_questions=60, samples=4, temperature=0.7,
             dropout_ntp_questions=400, text_questions=100, pairs=40, kind_pairs=20, branch_steps=4, branch_batch=4,
-            warmup_steps=1, evaluation_tasks=8, validation_tasks=20,
+            branch_warmup=0.25, evaluation_tasks=8, validation_tasks=20,
         )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PriorSettings(Settings):
+    """Settings of one seed of the task "language-prior": those of the demo, and the sizes of the other files of pairs.
+
+    Attributes:
+        kind_questions: Number of step-by-step questions for each of the files that compare kinds of pairs.
+        kind_pairs: Largest number of pairs in each of these files.
+        text_questions: Number of questions without an image that make pairs.
+        text_evaluation_tasks: Number of held-out questions that state the digits and have no image.
+    """
+
+    task: ClassVar[str] = "language-prior"
+
+    uses_shipped_start: bool = False
+    kind_questions: int = 1000
+    kind_pairs: int = 1000
+    text_questions: int = 500
+    text_evaluation_tasks: int = 500
+
+    @classmethod
+    def quick(cls, seed: int = 0) -> "PriorSettings":
+        """Returns the settings of a study that takes a minute and only checks that all parts work."""
+        return cls(
+            seed=seed, hidden_size=64, layers=1, sft_rate=5e-3, sft_questions=500, sft_steps=40, questions=60,
+            direct_questions=40, dropout_ntp_questions=40, samples=4, branch_steps=4, branch_batch=4,
+            evaluation_tasks=8, direct_evaluation_tasks=8, kind_questions=200, kind_pairs=20, text_questions=60,
+            text_evaluation_tasks=8,
+        )  # fmt: skip
+
+
+#: Classes of the settings by name of the task.
+SETTINGS: dict[str, type[StudySettings] | type[PriorSettings]] = {
+    each.task: each for each in (PriorSettings, StudySettings)
+}
+AnySettings = StudySettings | PriorSettings

@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import InternVLForConditionalGeneration
 
-from benchmarks.study import tables
+from benchmarks.study.declare import TEXT
 from benchmarks.study.results import slug
-from benchmarks.study.settings import StudySettings
+from benchmarks.study.settings import AnySettings, PriorSettings
 from mpo_ext.data import Pair
-from mpo_ext.demo import digits
+from mpo_ext.demo import digits, reading
+from mpo_ext.demo.experiment import held_out_tasks
+from mpo_ext.demo.measures import measure_digits
 from mpo_ext.demo.model import DigitsProcessor, build_model, build_processor
-from mpo_ext.demo.train import evaluate
+from mpo_ext.demo.train import respond, summarize
 from mpo_ext.train.encode import Encoder, Sample, SkippedPair
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.recipe import Recipe
@@ -59,31 +62,57 @@ def train(
     shutil.rmtree(recipe.output.dir, ignore_errors=True)
 
 
-def make_model(settings: StudySettings) -> tuple[InternVLForConditionalGeneration, DigitsProcessor]:
-    processor = build_processor()
-    return build_model(processor.tokenizer, hidden_size=settings.hidden_size, layers=settings.layers), processor
-
-
-def evaluation_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:
-    """Returns ``count`` questions about the digits of a split by column of the result tables, with a fixed seed."""
-    rng = np.random.default_rng(_EVALUATION_SEED)
-    tasks = {form: digits.sample_tasks(split, count, rng, form) for form in digits.FORMS}
-    return {**tasks, tables.TEXT: list(map(digits.in_words, digits.sample_tasks(split, count, rng, "cot")))}
+def new_model(settings: AnySettings) -> tuple[InternVLForConditionalGeneration, DigitsProcessor]:
+    """Returns an untrained model, whose weights depend on the seed, and its processor."""
+    torch.manual_seed(settings.seed)
+    side = settings.side if isinstance(settings, PriorSettings) else 2
+    processor = build_processor(side)
+    size = {"hidden_size": settings.hidden_size, "layers": settings.layers, "side": side}
+    return build_model(processor.tokenizer, **size), processor
 
 
 def evaluate_columns(
-    model: InternVLForConditionalGeneration, processor: DigitsProcessor, tasks: Mapping[str, Sequence[digits.Task]]
+    model: InternVLForConditionalGeneration,
+    processor: DigitsProcessor,
+    tasks: Mapping[str, Sequence[digits.GridTask]],
 ) -> dict[str, dict[str, float]]:
-    """Returns ``accuracy``, ``unparsable``, ``tokens`` and ``count`` of the greedy answers for each column."""
-    return {column: next(iter(evaluate(model, processor, asked).values())) for column, asked in tasks.items()}
+    """Returns the result of ``summarize`` for the greedy answers to the questions of each column."""
+    return {column: summarize(asked, respond(model, processor, asked)) for column, asked in tasks.items()}
 
 
 def evaluate_held_out(
-    model: InternVLForConditionalGeneration, processor: DigitsProcessor, settings: StudySettings
+    model: InternVLForConditionalGeneration, processor: DigitsProcessor, settings: AnySettings
 ) -> dict[str, dict[str, float]]:
-    """Returns the result of ``evaluate_columns`` on the held-out questions."""
-    tasks = evaluation_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)
-    return evaluate_columns(model, processor, tasks)
+    """Returns the measures of the greedy answers to the held-out questions, by column of the result tables.
+
+    For the task "language-prior", the step-by-step column "cot" also has the measures of ``measure_digits``.
+    """
+    if not isinstance(settings, PriorSettings):
+        tasks = adding_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)
+        return evaluate_columns(model, processor, tasks)
+    evaluation = {}
+    for column, asked in reading_tasks(settings).items():
+        responses = respond(model, processor, asked)
+        evaluation[column] = summarize(asked, responses)
+        if column == "cot":
+            evaluation[column] |= measure_digits(asked, [text for text, _ in responses], settings.prior_step)
+    return evaluation
+
+
+def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:
+    """Returns ``count`` questions of the task "perception" by column of the result tables, with a fixed seed."""
+    rng = np.random.default_rng(_EVALUATION_SEED)
+    tasks = {form: digits.sample_tasks(split, count, rng, form) for form in digits.FORMS}
+    return {**tasks, TEXT: list(map(digits.in_words, digits.sample_tasks(split, count, rng, "cot")))}
+
+
+def reading_tasks(settings: PriorSettings) -> dict[str, list[reading.ReadingTask]]:
+    """Returns the held-out questions of the task "language-prior" by column. With images, they are the demo's."""
+    tasks = held_out_tasks(settings)
+    columns = {form: [task for task in tasks if task.form == form] for form in digits.FORMS}
+    split, count = digits.load_digits()["held-out"], settings.text_evaluation_tasks
+    rng = np.random.default_rng(_EVALUATION_SEED)
+    return {**columns, TEXT: reading.sample_tasks(split, count, rng, "cot", side=settings.side, is_named=True)}
 
 
 def start_file(folder: Path) -> Path:

@@ -34,6 +34,10 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--prompt", nargs="+", default=["direct"], metavar="PROMPT",
         help="direct, cot, both, another template's name, or none: the question with its options (default: direct)",
     )  # fmt: skip
+    parser.add_argument(
+        "--without-image", action="store_true",
+        help="also ask each question with an image without it, and show how many answers stay the same",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, default=1, help="responses per question (default: 1)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
     parser.add_argument(
@@ -73,13 +77,13 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
 def run_evaluate(args: argparse.Namespace) -> int:
     """Runs ``mpo-ext evaluate`` and returns the exit status."""
     from mpo_ext.evaluate.cells import EvaluationRun
-    from mpo_ext.evaluate.report import accuracy_table
+    from mpo_ext.evaluate.report import accuracy_table, without_image_table
     from mpo_ext.evaluate.run import evaluate
     from mpo_ext.evaluate.scoring import EvaluationConfig
     from mpo_ext.generate.engine import rank_and_world_size
 
     rank, world_size = rank_and_world_size()
-    names = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "style")
+    names = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "style", "without_image")
     settings = {name: getattr(args, name) for name in names}
     with shared.settings_errors():
         config = EvaluationConfig(prompts=_prompts(args.prompt), matcher=shared.matcher_settings(args), **settings)
@@ -101,6 +105,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         print(f"process {rank} of {world_size} has finished, others have not", file=sys.stderr)
     else:
         print(accuracy_table(results), end="")
+        if args.without_image:
+            print(f"\n{without_image_table(results)}", end="")
         print(f"written to {args.out}", file=sys.stderr)
         if not any(result["questions"] for result in results["results"]):
             reasons = sorted({reason for result in results["results"] for reason in result["refused"]})

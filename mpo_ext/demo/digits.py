@@ -1,12 +1,13 @@
-"""The demo's task: questions about 2x2 grids of handwritten digits, answered directly or step by step.
+"""Grids of handwritten digits, and the task of adding them: questions that are answered directly or step by step.
 
-An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16 pixels. Each digit belongs to one split.
+An image shows four of scikit-learn's 8x8 digits, each enlarged to 16x16 pixels. Each digit belongs to one split. The
+demo uses the task of ``mpo_ext.demo.reading``, which shares the digits, the splits and the forms of the responses.
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,10 +27,11 @@ FORMS = ("direct", "cot")
 INSTRUCTIONS = {"direct": "Answer directly.", "cot": "Think stepwise."}
 TRIGGER = "Final answer:"
 # Styles of ``extract_answer``. A direct response is a number. A step-by-step response is a text with the trigger once,
-# which a number follows.
+# which a number follows. A final answer is the trigger and the number alone.
 STYLES = {
     "direct": r"regex:\A\s*([0-9]+)\s*\Z",
     "cot": rf"regex:(?s)\A\s*(?!{TRIGGER})\S(?:(?!{TRIGGER}).)*{TRIGGER}\s*([0-9]+)\s*\Z",
+    "final": rf"regex:\A\s*{TRIGGER}\s*([0-9]+)\s*\Z",
 }
 MATCHER: dict[str, Any] = {"kind": "number", "relative": 0.0, "absolute": 0.0}
 SPLIT_SIZES = {"train": 1100, "validation": 247, "held-out": 450}
@@ -49,6 +51,25 @@ class Digits:
     images: np.ndarray
     values: np.ndarray
     indices: np.ndarray
+
+
+class GridTask(Protocol):
+    """A question about a grid of digits, with the correct answer: ``Task`` or ``reading.ReadingTask``."""
+
+    @property
+    def values(self) -> tuple[int, ...]: ...
+    @property
+    def form(self) -> str: ...
+    @property
+    def style(self) -> str: ...
+    @property
+    def question(self) -> str: ...
+    @property
+    def answer(self) -> int: ...
+    @property
+    def response(self) -> str: ...
+    @property
+    def picture(self) -> Image.Image | None: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,6 +99,11 @@ class Task:
             return text
         named = " , ".join(f"{cell} {value}" for cell, value in zip(CELLS, self.values, strict=True))
         return f"{named} . {text}"
+
+    @property
+    def style(self) -> str:
+        """The style of ``extract_answer`` for a response in the form of the question."""
+        return STYLES[self.form]
 
     @property
     def answer(self) -> int:
@@ -117,6 +143,12 @@ def load_digits() -> dict[str, Digits]:
         splits[name] = Digits(pixels, values[indices], indices)
         start += size
     return splits
+
+
+def part(split: Digits, begin: int, end: int | None) -> Digits:
+    """Returns the digits of a split from index ``begin`` to ``end`` (exclusive; None: to the last)."""
+    chosen = slice(begin, end)
+    return Digits(split.images[chosen], split.values[chosen], split.indices[chosen])
 
 
 def sample_tasks(digits: Digits, count: int, rng: np.random.Generator, form: str | None = None) -> list[Task]:
@@ -163,7 +195,7 @@ def grid_image(cells: np.ndarray) -> Tensor:
 
 
 def vocabulary() -> Iterator[str]:
-    """Yields each word of all questions and correct responses once."""
+    """Yields each word of all questions and correct responses of the task once."""
     words = [" ".join(INSTRUCTIONS.values()), "What is the of ?", *CELLS, *REGIONS, *OPERATIONS, ", .", TRIGGER]
     words += map(str, range(LARGEST_ANSWER + 1))
     yield from dict.fromkeys(word for text in words for word in text.split())

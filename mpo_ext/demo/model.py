@@ -13,7 +13,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from mpo_ext.demo import digits
+from mpo_ext.demo import digits, reading
 
 IMAGE_TOKENS = 4  # one per digit: the downsample ratio of 0.5 merges 2x2 of the 4x4 patches of 8x8 pixels
 _PIXEL_MEAN, _PIXEL_STD = 0.3, 0.35  # mean and standard deviation of the digits, rounded
@@ -66,9 +66,9 @@ DigitsProcessor.register_for_auto_class("AutoProcessor")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer in which each word is one token, because answers should have few tokens."""
+    """Returns a tokenizer in which each word of the tasks is one token, because answers should have few tokens."""
     special = [_PAD, _END, _IMAGE, _IMAGE_START, _IMAGE_END, _VIDEO, _USER, _ASSISTANT]
-    words = [*special, "<unk>", *digits.vocabulary()]
+    words = list(dict.fromkeys([*special, "<unk>", *digits.vocabulary(), *reading.vocabulary()]))
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -88,15 +88,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> DigitsProcessor:
-    """Returns the demo's processor, for images of 32x32 pixels, with the tokenizer of ``build_tokenizer``."""
+def build_processor(side: int = 2) -> DigitsProcessor:
+    """Returns the demo's processor, with the tokenizer of ``build_tokenizer``.
+
+    The images show ``side`` x ``side`` digits of 16x16 pixels, and have one token per digit.
+    """
+    pixels = side * digits.CELL_PIXELS
     images = GotOcr2ImageProcessorPil(
-        size={"height": digits.IMAGE_PIXELS, "width": digits.IMAGE_PIXELS},
+        size={"height": pixels, "width": pixels},
         crop_to_patches=False,
         image_mean=[_PIXEL_MEAN] * 3,
         image_std=[_PIXEL_STD] * 3,
     )
-    return DigitsProcessor(images, build_tokenizer(), chat_template=CHAT_TEMPLATE)
+    return DigitsProcessor(images, build_tokenizer(), image_seq_length=side**2, chat_template=CHAT_TEMPLATE)
 
 
 def make_config(
@@ -136,7 +140,7 @@ def make_config(
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, layers: int = 3
+    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, layers: int = 3, side: int = 2
 ) -> InternVLForConditionalGeneration:
     """Returns an untrained model of the demo.
 
@@ -146,11 +150,12 @@ def build_model(
         tokenizer: Tokenizer of ``build_tokenizer``.
         hidden_size: Hidden size of the language model.
         layers: Number of layers of the language model.
+        side: Number of rows and columns of digits in an image.
     """
     text = {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": 4}
     text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
     vision: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "patch_size": [8, 8]}
-    config = make_config(tokenizer, text, vision, pixels=digits.IMAGE_PIXELS, image_tokens=IMAGE_TOKENS)
+    config = make_config(tokenizer, text, vision, pixels=side * digits.CELL_PIXELS, image_tokens=side**2)
     model = InternVLForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

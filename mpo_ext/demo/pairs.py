@@ -15,7 +15,7 @@ from mpo_ext.data.check import CheckReport, check_pairs
 from mpo_ext.data.jsonl import dump_line
 from mpo_ext.data.records import SOURCE
 from mpo_ext.data.view import write_view
-from mpo_ext.demo import digits
+from mpo_ext.demo import digits, reading
 from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.settings import Settings
 from mpo_ext.files import atomic_write, write_json
@@ -24,13 +24,13 @@ from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import SamplingConfig
 from mpo_ext.generate.outputs import Summary
-from mpo_ext.generate.sampler import journal_path
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
 BATCH_SIZE = 256
 MAX_NEW_TOKENS = 40
 _BLOCK_SIZE = 2048
 _SHOWN_PAIRS = 1000
+DIRECT, STEPWISE, DROPOUT = "correctness-direct", "correctness-cot", "dropout-ntp"  # folders of the sampling runs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,32 +52,6 @@ class MadePairs:
     report: CheckReport
 
 
-class _Sampler:
-    """Runs pipelines of ``mpo_ext.generate`` with one model, and keeps the summary of each run."""
-
-    def __init__(self, engine: TransformersEngine, folder: Path, stream: TextIO | None) -> None:
-        self.engine, self.folder, self.stream = engine, folder, stream
-        self.summaries: dict[str, Summary] = {}
-
-    def run(self, pipeline: runner.PairPipeline, form: str, limit: int | None = None) -> list[Pair]:
-        """Runs a pipeline on the file of questions ``FORM.jsonl`` and returns the pairs that it made.
-
-        ``limit`` is the maximum number of questions; None: all.
-        """
-        name = pipeline.name.replace("_", "-")
-        out = self.folder / (f"{name}-{form}" if pipeline.name == "correctness" else name)
-        # Otherwise an earlier demo's journal would be resumed: its settings hold the model's name, not the weights.
-        journal_path(out, 0, 1).unlink(missing_ok=True)
-        summary = runner.run(
-            pipeline, self.engine, self.folder / f"{form}.jsonl", out, block_size=_BLOCK_SIZE, limit=limit,
-            image_root=str(self.folder), stream=self.stream,
-        )  # fmt: skip
-        assert summary is not None  # this is the only process
-        self.summaries[out.name] = summary
-        outputs = [output for output in pipeline.outputs if output != "unsolved"]
-        return [pair for output in outputs for pair in read_made(out / f"{output}.jsonl", self.folder)]
-
-
 def make_pairs(
     model: InternVLForConditionalGeneration,
     processor: DigitsProcessor,
@@ -85,67 +59,109 @@ def make_pairs(
     rng: np.random.Generator,
     folder: Path,
     *,
+    name: str = "digits demo",
     stream: TextIO | None = None,
 ) -> MadePairs:
-    """Makes and returns three kinds of pairs from the model's answers to questions about grids of training digits.
+    """Makes and returns pairs from the model's answers to questions about grids of digits that it has not seen.
 
-    Writes to ``folder``: the questions (``images``, ``direct.jsonl``, ``cot.jsonl``), a folder for each sampling run,
-    ``pairs.jsonl``, ``check.json`` and ``pairs.html``. The image paths in the files are relative to ``folder``.
+    The correctness pairs come from questions with a true answer. The DropoutNTP pairs come from questions whose file
+    has no true answer, as the paper's data without ground truth, so nothing filters them: some chosen responses are
+    wrong and some rejected responses are right.
+
+    Writes to ``folder``: the questions (``images`` and a ``.jsonl`` file for each sampling run), a folder for each
+    sampling run, ``pairs.jsonl``, ``check.json`` and ``pairs.html``. The image paths in the files are relative to
+    ``folder``. An interrupted sampling run resumes from its journal.
 
     Args:
         model: The SFT model.
         processor: Processor of the model.
         settings: Settings of the demo.
-        rng: Generator that draws the questions, and the pairs with direct answers.
+        rng: Generator that draws the questions.
         folder: Folder to write to.
+        name: Name of the model. It must differ for other weights, because a journal of the same name resumes.
         stream: Output of the progress display; None disables the display.
 
     Raises:
         RuntimeError: If the answers give no pair, or ``check_pairs`` finds a defect in the pairs.
     """
-    engine = TransformersEngine(model, processor, name=f"digits demo, seed {settings.seed}", batch_size=BATCH_SIZE)
-    sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
-    sampler = _Sampler(engine, folder, stream)
+    engine = TransformersEngine(model, processor, name=name, batch_size=BATCH_SIZE)
+    unseen = digits.part(digits.load_digits()["train"], settings.sft_digits, None)
     pairs: list[Pair] = []
-    left_out: dict[str, int] = {}
-    for form in digits.FORMS:
-        write_items(folder, form, digits.sample_tasks(digits.load_digits()["train"], settings.questions, rng, form))
-        common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}
-        common["style"] = digits.STYLES[form]
-        config = CorrectnessConfig(samples=settings.samples, pairs_per_question=settings.pairs_per_question, **common)
-        form_pairs = sampler.run(Correctness(config), form)
-        if form == "direct":
-            picked = sorted(rng.permutation(len(form_pairs))[: settings.direct_pairs])
-            left_out["direct pairs above the limit"] = len(form_pairs) - len(picked)
-            form_pairs = [form_pairs[index] for index in picked]
-        else:
-            blind = DropoutNTPConfig(keep=settings.keep, sample_chosen=True, **common)
-            form_pairs += sampler.run(DropoutNTP(blind), form, settings.dropout_ntp_questions)
-        pairs += form_pairs
+    summaries: dict[str, Summary] = {}
+    for run, form, count, pipeline in sampling_runs(settings):
+        tasks = reading.sample_tasks(unseen, count, rng, form, side=settings.side)
+        write_items(folder, run, tasks, has_truth=run != DROPOUT)
+        run_pairs, summaries[run] = sample(pipeline, engine, folder, run, stream=stream)
+        pairs += run_pairs
     distinct = {pair.key(): pair for pair in pairs}
-    left_out["equal to another pair"] = len(pairs) - len(distinct)
     if not distinct:
-        raise RuntimeError("the SFT model gave no right answer to make a pair from")
+        raise RuntimeError("pairs must be at least one, got none: no question has two different answers")
     path = folder / "pairs.jsonl"
     write_pairs(path, map(_with_subset, distinct.values()))
     report = _check(path)
     title = "Preference pairs of the digits demo"
     write_view(path.with_suffix(".html"), open_pairs(path), title=title, limit=_SHOWN_PAIRS, seed=settings.seed)
     counts = collections.Counter(f"{pair.extra['form']} {pair.provenance['pipeline']}" for pair in distinct.values())
-    return MadePairs(path, dict(counts), left_out, sampler.summaries, report)
+    left_out = {"equal to another pair": len(pairs) - len(distinct)}
+    return MadePairs(path, dict(counts), left_out, summaries, report)
 
 
-def write_items(folder: Path, form: str, tasks: Sequence[digits.Task]) -> None:
-    """Writes questions to ``FORM.jsonl``, an input file of ``mpo_ext.generate``, and their images to PNG files."""
+def sampling_runs(settings: Settings) -> Iterator[tuple[str, str, int, runner.PairPipeline]]:
+    """Yields the sampling runs: the name, the form and the number of the questions, and the pipeline."""
+    sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
+    common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}
+    pairing: dict[str, Any] = {"samples": settings.samples, "pairs_per_question": settings.pairs_per_question}
+    for run, form, count in ((DIRECT, "direct", settings.direct_questions), (STEPWISE, "cot", settings.questions)):
+        yield run, form, count, Correctness(CorrectnessConfig(style=digits.STYLES[form], **pairing, **common))
+    blind = DropoutNTPConfig(keep=settings.keep, sample_chosen=True, style=digits.STYLES["cot"], **common)
+    yield DROPOUT, "cot", settings.dropout_ntp_questions, DropoutNTP(blind)
+
+
+def sample(
+    pipeline: runner.PairPipeline,
+    engine: TransformersEngine,
+    folder: Path,
+    run: str,
+    *,
+    items: str | None = None,
+    limit: int | None = None,
+    stream: TextIO | None = None,
+) -> tuple[list[Pair], Summary]:
+    """Runs a pipeline of ``mpo_ext.generate``, and returns the pairs that it made and the summary.
+
+    Args:
+        pipeline: The pipeline.
+        engine: Engine that answers the questions.
+        folder: Folder with the questions ``ITEMS.jsonl``, in which the folder ``run`` is written.
+        run: Name of the sampling run.
+        items: Name of the file of questions without suffix; None: ``run``.
+        limit: Maximum number of questions; None: all.
+        stream: Output of the progress display; None disables the display.
+    """
+    out = folder / run
+    summary = runner.run(
+        pipeline, engine, folder / f"{items or run}.jsonl", out, block_size=_BLOCK_SIZE, limit=limit,
+        image_root=str(folder), stream=stream,
+    )  # fmt: skip
+    assert summary is not None  # this is the only process
+    outputs = [output for output in pipeline.outputs if output != "unsolved"]
+    return [pair for output in outputs for pair in read_made(out / f"{output}.jsonl", folder)], summary
+
+
+def write_items(folder: Path, name: str, tasks: Sequence[digits.GridTask], *, has_truth: bool = True) -> None:
+    """Writes questions to ``NAME.jsonl``, an input file of ``mpo_ext.generate``, and their images to PNG files.
+
+    ``has_truth`` is False for questions whose true answer the file must not hold.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / f"{form}.jsonl") as file:
+    with atomic_write(folder / f"{name}.jsonl") as file:
         for number, task in enumerate(tasks):
             if task.picture is None:
                 raise ValueError(f"tasks must have images, got none in task {number}")
-            image = f"images/{form}-{number:05d}.png"
+            image = f"images/{name}-{number:05d}.png"
             task.picture.save(folder / image)
-            item = {"image": image, "question": task.question, "answer_gt": str(task.answer)}
-            file.write(dump_line({**item, "form": form, "digits": list(task.values)}))
+            item = {"image": image, "question": task.question, "form": task.form, "digits": list(task.values)}
+            file.write(dump_line(item | ({"answer_gt": str(task.answer)} if has_truth else {})))
 
 
 def read_made(path: Path, folder: Path) -> Iterator[Pair]:

@@ -1,7 +1,8 @@
-"""The demo's training runs (SFT, then a run per method on the pairs) and the evaluation of its models."""
+"""The demo's training runs (SFT, then a run per method on the pairs) and the answers of its models."""
 
+import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from transformers import InternVLForConditionalGeneration
 
 from mpo_ext.answers import extract_answer, matcher
 from mpo_ext.data import Pair, write_pairs
-from mpo_ext.demo import digits
+from mpo_ext.demo import digits, reading
 from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.pairs import BATCH_SIZE, MAX_NEW_TOKENS
-from mpo_ext.demo.settings import Settings
+from mpo_ext.demo.settings import RunSettings, Settings
 from mpo_ext.generate.engine import Request, SamplingConfig
 from mpo_ext.generate.transformers_engine import TransformersEngine
 from mpo_ext.train import recipe as recipes
@@ -25,48 +26,53 @@ METHODS: dict[str, dict[str, Any]] = {
     "DPO": {"dpo_weight": 1, "bco_weight": 0, "ntp_weight": 0},
     "MPO": {"dpo_weight": 0.8, "bco_weight": 0.2, "ntp_weight": 1},
 }
+START = "SFT-start"  # folder of the run that trains the start
+_SAVE_EVERY = 200  # steps between two checkpoints of this run
 
 
-def train_sft(
+def train_start(
     model: InternVLForConditionalGeneration,
     processor: DigitsProcessor,
     settings: Settings,
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains on correct responses up to a target accuracy or a step limit, then decays the learning rate to zero.
+    """Trains an untrained model, in place, on the correct responses of ``sample_corpus``: the SFT start.
 
-    Writes ``sft.jsonl`` (questions with responses) and the runs ``runs/SFT-start`` and ``runs/SFT-end``.
+    Writes ``sft.jsonl`` (questions with responses) and the run ``runs/SFT-start``, which resumes if it was
+    interrupted.
 
     Returns:
-        The log, one dict per step. Every ``sft_check_steps``-th dict has ``accuracy``, the fraction of validation
-        questions that the model answers correctly step by step.
+        The log, one dict per step.
     """
-    splits = digits.load_digits()
-    validation = digits.sample_tasks(splits["validation"], settings.validation_tasks, np.random.default_rng(0), "cot")
-    tasks = digits.sample_tasks(splits["train"], settings.sft_questions, rng)
-    blind = int(settings.sft_blind_share * len(tasks))
-    tasks[:blind] = map(digits.without_image, tasks[:blind])
-    path = write_sft(folder, tasks)
-    curve: list[dict[str, float]] = []
+    return _train(start_recipe(settings, rng, folder), model, processor)
 
-    def on_step(step: int, line: Any) -> bool:
-        curve.append({**line, "step": len(curve) + 1})
-        if step % settings.sft_check_steps:
-            return False
-        curve[-1]["accuracy"] = evaluate(model, processor, validation)["cot"]["accuracy"]
-        return curve[-1]["accuracy"] >= settings.sft_target
 
-    for name, steps, schedule in (
-        ("SFT-start", settings.sft_most_steps, "constant"),
-        ("SFT-end", settings.sft_decay_steps, "linear"),
-    ):
-        recipe = make_recipe(
-            path, folder / "runs" / name, loss=METHODS["SFT"], steps=steps, batch=settings.sft_batch,
-            rate=settings.sft_rate, schedule=schedule, settings=settings,
-        )  # fmt: skip
-        _train(recipe, model, processor, on_step)
-    return curve
+def start_recipe(settings: Settings, rng: np.random.Generator, folder: Path) -> recipes.Recipe:
+    """Writes the corpus of the SFT start to ``folder``, and returns the recipe of the training run."""
+    split = digits.part(digits.load_digits()["train"], 0, settings.sft_digits)
+    return make_recipe(
+        write_sft(folder, sample_corpus(split, settings, rng)), folder / "runs" / START, loss=METHODS["SFT"],
+        steps=settings.sft_steps, batch=settings.sft_batch, rate=settings.sft_rate, schedule="cosine",
+        settings=settings, warmup=settings.sft_warmup, save_every=_SAVE_EVERY,
+    )  # fmt: skip
+
+
+def sample_corpus(split: digits.Digits, settings: Settings, rng: np.random.Generator) -> list[reading.ReadingTask]:
+    """Returns the questions of the SFT: questions that state the digits, direct ones, and step-by-step ones.
+
+    Only the digits of the step-by-step questions follow the language prior. Some of them have lost their image.
+    """
+    named = int(settings.sft_named_share * settings.sft_questions)
+    direct = int(settings.sft_direct_share * (settings.sft_questions - named))
+    stepwise = settings.sft_questions - named - direct
+    prior = {"prior": settings.prior, "prior_step": settings.prior_step}
+    tasks = reading.sample_tasks(split, stepwise, rng, "cot", side=settings.side, **prior)  # type: ignore[arg-type]
+    blind = int(settings.sft_blind_share * stepwise)
+    tasks[:blind] = map(reading.without_image, tasks[:blind])
+    tasks += reading.sample_tasks(split, direct, rng, "direct", side=settings.side)
+    tasks += reading.sample_tasks(split, named, rng, "cot", side=settings.side, is_named=True)
+    return tasks
 
 
 def train_branch(
@@ -77,7 +83,7 @@ def train_branch(
     settings: Settings,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the SFT model further on the pairs, with the loss weights of a method.
+    """Trains the SFT model further on the pairs, with the loss weights of a method. An interrupted run resumes.
 
     All methods share the pairs, their order, the number of steps and the learning rate. The reference is the SFT
     model; the first branch that needs its log-probabilities writes them to ``reference.jsonl`` in ``folder``.
@@ -93,39 +99,39 @@ def train_branch(
     Returns:
         The log, one dict per step.
     """
-    curve: list[dict[str, float]] = []
     recipe = make_recipe(
         pairs, folder / "runs" / method, loss=METHODS[method], steps=settings.branch_steps,
         batch=settings.branch_batch, rate=settings.branch_rate, schedule="cosine", settings=settings,
-        reference=folder / "reference.jsonl",
+        warmup=settings.branch_warmup, reference=folder / "reference.jsonl",
     )  # fmt: skip
-    _train(recipe, model, processor, lambda _, line: curve.append(dict(line)))
-    return curve
+    return _train(recipe, model, processor)
 
 
 def _train(
-    recipe: recipes.Recipe,
-    model: InternVLForConditionalGeneration,
-    processor: DigitsProcessor,
-    on_step: Callable[[int, Any], object],
-) -> None:
-    if train(recipe, model=model, processor=processor, on_step=on_step) != 0:
+    recipe: recipes.Recipe, model: InternVLForConditionalGeneration, processor: DigitsProcessor
+) -> list[dict[str, float]]:
+    """Runs or resumes a training run, and returns its log."""
+    if train(recipe, model=model, processor=processor) != 0:
         raise KeyboardInterrupt  # the trainer caught a signal and stopped
+    log = Path(recipe.output.dir) / "log.jsonl"
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
 def make_recipe(
     pairs: Path,
     out: Path,
     *,
-    loss: dict[str, Any],
+    loss: Mapping[str, Any],
     steps: int,
     batch: int,
     rate: float,
     schedule: Any,
-    settings: Settings,
+    settings: RunSettings,
+    warmup: float,
     reference: Path | None = None,
+    save_every: int = 0,
 ) -> recipes.Recipe:
-    """Returns the recipe of a training run, and deletes the folder ``out`` that an earlier demo may have left.
+    """Returns the recipe of a training run, which resumes in the folder ``out`` if it was interrupted.
 
     Args:
         pairs: Path of the file of pairs.
@@ -135,10 +141,11 @@ def make_recipe(
         batch: Number of pairs per step.
         rate: Learning rate.
         schedule: Schedule of the learning rate, as in ``OptimRecipe``.
-        settings: Settings of the demo.
+        settings: Settings of the demo or the study.
+        warmup: Fraction of the steps in which the learning rate rises from zero.
         reference: File of the reference model's log-probabilities. None: the default ``ReferenceRecipe``.
+        save_every: Number of steps between two checkpoints; 0 writes one at the end or after a signal.
     """
-    shutil.rmtree(out, ignore_errors=True)
     return recipes.Recipe(
         model=recipes.ModelRecipe(path=f"digits demo, seed {settings.seed}"),
         data=recipes.DataRecipe(train=(recipes.SourceRecipe(path=str(pairs)),), max_length=None),
@@ -154,15 +161,15 @@ def make_recipe(
             max_steps=steps,
             betas=(0.9, 0.99),
             weight_decay=0.01,
-            warmup_ratio=min(settings.warmup_steps / steps, 0.5),
+            warmup_ratio=warmup,
             schedule=schedule,
             seed=settings.seed,
         ),
-        output=recipes.OutputRecipe(dir=str(out), save_every=0, keep_last=1, resume="never"),
+        output=recipes.OutputRecipe(dir=str(out), save_every=save_every, keep_last=1),
     )
 
 
-def write_sft(folder: Path, tasks: Sequence[digits.Task]) -> Path:
+def write_sft(folder: Path, tasks: Sequence[digits.GridTask]) -> Path:
     """Writes questions to ``sft.jsonl`` in ``folder``, and returns the path of this file.
 
     Each question becomes a pair of a correct chosen response and an empty rejected response.
@@ -180,49 +187,72 @@ def write_sft(folder: Path, tasks: Sequence[digits.Task]) -> Path:
     return path
 
 
-def evaluate(
+def clear(folder: Path) -> None:
+    """Deletes the runs, the sampling runs and the other files of an earlier demo with other settings."""
+    for name in ("runs", "images", "stages", "correctness-direct", "correctness-cot", "dropout-ntp"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "reference.jsonl").unlink(missing_ok=True)
+
+
+def respond(
     model: InternVLForConditionalGeneration,
     processor: DigitsProcessor,
-    tasks: Sequence[digits.Task],
+    tasks: Sequence[digits.GridTask],
     *,
     on_batch: Callable[[int], None] = lambda count: None,
-) -> dict[str, dict[str, float]]:
-    """Lets the model answer the questions by greedy decoding, and returns statistics of the answers by form.
+) -> list[tuple[str, int]]:
+    """Lets the model answer the questions by greedy decoding, and returns each response and its number of tokens.
 
     ``on_batch`` is called after each batch with the number of questions of the batch.
+    """
+    engine = TransformersEngine(model, processor, batch_size=BATCH_SIZE)
+    greedy = SamplingConfig(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
+    requests = [Request(question=task.question, images=_pictures(task), sampling=greedy) for task in tasks]
+    responses = []
+    for start in range(0, len(requests), BATCH_SIZE):
+        generations = engine.generate(requests[start : start + BATCH_SIZE])
+        responses += [(generation.text, len(generation.token_ids)) for generation in generations]
+        on_batch(len(generations))
+    return responses
+
+
+def score(tasks: Sequence[digits.GridTask], responses: Sequence[str]) -> list[bool | None]:
+    """Returns whether each response has the correct answer; None for a response without a readable answer."""
+    is_right = matcher(**digits.MATCHER)
+    answers = [extract_answer(text, task.style) for task, text in zip(tasks, responses, strict=True)]
+    return [
+        None if answer is None else bool(is_right(answer, str(task.answer)).correct)
+        for answer, task in zip(answers, tasks, strict=True)
+    ]
+
+
+def evaluate(
+    model: InternVLForConditionalGeneration, processor: DigitsProcessor, tasks: Sequence[digits.GridTask]
+) -> dict[str, dict[str, float]]:
+    """Lets the model answer the questions by greedy decoding, and returns statistics of the answers by form.
 
     Returns:
         For each form: ``accuracy`` and ``unparsable`` (fractions of the questions), ``tokens`` (mean number of tokens
         of a response) and ``count`` (number of questions).
     """
-    engine = TransformersEngine(model, processor, batch_size=BATCH_SIZE)
-    is_right = matcher(**digits.MATCHER)
-    greedy = SamplingConfig(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
     result = {}
     for form in digits.FORMS:
         form_tasks = [task for task in tasks if task.form == form]
-        if not form_tasks:
-            continue
-        requests = [Request(question=task.question, images=_pictures(task), sampling=greedy) for task in form_tasks]
-        answers: list[str | None] = []
-        tokens = 0
-        for start in range(0, len(requests), BATCH_SIZE):
-            generations = engine.generate(requests[start : start + BATCH_SIZE])
-            answers += [extract_answer(generation.text, digits.STYLES[form]) for generation in generations]
-            tokens += sum(len(generation.token_ids) for generation in generations)
-            on_batch(len(generations))
-        right = [
-            answer is not None and bool(is_right(answer, str(task.answer)).correct)
-            for answer, task in zip(answers, form_tasks, strict=True)
-        ]
-        result[form] = {
-            "accuracy": sum(right) / len(form_tasks),
-            "unparsable": sum(answer is None for answer in answers) / len(form_tasks),
-            "tokens": tokens / len(form_tasks),
-            "count": len(form_tasks),
-        }
+        if form_tasks:
+            result[form] = summarize(form_tasks, respond(model, processor, form_tasks))
     return result
 
 
-def _pictures(task: digits.Task) -> tuple[Image.Image, ...]:
+def summarize(tasks: Sequence[digits.GridTask], responses: Sequence[tuple[str, int]]) -> dict[str, float]:
+    """Returns the statistics of ``evaluate`` for the result of ``respond`` to questions of one form."""
+    right = score(tasks, [text for text, _ in responses])
+    return {
+        "accuracy": right.count(True) / len(right),
+        "unparsable": right.count(None) / len(right),
+        "tokens": sum(tokens for _, tokens in responses) / len(responses),
+        "count": len(right),
+    }
+
+
+def _pictures(task: digits.GridTask) -> tuple[Image.Image, ...]:
     return () if task.picture is None else (task.picture,)

@@ -19,6 +19,11 @@ _UNREADABLE = (
     "Unreadable: no answer can be extracted, or the matcher can call it neither right nor wrong. "
     "The accuracy counts these responses as not right.\n"
 )
+_WITHOUT_IMAGE = (
+    "The same questions with and without their image, for the questions that have one. Same answer: the share of the "
+    "questions whose readable answer is equal with and without the image; for several samples, the most frequent "
+    "answer. Difference: accuracy with the image less accuracy without it, in points.\n"
+)
 _TEMPLATE = "failures_view.html.j2"
 _THUMBNAIL = 320
 _IMAGE_BUDGET = 64 << 20
@@ -79,6 +84,8 @@ def markdown_report(results: Mapping[str, Any]) -> str:
             line += [_percent(row["majority"]), *(_percent(each) for each in row["pass_at"].values())]
         lines.append(line)
     texts += ["## Beside the accuracy\n", _UNREADABLE, _markdown(header, lines)]
+    if "without_image" in results:
+        texts += ["## Without the image\n", _WITHOUT_IMAGE, without_image_table(results)]
     skipped: dict[tuple[str, str], int] = {}
     for row in rows:
         for reason, count in row["refused"].items():
@@ -107,6 +114,17 @@ def accuracy_table(results: Mapping[str, Any]) -> str:
     for row in results["results"]:
         cells.setdefault(_case(row), {})[row["model"]] = _percent(row)
     return _markdown(["", *models], [[case, *(row[model] for model in models)] for case, row in cells.items()])
+
+
+def without_image_table(results: Mapping[str, Any]) -> str:
+    """Returns a Markdown table of the accuracies with and without the image, and of the unchanged answers."""
+    lines = []
+    for row in results["without_image"]:
+        shares = [row["with_image"], row["without_image"], {**row["unchanged"], "accuracy": row["unchanged"]["share"]}]
+        difference = _difference(row["comparison"])
+        lines.append([_case(row), row["model"], f"{row['questions']:,}", *map(_percent, shares), difference])
+    header = ["", "model", "questions", "with image %", "without image %", "same answer %", "difference"]
+    return _markdown(header, lines)
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -142,11 +160,15 @@ def _comparison_row(comparison: Mapping[str, Any]) -> list[str]:
     is_between_models = first["model"] != second["model"]
     case = f"{comparison['data']}, {first['prompt'] if is_between_models else first['model']}"
     names = [side["model"] if is_between_models else side["prompt"] for side in (first, second)]
-    difference, error, p = comparison["difference"], comparison["standard_error"], comparison["p"]
-    text = "-" if difference is None else f"{100 * difference:+.1f}"
-    text += "" if error is None else f" ± {100 * error:.1f}"
+    text, p = _difference(comparison), comparison["p"]
     p_text = "-" if p is None else "<0.0001" if p < 0.0001 else f"{p:.4f}"
     return [case, *names, text, f"{comparison['gained']:,}", f"{comparison['lost']:,}", p_text]
+
+
+def _difference(comparison: Mapping[str, Any]) -> str:
+    difference, error = comparison["difference"], comparison["standard_error"]
+    text = "-" if difference is None else f"{100 * difference:+.1f}"
+    return text + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _write_pictures(results: Mapping[str, Any], out: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import mpo_ext
 from mpo_ext.evaluate.cells import Cell
-from mpo_ext.evaluate.scoring import EvaluationConfig, QuestionScore
+from mpo_ext.evaluate.scoring import WITHOUT_IMAGE, EvaluationConfig, QuestionScore
 from mpo_ext.evaluate.statistics import Comparison, compare, mean_and_error, pass_at_k, wilson
 
 FORMAT = "mpo_ext.evaluation/1"
@@ -35,12 +35,15 @@ def compute_results(
     scores = {cell.key: cell.scores for cell in cells}
     models = list(dict.fromkeys(cell.model for cell in cells))
     names = list(dict.fromkeys(cell.data.name for cell in cells))
+    evaluations = {evaluation.prompt: evaluation for evaluation in config.evaluations()}
+    same = _unchanged(cells, config) if config.without_image else {}
     if len(names) > 1:
-        for model, prompt in itertools.product(models, config.prompts):
+        for model, prompt in itertools.product(models, evaluations):
             scores[model, ALL, prompt] = [score for name in names for score in scores[model, name, prompt]]
+        for model, prompt in itertools.product(models, config.prompts if same else ()):
+            same[model, ALL, prompt] = [value for name in names for value in same[model, name, prompt]]
         names.append(ALL)
-    evaluations = {cell.evaluation.prompt: cell.evaluation for cell in cells}
-    return {
+    results = {
         "format": FORMAT,
         "versions": _versions(),
         "settings": {
@@ -63,9 +66,59 @@ def compute_results(
         },
         "results": [
             {"model": model, "data": name, "prompt": prompt, **_numbers(scores[model, name, prompt], config.samples)}
-            for name, prompt, model in itertools.product(names, config.prompts, models)
+            for name, prompt, model in itertools.product(names, evaluations, models)
         ],
         "comparisons": list(_comparisons(scores, models, names, config)),
+    }
+    if config.without_image:
+        results["without_image"] = [
+            {
+                "model": model,
+                "data": name,
+                "prompt": prompt,
+                **_without_image(scores, same, (model, name, prompt), config),
+            }
+            for name, prompt, model in itertools.product(names, config.prompts, models)
+        ]
+    return results
+
+
+def _unchanged(cells: Sequence[Cell], config: EvaluationConfig) -> dict[tuple[str, str, str], list[bool]]:
+    """Returns, for each model, file and prompt, which answers stay the same without the image.
+
+    The values are those of the questions that the model was asked both with and without the image.
+    """
+    by_key = {cell.key: cell for cell in cells}
+    same: dict[tuple[str, str, str], list[bool]] = {}
+    for (model, name, prompt), cell in by_key.items():
+        if prompt not in config.prompts:
+            continue
+        pairs = zip(cell.scores, by_key[model, name, f"{prompt}{WITHOUT_IMAGE}"].scores, strict=True)
+        same[model, name, prompt] = [
+            cell.evaluation.is_same(item, seen, blind)
+            for item, (seen, blind) in zip(cell.data.source.items(), pairs, strict=True)
+            if seen.problem is None and blind.problem is None
+        ]
+    return same
+
+
+def _without_image(
+    scores: Mapping[tuple[str, str, str], Sequence[QuestionScore]],
+    same: Mapping[tuple[str, str, str], Sequence[bool]],
+    key: tuple[str, str, str],
+    config: EvaluationConfig,
+) -> dict[str, Any]:
+    """Returns the accuracies with and without the image on the same questions, and the share of equal answers."""
+    model, name, prompt = key
+    both = zip(scores[key], scores[model, name, f"{prompt}{WITHOUT_IMAGE}"], strict=True)
+    pairs = [(seen, blind) for seen, blind in both if seen.problem is None and blind.problem is None]
+    seen, blind = [seen.accuracy for seen, _ in pairs], [blind.accuracy for _, blind in pairs]
+    return {
+        "questions": len(pairs),
+        "with_image": _estimate(seen),
+        "without_image": _estimate(blind),
+        "unchanged": dict(zip(("share", "standard_error"), mean_and_error(list(map(float, same[key]))), strict=True)),
+        "comparison": dataclasses.asdict(compare(blind, seen, samples=config.samples)),
     }
 
 

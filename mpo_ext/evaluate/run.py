@@ -20,7 +20,7 @@ from mpo_ext.evaluate.models import FingerprintedEngine, find_model, load_engine
 from mpo_ext.evaluate.predictions import predictions_path, write_predictions
 from mpo_ext.evaluate.report import write_reports
 from mpo_ext.evaluate.results import ALL, compute_results
-from mpo_ext.evaluate.scoring import Evaluation, EvaluationConfig
+from mpo_ext.evaluate.scoring import EvaluationConfig
 from mpo_ext.files import FileLock, check_outputs, write_json
 from mpo_ext.generate.engine import Engine
 from mpo_ext.generate.items import item_files
@@ -84,10 +84,10 @@ def evaluate(
         for name, path in data.items()
     ]
     cells = [
-        Cell(model, file, Evaluation(config, prompt), out / "journals" / model_files[model] / f"{stem}-{prompt}")
+        Cell(model, file, evaluation, out / "journals" / model_files[model] / f"{stem}-{evaluation.prompt}")
         for model in models
         for file, stem in zip(questions, data_files.values(), strict=True)
-        for prompt in config.prompts
+        for evaluation in config.evaluations()
     ]
     engines: dict[str, dict[str, Any]] = {}
     for name, model in models.items():

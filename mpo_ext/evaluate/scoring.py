@@ -17,6 +17,7 @@ from mpo_ext.generate.prompts import PromptTemplate, get_template
 from mpo_ext.generate.questions import AnswerScorer, QuestionSampler
 
 PLAIN = "none"
+WITHOUT_IMAGE = "-without-image"  #: Ending of the name of a prompt whose questions are asked without their images.
 _MAX_NEW_TOKENS = {"direct": 100}  # by the style of the template; the authors of MPO use these numbers
 _DEFAULT_MAX_NEW_TOKENS = 4096
 
@@ -36,6 +37,8 @@ class EvaluationConfig:
         seed: Seed of the sampling of responses.
         style: Form of the answer in a response, as in ``extract_answer``; None: the style of each template.
         matcher: Kind and options of the matcher that compares an answer with the ground truth.
+        without_image: Whether to ask every question with an image a second time, under each prompt, without its image.
+            The results then show the answers that do not depend on the image.
     """
 
     prompts: tuple[str, ...] = ("direct",)
@@ -47,6 +50,7 @@ class EvaluationConfig:
     seed: int = 0
     style: str | None = None
     matcher: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "vqa"})
+    without_image: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str) or not self.prompts or len(set(self.prompts)) < len(self.prompts):
@@ -61,6 +65,11 @@ class EvaluationConfig:
         check_json("matcher", dict(self.matcher))
         for prompt in self.prompts:
             Evaluation(self, prompt)
+
+    def evaluations(self) -> "list[Evaluation]":
+        """Returns the evaluation of each prompt, then those without images."""
+        sides = (True, False) if self.without_image else (True,)
+        return [Evaluation(self, prompt, with_image=side) for side in sides for prompt in self.prompts]
 
     def sampling(self, template: PromptTemplate | None) -> SamplingConfig:
         """Returns the sampling settings for prompts from ``template``; None stands for prompts without a template."""
@@ -106,6 +115,7 @@ class QuestionScore:
         cut_off: Number of responses that ``max_new_tokens`` truncated.
         tokens: Number of generated tokens in all responses.
         majority: Whether the most frequent answer is correct.
+        answer: The most frequent answer, or None if no response has a readable answer.
     """
 
     problem: str | None = None
@@ -114,6 +124,7 @@ class QuestionScore:
     cut_off: int = 0
     tokens: int = 0
     majority: bool = False
+    answer: str | None = None
 
     @property
     def accuracy(self) -> float:
@@ -127,27 +138,32 @@ class Evaluation:
     Args:
         config: Settings of the evaluation.
         prompt: Name of a prompt template, or "none".
+        with_image: Whether the model sees the images.
+
+    Attributes:
+        prompt: Name of the prompt in the results; it ends in ``WITHOUT_IMAGE`` if the model does not see the images.
     """
 
     name = "evaluation"
 
-    def __init__(self, config: EvaluationConfig, prompt: str) -> None:
-        self.prompt = prompt
+    def __init__(self, config: EvaluationConfig, prompt: str, *, with_image: bool = True) -> None:
+        self.prompt = prompt if with_image else f"{prompt}{WITHOUT_IMAGE}"
         self.template = None if prompt == PLAIN else get_template(prompt)
         sampling = config.sampling(self.template)
-        self.questions = QuestionSampler(self.name, config.samples, sampling, config.seed, self.template)
+        self.questions = QuestionSampler(self.name, config.samples, sampling, config.seed, self.template, with_image)
         self.scorer = AnswerScorer(config.matcher, style=config.style, template=self.template)
         self.keys, self.steps = self.questions.keys, self.questions.steps
 
     def settings(self) -> dict[str, Any]:
         """Returns all settings that the responses depend on, as JSON values."""
-        return {
+        settings = {
             "prompt": self.prompt,
             "template": self.template.text if self.template else None,
             "samples": self.questions.samples,
             "sampling": dataclasses.asdict(self.questions.sampling),
             "seed": self.questions.seed,
         }
+        return settings if self.questions.with_image else {**settings, "with_image": False}
 
     def score(self, item: Item, records: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[ScoredResponse]]:
         """Returns the reason why a question could not be asked (or None), and the scored responses.
@@ -188,4 +204,11 @@ class Evaluation:
             cut_off=sum(response.finish == "length" for response in responses),
             tokens=sum(response.tokens for response in responses),
             majority=first is not None and responses[first].correct,
+            answer=None if first is None else responses[first].answer,
         )
+
+    def is_same(self, item: Item, first: QuestionScore, second: QuestionScore) -> bool:
+        """Returns whether two models, or a model with and without the image, gave the same readable answer."""
+        if first.answer is None or second.answer is None:
+            return False
+        return is_same_answer(first.answer, second.answer, self.scorer.matcher_for(item))

@@ -10,14 +10,14 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
 from mpo_ext.answers import extract_answer
-from mpo_ext.chat import IMAGE_PLACEHOLDER, ChatError, Conversation
+from mpo_ext.chat import ChatError, Conversation
 from mpo_ext.chat.template import common_length
 from mpo_ext.checks import check_choice, check_integer, check_number
 from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.feeding import Steps, run_steps
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
-from mpo_ext.generate.questions import AnswerScorer, refusal_fields
+from mpo_ext.generate.questions import AnswerScorer, refusal_fields, without_placeholders
 from mpo_ext.generate.repetition import is_degenerate
 from mpo_ext.images import ImageError
 
@@ -333,11 +333,6 @@ class DropoutNTP:
         if not item.truths or self._scorer is None:
             return {}
         return self._scorer.stored_fields(record, item)
-
-
-def without_placeholders(question: str) -> str:
-    """Returns a question without ``<image>`` and the line break after it."""
-    return question.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
 
 
 def _is_wrong(item: Item) -> bool:

@@ -20,6 +20,11 @@ def refusal_fields(refusal: str) -> dict[str, str]:
     return {"problem": "prompt refused by the engine", "refusal": refusal}
 
 
+def without_placeholders(question: str) -> str:
+    """Returns a question without ``<image>`` and the line break after it."""
+    return question.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class QuestionSampler:
     """Samples several responses to each question.
@@ -31,6 +36,7 @@ class QuestionSampler:
         seed: Seed of all draws.
         template: Template of the prompts; None: the question with its options.
         needs_truths: Whether questions without a true answer are left out.
+        with_image: Whether the model sees the images. If not, items without an image are not asked.
     """
 
     name: str
@@ -39,15 +45,17 @@ class QuestionSampler:
     seed: int
     template: PromptTemplate | None = None
     needs_truths: bool = True
+    with_image: bool = True
 
     def keys(self, item: Item) -> list[str]:
         return [f"{item.digest}-{sample}" for sample in range(self.samples)]
 
     def prompt(self, item: Item) -> str:
         """Returns the question as the model sees it, before the chat template is applied."""
-        if self.template is None:
-            return item.question_with_options
-        return render(self.template, item.question, item.extra.get("options"))
+        prompt = item.question_with_options
+        if self.template is not None:
+            prompt = render(self.template, item.question, item.extra.get("options"))
+        return prompt if self.with_image else without_placeholders(prompt)
 
     def _prompt_problem(self, item: Item) -> str | None:
         """Returns the reason why the template cannot show an item, or None."""
@@ -82,8 +90,11 @@ class QuestionSampler:
             if item.problem or (self.needs_truths and not item.truths):
                 problems[row] = item.problem or "no true answer"
                 continue
+            if not self.with_image and not item.images:
+                problems[row] = "no image that could be left out"
+                continue
             try:
-                images = item.load_images()
+                images = item.load_images() if self.with_image else ()
             except (OSError, ImageError):
                 problems[row] = "image cannot be read"
                 continue

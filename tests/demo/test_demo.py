@@ -3,14 +3,14 @@
 # ruff: noqa: E402 - without these packages, which an extra installs, all tests are skipped
 import argparse
 import copy
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -25,15 +25,16 @@ from mpo_ext.answers import extract_answer, matcher
 from mpo_ext.cli import demo as run
 from mpo_ext.data import Pair, open_pairs
 from mpo_ext.data.check import check_pairs
-from mpo_ext.demo import digits
+from mpo_ext.demo import digits, reading, start, story, tables
 from mpo_ext.demo import pairs as demo_pairs
+from mpo_ext.demo.measures import measure, paired_difference
 from mpo_ext.demo.model import DigitsProcessor, build_model, build_processor
 from mpo_ext.demo.pairs import make_pairs, write_items
 from mpo_ext.demo.settings import Settings
-from mpo_ext.demo.train import METHODS, evaluate, train_branch, train_sft
+from mpo_ext.demo.train import METHODS, evaluate, sample_corpus, train_branch, train_start
 from mpo_ext.generate.engine import Request, SamplingConfig
 from mpo_ext.generate.transformers_engine import TransformersEngine, make_generation
-from mpo_ext.journal import read_records
+from mpo_ext.journal import SettingsMismatchError, read_records
 from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.loop import train
 from mpo_ext.train.recipe import Recipe
@@ -93,6 +94,123 @@ def test_right_responses_are_read_and_right(tasks: list[digits.Task]) -> None:
 def test_the_step_by_step_form_reads_the_region() -> None:
     task = digits.Task(None, (3, 5, 2, 9), "sum", "right column", "cot")
     assert task.response == "top-right 5 sum 5 , bottom-right 9 sum 14 . Final answer: 14"
+
+
+SPLIT = digits.load_digits()["train"]
+
+
+def sample(count: int, form: str = "cot", **options: Any) -> list[reading.ReadingTask]:
+    return reading.sample_tasks(SPLIT, count, np.random.default_rng(0), form, **options)
+
+
+def make_reading(values: tuple[int, ...] = (3, 4, 8, 1), asked: str = "largest") -> reading.ReadingTask:
+    return reading.ReadingTask(np.zeros((32, 32), np.uint8), values, asked, "cot")
+
+
+def share_that_follows(tasks: list[reading.ReadingTask], step: int) -> float:
+    pairs = [pair for task in tasks for pair in itertools.pairwise(task.values)]
+    return sum(after == (before + step) % 10 for before, after in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("side", [2, 3])
+@pytest.mark.parametrize("form", digits.FORMS)
+def test_right_readings_are_right(side: int, form: str, processor: DigitsProcessor) -> None:
+    tasks = sample(100, form, side=side)
+    assert {task.asked for task in tasks} == {*reading.CELLS[side], "largest"}
+    right = [task.response for task in tasks]
+    measured = measure([*tasks, *sample(1, "direct"), *sample(1)], [*right, "x", "x"], 1)[form]
+    assert measured["right"][:100] == "1" * 100
+    for task in tasks:
+        assert task.image is not None
+        assert task.image.shape == (16 * side, 16 * side)
+        ids = processor.tokenizer.encode(f"{task.question} {task.response}", add_special_tokens=False)
+        assert processor.tokenizer.unk_token_id not in ids
+
+
+def test_the_prior_is_in_the_corpus_alone() -> None:
+    assert share_that_follows(sample(2000), 1) == pytest.approx(0.1, abs=0.015)
+    # A digit follows with probability 0.9, or by chance.
+    assert share_that_follows(sample(2000, prior=0.9), 1) == pytest.approx(0.91, abs=0.01)
+    assert share_that_follows(sample(2000, prior=0.5, prior_step=-3), -3) == pytest.approx(0.55, abs=0.02)
+    corpus = sample_corpus(SPLIT, Settings(sft_questions=1000), np.random.default_rng(0))
+    stepwise = [task for task in corpus if task.form == "cot" and not task.is_named]
+    direct, named = [task for task in corpus if task.form == "direct"], [task for task in corpus if task.is_named]
+    assert (len(stepwise), len(direct), len(named)) == (599, 281, 120)
+    assert sum(task.image is None for task in stepwise) == int(0.15 * 599)
+    assert share_that_follows(stepwise, 1) > 0.85
+    assert share_that_follows([*direct, *named], 1) == pytest.approx(0.1, abs=0.03)
+    assert named[0].response == f"Final answer: {named[0].answer}"
+    assert named[0].picture is None
+
+
+def test_the_same_digit_never_looks_the_same() -> None:
+    images = {task.image.tobytes() for task in sample(50) if task.image is not None}
+    assert len(images) == 50
+
+
+def test_hallucinations_are_wrong_digits_of_the_prior() -> None:
+    task = make_reading((3, 4, 8, 1))
+    text = "top-left 3 , top-right 4 , bottom-left 5 , bottom-right 6 . Final answer: 6"
+    assert reading.read_digits(text, task.cells) == [3, 4, 5, 6]
+    assert reading.hallucinated_cells(task, text, 1) == [2, 3]  # the right 4 after 3 is not one
+    assert reading.hallucinated_cells(task, text, 2) == []
+    assert reading.read_digits("top-left 3 , top-left 4", task.cells) == [3, None, None, None]
+    other = make_reading((9, 0, 0, 0))
+    assert reading.hallucinated_cells(other, "top-left 9 , top-right 0 , bottom-left 1 . 0", 1) == [2]
+
+
+def test_the_measures_of_a_few_responses() -> None:
+    tasks = [make_reading((3, 4, 8, 1)), make_reading((1, 1, 1, 1)), *sample(1, "direct")]
+    texts = [
+        "top-left 3 , top-right 4 , bottom-left 5 , bottom-right 1 . Final answer: 5",
+        "top-left 1 , top-right 1 , bottom-left 1 , bottom-right 1 . Final answer: 1",
+        "?",
+    ]
+    measured = measure(tasks, texts, 1)
+    assert measured["direct"] == {"accuracy": 0, "unparsable": 1, "right": "0", "count": 1}
+    assert measured["cot"] == {
+        "accuracy": 0.5, "unparsable": 0, "right": "01", "count": 2, "digits_right": 7 / 8, "hallucinated": 0.5,
+        "follow_prior": 2 / 6,
+    }  # fmt: skip
+    # +1, 0, 0, -1 and +1 in five questions: mean 0.2, deviation sqrt(0.7).
+    difference, error = paired_difference({"right": "11001"}, {"right": "01010"})
+    assert difference == pytest.approx(20)
+    assert error == pytest.approx(100 * np.sqrt(0.7 / 5))
+
+
+def test_the_examples_of_the_page_follow_their_rule() -> None:
+    tasks = [make_reading((3, 4, 8, 1)), make_reading((1, 1, 1, 1)), make_reading((3, 4, 8, 1))]
+    made_up = "top-left 3 , top-right 4 , bottom-left 5 , bottom-right 1 . Final answer: 5"
+    right = [task.response for task in tasks]
+    examples = story.find_examples(tasks, [made_up, right[1], right[2]], [right[0], "nothing", right[2]], 1)
+    assert (examples.mended, examples.broken, examples.shown) == ([0], [1], [0])
+    # MPO's answer is right although it misreads another digit: mended, but not shown.
+    lucky = "top-left 0 , top-right 4 , bottom-left 8 , bottom-right 1 . Final answer: 8"
+    assert story.find_examples(tasks[:1], [made_up], [lucky], 1) == story.Examples([0], [], [])
+
+
+def test_a_side_without_cells_is_named() -> None:
+    with pytest.raises(ValueError, match="side must be one of 2, 3, got 4"):
+        sample(1, side=4)
+
+
+def test_the_shipped_start_is_the_start_of_the_default_settings(tmp_path: Path, monkeypatch) -> None:
+    settings = Settings()
+    info = start.shipped_start(settings)
+    assert info is not None
+    assert info["command"].startswith("mpo-ext demo --")
+    assert "--from-scratch" in info["command"]
+    model, _ = start.new_model(settings)
+    before = start.weights_digest(model)
+    start.load_shipped(model, info)
+    assert start.weights_digest(model) != before
+    for other in (Settings(seed=2), Settings(prior=0.5), Settings(uses_shipped_start=False), Settings.quick()):
+        assert start.shipped_start(other) is None
+    assert start.shipped_start(Settings(branch_rate=1e-3)) == info
+    monkeypatch.setattr(start, "WEIGHTS", tmp_path / "start.safetensors")
+    (tmp_path / "start.safetensors").write_bytes(b"other")
+    with pytest.raises(ValueError, match="must have the SHA-256"):
+        start.load_shipped(model, info)
 
 
 @pytest.mark.parametrize(
@@ -190,13 +308,18 @@ class Scripted(TransformersEngine):
     def _answer(self, request: Request) -> str:
         if not request.images:
             self.blind.append(request)
-            # Sometimes the same wrong answer as with the image, so that two pipelines make the same pair.
-            return "2 sum 3 . Final answer: 17" if request.seed % 2 else "top-left . Final answer: 36"
-        right = self.truths[request.question, request.images[0].tobytes()]
-        answer = [right, right, "17", "sum sum"][request.seed % 4]
+            # Sometimes the same response as with the image.
+            return "bottom-left 3 , bottom-right 4 . Final answer: 4" if request.seed % 2 else "4 . Final answer: 4"
+        right = self.truths.get((request.question, request.images[0].tobytes()), "4")
+        wrong = str((int(right) + 1) % 10)
+        answer = [right, right, wrong, "largest largest"][request.seed % 4]
         if "directly" in request.question:
             return answer
-        return answer if answer == "sum sum" else f"top-left 1 sum 1 , top-right 2 sum 3 . Final answer: {answer}"
+        reading = "top-left 1 , top-right 2 , bottom-left 3 , bottom-right 4"
+        return answer if answer == "largest largest" else f"{reading} . Final answer: {answer}"
+
+
+SCRIPTED = Settings(direct_questions=40, questions=40, samples=4, dropout_ntp_questions=20)
 
 
 @pytest.fixture
@@ -205,17 +328,16 @@ def made(processor: DigitsProcessor, model, tmp_path: Path, monkeypatch: pytest.
     Scripted.truths, Scripted.blind = {}, []  # type: ignore[attr-defined]
     written = demo_pairs.write_items
 
-    def write(folder: Path, form: str, tasks: list[digits.Task]) -> None:
-        for task in tasks:
+    def write(folder: Path, name: str, tasks: list[reading.ReadingTask], *, has_truth: bool) -> None:
+        for task in tasks if has_truth else ():
             assert task.picture is not None
             seen = task.picture.convert("RGB").tobytes()
             Scripted.truths[task.question, seen] = str(task.answer)  # type: ignore[attr-defined]
-        written(folder, form, tasks)
+        written(folder, name, tasks, has_truth=has_truth)
 
     monkeypatch.setattr(demo_pairs, "write_items", write)
     monkeypatch.setattr(demo_pairs, "TransformersEngine", Scripted)
-    settings = Settings(questions=40, samples=4, direct_pairs=30, dropout_ntp_questions=20)
-    return make_pairs(model, processor, settings, np.random.default_rng(0), tmp_path)
+    return make_pairs(model, processor, SCRIPTED, np.random.default_rng(0), tmp_path)
 
 
 def pairs_of(made) -> list[Pair]:
@@ -228,22 +350,23 @@ def test_there_are_pairs_of_all_kinds_and_they_pass_their_check(made) -> None:
     assert {"direct correctness", "direct format", "cot correctness", "cot format", "cot dropout_ntp"} == set(
         made.counts
     )
-    assert sum(count for name, count in made.counts.items() if name.startswith("direct")) == 30
     total = sum(summary.pairs for summary in made.summaries.values())
     assert total == len(pairs) + sum(made.left_out.values())
-    assert made.left_out["equal to another pair"] > 0
     assert check_pairs(open_pairs(made.path)).is_clean
     assert set(check_pairs(open_pairs(made.path)).stats) == {"direct", "cot"}
     is_right = matcher(**digits.MATCHER)
     for pair in pairs:
+        assert len(pair.images) == 1
+        assert Path(pair.images[0]).is_file()
+        if pair.provenance["pipeline"] == "dropout_ntp":
+            assert pair.answer_gt is None  # nothing tells these pairs the truth
+            continue
         style = digits.STYLES[pair.extra["form"]]
         answer, other = extract_answer(pair.chosen, style), extract_answer(pair.rejected, style)
         assert answer is not None
         assert is_right(answer, pair.answer_gt).correct
         assert (other is None) == (pair.provenance["pipeline"] == "format")
         assert other is None or not is_right(other, pair.answer_gt).correct
-        assert len(pair.images) == 1
-        assert Path(pair.images[0]).is_file()
     relative = json.loads(made.path.read_text().splitlines()[0])["images"]
     assert relative[0].startswith("images/")
 
@@ -260,20 +383,20 @@ def test_dropout_ntp_keeps_the_first_half_and_never_shows_the_image(made, proces
     assert all(request.prefix_ids and "Think stepwise" in request.question for request in Scripted.blind)
 
 
-def test_another_demo_in_the_same_folder_samples_again(made, processor: DigitsProcessor, model) -> None:
-    journal = made.path.parent / "dropout-ntp" / "journal-00000-of-00001.jsonl"
-    before = list(read_records(journal))
+def test_sampling_resumes_and_another_model_is_refused(made, processor: DigitsProcessor, model) -> None:
+    folder = made.path.parent
+    before = list(read_records(folder / "dropout-ntp" / "journal-00000-of-00001.jsonl"))
     Scripted.blind.clear()
-    settings = Settings(questions=40, samples=4, direct_pairs=30, dropout_ntp_questions=20)
-    again = make_pairs(model, processor, settings, np.random.default_rng(0), made.path.parent)
-    assert Scripted.blind
-    assert list(read_records(journal)) == before
+    again = make_pairs(model, processor, SCRIPTED, np.random.default_rng(0), folder)
+    assert not Scripted.blind
+    assert list(read_records(folder / "dropout-ntp" / "journal-00000-of-00001.jsonl")) == before
     assert again.counts == made.counts
+    with pytest.raises(SettingsMismatchError):
+        make_pairs(model, processor, SCRIPTED, np.random.default_rng(0), folder, name="other weights")
 
 
 def test_a_pair_file_that_fails_its_check_ends_the_demo(made) -> None:
-    (made.path.parent / "images" / "direct-00000.png").unlink()
-    for image in (made.path.parent / "images").glob("cot-*.png"):
+    for image in (made.path.parent / "images").glob("correctness-*.png"):
         image.unlink()
     with pytest.raises(RuntimeError, match=r"pairs.jsonl must pass its check, got \{'missing image'"):
         demo_pairs._check(made.path)
@@ -287,7 +410,7 @@ def test_items_need_images(tmp_path: Path) -> None:
 def test_branches_start_at_the_same_reference_with_the_same_pairs(
     made, processor: DigitsProcessor, model, tmp_path: Path
 ) -> None:
-    settings = Settings(branch_steps=3, branch_batch=8, warmup_steps=1, backend=BACKEND)
+    settings = Settings(branch_steps=3, branch_batch=8, branch_warmup=0.3, backend=BACKEND)
     curves = {
         method: train_branch(copy.deepcopy(model), processor, made.path, method, settings, tmp_path)
         for method in METHODS
@@ -315,18 +438,15 @@ def test_the_evaluation_requires_the_exact_form(processor: DigitsProcessor, mode
     assert evaluate(model, processor, tasks) == {"direct": expected}
 
 
-def test_sft_learns_from_questions_with_and_without_images(processor: DigitsProcessor, tmp_path: Path) -> None:
+def test_the_start_learns_from_its_corpus(processor: DigitsProcessor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     small = build_model(processor.tokenizer, hidden_size=32, layers=1)
-    settings = Settings(sft_questions=100, sft_most_steps=20, sft_check_steps=10, sft_decay_steps=2, sft_batch=16,
-                        sft_target=0.0, validation_tasks=4, warmup_steps=2, backend=BACKEND)  # fmt: skip
-    curve = train_sft(small, processor, settings, np.random.default_rng(0), tmp_path)
+    settings = Settings(sft_questions=100, sft_steps=20, sft_batch=16, sft_warmup=0.1, backend=BACKEND)
+    curve = train_start(small, processor, settings, np.random.default_rng(0), tmp_path)
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
-    assert [line["step"] for line in curve] == list(range(1, 13))  # the first measurement reaches the target
-    assert "accuracy" in curve[9]
-    assert [line["learning_rate"] for line in curve[3:10]] == [settings.sft_rate] * 7
+    assert [line["step"] for line in curve] == list(range(1, 21))
     images = [json.loads(line)["images"] for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
-    assert images.count([]) == 12  # sft_blind_share is an eighth
+    assert images.count([]) == 12 + 9  # 12 state the digits; 15 % of the 60 step-by-step questions lost the image
 
 
 def test_branches_differ_only_in_their_weights() -> None:
@@ -336,45 +456,39 @@ def test_branches_differ_only_in_their_weights() -> None:
 
 def test_a_quick_run_leaves_all_files(tmp_path: Path) -> None:
     out = tmp_path / "results"
-    command = [
-        sys.executable,
-        "-c",
-        _CLI,
-        "demo",
-        "--quick",
-        "--threads",
-        "1",
-        "--backend",
-        BACKEND,
-        "--out",
-        str(out),
-    ]
+    options = ["--quick", "--threads", "1", "--backend", BACKEND, "--out", str(out)]
+    command = [sys.executable, "-c", _CLI, "demo", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "MPO" in done.stdout
+    assert "by design" in done.stdout
+    assert "MPO - SFT continued" in done.stdout
+    assert "Stages: SFT start" in done.stdout
 
     results = json.loads((out / "results.json").read_text())
+    assert results["command"] == f"mpo-ext demo --threads 1 --backend {BACKEND} --quick"
     (only,) = results["runs"]
-    assert set(only["accuracy"]) == {"SFT start", "SFT", "DPO", "MPO"}
+    assert set(only["accuracy"]) == set(tables.LABELS)
     for forms in only["accuracy"].values():
         for form in digits.FORMS:
             assert 0 <= forms[form]["accuracy"] <= 1
-            assert forms[form]["count"] == 20
+            assert forms[form]["count"] == len(forms[form]["right"]) == 20
     steps = only["settings"]["branch_steps"]
     assert {method: len(curve) for method, curve in only["branch_curves"].items()} == dict.fromkeys(METHODS, steps)
     first = only["branch_curves"]["MPO"][0]
     assert first["dpo_loss"] == pytest.approx(np.log(2), abs=1e-4)  # policy and reference are still equal
     assert first["bco_loss"] == pytest.approx(2 * np.log(2), abs=1e-4)
-    assert (out / "table.md").read_text().count("\n| ") == 5
+    assert (out / "table.md").read_text().count("\n| ") == 10
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "pairs.html").read_text()
     data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
     assert len(data["pairs"]) == sum(only["pair_counts"].values())
     assert all(image["index"] >= 0 for pair in data["pairs"] for image in pair["images"])
-    assert "http" not in page.replace("http-equiv", "")  # the page loads nothing from the network
+    for shown in (page, (out / "demo.html").read_text()):
+        assert "http" not in shown.replace("http-equiv", "")  # the pages load nothing from the network
+    assert "learn anything, by design" in (out / "demo.html").read_text()
     assert json.loads((out / "check.json").read_text())["clean"]
     assert set(only["sampling"]) == {"correctness-direct", "correctness-cot", "dropout-ntp"}
-    assert only["sampling"]["correctness-direct"]["items"] == 100
+    assert only["sampling"]["correctness-direct"]["items"] == 40
 
 
 _CLI = """
@@ -394,23 +508,42 @@ def parse(*argv: str) -> argparse.Namespace:
     return parser.parse_args(["demo", *argv])
 
 
-def test_a_signal_during_training_ends_the_demo(
+def test_an_interrupted_demo_resumes_and_ends_like_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def signalled(recipe: Recipe, *, on_step: Callable[[int, dict[str, float]], object], **kept: object) -> int:
+    interrupted = True
+
+    def signalled(recipe: Recipe, **kept: object) -> int:
         def step(number: int, line: dict[str, float]) -> object:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return on_step(number, line)
+            if interrupted and recipe.output.dir.endswith("MPO") and number == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return None
 
         return train(recipe, on_step=step, **kept)
 
     monkeypatch.setattr("mpo_ext.demo.train.train", signalled)
-    args = parse("--quick", "--threads", "1", "--out", str(tmp_path))
+    monkeypatch.setattr("mpo_ext.demo.experiment.save_curves", lambda path, result: path.write_bytes(b""))
+    args = parse("--quick", "--threads", "1", "--out", str(tmp_path / "a"))
     assert args.run(args) == 130
-    text = capsys.readouterr().err
-    assert "interrupted; the same command starts over" in text
-    assert text.count("SIGTERM: ended after step 1 of") == 1
-    assert "resumes" not in text
+    said = capsys.readouterr()
+    assert "interrupted; the same command resumes the demo" in said.err
+    assert said.err.count("SIGTERM: ended after step 2 of 3") == 1
+    interrupted = False
+    assert args.run(args) == 0
+    said = capsys.readouterr()
+    assert said.out.count("finished in an earlier run") == 4  # start, pairs, SFT and DPO
+    assert "resumes from" in said.err
+    other = parse("--quick", "--threads", "1", "--out", str(tmp_path / "b"))
+    assert other.run(other) == 0
+    runs = [json.loads((tmp_path / name / "results.json").read_text())["runs"][0] for name in ("a", "b")]
+    assert runs[0]["accuracy"] == runs[1]["accuracy"]
+    losses = [[line["loss"] for line in run["branch_curves"]["MPO"]] for run in runs]
+    assert losses[0] == losses[1]
+
+    changed = parse("--quick", "--threads", "1", "--seed", "2", "--out", str(tmp_path / "a"))
+    capsys.readouterr()
+    assert changed.run(changed) == 0
+    assert "finished in an earlier run" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from scripted_engine import ScriptedEngine, write_lines
 from stub_engine import StubEngine
 
@@ -383,3 +384,78 @@ def test_the_options_of_each_item_decide_about_its_answers(tmp_path: Path) -> No
     assert row["accuracy"] == pytest.approx(4 / 6)
     assert row["unreadable"] == pytest.approx(1 / 6)
     assert row["majority"]["accuracy"] == 1.0  # "y" and "(B)" are the same answer
+
+
+class SeeingEngine(ScriptedEngine):
+    """Answers from ``answers`` if it sees an image, otherwise from ``blind``."""
+
+    def __init__(self, answers: dict[str, list[str]], blind: dict[str, list[str]]) -> None:
+        super().__init__(answers)
+        self.seen, self.blind = answers, blind
+
+    def _answer(self, request: Any) -> Any:
+        self.answers = self.seen if request.images else self.blind
+        return super()._answer(request)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    lines = [{"question": f"Q{n}", "image": "a.png", "answer_gt": "7"} for n in range(4)]
+    return write_lines(tmp_path / "seen.jsonl", [*lines, {"question": "no image", "answer_gt": "7"}])
+
+
+def test_without_the_image_the_same_questions_are_compared(pictures: Path, tmp_path: Path) -> None:
+    questions = [*(f"Q{n}" for n in range(4)), "no image"]
+    answers = dict(zip(questions, ([final(7)], [final(7)], [final(5)], ["?"], [final(7)]), strict=True))
+    blind = dict(zip(questions, ([final("7.0")], [final(8)], [final(5)], ["?"], [final(7)]), strict=True))
+    engine = SeeingEngine(answers, blind)
+    config = EvaluationConfig(prompts=("cot",), matcher={"kind": "number"}, without_image=True)
+    root = {"image_root": str(tmp_path)}
+    results = evaluate({"m": engine}, {"d": pictures}, tmp_path / "out", config=config, **root)
+    seen, unseen = results["results"]
+    assert (seen["prompt"], seen["questions"], seen["accuracy"]) == ("cot", 5, 0.6)
+    assert (unseen["prompt"], unseen["questions"], unseen["accuracy"]) == ("cot-without-image", 4, 0.25)
+    assert unseen["refused"] == {"no image that could be left out": 1}
+    (row,) = results["without_image"]
+    assert (row["model"], row["data"], row["prompt"], row["questions"]) == ("m", "d", "cot", 4)
+    assert (row["with_image"]["accuracy"], row["without_image"]["accuracy"]) == (0.5, 0.25)
+    # 7 and 7.0 are the same answer, 5 stays the same although it is wrong, and "?" has no answer.
+    assert row["unchanged"]["share"] == 0.5
+    assert row["comparison"]["difference"] == 0.25
+    assert (row["comparison"]["gained"], row["comparison"]["lost"]) == (1, 0)
+    assert results["comparisons"] == []
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| d, cot |     m |         4 |  50.0 ± 28.9 |" in table
+    lines = lines_of(tmp_path / "out" / "predictions-m.jsonl")
+    assert [line["prompt"] for line in lines] == ["cot"] * 5 + ["cot-without-image"] * 5
+
+    # Without the option, the same folder holds the same journal, and the results lack the comparison.
+    plain = EvaluationConfig(prompts=("cot",), matcher={"kind": "number"})
+    before = (tmp_path / "out" / "journals" / "m" / "d-cot").exists()
+    assert before
+    engine.blind = {}
+    assert "without_image" not in evaluate({"m": engine}, {"d": pictures}, tmp_path / "out", config=plain, **root)
+
+
+def test_the_mark_of_the_image_is_left_out_with_it(tmp_path: Path) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    line = {"question": "<image>\nHow many?", "image": "a.png", "answer_gt": "7"}
+    data = write_lines(tmp_path / "d.jsonl", [line])
+    engine = StubEngine()
+    config = EvaluationConfig(prompts=("none",), without_image=True)
+    evaluate({"m": engine}, {"d": data}, tmp_path / "out", config=config, image_root=str(tmp_path))
+    seen, blind = engine.requests
+    assert (seen.question, len(seen.images)) == ("<image>\nHow many?", 1)
+    assert (blind.question, len(blind.images)) == ("How many?", 0)
+
+
+def test_without_the_image_several_files_are_taken_together(pictures: Path, tmp_path: Path) -> None:
+    other = write_lines(tmp_path / "other.jsonl", [{"question": "Z", "image": "a.png", "answer_gt": "1"}])
+    answers = {"Z": [final(1)], **{f"Q{n}": [final(7)] for n in range(4)}, "no image": [final(7)]}
+    engine = SeeingEngine(answers, {**answers, "Z": [final(2)]})
+    config = EvaluationConfig(prompts=("cot",), without_image=True)
+    data = {"d": pictures, "e": other}
+    results = evaluate({"m": engine}, data, tmp_path / "out", config=config, image_root=str(tmp_path))
+    shares = {row["data"]: (row["questions"], row["unchanged"]["share"]) for row in results["without_image"]}
+    assert shares == {"d": (4, 1.0), "e": (1, 0.0), "all": (5, 0.8)}

@@ -8,10 +8,11 @@ import pytest
 from stub_engine import StubEngine
 
 from mpo_ext.chat import Conversation
-from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig, without_placeholders
+from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import Generation, SamplingConfig
 from mpo_ext.generate.items import Item, item_files, read_items
 from mpo_ext.generate.outputs import ItemResult
+from mpo_ext.generate.questions import without_placeholders
 from mpo_ext.generate.runner import run
 
 CHOSEN = "The left bar is 3, the right bar is 4. Together they are 7.\nFinal answer: 7"

@@ -15,10 +15,12 @@ for package in ("torch", "transformers", "sklearn", "matplotlib", "rich", "PIL",
     pytest.importorskip(package)
 
 from benchmarks.study import __main__ as command
+from benchmarks.study import language_prior, perception, perception_start, rows, runs, start
 from benchmarks.study import results as study_results
-from benchmarks.study import rows, runs, start
 from benchmarks.study import tables as study
-from benchmarks.study.settings import StudySettings
+from benchmarks.study.declare import SFT, START
+from benchmarks.study.settings import PriorSettings, StudySettings
+from benchmarks.study.verdicts import t_test_p, verdicts
 from mpo_ext.data import Pair, open_pairs
 from mpo_ext.demo import digits
 from mpo_ext.demo.model import build_processor
@@ -42,8 +44,8 @@ def make_document(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
     """Returns a result file. All rows are alike, except those whose differences the tests below compute."""
     results = []
     for seed in seeds:
-        for row in (study.START, *study.ROWS):
-            cot = {study.START: 0.4, study.SFT: 0.5 + 0.1 * seed, "MPO": 0.5 + 0.2 * seed}.get(row, 0.4)
+        for row in (START, *perception.ROWS):
+            cot = {START: 0.4, SFT: 0.5 + 0.1 * seed, "MPO": 0.5 + 0.2 * seed}.get(row, 0.4)
             results.append(make_result(seed, row, cot))
     return {
         "schema": 1,
@@ -58,7 +60,7 @@ def make_document(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
         "settings": dataclasses.asdict(StudySettings()),
         "seconds": 3600.0,
         "seeds": list(seeds),
-        "starts": [{"seed": seed, "pairs": dict.fromkeys(study.PAIR_FILES, 7)} for seed in seeds],
+        "starts": [{"seed": seed, "pairs": dict.fromkeys(perception.PAIR_FILES, 7)} for seed in seeds],
         "results": results,
     }  # fmt: skip
 
@@ -72,37 +74,37 @@ def line_of(block: str, label: str) -> list[str]:
 
 
 def test_every_comparison_of_the_paper_has_its_rows() -> None:
-    rows = set(study.ROWS)
+    rows = set(perception.ROWS)
     assert {"SFT", "MPO"} <= rows
     assert {name for loss in WANTED_LOSSES for name in (loss, f"{loss} + SFT")} <= rows
-    assert [study.ROWS[f"MPO, DropoutNTP {keep:g}"].pairs for keep in (0.25, 0.5, 0.75)] == list(study.KEEPS)
-    assert list(study.KEEPS.values()) == [0.25, 0.5, 0.75]
-    assert {row.pairs for row in study.ROWS.values()} == set(study.PAIR_FILES)
-    assert {row.rate for row in study.ROWS.values()} == {0.1, 0.4, 1, 4, 10}
+    assert [perception.ROWS[f"MPO, DropoutNTP {keep:g}"].pairs for keep in (0.25, 0.5, 0.75)] == list(perception.KEEPS)
+    assert list(perception.KEEPS.values()) == [0.25, 0.5, 0.75]
+    assert {row.pairs for row in perception.ROWS.values()} == set(perception.PAIR_FILES)
+    assert {row.rate for row in perception.ROWS.values()} == {0.1, 0.4, 1, 4, 10}
     assert {"MPO, delta 0", "MPO, delta ema", "text, SFT", "text, DPO", "text, MPO"} <= rows
-    weights = {(row.loss["dpo_weight"], row.loss["bco_weight"]) for row in study.ROWS.values()}
+    weights = {(row.loss["dpo_weight"], row.loss["bco_weight"]) for row in perception.ROWS.values()}
     assert {(0.5, 0.5), (0.75, 0.25), (0.8, 0.2), (0.9, 1 - 0.9)} <= weights
-    assert {row.loss["ntp_weight"] for row in study.ROWS.values()} >= {0, 0.01, 0.5, 1, 2, 5}
+    assert {row.loss["ntp_weight"] for row in perception.ROWS.values()} >= {0, 0.01, 0.5, 1, 2, 5}
 
 
 def test_every_row_is_shown_and_every_shown_row_is_run() -> None:
-    shown = {row for table in study.TABLES.values() for _, row in table.rows}
-    assert shown - {study.START} == set(study.ROWS)
-    for table in study.TABLES.values():
+    shown = {row for table in perception.TABLES.values() for _, row in table.rows}
+    assert shown - {START} == set(perception.ROWS)
+    for table in perception.TABLES.values():
         labels = [label for label, _ in table.rows]
         assert len(set(labels)) == len(labels)
         assert set(table.paper) <= {row for _, row in table.rows}
 
 
 def test_no_two_rows_are_the_same_run() -> None:
-    seen = [json.dumps(dataclasses.asdict(row), sort_keys=True) for row in study.ROWS.values()]
+    seen = [json.dumps(dataclasses.asdict(row), sort_keys=True) for row in perception.ROWS.values()]
     assert len(set(seen)) == len(seen)
-    assert len({study_results.slug(name) for name in study.ROWS}) == len(study.ROWS)
+    assert len({study_results.slug(name) for name in perception.ROWS}) == len(perception.ROWS)
 
 
-@pytest.mark.parametrize("row", study.ROWS)
+@pytest.mark.parametrize("row", perception.ROWS)
 def test_the_recipe_of_a_row_has_the_values_of_the_row(row: str, tmp_path: Path) -> None:
-    settings, run_of = StudySettings(seed=3, branch_steps=100, branch_batch=32), study.ROWS[row]
+    settings, run_of = StudySettings(seed=3, branch_steps=100, branch_batch=32), perception.ROWS[row]
     recipe = rows.row_recipe(run_of, settings, tmp_path, tmp_path / "run")
     plain = LossRecipe()
     for name in ("dpo_weight", "bco_weight", "ntp_weight", "preference", "label_smoothing"):
@@ -120,7 +122,7 @@ def test_the_recipe_of_a_row_has_the_values_of_the_row(row: str, tmp_path: Path)
 
 
 def test_the_losses_by_name() -> None:
-    rows = study.ROWS
+    rows = perception.ROWS
     assert rows["cDPO"].loss["label_smoothing"] > 0
     assert "preference" not in rows["cDPO"].loss
     assert rows["robust DPO"].loss["label_smoothing"] > 0
@@ -161,19 +163,19 @@ def kinds_of(pairs: list[Pair]) -> dict[str, int]:
 
 def test_files_of_pairs_hold_the_kinds_in_their_names() -> None:
     settings = StudySettings(pairs=40, kind_pairs=100, mixed_shares=(0.25, 0.5, 0.25))
-    files = start.choose(make_pool(), settings, np.random.default_rng(0))
-    assert tuple(sorted(files)) == tuple(sorted(study.PAIR_FILES))
+    files = perception_start.choose(make_pool(), settings, np.random.default_rng(0))
+    assert tuple(sorted(files)) == tuple(sorted(perception.PAIR_FILES))
     assert kinds_of(files["mixed"]) == {"direct": 10, "cot": 20, "DropoutNTP 0.5": 10}
     assert kinds_of(files["correctness"]) == {"cot": 30}  # as many as the smallest kind has
-    assert [kinds_of(files[name]) for name in study.KEEPS] == [{name: 30} for name in study.KEEPS]
+    assert [kinds_of(files[name]) for name in perception.KEEPS] == [{name: 30} for name in perception.KEEPS]
     assert kinds_of(files["correctness and DropoutNTP"]) == {"cot": 15, "DropoutNTP 0.5": 15}
     assert kinds_of(files["text"]) == {"text": 20}
 
 
 def test_shares_of_the_pairs_are_nested() -> None:
     settings = StudySettings(pairs=40)
-    files = start.choose(make_pool(), settings, np.random.default_rng(1))
-    parts = [files[name] for name in (*study.SHARES, "mixed")]
+    files = perception_start.choose(make_pool(), settings, np.random.default_rng(1))
+    parts = [files[name] for name in (*perception.SHARES, "mixed")]
     assert [len(part) for part in parts] == [4, 16, 28, 40]
     for smaller, larger in itertools.pairwise(parts):
         assert smaller == larger[: len(smaller)]
@@ -182,7 +184,7 @@ def test_shares_of_the_pairs_are_nested() -> None:
 
 def test_an_empty_file_of_pairs_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"pairs 'text' must be at least one, got none of 50 direct, .* 0 text"):
-        start.choose(make_pool(text=0), StudySettings(pairs=40), np.random.default_rng(0))
+        perception_start.choose(make_pool(text=0), StudySettings(pairs=40), np.random.default_rng(0))
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -234,8 +236,8 @@ def test_a_failed_run_is_listed() -> None:
 def test_there_is_a_block_for_each_table() -> None:
     document = make_document()
     blocks = study.tables(document)
-    assert set(blocks) == {"study_setup", "study_differences", *(f"study_{name}" for name in study.TABLES)}
-    for name, table in study.TABLES.items():
+    assert set(blocks) == {"study_setup", "study_differences", *(f"study_{name}" for name in perception.TABLES)}
+    for name, table in perception.TABLES.items():
         assert blocks[f"study_{name}"].count("\n") == len(table.rows) + 2
         assert f"## {table.title}\n" in study.markdown(document)
 
@@ -281,6 +283,76 @@ def test_a_run_that_is_listed_twice_is_rejected() -> None:
         study.check(document)
 
 
+def make_prior_document(gains: dict[int, float]) -> dict[str, Any]:
+    """Returns a result file of the task "language-prior" in which MPO is better than SFT by ``gains``, by seed."""
+    task, results = language_prior.TASK, []
+    for seed, gain in gains.items():
+        for row in (*task.starts, *task.rows):
+            result = make_result(seed, row, 0.5 + gain * (row == "MPO"))
+            result["evaluation"]["cot"] |= {"hallucinated": 0.3, "follow_prior": 0.2}
+            results.append(result)
+    starts = [{"seed": seed, "pairs": dict.fromkeys(task.pair_files, 7)} for seed in gains]
+    document = {**make_document(), "task": "language-prior", "seeds": list(gains), "results": results}
+    return {**document, "starts": starts, "settings": dataclasses.asdict(PriorSettings())}
+
+
+def test_the_language_prior_has_its_tables_and_verdicts() -> None:
+    document = make_prior_document({1: 0.03, 2: 0.032, 3: 0.034, 4: 0.03, 5: 0.031})
+    study.check(document)
+    blocks = study.tables(document)
+    assert set(blocks) == {"prior_setup", "prior_differences", *(f"prior_{name}" for name in language_prior.TABLES)}
+    assert line_of(blocks["prior_main"], "MPO")[9:12] == ["30.0", "20.0", "5"]
+    assert line_of(blocks["prior_robust"], "MPO, width 64")[5] == "+0.0 ± 0.0"  # compared with its own SFT
+    lines = [line for line in blocks["prior_differences"].splitlines() if "SFT against MPO" in line]
+    first = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert first[1:6] == ["MPO", "SFT", "CoT", "+3.1 ± 0.1", "5"]
+    assert first[7] == "higher"
+    assert lines[3].strip("| ").endswith("cannot be told")  # DPO and the start are equal
+    noisy = study.tables(make_prior_document({1: 0.03, 2: -0.02, 3: 0.05}))["prior_differences"]
+    assert "higher" not in noisy
+    assert "study_main" in study.BLOCKS
+    assert "prior_main" in study.BLOCKS
+
+
+def test_every_row_of_the_language_prior_is_shown_and_differs() -> None:
+    task = language_prior.TASK
+    shown = {row for table in task.tables.values() for _, row in table.rows}
+    assert shown == {*task.starts, *task.rows}
+    assert len({json.dumps(dataclasses.asdict(row), sort_keys=True) for row in task.rows.values()}) == len(task.rows)
+    assert {row.pairs for row in task.rows.values()} == set(task.pair_files)
+    for name, family in task.differences.items():
+        assert name in task.tables
+        for row, other, _ in family:
+            assert {row, other} <= {*task.rows, *task.starts}
+    for changes in task.starts.values():
+        dataclasses.replace(PriorSettings(), **changes)
+    assert set(task.choose(("strength",))) == {
+        f"{method}{suffix}"
+        for method in ("SFT", "MPO")
+        for suffix in ("", *(f", prior {s:g}" for s in (0, 0.5, 0.75, 0.95)))
+    }
+
+
+def test_the_t_test_has_published_values() -> None:
+    # Quantiles of Student's distribution for two-sided 5 %.
+    for freedom, quantile in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (10, 2.228), (29, 2.045)):
+        assert t_test_p(quantile, freedom) == pytest.approx(0.05, abs=2e-4)
+        assert t_test_p(-quantile, freedom) == pytest.approx(0.05, abs=2e-4)
+    assert t_test_p(0, 4) == pytest.approx(1)
+
+
+def test_verdicts_are_corrected_for_their_number() -> None:
+    (alone,) = verdicts([[1.0, 2.0, 3.0]])
+    assert alone.p == pytest.approx(0.0742, abs=1e-4)  # t = 2 * sqrt(3) with 2 degrees of freedom
+    assert alone.error == pytest.approx(1 / 3**0.5)
+    clear = [3.0, 3.3, 2.9, 3.1]  # p is about 0.0001, before the correction
+    family = verdicts([clear, [1.0, -1.0, 0.5, 0.2], [-x for x in clear], [5.0], []])
+    assert [each.text for each in family] == ["higher", "cannot be told", "lower", "cannot be told", "cannot be told"]
+    assert [each.p is None for each in family] == [False, False, False, True, True]
+    assert family[0].p == pytest.approx(3 * verdicts([clear])[0].p)
+    assert family[1].p >= family[2].p >= family[0].p
+
+
 # ---------------------------------------------------------------------------------------------------------- running it
 
 
@@ -292,7 +364,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch):
 
     def task(folder: Path, settings: StudySettings, row: str) -> dict[str, Any]:
         found = study_results.read(folder.parent, settings, row)
-        if found is not None and row == study.START:
+        if found is not None and row == START:
             return found
         asked.append((settings.seed, row))
         if row in failing:
@@ -308,6 +380,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch):
 
 def run_study(out: Path, seeds: range = range(2), **more: Any) -> int:
     arguments = {
+        "task": "perception",
         "quick": True,
         "threads": 1,
         "backend": "reference",
@@ -320,7 +393,7 @@ def run_study(out: Path, seeds: range = range(2), **more: Any) -> int:
 def test_an_interrupted_study_resumes(scripted, tmp_path: Path) -> None:
     asked, _ = scripted
     assert run_study(tmp_path) == 0
-    assert len(asked) == 2 * (len(study.ROWS) + 1)
+    assert len(asked) == 2 * (len(perception.ROWS) + 1)
     document = study.load(tmp_path / "study.json")
     assert document["seconds"] == 2.0 * len(asked)
     assert document["starts"][1] == {"seed": 1, "pairs": {"mixed": 3}, "sampling": {}, "curve": {}}
@@ -336,9 +409,13 @@ def test_an_interrupted_study_resumes(scripted, tmp_path: Path) -> None:
 def test_main_rows_are_run_first_over_all_seeds_and_others_seed_by_seed(scripted, tmp_path: Path) -> None:
     asked, _ = scripted
     assert run_study(tmp_path) == 0
-    names = [row for row in study.ROWS if row in {row for name in study.MAIN for _, row in study.TABLES[name].rows}]
-    others = [row for row in study.ROWS if row not in names]
-    first = [(seed, row) for row in (study.START, *names) for seed in range(2)]
+    names = [
+        row
+        for row in perception.ROWS
+        if row in {row for name in perception.TASK.main for _, row in perception.TABLES[name].rows}
+    ]
+    others = [row for row in perception.ROWS if row not in names]
+    first = [(seed, row) for row in (START, *names) for seed in range(2)]
     assert asked == first + [(seed, row) for seed in range(2) for row in others]
 
 
@@ -346,8 +423,8 @@ def test_rows_with_changed_settings_run_again(scripted, tmp_path: Path, monkeypa
     asked, _ = scripted
     run_study(tmp_path, range(1))
     asked.clear()
-    rows = {**study.ROWS, "MPO": dataclasses.replace(study.ROWS["MPO"], rate=0.5)}
-    monkeypatch.setattr(study, "ROWS", rows)
+    rows = {**perception.ROWS, "MPO": dataclasses.replace(perception.ROWS["MPO"], rate=0.5)}
+    monkeypatch.setitem(study.TASKS, "perception", dataclasses.replace(perception.TASK, rows=rows))
     run_study(tmp_path, range(1))
     assert asked == [(0, "MPO")]
     asked.clear()
@@ -359,7 +436,7 @@ def test_a_row_that_fails_is_listed_and_run_again(scripted, tmp_path: Path, caps
     asked, failing = scripted
     failing.add("IPO")
     assert run_study(tmp_path, range(1)) == 1
-    assert len(asked) == len(study.ROWS) + 1
+    assert len(asked) == len(perception.ROWS) + 1
     assert "failed: seed 0, IPO: FloatingPointError: loss of IPO is not finite" in capsys.readouterr().out
     document = study.load(tmp_path / "study.json")
     (ipo,) = [one for one in document["results"] if one["row"] == "IPO"]
@@ -373,13 +450,13 @@ def test_a_row_that_fails_is_listed_and_run_again(scripted, tmp_path: Path, caps
 
 def test_rows_without_a_start_are_listed(scripted, tmp_path: Path) -> None:
     asked, failing = scripted
-    failing.add(study.START)
+    failing.add(START)
     assert run_study(tmp_path) == 1
-    assert asked == [(0, study.START), (1, study.START)]
+    assert asked == [(0, START), (1, START)]
     results = study.load(tmp_path / "study.json")["results"]
     assert {one["status"] for one in results} == {"failed"}
     assert sum(one["reason"].startswith("no start: FloatingPointError: loss of") for one in results) == 2 * len(
-        study.ROWS
+        perception.ROWS
     )
 
 
@@ -398,8 +475,8 @@ def test_an_interrupt_keeps_complete_results(scripted, tmp_path: Path, monkeypat
     done = len(asked)
     monkeypatch.setattr(rows, "run_row", working)
     assert run_study(tmp_path, range(1)) == 0
-    assert len(asked) == len(study.ROWS) + 1
-    assert done == 1 + list(study.ROWS).index("BCO")
+    assert len(asked) == len(perception.ROWS) + 1
+    assert done == 1 + list(perception.ROWS).index("BCO")
 
 
 def test_the_quick_study_runs_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,12 +494,12 @@ def test_the_quick_study_runs_every_row(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(set.union(*drawn)) == sum(sizes.values())  # no digit is in two of them
     document = study.load(tmp_path / "study.json")
     results = {one["row"]: one for one in document["results"]}
-    for name, row in study.ROWS.items():
+    for name, row in perception.ROWS.items():
         assert results[name]["steps"] == 4
         first = results[name]["log"]["first"]
         assert ("dpo_loss" in first) == (row.loss["dpo_weight"] > 0 or row.loss["bco_weight"] > 0)
     pairs = document["starts"][0]["pairs"]
-    assert set(pairs) == set(study.PAIR_FILES)
+    assert set(pairs) == set(perception.PAIR_FILES)
     seed = tmp_path / "seed-0"
     for name, count in pairs.items():
         found = [pair for _, pair in open_pairs(seed / f"pairs-{study_results.slug(name)}.jsonl").scan()]
@@ -430,7 +507,7 @@ def test_the_quick_study_runs_every_row(tmp_path: Path, monkeypatch: pytest.Monk
         assert all(len(pair.images) == (name != "text") for pair in found)
         lines = (seed / f"reference-{study_results.slug(name)}.jsonl").read_text().splitlines()
         assert len(lines) == count + 1
-    for name, keep in study.KEEPS.items():
+    for name, keep in perception.KEEPS.items():
         found = [pair for _, pair in open_pairs(seed / f"pairs-{study_results.slug(name)}.jsonl").scan()]
         assert {pair.provenance["keep"] for pair in found} == {keep}
     # All rows of the mixed pairs begin at the same model: policy and reference are one.
@@ -441,13 +518,50 @@ def test_the_quick_study_runs_every_row(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (seed / "runs").exists() or not list((seed / "runs").iterdir())
 
 
+def test_starts_with_other_settings_have_their_own_folder_and_rows(scripted, tmp_path: Path) -> None:
+    asked, _ = scripted
+    assert run_study(tmp_path, range(1, 2), task="language-prior", only=("robust",)) == 0
+    starts = [f"{START}{suffix}" for suffix in ("", *(f", {name}" for name in language_prior.OTHERS))]
+    rows = [f"{method}, {name}" for name in language_prior.OTHERS for method in ("SFT", "MPO")]
+    assert sorted(asked) == sorted((1, row) for row in (*starts, *rows))
+    document = study.load(tmp_path / "study.json")
+    assert (document["task"], document["seeds"]) == ("language-prior", [1])
+    measured = {result["row"] for result in document["results"] if result["status"] == "measured"}
+    assert measured == {*starts, *rows}
+    asked.clear()
+    assert run_study(tmp_path, range(1, 2), task="language-prior", only=("robust", "main")) == 0
+    assert sorted(asked) == [(1, "DPO"), (1, "MPO"), (1, "SFT")]
+
+
+def test_a_quick_study_of_the_language_prior_runs(tmp_path: Path) -> None:
+    assert run_study(tmp_path, range(1), task="language-prior", only=("main", "keep", "text")) == 0
+    document = study.load(tmp_path / "study.json")
+    results = {one["row"]: one for one in document["results"] if one["status"] == "measured"}
+    assert {START, "SFT", "DPO", "MPO", "MPO, DropoutNTP 0", "text, MPO"} <= set(results)
+    assert set(document["starts"][0]["pairs"]) == set(language_prior.PAIR_FILES)
+    for result in results.values():
+        assert 0 <= result["evaluation"]["cot"]["hallucinated"] <= 1
+        assert result["evaluation"]["text"]["count"] == 8
+    seed = tmp_path / "seed-0"
+    for name, keep in language_prior.KEEPS.items():
+        pairs = [pair for _, pair in open_pairs(seed / f"pairs-{study_results.slug(name)}.jsonl").scan()]
+        assert {pair.provenance["keep"] for pair in pairs} == {keep}
+        assert all(pair.answer_gt is None for pair in pairs)
+
+
 # ------------------------------------------------------------------------------------------------------------- command
 
 
 def test_the_command_of_a_study_is_in_its_file(scripted, tmp_path: Path) -> None:
-    assert command.main(["--quick", "--seeds", "2", "--threads", "1", "--out", str(tmp_path)]) == 0
+    assert (
+        command.main(["--task", "perception", "--quick", "--seeds", "2", "--threads", "1", "--out", str(tmp_path)])
+        == 0
+    )
     document = study.load(tmp_path / "study.json")
-    assert document["environment"]["command"] == "python -m benchmarks.study --seeds 2 --threads 1 --quick"
+    assert (
+        document["environment"]["command"]
+        == "python -m benchmarks.study --task perception --seeds 2 --threads 1 --quick"
+    )
     assert document["seeds"] == [0, 1]
 
 

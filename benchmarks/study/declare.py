@@ -1,0 +1,111 @@
+"""Declarations that the tasks of the study share: rows, tables, tasks, and the losses that are compared."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mpo_ext.demo.digits import FORMS
+
+START = "SFT start"  # the model that most runs begin from
+SFT = "SFT"  # every row is compared with its start and with this row
+TEXT = "text"  # step-by-step questions that name the digits and have no image
+COLUMNS = (*FORMS, TEXT)
+EMA_SHIFT = {"mode": "ema", "update": "after", "per": "optimizer_step"}  # as NeMo-RL
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StudyRow:
+    """Settings of a training run that begins from a start model. The defaults are the settings of the MPO run.
+
+    Attributes:
+        loss: Fields of ``LossRecipe``.
+        pairs: Name of the file of pairs, one of ``StudyTask.pair_files``.
+        rate: Factor of the learning rate.
+        reward_shift: Fields of ``RewardShiftRecipe``.
+        is_synced: Whether the reference is synced with the policy (TR-DPO), with a mixing weight of 0.6.
+        start: Name of the start that the run begins from, a key of ``StudyTask.starts``.
+    """
+
+    loss: Mapping[str, Any]
+    pairs: str = "mixed"
+    rate: float = 1.0
+    reward_shift: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_synced: bool = False
+    start: str = START
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StudyTable:
+    """Rows that are shown in one table.
+
+    Attributes:
+        title: Title of the table.
+        rows: Label and name of each row. A name is a key of ``StudyTask.starts`` or of ``StudyTask.rows``.
+        paper: The paper's numbers (arXiv 2411.10442v2), by name of the row.
+    """
+
+    title: str
+    rows: tuple[tuple[str, str], ...]
+    paper: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def weights(dpo: float, bco: float, ntp: float, **more: Any) -> dict[str, Any]:
+    return {"dpo_weight": dpo, "bco_weight": bco, "ntp_weight": ntp, **more}
+
+
+MPO_LOSS = weights(0.8, 0.2, 1)
+DPO_LOSS = weights(1, 0, 0)
+NTP_LOSS = weights(0, 0, 1)
+
+#: Each preference loss alone, with weight 1; "+ SFT" adds the next-token term with weight 1.
+LOSSES: dict[str, StudyRow] = {
+    "DPO": StudyRow(loss=DPO_LOSS),
+    "BCO": StudyRow(loss=weights(0, 1, 0)),
+    "IPO": StudyRow(loss={**DPO_LOSS, "preference": "ipo"}),
+    "cDPO": StudyRow(loss={**DPO_LOSS, "label_smoothing": 0.1}),
+    "robust DPO": StudyRow(loss={**DPO_LOSS, "preference": "robust", "label_smoothing": 0.1}),
+    "SPPO": StudyRow(loss={**DPO_LOSS, "preference": "sppo_hard"}),
+    "AOT": StudyRow(loss={**DPO_LOSS, "preference": "aot"}),
+    "RSO (hinge)": StudyRow(loss={**DPO_LOSS, "preference": "hinge"}),
+    "TR-DPO": StudyRow(loss=DPO_LOSS, is_synced=True),
+    "ORPO": StudyRow(loss={**DPO_LOSS, "preference": "orpo"}),
+    "DPO + BCO": StudyRow(loss=weights(0.8, 0.2, 0)),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StudyTask:
+    """A task of the study: its starts, its runs, and the tables that show them.
+
+    Attributes:
+        starts: Changes of the settings of each start, by the name of the start. ``START`` has none.
+        rows: Every run of a seed by name.
+        tables: Tables by name.
+        differences: Differences that the pages quote: row, row to compare with, column. Within a table, the verdicts
+            are corrected for their number.
+        pair_files: Names of all files of pairs of the start ``START``.
+        main: Names of the tables whose rows run first, for all seeds.
+        columns: Additional columns of the tables: header, form, quantity in percent.
+    """
+
+    starts: Mapping[str, Mapping[str, Any]]
+    rows: Mapping[str, StudyRow]
+    tables: Mapping[str, StudyTable]
+    differences: Mapping[str, tuple[tuple[str, str, str], ...]]
+    pair_files: tuple[str, ...]
+    main: tuple[str, ...] = ("main",)
+    columns: tuple[tuple[str, str, str], ...] = ()
+
+    def choose(self, names: tuple[str, ...]) -> dict[str, StudyRow]:
+        """Returns the rows of the tables ``names``; of all tables if ``names`` is empty."""
+        shown = {row for name in names or self.tables for _, row in self.tables[name].rows}
+        return {name: row for name, row in self.rows.items() if name in shown}
+
+
+def with_sft(losses: Mapping[str, StudyRow]) -> dict[str, StudyRow]:
+    """Returns each preference loss with the next-token term of weight 1 added. "DPO + BCO" becomes MPO."""
+    return {
+        f"{name} + SFT": dataclasses.replace(row, loss={**row.loss, "ntp_weight": 1})
+        for name, row in losses.items()
+        if name != "DPO + BCO"
+    }

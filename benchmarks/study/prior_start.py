@@ -1,0 +1,130 @@
+"""Makes the start and the pairs of the task "language-prior", with the functions of the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import InternVLForConditionalGeneration
+
+from benchmarks.study import results, training
+from benchmarks.study.declare import TEXT
+from benchmarks.study.language_prior import HALF, KEEPS, SHARES
+from benchmarks.study.settings import PriorSettings
+from mpo_ext.data import Pair, read_pairs
+from mpo_ext.data.jsonl import dump_line
+from mpo_ext.demo import digits, reading
+from mpo_ext.demo.model import DigitsProcessor
+from mpo_ext.demo.pairs import BATCH_SIZE, MAX_NEW_TOKENS, make_pairs, sample, write_items
+from mpo_ext.demo.start import weights_digest
+from mpo_ext.demo.train import start_recipe
+from mpo_ext.files import atomic_write
+from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
+from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
+from mpo_ext.generate.engine import SamplingConfig
+from mpo_ext.generate.transformers_engine import TransformersEngine
+
+_CURVE_STEPS = 100  # steps between two logged losses
+
+
+def train_start(
+    model: InternVLForConditionalGeneration,
+    processor: DigitsProcessor,
+    settings: PriorSettings,
+    rng: np.random.Generator,
+    folder: Path,
+) -> list[dict[str, float]]:
+    """Trains the start as the demo does, in place, and returns ``step`` and ``loss`` of every hundredth step."""
+    curve: list[dict[str, float]] = []
+
+    def note(step: int, line: Mapping[str, float]) -> None:
+        if step % _CURVE_STEPS == 0:
+            curve.append({"step": step, "loss": line["loss"]})
+
+    training.train(start_recipe(settings, rng, folder), model, processor, on_step=note)
+    return curve
+
+
+def make_files(
+    model: InternVLForConditionalGeneration,
+    processor: DigitsProcessor,
+    settings: PriorSettings,
+    folder: Path,
+    *,
+    has_all: bool,
+) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
+    """Returns the pairs of each file, and the summaries of the sampling runs.
+
+    The mixed pairs are those of the demo. ``has_all`` is False for a start whose rows need only these.
+
+    Raises:
+        RuntimeError: If a file would have no pair.
+    """
+    name = f"digits study, seed {settings.seed}, weights {weights_digest(model)}"
+    made = make_pairs(model, processor, settings, np.random.default_rng([settings.seed, 1]), folder, name=name)
+    files = {"mixed": list(read_pairs(made.path))}
+    summaries = {run: summary.to_dict() for run, summary in made.summaries.items()}
+    if has_all:
+        engine = TransformersEngine(model, processor, name=name, batch_size=BATCH_SIZE)
+        rng = np.random.default_rng([settings.seed, 2])
+        files |= _make_kinds(engine, settings, rng, folder, files["mixed"], summaries)
+    for file, pairs in files.items():
+        if not pairs:
+            raise RuntimeError(f"pairs {file!r} must be at least one, got none")
+    return files, summaries
+
+
+def _make_kinds(
+    engine: TransformersEngine,
+    settings: PriorSettings,
+    rng: np.random.Generator,
+    folder: Path,
+    mixed: list[Pair],
+    summaries: dict[str, Any],
+) -> dict[str, list[Pair]]:
+    """Samples the files that compare kinds of pairs, and returns the pairs of all files but "mixed"."""
+    sampling = SamplingConfig(temperature=settings.temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
+    common: dict[str, Any] = {"sampling": sampling, "seed": settings.seed, "matcher": digits.MATCHER}
+    correctness = Correctness(
+        CorrectnessConfig(samples=settings.samples, pairs_per_question=settings.pairs_per_question,
+                          style=digits.STYLES["cot"], **common)
+    )  # fmt: skip
+    unseen = digits.part(digits.load_digits()["train"], settings.sft_digits, None)
+    write_items(folder, "kinds", reading.sample_tasks(unseen, settings.kind_questions, rng, "cot", side=settings.side))
+    blind = reading.sample_tasks(unseen, settings.kind_questions, rng, "cot", side=settings.side)
+    write_items(folder, "blind", blind, has_truth=False)
+    named = reading.sample_tasks(unseen, settings.text_questions, rng, "cot", side=settings.side, is_named=True)
+    with atomic_write(folder / f"{TEXT}.jsonl") as file:
+        for task in named:
+            file.write(dump_line({"question": task.question, "answer_gt": str(task.answer), "form": "cot"}))
+    pool: dict[str, list[Pair]] = {}
+    runs = {"correctness": ("kinds", correctness), TEXT: (TEXT, _text_pipeline(settings, common))}
+    for name, keep in KEEPS.items():
+        config = DropoutNTPConfig(keep=keep, sample_chosen=True, style=digits.STYLES["cot"], **common)
+        runs[name] = ("blind", DropoutNTP(config))  # type: ignore[assignment]
+    for name, (items, pipeline) in runs.items():
+        pairs, summary = sample(pipeline, engine, folder, f"sample-{results.slug(name)}", items=items)
+        summaries[name] = summary.to_dict()
+        distinct = list({pair.key(): pair for pair in pairs}.values())
+        pool[name] = [distinct[index] for index in rng.permutation(len(distinct))]
+    count = min(settings.kind_pairs, *(len(pool[name]) for name in ("correctness", *KEEPS)))
+    half = [*pool["correctness"][: count - count // 2], *pool["DropoutNTP 0.5"][: count // 2]]
+    shuffled = [mixed[index] for index in rng.permutation(len(mixed))]
+    return {
+        **{name: shuffled[: round(share * len(mixed))] for name, share in SHARES.items()},
+        **{name: pairs if name == TEXT else pairs[:count] for name, pairs in pool.items()},
+        HALF: half,
+    }
+
+
+def _text_pipeline(settings: PriorSettings, common: Mapping[str, Any]) -> Correctness:
+    """Returns the pipeline for questions that state the digits, whose responses consist of the final answer."""
+    config = CorrectnessConfig(
+        samples=settings.samples,
+        pairs_per_question=settings.pairs_per_question,
+        style=digits.STYLES["final"],
+        **common,
+    )
+    return Correctness(config)

@@ -1,0 +1,73 @@
+"""Measures the answers of the demo's models: accuracy, hallucinated digits, and paired differences of two models."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpo_ext.demo.digits import FORMS
+from mpo_ext.demo.reading import ReadingTask, hallucinated_cells, read_digits
+from mpo_ext.demo.train import score
+
+
+def measure(tasks: Sequence[ReadingTask], responses: Sequence[str], prior_step: int) -> dict[str, dict[str, Any]]:
+    """Returns measures of the responses to the questions, by form.
+
+    ``prior_step`` is the difference of two digits that follow the language prior.
+
+    Returns:
+        For each form: ``accuracy`` and ``unparsable`` (fractions of the questions), ``right`` (a character per
+        question: "1" if its answer is correct, else "0") and ``count``. For the step-by-step form "cot" also
+        ``digits_right`` (fraction of all digits that the responses name correctly), ``hallucinated`` (fraction of the
+        responses that misread at least one digit as the prior has it) and ``follow_prior`` (fraction of the digits,
+        without those of the first cell, that follow the prior; 0.1 would be chance).
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for form in FORMS:
+        pairs = [(task, text) for task, text in zip(tasks, responses, strict=True) if task.form == form]
+        form_tasks, texts = [task for task, _ in pairs], [text for _, text in pairs]
+        right = score(form_tasks, texts)
+        result[form] = {
+            "accuracy": right.count(True) / len(right),
+            "unparsable": right.count(None) / len(right),
+            "right": "".join(str(int(value is True)) for value in right),
+            "count": len(right),
+        }
+        if form == "cot":
+            result[form] |= measure_digits(form_tasks, texts, prior_step)
+    return result
+
+
+def measure_digits(tasks: Sequence[ReadingTask], responses: Sequence[str], prior_step: int) -> dict[str, float]:
+    """Returns the measures of the digits that step-by-step responses name, as in ``measure``."""
+    pairs = list(zip(tasks, responses, strict=True))
+    named = follow = later = right = 0
+    for task, text in pairs:
+        read = read_digits(text, task.cells)
+        named += len(read)
+        right += sum(digit == value for digit, value in zip(read, task.values, strict=True))
+        known = [(a, b) for a, b in itertools.pairwise(read) if a is not None and b is not None]
+        later += len(known)
+        follow += sum(b == (a + prior_step) % 10 for a, b in known)
+    hallucinated = sum(bool(hallucinated_cells(task, text, prior_step)) for task, text in pairs)
+    return {
+        "digits_right": right / named,
+        "hallucinated": hallucinated / len(pairs),
+        "follow_prior": follow / later if later else 0.0,
+    }
+
+
+def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float]:
+    """Returns accuracy(``first``) - accuracy(``second``) in points, and its paired standard error over the questions.
+
+    Both arguments are measures of the same questions in one form.
+    """
+    differences = [int(ours) - int(theirs) for ours, theirs in zip(first["right"], second["right"], strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return 100 * statistics.fmean(differences), 100 * error
+
+
+def standard_error(accuracy: float, count: float, **_: Any) -> float:
+    """Returns the standard error of an accuracy in points."""
+    return 100 * math.sqrt(accuracy * (1 - accuracy) / count)
