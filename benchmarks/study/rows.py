@@ -19,6 +19,7 @@ from benchmarks.study.settings import AnySettings
 from mpo_ext.demo.train import make_recipe
 from mpo_ext.train.recipe import Recipe, ReferenceRecipe, RewardShiftRecipe
 
+_SYNCS = 4  # number of times that TR-DPO syncs its reference in a run
 _LOGGED_STEPS = 5  # number of steps averaged at the beginning and at the end of a run
 _LOG_KEYS = ("loss", "dpo_loss", "bco_loss", "ntp_loss", "reward_accuracy", "chosen_reward", "rejected_reward",
              "grad_norm", "reward_shift")  # fmt: skip
@@ -57,7 +58,7 @@ def row_recipe(row: StudyRow, settings: AnySettings, folder: Path, out: Path) ->
     )  # fmt: skip
     reference = recipe.reference
     if row.is_synced:
-        every = max(1, settings.branch_steps // tables.STEPS_BETWEEN_SYNCS)
+        every = max(1, settings.branch_steps // _SYNCS)
         reference = ReferenceRecipe(kind="copy", sync_every=every, sync_mix=0.6)
     return dataclasses.replace(recipe, reference=reference, reward_shift=RewardShiftRecipe(**row.reward_shift))
 

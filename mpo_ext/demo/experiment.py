@@ -23,7 +23,7 @@ from mpo_ext.demo.measures import measure, standard_error
 from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.pairs import make_pairs
 from mpo_ext.demo.settings import Settings
-from mpo_ext.demo.stages import Advance, Stages
+from mpo_ext.demo.stages import START_STAGE, Advance, Stages
 from mpo_ext.demo.start import load_shipped, load_trained, new_model, shipped_start, weights_digest
 from mpo_ext.demo.tables import LABELS, START
 from mpo_ext.demo.train import METHODS, respond, train_branch, train_start
@@ -188,10 +188,10 @@ def _make_start(
     if info is not None:
         load_shipped(model, info)
         text = f"a {size:.2f} M parameter {type(model).__name__} from the package, made by `{info['command']}`"
-        stages.run("SFT start", text, lambda _: None)
+        stages.run(START_STAGE, text, lambda _: None)
         return model, processor, []
     text = f"a {size:.2f} M parameter {type(model).__name__} learns from texts whose digits often count up"
-    curve = stages.run("SFT start", text, train)
+    curve = stages.run(START_STAGE, text, train)
     load_trained(model, folder / "runs" / START_RUN)
     return model, processor, curve
 

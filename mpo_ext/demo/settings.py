@@ -91,8 +91,8 @@ class Settings(RunSettings):
     def start_settings(self) -> dict[str, Any]:
         """Returns the settings on which the trained start depends, as JSON values."""
         names = [name for name in Settings.__dataclass_fields__ if name.startswith("sft_")]
-        return {name: getattr(self, name) for name in ("seed", "hidden_size", "layers", "side", "prior", "prior_step",
-                                                       *names)}  # fmt: skip
+        names += ["seed", "hidden_size", "layers", "side", "prior", "prior_step"]
+        return {name: getattr(self, name) for name in sorted(names)}
 
     @classmethod
     def quick(cls, seed: int = 1) -> "Settings":

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,17 +15,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import mpo_ext
 from mpo_ext.demo.settings import Settings
-from mpo_ext.demo.train import clear
+from mpo_ext.demo.train import START as START_RUN
 from mpo_ext.files import write_json
 
 Advance = Callable[[int], None]
+START_STAGE = "SFT start"
+_KEYS = "settings.json"
 
 
 class Stages:
     """Prints an explanation before each stage, a progress bar during it, and its duration after it.
 
-    The result of each stage is a file in ``folder/stages``. A stage whose file exists is not run again. If the folder
-    holds the results of other settings or of another version, they are deleted.
+    The result of each stage is a file in ``folder/stages``. A stage whose file exists is not run again. Results of other
+    settings or of another version are deleted; the trained start is kept if its own settings are the same.
 
     Attributes:
         seconds: Duration of each stage in seconds, also of the stages of the interrupted run.
@@ -33,13 +36,15 @@ class Stages:
     def __init__(self, console: Console, folder: Path, settings: Settings) -> None:
         self.console, self.folder = console, folder / "stages"
         self.seconds: dict[str, float] = {}
-        content = json.dumps([mpo_ext.__version__, dataclasses.asdict(settings)], sort_keys=True)
-        self._key = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-        key = self.folder / "key"
-        if not key.exists() or key.read_text() != self._key:
-            clear(folder)
+        values = dataclasses.asdict(settings)
+        start = {**settings.start_settings(), **{name: values[name] for name in ("backend", "uses_shipped_start")}}
+        keys = {"start": _key(start), "all": _key(values)}
+        path = self.folder / _KEYS
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if known != keys:
+            clear(folder, keep_start=known.get("start") == keys["start"])
             self.folder.mkdir(parents=True, exist_ok=True)
-            key.write_text(self._key)
+            write_json(path, keys)
 
     def run(self, name: str, explanation: str, make: Callable[[Advance], Any], *, total: int | None = None) -> Any:
         """Returns the result of a stage, a JSON value.
@@ -50,7 +55,7 @@ class Stages:
             make: Runs the stage, and returns its result. Its argument is a function that advances the progress bar.
             total: Number of steps of the progress bar; None: no progress bar.
         """
-        path = self.folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
+        path = self.folder / _file(name)
         if path.exists():
             stage = json.loads(path.read_text(encoding="utf-8"))
             self.seconds[name] = stage["seconds"]
@@ -68,3 +73,25 @@ class Stages:
         write_json(path, {"seconds": self.seconds[name], "result": result})
         self.console.print(f"  {self.seconds[name]:.1f} s")
         return result
+
+
+def clear(folder: Path, *, keep_start: bool) -> None:
+    """Deletes the files of a demo with other settings; ``keep_start`` keeps those of the trained start."""
+    kept = {_file(START_STAGE), START_RUN} if keep_start else set()
+    for name in ("runs", "stages"):
+        for path in (folder / name).glob("*"):
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in ("correctness-direct", "correctness-cot", "dropout-ntp"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "reference.jsonl").unlink(missing_ok=True)
+
+
+def _key(settings: dict[str, Any]) -> str:
+    content = json.dumps([mpo_ext.__version__, settings], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _file(stage: str) -> str:
+    """Returns the name of the file of a stage."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', stage.lower())}.json"

@@ -25,8 +25,8 @@ _COLUMNS = (
     ("digits right", "cot", "digits_right"),
 )  # fmt: skip
 _CAPTION = (
-    "Percent. Made up (hallucinated): step-by-step responses that misread a digit as the digit before + {step}, as the training "
-    "texts go on. Follow the prior: all digits that are the digit before + {step}; chance is 10."
+    "Percent. Made up (hallucinated): step-by-step responses that misread a digit as the digit before + {step}, as "
+    "the training texts do. Follow the prior: all digits that are the digit before + {step}; chance is 10."
 )
 
 

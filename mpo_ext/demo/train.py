@@ -1,7 +1,6 @@
 """The demo's training runs (SFT, then a run per method on the pairs) and the answers of its models."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,13 +184,6 @@ def write_sft(folder: Path, tasks: Sequence[digits.GridTask]) -> Path:
     path = folder / "sft.jsonl"
     write_pairs(path, pairs)
     return path
-
-
-def clear(folder: Path) -> None:
-    """Deletes the runs, the sampling runs and the other files of an earlier demo with other settings."""
-    for name in ("runs", "images", "stages", "correctness-direct", "correctness-cot", "dropout-ntp"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "reference.jsonl").unlink(missing_ok=True)
 
 
 def respond(
