@@ -85,6 +85,7 @@ class Settings(RunSettings):
     sft_direct_share: float = 0.32
     sft_blind_share: float = 0.15
     keep: float = 0.5
+    evaluation_tasks: int = 4000
     direct_evaluation_tasks: int = 1000
     uses_shipped_start: bool = True
 

@@ -26,8 +26,8 @@ _KEYS = "settings.json"
 class Stages:
     """Prints an explanation before each stage, a progress bar during it, and its duration after it.
 
-    The result of each stage is a file in ``folder/stages``. A stage whose file exists is not run again. Results of other
-    settings or of another version are deleted; the trained start is kept if its own settings are the same.
+    The result of each stage is a file in ``folder/stages``. A stage whose file exists is not run again. Results of
+    other settings or of another version are deleted; the trained start is kept if its own settings are the same.
 
     Attributes:
         seconds: Duration of each stage in seconds, also of the stages of the interrupted run.

@@ -83,7 +83,7 @@ def save(
         names = (START, "MPO")
         answers = [{"name": name, **_reading(task, responses[name][index], step)} for name in names]
         return {"image": _data_url(task.picture), "size": _size(task), "question": task.question, "truth": task.answer,
-                "answers": answers}  # fmt: skip
+                "digits": ", ".join(map(str, task.values)), "answers": answers}  # fmt: skip
 
     accuracy = {name: 100 * result.accuracy[name]["cot"]["accuracy"] for name in LABELS}
     gain, error = paired_difference(result.accuracy["MPO"]["cot"], result.accuracy["SFT"]["cot"])

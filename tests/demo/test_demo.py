@@ -19,6 +19,7 @@ for package in ("torch", "transformers", "sklearn", "matplotlib", "jinja2", "ric
     pytest.importorskip(package)
 
 import torch
+from rich.console import Console
 from transformers import AutoProcessor
 
 from mpo_ext.answers import extract_answer, matcher
@@ -31,6 +32,7 @@ from mpo_ext.demo.measures import measure, paired_difference
 from mpo_ext.demo.model import DigitsProcessor, build_model, build_processor
 from mpo_ext.demo.pairs import make_pairs, write_items
 from mpo_ext.demo.settings import Settings
+from mpo_ext.demo.stages import Stages
 from mpo_ext.demo.train import METHODS, evaluate, sample_corpus, train_branch, train_start
 from mpo_ext.generate.engine import Request, SamplingConfig
 from mpo_ext.generate.transformers_engine import TransformersEngine, make_generation
@@ -477,7 +479,7 @@ def test_a_quick_run_leaves_all_files(tmp_path: Path) -> None:
     first = only["branch_curves"]["MPO"][0]
     assert first["dpo_loss"] == pytest.approx(np.log(2), abs=1e-4)  # policy and reference are still equal
     assert first["bco_loss"] == pytest.approx(2 * np.log(2), abs=1e-4)
-    assert (out / "table.md").read_text().count("\n| ") == 10
+    assert (out / "table.md").read_text().count("\n| ") == 11
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "pairs.html").read_text()
     data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
@@ -544,6 +546,21 @@ def test_an_interrupted_demo_resumes_and_ends_like_another(
     capsys.readouterr()
     assert changed.run(changed) == 0
     assert "finished in an earlier run" not in capsys.readouterr().out
+
+
+def test_only_other_settings_of_the_start_discard_it(tmp_path: Path) -> None:
+    def left(settings: Settings) -> set[str]:
+        Stages(Console(quiet=True), tmp_path, settings)
+        return {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*") if path.name != "settings.json"}
+
+    assert left(Settings()) == set()
+    for name in ("stages/sft-start.json", "stages/mpo.json", "runs/SFT-start/log.jsonl", "runs/MPO/log.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    everything = {"stages/sft-start.json", "stages/mpo.json", "runs/SFT-start", "runs/MPO"}
+    assert left(Settings()) == everything
+    assert left(Settings(branch_rate=1e-3)) == {"stages/sft-start.json", "runs/SFT-start"}
+    assert left(Settings(prior=0.5)) == set()
 
 
 @pytest.mark.parametrize(
