@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--task", choices=("language-prior", "perception"), default="language-prior",
                       help="task of the model (default: language-prior, that of the demo)")  # fmt: skip
     made.add_argument("--only", nargs="+", default=[], metavar="TABLE", help="run only the rows of these tables")
+    made.add_argument("--demo", type=Path, help="folder of mpo-ext demo --from-scratch, whose trained starts are used")
     made.add_argument("--seed", type=at_least(0), default=0, help="seed of the first start (default: 0)")
     made.add_argument("--seeds", type=at_least(1), default=1, help="number of starts, each with the next seed")
     made.add_argument("--threads", type=at_least(1), help="CPU threads of each process (default: divides the cores)")
@@ -49,16 +50,23 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"--out must be a folder that can be written, got {args.out}: {error.strerror}", file=sys.stderr)
         return 1
-    from benchmarks.study import runs
+    from benchmarks.study import prior_start, runs
     from benchmarks.study.tables import TASKS
 
     if unknown := [name for name in args.only if name not in TASKS[args.task].tables]:
         print(f"--only must be among {', '.join(TASKS[args.task].tables)}, got {unknown[0]}", file=sys.stderr)
         return 1
+    seeds = range(args.seed, args.seed + args.seeds)
+    try:
+        if args.demo is not None:
+            prior_start.adopt(args.out, args.demo, seeds)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
 
     try:
         return runs.run(
-            out=args.out, seeds=range(args.seed, args.seed + args.seeds), task=args.task,
+            out=args.out, seeds=seeds, task=args.task,
             only=tuple(args.only), quick=args.quick, threads=args.threads,
             backend=args.backend, jobs=args.jobs, command=command_of(args),
         )  # fmt: skip

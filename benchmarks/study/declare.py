@@ -86,6 +86,7 @@ class StudyTask:
         pair_files: Names of all files of pairs of the start ``START``.
         main: Names of the tables whose rows run first, for all seeds.
         columns: Additional columns of the tables: header, form, quantity in percent.
+        paper: The directions that the paper reports: "higher" or "lower", by difference.
     """
 
     starts: Mapping[str, Mapping[str, Any]]
@@ -95,6 +96,7 @@ class StudyTask:
     pair_files: tuple[str, ...]
     main: tuple[str, ...] = ("main",)
     columns: tuple[tuple[str, str, str], ...] = ()
+    paper: Mapping[tuple[str, str, str], str] = dataclasses.field(default_factory=dict)
 
     def choose(self, names: tuple[str, ...]) -> dict[str, StudyRow]:
         """Returns the rows of the tables ``names``; of all tables if ``names`` is empty."""

@@ -148,10 +148,20 @@ DIFFERENCES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "rate": tuple(("MPO", f"{SFT}, rate {name}", "cot") for name in RATES),
     "weights": tuple((f"MPO, w_g = {weight:g}", "MPO", "cot") for weight in WEIGHTS_OF_NTP),
     "delta": (("MPO, delta 0", "MPO", "cot"), ("MPO, delta ema", "MPO", "cot")),
-    "text": (("text, MPO", START, "cot"), ("text, MPO", f"text, {SFT}", TEXT)),
+    "text": (("MPO", START, TEXT), ("text, MPO", START, "cot"), ("text, MPO", f"text, {SFT}", TEXT)),
     "strength": tuple((f"MPO, prior {strength:g}", f"{SFT}, prior {strength:g}", "cot") for strength in STRENGTHS),
     "robust": tuple((f"MPO, {name}", f"{SFT}, {name}", "cot") for name in OTHERS),
 }  # fmt: skip
+
+#: Directions in the paper (arXiv 2411.10442v2; M3CoT, and 13 benchmarks without images for the column "text").
+PAPER = {
+    **dict.fromkeys((*DIFFERENCES["main"], *DIFFERENCES["losses"]), "higher"),
+    **dict.fromkeys(
+        (difference for difference in DIFFERENCES["keep"] if difference[1] != "MPO, DropoutNTP 0"), "higher"
+    ),
+    ("MPO", "MPO, mixed 10%", "cot"): "higher",
+    ("MPO", START, TEXT): "higher",
+}
 
 TASK = StudyTask(
     starts={START: {}, **{_start(name): changes for name, changes in VARIANTS.items()}},
@@ -159,5 +169,6 @@ TASK = StudyTask(
     tables=TABLES,
     differences=DIFFERENCES,
     pair_files=PAIR_FILES,
+    paper=PAPER,
     columns=(("made up", "cot", "hallucinated"), ("follow the prior", "cot", "follow_prior")),
 )

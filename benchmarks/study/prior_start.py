@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,48 @@ from mpo_ext.data.jsonl import dump_line
 from mpo_ext.demo import digits, reading
 from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.pairs import BATCH_SIZE, MAX_NEW_TOKENS, make_pairs, sample, write_items
-from mpo_ext.demo.start import weights_digest
+from mpo_ext.demo.settings import Settings
+from mpo_ext.demo.start import load_trained, weights_digest
+from mpo_ext.demo.train import START as START_RUN
 from mpo_ext.demo.train import start_recipe
-from mpo_ext.files import atomic_write
+from mpo_ext.files import atomic_write, write_json
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import SamplingConfig
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
 _CURVE_STEPS = 100  # steps between two logged losses
+TRAINED = "trained"  # folder with a start that a demo has trained
+_SETTINGS = "start.json"
+
+
+def adopt(out: Path, demo: Path, seeds: Sequence[int]) -> None:
+    """Copies the starts that ``mpo-ext demo --from-scratch`` has trained, so that the study need not train them again.
+
+    ``prepare`` uses a start only if it has the settings of the study.
+
+    Args:
+        out: Folder of the study.
+        demo: Folder of the demo, which may have run with several seeds.
+        seeds: Seeds of the study.
+
+    Raises:
+        FileNotFoundError: If the demo has not trained the start of a seed.
+    """
+    first, *others = json.loads((demo / "results.json").read_text(encoding="utf-8"))["runs"]
+    runs = {run["settings"]["seed"]: (run, demo / f"seed-{run['settings']['seed']}") for run in others}
+    runs[first["settings"]["seed"]] = first, demo
+    for seed in seeds:
+        run, folder = runs.get(seed, (None, demo))
+        trained = folder / "runs" / START_RUN
+        if run is None or not (trained / "final").is_dir():
+            raise FileNotFoundError(f"--demo must hold a trained start of seed {seed}, got {demo}")
+        target = out / f"seed-{seed}" / TRAINED
+        shutil.copytree(trained / "final", target / "final", dirs_exist_ok=True)
+        shutil.copy(trained / "log.jsonl", target)
+        names = Settings.__dataclass_fields__
+        settings = Settings(**{name: value for name, value in run["settings"].items() if name in names})
+        write_json(target / _SETTINGS, settings.start_settings())
 
 
 def train_start(
@@ -36,15 +71,22 @@ def train_start(
     rng: np.random.Generator,
     folder: Path,
 ) -> list[dict[str, float]]:
-    """Trains the start as the demo does, in place, and returns ``step`` and ``loss`` of every hundredth step."""
-    curve: list[dict[str, float]] = []
+    """Trains the start as the demo does, in place, and returns ``step`` and ``loss`` of every hundredth step.
 
-    def note(step: int, line: Mapping[str, float]) -> None:
-        if step % _CURVE_STEPS == 0:
-            curve.append({"step": step, "loss": line["loss"]})
-
-    training.train(start_recipe(settings, rng, folder), model, processor, on_step=note)
-    return curve
+    A start that ``adopt`` has copied is loaded instead.
+    """
+    trained = folder / TRAINED
+    if (trained / _SETTINGS).exists():
+        if json.loads((trained / _SETTINGS).read_text(encoding="utf-8")) != settings.start_settings():
+            raise ValueError(f"--demo must hold a start with the settings of the study, got others in {trained}")
+        load_trained(model, trained)
+        lines = [json.loads(line) for line in (trained / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    else:
+        lines = []
+        training.train(
+            start_recipe(settings, rng, folder), model, processor, on_step=lambda _, line: lines.append(dict(line))
+        )
+    return [{"step": line["step"], "loss": line["loss"]} for line in lines if line["step"] % _CURVE_STEPS == 0]
 
 
 def make_files(

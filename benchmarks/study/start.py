@@ -41,7 +41,7 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
         return result
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():  # without a result, these files come from other settings
-        if path.name != results.RESULTS:
+        if path.name not in (results.RESULTS, prior_start.TRAINED):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     training.clear_encoded()
     with training.logged(folder), training.Stopwatch() as watch:

@@ -211,8 +211,9 @@ def _verdicts(document: Mapping[str, Any]) -> str:
             p = "" if verdict.p is None else "<0.001" if verdict.p < 0.001 else f"{verdict.p:.3f}"
             title, shown = task_of(document).tables[name].title, {"cot": "CoT"}.get(column, column)
             mean = f"{statistics.fmean(numbers):+.1f}{error}"
-            rows.append([title, row, other, shown, mean, str(len(numbers)), p, verdict.text])
-    header = ["table", "row", "compared with", "column", "difference", "seeds", "p, corrected", "verdict"]
+            paper = task_of(document).paper.get((row, other, column), "")
+            rows.append([title, row, other, shown, mean, str(len(numbers)), p, verdict.text, paper])
+    header = ["table", "row", "compared with", "column", "difference", "seeds", "p, corrected", "verdict", "paper"]
     return markdown_table(header, rows) if rows else "Not run yet.\n"
 
 
