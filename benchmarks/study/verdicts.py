@@ -9,7 +9,7 @@ LEVEL = 0.05
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Verdict:
+class DifferenceVerdict:
     """The verdict on a difference over several seeds.
 
     Attributes:
@@ -23,7 +23,7 @@ class Verdict:
     text: str
 
 
-def verdicts(family: Sequence[Sequence[float]]) -> list[Verdict]:
+def verdicts(family: Sequence[Sequence[float]]) -> list[DifferenceVerdict]:
     """Returns the verdict on each of several paired differences, which are tested together.
 
     A difference is higher (lower) than zero if Holm's method, over all differences of the family with at least 2
@@ -45,7 +45,7 @@ def verdicts(family: Sequence[Sequence[float]]) -> list[Verdict]:
         is_certain = adjusted is not None and adjusted < LEVEL
         sign = "higher" if is_certain and statistics.fmean(values) > 0 else "lower"
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        result.append(Verdict(error, adjusted, sign if is_certain else "cannot be told"))
+        result.append(DifferenceVerdict(error, adjusted, sign if is_certain else "cannot be told"))
     return result
 
 

@@ -22,6 +22,7 @@ from mpo_ext.demo import digits, reading, story, tables
 from mpo_ext.demo.measures import measure, standard_error
 from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.pairs import make_pairs
+from mpo_ext.demo.results import DemoResult
 from mpo_ext.demo.settings import Settings
 from mpo_ext.demo.stages import START_STAGE, Advance, Stages
 from mpo_ext.demo.start import load_shipped, load_trained, new_model, shipped_start, weights_digest
@@ -37,33 +38,6 @@ QUICK_NOTE = (
     "This is a quick run: its model is too small and its training too short to learn anything, by design. It shows "
     "that all parts work. The results below mean nothing; run the demo without --quick."
 )
-
-
-@dataclasses.dataclass(slots=True)
-class DemoResult:
-    """Results of a run with one seed.
-
-    Attributes:
-        settings: Settings of the run.
-        seconds: Duration of each stage in seconds.
-        start: Description of the start in the package; None if the run trained its start.
-        sft_curve: Log that ``train_start`` returned; empty for a start in the package.
-        pair_counts: Number of pairs by form and pipeline, as in ``MadePairs.counts``.
-        pairs_left_out: Number of pairs that were made but not used, by reason.
-        sampling: Summary of each sampling run, by the run's folder.
-        branch_curves: Log that ``train_branch`` returned, by method.
-        accuracy: Result of ``measure`` on held-out questions, by method; ``START`` is the SFT start.
-    """
-
-    settings: Settings
-    seconds: dict[str, float]
-    start: dict[str, Any] | None
-    sft_curve: list[dict[str, float]]
-    pair_counts: dict[str, int]
-    pairs_left_out: dict[str, int]
-    sampling: dict[str, dict[str, Any]]
-    branch_curves: dict[str, list[dict[str, float]]]
-    accuracy: dict[str, dict[str, dict[str, Any]]]
 
 
 def run(

@@ -86,6 +86,7 @@ def ship(folder: Path) -> None:
     model, _ = new_model(settings)
     load_trained(model, folder / "runs" / START)
     save_model(model, str(WEIGHTS))
+    WEIGHTS.chmod(0o644)
     info = {
         "command": results["command"],
         "sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),

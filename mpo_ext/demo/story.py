@@ -5,7 +5,7 @@ import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpo_ext import report
 from mpo_ext.answers import extract_answer
@@ -13,11 +13,9 @@ from mpo_ext.data import Pair, open_pairs
 from mpo_ext.demo import digits, tables
 from mpo_ext.demo.measures import paired_difference, standard_error
 from mpo_ext.demo.reading import ReadingTask, hallucinated_cells, read_digits
+from mpo_ext.demo.results import DemoResult
 from mpo_ext.demo.tables import LABELS, START
 from mpo_ext.demo.train import score
-
-if TYPE_CHECKING:
-    from mpo_ext.demo.experiment import DemoResult
 
 _TEMPLATE = "demo.html.j2"
 _SCALE = 6  # the page shows each pixel as a square of this width
@@ -58,7 +56,7 @@ def find_examples(
 
 def save(
     path: Path,
-    result: "DemoResult",
+    result: DemoResult,
     tasks: Sequence[ReadingTask],
     responses: Mapping[str, Sequence[str]],
     folder: Path,
@@ -128,7 +126,7 @@ def _reading(task: ReadingTask, response: str, step: int) -> dict[str, Any]:
     }
 
 
-def _bar(result: "DemoResult", method: str, label: str) -> dict[str, Any]:
+def _bar(result: DemoResult, method: str, label: str) -> dict[str, Any]:
     forms = result.accuracy[method]
     return {
         "name": label,

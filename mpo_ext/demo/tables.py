@@ -1,8 +1,7 @@
 """Tables of the demo: measures by method, and paired differences of the methods."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -11,7 +10,7 @@ from rich.table import Table
 from mpo_ext import report
 from mpo_ext.demo.digits import FORMS
 from mpo_ext.demo.measures import paired_difference, standard_error
-from mpo_ext.demo.settings import Settings
+from mpo_ext.demo.results import DemoResult
 
 START = "start"
 LABELS = {START: "SFT start", "SFT": "SFT continued", "DPO": "DPO only", "MPO": "MPO"}
@@ -30,18 +29,7 @@ _CAPTION = (
 )
 
 
-class Result(Protocol):
-    """The part of ``DemoResult`` that the tables need."""
-
-    @property
-    def settings(self) -> Settings: ...
-    @property
-    def seconds(self) -> Mapping[str, float]: ...
-    @property
-    def accuracy(self) -> Mapping[str, Mapping[str, Mapping[str, Any]]]: ...
-
-
-def measures_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+def measures_table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[str]]]:
     """Returns the header and the rows of a table of the measures of each method, in percent.
 
     With several seeds, a cell has the mean and the standard deviation.
@@ -53,7 +41,7 @@ def measures_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]
     return ["method", *(name for name, _, _ in _COLUMNS)], rows
 
 
-def differences_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+def differences_table(results: Sequence[DemoResult]) -> tuple[list[str], list[list[str]]]:
     """Returns the header and the rows of a table of differences between two methods on the same questions, in points.
 
     A cell has the difference and its paired standard error over the questions; with several seeds, the mean and the
@@ -77,7 +65,7 @@ def _mean(values: Sequence[float], *, signed: bool = False) -> str:
     return f"{statistics.mean(values):{'+' if signed else ''}.1f}{spread}"
 
 
-def markdown(results: Sequence[Result]) -> str:
+def markdown(results: Sequence[DemoResult]) -> str:
     """Returns the tables as Markdown: over all seeds and, with several seeds, also for each seed."""
     text = _section(results)
     if len(results) > 1:
@@ -86,12 +74,12 @@ def markdown(results: Sequence[Result]) -> str:
     return text
 
 
-def _section(results: Sequence[Result]) -> str:
+def _section(results: Sequence[DemoResult]) -> str:
     first, second = report.markdown_table(*measures_table(results)), report.markdown_table(*differences_table(results))
     return f"{first}\n{_measures_note(results)}\n\n{second}\n{_differences_note(results)}\n"
 
 
-def _measures_note(results: Sequence[Result]) -> str:
+def _measures_note(results: Sequence[DemoResult]) -> str:
     settings, accuracy = results[0].settings, results[0].accuracy
     counts = f"{settings.direct_evaluation_tasks} direct and {settings.evaluation_tasks} step-by-step questions"
     errors = {form: max(standard_error(**accuracy[method][form]) for method in LABELS) for form in FORMS}
@@ -100,16 +88,16 @@ def _measures_note(results: Sequence[Result]) -> str:
     return note + (f" Mean ± standard deviation over {len(results)} seeds." if len(results) > 1 else "")
 
 
-def _differences_note(results: Sequence[Result]) -> str:
+def _differences_note(results: Sequence[DemoResult]) -> str:
     if len(results) > 1:
         return f"Points on the same questions, mean ± standard deviation over {len(results)} seeds."
     return "Points on the same questions, ± the paired standard error over the questions of this one run."
 
 
-def print_tables(console: Console, results: Sequence[Result]) -> None:
+def print_tables(console: Console, results: Sequence[DemoResult]) -> None:
     """Prints the tables, and the durations of the stages of the first seed."""
 
-    def show(title: str, make: Callable[[Sequence[Result]], tuple[list[str], list[list[str]]]], note: str) -> None:
+    def show(title: str, make: Callable[[Sequence[DemoResult]], tuple[list[str], list[list[str]]]], note: str) -> None:
         header, rows = make(results)
         shown = Table(title=title, caption=note, box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
         for index, name in enumerate(header):

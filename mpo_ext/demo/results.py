@@ -1,0 +1,33 @@
+"""The results of the demo with one seed."""
+
+import dataclasses
+from typing import Any
+
+from mpo_ext.demo.settings import Settings
+
+
+@dataclasses.dataclass(slots=True)
+class DemoResult:
+    """Results of a run with one seed.
+
+    Attributes:
+        settings: Settings of the run.
+        seconds: Duration of each stage in seconds.
+        start: Description of the start in the package; None if the run trained its start.
+        sft_curve: Log that ``train_start`` returned; empty for a start in the package.
+        pair_counts: Number of pairs by form and pipeline, as in ``MadePairs.counts``.
+        pairs_left_out: Number of pairs that were made but not used, by reason.
+        sampling: Summary of each sampling run, by the run's folder.
+        branch_curves: Log that ``train_branch`` returned, by method.
+        accuracy: Result of ``measure`` on held-out questions, by method; ``tables.START`` is the SFT start.
+    """
+
+    settings: Settings
+    seconds: dict[str, float]
+    start: dict[str, Any] | None
+    sft_curve: list[dict[str, float]]
+    pair_counts: dict[str, int]
+    pairs_left_out: dict[str, int]
+    sampling: dict[str, dict[str, Any]]
+    branch_curves: dict[str, list[dict[str, float]]]
+    accuracy: dict[str, dict[str, dict[str, Any]]]
