@@ -84,7 +84,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0].split("-")[0] for name in names} == {"mpo_ext"}
     assert any(name.startswith("mpo_ext/_C.") for name in names)
     assert "mpo_ext/py.typed" in names
-    assert {"mpo_ext/demo/start.json", "mpo_ext/demo/start.safetensors", "mpo_ext/templates/demo.html.j2"} <= set(names)
+    assert {"mpo_ext/demo/start.json", "mpo_ext/demo/start.safetensors", "mpo_ext/templates/demo.html.j2"} <= set(
+        names
+    )
     assert wheel.stat().st_size < 8 * 2**20
 
 

@@ -126,6 +126,22 @@ def differences(document: Mapping[str, Any], row: str, other: str, column: str) 
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
+def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
+    """Returns the paired standard error over the questions of a difference in "cot", in points.
+
+    It is that of the first seed with both results; None if the results do not have the single questions.
+    """
+    bits = []
+    for name in (row, other):
+        measured = [each for each in document["results"] if each["row"] == name and each["status"] == "measured"]
+        right = next((each["evaluation"]["cot"].get("right") for each in measured), None)
+        if right is None:
+            return None
+        bits.append([int(bit) for bit in f"{int(right, 16):b}"[1:]])
+    changes = [ours - theirs for ours, theirs in zip(*bits, strict=True)]
+    return 100 * statistics.stdev(changes) / math.sqrt(len(changes))
+
+
 def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
     """Returns the text "mean ± sample standard deviation" with one decimal. A single number has no deviation."""
     if not numbers:
@@ -208,6 +224,9 @@ def _verdicts(document: Mapping[str, Any]) -> str:
             if not numbers:
                 continue
             error = f" ± {verdict.error:.1f}" if verdict.error is not None else ""
+            questions = question_error(document, row, other) if len(numbers) == 1 and column == "cot" else None
+            if questions is not None:
+                error = f" ± {questions:.1f} (questions)"
             p = "" if verdict.p is None else "<0.001" if verdict.p < 0.001 else f"{verdict.p:.3f}"
             title, shown = task_of(document).tables[name].title, {"cot": "CoT"}.get(column, column)
             mean = f"{statistics.fmean(numbers):+.1f}{error}"

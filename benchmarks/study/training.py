@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from mpo_ext.demo import digits, reading
 from mpo_ext.demo.experiment import held_out_tasks
 from mpo_ext.demo.measures import measure_digits
 from mpo_ext.demo.model import DigitsProcessor, build_model, build_processor
-from mpo_ext.demo.train import respond, summarize
+from mpo_ext.demo.train import respond, score, summarize
 from mpo_ext.train.encode import Encoder, Sample, SkippedPair
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.recipe import Recipe
@@ -82,21 +83,29 @@ def evaluate_columns(
 
 def evaluate_held_out(
     model: InternVLForConditionalGeneration, processor: DigitsProcessor, settings: AnySettings
-) -> dict[str, dict[str, float]]:
+) -> Mapping[str, Mapping[str, Any]]:
     """Returns the measures of the greedy answers to the held-out questions, by column of the result tables.
 
-    For the task "language-prior", the step-by-step column "cot" also has the measures of ``measure_digits``.
+    For the task "language-prior", the step-by-step column "cot" also has the measures of ``measure_digits``, and
+    ``right``: the result of ``encode_right`` for the questions.
     """
     if not isinstance(settings, PriorSettings):
         tasks = adding_tasks(digits.load_digits()["held-out"], settings.evaluation_tasks)
         return evaluate_columns(model, processor, tasks)
-    evaluation = {}
+    evaluation: dict[str, dict[str, Any]] = {}
     for column, asked in reading_tasks(settings).items():
         responses = respond(model, processor, asked)
         evaluation[column] = summarize(asked, responses)
         if column == "cot":
-            evaluation[column] |= measure_digits(asked, [text for text, _ in responses], settings.prior_step)
+            texts = [text for text, _ in responses]
+            evaluation[column] |= measure_digits(asked, texts, settings.prior_step)
+            evaluation[column]["right"] = encode_right([value is True for value in score(asked, texts)])
     return evaluation
+
+
+def encode_right(right: Sequence[bool]) -> str:
+    """Returns which questions were answered right as hexadecimal digits, with a leading 1 bit."""
+    return f"{int('1' + ''.join(str(int(value)) for value in right), 2):x}"
 
 
 def adding_tasks(split: digits.Digits, count: int) -> dict[str, list[digits.Task]]:

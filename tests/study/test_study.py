@@ -15,7 +15,7 @@ for package in ("torch", "transformers", "sklearn", "matplotlib", "rich", "PIL",
     pytest.importorskip(package)
 
 from benchmarks.study import __main__ as command
-from benchmarks.study import language_prior, perception, perception_start, rows, runs, start
+from benchmarks.study import language_prior, perception, perception_start, rows, runs, start, training
 from benchmarks.study import results as study_results
 from benchmarks.study import tables as study
 from benchmarks.study.declare import SFT, START
@@ -311,6 +311,20 @@ def test_the_language_prior_has_its_tables_and_verdicts() -> None:
     assert " higher | higher |" not in noisy
     assert "study_main" in study.BLOCKS
     assert "prior_main" in study.BLOCKS
+
+
+def test_a_difference_with_one_seed_has_the_error_of_its_questions() -> None:
+    document = make_prior_document({1: 0.2})
+    (sft,) = [each for each in document["results"] if each["row"] == "SFT"]
+    (mpo,) = [each for each in document["results"] if each["row"] == "MPO"]
+    assert study.question_error(document, "MPO", "SFT") is None
+    mpo["evaluation"]["cot"]["right"] = training.encode_right([True, True, False, False, True])
+    sft["evaluation"]["cot"]["right"] = training.encode_right([False, True, False, True, False])
+    assert study.question_error(document, "MPO", "SFT") == pytest.approx(100 * (0.7 / 5) ** 0.5)
+    (line,) = [
+        line for line in study.tables(document)["prior_differences"].splitlines() if "± 37.4 (questions)" in line
+    ]
+    assert "cannot be told" in line
 
 
 def test_every_row_of_the_language_prior_is_shown_and_differs() -> None:
