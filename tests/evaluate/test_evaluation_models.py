@@ -91,6 +91,29 @@ def test_the_command_compares_two_models_with_images(
     assert len(list((tmp_path / "out" / "vlmevalkit").rglob("*.tsv"))) == 4
 
 
+def test_the_command_asks_again_without_the_images(
+    digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "evaluate", str(digits_folder / "one"), "--data", f"grids={digits_folder / 'questions.jsonl'}",
+        "--image-root", str(digits_folder), "--out", str(tmp_path / "out"), "--prompt", "none", "--max-new-tokens",
+        "3", "--style", "direct", "--matcher", "number", "--engine-option", "trust_remote_code=true", "--device",
+        "cpu", "--without-image",
+    ]  # fmt: skip
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "| grids, none-without-image |" in said
+    assert "same answer %" in said
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    (row,) = results["without_image"]
+    assert row["questions"] == 12
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions-one.jsonl").read_text().splitlines()]
+    blind = [line for line in lines if line["prompt"] == "none-without-image"]
+    assert len(lines) == 2 * len(blind) == 24
+    pairs = {(line["question"], line["response"]) for line in blind}
+    assert len(pairs) == len({line["question"] for line in blind})  # without the image, only the question matters
+
+
 def test_a_run_stands_for_its_final_model(digits_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(digits_folder / "one", tmp_path / "run" / "final")
     (tmp_path / "run" / "checkpoints").mkdir()
