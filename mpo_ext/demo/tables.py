@@ -101,7 +101,7 @@ def print_tables(console: Console, results: Sequence[DemoResult]) -> None:
         header, rows = make(results)
         shown = Table(title=title, caption=note, box=SIMPLE, padding=0, pad_edge=False, collapse_padding=True)
         for index, name in enumerate(header):
-            shown.add_column(name, justify="right" if index else "left")
+            shown.add_column(name, justify="right" if index else "left", overflow="fold")
         for row in rows:
             shown.add_row(*row)
         console.print(shown)
