@@ -127,11 +127,17 @@ class Study:
         return f"seed-{seed}" + (f"-{results.slug(variant)}" if variant else "")
 
     def _order(self, run: StudyRun) -> tuple[int, int, int]:
-        """Returns the sort key of a run: rows of the main table come first, for all seeds; others follow by seed."""
+        """Returns the sort key of a run.
+
+        The rows of the main table come first, for all seeds; other rows follow by seed. A start that other rows need
+        comes after the rows of finished starts, so that an interrupted study has complete comparisons.
+        """
         seed, row = run
         place = [*self.task.starts, *self.task.rows].index(row)
         main = {shown for name in self.task.main for _, shown in self.task.tables[name].rows}
-        return (0, place, seed) if row in main else (1, seed, place)
+        if row in main:
+            return 0, place, seed
+        return 2 if row in self.task.starts else 1, seed, place
 
     def write(self) -> None:
         """Writes ``study.json`` and ``study.md`` with the results so far."""

@@ -537,6 +537,10 @@ def test_starts_with_other_settings_have_their_own_folder_and_rows(scripted, tmp
     starts = [f"{START}{suffix}" for suffix in ("", *(f", {name}" for name in language_prior.OTHERS))]
     rows = [f"{method}, {name}" for name in language_prior.OTHERS for method in ("SFT", "MPO")]
     assert sorted(asked) == sorted((1, row) for row in (*starts, *rows))
+    # The rows of a start run before the next start.
+    assert [row for _, row in asked][1:5] == [f"{name}, descending prior" for name in (START, "SFT", "MPO")] + [
+        starts[2]
+    ]
     document = study.load(tmp_path / "study.json")
     assert (document["task"], document["seeds"]) == ("language-prior", [1])
     measured = {result["row"] for result in document["results"] if result["status"] == "measured"}
