@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.study import language_prior, perception
 from benchmarks.study.declare import COLUMNS, SFT, START, TEXT, StudyTable, StudyTask
-from benchmarks.study.verdicts import verdicts
+from benchmarks.study.verdicts import CANNOT_TELL, verdicts
 from mpo_ext.demo.digits import FORMS
 from mpo_ext.report import markdown_table
 
@@ -104,6 +104,8 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
     for name, table in task.tables.items():
         blocks[f"{prefix}_{name}"] = _table(document, table)
     differences = _differences if prefix == "study" else _verdicts
+    if task.paper:
+        blocks[f"{prefix}_findings"] = _findings(document)
     return {**blocks, f"{prefix}_differences": differences(document)}
 
 
@@ -156,11 +158,14 @@ _HEADER = [
 
 
 def _table(document: Mapping[str, Any], table: StudyTable) -> str:
-    rows = [_cells(document, label, row) for label, row in table.rows]
+    shown = [(label, row) for label, row in table.rows if values(document, row, "cot")]
+    if not shown:
+        return "Not run yet.\n"
+    rows = [_cells(document, label, row) for label, row in shown]
     header = [*_HEADER[:-1], *(name for name, _, _ in task_of(document).columns), _HEADER[-1]]
     if not table.paper:
         return markdown_table(header, rows)
-    theirs = [table.paper.get(row, "") for _, row in table.rows]
+    theirs = [table.paper.get(row, "") for _, row in shown]
     return markdown_table((*header, "paper"), [[*ours, other] for ours, other in zip(rows, theirs, strict=True)])
 
 
@@ -236,6 +241,25 @@ def _verdicts(document: Mapping[str, Any]) -> str:
     return markdown_table(header, rows) if rows else "Not run yet.\n"
 
 
+def _findings(document: Mapping[str, Any]) -> str:
+    """Returns a list of the paper's directions that appear in the study, do not appear, or cannot be told."""
+    task = task_of(document)
+    groups: dict[str, list[str]] = {"appears": [], "does not appear": [], "cannot be told": []}
+    for family in task.differences.values():
+        measured = {each: differences(document, *each) for each in family}
+        for each, verdict in zip(measured, verdicts(list(measured.values())), strict=True):
+            if each not in task.paper or not measured[each]:
+                continue
+            row, other, column = each
+            shown = {"cot": "step by step", TEXT: "in words"}.get(column, column)
+            group = "appears" if verdict.text == task.paper[each] else "does not appear"
+            if verdict.text == CANNOT_TELL:
+                group = verdict.text
+            mean = f"{statistics.fmean(measured[each]):+.1f}, {len(measured[each])} seeds"
+            groups[group].append(f"{row} {task.paper[each]} than {other}, {shown} ({mean})")
+    return "".join(f"- **{name}**: {'; '.join(lines) or 'none'}.\n" for name, lines in groups.items())
+
+
 def _block(file: str, name: str, documents: Mapping[str, Mapping[str, Any]]) -> str:
     return tables(documents[file])[name]
 
@@ -244,7 +268,7 @@ def _block(file: str, name: str, documents: Mapping[str, Mapping[str, Any]]) -> 
 BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Mapping[str, Any]]], str]]] = {
     f"{prefix}_{name}": ((file,), functools.partial(_block, file, f"{prefix}_{name}"))
     for file, prefix, task in (("study", "study", "perception"), ("study_prior", "prior", "language-prior"))
-    for name in ("setup", "differences", *TASKS[task].tables)
+    for name in ("setup", "differences", *(("findings",) if TASKS[task].paper else ()), *TASKS[task].tables)
 }
 
 
@@ -277,7 +301,9 @@ def _setup(document: Mapping[str, Any]) -> str:
     lines.append(f"Failed: {'; '.join(failed)}." if failed else "No run failed.")
     not_run = sum(result.get("reason") == NOT_RUN for result in document["results"])
     if not_run:
-        lines.append(f'Runs left out: {not_run}; the column "seeds" says how many a row has.')
+        lines.append(
+            f'Runs left out: {not_run}; the column "seeds" says how many a row has. Rows without a run are not shown.'
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -288,6 +314,8 @@ def _plain(text: str) -> str:
 def markdown(document: Mapping[str, Any]) -> str:
     """Returns all tables as Markdown sections."""
     prefix, titles = prefix_of(document), {"setup": "The study", "differences": "Differences"}
+    if task_of(document).paper:
+        titles["findings"] = "Directions of the paper"
     titles |= {name: table.title for name, table in task_of(document).tables.items()}
     blocks = tables(document)
     return "\n".join(f"## {title}\n\n{blocks[f'{prefix}_{name}']}" for name, title in titles.items())

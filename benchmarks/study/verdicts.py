@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 LEVEL = 0.05
+CANNOT_TELL = "cannot be told"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def verdicts(family: Sequence[Sequence[float]]) -> list[DifferenceVerdict]:
         is_certain = adjusted is not None and adjusted < LEVEL
         sign = "higher" if is_certain and statistics.fmean(values) > 0 else "lower"
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        result.append(DifferenceVerdict(error, adjusted, sign if is_certain else "cannot be told"))
+        result.append(DifferenceVerdict(error, adjusted, sign if is_certain else CANNOT_TELL))
     return result
 
 
