@@ -131,6 +131,7 @@ def make_documents() -> dict[str, Any]:
         "cost_model": make_document("cost_model", compared, settings={"rates": rates}),
         "machine_code": machine_code.load(RESULTS / "machine_code.json"),
         "study": study.load(RESULTS / "study.json"),
+        "study_prior": study.load(RESULTS / "study_prior.json"),
     }
 
 
