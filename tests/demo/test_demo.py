@@ -542,11 +542,6 @@ def test_an_interrupted_demo_resumes_and_ends_like_another(
     losses = [[line["loss"] for line in run["branch_curves"]["MPO"]] for run in runs]
     assert losses[0] == losses[1]
 
-    changed = parse("--quick", "--threads", "1", "--seed", "2", "--out", str(tmp_path / "a"))
-    capsys.readouterr()
-    assert changed.run(changed) == 0
-    assert "finished in an earlier run" not in capsys.readouterr().out
-
 
 def test_only_other_settings_of_the_start_discard_it(tmp_path: Path) -> None:
     def left(settings: Settings) -> set[str]:
