@@ -255,7 +255,8 @@ def _findings(document: Mapping[str, Any]) -> str:
             group = "appears" if verdict.text == task.paper[each] else "does not appear"
             if verdict.text == CANNOT_TELL:
                 group = verdict.text
-            mean = f"{statistics.fmean(measured[each]):+.1f}, {len(measured[each])} seeds"
+            count = len(measured[each])
+            mean = f"{statistics.fmean(measured[each]):+.1f}, {count} seed{'s' * (count > 1)}"
             groups[group].append(f"{row} {task.paper[each]} than {other}, {shown} ({mean})")
     return "".join(f"- **{name}**: {'; '.join(lines) or 'none'}.\n" for name, lines in groups.items())
 
