@@ -66,9 +66,9 @@ def train(
 def new_model(settings: AnySettings) -> tuple[InternVLForConditionalGeneration, DigitsProcessor]:
     """Returns an untrained model, whose weights depend on the seed, and its processor."""
     torch.manual_seed(settings.seed)
-    side = settings.side if isinstance(settings, PriorSettings) else 2
+    side = settings.side if isinstance(settings, PriorSettings) else None
     processor = build_processor(side)
-    size = {"hidden_size": settings.hidden_size, "layers": settings.layers, "side": side}
+    size = {"hidden_size": settings.hidden_size, "layers": settings.layers, "side": side or 2}
     return build_model(processor.tokenizer, **size), processor
 
 

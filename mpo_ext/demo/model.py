@@ -65,10 +65,14 @@ class DigitsProcessor(InternVLProcessor):
 DigitsProcessor.register_for_auto_class("AutoProcessor")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer in which each word of the tasks is one token, because answers should have few tokens."""
+def build_tokenizer(*, is_reading: bool = False) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer in which each word is one token, because answers should have few tokens.
+
+    It knows the words of the task of adding digits, and with ``is_reading`` also those of the task of reading them.
+    """
     special = [_PAD, _END, _IMAGE, _IMAGE_START, _IMAGE_END, _VIDEO, _USER, _ASSISTANT]
-    words = list(dict.fromkeys([*special, "<unk>", *digits.vocabulary(), *reading.vocabulary()]))
+    more = reading.vocabulary() if is_reading else ()
+    words = list(dict.fromkeys([*special, "<unk>", *digits.vocabulary(), *more]))
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -88,11 +92,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(side: int = 2) -> DigitsProcessor:
+def build_processor(side: int | None = None) -> DigitsProcessor:
     """Returns the demo's processor, with the tokenizer of ``build_tokenizer``.
 
-    The images show ``side`` x ``side`` digits of 16x16 pixels, and have one token per digit.
+    The images show ``side`` x ``side`` digits of 16x16 pixels, and have one token per digit. None: the processor
+    of the task of adding digits, with 2x2 digits.
     """
+    tokenizer = build_tokenizer(is_reading=side is not None)
+    side = side or 2
     pixels = side * digits.CELL_PIXELS
     images = GotOcr2ImageProcessorPil(
         size={"height": pixels, "width": pixels},
@@ -100,7 +107,7 @@ def build_processor(side: int = 2) -> DigitsProcessor:
         image_mean=[_PIXEL_MEAN] * 3,
         image_std=[_PIXEL_STD] * 3,
     )
-    return DigitsProcessor(images, build_tokenizer(), image_seq_length=side**2, chat_template=CHAT_TEMPLATE)
+    return DigitsProcessor(images, tokenizer, image_seq_length=side**2, chat_template=CHAT_TEMPLATE)
 
 
 def make_config(

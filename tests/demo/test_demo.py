@@ -46,7 +46,7 @@ BACKEND = "reference"
 
 @pytest.fixture(scope="module")
 def processor() -> DigitsProcessor:
-    return build_processor()
+    return build_processor(2)
 
 
 @pytest.fixture(scope="module")
