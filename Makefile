@@ -16,7 +16,7 @@ DEV_EXTRAS ?= dev
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook demo-start clean
+.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook demo-start vllm-check clean
 
 # An interrupted demo resumes. DEMO_ARGS="--seeds 5" runs it with five seeds.
 demo: $(VENV)/.demo
@@ -119,6 +119,16 @@ notebook: $(VENV)/.demo
 # Compares runs of two CPU ranks with one process: all combinations of DeepSpeed, and the files of recipes/accelerate.
 deepspeed-check: $(VENV)/.dev $(VENV)/.native
 	MPO_DEEPSPEED_ALL=1 $(PYTEST) tests/train/test_deepspeed.py tests/train/test_launch.py
+
+# Compares the real vLLM and its server on this machine's CPU with TransformersEngine, in an environment of 1.8 GB in build/.
+# That environment is without triton, so the folder tests/, which has a folder triton, must not be on the path.
+vllm-check: build/vllm/.installed
+	build/vllm/bin/python -m pytest -rA -o pythonpath='. tests/train' --confcutdir tests/vllm_check tests/vllm_check
+
+build/vllm/.installed: tests/vllm_check/requirements.txt
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/pip install --quiet --no-deps -r tests/vllm_check/requirements.txt
+	touch $@
 
 # Runs everything that needs a GPU and writes a report to gpu-report/.
 gpu-check: $(VENV)/.dev $(VENV)/.native

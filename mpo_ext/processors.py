@@ -13,7 +13,8 @@ from mpo_ext.checks import install_hint
 
 _CACHED_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
 _HUB_SECONDS = 10.0
-_HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
+#: Options of ``from_pretrained`` that decide which files are loaded.
+HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
 # Types that transformers also loads as causal models; their attention is causal only if ``is_decoder`` is set.
 _ENCODERS = {
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
@@ -44,7 +45,7 @@ def load_config(path: str, **options: Any) -> Any:
     """
     from transformers import AutoConfig, PretrainedConfig
 
-    hub = {key: options[key] for key in _HUB_OPTIONS if key in options and key != "trust_remote_code"}
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options and key != "trust_remote_code"}
     values: dict[str, Any] = {}
     with contextlib.suppress(OSError):  # AutoConfig explains the error
         values, _ = PretrainedConfig.get_config_dict(path, **hub)
@@ -123,18 +124,21 @@ class LoadedProcessor:
         config: Config of the model.
         stop_ids: Ids at which the model stops, from ``generation_config.json``, or else from the config.
         embedding_rows: Number of rows of the input embedding according to the config; None: the config has none.
+        suppressed: Sequences of ids that the model must not write, from ``suppress_tokens`` and ``bad_words_ids`` in
+            ``generation_config.json``.
     """
 
     processor: Any
     config: Any
     stop_ids: tuple[int, ...]
     embedding_rows: int | None
+    suppressed: tuple[tuple[int, ...], ...] = ()
 
 
 def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
     """Loads and returns a model's processor, and the settings for token ids from the model's configs.
 
-    ``options`` are arguments of ``from_pretrained``. Only the arguments in ``_HUB_OPTIONS``, such as ``revision``, are
+    ``options`` are arguments of ``from_pretrained``. Only the arguments in ``HUB_OPTIONS``, such as ``revision``, are
     used.
 
     Raises:
@@ -145,16 +149,22 @@ def load_without_weights(path: str, **options: Any) -> LoadedProcessor:
     from transformers import GenerationConfig
 
     check_on_hub("model", path)
-    hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
     with _torchvision_errors(path):
         config = load_config(path, **hub)
     processor = load_processor(path, config, **hub)
     text_config = config.get_text_config()
+    suppressed: list[tuple[int, ...]] = []
     try:
-        stop_ids = GenerationConfig.from_pretrained(path, **hub).eos_token_id
+        generation = GenerationConfig.from_pretrained(path, **hub)
     except OSError:  # the model has no generation_config.json
         stop_ids = getattr(text_config, "eos_token_id", None)
-    return LoadedProcessor(processor, config, tuple(as_ids(stop_ids)), getattr(text_config, "vocab_size", None))
+    else:
+        stop_ids = generation.eos_token_id
+        suppressed += [(token,) for token in as_ids(generation.suppress_tokens)]
+        suppressed += [tuple(ids) for ids in generation.bad_words_ids or ()]
+    rows = getattr(text_config, "vocab_size", None)
+    return LoadedProcessor(processor, config, tuple(as_ids(stop_ids)), rows, tuple(suppressed))
 
 
 def check_model(path: str, **options: Any) -> None:

@@ -139,8 +139,10 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
     )
     parser.add_argument("out", type=Path, help="folder of the run")
     parser.add_argument(
-        "--model", required=True, help="folder of a model, of a run of mpo-ext train or of LoRA adapters, or a name"
-    )
+        "--model", required=True,
+        help="folder of a model, of a run of mpo-ext train or of LoRA adapters, or a name; openai: its name at the "
+        "server",
+    )  # fmt: skip
     shared.add_engine(parser)
     parser.add_argument("--image-root", default="", help="root of relative image paths; a meta file names its own")
     shared.add_root_map(parser)
@@ -194,9 +196,10 @@ def run_sample(args: argparse.Namespace) -> int:
         place = {"image_root": args.image_root, "root_map": shared.root_map(args), "world_size": world_size}
     # Checked before the model is loaded, because loading may take minutes.
     check_run(pipeline, args.source, args.out, **place)
-    check_model_path("--model", args.model)
-    if getattr(args, "judge_model", None) is not None:
-        check_model_path("--judge-model", args.judge_model)
+    if args.engine != "openai":  # for which these are the server's names of the models
+        check_model_path("--model", args.model)
+        if getattr(args, "judge_model", None) is not None:
+            check_model_path("--judge-model", args.judge_model)
     settings = {"block_size": args.block_size, "limit": args.limit, "stream": sys.stderr}
     summary: Any
     if args.ray is not None:
@@ -246,7 +249,8 @@ def _load_engine(args: argparse.Namespace, model: str) -> Any:
     from mpo_ext.evaluate.models import ModelSource, find_model
     from mpo_ext.evaluate.models import load_engine as load_source
 
-    source = find_model(model) if Path(model).is_dir() else ModelSource(model)
+    is_folder = args.engine != "openai" and Path(model).is_dir()
+    source = find_model(model) if is_folder else ModelSource(model)
     return load_source(source, functools.partial(load_engine, args))
 
 

@@ -13,6 +13,16 @@ from mpo_ext.checks import LinesError, check_choice, install_hint
 
 # The names in ``mpo_ext.answers`` and ``mpo_ext.generate.prompts``, which are imported when a command runs.
 MATCHERS = ("exact", "choice", "number", "chart", "anls", "vqa", "math", "custom", "any")
+ENGINES = ("transformers", "vllm", "openai")
+# Options that an engine does not have, with advice.
+_MISPLACED = (
+    ("vllm", "device", "set CUDA_VISIBLE_DEVICES"),
+    ("vllm", "batch_size", "use --engine-option max_num_seqs=N"),
+    ("openai", "device", "the server decides"),
+    ("openai", "dtype", "the server decides"),
+    ("openai", "batch_size", "use --engine-option concurrency=N"),
+    *((engine, name, "it is an option of openai") for engine in ENGINES[:2] for name in ("base_url", "api_key_env")),
+)
 Command = Callable[[argparse.Namespace], int]
 WRONG_SETTINGS = 2  # exit status, as of argparse
 
@@ -154,7 +164,12 @@ def root_map(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the engine that generates responses."""
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0])
+    parser.add_argument("--base-url", metavar="URL", help="address of the server of openai: http://localhost:8000/v1")
+    parser.add_argument(
+        "--api-key-env", metavar="NAME",
+        help="environment variable with the key for the server of openai (default: OPENAI_API_KEY)",
+    )  # fmt: skip
     add_chat(parser)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--device", help="device of transformers (default: the GPU of this process, or the CPU)")
@@ -173,7 +188,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--engine-option", action="append", default=[], metavar="NAME=JSON",
-        help="passed to from_pretrained or vllm.LLM, as in --engine-option tensor_parallel_size=2",
+        help="passed to from_pretrained, VLLMEngine or OpenAIEngine, as in --engine-option tensor_parallel_size=2",
     )  # fmt: skip
     parser.add_argument("--chat-template", metavar="FILE", help="chat template to use instead of the model's")
     parser.add_argument(
@@ -185,17 +200,25 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
 def load_engine(args: argparse.Namespace, model: str) -> Any:
     """Loads a model into the engine that the options select, and returns the engine."""
     options = engine_options(args)
+    for engine, name, advice in _MISPLACED:
+        if args.engine == engine and (value := getattr(args, name)) not in (None, "auto"):
+            raise WrongSettingsError(
+                f"--{name.replace('_', '-')} must be left out with --engine {engine}, got {value}: {advice}"
+            )
     if args.engine == "vllm":
         from mpo_ext.generate.vllm_engine import VLLMEngine
 
-        for name, advice in (
-            ("device", "set CUDA_VISIBLE_DEVICES"),
-            ("batch_size", "use --engine-option max_num_seqs=N"),
-        ):
-            if (value := getattr(args, name)) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise WrongSettingsError(f"{flag} must be left out with --engine vllm, got {value}: {advice}")
         return VLLMEngine(model, dtype=args.dtype, chat_options=chat_options(args), **options)
+    if args.engine == "openai":
+        from mpo_ext.generate.openai_engine import OpenAIEngine
+
+        if args.base_url is None:
+            raise WrongSettingsError(
+                "--base-url must be given with --engine openai, as in --base-url http://localhost:8000/v1"
+            )
+        if args.api_key_env is not None:
+            options["api_key_env"] = args.api_key_env
+        return OpenAIEngine(model, base_url=args.base_url, chat_options=chat_options(args), **options)
     from mpo_ext.generate.transformers_engine import TransformersEngine
 
     return TransformersEngine.from_pretrained(

@@ -85,7 +85,8 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
         if not isinstance(engine, TransformersEngine):
             raise ValueError(
                 f"model must be a whole model for the engine {type(engine).__name__}, got the adapters "
-                f"{source.adapter!r}: train with output.save_merged=true, or use the engine transformers"
+                f"{source.adapter!r}: train with output.save_merged=true, use the engine transformers, or give the "
+                f"base model {source.path!r} with --engine-option adapter={source.adapter} to the engine vllm"
             )
         try:
             from peft import PeftModel

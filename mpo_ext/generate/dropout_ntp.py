@@ -281,7 +281,7 @@ class DropoutNTP:
                 is_wrong = score["correct"] is False
                 row.problem = f"sampled chosen response {'is wrong' if is_wrong else 'has no readable answer'}"
             row.chosen = generation.text
-            row.sampled_tokens = len(generation.token_ids)
+            row.sampled_tokens = generation.n_tokens
 
     def _record(self, row: _Row, key: str, generation: Generation | None, engine: Engine) -> dict[str, Any]:
         """Returns the record of a sample; ``generation`` is None for an item that cannot be used."""
@@ -296,7 +296,7 @@ class DropoutNTP:
         record |= {
             "text": text,
             "finish": generation.finish_reason,
-            "tokens": len(generation.token_ids),
+            "tokens": generation.n_tokens,
             "cut": {
                 "characters": _shared_length(row.chosen or "", row.prefix.text),
                 "tokens": len(row.prefix.token_ids),

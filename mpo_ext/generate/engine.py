@@ -1,4 +1,4 @@
-"""The interface of the engines, which continue prompts with transformers or with vLLM.
+"""The interface of the engines, which continue prompts with transformers, vLLM or a server.
 
 The continuation of a request depends on the prompt, the seed and the sampling settings of the request. Apart from
 rounding, it does not depend on the other requests or on their order.

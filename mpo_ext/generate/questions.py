@@ -125,7 +125,7 @@ class QuestionSampler:
                     records[-1].append({"key": key, **refusal_fields(generation.refusal)})
                     continue
                 record = {"key": key, "text": generation.text, "finish": generation.finish_reason}
-                records[-1].append({**record, "tokens": len(generation.token_ids)})
+                records[-1].append({**record, "tokens": generation.n_tokens})
         return records
 
 

@@ -3,38 +3,48 @@
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_ext.chat import ChatEncoder, Conversation
-from mpo_ext.checks import check_integer, install_hint
+from mpo_ext.checks import check_integer, environment_integer, install_hint
 from mpo_ext.generate.choices import choice_tokens, measured
-from mpo_ext.generate.engine import Generation, Request
+from mpo_ext.generate.engine import Generation, Request, rank_and_world_size
+from mpo_ext.generate.orphans import ended_with_this_process
 from mpo_ext.generate.transformers_engine import make_generation
+from mpo_ext.generate.vllm_adapter import adapter_options, adapter_request
 from mpo_ext.images import load_image
 from mpo_ext.processors import load_without_weights
 from mpo_ext.provenance import processor_parts
 
 _MAX_REFUSAL = 300  # maximum number of characters
 _LOGPROBS = 20  # vLLM's default limit of log-probs per token
+_NEVER = -100.0  # the lowest bias of a logit that vLLM takes
+# Variables in which launchers give the rank of a process among the processes of its machine.
+_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
 class VLLMEngine:
     """Runs a model in vLLM's offline engine, which batches the requests. Each request has a separate seed.
 
     Requests can be added while others are running (``mpo_ext.generate.feeding``). vLLM gets the token ids of prompts,
-    which are those of ``TransformersEngine``, and expands the image tokens.
+    which are those of ``TransformersEngine``, and expands the image tokens. The processes of vLLM end with this
+    process, even if it is killed.
 
     Args:
         model: Folder or name of the model.
         processor: Processor of the model, or the tokenizer of a text model; None: loaded with transformers.
         chat_options: Options of ``ChatEncoder``: ``chat_template``, ``chat_template_kwargs`` and ``date``.
+        adapter: Folder of LoRA adapters for this model; None: the model alone.
         concurrency: Number of requests to run at the same time; at least the ``max_num_seqs`` of vLLM.
         **options: Passed to ``vllm.LLM``, for example ``dtype``, ``tensor_parallel_size`` or ``limit_mm_per_prompt``.
 
     Raises:
         ChatError: If the chat template cannot be used.
         ImportError: If vllm is missing.
+        ValueError: If vLLM cannot run the adapters, cannot suppress the tokens that ``generation_config.json``
+            suppresses, or has too few GPUs for the processes on this machine.
     """
 
     def __init__(
@@ -43,10 +53,14 @@ class VLLMEngine:
         *,
         processor: Any = None,
         chat_options: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
         concurrency: int = 1024,
         **options: Any,
     ) -> None:
         check_integer("concurrency", concurrency, least=1)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # otherwise it writes about 40 lines at the start
+        if adapter is not None:
+            options = {**adapter_options(adapter), **options}
         try:
             import vllm
         except ImportError as error:
@@ -57,21 +71,30 @@ class VLLMEngine:
         self._choice_tokens: dict[str, list[list[int]]] = {}
         self._refused: list[tuple[str, Generation]] = []
         self._refusals = _refusals()
-        self.name, self.concurrency = model, concurrency
+        self.name, self.model, self.adapter, self.concurrency = adapter or model, model, adapter, concurrency
         self.options = options
         # The template is checked before the weights are loaded.
         checks: dict[str, Any] = {}
+        self.suppressed: list[int] = []
         if processor is None:
             loaded = load_without_weights(model, **options)
             processor = loaded.processor
             checks = {"stop_ids": loaded.stop_ids, "embedding_rows": loaded.embedding_rows}
+            self.suppressed = _single_ids(loaded.suppressed)
         self.chat = ChatEncoder(processor, **checks, **(chat_options or {}))
-        self.llm = vllm.LLM(model=model, **options)
+        if (devices := devices_of_rank(int(options.get("tensor_parallel_size", 1)))) is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices
+        with ended_with_this_process():
+            self.llm = vllm.LLM(model=model, **options)
+        self._lora = {} if adapter is None else {"lora_request": adapter_request(adapter)}
 
     def settings(self) -> dict[str, Any]:
         dtype = str(self.options.get("dtype", "auto"))
         parts = processor_parts(self.chat, self.chat.stop_ids)
-        return {"engine": "vllm", "model": self.name, "dtype": dtype, "processor": parts}
+        settings = {"engine": "vllm", "model": self.model, "dtype": dtype, "processor": parts}
+        if self.adapter is not None:
+            settings["adapter"] = self.adapter
+        return {**settings, "suppressed": self.suppressed} if self.suppressed else settings
 
     def encode_response(self, conversation: Conversation, response: str) -> list[int]:
         return self.chat.response_ids(conversation, response)[:-1]
@@ -101,9 +124,10 @@ class VLLMEngine:
             seed=request.seed,
             stop_token_ids=sorted(self.chat.stop_ids),
             skip_special_tokens=False,
+            logit_bias=dict.fromkeys(self.suppressed, _NEVER) or None,
         )
         try:
-            self.llm.llm_engine.add_request(name, self._prompt(request), params)
+            self.llm.llm_engine.add_request(name, self._prompt(request), params, **self._lora)
         except self._refusals as error:
             refusal = f"{type(error).__name__}: {error}"
             self._refused.append((name, Generation((), "", "length", refusal=refusal[:_MAX_REFUSAL])))
@@ -162,6 +186,49 @@ class VLLMEngine:
 def _first_probs(completion: Any) -> dict[int, float]:
     """Returns the probabilities of the most probable first tokens of a completion."""
     return {token: math.exp(entry.logprob) for token, entry in completion.logprobs[0].items()}
+
+
+def devices_of_rank(count: int) -> str | None:
+    """Returns the ``CUDA_VISIBLE_DEVICES`` of this process: ``count`` GPUs for each process on this machine.
+
+    Returns None if the variable is to be left alone: without a launcher, without GPUs, or if the launcher has given
+    each process its GPUs. vLLM itself ignores the local rank, and would start all engines on the first GPUs.
+
+    Raises:
+        ValueError: If this machine has too few GPUs for its processes.
+    """
+    local = next((environment_integer(name, 0) for name in _LOCAL_RANKS if os.environ.get(name)), None)
+    if local is None or rank_and_world_size()[1] == 1:
+        return None
+    visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
+    if not visible:
+        import torch
+
+        visible = [str(device) for device in range(torch.cuda.device_count())]
+    elif len(visible) == count:
+        return None
+    devices = visible[local * count : (local + 1) * count]
+    if visible and len(devices) < count:
+        raise ValueError(
+            f"processes must have {count} GPU(s) each (tensor_parallel_size), got {len(visible)} GPU(s) for process "
+            f"{local} on this machine: start fewer processes"
+        )
+    return ",".join(devices) or None
+
+
+def _single_ids(suppressed: Sequence[Sequence[int]]) -> list[int]:
+    """Returns the ids of tokens that must not be written, for ``logit_bias``.
+
+    Raises:
+        ValueError: If a sequence has several ids.
+    """
+    for ids in suppressed:
+        if len(ids) != 1:
+            raise ValueError(
+                "bad_words_ids in generation_config.json must be single tokens for vLLM, got "
+                f"{list(ids)}: remove it, or use the engine transformers"
+            )
+    return sorted({token for ids in suppressed for token in ids})
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -209,6 +209,25 @@ def test_options_of_transformers_are_refused_with_vllm(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--engine", "openai"), "--base-url must be given with --engine openai"),
+        (("--engine", "openai", "--dtype", "float16"), "--dtype must be left out with --engine openai, got float16"),
+        (("--api-key-env", "NAME"), "--api-key-env must be left out with --engine transformers, got NAME"),
+    ],
+)
+def test_options_of_a_server_belong_to_its_engine(
+    options: tuple[str, ...], message: str, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers(required=True))
+    command = ["sample", "dropout-ntp", str(items), str(tmp_path / "out"), "--model", "some/model", *options]
+    args = parser.parse_args(command)
+    assert args.run(args) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_the_help_lists_all_matchers() -> None:
     assert set(MATCHERS) == set(ALL_MATCHERS)
 

@@ -29,7 +29,7 @@ from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import Request, SamplingConfig, derive_seed, rank_and_world_size
 from mpo_ext.generate.runner import run as run_pipeline
 from mpo_ext.generate.transformers_engine import TransformersEngine, make_generation
-from mpo_ext.generate.vllm_engine import VLLMEngine
+from mpo_ext.generate.vllm_engine import VLLMEngine, devices_of_rank
 
 SAMPLING = SamplingConfig(max_new_tokens=12, top_k=0, temperature=1.0)
 
@@ -226,6 +226,7 @@ class FakeVLLM(types.ModuleType):
         super().__init__("vllm")
         self.prompts: list[Any] = []
         self.params: list[Any] = []
+        self.options: list[Any] = []
         self.most_running = 0
         self.logprobs: dict[int, float] = {}
         outer = self
@@ -240,7 +241,8 @@ class FakeVLLM(types.ModuleType):
             def __init__(self) -> None:
                 self.waiting: list[tuple[str, Any]] = []
 
-            def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
+            def add_request(self, request_id: str, prompt: Any, params: Any, **options: Any) -> None:
+                outer.options.append(options)
                 if len(prompt["prompt_token_ids"]) > 400:
                     raise self.ValidationError("the prompt is longer than the maximum model length of 400")
                 outer.prompts.append(prompt)
@@ -389,6 +391,99 @@ def test_vllm_requests_that_end_otherwise_are_errors(monkeypatch: pytest.MonkeyP
     completion = types.SimpleNamespace(token_ids=[9], finish_reason="abort")
     with pytest.raises(RuntimeError, match="vLLM must end request '0' with 'stop' or 'length', got 'abort'"):
         engine._generation(request, completion)
+
+
+@pytest.mark.parametrize(
+    ("environment", "count", "devices"),
+    [
+        ({}, 2, None),
+        ({"LOCAL_RANK": "1", "RANK": "5", "WORLD_SIZE": "8", "CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 2, "6,7"),
+        ({"SLURM_LOCALID": "3", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 1, "3"),
+        ({"SLURM_LOCALID": "3", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "CUDA_VISIBLE_DEVICES": "3"}, 1, None),
+        ({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, 1, None),
+    ],
+)
+def test_each_process_of_vllm_gets_its_gpus(
+    environment: dict[str, str], count: int, devices: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID", "RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert devices_of_rank(count) == devices
+
+
+def test_too_few_gpus_for_the_processes_of_vllm_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1,2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"processes must have 2 GPU\(s\) each .* got 3 GPU\(s\) for process 1"):
+        devices_of_rank(2)
+
+
+def save_model(folder: Path, **generation: Any) -> str:
+    torch.manual_seed(0)
+    processor = build_processor()
+    model = build_model(processor.tokenizer, hidden_size=32, layers=1)
+    model.generation_config.update(**generation)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def test_vllm_suppresses_the_tokens_of_the_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = FakeVLLM()
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    path = save_model(tmp_path / "one", suppress_tokens=[9, 12], bad_words_ids=[[10]])
+    engine = VLLMEngine(path, trust_remote_code=True)
+    engine.generate([Request(question="What is the sum", sampling=SAMPLING)])
+    assert fake.params[0].options["logit_bias"] == {9: -100.0, 10: -100.0, 12: -100.0}
+    assert engine.settings()["suppressed"] == [9, 10, 12]
+    path = save_model(tmp_path / "two", bad_words_ids=[[10, 11]])
+    with pytest.raises(
+        ValueError, match=r"bad_words_ids in generation_config.json must be single tokens for vLLM, got \["
+    ):
+        VLLMEngine(path, trust_remote_code=True)
+
+
+def write_adapter(folder: Path, **settings: Any) -> str:
+    import json
+
+    from safetensors.torch import save_file
+
+    name = settings.pop("name", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight")
+    folder.mkdir(parents=True)
+    save_file({name: torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 12, "bias": "none", **settings}))
+    return str(folder)
+
+
+def test_vllm_gets_the_adapters_with_each_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = FakeVLLM()
+    for name in ("vllm", "vllm.lora"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    request = types.SimpleNamespace(LoRARequest=lambda *arguments: arguments)
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
+    adapter = write_adapter(tmp_path / "adapter")
+    engine = VLLMEngine("some/model", processor=build_processor(), adapter=adapter)
+    assert (engine.llm.options["enable_lora"], engine.llm.options["max_lora_rank"]) == (True, 16)
+    engine.generate(requests_of(2))
+    assert fake.options == [{"lora_request": ("adapter", 1, adapter)}] * 2
+    assert (engine.name, engine.settings()["adapter"]) == (adapter, adapter)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "adapter must be without use_dora for vLLM, got True"),
+        ({"modules_to_save": ["lm_head"]}, r"adapter must be without modules_to_save for vLLM, got \['lm_head'\]"),
+        ({"peft_type": "IA3"}, "adapter must be of type LORA without biases for vLLM, got IA3"),
+        ({"r": 600}, "adapter must have a rank of at most 512 for vLLM, got 600: merge the adapters"),
+        ({"name": "model.vision_tower.q.lora_A.weight"}, "adapter must change the language model only for vLLM"),
+    ],
+)
+def test_adapters_that_vllm_cannot_run_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        VLLMEngine("some/model", adapter=write_adapter(tmp_path / "adapter", **settings))
 
 
 def test_settings_of_the_checkpoint_that_change_the_distribution_are_ignored(engine: TransformersEngine) -> None:

@@ -1,0 +1,352 @@
+"""The engine that asks a server with OpenAI's HTTP interface: vLLM, SGLang, LMDeploy, llama.cpp, OpenAI and others."""
+
+import base64
+import dataclasses
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpo_ext.chat import ChatEncoder, ChatError, Conversation, chat_messages
+from mpo_ext.generate.engine import Generation, Request
+from mpo_ext.generate.openai_client import OpenAIClient, Reply, RequestRefusedError, ServerError, ServerOptions
+from mpo_ext.generate.openai_probe import CHAT, COMPLETIONS, EXTENSIONS, OPEN_TURN, probe
+from mpo_ext.generate.transformers_engine import make_generation
+from mpo_ext.images import ImageError, load_image
+from mpo_ext.processors import HUB_OPTIONS, load_without_weights
+from mpo_ext.provenance import processor_parts
+
+NO_TOKENIZER = "none"
+_MAX_REFUSAL = 300  # maximum number of characters
+_NEVER = -100.0  # the lowest value of ``logit_bias``
+_TAIL = 16  # number of tokens before a prompt's end that are decoded with it
+
+
+class OpenAIEngine:
+    """Asks a server for continuations. Each request has a separate seed; the server decides whether it is honored.
+
+    Short requests at the start find out what the server can do (``features``). A prompt without images goes to
+    ``/v1/completions`` as token ids, which are those of ``TransformersEngine``, if the server takes token ids. All
+    other prompts go to ``/v1/chat/completions`` as messages, with images as ``data:`` URLs. A prefix is then the
+    assistant's open turn (``continue_final_message``). If the server returns the ids of its prompts, they are compared
+    with the processor's. A request that the server cannot answer truly is refused.
+
+    Args:
+        model: Name of the model at the server.
+        base_url: Address of the interface, such as ``http://localhost:8000/v1``.
+        tokenizer: Folder or hub name of the model's tokenizer or processor; "": ``model``; "none": the server gets
+            only messages, and responses cannot be cut into tokens (no DropoutNTP).
+        processor: Processor of the model, or the tokenizer of a text model, instead of ``tokenizer``.
+        chat_options: Options of ``ChatEncoder``: ``chat_template``, ``chat_template_kwargs`` and ``date``.
+        api_key_env: Name of the environment variable with the key, which is stored nowhere.
+        concurrency: Maximum number of requests at the same time.
+        timeout_s: Seconds to wait for the answer to a request.
+        max_retries: Number of repetitions of a request that fails in passing (``ServerOptions``).
+        extra_body: Further fields of all requests.
+        **options: Options with which the tokenizer is loaded, such as ``revision``.
+
+    Attributes:
+        features: Abilities of the server.
+
+    Raises:
+        ChatError: If the chat template cannot be used.
+        ImportError: If the package openai is missing.
+        ServerError: If the server does not answer, does not know the model, or refuses the key.
+        ValueError: If an argument is out of range, or the server refuses all forms of requests.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str,
+        tokenizer: str = "",
+        processor: Any = None,
+        chat_options: Mapping[str, Any] | None = None,
+        api_key_env: str = ServerOptions.api_key_env,
+        concurrency: int = ServerOptions.concurrency,
+        timeout_s: float = ServerOptions.timeout_s,
+        max_retries: int = ServerOptions.max_retries,
+        extra_body: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        if unknown := sorted(set(options) - set(HUB_OPTIONS)):
+            raise TypeError(
+                f"options must be arguments of OpenAIEngine or among {', '.join(HUB_OPTIONS)}, got {unknown}"
+            )
+        server = ServerOptions(
+            base_url=base_url.rstrip("/"),
+            api_key_env=api_key_env,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+        )
+        self.name, self.concurrency = model, concurrency
+        self.extra_body = dict(extra_body or {})
+        self.suppressed: list[int] = []
+        self.chat: ChatEncoder | None = None
+        if processor is not None:
+            self.chat = ChatEncoder(processor, **(chat_options or {}))
+        elif tokenizer != NO_TOKENIZER:
+            self.chat = self._load(tokenizer or model, chat_options or {}, options)
+        self._chat_options = dict(chat_options or {})
+        self._client = OpenAIClient(server)
+        try:
+            self.features = probe(self._client, model, self.chat, self.extra_body)
+        except BaseException:
+            self._client.close()
+            raise
+        self._names = itertools.count()
+        self._running: dict[str, Request] = {}
+        self._refused: list[tuple[str, Generation]] = []
+
+    def settings(self) -> dict[str, Any]:
+        settings = {"engine": "openai", "model": self.name, "server": dataclasses.asdict(self.features)}
+        if self.chat is not None:
+            settings["processor"] = processor_parts(self.chat, self.chat.stop_ids)
+        optional = {"suppressed": self.suppressed, "extra_body": self.extra_body}
+        return {**settings, **{name: value for name, value in optional.items() if value}}
+
+    def encode_response(self, conversation: Conversation, response: str) -> list[int]:
+        return self._encoder().response_ids(conversation, response)[:-1]
+
+    def decode_response(self, conversation: Conversation, token_ids: Sequence[int]) -> str:
+        return self._encoder().response_text(conversation, token_ids)
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        names = [self.submit(request) for request in requests]
+        results: dict[str, Generation] = {}
+        while len(results) < len(names):
+            results.update(self.finished())
+        return [results[name] for name in names]
+
+    def submit(self, request: Request) -> str:
+        """Starts a request and returns a name for it. A request that cannot be sent ends at once, with the reason.
+
+        Raises:
+            ValueError: If the server cannot draw with the request's settings, or cannot continue an open turn.
+        """
+        name = str(next(self._names))
+        sampling, features = request.sampling, self.features
+        if sampling.top_k and sampling.temperature > 0 and not features.draws_top_k:
+            raise ValueError(
+                f"top_k must be 0 (all tokens) for {self.name}, got {sampling.top_k}: the server does not apply it"
+            )
+        uses_ids = features.takes_ids and not request.images
+        if request.prefix_ids and not uses_ids and not features.continues:
+            raise ValueError(
+                f"the server must continue an open turn of the assistant, got a server for {self.name} that takes "
+                f"{'no images with token ids' if features.takes_ids else 'no token ids'} and closes the last turn of "
+                "the messages: DropoutNTP needs a server such as vLLM or SGLang"
+            )
+        try:
+            fields = self._prompt_ids(request) if uses_ids else self._messages(request)
+        except ValueError as error:
+            self._refuse(name, error)
+            return name
+        fields |= self._sampling(request)
+        images = () if uses_ids else request.images
+        self._running[name] = request
+        self._client.submit(name, COMPLETIONS if uses_ids else CHAT, lambda: _with_images(fields, images))
+        return name
+
+    def finished(self) -> list[tuple[str, Generation]]:
+        """Returns the name and the continuation of each request that has ended since the last call.
+
+        While requests are running, the call waits until at least one of them has ended.
+
+        Raises:
+            ServerError: If the server cannot be used, or writes other prompts than the model's processor.
+        """
+        ended, self._refused = self._refused, []
+        if ended:
+            return ended
+        for name, reply in self._client.finished():
+            request = self._running.pop(name)
+            if isinstance(reply, (RequestRefusedError, ImageError, OSError)):
+                self._refuse(name, reply)
+            elif isinstance(reply, Exception):
+                raise reply
+            else:
+                ended.append((name, self._generation(request, reply)))
+        ended += self._refused
+        self._refused = []
+        return ended
+
+    def cancel(self, names: Sequence[str]) -> None:
+        """Stops the requests with these names."""
+        self._client.cancel(names)
+        for name in names:
+            self._running.pop(name, None)
+
+    def close(self) -> None:
+        """Stops all requests, and closes the connections."""
+        self._client.close()
+
+    def _load(self, path: str, chat_options: Mapping[str, Any], options: Mapping[str, Any]) -> ChatEncoder:
+        try:
+            loaded = load_without_weights(path, **options)
+        except OSError as error:
+            raise OSError(
+                f"{error}: give --engine-option tokenizer=FOLDER with the model's tokenizer, or "
+                f"tokenizer={NO_TOKENIZER} to send only messages"
+            ) from error
+        if any(len(ids) != 1 for ids in loaded.suppressed):
+            raise ValueError(f"bad_words_ids in generation_config.json must be single tokens, got {loaded.suppressed}")
+        self.suppressed = sorted({token for ids in loaded.suppressed for token in ids})
+        checks: dict[str, Any] = {"stop_ids": loaded.stop_ids, "embedding_rows": loaded.embedding_rows}
+        return ChatEncoder(loaded.processor, **checks, **chat_options)
+
+    def _encoder(self) -> ChatEncoder:
+        if self.chat is None:
+            raise ValueError(
+                f"tokenizer must be the tokenizer of {self.name} to cut responses into tokens, got {NO_TOKENIZER}"
+            )
+        return self.chat
+
+    def _refuse(self, name: str, error: Exception) -> None:
+        refusal = f"{type(error).__name__}: {error}"[:_MAX_REFUSAL]
+        self._refused.append((name, Generation((), "", "length", refusal=refusal)))
+
+    def _sampling(self, request: Request) -> dict[str, Any]:
+        """Returns the fields of a request for drawing tokens."""
+        sampling, features = request.sampling, self.features
+        fields: dict[str, Any] = {
+            "model": self.name,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            features.limit: sampling.max_new_tokens,
+            "seed": request.seed >> (63 - features.seed_bits),
+        }
+        if features.extensions:
+            fields |= {**EXTENSIONS, "top_k": sampling.top_k or -1}
+            if self.chat is not None:
+                fields["stop_token_ids"] = sorted(self.chat.stop_ids)
+        if self.suppressed:
+            fields["logit_bias"] = {str(token): _NEVER for token in self.suppressed}
+        return {**fields, **self.extra_body}
+
+    def _prompt_ids(self, request: Request) -> dict[str, Any]:
+        return {"prompt": [*self._encoder().prompt_ids(request), *request.prefix_ids]}
+
+    def _messages(self, request: Request) -> dict[str, Any]:
+        """Returns the fields of a request to ``/chat/completions``. The images have no URLs yet."""
+        chat = self.chat
+        as_parts = bool(request.images) or (chat is not None and chat.is_multimodal)
+        messages = chat_messages(request, as_parts=as_parts)
+        fields: dict[str, Any] = {"messages": messages}
+        if chat is None:
+            return fields
+        if chat.chat_template_kwargs:
+            fields["chat_template_kwargs"] = chat.chat_template_kwargs
+        if self._chat_options.get("chat_template") and not self.features.returns_ids:
+            raise ChatError(
+                "the server must return the ids of its prompts to be used with another chat template, got a server "
+                "that does not: start it with this template, and leave the option out"
+            )
+        if self.features.extensions and chat.adds_special_tokens(chat.prompt_text(request)):
+            fields["add_special_tokens"] = True
+        if request.prefix_ids:
+            messages.append({"role": "assistant", "content": chat.response_text(request, request.prefix_ids)})
+            fields |= OPEN_TURN
+        return fields
+
+    def _generation(self, request: Request, reply: Reply) -> Generation:
+        """Returns the generation of a request from the server's answer.
+
+        Raises:
+            ServerError: If the server has written another prompt than the model's processor, or has taken thoughts out
+                of the text.
+        """
+        (choice,) = reply["choices"]
+        reason = choice["finish_reason"]
+        if reason not in ("stop", "length"):
+            return Generation((), "", "length", refusal=f"the server ended with the reason {reason!r}"[:_MAX_REFUSAL])
+        message = choice.get("message") or {}
+        text = choice["text"] if isinstance(choice.get("text"), str) else message.get("content") or ""
+        ids = choice.get("token_ids")
+        if self.chat is None or not isinstance(ids, list):
+            if message.get("reasoning_content") or message.get("reasoning"):
+                raise ServerError("the server must leave thoughts in the text, got them apart: start it without a "
+                                  "reasoning parser")  # fmt: skip
+            return self._text_generation(request, text, reason, reply)
+        prompt_ids = choice.get("prompt_token_ids") or reply.get("prompt_token_ids")
+        if isinstance(prompt_ids, list):
+            check_prompt(self.chat, request, prompt_ids)
+        if reason == "stop" and ids and ids[-1] == choice.get("stop_reason"):
+            ids = ids[:-1]
+        generation = make_generation(self.chat, request, ids)
+        return Generation(generation.token_ids, generation.text, reason)
+
+    def _text_generation(self, request: Request, text: str, reason: Any, reply: Reply) -> Generation:
+        """Returns the generation of a request from its text: the token ids are those of the text."""
+        if self.chat is None:
+            usage = reply.get("usage") or {}
+            count = usage.get("completion_tokens")
+            return Generation((), text, reason, tokens=count if isinstance(count, int) else None)
+        for end in self.chat.stop_ids:
+            text = text.removesuffix(self.chat.decode([end]))
+        prefix = self.chat.response_text(request, request.prefix_ids) if request.prefix_ids else ""
+        size = len(request.prefix_ids)
+        try:
+            ids = self.chat.response_ids(request, prefix + text)[:-1]
+        except ChatError:
+            ids = []
+        if not ids or tuple(ids[:size]) != request.prefix_ids:
+            ids = [*request.prefix_ids, *self.chat.tokenizer.encode(text, add_special_tokens=False)]
+        return Generation(tuple(ids[size:]), text, reason)
+
+
+def check_prompt(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> None:
+    """Compares the ids of a server's prompt with those of the model's processor, before and after the images.
+
+    The ids of the prefix may be other ids of the same text, because a server without token ids tokenizes it again.
+
+    Raises:
+        ServerError: If the prompts differ.
+    """
+    expected = [*chat.prompt_ids(request), *request.prefix_ids]
+    head, tail = expected, expected
+    if request.images:
+        image = chat.tokenizer.convert_tokens_to_ids(getattr(chat.processor, "image_token", None) or "<image>")
+        places = [place for place, token in enumerate(expected) if token == image]
+        if not places:
+            return
+        head, tail = expected[: places[0]], expected[places[-1] + 1 :]
+    if list(ids[: len(head)]) == head and list(ids[len(ids) - len(tail) :]) == tail:
+        return
+    written = chat.decode(ids)
+    if request.images:
+        matches = written.startswith(chat.decode(head)) and written.endswith(chat.decode(tail))
+    else:
+        matches = written == chat.decode(expected)
+    if not matches:
+        raise ServerError(
+            f"the server must write the prompt as the model's processor does, got {written[-80:]!r} instead of "
+            f"{chat.decode(tail[-_TAIL:])!r} at the end of {request.key!r}: start the server with the same chat "
+            "template, and use the tokenizer of its model"
+        )
+
+
+def _with_images(fields: Mapping[str, Any], images: Sequence[Any]) -> dict[str, Any]:
+    """Returns the fields of a request with the images as ``data:`` URLs in its messages."""
+    if not images:
+        return dict(fields)
+    urls = iter([_data_url(image) for image in images])
+    messages = []
+    for message in fields["messages"]:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [
+                {"type": "image_url", "image_url": {"url": next(urls)}} if part["type"] == "image" else part
+                for part in content
+            ]
+        messages.append({**message, "content": content})
+    return {**fields, "messages": messages}
+
+
+def _data_url(image: Any) -> str:
+    """Returns an image as a ``data:`` URL with a PNG, which keeps every pixel as the other engines see it."""
+    file = io.BytesIO()
+    load_image(image).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,175 @@
+"""Finds out by short requests what a server with OpenAI's HTTP interface can do, before a run begins."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mpo_ext.chat import ChatEncoder, Conversation
+from mpo_ext.generate.openai_client import OpenAIClient, Reply, RequestRefusedError, ServerError
+
+COMPLETIONS, CHAT = "/completions", "/chat/completions"
+#: Fields beyond OpenAI's interface, which vLLM, SGLang and others take. They turn off the settings of the checkpoint's
+#: ``generation_config``, as in the other engines.
+EXTENSIONS: dict[str, Any] = {
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "skip_special_tokens": False,
+    "return_token_ids": True,
+}
+OPEN_TURN = {"add_generation_prompt": False, "continue_final_message": True}
+_QUESTION, _PREFIX = "Count to nine.", "One, two, three, four,"
+_MISSING = (404, 405, 501)  # statuses of a server that does not have the path
+_FIRST_RETRIES = 4  # about 5 seconds
+_N_DRAWS = 6
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServerFeatures:
+    """The abilities of a server.
+
+    Attributes:
+        takes_ids: Whether ``/completions`` continues the token ids of a prompt.
+        returns_ids: Whether the answers have the ids of the prompt and of the continuation.
+        has_chat: Whether ``/chat/completions`` answers.
+        continues: Whether ``/chat/completions`` continues the last turn of the assistant.
+        extensions: Whether the server takes the fields in ``EXTENSIONS``.
+        draws_top_k: Whether ``top_k`` has an effect.
+        seed_bits: Number of bits of the seeds that the server takes.
+        limit: Name of the field for the maximum number of new tokens.
+    """
+
+    takes_ids: bool = False
+    returns_ids: bool = False
+    has_chat: bool = False
+    continues: bool = False
+    extensions: bool = False
+    draws_top_k: bool = False
+    seed_bits: int = 63
+    limit: str = "max_tokens"
+
+
+def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body: Mapping[str, Any]) -> ServerFeatures:
+    """Returns the abilities of a server.
+
+    Args:
+        client: Client of the server.
+        model: Name of the model at the server.
+        chat: Encoder of prompts; None: without a tokenizer, the server gets only texts.
+        extra_body: Further fields of all requests.
+
+    Raises:
+        ServerError: If the server does not answer, does not know the model, or refuses the key.
+        ValueError: If the server refuses all forms of requests.
+    """
+    prober = _Prober(client, model, extra_body)
+    completion = None
+    if chat is not None:
+        ids = chat.prompt_ids(Conversation(question=_QUESTION))
+        completion = prober.find_form(COMPLETIONS, {"prompt": ids})
+        if completion is not None and _prompt_tokens(completion) != len(ids):
+            completion = None  # the server has taken the ids for something else
+    messages: list[dict[str, Any]] = [{"role": "user", "content": _QUESTION}]
+    answer = prober.find_form(CHAT, {"messages": messages})
+    if completion is None and answer is None:
+        raise ValueError(f"the server must answer {CHAT} or {COMPLETIONS}, got {'; '.join(prober.refusals)}")
+    continues = answer is not None and chat is not None and prober.continues(messages, chat, answer)
+    path, body = (COMPLETIONS, {"prompt": ids}) if completion is not None else (CHAT, {"messages": messages})
+    reply = completion or answer or {}
+    return ServerFeatures(
+        takes_ids=completion is not None,
+        returns_ids=isinstance(reply["choices"][0].get("token_ids"), list),
+        has_chat=answer is not None,
+        continues=continues,
+        extensions=prober.form.extensions,
+        draws_top_k=prober.form.extensions and prober.draws_top_k(path, body),
+        seed_bits=prober.form.seed_bits,
+        limit=prober.form.limit,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Form:
+    """The form of requests; the attributes are those of ``ServerFeatures``."""
+
+    extensions: bool
+    seed_bits: int
+    limit: str = "max_tokens"
+
+
+_FORMS = [
+    _Form(True, 63),
+    _Form(True, 31),
+    _Form(False, 63),
+    _Form(False, 31),
+    _Form(False, 63, "max_completion_tokens"),
+]
+
+
+class _Prober:
+    """Sends short requests. The first accepted request settles the form of the following requests."""
+
+    def __init__(self, client: OpenAIClient, model: str, extra_body: Mapping[str, Any]) -> None:
+        self.client = client
+        self.base = {"model": model, "temperature": 0.0, **extra_body}
+        self.forms = _FORMS
+        self.refusals: list[str] = []
+
+    @property
+    def form(self) -> _Form:
+        return self.forms[0]
+
+    def find_form(self, path: str, body: Mapping[str, Any]) -> Reply | None:
+        """Returns the answer to a request in the first form that the server takes; None if it refuses all forms."""
+        for form in self.forms:
+            reply = self.ask(path, body, form)
+            if reply is not None:
+                self.forms = [form]
+                return reply
+        return None
+
+    def ask(
+        self, path: str, body: Mapping[str, Any], form: _Form, *, max_new_tokens: int = 1, **changes: Any
+    ) -> Reply | None:
+        """Returns the answer to a request; None if the server refuses it or does not have the path."""
+        fields = {**self.base, **(EXTENSIONS if form.extensions else {}), form.limit: max_new_tokens}
+        fields |= {"seed": 2**form.seed_bits - 1, **body, **changes}
+        try:
+            return self.client.post(path, fields, max_retries=_FIRST_RETRIES)
+        except RequestRefusedError as error:
+            self.refusals.append(str(error))
+        except ServerError as error:
+            if error.status not in _MISSING:
+                raise
+            self.refusals.append(str(error))
+        return None
+
+    def continues(self, messages: list[dict[str, Any]], chat: ChatEncoder, answer: Reply) -> bool:
+        """Returns whether the server continues an open turn: its prompt then has the prefix more, and no end of turn.
+
+        A server that ignores the fields would close the assistant's turn and begin another one, which takes tokens.
+        """
+        conversation = Conversation(question=_QUESTION)
+        n_prefix = len(chat.response_ids(conversation, _PREFIX)) - 1
+        turns = [*messages, {"role": "assistant", "content": _PREFIX}]
+        reply = self.ask(CHAT, {"messages": turns}, self.form, **OPEN_TURN)
+        before, after = _prompt_tokens(answer), None if reply is None else _prompt_tokens(reply)
+        return before is not None and after is not None and after == before + n_prefix
+
+    def draws_top_k(self, path: str, body: Mapping[str, Any]) -> bool:
+        """Returns whether top_k=1 makes draws at a high temperature equal."""
+        changes: dict[str, Any] = {"temperature": 2.0, "top_k": 1, "max_new_tokens": 4}
+        texts = set()
+        for seed in range(_N_DRAWS):
+            reply = self.ask(path, body, self.form, **changes, seed=seed)
+            if reply is None:
+                return False
+            choice = reply["choices"][0]
+            texts.add(choice.get("text") or str((choice.get("message") or {}).get("content")))
+        return len(texts) == 1
+
+
+def _prompt_tokens(reply: Reply) -> int | None:
+    usage = reply.get("usage")
+    count = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+    return count if isinstance(count, int) else None

@@ -1,0 +1,77 @@
+"""Runs an engine over requests and pipelines, in a separate process: vLLM can start only once in a process.
+
+Usage: ``python run_engine.py ENGINE MODEL ITEMS OUT OPTIONS``, with "vllm" or "openai", and its options in JSON.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
+from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
+from mpo_ext.generate.engine import Engine, Request, SamplingConfig
+from mpo_ext.generate.runner import run
+from mpo_ext.generate.transformers_engine import TransformersEngine
+
+GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=12)
+DRAWN = SamplingConfig(temperature=1.0, top_k=50, max_new_tokens=12)
+#: vLLM's options for a CPU. Seeded requests whose prompt is computed in parts end vLLM on CPUs, hence the last one.
+VLLM = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "max_num_batched_tokens": 65536}
+ANSWERS = {"matcher": {"kind": "exact"}, "style": "regex:([a-z])", "allow_truncated": True}
+#: Pipelines by the name of their output folder.
+PIPELINES: dict[str, Any] = {
+    "dropout_ntp": DropoutNTP(DropoutNTPConfig(sampling=GREEDY, **ANSWERS)),
+    "dropout_ntp_with_image": DropoutNTP(DropoutNTPConfig(sampling=GREEDY, with_image=True, **ANSWERS)),
+    "correctness": Correctness(CorrectnessConfig(samples=2, sampling=GREEDY, **ANSWERS)),
+    "drawn": Correctness(CorrectnessConfig(samples=8, sampling=DRAWN, **ANSWERS)),
+}
+N_ITEMS = 60  # number of items of the pipelines
+
+
+def requests_of(items: Path) -> list[Request]:
+    """Returns greedy requests with and without a prefix, the last of which is longer than the model's context."""
+    requests = []
+    for number, line in enumerate(map(json.loads, items.read_text().splitlines())):
+        images = tuple(str(items.parent / name) for name in line.get("images", ()))
+        prefix = tuple(range(66, 66 + number % 5))
+        requests.append(
+            Request(key=str(number), question=line["question"], images=images, prefix_ids=prefix, sampling=GREEDY)
+        )
+    return [*requests, Request(key="long", question="long " * 300, sampling=GREEDY)]
+
+
+def run_all(engine: Engine, items: Path, out: Path) -> None:
+    """Writes the continuations of ``requests_of`` into ``OUT/generations.json``, and runs the pipelines.
+
+    TransformersEngine has no limit of the context, and draws other tokens.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    is_ours = isinstance(engine, TransformersEngine)
+    generations = engine.generate(requests_of(items)[: -1 if is_ours else None])
+    lines = [[list(made.token_ids), made.text, made.finish_reason, made.refusal] for made in generations]
+    (out / "generations.json").write_text(json.dumps(lines))
+    for name, pipeline in PIPELINES.items():
+        if name != "drawn" or not is_ours:
+            run(pipeline, engine, items, out / name, image_root=str(items.parent), limit=N_ITEMS)
+
+
+def main() -> None:
+    """Runs vLLM in this process, or asks a server."""
+    name, model, items, out, options = sys.argv[1:]
+    settings = json.loads(options)
+    if name == "vllm":
+        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        from mpo_ext.generate.vllm_engine import VLLMEngine
+
+        engine: Any = VLLMEngine(model, **{**VLLM, "distributed_executor_backend": "uni", **settings})
+    else:
+        from mpo_ext.generate.openai_engine import OpenAIEngine
+
+        engine = OpenAIEngine("served", tokenizer=model, **settings)
+    run_all(engine, Path(items), Path(out))
+
+
+if __name__ == "__main__":
+    main()
