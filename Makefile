@@ -1,4 +1,4 @@
-# make demo | test | lint | docs | bench | sanitize | audit | gpu-check. Each target first creates the virtual environment it needs.
+# make demo | test | lint | docs | bench | sanitize | audit | gpu-check. Most targets first create the virtual environment that they need.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ DEV_EXTRAS ?= dev
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook demo-start vllm-check clean
+.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook demo-start vllm-check gpu-dry clean
 
 # An interrupted demo resumes. DEMO_ARGS="--seeds 5" runs it with five seeds.
 demo: $(VENV)/.demo
@@ -130,9 +130,15 @@ build/vllm/.installed: tests/vllm_check/requirements.txt
 	build/vllm/bin/pip install --quiet --no-deps -r tests/vllm_check/requirements.txt
 	touch $@
 
-# Runs everything that needs a GPU and writes a report to gpu-report/.
-gpu-check: $(VENV)/.dev $(VENV)/.native
-	$(BIN)/python -m benchmarks.gpu_check
+# Runs everything that needs a GPU and writes results to gpu-report/. It needs no network: it uses the environment if there
+# is one, or else the installed Python, and builds the native module with the installed CMake.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu
+
+# Runs every stage of gpu-check with small sizes on the CPU.
+gpu-dry: $(VENV)/.dev $(VENV)/.native
+	$(BIN)/python -m benchmarks.gpu --dry --out build/gpu-dry
 
 # Runs the native tests under the address and undefined-behaviour sanitizers, then under the thread sanitizer.
 sanitize: $(VENV)/.dev

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine_code, measure, predictions, schema, tables
+from benchmarks.gpu import tables as gpu_tables
 from benchmarks.study import tables as study
 from benchmarks.tables import Documents
 
@@ -44,6 +45,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "predicted_floors": ((), predictions.floors),
     "predicted_issue": (("machine_code",), predictions.issue),
     "data_sheets": ((), predictions.data_sheets),
+    "gpu": ((), gpu_tables.measured),
     **study.BLOCKS,
 }
 

@@ -18,7 +18,7 @@ from benchmarks import losses
 from benchmarks.logits import pair_loss
 from mpo_ext import linear_mpo_loss
 from mpo_ext.loss import eager
-from mpo_ext.ops.tiles import matmul_dtype
+from mpo_ext.ops.matmul import matmul_dtype
 from mpo_ext.plan.roofline import LossShape
 
 FROZEN = "mpo_ext, frozen head"
@@ -28,6 +28,8 @@ OURS: dict[str, dict[str, Any]] = {
     "mpo_ext, recompute=False": {"recompute": False},
     FROZEN: {},
 }
+#: Our providers that need a GPU.
+OURS_ON_GPU: dict[str, dict[str, Any]] = {"mpo_ext, triton": {"backend": "triton"}}
 #: The smallest useful memory budget. It is not measured on every shape.
 SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memory_budget": 512 << 10}}
 
@@ -41,11 +43,12 @@ class HiddenBatch:
     """
 
     def __init__(self, loss: LossShape, device: str = "cpu") -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         dtype, tokens, hidden_size = getattr(torch, loss.dtype), loss.pairs * loss.tokens, loss.hidden_size
-        self.hidden = torch.randn(2, tokens, hidden_size, generator=generator).to(device, dtype)
-        self.weight = (torch.randn(loss.vocab, hidden_size, generator=generator) / hidden_size**0.5).to(device, dtype)
-        self.labels_on_cpu = torch.randint(loss.vocab, (2, tokens), generator=generator)
+        on_device = {"generator": generator, "device": device}
+        self.hidden = torch.randn(2, tokens, hidden_size, **on_device).to(dtype)
+        self.weight = (torch.randn(loss.vocab, hidden_size, **on_device) / hidden_size**0.5).to(dtype)
+        self.labels_on_cpu = torch.randint(loss.vocab, (2, tokens), **on_device).cpu()
         self.labels_on_cpu[:, : tokens - round(tokens * loss.share)] = -100
         self.labels = self.labels_on_cpu.to(device)
         self.ref_logp = torch.full((2,), -12.0 * tokens * loss.share, device=device)
@@ -151,7 +154,7 @@ GPU_RIVALS = {"cut-cross-entropy": _cut_cross_entropy("cce")}
 
 def provider(name: str) -> losses.Provider:
     """Returns the provider called ``name``. A library that is missing or broken may raise any exception."""
-    options = (OURS | SMALL).get(name)
+    options = (OURS | SMALL | OURS_ON_GPU).get(name)
     if options is None:
         return (RIVALS | GPU_RIVALS)[name]()
     return functools.partial(ours, frozen=name == FROZEN, **options)
@@ -185,7 +188,9 @@ def _floor_seconds(name: str, medians: Mapping[str, float]) -> float:
 
 BENCHMARK = losses.LossBenchmark(
     name="linear",
-    providers={name: functools.partial(provider, name) for name in (*OURS, *SMALL, *RIVALS, *GPU_RIVALS)},
+    providers={
+        name: functools.partial(provider, name) for name in (*OURS, *SMALL, *OURS_ON_GPU, *RIVALS, *GPU_RIVALS)
+    },
     make_batch=HiddenBatch,
     floor_runs=_floor_runs,
     floor_seconds=_floor_seconds,

@@ -32,6 +32,7 @@ Run = tuple[Callable[[], Any], Callable[[], Any]]
 _FREE_BYTES = 1 << 30  # as much as most cases allocate
 _SLOW_SECONDS = 1.0
 _L2_BYTES = 256 << 20  # more than the second-level cache of any GPU
+_SPIN_CYCLES = 3_000_000  # about 1.5 ms, in which the host enqueues a forward and backward from logits
 _PACKAGES = (
     "torch", "mpo-ext", "numpy", "transformers", "accelerate", "triton", "trl", "liger-kernel", "cut-cross-entropy",
     "quack-kernels",
@@ -86,7 +87,8 @@ def interleaved(
         runs: Number of counted rounds.
         seconds_in_all: Time limit in seconds, after which no further round begins.
         least: Minimum number of counted rounds, regardless of the time limit.
-        device: "cpu" or "cuda". A GPU is timed with CUDA events, and its L2 cache is emptied before each run.
+        device: "cpu" or "cuda". A GPU is timed with CUDA events, and its L2 cache is emptied before each run. The
+            host waits for the GPU after a round, not after a run.
     """
     clock = _gpu_clock(device) if device.startswith("cuda") else _cpu_clock
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -94,22 +96,25 @@ def interleaved(
     for round_number in range(runs + 1):
         if round_number > least and time.perf_counter() - begin > seconds_in_all:
             break
+        elapsed = {}
         for name, (prepare, run) in cases.items():
             prepare()
-            elapsed = clock(run)
+            elapsed[name] = clock(run)
+        for name, read in elapsed.items():
+            value = read()
             if round_number > 0:
-                seconds[name].append(elapsed)
+                seconds[name].append(value)
     return {name: Timing(values) for name, values in seconds.items()}
 
 
-def _cpu_clock(run: Callable[[], Any]) -> float:
+def _cpu_clock(run: Callable[[], Any]) -> Callable[[], float]:
     start = _clock()
     result = run()
     elapsed = _clock() - start
     del result
     if elapsed > _SLOW_SECONDS:
         _touch_free_memory()
-    return elapsed
+    return lambda: elapsed
 
 
 def _touch_free_memory() -> None:
@@ -117,17 +122,26 @@ def _touch_free_memory() -> None:
     fresh_zeros((_FREE_BYTES,), torch.uint8).fill_(1)
 
 
-def _gpu_clock(device: str) -> Callable[[Callable[[], Any]], float]:
+def _gpu_clock(device: str) -> Callable[[Callable[[], Any]], Callable[[], float]]:
+    """Returns a clock, which enqueues a run and returns a function that waits for its seconds.
+
+    The GPU spins until the host has enqueued the run, so the time of the host is not measured.
+    """
     cache = torch.empty(_L2_BYTES, dtype=torch.uint8, device=device)
 
-    def clock(run: Callable[[], Any]) -> float:
+    def clock(run: Callable[[], Any]) -> Callable[[], float]:
         cache.zero_()
+        torch.cuda._sleep(_SPIN_CYCLES)  # noqa: SLF001  # torch has no public kernel that waits
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
         end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+
+        def read() -> float:
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+
+        return read
 
     return clock
 
@@ -184,6 +198,14 @@ def resident_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status must have {field}")
 
 
+def output_of(command: Sequence[str]) -> str | None:
+    """Returns the output of a program, or None if the program is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def environment() -> dict[str, str]:
     """Returns the CPU, the versions, the commit and the command of this process."""
     cpu = platform.processor() or platform.machine()
@@ -193,13 +215,12 @@ def environment() -> dict[str, str]:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = f"{names[0]} x {len(names)}" if names else cpu
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "cpu": cpu,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": output_of(["git", "rev-parse", "--short", "HEAD"]) or "unknown",
         "command": " ".join(
             ["python -m", Path(sys.argv[0]).parent.name + "." + Path(sys.argv[0]).stem, *sys.argv[1:]]
         ),
@@ -231,10 +252,7 @@ def provenance(command: str, started: str, load_before: tuple[float, ...]) -> di
     """
     short = environment()
     # A run writes these files itself, so they do not count as modified.
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", ":!results", ":!docs", ":!README.md"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    changed = output_of(["git", "status", "--porcelain", ":!results", ":!docs", ":!README.md"])
     ended, load_after = now()
     return {
         "cpu": short["cpu"],
@@ -246,7 +264,7 @@ def provenance(command: str, started: str, load_before: tuple[float, ...]) -> di
         "python": platform.python_version(),
         "versions": versions(),
         "commit": short["commit"],
-        "modified": bool(changed.stdout.strip()) or changed.returncode != 0,
+        "modified": changed is None or bool(changed),
         "command": command,
         "started": started,
         "ended": ended,

@@ -1,7 +1,8 @@
 """Checks the format of the result files.
 
 A file has ``schema``, ``benchmark``, ``quick``, ``environment``, ``settings``, ``missing`` and ``points``. A point is
-one provider on one shape, with its measurements or with the reason why the provider was not measured.
+one provider on one shape, with its measurements or with the reason why the provider was not measured. The stages of
+``benchmarks.gpu`` have points that are checks, which passed or failed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 VERSION = 1
-BENCHMARKS = ("logits", "linear", "train_step", "sampling", "machine", "cost_model")
+GPU_STAGES = ("correct", "tests", "sanitize", "logits", "linear", "train_step", "ncu", "tune")
+ON_CPU = ("logits", "linear", "train_step", "sampling", "machine", "cost_model")
+BENCHMARKS = (*ON_CPU, *(f"gpu_{stage}" for stage in GPU_STAGES))
+_STATUSES = ("measured", "not run", "passed", "failed")
 ENVIRONMENT = (
     "cpu", "cores", "threads", "memory_bytes", "gpu", "os", "python", "versions", "commit", "modified", "command",
     "started", "ended", "load_before", "load_after",
@@ -58,8 +62,9 @@ def check(document: Mapping[str, Any], name: str) -> None:
             must(key in point, where, f"an object with {key}", sorted(point))
         must(point["id"] not in seen, f"{where}.id", "used once", point["id"])
         seen.add(point["id"])
-        must(point["status"] in ("measured", "not run"), f"{where}.status", "'measured' or 'not run'", point["status"])
-        must(point["status"] == "measured" or bool(point["reason"]), f"{where}.reason", "given", point["reason"])
+        must(point["status"] in _STATUSES, f"{where}.status", f"one of {', '.join(_STATUSES)}", point["status"])
+        has_reason = point["status"] in ("measured", "passed") or bool(point["reason"])
+        must(has_reason, f"{where}.reason", "given", point["reason"])
         for key in _NUMBERS:
             value = point.get(key)
             is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

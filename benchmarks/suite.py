@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import linear, logits, losses, machine, train_step
 from benchmarks.measure import Timing, interleaved, is_cpu_time
-from mpo_ext.ops.tiles import matmul_dtype
+from mpo_ext.ops.matmul import matmul_dtype
 from mpo_ext.plan.roofline import LossShape
 
 _RUN_SECONDS = 20.0  # a peer whose run would take longer is not measured

@@ -278,15 +278,17 @@ struct PairLossLaunch {
 struct LogitsGradLaunch {
   mpo::LogitsGradParams p;
   bool scale_is_float;
-  mpo::DType dtype;
+  mpo::DType dtype, grad_dtype;
   int multiprocessors;
 
   explicit LogitsGradLaunch(Arguments& a)
       : p(read_logits_grad(a)),
         scale_is_float(a.get<bool>("scale_is_float")),
         dtype(read_dtype(a)),
+        grad_dtype(a.choice("grad_dtype", kDTypes)),
         multiprocessors(a.get<int>("multiprocessors")) {
     check_rows(p.in, dtype);
+    if (const char* error = mpo::grad_error(dtype, grad_dtype)) throw std::invalid_argument(error);
   }
 };
 
@@ -328,8 +330,25 @@ void logits_grad_cuda(const py::kwargs& kwargs) {
   const LogitsGradLaunch launch(a);
   const cudaStream_t stream = read_stream(a);
   a.end();
-  check_launch("logits_grad",
-               mpo::launch_logits_grad(launch.p, launch.scale_is_float, launch.dtype, launch.multiprocessors, stream));
+  check_launch("logits_grad", mpo::launch_logits_grad(launch.p, launch.scale_is_float, launch.dtype, launch.grad_dtype,
+                                                      launch.multiprocessors, stream));
+}
+
+/// Returns "", or why the kernels cannot run on the current device.
+std::string cuda_device_error() {
+  const char* error = mpo::device_error();
+  return error == nullptr ? "" : error;
+}
+
+uintptr_t cuda_counters(const py::kwargs& kwargs) {
+  Arguments a(kwargs);
+  const int count = a.get<int>("count");
+  const cudaStream_t stream = read_stream(a);
+  a.end();
+  if (count < 1) throw std::invalid_argument("count must be at least 1, got " + std::to_string(count));
+  unsigned* counters = nullptr;
+  check_launch("counters", mpo::allocate_counters(count, stream, &counters));
+  return reinterpret_cast<uintptr_t>(counters);
 }
 #endif
 
@@ -413,6 +432,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("forward_cuda", &forward_cuda, "token_logp_cuda and pair_loss_cuda in one launch.");
   m.def("pair_loss_cuda", &pair_loss_cuda);
   m.def("logits_grad_cuda", &logits_grad_cuda);
+  m.def("cuda_device_error", &cuda_device_error,
+        "Returns '', or why the CUDA kernels cannot run on the current device.");
+  m.def("cuda_counters", &cuda_counters, "Returns the address of new counters for launches on a stream, all 0.");
 #else
   m.attr("has_cuda") = false;
   m.attr("cuda_archs") = "";

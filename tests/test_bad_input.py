@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import device_of
 from torch import Tensor
 
 from mpo_ext import MPOConfig, RewardShift, linear_mpo_loss, linear_token_logp, mpo_loss, token_logp
@@ -160,7 +161,12 @@ def test_a_mistake_is_named(backend: str, mistake: str) -> None:
 
 def test_good_arguments_pass(backend: str) -> None:
     for arguments in (good(), good(packed=True), good(packed=True, cu_seqlens=torch.tensor([0, 1, 2, 3, 16]))):
-        assert torch.isfinite(mpo_loss(**arguments, backend=backend).loss)
+        assert torch.isfinite(mpo_loss(**on(device_of(backend), arguments), backend=backend).loss)
+
+
+def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments with their tensors on a device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
 TOKEN_MISTAKES: dict[str, tuple[Callable[[], Any], Any, str]] = {
@@ -269,11 +275,12 @@ def test_a_config_cannot_be_changed() -> None:
 
 
 def test_reuse_logits_needs_rows_in_one_piece(kernel: str) -> None:
-    transposed = zeros(4, 7, 4).transpose(1, 2).requires_grad_()
-    expanded = zeros(4, 1, 7).expand(4, 4, 7)
+    device = device_of(kernel)
+    transposed = zeros(4, 7, 4).to(device).transpose(1, 2).requires_grad_()
+    expanded = zeros(4, 1, 7).to(device).expand(4, 4, 7)
     for logits in (transposed, expanded):
         with pytest.raises(ValueError, match="reuse_logits"):
-            mpo_loss(**good(logits=logits), reuse_logits=True, backend=kernel)
+            mpo_loss(**on(device, good()) | {"logits": logits}, reuse_logits=True, backend=kernel)
 
 
 def test_an_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 from oracle import (
     assert_as_accurate,
@@ -15,6 +16,7 @@ from oracle import (
 )
 
 from mpo_ext import MPOConfig, MPOOutput, linear_mpo_loss, mpo_loss
+from mpo_ext.ops import linear, matmul, tiles
 from mpo_ext.ops import logits as ops
 from mpo_ext.ops.checks import STATS
 from mpo_ext.ops.memory import ROW_STATE, Tile
@@ -97,6 +99,53 @@ def check_linear(backend: str, dtype: torch.dtype, **options: object) -> None:
         torch.testing.assert_close(gradient, expected_gradient, rtol=torch.finfo(dtype).eps, atol=2e-6 * largest)
 
 
+def check_gpu_tiles(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
+    """Compares the loss from hidden states with float64, in tiles as on a GPU, which products write in float32.
+
+    The products are computed by torch on the CPU, and the kernels by ``backend``.
+    """
+
+    def scaled_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, scale: float, bias: object) -> None:
+        out.copy_(scale * (a.float() @ b.float() + (0 if bias is None else bias)))
+
+    def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, is_first: bool) -> None:
+        total.copy_(a.float() @ b.float() + (0 if is_first else total.float()))
+
+    monkeypatch.setattr(tiles, "is_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(tiles, "wide_matmuls", lambda device, dtype: matmul.WideMatmuls(True, True))
+    monkeypatch.setattr(tiles, "scaled_matmul", scaled_matmul)
+    monkeypatch.setattr(tiles, "accumulate", accumulate)
+    monkeypatch.setattr(linear, "accumulate", accumulate)
+    monkeypatch.setenv("MPO_CPU_MATMUL", "native")
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(4, 5, 16, generator=generator).to(dtype)
+    weight = (0.5 * torch.randn(203, 16, generator=generator)).to(dtype)
+    labels = torch.randint(203, (4, 5), generator=generator)
+    labels[:, :2] = -100
+    has_bias, is_frozen = bool(options.pop("bias", False)), bool(options.pop("frozen", False))
+    bias = torch.randn(203, generator=generator).to(dtype) if has_bias else None
+
+    def run(precision: torch.dtype, name: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        inputs = [hidden.to(precision).requires_grad_(), weight.to(precision).requires_grad_(not is_frozen)]
+        extra = None if bias is None else bias.to(precision).requires_grad_(not is_frozen)
+        output = linear_mpo_loss(
+            *inputs, labels, torch.linspace(-20, -10, 4), bias=extra, shift=False, memory_budget=6000, backend=name,
+            **options,
+        )  # fmt: skip
+        leaves = [leaf for leaf in (*inputs, extra) if leaf is not None and leaf.requires_grad]
+        return output.loss, torch.autograd.grad(2 * output.loss, leaves)
+
+    loss, gradients = run(dtype, backend)
+    exact, exact_gradients = run(torch.float64, "reference")
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    for gradient, expected in zip(gradients, exact_gradients, strict=True):
+        assert (gradient.double() - expected).norm() <= 2 * torch.finfo(dtype).eps * expected.norm()
+
+
+GPU_TILES = [
+    {"recompute": True}, {"recompute": False}, {"frozen": True}, {"softcap": 5.0, "recompute": False},
+    {"softcap": 5.0, "frozen": True}, {"bias": True, "recompute": False}, {"bias": True, "logit_scale": 0.5},
+]  # fmt: skip
 LINEAR_OPTIONS = [{"recompute": True}, {"recompute": False}, {"frozen": True}, {"softcap": 5.0, "logit_scale": 0.5}]
 
 

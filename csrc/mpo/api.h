@@ -60,7 +60,8 @@ struct LogitsGradParams {
   const void* row_sum;  // [rows] Result
   const void* weight;   // [rows] Result, d loss / d logp
   const double* scale;  // factor on the whole gradient, or nullptr for 1
-  void* grad;           // same shape and dtype as the logits; may be the logits themselves
+  void* grad;           // same shape as the logits; may be the logits themselves. Same dtype, except on a GPU: there
+                        // grad_error names the pairs of dtypes
   int64_t grad_inner;
   int64_t grad_outer_stride;
   int64_t grad_row_stride;
@@ -141,6 +142,17 @@ CudaShape cuda_forward_shape(int64_t rows, int64_t vocab, DType dtype, int64_t p
 CudaShape cuda_pair_loss_shape(int64_t pairs);
 CudaShape cuda_logits_grad_shape(int64_t rows, int64_t vocab, DType dtype, int multiprocessors);
 
+/// Returns nullptr, or why launch_logits_grad cannot write a gradient in `grad_dtype` for logits in `dtype`. It can for
+/// equal types, for float32 logits and a half-precision gradient, and for float16 logits and a bfloat16 gradient.
+const char* grad_error(DType dtype, DType grad_dtype);
+
+/// Returns nullptr if the kernels of this build can run on the current device, otherwise the runtime's error message.
+const char* device_error();
+
+/// Allocates `count` arrival counters, which are 0 for every later launch on `stream`. They are never freed. Returns
+/// nullptr or an error message. The caller's allocator does not own them, so a captured graph cannot reuse them.
+const char* allocate_counters(int count, cudaStream_t stream, unsigned** counters);
+
 /// The operators on GPU memory, for float32, bfloat16 and float16; Result is float. Each enqueues one kernel on
 /// `stream` without waiting or allocating, and returns nullptr or an error message. launch_forward runs token_logp and
 /// pair_loss in one kernel and gives the same bits as two launches.
@@ -150,7 +162,7 @@ const char* launch_pair_loss(const PairLossParams& p, const CudaPairTypes& types
                              cudaStream_t stream);
 const char* launch_forward(const TokenLogpParams& token, const PairLossParams& pair, const CudaPairTypes& types,
                            DType dtype, const CudaWork& work, int multiprocessors, cudaStream_t stream);
-const char* launch_logits_grad(const LogitsGradParams& p, bool scale_is_float, DType dtype, int multiprocessors,
-                               cudaStream_t stream);
+const char* launch_logits_grad(const LogitsGradParams& p, bool scale_is_float, DType dtype, DType grad_dtype,
+                               int multiprocessors, cudaStream_t stream);
 
 }  // namespace mpo

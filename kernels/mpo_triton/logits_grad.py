@@ -34,7 +34,7 @@ def logits_grad_kernel(
     row_sum_ptr,  # [rows] float32
     weight_ptr,  # [rows] float32, d loss / d logp
     scale_ptr,  # [1] float32, factor on the whole gradient
-    grad_ptr,  # out, shape and dtype of the logits; may be the logits
+    grad_ptr,  # out, shape of the logits; may be the logits, or have fewer bits per element
     vocab: tl.int32,
     first: tl.int64,  # the vocabulary entry of column 0
     total: tl.int64,  # size of the vocabulary
@@ -47,7 +47,7 @@ def logits_grad_kernel(
     grad_outer_stride: tl.int64,
     grad_row_stride: tl.int64,
     ignore_index: tl.int64,
-    VECTOR: tl.constexpr,  # elements in 16 bytes
+    VECTOR: tl.constexpr,  # elements of the gradient in 16 bytes
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     IS_ALIKE: tl.constexpr,  # whether rows of the gradient and of the logits have the same misalignment
@@ -126,14 +126,14 @@ def logits_grad(
     logits are one tile of the vocabulary.
     """
     first, total, _ = tile or (0, vocab, None)
-    rows, dtype = aligned_rows(layout), layout[0].dtype
-    sizes = blocks(vocab, dtype)
-    grad = aligned_rows(grad_layout)
-    vector = VECTOR_BYTES // dtype.itemsize
+    rows, grad = aligned_rows(layout), aligned_rows(grad_layout)
+    grad_dtype = grad_layout[0].dtype  # its elements are not larger than those of the logits
+    sizes = blocks(vocab, layout[0].dtype)
+    vector = VECTOR_BYTES // grad_dtype.itemsize
     is_alike = rows.inner == grad.inner and all(
         (ours - theirs) % vector == 0 for ours, theirs in zip(rows[1:], grad[1:], strict=True)
     )
-    logits_grad_kernel[(labels.numel(), sizes.programs(vocab, dtype))](
+    logits_grad_kernel[(labels.numel(), sizes.programs(vocab, grad_dtype))](
         rows.base,
         labels,
         row_max,

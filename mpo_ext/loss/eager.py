@@ -109,7 +109,19 @@ def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         raise ValueError(f"rows must be [N] or [1, N] when cu_seqlens is given, got shape {tuple(rows.shape)}")
     positions = torch.arange(rows.shape[-1], device=rows.device)
     sequence = torch.searchsorted(cu_seqlens.to(positions.dtype), positions, right=True) - 1
-    return rows.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, sequence, rows.reshape(-1))
+    sequences = cu_seqlens.shape[0] - 1
+    if rows.device.type == "cpu":
+        return rows.new_zeros(sequences).index_add(0, sequence, rows.reshape(-1))
+    return sums_by_mask(rows.reshape(-1), sequence, sequences)
+
+
+def sums_by_mask(rows: Tensor, sequence: Tensor, sequences: int) -> Tensor:
+    """Returns the sums ``[sequences]`` of the values ``[N]`` with equal numbers in ``sequence``.
+
+    On a GPU, ``index_add`` adds in an order that differs from run to run; these sums have the same bits in every run.
+    """
+    is_member = sequence == torch.arange(sequences, device=rows.device).unsqueeze(1)
+    return torch.where(is_member, rows, torch.zeros((), dtype=rows.dtype, device=rows.device)).sum(-1)
 
 
 def nan_factor(sums: Tensor) -> Tensor:
@@ -153,7 +165,8 @@ def pair_loss_of_sums(
 
     batch = torch.stack([reward.detach().double().sum(), 2.0 * has_both.double().sum()])
     new_state = _moved(shift, batch)
-    delta = (new_state if shift.update_first else shift.state)[0].to(sums.dtype)
+    # A copy, because the state is updated in place later.
+    delta = (new_state if shift.update_first else shift.state)[0].to(sums.dtype, copy=True)
 
     margin = chosen_reward - rejected_reward
     smooth = config.label_smoothing

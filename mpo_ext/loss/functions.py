@@ -219,9 +219,9 @@ def linear_mpo_loss(
             apply to the reference model.
         softcap: Bound of the logits (Gemma 2), above 0. None: no bound.
         temperature: Divisor of the final logits, above 0.
-        memory_budget: Bytes for a tile and the tensors computed from it. None: 64 MiB on a CPU, 256 MiB on a GPU. The
-            budget changes the speed, and the result only by rounding. A CPU is fast down to about 4 MiB and usable
-            down to about 256 KiB; a budget of a few bytes is very slow.
+        memory_budget: Bytes for a tile and the tensors computed from it. None: 64 MiB on a CPU; on a GPU, 1/160 of its
+            memory, at least 256 MiB and at most 1 GiB. The budget changes the speed, and the result only by rounding.
+            A CPU is fast down to about 4 MiB and usable down to about 256 KiB; a few bytes are very slow.
         recompute: Whether backward computes the tiles of logits again. False: forward keeps the logits of the labelled
             rows, which saves one of the four matmuls. They are kept in float32 in most cases; with bfloat16 hidden
             states and weight, in float16, as distances from the row's maximum. The logits and the gradient of

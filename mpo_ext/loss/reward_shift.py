@@ -82,7 +82,8 @@ class RewardShift:
         self.update_order = update
         self.per = per
         self.training = True
-        # float64, because after 1e5 steps a cumulative mean moves by less than float32 resolves.
+        # float64, because after 1e5 steps a cumulative mean moves by less than float32 resolves. Both tensors are
+        # updated in place, because a replayed CUDA graph reads and writes the memory that it captured.
         self._state = torch.tensor([float(value), 0.0], dtype=torch.float64)  # delta, number of updates
         self._pending = torch.zeros(2, dtype=torch.float64)  # sum and count of the rewards since the last step()
 
@@ -136,11 +137,8 @@ class RewardShift:
         for name, ours in settings.items():
             if state[name] != ours:
                 raise ValueError(f"state must come from a RewardShift with {name}={ours!r}, got {state[name]!r}")
-        device = self._state.device
-        self._state = torch.tensor([state["value"], state["count"]], dtype=torch.float64, device=device)
-        self._pending = torch.tensor(
-            [state["pending_sum"], state["pending_count"]], dtype=torch.float64, device=device
-        )
+        self._state.copy_(torch.tensor([state["value"], state["count"]], dtype=torch.float64))
+        self._pending.copy_(torch.tensor([state["pending_sum"], state["pending_count"]], dtype=torch.float64))
 
     def update(self, reward_sum: float | Tensor, count: float | Tensor) -> None:
         """Updates delta with the rewards of this rank's micro-batch. ``mpo_loss`` calls this; custom loops may, too.
@@ -156,7 +154,7 @@ class RewardShift:
             return
         batch = torch.stack([self._on_device(reward_sum), self._on_device(count)])
         if self.per == "optimizer_step":
-            self._pending = self._pending + batch
+            self._pending.add_(batch)
             return
         self._apply(batch, each_rank_counts=self.mode == "cumulative")
 
@@ -168,7 +166,7 @@ class RewardShift:
         if self.mode == "fixed" or self.per != "optimizer_step":
             return
         self._apply(self._pending, each_rank_counts=False)
-        self._pending = torch.zeros_like(self._pending)
+        self._pending.zero_()
 
     def begin_batch(self, device: torch.device) -> BatchShift:
         """Returns the reward shift for the pair loss of a batch. ``mpo_loss`` calls this before the pair loss."""
@@ -195,7 +193,7 @@ class RewardShift:
             state; otherwise None.
         """
         if shift.rule != HOLD:
-            self._state = new_state
+            self._state.copy_(new_state)
         elif shift.is_pooled:
             self.update(batch[0], batch[1])
             if self.update_order == "before":
@@ -227,7 +225,7 @@ class RewardShift:
         else:
             moved = self.decay * value + (1 - self.decay) * mean
             updates = updates + (batch[1] > 0)
-        self._state = torch.stack([torch.where(batch[1] > 0, moved, value), updates])
+        self._state.copy_(torch.stack([torch.where(batch[1] > 0, moved, value), updates]))
 
 
 def _is_distributed() -> bool:

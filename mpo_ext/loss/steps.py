@@ -15,7 +15,8 @@ from mpo_ext.loss.reward_shift import BatchShift, RewardShift, end_batch
 from mpo_ext.ops import backends, checks
 from mpo_ext.ops import linear as linear_ops
 from mpo_ext.ops import pair_loss as pair_ops
-from mpo_ext.ops.tiles import default_memory_budget, matmul_dtype
+from mpo_ext.ops.matmul import matmul_dtype
+from mpo_ext.ops.tiles import default_memory_budget
 
 
 class MPOOutput(NamedTuple):
@@ -58,7 +59,10 @@ def shift_labels(labels: Tensor, ignore_index: int = -100, cu_seqlens: Tensor | 
     """
     shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     if cu_seqlens is not None:
-        shifted = shifted.index_fill(-1, cu_seqlens[1:].long() - 1, ignore_index)
+        last = cu_seqlens[1:].long() - 1
+        last = torch.where(last < 0, last + shifted.shape[-1], last)  # the end of an empty first sequence
+        # Not index_fill, whose graph inductor cannot compile in torch 2.11.
+        shifted = shifted.scatter(-1, last.expand(*shifted.shape[:-1], -1), ignore_index)
     return shifted
 
 

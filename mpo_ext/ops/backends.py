@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
 from contextlib import suppress
 from typing import Any
 
@@ -70,7 +72,24 @@ def cuda_problem(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"it needs a GPU of compute capability 8.0 or newer, got {major}.{minor}"
-    return None
+    return _device_problem(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _device_problem(index: int) -> str | None:
+    """Returns the reason why the CUDA runtime cannot load the kernels of this build on a GPU, or None if it can.
+
+    The runtime is asked once per GPU, and a warning tells the reason: tensors on this GPU then use another backend.
+    """
+    with torch.cuda.device(index):
+        error = native.compiled().cuda_device_error()
+    if not error:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    built = f"they were built for {native.compiled().cuda_archs} by {native.compiled().cuda_compiler}"
+    problem = f"its kernels do not load on cuda:{index}, compute capability {major}.{minor}: {error}; {built}"
+    warnings.warn(f"mpo_ext does not use its backend 'cuda': {problem}", stacklevel=2)
+    return problem
 
 
 def triton_problem(device: str) -> str | None:

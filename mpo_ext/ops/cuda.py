@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -10,7 +11,10 @@ from torch import Tensor
 from mpo_ext.ops import native
 from mpo_ext.ops.memory import RowLayout, Tile, addresses, row_arguments
 
-_stream_counters: dict[tuple[torch.device, int], Tensor] = {}
+_PER_THREAD_STREAM = 2  # the handle that names a separate stream in each thread (cudaStreamPerThread)
+_MIN_COUNTERS = 4096  # more than any GPU has blocks running
+#: Address and number of the counters, by device, stream and (for the stream of each thread) thread.
+_stream_counters: dict[tuple[torch.device, int, int], tuple[int, int]] = {}
 
 
 def forward_arguments(
@@ -28,12 +32,19 @@ def forward_arguments(
     )
     scratch = torch.empty(shape["scratch_bytes"], dtype=torch.uint8, device=labels.device)
     block_counters = counters(shape["counters"], labels)
-    rows |= {**addresses(scratch=scratch, counters=block_counters), **size, "stream": current_stream(labels)}
-    return rows, [scratch, block_counters]
+    work_memory = [scratch]
+    if isinstance(block_counters, Tensor):
+        work_memory.append(block_counters)
+        block_counters = block_counters.data_ptr()
+    rows |= {**addresses(scratch=scratch), "counters": block_counters, **size, "stream": current_stream(labels)}
+    return rows, work_memory
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """Returns the number of multiprocessors of an NVIDIA or AMD GPU, 0 for other devices."""
+    if device.type != "cuda":
+        return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -42,17 +53,34 @@ def current_stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def counters(count: int, like: Tensor) -> Tensor:
+def counters(count: int, like: Tensor) -> int | Tensor:
     """Returns at least ``count`` int32 counters of finished blocks, all 0, on the device of ``like``.
 
-    Kernels reset the counters to 0 after use. All launches on a stream can therefore share one tensor. A launch that
-    is captured into a CUDA graph gets a separate tensor, because a graph may be replayed on any stream. Each replay
-    sets this tensor to 0.
+    Kernels reset the counters to 0 after use. All launches on a stream can therefore share their counters, whose
+    address is returned. They do not belong to torch's allocator: torch.compile's CUDA graphs raise if a call leaves a
+    tensor in their memory pool. A launch that is captured into a CUDA graph gets a separate tensor, because a graph
+    may be replayed on any stream. Each replay sets this tensor to 0.
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=like.device)
-    key = (like.device, current_stream(like))
-    cached = _stream_counters.get(key)
-    if cached is None or cached.numel() < count:
-        cached = _stream_counters[key] = torch.zeros(count, dtype=torch.int32, device=like.device)
-    return cached
+    stream = current_stream(like)
+    key = (like.device, stream, threading.get_ident() if stream == _PER_THREAD_STREAM else 0)
+    address, size = _stream_counters.get(key, (0, 0))
+    if size < count:  # smaller counters stay allocated, because earlier launches may still use them
+        size = max(count, _MIN_COUNTERS)
+        address = native.compiled().cuda_counters(count=size, stream=stream)
+        _stream_counters[key] = address, size
+    return address
+
+
+def check_not_capturing(tensor: Tensor) -> None:
+    """Raises if work on the tensor's device is being captured into a CUDA graph.
+
+    Raises:
+        RuntimeError: If the current stream is being captured.
+    """
+    if tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a loss from hidden states must not be captured into a CUDA graph, got a capture: its work depends on the "
+            "number of labels other than ignore_index, which the host must know; capture mpo_loss instead"
+        )

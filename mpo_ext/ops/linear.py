@@ -10,18 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpo_ext.ops.checks import (
-    STATS,
-    check_head,
-    check_kernel,
-    check_labels,
-    check_logits,
-    check_rows,
-    check_scale,
-)
+from mpo_ext.ops.checks import STATS, check_head, check_kernel, check_labels, check_logits, check_rows, check_scale
+from mpo_ext.ops.cuda import check_not_capturing
 from mpo_ext.ops.logits import RowOutputs, score, token_logp_outputs, write_grad
+from mpo_ext.ops.matmul import accumulate
 from mpo_ext.ops.memory import ROW_STATE, Tile, VocabShard, empty_row_state, result_dtype
-from mpo_ext.ops.tiles import Head, TiledRows, accumulate, head_grad_memory, labelled_rows, scatter_rows
+from mpo_ext.ops.tiles import Head, TiledRows, head_grad_memory, labelled_rows, scatter_rows
 
 #: Tensors that ``linear_token_logp`` keeps for backward: none, the unscaled gradient of hidden states, or the logits.
 KEEP_NOTHING, KEEP_HIDDEN_GRAD, KEEP_LOGITS = 0, 1, 2
@@ -193,15 +187,16 @@ def _score_tiles(
             out = tiles.kept_logits.tile(kept, chunk.rows, first, end) if in_place else None
             logits, tanh = tiles.logits(chunk.rows, weight_rows, first, end, out)
             old_max = chunk.outputs[1].clone() if folds else None
+            exp_logits = tiles.grad_target(logits, is_input=tanh is None) if folds else None
             score(
                 logits, chunk.labels, options.ignore_index, stats, options.backend, chunk.outputs,
-                tile._replace(state=chunk.state), leaves_exp_logits=folds,
+                tile._replace(state=chunk.state), exp_logits=exp_logits,
             )  # fmt: skip
             if is_kept and not in_place:
                 tiles.kept_logits.store_(kept, chunk.rows, first, end, logits, chunk.outputs[1])
-            if old_max is not None:
+            if old_max is not None and exp_logits is not None:
                 total = kept[chunk.rows]
-                _fold_hidden_grad(tiles, chunk, logits, tanh, weight_rows, old_max, total, is_first=first == 0)
+                _fold_hidden_grad(tiles, chunk, exp_logits, tanh, weight_rows, old_max, total, is_first=first == 0)
     return chunks, kept
 
 
@@ -245,7 +240,7 @@ def _finish_hidden_grad(
     size = head.weight.shape[0]
     has_label = (columns >= 0) & (columns < size)
     label_factor = torch.where(has_label | logp.isnan(), label_factor, 0.0)  # NaN: the label is out of range
-    label_rows = head.weight[columns.clamp(0, size - 1)].to(total.dtype)
+    label_rows = head.weight[columns.clamp(0, size - 1)]
     total.div_(-row_sum.unsqueeze(1)).addcmul_(label_rows, label_factor.unsqueeze(1)).mul_(head.slope)
 
 
@@ -288,7 +283,7 @@ def kept_hidden_grad(
     check_labels(hidden, labels, "hidden", may_be_on_cpu=True)
     check_rows(labels, kept.dtype, hidden.device, row_weight=row_weight)
     check_scale(scale, hidden)
-    index, rows = kept_hidden_rows(hidden, labels, kept, row_weight, scale, ignore_index)
+    index, rows = kept_hidden_rows(hidden, labels, kept, row_weight, scale, ignore_index, hidden.dtype)
     return scatter_rows(rows, index, hidden)
 
 
@@ -298,19 +293,27 @@ def _(hidden: Tensor, *_: Any) -> Tensor:
 
 
 def kept_hidden_rows(
-    hidden: Tensor, labels: Tensor, kept: Tensor, row_weight: Tensor, scale: Tensor | None, ignore_index: int
+    hidden: Tensor,
+    labels: Tensor,
+    kept: Tensor,
+    row_weight: Tensor,
+    scale: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the flat indices of the n labelled rows, and the gradient of their hidden states, ``[n, D]``.
 
-    The arguments are those of ``kept_hidden_grad``, which also fills in the zeros of the other rows.
+    The first arguments are those of ``kept_hidden_grad``, which also fills in the zeros of the other rows. The
+    gradient is in ``dtype``; None means the dtype of ``kept``.
     """
+    check_not_capturing(hidden)
     index = labelled_rows(labels, ignore_index).to(hidden.device, non_blocking=True)
     if kept.shape != (len(index), hidden.shape[-1]):
         raise ValueError(f"kept must be [n, D] = {(len(index), hidden.shape[-1])}, got {tuple(kept.shape)}")
     factor = row_weight.reshape(-1)[index]
     if scale is not None:
         factor = factor * scale.to(factor.dtype)
-    return index, kept * factor[:, None]
+    return index, torch.mul(kept, factor[:, None], out=kept.new_empty(kept.shape, dtype=dtype))
 
 
 @torch.library.custom_op("mpo_ext::linear_grad", mutates_args=("kept",))
@@ -427,12 +430,18 @@ def _fill_gradients(
         weight_rows = tiles.weight_rows(first, end)
         for number, (rows, labels) in enumerate(chunks):
             place = {"is_first": number == 0, "is_last": number == len(chunks) - 1}
+            maxima = row_max[rows]
             if kept is None or first >= tiles.kept_logits.stop:
-                grad, tanh = tiles.logits(rows, weight_rows, first, end)
+                logits, tanh = tiles.logits(rows, weight_rows, first, end)
+            elif tiles.reads_kept:
+                logits, tanh = tiles.kept_logits.tile(kept, rows, first, end), None
+                maxima = maxima - tiles.kept_logits.tile_max(kept, rows, first).squeeze(1)
             else:
-                grad, tanh = tiles.restored_logits(kept, rows, first, end)
+                logits, tanh = tiles.restored_logits(kept, rows, first, end)
+            # The slope of tanh and the gradient of bias are computed from the gradient before it is rounded.
+            grad = tiles.grad_target(logits, is_input=tanh is None and not wanted[2])
             write_grad(
-                grad, labels, row_max[rows], row_sum[rows], row_weight[rows], factor, options.ignore_index,
+                logits, labels, maxima, row_sum[rows], row_weight[rows], factor, options.ignore_index,
                 options.backend, grad, tile=Tile(shard.first + first, shard.total, None),
             )  # fmt: skip
             _multiply_by_tanh_slope_(grad, tanh)

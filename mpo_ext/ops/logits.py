@@ -137,13 +137,14 @@ def score(
     outputs: RowOutputs,
     tile: Tile | None = None,
     *,
-    leaves_exp_logits: bool = False,
+    exp_logits: Tensor | None = None,
 ) -> None:
     """Writes the results of ``token_logp``, whose arguments come first, to ``outputs``.
 
-    With a tile, the results cover the columns of the vocabulary up to the end of the tile. ``leaves_exp_logits``
-    overwrites each logit z with ``exp(z - row_max)``, where ``row_max`` includes this tile, and the label's logit
-    with 0. The new values are undefined in a row whose label is out of range or whose logp is NaN.
+    With a tile, the results cover the columns of the vocabulary up to the end of the tile. If ``exp_logits`` is given,
+    it receives ``exp(z - row_max)`` for each logit z, where ``row_max`` includes this tile, and 0 for the label's
+    logit. On a CPU, it must be ``logits``; on a GPU, it is a tensor that ``write_grad`` accepts as a gradient. Its
+    values are undefined in a row whose label is out of range or whose logp is NaN.
     """
     if labels.numel() == 0:
         return
@@ -162,26 +163,32 @@ def score(
             **row_arguments(layout, row_labels, ignore_index, tile),
             **out,
             stats=stats,
-            exp_logits=layout.tensor.data_ptr() if leaves_exp_logits else 0,
+            exp_logits=0 if exp_logits is None else layout.tensor.data_ptr(),
             threads=torch.get_num_threads(),
             isa=backends.cpu_isa(),
         )
         return
-    if leaves_exp_logits:
-        _write_exp_logits(logits, labels, outputs[1], ignore_index, backend, tile)
+    if exp_logits is not None:
+        _write_exp_logits(logits, labels, outputs[1], ignore_index, backend, exp_logits, tile)
 
 
 def _write_exp_logits(
-    logits: Tensor, labels: Tensor, row_max: Tensor, ignore_index: int, backend: str, tile: Tile | None
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    ignore_index: int,
+    backend: str,
+    exp_logits: Tensor,
+    tile: Tile | None,
 ) -> None:
-    """Overwrites the logits as ``score`` does with ``leaves_exp_logits``, in a second pass over the logits."""
+    """Writes ``exp_logits`` as ``score`` does, in a second pass over the logits."""
     safe_max = torch.where(row_max == -math.inf, 0.0, row_max)  # all logits so far are -inf
     ones = torch.ones_like(safe_max)
-    write_grad(logits, labels, safe_max, ones, -ones, None, ignore_index, backend, logits, tile=tile)
+    write_grad(logits, labels, safe_max, ones, -ones, None, ignore_index, backend, exp_logits, tile=tile)
     column = (labels - (0 if tile is None else tile.first)).unsqueeze(-1)
     is_in_tile = (column >= 0) & (column < logits.shape[-1])
     column = column.clamp(0, logits.shape[-1] - 1)
-    logits.scatter_(-1, column, torch.where(is_in_tile, 0.0, logits.gather(-1, column)))
+    exp_logits.scatter_(-1, column, torch.where(is_in_tile, 0.0, exp_logits.gather(-1, column)))
 
 
 @torch.library.custom_op("mpo_ext::logits_grad", mutates_args=())
@@ -280,7 +287,8 @@ def write_grad(
 ) -> None:
     """Writes the result of ``logits_grad``, whose arguments come first, to ``grad``.
 
-    ``grad`` has the shape of the logits and may be the logits themselves. ``is_zeroed`` tells that ``grad`` already
+    ``grad`` has the shape of the logits and may be the logits themselves. It has their dtype; on a GPU, it may also be
+    half precision for float32 logits, or bfloat16 for float16 logits. ``is_zeroed`` tells that ``grad`` already
     contains zeros, so ignored rows are not written. ``tile`` names the columns of the vocabulary that the logits
     cover; None means all columns.
     """
@@ -310,6 +318,7 @@ def write_grad(
     with device_guard(logits):
         native.compiled().logits_grad_cuda(
             **arguments,
+            grad_dtype=str(grad.dtype).removeprefix("torch."),
             scale_is_float=scale is not None and scale.dtype == torch.float32,
             multiprocessors=cuda.multiprocessors(logits.device),
             stream=cuda.current_stream(logits),

@@ -104,6 +104,11 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     return getattr(torch, tensor.device.type).device(tensor.device)
 
 
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Returns whether a tensor is on the CPU, where tiles should fit the cache and new memory has a price."""
+    return tensor.device.type == "cpu"
+
+
 def result_dtype(*tensors: Tensor) -> torch.dtype:
     """Returns the dtype of log-probs: float64 if a tensor is float64, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -7,36 +7,45 @@ read, and converted to another dtype if needed, once for all rows, and its gradi
 
 On a CPU that does not multiply bfloat16 or float16 faster than float32, the inputs of the matmuls are converted to
 float32 part by part, which is exact. On other CPUs, tiles have the dtype of the inputs, like a model's own logits. On
-a GPU the inputs keep their dtype and the result is float32. The gradient of a tile is rounded to the dtype of the
-inputs, because it is an input of the next matmuls.
+a GPU the inputs keep their dtype and a product is written to its tile in float32. The kernels read the tile and write
+its gradient in the dtype of the inputs, because it is an input of the next matmuls.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import os
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mpo_ext.ops.memory import result_dtype, reused_memory
+from mpo_ext.ops import cuda
+from mpo_ext.ops.matmul import accumulate, scaled_matmul, wide_matmuls
+from mpo_ext.ops.memory import is_on_cpu, result_dtype, reused_memory
+from mpo_ext.ops.tile_shape import GPU_KEPT_BYTES, gpu_memory_budget, gpu_tile_shape, tile_shape
 
-_CPU_MEMORY_BUDGET, _GPU_MEMORY_BUDGET = 64 << 20, 256 << 20
+_CPU_MEMORY_BUDGET = 64 << 20
 _CPU_TILE_BYTES = 16 << 20  # logits of a tile: fits the last-level cache, large enough for fast products
 # Bytes of columns of kept logits: the distance in memory between the logits that backward reads and its output.
-_CPU_KEPT_BYTES, _GPU_KEPT_BYTES = 32 << 20, 64 << 20
+_CPU_KEPT_BYTES = 32 << 20
 _ALIGNMENT = 64  # bytes: kept logits begin at a multiple of it
-_MIN_COLUMNS = 256  # of a tile, unless the vocabulary is smaller: narrower products are slow
-_COLUMN_STEP = 64
 
 
+@torch.compiler.assume_constant_result  # keeps torch.compile from tracing the driver query
 def default_memory_budget(device: torch.device) -> int:
-    """Returns the default memory budget of tiles, in bytes."""
-    return _CPU_MEMORY_BUDGET if device.type == "cpu" else _GPU_MEMORY_BUDGET
+    """Returns the default memory budget of tiles, in bytes: 64 MiB on a CPU, else ``gpu_memory_budget``."""
+    return _CPU_MEMORY_BUDGET if device.type == "cpu" else gpu_memory_budget(_memory(device))
+
+
+@functools.cache
+def _memory(device: torch.device) -> int:
+    """Returns the bytes of memory of a GPU, 0 if torch does not tell."""
+    runtime = getattr(torch, device.type, None)
+    if runtime is None or not hasattr(runtime, "get_device_properties") or not runtime.is_available():
+        return 0
+    return runtime.get_device_properties(device).total_memory
 
 
 class Head(NamedTuple):
@@ -127,17 +136,22 @@ class KeptLogits:
     def store_(self, memory: Tensor, rows: slice, first: int, end: int, logits: Tensor, row_max: Tensor) -> None:
         """Stores a tile's float32 ``logits`` in float16, as distances from ``row_max``, each row's maximum so far.
 
-        The call overwrites ``logits``.
+        The call may overwrite ``logits``.
         """
-        safe_max = self._tile_max(memory, rows, first)
+        safe_max = self.tile_max(memory, rows, first)
         safe_max.copy_(torch.where(row_max == -math.inf, 0.0, row_max).unsqueeze(1))
-        self.tile(memory, rows, first, end).copy_(logits.sub_(safe_max))
+        target = self.tile(memory, rows, first, end)
+        if is_on_cpu(logits):
+            target.copy_(logits.sub_(safe_max))
+        else:  # one pass over the logits; on a CPU, torch would allocate a float32 copy of the difference
+            torch.sub(logits, safe_max, out=target)
 
     def restore(self, memory: Tensor, rows: slice, first: int, end: int, out: Tensor) -> Tensor:
         """Writes the logits of a tile from ``store_`` to the float32 tensor ``out``, and returns ``out``."""
-        return out.copy_(self.tile(memory, rows, first, end)).add_(self._tile_max(memory, rows, first))
+        return out.copy_(self.tile(memory, rows, first, end)).add_(self.tile_max(memory, rows, first))
 
-    def _tile_max(self, memory: Tensor, rows: slice, first: int) -> Tensor:
+    def tile_max(self, memory: Tensor, rows: slice, first: int) -> Tensor:
+        """Returns a view of the numbers ``[rows, 1]`` that ``store_`` subtracted from the logits of a tile."""
         begin = self._maxima + (first // self._columns * self._rows + rows.start) * torch.float32.itemsize
         return _typed(memory, begin, (rows.stop - rows.start, 1), torch.float32)
 
@@ -170,10 +184,12 @@ class TiledRows:
     ) -> None:
         self.head = head
         self.vocab, hidden_size = head.weight.shape
+        cuda.check_not_capturing(hidden)
         self.like = hidden.new_empty((1, 1), dtype=result_dtype(hidden, head.weight))
         # A GPU whose matmuls would round their results to the dtype of half-precision inputs gets float32 inputs.
-        on_cpu = hidden.device.type == "cpu"
-        self.input_dtype = head.matmul_dtype if on_cpu or _widens_results(hidden.device) else self.like.dtype
+        on_cpu = is_on_cpu(hidden)
+        can_widen = on_cpu or wide_matmuls(hidden.device, head.matmul_dtype).writes
+        self.input_dtype = head.matmul_dtype if can_widen else self.like.dtype
         self.tile_dtype = self.input_dtype if on_cpu else self.like.dtype
         index = labelled_rows(labels, ignore_index)
         self.index = index.to(hidden.device, non_blocking=True)
@@ -182,34 +198,18 @@ class TiledRows:
         is_whole = index.shape[0] == labels.numel()
         self.rows = (rows if is_whole else rows.index_select(0, self.index)).to(self.input_dtype)
         self._buffers: dict[str, Tensor] = {}
-        widens = head.weight.dtype != self.input_dtype
-        # Kept logits lie tile by tile, so forward and backward must cut the same tiles.
-        converts = (converts_weight_grad or keeps_logits) and head.weight.dtype != self.like.dtype
-        # A half-precision product takes one more tensor; its gradient, an input of the next products, takes another.
-        is_narrow = self.input_dtype != self.tile_dtype
         # Gradients in bfloat16 are rounded to fewer bits than float16 has.
         is_rounded = hidden.dtype == head.weight.dtype == torch.bfloat16
         kept_dtype = torch.float16 if is_rounded and self.tile_dtype == torch.float32 else self.tile_dtype
         self.keeps_in_place = keeps_logits and kept_dtype == self.tile_dtype
-        count = self.rows.shape[0]
+        #: Whether the kernels read kept logits as they are, so that backward needs no tile of logits.
+        self.reads_kept = keeps_logits and not on_cpu and kept_dtype == torch.float16
+        self.reads_kept &= not head.softcap and head.bias is None
         grad_bytes = hidden_size * head.weight.dtype.itemsize
-        keeps_all = not only_fitting or count * kept_dtype.itemsize <= grad_bytes
-        planes = (not (self.keeps_in_place and keeps_all)) + bool(head.softcap) + 2 * is_narrow
-        per_column = (widens * self.input_dtype.itemsize + converts * self.like.dtype.itemsize) * hidden_size
-        preferred = _CPU_TILE_BYTES if on_cpu else memory_budget
-        if keeps_logits:
-            per_column += min(count * kept_dtype.itemsize, grad_bytes)  # the distance that ``KeptLogits`` leaves
-            memory_budget = min(memory_budget, _CPU_KEPT_BYTES if on_cpu else _GPU_KEPT_BYTES)
-        self._chunk_rows, self._chunk_columns = tile_shape(
-            count,
-            self.vocab,
-            per_element=planes * self.tile_dtype.itemsize,
-            per_column=per_column,
-            budget=memory_budget,
-            preferred=preferred,
-        )
+        size = _TileSize(self, kept_dtype, grad_bytes, keeps_logits, only_fitting)
+        self._chunk_rows, self._chunk_columns = size.shape(memory_budget, converts_weight_grad or keeps_logits)
         self.kept_logits = KeptLogits(
-            count, self.vocab, self._chunk_columns, grad_bytes, kept_dtype, only_fitting=only_fitting
+            self.rows.shape[0], self.vocab, self._chunk_columns, grad_bytes, kept_dtype, only_fitting=only_fitting
         )
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -249,12 +249,22 @@ class TiledRows:
         head = self.head
         raw = self._buffer("tanh", out.shape) if head.softcap else out
         bias = None if head.bias is None else head.bias[first:end].to(raw.dtype)
-        _scaled_matmul(self.rows[rows], weight_rows.T, raw, head.inner_scale, bias)
+        scaled_matmul(self.rows[rows], weight_rows.T, raw, head.inner_scale, bias)
         if not head.softcap:
             return out, None
         raw.tanh_()
         torch.mul(raw, head.outer_scale, out=out)
         return out, raw
+
+    def grad_target(self, logits: Tensor, *, is_input: bool) -> Tensor:
+        """Returns the tensor for the gradient of a tile.
+
+        ``is_input`` tells that the gradient is used only as an input of the next matmuls. It is then written in their
+        dtype, to another tensor than the logits if the dtypes differ. Otherwise it is written over the logits.
+        """
+        if not is_input or logits.dtype == self.input_dtype:
+            return logits
+        return self._buffer("grad input", logits.shape, self.input_dtype)
 
     def restored_logits(self, memory: Tensor, rows: slice, first: int, end: int) -> tuple[Tensor, Tensor | None]:
         """Returns the kept logits of a tile, and the tanh of the softcap (None without a softcap)."""
@@ -315,112 +325,55 @@ def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
     return full
 
 
-def tile_shape(
-    rows: int, vocab: int, *, per_element: int, per_column: int, budget: int, preferred: int
-) -> tuple[int, int]:
-    """Returns the number of rows and columns of a tile.
+class _TileSize:
+    """The bytes of a tile and of the tensors computed from it, and the shape of the tiles of ``rows``.
 
-    A tile has all rows and as many columns as fit. If fewer than 256 columns would fit, it has fewer rows. It has at
-    least one row and one column, whatever the budget.
-
-    Args:
-        rows: Number of labelled rows.
-        vocab: Number of columns of the vocabulary.
-        per_element: Bytes per element of a tile.
-        per_column: Further bytes per column of a tile.
-        budget: Bytes that a tile may take.
-        preferred: Number of bytes ``rows * columns * per_element`` above which larger tiles are not faster.
+    ``rows`` are the labelled rows whose tiles are cut; the other arguments are those of ``KeptLogits``, whose memory
+    the tiles of kept logits share.
     """
-    columns = min(vocab, _MIN_COLUMNS)
-    if per_column:  # at most half of the budget for memory that does not depend on the rows
-        columns = max(min(columns, budget // (2 * per_column)), 1)
-    chunk = max(rows, 1)
-    if per_element:
-        available = max(min(budget - columns * per_column, preferred), 0)
-        pieces = -(-chunk // max(available // (columns * per_element), 1))
-        chunk = -(-chunk // pieces)
-    cost = chunk * per_element + per_column
-    widest = min(budget // cost if cost else vocab, preferred // (chunk * per_element) if per_element else vocab)
-    if widest >= vocab:
-        return chunk, vocab
-    return chunk, max(widest // _COLUMN_STEP * _COLUMN_STEP, min(widest, _COLUMN_STEP), 1)
+
+    def __init__(
+        self, rows: TiledRows, kept_dtype: torch.dtype, grad_bytes: int, keeps_logits: bool, only_fitting: bool
+    ) -> None:
+        head, count = rows.head, rows.rows.shape[0]
+        self._rows, self._on_cpu, self._keeps = rows, is_on_cpu(rows.rows), keeps_logits
+        tile, narrow = rows.tile_dtype.itemsize, rows.input_dtype.itemsize
+        keeps_all = not only_fitting or count * kept_dtype.itemsize <= grad_bytes
+        planes = (not (rows.keeps_in_place and keeps_all)) + bool(head.softcap)
+        # The gradient of a half-precision tile takes another tensor, except where backward has no tile of logits.
+        has_narrow = rows.input_dtype != rows.tile_dtype and not rows.reads_kept
+        self._per_element = planes * tile + has_narrow * narrow
+        self._per_column = (head.weight.dtype != rows.input_dtype) * narrow * head.weight.shape[1]
+        if keeps_logits:
+            self._per_column += min(count * kept_dtype.itemsize, grad_bytes)  # the distance that ``KeptLogits`` leaves
+
+    def shape(self, budget: int, has_weight_grad: bool) -> tuple[int, int]:
+        """Returns the number of rows and columns of a tile; ``has_weight_grad``: whether backward uses this shape.
+
+        Kept logits lie tile by tile, so forward and backward must cut the same tiles.
+        """
+        rows, head = self._rows, self._rows.head
+        count, hidden_size = rows.rows.shape
+        sum_bytes = has_weight_grad * (head.weight.dtype != rows.like.dtype) * rows.like.dtype.itemsize * hidden_size
+        if self._keeps:
+            budget = min(budget, _CPU_KEPT_BYTES if self._on_cpu else GPU_KEPT_BYTES)
+        sizes = {"per_element": self._per_element, "per_column": self._per_column, "budget": budget}
+        if self._on_cpu:
+            sizes["per_column"] += sum_bytes
+            return tile_shape(count, rows.vocab, **sizes, preferred=_CPU_TILE_BYTES)
+        device = rows.rows.device
+        sizes["multiprocessors"] = cuda.multiprocessors(device)
+        height, width = gpu_tile_shape(count, rows.vocab, hidden_size, **sizes)
+        # A gradient of weight that is one product is rounded directly; otherwise it is summed in a float32 tensor.
+        if sum_bytes and (height < count or head.weight.dtype != rows.input_dtype):
+            sizes["per_column"] += sum_bytes
+            height, width = gpu_tile_shape(count, rows.vocab, hidden_size, **sizes)
+        return height, width
 
 
 def head_grad_memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Returns uninitialised memory for the gradient of a head; on a CPU that of an earlier gradient, if it is free."""
-    return reused_memory(shape, dtype) if like.device.type == "cpu" else like.new_empty(shape, dtype=dtype)
-
-
-def _scaled_matmul(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor | None) -> None:
-    """Computes ``out = scale * (a @ b + bias)`` in the dtype of ``out``, whatever the dtype of the inputs."""
-    if a.dtype == out.dtype:
-        if bias is not None:
-            torch.addmm(bias, a, b, beta=scale, alpha=scale, out=out)
-        elif scale != 1:
-            torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
-        else:
-            torch.mm(a, b, out=out)
-        return
-    product = torch.mm(a, b, out_dtype=out.dtype)
-    if bias is not None:
-        product.add_(bias)
-    torch.mul(product, scale, out=out)
-
-
-def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """Adds ``a @ b`` to ``total`` in the dtype of ``total``; if ``is_first``, overwrites ``total`` instead."""
-    if a.dtype == total.dtype:
-        if is_first:
-            torch.mm(a, b, out=total)
-        else:
-            total.addmm_(a, b)
-        return
-    product = torch.mm(a, b) if a.device.type == "cpu" else torch.mm(a, b, out_dtype=total.dtype)
-    if is_first:
-        total.copy_(product)
-    else:
-        total.add_(product)
-
-
-def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Returns the dtype to which inputs of ``dtype`` are converted for matmuls.
-
-    A GPU keeps ``dtype``. A CPU keeps bfloat16 or float16 only if a measurement shows that it multiplies them faster
-    than float32; otherwise the result is float32. The environment variable MPO_CPU_MATMUL replaces the measurement:
-    "float32" always converts to float32, so logits are never rounded; "native" never converts.
-
-    Raises:
-        ValueError: If MPO_CPU_MATMUL has another value.
-    """
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return dtype
-    requested = os.environ.get("MPO_CPU_MATMUL")
-    if requested not in (None, "", "float32", "native"):
-        raise ValueError(f"MPO_CPU_MATMUL must be 'float32' or 'native', got {requested!r}")
-    is_native = requested == "native" if requested else _is_fast_on_cpu(dtype)
-    return dtype if is_native else torch.float32
-
-
-@torch.compiler.assume_constant_result  # keeps torch.compile from tracing the stopwatch
-@functools.cache
-def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
-    """Returns whether this CPU multiplies matrices of this dtype clearly faster than float32; measured once."""
-
-    def seconds(kind: torch.dtype) -> float:
-        a, b = torch.ones(256, 512, dtype=kind), torch.ones(512, 2048, dtype=kind)
-        best = math.inf
-        for _ in range(4):  # the first product initialises the library
-            start = time.perf_counter()
-            torch.mm(a, b)
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    return seconds(dtype) < seconds(torch.float32) / 1.2
-
-
-def _widens_results(device: torch.device) -> bool:
-    """Returns whether matmuls on this device can take half-precision inputs and return float32."""
-    return device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads()
+    return reused_memory(shape, dtype) if is_on_cpu(like) else like.new_empty(shape, dtype=dtype)
 
 
 def _aligned(size: int) -> int:

@@ -10,8 +10,11 @@ import itertools
 import math
 from collections.abc import Mapping
 
-#: Assumed (not measured) fractions of a GPU's peak rates that large kernels reach.
-BANDWIDTH_SHARE, PRODUCT_SHARE = 0.9, 0.7
+#: Fractions of a GPU's peak rates that large kernels reach. That of bandwidth is assumed. That of matmuls is from the
+#: 42 ms that TRL measured on an H100 for the three bfloat16 products of 8,192 rows, D = 4,096 and V = 151,936: 728
+#: TFLOP/s, and 0.76 of the peak where all multiprocessors work.
+BANDWIDTH_SHARE, PRODUCT_SHARE = 0.9, 0.76
+_LAUNCH_SECONDS = 2e-6  # assumed time between two kernels of a GPU
 #: Assumed fractions of a GPU's peak rate that attention kernels reach. Without a mask: between FlashAttention-2 (0.35)
 #: and FlashAttention-3 (0.75) on an H100 (arXiv 2407.08608). With a dense mask: from the 14.9 ms that OpenPipe/ART,
 #: pull request 586, measured for SDPA with 16,384 tokens and 32 heads of 128; the GPU is assumed to be an H100.
@@ -35,6 +38,7 @@ class Stage:
         softmax: Number of logits that torch's softmax processes, counted like ``kernel``.
         fresh: Number of bytes of newly allocated memory in small pages.
         huge: Number of bytes of newly allocated memory in huge pages.
+        launches: Number of kernels that a GPU runs one after the other.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Stage:
     softmax: float = 0.0
     fresh: float = 0.0
     huge: float = 0.0
+    launches: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +75,9 @@ class Machine:
             to the memory is not included.
         huge: Bytes per second at which the operating system provides new memory in huge pages.
         overhead: Constant number of seconds added to the time of a forward and backward together.
+        launch: Seconds between two kernels of a GPU.
+        multiprocessors: Number of multiprocessors of a GPU; 0 if it is unknown, and waves of blocks are not counted.
+        memory: Bytes of a GPU's memory, on which the default memory budget of tiles depends; 0 if it is unknown.
         source: Origin of the rates, for reports.
     """
 
@@ -84,6 +92,9 @@ class Machine:
     fresh: float = math.inf
     huge: float = math.inf
     overhead: float = 0.0
+    launch: float = 0.0
+    multiprocessors: int = 0
+    memory: float = 0.0
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -115,7 +126,7 @@ class Machine:
             stage.moved / self.bandwidth,
             stage.kernel / self.kernel_rate + stage.softmax / self.softmax_rate,
         )
-        return work + stage.fresh / self.fresh + stage.huge / self.huge
+        return work + stage.fresh / self.fresh + stage.huge / self.huge + stage.launches * self.launch
 
     def matmul_share(self, shortest: float) -> float:
         """Returns the fraction of ``matmul_rates`` that a matmul reaches whose smallest dimension is ``shortest``."""
@@ -181,7 +192,11 @@ def gpu(name: str) -> Machine:
     sheet = GPUS[name]
     exponentials = 16 * sheet.multiprocessors * sheet.clock  # a logit needs two, for forward and backward
     return dataclasses.replace(
-        peaks(sheet.bandwidth, sheet.matmul_rates, name), kernel_rate=exponentials / 2, source=sheet.source
+        peaks(sheet.bandwidth, sheet.matmul_rates, name),
+        kernel_rate=exponentials / 2,
+        multiprocessors=sheet.multiprocessors,
+        memory=sheet.memory,
+        source=sheet.source,
     )
 
 
@@ -206,5 +221,6 @@ def peaks(bandwidth: float, matmul_rates: Mapping[str, float], name: str = "GPU"
             for kind, share in ATTENTION_SHARES.items()
         },
         overhead=50e-6,  # assumed time of the launches of a forward and a backward
+        launch=_LAUNCH_SECONDS,
         source="peaks as given",
     )

@@ -5,15 +5,18 @@ nothing, and no rate is fitted to a method. ``mpo_ext.plan.steps`` adds the laye
 compares the predictions with measurements on a CPU. Predictions for GPUs have not been compared with measurements.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from mpo_ext.checks import check_choice
+from mpo_ext.ops.tile_shape import BLOCK_ELEMENTS, GPU_KEPT_BYTES, gpu_memory_budget, gpu_tile_shape, product_waves
 from mpo_ext.plan.machines import Machine, Stage
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-GPU_TILES = 256 << 20  #: Default memory_budget of linear_mpo_loss on a GPU, in bytes.
+GPU_TILES = gpu_memory_budget(80e9)  #: Default memory_budget of linear_mpo_loss on a GPU of 80 GB, in bytes.
 _CPU_TILES = 16 << 20
 _TRL_ROWS, _TRL_COLUMNS = 4096, 32768  # size of a tile in TRL's ChunkedLogProb
 
@@ -150,18 +153,20 @@ def _kept_width(loss: LossShape, machine: Machine) -> int:
 def _linear_default(loss: LossShape, machine: Machine) -> Parts:
     # On a CPU, forward keeps the logits that fit into the memory of the head's gradient.
     logits, grad = loss.labelled * _kept_width(loss, machine), loss.hidden_size * loss.size
-    kept = 0.0 if machine.is_gpu else min(1.0, grad / logits) if logits else 1.0
+    if machine.is_gpu:
+        return _linear_on_gpu(loss, machine)
+    kept = min(1.0, grad / logits) if logits else 1.0
     return _linear_ours(loss, machine, products=4 - kept, kept=kept)
 
 
 def _linear_ours(
     loss: LossShape, machine: Machine, *, products: float, kept: float = 0.0, has_head: bool = True
 ) -> Parts:
-    product = loss.dtype if loss.matmul_dtype is None or machine.is_gpu else loss.matmul_dtype
+    if machine.is_gpu:
+        return _linear_on_gpu(loss, machine, keeps_logits=bool(kept), has_head=has_head)
+    product = loss.dtype if loss.matmul_dtype is None else loss.matmul_dtype
     logits = loss.labelled * loss.vocab
-    # On a GPU, a tile does not fit the cache: a product writes it in float32, the kernel reads and writes it, and the
-    # next products read it in half precision. On a CPU, a tile stays in the cache.
-    moved: float = (4 * 6 + 2 * 3 if loss.size < 4 else 4 * 8) * logits * machine.is_gpu
+    moved = 0.0  # a tile stays in the cache
     widened = 0 if product == loss.dtype else products * (loss.size + SIZES[product]) * loss.vocab * loss.hidden_size
     grads = loss_gradients(loss, has_head=has_head)
     held = grads
@@ -169,16 +174,110 @@ def _linear_ours(
         # The head's gradient reuses the memory of the kept logits, which are the tiles or float16 copies of them.
         width = _kept_width(loss, machine)
         is_copied = loss.dtype == "bfloat16" and product == "float32"
-        moved += (2 if is_copied else 5) * width * kept * logits * (not machine.is_gpu)
+        moved += (2 if is_copied else 5) * width * kept * logits
         held += max(width * kept * logits - loss.size * loss.vocab * loss.hidden_size, 0)
-    budget = GPU_TILES if machine.is_gpu else _CPU_TILES
     stages = [
         head_products(loss, loss.labelled, products, "matrix products", product),
         Stage(name="kernels", moved=moved, kernel=logits),
         Stage(name="gradients and copies", moved=grads + widened, huge=held),
     ]
-    tiles = tile_bytes(loss.labelled, loss.vocab, budget=budget)
+    tiles = tile_bytes(loss.labelled, loss.vocab, budget=_CPU_TILES)
     return stages, held + tiles + 8 * loss.labelled * loss.hidden_size
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuTiles:
+    """The tiles of ``linear_mpo_loss`` on a GPU.
+
+    Attributes:
+        rows: Number of labelled rows of a tile.
+        columns: Number of columns of a tile.
+        chunks: Number of tiles over the rows.
+        slices: Number of tiles over the vocabulary.
+        bytes: Bytes of a tile and the tensors computed from it.
+    """
+
+    rows: int
+    columns: int
+    chunks: int
+    slices: int
+    bytes: int
+
+    @classmethod
+    def of(cls, loss: LossShape, machine: Machine, *, keeps_logits: bool) -> GpuTiles:
+        """Returns the tiles of a loss with the default memory budget; ``keeps_logits``: ``recompute=False``."""
+        budget, rows = gpu_memory_budget(machine.memory), max(loss.labelled, 1)
+        is_half, keeps_half = loss.size < 4, keeps_logits and loss.dtype == "bfloat16"
+        # A float32 tile, unless forward keeps it, and its half-precision gradient, unless backward has no tile.
+        per_element = 4 * (keeps_half or not keeps_logits) + 2 * (is_half and not keeps_half)
+        per_column = 0
+        if keeps_logits:
+            budget = min(budget, GPU_KEPT_BYTES)
+            per_column = min(rows * (2 if keeps_half else 4), loss.size * loss.hidden_size)
+        sizes = {"per_element": per_element, "per_column": per_column, "budget": budget}
+        sizes["multiprocessors"] = machine.multiprocessors
+        height, width = gpu_tile_shape(rows, loss.vocab, loss.hidden_size, **sizes)
+        return cls(height, width, -(-rows // height), -(-loss.vocab // width), height * width * per_element)
+
+
+#: Kernels of each tile of ``linear_mpo_loss`` on a GPU, counted by tests/ops/gpu_counts.py: forward and backward.
+_TILE_LAUNCHES = {"recompute": 2 + 4, "keep": 7 + 4, "frozen": 25}
+
+
+def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = False, has_head: bool = True) -> Parts:
+    """Returns the cost of ``linear_mpo_loss`` on a GPU.
+
+    A tile does not fit the cache: a product writes it in float32, kernels read it and write its gradient in the dtype
+    of the inputs, and the next products read that. Each tile but the first of a row also reads and writes the float32
+    gradient of the hidden states.
+    """
+    tiles = GpuTiles.of(loss, machine, keeps_logits=keeps_logits)
+    logits, hidden = loss.labelled * loss.vocab, loss.labelled * loss.hidden_size
+    head, size = loss.vocab * loss.hidden_size, loss.size
+    kept_size = 2 if loss.dtype == "bfloat16" else 4
+    if not has_head:
+        mode, passes = "frozen", 4 + 4 + size  # forward reads a tile, and reads it again to write its exponentials
+    elif not keeps_logits:
+        mode, passes = "recompute", 4 + 4 + size
+    else:
+        is_copied = kept_size == 2  # otherwise the product writes the tile to the memory of the kept logits
+        mode, passes = "keep", 4 + is_copied * (4 + kept_size) + kept_size + size
+    sums = 8 * hidden * (tiles.slices - 1) * (1 if has_head else 2)  # a frozen head also rescales the sum
+    sums += (4 + size) * hidden + (not has_head) * (24 + 3 * size) * hidden
+    if has_head and tiles.chunks > 1:
+        sums += (8 * (tiles.chunks - 1) + size) * head
+    products = [("forward", "d hidden"), ("forward", "d hidden", "d weight"), ("forward",)]
+    names = products[0] if not has_head else products[1] if keeps_logits else (*products[2], *products[1])
+    kernels = _TILE_LAUNCHES[mode] * tiles.chunks * tiles.slices
+    stages = [
+        Stage(name="matrix products", flop=sum(_wave_flop(loss, tiles, machine, name) for name in names),
+              dtype=loss.dtype, moved=len(names) * size * head),
+        Stage(name="kernels", moved=passes * logits, kernel=logits, launches=kernels if logits else 0),
+        Stage(name="sums of gradients", moved=sums),
+    ]  # fmt: skip
+    held = float(loss_gradients(loss, has_head=has_head))
+    if keeps_logits:
+        # As KeptLogits: logits and gradient share memory, with a tile between them, and maxima follow the logits.
+        logit_bytes, grad_bytes = kept_size * loss.labelled, size * loss.hidden_size
+        kept = max(logit_bytes, grad_bytes) * loss.vocab + min(logit_bytes, grad_bytes) * tiles.columns
+        held += kept - size * head + 4 * loss.labelled * tiles.slices * (kept_size == 2)
+    held += (4 + size * (loss.labelled < loss.rows)) * hidden  # float32 sums, and a copy of the labelled rows
+    return stages, held + tiles.bytes + (4 * tiles.columns * loss.hidden_size if tiles.chunks > 1 else 0)
+
+
+def _wave_flop(loss: LossShape, tiles: GpuTiles, machine: Machine, name: str) -> float:
+    """Returns the FLOP of a product over all tiles, plus those that idle multiprocessors could have computed."""
+    labelled, vocab, hidden = loss.labelled, loss.vocab, loss.hidden_size
+    if not machine.multiprocessors:
+        return 2.0 * labelled * vocab * hidden
+    total = 0.0
+    for rows, n_rows in ((tiles.rows, labelled // tiles.rows), (labelled % tiles.rows, 1)):
+        for columns, n_columns in ((tiles.columns, vocab // tiles.columns), (vocab % tiles.columns, 1)):
+            shape = {"forward": (rows, columns), "d hidden": (rows, hidden), "d weight": (columns, hidden)}[name]
+            inner = rows * columns * hidden // (shape[0] * shape[1]) if rows and columns else 0
+            waves = product_waves(*shape, machine.multiprocessors)
+            total += n_rows * n_columns * 2.0 * waves * machine.multiprocessors * BLOCK_ELEMENTS * inner
+    return total
 
 
 def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, converted: int = 0) -> int:
@@ -188,10 +287,10 @@ def tile_bytes(rows: int, vocab: int, *, budget: int, is_half: bool = False, con
         rows: Number of labelled rows (token positions).
         vocab: Size of the vocabulary.
         budget: The argument ``memory_budget`` of ``linear_mpo_loss``, in bytes.
-        is_half: Whether matmuls have half-precision inputs, which add two copies of a tile.
+        is_half: Whether matmuls have half-precision inputs, which add the gradient of a tile.
         converted: Number of bytes of a copy of the head in the dtype of the matmuls.
     """
-    return min(budget, (12 if is_half else 4) * rows * vocab + converted)
+    return min(budget, (6 if is_half else 4) * rows * vocab + converted)
 
 
 def _linear_of_logits(of_logits: _Method) -> _Method:

@@ -29,7 +29,7 @@ def name(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    absent = [one for one in schema.BENCHMARKS if not (RESULTS / f"{one}.json").exists()]
+    absent = [one for one in schema.ON_CPU if not (RESULTS / f"{one}.json").exists()]
     if absent:
         pytest.fail(f"results/ lacks {', '.join(absent)}: {HOW}")
     return documents.load(RESULTS)
@@ -51,7 +51,7 @@ def test_each_block_is_up_to_date(page: Path, results: dict[str, Any]) -> None:
 
 
 def test_results_are_of_full_runs(results: dict[str, Any]) -> None:
-    for one in schema.BENCHMARKS:
+    for one in schema.ON_CPU:
         assert results[one]["quick"] is False, f"results/{one}.json is of a quick run: {HOW}"
         assert "--only" not in results[one]["environment"]["command"]
 

@@ -19,7 +19,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-KERNELS = 16  # token_logp: 3 types, with and without statistics and pair loss; logits_grad: 3 types; pair_loss
+#: token_logp: 3 types, with and without statistics and pair loss; logits_grad: 6 pairs of types; pair_loss.
+KERNELS = 19
 VECTORS_IN_FLIGHT = 4  # rows.cuh: kUnroll
 DISASSEMBLED = ("sm_80", "sm_90")
 COUNTED = ("sm_80", "sm_90", "sm_100")
@@ -82,11 +83,14 @@ def main_loop(code: list[tuple[int, str]]) -> list[str]:
 def name_of(kernel: str) -> str:
     """Returns a readable name, such as ``token_logp bfloat16 stats pair``, for a mangled name."""
     kind = next(kind for kind in ("token_logp", "logits_grad", "pair_loss") if f"{kind}_kernel" in kernel)
-    match = re.search(r"_kernelI(f|6__half|13__nv_bfloat16)(?:Lb(\d)ELb(\d))?", kernel)
+    types = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+    match = re.search(rf"_kernelI({'|'.join(types)})(?:Lb(\d)ELb(\d))?({'|'.join(types)})?", kernel)
     if match is None:
         return kind
-    parts = [kind, {"f": "float32", "6__half": "float16"}.get(match[1], "bfloat16")]
-    return " ".join(parts + ["stats"] * (match[2] == "1") + ["pair"] * (match[3] == "1"))
+    parts = [kind, types[match[1]], *(["stats"] * (match[2] == "1")), *(["pair"] * (match[3] == "1"))]
+    if match[4] and match[4] != match[1]:  # a gradient in another type than its logits
+        parts.append(f"to {types[match[4]]}")
+    return " ".join(parts)
 
 
 def problems(module: str, cuobjdump: str) -> list[str]:
@@ -112,10 +116,13 @@ def problems(module: str, cuobjdump: str) -> list[str]:
                 continue
             body = main_loop(code)
             loads = sum(bool(re.search(r"\bLDG\.E\S*\.128", text)) for text in body)
-            stores = sum(bool(re.search(r"\bSTG\.E\S*\.128", text)) for text in body)
+            width = 64 if name.startswith("logits_grad float32 to") else 128  # half of a vector of float32 logits
+            stores = sum(bool(re.search(rf"\bSTG\.E\S*\.{width}", text)) for text in body)
             wanted = VECTORS_IN_FLIGHT if name.startswith("logits_grad") else 0
             if loads != VECTORS_IN_FLIGHT or stores != wanted:
-                found.append(f"{name} for {arch}: its main loop has {loads} loads and {stores} stores of 128 bits")
+                found.append(
+                    f"{name} for {arch}: its main loop has {loads} loads of 128 bits and {stores} stores of {width}"
+                )
     return found
 
 

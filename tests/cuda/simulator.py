@@ -26,6 +26,8 @@ from mpo_ext.files import FileLock, atomic_write
 ROOT = Path(__file__).parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MANGLED = {"float32": "f", "bfloat16": "13__nv_bfloat16", "float16": "6__half"}
+#: Pairs of dtypes of logits and gradient, other than equal ones, for which there is a kernel.
+NARROWED = [("float32", "bfloat16"), ("float32", "float16"), ("float16", "bfloat16")]
 _FILES = {"token_logp": "token_logp", "forward": "token_logp", "pair_loss": "pair_loss", "logits_grad": "logits_grad"}
 MULTIPROCESSORS = 2  # of the simulated GPU; a real GPU has about a hundred
 
@@ -43,7 +45,8 @@ def ptx(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> 
         text = text.replace(f'#include "mpo/cuda/{header}"', body, 1)
         text = text.replace(f'#include "mpo/cuda/{header}"', "")
     assert text.count(edit[0]) == 1, f"the text to replace must occur once: {edit[0]!r}"
-    text = re.sub(r"case DType::kFloat(16|32): status = launch.*", "", text)  # compile bfloat16 only
+    # Compile bfloat16 only.
+    text = re.sub(r"case (DType::kFloat(16|32)|types\(k(Float|Half), k\w+\)): status = launch.*", "", text)
     return _compile(text.replace(*edit), arch)
 
 
@@ -67,6 +70,12 @@ def _compile(text: str, arch: str) -> str:
 @functools.cache
 def module(file: str, arch: str = "sm_90", edit: tuple[str, str] | None = None) -> Any:
     return ptxsim.Module(ptx(file, arch, edit))
+
+
+def _mangled_pair(dtype: str, grad_dtype: str) -> str:
+    """Returns the start of the mangled template arguments <dtype, grad_dtype>; a type that is repeated is a number."""
+    second = _MANGLED[grad_dtype] if dtype != grad_dtype else "f" if dtype == "float32" else "S"
+    return _MANGLED[dtype] + second
 
 
 class SimulatedNative:
@@ -96,7 +105,7 @@ class SimulatedNative:
             "token_logp": lambda: f"I{_MANGLED[arguments['dtype']]}Lb{int(arguments['stats'] != 0)}ELb0E",
             "forward": lambda: f"I{_MANGLED[arguments['dtype']]}Lb{int(arguments['stats'] != 0)}ELb1E",
             "pair_loss": lambda: "",
-            "logits_grad": lambda: f"I{_MANGLED[arguments['dtype']]}E",
+            "logits_grad": lambda: f"I{_mangled_pair(arguments['dtype'], arguments['grad_dtype'])}",
         }[name]()
         edit = self.edit
         entry = module(_FILES[name], self.arch, edit).kernel(launch["kernel"] + kernel)
@@ -143,7 +152,8 @@ def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
         sizes["row_state"] = 48 * rows
         sizes["row_stats"] = 4 * rows * a.get("stats", 0).bit_count()
         if "grad" in a:
-            sizes["grad"] = extent(a["grad_inner"], a["grad_outer_stride"], a["grad_row_stride"])
+            of_grad = extent(a["grad_inner"], a["grad_outer_stride"], a["grad_row_stride"])
+            sizes["grad"] = of_grad // width * DTYPES[a["grad_dtype"]].itemsize
             sizes["scale"] = 4 if a["scale_is_float"] else 8
     if "pairs" in a:
         pairs = a["pairs"]
@@ -361,6 +371,7 @@ def run_logits_grad(
         | {"row_max": inputs[0].address, "row_sum": inputs[1].address, "weight": inputs[2].address}
         | {"scale": 0 if factor is None else factor.address, "grad": out.address + place.offset * place.width}
         | {"scale_is_float": scale is not None and scale.dtype == np.float32, "is_zeroed": is_zeroed}
+        | {"grad_dtype": place.dtype}
         | {"grad_inner": rows.rows, "grad_outer_stride": 0, "grad_row_stride": place.stride}
         | {"multiprocessors": multiprocessors},
     )

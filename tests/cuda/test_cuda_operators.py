@@ -7,7 +7,15 @@ import torch
 from ptxsim.testing import need_nvcc
 from shards import check_shards
 from simulator import SimulatedNative, simulated_backend
-from tiles import LINEAR_OPTIONS, UNSEEN_BAD_LABELS, check_linear, check_tiles, check_unseen_bad_label
+from tiles import (
+    GPU_TILES,
+    LINEAR_OPTIONS,
+    UNSEEN_BAD_LABELS,
+    check_gpu_tiles,
+    check_linear,
+    check_tiles,
+    check_unseen_bad_label,
+)
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
 from mpo_ext.loss.reward_shift import BatchShift
@@ -71,6 +79,15 @@ def test_merged_shards_of_a_vocabulary_equal_the_whole(dtype: torch.dtype, vocab
 def test_the_loss_from_hidden_states_is_that_of_the_cpu(options: dict) -> None:
     with simulated_backend(SimulatedNative()):
         check_linear("cuda", torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("options", GPU_TILES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tiles_of_a_gpu_give_the_loss_and_gradients_of_float64(
+    dtype: torch.dtype, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with simulated_backend(SimulatedNative(traffic=False)):
+        check_gpu_tiles("cuda", dtype, monkeypatch, **options)
 
 
 def test_packed_sequences_and_every_kind_of_offset() -> None:

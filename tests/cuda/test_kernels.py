@@ -14,6 +14,7 @@ import torch
 from ptxsim.testing import need_nvcc
 from simulator import (
     CONFIG,
+    NARROWED,
     Pairs,
     Rows,
     SimulatedNative,
@@ -115,6 +116,54 @@ def test_rows_give_what_the_definition_says(arch: str, dtype: str, vocab: int) -
         grad = run_logits_grad(native, rows, out["row_max"], out["row_sum"], weight, is_in_place=True)
         check_only_rows_written(rows, grad)
         check_grad(rows, rows, grad, weight)
+
+
+@pytest.mark.parametrize("vocab", [7, 1003, 4096, 5003])
+@pytest.mark.parametrize(("dtype", "grad_dtype"), NARROWED)
+@pytest.mark.parametrize("arch", ARCHS if ALL else ("sm_90",))
+def test_a_gradient_may_be_narrower_than_its_logits(arch: str, dtype: str, grad_dtype: str, vocab: int) -> None:
+    native = SimulatedNative(arch)
+    for stride, offset, grad_offset in ((vocab, 0, 0), (vocab + 5, 3, 3), (vocab + 5, 3, 2)):
+        rows = Rows(dtype, labels_for(vocab), vocab, stride, offset, seed=vocab)
+        out = run_token_logp(native, rows)
+        weight = np.linspace(-1, 1, rows.rows).astype(np.float32)
+        place = Rows(grad_dtype, labels_for(vocab), vocab, stride, grad_offset)
+        grad = run_logits_grad(native, rows, out["row_max"], out["row_sum"], weight, grad=place)
+        check_only_rows_written(place, grad)
+        check_narrow_grad(rows, place, grad, weight)
+
+
+def check_narrow_grad(rows: Rows, place: Rows, buffer: object, weight: np.ndarray) -> None:
+    """Checks a gradient that is rounded to the dtype of ``place``, for logits in that of ``rows``."""
+    smallest = 2.0**-25 if place.dtype == "float16" else 0
+    unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[place.dtype]
+    exact = exact_rows(rows)
+    for row, label in enumerate(rows.labels):
+        got = place.read(buffer, row)
+        if label == -100:
+            assert not got.any()
+        elif not rows.is_scored[row]:
+            assert np.isnan(got).all()
+        else:
+            expected = weight[row] * ((np.arange(rows.vocab) == label) - exact["p"][row])
+            bound = (unit + 6e-6) * np.abs(expected) + smallest
+            bound[label] += 4e-7 * abs(weight[row])
+            assert (np.abs(got - expected) <= bound).all(), f"row {row}"
+
+
+@pytest.mark.parametrize(("dtype", "grad_dtype"), NARROWED)
+def test_a_narrow_gradient_has_the_same_bits_in_any_order_of_blocks(dtype: str, grad_dtype: str) -> None:
+    rows = Rows(dtype, [3, -100, 5000, 17, 9000, 9001], 9001, 9001)
+    out = run_token_logp(SimulatedNative(traffic=False), rows)
+    weight, place = np.linspace(-1, 1, 6).astype(np.float32), Rows(grad_dtype, [0] * 6, 9001, 9001)
+
+    def run(**options: object) -> bytes:
+        native = SimulatedNative(traffic=False, **options)
+        return run_logits_grad(native, rows, out["row_max"], out["row_sum"], weight, grad=place).raw.tobytes()
+
+    expected = run()
+    for seed in range(20):
+        assert run(schedule="random", seed=seed, check_races="raise" if ALL else False) == expected, f"seed {seed}"
 
 
 @pytest.mark.parametrize(

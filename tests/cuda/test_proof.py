@@ -7,6 +7,7 @@ import ptxsim
 import pytest
 from ptxsim.testing import need_nvcc
 from simulator import (
+    NARROWED,
     Pairs,
     Rows,
     SimulatedNative,
@@ -59,6 +60,23 @@ def test_each_labelled_logit_is_read_once_and_each_gradient_written_once(
     assert rows.rows * vocab * rows.width <= write <= 1.01 * rows.rows * vocab * rows.width
     assert efficiency(backward, "load", 16) >= at_least
     assert efficiency(backward, "store", 16) >= at_least
+
+
+@pytest.mark.parametrize(("dtype", "grad_dtype"), NARROWED)
+@pytest.mark.parametrize("vocab", [4096, 15_004])
+def test_a_narrow_gradient_is_written_in_one_pass(dtype: str, grad_dtype: str, vocab: int) -> None:
+    rows = Rows(dtype, [3, vocab - 1, 700, 0], vocab, vocab)
+    place = Rows(grad_dtype, [0] * 4, vocab, vocab)
+    native = SimulatedNative()
+    out = run_token_logp(native, rows)
+    grad = run_logits_grad(native, rows, out["row_max"], out["row_sum"], np.ones(4, np.float32), grad=place)
+    _, report = native.reports[-1]
+    read, written = bytes_of(report, rows.buffer)[0], bytes_of(report, grad)[1]
+    assert 4 * vocab * rows.width <= read <= 1.01 * 4 * vocab * rows.width
+    assert 4 * vocab * place.width <= written <= 1.01 * 4 * vocab * place.width
+    assert efficiency(report, "load", 16) >= 0.9
+    words = 4 * place.width // rows.width  # of 32 bits, for the 16 bytes of logits that a thread loads
+    assert efficiency(report, "store", 4 * words) >= 0.9
 
 
 def test_labelled_rows_are_cut_evenly_wherever_they_lie() -> None:

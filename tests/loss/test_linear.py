@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import device_of
 from oracle import (
     FIELDS,
     STATS,
@@ -33,7 +34,7 @@ from oracle import (
 from torch import Tensor, nn
 
 from mpo_ext import MPOConfig, MPOOutput, RewardShift, linear_mpo_loss, linear_token_logp, mpo_loss
-from mpo_ext.ops import checks
+from mpo_ext.ops import checks, matmul
 from mpo_ext.ops import linear as linear_ops
 from mpo_ext.ops import logits as ops
 from mpo_ext.ops import tiles as tile_ops
@@ -155,6 +156,21 @@ def wanted_in(mode: str) -> tuple[str, ...]:
     return ("hidden",) if MODES[mode]["is_frozen"] else ALL
 
 
+def placed(backend: str, *tensors: Tensor | None) -> Any:
+    """Returns tensors on the device of a backend. Gradients flow back to the CPU. Kernels of a GPU have no float64."""
+    device = device_of(backend)
+    if device != "cpu" and backend != "reference" and any(x is not None and x.dtype == torch.float64 for x in tensors):
+        pytest.skip("the kernels of a GPU take no float64")
+    moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
+    return moved[0] if len(moved) == 1 else moved
+
+
+def fetched(output: MPOOutput) -> MPOOutput:
+    """Returns an output on the CPU, where it is compared."""
+    fields = {name: value.cpu() for name, value in output._asdict().items() if isinstance(value, Tensor)}
+    return output._replace(**fields, stats={name: value.cpu() for name, value in output.stats.items()})
+
+
 def run(
     case: Linear,
     backend: str,
@@ -165,11 +181,13 @@ def run(
 ) -> tuple[MPOOutput, dict[str, Tensor]]:
     """Returns the output of linear_mpo_loss for a case, and the gradients of its loss."""
     tensors = leaves(case, wanted, layout)
-    hidden, weight = tensors["hidden"], tensors["weight"]
+    hidden, weight, bias = placed(backend, tensors["hidden"], tensors["weight"], tensors.get("bias"))
+    ref_logp, cu_seqlens = placed(backend, case.ref_logp, case.cu_seqlens)
     output = linear_mpo_loss(
-        hidden, weight, case.labels, bias=tensors.get("bias"), **case.pairing, **case.head, backend=backend, **options
-    )
-    return output, gradients_of(output.loss, tensors)
+        hidden, weight, case.labels, ref_logp, bias=bias, cu_seqlens=cu_seqlens, shift=case.shift, **case.head,
+        backend=backend, **options,
+    )  # fmt: skip
+    return fetched(output), gradients_of(output.loss, tensors)
 
 
 def run_rows(
@@ -177,9 +195,9 @@ def run_rows(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the output of linear_token_logp for a case, and its gradients for a gradient of each row."""
     tensors = leaves(case, wanted)
-    hidden, weight = tensors["hidden"], tensors["weight"]
+    hidden, weight, bias = placed(backend, tensors["hidden"], tensors["weight"], tensors.get("bias"))
     options = {"shift": False, **case.head, **options}
-    logp = linear_token_logp(hidden, weight, case.labels, bias=tensors.get("bias"), backend=backend, **options)
+    logp = linear_token_logp(hidden, weight, case.labels, bias=bias, backend=backend, **options).cpu()
     return logp.detach(), gradients_of(logp, tensors, upstream_of(case))
 
 
@@ -440,15 +458,15 @@ def test_native_products_are_as_accurate_as_a_models_own_head(
 def test_the_product_is_chosen_by_measurement_or_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.delenv("MPO_CPU_MATMUL")
-    assert tile_ops.matmul_dtype(torch.float64, cpu) == torch.float64
+    assert matmul.matmul_dtype(torch.float64, cpu) == torch.float64
     for is_fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(tile_ops, "_is_fast_on_cpu", lambda dtype, is_fast=is_fast: is_fast)
-        assert tile_ops.matmul_dtype(torch.bfloat16, cpu) == expected
+        monkeypatch.setattr(matmul, "_is_fast_on_cpu", lambda dtype, is_fast=is_fast: is_fast)
+        assert matmul.matmul_dtype(torch.bfloat16, cpu) == expected
     monkeypatch.undo()
-    assert tile_ops._is_fast_on_cpu(torch.bfloat16) in (True, False)
+    assert matmul._is_fast_on_cpu(torch.bfloat16) in (True, False)
     monkeypatch.setenv("MPO_CPU_MATMUL", "fast")
     with pytest.raises(ValueError, match="MPO_CPU_MATMUL must be 'float32' or 'native', got 'fast'"):
-        tile_ops.matmul_dtype(torch.bfloat16, cpu)
+        matmul.matmul_dtype(torch.bfloat16, cpu)
 
 
 def test_backward_cuts_the_same_tiles_as_forward_where_they_are_kept(kernel: str) -> None:
@@ -630,11 +648,14 @@ def test_hidden_states_of_the_reference_model(engine: str, reference: str, packe
     with_logp = dataclasses.replace(case, ref_logp=torch.tensor(ref_logp))
     tensors = leaves(case, ALL)
     ref_hidden.requires_grad_()
+    given = {name: placed(engine, tensor) for name, tensor in given.items()}
+    hidden, head, head_bias = placed(engine, *tensors.values())
     output = linear_mpo_loss(
-        tensors["hidden"], tensors["weight"], case.labels, ref_hidden=ref_hidden, bias=tensors["bias"],
-        cu_seqlens=case.cu_seqlens, **given, **case.head, backend=engine, memory_budget=4000,
+        hidden, head, case.labels, ref_hidden=placed(engine, ref_hidden), bias=head_bias,
+        cu_seqlens=placed(engine, case.cu_seqlens), **given, **case.head, backend=engine, memory_budget=4000,
     )  # fmt: skip
     output.loss.backward()
+    output = fetched(output)
     assert ref_hidden.grad is None
     exact_loss, eager, judgement = judged(with_logp, engine != "reference", 0.0)
     assert_as_accurate(output.loss, eager["loss"], exact_loss.loss, noise=1e-5)
@@ -658,7 +679,12 @@ def test_a_reward_shift_moves_as_in_mpo_loss(engine: str, state: dict[str, Any])
     ours, theirs = RewardShift(**state), RewardShift(**state)
     for case in cases:
         logits = head_eager(case.hidden, case.weight)
-        expected = mpo_loss(logits, case.labels, **case.pairing, reward_shift=theirs, stats=STATS, backend=engine)
+        inputs = placed(engine, logits, case.labels, case.ref_logp, case.cu_seqlens)
+        expected = fetched(
+            mpo_loss(
+                *inputs[:3], cu_seqlens=inputs[3], shift=case.shift, reward_shift=theirs, stats=STATS, backend=engine
+            )
+        )
         output, _ = run(case, engine, reward_shift=ours, stats=STATS)
         for name in FIELDS:
             torch.testing.assert_close(getattr(output, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
@@ -675,9 +701,8 @@ def test_only_the_statistics_asked_for_are_returned(engine: str, stats: tuple[st
 
 def test_policy_equal_to_reference_gives_no_reward(kernel: str) -> None:
     case = make_linear(torch.bfloat16, 301, 13, has_bias=True)
-    output = linear_mpo_loss(
-        case.hidden, case.weight, case.labels, ref_hidden=case.hidden, bias=case.bias, backend=kernel
-    )
+    hidden, weight, bias = placed(kernel, *case.tensors.values())
+    output = linear_mpo_loss(hidden, weight, case.labels, ref_hidden=hidden, bias=bias, shift=True, backend=kernel)
     assert not output.chosen_reward.any()
     assert not output.rejected_reward.any()
     assert float(output.loss) == pytest.approx(0.831777 + float(output.ntp_loss), abs=1e-5)
@@ -687,8 +712,9 @@ def test_the_config_counts(engine: str) -> None:
     case = make_linear(torch.float32, 67, 5)
     labels = case.labels.where(case.labels != -100, 3)
     config = MPOConfig(beta=0.5, dpo_weight=0.3, ntp_average="sequence", label_smoothing=0.1, ignore_index=3)
-    expected = mpo_loss(head_eager(case.hidden, case.weight), labels, case.ref_logp, config=config)
-    output = linear_mpo_loss(case.hidden, case.weight, labels, case.ref_logp, config=config, backend=engine)
+    expected = mpo_loss(head_eager(case.hidden, case.weight), labels, case.ref_logp, config=config, shift=True)
+    inputs = placed(engine, case.hidden, case.weight, labels, case.ref_logp)
+    output = fetched(linear_mpo_loss(*inputs, config=config, shift=True, backend=engine))
     for name in (*FIELDS, "tokens"):
         torch.testing.assert_close(getattr(output, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
 
@@ -702,10 +728,10 @@ def test_an_input_embedding_may_be_tied_to_the_head(engine: str, mode: str) -> N
     case = make_linear(torch.float32, 67, 5)
     ids = torch.randint(67, (4, 6), generator=torch.Generator().manual_seed(0))
     table = case.weight.clone().requires_grad_()
+    hidden, head, ref_logp = placed(engine, torch.tanh(F.embedding(ids, table)), table, case.ref_logp)
     linear_mpo_loss(
-        torch.tanh(F.embedding(ids, table)), table, case.labels, case.ref_logp, backend=engine,
-        recompute=MODES[mode]["recompute"],
-    ).loss.backward()  # fmt: skip
+        hidden, head, case.labels, ref_logp, shift=True, backend=engine, recompute=MODES[mode]["recompute"]
+    ).loss.backward()
     exact = case.weight.double().requires_grad_()
     logits = torch.tanh(F.embedding(ids, exact)) @ exact.T
     mpo_loss(logits, case.labels, case.ref_logp, backend="reference").loss.backward()
@@ -719,7 +745,8 @@ def test_micro_batches_accumulate(engine: str) -> None:
         case = dataclasses.replace(make_linear(torch.float32, 67, 5, seed=seed), weight=weight.detach())
         _, gradients = run(case, engine, wanted=("weight",))
         total += gradients["weight"]
-        linear_mpo_loss(case.hidden, weight, case.labels, case.ref_logp, backend=engine).loss.backward()
+        hidden, head, ref_logp = placed(engine, case.hidden, weight, case.ref_logp)
+        linear_mpo_loss(hidden, head, case.labels, ref_logp, shift=True, backend=engine).loss.backward()
     assert torch.equal(weight.grad, total)
 
 
@@ -746,7 +773,7 @@ def test_autocast_rounds_the_operands_at_most(engine: str, mode: str, dtype: tor
     case = dataclasses.replace(base, hidden=base.hidden.to(dtype))
     options = {"recompute": MODES[mode]["recompute"], "wanted": wanted_in(mode), "memory_budget": 20_000}
     plain, plain_gradients = run(case, engine, **options)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device_of(engine), torch.bfloat16):
         output, gradients = run(case, engine, **options)  # it checks that dtypes are those of the parameters
     torch.testing.assert_close(output.loss, plain.loss, rtol=2e-2, atol=2e-2)
     assert output.loss.dtype == torch.float32
@@ -775,6 +802,8 @@ def test_any_stride_will_do(engine: str, mode: str, layout: str, labelled: float
 
 @pytest.mark.parametrize("head", AXES["head"], ids=str)
 def test_gradcheck(backend: str, mode: str, head: dict[str, Any]) -> None:
+    if device_of(backend) != "cpu":
+        pytest.skip("the kernels of a GPU take no float64")
     case = make_linear(torch.float64, 7, 3, length=3, has_bias=True, **head)
     wanted = wanted_in(mode)
     recompute = MODES[mode]["recompute"]
@@ -807,10 +836,10 @@ def test_a_second_derivative_is_refused(kernel: str, mode: str) -> None:
     case = make_linear(torch.float32, 67, 5, has_bias=True)
     for name in wanted_in(mode):
         tensors = leaves(case, wanted_in(mode))
-        hidden, weight, bias = tensors.values()
+        hidden, weight, bias = placed(kernel, *tensors.values())
         options = {"bias": bias, "backend": kernel, "recompute": MODES[mode]["recompute"]}
         losses = (
-            linear_mpo_loss(hidden, weight, case.labels, case.ref_logp, **options).loss,
+            linear_mpo_loss(hidden, weight, case.labels, placed(kernel, case.ref_logp), **options).loss,
             linear_token_logp(hidden, weight, case.labels, **options, shift=False).sum(),
         )
         for loss in losses:
@@ -825,9 +854,9 @@ def test_a_retained_graph_gives_the_same_gradients_again(kernel: str, mode: str,
     case = make_linear(dtype, 301, 13, has_bias=True, softcap=20.0)
     tensors = leaves(case, wanted_in(mode))
     wanted = [tensor for tensor in tensors.values() if tensor.requires_grad]
-    hidden, weight, bias = tensors.values()
+    hidden, weight, bias = placed(kernel, *tensors.values())
     options = {"bias": bias, "backend": kernel, "recompute": MODES[mode]["recompute"], "memory_budget": 20_000}
-    output = linear_mpo_loss(hidden, weight, case.labels, case.ref_logp, **case.head, **options)
+    output = linear_mpo_loss(hidden, weight, case.labels, placed(kernel, case.ref_logp), **case.head, **options)
     first = torch.autograd.grad(output.loss, wanted, retain_graph=True)
     second = torch.autograd.grad(output.loss, wanted)
     # The kept logits were consumed, so they are computed again in other tiles, which sum in another order; in bfloat16
@@ -845,14 +874,11 @@ def test_no_gradient_is_recorded_where_none_is_wanted(engine: str, context: Call
     expected, _ = run(case, engine)
     for recompute in (True, False):
         with context():
-            tensors = leaves(case, ALL)
-            hidden, weight, bias = tensors.values()
-            output = linear_mpo_loss(
-                hidden, weight, case.labels, case.ref_logp, bias=bias, backend=engine, recompute=recompute
-            )
-            logp = linear_token_logp(
-                hidden, weight, case.labels, bias=bias, backend=engine, recompute=recompute, shift=False
-            )
+            hidden, weight, bias = placed(engine, *leaves(case, ALL).values())
+            options = {"bias": bias, "backend": engine, "recompute": recompute}
+            ref_logp = placed(engine, case.ref_logp)
+            output = fetched(linear_mpo_loss(hidden, weight, case.labels, ref_logp, shift=True, **options))
+            logp = linear_token_logp(hidden, weight, case.labels, **options, shift=False)
         assert torch.equal(output.loss, expected.loss)
         assert not output.loss.requires_grad
         assert not logp.requires_grad
@@ -873,7 +899,7 @@ def test_two_runs_give_the_same_bits(kernel: str, mode: str, threads: None, coun
 
 def test_no_input_is_written_to(kernel: str, mode: str) -> None:
     case = make_linear(torch.float32, 67, 5, labelled=1.0, has_bias=True, softcap=5.0, shift=False)
-    tensors = leaves(case, wanted_in(mode))
+    tensors = {name: placed(kernel, tensor) for name, tensor in leaves(case, wanted_in(mode)).items()}
     hidden, weight, bias = tensors.values()
     labels = case.labels.clone()
     logp = linear_token_logp(
@@ -881,7 +907,7 @@ def test_no_input_is_written_to(kernel: str, mode: str) -> None:
     )
     logp.sum().backward()
     for name, tensor in case.tensors.items():
-        assert torch.equal(tensors[name].detach(), tensor), name
+        assert torch.equal(tensors[name].detach().cpu(), tensor), name
     assert torch.equal(labels, case.labels)
 
 
@@ -1026,13 +1052,13 @@ def test_kept_logits_are_not_written_over_before_they_are_used_up(dtype: torch.d
             for rows in half:
                 kept.tile(memory, rows, first, end).fill_(number + 1)
                 if dtype == torch.float16:
-                    kept._tile_max(memory, rows, first).fill_(number + 1)
+                    kept.tile_max(memory, rows, first).fill_(number + 1)
         for number, (first, end) in enumerate(tiles):
             for rows in half:  # the gradient by these columns is written once their first rows are consumed
                 memory[first * grad_bytes : end * grad_bytes] = 255
                 assert (kept.tile(memory, rows, first, end) == number + 1).all(), shape
                 if dtype == torch.float16:
-                    assert (kept._tile_max(memory, rows, first) == number + 1).all(), shape
+                    assert (kept.tile_max(memory, rows, first) == number + 1).all(), shape
         assert vocab * grad_bytes <= kept.size, shape
         smaller = min(grad_bytes, count * dtype.itemsize)
         maxima = 4 * count * len(tiles) if dtype == torch.float16 else 0

@@ -21,7 +21,7 @@ from mpo_ext.__main__ import main
 from mpo_ext.checks import LinesError, check_model_path
 from mpo_ext.data.jsonl import write_pairs
 from mpo_ext.data.records import Pair
-from mpo_ext.plan import machines
+from mpo_ext.plan import machines, roofline
 from mpo_ext.plan.memory import Memory, MemoryEstimate
 from mpo_ext.plan.planner import plan
 from mpo_ext.plan.report import Plan, format_bytes
@@ -241,9 +241,9 @@ def test_there_is_one_figure_of_memory(tmp_path: Path, overrides: tuple[str, ...
 def test_the_loss_needs_no_more_tiles_than_it_has_logits(tmp_path: Path) -> None:
     few = plan(make(tmp_path))
     assert part(few, "loss").formula.startswith("one tile + ")
-    many = plan(make(tmp_path, "data.max_length=4000", vocab_size=50000, max_position_embeddings=4096))
+    many = plan(make(tmp_path, "data.max_length=4000", vocab_size=80000, max_position_embeddings=4096))
     assert part(many, "loss").formula.startswith("budget + ")
-    assert part(many, "loss").bytes == (256 << 20) + 2 * 4 * 2000 * 16 + 4 * 50000 * 16
+    assert part(many, "loss").bytes == roofline.GPU_TILES + 2 * 4 * 2000 * 16 + 4 * 80000 * 16
 
 
 def test_memory_by_part(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from oracle import Case, assert_output_as_accurate, lay_out, make_case
 from ptxsim import find_nvcc
 from ptxsim.testing import need_nvcc
 from simulated import FILES, signature, simulation
-from tiles import UNSEEN_BAD_LABELS, check_tiles, check_unseen_bad_label
+from tiles import GPU_TILES, UNSEEN_BAD_LABELS, check_gpu_tiles, check_tiles, check_unseen_bad_label
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -92,6 +92,15 @@ def test_simulated_ptx_takes_packed_sequences_and_any_share_of_labelled_rows() -
 def test_simulated_ptx_scores_tiles_of_a_vocabulary(dtype: torch.dtype, vocab: int, edges: tuple, arch: int) -> None:
     with simulation(arch):
         check_tiles("triton", dtype, vocab, edges)
+
+
+@pytest.mark.parametrize("options", GPU_TILES[:3], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tiles_of_a_gpu_give_the_loss_and_gradients_of_float64(
+    dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with simulation():
+        check_gpu_tiles("triton", dtype, monkeypatch, **options)
 
 
 @pytest.mark.parametrize("name", UNSEEN_BAD_LABELS)

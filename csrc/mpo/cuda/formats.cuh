@@ -96,6 +96,27 @@ __device__ __forceinline__ void store_vector(void* at, const Vector& v) {
   __stcs(static_cast<uint4*>(at), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
 }
 
+__device__ __forceinline__ void store_words(void* at, const unsigned (&word)[kWords]) {
+  __stcs(static_cast<uint4*>(at), make_uint4(word[0], word[1], word[2], word[3]));
+}
+
+__device__ __forceinline__ void store_words(void* at, const unsigned (&word)[2]) {
+  __stcs(static_cast<uint2*>(at), make_uint2(word[0], word[1]));
+}
+
+/// Converts part `index` of a vector to float; each part has N elements.
+template <typename Scalar, int N>
+__device__ __forceinline__ void unpack_part(const Vector& v, int index, float (&z)[N]) {
+  constexpr int kPer = kPerWord<Scalar>;
+#pragma unroll
+  for (int w = 0; w < N / kPer; ++w) {
+    float part[kPer];
+    Format<Scalar>::unpack(v.word[index * N / kPer + w], part);
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) z[w * kPer + i] = part[i];
+  }
+}
+
 __device__ __forceinline__ float load_value(const float* at) { return __ldcs(at); }
 __device__ __forceinline__ float load_value(const __nv_bfloat16* at) { return __bfloat162float(__ldcs(at)); }
 __device__ __forceinline__ float load_value(const __half* at) { return __half2float(__ldcs(at)); }

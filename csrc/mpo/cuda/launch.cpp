@@ -36,6 +36,12 @@ const char* rows_error(const Rows& in, DType dtype) {
   return nullptr;
 }
 
+const char* grad_error(DType dtype, DType grad_dtype) {
+  const bool narrows = dtype == DType::kFloat32 && element_bytes(grad_dtype) == 2;
+  if (dtype == grad_dtype || narrows || (dtype == DType::kFloat16 && grad_dtype == DType::kBFloat16)) return nullptr;
+  return "grad must have the dtype of the logits, be half precision for float32 logits, or bfloat16 for float16 logits";
+}
+
 CudaShape cuda_forward_shape(int64_t rows, int64_t vocab, DType dtype, int64_t pairs, int multiprocessors) {
   const int grid = grid_of(rows, vocab, dtype, multiprocessors);
   return {grid, kCudaThreads, piece_bytes(grid) + pair_bytes(pairs), grid + 1};

@@ -44,13 +44,32 @@ struct LabelLogit {
   float z;
 };
 
+/// The positions of a row are counted in vectors of logits, whose type is at least as large as that of the gradient.
+/// Where both are of one size, the vectors of the gradient are aligned; otherwise those of the logits.
+template <typename Scalar, typename Out>
+__device__ __forceinline__ RowGrid row_grid(const Scalar* x, const Out* out, int vocab) {
+  static_assert(sizeof(Scalar) >= sizeof(Out), "a gradient is not wider than its logits");
+  if constexpr (sizeof(Scalar) == sizeof(Out)) return RowGrid::of(out, vocab);
+  return RowGrid::of(x, vocab);
+}
+
+/// Returns whether the vectors of a row's grid are aligned in the logits and in the gradient.
+template <typename Scalar, typename Out>
+__device__ __forceinline__ bool are_aligned_alike(const Scalar* x, const Out* out, int vocab) {
+  constexpr int kOutBytes = kPerVector<Scalar> * static_cast<int>(sizeof(Out));
+  const uintptr_t skip = static_cast<uintptr_t>(row_grid(x, out, vocab).skip);
+  return (reinterpret_cast<uintptr_t>(x) - skip * sizeof(Scalar)) % kVectorBytes == 0 &&
+         (reinterpret_cast<uintptr_t>(out) - skip * sizeof(Out)) % kOutBytes == 0;
+}
+
 /// Writes a piece of a row's gradient whose logits have the same alignment as the gradient.
-template <typename Scalar>
-__device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Scalar* out, int vocab, int label, int from, int to,
+template <typename Scalar, typename Out>
+__device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Out* out, int vocab, int label, int from, int to,
                                                   int row_vectors, const RowFactor& f) {
-  typedef Format<Scalar> F;
-  const RowGrid grid = RowGrid::of(out, vocab);
-  const char* base = grid.base + (reinterpret_cast<const char*>(x) - reinterpret_cast<const char*>(out));
+  constexpr int kOutWords = kPerVector<Scalar> / kPerWord<Out>;
+  const RowGrid grid = row_grid(x, out, vocab);
+  const char* source = reinterpret_cast<const char*>(x) - static_cast<int64_t>(grid.skip) * sizeof(Scalar);
+  char* target = reinterpret_cast<char*>(out) - static_cast<int64_t>(grid.skip) * sizeof(Out);
   const int begin = max(from, grid.begin), end = min(to, grid.end);
   const int thread = static_cast<int>(threadIdx.x);
   const int edge = grid.edge(from, to, row_vectors, vocab);
@@ -60,7 +79,7 @@ __device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Scalar* out, 
   if (label >= 0 && label_vector >= begin && label_vector < end)
     at_label.is_mine = (label_vector - begin) % kCudaThreads == thread;
   if (at_label.is_mine) at_label.z = load_value(x + label);
-  if (edge >= 0) out[edge] = F::rounded(f.factor * fast_exp(load_value(x + edge) - f.max));
+  if (edge >= 0) out[edge] = Format<Out>::rounded(f.factor * fast_exp(load_value(x + edge) - f.max));
 
 #pragma unroll 1
   for (int i = begin + thread; i < end; i += kUnroll * kCudaThreads) {
@@ -68,21 +87,22 @@ __device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Scalar* out, 
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = i + u * kCudaThreads;
-      if (at < end) v[u] = load_vector(base + static_cast<int64_t>(at) * kVectorBytes);
+      if (at < end) v[u] = load_vector(source + static_cast<int64_t>(at) * kVectorBytes);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = i + u * kCudaThreads;
       if (at >= end) break;
+      unsigned packed[kOutWords];
 #pragma unroll
-      for (unsigned& word : v[u].word) {
-        float z[kPerWord<Scalar>];
-        F::unpack(word, z);
+      for (int w = 0; w < kOutWords; ++w) {
+        float g[kPerWord<Out>];
+        unpack_part<Scalar>(v[u], w, g);
 #pragma unroll
-        for (float& g : z) g = f.factor * fast_exp(g - f.max);
-        word = F::pack(z);
+        for (float& value : g) value = f.factor * fast_exp(value - f.max);
+        packed[w] = Format<Out>::pack(g);
       }
-      store_vector(const_cast<char*>(grid.base) + static_cast<int64_t>(at) * kVectorBytes, v[u]);
+      store_words(target + static_cast<int64_t>(at) * kOutWords * 4, packed);
     }
   }
   return at_label;
@@ -90,8 +110,8 @@ __device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Scalar* out, 
 
 /// Writes a piece of a row's gradient element by element, for logits and gradient that differ in alignment, for example
 /// because of a padded stride. Neighbouring threads write neighbouring elements.
-template <typename Scalar>
-__device__ __forceinline__ LabelLogit write_piece_singly(const Scalar* x, Scalar* out, int vocab, int label, int from,
+template <typename Scalar, typename Out>
+__device__ __forceinline__ LabelLogit write_piece_singly(const Scalar* x, Out* out, int vocab, int label, int from,
                                                          int to, const RowFactor& f) {
   constexpr int kSteps = 8;
   LabelLogit at_label{false, 0};
@@ -109,19 +129,20 @@ __device__ __forceinline__ LabelLogit write_piece_singly(const Scalar* x, Scalar
       const int at = i + u * kCudaThreads;
       if (at >= end) break;
       if (at == label) at_label = {true, z[u]};
-      out[at] = Format<Scalar>::rounded(f.factor * fast_exp(z[u] - f.max));
+      out[at] = Format<Out>::rounded(f.factor * fast_exp(z[u] - f.max));
     }
   }
   return at_label;
 }
 
-template <typename Scalar>
-__device__ __forceinline__ void fill_piece(Scalar* out, int vocab, int from, int to, int row_vectors, float value) {
-  typedef Format<Scalar> F;
+/// Writes `value` to a piece of a row whose positions are counted in vectors of the gradient.
+template <typename Out>
+__device__ __forceinline__ void fill_piece(Out* out, int vocab, int from, int to, int row_vectors, float value) {
+  typedef Format<Out> F;
   const RowGrid grid = RowGrid::of(out, vocab);
   const int edge = grid.edge(from, to, row_vectors, vocab);
   if (edge >= 0) out[edge] = F::rounded(value);
-  float lanes[kPerWord<Scalar>];
+  float lanes[kPerWord<Out>];
 #pragma unroll
   for (float& lane : lanes) lane = value;
   const unsigned word = F::pack(lanes);
@@ -132,7 +153,17 @@ __device__ __forceinline__ void fill_piece(Scalar* out, int vocab, int from, int
   }
 }
 
-/// Computes grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i). grad may be the logits.
+/// Writes `value` to a piece of a row whose positions are counted in vectors of logits, which are wider than the
+/// gradient.
+template <typename Scalar, typename Out>
+__device__ __forceinline__ void fill_piece_singly(Out* out, int vocab, int from, int to, float value) {
+  const int end = static_cast<int>(min(int64_t{to} * kPerVector<Scalar>, static_cast<int64_t>(vocab)));
+  for (int i = from * kPerVector<Scalar> + static_cast<int>(threadIdx.x); i < end; i += kCudaThreads)
+    out[i] = Format<Out>::rounded(value);
+}
+
+/// Computes grad[i, v] = scale * weight[i] * (1[v == y_i] - exp(z[i, v] - m_i) / sum_i). grad may be the logits, if Out
+/// is Scalar; grad_error lists the other pairs of types.
 ///
 /// Grid    cuda_logits_grad_shape: at most as many blocks as run on the GPU at once. Labelled rows, which are read and
 ///         written, and other rows, which are only written, are each cut into one equal part per block
@@ -140,14 +171,14 @@ __device__ __forceinline__ void fill_piece(Scalar* out, int vocab, int from, int
 /// Shared  a list of rows
 /// Reads   labels, once per block; vocab elements per labelled row
 /// Writes  vocab elements per labelled row, and vocab zeros per ignored row unless is_zeroed
-template <typename Scalar>
+template <typename Scalar, typename Out>
 __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
     logits_grad_kernel(const __grid_constant__ LogitsGradArgs a) {
   __shared__ LogitsGradShared shared;
   const LogitsGradParams& p = a.p;
   const int vocab = static_cast<int>(p.in.vocab);
   const auto grad_row = [&](int64_t row) {
-    return static_cast<Scalar*>(p.grad) + row_offset(row, p.grad_inner, p.grad_outer_stride, p.grad_row_stride);
+    return static_cast<Out*>(p.grad) + row_offset(row, p.grad_inner, p.grad_outer_stride, p.grad_row_stride);
   };
   const RowFinder finder(p.in, shared.counts);
 
@@ -155,42 +186,54 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
   for_each_piece(p.in, finder, true, scored, shared.rows, [&](int64_t row, int from, int to, int) {
     const Scalar* x =
         static_cast<const Scalar*>(p.in.logits) + row_offset(row, p.in.inner, p.in.outer_stride, p.in.row_stride);
-    Scalar* out = grad_row(row);
+    Out* out = grad_row(row);
     const int label = label_column(p.in, p.in.labels[row]);  // -1: in another tile
     const RowFactor f = row_factor(a, row);
-    const bool are_aligned_alike =
-        (reinterpret_cast<uintptr_t>(x) ^ reinterpret_cast<uintptr_t>(out)) % kVectorBytes == 0;
-    const LabelLogit at_label = are_aligned_alike ? write_piece(x, out, vocab, label, from, to, a.row_vectors, f)
-                                                  : write_piece_singly(x, out, vocab, label, from, to, f);
-    if (at_label.is_mine) out[label] = Format<Scalar>::rounded(label_grad(a, row, f.factor, at_label.z));
+    const LabelLogit at_label = are_aligned_alike(x, out, vocab)
+                                    ? write_piece(x, out, vocab, label, from, to, a.row_vectors, f)
+                                    : write_piece_singly(x, out, vocab, label, from, to, f);
+    if (at_label.is_mine) out[label] = Format<Out>::rounded(label_grad(a, row, f.factor, at_label.z));
   });
 
   const Split others(finder.count(false), a.row_vectors, static_cast<int>(gridDim.x));
   for_each_piece(p.in, finder, false, others, shared.rows, [&](int64_t row, int from, int to, int) {
     const int64_t label = p.in.labels[row];
     if (label == p.in.ignore_index && p.is_zeroed) return;
-    fill_piece(grad_row(row), vocab, from, to, a.row_vectors, filler(p.in, label));
+    if constexpr (sizeof(Scalar) == sizeof(Out)) {
+      fill_piece(grad_row(row), vocab, from, to, a.row_vectors, filler(p.in, label));
+    } else {
+      fill_piece_singly<Scalar>(grad_row(row), vocab, from, to, filler(p.in, label));
+    }
   });
 }
 
-template <typename Scalar>
+template <typename Scalar, typename Out>
 cudaError_t launch(const LogitsGradArgs& args, const CudaShape& shape, cudaStream_t stream) {
-  logits_grad_kernel<Scalar><<<shape.grid, shape.block, 0, stream>>>(args);
+  logits_grad_kernel<Scalar, Out><<<shape.grid, shape.block, 0, stream>>>(args);
   return cudaGetLastError();
+}
+
+/// A number for each pair of types.
+constexpr int types(DType dtype, DType grad_dtype) {
+  return 4 * static_cast<int>(dtype) + static_cast<int>(grad_dtype);
 }
 
 }  // namespace
 
-const char* launch_logits_grad(const LogitsGradParams& p, bool scale_is_float, DType dtype, int multiprocessors,
-                               cudaStream_t stream) {
+const char* launch_logits_grad(const LogitsGradParams& p, bool scale_is_float, DType dtype, DType grad_dtype,
+                               int multiprocessors, cudaStream_t stream) {
+  constexpr DType kFloat = DType::kFloat32, kBFloat = DType::kBFloat16, kHalf = DType::kFloat16;
   const CudaShape shape = cuda_logits_grad_shape(p.in.rows, p.in.vocab, dtype, multiprocessors);
   const LogitsGradArgs args = logits_grad_args(p, scale_is_float, dtype);
   cudaError_t status = cudaErrorInvalidValue;
-  switch (dtype) {
-    case DType::kFloat32: status = launch<float>(args, shape, stream); break;
-    case DType::kBFloat16: status = launch<__nv_bfloat16>(args, shape, stream); break;
-    case DType::kFloat16: status = launch<__half>(args, shape, stream); break;
-    case DType::kFloat64: break;
+  switch (types(dtype, grad_dtype)) {
+    case types(kFloat, kFloat): status = launch<float, float>(args, shape, stream); break;
+    case types(kBFloat, kBFloat): status = launch<__nv_bfloat16, __nv_bfloat16>(args, shape, stream); break;
+    case types(kHalf, kHalf): status = launch<__half, __half>(args, shape, stream); break;
+    case types(kFloat, kBFloat): status = launch<float, __nv_bfloat16>(args, shape, stream); break;
+    case types(kFloat, kHalf): status = launch<float, __half>(args, shape, stream); break;
+    case types(kHalf, kBFloat): status = launch<__half, __nv_bfloat16>(args, shape, stream); break;
+    default: break;
   }
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

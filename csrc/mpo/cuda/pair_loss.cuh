@@ -5,6 +5,8 @@
 
 namespace mpo {
 
+constexpr int kRowUnroll = 8;  // rows whose numbers a thread has in flight
+
 struct PairLossShared {
   double values[6][kWarps];
   int64_t tokens[kWarps];
@@ -106,13 +108,25 @@ __device__ __forceinline__ void sum_sequences(const PairLossArgs& a, const Seque
     double sum = 0;
     int count = 0;
     if (has_work) {
-      const int64_t end = in.offset(s + 1);
-#pragma unroll 4
-      for (int64_t row = in.offset(s) + warps.part * kWarp + lane; row < end; row += warps.per_sequence * kWarp) {
-        if (p.labels[row] == p.ignore_index) continue;
-        // Other blocks of the grid wrote logp: __ldcg reads it from the second-level cache, which all blocks share.
-        sum += static_cast<double>(__ldcg(logp + row));
-        ++count;
+      const int64_t end = in.offset(s + 1), step = warps.per_sequence * kWarp;
+#pragma unroll 1
+      for (int64_t row = in.offset(s) + warps.part * kWarp + lane; row < end; row += kRowUnroll * step) {
+        // All loads come first, because a branch between them would make each wait for the one before.
+        int64_t label[kRowUnroll];
+        float value[kRowUnroll];
+#pragma unroll
+        for (int u = 0; u < kRowUnroll; ++u) {
+          const bool is_row = row + u * step < end;
+          label[u] = is_row ? p.labels[row + u * step] : p.ignore_index;
+          // Other blocks of the grid wrote logp: __ldcg reads it from the second-level cache, which all blocks share.
+          value[u] = is_row ? __ldcg(logp + row + u * step) : 0.0f;
+        }
+#pragma unroll
+        for (int u = 0; u < kRowUnroll; ++u) {
+          if (label[u] == p.ignore_index) continue;
+          sum += static_cast<double>(value[u]);
+          ++count;
+        }
       }
     }
     sum = warp_sum(sum);
@@ -141,16 +155,24 @@ __device__ __forceinline__ void sum_sequences(const PairLossArgs& a, const Seque
 __device__ __forceinline__ void write_weights(const PairLossArgs& a, const SequenceWarps& warps) {
   const PairLossParams& p = a.p;
   const PairInputs in{a};
+  float* weight = static_cast<float*>(p.weight);
   const int64_t sequences = 2 * p.pairs;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int64_t first = 0; first < sequences; first += warps.at_once) {
     const int64_t s = first + warps.sequence;
     if (warps.sequence >= warps.at_once || s >= sequences) continue;
     const float coefficient = static_cast<float>(a.coefficients[s]);
-    const int64_t end = in.offset(s + 1);
-#pragma unroll 4
-    for (int64_t row = in.offset(s) + warps.part * kWarp + lane; row < end; row += warps.per_sequence * kWarp) {
-      static_cast<float*>(p.weight)[row] = p.labels[row] == p.ignore_index ? 0.0f : coefficient;
+    const int64_t end = in.offset(s + 1), step = warps.per_sequence * kWarp;
+#pragma unroll 1
+    for (int64_t row = in.offset(s) + warps.part * kWarp + lane; row < end; row += kRowUnroll * step) {
+      // All loads come before the stores, which might write to the labels as far as the compiler knows.
+      int64_t label[kRowUnroll];
+#pragma unroll
+      for (int u = 0; u < kRowUnroll; ++u) label[u] = row + u * step < end ? p.labels[row + u * step] : 0;
+#pragma unroll
+      for (int u = 0; u < kRowUnroll; ++u) {
+        if (row + u * step < end) weight[row + u * step] = label[u] == p.ignore_index ? 0.0f : coefficient;
+      }
     }
   }
 }

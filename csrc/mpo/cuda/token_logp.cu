@@ -255,6 +255,27 @@ const char* launch(const TokenLogpArgs& args, DType dtype, const CudaShape& shap
 
 }  // namespace
 
+const char* device_error() {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, token_logp_kernel<float, false, false>);
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();  // resets the error, which a later launch would otherwise report as its own
+  return cudaGetErrorString(status);
+}
+
+const char* allocate_counters(int count, cudaStream_t stream, unsigned** counters) {
+  // Another thread may be capturing a graph, which forbids allocations in all threads that do not opt out.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  const size_t bytes = static_cast<size_t>(count) * sizeof(unsigned);
+  cudaError_t status = cudaMalloc(reinterpret_cast<void**>(counters), bytes);
+  if (status == cudaSuccess) status = cudaMemsetAsync(*counters, 0, bytes, stream);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(status);
+}
+
 const char* launch_token_logp(const TokenLogpParams& p, DType dtype, const CudaWork& work, int multiprocessors,
                               cudaStream_t stream) {
   const CudaShape shape = cuda_forward_shape(p.in.rows, p.in.vocab, dtype, 0, multiprocessors);

@@ -1,0 +1,158 @@
+"""Shared parts of the stages: the device of a run, and a result file that is written after every case."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure, schema
+from benchmarks.losses import reason_of
+from benchmarks.measure import Timing
+from mpo_ext.plan.roofline import LossShape
+
+_NO_NUMBERS = (
+    "median_s",
+    "p20_s",
+    "p80_s",
+    "peak_bytes",
+    "floor_s",
+    "share_of_floor",
+    "predicted_s",
+    "predicted_bytes",
+)
+
+
+class GpuStage:
+    """One stage: where it runs, and its results so far. ``path`` is rewritten after every case.
+
+    Args:
+        name: Name of the stage, such as "correct".
+        out: Folder of the result files and logs.
+        dry: Whether the stage runs on a CPU with small sizes, to test the stage itself.
+        command: Command line, for the result file.
+    """
+
+    def __init__(self, name: str, out: Path, *, dry: bool, command: str) -> None:
+        self.name, self.out, self.dry, self.command = name, out, dry, command
+        self.device = "cpu" if dry else "cuda"
+        self.backends = ["cpu"] if dry else ["cuda", "triton"]
+        self.path = out / f"gpu_{name}.json"
+        self.settings: dict[str, Any] = {} if dry else gpu_facts()
+        self.points: list[dict[str, Any]] = []
+        self._began = time.perf_counter()
+        self._start = measure.now()
+
+    @property
+    def failed(self) -> list[str]:
+        """The cases that failed, each with its reason."""
+        return [f"{point['id']}: {point['reason']}" for point in self.points if point["status"] == "failed"]
+
+    def note(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self._began:6.1f} s] {self.name}: {text}", flush=True)
+
+    def check(self, case: str, run: Callable[[], list[str] | None]) -> bool:
+        """Runs a check and records whether it passed. ``run`` returns what is wrong; an exception is wrong, too."""
+        begin = time.perf_counter()
+        try:
+            wrong = run() or []
+            self.synchronize()
+        except Exception as error:  # whatever a check raises is a result
+            traceback.print_exc()
+            wrong = [reason_of(error)]
+        self.add(case, "passed" if not wrong else "failed", "; ".join(wrong[:20]), took_s=time.perf_counter() - begin)
+        return not wrong
+
+    def add(
+        self,
+        case: str,
+        status: str,
+        reason: str = "",
+        *,
+        provider: str = "mpo_ext",
+        loss: LossShape | None = None,
+        timing: Timing | None = None,
+        **values: Any,
+    ) -> None:
+        """Adds a point and rewrites the result file. ``case`` and ``provider`` name the point."""
+        shape = dict.fromkeys(("dtype", "pairs", "tokens", "vocab", "hidden", "share"))
+        if loss is not None:
+            shape |= {name: getattr(loss, name) for name in shape}
+        point = {"id": f"{case}, {provider}", "sweep": case, "provider": provider, "status": status, "reason": reason}
+        point |= {**shape, **dict.fromkeys(_NO_NUMBERS)}
+        if timing is not None:
+            low, high = timing.spread_s
+            point |= {"median_s": timing.median_s, "p20_s": low, "p80_s": high, "seconds": timing.seconds}
+        self.points.append(point | values)
+        time_of = "" if timing is None else f" {1e3 * timing.median_s:.3f} ms"
+        self.note(f"{case}, {provider}: {status}{time_of}{': ' + reason if reason else ''}")
+        self.write()
+
+    def write(self) -> None:
+        document = {
+            "schema": schema.VERSION,
+            "benchmark": f"gpu_{self.name}",
+            "quick": self.dry,
+            "environment": measure.provenance(self.command, *self._start),
+            "settings": self.settings,
+            "missing": {},
+            "points": self.points,
+        }
+        schema.check(document, self.path.name)
+        self.out.mkdir(parents=True, exist_ok=True)
+        measure.write_text(self.path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+    def synchronize(self) -> None:
+        if not self.dry:
+            torch.cuda.synchronize()
+
+    def free(self) -> None:
+        """Gives cached memory back, so that the next case starts as the first did."""
+        if not self.dry:
+            torch.cuda.empty_cache()
+
+
+def gpu_facts() -> dict[str, Any]:
+    """Returns the properties of GPU 0 and of the software that runs on it."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "torch_cuda": str(torch.version.cuda),
+        "driver": measure.output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class PairBatch:
+    """Logits ``[2B, T, V]``, labels ``[2B, T]`` aligned with them, and ref_logp ``[2B]``."""
+
+    logits: Tensor
+    labels: Tensor
+    ref_logp: Tensor
+
+    @classmethod
+    def random(
+        cls, device: str, pairs: int, tokens: int, vocab: int, dtype: torch.dtype, share: float = 1.0, seed: int = 0
+    ) -> PairBatch:
+        """Returns logits with a spread like those of a model; the last ``share`` of each sequence is labelled."""
+        generator = torch.Generator(device).manual_seed(seed)
+        logits = torch.empty(2 * pairs, tokens, vocab, dtype=dtype, device=device)
+        for rows in logits.flatten(0, 1).split(1024):  # a float32 copy of all logits would be twice as large
+            rows.copy_(3 * torch.randn(rows.shape, generator=generator, device=device))
+        labels = torch.randint(vocab, (2 * pairs, tokens), generator=generator, device=device)
+        labelled = max(round(tokens * share), 1)
+        labels[:, : tokens - labelled] = -100
+        return cls(logits, labels, torch.full((2 * pairs,), -11.0 * labelled, device=device))
+
+    def replaced(self, logits: Tensor) -> PairBatch:
+        return dataclasses.replace(self, logits=logits)

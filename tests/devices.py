@@ -1,0 +1,21 @@
+"""The device on which a backend runs in the tests, and the dtypes that it takes."""
+
+import os
+from typing import Any
+
+import torch
+
+
+def device_of(backend: str) -> str:
+    """Returns the device on which a backend runs here."""
+    on_gpu = backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
+    return "cuda" if on_gpu else "cpu"
+
+
+def is_left_out(parameters: dict[str, Any]) -> bool:
+    """Returns whether a test with these parameters runs float64 on the kernels of a GPU, which do not take it."""
+    backends = [value for name, value in parameters.items() if name in ("backend", "engine", "kernel")]
+    values = [*parameters.values()]
+    values += [each for value in values if isinstance(value, dict) for each in value.values()]
+    has_double = any(value is torch.float64 for value in values)
+    return has_double and not {"cuda", "triton"}.isdisjoint(backends)
