@@ -105,7 +105,7 @@ class FingerprintedEngine:
     """
 
     def __init__(self, engine: TransformersEngine) -> None:
-        from mpo_ext.train.model import fingerprint
+        from mpo_ext.loss.weights import fingerprint
 
         self.name = engine.name
         self.generate = engine.generate

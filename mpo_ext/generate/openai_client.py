@@ -195,7 +195,7 @@ class OpenAIClient:
         """Sends a request once, and returns the answer or the failure."""
         openai, place = self._openai, f"{self.options.base_url}{path}"
         try:
-            reply = await self._http.post(path, body=body, cast_to=object)
+            reply: Any = await self._http.post(path, body=body, cast_to=object)
         except openai.APIStatusError as error:
             status, text = error.status_code, f"{place}: status {error.status_code}: {self._clean(error.message)}"
             if status in _REFUSED:

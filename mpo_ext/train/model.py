@@ -1,7 +1,6 @@
 """Loads the model to train, freezes parts or adds LoRA adapters, and disables dropout."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,9 +14,7 @@ from mpo_ext.processors import check_on_hub, load_config, load_processor, takes_
 from mpo_ext.train.masks import use_split_attention
 from mpo_ext.train.quantization import disable_weight_packing, quantization_config
 from mpo_ext.train.recipe import LoraRecipe, ModelRecipe
-from mpo_ext.train.zero import full_shape, gathered, is_partitioned, without_partitioning
-
-_SAMPLED = 4096  # minimum number of values that a fingerprint reads from a larger parameter
+from mpo_ext.train.zero import is_partitioned, without_partitioning
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -159,27 +156,6 @@ def language_linears(model: nn.Module) -> list[str]:
         and "lora_" not in name
         and name.startswith(tuple(roots))
     ]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Returns a hash of a model's class and of up to 8,191 evenly spaced values of each parameter.
-
-    The hash identifies a reference model; adapters do not change it. If ZeRO-3 has partitioned the model, all ranks
-    must call this function.
-    """
-    inner = unwrap_model(model)
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(type(inner).__name__.encode())
-    for name, parameter in sorted(inner.named_parameters()):
-        if "lora_" in name:
-            continue
-        with gathered(parameter):
-            flat = parameter.detach().reshape(-1)
-            stride = max(1, flat.numel() // _SAMPLED)
-            values = flat[::stride].clone().cpu()
-        digest.update(f"{name.replace('.base_layer', '')} {tuple(full_shape(parameter))} {parameter.dtype}".encode())
-        digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def reshard(model: nn.Module) -> None:

@@ -10,10 +10,10 @@ from torch import nn
 
 from mpo_ext.checks import did_you_mean, install_hint, shorten
 from mpo_ext.loss.hf_head import unwrap_model
+from mpo_ext.loss.weights import full_shape
 from mpo_ext.train.model import has_vision, modules_of
 from mpo_ext.train.optim_recipe import OptimRecipe
 from mpo_ext.train.settings import MODEL_PARTS
-from mpo_ext.train.zero import full_shape
 
 #: Optimizers that read whole parameters, or whose kernels take no shards, by the kind of sharding.
 _NOT_ON_SHARDS = {

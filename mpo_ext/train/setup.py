@@ -13,12 +13,13 @@ from mpo_ext.chat.encoder import embedding_rows_of, stop_ids_of
 from mpo_ext.checks import check_model_path, environment_integer
 from mpo_ext.images import set_max_pixels
 from mpo_ext.loss.hf_head import unwrap_model
+from mpo_ext.loss.weights import fingerprint
 from mpo_ext.processors import check_model, check_supported
 from mpo_ext.train.dataset import Collator, RunData, without_responses
 from mpo_ext.train.encode import Encoder, Sample
 from mpo_ext.train.export import check_mergeable
 from mpo_ext.train.masks import prompt_positions
-from mpo_ext.train.model import fingerprint, has_vision, load_model, prepare_model, without_adapters
+from mpo_ext.train.model import has_vision, load_model, prepare_model, without_adapters
 from mpo_ext.train.optimizer import ParameterGroup, make_optimizer, parameter_groups
 from mpo_ext.train.ranks import gather, join_cpu_ranks
 from mpo_ext.train.recipe import Recipe

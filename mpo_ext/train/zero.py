@@ -9,9 +9,9 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from mpo_ext.loss.weights import gathered
 from mpo_ext.train.recipe import Recipe
 
 # The settings that the engine of a frozen model shares with that of the policy.
@@ -31,23 +31,6 @@ def zero_stage(accelerator: Any) -> int | None:
 def is_partitioned(model: nn.Module) -> bool:
     """Returns whether ZeRO-3 has partitioned the parameters of a model."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def full_shape(parameter: Tensor) -> torch.Size:
-    """Returns the shape of the whole parameter."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-@contextlib.contextmanager
-def gathered(parameter: Tensor) -> Iterator[None]:
-    """Makes a parameter whole within the ``with`` block. All ranks must enter the block."""
-    if not hasattr(parameter, "ds_id"):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        yield
 
 
 @contextlib.contextmanager

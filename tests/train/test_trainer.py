@@ -15,10 +15,11 @@ from torch import nn
 from vision_families import BUILDERS
 
 from mpo_ext import train as package
+from mpo_ext.loss.weights import fingerprint
 from mpo_ext.ops import linear as linear_ops
 from mpo_ext.train import batch_loss, loop
 from mpo_ext.train.batch import Batch
-from mpo_ext.train.model import PARTS, fingerprint, freeze_parts, switch_off_dropout
+from mpo_ext.train.model import PARTS, freeze_parts, switch_off_dropout
 from mpo_ext.train.recipe import Recipe
 
 

@@ -1,0 +1,54 @@
+"""The weights of a model that may be wrapped or partitioned: their whole shape, their values, and a hash of them.
+
+ZeRO-3 leaves an empty tensor in place of a parameter; the attribute ``ds_shape`` has its shape. Without DeepSpeed, all
+functions treat parameters as whole.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mpo_ext.loss.hf_head import unwrap_model
+
+_SAMPLED = 4096  # minimum number of values that a fingerprint reads from a larger parameter
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Returns the shape of the whole parameter."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextlib.contextmanager
+def gathered(parameter: Tensor) -> Iterator[None]:
+    """Makes a parameter whole within the ``with`` block. All ranks must enter the block."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Returns a hash of a model's class and of up to 8,191 evenly spaced values of each parameter.
+
+    The hash identifies a reference model; adapters do not change it. If ZeRO-3 has partitioned the model, all ranks
+    must call this function.
+    """
+    inner = unwrap_model(model)
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(type(inner).__name__.encode())
+    for name, parameter in sorted(inner.named_parameters()):
+        if "lora_" in name:
+            continue
+        with gathered(parameter):
+            flat = parameter.detach().reshape(-1)
+            stride = max(1, flat.numel() // _SAMPLED)
+            values = flat[::stride].clone().cpu()
+        digest.update(f"{name.replace('.base_layer', '')} {tuple(full_shape(parameter))} {parameter.dtype}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
