@@ -223,6 +223,8 @@ def _check_ray(args: argparse.Namespace, world_size: int) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} must be left out without --ray, got {value}")
     elif world_size > 1:
         raise ValueError(f"--ray must run in one process, which is the driver, got {world_size} processes")
+    elif args.engines is not None:
+        check_integer("engines", args.engines, least=1)
 
 
 def _load_in_actor(args: argparse.Namespace) -> Any:

@@ -150,7 +150,9 @@ class Evaluation:
         self.prompt = prompt if with_image else f"{prompt}{WITHOUT_IMAGE}"
         self.template = None if prompt == PLAIN else get_template(prompt)
         sampling = config.sampling(self.template)
-        self.questions = QuestionSampler(self.name, config.samples, sampling, config.seed, self.template, with_image)
+        self.questions = QuestionSampler(
+            self.name, config.samples, sampling, config.seed, self.template, with_image=with_image
+        )
         self.scorer = AnswerScorer(config.matcher, style=config.style, template=self.template)
         self.keys, self.steps = self.questions.keys, self.questions.steps
 

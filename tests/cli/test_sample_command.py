@@ -87,7 +87,7 @@ def test_options_of_ray_are_checked(
     options: list[str], message: str, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out", *options) == 1
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
 
 
@@ -96,7 +96,7 @@ def test_ray_runs_in_one_process(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out", "--ray", "auto") == 1
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "out", "--ray", "auto") == 2
     assert "--ray must run in one process, which is the driver, got 2 processes" in capsys.readouterr().err
 
 
@@ -224,7 +224,7 @@ def test_options_of_a_server_belong_to_its_engine(
     cli.add_parser(parser.add_subparsers(required=True))
     command = ["sample", "dropout-ntp", str(items), str(tmp_path / "out"), "--model", "some/model", *options]
     args = parser.parse_args(command)
-    assert args.run(args) == 1
+    assert args.run(args) == 2
     assert message in capsys.readouterr().err
 
 

@@ -428,5 +428,5 @@ def test_plan_refuses_options_that_do_not_describe_a_gpu(
 ) -> None:
     from mpo_ext.__main__ import main
 
-    assert main(["plan", str(write_recipe(tmp_path)), *options]) == 1
+    assert main(["plan", str(write_recipe(tmp_path)), *options]) == 2
     assert f"mpo-ext plan: {message}" in capsys.readouterr().err

@@ -121,4 +121,4 @@ MORE: dict[str, Family] = {
         for window in (13, 64)
     },
 }  # fmt: skip
-families.REFUSED.update(MORE)  # ``build`` and ``sample`` find them there
+families.ALL.update(MORE)  # ``build`` and ``sample`` find them there

@@ -62,8 +62,8 @@ def test_two_ranks_learn_what_one_does(sharded: bool, job_of: Callable[..., Job]
     assert text_of(job).count("checked on the first pairs") == 1  # one rank speaks
     for line, other in zip(lines, expected, strict=True):
         assert line.keys() == other.keys()
-        for name, value in other.items():
-            assert line[name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
+        for name in other.keys() - {"micro_batches"}:  # the pairs of a step are distributed otherwise
+            assert line[name] == pytest.approx(other[name], abs=1e-5, rel=1e-5), name
     first, second = result_of(job, 0), result_of(job, 1)
     same(first, second, 0.0)
     assert first["reward_shift"] == second["reward_shift"]

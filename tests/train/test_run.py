@@ -1024,7 +1024,7 @@ def test_settings_that_may_change_when_a_run_resumes(
         "loss__beta": 0.2, "loss__ntp_average": "sequence", "loss__average_over": "micro_batch", "precision": "bf16",
         "model__dtype": "bfloat16", "model__freeze": ["vision_tower"], "optim__seed": 1, "optim__batch_size": 4,
         "optim__betas": [0.5, 0.5], "optim__warmup_ratio": 0.5, "data__max_length": 77, "data__group_prompts": True,
-        "reward_shift__decay": 0.5, "reference__kind": "precomputed", "reference__sync_every": 2,
+        "reward_shift__mode": "fixed", "reference__kind": "precomputed", "reference__sync_every": 2,
     }  # fmt: skip
     for name, value in fixed.items():
         trainer.output.recipe = recipe(tmp_path / "out", pairs, **{**base, name: value})
