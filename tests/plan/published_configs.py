@@ -89,7 +89,8 @@ def gemma3_4b() -> Any:
     return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=256)
 
 
-#: For each recipe: the config, and the published numbers in billions of all parameters and of those per token.
+#: For each recipe: the config, and the numbers in billions of all parameters and of those per token, as published; for
+#: Qwen3.5-9B, whose numbers were not found, those of transformers' default config.
 PUBLISHED = {
     "internvl3.5-1b": (internvl35_1b, 1.1, 1.1),
     "internvl3.5-8b": (internvl35_8b, 8.5, 8.5),
