@@ -223,9 +223,10 @@ def _grad_memory(logits: Tensor, labels: Tensor, ignore_index: int, backend: str
     """Returns memory for the gradient of logits, and whether it contains zeros."""
     if backend != "cpu":
         return logits.new_empty(logits.shape), False
-    # Page faults of the labelled rows of new memory take as long as zeroing two to three times as many bytes.
+    # Page faults of the labelled rows of new memory take longer than zeroing the ignored rows of used memory, unless
+    # few rows are labelled. With a fifth of the rows, the loss took 0.016 s instead of 0.020 s; with a tenth, 0.012 s.
     is_large = logits.numel() * logits.dtype.itemsize >= REUSED_BYTES
-    if is_large and int((labels != ignore_index).sum()) * 3 > labels.numel():
+    if is_large and int((labels != ignore_index).sum()) * 6 > labels.numel():
         return reused_memory(logits.shape, logits.dtype), False
     return fresh_zeros(logits.shape, logits.dtype), True
 
