@@ -51,9 +51,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     _add_common(correctness, samples=32, max_new_tokens=4096)
     _add_answers(correctness)
-    correctness.add_argument(
-        "--template", help="prompt template of the questions (default: the question alone)"
-    )
+    correctness.add_argument("--template", help="prompt template of the questions (default: the question alone)")
     correctness.add_argument(
         "--pairs-per-question", type=int, default=15, help="maximum pairs per question; 0 takes all (default: 15)"
     )
@@ -80,9 +78,7 @@ def _add_rlaif_v(pipelines: "argparse._SubParsersAction[argparse.ArgumentParser]
         "OUT/pairs.jsonl.",
     )
     _add_common(parser, samples=10, max_new_tokens=2048)
-    parser.add_argument(
-        "--template", help="prompt template of the questions (default: the question alone)"
-    )
+    parser.add_argument("--template", help="prompt template of the questions (default: the question alone)")
     parser.add_argument(
         "--claims", choices=("model", "sentences"), default="model",
         help="what splits a response: the model, or the ends of its sentences (default: model)",
@@ -106,9 +102,7 @@ def _add_judge(pipelines: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "responses whose comparison depends on the order give no pair. Writes OUT/pairs.jsonl.",
     )
     _add_common(parser, samples=4, max_new_tokens=2048)
-    parser.add_argument(
-        "--template", help="prompt template of the questions (default: the question alone)"
-    )
+    parser.add_argument("--template", help="prompt template of the questions (default: the question alone)")
     parser.add_argument(
         "--mode", choices=("pairwise", "pointwise"), default="pairwise",
         help="compare two responses, or rate each response (default: pairwise)",
