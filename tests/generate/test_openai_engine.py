@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 for package in ("transformers", "openai", "PIL"):
-    pytest.importorskip(package)
+    pytest.importorskip(package, reason=f"needs {package}, which dev installs")
 
 import tiny_processors
 from openai_server import Server, running
