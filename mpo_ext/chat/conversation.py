@@ -1,6 +1,7 @@
 """Conversations with images, and their form as messages for a chat template."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,14 +17,18 @@ class Conversation:
         question: The user's question; ``<image>`` marks the place of an image. Without marks, the images come first.
         messages: All turns, instead of ``question``: mappings with ``role`` and ``content``. The content is text with
             ``<image>`` at the place of each image, or a list of ``{"type": "text", "text": ...}`` and
-            ``{"type": "image"}``.
+            ``{"type": "image"}``. An assistant's turn may have ``tool_calls``, as in OpenAI's interface; a turn of the
+            role "tool" has the result of a call.
         images: Images in the order of their places, in any form that ``mpo_ext.images.load_image`` takes.
+        tools: Descriptions of the functions that the assistant may call, in the form that chat templates take:
+            ``{"type": "function", "function": {"name": ..., "parameters": ...}}``.
     """
 
     key: str = ""
     question: str = ""
     messages: tuple[Mapping[str, Any], ...] = ()
     images: tuple[Any, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[str, Any]]:
@@ -68,8 +73,45 @@ def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages must have a role and content each, got {str(message)[:80]!r}")
-        turns.append({**message, "content": _parts(message.get("content"), split=split)})
+        turn = {name: value for name, value in message.items() if name != "tool_calls"}
+        content = message.get("content")
+        if calls := read_tool_calls(message.get("tool_calls")):
+            turn["tool_calls"] = calls
+            content = content or ""
+        turns.append({**turn, "content": _parts(content, split=split)})
     return turns
+
+
+def read_tool_calls(calls: object) -> list[dict[str, Any]]:
+    """Returns the calls of an assistant's turn in the form that chat templates take; the arguments become an object.
+
+    ``calls`` is None, or a list of ``{"function": {"name": ..., "arguments": ...}}`` or
+    ``{"name": ..., "arguments": ...}``. OpenAI's interface has the arguments as JSON in a text.
+
+    Raises:
+        ValueError: If ``calls`` has another form.
+    """
+    if calls is None:
+        return []
+    if not isinstance(calls, (list, tuple)):
+        raise ValueError(f"tool_calls must be a list of calls, got {str(calls)[:80]!r}")
+    read = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                arguments = None
+        if not isinstance(name, str) or not name or not isinstance(arguments, Mapping):
+            raise ValueError(
+                f"tool_calls must have a function with a name and an object of arguments each, got {str(call)[:80]!r}"
+            )
+        ids = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        read.append({**ids, "type": "function", "function": {"name": name, "arguments": dict(arguments)}})
+    return read
 
 
 def _parts(content: object, *, split: bool) -> list[dict[str, Any]]:

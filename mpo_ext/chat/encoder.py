@@ -5,13 +5,13 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages, message_turns
-from mpo_ext.chat.decoding import possible_texts, squash
+from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages
+from mpo_ext.chat.decoding import possible_texts
 from mpo_ext.chat.template import (
-    OPEN_TAG,
     PROBE,
     ChatError,
     Renderer,
+    Tools,
     TurnForm,
     common_length,
     find_chat_template,
@@ -20,6 +20,7 @@ from mpo_ext.chat.template import (
     freeze_date,
     special_ids,
 )
+from mpo_ext.chat.turn_checks import check_tools, check_turns, check_written, renderings, response_turns
 
 _CONTEXT = 16  # number of prompt tokens that are decoded with a response, so that the response keeps its spaces
 _ANCHORS = ("", "\n", "a", ":")
@@ -32,11 +33,13 @@ class EncodedPrompt(NamedTuple):
         messages: The turns before the response, in the form that the chat template takes.
         text: The text up to the beginning of the response. The place of an image is not expanded.
         ids: Token ids of ``text``.
+        tools: The tools of the conversation.
     """
 
     messages: list[dict[str, Any]]
     text: str
     ids: list[int]
+    tools: Tools = ()
 
 
 class EncodedResponse(NamedTuple):
@@ -147,13 +150,14 @@ class ChatEncoder:
                 text = _plain_prompt(conversation, getattr(self.processor, "image_token", IMAGE_PLACEHOLDER))
             else:
                 messages = chat_messages(conversation, as_parts=self.is_multimodal)
-                text = self._prompt_text(messages)
-                _check_turns(messages, text)
+                text = self._prompt_text(messages, conversation.tools)
+                check_turns(messages, text)
+                check_tools(conversation.tools, text)
         except ChatError:
             raise
         except ValueError as error:
             raise ChatError(str(error)) from error
-        prompt = EncodedPrompt(messages, text, self._encode(text))
+        prompt = EncodedPrompt(messages, text, self._encode(text), conversation.tools)
         if not conversation.images:  # otherwise the processor replaces the tokens of images
             self.check_ids(prompt.ids)
         self._last = (conversation, prompt)
@@ -179,12 +183,15 @@ class ChatEncoder:
         """Number of tokens that the tokenizer adds at the end of each text; they must be cut off a prompt."""
         return len(self._suffix_ids)
 
-    def processor_ids(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> list[int]:
+    def processor_ids(
+        self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = ()
+    ) -> list[int]:
         """Returns the token ids of ``apply_chat_template(..., tokenize=True)`` for messages that hold their images.
 
-        ``generation_prompt`` says whether the text ends with the header of the assistant's response.
+        ``generation_prompt`` says whether the text ends with the header of the assistant's response. ``tools`` are as
+        in ``Conversation``.
         """
-        return self._renderer.ids(messages, generation_prompt=generation_prompt)
+        return self._renderer.ids(messages, generation_prompt=generation_prompt, tools=tools)
 
     def response_ids(self, conversation: Conversation, response: str) -> list[int]:
         """Returns the token ids of a response, up to and including the token that ends the turn."""
@@ -244,10 +251,11 @@ class ChatEncoder:
     def _say(self, notice: str) -> None:
         self.notices = (*self.notices, notice)
 
-    def _prompt_text(self, messages: list[dict[str, Any]]) -> str:
+    def _prompt_text(self, messages: list[dict[str, Any]], tools: Tools) -> str:
         if not self.form.ignores_generation_prompt:
-            return self._renderer.render(messages, generation_prompt=True)
-        whole = self._renderer.render([*messages, self._renderer.turn("assistant", PROBE)], generation_prompt=False)
+            return self._renderer.render(messages, generation_prompt=True, tools=tools)
+        probe = self._renderer.turn("assistant", PROBE)
+        whole = self._renderer.render([*messages, probe], generation_prompt=False, tools=tools)
         return whole.rpartition(PROBE)[0].rstrip(" ")
 
     def _check_probe(self) -> None:
@@ -286,12 +294,14 @@ class ChatEncoder:
         """Returns the text of the prompt and the response, as the template writes the whole conversation."""
         if self.chat_template is None:
             return prompt.text + response
-        for text in _renderings(response, self.form.opened):
+        for text in renderings(response, self.form.opened):
             whole = self._renderer.render(
-                [*prompt.messages, self._renderer.turn("assistant", text)], generation_prompt=False
+                [*prompt.messages, self._renderer.turn("assistant", text)],
+                generation_prompt=False,
+                tools=prompt.tools,
             )
             if whole.startswith(prompt.text):
-                _check_written(text, prompt.text, whole)
+                check_written(text, prompt.text, whole)
                 return whole
         raise ChatError(
             f"the prompt must be the beginning of the whole conversation, got {prompt.text[-40:]!r} where the "
@@ -304,27 +314,28 @@ class ChatEncoder:
         """Returns the encoded response of several turns; only tokens of the assistant's turns are targets."""
         if self.chat_template is None or self.ends_in_tail == 0:
             raise ChatError(f"a response of {len(turns)} turns must have a chat template that ends turns, got none")
-        parts = _response_turns(turns, self.tokenizer, self.end_id)
+        parts = response_turns(turns, self.tokenizer, self.end_id)
         roles = [turn["role"] for turn in parts]
         texts = ["".join(part["text"] for part in turn["content"]) for turn in parts]
         if not self.is_multimodal:
             parts = [{**turn, "content": text} for turn, text in zip(parts, texts, strict=True)]
         messages = [*prompt.messages, *parts]
-        whole = self._renderer.render(messages, generation_prompt=False)
+        whole = self._renderer.render(messages, generation_prompt=False, tools=prompt.tools)
         ids = self._encode(whole)
         is_target, end = [False] * len(ids), len(ids)
         for number, role in enumerate(roles):
             if role != "assistant":
-                _check_written(texts[number], prompt.text, whole)
+                check_written(texts[number], prompt.text, whole)
                 continue
-            text = self._prompt_text(messages[: len(prompt.messages) + number])
+            text = self._prompt_text(messages[: len(prompt.messages) + number], prompt.tools)
             start = self._encode(text)
             if not whole.startswith(text) or ids[: len(start)] != start:
                 raise ChatError(
                     f"the chat template must keep earlier turns as they are, got {text[-80:]!r} before turn "
                     f"{number + 1} of the response and other text in the whole conversation"
                 )
-            _check_written(texts[number], text, whole)
+            check_written(texts[number], text, whole)
+            check_turns(parts[number : number + 1], whole[len(text) :])
             if self.end_id not in ids[len(start) :]:
                 raise ChatError(f"the chat template must end turn {number + 1} of the response, got no end of turn")
             end = ids.index(self.end_id, len(start)) + 1
@@ -381,68 +392,14 @@ def embedding_rows_of(model: Any) -> int | None:
     return getattr(embedding, "num_embeddings", None)
 
 
-def _response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: int) -> list[dict[str, Any]]:
-    """Checks the turns of a response, and returns them with a list of texts as the content of each turn."""
-    try:
-        parts = message_turns(list(turns), split=False)
-    except ValueError as error:
-        raise ChatError(str(error)) from error
-    roles = [turn["role"] for turn in parts]
-    if roles[0] != "assistant" or roles[-1] != "assistant":
-        raise ChatError(f"a response must begin and end with an assistant's turn, got {', '.join(roles)[:80]}")
-    for part in (part for turn in parts for part in turn["content"]):
-        if part["type"] != "text":
-            raise ChatError(f"a response must hold text, got a part of type {part['type']!r}")
-        if end_id in tokenizer.encode(part["text"], add_special_tokens=False):
-            raise ChatError(f"a response must not hold an end of the turn, got {part['text'][:80]!r}")
-    return parts
-
-
 def _plain_prompt(conversation: Conversation, image: str) -> str:
     """Returns the prompt for a model without a chat template; ``image`` is the text of the model's image token."""
+    if conversation.tools:
+        raise ChatError("a conversation with tools must have a chat template, got none")
     if conversation.messages:
         raise ChatError(f"a conversation of {len(conversation.messages)} messages must have a chat template, got none")
     missing = max(0, len(conversation.images) - conversation.question.count(IMAGE_PLACEHOLDER))
     return f"{image * missing}{conversation.question.replace(IMAGE_PLACEHOLDER, image)}\n"
-
-
-def _check_written(response: str, prompt: str, whole: str) -> None:
-    """Raises ``ChatError`` if ``whole``, the conversation's text, does not have the response after the prompt."""
-    block = OPEN_TAG.search(prompt)  # a response may begin with the block that the prompt opens
-    if squash(response) not in squash(whole[block.start() if block else len(prompt) :]):
-        raise ChatError(
-            f"the chat template must write the response unchanged, got {whole[len(prompt) :][:80]!r} for "
-            f"{response[:80]!r}"
-        )
-
-
-def _renderings(response: str, opened: str) -> list[str]:
-    """Returns the texts to try as the response: the response alone, and ``opened`` followed by the response.
-
-    ``opened`` is the opening tag at the end of the generation prompt, such as ``<think>``. The second text is returned
-    only if the response closes this tag without opening it.
-    """
-    tag = OPEN_TAG.search(opened)
-    if tag and f"</{tag[1]}>" in response and not response.lstrip().startswith(f"<{tag[1]}>"):
-        return [response, opened + response]
-    return [response]
-
-
-def _check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
-    """Raises ``ChatError`` if the text of a turn is missing in ``text``, the text of the prompt.
-
-    Templates may leave out the thoughts of earlier turns, up to ``</think>``.
-    """
-    written = squash(text)
-    for message in messages:
-        content = message["content"]
-        parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
-        for part in parts:
-            if squash(part.rpartition("</think>")[2] if message["role"] == "assistant" else part) not in written:
-                raise ChatError(
-                    f"the chat template must write the text of each turn, got none of the {message['role']}'s "
-                    f"{part[:80]!r}: leave the turn out, or pass another chat_template"
-                )
 
 
 def _tokenize_apart(

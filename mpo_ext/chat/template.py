@@ -15,6 +15,8 @@ PROBE = "Qz7 probe 7zQ"  # a response that does not occur in any template
 OPEN_TAG = re.compile(r"<(\w+)>\s*$")
 _OTHER_PROBE = "Xk3 other 3kX"
 
+Tools = Sequence[Mapping[str, Any]]
+
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
 
 
@@ -82,28 +84,31 @@ class Renderer:
         """Returns a message whose content is the text for a tokenizer, or a list with a text part for a processor."""
         return {"role": role, "content": [{"type": "text", "text": text}] if self._as_parts else text}
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = ()) -> str:
         """Returns the text of messages, and raises ``ChatError`` if the template fails.
 
-        ``generation_prompt`` says whether the text ends with the header of the assistant's response.
+        ``generation_prompt`` says whether the text ends with the header of the assistant's response. ``tools`` are as
+        in ``Conversation``.
         """
         try:
-            return self._apply(messages, add_generation_prompt=generation_prompt, tokenize=False)
+            return self._apply(messages, tools, add_generation_prompt=generation_prompt, tokenize=False)
         except Exception as error:  # a template may raise any exception
             raise ChatError(f"the conversation must fit the chat template, got {str(error)[:300]}") from error
 
-    def ids(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> list[int]:
+    def ids(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = ()) -> list[int]:
         """Returns the token ids that the processor makes from messages, which hold their images.
 
-        ``generation_prompt`` is as in ``render``.
+        ``generation_prompt`` and ``tools`` are as in ``render``.
         """
-        ids = self._apply(messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False)
+        ids = self._apply(messages, tools, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False)
         while len(ids) and not isinstance(ids[0], int):  # some processors return a batch of one
             ids = ids[0].tolist() if hasattr(ids[0], "tolist") else ids[0]
             ids = [ids] if isinstance(ids, int) else ids
         return list(ids)
 
-    def _apply(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    def _apply(self, messages: Sequence[Mapping[str, Any]], tools: Tools, **options: Any) -> Any:
+        if tools:
+            options["tools"] = list(tools)
         with time_limit(RENDER_SECONDS, "the chat template"):
             return self._processor.apply_chat_template(
                 list(messages), chat_template=self._template, **options, **self._kwargs

@@ -16,11 +16,11 @@ from mpo_ext.data.messages import (
     read_response,
     read_system,
     refuse_meaning,
-    refuse_tools,
     row_images,
 )
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import Pair
+from mpo_ext.data.tools import refuse_tools
 
 _FIELDS = {"instruction", "input", "chosen", "rejected", "system", "history", "image", "images", "tools"}
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mpo_ext.checks import check_choice
 from mpo_ext.data.formats import WRITABLE, Format
@@ -10,7 +11,7 @@ from mpo_ext.data.hf import save_dataset
 from mpo_ext.data.jsonl import write_pairs
 from mpo_ext.data.mmpr import write_mmpr
 from mpo_ext.data.reader import BadLine, Location, Skipped
-from mpo_ext.data.records import TURNS, Pair
+from mpo_ext.data.records import PROMPT_TOOLS, TURNS, Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.trl import Kind, write_trl
 from mpo_ext.files import check_outputs
@@ -93,15 +94,26 @@ def written_paths(out: str | os.PathLike[str], format: Format) -> list[Path]:
 
 def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair | BadLine:
     """Returns the pair, or a BadLine if the format cannot hold its turns, its extra fields or its images."""
-    turns = [name for name in TURNS if name in pair.source]
+    turns = [name for name in (*TURNS, PROMPT_TOOLS) if name in pair.source]
     if turns and format != "pairs" and (format == "mmpr" or kind == "standard"):
         advice = "pairs holds them" if format == "mmpr" else "the kind conversational holds them"
-        reason = f"{format} must have a prompt and responses of one turn, got several in {', '.join(turns)}: {advice}"
+        reason = (
+            f"{format} must have a prompt and responses of one turn and no tools, got several in {', '.join(turns)}: "
+            f"{advice}"
+        )
         return BadLine(where, "several turns", reason)
+    if format == "hf" and (PROMPT_TOOLS in turns or any("tool_calls" in turn for turn in _turns(pair))):
+        reason = "hf must have pairs without tools, whose arguments would share columns, got tools: pairs holds them"
+        return BadLine(where, "tools", reason)
     if format == "mmpr" and (names := sorted(pair.extra.keys() & _MMPR_FIELDS)):
         reason = f"extra must not hold a field that the line itself has, got {', '.join(map(repr, names))}"
         return BadLine(where, "bad field", reason)
     return _with_readable_images(where, pair) if format == "hf" else pair
+
+
+def _turns(pair: Pair) -> list[dict[str, Any]]:
+    """Returns all turns of a pair that has several turns in its prompt or in a response."""
+    return [turn for name in TURNS for turn in pair.source.get(name, ()) if isinstance(turn, dict)]
 
 
 def _with_readable_images(where: Location, pair: Pair) -> Pair | BadLine:

@@ -1,12 +1,14 @@
 """Turns of conversations: reads the messages and images of a row in any format, and builds a pair from them.
 
-A turn is ``{"role": ..., "content": ...}`` whose content is text with ``<image>`` at the place of each image.
+A turn is ``{"role": ..., "content": ...}`` whose content is text with ``<image>`` at the place of each image. An
+assistant's turn may also have ``tool_calls``; a turn of the role "tool" has a result.
 """
 
 import base64
 import binascii
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER
@@ -14,17 +16,25 @@ from mpo_ext.checks import shorten, type_and_value
 from mpo_ext.data.marks import NO_IMAGE
 from mpo_ext.data.media import TOOLS, VIDEO, is_empty
 from mpo_ext.data.reader import FieldError
-from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TURNS, REJECTED_TURNS, SOURCE, Pair
+from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TOOLS, PROMPT_TURNS, REJECTED_TURNS, SOURCE, Pair
+from mpo_ext.data.tools import call_in_content, refuse_tools, tool_calls
 
-Turn = dict[str, str]
+Turn = dict[str, Any]
 SaveImage = Callable[[bytes], str]
 
 _ROLES = {
     **dict.fromkeys(("system", "developer", "user", "assistant")),
     **{"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"},
 }
-_TOOL_ROLES = {"tool", "tool_call", "tool_response", "function", "function_call", "function_response", "observation"}
-_TOOL_FIELDS = {"tools", "functions", "tool_calls", "tool_call_id", "function_call", "tool_choice"}
+_RESULT_ROLES = {"tool", "tool_response", "function", "function_response", "observation"}
+_CALL_ROLES = {"tool_call", "function_call"}  # ShareGPT and ms-swift; the content is the call in JSON
+#: Roles that may follow a turn; "call" is a turn of the assistant with tool calls.
+_FOLLOWING = {
+    "user": {"assistant", "call"},
+    "assistant": {"user"},
+    "call": {"tool"},
+    "tool": {"tool", "assistant", "call", "user"},
+}
 _PATH_FIELDS = ("image", "path", "url", "image_url", "base64", "source")
 _PART_FIELDS = {"type", "text", "detail", *_PATH_FIELDS}
 
@@ -161,7 +171,8 @@ def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
     """Returns the turns of a list of messages, or of a single message.
 
     A message has ``role`` and ``content``, or ``from`` and ``value``. Content is text, or a list of parts of type
-    text and image.
+    text and image. Calls of tools are ``tool_calls`` of the assistant, or messages of a role such as "function_call"
+    whose content is the call in JSON; these become ``tool_calls`` of the assistant's turn.
 
     Args:
         name: Name of the field, for messages.
@@ -170,12 +181,20 @@ def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
             FieldError.
 
     Raises:
-        FieldError: If a message is invalid, calls a tool, or has a part or a field that this package does not use.
+        FieldError: If a message is invalid, or has a part or a field that this package does not use.
     """
     messages = _unbundled(value)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise FieldError(f"{name} must be text or a list of messages, got {shorten(value)}")
-    return [_turn(name, message, images) for message in messages]
+    turns: list[Turn] = []
+    for message in messages:
+        turn = _turn(name, message, images)
+        before = turns[-1] if turns else {}
+        if turn.pop("is_call", False) and before.get("role") == "assistant":
+            before["tool_calls"] = [*before.get("tool_calls", ()), *turn["tool_calls"]]
+        else:
+            turns.append(turn)
+    return turns
 
 
 def _unbundled(value: object) -> object:
@@ -193,17 +212,30 @@ def _unbundled(value: object) -> object:
 
 
 def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
-    refuse_tools(message, name)
+    """Returns a message as a turn. The turn has ``is_call`` if the message itself is the call of a tool."""
+    refuse_tools(message, name, known={"tool_calls", "tool_call_id"})
     is_sharegpt = "from" in message and "role" not in message
     role_field, content_field = ("from", "value") if is_sharegpt else ("role", "content")
-    role = message.get(role_field)
-    if isinstance(role, str) and role.replace("-", "_") in _TOOL_ROLES:
-        raise FieldError(f"{name} must be turns without tools, got a turn of {role!r}", kind=TOOLS)
+    role, content = message.get(role_field), message.get(content_field)
+    plain = role.replace("-", "_") if isinstance(role, str) else ""
+    if plain in _CALL_ROLES:
+        refuse_fields(name, message, {role_field, content_field})
+        return {"role": "assistant", "content": "", "tool_calls": call_in_content(name, content), "is_call": True}
+    if plain in _RESULT_ROLES:
+        refuse_fields(name, message, {role_field, content_field, "name", "tool_call_id"})
+        ids = {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
+        return {"role": "tool", **ids, "content": _content(name, content, images)}
     if not isinstance(role, str) or role not in _ROLES:
-        known = ", ".join(_ROLES)
+        known = ", ".join([*_ROLES, "tool"])
         raise FieldError(f"{name} must be messages of {known}, got the role {shorten(role)}")
-    refuse_fields(name, message, {role_field, content_field})
-    return {"role": _ROLES[role] or role, "content": _content(name, message.get(content_field), images)}
+    turn = {"role": _ROLES[role] or role}
+    if turn["role"] != "assistant":
+        refuse_tools(message, name)
+    refuse_fields(name, message, {role_field, content_field, "tool_calls"})
+    calls = tool_calls(name, message.get("tool_calls"))
+    if not calls:
+        return {**turn, "content": _content(name, content, images)}
+    return {**turn, "content": _content(name, content or "", images), "tool_calls": calls}
 
 
 def refuse_fields(name: str, values: Mapping[str, Any], known: set[str]) -> None:
@@ -213,15 +245,6 @@ def refuse_fields(name: str, values: Mapping[str, Any], known: set[str]) -> None
             raise FieldError(
                 f"{name} must have {' and '.join(sorted(known))} only, got the field {field!r} {shorten(value)}: "
                 "remove it, or name it in ignore (--ignore) if it does not matter"
-            )
-
-
-def refuse_tools(values: Mapping[str, Any], name: str = "a row") -> None:
-    """Raises FieldError if a row or a message calls tools, which are not supported."""
-    for field in sorted(_TOOL_FIELDS & values.keys()):
-        if not is_empty(values[field]) and values[field] != "[]":
-            raise FieldError(
-                f"{name} must be without tools, got the field {field!r} {shorten(values[field])}", kind=TOOLS
             )
 
 
@@ -276,18 +299,56 @@ def is_conversation(value: object) -> bool:
 def read_response(name: str, value: object) -> list[Turn]:
     """Returns the turns of a response, which is a text, a message, or a list of messages.
 
-    Raises FieldError unless the turns alternate, and begin and end with the assistant.
+    Raises FieldError unless the turns alternate, and begin and end with the assistant. Results of tools follow the
+    assistant's turn that calls them.
     """
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     turns = read_turns(name, value, None)
-    roles = [turn["role"] for turn in turns]
-    if roles != [("assistant", "user")[index % 2] for index in range(len(roles))] or len(roles) % 2 == 0:
+    if not is_sequence(turns, first={"assistant", "call"}, last={"assistant", "call"}):
+        roles = [turn["role"] for turn in turns]
         raise FieldError(
             f"{name} must be text or one message of the assistant, or turns that alternate from assistant to "
             f"assistant, got roles {shorten(roles)}"
         )
     return turns
+
+
+def is_sequence(turns: Sequence[Turn], *, first: Collection[str], last: Collection[str]) -> bool:
+    """Returns whether each turn may follow the turn before it.
+
+    ``first`` and ``last`` are the roles with which the turns may begin and end. The role of an assistant's turn with
+    tool calls is "call".
+    """
+    roles = ["call" if turn.get("tool_calls") else turn["role"] for turn in turns]
+    if not roles or roles[0] not in first or roles[-1] not in last:
+        return False
+    return all(after in _FOLLOWING.get(before, ()) for before, after in itertools.pairwise(roles))
+
+
+def check_prompt_turns(prompt: Sequence[Turn], n_images: int) -> None:
+    """Raises FieldError unless turns can be a prompt.
+
+    They are at most one system turn, then turns of user and assistant that alternate, with the results of tools after
+    the turns that call them. The last turn is the user's, or the result of a tool. The turns of a prompt of several
+    turns have ``<image>`` for none or for each of the ``n_images`` images.
+    """
+    rest = prompt[1:] if prompt and prompt[0]["role"] in ("system", "developer") else prompt
+    if not is_sequence(rest, first={"user", "assistant"}, last={"user", "tool"}):
+        raise FieldError(
+            "prompt must be turns of user and assistant that alternate and end with one message of the user (or the "
+            "result of a tool call), after one system turn at most, got roles "
+            f"{shorten([turn['role'] for turn in prompt])}",
+            kind=TOOLS if any(turn["role"] == "tool" or "tool_calls" in turn for turn in prompt) else "bad field",
+        )
+    places = sum(turn["content"].count(IMAGE_PLACEHOLDER) for turn in prompt)
+    if len(prompt) > 1 and places not in (0, n_images):
+        raise FieldError(f"prompt must hold {IMAGE_PLACEHOLDER} 0 or {n_images} times for its images, got {places}")
+
+
+def last_question(prompt: Sequence[Turn]) -> str:
+    """Returns the content of the last user turn of a prompt."""
+    return next(turn["content"] for turn in reversed(prompt) if turn["role"] == "user")
 
 
 def split_common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
@@ -333,20 +394,22 @@ def pair_of_turns(
     rejected: Sequence[Turn],
     images: Sequence[str],
     *,
+    tools: Sequence[Mapping[str, Any]] = (),
     answer_gt: str | None = None,
     provenance: dict[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Pair:
     """Builds and returns a pair from turns.
 
-    ``question`` is the last turn of the prompt. A prompt or response of several turns is also stored, with all its
-    turns, in ``Pair.source``.
+    ``question`` is the last user turn of the prompt. A prompt or response of several turns, or with calls of tools, is
+    also stored, with all its turns, in ``Pair.source``.
 
     Args:
-        prompt: Turns before the response: at most one system turn, then turns that alternate and end with the user.
+        prompt: Turns before the response, as in ``check_prompt_turns``.
         chosen: Turns of the chosen response.
         rejected: Turns of the rejected response.
         images: Image paths in the order of their places.
+        tools: The functions that the assistant may call, from ``read_tools``.
         answer_gt: As in ``Pair``.
         provenance: As in ``Pair``.
         extra: As in ``Pair``.
@@ -354,28 +417,24 @@ def pair_of_turns(
     Raises:
         FieldError: If the prompt has other turns than these, or places for a wrong number of images.
     """
-    roles = [turn["role"] for turn in prompt]
-    rest = roles[1:] if roles and roles[0] in ("system", "developer") else roles
-    is_alternating = all(one != two for one, two in itertools.pairwise(rest))
-    if not rest or rest[-1] != "user" or not is_alternating or not set(rest) <= {"user", "assistant"}:
-        raise FieldError(
-            "prompt must be turns of user and assistant that alternate and end with one message of the user, after "
-            f"one system turn at most, got roles {shorten(roles)}"
-        )
-    places = sum(turn["content"].count(IMAGE_PLACEHOLDER) for turn in prompt)
-    if len(prompt) > 1 and places not in (0, len(images)):
-        raise FieldError(f"prompt must hold {IMAGE_PLACEHOLDER} 0 or {len(images)} times for its images, got {places}")
+    check_prompt_turns(prompt, len(images))
     turns = {PROMPT_TURNS: prompt, CHOSEN_TURNS: chosen, REJECTED_TURNS: rejected}
-    several = {name: [dict(turn) for turn in value] for name, value in turns.items() if len(value) > 1}
+    several: dict[str, Any] = {
+        name: [dict(turn) for turn in value]
+        for name, value in turns.items()
+        if len(value) > 1 or any("tool_calls" in turn for turn in value)
+    }
+    if tools:
+        several[PROMPT_TOOLS] = [dict(tool) for tool in tools]
     values = dict(extra or {})
     source = values.get(SOURCE, {})
     if isinstance(source, dict) and (several or SOURCE in values):
-        source = {name: value for name, value in source.items() if name not in turns}
+        source = {name: value for name, value in source.items() if name not in (*turns, PROMPT_TOOLS)}
         values[SOURCE] = {**source, **several}
         if not values[SOURCE] and (extra or {}).get(SOURCE):
             del values[SOURCE]
     return Pair(
-        question=prompt[-1]["content"],
+        question=last_question(prompt),
         chosen=response_text(chosen),
         rejected=response_text(rejected),
         images=tuple(images),
@@ -386,16 +445,26 @@ def pair_of_turns(
 
 
 def response_text(turns: Sequence[Turn]) -> str:
-    """Returns the contents of a response's turns, separated by empty lines."""
-    return "\n\n".join(turn["content"] for turn in turns)
+    """Returns the contents and tool calls of a response's turns, separated by empty lines."""
+    return "\n\n".join(_shown(turn) for turn in turns)
+
+
+def _shown(turn: Mapping[str, Any]) -> str:
+    """Returns the content of a turn, and each of its tool calls as a line of JSON."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
+    return "\n".join([*([turn["content"]] if turn["content"] or not calls else []), *calls])
 
 
 def prompt_text(pair: Pair) -> str:
-    """Returns the prompt of a pair as a readable text: the question, or all turns, each after its role."""
-    messages = pair.source.get(PROMPT_TURNS)
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return pair.question
-    lines = []
+    """Returns the prompt of a pair as a readable text: the question, or the tools and all turns after their roles."""
+    return turns_text(pair.source.get(PROMPT_TURNS), pair.source.get(PROMPT_TOOLS), pair.question)
+
+
+def turns_text(messages: object, tools: object, question: str) -> str:
+    """Returns turns as a readable text, each after its role; ``question`` if there are neither turns nor tools."""
+    lines = [f"tools: {json.dumps(tools, ensure_ascii=False)}"] if tools else []
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
+        return "\n\n".join([*lines, f"user: {question}"]) if lines else question
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
@@ -403,5 +472,6 @@ def prompt_text(pair: Pair) -> str:
             content = "".join(
                 IMAGE_PLACEHOLDER if part.get("type") == "image" else str(part.get("text") or "") for part in parts
             )
-        lines.append(f"{message.get('role')}: {content}")
+        calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+        lines.append(f"{message.get('role')}: {' '.join(filter(None, (str(content or ''), calls)))}")
     return "\n\n".join(lines)

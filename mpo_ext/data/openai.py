@@ -15,10 +15,10 @@ from mpo_ext.data.messages import (
     read_response,
     read_turns,
     refuse_fields,
-    refuse_tools,
 )
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import Pair
+from mpo_ext.data.tools import read_tools, refuse_tools
 
 _FIELDS = {"input", "preferred_output", "non_preferred_output"}
 
@@ -40,7 +40,7 @@ def from_openai(row: Mapping[str, Any], *, save_image: SaveImage | None = None) 
     if not isinstance(prompt, Mapping) or prompt.get("messages") is None:
         raise FieldError(f"input must be an object with messages, got {shorten(prompt)}")
     refuse_tools(row)
-    refuse_tools(prompt, "input")
+    refuse_tools(prompt, "input", known={"tools"})
     refuse_fields("input", prompt, {"messages", "tools", "functions", "parallel_tool_calls"})
     images = Images((), save_image)
     turns = read_turns("input.messages", prompt["messages"], images)
@@ -49,5 +49,6 @@ def from_openai(row: Mapping[str, Any], *, save_image: SaveImage | None = None) 
         read_response("preferred_output", row["preferred_output"]),
         read_response("non_preferred_output", row["non_preferred_output"]),
         images.paths("input.messages"),
+        tools=read_tools("input.tools", prompt.get("tools")),
         extra={name: value for name, value in row.items() if name not in _FIELDS},
     )

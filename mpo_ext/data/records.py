@@ -14,6 +14,7 @@ SOURCE = "$source"
 # Keys of `Pair.source` for the turns of a prompt or response that has more than one turn.
 PROMPT_TURNS, CHOSEN_TURNS, REJECTED_TURNS = "messages", "chosen_messages", "rejected_messages"
 TURNS = (PROMPT_TURNS, CHOSEN_TURNS, REJECTED_TURNS)
+PROMPT_TOOLS = "tools"  # key of `Pair.source` for the functions that the assistant may call
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,7 +36,9 @@ class Pair:
             turns ``{"role": ..., "content": ...}`` of a prompt or response of several turns. The turns of a prompt
             are in ``messages``; ``question`` is then only the last user turn. The turns of responses are in
             ``chosen_messages`` and ``rejected_messages``; ``chosen`` and ``rejected`` then join their contents. The
-            content of a turn has ``<image>`` at the place of each image.
+            content of a turn has ``<image>`` at the place of each image. A turn of the assistant may have
+            ``tool_calls``, and a turn of the role "tool" has a result. ``tools`` describes the functions that the
+            assistant may call (``mpo_ext.chat.Conversation``).
 
     Raises:
         TypeError: If a field has a wrong type. The message names the field, the rule and the value.
@@ -119,7 +122,7 @@ class Pair:
 
     def key(self) -> str:
         """Returns a hash of the prompt, the responses and the image paths; it is the same in every run everywhere."""
-        turns = {name: self.source[name] for name in TURNS if name in self.source}
+        turns = {name: self.source[name] for name in (*TURNS, PROMPT_TOOLS) if name in self.source}
         parts = [self.question, self.chosen, self.rejected, *self.images, *([turns] if turns else [])]
         text = json.dumps(parts, ensure_ascii=True, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

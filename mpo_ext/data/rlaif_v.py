@@ -15,11 +15,11 @@ from mpo_ext.data.messages import (
     read_response,
     read_system,
     refuse_meaning,
-    refuse_tools,
     row_images,
 )
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import Pair
+from mpo_ext.data.tools import refuse_tools
 
 _ORIGIN = ("ds_name", "origin_dataset", "origin_split", "idx", "image_path")
 _FIELDS = {"question", "chosen", "rejected", "image", "images", "system", "history", "answer_gt", "tools"}

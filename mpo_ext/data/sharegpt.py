@@ -17,11 +17,11 @@ from mpo_ext.data.messages import (
     read_system,
     read_turns,
     refuse_meaning,
-    refuse_tools,
     row_images,
 )
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import Pair
+from mpo_ext.data.tools import read_tools, refuse_tools
 
 TURNS_FIELDS = ("conversations", "conversation", "messages")
 _FIELDS = {*TURNS_FIELDS, "chosen", "rejected", "system", "image", "images", "tools"}
@@ -38,7 +38,7 @@ def from_sharegpt(row: Mapping[str, Any], *, save_image: SaveImage | None = None
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.
     """
-    refuse_tools(row)
+    refuse_tools(row, known={"tools"})
     refuse_meaning(row, "history", "objects", "chat_template_kwargs")
     given = [name for name in TURNS_FIELDS if row.get(name) is not None]
     if len(given) != 1:
@@ -53,6 +53,7 @@ def from_sharegpt(row: Mapping[str, Any], *, save_image: SaveImage | None = None
         read_response("chosen", row["chosen"]),
         read_response("rejected", row["rejected"]),
         images.paths(given[0]),
+        tools=read_tools("tools", row.get("tools")),
         extra={name: value for name, value in row.items() if name not in _FIELDS},
     )
 

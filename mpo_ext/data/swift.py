@@ -19,12 +19,12 @@ from mpo_ext.data.messages import (
     read_system,
     read_turns,
     refuse_meaning,
-    refuse_tools,
     row_images,
     split_common,
 )
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import Pair
+from mpo_ext.data.tools import read_tools, refuse_tools
 
 _FIELDS = {
     *("messages", "rejected_response", "rejected_messages", "system", "image", "images", "tools"),
@@ -43,7 +43,7 @@ def from_swift(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -
     Raises:
         FieldError: If a field is missing or invalid. The message names the field, the rule and the value.
     """
-    refuse_tools(row)
+    refuse_tools(row, known={"tools"})
     refuse_meaning(row, "objects", "chat_template_kwargs", "rejected_tools", "rejected_objects")
     rejected = [name for name in ("rejected_response", "rejected_messages") if row.get(name) is not None]
     if len(rejected) != 1:
@@ -69,6 +69,7 @@ def from_swift(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -
         read_response("messages", chosen_side),
         read_response(rejected[0], rejected_side),
         images.paths("messages"),
+        tools=read_tools("tools", row.get("tools")),
         extra={name: value for name, value in row.items() if name not in _FIELDS},
     )
 

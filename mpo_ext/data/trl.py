@@ -1,6 +1,6 @@
 """Converts pairs to TRL's preference format and back without loss, and reads and writes it as JSON lines.
 
-TRL has the columns ``prompt``, ``chosen``, ``rejected``, and ``images`` or ``image``. This module adds
+TRL has the columns ``prompt``, ``chosen``, ``rejected``, ``tools``, and ``images`` or ``image``. This module adds
 
 - ``answer_gt`` (text or null),
 - ``image_paths`` (list of texts), only in datasets, because their ``images`` may hold bytes without a path,
@@ -25,17 +25,17 @@ from mpo_ext.data.messages import (
     read_response,
     read_turns,
     refuse_meaning,
-    refuse_tools,
     row_images,
     split_common,
 )
 from mpo_ext.data.paths import RootMap
 from mpo_ext.data.reader import MAX_LINE_BYTES, FieldError
-from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TURNS, REJECTED_TURNS, SOURCE, TURNS, Pair
+from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TOOLS, PROMPT_TURNS, REJECTED_TURNS, SOURCE, TURNS, Pair
+from mpo_ext.data.tools import read_tools, refuse_tools
 
 Kind = Literal["standard", "conversational"]
 _COLUMNS = (
-    *("prompt", "chosen", "rejected", "image", "images", "image_paths"),
+    *("prompt", "chosen", "rejected", "tools", "image", "images", "image_paths"),
     *("answer_gt", "question", "provenance", "extra"),
 )
 
@@ -61,7 +61,7 @@ def to_trl(pair: Pair, kind: Kind = "standard", *, has_images: bool = True) -> d
     if pair.images and not has_images:
         raise ValueError(f"has_images must be True for a pair with images, got {shorten(pair.images)}")
     if kind == "standard":
-        if several := [name for name in TURNS if name in pair.source]:
+        if several := [name for name in (*TURNS, PROMPT_TOOLS) if name in pair.source]:
             raise ValueError(f"kind must be 'conversational' for several turns in {', '.join(several)}, got {kind!r}")
         row: dict[str, Any] = {"prompt": pair.question, "chosen": pair.chosen, "rejected": pair.rejected}
     else:
@@ -70,6 +70,8 @@ def to_trl(pair: Pair, kind: Kind = "standard", *, has_images: bool = True) -> d
             "chosen": pair.source.get(CHOSEN_TURNS) or [{"role": "assistant", "content": pair.chosen}],
             "rejected": pair.source.get(REJECTED_TURNS) or [{"role": "assistant", "content": pair.rejected}],
         }
+    if tools := pair.source.get(PROMPT_TOOLS):
+        row["tools"] = json.dumps(tools, ensure_ascii=False)  # TRL parses it; the columns of tools would be merged
     if has_images:
         row["images"] = list(pair.images)
     row |= {"answer_gt": pair.answer_gt, "question": None}
@@ -111,7 +113,7 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
         FieldError: If a column is missing or invalid. The message names the column, the rule and the value.
         TypeError: If a column has the wrong type.
     """
-    refuse_tools(row)
+    refuse_tools(row, known={"tools"})
     refuse_meaning(row, "system", "history", "chat_template_kwargs")
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
@@ -133,6 +135,7 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
         answers["chosen"],
         answers["rejected"],
         columns if isinstance(prompt, str) else images.paths("prompt"),
+        tools=read_tools("tools", row.get("tools")),
         answer_gt=row.get("answer_gt"),
         provenance=_json("provenance", row.get("provenance")),
         extra=extra,

@@ -162,11 +162,14 @@ class PairCounts:
 
 
 def prompt_key(pair: Pair) -> str:
-    """Returns a hash of the prompt: the question or conversation, and the image paths.
+    """Returns a hash of the prompt: the question or conversation, its tools, and the image paths.
 
     Pairs with equal hashes have the same prompt tokens and images if the same ``Encoder`` encodes them.
     """
-    text = json.dumps([pair.question, pair.source.get("messages"), *pair.images], ensure_ascii=True, sort_keys=True)
+    parts = [pair.question, pair.source.get("messages"), *pair.images]
+    if tools := pair.source.get("tools"):
+        parts.append({"tools": tools})
+    text = json.dumps(parts, ensure_ascii=True, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -178,7 +181,7 @@ class Encoder:
     ``<|im_end|>``, is not a training target.
 
     A prompt of several turns is in ``pair.source["messages"]``, which replaces ``question``; see
-    ``mpo_ext.chat.Conversation``. A response of several turns is in ``pair.source["chosen_messages"]`` or
+    ``mpo_ext.chat.Conversation``. ``pair.source["tools"]`` describes the functions that may be called. A response of several turns is in ``pair.source["chosen_messages"]`` or
     ``["rejected_messages"]``, which replaces ``chosen`` or ``rejected``. In such a response, only the assistant's
     turns are targets.
 
@@ -354,7 +357,7 @@ class Encoder:
 
 
 def conversation_of(pair: Pair, name: str) -> Conversation:
-    """Returns the prompt of a pair: its question, or the turns of ``pair.source["messages"]``.
+    """Returns the prompt of a pair: its question, or the turns of ``pair.source["messages"]``, and its tools.
 
     ``name`` is the file and line number of the pair.
     """
@@ -364,7 +367,12 @@ def conversation_of(pair: Pair, name: str) -> Conversation:
             f"{name}: the prompt must fit the chat template, got messages must be a list of messages, got "
             f"{str(messages)[:80]!r}"
         )
-    return Conversation(key=name, question=pair.question, messages=tuple(messages), images=pair.images)
+    tools = pair.source.get("tools") or ()
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadPairError(f"{name}: tools must be a list of objects, got {str(tools)[:80]!r}")
+    return Conversation(
+        key=name, question=pair.question, messages=tuple(messages), images=pair.images, tools=tuple(tools)
+    )
 
 
 def _targets(response: EncodedResponse, room: int) -> Tensor | None:

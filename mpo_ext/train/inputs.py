@@ -232,6 +232,7 @@ def _hash_pair(pair: Pair) -> str:
     """Returns a hash of the texts of a pair. Image paths are left out, because a folder may move."""
     turns = [pair.source.get(name) for name in ("messages", "chosen_messages", "rejected_messages")]
     texts = [pair.question, pair.chosen, pair.rejected, turns, len(pair.images)]
+    texts += [tools] if (tools := pair.source.get("tools")) else []
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
 
 

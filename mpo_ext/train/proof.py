@@ -150,7 +150,7 @@ def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
     conversation = conversation_of(pair, sample.name)
     messages = _with_images(chat, conversation, images)
     if not chat.form.ignores_generation_prompt:
-        expected = chat.processor_ids(messages, generation_prompt=True)
+        expected = chat.processor_ids(messages, generation_prompt=True, tools=conversation.tools)
         suffix = chat.added_suffix if chat.adds_special_tokens(chat.prompt_text(conversation)) else 0
         yield from _difference(encoder, "the prompt", prompt, expected[: len(expected) - suffix])
     if not chat.ends_in_tail or chat.form.opened or sample.is_split or sample.is_cut:
@@ -160,7 +160,7 @@ def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
         turns = message_turns(response, split=False)
         if not chat.is_multimodal:
             turns = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
-        whole = chat.processor_ids([*messages, *turns], generation_prompt=False)
+        whole = chat.processor_ids([*messages, *turns], generation_prompt=False, tools=conversation.tools)
         yield from _difference(encoder, f"prompt and {side}", [*prompt, *ids], whole[: len(prompt) + len(ids)])
 
 

@@ -209,8 +209,8 @@ def test_prompts_and_responses_of_several_turns(row: dict[str, Any], pair: Pair,
     ("row", "kind", "words"),
     [
         ({"prompt": EARLIER[:2], **ANSWERS}, "bad field", "end with one message of the user"),
-        ({"prompt": [user("q"), {"role": "tool", "content": "x"}], **ANSWERS}, "tools", "a turn of 'tool'"),
-        ({"prompt": [user("q")], **ANSWERS, "tools": [{"type": "function"}]}, "tools", "the field 'tools'"),
+        ({"prompt": [user("q"), {"role": "tool", "content": "x"}], **ANSWERS}, "tools", "'user', 'tool'"),
+        ({"prompt": [user("q")], **ANSWERS, "tools": [{"type": "function"}]}, "tools", "functions with a name"),
         (
             {"prompt": [user("q")], "chosen": [{"role": "assistant", "tool_calls": [1]}], "rejected": "r"},
             "tools",

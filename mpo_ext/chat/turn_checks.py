@@ -1,0 +1,98 @@
+"""Checks of the turns of a conversation: their form, and whether a chat template has written them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpo_ext.chat.conversation import message_turns
+from mpo_ext.chat.decoding import squash
+from mpo_ext.chat.template import OPEN_TAG, ChatError, Tools
+
+
+def response_turns(turns: Sequence[Mapping[str, Any]], tokenizer: Any, end_id: int) -> list[dict[str, Any]]:
+    """Checks the turns of a response, and returns them with a list of texts as the content of each turn."""
+    try:
+        parts = message_turns(list(turns), split=False)
+    except ValueError as error:
+        raise ChatError(str(error)) from error
+    roles = [turn["role"] for turn in parts]
+    if roles[0] != "assistant" or roles[-1] != "assistant":
+        raise ChatError(f"a response must begin and end with an assistant's turn, got {', '.join(roles)[:80]}")
+    for turn in parts:
+        if end_id in tokenizer.encode(
+            json.dumps(turn.get("tool_calls", ""), ensure_ascii=False), add_special_tokens=False
+        ):
+            raise ChatError(f"a response must not hold an end of the turn, got {str(turn['tool_calls'])[:80]!r}")
+    for part in (part for turn in parts for part in turn["content"]):
+        if part["type"] != "text":
+            raise ChatError(f"a response must hold text, got a part of type {part['type']!r}")
+        if end_id in tokenizer.encode(part["text"], add_special_tokens=False):
+            raise ChatError(f"a response must not hold an end of the turn, got {part['text'][:80]!r}")
+    return parts
+
+
+def check_written(response: str, prompt: str, whole: str) -> None:
+    """Raises ``ChatError`` if ``whole``, the conversation's text, does not have the response after the prompt."""
+    block = OPEN_TAG.search(prompt)  # a response may begin with the block that the prompt opens
+    if squash(response) not in squash(whole[block.start() if block else len(prompt) :]):
+        raise ChatError(
+            f"the chat template must write the response unchanged, got {whole[len(prompt) :][:80]!r} for "
+            f"{response[:80]!r}"
+        )
+
+
+def renderings(response: str, opened: str) -> list[str]:
+    """Returns the texts to try as the response: the response alone, and ``opened`` followed by the response.
+
+    ``opened`` is the opening tag at the end of the generation prompt, such as ``<think>``. The second text is returned
+    only if the response closes this tag without opening it.
+    """
+    tag = OPEN_TAG.search(opened)
+    if tag and f"</{tag[1]}>" in response and not response.lstrip().startswith(f"<{tag[1]}>"):
+        return [response, opened + response]
+    return [response]
+
+
+def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raises ``ChatError`` if the text of a turn is missing in ``text``, the text of the prompt.
+
+    Templates may leave out the thoughts of earlier turns, up to ``</think>``.
+    """
+    written = squash(text)
+    for message in messages:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+        for part in parts:
+            if squash(part.rpartition("</think>")[2] if message["role"] == "assistant" else part) not in written:
+                raise ChatError(
+                    f"the chat template must write the text of each turn, got none of the {message['role']}'s "
+                    f"{part[:80]!r}: leave the turn out, or pass another chat_template"
+                )
+        for call in message.get("tool_calls", ()):
+            for part in (call["function"]["name"], *_leaves(call["function"]["arguments"])):
+                # Templates write arguments as JSON, or as plain text.
+                forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
+                if not any(squash(form) in written for form in forms):
+                    raise ChatError(
+                        f"the chat template must write the tool calls of each turn, got none of {part[:80]!r}: pass a "
+                        "chat_template that does"
+                    )
+
+
+def check_tools(tools: Tools, text: str) -> None:
+    """Raises ``ChatError`` if the name of a tool is missing in ``text``, the text of the prompt."""
+    for tool in tools:
+        name = str(tool.get("function", tool).get("name"))
+        if name not in text:
+            raise ChatError(
+                f"the chat template must write the tools, got none of {name[:80]!r}: pass a chat_template that does"
+            )
+
+
+def _leaves(value: Any) -> list[str]:
+    """Returns the texts and numbers in the arguments of a call, and the names of the arguments."""
+    if isinstance(value, Mapping):
+        return [text for name, part in value.items() for text in (str(name), *_leaves(part))]
+    if isinstance(value, (list, tuple)):
+        return [text for part in value for text in _leaves(part)]
+    return [] if value is None or isinstance(value, bool) else [str(value)]

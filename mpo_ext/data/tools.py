@@ -1,0 +1,80 @@
+"""Reads the tools of conversations: descriptions of functions, and the assistant's calls."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from mpo_ext.chat.conversation import read_tool_calls
+from mpo_ext.checks import shorten
+from mpo_ext.data.media import TOOLS, is_empty
+from mpo_ext.data.reader import FieldError
+
+_FIELDS = {"tools", "functions", "tool_calls", "tool_call_id", "function_call", "tool_choice"}
+
+
+def refuse_tools(values: Mapping[str, Any], name: str = "a row", *, known: Collection[str] = ()) -> None:
+    """Raises FieldError if a row or a message has fields of tools other than ``known``, which its reader uses."""
+    for field in sorted((_FIELDS - set(known)) & values.keys()):
+        if not is_empty(values[field]) and values[field] != "[]":
+            raise FieldError(
+                f"{name} must be without tools, got the field {field!r} {shorten(values[field])}", kind=TOOLS
+            )
+
+
+def tool_calls(name: str, calls: object) -> list[dict[str, Any]]:
+    """Returns the calls of a message's field ``tool_calls``, as ``read_tool_calls`` does; [] for an empty field.
+
+    Raises FieldError if the field has another form. ``name`` is the field of the messages in the error message.
+    """
+    try:
+        return [] if is_empty(calls) else read_tool_calls(calls)
+    except ValueError as error:
+        raise FieldError(f"{name}: {error}", kind=TOOLS) from None
+
+
+def call_in_content(name: str, content: object) -> list[dict[str, Any]]:
+    """Returns the calls that a message of the role "function_call" has as JSON in its content."""
+    try:
+        value = json.loads(content) if isinstance(content, str) else content
+    except ValueError:
+        raise FieldError(
+            f"{name} must have a function call in JSON as the content of a turn that calls, got {shorten(content)}",
+            kind=TOOLS,
+        ) from None
+    calls = tool_calls(name, value if isinstance(value, list) else [value])
+    if not calls:
+        raise FieldError(
+            f"{name} must have a function call in JSON as the content of a turn that calls, got {shorten(content)}",
+            kind=TOOLS,
+        )
+    return calls
+
+
+def read_tools(name: str, value: object) -> list[dict[str, Any]]:
+    """Returns the descriptions of tools in a field ``tools``, which may be JSON in a text; [] for an empty field.
+
+    Each description becomes ``{"type": "function", "function": {"name": ..., ...}}``.
+
+    Raises:
+        FieldError: If the field is not a list of such descriptions. ``name`` is the field in the message.
+    """
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value.strip() else value
+        if is_empty(tools):
+            return []
+        parsed = (
+            [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+            if isinstance(tools, (list, tuple))
+            else None
+        )
+    except ValueError:
+        parsed = None
+    if parsed is None:
+        raise FieldError(f"{name} must be a list of functions, or a list in JSON, got {shorten(value)}", kind=TOOLS)
+    found = []
+    for tool in parsed:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise FieldError(f"{name} must be functions with a name, got {shorten(tool)}", kind=TOOLS)
+        found.append({"type": "function", "function": dict(function)})
+    return found
