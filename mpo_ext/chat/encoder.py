@@ -286,7 +286,7 @@ class ChatEncoder:
         ids, is_split = self._continue(prompt, rest)
         if self.ends_in_tail == 0:
             ids = [*ids, self.end_id]
-        self._check_single_end(ids, response)
+        _check_single_end(self, ids, response)
         ids = ids[: ids.index(self.end_id) + 1]
         return EncodedResponse(ids, [True] * len(ids), is_split)
 
@@ -357,12 +357,6 @@ class ChatEncoder:
             )
         return ids, True
 
-    def _check_single_end(self, ids: Sequence[int], response: str) -> None:
-        count = list(ids).count(self.end_id)
-        if count != max(1, self.ends_in_tail):
-            token = self.tokenizer.convert_ids_to_tokens(self.end_id)
-            raise ChatError(f"a response must not hold an end of the turn, got {token!r} in {response[:80]!r}")
-
 
 def with_date(chat: ChatEncoder, date: datetime.date) -> ChatEncoder:
     """Returns a new encoder that equals ``chat`` except for the date."""
@@ -400,6 +394,12 @@ def _plain_prompt(conversation: Conversation, image: str) -> str:
         raise ChatError(f"a conversation of {len(conversation.messages)} messages must have a chat template, got none")
     missing = max(0, len(conversation.images) - conversation.question.count(IMAGE_PLACEHOLDER))
     return f"{image * missing}{conversation.question.replace(IMAGE_PLACEHOLDER, image)}\n"
+
+
+def _check_single_end(chat: ChatEncoder, ids: Sequence[int], response: str) -> None:
+    if list(ids).count(chat.end_id) != max(1, chat.ends_in_tail):
+        token = chat.tokenizer.convert_ids_to_tokens(chat.end_id)
+        raise ChatError(f"a response must not hold an end of the turn, got {token!r} in {response[:80]!r}")
 
 
 def _tokenize_apart(

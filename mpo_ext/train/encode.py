@@ -181,9 +181,9 @@ class Encoder:
     ``<|im_end|>``, is not a training target.
 
     A prompt of several turns is in ``pair.source["messages"]``, which replaces ``question``; see
-    ``mpo_ext.chat.Conversation``. ``pair.source["tools"]`` describes the functions that may be called. A response of several turns is in ``pair.source["chosen_messages"]`` or
-    ``["rejected_messages"]``, which replaces ``chosen`` or ``rejected``. In such a response, only the assistant's
-    turns are targets.
+    ``mpo_ext.chat.Conversation``. ``pair.source["tools"]`` describes the functions that may be called. A response of
+    several turns is in ``pair.source["chosen_messages"]`` or ``["rejected_messages"]``, which replaces ``chosen`` or
+    ``rejected``. In such a response, only the assistant's turns are targets.
 
     Some processors (Idefics3, SmolVLM) return images with an additional batch axis, ``[1, N, ...]``. The encoder
     changes their shape to ``[N, 1, ...]``, so that batches can concatenate the first axis; the models flatten both
