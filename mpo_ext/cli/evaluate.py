@@ -58,6 +58,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--image-root", default="", help="folder that image paths start from; a meta file names its own"
     )
     shared.add_root_map(parser)
+    shared.add_system(parser)
     parser.add_argument(
         "--export", nargs="+", default=[], metavar="KIT", help="also write predictions for vlmevalkit or lmms-eval"
     )
@@ -96,6 +97,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         limit=args.limit,
         image_root=args.image_root,
         root_map=root_map,
+        system=args.system,
         exports=list(dict.fromkeys(args.export)),
         make_engine=lambda path: load_engine(args, path),
         page_limit=args.page_limit,

@@ -146,6 +146,7 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
     shared.add_engine(parser)
     parser.add_argument("--image-root", default="", help="root of relative image paths; a meta file names its own")
     shared.add_root_map(parser)
+    shared.add_system(parser)
     parser.add_argument("--limit", type=int, help="take only the first items")
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
     parser.add_argument("--samples", type=int, default=samples, help=f"responses per item (default: {samples})")
@@ -193,9 +194,9 @@ def run_sample(args: argparse.Namespace) -> int:
             if value is not None:
                 check_integer(name, value, least=1)
         pipeline = args.build(args)
-        place = {"image_root": args.image_root, "root_map": shared.root_map(args), "world_size": world_size}
+        place = {"image_root": args.image_root, "root_map": shared.root_map(args), "system": args.system}
     # Checked before the model is loaded, because loading may take minutes.
-    check_run(pipeline, args.source, args.out, **place)
+    check_run(pipeline, args.source, args.out, world_size=world_size, **place)
     if args.engine != "openai":  # for which these are the server's names of the models
         check_model_path("--model", args.model)
         if getattr(args, "judge_model", None) is not None:
@@ -203,14 +204,14 @@ def run_sample(args: argparse.Namespace) -> int:
     settings = {"block_size": args.block_size, "limit": args.limit, "stream": sys.stderr}
     summary: Any
     if args.ray is not None:
-        del place["world_size"]
         summary = ray_stages.run(
             pipeline, functools.partial(_load_in_actor, args), args.source, args.out, address=args.ray,
             engines=1 if args.engines is None else args.engines, gpus_per_engine=args.gpus_per_engine or 0,
             **settings, **place,
         )  # fmt: skip
     else:
-        summary = run(pipeline, _load_engines(args), args.source, args.out, rank=rank, **settings, **place)
+        settings |= {"rank": rank, "world_size": world_size}
+        summary = run(pipeline, _load_engines(args), args.source, args.out, **settings, **place)
     waiting = f"process {rank} of {world_size} is done, others are not"
     print(waiting if summary is None else summary, file=sys.stderr)
     return 0

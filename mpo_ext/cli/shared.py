@@ -155,6 +155,11 @@ def add_root_map(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_system(parser: argparse.ArgumentParser) -> None:
+    """Adds the option ``--system``."""
+    parser.add_argument("--system", metavar="TEXT", help="system prompt of the items that have none (default: none)")
+
+
 def root_map(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Returns the pairs of path prefixes (old, new) that ``--root-map`` gives."""
     from mpo_ext.data.paths import parse_root_map

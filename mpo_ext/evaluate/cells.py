@@ -110,7 +110,13 @@ class Cell:
 
 
 def open_questions(
-    name: str, path: str | os.PathLike[str], *, limit: int | None, image_root: str, root_map: Sequence[tuple[str, str]]
+    name: str,
+    path: str | os.PathLike[str],
+    *,
+    limit: int | None,
+    image_root: str,
+    root_map: Sequence[tuple[str, str]],
+    system: str | None = None,
 ) -> QuestionFile:
     """Opens and returns a file of questions, and checks that at least one question has a true answer.
 
@@ -120,10 +126,11 @@ def open_questions(
         limit: Maximum number of questions; None: all.
         image_root: Folder at which relative image paths start; not used for a .json file.
         root_map: Path prefixes (old, new) of folders that have moved; used for a .json file only.
+        system: System prompt of the items that have none; None: no system prompt.
     """
     is_meta = Path(path).suffix == ".json"
     roots: Mapping[str, Any] = {"root_map": tuple(root_map)} if is_meta else {"image_root": image_root}
-    source = open_items(os.fspath(path), limit=limit, **roots)
+    source = open_items(os.fspath(path), limit=limit, system=system, **roots)
     problems = collections.Counter(
         item.problem or ("" if item.truths else "no true answer") for item in source.items()
     )

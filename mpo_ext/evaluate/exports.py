@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_ext.answers import label_options
+from mpo_ext.data.messages import turns_text
 from mpo_ext.evaluate.scoring import ScoredResponse
 from mpo_ext.files import atomic_write
 from mpo_ext.generate.items import Item
@@ -74,6 +75,7 @@ def lmms_eval(out: Path, model: str, task: str, samples: int, columns: Sequence[
     with atomic_write(out / "lmms-eval" / model / f"mpo-ext_samples_{task}.jsonl") as file:
 
         def add(number: int, item: Item, prompt: str, responses: Sequence[ScoredResponse]) -> None:
+            prompt = turns_text(item.turns(prompt) or None, item.tools, prompt)
             target = item.truths[0] if len(item.truths) == 1 else str(list(item.truths))
             answers = [_NO_ANSWER if response.answer is None else response.answer for response in responses]
             line = {
@@ -114,7 +116,8 @@ def _fields(number: int, item: Item) -> dict[str, Any]:
         if isinstance(value, (str, int, float)) and name not in ("prediction", "extracted", "hit", "image")
     }
     answer = item.truths[0] if len(item.truths) == 1 else str(list(item.truths))
-    return {"index": number, **options_by_label, **scalars, "question": item.question, "answer": answer}
+    question = item.prompt_text if item.messages or item.tools else item.question
+    return {"index": number, **options_by_label, **scalars, "question": question, "answer": answer}
 
 
 def _hash(text: str) -> str:

@@ -91,6 +91,8 @@ def _lines(
         "prompt": cell.evaluation.prompt,
         "index": index,
         "question": item.question,
+        **({"messages": list(item.messages)} if item.messages else {}),
+        **({"tools": list(item.tools)} if item.tools else {}),
         "images": [describe_source(image) if is_data_url(image) else image for image in item.pair_images],
         "truth": list(item.truths),
     }

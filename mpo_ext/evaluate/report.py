@@ -254,7 +254,9 @@ def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -
             yield {
                 "data": cell.data.name,
                 "where": f"{cell.data.name} {index + 1}",
-                "question": cut_text(item.question, _MAX_CHARACTERS),
+                "question": cut_text(
+                    item.prompt_text if item.messages or item.tools else item.question, _MAX_CHARACTERS
+                ),
                 "truth": cut_text(" | ".join(item.truths), _MAX_CHARACTERS),
                 "images": [images.add(image) for image in item.image_sources],
             }

@@ -39,6 +39,7 @@ def evaluate(
     limit: int | None = None,
     image_root: str = "",
     root_map: Sequence[tuple[str, str]] = (),
+    system: str | None = None,
     exports: Sequence[str] = (),
     page_limit: int = 5000,
     make_engine: Callable[[str], Engine] = TransformersEngine.from_pretrained,
@@ -55,6 +56,7 @@ def evaluate(
         limit: Maximum number of questions per file; None: all questions.
         image_root: Folder at which relative image paths in files of items start. A meta file has its own roots.
         root_map: Path prefixes (old, new) of folders in meta files that have moved.
+        system: System prompt of the questions that have none; None: no system prompt.
         exports: Evaluation kits in whose formats predictions are written: "vlmevalkit", "lmms-eval".
         page_limit: Maximum number of questions on ``failures.html``; from more, they are drawn at random.
         make_engine: Function that creates an engine from the path of a whole model.
@@ -80,7 +82,7 @@ def evaluate(
         name: find_model(os.fspath(model)) for name, model in models.items() if isinstance(model, (str, os.PathLike))
     }
     questions = [
-        open_questions(name, path, limit=limit, image_root=image_root, root_map=root_map)
+        open_questions(name, path, limit=limit, image_root=image_root, root_map=root_map, system=system)
         for name, path in data.items()
     ]
     cells = [

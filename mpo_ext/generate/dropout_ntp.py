@@ -17,7 +17,7 @@ from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig,
 from mpo_ext.generate.feeding import Steps, run_steps
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
-from mpo_ext.generate.questions import AnswerScorer, refusal_fields, without_placeholders
+from mpo_ext.generate.questions import AnswerScorer, prompt_fields, refusal_fields
 from mpo_ext.generate.repetition import is_degenerate
 from mpo_ext.images import ImageError
 
@@ -174,6 +174,8 @@ class DropoutNTP:
                     Request(
                         key=key,
                         question=conversation.question,
+                        messages=conversation.messages,
+                        tools=conversation.tools,
                         images=conversation.images,
                         prefix_ids=row.prefix.token_ids,
                         seed=derive_seed(self.config.seed, self.name, key),
@@ -251,9 +253,9 @@ class DropoutNTP:
 
     def _conversation(self, row: _Row) -> Conversation:
         """Returns the conversation whose response the model continues; without images unless ``with_image`` is set."""
-        if self.config.with_image:
-            return Conversation(key=row.item.digest, question=row.item.question_with_options, images=row.images)
-        return Conversation(key=row.item.digest, question=without_placeholders(row.item.question_with_options))
+        with_image = self.config.with_image
+        fields = prompt_fields(row.item, row.item.question_with_options, with_image=with_image)
+        return Conversation(key=row.item.digest, images=row.images if with_image else (), **fields)
 
     def _sample_chosen(self, rows: Sequence[_Row]) -> Generator[list[Request], list[Generation], None]:
         """Yields the requests for missing chosen responses, with the images, and stores the responses in the rows."""
@@ -262,7 +264,7 @@ class DropoutNTP:
         requests = [
             Request(
                 key=row.item.digest,
-                question=row.item.question_with_options,
+                **prompt_fields(row.item, row.item.question_with_options, with_image=True),
                 images=row.images,
                 seed=derive_seed(self.config.seed, f"{self.name}.chosen", row.item.digest),
                 sampling=self.config.sampling,

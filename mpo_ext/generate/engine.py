@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 from mpo_ext.chat import Conversation
 from mpo_ext.checks import check_integer, check_number, environment_integer
 
+_MAX_REFUSAL = 300  # maximum number of characters
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
@@ -83,6 +85,12 @@ class Generation:
     def n_tokens(self) -> int:
         """Number of generated tokens."""
         return len(self.token_ids) if self.tokens is None else self.tokens
+
+
+def refused(reason: object) -> Generation:
+    """Returns the generation of a request that an engine refuses for this reason, an exception or a text."""
+    text = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
+    return Generation((), "", "length", refusal=text[:_MAX_REFUSAL])
 
 
 class Engine(Protocol):

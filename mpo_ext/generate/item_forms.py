@@ -4,7 +4,7 @@ Besides the form of MMPR, these are the forms of MMMU (``options`` as the text o
 ``image_7``, ``<image 1>``), MathVista (``choices``, ``decoded_image``), M3CoT and ScienceQA (``choices``, ``context``
 or ``hint``, an answer that is an index), AI2D (an index as text), MathVision (``<image1>``), ChartQA (``query``,
 ``label``, ``imgname``), POPE (``text``, ``label``), MMBench (columns ``A``, ``B``, ..., an image in base64) and
-SEED-Bench (``choice_a``, ``choice_b``, ...).
+SEED-Bench (``choice_a``, ``choice_b``, ...). ``item_turns`` reads conversations.
 """
 
 import base64
@@ -21,6 +21,7 @@ from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.data.literals import read_literal
 from mpo_ext.data.marks import NUMBERED_MARK
 from mpo_ext.data.media import MEDIA_FILE, is_media_content
+from mpo_ext.data.messages import Turn, last_question, with_question
 from mpo_ext.generate.item_options import (
     FormError,
     indexed_answer,
@@ -28,6 +29,7 @@ from mpo_ext.generate.item_options import (
     numbered_answer,
     take_options,
 )
+from mpo_ext.generate.item_turns import ItemTurns, read_chosen, read_conversation, take_conversation
 
 _QUESTIONS = ("question", "query", "text")
 _ANSWERS = ("answer_gt", "answer", "label", "answers")
@@ -60,6 +62,8 @@ class ItemFields:
         images: Paths and data URLs of the images.
         truths: True answers; the letter for an answer that is an index.
         extra: The other fields; ``options`` is a list of texts, or a dict from letter to text.
+        turns: All turns of a prompt of several turns, whose last user turn is ``question``; else empty.
+        tools: The functions that the assistant may call.
     """
 
     question: Any
@@ -67,6 +71,8 @@ class ItemFields:
     images: list[Any]
     truths: list[str]
     extra: dict[str, Any]
+    turns: list[Turn] = dataclasses.field(default_factory=list)
+    tools: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def read_fields(values: Mapping[str, Any]) -> ItemFields:
@@ -76,24 +82,38 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
         FormError: If the item has options, an answer or images that cannot be read.
     """
     rest = {key: _plain(value) for key, value in values.items()}
+    conversation = take_conversation(rest)
     question_key = next((key for key in _QUESTIONS if rest.get(key) is not None), "question")
-    question, chosen = rest.pop(question_key, None), rest.pop("chosen", None)
+    question, chosen = rest.pop(question_key, None), read_chosen(rest.pop("chosen", None))
     rest.pop("rejected", None)
     options, is_index = take_options(rest)
-    if not isinstance(question, str):
+    if not isinstance(question, str) and not conversation:
         return ItemFields(question, chosen, [], [], rest)
     truths = _take_truths(rest, options, is_index=is_index)
+    numbered, images = _take_images(rest)
+    read = ItemTurns([{"role": "user", "content": question}], [], images)
+    if conversation:
+        read = read_conversation(conversation, question, _listed(options), images, _data_url)
+    turns = read.turns
     if options is not None:
         context = next((rest[key] for key in ("context", "hint") if isinstance(rest.get(key), str)), "")
-        context = "" if is_missing(context) else context
-        question = f"{context.strip()}\n{question}" if context.strip() else question
-    question, options, images = _take_images(rest, question, options)
+        context = "" if is_missing(context) else context.strip()
+        turns = with_question(turns, f"{context}\n{last_question(turns)}" if context else last_question(turns))
+    images = read.images
+    texts = [*(turn["content"] for turn in turns), *_listed(options)]
+    if numbered or any(map(NUMBERED_MARK.search, texts)):
+        turns, options, images = _place_numbered(turns, options, numbered or dict(enumerate(images, 1)))
     if options is not None:
         rest["options"] = options
     for key, value in rest.items():
         if _is_image_like(key, value):
             raise FormError(f"the field {key!r} looks like an image, and is not read: name it image or images")
-    return ItemFields(question, chosen, images, truths, rest)
+    several = turns if len(turns) > 1 else []
+    return ItemFields(last_question(turns), chosen, images, truths, rest, several, read.tools)
+
+
+def _listed(options: list[str] | dict[str, str] | None) -> list[str]:
+    return list(options.values() if isinstance(options, dict) else options or ())
 
 
 def _plain(value: Any) -> Any:
@@ -171,10 +191,8 @@ def _open_answers(answer: str) -> Any:
 # ---- Images
 
 
-def _take_images(
-    rest: dict[str, Any], question: str, options: list[str] | dict[str, str] | None
-) -> tuple[str, list[str] | dict[str, str] | None, list[Any]]:
-    """Removes the images from the fields ``rest``; returns question and options with ``<image>``, and the images."""
+def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
+    """Removes the images from the fields ``rest``; returns numbered images by their number, and the other images."""
     numbered = {
         int(match[1]): image
         for key in list(rest)
@@ -198,16 +216,12 @@ def _take_images(
     different = list({tuple(map(str, images)): key for key, images in fields.items()}.values())
     if len(different) > 1:
         raise FormError(f"images must be given once, got {different[0]} and {different[1]} with other images")
-    images = next(iter(fields.values()), [])
-    texts = [question, *(options.values() if isinstance(options, dict) else options or ())]
-    if not numbered and not any(map(NUMBERED_MARK.search, texts)):
-        return question, options, images
-    return _place_numbered(question, options, numbered or dict(enumerate(images, 1)))
+    return numbered, next(iter(fields.values()), [])
 
 
 def _place_numbered(
-    question: str, options: list[str] | dict[str, str] | None, images: Mapping[int, Any]
-) -> tuple[str, list[str] | dict[str, str] | None, list[Any]]:
+    turns: list[Turn], options: list[str] | dict[str, str] | None, images: Mapping[int, Any]
+) -> tuple[list[Turn], list[str] | dict[str, str] | None, list[Any]]:
     """Replaces ``<image 1>`` by ``<image>``, and returns the images in the order of the marks in the prompt."""
     order: list[Any] = []
     placed: set[int] = set()
@@ -223,15 +237,16 @@ def _place_numbered(
 
         return NUMBERED_MARK.sub(mark, text)
 
-    question = place(question)
+    turns = [{**turn, "content": place(turn["content"])} for turn in turns]
     if isinstance(options, dict):
         options = {label: place(text) for label, text in options.items()}
     elif options is not None:
         options = [place(text) for text in options]
     others = [images[number] for number in sorted(images) if number not in placed]
     if placed and others:  # images that the text does not mention come first
-        question = f"{IMAGE_PLACEHOLDER}\n" * len(others) + question
-    return question, options, others + order
+        first = next(turn for turn in turns if turn["role"] == "user")
+        first["content"] = f"{IMAGE_PLACEHOLDER}\n" * len(others) + first["content"]
+    return turns, options, others + order
 
 
 def _image(key: str, value: Any, rest: Mapping[str, Any]) -> Any:

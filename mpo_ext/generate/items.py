@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,11 @@ from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_json, is_nested_deeply
 from mpo_ext.data.containers import as_lines
 from mpo_ext.data.jsonl import UNREADABLE
+from mpo_ext.data.messages import turns_text, with_question
 from mpo_ext.data.mmpr import read_meta, resolve_image
 from mpo_ext.data.paths import absolute_path
 from mpo_ext.data.reader import FieldError
-from mpo_ext.data.records import SOURCE, Pair
+from mpo_ext.data.records import PROMPT_TOOLS, PROMPT_TURNS, SOURCE, Pair
 from mpo_ext.generate.item_forms import FormError, read_fields
 from mpo_ext.generate.item_rows import count_rows, read_rows
 from mpo_ext.images import is_data_url, is_remote, is_url, load_image
@@ -29,7 +31,10 @@ class Item:
     """A question to make pairs from, or to evaluate a model with.
 
     Attributes:
-        question: The question; it may hold ``<image>`` at the place of an image.
+        question: The question, or the last user turn of a conversation; it may hold ``<image>`` at the place of an
+            image.
+        messages: All turns of a prompt of several turns, as in ``mpo_ext.chat.Conversation``; else empty.
+        tools: The functions that the assistant may call, as in ``Conversation``.
         images: Image paths as the input gives them, and data URLs of images that the input itself holds.
         chosen: Preferred response, an input of DropoutNTP; None if the item has no such response.
         truths: True answers, each of which counts as right.
@@ -42,6 +47,8 @@ class Item:
     """
 
     question: str = ""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
     images: tuple[str, ...] = ()
     chosen: str | None = None
     truths: tuple[str, ...] = ()
@@ -73,6 +80,16 @@ class Item:
             return self.question
         return "\n".join([self.question, *(f"{letter}. {text}" for letter, text in options)])
 
+    def turns(self, question: str) -> tuple[Mapping[str, Any], ...]:
+        """Returns ``messages`` with ``question`` as the last user turn; empty for a prompt of one turn."""
+        return tuple(with_question(self.messages, question)) if self.messages else ()
+
+    @property
+    def prompt_text(self) -> str:
+        """Returns the prompt as a readable text: the question with its options, or all turns after their roles."""
+        question = self.question_with_options
+        return turns_text(self.turns(question) or None, self.tools, question)
+
     @property
     def options(self) -> tuple[tuple[str, str], ...] | None:
         """Returns the letters and texts of the options, or None if the item has no options."""
@@ -94,12 +111,23 @@ class Item:
     @property
     def digest(self) -> str:
         """Returns a hash of the item's content, which names the item. It does not depend on the item's position."""
-        content = (self.question, self.images, self.chosen, self.truths, self.problem)
+        content: tuple[Any, ...] = (self.question, self.images, self.chosen, self.truths, self.problem)
+        if self.messages or self.tools:
+            content += (json.dumps([self.messages, self.tools], sort_keys=True),)
         return hashlib.blake2b(repr(content).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
     def pair(self, question: str, chosen: str, rejected: str, provenance: dict[str, Any]) -> Pair:
-        """Returns a pair of these texts with the item's image paths, first true answer and extra fields."""
-        return Pair(question, chosen, rejected, self.pair_images, self.answer_gt, provenance, self.pair_extra)
+        """Returns a pair of these texts with the item's image paths, first true answer and extra fields.
+
+        ``question`` is the last user turn. The pair also has the other turns and the tools of the item.
+        """
+        extra = self.pair_extra
+        prompt: dict[str, Any] = {PROMPT_TURNS: list(map(dict, turns))} if (turns := self.turns(question)) else {}
+        if self.tools:
+            prompt[PROMPT_TOOLS] = list(map(dict, self.tools))
+        if prompt:
+            extra[SOURCE] = {**extra.get(SOURCE, {}), **prompt}
+        return Pair(question, chosen, rejected, self.pair_images, self.answer_gt, provenance, extra)
 
     def load_images(self) -> tuple[Any, ...]:
         """Returns the loaded images.
@@ -109,15 +137,19 @@ class Item:
         return tuple(map(load_image, self.image_sources))
 
     @classmethod
-    def from_dict(cls, values: Any, *, image_root: str = "", subset: str | None = None) -> "Item":
+    def from_dict(
+        cls, values: Any, *, image_root: str = "", subset: str | None = None, system: str | None = None
+    ) -> "Item":
         """Returns the item of an input line; if the item cannot be used, its ``problem`` gives the reason.
 
         Args:
             values: Parsed line with ``question``; ``image`` or ``images``, a path or a list of paths; ``chosen``;
-                ``answer_gt`` or ``answer``; ``options``; or a row in one of the forms of ``item_forms``. All other
-                fields except ``rejected`` become ``extra``.
+                ``answer_gt`` or ``answer``; ``options``; ``messages``, ``system``, ``history`` and ``tools`` of a
+                conversation; or a row in one of the forms of ``item_forms``. All other fields except ``rejected``
+                become ``extra``.
             image_root: Folder at which relative image paths start.
             subset: Name of the subset, whose images must stay below ``image_root``; None without a meta file.
+            system: System prompt of an item that has none; None: no system prompt.
         """
         if not isinstance(values, Mapping) or is_nested_deeply(values):
             return cls(problem="unreadable line")
@@ -130,14 +162,17 @@ class Item:
             return cls(question=str(values.get("question")), problem=str(error))
         try:
             check_json(
-                "item", {**fields.extra, "question": fields.question, "chosen": fields.chosen, "": fields.truths}
-            )
+                "item",
+                {**fields.extra, "question": fields.question, "chosen": fields.chosen,
+                 "": [fields.truths, fields.turns, fields.tools]},
+            )  # fmt: skip
         except (TypeError, ValueError):
             return cls(problem="unreadable line")
         question, images, chosen = fields.question, fields.images, fields.chosen
         if subset is None:
             subset, image_root = _remembered_subset(source, images, image_root)
         options = fields.extra.get("options") or ()
+        texts = [turn["content"] for turn in fields.turns] or [question]
         marks = "".join(options.values() if isinstance(options, dict) else options).count(IMAGE_PLACEHOLDER)
         problem = None
         if not isinstance(question, str) or not question.strip():
@@ -148,12 +183,17 @@ class Item:
             problem = "images are URLs, which are not fetched: download them first"
         elif subset is not None and not all(_is_inside(image, image_root) for image in images):
             problem = "image outside the root of its subset"
-        elif question.count(IMAGE_PLACEHOLDER) + marks not in {0, len(images)}:
+        elif sum(text.count(IMAGE_PLACEHOLDER) for text in texts) + marks not in {0, len(images)}:
             problem = f"number of {IMAGE_PLACEHOLDER} is not that of the images"
         if problem is not None:
             return cls(question=str(question), problem=problem)
+        turns = fields.turns
+        if system is not None and not any(turn["role"] in ("system", "developer") for turn in turns):
+            turns = [{"role": "system", "content": system}, *(turns or [{"role": "user", "content": question}])]
         return cls(
             question=str(question),
+            messages=tuple(turns),
+            tools=tuple(fields.tools),
             images=tuple(images),
             chosen=chosen if isinstance(chosen, str) and chosen.strip() else None,
             truths=tuple(fields.truths),
@@ -165,7 +205,12 @@ class Item:
     def to_dict(self) -> dict[str, Any]:
         """Returns the item as a dict that ``from_dict`` reads."""
         values: dict[str, Any] = {"image": list(self.pair_images)} if self.images else {}
-        values["question"] = self.question
+        if self.messages:
+            values["messages"] = list(map(dict, self.turns(self.question)))
+        else:
+            values["question"] = self.question
+        if self.tools:
+            values["tools"] = list(map(dict, self.tools))
         if self.chosen is not None:
             values["chosen"] = self.chosen
         if self.truths:
@@ -181,11 +226,13 @@ class ItemFile:
         path: Path of the file.
         image_root: Folder at which relative image paths start.
         subset: Name of the file in a meta file; None without a meta file.
+        system: System prompt of the items that have none; None: no system prompt.
     """
 
     path: str
     image_root: str = ""
     subset: str | None = None
+    system: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -196,11 +243,17 @@ class ItemSource:
         files: The files of items, in order.
         digest: Hash of the lines and the subset names, which does not depend on the paths.
         count: Number of items in the run.
+        system: System prompt of the items that have none; None: no system prompt.
     """
 
     files: tuple[ItemFile, ...]
     digest: str
     count: int
+    system: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the input of a run as JSON values, which its journals record."""
+        return {"blake2b": self.digest, **({} if self.system is None else {"system": self.system})}
 
     def items(self) -> Iterator[Item]:
         """Yields the items of the run in the order of the input."""
@@ -208,24 +261,33 @@ class ItemSource:
 
 
 def open_items(
-    source: str | Path, *, image_root: str = "", root_map: Sequence[tuple[str, str]] = (), limit: int | None = None
+    source: str | Path,
+    *,
+    image_root: str = "",
+    root_map: Sequence[tuple[str, str]] = (),
+    system: str | None = None,
+    limit: int | None = None,
 ) -> ItemSource:
     """Opens a source of items: finds its files, counts the items and computes a digest; returns an ItemSource.
 
     ``limit`` is the maximum number of items, from the first on; None: all. The other arguments are those of
     ``item_files``.
     """
-    files = item_files(source, image_root=image_root, root_map=root_map)
+    files = item_files(source, image_root=image_root, root_map=root_map, system=system)
     digest, count = hashlib.blake2b(digest_size=16), 0
     for item_file in files:
         if item_file.subset is not None:
             digest.update(repr(item_file.subset).encode(errors="surrogatepass"))
         count += count_rows(item_file.path, digest)
-    return ItemSource(files, digest.hexdigest(), count if limit is None else min(count, limit))
+    return ItemSource(files, digest.hexdigest(), count if limit is None else min(count, limit), system)
 
 
 def item_files(
-    source: str | Path, *, image_root: str = "", root_map: Sequence[tuple[str, str]] = ()
+    source: str | Path,
+    *,
+    image_root: str = "",
+    root_map: Sequence[tuple[str, str]] = (),
+    system: str | None = None,
 ) -> tuple[ItemFile, ...]:
     """Returns the files of a source: the source itself, or the files that a meta file (.json) of MMPR's format lists.
 
@@ -233,19 +295,23 @@ def item_files(
         source: Path of a file of JSON lines, a JSON array (.json), TSV, CSV or Parquet, or of a meta file.
         image_root: Folder at which relative image paths start; a meta file names a root for each file.
         root_map: Path prefixes (old, new) of folders in a meta file that have moved.
+        system: System prompt of the items that have none; None: no system prompt.
 
     Raises:
         OSError: If the meta file cannot be read.
         ValueError: If the file is not a meta file, or if an argument does not fit the kind of the source.
     """
+    if system is not None and (not isinstance(system, str) or not system.strip()):
+        raise ValueError(f"system must be a text, got {system!r}")
     if not _is_meta(source):
         if root_map:
             raise ValueError(f"root_map must be left out unless source is a meta file (.json), got {root_map}")
-        return (ItemFile(str(source), image_root),)
+        return (ItemFile(str(source), image_root, system=system),)
     if image_root:
         raise ValueError(f"image_root must be left out for a meta file, which names its own roots, got {image_root!r}")
     return tuple(
-        ItemFile(subset.annotation, subset.root, subset.name) for subset in read_meta(source, root_map=root_map)
+        ItemFile(subset.annotation, subset.root, subset.name, system)
+        for subset in read_meta(source, root_map=root_map)
     )
 
 
@@ -267,7 +333,9 @@ def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
     """Yields the items of files in order; a line that cannot be read becomes an item with a ``problem``."""
     for item_file in files:
         for values in read_rows(item_file.path):
-            yield Item.from_dict(values, image_root=item_file.image_root, subset=item_file.subset)
+            yield Item.from_dict(
+                values, image_root=item_file.image_root, subset=item_file.subset, system=item_file.system
+            )
 
 
 def _is_path(image: object) -> bool:

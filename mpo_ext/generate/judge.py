@@ -170,7 +170,7 @@ class Judge:
         self, item: Item, records: Sequence[dict[str, Any]], images: tuple[Any, ...]
     ) -> Generator[_Verdict, None, None]:
         """Yields the requests to the judge about the responses to an item, which are distinct."""
-        question = quoted(item.question_with_options)
+        question = quoted(item.prompt_text)
         if self.config.mode == "pointwise":
             for record in records:
                 values = {"question": question, "response": quoted(record["text"])}

@@ -4,11 +4,12 @@ import base64
 import dataclasses
 import io
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation, chat_messages
-from mpo_ext.generate.engine import Generation, Request
+from mpo_ext.generate.engine import Generation, Request, refused
 from mpo_ext.generate.openai_client import OpenAIClient, Reply, RequestRefusedError, ServerError, ServerOptions
 from mpo_ext.generate.openai_probe import CHAT, COMPLETIONS, EXTENSIONS, OPEN_TURN, probe
 from mpo_ext.generate.transformers_engine import make_generation
@@ -17,7 +18,6 @@ from mpo_ext.processors import HUB_OPTIONS, load_without_weights
 from mpo_ext.provenance import processor_parts
 
 NO_TOKENIZER = "none"
-_MAX_REFUSAL = 300  # maximum number of characters
 _NEVER = -100.0  # the lowest value of ``logit_bias``
 _TAIL = 16  # number of tokens before a prompt's end that are decoded with it
 
@@ -205,8 +205,7 @@ class OpenAIEngine:
         return self.chat
 
     def _refuse(self, name: str, error: Exception) -> None:
-        refusal = f"{type(error).__name__}: {error}"[:_MAX_REFUSAL]
-        self._refused.append((name, Generation((), "", "length", refusal=refusal)))
+        self._refused.append((name, refused(error)))
 
     def _sampling(self, request: Request) -> dict[str, Any]:
         """Returns the fields of a request for drawing tokens."""
@@ -234,7 +233,11 @@ class OpenAIEngine:
         chat = self.chat
         as_parts = bool(request.images) or (chat is not None and chat.is_multimodal)
         messages = chat_messages(request, as_parts=as_parts)
-        fields: dict[str, Any] = {"messages": messages}
+        fields: dict[str, Any] = {"messages": [_with_json_arguments(message) for message in messages]}
+        messages = fields["messages"]
+        if request.tools:
+            # Calls stay in the text of the response, as in the other engines.
+            fields |= {"tools": list(request.tools), "tool_choice": "none"}
         if chat is None:
             return fields
         if chat.chat_template_kwargs:
@@ -261,7 +264,7 @@ class OpenAIEngine:
         (choice,) = reply["choices"]
         reason = choice["finish_reason"]
         if reason not in ("stop", "length"):
-            return Generation((), "", "length", refusal=f"the server ended with the reason {reason!r}"[:_MAX_REFUSAL])
+            return refused(f"the server ended with the reason {reason!r}")
         message = choice.get("message") or {}
         text = choice["text"] if isinstance(choice.get("text"), str) else message.get("content") or ""
         ids = choice.get("token_ids")
@@ -326,6 +329,15 @@ def check_prompt(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> Non
             f"{chat.decode(tail[-_TAIL:])!r} at the end of {request.key!r}: start the server with the same chat "
             "template, and use the tokenizer of its model"
         )
+
+
+def _with_json_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a message with the arguments of its tool calls as JSON in a text, the form of OpenAI's interface."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, **({"tool_calls": calls} if calls else {})}
 
 
 def _with_images(fields: Mapping[str, Any], images: Sequence[Any]) -> dict[str, Any]:

@@ -25,6 +25,23 @@ def without_placeholders(question: str) -> str:
     return question.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
 
 
+def prompt_fields(item: Item, question: str, *, with_image: bool) -> dict[str, Any]:
+    """Returns the fields ``question``, ``messages`` and ``tools`` of a ``Conversation`` about an item.
+
+    ``question`` is the last user turn. Without images, the turns have no ``<image>``.
+    """
+    turns = item.turns(question)
+    if not with_image:
+        question = without_placeholders(question)
+        turns = tuple(
+            {**turn, "content": without_placeholders(turn["content"])}
+            if IMAGE_PLACEHOLDER in turn["content"]
+            else turn
+            for turn in turns
+        )
+    return {"question": question, "messages": turns, "tools": item.tools}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class QuestionSampler:
     """Samples several responses to each question.
@@ -51,7 +68,7 @@ class QuestionSampler:
         return [f"{item.digest}-{sample}" for sample in range(self.samples)]
 
     def prompt(self, item: Item) -> str:
-        """Returns the question as the model sees it, before the chat template is applied."""
+        """Returns the question, or the last user turn, as the model sees it before the chat template is applied."""
         prompt = item.question_with_options
         if self.template is not None:
             prompt = render(self.template, item.question, item.extra.get("options"))
@@ -63,7 +80,8 @@ class QuestionSampler:
             prompt = self.prompt(item)
         except ValueError:
             return "options cannot be shown by this template"
-        if prompt.count(IMAGE_PLACEHOLDER) not in {0, len(item.images)}:
+        texts = [turn["content"] for turn in item.turns(prompt)] or [prompt]
+        if self.with_image and sum(text.count(IMAGE_PLACEHOLDER) for text in texts) not in {0, len(item.images)}:
             return f"number of {IMAGE_PLACEHOLDER} in the prompt is not that of the images"
         in_options = IMAGE_PLACEHOLDER in "".join(text for _, text in item.options or ())
         if (
@@ -102,11 +120,11 @@ class QuestionSampler:
             if problem is not None:
                 problems[row] = problem
                 continue
-            prompt = self.prompt(item)
+            prompt = prompt_fields(item, self.prompt(item), with_image=self.with_image)
             requests += [
                 Request(
                     key=key,
-                    question=prompt,
+                    **prompt,
                     images=images,
                     seed=derive_seed(self.seed, self.name, key),
                     sampling=self.sampling,

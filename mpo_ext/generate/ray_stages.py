@@ -35,9 +35,8 @@ def run(
     gpus_per_engine: float = 0,
     block_size: int = 64,
     limit: int | None = None,
-    image_root: str = "",
-    root_map: Sequence[tuple[str, str]] = (),
     stream: TextIO | None = None,
+    **place: Any,
 ) -> Summary:
     """Runs a pipeline like ``runner.run``, but with engines on a Ray cluster, and returns the numbers of the run.
 
@@ -55,9 +54,8 @@ def run(
         gpus_per_engine: Number of GPUs of each actor.
         block_size: As in ``runner.run``.
         limit: As in ``runner.run``.
-        image_root: As in ``runner.run``; it must be the same folder on every machine.
-        root_map: As in ``runner.run``.
         stream: As in ``runner.run``.
+        **place: As in ``runner.run``; ``image_root`` must be the same folder on every machine.
 
     Raises:
         BlockError: If a block cannot be sampled. All blocks that were being sampled are stored before.
@@ -73,7 +71,7 @@ def run(
     except ImportError as error:
         raise ImportError(f"ray_stages needs ray: {install_hint('ray')} ({error})") from error
     out = Path(out)
-    items = open_items(source, image_root=image_root, root_map=root_map, limit=limit)
+    items = open_items(source, limit=limit, **place)
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
             _connect(ray, address)

@@ -255,7 +255,7 @@ class RlaifV:
                     draft.fail(UNREADABLE_VERDICT)
 
     def _quotes(self, draft: _Draft) -> dict[str, str]:
-        return {"question": quoted(draft.item.question_with_options), "answer": quoted(draft.record["text"])}
+        return {"question": quoted(draft.item.prompt_text), "answer": quoted(draft.record["text"])}
 
     def _request(self, key: str, question: str, **values: Any) -> Request:
         sampling = values.pop("sampling", self.config.rewriting)

@@ -57,12 +57,11 @@ def run(
     *,
     block_size: int = 64,
     limit: int | None = None,
-    image_root: str = "",
-    root_map: Sequence[tuple[str, str]] = (),
     rank: int = 0,
     world_size: int = 1,
     fsync_s: float = 5.0,
     stream: TextIO | None = None,
+    **place: Any,
 ) -> Summary | None:
     """Samples the missing records, and writes the outputs when all records exist.
 
@@ -75,12 +74,11 @@ def run(
         block_size: Number of samples to request at a time. If an item has more samples, all its samples are requested
             together. A kill loses at most these samples.
         limit: Maximum number of items, taken from the beginning; None: all items. A later run may take more.
-        image_root: Folder at which relative image paths start; a meta file names a root for each file.
-        root_map: Path prefixes (old, new) of folders in a meta file that have moved.
         rank: Rank of this process, which takes every item whose position modulo ``world_size`` is the rank.
         world_size: Number of processes, which need not run at the same time.
         fsync_s: Seconds between two syncs of the journal to disk.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
+        **place: Arguments ``image_root``, ``root_map`` and ``system`` of ``item_files``.
 
     Returns:
         The numbers of the run; None if other processes have not finished yet.
@@ -94,8 +92,8 @@ def run(
     if limit is not None:
         check_integer("limit", limit, least=1)
     out = Path(out)
-    _check_outputs(pipeline, source, item_files(source, image_root=image_root, root_map=root_map), out)
-    items = open_items(source, image_root=image_root, root_map=root_map, limit=limit)
+    _check_outputs(pipeline, source, item_files(source, **place), out)
+    items = open_items(source, limit=limit, **place)
     ranks = {"rank": rank, "world_size": world_size}
     keep_date(engine, [out])
     with contextlib.ExitStack() as stack:
@@ -141,13 +139,7 @@ def write_outputs(
 
 
 def check_run(
-    pipeline: PairPipeline,
-    source: str | Path,
-    out: str | Path,
-    *,
-    image_root: str = "",
-    root_map: Sequence[tuple[str, str]] = (),
-    world_size: int = 1,
+    pipeline: PairPipeline, source: str | Path, out: str | Path, *, world_size: int = 1, **place: Any
 ) -> None:
     """Checks the arguments of ``run`` before a model is loaded.
 
@@ -159,7 +151,7 @@ def check_run(
     """
     if not Path(source).exists():
         raise FileNotFoundError(f"source must exist, got {source}")
-    files = item_files(source, image_root=image_root, root_map=root_map)
+    files = item_files(source, **place)
     for item_file in files:
         if not os.path.isfile(item_file.path):
             raise FileNotFoundError(f"source must be a file of items, got {item_file.path}: this file does not exist")

@@ -132,7 +132,7 @@ def open_journal(
     settings = {
         "pipeline": {"name": pipeline.name, **pipeline.settings()},
         "engine": dict(engine_settings),
-        "input": {"blake2b": source.digest},
+        "input": source.settings(),
         "processes": world_size,
     }
     return Journal(path, settings, fsync_s=fsync_s)

@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpo_ext.chat import ChatEncoder, Conversation
+from mpo_ext.chat import ChatEncoder, ChatError, Conversation
 from mpo_ext.chat.encoder import EncodedPrompt, embedding_rows_of, stop_ids_of
 from mpo_ext.checks import check_integer, environment_integer
 from mpo_ext.generate.choices import FirstTokenProbs, choice_tokens, measured
 from mpo_ext.generate.drawing import SeededDraw
-from mpo_ext.generate.engine import Generation, Request, SamplingConfig
+from mpo_ext.generate.engine import Generation, Request, SamplingConfig, refused
 from mpo_ext.generate.shared_prefill import SharedPrefill, UnsharedError, sharing_problem
 from mpo_ext.images import load_image
 from mpo_ext.processors import check_on_hub, load_config, load_processor, takes_images
@@ -148,7 +148,19 @@ class TransformersEngine:
         return self.chat.response_text(conversation, token_ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        prompts = [self.chat.prompt(request) for request in requests]
+        """Returns the continuation of each request; a request that does not fit the chat template is refused."""
+        results: dict[int, Generation] = {}
+        prompts: dict[int, EncodedPrompt] = {}
+        for row, request in enumerate(requests):
+            try:
+                prompts[row] = self.chat.prompt(request)
+            except ChatError as error:
+                results[row] = refused(error)
+        rest = self._generate([requests[row] for row in prompts], list(prompts.values()))
+        results.update(zip(prompts, rest, strict=True))
+        return [results[row] for row in range(len(requests))]
+
+    def _generate(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> list[Generation]:
         results: dict[int, Generation] = {}
         for questions in self._batches(requests, prompts):
             rows = [row for question in questions for row in question]
@@ -159,7 +171,7 @@ class TransformersEngine:
                 outputs = self._continue(questions, requests, prompts)
             except UnsharedError as error:
                 self._stop_sharing(str(error))
-                return self.generate(requests)
+                return self._generate(requests, prompts)
             for row, ids in zip(rows, outputs, strict=True):
                 results[row] = make_generation(self.chat, requests[row], ids)
         return [results[row] for row in range(len(requests))]

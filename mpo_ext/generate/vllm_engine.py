@@ -10,7 +10,7 @@ from typing import Any
 from mpo_ext.chat import ChatEncoder, Conversation
 from mpo_ext.checks import check_integer, environment_integer, install_hint
 from mpo_ext.generate.choices import choice_tokens, measured
-from mpo_ext.generate.engine import Generation, Request, rank_and_world_size
+from mpo_ext.generate.engine import Generation, Request, rank_and_world_size, refused
 from mpo_ext.generate.orphans import ended_with_this_process
 from mpo_ext.generate.transformers_engine import make_generation
 from mpo_ext.generate.vllm_adapter import adapter_options, adapter_request
@@ -18,7 +18,6 @@ from mpo_ext.images import load_image
 from mpo_ext.processors import load_without_weights
 from mpo_ext.provenance import processor_parts
 
-_MAX_REFUSAL = 300  # maximum number of characters
 _LOGPROBS = 20  # vLLM's default limit of log-probs per token
 _NEVER = -100.0  # the lowest bias of a logit that vLLM takes
 # Variables in which launchers give the rank of a process among the processes of its machine.
@@ -129,8 +128,7 @@ class VLLMEngine:
         try:
             self.llm.llm_engine.add_request(name, self._prompt(request), params, **self._lora)
         except self._refusals as error:
-            refusal = f"{type(error).__name__}: {error}"
-            self._refused.append((name, Generation((), "", "length", refusal=refusal[:_MAX_REFUSAL])))
+            self._refused.append((name, refused(error)))
         else:
             self._running[name] = request
             if tokens is not None:

@@ -58,8 +58,9 @@ class AnswerEvaluation:
         self._evaluation = Evaluation(settings.config, settings.prompt)
         try:
             self.questions = open_questions(
-                "answers", settings.path, limit=settings.max_items, image_root=settings.image_root, root_map=()
-            )
+                "answers", settings.path, limit=settings.max_items, image_root=settings.image_root, root_map=(),
+                system=settings.system,
+            )  # fmt: skip
         except (OSError, ValueError) as error:
             kind = ValueError if isinstance(error, ValueError) else type(error)
             raise kind(f"output.eval_generate.path: {error}") from error
@@ -160,6 +161,8 @@ def answer_metrics(scores: Sequence[QuestionScore]) -> dict[str, float]:
 
 def _answer_line(item: Item, problem: str | None, responses: Sequence[ScoredResponse]) -> dict[str, Any]:
     line: dict[str, Any] = {"question": item.question, "answer_gt": list(item.truths)}
+    if item.messages:
+        line["messages"] = list(item.messages)
     if problem is not None:
         return {**line, "problem": problem}
     (response,) = responses

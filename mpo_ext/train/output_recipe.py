@@ -32,6 +32,7 @@ class GenerationRecipe:
             4096 for all other prompts.
         batch_size: Maximum number of questions per batch on each rank.
         image_root: Folder at which relative image paths start; a meta file has its own roots.
+        system: System prompt of the questions that have none; None: no system prompt.
     """
 
     path: Text
@@ -45,6 +46,7 @@ class GenerationRecipe:
     max_new_tokens: PositiveCount | None = None
     batch_size: PositiveCount = 16
     image_root: StrictStr = ""
+    system: Text | None = None
 
     def __post_init__(self) -> None:
         from mpo_ext.answers import matcher  # imports the extra "generate"

@@ -1,0 +1,134 @@
+"""Reads the conversations of items: messages, a system prompt, a history and tools."""
+
+import base64
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.data.media import is_empty
+from mpo_ext.data.messages import (
+    Images,
+    Turn,
+    check_prompt_turns,
+    last_question,
+    read_history,
+    read_response,
+    read_system,
+    read_turns,
+)
+from mpo_ext.data.reader import FieldError
+from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TOOLS, PROMPT_TURNS, SOURCE
+from mpo_ext.data.tools import read_tools, refuse_tools
+from mpo_ext.generate.item_options import FormError
+
+_MESSAGES = ("messages", "conversations", "conversation")
+_FIELDS = (*_MESSAGES, "system", "history", "tools")
+
+
+@dataclasses.dataclass(slots=True)
+class ItemTurns:
+    """The prompt of an item as turns.
+
+    Attributes:
+        turns: Turns of the prompt, the question in its last user turn.
+        tools: The functions that the assistant may call.
+        images: Images in the order of their places.
+    """
+
+    turns: list[Turn]
+    tools: list[dict[str, Any]]
+    images: list[Any]
+
+
+def take_conversation(rest: dict[str, Any]) -> dict[str, Any]:
+    """Removes the fields of a conversation from the fields ``rest`` of an item, and returns those that are not empty.
+
+    The item may also be a line of the format "pairs", whose turns are in ``extra``.
+
+    Raises:
+        FormError: If the item has several fields of messages, or fields that would change the prompt.
+    """
+    if not is_empty(rest.get("chat_template_kwargs")):
+        raise FormError("chat_template_kwargs must be given for the whole run (--chat-template-kwargs)")
+    found = {name: value for name in _FIELDS if not is_empty(value := rest.pop(name, None))}
+    extra = rest.get("extra")
+    source = extra.get(SOURCE) if isinstance(extra, Mapping) else None
+    if isinstance(extra, Mapping) and isinstance(source, Mapping):
+        if not is_empty(source.get(CHOSEN_TURNS)):
+            raise FormError("chosen must be a response of one turn, without tools")
+        stored = {name: source[name] for name in (PROMPT_TURNS, PROMPT_TOOLS) if not is_empty(source.get(name))}
+        if stored:
+            rest["extra"] = {name: value for name, value in extra.items() if name != SOURCE}
+            found = {**found, **stored}
+    if len([name for name in _MESSAGES if name in found]) > 1:
+        raise FormError("messages must be given once, got several fields of messages")
+    try:
+        refuse_tools(rest, "an item", known={"tools"})
+    except FieldError as error:
+        raise FormError(str(error).partition(", got ")[0]) from None
+    return found
+
+
+def read_conversation(
+    fields: Mapping[str, Any],
+    question: Any,
+    options: Sequence[str],
+    columns: Sequence[Any],
+    data_url: Callable[[str], str],
+) -> ItemTurns:
+    """Returns the conversation of an item.
+
+    Args:
+        fields: Fields from ``take_conversation``.
+        question: The question, the last user turn unless there are messages, which may only repeat it.
+        options: Texts of the options, which may hold ``<image>``.
+        columns: Images from the item's fields for images.
+        data_url: Function that returns the data URL of an image in base64.
+
+    Raises:
+        FormError: If the conversation is not a prompt. The message has no values, so that equal problems are equal.
+    """
+    name = next((name for name in _MESSAGES if name in fields), None)
+    images = Images(columns, lambda content: data_url(base64.b64encode(content).decode()))
+    try:
+        turns = read_history(fields, images)
+        if name is not None:
+            turns = [*turns, *read_turns(name, fields[name], images)]
+            if turns and turns[-1]["role"] == "assistant":
+                raise FormError(f"{name} must end with the user's turn: put the last turn into chosen")
+        elif isinstance(question, str):
+            images.add_marks("question", question)
+            turns.append({"role": "user", "content": question})
+        else:
+            raise FormError("no question")
+        n_places = images.count - sum(text.count(IMAGE_PLACEHOLDER) for text in options)
+        for text in options:
+            images.add_marks("options", text)
+        turns = read_system(fields, turns)
+        check_prompt_turns(turns, n_places)
+        if name is not None and isinstance(question, str) and _words(question) != _words(last_question(turns)):
+            raise FormError(f"question must be left out beside {name}, or be its last user turn")
+        return ItemTurns(turns, read_tools("tools", fields.get("tools")), list(images.paths(name or "question")))
+    except FieldError as error:
+        raise FormError(str(error).partition(", got ")[0]) from None
+
+
+def read_chosen(chosen: Any) -> Any:
+    """Returns a chosen response as a text, also if it is the assistant's message; other values are unchanged.
+
+    Raises FormError for messages that are not one response of text.
+    """
+    if not isinstance(chosen, (Mapping, list, tuple)) or not chosen:
+        return chosen
+    try:
+        turns = read_response("chosen", chosen)
+    except FieldError as error:
+        raise FormError(str(error).partition(", got ")[0]) from None
+    if len(turns) != 1 or "tool_calls" in turns[0]:
+        raise FormError("chosen must be a response of one turn, without tools")
+    return turns[0]["content"]
+
+
+def _words(text: str) -> list[str]:
+    return text.replace(IMAGE_PLACEHOLDER, " ").split()
