@@ -351,10 +351,10 @@ def last_question(prompt: Sequence[Turn]) -> str:
     return next(turn["content"] for turn in reversed(prompt) if turn["role"] == "user")
 
 
-def with_question(prompt: Sequence[Turn], question: str) -> list[Turn]:
+def with_question(prompt: Sequence[Mapping[str, Any]], question: str) -> list[Turn]:
     """Returns a prompt with ``question`` as the content of its last user turn."""
     place = max(number for number, turn in enumerate(prompt) if turn["role"] == "user")
-    return [{**turn, "content": question} if number == place else turn for number, turn in enumerate(prompt)]
+    return [{**turn, "content": question} if number == place else dict(turn) for number, turn in enumerate(prompt)]
 
 
 def split_common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:

@@ -71,9 +71,9 @@ def evaluate(
         ImportError: If a package is missing.
     """
     config, run, out = config or EvaluationConfig(), run or EvaluationRun(), Path(out)
-    check_integer("page_limit", page_limit, least=1)
-    if limit is not None:
-        check_integer("limit", limit, least=1)
+    for number_name, number in (("page_limit", page_limit), ("limit", limit)):
+        if number is not None:
+            check_integer(number_name, number, least=1)
     if unknown := [kit for kit in exports if kit not in EXPORTS]:
         raise ValueError(f"exports must be among {', '.join(EXPORTS)}, got {unknown[0]!r}")
     model_files, data_files = _file_names("models", models), _file_names("data", data)
@@ -81,10 +81,8 @@ def evaluate(
     sources = {
         name: find_model(os.fspath(model)) for name, model in models.items() if isinstance(model, (str, os.PathLike))
     }
-    questions = [
-        open_questions(name, path, limit=limit, image_root=image_root, root_map=root_map, system=system)
-        for name, path in data.items()
-    ]
+    place: dict[str, Any] = {"image_root": image_root, "root_map": root_map, "system": system}
+    questions = [open_questions(name, path, limit=limit, **place) for name, path in data.items()]
     cells = [
         Cell(model, file, evaluation, out / "journals" / model_files[model] / f"{stem}-{evaluation.prompt}")
         for model in models
@@ -103,8 +101,8 @@ def evaluate(
         del engine
         _free_memory()
     with FileLock(out / "outputs.lock", str(out), wait=True), contextlib.suppress(IncompleteRunError):
-        names = {"model_files": model_files, "data_files": data_files}
-        write_predictions(cells, out, exports=exports, world_size=run.world_size, **names)
+        file_names = {"model_files": model_files, "data_files": data_files}
+        write_predictions(cells, out, exports=exports, world_size=run.world_size, **file_names)
         results = compute_results(cells, config, limit, engines)
         for warning in write_reports(cells, results, out, model_files=model_files, limit=page_limit, seed=config.seed):
             if run.stream is not None:

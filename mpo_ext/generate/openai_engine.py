@@ -240,6 +240,7 @@ class OpenAIEngine:
             fields |= {"tools": list(request.tools), "tool_choice": "none"}
         if chat is None:
             return fields
+        chat.prompt(request)  # raises if the template does not write a turn
         if chat.chat_template_kwargs:
             fields["chat_template_kwargs"] = chat.chat_template_kwargs
         if self._chat_options.get("chat_template") and not self.features.returns_ids:

@@ -168,11 +168,11 @@ def check_run(
         raise ValueError(
             f"items must have a true answer (answer_gt), got none among the first {len(first)} of {source}"
         )
-    place = Path(os.path.abspath(out))
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise NotADirectoryError(f"out must be a folder, got {out}: {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
+    folder = Path(os.path.abspath(out))
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"out must be a folder, got {out}: {folder} is a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"out must be a writable folder, got {out}")
     check_world_size(Path(out), world_size)
