@@ -324,6 +324,9 @@ class ChatEncoder:
         ids = self._encode(whole)
         is_target, end = [False] * len(ids), len(ids)
         for number, role in enumerate(roles):
+            if role == "tool":
+                check_turns(parts[number : number + 1], whole[len(prompt.text) :])
+                continue
             if role != "assistant":
                 check_written(texts[number], prompt.text, whole)
                 continue

@@ -59,24 +59,32 @@ def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
     Templates may leave out the thoughts of earlier turns, up to ``</think>``.
     """
     written = squash(text)
+
+    def is_written(part: str) -> bool:
+        # Some templates write the results and arguments of tools as JSON.
+        return any(squash(form) in written for form in (part, json.dumps(part)[1:-1], _json_text(part)))
+
     for message in messages:
-        content = message["content"]
+        content, role = message["content"], message["role"]
         parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
         for part in parts:
-            if squash(part.rpartition("</think>")[2] if message["role"] == "assistant" else part) not in written:
+            expected = part.rpartition("</think>")[2] if role == "assistant" else part
+            if not (is_written(expected) if role == "tool" else squash(expected) in written):
                 raise ChatError(
-                    f"the chat template must write the text of each turn, got none of the {message['role']}'s "
-                    f"{part[:80]!r}: leave the turn out, or pass another chat_template"
+                    f"the chat template must write the text of each turn, got none of the {role}'s {part[:80]!r}: "
+                    "leave the turn out, or pass another chat_template"
                 )
         for call in message.get("tool_calls", ()):
             for part in (call["function"]["name"], *_leaves(call["function"]["arguments"])):
-                # Templates write arguments as JSON, or as plain text.
-                forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
-                if not any(squash(form) in written for form in forms):
+                if not is_written(part):
                     raise ChatError(
                         f"the chat template must write the tool calls of each turn, got none of {part[:80]!r}: pass a "
                         "chat_template that does"
                     )
+
+
+def _json_text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def check_tools(tools: Tools, text: str) -> None:

@@ -111,7 +111,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
             print(f"\n{without_image_table(results)}", end="")
         print(f"written to {args.out}", file=sys.stderr)
         if not any(result["questions"] for result in results["results"]):
+            details = results.get("refused_examples", {})
             reasons = sorted({reason for result in results["results"] for reason in result["refused"]})
+            reasons = [f"{reason} ({details[reason]})" if reason in details else reason for reason in reasons]
             print(f"mpo-ext evaluate: no question was asked: {', '.join(reasons)}", file=sys.stderr)
             return 1
     return 0

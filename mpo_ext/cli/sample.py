@@ -1,6 +1,7 @@
 """The ``mpo-ext sample`` command, which imports its dependencies when it runs."""
 
 import argparse
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     _add_common(correctness, samples=32, max_new_tokens=4096)
     _add_answers(correctness)
-    correctness.add_argument("--template", help="prompt template of the questions (default: the question alone)")
+    _add_template(correctness)
     correctness.add_argument(
         "--pairs-per-question", type=int, default=15, help="maximum pairs per question; 0 takes all (default: 15)"
     )
@@ -78,7 +79,7 @@ def _add_rlaif_v(pipelines: "argparse._SubParsersAction[argparse.ArgumentParser]
         "OUT/pairs.jsonl.",
     )
     _add_common(parser, samples=10, max_new_tokens=2048)
-    parser.add_argument("--template", help="prompt template of the questions (default: the question alone)")
+    _add_template(parser)
     parser.add_argument(
         "--claims", choices=("model", "sentences"), default="model",
         help="what splits a response: the model, or the ends of its sentences (default: model)",
@@ -86,6 +87,11 @@ def _add_rlaif_v(pipelines: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--questions", choices=("model", "statement"), default="model",
         help="how a claim becomes a question: rewritten by the model, or quoted as a statement (default: model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-list-tokens", type=int, default=512,
+        help="maximum number of tokens in the list of claims, and in the list of questions, of a response "
+        "(default: 512)",
     )  # fmt: skip
     parser.add_argument(
         "--min-gap", type=int, default=1, help="minimum difference of the numbers of rejected claims (default: 1)"
@@ -102,7 +108,7 @@ def _add_judge(pipelines: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "responses whose comparison depends on the order give no pair. Writes OUT/pairs.jsonl.",
     )
     _add_common(parser, samples=4, max_new_tokens=2048)
-    parser.add_argument("--template", help="prompt template of the questions (default: the question alone)")
+    _add_template(parser)
     parser.add_argument(
         "--mode", choices=("pairwise", "pointwise"), default="pairwise",
         help="compare two responses, or rate each response (default: pairwise)",
@@ -113,6 +119,13 @@ def _add_judge(pipelines: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     _add_judged(parser)
     parser.set_defaults(run=run_sample, build=_judge)
+
+
+def _add_template(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--template", type=lambda name: None if name == "none" else name,
+        help="prompt template of the questions, or none: the question with its options (default: none)",
+    )  # fmt: skip
 
 
 def _add_judged(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +166,10 @@ def _add_common(parser: argparse.ArgumentParser, *, samples: int, max_new_tokens
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
     parser.add_argument("--top-k", type=int, default=50, help="0 draws from all tokens (default: 50)")
     parser.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"(default: {max_new_tokens})")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens,
+        help=f"maximum number of tokens of a response (default: {max_new_tokens})",
+    )  # fmt: skip
     parser.add_argument("--allow-truncated", action="store_true", help="use responses that --max-new-tokens cut off")
     _add_ray(parser)
     shared.add_image_limit(parser)
@@ -214,6 +230,12 @@ def run_sample(args: argparse.Namespace) -> int:
         summary = run(pipeline, _load_engines(args), args.source, args.out, **settings, **place)
     waiting = f"process {rank} of {world_size} is done, others are not"
     print(waiting if summary is None else summary, file=sys.stderr)
+    if summary is not None and not any(summary.lines.values()):
+        reasons = ", ".join(
+            f"{count} with {summary.describe(reason)}" for reason, count in summary.skipped.most_common()
+        )
+        print(f"mpo-ext sample: no pair was made from {summary.items} items: {reasons}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -291,7 +313,8 @@ def _rlaif_v(args: argparse.Namespace) -> Any:
 
     names = ("template", "claims", "questions", "min_gap", "pairs_per_question", "max_shorter")
     settings = {name: getattr(args, name) for name in names}
-    return RlaifV(RlaifVConfig(**settings, judge=args.judge_model, **_shared(args)))
+    rewriting = dataclasses.replace(RlaifVConfig().rewriting, max_new_tokens=args.max_list_tokens)
+    return RlaifV(RlaifVConfig(**settings, rewriting=rewriting, judge=args.judge_model, **_shared(args)))
 
 
 def _judge(args: argparse.Namespace) -> Any:

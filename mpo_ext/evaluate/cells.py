@@ -11,6 +11,7 @@ from mpo_ext.checks import check_integer
 from mpo_ext.evaluate.scoring import Evaluation, QuestionScore, ScoredResponse
 from mpo_ext.generate.engine import Engine
 from mpo_ext.generate.items import Item, ItemSource, open_items
+from mpo_ext.generate.outputs import problem_detail
 from mpo_ext.generate.progress import SamplingProgress
 from mpo_ext.generate.sampler import open_journal, read_samples, sample_items
 
@@ -65,6 +66,7 @@ class Cell:
         evaluation: The evaluation under the prompt of the cell.
         folder: Folder of the journals.
         scores: Scores of the questions in the order of the file; empty until the journals are read.
+        details: What the first record with a problem says about it, by problem.
         offsets: Byte offset of each question in the file of predictions; empty until the journals are read.
     """
 
@@ -74,6 +76,7 @@ class Cell:
     folder: Path
     scores: list[QuestionScore] = dataclasses.field(default_factory=list)
     offsets: list[int] = dataclasses.field(default_factory=list)
+    details: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -106,6 +109,9 @@ class Cell:
         Yields each item, the reason why it was not asked (or None), and its scored responses.
         """
         for item, records in read_samples(self.evaluation, self.data.source, self.folder, world_size=world_size):
+            for record in records:
+                if "problem" in record and (detail := problem_detail(record)):
+                    self.details.setdefault(record["problem"], detail)
             yield item, *self.evaluation.score(item, records)
 
 

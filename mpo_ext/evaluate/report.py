@@ -93,6 +93,7 @@ def markdown_report(results: Mapping[str, Any]) -> str:
     if skipped:
         lines = [[data, reason, f"{count:,}"] for (data, reason), count in skipped.items()]
         texts += ["Questions that were not asked:\n", _markdown(["", "reason", "questions"], lines)]
+        texts += [f"{reason}, for example: {text}\n" for reason, text in results.get("refused_examples", {}).items()]
     comparisons = [comparison for comparison in results["comparisons"] if _is_shown(comparison, models[0])]
     if comparisons:
         header = ["", "first", "second", "difference", "only second right", "only first right", "p"]

@@ -49,7 +49,7 @@ def compute_results(
         "settings": {
             "models": {name: dict(settings) for name, settings in engines.items()},
             "data": {
-                file.name: {"path": file.path, "blake2b": file.source.digest, "questions": file.source.count}
+                file.name: {"path": file.path, **file.source.settings(), "questions": file.source.count}
                 for file in (cell.data for cell in cells)
             },
             "prompts": {
@@ -70,6 +70,9 @@ def compute_results(
         ],
         "comparisons": list(_comparisons(scores, models, names, config)),
     }
+    details = {reason: detail for cell in reversed(cells) for reason, detail in cell.details.items()}
+    if details:
+        results["refused_examples"] = details
     if config.without_image:
         results["without_image"] = [
             {

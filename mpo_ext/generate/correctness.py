@@ -140,8 +140,8 @@ class Correctness:
 
     def make_pairs(self, item: Item, records: Sequence[Mapping[str, Any]], model: str) -> ItemResult:
         result = ItemResult(tokens=sum(record.get("tokens", 0) for record in records))
-        if problem := next((record["problem"] for record in records if "problem" in record), None):
-            return result.skip(problem)
+        if result.skip_problem(records):
+            return result
         samples = [self._scored(item, record) for record in records]
         samples = [sample for sample in samples if self._is_usable(sample, result)]
         right = [sample for sample in samples if sample.correct is True]

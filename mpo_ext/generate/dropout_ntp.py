@@ -17,7 +17,7 @@ from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig,
 from mpo_ext.generate.feeding import Steps, run_steps
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
-from mpo_ext.generate.questions import AnswerScorer, prompt_fields, refusal_fields
+from mpo_ext.generate.questions import AnswerScorer, image_fields, prompt_fields, refusal_fields
 from mpo_ext.generate.repetition import is_degenerate
 from mpo_ext.images import ImageError
 
@@ -83,7 +83,7 @@ class _Row:
     Attributes:
         item: The item.
         problem: Reason why the item cannot be used, or None.
-        refusal: The engine's reason for refusing the prompt, or None.
+        details: Fields of the records that say more about the problem.
         images: Opened images; empty if the model does not see them.
         chosen: The chosen response, from the item or sampled; None before it is sampled.
         sampled_tokens: Number of tokens in a sampled chosen response; None for a response from the item.
@@ -92,7 +92,7 @@ class _Row:
 
     item: Item
     problem: str | None = None
-    refusal: str | None = None
+    details: dict[str, str] = dataclasses.field(default_factory=dict)
     images: tuple[Any, ...] = ()
     chosen: str | None = None
     sampled_tokens: int | None = None
@@ -163,8 +163,9 @@ class DropoutNTP:
             conversation = self._conversation(row)
             try:
                 row.prefix = self.cut(row.chosen, conversation, engine)
-            except ChatError:
+            except ChatError as error:
                 row.problem = "chosen response does not fit the chat template"
+                row.details = {"detail": str(error)}
                 continue
             if not row.prefix.token_ids and self.config.keep > 0:
                 row.problem = "chosen response too short to cut"
@@ -197,8 +198,8 @@ class DropoutNTP:
         if sampled := records[0].get("chosen_tokens", 0):
             result.stage_tokens.update(chosen=sampled, continuations=result.tokens)
             result.tokens += sampled
-        if problem := next((record["problem"] for record in records if "problem" in record), None):
-            return result.skip(problem)
+        if result.skip_problem(records):
+            return result
         is_wrong = _is_wrong(item)
         if is_wrong and not self.config.allow_wrong_chosen:  # older journals hold samples of such items
             return result.skip(WRONG_CHOSEN)
@@ -247,8 +248,9 @@ class DropoutNTP:
         elif self.config.with_image or item.chosen is None:
             try:
                 row.images = item.load_images()
-            except (OSError, ImageError):
-                row.problem = "image cannot be read"
+            except (OSError, ImageError) as error:
+                row.details = image_fields(error)
+                row.problem = row.details["problem"]
         return row
 
     def _conversation(self, row: _Row) -> Conversation:
@@ -274,7 +276,8 @@ class DropoutNTP:
         generations = yield requests
         for row, generation in zip(rows, generations, strict=True):
             if generation.refusal is not None:
-                row.problem, row.refusal = refusal_fields(generation.refusal).values()
+                row.details = refusal_fields(generation.refusal)
+                row.problem = row.details["problem"]
             elif generation.finish_reason == "length":
                 row.problem = "sampled chosen response cut off at max_new_tokens"
             elif is_degenerate(generation.text):
@@ -291,7 +294,7 @@ class DropoutNTP:
         if row.sampled_tokens is not None:
             record |= {"chosen": row.chosen, "chosen_tokens": row.sampled_tokens}
         if generation is None:
-            return {**record, "problem": row.problem, **({"refusal": row.refusal} if row.refusal else {})}
+            return {**record, **row.details, "problem": row.problem}
         if generation.refusal is not None:
             return {**record, **refusal_fields(generation.refusal)}
         text = engine.decode_response(self._conversation(row), [*row.prefix.token_ids, *generation.token_ids])

@@ -18,7 +18,7 @@ from mpo_ext.generate.feeding import Steps, run_steps
 from mpo_ext.generate.items import Item
 from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.prompts import get_template
-from mpo_ext.generate.questions import QuestionSampler
+from mpo_ext.generate.questions import IMAGE_PROBLEM, QuestionSampler
 from mpo_ext.generate.responses import (
     RatedResponse,
     choice_hash,
@@ -160,7 +160,7 @@ class Judge:
                 images = item.load_images()
             except (OSError, ImageError):  # the images were readable when the responses were sampled
                 for record in usable.values():
-                    record["failure"] = "image cannot be read"
+                    record["failure"] = IMAGE_PROBLEM
                 continue
             verdicts += self._verdicts(item, list(usable.values()), images)
         yield from self._judge(verdicts)
@@ -224,8 +224,8 @@ class Judge:
         for stage, field in (("responses", "tokens"), ("verdicts", "verdict_tokens")):
             result.stage_tokens[stage] = sum(record.get(field, 0) for record in records)
         result.tokens = result.stage_tokens.total()
-        if problem := next((record["problem"] for record in records if "problem" in record), None):
-            return result.skip(problem)
+        if result.skip_problem(records):
+            return result
         usable = []
         for record in records:
             reason = self._skip_reason(record) or record.get("failure")

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class ItemResult:
         notes: Remarks for the summary, each with the number of lines that it concerns.
         tokens: Number of generated tokens.
         stage_tokens: Number of generated tokens by stage, for pipelines that have several stages.
+        details: More about a reason, such as the path of an image, by reason.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
@@ -36,12 +37,28 @@ class ItemResult:
     notes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     tokens: int = 0
     stage_tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    details: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def skip(self, reason: str) -> "ItemResult":
         """Marks the item as skipped for this reason, and returns this result."""
         self.skipped[reason] += 1
         self.is_skipped = True
         return self
+
+    def skip_problem(self, records: Sequence[Mapping[str, Any]]) -> bool:
+        """Marks the item as skipped if one of its records has a problem, and returns whether it does."""
+        record = next((record for record in records if "problem" in record), None)
+        if record is None:
+            return False
+        if detail := problem_detail(record):
+            self.details[record["problem"]] = detail
+        self.skip(record["problem"])
+        return True
+
+
+def problem_detail(record: Mapping[str, Any]) -> str | None:
+    """Returns what a record says about its problem: the path of an image, or the reason of the engine; else None."""
+    return record.get("detail") or record.get("refusal")
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,6 +76,7 @@ class Summary:
         skipped_items: Number of items skipped as a whole.
         notes: Remarks, each with the number of pairs that it concerns.
         stage_tokens: Number of generated tokens by stage; empty for a pipeline with one stage.
+        examples: For a reason of skips, the first of its details.
     """
 
     items: int = 0
@@ -71,6 +89,7 @@ class Summary:
     skipped_items: int = 0
     notes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     stage_tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def skipped_samples(self) -> int:
@@ -91,6 +110,7 @@ class Summary:
         self.skipped_items += result.is_skipped
         self.notes.update(result.notes)
         self.stage_tokens.update(result.stage_tokens)
+        self.examples = {**result.details, **self.examples}
         for name, line in result.lines:
             self.lines[name] = self.lines.get(name, 0) + 1
             if name != "unsolved":
@@ -111,6 +131,7 @@ class Summary:
             "refused": dict(sorted(self.skipped.items())),
             "refused_items": self.skipped_items,
             "refused_samples": self.skipped_samples,
+            **({"examples": dict(sorted(self.examples.items()))} if self.examples else {}),
             "notes": dict(sorted(self.notes.items())),
             "generated_tokens": self.generated_tokens,
             **({"generated_tokens_by_stage": dict(self.stage_tokens)} if self.stage_tokens else {}),
@@ -129,8 +150,12 @@ class Summary:
         if self.skipped:
             text += f"\n  {self.skipped_items} items without a pair, {self.skipped_samples} samples skipped:"
         for reason, count in self.skipped.most_common():
-            text += f"\n  skipped {count:>7}  {reason}"
+            text += f"\n  skipped {count:>7}  {self.describe(reason)}"
         return text
+
+    def describe(self, reason: str) -> str:
+        """Returns a reason of skips with its example, if it has one."""
+        return f"{reason}, for example: {self.examples[reason]}" if reason in self.examples else reason
 
 
 class PairOutputs:

@@ -12,12 +12,19 @@ from mpo_ext.generate.items import Item
 from mpo_ext.generate.prompts import PromptTemplate, render
 from mpo_ext.images import ImageError
 
+IMAGE_PROBLEM = "image cannot be read"
 _MAX_KNOWN_VERDICTS = 1 << 16
 
 
 def refusal_fields(refusal: str) -> dict[str, str]:
     """Returns the fields of a record for a request that the engine refused."""
     return {"problem": "prompt refused by the engine", "refusal": refusal}
+
+
+def image_fields(error: Exception) -> dict[str, str]:
+    """Returns the fields of a record for an item with an image that cannot be read, from the error of loading it."""
+    hint = ": relative paths start at image_root (--image-root)" if isinstance(error, FileNotFoundError) else ""
+    return {"problem": IMAGE_PROBLEM, "detail": f"{error}{hint}"}
 
 
 def without_placeholders(question: str) -> str:
@@ -102,23 +109,23 @@ class QuestionSampler:
         A record has ``key``, ``text``, ``finish`` and ``tokens``. If the item cannot be used, its records have only
         ``key`` and ``problem``.
         """
-        problems: dict[int, str] = {}
+        problems: dict[int, dict[str, str]] = {}
         requests: list[Request] = []
         for row, item in enumerate(items):
             if item.problem or (self.needs_truths and not item.truths):
-                problems[row] = item.problem or "no true answer"
+                problems[row] = {"problem": item.problem or "no true answer"}
                 continue
             if not self.with_image and not item.images:
-                problems[row] = "no image that could be left out"
+                problems[row] = {"problem": "no image that could be left out"}
                 continue
             try:
                 images = item.load_images() if self.with_image else ()
-            except (OSError, ImageError):
-                problems[row] = "image cannot be read"
+            except (OSError, ImageError) as error:
+                problems[row] = image_fields(error)
                 continue
             problem = self._prompt_problem(item)
             if problem is not None:
-                problems[row] = problem
+                problems[row] = {"problem": problem}
                 continue
             prompt = prompt_fields(item, self.prompt(item), with_image=self.with_image)
             requests += [
@@ -135,7 +142,7 @@ class QuestionSampler:
         records: list[list[dict[str, Any]]] = []
         for row, item in enumerate(items):
             if row in problems:
-                records.append([{"key": key, "problem": problems[row]} for key in self.keys(item)])
+                records.append([{"key": key, **problems[row]} for key in self.keys(item)])
                 continue
             records.append([])
             for key, generation in zip(self.keys(item), generations, strict=False):

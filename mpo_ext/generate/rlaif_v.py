@@ -24,7 +24,7 @@ from mpo_ext.generate.feeding import Steps, run_steps
 from mpo_ext.generate.items import Item
 from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.prompts import get_template
-from mpo_ext.generate.questions import QuestionSampler
+from mpo_ext.generate.questions import IMAGE_PROBLEM, QuestionSampler
 from mpo_ext.generate.responses import RatedResponse, distinct, normalized, pairs_by_score, skip_reason
 from mpo_ext.images import ImageError
 
@@ -225,7 +225,7 @@ class RlaifV:
                 try:
                     images[id(draft.item)] = draft.item.load_images()
                 except (OSError, ImageError):  # the images were readable when the responses were sampled
-                    draft.fail("image cannot be read")
+                    draft.fail(IMAGE_PROBLEM)
             if draft.is_alive:
                 for question in draft.questions:
                     users.setdefault((id(draft.item), question), []).append(draft)
@@ -268,8 +268,8 @@ class RlaifV:
         for stage, field in _STAGES.items():
             result.stage_tokens[stage] = sum(record.get(field, 0) for record in records)
         result.tokens = result.stage_tokens.total()
-        if problem := next((record["problem"] for record in records if "problem" in record), None):
-            return result.skip(problem)
+        if result.skip_problem(records):
+            return result
         usable = []
         for record in records:
             if reason := self._skip_reason(record):

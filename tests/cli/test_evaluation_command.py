@@ -121,5 +121,6 @@ def test_an_evaluation_that_asks_nothing_fails(
     path = write_lines(tmp_path / "gone.jsonl", lines)
     assert run(monkeypatch, items.parent / "model", "--data", path, "--out", tmp_path / "o") == 1
     error = capsys.readouterr().err
-    assert "mpo-ext evaluate: no question was asked: image cannot be read\n" in error
+    assert "mpo-ext evaluate: no question was asked: image cannot be read (image must be a file that exists" in error
+    assert "gone.png: relative paths start at image_root (--image-root))\n" in error
     assert (tmp_path / "o" / "results.json").exists()

@@ -53,13 +53,16 @@ def test_correctness_takes_its_options(items: Path, tmp_path: Path, monkeypatch:
 
 def test_rlaif_v_takes_its_options(items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    options = ["--samples", "3", "--claims", "sentences", "--questions", "statement", "--min-gap", "2"]
-    options += ["--pairs-per-question", "5", "--max-shorter", "0.5", "--judge-model", "better"]
+    options = ["--samples", "9", "--claims", "sentences", "--questions", "statement", "--min-gap", "2"]
+    options += ["--pairs-per-question", "5", "--max-shorter", "0.9", "--judge-model", "better", "--template", "none"]
+    options += ["--max-list-tokens", "300", "--max-new-tokens", "20"]
     assert sample(monkeypatch, "rlaif-v", items, out, *options) == 0
     header = json.loads((out / "journal-00000-of-00001.jsonl").read_text().splitlines()[0])["settings"]
     settings = header["pipeline"]
-    assert (settings["claims"], settings["questions"], settings["samples"]) == ("sentences", "statement", 3)
-    assert (settings["min_gap"], settings["pairs_per_question"], settings["max_shorter"]) == (2, 5, 0.5)
+    assert (settings["claims"], settings["questions"], settings["samples"]) == ("sentences", "statement", 9)
+    assert (settings["min_gap"], settings["pairs_per_question"], settings["max_shorter"]) == (2, 5, 0.9)
+    tokens = (settings["sampling"]["max_new_tokens"], settings["rewriting"]["max_new_tokens"])
+    assert (settings["template"], tokens) == (None, (20, 300))
     assert (settings["judge"], header["engine"]) == ("better", {"engine": "stub", "judge": {"engine": "stub"}})
     assert json.loads((out / "summary.json").read_text())["generated_tokens_by_stage"]["claims"] == 0
 
@@ -265,3 +268,34 @@ def test_pairs_of_repeated_questions_are_counted(
     assert len(pairs) == 2 * len(set(pairs)) > 0
     text = f"\n  pairs of questions that occur more than once: {len(pairs) // 2}\n"
     assert text in capsys.readouterr().err
+
+
+def test_a_run_without_a_single_pair_fails_with_its_reasons(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"question": "Q", "image": f"{n}.png", "answer_gt": "7"} for n in range(2)]
+    items.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"question": "Q"}]))
+    out = tmp_path / "out"
+    assert sample(monkeypatch, "correctness", items, out, "--image-root", tmp_path / "images") == 1
+    error = capsys.readouterr().err
+    path = tmp_path / "images" / "0.png"
+    text = f"image must be a file that exists, got {path}: relative paths start at image_root (--image-root)"
+    assert f"no pair was made from 3 items: 2 with image cannot be read, for example: {text}" in error
+    assert "1 with no true answer" in error
+    assert json.loads((out / "summary.json").read_text())["examples"] == {"image cannot be read": text}
+
+
+def test_a_system_prompt_is_a_setting_of_the_run(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, system = tmp_path / "out", {"role": "system", "content": "Be brief."}
+    assert sample(monkeypatch, "dropout-ntp", items, out, "--system", "Be brief.") == 0
+    pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    turns = [pair["extra"]["$source"]["messages"] for pair in pairs]
+    assert [pair["question"] for pair in pairs] == [turn[1]["content"] for turn in turns]
+    assert all(turn == [system, {"role": "user", "content": turn[1]["content"]}] for turn in turns)
+    capsys.readouterr()
+    assert sample(monkeypatch, "dropout-ntp", items, out) == 1
+    assert "system" in capsys.readouterr().err
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "other", "--system", " ") == 1
+    assert "system must be a text, got ' '" in capsys.readouterr().err

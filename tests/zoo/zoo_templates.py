@@ -227,3 +227,55 @@ GRANITE = (
     "{% if loop.last and add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
     "{% endfor %}"
 )
+
+
+# ---- Templates with tools, in the forms of Qwen2.5 and Qwen3-VL, of Llama 3.1, and of Hermes
+
+
+def _tool_turns(content: str) -> str:
+    """Calls are JSON in <tool_call>, and results of consecutive tool turns stand in one turn of the user."""
+    return (
+        "{% for m in messages %}{% if m.role == 'tool' %}"
+        "{% if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+        "{{ '\\n<tool_response>\\n' }}" + content + "{{ '\\n</tool_response>' }}"
+        "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\\n' }}{% endif %}"
+        "{% elif not (m.role == 'system' and loop.first) %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        + content
+        + "{% for c in m.tool_calls or [] %}{{ '\\n' if m.content or not loop.first }}"
+        '{{ \'<tool_call>\\n{"name": "\' + c.function.name + \'", "arguments": \' }}'
+        "{{ c.function.arguments | tojson }}"
+        "{{ '}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+        + GENERATION
+        % "<|im_start|>assistant\\n"
+    )
+
+
+def qwen_tools(image: str = "") -> str:
+    """A first turn of the system, with the signatures of the tools in <tools>; ``image`` is the text of an image."""
+    system = content(image).replace("m.content", "messages[0].content")
+    return (
+        "{{ '<|im_start|>system\\n' }}{% if messages[0].role == 'system' %}" + system + "{% else %}"
+        "{{ 'You are a helpful assistant.' }}{% endif %}{% if tools %}{{ '\\n\\n# Tools\\n<tools>' }}"
+        "{% for t in tools %}{{ '\\n' }}{{ t | tojson }}{% endfor %}{{ '\\n</tools>' }}{% endif %}"
+        "{{ '<|im_end|>\\n' }}" + _tool_turns(content(image))
+    )
+
+
+QWEN25_TOOLS = qwen_tools()
+QWEN3_VL_TOOLS = qwen_tools("<|vision_start|><|image_pad|><|vision_end|>")
+LLAMA31_TOOLS = (  # the tools stand in the first turn of the user, results are JSON, and a turn has one call at most
+    "{{ bos_token }}{% set turns = messages %}{% set system = '' %}{% if messages[0].role == 'system' %}"
+    "{% set turns = messages[1:] %}{% set system = messages[0].content|trim %}{% endif %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: 26 Jul 2024\\n\\n' + system + '<|eot_id|>' }}"
+    "{% for m in turns %}{% if m.role == 'tool' %}"
+    "{{ '<|start_header_id|>ipython<|end_header_id|>\\n\\n' }}{{ {'output': m.content} | tojson }}"
+    "{% elif 'tool_calls' in m %}"
+    "{% if m.tool_calls|length != 1 %}{{ raise_exception('single tool-calls only') }}{% endif %}"
+    '{{ \'<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "\' + m.tool_calls[0].function.name }}'
+    "{{ '\", \"parameters\": ' }}{{ m.tool_calls[0].function.arguments | tojson }}{{ '}' }}"
+    "{% else %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' }}"
+    "{% if loop.first and tools %}{% for t in tools %}{{ t | tojson(indent=4) }}{{ '\\n\\n' }}{% endfor %}{% endif %}"
+    "{{ m.content|trim }}{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
+    + GENERATION
+    % "<|start_header_id|>assistant<|end_header_id|>\\n\\n"
+)
