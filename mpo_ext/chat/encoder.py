@@ -20,7 +20,14 @@ from mpo_ext.chat.template import (
     freeze_date,
     special_ids,
 )
-from mpo_ext.chat.turn_checks import check_tools, check_turns, check_written, renderings, response_turns
+from mpo_ext.chat.turn_checks import (
+    check_response_turn,
+    check_tools,
+    check_turns,
+    check_written,
+    renderings,
+    response_turns,
+)
 
 _CONTEXT = 16  # number of prompt tokens that are decoded with a response, so that the response keeps its spaces
 _ANCHORS = ("", "\n", "a", ":")
@@ -316,19 +323,15 @@ class ChatEncoder:
             raise ChatError(f"a response of {len(turns)} turns must have a chat template that ends turns, got none")
         parts = response_turns(turns, self.tokenizer, self.end_id)
         roles = [turn["role"] for turn in parts]
-        texts = ["".join(part["text"] for part in turn["content"]) for turn in parts]
         if not self.is_multimodal:
-            parts = [{**turn, "content": text} for turn, text in zip(parts, texts, strict=True)]
+            parts = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in parts]
         messages = [*prompt.messages, *parts]
         whole = self._renderer.render(messages, generation_prompt=False, tools=prompt.tools)
         ids = self._encode(whole)
         is_target, end = [False] * len(ids), len(ids)
         for number, role in enumerate(roles):
-            if role == "tool":
-                check_turns(parts[number : number + 1], whole[len(prompt.text) :])
-                continue
             if role != "assistant":
-                check_written(texts[number], prompt.text, whole)
+                check_response_turn(parts[number], prompt.text, whole)
                 continue
             text = self._prompt_text(messages[: len(prompt.messages) + number], prompt.tools)
             start = self._encode(text)
@@ -337,8 +340,7 @@ class ChatEncoder:
                     f"the chat template must keep earlier turns as they are, got {text[-80:]!r} before turn "
                     f"{number + 1} of the response and other text in the whole conversation"
                 )
-            check_written(texts[number], text, whole)
-            check_turns(parts[number : number + 1], whole[len(text) :])
+            check_response_turn(parts[number], text, whole)
             if self.end_id not in ids[len(start) :]:
                 raise ChatError(f"the chat template must end turn {number + 1} of the response, got no end of turn")
             end = ids.index(self.end_id, len(start)) + 1

@@ -83,6 +83,15 @@ def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
                     )
 
 
+def check_response_turn(turn: Mapping[str, Any], before: str, whole: str) -> None:
+    """Raises ``ChatError`` if ``whole``, the conversation's text, lacks a turn of a response after the text ``before``."""
+    content = turn["content"]
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    if turn["role"] != "tool":
+        check_written(text, before, whole)
+    check_turns([{**turn, "content": text if turn["role"] == "tool" else ""}], whole[len(before) :])
+
+
 def _json_text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
