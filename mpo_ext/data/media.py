@@ -52,6 +52,15 @@ def is_empty(value: object) -> bool:
     return not value
 
 
+def is_unset(value: object) -> bool:
+    """Returns whether a value is null or an empty text, or a list or object of such values; false and 0 are set."""
+    if isinstance(value, Mapping):
+        return all(map(is_unset, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(is_unset, value))
+    return value is None or value == ""
+
+
 def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
     """Checks that a pair has all images of its row, and that its texts have no marks of missing images or other media.
 

@@ -14,7 +14,7 @@ from typing import Any
 from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import shorten, type_and_value
 from mpo_ext.data.marks import NO_IMAGE
-from mpo_ext.data.media import TOOLS, VIDEO, is_empty
+from mpo_ext.data.media import TOOLS, VIDEO, is_empty, is_unset
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TOOLS, PROMPT_TURNS, REJECTED_TURNS, SOURCE, Pair
 from mpo_ext.data.tools import call_in_content, refuse_tools, tool_calls
@@ -254,7 +254,8 @@ def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
     The format of the row does not read these fields, but in other formats or programs they change the prompt.
     """
     for name in names:
-        if not is_empty(row.get(name)):
+        # {"enable_thinking": false} changes the prompt
+        if not (is_unset if name == "chat_template_kwargs" else is_empty)(row.get(name)):
             raise FieldError(
                 f"{name} must be empty, because this format would leave it out, got {type_and_value(row[name])}: "
                 "name it in ignore (--ignore) if it does not matter"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mpo_ext.chat import IMAGE_PLACEHOLDER
-from mpo_ext.data.media import is_empty
+from mpo_ext.data.media import is_empty, is_unset
 from mpo_ext.data.messages import (
     Images,
     Turn,
@@ -49,7 +49,7 @@ def take_conversation(rest: dict[str, Any]) -> dict[str, Any]:
     Raises:
         FormError: If the item has several fields of messages, or fields that would change the prompt.
     """
-    if not is_empty(rest.get("chat_template_kwargs")):
+    if not is_unset(rest.get("chat_template_kwargs")):
         raise FormError("chat_template_kwargs must be given for the whole run (--chat-template-kwargs)")
     found = {name: value for name in _FIELDS if not is_empty(value := rest.pop(name, None))}
     extra = rest.get("extra")

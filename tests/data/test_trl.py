@@ -218,7 +218,7 @@ def test_prompts_and_responses_of_several_turns(row: dict[str, Any], pair: Pair,
         ),
         ({"prompt": [user("q")], **ANSWERS, "system": "s"}, "bad field", "system must be empty"),
         (
-            {"prompt": [user("q")], **ANSWERS, "chat_template_kwargs": {"x": 1}},
+            {"prompt": [user("q")], **ANSWERS, "chat_template_kwargs": {"enable_thinking": False}},
             "bad field",
             "chat_template_kwargs must be",
         ),
