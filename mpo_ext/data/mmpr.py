@@ -26,6 +26,7 @@ from mpo_ext.data.messages import refuse_meaning
 from mpo_ext.data.paths import RootMap, absolute_path, below, map_root, real_path
 from mpo_ext.data.reader import MAX_LINE_BYTES, FieldError, Location, PairSequence
 from mpo_ext.data.records import SOURCE, Pair
+from mpo_ext.data.tools import refuse_tools
 from mpo_ext.files import atomic_write, write_json
 from mpo_ext.images import describe_source, is_url, local_path
 
@@ -211,7 +212,8 @@ class _LineParser:
                 f"images of an MMPR line must be named by 'image', got 'images' {shorten(values['images'])}: "
                 "a file of such lines is read with the format 'pairs' (--from pairs, in a recipe format: pairs)"
             )
-        refuse_meaning(values, "system", "history")
+        refuse_meaning(values, "system", "history", "messages", "chat_template_kwargs")
+        refuse_tools(values)
         relative, source["image"] = _images(values)
         images = tuple(resolve_image(image, self.root) for image in relative)
         if [below(image, self.root) for image in images] != relative:
