@@ -365,9 +365,15 @@ class ChatEncoder:
 
 def with_date(chat: ChatEncoder, date: datetime.date) -> ChatEncoder:
     """Returns a new encoder that equals ``chat`` except for the date."""
+    return with_template(chat, chat.chat_template, date=date)
+
+
+def with_template(chat: ChatEncoder, chat_template: str | None, *, date: datetime.date | None = None) -> ChatEncoder:
+    """Returns a new encoder that equals ``chat`` except for the template and, if it is given, the date."""
+    date = date or chat.date
     return ChatEncoder(
         chat.processor,
-        chat_template=chat.chat_template,
+        chat_template=chat_template,
         chat_template_kwargs=chat.chat_template_kwargs,
         date=date,
         stop_ids=chat.stop_ids,

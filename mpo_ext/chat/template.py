@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +29,27 @@ def find_chat_template(processor: Any, chat_template: str | None = None) -> str 
     tokenizer = getattr(processor, "tokenizer", processor)
     template = chat_template or getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     return template.get("default") if isinstance(template, Mapping) else template
+
+
+def bake_variables(template: str, variables: Mapping[str, Any]) -> str:
+    """Returns a template in which JSON values are the defaults of variables, such as ``enable_thinking``.
+
+    A program that passes a variable to the template still decides about it.
+    """
+    heads = (
+        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
+        for name, value in variables.items()
+    )
+    return "".join(heads) + template
+
+
+def _literal(value: Any) -> str:
+    """Returns a JSON value as an expression of Jinja."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(name))}: {_literal(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def freeze_date(template: str, date: datetime.date) -> str:

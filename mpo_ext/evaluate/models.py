@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mpo_ext.chat import find_chat_template
+from mpo_ext.chat.encoder import with_template
 from mpo_ext.checks import check_model_path, install_hint
 from mpo_ext.generate.engine import Engine
 from mpo_ext.generate.transformers_engine import TransformersEngine
@@ -74,7 +76,8 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
 
     Args:
         source: Location of the model.
-        make: Function that creates an engine from the path of a whole model.
+        make: Function that creates an engine from the path of a whole model. Unless it sets another chat template,
+            the engine gets the template in the folder of the adapters.
 
     Raises:
         ImportError: If the model has adapters and peft is missing.
@@ -95,6 +98,10 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
         adapted: Any = PeftModel.from_pretrained(engine.model, source.adapter)
         engine.model = adapted.merge_and_unload(safe_merge=True).eval()
         engine.name = source.adapter
+        path = Path(source.adapter) / "chat_template.jinja"
+        own = find_chat_template(engine.processor)
+        if path.is_file() and engine.chat.chat_template == own and (template := path.read_text("utf-8")) != own:
+            engine.chat = with_template(engine.chat, template)  # the template of the training run
     return engine
 
 

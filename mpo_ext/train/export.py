@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
+from mpo_ext.chat.template import bake_variables, find_chat_template
 from mpo_ext.files import sync_tree
 from mpo_ext.train.checkpoint_files import (
     CheckpointError,
@@ -25,7 +26,22 @@ from mpo_ext.train.checkpoint_state import unwrapped
 from mpo_ext.train.model import reshard
 from mpo_ext.train.quantization import load_dequantized, quantized_layers
 from mpo_ext.train.ranks import gather
+from mpo_ext.train.recipe import ModelRecipe
 from mpo_ext.train.zero import full_state_dict, is_deepspeed, is_partitioned, without_partitioning
+
+
+def with_chat_settings(processor: Any, settings: ModelRecipe) -> Any:
+    """Returns a processor whose chat template is that of the training run, with the run's variables as defaults.
+
+    Without such settings in the recipe, the processor itself is returned. With them, every program that loads the
+    exported model makes the prompts of training.
+    """
+    template = find_chat_template(processor, settings.chat_template)
+    if template is None or not (settings.chat_template or settings.chat_template_kwargs):
+        return processor
+    processor = copy.copy(processor)
+    processor.chat_template = bake_variables(template, settings.chat_template_kwargs)
+    return processor
 
 
 def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Path, *, merged: bool = False) -> None:

@@ -13,7 +13,7 @@ from mpo_ext.files import FileLock, LockedError, atomic_write, check_outputs
 from mpo_ext.train import model_card
 from mpo_ext.train.checkpoint import Checkpoints
 from mpo_ext.train.dataset import RunData
-from mpo_ext.train.export import export_model, is_exported_since
+from mpo_ext.train.export import export_model, is_exported_since, with_chat_settings
 from mpo_ext.train.hub import HubUpload
 from mpo_ext.train.inputs import InputChanges, collect_inputs, compare_inputs, stored_date
 from mpo_ext.train.metrics import Log
@@ -242,6 +242,7 @@ class RunOutput:
         """Exports the final model, writes its model card and reports the skipped pairs."""
         if not self.save:
             return
+        processor = with_chat_settings(processor, self.recipe.model)
         export_model(self.accelerator, model, processor, self.final, merged=self.recipe.output.save_merged)
         counts = self.state.pair_counts_of_all_ranks()
         for text in counts.lines():

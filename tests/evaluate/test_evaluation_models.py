@@ -1,5 +1,6 @@
 """Tests of model names and folders, with tiny models that are really loaded."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from scripted_engine import write_lines
 from stub_engine import StubEngine
 
 from mpo_ext.__main__ import main
+from mpo_ext.chat import Conversation
 from mpo_ext.evaluate.models import ModelSource, find_model, load_engine
 from mpo_ext.evaluate.run import evaluate
 from mpo_ext.evaluate.scoring import EvaluationConfig
@@ -148,6 +150,16 @@ def test_adapters_are_merged_into_their_base_model(digits_folder: Path, tmp_path
     assert responses(out, "adapter") == responses(out, "whole") != responses(out, "base")
     assert len({settings["weights"] for settings in results["settings"]["models"].values()}) > 1
     assert results["settings"]["models"]["adapter"]["model"] == str(tmp_path / "adapter")
+    engine = load_engine(find_model(str(tmp_path / "adapter")), make)
+    template = "{{ 'Note. ' }}" + engine.chat.chat_template
+    (tmp_path / "adapter" / "chat_template.jinja").write_text(template)  # as a run with another template writes it
+    for chosen, begins in ((None, True), ("{{ '' }}" + engine.chat.chat_template, False)):
+        own = functools.partial(
+            TransformersEngine.from_pretrained, trust_remote_code=True, chat_options={"chat_template": chosen}
+        )
+        loaded = load_engine(find_model(str(tmp_path / "adapter")), own)
+        text = loaded.chat.prompt_text(Conversation(question="Q"))
+        assert text.startswith("Note. ") == begins
     with pytest.raises(
         ValueError, match=r"must be a whole model for the engine StubEngine, got the adapters '.*adapter'"
     ):

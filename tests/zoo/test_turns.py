@@ -262,3 +262,31 @@ def test_vllm_gets_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.generate([Request(messages=tuple(turns), tools=(TOOL,), sampling=SAMPLING)])
     expected = template_ids(processor, own_messages(processor, CALLED), generation_prompt=True, tools=[TOOL])
     assert fake.prompts[-1]["prompt_token_ids"] == expected
+
+
+# ---- The exported model
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen3-VL"])
+def test_an_exported_processor_makes_the_prompts_of_training(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    from mpo_ext.train.export import with_chat_settings
+    from mpo_ext.train.recipe import ModelRecipe
+
+    _, processor, _ = load(name)
+    template = f"{{{{ note }}}}{{% for e in extra %}}{{{{ e.x }}}}{{% endfor %}}{processor.chat_template}"
+    variables = {"enable_thinking": False, "note": 'a"b\n', "extra": [{"x": None}, {"x": 2.5}]}
+    settings = ModelRecipe(path="m", chat_template=template, chat_template_kwargs=variables)
+    original = processor.chat_template
+    with_chat_settings(processor, settings).save_pretrained(tmp_path)
+    assert processor.chat_template == original
+    assert with_chat_settings(processor, ModelRecipe(path="m")) is processor
+    load_class = transformers.AutoTokenizer if name == "Qwen3" else type(processor)
+    exported = load_class.from_pretrained(tmp_path)
+    trained = ChatEncoder(processor, chat_template=template, chat_template_kwargs=variables)
+    conversation = Conversation(messages=tuple(TURNS))
+    assert ChatEncoder(exported).prompt_ids(conversation) == trained.prompt_ids(conversation)
+    assert trained.prompt_text(conversation).startswith('a"b\nNone2.5')
+    other = ChatEncoder(exported, chat_template_kwargs={"note": "c"})
+    assert other.prompt_text(conversation).startswith("cNone2.5")
