@@ -23,7 +23,7 @@ from mpo_ext.generate.transformers_engine import TransformersEngine
 SCRIPT = Path(run_engine.__file__)
 #: Largest gap between two logits that float32 rounding may close; the logits of the models are of the order of 10.
 TIE = 2e-5
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(5400)
 
 
 def run_script(engine: str, model: Path, items: Path, out: Path, **options: Any) -> None:
@@ -189,22 +189,22 @@ def test_a_killed_command_leaves_no_process_and_resumes(
     words = [out if word == "OUT" else word for word in command]
     process = processes.start(*words)
     path = out / "journal-00000-of-00001.jsonl"
-    deadline_s = time.monotonic() + 400
+    deadline_s = time.monotonic() + processes.LIMIT_S
     while not path.exists() or len(path.read_bytes().splitlines()) < 100:
         assert process.poll() is None
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
     pids = processes.descendants(process.pid)
     process.send_signal(number)
-    process.wait(60)
+    process.wait(120)
     records = len(path.read_bytes().splitlines()) - 1
     begun_s = time.monotonic()
-    while any(map(processes.is_alive, pids)) and time.monotonic() < begun_s + 30:
+    while any(map(processes.is_alive, pids)) and time.monotonic() < begun_s + 60:
         time.sleep(0.05)
     gone_s = time.monotonic() - begun_s
     print(f"{number.name} after {records} records: {len(pids)} processes had ended after {gone_s:.1f} s")
     assert len(pids) >= 2  # the watcher and vLLM's engine
-    assert gone_s < 10
+    assert gone_s < 30
     assert records < 480
     processes.finish(processes.start(*words))
     for name in ("pairs.jsonl", "format_pairs.jsonl", "unsolved.jsonl"):
