@@ -74,7 +74,8 @@ class Server:
         if "messages" in body:
             is_open = self.continues and body.get("continue_final_message", False)
             text = self.tokenizer.apply_chat_template(
-                [{**turn, "content": flat(turn["content"], self.image)} for turn in body["messages"]],
+                [{**parsed(turn), "content": flat(turn["content"], self.image)} for turn in body["messages"]],
+                tools=body.get("tools"),
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=not is_open,
@@ -101,6 +102,15 @@ class Server:
         if self.returns_ids and body.get("return_token_ids"):
             choice |= {"token_ids": ids, "prompt_token_ids": prompt}
         return {"choices": [choice], "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}}
+
+
+def parsed(turn: dict[str, Any]) -> dict[str, Any]:
+    """Returns a message with the arguments of its calls as objects, as vLLM's server passes them to the template."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
+        for call in turn.get("tool_calls", ())
+    ]
+    return {**turn, **({"tool_calls": calls} if calls else {})}
 
 
 def flat(content: Any, image: str) -> str:

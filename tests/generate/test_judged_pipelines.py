@@ -223,7 +223,7 @@ def test_a_killed_judged_run_ends_with_the_same_bytes(name: str, tmp_path: Path)
     items = write_items(tmp_path / "items.jsonl", 20)
     run(JUDGED[name](), items, tmp_path / "whole")
     rng, kills = random.Random(name), 0
-    for attempt in range(40):  # a run that was not killed in time ends whole: the next attempt begins anew
+    for attempt in range(40):  # a run that was not killed in time ends whole: the next attempt begins again
         out = tmp_path / f"killed-{attempt}"
         for _ in range(2):
             kills += run_until_killed(

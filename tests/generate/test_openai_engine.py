@@ -116,6 +116,59 @@ def test_the_forms_of_requests_give_the_same_pairs(server: Server, tmp_path: Pat
     assert results[3] != results[0]  # other seeds
 
 
+TOOLS = [{"type": "function", "function": {"name": "age", "parameters": {"type": "object"}}}]
+CALL = {"id": "call-1", "type": "function", "function": {"name": "age", "arguments": {"of": "caf\u00e9"}}}
+CALLED = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "How old?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "call-1", "content": "7"},
+    {"role": "assistant", "content": "7."},
+    {"role": "user", "content": "Sure?"},
+)
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("takes_ids", [True, False])
+def test_conversations_and_tools_reach_the_server_whole(server: Server, takes_ids: bool) -> None:
+    """The engine compares the ids of the server's prompt with those of the processor."""
+    server.takes_ids, server.template = takes_ids, TOOL_TEMPLATE
+    engine = engine_of(server, chat_options={"chat_template": TOOL_TEMPLATE})
+    prefix = tuple(TOKENIZER.encode("As one sees", add_special_tokens=False))
+    asked = Request(messages=CALLED, tools=tuple(TOOLS), prefix_ids=prefix, sampling=SAMPLING)
+    unknown = Request(messages=CALLED[:4], sampling=SAMPLING, key="turns")
+    answers = engine.generate([asked, unknown])
+    assert [answer.refusal for answer in answers] == [None, None]
+    own = [*TOKENIZER.apply_chat_template(
+        list(CALLED), tools=TOOLS, chat_template=TOOL_TEMPLATE, add_generation_prompt=True, return_dict=False
+    ), *prefix]  # fmt: skip
+    if takes_ids:
+        assert server.bodies[0]["prompt"] == own
+        return
+    body = next(body for body in server.bodies if "tools" in body)
+    assert (body["tools"], body["tool_choice"]) == (TOOLS, "none")
+    sent = body["messages"][2]["tool_calls"][0]
+    assert sent == {**CALL, "function": {"name": "age", "arguments": json.dumps(CALL["function"]["arguments"])}}
+    assert body["messages"][3]["tool_call_id"] == "call-1"
+    assert [body["messages"][place]["role"] for place in (0, 1, -1)] == ["system", "user", "assistant"]
+
+
+def test_a_conversation_that_the_template_leaves_out_is_refused(server: Server) -> None:
+    server.takes_ids = False
+    engine = engine_of(server)  # its template has no tools
+    asked = Request(messages=CALLED, tools=tuple(TOOLS), sampling=SAMPLING)
+    plain = Request(messages=CALLED[:2], sampling=SAMPLING)
+    refused, answered = engine.generate([asked, plain])
+    assert "must write the tool" in (refused.refusal or "")
+    assert answered.refusal is None
+    assert len(server.bodies) == 1
+
+
 def test_images_are_urls_with_every_pixel(server: Server) -> None:
     processor = tiny_processors.qwen()
     server.tokenizer = processor.tokenizer
