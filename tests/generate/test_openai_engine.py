@@ -159,10 +159,11 @@ def test_conversations_and_tools_reach_the_server_whole(server: Server, takes_id
 
 
 def test_a_conversation_that_the_template_leaves_out_is_refused(server: Server) -> None:
-    server.takes_ids = False
+    server.takes_ids = server.takes_extensions = False
     engine = engine_of(server)  # its template has no tools
-    asked = Request(messages=CALLED, tools=tuple(TOOLS), sampling=SAMPLING)
-    plain = Request(messages=CALLED[:2], sampling=SAMPLING)
+    sampling = dataclasses.replace(SAMPLING, top_k=0)
+    asked = Request(messages=CALLED, tools=tuple(TOOLS), sampling=sampling)
+    plain = Request(messages=CALLED[:2], sampling=sampling)
     refused, answered = engine.generate([asked, plain])
     assert "must write the tool" in (refused.refusal or "")
     assert answered.refusal is None
