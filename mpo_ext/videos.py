@@ -1,7 +1,7 @@
 """Loads videos: every part of the package gets the frames of a video from ``load_video``.
 
-A video is a file, which PyAV decodes, or a list of frame images. Training, sampling, evaluation and pages therefore see
-the same frames. docs/how-to/video.md states the rules.
+A video is a file, which PyAV decodes, or a list of frame images. Training, sampling, evaluation and pages see the same
+frames. docs/how-to/video.md states the rules.
 """
 
 import bisect
@@ -186,7 +186,7 @@ def load_video(source: Any) -> LoadedVideo:
     at equal distances. Each frame is converted as ``mpo_ext.images.load_image`` converts an image.
 
     Args:
-        source: A ``Video``, a value that ``Video.from_value`` takes, or a ``LoadedVideo``, which is returned unchanged.
+        source: A ``Video``, a value that ``Video.from_value`` takes, or a ``LoadedVideo``, which is returned as it is.
 
     Raises:
         FileNotFoundError: If a file does not exist.
@@ -368,7 +368,7 @@ def _opened(path: str) -> Iterator[tuple[Any, Any]]:
         with open_regular(file_path, path, "video") as file:
             if (size := os.fstat(file.fileno()).st_size) > limit:
                 raise VideoError(f"video must have at most {limit:,} bytes ({BYTES_VARIABLE}), got {size:,} in {name}")
-            # A playlist could name other files and URLs of this machine, so neither playlists nor protocols are allowed.
+            # A playlist could name other files and URLs, so neither playlists nor protocols are allowed.
             options = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": "none"}
             with av.open(file, options=options) as container:
                 if not container.streams.video:

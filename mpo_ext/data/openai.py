@@ -8,17 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpo_ext.checks import shorten
-from mpo_ext.data.messages import (
-    Images,
-    SaveImage,
-    pair_of_turns,
-    read_response,
-    read_turns,
-    refuse_fields,
-    refuse_tools,
-)
+from mpo_ext.data.messages import pair_of_turns, read_response, read_turns, refuse_tools
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import Pair
+from mpo_ext.data.row_media import (
+    Images,
+    SaveImage,
+    refuse_fields,
+)
 
 _FIELDS = {"input", "preferred_output", "non_preferred_output"}
 
@@ -49,5 +46,6 @@ def from_openai(row: Mapping[str, Any], *, save_image: SaveImage | None = None) 
         read_response("preferred_output", row["preferred_output"]),
         read_response("non_preferred_output", row["non_preferred_output"]),
         images.paths("input.messages"),
+        videos=images.videos("input.messages"),
         extra={name: value for name, value in row.items() if name not in _FIELDS},
     )
