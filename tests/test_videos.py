@@ -138,9 +138,7 @@ def test_playlists_open_no_other_file(tmp_path: Path, text: str) -> None:
     path = write_video(tmp_path / "a.mp4", 8)
     playlist = tmp_path / "list.m3u8"
     playlist.write_text(text.format(path))
-    with pytest.raises(
-        VideoError, match=r"video must be readable, .*Invalid (argument|data)"
-    ):
+    with pytest.raises(VideoError, match=r"video must be readable, .*Invalid (argument|data)"):
         load_video(str(playlist))
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages, message_turns
 from mpo_ext.chat.decoding import possible_texts, squash
+from mpo_ext.chat.media import AnyConversation, takes_videos, with_frames
 from mpo_ext.chat.template import (
     OPEN_TAG,
     PROBE,
@@ -134,7 +135,7 @@ class ChatEncoder:
             self._say(f"{surplus} token(s) of the tokenizer have no row in the embedding: texts with them are refused")
 
     def prompt(self, conversation: Conversation) -> EncodedPrompt:
-        """Returns the prompt of a conversation; its images are not opened.
+        """Returns the prompt of a conversation; its images are not opened, and its videos only for ``expanded``.
 
         Raises:
             ChatError: If the conversation does not fit the chat template.
@@ -144,9 +145,11 @@ class ChatEncoder:
         try:
             if self.chat_template is None:
                 messages = []
-                text = _plain_prompt(conversation, getattr(self.processor, "image_token", IMAGE_PLACEHOLDER))
+                text = _plain_prompt(
+                    self.expanded(conversation), getattr(self.processor, "image_token", IMAGE_PLACEHOLDER)
+                )
             else:
-                messages = chat_messages(conversation, as_parts=self.is_multimodal)
+                messages = chat_messages(self.expanded(conversation), as_parts=self.is_multimodal)
                 text = self._prompt_text(messages)
                 _check_turns(messages, text)
         except ChatError:
@@ -154,10 +157,19 @@ class ChatEncoder:
         except ValueError as error:
             raise ChatError(str(error)) from error
         prompt = EncodedPrompt(messages, text, self._encode(text))
-        if not conversation.images:  # otherwise the processor replaces the tokens of images
+        if not (conversation.images or conversation.videos):  # the processor replaces the tokens of media
             self.check_ids(prompt.ids)
         self._last = (conversation, prompt)
         return prompt
+
+    def expanded(self, conversation: AnyConversation) -> AnyConversation:
+        """Returns the conversation whose media the processor gets.
+
+        A processor without a video processor gets the frames of videos as numbered images; see ``with_frames``.
+        """
+        if not conversation.videos or takes_videos(self.processor) or not self.is_multimodal:
+            return conversation
+        return with_frames(conversation)
 
     def prompt_text(self, conversation: Conversation) -> str:
         """Returns the text of a conversation up to the beginning of the assistant's response."""
@@ -179,12 +191,15 @@ class ChatEncoder:
         """Number of tokens that the tokenizer adds at the end of each text; they must be cut off a prompt."""
         return len(self._suffix_ids)
 
-    def processor_ids(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool) -> list[int]:
-        """Returns the token ids of ``apply_chat_template(..., tokenize=True)`` for messages that hold their images.
+    def processor_ids(
+        self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, **options: Any
+    ) -> list[int]:
+        """Returns the token ids of ``apply_chat_template(..., tokenize=True)`` for messages that hold their media.
 
-        ``generation_prompt`` says whether the text ends with the header of the assistant's response.
+        ``generation_prompt`` says whether the text ends with the header of the assistant's response. ``options`` are
+        further arguments of ``apply_chat_template``.
         """
-        return self._renderer.ids(messages, generation_prompt=generation_prompt)
+        return self._renderer.ids(messages, generation_prompt=generation_prompt, **options)
 
     def response_ids(self, conversation: Conversation, response: str) -> list[int]:
         """Returns the token ids of a response, up to and including the token that ends the turn."""
@@ -402,6 +417,8 @@ def _plain_prompt(conversation: Conversation, image: str) -> str:
     """Returns the prompt for a model without a chat template; ``image`` is the text of the model's image token."""
     if conversation.messages:
         raise ChatError(f"a conversation of {len(conversation.messages)} messages must have a chat template, got none")
+    if conversation.videos:
+        raise ChatError(f"a conversation with {len(conversation.videos)} videos must have a chat template, got none")
     missing = max(0, len(conversation.images) - conversation.question.count(IMAGE_PLACEHOLDER))
     return f"{image * missing}{conversation.question.replace(IMAGE_PLACEHOLDER, image)}\n"
 

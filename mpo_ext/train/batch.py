@@ -437,18 +437,29 @@ def _image_blocks(sample: Sample) -> tuple[tuple[int, int], ...]:
 
 
 def _image_inputs(owners: Sequence[Sample]) -> dict[str, Tensor]:
-    """Returns the image inputs by name, concatenated over all prompts that have images."""
-    with_images = [owner for owner in owners if owner.image_inputs]
-    if not with_images:
-        return {}
-    names = list(with_images[0].image_inputs)
-    for owner in with_images:
-        if set(owner.image_inputs) != set(names):
-            raise ValueError(
-                f"image_inputs must have the same names in all samples of a batch, got {sorted(names)} in "
-                f"{with_images[0].name} and {sorted(owner.image_inputs)} in {owner.name}"
-            )
-    return {name: _padded_cat(name, [owner.image_inputs[name] for owner in with_images]) for name in names}
+    """Returns the image inputs by name, concatenated over all prompts that have images, and the same for videos."""
+    joined: dict[str, Tensor] = {}
+    for is_video in (False, True):
+        parts = [
+            (owner, {name: value for name, value in owner.image_inputs.items() if _is_of_video(name) == is_video})
+            for owner in owners
+        ]
+        parts = [(owner, inputs) for owner, inputs in parts if inputs]
+        for owner, inputs in parts:
+            first, names = parts[0][0], sorted(parts[0][1])
+            if sorted(inputs) != names:
+                raise ValueError(
+                    f"image_inputs must have the same names in all samples of a batch, got {names} in {first.name} "
+                    f"and {sorted(inputs)} in {owner.name}"
+                )
+        for name in parts[0][1] if parts else ():
+            joined[name] = _padded_cat(name, [inputs[name] for _, inputs in parts])
+    return joined
+
+
+def _is_of_video(name: str) -> bool:
+    """Returns whether an input belongs to videos; the samples of a batch may have images, videos or both."""
+    return "video" in name or name == "second_per_grid_ts"
 
 
 def _padded_cat(name: str, tensors: Sequence[Tensor]) -> Tensor:

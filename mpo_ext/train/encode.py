@@ -1,20 +1,22 @@
-"""Encodes a pair as a ``Sample``: token ids of the prompt and of both responses, and image inputs."""
+"""Encodes a pair as a ``Sample``: token ids of the prompt and of both responses, and inputs of images and videos."""
 
 import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation, EncodedResponse
+from mpo_ext.chat.media import media_arguments
 from mpo_ext.checks import check_integer
 from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.images import describe_source, load_image
+from mpo_ext.videos import Video, describe_video, load_video
 
 TOO_LONG = "longer than max_length"
 NO_ROOM = "prompt leaves no room for a response"
@@ -23,7 +25,8 @@ EQUAL_CUT = "chosen and rejected are equal once cut"
 BAD_PAIR = "bad pair"
 # Attributes of tokenizers and processors, without "_token", that name the tokens of media and around them.
 _MEDIA_TOKENS = ("image", "video", "audio", "boi", "eoi", "start_image", "end_image", "vision_start", "vision_end")
-_PER_IMAGE = ("image_", "pixel_", "num_", "batch_")  # inputs per image, which may have the prompt's shape by chance
+# Inputs per image or video, which may have the prompt's shape by chance.
+_PER_IMAGE = ("image_", "pixel_", "num_", "batch_", "video_", "second_")
 
 
 class BadPairError(ValueError):
@@ -31,7 +34,7 @@ class BadPairError(ValueError):
 
 
 class MissingImageError(BadPairError):
-    """Raised for a pair with an image file that does not exist. The message names the path."""
+    """Raised for a pair with an image or video file that does not exist. The message names the path."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,13 +44,13 @@ class Sample:
     Attributes:
         key: ``Pair.key()``.
         name: File and line number of the pair, for messages.
-        prompt_key: Hash of the question and the image paths; see ``mpo_ext.train.encode.prompt_key``.
+        prompt_key: Hash of the question and the media paths; see ``mpo_ext.train.encode.prompt_key``.
         prompt_ids: ``[P]`` int64, the tokens before the response, image tokens included.
         chosen_ids: ``[C]`` int64, the chosen response and the token that ends the turn.
         rejected_ids: ``[R]`` int64, the rejected response and the token that ends the turn.
         token_inputs: Other per-token inputs of the prompt, ``[P]`` each, such as ``mm_token_type_ids``.
-        image_inputs: The processor's outputs for the images, such as ``pixel_values``. The first axis counts images,
-            tiles or patches; batches concatenate along this axis.
+        image_inputs: The processor's outputs for the images and videos, such as ``pixel_values``. The first axis
+            counts images, tiles, videos or patches; batches concatenate along this axis.
         digest: Hash of the model's inputs: all token ids, ``token_inputs`` and ``image_inputs``.
         is_cut: Whether a response was cut and lacks the token that ends the turn.
         is_split: Whether a response was tokenized apart from the prompt; see ``mpo_ext.chat.ChatEncoder``.
@@ -162,11 +165,14 @@ class PairCounts:
 
 
 def prompt_key(pair: Pair) -> str:
-    """Returns a hash of the prompt: the question or conversation, and the image paths.
+    """Returns a hash of the prompt: the question or conversation, and the paths of images and videos.
 
-    Pairs with equal hashes have the same prompt tokens and images if the same ``Encoder`` encodes them.
+    Pairs with equal hashes have the same prompt tokens and media if the same ``Encoder`` encodes them.
     """
-    text = json.dumps([pair.question, pair.source.get("messages"), *pair.images], ensure_ascii=True, sort_keys=True)
+    parts = [pair.question, pair.source.get("messages"), *pair.images]
+    if pair.videos:
+        parts.append({"videos": [video.to_value() for video in pair.videos]})
+    text = json.dumps(parts, ensure_ascii=True, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -185,6 +191,8 @@ class Encoder:
     Some processors (Idefics3, SmolVLM) return images with an additional batch axis, ``[1, N, ...]``. The encoder
     changes their shape to ``[N, 1, ...]``, so that batches can concatenate the first axis; the models flatten both
     axes. Models with cross-attention to images (Mllama) are not supported.
+
+    A processor without a video processor gets the frames of videos as images; see ``mpo_ext.chat.media.with_frames``.
 
     Args:
         processor: The model's processor, or the tokenizer of a text model.
@@ -212,9 +220,12 @@ class Encoder:
         self.processor, self.tokenizer = processor, self.chat.tokenizer
         self.max_length, self.too_long = max_length, too_long
         self.image_token_id = image_token_id
+        self.video_token_id: int | None = None
         for owner in (self.tokenizer, processor):
             if self.image_token_id is None:
                 self.image_token_id = _token_id(self.tokenizer, owner, "image")
+            if self.video_token_id is None:
+                self.video_token_id = _token_id(self.tokenizer, owner, "video")
         owners = (self.tokenizer, processor)
         media_ids = {_token_id(self.tokenizer, owner, kind) for owner in owners for kind in _MEDIA_TOKENS}
         self._media_ids = frozenset((media_ids | {self.image_token_id}) - {None})
@@ -232,13 +243,17 @@ class Encoder:
             name: File and line number of the pair, for messages.
 
         Raises:
-            BadPairError: If an image cannot be read, the prompt does not fit its images or the chat template, or a
-                response does not fit the chat template or contains an image token.
+            BadPairError: If an image or video cannot be read, the prompt does not fit its media or the chat template,
+                or a response does not fit the chat template or contains an image token.
             TypeError: If the processor returns values that cannot be batched.
         """
         conversation = conversation_of(pair, name)
-        if pair.images and not self.chat.is_multimodal:
-            raise BadPairError(f"{name}: images must be none for a text model, got {len(pair.images)}")
+        for kind, media in (("images", pair.images), ("videos", pair.videos)):
+            if media and not self.chat.is_multimodal:
+                raise BadPairError(f"{name}: {kind} must be none for a text model, got {len(media)}")
+        if pair.videos:
+            videos = tuple(_open(load_video, video, f"videos[{k}]", name) for k, video in enumerate(pair.videos))
+            conversation = dataclasses.replace(conversation, videos=videos)
         try:
             self.chat.prompt(conversation)
         except ChatError as error:
@@ -295,19 +310,20 @@ class Encoder:
 
     def _prompt(self, conversation: Conversation, name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Returns the prompt's token ids ``[P]``, its other per-token inputs ``[P]``, and its image inputs."""
-        prompt = self.chat.prompt(conversation)
-        if not conversation.images:
+        prompt, conversation = self.chat.prompt(conversation), self.chat.expanded(conversation)
+        if not conversation.images and not conversation.videos:
             ids = torch.tensor(prompt.ids, dtype=torch.int64)
-            self._check_image_tokens(ids, {}, 0, name)
+            self._check_media_tokens(ids, {}, conversation, name)
             return ids, {}, {}
-        images = [_open(path, index, name) for index, path in enumerate(conversation.images)]
+        images = [_open(load_image, image, f"images[{k}]", name) for k, image in enumerate(conversation.images)]
         try:
             special = self.chat.adds_special_tokens(prompt.text)
             options = {"padding": True, "return_tensors": "pt", "add_special_tokens": special}
-            inputs = dict(self.processor(text=[prompt.text], images=[images], **options))
+            media = media_arguments([images], [conversation.videos])
+            inputs = dict(self.processor(text=[prompt.text], **media, **options))
         except Exception as error:  # processors report a wrong number of images in many ways
             raise BadPairError(
-                f"{name}: the prompt with its {len(images)} images must be valid for the processor, "
+                f"{name}: the prompt with its {_media(conversation)} must be valid for the processor, "
                 f"got {type(error).__name__}: {error}"
             ) from error
         ids, token_inputs, image_inputs = _split_inputs(inputs)
@@ -318,34 +334,52 @@ class Encoder:
             self.chat.check_ids(ids.tolist())
         except ChatError as error:
             raise BadPairError(f"{name}: {error}") from error
-        self._check_image_tokens(ids, image_inputs, len(images), name)
+        self._check_media_tokens(ids, image_inputs, conversation, name)
         return ids, token_inputs, image_inputs
 
-    def _check_image_tokens(self, ids: Tensor, image_inputs: Mapping[str, Tensor], images: int, name: str) -> None:
+    def _check_media_tokens(
+        self, ids: Tensor, inputs: Mapping[str, Tensor], conversation: Conversation, name: str
+    ) -> None:
+        """Raises ``BadPairError`` if the prompt does not have the tokens that stand for its images and videos.
+
+        Args:
+            ids: Token ids of the prompt.
+            inputs: Image inputs of the prompt.
+            conversation: The conversation whose media the processor got.
+            name: Name of the pair, for the message.
+        """
         token = next((token for token in ids.tolist() if token in self._media_ids), None)
-        if not images and token is not None:
+        if not conversation.images and not conversation.videos and token is not None:
             raise BadPairError(
                 f"{name}: the prompt must have 0 image tokens for its 0 images, got "
                 f"{self.tokenizer.decode([token])!r} in its text"
             )
-        if self.image_token_id is None:
-            return
-        count = int((ids == self.image_token_id).sum())
-        expected = self._expected_image_tokens(image_inputs) if images else 0
-        if count != expected if expected is not None else count < images:
-            rule = f"at least {images}" if expected is None else str(expected)
-            raise BadPairError(
-                f"{name}: the prompt must have {rule} image tokens ({self.tokenizer.decode([self.image_token_id])!r}) "
-                f"for its {images} images, got {count}"
-            )
+        for kind, token_id, media in (
+            ("image", self.image_token_id, conversation.images),
+            ("video", self.video_token_id, conversation.videos),
+        ):
+            if token_id is None:
+                continue
+            # InternVL represents the frames of videos by the tokens and pixels of images.
+            is_shared = bool(conversation.videos) and "pixel_values" in inputs
+            if is_shared and (kind == "video" or not conversation.images):
+                continue
+            count = int((ids == token_id).sum())
+            expected = self._expected_tokens(kind, inputs) if media else 0
+            if count != expected if expected is not None else count < len(media):
+                rule = f"at least {len(media)}" if expected is None else str(expected)
+                raise BadPairError(
+                    f"{name}: the prompt must have {rule} {kind} tokens ({self.tokenizer.decode([token_id])!r}) "
+                    f"for its {len(media)} {kind}s, got {count}"
+                )
 
-    def _expected_image_tokens(self, image_inputs: Mapping[str, Tensor]) -> int | None:
-        """Returns the number of image tokens that the processor should write; None if its rule is unknown."""
-        grid = image_inputs.get("image_grid_thw")
-        merge = getattr(getattr(self.processor, "image_processor", None), "merge_size", None)
+    def _expected_tokens(self, kind: str, inputs: Mapping[str, Tensor]) -> int | None:
+        """Returns the number of image or video tokens that the processor should write; None if its rule is unknown."""
+        grid = inputs.get(f"{kind}_grid_thw")
+        merge = getattr(getattr(self.processor, f"{kind}_processor", None), "merge_size", None)
         if grid is not None and isinstance(merge, int):
             return int((grid.prod(dim=-1) // merge**2).sum())
-        pixels = image_inputs.get("pixel_values")
+        pixels = inputs.get("pixel_values") if kind == "image" else None
         for attribute in ("image_seq_length", "image_seq_len"):
             tokens = getattr(self.processor, attribute, None)
             if isinstance(tokens, int) and pixels is not None:
@@ -364,7 +398,9 @@ def conversation_of(pair: Pair, name: str) -> Conversation:
             f"{name}: the prompt must fit the chat template, got messages must be a list of messages, got "
             f"{str(messages)[:80]!r}"
         )
-    return Conversation(key=name, question=pair.question, messages=tuple(messages), images=pair.images)
+    return Conversation(
+        key=name, question=pair.question, messages=tuple(messages), images=pair.images, videos=pair.videos
+    )
 
 
 def _targets(response: EncodedResponse, room: int) -> Tensor | None:
@@ -384,15 +420,26 @@ def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
     return token_id if isinstance(token_id, int) and token_id != tokenizer.unk_token_id else None
 
 
-def _open(path: str, index: int, name: str) -> Any:
+def _open(load: Callable[[Any], Any], source: Any, place: str, name: str) -> Any:
+    """Returns an image or a video that ``load`` loads; ``place`` is its place in the pair, such as ``images[0]``."""
     try:
-        return load_image(path)
+        return load(source)
+    except ImportError:
+        raise
     except Exception as error:  # Pillow raises many kinds of exceptions for a broken file
         kind = MissingImageError if isinstance(error, FileNotFoundError) else BadPairError
+        is_video = isinstance(source, Video)
+        shown = describe_video(source) if is_video else describe_source(source)
         raise kind(
-            f"{name}: images[{index}] must be an image that can be read, got {describe_source(path)}: "
+            f"{name}: {place} must be {'a video' if is_video else 'an image'} that can be read, got {shown}: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _media(conversation: Conversation) -> str:
+    """Returns the numbers of images and videos of a conversation as text."""
+    counts = {"images": len(conversation.images), "videos": len(conversation.videos)}
+    return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "0 images"
 
 
 def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
