@@ -31,6 +31,7 @@ BYTES_VARIABLE = "MPO_MAX_VIDEO_BYTES"
 _DEFAULT_FPS = 2.0
 _DEFAULT_FRAMES = 64
 _DEFAULT_BYTES = 4 << 30
+_COMPLETE = 0.9  # minimum share of the stated duration; headers of complete files are not exact
 _FRAME_PIXELS = 1 << 29  # maximum number of pixels in all frames that are taken from a video: 1.6 GB as RGB
 # Containers whose content lies in the file itself. Playlists, such as HLS and concat, name further files and URLs.
 _CONTAINERS = (
@@ -213,7 +214,7 @@ def key_frames(source: Any, count: int) -> LoadedVideo:
 
 
 def check_video(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
-    """Checks a video, and returns the kind and text of each warning about it.
+    """Checks a video, and returns the kind and text of each warning about it (at present none).
 
     Args:
         source: As in ``load_video``.
@@ -419,6 +420,14 @@ class _PacketIndex:
             self._has_stamps = False
             self._times = [number / rate for number in range(len(stamps))]
             self.duration = len(stamps) / rate
+        declared = stream.duration * float(stream.time_base) if stream.duration else 0.0
+        if not declared and len(container.streams) == 1 and container.duration:
+            declared = container.duration / 1e6
+        if self.duration < _COMPLETE * declared:
+            raise VideoError(
+                f"video must be complete, got {self.duration:.1f} s of the {declared:.1f} s that its header states in "
+                f"{name}"
+            )
         if not 0 < self.duration < math.inf:
             raise VideoError(f"video must have a positive duration, got {self.duration} s in {name}")
 

@@ -13,7 +13,7 @@ import transformers
 import zoo_processors as processors
 from torch import nn
 from transformers import BatchFeature
-from transformers.video_utils import VideoMetadata
+from transformers.video_utils import VideoMetadata, make_batched_videos
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
@@ -52,7 +52,7 @@ class QwenVideoStandIn:
         assert do_sample_frames is False  # the frames are chosen already
         self.calls += 1
         pixels, grids = [], []
-        for video in videos:
+        for video in make_batched_videos(videos):
             frames = list(video) + [video[-1]] * (-len(video) % self.temporal_patch_size)
             out = self.image_processor(images=frames, return_tensors="pt")
             (_, height, width), *_ = out["image_grid_thw"].tolist()
