@@ -132,7 +132,7 @@ class Video:
         if len(given) != 1:
             raise ValueError(f"{name} must name one of path, video and frames, got {shorten(value)}")
         content = fields[given[0]]
-        types = {"path": str, "frames": (list, tuple), "video": (str, list, tuple)}[given[0]]
+        types: Any = {"path": str, "frames": (list, tuple), "video": (str, list, tuple)}[given[0]]
         if not isinstance(content, types):
             rule = {"path": "a path", "frames": "a list of paths"}.get(given[0], "a path or a list of paths")
             raise ValueError(f"{given[0]} in {name} must be {rule}, got {type_and_value(content)}")
@@ -303,7 +303,7 @@ def _load_frames(video: Video) -> LoadedVideo:
     fps, most = _limits(video)
     count = len(video.frames)
     kept = range(count) if count <= most else [index * count // most for index in range(most)]
-    images = []
+    images: list[Any] = []
     for index in kept:
         image = load_image(video.frames[index])
         _check_pixels(image.size, len(kept), describe_video(video))

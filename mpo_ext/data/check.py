@@ -133,7 +133,8 @@ def _defects(pair: Pair, checker: "_MediaChecker") -> Iterator[tuple[str, str]]:
         yield "placeholders", problem
     if "answer_gt" in pair.source and pair.source["answer_gt"] is not None:
         yield "answer_gt", f"answer_gt must be text, got {pair.source['answer_gt']!r:.60}"
-    for source in (*pair.images, *pair.rejected_images, *pair.videos):
+    sources: tuple[str | Video, ...] = (*pair.images, *pair.rejected_images, *pair.videos)
+    for source in sources:
         yield from checker(source)
 
 

@@ -92,6 +92,7 @@ def _lines(
         "index": index,
         "question": item.question,
         "images": [describe_source(image) if is_data_url(image) else image for image in item.pair_images],
+        **({"videos": [video.to_value() for video in item.pair_videos]} if item.videos else {}),
         "truth": list(item.truths),
     }
     if problem:

@@ -1,4 +1,4 @@
-"""The pipeline DropoutNTP: the model continues the beginning of a good response without the image.
+"""The pipeline DropoutNTP: the model continues the beginning of a good response without the image or video.
 
 The kept beginning (the prefix) and the continuation form the rejected response. It begins like the chosen response and
 goes wrong where it would need the image. The tokens of both parts are joined before decoding, so that no space is lost
@@ -15,7 +15,7 @@ from mpo_ext.chat.template import common_length
 from mpo_ext.checks import check_choice, check_integer, check_number
 from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.feeding import Steps, run_steps
-from mpo_ext.generate.items import WRONG_SAMPLE, Item
+from mpo_ext.generate.items import WRONG_SAMPLE, Item, media_problem
 from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.questions import AnswerScorer, refusal_fields, without_placeholders
 from mpo_ext.generate.repetition import is_degenerate
@@ -33,7 +33,7 @@ class DropoutNTPConfig:
         keep: Fraction of the chosen response to keep as the prefix, in [0, 1).
         unit: Unit of ``keep``: "tokens" works for every language; "words" counts the texts between single spaces, as
             the script of MPO's authors does.
-        with_image: Whether the model sees the image while it continues the response.
+        with_image: Whether the model sees the images and videos while it continues the response.
         samples: Number of continuations per response.
         sampling: Settings for drawing tokens.
         seed: Seed of all draws.
@@ -84,7 +84,7 @@ class _Row:
         item: The item.
         problem: Reason why the item cannot be used, or None.
         refusal: The engine's reason for refusing the prompt, or None.
-        images: Opened images; empty if the model does not see them.
+        media: Opened images and videos; empty if the model does not see them.
         chosen: The chosen response, from the item or sampled; None before it is sampled.
         sampled_tokens: Number of tokens in a sampled chosen response; None for a response from the item.
         prefix: The kept beginning of ``chosen``.
@@ -93,7 +93,7 @@ class _Row:
     item: Item
     problem: str | None = None
     refusal: str | None = None
-    images: tuple[Any, ...] = ()
+    media: dict[str, Any] = dataclasses.field(default_factory=dict)
     chosen: str | None = None
     sampled_tokens: int | None = None
     prefix: Prefix = Prefix((), "")
@@ -175,6 +175,7 @@ class DropoutNTP:
                         key=key,
                         question=conversation.question,
                         images=conversation.images,
+                        videos=conversation.videos,
                         prefix_ids=row.prefix.token_ids,
                         seed=derive_seed(self.config.seed, self.name, key),
                         sampling=self.config.sampling,
@@ -244,15 +245,15 @@ class DropoutNTP:
             row.problem = "no chosen response"
         elif self.config.with_image or item.chosen is None:
             try:
-                row.images = item.load_images()
-            except (OSError, ImageError):
-                row.problem = "image cannot be read"
+                row.media = item.load_media()
+            except (OSError, ImageError) as error:
+                row.problem = media_problem(error)
         return row
 
     def _conversation(self, row: _Row) -> Conversation:
         """Returns the conversation whose response the model continues; without images unless ``with_image`` is set."""
         if self.config.with_image:
-            return Conversation(key=row.item.digest, question=row.item.question_with_options, images=row.images)
+            return Conversation(key=row.item.digest, question=row.item.question_with_options, **row.media)
         return Conversation(key=row.item.digest, question=without_placeholders(row.item.question_with_options))
 
     def _sample_chosen(self, rows: Sequence[_Row]) -> Generator[list[Request], list[Generation], None]:
@@ -263,7 +264,7 @@ class DropoutNTP:
             Request(
                 key=row.item.digest,
                 question=row.item.question_with_options,
-                images=row.images,
+                **row.media,
                 seed=derive_seed(self.config.seed, f"{self.name}.chosen", row.item.digest),
                 sampling=self.config.sampling,
             )

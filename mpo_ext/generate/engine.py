@@ -85,6 +85,12 @@ class Generation:
         return len(self.token_ids) if self.tokens is None else self.tokens
 
 
+def refused_videos(engine: str, request: Request) -> Generation:
+    """Returns the generation of a request with videos for an engine, named as in ``--engine``, without videos."""
+    text = f"videos must be none for the engine {engine}, got {len(request.videos)}: use --engine transformers"
+    return Generation((), "", "length", refusal=text)
+
+
 class Engine(Protocol):
     """The attributes and methods that a pipeline needs of an engine.
 

@@ -1,4 +1,4 @@
-"""Reads the fields of items in the forms in which benchmarks are published.
+"""Reads the fields of items in the forms in which benchmarks are published. ``video`` or ``videos`` holds videos.
 
 Besides the form of MMPR, these are the forms of MMMU (``options`` as the text of a Python list, ``image_1`` to
 ``image_7``, ``<image 1>``), MathVista (``choices``, ``decoded_image``), M3CoT and ScienceQA (``choices``, ``context``
@@ -21,6 +21,8 @@ from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.data.literals import read_literal
 from mpo_ext.data.marks import NUMBERED_MARK
 from mpo_ext.data.media import MEDIA_FILE, is_media_content
+from mpo_ext.data.reader import FieldError
+from mpo_ext.data.row_media import row_videos
 from mpo_ext.generate.item_options import (
     FormError,
     indexed_answer,
@@ -28,6 +30,7 @@ from mpo_ext.generate.item_options import (
     numbered_answer,
     take_options,
 )
+from mpo_ext.videos import Video
 
 _QUESTIONS = ("question", "query", "text")
 _ANSWERS = ("answer_gt", "answer", "label", "answers")
@@ -58,6 +61,7 @@ class ItemFields:
             input's question is not a text.
         chosen: The preferred response, as the input gives it; None without it.
         images: Paths and data URLs of the images.
+        videos: The videos.
         truths: True answers; the letter for an answer that is an index.
         extra: The other fields; ``options`` is a list of texts, or a dict from letter to text.
     """
@@ -67,6 +71,7 @@ class ItemFields:
     images: list[Any]
     truths: list[str]
     extra: dict[str, Any]
+    videos: list[Video] = dataclasses.field(default_factory=list)
 
 
 def read_fields(values: Mapping[str, Any]) -> ItemFields:
@@ -88,12 +93,22 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
         context = "" if is_missing(context) else context
         question = f"{context.strip()}\n{question}" if context.strip() else question
     question, options, images = _take_images(rest, question, options)
+    videos = _take_videos(rest)
     if options is not None:
         rest["options"] = options
     for key, value in rest.items():
         if _is_image_like(key, value):
             raise FormError(f"the field {key!r} looks like an image, and is not read: name it image or images")
-    return ItemFields(question, chosen, images, truths, rest)
+    return ItemFields(question, chosen, images, truths, rest, videos)
+
+
+def _take_videos(rest: dict[str, Any]) -> list[Video]:
+    """Removes the videos from the fields ``rest``, and returns them; see ``mpo_ext.data.row_media.row_videos``."""
+    given = {key: rest.pop(key) for key in ("video", "videos") if key in rest}
+    try:
+        return row_videos({key: None if is_missing(value) else value for key, value in given.items()}, None)
+    except FieldError as error:
+        raise FormError(str(error)) from None
 
 
 def _plain(value: Any) -> Any:

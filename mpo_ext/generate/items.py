@@ -1,4 +1,4 @@
-"""The items that the pipelines and the evaluation read: questions with images, answers and responses."""
+"""The items that the pipelines and the evaluation read: questions with images and videos, answers and responses."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_ext.answers import label_options
-from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from mpo_ext.checks import check_json, is_nested_deeply
 from mpo_ext.data.containers import as_lines
 from mpo_ext.data.jsonl import UNREADABLE
@@ -20,6 +20,7 @@ from mpo_ext.data.records import SOURCE, Pair
 from mpo_ext.generate.item_forms import FormError, read_fields
 from mpo_ext.generate.item_rows import count_rows, read_rows
 from mpo_ext.images import is_data_url, is_remote, is_url, load_image
+from mpo_ext.videos import Video, load_video
 
 WRONG_SAMPLE = "wrong sample"  # the ``chosen_source`` of a chosen response that is known to be wrong
 
@@ -29,8 +30,9 @@ class Item:
     """A question to make pairs from, or to evaluate a model with.
 
     Attributes:
-        question: The question; it may hold ``<image>`` at the place of an image.
+        question: The question; it may hold ``<image>`` and ``<video>`` at the places of images and videos.
         images: Image paths as the input gives them, and data URLs of images that the input itself holds.
+        videos: Videos, with paths as the input gives them.
         chosen: Preferred response, an input of DropoutNTP; None if the item has no such response.
         truths: True answers, each of which counts as right.
         extra: Other fields of the input line. ``options`` is a list of texts, or a dict from letter to text.
@@ -43,6 +45,7 @@ class Item:
 
     question: str = ""
     images: tuple[str, ...] = ()
+    videos: tuple[Video, ...] = ()
     chosen: str | None = None
     truths: tuple[str, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -61,6 +64,16 @@ class Item:
     def image_sources(self) -> tuple[str, ...]:
         """Returns the images for ``load_image``: paths joined to ``image_root``, and URLs."""
         return tuple(absolute_path(image, self.image_root) for image in self.images)
+
+    @property
+    def video_sources(self) -> tuple[Video, ...]:
+        """Returns the videos with paths joined to ``image_root``, for ``load_video``."""
+        return tuple(video.map_paths(lambda path: absolute_path(path, self.image_root)) for video in self.videos)
+
+    @property
+    def pair_videos(self) -> tuple[Video, ...]:
+        """Returns the videos for pairs, with paths as in ``pair_images``."""
+        return self.videos if self.subset is None else self.video_sources
 
     @property
     def question_with_options(self) -> str:
@@ -94,26 +107,31 @@ class Item:
     @property
     def digest(self) -> str:
         """Returns a hash of the item's content, which names the item. It does not depend on the item's position."""
-        content = (self.question, self.images, self.chosen, self.truths, self.problem)
+        content: tuple[Any, ...] = (self.question, self.images, self.chosen, self.truths, self.problem)
+        content += (self.videos,) if self.videos else ()
         return hashlib.blake2b(repr(content).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
     def pair(self, question: str, chosen: str, rejected: str, provenance: dict[str, Any]) -> Pair:
-        """Returns a pair of these texts with the item's image paths, first true answer and extra fields."""
-        return Pair(question, chosen, rejected, self.pair_images, self.answer_gt, provenance, self.pair_extra)
+        """Returns a pair of these texts with the item's media, first true answer and extra fields."""
+        return Pair(
+            question, chosen, rejected, self.pair_images, self.answer_gt, provenance, self.pair_extra, self.pair_videos
+        )
 
-    def load_images(self) -> tuple[Any, ...]:
-        """Returns the loaded images.
+    def load_media(self) -> dict[str, Any]:
+        """Returns the loaded images and videos, as the arguments ``images`` and ``videos`` of ``Conversation``.
 
-        Raises FileNotFoundError if an image is missing, and ImageError if it cannot be read.
+        Raises FileNotFoundError if a file is missing, and ImageError if it cannot be read; see ``media_problem``.
         """
-        return tuple(map(load_image, self.image_sources))
+        videos = tuple(map(load_video, self.video_sources))
+        return {"images": tuple(map(load_image, self.image_sources)), "videos": videos}
 
     @classmethod
     def from_dict(cls, values: Any, *, image_root: str = "", subset: str | None = None) -> "Item":
         """Returns the item of an input line; if the item cannot be used, its ``problem`` gives the reason.
 
         Args:
-            values: Parsed line with ``question``; ``image`` or ``images``, a path or a list of paths; ``chosen``;
+            values: Parsed line with ``question``; ``image`` or ``images``, a path or a list of paths; ``video`` or
+                ``videos``, as in ``mpo_ext.data.row_media.row_videos``; ``chosen``;
                 ``answer_gt`` or ``answer``; ``options``; or a row in one of the forms of ``item_forms``. All other
                 fields except ``rejected`` become ``extra``.
             image_root: Folder at which relative image paths start.
@@ -135,26 +153,32 @@ class Item:
         except (TypeError, ValueError):
             return cls(problem="unreadable line")
         question, images, chosen = fields.question, fields.images, fields.chosen
+        paths = [*images, *(path for video in fields.videos for path in video.paths)]
         if subset is None:
-            subset, image_root = _remembered_subset(source, images, image_root)
+            subset, image_root = _remembered_subset(source, paths, image_root)
         options = fields.extra.get("options") or ()
-        marks = "".join(options.values() if isinstance(options, dict) else options).count(IMAGE_PLACEHOLDER)
+        text = f"{question}{''.join(options.values() if isinstance(options, dict) else options)}"
         problem = None
         if not isinstance(question, str) or not question.strip():
             problem = "no question"
         elif not all(map(_is_path, images)):
             problem = "images are no paths"  # words: ignore (journals hold this text)
+        elif any(map(is_remote, paths)) and not any(map(is_remote, images)):
+            problem = "videos are URLs, which are not fetched: download them first"
         elif any(map(is_remote, images)):
             problem = "images are URLs, which are not fetched: download them first"
-        elif subset is not None and not all(_is_inside(image, image_root) for image in images):
+        elif subset is not None and not all(_is_inside(path, image_root) for path in paths):
             problem = "image outside the root of its subset"
-        elif question.count(IMAGE_PLACEHOLDER) + marks not in {0, len(images)}:
+        elif text.count(IMAGE_PLACEHOLDER) not in {0, len(images)}:
             problem = f"number of {IMAGE_PLACEHOLDER} is not that of the images"
+        elif text.count(VIDEO_PLACEHOLDER) not in {0, len(fields.videos)}:
+            problem = f"number of {VIDEO_PLACEHOLDER} is not that of the videos"
         if problem is not None:
             return cls(question=str(question), problem=problem)
         return cls(
             question=str(question),
             images=tuple(images),
+            videos=tuple(fields.videos),
             chosen=chosen if isinstance(chosen, str) and chosen.strip() else None,
             truths=tuple(fields.truths),
             extra=fields.extra,
@@ -165,6 +189,8 @@ class Item:
     def to_dict(self) -> dict[str, Any]:
         """Returns the item as a dict that ``from_dict`` reads."""
         values: dict[str, Any] = {"image": list(self.pair_images)} if self.images else {}
+        if self.videos:
+            values["videos"] = [video.to_value() for video in self.pair_videos]
         values["question"] = self.question
         if self.chosen is not None:
             values["chosen"] = self.chosen
@@ -268,6 +294,11 @@ def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
     for item_file in files:
         for values in read_rows(item_file.path):
             yield Item.from_dict(values, image_root=item_file.image_root, subset=item_file.subset)
+
+
+def media_problem(error: Exception) -> str:
+    """Returns the problem of an item whose media raised an error in ``load_media``."""
+    return f"{'video' if str(error).startswith('video') else 'image'} cannot be read"
 
 
 def _is_path(image: object) -> bool:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_ext.answers import VERDICT_VERSION, Matcher, Verdict, extract_answer, matcher
-from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.feeding import Steps, run_steps
-from mpo_ext.generate.items import Item
+from mpo_ext.generate.items import Item, media_problem
 from mpo_ext.generate.prompts import PromptTemplate, render
 from mpo_ext.images import ImageError
 
@@ -21,8 +21,10 @@ def refusal_fields(refusal: str) -> dict[str, str]:
 
 
 def without_placeholders(question: str) -> str:
-    """Returns a question without ``<image>`` and the line break after it."""
-    return question.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
+    """Returns a question without ``<image>`` and ``<video>``, and without the line break after them."""
+    for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER):
+        question = question.replace(f"{mark}\n", "").replace(mark, "")
+    return question.strip()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class QuestionSampler:
         seed: Seed of all draws.
         template: Template of the prompts; None: the question with its options.
         needs_truths: Whether questions without a true answer are left out.
-        with_image: Whether the model sees the images. If not, items without an image are not asked.
+        with_image: Whether the model sees the images and videos. If not, items without them are not asked.
     """
 
     name: str
@@ -63,9 +65,14 @@ class QuestionSampler:
             prompt = self.prompt(item)
         except ValueError:
             return "options cannot be shown by this template"
-        if prompt.count(IMAGE_PLACEHOLDER) not in {0, len(item.images)}:
-            return f"number of {IMAGE_PLACEHOLDER} in the prompt is not that of the images"
-        in_options = IMAGE_PLACEHOLDER in "".join(text for _, text in item.options or ())
+        for mark, kind, count in (
+            (IMAGE_PLACEHOLDER, "images", len(item.images)),
+            (VIDEO_PLACEHOLDER, "videos", len(item.videos)),
+        ):
+            if prompt.count(mark) not in {0, count}:
+                return f"number of {mark} in the prompt is not that of the {kind}"
+        texts = "".join(text for _, text in item.options or ())
+        in_options = IMAGE_PLACEHOLDER in texts or VIDEO_PLACEHOLDER in texts
         if (
             in_options
             and self.template
@@ -90,13 +97,13 @@ class QuestionSampler:
             if item.problem or (self.needs_truths and not item.truths):
                 problems[row] = item.problem or "no true answer"
                 continue
-            if not self.with_image and not item.images:
+            if not self.with_image and not item.images and not item.videos:
                 problems[row] = "no image that could be left out"
                 continue
             try:
-                images = item.load_images() if self.with_image else ()
-            except (OSError, ImageError):
-                problems[row] = "image cannot be read"
+                media: dict[str, Any] = item.load_media() if self.with_image else {}
+            except (OSError, ImageError) as error:
+                problems[row] = media_problem(error)
                 continue
             problem = self._prompt_problem(item)
             if problem is not None:
@@ -107,7 +114,7 @@ class QuestionSampler:
                 Request(
                     key=key,
                     question=prompt,
-                    images=images,
+                    **media,
                     seed=derive_seed(self.seed, self.name, key),
                     sampling=self.sampling,
                 )
