@@ -62,9 +62,11 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clips(tmp_path_factory.mktemp("clips"), 20)
 
 
-def trained(path: Path, out: Path, family: str, **options: Any) -> tuple[Any, list[dict[str, float]], str]:
-    """Trains one epoch on the pairs, and returns the model, the lines of the log and the layout of the rows."""
-    model, processor = built(family)
+Run = tuple[Any, list[dict[str, float]], str]  # model, lines of the log, layout of the rows
+
+
+def trained_from(model: Any, processor: Any, path: Path, out: Path, **options: Any) -> Run:
+    """Trains one epoch on the pairs."""
     log: list[dict[str, float]] = []
     recipe = digits_run.recipe(out, path, optim__epochs=1, optim__batch_size=4, optim__micro_batch_size=2, **options)
     trainer = Trainer(
@@ -72,6 +74,10 @@ def trained(path: Path, out: Path, family: str, **options: Any) -> tuple[Any, li
     )
     assert trainer.run() == 0
     return model, log, trainer.data.collator.layout
+
+
+def trained(path: Path, out: Path, family: str, **options: Any) -> Run:
+    return trained_from(*built(family), path, out, **options)
 
 
 @pytest.mark.parametrize("family", ["Qwen2.5-VL", "Qwen3-VL"])
