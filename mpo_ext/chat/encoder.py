@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages, message_turns
 from mpo_ext.chat.decoding import possible_texts, squash
-from mpo_ext.chat.media import AnyConversation, takes_videos, with_frames
+from mpo_ext.chat.media import expanded
 from mpo_ext.chat.template import (
     OPEN_TAG,
     PROBE,
@@ -135,7 +135,7 @@ class ChatEncoder:
             self._say(f"{surplus} token(s) of the tokenizer have no row in the embedding: texts with them are refused")
 
     def prompt(self, conversation: Conversation) -> EncodedPrompt:
-        """Returns the prompt of a conversation; its images are not opened, and its videos only for ``expanded``.
+        """Returns the prompt of a conversation; its images are not opened, and its videos only by ``media.expanded``.
 
         Raises:
             ChatError: If the conversation does not fit the chat template.
@@ -146,10 +146,10 @@ class ChatEncoder:
             if self.chat_template is None:
                 messages = []
                 text = _plain_prompt(
-                    self.expanded(conversation), getattr(self.processor, "image_token", IMAGE_PLACEHOLDER)
+                    expanded(conversation, self.processor), getattr(self.processor, "image_token", IMAGE_PLACEHOLDER)
                 )
             else:
-                messages = chat_messages(self.expanded(conversation), as_parts=self.is_multimodal)
+                messages = chat_messages(expanded(conversation, self.processor), as_parts=self.is_multimodal)
                 text = self._prompt_text(messages)
                 _check_turns(messages, text)
         except ChatError:
@@ -161,15 +161,6 @@ class ChatEncoder:
             self.check_ids(prompt.ids)
         self._last = (conversation, prompt)
         return prompt
-
-    def expanded(self, conversation: AnyConversation) -> AnyConversation:
-        """Returns the conversation whose media the processor gets.
-
-        A processor without a video processor gets the frames of videos as numbered images; see ``with_frames``.
-        """
-        if not conversation.videos or takes_videos(self.processor) or not self.is_multimodal:
-            return conversation
-        return with_frames(conversation)
 
     def prompt_text(self, conversation: Conversation) -> str:
         """Returns the text of a conversation up to the beginning of the assistant's response."""
@@ -196,8 +187,7 @@ class ChatEncoder:
     ) -> list[int]:
         """Returns the token ids of ``apply_chat_template(..., tokenize=True)`` for messages that hold their media.
 
-        ``generation_prompt`` says whether the text ends with the header of the assistant's response. ``options`` are
-        further arguments of ``apply_chat_template``.
+        The arguments are those of ``Renderer.ids``.
         """
         return self._renderer.ids(messages, generation_prompt=generation_prompt, **options)
 

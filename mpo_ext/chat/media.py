@@ -15,6 +15,16 @@ def takes_videos(processor: Any) -> bool:
     return callable(getattr(processor, "video_processor", None))
 
 
+def expanded(conversation: AnyConversation, processor: Any) -> AnyConversation:
+    """Returns the conversation whose media the processor gets.
+
+    A processor without a video processor gets the frames of videos as numbered images; see ``with_frames``.
+    """
+    if not conversation.videos or takes_videos(processor) or not hasattr(processor, "tokenizer"):
+        return conversation
+    return with_frames(conversation)
+
+
 def with_frames(conversation: AnyConversation) -> AnyConversation:
     """Returns a conversation with the frames of each video as images, numbered as InternVL does.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpo_ext.chat import ChatEncoder, Conversation
 from mpo_ext.chat.encoder import EncodedPrompt, embedding_rows_of, stop_ids_of
-from mpo_ext.chat.media import media_arguments
+from mpo_ext.chat.media import expanded, media_arguments
 from mpo_ext.checks import check_integer, environment_integer
 from mpo_ext.generate.choices import FirstTokenProbs, choice_tokens, measured
 from mpo_ext.generate.drawing import SeededDraw
@@ -262,7 +262,7 @@ class TransformersEngine:
         import torch
 
         inputs: dict[str, Any]
-        media = [self.chat.expanded(request) for request in requests]
+        media = [expanded(request, self.processor) for request in requests]
         if media[0].images or media[0].videos:
             images = [[load_image(image) for image in request.images] for request in media]
             videos = [[load_video(video) for video in request.videos] for request in media]

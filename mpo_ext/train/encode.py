@@ -1,19 +1,17 @@
 """Encodes a pair as a ``Sample``: token ids of the prompt and of both responses, and inputs of images and videos."""
 
-import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation, EncodedResponse
-from mpo_ext.chat.media import media_arguments
+from mpo_ext.chat.media import expanded, media_arguments
 from mpo_ext.checks import check_integer
-from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.images import describe_source, load_image
 from mpo_ext.videos import Video, describe_video, load_video
@@ -57,6 +55,8 @@ class Sample:
         chosen_targets: ``[C]`` bool, False for the user's turns in a chosen response of several turns; None: all
             tokens are targets.
         rejected_targets: ``[R]`` bool, defined like ``chosen_targets`` for the rejected response.
+        rejected_prompt: The prompt with the images of the rejected response, without responses; None: both responses
+            have the same prompt.
     """
 
     key: str
@@ -72,6 +72,7 @@ class Sample:
     is_split: bool = False
     chosen_targets: Tensor | None = None
     rejected_targets: Tensor | None = None
+    rejected_prompt: "Sample | None" = None
 
     @property
     def n_chosen_targets(self) -> int:
@@ -92,76 +93,6 @@ class SkippedPair:
     name: str
     reason: str
     detail: str
-
-
-class PairCounts:
-    """Counts encoded and skipped pairs, and keeps the first message for each reason.
-
-    Attributes:
-        kept: Number of pairs that became samples.
-        cut: Number of samples with a cut response.
-        split: Number of samples with a response that was tokenized apart from the prompt.
-        skipped: Number of skipped pairs for each reason; the reason of a bad line is its ``BadLine.kind``.
-        examples: The first message for each reason.
-    """
-
-    def __init__(self) -> None:
-        self.kept = 0
-        self.cut = 0
-        self.split = 0
-        self.skipped: collections.Counter[str] = collections.Counter()
-        self.examples: dict[str, str] = {}
-
-    def add(self, result: Sample | SkippedPair | BadLine | BadPairError) -> None:
-        """Counts a sample, a skipped pair, a bad line or an encoding error."""
-        if isinstance(result, Sample):
-            self.kept += 1
-            self.cut += result.is_cut
-            self.split += result.is_split
-            return
-        if isinstance(result, SkippedPair):
-            reason, message = result.reason, f"{result.name}: {result.detail}"
-        else:
-            reason, message = result.kind if isinstance(result, BadLine) else BAD_PAIR, str(result)
-        self.skipped[reason] += 1
-        self.examples.setdefault(reason, message)
-
-    def merge(self, other: "PairCounts") -> None:
-        """Adds the counts of another process. For a reason with an example here, the example stays."""
-        self.kept += other.kept
-        self.cut += other.cut
-        self.split += other.split
-        self.skipped.update(other.skipped)
-        self.examples = {**other.examples, **self.examples}
-
-    @property
-    def n_skipped(self) -> int:
-        """Number of skipped pairs, summed over all reasons."""
-        return self.skipped.total()
-
-    def lines(self) -> Iterator[str]:
-        """Yields the counts and the examples as lines of text."""
-        if self.cut:
-            yield f"cut the responses of {self.cut:,} pairs"
-        if self.split:
-            yield f"tokenized the responses of {self.split:,} pairs apart: the tokenizer merges prompt and response"
-        for reason, count in self.skipped.most_common():
-            yield f"skipped {count:,}: {reason}, for example {self.examples[reason]}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the counts and the examples as a dict, under the names that checkpoints use."""
-        return {
-            "kept": self.kept,
-            "cut": self.cut,
-            "split": self.split,
-            "dropped": dict(self.skipped),
-            "examples": self.examples,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.kept, self.cut, self.split = state["kept"], state["cut"], state.get("split", 0)
-        self.skipped = collections.Counter(state["dropped"])
-        self.examples = dict(state["examples"])
 
 
 def prompt_key(pair: Pair) -> str:
@@ -263,7 +194,10 @@ class Encoder:
         if chosen.ids == rejected.ids:
             return SkippedPair(name, EQUAL, f"both responses are the same {len(chosen.ids)} tokens")
         prompt_ids, token_inputs, image_inputs = self._prompt(conversation, name)
+        rejected_prompt = self._rejected_prompt(pair, conversation, name)
         size, longest = len(prompt_ids), max(len(chosen.ids), len(rejected.ids))
+        if rejected_prompt is not None:
+            size = max(size, len(rejected_prompt.prompt_ids))
         room = longest if self.max_length is None else self.max_length - size
         if room < longest:
             detail = f"{size} tokens of prompt and {longest} of the longer response, max_length is {self.max_length}"
@@ -277,6 +211,9 @@ class Encoder:
         targets = {"chosen_targets": _targets(chosen, room), "rejected_targets": _targets(rejected, room)}
         responses = {"prompt": prompt_ids, "chosen": chosen_ids, "rejected": rejected_ids}
         responses |= {key: value for key, value in targets.items() if value is not None}
+        digest = _digest(responses, token_inputs, image_inputs)
+        if rejected_prompt is not None:
+            digest = hashlib.blake2b(f"{digest} {rejected_prompt.digest}".encode(), digest_size=16).hexdigest()
         return Sample(
             key=pair.key(),
             name=name,
@@ -286,12 +223,25 @@ class Encoder:
             rejected_ids=rejected_ids,
             token_inputs=token_inputs,
             image_inputs=image_inputs,
-            digest=_digest(responses, token_inputs, image_inputs),
+            digest=digest,
             is_cut=room < longest,
             is_split=chosen.is_split or rejected.is_split,
             chosen_targets=targets["chosen_targets"],
             rejected_targets=targets["rejected_targets"],
+            rejected_prompt=rejected_prompt,
         )
+
+    def _rejected_prompt(self, pair: Pair, conversation: Conversation, name: str) -> Sample | None:
+        """Returns the prompt with ``pair.rejected_images`` as a sample without responses; None without such images."""
+        if not pair.rejected_images:
+            return None
+        ids, token_inputs, image_inputs = self._prompt(
+            dataclasses.replace(conversation, images=pair.rejected_images), name, "rejected_images"
+        )
+        prompt = dataclasses.replace(pair, images=pair.rejected_images, rejected_images=())
+        digest = _digest({"prompt": ids}, token_inputs, image_inputs)
+        key, empty = prompt_key(prompt), torch.empty(0, dtype=torch.int64)
+        return Sample(pair.key(), name, key, ids, empty, empty, token_inputs, image_inputs, digest)
 
     def _response(self, side: str, pair: Pair, conversation: Conversation, name: str) -> EncodedResponse:
         response = pair.source.get(f"{side}_messages", getattr(pair, side))
@@ -308,14 +258,19 @@ class Encoder:
                 )
         return encoded
 
-    def _prompt(self, conversation: Conversation, name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Returns the prompt's token ids ``[P]``, its other per-token inputs ``[P]``, and its image inputs."""
-        prompt, conversation = self.chat.prompt(conversation), self.chat.expanded(conversation)
+    def _prompt(
+        self, conversation: Conversation, name: str, field: str = "images"
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Returns the prompt's token ids ``[P]``, its other per-token inputs ``[P]``, and its image inputs.
+
+        ``field`` is the field of the pair that holds the images, for messages.
+        """
+        prompt, conversation = self.chat.prompt(conversation), expanded(conversation, self.processor)
         if not conversation.images and not conversation.videos:
             ids = torch.tensor(prompt.ids, dtype=torch.int64)
             self._check_media_tokens(ids, {}, conversation, name)
             return ids, {}, {}
-        images = [_open(load_image, image, f"images[{k}]", name) for k, image in enumerate(conversation.images)]
+        images = [_open(load_image, image, f"{field}[{k}]", name) for k, image in enumerate(conversation.images)]
         try:
             special = self.chat.adds_special_tokens(prompt.text)
             options = {"padding": True, "return_tensors": "pt", "add_special_tokens": special}

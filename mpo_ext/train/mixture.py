@@ -66,6 +66,7 @@ class SourceOverview:
         misplaced: Number of read pairs whose ``<image>`` or ``<video>`` marks do not fit their images or videos.
         with_images: Number of read pairs with images.
         with_videos: Number of read pairs with videos.
+        with_rejected_images: Number of read pairs with other images for the rejected response.
         images: Number of different images and video files in the read pairs; 0 if the image files were not checked.
         missing: Number of different images and video files whose file does not exist.
         pairs_missing: Number of read pairs with at least one missing image file; pairs that are counted in
@@ -83,6 +84,7 @@ class SourceOverview:
     misplaced: int = 0
     with_images: int = 0
     with_videos: int = 0
+    with_rejected_images: int = 0
     images: int = 0
     missing: int = 0
     pairs_missing: int = 0
@@ -96,6 +98,8 @@ class SourceOverview:
             f"{self.path}: format {self.format}{origin}; {self.with_images:,} of {pairs:,} pairs with images{sample}"
         )
         text += f"; {self.with_videos:,} with videos" if self.with_videos else ""
+        if self.with_rejected_images:
+            text += f"; {self.with_rejected_images:,} with other images for the rejected response, in separate rows"
         text += f"; {self.bad:,} lines hold NO PAIR" if self.bad else ""
         return text + (f"; {self.misplaced:,} pairs have WRONG PLACES for their images" if self.misplaced else "")
 
@@ -228,6 +232,7 @@ class Mixture(Sequence[Pair | BadLine]):
                     continue
                 overview.with_images += bool(pair.images)
                 overview.with_videos += bool(pair.videos)
+                overview.with_rejected_images += bool(pair.rejected_images)
                 if (problem := place_problem(pair)) is not None:
                     overview.misplaced += 1
                     if overview.misplaced <= _EXAMPLES:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mpo_ext.chat import ChatEncoder, Conversation, chat_messages
 from mpo_ext.chat.conversation import message_turns
 from mpo_ext.chat.decoding import squash
-from mpo_ext.chat.media import media_arguments
+from mpo_ext.chat.media import expanded, media_arguments
 from mpo_ext.chat.template import OPEN_TAG
 from mpo_ext.checks import LinesError
 from mpo_ext.data.records import Pair
@@ -148,7 +148,8 @@ def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
     chat = encoder.chat
     if chat.chat_template is None:
         return
-    prompt, conversation = sample.prompt_ids.tolist(), chat.expanded(conversation_of(pair, sample.name))
+    prompt, conversation = sample.prompt_ids.tolist(), conversation_of(pair, sample.name)
+    conversation = expanded(conversation, chat.processor)
     images, videos = list(map(load_image, conversation.images)), list(map(load_video, conversation.videos))
     messages = _with_media(chat, conversation, images, [video.pixels() for video in videos])
     media = media_arguments([], [videos]).get("videos_kwargs")

@@ -55,11 +55,11 @@ from mpo_ext.train.encode import (
     TOO_LONG,
     BadPairError,
     Encoder,
-    PairCounts,
     Sample,
     SkippedPair,
     prompt_key,
 )
+from mpo_ext.train.pair_counts import PairCounts
 
 
 def text_encoder(template: str = QWEN, **options: Any) -> Encoder:
