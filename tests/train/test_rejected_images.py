@@ -85,7 +85,7 @@ def test_an_epoch_equals_separate_rows(pairs: Path, tmp_path: Path) -> None:
         model, processor = digits_run.tiny()
         log: list[dict[str, float]] = []
         options = {"optim__epochs": 1, "optim__batch_size": 4, "optim__eps": 1e-4, "loss__shared_prefix": shared}
-        options |= {} if shared else {"optim__micro_batch_size": None, "optim__micro_batch_tokens": 2048}
+        options |= {} if shared else {"optim__micro_batch_size": 1, "optim__micro_batch_tokens": 2048}
         recipe = digits_run.recipe(tmp_path / str(shared), pairs, **options)
         trainer = Trainer(
             recipe,
