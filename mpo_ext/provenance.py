@@ -93,7 +93,7 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, s
     """Returns a message for each difference between two results of ``processor_parts``.
 
     The keys of the messages are the dotted names of settings, such as ``image_processor.size.height``. Earlier
-    versions did not record the video processor, so its absence in ``old`` is no difference.
+    versions did not record the video processor, so its absence in ``old`` is not a difference.
     """
     if _VIDEO_PROCESSOR not in old:
         new = {name: value for name, value in new.items() if name != _VIDEO_PROCESSOR}

@@ -11,7 +11,7 @@ import numpy as np
 from mpo_ext.checks import check_choice, check_integer
 from mpo_ext.data.media import place_problem
 from mpo_ext.data.reader import BadLine, Location
-from mpo_ext.data.records import CHOSEN_TURNS, REJECTED_TURNS, Pair
+from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.stats import SubsetStats, count_words
 from mpo_ext.images import ImageError, check_image, describe_source, image_exists, is_remote
@@ -126,8 +126,7 @@ def _defects(pair: Pair, checker: "_MediaChecker") -> Iterator[tuple[str, str]]:
     for name in ("question", "chosen", "rejected"):
         if not getattr(pair, name).strip():
             yield f"empty {name}", f"{name} must hold text, got {getattr(pair, name)!r}"
-    turns = [pair.source.get(name) for name in (CHOSEN_TURNS, REJECTED_TURNS)]
-    if pair.chosen == pair.rejected and pair.chosen.strip() and turns[0] == turns[1]:
+    if pair.has_equal_responses and pair.chosen.strip():
         yield "equal responses", f"chosen and rejected must differ, got {pair.chosen[:60]!r} twice"
     if (problem := place_problem(pair)) is not None:
         yield "placeholders", problem

@@ -94,6 +94,20 @@ class Pair:
         return self.extra.get(SOURCE, {})
 
     @property
+    def has_equal_responses(self) -> bool:
+        """Whether both responses are the same and follow the same prompt, so that the pair states no preference.
+
+        In mDPO, both responses may be the same text, which is right for the images and wrong for other images.
+        """
+        turns = [self.source.get(name) for name in (CHOSEN_TURNS, REJECTED_TURNS)]
+        return self.chosen == self.rejected and turns[0] == turns[1] and not self.has_other_images
+
+    @property
+    def has_other_images(self) -> bool:
+        """Whether the rejected response has other images than the chosen response."""
+        return bool(self.rejected_images) and self.rejected_images != self.images
+
+    @property
     def media_paths(self) -> tuple[str, ...]:
         """Paths of all files of the pair: its images, rejected images, video files and frames of videos."""
         return (*self.images, *self.rejected_images, *(path for video in self.videos for path in video.paths))

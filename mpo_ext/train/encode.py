@@ -191,7 +191,7 @@ class Encoder:
             raise BadPairError(f"{name}: the prompt must fit the chat template, got {error}") from error
         chosen = self._response("chosen", pair, conversation, name)
         rejected = self._response("rejected", pair, conversation, name)
-        if chosen.ids == rejected.ids:
+        if chosen.ids == rejected.ids and not pair.has_other_images:
             return SkippedPair(name, EQUAL, f"both responses are the same {len(chosen.ids)} tokens")
         prompt_ids, token_inputs, image_inputs = self._prompt(conversation, name)
         rejected_prompt = self._rejected_prompt(pair, conversation, name)
@@ -205,7 +205,7 @@ class Encoder:
                 return SkippedPair(name, NO_ROOM, detail)
             if self.too_long == "drop":
                 return SkippedPair(name, TOO_LONG, detail)
-            if chosen.ids[:room] == rejected.ids[:room]:
+            if chosen.ids[:room] == rejected.ids[:room] and not pair.has_other_images:
                 return SkippedPair(name, EQUAL_CUT, detail)
         chosen_ids, rejected_ids = torch.tensor(chosen.ids[:room]), torch.tensor(rejected.ids[:room])
         targets = {"chosen_targets": _targets(chosen, room), "rejected_targets": _targets(rejected, room)}
@@ -233,7 +233,7 @@ class Encoder:
 
     def _rejected_prompt(self, pair: Pair, conversation: Conversation, name: str) -> Sample | None:
         """Returns the prompt with ``pair.rejected_images`` as a sample without responses; None without such images."""
-        if not pair.rejected_images:
+        if not pair.has_other_images:
             return None
         ids, token_inputs, image_inputs = self._prompt(
             dataclasses.replace(conversation, images=pair.rejected_images), name, "rejected_images"

@@ -52,7 +52,7 @@ def test_check_finds_bad_videos(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "missing video": 1, "broken video": 3, "missing frame of a video": 1, "video is a URL": 1, "placeholders": 1,
         "missing image": 1,
     }  # fmt: skip
-    expected["missing video"] += 1  # pipe.mp4 is no regular file
+    expected["missing video"] += 1  # pipe.mp4 is not a regular file
     expected["broken video"] -= 1
     report = check_pairs(open_pairs(path))
     assert report.totals() == expected
@@ -61,6 +61,12 @@ def test_check_finds_bad_videos(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert "9 of 9 pairs with images or videos; 9 videos; 1 pairs with other images for the rejected response" in out
     assert check_pairs(open_pairs(path), images="skip").totals() == {"placeholders": 1}
+
+
+def test_equal_responses_to_other_images_are_a_preference(tmp_path: Path) -> None:
+    row = {"chosen": "c", "rejected": "c", "images": ["a.png"]}
+    path = write_rows(tmp_path, {**row, "rejected_images": ["b.png"]}, {**row, "rejected_images": ["a.png"]}, row)
+    assert check_pairs(open_pairs(path), images="skip").totals() == {"equal responses": 2}
 
 
 def test_a_video_that_breaks_off_is_found(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpo_ext.data.records import Pair
 from mpo_ext.train.batch import collate
-from mpo_ext.train.encode import BadPairError, Encoder, MissingImageError, Sample
+from mpo_ext.train.encode import BadPairError, Encoder, MissingImageError, Sample, SkippedPair
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.masks import prompt_positions
 from mpo_ext.train.shared_prefix import label_logp_and_precision
@@ -115,6 +115,11 @@ def test_digests_and_errors(pairs: Path) -> None:
     assert plain.rejected_prompt is None
     assert sample.rejected_prompt is not None
     assert sample.rejected_prompt.prompt_key != sample.prompt_key
+    equal = dataclasses.replace(pair, rejected=pair.chosen)
+    assert torch.equal(encoded(encoder, equal).chosen_ids, encoded(encoder, equal).rejected_ids)
+    same_images = dataclasses.replace(equal, rejected_images=pair.images)
+    assert isinstance(encoder.encode(same_images, "f:1"), SkippedPair)
+    assert encoded(encoder, dataclasses.replace(pair, rejected_images=pair.images)).rejected_prompt is None
     with pytest.raises(MissingImageError, match=r"rejected_images\[0\] must be an image"):
         encoder.encode(dataclasses.replace(pair, rejected_images=("none.png",)), "f:1")
     with pytest.raises(ValueError, match="rejected_images must be one for each of the 1 images, got 2"):

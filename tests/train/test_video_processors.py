@@ -1,7 +1,7 @@
 """The video processors of transformers, which need torchvision: `make video-check` runs these tests.
 
-Without torchvision, the other tests use stand-ins; here, both give the same prompts and, but for the resizing of
-frames, the same pixels.
+Without torchvision, the other tests use stand-ins; here, both give the same prompts and, for frames that need no
+resizing, the same pixels.
 """
 
 from pathlib import Path
