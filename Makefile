@@ -16,7 +16,7 @@ DEV_EXTRAS ?= dev
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook demo-start vllm-check gpu-dry clean
+.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook demo-start vllm-check video-check gpu-dry clean
 
 # An interrupted demo resumes. DEMO_ARGS="--seeds 5" runs it with five seeds.
 demo: $(VENV)/.demo
@@ -128,6 +128,17 @@ vllm-check: build/vllm/.installed
 build/vllm/.installed: tests/vllm_check/requirements.txt
 	$(PYTHON) -m venv build/vllm
 	build/vllm/bin/pip install --quiet --no-deps -r tests/vllm_check/requirements.txt
+	touch $@
+
+# Runs the tests of videos with the video processors of transformers, which need torchvision, in an environment in build/.
+VIDEO_TESTS = tests/test_videos.py tests/train/test_video_training.py tests/train/test_video_processors.py
+video-check: build/video/.installed
+	PYTHONPATH=. build/video/bin/python -m pytest -rs $(VIDEO_TESTS)
+
+build/video/.installed: pyproject.toml
+	$(PYTHON) -m venv build/video
+	build/video/bin/pip install --quiet torch==2.14.1 torchvision==0.29.1
+	MPO_CUDA=OFF build/video/bin/pip install --quiet -e '.[demo,video]' pytest pytest-timeout
 	touch $@
 
 # Runs everything that needs a GPU and writes results to gpu-report/. It needs no network: it uses the environment if there

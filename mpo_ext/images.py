@@ -146,7 +146,7 @@ def read_source(source: str) -> bytes:
     if is_data_url(source):
         return _data_bytes(source)
     _check_is_local(source)
-    with _open_regular(local_path(source), source) as file:
+    with open_regular(local_path(source), source) as file:
         return file.read()
 
 
@@ -183,12 +183,15 @@ def max_pixels() -> int:
     return int(text)
 
 
-def _open_regular(path: str | os.PathLike[str], source: Any) -> IO[bytes]:
-    """Opens and returns a regular file; raises ImageError for a pipe or a device, which could block or never end."""
+def open_regular(path: str | os.PathLike[str], source: Any, kind: str = "image") -> IO[bytes]:
+    """Opens and returns a regular file; raises ImageError for a pipe or a device, which could block or never end.
+
+    ``source`` and ``kind`` name the file and what it holds in the message.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ImageError(f"image must be a regular file, got {describe_source(source)}")
+        raise ImageError(f"{kind} must be a regular file, got {describe_source(source)}")
     return open(descriptor, "rb")
 
 
@@ -234,7 +237,7 @@ def _opened(source: Any) -> Iterator[Any]:
         if not os.path.exists(file):
             raise FileNotFoundError(f"image must be a file that exists, got {describe_source(source)}")
         with _named_errors(source):
-            file = stack.enter_context(_open_regular(file, source))
+            file = stack.enter_context(open_regular(file, source))
     else:
         raise TypeError(f"image must be a path, a URL, bytes or a PIL image, got {type_and_value(source)}")
     if pillow.MAX_IMAGE_PIXELS is not None and limit > 2 * pillow.MAX_IMAGE_PIXELS:

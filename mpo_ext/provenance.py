@@ -28,6 +28,7 @@ _IGNORED_SETTINGS = (
 # State of the tokenizer that a call with padding or truncation changes, and the version of its format.
 _IGNORED_FIELDS = ("version", "truncation", "padding")
 _TOKENIZER_FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space")
+_VIDEO_PROCESSOR = "video_processor"
 
 
 def library_versions() -> dict[str, str]:
@@ -77,6 +78,9 @@ def processor_parts(chat: ChatEncoder, end_ids: Iterable[int]) -> dict[str, Any]
         image_processor = getattr(processor, "image_processor", None)
         if image_processor is not None:
             parts["image_processor"] = _plain(image_processor.to_dict())
+        video_processor = getattr(processor, "video_processor", None)
+        if video_processor is not None and hasattr(video_processor, "to_dict"):
+            parts[_VIDEO_PROCESSOR] = _plain(video_processor.to_dict())
     return json.loads(json.dumps(parts))
 
 
@@ -88,8 +92,11 @@ def reads_date(chat_template: str | None) -> bool:
 def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     """Returns a message for each difference between two results of ``processor_parts``.
 
-    The keys of the messages are the dotted names of settings, such as ``image_processor.size.height``.
+    The keys of the messages are the dotted names of settings, such as ``image_processor.size.height``. Earlier
+    versions did not record the video processor, so its absence in ``old`` is not a difference.
     """
+    if _VIDEO_PROCESSOR not in old:
+        new = {name: value for name, value in new.items() if name != _VIDEO_PROCESSOR}
     return {
         name: f"{name} was {shorten(before)}, is {shorten(after)}" for name, before, after in differences(old, new)
     }

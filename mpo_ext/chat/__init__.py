@@ -1,11 +1,12 @@
 """Turns conversations into token ids, in the same way for training, sampling and evaluation."""
 
-from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages
+from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Conversation, chat_messages
 from mpo_ext.chat.encoder import ChatEncoder, EncodedResponse
 from mpo_ext.chat.template import ChatError, find_chat_template
 
 __all__ = [
     "IMAGE_PLACEHOLDER",
+    "VIDEO_PLACEHOLDER",
     "ChatEncoder",
     "ChatError",
     "Conversation",

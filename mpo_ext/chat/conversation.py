@@ -1,11 +1,14 @@
-"""Conversations with images, and their form as messages for a chat template."""
+"""Conversations with images and videos, and their form as messages for a chat template."""
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
+_PLACES = {IMAGE_PLACEHOLDER: "image", VIDEO_PLACEHOLDER: "video"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,14 +17,16 @@ class Conversation:
 
     Attributes:
         key: Name of the conversation in error messages.
-        question: The user's question; ``<image>`` marks the place of an image. Without marks, the images come first.
+        question: The user's question; ``<image>`` marks the place of an image, and ``<video>`` the place of a video.
+            Without marks, the images come first, and then the videos.
         messages: All turns, instead of ``question``: mappings with ``role`` and ``content``. The content is text with
-            ``<image>`` at the place of each image, or a list of ``{"type": "text", "text": ...}`` and
-            ``{"type": "image"}``. An assistant's turn may have ``tool_calls``, as in OpenAI's interface; a turn of the
+            these marks, or a list of ``{"type": "text", "text": ...}``, ``{"type": "image"}`` and
+            ``{"type": "video"}``. An assistant's turn may have ``tool_calls``, as in OpenAI's interface; a turn of the
             role "tool" has the result of a call.
         images: Images in the order of their places, in any form that ``mpo_ext.images.load_image`` takes.
         tools: Descriptions of the functions that the assistant may call, in the form that chat templates take:
             ``{"type": "function", "function": {"name": ..., "parameters": ...}}``.
+        videos: Videos in the order of their places, in any form that ``mpo_ext.videos.load_video`` takes.
     """
 
     key: str = ""
@@ -29,6 +34,7 @@ class Conversation:
     messages: tuple[Mapping[str, Any], ...] = ()
     images: tuple[Any, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    videos: tuple[Any, ...] = ()
 
 
 def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[str, Any]]:
@@ -36,36 +42,39 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
 
     Args:
         conversation: The conversation.
-        as_parts: Whether the content of each message is a list of images and texts, the format of multimodal models.
-            False: the content is text, and images are an error.
+        as_parts: Whether the content of each message is a list of texts, images and videos, the format of multimodal
+            models. False: the content is text, and images and videos are an error.
 
     Raises:
         ValueError: If a message has no role or content, the last message is the assistant's, the number of image
-            places differs from the number of images, or a text model gets images.
+            places differs from the number of images, the same for videos, or a text model gets images or videos.
     """
-    count = len(conversation.images)
-    if not as_parts and count:
-        raise ValueError(f"images must be empty for a text model, got {count} in {conversation.key!r}")
+    counts = {"image": len(conversation.images), "video": len(conversation.videos)}
+    for kind, count in counts.items():
+        if not as_parts and count:
+            raise ValueError(f"{kind}s must be empty for a text model, got {count} in {conversation.key!r}")
     messages = conversation.messages or ({"role": "user", "content": conversation.question},)
     turns = message_turns(messages, split=as_parts)
     if turns[-1]["role"] == "assistant":
         raise ValueError("messages must end before the assistant's response, got an assistant message at the end")
-    places = sum(part["type"] == "image" for turn in turns for part in turn["content"])
-    if count and not places:
+    unplaced: list[dict[str, Any]] = []
+    for mark, kind in _PLACES.items():
+        count, places = counts[kind], sum(part["type"] == kind for turn in turns for part in turn["content"])
+        if count and not places:
+            unplaced += [{"type": kind}] * count
+        elif places != count:
+            rule = "messages must have one place" if conversation.messages else f"question must have one {mark}"
+            raise ValueError(f"{rule} for each of the {count} {kind}s, got {places} in {conversation.key!r}")
+    if unplaced:
         first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
-        first["content"] = [{"type": "image"}] * count + first["content"]
-    elif places != count:
-        rule = (
-            "messages must have one place" if conversation.messages else f"question must have one {IMAGE_PLACEHOLDER}"
-        )
-        raise ValueError(f"{rule} for each of the {count} images, got {places} in {conversation.key!r}")
+        first["content"] = unplaced + first["content"]
     return turns if as_parts else [{**turn, "content": _text(turn["content"])} for turn in turns]
 
 
 def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
-    """Checks messages, and returns them with a list of texts and images as the content of each message.
+    """Checks messages, and returns them with a list of texts, images and videos as the content of each message.
 
-    ``split`` says whether ``<image>`` in a text is the place of an image; False: it is ordinary text.
+    ``split`` says whether ``<image>`` and ``<video>`` in a text are places of media; False: they are ordinary text.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of messages, got {str(messages)[:80]!r}")
@@ -115,25 +124,25 @@ def read_tool_calls(calls: object) -> list[dict[str, Any]]:
 
 
 def _parts(content: object, *, split: bool) -> list[dict[str, Any]]:
-    """Returns the content of a message as a list of texts and images; ``split`` is as in ``message_turns``."""
+    """Returns the content of a message as a list of texts, images and videos; ``split`` is as in ``message_turns``."""
     if isinstance(content, str):
-        pieces = content.split(IMAGE_PLACEHOLDER) if split else [content]
+        pieces = re.split(f"({'|'.join(_PLACES)})", content) if split else [content]
         parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
-        for piece in pieces[1:]:
+        for mark, piece in zip(pieces[1::2], pieces[2::2], strict=True):
             text = piece.removeprefix("\n")  # the templates write a line break after an image
-            parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+            parts += [{"type": _PLACES[mark]}, *([{"type": "text", "text": text}] if text else [])]
         return parts
     if not isinstance(content, Sequence):
-        raise ValueError(f"content must be text or a list of texts and images, got {str(content)[:80]!r}")
+        raise ValueError(f"content must be text or a list of texts, images and videos, got {str(content)[:80]!r}")
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "image":
-            parts.append({"type": "image"})
+        if kind in ("image", "video"):
+            parts.append({"type": kind})
         elif kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
         else:
-            raise ValueError(f"content must be text or a list of texts and images, got {str(part)[:80]!r}")
+            raise ValueError(f"content must be text or a list of texts, images and videos, got {str(part)[:80]!r}")
     return parts
 
 

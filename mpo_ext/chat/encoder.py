@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from mpo_ext.chat.conversation import IMAGE_PLACEHOLDER, Conversation, chat_messages
 from mpo_ext.chat.decoding import possible_texts
+from mpo_ext.chat.media import expanded
 from mpo_ext.chat.template import (
     PROBE,
     ChatError,
@@ -144,7 +145,7 @@ class ChatEncoder:
             self._say(f"{surplus} token(s) of the tokenizer have no row in the embedding: texts with them are refused")
 
     def prompt(self, conversation: Conversation) -> EncodedPrompt:
-        """Returns the prompt of a conversation; its images are not opened.
+        """Returns the prompt of a conversation; its images are not opened, and its videos only by ``media.expanded``.
 
         Raises:
             ChatError: If the conversation does not fit the chat template.
@@ -154,9 +155,11 @@ class ChatEncoder:
         try:
             if self.chat_template is None:
                 messages = []
-                text = _plain_prompt(conversation, getattr(self.processor, "image_token", IMAGE_PLACEHOLDER))
+                text = _plain_prompt(
+                    expanded(conversation, self.processor), getattr(self.processor, "image_token", IMAGE_PLACEHOLDER)
+                )
             else:
-                messages = chat_messages(conversation, as_parts=self.is_multimodal)
+                messages = chat_messages(expanded(conversation, self.processor), as_parts=self.is_multimodal)
                 text = self._prompt_text(messages, conversation.tools)
                 check_turns(messages, text)
                 check_tools(conversation.tools, text)
@@ -165,7 +168,7 @@ class ChatEncoder:
         except ValueError as error:
             raise ChatError(str(error)) from error
         prompt = EncodedPrompt(messages, text, self._encode(text), conversation.tools)
-        if not conversation.images:  # otherwise the processor replaces the tokens of images
+        if not (conversation.images or conversation.videos):  # the processor replaces the tokens of media
             self.check_ids(prompt.ids)
         self._last = (conversation, prompt)
         return prompt
@@ -191,14 +194,13 @@ class ChatEncoder:
         return len(self._suffix_ids)
 
     def processor_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = ()
+        self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, **options: Any
     ) -> list[int]:
-        """Returns the token ids of ``apply_chat_template(..., tokenize=True)`` for messages that hold their images.
+        """Returns the token ids of ``apply_chat_template(..., tokenize=True)`` for messages that hold their media.
 
-        ``generation_prompt`` says whether the text ends with the header of the assistant's response. ``tools`` are as
-        in ``Conversation``.
+        The arguments are those of ``Renderer.ids``.
         """
-        return self._renderer.ids(messages, generation_prompt=generation_prompt, tools=tools)
+        return self._renderer.ids(messages, generation_prompt=generation_prompt, **options)
 
     def response_ids(self, conversation: Conversation, response: str) -> list[int]:
         """Returns the token ids of a response, up to and including the token that ends the turn."""
@@ -403,6 +405,8 @@ def _plain_prompt(conversation: Conversation, image: str) -> str:
         raise ChatError("a conversation with tools must have a chat template, got none")
     if conversation.messages:
         raise ChatError(f"a conversation of {len(conversation.messages)} messages must have a chat template, got none")
+    if conversation.videos:
+        raise ChatError(f"a conversation with {len(conversation.videos)} videos must have a chat template, got none")
     missing = max(0, len(conversation.images) - conversation.question.count(IMAGE_PLACEHOLDER))
     return f"{image * missing}{conversation.question.replace(IMAGE_PLACEHOLDER, image)}\n"
 

@@ -117,12 +117,16 @@ class Renderer:
         except Exception as error:  # a template may raise any exception
             raise ChatError(f"the conversation must fit the chat template, got {str(error)[:300]}") from error
 
-    def ids(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = ()) -> list[int]:
-        """Returns the token ids that the processor makes from messages, which hold their images.
+    def ids(
+        self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = (), **options: Any
+    ) -> list[int]:
+        """Returns the token ids that the processor makes from messages, which hold their images and videos.
 
-        ``generation_prompt`` and ``tools`` are as in ``render``.
+        ``generation_prompt`` and ``tools`` are as in ``render``; ``options`` are passed to ``apply_chat_template``.
         """
-        ids = self._apply(messages, tools, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False)
+        ids = self._apply(
+            messages, tools, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False, **options
+        )
         while len(ids) and not isinstance(ids[0], int):  # some processors return a batch of one
             ids = ids[0].tolist() if hasattr(ids[0], "tolist") else ids[0]
             ids = [ids] if isinstance(ids, int) else ids

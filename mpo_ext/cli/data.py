@@ -62,7 +62,7 @@ def _add_check(commands: Any) -> None:
     text = "find bad lines, missing images, duplicates and more; exit status 1 if it finds any"
     parser = _add_command(commands, "check", text, _check)
     _add_tokenizer(parser)
-    text = "check of each image: verified by PIL (default), decoded by PIL, exists as a file, or no check"
+    text = "check of each image and video: verified (default; first frame of a video), decoded, exists, or no check"
     parser.add_argument("--images", choices=("verify", "decode", "exists", "skip"), default="verify", help=text)
     parser.add_argument(
         "--examples", type=at_least(0), default=5, help="number of findings shown of each kind (default: 5)"
@@ -250,12 +250,15 @@ def _check_json_report(args: argparse.Namespace, source: Any) -> None:
 
 
 def _format_line(args: argparse.Namespace, source: Any, stats: Any) -> str:
-    """Returns a line with the format and the number of pairs with images, which reveals a wrongly detected format."""
+    """Returns a line with the format and the number of pairs with media, which reveals a wrongly detected format."""
     origin = "detected" if args.format is None else "set by --from"
     pairs = sum(subset.pairs for subset in stats.values())
     text_only = sum(subset.text_only for subset in stats.values())
     place = f"{source.path}: " if source.path.startswith("hf://") else ""
-    return f"{place}Format {source.format} ({origin}): {pairs - text_only:,} of {pairs:,} pairs with images"
+    text = f"{place}Format {source.format} ({origin}): {pairs - text_only:,} of {pairs:,} pairs with images"
+    videos, rejected = (sum(getattr(s, name) for s in stats.values()) for name in ("videos", "rejected_images"))
+    text += f" or videos; {videos:,} videos" if videos else ""
+    return text + (f"; {rejected:,} pairs with other images for the rejected response" if rejected else "")
 
 
 def _stats_table(stats: Any, unit: str) -> Any:

@@ -89,7 +89,7 @@ def good_pairs(source: Any) -> Iterator[tuple[Any, str]]:
 def _first(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
     """Returns the first ``_SEARCHED_PAIRS`` pairs; the first pair with images, if any, is moved to the front."""
     searched = list(itertools.islice(pairs, _SEARCHED_PAIRS))
-    with_images = next((entry for entry in searched if entry[0].images), None)
+    with_images = next((entry for entry in searched if entry[0].media_paths), None)
     return (
         searched if with_images is None else [with_images, *(entry for entry in searched if entry is not with_images)]
     )

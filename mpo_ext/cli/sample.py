@@ -252,10 +252,7 @@ def _check_ray(args: argparse.Namespace, world_size: int) -> None:
 
 def _load_in_actor(args: argparse.Namespace) -> Any:
     """Applies the options that hold for a process, and loads the engines."""
-    if args.max_image_pixels is not None:
-        from mpo_ext.images import set_max_pixels
-
-        set_max_pixels(args.max_image_pixels)
+    shared.apply_media_options(args)
     return _load_engines(args)
 
 

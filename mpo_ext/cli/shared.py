@@ -45,7 +45,7 @@ def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], C
 
     The decorated function prints an expected error on stderr and returns ``failure``, or 2 for
     ``WrongSettingsError``; with ``--debug``, it raises the error. After an interruption it returns 130. It also
-    applies ``--max-image-pixels``.
+    applies the options of ``add_image_limit``.
 
     Args:
         name: Name of the command in messages.
@@ -57,10 +57,7 @@ def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], C
         @functools.wraps(run)
         def guarded(args: argparse.Namespace) -> int:
             try:
-                if getattr(args, "max_image_pixels", None) is not None:
-                    from mpo_ext.images import set_max_pixels
-
-                    set_max_pixels(args.max_image_pixels)
+                apply_media_options(args)
                 status = run(args)
                 sys.stdout.flush()
                 return status
@@ -142,9 +139,25 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_limit(parser: argparse.ArgumentParser) -> None:
-    """Adds the option ``--max-image-pixels``, which ``command`` applies."""
+    """Adds ``--max-image-pixels``, ``--video-fps`` and ``--video-max-frames``, which ``command`` applies."""
     text = "maximum number of pixels of an image; a larger one is refused (default: 67108864)"
     parser.add_argument("--max-image-pixels", type=at_least(1), metavar="N", help=text)
+    text = "frames per second of videos that do not set fps (default: 2)"
+    parser.add_argument("--video-fps", type=float, metavar="N", help=text)
+    text = "maximum number of frames of videos that do not set max_frames (default: 64)"
+    parser.add_argument("--video-max-frames", type=at_least(1), metavar="N", help=text)
+
+
+def apply_media_options(args: argparse.Namespace) -> None:
+    """Applies the options of ``add_image_limit`` to this process and the processes that it starts."""
+    if getattr(args, "max_image_pixels", None) is not None:
+        from mpo_ext.images import set_max_pixels
+
+        set_max_pixels(args.max_image_pixels)
+    if getattr(args, "video_fps", None) is not None or getattr(args, "video_max_frames", None) is not None:
+        from mpo_ext.videos import set_video_defaults
+
+        set_video_defaults(args.video_fps, args.video_max_frames)
 
 
 def add_root_map(parser: argparse.ArgumentParser) -> None:

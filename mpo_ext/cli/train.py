@@ -38,6 +38,7 @@ def run_train(args: argparse.Namespace) -> int:
     """Runs ``mpo-ext train`` and returns the exit status; a dry run returns 1 if the trainer cannot use the data."""
     from mpo_ext.images import set_max_pixels
     from mpo_ext.train.recipe import load_recipe
+    from mpo_ext.videos import set_video_defaults
 
     with settings_errors():
         recipe = load_recipe(args.recipe, args.overrides)
@@ -45,6 +46,7 @@ def run_train(args: argparse.Namespace) -> int:
             raise ValueError(f"--world must come with --dry-run, got {args.world} without it")
     if recipe.data.max_image_pixels is not None:
         set_max_pixels(recipe.data.max_image_pixels)
+    set_video_defaults(recipe.data.video_fps, recipe.data.video_max_frames)
     if not args.dry_run:
         from mpo_ext.train.loop import train
 

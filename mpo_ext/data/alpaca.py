@@ -8,21 +8,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpo_ext.checks import type_and_value
-from mpo_ext.data.messages import (
-    Images,
-    SaveImage,
-    pair_of_turns,
-    read_history,
-    read_response,
-    read_system,
-    refuse_meaning,
-    row_images,
-)
+from mpo_ext.data.messages import pair_of_turns, read_history, read_response, read_system, refuse_meaning
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import Pair
+from mpo_ext.data.row_media import (
+    MEDIA_COLUMNS,
+    Images,
+    SaveImage,
+    row_images,
+    row_rejected_images,
+    row_videos,
+)
 from mpo_ext.data.tools import refuse_tools
 
-_FIELDS = {"instruction", "input", "chosen", "rejected", "system", "history", "image", "images", "tools"}
+_FIELDS = {"instruction", "input", "chosen", "rejected", "system", "history", *MEDIA_COLUMNS, "tools"}
 
 
 def from_alpaca(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
@@ -45,7 +44,7 @@ def from_alpaca(row: Mapping[str, Any], *, save_image: SaveImage | None = None) 
         if not isinstance(text, str):
             raise FieldError(f"{name} must be text, got {type_and_value(text)}")
     question = "\n".join(filter(None, parts))
-    images = Images(row_images(row, save_image), save_image)
+    images = Images(row_images(row, save_image), save_image, row_videos(row, save_image))
     history = read_history(row, images)
     images.add_marks("instruction", question)
     return pair_of_turns(
@@ -54,4 +53,6 @@ def from_alpaca(row: Mapping[str, Any], *, save_image: SaveImage | None = None) 
         read_response("rejected", row["rejected"]),
         images.paths("instruction"),
         extra={name: value for name, value in row.items() if name not in _FIELDS},
+        videos=images.videos("instruction"),
+        rejected_images=row_rejected_images(row, save_image),
     )

@@ -11,10 +11,11 @@ import numpy as np
 from mpo_ext.checks import check_choice, check_integer
 from mpo_ext.data.media import place_problem
 from mpo_ext.data.reader import BadLine, Location
-from mpo_ext.data.records import CHOSEN_TURNS, REJECTED_TURNS, Pair
+from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.stats import SubsetStats, count_words
 from mpo_ext.images import ImageError, check_image, describe_source, image_exists, is_remote
+from mpo_ext.videos import Video, VideoError, check_video, describe_video
 
 ImageCheck = Literal["verify", "decode", "exists", "skip"]
 
@@ -84,20 +85,21 @@ def check_pairs(
 
     Args:
         source: Pairs to check.
-        images: "verify" opens each image and lets PIL verify it, "decode" decodes the whole image, "exists" checks
-            only that the file exists, "skip" checks nothing.
+        images: "verify" opens each image and lets PIL verify it, and decodes the first frame of each video; "decode"
+            decodes whole images and all frames that a model sees; "exists" checks only that the files exist; "skip"
+            checks nothing.
         keep: Maximum number of examples of each kind in the report.
         length: Function that returns the length of a text, for the statistics.
         on_line: Function that is called after each line.
 
     Raises:
         ValueError: If an argument is invalid.
-        ImportError: If ``images`` requires PIL, and PIL is not installed.
+        ImportError: If ``images`` requires PIL, or PyAV for a pair with a video file, and it is not installed.
     """
     check_choice("images", images, get_args(ImageCheck))
     check_integer("keep", keep, least=0)
     report = CheckReport(stats={name: SubsetStats() for name in source.subsets})
-    checker = _ImageChecker(images)
+    checker = _MediaChecker(images)
     duplicates = _Duplicates()
     for where, pair in source.scan():
         stats = report.stats.setdefault(where.subset, SubsetStats())
@@ -120,38 +122,55 @@ def check_pairs(
     return report
 
 
-def _defects(pair: Pair, checker: "_ImageChecker") -> Iterator[tuple[str, str]]:
+def _defects(pair: Pair, checker: "_MediaChecker") -> Iterator[tuple[str, str]]:
     for name in ("question", "chosen", "rejected"):
         if not getattr(pair, name).strip():
             yield f"empty {name}", f"{name} must hold text, got {getattr(pair, name)!r}"
-    turns = [pair.source.get(name) for name in (CHOSEN_TURNS, REJECTED_TURNS)]
-    if pair.chosen == pair.rejected and pair.chosen.strip() and turns[0] == turns[1]:
+    if pair.has_equal_responses and pair.chosen.strip():
         yield "equal responses", f"chosen and rejected must differ, got {pair.chosen[:60]!r} twice"
     if (problem := place_problem(pair)) is not None:
         yield "placeholders", problem
     if "answer_gt" in pair.source and pair.source["answer_gt"] is not None:
         yield "answer_gt", f"answer_gt must be text, got {pair.source['answer_gt']!r:.60}"
-    for image in pair.images:
-        yield from checker(image)
+    sources: tuple[str | Video, ...] = (*pair.images, *pair.rejected_images, *pair.videos)
+    for source in sources:
+        yield from checker(source)
 
 
-class _ImageChecker:
-    """Checks images. A call returns the kind and message of each defect of an image.
+class _MediaChecker:
+    """Checks images and videos. A call returns the kind and message of each defect of an image or a video.
 
-    An image that several pairs use is checked once.
+    An image or a video that several pairs use is checked once.
     """
 
     def __init__(self, mode: ImageCheck) -> None:
         self._mode = mode
         self._defects: dict[int, list[tuple[str, str]]] = {}
 
-    def __call__(self, source: str) -> list[tuple[str, str]]:
+    def __call__(self, source: str | Video) -> list[tuple[str, str]]:
         if self._mode == "skip":
             return []
         key = hash(source)
         if key not in self._defects:
-            self._defects[key] = self._check(source)
+            self._defects[key] = self._check_video(source) if isinstance(source, Video) else self._check(source)
         return self._defects[key]
+
+    def _check_video(self, video: Video) -> list[tuple[str, str]]:
+        kind = "video" if video.path else "frame of a video"
+        for path in video.paths:
+            if is_remote(path):
+                text = f"URLs are not fetched: download the {kind} and name its file, got {describe_source(path)}"
+                return [(f"{kind} is a URL", text)]
+            if not image_exists(path):
+                return [(f"missing {kind}", f"a {kind} must be a file, got {describe_source(path)}")]
+        if self._mode == "exists":
+            return []
+        try:
+            return check_video(video, decode=self._mode == "decode")
+        except VideoError as error:
+            return [("broken video", str(error))]
+        except ImageError as error:
+            return [("broken video", f"{error}, a frame of the video {describe_video(video)}")]
 
     def _check(self, source: str) -> list[tuple[str, str]]:
         name = describe_source(source)

@@ -17,7 +17,7 @@ from mpo_ext.data.trl import Kind, write_trl
 from mpo_ext.files import check_outputs
 from mpo_ext.images import ImageError, describe_source, is_remote, read_image
 
-_MMPR_FIELDS = {"image", "question", "chosen", "rejected", "answer_gt"}
+_MMPR_FIELDS = {"image", "video", "rejected_image", "question", "chosen", "rejected", "answer_gt"}
 
 
 def convert(
@@ -93,7 +93,13 @@ def written_paths(out: str | os.PathLike[str], format: Format) -> list[Path]:
 
 
 def _holdable(where: Location, pair: Pair, format: Format, kind: Kind) -> Pair | BadLine:
-    """Returns the pair, or a BadLine if the format cannot hold its turns, its extra fields or its images."""
+    """Returns the pair, or a BadLine if the format cannot hold its turns, extra fields or media."""
+    for name in ("videos", "rejected_images"):
+        if getattr(pair, name) and format in ("trl", "hf"):
+            reason = (
+                f"{format} must have pairs without {name}, got {len(getattr(pair, name))}: pairs and mmpr hold them"
+            )
+            return BadLine(where, name, reason)
     turns = [name for name in (*TURNS, PROMPT_TOOLS) if name in pair.source]
     if turns and format != "pairs" and (format == "mmpr" or kind == "standard"):
         advice = "pairs holds them" if format == "mmpr" else "the kind conversational holds them"

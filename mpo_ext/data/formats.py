@@ -2,7 +2,7 @@
 
 | format | row | reader |
 | --- | --- | --- |
-| mmpr | a line of MMPR: question, chosen, rejected, image | ``mmpr.py`` |
+| mmpr | a line of MMPR: question, chosen, rejected, image, video | ``mmpr.py`` |
 | pairs | ``Pair.to_dict()`` | ``jsonl.py`` |
 | trl | TRL's preference format | ``trl.py`` |
 | sharegpt | conversations, chosen, rejected (LLaMA-Factory) | ``sharegpt.py`` |
@@ -42,7 +42,9 @@ ROW_READERS: dict[str, Callable[..., Pair]] = {
     "openai": from_openai,
     "rlaif-v": from_rlaif_v,
 }
-_PAIR_FIELDS = {"question", "chosen", "rejected", "images", "answer_gt", "provenance", "extra"}
+_PAIR_FIELDS = {
+    *("question", "chosen", "rejected", "images", "answer_gt", "provenance", "extra", "videos", "rejected_images"),
+}
 _SAMPLED_LINES = 1000
 
 
@@ -69,15 +71,16 @@ def _question_format(row: Mapping[str, Any]) -> Format | None:
 
     The form of the images and the other fields decide.
     """
-    images = [row[name] for name in ("image", "images") if name in row]
+    images = [row[name] for name in ("image", "images", "rejected_image", "rejected_images") if name in row]
     are_paths = all(isinstance(path, str) or path is None for value in images for path in _listed(value))
     responses = [row.get(name, "") for name in ("chosen", "rejected")]
-    is_foreign = not are_paths or any(row.get(name) for name in ("system", "history")) or len(images) == 2
+    is_foreign = not are_paths or any(row.get(name) for name in ("system", "history"))
+    is_foreign = is_foreign or {"image", "images"} <= row.keys()
     if is_foreign or {"ds_name", "origin_dataset"} <= row.keys() or any(map(is_conversation, responses)):
         return "rlaif-v" if "question" in row else None
-    if "images" in row:
+    if "images" in row or "videos" in row or "rejected_images" in row:
         return "pairs" if row.keys() <= _PAIR_FIELDS else "rlaif-v" if "question" in row else "pairs"
-    return "mmpr" if "image" in row else None
+    return "mmpr" if "image" in row or "video" in row else None
 
 
 def _listed(value: object) -> Iterable[object]:

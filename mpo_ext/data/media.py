@@ -1,10 +1,10 @@
-"""Refuses images, video and audio that no reader uses: marks in texts, and media in unknown fields."""
+"""Refuses images, videos and audio that no reader uses: marks in texts, and media in unknown fields."""
 
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from mpo_ext.checks import shorten
 from mpo_ext.data.marks import NO_IMAGE, check_marks
 from mpo_ext.data.reader import FieldError
@@ -17,7 +17,7 @@ VIDEO, TOOLS = "video or audio", "tools"
 _MEDIA_NAME = re.compile(
     r"image|img|picture|photo|pixel|screenshot|thumbnail|video|audio|waveform|(?:^|_)pics?(?:_|$)", re.IGNORECASE
 )
-_OTHER_MARKS = ("<video>", "<audio>")
+_AUDIO_PLACEHOLDER = "<audio>"
 #: Paths whose extension is that of an image, video or audio file.
 MEDIA_FILE = re.compile(
     r"[^\n]*[^\s/\\.]\.(?:png|jpe?g|jfif|gif|webp|bmp|tiff?|svg|heic|heif|avif|ico|ppm|dcm"
@@ -36,9 +36,10 @@ _BASE64_MEDIA = re.compile(
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _SHORTEST_BASE64 = 65  # no file of these types is shorter; words and ids are shorter
-# Fields in which readers look for the bytes of images.
+# Fields in which readers look for the bytes of images and videos.
 _READ_FIELDS = {
-    *("image", "images", "prompt", "chosen", "rejected", "messages", "rejected_messages", "rejected_response"),
+    *("image", "images", "video", "videos", "rejected_image", "rejected_images"),
+    *("prompt", "chosen", "rejected", "messages", "rejected_messages", "rejected_response"),
     *("conversations", "conversation", "input", "preferred_output", "non_preferred_output"),
 }
 
@@ -62,7 +63,7 @@ def is_unset(value: object) -> bool:
 
 
 def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
-    """Checks that a pair has all images of its row, and that its texts have no marks of missing images or other media.
+    """Checks that a pair has all media of its row, and that its texts have no marks of missing images or videos.
 
     Args:
         values: Fields of the row. ``pair.extra`` has the unknown fields, which the reader did not use.
@@ -72,13 +73,14 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
         The pair, with ``<image>`` in place of numbered marks such as ``<image 1>``; see ``marks.check_marks``.
 
     Raises:
-        FieldError: If an unknown field may hold an image, video or audio; if the prompt of a pair without images has
-            an image mark; if the prompt has ``<video>`` or ``<audio>``; or if a response has ``<image>``.
+        FieldError: If an unknown field may hold an image, video or audio; if the prompt has a mark of an image or
+            video that the pair does not have, or ``<audio>``; or if a response has ``<image>``, or
+            ``<video>`` although the pair has videos.
     """
     for name, value in values.items():
         if pair.extra.get(name) is value:  # the reader did not use this field of the row
-            _check_field(name, value, has_images=bool(pair.images))
-    read = {re.split(r"[/\\]", image)[-1] for image in pair.images}
+            _check_field(name, value, has_media=bool(pair.media_paths))
+    read = {re.split(r"[/\\]", path)[-1] for path in pair.media_paths}
     for name, value in pair.extra.items():
         if name not in (SOURCE, "provenance"):
             _check_value(name, value, read)
@@ -88,16 +90,21 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
                 f"question must hold {IMAGE_PLACEHOLDER} 0 times for 0 images, got {count}: {shorten(text)}",
                 kind=NO_IMAGE,
             )
-        for mark in _OTHER_MARKS:
-            if mark in text:
-                raise FieldError(f"question must not hold {mark}, got {shorten(text)}", kind=VIDEO)
+        if not pair.videos and VIDEO_PLACEHOLDER in text:
+            raise FieldError(
+                f"question must not hold {VIDEO_PLACEHOLDER} without videos, got {shorten(text)}", kind=VIDEO
+            )
+        if _AUDIO_PLACEHOLDER in text:
+            raise FieldError(f"question must not hold {_AUDIO_PLACEHOLDER}, got {shorten(text)}", kind=VIDEO)
     for name in ("chosen", "rejected"):
         text = getattr(pair, name)
-        if IMAGE_PLACEHOLDER in text:
-            raise FieldError(
-                f"{name} must not hold {IMAGE_PLACEHOLDER}, the mark of an image in a prompt, got {shorten(text)}",
-                kind=IMAGE_IN_RESPONSE,
-            )
+        for mark, is_mark in ((IMAGE_PLACEHOLDER, True), (VIDEO_PLACEHOLDER, bool(pair.videos))):
+            if is_mark and mark in text:
+                medium = "an image" if mark == IMAGE_PLACEHOLDER else "a video"
+                raise FieldError(
+                    f"{name} must not hold {mark}, the mark of {medium} in a prompt, got {shorten(text)}",
+                    kind=IMAGE_IN_RESPONSE,
+                )
     return check_marks(pair)
 
 
@@ -118,8 +125,8 @@ def _refuse_bytes(name: str, value: object) -> None:
 
 def _unread(name: str, value: object) -> FieldError:
     return FieldError(
-        f"images must be in image or images (no other media are supported), got the field {name!r} "
-        f"{shorten(value)}: rename it, or name it in ignore (--ignore) if it does not matter",
+        f"images must be in image or images, and videos in video or videos (audio is not supported), got the field "
+        f"{name!r} {shorten(value)}: rename it, or name it in ignore (--ignore) if it does not matter",
         kind=UNREAD_FIELD,
     )
 
@@ -171,17 +178,17 @@ def _is_media(name: str, text: str) -> bool:
     return len(words) == 1 or has_folder or _FILE_FIELD.search(name) is not None
 
 
-def _check_field(name: str, value: object, *, has_images: bool) -> None:
+def _check_field(name: str, value: object, *, has_media: bool) -> None:
     """Raises FieldError if an unknown field is not empty and has the name of an image, video or audio field.
 
-    If the pair has no images, the fields inside an object are checked, too.
+    If the pair has no images or videos, the fields inside an object are checked, too.
     """
-    # Beside the images of the pair, a number is their count, or the width or id of one of them.
-    if _MEDIA_NAME.search(name) and not is_empty(value) and not (has_images and isinstance(value, (int, float))):
+    # Beside the images or videos of the pair, a number is their count, or the width or id of one of them.
+    if _MEDIA_NAME.search(name) and not is_empty(value) and not (has_media and isinstance(value, (int, float))):
         raise _unread(name, value)
-    if isinstance(value, Mapping) and not has_images:
+    if isinstance(value, Mapping) and not has_media:
         for inner, part in value.items():
-            _check_field(f"{name}.{inner}", part, has_images=has_images)
+            _check_field(f"{name}.{inner}", part, has_media=has_media)
 
 
 def drop_fields(value: Any, names: Collection[str]) -> Any:
@@ -203,25 +210,30 @@ def _prompt_texts(pair: Pair) -> list[str]:
     return [value for value in values if isinstance(value, str)]
 
 
-def count_places(pair: Pair) -> int:
-    """Returns the number of places for images in the prompt of a pair."""
+def count_places(pair: Pair, kind: str = "image") -> int:
+    """Returns the number of places for images in the prompt of a pair, or for videos if ``kind`` is "video"."""
+    mark = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}[kind]
     messages = pair.source.get(PROMPT_TURNS)
     if not isinstance(messages, list):
-        return pair.question.count(IMAGE_PLACEHOLDER)
+        return pair.question.count(mark)
     contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return sum(content.count(IMAGE_PLACEHOLDER) for content in contents if isinstance(content, str)) + sum(
-        isinstance(part, Mapping) and part.get("type") == "image" for part in parts
+    return sum(content.count(mark) for content in contents if isinstance(content, str)) + sum(
+        isinstance(part, Mapping) and part.get("type") == kind for part in parts
     )
 
 
 def place_problem(pair: Pair) -> str | None:
-    """Returns a message if a prompt's number of places for images differs from the number of images, else None.
+    """Returns a message if a prompt has another number of places than of images or of videos, else None.
 
-    A single image needs no place.
+    A single image or video needs no place.
     """
-    places, images = count_places(pair), len(pair.images)
-    if places == images or (images, places) == (1, 0):
-        return None
-    allowed = "0 or 1" if images == 1 else str(images)
-    return f"question must hold {IMAGE_PLACEHOLDER} {allowed} times for {images} images, got {places}"
+    for kind, mark, count in (
+        ("image", IMAGE_PLACEHOLDER, len(pair.images)),
+        ("video", VIDEO_PLACEHOLDER, len(pair.videos)),
+    ):
+        places = count_places(pair, kind)
+        if places != count and (count, places) != (1, 0):
+            allowed = "0 or 1" if count == 1 else str(count)
+            return f"question must hold {mark} {allowed} times for {count} {kind}s, got {places}"
+    return None

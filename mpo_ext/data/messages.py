@@ -1,31 +1,31 @@
 """Turns of conversations: reads the messages and images of a row in any format, and builds a pair from them.
 
-A turn is ``{"role": ..., "content": ...}`` whose content is text with ``<image>`` at the place of each image. An
-assistant's turn may also have ``tool_calls``; a turn of the role "tool" has a result.
+A turn is ``{"role": ..., "content": ...}`` whose content is text with ``<image>`` at the place of each image and
+``<video>`` at the place of each video. An assistant's turn may also have ``tool_calls``; a turn of the role "tool" has
+a result.
 """
 
-import base64
-import binascii
 import itertools
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from mpo_ext.checks import shorten, type_and_value
-from mpo_ext.data.marks import NO_IMAGE
 from mpo_ext.data.media import TOOLS, VIDEO, is_empty, is_unset
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TOOLS, PROMPT_TURNS, REJECTED_TURNS, SOURCE, Pair
+from mpo_ext.data.row_media import PART_FIELDS, VIDEO_FIELDS, VIDEO_SETTINGS, Images, refuse_fields
 from mpo_ext.data.tools import call_in_content, refuse_tools, tool_calls
+from mpo_ext.videos import Video
 
 Turn = dict[str, Any]
-SaveImage = Callable[[bytes], str]
 
 _ROLES = {
     **dict.fromkeys(("system", "developer", "user", "assistant")),
     **{"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"},
 }
+_MARKS: dict[object, str] = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 _RESULT_ROLES = {"tool", "tool_response", "function", "function_response", "observation"}
 _CALL_ROLES = {"tool_call", "function_call"}  # ShareGPT and ms-swift; the content is the call in JSON
 #: Roles that may follow a turn; "call" is a turn of the assistant with tool calls.
@@ -35,150 +35,20 @@ _FOLLOWING = {
     "call": {"tool"},
     "tool": {"tool", "assistant", "call", "user"},
 }
-_PATH_FIELDS = ("image", "path", "url", "image_url", "base64", "source")
-_PART_FIELDS = {"type", "text", "detail", *_PATH_FIELDS}
-
-
-def row_images(row: Mapping[str, Any], save_image: SaveImage | None) -> list[str]:
-    """Returns the image paths in the fields ``image`` and ``images`` of a row.
-
-    Either field may hold an image or a list of images. An image is a path, bytes, or an object with ``bytes``,
-    ``path`` or ``url``. ``save_image`` stores bytes and returns the path. If it is None, bytes raise FieldError.
-
-    Raises:
-        FieldError: If a value is not an image, or the two fields differ.
-    """
-    found = {}
-    for name in ("image", "images"):
-        value = row.get(name)
-        images = list(value) if isinstance(value, (list, tuple)) else [] if is_empty(value) else [value]
-        if not images:
-            continue
-        found[name] = [image_path("images", image, save_image) for image in images]
-    if len(found) == 2 and found["image"] != found["images"]:
-        raise FieldError(
-            f"image and images must not both be given, got {shorten(row['image'])} and {shorten(row['images'])}"
-        )
-    return next(iter(found.values()), [])
-
-
-def image_path(name: str, image: object, save_image: SaveImage | None) -> str:
-    """Returns the path of an image in a form that ``row_images`` describes; ``name`` is the field in messages."""
-    if isinstance(image, bytes):
-        image = {"bytes": image}
-    if isinstance(image, str) and image:
-        return image
-    if isinstance(image, Mapping):
-        content = image.get("bytes")
-        if content is not None and not isinstance(content, bytes):
-            raise FieldError(f"{name}: bytes must be binary, got {type_and_value(content)}")
-        if content is not None and save_image is not None:
-            return save_image(content)
-        for field in ("path", "url"):
-            if content is None and isinstance(image.get(field), str) and image[field]:
-                return image[field]
-        if content is not None:
-            raise FieldError(f"{name} must be paths unless image_dir is given, got {len(content):,} bytes")
-    raise FieldError(f"{name} must be paths, or objects with bytes, path or url, got {type_and_value(image)}")
-
-
-class Images:
-    """The images of a row in the order of their places in the prompt.
-
-    Args:
-        columns: Paths from the row's fields ``image`` and ``images``. They fill, in order, the places without a path.
-        save_image: As in ``row_images``.
-    """
-
-    def __init__(self, columns: Sequence[str] = (), save_image: SaveImage | None = None) -> None:
-        self._waiting = list(columns)
-        self._save_image = save_image
-        self._placed: list[str] = []
-        self._n_places = 0
-
-    def add_part(self, name: str, part: Mapping[str, Any]) -> None:
-        """Adds the image of a message part: the image that the part names, or the next image of the columns.
-
-        ``name`` is the field in messages.
-        """
-        self._n_places += 1
-        path = self._part_path(name, part)
-        if path is None:
-            if not self._waiting:
-                raise FieldError(
-                    f"{name} must have an image for each image part, got {self._n_places} parts or more and "
-                    f"{len(self._placed)} images",
-                    kind=NO_IMAGE,
-                )
-            path = self._waiting.pop(0)
-        self._placed.append(path)
-
-    def add_marks(self, name: str, text: str) -> None:
-        """Adds the next image of the columns for each ``<image>`` in a text; ``name`` is the field in messages."""
-        for _ in range(text.count(IMAGE_PLACEHOLDER)):
-            self.add_part(name, {})
-
-    @property
-    def count(self) -> int:
-        """Number of all images, with or without a place in the prompt."""
-        return len(self._placed) + len(self._waiting)
-
-    def paths(self, name: str) -> tuple[str, ...]:
-        """Returns all paths in the order of their places; without places, all paths of the columns.
-
-        Raises FieldError if some, but not all, images have a place. ``name`` is the field in the message.
-        """
-        if self._waiting and self._n_places:
-            raise FieldError(f"{name} must have no or {self.count} places for its images, got {self._n_places}")
-        return (*self._placed, *self._waiting)
-
-    def _part_path(self, name: str, part: Mapping[str, Any]) -> str | None:
-        found = []
-        for field in _PATH_FIELDS:
-            value = part.get(field)
-            if is_empty(value):
-                continue
-            if field == "base64":
-                value = {"bytes": _decode(name, value)}
-            elif field == "source":
-                value = _anthropic_source(name, value)
-            elif field == "image_url" and isinstance(value, Mapping):
-                refuse_fields(name, value, {"url", "detail"})
-                value = value.get("url")
-            found.append(image_path(name, value, self._save_image))
-        if len(set(found)) > 1:
-            raise FieldError(f"{name} must name one image in an image part, got {shorten(found)}")
-        return found[0] if found else None
-
-
-def _decode(name: str, value: object) -> bytes:
-    try:
-        return base64.b64decode(str(value), validate=True)
-    except binascii.Error:
-        raise FieldError(f"{name}: base64 must be a base64 text, got {type_and_value(value)}") from None
-
-
-def _anthropic_source(name: str, source: object) -> object:
-    if isinstance(source, Mapping):
-        if source.get("type") == "base64":
-            return {"bytes": _decode(name, source.get("data"))}
-        if source.get("type") == "url":
-            return source.get("url")
-    raise FieldError(f"{name}: the source of an image must have type base64 or url, got {shorten(source)}")
 
 
 def read_turns(name: str, value: object, images: Images | None) -> list[Turn]:
     """Returns the turns of a list of messages, or of a single message.
 
     A message has ``role`` and ``content``, or ``from`` and ``value``. Content is text, or a list of parts of type
-    text and image. Calls of tools are ``tool_calls`` of the assistant, or messages of a role such as "function_call"
-    whose content is the call in JSON; these become ``tool_calls`` of the assistant's turn.
+    text, image and video. Calls of tools are ``tool_calls`` of the assistant, or messages of a role such as
+    "function_call" whose content is the call in JSON; these become ``tool_calls`` of the assistant's turn.
 
     Args:
         name: Name of the field, for messages.
         value: List of messages, or a message.
-        images: Object that collects the images of parts and of ``<image>`` marks. None: an image part raises
-            FieldError.
+        images: Object that collects the media of parts and of ``<image>`` and ``<video>`` marks. None: a part with an
+            image or a video raises FieldError.
 
     Raises:
         FieldError: If a message is invalid, or has a part or a field that this package does not use.
@@ -238,16 +108,6 @@ def _turn(name: str, message: Mapping[str, Any], images: Images | None) -> Turn:
     return {**turn, "content": _content(name, content or "", images), "tool_calls": calls}
 
 
-def refuse_fields(name: str, values: Mapping[str, Any], known: set[str]) -> None:
-    """Raises FieldError if ``values`` has a field that is not in ``known`` and not empty."""
-    for field, value in values.items():
-        if field not in known and value not in (None, "", [], {}):  # 0 may be a weight
-            raise FieldError(
-                f"{name} must have {' and '.join(sorted(known))} only, got the field {field!r} {shorten(value)}: "
-                "remove it, or name it in ignore (--ignore) if it does not matter"
-            )
-
-
 def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
     """Raises FieldError if one of the fields ``names`` is not empty.
 
@@ -275,19 +135,27 @@ def _content(name: str, content: object, images: Images | None) -> str:
 def _part(name: str, part: object, images: Images | None) -> str:
     if not isinstance(part, Mapping):
         raise FieldError(f"{name} must have blocks of text and images, got {shorten(part)}")
-    kind = part.get("type") or next((field for field in ("text", "image") if not is_empty(part.get(field))), None)
+    fields = ("text", "image", "video")
+    kind = part.get("type") or next((field for field in fields if not is_empty(part.get(field))), None)
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         refuse_fields(name, part, {"type", "text"})
         return part["text"]
     if kind in ("image", "image_url", "input_image"):
-        refuse_fields(name, part, _PART_FIELDS - {"text"})
+        refuse_fields(name, part, PART_FIELDS - {"text"})
         if images is None:
             raise FieldError(f"{name} must be without images, which belong in the prompt, got {shorten(part)}")
         images.add_part(name, part)
         return IMAGE_PLACEHOLDER + "\n"
+    if kind in ("video", "video_url", "input_video"):
+        refuse_fields(name, part, {"type", *VIDEO_FIELDS, *VIDEO_SETTINGS})
+        if images is None:
+            raise FieldError(f"{name} must be without videos, which belong in the prompt, got {shorten(part)}")
+        images.add_video(name, part)
+        return VIDEO_PLACEHOLDER + "\n"
     is_media = isinstance(kind, str) and any(word in kind for word in ("video", "audio"))
     raise FieldError(
-        f"{name} must have blocks of text and images, got {shorten(part)}", kind=VIDEO if is_media else "bad field"
+        f"{name} must have blocks of text, images and videos, got {shorten(part)}",
+        kind=VIDEO if is_media else "bad field",
     )
 
 
@@ -327,12 +195,12 @@ def is_sequence(turns: Sequence[Turn], *, first: Collection[str], last: Collecti
     return all(after in _FOLLOWING.get(before, ()) for before, after in itertools.pairwise(roles))
 
 
-def check_prompt_turns(prompt: Sequence[Turn], n_images: int) -> None:
+def check_prompt_turns(prompt: Sequence[Turn], n_images: int, n_videos: int = 0) -> None:
     """Raises FieldError unless turns can be a prompt.
 
     They are at most one system turn, then turns of user and assistant that alternate, with the results of tools after
     the turns that call them. The last turn is the user's, or the result of a tool. The turns of a prompt of several
-    turns have ``<image>`` for none or for each of the ``n_images`` images.
+    turns have ``<image>`` for none or for each of the ``n_images`` images, and ``<video>`` likewise.
     """
     rest = prompt[1:] if prompt and prompt[0]["role"] in ("system", "developer") else prompt
     if not is_sequence(rest, first={"user", "assistant"}, last={"user", "tool"}):
@@ -342,9 +210,10 @@ def check_prompt_turns(prompt: Sequence[Turn], n_images: int) -> None:
             f"{shorten([turn['role'] for turn in prompt])}",
             kind=TOOLS if any(turn["role"] == "tool" or "tool_calls" in turn for turn in prompt) else "bad field",
         )
-    places = sum(turn["content"].count(IMAGE_PLACEHOLDER) for turn in prompt)
-    if len(prompt) > 1 and places not in (0, n_images):
-        raise FieldError(f"prompt must hold {IMAGE_PLACEHOLDER} 0 or {n_images} times for its images, got {places}")
+    for mark, kind, count in ((IMAGE_PLACEHOLDER, "images", n_images), (VIDEO_PLACEHOLDER, "videos", n_videos)):
+        places = sum(turn["content"].count(mark) for turn in prompt)
+        if len(prompt) > 1 and places not in (0, count):
+            raise FieldError(f"prompt must hold {mark} 0 or {count} times for its {kind}, got {places}")
 
 
 def last_question(prompt: Sequence[Turn]) -> str:
@@ -405,6 +274,8 @@ def pair_of_turns(
     answer_gt: str | None = None,
     provenance: dict[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
+    videos: Sequence[Video] = (),
+    rejected_images: Sequence[str] = (),
 ) -> Pair:
     """Builds and returns a pair from turns.
 
@@ -420,11 +291,13 @@ def pair_of_turns(
         answer_gt: As in ``Pair``.
         provenance: As in ``Pair``.
         extra: As in ``Pair``.
+        videos: Videos in the order of their places.
+        rejected_images: As in ``Pair``.
 
     Raises:
         FieldError: If the prompt has other turns than these, or places for a wrong number of images.
     """
-    check_prompt_turns(prompt, len(images))
+    check_prompt_turns(prompt, len(images), len(videos))
     turns = {PROMPT_TURNS: prompt, CHOSEN_TURNS: chosen, REJECTED_TURNS: rejected}
     several: dict[str, Any] = {
         name: [dict(turn) for turn in value]
@@ -448,6 +321,8 @@ def pair_of_turns(
         answer_gt=answer_gt,
         provenance=provenance or {},
         extra=values,
+        videos=tuple(videos),
+        rejected_images=tuple(rejected_images),
     )
 
 
@@ -476,9 +351,7 @@ def turns_text(messages: object, tools: object, question: str) -> str:
         content = message.get("content")
         if isinstance(content, list):
             parts = (part if isinstance(part, dict) else {} for part in content)
-            content = "".join(
-                IMAGE_PLACEHOLDER if part.get("type") == "image" else str(part.get("text") or "") for part in parts
-            )
+            content = "".join(_MARKS.get(part.get("type"), str(part.get("text") or "")) for part in parts)
         calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
         lines.append(f"{message.get('role')}: {' '.join(filter(None, (str(content or ''), calls)))}")
     return "\n\n".join(lines)

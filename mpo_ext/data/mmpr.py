@@ -2,7 +2,9 @@
 
 The meta file maps each subset's name to ``root`` (folder of its images), ``annotation`` (its .jsonl file), ``length``,
 ``repeat_time``, ``data_augment`` and ``max_dynamic_patch``. A line has ``question``, ``chosen``, ``rejected``, usually
-``image`` (a path below the root, a list of paths, "" or null) and often ``answer_gt``.
+``image`` (a path below the root, a list of paths, "" or null) and often ``answer_gt``. This package also reads and
+writes ``video`` (a path, or a list of videos, each a path, a list of frames or an object as in ``Video.from_value``)
+and ``rejected_image`` (a path or a list of paths, the images of the rejected response); all start at the root.
 """
 
 import bisect
@@ -26,11 +28,13 @@ from mpo_ext.data.messages import refuse_meaning
 from mpo_ext.data.paths import RootMap, absolute_path, below, map_root, real_path
 from mpo_ext.data.reader import MAX_LINE_BYTES, FieldError, Location, PairSequence
 from mpo_ext.data.records import SOURCE, Pair
+from mpo_ext.data.row_media import read_video
 from mpo_ext.data.tools import refuse_tools
 from mpo_ext.files import atomic_write, write_json
 from mpo_ext.images import describe_source, is_url, local_path
+from mpo_ext.videos import Video
 
-_FIELDS = ("image", "question", "chosen", "rejected", "answer_gt", "provenance")
+_FIELDS = ("image", "video", "rejected_image", "question", "chosen", "rejected", "answer_gt", "provenance")
 _FILE_SETTINGS = ("annotation", "length")  # settings that a written copy of a subset changes
 
 
@@ -212,12 +216,17 @@ class _LineParser:
                 f"images of an MMPR line must be named by 'image', got 'images' {shorten(values['images'])}: "
                 "a file of such lines is read with the format 'pairs' (--from pairs, in a recipe format: pairs)"
             )
-        refuse_meaning(values, "system", "history", "messages", "chat_template_kwargs")
+        refuse_meaning(values, "system", "history", "messages", "chat_template_kwargs", "videos", "rejected_images")
         refuse_tools(values)
         relative, source["image"] = _images(values)
         images = tuple(resolve_image(image, self.root) for image in relative)
         if [below(image, self.root) for image in images] != relative:
             source["paths"] = relative
+        videos, rejected = _videos(values), _paths("rejected_image", values.get("rejected_image") or [])
+        inside = tuple(video.map_paths(lambda path: resolve_image(path, self.root)) for video in videos)
+        for name, form in (("video", [video.to_value() for video in videos]), ("rejected_image", rejected)):
+            if name in values and values[name] != _compact(form):
+                source[name] = values[name]
         answer = values.get("answer_gt")
         if "answer_gt" in values and not isinstance(answer, str):
             source["answer_gt"] = answer
@@ -227,8 +236,11 @@ class _LineParser:
             extra["provenance"], provenance = provenance, {}
         if line.isascii() and "\\u" in line:
             source["ascii"] = True
-        pair = Pair(values["question"], values["chosen"], values["rejected"], images, answer, provenance, extra)
-        if list(values) != list(_line(pair, relative, source)):
+        pair = Pair(
+            values["question"], values["chosen"], values["rejected"], images, answer, provenance, extra, inside,
+            tuple(resolve_image(image, self.root) for image in rejected),
+        )  # fmt: skip
+        if list(values) != list(_line(pair, relative, source, self.root)):
             source["fields"] = list(values)
         return dataclasses.replace(pair, extra={**extra, SOURCE: source})
 
@@ -247,8 +259,26 @@ def _images(values: Mapping[str, Any]) -> tuple[list[str], str]:
     return list(image), "list"
 
 
+def _paths(name: str, value: object) -> list[str]:
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise FieldError(f"{name} must be a path or a list of paths, got {shorten(value)}")
+    return list(paths)
+
+
+def _compact(media: list[Any]) -> Any:
+    """Returns the only element of a list, or the list itself: a list of frames is an element of a list of videos."""
+    return media[0] if len(media) == 1 and not isinstance(media[0], list) else media
+
+
+def _videos(values: Mapping[str, Any]) -> list[Video]:
+    value = values.get("video")
+    entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
+    return [read_video("video", entry, None) for entry in entries]
+
+
 def resolve_image(image: str, root: str) -> str:
-    """Returns the absolute path of an image below ``root``, the image folder of its subset; a URL is unchanged.
+    """Returns the absolute path of an image or video below ``root``, the folder of its subset; a URL is unchanged.
 
     Raises FieldError if the path, or a link in it, leads out of ``root``.
     """
@@ -270,13 +300,14 @@ def resolve_image(image: str, root: str) -> str:
     return joined
 
 
-def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any]) -> dict[str, Any]:
+def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any], root: str) -> dict[str, Any]:
     """Returns the fields of a pair's line, in the order of the published files.
 
     Args:
         pair: The pair.
         relative: Paths of its images, relative to the root.
         source: ``pair.source``, which stores the form of the original line.
+        root: Absolute path of the folder that the paths of videos and rejected images start at.
     """
     form = source.get("image", "string" if len(relative) == 1 else "list" if relative else "absent")
     if form in ("string", "empty", "null", "absent") and len(relative) != (form == "string"):
@@ -284,6 +315,19 @@ def _line(pair: Pair, relative: Sequence[str], source: Mapping[str, Any]) -> dic
     values: dict[str, Any] = {}
     if form != "absent":
         values["image"] = {"string": relative[0] if relative else "", "empty": "", "null": None}.get(form, relative)
+    videos = [video.map_paths(lambda path: _relative(path, root)) for video in pair.videos]
+    for name, media, read in (
+        ("video", [video.to_value() for video in videos], lambda given: _videos({"video": given}) == videos),
+        (
+            "rejected_image",
+            [_relative(image, root) for image in pair.rejected_images],
+            lambda given: tuple(absolute_path(path, root) for path in _paths("", given or [])) == pair.rejected_images,
+        ),
+    ):
+        if name in source and read(source[name]):
+            values[name] = source[name]
+        elif media:
+            values[name] = _compact(media)
     values |= {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected}
     if "answer_gt" in source and pair.answer_gt == _as_text(source["answer_gt"]):
         values["answer_gt"] = source["answer_gt"]
@@ -323,21 +367,23 @@ def to_line(pair: Pair, root: str) -> bytes:
     source = pair.source
     paths = source.get("paths")
     if not paths or tuple(absolute_path(path, root) for path in paths) != pair.images:
-        paths = []
-        for image in pair.images:
-            if is_url(image):
-                paths.append(image)
-                continue
-            normal = below(os.path.normpath(os.path.join(root, image)), root)
-            unchanged = below(image, root)
-            if normal is None:
-                raise ValueError(f"images must be below the root {root}, got {describe_source(image)!r}")
-            paths.append(normal if unchanged is None else unchanged)
-    values = _line(pair, paths, source)
+        paths = [_relative(image, root) for image in pair.images]
+    values = _line(pair, paths, source, root)
     order = source.get("fields")
     if order and set(order) == set(values):
         values = {name: values[name] for name in order}
     return dump_line(values, ensure_ascii=bool(source.get("ascii")))
+
+
+def _relative(path: str, root: str) -> str:
+    """Returns the path of an image or video relative to ``root``; a URL is unchanged."""
+    if is_url(path):
+        return path
+    normal = below(os.path.normpath(os.path.join(root, path)), root)
+    unchanged = below(path, root)
+    if normal is None:
+        raise ValueError(f"images must be below the root {root}, got {describe_source(path)!r}")
+    return normal if unchanged is None else unchanged
 
 
 def write_mmpr(
@@ -374,7 +420,7 @@ def write_mmpr(
             if (
                 root is None
                 and not source
-                and (relative := [image for image in pair.images if not os.path.isabs(image) and not is_url(image)])
+                and (relative := [path for path in pair.media_paths if not os.path.isabs(path) and not is_url(path)])
             ):
                 raise ValueError(f"images must be absolute where no root is given, got {shorten(relative)}")
             settings = {"root": source.get("root", default_root), **source.get("settings", {})}

@@ -8,16 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpo_ext.checks import shorten
-from mpo_ext.data.messages import (
-    Images,
-    SaveImage,
-    pair_of_turns,
-    read_response,
-    read_turns,
-    refuse_fields,
-)
+from mpo_ext.data.messages import pair_of_turns, read_response, read_turns
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import Pair
+from mpo_ext.data.row_media import (
+    Images,
+    SaveImage,
+    refuse_fields,
+)
 from mpo_ext.data.tools import read_tools, refuse_tools
 
 _FIELDS = {"input", "preferred_output", "non_preferred_output"}
@@ -50,5 +48,6 @@ def from_openai(row: Mapping[str, Any], *, save_image: SaveImage | None = None) 
         read_response("non_preferred_output", row["non_preferred_output"]),
         images.paths("input.messages"),
         tools=read_tools("input.tools", prompt.get("tools")),
+        videos=images.videos("input.messages"),
         extra={name: value for name, value in row.items() if name not in _FIELDS},
     )

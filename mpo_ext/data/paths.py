@@ -36,15 +36,14 @@ def map_root(path: str, root_map: RootMap) -> str:
 
 
 def map_roots(pair: Pair, root_map: RootMap) -> Pair:
-    """Returns the pair with ``map_root`` applied to its images and to the root of its subset."""
+    """Returns the pair with ``map_root`` applied to its images and videos and to the root of its subset."""
     if not root_map:
         return pair
     extra, root = pair.extra, pair.source.get("root")
     if isinstance(root, str):
         extra = {**extra, SOURCE: {**pair.source, "root": map_root(root, root_map)}}
-    return dataclasses.replace(
-        pair, images=tuple(map_root(local_path(image), root_map) for image in pair.images), extra=extra
-    )
+    moved = pair.map_paths(lambda path: map_root(local_path(path), root_map))
+    return dataclasses.replace(moved, extra=extra)
 
 
 def absolute_path(image: str, root: str) -> str:

@@ -4,10 +4,11 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpo_ext.checks import check_json, check_text, type_and_value
+from mpo_ext.videos import Video
 
 # Key of `Pair.extra` under which a reader stores how its source wrote the pair; all other keys are unknown fields.
 SOURCE = "$source"
@@ -15,6 +16,7 @@ SOURCE = "$source"
 PROMPT_TURNS, CHOSEN_TURNS, REJECTED_TURNS = "messages", "chosen_messages", "rejected_messages"
 TURNS = (PROMPT_TURNS, CHOSEN_TURNS, REJECTED_TURNS)
 PROMPT_TOOLS = "tools"  # key of `Pair.source` for the functions that the assistant may call
+_OPTIONAL = ("videos", "rejected_images")  # fields that most pairs do not have, and that their lines then leave out
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,6 +41,10 @@ class Pair:
             content of a turn has ``<image>`` at the place of each image. A turn of the assistant may have
             ``tool_calls``, and a turn of the role "tool" has a result. ``tools`` describes the functions that the
             assistant may call (``mpo_ext.chat.Conversation``).
+        videos: Videos, in order. ``question`` and the turns have ``<video>`` at the place of each video; without a
+            mark, the videos come first, after the images that come first.
+        rejected_images: Paths of other images for the rejected response, one for each of ``images``, as in mDPO;
+            empty: the rejected response has the same images.
 
     Raises:
         TypeError: If a field has a wrong type. The message names the field, the rule and the value.
@@ -52,6 +58,8 @@ class Pair:
     answer_gt: str | None = None
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    videos: tuple[Video, ...] = ()
+    rejected_images: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("question", "chosen", "rejected"):
@@ -59,14 +67,18 @@ class Pair:
             if not isinstance(value, str):
                 raise TypeError(f"{name} must be a str, got {type_and_value(value)}")
             check_text(name, value)
-        if not isinstance(self.images, tuple):
-            raise TypeError(f"images must be a tuple of paths, got {type_and_value(self.images)}")
-        for index, image in enumerate(self.images):
-            if not isinstance(image, str):
-                raise TypeError(f"images[{index}] must be a str, got {type_and_value(image)}")
-            if not image or "\0" in image:
-                raise ValueError(f"images[{index}] must be a path, got {type_and_value(image)}")
-            check_text(f"images[{index}]", image)
+        for name in ("images", "rejected_images"):
+            _check_images(name, getattr(self, name))
+        if self.rejected_images and len(self.rejected_images) != len(self.images):
+            raise ValueError(
+                f"rejected_images must be one for each of the {len(self.images)} images, got "
+                f"{len(self.rejected_images)}"
+            )
+        if not isinstance(self.videos, tuple) or not all(isinstance(video, Video) for video in self.videos):
+            raise TypeError(f"videos must be a tuple of Video, got {type_and_value(self.videos)}")
+        for index, video in enumerate(self.videos):
+            for path in video.paths:
+                check_text(f"videos[{index}]", path)
         if self.answer_gt is not None:
             if not isinstance(self.answer_gt, str):
                 raise TypeError(f"answer_gt must be a str or None, got {type_and_value(self.answer_gt)}")
@@ -84,10 +96,40 @@ class Pair:
         """The value of ``extra["$source"]``; empty if no reader set it."""
         return self.extra.get(SOURCE, {})
 
+    @property
+    def has_equal_responses(self) -> bool:
+        """Whether both responses are the same and follow the same prompt, so that the pair states no preference.
+
+        In mDPO, both responses may be the same text, which is right for the images and wrong for other images.
+        """
+        turns = [self.source.get(name) for name in (CHOSEN_TURNS, REJECTED_TURNS)]
+        return self.chosen == self.rejected and turns[0] == turns[1] and not self.has_other_images
+
+    @property
+    def has_other_images(self) -> bool:
+        """Whether the rejected response has other images than the chosen response."""
+        return bool(self.rejected_images) and self.rejected_images != self.images
+
+    @property
+    def media_paths(self) -> tuple[str, ...]:
+        """Paths of all files of the pair: its images, rejected images, video files and frames of videos."""
+        return (*self.images, *self.rejected_images, *(path for video in self.videos for path in video.paths))
+
+    def map_paths(self, change: Callable[[str], str]) -> "Pair":
+        """Returns the pair with ``change`` applied to each of ``media_paths``."""
+        images, rejected = tuple(map(change, self.images)), tuple(map(change, self.rejected_images))
+        videos = tuple(video.map_paths(change) for video in self.videos)
+        return dataclasses.replace(self, images=images, rejected_images=rejected, videos=videos)
+
     def to_dict(self) -> dict[str, Any]:
-        """Returns the pair as a dict for JSON; ``provenance`` and ``extra`` are shared, not copied."""
+        """Returns the pair as a dict for JSON; ``provenance`` and ``extra`` are shared, not copied.
+
+        The dict has ``videos`` and ``rejected_images`` only if the pair has them.
+        """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**values, "images": list(self.images)}
+        values |= {"images": list(self.images), "videos": [video.to_value() for video in self.videos]}
+        values["rejected_images"] = list(self.rejected_images)
+        return {name: value for name, value in values.items() if value or name not in _OPTIONAL}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Pair":
@@ -115,14 +157,33 @@ class Pair:
         answer = values.get("answer_gt")
         if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
             values = {**values, "answer_gt": str(answer)}
-        images = values.get("images", [])
-        if not isinstance(images, (list, tuple)):
-            raise TypeError(f"images must be a list of paths, got {type_and_value(images)}")
-        return cls(**{**values, "images": tuple(images)})
+        lists: dict[str, Any] = {name: values[name] for name in ("images", *_OPTIONAL) if name in values}
+        for name, value in lists.items():
+            if not isinstance(value, (list, tuple)):
+                content = "videos" if name == "videos" else "paths"
+                raise TypeError(f"{name} must be a list of {content}, got {type_and_value(value)}")
+            is_video = name == "videos"
+            lists[name] = tuple(
+                Video.from_value(part, f"videos[{index}]") if is_video else part for index, part in enumerate(value)
+            )
+        return cls(**{**values, **lists})
 
     def key(self) -> str:
-        """Returns a hash of the prompt, the responses and the image paths; it is the same in every run everywhere."""
+        """Returns a hash of the prompt, the responses and the media paths; it is the same in every run everywhere."""
         turns = {name: self.source[name] for name in (*TURNS, PROMPT_TOOLS) if name in self.source}
         parts = [self.question, self.chosen, self.rejected, *self.images, *([turns] if turns else [])]
+        if self.videos or self.rejected_images:
+            parts.append({"videos": [video.to_value() for video in self.videos], "rejected": self.rejected_images})
         text = json.dumps(parts, ensure_ascii=True, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _check_images(name: str, images: object) -> None:
+    if not isinstance(images, tuple):
+        raise TypeError(f"{name} must be a tuple of paths, got {type_and_value(images)}")
+    for index, image in enumerate(images):
+        if not isinstance(image, str):
+            raise TypeError(f"{name}[{index}] must be a str, got {type_and_value(image)}")
+        if not image or "\0" in image:
+            raise ValueError(f"{name}[{index}] must be a path, got {type_and_value(image)}")
+        check_text(f"{name}[{index}]", image)

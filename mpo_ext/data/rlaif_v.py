@@ -7,22 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpo_ext.checks import type_and_value
-from mpo_ext.data.messages import (
-    Images,
-    SaveImage,
-    pair_of_turns,
-    read_history,
-    read_response,
-    read_system,
-    refuse_meaning,
-    row_images,
-)
+from mpo_ext.data.messages import pair_of_turns, read_history, read_response, read_system, refuse_meaning
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import Pair
+from mpo_ext.data.row_media import (
+    MEDIA_COLUMNS,
+    Images,
+    SaveImage,
+    row_images,
+    row_rejected_images,
+    row_videos,
+)
 from mpo_ext.data.tools import refuse_tools
 
 _ORIGIN = ("ds_name", "origin_dataset", "origin_split", "idx", "image_path")
-_FIELDS = {"question", "chosen", "rejected", "image", "images", "system", "history", "answer_gt", "tools"}
+_FIELDS = {"question", "chosen", "rejected", *MEDIA_COLUMNS, "system", "history", "answer_gt", "tools"}
 
 
 def from_rlaif_v(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> Pair:
@@ -46,7 +45,7 @@ def from_rlaif_v(row: Mapping[str, Any], *, save_image: SaveImage | None = None)
     question = row["question"]
     if not isinstance(question, str):
         raise FieldError(f"question must be text, got {type_and_value(question)}")
-    images = Images(row_images(row, save_image), save_image)
+    images = Images(row_images(row, save_image), save_image, row_videos(row, save_image))
     history = read_history(row, images)
     images.add_marks("question", question)
     paths = images.paths("question")
@@ -59,4 +58,6 @@ def from_rlaif_v(row: Mapping[str, Any], *, save_image: SaveImage | None = None)
         answer_gt=row.get("answer_gt"),
         provenance={name: row[name] for name in row if name in origin},
         extra={name: value for name, value in row.items() if name not in _FIELDS and name not in origin},
+        videos=images.videos("question"),
+        rejected_images=row_rejected_images(row, save_image),
     )

@@ -9,22 +9,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpo_ext.checks import shorten
-from mpo_ext.data.messages import (
-    Images,
-    SaveImage,
-    pair_of_turns,
-    read_response,
-    read_system,
-    read_turns,
-    refuse_meaning,
-    row_images,
-)
+from mpo_ext.data.messages import pair_of_turns, read_response, read_system, read_turns, refuse_meaning
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import Pair
+from mpo_ext.data.row_media import (
+    MEDIA_COLUMNS,
+    Images,
+    SaveImage,
+    row_images,
+    row_rejected_images,
+    row_videos,
+)
 from mpo_ext.data.tools import read_tools, refuse_tools
 
 TURNS_FIELDS = ("conversations", "conversation", "messages")
-_FIELDS = {*TURNS_FIELDS, "chosen", "rejected", "system", "image", "images", "tools"}
+_FIELDS = {*TURNS_FIELDS, "chosen", "rejected", "system", *MEDIA_COLUMNS, "tools"}
 _QUESTIONS, _ANSWERS = ("human", "user"), ("assistant", "gpt", "bot")
 
 
@@ -46,7 +45,7 @@ def from_sharegpt(row: Mapping[str, Any], *, save_image: SaveImage | None = None
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
             raise FieldError(f"{name} must be given, got fields {', '.join(map(repr, row))}")
-    images = Images(row_images(row, save_image), save_image)
+    images = Images(row_images(row, save_image), save_image, row_videos(row, save_image))
     prompt = read_turns(given[0], _expand(row[given[0]]), images)
     return pair_of_turns(
         read_system(row, prompt),
@@ -55,6 +54,8 @@ def from_sharegpt(row: Mapping[str, Any], *, save_image: SaveImage | None = None
         images.paths(given[0]),
         tools=read_tools("tools", row.get("tools")),
         extra={name: value for name, value in row.items() if name not in _FIELDS},
+        videos=images.videos(given[0]),
+        rejected_images=row_rejected_images(row, save_image),
     )
 
 

@@ -65,48 +65,50 @@ class PairSource:
         """
         folder = os.path.realpath(folder)
         for index in range(len(self.pairs)):
-            where, images, pair = self._read(index)
-            if not isinstance(pair, BadLine) and images != pair.images:
+            where, paths, pair = self._read(index)
+            if not isinstance(pair, BadLine) and paths != pair.media_paths:
                 is_root = folder == real_path(self.root)
-                relative = (
-                    image if is_root or os.path.isabs(image) else path_from(folder, path)
-                    for image, path in zip(images, pair.images, strict=True)
-                )
-                pair = dataclasses.replace(pair, images=tuple(relative))
+                relative = [
+                    original if is_root or os.path.isabs(original) else path_from(folder, path)
+                    for original, path in zip(paths, pair.media_paths, strict=True)
+                ]
+                pair = pair.map_paths(dict(zip(pair.media_paths, relative, strict=True)).__getitem__)
             yield where, pair
 
     def _read(self, index: int) -> tuple[Location, tuple[str, ...], Pair | BadLine]:
-        """Returns a line's location, its original image paths, and its pair with absolute paths or a BadLine."""
+        """Returns a line's location, its original media paths, and its pair with absolute paths or a BadLine."""
         where = self.pairs.locate(index)
         try:
             pair = self.pairs.read(index)
         except BadLine as bad:
             return where, (), bad
-        images = pair.images
-        if not all(map(os.path.isabs, images)):
-            pair = dataclasses.replace(pair, images=tuple(absolute_path(image, self.root) for image in images))
+        paths = pair.media_paths
+        if not all(map(os.path.isabs, paths)):
+            pair = pair.map_paths(lambda path: absolute_path(path, self.root))
         if self.on_pair is not None:
             self.on_pair(pair)
         subset = pair.source.get("subset")
         if self.format != "mmpr" and isinstance(subset, str):  # name of the subset in the pair's first source
             where = dataclasses.replace(where, subset=subset)
-        return where, images, pair
+        return where, paths, pair
 
 
 class MissingImages:
-    """Counts the image files that do not exist, each file once. Its ``add`` serves as ``PairSource.on_pair``.
+    """Counts the image and video files that do not exist, each file once. ``add`` serves as ``PairSource.on_pair``.
 
     Attributes:
-        first: Description of the first missing image; "" if none is missing.
+        first: Description of the first missing file; "" if none is missing.
     """
 
     def __init__(self) -> None:
         self.first = ""
         self._exists: dict[int, bool] = {}
+        self._has_videos = False
 
     def add(self, pair: Pair) -> None:
-        """Records which images of a pair exist."""
-        for image in pair.images:
+        """Records which images and videos of a pair exist."""
+        self._has_videos = self._has_videos or bool(pair.videos)
+        for image in pair.media_paths:
             key = hash(image)
             if key not in self._exists:
                 self._exists[key] = image_exists(image)
@@ -117,10 +119,11 @@ class MissingImages:
         missing = sum(not exists for exists in self._exists.values())
         if not missing:
             return None
-        text = f"warning: {missing:,} of {len(self._exists):,} images do not exist as files, as {self.first}"
+        media = "images and videos" if self._has_videos else "images"
+        text = f"warning: {missing:,} of {len(self._exists):,} {media} do not exist as files, as {self.first}"
         if source.format == "hf" or source.subsets:
             return f"{text}: try --root-map"
-        return f"{text}: relative images start at {source.root}: try --root"
+        return f"{text}: relative {media} start at {source.root}: try --root"
 
 
 def open_pairs(

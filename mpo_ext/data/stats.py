@@ -57,7 +57,9 @@ class SubsetStats:
         pairs: Number of good pairs.
         skipped: Number of bad lines.
         images: Number of images; an image that several pairs use counts several times.
-        text_only: Number of pairs without images.
+        videos: Number of videos, counted in the same way.
+        text_only: Number of pairs without images and videos.
+        rejected_images: Number of pairs with other images for the rejected response.
         with_answer: Number of pairs with a true answer.
         rejected_longer: Number of pairs whose rejected response is longer than the chosen response.
         question: Lengths of the prompts. A prompt of several turns counts with all its turns and roles.
@@ -68,7 +70,9 @@ class SubsetStats:
     pairs: int = 0
     skipped: int = 0
     images: int = 0
+    videos: int = 0
     text_only: int = 0
+    rejected_images: int = 0
     with_answer: int = 0
     rejected_longer: int = 0
     question: LengthStats = dataclasses.field(default_factory=LengthStats)
@@ -80,7 +84,9 @@ class SubsetStats:
         chosen, rejected = length(pair.chosen), length(pair.rejected)
         self.pairs += 1
         self.images += len(pair.images)
-        self.text_only += not pair.images
+        self.videos += len(pair.videos)
+        self.text_only += not (pair.images or pair.videos)
+        self.rejected_images += bool(pair.rejected_images)
         self.with_answer += pair.answer_gt is not None
         self.rejected_longer += rejected > chosen
         self.question.add(length(prompt_text(pair)))

@@ -10,8 +10,6 @@ from typing import Any
 
 from mpo_ext.checks import shorten, type_and_value
 from mpo_ext.data.messages import (
-    Images,
-    SaveImage,
     is_conversation,
     pair_of_turns,
     read_history,
@@ -19,15 +17,22 @@ from mpo_ext.data.messages import (
     read_system,
     read_turns,
     refuse_meaning,
-    row_images,
     split_common,
 )
 from mpo_ext.data.reader import FieldError
 from mpo_ext.data.records import Pair
+from mpo_ext.data.row_media import (
+    MEDIA_COLUMNS,
+    Images,
+    SaveImage,
+    row_images,
+    row_rejected_images,
+    row_videos,
+)
 from mpo_ext.data.tools import read_tools, refuse_tools
 
 _FIELDS = {
-    *("messages", "rejected_response", "rejected_messages", "system", "image", "images", "tools"),
+    *("messages", "rejected_response", "rejected_messages", "system", *MEDIA_COLUMNS, "tools"),
     *("query", "response", "history"),
 }
 _USER = ("user", "human")
@@ -50,7 +55,7 @@ def from_swift(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -
         raise FieldError(
             f"rejected_response or rejected_messages must be given, got fields {', '.join(map(repr, row))}"
         )
-    images = Images(row_images(row, save_image), save_image)
+    images = Images(row_images(row, save_image), save_image, row_videos(row, save_image))
     if row.get("messages") is None:
         prompt, chosen_side, rejected_side = _legacy(row, images)
     else:
@@ -71,6 +76,8 @@ def from_swift(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -
         images.paths("messages"),
         tools=read_tools("tools", row.get("tools")),
         extra={name: value for name, value in row.items() if name not in _FIELDS},
+        videos=images.videos("messages"),
+        rejected_images=row_rejected_images(row, save_image),
     )
 
 

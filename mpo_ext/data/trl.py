@@ -17,25 +17,29 @@ from mpo_ext.chat import IMAGE_PLACEHOLDER
 from mpo_ext.checks import check_choice, shorten, type_and_value
 from mpo_ext.data.jsonl import LineFile, parse_object, write_lines
 from mpo_ext.data.messages import (
-    Images,
-    SaveImage,
     Turn,
     is_conversation,
     pair_of_turns,
     read_response,
     read_turns,
     refuse_meaning,
-    row_images,
     split_common,
 )
 from mpo_ext.data.paths import RootMap
 from mpo_ext.data.reader import MAX_LINE_BYTES, FieldError
 from mpo_ext.data.records import CHOSEN_TURNS, PROMPT_TOOLS, PROMPT_TURNS, REJECTED_TURNS, SOURCE, TURNS, Pair
+from mpo_ext.data.row_media import (
+    Images,
+    SaveImage,
+    row_images,
+    row_rejected_images,
+    row_videos,
+)
 from mpo_ext.data.tools import read_tools, refuse_tools
 
 Kind = Literal["standard", "conversational"]
 _COLUMNS = (
-    *("prompt", "chosen", "rejected", "tools", "image", "images", "image_paths"),
+    *("prompt", "chosen", "rejected", "tools", "image", "images", "image_paths", "video", "videos", "rejected_images"),
     *("answer_gt", "question", "provenance", "extra"),
 )
 
@@ -54,10 +58,13 @@ def to_trl(pair: Pair, kind: Kind = "standard", *, has_images: bool = True) -> d
             ``images`` (TRL would expect an image model), and content is text. All rows must have the same value.
 
     Raises:
-        ValueError: If ``kind`` is "standard" and the pair has a prompt or response of several turns, or
-            ``has_images`` is False and the pair has images.
+        ValueError: If ``kind`` is "standard" and the pair has a prompt or response of several turns; if
+            ``has_images`` is False and the pair has images; or if the pair has media that TRL's format cannot hold.
     """
     check_choice("kind", kind, get_args(Kind))
+    for name in ("videos", "rejected_images"):
+        if getattr(pair, name):
+            raise ValueError(f"{name} must be empty for TRL, whose format has none, got {len(getattr(pair, name))}")
     if pair.images and not has_images:
         raise ValueError(f"has_images must be True for a pair with images, got {shorten(pair.images)}")
     if kind == "standard":
@@ -121,7 +128,8 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
     prompt, chosen, rejected = _split(row)
     paths = row.get("image_paths")
     columns = row_images(row, save_image) if paths is None else _list("image_paths", paths)
-    images = Images(columns, save_image)
+    columns_of_videos = row_videos(row, save_image)
+    images = Images(columns, save_image, columns_of_videos)
     turns = _prompt_turns(prompt, images, row.get("question"))
     extra = {**_json("extra", row.get("extra")), **{name: row[name] for name in row if name not in _COLUMNS}}
     if isinstance(prompt, str) and row.get("question") is not None:  # ``to_trl`` writes it for messages only
@@ -139,6 +147,8 @@ def from_trl(row: Mapping[str, Any], *, save_image: SaveImage | None = None) -> 
         answer_gt=row.get("answer_gt"),
         provenance=_json("provenance", row.get("provenance")),
         extra=extra,
+        videos=columns_of_videos if isinstance(prompt, str) else images.videos("prompt"),
+        rejected_images=row_rejected_images(row, save_image),
     )
 
 

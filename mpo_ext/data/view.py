@@ -1,4 +1,4 @@
-"""Writes preference pairs into a static HTML page with images, responses side by side, search and filters."""
+"""Writes preference pairs into a static HTML page with images, key frames of videos, search and filters."""
 
 import base64
 import collections
@@ -7,7 +7,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from mpo_ext.checks import check_integer
@@ -18,8 +18,10 @@ from mpo_ext.data.sources import PairSource
 from mpo_ext.files import check_outputs
 from mpo_ext.images import ImageError, describe_source, is_remote, is_url, load_image
 from mpo_ext.report import save_page
+from mpo_ext.videos import Video, describe_video, key_frames
 
 _TEMPLATE = "pairs_view.html.j2"
+_KEY_FRAMES = 4  # frames of a video that a page shows
 
 
 def write_view(
@@ -102,7 +104,11 @@ def _entry(pair: Pair, subset: str, where: str, images: "Thumbnails", max_charac
         "subset": subset,
         "where": where,
         "pipeline": str(pair.provenance.get("pipeline", ""))[:100],
-        "images": [images.add(image) for image in pair.images],
+        "images": [
+            *map(images.add, pair.images),
+            *(_for_rejected(images.add(image)) for image in pair.rejected_images),
+            *(frame for video in pair.videos for frame in images.add_video(video)),
+        ],
         "shared": _utf16(pair.chosen[: min(shared, max_characters)]),
         "cut": None if cut is None else _utf16(pair.chosen[: min(cut, max_characters)]),
         "answer": None if pair.answer_gt is None else cut_text(pair.answer_gt, max_characters),
@@ -148,7 +154,11 @@ def script_json(value: Any) -> Any:
     return Markup(text)  # the loop escapes it
 
 
-def make_thumbnail(source: str, size: int) -> Any:
+def _for_rejected(entry: dict[str, Any]) -> dict[str, Any]:
+    return {**entry, "name": f"for rejected: {entry['name']}"}
+
+
+def make_thumbnail(source: Any, size: int) -> Any:
     """Returns an image as a PIL image with sides of at most ``size`` pixels, converted as for a model."""
     image = load_image(source)
     image.thumbnail((size, size))
@@ -160,7 +170,7 @@ def _name(path: str) -> str:
 
 
 class Thumbnails:
-    """Small copies of images as data URIs; an image that is added twice is stored once.
+    """Small copies of images and key frames as data URIs; an image or video that is added twice is stored once.
 
     Args:
         size: Maximum side of a copy in pixels; 0 omits all images.
@@ -168,7 +178,7 @@ class Thumbnails:
 
     Attributes:
         uris: The data URIs.
-        omitted: Number of images that did not fit into the budget.
+        omitted: Number of images and videos that did not fit into the budget.
     """
 
     def __init__(self, size: int, budget: int) -> None:
@@ -176,6 +186,7 @@ class Thumbnails:
         self.omitted = 0
         self._size, self._budget = size, budget
         self._entries: dict[str, dict[str, Any]] = {}
+        self._videos: dict[Video, list[dict[str, Any]]] = {}
 
     def add(self, path: str) -> dict[str, Any]:
         """Returns the image's name and its index in ``uris``, or its name and the reason why it has no data URI."""
@@ -183,20 +194,42 @@ class Thumbnails:
             self._entries[path] = {"name": _name(path), **self._make(path)}
         return self._entries[path]
 
+    def add_video(self, video: Video) -> list[dict[str, Any]]:
+        """Returns the entries of the key frames of a video, each as ``add`` returns the entry of an image."""
+        if video not in self._videos:
+            name = _name(video.path) if video.path else describe_video(video)
+            loaded, problem = self._load(lambda: key_frames(video, _KEY_FRAMES))
+            if problem is not None:
+                self._videos[video] = [{"name": name, "problem": problem}]
+            else:
+                self._videos[video] = [
+                    {"name": f"{name} at {time:.1f} s", **self._store(make_thumbnail(frame.copy(), self._size))}
+                    for frame, time in zip(loaded.frames, loaded.times, strict=True)
+                ]
+        return self._videos[video]
+
     def _make(self, path: str) -> dict[str, Any]:
-        if not self._size:
-            return {"problem": "omitted"}
-        if self._budget <= 0:
-            self.omitted += 1
-            return {"problem": "no room left in the page"}
         if is_remote(path):
             return {"problem": "a URL, not fetched"}
+        image, problem = self._load(lambda: make_thumbnail(path, self._size))
+        return self._store(image) if problem is None else {"problem": problem}
+
+    def _load(self, load: Callable[[], Any]) -> tuple[Any, str | None]:
+        """Returns the value of ``load`` and None, or None and the reason why there is no value."""
+        if not self._size:
+            return None, "omitted"
+        if self._budget <= 0:
+            self.omitted += 1
+            return None, "no room left in the page"
         try:
-            small = make_thumbnail(path, self._size)
+            return load(), None
         except FileNotFoundError:
-            return {"problem": "missing"}
+            return None, "missing"
         except ImageError as error:
-            return {"problem": f"broken: {error}"}
+            return None, f"broken: {error}"
+
+    def _store(self, small: Any) -> dict[str, Any]:
+        """Stores a small image; returns its index, or the reason why there is no room for it."""
         buffer = io.BytesIO()
         small.save(buffer, format="JPEG", quality=80)
         uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -94,6 +94,7 @@ def _lines(
         **({"messages": list(item.messages)} if item.messages else {}),
         **({"tools": list(item.tools)} if item.tools else {}),
         "images": [describe_source(image) if is_data_url(image) else image for image in item.pair_images],
+        **({"videos": [video.to_value() for video in item.pair_videos]} if item.videos else {}),
         "truth": list(item.truths),
     }
     if problem:

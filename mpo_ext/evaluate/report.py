@@ -259,7 +259,10 @@ def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -
                     item.prompt_text if item.messages or item.tools else item.question, _MAX_CHARACTERS
                 ),
                 "truth": cut_text(" | ".join(item.truths), _MAX_CHARACTERS),
-                "images": [images.add(image) for image in item.image_sources],
+                "images": [
+                    *map(images.add, item.image_sources),
+                    *(frame for video in item.video_sources for frame in images.add_video(video)),
+                ],
             }
 
 

@@ -1,4 +1,4 @@
-"""The pipeline DropoutNTP: the model continues the beginning of a good response without the image.
+"""The pipeline DropoutNTP: the model continues the beginning of a good response without the image or video.
 
 The kept beginning (the prefix) and the continuation form the rejected response. It begins like the chosen response and
 goes wrong where it would need the image. The tokens of both parts are joined before decoding, so that no space is lost
@@ -17,7 +17,7 @@ from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig,
 from mpo_ext.generate.feeding import Steps, run_steps
 from mpo_ext.generate.items import WRONG_SAMPLE, Item
 from mpo_ext.generate.outputs import ItemResult
-from mpo_ext.generate.questions import AnswerScorer, image_fields, prompt_fields, refusal_fields
+from mpo_ext.generate.questions import AnswerScorer, media_fields, prompt_fields, refusal_fields
 from mpo_ext.generate.repetition import is_degenerate
 from mpo_ext.images import ImageError
 
@@ -33,7 +33,7 @@ class DropoutNTPConfig:
         keep: Fraction of the chosen response to keep as the prefix, in [0, 1).
         unit: Unit of ``keep``: "tokens" works for every language; "words" counts the texts between single spaces, as
             the script of MPO's authors does.
-        with_image: Whether the model sees the image while it continues the response.
+        with_image: Whether the model sees the images and videos while it continues the response.
         samples: Number of continuations per response.
         sampling: Settings for drawing tokens.
         seed: Seed of all draws.
@@ -84,7 +84,7 @@ class _Row:
         item: The item.
         problem: Reason why the item cannot be used, or None.
         details: Fields of the records that say more about the problem.
-        images: Opened images; empty if the model does not see them.
+        media: Opened images and videos; empty if the model does not see them.
         chosen: The chosen response, from the item or sampled; None before it is sampled.
         sampled_tokens: Number of tokens in a sampled chosen response; None for a response from the item.
         prefix: The kept beginning of ``chosen``.
@@ -93,7 +93,7 @@ class _Row:
     item: Item
     problem: str | None = None
     details: dict[str, str] = dataclasses.field(default_factory=dict)
-    images: tuple[Any, ...] = ()
+    media: dict[str, Any] = dataclasses.field(default_factory=dict)
     chosen: str | None = None
     sampled_tokens: int | None = None
     prefix: Prefix = Prefix((), "")
@@ -178,6 +178,7 @@ class DropoutNTP:
                         messages=conversation.messages,
                         tools=conversation.tools,
                         images=conversation.images,
+                        videos=conversation.videos,
                         prefix_ids=row.prefix.token_ids,
                         seed=derive_seed(self.config.seed, self.name, key),
                         sampling=self.config.sampling,
@@ -247,9 +248,9 @@ class DropoutNTP:
             row.problem = "no chosen response"
         elif self.config.with_image or item.chosen is None:
             try:
-                row.images = item.load_images()
+                row.media = item.load_media()
             except (OSError, ImageError) as error:
-                row.details = image_fields(error)
+                row.details = media_fields(error)
                 row.problem = row.details["problem"]
         return row
 
@@ -257,7 +258,7 @@ class DropoutNTP:
         """Returns the conversation whose response the model continues; without images unless ``with_image`` is set."""
         with_image = self.config.with_image
         fields = prompt_fields(row.item, row.item.question_with_options, with_image=with_image)
-        return Conversation(key=row.item.digest, images=row.images if with_image else (), **fields)
+        return Conversation(key=row.item.digest, **fields, **(row.media if with_image else {}))
 
     def _sample_chosen(self, rows: Sequence[_Row]) -> Generator[list[Request], list[Generation], None]:
         """Yields the requests for missing chosen responses, with the images, and stores the responses in the rows."""
@@ -267,7 +268,7 @@ class DropoutNTP:
             Request(
                 key=row.item.digest,
                 **prompt_fields(row.item, row.item.question_with_options, with_image=True),
-                images=row.images,
+                **row.media,
                 seed=derive_seed(self.config.seed, f"{self.name}.chosen", row.item.digest),
                 sampling=self.config.sampling,
             )

@@ -93,6 +93,13 @@ def refused(reason: object) -> Generation:
     return Generation((), "", "length", refusal=text[:_MAX_REFUSAL])
 
 
+def refused_videos(engine: str, request: Request) -> Generation:
+    """Returns the generation of a request with videos for an engine, named as in ``--engine``, without videos."""
+    return refused(
+        f"videos must be none for the engine {engine}, got {len(request.videos)}: use --engine transformers"
+    )
+
+
 class Engine(Protocol):
     """The attributes and methods that a pipeline needs of an engine.
 

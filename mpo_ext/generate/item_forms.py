@@ -1,4 +1,4 @@
-"""Reads the fields of items in the forms in which benchmarks are published.
+"""Reads the fields of items in the forms in which benchmarks are published. ``video`` or ``videos`` holds videos.
 
 Besides the form of MMPR, these are the forms of MMMU (``options`` as the text of a Python list, ``image_1`` to
 ``image_7``, ``<image 1>``), MathVista (``choices``, ``decoded_image``), M3CoT and ScienceQA (``choices``, ``context``
@@ -22,6 +22,8 @@ from mpo_ext.data.literals import read_literal
 from mpo_ext.data.marks import NUMBERED_MARK
 from mpo_ext.data.media import MEDIA_FILE, is_media_content
 from mpo_ext.data.messages import Turn, last_question, with_question
+from mpo_ext.data.reader import FieldError
+from mpo_ext.data.row_media import row_videos
 from mpo_ext.generate.item_options import (
     FormError,
     indexed_answer,
@@ -30,6 +32,7 @@ from mpo_ext.generate.item_options import (
     take_options,
 )
 from mpo_ext.generate.item_turns import ItemTurns, read_chosen, read_conversation, take_conversation
+from mpo_ext.videos import Video
 
 _QUESTIONS = ("question", "query", "text")
 _ANSWERS = ("answer_gt", "answer", "label", "answers")
@@ -60,6 +63,7 @@ class ItemFields:
             input's question is not a text.
         chosen: The preferred response, as the input gives it; None without it.
         images: Paths and data URLs of the images.
+        videos: The videos.
         truths: True answers; the letter for an answer that is an index.
         extra: The other fields; ``options`` is a list of texts, or a dict from letter to text.
         turns: All turns of a prompt of several turns, whose last user turn is ``question``; else empty.
@@ -73,6 +77,7 @@ class ItemFields:
     extra: dict[str, Any]
     turns: list[Turn] = dataclasses.field(default_factory=list)
     tools: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    videos: list[Video] = dataclasses.field(default_factory=list)
 
 
 def read_fields(values: Mapping[str, Any]) -> ItemFields:
@@ -99,7 +104,7 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
         context = next((rest[key] for key in ("context", "hint") if isinstance(rest.get(key), str)), "")
         context = "" if is_missing(context) else context.strip()
         turns = with_question(turns, f"{context}\n{last_question(turns)}" if context else last_question(turns))
-    images = read.images
+    images, videos = read.images, _take_videos(rest)
     texts = [*(turn["content"] for turn in turns), *_listed(options)]
     if numbered or any(map(NUMBERED_MARK.search, texts)):
         turns, options, images = _place_numbered(turns, options, numbered or dict(enumerate(images, 1)))
@@ -109,7 +114,16 @@ def read_fields(values: Mapping[str, Any]) -> ItemFields:
         if _is_image_like(key, value):
             raise FormError(f"the field {key!r} looks like an image, and is not read: name it image or images")
     several = turns if len(turns) > 1 else []
-    return ItemFields(last_question(turns), chosen, images, truths, rest, several, read.tools)
+    return ItemFields(last_question(turns), chosen, images, truths, rest, several, read.tools, videos)
+
+
+def _take_videos(rest: dict[str, Any]) -> list[Video]:
+    """Removes the videos from the fields ``rest``, and returns them; see ``mpo_ext.data.row_media.row_videos``."""
+    given = {key: rest.pop(key) for key in ("video", "videos") if key in rest}
+    try:
+        return row_videos({key: None if is_missing(value) else value for key, value in given.items()}, None)
+    except FieldError as error:
+        raise FormError(str(error)) from None
 
 
 def _listed(options: list[str] | dict[str, str] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The items that the pipelines and the evaluation read: questions with images, answers and responses."""
+"""The items that the pipelines and the evaluation read: questions with images and videos, answers and responses."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_ext.answers import label_options
-from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from mpo_ext.checks import check_json, is_nested_deeply
 from mpo_ext.data.containers import as_lines
 from mpo_ext.data.jsonl import UNREADABLE
@@ -22,6 +22,7 @@ from mpo_ext.data.records import PROMPT_TOOLS, PROMPT_TURNS, SOURCE, Pair
 from mpo_ext.generate.item_forms import FormError, read_fields
 from mpo_ext.generate.item_rows import count_rows, read_rows
 from mpo_ext.images import is_data_url, is_remote, is_url, load_image
+from mpo_ext.videos import Video, load_video
 
 WRONG_SAMPLE = "wrong sample"  # the ``chosen_source`` of a chosen response that is known to be wrong
 
@@ -31,11 +32,12 @@ class Item:
     """A question to make pairs from, or to evaluate a model with.
 
     Attributes:
-        question: The question, or the last user turn of a conversation; it may hold ``<image>`` at the place of an
-            image.
+        question: The question, or the last user turn of a conversation; it may hold ``<image>`` and ``<video>`` at the
+            places of images and videos.
         messages: All turns of a prompt of several turns, as in ``mpo_ext.chat.Conversation``; else empty.
         tools: The functions that the assistant may call, as in ``Conversation``.
         images: Image paths as the input gives them, and data URLs of images that the input itself holds.
+        videos: Videos, with paths as the input gives them.
         chosen: Preferred response, an input of DropoutNTP; None if the item has no such response.
         truths: True answers, each of which counts as right.
         extra: Other fields of the input line. ``options`` is a list of texts, or a dict from letter to text.
@@ -50,6 +52,7 @@ class Item:
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     images: tuple[str, ...] = ()
+    videos: tuple[Video, ...] = ()
     chosen: str | None = None
     truths: tuple[str, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -68,6 +71,16 @@ class Item:
     def image_sources(self) -> tuple[str, ...]:
         """Returns the images for ``load_image``: paths joined to ``image_root``, and URLs."""
         return tuple(absolute_path(image, self.image_root) for image in self.images)
+
+    @property
+    def video_sources(self) -> tuple[Video, ...]:
+        """Returns the videos with paths joined to ``image_root``, for ``load_video``."""
+        return tuple(video.map_paths(lambda path: absolute_path(path, self.image_root)) for video in self.videos)
+
+    @property
+    def pair_videos(self) -> tuple[Video, ...]:
+        """Returns the videos for pairs, with paths as in ``pair_images``."""
+        return self.videos if self.subset is None else self.video_sources
 
     @property
     def question_with_options(self) -> str:
@@ -112,12 +125,13 @@ class Item:
     def digest(self) -> str:
         """Returns a hash of the item's content, which names the item. It does not depend on the item's position."""
         content: tuple[Any, ...] = (self.question, self.images, self.chosen, self.truths, self.problem)
+        content += (self.videos,) if self.videos else ()
         if self.messages or self.tools:
             content += (json.dumps([self.messages, self.tools], sort_keys=True),)
         return hashlib.blake2b(repr(content).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
     def pair(self, question: str, chosen: str, rejected: str, provenance: dict[str, Any]) -> Pair:
-        """Returns a pair of these texts with the item's image paths, first true answer and extra fields.
+        """Returns a pair of these texts with the item's media, first true answer and extra fields.
 
         ``question`` is the last user turn. The pair also has the other turns and the tools of the item.
         """
@@ -127,14 +141,15 @@ class Item:
             prompt[PROMPT_TOOLS] = list(map(dict, self.tools))
         if prompt:
             extra[SOURCE] = {**extra.get(SOURCE, {}), **prompt}
-        return Pair(question, chosen, rejected, self.pair_images, self.answer_gt, provenance, extra)
+        return Pair(question, chosen, rejected, self.pair_images, self.answer_gt, provenance, extra, self.pair_videos)
 
-    def load_images(self) -> tuple[Any, ...]:
-        """Returns the loaded images.
+    def load_media(self) -> dict[str, Any]:
+        """Returns the loaded images and videos, as the arguments ``images`` and ``videos`` of ``Conversation``.
 
-        Raises FileNotFoundError if an image is missing, and ImageError if it cannot be read.
+        Raises FileNotFoundError if a file is missing, and ImageError if it cannot be read; see ``media_problem``.
         """
-        return tuple(map(load_image, self.image_sources))
+        videos = tuple(map(load_video, self.video_sources))
+        return {"images": tuple(map(load_image, self.image_sources)), "videos": videos}
 
     @classmethod
     def from_dict(
@@ -143,7 +158,8 @@ class Item:
         """Returns the item of an input line; if the item cannot be used, its ``problem`` gives the reason.
 
         Args:
-            values: Parsed line with ``question``; ``image`` or ``images``, a path or a list of paths; ``chosen``;
+            values: Parsed line with ``question``; ``image`` or ``images``, a path or a list of paths; ``video`` or
+                ``videos``, as in ``mpo_ext.data.row_media.row_videos``; ``chosen``;
                 ``answer_gt`` or ``answer``; ``options``; ``messages``, ``system``, ``history`` and ``tools`` of a
                 conversation; or a row in one of the forms of ``item_forms``. All other fields except ``rejected``
                 become ``extra``.
@@ -169,22 +185,27 @@ class Item:
         except (TypeError, ValueError):
             return cls(problem="unreadable line")
         question, images, chosen = fields.question, fields.images, fields.chosen
+        paths = [*images, *(path for video in fields.videos for path in video.paths)]
         if subset is None:
-            subset, image_root = _remembered_subset(source, images, image_root)
+            subset, image_root = _remembered_subset(source, paths, image_root)
         options = fields.extra.get("options") or ()
         texts = [turn["content"] for turn in fields.turns] or [question]
-        marks = "".join(options.values() if isinstance(options, dict) else options).count(IMAGE_PLACEHOLDER)
+        text = "".join([*texts, *(options.values() if isinstance(options, dict) else options)])
         problem = None
         if not isinstance(question, str) or not question.strip():
             problem = "no question"
         elif not all(map(_is_path, images)):
             problem = "images are no paths"  # words: ignore (journals hold this text)
+        elif any(map(is_remote, paths)) and not any(map(is_remote, images)):
+            problem = "videos are URLs, which are not fetched: download them first"
         elif any(map(is_remote, images)):
             problem = "images are URLs, which are not fetched: download them first"
-        elif subset is not None and not all(_is_inside(image, image_root) for image in images):
+        elif subset is not None and not all(_is_inside(path, image_root) for path in paths):
             problem = "image outside the root of its subset"
-        elif sum(text.count(IMAGE_PLACEHOLDER) for text in texts) + marks not in {0, len(images)}:
+        elif text.count(IMAGE_PLACEHOLDER) not in {0, len(images)}:
             problem = f"number of {IMAGE_PLACEHOLDER} is not that of the images"
+        elif text.count(VIDEO_PLACEHOLDER) not in {0, len(fields.videos)}:
+            problem = f"number of {VIDEO_PLACEHOLDER} is not that of the videos"
         if problem is not None:
             return cls(question=str(question), problem=problem)
         turns = fields.turns
@@ -195,6 +216,7 @@ class Item:
             messages=tuple(turns),
             tools=tuple(fields.tools),
             images=tuple(images),
+            videos=tuple(fields.videos),
             chosen=chosen if isinstance(chosen, str) and chosen.strip() else None,
             truths=tuple(fields.truths),
             extra=fields.extra,
@@ -205,6 +227,8 @@ class Item:
     def to_dict(self) -> dict[str, Any]:
         """Returns the item as a dict that ``from_dict`` reads."""
         values: dict[str, Any] = {"image": list(self.pair_images)} if self.images else {}
+        if self.videos:
+            values["videos"] = [video.to_value() for video in self.pair_videos]
         if self.messages:
             values["messages"] = list(map(dict, self.turns(self.question)))
         else:
@@ -336,6 +360,11 @@ def read_items(files: Sequence[ItemFile]) -> Iterator[Item]:
             yield Item.from_dict(
                 values, image_root=item_file.image_root, subset=item_file.subset, system=item_file.system
             )
+
+
+def media_problem(error: Exception) -> str:
+    """Returns the problem of an item whose media raised an error in ``load_media``."""
+    return f"{'video' if str(error).startswith('video') else 'image'} cannot be read"
 
 
 def _is_path(image: object) -> bool:

@@ -15,10 +15,10 @@ from mpo_ext.checks import check_choice, check_integer, check_number
 from mpo_ext.generate.choices import check_prompt, fill, quoted
 from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.feeding import Steps, run_steps
-from mpo_ext.generate.items import Item
+from mpo_ext.generate.items import Item, media_problem
 from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.prompts import get_template
-from mpo_ext.generate.questions import IMAGE_PROBLEM, QuestionSampler
+from mpo_ext.generate.questions import QuestionSampler
 from mpo_ext.generate.responses import (
     RatedResponse,
     choice_hash,
@@ -157,17 +157,17 @@ class Judge:
             if len(usable) < 2:
                 continue
             try:
-                images = item.load_images()
-            except (OSError, ImageError):  # the images were readable when the responses were sampled
+                media = item.load_media()
+            except (OSError, ImageError) as error:  # the files were readable when the responses were sampled
                 for record in usable.values():
-                    record["failure"] = IMAGE_PROBLEM
+                    record["failure"] = media_problem(error)
                 continue
-            verdicts += self._verdicts(item, list(usable.values()), images)
+            verdicts += self._verdicts(item, list(usable.values()), media)
         yield from self._judge(verdicts)
         return all_records
 
     def _verdicts(
-        self, item: Item, records: Sequence[dict[str, Any]], images: tuple[Any, ...]
+        self, item: Item, records: Sequence[dict[str, Any]], media: dict[str, Any]
     ) -> Generator[_Verdict, None, None]:
         """Yields the requests to the judge about the responses to an item, which are distinct."""
         question = quoted(item.prompt_text)
@@ -175,7 +175,7 @@ class Judge:
             for record in records:
                 values = {"question": question, "response": quoted(record["text"])}
                 prompt = fill(self.config.rating_prompt, best=str(self.config.best_rating), **values)
-                yield _Verdict(record, self._request(f"{record['key']}.rating", prompt, images, self._ratings))
+                yield _Verdict(record, self._request(f"{record['key']}.rating", prompt, media, self._ratings))
             return
         combinations = sorted(
             itertools.combinations(records, 2),
@@ -185,7 +185,7 @@ class Judge:
             for first, second in ((left, right), (right, left)):
                 texts = {"first": quoted(first["text"]), "second": quoted(second["text"])}
                 prompt = fill(self.config.comparison_prompt, question=question, **texts)
-                request = self._request(f"{first['key']}.{second['key']}", prompt, images, _LETTERS)
+                request = self._request(f"{first['key']}.{second['key']}", prompt, media, _LETTERS)
                 yield _Verdict(first, request, second["key"])
 
     def _judge(self, verdicts: Sequence[_Verdict]) -> Generator[list[Request], list[Generation], None]:
@@ -202,12 +202,10 @@ class Judge:
                 share = None if generation.refusal is not None else first_share(generation)
                 record.setdefault("comparisons", []).append([verdict.opponent, share])
 
-    def _request(
-        self, key: str, prompt: str, images: tuple[Any, ...], choices: tuple[tuple[str, ...], ...]
-    ) -> Request:
+    def _request(self, key: str, prompt: str, media: dict[str, Any], choices: tuple[tuple[str, ...], ...]) -> Request:
         seed = derive_seed(self.config.seed, self.name, key)
         return Request(
-            key=key, question=prompt, images=images, seed=seed, sampling=self.config.judging, choices=choices,
+            key=key, question=prompt, **media, seed=seed, sampling=self.config.judging, choices=choices,
             role="judge",
         )  # fmt: skip
 

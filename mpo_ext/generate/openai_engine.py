@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation, chat_messages
-from mpo_ext.generate.engine import Generation, Request, refused
+from mpo_ext.generate.engine import Generation, Request, refused, refused_videos
 from mpo_ext.generate.openai_client import OpenAIClient, Reply, RequestRefusedError, ServerError, ServerOptions
 from mpo_ext.generate.openai_probe import CHAT, COMPLETIONS, EXTENSIONS, OPEN_TURN, probe
 from mpo_ext.generate.transformers_engine import make_generation
@@ -127,6 +127,9 @@ class OpenAIEngine:
             ValueError: If the server cannot draw with the request's settings, or cannot continue an open turn.
         """
         name = str(next(self._names))
+        if request.videos:
+            self._refused.append((name, refused_videos("openai", request)))
+            return name
         sampling, features = request.sampling, self.features
         if sampling.top_k and sampling.temperature > 0 and not features.draws_top_k:
             raise ValueError(

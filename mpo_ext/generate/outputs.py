@@ -13,6 +13,7 @@ from mpo_ext.files import FileLock, atomic_write
 from mpo_ext.generate.items import Item
 from mpo_ext.images import is_url
 from mpo_ext.journal import encode_line
+from mpo_ext.videos import Video
 
 _REPEATED = "pairs of questions that occur more than once"  # note in the summary
 
@@ -205,6 +206,10 @@ class PairOutputs:
         for name, line in result.lines:
             if line.get("images"):
                 line = {**line, "images": [self._relative_path(image, item.image_root) for image in line["images"]]}
+            if line.get("videos"):
+                videos = (Video.from_value(video) for video in line["videos"])
+                moved = (v.map_paths(lambda path: self._relative_path(path, item.image_root)) for v in videos)
+                line = {**line, "videos": [video.to_value() for video in moved]}
             self._files[name].write(encode_line(line))
 
     def _relative_path(self, image: str, root: str) -> str:

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_ext.answers import VERDICT_VERSION, Matcher, Verdict, extract_answer, matcher
-from mpo_ext.chat import IMAGE_PLACEHOLDER
+from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from mpo_ext.generate.engine import Engine, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.feeding import Steps, run_steps
-from mpo_ext.generate.items import Item
+from mpo_ext.generate.items import Item, media_problem
 from mpo_ext.generate.prompts import PromptTemplate, render
 from mpo_ext.images import ImageError
 
-IMAGE_PROBLEM = "image cannot be read"
+_MARKS = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
 _MAX_KNOWN_VERDICTS = 1 << 16
 
 
@@ -21,28 +21,30 @@ def refusal_fields(refusal: str) -> dict[str, str]:
     return {"problem": "prompt refused by the engine", "refusal": refusal}
 
 
-def image_fields(error: Exception) -> dict[str, str]:
-    """Returns the fields of a record for an item with an image that cannot be read, from the error of loading it."""
+def media_fields(error: Exception) -> dict[str, str]:
+    """Returns the fields of a record for an item whose image or video cannot be read, from the error of loading it."""
     hint = ": relative paths start at image_root (--image-root)" if isinstance(error, FileNotFoundError) else ""
-    return {"problem": IMAGE_PROBLEM, "detail": f"{error}{hint}"}
+    return {"problem": media_problem(error), "detail": f"{error}{hint}"}
 
 
 def without_placeholders(question: str) -> str:
-    """Returns a question without ``<image>`` and the line break after it."""
-    return question.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
+    """Returns a question without ``<image>`` and ``<video>``, and without the line break after them."""
+    for mark in _MARKS:
+        question = question.replace(f"{mark}\n", "").replace(mark, "")
+    return question.strip()
 
 
 def prompt_fields(item: Item, question: str, *, with_image: bool) -> dict[str, Any]:
     """Returns the fields ``question``, ``messages`` and ``tools`` of a ``Conversation`` about an item.
 
-    ``question`` is the last user turn. Without images, the turns have no ``<image>``.
+    ``question`` is the last user turn. Without images, the turns have neither ``<image>`` nor ``<video>``.
     """
     turns = item.turns(question)
     if not with_image:
         question = without_placeholders(question)
         turns = tuple(
             {**turn, "content": without_placeholders(turn["content"])}
-            if IMAGE_PLACEHOLDER in turn["content"]
+            if any(mark in turn["content"] for mark in _MARKS)
             else turn
             for turn in turns
         )
@@ -60,7 +62,7 @@ class QuestionSampler:
         seed: Seed of all draws.
         template: Template of the prompts; None: the question with its options.
         needs_truths: Whether questions without a true answer are left out.
-        with_image: Whether the model sees the images. If not, items without an image are not asked.
+        with_image: Whether the model sees the images and videos. If not, items without them are not asked.
     """
 
     name: str
@@ -88,9 +90,13 @@ class QuestionSampler:
         except ValueError:
             return "options cannot be shown by this template"
         texts = [turn["content"] for turn in item.turns(prompt)] or [prompt]
-        if self.with_image and sum(text.count(IMAGE_PLACEHOLDER) for text in texts) not in {0, len(item.images)}:
-            return f"number of {IMAGE_PLACEHOLDER} in the prompt is not that of the images"
-        in_options = IMAGE_PLACEHOLDER in "".join(text for _, text in item.options or ())
+        for mark, kind, count in (
+            (IMAGE_PLACEHOLDER, "images", len(item.images)),
+            (VIDEO_PLACEHOLDER, "videos", len(item.videos)),
+        ):
+            if self.with_image and sum(text.count(mark) for text in texts) not in {0, count}:
+                return f"number of {mark} in the prompt is not that of the {kind}"
+        in_options = any(mark in text for _, text in item.options or () for mark in _MARKS)
         if (
             in_options
             and self.template
@@ -115,13 +121,13 @@ class QuestionSampler:
             if item.problem or (self.needs_truths and not item.truths):
                 problems[row] = {"problem": item.problem or "no true answer"}
                 continue
-            if not self.with_image and not item.images:
+            if not self.with_image and not item.images and not item.videos:
                 problems[row] = {"problem": "no image that could be left out"}
                 continue
             try:
-                images = item.load_images() if self.with_image else ()
+                media: dict[str, Any] = item.load_media() if self.with_image else {}
             except (OSError, ImageError) as error:
-                problems[row] = image_fields(error)
+                problems[row] = media_fields(error)
                 continue
             problem = self._prompt_problem(item)
             if problem is not None:
@@ -132,7 +138,7 @@ class QuestionSampler:
                 Request(
                     key=key,
                     **prompt,
-                    images=images,
+                    **media,
                     seed=derive_seed(self.seed, self.name, key),
                     sampling=self.sampling,
                 )

@@ -21,10 +21,10 @@ from mpo_ext.generate.claims import (
 )
 from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig, derive_seed
 from mpo_ext.generate.feeding import Steps, run_steps
-from mpo_ext.generate.items import Item
+from mpo_ext.generate.items import Item, media_problem
 from mpo_ext.generate.outputs import ItemResult
 from mpo_ext.generate.prompts import get_template
-from mpo_ext.generate.questions import IMAGE_PROBLEM, QuestionSampler
+from mpo_ext.generate.questions import QuestionSampler
 from mpo_ext.generate.responses import RatedResponse, distinct, normalized, pairs_by_score, skip_reason
 from mpo_ext.images import ImageError
 
@@ -218,14 +218,14 @@ class RlaifV:
 
     def _check(self, drafts: Sequence[_Draft]) -> Generator[list[Request], list[Generation], None]:
         """Asks the questions about the claims with the images of the item, each question of an item once."""
-        images: dict[int, tuple[Any, ...]] = {}
+        media: dict[int, dict[str, Any]] = {}
         users: dict[tuple[int, str], list[_Draft]] = {}
         for draft in drafts:
-            if draft.is_alive and id(draft.item) not in images:
+            if draft.is_alive and id(draft.item) not in media:
                 try:
-                    images[id(draft.item)] = draft.item.load_images()
-                except (OSError, ImageError):  # the images were readable when the responses were sampled
-                    draft.fail(IMAGE_PROBLEM)
+                    media[id(draft.item)] = draft.item.load_media()
+                except (OSError, ImageError) as error:  # the files were readable when the responses were sampled
+                    draft.fail(media_problem(error))
             if draft.is_alive:
                 for question in draft.questions:
                     users.setdefault((id(draft.item), question), []).append(draft)
@@ -233,7 +233,7 @@ class RlaifV:
             self._request(
                 f"{drafts_of[0].record['key']}.verdict",
                 fill(self.config.verdict_prompt, question=quoted(question)),
-                images=images[item],
+                **media[item],
                 sampling=VERDICT_SAMPLING,
                 choices=YES_OR_NO,
             )

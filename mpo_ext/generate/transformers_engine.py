@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation
 from mpo_ext.chat.encoder import EncodedPrompt, embedding_rows_of, stop_ids_of
+from mpo_ext.chat.media import expanded, media_arguments
 from mpo_ext.checks import check_integer, environment_integer
 from mpo_ext.generate.choices import FirstTokenProbs, choice_tokens, measured
 from mpo_ext.generate.drawing import SeededDraw
@@ -16,6 +17,7 @@ from mpo_ext.generate.shared_prefill import SharedPrefill, UnsharedError, sharin
 from mpo_ext.images import load_image
 from mpo_ext.processors import check_on_hub, load_config, load_processor, takes_images
 from mpo_ext.provenance import processor_parts
+from mpo_ext.videos import load_video, video_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,6 +136,8 @@ class TransformersEngine:
         parts = processor_parts(self.chat, self.chat.stop_ids)
         ignored = self._ignored_settings()
         settings = {"engine": "transformers", "model": self.name, "dtype": dtype, "processor": parts}
+        if videos := video_settings():
+            settings["videos"] = videos
         return {**settings, "ignored": ignored} if ignored else settings
 
     def _ignored_settings(self) -> dict[str, Any]:
@@ -270,13 +274,19 @@ class TransformersEngine:
         import torch
 
         inputs: dict[str, Any]
-        if requests[0].images:
-            images = [[load_image(image) for image in request.images] for request in requests]
+        media = [expanded(request, self.processor) for request in requests]
+        if media[0].images or media[0].videos:
+            images = [[load_image(image) for image in request.images] for request in media]
+            videos = [[load_video(video) for video in request.videos] for request in media]
             special = self.chat.adds_special_tokens(prompts[0].text)
             texts = [prompt.text for prompt in prompts]
             inputs = dict(
                 self.processor(
-                    text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=special
+                    text=texts,
+                    padding=True,
+                    return_tensors="pt",
+                    add_special_tokens=special,
+                    **media_arguments(images, videos),
                 )
             )
             suffix = self.chat.added_suffix if special else 0
@@ -311,14 +321,19 @@ class TransformersEngine:
     def _batches(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> Iterator[list[list[int]]]:
         """Yields batches of questions. A question is the list of indices of the requests with the same prompt.
 
-        The questions of a batch have equal settings, equal numbers of images and similar lengths. A batch has at most
+        The questions of a batch have equal settings, equal numbers of images, videos of equal shapes and similar
+        lengths. A batch has at most
         ``batch_size`` requests, or a single question.
         """
         groups: dict[Any, dict[Any, list[int]]] = {}
         for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
             special = self.chat.adds_special_tokens(prompt.text)
-            key = (request.sampling, request.choices, len(request.images), special)
-            images = tuple(image if isinstance(image, str) else id(image) for image in request.images)
+            # Some processors stack the videos of a batch.
+            shapes = tuple((len(video.frames), video.frames[0].size) for video in map(load_video, request.videos))
+            key = (request.sampling, request.choices, len(request.images), shapes, special)
+            images = tuple(
+                image if isinstance(image, str) else id(image) for image in (*request.images, *request.videos)
+            )
             is_shared = self.shares_prefill and not request.choices
             question = (prompt.text, request.prefix_ids, images) if is_shared else row
             groups.setdefault(key, {}).setdefault(question, []).append(row)

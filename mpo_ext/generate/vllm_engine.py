@@ -10,7 +10,7 @@ from typing import Any
 from mpo_ext.chat import ChatEncoder, Conversation
 from mpo_ext.checks import check_integer, environment_integer, install_hint
 from mpo_ext.generate.choices import choice_tokens, measured
-from mpo_ext.generate.engine import Generation, Request, rank_and_world_size, refused
+from mpo_ext.generate.engine import Generation, Request, rank_and_world_size, refused, refused_videos
 from mpo_ext.generate.orphans import ended_with_this_process
 from mpo_ext.generate.transformers_engine import make_generation
 from mpo_ext.generate.vllm_adapter import adapter_options, adapter_request
@@ -111,6 +111,9 @@ class VLLMEngine:
     def submit(self, request: Request) -> str:
         """Starts a request and returns a name for it. A request that vLLM refuses ends at once, with the reason."""
         name = str(next(self._names))
+        if request.videos:
+            self._refused.append((name, refused_videos("vllm", request)))
+            return name
         sampling = request.sampling
         limits: dict[str, Any] = {"max_tokens": sampling.max_new_tokens}
         if (tokens := choice_tokens(self.chat, request)) is not None:

@@ -72,8 +72,10 @@ class AnswerEvaluation:
             )  # fmt: skip
 
     def _check_images(self, path: str) -> None:
-        """Raises ``ValueError`` if an image of the questions does not exist."""
-        sources = dict.fromkeys(image for item in self.questions.source.items() for image in item.image_sources)
+        """Raises ``ValueError`` if an image or video of the questions does not exist."""
+        items = list(self.questions.source.items())
+        sources = dict.fromkeys(image for item in items for image in item.image_sources)
+        sources |= dict.fromkeys(path for item in items for video in item.video_sources for path in video.paths)
         missing = [image for image in sources if not image_exists(image)]
         if missing:
             raise ValueError(

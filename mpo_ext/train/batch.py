@@ -26,7 +26,8 @@ class Batch:
 
     Attributes:
         layout: "shared": a sequence row is ``[prompt | chosen | rejected]``; pairs with the same prompt share a row,
-            ``[prompt | chosen | rejected | chosen | rejected ...]``. "packed": these rows one after the other in a
+            ``[prompt | chosen | rejected | chosen | rejected ...]``; a rejected response with other images follows a
+            separate prompt. "packed": these rows one after the other in a
             single row without padding, which needs split attention. "masked": the rows of "shared", always with a
             dense attention mask; "shared" needs this mask only without split attention. "separate": a sequence row
             is ``[prompt | response]``; the chosen rows come first, and images are stored once for both rows of a pair.
@@ -41,7 +42,8 @@ class Batch:
         names: File and line number of each pair, for messages.
         keys: ``Sample.key`` of each pair.
         digests: ``Sample.digest`` of each pair.
-        copies: Number of sequence rows per prompt: 2 in the layout "separate" with rejected responses, otherwise 1.
+        copies: Number of sequence rows per prompt: 2 in the layout "separate" with rejected responses, if none of them
+            has other images; otherwise 1.
         segment_lengths: For each prompt of each row, the number of tokens of the prompt and of each response that is
             not empty; an empty prompt has none. Only the layout "packed" has several prompts in a row.
         image_blocks: For each prompt of each row, the start and the end (exclusive) of each run of tokens with type 1
@@ -306,9 +308,13 @@ def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejecte
     """Returns a plan with a row for each response: all chosen rows, then the blank rows, then all rejected rows."""
     owners = [*samples, *blanks]
     copies = 2 if with_rejected else 1
-    prompts = [_PlacedPrompt(row, owner, row, 0) for row, owner in enumerate(owners * copies)]
+    rows_of = owners * copies
+    if with_rejected and any(sample.rejected_prompt is not None for sample in samples):
+        rows_of = [*owners, *(sample.rejected_prompt or sample for sample in samples)]
+        copies = 1  # the rejected rows have other images, so each row has its own
+    prompts = [_PlacedPrompt(row, owner, row, 0) for row, owner in enumerate(rows_of)]
     responses = []
-    for side, first in ((0, 0), (1, len(prompts) - len(owners))):
+    for side, first in ((0, 0), (1, len(owners) if with_rejected else 0)):
         for row, sample in enumerate(samples, first):
             ids, targets = _responses(sample, with_rejected)[side]
             responses.append(_PlacedResponse(prompts[row], prompts[row].end, 1, ids, targets))
@@ -322,13 +328,15 @@ def _plan_shared(samples: Sequence[Sample], blanks: list[Sample], with_rejected:
     segment_counts: list[int] = []
     sides: tuple[list[_PlacedResponse], list[_PlacedResponse]] = ([], [])
     for sample in samples:
-        prompt = prompts.setdefault(sample.prompt_key, _PlacedPrompt(len(ends), sample, len(ends), 0))
-        row = prompt.row
-        if row == len(ends):
-            ends.append(prompt.end)
-            segment_counts.append(0)
-        _check_same_prompt(prompt.sample, sample)
-        for side, (ids, targets) in zip(sides, _responses(sample, with_rejected), strict=True):
+        has_other = with_rejected and sample.rejected_prompt is not None
+        owners = (sample, (sample.rejected_prompt or sample) if has_other else sample)
+        for side, owner, (ids, targets) in zip(sides, owners, _responses(sample, with_rejected), strict=True):
+            prompt = prompts.setdefault(owner.prompt_key, _PlacedPrompt(len(ends), owner, len(ends), 0))
+            row = prompt.row
+            if row == len(ends):
+                ends.append(prompt.end)
+                segment_counts.append(0)
+            _check_same_prompt(prompt.sample, owner)
             segment_counts[row] += 1
             side.append(_PlacedResponse(prompt, ends[row], segment_counts[row], ids, targets))
             ends[row] += len(ids)
@@ -437,18 +445,29 @@ def _image_blocks(sample: Sample) -> tuple[tuple[int, int], ...]:
 
 
 def _image_inputs(owners: Sequence[Sample]) -> dict[str, Tensor]:
-    """Returns the image inputs by name, concatenated over all prompts that have images."""
-    with_images = [owner for owner in owners if owner.image_inputs]
-    if not with_images:
-        return {}
-    names = list(with_images[0].image_inputs)
-    for owner in with_images:
-        if set(owner.image_inputs) != set(names):
-            raise ValueError(
-                f"image_inputs must have the same names in all samples of a batch, got {sorted(names)} in "
-                f"{with_images[0].name} and {sorted(owner.image_inputs)} in {owner.name}"
-            )
-    return {name: _padded_cat(name, [owner.image_inputs[name] for owner in with_images]) for name in names}
+    """Returns the image inputs by name, concatenated over all prompts that have images, and the same for videos."""
+    joined: dict[str, Tensor] = {}
+    for is_video in (False, True):
+        parts = [
+            (owner, {name: value for name, value in owner.image_inputs.items() if _is_of_video(name) == is_video})
+            for owner in owners
+        ]
+        parts = [(owner, inputs) for owner, inputs in parts if inputs]
+        for owner, inputs in parts:
+            first, names = parts[0][0], sorted(parts[0][1])
+            if sorted(inputs) != names:
+                raise ValueError(
+                    f"image_inputs must have the same names in all samples of a batch, got {names} in {first.name} "
+                    f"and {sorted(inputs)} in {owner.name}"
+                )
+        for name in parts[0][1] if parts else ():
+            joined[name] = _padded_cat(name, [inputs[name] for _, inputs in parts])
+    return joined
+
+
+def _is_of_video(name: str) -> bool:
+    """Returns whether an input belongs to videos; the samples of a batch may have images, videos or both."""
+    return "video" in name or name == "second_per_grid_ts"
 
 
 def _padded_cat(name: str, tensors: Sequence[Tensor]) -> Tensor:

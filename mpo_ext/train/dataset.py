@@ -182,6 +182,13 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
             return micro_batches(lengths, self.micro_batch_size, groups=keys if self.group_prompts else None)
         sides = ("chosen_ids", "rejected_ids") if self.collator.with_rejected else ("chosen_ids",)
         responses = [[len(getattr(sample, side)) for side in sides] for sample in samples]
+        for place, sample in enumerate(samples):
+            if sample.rejected_prompt is not None and self.collator.with_rejected:
+                # Two rows of the size of the longer prompt and the longer response.
+                chosen, rejected = responses[place]
+                longer = max(prompts[place], len(sample.rejected_prompt.prompt_ids))
+                prompts[place] = 2 * longer + abs(chosen - rejected)
+                keys[place] = f"{keys[place]} {sample.rejected_prompt.prompt_key}"
         return token_micro_batches(prompts, responses, self.micro_batch_tokens, self.collator.layout, groups=keys)
 
     def _advice(self, index: int, result: BadLine | BadPairError) -> str:
@@ -327,7 +334,7 @@ def without_responses(sample: Sample) -> Sample:
     """Returns the sample with two empty responses."""
     empty = sample.chosen_ids[:0]
     return dataclasses.replace(
-        sample, chosen_ids=empty, rejected_ids=empty, chosen_targets=None, rejected_targets=None
+        sample, chosen_ids=empty, rejected_ids=empty, chosen_targets=None, rejected_targets=None, rejected_prompt=None
     )
 
 

@@ -1,20 +1,20 @@
-"""Encodes a pair as a ``Sample``: token ids of the prompt and of both responses, and image inputs."""
+"""Encodes a pair as a ``Sample``: token ids of the prompt and of both responses, and inputs of images and videos."""
 
-import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation, EncodedResponse
+from mpo_ext.chat.media import expanded, media_arguments
 from mpo_ext.checks import check_integer
-from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.images import describe_source, load_image
+from mpo_ext.videos import Video, describe_video, load_video
 
 TOO_LONG = "longer than max_length"
 NO_ROOM = "prompt leaves no room for a response"
@@ -23,7 +23,8 @@ EQUAL_CUT = "chosen and rejected are equal once cut"
 BAD_PAIR = "bad pair"
 # Attributes of tokenizers and processors, without "_token", that name the tokens of media and around them.
 _MEDIA_TOKENS = ("image", "video", "audio", "boi", "eoi", "start_image", "end_image", "vision_start", "vision_end")
-_PER_IMAGE = ("image_", "pixel_", "num_", "batch_")  # inputs per image, which may have the prompt's shape by chance
+# Inputs per image or video, which may have the prompt's shape by chance.
+_PER_IMAGE = ("image_", "pixel_", "num_", "batch_", "video_", "second_")
 
 
 class BadPairError(ValueError):
@@ -31,7 +32,7 @@ class BadPairError(ValueError):
 
 
 class MissingImageError(BadPairError):
-    """Raised for a pair with an image file that does not exist. The message names the path."""
+    """Raised for a pair with an image or video file that does not exist. The message names the path."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,19 +42,21 @@ class Sample:
     Attributes:
         key: ``Pair.key()``.
         name: File and line number of the pair, for messages.
-        prompt_key: Hash of the question and the image paths; see ``mpo_ext.train.encode.prompt_key``.
+        prompt_key: Hash of the question and the media paths; see ``mpo_ext.train.encode.prompt_key``.
         prompt_ids: ``[P]`` int64, the tokens before the response, image tokens included.
         chosen_ids: ``[C]`` int64, the chosen response and the token that ends the turn.
         rejected_ids: ``[R]`` int64, the rejected response and the token that ends the turn.
         token_inputs: Other per-token inputs of the prompt, ``[P]`` each, such as ``mm_token_type_ids``.
-        image_inputs: The processor's outputs for the images, such as ``pixel_values``. The first axis counts images,
-            tiles or patches; batches concatenate along this axis.
+        image_inputs: The processor's outputs for the images and videos, such as ``pixel_values``. The first axis
+            counts images, tiles, videos or patches; batches concatenate along this axis.
         digest: Hash of the model's inputs: all token ids, ``token_inputs`` and ``image_inputs``.
         is_cut: Whether a response was cut and lacks the token that ends the turn.
         is_split: Whether a response was tokenized apart from the prompt; see ``mpo_ext.chat.ChatEncoder``.
         chosen_targets: ``[C]`` bool, False for the user's turns in a chosen response of several turns; None: all
             tokens are targets.
         rejected_targets: ``[R]`` bool, defined like ``chosen_targets`` for the rejected response.
+        rejected_prompt: The prompt with the images of the rejected response, without responses; None: both responses
+            have the same prompt.
     """
 
     key: str
@@ -69,6 +72,7 @@ class Sample:
     is_split: bool = False
     chosen_targets: Tensor | None = None
     rejected_targets: Tensor | None = None
+    rejected_prompt: "Sample | None" = None
 
     @property
     def n_chosen_targets(self) -> int:
@@ -91,84 +95,16 @@ class SkippedPair:
     detail: str
 
 
-class PairCounts:
-    """Counts encoded and skipped pairs, and keeps the first message for each reason.
-
-    Attributes:
-        kept: Number of pairs that became samples.
-        cut: Number of samples with a cut response.
-        split: Number of samples with a response that was tokenized apart from the prompt.
-        skipped: Number of skipped pairs for each reason; the reason of a bad line is its ``BadLine.kind``.
-        examples: The first message for each reason.
-    """
-
-    def __init__(self) -> None:
-        self.kept = 0
-        self.cut = 0
-        self.split = 0
-        self.skipped: collections.Counter[str] = collections.Counter()
-        self.examples: dict[str, str] = {}
-
-    def add(self, result: Sample | SkippedPair | BadLine | BadPairError) -> None:
-        """Counts a sample, a skipped pair, a bad line or an encoding error."""
-        if isinstance(result, Sample):
-            self.kept += 1
-            self.cut += result.is_cut
-            self.split += result.is_split
-            return
-        if isinstance(result, SkippedPair):
-            reason, message = result.reason, f"{result.name}: {result.detail}"
-        else:
-            reason, message = result.kind if isinstance(result, BadLine) else BAD_PAIR, str(result)
-        self.skipped[reason] += 1
-        self.examples.setdefault(reason, message)
-
-    def merge(self, other: "PairCounts") -> None:
-        """Adds the counts of another process. For a reason with an example here, the example stays."""
-        self.kept += other.kept
-        self.cut += other.cut
-        self.split += other.split
-        self.skipped.update(other.skipped)
-        self.examples = {**other.examples, **self.examples}
-
-    @property
-    def n_skipped(self) -> int:
-        """Number of skipped pairs, summed over all reasons."""
-        return self.skipped.total()
-
-    def lines(self) -> Iterator[str]:
-        """Yields the counts and the examples as lines of text."""
-        if self.cut:
-            yield f"cut the responses of {self.cut:,} pairs"
-        if self.split:
-            yield f"tokenized the responses of {self.split:,} pairs apart: the tokenizer merges prompt and response"
-        for reason, count in self.skipped.most_common():
-            yield f"skipped {count:,}: {reason}, for example {self.examples[reason]}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the counts and the examples as a dict, under the names that checkpoints use."""
-        return {
-            "kept": self.kept,
-            "cut": self.cut,
-            "split": self.split,
-            "dropped": dict(self.skipped),
-            "examples": self.examples,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.kept, self.cut, self.split = state["kept"], state["cut"], state.get("split", 0)
-        self.skipped = collections.Counter(state["dropped"])
-        self.examples = dict(state["examples"])
-
-
 def prompt_key(pair: Pair) -> str:
-    """Returns a hash of the prompt: the question or conversation, its tools, and the image paths.
+    """Returns a hash of the prompt: the question or conversation, its tools, and the paths of images and videos.
 
-    Pairs with equal hashes have the same prompt tokens and images if the same ``Encoder`` encodes them.
+    Pairs with equal hashes have the same prompt tokens and media if the same ``Encoder`` encodes them.
     """
     parts = [pair.question, pair.source.get("messages"), *pair.images]
     if tools := pair.source.get("tools"):
         parts.append({"tools": tools})
+    if pair.videos:
+        parts.append({"videos": [video.to_value() for video in pair.videos]})
     text = json.dumps(parts, ensure_ascii=True, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -188,6 +124,8 @@ class Encoder:
     Some processors (Idefics3, SmolVLM) return images with an additional batch axis, ``[1, N, ...]``. The encoder
     changes their shape to ``[N, 1, ...]``, so that batches can concatenate the first axis; the models flatten both
     axes. Models with cross-attention to images (Mllama) are not supported.
+
+    A processor without a video processor gets the frames of videos as images; see ``mpo_ext.chat.media.with_frames``.
 
     Args:
         processor: The model's processor, or the tokenizer of a text model.
@@ -215,9 +153,12 @@ class Encoder:
         self.processor, self.tokenizer = processor, self.chat.tokenizer
         self.max_length, self.too_long = max_length, too_long
         self.image_token_id = image_token_id
+        self.video_token_id: int | None = None
         for owner in (self.tokenizer, processor):
             if self.image_token_id is None:
                 self.image_token_id = _token_id(self.tokenizer, owner, "image")
+            if self.video_token_id is None:
+                self.video_token_id = _token_id(self.tokenizer, owner, "video")
         owners = (self.tokenizer, processor)
         media_ids = {_token_id(self.tokenizer, owner, kind) for owner in owners for kind in _MEDIA_TOKENS}
         self._media_ids = frozenset((media_ids | {self.image_token_id}) - {None})
@@ -235,23 +176,30 @@ class Encoder:
             name: File and line number of the pair, for messages.
 
         Raises:
-            BadPairError: If an image cannot be read, the prompt does not fit its images or the chat template, or a
-                response does not fit the chat template or contains an image token.
+            BadPairError: If an image or video cannot be read, the prompt does not fit its media or the chat template,
+                or a response does not fit the chat template or contains an image token.
             TypeError: If the processor returns values that cannot be batched.
         """
         conversation = conversation_of(pair, name)
-        if pair.images and not self.chat.is_multimodal:
-            raise BadPairError(f"{name}: images must be none for a text model, got {len(pair.images)}")
+        for kind, media in (("images", pair.images), ("videos", pair.videos)):
+            if media and not self.chat.is_multimodal:
+                raise BadPairError(f"{name}: {kind} must be none for a text model, got {len(media)}")
+        if pair.videos:
+            videos = tuple(_open(load_video, video, f"videos[{k}]", name) for k, video in enumerate(pair.videos))
+            conversation = dataclasses.replace(conversation, videos=videos)
         try:
             self.chat.prompt(conversation)
         except ChatError as error:
             raise BadPairError(f"{name}: the prompt must fit the chat template, got {error}") from error
         chosen = self._response("chosen", pair, conversation, name)
         rejected = self._response("rejected", pair, conversation, name)
-        if chosen.ids == rejected.ids:
+        if chosen.ids == rejected.ids and not pair.has_other_images:
             return SkippedPair(name, EQUAL, f"both responses are the same {len(chosen.ids)} tokens")
         prompt_ids, token_inputs, image_inputs = self._prompt(conversation, name)
+        rejected_prompt = self._rejected_prompt(pair, conversation, name)
         size, longest = len(prompt_ids), max(len(chosen.ids), len(rejected.ids))
+        if rejected_prompt is not None:
+            size = max(size, len(rejected_prompt.prompt_ids))
         room = longest if self.max_length is None else self.max_length - size
         if room < longest:
             detail = f"{size} tokens of prompt and {longest} of the longer response, max_length is {self.max_length}"
@@ -259,12 +207,15 @@ class Encoder:
                 return SkippedPair(name, NO_ROOM, detail)
             if self.too_long == "drop":
                 return SkippedPair(name, TOO_LONG, detail)
-            if chosen.ids[:room] == rejected.ids[:room]:
+            if chosen.ids[:room] == rejected.ids[:room] and not pair.has_other_images:
                 return SkippedPair(name, EQUAL_CUT, detail)
         chosen_ids, rejected_ids = torch.tensor(chosen.ids[:room]), torch.tensor(rejected.ids[:room])
         targets = {"chosen_targets": _targets(chosen, room), "rejected_targets": _targets(rejected, room)}
         responses = {"prompt": prompt_ids, "chosen": chosen_ids, "rejected": rejected_ids}
         responses |= {key: value for key, value in targets.items() if value is not None}
+        digest = _digest(responses, token_inputs, image_inputs)
+        if rejected_prompt is not None:
+            digest = hashlib.blake2b(f"{digest} {rejected_prompt.digest}".encode(), digest_size=16).hexdigest()
         return Sample(
             key=pair.key(),
             name=name,
@@ -274,12 +225,25 @@ class Encoder:
             rejected_ids=rejected_ids,
             token_inputs=token_inputs,
             image_inputs=image_inputs,
-            digest=_digest(responses, token_inputs, image_inputs),
+            digest=digest,
             is_cut=room < longest,
             is_split=chosen.is_split or rejected.is_split,
             chosen_targets=targets["chosen_targets"],
             rejected_targets=targets["rejected_targets"],
+            rejected_prompt=rejected_prompt,
         )
+
+    def _rejected_prompt(self, pair: Pair, conversation: Conversation, name: str) -> Sample | None:
+        """Returns the prompt with ``pair.rejected_images`` as a sample without responses; None without such images."""
+        if not pair.has_other_images:
+            return None
+        ids, token_inputs, image_inputs = self._prompt(
+            dataclasses.replace(conversation, images=pair.rejected_images), name, "rejected_images"
+        )
+        prompt = dataclasses.replace(pair, images=pair.rejected_images, rejected_images=())
+        digest = _digest({"prompt": ids}, token_inputs, image_inputs)
+        key, empty = prompt_key(prompt), torch.empty(0, dtype=torch.int64)
+        return Sample(pair.key(), name, key, ids, empty, empty, token_inputs, image_inputs, digest)
 
     def _response(self, side: str, pair: Pair, conversation: Conversation, name: str) -> EncodedResponse:
         response = pair.source.get(f"{side}_messages", getattr(pair, side))
@@ -296,21 +260,27 @@ class Encoder:
                 )
         return encoded
 
-    def _prompt(self, conversation: Conversation, name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Returns the prompt's token ids ``[P]``, its other per-token inputs ``[P]``, and its image inputs."""
-        prompt = self.chat.prompt(conversation)
-        if not conversation.images:
+    def _prompt(
+        self, conversation: Conversation, name: str, field: str = "images"
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Returns the prompt's token ids ``[P]``, its other per-token inputs ``[P]``, and its image inputs.
+
+        ``field`` is the field of the pair that holds the images, for messages.
+        """
+        prompt, conversation = self.chat.prompt(conversation), expanded(conversation, self.processor)
+        if not conversation.images and not conversation.videos:
             ids = torch.tensor(prompt.ids, dtype=torch.int64)
-            self._check_image_tokens(ids, {}, 0, name)
+            self._check_media_tokens(ids, {}, conversation, name)
             return ids, {}, {}
-        images = [_open(path, index, name) for index, path in enumerate(conversation.images)]
+        images = [_open(load_image, image, f"{field}[{k}]", name) for k, image in enumerate(conversation.images)]
         try:
             special = self.chat.adds_special_tokens(prompt.text)
             options = {"padding": True, "return_tensors": "pt", "add_special_tokens": special}
-            inputs = dict(self.processor(text=[prompt.text], images=[images], **options))
+            media = media_arguments([images], [conversation.videos])
+            inputs = dict(self.processor(text=[prompt.text], **media, **options))
         except Exception as error:  # processors report a wrong number of images in many ways
             raise BadPairError(
-                f"{name}: the prompt with its {len(images)} images must be valid for the processor, "
+                f"{name}: the prompt with its {_media(conversation)} must be valid for the processor, "
                 f"got {type(error).__name__}: {error}"
             ) from error
         ids, token_inputs, image_inputs = _split_inputs(inputs)
@@ -321,34 +291,52 @@ class Encoder:
             self.chat.check_ids(ids.tolist())
         except ChatError as error:
             raise BadPairError(f"{name}: {error}") from error
-        self._check_image_tokens(ids, image_inputs, len(images), name)
+        self._check_media_tokens(ids, image_inputs, conversation, name)
         return ids, token_inputs, image_inputs
 
-    def _check_image_tokens(self, ids: Tensor, image_inputs: Mapping[str, Tensor], images: int, name: str) -> None:
+    def _check_media_tokens(
+        self, ids: Tensor, inputs: Mapping[str, Tensor], conversation: Conversation, name: str
+    ) -> None:
+        """Raises ``BadPairError`` if the prompt does not have the tokens that stand for its images and videos.
+
+        Args:
+            ids: Token ids of the prompt.
+            inputs: Image inputs of the prompt.
+            conversation: The conversation whose media the processor got.
+            name: Name of the pair, for the message.
+        """
         token = next((token for token in ids.tolist() if token in self._media_ids), None)
-        if not images and token is not None:
+        if not conversation.images and not conversation.videos and token is not None:
             raise BadPairError(
                 f"{name}: the prompt must have 0 image tokens for its 0 images, got "
                 f"{self.tokenizer.decode([token])!r} in its text"
             )
-        if self.image_token_id is None:
-            return
-        count = int((ids == self.image_token_id).sum())
-        expected = self._expected_image_tokens(image_inputs) if images else 0
-        if count != expected if expected is not None else count < images:
-            rule = f"at least {images}" if expected is None else str(expected)
-            raise BadPairError(
-                f"{name}: the prompt must have {rule} image tokens ({self.tokenizer.decode([self.image_token_id])!r}) "
-                f"for its {images} images, got {count}"
-            )
+        for kind, token_id, media in (
+            ("image", self.image_token_id, conversation.images),
+            ("video", self.video_token_id, conversation.videos),
+        ):
+            if token_id is None:
+                continue
+            # InternVL represents the frames of videos by the tokens and pixels of images.
+            is_shared = bool(conversation.videos) and "pixel_values" in inputs
+            if is_shared and (kind == "video" or not conversation.images):
+                continue
+            count = int((ids == token_id).sum())
+            expected = self._expected_tokens(kind, inputs) if media else 0
+            if count != expected if expected is not None else count < len(media):
+                rule = f"at least {len(media)}" if expected is None else str(expected)
+                raise BadPairError(
+                    f"{name}: the prompt must have {rule} {kind} tokens ({self.tokenizer.decode([token_id])!r}) "
+                    f"for its {len(media)} {kind}s, got {count}"
+                )
 
-    def _expected_image_tokens(self, image_inputs: Mapping[str, Tensor]) -> int | None:
-        """Returns the number of image tokens that the processor should write; None if its rule is unknown."""
-        grid = image_inputs.get("image_grid_thw")
-        merge = getattr(getattr(self.processor, "image_processor", None), "merge_size", None)
+    def _expected_tokens(self, kind: str, inputs: Mapping[str, Tensor]) -> int | None:
+        """Returns the number of image or video tokens that the processor should write; None if its rule is unknown."""
+        grid = inputs.get(f"{kind}_grid_thw")
+        merge = getattr(getattr(self.processor, f"{kind}_processor", None), "merge_size", None)
         if grid is not None and isinstance(merge, int):
             return int((grid.prod(dim=-1) // merge**2).sum())
-        pixels = image_inputs.get("pixel_values")
+        pixels = inputs.get("pixel_values") if kind == "image" else None
         for attribute in ("image_seq_length", "image_seq_len"):
             tokens = getattr(self.processor, attribute, None)
             if isinstance(tokens, int) and pixels is not None:
@@ -370,9 +358,8 @@ def conversation_of(pair: Pair, name: str) -> Conversation:
     tools = pair.source.get("tools") or ()
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadPairError(f"{name}: tools must be a list of objects, got {str(tools)[:80]!r}")
-    return Conversation(
-        key=name, question=pair.question, messages=tuple(messages), images=pair.images, tools=tuple(tools)
-    )
+    media = {"images": pair.images, "videos": pair.videos}
+    return Conversation(key=name, question=pair.question, messages=tuple(messages), tools=tuple(tools), **media)
 
 
 def _targets(response: EncodedResponse, room: int) -> Tensor | None:
@@ -392,15 +379,26 @@ def _token_id(tokenizer: Any, owner: Any, kind: str) -> int | None:
     return token_id if isinstance(token_id, int) and token_id != tokenizer.unk_token_id else None
 
 
-def _open(path: str, index: int, name: str) -> Any:
+def _open(load: Callable[[Any], Any], source: Any, place: str, name: str) -> Any:
+    """Returns an image or a video that ``load`` loads; ``place`` is its place in the pair, such as ``images[0]``."""
     try:
-        return load_image(path)
+        return load(source)
+    except ImportError:
+        raise
     except Exception as error:  # Pillow raises many kinds of exceptions for a broken file
         kind = MissingImageError if isinstance(error, FileNotFoundError) else BadPairError
+        is_video = isinstance(source, Video)
+        shown = describe_video(source) if is_video else describe_source(source)
         raise kind(
-            f"{name}: images[{index}] must be an image that can be read, got {describe_source(path)}: "
+            f"{name}: {place} must be {'a video' if is_video else 'an image'} that can be read, got {shown}: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _media(conversation: Conversation) -> str:
+    """Returns the numbers of images and videos of a conversation as text."""
+    counts = {"images": len(conversation.images), "videos": len(conversation.videos)}
+    return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "0 images"
 
 
 def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:

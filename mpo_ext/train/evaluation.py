@@ -10,9 +10,9 @@ from torch import nn
 from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.train.batch_loss import BatchLoss
 from mpo_ext.train.dataset import RunData, size_over_ranks
-from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.metrics import Totals, log_line
 from mpo_ext.train.output import RunOutput
+from mpo_ext.train.pair_counts import PairCounts
 from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.resume import RunState
 

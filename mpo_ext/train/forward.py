@@ -116,8 +116,9 @@ def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
         return
     before = [vars(module).get(name) for module, name in encoders]
     try:
+        running: list[str] = []
         for module, name in encoders:
-            object.__setattr__(module, name, _features_twice(getattr(module, name), module))
+            object.__setattr__(module, name, _features_twice(getattr(module, name), module, running))
         yield inputs
     finally:
         for (module, name), method in zip(encoders, before, strict=True):
@@ -163,14 +164,21 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
     return code.co_names if code is not None else ()
 
 
-def _features_twice(encode: Callable[..., Any], owner: nn.Module) -> Callable[..., Any]:
+def _features_twice(encode: Callable[..., Any], owner: nn.Module, running: list[str]) -> Callable[..., Any]:
     """Returns a wrapper of ``get_image_features``, whose result contains the features of all images twice.
 
-    The second copy follows the first. ``owner`` is the module that has the method ``encode``.
+    The second copy follows the first. ``owner`` is the module that has the method ``encode``. ``running`` holds the
+    names of the wrapped methods that are running: in Qwen3-VL, ``get_video_features`` calls ``get_image_features``.
     """
 
     def encode_once(*args: Any, **kwargs: Any) -> Any:
-        features = encode(*args, **kwargs)
+        if running:
+            return encode(*args, **kwargs)
+        running.append(type(owner).__name__)
+        try:
+            features = encode(*args, **kwargs)
+        finally:
+            running.pop()
         if _is_tensors(features):
             return _twice(features)
         if isinstance(features, dict):

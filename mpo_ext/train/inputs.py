@@ -142,12 +142,12 @@ def _describe_subset(mixture: Mixture, subset: MixtureSubset, files: list[dict[s
 
 
 def _compared_images(mixture: Mixture, subset: MixtureSubset) -> Iterator[str]:
-    """Yields the image paths of a few lines, which are spread evenly over a subset."""
+    """Yields the paths of the images and videos of a few lines, which are spread evenly over a subset."""
     count = min(subset.lines, _IMAGE_LINES)
     for line in np.linspace(0, subset.lines - 1, count).round().astype(int) if count else ():
         pair, _ = mixture.read(subset.first + int(line))
         if not isinstance(pair, BadLine):
-            yield from pair.images
+            yield from pair.media_paths
 
 
 def _size(image: str) -> int | None:
@@ -207,18 +207,18 @@ def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
     encoded: list[dict[str, Any]] = []
     has_images = False
     for pair, name in itertools.islice(data.first_pairs(), _SEARCHED_PAIRS):
-        if len(encoded) >= _ENCODED_PAIRS and not pair.images:
+        if len(encoded) >= _ENCODED_PAIRS and not pair.media_paths:
             continue
         try:
             sample = data.encoder.encode(pair, name)
         except BadPairError:
             continue
-        has_images = has_images or bool(pair.images)
+        has_images = has_images or bool(pair.media_paths)
         encoded.append(
             {
                 "name": name,
                 "content": _hash_pair(pair),
-                "files": [_hash_image(image) for image in pair.images],
+                "files": [_hash_image(path) for path in pair.media_paths],
                 "tokens": _hash_tokens(sample) if isinstance(sample, Sample) else f"skipped: {sample.reason}",
                 "digest": sample.digest if isinstance(sample, Sample) else "",
             }
@@ -231,8 +231,11 @@ def _encoded_pairs(data: RunData) -> list[dict[str, Any]]:
 def _hash_pair(pair: Pair) -> str:
     """Returns a hash of the texts of a pair. Image paths are left out, because a folder may move."""
     turns = [pair.source.get(name) for name in ("messages", "chosen_messages", "rejected_messages")]
-    texts = [pair.question, pair.chosen, pair.rejected, turns, len(pair.images)]
+    texts: list[Any] = [pair.question, pair.chosen, pair.rejected, turns, len(pair.images)]
     texts += [tools] if (tools := pair.source.get("tools")) else []
+    if pair.videos or pair.rejected_images:
+        videos = [(len(video.paths), video.fps, video.max_frames) for video in pair.videos]
+        texts += [videos, len(pair.rejected_images)]
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
 
 

@@ -23,12 +23,12 @@ from mpo_ext.train.batch_loss import (
     with_logged_average,
 )
 from mpo_ext.train.dataset import StepSize, StepSlice, check_lines, size_over_ranks
-from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.evaluation import evaluate, evaluate_if_due, open_answers
 from mpo_ext.train.first_batch import FirstBatchCheck
 from mpo_ext.train.metrics import Totals, log_line, peak_memory_mib, speed
 from mpo_ext.train.optimizer import clip_gradients, set_learning_rates
 from mpo_ext.train.output import RunOutput
+from mpo_ext.train.pair_counts import PairCounts
 from mpo_ext.train.progress import first_step_lines
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe

@@ -63,10 +63,12 @@ class SourceOverview:
         lines: Number of lines of the source.
         lines_read: Number of lines that were read, spread evenly over the source.
         bad: Number of read lines without a valid pair.
-        misplaced: Number of read pairs whose ``<image>`` marks do not fit their images.
+        misplaced: Number of read pairs whose ``<image>`` or ``<video>`` marks do not fit their images or videos.
         with_images: Number of read pairs with images.
-        images: Number of different images in the read pairs; 0 if the image files were not checked.
-        missing: Number of different images whose file does not exist.
+        with_videos: Number of read pairs with videos.
+        with_rejected_images: Number of read pairs with other images for the rejected response.
+        images: Number of different images and video files in the read pairs; 0 if the image files were not checked.
+        missing: Number of different images and video files whose file does not exist.
         pairs_missing: Number of read pairs with at least one missing image file; pairs that are counted in
             ``misplaced`` are left out.
         examples: Messages for the first bad lines and missing images.
@@ -81,6 +83,8 @@ class SourceOverview:
     bad: int = 0
     misplaced: int = 0
     with_images: int = 0
+    with_videos: int = 0
+    with_rejected_images: int = 0
     images: int = 0
     missing: int = 0
     pairs_missing: int = 0
@@ -93,6 +97,9 @@ class SourceOverview:
         text = (
             f"{self.path}: format {self.format}{origin}; {self.with_images:,} of {pairs:,} pairs with images{sample}"
         )
+        text += f"; {self.with_videos:,} with videos" if self.with_videos else ""
+        if self.with_rejected_images:
+            text += f"; {self.with_rejected_images:,} with other images for the rejected response, in separate rows"
         text += f"; {self.bad:,} lines hold NO PAIR" if self.bad else ""
         return text + (f"; {self.misplaced:,} pairs have WRONG PLACES for their images" if self.misplaced else "")
 
@@ -224,6 +231,8 @@ class Mixture(Sequence[Pair | BadLine]):
                         overview.examples.append(str(pair))
                     continue
                 overview.with_images += bool(pair.images)
+                overview.with_videos += bool(pair.videos)
+                overview.with_rejected_images += bool(pair.rejected_images)
                 if (problem := place_problem(pair)) is not None:
                     overview.misplaced += 1
                     if overview.misplaced <= _EXAMPLES:
@@ -273,14 +282,15 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
     the file and line number of the pair.
     """
     is_complete = True
-    for image in pair.images:
+    for image in pair.media_paths:
         key = hash(image)
         if key not in file_exists:
             file_exists[key] = image_exists(image)
             if not file_exists[key]:
                 overview.missing += 1
                 if overview.missing <= _EXAMPLES:
-                    overview.examples.append(f"{name}: no such image: {describe_source(image)}")
+                    kind = "image" if image in (*pair.images, *pair.rejected_images) else "video"
+                    overview.examples.append(f"{name}: no such {kind}: {describe_source(image)}")
         is_complete = is_complete and file_exists[key]
     return is_complete
 

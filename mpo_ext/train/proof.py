@@ -13,11 +13,13 @@ from torch import Tensor
 from mpo_ext.chat import ChatEncoder, Conversation, chat_messages
 from mpo_ext.chat.conversation import message_turns
 from mpo_ext.chat.decoding import squash
+from mpo_ext.chat.media import expanded, media_arguments
 from mpo_ext.chat.template import OPEN_TAG
 from mpo_ext.checks import LinesError
 from mpo_ext.data.records import Pair
 from mpo_ext.images import load_image
 from mpo_ext.train.encode import BadPairError, Encoder, Sample, conversation_of
+from mpo_ext.videos import load_video
 
 _CONSOLE_CHARACTERS = 160
 
@@ -146,11 +148,14 @@ def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
     chat = encoder.chat
     if chat.chat_template is None:
         return
-    prompt, images = sample.prompt_ids.tolist(), [load_image(path) for path in pair.images]
-    conversation = conversation_of(pair, sample.name)
-    messages = _with_images(chat, conversation, images)
+    prompt, conversation = sample.prompt_ids.tolist(), conversation_of(pair, sample.name)
+    conversation = expanded(conversation, chat.processor)
+    images, videos = list(map(load_image, conversation.images)), list(map(load_video, conversation.videos))
+    messages = _with_media(chat, conversation, images, [video.pixels() for video in videos])
+    media = media_arguments([], [videos]).get("videos_kwargs")
+    options = {"processor_kwargs": {"videos_kwargs": media}} if media else {}
     if not chat.form.ignores_generation_prompt:
-        expected = chat.processor_ids(messages, generation_prompt=True, tools=conversation.tools)
+        expected = chat.processor_ids(messages, generation_prompt=True, tools=conversation.tools, **options)
         suffix = chat.added_suffix if chat.adds_special_tokens(chat.prompt_text(conversation)) else 0
         yield from _difference(encoder, "the prompt", prompt, expected[: len(expected) - suffix])
     if not chat.ends_in_tail or chat.form.opened or sample.is_split or sample.is_cut:
@@ -160,21 +165,25 @@ def _differences(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator[str]:
         turns = message_turns(response, split=False)
         if not chat.is_multimodal:
             turns = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
-        whole = chat.processor_ids([*messages, *turns], generation_prompt=False, tools=conversation.tools)
+        turns_of_pair = [*messages, *turns]
+        whole = chat.processor_ids(turns_of_pair, generation_prompt=False, tools=conversation.tools, **options)
         yield from _difference(encoder, f"prompt and {side}", [*prompt, *ids], whole[: len(prompt) + len(ids)])
 
 
-def _with_images(chat: ChatEncoder, conversation: Conversation, images: Sequence[Any]) -> list[dict[str, Any]]:
-    """Returns the messages of the conversation, with each image in its place (without images for a text model)."""
+def _with_media(
+    chat: ChatEncoder, conversation: Conversation, images: Sequence[Any], videos: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Returns the messages of the conversation, with each image and video in its place (none for a text model)."""
     messages = chat_messages(conversation, as_parts=chat.is_multimodal)
     if not chat.is_multimodal:
         return messages
-    rest = iter(images)
-    return [
-        {**turn, "content": [{"type": "image", "image": next(rest)} if part["type"] == "image" else part
-                             for part in turn["content"]]}
-        for turn in messages
-    ]  # fmt: skip
+    rest = {"image": iter(images), "video": iter(videos)}
+
+    def filled(part: dict[str, Any]) -> dict[str, Any]:
+        kind = part["type"]
+        return {"type": kind, kind: next(rest[kind])} if kind in rest else part
+
+    return [{**turn, "content": [filled(part) for part in turn["content"]]} for turn in messages]
 
 
 def _difference(encoder: Encoder, what: str, ours: Sequence[int], expected: Sequence[int]) -> Iterator[str]:
@@ -190,15 +199,16 @@ def _difference(encoder: Encoder, what: str, ours: Sequence[int], expected: Sequ
 
 
 def _decode(encoder: Encoder, sample: Sample) -> ProvedPair:
-    images = int((sample.prompt_ids == encoder.image_token_id).sum()) if encoder.image_token_id is not None else 0
-    counts = f"{len(sample.prompt_ids):,} tokens of prompt{f' ({images:,} of images)' if images else ''}"
+    tokens = {"<image>": encoder.image_token_id, "<video>": encoder.video_token_id}
+    marks = {token: mark for mark, token in tokens.items() if token is not None}
+    images = sum(token in marks for token in sample.prompt_ids.tolist())
+    kinds = "images and videos" if encoder.video_token_id in sample.prompt_ids.tolist() else "images"
+    counts = f"{len(sample.prompt_ids):,} tokens of prompt{f' ({images:,} of {kinds})' if images else ''}"
     sizes = f"{counts}, {len(sample.chosen_ids):,} of chosen, {len(sample.rejected_ids):,} of rejected"
     pieces = []
-    for is_image, group in itertools.groupby(
-        sample.prompt_ids.tolist(), lambda token: token == encoder.image_token_id
-    ):
+    for mark, group in itertools.groupby(sample.prompt_ids.tolist(), marks.get):
         ids = list(group)
-        pieces.append(f"<image> x {len(ids)}" if is_image else encoder.chat.decode(ids))
+        pieces.append(f"{mark} x {len(ids)}" if mark else encoder.chat.decode(ids))
     return ProvedPair(
         sample.name,
         "".join(pieces),

@@ -131,6 +131,10 @@ class DataRecipe:
         workers: Number of processes that read and encode pairs in advance; 0: the training process does this work.
         max_image_pixels: Maximum number of pixels of an image; a pair with a larger image is unreadable. None: the
             value of the environment variable MPO_MAX_IMAGE_PIXELS, or 8192 x 8192 if it is not set.
+        video_fps: Frames per second of videos that do not set ``fps``. None: the value of the environment variable
+            MPO_VIDEO_FPS, or 2.
+        video_max_frames: Maximum number of frames of videos that do not set ``max_frames``. None: the value of the
+            environment variable MPO_VIDEO_MAX_FRAMES, or 64.
     """
 
     train: Annotated[Sources, NOT_EMPTY]
@@ -141,6 +145,8 @@ class DataRecipe:
     group_prompts: StrictBool = False
     workers: Count = 0
     max_image_pixels: Length | None = None
+    video_fps: Positive | None = None
+    video_max_frames: PositiveCount | None = None
 
 
 @section

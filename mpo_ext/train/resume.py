@@ -11,7 +11,7 @@ from typing import Any
 from mpo_ext.checks import LinesError
 from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.train.dataset import StepSlice
-from mpo_ext.train.encode import PairCounts
+from mpo_ext.train.pair_counts import PairCounts
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 

@@ -28,6 +28,7 @@ from mpo_ext.train.reference_model import check_can_follow
 from mpo_ext.train.shared_prefix import SharedLayout, check_shared_prefix, shared_layouts
 from mpo_ext.train.trackers import check_trackers
 from mpo_ext.train.zero import copy_model, is_deepspeed, is_partitioned, prepare_frozen, set_sizes
+from mpo_ext.videos import set_video_defaults
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _NEEDED_ACCELERATE = {
@@ -121,6 +122,7 @@ def set_up(
     """
     if recipe.data.max_image_pixels is not None:
         set_max_pixels(recipe.data.max_image_pixels)
+    set_video_defaults(recipe.data.video_fps, recipe.data.video_max_frames)
     if recipe.reference.path is not None:
         check_model_path("reference.path", recipe.reference.path)
         check_model(recipe.reference.path, trust_remote_code=recipe.model.trust_remote_code)

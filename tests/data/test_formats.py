@@ -198,8 +198,8 @@ BAD_ROWS: list[tuple[str, dict[str, Any], str, str]] = [
         "2 parts or more",
     ),
     ("sharegpt", {"conversations": [human("<image>q")], **FIRST, "images": ["a", "b"]}, "bad field", "no or 2 places"),
-    ("sharegpt", {"conversations": [human("q")], **FIRST, "videos": ["a.mp4"]}, "unread field", "'videos'"),
-    ("sharegpt", {"conversations": [human("<video>q")], **FIRST}, "video or audio", "must not hold <video>"),
+    ("sharegpt", {"conversations": [human("q")], **FIRST, "clip": ["a.mp4"]}, "unread field", "'clip'"),
+    ("sharegpt", {"conversations": [human("<video>q")], **FIRST}, "video or audio", "must have a video"),
     ("alpaca", {"instruction": "q", "chosen": "c", "output": "d"}, "bad field", "rejected must be given"),
     ("alpaca", {"instruction": ["q"], **FIRST}, "bad field", "instruction must be text"),
     (
@@ -236,8 +236,8 @@ BAD_ROWS: list[tuple[str, dict[str, Any], str, str]] = [
     (
         "swift",
         {"messages": [user("q"), assistant("c")], "rejected_response": "r", "rejected_images": ["b.png"]},
-        "unread field",
-        "'rejected_images'",
+        "bad field",
+        "rejected_images must be one for each of the 0 images",
     ),
     (
         "swift",

@@ -40,8 +40,8 @@ TEXT: dict[str, dict[str, Any]] = {
         {"Picture": {"url": "a.png"}},
         {"photo_url": ["a.png"]},
         {"pixel_values": [[0.5]]},
-        {"video": "a.mp4"},
-        {"videos": ["a.mp4"]},
+        {"video_path": "a.mp4"},
+        {"videos_url": ["a.mp4"]},
         {"audio": {"path": "a.wav"}},
         {"audios": ["a.wav"]},
         {"image_id": 17},
@@ -61,7 +61,15 @@ def test_a_field_that_may_be_an_image_is_refused_by_name(format: str, field: dic
 
 @pytest.mark.parametrize("format", TEXT)
 def test_empty_fields_and_other_names_are_kept(format: str, tmp_path: Path) -> None:
-    more = {"image_path": None, "videos": [], "img": "", "has_image": False, "n_images": 0, "topic": "x", "epic_id": 1}
+    more = {
+        "image_path": None,
+        "video_path": [],
+        "img": "",
+        "has_image": False,
+        "n_images": 0,
+        "topic": "x",
+        "epic_id": 1,
+    }
     pair = read_row(tmp_path, {**TEXT[format], **more}, format=format)
     assert isinstance(pair, Pair), pair
     assert pair.extra.items() >= more.items()
@@ -230,7 +238,7 @@ def test_a_mark_in_a_response_is_refused(format: str, tmp_path: Path) -> None:
 ROWS = [
     {**TEXT["trl"], "image": "a.png"},
     {**TEXT["trl"], "prompt": "<image> q"},
-    {**TEXT["trl"], "videos": ["a.mp4"]},
+    {**TEXT["trl"], "clips": ["a.mp4"]},
     {**TEXT["trl"], "chosen": "<image>"},
     {**TEXT["trl"], "tools": [{"type": "function"}]},
 ]

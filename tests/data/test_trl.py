@@ -230,9 +230,9 @@ def test_prompts_and_responses_of_several_turns(row: dict[str, Any], pair: Pair,
         ),
         ({"prompt": [user([{"type": "image", "image": "a", "path": "b"}])], **ANSWERS}, "bad field", "name one image"),
         (
-            {"prompt": [user([{"type": "video", "video": "a.mp4"}])], **ANSWERS},
+            {"prompt": [user([{"type": "video"}])], **ANSWERS},
             "video or audio",
-            "blocks of text and images",
+            "must have a video for each place of a video",
         ),
         ({"prompt": [user([{"type": "input_audio", "input_audio": {}}])], **ANSWERS}, "video or audio", "blocks"),
         (

@@ -298,6 +298,8 @@ def test_vllm_gets_ids_images_and_a_seed_for_each_request(monkeypatch: pytest.Mo
     assert prompts[1]["prompt_token_ids"] == twin.chat.prompt_ids(second)
     assert params[0].options["stop_token_ids"] == sorted(twin.chat.stop_ids)
     assert prompts[0]["multi_modal_data"] == {"image": [image]}
+    (refused,) = engine.generate([Request(question="What is the sum", videos=("a.mp4",))])
+    assert refused.refusal == "videos must be none for the engine vllm, got 1: use --engine transformers"
     assert "multi_modal_data" not in prompts[1]
     assert [each.options["seed"] for each in params] == [5, 6]
     assert params[0].options["top_k"] == -1

@@ -210,8 +210,8 @@ def test_numbers_that_may_be_an_index_or_an_option_are_refused(options: list[str
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"video": "a.mp4"}, "video"),
-        ({"videos": ["a.mp4"]}, "videos"),
+        ({"video_path": "a.mp4"}, "video_path"),
+        ({"videos_1": ["a.mp4"]}, "videos_1"),
         ({"picture": "somewhere"}, "picture"),
         ({"img": "a.png"}, "img"),
         ({"photo_1": "x"}, "photo_1"),
@@ -241,7 +241,7 @@ def test_unknown_images_refuse_the_item_by_name(fields: dict[str, Any], field: s
     "fields",
     [
         {"image_id": "7", "image_source": "COCO", "image": "a.png"}, {"img_type": "['Plots']"}, {"image_width": 4},
-        {"image_1_license": "CC BY 4.0"}, {"num_images": 2}, {"video": None}, {"img": ""}, {"has_image": True},
+        {"image_1_license": "CC BY 4.0"}, {"num_images": 2}, {"video_id": None}, {"img": ""}, {"has_image": True},
         {"rationale": "See a.png."}, {"source": "figures of a book"}, {"imagination": "x"},
         {"figure": "Figure 2"}, {"media": "print"}, {"visual": True}, {"option_count": 4}, {"choice_type": "single"},
         {"options_format": "text"}, {"choices_a": None}, {"A": "only one"},
@@ -506,7 +506,7 @@ def test_a_bad_item_does_not_end_a_run(tmp_path: Path) -> None:
     good = {"question": "How many?", "answer": "7", "image": "a.png"}
     bad: list[dict[str, Any]] = [
         {**good, "options": ["x"] * 27}, {**good, "options": {"1": "x"}}, {**good, "options": "no list"},
-        {**good, "video": "a.mp4"}, {**good, "choices": ["x", "y"], "answer": 5}, {**good, "image": ["a.png", 7]},
+        {**good, "clip_path": "a.mp4"}, {**good, "choices": ["x", "y"], "answer": 5}, {**good, "image": ["a.png", 7]},
     ]  # fmt: skip
     path = tmp_path / "items.jsonl"
     path.write_text("".join(json.dumps(values) + "\n" for values in [good, *bad, good]))

@@ -55,11 +55,11 @@ from mpo_ext.train.encode import (
     TOO_LONG,
     BadPairError,
     Encoder,
-    PairCounts,
     Sample,
     SkippedPair,
     prompt_key,
 )
+from mpo_ext.train.pair_counts import PairCounts
 
 
 def text_encoder(template: str = QWEN, **options: Any) -> Encoder:
@@ -367,8 +367,8 @@ def test_images_of_several_turns(family: Any, images: tuple[str, ...]) -> None:
     ("messages", "match"),
     [
         ([("user", "?"), ("assistant", "!")], "must end before the assistant's response"),
-        ([("user", 3)], "content must be text or a list of texts and images, got '3'"),
-        ([("user", [{"type": "video"}])], "content must be text or a list"),
+        ([("user", 3)], "content must be text or a list of texts, images and videos, got '3'"),
+        ([("user", [{"type": "audio"}])], "content must be text or a list"),
         ([("user", "<image><image>")], "one place for each of the 1 images, got 2"),
         ([], "messages must be a list of messages"),
     ],

@@ -29,10 +29,10 @@ from mpo_ext.checks import LinesError
 from mpo_ext.files import FileLock, LockedError
 from mpo_ext.loss.weights import fingerprint
 from mpo_ext.train import batch_loss, loop, model_card, progress, reference_file, reference_model, resume, setup
-from mpo_ext.train.encode import PairCounts
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.metrics import Log, Totals, means
 from mpo_ext.train.model import freeze_parts, load_model, prepare_model, switch_off_dropout
+from mpo_ext.train.pair_counts import PairCounts
 from mpo_ext.train.progress import Console
 from mpo_ext.train.recipe import ModelRecipe
 from mpo_ext.train.reference_file import reference_settings

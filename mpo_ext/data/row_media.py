@@ -1,0 +1,247 @@
+"""The images and videos of a row: its columns, the parts of its messages, and the marks in its texts."""
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mpo_ext.chat import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+from mpo_ext.checks import shorten, type_and_value
+from mpo_ext.data.marks import NO_IMAGE
+from mpo_ext.data.media import VIDEO, is_empty
+from mpo_ext.data.reader import FieldError
+from mpo_ext.images import describe_source, is_data_url
+from mpo_ext.videos import Video
+
+SaveImage = Callable[[bytes], str]
+
+_PATH_FIELDS = ("image", "path", "url", "image_url", "base64", "source")
+#: Fields of a part of a message that holds an image or a video.
+PART_FIELDS = {"type", "text", "detail", *_PATH_FIELDS}
+VIDEO_FIELDS = ("video", "path", "url", "video_url", "frames")
+VIDEO_SETTINGS = ("fps", "max_frames")
+#: Columns that ``row_images``, ``row_videos`` and ``row_rejected_images`` read.
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "rejected_images")
+
+
+def row_images(row: Mapping[str, Any], save_image: SaveImage | None) -> list[str]:
+    """Returns the image paths in the fields ``image`` and ``images`` of a row.
+
+    Either field may hold an image or a list of images. An image is a path, bytes, or an object with ``bytes``,
+    ``path`` or ``url``. ``save_image`` stores bytes and returns the path. If it is None, bytes raise FieldError.
+
+    Raises:
+        FieldError: If a value is not an image, or the two fields differ.
+    """
+    found = {}
+    for name in ("image", "images"):
+        value = row.get(name)
+        images = list(value) if isinstance(value, (list, tuple)) else [] if is_empty(value) else [value]
+        if not images:
+            continue
+        found[name] = [image_path("images", image, save_image) for image in images]
+    if len(found) == 2 and found["image"] != found["images"]:
+        raise FieldError(
+            f"image and images must not both be given, got {shorten(row['image'])} and {shorten(row['images'])}"
+        )
+    return next(iter(found.values()), [])
+
+
+def row_videos(row: Mapping[str, Any], save_image: SaveImage | None) -> list[Video]:
+    """Returns the videos in the fields ``video`` and ``videos`` of a row.
+
+    Either field may hold a video or a list of videos. A video is a path, a list of paths of frames, an object as in
+    ``Video.from_value``, bytes, or an object with ``bytes`` or ``path``. ``save_image`` is as in ``row_images``.
+
+    Raises:
+        FieldError: If a value is not a video, or the two fields differ.
+    """
+    found = {}
+    for name in ("video", "videos"):
+        value = row.get(name)
+        values = list(value) if isinstance(value, (list, tuple)) else [] if is_empty(value) else [value]
+        if values:
+            found[name] = [read_video(name, part, save_image) for part in values]
+    if len(found) == 2 and found["video"] != found["videos"]:
+        raise FieldError(
+            f"video and videos must not both be given, got {shorten(row['video'])} and {shorten(row['videos'])}"
+        )
+    return next(iter(found.values()), [])
+
+
+def read_video(name: str, value: object, save_image: SaveImage | None) -> Video:
+    """Returns a video in a form that ``row_videos`` describes; ``name`` is the field in messages."""
+    if isinstance(value, bytes) or (isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}):
+        value = image_path(name, value, save_image)
+    try:
+        video = Video.from_value(value, name)
+    except (TypeError, ValueError) as error:
+        raise FieldError(str(error)) from None
+    if is_data_url(video.path):
+        raise FieldError(f"{name} must be files, got the data: URL {describe_source(video.path)}", kind=VIDEO)
+    return video
+
+
+def row_rejected_images(row: Mapping[str, Any], save_image: SaveImage | None) -> tuple[str, ...]:
+    """Returns the image paths in the field ``rejected_images`` of a row (ms-swift); empty without this field."""
+    value = row.get("rejected_images")
+    images = list(value) if isinstance(value, (list, tuple)) else [] if is_empty(value) else [value]
+    return tuple(image_path("rejected_images", image, save_image) for image in images)
+
+
+def image_path(name: str, image: object, save_image: SaveImage | None) -> str:
+    """Returns the path of an image in a form that ``row_images`` describes; ``name`` is the field in messages."""
+    if isinstance(image, bytes):
+        image = {"bytes": image}
+    if isinstance(image, str) and image:
+        return image
+    if isinstance(image, Mapping):
+        content = image.get("bytes")
+        if content is not None and not isinstance(content, bytes):
+            raise FieldError(f"{name}: bytes must be binary, got {type_and_value(content)}")
+        if content is not None and save_image is not None:
+            return save_image(content)
+        for field in ("path", "url"):
+            if content is None and isinstance(image.get(field), str) and image[field]:
+                return image[field]
+        if content is not None:
+            raise FieldError(f"{name} must be paths unless image_dir is given, got {len(content):,} bytes")
+    raise FieldError(f"{name} must be paths, or objects with bytes, path or url, got {type_and_value(image)}")
+
+
+class Images:
+    """The images and videos of a row in the order of their places in the prompt.
+
+    Args:
+        columns: Paths from the row's fields ``image`` and ``images``. They fill, in order, the places without a path.
+        save_image: As in ``row_images``.
+        videos: Videos from the row's fields ``video`` and ``videos``, which fill the places of videos.
+    """
+
+    def __init__(
+        self, columns: Sequence[str] = (), save_image: SaveImage | None = None, videos: Sequence[Video] = ()
+    ) -> None:
+        self._waiting = list(columns)
+        self._waiting_videos, self._placed_videos, self._n_video_places = list(videos), list[Video](), 0
+        self._save_image = save_image
+        self._placed: list[str] = []
+        self._n_places = 0
+
+    def add_part(self, name: str, part: Mapping[str, Any]) -> None:
+        """Adds the image of a message part: the image that the part names, or the next image of the columns.
+
+        ``name`` is the field in messages.
+        """
+        self._n_places += 1
+        path = self._part_path(name, part)
+        if path is None:
+            if not self._waiting:
+                raise FieldError(
+                    f"{name} must have an image for each image part, got {self._n_places} parts or more and "
+                    f"{len(self._placed)} images",
+                    kind=NO_IMAGE,
+                )
+            path = self._waiting.pop(0)
+        self._placed.append(path)
+
+    def add_marks(self, name: str, text: str) -> None:
+        """Adds the next image for each ``<image>`` in a text, and the next video of the columns for each ``<video>``.
+
+        ``name`` is the field in messages.
+        """
+        for _ in range(text.count(IMAGE_PLACEHOLDER)):
+            self.add_part(name, {})
+        for _ in range(text.count(VIDEO_PLACEHOLDER)):
+            self.add_video(name, {})
+
+    def add_video(self, name: str, part: Mapping[str, Any]) -> None:
+        """Adds the video of a message part: the video that the part names, or the next video of the columns."""
+        self._n_video_places += 1
+        given = {field: part[field] for field in VIDEO_FIELDS if not is_empty(part.get(field))}
+        settings = {field: part[field] for field in VIDEO_SETTINGS if part.get(field) is not None}
+        if not given:
+            if not self._waiting_videos:
+                raise FieldError(
+                    f"{name} must have a video for each place of a video, got {self._n_video_places} places or more "
+                    f"and {len(self._placed_videos)} videos",
+                    kind=VIDEO,
+                )
+            if settings:
+                raise FieldError(f"{name} must name the video in a video part with settings, got {shorten(part)}")
+            self._placed_videos.append(self._waiting_videos.pop(0))
+            return
+        if len(given) > 1:
+            raise FieldError(f"{name} must name one video in a video part, got {shorten(given)}")
+        (field, value) = given.popitem()
+        if isinstance(value, Mapping) and field == "video_url":
+            refuse_fields(name, value, {"url"})
+            value = value.get("url")
+        if isinstance(value, Mapping) or settings:
+            value = value if isinstance(value, Mapping) else {"video": value}
+            value = {**value, **settings}
+        self._placed_videos.append(read_video(name, value, self._save_image))
+
+    def videos(self, name: str) -> tuple[Video, ...]:
+        """Returns all videos in the order of their places, as ``paths`` returns the images."""
+        count = len(self._placed_videos) + len(self._waiting_videos)
+        if self._waiting_videos and self._n_video_places:
+            raise FieldError(f"{name} must have no or {count} places for its videos, got {self._n_video_places}")
+        return (*self._placed_videos, *self._waiting_videos)
+
+    @property
+    def count(self) -> int:
+        """Number of all images, with or without a place in the prompt."""
+        return len(self._placed) + len(self._waiting)
+
+    def paths(self, name: str) -> tuple[str, ...]:
+        """Returns all paths in the order of their places; without places, all paths of the columns.
+
+        Raises FieldError if some, but not all, images have a place. ``name`` is the field in the message.
+        """
+        if self._waiting and self._n_places:
+            raise FieldError(f"{name} must have no or {self.count} places for its images, got {self._n_places}")
+        return (*self._placed, *self._waiting)
+
+    def _part_path(self, name: str, part: Mapping[str, Any]) -> str | None:
+        found = []
+        for field in _PATH_FIELDS:
+            value = part.get(field)
+            if is_empty(value):
+                continue
+            if field == "base64":
+                value = {"bytes": _decode(name, value)}
+            elif field == "source":
+                value = _anthropic_source(name, value)
+            elif field == "image_url" and isinstance(value, Mapping):
+                refuse_fields(name, value, {"url", "detail"})
+                value = value.get("url")
+            found.append(image_path(name, value, self._save_image))
+        if len(set(found)) > 1:
+            raise FieldError(f"{name} must name one image in an image part, got {shorten(found)}")
+        return found[0] if found else None
+
+
+def _decode(name: str, value: object) -> bytes:
+    try:
+        return base64.b64decode(str(value), validate=True)
+    except binascii.Error:
+        raise FieldError(f"{name}: base64 must be a base64 text, got {type_and_value(value)}") from None
+
+
+def _anthropic_source(name: str, source: object) -> object:
+    if isinstance(source, Mapping):
+        if source.get("type") == "base64":
+            return {"bytes": _decode(name, source.get("data"))}
+        if source.get("type") == "url":
+            return source.get("url")
+    raise FieldError(f"{name}: the source of an image must have type base64 or url, got {shorten(source)}")
+
+
+def refuse_fields(name: str, values: Mapping[str, Any], known: set[str]) -> None:
+    """Raises FieldError if ``values`` has a field that is not in ``known`` and not empty."""
+    for field, value in values.items():
+        if field not in known and value not in (None, "", [], {}):  # 0 may be a weight
+            raise FieldError(
+                f"{name} must have {' and '.join(sorted(known))} only, got the field {field!r} {shorten(value)}: "
+                "remove it, or name it in ignore (--ignore) if it does not matter"
+            )

@@ -1,0 +1,78 @@
+"""Counts the encoded and the skipped pairs of a run."""
+
+import collections
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mpo_ext.data.reader import BadLine
+from mpo_ext.train.encode import BAD_PAIR, BadPairError, Sample, SkippedPair
+
+
+class PairCounts:
+    """Counts encoded and skipped pairs, and keeps the first message for each reason.
+
+    Attributes:
+        kept: Number of pairs that became samples.
+        cut: Number of samples with a cut response.
+        split: Number of samples with a response that was tokenized apart from the prompt.
+        skipped: Number of skipped pairs for each reason; the reason of a bad line is its ``BadLine.kind``.
+        examples: The first message for each reason.
+    """
+
+    def __init__(self) -> None:
+        self.kept = 0
+        self.cut = 0
+        self.split = 0
+        self.skipped: collections.Counter[str] = collections.Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, result: Sample | SkippedPair | BadLine | BadPairError) -> None:
+        """Counts a sample, a skipped pair, a bad line or an encoding error."""
+        if isinstance(result, Sample):
+            self.kept += 1
+            self.cut += result.is_cut
+            self.split += result.is_split
+            return
+        if isinstance(result, SkippedPair):
+            reason, message = result.reason, f"{result.name}: {result.detail}"
+        else:
+            reason, message = result.kind if isinstance(result, BadLine) else BAD_PAIR, str(result)
+        self.skipped[reason] += 1
+        self.examples.setdefault(reason, message)
+
+    def merge(self, other: "PairCounts") -> None:
+        """Adds the counts of another process. For a reason with an example here, the example stays."""
+        self.kept += other.kept
+        self.cut += other.cut
+        self.split += other.split
+        self.skipped.update(other.skipped)
+        self.examples = {**other.examples, **self.examples}
+
+    @property
+    def n_skipped(self) -> int:
+        """Number of skipped pairs, summed over all reasons."""
+        return self.skipped.total()
+
+    def lines(self) -> Iterator[str]:
+        """Yields the counts and the examples as lines of text."""
+        if self.cut:
+            yield f"cut the responses of {self.cut:,} pairs"
+        if self.split:
+            yield f"tokenized the responses of {self.split:,} pairs apart: the tokenizer merges prompt and response"
+        for reason, count in self.skipped.most_common():
+            yield f"skipped {count:,}: {reason}, for example {self.examples[reason]}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counts and the examples as a dict, under the names that checkpoints use."""
+        return {
+            "kept": self.kept,
+            "cut": self.cut,
+            "split": self.split,
+            "dropped": dict(self.skipped),
+            "examples": self.examples,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.kept, self.cut, self.split = state["kept"], state["cut"], state.get("split", 0)
+        self.skipped = collections.Counter(state["dropped"])
+        self.examples = dict(state["examples"])
