@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation, EncodedResponse
-from mpo_ext.checks import check_integer
+from mpo_ext.checks import DefectError, check_integer
 from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.images import describe_source, load_image
@@ -26,7 +26,7 @@ _MEDIA_TOKENS = ("image", "video", "audio", "boi", "eoi", "start_image", "end_im
 _PER_IMAGE = ("image_", "pixel_", "num_", "batch_")  # inputs per image, which may have the prompt's shape by chance
 
 
-class BadPairError(ValueError):
+class BadPairError(DefectError):
     """Raised for a pair that cannot be encoded. The message names the pair, the rule and the value."""
 
 

@@ -25,6 +25,7 @@ from mpo_ext.train.reference_file import reference_date
 from mpo_ext.train.resume import RunState, changed_settings
 
 _LOCK = "run.lock"
+_SHOWN_EVALUATION = ("loss", "accuracy", "unreadable", "cut_off", "refused")  # ends of the names of metrics
 
 
 class RunOutput:
@@ -212,7 +213,7 @@ class RunOutput:
             self.log.append(line)
             self.console.say(
                 f"evaluation after step {self.state.step}: "
-                + ", ".join(f"{name[5:]} {line[name]:.4f}" for name in line if name.endswith(("loss", "accuracy")))
+                + ", ".join(f"{name[5:]} {line[name]:.4f}" for name in line if name.endswith(_SHOWN_EVALUATION))
             )
             if self.state.has_stalled():
                 recipe = self.recipe.output
