@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine_code, measure, predictions, schema, tables
+from benchmarks import hardware, machine_code, measure, predictions, schema, tables
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.study import tables as study
 from benchmarks.tables import Documents
@@ -44,6 +44,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "predicted_losses": ((), predictions.losses),
     "predicted_floors": ((), predictions.floors),
     "predicted_issue": (("machine_code",), predictions.issue),
+    "predicted_gpus": ((), hardware.gpus),
     "data_sheets": ((), predictions.data_sheets),
     "gpu": ((), gpu_tables.measured),
     **study.BLOCKS,
