@@ -44,7 +44,7 @@ lint: $(VENV)/.dev
 
 # Builds the site in build/site. It reads the docstrings from the source and needs neither torch nor the built package.
 docs: $(BIN)/python
-	$(BIN)/pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
+	$(BIN)/pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27' 'ruff>=0.12'
 	$(BIN)/mkdocs build --strict
 
 # Runs the benchmarks for about half an hour, on a machine without other work; writes results/ and the marked blocks
