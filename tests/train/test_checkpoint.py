@@ -454,7 +454,10 @@ def save_forever(folder: Path, first: int) -> None:
         (folder / "saved").write_text(str(count))
 
 
-def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_whole(accelerator: Any, tmp_path: Path) -> None:
+def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_whole(
+    accelerator: Any, tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
+    record_property("cases", KILLS)
     rng = random.Random(os.environ.get("MPO_KILLS", "0"))
     context = server()
     told = 0

@@ -177,10 +177,11 @@ def kill_repeatedly(name: str, job_of: Callable[..., Job], truth: Job, kills: in
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_ends_with_the_same_bits(
-    name: str, job_of: Callable[..., Job], whole: Callable[[str], Job]
+    name: str, job_of: Callable[..., Job], whole: Callable[[str], Job], record_property: Callable[[str, Any], None]
 ) -> None:
     done = kill_repeatedly(name, job_of, whole(name), KILLS)
     assert sum(done.values()) >= KILLS
+    record_property("cases", sum(done.values()))
 
 
 def test_the_compared_runs_have_learned(whole: Callable[[str], Job], folder: Path) -> None:
