@@ -40,7 +40,7 @@ def test_cases_are_counted(tmp_path: Path) -> None:
     )
     output = (
         "a:\n  - during reuse phase (0.1 seconds):\n  - during generate phase (1.2 seconds):\n"
-        "    - Typical runtimes: 1 ms\n    - 150 passing examples, 0 failing examples, 3 invalid examples\n"
+        "    - Typical runtimes: 1 ms\n    - 150 passing, 0 failing, and 3 invalid test cases\n"
     )
     assert audit.count_tests(report, output) == {"cases": 190, "passed": 2, "failed": 1, "skipped": 1}
     assert audit.count_tests(report, output * 2)["cases"] == 340
