@@ -74,13 +74,16 @@ class Check:
         return shlex.join(words)
 
 
+_PATIENT = {"MPO_RUN_LIMIT_S": "900"}
 #: The longest first: two of them run at a time.
 CHECKS = (
     Check(
         "random calls of the loss against plain torch", ("tests/loss/test_property.py",), {"MPO_PROPERTY_CASES": 7000}
     ),
-    Check("kill -9: training", ("tests/train/test_resume.py", "-k", "killed_run"), {"MPO_KILLS": 4}),
-    Check("kill -9: one of two ranks, DDP and FSDP2", ("tests/train/test_rank_kills.py",), {"MPO_KILLS": 10}),
+    Check("kill -9: training", ("tests/train/test_resume.py", "-k", "killed_run"), {"MPO_KILLS": 4}, _PATIENT),
+    Check(
+        "kill -9: one of two ranks, DDP and FSDP2", ("tests/train/test_rank_kills.py",), {"MPO_KILLS": 10}, _PATIENT
+    ),
     Check("kill -9: sampling", ("tests/generate/test_runner.py", "-k", "killed_run"), {"MPO_KILLS": 20}),
     Check("kill -9: evaluation", ("tests/evaluate/test_evaluation_run.py", "-k", "killed"), {"MPO_KILLS": 20}),
     Check(
@@ -104,6 +107,16 @@ CHECKS = (
     Check(
         "files of a user, hostile input",
         ("tests/cli/test_outputs.py", "tests/test_hostile_input.py", "tests/test_images.py"),
+    ),
+    Check(
+        "images of one pair file, checked and inspected",
+        ("tests/data/test_check.py", "-k", "many_images"),
+        {"MPO_SCALE_IMAGES": 100_000},
+    ),
+    Check(
+        "records of one journal, written and read",
+        ("tests/test_journal.py", "-k", "long_journal"),
+        {"MPO_SCALE_RECORDS": 1_000_000},
     ),
     Check("address and undefined-behaviour sanitizers", ("address,undefined",), is_sanitizer=True),
     Check("thread sanitizer", ("thread",), is_sanitizer=True),
@@ -159,9 +172,7 @@ def count_tests(report: Path, output: str) -> dict[str, int]:
     failed = sum(test.find("failure") is not None or test.find("error") is not None for test in tests)
     skipped = sum(test.find("skipped") is not None for test in tests)
     reported = [int(entry.get("value", "0")) for test in tests for entry in test.iter("property")]
-    reported += [
-        int(number) for number in re.findall(r"generate phase.*?(\d+) passing", output, re.DOTALL)
-    ]
+    reported += [int(number) for number in re.findall(r"generate phase.*?(\d+) passing", output, re.DOTALL)]
     cases = sum(reported) if reported else len(tests) - skipped
     return {"cases": cases, "passed": len(tests) - failed - skipped, "failed": failed, "skipped": skipped}
 

@@ -27,6 +27,7 @@ def test_a_check_names_tests_and_settings_that_exist(check: audit.Check) -> None
     assert paths
     assert all(path.exists() for path in paths)
     text = "".join(path.read_text() for path in paths if path.is_file())
+    text += (audit.ROOT / "tests/train/run_recipe.py").read_text()
     assert all(name in text for name in {**check.counts, **check.settings})
     if check.counts and "hypothesis" not in text:
         assert 'record_property("cases"' in text

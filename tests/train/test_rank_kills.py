@@ -15,7 +15,7 @@ from typing import Any
 import digits_run
 import pytest
 import torch
-from run_recipe import Job, die_at_event, finish, log_of, result_of, run, start, text_of
+from run_recipe import LIMIT_S, Job, die_at_event, finish, log_of, result_of, run, start, text_of
 from safetensors.torch import load_file
 
 KILLS = int(os.environ.get("MPO_KILLS", "2"))
@@ -36,7 +36,7 @@ def die_on_rank(victim: int, number: int | None, events: Path, rank: int) -> Non
 
 def end_like_a_launcher(processes: list[Any]) -> list[int]:
     """Waits until all processes end, or until one has failed; then kills the others, as torchrun does."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline and all(process.exitcode in (None, 0) for process in processes):
         if all(process.exitcode == 0 for process in processes):
             break
