@@ -226,10 +226,10 @@ def table(documents: Documents) -> str:
 def _machine(results: dict[str, Any]) -> str:
     machines = sorted({f"{figures['cores']} cores of {figures['cpu']}" for figures in results.values()})
     loads = [figures["load"] for figures in results.values()]
-    scaled = [name for name, figures in results.items() if figures["scale"] != 1]
+    scaled = [check.name for check in CHECKS if check.counts and results.get(check.name, {"scale": 1})["scale"] != 1]
     text = f"Measured on {'; '.join(machines)}; load average {min(loads):g} to {max(loads):g} before the checks."
     if scaled:
-        text += f" Fewer cases than `make audit` has ran in: {', '.join(scaled)}."
+        text += f" Fewer cases than `make audit` has ran in: {'; '.join(scaled)}."
     return text
 
 

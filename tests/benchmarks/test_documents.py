@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import check_model, documents, hardware, machine_code, predictions, schema, suite
+from benchmarks import audit, check_model, documents, hardware, machine_code, predictions, schema, suite
 from benchmarks.measure import provenance
 from benchmarks.study import tables as study
 from mpo_ext.plan import machines
@@ -137,6 +137,7 @@ def make_documents() -> dict[str, Any]:
         "sampling": make_document("sampling", [suite.point("base", "one by one", None, seconds=[2.0], prompts=4)]),
         "cost_model": make_document("cost_model", compared, settings={"rates": rates}),
         "machine_code": machine_code.load(RESULTS / "machine_code.json"),
+        "audit": audit.load(RESULTS / "audit.json"),
         "study": study.load(RESULTS / "study.json"),
         "study_prior": study.load(RESULTS / "study_prior.json"),
     }
