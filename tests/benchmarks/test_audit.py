@@ -74,8 +74,7 @@ def test_scale_and_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
     monkeypatch.setattr(audit, "run", run)
     monkeypatch.setattr(audit, "RESULTS", tmp_path / "audit.json")
-    monkeypatch.setattr("benchmarks.documents.write_pages", lambda *arguments: 0)
-    monkeypatch.setattr("benchmarks.documents.load", lambda folder: {})
+    monkeypatch.setattr(audit, "write_page", lambda: None)
     assert audit.main(["kill -9: sampling", "--scale", "0.5"]) == 0
     assert audit.main(["kill -9: evaluation"]) == 1
     assert ran == [("kill -9: sampling", 0.5), ("kill -9: evaluation", 1.0)]
