@@ -7,6 +7,7 @@ CONSTRAINTS ?= constraints.txt
 REQUIREMENTS := setup.py pyproject.toml $(CONSTRAINTS)
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 PYTEST_ARGS ?=
+AUDIT_ARGS ?=
 DEMO_ARGS ?=
 # CUDA code takes minutes to compile, and without a GPU nothing runs it. MPO_CUDA=ON compiles it nevertheless.
 DEMO_CUDA := $(or $(MPO_CUDA),$(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo AUTO || echo OFF))
@@ -44,7 +45,7 @@ lint: $(VENV)/.dev
 
 # Builds the site in build/site. It reads the docstrings from the source and needs neither torch nor the built package.
 docs: $(BIN)/python
-	$(BIN)/pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
+	$(BIN)/pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27' 'ruff>=0.12'
 	$(BIN)/mkdocs build --strict
 
 # Runs the benchmarks for about half an hour, on a machine without other work; writes results/ and the marked blocks
@@ -152,17 +153,18 @@ gpu-dry: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/python -m benchmarks.gpu --dry --out build/gpu-dry
 
 # Runs the native tests under the address and undefined-behaviour sanitizers, then under the thread sanitizer.
+SANITIZERS ?= address,undefined thread
 sanitize: $(VENV)/.dev
-	for kind in address,undefined thread; do \
+	for kind in $(SANITIZERS); do \
 	  $(BIN)/cmake --fresh -G Ninja -S . -B build/sanitize-$$kind -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DMPO_CUDA=OFF -DMPO_PYTHON=OFF -DMPO_NATIVE_TESTS=ON -DMPO_WERROR=ON -DMPO_SANITIZE=$$kind && \
 	  $(BIN)/cmake --build build/sanitize-$$kind && build/sanitize-$$kind/native_tests || exit 1; \
 	done
 
-# Repeats the checks of docs/reliability.md with many more cases than the tests, then the sanitizers.
+# Repeats the checks of docs/reliability.md with many more cases than the tests, the sanitizers among them, and writes the
+# figures into the page. AUDIT_ARGS="kill --scale 0.1" runs a tenth of the checks whose names contain "kill".
 audit: $(VENV)/.dev $(VENV)/.native
-	$(BIN)/python tools/audit.py
-	$(MAKE) sanitize
+	$(BIN)/python -m benchmarks.audit $(AUDIT_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info mpo_ext/*.so demo-out

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine_code, measure, predictions, schema, tables
+from benchmarks import audit, hardware, machine_code, measure, predictions, schema, tables
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.study import tables as study
 from benchmarks.tables import Documents
@@ -44,7 +44,9 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "predicted_losses": ((), predictions.losses),
     "predicted_floors": ((), predictions.floors),
     "predicted_issue": (("machine_code",), predictions.issue),
+    "predicted_gpus": ((), hardware.gpus),
     "data_sheets": ((), predictions.data_sheets),
+    "audit": (("audit",), audit.table),
     "gpu": ((), gpu_tables.measured),
     **study.BLOCKS,
 }
@@ -53,7 +55,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
 def load(folder: Path) -> dict[str, Any]:
     """Reads and checks the result files in a folder, and returns the contents by file name without suffix."""
     loaders = {**dict.fromkeys(schema.BENCHMARKS, schema.load), "machine_code": machine_code.load}
-    loaders |= dict.fromkeys(("study", "study_prior"), study.load)
+    loaders |= dict.fromkeys(("study", "study_prior"), study.load) | {"audit": audit.load}
     paths = {name: folder / f"{name}.json" for name in loaders}
     return {name: loaders[name](path) for name, path in paths.items() if path.exists()}
 

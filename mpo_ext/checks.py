@@ -17,6 +17,10 @@ def install_hint(extra: str) -> str:
 _MAX_DEPTH = 100
 
 
+class DefectError(ValueError):
+    """A defect that was found in the lines of a data file, not in the arguments or settings of a command."""
+
+
 class LinesError(ValueError):
     """An error whose message has several lines. Commands print the line breaks of this error only."""
 

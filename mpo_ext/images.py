@@ -37,6 +37,18 @@ _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 _WHITE_IS_ZERO = 0
 
 
+# Beginnings of image files in base64, and their media types.
+_BASE64_KINDS = {
+    "iVBORw0KGgo": "png",
+    "/9j/": "jpeg",
+    "R0lGOD": "gif",
+    "UklGR": "webp",
+    "SUkqA": "tiff",
+    "TU0AK": "tiff",
+}
+_BASE64_IMAGE = re.compile(rf"(?:^|(?<=/))({'|'.join(_BASE64_KINDS)})[A-Za-z0-9+/\s]{{40,}}={{0,2}}\s*$")
+
+
 class ImageError(ValueError):
     """Raised for an image that cannot be used. The message shows at most 80 characters of the source."""
 
@@ -117,6 +129,18 @@ def local_path(source: str) -> str:
 def image_exists(source: str) -> bool:
     """Returns whether a path or ``file://`` URL names a file; True for a ``data:`` URL, False for any other URL."""
     return is_data_url(source) or os.path.isfile(local_path(source))
+
+
+def missing_image_advice(source: str) -> str:
+    """Returns advice, to add to a message about an image that is not a file, or "".
+
+    The advice is for base64 text of an image file without the beginning of a ``data:`` URL. A root folder may precede
+    the text.
+    """
+    match = _BASE64_IMAGE.search(source)
+    if match is None:
+        return ""
+    return f": it is base64 text; write data:image/{_BASE64_KINDS[match[1]]};base64, before it"
 
 
 def describe_source(source: Any) -> str:
@@ -235,7 +259,8 @@ def _opened(source: Any) -> Iterator[Any]:
             _check_is_local(source)
             file = local_path(source)
         if not os.path.exists(file):
-            raise FileNotFoundError(f"image must be a file that exists, got {describe_source(source)}")
+            text = f"image must be a file that exists, got {describe_source(source)}"
+            raise FileNotFoundError(f"{text}{missing_image_advice(os.fsdecode(source))}")
         with _named_errors(source):
             file = stack.enter_context(open_regular(file, source))
     else:

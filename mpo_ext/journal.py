@@ -124,9 +124,10 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     try:
         header = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+    is_header = isinstance(header, dict) and header.get("format") == _FORMAT
+    if not is_header or not isinstance(header.get("settings"), dict):
         raise ValueError(f"path must be a journal of format {_FORMAT}, got {path} beginning with {line[:80]!r}")
     return header["settings"]
 
@@ -145,8 +146,10 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} must hold one record a line, got line {number}: {error}") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path} must hold one record a line, got line {number}: {line[:80]!r}")
             yield record
 
 
@@ -170,7 +173,7 @@ def _cut_half_line(file: int) -> None:
         start = _line_start(file, end - 1)
         try:
             json.loads(os.pread(file, end - start, start))
-        except ValueError:
+        except (ValueError, RecursionError):
             end = start
     if end < size:
         os.ftruncate(file, end)

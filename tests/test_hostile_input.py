@@ -62,7 +62,7 @@ def test_a_bad_rank_is_named(
         monkeypatch.setenv(variable, "1")
     monkeypatch.setenv(name, "x")
     message = f"{name} must be an integer of at least 0 in the environment, got 'x'"
-    assert main(["sample", "dropout-ntp", "a.jsonl", str(tmp_path), "--model", "m"]) == 1
+    assert main(["sample", "dropout-ntp", "a.jsonl", str(tmp_path), "--model", "m"]) == 2
     assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match=message):
         make_accelerator(recipe(tmp_path / "out", tmp_path / "p.jsonl"))

@@ -22,7 +22,9 @@ from mpo_ext.data.check import check_pairs
 from mpo_ext.data.convert import convert
 from mpo_ext.data.view import make_thumbnail, write_view
 from mpo_ext.generate.items import Item
-from mpo_ext.images import ImageError, describe_source, load_image, local_path, read_source
+from mpo_ext.images import ImageError, describe_source, load_image, local_path, missing_image_advice, read_source
+from mpo_ext.train.mixture import Mixture
+from mpo_ext.train.recipe import SourceRecipe
 
 NAMES = [file.name for file in FILES]
 BROKEN_PROFILES = ("broken_profile.png", "other_profile.png")
@@ -222,7 +224,24 @@ def test_an_unusable_source_is_named_in_at_most_80_characters(source: str) -> No
 def test_a_missing_file_is_named_in_at_most_80_characters(source: str) -> None:
     with pytest.raises(FileNotFoundError, match="image must be a file that exists") as caught:
         load_image(source)
-    assert len(str(caught.value)) < 130
+    assert len(str(caught.value).partition(": it is base64")[0]) < 130
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [(b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff\xe0", "jpeg"), (b"GIF89a", "gif"), (b"RIFF....WEBP", "webp")],
+)
+def test_base64_without_the_beginning_of_a_data_url_gets_advice(head: bytes, kind: str, tmp_path: Path) -> None:
+    text = base64.b64encode(head + bytes(range(256)) * 40).decode()
+    advice = f"it is base64 text; write data:image/{kind};base64, before it"
+    with pytest.raises(FileNotFoundError, match=advice):
+        load_image(text)
+    write_pairs(tmp_path / "p.jsonl", [Pair("q", "c", "r", (text,))])
+    (finding,) = check_pairs(open_pairs(tmp_path / "p.jsonl")).examples["missing image"]
+    assert finding.message.endswith(advice)
+    (overview,) = Mixture([SourceRecipe(path=str(tmp_path / "p.jsonl"))]).inspect()
+    assert overview.examples[0].endswith(advice)
+    assert missing_image_advice(text[:20]) == missing_image_advice(f"/images/{text}.png") == ""
 
 
 def test_other_types_are_refused() -> None:
@@ -406,15 +425,12 @@ def test_items_take_urls_and_keep_their_subset(folder: Path) -> None:
 
 
 def test_a_dry_run_takes_data_urls_as_images_that_exist(url_pairs: Path, tmp_path: Path) -> None:
-    from mpo_ext.train.mixture import Mixture
-    from mpo_ext.train.recipe import SourceRecipe
-
     (overview,) = Mixture([SourceRecipe(path=str(url_pairs))]).inspect()
     assert (overview.images, overview.missing, overview.with_images) == (2, 0, 4)  # the URL, and three names of a file
     write_pairs(tmp_path / "b.jsonl", [Pair("q", "c", "r", (source,)) for source in (BARE, f"https://h/{LONG}")])
     (overview,) = Mixture([SourceRecipe(path=str(tmp_path / "b.jsonl"))]).inspect()
     assert overview.missing == 2
-    assert all(len(example) < 130 + len(str(tmp_path)) for example in overview.examples)
+    assert all(len(example) < 190 + len(str(tmp_path)) for example in overview.examples)
 
 
 def test_no_message_shows_a_whole_data_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,7 @@ def test_each_command_stops_before_the_weights(
         arguments = ["evaluate", str(folder), "--data", str(items), "--out", str(tmp_path / "o")]
     else:
         arguments = ["sample", command, str(items), str(tmp_path / "o"), "--model", str(folder)]
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "needs torchvision, but torchvision is not installed: install the extra 'vision' of mpo-ext" in error
     assert "that matches torch 2." in error

@@ -2,12 +2,11 @@
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mpo_ext.checks import install_hint
-from mpo_ext.cli.shared import at_least
+from mpo_ext.cli.shared import add_debug, at_least, command
 
 _NEEDS = {
     "sklearn": "scikit-learn", "matplotlib": "matplotlib", "jinja2": "jinja2", "PIL": "pillow", "rich": "rich",
@@ -43,6 +42,7 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("--study", nargs=0, action=_Removed, help=argparse.SUPPRESS)
     parser.add_argument("--jobs", action=_Removed, help=argparse.SUPPRESS)
+    add_debug(parser)
     parser.set_defaults(run=demo)
 
 
@@ -56,44 +56,32 @@ class _Removed(argparse.Action):
         )
 
 
+@command("demo", extra="demo")
 def demo(args: argparse.Namespace) -> int:
-    """Runs the demo and returns the exit status.
-
-    The status is 1 if a package, the output folder or its lock is not available, 130 after an interruption, else 0.
-    """
+    """Runs the demo and returns the exit status."""
     missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        print(f"mpo-ext demo needs {', '.join(missing)}: {install_hint('demo')}", file=sys.stderr)
-        return 1
+        raise ImportError(f"the demo needs {', '.join(missing)}: {install_hint('demo')}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"--out must be a writable folder, got {args.out}: {error.strerror}", file=sys.stderr)
-        return 1
+        raise type(error)(f"--out must be a writable folder, got {args.out}: {error.strerror}") from error
     lock = args.out / "demo.lock"
     if any(args.out.iterdir()) and not lock.exists():
-        print(f"--out must be a new or empty folder, or that of an earlier demo, got {args.out}", file=sys.stderr)
-        return 1
+        raise ValueError(f"--out must be a new or empty folder, or that of an earlier demo, got {args.out}")
     from mpo_ext.demo import experiment
-    from mpo_ext.files import FileLock, LockedError
+    from mpo_ext.files import FileLock
 
-    try:
-        with FileLock(lock, str(args.out)):
-            experiment.run(
-                out=args.out,
-                seeds=range(args.seed, args.seed + args.seeds),
-                quick=args.quick,
-                threads=args.threads,
-                backend=args.backend,
-                from_scratch=args.from_scratch,
-                command=_command(args),
-            )
-    except LockedError as error:
-        print(f"--out: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes the demo", file=sys.stderr)
-        return 130
+    with FileLock(lock, f"--out: {args.out}"):
+        experiment.run(
+            out=args.out,
+            seeds=range(args.seed, args.seed + args.seeds),
+            quick=args.quick,
+            threads=args.threads,
+            backend=args.backend,
+            from_scratch=args.from_scratch,
+            command=_command(args),
+        )
     return 0
 
 

@@ -44,7 +44,7 @@ def doctor(args: argparse.Namespace) -> int:
     return status if args.model is None else max(status, _check_model(args))
 
 
-@shared.command("doctor", extra="train")
+@shared.command("doctor", extra="train", failure=2)
 def _check_model(args: argparse.Namespace) -> int:
     from mpo_ext.cli.processor import check_processor
 

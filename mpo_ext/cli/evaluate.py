@@ -86,9 +86,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     rank, world_size = rank_and_world_size()
     names = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "style", "without_image")
     settings = {name: getattr(args, name) for name in names}
-    with shared.settings_errors():
-        config = EvaluationConfig(prompts=_prompts(args.prompt), matcher=shared.matcher_settings(args), **settings)
-        models, data, root_map = _named("MODEL", args.models), _named("--data", args.data), shared.root_map(args)
+    config = EvaluationConfig(prompts=_prompts(args.prompt), matcher=shared.matcher_settings(args), **settings)
+    models, data, root_map = _named("MODEL", args.models), _named("--data", args.data), shared.root_map(args)
     results = evaluate(
         models,
         data,

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from mpo_ext.cli.shared import add_debug, add_recipe, command, settings_errors
+from mpo_ext.cli.shared import add_debug, add_recipe, command
 
 if TYPE_CHECKING:
     from mpo_ext.plan.machines import Machine
@@ -34,13 +34,13 @@ def run_plan(args: argparse.Namespace) -> int:
     """Runs ``mpo-ext plan`` and returns the exit status."""
     from mpo_ext.plan.planner import plan
     from mpo_ext.plan.report import print_plan, print_times
+    from mpo_ext.train.preflight import check_needs
     from mpo_ext.train.recipe import load_recipe
 
-    with settings_errors():
-        recipe = load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, args.overrides)
+    check_needs(recipe)
     planned = plan(recipe, world=args.world)
-    with settings_errors():
-        machine = _machine(args, planned.cost_model.compute)
+    machine = _machine(args, planned.cost_model.compute)
     print_plan(planned)
     print_times(planned, machine)
     return 0

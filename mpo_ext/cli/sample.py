@@ -9,7 +9,7 @@ from typing import Any
 
 from mpo_ext.checks import check_integer, check_model_path
 from mpo_ext.cli import shared
-from mpo_ext.cli.shared import command, load_engine, settings_errors
+from mpo_ext.cli.shared import command, load_engine
 
 
 def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -204,13 +204,12 @@ def run_sample(args: argparse.Namespace) -> int:
     from mpo_ext.generate.runner import check_run, run
 
     rank, world_size = rank_and_world_size()
-    with settings_errors():
-        _check_ray(args, world_size)
-        for name, value in (("block_size", args.block_size), ("batch_size", args.batch_size), ("limit", args.limit)):
-            if value is not None:
-                check_integer(name, value, least=1)
-        pipeline = args.build(args)
-        place = {"image_root": args.image_root, "root_map": shared.root_map(args), "system": args.system}
+    _check_ray(args, world_size)
+    for name, value in (("block_size", args.block_size), ("batch_size", args.batch_size), ("limit", args.limit)):
+        if value is not None:
+            check_integer(name, value, least=1)
+    pipeline = args.build(args)
+    place = {"image_root": args.image_root, "root_map": shared.root_map(args), "system": args.system}
     # Checked before the model is loaded, because loading may take minutes.
     check_run(pipeline, args.source, args.out, world_size=world_size, **place)
     if args.engine != "openai":  # for which these are the server's names of the models

@@ -1,15 +1,15 @@
 """Options, exit statuses and error messages that several commands share."""
 
 import argparse
-import contextlib
+import errno
 import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mpo_ext.checks import LinesError, check_choice, install_hint
+from mpo_ext.checks import DefectError, LinesError, check_choice, install_hint
 
 # The names in ``mpo_ext.answers`` and ``mpo_ext.generate.prompts``, which are imported when a command runs.
 MATCHERS = ("exact", "choice", "number", "chart", "anls", "vqa", "math", "custom", "any")
@@ -24,33 +24,41 @@ _MISPLACED = (
     *((engine, name, "it is an option of openai") for engine in ENGINES[:2] for name in ("base_url", "api_key_env")),
 )
 Command = Callable[[argparse.Namespace], int]
-WRONG_SETTINGS = 2  # exit status, as of argparse
+FAILED, WRONG_SETTINGS = 1, 2  # exit statuses; argparse has the same status for wrong arguments
+# Errors of the operating system about the paths that a user names, such as "no such file", not about their contents.
+_PATH_ERRORS = {
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
+    errno.ENOTEMPTY, errno.EPERM, errno.EROFS,
+}  # fmt: skip
 
 
-class WrongSettingsError(ValueError):
-    """Wrong options or a wrong recipe, for which ``command`` returns the exit status 2."""
+def exit_status(error: Exception) -> int:
+    """Returns the exit status of a command that ends with an expected error.
+
+    The status is 2 if the arguments, the settings, the paths that they name or the installed packages must change
+    before the command can succeed, and 1 if the command failed at its work.
+    """
+    if isinstance(error, DefectError):
+        return FAILED
+    if isinstance(error, (ImportError, TypeError, ValueError)):
+        return WRONG_SETTINGS
+    # Libraries raise OSError without a number if a folder does not hold a model, for example.
+    if isinstance(error, OSError) and (error.errno is None or error.errno in _PATH_ERRORS):
+        return WRONG_SETTINGS
+    return FAILED
 
 
-@contextlib.contextmanager
-def settings_errors() -> Iterator[None]:
-    """Turns the errors of the ``with`` block, which reads options or a recipe, into ``WrongSettingsError``."""
-    try:
-        yield
-    except (OSError, TypeError, ValueError) as error:
-        raise WrongSettingsError(str(error)) from error
-
-
-def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], Command]:
+def command(name: str, extra: str, *, failure: int = FAILED) -> Callable[[Command], Command]:
     """Returns a decorator for the functions of commands, which turns errors into exit statuses.
 
-    The decorated function prints an expected error on stderr and returns ``failure``, or 2 for
-    ``WrongSettingsError``; with ``--debug``, it raises the error. After an interruption it returns 130. It also
-    applies the options of ``add_image_limit``.
+    The decorated function prints an expected error on stderr and returns its ``exit_status``, or ``failure`` if that
+    is larger; with ``--debug``, it raises the error. After an interruption it returns 130. It also applies the options
+    of ``add_image_limit``.
 
     Args:
         name: Name of the command in messages.
         extra: Extra of mpo_ext that installs the dependencies of the command, such as "train".
-        failure: Exit status after an expected error.
+        failure: Least exit status after an expected error: 2 for a check, whose status 1 means a defect.
     """
 
     def decorate(run: Command) -> Command:
@@ -72,7 +80,7 @@ def command(name: str, extra: str, *, failure: int = 1) -> Callable[[Command], C
                 if getattr(args, "debug", False):
                     raise
                 print(f"mpo-ext {name}: {_describe(error, name, extra)}", file=sys.stderr)
-                return WRONG_SETTINGS if isinstance(error, WrongSettingsError) else failure
+                return max(exit_status(error), failure)
 
         return guarded
 
@@ -220,7 +228,7 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
     options = engine_options(args)
     for engine, name, advice in _MISPLACED:
         if args.engine == engine and (value := getattr(args, name)) not in (None, "auto"):
-            raise WrongSettingsError(
+            raise ValueError(
                 f"--{name.replace('_', '-')} must be left out with --engine {engine}, got {value}: {advice}"
             )
     if args.engine == "vllm":
@@ -231,7 +239,7 @@ def load_engine(args: argparse.Namespace, model: str) -> Any:
         from mpo_ext.generate.openai_engine import OpenAIEngine
 
         if args.base_url is None:
-            raise WrongSettingsError(
+            raise ValueError(
                 "--base-url must be given with --engine openai, as in --base-url http://localhost:8000/v1"
             )
         if args.api_key_env is not None:

@@ -4,9 +4,10 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mpo_ext.checks import environment_integer
-from mpo_ext.cli.shared import add_debug, add_recipe, command, settings_errors
+from mpo_ext.cli.shared import add_debug, add_recipe, command
 
 if TYPE_CHECKING:
+    from mpo_ext.evaluate.cells import QuestionFile
     from mpo_ext.train.recipe import Recipe
 
 
@@ -37,13 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_train(args: argparse.Namespace) -> int:
     """Runs ``mpo-ext train`` and returns the exit status; a dry run returns 1 if the trainer cannot use the data."""
     from mpo_ext.images import set_max_pixels
+    from mpo_ext.train.preflight import check_needs
     from mpo_ext.train.recipe import load_recipe
     from mpo_ext.videos import set_video_defaults
 
-    with settings_errors():
-        recipe = load_recipe(args.recipe, args.overrides)
-        if args.world is not None and not args.dry_run:
-            raise ValueError(f"--world must come with --dry-run, got {args.world} without it")
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.world is not None and not args.dry_run:
+        raise ValueError(f"--world must come with --dry-run, got {args.world} without it")
+    check_needs(recipe)
     if recipe.data.max_image_pixels is not None:
         set_max_pixels(recipe.data.max_image_pixels)
     set_video_defaults(recipe.data.video_fps, recipe.data.video_max_frames)
@@ -61,8 +63,20 @@ def run_train(args: argparse.Namespace) -> int:
     check_model(recipe.model.path, **recipe.model.hub_options)
     if recipe.reference.path is not None:
         check_model(recipe.reference.path, trust_remote_code=recipe.model.trust_remote_code)
+    questions = _open_questions(recipe)
     print_plan(planned)
-    return 0 if print_data(recipe) else 1
+    is_valid = print_data(recipe)
+    if questions is not None:
+        print(f"  {questions.path}: {questions.source.count:,} lines of questions for output.eval_generate")
+    return 0 if is_valid else 1
+
+
+def _open_questions(recipe: "Recipe") -> "QuestionFile | None":
+    if recipe.output.eval_generate is None:
+        return None
+    from mpo_ext.train.answer_evaluation import open_eval_questions  # needs the extra "generate"
+
+    return open_eval_questions(recipe.output.eval_generate)
 
 
 def print_data(recipe: "Recipe") -> bool:

@@ -14,7 +14,14 @@ from mpo_ext.data.reader import BadLine, Location
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.stats import SubsetStats, count_words
-from mpo_ext.images import ImageError, check_image, describe_source, image_exists, is_remote
+from mpo_ext.images import (
+    ImageError,
+    check_image,
+    describe_source,
+    image_exists,
+    is_remote,
+    missing_image_advice,
+)
 from mpo_ext.videos import Video, VideoError, check_video, describe_video
 
 ImageCheck = Literal["verify", "decode", "exists", "skip"]
@@ -177,7 +184,7 @@ class _MediaChecker:
         if is_remote(source):
             return [("image is a URL", f"URLs are not fetched: download the image and name its file, got {name}")]
         if not image_exists(source):
-            return [("missing image", f"an image must be a file, got {name}")]
+            return [("missing image", f"an image must be a file, got {name}{missing_image_advice(source)}")]
         if self._mode == "exists":
             return []
         try:

@@ -15,7 +15,7 @@ from mpo_ext.data.records import PROMPT_TOOLS, TURNS, Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.data.trl import Kind, write_trl
 from mpo_ext.files import check_outputs
-from mpo_ext.images import ImageError, describe_source, is_remote, read_image
+from mpo_ext.images import ImageError, describe_source, is_remote, missing_image_advice, read_image
 
 _MMPR_FIELDS = {"image", "video", "rejected_image", "question", "chosen", "rejected", "answer_gt"}
 
@@ -131,5 +131,5 @@ def _with_readable_images(where: Location, pair: Pair) -> Pair | BadLine:
             return BadLine(where, "image is a URL" if is_remote(image) else "unreadable image", str(error))
         except OSError as error:
             reason = f"images must be readable files, got {describe_source(image)}: {error.strerror}"
-            return BadLine(where, "unreadable image", reason)
+            return BadLine(where, "unreadable image", f"{reason}{missing_image_advice(image)}")
     return pair

@@ -36,11 +36,14 @@ def hub_id(path: str) -> str | None:
 
 def missing_path(path: str) -> FileNotFoundError:
     """Returns the error of a path that is neither a file or folder here nor the id of a dataset."""
+    owner = path.split("/")[0]
     if _ID.fullmatch(path) is None:
         return FileNotFoundError(f"path must exist, got {path}")
+    if _EXTENSION.search(path) is not None and not os.path.isdir(owner):  # a file of data, not a dataset of the hub
+        return FileNotFoundError(f"path must exist, got {path}: relative paths start in {os.getcwd()}")
     return FileNotFoundError(
         f"path must exist, got {path}: no file or folder has this path, and it is not read as a dataset of the "
-        f"Hugging Face hub, because {path.split('/')[0]} is a folder here or the name has an extension; "
+        f"Hugging Face hub, because {owner} is a folder here; "
         f"hf://{path} names the dataset of the hub"
     )
 

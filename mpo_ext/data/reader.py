@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mpo_ext.checks import DefectError
 from mpo_ext.data.records import Pair
 
 MAX_LINE_BYTES = 16 << 20
@@ -30,7 +31,7 @@ class Location:
         return f"{self.file}:{self.line}"
 
 
-class BadLine(ValueError):  # noqa: N818 - it is also passed around as a finding, not only raised
+class BadLine(DefectError):  # noqa: N818 - it is also passed around as a finding, not only raised
     """A line that does not hold a pair.
 
     Attributes:

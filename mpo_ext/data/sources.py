@@ -17,7 +17,7 @@ from mpo_ext.data.mmpr import MMPRDataset, MMPRSubset, line_parser, read_annotat
 from mpo_ext.data.paths import RootMap, absolute_path, path_from, real_path
 from mpo_ext.data.reader import MAX_LINE_BYTES, BadLine, Location, PairSequence
 from mpo_ext.data.records import Pair
-from mpo_ext.images import describe_source, image_exists
+from mpo_ext.images import describe_source, image_exists, missing_image_advice
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,7 +112,8 @@ class MissingImages:
             key = hash(image)
             if key not in self._exists:
                 self._exists[key] = image_exists(image)
-                self.first = self.first or ("" if self._exists[key] else describe_source(image))
+                if not self._exists[key]:
+                    self.first = self.first or f"{describe_source(image)}{missing_image_advice(image)}"
 
     def warning(self, source: PairSource) -> str | None:
         """Returns a warning with the number of missing images, or None if no image is missing."""

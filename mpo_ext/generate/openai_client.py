@@ -233,7 +233,10 @@ class _Failure:
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float:
-    """Returns the number of seconds that the headers of an answer ask to wait; 0 if they ask for none."""
+    """Returns the number of seconds that the headers of an answer ask to wait; 0 if they ask for none.
+
+    A date is compared with the server's own clock if the answer has its ``Date``.
+    """
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         text = headers.get(name, "")
         try:
@@ -241,10 +244,18 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
         except ValueError:
             pass
         try:
-            return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+            return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - _now(headers))
         except (TypeError, ValueError):
             continue
     return 0.0
+
+
+def _now(headers: Mapping[str, str]) -> float:
+    """Returns the time of the server in seconds, or that of this machine if the answer does not state it."""
+    try:
+        return email.utils.parsedate_to_datetime(headers.get("date", "")).timestamp()
+    except (TypeError, ValueError):
+        return time.time()
 
 
 def _problem(reply: Any) -> str | None:

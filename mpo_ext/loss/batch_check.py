@@ -54,9 +54,11 @@ class BatchSequence:
     def sum_and_count(self, ahead: int, ignore_index: int) -> tuple[float, int]:
         """Returns the summed log-prob of the scored labels, and the number of these labels.
 
-        The logits at position t score the label at position ``t + ahead``.
+        The logits at position t score the label at position ``t + ahead``; ``ahead`` may be negative.
         """
-        labels = self.labels[ahead:]
+        labels = self.labels[max(ahead, 0) :]
+        if ahead < 0:
+            labels = torch.nn.functional.pad(labels[:ahead], (-ahead, 0), value=ignore_index)
         is_scored = (labels != ignore_index) & (labels >= 0) & (labels < self.vocab)
         rows = is_scored.nonzero().squeeze(-1)
         total = 0.0
@@ -138,8 +140,17 @@ def check_batch(
 
 
 def is_debugging() -> bool:
-    """Returns whether the environment variable MPO_DEBUG asks for ``check_batch`` in each call of a loss function."""
-    return not torch.compiler.is_compiling() and os.environ.get("MPO_DEBUG", "") not in ("", "0")
+    """Returns whether the environment variable MPO_DEBUG asks for ``check_batch`` in each call of a loss function.
+
+    Raises:
+        ValueError: If the variable is neither empty nor "0" nor "1".
+    """
+    if torch.compiler.is_compiling():
+        return False
+    text = os.environ.get("MPO_DEBUG", "")
+    if text not in ("", "0", "1"):
+        raise ValueError(f"MPO_DEBUG must be 0 or 1 in the environment, got {text!r}")
+    return text == "1"
 
 
 def warn_of_mistakes(*args: Any, **options: Any) -> None:
@@ -231,14 +242,26 @@ def _check_alignment(sequences: Sequence[BatchSequence], ahead: int, ignore_inde
     best = max(shares, key=lambda offset: shares[offset])
     if shares[expected] > 0.9 or shares[best] < 0.9 or best == expected:
         return
-    advice = {
-        (1, 1): "the labels are shifted already: pass shift=False, or labels that equal input_ids",
-        (0, 0): "the labels are not shifted: pass shift=True, or shift_labels(labels)",
-    }.get((ahead, best), "the labels belong to other positions")
+    advice = _alignment_advice(ahead, best)
     yield BatchFinding(
         "labels shifted",
         f"{100 * shares[best]:.0f} % of the labels equal the input id {best:+d} positions away and "
         f"{100 * shares[expected]:.0f} % the one at {expected:+d}, where shift={bool(ahead)} expects it: {advice}",
+    )
+
+
+def _alignment_advice(ahead: int, offset: int) -> str:
+    """Returns advice for labels of which the one at position t is the input id at ``t + offset``."""
+    if offset == 1 and ahead == 1:
+        return "the labels are shifted already: pass shift=False, or labels that equal input_ids"
+    if offset == 0 and ahead == 0:
+        return "the labels are not shifted: pass shift=True, or shift_labels(labels)"
+    is_late = offset < 1 - ahead
+    correct = "the token at position t" if ahead else "the token at position t + 1"
+    positions = abs(offset - (1 - ahead))
+    return (
+        f"the labels are {positions} position{'s' if positions > 1 else ''} too {'late' if is_late else 'early'}: the "
+        f"label at position t must be {correct}{'' if is_late else '; were the labels shifted twice?'}"
     )
 
 
@@ -263,7 +286,7 @@ def _check_alignment_by_logp(
     A trained model gives the labels a much higher log-prob at the right distance from their logits than at others.
     """
     means = {}
-    for other in range(3):
+    for other in range(-1, 3):
         parts = [sequence.sum_and_count(other, ignore_index) for sequence in sequences]
         means[other] = sum(part for part, _ in parts) / max(sum(size for _, size in parts), 1)
     best = max(means, key=lambda other: means[other])
@@ -271,7 +294,8 @@ def _check_alignment_by_logp(
         yield BatchFinding(
             "labels shifted",
             f"labels have a log-prob of {means[best]:.2f} per token {best} positions after their logits and "
-            f"{means[ahead]:.2f} at {ahead}, where shift={bool(ahead)} expects them",
+            f"{means[ahead]:.2f} at {ahead}, where shift={bool(ahead)} expects them: "
+            f"{_alignment_advice(ahead, 1 - best)}",
         )
 
 

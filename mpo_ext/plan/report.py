@@ -133,7 +133,16 @@ class Plan:
                     )
         else:
             yield "the head is frozen: the loss projects once, and loss.recompute has no effect"
-        yield "loss.from_logits=true is for models whose head is not a plain linear layer; it is never faster"
+        text = "loss.from_logits=true is for models whose head is not a plain linear layer"
+        from_logits = next((each for each in self.variants if each.name == "loss.from_logits=true"), None)
+        if from_logits is not None and from_logits.bytes is not None:
+            times = [self.predict(each.trainer, machine).seconds for each in (self.variants[0], from_logits)]
+            text += (
+                f"; it takes {times[1] / times[0]:.2f} of the time of this recipe and "
+                f"{format_bytes(abs(from_logits.bytes - self.total_bytes))} "
+                f"{'more' if from_logits.bytes >= self.total_bytes else 'less'} memory"
+            )
+        yield text
         if self.cost_step.has_reference:
             trainer = self.variants[0].trainer
             whole = self.predict(trainer, machine, precomputed=False).seconds

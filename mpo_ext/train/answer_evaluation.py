@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpo_ext.evaluate.cells import open_questions
+from mpo_ext.evaluate.cells import QuestionFile, open_questions
 from mpo_ext.evaluate.scoring import Evaluation, QuestionScore, ScoredResponse
 from mpo_ext.evaluate.statistics import mean_and_error
 from mpo_ext.files import atomic_write
 from mpo_ext.generate.items import Item
 from mpo_ext.generate.transformers_engine import TransformersEngine
-from mpo_ext.images import image_exists
+from mpo_ext.images import describe_source, image_exists, missing_image_advice
 from mpo_ext.loss.hf_head import unwrap_model
+from mpo_ext.train.output_recipe import GenerationRecipe
 from mpo_ext.train.preserve import preserved
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
@@ -56,32 +57,12 @@ class AnswerEvaluation:
         self._model = unwrap_model(model)  # a reference to DDP would keep it alive at the end of the run
         self._folder = Path(recipe.output.dir) / "answers"
         self._evaluation = Evaluation(settings.config, settings.prompt)
-        try:
-            self.questions = open_questions(
-                "answers", settings.path, limit=settings.max_items, image_root=settings.image_root, root_map=(),
-                system=settings.system,
-            )  # fmt: skip
-        except (OSError, ValueError) as error:
-            kind = ValueError if isinstance(error, ValueError) else type(error)
-            raise kind(f"output.eval_generate.path: {error}") from error
-        self._check_images(settings.path)
+        self.questions = open_eval_questions(settings)
         with preserved(accelerator, self._model):
             self._engine = TransformersEngine(
                 self._model, processor, batch_size=settings.batch_size, date=date,
                 chat_template=recipe.model.chat_template, chat_template_kwargs=recipe.model.chat_template_kwargs,
             )  # fmt: skip
-
-    def _check_images(self, path: str) -> None:
-        """Raises ``ValueError`` if an image or video of the questions does not exist."""
-        items = list(self.questions.source.items())
-        sources = dict.fromkeys(image for item in items for image in item.image_sources)
-        sources |= dict.fromkeys(path for item in items for video in item.video_sources for path in video.paths)
-        missing = [image for image in sources if not image_exists(image)]
-        if missing:
-            raise ValueError(
-                f"output.eval_generate.path must name questions whose images exist, got {path} with {len(missing):,} "
-                f"of {len(sources):,} images missing, such as {missing[0]}: relative paths start at image_root"
-            )
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Returns the scores of the policy, and writes its answers to ``answers/step-STEP.jsonl``.
@@ -124,6 +105,34 @@ class AnswerEvaluation:
         with atomic_write(path) as file:
             for line in lines:
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="replace"))
+
+
+def open_eval_questions(settings: GenerationRecipe) -> QuestionFile:
+    """Opens and returns the questions of ``output.eval_generate``.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the file has no question with an answer, or an image or video does not exist.
+    """
+    try:
+        questions = open_questions(
+            "answers", settings.path, limit=settings.max_items, image_root=settings.image_root, root_map=(),
+            system=settings.system,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        kind = ValueError if isinstance(error, ValueError) else type(error)
+        raise kind(f"output.eval_generate.path: {error}") from error
+    items = list(questions.source.items())
+    sources = dict.fromkeys(image for item in items for image in item.image_sources)
+    sources |= dict.fromkeys(path for item in items for video in item.video_sources for path in video.paths)
+    missing = [image for image in sources if not image_exists(image)]
+    if missing:
+        raise ValueError(
+            f"output.eval_generate.path must name questions whose images exist, got {settings.path} with "
+            f"{len(missing):,} of {len(sources):,} images missing, such as {describe_source(missing[0])}: relative "
+            f"paths start at image_root{missing_image_advice(missing[0])}"
+        )
+    return questions
 
 
 def check_ranks(accelerator: Any, path: str) -> None:

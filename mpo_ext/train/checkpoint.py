@@ -213,7 +213,7 @@ class Checkpoints:
         try:
             self._check_contents(accelerator, Manifest.read(Path(resume)), Path(resume))
         except CheckpointError as error:
-            raise CheckpointError(
+            raise ValueError(
                 f'resume must be "auto", "never" or the path of a checkpoint, got {resume!r}: {error}'
             ) from error
         return Path(resume)

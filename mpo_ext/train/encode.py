@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation, EncodedResponse
 from mpo_ext.chat.media import expanded, media_arguments
-from mpo_ext.checks import check_integer
+from mpo_ext.checks import DefectError, check_integer
 from mpo_ext.data.records import Pair
 from mpo_ext.images import describe_source, load_image
 from mpo_ext.videos import Video, describe_video, load_video
@@ -27,7 +27,7 @@ _MEDIA_TOKENS = ("image", "video", "audio", "boi", "eoi", "start_image", "end_im
 _PER_IMAGE = ("image_", "pixel_", "num_", "batch_", "video_", "second_")
 
 
-class BadPairError(ValueError):
+class BadPairError(DefectError):
     """Raised for a pair that cannot be encoded. The message names the pair, the rule and the value."""
 
 

@@ -1,6 +1,8 @@
 """The export of the trained model in Hugging Face format, on request with merged LoRA adapters."""
 
 import copy
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -12,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 
 from mpo_ext.chat.template import bake_variables, find_chat_template
-from mpo_ext.files import sync_tree
+from mpo_ext.files import sync_tree, write_json
 from mpo_ext.train.checkpoint_files import (
     CheckpointError,
     free_mib,
@@ -98,14 +100,36 @@ def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Pat
         ) from error
 
 
-def is_exported_since(accelerator: Any, folder: Path, checkpoint: Path) -> bool:
-    """Returns whether all ranks see an export in ``folder`` that is newer than the checkpoint.
+def mark_exported(accelerator: Any, folder: Path, checkpoint: Path | None) -> None:
+    """Records that the export in ``folder`` is the model of a checkpoint. None: the run has no checkpoint."""
+    if accelerator.is_main_process and checkpoint is not None:
+        write_json(_mark_of(folder), {"checkpoint": checkpoint.name, "manifest": _manifest_digest(checkpoint)})
+
+
+def is_exported(accelerator: Any, folder: Path, checkpoint: Path) -> bool:
+    """Returns whether all ranks see an export in ``folder`` that is the model of the checkpoint.
 
     All ranks must call this function. Exports are written atomically, so a config file implies a complete export.
+    Times of files do not tell it, because clocks change; they only serve for runs of earlier versions of mpo_ext,
+    which have no record of the export.
     """
     configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
-    saved_ns = checkpoint.stat().st_mtime_ns
-    return all(gather(accelerator, any(config.stat().st_mtime_ns >= saved_ns for config in configs)))
+    try:
+        is_that = json.loads(_mark_of(folder).read_bytes())["manifest"] == _manifest_digest(checkpoint)
+    except FileNotFoundError:
+        saved_ns = checkpoint.stat().st_mtime_ns
+        is_that = any(config.stat().st_mtime_ns >= saved_ns for config in configs)
+    except (KeyError, TypeError, ValueError):  # a damaged record
+        is_that = False
+    return all(gather(accelerator, is_that and bool(configs)))
+
+
+def _mark_of(folder: Path) -> Path:
+    return folder.with_name("exported.json")
+
+
+def _manifest_digest(checkpoint: Path) -> str:
+    return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
 
 
 def check_mergeable(model: nn.Module) -> None:

@@ -57,13 +57,13 @@ class HubUpload:
 
     def _prepare(self) -> str | None:
         """Returns the reason why the upload would fail, or None."""
-        from huggingface_hub import HfApi, constants, get_token
+        from huggingface_hub import HfApi
 
         name = self._recipe.repo_id
-        if constants.HF_HUB_OFFLINE:
-            return f"output.push_to_hub must be None with HF_HUB_OFFLINE=1, got {name!r}"
-        if get_token() is None:
-            return f"output.push_to_hub needs a token of the hub for {name!r}: set HF_TOKEN, or run hf auth login"
+        try:
+            check_access(self._recipe)
+        except ValueError as error:
+            return str(error)
         try:
             api = HfApi()
             if "/" not in name:
@@ -80,6 +80,18 @@ class HubUpload:
         """Runs a function on the main process, and returns its result (the text of an error, or None) on all ranks."""
         text = action() if self._accelerator.is_main_process else None
         return gather(self._accelerator, text)[0]
+
+
+def check_access(recipe: HubRecipe) -> None:
+    """Raises ``ValueError`` if the hub is offline or there is no token. The hub is not asked."""
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"output.push_to_hub must be None with HF_HUB_OFFLINE=1, got {recipe.repo_id!r}")
+    if get_token() is None:
+        raise ValueError(
+            f"output.push_to_hub needs a token of the hub for {recipe.repo_id!r}: set HF_TOKEN, or run hf auth login"
+        )
 
 
 def _describe(error: Exception) -> str:

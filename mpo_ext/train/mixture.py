@@ -17,7 +17,7 @@ from mpo_ext.data.mmpr import MMPRDataset
 from mpo_ext.data.reader import BadLine
 from mpo_ext.data.records import Pair
 from mpo_ext.data.sources import PairSource, open_pairs
-from mpo_ext.images import describe_source, image_exists
+from mpo_ext.images import describe_source, image_exists, missing_image_advice
 from mpo_ext.train.encode import prompt_key
 from mpo_ext.train.source_recipe import SourceRecipe
 
@@ -290,7 +290,8 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
                 overview.missing += 1
                 if overview.missing <= _EXAMPLES:
                     kind = "image" if image in (*pair.images, *pair.rejected_images) else "video"
-                    overview.examples.append(f"{name}: no such {kind}: {describe_source(image)}")
+                    text = f"{name}: no such {kind}: {describe_source(image)}{missing_image_advice(image)}"
+                    overview.examples.append(text)
         is_complete = is_complete and file_exists[key]
     return is_complete
 

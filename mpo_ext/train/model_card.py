@@ -84,7 +84,7 @@ def _metadata(recipe: Recipe, summary: Mapping[str, Any]) -> ModelCardData:
 
 
 def _title(recipe: Recipe) -> str:
-    name = Path(os.path.normpath(recipe.model.path)).name
+    name = _plain(Path(os.path.normpath(recipe.model.path)).name)
     if not recipe.loss.has_preference:
         return f"{name}, fine-tuned on chosen responses"
     return f"{name}, trained with {recipe.loss.preference or 'MPO'}"
@@ -114,8 +114,10 @@ def _description(recipe: Recipe) -> str:
     trained = "LoRA adapters" if recipe.model.lora is not None else "all weights"
     if recipe.model.freeze:
         trained = f"all weights but those of {', '.join(recipe.model.freeze)}"
-    sources = "\n".join(f"- `{source.path}` (x {source.repeat_time:g})" for source in recipe.data.train)
-    return f"Base model: `{recipe.model.path}`. Trained: {trained}. Loss: {how}.\n\nPairs come from\n\n{sources}\n"
+    sources = "\n".join(f"- {_code(source.path)} (x {source.repeat_time:g})" for source in recipe.data.train)
+    return (
+        f"Base model: {_code(recipe.model.path)}. Trained: {trained}. Loss: {how}.\n\nPairs come from\n\n{sources}\n"
+    )
 
 
 def _results(summary: Mapping[str, Any]) -> str:
@@ -211,8 +213,21 @@ def _number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def _plain(text: str) -> str:
+    """Returns a text on one line in which no character is Markdown or HTML."""
+    return re.sub(r"([\\`*_{}\[\]()<>#!|&])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Returns a text on one line as a code span, whatever backticks the text has."""
+    text = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall(r"`+", text)), default=0))
+    space = " " if len(fence) > 1 else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return _plain(text) if re.search(r"[^\w .,:%()+-]", text) else " ".join(text.split())
 
 
 def _fenced(text: str, language: str) -> str:

@@ -13,7 +13,7 @@ from mpo_ext.files import FileLock, LockedError, atomic_write, check_outputs
 from mpo_ext.train import model_card
 from mpo_ext.train.checkpoint import Checkpoints
 from mpo_ext.train.dataset import RunData
-from mpo_ext.train.export import export_model, is_exported_since, with_chat_settings
+from mpo_ext.train.export import export_model, is_exported, mark_exported, with_chat_settings
 from mpo_ext.train.hub import HubUpload
 from mpo_ext.train.inputs import InputChanges, collect_inputs, compare_inputs, stored_date
 from mpo_ext.train.metrics import Log
@@ -25,6 +25,7 @@ from mpo_ext.train.reference_file import reference_date
 from mpo_ext.train.resume import RunState, changed_settings
 
 _LOCK = "run.lock"
+_SHOWN_EVALUATION = ("loss", "accuracy", "unreadable", "cut_off", "refused")  # ends of the names of metrics
 
 
 class RunOutput:
@@ -89,7 +90,10 @@ class RunOutput:
 
     def _check_outputs(self) -> None:
         """Raises if the run would overwrite one of its inputs, or a file that no run has written."""
-        recipe, names = self.recipe, ("log.jsonl", "first_pairs.txt", "final", "checkpoints", "answers")
+        recipe, names = (
+            self.recipe,
+            ("log.jsonl", "first_pairs.txt", "final", "checkpoints", "answers", "exported.json"),
+        )
         sources = [*recipe.data.train, *recipe.data.eval]
         inputs = [*(source.path for source in sources), recipe.model.path, recipe.reference.path]
         if recipe.output.eval_generate is not None:
@@ -212,7 +216,7 @@ class RunOutput:
             self.log.append(line)
             self.console.say(
                 f"evaluation after step {self.state.step}: "
-                + ", ".join(f"{name[5:]} {line[name]:.4f}" for name in line if name.endswith(("loss", "accuracy")))
+                + ", ".join(f"{name[5:]} {line[name]:.4f}" for name in line if name.endswith(_SHOWN_EVALUATION))
             )
             if self.state.has_stalled():
                 recipe = self.recipe.output
@@ -228,11 +232,11 @@ class RunOutput:
             self.accelerator.log(values, step=self.state.step)
 
     def is_finished(self, checkpoint: Path) -> bool:
-        """Returns whether the final model was exported after the checkpoint was written.
+        """Returns whether the final model is that of the checkpoint.
 
         If the model was exported but its model card is missing, this method writes the card.
         """
-        if not is_exported_since(self.accelerator, self.final, checkpoint):
+        if not is_exported(self.accelerator, self.final, checkpoint):
             return False
         if not all(gather(self.accelerator, (self.final / "README.md").exists())):  # killed after the export
             self._write_card()
@@ -244,6 +248,7 @@ class RunOutput:
             return
         processor = with_chat_settings(processor, self.recipe.model)
         export_model(self.accelerator, model, processor, self.final, merged=self.recipe.output.save_merged)
+        mark_exported(self.accelerator, self.final, self.checkpoints.latest() if self.is_main else None)
         counts = self.state.pair_counts_of_all_ranks()
         for text in counts.lines():
             self.console.say(text)

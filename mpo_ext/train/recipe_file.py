@@ -19,13 +19,46 @@ _CORE_SCHEMA = {
 }
 
 
+_MAX_VALUES, _MAX_DEPTH = 1_000_000, 50
+
+
 def parse_yaml(text: str) -> Any:
-    """Returns the parsed YAML text. Raises ``ValueError`` if it is not YAML, or if a mapping contains a key twice."""
+    """Returns the parsed YAML text.
+
+    Raises:
+        ValueError: If the text is not YAML, a mapping contains a key twice, values are nested more than 50 deep or
+            contain themselves, or aliases expand the text to more than 1,000,000 values.
+    """
     ruamel = _import_ruamel()
     try:
-        return _yaml(dumps=False).load(text)
+        values = _yaml(dumps=False).load(text)
     except ruamel.error.YAMLError as error:
         raise ValueError(str(error)) from error
+    except RecursionError:
+        raise ValueError(f"values must be nested at most {_MAX_DEPTH} deep") from None
+    _count_values(values, {}, 0)
+    return values
+
+
+def _count_values(value: Any, known: dict[int, int], depth: int) -> int:
+    """Returns the number of values in a parsed value; an alias counts with all values that it stands for.
+
+    ``known`` holds the counts of the collections by id; -1 marks those that contain the current value.
+    """
+    if not isinstance(value, (dict, list)):
+        return 1
+    count = known.get(id(value), 0)
+    if count < 0 or depth > _MAX_DEPTH:
+        cause = "must not contain themselves through an alias" if count < 0 else f"must be at most {_MAX_DEPTH} deep"
+        raise ValueError(f"nested values {cause}")
+    if not count:
+        known[id(value)] = -1
+        parts = value.values() if isinstance(value, dict) else value
+        count = 1 + sum(_count_values(part, known, depth + 1) for part in parts)
+        known[id(value)] = count
+    if count > _MAX_VALUES:
+        raise ValueError(f"aliases must expand to at most {_MAX_VALUES:,} values, got {count:,}")
+    return count
 
 
 def dump_yaml(values: Any) -> str:

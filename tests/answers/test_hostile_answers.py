@@ -3,6 +3,8 @@
 import os
 import random
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hostile_answers import FOUND, hostile_answer
@@ -57,7 +59,8 @@ def test_the_answers_that_took_long(number: int) -> None:
     check(FOUND[number])
 
 
-def test_hostile_answers() -> None:
+def test_hostile_answers(record_property: Callable[[str, Any], None]) -> None:
+    record_property("cases", CASES)
     rng = random.Random(CASES)
     for _ in range(CASES):
         check(hostile_answer(rng))

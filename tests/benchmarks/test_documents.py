@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import check_model, documents, machine_code, predictions, schema, suite
+from benchmarks import audit, check_model, documents, hardware, machine_code, predictions, schema, suite
 from benchmarks.measure import provenance
 from benchmarks.study import tables as study
 from mpo_ext.plan import machines
@@ -61,6 +61,13 @@ def test_the_cost_model_holds_for_at_least_thirty_measured_points(results: dict[
     ours = [point for point in points if check_model.is_ours(point["provider"])]
     within = sum(abs(check_model.error(point)) <= check_model.WITHIN for point in ours)
     assert within >= 30, f"{within} of {len(ours)} points of mpo_ext are predicted within {check_model.WITHIN:.0%}"
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "size"), [(1, 24), (21.6, 24), (21.7, 48), (43.2, 48), (60, 80), (126.9, 141), (127, None)]
+)
+def test_the_smallest_gpu(gigabytes: float, size: int | None) -> None:
+    assert hardware.smallest_gpu(round(gigabytes * 1e9)) == size
 
 
 @pytest.mark.parametrize("page", MADE, ids=name)
@@ -130,6 +137,7 @@ def make_documents() -> dict[str, Any]:
         "sampling": make_document("sampling", [suite.point("base", "one by one", None, seconds=[2.0], prompts=4)]),
         "cost_model": make_document("cost_model", compared, settings={"rates": rates}),
         "machine_code": machine_code.load(RESULTS / "machine_code.json"),
+        "audit": audit.load(RESULTS / "audit.json"),
         "study": study.load(RESULTS / "study.json"),
         "study_prior": study.load(RESULTS / "study_prior.json"),
     }

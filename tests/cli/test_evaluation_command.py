@@ -53,7 +53,7 @@ def test_all_models_are_located_before_the_first_is_asked(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in ("runs/nope", "model/final/it", "./nope"):
-        assert run(monkeypatch, "a=model", f"b={name}", "--data", items, "--out", tmp_path / "o") == 1
+        assert run(monkeypatch, "a=model", f"b={name}", "--data", items, "--out", tmp_path / "o") == 2
         assert "the folder does not exist" in capsys.readouterr().err
         assert not (tmp_path / "o" / "journals").exists()
 
@@ -110,7 +110,7 @@ def test_wrong_inputs_are_named(
     options: list[str], message: str, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    assert run(monkeypatch, items.parent / "model", "--data", f"d={items}", "--out", tmp_path / "o", *options) == 1
+    assert run(monkeypatch, items.parent / "model", "--data", f"d={items}", "--out", tmp_path / "o", *options) == 2
     assert message in capsys.readouterr().err
 
 

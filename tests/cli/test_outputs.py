@@ -53,12 +53,12 @@ def run_sample(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 @pytest.mark.parametrize("pipeline", ["dropout-ntp", "correctness"])
 def test_sample(own: Path, pipeline: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_sample(monkeypatch, pipeline, own / "pairs.jsonl", own) == 1
+    assert run_sample(monkeypatch, pipeline, own / "pairs.jsonl", own) == 2
     assert f"out must not replace an input, got the input {own}/pairs.jsonl" in capsys.readouterr().err
-    assert run_sample(monkeypatch, pipeline, own / "notes.txt", own) == 1
+    assert run_sample(monkeypatch, pipeline, own / "notes.txt", own) == 2
     assert "out must be a new place or an earlier output of the same command" in capsys.readouterr().err
     (own.parent / "link").symlink_to(own)
-    assert run_sample(monkeypatch, pipeline, own / "pairs.jsonl", own.parent / "link") == 1
+    assert run_sample(monkeypatch, pipeline, own / "pairs.jsonl", own.parent / "link") == 2
     items = own.parent / "items.jsonl"
     items.write_text(json.dumps(LINE))
     for _ in range(2):  # the second run replaces the outputs of the first
@@ -154,7 +154,7 @@ def test_demo(own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         args = parser.parse_args(["demo", "--out", str(out)])
         return args.run(args)
 
-    assert run(own) == 1
+    assert run(own) == 2
     assert "--out must be a new or empty folder" in capsys.readouterr().err
     assert [run(own.parent / "new"), run(own.parent / "new")] == [0, 0]
     assert len(runs) == 2

@@ -65,7 +65,7 @@ def test_doctor_proves_a_model_with_images(tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "<image> x 4" in out
     assert "DigitsProcessor, GotOcr2ImageProcessor" in out
-    assert main(["doctor", str(tmp_path)]) == 1
+    assert main(["doctor", str(tmp_path)]) == 2
     assert "--trust-remote-code does so" in capsys.readouterr().err
 
 
@@ -77,7 +77,7 @@ def test_doctor_says_where_other_programs_may_not_stop(tmp_path: Path, capsys: p
 
 
 def test_doctor_refuses_ids_beyond_the_embedding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", str(save(tmp_path / "model", rows=258))]) == 1
+    assert main(["doctor", str(save(tmp_path / "model", rows=258))]) == 2
     out = capsys.readouterr()
     assert "258 rows" in out.out + out.err
     assert "<|im_" in out.out + out.err
@@ -98,7 +98,7 @@ def test_doctor_refuses_ids_beyond_the_embedding(tmp_path: Path, capsys: pytest.
 def test_doctor_refuses_a_template(
     tmp_path: Path, template: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["doctor", str(save(tmp_path / "model", template))]) == 1
+    assert main(["doctor", str(save(tmp_path / "model", template))]) == 2
     assert words in capsys.readouterr().err
 
 
@@ -110,7 +110,7 @@ def test_another_template_from_the_command_line(tmp_path: Path, capsys: pytest.C
 
 
 def test_doctor_without_such_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", str(tmp_path / "none")]) == 1
+    assert main(["doctor", str(tmp_path / "none")]) == 2
     assert f"model must be a folder or a name on the hub, got '{tmp_path}/none'" in capsys.readouterr().err
 
 

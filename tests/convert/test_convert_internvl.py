@@ -279,7 +279,7 @@ def test_unknown_and_missing_weights_are_refused(tmp_path: Path) -> None:
 def test_an_existing_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("")
-    assert main(["convert-model", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert main(["convert-model", str(tmp_path), str(tmp_path / "out")]) == 2
     assert "OUT must be a new or empty folder" in capsys.readouterr().err
 
 
@@ -290,9 +290,9 @@ def test_commands_name_the_conversion(tmp_path: Path, capsys: pytest.CaptureFixt
     )
     (tmp_path / "p.jsonl").write_text('{"question": "a", "chosen": "b", "rejected": "c"}\n')
     command = ["train", str(tmp_path / "r.yaml"), f"data.train={tmp_path / 'p.jsonl'}", f"output.dir={tmp_path / 'o'}"]
-    assert main([*command, "--dry-run"]) == 1
-    assert main(command) == 1
-    assert main(["doctor", str(source)]) == 1
+    assert main([*command, "--dry-run"]) == 2
+    assert main(command) == 2
+    assert main(["doctor", str(source)]) == 2
     err = capsys.readouterr().err
     assert err.count(f"'mpo-ext convert-model {source} FOLDER'") == 3
     with pytest.raises(ValueError, match="model_type internvl_chat"):

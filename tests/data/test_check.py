@@ -1,6 +1,9 @@
 """The check finds every defect."""
 
 import json
+import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,10 @@ from PIL import Image
 
 from mpo_ext.data import open_pairs
 from mpo_ext.data.check import check_pairs
+from mpo_ext.train.mixture import Mixture
+from mpo_ext.train.recipe import SourceRecipe
+
+IMAGES = int(os.environ.get("MPO_SCALE_IMAGES", "300"))
 
 
 def test_each_defect_is_found_alone_in_its_line(broken: Path) -> None:
@@ -66,3 +73,28 @@ def test_only_decoding_finds_a_truncated_image(images: Path, write_lines: Any) -
     }
     with pytest.raises(ValueError, match="images must be one of verify, decode, exists, skip, got 'no'"):
         check_pairs(open_pairs(meta), images="no")  # type: ignore[arg-type]
+
+
+def test_many_images_take_little_memory(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    for number in range(IMAGES):
+        folder = tmp_path / f"{number // 1000:04d}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.png").write_bytes(content)
+    missing = {3, IMAGES // 2}
+    with open(tmp_path / "p.jsonl", "w") as file:
+        for number in range(IMAGES):
+            name = "gone.png" if number in missing else f"{number // 1000:04d}/{number}.png"
+            pair = {"question": f"q{number}", "chosen": "c", "rejected": "r", "images": [name]}
+            file.write(json.dumps(pair) + "\n")
+    source = open_pairs(tmp_path / "p.jsonl")
+    tracemalloc.start()
+    report = check_pairs(source)
+    (overview,) = Mixture([SourceRecipe(path=str(tmp_path / "p.jsonl"))]).inspect(limit=IMAGES)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert report.totals() == {"missing image": 2}
+    assert (overview.images, overview.missing, overview.pairs_missing) == (IMAGES - 1, 1, 2)
+    assert peak < (4 << 20) + 700 * IMAGES
+    record_property("cases", IMAGES)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
 from mpo_ext.data import BadLine, Pair, open_pairs
 from mpo_ext.data.check import check_pairs
+from mpo_ext.data.containers import _REFUSED
 from mpo_ext.data.convert import convert
 from mpo_ext.data.mmpr import to_line
 
@@ -94,6 +96,10 @@ def test_no_line_is_lost_and_none_crashes_a_reader(content: list[bytes], format:
         Image.new("RGB", (2, 2)).save(Path(folder, "a.png"))  # a path that leaves the root would find this file
         path = Path(folder, "p.jsonl")
         path.write_bytes(end.join(content) + (end if ends else b""))
+        if path.read_bytes().startswith(tuple(_REFUSED)):  # hypothesis takes constants from the source of the reader
+            with pytest.raises(ValueError, match="path must be a file of rows"):
+                open_pairs(path, format=format, root=root)
+            return
         source = open_pairs(path, format=format, root=root, max_line_bytes=MAX_LINE_BYTES)
         entries = list(source.pairs.scan())
 

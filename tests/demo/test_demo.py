@@ -528,7 +528,7 @@ def test_an_interrupted_demo_resumes_and_ends_like_another(
     args = parse("--quick", "--threads", "1", "--out", str(tmp_path / "a"))
     assert args.run(args) == 130
     said = capsys.readouterr()
-    assert "interrupted; the same command resumes the demo" in said.err
+    assert "mpo-ext demo: interrupted; the same command resumes" in said.err
     assert said.err.count("SIGTERM: ended after step 2 of 3") == 1
     interrupted = False
     assert args.run(args) == 0
@@ -578,7 +578,7 @@ def test_bad_arguments_are_named(argv: list[str], message: str, capsys: pytest.C
 def test_an_out_that_is_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     args = parse("--out", str(tmp_path / "file"))
-    assert args.run(args) == 1
+    assert args.run(args) == 2
     assert "--out must be a writable folder, got" in capsys.readouterr().err
 
 
@@ -587,8 +587,8 @@ def test_a_missing_package_comes_with_the_command(
 ) -> None:
     monkeypatch.setattr(run, "_NEEDS", {"no_such_module": "scikit-learn"})
     args = parse()
-    assert args.run(args) == 1
-    assert capsys.readouterr().err.startswith("mpo-ext demo needs scikit-learn: install the extra 'demo'")
+    assert args.run(args) == 2
+    assert capsys.readouterr().err.startswith("mpo-ext demo: the demo needs scikit-learn: install the extra 'demo'")
 
 
 def test_an_unknown_form_is_named() -> None:

@@ -88,6 +88,28 @@ def test_every_documented_name_exists() -> None:
             assert found or importlib.import_module(name), f"{path.name}: {name} is not there"
 
 
+def row_of(name: str) -> str:
+    """Returns the row of a documented name in the table of its page: name, first paragraph of the docstring, file."""
+    import importlib
+    import inspect
+
+    module, _, attribute = name.rpartition(".")
+    documented = getattr(importlib.import_module(module), attribute)
+    text = " ".join((inspect.getdoc(documented) or "").split("\n\n")[0].split()).replace("``", "`").replace("|", "\\|")
+    file = Path(inspect.getfile(documented)).relative_to(ROOT)
+    return f"| [`{attribute}`](#{name}) | {text} | `{file.as_posix()}` |"
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "reference").glob("*.md")), ids=lambda path: path.stem)
+def test_every_documented_name_is_in_the_table_of_its_page(path: Path) -> None:
+    """A forge shows the lines with ``:::`` as they are, so a reader there needs the table."""
+    text = path.read_text(encoding="utf-8")
+    names = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    rows = [row_of(name) for name in names]
+    assert re.findall(r"^\| \[`.*$", text, re.MULTILINE) == rows, "\n".join(rows)
+    assert not names or "lines that begin with `:::`" in text.partition("::: ")[0]
+
+
 def test_every_public_name_is_documented() -> None:
     import mpo_ext
 

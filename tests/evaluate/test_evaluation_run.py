@@ -152,7 +152,9 @@ def run_until_killed(target: Callable[[], Any], after_s: float) -> bool:
     return process.exitcode != 0
 
 
-def test_a_killed_evaluation_ends_with_the_same_bytes(items: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_ends_with_the_same_bytes(
+    items: Path, tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
     def run(out: Path, engine: Callable[[], StubEngine] = StubEngine) -> Any:
         models = {"a": engine(), "b": engine()}
         exports = ["vlmevalkit", "lmms-eval"]
@@ -174,6 +176,7 @@ def test_a_killed_evaluation_ends_with_the_same_bytes(items: Path, tmp_path: Pat
         assert outputs(out) == expected
         assert evaluate({"a": StubEngine(), "b": StubEngine()}, {"d": items}, out, config=DRAWN) is not None
         if kills >= KILLS:
+            record_property("cases", kills)
             return
     pytest.fail(f"{kills} kills of {KILLS}")
 

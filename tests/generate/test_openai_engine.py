@@ -359,6 +359,9 @@ def test_the_server_says_how_long_to_wait(server: Server) -> None:
     assert retry_after_s({"retry-after": "soon"}) == retry_after_s({}) == 0
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
     assert 28 < retry_after_s({"retry-after": date}) <= 30
+    # The clock of this machine may be wrong by years.
+    now, later = "Fri, 02 Jan 2099 10:00:00 GMT", "Fri, 02 Jan 2099 10:00:20 GMT"
+    assert retry_after_s({"retry-after": later, "date": now}) == 20
 
 
 def test_canceled_requests_do_not_come_back(server: Server) -> None:

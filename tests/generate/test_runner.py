@@ -61,7 +61,9 @@ def run_until_killed(target: Callable[[], Any], after_s: float) -> bool:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_killed_run_ends_with_the_same_bytes(name: str, tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_bytes(
+    name: str, tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
     items = write_items(tmp_path / "items.jsonl", 40)
     pipeline = PIPELINES[name]()
     per_item = len(pipeline.keys(Item()))
@@ -84,6 +86,7 @@ def test_a_killed_run_ends_with_the_same_bytes(name: str, tmp_path: Path) -> Non
         assert len(engine.requests) <= len(keys) - before + 2 * per_item
         assert outputs(out) == outputs(tmp_path / "whole")
         if kills >= KILLS:
+            record_property("cases", kills)
             return
     pytest.fail(f"{kills} kills of {KILLS}")
 

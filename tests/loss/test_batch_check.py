@@ -126,6 +126,27 @@ def test_planted_mistakes_are_found(name: str) -> None:
         assert [finding.kind for finding in findings[:1]] == [kind], (seed, findings)
 
 
+@pytest.mark.parametrize("with_ids", [True, False])
+@pytest.mark.parametrize(
+    ("times", "shift", "advice"),
+    [
+        (0, False, "the labels are not shifted: pass shift=True, or shift_labels(labels)"),
+        (1, True, "the labels are shifted already: pass shift=False, or labels that equal input_ids"),
+        (2, False, "1 position too early: the label at position t must be the token at position t + 1; were the labels"
+                   " shifted twice?"),
+        (-1, True, "1 position too late: the label at position t must be the token at position t"),
+    ],
+)  # fmt: skip
+def test_shifted_labels_get_advice(times: int, shift: bool, advice: str, with_ids: bool) -> None:
+    values = batch(0, confidence=6)
+    padded = torch.nn.functional.pad(values["labels"], (2, 2), value=-100)
+    values["labels"] = padded[:, 2 + times :][:, : values["logits"].shape[1]]
+    if not with_ids:
+        values["input_ids"] = None
+    kinds = {finding.kind: finding.message for finding in check_batch(**values, shift=shift)}
+    assert advice in kinds["labels shifted"]
+
+
 def test_findings_name_their_evidence() -> None:
     values = batch(0)
     values["labels"][4, -1] = values["labels"][4, -2] = 77
@@ -151,11 +172,16 @@ def test_debug_mode_checks_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.warns(UserWarning, match="MPO_DEBUG: labels shifted: labels have a log-prob of") as found:
             loud = mpo_loss(**shifted, reward_shift=RewardShift())
         assert found[0].filename == __file__
+        assert "the labels are shifted already: pass shift=False" in str(found[0].message)
         assert torch.equal(loud.loss, quiet.loss)
     with pytest.warns(UserWarning, match="MPO_DEBUG: labels shifted"):
         linear_mpo_loss(**hidden, weight=torch.eye(VOCAB), reward_shift=RewardShift())
     with pytest.warns(UserWarning, match="MPO_DEBUG: no reward shift"):
         mpo_loss(**arguments)
+    for value in ("yes", "true", "2"):
+        monkeypatch.setenv("MPO_DEBUG", value)
+        with pytest.raises(ValueError, match=f"MPO_DEBUG must be 0 or 1 in the environment, got '{value}'"):
+            mpo_loss(**arguments)
     monkeypatch.setenv("MPO_DEBUG", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

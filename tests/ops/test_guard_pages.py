@@ -5,6 +5,8 @@ import faulthandler
 import mmap
 import os
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +38,10 @@ def guarded(values: Tensor, *, at_end: bool) -> Tensor:
     return copy.copy_(values)
 
 
-def test_no_kernel_reads_or_writes_outside_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_kernel_reads_or_writes_outside_of_its_tensors(
+    monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, Any], None]
+) -> None:
+    record_property("cases", CASES)
     rng = random.Random(CASES)
     settings = PairLossSettings(0.1, 0.8, 0.2, 1.0, 0.0, False).numbers()
     for _ in range(CASES):

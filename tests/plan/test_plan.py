@@ -238,6 +238,14 @@ def test_there_is_one_figure_of_memory(tmp_path: Path, overrides: tuple[str, ...
         assert rows[variant.name] == format_bytes(other.total_bytes)
 
 
+def test_advice_about_from_logits_agrees_with_its_row(tmp_path: Path) -> None:
+    planned, machine = plan(make(tmp_path, **WIDE)), machines.gpu("H100")
+    ratio = next(row[2] for row in planned.times(machine) if row[0] == "loss.from_logits=true")
+    advice = next(line for line in planned.advice(machine) if line.startswith("loss.from_logits=true"))
+    assert f"it takes {ratio} of the time of this recipe and " in advice
+    assert "faster" not in advice
+
+
 def test_the_loss_needs_no_more_tiles_than_it_has_logits(tmp_path: Path) -> None:
     few = plan(make(tmp_path))
     assert part(few, "loss").formula.startswith("one tile + ")
@@ -459,7 +467,7 @@ def test_a_dry_run_finds_images_that_are_missing(tmp_path: Path, capsys: pytest.
     assert main([*run[:-1], "data.skip_bad=true"]) == 1
     assert "the run would skip every pair" in capsys.readouterr().out
     (tmp_path / "b.jsonl").write_text("{\n")
-    assert main([*run, "model.dtype=float32"]) == 1
+    assert main([*run, "model.dtype=float32"]) == 2  # no line tells the format
 
 
 def test_a_reader_that_leaves_ends_a_dry_run_quietly(tmp_path: Path) -> None:
@@ -494,7 +502,7 @@ def test_each_setting_that_has_changed_has_a_line(
 
     make(tmp_path)
     monkeypatch.setattr(loop, "train", refuse)
-    assert main(["train", str(tmp_path / "r.yaml")]) == 1
+    assert main(["train", str(tmp_path / "r.yaml")]) == 2
     assert "but:\n  loss.beta was 0.1, is 0.2\n  optim.seed was 0, is 1\n" in capsys.readouterr().err
 
 
@@ -509,9 +517,9 @@ def test_a_missing_recipe_and_a_missing_model_are_reported_at_once(
     for path in ("runs/nope", "./nope", "~/nope", "/nope", "a/b/c"):
         message = f"model.path must be a folder here or a hub id, got {path}: the folder does not exist"
         for command in (["train"], ["train", "--dry-run"], ["plan"]):
-            assert main([*command[:1], "r.yaml", f"model.path={path}", *command[1:]]) == 1
+            assert main([*command[:1], "r.yaml", f"model.path={path}", *command[1:]]) == 2
             assert message in capsys.readouterr().err
-        assert main(["train", "r.yaml", f"reference.path={path}"]) == 1
+        assert main(["train", "r.yaml", f"reference.path={path}"]) == 2
         assert message.replace("model", "reference", 1) in capsys.readouterr().err
     check_model_path("model.path", "OpenGVLab/InternVL3-1B-hf")
     check_model_path("model.path", "gpt2")
@@ -520,11 +528,11 @@ def test_a_missing_recipe_and_a_missing_model_are_reported_at_once(
 def test_errors_of_model_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path)
     run = ["train", str(tmp_path / "r.yaml"), "--dry-run"]
-    assert main([*run, f"model.path={tmp_path / 'gone'}"]) == 1
+    assert main([*run, f"model.path={tmp_path / 'gone'}"]) == 2
     assert "gone" in capsys.readouterr().err
-    assert main([*run, "data.train=gone.jsonl"]) == 1
+    assert main([*run, "data.train=gone.jsonl"]) == 2
     assert capsys.readouterr().err == "mpo-ext train: data.train: path must exist, got gone.jsonl\n"
-    assert main([*run, "model.freeze=[vision_tower]"]) == 1
+    assert main([*run, "model.freeze=[vision_tower]"]) == 2
     assert "freeze must name parts that the model has, got 'vision_tower'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="world must be a positive int, got 0"):
         plan(load_recipe(tmp_path / "r.yaml"), world=0)
@@ -535,7 +543,7 @@ def test_a_missing_transformers_names_the_extra(
 ) -> None:
     make(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 1
+    assert main(["train", str(tmp_path / "r.yaml"), "--dry-run"]) == 2
     assert "install the extra 'train' of mpo-ext" in capsys.readouterr().err
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import transformers
-from published_configs import PUBLISHED
 from test_plan import make, part, write_data
 
+from benchmarks.published_configs import PUBLISHED
 from mpo_ext.plan.machines import gpu
 from mpo_ext.plan.planner import plan
 from mpo_ext.plan.report import Plan

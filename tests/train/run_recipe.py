@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-LIMIT_S = 120.0
+LIMIT_S = float(os.environ.get("MPO_RUN_LIMIT_S", "120"))  # seconds of a run; a busy machine needs more
 #: Keys of the log that depend on the clock and the machine.
 TIMING = ("step_s", "tokens_per_s", "pairs_per_s", "memory_mib")
 HERE = Path(__file__).parent

@@ -212,7 +212,9 @@ def test_the_answer_accuracy_stops_a_run_and_keeps_its_best_checkpoint(
     tmp_path: Path, pairs: Path, items: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     values = iter([0.2, 0.6, 0.4, 0.6, 0.9])
-    monkeypatch.setattr(AnswerEvaluation, "evaluate", lambda self, step: {"answer_accuracy": next(values)})
+    monkeypatch.setattr(
+        AnswerEvaluation, "evaluate", lambda self, step: {"answer_accuracy": next(values), "answer_unreadable": 0.25}
+    )
     trainer = run(
         tmp_path / "out", pairs, data__eval=[str(pairs)], output__best_metric="answer_accuracy",
         output__early_stopping=2, output__keep_best=True, output__keep_last=1, output__eval_every=1, optim__epochs=4,
@@ -221,7 +223,9 @@ def test_the_answer_accuracy_stops_a_run_and_keeps_its_best_checkpoint(
     assert trainer.state.step == 4
     kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert kept == ["step-00000002", "step-00000004"]
-    assert "no better answer_accuracy than 0.6000 in 2 evaluations" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "no better answer_accuracy than 0.6000 in 2 evaluations" in text
+    assert "answer_accuracy 0.2000, answer_unreadable 0.2500" in text
     line = log(tmp_path / "out")[-1]
     assert line["eval_answer_accuracy"] == 0.6
     assert "eval_reward_accuracy" in line  # both evaluations of a step are one line
@@ -231,7 +235,9 @@ def test_a_pair_evaluation_does_not_count_for_the_answer_accuracy(
     tmp_path: Path, pairs: Path, items: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = iter([0.5, 0.6])
-    monkeypatch.setattr(AnswerEvaluation, "evaluate", lambda self, step: {"answer_accuracy": next(values)})
+    monkeypatch.setattr(
+        AnswerEvaluation, "evaluate", lambda self, step: {"answer_accuracy": next(values), "answer_unreadable": 0.25}
+    )
     trainer = run(
         tmp_path / "out", pairs, data__eval=[str(pairs)], output__best_metric="answer_accuracy",
         output__early_stopping=1, output__keep_best=True, output__eval_every=1, optim__epochs=2,

@@ -228,3 +228,33 @@ def test_without_matplotlib_the_card_says_so(tmp_path: Path, monkeypatch: pytest
     assert "No picture of the curves: matplotlib is not installed" in text
     assert "curves.png" not in text
     assert not (tmp_path / "curves.png").exists()
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>", "a`<script>alert(1)</script>`b", "x](javascript:alert(1)) ![y](https://evil/z.png)",
+    "p\n\n# Injected\n\n<b>c</b>", "a | b | <i>c</i>", "``` \n<u>d</u>\n```", "&lt;b&gt; @someone https://evil.example",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_names_are_neither_markdown_nor_html(tmp_path: Path, text: str) -> None:
+    from markdown_it import MarkdownIt
+
+    def rendered(name: str) -> tuple[list[str], str]:
+        recipe = make(
+            model=ModelRecipe(path=f"models/{name}"),
+            data=DataRecipe(train=[{"path": name, "repeat_time": 2}]),  # type: ignore[list-item]
+        )
+        written = write(tmp_path, recipe, dropped={name: 3}, datasets=[name], note=name)
+        assert front_matter(written)["datasets"] == [name]
+        body = written.split("---\n", 2)[2]
+        parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+        tokens = [token for token in parser.parse(body)]
+        kinds = [f"{token.type} {token.tag}" for token in tokens]
+        inner = [f"{each.type} {each.tag}" for token in tokens for each in token.children or () if each.type != "text"]
+        return [kind for kind in kinds + inner if "escape" not in kind], parser.render(body)
+
+    kinds, html = rendered(text)
+    assert kinds == rendered("plain")[0]
+    for tag in ("<img src=x", "<script", 'javascript:alert(1)"', "<b>", "<i>", "<u>", 'evil/z.png"'):
+        assert tag not in html

@@ -75,5 +75,5 @@ def test_a_reference_with_code_needs_the_same_trust(folder: Path, tmp_path: Path
 
 def test_the_command_names_the_setting(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own_recipe(folder, tmp_path / "run")
-    assert main(["train", str(tmp_path / "run.yaml"), f"model.path={folder / 'model'}", "--dry-run"]) == 1
+    assert main(["train", str(tmp_path / "run.yaml"), f"model.path={folder / 'model'}", "--dry-run"]) == 2
     assert "model.trust_remote_code=true does so" in capsys.readouterr().err

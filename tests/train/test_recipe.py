@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import re
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable
@@ -429,6 +430,7 @@ def test_the_recipes_have_the_authors_hyperparameters() -> None:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """Replaces the trainer; returns the recipes that it was called with."""
     calls: list[Recipe] = []
+    monkeypatch.setattr("mpo_ext.train.preflight.check_needs", lambda recipe: None)  # no such data, no such model
     loop = types.ModuleType("mpo_ext.train.loop")
     loop.train = calls.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mpo_ext.train.loop", loop)
@@ -465,7 +467,7 @@ def test_errors_are_one_line_and_a_traceback_on_demand(
 
     (tmp_path / "r.yaml").write_text(SMALL)
     monkeypatch.setattr(sys.modules["mpo_ext.train.loop"], "train", fail)
-    assert main(["train", str(tmp_path / "r.yaml")]) == 1
+    assert main(["train", str(tmp_path / "r.yaml")]) in (1, 2)
     assert capsys.readouterr().err == "mpo-ext train: a b\n"
     with pytest.raises(type(error)):
         main(["train", str(tmp_path / "r.yaml"), "--debug"])
@@ -482,8 +484,9 @@ def test_missing_packages_name_the_extra(
         return real(name, *args, **kwargs)
 
     (tmp_path / "r.yaml").write_text(SMALL)
+    monkeypatch.setattr("mpo_ext.train.preflight.check_needs", lambda recipe: None)
     monkeypatch.setattr(builtins, "__import__", without_accelerate)
-    assert main(["train", str(tmp_path / "r.yaml")]) == 1
+    assert main(["train", str(tmp_path / "r.yaml")]) == 2
     assert capsys.readouterr().err == (f"mpo-ext train: No module named 'accelerate': {install_hint('train')}\n")
 
 
@@ -532,3 +535,43 @@ def test_the_package_and_its_extras_are_installed() -> None:
         ("lora", "peft>="),
     ):
         assert re.search(rf'^{extra} = \[.*"{package}', text, re.MULTILINE), extra
+
+
+def alias_bomb(levels: int) -> str:
+    """Returns YAML of a list that stands for more than 9 ** levels values."""
+    parts = ["&a0 [x, x, x, x, x, x, x, x, x]"]
+    parts += [f"&a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, levels)]
+    return f"[{', '.join(parts)}]"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (f"data: {{train: {alias_bomb(9)}}}", "aliases must expand to at most 1,000,000 values"),
+        (f"data: {{train: a.jsonl}}\nmore: {alias_bomb(30)}", "aliases must expand to at most 1,000,000 values"),
+        (
+            f"data: {{train: a.jsonl}}\nmore: {alias_bomb(100)}",
+            "must expand|must be at most 50 deep|nested at most 50 deep",
+        ),
+        ("data: {train: &a [*a]}", "must not contain themselves through an alias"),
+        ("data: &a {train: *a}", "must not contain themselves through an alias"),
+        (f"data: {{train: {'[' * 60}{']' * 60}}}", "must be at most 50 deep"),
+        (f"data: {{train: {'[' * 5000}{']' * 5000}}}", "must be nested at most 50 deep"),
+    ],
+)
+def test_hostile_yaml_is_refused_soon(setting: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: {{path: m}}\noutput: {{dir: o}}\n{setting}\n")
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+    assert time.process_time() - start < 10
+    (tmp_path / "r.yaml").write_text("model: {path: m}\noutput: {dir: o}\ndata: {train: a.jsonl}\n")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / "r.yaml", [f"model.chat_template_kwargs={{{setting.splitlines()[-1]}}}"])
+
+
+def test_aliases_are_allowed(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "model: {path: &m m}\noutput: {dir: o}\ndata: &d {train: a.jsonl}\nreference: {path: *m}\n"
+    )
+    assert load_recipe(tmp_path / "r.yaml").reference.path == "m"

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import digits_run
 import pytest
 import torch
@@ -36,6 +37,8 @@ from run_recipe import (
     write_text_run,
 )
 from safetensors.torch import load_file
+
+from mpo_ext.train.export import is_exported, mark_exported
 
 KILLS = int(os.environ.get("MPO_KILLS", "3"))
 SEED = os.environ.get("MPO_KILLS", "0")
@@ -177,10 +180,11 @@ def kill_repeatedly(name: str, job_of: Callable[..., Job], truth: Job, kills: in
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_ends_with_the_same_bits(
-    name: str, job_of: Callable[..., Job], whole: Callable[[str], Job]
+    name: str, job_of: Callable[..., Job], whole: Callable[[str], Job], record_property: Callable[[str, Any], None]
 ) -> None:
     done = kill_repeatedly(name, job_of, whole(name), KILLS)
     assert sum(done.values()) >= KILLS
+    record_property("cases", sum(done.values()))
 
 
 def test_the_compared_runs_have_learned(whole: Callable[[str], Job], folder: Path) -> None:
@@ -407,6 +411,30 @@ def test_a_finished_run_ends_as_it_did(job_of: Callable[..., Job], whole: Callab
         if number == 1:
             assert inodes[0] == inodes[1]  # it stands as it stood
             shutil.move(final, job.out / "gone")
+
+
+def test_the_clock_does_not_tell_whether_a_model_is_exported(tmp_path: Path) -> None:
+    """A clock that was set back or forward between two runs in a folder."""
+    folder, accelerator = tmp_path / "final", accelerate.Accelerator(cpu=True)
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    old, new = (tmp_path / "checkpoints" / f"step-{step:08d}" for step in (1, 2))
+    for path in (old, new):
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text(path.name)
+    os.utime(folder / "config.json", (4e9, 4e9))  # exported with a clock in the future
+    assert is_exported(accelerator, folder, old)  # without a record, as runs of earlier versions
+    mark_exported(accelerator, folder, old)
+    assert is_exported(accelerator, folder, old)
+    assert not is_exported(accelerator, folder, new)  # was True: the model of the shorter run counted as the new one
+    mark_exported(accelerator, folder, new)
+    os.utime(folder / "config.json", (1, 1))
+    assert is_exported(accelerator, folder, new)
+    (tmp_path / "exported.json").write_text("{")
+    assert not is_exported(accelerator, folder, new)
+    mark_exported(accelerator, folder, new)
+    (folder / "config.json").unlink()
+    assert not is_exported(accelerator, folder, new)
 
 
 def test_a_run_that_starts_again_says_so(job_of: Callable[..., Job]) -> None:
