@@ -46,7 +46,7 @@ def conversations_of(items: Path) -> list[Request]:
     """Returns greedy requests with a system prompt and several turns: images in two turns, or calls of tools."""
     system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "It is red."}
     tool = {"type": "function", "function": {"name": "age", "parameters": {"type": "object"}}}
-    call = {"type": "function", "function": {"name": "age", "arguments": {"of": "caf\u00e9", "n": 2}}}
+    call = {"type": "function", "function": {"name": "age", "arguments": {"of": "Z\u00fcrich", "n": 2}}}
     called = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "7 years"}]
     has_images, requests = items.stem == "image", []
     for number in range(12):
