@@ -117,7 +117,7 @@ def test_the_forms_of_requests_give_the_same_pairs(server: Server, tmp_path: Pat
 
 
 TOOLS = [{"type": "function", "function": {"name": "age", "parameters": {"type": "object"}}}]
-CALL = {"id": "call-1", "type": "function", "function": {"name": "age", "arguments": {"of": "caf\u00e9"}}}
+CALL = {"id": "call-1", "type": "function", "function": {"name": "age", "arguments": {"of": "Z\u00fcrich"}}}
 CALLED = (
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "How old?"},

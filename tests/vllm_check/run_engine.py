@@ -42,8 +42,34 @@ def requests_of(items: Path) -> list[Request]:
     return [*requests, Request(key="long", question="long " * 300, sampling=GREEDY)]
 
 
+def conversations_of(items: Path) -> list[Request]:
+    """Returns greedy requests with a system prompt and several turns: images in two turns, or calls of tools."""
+    system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "It is red."}
+    tool = {"type": "function", "function": {"name": "age", "parameters": {"type": "object"}}}
+    call = {"type": "function", "function": {"name": "age", "arguments": {"of": "Z\u00fcrich", "n": 2}}}
+    called = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "7 years"}]
+    has_images, requests = items.stem == "image", []
+    for number in range(12):
+        question, last = (f"{word} {number}?" for word in ("What", "Why"))
+        if has_images:
+            question, last = f"<image>\n{question}", f"<image>\n{last}"
+        middle = [answer] if has_images or number % 2 else [*called, answer]
+        turns = [{"role": "user", "content": question}, *middle, {"role": "user", "content": last}]
+        requests.append(
+            Request(
+                key=f"conversation {number}",
+                messages=(system, *turns) if number % 3 else tuple(turns),
+                tools=() if has_images or number % 4 else (tool,),
+                images=tuple(str(items.parent / f"1-{place}.png") for place in range(2)) if has_images else (),
+                prefix_ids=tuple(range(66, 66 + number % 3)),
+                sampling=GREEDY,
+            )
+        )
+    return requests
+
+
 def run_all(engine: Engine, items: Path, out: Path) -> None:
-    """Writes the continuations of ``requests_of`` into ``OUT/generations.json``, and runs the pipelines.
+    """Runs the requests and the pipelines, and writes the continuations into ``generations.json`` and others in OUT.
 
     TransformersEngine has no limit of the context, and draws other tokens.
     """
@@ -52,6 +78,9 @@ def run_all(engine: Engine, items: Path, out: Path) -> None:
     generations = engine.generate(requests_of(items)[: -1 if is_ours else None])
     lines = [[list(made.token_ids), made.text, made.finish_reason, made.refusal] for made in generations]
     (out / "generations.json").write_text(json.dumps(lines))
+    turns = engine.generate(conversations_of(items))
+    lines = [[list(made.token_ids), made.text, made.finish_reason, made.refusal] for made in turns]
+    (out / "conversations.json").write_text(json.dumps(lines))
     for name, pipeline in PIPELINES.items():
         if name != "drawn" or not is_ours:
             run(pipeline, engine, items, out / name, image_root=str(items.parent), limit=N_ITEMS)

@@ -6,9 +6,10 @@ probable tokens where continuations differ.
 
 import functools
 import json
+import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ TIE = 2e-5
 pytestmark = pytest.mark.timeout(5400)
 
 
-def run_script(engine: str, model: Path, items: Path, out: Path, **options: Any) -> None:
-    processes.finish(processes.start(SCRIPT, engine, model, items, out, json.dumps(options)))
+def run_script(
+    engine: str, model: Path, items: Path, out: Path, *, environment: Mapping[str, str] | None = None, **options: Any
+) -> None:
+    processes.finish(processes.start(SCRIPT, engine, model, items, out, json.dumps(options), **(environment or {})))
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +58,8 @@ def vllm_runs(folder: Path) -> Callable[[str], Path]:
     return results
 
 
-def generations(folder: Path) -> list[Any]:
-    return json.loads((folder / "generations.json").read_text())
+def generations(folder: Path, name: str = "generations") -> list[Any]:
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def journal(folder: Path) -> list[dict[str, Any]]:
@@ -74,16 +77,16 @@ def gap_at(engine: TransformersEngine, request: Request, ids: Sequence[int]) -> 
 
 
 def vars_of(request: Request) -> dict[str, Any]:
-    names = ("key", "question", "images", "prefix_ids", "seed", "sampling")
+    names = ("key", "question", "messages", "tools", "images", "prefix_ids", "seed", "sampling")
     return {name: getattr(request, name) for name in names}
 
 
 def require_equal_or_tied(
-    kind: str, engine: TransformersEngine, items: Path, ours: list[Any], theirs: list[Any]
+    kind: str, engine: TransformersEngine, requests: Sequence[Request], ours: list[Any], theirs: list[Any]
 ) -> None:
     """Requires that continuations are equal, except after a tie: rounding alone then decides between two tokens."""
     differences = []
-    for request, our, their in zip(run_engine.requests_of(items), ours, theirs, strict=False):
+    for request, our, their in zip(requests, ours, theirs, strict=False):
         if our != their:
             place = next((n for n, pair in enumerate(zip(our[0], their[0], strict=False)) if pair[0] != pair[1]),
                          min(len(our[0]), len(their[0])))  # fmt: skip
@@ -103,7 +106,18 @@ def test_greedy_continuations_equal_those_of_transformers(
     assert len(ours) == len(theirs) == 200
     assert "longer than the maximum model length" in long[3] or "maximum" in long[3]
     engine = TransformersEngine.from_pretrained(str(folder / kind), dtype="float32")
-    require_equal_or_tied(kind, engine, folder / f"{kind}.jsonl", ours, theirs)
+    require_equal_or_tied(kind, engine, run_engine.requests_of(folder / f"{kind}.jsonl"), ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_conversations_equal_those_of_transformers(
+    folder: Path, expected: Callable[[str], Path], vllm_runs: Callable[[str], Path], kind: str
+) -> None:
+    ours, theirs = (generations(runs(kind), "conversations") for runs in (expected, vllm_runs))
+    assert [our[3] for our in ours] == [None] * 12
+    engine = TransformersEngine.from_pretrained(str(folder / kind), dtype="float32")
+    requests = run_engine.conversations_of(folder / f"{kind}.jsonl")
+    require_equal_or_tied(f"{kind}, conversations", engine, requests, ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
@@ -129,7 +143,10 @@ def test_the_server_gives_what_the_engine_in_this_process_gives(
         run_script("openai", folder / kind, folder / f"{kind}.jsonl", out, base_url=url)
     ours, theirs = generations(vllm_runs(kind)), generations(out)
     engine = TransformersEngine.from_pretrained(str(folder / kind), dtype="float32")
-    require_equal_or_tied(f"server, {kind}", engine, folder / f"{kind}.jsonl", ours[:-1], theirs[:-1])
+    items = folder / f"{kind}.jsonl"
+    require_equal_or_tied(f"server, {kind}", engine, run_engine.requests_of(items), ours[:-1], theirs[:-1])
+    turns = [generations(path, "conversations") for path in (vllm_runs(kind), out)]
+    require_equal_or_tied(f"server, {kind}, conversations", engine, run_engine.conversations_of(items), *turns)
     assert "status 400" in theirs[-1][3]
     for pipeline in run_engine.PIPELINES:
         ours, theirs = journal(vllm_runs(kind) / pipeline), journal(out / pipeline)
@@ -150,7 +167,8 @@ def test_suppressed_tokens_and_adapters(folder: Path) -> None:
     engine.model = PeftModel.from_pretrained(engine.model, adapter).merge_and_unload().eval()
     run_engine.run_all(engine, items, folder / "adapted-expected")
     ours, (*theirs, _) = generations(folder / "adapted-expected"), generations(folder / "adapted")
-    require_equal_or_tied("adapter and suppressed tokens", engine, items, ours, theirs)
+    requests = run_engine.requests_of(items)
+    require_equal_or_tied("adapter and suppressed tokens", engine, requests, ours, theirs)
     assert not {token for row in theirs for token in row[0]} & set(engine.model.generation_config.suppress_tokens)
     assert [list(made.token_ids) for made in plain] != [row[0] for row in ours[:20]]
 
@@ -215,10 +233,18 @@ def test_a_killed_command_leaves_no_process_and_resumes(
 
 
 def test_two_processes_of_a_model(folder: Path, vllm_runs: Callable[[str], Path]) -> None:
-    """Tensor parallelism: each process has half of each matrix, so sums are rounded otherwise."""
+    """Tensor parallelism: each process has half of each matrix, so sums are rounded otherwise.
+
+    vLLM binds its processes to NUMA nodes; with a single node, it must be told their cores.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("vLLM on CPUs needs a core for each process, and this machine has one core")
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[1]}"}
     out = folder / "parallel"
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    run_script("vllm", folder / "text", folder / "text.jsonl", out, **options)
+    run_script("vllm", folder / "text", folder / "text.jsonl", out, environment=environment, **options)
     engine = TransformersEngine.from_pretrained(str(folder / "text"), dtype="float32")
     ours, theirs = generations(vllm_runs("text")), generations(out)
-    require_equal_or_tied("tensor_parallel_size=2", engine, folder / "text.jsonl", ours[:-1], theirs[:-1])
+    requests = run_engine.requests_of(folder / "text.jsonl")
+    require_equal_or_tied("tensor_parallel_size=2", engine, requests, ours[:-1], theirs[:-1])

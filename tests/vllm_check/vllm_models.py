@@ -22,6 +22,13 @@ TEXT: dict[str, Any] = {
     "initializer_range": 0.15,
     "pad_token_id": 0,
 }
+#: The template of Qwen, with tools.
+TOOL_TEMPLATE = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + (
+    tiny_processors.QWEN.replace(
+        "<|im_end|>\n{% endfor %}",
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}",
+    )
+)
 SUPPRESSED = [101, 102, 103, 114]
 
 
@@ -40,10 +47,8 @@ def keep_letters(head: torch.nn.Linear, tokenizer: Any) -> None:
 
 def write_text_model(folder: Path) -> None:
     torch.manual_seed(0)
-    template = tiny_processors.QWEN
-    tokenizer = tiny_processors.with_template(
-        tiny_processors.build_tokenizer(tiny_processors.SPECIAL[template]), template
-    )
+    special = tiny_processors.SPECIAL[tiny_processors.QWEN]
+    tokenizer = tiny_processors.with_template(tiny_processors.build_tokenizer(special), TOOL_TEMPLATE)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     config = transformers.Qwen2Config(vocab_size=264, bos_token_id=None, eos_token_id=end, **TEXT)
     model = transformers.Qwen2ForCausalLM(config)
