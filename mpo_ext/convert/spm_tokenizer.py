@@ -1,6 +1,6 @@
 """Builds a tokenizer of the tokenizers library from a SentencePiece model, without the checkpoint's own code.
 
-InternLM2 has no ``tokenizer.json``: its Python code reads ``tokenizer.model`` and gives some unused pieces other names.
+InternLM2 has no ``tokenizer.json``: its code reads ``tokenizer.model`` and gives some unused pieces other names.
 """
 
 import json
