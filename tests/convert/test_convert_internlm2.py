@@ -230,6 +230,14 @@ def test_other_sentencepiece_models_are_refused(tmp_path: Path) -> None:
     (source / "tokenizer.model").write_bytes(proto.SerializeToString())
     with pytest.raises(ValueError, match=r"must be a BPE model \(model_type 2\), got 1"):
         convert_internvl(source, tmp_path / "out")
+    write_tokenizer(source)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"]["900"] = {"content": "<extra>", "special": True}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        ValueError, match=r"must continue the ids of tokenizer.model, got '<extra>' with id 900 instead"
+    ):
+        convert_internvl(source, tmp_path / "out")
     (source / "tokenizer.model").write_bytes(b"\xff\xff")
     with pytest.raises(ValueError, match="must be a SentencePiece model"):
         convert_internvl(source, tmp_path / "out")

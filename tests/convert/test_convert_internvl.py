@@ -200,6 +200,8 @@ def test_a_converted_model_has_the_same_logits(
     assert converted.dtype == torch.float32
     torch.testing.assert_close(logits(converted.eval()), logits(model), rtol=0, atol=0)
     assert (converted.lm_head.weight is converted.get_input_embeddings().weight) == tied
+    written = {name for path in out.glob("*.safetensors") for name in load_file(path)}
+    assert ("lm_head.weight" in written) != tied
     text = converted.config.text_config
     assert text.rope_parameters["rope_theta"] == 5e6
     assert text.rms_norm_eps == 1e-5
