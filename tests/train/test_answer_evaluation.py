@@ -1,5 +1,6 @@
 """Tests the evaluation by generation during training (``output.eval_generate``)."""
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from accelerate.state import AcceleratorState
 from digits_run import recipe, tiny, weights, write_pairs
 from run_recipe import Job
 from torch import nn
+from transformers import GenerationMixin
 
 from mpo_ext.evaluate.run import evaluate
 from mpo_ext.evaluate.scoring import EvaluationConfig, QuestionScore
@@ -191,6 +193,7 @@ def test_fsdp2_trains_the_same_with_and_without_it(tmp_path: Path, pairs: Path, 
     run(tmp_path / "one", pairs, **settings, **settings_of(items))
     plain = Job(tmp_path / "plain", pairs, settings, world_size=2, sharded=True)
     asked = Job(tmp_path / "asked", pairs, {**settings, **settings_of(items)}, world_size=2, sharded=True)
+    asked = dataclasses.replace(asked, hook=refuse_inference_mode)
     for job in (plain, asked):
         assert run_recipe.run(job) == [0, 0], run_recipe.text_of(job)
     assert [line for line in run_recipe.log_of(asked) if "loss" in line] == run_recipe.log_of(plain)
@@ -204,6 +207,17 @@ def test_fsdp2_trains_the_same_with_and_without_it(tmp_path: Path, pairs: Path, 
     )
     assert len(one) == 3
     assert one == two
+
+
+def refuse_inference_mode(rank: int) -> None:
+    """FSDP2 keeps gathered parameters, and those that the first forward pass gathers in inference mode cannot train."""
+    generate = GenerationMixin.generate
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        assert not torch.is_inference_mode_enabled()
+        return generate(*args, **kwargs)
+
+    GenerationMixin.generate = checked
 
 
 @pytest.mark.parametrize(
