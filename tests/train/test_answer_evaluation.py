@@ -210,7 +210,7 @@ def test_fsdp2_trains_the_same_with_and_without_it(tmp_path: Path, pairs: Path, 
 
 
 def refuse_inference_mode(rank: int) -> None:
-    """FSDP2 keeps gathered parameters, and those that the first forward pass gathers in inference mode cannot train."""
+    """Parameters that FSDP2 first gathers in inference mode cannot train."""
     generate = GenerationMixin.generate
 
     def checked(*args: Any, **kwargs: Any) -> Any:
