@@ -248,6 +248,9 @@ def test_logits_are_taken_from_their_position_in_the_result() -> None:
             super().__init__()
             self.gate = Second()
 
+        def get_output_embeddings(self) -> None:
+            return None
+
     model, x = Model(), torch.zeros(3, 4)
     (router,) = find_routers(model)
     assert (router.module, router.position, router.owner) == (model.gate, 1, Model)
