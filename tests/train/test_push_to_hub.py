@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,11 +118,12 @@ def test_no_token_is_said_before_training(
 
 
 def use_hub_of_rank_0(error: Exception | None, uploads: Path, rank: int) -> None:
-    """Gives rank 0 a stand-in of the hub that writes its uploads into a file. Another rank that asks the hub fails."""
+    """Gives rank 0 a stand-in of the hub that writes its uploads into a file. Another rank that asks the hub ends."""
 
     class Recorded(Hub):
         def __call__(self) -> Hub:
-            assert rank == 0
+            if rank:
+                os._exit(3)  # an exception would be caught and left out
             return self
 
         def upload_folder(self, **options: Any) -> Any:
