@@ -2,6 +2,10 @@
 
 Sizes of language models: arXiv 2505.09388 (Qwen3), tables 1 and 2; 2511.21631 (Qwen3-VL); 2503.19786 (Gemma 3).
 Vision towers: arXiv 2508.18265 (InternViT-300M). Only sizes are given; token ids and the like are the defaults.
+
+These were compared with a ``config.json`` of the model or of a model trained from it: the language models of
+InternVL3.5-1B and Qwen3.5-9B, and Qwen3-VL-8B. Not seen were those of InternVL3.5-8B and 30B-A3B, Qwen3-VL-2B
+and 30B-A3B, and Gemma 3 4B, and the vision tower of Qwen3.5-9B.
 """
 
 from typing import Any

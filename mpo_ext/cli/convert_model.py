@@ -14,8 +14,8 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "convert-model",
         help="convert an InternVL checkpoint of its authors to transformers' format",
         description="Converts a checkpoint of InternVL's authors (OpenGVLab/InternVL2_5-*, InternVL3-*, InternVL3_5-* "
-        "with a Qwen language model) to transformers' format, in which all commands read it. No code of the "
-        "checkpoint is run.",
+        "with Qwen, InternLM2 or Llama as language model) to transformers' format, in which all commands read it. No "
+        "code of the checkpoint is run.",
     )
     parser.add_argument("source", metavar="IN", help="folder of the checkpoint, or its name on the hub")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")

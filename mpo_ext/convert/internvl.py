@@ -1,24 +1,39 @@
 """Converts checkpoints of InternVL's authors (model type ``internvl_chat``) to transformers' InternVL.
 
-The weights keep their values; they are renamed, and the projections of queries, keys and values of the vision tower
-are separated. The mapping is that of ``convert_internvl_weights_to_hf.py`` in transformers, with InternVL3.5 added.
+The weights keep their values; they are renamed, and joint projections of queries, keys and values are separated. An
+InternLM2 becomes a Llama, which computes the same. The mapping is that of ``convert_internvl_weights_to_hf.py`` in
+transformers, with InternVL3.5 added.
 """
 
 import json
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpo_ext.convert.internvl_names import EMBEDDING, HEAD, INTERNLM2, converted
+from mpo_ext.convert.spm_tokenizer import load_spm_tokenizer
 from mpo_ext.files import sync_tree, write_json
 
 MODEL_TYPE = "internvl_chat"
 
 #: Model types of transformers by the class of the language model; other classes are refused.
-_LANGUAGE_MODELS = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
+_LANGUAGE_MODELS = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "LlamaForCausalLM": "llama",
+    INTERNLM2: "llama",
+}
+#: What to do about other language models.
+_HINTS = {
+    "GptOssForCausalLM": "take OpenGVLab/InternVL3_5-GPT-OSS-20B-A4B-Preview-HF",
+    "InternLM3ForCausalLM": "take OpenGVLab/InternVL3-9B-hf",
+}
+#: Text after a turn, by the name of the authors' template (``conversation.py`` in github.com/OpenGVLab/InternVL).
+_TURN_ENDS = {"internvl2_5": "<|im_end|>\n", "internlm2-chat": "<|im_end|>", "Hermes-2": "<|im_end|>"}
 _TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
            "video_token": "<video>"}  # fmt: skip
 _END_OF_TURN = "<|im_end|>"
@@ -29,33 +44,9 @@ _TEMPLATE = (
     "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
     "{% elif part['type'] == 'video' %}{{ '<video>\\n' }}"
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{{ TURN_END }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-_TOWER, _LAYER = "model.vision_tower", r"vision_model\.encoder\.layers\.(\d+)"
-_NEW_LAYER = rf"{_TOWER}.encoder.layer.\1"
-#: Patterns of the authors' names and the names in transformers.
-_NAMES = [
-    (r"vision_model\.embeddings\.class_embedding", rf"{_TOWER}.embeddings.cls_token"),
-    (r"vision_model\.embeddings\.position_embedding", rf"{_TOWER}.embeddings.position_embeddings"),
-    (
-        r"vision_model\.embeddings\.patch_embedding\.(weight|bias)",
-        rf"{_TOWER}.embeddings.patch_embeddings.projection.\1",
-    ),
-    (rf"{_LAYER}\.attn\.proj\.(weight|bias)", rf"{_NEW_LAYER}.attention.projection_layer.\2"),
-    (rf"{_LAYER}\.attn\.([qk]_norm)\.weight", rf"{_NEW_LAYER}.attention.\2.weight"),
-    (rf"{_LAYER}\.norm1\.(weight|bias)", rf"{_NEW_LAYER}.layernorm_before.\2"),
-    (rf"{_LAYER}\.norm2\.(weight|bias)", rf"{_NEW_LAYER}.layernorm_after.\2"),
-    (rf"{_LAYER}\.ls([12])", rf"{_NEW_LAYER}.lambda_\2"),
-    (rf"{_LAYER}\.(mlp\.fc[12])\.(weight|bias)", rf"{_NEW_LAYER}.\2.\3"),
-    (r"mlp1\.0\.(weight|bias)", r"model.multi_modal_projector.layer_norm.\1"),
-    (r"mlp1\.1\.(weight|bias)", r"model.multi_modal_projector.linear_1.\1"),
-    (r"mlp1\.3\.(weight|bias)", r"model.multi_modal_projector.linear_2.\1"),
-    (r"language_model\.model\.(.+)", r"model.language_model.\1"),
-    (r"language_model\.lm_head\.weight", r"lm_head.weight"),
-]
-_QKV = re.compile(rf"{_LAYER}\.attn\.qkv\.(weight|bias)")
-_HEAD, _EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
 def convert_internvl(source: Path, out: Path, *, say: Callable[[str], object] = print) -> None:
@@ -76,17 +67,24 @@ def convert_internvl(source: Path, out: Path, *, say: Callable[[str], object] = 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"OUT must be a new or empty folder, got {out}")
     values = _read_config(source)
+    language = values["llm_config"]
+    _check_config(values)
     files = _weight_files(source)
-    shapes = {name: shape for file in files for name, shape in _shapes(file).items()}
-    tokenizer = _load_tokenizer(source)
+    shapes = {name: shape for file in files for name, shape in _shapes(file, language).items()}
+    tokenizer = _load_tokenizer(source, values)
     is_tied = _is_tied(values, files, shapes)
     config = internvl_config(values, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), is_tied=is_tied)
-    skipped = {_HEAD} if is_tied else set()
+    if config.image_token_id >= config.text_config.vocab_size:
+        raise ValueError(
+            f"the id of <IMG_CONTEXT> must be below llm_config.vocab_size, {config.text_config.vocab_size}, got "
+            f"{config.image_token_id}: the tokenizer is that of another model"
+        )
+    skipped = {HEAD} if is_tied else set()
     _check_weights(config, {name: shape for name, shape in shapes.items() if name not in skipped})
     partial = out.with_name(f".{out.name}.{secrets.token_hex(6)}")
     partial.mkdir(parents=True)
     try:
-        _write_weights(files, partial, skipped, say)
+        _write_weights(files, partial, language, skipped, say)
         _write_settings(config, values, tokenizer, partial)
         sync_tree(partial)
         if out.exists():
@@ -109,23 +107,15 @@ def internvl_config(values: Mapping[str, Any], image_token_id: int, *, is_tied: 
     """
     import transformers
 
+    _check_config(values)
     language, vision = values["llm_config"], values["vision_config"]
-    architecture = (language.get("architectures") or [None])[0]
-    if architecture not in _LANGUAGE_MODELS:
-        raise ValueError(
-            f"llm_config.architectures must be one of {', '.join(_LANGUAGE_MODELS)}, got {architecture}: the hub has "
-            "converted checkpoints of many InternVL models under OpenGVLab, with -hf or -HF at the end of their names"
-        )
-    for name, expected in (("ps_version", "v2"), ("use_backbone_lora", 0), ("use_llm_lora", 0)):
-        if values.get(name, expected) != expected:
-            raise ValueError(f"{name} must be {expected!r}, got {values[name]!r}: transformers' InternVL has no other")
+    kind = _LANGUAGE_MODELS[_architecture(values)]
+    text = _llama_settings(language) if _architecture(values) == INTERNLM2 else _settings_of_model(language)
+    text |= {"use_cache": True, "tie_word_embeddings": is_tied}
     size = vision["image_size"]
-    if (forced := values.get("force_image_size") or size) != size:
-        raise ValueError(f"force_image_size must be vision_config.image_size, {size}, got {forced}")
-    text = {**_settings_of_model(language), "use_cache": True, "tie_word_embeddings": is_tied}
     ratio, dropout = values.get("downsample_ratio", 0.5), vision.get("attention_dropout", 0.0)
     return transformers.InternVLConfig(
-        text_config=transformers.AutoConfig.for_model(_LANGUAGE_MODELS[architecture], **text).to_dict(),
+        text_config=transformers.AutoConfig.for_model(kind, **text).to_dict(),
         vision_config={
             **{name: vision[name] for name in _VISION_SETTINGS if name in vision},
             "model_type": "internvl_vision",
@@ -143,6 +133,57 @@ def internvl_config(values: Mapping[str, Any], image_token_id: int, *, is_tied: 
         architectures=["InternVLForConditionalGeneration"],
         dtype=values.get("torch_dtype") or values.get("dtype"),
     )
+
+
+def _architecture(values: Mapping[str, Any]) -> str:
+    return str((values["llm_config"].get("architectures") or [None])[0])
+
+
+def _check_config(values: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` if transformers' InternVL lacks something that the config asks for."""
+    architecture = _architecture(values)
+    if architecture not in _LANGUAGE_MODELS:
+        hint = _HINTS.get(architecture, "the hub has converted checkpoints of many InternVL models under OpenGVLab, "
+                          "with -hf or -HF at the end of their names")  # fmt: skip
+        raise ValueError(
+            f"llm_config.architectures must be one of {', '.join(_LANGUAGE_MODELS)}, got {architecture}: {hint}"
+        )
+    for name, expected in (
+        ("ps_version", "v2"),
+        ("use_backbone_lora", 0),
+        ("use_llm_lora", 0),
+        ("use_thumbnail", True),
+        ("dynamic_image_size", True),
+    ):
+        if values.get(name, expected) != expected:
+            raise ValueError(f"{name} must be {expected!r}, got {values[name]!r}: transformers' InternVL has no other")
+    if (template := values.get("template")) not in _TURN_ENDS:
+        raise ValueError(f"template must be one of {', '.join(_TURN_ENDS)}, got {template}: other chats end otherwise")
+    size = values["vision_config"]["image_size"]
+    if (forced := values.get("force_image_size") or size) != size:
+        raise ValueError(f"force_image_size must be vision_config.image_size, {size}, got {forced}")
+    if (version := values["llm_config"].get("rope_pos_id_version", "default")) != "default":
+        raise ValueError(f"llm_config.rope_pos_id_version must be default, got {version}: Llama has no other")
+
+
+#: Settings of an InternLM2 that a Llama has too, with the defaults of ``configuration_internlm2.py``.
+_INTERNLM2_SETTINGS = {
+    "vocab_size": 103168, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "hidden_act": "silu", "max_position_embeddings": 2048,
+    "initializer_range": 0.02, "rms_norm_eps": 1e-6, "rope_theta": 10000, "rope_scaling": None, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def _llama_settings(language: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the Llama that computes the same as an InternLM2."""
+    settings = {name: language.get(name, default) for name, default in _INTERNLM2_SETTINGS.items()}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if (scaling := settings.pop("rope_scaling", None)) is not None:
+        if scaling.get("type") not in ("linear", "dynamic"):
+            raise ValueError(f"llm_config.rope_scaling.type must be linear or dynamic, got {scaling}")
+        settings["rope_scaling"] = {"rope_type": scaling["type"], "factor": scaling["factor"]}
+    return settings | {"attention_bias": language.get("bias", True)}
 
 
 _VISION_SETTINGS = (
@@ -195,21 +236,30 @@ def _weight_files(source: Path) -> list[Path]:
     return files
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def _shapes(file: Path, language: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the converted tensors of a file."""
+    import torch
     from safetensors import safe_open
 
+    shapes: dict[str, tuple[int, ...]] = {}
     with safe_open(file, "pt") as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        for name in tensors.keys():  # noqa: SIM118
+            empty = torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+            shapes |= {new: tuple(part.shape) for new, part in converted(name, empty, language).items()}
+    return shapes
 
 
-def _load_tokenizer(source: Path) -> Any:
+def _load_tokenizer(source: Path, values: Mapping[str, Any]) -> Any:
     """Loads the tokenizer and adds the tokens, names and chat template that ``InternVLProcessor`` reads."""
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        source, trust_remote_code=False, extra_special_tokens=_TOKENS
-    )
-    tokenizer.chat_template = _TEMPLATE
+    if _architecture(values) == INTERNLM2:
+        tokenizer = load_spm_tokenizer(source, extra_special_tokens=_TOKENS)
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False, extra_special_tokens=_TOKENS
+        )
+    tokenizer.chat_template = _TEMPLATE.replace("TURN_END", repr(_TURN_ENDS[values["template"]]))
     return tokenizer
 
 
@@ -218,41 +268,28 @@ def _is_tied(values: Mapping[str, Any], files: Sequence[Path], shapes: Mapping[s
     language = values["llm_config"]
     if not language.get("tie_word_embeddings", values.get("tie_word_embeddings", False)):
         return False
-    return _HEAD not in shapes or bool((_read_tensor(files, _HEAD) == _read_tensor(files, _EMBEDDING)).all())
+    if HEAD not in shapes:
+        return True
+    head, embedding = (_read_tensor(files, name, language) for name in (HEAD, EMBEDDING))
+    return bool((head == embedding).all())
 
 
-def _read_tensor(files: Sequence[Path], name: str) -> Any:
+def _read_tensor(files: Sequence[Path], name: str, language: Mapping[str, Any]) -> Any:
+    """Returns a tensor by its name in transformers. It is one of those that are only renamed."""
+    import torch
     from safetensors import safe_open
 
     for file in files:
         with safe_open(file, "pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118
-                return tensors.get_tensor(name)
+            for original in tensors.keys():  # noqa: SIM118
+                empty = torch.empty(tensors.get_slice(original).get_shape(), device="meta")
+                if name in converted(original, empty, language):
+                    return tensors.get_tensor(original)
     raise ValueError(f"the weights must hold {name}, got none")
 
 
-def renamed(name: str, shape: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields the names in transformers of one of the authors' tensors, each with its shape.
-
-    The tensors divide the first axis of the authors' tensor equally; there are three for queries, keys and values.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    if match := _QKV.fullmatch(name):
-        layer, kind = match.groups()
-        for part in "qkv":
-            yield f"{_TOWER}.encoder.layer.{layer}.attention.{part}_proj.{kind}", (shape[0] // 3, *shape[1:])
-        return
-    for pattern, new in _NAMES:
-        if match := re.fullmatch(pattern, name):
-            yield match.expand(new), tuple(shape)
-            return
-    raise ValueError(f"the weights must be those of an InternVL model, got {name}, which transformers' InternVL lacks")
-
-
-def _check_weights(config: Any, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raises ``ValueError`` unless names and shapes of the renamed weights are those of the model.
+def _check_weights(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ``ValueError`` unless names and shapes of the converted weights are those of the model.
 
     Versions of transformers store the weights of experts differently, so these are counted only.
     """
@@ -264,7 +301,7 @@ def _check_weights(config: Any, shapes: Mapping[str, Sequence[int]]) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")
-    found = dict(entry for name, shape in shapes.items() for entry in renamed(name, shape))
+    found = dict(shapes)
     experts = [name for name in found if ".experts." in name]
     n_expected = (
         3
@@ -283,7 +320,9 @@ def _check_weights(config: Any, shapes: Mapping[str, Sequence[int]]) -> None:
             )
 
 
-def _write_weights(files: Sequence[Path], out: Path, skipped: set[str], say: Callable[[str], object]) -> None:
+def _write_weights(
+    files: Sequence[Path], out: Path, language: Mapping[str, Any], skipped: set[str], say: Callable[[str], object]
+) -> None:
     from safetensors.torch import load_file, save_file
 
     places: dict[str, str] = {}
@@ -292,10 +331,8 @@ def _write_weights(files: Sequence[Path], out: Path, skipped: set[str], say: Cal
         target = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         tensors: dict[str, Any] = {}
         for name, tensor in load_file(file).items():
-            if name in skipped:
-                continue
-            new = [key for key, _ in renamed(name, tensor.shape)]
-            tensors |= {key: part.clone() for key, part in zip(new, tensor.chunk(len(new)), strict=True)}
+            parts = converted(name, tensor, language)
+            tensors |= {new: part.clone() for new, part in parts.items() if new not in skipped}
         save_file(tensors, out / target, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, target)
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -58,6 +58,8 @@ class TransformersEngine:
     Attributes:
         chat: Encoder of prompts and responses, the same as in training.
         shares_prefill: Whether requests with the same prompt and images share one prefill.
+        inference_mode: Whether the model runs in ``torch.inference_mode``. It must not if its parameters are gathered
+            in each forward pass and trained later (FSDP2, ZeRO-3).
 
     Raises:
         ChatError: If the chat template cannot be used.
@@ -80,7 +82,7 @@ class TransformersEngine:
         self.chat = ChatEncoder(
             processor, stop_ids=stop_ids_of(model), embedding_rows=embedding_rows_of(model), **chat_options
         )
-        self.shares_prefill = True
+        self.shares_prefill = self.inference_mode = True
         for name, value in self._ignored_settings().items():
             warnings.warn(
                 f"generation_config.json asks for {name}={value}, which sampling ignores: it would change the "
@@ -196,7 +198,7 @@ class TransformersEngine:
         seeds = [requests[row].seed for rows in questions for row in rows]
         sampling = requests[questions[0][0]].sampling
         options = {**inputs, "generation_config": self._generation_config(sampling)}
-        with torch.inference_mode(), self._without_defaults():
+        with torch.inference_mode(self.inference_mode), torch.no_grad(), self._without_defaults():
             if len(seeds) > len(questions):
                 if problem := sharing_problem(self.model):
                     raise UnsharedError(problem)
@@ -223,7 +225,7 @@ class TransformersEngine:
         inputs = self._inputs([requests[row] for row in rows], [prompts[row] for row in rows])
         config = self._generation_config(SamplingConfig(temperature=0.0, max_new_tokens=1))
         first = FirstTokenProbs()
-        with torch.inference_mode(), self._without_defaults():
+        with torch.inference_mode(self.inference_mode), torch.no_grad(), self._without_defaults():
             output = self.model.generate(**inputs, generation_config=config, logits_processor=[first])
         assert first.probs is not None
         generations = []

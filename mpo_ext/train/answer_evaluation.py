@@ -1,6 +1,6 @@
 """The evaluation by generation during training (``output.eval_generate``): the policy answers questions.
 
-Prompts, matchers and scores are those of ``mpo_ext.evaluate``. Each rank asks a part of the questions.
+Prompts, matchers and scores are those of ``mpo_ext.evaluate``.
 """
 
 import dataclasses
@@ -35,6 +35,9 @@ _BLOCK = 64  # minimum number of questions whose images are loaded at a time
 class AnswerEvaluation:
     """Asks the policy the questions of ``output.eval_generate`` and scores its answers.
 
+    The ranks share the questions. If they shard the parameters, all ranks ask all questions instead, because each
+    forward pass needs all ranks.
+
     Args:
         recipe: Recipe of the run, with ``output.eval_generate``.
         accelerator: The ``accelerate.Accelerator`` of the run.
@@ -44,7 +47,8 @@ class AnswerEvaluation:
 
     Raises:
         OSError: If the file of questions cannot be read.
-        ValueError: If the ranks shard the parameters, the file has no question with an answer, or an image is missing.
+        ValueError: If a rank cannot generate with its part of the model, the file has no question with an answer, or
+            an image is missing.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class AnswerEvaluation:
     ) -> None:
         settings = recipe.output.eval_generate
         assert settings is not None
-        check_ranks(accelerator, settings.path)
+        self._in_step = shards_parameters(accelerator, settings.path)
         self._accelerator, self._batch_size = accelerator, settings.batch_size
         self._model = unwrap_model(model)  # a reference to DDP would keep it alive at the end of the run
         self._folder = Path(recipe.output.dir) / "answers"
@@ -63,6 +67,7 @@ class AnswerEvaluation:
                 self._model, processor, batch_size=settings.batch_size, date=date,
                 chat_template=recipe.model.chat_template, chat_template_kwargs=recipe.model.chat_template_kwargs,
             )  # fmt: skip
+        self._engine.inference_mode = not self._in_step
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Returns the scores of the policy, and writes its answers to ``answers/step-STEP.jsonl``.
@@ -81,6 +86,8 @@ class AnswerEvaluation:
             except (OSError, ValueError, RuntimeError) as failure:  # the other ranks wait for this one
                 error = f"{type(failure).__name__}: {failure}"
         ranks = gather(self._accelerator, (results, error))
+        if self._in_step:
+            ranks = [(scored if rank == 0 else [], text) for rank, (scored, text) in enumerate(ranks)]
         if errors := [text for _, text in ranks if text is not None]:
             raise RuntimeError(f"output.eval_generate failed after step {step}: {errors[0]}")
         # Rank r asked the questions r, r + number of ranks, ...
@@ -93,7 +100,7 @@ class AnswerEvaluation:
     def _ask(self) -> Iterator[tuple[QuestionScore, dict[str, Any]]]:
         """Asks the questions of this rank. Yields the score of each, and its line for the file of answers."""
         accelerator, evaluation = self._accelerator, self._evaluation
-        rank, world_size = accelerator.process_index, accelerator.num_processes
+        rank, world_size = (0, 1) if self._in_step else (accelerator.process_index, accelerator.num_processes)
         ours = itertools.islice(self.questions.source.items(), rank, None, world_size)
         while block := list(itertools.islice(ours, max(_BLOCK, self._batch_size))):
             for item, records in zip(block, evaluation.questions.sample(block, self._engine), strict=True):
@@ -135,18 +142,25 @@ def open_eval_questions(settings: GenerationRecipe) -> QuestionFile:
     return questions
 
 
-def check_ranks(accelerator: Any, path: str) -> None:
-    """Raises ``ValueError`` if the ranks shard the parameters, whose generation would have to run in step."""
+def shards_parameters(accelerator: Any, path: str) -> bool:
+    """Returns whether each rank holds only a part of the parameters (FSDP2, ZeRO-3).
+
+    Each forward pass then gathers parameters from all ranks, so all ranks must make the same forward passes.
+
+    Raises:
+        ValueError: If the model is divided in another way, under which a rank cannot generate.
+    """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind == "DEEPSPEED":
-        kind = f"ZeRO-{zero_stage(accelerator)}"
-    elif kind == "FSDP" and getattr(accelerator, "is_fsdp2", False):
-        kind = "FSDP2"
-    if kind in ("ZeRO-3", "FSDP", "FSDP2", "MEGATRON_LM", "TP"):
+        return zero_stage(accelerator) == 3
+    if kind == "FSDP" and getattr(accelerator, "is_fsdp2", False):
+        return True
+    if kind in ("FSDP", "MEGATRON_LM", "TP"):
         raise ValueError(
-            f"output.eval_generate must be None under {kind}, got {path!r}: each rank holds only a part of the "
-            "parameters; evaluate the final model with mpo-ext evaluate, or train with DDP or ZeRO-2"
+            f"output.eval_generate must be None under {kind}, got {path!r}: evaluate the final model with mpo-ext "
+            "evaluate, or train with DDP, FSDP2 or DeepSpeed"
         )
+    return False
 
 
 def answer_metrics(scores: Sequence[QuestionScore]) -> dict[str, float]:

@@ -42,7 +42,7 @@ def language_config(kind: str, *, tied: bool) -> dict[str, Any]:
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512, "rope_theta": 5e6,
         "rms_norm_eps": 1e-5, "tie_word_embeddings": tied, "eos_token_id": 258, "hidden_act": "silu",
     }  # fmt: skip
-    if kind != "Qwen2":
+    if kind not in ("Qwen2", "Llama"):
         values["head_dim"] = 12
     if kind == "Qwen3Moe":
         values |= {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
@@ -176,7 +176,13 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "tied", "is_large", "files"),
-    [("Qwen2", False, False, 1), ("Qwen3", True, False, 2), ("Qwen3", False, True, 2), ("Qwen3Moe", False, False, 3)],
+    [
+        ("Qwen2", False, False, 1),
+        ("Qwen3", True, False, 2),
+        ("Qwen3", False, True, 2),
+        ("Qwen3Moe", False, False, 3),
+        ("Llama", False, True, 2),
+    ],
 )
 def test_a_converted_model_has_the_same_logits(
     tmp_path: Path, kind: str, tied: bool, is_large: bool, files: int, capsys: pytest.CaptureFixture[str]
@@ -194,6 +200,8 @@ def test_a_converted_model_has_the_same_logits(
     assert converted.dtype == torch.float32
     torch.testing.assert_close(logits(converted.eval()), logits(model), rtol=0, atol=0)
     assert (converted.lm_head.weight is converted.get_input_embeddings().weight) == tied
+    written = {name for path in out.glob("*.safetensors") for name in load_file(path)}
+    assert ("lm_head.weight" in written) != tied
     text = converted.config.text_config
     assert text.rope_parameters["rope_theta"] == 5e6
     assert text.rms_norm_eps == 1e-5
@@ -226,6 +234,15 @@ def test_the_tokenizer_and_the_settings_are_those_of_internvl(tmp_path: Path) ->
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize("template", ["internlm2-chat", "Hermes-2"])
+def test_older_templates_have_no_line_break_after_a_turn(tmp_path: Path, template: str) -> None:
+    convert_internvl(write_original(tmp_path / "in", build("Qwen2"), "Qwen2", template=template), tmp_path / "out")
+    made = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two"}]
+    text = made.apply_chat_template(turns, tokenize=False)
+    assert text == "<|im_start|>user\nHow many?<|im_end|><|im_start|>assistant\nTwo<|im_end|>"
+
+
 def test_a_tied_head_may_be_absent_and_an_unequal_one_is_kept(tmp_path: Path) -> None:
     model = build("Qwen3", tied=True)
     convert_internvl(write_original(tmp_path / "in", model, "Qwen3", with_head=False), tmp_path / "out")
@@ -246,7 +263,12 @@ def test_a_tied_head_may_be_absent_and_an_unequal_one_is_kept(tmp_path: Path) ->
         ({"ps_version": "v1"}, "ps_version must be 'v2', got 'v1'"),
         ({"use_llm_lora": 16}, "use_llm_lora must be 0, got 16"),
         ({"force_image_size": 112}, "force_image_size must be vision_config.image_size, 56, got 112"),
-        ({"llm_config": {"architectures": ["InternLM2ForCausalLM"]}}, "be one of Qwen2ForCausalLM.*got InternLM2"),
+        ({"llm_config": {"architectures": ["Phi3ForCausalLM"]}}, "be one of Qwen2ForCausalLM.*got Phi3.*OpenGVLab"),
+        ({"llm_config": {"architectures": ["GptOssForCausalLM"]}}, "got GptOss.*: take .*GPT-OSS-20B-A4B-Preview-HF"),
+        ({"llm_config": {"architectures": ["InternLM3ForCausalLM"]}}, "got InternLM3.*: take .*InternVL3-9B-hf"),
+        ({"template": "phi3-chat"}, "template must be one of internvl2_5, .*, got phi3-chat"),
+        ({"use_thumbnail": False}, "use_thumbnail must be True, got False"),
+        ({"dynamic_image_size": False}, "dynamic_image_size must be True, got False"),
         ({"llm_config": None}, "must have a section llm_config, got None"),
         ({"vision_config": {**vision_config(is_large=False), "num_hidden_layers": 3}}, "fit the config, got .*none"),
         ({"vision_config": {**vision_config(is_large=False), "image_size": 28}, "force_image_size": 28},
@@ -273,6 +295,15 @@ def test_unknown_and_missing_weights_are_refused(tmp_path: Path) -> None:
         convert_internvl(source, tmp_path / "out")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"without model\.safetensors"):
+        convert_internvl(source, tmp_path / "out")
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    source = write_original(tmp_path / "in", build("Qwen3"), "Qwen3")
+    values = json.loads((source / "config.json").read_text())
+    values["llm_config"]["vocab_size"] = 261
+    (source / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"id of <IMG_CONTEXT> must be below .*\.vocab_size, 261, got 261"):
         convert_internvl(source, tmp_path / "out")
 
 

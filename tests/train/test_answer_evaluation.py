@@ -1,5 +1,6 @@
 """Tests the evaluation by generation during training (``output.eval_generate``)."""
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ from accelerate.state import AcceleratorState
 from digits_run import recipe, tiny, weights, write_pairs
 from run_recipe import Job
 from torch import nn
+from transformers import GenerationMixin
 
 from mpo_ext.evaluate.run import evaluate
 from mpo_ext.evaluate.scoring import EvaluationConfig, QuestionScore
 from mpo_ext.train import model_card
-from mpo_ext.train.answer_evaluation import AnswerEvaluation, answer_metrics, check_ranks
+from mpo_ext.train.answer_evaluation import AnswerEvaluation, answer_metrics, shards_parameters
 from mpo_ext.train.loop import Trainer
 from mpo_ext.train.preserve import preserved
 from mpo_ext.train.recipe import OutputRecipe
@@ -186,23 +188,52 @@ def fail_on_rank_1(rank: int) -> None:
         AnswerEvaluation._ask = fail  # type: ignore[method-assign]
 
 
-def test_fsdp2_is_refused_before_training(tmp_path: Path, pairs: Path, items: Path) -> None:
-    job = Job(tmp_path / "out", pairs, settings_of(items), world_size=2, sharded=True)
-    assert run_recipe.run(job) == [1, 1]
-    assert "output.eval_generate must be None under FSDP2" in run_recipe.text_of(job)
-    assert not list(job.out.glob("log.jsonl"))
+def test_fsdp2_trains_the_same_with_and_without_it(tmp_path: Path, pairs: Path, items: Path) -> None:
+    settings = {"reward_shift__mode": "fixed"}
+    run(tmp_path / "one", pairs, **settings, **settings_of(items))
+    plain = Job(tmp_path / "plain", pairs, settings, world_size=2, sharded=True)
+    asked = Job(tmp_path / "asked", pairs, {**settings, **settings_of(items)}, world_size=2, sharded=True)
+    asked = dataclasses.replace(asked, hook=refuse_inference_mode)
+    for job in (plain, asked):
+        assert run_recipe.run(job) == [0, 0], run_recipe.text_of(job)
+    assert [line for line in run_recipe.log_of(asked) if "loss" in line] == run_recipe.log_of(plain)
+    for rank in range(2):
+        after = run_recipe.result_of(asked, rank)["weights"]
+        assert all(
+            torch.equal(value, after[name]) for name, value in run_recipe.result_of(plain, rank)["weights"].items()
+        )
+    one, two = (
+        [path.read_text() for path in sorted((tmp_path / name / "answers").iterdir())] for name in ("one", "asked")
+    )
+    assert len(one) == 3
+    assert one == two
 
 
-@pytest.mark.parametrize(("kind", "stage", "refused"), [("DEEPSPEED", 3, True), ("DEEPSPEED", 2, False),
-                                                        ("FSDP", 0, True), ("MULTI_GPU", 0, False)])  # fmt: skip
-def test_kinds_of_sharding(kind: str, stage: int, refused: bool) -> None:
+def refuse_inference_mode(rank: int) -> None:
+    """Parameters that FSDP2 first gathers in inference mode cannot train."""
+    generate = GenerationMixin.generate
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        assert not torch.is_inference_mode_enabled()
+        return generate(*args, **kwargs)
+
+    GenerationMixin.generate = checked
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "is_sharded"),
+    [("DEEPSPEED", 3, True), ("DEEPSPEED", 2, False), ("FSDP", 2, True), ("MULTI_GPU", 0, False), ("FSDP", 1, None),
+     ("TP", 0, None)],
+)  # fmt: skip
+def test_kinds_of_sharding(kind: str, stage: int, is_sharded: bool | None) -> None:
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}})
-    accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(deepspeed_plugin=plugin))
-    if not refused:
-        check_ranks(accelerator, "items.jsonl")
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    accelerator = SimpleNamespace(distributed_type=kind, state=state, is_fsdp2=stage == 2)
+    if is_sharded is not None:
+        assert shards_parameters(accelerator, "items.jsonl") == is_sharded
         return
-    with pytest.raises(ValueError, match=f"must be None under {'ZeRO-3' if stage else 'FSDP'}, got 'items.jsonl'"):
-        check_ranks(accelerator, "items.jsonl")
+    with pytest.raises(ValueError, match=f"must be None under {kind}, got 'items.jsonl'"):
+        shards_parameters(accelerator, "items.jsonl")
 
 
 # The scores and what they decide.

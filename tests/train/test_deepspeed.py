@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -72,6 +73,16 @@ def single(job_of: Callable[..., Job]) -> Callable[..., Job]:
     return single
 
 
+@pytest.fixture(scope="module")
+def questions(folder: Path) -> Path:
+    """Returns a file of seven questions, some with an image."""
+    lines = [json.loads(line) for line in (folder / "images" / "pairs.jsonl").read_text().splitlines()[:7]]
+    lines = [{"question": line["question"], "images": line.get("images", []), "answer_gt": "5"} for line in lines]
+    path = folder / "images" / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 def final(job: Job) -> dict[str, torch.Tensor]:
     """Returns the tensors of the exported model."""
     tensors: dict[str, torch.Tensor] = {}
@@ -96,6 +107,13 @@ def assert_equal(job: Job, expected: Job, atol: float = 1e-5) -> None:
         assert weights.keys() == other_weights.keys()
         for name, value in other_weights.items():
             torch.testing.assert_close(weights[name], value, atol=atol, rtol=0, msg=name)
+
+
+def assert_same_bits(tensors: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> None:
+    assert tensors.keys() == truth.keys()
+    assert truth
+    for name, value in truth.items():
+        assert torch.equal(tensors[name], value), name
 
 
 def check(
@@ -131,15 +149,19 @@ def test_zero2_trains_as_one_process_does(job_of: Callable[..., Job], single: Ca
     check(job_of, single, "qwen2", 2)
 
 
-_ENDS = [(stage, sent) for stage in (3, 2, 1) for sent in (signal.SIGKILL, signal.SIGTERM)]
+_ENDS = [(stage, sent, trained) for trained in _TRAINED for stage in (3, 2, 1)
+         for sent in (signal.SIGKILL, signal.SIGTERM)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("stage", "sent"), [_ENDS[0], *(pytest.param(*end, marks=only_in_all) for end in _ENDS[1:])])
-def test_a_run_resumes_bit_for_bit(stage: int, sent: signal.Signals, job_of: Callable[..., Job]) -> None:
-    whole = job_of(f"whole-{stage}", "qwen2", stage)
+@pytest.mark.parametrize(
+    ("stage", "sent", "trained"), [_ENDS[0], *(pytest.param(*end, marks=only_in_all) for end in _ENDS[1:])]
+)
+def test_a_run_resumes_bit_for_bit(stage: int, sent: signal.Signals, trained: str, job_of: Callable[..., Job]) -> None:
+    settings = _TRAINED[trained]
+    whole = job_of(f"whole-{stage}-{trained}", "qwen2", stage, **settings)
     if not whole.out.exists():
         assert run(whole) == [0, 0], text_of(whole)
-    job = job_of(f"ended-{stage}-{sent}", "qwen2", stage)
+    job = job_of(f"ended-{stage}-{sent}-{trained}", "qwen2", stage, **settings)
     hook = functools.partial(signal_at_forward, 7, [sent], 1)  # only one rank gets the signal
     codes = run(dataclasses.replace(job, hook=hook))
     assert codes == [143, 143] if sent == signal.SIGTERM else codes[1] == -9, text_of(job)
@@ -149,10 +171,54 @@ def test_a_run_resumes_bit_for_bit(stage: int, sent: signal.Signals, job_of: Cal
     assert "must be resumed by the 2 processes that saved it, got 1" in text_of(other)
     assert run(job) == [0, 0], text_of(job)
     assert log_of(job) == log_of(whole)
-    for get in (final, lambda job: result_of(job)["weights"]):
-        tensors, truth = get(job), get(whole)
-        assert tensors.keys() == truth.keys()
-        assert all(torch.equal(tensors[key], value) for key, value in truth.items())
+    assert_same_bits(final(job), final(whole))
+    assert_same_bits(result_of(job)["weights"], result_of(whole)["weights"])
+
+
+_ASKED = [(2, {"model__lora": {"rank": 4, "dropout": 0.2}}), (3, {}), (1, {}), (2, {"precision": "bf16"}),
+          (3, {"model__lora": {"rank": 4, "dropout": 0.2}, "model__gradient_checkpointing": True})]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"), [_ASKED[0], *(pytest.param(*case, marks=only_in_all) for case in _ASKED[1:])]
+)
+def test_training_is_the_same_with_and_without_questions(
+    stage: int, settings: dict[str, Any], job_of: Callable[..., Job], questions: Path
+) -> None:
+    """``output.eval_generate`` leaves all bits of training as they are; the ranks share the questions."""
+    name = f"asked-{stage}-{len(str(settings))}"
+    generation = {"path": str(questions), "every": 2, "max_new_tokens": 5, "style": "direct", "prompt": "none",
+                  "batch_size": 2, "matcher": {"kind": "number"}, "image_root": str(questions.parent)}  # fmt: skip
+    plain = job_of(f"{name}-plain", "llava", stage, **settings)
+    asked = job_of(name, "llava", stage, **settings, output__eval_generate=generation)
+    for job in (plain, asked):
+        assert run(job) == [0, 0], text_of(job)
+    lines = log_of(asked)
+    scores = [line for line in lines if "eval_questions" in line]
+    assert [(line["step"], line["eval_questions"]) for line in scores] == [(2, 7), (4, 7), (6, 7)]
+    assert [line for line in lines if "loss" in line] == log_of(plain)
+    for rank in range(2):
+        assert_same_bits(result_of(asked, rank)["weights"], result_of(plain, rank)["weights"])
+    assert_same_bits(final(asked), final(plain))
+    answers = (asked.out / "answers" / "step-00000006.jsonl").read_text().splitlines()
+    asked_questions = [json.loads(line)["question"] for line in questions.read_text().splitlines()]
+    assert [json.loads(line)["question"] for line in answers] == asked_questions
+    assert all("problem" not in json.loads(line) for line in answers)
+
+
+@only_in_all
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_answers_are_those_of_one_process(
+    stage: int, job_of: Callable[..., Job], single: Callable[..., Job], questions: Path
+) -> None:
+    generation = {"path": str(questions), "every": 3, "max_new_tokens": 5, "style": "direct", "prompt": "none",
+                  "batch_size": 1, "image_root": str(questions.parent)}  # fmt: skip
+    settings = {"output__eval_generate": generation}
+    job, expected = job_of(f"answers-{stage}", "llava", stage, **settings), single("llava", **settings)
+    assert run(job) == [0, 0], text_of(job)
+    for step in (3, 6):
+        ours, truth = (each.out / "answers" / f"step-{step:08}.jsonl" for each in (job, expected))
+        assert ours.read_text() == truth.read_text()
 
 
 @only_in_all

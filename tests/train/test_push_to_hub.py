@@ -1,5 +1,9 @@
 """Tests the upload of the final model (``output.push_to_hub``): a stand-in of the hub, and the real client offline."""
 
+import dataclasses
+import json
+import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from digits_run import recipe, tiny, write_pairs
+from run_recipe import Job, run, text_of
 
 from mpo_ext.train import model_card
 from mpo_ext.train.loop import Trainer
@@ -110,6 +115,39 @@ def test_no_token_is_said_before_training(
     with pytest.raises(ValueError, match=r"push_to_hub needs a token of the hub for 'me/model': set HF_TOKEN"):
         trainer_of(tmp_path / "out", pairs)
     assert not (tmp_path / "out").exists()
+
+
+def use_hub_of_rank_0(error: Exception | None, uploads: Path, rank: int) -> None:
+    """Gives rank 0 a stand-in of the hub that writes its uploads into a file. Another rank that asks the hub ends."""
+
+    class Recorded(Hub):
+        def __call__(self) -> Hub:
+            if rank:
+                os._exit(3)  # an exception would be caught and left out
+            return self
+
+        def upload_folder(self, **options: Any) -> Any:
+            commit = super().upload_folder(**options)
+            uploads.write_text(json.dumps(self.uploads))
+            return commit
+
+    hub = Recorded()
+    hub.error = error
+    huggingface_hub.HfApi = hub  # type: ignore[misc]
+    huggingface_hub.get_token = lambda: "hf_token"
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+
+
+def test_one_of_two_ranks_talks_to_the_hub(tmp_path: Path, pairs: Path) -> None:
+    uploads = tmp_path / "uploads.json"
+    job = Job(tmp_path / "out", pairs, {"output__push_to_hub": "me/model"}, world_size=2)
+    failing = partial(use_hub_of_rank_0, ConnectionError("no route"), uploads)
+    assert run(dataclasses.replace(job, hook=failing)) == [1, 1]
+    assert text_of(job).count("RuntimeError: output.push_to_hub: the upload of") == 2  # all ranks raise the error
+    assert not uploads.exists()
+    assert run(dataclasses.replace(job, hook=partial(use_hub_of_rank_0, None, uploads))) == [0, 0], text_of(job)
+    ((name, _),) = json.loads(uploads.read_text())
+    assert name == "me/model"
 
 
 # The real client, which is offline here.

@@ -236,6 +236,29 @@ def test_logits_of_another_shape_are_refused() -> None:
         RouterLoss([], 1, 1.0)([], torch.ones(6, dtype=torch.bool))
 
 
+def test_logits_are_taken_from_their_position_in_the_result() -> None:
+    class Second(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x + 1, x
+
+    class Model(nn.Module):
+        _can_record_outputs = {"router_logits": Second}  # noqa: RUF012 - as transformers writes it
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = Second()
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+    model, x = Model(), torch.zeros(3, 4)
+    (router,) = find_routers(model)
+    assert (router.module, router.position, router.owner) == (model.gate, 1, Model)
+    with RouterLoss([router], 1, 1.0).recorded() as logits:
+        model.gate(x)
+    assert logits[0] is x
+
+
 def test_internvl_with_experts_has_the_loss() -> None:
     routers = make_router_loss(internvl_moe(), None, print)
     assert routers is not None

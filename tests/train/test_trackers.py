@@ -47,6 +47,8 @@ def test_tensorboard_has_all_values(run: Any, tmp_path: Path) -> None:
     assert set(events.Tags()["scalars"]) >= {f"train/{name}" for name in first}
     (accuracy,) = events.Scalars("eval/reward_accuracy")
     assert (accuracy.step, accuracy.value) == (2, pytest.approx(evaluation["eval_reward_accuracy"]))
+    (settings,) = (tmp_path / "out" / "mpo_ext").rglob("hparams.yml")
+    assert "optim.batch_size: 4\n" in settings.read_text()
 
 
 def test_wandb_has_all_values_offline(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
