@@ -12,8 +12,8 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "iterate",
         help="repeat sampling, training and evaluation for several rounds",
         description="Runs rounds of on-policy MPO as a recipe says: each round samples pairs from the newest model, "
-        "trains it on them and evaluates it. The same command resumes an interrupted run. The page OUTPUT/iterate.html "
-        "shows the rounds.",
+        "trains it on them and evaluates it. The same command resumes an interrupted run. The page "
+        "OUTPUT/iterate.html shows the rounds.",
     )
     add_recipe(parser)
     parser.add_argument(

@@ -14,6 +14,7 @@ SOURCE = "$source"
 # Keys of `Pair.source` for the turns of a prompt or response that has more than one turn.
 PROMPT_TURNS, CHOSEN_TURNS, REJECTED_TURNS = "messages", "chosen_messages", "rejected_messages"
 TURNS = (PROMPT_TURNS, CHOSEN_TURNS, REJECTED_TURNS)
+_ENCODER = json.JSONEncoder(ensure_ascii=True, sort_keys=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,12 +59,7 @@ class Pair:
             check_text(name, value)
         if not isinstance(self.images, tuple):
             raise TypeError(f"images must be a tuple of paths, got {type_and_value(self.images)}")
-        for index, image in enumerate(self.images):
-            if not isinstance(image, str):
-                raise TypeError(f"images[{index}] must be a str, got {type_and_value(image)}")
-            if not image or "\0" in image:
-                raise ValueError(f"images[{index}] must be a path, got {type_and_value(image)}")
-            check_text(f"images[{index}]", image)
+        _check_paths(self.images)
         if self.answer_gt is not None:
             if not isinstance(self.answer_gt, str):
                 raise TypeError(f"answer_gt must be a str or None, got {type_and_value(self.answer_gt)}")
@@ -80,6 +76,20 @@ class Pair:
     def source(self) -> dict[str, Any]:
         """The value of ``extra["$source"]``; empty if no reader set it."""
         return self.extra.get(SOURCE, {})
+
+    def with_images(self, images: tuple[str, ...]) -> "Pair":
+        """Returns the pair with other image paths; the other fields, which are checked already, are shared.
+
+        Raises:
+            TypeError: If a path is not a str.
+            ValueError: If a path is empty, has a NUL character, or cannot be written as UTF-8.
+        """
+        _check_paths(images)
+        pair = object.__new__(Pair)
+        for name in ("question", "chosen", "rejected", "answer_gt", "provenance", "extra"):
+            object.__setattr__(pair, name, getattr(self, name))
+        object.__setattr__(pair, "images", images)
+        return pair
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the pair as a dict for JSON; ``provenance`` and ``extra`` are shared, not copied."""
@@ -121,5 +131,14 @@ class Pair:
         """Returns a hash of the prompt, the responses and the image paths; it is the same in every run everywhere."""
         turns = {name: self.source[name] for name in TURNS if name in self.source}
         parts = [self.question, self.chosen, self.rejected, *self.images, *([turns] if turns else [])]
-        text = json.dumps(parts, ensure_ascii=True, sort_keys=True)
+        text = _ENCODER.encode(parts)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _check_paths(images: tuple[str, ...]) -> None:
+    for index, image in enumerate(images):
+        if not isinstance(image, str):
+            raise TypeError(f"images[{index}] must be a str, got {type_and_value(image)}")
+        if not image or "\0" in image:
+            raise ValueError(f"images[{index}] must be a path, got {type_and_value(image)}")
+        check_text(f"images[{index}]", image)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class PairSource:
         subsets: Subsets of a meta file, by name; empty for the other formats.
         on_pair: Function that is called with each pair, after its image paths are made absolute; None: no call.
         is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
+        selected: Indices of the lines that ``scan`` and ``scan_for`` visit, ascending; None: all lines.
     """
 
     path: str
@@ -41,6 +42,12 @@ class PairSource:
     subsets: dict[str, MMPRSubset]
     on_pair: Callable[[Pair], object] | None = None
     is_dataset: bool = False
+    selected: Sequence[int] | None = None
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Indices of the lines that ``scan`` visits."""
+        return range(len(self.pairs)) if self.selected is None else self.selected
 
     @property
     def files(self) -> list[str]:
@@ -50,7 +57,7 @@ class PairSource:
 
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
         """Yields the location of every line, with the line's pair (its image paths are absolute) or a BadLine."""
-        return map(self.read, range(len(self.pairs)))
+        return map(self.read, map(int, self.indices))
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
         """Returns the location of the line at an index, with its pair or a BadLine, as ``scan`` yields them."""
@@ -64,7 +71,7 @@ class PairSource:
         Otherwise, it becomes absolute.
         """
         folder = os.path.realpath(folder)
-        for index in range(len(self.pairs)):
+        for index in map(int, self.indices):
             where, images, pair = self._read(index)
             if not isinstance(pair, BadLine) and images != pair.images:
                 is_root = folder == real_path(self.root)
@@ -72,7 +79,7 @@ class PairSource:
                     image if is_root or os.path.isabs(image) else path_from(folder, path)
                     for image, path in zip(images, pair.images, strict=True)
                 )
-                pair = dataclasses.replace(pair, images=tuple(relative))
+                pair = pair.with_images(tuple(relative))
             yield where, pair
 
     def _read(self, index: int) -> tuple[Location, tuple[str, ...], Pair | BadLine]:
@@ -84,7 +91,7 @@ class PairSource:
             return where, (), bad
         images = pair.images
         if not all(map(os.path.isabs, images)):
-            pair = dataclasses.replace(pair, images=tuple(absolute_path(image, self.root) for image in images))
+            pair = pair.with_images(tuple(absolute_path(image, self.root) for image in images))
         if self.on_pair is not None:
             self.on_pair(pair)
         subset = pair.source.get("subset")

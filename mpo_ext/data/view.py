@@ -7,19 +7,20 @@ import io
 import json
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mpo_ext.checks import check_integer
 from mpo_ext.data.messages import prompt_text
-from mpo_ext.data.reader import BadLine, Skipped
+from mpo_ext.data.picks import Picks, pair_digest
+from mpo_ext.data.reader import BadLine, Location, Skipped
 from mpo_ext.data.records import SOURCE, Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.files import check_outputs
 from mpo_ext.images import ImageError, describe_source, is_remote, is_url, load_image
 from mpo_ext.report import save_page
 
-_TEMPLATE = "pairs_view.html.j2"
+TEMPLATE = "pairs_view.html.j2"
 
 
 def write_view(
@@ -61,18 +62,19 @@ def write_view(
     ):
         check_integer(name, value, least=least)
     check_outputs("path", [path], inputs=source.files)
-    total = len(source.pairs)
-    drawn = range(total) if total <= limit else sorted(random.Random(seed).sample(range(total), limit))
+    total = len(source.indices)
+    drawn: Sequence[int] = range(total)
+    if total > limit:
+        drawn = sorted(random.Random(seed).sample(range(total), limit))
     images, skipped = Thumbnails(thumbnail, image_budget), Skipped()
     pairs: list[dict[str, Any]] = []
-    for index in drawn:
+    for place in drawn:
+        index = int(source.indices[place])
         where, pair = source.read(index)
         if isinstance(pair, BadLine):
             skipped.add(pair)
         else:
-            pairs.append(
-                _entry(pair, where.subset, f"{os.path.basename(where.file)}:{where.line}", images, max_characters)
-            )
+            pairs.append(page_entry(index, where, pair, images.add, max_characters))
     notes = [] if total <= limit else [f"{limit:,} of {total:,} lines, drawn at random with seed {seed}."]
     notes += [line.strip() for line in skipped.lines()]
     if images.omitted:
@@ -82,10 +84,11 @@ def write_view(
         "notes": notes,
         "subsets": count_names(pair["subset"] for pair in pairs),
         "pipelines": count_names(pair["pipeline"] for pair in pairs),
-        "data": script_json({"pairs": pairs, "images": images.uris}),
+        "is_served": False,
+        "data": script_json({"pairs": pairs, "images": images.uris, "picks": empty_picks(source)}),
     }
     values["nonce"] = hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
-    save_page(path, _TEMPLATE, values)
+    save_page(path, TEMPLATE, values)
     return len(pairs), skipped
 
 
@@ -94,15 +97,33 @@ def count_names(names: Iterable[str]) -> list[tuple[str, int]]:
     return sorted(collections.Counter(name for name in names if name).items())
 
 
-def _entry(pair: Pair, subset: str, where: str, images: "Thumbnails", max_characters: int) -> dict[str, Any]:
+def empty_picks(source: PairSource) -> dict[str, Any]:
+    """Returns the content of a file of picks without pairs, to which the page adds the picked pairs."""
+    return Picks(os.fspath(source.path), len(source.pairs), {}).to_dict()
+
+
+def page_entry(
+    index: int, where: Location, pair: Pair, add_image: Callable[[str], dict[str, Any]], max_characters: int
+) -> dict[str, Any]:
+    """Returns the values of a pair for the page.
+
+    Args:
+        index: Index of the line in the source.
+        where: Place of the pair.
+        pair: The pair.
+        add_image: Returns the values of an image path for the page.
+        max_characters: Maximum number of characters of a text.
+    """
     shared, cut = _shared(pair.chosen, pair.rejected), _cut(pair)
     rest = {name: value for name, value in pair.extra.items() if name != SOURCE}
     more = {name: part for name, part in (("provenance", pair.provenance), ("extra", rest)) if part}
     entry: dict[str, Any] = {
-        "subset": subset,
-        "where": where,
+        "index": index,
+        "digest": pair_digest(pair),
+        "subset": where.subset,
+        "where": f"{os.path.basename(where.file)}:{where.line}",
         "pipeline": str(pair.provenance.get("pipeline", ""))[:100],
-        "images": [images.add(image) for image in pair.images],
+        "images": [add_image(image) for image in pair.images],
         "shared": _utf16(pair.chosen[: min(shared, max_characters)]),
         "cut": None if cut is None else _utf16(pair.chosen[: min(cut, max_characters)]),
         "answer": None if pair.answer_gt is None else cut_text(pair.answer_gt, max_characters),
@@ -155,7 +176,15 @@ def make_thumbnail(source: str, size: int) -> Any:
     return image
 
 
-def _name(path: str) -> str:
+def jpeg_thumbnail(source: str, size: int) -> bytes:
+    """Returns the thumbnail of an image as a JPEG file."""
+    buffer = io.BytesIO()
+    make_thumbnail(source, size).save(buffer, format="JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def image_name(path: str) -> str:
+    """Returns the name of an image for the page: the name of its file, or a description of a URL."""
     return describe_source(path if is_url(path) else os.path.basename(path))
 
 
@@ -180,7 +209,7 @@ class Thumbnails:
     def add(self, path: str) -> dict[str, Any]:
         """Returns the image's name and its index in ``uris``, or its name and the reason why it has no data URI."""
         if path not in self._entries:
-            self._entries[path] = {"name": _name(path), **self._make(path)}
+            self._entries[path] = {"name": image_name(path), **self._make(path)}
         return self._entries[path]
 
     def _make(self, path: str) -> dict[str, Any]:
@@ -192,14 +221,12 @@ class Thumbnails:
         if is_remote(path):
             return {"problem": "a URL, not fetched"}
         try:
-            small = make_thumbnail(path, self._size)
+            content = jpeg_thumbnail(path, self._size)
         except FileNotFoundError:
             return {"problem": "missing"}
         except ImageError as error:
             return {"problem": f"broken: {error}"}
-        buffer = io.BytesIO()
-        small.save(buffer, format="JPEG", quality=80)
-        uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        uri = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
         if len(uri) > self._budget:
             self._budget = 0
             self.omitted += 1

@@ -1,7 +1,6 @@
 """The results of a run of several rounds (``rounds.json``), and the page that shows them."""
 
 import base64
-import collections
 import importlib.util
 import json
 import os
@@ -59,11 +58,12 @@ def read_json(path: Path) -> Any:
 
 def _question_accuracies(path: Path) -> dict[tuple[str, str], dict[int, float]]:
     """Returns the share of correct responses to each question, by data and prompt and by index of the question."""
-    right: dict[tuple[str, str], dict[int, list[bool]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    right: dict[tuple[str, str], dict[int, list[bool]]] = {}
     with open(path, encoding="utf-8") as file:
         for line in map(json.loads, file):
             if "problem" not in line:
-                right[line["data"], line["prompt"]][line["index"]].append(line["correct"])
+                questions = right.setdefault((line["data"], line["prompt"]), {})
+                questions.setdefault(line["index"], []).append(line["correct"])
     return {
         case: {index: sum(values) / len(values) for index, values in questions.items()}
         for case, questions in right.items()
@@ -197,19 +197,20 @@ def _picture(results: Mapping[str, Any]) -> str:
     """Returns a picture of accuracy, pairs and reward accuracy per round as a data URL."""
     rounds = results["rounds"]
     numbers = [values["round"] for values in rounds]
-    lines: dict[str, list[tuple[int, float]]] = {}
+    accuracies: dict[str, list[tuple[int, float]]] = {}
     pairs: dict[str, list[tuple[int, float]]] = {}
     rewards: list[tuple[int, float]] = []
     for values in rounds:
         for row in values["accuracy"]:
             if row["accuracy"] is not None:
-                lines.setdefault(f"{row['data']}, {row['prompt']}", []).append((values["round"], 100 * row["accuracy"]))
+                name = f"{row['data']}, {row['prompt']}"
+                accuracies.setdefault(name, []).append((values["round"], 100 * row["accuracy"]))
         for source in values.get("sources", []):
             name = f"{source['pipeline']}, {Path(source['path']).stem}"
             pairs.setdefault(name, []).append((values["round"], source["pairs"]))
         if "reward_accuracy" in values.get("training", {}):
             rewards.append((values["round"], 100 * values["training"]["reward_accuracy"]))
-    panels = [Panel("Accuracy", "round", "%", _lines(lines)), Panel("Pairs", "round", "pairs", _lines(pairs))]
+    panels = [Panel("Accuracy", "round", "%", _lines(accuracies)), Panel("Pairs", "round", "pairs", _lines(pairs))]
     if rewards:
         panels.append(Panel("Reward accuracy in training", "round", "%", _lines({"reward accuracy": rewards})))
     with tempfile.TemporaryDirectory() as folder:
