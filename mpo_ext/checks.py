@@ -126,7 +126,7 @@ def check_json(name: str, value: object) -> None:
             if not key.isascii():
                 check_text(f"{name}: a key", key)
             # Millions of values are checked, and most are simple: only a value that may be wrong gets its dotted name.
-            if type(part) is str and part.isascii() or type(part) is int or part is None:
+            if (type(part) is str and part.isascii()) or type(part) is int or part is None:
                 continue
             check_json(f"{name}.{key}", part)
     elif isinstance(value, list):
