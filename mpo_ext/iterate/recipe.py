@@ -69,6 +69,15 @@ def _to_data(value: Any) -> Any:
     return named
 
 
+def _check_matcher(settings: Mapping[str, Any]) -> None:
+    from mpo_ext.answers import matcher
+
+    try:
+        matcher(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"matcher: {error}") from error
+
+
 @section
 class QuestionsRecipe:
     """Settings of the questions that a pipeline samples from.
@@ -124,6 +133,7 @@ class CorrectnessRecipe:
     max_pairs: PositiveCount | None = None
 
     def __post_init__(self) -> None:
+        _check_matcher(self.matcher)
         _ = self.pipeline(0)  # checks the values
 
     def pipeline(self, seed: int) -> Any:
@@ -165,6 +175,7 @@ class DropoutNTPRecipe:
     max_pairs: PositiveCount | None = None
 
     def __post_init__(self) -> None:
+        _check_matcher(self.matcher)
         _ = self.pipeline(0)  # checks the values
 
     def pipeline(self, seed: int) -> Any:
@@ -275,15 +286,11 @@ class RoundEvaluationRecipe:
     limit: PositiveCount | None = None
 
     def __post_init__(self) -> None:
-        from mpo_ext.answers import matcher
         from mpo_ext.evaluate.scoring import EvaluationConfig
 
+        _check_matcher(self.matcher)
         names = ("prompts", "samples", "temperature", "top_k", "top_p", "max_new_tokens", "seed", "style", "matcher")
         _ = EvaluationConfig(**{name: getattr(self, name) for name in names}).evaluations()  # checks the values
-        try:
-            matcher(**self.matcher)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"matcher: {error}") from error
         if bad := [name for name in self.data if "=" in name or not name]:
             raise ValueError(f"data must have names without '=', got {bad[0]!r}")
 
