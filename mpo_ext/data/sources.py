@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mpo_ext.checks import check_choice
 from mpo_ext.data.containers import as_lines, cache_folder, is_parquet
 from mpo_ext.data.formats import FORMATS, ROW_READERS, Format, detect_columns, detect_lines
@@ -32,7 +34,7 @@ class PairSource:
         subsets: Subsets of a meta file, by name; empty for the other formats.
         on_pair: Function that is called with each pair, after its image paths are made absolute; None: no call.
         is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
-        selected: Indices of the lines that ``scan`` and ``scan_for`` visit, ascending; None: all lines.
+        selected: Indices ``[n]`` int64 of the lines that ``scan`` and ``scan_for`` visit, ascending; None: all lines.
     """
 
     path: str
@@ -42,10 +44,10 @@ class PairSource:
     subsets: dict[str, MMPRSubset]
     on_pair: Callable[[Pair], object] | None = None
     is_dataset: bool = False
-    selected: Sequence[int] | None = None
+    selected: np.ndarray | None = None
 
     @property
-    def indices(self) -> Sequence[int]:
+    def indices(self) -> Sequence[int] | np.ndarray:
         """Indices of the lines that ``scan`` visits."""
         return range(len(self.pairs)) if self.selected is None else self.selected
 

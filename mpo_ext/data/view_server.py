@@ -128,7 +128,8 @@ class PairServer(http.server.ThreadingHTTPServer):
             only_picked: Whether only picked pairs match.
         """
         indices = self.source.indices
-        query, entries, place = query.lower().strip(), [], max(start, 0)
+        query, place = query.lower().strip(), max(start, 0)
+        entries: list[dict[str, Any]] = []
         deadline_s = time.monotonic() + _SEARCH_S
         while place < len(indices) and len(entries) < _PER_PAGE and time.monotonic() < deadline_s:
             index = int(indices[place])
