@@ -100,7 +100,7 @@ def check_inputs(recipe: IterateRecipe) -> dict[str, dict[str, Any]]:
             source = open_items(path, limit=questions.limit, **roots)
             inputs[path] = {"items": source.count, "blake2b": source.digest}
     settings = recipe.evaluate
-    places: dict[str, Any] = {"limit": settings.limit, "image_root": settings.image_root, "root_map": settings.root_map}
+    places: dict[str, Any] = {name: getattr(settings, name) for name in ("limit", "image_root", "root_map")}
     for name, path in settings.data.items():
         if not Path(path).is_file():
             raise FileNotFoundError(f"evaluate.data.{name} must be a file of questions, got {path}: it does not exist")
