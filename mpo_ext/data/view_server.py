@@ -117,21 +117,24 @@ class PairServer(http.server.ThreadingHTTPServer):
         values["nonce"] = hashlib.blake2b(secrets.token_bytes(16), digest_size=16).hexdigest()
         return render_page(TEMPLATE, values)
 
-    def find(self, start: int, query: str, subset: str, *, only_picked: bool) -> dict[str, Any]:
+    def find(self, start: int, count: int, query: str, subset: str, *, only_picked: bool) -> dict[str, Any]:
         """Returns the next pairs that match, and the place in the source at which the search continues.
 
         Args:
             start: First place, from 0, in ``source.indices``.
+            count: Maximum number of pairs. A long search returns fewer, and at least one line is read.
             query: Text that the question, a response, the answer, the pipeline or the place of a pair must contain, in
                 any case; "" matches all lines, also bad lines.
             subset: Name of the subset; "" for all.
             only_picked: Whether only picked pairs match.
         """
         indices = self.source.indices
-        query, place = query.lower().strip(), max(start, 0)
+        query, place = query.lower().strip(), start
         entries: list[dict[str, Any]] = []
         deadline_s = time.monotonic() + _SEARCH_S
-        while place < len(indices) and len(entries) < _PER_PAGE and time.monotonic() < deadline_s:
+        while place < len(indices) and len(entries) < count:
+            if place > start and time.monotonic() > deadline_s:
+                break
             index = int(indices[place])
             place += 1
             if only_picked and index not in self.picks.digests:
@@ -186,7 +189,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(self.server.page().encode(), "text/html; charset=utf-8")
         elif name == "pairs":
             options = {"query": values.get("query", ""), "subset": values.get("subset", "")}
-            found = self.server.find(number(values, "start"), **options, only_picked=values.get("picked") == "1")
+            count = min(number(values, "count") or _PER_PAGE, _PER_PAGE)
+            found = self.server.find(
+                number(values, "start"), count, **options, only_picked=values.get("picked") == "1"
+            )
             self._answer_json(found)
         elif name == "image":
             self._try(lambda: self.server.image(number(values, "index"), number(values, "number")), "image/jpeg")

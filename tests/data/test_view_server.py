@@ -17,7 +17,7 @@ import pytest
 from mmpr_files import run_data
 from PIL import Image
 
-from mpo_ext.data import Pair, open_pairs, write_pairs
+from mpo_ext.data import Pair, open_pairs, view_server, write_pairs
 from mpo_ext.data.picks import Picks, pair_digest, read_picks, restrict
 from mpo_ext.data.view import write_view
 from mpo_ext.data.view_server import PairServer
@@ -163,7 +163,11 @@ def test_picks_of_other_lines_are_refused(pairs: Path, tmp_path: Path) -> None:
 
 
 @needs_node
-def test_the_served_page_searches_turns_pages_and_picks(pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("search_s", [0.5, 0.0], ids=["whole pages", "a line per request"])
+def test_the_served_page_searches_turns_pages_and_picks(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search_s: float
+) -> None:
+    monkeypatch.setattr(view_server, "_SEARCH_S", search_s)
     with served(pairs) as server:
         (tmp_path / "page.html").write_bytes(get(server.url)[1])
         steps = [["next"], ["back"], ["place", 91], ["search", "question 9"], ["pick", 0], ["only", True], ["save"]]

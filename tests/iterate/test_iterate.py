@@ -24,8 +24,14 @@ from mpo_ext.train.recipe import load_recipe
 pytest.importorskip("sklearn", reason="the images of digits need the extra demo")
 pytest.importorskip("jinja2", reason="the page needs the extra data")
 
-KILLS = int(os.environ.get("MPO_KILLS", "3"))
 SEED = os.environ.get("MPO_KILLS", "0")
+#: Files that the stages of a round write while they run.
+STAGE_FILES = (
+    "out/round-{}/correctness/journal-*.jsonl",
+    "out/round-{}/dropout-ntp/journal-*.jsonl",
+    "out/round-{}/train/log.jsonl",
+    "out/round-{}/evaluation/journals/*/*/journal-*.jsonl",
+)
 #: Numbers of rounds of the killed run, one after the other; the second is a run of one round that is continued.
 ROUNDS = (1, 2) if "MPO_KILLS" in os.environ else (1,)
 LIMIT_S = 550
@@ -86,6 +92,17 @@ def contents(out: Path) -> dict[str, bytes]:
     return files
 
 
+def kill_when(cwd: Path, pattern: str, delay_s: float, *words: str) -> None:
+    """Starts the command, and kills it ``delay_s`` after a file of the pattern exists; fails if the command ends."""
+    process = start(cwd, *words)
+    while not any(path.stat().st_size for path in cwd.glob(pattern)):
+        assert process.poll() is None, f"{pattern}: {process.communicate()[0]}"
+        time.sleep(0.01)
+    time.sleep(delay_s)
+    process.kill()
+    process.communicate()
+
+
 def losses(out: Path, number: int) -> list[dict[str, Any]]:
     lines = (out / f"round-{number}" / "train" / "log.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in TIMING} for line in lines]
@@ -141,22 +158,14 @@ def test_the_page_shows_the_rounds_and_links_to_existing_files(whole: Path) -> N
 
 
 def test_a_run_that_is_killed_anywhere_gives_the_same_bytes(folder: Path, whole: Path, tmp_path: Path) -> None:
-    """Kills the command at random moments, which ends its stages; with MPO_KILLS, also raises the number of rounds."""
+    """Kills the command in each stage, which ends the stage, too; with MPO_KILLS, also raises the number of rounds."""
     name = write_recipe(folder, tmp_path)
     rng = random.Random(SEED)
-    kills = 0
     for rounds in ROUNDS:
-        while True:
-            process = start(tmp_path, name, f"rounds={rounds}")
-            try:
-                text, _ = process.communicate(timeout=rng.uniform(2, 25) if kills < KILLS * rounds else LIMIT_S)
-                break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                kills += 1
-        assert process.returncode == 0, text
-    assert kills
+        for pattern in STAGE_FILES:
+            kill_when(tmp_path, pattern.format(rounds), rng.uniform(0, 0.3), name, f"rounds={rounds}")
+        status, text = run(tmp_path, name, f"rounds={rounds}")
+        assert status == 0, text
     one, other = contents(tmp_path / "out"), contents(whole)
     if rounds == 1:  # the page and the results of two rounds differ
         one, other = (
