@@ -17,7 +17,7 @@ DEV_EXTRAS ?= dev
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook demo-start vllm-check video-check gpu-dry clean
+.PHONY: demo test lint docs bench bench-pairs sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook demo-start vllm-check video-check gpu-dry clean
 
 # An interrupted demo resumes. DEMO_ARGS="--seeds 5" runs it with five seeds.
 demo: $(VENV)/.demo
@@ -52,6 +52,10 @@ docs: $(BIN)/python
 # of README.md and docs/.
 bench: $(VENV)/.bench $(VENV)/.native
 	$(BIN)/python -m benchmarks --docs
+
+# Measures the commands that read files of pairs on a million pairs, with text only and with an image: about ten minutes.
+bench-pairs: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.pair_files
 
 # Compares the token ids of the families of models in tests/zoo with those that TRL makes.
 zoo-trl: $(VENV)/.dev $(VENV)/.native

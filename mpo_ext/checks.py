@@ -127,7 +127,11 @@ def check_json(name: str, value: object) -> None:
         for key, part in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"{name} must have keys of type str, got {type_and_value(key)}")
-            check_text(f"{name}: a key", key)
+            if not key.isascii():
+                check_text(f"{name}: a key", key)
+            # Millions of values are checked, and most are simple: only a value that may be wrong gets its dotted name.
+            if (type(part) is str and part.isascii()) or type(part) is int or part is None:
+                continue
             check_json(f"{name}.{key}", part)
     elif isinstance(value, list):
         for index, part in enumerate(value):

@@ -175,3 +175,7 @@ class FileLock:
 
     def __exit__(self, *error: object) -> None:
         os.close(self._file)
+
+    def fileno(self) -> int:
+        """Returns the descriptor of the held lock; a process that inherits it holds the lock, too."""
+        return self._file

@@ -133,10 +133,16 @@ def _draw_line(axes: Any, line: Line) -> None:
 
 
 def save_page(path: str | os.PathLike[str], template: str, values: Mapping[str, Any]) -> None:
-    """Writes a page from a template in ``mpo_ext/templates`` with jinja2.
+    """Writes the page of ``render_page`` to ``path``."""
+    page = render_page(template, values)
+    with atomic_write(path) as file:
+        file.write(page.encode())
+
+
+def render_page(template: str, values: Mapping[str, Any]) -> str:
+    """Returns a page from a template in ``mpo_ext/templates``, with jinja2.
 
     Args:
-        path: Path of the page.
         template: File name of the template.
         values: Variables of the template; all values except Markup are escaped.
     """
@@ -149,9 +155,7 @@ def save_page(path: str | os.PathLike[str], template: str, values: Mapping[str, 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template).render(**values)
-    with atomic_write(path) as file:
-        file.write(page.encode())
+    return environment.get_template(template).render(**values)
 
 
 def is_page(path: str | os.PathLike[str]) -> bool:

@@ -21,7 +21,8 @@ ALLOWED = {
     "evaluate": {"answers", "data", "generate", "loss"},
     "demo": {"answers", "data", "evaluate", "generate", "loss", "train"},
     "convert": set(),
-    "cli": {"answers", "convert", "data", "demo", "evaluate", "generate", "loss", "ops", "plan", "train"},
+    "iterate": {"answers", "evaluate", "generate", "train"},
+    "cli": {"answers", "convert", "data", "demo", "evaluate", "generate", "iterate", "loss", "ops", "plan", "train"},
     "kernels": set(),
     **{name: set() for name in GROUND},
 }

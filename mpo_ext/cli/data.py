@@ -47,6 +47,10 @@ def _add_command(commands: Any, name: str, text: str, run: Command) -> argparse.
     parser.add_argument("--split", help="split of a dataset that has several")
     parser.add_argument("--revision", help="branch, tag or commit of a dataset of the Hugging Face hub")
     parser.add_argument("--config", help="configuration of a dataset of the Hugging Face hub that has several")
+    text = "use only the pairs that were picked on a page of 'data view'; FILE is its file of picks"
+    picks = parser.add_mutually_exclusive_group()
+    picks.add_argument("--picked", type=Path, metavar="FILE", help=text)
+    picks.add_argument("--not-picked", type=Path, metavar="FILE", help="use all lines except the picked pairs")
     text = "field that is removed from each row before it is read; may be repeated"
     parser.add_argument("--ignore", action="append", default=[], metavar="FIELD", help=text)
     parser.add_argument(
@@ -95,15 +99,20 @@ def _add_convert(commands: Any) -> None:
 
 
 def _add_view(commands: Any) -> None:
-    parser = _add_command(commands, "view", "write an HTML page of the pairs", _view)
-    parser.add_argument("--out", type=Path, default=Path("pairs.html"), help="path of the page (default: pairs.html)")
+    parser = _add_command(commands, "view", "write an HTML page of the pairs, or serve it", _view)
+    parser.add_argument("--out", type=Path, help="path of the page (default: pairs.html)")
     parser.add_argument("--title", help="title of the page (default: PATH)")
     text = "maximum number of pairs; if there are more, they are drawn at random (default: 2000)"
-    parser.add_argument("--limit", type=at_least(1), default=2000, help=text)
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the draw (default: 0)")
+    parser.add_argument("--limit", type=at_least(1), help=text)
+    parser.add_argument("--seed", type=at_least(0), help="seed of the draw (default: 0)")
     parser.add_argument(
         "--thumbnail", type=at_least(0), default=320, help="largest side of an image, 0 for none (default: 320)"
     )
+    text = "serve a page of all pairs on 127.0.0.1 until Ctrl-C, for files of any size"
+    parser.add_argument("--serve", action="store_true", help=text)
+    parser.add_argument("--port", type=at_least(0), help="with --serve: number of the port (default: a free port)")
+    text = "with --serve: file for the pairs that are picked on the page (default: picked.json)"
+    parser.add_argument("--pick-into", type=Path, metavar="FILE", help=text)
 
 
 def _open(args: argparse.Namespace) -> Any:
@@ -111,7 +120,12 @@ def _open(args: argparse.Namespace) -> Any:
 
     names = ("format", "root", "image_dir", "max_line_bytes", "split", "revision", "config", "ignore")
     settings = {name: getattr(args, name) for name in names}
-    return open_pairs(args.path, root_map=root_map(args), **settings)
+    source = open_pairs(args.path, root_map=root_map(args), **settings)
+    if args.picked is None and args.not_picked is None:
+        return source
+    from mpo_ext.data.picks import read_picks, restrict
+
+    return restrict(source, read_picks(args.picked or args.not_picked), keep=args.picked is not None)
 
 
 def _open_with_warning(args: argparse.Namespace) -> tuple[Any, Callable[[Any], None]]:
@@ -147,7 +161,7 @@ def _check(args: argparse.Namespace) -> int:
     _check_json_report(args, source)
     length, unit = token_counter(args.tokenizer)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("check", total=len(source.pairs))
+        task = progress.add_task("check", total=len(source.indices))
         report = check_pairs(
             source, images=args.images, keep=args.examples, length=length, on_line=lambda: progress.advance(task)
         )
@@ -222,17 +236,44 @@ def _convert(args: argparse.Namespace) -> int:
 
 @command("data view", extra="data", failure=2)
 def _view(args: argparse.Namespace) -> int:
+    _check_view_options(args)
+    if args.serve:
+        return _serve(args)
     from mpo_ext.data.view import write_view
     from mpo_ext.files import check_outputs
     from mpo_ext.report import is_page
 
     source, warn = _open_with_warning(args)
-    check_outputs("--out", [args.out], inputs=source.files, is_ours=is_page(args.out))
+    out = args.out or Path("pairs.html")
+    check_outputs("--out", [out], inputs=source.files, is_ours=is_page(out))
     count, skipped = write_view(
-        args.out, source, title=args.title, limit=args.limit, seed=args.seed, thumbnail=args.thumbnail
+        out, source, title=args.title, limit=args.limit or 2000, seed=args.seed or 0, thumbnail=args.thumbnail
     )
-    print(f"wrote {count:,} of {len(source.pairs):,} pairs to {args.out}")
+    print(f"wrote {count:,} of {len(source.indices):,} pairs to {out}")
     warn(skipped)
+    return 0
+
+
+def _check_view_options(args: argparse.Namespace) -> None:
+    """Raises ValueError if an option is given that has no effect with, or without, ``--serve``."""
+    names, state = (("out", "limit", "seed"), "with") if args.serve else (("port", "pick_into"), "without")
+    for name in names:
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} must be left out {state} --serve, got {value}")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from mpo_ext.data.view_server import PairServer
+
+    source = _open(args)
+    picks_path = args.pick_into or Path("picked.json")
+    options = {"picks_path": picks_path, "title": args.title, "thumbnail": args.thumbnail}
+    with PairServer(source, port=args.port or 0, **options) as server:
+        print(f"{len(source.indices):,} lines at {server.url} (Ctrl-C ends; picks are in {picks_path})", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print(f"{len(server.picks.digests):,} pairs are picked", file=sys.stderr)
     return 0
 
 

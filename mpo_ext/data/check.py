@@ -123,7 +123,7 @@ def check_pairs(
         report.add(Finding("duplicate", where, f"the same images, question and responses as {first}"), keep)
     for name, subset in source.subsets.items():
         lines = report.stats[name].pairs + report.stats[name].skipped
-        if subset.length is not None and subset.length != lines:
+        if subset.length is not None and subset.length != lines and source.selected is None:
             message = f"length must be the number of lines, {lines:,}, got {subset.length:,}"
             report.add(Finding("wrong length", Location(name, source.path, 1), message), keep)
     return report

@@ -175,7 +175,9 @@ def parse_object(text: str) -> dict[str, Any]:
         TypeError: If the text is JSON but not an object.
         ValueError: If the text is not JSON (json.JSONDecodeError), a field is repeated, or a number is not finite.
     """
-    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+    if text.startswith("\ufeff"):  # json.loads refuses it, too
+        raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
+    value = _DECODER.decode(text)
     if not isinstance(value, dict):
         raise TypeError(f"a line must hold an object, got {type(value).__name__} {text[:60]!r}")
     if is_nested_deeply(value):
@@ -196,6 +198,9 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise FieldError(f"numbers must be finite, got {text[:40]}", kind="bad JSON")
     return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
 
 
 def dump_line(values: Mapping[str, Any], *, ensure_ascii: bool = False) -> bytes:

@@ -236,13 +236,14 @@ class _LineParser:
             extra["provenance"], provenance = provenance, {}
         if line.isascii() and "\\u" in line:
             source["ascii"] = True
+        extra[SOURCE] = source
         pair = Pair(
             values["question"], values["chosen"], values["rejected"], images, answer, provenance, extra, inside,
             tuple(resolve_image(image, self.root) for image in rejected),
         )  # fmt: skip
         if list(values) != list(_line(pair, relative, source, self.root)):
             source["fields"] = list(values)
-        return dataclasses.replace(pair, extra={**extra, SOURCE: source})
+        return pair
 
 
 def _images(values: Mapping[str, Any]) -> tuple[list[str], str]:

@@ -17,6 +17,7 @@ PROMPT_TURNS, CHOSEN_TURNS, REJECTED_TURNS = "messages", "chosen_messages", "rej
 TURNS = (PROMPT_TURNS, CHOSEN_TURNS, REJECTED_TURNS)
 PROMPT_TOOLS = "tools"  # key of `Pair.source` for the functions that the assistant may call
 _OPTIONAL = ("videos", "rejected_images")  # fields that most pairs do not have, and that their lines then leave out
+_ENCODER = json.JSONEncoder(ensure_ascii=True, sort_keys=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,10 +117,23 @@ class Pair:
         return (*self.images, *self.rejected_images, *(path for video in self.videos for path in video.paths))
 
     def map_paths(self, change: Callable[[str], str]) -> "Pair":
-        """Returns the pair with ``change`` applied to each of ``media_paths``."""
-        images, rejected = tuple(map(change, self.images)), tuple(map(change, self.rejected_images))
-        videos = tuple(video.map_paths(change) for video in self.videos)
-        return dataclasses.replace(self, images=images, rejected_images=rejected, videos=videos)
+        """Returns the pair with ``change`` applied to each of ``media_paths``; the other fields are shared.
+
+        Raises:
+            TypeError: If a path is not a str.
+            ValueError: If a path is empty, has a NUL character, or cannot be written as UTF-8.
+        """
+        if self.rejected_images or self.videos:
+            images, rejected = tuple(map(change, self.images)), tuple(map(change, self.rejected_images))
+            videos = tuple(video.map_paths(change) for video in self.videos)
+            return dataclasses.replace(self, images=images, rejected_images=rejected, videos=videos)
+        images = tuple(map(change, self.images))
+        _check_images("images", images)
+        pair = object.__new__(Pair)  # the other fields are checked already
+        for field in _FIELDS:
+            object.__setattr__(pair, field, getattr(self, field))
+        object.__setattr__(pair, "images", images)
+        return pair
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the pair as a dict for JSON; ``provenance`` and ``extra`` are shared, not copied.
@@ -174,8 +188,11 @@ class Pair:
         parts = [self.question, self.chosen, self.rejected, *self.images, *([turns] if turns else [])]
         if self.videos or self.rejected_images:
             parts.append({"videos": [video.to_value() for video in self.videos], "rejected": self.rejected_images})
-        text = json.dumps(parts, ensure_ascii=True, sort_keys=True)
+        text = _ENCODER.encode(parts)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Pair))
 
 
 def _check_images(name: str, images: object) -> None:

@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mpo_ext.checks import check_choice
 from mpo_ext.data.containers import as_lines, cache_folder, is_parquet
@@ -32,6 +34,7 @@ class PairSource:
         subsets: Subsets of a meta file, by name; empty for the other formats.
         on_pair: Function that is called with each pair, after its image paths are made absolute; None: no call.
         is_dataset: Whether the pairs are rows of a dataset or of parquet files, which may store images as bytes.
+        selected: Indices ``[n]`` int64 of the lines that ``scan`` and ``scan_for`` visit, ascending; None: all lines.
     """
 
     path: str
@@ -41,6 +44,12 @@ class PairSource:
     subsets: dict[str, MMPRSubset]
     on_pair: Callable[[Pair], object] | None = None
     is_dataset: bool = False
+    selected: np.ndarray | None = None
+
+    @property
+    def indices(self) -> Sequence[int] | np.ndarray:
+        """Indices of the lines that ``scan`` visits."""
+        return range(len(self.pairs)) if self.selected is None else self.selected
 
     @property
     def files(self) -> list[str]:
@@ -50,7 +59,7 @@ class PairSource:
 
     def scan(self) -> Iterator[tuple[Location, Pair | BadLine]]:
         """Yields the location of every line, with the line's pair (its image paths are absolute) or a BadLine."""
-        return map(self.read, range(len(self.pairs)))
+        return map(self.read, map(int, self.indices))
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
         """Returns the location of the line at an index, with its pair or a BadLine, as ``scan`` yields them."""
@@ -64,7 +73,7 @@ class PairSource:
         Otherwise, it becomes absolute.
         """
         folder = os.path.realpath(folder)
-        for index in range(len(self.pairs)):
+        for index in map(int, self.indices):
             where, paths, pair = self._read(index)
             if not isinstance(pair, BadLine) and paths != pair.media_paths:
                 is_root = folder == real_path(self.root)

@@ -7,12 +7,13 @@ import io
 import json
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mpo_ext.checks import check_integer
 from mpo_ext.data.messages import prompt_text
-from mpo_ext.data.reader import BadLine, Skipped
+from mpo_ext.data.picks import Picks, pair_digest
+from mpo_ext.data.reader import BadLine, Location, Skipped
 from mpo_ext.data.records import SOURCE, Pair
 from mpo_ext.data.sources import PairSource
 from mpo_ext.files import check_outputs
@@ -20,8 +21,8 @@ from mpo_ext.images import ImageError, describe_source, is_remote, is_url, load_
 from mpo_ext.report import save_page
 from mpo_ext.videos import Video, describe_video, key_frames
 
-_TEMPLATE = "pairs_view.html.j2"
-_KEY_FRAMES = 4  # frames of a video that a page shows
+TEMPLATE = "pairs_view.html.j2"
+KEY_FRAMES = 4  # frames of a video that a page shows
 
 
 def write_view(
@@ -63,18 +64,19 @@ def write_view(
     ):
         check_integer(name, value, least=least)
     check_outputs("path", [path], inputs=source.files)
-    total = len(source.pairs)
-    drawn = range(total) if total <= limit else sorted(random.Random(seed).sample(range(total), limit))
+    total = len(source.indices)
+    drawn: Sequence[int] = range(total)
+    if total > limit:
+        drawn = sorted(random.Random(seed).sample(range(total), limit))
     images, skipped = Thumbnails(thumbnail, image_budget), Skipped()
     pairs: list[dict[str, Any]] = []
-    for index in drawn:
+    for place in drawn:
+        index = int(source.indices[place])
         where, pair = source.read(index)
         if isinstance(pair, BadLine):
             skipped.add(pair)
         else:
-            pairs.append(
-                _entry(pair, where.subset, f"{os.path.basename(where.file)}:{where.line}", images, max_characters)
-            )
+            pairs.append(page_entry(index, where, pair, images.of_pair(pair), max_characters))
     notes = [] if total <= limit else [f"{limit:,} of {total:,} lines, drawn at random with seed {seed}."]
     notes += [line.strip() for line in skipped.lines()]
     if images.omitted:
@@ -84,10 +86,11 @@ def write_view(
         "notes": notes,
         "subsets": count_names(pair["subset"] for pair in pairs),
         "pipelines": count_names(pair["pipeline"] for pair in pairs),
-        "data": script_json({"pairs": pairs, "images": images.uris}),
+        "is_served": False,
+        "data": script_json({"pairs": pairs, "images": images.uris, "picks": empty_picks(source)}),
     }
     values["nonce"] = hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
-    save_page(path, _TEMPLATE, values)
+    save_page(path, TEMPLATE, values)
     return len(pairs), skipped
 
 
@@ -96,19 +99,33 @@ def count_names(names: Iterable[str]) -> list[tuple[str, int]]:
     return sorted(collections.Counter(name for name in names if name).items())
 
 
-def _entry(pair: Pair, subset: str, where: str, images: "Thumbnails", max_characters: int) -> dict[str, Any]:
+def empty_picks(source: PairSource) -> dict[str, Any]:
+    """Returns the content of a file of picks without pairs, to which the page adds the picked pairs."""
+    return Picks(os.fspath(source.path), len(source.pairs), {}).to_dict()
+
+
+def page_entry(
+    index: int, where: Location, pair: Pair, images: Sequence[dict[str, Any]], max_characters: int
+) -> dict[str, Any]:
+    """Returns the values of a pair for the page.
+
+    Args:
+        index: Index of the line in the source.
+        where: Place of the pair.
+        pair: The pair.
+        images: Values of the pair's images and videos for the page.
+        max_characters: Maximum number of characters of a text.
+    """
     shared, cut = _shared(pair.chosen, pair.rejected), _cut(pair)
     rest = {name: value for name, value in pair.extra.items() if name != SOURCE}
     more = {name: part for name, part in (("provenance", pair.provenance), ("extra", rest)) if part}
     entry: dict[str, Any] = {
-        "subset": subset,
-        "where": where,
+        "index": index,
+        "digest": pair_digest(pair),
+        "subset": where.subset,
+        "where": f"{os.path.basename(where.file)}:{where.line}",
         "pipeline": str(pair.provenance.get("pipeline", ""))[:100],
-        "images": [
-            *map(images.add, pair.images),
-            *(_for_rejected(images.add(image)) for image in pair.rejected_images),
-            *(frame for video in pair.videos for frame in images.add_video(video)),
-        ],
+        "images": list(images),
         "shared": _utf16(pair.chosen[: min(shared, max_characters)]),
         "cut": None if cut is None else _utf16(pair.chosen[: min(cut, max_characters)]),
         "answer": None if pair.answer_gt is None else cut_text(pair.answer_gt, max_characters),
@@ -154,10 +171,6 @@ def script_json(value: Any) -> Any:
     return Markup(text)  # the loop escapes it
 
 
-def _for_rejected(entry: dict[str, Any]) -> dict[str, Any]:
-    return {**entry, "name": f"for rejected: {entry['name']}"}
-
-
 def make_thumbnail(source: Any, size: int) -> Any:
     """Returns an image as a PIL image with sides of at most ``size`` pixels, converted as for a model."""
     image = load_image(source)
@@ -165,7 +178,41 @@ def make_thumbnail(source: Any, size: int) -> Any:
     return image
 
 
-def _name(path: str) -> str:
+def jpeg_thumbnail(source: Any, size: int) -> bytes:
+    """Returns the thumbnail of an image as a JPEG file."""
+    buffer = io.BytesIO()
+    make_thumbnail(source, size).save(buffer, format="JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def jpeg_key_frames(video: Video, size: int) -> bytes:
+    """Returns the thumbnails of a video's key frames side by side, as a JPEG file."""
+    from PIL import Image
+
+    frames = [make_thumbnail(frame.copy(), size) for frame in key_frames(video, KEY_FRAMES).frames]
+    whole = Image.new("RGB", (sum(frame.width for frame in frames), max(frame.height for frame in frames)))
+    left = 0
+    for frame in frames:
+        whole.paste(frame, (left, 0))
+        left += frame.width
+    buffer = io.BytesIO()
+    whole.save(buffer, format="JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def media_names(pair: Pair) -> list[str]:
+    """Returns the names that a page shows for the images, the rejected images and the videos of a pair, in order."""
+    rejected = [f"for rejected: {image_name(image)}" for image in pair.rejected_images]
+    return [*map(image_name, pair.images), *rejected, *map(video_name, pair.videos)]
+
+
+def video_name(video: Video) -> str:
+    """Returns the name of a video for the page: the name of its file, or a description of its frames."""
+    return image_name(video.path) if video.path else describe_video(video)
+
+
+def image_name(path: str) -> str:
+    """Returns the name of an image for the page: the name of its file, or a description of a URL."""
     return describe_source(path if is_url(path) else os.path.basename(path))
 
 
@@ -191,19 +238,25 @@ class Thumbnails:
     def add(self, path: str) -> dict[str, Any]:
         """Returns the image's name and its index in ``uris``, or its name and the reason why it has no data URI."""
         if path not in self._entries:
-            self._entries[path] = {"name": _name(path), **self._make(path)}
+            self._entries[path] = {"name": image_name(path), **self._make(path)}
         return self._entries[path]
+
+    def of_pair(self, pair: Pair) -> list[dict[str, Any]]:
+        """Returns the entries of the images, the rejected images and the key frames of the videos of a pair."""
+        entries = [self.add(image) for image in (*pair.images, *pair.rejected_images)]
+        named = [{**entry, "name": name} for entry, name in zip(entries, media_names(pair), strict=False)]
+        return [*named, *(frame for video in pair.videos for frame in self.add_video(video))]
 
     def add_video(self, video: Video) -> list[dict[str, Any]]:
         """Returns the entries of the key frames of a video, each as ``add`` returns the entry of an image."""
         if video not in self._videos:
-            name = _name(video.path) if video.path else describe_video(video)
-            loaded, problem = self._load(lambda: key_frames(video, _KEY_FRAMES))
+            name = video_name(video)
+            loaded, problem = self._load(lambda: key_frames(video, KEY_FRAMES))
             if problem is not None:
                 self._videos[video] = [{"name": name, "problem": problem}]
             else:
                 self._videos[video] = [
-                    {"name": f"{name} at {time:.1f} s", **self._store(make_thumbnail(frame.copy(), self._size))}
+                    {"name": f"{name} at {time:.1f} s", **self._store(jpeg_thumbnail(frame.copy(), self._size))}
                     for frame, time in zip(loaded.frames, loaded.times, strict=True)
                 ]
         return self._videos[video]
@@ -211,7 +264,7 @@ class Thumbnails:
     def _make(self, path: str) -> dict[str, Any]:
         if is_remote(path):
             return {"problem": "a URL, not fetched"}
-        image, problem = self._load(lambda: make_thumbnail(path, self._size))
+        image, problem = self._load(lambda: jpeg_thumbnail(path, self._size))
         return self._store(image) if problem is None else {"problem": problem}
 
     def _load(self, load: Callable[[], Any]) -> tuple[Any, str | None]:
@@ -228,11 +281,9 @@ class Thumbnails:
         except ImageError as error:
             return None, f"broken: {error}"
 
-    def _store(self, small: Any) -> dict[str, Any]:
-        """Stores a small image; returns its index, or the reason why there is no room for it."""
-        buffer = io.BytesIO()
-        small.save(buffer, format="JPEG", quality=80)
-        uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    def _store(self, content: bytes) -> dict[str, Any]:
+        """Stores a small JPEG file; returns its index, or the reason why there is no room for it."""
+        uri = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
         if len(uri) > self._budget:
             self._budget = 0
             self.omitted += 1

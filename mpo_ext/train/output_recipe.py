@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from mpo_ext.evaluate.scoring import EvaluationConfig
 
 
-def _to_matcher(value: Any) -> Any:
+def to_matcher(value: Any) -> Any:
+    """Converts the name of a matcher to a section with its ``kind``; other values are returned unchanged."""
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -39,7 +40,7 @@ class GenerationRecipe:
     every: Count = 0
     max_items: PositiveCount | None = None
     prompt: Text = "direct"
-    matcher: Annotated[dict[str, Any], BeforeValidator(_to_matcher)] = dataclasses.field(
+    matcher: Annotated[dict[str, Any], BeforeValidator(to_matcher)] = dataclasses.field(
         default_factory=lambda: {"kind": "vqa"}, hash=False
     )
     style: StrictStr | None = None

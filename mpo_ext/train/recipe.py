@@ -6,17 +6,16 @@ Each class defines a section of the file and the defaults of the settings that t
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import StrictBool, StrictStr
 
-from mpo_ext.checks import did_you_mean, shorten
+from mpo_ext.checks import did_you_mean
 from mpo_ext.loss.config import MPOConfig
 from mpo_ext.train.optim_recipe import OptimRecipe as OptimRecipe
 from mpo_ext.train.output_recipe import OutputRecipe as OutputRecipe
-from mpo_ext.train.recipe_file import apply_override, dump_yaml, parse_yaml
+from mpo_ext.train.recipe_file import dump_yaml, read_recipe_file
 from mpo_ext.train.settings import (
     MODEL_PARTS,
     NOT_EMPTY,
@@ -389,22 +388,5 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             incompatible. The message names the file, the setting with its section, the rule and the value.
         TypeError: If a value has the wrong type.
     """
-    source = os.fspath(path)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"recipe must exist, got {source}")
-    try:
-        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is a ValueError
-        raise ValueError(f"{source}: a recipe must be YAML: {error}") from error
-    if overrides:
-        source = f"{source} with {' '.join(overrides)}"
-    try:
-        if not isinstance(values, Mapping):
-            raise TypeError(f"a recipe must be a mapping of sections, got {shorten(values)}")
-        for override in overrides:
-            apply_override(values, override)
-        required: dict[str, Any] = {"model": {}, "data": {}, "output": {}}  # makes errors name the missing setting
-        return Recipe(**required | {str(name): value for name, value in values.items()})
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{source}: {error}") from error
+    required: dict[str, Any] = {"model": {}, "data": {}, "output": {}}  # makes errors name the missing setting
+    return read_recipe_file(path, overrides, lambda values: Recipe(**required | values))

@@ -2,10 +2,15 @@
 
 import functools
 import io
+import os
 import re
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from mpo_ext.checks import install_hint, shorten
+
+T = TypeVar("T")
 
 # Pattern and first characters of each type in YAML 1.2's core schema, in which 1_000 and 2024-11-15 are strings.
 _CORE_SCHEMA = {
@@ -20,6 +25,37 @@ _CORE_SCHEMA = {
 
 
 _MAX_VALUES, _MAX_DEPTH = 1_000_000, 50
+
+
+def read_recipe_file(
+    path: str | os.PathLike[str], overrides: Sequence[str], build: Callable[[dict[str, Any]], T]
+) -> T:
+    """Reads a YAML file, applies overrides ``KEY=VALUE``, and returns the recipe that ``build`` makes of the settings.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ImportError: If ruamel.yaml is not installed.
+        ValueError: If the file is not YAML, or ``build`` raises ValueError. The message names the file and overrides.
+        TypeError: If the file is not a mapping, or ``build`` raises TypeError.
+    """
+    source = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"recipe must exist, got {source}")
+    try:
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(f"{source}: a recipe must be YAML: {error}") from error
+    if overrides:
+        source = f"{source} with {' '.join(overrides)}"
+    try:
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a recipe must be a mapping of sections, got {shorten(values)}")
+        for override in overrides:
+            apply_override(values, override)
+        return build({str(name): value for name, value in values.items()})
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{source}: {error}") from error
 
 
 def parse_yaml(text: str) -> Any:

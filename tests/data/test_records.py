@@ -62,3 +62,16 @@ def test_the_key_depends_only_on_question_responses_and_images() -> None:
     keys |= {PAIR.key(), dataclasses.replace(PAIR, images=("x",)).key(), Pair("qc", "", "r").key()}
     assert len(keys) == 6
     assert len({PAIR, other}) == 2
+
+
+def test_other_images_change_nothing_else() -> None:
+    pair = Pair("q", "c", "r", ("a.png",), "7", {"seed": 1}, {"a": [1]})
+    assert pair.with_images(("b.png", "c.png")) == dataclasses.replace(pair, images=("b.png", "c.png"))
+    assert pair.images == ("a.png",)
+    for image, message in (
+        (7, "must be a str, got int 7"),
+        ("", "must be a path, got str ''"),
+        ("a\0", "must be a path"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"images\[0\] {message}"):
+            pair.with_images((image,))  # type: ignore[arg-type]

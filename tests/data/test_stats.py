@@ -1,6 +1,7 @@
 """Statistics of pairs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def test_stats_count_skipped_lines_with_reasons(broken: Path, capsys: pytest.Cap
 
 def test_words_are_counted_in_scripts_without_spaces() -> None:
     assert [count_words(text) for text in ("", " two  words\n", "两个人。", "见 fig 1", "한국")] == [0, 2, 4, 3, 2]
+
+
+def test_texts_without_these_scripts_have_the_words_of_the_expression() -> None:
+    every = [chr(code) for code in range(0x3000) if not 0xD800 <= code < 0xE000]
+    spaces = [character for character in every if re.fullmatch(r"\s", character)]
+    assert len(spaces) > 20
+    for character in [*every[:300], *spaces, "\u200b", "\ufeff", "\U0001f600"]:
+        for text in (f"a{character}b", f"{character}a b{character}", character):
+            assert count_words(text) == len(re.findall(r"\S+", text)), repr(text)
+    assert count_words("a\u2003\u4e24b\u00a0c") == 4
 
 
 def test_stats_count_tokens_of_a_tokenizer(mmpr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,99 @@
+"""Hand-picked pairs: the file in which a page of pairs stores them, and sources restricted to them."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from mpo_ext.checks import shorten
+from mpo_ext.data.reader import BadLine
+from mpo_ext.data.records import Pair
+from mpo_ext.data.sources import PairSource
+from mpo_ext.files import write_json
+
+FORMAT = "mpo_ext.picks/1"
+
+
+def pair_digest(pair: Pair) -> str:
+    """Returns a hash of a pair's texts, which does not depend on the paths of its images."""
+    texts = json.dumps([pair.question, pair.chosen, pair.rejected])
+    return hashlib.blake2b(texts.encode(), digest_size=8).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Picks:
+    """Picked pairs of a source.
+
+    Attributes:
+        source: Path of the source, for messages.
+        lines: Number of lines of the source.
+        digests: ``pair_digest`` of each picked pair, by the index of its line in the source.
+    """
+
+    source: str
+    lines: int
+    digests: dict[int, str]
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file of the picks atomically."""
+        write_json(path, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of the file."""
+        pairs = [{"index": index, "digest": self.digests[index]} for index in sorted(self.digests)]
+        return {"format": FORMAT, "source": self.source, "lines": self.lines, "pairs": pairs}
+
+
+def read_picks(path: str | os.PathLike[str]) -> Picks:
+    """Reads the file of the picks.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If a page of pairs has not written the file.
+    """
+    name = os.fspath(path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise ValueError(f"got {shorten(values)}")
+        digests = {pair["index"]: pair["digest"] for pair in values["pairs"]}
+        source, lines = values["source"], values["lines"]
+        if not all(type(index) is int and 0 <= index < lines and isinstance(digests[index], str) for index in digests):
+            raise ValueError("got an index outside the source")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"picked must be a file of picks that a page of 'mpo-ext data view' has written, got {name}: {error}"
+        ) from None
+    return Picks(str(source), lines, digests)
+
+
+def restrict(source: PairSource, picks: Picks, *, keep: bool = True) -> PairSource:
+    """Returns the source restricted to the picked pairs (``keep``) or to all other lines.
+
+    Raises:
+        ValueError: If the source does not have the lines from which the pairs were picked.
+    """
+    if len(source.pairs) != picks.lines:
+        raise ValueError(
+            f"picked must belong to {source.path}, which has {len(source.pairs):,} lines, got picks of "
+            f"{picks.lines:,} lines of {picks.source}"
+        )
+    for index, digest in sorted(picks.digests.items()):
+        where, pair = source.read(index)
+        if isinstance(pair, BadLine) or pair_digest(pair) != digest:
+            raise ValueError(
+                f"picked must belong to {source.path}, but another pair was picked at {where}: the file has changed "
+                "since"
+            )
+    return dataclasses.replace(source, selected=_selected(picks.digests, picks.lines, keep=keep))
+
+
+def _selected(indices: Collection[int], lines: int, *, keep: bool) -> np.ndarray:
+    is_picked = np.zeros(lines, dtype=bool)
+    is_picked[list(indices)] = True
+    return np.flatnonzero(is_picked if keep else ~is_picked)

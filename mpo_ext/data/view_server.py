@@ -1,0 +1,264 @@
+"""Serves the page of pairs on this machine: pairs and images are read when the page shows them, so files may be large.
+
+Only 127.0.0.1 can connect, and only with the secret part of the address, which differs from start to start.
+"""
+
+import hashlib
+import http.server
+import json
+import os
+import secrets
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from mpo_ext.checks import check_integer
+from mpo_ext.data.picks import Picks, pair_digest, read_picks, restrict
+from mpo_ext.data.reader import BadLine, Location
+from mpo_ext.data.records import Pair
+from mpo_ext.data.sources import PairSource
+from mpo_ext.data.view import (
+    TEMPLATE,
+    empty_picks,
+    jpeg_key_frames,
+    jpeg_thumbnail,
+    media_names,
+    page_entry,
+    script_json,
+)
+from mpo_ext.files import check_outputs
+from mpo_ext.images import ImageError, is_remote
+from mpo_ext.report import render_page
+from mpo_ext.videos import Video
+
+_HOST = "127.0.0.1"
+_PER_PAGE = 20
+_SEARCH_S = 0.5  # the longest time of one request of a search; the page then asks for the next lines
+_BODY_BYTES = 1000
+
+
+class PairServer(http.server.ThreadingHTTPServer):
+    """A server of the page of pairs, to be used as a context manager; ``serve_forever`` answers requests.
+
+    Args:
+        source: Pairs to show.
+        port: Number of the port; 0 takes a free port.
+        picks_path: File into which each picked pair is written at once. An existing file of picks is continued.
+        title: Title of the page; None: the path of the source.
+        thumbnail: Maximum side of an image in pixels; 0 omits the images.
+        max_characters: Maximum number of characters of a text; longer texts are cut, and the page marks them.
+
+    Attributes:
+        url: Address of the page, with its secret part.
+
+    Raises:
+        OSError: If the port is in use.
+        ValueError: If an argument is out of range, or ``picks_path`` holds picks of other pairs.
+        FileExistsError: If ``picks_path`` is not a file of picks.
+    """
+
+    daemon_threads = True
+
+    def __init__(
+        self,
+        source: PairSource,
+        *,
+        port: int = 0,
+        picks_path: str | os.PathLike[str] = "picked.json",
+        title: str | None = None,
+        thumbnail: int = 320,
+        max_characters: int = 20_000,
+    ) -> None:
+        for name, value in (("port", port), ("thumbnail", thumbnail)):
+            check_integer(name, value, least=0)
+        self.source, self.thumbnail, self.max_characters = source, thumbnail, max_characters
+        self.title = title or os.fspath(source.path)
+        self.picks_path = os.fspath(picks_path)
+        self.picks = self._open_picks()
+        self.lock = threading.Lock()
+        super().__init__((_HOST, port), _Handler)
+        self.token = secrets.token_urlsafe(16)
+        self.url = f"http://{_HOST}:{self.server_address[1]}/{self.token}/"
+
+    def _open_picks(self) -> Picks:
+        picks = Picks(os.fspath(self.source.path), len(self.source.pairs), {})
+        if not os.path.lexists(self.picks_path):
+            return picks
+        try:
+            known = read_picks(self.picks_path)
+        except ValueError:
+            check_outputs("picks", [self.picks_path], inputs=self.source.files, is_ours=False)
+            raise
+        restrict(self.source, known)  # raises if they belong to other pairs
+        return Picks(picks.source, picks.lines, dict(known.digests))
+
+    def read(self, index: int) -> tuple[Location, Pair | BadLine]:
+        """Returns a line of the source; threads of a dataset's reader do not run at the same time."""
+        with self.lock:
+            return self.source.read(index)
+
+    def pick(self, index: int, *, is_picked: bool) -> int:
+        """Adds a pair to the picks or removes it, writes the file of picks, and returns their number."""
+        _, pair = self.read(index)
+        if isinstance(pair, BadLine):
+            raise ValueError(f"index must be a pair, got {pair}")
+        with self.lock:
+            if is_picked:
+                self.picks.digests[index] = pair_digest(pair)
+            else:
+                self.picks.digests.pop(index, None)
+            self.picks.write(self.picks_path)
+            return len(self.picks.digests)
+
+    def page(self) -> str:
+        """Returns the page."""
+        values: dict[str, Any] = {
+            "title": self.title,
+            "notes": [f"Picked pairs are written to {self.picks_path} at once."],
+            "subsets": [(name, "") for name in self.source.subsets],
+            "pipelines": [],
+            "is_served": True,
+            "data": script_json({"pairs": [], "images": [], "picks": empty_picks(self.source)}),
+        }
+        values["nonce"] = hashlib.blake2b(secrets.token_bytes(16), digest_size=16).hexdigest()
+        return render_page(TEMPLATE, values)
+
+    def find(self, start: int, count: int, query: str, subset: str, *, only_picked: bool) -> dict[str, Any]:
+        """Returns the next pairs that match, and the place in the source at which the search continues.
+
+        Args:
+            start: First place, from 0, in ``source.indices``.
+            count: Maximum number of pairs. A long search returns fewer, and at least one line is read.
+            query: Text that the question, a response, the answer, the pipeline or the place of a pair must contain, in
+                any case; "" matches all lines, also bad lines.
+            subset: Name of the subset; "" for all.
+            only_picked: Whether only picked pairs match.
+        """
+        indices = self.source.indices
+        query, place = query.lower().strip(), start
+        entries: list[dict[str, Any]] = []
+        deadline_s = time.monotonic() + _SEARCH_S
+        while place < len(indices) and len(entries) < count:
+            if place > start and time.monotonic() > deadline_s:
+                break
+            index = int(indices[place])
+            place += 1
+            if only_picked and index not in self.picks.digests:
+                continue
+            where, pair = self.read(index)
+            if subset and where.subset != subset:
+                continue
+            if isinstance(pair, BadLine):
+                if not query:
+                    entries.append({"index": index, "bad": str(pair)})
+                continue
+            if query and query not in _text(where, pair):
+                continue
+            images = [{"name": name} for name in media_names(pair)]
+            entry = page_entry(index, where, pair, images, self.max_characters)
+            for number, image in enumerate(entry["images"]):
+                image["url"] = f"image?index={index}&number={number}"
+            entries.append(entry | {"picked": index in self.picks.digests})
+        return {"pairs": entries, "next": place, "total": len(indices), "picked": len(self.picks.digests)}
+
+    def image(self, index: int, number: int) -> bytes:
+        """Returns the thumbnail of an image or video of a pair, numbered as in ``media_names``.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        _, pair = self.read(index)
+        media = () if isinstance(pair, BadLine) else (*pair.images, *pair.rejected_images, *pair.videos)
+        if not 0 <= number < len(media):
+            raise ValueError("the pair does not have this image")
+        source = media[number]
+        if not self.thumbnail:
+            raise ValueError("omitted")
+        if isinstance(source, str) and is_remote(source):
+            raise ValueError("a URL, not fetched")
+        try:
+            if isinstance(source, Video):
+                return jpeg_key_frames(source, self.thumbnail)
+            return jpeg_thumbnail(source, self.thumbnail)
+        except FileNotFoundError:
+            raise ValueError("missing") from None
+        except (ImageError, OSError) as error:
+            raise ValueError(f"broken: {error}") from None
+
+
+def _text(where: Location, pair: Pair) -> str:
+    parts = (pair.question, pair.chosen, pair.rejected, pair.answer_gt or "", pair.provenance.get("pipeline", ""))
+    return "\n".join(map(str, (*parts, where.subset, where))).lower()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: PairServer
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+
+    def do_GET(self) -> None:
+        name, values = self._request()
+        number = self._number
+        if name == "":
+            self._answer(self.server.page().encode(), "text/html; charset=utf-8")
+        elif name == "pairs":
+            options = {"query": values.get("query", ""), "subset": values.get("subset", "")}
+            count = min(number(values, "count") or _PER_PAGE, _PER_PAGE)
+            found = self.server.find(
+                number(values, "start"), count, **options, only_picked=values.get("picked") == "1"
+            )
+            self._answer_json(found)
+        elif name == "image":
+            self._try(lambda: self.server.image(number(values, "index"), number(values, "number")), "image/jpeg")
+        elif name == "picked.json":
+            self._answer_json(self.server.picks.to_dict())
+        else:
+            self._answer(b"not found", "text/plain", HTTPStatus.NOT_FOUND)
+
+    def do_POST(self) -> None:
+        name, values = self._request()
+        self.rfile.read(min(int(self.headers.get("Content-Length") or 0), _BODY_BYTES))
+        if name != "pick":
+            self._answer(b"not found", "text/plain", HTTPStatus.NOT_FOUND)
+            return
+        index, is_picked = self._number(values, "index"), values.get("picked") == "1"
+        self._try(lambda: json.dumps(self.server.pick(index, is_picked=is_picked)).encode(), "application/json")
+
+    def _request(self) -> tuple[str | None, dict[str, str]]:
+        """Returns the name after the secret part of the address, or None if this part is wrong, and the query."""
+        url = urllib.parse.urlsplit(self.path)
+        token, _, name = url.path.removeprefix("/").partition("/")
+        if not secrets.compare_digest(token.encode(), self.server.token.encode()):
+            return None, {}
+        return name, dict(urllib.parse.parse_qsl(url.query))
+
+    def _number(self, values: Mapping[str, str], name: str) -> int:
+        text = values.get(name, "0")
+        number = int(text) if text.isascii() and text.isdigit() else 0
+        return min(number, len(self.server.source.pairs) - 1) if name == "index" else number
+
+    def _try(self, make: Callable[[], bytes], kind: str) -> None:
+        """Answers with the bytes that ``make`` returns, or with the text of its ValueError or OSError."""
+        try:
+            self._answer(make(), kind)
+        except (ValueError, OSError) as error:
+            self._answer(str(error).encode(errors="replace"), "text/plain; charset=utf-8", HTTPStatus.NOT_FOUND)
+
+    def _answer_json(self, value: Any) -> None:
+        self._answer(json.dumps(value).encode(), "application/json")
+
+    def _answer(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Prints nothing, because each image would be a line."""

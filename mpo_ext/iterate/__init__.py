@@ -1,0 +1,1 @@
+"""On-policy MPO in rounds: sample pairs from the newest model, train on them, evaluate (``mpo-ext iterate``)."""

@@ -1,0 +1,135 @@
+"""Runs the commands of stages, one after the other, as processes that a signal or a kill does not leave behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+import mpo_ext
+from mpo_ext.files import FileLock, LockedError
+from mpo_ext.generate.orphans import ended_with_this_process
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_GROUP_S = 60.0  # time for processes that their launcher has left behind
+
+
+class InterruptedStageError(Exception):
+    """Raised after SIGINT or SIGTERM, when the stage that received the signal has ended.
+
+    Attributes:
+        number: Number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
+
+
+class StageRunner:
+    """A context manager that runs commands in the folder of a run; only one process at a time can use a folder.
+
+    Each command runs in a process group. SIGINT and SIGTERM are passed on to this group, so that training writes a
+    checkpoint. If this process is killed, a watcher ends the group; the next runner waits until it has ended.
+
+    Raises:
+        LockedError: If another process runs the rounds of this folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._received: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "StageRunner":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(FileLock(self.folder / "iterate.lock", str(self.folder)))
+            self._stage_lock = stack.enter_context(self._wait_for_old_stages())
+            stack.enter_context(ended_with_this_process())
+            stack.enter_context(self._signals_passed_on())
+            self._close = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close.close()
+
+    def run(self, command: Sequence[str]) -> int:
+        """Runs a command and returns its exit status; a negative status is that of the signal that killed it.
+
+        Raises:
+            OSError: If the program cannot be started.
+            InterruptedStageError: If this process has received SIGINT or SIGTERM.
+        """
+        if self._received is not None:
+            raise InterruptedStageError(self._received)
+        package = str(Path(mpo_ext.__file__).resolve().parents[1])
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # Modules of the current folder must not replace those of Python.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+        sys.stdout.flush()
+        process = subprocess.Popen(
+            list(command), env=environment, start_new_session=True, pass_fds=[self._stage_lock.fileno()]
+        )
+        self._process = process
+        if self._received is not None:  # before the handler knew the process
+            self._pass_on(self._received)
+        status = process.wait()
+        _wait_for_group(process.pid)
+        self._process = None
+        if self._received is not None:
+            raise InterruptedStageError(self._received)
+        return status
+
+    @contextlib.contextmanager
+    def _wait_for_old_stages(self) -> Iterator[FileLock]:
+        """Yields a lock that the processes of a stage hold, too, because they inherit its descriptor."""
+        path, what = self.folder / "stage.lock", f"the stages of {self.folder}"
+        lock = FileLock(path, what)
+        try:
+            lock.__enter__()
+        except LockedError as error:
+            print(f"waits for the last stage of a killed run to end: {error}", file=sys.stderr)
+            lock = FileLock(path, what, wait=True)
+            lock.__enter__()
+        with contextlib.ExitStack() as stack:
+            stack.push(lock)
+            yield lock
+
+    @contextlib.contextmanager
+    def _signals_passed_on(self) -> Iterator[None]:
+        def note(number: int, frame: FrameType | None) -> None:
+            self._received = number
+            self._pass_on(number)
+
+        try:
+            handlers = {number: signal.signal(number, note) for number in _SIGNALS}
+        except ValueError:  # only the main thread may set handlers
+            handlers = {}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+
+
+def _wait_for_group(group: int) -> None:
+    """Waits until a process group has ended, because a launcher may end before the processes that it started."""
+    deadline_s = time.monotonic() + _GROUP_S
+    while time.monotonic() < deadline_s:
+        try:
+            os.killpg(group, 0)
+        except (ProcessLookupError, PermissionError):
+            return
+        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)

@@ -1,0 +1,226 @@
+"""The results of a run of several rounds (``rounds.json``), and the page that shows them."""
+
+import base64
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpo_ext.evaluate.statistics import compare
+from mpo_ext.iterate import stages
+from mpo_ext.iterate.recipe import IterateRecipe
+from mpo_ext.report import Line, Panel, save_page, save_panels
+
+RESULTS = "rounds.json"
+_FORMAT = "mpo_ext.rounds/1"
+_TEMPLATE = "iterate.html.j2"
+_LAST = 10  # the numbers of training are means over the last 1 / _LAST of the logged steps
+_METRICS = ("reward_accuracy", "reward_margin", "loss", "ntp_loss")
+
+
+def collect_results(recipe: IterateRecipe, numbers: Sequence[int]) -> dict[str, Any]:
+    """Returns the content of ``rounds.json`` for the rounds ``numbers``, whose stages are done, as JSON values.
+
+    For each round: its ``model``; its ``sources`` of pairs (not for round 0); ``training``; ``accuracy`` as in
+    ``results.json`` of an evaluation; and ``comparisons`` on the same questions with the first model and with the
+    model of the round before.
+    """
+    rounds: list[dict[str, Any]] = []
+    shares: list[dict[tuple[str, str], dict[int, float]]] = []
+    for number in numbers:
+        folder = recipe.round_folder(number)
+        evaluation = read_json(folder / "evaluation" / "results.json")
+        shares.append(_question_accuracies(folder / "evaluation" / f"predictions-{stages.model_name(number)}.jsonl"))
+        values: dict[str, Any] = {"round": number, "model": recipe.model_of(number)}
+        if number:
+            values |= {"sources": _source_rows(recipe, number), "training": _training(folder / "train" / "log.jsonl")}
+        values["accuracy"] = [
+            {name: value for name, value in row.items() if name != "model"} for row in evaluation["results"]
+        ]
+        if number:
+            others = sorted({0, number - 1})
+            values["comparisons"] = [
+                {"with_round": other, **row}
+                for other in others
+                for row in _compare(shares[other], shares[number], recipe.evaluate.samples)
+            ]
+        rounds.append(values)
+    return {"format": _FORMAT, "reference": recipe.reference, "rounds": rounds}
+
+
+def read_json(path: Path) -> Any:
+    """Returns the value in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _question_accuracies(path: Path) -> dict[tuple[str, str], dict[int, float]]:
+    """Returns the share of correct responses to each question, by data and prompt and by index of the question."""
+    right: dict[tuple[str, str], dict[int, list[bool]]] = {}
+    with open(path, encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            if "problem" not in line:
+                questions = right.setdefault((line["data"], line["prompt"]), {})
+                questions.setdefault(line["index"], []).append(line["correct"])
+    return {
+        case: {index: sum(values) / len(values) for index, values in questions.items()}
+        for case, questions in right.items()
+    }
+
+
+def _compare(
+    first: Mapping[tuple[str, str], Mapping[int, float]],
+    second: Mapping[tuple[str, str], Mapping[int, float]],
+    samples: int,
+) -> list[dict[str, Any]]:
+    rows = []
+    for (data, prompt), questions in second.items():
+        before = first.get((data, prompt), {})
+        both = sorted(questions.keys() & before.keys())
+        comparison = compare([before[index] for index in both], [questions[index] for index in both], samples=samples)
+        names = ("questions", "difference", "standard_error", "gained", "lost", "p")
+        rows.append({"data": data, "prompt": prompt, **{name: getattr(comparison, name) for name in names}})
+    return rows
+
+
+def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
+    """Returns the sources of a round, each with the pairs per epoch and with numbers of its pipeline's run."""
+    rows = []
+    for source in stages.round_sources(recipe, number):
+        summary = read_json(recipe.round_folder(number) / source["pipeline"] / "summary.json")
+        rows.append(
+            {
+                **source,
+                "pairs_per_epoch": int(source["pairs"] * source["repeat_time"] + 1e-6),
+                "items": summary["items"],
+                "samples": summary["records"],
+                "skipped": summary["refused"],
+                "generated_tokens_per_pair": summary["generated_tokens_per_pair"],
+            }
+        )
+    return rows
+
+
+def _training(path: Path) -> dict[str, Any]:
+    """Returns the number of steps, means of metrics over the last tenth of the logged steps, and the last evaluation.
+
+    The means are weighted by the number of pairs of each step.
+    """
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    steps = [line for line in lines if "loss" in line]
+    last = steps[-max(1, len(steps) // _LAST) :]
+    pairs = sum(line.get("pairs", 1) for line in last)
+    means = {
+        name: sum(line[name] * line.get("pairs", 1) for line in last) / pairs
+        for name in _METRICS
+        if pairs and all(isinstance(line.get(name), (int, float)) for line in last)
+    }
+    evaluations = [line for line in lines if any(name.startswith("eval_") for name in line)]
+    evaluation = {name: value for line in evaluations[-1:] for name, value in line.items() if name.startswith("eval_")}
+    return {"steps": steps[-1]["step"] if steps else 0, "averaged_steps": len(last), **means, **evaluation}
+
+
+def accuracy_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of a table of the accuracies in %, with a row for each file and prompt."""
+    rounds = results["rounds"]
+    cells: dict[str, dict[int, str]] = {}
+    for values in rounds:
+        for row in values["accuracy"]:
+            cells.setdefault(f"{row['data']}, {row['prompt']}", {})[values["round"]] = percent(row)
+    header = ["accuracy in %", *(f"round {values['round']}" for values in rounds)]
+    return header, [[case, *(row.get(values["round"], "-") for values in rounds)] for case, row in cells.items()]
+
+
+def percent(row: Mapping[str, Any], name: str = "accuracy", sign: str = "") -> str:
+    """Returns a share in percent with its standard error; "-" for None. ``sign`` is "+" for differences."""
+    if row[name] is None:
+        return "-"
+    error = row["standard_error"]
+    return f"{100 * row[name]:{sign}.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def write_rounds_page(path: Path, recipe: IterateRecipe, results: Mapping[str, Any]) -> None:
+    """Writes the page of the rounds; without jinja2, no page is written. The picture needs matplotlib.
+
+    Links on the page are relative, so the folder of the run can be moved.
+    """
+    if importlib.util.find_spec("jinja2") is None:
+        return
+    header, rows = accuracy_rows(results)
+    values = {
+        "title": f"MPO in rounds: {recipe.model}",
+        "recipe": recipe,
+        "picture": _picture(results) if importlib.util.find_spec("matplotlib") is not None else None,
+        "accuracy_header": header,
+        "accuracy_rows": rows,
+        "rounds": [_page_round(recipe, values) for values in results["rounds"]],
+    }
+    save_page(path, _TEMPLATE, values)
+
+
+def _page_round(recipe: IterateRecipe, values: Mapping[str, Any]) -> dict[str, Any]:
+    number = values["round"]
+    folder = f"round-{number}"
+    comparisons = [
+        {
+            **row,
+            "difference_text": percent(row, "difference", "+"),
+            "p_text": "-" if row["p"] is None else "<0.0001" if row["p"] < 0.0001 else f"{row['p']:.4f}",
+        }
+        for row in values.get("comparisons", [])
+    ]
+    sources = [
+        {
+            **source,
+            "page": _link(recipe, stages.page_path(recipe, number, source["pipeline"])),
+            "file": _link(recipe, Path(source["path"])),
+            "skipped": sorted(source["skipped"].items(), key=lambda item: -item[1]),
+        }
+        for source in values.get("sources", [])
+    ]
+    links = [("model card", f"{folder}/train/final/README.md"), ("training log", f"{folder}/train/log.jsonl")]
+    links = [("training recipe", f"{folder}/recipe.yaml"), *links] if number else []
+    links += [("wrong answers", f"{folder}/evaluation/failures.html"), ("results", f"{folder}/evaluation/table.md")]
+    links = [(name, link) for name, link in links if (recipe.folder / link).exists()]
+    return {**values, "comparisons": comparisons, "sources": sources, "links": links}
+
+
+def _link(recipe: IterateRecipe, path: Path) -> str | None:
+    """Returns the path of a file relative to the folder of the run, or None if it does not exist."""
+    return os.path.relpath(path, recipe.folder).replace(os.sep, "/") if path.exists() else None
+
+
+def _picture(results: Mapping[str, Any]) -> str:
+    """Returns a picture of accuracy, pairs and reward accuracy per round as a data URL."""
+    rounds = results["rounds"]
+    numbers = [values["round"] for values in rounds]
+    accuracies: dict[str, list[tuple[int, float]]] = {}
+    pairs: dict[str, list[tuple[int, float]]] = {}
+    rewards: list[tuple[int, float]] = []
+    for values in rounds:
+        for row in values["accuracy"]:
+            if row["accuracy"] is not None:
+                name = f"{row['data']}, {row['prompt']}"
+                accuracies.setdefault(name, []).append((values["round"], 100 * row["accuracy"]))
+        for source in values.get("sources", []):
+            name = f"{source['pipeline']}, {Path(source['path']).stem}"
+            pairs.setdefault(name, []).append((values["round"], source["pairs"]))
+        if "reward_accuracy" in values.get("training", {}):
+            rewards.append((values["round"], 100 * values["training"]["reward_accuracy"]))
+    panels = [Panel("Accuracy", "round", "%", _lines(accuracies)), Panel("Pairs", "round", "pairs", _lines(pairs))]
+    if rewards:
+        panels.append(Panel("Reward accuracy in training", "round", "%", _lines({"reward accuracy": rewards})))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rounds.png"
+        save_panels(path, f"Rounds {numbers[0]} to {numbers[-1]}", panels)
+        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _lines(named: Mapping[str, Sequence[tuple[int, float]]]) -> list[Line]:
+    return [
+        Line(name, [x for x, _ in points], [y for _, y in points], color=f"C{number % 10}")
+        for number, (name, points) in enumerate(named.items())
+    ]
