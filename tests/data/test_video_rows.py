@@ -33,6 +33,8 @@ ROWS: list[tuple[str, dict[str, Any], str, tuple[Video, ...]]] = [
      (A,)),
     ("sharegpt", {"messages": [user("<video>q")], **REST, "videos": [["0.png", "1.png"]]}, "<video>q",
      (Video(frames=FRAMES.frames),)),
+    ("sharegpt", {"messages": [user("<video> <video>")], **REST, "videos": ["a.mp4", ["0.png", "1.png"]]},
+     "<video> <video>", (A, Video(frames=FRAMES.frames))),
     ("alpaca", {"instruction": "q", **REST, "video": "a.mp4"}, "q", (A,)),
     ("swift", {"messages": [user("<video>q"), assistant("c")], "rejected_response": "r", "videos": ["a.mp4"]},
      "<video>q", (A,)),
@@ -144,7 +146,7 @@ def test_new_pairs_are_written_to_mmpr(tmp_path: Path) -> None:
     assert lines[3]["rejected_image"] == "b.png"
     read = [dataclasses.replace(pair, extra={}) for pair in MMPRDataset(tmp_path / "meta.json")]
     assert read == pairs
-    with pytest.raises(ValueError, match="images must be below the root /r, got '/x/a.mp4'"):
+    with pytest.raises(ValueError, match=r"images must be below the root /r, got '/x/a\.mp4'"):
         write_mmpr(tmp_path, [Pair("q", "c", "r", videos=(Video("/x/a.mp4"),))], root="/r")
 
 
