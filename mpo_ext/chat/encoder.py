@@ -193,14 +193,12 @@ class ChatEncoder:
         """Number of tokens that the tokenizer adds at the end of each text; they must be cut off a prompt."""
         return len(self._suffix_ids)
 
-    def processor_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, **options: Any
-    ) -> list[int]:
+    def processor_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Returns the token ids of ``apply_chat_template(..., tokenize=True)`` for messages that hold their media.
 
-        The arguments are those of ``Renderer.ids``.
+        ``options`` are those of ``Renderer.ids``.
         """
-        return self._renderer.ids(messages, generation_prompt=generation_prompt, **options)
+        return self._renderer.ids(messages, **options)
 
     def response_ids(self, conversation: Conversation, response: str) -> list[int]:
         """Returns the token ids of a response, up to and including the token that ends the turn."""

@@ -98,7 +98,8 @@ def print_data(recipe: "Recipe") -> bool:
             print(f"  {overview}")
             if overview.images:
                 status = f"{overview.missing:,} MISSING" if overview.missing else "all exist"
-                print(f"    {overview.images:,} different images: {status}")
+                media = "images and videos" if overview.with_videos else "images"
+                print(f"    {overview.images:,} different {media}: {status}")
             for example in overview.examples:
                 print(f"    {example}")
             if overview.missing and overview.path.endswith(".json"):

@@ -99,7 +99,7 @@ class Pair:
 
     @property
     def has_equal_responses(self) -> bool:
-        """Whether both responses are the same and follow the same prompt, so that the pair states no preference.
+        """True if both responses are the same and follow the same prompt, so that the pair states no preference.
 
         In mDPO, both responses may be the same text, which is right for the images and wrong for other images.
         """
@@ -108,7 +108,7 @@ class Pair:
 
     @property
     def has_other_images(self) -> bool:
-        """Whether the rejected response has other images than the chosen response."""
+        """True if the rejected response has other images than the chosen response."""
         return bool(self.rejected_images) and self.rejected_images != self.images
 
     @property

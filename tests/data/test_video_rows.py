@@ -1,5 +1,6 @@
 """Videos and rejected images of pairs in every format: read, written, and refused where a format cannot hold them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from rows import assistant, open_rows, read_row, user
 
 from mpo_ext.data import BadLine, Pair, open_pairs
 from mpo_ext.data.convert import convert
-from mpo_ext.data.mmpr import read_meta
+from mpo_ext.data.mmpr import MMPRDataset, read_meta, write_mmpr
 from mpo_ext.videos import Video
 
 A, FRAMES = Video("{root}/a.mp4"), Video(frames=("{root}/0.png", "{root}/1.png"), fps=4.0)
@@ -32,6 +33,8 @@ ROWS: list[tuple[str, dict[str, Any], str, tuple[Video, ...]]] = [
      (A,)),
     ("sharegpt", {"messages": [user("<video>q")], **REST, "videos": [["0.png", "1.png"]]}, "<video>q",
      (Video(frames=FRAMES.frames),)),
+    ("sharegpt", {"messages": [user("<video> <video>")], **REST, "videos": ["a.mp4", ["0.png", "1.png"]]},
+     "<video> <video>", (A, Video(frames=FRAMES.frames))),
     ("alpaca", {"instruction": "q", **REST, "video": "a.mp4"}, "q", (A,)),
     ("swift", {"messages": [user("<video>q"), assistant("c")], "rejected_response": "r", "videos": ["a.mp4"]},
      "<video>q", (A,)),
@@ -123,6 +126,28 @@ def test_mmpr_is_written_and_read_without_loss(tmp_path: Path) -> None:
     convert(source, tmp_path / "pairs.jsonl", "pairs")
     convert(open_pairs(tmp_path / "pairs.jsonl"), tmp_path / "again", "mmpr")
     assert Path(read_meta(tmp_path / "again" / "meta.json")[0].annotation).read_text() == text
+
+
+def test_new_pairs_are_written_to_mmpr(tmp_path: Path) -> None:
+    pairs = [
+        Pair("q", "c", "r", videos=(Video("/r/a.mp4"),)),
+        Pair("q", "c", "r", videos=(Video(frames=("/r/0.png", "/r/1.png")),)),
+        VIDEO_PAIR,
+        REJECTED_PAIR,
+    ]
+    write_mmpr(tmp_path, pairs, root="/r")
+    lines = [json.loads(line) for line in (tmp_path / "annotations" / "pairs.jsonl").read_text().splitlines()]
+    assert [line.get("video") for line in lines] == [
+        "a.mp4",
+        [["0.png", "1.png"]],
+        [{"path": "a.mp4", "fps": 1.0}, ["0.png"]],
+        None,
+    ]
+    assert lines[3]["rejected_image"] == "b.png"
+    read = [dataclasses.replace(pair, extra={}) for pair in MMPRDataset(tmp_path / "meta.json")]
+    assert read == pairs
+    with pytest.raises(ValueError, match=r"images must be below the root /r, got '/x/a\.mp4'"):
+        write_mmpr(tmp_path, [Pair("q", "c", "r", videos=(Video("/x/a.mp4"),))], root="/r")
 
 
 @pytest.mark.parametrize("pair", [VIDEO_PAIR, REJECTED_PAIR])
