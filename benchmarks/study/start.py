@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import InternVLForConditionalGeneration
 from benchmarks.study import perception_start, prior_start, results, training
 from benchmarks.study.declare import START
 from benchmarks.study.settings import AnySettings, PriorSettings
-from mpo_ext.data import write_pairs
+from mpo_ext.data import Pair, write_pairs
 from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.train import METHODS, make_recipe
 
@@ -22,7 +23,8 @@ from mpo_ext.demo.train import METHODS, make_recipe
 def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, Any]:
     """Makes a start model, its files of pairs and the reference log-probs, unless they exist.
 
-    Files of other settings in ``folder`` are deleted.
+    Files of other settings in ``folder`` are deleted. A start that has a result but no model is made again; it must
+    give the same answers, because the rows that were measured from it are compared with the rows to come.
 
     Args:
         folder: Folder of the start in this seed.
@@ -34,11 +36,11 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
         (summaries by kind of pairs) and ``curve`` (measurements during training).
 
     Raises:
-        RuntimeError: If the model's answers gave no pair for a file.
+        RuntimeError: If the model's answers gave no pair for a file, or a start that is made again differs.
     """
-    result = results.read(folder.parent, settings, row)
-    if result is not None and training.start_file(folder).exists():
-        return result
+    known = results.read(folder.parent, settings, row)
+    if known is not None and training.start_file(folder).exists():
+        return known
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():  # without a result, these files come from other settings
         if path.name not in (results.RESULTS, prior_start.TRAINED):
@@ -57,6 +59,11 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
             write_pairs(training.pair_file(folder, name), pairs)
             _compute_reference(model, processor, settings, name, folder)
         evaluation = training.evaluate_held_out(model, processor, settings)
+        if known is not None and results.is_measured(known) and not _is_same(known, evaluation, files):
+            raise RuntimeError(
+                f"a start that is made again must equal the measured start, got other answers or pairs: remove "
+                f"the results of seed {settings.seed}, so that its rows run again"
+            )
         torch.save(model.state_dict(), training.start_file(folder))
     training.clear_encoded()  # most of the encoded pairs belong to the first training run
     result = {
@@ -68,6 +75,18 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
         **watch.seconds,
     }
     return results.save(folder.parent, settings, row, result)
+
+
+def _is_same(
+    known: Mapping[str, Any], evaluation: Mapping[str, Mapping[str, Any]], files: Mapping[str, Sequence[Pair]]
+) -> bool:
+    """Returns whether a start has the answers and the numbers of pairs of an earlier result, as far as it has them."""
+    pairs = {name: len(made) for name, made in files.items()}
+    return all(
+        evaluation[column][quantity] == value
+        for column, quantities in known["evaluation"].items()
+        for quantity, value in quantities.items()
+    ) and all(pairs.get(name) == count for name, count in known.get("pairs", {}).items())
 
 
 def _compute_reference(

@@ -299,12 +299,13 @@ def test_the_language_prior_has_its_tables_and_verdicts() -> None:
     document = make_prior_document({1: 0.03, 2: 0.032, 3: 0.034, 4: 0.03, 5: 0.031})
     study.check(document)
     blocks = study.tables(document)
-    assert "- **appears**: MPO higher than SFT, step by step (+3.1, 5 seeds);" in blocks["prior_findings"]
+    assert "- **appears**: MPO higher than SFT, step by step (+3.1 ± 0.1, 5 seeds);" in blocks["prior_findings"]
     assert "- **does not appear**: none." in blocks["prior_findings"]
     assert set(blocks) == {
         "prior_setup",
         "prior_differences",
         "prior_findings",
+        "prior_reading",
         *(f"prior_{name}" for name in language_prior.TABLES),
     }
     assert line_of(blocks["prior_main"], "MPO")[9:12] == ["30.0", "20.0", "5"]
