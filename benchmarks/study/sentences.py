@@ -1,7 +1,7 @@
 """Writes the sentences that say what the tables of the study show.
 
-Each sentence follows from the results by a rule, so nobody chooses what the page says. ``verdicts.verdicts`` decides whether
-a difference is higher, lower, or cannot be told. A difference with one seed has no verdict.
+Each sentence follows from the results by a rule, so nobody chooses what the page says. ``verdicts.verdicts`` decides
+whether a difference is higher, lower, or cannot be told. A difference with one seed has no verdict.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ Difference = tuple[str, str, str]  # row, row to compare with, column
 ONE_SEED, NOT_RUN = "one seed, no verdict", "not run"
 APPEARS, DOES_NOT_APPEAR = "appears", "does not appear"
 _FORMS = {"cot": "step by step", TEXT: "in words", "direct": "directly"}
+#: What follows a group of verdicts, in the order of the sentences.
+_PREPOSITIONS = {
+    "higher": " than", "lower": " than", CANNOT_TELL: " against", ONE_SEED: " against", NOT_RUN: " against",
+}  # fmt: skip
 #: Share of unparsable step-by-step answers, in percent, from which a row is named.
 MANY_UNPARSABLE = 1.0
 
@@ -89,32 +93,42 @@ def reading(document: Document) -> str:
 def _verdict_sentences(document: Document, name: str) -> list[str]:
     """Returns the verdicts of a table as sentences, each about the differences that share a row."""
     family = family_of(document, name)
-    sentences: dict[str, dict[str, list[str]]] = {}
+    sentences: dict[tuple[str, bool], dict[str, list[str]]] = {}
     for each, numbers, verdict in family:
-        begin, item = _topic(each, [difference for difference, _, _ in family])
+        begin, is_subject, item = _topic(each, [difference for difference, _, _ in family])
         text = item + (f" ({amount(document, each, numbers, verdict)})" if numbers else "")
-        sentences.setdefault(begin, {}).setdefault(group_of(numbers, verdict), []).append(text)
-    order = ("higher", "lower", CANNOT_TELL, ONE_SEED, NOT_RUN)
-    return [
-        f"{begin}: " + "; ".join(f"*{group}*: {', '.join(groups[group])}" for group in order if group in groups) + "."
-        for begin, groups in sentences.items()
-    ]
+        groups = sentences.setdefault((begin, is_subject), {})
+        groups.setdefault(group_of(numbers, verdict), []).append(text)
+    made = []
+    for (begin, is_subject), groups in sentences.items():
+        parts = [
+            f"*{group}*{_PREPOSITIONS[group] if is_subject else ':'} {', '.join(groups[group])}"
+            for group in _PREPOSITIONS
+            if group in groups
+        ]
+        made.append(f"{begin}: {'; '.join(parts)}.")
+    return made
 
 
-def _topic(difference: Difference, family: Sequence[Difference]) -> tuple[str, str]:
-    """Returns the beginning of the sentence about a difference, and the name of the difference in the sentence."""
+def _topic(difference: Difference, family: Sequence[Difference]) -> tuple[str, bool, str]:
+    """Returns how the sentence about a difference begins, and how the sentence names the difference.
+
+    Returns:
+        The beginning, whether the beginning names the row, and the name: that of the row to compare with if the
+        beginning names the row, otherwise that of the row.
+    """
     row, other, column = difference
     form = _FORMS[column]
     suffix = row.removeprefix("MPO, ")
     if other == f"{SFT}, {suffix}":
-        return f"MPO compared with {SFT}, {form}", suffix
+        return f"MPO compared with {SFT}, {form}", False, suffix
     if row == f"{other} + SFT":
-        return f"Losses with the next-token term compared with the same loss alone, {form}", other
+        return f"With the next-token term compared with the same loss alone, {form}", False, other
     same_row = sum(each[0] == row and each[2] == column for each in family)
     same_other = sum(each[1] == other and each[2] == column for each in family)
     if same_row > same_other:
-        return f"{row}, {form}, compared with", other
-    return f"Compared with {other}, {form}", row
+        return f"{row}, {form}", True, other
+    return f"Compared with {other}, {form}", False, row
 
 
 def best_rates(document: Document) -> str:

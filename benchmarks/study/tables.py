@@ -13,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import sentences
+from benchmarks.study import helps, sentences
 from benchmarks.study.declare import COLUMNS, SFT, START, TEXT, StudyTable
 from benchmarks.study.figures import (
     NOT_RUN,
@@ -201,6 +201,9 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Mapping[str, Any
     f"{prefix}_{name}": ((file,), functools.partial(_block, file, f"{prefix}_{name}"))
     for file, prefix, task in (("study", "study", "perception"), ("study_prior", "prior", "language-prior"))
     for name in ("setup", "differences", *(("findings", "reading") if TASKS[task].paper else ()), *TASKS[task].tables)
+} | {
+    "when_mpo_helps": (("study", "study_prior"), helps.table),
+    "when_form": (("study_prior",), lambda documents: sentences.unparsable(documents["study_prior"])),
 }
 
 
