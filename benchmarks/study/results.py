@@ -19,7 +19,7 @@ from benchmarks.study.settings import AnySettings
 from mpo_ext import report
 
 RESULTS = "results"  # subfolder of a seed's folder
-PARTS = ("pairs", "sampling", "curve")  # fields of a start that ``study.json`` lists apart
+PARTS = ("pairs", "sampling", "labels", "curve")  # fields of a start that ``study.json`` lists apart
 _COLORS = ("C0", "C2", "C1")
 
 Results = Mapping[tuple[int, str], Mapping[str, Any]]
@@ -97,7 +97,7 @@ def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, Any
         changed = dataclasses.replace(settings[seed], **task.starts[tables.start_of(task, row)])
         if _file(out, changed, row).exists():
             continue
-        parts = {name: starts[seed][name] for name in PARTS} if row == START else {}
+        parts = {name: starts[seed].get(name, {}) for name in PARTS} if row == START else {}
         save(out, changed, row, {"commit": document["environment"]["commit"], **result, **parts})
         written += 1
     return written

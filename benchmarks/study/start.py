@@ -14,6 +14,7 @@ from transformers import InternVLForConditionalGeneration
 
 from benchmarks.study import perception_start, prior_start, results, training
 from benchmarks.study.declare import START
+from benchmarks.study.labels import label_shares
 from benchmarks.study.settings import AnySettings, PriorSettings
 from mpo_ext.data import Pair, write_pairs
 from mpo_ext.demo.model import DigitsProcessor
@@ -33,7 +34,8 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
 
     Returns:
         The result of the start: ``evaluation`` of the start model, ``pairs`` (number of pairs by file), ``sampling``
-        (summaries by kind of pairs) and ``curve`` (measurements during training).
+        (summaries by kind of pairs), ``labels`` (result of ``label_shares`` by file) and ``curve`` (measurements
+        during training).
 
     Raises:
         RuntimeError: If the model's answers gave no pair for a file, or a start that is made again differs.
@@ -58,6 +60,8 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
         for name, pairs in files.items():
             write_pairs(training.pair_file(folder, name), pairs)
             _compute_reference(model, processor, settings, name, folder)
+        is_prior = isinstance(settings, PriorSettings)
+        labels = {name: label_shares(pairs) for name, pairs in files.items()} if is_prior else {}
         evaluation = training.evaluate_held_out(model, processor, settings)
         if known is not None and results.is_measured(known) and not _is_same(known, evaluation, files):
             raise RuntimeError(
@@ -71,6 +75,7 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
         "evaluation": evaluation,
         "pairs": {name: len(pairs) for name, pairs in files.items()},
         "sampling": summaries,
+        "labels": labels,
         "curve": curve,
         **watch.seconds,
     }

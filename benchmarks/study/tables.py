@@ -13,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import helps, sentences
+from benchmarks.study import helps, labels, sentences
 from benchmarks.study.declare import COLUMNS, SFT, START, TEXT, StudyTable
 from benchmarks.study.figures import (
     NOT_RUN,
@@ -106,6 +106,7 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
         blocks[f"{prefix}_{name}"] = _table(document, table)
     differences = _differences if prefix == "study" else _verdicts
     if task.paper:
+        blocks |= {f"{prefix}_labels": labels.table(document), f"{prefix}_cost": labels.cost(document)}
         blocks[f"{prefix}_findings"] = sentences.findings(document)
         blocks[f"{prefix}_reading"] = sentences.reading(document)
     return {**blocks, f"{prefix}_differences": differences(document)}
@@ -200,7 +201,12 @@ def _block(file: str, name: str, documents: Mapping[str, Mapping[str, Any]]) -> 
 BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Mapping[str, Any]]], str]]] = {
     f"{prefix}_{name}": ((file,), functools.partial(_block, file, f"{prefix}_{name}"))
     for file, prefix, task in (("study", "study", "perception"), ("study_prior", "prior", "language-prior"))
-    for name in ("setup", "differences", *(("findings", "reading") if TASKS[task].paper else ()), *TASKS[task].tables)
+    for name in (
+        "setup",
+        "differences",
+        *(("labels", "cost", "findings", "reading") if TASKS[task].paper else ()),
+        *TASKS[task].tables,
+    )
 } | {
     "when_mpo_helps": (("study", "study_prior"), helps.table),
     "when_form": (("study_prior",), lambda documents: sentences.unparsable(documents["study_prior"])),
@@ -254,7 +260,12 @@ def markdown(document: Mapping[str, Any]) -> str:
     """Returns all tables as Markdown sections."""
     prefix, titles = prefix_of(document), {"setup": "The study", "differences": "Differences"}
     if task_of(document).paper:
-        titles |= {"findings": "Directions of the paper", "reading": "Reading the tables"}
+        titles |= {
+            "labels": "Labels of the pairs",
+            "cost": "Tokens per pair",
+            "findings": "Directions of the paper",
+            "reading": "Reading the tables",
+        }
     titles |= {name: table.title for name, table in task_of(document).tables.items()}
     blocks = tables(document)
     return "\n".join(f"## {title}\n\n{blocks[f'{prefix}_{name}']}" for name, title in titles.items())

@@ -306,6 +306,8 @@ def test_the_language_prior_has_its_tables_and_verdicts() -> None:
         "prior_differences",
         "prior_findings",
         "prior_reading",
+        "prior_labels",
+        "prior_cost",
         *(f"prior_{name}" for name in language_prior.TABLES),
     }
     assert line_of(blocks["prior_main"], "MPO")[9:12] == ["30.0", "20.0", "5"]
