@@ -46,7 +46,7 @@ from mpo_ext.report import markdown_table
 PAPER_SHARE = 571.2 / 992.7  # tokens per pair of DropoutNTP and of RLAIF-V in arXiv 2411.10442
 STYLE = digits.STYLES["cot"]
 #: Shares of the kinds of training examples.
-MIX = {"answer": 0.25, "value": 0.25, "claims": 0.08, "questions": 0.07, "verdict": 0.35}
+MIX = {"answer": 0.35, "claims": 0.1, "questions": 0.1, "verdict": 0.45}
 _STEP = re.compile(rf"({'|'.join(digits.CELLS)}) (\d+) ")
 _UNREADABLE = 99  # number of errors of a response without a readable answer
 _BATCH = 256
@@ -86,9 +86,6 @@ def make_example(kind: str, task: digits.Task, rng: np.random.Generator) -> tupl
         questions = "\n".join(f"- {question_of(claim)}" for claim in claims)
         return fill(QUESTIONS_PROMPT, claims=listed), questions, False
     claim = str(rng.choice(claims_of(task.response, task.region)))
-    if kind == "value":  # teaches where to look; verdicts alone are not learned in thousands of steps
-        subject, _, value = claim.rpartition(" is ")
-        return f"what is {subject} ?", value, True
     is_true = rng.random() < 0.5
     if not is_true:
         subject, _, value = claim.rpartition(" is ")
@@ -178,10 +175,7 @@ def check_encoding(engine: TransformersEngine, task: digits.Task) -> None:
 
 
 def train_model(model: Any, processor: Any, steps: int, args: argparse.Namespace, seed: int) -> None:
-    """Trains a model for a number of steps, each on examples of a kind drawn from ``MIX``.
-
-    In a mixed batch, the few tokens of a verdict would have little weight beside those of a list of claims.
-    """
+    """Trains a model on a mixture of examples for a number of steps."""
     rng = np.random.default_rng(seed)
     split = digits.load_digits()["train"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -189,9 +183,8 @@ def train_model(model: Any, processor: Any, steps: int, args: argparse.Namespace
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = args.rate * min((step + 1) / 10, 1 - step / steps)
         rows, labels, images = [], [], []
-        kind = str(rng.choice(list(MIX), p=list(MIX.values())))
         for task in digits.sample_tasks(split, args.batch, rng, "cot"):
-            prompt, response, has_image = make_example(kind, task, rng)
+            prompt, response, has_image = make_example(str(rng.choice(list(MIX), p=list(MIX.values()))), task, rng)
             ids, n_prompt = encode(processor, prompt, response, has_image=has_image)
             rows.append(torch.tensor(ids))
             labels.append(torch.tensor([-100] * n_prompt + ids[n_prompt:]))
@@ -207,7 +200,7 @@ def train_model(model: Any, processor: Any, steps: int, args: argparse.Namespace
         optimizer.step()
         optimizer.zero_grad()
         if step % 25 == 0 or step == steps - 1:
-            print(f"step {step + 1} of {steps}, {kind}: loss {loss.item():.3f}", flush=True)
+            print(f"step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
     model.eval()
 
 
