@@ -419,7 +419,7 @@ def test_an_interrupted_study_resumes(scripted, tmp_path: Path) -> None:
     assert len(asked) == 2 * (len(perception.ROWS) + 1)
     document = study.load(tmp_path / "study.json")
     assert document["seconds"] == 2.0 * len(asked)
-    assert document["starts"][1] == {"seed": 1, "pairs": {"mixed": 3}, "sampling": {}, "curve": {}}
+    assert document["starts"][1] == {"seed": 1, "pairs": {"mixed": 3}, "sampling": {}, "labels": {}, "curve": {}}
     before = dict(document, environment=None)
     asked.clear()
     (tmp_path / "seed-1" / "results" / "ipo.json").unlink()
