@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,8 +22,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("study"), help="output folder (default: study)")
     made.add_argument("--task", choices=("language-prior", "perception"), default="language-prior",
                       help="task of the model (default: language-prior, that of the demo)")  # fmt: skip
-    made.add_argument("--only", nargs="+", default=[], metavar="TABLE", help="run only the rows of these tables")
+    made.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="run only the rows of these tables, or these rows"
+    )
     made.add_argument("--demo", type=Path, help="folder of mpo-ext demo --from-scratch, whose trained starts are used")
+    made.add_argument("--results", type=Path, help="study.json of an earlier run, whose runs are not repeated")
     made.add_argument("--seed", type=at_least(0), default=0, help="seed of the first start (default: 0)")
     made.add_argument("--seeds", type=at_least(1), default=1, help="number of starts, each with the next seed")
     made.add_argument("--threads", type=at_least(1), help="CPU threads of each process (default: divides the cores)")
@@ -53,14 +57,17 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.study import prior_start, runs
     from benchmarks.study.tables import TASKS
 
-    if unknown := [name for name in args.only if name not in TASKS[args.task].tables]:
-        print(f"--only must be among {', '.join(TASKS[args.task].tables)}, got {unknown[0]}", file=sys.stderr)
+    task = TASKS[args.task]
+    if unknown := [name for name in args.only if name not in {**task.tables, **task.rows}]:
+        print(f"--only must be among {', '.join(task.tables)}, or a row, got {unknown[0]}", file=sys.stderr)
         return 1
     seeds = range(args.seed, args.seed + args.seeds)
     try:
         if args.demo is not None:
             prior_start.adopt(args.out, args.demo, seeds)
-    except OSError as error:
+        if args.results is not None:
+            runs.take_over(args.out, args.results, seeds, args.task, quick=args.quick, backend=args.backend)
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
 
@@ -77,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def command_of(args: argparse.Namespace) -> str:
     """Returns the command line without the output folder, for the result file."""
-    given = {"--task": args.task, "--only": " ".join(args.only) or None,
+    given = {"--task": args.task, "--only": " ".join(map(shlex.quote, args.only)) or None,
              "--seed": args.seed, "--seeds": args.seeds, "--jobs": args.jobs, "--threads": args.threads,
              "--backend": args.backend}  # fmt: skip
     defaults = {"--task": "language-prior", "--seed": 0, "--seeds": 1, "--jobs": 1}

@@ -99,8 +99,9 @@ class StudyTask:
     paper: Mapping[tuple[str, str, str], str] = dataclasses.field(default_factory=dict)
 
     def choose(self, names: tuple[str, ...]) -> dict[str, StudyRow]:
-        """Returns the rows of the tables ``names``; of all tables if ``names`` is empty."""
-        shown = {row for name in names or self.tables for _, row in self.tables[name].rows}
+        """Returns the rows of ``names``, which are names of tables or rows; all rows if ``names`` is empty."""
+        shown = {name for name in names if name not in self.tables}
+        shown |= {row for name in names or self.tables if name in self.tables for _, row in self.tables[name].rows}
         return {name: row for name, row in self.rows.items() if name in shown}
 
 

@@ -1,7 +1,12 @@
 """The task "language-prior" of the study: the demo's task, where the errors are digits made up from the model's text.
 
-The settings are those of the demo. They and this file were frozen before the reported seeds ran (docs/study.md).
+The settings are those of the demo. They and this file were frozen before the reported seeds ran (docs/study.md). The
+tables "alone", "repair" and "rlaif", and the paper's directions for "weights", were added later, before these rows
+ran.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 from benchmarks.study.declare import (
     DPO_LOSS,
@@ -24,8 +29,9 @@ SHARES = {"mixed 10%": 0.1, "mixed 25%": 0.25, "mixed 50%": 0.5, "mixed 75%": 0.
 #: Fraction of the chosen response that DropoutNTP keeps.
 KEEPS = {"DropoutNTP 0": 0.0, "DropoutNTP 0.25": 0.25, "DropoutNTP 0.5": 0.5, "DropoutNTP 0.75": 0.75}
 HALF = "correctness and DropoutNTP"
+RLAIF_V = "RLAIF-V"
 #: All files of pairs. The files from "correctness" to "DropoutNTP 0.75" have equally many step-by-step pairs.
-PAIR_FILES = ("mixed", *SHARES, "correctness", HALF, *KEEPS, TEXT)
+PAIR_FILES = ("mixed", *SHARES, "correctness", HALF, *KEEPS, TEXT, RLAIF_V)
 RATES = {"x 0.25": 0.25, "x 0.5": 0.5, "x 2": 2.0, "x 4": 4.0, "x 8": 8.0}
 SHAPES = {"1:1": 0.5, "9:1": 0.9}  # w_p / (w_p + w_q) by the ratio w_p : w_q
 WEIGHTS_OF_NTP = (0.01, 0.25, 0.5, 2.0, 4.0)
@@ -38,7 +44,10 @@ OTHERS = {
     "width 64": {"hidden_size": 64},
     "width 128": {"hidden_size": 128},
 }
-VARIANTS = {**{f"prior {strength:g}": {"prior": strength} for strength in STRENGTHS}, **OTHERS}
+VARIANTS: dict[str, Mapping[str, Any]] = {
+    **{f"prior {strength:g}": {"prior": strength} for strength in STRENGTHS},
+    **OTHERS,
+}
 
 
 def _start(variant: str) -> str:
@@ -51,7 +60,8 @@ ROWS: dict[str, StudyRow] = {
     **LOSSES,
     **with_sft(LOSSES),
     **{f"MPO, {name}": StudyRow(loss=MPO_LOSS, pairs=name) for name in PAIR_FILES if name not in ("mixed", TEXT)},
-    **{f"{SFT}, {name}": StudyRow(loss=NTP_LOSS, pairs=name) for name in ("correctness", HALF, "DropoutNTP 0.5")},
+    **{f"{SFT}, {name}": StudyRow(loss=NTP_LOSS, pairs=name)
+       for name in ("correctness", HALF, "DropoutNTP 0.5", RLAIF_V)},
     **{f"{SFT}, {name}": StudyRow(loss=NTP_LOSS, pairs=name) for name in SHARES},
     **{f"MPO, rate {name}": StudyRow(loss=MPO_LOSS, rate=rate) for name, rate in RATES.items()},
     **{f"{SFT}, rate {name}": StudyRow(loss=NTP_LOSS, rate=rate) for name, rate in RATES.items()},
@@ -89,10 +99,23 @@ TABLES: dict[str, StudyTable] = {
          *((name, name) for loss in LOSSES for name in (loss, f"{loss} + SFT") if name in ROWS),
          ("MPO = DPO + BCO + SFT", "MPO")),
     ),
+    "alone": StudyTable(
+        "Preference losses without the next-token term",
+        (("SFT continued", SFT), *((name, name) for name in LOSSES)),
+    ),
+    "repair": StudyTable(
+        "What the next-token term adds",
+        tuple((name, name) for loss in LOSSES if f"{loss} + SFT" in ROWS for name in (loss, f"{loss} + SFT")),
+    ),
     "kinds": StudyTable(
         "Correctness against DropoutNTP",
         tuple((name, name) for method in (SFT, "MPO") for name in
               (f"{method}, correctness", f"{method}, DropoutNTP 0.5", f"{method}, {HALF}")),
+    ),
+    "rlaif": StudyTable(
+        "DropoutNTP against RLAIF-V",
+        tuple((name, name) for method in (SFT, "MPO") for name in
+              (f"{method}, DropoutNTP 0.5", f"{method}, {RLAIF_V}")),
     ),
     "keep": StudyTable("Keep ratio of DropoutNTP", tuple((name, f"MPO, {name}") for name in KEEPS)),
     "scale": StudyTable(
@@ -143,6 +166,10 @@ DIFFERENCES: dict[str, tuple[tuple[str, str, str], ...]] = {
                ("MPO", "DPO + SFT", "cot"), ("MPO", "BCO + SFT", "cot")),
     "kinds": (*((f"MPO, {name}", f"{SFT}, {name}", "cot") for name in ("correctness", "DropoutNTP 0.5", HALF)),
               ("MPO, DropoutNTP 0.5", START, "cot"), ("MPO, DropoutNTP 0.5", "MPO, correctness", "cot")),
+    "alone": tuple((name, SFT, "cot") for name in LOSSES if name not in ("BCO", "DPO + BCO")),
+    "repair": tuple((f"{name} + SFT", name, "cot") for name in LOSSES if f"{name} + SFT" in ROWS),
+    "rlaif": ((f"MPO, {RLAIF_V}", f"{SFT}, {RLAIF_V}", "cot"), ("MPO, DropoutNTP 0.5", f"MPO, {RLAIF_V}", "cot"),
+              (f"MPO, {RLAIF_V}", START, "cot")),
     "keep": tuple(("MPO, DropoutNTP 0.5", f"MPO, {name}", "cot") for name in KEEPS if name != "DropoutNTP 0.5"),
     "scale": (("MPO", "MPO, mixed 10%", "cot"), ("MPO, mixed 10%", "SFT, mixed 10%", "cot")),
     "rate": tuple(("MPO", f"{SFT}, rate {name}", "cot") for name in RATES),
@@ -159,6 +186,12 @@ PAPER = {
     **dict.fromkeys(
         (difference for difference in DIFFERENCES["keep"] if difference[1] != "MPO, DropoutNTP 0"), "higher"
     ),
+    **{(name, SFT, "cot"): "lower" if name in ("SPPO", "TR-DPO") else "higher" for name, _, _ in DIFFERENCES["alone"]},
+    **{
+        (f"{name} + SFT", name, "cot"): "lower" if name == "cDPO" else "higher"
+        for name in ("DPO", "cDPO", "robust DPO", "AOT")
+    },
+    **dict.fromkeys(DIFFERENCES["weights"], "lower"),
     ("MPO", "MPO, mixed 10%", "cot"): "higher",
     ("MPO", START, TEXT): "higher",
 }

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from transformers import InternVLForConditionalGeneration
 
-from benchmarks.study import results, training
+from benchmarks.study import reading_judge, results, training
 from benchmarks.study.declare import TEXT
-from benchmarks.study.language_prior import HALF, KEEPS, SHARES
+from benchmarks.study.language_prior import HALF, KEEPS, RLAIF_V, SHARES
 from benchmarks.study.settings import PriorSettings
 from mpo_ext.data import Pair, read_pairs
 from mpo_ext.data.jsonl import dump_line
@@ -28,6 +28,8 @@ from mpo_ext.files import atomic_write, write_json
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
 from mpo_ext.generate.engine import SamplingConfig
+from mpo_ext.generate.rlaif_v import RlaifV
+from mpo_ext.generate.routing import RoutedEngine
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
 _CURVE_STEPS = 100  # steps between two logged losses
@@ -112,6 +114,7 @@ def make_files(
         engine = TransformersEngine(model, processor, name=name, batch_size=BATCH_SIZE)
         rng = np.random.default_rng([settings.seed, 2])
         files |= _make_kinds(engine, settings, rng, folder, files["mixed"], summaries)
+        files[RLAIF_V] = _make_rlaif_v(engine, settings, folder, len(files["correctness"]), summaries)
     for file, pairs in files.items():
         if not pairs:
             raise RuntimeError(f"pairs {file!r} must be at least one, got none")
@@ -159,6 +162,22 @@ def _make_kinds(
         **{name: pairs if name == TEXT else pairs[:count] for name, pairs in pool.items()},
         HALF: half,
     }
+
+
+def _make_rlaif_v(
+    engine: TransformersEngine, settings: PriorSettings, folder: Path, count: int, summaries: dict[str, Any]
+) -> list[Pair]:
+    """Returns ``count`` RLAIF-V pairs, or all if there are fewer. The questions are those of the DropoutNTP pairs."""
+    config = reading_judge.config(
+        samples=settings.samples, temperature=settings.temperature, seed=settings.seed,
+        pairs_per_question=settings.pairs_per_question,
+    )  # fmt: skip
+    routed = RoutedEngine(engine, reading_judge.ReadingJudge(engine, settings.side))
+    pairs, summary = sample(RlaifV(config), routed, folder, f"sample-{results.slug(RLAIF_V)}", items="blind")
+    summaries[RLAIF_V] = summary.to_dict()
+    distinct = list({pair.key(): pair for pair in pairs}.values())
+    order = np.random.default_rng([settings.seed, 3]).permutation(len(distinct))
+    return [distinct[index] for index in order[:count]]
 
 
 def _text_pipeline(settings: PriorSettings, common: Mapping[str, Any]) -> Correctness:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -18,6 +19,7 @@ from benchmarks.study.settings import AnySettings
 from mpo_ext import report
 
 RESULTS = "results"  # subfolder of a seed's folder
+PARTS = ("pairs", "sampling", "labels", "curve")  # fields of a start that ``study.json`` lists apart
 _COLORS = ("C0", "C2", "C1")
 
 Results = Mapping[tuple[int, str], Mapping[str, Any]]
@@ -58,8 +60,54 @@ def _file(out: Path, settings: AnySettings, row: str) -> Path:
 
 
 def complete_result(settings: AnySettings, row: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a result with the added fields ``key``, ``seed`` and ``row``."""
-    return {"key": key_of(settings, row), "seed": settings.seed, "row": row, **result}
+    """Returns a result with the added fields ``key``, ``seed``, ``row`` and ``commit``, unless it has them."""
+    return {"key": key_of(settings, row), "seed": settings.seed, "row": row, "commit": current_commit(), **result}
+
+
+@functools.cache
+def current_commit() -> str:
+    """Returns the short name of the commit that was checked out at the first call in this process."""
+    return measure.environment()["commit"]
+
+
+def take_over(out: Path, document: Mapping[str, Any], settings: Mapping[int, AnySettings]) -> int:
+    """Writes the runs of a result file as if this study had run them, and returns how many were written.
+
+    The runs of seeds that ``settings`` lacks, failed runs, and runs that ``out`` already has are left out. The file
+    does not hold the settings of its rows, so the caller must know that the rows have not changed.
+
+    Args:
+        out: Folder of the study.
+        document: Content of a result file, checked.
+        settings: Settings by seed.
+
+    Raises:
+        ValueError: If the runs had other settings.
+    """
+    starts = {start["seed"]: start for start in document["starts"]}
+    task = tables.task_of(document)
+    written = 0
+    ours, theirs = _shared_settings(settings), document["settings"]
+    if other := [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]:
+        raise ValueError(f"--results must have the settings of the study, got other {', '.join(other)}")
+    for result in document["results"]:
+        seed, row = result["seed"], result["row"]
+        if seed not in settings or not is_measured(result):
+            continue
+        changed = dataclasses.replace(settings[seed], **task.starts[tables.start_of(task, row)])
+        if _file(out, changed, row).exists():
+            continue
+        parts = {name: starts[seed].get(name, {}) for name in PARTS} if row == START else {}
+        save(out, changed, row, {"commit": document["environment"]["commit"], **result, **parts})
+        written += 1
+    return written
+
+
+def _shared_settings(settings: Mapping[int, AnySettings]) -> dict[str, Any]:
+    """Returns the settings that all seeds share, as JSON values."""
+    shared: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(next(iter(settings.values())))))
+    del shared["seed"]
+    return shared
 
 
 def failure(reason: str) -> dict[str, str]:
@@ -86,11 +134,9 @@ def document_of(
             result = dict(results.get((seed, row), {"seed": seed, "row": row, **failure(tables.NOT_RUN)}))
             result.pop("key", None)
             if row == START:
-                parts = {name: result.pop(name, {}) for name in ("pairs", "sampling", "curve")}
+                parts = {name: result.pop(name, {}) for name in PARTS}
                 starts.append({"seed": seed, **parts})
             listed.append(result)
-    shared = dataclasses.asdict(next(iter(settings.values())))
-    del shared["seed"]
     ended, load = measure.now()
     return {
         "schema": tables.SCHEMA,
@@ -98,7 +144,7 @@ def document_of(
         "task": name,
         "quick": quick,
         "environment": {**environment, "ended": ended, "load_after": [round(value, 2) for value in load]},
-        "settings": shared,
+        "settings": _shared_settings(settings),
         "seconds": sum(result.get("cpu_seconds", 0.0) for result in listed),
         "seeds": list(settings),
         "starts": starts,

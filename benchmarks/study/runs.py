@@ -187,8 +187,7 @@ def run(
         KeyboardInterrupt: On SIGINT or SIGTERM. Complete results are kept.
     """
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
-    make = SETTINGS[task].quick if quick else SETTINGS[task]
-    settings = {seed: dataclasses.replace(make(seed=seed), backend=backend) for seed in seeds}
+    settings = _settings(seeds, task, quick, backend)
     environment = {**measure.provenance(command, *measure.now()), "threads": threads}
     say = functools.partial(Console().print, markup=False, highlight=False, soft_wrap=True)
     study = Study(out, settings, only=only, quick=quick, environment=environment, say=say)
@@ -204,7 +203,27 @@ def run(
     return int(has_failed)
 
 
+def take_over(out: Path, path: Path, seeds: Sequence[int], task: str, *, quick: bool, backend: str | None) -> None:
+    """Takes over the runs of the result file ``path``, so that ``run`` with the same arguments does not repeat them.
+
+    Raises:
+        ValueError: If the file has a wrong format, another task or other settings.
+    """
+    document = tables.load(path, has_all=False)
+    if (name := document.get("task", tables.OLD_TASK)) != task:
+        raise ValueError(f"--results must be of the task {task}, got {name}")
+    count = results.take_over(out, document, _settings(seeds, task, quick, backend))
+    print(f"{count} runs of {path} are taken over")
+
+
+def _settings(seeds: Sequence[int], task: str, quick: bool, backend: str | None) -> dict[int, AnySettings]:
+    """Returns the settings by seed."""
+    make = SETTINGS[task].quick if quick else SETTINGS[task]
+    return {seed: dataclasses.replace(make(seed=seed), backend=backend) for seed in seeds}
+
+
 def _begin_process(threads: int) -> None:
+    results.current_commit()  # later commits have no part in the results of this process
     torch.set_num_threads(threads)
     os.environ["ACCELERATE_USE_CPU"] = "true"  # the model is too small to gain from a GPU
 

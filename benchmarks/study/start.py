@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers import InternVLForConditionalGeneration
 
 from benchmarks.study import perception_start, prior_start, results, training
 from benchmarks.study.declare import START
+from benchmarks.study.labels import label_shares
 from benchmarks.study.settings import AnySettings, PriorSettings
-from mpo_ext.data import write_pairs
+from mpo_ext.data import Pair, write_pairs
 from mpo_ext.demo.model import DigitsProcessor
 from mpo_ext.demo.train import METHODS, make_recipe
 
@@ -22,7 +24,8 @@ from mpo_ext.demo.train import METHODS, make_recipe
 def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, Any]:
     """Makes a start model, its files of pairs and the reference log-probs, unless they exist.
 
-    Files of other settings in ``folder`` are deleted.
+    Files of other settings in ``folder`` are deleted. A start that has a result but no model is made again; it must
+    give the same answers, because the rows that were measured from it are compared with the rows to come.
 
     Args:
         folder: Folder of the start in this seed.
@@ -31,14 +34,15 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
 
     Returns:
         The result of the start: ``evaluation`` of the start model, ``pairs`` (number of pairs by file), ``sampling``
-        (summaries by kind of pairs) and ``curve`` (measurements during training).
+        (summaries by kind of pairs), ``labels`` (result of ``label_shares`` by file) and ``curve`` (measurements
+        during training).
 
     Raises:
-        RuntimeError: If the model's answers gave no pair for a file.
+        RuntimeError: If the model's answers gave no pair for a file, or a start that is made again differs.
     """
-    result = results.read(folder.parent, settings, row)
-    if result is not None and training.start_file(folder).exists():
-        return result
+    known = results.read(folder.parent, settings, row)
+    if known is not None and training.start_file(folder).exists():
+        return known
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():  # without a result, these files come from other settings
         if path.name not in (results.RESULTS, prior_start.TRAINED):
@@ -56,7 +60,14 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
         for name, pairs in files.items():
             write_pairs(training.pair_file(folder, name), pairs)
             _compute_reference(model, processor, settings, name, folder)
+        is_prior = isinstance(settings, PriorSettings)
+        labels = {name: label_shares(pairs) for name, pairs in files.items()} if is_prior else {}
         evaluation = training.evaluate_held_out(model, processor, settings)
+        if known is not None and results.is_measured(known) and not _is_same(known, evaluation, files):
+            raise RuntimeError(
+                f"a start that is made again must equal the measured start, got other answers or pairs: remove "
+                f"the results of seed {settings.seed}, so that its rows run again"
+            )
         torch.save(model.state_dict(), training.start_file(folder))
     training.clear_encoded()  # most of the encoded pairs belong to the first training run
     result = {
@@ -64,10 +75,23 @@ def prepare(folder: Path, settings: AnySettings, row: str = START) -> dict[str, 
         "evaluation": evaluation,
         "pairs": {name: len(pairs) for name, pairs in files.items()},
         "sampling": summaries,
+        "labels": labels,
         "curve": curve,
         **watch.seconds,
     }
     return results.save(folder.parent, settings, row, result)
+
+
+def _is_same(
+    known: Mapping[str, Any], evaluation: Mapping[str, Mapping[str, Any]], files: Mapping[str, Sequence[Pair]]
+) -> bool:
+    """Returns whether a start has the answers and the numbers of pairs of an earlier result, as far as it has them."""
+    pairs = {name: len(made) for name, made in files.items()}
+    return all(
+        evaluation[column][quantity] == value
+        for column, quantities in known["evaluation"].items()
+        for quantity, value in quantities.items()
+    ) and all(pairs.get(name) == count for name, count in known.get("pairs", {}).items())
 
 
 def _compute_reference(

@@ -8,39 +8,50 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import language_prior, perception
-from benchmarks.study.declare import COLUMNS, SFT, START, TEXT, StudyTable, StudyTask
-from benchmarks.study.verdicts import CANNOT_TELL, verdicts
+from benchmarks.study import helps, labels, sentences
+from benchmarks.study.declare import COLUMNS, SFT, START, TEXT, StudyTable
+from benchmarks.study.figures import (
+    NOT_RUN,
+    OLD_TASK,
+    QUANTITIES,
+    TASKS,
+    differences,
+    prefix_of,
+    question_error,
+    spread,
+    start_of,
+    task_of,
+    values,
+)
 from mpo_ext.demo.digits import FORMS
 from mpo_ext.report import markdown_table
 
 SCHEMA = 1
-QUANTITIES = ("accuracy", "unparsable", "tokens")
-NOT_RUN = "not run"  # reason for a run that an interrupted study has not reached
-TASKS: dict[str, StudyTask] = {"language-prior": language_prior.TASK, "perception": perception.TASK}
-OLD_TASK = "perception"  # the task of result files that do not name it
 
 
 # ---------------------------------------------------------------------------------------------------------- documents
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Returns the content of a result file. A wrong format raises ValueError, whose message names the file."""
+def load(path: Path, *, has_all: bool = True) -> dict[str, Any]:
+    """Returns the content of a result file. A wrong format raises ValueError, whose message names the file.
+
+    ``has_all`` is False for a file that may lack rows, because they were declared after it was written.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        check(document)
+        check(document, has_all=has_all)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
     return document
 
 
-def check(document: Mapping[str, Any]) -> None:
-    """Raises ValueError if the content of a result file has a wrong format.
+def check(document: Mapping[str, Any], *, has_all: bool = True) -> None:
+    """Raises ValueError if the content of a result file has a wrong format, or lacks a row and ``has_all`` is set.
 
     The message names the place of the wrong value, the rule and the value.
     """
@@ -77,21 +88,11 @@ def check(document: Mapping[str, Any]) -> None:
                 fits = is_number and 0 <= value < math.inf and (value <= 1 or not is_share)
                 rule = "a share" if is_share else "finite and not negative"
                 must(fits, f"{where}.evaluation.{column}.{quantity}", rule, value)
-    must(seen == expected, "results", "complete", sorted(map(str, expected - seen))[:3])
+    must(seen == expected or not has_all, "results", "complete", sorted(map(str, expected - seen))[:3])
     must([start["seed"] for start in document["starts"]] == list(seeds), "starts", "one per seed", document["starts"])
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
-
-
-def task_of(document: Mapping[str, Any]) -> StudyTask:
-    """Returns the task of a result file."""
-    return TASKS[document.get("task", OLD_TASK)]
-
-
-def prefix_of(document: Mapping[str, Any]) -> str:
-    """Returns the beginning of the names of the blocks that show a result file."""
-    return "study" if document.get("task", OLD_TASK) == OLD_TASK else "prior"
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, str]:
@@ -105,51 +106,10 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
         blocks[f"{prefix}_{name}"] = _table(document, table)
     differences = _differences if prefix == "study" else _verdicts
     if task.paper:
-        blocks[f"{prefix}_findings"] = _findings(document)
+        blocks |= {f"{prefix}_labels": labels.table(document), f"{prefix}_cost": labels.cost(document)}
+        blocks[f"{prefix}_findings"] = sentences.findings(document)
+        blocks[f"{prefix}_reading"] = sentences.reading(document)
     return {**blocks, f"{prefix}_differences": differences(document)}
-
-
-def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "accuracy") -> dict[int, float]:
-    """Returns a quantity of a row, by seed, for the seeds with a measured result of the row.
-
-    ``column`` is one of ``COLUMNS``, and ``quantity`` one of ``QUANTITIES``. Fractions are returned in percent.
-    """
-    factor = 1 if quantity == "tokens" else 100
-    return {
-        result["seed"]: factor * result["evaluation"][column][quantity]
-        for result in document["results"]
-        if result["row"] == row and result["status"] == "measured"
-    }
-
-
-def differences(document: Mapping[str, Any], row: str, other: str, column: str) -> list[float]:
-    """Returns accuracy(``row``) - accuracy(``other``) in percentage points, for each seed with both results."""
-    ours, theirs = values(document, row, column), values(document, other, column)
-    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-
-
-def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
-    """Returns the paired standard error over the questions of a difference in "cot", in points.
-
-    It is that of the first seed with both results; None if the results do not have the single questions.
-    """
-    bits = []
-    for name in (row, other):
-        measured = [each for each in document["results"] if each["row"] == name and each["status"] == "measured"]
-        right = next((each["evaluation"]["cot"].get("right") for each in measured), None)
-        if right is None:
-            return None
-        bits.append([int(bit) for bit in f"{int(right, 16):b}"[1:]])
-    changes = [ours - theirs for ours, theirs in zip(*bits, strict=True)]
-    return 100 * statistics.stdev(changes) / math.sqrt(len(changes))
-
-
-def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
-    """Returns the text "mean ± sample standard deviation" with one decimal. A single number has no deviation."""
-    if not numbers:
-        return ""
-    mean = f"{statistics.fmean(numbers):{'+' if signed else ''}.1f}"
-    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.1f}"
 
 
 _HEADER = [
@@ -167,11 +127,6 @@ def _table(document: Mapping[str, Any], table: StudyTable) -> str:
         return markdown_table(header, rows)
     theirs = [table.paper.get(row, "") for _, row in shown]
     return markdown_table((*header, "paper"), [[*ours, other] for ours, other in zip(rows, theirs, strict=True)])
-
-
-def start_of(task: StudyTask, row: str) -> str:
-    """Returns the name of the start of a row; a start is its own start."""
-    return row if row in task.starts else task.rows[row].start
 
 
 def _cells(document: Mapping[str, Any], label: str, row: str) -> list[str]:
@@ -221,11 +176,8 @@ def _differences(document: Mapping[str, Any]) -> str:
 def _verdicts(document: Mapping[str, Any]) -> str:
     """Returns a table of the differences by table of the page, with the verdict of ``verdicts``."""
     rows = []
-    for name, family in task_of(document).differences.items():
-        measured = {each: differences(document, *each) for each in family}
-        found = verdicts(list(measured.values()))
-        for (row, other, column), verdict in zip(measured, found, strict=True):
-            numbers = measured[row, other, column]
+    for name in task_of(document).differences:
+        for (row, other, column), numbers, verdict in sentences.family_of(document, name):
             if not numbers:
                 continue
             error = f" ± {verdict.error:.1f}" if verdict.error is not None else ""
@@ -241,26 +193,6 @@ def _verdicts(document: Mapping[str, Any]) -> str:
     return markdown_table(header, rows) if rows else "Not run yet.\n"
 
 
-def _findings(document: Mapping[str, Any]) -> str:
-    """Returns a list of the paper's directions that appear in the study, do not appear, or cannot be told."""
-    task = task_of(document)
-    groups: dict[str, list[str]] = {"appears": [], "does not appear": [], "cannot be told": []}
-    for family in task.differences.values():
-        measured = {each: differences(document, *each) for each in family}
-        for each, verdict in zip(measured, verdicts(list(measured.values())), strict=True):
-            if each not in task.paper or not measured[each]:
-                continue
-            row, other, column = each
-            shown = {"cot": "step by step", TEXT: "in words"}.get(column, column)
-            group = "appears" if verdict.text == task.paper[each] else "does not appear"
-            if verdict.text == CANNOT_TELL:
-                group = verdict.text
-            count = len(measured[each])
-            mean = f"{statistics.fmean(measured[each]):+.1f}, {count} seed{'s' * (count > 1)}"
-            groups[group].append(f"{row} {task.paper[each]} than {other}, {shown} ({mean})")
-    return "".join(f"- **{name}**: {'; '.join(lines) or 'none'}.\n" for name, lines in groups.items())
-
-
 def _block(file: str, name: str, documents: Mapping[str, Mapping[str, Any]]) -> str:
     return tables(documents[file])[name]
 
@@ -269,7 +201,15 @@ def _block(file: str, name: str, documents: Mapping[str, Mapping[str, Any]]) -> 
 BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Mapping[str, Any]]], str]]] = {
     f"{prefix}_{name}": ((file,), functools.partial(_block, file, f"{prefix}_{name}"))
     for file, prefix, task in (("study", "study", "perception"), ("study_prior", "prior", "language-prior"))
-    for name in ("setup", "differences", *(("findings",) if TASKS[task].paper else ()), *TASKS[task].tables)
+    for name in (
+        "setup",
+        "differences",
+        *(("labels", "cost", "findings", "reading") if TASKS[task].paper else ()),
+        *TASKS[task].tables,
+    )
+} | {
+    "when_mpo_helps": (("study", "study_prior"), helps.table),
+    "when_form": (("study_prior",), lambda documents: sentences.unparsable(documents["study_prior"])),
 }
 
 
@@ -280,12 +220,16 @@ def _setup(document: Mapping[str, Any]) -> str:
     task = task_of(document)
     runs = sum(result["row"] not in task.starts and result["status"] == "measured" for result in document["results"])
     seeds = len(document["seeds"])
+    measured = [result for result in document["results"] if result["status"] == "measured"]
+    commits = dict.fromkeys(result.get("commit", environment["commit"]) for result in measured) or [
+        environment["commit"]
+    ]
     lines = [
         f"{seeds} seed{'s' * (seeds > 1)}, {runs} runs of {settings['branch_steps']} steps of "
         f"{settings['branch_batch']} pairs; {count:,} held-out questions per column, one standard error of a single "
         f"number is at most {50 / math.sqrt(count):.1f} points; {document['seconds'] / 60:.0f} minutes of one core "
         f"({environment['cores']} x {environment['cpu']}), torch {environment['versions']['torch']}, "
-        f"commit {environment['commit']}{' with changes' if environment['modified'] else ''}, "
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}{' with changes' if environment['modified'] else ''}, "
         f"{environment['started'][:10]}, `{environment['command']}`.",
         "",
     ]
@@ -316,7 +260,12 @@ def markdown(document: Mapping[str, Any]) -> str:
     """Returns all tables as Markdown sections."""
     prefix, titles = prefix_of(document), {"setup": "The study", "differences": "Differences"}
     if task_of(document).paper:
-        titles["findings"] = "Directions of the paper"
+        titles |= {
+            "labels": "Labels of the pairs",
+            "cost": "Tokens per pair",
+            "findings": "Directions of the paper",
+            "reading": "Reading the tables",
+        }
     titles |= {name: table.title for name, table in task_of(document).tables.items()}
     blocks = tables(document)
     return "\n".join(f"## {title}\n\n{blocks[f'{prefix}_{name}']}" for name, title in titles.items())

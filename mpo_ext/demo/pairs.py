@@ -22,7 +22,7 @@ from mpo_ext.files import atomic_write, write_json
 from mpo_ext.generate import runner
 from mpo_ext.generate.correctness import Correctness, CorrectnessConfig
 from mpo_ext.generate.dropout_ntp import DropoutNTP, DropoutNTPConfig
-from mpo_ext.generate.engine import SamplingConfig
+from mpo_ext.generate.engine import Engine, SamplingConfig
 from mpo_ext.generate.outputs import Summary
 from mpo_ext.generate.transformers_engine import TransformersEngine
 
@@ -119,7 +119,7 @@ def sampling_runs(settings: Settings) -> Iterator[tuple[str, str, int, runner.Pa
 
 def sample(
     pipeline: runner.PairPipeline,
-    engine: TransformersEngine,
+    engine: Engine,
     folder: Path,
     run: str,
     *,

@@ -299,12 +299,15 @@ def test_the_language_prior_has_its_tables_and_verdicts() -> None:
     document = make_prior_document({1: 0.03, 2: 0.032, 3: 0.034, 4: 0.03, 5: 0.031})
     study.check(document)
     blocks = study.tables(document)
-    assert "- **appears**: MPO higher than SFT, step by step (+3.1, 5 seeds);" in blocks["prior_findings"]
+    assert "- **appears**: MPO higher than SFT, step by step (+3.1 ± 0.1, 5 seeds);" in blocks["prior_findings"]
     assert "- **does not appear**: none." in blocks["prior_findings"]
     assert set(blocks) == {
         "prior_setup",
         "prior_differences",
         "prior_findings",
+        "prior_reading",
+        "prior_labels",
+        "prior_cost",
         *(f"prior_{name}" for name in language_prior.TABLES),
     }
     assert line_of(blocks["prior_main"], "MPO")[9:12] == ["30.0", "20.0", "5"]
@@ -416,7 +419,7 @@ def test_an_interrupted_study_resumes(scripted, tmp_path: Path) -> None:
     assert len(asked) == 2 * (len(perception.ROWS) + 1)
     document = study.load(tmp_path / "study.json")
     assert document["seconds"] == 2.0 * len(asked)
-    assert document["starts"][1] == {"seed": 1, "pairs": {"mixed": 3}, "sampling": {}, "curve": {}}
+    assert document["starts"][1] == {"seed": 1, "pairs": {"mixed": 3}, "sampling": {}, "labels": {}, "curve": {}}
     before = dict(document, environment=None)
     asked.clear()
     (tmp_path / "seed-1" / "results" / "ipo.json").unlink()

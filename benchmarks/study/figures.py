@@ -1,0 +1,72 @@
+"""Reads numbers from the content of a result file: quantities of rows, and differences between rows."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.study import language_prior, perception
+from benchmarks.study.declare import StudyTask
+
+QUANTITIES = ("accuracy", "unparsable", "tokens")
+NOT_RUN = "not run"  # reason for a run that an interrupted study has not reached
+TASKS: dict[str, StudyTask] = {"language-prior": language_prior.TASK, "perception": perception.TASK}
+OLD_TASK = "perception"  # the task of result files that do not name it
+
+
+def task_of(document: Mapping[str, Any]) -> StudyTask:
+    """Returns the task of a result file."""
+    return TASKS[document.get("task", OLD_TASK)]
+
+
+def prefix_of(document: Mapping[str, Any]) -> str:
+    """Returns the beginning of the names of the blocks that show a result file."""
+    return "study" if document.get("task", OLD_TASK) == OLD_TASK else "prior"
+
+
+def values(document: Mapping[str, Any], row: str, column: str, quantity: str = "accuracy") -> dict[int, float]:
+    """Returns a quantity of a row, by seed, for the seeds with a measured result of the row.
+
+    ``column`` is one of ``COLUMNS``, and ``quantity`` one of ``QUANTITIES``. Fractions are returned in percent.
+    """
+    factor = 1 if quantity == "tokens" else 100
+    return {
+        result["seed"]: factor * result["evaluation"][column][quantity]
+        for result in document["results"]
+        if result["row"] == row and result["status"] == "measured"
+    }
+
+
+def differences(document: Mapping[str, Any], row: str, other: str, column: str) -> list[float]:
+    """Returns accuracy(``row``) - accuracy(``other``) in percentage points, for each seed with both results."""
+    ours, theirs = values(document, row, column), values(document, other, column)
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
+    """Returns the paired standard error over the questions of a difference in "cot", in points.
+
+    It is that of the first seed with both results; None if the results do not have the single questions.
+    """
+    bits = []
+    for name in (row, other):
+        measured = [each for each in document["results"] if each["row"] == name and each["status"] == "measured"]
+        right = next((each["evaluation"]["cot"].get("right") for each in measured), None)
+        if right is None:
+            return None
+        bits.append([int(bit) for bit in f"{int(right, 16):b}"[1:]])
+    changes = [ours - theirs for ours, theirs in zip(*bits, strict=True)]
+    return 100 * statistics.stdev(changes) / math.sqrt(len(changes))
+
+
+def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
+    """Returns the text "mean ± sample standard deviation" with one decimal. A single number has no deviation."""
+    if not numbers:
+        return ""
+    mean = f"{statistics.fmean(numbers):{'+' if signed else ''}.1f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.1f}"
+
+
+def start_of(task: StudyTask, row: str) -> str:
+    """Returns the name of the start of a row; a start is its own start."""
+    return row if row in task.starts else task.rows[row].start

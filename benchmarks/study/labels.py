@@ -1,0 +1,106 @@
+"""Compares the labels of pairs about grids of digits with the truth, which the pairs carry but no pipeline sees."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.study.language_prior import KEEPS, RLAIF_V
+from mpo_ext.answers import extract_answer
+from mpo_ext.data import Pair
+from mpo_ext.demo.digits import STYLES
+from mpo_ext.demo.reading import CELLS, LARGEST, read_digits
+from mpo_ext.report import markdown_table
+
+PAPER = (571.2, 992.7)  # tokens per pair of DropoutNTP and of RLAIF-V in arXiv 2411.10442
+DROPOUT_NTP = "DropoutNTP 0.5"
+_SHARES = {
+    "right": "label right",
+    "equal": "errors equal",
+    "wrong": "label wrong",
+    "chosen_right": "chosen without error",
+}
+
+
+def count_errors(response: str, question: str, values: Sequence[int]) -> int:
+    """Returns the number of wrong digits, of digits that are not named, and of wrong answers in a response.
+
+    Args:
+        response: Step-by-step response.
+        question: The question, which names a cell or the largest digit.
+        values: The digits of the grid, in the order of the cells.
+    """
+    cells = CELLS[round(len(values) ** 0.5)]
+    asked = question.removeprefix("Which digit is ").partition(" ? ")[0]
+    truth = max(values) if asked == LARGEST else values[cells.index(asked)]
+    wrong = sum(read != value for read, value in zip(read_digits(response, cells), values, strict=True))
+    return wrong + (extract_answer(response, STYLES["cot"]) != str(truth))
+
+
+def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Returns the shares of pairs by their label: "right", "equal" or "wrong", and of chosen responses without error.
+
+    A label is wrong if the chosen response has more errors than the rejected one. Only step-by-step pairs with images
+    count; the result is empty if there is none.
+    """
+    errors = [
+        tuple(count_errors(text, pair.question, pair.extra["digits"]) for text in (pair.chosen, pair.rejected))
+        for pair in pairs
+        if pair.images and pair.extra["form"] == "cot"
+    ]
+    if not errors:
+        return {}
+    return {
+        "right": sum(chosen < rejected for chosen, rejected in errors) / len(errors),
+        "equal": sum(chosen == rejected for chosen, rejected in errors) / len(errors),
+        "wrong": sum(chosen > rejected for chosen, rejected in errors) / len(errors),
+        "chosen_right": sum(chosen == 0 for chosen, _ in errors) / len(errors),
+    }
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """Returns a Markdown table of the generated tokens per pair and of the labels, by kind of step-by-step pairs.
+
+    The numbers are means over the starts of ``document`` that have them.
+    """
+    rows = []
+    for name in ("correctness", *KEEPS, RLAIF_V):
+        starts = _starts(document, name)
+        if starts:
+            shares = [statistics.fmean(start["labels"][name][share] for start in starts) for share in _SHARES]
+            tokens = f"{_tokens_per_pair(starts, name):.1f}"
+            rows.append([name, tokens, *(f"{100 * share:.1f}" for share in shares), str(len(starts))])
+    header = ["pairs", "tokens per pair", *(f"{name}, %" for name in _SHARES.values()), "seeds"]
+    return markdown_table(header, rows) if rows else "Not run yet.\n"
+
+
+def cost(document: Mapping[str, Any]) -> str:
+    """Returns sentences that compare the generated tokens per pair of DropoutNTP and RLAIF-V with the paper's."""
+    starts = _starts(document, RLAIF_V)
+    if not starts:
+        return "Not run yet.\n"
+    ours, theirs = (_tokens_per_pair(starts, name) for name in (DROPOUT_NTP, RLAIF_V))
+    stages = [start["sampling"][RLAIF_V]["generated_tokens_by_stage"] for start in starts]
+    verdicts = sum(stage["verdicts"] for stage in stages) / sum(sum(stage.values()) for stage in stages)
+    length = statistics.fmean(
+        start["sampling"][RLAIF_V]["generated_tokens_by_stage"]["responses"] / start["sampling"][RLAIF_V]["records"]
+        for start in starts
+    )
+    return (
+        f"DropoutNTP needed {100 * ours / theirs:.0f} % of the tokens of RLAIF-V ({ours:.1f} of {theirs:.1f} tokens "
+        f"per pair), in the paper {100 * PAPER[0] / PAPER[1]:.1f} % ({PAPER[0]} of {PAPER[1]}). Responses have "
+        f"{length:.0f} tokens, and {100 * verdicts:.1f} % of RLAIF-V's tokens are verdicts.\n"
+    )
+
+
+def _starts(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """Returns the starts that have labels of the file of pairs ``name``."""
+    return [start for start in document["starts"] if start.get("labels", {}).get(name)]
+
+
+def _tokens_per_pair(starts: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Returns the mean number of generated tokens for each pair of the sampling run ``name`` that was made."""
+    runs = [start["sampling"][name] for start in starts]
+    made = [sum(count for output, count in run["lines"].items() if output.endswith("pairs")) for run in runs]
+    return statistics.fmean(run["generated_tokens"] / count for run, count in zip(runs, made, strict=True))

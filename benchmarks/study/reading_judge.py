@@ -1,0 +1,86 @@
+"""An engine that judges the claims of a step-by-step response, for the RLAIF-V pairs of the task "language-prior".
+
+As in RLAIF-V, each claim is asked back with the image. Two things are simpler than in the paper, because the start is
+tiny: a program splits a response into claims, and a claim is asked back as a direct question ("Which digit is
+top-left ?") instead of one with yes or no. The verdict is yes if the start's own direct answer agrees with the claim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mpo_ext.answers import extract_answer
+from mpo_ext.demo import digits
+from mpo_ext.demo.pairs import MAX_NEW_TOKENS
+from mpo_ext.demo.reading import CELLS, read_digits
+from mpo_ext.generate.choices import fill
+from mpo_ext.generate.claims import STATEMENT
+from mpo_ext.generate.engine import Engine, Generation, Request, SamplingConfig
+from mpo_ext.generate.rlaif_v import RlaifVConfig
+
+_CLAIMS, _ANSWER, _VERDICT = "claims of:", "\nanswer:", "verdict on:"
+_VERDICT_START = f"{_VERDICT} {fill(STATEMENT, claim='')}"
+
+
+def config(*, samples: int, temperature: float, seed: int, pairs_per_question: int) -> RlaifVConfig:
+    """Returns the settings of RLAIF-V for this judge: those of the correctness pairs, and the judge's prompts."""
+    sampling = SamplingConfig(temperature=temperature, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
+    return RlaifVConfig(
+        samples=samples, sampling=sampling, seed=seed, pairs_per_question=pairs_per_question,
+        questions="statement", judge="direct answers of the same model",
+        claims_prompt=f"{_CLAIMS} {{question}}{_ANSWER} {{answer}}",
+        verdict_prompt=f"{_VERDICT} {{question}}",
+    )  # fmt: skip
+
+
+class ReadingJudge:
+    """Splits responses into claims, and compares each claim with the direct answer of an engine.
+
+    Args:
+        engine: Engine of the start.
+        side: Number of rows and columns of a grid.
+    """
+
+    name = "direct answers"
+
+    def __init__(self, engine: Engine, side: int) -> None:
+        self.engine, self.cells = engine, CELLS[side]
+
+    def settings(self) -> dict[str, Any]:
+        return {**self.engine.settings(), "judge": self.name}
+
+    def encode_response(self, conversation: Any, response: str) -> list[int]:
+        return self.engine.encode_response(conversation, response)
+
+    def decode_response(self, conversation: Any, token_ids: Sequence[int]) -> str:
+        return self.engine.decode_response(conversation, token_ids)
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """Returns a list of claims for each request for claims, and yes or no for each request for a verdict."""
+        generations: dict[int, Generation] = {}
+        asked: dict[int, tuple[str, Request]] = {}
+        for place, request in enumerate(requests):
+            if request.question.startswith(_CLAIMS):
+                asking, _, response = request.question.removeprefix(_CLAIMS).strip().partition(_ANSWER)
+                text = "".join(f"- {claim}\n" for claim in claims_of(asking, response.strip(), self.cells))
+                generations[place] = Generation((), text, "stop", tokens=0)
+            else:
+                subject, _, value = request.question.removeprefix(_VERDICT_START).rpartition(" is ")
+                question = f"Which digit is {subject} ? {digits.INSTRUCTIONS['direct']}"
+                sampling = SamplingConfig(temperature=0.0, top_k=0, max_new_tokens=2)
+                asked[place] = value, Request(question=question, images=request.images, sampling=sampling)
+        answers = self.engine.generate([request for _, request in asked.values()]) if asked else []
+        for (place, (value, _)), answer in zip(asked.items(), answers, strict=True):
+            verdict = "yes" if answer.text.strip() == value else "no"
+            generations[place] = Generation(answer.token_ids, verdict, "stop")
+        return [generations[place] for place in range(len(requests))]
+
+
+def claims_of(question: str, response: str, cells: Sequence[str]) -> list[str]:
+    """Returns the claims of a step-by-step response: the digit of each cell, and the final answer, each once."""
+    read = zip(cells, read_digits(response, cells), strict=True)
+    claims = [f"{cell} is {value}" for cell, value in read if value is not None]
+    answer = extract_answer(response, digits.STYLES["cot"])
+    asked = question.removeprefix("Which digit is ").partition(" ? ")[0]
+    return list(dict.fromkeys([*claims, *([f"{asked} is {answer}"] if answer is not None else [])]))
