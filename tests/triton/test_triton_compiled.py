@@ -44,6 +44,7 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
@@ -277,7 +278,7 @@ def test_compiled_code_has_wide_loads_and_no_spills(dtype: torch.dtype, target: 
                 name
             )  # at an odd vocabulary: rows are read from aligned addresses
         if name in ("logits_grad_kernel", "exp_logits_kernel"):
-            # A thread of exp_logits has 16 float32 logits, and on an AMD GPU 8, which fill one vector of half precision.
+            # A thread of exp_logits has 16 float32 logits, on an AMD GPU 8: one vector of half precision.
             stores = 4 if name == "logits_grad_kernel" else 1 if target == "gfx942" else 2
             assert len(re.findall(wide_store, code)) >= stores, name
 

@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
       shared.pieces[buffer][slots] = {piece.row, piece.rank, piece.from == 0 && piece.to == a.row_vectors};
     }
     if (++slots < kWarps && !piece.is_last) return;
-    // The slots are complete, and all warps have read the other buffer, to which the next pieces are written.
+    // The slots are complete, and all warps have read the other buffer, which the next pieces overwrite.
     __syncthreads();
     if (warp < slots) {  // each warp finishes one row, since this takes about 2 us: a logarithm in double
       const PieceInSlot mine = shared.pieces[buffer][warp];
