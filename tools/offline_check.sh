@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds and runs a stage of benchmarks.gpu as on a rented GPU: without a network, from a fresh copy of the files, in an
-# environment that has nothing but torch, triton, numpy, pybind11, cmake, ninja and pytest. `--dry` stands in for the GPU.
+# environment that has only torch, triton, numpy, pybind11, cmake, ninja and pytest. `--dry` stands in for the GPU.
 # Usage: tools/offline_check.sh [ENVIRONMENT [STAGE ...]]. An environment that does not exist is created with pip.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -10,6 +10,16 @@ _STRIDES = ["misalignment", "inner", "outer_stride", "row_stride"]
 _INTEGERS = ["vocab", "first", "hidden_size", *_STRIDES, "out_misalignment"]
 
 
+@triton.jit
+def rescale_part(sums_ptr, scale, size, BLOCK: tl.constexpr):
+    """Multiplies this program's part of ``size`` sums, which the programs of a row share out, by ``scale``."""
+    stop = size * (tl.program_id(1) + 1) // tl.num_programs(1)
+    for at in range(size * tl.program_id(1) // tl.num_programs(1), stop, BLOCK):
+        columns = at + tl.arange(0, BLOCK)
+        sums = tl.load(sums_ptr + columns, mask=columns < stop)
+        tl.store(sums_ptr + columns, sums * scale, mask=columns < stop)
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def exp_logits_kernel(
     logits_ptr,  # float32, 16-byte aligned; rows.py describes the rows
@@ -86,12 +96,7 @@ def exp_logits_kernel(
     if not IS_FIRST:
         if is_raised:
             scale = tl.where(old == -float("inf"), 0.0, tl.exp(old - reference))
-            row_sums_ptr = sums_ptr + row.to(tl.int64) * hidden_size
-            stop = hidden_size * (tl.program_id(1) + 1) // tl.num_programs(1)
-            for sum_at in range(hidden_size * tl.program_id(1) // tl.num_programs(1), stop, BLOCK):
-                columns = sum_at + tl.arange(0, BLOCK)
-                sums = tl.load(row_sums_ptr + columns, mask=columns < stop)
-                tl.store(row_sums_ptr + columns, sums * scale, mask=columns < stop)
+            rescale_part(sums_ptr + row.to(tl.int64) * hidden_size, scale, hidden_size, BLOCK)
 
 
 def exp_logits(

@@ -26,6 +26,13 @@ def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK:
             tl.store(row_ptr + positions, filler, mask=(positions >= shift) & (positions < end))
 
 
+@triton.jit
+def grad_of_label(z_label, row_max, row_sum, weight):
+    """Returns weight * (1 - p), in double: 1 - p cancels if p is near 1, and Triton has no expm1."""
+    logp = (z_label.to(tl.float64) - row_max.to(tl.float64)) - tl.log(row_sum.to(tl.float64))
+    return (weight.to(tl.float64) * (1.0 - tl.exp(logp))).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def logits_grad_kernel(
     logits_ptr,  # 16-byte aligned; rows.py describes the rows
@@ -86,11 +93,8 @@ def logits_grad_kernel(
     factor = -weight / row_sum
     label_at = label - first + shift  # outside of all columns if the label is in another tile
     label_grad = 0.0
-    if (label_at >= begin) & (label_at < tl.minimum(begin + CHUNK, end)) & (label_at >= shift):
-        # weight * (1 - p) in double: 1 - p cancels if p is near 1, and Triton has no expm1.
-        z_label = tl.load(row_ptr + label_at).to(tl.float64)
-        logp = (z_label - row_max.to(tl.float64)) - tl.log(row_sum.to(tl.float64))
-        label_grad = (weight.to(tl.float64) * (1.0 - tl.exp(logp))).to(tl.float32)
+    if (label_at >= tl.maximum(begin, shift)) & (label_at < tl.minimum(begin + CHUNK, end)):
+        label_grad = grad_of_label(tl.load(row_ptr + label_at), row_max, row_sum, weight)
         tl.debug_barrier()  # all warps have read the label's logit before one of them may overwrite it
     for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
         at = tl.multiple_of(at, BLOCK)

@@ -1,8 +1,8 @@
 """Exponentials of tiles of logits on a GPU, from which the gradient of hidden states is summed without a second pass.
 
 With a frozen head, forward sums ``exp(z - r) @ weight`` over the tiles. The reference r of a row need not be the row's
-largest logit: it is one that is not far below, so it rarely changes after the first tile. The sums over earlier tiles
-are then left as they are, instead of being read and written for every tile.
+largest logit. If r is a smaller logit that is close enough, it rarely changes after the first tile, and the sums over
+the earlier tiles stay as they are, instead of being read and written for every tile.
 """
 
 from __future__ import annotations
