@@ -178,7 +178,9 @@ mpo::PairLossParams read_pair_loss(Arguments& a, const void* logp, const int64_t
   p.batch = a.address<double>("batch");
   p.weight = rows == 0 ? a.address_or_null<void>("weight") : a.address<void>("weight");
   p.pairs = a.get<int64_t>("pairs");
-  if (p.pairs < 1) throw std::invalid_argument("pairs must be at least 1, got " + std::to_string(p.pairs));
+  if (p.pairs < 1 || p.pairs >= int64_t{1} << 30) {
+    throw std::invalid_argument("pairs must be at least 1 and below 2^30, got " + std::to_string(p.pairs));
+  }
   p.rows = rows;
   p.ignore_index = ignore_index;
   p.config = read_pair_loss_config(a);

@@ -7,11 +7,11 @@
 
 namespace mpo {
 
-constexpr int kUnroll = 4;        // vectors that a thread has in flight
-constexpr int kListRows = 512;    // rows that a block lists at a time
-constexpr int kMaskRows = 65536;  // rows for which a block keeps a bit: 8 kB
-constexpr int kScanUnroll = 16;   // labels that a thread has in flight while rows are counted
-constexpr int kListUnroll = 4;    // masks, or labels, that a thread has in flight while rows are listed
+constexpr int kUnroll = 4;             // vectors that a thread has in flight
+constexpr int kListRows = 512;         // rows that a block lists at a time
+constexpr unsigned kMaskRows = 65536;  // rows for which a block keeps a bit: 8 kB
+constexpr int kScanUnroll = 16;        // labels that a thread has in flight while rows are counted
+constexpr int kListUnroll = 4;         // masks, or labels, that a thread has in flight while rows are listed
 
 __device__ __forceinline__ bool is_scored(const Rows& in, int64_t label) {
   return label != in.ignore_index && in_vocab(label, in.total);
@@ -107,30 +107,30 @@ struct RowFinderShared {
 /// no block waits for another: 8 bytes per row, compared with 2 * vocab bytes of logits. It keeps a bit for each row,
 /// from which it lists rows; rows beyond kMaskRows are listed from their labels.
 struct RowFinder {
-  int begin, end;     // the rows whose labels this warp reads
-  int scored_before;  // scored rows before begin
-  int scored;         // all scored rows
+  unsigned begin, end;  // the rows whose labels this warp reads
+  int scored_before;    // scored rows before begin
+  int scored;           // all scored rows
 
   /// All threads must call it; it contains a barrier.
   __device__ RowFinder(const Rows& in, RowFinderShared& shared) {
     const int rows = static_cast<int>(in.rows);
     const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
     const int64_t share = (in.rows + kCudaThreads - 1) / kCudaThreads * kWarp;
-    begin = static_cast<int>(min(warp * share, in.rows));
-    end = static_cast<int>(min((warp + 1) * share, in.rows));
+    begin = static_cast<unsigned>(min(warp * share, in.rows));
+    end = static_cast<unsigned>(min((warp + 1) * share, in.rows));
     int count = 0;
 #pragma unroll 1
-    for (int64_t base = begin; base < end; base += kScanUnroll * kWarp) {
+    for (unsigned base = begin; base < end; base += kScanUnroll * kWarp) {
       int64_t label[kScanUnroll];
 #pragma unroll
       for (int u = 0; u < kScanUnroll; ++u) {
-        const int64_t row = base + u * kWarp + lane;
+        const unsigned row = base + u * kWarp + lane;
         label[u] = row < end ? in.labels[row] : in.ignore_index;
       }
 #pragma unroll
       for (int u = 0; u < kScanUnroll; ++u) {
         const unsigned mask = __ballot_sync(kAllLanes, is_scored(in, label[u]));
-        const int64_t row = base + u * kWarp;
+        const unsigned row = base + u * kWarp;
         if (lane == 0 && row < min(end, kMaskRows)) shared.scored_bits[row / kWarp] = mask;
         count += __popc(mask);
       }
@@ -152,14 +152,14 @@ struct RowFinder {
   /// rows. All threads must call it; the list is complete after the next barrier.
   __device__ void list(const Rows& in, bool is_scored_rows, int first, int size, RowFinderShared& shared) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    int rank = is_scored_rows ? scored_before : begin - scored_before;
+    int rank = is_scored_rows ? scored_before : static_cast<int>(begin) - scored_before;
 #pragma unroll 1
-    for (int64_t base = begin; base < end && rank < first + size; base += kListUnroll * kWarp) {
+    for (unsigned base = begin; base < end && rank < first + size; base += kListUnroll * kWarp) {
       unsigned scored_rows[kListUnroll];
       masks(in, base, shared, scored_rows);
 #pragma unroll
       for (int u = 0; u < kListUnroll; ++u) {
-        const int64_t row = base + u * kWarp + lane;
+        const unsigned row = base + u * kWarp + lane;
         const bool is_listed = row < end && (scored_rows[u] >> lane & 1) == (is_scored_rows ? 1u : 0u);
         const unsigned mask = __ballot_sync(kAllLanes, is_listed);
         const int position = rank + __popc(mask & ((1u << lane) - 1)) - first;
@@ -173,7 +173,7 @@ struct RowFinder {
   int unscored_;
 
   /// Returns, in every lane, which of kListUnroll * 32 rows from `base` on are scored. `base` is a multiple of 32.
-  __device__ __forceinline__ void masks(const Rows& in, int64_t base, const RowFinderShared& shared,
+  __device__ __forceinline__ void masks(const Rows& in, unsigned base, const RowFinderShared& shared,
                                         unsigned (&mask)[kListUnroll]) const {
     if (base + kListUnroll * kWarp <= kMaskRows) {
 #pragma unroll
@@ -185,7 +185,7 @@ struct RowFinder {
     int64_t label[kListUnroll];
 #pragma unroll
     for (int u = 0; u < kListUnroll; ++u) {
-      const int64_t row = base + u * kWarp + static_cast<int>(threadIdx.x) % kWarp;
+      const unsigned row = base + u * kWarp + threadIdx.x % kWarp;
       label[u] = row < end ? in.labels[row] : in.ignore_index;
     }
 #pragma unroll
