@@ -19,7 +19,8 @@ environment=$(cd "$environment" && pwd)
 # The files of the working tree that git knows, without anything that was built.
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$copy" 2>/dev/null || true
+git ls-files -z --cached --others --exclude-standard |
+  tar --create --null --files-from=- --ignore-failed-read | tar --extract --directory="$copy"
 cd "$copy"
 
 # A new network namespace has only a loopback interface, which is down: nothing can be reached.

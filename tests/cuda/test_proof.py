@@ -154,7 +154,9 @@ def test_an_edit_without_effect_leaves_the_results_as_they_are() -> None:
 
 
 def test_a_missing_barrier_is_caught() -> None:
-    barrier = "    // The slots are complete, and all warps have read the other buffer, which the next pieces overwrite.\n"
+    barrier = (
+        "    // The slots are complete, and all warps have read the other buffer, which the next pieces overwrite.\n"
+    )
     with pytest.raises(ptxsim.RaceError):
         results((barrier + "    __syncthreads();\n", ""))
 
