@@ -1,8 +1,8 @@
 """Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE]`` prints a table or fails.
 
-No innermost loop over logits or rows may spill: it may not access local memory. A kernel that is compiled for four blocks per
-multiprocessor has 64 registers, and may spill between its loops. In the code for sm_80 and sm_90 the main loop of
-token_logp must load, and those of logits_grad and exp_logits load and store, 128 bits at a time.
+No innermost loop over logits or rows may spill: it may not access local memory. A kernel that is compiled for four
+blocks per multiprocessor has 64 registers, and may spill between its loops. In the code for sm_80 and sm_90 the main
+loop of token_logp must load, and those of logits_grad and exp_logits load and store, 128 bits at a time.
 ``--json results/machine_code.json`` writes registers, spills and lengths of the main loops, for docs/performance.md.
 cuobjdump is taken from PATH or from the triton package.
 """
