@@ -1,4 +1,4 @@
-"""Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE]`` prints a table or fails.
+"""Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE ...]`` prints a table or fails.
 
 No innermost loop over logits or rows may spill: it may not access local memory. A kernel that is compiled for four
 blocks per multiprocessor has 64 registers, and may spill between its loops. In the code for sm_80 and sm_90 the main
@@ -13,6 +13,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -42,12 +43,22 @@ def find_cuobjdump() -> str | None:
     return str(bundled) if bundled.exists() else None
 
 
+def _output(command: list[str], module: str) -> list[str]:
+    """Returns the lines that a program prints for each file of ``module``."""
+    lines = []
+    for file in module.split(os.pathsep):
+        lines += subprocess.run([*command, file], capture_output=True, text=True, check=True).stdout.splitlines()
+    return lines
+
+
 def resources(module: str, cuobjdump: str) -> dict[tuple[str, str], dict[str, int]]:
-    """Maps (architecture, kernel) to the use of registers, stack, local and shared memory."""
-    text = subprocess.run([cuobjdump, "--dump-resource-usage", module], capture_output=True, text=True, check=True)
+    """Maps (architecture, kernel) to the use of registers, stack, local and shared memory.
+
+    ``module`` may be several files, separated by ``os.pathsep``, such as fatbins of the files in csrc/mpo/cuda.
+    """
     found: dict[tuple[str, str], dict[str, int]] = {}
     arch = kernel = ""
-    for line in text.stdout.splitlines():
+    for line in _output([cuobjdump, "--dump-resource-usage"], module):
         if match := re.match(r"arch = (sm_\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function (\S+):", line):
@@ -61,10 +72,9 @@ def resources(module: str, cuobjdump: str) -> dict[tuple[str, str], dict[str, in
 
 def disassembly(module: str, cuobjdump: str, arch: str) -> dict[str, list[tuple[int, str]]]:
     """Maps each kernel to its instructions with their addresses."""
-    text = subprocess.run([cuobjdump, "-sass", "-arch", arch, module], capture_output=True, text=True, check=True)
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
     kernel = ""
-    for line in text.stdout.splitlines():
+    for line in _output([cuobjdump, "-sass", "-arch", arch], module):
         if match := re.match(r"\s*Function : (\S+)", line):
             kernel = match[1]
         elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+([^;]+);", line):
@@ -170,15 +180,17 @@ def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, 
 def document(module: str, cuobjdump: str, command: str, compiler: str) -> dict[str, Any]:
     """Returns the figures in the format that benchmarks/machine_code.py reads."""
     registers: dict[str, dict[str, int]] = defaultdict(dict)
+    built = set()
     for (arch, kernel), use in resources(module, cuobjdump).items():
         registers[name_of(kernel)][arch] = use["REG"]
+        built.add(arch)
     return {
         "schema": 1,
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "compiler": compiler,
         "registers": {name: dict(sorted(registers[name].items(), key=_by_arch)) for name in sorted(registers)},
-        "instructions": {arch: instructions(module, cuobjdump, arch) for arch in COUNTED},
+        "instructions": {arch: instructions(module, cuobjdump, arch) for arch in COUNTED if arch in built},
     }
 
 
@@ -189,7 +201,8 @@ def _by_arch(item: tuple[str, int]) -> int:
 def main() -> int:
     """Prints the table and the problems. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", nargs="?", help="the module (default: the built one)")
+    parser.add_argument("files", nargs="*", help="the module, or fatbins of all files (default: the built module)")
+    parser.add_argument("--compiler", help="the compiler of the files, for --json (default: that of the built module)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures here")
     args = parser.parse_args()
     cuobjdump = find_cuobjdump()
@@ -197,7 +210,7 @@ def main() -> int:
         print("cuobjdump must be on PATH or inside an installed triton package")
         return 2
     built = sorted((Path(__file__).parents[2] / "mpo_ext").glob("_C*.so"))
-    module = args.file or str(built[0])
+    module = os.pathsep.join(args.files) or str(built[0])
     print(report(module, cuobjdump))
     found = problems(module, cuobjdump)
     print("\n".join(found) or "no loop spills; 128-bit loads and stores in the main loops")
@@ -206,8 +219,8 @@ def main() -> int:
 
         command = f"python tests/cuda/check_sass.py --json {args.json}"
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        one = document(module, cuobjdump, command, compiled().cuda_compiler)
-        args.json.write_text(json.dumps(one, indent=1) + "\n")
+        figures = document(module, cuobjdump, command, args.compiler or compiled().cuda_compiler)
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 1 if found else 0
 
 

@@ -210,9 +210,10 @@ __device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossS
   sum_sequences(a, warps, shared);
 
   // Rewards, and the sums over the batch. Each loop has few sums, since registers are scarce.
+  const int pairs = static_cast<int>(p.pairs);  // below 2^30
   double rewards[2] = {0, 0};
 #pragma unroll 1
-  for (int64_t s = thread; s < sequences; s += kCudaThreads) {
+  for (int s = thread; s < 2 * pairs; s += kCudaThreads) {
     const double reward = in.reward(s);
     static_cast<float*>(p.reward)[s] = static_cast<float>(reward);
     rewards[0] += reward;
@@ -221,7 +222,7 @@ __device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossS
   block_sum(rewards, kReward, shared);
   double responses[4] = {0, 0, 0, 0};
 #pragma unroll 1
-  for (int64_t s = thread; s < p.pairs; s += kCudaThreads) {
+  for (int s = thread; s < pairs; s += kCudaThreads) {
     if (p.tokens[s] == 0) continue;
     const double tokens = static_cast<double>(p.tokens[s]);
     responses[0] += a.sums[s];
@@ -238,7 +239,6 @@ __device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossS
   // The terms of the pairs, and the coefficient of each sequence's log-probs in the loss.
   double terms[2] = {0, 0};
   int has_nan = 0;
-  const int pairs = static_cast<int>(p.pairs);  // below 2^30
   const double per_pair = c.beta / static_cast<double>(p.pairs);
   for (int i = thread; i < pairs; i += kCudaThreads) {
     const PairTerms t = pair_terms(in.reward(i), in.reward(pairs + i), delta, c);

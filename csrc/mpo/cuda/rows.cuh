@@ -10,7 +10,7 @@ namespace mpo {
 constexpr int kUnroll = 4;             // vectors that a thread has in flight
 constexpr int kListRows = 512;         // rows that a block lists at a time
 constexpr unsigned kMaskRows = 65536;  // rows for which a block keeps a bit: 8 kB
-constexpr int kScanUnroll = 16;        // labels that a thread has in flight while rows are counted
+constexpr int kScanUnroll = 12;        // labels that a thread has in flight while rows are counted
 constexpr int kListUnroll = 4;         // masks, or labels, that a thread has in flight while rows are listed
 
 __device__ __forceinline__ bool is_scored(const Rows& in, int64_t label) {
