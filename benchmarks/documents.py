@@ -45,7 +45,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "predicted_floors": ((), predictions.floors),
     "predicted_issue": (("machine_code",), predictions.issue),
     "data_sheets": ((), predictions.data_sheets),
-    "matrix": (("matrix",), matrix.table),
+    "matrix": ((), matrix.table),
     "gpu": ((), gpu_tables.measured),
     **study.BLOCKS,
 }

@@ -27,8 +27,10 @@ load = functools.partial(schema.load, check=check)
 
 
 def table(documents: Mapping[str, Any]) -> str:
-    """Returns a table of all cells, one row for each version of torch."""
-    document = documents["matrix"]
+    """Returns a table of all cells, one row for each version of torch, or a sentence without a result file."""
+    document = documents.get("matrix")
+    if document is None:
+        return "There are no results yet."
     cells = {(cell["torch"], cell["python"]): cell for cell in document["cells"]}
 
     def order(version: str) -> tuple[int, ...]:

@@ -26,6 +26,10 @@ TORCHES = ("2.8", "2.11", "2.13", "2.15")
 TESTS = ("tests/ops", "tests/loss/test_loss.py", "tests/loss/test_linear.py", "tests/loss/test_reward_shift.py")
 _TOOLS = ("pybind11>=2.13", "cmake>=3.24", "ninja", "numpy", "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
 _CELL_SECONDS = 3600
+_IMPORT = (
+    "import torch; from mpo_ext import mpo_loss; from mpo_ext.ops.native import compiled; compiled(); "
+    "print(torch.__version__)"
+)
 
 
 def find_python(version: str) -> str | None:
@@ -67,7 +71,7 @@ def _steps(interpreter: str, torch: str, tests: Sequence[str], folder: Path, cel
         "torch": [python, "-m", "pip", "install", "--quiet", f"torch=={torch}.*", *_TOOLS],
         "configure": ["cmake", "-G", "Ninja", "-S", ".", "-B", str(folder / "build"), *extension],
         "build": ["cmake", "--build", str(folder / "build")],
-        "import": [python, "-c", "import torch, mpo_ext; mpo_ext.ops; print(torch.__version__)"],
+        "import": [python, "-c", _IMPORT],
         "tests": [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
     }
     paths = os.pathsep.join([str(binaries), os.environ.get("PATH", "")])

@@ -1,10 +1,12 @@
 """tools/matrix.py and its table: cells that cannot run say why, and the results are kept cell by cell."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import matrix as matrix_table
 
@@ -24,6 +26,11 @@ def test_a_python_that_is_missing_is_not_run(matrix: object, tmp_path: Path) -> 
     assert (cell["status"], cell["reason"]) == ("not run", "there is no Python 2.9 on this machine")
     version = "{}.{}".format(*sys.version_info)
     assert matrix.find_python(version) is not None
+
+
+def test_the_import_of_a_cell_prints_the_version_of_torch(matrix: object) -> None:
+    done = subprocess.run([sys.executable, "-c", matrix._IMPORT], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == torch.__version__
 
 
 def test_a_step_that_fails_names_itself(matrix: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
