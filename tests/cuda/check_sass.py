@@ -26,7 +26,7 @@ from typing import Any
 #: pair_loss.
 KERNELS = 22
 VECTORS_IN_FLIGHT = 4  # rows.cuh: kUnroll
-#: Instructions from which on a loop is that over pairs, which runs once per 256 pairs; main loops have up to 400.
+#: Minimum length of the loop over pairs, which runs once per 256 pairs; main loops have up to 400 instructions.
 PAIRS_LOOP = 1000
 DISASSEMBLED = ("sm_80", "sm_90")
 COUNTED = ("sm_80", "sm_90", "sm_100")

@@ -61,7 +61,7 @@ def test_each_logit_is_read_once_and_each_exponential_written_once(dtype: torch.
             logits, labels, row_max, row_max - 1, sums, "cuda", out, place, is_last=dtype == torch.float16
         )
     _, report = native.reports[-1]
-    # The logits are the buffer that is read most, the exponentials the one that is written most.
+    # The kernel reads the logits most, and writes the exponentials most.
     read = max(buffer.bytes_read for buffer in report.buffers)
     written = max(buffer.bytes_written for buffer in report.buffers)
     assert 5 * 4 * columns <= read <= 1.01 * 5 * 4 * columns
