@@ -17,7 +17,7 @@ DEV_EXTRAS ?= dev
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs bench bench-pairs sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook demo-start vllm-check video-check gpu-dry clean
+.PHONY: demo test lint docs bench bench-pairs sanitize audit gpu-check zoo-trl ray-check check-attention integrations deepspeed-check wheels hub-kernel notebook demo-start vllm-check video-check gpu-dry gpu-offline matrix clean
 
 # An interrupted demo resumes. DEMO_ARGS="--seeds 5" runs it with five seeds.
 demo: $(VENV)/.demo
@@ -155,6 +155,16 @@ gpu-check:
 # Runs every stage of gpu-check with small sizes on the CPU.
 gpu-dry: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/python -m benchmarks.gpu --dry --out build/gpu-dry
+
+# Runs the stage correct as on a machine without a network, in an environment with torch and the build tools only.
+gpu-offline:
+	PYTHON=$(PYTHON) tools/offline_check.sh
+
+# Builds the module, imports it and tests the operators with several versions of Python and torch; writes
+# results/matrix.json and its table in docs/. MATRIX="3.12:2.11" runs this cell alone.
+matrix: $(VENV)/.dev $(VENV)/.native
+	$(BIN)/python tools/matrix.py $(if $(MATRIX),--cells $(MATRIX))
+	$(BIN)/python -m benchmarks.gpu --docs
 
 # Runs the native tests under the address and undefined-behaviour sanitizers, then under the thread sanitizer.
 SANITIZERS ?= address,undefined thread

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import audit, hardware, machine_code, measure, predictions, schema, tables
+from benchmarks import audit, hardware, machine_code, matrix, measure, predictions, schema, tables
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.study import tables as study
 from benchmarks.tables import Documents
@@ -47,6 +47,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "predicted_gpus": ((), hardware.gpus),
     "data_sheets": ((), predictions.data_sheets),
     "audit": (("audit",), audit.table),
+    "matrix": ((), matrix.table),
     "gpu": ((), gpu_tables.measured),
     **study.BLOCKS,
 }
@@ -54,8 +55,13 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
 
 def load(folder: Path) -> dict[str, Any]:
     """Reads and checks the result files in a folder, and returns the contents by file name without suffix."""
-    loaders = {**dict.fromkeys(schema.BENCHMARKS, schema.load), "machine_code": machine_code.load}
-    loaders |= dict.fromkeys(("study", "study_prior"), study.load) | {"audit": audit.load}
+    loaders = {
+        **dict.fromkeys(schema.BENCHMARKS, schema.load),
+        "machine_code": machine_code.load,
+        "matrix": matrix.load,
+        "audit": audit.load,
+    }
+    loaders |= dict.fromkeys(("study", "study_prior"), study.load)
     paths = {name: folder / f"{name}.json" for name in loaders}
     return {name: loaders[name](path) for name, path in paths.items() if path.exists()}
 

@@ -130,6 +130,19 @@ mpo::LogitsGradParams read_logits_grad(Arguments& a) {
   return p;
 }
 
+mpo::ExpLogitsParams read_exp_logits(Arguments& a) {
+  mpo::ExpLogitsParams p;
+  p.in = read_rows(a);
+  p.row_max = a.address<const float>("row_max");
+  p.reference = a.address_or_null<const float>("reference");
+  p.new_reference = a.address<float>("new_reference");
+  p.slack = a.get<float>("slack");
+  p.sums = a.address<float>("sums");
+  p.hidden_size = a.get<int64_t>("hidden_size");
+  p.exp_logits = a.address<void>("exp_logits");
+  return p;
+}
+
 mpo::PairLossConfig read_pair_loss_config(Arguments& a) {
   const int rule = a.get<int>("rule");
   if (rule < 0 || rule > 2) throw std::invalid_argument("rule must be 0, 1 or 2, got " + std::to_string(rule));
@@ -165,7 +178,9 @@ mpo::PairLossParams read_pair_loss(Arguments& a, const void* logp, const int64_t
   p.batch = a.address<double>("batch");
   p.weight = rows == 0 ? a.address_or_null<void>("weight") : a.address<void>("weight");
   p.pairs = a.get<int64_t>("pairs");
-  if (p.pairs < 1) throw std::invalid_argument("pairs must be at least 1, got " + std::to_string(p.pairs));
+  if (p.pairs < 1 || p.pairs >= int64_t{1} << 30) {
+    throw std::invalid_argument("pairs must be at least 1 and below 2^30, got " + std::to_string(p.pairs));
+  }
   p.rows = rows;
   p.ignore_index = ignore_index;
   p.config = read_pair_loss_config(a);
@@ -292,6 +307,18 @@ struct LogitsGradLaunch {
   }
 };
 
+struct ExpLogitsLaunch {
+  mpo::ExpLogitsParams p;
+  mpo::DType dtype;
+  int multiprocessors;
+
+  explicit ExpLogitsLaunch(Arguments& a)
+      : p(read_exp_logits(a)), dtype(read_dtype(a)), multiprocessors(a.get<int>("multiprocessors")) {
+    check_rows(p.in, mpo::DType::kFloat32);
+    if (dtype == mpo::DType::kFloat64) throw std::invalid_argument("dtype must not be float64");
+  }
+};
+
 #ifdef MPO_WITH_CUDA
 void check_launch(const char* name, const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string(name) + ": " + error);
@@ -332,6 +359,14 @@ void logits_grad_cuda(const py::kwargs& kwargs) {
   a.end();
   check_launch("logits_grad", mpo::launch_logits_grad(launch.p, launch.scale_is_float, launch.dtype, launch.grad_dtype,
                                                       launch.multiprocessors, stream));
+}
+
+void exp_logits_cuda(const py::kwargs& kwargs) {
+  Arguments a(kwargs);
+  const ExpLogitsLaunch launch(a);
+  const cudaStream_t stream = read_stream(a);
+  a.end();
+  check_launch("exp_logits", mpo::launch_exp_logits(launch.p, launch.dtype, launch.multiprocessors, stream));
 }
 
 /// Returns "", or why the kernels cannot run on the current device.
@@ -399,6 +434,15 @@ py::dict describe_logits_grad(const py::kwargs& kwargs) {
                      mpo::logits_grad_args(launch.p, launch.scale_is_float, launch.dtype));
 }
 
+py::dict describe_exp_logits(const py::kwargs& kwargs) {
+  Arguments a(kwargs);
+  const ExpLogitsLaunch launch(a);
+  a.end();
+  const mpo::Rows& in = launch.p.in;
+  return launch_dict("exp_logits_kernel", mpo::cuda_exp_logits_shape(in.rows, in.vocab, launch.multiprocessors),
+                     mpo::exp_logits_args(launch.p));
+}
+
 py::dict cuda_forward_shape(const py::kwargs& kwargs) {
   Arguments a(kwargs);
   const int64_t rows = a.get<int64_t>("rows"), vocab = a.get<int64_t>("vocab"), pairs = a.get<int64_t>("pairs");
@@ -432,6 +476,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("forward_cuda", &forward_cuda, "token_logp_cuda and pair_loss_cuda in one launch.");
   m.def("pair_loss_cuda", &pair_loss_cuda);
   m.def("logits_grad_cuda", &logits_grad_cuda);
+  m.def("exp_logits_cuda", &exp_logits_cuda);
   m.def("cuda_device_error", &cuda_device_error,
         "Returns '', or why the CUDA kernels cannot run on the current device.");
   m.def("cuda_counters", &cuda_counters, "Returns the address of new counters for launches on a stream, all 0.");
@@ -449,4 +494,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("describe_forward_cuda", [](const py::kwargs& kwargs) { return describe_forward(kwargs, true); });
   m.def("describe_pair_loss_cuda", &describe_pair_loss);
   m.def("describe_logits_grad_cuda", &describe_logits_grad);
+  m.def("describe_exp_logits_cuda", &describe_exp_logits);
 }

@@ -16,7 +16,7 @@ from oracle import (
 )
 
 from mpo_ext import MPOConfig, MPOOutput, linear_mpo_loss, mpo_loss
-from mpo_ext.ops import linear, matmul, tiles
+from mpo_ext.ops import exp_logits, linear, matmul, tiles
 from mpo_ext.ops import logits as ops
 from mpo_ext.ops.checks import STATS
 from mpo_ext.ops.memory import ROW_STATE, Tile
@@ -140,6 +140,52 @@ def check_gpu_tiles(backend: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
     for gradient, expected in zip(gradients, exact_gradients, strict=True):
         assert (gradient.double() - expected).norm() <= 2 * torch.finfo(dtype).eps * expected.norm()
+
+
+def exp_logits_case(vocab: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Returns logits ``[7, vocab]``, labels, and the edges of three tiles, for ``check_exp_logits``."""
+    edges = [0, vocab // 3 + 1, vocab // 3 + 1 + vocab // 4, vocab]
+    logits = 3 * torch.randn(7, vocab, generator=torch.Generator().manual_seed(vocab))
+    labels = torch.tensor([0, vocab - 1, edges[1], edges[1] - 1, edges[2], vocab // 2, 1])
+    logits[0, edges[1] + 1] = 20.0  # raises the maximum, but not the reference
+    logits[1, edges[2]] = 90.0  # raises both
+    logits[2, : edges[1]] = -torch.inf  # nothing in the first tile
+    logits[3, : edges[2]] = -torch.inf
+    logits[4, 1] = -1e9  # a banned token
+    logits[5] += 300.0  # a large common offset
+    logits[6] = logits[6] * 1e8 - 2e9  # so large that neighbouring floats are far apart
+    return logits, labels, edges
+
+
+def check_exp_logits(backend: str, dtype: torch.dtype, vocab: int) -> None:
+    """Checks the exponentials of three tiles and the sums that are rescaled between them, against float64."""
+    logits, labels, edges = exp_logits_case(vocab)
+    sums = torch.randn(len(labels), 37, generator=torch.Generator().manual_seed(1))
+    expected_sums = sums.double().clone()
+    unit = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    reference, old, row_max = None, torch.full((7,), -torch.inf), torch.full((7,), -torch.inf)
+    for first, end in itertools.pairwise(edges):
+        tile = logits[:, first:end].contiguous()
+        row_max = torch.maximum(row_max, tile.amax(1))
+        out = torch.full(tile.shape, torch.nan, dtype=dtype)
+        reference = exp_logits.write_exp_logits(
+            tile, labels, row_max, reference, sums, backend, out, Tile(first, vocab, None), is_last=end == vocab
+        )
+        slack = 0.0 if dtype == torch.float16 or end == vocab else 40.0
+        assert torch.equal(reference, torch.where(row_max > old + slack, row_max, old))
+        if first > 0:
+            scale = torch.where(old == -torch.inf, 0.0, torch.exp(old.double() - reference.double()))
+            expected_sums *= scale.where(reference != old, 1.0).unsqueeze(1)
+        safe = reference.where(reference != -torch.inf, 0.0).double()
+        expected = torch.exp(tile.double() - safe.unsqueeze(1))
+        column = labels - first
+        inside = (column >= 0) & (column < end - first)
+        expected[inside, column[inside]] = 0.0
+        smallest = 2.0**-25 if dtype == torch.float16 else 1e-37  # smaller results are flushed to 0
+        assert ((out.double() - expected).abs() <= (unit + 4e-6) * expected + smallest).all()
+        old = reference
+    assert torch.equal(reference, row_max), "after the last tile, the reference is the maximum"
+    torch.testing.assert_close(sums.double(), expected_sums, rtol=2e-6, atol=1e-37)
 
 
 GPU_TILES = [

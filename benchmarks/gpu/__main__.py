@@ -8,8 +8,10 @@ after every case, so a stage that is stopped keeps its results. ``--dry`` runs e
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +35,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--archs", metavar="LIST", help='compute capabilities to build for, such as "90" (default: GPU 0)'
     )
+    made.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="N",
+        help="stop after this time, the build included (default: 8 minutes for each stage)",
+    )  # fmt: skip
+    made.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)  # a stage that another one runs
     made.add_argument(
         "--docs", action="store_true", help="run nothing; copy the results and write the tables of docs/"
     )
@@ -58,19 +65,28 @@ def main(argv: list[str] | None = None) -> int:
     built = ensure_built(args.out, needs_cuda=not args.dry, archs=args.archs)
     print(f"[{time.perf_counter() - begin:6.1f} s] {built}", flush=True)
     command = " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)])
-    if args.dry or len(names) == 1:
-        return max([_run_stage(name, args, command) for name in names])
-    return max([_run_process(name, args) for name in names])
+    if args.dry or args.in_process:
+        return max([_run_stage(name, args, command.replace(" --in-process", "")) for name in names])
+    end = begin + 60 * args.minutes
+    return max([_run_process(name, args, min(end - time.perf_counter(), _STAGE_SECONDS)) for name in names])
 
 
-def _run_process(name: str, args: argparse.Namespace) -> int:
-    """Runs a stage in a separate process, which is stopped after 8 minutes."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--stage", name, "--out", str(args.out)]
-    try:
-        return min(subprocess.run(command, timeout=_STAGE_SECONDS, check=False).returncode, 1)
-    except subprocess.TimeoutExpired:
-        print(f"{name}: stopped after {_STAGE_SECONDS} s; its results so far are in {args.out}")
+def _run_process(name: str, args: argparse.Namespace, seconds: float) -> int:
+    """Runs a stage in a separate process. After ``seconds``, stops it and the programs that it started."""
+    if seconds <= 0:
+        print(f"{name}: not started, because the time is over")
         return 1
+    command = [sys.executable, "-m", "benchmarks.gpu", "--stage", name, "--out", str(args.out), "--in-process"]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return min(abs(process.wait(seconds)), 1)
+    except subprocess.TimeoutExpired:
+        print(f"{name}: stopped after {seconds:.0f} s; its results so far are in {args.out}")
+        return 1
+    finally:  # also after an interrupt, which does not reach the other process group
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _run_stage(name: str, args: argparse.Namespace, command: str) -> int:

@@ -130,6 +130,14 @@ def _input_problems(stage: GpuStage, backend: str) -> list[str]:
     poisoned[labels == -100] = torch.nan
     is_finite = bool(mpo_loss(poisoned, labels, ref_logp, **options).loss.isfinite())
     wrong += [] if is_finite else ["ignored rows are read"]
+    for offset in (1e5, 1e9, -1e9):  # beyond 2e8, the kernels compute exponentials in another way
+        large = (logits.float() * max(abs(offset) * 1e-6, 1.0) + offset).requires_grad_()
+        found = mpo_loss(large, labels, ref_logp, stats=STATS, **options)
+        exact = mpo_loss(large.detach().double(), labels, ref_logp, stats=STATS, **exact_options)
+        wrong += difference(found.loss, exact.loss, 1e-5, 1e-5, f"logits near {offset:g}")
+        wrong += difference(found.stats["entropy"], exact.stats["entropy"], 1e-5, 1e-5, f"entropy near {offset:g}")
+        (grad,) = torch.autograd.grad(found.loss, large)
+        wrong += [] if bool(grad.isfinite().all()) else [f"logits near {offset:g}: the gradient is not finite"]
     nothing = torch.full_like(labels, -100)
     has_ntp = bool(mpo_loss(logits, nothing, ref_logp, **options).ntp_loss != 0)
     wrong += ["without a label, ntp_loss is not 0"] if has_ntp else []
@@ -160,6 +168,7 @@ def _linear_problems(
     on_device: dict[str, Any] = {"generator": generator, "device": stage.device}
     hidden = torch.randn(4, 9, 64, **on_device).to(dtype)
     weight = (torch.randn(vocab, 64, **on_device) / 8).to(dtype)
+    weight[-2] += 60 / hidden[1, 5].square().sum() * hidden[1, 5]  # a logit that is much larger than those before it
     bias = torch.randn(vocab, **on_device).to(dtype) if has_bias else None
     labels = torch.randint(vocab, (4, 9), **on_device)
     labels[:, :3] = -100

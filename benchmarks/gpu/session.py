@@ -61,6 +61,7 @@ class GpuStage:
     def check(self, case: str, run: Callable[[], list[str] | None]) -> bool:
         """Runs a check and records whether it passed. ``run`` returns what is wrong; an exception is wrong, too."""
         begin = time.perf_counter()
+        self.note(f"{case} ...")  # names the check that hangs
         try:
             wrong = run() or []
             self.synchronize()

@@ -12,6 +12,7 @@ _TITLES = {
     "gpu_logits": "From logits; the floor is the bytes that must be moved, at the copy bandwidth of the same run",
     "gpu_linear": "From hidden states; the floor is the bare matrix products of the same run",
     "gpu_train_step": "A training step",
+    "gpu_tune": "Launch shapes (threads : blocks per multiprocessor : vectors in flight), the present one first",
 }
 _CHECKS = {"gpu_correct": "operators and hardware", "gpu_sanitize": "compute-sanitizer", "gpu_tests": "tests"}
 

@@ -68,6 +68,20 @@ struct LogitsGradParams {
   bool is_zeroed;  // grad already holds zeros, so ignored rows need not be written
 };
 
+/// A tile of float32 logits whose exponentials are multiplied with the head, and the sums of these products over the
+/// earlier tiles. Every row has a label. The reference of a row is the logit that is subtracted from its logits.
+struct ExpLogitsParams {
+  Rows in;
+  const float* row_max;    // [rows], over this tile and all earlier ones
+  const float* reference;  // [rows], of the earlier tiles; nullptr in the first tile
+  float* new_reference;    // [rows], other memory than `reference`: row_max if it exceeds the reference by more than
+                           // `slack`, otherwise the reference
+  float slack;
+  float* sums;  // [rows, hidden_size], multiplied by exp(reference - new_reference); not in the first tile
+  int64_t hidden_size;
+  void* exp_logits;  // [rows, vocab], contiguous: exp(z - new_reference), and 0 for the label. May be the logits
+};
+
 /// How the rewards of a batch update the state of the reward shift (mpo_ext/loss/reward_shift.py).
 enum class ShiftRule : int { kHold, kCumulative, kEma };
 
@@ -141,6 +155,7 @@ struct CudaPairTypes {
 CudaShape cuda_forward_shape(int64_t rows, int64_t vocab, DType dtype, int64_t pairs, int multiprocessors);
 CudaShape cuda_pair_loss_shape(int64_t pairs);
 CudaShape cuda_logits_grad_shape(int64_t rows, int64_t vocab, DType dtype, int multiprocessors);
+CudaShape cuda_exp_logits_shape(int64_t rows, int64_t vocab, int multiprocessors);
 
 /// Returns nullptr, or why launch_logits_grad cannot write a gradient in `grad_dtype` for logits in `dtype`. It can for
 /// equal types, for float32 logits and a half-precision gradient, and for float16 logits and a bfloat16 gradient.
@@ -164,5 +179,7 @@ const char* launch_forward(const TokenLogpParams& token, const PairLossParams& p
                            DType dtype, const CudaWork& work, int multiprocessors, cudaStream_t stream);
 const char* launch_logits_grad(const LogitsGradParams& p, bool scale_is_float, DType dtype, DType grad_dtype,
                                int multiprocessors, cudaStream_t stream);
+/// `dtype` is that of exp_logits.
+const char* launch_exp_logits(const ExpLogitsParams& p, DType dtype, int multiprocessors, cudaStream_t stream);
 
 }  // namespace mpo

@@ -4,8 +4,9 @@ A row is the V logits of one token position. Each file holds one operator of ``m
 of the functions here and checks all arguments. The kernels need triton.
 """
 
+from .exp_logits import exp_logits
 from .logits_grad import logits_grad
 from .pair_loss import PairLossOutputs, pair_loss
 from .token_logp import token_logp
 
-__all__ = ["PairLossOutputs", "logits_grad", "pair_loss", "token_logp"]
+__all__ = ["PairLossOutputs", "exp_logits", "logits_grad", "pair_loss", "token_logp"]

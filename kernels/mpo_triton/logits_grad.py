@@ -26,6 +26,13 @@ def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK:
             tl.store(row_ptr + positions, filler, mask=(positions >= shift) & (positions < end))
 
 
+@triton.jit
+def grad_of_label(z_label, row_max, row_sum, weight):
+    """Returns weight * (1 - p), in double: 1 - p cancels if p is near 1, and Triton has no expm1."""
+    logp = (z_label.to(tl.float64) - row_max.to(tl.float64)) - tl.log(row_sum.to(tl.float64))
+    return (weight.to(tl.float64) * (1.0 - tl.exp(logp))).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def logits_grad_kernel(
     logits_ptr,  # 16-byte aligned; rows.py describes the rows
@@ -84,6 +91,11 @@ def logits_grad_kernel(
     row_sum = tl.load(row_sum_ptr + row)
     weight = tl.load(weight_ptr + row) * tl.load(scale_ptr)
     factor = -weight / row_sum
+    label_at = label - first + shift  # outside of all columns if the label is in another tile
+    label_grad = 0.0
+    if (label_at >= tl.maximum(begin, shift)) & (label_at < tl.minimum(begin + CHUNK, end)):
+        label_grad = grad_of_label(tl.load(row_ptr + label_at), row_max, row_sum, weight)
+        tl.debug_barrier()  # all warps have read the label's logit before one of them may overwrite it
     for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
         at = tl.multiple_of(at, BLOCK)
         positions = at + lanes
@@ -94,12 +106,7 @@ def logits_grad_kernel(
             mask = (positions >= shift) & (positions < end)
             z = tl.load(row_ptr + positions, mask=mask, other=-float("inf")).to(tl.float32)
         grad = tl.exp(z - row_max) * factor
-        label_at = label - first + shift  # outside of all columns if the label is in another tile
         if (label_at >= at) & (label_at < at + BLOCK):
-            # weight * (1 - p) in double: 1 - p cancels if p is near 1, and Triton has no expm1.
-            z_label = tl.sum(tl.where(positions == label_at, z, 0.0), axis=0)
-            logp = (z_label.to(tl.float64) - row_max.to(tl.float64)) - tl.log(row_sum.to(tl.float64))
-            label_grad = (weight.to(tl.float64) * (1.0 - tl.exp(logp))).to(tl.float32)
             grad = tl.where(positions == label_at, label_grad, grad)
         grad = grad.to(grad_ptr.dtype.element_ty)
         if is_whole:

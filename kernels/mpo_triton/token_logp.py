@@ -12,6 +12,12 @@ _STATE = 2  # number of floats in the state of a chunk: maximum, sum of exponent
 _STATE_WITH_STATS = 5  # with statistics also sum of e * (z - max), sum of z, sum of e * e
 
 
+@triton.jit
+def vector_sums(values, VECTOR: tl.constexpr):
+    """Returns the sum of each VECTOR consecutive values, which one thread holds."""
+    return tl.sum(tl.reshape(values, (values.shape[0] // VECTOR, VECTOR)), axis=1)
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def token_logp_chunk_kernel(
     logits_ptr,  # 16-byte aligned; rows.py describes the rows
@@ -48,10 +54,12 @@ def token_logp_chunk_kernel(
 
     lanes = tl.arange(0, BLOCK)
     running_max = -float("inf")
-    e_sum = tl.zeros((BLOCK,), tl.float32)
-    e_d = tl.zeros((BLOCK,), tl.float32)
-    z_sum = tl.zeros((BLOCK,), tl.float32)
-    squared = tl.zeros((BLOCK,), tl.float32)
+    # A sum per vector: a sum per lane would take as many registers as the logits, and a single sum would be a
+    # reduction over all warps in each block.
+    e_sum = tl.zeros((BLOCK // VECTOR,), tl.float32)
+    e_d = tl.zeros((BLOCK // VECTOR,), tl.float32)
+    z_sum = tl.zeros((BLOCK // VECTOR,), tl.float32)
+    squared = tl.zeros((BLOCK // VECTOR,), tl.float32)
     for at in range(begin, tl.minimum(begin + CHUNK, end), BLOCK):
         at = tl.multiple_of(at, BLOCK)
         positions = at + lanes
@@ -70,10 +78,10 @@ def token_logp_chunk_kernel(
         d = z - safe_max
         e = tl.exp(d)
         if HAS_STATS:
-            e_d = (e_d + gap * e_sum) * scale + tl.where(e > 0, e * d, 0.0)
-            squared = squared * scale * scale + e * e
-            z_sum += z_or_zero
-        e_sum = e_sum * scale + e
+            e_d = (e_d + gap * e_sum) * scale + vector_sums(tl.where(e > 0, e * d, 0.0), VECTOR)
+            squared = squared * scale * scale + vector_sums(e * e, VECTOR)
+            z_sum += vector_sums(z_or_zero, VECTOR)
+        e_sum = e_sum * scale + vector_sums(e, VECTOR)
         running_max = block_max
 
     state_ptr = states_ptr + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * STATE

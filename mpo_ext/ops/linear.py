@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpo_ext.ops.checks import STATS, check_head, check_kernel, check_labels, check_logits, check_rows, check_scale
 from mpo_ext.ops.cuda import check_not_capturing
+from mpo_ext.ops.exp_logits import write_exp_logits
 from mpo_ext.ops.logits import RowOutputs, score, token_logp_outputs, write_grad
 from mpo_ext.ops.matmul import accumulate
 from mpo_ext.ops.memory import ROW_STATE, Tile, VocabShard, empty_row_state, result_dtype
@@ -157,6 +158,7 @@ class _Chunk:
     labels: Tensor  # of these rows
     outputs: RowOutputs  # as logits.token_logp returns them
     state: Tensor  # [rows, ROW_STATE]
+    reference: Tensor | None = None  # [rows], the result of write_exp_logits
 
 
 def _score_tiles(
@@ -186,41 +188,36 @@ def _score_tiles(
         for chunk in chunks:
             out = tiles.kept_logits.tile(kept, chunk.rows, first, end) if in_place else None
             logits, tanh = tiles.logits(chunk.rows, weight_rows, first, end, out)
-            old_max = chunk.outputs[1].clone() if folds else None
-            exp_logits = tiles.grad_target(logits, is_input=tanh is None) if folds else None
+            in_kernel = folds and options.backend == "cpu"
+            old_max = chunk.outputs[1].clone() if in_kernel else None
             score(
                 logits, chunk.labels, options.ignore_index, stats, options.backend, chunk.outputs,
-                tile._replace(state=chunk.state), exp_logits=exp_logits,
+                tile._replace(state=chunk.state), exp_logits=logits if in_kernel else None,
             )  # fmt: skip
             if is_kept and not in_place:
                 tiles.kept_logits.store_(kept, chunk.rows, first, end, logits, chunk.outputs[1])
-            if old_max is not None and exp_logits is not None:
-                total = kept[chunk.rows]
-                _fold_hidden_grad(tiles, chunk, exp_logits, tanh, weight_rows, old_max, total, is_first=first == 0)
+            if not folds:
+                continue
+            total = kept[chunk.rows]
+            if old_max is not None:
+                exp_logits = logits
+                _rescale_(total, old_max, chunk.outputs[1], is_first=first == 0)
+            else:
+                exp_logits = tiles.grad_target(logits, is_input=tanh is None)
+                chunk.reference = write_exp_logits(
+                    logits, chunk.labels, chunk.outputs[1], chunk.reference, total, options.backend, exp_logits, tile,
+                    is_last=end == tiles.vocab,
+                )  # fmt: skip
+            # These are 0 for the label, whose part _finish_hidden_grad adds as 1 - p to avoid cancellation.
+            _multiply_by_tanh_slope_(exp_logits, tanh)
+            accumulate(total, tiles.as_input(exp_logits), weight_rows, is_first=first == 0)
     return chunks, kept
 
 
-def _fold_hidden_grad(
-    tiles: TiledRows,
-    chunk: _Chunk,
-    exp_logits: Tensor,
-    tanh: Tensor | None,
-    weight_rows: Tensor,
-    old_max: Tensor,
-    total: Tensor,
-    *,
-    is_first: bool,
-) -> None:
-    """Adds a tile's part of the gradient of hidden states, ``exp_logits @ weight``, to ``total`` in place.
-
-    ``total`` is the sum over earlier tiles. It is first rescaled from the rows' old maxima to their new maxima.
-    ``exp_logits`` is 0 for the label, whose part ``_finish_hidden_grad`` adds as ``1 - p`` to avoid cancellation.
-    """
-    _multiply_by_tanh_slope_(exp_logits, tanh)
+def _rescale_(total: Tensor, old_max: Tensor, row_max: Tensor, *, is_first: bool) -> None:
+    """Turns sums of ``exp(z - old_max) @ weight`` over the earlier tiles, in place, into those relative to row_max."""
     if not is_first:
-        scale = torch.exp(old_max - chunk.outputs[1])
-        total.mul_(torch.where(old_max == -math.inf, 0.0, scale).unsqueeze(1))
-    accumulate(total, tiles.as_input(exp_logits), weight_rows, is_first=is_first)
+        total.mul_(torch.where(old_max == -math.inf, 0.0, torch.exp(old_max - row_max)).unsqueeze(1))
 
 
 def _finish_hidden_grad(
@@ -241,7 +238,7 @@ def _finish_hidden_grad(
     has_label = (columns >= 0) & (columns < size)
     label_factor = torch.where(has_label | logp.isnan(), label_factor, 0.0)  # NaN: the label is out of range
     label_rows = head.weight[columns.clamp(0, size - 1)]
-    total.div_(-row_sum.unsqueeze(1)).addcmul_(label_rows, label_factor.unsqueeze(1)).mul_(head.slope)
+    total.mul_(-head.slope / row_sum.unsqueeze(1)).addcmul_(label_rows, head.slope * label_factor.unsqueeze(1))
 
 
 def finish_shard_hidden_grad(

@@ -141,10 +141,10 @@ def score(
 ) -> None:
     """Writes the results of ``token_logp``, whose arguments come first, to ``outputs``.
 
-    With a tile, the results cover the columns of the vocabulary up to the end of the tile. If ``exp_logits`` is given,
-    it receives ``exp(z - row_max)`` for each logit z, where ``row_max`` includes this tile, and 0 for the label's
-    logit. On a CPU, it must be ``logits``; on a GPU, it is a tensor that ``write_grad`` accepts as a gradient. Its
-    values are undefined in a row whose label is out of range or whose logp is NaN.
+    With a tile, the results cover the columns of the vocabulary up to the end of the tile. With the backend "cpu",
+    ``exp_logits`` may be ``logits``. It then receives ``exp(z - row_max)`` for each logit z, where ``row_max``
+    includes this tile, and 0 for the label's logit. Its values are undefined in a row whose label is out of range or
+    whose logp is NaN. ``write_exp_logits`` does this for the other backends.
     """
     if labels.numel() == 0:
         return
@@ -167,28 +167,6 @@ def score(
             threads=torch.get_num_threads(),
             isa=backends.cpu_isa(),
         )
-        return
-    if exp_logits is not None:
-        _write_exp_logits(logits, labels, outputs[1], ignore_index, backend, exp_logits, tile)
-
-
-def _write_exp_logits(
-    logits: Tensor,
-    labels: Tensor,
-    row_max: Tensor,
-    ignore_index: int,
-    backend: str,
-    exp_logits: Tensor,
-    tile: Tile | None,
-) -> None:
-    """Writes ``exp_logits`` as ``score`` does, in a second pass over the logits."""
-    safe_max = torch.where(row_max == -math.inf, 0.0, row_max)  # all logits so far are -inf
-    ones = torch.ones_like(safe_max)
-    write_grad(logits, labels, safe_max, ones, -ones, None, ignore_index, backend, exp_logits, tile=tile)
-    column = (labels - (0 if tile is None else tile.first)).unsqueeze(-1)
-    is_in_tile = (column >= 0) & (column < logits.shape[-1])
-    column = column.clamp(0, logits.shape[-1] - 1)
-    exp_logits.scatter_(-1, column, torch.where(is_in_tile, 0.0, exp_logits.gather(-1, column)))
 
 
 @torch.library.custom_op("mpo_ext::logits_grad", mutates_args=())

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,32 @@ def test_without_a_gpu_it_prints_the_reason(tmp_path: Path, capsys: pytest.Captu
         pytest.skip("needs a machine without a GPU")
     assert command.main(["--stage", "correct", "--out", str(tmp_path)]) == 2
     assert "needs an NVIDIA GPU that torch sees, or --dry" in capsys.readouterr().out
+
+
+def test_a_stage_that_takes_too_long_ends_with_the_programs_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text(f"#!/bin/sh\nsleep 60 & echo $! > {tmp_path}/started\nwait\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(command.sys, "executable", str(slow))
+    args = command.parser().parse_args(["--out", str(tmp_path)])
+    assert command._run_process("correct", args, 0.0) == 1
+    assert "not started" in capsys.readouterr().out
+    assert command._run_process("correct", args, 2.0) == 1
+    assert f"stopped after 2 s; its results so far are in {tmp_path}" in capsys.readouterr().out
+    started = int((tmp_path / "started").read_text())
+    assert not _is_running(started)
+
+
+def _is_running(process: int) -> bool:
+    """Returns whether a process runs, after at most 10 seconds; a zombie does not run."""
+    for _ in range(100):
+        status = Path(f"/proc/{process}/stat")
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def test_the_stages_are_those_of_the_schema() -> None:

@@ -1,8 +1,10 @@
-"""Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE]`` prints a table or fails.
+"""Checks the machine code in the built module: ``python tests/cuda/check_sass.py [FILE ...]`` prints a table or fails.
 
-No kernel may spill or have a stack frame. In the code for sm_80 and sm_90 the main loop of token_logp must load, and
-that of logits_grad load and store, 128 bits at a time. ``--json results/machine_code.json`` writes registers and
-lengths of the main loops, for docs/performance.md. cuobjdump is taken from PATH or from the triton package.
+No innermost loop over logits or rows may spill: it may not access local memory. A kernel that is compiled for four
+blocks per multiprocessor has 64 registers, and may spill between its loops. In the code for sm_80 and sm_90 the main
+loop of token_logp must load, and those of logits_grad and exp_logits load and store, 128 bits at a time.
+``--json results/machine_code.json`` writes registers, spills and lengths of the main loops, for docs/performance.md.
+cuobjdump is taken from PATH or from the triton package.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,9 +22,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-#: token_logp: 3 types, with and without statistics and pair loss; logits_grad: 6 pairs of types; pair_loss.
-KERNELS = 19
+#: token_logp: 3 types, with and without statistics and pair loss; logits_grad: 6 pairs of types; exp_logits: 3 types;
+#: pair_loss.
+KERNELS = 22
 VECTORS_IN_FLIGHT = 4  # rows.cuh: kUnroll
+#: Minimum length of the loop over pairs, which runs once per 256 pairs; main loops have up to 400 instructions.
+PAIRS_LOOP = 1000
 DISASSEMBLED = ("sm_80", "sm_90")
 COUNTED = ("sm_80", "sm_90", "sm_100")
 
@@ -37,12 +43,22 @@ def find_cuobjdump() -> str | None:
     return str(bundled) if bundled.exists() else None
 
 
+def _output(command: list[str], module: str) -> list[str]:
+    """Returns the lines that a program prints for each file of ``module``."""
+    lines = []
+    for file in module.split(os.pathsep):
+        lines += subprocess.run([*command, file], capture_output=True, text=True, check=True).stdout.splitlines()
+    return lines
+
+
 def resources(module: str, cuobjdump: str) -> dict[tuple[str, str], dict[str, int]]:
-    """Maps (architecture, kernel) to the use of registers, stack, local and shared memory."""
-    text = subprocess.run([cuobjdump, "--dump-resource-usage", module], capture_output=True, text=True, check=True)
+    """Maps (architecture, kernel) to the use of registers, stack, local and shared memory.
+
+    ``module`` may be several files, separated by ``os.pathsep``, such as fatbins of the files in csrc/mpo/cuda.
+    """
     found: dict[tuple[str, str], dict[str, int]] = {}
     arch = kernel = ""
-    for line in text.stdout.splitlines():
+    for line in _output([cuobjdump, "--dump-resource-usage"], module):
         if match := re.match(r"arch = (sm_\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function (\S+):", line):
@@ -56,10 +72,9 @@ def resources(module: str, cuobjdump: str) -> dict[tuple[str, str], dict[str, in
 
 def disassembly(module: str, cuobjdump: str, arch: str) -> dict[str, list[tuple[int, str]]]:
     """Maps each kernel to its instructions with their addresses."""
-    text = subprocess.run([cuobjdump, "-sass", "-arch", arch, module], capture_output=True, text=True, check=True)
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
     kernel = ""
-    for line in text.stdout.splitlines():
+    for line in _output([cuobjdump, "-sass", "-arch", arch], module):
         if match := re.match(r"\s*Function : (\S+)", line):
             kernel = match[1]
         elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+([^;]+);", line):
@@ -67,8 +82,8 @@ def disassembly(module: str, cuobjdump: str, arch: str) -> dict[str, list[tuple[
     return dict(found)
 
 
-def main_loop(code: list[tuple[int, str]]) -> list[str]:
-    """Returns the instructions of the innermost loop that computes the most exponentials."""
+def innermost_loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    """Returns the instructions of each loop that contains no other loop."""
     loops = []
     for address, instruction in code:
         if match := re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)", instruction):
@@ -76,13 +91,24 @@ def main_loop(code: list[tuple[int, str]]) -> list[str]:
             if target < address:
                 loops.append((target, address))
     innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    bodies = [[text for address, text in code if begin <= address <= end] for begin, end in innermost]
-    return max(bodies, key=lambda body: sum("MUFU.EX2" in text for text in body), default=[])
+    return [[text for address, text in code if begin <= address <= end] for begin, end in innermost]
+
+
+def main_loop(code: list[tuple[int, str]]) -> list[str]:
+    """Returns the instructions of the innermost loop that computes the most exponentials."""
+    return max(innermost_loops(code), key=lambda body: sum("MUFU.EX2" in text for text in body), default=[])
+
+
+def spills(body: list[str]) -> int:
+    """Returns the number of accesses to local memory."""
+    return sum(bool(re.match(r"(@\S+ )?(STL|LDL)\b", text)) for text in body)
 
 
 def name_of(kernel: str) -> str:
     """Returns a readable name, such as ``token_logp bfloat16 stats pair``, for a mangled name."""
-    kind = next(kind for kind in ("token_logp", "logits_grad", "pair_loss") if f"{kind}_kernel" in kernel)
+    kind = next(
+        kind for kind in ("token_logp", "logits_grad", "exp_logits", "pair_loss") if f"{kind}_kernel" in kernel
+    )
     types = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
     match = re.search(rf"_kernelI({'|'.join(types)})(?:Lb(\d)ELb(\d))?({'|'.join(types)})?", kernel)
     if match is None:
@@ -96,34 +122,33 @@ def name_of(kernel: str) -> str:
 def problems(module: str, cuobjdump: str) -> list[str]:
     """Returns the problems of the module."""
     found = []
-    table = resources(module, cuobjdump)
     per_arch: dict[str, int] = defaultdict(int)
-    for (arch, kernel), use in table.items():
+    for arch, _ in resources(module, cuobjdump):
         per_arch[arch] += 1
-        if use["STACK"] or use["LOCAL"]:
-            found.append(f"{name_of(kernel)} for {arch} has a stack of {use['STACK']} bytes, {use['LOCAL']} local")
     if not per_arch:
         found.append(f"{module} does not contain kernels")
     found += [f"{arch} has {n} kernels instead of {KERNELS}" for arch, n in per_arch.items() if n != KERNELS]
-    for arch in DISASSEMBLED:
-        if arch not in per_arch:
-            continue
+    for arch in sorted(per_arch):
         for kernel, code in disassembly(module, cuobjdump, arch).items():
             name = name_of(kernel)
-            if any(re.match(r"(@\S+ )?(STL|LDL)\b", text) for _, text in code):
-                found.append(f"{name} for {arch} spills")
-            if name == "pair_loss":
-                continue
-            body = main_loop(code)
-            loads = sum(bool(re.search(r"\bLDG\.E\S*\.128", text)) for text in body)
-            width = 64 if name.startswith("logits_grad float32 to") else 128  # half of a vector of float32 logits
-            stores = sum(bool(re.search(rf"\bSTG\.E\S*\.{width}", text)) for text in body)
-            wanted = VECTORS_IN_FLIGHT if name.startswith("logits_grad") else 0
-            if loads != VECTORS_IN_FLIGHT or stores != wanted:
-                found.append(
-                    f"{name} for {arch}: its main loop has {loads} loads of 128 bits and {stores} stores of {width}"
-                )
+            if any(spills(body) for body in innermost_loops(code) if len(body) < PAIRS_LOOP):
+                found.append(f"{name} for {arch} spills in a loop")
+            if name != "pair_loss" and arch in DISASSEMBLED:
+                found += _narrow_accesses(name, arch, main_loop(code))
     return found
+
+
+def _narrow_accesses(name: str, arch: str, body: list[str]) -> list[str]:
+    """Returns the problem of a main loop that does not load and store vectors, in a list, or an empty list."""
+    loads = sum(bool(re.search(r"\bLDG\.E\S*\.128", text)) for text in body)
+    # Half of a vector of float32 logits.
+    is_narrow = name.startswith("logits_grad float32 to") or name in ("exp_logits bfloat16", "exp_logits float16")
+    width = 64 if is_narrow else 128
+    stores = sum(bool(re.search(rf"\bSTG\.E\S*\.{width}", text)) for text in body)
+    wanted = 0 if name.startswith("token_logp") else VECTORS_IN_FLIGHT
+    if (loads, stores) == (VECTORS_IN_FLIGHT, wanted):
+        return []
+    return [f"{name} for {arch}: its main loop has {loads} loads of 128 bits and {stores} stores of {width}"]
 
 
 def report(module: str, cuobjdump: str) -> str:
@@ -139,29 +164,33 @@ def report(module: str, cuobjdump: str) -> str:
 
 
 def instructions(module: str, cuobjdump: str, arch: str) -> dict[str, dict[str, float]]:
-    """Maps each kernel to the instructions and the exponentials per logit in its main loop."""
+    """Maps each kernel to the instructions and exponentials per logit in its main loop, and its spills elsewhere."""
     found = {}
     for kernel, code in disassembly(module, cuobjdump, arch).items():
         name, body = name_of(kernel), main_loop(code)
         if name != "pair_loss":
-            logits = VECTORS_IN_FLIGHT * 16 / (4 if "float32" in name else 2)
+            is_wide = "float32" in name or name.startswith("exp_logits")
+            logits = VECTORS_IN_FLIGHT * 16 / (4 if is_wide else 2)
             exponentials = sum("MUFU.EX2" in text for text in body)
             found[name] = {"per_logit": len(body) / logits, "exponentials": exponentials / logits}
+            found[name]["spills"] = spills([text for _, text in code])
     return dict(sorted(found.items()))
 
 
 def document(module: str, cuobjdump: str, command: str, compiler: str) -> dict[str, Any]:
     """Returns the figures in the format that benchmarks/machine_code.py reads."""
     registers: dict[str, dict[str, int]] = defaultdict(dict)
+    built = set()
     for (arch, kernel), use in resources(module, cuobjdump).items():
         registers[name_of(kernel)][arch] = use["REG"]
+        built.add(arch)
     return {
         "schema": 1,
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "compiler": compiler,
         "registers": {name: dict(sorted(registers[name].items(), key=_by_arch)) for name in sorted(registers)},
-        "instructions": {arch: instructions(module, cuobjdump, arch) for arch in COUNTED},
+        "instructions": {arch: instructions(module, cuobjdump, arch) for arch in COUNTED if arch in built},
     }
 
 
@@ -172,7 +201,8 @@ def _by_arch(item: tuple[str, int]) -> int:
 def main() -> int:
     """Prints the table and the problems. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", nargs="?", help="the module (default: the built one)")
+    parser.add_argument("files", nargs="*", help="the module, or fatbins of all files (default: the built module)")
+    parser.add_argument("--compiler", help="the compiler of the files, for --json (default: that of the built module)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures here")
     args = parser.parse_args()
     cuobjdump = find_cuobjdump()
@@ -180,17 +210,17 @@ def main() -> int:
         print("cuobjdump must be on PATH or inside an installed triton package")
         return 2
     built = sorted((Path(__file__).parents[2] / "mpo_ext").glob("_C*.so"))
-    module = args.file or str(built[0])
+    module = os.pathsep.join(args.files) or str(built[0])
     print(report(module, cuobjdump))
     found = problems(module, cuobjdump)
-    print("\n".join(found) or "no spills, no stack frames; 128-bit loads and stores in the main loops")
+    print("\n".join(found) or "no loop spills; 128-bit loads and stores in the main loops")
     if args.json is not None and not found:
         from mpo_ext.ops.native import compiled
 
         command = f"python tests/cuda/check_sass.py --json {args.json}"
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        one = document(module, cuobjdump, command, compiled().cuda_compiler)
-        args.json.write_text(json.dumps(one, indent=1) + "\n")
+        figures = document(module, cuobjdump, command, args.compiler or compiled().cuda_compiler)
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 1 if found else 0
 
 

@@ -28,7 +28,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _MANGLED = {"float32": "f", "bfloat16": "13__nv_bfloat16", "float16": "6__half"}
 #: Pairs of dtypes of logits and gradient, other than equal ones, for which there is a kernel.
 NARROWED = [("float32", "bfloat16"), ("float32", "float16"), ("float16", "bfloat16")]
-_FILES = {"token_logp": "token_logp", "forward": "token_logp", "pair_loss": "pair_loss", "logits_grad": "logits_grad"}
+_FILES = {"token_logp": "token_logp", "forward": "token_logp", "pair_loss": "pair_loss", "logits_grad": "logits_grad",
+          "exp_logits": "logits_grad"}  # fmt: skip
 MULTIPROCESSORS = 2  # of the simulated GPU; a real GPU has about a hundred
 
 
@@ -94,7 +95,7 @@ class SimulatedNative:
         self.reports: list[tuple[str, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(("token_logp_cuda", "forward_cuda", "pair_loss_cuda", "logits_grad_cuda")):
+        if name in {f"{kernel}_cuda" for kernel in _FILES}:
             return functools.partial(self.launch_on_host_memory, name.removesuffix("_cuda"))
         return {"has_cuda": True}.get(name) or getattr(self.real, name)
 
@@ -106,6 +107,7 @@ class SimulatedNative:
             "forward": lambda: f"I{_MANGLED[arguments['dtype']]}Lb{int(arguments['stats'] != 0)}ELb1E",
             "pair_loss": lambda: "",
             "logits_grad": lambda: f"I{_mangled_pair(arguments['dtype'], arguments['grad_dtype'])}",
+            "exp_logits": lambda: f"I{_MANGLED[arguments['dtype']]}E",
         }[name]()
         edit = self.edit
         entry = module(_FILES[name], self.arch, edit).kernel(launch["kernel"] + kernel)
@@ -142,8 +144,11 @@ def _sizes(native: Any, name: str, a: dict[str, Any]) -> dict[str, int]:
     """Returns the size in bytes of the buffer at each address among the arguments of a launch."""
     rows = a["rows"]
     sizes = {"labels": 8 * rows, **dict.fromkeys(("logp", "row_max", "row_sum", "weight"), 4 * rows)}
+    if name == "exp_logits":
+        sizes |= {"reference": 4 * rows, "new_reference": 4 * rows, "sums": 4 * rows * a["hidden_size"]}
+        sizes["exp_logits"] = rows * a["vocab"] * DTYPES[a["dtype"]].itemsize
     if "vocab" in a:
-        width = DTYPES[a["dtype"]].itemsize
+        width = 4 if name == "exp_logits" else DTYPES[a["dtype"]].itemsize
 
         def extent(inner: int, outer_stride: int, row_stride: int) -> int:
             return width * ((rows - 1) // inner * outer_stride + (min(rows, inner) - 1) * row_stride + a["vocab"])

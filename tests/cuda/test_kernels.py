@@ -201,7 +201,7 @@ def test_lists_longer_than_a_block_holds() -> None:
     rows = Rows("float32", [1, 0] * 1300, 2, 2)  # 2,600 rows, few enough bytes for one block
     native = SimulatedNative(traffic=False)
     out = run_token_logp(native, rows, multiprocessors=1)
-    assert native.reports[-1][1].grid[0] <= 3
+    assert native.reports[-1][1].grid[0] <= 4
     check_token_logp(rows, out, 0)
 
 

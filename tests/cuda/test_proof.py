@@ -85,9 +85,9 @@ def test_labelled_rows_are_cut_evenly_wherever_they_lie() -> None:
     native = SimulatedNative()
     run_token_logp(native, rows)
     _, report = native.reports[-1]
-    assert report.grid[0] == 6
-    # 13 rows in 6 parts: all five cuts fall into a row, and each piece increments an arrival counter.
-    assert report.global_atomics == 10
+    assert report.grid[0] == 8
+    # 13 rows in 8 parts: all seven cuts fall into a row, and each piece increments an arrival counter.
+    assert report.global_atomics == 14
 
 
 # ----------------------------------------------------------------------------------------------------------- fences
@@ -155,7 +155,7 @@ def test_an_edit_without_effect_leaves_the_results_as_they_are() -> None:
 
 def test_a_missing_barrier_is_caught() -> None:
     barrier = (
-        "    // warps[buffer] is complete, and warp 0 has read the other buffer, which the next row overwrites.\n"
+        "    // The slots are complete, and all warps have read the other buffer, which the next pieces overwrite.\n"
     )
     with pytest.raises(ptxsim.RaceError):
         results((barrier + "    __syncthreads();\n", ""))

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mpo_ext.ops import cuda, linear, logits, matmul, tile_shape, tiles
+from mpo_ext.ops import cuda, linear, matmul, tile_shape, tiles
 
 MULTIPROCESSORS = 132
 H100_BUDGET = tile_shape.gpu_memory_budget(80e9)
@@ -114,11 +114,14 @@ class Counter(TorchDispatchMode):
 def recorded_kernels(counter: Counter, rows: int) -> Iterator[None]:
     """Replaces the kernels, the properties of the GPU and the search for labels, all of which need a GPU."""
 
-    def score(z: Tensor, *rest: Any, exp_logits: Tensor | None = None) -> None:
-        labels, ignore_index, _, backend, outputs, tile = rest
+    def score(z: Tensor, *rest: Any, **options: Any) -> None:
         counter.kernel("token_logp", [z], [])
-        if exp_logits is not None:
-            logits._write_exp_logits(z, labels, outputs[1], ignore_index, backend, exp_logits, tile)
+
+    def write_exp_logits(z: Tensor, *rest: Any, is_last: bool) -> Tensor:
+        """Counts the rows whose reference rises in the last tile as all rows, and in the others as none."""
+        sums = [rest[3]] if is_last else []
+        counter.kernel("exp_logits", [z, *sums], [rest[5], *sums])
+        return torch.empty_like(rest[1])
 
     def write_grad(z: Tensor, *rest: Any, **options: Any) -> None:
         counter.kernel("logits_grad", [z], [rest[7]])
@@ -129,7 +132,8 @@ def recorded_kernels(counter: Counter, rows: int) -> Iterator[None]:
     matmul.wide_matmuls.cache_clear()
     with contextlib.ExitStack() as stack:
         for module, name, replacement in (
-            (linear, "score", score), (linear, "write_grad", write_grad), (logits, "write_grad", write_grad),
+            (linear, "score", score), (linear, "write_grad", write_grad),
+            (linear, "write_exp_logits", write_exp_logits),
             (linear, "labelled_rows", labelled_rows), (tiles, "labelled_rows", labelled_rows),
             (cuda, "multiprocessors", lambda device: MULTIPROCESSORS),
             (cuda, "check_not_capturing", lambda tensor: None), (linear, "check_not_capturing", lambda tensor: None),

@@ -22,6 +22,7 @@ FILES = {
     "token_logp": ("token_logp_chunk_kernel", "token_logp_kernel"),
     "pair_loss": ("sequence_sums_kernel", "pair_rewards_kernel", "pair_loss_kernel", "row_weights_kernel"),
     "logits_grad": ("logits_grad_kernel",),
+    "exp_logits": ("exp_logits_kernel",),
 }
 
 

@@ -6,8 +6,10 @@ import gc
 import importlib
 import os
 import re
+import tempfile
 from typing import Any
 
+import check_sass
 import numpy as np
 import pytest
 import simulator
@@ -17,7 +19,14 @@ from oracle import Case, assert_output_as_accurate, lay_out, make_case
 from ptxsim import find_nvcc
 from ptxsim.testing import need_nvcc
 from simulated import FILES, signature, simulation
-from tiles import GPU_TILES, UNSEEN_BAD_LABELS, check_gpu_tiles, check_tiles, check_unseen_bad_label
+from tiles import (
+    GPU_TILES,
+    UNSEEN_BAD_LABELS,
+    check_exp_logits,
+    check_gpu_tiles,
+    check_tiles,
+    check_unseen_bad_label,
+)
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -28,10 +37,14 @@ from mpo_ext.ops import logits as ops
 
 CASES = int(os.environ.get("MPO_AGREE_CASES", "12"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: So that four programs of 128 threads run on a multiprocessor, each with 8 KiB of loads in flight.
+MAX_REGISTERS = 128
+WIDE_KERNELS = ("token_logp_chunk_kernel", "logits_grad_kernel", "exp_logits_kernel")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
@@ -94,6 +107,13 @@ def test_simulated_ptx_scores_tiles_of_a_vocabulary(dtype: torch.dtype, vocab: i
         check_tiles("triton", dtype, vocab, edges)
 
 
+@pytest.mark.parametrize("vocab", [13, 9001])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exponentials_are_those_of_float64(dtype: torch.dtype, vocab: int) -> None:
+    with simulation():
+        check_exp_logits("triton", dtype, vocab)
+
+
 @pytest.mark.parametrize("options", GPU_TILES[:3], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_tiles_of_a_gpu_give_the_loss_and_gradients_of_float64(
@@ -111,13 +131,14 @@ def test_a_bad_label_makes_the_loss_nan_even_if_no_term_contains_it(name: str) -
 
 def test_schedules_leave_the_bits_as_they_are() -> None:
     case = make_case(torch.bfloat16, 5003, pairs=1, length=3)
-    with simulation():
-        expected = loss_and_grad(case)
-    for seed in range(5):
-        with simulation(schedule="random", seed=seed):
-            output, gradient = loss_and_grad(case)
-        assert torch.equal(output.loss, expected[0].loss)
-        assert torch.equal(gradient, expected[1])
+    for options in ({}, {"reuse_logits": True}):
+        with simulation():
+            expected = loss_and_grad(case, **options)
+        for seed in range(5):
+            with simulation(schedule="random", seed=seed):
+                output, gradient = loss_and_grad(case, **options)
+            assert torch.equal(output.loss, expected[0].loss)
+            assert torch.equal(gradient, expected[1])
 
 
 @pytest.mark.parametrize("vocab", [4096, 5003])
@@ -215,14 +236,31 @@ def _compile_all(target: GPUTarget, dtype: torch.dtype, vocab: int) -> dict[str,
             backend="triton",
         )
         torch.autograd.grad(out.loss, logits)
+        row = torch.zeros(6)
+        kernels = importlib.import_module("mpo_ext.kernels.exp_logits")
+        tile = torch.zeros(6, vocab)
+        layout = (tile, 6, 0, vocab)
+        kernels.exp_logits(layout, labels, 0, row, row, row, 40.0, torch.zeros(6, 64), tile.to(dtype))
     return compiled
+
+
+def _registers(kernel: Any) -> int:
+    """Returns the registers per thread of a compiled kernel; 0 without cuobjdump."""
+    cuobjdump = check_sass.find_cuobjdump()
+    if cuobjdump is None:
+        return 0
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        (use,) = check_sass.resources(file.name, cuobjdump).values()
+    return use["REG"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compiled_code_has_wide_loads_and_no_spills(dtype: torch.dtype, target: str) -> None:
     compiled = _compile_all(TARGETS[target], dtype, 151674)
-    assert len(compiled) == 7
+    assert len(compiled) == 8
     for name, kernel in compiled.items():
         assert kernel.metadata.shared <= 48 * 1024, name
         if target == "gfx942":
@@ -233,13 +271,16 @@ def test_compiled_code_has_wide_loads_and_no_spills(dtype: torch.dtype, target: 
         else:
             code = kernel.asm["ptx"]
             assert ".local" not in code, f"{name} spills"
+            assert _registers(kernel) <= MAX_REGISTERS, name
             wide_load, wide_store = r"ld\.global\S*\.v4\.b32", r"st\.global\S*\.v4\.b32"
-        if name in ("token_logp_chunk_kernel", "logits_grad_kernel"):
+        if name in WIDE_KERNELS:
             assert len(re.findall(wide_load, code)) >= 3, (
                 name
             )  # at an odd vocabulary: rows are read from aligned addresses
-        if name == "logits_grad_kernel":
-            assert len(re.findall(wide_store, code)) >= 4, name
+        if name in ("logits_grad_kernel", "exp_logits_kernel"):
+            # A thread of exp_logits has 16 float32 logits, on an AMD GPU 8: one vector of half precision.
+            stores = 4 if name == "logits_grad_kernel" else 1 if target == "gfx942" else 2
+            assert len(re.findall(wide_store, code)) >= stores, name
 
 
 def test_training_does_not_recompile() -> None:

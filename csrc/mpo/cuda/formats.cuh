@@ -13,12 +13,25 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(static_cast<int>(0xff800000u)); }
 
-/// Returns exp(x) for x <= 0. ex2.approx has an error of at most 2 ulp and flushes results below 2^-126 to 0.
-__device__ __forceinline__ float fast_exp(float x) {
+/// Returns 2^x. ex2.approx has an error of at most 2 ulp and flushes results below 2^-126 to 0.
+__device__ __forceinline__ float fast_exp2(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2E));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+__device__ __forceinline__ float fast_exp(float x) { return fast_exp2(x * kLog2E); }
+
+/// The main loops compute exp(z - max) as 2^power_of(z, r) over 2^power_of(max, r), where r is a whole number near
+/// max * log2(e): one fused multiply-add per logit, and the divisor is a factor of the whole row. Dividing by the
+/// computed power of the maximum makes the term of the maximum exactly 1, so a sum near 1 keeps its digits.
+/// Beyond kMaxPower, floats are so far apart that 2^power_of(max, r) may overflow.
+constexpr float kMaxPower = 268435456.0f;  // 2^28
+
+__device__ __forceinline__ float power_of(float z, float reference) { return fmaf(z, kLog2E, -reference); }
+
+/// Returns whether the main loops may compute the exponentials of a row with this maximum.
+__device__ __forceinline__ bool has_power(float max) { return fabsf(max * kLog2E) <= kMaxPower; }
 
 /// Format<Scalar> converts between a 32-bit word of logits and floats.
 template <typename Scalar>

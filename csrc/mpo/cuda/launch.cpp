@@ -53,6 +53,10 @@ CudaShape cuda_logits_grad_shape(int64_t rows, int64_t vocab, DType dtype, int m
   return {grid_of(rows, vocab, dtype, multiprocessors), kCudaThreads, 0, 0};
 }
 
+CudaShape cuda_exp_logits_shape(int64_t rows, int64_t vocab, int multiprocessors) {
+  return cuda_logits_grad_shape(rows, vocab, DType::kFloat32, multiprocessors);
+}
+
 TokenLogpArgs token_logp_args(const TokenLogpParams& p, DType dtype, const CudaWork& work) {
   return {p, {}, static_cast<PieceSums*>(work.scratch), work.counters, row_vectors(p.in.vocab, dtype)};
 }
@@ -72,5 +76,7 @@ TokenLogpArgs forward_args(const TokenLogpParams& token, const PairLossParams& p
 LogitsGradArgs logits_grad_args(const LogitsGradParams& p, bool scale_is_float, DType dtype) {
   return {p, row_vectors(p.in.vocab, dtype), scale_is_float};
 }
+
+ExpLogitsArgs exp_logits_args(const ExpLogitsParams& p) { return {p, row_vectors(p.in.vocab, DType::kFloat32)}; }
 
 }  // namespace mpo

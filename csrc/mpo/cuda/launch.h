@@ -12,7 +12,7 @@ namespace mpo {
 // Derived in docs/performance.md, not yet tuned on a GPU: each block has 16 kB of loads in flight, and a multiprocessor
 // holds as many blocks at once as the registers of the kernels allow.
 constexpr int kCudaThreads = 256;
-constexpr int kCudaBlocksPerSm = 3;
+constexpr int kCudaBlocksPerSm = 4;
 constexpr int kWarp = 32;
 constexpr int kWarps = kCudaThreads / kWarp;
 constexpr unsigned kAllLanes = ~0u;  // mask of all lanes of a warp
@@ -49,6 +49,11 @@ struct LogitsGradArgs {
   bool scale_is_float;  // p.scale points to float
 };
 
+struct ExpLogitsArgs {
+  ExpLogitsParams p;
+  int row_vectors;
+};
+
 int element_bytes(DType dtype);
 
 /// Returns nullptr, or why the kernels cannot process these rows.
@@ -59,5 +64,6 @@ PairLossArgs pair_loss_args(const PairLossParams& p, const CudaPairTypes& types,
 TokenLogpArgs forward_args(const TokenLogpParams& token, const PairLossParams& pair, const CudaPairTypes& types,
                            DType dtype, const CudaWork& work, const CudaShape& shape);
 LogitsGradArgs logits_grad_args(const LogitsGradParams& p, bool scale_is_float, DType dtype);
+ExpLogitsArgs exp_logits_args(const ExpLogitsParams& p);
 
 }  // namespace mpo

@@ -1,13 +1,9 @@
-// logits_grad on the GPU: the backward of the loss with respect to the logits.
+// logits_grad on the GPU: the backward of the loss with respect to the logits. And exp_logits, which the gradient of
+// hidden states with a frozen head needs.
 #include "mpo/cuda/rows.cuh"
 
 namespace mpo {
 namespace {
-
-struct LogitsGradShared {
-  int rows[kListRows];
-  int counts[kWarps];
-};
 
 /// Returns d loss / d logp of a row, including the scale.
 __device__ __forceinline__ double row_weight(const LogitsGradArgs& a, int64_t row) {
@@ -62,7 +58,8 @@ __device__ __forceinline__ bool are_aligned_alike(const Scalar* x, const Out* ou
          (reinterpret_cast<uintptr_t>(out) - skip * sizeof(Out)) % kOutBytes == 0;
 }
 
-/// Writes a piece of a row's gradient whose logits have the same alignment as the gradient.
+/// Writes factor * exp(z - max) for each logit z of a piece of a row, which has the same alignment as the output.
+/// has_power(f.max) must hold.
 template <typename Scalar, typename Out>
 __device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Out* out, int vocab, int label, int from, int to,
                                                   int row_vectors, const RowFactor& f) {
@@ -79,7 +76,10 @@ __device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Out* out, int
   if (label >= 0 && label_vector >= begin && label_vector < end)
     at_label.is_mine = (label_vector - begin) % kCudaThreads == thread;
   if (at_label.is_mine) at_label.z = load_value(x + label);
-  if (edge >= 0) out[edge] = Format<Out>::rounded(f.factor * fast_exp(load_value(x + edge) - f.max));
+
+  const float reference = rintf(f.max * kLog2E);
+  const float factor = f.factor / fast_exp2(power_of(f.max, reference));
+  if (edge >= 0) out[edge] = Format<Out>::rounded(factor * fast_exp2(power_of(load_value(x + edge), reference)));
 
 #pragma unroll 1
   for (int i = begin + thread; i < end; i += kUnroll * kCudaThreads) {
@@ -99,7 +99,7 @@ __device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Out* out, int
         float g[kPerWord<Out>];
         unpack_part<Scalar>(v[u], w, g);
 #pragma unroll
-        for (float& value : g) value = f.factor * fast_exp(value - f.max);
+        for (float& value : g) value = factor * fast_exp2(power_of(value, reference));
         packed[w] = Format<Out>::pack(g);
       }
       store_words(target + static_cast<int64_t>(at) * kOutWords * 4, packed);
@@ -108,8 +108,8 @@ __device__ __forceinline__ LabelLogit write_piece(const Scalar* x, Out* out, int
   return at_label;
 }
 
-/// Writes a piece of a row's gradient element by element, for logits and gradient that differ in alignment, for example
-/// because of a padded stride. Neighbouring threads write neighbouring elements.
+/// Does the same element by element, for logits and output that differ in alignment, for example because of a padded
+/// stride, and for any maximum. Neighbouring threads write neighbouring elements.
 template <typename Scalar, typename Out>
 __device__ __forceinline__ LabelLogit write_piece_singly(const Scalar* x, Out* out, int vocab, int label, int from,
                                                          int to, const RowFactor& f) {
@@ -133,6 +133,17 @@ __device__ __forceinline__ LabelLogit write_piece_singly(const Scalar* x, Out* o
     }
   }
   return at_label;
+}
+
+/// Writes factor * exp(z - max) for each logit z of a piece of a row.
+template <typename Scalar, typename Out>
+__device__ __forceinline__ LabelLogit write_exponentials(const Scalar* x, Out* out, int vocab, int label,
+                                                         const Piece& piece, int row_vectors, const RowFactor& f) {
+  // These conditions are equal in all threads.
+  if (has_power(f.max) && are_aligned_alike(x, out, vocab)) {
+    return write_piece(x, out, vocab, label, piece.from, piece.to, row_vectors, f);
+  }
+  return write_piece_singly(x, out, vocab, label, piece.from, piece.to, f);
 }
 
 /// Writes `value` to a piece of a row whose positions are counted in vectors of the gradient.
@@ -174,42 +185,88 @@ __device__ __forceinline__ void fill_piece_singly(Out* out, int vocab, int from,
 template <typename Scalar, typename Out>
 __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
     logits_grad_kernel(const __grid_constant__ LogitsGradArgs a) {
-  __shared__ LogitsGradShared shared;
+  __shared__ RowFinderShared shared;
   const LogitsGradParams& p = a.p;
   const int vocab = static_cast<int>(p.in.vocab);
   const auto grad_row = [&](int64_t row) {
     return static_cast<Out*>(p.grad) + row_offset(row, p.grad_inner, p.grad_outer_stride, p.grad_row_stride);
   };
-  const RowFinder finder(p.in, shared.counts);
+  const RowFinder finder(p.in, shared);
 
   const Split scored(finder.count(true), a.row_vectors, static_cast<int>(gridDim.x));
-  for_each_piece(p.in, finder, true, scored, shared.rows, [&](int64_t row, int from, int to, int) {
+  for_each_piece(p.in, finder, true, scored, shared, [&](const Piece& piece) {
     const Scalar* x =
-        static_cast<const Scalar*>(p.in.logits) + row_offset(row, p.in.inner, p.in.outer_stride, p.in.row_stride);
-    Out* out = grad_row(row);
-    const int label = label_column(p.in, p.in.labels[row]);  // -1: in another tile
-    const RowFactor f = row_factor(a, row);
-    const LabelLogit at_label = are_aligned_alike(x, out, vocab)
-                                    ? write_piece(x, out, vocab, label, from, to, a.row_vectors, f)
-                                    : write_piece_singly(x, out, vocab, label, from, to, f);
-    if (at_label.is_mine) out[label] = Format<Out>::rounded(label_grad(a, row, f.factor, at_label.z));
+        static_cast<const Scalar*>(p.in.logits) + row_offset(piece.row, p.in.inner, p.in.outer_stride, p.in.row_stride);
+    Out* out = grad_row(piece.row);
+    const int label = label_column(p.in, p.in.labels[piece.row]);  // -1: in another tile
+    const RowFactor f = row_factor(a, piece.row);
+    const LabelLogit at_label = write_exponentials(x, out, vocab, label, piece, a.row_vectors, f);
+    if (at_label.is_mine) out[label] = Format<Out>::rounded(label_grad(a, piece.row, f.factor, at_label.z));
   });
 
   const Split others(finder.count(false), a.row_vectors, static_cast<int>(gridDim.x));
-  for_each_piece(p.in, finder, false, others, shared.rows, [&](int64_t row, int from, int to, int) {
-    const int64_t label = p.in.labels[row];
+  for_each_piece(p.in, finder, false, others, shared, [&](const Piece& piece) {
+    const int64_t label = p.in.labels[piece.row];
     if (label == p.in.ignore_index && p.is_zeroed) return;
     if constexpr (sizeof(Scalar) == sizeof(Out)) {
-      fill_piece(grad_row(row), vocab, from, to, a.row_vectors, filler(p.in, label));
+      fill_piece(grad_row(piece.row), vocab, piece.from, piece.to, a.row_vectors, filler(p.in, label));
     } else {
-      fill_piece_singly<Scalar>(grad_row(row), vocab, from, to, filler(p.in, label));
+      fill_piece_singly<Scalar>(grad_row(piece.row), vocab, piece.from, piece.to, filler(p.in, label));
     }
   });
+}
+
+/// Writes exp(z - reference) for a tile of float32 logits, and 0 for the label. If a row's reference rises, multiplies
+/// the row's sums over the earlier tiles by exp(old - new reference).
+///
+/// Grid    cuda_exp_logits_shape: at most as many blocks as run on the GPU at once. All rows are cut into one equal
+/// part
+///         per block
+/// Block   kCudaThreads threads
+/// Reads   vocab elements per row, and the sums of a row whose reference rises
+/// Writes  vocab elements per row, and these sums
+template <typename Out>
+__global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
+    exp_logits_kernel(const __grid_constant__ ExpLogitsArgs a) {
+  const ExpLogitsParams& p = a.p;
+  const int vocab = static_cast<int>(p.in.vocab), part = static_cast<int>(blockIdx.x);
+  const Split split(static_cast<int>(p.in.rows), a.row_vectors, static_cast<int>(gridDim.x));
+  if (part >= split.parts) return;
+  const BlockPieces pieces(split, part);
+  for (int row = pieces.first; row <= pieces.last; ++row) {
+    const Piece piece = pieces.piece(row, row);
+    const float max = p.row_max[row];
+    const float old = p.reference == nullptr ? minus_infinity() : p.reference[row];
+    const float reference = max - old > p.slack ? max : old;  // both may be -inf
+    if (piece.from == 0 && threadIdx.x == 0) p.new_reference[row] = reference;
+
+    const float* x =
+        static_cast<const float*>(p.in.logits) + row_offset(row, p.in.inner, p.in.outer_stride, p.in.row_stride);
+    Out* out = static_cast<Out*>(p.exp_logits) + static_cast<int64_t>(row) * vocab;
+    const RowFactor f{reference == minus_infinity() ? 0.0f : reference, 1.0f};
+    const int label = label_column(p.in, p.in.labels[row]);
+    if (write_exponentials(x, out, vocab, label, piece, a.row_vectors, f).is_mine) out[label] = Format<Out>::rounded(0);
+
+    if (p.reference == nullptr || reference == old) continue;
+    // The pieces of the row share out its sums.
+    float* sums = p.sums + row * p.hidden_size;
+    const float scale = old == minus_infinity() ? 0.0f : fast_exp(old - reference);
+    const int64_t end = p.hidden_size * piece.to / a.row_vectors;
+    for (int64_t i = p.hidden_size * piece.from / a.row_vectors + threadIdx.x; i < end; i += kCudaThreads) {
+      sums[i] *= scale;
+    }
+  }
 }
 
 template <typename Scalar, typename Out>
 cudaError_t launch(const LogitsGradArgs& args, const CudaShape& shape, cudaStream_t stream) {
   logits_grad_kernel<Scalar, Out><<<shape.grid, shape.block, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename Out>
+cudaError_t launch(const ExpLogitsArgs& args, const CudaShape& shape, cudaStream_t stream) {
+  exp_logits_kernel<Out><<<shape.grid, shape.block, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
@@ -234,6 +291,19 @@ const char* launch_logits_grad(const LogitsGradParams& p, bool scale_is_float, D
     case types(kFloat, kHalf): status = launch<float, __half>(args, shape, stream); break;
     case types(kHalf, kBFloat): status = launch<__half, __nv_bfloat16>(args, shape, stream); break;
     default: break;
+  }
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+const char* launch_exp_logits(const ExpLogitsParams& p, DType dtype, int multiprocessors, cudaStream_t stream) {
+  const CudaShape shape = cuda_exp_logits_shape(p.in.rows, p.in.vocab, multiprocessors);
+  const ExpLogitsArgs args = exp_logits_args(p);
+  cudaError_t status = cudaErrorInvalidValue;
+  switch (dtype) {
+    case DType::kFloat32: status = launch<float>(args, shape, stream); break;
+    case DType::kBFloat16: status = launch<__nv_bfloat16>(args, shape, stream); break;
+    case DType::kFloat16: status = launch<__half>(args, shape, stream); break;
+    case DType::kFloat64: break;
   }
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

@@ -5,32 +5,38 @@
 
 namespace mpo {
 
-constexpr int kRowUnroll = 8;  // rows whose numbers a thread has in flight
+constexpr int kRowUnroll = 8;                  // rows whose numbers a thread has in flight
+constexpr int kWarpRows = kRowUnroll * kWarp;  // rows that a warp processes at a time
+
+/// The places of sums over the batch: the sum and count of the rewards, those of ChosenSums, and the two terms of
+/// pairs.
+enum BatchSum { kReward, kRewards, kLogp, kMeanLogp, kTokens, kResponses, kDpo, kBco, kBatchSums };
 
 struct PairLossShared {
-  double values[6][kWarps];
+  double values[kBatchSums][kWarps];
+  double sums[kBatchSums];
   int64_t tokens[kWarps];
 };
 
-/// Replaces n values by their sums over the block, in every thread and always in the same order. All threads must call
-/// it. Its barriers also separate it from other uses of `shared`.
+/// Stores the sums of n values over the block in shared.sums[first ..], always added in the same order. All threads
+/// must call it. Its barriers also separate it from other uses of `shared`.
 template <int n>
-__device__ __forceinline__ void block_sum(double (&x)[n], PairLossShared& shared) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll
-  for (int i = 0; i < n; ++i) x[i] = warp_sum(x[i]);
+__device__ __forceinline__ void block_sum(const double (&x)[n], int first, PairLossShared& shared) {
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
   __syncthreads();  // all threads have read the shared values of an earlier use
-  if (lane == 0) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) shared.values[i][warp] = x[i];
-  }
-  __syncthreads();  // values[] is complete
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    x[i] = 0;
-#pragma unroll 1
-    for (int w = 0; w < kWarps; ++w) x[i] += shared.values[i][w];
+    const double sum = warp_sum(x[i]);
+    if (thread % kWarp == 0) shared.values[first + i][warp] = sum;
   }
+  __syncthreads();  // values[] is complete
+  if (thread < n) {
+    double sum = 0;
+#pragma unroll 1
+    for (int w = 0; w < kWarps; ++w) sum += shared.values[first + thread][w];
+    shared.sums[first + thread] = sum;
+  }
+  __syncthreads();  // sums[] is complete
 }
 
 /// The inputs of a pair loss in the types that the GPU accepts.
@@ -48,8 +54,9 @@ struct PairInputs {
   __device__ __forceinline__ bool has_both(int64_t pair) const {
     return a.p.tokens[pair] > 0 && a.p.tokens[a.p.pairs + pair] > 0;
   }
+  __device__ __forceinline__ int64_t pair_of(int64_t s) const { return s < a.p.pairs ? s : s - a.p.pairs; }
   __device__ __forceinline__ double reward(int64_t s) const {
-    return has_both(s % a.p.pairs) ? a.p.config.beta * (a.sums[s] - ref_logp(s)) : 0.0;
+    return has_both(pair_of(s)) ? a.p.config.beta * (a.sums[s] - ref_logp(s)) : 0.0;
   }
   /// Returns, in every thread, whether the offsets rise from 0 to rows. Invalid offsets would cause accesses out of
   /// bounds.
@@ -77,11 +84,13 @@ struct SequenceWarps {
   }
 };
 
-/// Writes NaN to all results and leaves the reward shift as it is.
-__device__ __forceinline__ void reject_offsets(const PairLossParams& p) {
+/// Writes NaN to all results and leaves the reward shift as it is. Not inlined, because it is rarely called.
+__device__ __noinline__ void reject_offsets(const PairLossParams& p) {
   const float nan = __int_as_float(0x7fffffff);
   const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 1
   for (int64_t row = thread; row < p.rows; row += kCudaThreads) static_cast<float*>(p.weight)[row] = nan;
+#pragma unroll 1
   for (int64_t s = thread; s < 2 * p.pairs; s += kCudaThreads) {
     static_cast<float*>(p.sums)[s] = static_cast<float*>(p.reward)[s] = nan;
     p.tokens[s] = 0;
@@ -92,6 +101,11 @@ __device__ __forceinline__ void reject_offsets(const PairLossParams& p) {
     p.batch[thread] = 0;
   }
   if (thread == 0) *static_cast<float*>(p.loss) = *static_cast<float*>(p.reward_shift) = nan;
+}
+
+/// Returns end - row, at most kWarpRows.
+__device__ __forceinline__ int rows_left(int64_t row, int64_t end) {
+  return static_cast<int>(min(end - row, static_cast<int64_t>(kWarpRows)));
 }
 
 /// Sums the log-probs and counts the tokens of each sequence. Ends with a barrier.
@@ -108,18 +122,20 @@ __device__ __forceinline__ void sum_sequences(const PairLossArgs& a, const Seque
     double sum = 0;
     int count = 0;
     if (has_work) {
-      const int64_t end = in.offset(s + 1), step = warps.per_sequence * kWarp;
+      const int64_t end = in.offset(s + 1);
 #pragma unroll 1
-      for (int64_t row = in.offset(s) + warps.part * kWarp + lane; row < end; row += kRowUnroll * step) {
+      for (int64_t row = in.offset(s) + warps.part * kWarpRows + lane; row < end;
+           row += warps.per_sequence * kWarpRows) {
+        const int left = rows_left(row, end);
         // All loads come first, because a branch between them would make each wait for the one before.
         int64_t label[kRowUnroll];
         float value[kRowUnroll];
 #pragma unroll
         for (int u = 0; u < kRowUnroll; ++u) {
-          const bool is_row = row + u * step < end;
-          label[u] = is_row ? p.labels[row + u * step] : p.ignore_index;
+          const bool is_row = u * kWarp < left;
+          label[u] = is_row ? p.labels[row + u * kWarp] : p.ignore_index;
           // Other blocks of the grid wrote logp: __ldcg reads it from the second-level cache, which all blocks share.
-          value[u] = is_row ? __ldcg(logp + row + u * step) : 0.0f;
+          value[u] = is_row ? __ldcg(logp + row + u * kWarp) : 0.0f;
         }
 #pragma unroll
         for (int u = 0; u < kRowUnroll; ++u) {
@@ -162,16 +178,17 @@ __device__ __forceinline__ void write_weights(const PairLossArgs& a, const Seque
     const int64_t s = first + warps.sequence;
     if (warps.sequence >= warps.at_once || s >= sequences) continue;
     const float coefficient = static_cast<float>(a.coefficients[s]);
-    const int64_t end = in.offset(s + 1), step = warps.per_sequence * kWarp;
+    const int64_t end = in.offset(s + 1);
 #pragma unroll 1
-    for (int64_t row = in.offset(s) + warps.part * kWarp + lane; row < end; row += kRowUnroll * step) {
+    for (int64_t row = in.offset(s) + warps.part * kWarpRows + lane; row < end; row += warps.per_sequence * kWarpRows) {
+      const int left = rows_left(row, end);
       // All loads come before the stores, which might write to the labels as far as the compiler knows.
       int64_t label[kRowUnroll];
 #pragma unroll
-      for (int u = 0; u < kRowUnroll; ++u) label[u] = row + u * step < end ? p.labels[row + u * step] : 0;
+      for (int u = 0; u < kRowUnroll; ++u) label[u] = u * kWarp < left ? p.labels[row + u * kWarp] : 0;
 #pragma unroll
       for (int u = 0; u < kRowUnroll; ++u) {
-        if (row + u * step < end) weight[row + u * step] = label[u] == p.ignore_index ? 0.0f : coefficient;
+        if (u * kWarp < left) weight[row + u * kWarp] = label[u] == p.ignore_index ? 0.0f : coefficient;
       }
     }
   }
@@ -192,48 +209,55 @@ __device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossS
   const SequenceWarps warps(sequences);
   sum_sequences(a, warps, shared);
 
-  // Rewards, and the sums over the batch.
-  double totals[6] = {0, 0, 0, 0, 0, 0};  // sum and count of rewards, then ChosenSums
-  int has_nan = 0;
-  for (int64_t s = thread; s < sequences; s += kCudaThreads) {
-    has_nan |= isnan(a.sums[s]);
+  // Rewards, and the sums over the batch. Each loop has few sums, since registers are scarce.
+  const int pairs = static_cast<int>(p.pairs);  // below 2^30
+  double rewards[2] = {0, 0};
+#pragma unroll 1
+  for (int s = thread; s < 2 * pairs; s += kCudaThreads) {
     const double reward = in.reward(s);
     static_cast<float*>(p.reward)[s] = static_cast<float>(reward);
-    totals[0] += reward;
-    totals[1] += in.has_both(s % p.pairs) ? 1 : 0;
-    if (s < p.pairs && p.tokens[s] > 0) {
-      const double tokens = static_cast<double>(p.tokens[s]);
-      totals[2] += a.sums[s];
-      totals[3] += a.sums[s] / tokens;
-      totals[4] += tokens;
-      totals[5] += 1;
-    }
+    rewards[0] += reward;
+    rewards[1] += in.has_both(in.pair_of(s)) ? 1 : 0;
   }
-  has_nan = __syncthreads_or(has_nan);
-  block_sum(totals, shared);
-  const ChosenSums chosen{totals[2], totals[3], totals[4], totals[5]};
+  block_sum(rewards, kReward, shared);
+  double responses[4] = {0, 0, 0, 0};
+#pragma unroll 1
+  for (int s = thread; s < pairs; s += kCudaThreads) {
+    if (p.tokens[s] == 0) continue;
+    const double tokens = static_cast<double>(p.tokens[s]);
+    responses[0] += a.sums[s];
+    responses[1] += a.sums[s] / tokens;
+    responses[2] += tokens;
+    responses[3] += 1;
+  }
+  block_sum(responses, kLogp, shared);
+  const double* sums = shared.sums;
   const ShiftState before{p.state[0], p.state[1]};
-  const ShiftState after = moved(before, totals[0], totals[1], c.rule, c.decay);
+  const ShiftState after = moved(before, sums[kReward], sums[kRewards], c.rule, c.decay);
   const double delta = c.update_first ? after.value : before.value;
 
   // The terms of the pairs, and the coefficient of each sequence's log-probs in the loss.
   double terms[2] = {0, 0};
+  int has_nan = 0;
   const double per_pair = c.beta / static_cast<double>(p.pairs);
-  for (int64_t i = thread; i < p.pairs; i += kCudaThreads) {
-    const PairTerms t = pair_terms(in.reward(i), in.reward(p.pairs + i), delta, c);
+  for (int i = thread; i < pairs; i += kCudaThreads) {
+    const PairTerms t = pair_terms(in.reward(i), in.reward(pairs + i), delta, c);
     const bool has_both = in.has_both(i);
+    has_nan |= isnan(a.sums[i]) || isnan(a.sums[pairs + i]);
     terms[0] += t.dpo;
     terms[1] += t.bco;
+    const ChosenSums chosen{sums[kLogp], sums[kMeanLogp], sums[kTokens], sums[kResponses]};
     a.coefficients[i] =
         (has_both ? per_pair * t.grad_chosen : 0) + ntp_grad(chosen, static_cast<double>(p.tokens[i]), c);
-    a.coefficients[p.pairs + i] = has_both ? per_pair * t.grad_rejected : 0;
+    a.coefficients[pairs + i] = has_both ? per_pair * t.grad_rejected : 0;
   }
-  block_sum(terms, shared);  // its barriers also complete a.coefficients
+  has_nan = __syncthreads_or(has_nan);
+  block_sum(terms, kDpo, shared);  // its barriers also complete a.coefficients
   write_weights(a, warps);
 
   if (thread == 0) {
-    const double dpo = terms[0] / static_cast<double>(p.pairs), bco = terms[1] / static_cast<double>(p.pairs);
-    const double ntp = ntp_loss(chosen, c);
+    const ChosenSums chosen{sums[kLogp], sums[kMeanLogp], sums[kTokens], sums[kResponses]};
+    const double dpo = sums[kDpo] / pairs, bco = sums[kBco] / pairs, ntp = ntp_loss(chosen, c);
     *static_cast<float*>(p.loss) = static_cast<float>(total_loss(dpo, bco, ntp, has_nan != 0, c));
     static_cast<float*>(p.terms)[0] = static_cast<float>(dpo);
     static_cast<float*>(p.terms)[1] = static_cast<float>(bco);
@@ -241,8 +265,8 @@ __device__ __forceinline__ void pair_loss_block(const PairLossArgs& a, PairLossS
     *static_cast<float*>(p.reward_shift) = static_cast<float>(delta);
     p.new_state[0] = after.value;
     p.new_state[1] = after.updates;
-    p.batch[0] = totals[0];
-    p.batch[1] = totals[1];
+    p.batch[0] = sums[kReward];
+    p.batch[1] = sums[kRewards];
   }
 }
 

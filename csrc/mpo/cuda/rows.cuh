@@ -7,10 +7,11 @@
 
 namespace mpo {
 
-constexpr int kUnroll = 4;       // vectors that a thread has in flight
-constexpr int kListRows = 1024;  // rows that a block lists at a time
-constexpr int kScanUnroll = 8;   // labels that a thread has in flight while rows are counted
-constexpr int kListUnroll = 4;   // labels that a thread has in flight while rows are listed, where registers are scarce
+constexpr int kUnroll = 4;             // vectors that a thread has in flight
+constexpr int kListRows = 512;         // rows that a block lists at a time
+constexpr unsigned kMaskRows = 65536;  // rows for which a block keeps a bit: 8 kB
+constexpr int kScanUnroll = 12;        // labels that a thread has in flight while rows are counted
+constexpr int kListUnroll = 4;         // masks, or labels, that a thread has in flight while rows are listed
 
 __device__ __forceinline__ bool is_scored(const Rows& in, int64_t label) {
   return label != in.ignore_index && in_vocab(label, in.total);
@@ -95,38 +96,52 @@ struct Split {
   }
 };
 
-/// Finds rows by their rank among the scored rows, or among the other rows. Every block reads all labels once, so that
-/// no block waits for another: 8 bytes per row, compared with 2 * vocab bytes of logits.
-struct RowFinder {
-  int begin, end;     // the rows whose labels this warp reads
-  int scored_before;  // scored rows before begin
-  int scored;         // all scored rows
+/// What a block remembers of the labels, in shared memory.
+struct RowFinderShared {
+  int rows[kListRows];                      // the listed rows
+  int counts[kWarps];                       // scored rows of each warp
+  unsigned scored_bits[kMaskRows / kWarp];  // a bit per row, for the first kMaskRows rows
+};
 
-  /// `counts` is [kWarps] in shared memory. All threads must call it; it contains a barrier.
-  __device__ RowFinder(const Rows& in, int* counts) {
+/// Finds rows by their rank among the scored rows, or among the other rows. Every block reads all labels once, so that
+/// no block waits for another: 8 bytes per row, compared with 2 * vocab bytes of logits. It keeps a bit for each row,
+/// from which it lists rows; rows beyond kMaskRows are listed from their labels.
+struct RowFinder {
+  unsigned begin, end;  // the rows whose labels this warp reads
+  int scored_before;    // scored rows before begin
+  int scored;           // all scored rows
+
+  /// All threads must call it; it contains a barrier.
+  __device__ RowFinder(const Rows& in, RowFinderShared& shared) {
     const int rows = static_cast<int>(in.rows);
     const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
     const int64_t share = (in.rows + kCudaThreads - 1) / kCudaThreads * kWarp;
-    begin = static_cast<int>(min(warp * share, in.rows));
-    end = static_cast<int>(min((warp + 1) * share, in.rows));
+    begin = static_cast<unsigned>(min(warp * share, in.rows));
+    end = static_cast<unsigned>(min((warp + 1) * share, in.rows));
     int count = 0;
-    for (int64_t row = begin + lane; row < end; row += kScanUnroll * kWarp) {
+#pragma unroll 1
+    for (unsigned base = begin; base < end; base += kScanUnroll * kWarp) {
       int64_t label[kScanUnroll];
 #pragma unroll
       for (int u = 0; u < kScanUnroll; ++u) {
-        label[u] = row + u * kWarp < end ? in.labels[row + u * kWarp] : in.ignore_index;
+        const unsigned row = base + u * kWarp + lane;
+        label[u] = row < end ? in.labels[row] : in.ignore_index;
       }
 #pragma unroll
-      for (int u = 0; u < kScanUnroll; ++u) count += is_scored(in, label[u]) ? 1 : 0;
+      for (int u = 0; u < kScanUnroll; ++u) {
+        const unsigned mask = __ballot_sync(kAllLanes, is_scored(in, label[u]));
+        const unsigned row = base + u * kWarp;
+        if (lane == 0 && row < min(end, kMaskRows)) shared.scored_bits[row / kWarp] = mask;
+        count += __popc(mask);
+      }
     }
-    count = __reduce_add_sync(kAllLanes, count);
-    if (lane == 0) counts[warp] = count;
-    __syncthreads();  // counts[] is complete
+    if (lane == 0) shared.counts[warp] = count;
+    __syncthreads();  // counts[] and scored_bits[] are complete
     scored_before = scored = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) scored_before += counts[w];
-      scored += counts[w];
+      if (w < warp) scored_before += shared.counts[w];
+      scored += shared.counts[w];
     }
     unscored_ = rows - scored;
   }
@@ -135,23 +150,20 @@ struct RowFinder {
 
   /// Writes to shared memory the rows with ranks first .. first + size - 1 among the scored rows, or among the other
   /// rows. All threads must call it; the list is complete after the next barrier.
-  __device__ void list(const Rows& in, bool is_scored_rows, int first, int size, int* rows) const {
+  __device__ void list(const Rows& in, bool is_scored_rows, int first, int size, RowFinderShared& shared) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    int rank = is_scored_rows ? scored_before : begin - scored_before;
-    for (int64_t base = begin; base < end && rank < first + size; base += kListUnroll * kWarp) {
-      int64_t label[kListUnroll];
+    int rank = is_scored_rows ? scored_before : static_cast<int>(begin) - scored_before;
+#pragma unroll 1
+    for (unsigned base = begin; base < end && rank < first + size; base += kListUnroll * kWarp) {
+      unsigned scored_rows[kListUnroll];
+      masks(in, base, shared, scored_rows);
 #pragma unroll
       for (int u = 0; u < kListUnroll; ++u) {
-        const int64_t row = base + u * kWarp + lane;
-        label[u] = row < end ? in.labels[row] : 0;
-      }
-#pragma unroll
-      for (int u = 0; u < kListUnroll; ++u) {
-        const int64_t row = base + u * kWarp + lane;
-        const bool is_listed = row < end && is_scored(in, label[u]) == is_scored_rows;
+        const unsigned row = base + u * kWarp + lane;
+        const bool is_listed = row < end && (scored_rows[u] >> lane & 1) == (is_scored_rows ? 1u : 0u);
         const unsigned mask = __ballot_sync(kAllLanes, is_listed);
         const int position = rank + __popc(mask & ((1u << lane) - 1)) - first;
-        if (is_listed && position >= 0 && position < size) rows[position] = static_cast<int>(row);
+        if (is_listed && position >= 0 && position < size) shared.rows[position] = static_cast<int>(row);
         rank += __popc(mask);
       }
     }
@@ -159,29 +171,69 @@ struct RowFinder {
 
  private:
   int unscored_;
+
+  /// Returns, in every lane, which of kListUnroll * 32 rows from `base` on are scored. `base` is a multiple of 32.
+  __device__ __forceinline__ void masks(const Rows& in, unsigned base, const RowFinderShared& shared,
+                                        unsigned (&mask)[kListUnroll]) const {
+    if (base + kListUnroll * kWarp <= kMaskRows) {
+#pragma unroll
+      for (int u = 0; u < kListUnroll; ++u) {
+        mask[u] = base + u * kWarp < end ? shared.scored_bits[base / kWarp + u] : 0;
+      }
+      return;
+    }
+    int64_t label[kListUnroll];
+#pragma unroll
+    for (int u = 0; u < kListUnroll; ++u) {
+      const unsigned row = base + u * kWarp + threadIdx.x % kWarp;
+      label[u] = row < end ? in.labels[row] : in.ignore_index;
+    }
+#pragma unroll
+    for (int u = 0; u < kListUnroll; ++u) mask[u] = __ballot_sync(kAllLanes, is_scored(in, label[u]));
+  }
 };
 
-/// Calls body(row, from, to, rank) for each piece of a scored row (or of another row) that this block handles: the
-/// vectors from .. to - 1 of the row with that rank. `rows` is [kListRows] in shared memory. All threads must call it.
+/// A piece of a row: the vectors from .. to - 1 of the row with a rank among the rows that a grid shares out.
+struct Piece {
+  int64_t row;
+  int from, to;
+  int rank;
+  bool is_last;  // of this block
+};
+
+/// The pieces of rows that this block handles. `part` must be below split.parts.
+struct BlockPieces {
+  int first, last;  // ranks of rows
+  int first_from, last_to;
+  int row_vectors;
+
+  __device__ __forceinline__ BlockPieces(const Split& split, int part) : row_vectors(split.row_vectors) {
+    const int64_t begin = split.start(part), end = split.start(part + 1);
+    first = static_cast<int>(begin / row_vectors);
+    last = static_cast<int>((end - 1) / row_vectors);
+    first_from = static_cast<int>(begin - static_cast<int64_t>(first) * row_vectors);
+    last_to = static_cast<int>(end - static_cast<int64_t>(last) * row_vectors);
+  }
+
+  __device__ __forceinline__ Piece piece(int64_t row, int rank) const {
+    return {row, rank == first ? first_from : 0, rank == last ? last_to : row_vectors, rank, rank == last};
+  }
+};
+
+/// Calls body(piece) for each piece of a scored row (or of another row) that this block handles. All threads must call
+/// it.
 template <typename Body>
 __device__ __forceinline__ void for_each_piece(const Rows& in, const RowFinder& finder, bool is_scored_rows,
-                                               const Split& split, int* rows, const Body& body) {
+                                               const Split& split, RowFinderShared& shared, const Body& body) {
   const int part = static_cast<int>(blockIdx.x);
   if (finder.count(is_scored_rows) == 0 || part >= split.parts) return;  // equal in all threads of the block
-  const int64_t begin = split.start(part), end = split.start(part + 1);
-  const int first = static_cast<int>(begin / split.row_vectors);
-  const int last = static_cast<int>((end - 1) / split.row_vectors);
-  const int first_from = static_cast<int>(begin - static_cast<int64_t>(first) * split.row_vectors);
-  const int last_to = static_cast<int>(end - static_cast<int64_t>(last) * split.row_vectors);
-  for (int listed = first; listed <= last; listed += kListRows) {
-    const int size = min(last + 1 - listed, kListRows);
+  const BlockPieces pieces(split, part);
+  for (int listed = pieces.first; listed <= pieces.last; listed += kListRows) {
+    const int size = min(pieces.last + 1 - listed, kListRows);
     __syncthreads();  // all threads have read the previous list
-    finder.list(in, is_scored_rows, listed, size, rows);
+    finder.list(in, is_scored_rows, listed, size, shared);
     __syncthreads();  // rows[] is complete
-    for (int k = 0; k < size; ++k) {
-      const int rank = listed + k;
-      body(rows[k], rank == first ? first_from : 0, rank == last ? last_to : split.row_vectors, rank);
-    }
+    for (int k = 0; k < size; ++k) body(pieces.piece(shared.rows[k], listed + k));
   }
 }
 

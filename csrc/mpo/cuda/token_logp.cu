@@ -6,19 +6,61 @@
 namespace mpo {
 namespace {
 
+/// A piece whose sums wait for a warp that finishes its row.
+struct PieceInSlot {
+  int64_t row;
+  int rank;
+  bool is_whole;  // the whole row
+};
+
 struct TokenLogpShared {
-  RowSums<float> warps[2][kWarps];  // double-buffered, so that one barrier per row suffices
-  int rows[kListRows];
-  int counts[kWarps];
+  RowFinderShared finder;
+  // Double-buffered, so that one barrier per kWarps pieces suffices. A slot has the sums of each warp over one piece.
+  RowSums<float> sums[2][kWarps][kWarps];
+  PieceInSlot pieces[2][kWarps];
   bool is_last;
 };
 
+/// Sums over logits that the main loop adds to: `max` holds the reference of power_of instead of a logit, `sum` and
+/// `squared` are sums of powers of two, and e_d is a sum of e * power_of(z, reference).
+typedef RowSums<float> PowerSums;
+
+/// Returns the reference for logits with this maximum. Without a finite maximum, all powers are 0.
+__device__ __forceinline__ float reference_of(float max) { return fmaxf(rintf(max * kLog2E), -kMaxPower); }
+
+/// Returns the sums of a logit, relative to itself.
 template <bool kStats>
 __device__ __forceinline__ RowSums<float> sums_of(float z) {
   const float max = fmaxf(z, minus_infinity());  // a NaN is not in the maximum, but it is in the sum
   const float d = z - (max == minus_infinity() ? 0.0f : max);
   const float e = fast_exp(d);
   return {max, e, kStats ? e * fmaxf(d, -128.0f) : 0, kStats ? z : 0, kStats ? e * e : 0};
+}
+
+/// Returns the sums over this thread's part of a piece, for logits that are too large for power_of.
+template <typename Scalar, bool kStats>
+__device__ __forceinline__ RowSums<float> read_large(const Scalar* x, const RowGrid& grid, int edge, int from, int to) {
+  constexpr int kVec = kPerVector<Scalar>;
+  RowSums<float> s = edge >= 0 ? sums_of<kStats>(load_value(x + edge)) : empty_sums();
+#pragma unroll 1
+  for (int i = max(from, grid.begin) + static_cast<int>(threadIdx.x); i < min(to, grid.end); i += kCudaThreads) {
+#pragma unroll 1
+    for (int j = 0; j < kVec; ++j) {
+      s = merged<kStats>(s, sums_of<kStats>(load_value(x + (static_cast<int64_t>(i) * kVec - grid.skip) + j)));
+    }
+  }
+  return s;
+}
+
+/// Returns sums relative to the maximum of their logits, for sums relative to a reference.
+template <bool kStats>
+__device__ __forceinline__ RowSums<float> relative_to_max(const PowerSums& s, float max) {
+  if (max == minus_infinity()) return {max, s.sum, s.e_d, s.z, s.squared};
+  const float power = power_of(max, s.max);
+  const float scale = 1.0f / fast_exp2(power);
+  constexpr float kLn2 = 0.6931471805599453f;
+  return {max, s.sum * scale, kStats ? (s.e_d - power * s.sum) * scale * kLn2 : 0, kStats ? s.z : 0,
+          kStats ? s.squared * scale * scale : 0};
 }
 
 /// Returns the sums over this thread's part of the vectors from .. to - 1 of a row. Each kUnroll vectors are summed
@@ -28,11 +70,24 @@ __device__ __forceinline__ RowSums<float> read_piece(const Scalar* x, int vocab,
   typedef Format<Scalar> F;
   const RowGrid grid = RowGrid::of(x, vocab);
   const int edge = grid.edge(from, to, row_vectors, vocab);
-  RowSums<float> s = edge >= 0 ? sums_of<kStats>(load_value(x + edge)) : empty_sums();
+  float max = minus_infinity();
+  PowerSums s{-kMaxPower, 0, 0, 0, 0};
+  if (edge >= 0) {
+    const float z = load_value(x + edge);
+    max = fmaxf(max, z);  // a NaN is not in the maximum, but it is in the sum
+    s.max = reference_of(max);
+    const float power = power_of(z, s.max);
+    s.sum = fast_exp2(power);
+    if (kStats) {
+      s.e_d = s.sum * fmaxf(power, -128.0f);  // 2^-128 is 0 here; 0 * -inf would be NaN
+      s.z = z;
+      s.squared = s.sum * s.sum;
+    }
+  }
 
   const int end = min(to, grid.end);
 #pragma unroll 1
-  for (int i = max(from, grid.begin) + static_cast<int>(threadIdx.x); i < end; i += kUnroll * kCudaThreads) {
+  for (int i = ::max(from, grid.begin) + static_cast<int>(threadIdx.x); i < end; i += kUnroll * kCudaThreads) {
     Vector v[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -53,13 +108,11 @@ __device__ __forceinline__ RowSums<float> read_piece(const Scalar* x, int vocab,
     }
     float lanes[kPerWord<Scalar>];
     F::unpack(largest, lanes);
-    float max = s.max;
 #pragma unroll
     for (const float z : lanes) max = fmaxf(max, z);
-    s = raised_to<kStats>(s, max);
+    const float reference = reference_of(max);
+    if (reference != s.max) s = rescaled<kStats>(s, reference, fast_exp2(s.max - reference));
 
-    // If all logits so far are -inf, 0 takes the place of the maximum and exp gives 0.
-    const float offset = max == minus_infinity() ? 0.0f : max;
     float sum[kWords] = {}, e_d[kWords] = {}, squared[kWords] = {};
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -70,11 +123,11 @@ __device__ __forceinline__ RowSums<float> read_piece(const Scalar* x, int vocab,
         F::unpack(v[u].word[w], z);
 #pragma unroll
         for (const float logit : z) {
-          const float d = logit - offset;
-          const float e = fast_exp(d);
+          const float power = power_of(logit, reference);
+          const float e = fast_exp2(power);
           sum[w] += e;
           if (kStats) {
-            e_d[w] += e * fmaxf(d, -128.0f);  // exp(-128) is 0 in float; 0 * -inf would be NaN
+            e_d[w] += e * fmaxf(power, -128.0f);
             squared[w] += e * e;
             z_sum += logit;
           }
@@ -88,7 +141,8 @@ __device__ __forceinline__ RowSums<float> read_piece(const Scalar* x, int vocab,
       s.squared += (squared[0] + squared[1]) + (squared[2] + squared[3]);
     }
   }
-  return s;
+  if (max != minus_infinity() && !has_power(max)) return read_large<Scalar, kStats>(x, grid, edge, from, to);
+  return relative_to_max<kStats>(s, max);
 }
 
 /// Writes the results of token_logp for a row. One thread computes them, in double as on the CPU.
@@ -169,7 +223,7 @@ __device__ __forceinline__ bool combine_split_row(const TokenLogpArgs& a, const 
 /// Grid    cuda_forward_shape: at most as many blocks as run on the GPU at once. The labelled rows, end to end, are cut
 ///         into as many equal parts as there are blocks; the last block of a split row to arrive combines it
 /// Block   kCudaThreads threads
-/// Shared  a list of rows, and two states per warp
+/// Shared  a list of rows with a bit per row, and the sums of two times kWarps pieces
 /// Reads   labels, once per block; vocab elements per labelled row
 /// Writes  three numbers per row, and one per statistic; a weight per row if kPair
 template <typename Scalar, bool kStats, bool kPair>
@@ -196,23 +250,28 @@ __global__ void __launch_bounds__(kCudaThreads, kCudaBlocksPerSm)
     }
   }
 
-  const RowFinder finder(p.in, shared.counts);
+  const RowFinder finder(p.in, shared.finder);
   const Split split(finder.scored, a.row_vectors, static_cast<int>(gridDim.x));
-  int buffer = 0;
-  for_each_piece(p.in, finder, true, split, shared.rows, [&](int64_t row, int from, int to, int rank) {
+  int buffer = 0, slots = 0;
+  for_each_piece(p.in, finder, true, split, shared.finder, [&](const Piece& piece) {
     const Scalar* x =
-        static_cast<const Scalar*>(p.in.logits) + row_offset(row, p.in.inner, p.in.outer_stride, p.in.row_stride);
-    RowSums<float> s = warp_merged<kStats>(read_piece<Scalar, kStats>(x, vocab, from, to, a.row_vectors));
-    if (lane == 0) shared.warps[buffer][warp] = s;
-    // warps[buffer] is complete, and warp 0 has read the other buffer, which the next row overwrites.
+        static_cast<const Scalar*>(p.in.logits) + row_offset(piece.row, p.in.inner, p.in.outer_stride, p.in.row_stride);
+    RowSums<float> s = warp_merged<kStats>(read_piece<Scalar, kStats>(x, vocab, piece.from, piece.to, a.row_vectors));
+    if (lane == 0) shared.sums[buffer][slots][warp] = s;
+    if (thread == 0) {
+      shared.pieces[buffer][slots] = {piece.row, piece.rank, piece.from == 0 && piece.to == a.row_vectors};
+    }
+    if (++slots < kWarps && !piece.is_last) return;
+    // The slots are complete, and all warps have read the other buffer, which the next pieces overwrite.
     __syncthreads();
-    if (warp == 0) {  // the other warps continue with the next row
-      s = warp_merged<kStats>(lane < kWarps ? shared.warps[buffer][lane] : empty_sums());
-      const bool is_whole = from == 0 && to == a.row_vectors;
-      const bool is_done = is_whole || combine_split_row<kStats>(a, split, rank, s);
-      if (is_done && lane == 0) store_row<Scalar, kStats>(p, row, s);
+    if (warp < slots) {  // each warp finishes one row, since this takes about 2 us: a logarithm in double
+      const PieceInSlot mine = shared.pieces[buffer][warp];
+      s = warp_merged<kStats>(lane < kWarps ? shared.sums[buffer][warp][lane] : empty_sums());
+      const bool is_done = mine.is_whole || combine_split_row<kStats>(a, split, mine.rank, s);
+      if (is_done && lane == 0) store_row<Scalar, kStats>(p, mine.row, s);
     }
     buffer ^= 1;
+    slots = 0;
   });
 
   if constexpr (kPair) {

@@ -8,7 +8,14 @@ import pytest
 import torch
 from oracle import STATS, Case, assert_output_as_accurate, lay_out, make_case
 from shards import check_shards
-from tiles import LINEAR_OPTIONS, UNSEEN_BAD_LABELS, check_linear, check_tiles, check_unseen_bad_label
+from tiles import (
+    LINEAR_OPTIONS,
+    UNSEEN_BAD_LABELS,
+    check_exp_logits,
+    check_linear,
+    check_tiles,
+    check_unseen_bad_label,
+)
 
 from mpo_ext import MPOConfig, RewardShift, mpo_loss, token_logp
 from mpo_ext.ops import logits as ops
@@ -53,6 +60,12 @@ def test_tiles_of_a_vocabulary_give_what_the_whole_gives(dtype: torch.dtype, voc
 @pytest.mark.parametrize(("vocab", "edges"), [(203, (64, 65, 128)), (9001, (5000,))], ids=["narrow", "many chunks"])
 def test_merged_shards_of_a_vocabulary_equal_the_whole(dtype: torch.dtype, vocab: int, edges: tuple) -> None:
     check_shards("triton", dtype, vocab, edges)
+
+
+@pytest.mark.parametrize("vocab", [13, 9001])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exponentials_are_those_of_float64(dtype: torch.dtype, vocab: int) -> None:
+    check_exp_logits("triton", dtype, vocab)
 
 
 @pytest.mark.parametrize("options", LINEAR_OPTIONS, ids=str)

@@ -1,0 +1,71 @@
+"""Exponentials of tiles of logits on a GPU, from which the gradient of hidden states is summed without a second pass.
+
+With a frozen head, forward sums ``exp(z - r) @ weight`` over the tiles. The reference r of a row need not be the row's
+largest logit. If r is a smaller logit that is close enough, it rarely changes after the first tile, and the sums over
+the earlier tiles stay as they are, instead of being read and written for every tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpo_ext.ops import backends, cuda, native
+from mpo_ext.ops.memory import Tile, addresses, device_guard, row_arguments, row_layout
+
+#: How far a row's largest logit may rise above the reference. exp(40) is 2e17, and float32 sums reach 3e38.
+_SLACK = 40.0
+
+
+def write_exp_logits(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    reference: Tensor | None,
+    sums: Tensor,
+    backend: str,
+    exp_logits: Tensor,
+    tile: Tile,
+    *,
+    is_last: bool,
+) -> Tensor:
+    """Writes ``exp(z - reference)`` for each logit z, and 0 for the label's logit, in one launch.
+
+    If the reference of a row rises, the launch multiplies the row's sums by ``exp(old - new reference)``. After the
+    last tile, the reference is the row's largest logit. The values are undefined in a row whose label is out of range.
+
+    Args:
+        logits: ``[n, columns]``, a tile of labelled rows, float32.
+        labels: ``[n]`` int64.
+        row_max: ``[n]`` float32, the largest logit of each row in this tile and all earlier ones.
+        reference: ``[n]`` float32, the result of the call for the previous tile; None for the first tile.
+        sums: ``[n, D]`` float32, contiguous: the sums over the earlier tiles.
+        backend: "cuda" or "triton".
+        exp_logits: Output, ``[n, columns]``, contiguous, float32 or half precision. It may be the logits.
+        tile: The part of the vocabulary.
+        is_last: Whether this is the last tile.
+
+    Returns:
+        The reference of each row, ``[n]`` float32.
+    """
+    # float16 ends at 65,504.
+    slack = 0.0 if is_last or exp_logits.dtype == torch.float16 else _SLACK
+    new_reference = torch.empty_like(row_max)
+    layout = row_layout(logits.float())
+    if backend == "triton":
+        with device_guard(logits):
+            kernels = backends.triton_kernels()
+            kernels.exp_logits(layout, labels, tile.first, row_max, reference, new_reference, slack, sums, exp_logits)
+        return new_reference
+    with device_guard(logits):
+        native.compiled().exp_logits_cuda(
+            **row_arguments(layout, labels, -1, tile) | {"dtype": str(exp_logits.dtype).removeprefix("torch.")},
+            **addresses(
+                row_max=row_max, reference=reference, new_reference=new_reference, sums=sums, exp_logits=exp_logits
+            ),
+            slack=slack,
+            hidden_size=sums.shape[-1],
+            multiprocessors=cuda.multiprocessors(logits.device),
+            stream=cuda.current_stream(logits),
+        )
+    return new_reference
