@@ -200,9 +200,15 @@ def local(case: Case, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | N
     return parts
 
 
-def error(name: str, ours: Tensor, truth: Tensor) -> float:
-    """Returns the largest error, relative to the largest value; for results other than gradients, at least to 1."""
+def error(name: str, ours: Tensor, truth: Tensor, *, may_have_more_nan: bool = False) -> float:
+    """Returns the largest error, relative to the largest value; for results other than gradients, at least to 1.
+
+    ``may_have_more_nan`` says whether ``ours`` may be NaN where ``truth`` is not.
+    """
     assert ours.shape == truth.shape, f"shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
+    if may_have_more_nan:
+        assert not (truth.isnan() & ~ours.isnan()).any(), "a gradient is not NaN"
+        truth = truth.masked_fill(ours.isnan(), torch.nan)
     assert torch.equal(ours.isnan(), truth.isnan()), "NaN in other places"
     ours, truth = ours.double().nan_to_num(), truth.double().nan_to_num()
     if not ours.numel():
@@ -225,6 +231,8 @@ def check_case(rank: int, seed: int) -> dict[str, float]:
         options["cu_seqlens"] = case.split.cu_seqlens
     ours = compute(case, local(case, case.tensors), options)
     expected = local(case, truth)
+    # Of a loss that is NaN, the kernel of one process makes fewer gradients NaN than the plain torch of several ranks.
+    is_nan = "loss" in truth and bool(truth["loss"].isnan())
     errors = {}
     for name, value in expected.items():
         got, bound = ours[name], BOUNDS[value.dtype if value.is_floating_point() else torch.float32]
@@ -235,7 +243,7 @@ def check_case(rank: int, seed: int) -> dict[str, float]:
         if name in ("d hidden", "d weight", "d bias"):  # rounded parts are summed
             bound *= 2 if value.dtype != torch.bfloat16 else dist.get_world_size()
         try:
-            errors[name] = error(name, got, value) / bound
+            errors[name] = error(name, got, value, may_have_more_nan=is_nan and name[:2] == "d ") / bound
         except AssertionError as problem:
             raise AssertionError(f"seed {seed}, {case.function}, {case.split}: {name}: {problem}") from problem
     return errors
