@@ -66,22 +66,38 @@ ray-check: $(VENV)/.dev
 check-attention: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/python tests/train/check_split_attention.py
 
-# Compares other trainers with their own loss and with ours. LLaMA-Factory and ms-swift need older versions of transformers,
-# so each has its own environment in build/, with torch. TRL's tests are in `make test`, too. Of axolotl, OpenRLHF, verl and
-# Unsloth, only the modules with the replaced functions are imported, in the environment of this project.
+# Compares other trainers with their own loss and with ours: tests, the blocks of docs/how-to/other-trainers.md as they stand,
+# and times and memory; writes results/integrations.json and the tables of that page. LLaMA-Factory and ms-swift need older
+# versions of transformers, so each has its own environment in build/, with torch. TRL's tests are in `make test`, too. Of
+# axolotl, OpenRLHF, verl and Unsloth, only the modules with the replaced functions are imported, in the environment of this
+# project.
+TRAINERS := tests/integrations
+RUN_TESTS := $(TRAINERS)/run_tests.py
+SIDE_BY_SIDE := --rounds 2 --steps 3 --save
 integrations: $(VENV)/.dev $(VENV)/.native build/llama-factory/.installed build/ms-swift/.installed build/log-probs/.installed
-	$(BIN)/python -m pytest tests/integrations
-	PYTHONPATH=build/log-probs $(BIN)/python -m pytest tests/integrations/test_log_probs.py
-	UNSLOTH_COMPILE_LOCATION=build/unsloth-cache PYTHONPATH=build/unsloth $(BIN)/python -m pytest tests/integrations/test_log_probs.py
-	PYTHONPATH=build/axolotl $(BIN)/python -m pytest tests/integrations/test_axolotl.py
+	$(BIN)/python $(RUN_TESTS) trl trl,transformers $(TRAINERS)
+	PYTHONPATH=build/log-probs $(BIN)/python $(RUN_TESTS) log-probs openrlhf,verl $(TRAINERS)/test_log_probs.py
+	UNSLOTH_COMPILE_LOCATION=build/unsloth-cache PYTHONPATH=build/unsloth $(BIN)/python $(RUN_TESTS) unsloth unsloth \
+	  $(TRAINERS)/test_log_probs.py
+	PYTHONPATH=build/axolotl $(BIN)/python $(RUN_TESTS) axolotl axolotl,trl $(TRAINERS)/test_axolotl.py
 	for version in $(OLD_TRL); do \
-	  $(BIN)/pip install --quiet --no-deps --target build/trl-$$version "trl==$$version.*" && \
-	  PYTHONPATH=build/trl-$$version $(BIN)/python -m pytest tests/integrations/test_trl_trainer.py || exit 1; \
+	  $(BIN)/pip install --quiet --no-deps --upgrade --target build/trl-$$version "trl==$$version.*" && \
+	  PYTHONPATH=build/trl-$$version $(BIN)/python $(RUN_TESTS) trl-$$version trl $(TRAINERS)/test_trl_trainer.py \
+	    -k '$(OLD_TRL_TESTS)' || exit 1; \
 	done
-	build/llama-factory/bin/python -m pytest tests/integrations/test_llama_factory.py
-	build/ms-swift/bin/python -m pytest tests/integrations/test_ms_swift.py
+	build/llama-factory/bin/python $(RUN_TESTS) llama-factory llamafactory,trl,transformers $(TRAINERS)/test_llama_factory.py
+	build/ms-swift/bin/python $(RUN_TESTS) ms-swift ms-swift,trl,transformers $(TRAINERS)/test_ms_swift.py
+	$(BIN)/python $(TRAINERS)/run_page.py TRL transformers.Trainer
+	build/llama-factory/bin/python $(TRAINERS)/run_page.py LLaMA-Factory
+	build/ms-swift/bin/python $(TRAINERS)/run_page.py ms-swift
+	$(BIN)/python $(TRAINERS)/side_by_side.py trl $(SIDE_BY_SIDE)
+	PYTHONPATH=build/trl-1.14 $(BIN)/python $(TRAINERS)/side_by_side.py trl $(SIDE_BY_SIDE)
+	build/llama-factory/bin/python $(TRAINERS)/side_by_side.py llama-factory $(SIDE_BY_SIDE)
+	build/ms-swift/bin/python $(TRAINERS)/side_by_side.py ms-swift $(SIDE_BY_SIDE)
+	$(BIN)/python -m benchmarks --render --docs
 
-OLD_TRL := 1.9 1.15
+OLD_TRL := 0.29 1.0 1.1 1.2 1.3 1.4 1.5 1.6 1.7 1.8 1.9 1.10 1.11 1.12 1.13 1.14 1.15
+OLD_TRL_TESTS := (ten_steps and (text-full or images-lora)) or that_the_patch_asks_for or plain_float64 or references_of_text
 build/log-probs/.installed: $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps --target build/log-probs 'openrlhf==0.11.2' 'verl==0.9.1' \
 	  'tensordict==0.10.0' cloudpickle orjson pyvers
@@ -93,10 +109,14 @@ build/log-probs/.installed: $(VENV)/.dev
 
 build/llama-factory/.installed: TRAINER = llamafactory==0.9.5
 build/ms-swift/.installed: TRAINER = ms-swift==4.6.0
-build/%/.installed: pyproject.toml
+build/%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv build/$*
-	build/$*/bin/pip install --quiet '$(TRAINER)' pytest pytest-timeout pillow
-	build/$*/bin/pip install --quiet -e . '$(TRAINER)'
+	build/$*/bin/pip install --quiet --constraint constraints.txt torch
+	build/$*/bin/pip install --quiet --constraint constraints.txt '$(TRAINER)' pytest pytest-timeout pillow
+	build/$*/bin/pip install --quiet --constraint constraints.txt -e . '$(TRAINER)'
+# Parts of packages that were compiled for a torch with CUDA do not load with a torch for CPUs, and no test needs them.
+	build/$*/bin/python -c 'import torchvision' 2>&- || build/$*/bin/pip uninstall --quiet --yes torchvision
+	build/$*/bin/python -c 'import torchaudio' 2>&- || rm -f build/$*/lib/python3*/site-packages/torchaudio/lib/*.so
 	touch $@
 
 # Builds a wheel, with cibuildwheel if Docker answers, and tests it in a fresh environment. MPO_CUDA=ON: with CUDA.

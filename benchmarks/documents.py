@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine_code, measure, predictions, schema, tables
+from benchmarks import integrations, machine_code, measure, predictions, schema, tables
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.study import tables as study
 from benchmarks.tables import Documents
@@ -46,6 +46,8 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "predicted_issue": (("machine_code",), predictions.issue),
     "data_sheets": ((), predictions.data_sheets),
     "gpu": ((), gpu_tables.measured),
+    "integrations_runs": (("integrations",), integrations.runs),
+    "integrations_tests": (("integrations",), integrations.tests),
     **study.BLOCKS,
 }
 
@@ -54,6 +56,7 @@ def load(folder: Path) -> dict[str, Any]:
     """Reads and checks the result files in a folder, and returns the contents by file name without suffix."""
     loaders = {**dict.fromkeys(schema.BENCHMARKS, schema.load), "machine_code": machine_code.load}
     loaders |= dict.fromkeys(("study", "study_prior"), study.load)
+    loaders["integrations"] = integrations.load
     paths = {name: folder / f"{name}.json" for name in loaders}
     return {name: loaders[name](path) for name, path in paths.items() if path.exists()}
 
