@@ -37,6 +37,8 @@ load = functools.partial(schema.load, check=check)
 def runs(documents: Documents) -> str:
     """Returns a table with the times and the memory of each trainer, before and after."""
     rows = []
+    if not documents["integrations"]["runs"]:
+        return "Not measured since the last change: run `make integrations`."
     for name, run in documents["integrations"]["runs"].items():
         own, mpo = run["own"], run["mpo"]
         rows.append([
