@@ -112,7 +112,7 @@ integrations-ms-swift: $(VENV)/.native build/ms-swift/.installed
 	build/ms-swift/bin/python $(TRAINERS)/run_page.py ms-swift
 	build/ms-swift/bin/python $(SIDE_BY_SIDE) ms-swift $(ROUNDS)
 
-OLD_TRL := 0.29 1.0 1.2 1.9 1.10 1.11 1.12 1.13 1.14 1.15
+OLD_TRL := 0.29 1.0 1.1 1.2 1.3 1.4 1.5 1.9 1.10 1.11 1.12 1.13 1.14 1.15
 OLD_TRL_TESTS := (ten_steps and (text-full or images-lora)) or that_the_patch_asks_for or plain_float64 or references_of_text
 build/log-probs/.installed: $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps --target build/log-probs 'openrlhf==0.11.2' 'verl==0.9.1' \

@@ -1,4 +1,4 @@
-"""Runs a training in a process that is killed, as by a power cut, in the middle of a step."""
+"""Runs training in a process that is killed, as by a power cut, in the middle of a step."""
 
 from __future__ import annotations
 
