@@ -312,12 +312,12 @@ def test_other_losses_are_refused(
 def test_unknown_versions_and_sources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     path = "trl.trainer.dpo_trainer:DPOTrainer._compute_loss"
     known = {
-        "old": KnownSources("trl", "trl", {"0.1": {}, "0.12": {}}),
+        "old": KnownSources("trl", "trl", {"90.1": {}, "90.12": {}}),
         "absent": KnownSources("no-such-package", "trl", {"1.2": {}}),
     }
     with monkeypatch.context() as change:
         change.setattr(patching, "KNOWN", known)
-        with pytest.raises(RuntimeError, match=r"trl must have a version that mpo_ext knows \(0.1, 0.12\), got 1\."):
+        with pytest.raises(RuntimeError, match=r"trl must have a version that mpo_ext knows \(90.1, 90.12\), got 1\."):
             mpo_ext.patch("old")
         with pytest.raises(ImportError, match=r"no-such-package must be installed: pip install .*==1.2.\*"):
             mpo_ext.patch("absent")
