@@ -71,22 +71,54 @@ ray-check: $(VENV)/.dev
 check-attention: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/python tests/train/check_split_attention.py
 
-# Compares other trainers with their own loss and with ours. LLaMA-Factory and ms-swift need older versions of transformers,
-# so each has its own environment in build/, with torch. TRL's tests are in `make test`, too. Of axolotl, OpenRLHF, verl and
-# Unsloth, only the modules with the replaced functions are imported, in the environment of this project.
-integrations: $(VENV)/.dev $(VENV)/.native build/llama-factory/.installed build/ms-swift/.installed build/log-probs/.installed
-	$(BIN)/python -m pytest tests/integrations
-	PYTHONPATH=build/log-probs $(BIN)/python -m pytest tests/integrations/test_log_probs.py
-	UNSLOTH_COMPILE_LOCATION=build/unsloth-cache PYTHONPATH=build/unsloth $(BIN)/python -m pytest tests/integrations/test_log_probs.py
-	PYTHONPATH=build/axolotl $(BIN)/python -m pytest tests/integrations/test_axolotl.py
-	for version in $(OLD_TRL); do \
-	  $(BIN)/pip install --quiet --no-deps --target build/trl-$$version "trl==$$version.*" && \
-	  PYTHONPATH=build/trl-$$version $(BIN)/python -m pytest tests/integrations/test_trl_trainer.py || exit 1; \
-	done
-	build/llama-factory/bin/python -m pytest tests/integrations/test_llama_factory.py
-	build/ms-swift/bin/python -m pytest tests/integrations/test_ms_swift.py
+# Compares other trainers with their own loss and with ours: tests, the blocks of docs/how-to/other-trainers.md as they stand,
+# and times and memory; writes results/integrations.json and the tables of that page. LLaMA-Factory and ms-swift need older
+# versions of transformers, so each has its own environment in build/, with torch. TRL's tests are in `make test`, too. Of
+# axolotl, OpenRLHF, verl and Unsloth, only the modules with the replaced functions are imported, in the environment of this
+# project.
+# A part of them: make integrations-ms-swift. make -j4 integrations runs four parts at once.
+TRAINERS := tests/integrations
+RUN_TESTS := $(TRAINERS)/run_tests.py
+SIDE_BY_SIDE := $(TRAINERS)/side_by_side.py
+ROUNDS := --rounds 2 --steps 3 --save
+INTEGRATIONS := $(addprefix integrations-,trl old-trl log-probs axolotl llama-factory ms-swift)
+.PHONY: $(INTEGRATIONS)
+integrations: $(INTEGRATIONS)
+	$(BIN)/python -m benchmarks --render --docs
 
-OLD_TRL := 1.9 1.15
+integrations-trl: $(VENV)/.dev $(VENV)/.native build/log-probs/.installed
+	$(BIN)/python $(RUN_TESTS) trl trl,transformers $(TRAINERS)
+	$(BIN)/python $(TRAINERS)/run_page.py TRL transformers.Trainer
+	$(BIN)/python $(SIDE_BY_SIDE) trl $(ROUNDS)
+	PYTHONPATH=build/trl $(BIN)/python $(SIDE_BY_SIDE) trl $(ROUNDS)
+
+integrations-old-trl: $(VENV)/.dev $(VENV)/.native build/log-probs/.installed
+	for version in $(OLD_TRL); do \
+	  $(BIN)/pip install --quiet --no-deps --upgrade --target build/trl-$$version "trl==$$version.*" && \
+	  PYTHONPATH=build/trl-$$version $(BIN)/python $(RUN_TESTS) trl-$$version trl $(TRAINERS)/test_trl_trainer.py \
+	    -k '$(OLD_TRL_TESTS)' || exit 1; \
+	done
+
+integrations-log-probs: $(VENV)/.dev $(VENV)/.native build/log-probs/.installed
+	PYTHONPATH=build/log-probs $(BIN)/python $(RUN_TESTS) log-probs openrlhf,verl $(TRAINERS)/test_log_probs.py
+	UNSLOTH_COMPILE_LOCATION=build/unsloth-cache PYTHONPATH=build/unsloth $(BIN)/python $(RUN_TESTS) unsloth unsloth \
+	  $(TRAINERS)/test_log_probs.py
+
+integrations-axolotl: $(VENV)/.dev $(VENV)/.native build/log-probs/.installed
+	PYTHONPATH=build/axolotl $(BIN)/python $(RUN_TESTS) axolotl axolotl,trl $(TRAINERS)/test_axolotl.py
+
+integrations-llama-factory: $(VENV)/.native build/llama-factory/.installed
+	build/llama-factory/bin/python $(RUN_TESTS) llama-factory llamafactory,trl,transformers $(TRAINERS)/test_llama_factory.py
+	build/llama-factory/bin/python $(TRAINERS)/run_page.py LLaMA-Factory
+	build/llama-factory/bin/python $(SIDE_BY_SIDE) llama-factory --pairs 1 --length 5 $(ROUNDS)
+
+integrations-ms-swift: $(VENV)/.native build/ms-swift/.installed
+	build/ms-swift/bin/python $(RUN_TESTS) ms-swift ms-swift,trl,transformers $(TRAINERS)/test_ms_swift.py
+	build/ms-swift/bin/python $(TRAINERS)/run_page.py ms-swift
+	build/ms-swift/bin/python $(SIDE_BY_SIDE) ms-swift $(ROUNDS)
+
+OLD_TRL := 0.29 1.0 1.1 1.2 1.3 1.4 1.5 1.9 1.10 1.11 1.12 1.13 1.14 1.15
+OLD_TRL_TESTS := (ten_steps and (text-full or images-lora)) or that_the_patch_asks_for or plain_float64 or references_of_text
 build/log-probs/.installed: $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-deps --target build/log-probs 'openrlhf==0.11.2' 'verl==0.9.1' \
 	  'tensordict==0.10.0' cloudpickle orjson pyvers
@@ -94,14 +126,19 @@ build/log-probs/.installed: $(VENV)/.dev
 	  'trl==1.15.*' requests charset_normalizer urllib3 certifi
 	$(BIN)/pip install --quiet --no-deps --target build/axolotl 'axolotl==0.19.0' 'trl==1.9.0' addict colorama requests \
 	  charset_normalizer urllib3 certifi
+	$(BIN)/pip install --quiet --no-deps --target build/trl 'trl==1.14.*'  # the newest that computes logits
 	touch $@
 
 build/llama-factory/.installed: TRAINER = llamafactory==0.9.5
 build/ms-swift/.installed: TRAINER = ms-swift==4.6.0
-build/%/.installed: pyproject.toml
+build/%/.installed: $(VENV)/.native pyproject.toml constraints.txt
 	$(PYTHON) -m venv build/$*
-	build/$*/bin/pip install --quiet '$(TRAINER)' pytest pytest-timeout pillow
-	build/$*/bin/pip install --quiet -e . '$(TRAINER)'
+	build/$*/bin/pip install --quiet --constraint constraints.txt torch
+	build/$*/bin/pip install --quiet --constraint constraints.txt '$(TRAINER)' pytest pytest-timeout pillow
+	build/$*/bin/pip install --quiet --constraint constraints.txt -e . '$(TRAINER)'
+# Parts of packages that were compiled for a torch with CUDA do not load with a torch for CPUs, and no test needs them.
+	build/$*/bin/python -c 'import torchvision' 2>&- || build/$*/bin/pip uninstall --quiet --yes torchvision
+	build/$*/bin/python -c 'import torchaudio' 2>&- || rm -f build/$*/lib/python3*/site-packages/torchaudio/lib/*.so
 	touch $@
 
 # Builds a wheel, with cibuildwheel if Docker answers, and tests it in a fresh environment. MPO_CUDA=ON: with CUDA.

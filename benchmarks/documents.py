@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import audit, hardware, machine_code, matrix, measure, predictions, schema, tables
+from benchmarks import audit, hardware, integrations, machine_code, matrix, measure, predictions, schema, tables
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.study import tables as study
 from benchmarks.tables import Documents
@@ -49,6 +49,8 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "audit": (("audit",), audit.table),
     "matrix": ((), matrix.table),
     "gpu": ((), gpu_tables.measured),
+    "integrations_runs": (("integrations",), integrations.runs),
+    "integrations_tests": (("integrations",), integrations.tests),
     **study.BLOCKS,
 }
 
@@ -62,6 +64,7 @@ def load(folder: Path) -> dict[str, Any]:
         "audit": audit.load,
     }
     loaders |= dict.fromkeys(("study", "study_prior"), study.load)
+    loaders["integrations"] = integrations.load
     paths = {name: folder / f"{name}.json" for name in loaders}
     return {name: loaders[name](path) for name, path in paths.items() if path.exists()}
 

@@ -281,6 +281,8 @@ def test_reuse_logits_needs_rows_in_one_piece(kernel: str) -> None:
     for logits in (transposed, expanded):
         with pytest.raises(ValueError, match="reuse_logits"):
             mpo_loss(**on(device, good()) | {"logits": logits}, reuse_logits=True, backend=kernel)
+        with pytest.raises(ValueError, match="reuse_logits"):
+            token_logp(logits, on(device, good())["labels"], reuse_logits=True, backend=kernel)
 
 
 def test_an_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,9 @@ def patch(name: str, **options: Any) -> None:
                 )
     _applied[name] = [_replace(replacement) for replacement in replacements]
     if os.environ.get("RANK", "0") == "0":
-        print(f"mpo_ext: {KNOWN[name].package} {version} patched: {summary}", file=sys.stderr)
+        newest = max(KNOWN[name].versions, key=_key)
+        tested = f" (tested with {newest})" if _is_later(".".join(version.split(".")[:2]), newest) else ""
+        print(f"mpo_ext: {KNOWN[name].package} {version}{tested} patched: {summary}", file=sys.stderr)
 
 
 def unpatch(name: str) -> None:
@@ -109,6 +111,8 @@ def replace_in_modules(function: Any, value: Any, *packages: str) -> list[Replac
 def check_sources(name: str) -> str:
     """Returns the version of a trainer's package, after a check that mpo_ext knows the version and its source.
 
+    A version after those that the tests ran with passes if its functions are those of the last of them.
+
     Raises:
         ImportError: If the package is not installed.
         RuntimeError: If the version is unknown, or a function has another source.
@@ -120,7 +124,9 @@ def check_sources(name: str) -> str:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(f"{package} must be installed: pip install '{package}=={newest}.*'") from None
-    known = versions.get(".".join(version.split(".")[:2]))
+    minor = ".".join(version.split(".")[:2])
+    is_later = minor not in versions and _is_later(minor, newest)
+    known = versions[newest] if is_later else versions.get(minor)
     if known is None:
         raise RuntimeError(
             f"{package} must have a version that mpo_ext knows ({', '.join(sorted(versions, key=_key))}), got "
@@ -128,12 +134,25 @@ def check_sources(name: str) -> str:
         )
     for path, expected in known.items():
         found = source_hash(path)
+        if found != expected and is_later:
+            raise RuntimeError(
+                f"{package} must have a version that mpo_ext knows ({', '.join(sorted(versions, key=_key))}), or a "
+                f"later one with the same functions, got {version} with another {path}: pip install "
+                f"'{package}=={newest}.*'"
+            )
         if found != expected:
             raise RuntimeError(
                 f"{path} of {package} {version} must have the source that mpo_ext knows (hash {expected}), got hash "
                 f"{found}: another patch or another build of {package} changed it"
             )
     return version
+
+
+def _is_later(version: str, newest: str) -> bool:
+    try:
+        return _key(version) > _key(newest)
+    except ValueError:  # "1.17rc1" is not a released version
+        return False
 
 
 def source_hash(path: str) -> str:

@@ -29,18 +29,33 @@ def _methods(owner: str, **hashes: str) -> dict[str, str]:
     return {f"{owner}.{name}": value for name, value in hashes.items()}
 
 
-_TRL_FUSED = _methods(
-    "trl.trainer.dpo_trainer:DPOTrainer",
-    _compute_loss="5e58a1699e0d76cd",
-    compute_ref_log_probs="90611af9cbadb8ec",
-    _precompute_ref_logps="f2c098c7da6ca701",
-)
-_TRL_LOGITS = _methods(
-    "trl.trainer.dpo_trainer:DPOTrainer",
-    _compute_loss="6a433f54b1ffecb9",
-    compute_ref_log_probs="a251e32eb2bcb4f8",
-    _precompute_ref_logps="7f9e173f104d4cab",
-)
+#: Of DPOTrainer: _compute_loss, compute_ref_log_probs and _precompute_ref_logps.
+_TRL_DIGESTS = {
+    "0.29": ("24593b630a1b08cd", "cfec9f76537446de", "de45080643403437"),
+    "1.0": ("5ee5385c3af48a7d", "37eec8ae841baa33", "de45080643403437"),
+    "1.1": ("605d10adbf1dac85", "8eac3c7b74a938f5", "de45080643403437"),
+    "1.2": ("605d10adbf1dac85", "6c73c56ee9ed43e7", "de45080643403437"),
+    "1.3": ("151685605b018465", "6c73c56ee9ed43e7", "de45080643403437"),
+    "1.4": ("60580c2af1653790", "6c73c56ee9ed43e7", "de45080643403437"),
+    "1.5": ("60580c2af1653790", "6c73c56ee9ed43e7", "de45080643403437"),
+    "1.9": ("6a433f54b1ffecb9", "a251e32eb2bcb4f8", "7f9e173f104d4cab"),
+    "1.10": ("36174ff2b52233aa", "a251e32eb2bcb4f8", "b2175b938afcaa4a"),
+    "1.11": ("36174ff2b52233aa", "a251e32eb2bcb4f8", "b2175b938afcaa4a"),
+    "1.12": ("36174ff2b52233aa", "a251e32eb2bcb4f8", "b2175b938afcaa4a"),
+    "1.13": ("299a8fa4943459ef", "a251e32eb2bcb4f8", "b2175b938afcaa4a"),
+    "1.14": ("6be3a70c5a4b126e", "d643beaac47db303", "f2c098c7da6ca701"),
+    "1.15": ("5e58a1699e0d76cd", "90611af9cbadb8ec", "f2c098c7da6ca701"),
+    "1.16": ("5e58a1699e0d76cd", "90611af9cbadb8ec", "f2c098c7da6ca701"),
+}
+_TRL = {
+    version: _methods(
+        "trl.trainer.dpo_trainer:DPOTrainer",
+        _compute_loss=loss,
+        compute_ref_log_probs=reference,
+        _precompute_ref_logps=precompute,
+    )
+    for version, (loss, reference, precompute) in _TRL_DIGESTS.items()
+}
 _AXOLOTL = {"axolotl.core.trainers.dpo.trainer:AxolotlDPOTrainer": "f75fa969844acca6"}
 _LLAMA_FACTORY = _methods(
     "llamafactory.train.dpo.trainer:CustomDPOTrainer",
@@ -59,7 +74,7 @@ _MS_SWIFT = _methods(
 )
 
 KNOWN: Mapping[str, KnownSources] = {
-    "trl": KnownSources("trl", "trl", {"1.9": _TRL_LOGITS, "1.15": _TRL_FUSED, "1.16": _TRL_FUSED}),
+    "trl": KnownSources("trl", "trl", _TRL),
     "axolotl": KnownSources("axolotl", "axolotl", {"0.19": _AXOLOTL}),
     "llama-factory": KnownSources("llamafactory", "llama_factory", {"0.9": _LLAMA_FACTORY}),
     "ms-swift": KnownSources("ms-swift", "ms_swift", {"4.6": _MS_SWIFT}),

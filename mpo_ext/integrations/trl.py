@@ -150,9 +150,9 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
         if precompute:
             self._precompute_with_images()
 
-    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    def compute_ref_log_probs(self, *model_and_inputs: Any) -> tuple[Tensor, ...]:
         """Returns the summed log-probs of the chosen and of the rejected responses under the reference."""
-        return reference_logp(self, self.mpo, model, inputs).chunk(2)
+        return reference_logp(self, self.mpo, *_model_and_inputs(self, *model_and_inputs)).chunk(2)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         return loss_of_batch(self, self.mpo, model, inputs, return_outputs)
@@ -228,11 +228,12 @@ def loss_of_batch(
     else:
         ref_logp = reference_logp(trainer, mpo, trainer.ref_model or trainer.model, inputs)
     labels, model_inputs = _labels_and_inputs(inputs)
-    if trainer.aux_loss_enabled:
+    has_aux_loss = getattr(trainer, "aux_loss_enabled", False)  # TRL before 1.8 has no such loss
+    if has_aux_loss:
         model_inputs["output_router_logits"] = True
     loss, out, outputs = loss_of_rows(model, model_inputs, labels, ref_logp, mpo, stats=_STATS)
     terms = _log_sums(out, mpo.config)
-    if trainer.aux_loss_enabled:
+    if has_aux_loss:
         aux_loss = outputs.aux_loss.to(loss.device)
         loss = loss + trainer.router_aux_loss_coef * aux_loss
         terms["aux_loss"] = (aux_loss.detach(), torch.ones_like(aux_loss))
@@ -253,6 +254,12 @@ def reference_logp(trainer: Any, mpo: LossSettings, model: nn.Module, inputs: di
     checkpointing = disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
     with torch.no_grad(), checkpointing, _without_adapters(trainer), trainer.accelerator.autocast():
         return logp_of_rows(model, model_inputs, labels, mpo.options)
+
+
+def _model_and_inputs(trainer: Any, *model_and_inputs: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns the arguments of ``compute_ref_log_probs``; TRL before 1.9 passes the inputs only."""
+    *model, inputs = model_and_inputs
+    return (model[0] if model else trainer.ref_model or trainer.model), inputs
 
 
 @contextlib.contextmanager
@@ -382,10 +389,10 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
     def settings(trainer: Any) -> LossSettings | None:
         return None if isinstance(trainer, MPOTrainer) else settings_of_dpo(trainer)
 
-    def compute_ref_log_probs(self: Any, model: nn.Module, inputs: dict[str, Any]) -> Any:
+    def compute_ref_log_probs(self: Any, *model_and_inputs: Any) -> Any:
         if (mpo := settings(self)) is None:
-            return own["compute_ref_log_probs"](self, model, inputs)
-        return reference_logp(self, mpo, model, inputs).chunk(2)
+            return own["compute_ref_log_probs"](self, *model_and_inputs)
+        return reference_logp(self, mpo, *_model_and_inputs(self, *model_and_inputs)).chunk(2)
 
     def compute_loss(self: Any, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         if (mpo := settings(self)) is None:

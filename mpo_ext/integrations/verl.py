@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from verl.utils import torch_functional
 from verl.utils.torch_functional import logprobs_from_logits as own_function
 
 from mpo_ext.integrations.patching import Replacement, replace_in_modules
@@ -16,11 +19,18 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Args:
         logits: ``[..., V]``. verl's own function computes those of a ``DTensor``.
         labels: ``[...]`` int64.
-        inplace_backward: Has no effect: the gradient never overwrites the logits.
+        inplace_backward: Whether the gradient may overwrite the logits. As in verl, it does so only with flash
+            attention, and not if the environment variable VERL_DISABLE_FLASH_ATTN_CE is 1.
     """
     if isinstance(logits, DTensor):
         return own_function(logits, labels, inplace_backward)
-    return token_logp(logits, labels, shift=False)
+    reuse_logits = (
+        inplace_backward
+        and logits.is_contiguous()  # verl copies others, so that the memory of the caller stays as it is
+        and torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE
+        and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"
+    )
+    return token_logp(logits, labels, shift=False, reuse_logits=reuse_logits)
 
 
 def replacements() -> tuple[list[Replacement], str]:

@@ -48,19 +48,9 @@ class LossOfLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.is_spent:
-            raise RuntimeError(
-                "reuse_logits=True lets backward run once, since it writes the gradient over the logits; got a second "
-                "backward: use reuse_logits=False with retain_graph"
-            )
-        logits, *rows = ctx.saved_tensors
-        grad = logits.detach()
         # Comparing grad_loss with 1 on the host, to save a multiplication, would wait for the device.
-        if ctx.reuse_logits:
-            ctx.is_spent = True
-            logits_grad_(grad, *rows, grad_loss.detach(), ctx.ignore_index, ctx.backend, *ctx.shard)
-        else:
-            grad = logits_grad(grad, *rows, grad_loss.detach(), ctx.ignore_index, ctx.backend, *ctx.shard)
+        logits, labels, row_max, row_sum, weight = _saved_rows(ctx)
+        grad = _logits_grad(ctx, logits, labels, row_max, row_sum, weight, grad_loss.detach())
         return _once_differentiable(grad, logits, grad_loss), *[None] * 9
 
 
@@ -80,21 +70,43 @@ class LogpOfLogits(torch.autograd.Function):
         row_max: Tensor,
         row_sum: Tensor,
         ignore_index: int,
+        reuse_logits: bool,
         backend: str,
         shard: VocabShard | None = None,
     ) -> Tensor:
         ctx.save_for_backward(logits, labels, row_max, row_sum)
         ctx.ignore_index = ignore_index
+        ctx.reuse_logits = reuse_logits
         ctx.backend = backend
         ctx.shard = shard or _WHOLE
+        ctx.is_spent = False
         return logp.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor | None, ...]:
-        logits, *rows = ctx.saved_tensors
-        incoming = grad_logp.detach()
-        grad = logits_grad(logits.detach(), *rows, incoming, None, ctx.ignore_index, ctx.backend, *ctx.shard)
-        return _once_differentiable(grad, logits, grad_logp), *[None] * 7
+        logits, labels, row_max, row_sum = _saved_rows(ctx)
+        grad = _logits_grad(ctx, logits, labels, row_max, row_sum, grad_logp.detach(), None)
+        return _once_differentiable(grad, logits, grad_logp), *[None] * 8
+
+
+def _saved_rows(ctx: Any) -> tuple[Tensor, ...]:
+    """Returns the saved tensors of a function of logits; raises if its backward has overwritten the logits."""
+    if ctx.is_spent:
+        raise RuntimeError(
+            "reuse_logits=True lets backward run once, since it writes the gradient over the logits; got a second "
+            "backward: use reuse_logits=False with retain_graph"
+        )
+    return tuple(ctx.saved_tensors)
+
+
+def _logits_grad(ctx: Any, logits: Tensor, *rows: Tensor | None) -> Tensor:
+    """Returns the gradient of the logits, with ``reuse_logits`` in their memory."""
+    grad = logits.detach()
+    if not ctx.reuse_logits:
+        return logits_grad(grad, *rows, ctx.ignore_index, ctx.backend, *ctx.shard)
+    ctx.is_spent = True
+    logits_grad_(grad, *rows, ctx.ignore_index, ctx.backend, *ctx.shard)
+    return grad
 
 
 class HiddenPlan(NamedTuple):

@@ -299,6 +299,7 @@ def token_logp(
     *,
     shift: bool = True,
     ignore_index: int = -100,
+    reuse_logits: bool = False,
     backend: str | None = None,
     vocab_parallel: ProcessGroup | None = None,
 ) -> Tensor:
@@ -312,6 +313,7 @@ def token_logp(
         shift: Whether position t of the last axis is scored against ``labels[t + 1]``, as in Hugging Face models; the
             last position gives 0.
         ignore_index: Label of positions that are not read and give 0.
+        reuse_logits: As in ``mpo_loss``.
         backend: As in ``mpo_loss``.
         vocab_parallel: As in ``mpo_loss``.
 
@@ -322,19 +324,22 @@ def token_logp(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or value is wrong.
-        RuntimeError: If the backend cannot run here, or the result is differentiated twice.
+        RuntimeError: If the backend cannot run here, or the result is differentiated twice. In backward: if backward
+            runs again after ``reuse_logits``.
     """
     if vocab_parallel is not None:
-        return parallel.token_logp(logits, labels, shift, ignore_index, backend, vocab_parallel)
+        return parallel.token_logp(logits, labels, shift, ignore_index, reuse_logits, backend, vocab_parallel)
     checks.check_logits("logits", logits)
     checks.check_labels(logits, labels)
+    if reuse_logits:
+        checks.check_reuse(logits)
     chosen_backend = backends.choose_backend(backend, logits)
     if shift:
         labels = shifted_rows(labels, ignore_index)
     if chosen_backend == "reference":
         return eager.token_logp(logits, labels, ignore_index)
     logp, row_max, row_sum, _ = logits_ops.token_logp(logits.detach(), labels, ignore_index, 0, chosen_backend)
-    return LogpOfLogits.apply(logits, logp, labels, row_max, row_sum, ignore_index, chosen_backend)
+    return LogpOfLogits.apply(logits, logp, labels, row_max, row_sum, ignore_index, reuse_logits, chosen_backend)
 
 
 def linear_token_logp(

@@ -161,7 +161,13 @@ def linear_mpo_loss(
 
 @torch.compiler.disable
 def token_logp(
-    logits: Tensor, labels: Tensor, shift: bool, ignore_index: int, backend: str | None, vocab_parallel: Any
+    logits: Tensor,
+    labels: Tensor,
+    shift: bool,
+    ignore_index: int,
+    reuse_logits: bool,
+    backend: str | None,
+    vocab_parallel: Any,
 ) -> Tensor:
     """Returns the log-prob of each label; each rank of ``vocab_parallel`` holds some columns of the logits."""
     groups = RankGroups(vocab_parallel, None)
@@ -169,6 +175,8 @@ def token_logp(
     def check() -> tuple[str, Tensor]:
         checks.check_logits("logits", logits)
         checks.check_labels(logits, labels)
+        if reuse_logits:
+            checks.check_reuse(logits)
         aligned = shifted_rows(labels, ignore_index) if shift else labels
         return backends.choose_backend(backend, logits), aligned
 
@@ -181,7 +189,7 @@ def token_logp(
     if chosen_backend == "reference":
         return rows.logp
     return LogpOfLogits.apply(
-        logits, rows.logp, aligned, rows.row_max, rows.row_sum, ignore_index, chosen_backend, shard
+        logits, rows.logp, aligned, rows.row_max, rows.row_sum, ignore_index, reuse_logits, chosen_backend, shard
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import audit, check_model, documents, hardware, machine_code, predictions, schema, suite
+from benchmarks import audit, check_model, documents, hardware, integrations, machine_code, predictions, schema, suite
 from benchmarks.measure import provenance
 from benchmarks.study import tables as study
 from mpo_ext.plan import machines
@@ -140,7 +140,29 @@ def make_documents() -> dict[str, Any]:
         "audit": audit.load(RESULTS / "audit.json"),
         "study": study.load(RESULTS / "study.json"),
         "study_prior": study.load(RESULTS / "study_prior.json"),
+        "integrations": make_integrations(),
     }
+
+
+def make_integrations() -> dict[str, Any]:
+    run = {
+        "command": "python side_by_side.py trl", "date": "2026-11-30", "version": "1.16.0",
+        "own": {"seconds": 9.0, "cpu_seconds": 6.0, "peak_mib": 4000.0},
+        "mpo": {"seconds": 3.0, "cpu_seconds": 1.5, "peak_mib": 1000.0}, "largest_loss_difference": 1e-6,
+    }  # fmt: skip
+    tests = {"versions": {"openrlhf": "0.11.2", "verl": "0.9.1"}, "passed": 3, "skipped": 0, "date": "2026-11-30"}
+    document = {"schema": 1, "runs": {"trl 1.16.0": run}, "tests": {"log-probs": tests}}
+    integrations.check(document, "made up")
+    return document
+
+
+def test_the_figures_of_other_trainers_are_ratios_of_before_and_after() -> None:
+    (cells,) = [cells for key, cells in rows(documents.render("integrations_runs", make_documents())).items()
+                if key.startswith("TRL")]  # fmt: skip
+    assert cells[:5] == ["9.0 s, 3.0 s", "3.0 times", "4.0 times", "4,000 MiB, 1,000 MiB", "0.25"]
+    assert "OpenRLHF 0.11.2, verl 0.9.1" in documents.render("integrations_tests", make_documents())
+    without = {**make_integrations(), "runs": {}}
+    assert "make integrations" in integrations.runs({"integrations": without})
 
 
 def rows(block: str) -> dict[str, list[str]]:

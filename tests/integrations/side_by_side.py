@@ -1,15 +1,16 @@
 """Times and memory of other trainers with their own loss and with that of mpo_ext, on a CPU, in turn.
 
-    python tests/integrations/side_by_side.py trl [--rounds 3] [--steps 4] [--length 4] [--pairs 2]
+    python tests/integrations/side_by_side.py trl [--rounds 3] [--steps 4] [--length 4] [--pairs 2] [--save]
 
-Each run is a separate process with one thread. The model is a Qwen2 with two layers of width 256 and 151,936 tokens,
-the data are the same, and so are the losses: the reward shift is that of the trainer. Prints the median seconds of a
-step, without the first, and the peak memory of the process.
+Each run is a separate process with one thread; runs with either loss take turns. The model is a Qwen2 with two layers
+of width 256 and 151,936 tokens, the data are the same, and so are the losses: the reward shift is that of the trainer.
+Prints the medians of the seconds and of the CPU time of a step, without the first, and the peak memory of the process.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import os
@@ -32,17 +33,19 @@ def steps_recorder() -> Any:
     class StepTimes(transformers.TrainerCallback):
         def __init__(self) -> None:
             self.times: list[float] = []
+            self.cpu_times: list[float] = []
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.start = time.perf_counter()
+            self.start = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.times.append(time.perf_counter() - self.start)
+            self.times.append(time.perf_counter() - self.start[0])
+            self.cpu_times.append(time.process_time() - self.start[1])
 
     return StepTimes()
 
 
-def run_trl(kind: str, model: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
+def run_trl(kind: str, model: Path, options: argparse.Namespace) -> tuple[Any, list[float]]:
     import tiny_models
     import trl
 
@@ -63,10 +66,10 @@ def run_trl(kind: str, model: Path, options: argparse.Namespace) -> tuple[list[f
         str(model), args=args, train_dataset=tiny_models.pairs(length=options.length), callbacks=[times]
     )
     trainer.train()
-    return times.times, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return times, [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def run_llama_factory(kind: str, model: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
+def run_llama_factory(kind: str, model: Path, options: argparse.Namespace) -> tuple[Any, list[float]]:
     import tiny_models
     from llama_factory_runs import run
 
@@ -74,22 +77,22 @@ def run_llama_factory(kind: str, model: Path, options: argparse.Namespace) -> tu
     settings = {"per_device_train_batch_size": options.pairs, "max_steps": options.steps, "learning_rate": 1e-4}
     out = Path(tempfile.mkdtemp(dir=model)) / "out"
     log = run(kind, model, out, tiny_models.pairs(length=options.length), callbacks=[times], **settings)
-    return times.times, [line["loss"] for line in log]
+    return times, [line["loss"] for line in log]
 
 
-def run_ms_swift(kind: str, model: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
+def run_ms_swift(kind: str, model: Path, options: argparse.Namespace) -> tuple[Any, list[float]]:
     import ms_swift_runs
+    import swift.rlhf_trainers  # noqa: F401  # replaces the list of callbacks
     import tiny_models
     import transformers.trainer
-    from swift.pipelines import rlhf_main
 
     times = steps_recorder()
     transformers.trainer.DEFAULT_CALLBACKS.append(times)
     settings = ("per_device_train_batch_size", options.pairs, "max_steps", options.steps, "learning_rate", 1e-4)
     out = Path(tempfile.mkdtemp(dir=model)) / "out"
     pairs = tiny_models.pairs(length=options.length)
-    rlhf_main(ms_swift_runs.words(kind, model, out, pairs, *settings, "save_strategy", "no"))
-    return times.times, [line["loss"] for line in ms_swift_runs.lines_of(out)]
+    log = ms_swift_runs.run(kind, model, out, pairs, *settings)
+    return times, [line["loss"] for line in log]
 
 
 RUNS = {"trl": run_trl, "llama-factory": run_llama_factory, "ms-swift": run_ms_swift}
@@ -102,7 +105,8 @@ def child(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     times, losses = RUNS[options.trainer](options.child, Path(options.model), options)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"times": times, "losses": losses, "peak_mib": peak}))
+    print()  # the trainers end with an incomplete line
+    print(json.dumps({"times": times.times, "cpu_times": times.cpu_times, "losses": losses, "peak_mib": peak}))
 
 
 def main() -> None:
@@ -112,6 +116,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--length", type=int, default=4, help="factor of the length of the responses")
     parser.add_argument("--pairs", type=int, default=2, help="pairs in a step")
+    parser.add_argument("--save", action="store_true", help="put the figures into results/integrations.json")
     parser.add_argument("--child", choices=("own", "mpo"), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -133,20 +138,43 @@ def main() -> None:
                 if process.returncode:
                     sys.exit(process.stderr)
                 runs.append(json.loads(process.stdout.splitlines()[-1]))
+    report(options, results)
+
+
+def report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints the medians of all runs, and with ``--save`` puts them into results/integrations.json."""
     package = PACKAGES[options.trainer]
-    print(f"{package} {importlib.metadata.version(package)}, {options.rounds} runs of {options.steps} steps each")
-    medians = {}
+    version = importlib.metadata.version(package)
+    print(f"{package} {version}, {options.rounds} runs of {options.steps} steps each")
+    medians: dict[str, dict[str, float]] = {}
     for kind, runs in results.items():
         seconds = [value for run in runs for value in run["times"][1:]]
-        peaks = [run["peak_mib"] for run in runs]
-        medians[kind] = statistics.median(seconds), statistics.median(peaks)
+        medians[kind] = {
+            "seconds": statistics.median(seconds),
+            "cpu_seconds": statistics.median(value for run in runs for value in run["cpu_times"][1:]),
+            "peak_mib": statistics.median(run["peak_mib"] for run in runs),
+        }
         spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-        print(f"{kind}: {medians[kind][0]:.2f} s a step ({spread}), peak {medians[kind][1]:,.0f} MiB")
-    faster, memory = medians["own"][0] / medians["mpo"][0], medians["mpo"][1] / medians["own"][1]
-    print(f"{faster:.1f} times faster, {memory:.2f} x memory")
+        print(
+            f"{kind}: {medians[kind]['seconds']:.2f} s a step ({spread}), {medians[kind]['cpu_seconds']:.2f} s of CPU "
+            f"time, peak {medians[kind]['peak_mib']:,.0f} MiB"
+        )
+    own, mpo = medians["own"], medians["mpo"]
+    faster, less = (own[name] / mpo[name] for name in ("seconds", "cpu_seconds"))
+    memory = mpo["peak_mib"] / own["peak_mib"]
+    print(f"{faster:.1f} times faster, {less:.1f} times less CPU time, {memory:.2f} x memory")
     pairs = zip(results["own"][0]["losses"], results["mpo"][0]["losses"], strict=True)
-    print(f"last loss {results['own'][0]['losses'][-1]:.6f}; largest difference: ", end="")
-    print(f"{max(abs(one - two) for one, two in pairs):.1e}")
+    difference = max(abs(one - two) for one, two in pairs)
+    print(f"last loss {results['own'][0]['losses'][-1]:.6f}; largest difference: {difference:.1e}")
+    if options.save:
+        import results as results_file
+
+        words = " ".join(word for word in sys.argv[1:] if word != "--save")
+        entry = {
+            "command": f"python tests/integrations/side_by_side.py {words}", "version": version, "own": own,
+            "mpo": mpo, "largest_loss_difference": difference, "date": datetime.date.today().isoformat(),
+        }  # fmt: skip
+        results_file.save("runs", f"{package} {version}", entry)
 
 
 if __name__ == "__main__":

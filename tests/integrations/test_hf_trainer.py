@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import killed_runs
 import peft
 import plain
 import pytest
@@ -37,6 +38,10 @@ def encoder(folder: Path) -> Encoder:
 
 @pytest.fixture(scope="module")
 def samples(encoder: Encoder) -> list[Sample]:
+    return make_samples(encoder)
+
+
+def make_samples(encoder: Encoder) -> list[Sample]:
     draw = random.Random(0)
     pairs = [Pair(f"{draw.randrange(99)} + 2?", "sum " * draw.randrange(1, 4), f"No {number}") for number in range(24)]
     return [encoder.encode(pair, f"pair {number}") for number, pair in enumerate(pairs)]  # type: ignore[misc]
@@ -94,16 +99,23 @@ def test_a_run_is_that_of_plain_float64(folder: Path, encoder: Encoder, samples:
         torch.testing.assert_close(one.double(), two, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_a_resumed_run_is_the_uninterrupted_run(
-    folder: Path, encoder: Encoder, samples: list[Sample], tmp_path: Path
-) -> None:
+def saved(folder: Path, encoder: Encoder, out: Path) -> Any:
     shift = RewardShift("ema", update="after", per="optimizer_step")
-    whole = make(load(folder), encoder, samples, tmp_path, reward_shift=shift, save_strategy="steps", save_steps=3)
+    settings = {"reward_shift": shift, "save_strategy": "steps", "save_steps": 3}
+    return make(load(folder), encoder, make_samples(encoder), out, **settings)
+
+
+def run_until_killed(folder: str, out: str) -> None:
+    train(saved(Path(folder), Encoder(transformers.AutoTokenizer.from_pretrained(folder)), Path(out)))
+
+
+def test_a_killed_run_resumes_as_the_uninterrupted_run(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
+    whole = saved(folder, encoder, tmp_path / "whole")
     log = train(whole)
+    killed_runs.kill_in_step(6, "test_hf_trainer", folder, tmp_path)
     assert json.loads((tmp_path / "checkpoint-3" / "reward_shift.json").read_text())["count"] == 3
-    shift = RewardShift("ema", update="after", per="optimizer_step")
-    again = make(load(folder), encoder, samples, tmp_path / "again", reward_shift=shift)
-    resumed = train(again, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    again = saved(folder, encoder, tmp_path)
+    resumed = train(again, resume_from_checkpoint=True)
     assert [line["loss"] for line in resumed] == [line["loss"] for line in log]
     assert again.reward_shift.state_dict() == whole.reward_shift.state_dict()
     for one, two in zip(whole.model.parameters(), again.model.parameters(), strict=True):

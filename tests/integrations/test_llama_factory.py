@@ -10,12 +10,14 @@ import pytest
 
 pytest.importorskip("llamafactory", reason="make integrations runs this file in an environment with LLaMA-Factory")
 
+import killed_runs
 import plain_runs
 import tiny_models
 from llama_factory_runs import patched, run
 
 import mpo_ext
 
+SAVED: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
 NAMES = (
     "loss",
     "grad_norm",
@@ -108,14 +110,21 @@ def test_images_are_those_of_llama_factory(models: dict[str, Path], tmp_path: Pa
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
 
 
-def test_a_resumed_run_is_the_uninterrupted_run(models: dict[str, Path], tmp_path: Path, pairs: Any) -> None:
-    settings: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    log = run("mpo", models["text"], tmp_path / "out", pairs, **settings)
-    checkpoint = tmp_path / "out" / "checkpoint-3"
-    assert json.loads((checkpoint / "reward_shift.json").read_text())["count"] == 3
-    resumed = run("mpo", models["text"], tmp_path / "again", pairs, resume_from_checkpoint=str(checkpoint), **settings)
-    for name in ("loss", "reward_shift"):
+def run_until_killed(model: str, out: str) -> None:
+    run("mpo", Path(model), Path(out), tiny_models.pairs(), **SAVED)
+
+
+def test_a_killed_run_resumes_as_the_uninterrupted_run(models: dict[str, Path], tmp_path: Path, pairs: Any) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    log = run("mpo", models["text"], whole, pairs, **SAVED)
+    killed_runs.kill_in_step(6, "test_llama_factory", models["text"], out)
+    assert json.loads((out / "checkpoint-3" / "reward_shift.json").read_text())["count"] == 3
+    resumed = run("mpo", models["text"], out, pairs, resume_from_checkpoint=str(out / "checkpoint-3"), **SAVED)
+    for name in ("loss", "grad_norm", "reward_shift"):
         assert [line[name] for line in resumed[-3:]] == [line[name] for line in log[-3:]]
+    states = [json.loads((folder / "checkpoint-6" / "reward_shift.json").read_text()) for folder in (whole, out)]
+    assert states[0] == states[1]
+    assert states[0]["count"] == 6
 
 
 def test_other_losses_stay_llama_factorys(

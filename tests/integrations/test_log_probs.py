@@ -67,3 +67,31 @@ def test_log_probs_and_gradients_are_those_of_the_trainer(
     finally:
         mpo_ext.unpatch(trainer)
     assert getattr(utils, name) is own
+
+
+@pytest.mark.parametrize(
+    ("has_flash_attention", "environment", "inplace_backward"),
+    [(True, "0", True), (True, "0", False), (True, "1", True), (False, "0", True)],
+)
+def test_verls_gradient_overwrites_the_logits_where_verls_own_does(
+    trainer: str,
+    monkeypatch: pytest.MonkeyPatch,
+    has_flash_attention: bool,
+    environment: str,
+    inplace_backward: bool,
+) -> None:
+    if trainer != "verl":
+        pytest.skip("only verl has this option")
+    utils = importlib.import_module(FUNCTIONS["verl"][0])
+    monkeypatch.setattr(utils, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", has_flash_attention)
+    monkeypatch.setenv("VERL_DISABLE_FLASH_ATTN_CE", environment)
+    mpo_ext.patch("verl")
+    try:
+        logits = torch.randn(5, 70, requires_grad=True) * 1
+        gradients: list[torch.Tensor] = []
+        logits.register_hook(gradients.append)
+        utils.logprobs_from_logits(logits, torch.arange(5), inplace_backward=inplace_backward).sum().backward()
+    finally:
+        mpo_ext.unpatch("verl")
+    is_overwritten = gradients[0].data_ptr() == logits.data_ptr()
+    assert is_overwritten == (has_flash_attention and environment == "0" and inplace_backward)

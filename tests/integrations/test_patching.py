@@ -110,10 +110,21 @@ def test_another_source_or_version_is_refused(package: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(str(package.parents[1]))
     with pytest.raises(RuntimeError, match=rf"{FUNCTION} of openrlhf 0.11.2 must have the source"):
         mpo_ext.patch("openrlhf")  # the true digest is not that of the stand-in
-    (package.parents[1] / "openrlhf-0.11.2.dist-info" / "METADATA").write_text(f"{METADATA}0.12.0\n")
-    with pytest.raises(RuntimeError, match=r"openrlhf must have a version that mpo_ext knows \(0.11\), got 0.12.0"):
-        mpo_ext.patch("openrlhf")
+    for version, rule in (
+        ("0.10.3", r"openrlhf must have a version that mpo_ext knows \(0.11\), got 0.10.3"),
+        ("0.12.0", rf"a later one with the same functions, got 0.12.0 with another {FUNCTION}"),
+        ("0.12rc1", r"openrlhf must have a version that mpo_ext knows \(0.11\), got 0.12rc1"),
+    ):
+        (package.parents[1] / "openrlhf-0.11.2.dist-info" / "METADATA").write_text(f"{METADATA}{version}\n")
+        with pytest.raises(RuntimeError, match=rule):
+            mpo_ext.patch("openrlhf")
     assert "openrlhf" not in patching._applied
+
+
+def test_a_later_version_with_the_same_functions_is_patched(package: Path, capsys: Any) -> None:
+    (package.parents[1] / "openrlhf-0.11.2.dist-info" / "METADATA").write_text(f"{METADATA}0.12.0\n")
+    mpo_ext.patch("openrlhf")
+    assert "openrlhf 0.12.0 (tested with 0.11) patched" in capsys.readouterr().err
 
 
 def test_unknown_options_are_refused(package: Path) -> None:

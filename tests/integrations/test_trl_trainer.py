@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import killed_runs
 import peft
 import plain
 import pytest
@@ -212,18 +213,27 @@ def test_the_reward_shift_is_that_of_plain_float64(
         torch.testing.assert_close(one.double(), two, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("per", ["micro_batch", "optimizer_step"])
-def test_a_resumed_run_is_the_uninterrupted_run(models: dict[str, Path], tmp_path: Path, per: str) -> None:
+def saved(model: Path, folder: Path, per: str) -> Any:
     settings: dict[str, Any] = {
         "max_steps": 6, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 3,
         "reward_shift_per": per, "reward_shift_update": "after",
     }  # fmt: skip
-    whole = make(MPOTrainer, models, "text", tmp_path, **settings)
+    return make(MPOTrainer, {"text": model}, "text", folder, **settings)
+
+
+def run_until_killed(model: str, folder: str, per: str) -> None:
+    train(saved(Path(model), Path(folder), per))
+
+
+@pytest.mark.parametrize("per", ["micro_batch", "optimizer_step"])
+def test_a_killed_run_resumes_as_the_uninterrupted_run(models: dict[str, Path], tmp_path: Path, per: str) -> None:
+    whole = saved(models["text"], tmp_path / "whole", per)
     log = train(whole)
+    killed_runs.kill_in_step(6, "test_trl_trainer", models["text"], tmp_path, per)
     state = json.loads((tmp_path / "checkpoint-3" / "reward_shift.json").read_text())
     assert state["count"] == (6 if per == "micro_batch" else 3)
-    resumed = make(MPOTrainer, models, "text", tmp_path / "again", **settings)
-    resumed_log = train(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed = saved(models["text"], tmp_path, per)
+    resumed_log = train(resumed, resume_from_checkpoint=True)
     assert resumed.reward_shift.state_dict() == whole.reward_shift.state_dict()
     for name in ("loss", "reward_shift", "grad_norm"):
         assert [line[name] for line in resumed_log] == [line[name] for line in log]
@@ -302,12 +312,12 @@ def test_other_losses_are_refused(
 def test_unknown_versions_and_sources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     path = "trl.trainer.dpo_trainer:DPOTrainer._compute_loss"
     known = {
-        "old": KnownSources("trl", "trl", {"0.1": {}, "0.12": {}}),
+        "old": KnownSources("trl", "trl", {"90.1": {}, "90.12": {}}),
         "absent": KnownSources("no-such-package", "trl", {"1.2": {}}),
     }
     with monkeypatch.context() as change:
         change.setattr(patching, "KNOWN", known)
-        with pytest.raises(RuntimeError, match=r"trl must have a version that mpo_ext knows \(0.1, 0.12\), got 1\."):
+        with pytest.raises(RuntimeError, match=r"trl must have a version that mpo_ext knows \(90.1, 90.12\), got 1\."):
             mpo_ext.patch("old")
         with pytest.raises(ImportError, match=r"no-such-package must be installed: pip install .*==1.2.\*"):
             mpo_ext.patch("absent")

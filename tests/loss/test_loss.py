@@ -20,7 +20,7 @@ from oracle import (
 from tiles import UNSEEN_BAD_LABELS, check_unseen_bad_label
 from torch import Tensor
 
-from mpo_ext import MPOConfig, MPOOutput, RewardShift, mpo_loss
+from mpo_ext import MPOConfig, MPOOutput, RewardShift, mpo_loss, token_logp
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 VOCABS = [1, 2, 7, 1003, 32768, 92553, 151674]
@@ -548,6 +548,37 @@ def test_reuse_logits_reaches_the_layers_below(backend: str, device: str) -> Non
         assert weight.grad is not None
         gradients.append(weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "unaligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_token_logp_writes_the_gradient_into_the_memory_of_the_logits(
+    kernel: str, device: str, dtype: torch.dtype, layout: str
+) -> None:
+    case = make_case(dtype, 1003)
+    labels = case.labels.to(device)
+    incoming = torch.linspace(-1, 1, labels.numel(), device=device).view(labels.shape)
+    gradients = []
+    for reuse_logits in (False, True):
+        logits = lay_out(case.logits.to(device), layout).requires_grad_()
+        address = logits.data_ptr()
+        logp = token_logp(logits, labels, reuse_logits=reuse_logits, backend=kernel)
+        (gradient,) = torch.autograd.grad(logp, logits, incoming, retain_graph=True)
+        assert (gradient.data_ptr() == address) == reuse_logits
+        gradients.append(gradient)
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
+    with pytest.raises(RuntimeError, match="reuse_logits"):
+        torch.autograd.grad(logp, logits, incoming)
+
+
+def test_token_logp_does_not_overwrite_logits_that_another_backward_needs(kernel: str, device: str) -> None:
+    case = make_case(torch.float32, 67)
+    leaf_logits = leaf(case, device)
+    logits = leaf_logits.tanh()  # its backward reads the logits
+    labels = case.labels.to(device)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        token_logp(logits, labels, reuse_logits=True, backend=kernel).sum().backward()
 
 
 def test_logits_changed_in_place_before_backward_are_noticed(kernel: str, device: str) -> None:
