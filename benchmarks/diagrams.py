@@ -116,7 +116,7 @@ DIAGRAMS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
         "The study",
         (
             ("Start", "a tiny model that", "reads digits"),
-            ("Pairs", "of its own", "responses"),
+            ("Pairs", "from the start's", "responses"),
             ("Ablations", "terms of the loss,", "data, DropoutNTP", "and its share"),
             ("Seeds", "several runs of", "each row"),
             ("Accuracy", "direct and step by", "step (CoT)"),
@@ -132,7 +132,7 @@ DIAGRAMS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
         ),
     ),
 }  # fmt: skip
-#: Pages whose picture is another one than that of their own name.
+#: Pages whose picture does not have the name of the page.
 PAGES = {name: f"{name}.md" for name in DIAGRAMS} | {"kernels": "explanation/kernels.md"}
 
 

@@ -38,7 +38,7 @@ _KINDS = [kind for kind in MATCHERS if kind not in ("custom", "any")]
 
 
 def answers(content: bytes) -> None:
-    """Extracts and compares a response in every way; nothing raises, and nothing takes long."""
+    """Extracts and compares a response in every way; it must not raise or take long."""
     text = content.decode("utf-8", "replace")
     response, _, truth = text.partition("\0")
     start = time.process_time()
