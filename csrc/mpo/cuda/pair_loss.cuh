@@ -85,7 +85,7 @@ struct SequenceWarps {
 };
 
 /// Writes NaN to all results and leaves the reward shift as it is. Not inlined, because it is rarely called.
-__device__ __noinline__ void reject_offsets(const PairLossParams& p) {
+static __device__ __noinline__ void reject_offsets(const PairLossParams& p) {
   const float nan = __int_as_float(0x7fffffff);
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
