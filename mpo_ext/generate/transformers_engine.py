@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpo_ext.chat import ChatEncoder, ChatError, Conversation
@@ -168,7 +168,10 @@ class TransformersEngine:
 
     def _generate(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> list[Generation]:
         results: dict[int, Generation] = {}
-        for questions in self._batches(requests, prompts):
+        for questions in _batches(
+            requests, prompts, self.batch_size,
+            shares_prefill=self.shares_prefill, adds_special=self.chat.adds_special_tokens,
+        ):  # fmt: skip
             rows = [row for question in questions for row in question]
             if (tokens := choice_tokens(self.chat, requests[rows[0]])) is not None:
                 results.update(zip(rows, self._measure(rows, requests, prompts, tokens), strict=True))
@@ -320,36 +323,42 @@ class TransformersEngine:
             if isinstance(value, torch.Tensor)
         }
 
-    def _batches(self, requests: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> Iterator[list[list[int]]]:
-        """Yields batches of questions. A question is the list of indices of the requests with the same prompt.
 
-        The questions of a batch have equal settings, equal numbers of images, videos of equal shapes and similar
-        lengths. A batch has at most
-        ``batch_size`` requests, or a single question.
-        """
-        groups: dict[Any, dict[Any, list[int]]] = {}
-        for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-            special = self.chat.adds_special_tokens(prompt.text)
-            # Some processors stack the videos of a batch.
-            shapes = tuple((len(video.frames), video.frames[0].size) for video in map(load_video, request.videos))
-            key = (request.sampling, request.choices, len(request.images), shapes, special)
-            images = tuple(
-                image if isinstance(image, str) else id(image) for image in (*request.images, *request.videos)
-            )
-            is_shared = self.shares_prefill and not request.choices
-            question = (prompt.text, request.prefix_ids, images) if is_shared else row
-            groups.setdefault(key, {}).setdefault(question, []).append(row)
-        for questions in groups.values():
-            by_length = sorted(
-                questions.values(), key=lambda rows: len(prompts[rows[0]].ids) + len(requests[rows[0]].prefix_ids)
-            )
-            batch: list[list[int]] = []
-            for rows in by_length:
-                if batch and sum(map(len, batch)) + len(rows) > self.batch_size:
-                    yield batch
-                    batch = []
-                batch.append(rows)
-            yield batch
+def _batches(
+    requests: Sequence[Request],
+    prompts: Sequence[EncodedPrompt],
+    batch_size: int,
+    *,
+    shares_prefill: bool,
+    adds_special: Callable[[str], bool],
+) -> Iterator[list[list[int]]]:
+    """Yields batches of questions. A question is the list of indices of the requests with the same prompt.
+
+    The questions of a batch have equal settings, equal numbers of images, videos of equal shapes and similar lengths.
+    A batch has at most ``batch_size`` requests, or a single question. ``shares_prefill`` is the engine's, and
+    ``adds_special`` is ``ChatEncoder.adds_special_tokens``.
+    """
+    groups: dict[Any, dict[Any, list[int]]] = {}
+    for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        special = adds_special(prompt.text)
+        # Some processors stack the videos of a batch.
+        shapes = tuple((len(video.frames), video.frames[0].size) for video in map(load_video, request.videos))
+        key = (request.sampling, request.choices, len(request.images), shapes, special)
+        images = tuple(image if isinstance(image, str) else id(image) for image in (*request.images, *request.videos))
+        is_shared = shares_prefill and not request.choices
+        question = (prompt.text, request.prefix_ids, images) if is_shared else row
+        groups.setdefault(key, {}).setdefault(question, []).append(row)
+    for questions in groups.values():
+        by_length = sorted(
+            questions.values(), key=lambda rows: len(prompts[rows[0]].ids) + len(requests[rows[0]].prefix_ids)
+        )
+        batch: list[list[int]] = []
+        for rows in by_length:
+            if batch and sum(map(len, batch)) + len(rows) > batch_size:
+                yield batch
+                batch = []
+            batch.append(rows)
+        yield batch
 
 
 def make_generation(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> Generation:

@@ -23,6 +23,7 @@ from mpo_ext.data.mmpr import to_line
 CASES = int(os.environ.get("MPO_FUZZ_CASES", "200"))
 MAX_LINE_BYTES = 2000
 KINDS = {"huge line", "bad UTF-8", "bad JSON", "bad field", "bad image path", "no image", "image in response"}
+KINDS |= {"video or audio", "unread field", "tools"}
 CHECKED = KINDS | {"missing image", "broken image", "placeholders", "equal responses", "duplicate", "answer_gt"}
 CHECKED |= {"wrong length", "empty question", "empty chosen", "empty rejected"}
 

@@ -191,7 +191,7 @@ def test_images_inside_messages_of_a_dataset_are_not_decoded(images: Path, tmp_p
     assert Path(pair.images[0]).read_bytes() == image["bytes"]
 
 
-@pytest.mark.parametrize("column", ["video", "audio_path", "picture", "image_path"])
+@pytest.mark.parametrize("column", ["video_path", "audio_path", "picture", "image_path"])
 def test_an_unread_column_is_refused(column: str, tmp_path: Path) -> None:
     row = {"prompt": "q", "chosen": "c", "rejected": "r", column: "a"}
     datasets.Dataset.from_list([row]).to_parquet(str(tmp_path / "t.parquet"))
