@@ -214,7 +214,7 @@ def key_frames(source: Any, count: int) -> LoadedVideo:
 
 
 def check_video(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
-    """Checks a video, and returns the kind and text of each warning about it (at present none).
+    """Checks a video, and returns the kind and text of each warning. At present, a video gives no warnings.
 
     Args:
         source: As in ``load_video``.

@@ -248,7 +248,7 @@ def read_system(row: Mapping[str, Any], prompt: Sequence[Turn]) -> list[Turn]:
 
 
 def read_history(row: Mapping[str, Any], images: Images) -> list[Turn]:
-    """Returns the turns of the row's field ``history``, a list of lists of a question and a response."""
+    """Returns the turns of the row's field ``history``: a list with a list ``[question, response]`` per turn."""
     history = row.get("history")
     if is_empty(history):
         return []

@@ -80,7 +80,11 @@ def watch(parent: int, excluded: set[int]) -> None:
 
 
 def end(processes: dict[int, str]) -> None:
-    """Ends processes with SIGTERM, and after some seconds with SIGKILL. The values are their start times."""
+    """Ends processes with SIGTERM, and after some seconds with SIGKILL.
+
+    Args:
+        processes: Start time of each process, by pid.
+    """
     for number, patience_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, 0.0)):
         for pid in list(processes):
             _add(processes, children(pid))
