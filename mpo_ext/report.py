@@ -76,7 +76,7 @@ class Panel:
 
 
 def save_panels(path: str | os.PathLike[str], title: str, panels: Sequence[Panel]) -> None:
-    """Writes a figure of the panels, three per row, in the format of the path's suffix, with matplotlib."""
+    """Writes a figure of the panels with matplotlib, three panels per row. The path's suffix selects the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

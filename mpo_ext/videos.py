@@ -1,4 +1,4 @@
-"""Loads videos: every part of the package gets the frames of a video from ``load_video``.
+"""Loads videos. Every part of the package gets the frames of a video from ``load_video``.
 
 A video is a file, which PyAV decodes, or a list of frame images. Training, sampling, evaluation and pages see the same
 frames. docs/how-to/video.md states the rules.
@@ -52,8 +52,8 @@ class Video:
     Attributes:
         path: Path of the file; "" for a list of frames.
         frames: Paths of the frame images, in order; empty for a file.
-        fps: Frames per second that the model sees: this many frames are taken per second of a file, and the frames of
-            a list were taken at this rate. None: ``default_fps()``.
+        fps: Frames per second that the model sees. A file gives this many frames per second. The frames of a list were
+            taken at this rate. None: ``default_fps()``.
         max_frames: Maximum number of frames. A longer video gives this many frames, evenly spaced over its whole
             length. None: ``default_max_frames()``.
 
@@ -182,9 +182,9 @@ class LoadedVideo:
 def load_video(source: Any) -> LoadedVideo:
     """Returns the frames of a video that a model sees.
 
-    A file of D seconds gives ``round(D * fps)`` frames, at least one and at most ``max_frames``, at equal distances
-    from its start: the frames that are shown at these times. A list gives all its frames, or ``max_frames`` of them
-    at equal distances. Each frame is converted as ``mpo_ext.images.load_image`` converts an image.
+    A file of D seconds gives ``round(D * fps)`` frames, at least one and at most ``max_frames``: those that are shown
+    at equally spaced times from the start. A list gives all its frames, or ``max_frames`` evenly spaced frames. Each
+    frame is converted as ``mpo_ext.images.load_image`` converts an image.
 
     Args:
         source: A ``Video``, a value that ``Video.from_value`` takes, or a ``LoadedVideo``, which is returned as it is.
@@ -192,7 +192,7 @@ def load_video(source: Any) -> LoadedVideo:
     Raises:
         FileNotFoundError: If a file does not exist.
         VideoError: If the video cannot be decoded, is not a regular file in a known container, exceeds a limit, or has
-            frames of different sizes; or if the source is a URL, because URLs are not fetched.
+            frames of different sizes. If the source is a URL, because URLs are not fetched.
         ImageError: If a frame image cannot be used.
         ImportError: If PyAV or Pillow is not installed.
     """
@@ -203,7 +203,7 @@ def load_video(source: Any) -> LoadedVideo:
 
 
 def key_frames(source: Any, count: int) -> LoadedVideo:
-    """Returns ``count`` frames, or all frames if there are fewer, at equal distances among those of ``load_video``.
+    """Returns ``count`` evenly spaced frames of those of ``load_video``, or all of them if there are fewer.
 
     Only these frames are decoded. The errors are those of ``load_video``.
     """
@@ -214,7 +214,7 @@ def key_frames(source: Any, count: int) -> LoadedVideo:
 
 
 def check_video(source: Any, *, decode: bool = False) -> list[tuple[str, str]]:
-    """Checks a video, and returns the kind and text of each warning about it (at present none).
+    """Checks a video, and returns the kind and text of each warning. At present, a video gives no warnings.
 
     Args:
         source: As in ``load_video``.
@@ -271,7 +271,7 @@ def max_video_bytes() -> int:
 
 
 def set_video_defaults(fps: float | None = None, max_frames: int | None = None) -> None:
-    """Sets the defaults of videos, for this process and the processes that it starts; None changes nothing."""
+    """Sets the defaults of videos for this process and the processes that it starts. None keeps a default."""
     if fps is not None:
         check_number("video_fps", fps, "(0, inf)")
         os.environ[FPS_VARIABLE] = repr(float(fps))
@@ -281,7 +281,7 @@ def set_video_defaults(fps: float | None = None, max_frames: int | None = None) 
 
 
 def video_settings() -> dict[str, Any]:
-    """Returns the defaults that frames depend on and that differ from the built-in ones; empty if none differ."""
+    """Returns the defaults that choose the frames, or {} if both are the built-in defaults."""
     settings = {"fps": default_fps(), "max_frames": default_max_frames()}
     return {} if settings == {"fps": _DEFAULT_FPS, "max_frames": _DEFAULT_FRAMES} else settings
 
@@ -357,10 +357,10 @@ def _check_pixels(size: tuple[int, int], count: int, name: str) -> None:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[tuple[Any, Any]]:
-    """Yields the container and the first video stream of a file; all errors in the block name the file."""
+    """Yields the container and the first video stream of a file. All errors in the block name the file."""
     av, name = _av(), describe_source(path)
     if is_url(path) and (is_remote(path) or local_path(path) == path):
-        raise VideoError(f"video must be a file here, got the URL {name}: download it first")
+        raise VideoError(f"video must be a file, got the URL {name}: download it first")
     file_path = local_path(path)
     if not os.path.exists(file_path):
         raise FileNotFoundError(f"video must be a file that exists, got {name}")
@@ -389,7 +389,7 @@ def _opened(path: str) -> Iterator[tuple[Any, Any]]:
 
 
 class _PacketIndex:
-    """The frames of a stream, from the times in its packets; nothing is decoded before ``decode``.
+    """The times of the frames of a stream, read from its packets. Only ``decode`` decodes frames.
 
     Attributes:
         duration: Length of the stream in seconds.
@@ -456,7 +456,7 @@ class _PacketIndex:
         return images
 
     def _with_seeks(self, places: Sequence[int]) -> list[Any] | None:
-        """Returns the frames; skips the packets before the keyframe of a frame. None: seeking misses a frame."""
+        """Returns the frames; seeks where this skips packets. Returns None if seeking misses a frame."""
         images: list[Any] = []
         position = -1  # stamp of the last decoded frame
         frames: Iterator[Any] = iter(())

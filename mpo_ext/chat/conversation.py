@@ -46,8 +46,8 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
             models. False: the content is text, and images and videos are an error.
 
     Raises:
-        ValueError: If a message has no role or content, the last message is the assistant's, the number of image
-            places differs from the number of images, the same for videos, or a text model gets images or videos.
+        ValueError: If a message has no role or content, or the last message is the assistant's. If the number of image
+            or video places differs from the number of images or videos. If a text model gets images or videos.
     """
     counts = {"image": len(conversation.images), "video": len(conversation.videos)}
     for kind, count in counts.items():
@@ -74,14 +74,14 @@ def chat_messages(conversation: Conversation, *, as_parts: bool) -> list[dict[st
 def message_turns(messages: object, *, split: bool) -> list[dict[str, Any]]:
     """Checks messages, and returns them with a list of texts, images and videos as the content of each message.
 
-    ``split`` says whether ``<image>`` and ``<video>`` in a text are places of media; False: they are ordinary text.
+    If ``split`` is true, ``<image>`` and ``<video>`` in a text are places of media; otherwise they are ordinary text.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of messages, got {str(messages)[:80]!r}")
     turns = []
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"messages must have a role and content each, got {str(message)[:80]!r}")
+            raise ValueError(f"each message must have a role and content, got {str(message)[:80]!r}")
         turn = {name: value for name, value in message.items() if name != "tool_calls"}
         content = message.get("content")
         if calls := read_tool_calls(message.get("tool_calls")):
@@ -116,7 +116,8 @@ def read_tool_calls(calls: object) -> list[dict[str, Any]]:
                 arguments = None
         if not isinstance(name, str) or not name or not isinstance(arguments, Mapping):
             raise ValueError(
-                f"tool_calls must have a function with a name and an object of arguments each, got {str(call)[:80]!r}"
+                "tool_calls must have a function with a name and an object of arguments in each call, got "
+                f"{str(call)[:80]!r}"
             )
         ids = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         read.append({**ids, "type": "function", "function": {"name": name, "arguments": dict(arguments)}})

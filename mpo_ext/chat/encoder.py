@@ -145,7 +145,7 @@ class ChatEncoder:
             self._say(f"{surplus} token(s) of the tokenizer have no row in the embedding: texts with them are refused")
 
     def prompt(self, conversation: Conversation) -> EncodedPrompt:
-        """Returns the prompt of a conversation; its images are not opened, and its videos only by ``media.expanded``.
+        """Returns the prompt of a conversation. It opens no images; only ``media.expanded`` opens videos.
 
         Raises:
             ChatError: If the conversation does not fit the chat template.

@@ -55,7 +55,7 @@ def with_frames(conversation: AnyConversation) -> AnyConversation:
 def media_arguments(images: Sequence[Sequence[Any]], videos: Sequence[Sequence[LoadedVideo]]) -> dict[str, Any]:
     """Returns the arguments of a processor for the images and videos of a batch of texts.
 
-    The frames are those that ``load_video`` has chosen; the arguments keep the processor from choosing among them.
+    The frames are those of ``load_video``. The arguments keep the processor from choosing some of these frames.
     """
     arguments: dict[str, Any] = {"images": [list(part) for part in images]} if any(images) else {}
     flat = [video for part in videos for video in part]

@@ -22,7 +22,7 @@ _DATE_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\
 
 
 def find_chat_template(processor: Any, chat_template: str | None = None) -> str | None:
-    """Returns ``chat_template``, or else the template of the processor or its tokenizer; None if no template exists.
+    """Returns ``chat_template`` if it is given, otherwise the template of the processor or its tokenizer, or None.
 
     If the processor has several named templates, the template "default" is returned.
     """
@@ -34,7 +34,7 @@ def find_chat_template(processor: Any, chat_template: str | None = None) -> str 
 def bake_variables(template: str, variables: Mapping[str, Any]) -> str:
     """Returns a template in which JSON values are the defaults of variables, such as ``enable_thinking``.
 
-    A program that passes a variable to the template still decides about it.
+    A variable that a program passes to the template takes precedence.
     """
     heads = (
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
@@ -82,8 +82,8 @@ class TurnForm:
         opened: Opening tag such as ``<think>`` that ends the generation prompt, but is not written before a response.
         lead: Text between the prompt and a response.
         tail: Text after a response at the end of a conversation.
-        inner_tail: Text after a response that is followed by a user's turn, including this turn; "" if the template
-            cannot render such a conversation.
+        inner_tail: Text after a response in the middle of a conversation, with the user's turn that follows. "" if the
+            template cannot render such a conversation.
     """
 
     ignores_generation_prompt: bool = False

@@ -71,15 +71,15 @@ def check_turns(messages: Sequence[Mapping[str, Any]], text: str) -> None:
             expected = part.rpartition("</think>")[2] if role == "assistant" else part
             if not (is_written(expected) if role == "tool" else squash(expected) in written):
                 raise ChatError(
-                    f"the chat template must write the text of each turn, got none of the {role}'s {part[:80]!r}: "
+                    f"the chat template must write the text of each turn, got no {part[:80]!r} of the {role}: "
                     "leave the turn out, or pass another chat_template"
                 )
         for call in message.get("tool_calls", ()):
             for part in (call["function"]["name"], *_leaves(call["function"]["arguments"])):
                 if not is_written(part):
                     raise ChatError(
-                        f"the chat template must write the tool calls of each turn, got none of {part[:80]!r}: pass a "
-                        "chat_template that does"
+                        f"the chat template must write the tool calls of each turn, got no {part[:80]!r}: pass a "
+                        "chat_template that writes them"
                     )
 
 
@@ -102,7 +102,7 @@ def check_tools(tools: Tools, text: str) -> None:
         name = str(tool.get("function", tool).get("name"))
         if name not in text:
             raise ChatError(
-                f"the chat template must write the tools, got none of {name[:80]!r}: pass a chat_template that does"
+                f"the chat template must write the tools, got no {name[:80]!r}: pass a chat_template that writes them"
             )
 
 

@@ -1,8 +1,8 @@
 """Converts checkpoints of InternVL's authors (model type ``internvl_chat``) to transformers' InternVL.
 
-The weights keep their values; they are renamed, and joint projections of queries, keys and values are separated. An
-InternLM2 becomes a Llama, which computes the same. The mapping is that of ``convert_internvl_weights_to_hf.py`` in
-transformers, with InternVL3.5 added.
+The weights keep their values. They are renamed, and joint projections of queries, keys and values are separated. An
+InternLM2 becomes a Llama that computes the same function. The mapping is that of
+``convert_internvl_weights_to_hf.py`` in transformers, with InternVL3.5 added.
 """
 
 import json
@@ -50,13 +50,13 @@ _TEMPLATE = (
 
 
 def convert_internvl(source: Path, out: Path, *, say: Callable[[str], object] = print) -> None:
-    """Writes an InternVL checkpoint of its authors as a checkpoint of ``InternVLForConditionalGeneration``.
+    """Converts a checkpoint of InternVL's authors to a checkpoint of ``InternVLForConditionalGeneration``.
 
     One file of weights is in memory at a time. The dtype stays that of the checkpoint.
 
     Args:
         source: Folder with ``config.json``, tokenizer and weights (safetensors).
-        out: Folder to write, which must not exist or be empty. It appears when the conversion is complete.
+        out: New or empty folder for the result. The files appear when the conversion is complete.
         say: Called with lines about the progress.
 
     Raises:
@@ -77,7 +77,7 @@ def convert_internvl(source: Path, out: Path, *, say: Callable[[str], object] = 
     if config.image_token_id >= config.text_config.vocab_size:
         raise ValueError(
             f"the id of <IMG_CONTEXT> must be below llm_config.vocab_size, {config.text_config.vocab_size}, got "
-            f"{config.image_token_id}: the tokenizer is that of another model"
+            f"{config.image_token_id}: the tokenizer belongs to another model"
         )
     skipped = {HEAD} if is_tied else set()
     _check_weights(config, {name: shape for name, shape in shapes.items() if name not in skipped})
@@ -156,14 +156,18 @@ def _check_config(values: Mapping[str, Any]) -> None:
         ("dynamic_image_size", True),
     ):
         if values.get(name, expected) != expected:
-            raise ValueError(f"{name} must be {expected!r}, got {values[name]!r}: transformers' InternVL has no other")
+            raise ValueError(
+                f"{name} must be {expected!r}, got {values[name]!r}: transformers' InternVL supports no other"
+            )
     if (template := values.get("template")) not in _TURN_ENDS:
-        raise ValueError(f"template must be one of {', '.join(_TURN_ENDS)}, got {template}: other chats end otherwise")
+        raise ValueError(
+            f"template must be one of {', '.join(_TURN_ENDS)}, got {template}: other templates end turns differently"
+        )
     size = values["vision_config"]["image_size"]
     if (forced := values.get("force_image_size") or size) != size:
         raise ValueError(f"force_image_size must be vision_config.image_size, {size}, got {forced}")
     if (version := values["llm_config"].get("rope_pos_id_version", "default")) != "default":
-        raise ValueError(f"llm_config.rope_pos_id_version must be default, got {version}: Llama has no other")
+        raise ValueError(f"llm_config.rope_pos_id_version must be default, got {version}: Llama supports no other")
 
 
 #: Settings of an InternLM2 that a Llama has too, with the defaults of ``configuration_internlm2.py``.
@@ -199,7 +203,7 @@ _OF_ALL_MODELS = {
 
 
 def _settings_of_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a config without those that all models have, and without those of generation."""
+    """Returns the settings of a config, without settings of all models and settings of generation."""
     import transformers
 
     others = {*transformers.PretrainedConfig().to_dict(), *vars(transformers.GenerationConfig()), *_OF_ALL_MODELS}
@@ -264,7 +268,7 @@ def _load_tokenizer(source: Path, values: Mapping[str, Any]) -> Any:
 
 
 def _is_tied(values: Mapping[str, Any], files: Sequence[Path], shapes: Mapping[str, Any]) -> bool:
-    """Returns whether the head shares the weights of the embedding: if the config says so, and no others are there."""
+    """Returns whether the config ties the head to the embedding, and the files have no other weights for the head."""
     language = values["llm_config"]
     if not language.get("tie_word_embeddings", values.get("tie_word_embeddings", False)):
         return False
@@ -275,7 +279,7 @@ def _is_tied(values: Mapping[str, Any], files: Sequence[Path], shapes: Mapping[s
 
 
 def _read_tensor(files: Sequence[Path], name: str, language: Mapping[str, Any]) -> Any:
-    """Returns a tensor by its name in transformers. It is one of those that are only renamed."""
+    """Returns a tensor by its name in transformers. The authors' tensor must have the same layout."""
     import torch
     from safetensors import safe_open
 
@@ -289,9 +293,9 @@ def _read_tensor(files: Sequence[Path], name: str, language: Mapping[str, Any]) 
 
 
 def _check_weights(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ``ValueError`` unless names and shapes of the converted weights are those of the model.
+    """Raises ``ValueError`` unless the converted weights have the names and shapes of the model's weights.
 
-    Versions of transformers store the weights of experts differently, so these are counted only.
+    Versions of transformers store the weights of experts differently, so the matrices of experts are only counted.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -343,7 +347,7 @@ def _write_weights(
 
 
 def _write_settings(config: Any, values: Mapping[str, Any], tokenizer: Any, out: Path) -> None:
-    """Writes the configs of the model, of generation and of the processor, and the tokenizer."""
+    """Writes the tokenizer, and the configs of the model, the generation and the processor."""
     from transformers import GenerationConfig
 
     config.save_pretrained(out)

@@ -1,4 +1,4 @@
-"""Builds a tokenizer of the tokenizers library from a SentencePiece model, without the checkpoint's own code.
+"""Converts a SentencePiece model to a tokenizer of the library tokenizers, without the checkpoint's own code.
 
 InternLM2 has no ``tokenizer.json``: its code reads ``tokenizer.model`` and gives some unused pieces other names.
 """
@@ -16,12 +16,12 @@ _TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 def load_spm_tokenizer(folder: Path, *, extra_special_tokens: Mapping[str, str]) -> Any:
     """Returns the tokenizer of ``tokenizer.model`` and ``tokenizer_config.json`` as a ``PreTrainedTokenizerFast``.
 
-    It makes the same token ids as SentencePiece, whose pieces may have other names in ``added_tokens_decoder``. The
-    text between special tokens is encoded separately, as transformers' slow tokenizers do.
+    The token ids are those of SentencePiece. ``added_tokens_decoder`` may give pieces other names. Each text between
+    special tokens is encoded separately, as in transformers' slow tokenizers.
 
     Args:
         folder: Folder of the files.
-        extra_special_tokens: Special tokens by their names as attributes of the tokenizer; those that the files lack
+        extra_special_tokens: Special tokens by their names as attributes of the tokenizer. Tokens that the files lack
             are added.
 
     Raises:
@@ -68,7 +68,7 @@ def _read_model(path: Path) -> Any:
     try:
         import google.protobuf  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("tokenizer.model can be read with protobuf only: pip install protobuf") from error
+        raise ModuleNotFoundError("protobuf, which reads tokenizer.model, is missing: pip install protobuf") from error
     from google.protobuf.message import DecodeError
     from transformers.convert_slow_tokenizer import import_protobuf
 
@@ -136,7 +136,7 @@ def _content(value: Any) -> str:
 
 
 def _set_ends(tokenizer: Any, settings: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Lets the tokenizer begin texts with BOS and end them with EOS as the settings of InternLM2's code say."""
+    """Lets the tokenizer add BOS and EOS to texts, as ``add_bos_token`` and ``add_eos_token`` say."""
     from tokenizers import processors
 
     begin = [names["bos_token"]] if settings.get("add_bos_token", True) else []

@@ -92,16 +92,16 @@ def check_pairs(
 
     Args:
         source: Pairs to check.
-        images: "verify" opens each image and lets PIL verify it, and decodes the first frame of each video; "decode"
-            decodes whole images and all frames that a model sees; "exists" checks only that the files exist; "skip"
-            checks nothing.
+        images: Check of images and videos. "verify": PIL verifies each image, and the first frame of each video is
+            decoded. "decode": whole images and all frames that a model sees are decoded. "exists": only checks that
+            the files exist. "skip": checks nothing.
         keep: Maximum number of examples of each kind in the report.
         length: Function that returns the length of a text, for the statistics.
         on_line: Function that is called after each line.
 
     Raises:
         ValueError: If an argument is invalid.
-        ImportError: If ``images`` requires PIL, or PyAV for a pair with a video file, and it is not installed.
+        ImportError: If ``images`` requires PIL, which is not installed, or PyAV is missing for a video file.
     """
     check_choice("images", images, get_args(ImageCheck))
     check_integer("keep", keep, least=0)

@@ -73,9 +73,9 @@ def check_media(values: Mapping[str, Any], pair: Pair) -> Pair:
         The pair, with ``<image>`` in place of numbered marks such as ``<image 1>``; see ``marks.check_marks``.
 
     Raises:
-        FieldError: If an unknown field may hold an image, video or audio; if the prompt has a mark of an image or
-            video that the pair does not have, or ``<audio>``; or if a response has ``<image>``, or
-            ``<video>`` although the pair has videos.
+        FieldError: If an unknown field may hold an image, video or audio. If the prompt has ``<audio>``, or a mark of
+            an image or video that the pair does not have. If a response has ``<image>``. If the pair has videos and a
+            response has ``<video>``.
     """
     for name, value in values.items():
         if pair.extra.get(name) is value:  # the reader did not use this field of the row

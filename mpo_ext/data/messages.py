@@ -198,9 +198,9 @@ def is_sequence(turns: Sequence[Turn], *, first: Collection[str], last: Collecti
 def check_prompt_turns(prompt: Sequence[Turn], n_images: int, n_videos: int = 0) -> None:
     """Raises FieldError unless turns can be a prompt.
 
-    They are at most one system turn, then turns of user and assistant that alternate, with the results of tools after
-    the turns that call them. The last turn is the user's, or the result of a tool. The turns of a prompt of several
-    turns have ``<image>`` for none or for each of the ``n_images`` images, and ``<video>`` likewise.
+    A prompt begins with at most one system turn. Turns of user and assistant alternate; results of tools follow the
+    turns that call them. The last turn is the user's, or the result of a tool. If there are several turns, their texts
+    have ``<image>`` for each of the ``n_images`` images or for none, and the same for ``<video>``.
     """
     rest = prompt[1:] if prompt and prompt[0]["role"] in ("system", "developer") else prompt
     if not is_sequence(rest, first={"user", "assistant"}, last={"user", "tool"}):
@@ -248,7 +248,7 @@ def read_system(row: Mapping[str, Any], prompt: Sequence[Turn]) -> list[Turn]:
 
 
 def read_history(row: Mapping[str, Any], images: Images) -> list[Turn]:
-    """Returns the turns of the row's field ``history``, a list of lists of a question and a response."""
+    """Returns the turns of the row's field ``history``: a list with a list ``[question, response]`` per turn."""
     history = row.get("history")
     if is_empty(history):
         return []

@@ -22,9 +22,10 @@ def parse_root_map(text: str) -> tuple[str, str]:
 
 
 def map_root(path: str, root_map: RootMap) -> str:
-    """Returns a path with its prefix replaced by the first pair (old, new) of ``root_map`` that fits.
+    """Returns a path with its root replaced as ``root_map`` says.
 
-    A pair fits if ``old`` is the path or a folder above the path. Without such a pair, the path is returned unchanged.
+    The first pair (old, new) whose ``old`` is the path or a folder above it is used. Without such a pair, the path is
+    returned unchanged.
     """
     for old, new in root_map:
         prefix = old.rstrip("/")

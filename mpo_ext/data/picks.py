@@ -1,4 +1,4 @@
-"""Hand-picked pairs: the file in which a page of pairs stores them, and sources restricted to them."""
+"""Pairs picked by hand: the file in which a page of pairs stores them, and sources with only these pairs."""
 
 import dataclasses
 import hashlib
@@ -53,7 +53,7 @@ def read_picks(path: str | os.PathLike[str]) -> Picks:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If a page of pairs has not written the file.
+        ValueError: If the file was not written by a page of pairs.
     """
     name = os.fspath(path)
     try:

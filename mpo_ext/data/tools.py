@@ -13,7 +13,7 @@ _FIELDS = {"tools", "functions", "tool_calls", "tool_call_id", "function_call", 
 
 
 def refuse_tools(values: Mapping[str, Any], name: str = "a row", *, known: Collection[str] = ()) -> None:
-    """Raises FieldError if a row or a message has fields of tools other than ``known``, which its reader uses."""
+    """Raises FieldError if a row or message has fields of tools that are not in ``known``, those its reader uses."""
     for field in sorted((_FIELDS - set(known)) & values.keys()):
         if not is_empty(values[field]) and values[field] != "[]":
             raise FieldError(
@@ -22,9 +22,9 @@ def refuse_tools(values: Mapping[str, Any], name: str = "a row", *, known: Colle
 
 
 def tool_calls(name: str, calls: object) -> list[dict[str, Any]]:
-    """Returns the calls of a message's field ``tool_calls``, as ``read_tool_calls`` does; [] for an empty field.
+    """Returns the calls of a message's field ``tool_calls``, as ``read_tool_calls`` does, or [] for an empty field.
 
-    Raises FieldError if the field has another form. ``name`` is the field of the messages in the error message.
+    Raises FieldError if the field has another form. ``name`` is the name of the field in the error.
     """
     try:
         return [] if is_empty(calls) else read_tool_calls(calls)

@@ -157,12 +157,12 @@ def _utf16(text: str) -> int:
 
 
 def cut_text(text: str, most: int) -> str:
-    """Returns a text; a text of more than ``most`` characters is cut, and its end states the number of the others."""
+    """Returns a text, cut after ``most`` characters. The end of a cut text states how many characters are missing."""
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most:,} more characters]"
 
 
 def script_json(value: Any) -> Any:
-    """Returns the value as JSON that can neither end an HTML script element nor start another element."""
+    """Returns the value as JSON for an HTML script element: the JSON can neither end it nor start another element."""
     from markupsafe import Markup
 
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -217,7 +217,7 @@ def image_name(path: str) -> str:
 
 
 class Thumbnails:
-    """Small copies of images and key frames as data URIs; an image or video that is added twice is stored once.
+    """Small copies of images and key frames as data URIs. An image or video that is added twice is stored once.
 
     Args:
         size: Maximum side of a copy in pixels; 0 omits all images.
@@ -236,7 +236,7 @@ class Thumbnails:
         self._videos: dict[Video, list[dict[str, Any]]] = {}
 
     def add(self, path: str) -> dict[str, Any]:
-        """Returns the image's name and its index in ``uris``, or its name and the reason why it has no data URI."""
+        """Returns the name of an image with its index in ``uris``, or with the reason why it has no data URI."""
         if path not in self._entries:
             self._entries[path] = {"name": image_name(path), **self._make(path)}
         return self._entries[path]
@@ -282,7 +282,7 @@ class Thumbnails:
             return None, f"broken: {error}"
 
     def _store(self, content: bytes) -> dict[str, Any]:
-        """Stores a small JPEG file; returns its index, or the reason why there is no room for it."""
+        """Stores a small JPEG file, and returns its index or the reason why it does not fit."""
         uri = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
         if len(uri) > self._budget:
             self._budget = 0

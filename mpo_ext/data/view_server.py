@@ -1,6 +1,6 @@
 """Serves the page of pairs on this machine: pairs and images are read when the page shows them, so files may be large.
 
-Only 127.0.0.1 can connect, and only with the secret part of the address, which differs from start to start.
+Only 127.0.0.1 can connect, and only with the secret part of the address, which differs at each start.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ _BODY_BYTES = 1000
 
 
 class PairServer(http.server.ThreadingHTTPServer):
-    """A server of the page of pairs, to be used as a context manager; ``serve_forever`` answers requests.
+    """A context manager that serves the page of pairs; ``serve_forever`` answers requests.
 
     Args:
         source: Pairs to show.
@@ -96,7 +96,7 @@ class PairServer(http.server.ThreadingHTTPServer):
         return Picks(picks.source, picks.lines, dict(known.digests))
 
     def read(self, index: int) -> tuple[Location, Pair | BadLine]:
-        """Returns a line of the source; threads of a dataset's reader do not run at the same time."""
+        """Returns a line of the source. A lock lets only one thread read at a time."""
         with self.lock:
             return self.source.read(index)
 
@@ -104,7 +104,7 @@ class PairServer(http.server.ThreadingHTTPServer):
         """Adds a pair to the picks or removes it, writes the file of picks, and returns their number."""
         _, pair = self.read(index)
         if isinstance(pair, BadLine):
-            raise ValueError(f"index must be a pair, got {pair}")
+            raise ValueError(f"index must be that of a pair, got {pair}")
         with self.lock:
             if is_picked:
                 self.picks.digests[index] = pair_digest(pair)
@@ -168,7 +168,7 @@ class PairServer(http.server.ThreadingHTTPServer):
         """Returns the thumbnail of an image or video of a pair, numbered as in ``media_names``.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If the pair has no such image, or the image cannot be shown.
         """
         _, pair = self.read(index)
         media = () if isinstance(pair, BadLine) else (*pair.images, *pair.rejected_images, *pair.videos)
@@ -261,4 +261,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Prints nothing, because each image would be a line."""
+        """Prints nothing. The default method prints a line for each image."""

@@ -64,9 +64,9 @@ def make_pairs(
 ) -> MadePairs:
     """Makes and returns pairs from the model's answers to questions about grids of digits that it has not seen.
 
-    The correctness pairs come from questions with a true answer. The DropoutNTP pairs come from questions whose file
-    has no true answer, as the paper's data without ground truth, so nothing filters them: some chosen responses are
-    wrong and some rejected responses are right.
+    The correctness pairs come from questions with a true answer. The DropoutNTP pairs come from a file of
+    questions without true answers, like the paper's data without ground truth. No answer is checked, so some chosen
+    responses are wrong and some rejected responses are right.
 
     Writes to ``folder``: the questions (``images`` and a ``.jsonl`` file for each sampling run), a folder for each
     sampling run, ``pairs.jsonl``, ``check.json`` and ``pairs.html``. The image paths in the files are relative to
@@ -78,7 +78,7 @@ def make_pairs(
         settings: Settings of the demo.
         rng: Generator that draws the questions.
         folder: Folder to write to.
-        name: Name of the model. It must differ for other weights, because a journal of the same name resumes.
+        name: Name of the model. Other weights need another name, because a journal of the same name is resumed.
         stream: Output of the progress display; None disables the display.
 
     Raises:

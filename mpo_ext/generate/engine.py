@@ -22,8 +22,9 @@ class SamplingConfig:
 
     Attributes:
         temperature: Temperature of the distribution; 0 takes the most probable token.
-        top_p: Tokens are drawn from the fewest most probable tokens whose total probability reaches this value.
-        top_k: Tokens are drawn from this number of the most probable tokens; 0: from all tokens.
+        top_p: Tokens are drawn from the smallest set of the most probable tokens whose probabilities sum to at least
+            this value.
+        top_k: Number of the most probable tokens from which tokens are drawn; 0: all tokens.
         max_new_tokens: Maximum number of tokens in a continuation.
     """
 

@@ -59,14 +59,14 @@ class ItemFields:
     """The fields of an item, in one form for all published forms.
 
     Attributes:
-        question: The question with its context, and ``<image>`` at the place of an image. It is not a text if the
-            input's question is not a text.
+        question: The question with its context, and ``<image>`` at the place of an image. A value that is not a text
+            is kept as it is.
         chosen: The preferred response, as the input gives it; None without it.
         images: Paths and data URLs of the images.
         videos: The videos.
-        truths: True answers; the letter for an answer that is an index.
+        truths: True answers. An answer that is an index becomes its letter.
         extra: The other fields; ``options`` is a list of texts, or a dict from letter to text.
-        turns: All turns of a prompt of several turns, whose last user turn is ``question``; else empty.
+        turns: All turns of a prompt of several turns; ``question`` is the last user turn. Empty for a single turn.
         tools: The functions that the assistant may call.
     """
 
@@ -81,7 +81,7 @@ class ItemFields:
 
 
 def read_fields(values: Mapping[str, Any]) -> ItemFields:
-    """Returns the fields of an item in the form that all published forms share; ``values`` are the fields of its row.
+    """Returns the fields of an item, in one form for all published forms. ``values`` are the fields of its row.
 
     Raises:
         FormError: If the item has options, an answer or images that cannot be read.

@@ -140,7 +140,7 @@ def _option(key: str, value: Any) -> str:
 
 
 def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Returns the letter of the option that an integer answer means: by its index, from 0, or by its text.
+    """Returns the letter of the option that an integer answer means. The integer is an index from 0, or a text.
 
     ``is_index`` says whether integer answers in this form of items are indices, as in ScienceQA. If they are not, the
     answer must be the text of an option.
@@ -159,7 +159,7 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
 
 
 def numbered_answer(answer: str, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Returns a true answer in digits: unchanged if it is the text of an option, else the letter at this index.
+    """Returns a true answer in digits unchanged if it is the text of an option, otherwise the letter at this index.
 
     Indices count from 0; ``is_index`` and the errors are those of ``indexed_answer``.
     """

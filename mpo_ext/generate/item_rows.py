@@ -22,7 +22,7 @@ def read_rows(path: str) -> Iterator[Any]:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the file is in a form or encoding that this package does not read. The message names it.
+        ValueError: If this package does not read the form or encoding of the file, which the message names.
     """
     if _is_parquet(path):
         for batch in _parquet(path).iter_batches(batch_size=_PARQUET_ROWS):

@@ -81,13 +81,13 @@ def read_conversation(
 
     Args:
         fields: Fields from ``take_conversation``.
-        question: The question, the last user turn unless there are messages, which may only repeat it.
+        question: The question. It is the last user turn; if there are messages, it may only repeat their last turn.
         options: Texts of the options, which may hold ``<image>``.
         columns: Images from the item's fields for images.
         data_url: Function that returns the data URL of an image in base64.
 
     Raises:
-        FormError: If the conversation is not a prompt. The message has no values, so that equal problems are equal.
+        FormError: If the conversation is not a prompt. The message has no values, so equal problems have equal texts.
     """
     name = next((name for name in _MESSAGES if name in fields), None)
     images = Images(columns, lambda content: data_url(base64.b64encode(content).decode()))
@@ -115,7 +115,7 @@ def read_conversation(
 
 
 def read_chosen(chosen: Any) -> Any:
-    """Returns a chosen response as a text, also if it is the assistant's message; other values are unchanged.
+    """Returns a chosen response as a text. The input may be the assistant's message. Other values are unchanged.
 
     Raises FormError for messages that are not one response of text.
     """

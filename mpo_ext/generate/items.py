@@ -292,7 +292,7 @@ def open_items(
     system: str | None = None,
     limit: int | None = None,
 ) -> ItemSource:
-    """Opens a source of items: finds its files, counts the items and computes a digest; returns an ItemSource.
+    """Finds the files of a source, counts the items, computes a digest, and returns the ItemSource.
 
     ``limit`` is the maximum number of items, from the first on; None: all. The other arguments are those of
     ``item_files``.
@@ -318,7 +318,7 @@ def item_files(
     Args:
         source: Path of a file of JSON lines, a JSON array (.json), TSV, CSV or Parquet, or of a meta file.
         image_root: Folder at which relative image paths start; a meta file names a root for each file.
-        root_map: Path prefixes (old, new) of folders in a meta file that have moved.
+        root_map: Path prefixes (old, new) of moved folders in a meta file.
         system: System prompt of the items that have none; None: no system prompt.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Sends requests to a server with OpenAI's HTTP interface, many at a time, and repeats those that fail in passing.
+"""Sends requests to a server with OpenAI's HTTP interface, many at a time, and retries after temporary failures.
 
 The requests run in an event loop in a background thread. The key is read from the environment, sent in the header of
 the requests, and removed from the texts of all errors.
@@ -49,14 +49,14 @@ class RequestRefusedError(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """The server, and the manner of asking it.
+    """Address of the server, and settings of the requests.
 
     Attributes:
         base_url: Address of the interface, such as ``http://localhost:8000/v1``.
         api_key_env: Name of the environment variable with the key. Only the default variable may be unset.
         concurrency: Maximum number of requests at the same time.
         timeout_s: Seconds to wait for the answer to a request.
-        max_retries: Number of repetitions of a request that fails in passing: status 408, 409, 425, 429 or 500 and
+        max_retries: Number of repetitions of a request after a temporary failure: status 408, 409, 425, 429 or 500 and
             above, a broken connection, no answer in time, or an answer that is not the expected JSON.
     """
 
@@ -219,7 +219,7 @@ class OpenAIClient:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Failure:
-    """A failure that may pass.
+    """A failure that may be temporary.
 
     Attributes:
         text: Description, without the key.
@@ -251,7 +251,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
 
 
 def _now(headers: Mapping[str, str]) -> float:
-    """Returns the time of the server in seconds, or that of this machine if the answer does not state it."""
+    """Returns the server's time in seconds, or this machine's time if the answer does not state the server's."""
     try:
         return email.utils.parsedate_to_datetime(headers.get("date", "")).timestamp()
     except (TypeError, ValueError):
@@ -259,7 +259,7 @@ def _now(headers: Mapping[str, str]) -> float:
 
 
 def _problem(reply: Any) -> str | None:
-    """Returns the beginning of an answer that does not have one choice with a reason to finish; otherwise None."""
+    """Returns None if an answer has one choice with a reason to finish, otherwise the beginning of the answer."""
     choices = reply.get("choices") if isinstance(reply, Mapping) else None
     if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], Mapping):
         (choice,) = choices

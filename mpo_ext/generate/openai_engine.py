@@ -25,14 +25,14 @@ _TAIL = 16  # number of tokens before a prompt's end that are decoded with it
 class OpenAIEngine:
     """Asks a server for continuations. Each request has a separate seed; the server decides whether it is honored.
 
-    Short requests at the start find out what the server can do (``features``). A prompt without images goes to
+    Short requests at the start test what the server supports (``features``). A prompt without images goes to
     ``/v1/completions`` as token ids, which are those of ``TransformersEngine``, if the server takes token ids. All
     other prompts go to ``/v1/chat/completions`` as messages, with images as ``data:`` URLs. A prefix is then the
     assistant's open turn (``continue_final_message``). If the server returns the ids of its prompts, they are compared
-    with the processor's. A request that the server cannot answer truly is refused.
+    with the processor's. A request that the server cannot answer correctly is refused.
 
     Args:
-        model: Name of the model at the server.
+        model: Name of the model on the server.
         base_url: Address of the interface, such as ``http://localhost:8000/v1``.
         tokenizer: Folder or hub name of the model's tokenizer or processor; "": ``model``; "none": the server gets
             only messages, and responses cannot be cut into tokens (no DropoutNTP).
@@ -41,7 +41,7 @@ class OpenAIEngine:
         api_key_env: Name of the environment variable with the key, which is stored nowhere.
         concurrency: Maximum number of requests at the same time.
         timeout_s: Seconds to wait for the answer to a request.
-        max_retries: Number of repetitions of a request that fails in passing (``ServerOptions``).
+        max_retries: Number of repetitions of a request after a temporary failure (``ServerOptions``).
         extra_body: Further fields of all requests.
         **options: Options with which the tokenizer is loaded, such as ``revision``.
 
@@ -286,7 +286,7 @@ class OpenAIEngine:
         return Generation(generation.token_ids, generation.text, reason)
 
     def _text_generation(self, request: Request, text: str, reason: Any, reply: Reply) -> Generation:
-        """Returns the generation of a request from its text: the token ids are those of the text."""
+        """Returns the generation of a request from its text, whose token ids are computed."""
         if self.chat is None:
             usage = reply.get("usage") or {}
             count = usage.get("completion_tokens")
@@ -362,7 +362,7 @@ def _with_images(fields: Mapping[str, Any], images: Sequence[Any]) -> dict[str, 
 
 
 def _data_url(image: Any) -> str:
-    """Returns an image as a ``data:`` URL with a PNG, which keeps every pixel as the other engines see it."""
+    """Returns an image as a ``data:`` URL with a PNG, so the server sees the same pixels as the other engines."""
     file = io.BytesIO()
     load_image(image).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

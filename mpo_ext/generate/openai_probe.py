@@ -1,4 +1,4 @@
-"""Finds out by short requests what a server with OpenAI's HTTP interface can do, before a run begins."""
+"""Tests with short requests, before a run begins, what a server with OpenAI's HTTP interface supports."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body
 
     Args:
         client: Client of the server.
-        model: Name of the model at the server.
+        model: Name of the model on the server.
         chat: Encoder of prompts; None: without a tokenizer, the server gets only texts.
         extra_body: Further fields of all requests.
 
@@ -145,7 +145,7 @@ class _Prober:
         return None
 
     def continues(self, messages: list[dict[str, Any]], chat: ChatEncoder, answer: Reply) -> bool:
-        """Returns whether the server continues an open turn: its prompt then has the prefix more, and no end of turn.
+        """Returns whether the server continues an open turn. Its prompt then also has the prefix, and no end of turn.
 
         A server that ignores the fields would close the assistant's turn and begin another one, which takes tokens.
         """

@@ -54,9 +54,9 @@ def children(pid: int) -> set[int]:
 def watch(parent: int, excluded: set[int]) -> None:
     """Waits until ``parent``, the parent of this process, has ended, and then ends the processes that it started.
 
-    When ``parent`` starts no further processes to be ended, it writes a line with the pids of its children to stdin.
-    (Closing stdin is not enough: processes that the parent has forked hold it open.) Children that it starts later are
-    left alone. The children of known processes are known, too.
+    When ``parent`` has started all processes to be ended, it writes a line with the pids of its children to stdin.
+    (Closing stdin is not enough: processes that the parent has forked hold it open.) Children that the parent starts
+    later are left alone. Children of known processes are known, too.
 
     Args:
         parent: Pid of the parent.
@@ -80,7 +80,11 @@ def watch(parent: int, excluded: set[int]) -> None:
 
 
 def end(processes: dict[int, str]) -> None:
-    """Ends processes with SIGTERM, and after some seconds with SIGKILL. The values are their start times."""
+    """Ends processes with SIGTERM, and after some seconds with SIGKILL.
+
+    Args:
+        processes: Start time of each process, by pid.
+    """
     for number, patience_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, 0.0)):
         for pid in list(processes):
             _add(processes, children(pid))
@@ -101,9 +105,9 @@ def _add(known: dict[int, str], pids: Iterable[int]) -> None:
 
 
 def _start_time(pid: int) -> str | None:
-    """Returns the start time of a process, which tells it from a later process with the same pid; None: it has ended.
+    """Returns the start time of a process, or None if it has ended. A later process with the same pid starts later.
 
-    A process that has ended and waits for its parent (a zombie) has ended.
+    A zombie, which has ended and waits for its parent, counts as ended.
     """
     try:
         with open(f"/proc/{pid}/stat") as file:

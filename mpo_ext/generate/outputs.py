@@ -47,7 +47,7 @@ class ItemResult:
         return self
 
     def skip_problem(self, records: Sequence[Mapping[str, Any]]) -> bool:
-        """Marks the item as skipped if one of its records has a problem, and returns whether it does."""
+        """Marks the item as skipped if one of its records has a problem. Returns whether a record has a problem."""
         record = next((record for record in records if "problem" in record), None)
         if record is None:
             return False
@@ -58,7 +58,7 @@ class ItemResult:
 
 
 def problem_detail(record: Mapping[str, Any]) -> str | None:
-    """Returns what a record says about its problem: the path of an image, or the reason of the engine; else None."""
+    """Returns the path of the image or the engine's reason in a record with a problem, or None."""
     return record.get("detail") or record.get("refusal")
 
 

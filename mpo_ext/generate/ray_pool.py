@@ -83,7 +83,7 @@ class RayPool:
         """Yields each block with its records, in the order in which the blocks finish.
 
         Raises:
-            BlockError: If a block cannot be sampled, after all other blocks that have begun.
+            BlockError: If a block cannot be sampled. All other blocks that have begun are yielded before.
         """
         while True:
             for actor in self._actors:
@@ -101,7 +101,7 @@ class RayPool:
                     self._failure = self._failure or result.error
 
     def close(self) -> None:
-        """Ends the actors; an actor without a call ends its engine in order."""
+        """Ends the actors. An actor without a running call closes its engine first."""
         refs = [actor.handle.__ray_terminate__.remote() for actor in self._actors if not actor.n_calls]
         if refs:
             self._ray.wait(refs, num_returns=len(refs), timeout=_STOP_S)
@@ -138,7 +138,7 @@ class RayPool:
         return self._to_repeat.pop() if self._to_repeat else next(blocks, None)
 
     def _is_suspicious(self, start: int) -> bool:
-        """Returns whether only one more actor may die of a block, so that the actor must not have other blocks."""
+        """Returns whether only one more actor may die during a block. Its actor must then have no other blocks."""
         return self._n_deaths.get(start, 0) == _MAX_DEATHS - 1
 
     def _add_actor(self) -> None:

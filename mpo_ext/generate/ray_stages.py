@@ -38,7 +38,7 @@ def run(
     stream: TextIO | None = None,
     **place: Any,
 ) -> Summary:
-    """Runs a pipeline like ``runner.run``, but with engines on a Ray cluster, and returns the numbers of the run.
+    """Runs a pipeline like ``runner.run``, but with engines on a Ray cluster, and returns the summary of the run.
 
     Only the driver, which is this process, reads ``source`` and writes to ``out``. If an engine dies, a new one takes
     over its blocks. The actors end with the driver, also if the driver is killed.
@@ -48,8 +48,8 @@ def run(
         make_engine: Function that creates an engine; each actor calls it once.
         source: As in ``runner.run``.
         out: As in ``runner.run``.
-        address: Address of the cluster, "auto" for the cluster that runs on this machine, or "local" for a new one on
-            this machine, which ends with the run. Not used if Ray is already initialized.
+        address: Address of the cluster. "auto": the cluster that runs on this machine. "local": a new cluster on this
+            machine, which ends with the run. Not used if Ray is already initialized.
         engines: Number of actors.
         gpus_per_engine: Number of GPUs of each actor.
         block_size: As in ``runner.run``.

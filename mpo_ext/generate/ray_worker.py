@@ -92,7 +92,7 @@ class RayWorker:
         return EngineReport(self.engine.name, self.engine.settings(), concurrency)
 
     def step(self, blocks: Sequence[Block]) -> list[BlockResult]:
-        """Begins blocks, and returns the results of those that have finished, at least one.
+        """Begins blocks, and returns the results of the blocks that have finished, at least one.
 
         A streaming engine also returns earlier blocks. Another engine finishes all the blocks.
         """
@@ -121,7 +121,7 @@ class RayWorker:
             return BlockResult(block.start, [], f"{block}: {describe_error(error)}{self._culprit(block)}")
 
     def _culprit(self, block: Block) -> str:
-        """Returns a text that names the item that fails alone, while the next item does not; else an empty text."""
+        """Returns a text that names an item, if it fails alone and the next item does not; otherwise an empty text."""
         if len(block.items) < 2:
             return ""
         for place in range(len(block.items)):

@@ -68,20 +68,20 @@ def run(
     Args:
         pipeline: ``DropoutNTP`` or ``Correctness``.
         engine: Engine that answers the requests.
-        source: File of items, as in ``item_files``, or a meta file (.json) of such files in the format of MMPR's
-            prompts.
+        source: File of items, as in ``item_files``. Or a meta file (.json) that names such files, as MMPR's prompts
+            are published.
         out: Folder of the run.
         block_size: Number of samples to request at a time. If an item has more samples, all its samples are requested
             together. A kill loses at most these samples.
         limit: Maximum number of items, taken from the beginning; None: all items. A later run may take more.
-        rank: Rank of this process, which takes every item whose position modulo ``world_size`` is the rank.
+        rank: Rank of this process. It takes the items at the positions ``rank``, ``rank + world_size``, and so on.
         world_size: Number of processes, which need not run at the same time.
         fsync_s: Seconds between two syncs of the journal to disk.
         stream: Output of the progress display, for example ``sys.stderr``; None disables the display.
         **place: Arguments ``image_root``, ``root_map`` and ``system`` of ``item_files``.
 
     Returns:
-        The numbers of the run; None if other processes have not finished yet.
+        The summary of the run, as in ``summary.json``. None if other processes have not finished yet.
 
     Raises:
         SettingsMismatchError: If the folder holds a run with other settings or another input.

@@ -40,7 +40,7 @@ class Pipeline(Protocol):
         """Returns the names of the records of an item, in order."""
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests of a block, and returns the records of each item, with a record for each of its keys."""
+        """Yields the requests of a block, and returns the records of each item, one for each of its keys."""
 
 
 class IncompleteRunError(Exception):

@@ -1,4 +1,4 @@
-"""LoRA adapters in vLLM: checks what vLLM would ignore or refuse late, and sets its options."""
+"""LoRA adapters in vLLM: finds settings that vLLM would ignore or refuse late, and sets vLLM's options."""
 
 import json
 from pathlib import Path

@@ -192,8 +192,8 @@ def _first_probs(completion: Any) -> dict[int, float]:
 def devices_of_rank(count: int) -> str | None:
     """Returns the ``CUDA_VISIBLE_DEVICES`` of this process: ``count`` GPUs for each process on this machine.
 
-    Returns None if the variable is to be left alone: without a launcher, without GPUs, or if the launcher has given
-    each process its GPUs. vLLM itself ignores the local rank, and would start all engines on the first GPUs.
+    Returns None if the variable must not change: without a launcher, without GPUs, or if the launcher has given each
+    process its GPUs. vLLM itself ignores the local rank, and would start all engines on the first GPUs.
 
     Raises:
         ValueError: If this machine has too few GPUs for its processes.

@@ -61,8 +61,8 @@ class PairCollator:
             encoder: The encoder that made the samples.
             samples: One or two samples, one of them with images if any has. The log-probs of a shared row are
                 compared with those of separate rows on these samples.
-            layout: "packed", "shared", "masked" or "separate", see ``mpo_ext.train.batch.Batch``. None: the first of
-                them that gives the right log-probs.
+            layout: "packed", "shared", "masked" or "separate", see ``mpo_ext.train.batch.Batch``. None: the first that
+                gives the right log-probs.
 
         Raises:
             ValueError: If ``layout`` is unknown, or the model does not support it.
@@ -96,8 +96,8 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
     """Gives a subclass of transformers' Trainer the MPO loss: ``class PairTrainer(MPOLossMixin, Trainer)``.
 
     The data set holds samples of ``mpo_ext.train.encode.Encoder``; ``data_collator`` is a ``PairCollator``. A batch
-    may hold ``ref_logp``, ``[2B]`` summed log-probs under the reference, chosen first; otherwise they are computed:
-    with ``ref_model``, with the policy without its LoRA adapters, or with a copy of the policy as it is at the start.
+    may hold ``ref_logp``, ``[2B]`` summed log-probs under the reference, chosen first. Otherwise they are computed
+    with ``ref_model``, with the policy without its LoRA adapters, or with a copy of the policy at the start.
 
     Checkpoints hold the reward shift. The log has each term of the loss. As everywhere in Trainer, a step averages
     its micro-batches, whatever their numbers of tokens.

@@ -8,7 +8,7 @@ from mpo_ext.loss.steps import MPOOutput
 
 
 def loss_metrics(out: MPOOutput) -> dict[str, Tensor]:
-    """Returns the terms of the loss, and the means of rewards and log-probs over the pairs; 0-d tensors by name."""
+    """Returns the terms of the loss, and the means of rewards and log-probs over the pairs, as 0-d tensors by name."""
     margins = out.chosen_reward - out.rejected_reward
     return {
         "loss/dpo": out.dpo_loss,

@@ -111,7 +111,7 @@ def replace_in_modules(function: Any, value: Any, *packages: str) -> list[Replac
 def check_sources(name: str) -> str:
     """Returns the version of a trainer's package, after a check that mpo_ext knows the version and its source.
 
-    A version after those that the tests ran with passes if its functions are those of the last of them.
+    A version later than all tested versions passes if its functions equal those of the last tested version.
 
     Raises:
         ImportError: If the package is not installed.

@@ -26,7 +26,7 @@ class RewardShiftStep(TrainerCallback):
 
 
 class RewardShiftCheckpoints:
-    """For a subclass of Trainer whose attribute ``reward_shift`` its checkpoints shall hold."""
+    """A mixin for subclasses of Trainer: checkpoints hold the attribute ``reward_shift``."""
 
     reward_shift: RewardShift
 

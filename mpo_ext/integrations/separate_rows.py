@@ -40,8 +40,8 @@ def settings_function(
     """Returns a function of a patched trainer that returns its loss, or None if the trainer keeps its own.
 
     Args:
-        other_loss: Returns for a trainer why it computes another loss, or None.
-        config_of: Returns the terms of a trainer's loss.
+        other_loss: Function that returns the reason why a trainer computes another loss, or None.
+        config_of: Function that returns the terms of a trainer's loss.
         reward_shift: Settings of ``RewardShift``.
 
     Raises:
@@ -126,7 +126,7 @@ def keep_own_loss(trainer: Any, reason: str) -> None:
 
 
 def _token_rows(head: HiddenAndHead, labels: Tensor) -> Tensor:
-    """Returns the hidden states of the tokens, without those of the virtual tokens of prompt tuning before them."""
+    """Returns the hidden states of the tokens, without the virtual tokens that prompt tuning puts before them."""
     return head.hidden[:, head.hidden.shape[1] - labels.shape[1] :]
 
 

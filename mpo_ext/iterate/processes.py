@@ -59,7 +59,7 @@ class StageRunner:
         self._close.close()
 
     def run(self, command: Sequence[str]) -> int:
-        """Runs a command and returns its exit status; a negative status is that of the signal that killed it.
+        """Runs a command and returns its exit status: minus the signal's number if a signal killed it.
 
         Raises:
             OSError: If the program cannot be started.
@@ -87,7 +87,7 @@ class StageRunner:
 
     @contextlib.contextmanager
     def _wait_for_old_stages(self) -> Iterator[FileLock]:
-        """Yields a lock that the processes of a stage hold, too, because they inherit its descriptor."""
+        """Yields a lock. The processes of a stage inherit its descriptor, so they hold the lock, too."""
         path, what = self.folder / "stage.lock", f"the stages of {self.folder}"
         lock = FileLock(path, what)
         try:

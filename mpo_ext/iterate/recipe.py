@@ -85,7 +85,7 @@ class QuestionsRecipe:
     Attributes:
         path: File of items, as ``mpo-ext sample`` reads it, or a list with a file for each round.
         image_root: Folder at which relative image paths start; a meta file (.json) has its own roots.
-        root_map: (old, new) path prefixes of folders in a meta file that have moved.
+        root_map: (old, new) path prefixes of moved folders in a meta file.
         limit: Maximum number of items, from the first of the file; None: all.
     """
 
@@ -104,7 +104,7 @@ _Questions = Annotated[QuestionsRecipe, BeforeValidator(_to_questions)]
 
 @section
 class CorrectnessRecipe:
-    """Settings of the pipeline "correctness". Those not listed here are options of ``mpo-ext sample correctness``.
+    """Settings of the pipeline "correctness". The other settings are options of ``mpo-ext sample correctness``.
 
     Attributes:
         questions: Questions of this pipeline; None: those of ``sample.questions``.
@@ -148,7 +148,7 @@ class CorrectnessRecipe:
 
 @section
 class DropoutNTPRecipe:
-    """Settings of the pipeline "dropout-ntp". Those not listed here are options of ``mpo-ext sample dropout-ntp``.
+    """Settings of the pipeline "dropout-ntp". The other settings are options of ``mpo-ext sample dropout-ntp``.
 
     Attributes:
         questions: Questions of this pipeline; None: those of ``sample.questions``.
@@ -232,14 +232,14 @@ class SampleRecipe:
 
 @section
 class EngineRecipe:
-    """Settings of the engine that samples and that answers the questions of the evaluation.
+    """Settings of the engine for sampling and evaluation.
 
     Attributes:
-        name: "transformers" or "vllm". A server would not load the model of a round, so "openai" is left out.
+        name: "transformers" or "vllm". "openai" is not allowed, because a server does not load the model of a round.
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: Device of "transformers"; None: the GPU of the process, or the CPU.
         batch_size: Samples per batch of "transformers"; None: 16.
-        block_size: Responses per block, the most that are lost if the process is killed.
+        block_size: Responses per block. If the process is killed, at most one block is lost.
         options: Arguments of ``from_pretrained`` or ``VLLMEngine``, such as ``{tensor_parallel_size: 2}``.
     """
 
@@ -267,7 +267,7 @@ class RoundEvaluationRecipe:
         data: Files of questions: a path, a list of paths, or a mapping from names to paths.
         prompts: Names of prompt templates; "none" asks the question without a template.
         image_root: Folder at which relative image paths start; a meta file (.json) has its own roots.
-        root_map: (old, new) path prefixes of folders in meta files that have moved.
+        root_map: (old, new) path prefixes of moved folders in meta files.
         limit: Maximum number of questions of each file; None: all.
     """
 
@@ -297,7 +297,7 @@ class RoundEvaluationRecipe:
 
 @section
 class LaunchRecipe:
-    """Words that start the processes of a stage; ``-m mpo_ext.train RECIPE`` (or the like) follows them.
+    """Words that start the processes of a stage. The module of the stage follows, such as ``-m mpo_ext.train RECIPE``.
 
     An empty list starts one process with the Python of this command.
 
@@ -330,7 +330,7 @@ class IterateRecipe:
         engine: Settings of the engine that samples and evaluates.
         launch: Words that start the processes of a stage, for several GPUs.
         page_pairs: Maximum number of pairs of each pipeline and round on its page; 0 writes no such pages.
-        keep_checkpoints: Whether the checkpoints of a round are kept after its training; the final models always are.
+        keep_checkpoints: Whether the checkpoints of a round are kept after its training. Final models are always kept.
     """
 
     model: Text
@@ -377,11 +377,11 @@ class IterateRecipe:
         return Path(self.output)
 
     def round_folder(self, number: int) -> Path:
-        """Returns the folder of a round; the round 0 is the evaluation of the first model."""
+        """Returns the folder of a round. Round 0 is the evaluation of the first model."""
         return self.folder / f"round-{number}"
 
     def model_of(self, number: int) -> str:
-        """Returns the model that the round ``number`` has trained; of round 0, the model that round 1 starts from."""
+        """Returns the model that the round ``number`` has trained. For round 0: the model that round 1 starts from."""
         if number == 0:
             return self.model
         final = self.round_folder(number) / "train" / "final"
@@ -433,7 +433,7 @@ class IterateRecipe:
 
 
 def _setting(values: Mapping[str, Any], name: str) -> Any:
-    """Returns a setting by its dotted name; None if it, or its section, is not given."""
+    """Returns a setting by its dotted name; None if the setting or its section is not given."""
     found: Any = values
     for part in name.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None

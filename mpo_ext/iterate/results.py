@@ -22,7 +22,7 @@ _METRICS = ("reward_accuracy", "reward_margin", "loss", "ntp_loss")
 
 
 def collect_results(recipe: IterateRecipe, numbers: Sequence[int]) -> dict[str, Any]:
-    """Returns the content of ``rounds.json`` for the rounds ``numbers``, whose stages are done, as JSON values.
+    """Returns the content of ``rounds.json`` as JSON values. All stages of the rounds ``numbers`` must be done.
 
     For each round: its ``model``; its ``sources`` of pairs (not for round 0); ``training``; ``accuracy`` as in
     ``results.json`` of an evaluation; and ``comparisons`` on the same questions with the first model and with the
@@ -57,7 +57,7 @@ def read_json(path: Path) -> Any:
 
 
 def _question_accuracies(path: Path) -> dict[tuple[str, str], dict[int, float]]:
-    """Returns the share of correct responses to each question, by data and prompt and by index of the question."""
+    """Returns the share of correct responses, by (data, prompt) and then by the index of the question."""
     right: dict[tuple[str, str], dict[int, list[bool]]] = {}
     with open(path, encoding="utf-8") as file:
         for line in map(json.loads, file):
@@ -86,7 +86,7 @@ def _compare(
 
 
 def _source_rows(recipe: IterateRecipe, number: int) -> list[dict[str, Any]]:
-    """Returns the sources of a round, each with the pairs per epoch and with numbers of its pipeline's run."""
+    """Returns the sources of a round, each with its pairs per epoch and the counts in its ``summary.json``."""
     rows = []
     for source in stages.round_sources(recipe, number):
         summary = read_json(recipe.round_folder(number) / source["pipeline"] / "summary.json")
@@ -143,7 +143,7 @@ def percent(row: Mapping[str, Any], name: str = "accuracy", sign: str = "") -> s
 
 
 def write_rounds_page(path: Path, recipe: IterateRecipe, results: Mapping[str, Any]) -> None:
-    """Writes the page of the rounds; without jinja2, no page is written. The picture needs matplotlib.
+    """Writes the page of the rounds if jinja2 is installed. The picture needs matplotlib.
 
     Links on the page are relative, so the folder of the run can be moved.
     """

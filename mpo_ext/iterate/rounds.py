@@ -38,7 +38,7 @@ def run_rounds(recipe: IterateRecipe, *, stream: TextIO | None = None) -> dict[s
 
     Raises:
         SettingsMismatchError: If the folder holds a run with other settings or other files of questions.
-        FileExistsError: If the folder holds files that no run of rounds has written.
+        FileExistsError: If the folder holds files, but not the files of a run of rounds.
         InterruptedStageError: If this process has received SIGINT or SIGTERM; the stage has ended.
         RuntimeError: If a stage fails. Its messages are on stderr.
         ValueError: If a file of questions cannot be used, or a round has no pairs.
@@ -78,7 +78,7 @@ def folder_results(recipe: IterateRecipe) -> dict[str, Any]:
 
 
 def check_inputs(recipe: IterateRecipe) -> dict[str, dict[str, Any]]:
-    """Checks the model and all files of questions, without weights. Returns the number of lines and a hash by file.
+    """Checks the model, without its weights, and all files of questions. Returns lines and hash of each file.
 
     Raises:
         OSError: If a file or the model is missing.
@@ -149,7 +149,7 @@ def _check_settings(recipe: IterateRecipe, inputs: dict[str, Any]) -> None:
 
 
 def _is_longer_list(before: Any, after: Any) -> bool:
-    """Returns whether a list of files of questions has only grown, for more rounds."""
+    """Returns whether a list of files of questions only has new files at its end, for more rounds."""
     return isinstance(before, list) and isinstance(after, list) and after[: len(before)] == before
 
 
@@ -172,7 +172,7 @@ def _write_train_recipe(recipe: IterateRecipe, number: int, stream: TextIO | Non
 
 
 def _run_stage(runner: StageRunner, recipe: IterateRecipe, stage: RoundStage, stream: TextIO | None) -> None:
-    """Runs a stage and marks it as done; a page of no pairs is left out."""
+    """Runs a stage and marks it as done. A page without pairs is left out."""
     is_page = stage.name.startswith("page of ")
     if is_page and Path(stage.arguments[2]).stat().st_size == 0:
         return

@@ -170,7 +170,7 @@ def _repeat_time(pipeline: PipelineRecipe, pairs: int) -> float:
 
 
 def _engine_options(recipe: IterateRecipe, model: int) -> list[str]:
-    """Returns the options of the engine and of the chat template; ``model`` is the round that has made the model."""
+    """Returns the options of the engine and the chat template for the model of the round ``model``."""
     engine, chat = recipe.engine, recipe.chat
     arguments = ["--engine", engine.name, "--block-size", str(engine.block_size)]
     for option in ("dtype", "device", "batch_size"):

@@ -64,8 +64,8 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
     """Runs the model without its output head, and returns the arguments of ``linear_mpo_loss``.
 
     The model's logits would be ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``, without the
-    tanh if softcap is None. The factor and the softcap follow from a probe that goes through the model in place of
-    logits, so the first call with a model waits for the device.
+    tanh if softcap is None. To find the factor and the softcap, the model's forward gets a probe in place of logits.
+    Therefore the first call with a model waits for the device.
 
     Backward must go through ``hidden``, because that starts the backward hooks of wrappers on the model's outputs. If
     the model runs under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the

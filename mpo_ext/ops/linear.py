@@ -481,7 +481,7 @@ def _empty_gradients(
 
 
 def kept_weight_grad(kept: Tensor, weight: Tensor) -> Tensor:
-    """Returns the gradient of weight, ``[V, D]``, that ``linear_grad`` wrote to ``kept``, as a view of ``kept``."""
+    """Returns a view of ``kept``: the gradient of ``weight``, ``[V, D]``, that ``linear_grad`` wrote there."""
     size = weight.numel() * weight.dtype.itemsize
     return kept.as_strided((size,), (1,)).view(weight.dtype).view(weight.shape)  # torch.compile cannot trace a slice
 

@@ -70,7 +70,7 @@ def gpu_tile_shape(
 def product_waves(height: int, width: int, multiprocessors: int) -> int:
     """Returns the number of waves in which a GPU computes a product ``[height, width]``.
 
-    A multiprocessor computes a block of 128 x 256 elements at a time, and a wave is one block on each.
+    A multiprocessor computes a block of 128 x 256 elements at a time. In a wave, each multiprocessor computes a block.
     """
     blocks = -(-height // _BLOCK_ROWS) * -(-width // _BLOCK_COLUMNS)
     return -(-blocks // multiprocessors)

@@ -241,7 +241,7 @@ class TiledRows:
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the logits of a tile, and the tanh of the softcap (None without a softcap).
 
-        ``weight_rows`` is the result of the method of that name for the same columns. The logits are written to
+        ``weight_rows`` is the result of the method ``weight_rows`` for the same columns. The logits are written to
         ``out`` if it is given. All other results lie in buffers that the next tile overwrites.
         """
         if out is None:

@@ -24,8 +24,8 @@ class Variant:
     Attributes:
         name: The changed setting, or "this recipe".
         trainer: Key of ``steps.STEPS``.
-        changes: Fields of ``Plan.cost_step`` that differ from those of the planned run, by name.
-        bytes: Estimated bytes of a rank's memory without sharding; None (TRL): ``mpo_ext.plan.steps`` predicts them.
+        changes: Fields of ``Plan.cost_step`` that differ from the planned run, as a dict from name to value.
+        bytes: Estimated memory of a rank without sharding. None (TRL): ``mpo_ext.plan.steps`` predicts the memory.
     """
 
     name: str

@@ -268,7 +268,7 @@ class RunData:
         return self._load(self.steps(), range(first, self.total_steps))
 
     def load_evaluation(self) -> Iterator[StepSlice]:
-        """Yields this rank's evaluation slices. Each step has as many pairs as a training step."""
+        """Yields the evaluation pairs of this rank, a slice per step. A step has as many pairs as a training step."""
         assert self.eval_mixture is not None
         sampler = StepSampler(self.eval_mixture.epoch, batch_size=self.recipe.optim.batch_size)
         return self._load(self._dataset(self.eval_mixture, sampler), range(sampler.steps_per_epoch))

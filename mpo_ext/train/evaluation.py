@@ -50,7 +50,7 @@ def evaluate(
 def open_answers(
     recipe: Recipe, accelerator: Any, model: nn.Module, processor: Any, *, date: datetime.date
 ) -> "AnswerEvaluation | None":
-    """Returns the evaluation by generation of a run, or None if the recipe has none.
+    """Returns the evaluation that generates answers during a run, or None if the recipe has none.
 
     The arguments are those of ``AnswerEvaluation``.
     """

@@ -39,7 +39,7 @@ class MixtureSubset:
         lines: Number of lines.
         repeat_time: ``repeat_time`` of the source times ``repeat_time`` of the subset.
         pairs: Number of pairs per epoch: ``lines * repeat_time``, rounded down.
-        label: The name. If several subsets have this name, the end of the path that distinguishes them precedes it.
+        label: The name. If several subsets have the same name, the part of the path that differs comes before it.
     """
 
     source: int

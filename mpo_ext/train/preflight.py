@@ -16,9 +16,9 @@ _EXPECTED = (ImportError, OSError, ValueError)
 
 
 def check_needs(recipe: Recipe) -> None:
-    """Raises unless the paths of a recipe exist, its packages are installed, and it may write its outputs.
+    """Raises unless a recipe's paths exist, its packages are installed, and its outputs can be written.
 
-    All problems are found at once. The hub is not asked.
+    The error names all problems at once. The hub is not asked.
 
     Raises:
         ImportError: If the only problem is a missing package.

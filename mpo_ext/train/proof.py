@@ -95,12 +95,12 @@ def prove(encoder: Encoder, pairs: Iterable[tuple[Pair, str]], *, count: int = 3
     """Encodes the first pairs, compares them with the model's own processor, and returns the result.
 
     Four facts are checked for each pair. The ids of the prompt are those of ``apply_chat_template`` with images. The
-    ids of prompt and response are the beginning of the ids of the whole conversation. The ids of a response decode to
-    the response. A response ends with a token at which sampling stops.
+    ids of the prompt and a response are the first ids of the whole conversation. The ids of a response decode to the
+    response. A response ends with a token at which sampling stops.
 
     Args:
         encoder: Encoder of the run.
-        pairs: Pairs with absolute image paths, and their names for messages.
+        pairs: Pairs with absolute image paths, each with its name for messages.
         count: Number of pairs to prove.
     """
     proved: list[ProvedPair] = []

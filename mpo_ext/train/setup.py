@@ -48,11 +48,11 @@ _FALLBACKS: dict[SharedLayout, str] = {"shared": "not packed", "masked": "with a
 
 
 class RunSetup(NamedTuple):
-    """The parts of a run; accelerate has prepared the models and the optimizer, whose groups are ``groups``.
+    """The parts of a run. Accelerate has prepared the models and the optimizer; ``groups`` are the optimizer's groups.
 
-    ``reference_model`` is separate from the policy; None if no such model is loaded. ``reference_fingerprint`` belongs
-    to the model of the precomputed log-probs; "" if no log-probs are precomputed. ``fixed_weights`` are the results of
-    ``fingerprint``, by setting, for the models whose weights a checkpoint does not hold.
+    ``reference_model`` is a model beside the policy, or None. ``reference_fingerprint`` is that of the model that
+    precomputed the log-probs, or "" without precomputed log-probs. ``fixed_weights`` has a result of ``fingerprint``
+    for each setting that names a model whose weights are not in the checkpoints.
     """
 
     model: nn.Module
