@@ -415,10 +415,10 @@ def test_items_take_urls_and_keep_their_subset(folder: Path) -> None:
         for subset in (None, "s"):
             item = Item.from_dict({"question": "q", "image": image}, image_root=str(folder), subset=subset)
             assert item.problem is None
-            assert difference(item.load_images()[0], file) <= 1
+            assert difference(item.load_media()["images"][0], file) <= 1
             again = Item.from_dict(item.to_dict(), image_root=str(folder))
             assert again.subset == subset
-            assert difference(again.load_images()[0], file) <= 1
+            assert difference(again.load_media()["images"][0], file) <= 1
     for image in ("https://h/a.png", "s3://b/a.png", "file://host/a.png", "HTTP://h/a.png"):
         item = Item.from_dict({"question": "q", "image": image})
         assert item.problem == "images are URLs, which are not fetched: download them first"
@@ -453,7 +453,7 @@ def test_no_message_shows_a_whole_data_url(tmp_path: Path, capsys: pytest.Captur
             printed = capsys.readouterr()
             assert len(printed.out) + len(printed.err) < 2500, command
         with pytest.raises(BadPairError) as caught:
-            _open(open_pairs(pairs).read(0)[1].images[0], 0, "p:1")
+            _open(load_image, open_pairs(pairs).read(0)[1].images[0], "images[0]", "p:1")
         assert len(str(caught.value)) < 400
     assert len((tmp_path / "v.html").read_text()) < 20_000
 

@@ -189,7 +189,7 @@ class Item:
         if subset is None:
             subset, image_root = _remembered_subset(source, paths, image_root)
         options = fields.extra.get("options") or ()
-        texts = [turn["content"] for turn in fields.turns] or [question]
+        texts = [turn["content"] for turn in fields.turns] or [question if isinstance(question, str) else ""]
         text = "".join([*texts, *(options.values() if isinstance(options, dict) else options)])
         problem = None
         if not isinstance(question, str) or not question.strip():

@@ -65,9 +65,9 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], None]]:
 
 def _check_model(name: str, path: str) -> None:
     check_model_path(name, path)
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:  # otherwise the hub is asked when the model is loaded
+    if constants.HF_HUB_OFFLINE:  # otherwise the hub is asked when the model is loaded
         check_on_hub(name, path)
 
 

@@ -224,7 +224,7 @@ def test_every_block_can_be_made_and_is_stable(block: str) -> None:
     assert documents.rewrite(new, results) == new
 
 
-@pytest.mark.parametrize("block", PREDICTED)
+@pytest.mark.parametrize("block", [name for name in PREDICTED if name != "predicted_gpus"])  # memory alone
 def test_predictions_follow_the_cost_model(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = documents.render(block, make_documents())
     slower = {gpu: dataclasses.replace(sheet, bandwidth=sheet.bandwidth / 2) for gpu, sheet in machines.GPUS.items()}

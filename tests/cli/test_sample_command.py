@@ -295,7 +295,7 @@ def test_a_system_prompt_is_a_setting_of_the_run(
     assert [pair["question"] for pair in pairs] == [turn[1]["content"] for turn in turns]
     assert all(turn == [system, {"role": "user", "content": turn[1]["content"]}] for turn in turns)
     capsys.readouterr()
-    assert sample(monkeypatch, "dropout-ntp", items, out) == 1
+    assert sample(monkeypatch, "dropout-ntp", items, out) == 2
     assert "system" in capsys.readouterr().err
-    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "other", "--system", " ") == 1
+    assert sample(monkeypatch, "dropout-ntp", items, tmp_path / "other", "--system", " ") == 2
     assert "system must be a text, got ' '" in capsys.readouterr().err

@@ -76,7 +76,7 @@ def test_the_turns_of_an_item(row: dict[str, Any], turns: list[Any]) -> None:
         ({"messages": TURNS, "question": "Other?"}, "question must be left out beside messages"),
         ({"messages": TURNS, "conversations": TURNS}, "messages must be given once"),
         ({"messages": "How old?"}, "messages must be text or a list of messages"),
-        ({"messages": [user([{"type": "video", "video": "a.mp4"}])]}, "messages must have blocks of text and images"),
+        ({"messages": [user([{"type": "video", "video": "a.mp4"}])]}, "number of <video> is not that of the videos"),
         ({"messages": [user([{"type": "image"}])]}, "messages must have an image for each image part"),
         ({"messages": [user("<image> q")]}, "messages must have an image for each image part"),
         ({"messages": [{**user("q"), "weight": 0}]}, "messages must have content and role"),

@@ -223,7 +223,7 @@ def test_a_folder_of_other_files_is_left_alone(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "iterate.html").write_text("mine")
-    assert main(["iterate", write_recipe(folder, tmp_path)]) == 1
+    assert main(["iterate", write_recipe(folder, tmp_path)]) == 2
     assert "output must be a new place or an earlier output of the same command" in capsys.readouterr().err
     assert (tmp_path / "out" / "iterate.html").read_text() == "mine"
 
@@ -246,7 +246,7 @@ def test_inputs_are_checked_before_the_first_stage(
     settings: dict[str, Any], message: str, dry: list[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    assert main(["iterate", write_recipe(folder, tmp_path, **settings), *dry]) == 1
+    assert main(["iterate", write_recipe(folder, tmp_path, **settings), *dry]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
