@@ -84,6 +84,13 @@ def check_model_path(name: str, path: str) -> None:
         raise FileNotFoundError(f"{name} must be a folder here or a hub id, got {path}: the folder does not exist")
 
 
+def check_is_no_run(name: str, path: str) -> None:
+    """Raises ValueError if the path of a model is the output folder of a run, which holds its model in ``final``."""
+    final = os.path.join(path, "final")
+    if not os.path.exists(os.path.join(path, "config.json")) and os.path.exists(os.path.join(final, "config.json")):
+        raise ValueError(f"{name} must be the folder of a model, got {path}, of a run whose model is {final}")
+
+
 def environment_integer(name: str, default: int) -> int:
     """Returns the integer in an environment variable of a launcher, or ``default`` if the variable is not set.
 

@@ -19,6 +19,9 @@ from mpo_ext.images import ImageError, describe_source, is_remote, missing_image
 
 _MMPR_FIELDS = {"image", "video", "rejected_image", "question", "chosen", "rejected", "answer_gt"}
 
+# Endings of files that the readers do not take for JSON lines.
+_OTHER_SUFFIXES = {".arrow", ".bz2", ".csv", ".gz", ".parquet", ".tsv", ".xlsx", ".xz", ".zip", ".zst"}
+
 
 def convert(
     source: PairSource,
@@ -51,11 +54,18 @@ def convert(
 
     Raises:
         BadLine: If ``skip_bad`` is False and a line would have to be skipped.
-        ValueError: If the format is unknown or cannot hold a pair, or ``out`` would replace an input.
+        ValueError: If the format is unknown or cannot hold a pair, ``out`` would replace an input, or the name of the
+            written file has the ending of another kind of file, such as .parquet.
         OSError: If the output cannot be written.
         ImportError: If Hugging Face datasets is required but not installed.
     """
     check_choice("format", format, WRITABLE)
+    suffix = Path(out).suffix.lower()
+    if format in ("pairs", "trl") and suffix in _OTHER_SUFFIXES:
+        raise ValueError(
+            f"out must be the name of a JSON lines file, such as pairs.jsonl, for the format {format}, got "
+            f"{os.fspath(out)}"
+        )
     check_outputs("out", written_paths(out, format), inputs=source.files)
     skipped = Skipped()
 

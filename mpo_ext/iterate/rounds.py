@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from mpo_ext.checks import check_model_path
+from mpo_ext.checks import check_is_no_run, check_model_path
 from mpo_ext.evaluate.cells import open_questions
 from mpo_ext.files import atomic_write, check_outputs, write_json
 from mpo_ext.generate.items import open_items
@@ -85,6 +85,7 @@ def check_inputs(recipe: IterateRecipe) -> dict[str, dict[str, Any]]:
         ValueError: If a file has no usable question, or the model is not supported.
     """
     check_model_path("model", recipe.model)
+    check_is_no_run("model", recipe.model)
     check_model(recipe.model, trust_remote_code=recipe.chat["trust_remote_code"], revision=recipe.chat["revision"])
     inputs: dict[str, dict[str, Any]] = {}
     for name, pipeline in recipe.sample.pipelines.items():

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mpo_ext.checks import LinesError, check_model_path, install_hint
+from mpo_ext.checks import LinesError, check_is_no_run, check_model_path, install_hint
 from mpo_ext.data.hub import hub_id, missing_path
 from mpo_ext.processors import check_on_hub
 from mpo_ext.train.hub import check_access
@@ -65,6 +65,7 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], None]]:
 
 def _check_model(name: str, path: str) -> None:
     check_model_path(name, path)
+    check_is_no_run(name, path)
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:  # otherwise the hub is asked when the model is loaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -240,3 +241,16 @@ def test_an_interruption(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(sys.modules["mpo_ext.cli.sample"], "load_engine", interrupt)
     assert main(SAMPLE) == 130
     assert "interrupted; the same command resumes" in capsys.readouterr().err
+
+
+def test_a_fresh_process_checks_a_local_model_and_names_the_model_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    (tmp_path / "p.jsonl").write_text('{"question": "q", "chosen": "c", "rejected": "r"}\n')
+    (tmp_path / "r.yaml").write_text(f"model: {{path: {tmp_path}/run}}\ndata: {{train: {tmp_path}/p.jsonl}}\n")
+    command = [sys.executable, "-m", "mpo_ext", "train", str(tmp_path / "r.yaml"), f"output.dir={tmp_path}/out"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, "Traceback" in run.stderr) == (2, False), run.stderr
+    assert f"got {tmp_path}/run, of a run whose model is {tmp_path}/run/final" in run.stderr
+    run = subprocess.run([*command, f"model.path={tmp_path}/run/final"], capture_output=True, text=True, check=False)
+    assert (run.returncode, "Traceback" in run.stderr) == (2, False), run.stderr

@@ -100,3 +100,13 @@ def test_only_images_are_copied_into_a_dataset(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match="image must be in a format"):
             to_dataset([Pair("q", "c", "r", (str(tmp_path / image) if "data" not in image else image,))], embed=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["pairs", "trl"])
+@pytest.mark.parametrize("name", ["back.parquet", "back.jsonl.gz", "BACK.CSV"])
+def test_lines_are_not_written_under_the_name_of_another_kind_of_file(
+    name: str, format: Any, mmpr: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="out must be the name of a JSON lines file"):
+        convert(open_pairs(mmpr), tmp_path / name, format)
+    assert not (tmp_path / name).exists()

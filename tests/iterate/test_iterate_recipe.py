@@ -58,7 +58,7 @@ def parse(stage: stages.RoundStage) -> argparse.Namespace:
         ({"sample__correctness__sample": 4}, "unknown setting sample.correctness.sample; did you mean"),
         ({"sample__correctness__top_p": 1.5}, r"sample.correctness.top_p must be in \(0, 1\], got 1.5"),
         ({"sample__correctness__accuracy": [0.9, 0.1]}, "sample.correctness.accuracy must be two numbers"),
-        ({"sample__correctness__matcher": "numbr"}, "sample.correctness.*matcher.*numbr.*did you mean 'number'"),
+        ({"sample__correctness__matcher": "numberx"}, "sample.correctness.*matcher.*numberx.*did you mean 'number'"),
         ({"sample__dropout_ntp__keep": 1.0}, r"sample.dropout_ntp.keep must be in \[0, 1\), got 1.0"),
         ({"sample__dropout_ntp__max_pairs": 0}, "sample.dropout_ntp.max_pairs must be at least 1, got 0"),
         (
