@@ -47,7 +47,7 @@ def check_shards(backend: str, dtype: torch.dtype, vocab: int, edges: tuple[int,
         ops.logits_grad_(written[:, columns], labels, *merged[1:3], weight, None, IGNORE, backend, *shard)
         # Where a row and its gradient differ in alignment, the CUDA kernel computes exp in another way.
         bounds = (
-            {"rtol": 2e-6, "atol": 0.0} if backend == "cuda" and dtype == torch.float32 else {"rtol": 0, "atol": 0}
+            {"rtol": 1e-5, "atol": 0.0} if backend == "cuda" and dtype == torch.float32 else {"rtol": 0, "atol": 0}
         )
         torch.testing.assert_close(grad, written[:, columns], equal_nan=True, **bounds)
         ulp = torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else bound

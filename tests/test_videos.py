@@ -110,9 +110,9 @@ def test_refused_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 24)
     with pytest.raises(FileNotFoundError, match="video must be a file that exists"):
         load_video(str(tmp_path / "none.mp4"))
-    with pytest.raises(VideoError, match="must be a file here, got the URL https"):
+    with pytest.raises(VideoError, match="must be a file, got the URL https"):
         load_video("https://example.org/a.mp4")
-    with pytest.raises(VideoError, match="must be a file here, got the URL data:"):
+    with pytest.raises(VideoError, match="must be a file, got the URL data:"):
         load_video("data:video/mp4;base64,AAAA")
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(VideoError, match="video must be a regular file"):

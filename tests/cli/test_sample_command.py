@@ -10,6 +10,7 @@ from stub_engine import StubEngine
 from mpo_ext.answers.matchers import MATCHERS as ALL_MATCHERS
 from mpo_ext.cli import sample as cli
 from mpo_ext.cli.shared import MATCHERS
+from mpo_ext.images import describe_source
 
 
 @pytest.fixture
@@ -279,7 +280,8 @@ def test_a_run_without_a_single_pair_fails_with_its_reasons(
     assert sample(monkeypatch, "correctness", items, out, "--image-root", tmp_path / "images") == 1
     error = capsys.readouterr().err
     path = tmp_path / "images" / "0.png"
-    text = f"image must be a file that exists, got {path}: relative paths start at image_root (--image-root)"
+    text = f"image must be a file that exists, got {describe_source(str(path))}"
+    text += ": relative paths start at image_root (--image-root)"
     assert f"no pair was made from 3 items: 2 with image cannot be read, for example: {text}" in error
     assert "1 with no true answer" in error
     assert json.loads((out / "summary.json").read_text())["examples"] == {"image cannot be read": text}

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -202,7 +203,10 @@ def test_picks_of_a_written_page_are_saved_as_a_file_that_commands_read(pairs: P
 
 def test_the_command_serves_until_it_is_interrupted(pairs: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-u", "-m", "mpo_ext", "data", "view", str(pairs), "--serve", "--title", "t<b>"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A shell starts its background jobs with SIGINT ignored, and child processes inherit it.
+    options: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, text=True, **pipes, **options) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         url = line.split()[3]
