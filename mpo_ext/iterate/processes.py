@@ -13,8 +13,8 @@ from types import FrameType
 import mpo_ext
 from mpo_ext.files import FileLock, LockedError
 from mpo_ext.generate.orphans import ended_with_this_process
+from mpo_ext.train.signals import handled
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _GROUP_S = 60.0  # time for processes that their launcher has left behind
 
 
@@ -51,7 +51,7 @@ class StageRunner:
             stack.enter_context(FileLock(self.folder / "iterate.lock", str(self.folder)))
             self._stage_lock = stack.enter_context(self._wait_for_old_stages())
             stack.enter_context(ended_with_this_process())
-            stack.enter_context(self._signals_passed_on())
+            stack.enter_context(handled(self._note))
             self._close = stack.pop_all()
         return self
 
@@ -100,21 +100,9 @@ class StageRunner:
             stack.push(lock)
             yield lock
 
-    @contextlib.contextmanager
-    def _signals_passed_on(self) -> Iterator[None]:
-        def note(number: int, frame: FrameType | None) -> None:
-            self._received = number
-            self._pass_on(number)
-
-        try:
-            handlers = {number: signal.signal(number, note) for number in _SIGNALS}
-        except ValueError:  # only the main thread may set handlers
-            handlers = {}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        self._pass_on(number)
 
     def _pass_on(self, number: int) -> None:
         if self._process is not None:

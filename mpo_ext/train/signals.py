@@ -4,7 +4,8 @@ import contextlib
 import multiprocessing.resource_tracker
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from mpo_ext.train.ranks import gather
@@ -58,15 +59,22 @@ class StopRequests:
             self.received = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        try:
-            handlers = {number: signal.signal(number, note) for number in _SIGNALS}
-        except ValueError:  # only the main thread may set handlers
-            handlers = {}
-        try:
+        with handled(note):
             yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Handles SIGTERM and SIGINT by ``handler`` during the ``with`` block; only the main thread can, others do not."""
+    try:
+        before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    except ValueError:  # only the main thread may set handlers
+        before = {}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextlib.contextmanager
