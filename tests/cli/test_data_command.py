@@ -90,7 +90,7 @@ def test_convert_stops_at_a_bad_line_or_skips_it(
 def test_a_dataset_with_a_missing_image_is_not_written(
     write_lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs the extra data")
     meta = write_lines("none", [GOOD, {**GOOD, "image": "none.png"}])
     assert run_data("convert", meta, tmp_path / "out", "--to", "hf") == 1
     assert "none.jsonl:2: unreadable image: images must be readable files, got " in capsys.readouterr().err

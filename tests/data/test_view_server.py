@@ -29,7 +29,7 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="runs the p
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="needs the extra data")
     Image.new("RGB", (500, 300), (200, 30, 40)).save(tmp_path / "red.png")
     names = ["red.png", "none.png", "https://example.org/a.png"]
     lines = [Pair(f"question {n}", f"chosen {n}", "rejected", tuple(names[n % 5 : n % 5 + 1])) for n in range(95)]
