@@ -93,7 +93,7 @@ class MPOTrainingConfig(DPOConfig):
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
     """TRL's ``DPOTrainer`` with the MPO loss of mpo_ext, computed from hidden states without logits.
 
-    Full and LoRA training of text and image models, DDP and FSDP2 (DeepSpeed: not tested). Beyond TRL: the reward shift
+    Full and LoRA training of text and images, DDP and FSDP2 (not tested: DeepSpeed). Beyond TRL: the reward shift
     of the paper, which checkpoints hold; ``precompute_ref_log_probs`` with images; each term of the loss in the log
     (``loss/dpo``, ``loss/bco``, ``loss/ntp``, ``reward_shift``).
 
