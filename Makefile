@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 
 # Trains the demo's start again, and puts it into the package.
 demo-start: $(VENV)/.demo
-	$(BIN)/mpo-ext demo --from-scratch --threads 1 --out build/demo-start
+	$(BIN)/mpo-ext demo --from-scratch --out build/demo-start
 	$(BIN)/python -m mpo_ext.demo.start build/demo-start
 
 # With PYTEST_ARGS, only what they select: make test PYTEST_ARGS="tests/loss -k packed".

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import audit, hardware, integrations, machine_code, matrix, measure, predictions, schema, tables
+from benchmarks import audit, hardware, integrations, machine_code, matrix, measure, pipelines, predictions, schema, tables
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.study import tables as study
 from benchmarks.tables import Documents
@@ -48,6 +48,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], Callable[[Documents], str]]] = {
     "data_sheets": ((), predictions.data_sheets),
     "audit": (("audit",), audit.table),
     "matrix": ((), matrix.table),
+    "pipelines": (("pipelines",), pipelines.table),
     "gpu": ((), gpu_tables.measured),
     "integrations_runs": (("integrations",), integrations.runs),
     "integrations_tests": (("integrations",), integrations.tests),
@@ -62,6 +63,7 @@ def load(folder: Path) -> dict[str, Any]:
         "machine_code": machine_code.load,
         "matrix": matrix.load,
         "audit": audit.load,
+        "pipelines": pipelines.load,
     }
     loaders |= dict.fromkeys(("study", "study_prior"), study.load)
     loaders["integrations"] = integrations.load

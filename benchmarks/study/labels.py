@@ -15,7 +15,8 @@ from mpo_ext.report import markdown_table
 
 PAPER = (571.2, 992.7)  # tokens per pair of DropoutNTP and of RLAIF-V in arXiv 2411.10442
 DROPOUT_NTP = "DropoutNTP 0.5"
-_SHARES = {
+#: Names of the columns by share of ``label_shares``.
+SHARES = {
     "right": "label right",
     "equal": "errors equal",
     "wrong": "label wrong",
@@ -68,10 +69,10 @@ def table(document: Mapping[str, Any]) -> str:
     for name in ("correctness", *KEEPS, RLAIF_V):
         starts = _starts(document, name)
         if starts:
-            shares = [statistics.fmean(start["labels"][name][share] for start in starts) for share in _SHARES]
+            shares = [statistics.fmean(start["labels"][name][share] for start in starts) for share in SHARES]
             tokens = f"{_tokens_per_pair(starts, name):.1f}"
             rows.append([name, tokens, *(f"{100 * share:.1f}" for share in shares), str(len(starts))])
-    header = ["pairs", "tokens per pair", *(f"{name}, %" for name in _SHARES.values()), "seeds"]
+    header = ["pairs", "tokens per pair", *(f"{name}, %" for name in SHARES.values()), "seeds"]
     return markdown_table(header, rows) if rows else "Not run yet.\n"
 
 

@@ -40,12 +40,16 @@ class ReadingJudge:
     Args:
         engine: Engine of the start.
         side: Number of rows and columns of a grid.
+
+    Attributes:
+        claim_tokens: Number of words in all lists of claims so far. The start's tokenizer has one token per word.
     """
 
     name = "direct answers"
 
     def __init__(self, engine: Engine, side: int) -> None:
         self.engine, self.cells = engine, CELLS[side]
+        self.claim_tokens = 0
 
     def settings(self) -> dict[str, Any]:
         return {**self.engine.settings(), "judge": self.name}
@@ -64,6 +68,7 @@ class ReadingJudge:
             if request.question.startswith(_CLAIMS):
                 asking, _, response = request.question.removeprefix(_CLAIMS).strip().partition(_ANSWER)
                 text = "".join(f"- {claim}\n" for claim in claims_of(asking, response.strip(), self.cells))
+                self.claim_tokens += len(text.split())
                 generations[place] = Generation((), text, "stop", tokens=0)
             else:
                 subject, _, value = request.question.removeprefix(_VERDICT_START).rpartition(" is ")

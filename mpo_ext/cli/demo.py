@@ -28,7 +28,11 @@ def add_parser(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--seed", type=at_least(0), default=1, help="seed of the first run (default: 1, whose start is in the package)"
     )
     parser.add_argument("--seeds", type=at_least(1), default=1, help="number of runs, each with the next seed")
-    parser.add_argument("--threads", type=at_least(1), help="number of CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--threads", type=at_least(1), default=1,
+        help="number of CPU threads (default: 1; the model is so small that more threads hardly help, and beside other "
+        "work on the machine they wait for each other)",
+    )  # fmt: skip
     parser.add_argument(
         "--backend", choices=("cpu", "reference"), help="backend of the loss (default: the best that is installed)"
     )
@@ -87,7 +91,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def _command(args: argparse.Namespace) -> str:
     """Returns the command line without the output folder, for the results."""
-    given = {"--seed": (args.seed, 1), "--seeds": (args.seeds, 1), "--threads": (args.threads, None),
+    given = {"--seed": (args.seed, 1), "--seeds": (args.seeds, 1), "--threads": (args.threads, 1),
              "--backend": (args.backend, None)}  # fmt: skip
     options = [f"{name} {value}" for name, (value, default) in given.items() if value != default]
     switches = {"--quick": args.quick, "--from-scratch": args.from_scratch}

@@ -45,7 +45,7 @@ def run(
     out: Path,
     seeds: Sequence[int],
     quick: bool,
-    threads: int | None,
+    threads: int,
     backend: str | None,
     from_scratch: bool = False,
     command: str = "mpo-ext demo",
@@ -58,13 +58,12 @@ def run(
         out: Existing folder for the results.
         seeds: Seeds of the runs. The curves and the page show the first seed; files of other seeds are in ``seed-N``.
         quick: Whether to use ``Settings.quick``.
-        threads: Number of CPU threads; None: torch's choice.
+        threads: Number of CPU threads.
         backend: Backend of the loss; None: the best installed backend.
         from_scratch: Whether to train the start although the package contains it.
         command: Command line, for the results.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     os.environ["ACCELERATE_USE_CPU"] = "true"  # a GPU does not pay off for such a small model
     console = Console()
     begin = time.perf_counter()

@@ -29,7 +29,7 @@ need_nvcc()
 
 ALL = os.environ.get("MPO_PTXSIM_ALL") == "1"
 BY_HAND = pytest.mark.skip(reason="20 schedules of one dtype and architecture run in CI; MPO_PTXSIM_ALL=1 runs all")
-ARCHS = ("sm_80", "sm_90", "sm_100")
+ARCHS = ("sm_80", "sm_90", "sm_100", *(("sm_120",) if ALL else ()))
 # 1, 2, 7: less than a vector. 1003, 5003: rows that are not aligned to 16 bytes; one round of the main loop, with and
 # without a remainder. 4096: full vectors only.
 VOCABS = (1, 2, 7, 1003, 4096, 5003)

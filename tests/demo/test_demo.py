@@ -458,7 +458,7 @@ def test_branches_differ_only_in_their_weights() -> None:
 
 def test_a_quick_run_leaves_all_files(tmp_path: Path) -> None:
     out = tmp_path / "results"
-    options = ["--quick", "--threads", "1", "--backend", BACKEND, "--out", str(out)]
+    options = ["--quick", "--backend", BACKEND, "--out", str(out)]
     command = [sys.executable, "-c", _CLI, "demo", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -467,7 +467,7 @@ def test_a_quick_run_leaves_all_files(tmp_path: Path) -> None:
     assert "Stages: SFT start" in done.stdout
 
     results = json.loads((out / "results.json").read_text())
-    assert results["command"] == f"mpo-ext demo --threads 1 --backend {BACKEND} --quick"
+    assert results["command"] == f"mpo-ext demo --backend {BACKEND} --quick"
     (only,) = results["runs"]
     assert set(only["accuracy"]) == set(tables.LABELS)
     for forms in only["accuracy"].values():
@@ -525,7 +525,7 @@ def test_an_interrupted_demo_resumes_and_ends_like_another(
 
     monkeypatch.setattr("mpo_ext.demo.train.train", signalled)
     monkeypatch.setattr("mpo_ext.demo.experiment.save_curves", lambda path, result: path.write_bytes(b""))
-    args = parse("--quick", "--threads", "1", "--out", str(tmp_path / "a"))
+    args = parse("--quick", "--out", str(tmp_path / "a"))
     assert args.run(args) == 130
     said = capsys.readouterr()
     assert "mpo-ext demo: interrupted; the same command resumes" in said.err
@@ -535,7 +535,7 @@ def test_an_interrupted_demo_resumes_and_ends_like_another(
     said = capsys.readouterr()
     assert said.out.count("finished in an earlier run") == 4  # start, pairs, SFT and DPO
     assert "resumes from" in said.err
-    other = parse("--quick", "--threads", "1", "--out", str(tmp_path / "b"))
+    other = parse("--quick", "--out", str(tmp_path / "b"))
     assert other.run(other) == 0
     runs = [json.loads((tmp_path / name / "results.json").read_text())["runs"][0] for name in ("a", "b")]
     assert runs[0]["accuracy"] == runs[1]["accuracy"]

@@ -68,9 +68,11 @@ def test_the_response_that_the_direct_answers_confirm_is_chosen(tmp_path: Path) 
     )
     pipeline = RlaifV(config(samples=4, temperature=1.0, seed=0, pairs_per_question=2))
     (item,) = read_items(item_files(tmp_path / "items.jsonl", image_root=str(tmp_path)))
-    (records,) = pipeline.sample([item], RoutedEngine(engine, ReadingJudge(engine, 2)))
+    judge = ReadingJudge(engine, 2)
+    (records,) = pipeline.sample([item], RoutedEngine(engine, judge))
     result = pipeline.make_pairs(item, records, "scripted")
     ((_, pair),) = result.lines
     assert (pair["chosen"], pair["rejected"]) == (RIGHT, WRONG)
     assert pair["provenance"]["rejected_claims"] == [0, 2]
     assert sorted(engine.asked) == sorted([*CELLS[2], "bottom-right", "largest", "largest"])  # each claim once
+    assert judge.claim_tokens == 4 * 5 * len("- largest is 9".split())  # four responses of five claims
