@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import time
 from typing import Any
@@ -88,6 +89,27 @@ def test_a_provider_that_is_too_slow_is_listed(monkeypatch: pytest.MonkeyPatch) 
     cases, missing = losses.usable(logits.BENCHMARK, ("eager",), TINY, most_seconds=0.0)
     assert not cases
     assert missing["eager"].startswith("would take too long: ")
+
+
+def test_a_provider_that_is_slow_only_on_the_whole_shape_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = dataclasses.replace(TINY, tokens=256, vocab=16384)
+    calls: dict[str, list[int]] = {"eager": [], "torch.compile": [], "mpo_ext": []}
+
+    def provider(name: str) -> Any:
+        def run(batch: Any) -> None:
+            calls[name].append(batch.logits.shape[-1])
+            time.sleep(0.3 if calls[name][-1] == whole.vocab else 0)
+
+        return lambda: run
+
+    for name in calls:
+        monkeypatch.setitem(logits.BENCHMARK.providers, name, provider(name))
+    cases, missing = losses.usable(logits.BENCHMARK, ("mpo_ext", "eager", "torch.compile"), whole, most_seconds=0.2)
+    assert tuple(cases) == ("mpo_ext",)
+    assert missing["eager"].startswith("would take too long: 0.3 s for a run")
+    assert missing["torch.compile"].startswith("not compiled")
+    assert calls["torch.compile"] == []
+    assert whole.vocab not in calls["mpo_ext"]
 
 
 def test_groups_beyond_the_time_are_points_with_that_reason() -> None:
