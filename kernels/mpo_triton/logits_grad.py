@@ -13,7 +13,7 @@ _INTEGERS = ["vocab", "first", "total", *_STRIDES, *(f"grad_{name}" for name in 
 
 @triton.jit
 def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Writes ``filler`` to the positions begin .. begin + CHUNK - 1 of a row, as far as they are columns.
+    """Writes ``filler`` to the columns of a row among the positions begin .. begin + CHUNK - 1.
 
     The columns of the row are the positions shift .. end - 1.
     """
