@@ -103,7 +103,7 @@ def preference_loss(
     gradient 0.) If a log-prob is NaN, the loss of its pair and the mean over the batch are not finite.
 
     Args:
-        name: Key of ``LOSSES``: the usual name, which is TRL 1.16's name if TRL has the loss.
+        name: Key of ``LOSSES``. If TRL 1.16 has the loss, its name is TRL's.
         chosen_logp: ``[B]`` float32 or float64 sum of the label log-probs of each chosen response.
         rejected_logp: ``[B]`` sum for each rejected response, in the same dtype.
         ref_chosen_logp: ``[B]`` sum for each chosen response under the reference model, without gradient. A loss that
@@ -316,7 +316,7 @@ def _sigmoid_norm(pairs: Pairs) -> Tensor:
     return -F.logsigmoid(pairs.beta * pairs.mean_margin)
 
 
-#: Every loss by name. TRL's "sft" is missing, since it has no rejected side; NTP of ``mpo_loss`` is that loss.
+#: Every loss by name. TRL's "sft" is missing, since it uses no rejected responses; it is the NTP term of ``mpo_loss``.
 LOSSES: Mapping[str, PreferenceLoss] = {
     "sigmoid": PreferenceLoss(function=_sigmoid, label_smoothing="optional"),
     "bco_pair": PreferenceLoss(function=_bco_pair, takes_delta=True),

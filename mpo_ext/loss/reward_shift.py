@@ -36,7 +36,7 @@ class RewardShift:
     ``state_dict()`` from before it and load it again; the trainer of mpo_ext does the same.
 
     Args:
-        mode: "cumulative": every update has a mean reward, and delta is the average of these means so far. With
+        mode: "cumulative": delta is the average of the mean rewards of all updates so far. With
             ``per="micro_batch"``, each rank's mean has the same weight, as in the authors' code. "ema": an update
             gives ``decay * delta + (1 - decay) * mean`` with the mean over all rewards of all ranks, as in NeMo-RL.
             "fixed": delta is always ``value``.
