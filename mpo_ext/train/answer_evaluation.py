@@ -35,8 +35,8 @@ _BLOCK = 64  # minimum number of questions whose images are loaded at a time
 class AnswerEvaluation:
     """Asks the policy the questions of ``output.eval_generate`` and scores its answers.
 
-    The ranks share the questions. If they shard the parameters, all ranks ask all questions instead, because each
-    forward pass needs all ranks.
+    The questions are divided among the ranks. If the parameters are sharded, every rank asks all questions instead,
+    because each forward pass needs all ranks.
 
     Args:
         recipe: Recipe of the run, with ``output.eval_generate``.
@@ -83,7 +83,7 @@ class AnswerEvaluation:
             self._model.eval()
             try:
                 results = list(self._ask())
-            except (OSError, ValueError, RuntimeError) as failure:  # the other ranks wait for this one
+            except (OSError, ValueError, RuntimeError) as failure:  # raised on all ranks below
                 error = f"{type(failure).__name__}: {failure}"
         ranks = gather(self._accelerator, (results, error))
         if self._in_step:

@@ -54,7 +54,7 @@ class StepSlice:
         counts: Sizes of each micro-batch in ``batches``.
         skipped: Pairs that were skipped, with the reason.
         n_cut: Number of pairs with a truncated response.
-        n_split: Number of pairs with a response that was tokenized apart from the prompt.
+        n_split: Number of pairs with a response that was tokenized separately from the prompt.
         error: Error message of a bad pair that must end the run, or None.
     """
 
@@ -284,7 +284,7 @@ class RunData:
             yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
 
     def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:
-        """Yields ``size.micro_steps`` micro-batches with their sizes, so that all ranks run equally many.
+        """Yields ``size.micro_steps`` micro-batches with their sizes, so that all ranks run the same number.
 
         After the micro-batches of the slice come dummy batches, with None instead of sizes.
         """

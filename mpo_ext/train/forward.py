@@ -35,7 +35,7 @@ class HiddenRows(NamedTuple):
     Attributes:
         hidden: ``[N, D]``, the hidden states that predict ``batch.labels``, with their autograd graph.
         weight: ``[V, D]``, the weight of the output head.
-        options: The keyword arguments ``bias``, ``logit_scale`` and ``softcap``.
+        options: Keyword arguments ``bias``, ``logit_scale``, ``softcap`` and (sharded head) ``vocab_parallel``.
     """
 
     hidden: Tensor
@@ -165,10 +165,10 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 
 
 def _features_twice(encode: Callable[..., Any], owner: nn.Module, running: list[str]) -> Callable[..., Any]:
-    """Returns a wrapper of ``get_image_features``, whose result contains the features of all images twice.
+    """Returns a wrapper of the method ``encode`` whose result contains the features of all images twice.
 
-    The second copy follows the first. ``owner`` is the module that has the method ``encode``. ``running`` holds the
-    names of the wrapped methods that are running: in Qwen3-VL, ``get_video_features`` calls ``get_image_features``.
+    The second copy follows the first. ``encode`` is a method of ``owner``, such as ``get_image_features``. ``running``
+    is not empty while a wrapper runs: in Qwen3-VL, ``get_video_features`` calls ``get_image_features``.
     """
 
     def encode_once(*args: Any, **kwargs: Any) -> Any:
