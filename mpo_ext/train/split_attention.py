@@ -32,7 +32,7 @@ _BASES = {name: base for base, name in NAMES.items()}
 #: Maximum number of queries of a call if a sliding window is shorter than the sequence. It limits the call's mask.
 WINDOW_QUERIES = 512
 
-#: Name of the eager attention function in each modeling file of transformers, which computes sinks and soft caps.
+#: Name of the eager attention function in the modeling files of transformers. It also computes sinks and soft caps.
 _EAGER = "eager_attention_forward"
 
 #: Arguments that change attention and that SDPA does not support.
