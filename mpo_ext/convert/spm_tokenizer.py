@@ -136,7 +136,7 @@ def _content(value: Any) -> str:
 
 
 def _set_ends(tokenizer: Any, settings: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Lets the tokenizer add BOS and EOS to texts, as ``add_bos_token`` and ``add_eos_token`` say."""
+    """Makes the tokenizer add BOS and EOS to texts if the settings ``add_bos_token`` and ``add_eos_token`` say so."""
     from tokenizers import processors
 
     begin = [names["bos_token"]] if settings.get("add_bos_token", True) else []

@@ -55,7 +55,7 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
 
 
 def _other_loss(trainer: Any) -> str | None:
-    """Returns the rule and the value of the argument that asks for a loss other than MPO and its terms, or None."""
+    """Returns why the arguments ask for a loss other than MPO and its terms (a rule and the value), or None."""
     if not trainer.finetuning_args.use_ref_model or trainer.loss_type != "sigmoid":
         return f"pref_loss must be 'sigmoid', got {trainer.loss_type!r}"
     if trainer.ld_alpha is not None:

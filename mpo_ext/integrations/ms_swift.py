@@ -60,7 +60,7 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
 
 
 def _other_loss(trainer: Any) -> str | None:
-    """Returns the rule and the value of the argument that asks for a loss other than MPO and its terms, or None."""
+    """Returns why the arguments ask for a loss other than MPO and its terms (a rule and the value), or None."""
     weights = _weights(trainer)
     if other := [name for name in weights if name not in _TERMS]:
         return f"loss_type must be among {', '.join(_TERMS)}, got {', '.join(other)}"

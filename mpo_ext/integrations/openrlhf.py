@@ -13,7 +13,7 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
     """Returns the log-prob of each label, ``[...]``, in nats; float32, or float64 for float64 logits.
 
     Args:
-        logits: ``[..., V]``; divided by ``temperature`` in place, as by OpenRLHF.
+        logits: ``[..., V]``; divided by ``temperature`` in place, as in OpenRLHF's function.
         labels: ``[...]`` int64.
         temperature: Divisor of the logits.
     """

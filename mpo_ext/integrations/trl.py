@@ -93,9 +93,9 @@ class MPOTrainingConfig(DPOConfig):
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
     """TRL's ``DPOTrainer`` with the MPO loss of mpo_ext, computed from hidden states without logits.
 
-    Full and LoRA training of text and images, DDP and FSDP2 (not tested: DeepSpeed). Beyond TRL: the reward shift
-    of the paper, which checkpoints hold; ``precompute_ref_log_probs`` with images; each term of the loss in the log
-    (``loss/dpo``, ``loss/bco``, ``loss/ntp``, ``reward_shift``).
+    It supports full and LoRA training on text and images, DDP and FSDP2. DeepSpeed is not tested. In addition to TRL,
+    it has the reward shift of the paper (also in checkpoints), ``precompute_ref_log_probs`` with images, and each term
+    of the loss in the log (``loss/dpo``, ``loss/bco``, ``loss/ntp``, ``reward_shift``).
 
     Args:
         model: As in ``DPOTrainer``.
@@ -142,7 +142,7 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
         self.mpo = LossSettings(config, self.reward_shift, options)
         precompute = _has_images(kwargs.get("train_dataset", rest[1] if len(rest) > 1 else None))
         precompute = precompute and args.precompute_ref_log_probs
-        if precompute:  # TRL refuses this, so the reference is computed below
+        if precompute:  # TRL does not support this; ``_precompute_with_images`` does it below
             args = copy.copy(args)
             args.precompute_ref_log_probs = False
         super().__init__(model, ref_model, args, *rest, **kwargs)
@@ -314,7 +314,7 @@ def _log(trainer: Any, mode: str, terms: dict[str, tuple[Tensor, Tensor]], input
 
 
 def _settings_of(args: DPOConfig) -> tuple[MPOConfig, dict[str, Any]]:
-    """Returns the settings of the loss and the options of ``linear_mpo_loss``; refuses every other loss of TRL."""
+    """Returns the settings of the loss and the options of ``linear_mpo_loss``. Other losses raise ``ValueError``."""
     if reason := _other_loss(args):
         raise ValueError(f"{reason}; otherwise use trl.DPOTrainer")
     budget = getattr(args, "memory_budget_mib", None)
@@ -340,7 +340,7 @@ def _other_terms(loss_type: str | Sequence[str]) -> str | None:
 
 
 def _other_loss(args: DPOConfig) -> str | None:
-    """Returns the rule and the value of the setting that asks for a loss other than MPO and its terms, or None."""
+    """Returns why the settings ask for a loss other than MPO and its terms (a rule and the value), or None."""
     if reason := _other_terms(args.loss_type):
         return reason
     if args.use_liger_kernel:

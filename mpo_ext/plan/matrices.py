@@ -1,4 +1,4 @@
-"""The weight matrices of a layer that multiply tokens, with the experts of mixture-of-experts models."""
+"""The weight matrices of a layer that multiply tokens, including the experts of mixture-of-experts models."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -36,8 +36,8 @@ class Matrix(NamedTuple):
 def matrices(layer: nn.Module, experts_per_token: int | None) -> Iterator[Matrix]:
     """Yields the matrices of the linear layers, routers and experts of a layer.
 
-    Experts are the module called ``experts``: a list of modules, or parameters ``[experts, ., .]`` of which
-    ``down_proj`` returns to the hidden size. If ``experts_per_token`` is None, all experts count as active.
+    The module called ``experts`` holds the experts: as a list of modules, or as parameters ``[experts, ., .]``, of
+    which ``down_proj`` has outputs of the hidden size. If ``experts_per_token`` is None, all experts count as active.
     """
     lists = {name: len(each) for name, each in layer.named_modules() if _is_experts(name) and _is_list(each)}
     for name, module in layer.named_modules():

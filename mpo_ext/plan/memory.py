@@ -302,7 +302,7 @@ class MemoryEstimate:
 
 
 def has_split_attention(model: nn.Module) -> bool:
-    """Returns whether the decoder of a prepared model attends in causal calls instead of under a mask of the row."""
+    """Returns whether the decoder of a prepared model has split attention (``mpo_ext.train.split_attention``)."""
     return is_split(getattr(decoder_config(unwrap_model(model)), "_attn_implementation", None))
 
 
