@@ -127,7 +127,7 @@ def logits_grad(
     grad_layout: tuple[Tensor, int, int, int],
     tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Writes the gradient that the operator ``logits_grad`` returns to ``grad_layout``, in one launch.
+    """Writes the result of the operator ``logits_grad`` to the tensor of ``grad_layout`` in one launch.
 
     ``layout`` and ``grad_layout`` are ``RowLayout`` tuples of ``mpo_ext.ops.memory``. ``tile`` is a ``Tile`` if the
     logits are one tile of the vocabulary.

@@ -14,7 +14,7 @@ _STATE_WITH_STATS = 5  # with statistics also sum of e * (z - max), sum of z, su
 
 @triton.jit
 def vector_sums(values, VECTOR: tl.constexpr):
-    """Returns the sum of each VECTOR consecutive values, which one thread holds."""
+    """Returns the sums of groups of VECTOR consecutive values. A single thread holds each group."""
     return tl.sum(tl.reshape(values, (values.shape[0] // VECTOR, VECTOR)), axis=1)
 
 

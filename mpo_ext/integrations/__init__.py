@@ -1,4 +1,4 @@
-"""The loss inside other trainers, with one file per trainer. ``patch`` and ``unpatch`` need no change of their code.
+"""The loss inside other trainers, one file per trainer. ``patch`` and ``unpatch`` change trainers at run time.
 
 No module of another package is imported before it is needed.
 """

@@ -27,7 +27,7 @@ _SMALLEST = 1e-6  # LLaMA-Factory leaves out terms with a smaller weight
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
     """Returns the functions of ``mpo_ext.patch("llama-factory")`` for ``CustomDPOTrainer``, and a line about them.
 
-    They compute the loss if ``pref_loss`` is "sigmoid"; other losses stay those of LLaMA-Factory.
+    The functions compute the loss if ``pref_loss`` is "sigmoid". LLaMA-Factory computes all other losses.
     """
     shift_settings = {"mode": "cumulative"} if reward_shift is None else dict(reward_shift)
     settings = settings_function(_other_loss, _config_of, shift_settings)

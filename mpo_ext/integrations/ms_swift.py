@@ -29,7 +29,7 @@ _NOT_FOR_MODEL = ("labels", "text_position_ids", "ref_chosen_logps", "ref_reject
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
     """Returns the functions of ``mpo_ext.patch("ms-swift")`` for ms-swift's ``DPOTrainer``, and a line about them.
 
-    They compute the loss if its terms are among "sigmoid", "bco_pair" and "sft"; other losses stay ms-swift's.
+    The functions compute losses with the terms "sigmoid", "bco_pair" and "sft". ms-swift computes all other losses.
     """
     shift_settings = {"mode": "cumulative"} if reward_shift is None else dict(reward_shift)
     settings = settings_function(_other_loss, _config_of, shift_settings)

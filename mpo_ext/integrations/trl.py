@@ -302,7 +302,7 @@ def _log_sums(out: MPOOutput, config: MPOConfig) -> dict[str, tuple[Tensor, Tens
 
 
 def _log(trainer: Any, mode: str, terms: dict[str, tuple[Tensor, Tensor]], inputs: dict[str, Any]) -> None:
-    """Adds the metrics over all ranks to those that the trainer logs, with one reduction and one wait."""
+    """Reduces the metrics over all ranks, and adds them to the trainer's metrics. Waits for the device once."""
     numbers = [value.double() for pair in terms.values() for value in pair]
     numbers.append(inputs["attention_mask"].sum().to(numbers[0]))
     *values, n_tokens = trainer.accelerator.reduce(torch.stack(numbers), reduction="sum").tolist()
@@ -380,7 +380,7 @@ def _has_images(dataset: Any) -> bool:
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
     """Returns the functions that ``mpo_ext.patch("trl")`` puts into ``DPOTrainer``, and a line about them.
 
-    They compute the loss if its terms are among "sigmoid", "bco_pair" and "sft"; other losses stay TRL's.
+    The functions compute losses with the terms "sigmoid", "bco_pair" and "sft". TRL computes all other losses.
     """
     shift_settings = {"mode": "fixed"} if reward_shift is None else dict(reward_shift)
     settings_of_dpo = settings_function(_other_loss_of, lambda trainer: _config_of(trainer.args), shift_settings)

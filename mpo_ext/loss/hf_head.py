@@ -107,7 +107,7 @@ def value_in_forward(
 ) -> tuple[Tensor, Any]:
     """Runs the model, and computes a value inside the forward of its output head, in place of the logits.
 
-    During the head's forward, every wrapper holds its whole weight. This function therefore also works where
+    During the head's forward, every wrapper holds the head's whole weight. This function therefore also works where
     ``hidden_and_head`` raises: under FSDP2 with a root that is resharded after forward, and under ZeRO-3. The
     gradient of the value goes through the model's output, so the backward hooks of wrappers run first.
 
@@ -482,7 +482,7 @@ def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | N
 
 
 def _measured_scale(logits: Tensor, softcap: float | None) -> float:
-    """Returns the factor that explains the output for the probe's 0.25, which a softcap changes the least."""
+    """Returns the factor of the model by its output for the probe's 0.25, which a softcap changes the least."""
     value = logits[_PROBE.index(0.25)].item()
     if softcap is not None:
         value = softcap * math.atanh(value / softcap) if abs(value) < softcap else math.nan

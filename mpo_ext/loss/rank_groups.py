@@ -23,10 +23,10 @@ _MESSAGE_BYTES = 2000
 
 
 class RankFacts(NamedTuple):
-    """Numbers about its inputs that each rank sends to the other ranks before they compute the loss.
+    """Numbers that describe the inputs of a rank. Each rank sends them to the others before the loss is computed.
 
-    The ranks of ``vocab_parallel`` must agree on all numbers except the columns. The ranks of ``sequence_parallel``
-    must agree on ``sequences`` and ``settings`` only.
+    The ranks of ``vocab_parallel`` must agree on all numbers except ``columns`` and ``ref_columns``. The ranks of
+    ``sequence_parallel`` must agree on ``sequences`` and ``settings`` only.
     """
 
     columns: int = 0  # number of vocabulary columns that this rank's logits or head have
@@ -63,7 +63,7 @@ class RankGroups:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the first of each group. Only this rank's rewards of shared pairs are counted."""
+        """Whether this rank is the first of each group; only then the rewards of shared pairs are counted here."""
         return all(dist.get_rank(group) == 0 for _, group in self._named())
 
     def agree(

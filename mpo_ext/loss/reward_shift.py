@@ -209,7 +209,10 @@ class RewardShift:
         return torch.tensor(float(number), dtype=torch.float64, device=self._state.device)
 
     def _apply(self, batch: Tensor, *, each_rank_counts: bool) -> None:
-        """Updates the state with ``batch``, ``[2]``: the sum and the count of this rank's rewards."""
+        """Updates the state with ``batch``, ``[2]``: the sum and the count of this rank's rewards.
+
+        ``each_rank_counts`` tells that the mean rewards of the ranks have equal weights.
+        """
         if each_rank_counts:  # the authors' code averages the ranks' means, unweighted by numbers of pairs
             has_pairs = (batch[1] > 0).double()
             batch = torch.stack([batch[0] / batch[1].clamp(min=1), has_pairs])

@@ -196,7 +196,7 @@ def check_stats(stats: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_reuse(logits: Tensor) -> None:
-    """Raises unless the gradient can overwrite the logits: vocabulary axis of stride 1, rows that do not overlap."""
+    """Raises if the gradient cannot overwrite the logits: if the vocabulary axis is strided, or rows overlap."""
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"reuse_logits needs logits whose vocabulary axis has stride 1, got strides {tuple(logits.stride())}"

@@ -141,10 +141,10 @@ def score(
 ) -> None:
     """Writes the outputs of ``token_logp`` to ``outputs``. The first five arguments are those of ``token_logp``.
 
-    With a tile, the results cover the columns of the vocabulary up to the end of the tile. With the backend "cpu",
-    ``exp_logits`` may be ``logits``. It then receives ``exp(z - row_max)`` for each logit z, where ``row_max``
-    includes this tile, and 0 for the label's logit. Its values are undefined in a row whose label is out of range or
-    whose logp is NaN. ``write_exp_logits`` does this for the other backends.
+    With a tile, the results cover the columns of the vocabulary up to the end of the tile. ``exp_logits`` is None or,
+    with the backend "cpu", the tensor ``logits``, which the call then overwrites: with ``exp(z - row_max)`` for each
+    logit z, where ``row_max`` includes this tile, and with 0 for the label's logit. The values are undefined in a row
+    whose label is out of range or whose logp is NaN. For other backends, use ``write_exp_logits``.
     """
     if labels.numel() == 0:
         return

@@ -77,7 +77,7 @@ def product_waves(height: int, width: int, multiprocessors: int) -> int:
 
 
 def fewest_waves(rows: int, vocab: int, hidden_size: int, widest: int, multiprocessors: int) -> int:
-    """Returns the columns of a tile, at most ``widest``, whose products keep the multiprocessors of a GPU busiest.
+    """Returns the number of columns of a tile, at most ``widest``, that keeps the multiprocessors of a GPU busiest.
 
     A wave takes the same time however few multiprocessors work in it. The result is a multiple of 512 above 3/4 of
     ``widest``, or ``widest`` if no such multiple exists.

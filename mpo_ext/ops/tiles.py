@@ -1,4 +1,4 @@
-"""Tiles of logits: how the labelled rows and the vocabulary are cut, and how a tile is computed and kept.
+"""Tiles of logits: how labelled rows and vocabulary are divided into tiles, and how a tile is computed and kept.
 
 A tile holds the logits of some labelled rows (token positions) for some columns of the vocabulary. A matmul of torch
 computes a tile. While the tile is in the cache, the kernels compute log-probs from it or overwrite it with its
@@ -83,7 +83,7 @@ class KeptLogits:
 
     Backward reads the columns from first to last and writes their gradient to the start of the memory. The logits
     start at an offset such that the gradient of a tile's columns ends before the logits of that tile start. With n
-    labelled rows, the memory holds ``max(n, D)`` values per column and a tile, instead of ``n + D`` values per column.
+    labelled rows, the memory holds ``max(n, D)`` values per column plus a tile, instead of ``n + D`` per column.
     With ``only_fitting``, it holds D values per column: if n is larger, only the logits of the first columns are kept.
 
     A float16 logit (used for bfloat16 gradients) is stored as its distance from the largest logit of its row so far.

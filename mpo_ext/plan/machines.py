@@ -76,7 +76,7 @@ class Machine:
         huge: Bytes per second at which the operating system provides new memory in huge pages.
         overhead: Constant number of seconds added to the time of a forward and backward together.
         launch: Seconds between two kernels of a GPU.
-        multiprocessors: Number of multiprocessors of a GPU; 0 if it is unknown, and waves of blocks are not counted.
+        multiprocessors: Number of multiprocessors of a GPU; 0 if it is unknown. Waves of blocks are then not counted.
         memory: Bytes of a GPU's memory, on which the default memory budget of tiles depends; 0 if it is unknown.
         source: Origin of the rates, for reports.
     """

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Matrix(NamedTuple):
-    """A weight matrix, or several of one shape: those of the experts of a layer.
+    """A weight matrix, or several matrices of the same shape that belong to the experts of a layer.
 
     Attributes:
         name: Name of the module or parameter in the layer.
@@ -73,7 +73,7 @@ def _expert_matrices(name: str, module: nn.Module, experts_per_token: int | None
 
 
 def _common_size(parameters: dict[str, nn.Parameter]) -> int:
-    """Returns the size that all matrices of an expert have: the hidden size (the largest of several)."""
+    """Returns the hidden size: the largest size that all matrices of an expert have in common."""
     first, *others = [set(parameter.shape[1:]) for parameter in parameters.values()]
     return max(first.intersection(*others) or first)
 

@@ -243,7 +243,7 @@ class MemoryEstimate:
         return sum(whole)
 
     def _weights(self) -> int:
-        """Returns the bytes of the parameters; bitsandbytes quantizes the language model's linear layers."""
+        """Returns the bytes of the parameters. With QLoRA, linear layers of the language model are quantized."""
         lora = self.recipe.model.lora
         if lora is None or lora.quantization is None:
             return sum(map(_bytes, self.model.parameters()))

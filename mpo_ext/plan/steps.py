@@ -179,7 +179,7 @@ class _Layers:
 
         A backward has two matrix products for each product of a forward, and moves twice the bytes. An attention
         kernel has two products in forward and five in backward, which computes the scores again. ``of_vision`` tells
-        whether the vision tower has a backward. ``name`` ends the name of each stage.
+        whether the vision tower has a backward. The name of each stage ends in ``name``.
         """
         model, positions = self.model, self.positions
         times = forwards + 2 * with_backward

@@ -43,12 +43,12 @@ class AnswerEvaluation:
         accelerator: The ``accelerate.Accelerator`` of the run.
         model: Policy, as ``accelerator.prepare`` returned it.
         processor: Its processor, or the tokenizer of a text model.
-        date: Date that the chat template may write.
+        date: Date that the chat template may print in prompts.
 
     Raises:
         OSError: If the file of questions cannot be read.
-        ValueError: If a rank cannot generate with its part of the model, the file has no question with an answer, or
-            an image is missing.
+        ValueError: If the model is sharded in a way that does not support generation, the file has no question with
+            an answer, or an image is missing.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ def shards_parameters(accelerator: Any, path: str) -> bool:
     Each forward pass then gathers parameters from all ranks, so all ranks must make the same forward passes.
 
     Raises:
-        ValueError: If the model is divided in another way, under which a rank cannot generate.
+        ValueError: If the model is sharded in another way, which does not support generation.
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind == "DEEPSPEED":

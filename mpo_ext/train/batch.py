@@ -112,7 +112,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Number of token positions without padding. Read it before ``to``: on a GPU it waits for the device."""
+        """Number of token positions without padding. Read it before ``to`` moves the batch to a GPU, or it waits."""
         return int((self.segments >= 0).sum())
 
     @property

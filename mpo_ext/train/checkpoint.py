@@ -73,7 +73,7 @@ class Checkpoints:
         optimizer, the loss scaler's state, ``state``, and each rank's random states (Python, NumPy, torch, CUDA).
         Saving changes none of them. A checkpoint of the same step is replaced.
 
-        Under DeepSpeed, its engine writes the tensors, and ``load`` reads them with it.
+        Under DeepSpeed, the DeepSpeed engine writes the tensors.
 
         Args:
             accelerator: accelerate's ``Accelerator``.
@@ -83,7 +83,7 @@ class Checkpoints:
                 state must be a scalar or have the shape of its parameter, as AdamW's have.
             state: JSON values; those of the main rank are written.
             score: Finite evaluation score at this step; None: no score.
-            reference: Reference model that moves during training and is stored completely; None: no such model.
+            reference: Reference model if training updates it, so that the checkpoint must store it; otherwise None.
 
         Raises:
             CheckpointError: If any rank fails, for instance because the disk is full. The half-written folder is

@@ -128,7 +128,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         world_size: Number of processes.
         micro_batch_size: Number of pairs per micro-batch, if ``micro_batch_tokens`` is None.
         micro_batch_tokens: Maximum number of token positions per micro-batch; None: ``micro_batch_size`` pairs.
-        group_prompts: Whether pairs with the same prompt are adjacent in the order from which micro-batches are cut.
+        group_prompts: Whether pairs with the same prompt stay adjacent when a slice is divided into micro-batches.
         skip_bad: Whether bad pairs are skipped; False: a bad pair ends the run.
     """
 

@@ -66,7 +66,7 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Runs the model once on a batch and returns the logits that predict the labels, ``[N, V]``.
 
     The loss is ``mpo_loss(logits, batch.labels.to(logits.device), ..., cu_seqlens=batch.cu_seqlens, shift=False)``.
-    The model computes the logits of all positions, ``[R, L, V]``, of which the labelled ones are returned. Arguments
+    The model computes the logits of all positions, ``[R, L, V]``, although only some of them predict labels. Arguments
     and errors are those of ``forward``.
     """
     with model_inputs(unwrap_model(model), batch) as inputs:
@@ -88,7 +88,7 @@ def _label_rows(values: Tensor, batch: Batch) -> Tensor:
 def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
     """Yields the model's keyword arguments for a batch. ``inner`` is the model without wrappers.
 
-    Inside the ``with`` block, the model encodes each image once, also if the image belongs to two sequence rows.
+    Inside the ``with`` block, the model encodes each image once, even if the image belongs to two sequence rows.
     """
     inputs: dict[str, Any] = dict(batch.inputs)
     has_grid = any(name in inputs for name in GRIDS)

@@ -11,7 +11,7 @@ from mpo_ext.train.ranks import gather
 class HubUpload:
     """Uploads the folder of the final model to a repository of the hub. Only the main process talks to the hub.
 
-    All ranks must call each method, and all of them raise its errors.
+    All ranks must call each method. If a method fails, all ranks raise the error.
     """
 
     def __init__(self, recipe: HubRecipe, accelerator: Any) -> None:

@@ -37,7 +37,7 @@ class JointCalls(NamedTuple):
     """The ranges of tokens in calls of the kernel. A stop is exclusive.
 
     Attributes:
-        own: ``(start, stop)`` of the tokens of each causal call, which are queries and keys. Ranges do not overlap.
+        own: ``(start, stop)`` of each causal call, whose tokens are both queries and keys. Ranges do not overlap.
         shared: ``(start, stop, key start, key stop)`` of the queries and the keys of each call without a mask.
     """
 

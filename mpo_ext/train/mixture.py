@@ -297,7 +297,10 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
 
 
 def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns a label per subset: its name, after the shortest distinguishing end of its path if names repeat."""
+    """Returns a label for each subset: its name, preceded by the end of its path if another path has this name.
+
+    The end of the path is the shortest that distinguishes the paths.
+    """
     parts = [Path(os.path.normpath(path)).parts for path in paths]
     labels = []
     for path_parts, name in zip(parts, names, strict=True):

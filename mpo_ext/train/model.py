@@ -62,7 +62,7 @@ def loader_of(config: Any) -> Any:
 def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
     """Disables dropout, freezes parts or adds adapters as the recipe says, and returns the model to train.
 
-    ``use_split_attention`` also changes the model, if it supports the model.
+    If the model supports split attention, this function enables it (``use_split_attention``).
     """
     switch_off_dropout(model)
     use_split_attention(model)

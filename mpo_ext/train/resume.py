@@ -106,7 +106,7 @@ class RunState:
         return self._recipe.output.keep_best and self.score() is not None and self.n_stalled == 0
 
     def has_stalled(self) -> bool:
-        """Returns whether the last ``output.early_stopping`` evaluations gave no new best value; False for 0."""
+        """Returns whether the last ``output.early_stopping`` (if not 0) evaluations gave no new best value."""
         patience = self._recipe.output.early_stopping
         return patience > 0 and self.n_stalled >= patience
 

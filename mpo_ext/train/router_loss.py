@@ -35,9 +35,9 @@ class Router(NamedTuple):
 class RouterLoss:
     """The load-balancing loss of a model's routers.
 
-    Let E be the number of experts and k the number of experts per token. Let f_e be the mean over tokens and routers
-    of 1 if expert e is among the k most likely experts of a token, otherwise 0, and let P_e be the mean probability of
-    expert e. The loss is ``E * sum_e f_e * P_e``, which is k if all experts are used equally. f_e has no gradient.
+    Let E be the number of experts and k the number of experts per token. Over all tokens and routers, let f_e be the
+    fraction of tokens that have expert e among their k most likely experts, and P_e the mean probability of expert e.
+    The loss is ``E * sum_e f_e * P_e``, which is k if all experts are used equally. f_e has no gradient.
 
     Attributes:
         routers: Modules that return the router logits.

@@ -118,7 +118,7 @@ def set_up(
     """Loads models, opens the data, makes the optimizer and prepares all of them with accelerate.
 
     If ``model`` is None, ``recipe.model.path`` and its processor are loaded instead. ``date`` is the date that the
-    chat template may write.
+    chat template may print in prompts.
     """
     if recipe.data.max_image_pixels is not None:
         set_max_pixels(recipe.data.max_image_pixels)
@@ -183,7 +183,7 @@ def _add_stop_id(model: Any, end_id: int) -> None:
 
 
 def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module | None, str]:
-    """Returns the separate reference model, or None, and the fingerprint for precomputed log-probs, or ""."""
+    """Returns the separate reference model (or None), and the fingerprint of the reference ("" if not needed)."""
     kind, path = recipe.reference_kind, recipe.reference.path
     digest = fingerprint(policy) if kind == "precomputed" else ""
     model: nn.Module | None = None

@@ -316,7 +316,7 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
 
 
 def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
-    """Returns whether ``joint_attention`` can compute a call: attention to prompts in kernel calls without a mask."""
+    """Returns whether ``joint_attention`` supports a call, and the call has responses that need it."""
     parts = call.segments.parts
     is_plain = not dropout and call.window is None and not any(part.blocks for part in parts)
     return is_plain and any(part.prompt is not None for part in parts) and can_join(query, value)
