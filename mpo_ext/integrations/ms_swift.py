@@ -21,7 +21,7 @@ from mpo_ext.integrations.separate_rows import (
 )
 from mpo_ext.loss.config import MPOConfig
 
-#: ms-swift's names of the terms of the loss, and the weights of MPOConfig.
+#: Weights of MPOConfig by ms-swift's names of the terms of the loss.
 _TERMS = {"sigmoid": "dpo_weight", "bco_pair": "bco_weight", "sft": "ntp_weight"}
 _NOT_FOR_MODEL = ("labels", "text_position_ids", "ref_chosen_logps", "ref_rejected_logps")
 

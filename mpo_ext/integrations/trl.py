@@ -31,7 +31,7 @@ from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.loss.steps import MPOOutput
 from mpo_ext.train.model_card import CITATION
 
-#: TRL's names of the terms of the loss, and the weights of MPOConfig.
+#: Weights of MPOConfig by TRL's names of the terms of the loss.
 _TERMS = {"sigmoid": "dpo_weight", "bco_pair": "bco_weight", "sft": "ntp_weight"}
 _NOT_FOR_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 _STATS = ("entropy", "top1", "mean_logit")

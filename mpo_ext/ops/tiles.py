@@ -199,7 +199,7 @@ class TiledRows:
         is_whole = index.shape[0] == labels.numel()
         self.rows = (rows if is_whole else rows.index_select(0, self.index)).to(self.input_dtype)
         self._buffers: dict[str, Tensor] = {}
-        # Gradients in bfloat16 are rounded to fewer bits than float16 has.
+        # float16 logits suffice if the gradients are bfloat16, which has fewer significant bits.
         is_rounded = hidden.dtype == head.weight.dtype == torch.bfloat16
         kept_dtype = torch.float16 if is_rounded and self.tile_dtype == torch.float32 else self.tile_dtype
         self.keeps_in_place = keeps_logits and kept_dtype == self.tile_dtype

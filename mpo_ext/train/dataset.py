@@ -184,7 +184,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         responses = [[len(getattr(sample, side)) for side in sides] for sample in samples]
         for place, sample in enumerate(samples):
             if sample.rejected_prompt is not None and self.collator.with_rejected:
-                # Two rows of the size of the longer prompt and the longer response.
+                # The pair counts as two rows, each as long as the longer prompt and the longer response.
                 chosen, rejected = responses[place]
                 longer = max(prompts[place], len(sample.rejected_prompt.prompt_ids))
                 prompts[place] = 2 * longer + abs(chosen - rejected)

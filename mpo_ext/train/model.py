@@ -31,7 +31,7 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
     check_model_path("model.path", recipe.path)
     check_on_hub("model.path", recipe.path)
     config = load_config(recipe.path, **recipe.hub_options)
-    processor = load_processor(recipe.path, config, **recipe.hub_options)  # fails in seconds, unlike the weights
+    processor = load_processor(recipe.path, config, **recipe.hub_options)  # first, because it fails within seconds
     options: dict[str, Any] = {}
     if recipe.lora is not None and recipe.lora.quantization is not None:
         options["quantization_config"] = _quantization(recipe, config)

@@ -155,7 +155,7 @@ def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> di
     default. Raises ``LinesError`` if a setting has changed that must not change within a run.
     """
     stored = state["recipe"]
-    with contextlib.suppress(TypeError, ValueError):  # a setting that does not exist any more
+    with contextlib.suppress(TypeError, ValueError):  # the checkpoint may have a setting that no longer exists
         stored = plain_values(Recipe(**stored).to_dict())
     old, new = flat_settings(stored), flat_settings(plain_values(recipe.to_dict()))
     changed = {

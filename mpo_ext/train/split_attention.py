@@ -304,7 +304,7 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
             continue
         own = keys[i], values[i]
         if part.prompt is not None:
-            if part.prompt not in prompts:  # once per prompt: the backward of each slice has the size of the part
+            if part.prompt not in prompts:  # sliced once, because the backward of each slice fills the whole part
                 # With a window, a response sees at most the last ``window - 1`` tokens of the prompt.
                 start = 0 if call.window is None else max(0, part.prompt_length + 1 - call.window)
                 seen = slice(start, part.prompt_length)
