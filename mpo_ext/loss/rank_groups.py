@@ -63,7 +63,7 @@ class RankGroups:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the first of each group; only then the rewards of shared pairs are counted here."""
+        """Returns whether this rank is the first of each group. Only the first rank counts rewards of shared pairs."""
         return all(dist.get_rank(group) == 0 for _, group in self._named())
 
     def agree(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class WideMatmuls(NamedTuple):
-    """Whether torch's matmuls of half-precision inputs on a device can give float32 results."""
+    """The support of torch for float32 results of matmuls of half-precision inputs on a device."""
 
     writes: bool  # whether a matmul can write its product to a float32 tensor
     adds: bool  # whether a matmul can add its product to a float32 tensor
