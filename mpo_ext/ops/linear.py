@@ -215,7 +215,7 @@ def _score_tiles(
 
 
 def _rescale_(total: Tensor, old_max: Tensor, row_max: Tensor, *, is_first: bool) -> None:
-    """Changes ``exp(z - old_max)`` to ``exp(z - row_max)`` in the sum ``exp(z - old_max) @ weight``, in place."""
+    """Rescales ``total``, the sum of ``exp(z - old_max) @ weight``, to the new maximum ``row_max``, in place."""
     if not is_first:
         total.mul_(torch.where(old_max == -math.inf, 0.0, torch.exp(old_max - row_max)).unsqueeze(1))
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Number of values in the row state that one tile of the vocabulary passes to the next (csrc/mpo/math.h: RowState).
+#: Number of values in a row's softmax state, which one tile of the vocabulary passes to the next: the maximum, four
+#: sums and the logit of the label (csrc/mpo/math.h: RowState).
 ROW_STATE = 6
 _HUGE_PAGES_BYTES = 1 << 20
 REUSED_BYTES = 16 << 20  # memory of a freed tensor of at least this size is kept for the next tensor of similar size
@@ -35,7 +36,7 @@ class VocabShard(NamedTuple):
 
 
 def empty_row_state(labels: Tensor) -> Tensor:
-    """Returns the state ``[..., ROW_STATE]`` of rows before their first tile, on the device of the labels."""
+    """Returns the softmax state ``[..., ROW_STATE]`` of rows before their first tile, on the device of the labels."""
     state = torch.zeros(*labels.shape, ROW_STATE, dtype=torch.float64, device=labels.device)
     state[..., 0] = -math.inf  # the maximum
     return state

@@ -112,7 +112,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Number of token positions without padding. Read it before ``to`` moves the batch to a GPU, or it waits."""
+        """Number of token positions without padding. After ``to`` moved the batch to a GPU, reading it waits."""
         return int((self.segments >= 0).sum())
 
     @property
