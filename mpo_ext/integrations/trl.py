@@ -314,7 +314,11 @@ def _log(trainer: Any, mode: str, terms: dict[str, tuple[Tensor, Tensor]], input
 
 
 def _settings_of(args: DPOConfig) -> tuple[MPOConfig, dict[str, Any]]:
-    """Returns the settings of the loss and the options of ``linear_mpo_loss``. Other losses raise ``ValueError``."""
+    """Returns the settings of the loss and the options of ``linear_mpo_loss``.
+
+    Raises:
+        ValueError: If the settings ask for a loss other than MPO and its terms.
+    """
     if reason := _other_loss(args):
         raise ValueError(f"{reason}; otherwise use trl.DPOTrainer")
     budget = getattr(args, "memory_budget_mib", None)
@@ -340,7 +344,7 @@ def _other_terms(loss_type: str | Sequence[str]) -> str | None:
 
 
 def _other_loss(args: DPOConfig) -> str | None:
-    """Returns why the settings ask for a loss other than MPO and its terms (a rule and the value), or None."""
+    """Returns None if the settings ask for MPO or terms of it, else the rule that they break and their value."""
     if reason := _other_terms(args.loss_type):
         return reason
     if args.use_liger_kernel:
@@ -358,7 +362,7 @@ def _other_loss(args: DPOConfig) -> str | None:
 
 
 def _other_loss_of(trainer: Any) -> str | None:
-    """Returns why a patched ``DPOTrainer`` keeps its own loss, or None."""
+    """Returns the reason why a patched ``DPOTrainer`` keeps its own loss, or None if mpo_ext computes the loss."""
     weights = trainer.loss_weights
     if min(weights) < 0 or not any(weights):
         return _other_loss(trainer.args) or f"loss_weights must be at least 0, and one of them positive, got {weights}"
@@ -378,9 +382,9 @@ def _has_images(dataset: Any) -> bool:
 
 
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
-    """Returns the functions that ``mpo_ext.patch("trl")`` puts into ``DPOTrainer``, and a line about them.
+    """Returns what ``mpo_ext.patch("trl")`` replaces in ``DPOTrainer``, and a line that describes it.
 
-    The functions compute losses with the terms "sigmoid", "bco_pair" and "sft". TRL computes all other losses.
+    The new methods compute losses with the terms "sigmoid", "bco_pair" and "sft". TRL computes all other losses.
     """
     shift_settings = {"mode": "fixed"} if reward_shift is None else dict(reward_shift)
     settings_of_dpo = settings_function(_other_loss_of, lambda trainer: _config_of(trainer.args), shift_settings)

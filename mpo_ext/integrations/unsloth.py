@@ -37,7 +37,7 @@ def chunked_selective_log_softmax(
 
 
 def replacements() -> tuple[list[Replacement], str]:
-    """Returns the functions of ``mpo_ext.patch("unsloth")``, and a line about them."""
+    """Returns what ``mpo_ext.patch("unsloth")`` replaces, and a line that describes it."""
     changes = replace_in_modules(own_function, chunked_selective_log_softmax, "unsloth_zoo", "unsloth")
     generated = [module for title, module in list(sys.modules.items()) if _GENERATED.fullmatch(title)]
     changes += [

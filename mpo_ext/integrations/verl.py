@@ -34,7 +34,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
 
 def replacements() -> tuple[list[Replacement], str]:
-    """Returns the functions of ``mpo_ext.patch("verl")``, and a line about them."""
+    """Returns what ``mpo_ext.patch("verl")`` replaces, and a line that describes it."""
     return replace_in_modules(own_function, logprobs_from_logits, "verl"), (
         "logprobs_from_logits reads the logits once and gives the same bits in every run"
     )

@@ -211,7 +211,7 @@ class RewardShift:
     def _apply(self, batch: Tensor, *, each_rank_counts: bool) -> None:
         """Updates the state with ``batch``, ``[2]``: the sum and the count of this rank's rewards.
 
-        ``each_rank_counts`` tells that the mean rewards of the ranks have equal weights.
+        With ``each_rank_counts``, the mean reward of each rank is one update; otherwise that of all ranks together.
         """
         if each_rank_counts:  # the authors' code averages the ranks' means, unweighted by numbers of pairs
             has_pairs = (batch[1] > 0).double()

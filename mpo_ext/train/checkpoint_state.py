@@ -131,7 +131,7 @@ class StateReader:
 
 
 class _TensorWriter(dcp.FileSystemWriter):
-    """Raises the ``OSError`` of a full disk, which torch's writer hides behind a ``RuntimeError``."""
+    """A file writer that raises the ``OSError`` of a full disk. torch's writer hides it behind a ``RuntimeError``."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:

@@ -107,9 +107,9 @@ def check_shared_prefix(
 
     ``model`` is as in ``forward``, ``pad_id`` and ``positions`` are as in ``collate``. At least one sample must be
     given, with images if the run will have images. ``tolerance`` is the maximum root mean square difference of the
-    log-probs, in nats; None: 16 times the machine epsilon of the arithmetic, at least 1e-3. A small effect of a broken
-    mask reduces the limit to half of this effect, but not below a quarter of ``tolerance``. With ``from_logits`` the
-    model computes logits, as with the setting ``loss.from_logits``.
+    log-probs, in nats; None: 16 times the machine epsilon of the arithmetic, at least 1e-3. If a broken mask has a
+    smaller effect than twice ``tolerance``, the maximum is half of this effect, but at least a quarter of
+    ``tolerance``. With ``from_logits`` the model computes logits, as with the setting ``loss.from_logits``.
 
     Raises:
         torch.OutOfMemoryError: If memory runs out.

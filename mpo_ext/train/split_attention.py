@@ -40,7 +40,7 @@ _NOT_IN_SDPA = ("softcap", "s_aux", "position_bias")
 
 
 class _Part(NamedTuple):
-    """Consecutive tokens of a row whose queries are one causal call, or the padding of a row.
+    """Consecutive tokens of a row whose queries go into one causal call of attention, or the padding of a row.
 
     Attributes:
         size: Number of tokens.
@@ -170,7 +170,7 @@ def split_decoder(decoder: nn.Module, config: Any) -> str | None:
 
 
 def _register_mask(name: str, base: str) -> None:
-    """Registers the mask function of the implementation ``base`` for ``name``.
+    """Registers the mask function of the attention implementation ``base`` under ``name``.
 
     Calls without ``row_segments`` therefore keep their masks.
     """
@@ -197,7 +197,7 @@ def is_marker(mask: Any) -> bool:
 
 
 def _base_of(module: nn.Module) -> tuple[str, Callable[..., tuple[Tensor, Any]]]:
-    """Returns the name and the function of transformers' implementation that an attention module's split form uses."""
+    """Returns the name and the function of transformers' attention implementation that split attention calls."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = _BASES[getattr(module.config, "_attn_implementation", "")]

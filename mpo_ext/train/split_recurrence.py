@@ -128,7 +128,7 @@ def _groups(sizes: dict[int, int], shortest: float) -> Iterator[list[int]]:
 
 
 class _SplitForward:
-    """Replaces ``layer.forward`` of one layer with states. ``cache_name`` is the layer's argument for the states."""
+    """The replacement of ``layer.forward``. ``cache_name`` is the argument through which ``layer`` gets its states."""
 
     def __init__(self, layer: nn.Module, cache_name: str) -> None:
         self._layer = layer
