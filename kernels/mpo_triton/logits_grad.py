@@ -13,7 +13,7 @@ _INTEGERS = ["vocab", "first", "total", *_STRIDES, *(f"grad_{name}" for name in 
 
 @triton.jit
 def fill_columns(row_ptr, filler, begin, shift, end, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Writes ``filler`` to the positions begin .. begin + CHUNK - 1 of a row, as far as they are columns.
+    """Writes ``filler`` to the columns of a row among the positions begin .. begin + CHUNK - 1.
 
     The columns of the row are the positions shift .. end - 1.
     """
@@ -127,7 +127,7 @@ def logits_grad(
     grad_layout: tuple[Tensor, int, int, int],
     tile: tuple[int, int, Tensor] | None = None,
 ) -> None:
-    """Writes the gradient that the operator ``logits_grad`` returns to ``grad_layout``, in one launch.
+    """Writes the result of the operator ``logits_grad`` to the tensor of ``grad_layout`` in one launch.
 
     ``layout`` and ``grad_layout`` are ``RowLayout`` tuples of ``mpo_ext.ops.memory``. ``tile`` is a ``Tile`` if the
     logits are one tile of the vocabulary.

@@ -73,7 +73,7 @@ def pair_rewards_kernel(
     reward_sum = tl.zeros((BLOCK,), tl.float64)
     reward_count = tl.zeros((BLOCK,), tl.float64)
     ntp_sum = tl.zeros((BLOCK,), tl.float64)  # log-probs of the chosen responses, or their means
-    ntp_count = tl.zeros((BLOCK,), tl.float64)  # tokens of the chosen responses, or the responses
+    ntp_count = tl.zeros((BLOCK,), tl.float64)  # number of tokens of the chosen responses, or of the responses
     nan_count = tl.zeros((BLOCK,), tl.float64)
     for at in range(0, pairs, BLOCK):
         pair = at + tl.arange(0, BLOCK)

@@ -1,8 +1,8 @@
 """The layout of rows of logits in the Triton kernels: 16-byte vectors at aligned addresses, wherever a row starts.
 
-If the vocabulary size is odd, rows do not start at multiples of 16 bytes. A row is therefore read from the last
-multiple before its start: position ``a`` is column ``a - misalignment``, where the misalignment is less than one
-vector. Only the first and the last block of positions need a mask.
+If the vocabulary size is odd, rows do not start at multiples of 16 bytes. Positions in a row are therefore counted
+from the last multiple before its start: position ``a`` is column ``a - misalignment``, where the misalignment is less
+than one vector. Only the first and the last block of positions need a mask.
 """
 
 from typing import NamedTuple

@@ -14,7 +14,7 @@ _STATE_WITH_STATS = 5  # with statistics also sum of e * (z - max), sum of z, su
 
 @triton.jit
 def vector_sums(values, VECTOR: tl.constexpr):
-    """Returns the sum of each VECTOR consecutive values, which one thread holds."""
+    """Returns the sums of groups of VECTOR consecutive values. A single thread holds each group."""
     return tl.sum(tl.reshape(values, (values.shape[0] // VECTOR, VECTOR)), axis=1)
 
 
@@ -111,7 +111,7 @@ def merge_chunks(
     gap = tl.where(maxima == -float("inf"), 0.0, maxima - safe_max)
     scale = tl.where(maxima == -float("inf"), 0.0, tl.exp(gap))
     sums = tl.load(state_ptr + 1, mask=mask, other=0.0)
-    # A NaN is not in the maximum, but it is in the sum.
+    # The maximum ignores NaN; the sum does not.
     row_sum = tl.sum(tl.where(sums == sums, sums * scale, sums), axis=0).to(tl.float64)
     e_d = row_sum
     z_sum = row_sum
@@ -137,7 +137,7 @@ def merge_tile(
     old_sum = tl.load(row_state_ptr + 1, mask=is_later, other=0.0)
     old_label = tl.load(row_state_ptr + 5, mask=is_later, other=0.0)
     new_max = tl.maximum(row_max, old_max)
-    # Without a finite maximum the sum is 0 or NaN, and neither is scaled.
+    # If a maximum is -inf, the sum is 0 or NaN. A gap of 0, a scale of 1, leaves it unchanged.
     gap = tl.where(row_max == -float("inf"), 0.0, row_max - new_max)
     old_gap = tl.where(old_max == -float("inf"), 0.0, old_max - new_max)
     scale = tl.exp(gap)
@@ -247,7 +247,7 @@ def token_logp_kernel(
             state_ptr, row_max, row_sum, e_d, z_sum, squared, z_label, is_valid, is_later, has_label, STATS
         )
 
-    # In double, because a GPU's fast logarithm is inaccurate near 1, the sum of a confident token.
+    # In double, because a GPU's fast logarithm is inaccurate near 1, and row_sum is near 1 for a confident token.
     log_sum = tl.log(row_sum)
     logp = (z_label - row_max) - log_sum
     tl.store(logp_ptr + row, tl.where(is_valid, logp, filler).to(tl.float32))

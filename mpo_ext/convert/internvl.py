@@ -19,7 +19,7 @@ from mpo_ext.files import sync_tree, write_json
 
 MODEL_TYPE = "internvl_chat"
 
-#: Model types of transformers by the class of the language model; other classes are refused.
+#: Model types of transformers by the class of the language model; other classes are rejected.
 _LANGUAGE_MODELS = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
@@ -27,7 +27,7 @@ _LANGUAGE_MODELS = {
     "LlamaForCausalLM": "llama",
     INTERNLM2: "llama",
 }
-#: What to do about other language models.
+#: Advice for some of the other language models.
 _HINTS = {
     "GptOssForCausalLM": "take OpenGVLab/InternVL3_5-GPT-OSS-20B-A4B-Preview-HF",
     "InternLM3ForCausalLM": "take OpenGVLab/InternVL3-9B-hf",
@@ -203,7 +203,7 @@ _OF_ALL_MODELS = {
 
 
 def _settings_of_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a config, without settings of all models and settings of generation."""
+    """Returns the settings of a config, except for those that all models have and those of generation."""
     import transformers
 
     others = {*transformers.PretrainedConfig().to_dict(), *vars(transformers.GenerationConfig()), *_OF_ALL_MODELS}

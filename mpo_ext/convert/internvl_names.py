@@ -45,7 +45,7 @@ INTERNLM2 = "InternLM2ForCausalLM"
 
 
 def converted(name: str, tensor: Any, language: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tensors of transformers, by name, for a tensor of the authors. A joint projection gives three.
+    """Returns the tensors of transformers, by name, for a tensor of the authors: three for a joint projection.
 
     Args:
         name: The authors' name.
@@ -73,7 +73,10 @@ def converted(name: str, tensor: Any, language: Mapping[str, Any]) -> dict[str, 
 
 
 def _separate(name: str, tensor: Any, language: Mapping[str, Any]) -> Sequence[Any]:
-    """Returns the queries, keys and values of an InternLM2. Each of its groups has some queries, a key and a value."""
+    """Returns the projections of queries, keys and values from InternLM2's joint projection.
+
+    The joint projection consists of groups. Each group has the rows of several queries, one key and one value.
+    """
     heads = language["num_attention_heads"]
     groups = language.get("num_key_value_heads") or heads
     per_group, size = heads // groups, language["hidden_size"] // heads

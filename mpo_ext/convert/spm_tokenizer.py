@@ -16,7 +16,7 @@ _TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 def load_spm_tokenizer(folder: Path, *, extra_special_tokens: Mapping[str, str]) -> Any:
     """Returns the tokenizer of ``tokenizer.model`` and ``tokenizer_config.json`` as a ``PreTrainedTokenizerFast``.
 
-    The token ids are those of SentencePiece. ``added_tokens_decoder`` may give pieces other names. Each text between
+    The token ids are those of SentencePiece. The setting ``added_tokens_decoder`` may rename pieces. Each text between
     special tokens is encoded separately, as in transformers' slow tokenizers.
 
     Args:
@@ -136,7 +136,7 @@ def _content(value: Any) -> str:
 
 
 def _set_ends(tokenizer: Any, settings: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Lets the tokenizer add BOS and EOS to texts, as ``add_bos_token`` and ``add_eos_token`` say."""
+    """Makes the tokenizer add BOS and EOS to texts if the settings ``add_bos_token`` and ``add_eos_token`` say so."""
     from tokenizers import processors
 
     begin = [names["bos_token"]] if settings.get("add_bos_token", True) else []

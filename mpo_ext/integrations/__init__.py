@@ -1,4 +1,4 @@
-"""The loss inside other trainers: one file per trainer, and ``patch`` and ``unpatch`` for those that stay unchanged.
+"""The loss inside other trainers, one file per trainer. ``patch`` and ``unpatch`` change trainers at run time.
 
 No module of another package is imported before it is needed.
 """

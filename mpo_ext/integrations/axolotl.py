@@ -10,10 +10,10 @@ from mpo_ext.integrations.patching import Replacement, check_sources
 
 
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
-    """Returns the functions of ``mpo_ext.patch("axolotl")``, and a line about them.
+    """Returns what ``mpo_ext.patch("axolotl")`` replaces, and a line that describes it.
 
-    axolotl's trainer is a subclass of TRL's ``DPOTrainer`` and leaves the loss to it, so these functions are
-    those of ``mpo_ext.patch("trl")``.
+    axolotl's trainer inherits the loss from TRL's ``DPOTrainer``, so the replacements are those of
+    ``mpo_ext.patch("trl")``.
 
     Raises:
         RuntimeError: If TRL has a version or source that mpo_ext does not know.

@@ -41,7 +41,7 @@ _SETTINGS: dict[RowLayout | None, SharedPrefix] = {
 
 @dataclasses.dataclass(frozen=True)
 class PairCollator:
-    """Collates samples of ``mpo_ext.train.encode.Encoder`` for ``MPOLossMixin``: ``{"batch": Batch}``."""
+    """Collates samples of ``mpo_ext.train.encode.Encoder`` into ``{"batch": Batch}``, as ``MPOLossMixin`` needs it."""
 
     collator: Collator
 
@@ -59,10 +59,10 @@ class PairCollator:
         Args:
             model: The model that will be trained, before any wrapper.
             encoder: The encoder that made the samples.
-            samples: One or two samples, one of them with images if any has. The log-probs of a shared row are
-                compared with those of separate rows on these samples.
-            layout: "packed", "shared", "masked" or "separate", see ``mpo_ext.train.batch.Batch``. None: the first that
-                gives the right log-probs.
+            samples: One or two samples, one of them with images if the data has images. The log-probs of a shared row
+                are compared with those of separate rows on these samples.
+            layout: "packed", "shared", "masked" or "separate", see ``mpo_ext.train.batch.Batch``. None: the first of
+                them that gives the log-probs of separate rows.
 
         Raises:
             ValueError: If ``layout`` is unknown, or the model does not support it.
@@ -97,16 +97,17 @@ class MPOLossMixin(RewardShiftCheckpoints, _Base):
 
     The data set holds samples of ``mpo_ext.train.encode.Encoder``; ``data_collator`` is a ``PairCollator``. A batch
     may hold ``ref_logp``, ``[2B]`` summed log-probs under the reference, chosen first. Otherwise they are computed
-    with ``ref_model``, with the policy without its LoRA adapters, or with a copy of the policy at the start.
+    with ``ref_model``. If it is None, the reference is the policy without its LoRA adapters or, for a policy without
+    adapters, a copy that is made at the start.
 
-    Checkpoints hold the reward shift. The log has each term of the loss. As everywhere in Trainer, a step averages
-    its micro-batches, whatever their numbers of tokens.
+    Checkpoints hold the reward shift. The log has each term of the loss. The micro-batches of a step have equal
+    weights, as in Trainer.
 
     Args:
         *args: As in Trainer.
         mpo_config: Weights, beta and the other settings of the loss.
         reward_shift: The reward shift; None: ``RewardShift()``, that of the authors' code.
-        ref_model: Reference model; None: see above.
+        ref_model: Reference model, or None.
         **kwargs: As in Trainer.
 
     Raises:

@@ -25,9 +25,9 @@ _SMALLEST = 1e-6  # LLaMA-Factory leaves out terms with a smaller weight
 
 
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
-    """Returns the functions of ``mpo_ext.patch("llama-factory")`` for ``CustomDPOTrainer``, and a line about them.
+    """Returns what ``mpo_ext.patch("llama-factory")`` replaces in ``CustomDPOTrainer``, and a line that describes it.
 
-    They compute the loss if ``pref_loss`` is "sigmoid"; other losses stay those of LLaMA-Factory.
+    The new methods compute the loss if ``pref_loss`` is "sigmoid". LLaMA-Factory computes all other losses.
     """
     shift_settings = {"mode": "cumulative"} if reward_shift is None else dict(reward_shift)
     settings = settings_function(_other_loss, _config_of, shift_settings)
@@ -55,7 +55,7 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
 
 
 def _other_loss(trainer: Any) -> str | None:
-    """Returns the rule and the value of the argument that asks for a loss other than MPO and its terms, or None."""
+    """Returns None if the arguments ask for MPO or terms of it, else the rule that they break and their value."""
     if not trainer.finetuning_args.use_ref_model or trainer.loss_type != "sigmoid":
         return f"pref_loss must be 'sigmoid', got {trainer.loss_type!r}"
     if trainer.ld_alpha is not None:

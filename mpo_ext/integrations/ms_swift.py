@@ -21,15 +21,15 @@ from mpo_ext.integrations.separate_rows import (
 )
 from mpo_ext.loss.config import MPOConfig
 
-#: ms-swift's names of the terms of the loss, and the weights of MPOConfig.
+#: Weights of MPOConfig by ms-swift's names of the terms of the loss.
 _TERMS = {"sigmoid": "dpo_weight", "bco_pair": "bco_weight", "sft": "ntp_weight"}
 _NOT_FOR_MODEL = ("labels", "text_position_ids", "ref_chosen_logps", "ref_rejected_logps")
 
 
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
-    """Returns the functions of ``mpo_ext.patch("ms-swift")`` for ms-swift's ``DPOTrainer``, and a line about them.
+    """Returns what ``mpo_ext.patch("ms-swift")`` replaces in ``DPOTrainer``, and a line that describes it.
 
-    They compute the loss if its terms are among "sigmoid", "bco_pair" and "sft"; other losses stay ms-swift's.
+    The new methods compute losses with the terms "sigmoid", "bco_pair" and "sft". ms-swift computes all other losses.
     """
     shift_settings = {"mode": "cumulative"} if reward_shift is None else dict(reward_shift)
     settings = settings_function(_other_loss, _config_of, shift_settings)
@@ -60,7 +60,7 @@ def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list
 
 
 def _other_loss(trainer: Any) -> str | None:
-    """Returns the rule and the value of the argument that asks for a loss other than MPO and its terms, or None."""
+    """Returns None if the arguments ask for MPO or terms of it, else the rule that they break and their value."""
     weights = _weights(trainer)
     if other := [name for name in weights if name not in _TERMS]:
         return f"loss_type must be among {', '.join(_TERMS)}, got {', '.join(other)}"

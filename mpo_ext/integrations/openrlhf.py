@@ -13,7 +13,7 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
     """Returns the log-prob of each label, ``[...]``, in nats; float32, or float64 for float64 logits.
 
     Args:
-        logits: ``[..., V]``; divided by ``temperature`` in place, as by OpenRLHF.
+        logits: ``[..., V]``; divided by ``temperature`` in place, as in OpenRLHF's function.
         labels: ``[...]`` int64.
         temperature: Divisor of the logits.
     """
@@ -23,7 +23,7 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
 
 
 def replacements() -> tuple[list[Replacement], str]:
-    """Returns the functions of ``mpo_ext.patch("openrlhf")``, and a line about them."""
+    """Returns what ``mpo_ext.patch("openrlhf")`` replaces, and a line that describes it."""
     return replace_in_modules(own_function, log_probs_from_logits, "openrlhf"), (
         "log_probs_from_logits reads the logits once and keeps no copy of them (DPO, PPO and its relatives)"
     )

@@ -39,14 +39,14 @@ _applied: dict[str, list[_Applied]] = {}
 def patch(name: str, **options: Any) -> None:
     """Puts the loss of mpo_ext into another trainer, until ``unpatch``. Prints a line that says what has changed.
 
-    Losses change by rounding only, unless an option asks for more.
+    The values of the losses change only by rounding, unless an option changes them.
 
     Args:
         name: "trl", "axolotl", "llama-factory" or "ms-swift", whose preference loss is replaced; or "openrlhf", "verl"
             or "unsloth", whose log-probs of tokens are replaced.
         options: For a preference loss: ``reward_shift``, the settings of ``RewardShift`` as a mapping, such as
-            ``{"mode": "cumulative"}``. None: that of the trainer itself, which is fixed at 0 in TRL and axolotl, and
-            "cumulative" in LLaMA-Factory and ms-swift.
+            ``{"mode": "cumulative"}``. None: the trainer's own reward shift, which is fixed at 0 in TRL and axolotl,
+            and "cumulative" in LLaMA-Factory and ms-swift.
 
     Raises:
         ImportError: If the trainer's package is not installed.
@@ -104,7 +104,7 @@ def unpatch(name: str) -> None:
 
 
 def replace_in_modules(function: Any, value: Any, *packages: str) -> list[Replacement]:
-    """Returns replacements of a function in each imported module of some packages that has it, under any name."""
+    """Returns the replacements of ``function`` by ``value`` in all imported modules of packages, under any name."""
     return [Replacement(module, name, value) for package in packages for module, name in _holders(function, package)]
 
 
@@ -172,7 +172,7 @@ def source_hash(path: str) -> str:
 
 
 def _holders(value: Any, package: str) -> Iterator[tuple[ModuleType, str]]:
-    """Yields the imported modules of a package that have a value, and its name there."""
+    """Yields each imported module of a package that has ``value`` as an attribute, and the attribute's name."""
     for title, other in list(sys.modules.items()):
         if title.partition(".")[0] == package and isinstance(other, ModuleType):
             yield from ((other, name) for name, held in list(vars(other).items()) if held is value)

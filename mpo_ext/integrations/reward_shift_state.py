@@ -56,7 +56,7 @@ def make_reward_shift(settings: Mapping[str, Any]) -> RewardShift:
 
 
 def save_reward_shift(trainer: Any, reward_shift: RewardShift, trial: Any) -> None:
-    """Writes the state into the folder of the checkpoint that ``trainer`` is about to save.
+    """Writes the state of the reward shift into the folder of the checkpoint that ``trainer`` is about to save.
 
     Called before the trainer's own ``_save_checkpoint``, so that a checkpoint without the state is never complete.
     """
@@ -66,7 +66,7 @@ def save_reward_shift(trainer: Any, reward_shift: RewardShift, trial: Any) -> No
 
 
 def load_reward_shift(reward_shift: RewardShift, checkpoint: str) -> None:
-    """Restores the state from a checkpoint's folder.
+    """Restores the state of the reward shift from a checkpoint's folder.
 
     Raises:
         ValueError: If the folder has no state, or the state of a ``RewardShift`` with other settings.

@@ -37,18 +37,18 @@ class LossSettings:
 def settings_function(
     other_loss: Callable[[Any], str | None], config_of: Callable[[Any], MPOConfig], reward_shift: Mapping[str, Any]
 ) -> Callable[[Any], LossSettings | None]:
-    """Returns a function of a patched trainer that returns its loss, or None if the trainer keeps its own.
+    """Returns a function that returns the ``LossSettings`` of a patched trainer, or None if it keeps its own loss.
 
     Args:
-        other_loss: Function that returns the reason why a trainer computes another loss, or None.
-        config_of: Function that returns the terms of a trainer's loss.
+        other_loss: Function that returns the reason why a trainer computes another loss than MPO, or None.
+        config_of: Function that returns the ``MPOConfig`` of a trainer's loss.
         reward_shift: Settings of ``RewardShift``.
 
     Raises:
-        TypeError: As ``make_reward_shift``.
-        ValueError: As ``make_reward_shift``.
+        TypeError: As in ``make_reward_shift``.
+        ValueError: As in ``make_reward_shift``.
     """
-    make_reward_shift(reward_shift)  # refuses bad settings now
+    make_reward_shift(reward_shift)  # so that bad settings raise now, not in the first step
 
     def settings(trainer: Any) -> LossSettings | None:
         reason = other_loss(trainer)
@@ -131,9 +131,9 @@ def _token_rows(head: HiddenAndHead, labels: Tensor) -> Tensor:
 
 
 def checkpoint_replacements(owner: Any, settings: Callable[[Any], LossSettings | None]) -> list[Replacement]:
-    """Returns functions of a Trainer that store the reward shift in checkpoints and restore it.
+    """Returns replacements for methods of a Trainer class that store the reward shift in checkpoints and restore it.
 
-    ``settings`` returns the loss of a trainer, or None if the trainer computes another loss.
+    ``settings`` is a result of ``settings_function``.
     """
     own_save: Any = vars(owner).get("_save_checkpoint")
     own_load: Any = vars(owner).get("_load_optimizer_and_scheduler")

@@ -29,7 +29,7 @@ def _methods(owner: str, **hashes: str) -> dict[str, str]:
     return {f"{owner}.{name}": value for name, value in hashes.items()}
 
 
-#: Of DPOTrainer: _compute_loss, compute_ref_log_probs and _precompute_ref_logps.
+#: Digests of DPOTrainer's methods _compute_loss, compute_ref_log_probs and _precompute_ref_logps, by version of TRL.
 _TRL_DIGESTS = {
     "0.29": ("24593b630a1b08cd", "cfec9f76537446de", "de45080643403437"),
     "1.0": ("5ee5385c3af48a7d", "37eec8ae841baa33", "de45080643403437"),

@@ -31,7 +31,7 @@ from mpo_ext.loss.reward_shift import RewardShift
 from mpo_ext.loss.steps import MPOOutput
 from mpo_ext.train.model_card import CITATION
 
-#: TRL's names of the terms of the loss, and the weights of MPOConfig.
+#: Weights of MPOConfig by TRL's names of the terms of the loss.
 _TERMS = {"sigmoid": "dpo_weight", "bco_pair": "bco_weight", "sft": "ntp_weight"}
 _NOT_FOR_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 _STATS = ("entropy", "top1", "mean_logit")
@@ -93,9 +93,9 @@ class MPOTrainingConfig(DPOConfig):
 class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
     """TRL's ``DPOTrainer`` with the MPO loss of mpo_ext, computed from hidden states without logits.
 
-    Full and LoRA training of text and images, DDP and FSDP2 (not tested: DeepSpeed). Beyond TRL: the reward shift
-    of the paper, which checkpoints hold; ``precompute_ref_log_probs`` with images; each term of the loss in the log
-    (``loss/dpo``, ``loss/bco``, ``loss/ntp``, ``reward_shift``).
+    It supports full and LoRA training on text and images, DDP and FSDP2. DeepSpeed is not tested. In addition to TRL,
+    it has the reward shift of the paper (also in checkpoints), ``precompute_ref_log_probs`` with images, and each term
+    of the loss in the log (``loss/dpo``, ``loss/bco``, ``loss/ntp``, ``reward_shift``).
 
     Args:
         model: As in ``DPOTrainer``.
@@ -142,7 +142,7 @@ class MPOTrainer(RewardShiftCheckpoints, DPOTrainer):
         self.mpo = LossSettings(config, self.reward_shift, options)
         precompute = _has_images(kwargs.get("train_dataset", rest[1] if len(rest) > 1 else None))
         precompute = precompute and args.precompute_ref_log_probs
-        if precompute:  # TRL refuses this, so the reference is computed below
+        if precompute:  # TRL does not support this; ``_precompute_with_images`` does it below
             args = copy.copy(args)
             args.precompute_ref_log_probs = False
         super().__init__(model, ref_model, args, *rest, **kwargs)
@@ -302,7 +302,7 @@ def _log_sums(out: MPOOutput, config: MPOConfig) -> dict[str, tuple[Tensor, Tens
 
 
 def _log(trainer: Any, mode: str, terms: dict[str, tuple[Tensor, Tensor]], inputs: dict[str, Any]) -> None:
-    """Adds the metrics over all ranks to those that the trainer logs, with one reduction and one wait."""
+    """Reduces the metrics over all ranks, and adds them to the trainer's metrics. Waits for the device once."""
     numbers = [value.double() for pair in terms.values() for value in pair]
     numbers.append(inputs["attention_mask"].sum().to(numbers[0]))
     *values, n_tokens = trainer.accelerator.reduce(torch.stack(numbers), reduction="sum").tolist()
@@ -314,7 +314,11 @@ def _log(trainer: Any, mode: str, terms: dict[str, tuple[Tensor, Tensor]], input
 
 
 def _settings_of(args: DPOConfig) -> tuple[MPOConfig, dict[str, Any]]:
-    """Returns the settings of the loss and the options of ``linear_mpo_loss``; refuses every other loss of TRL."""
+    """Returns the settings of the loss and the options of ``linear_mpo_loss``.
+
+    Raises:
+        ValueError: If the settings ask for a loss other than MPO and its terms.
+    """
     if reason := _other_loss(args):
         raise ValueError(f"{reason}; otherwise use trl.DPOTrainer")
     budget = getattr(args, "memory_budget_mib", None)
@@ -340,7 +344,7 @@ def _other_terms(loss_type: str | Sequence[str]) -> str | None:
 
 
 def _other_loss(args: DPOConfig) -> str | None:
-    """Returns the rule and the value of the setting that asks for a loss other than MPO and its terms, or None."""
+    """Returns None if the settings ask for MPO or terms of it, else the rule that they break and their value."""
     if reason := _other_terms(args.loss_type):
         return reason
     if args.use_liger_kernel:
@@ -358,7 +362,7 @@ def _other_loss(args: DPOConfig) -> str | None:
 
 
 def _other_loss_of(trainer: Any) -> str | None:
-    """Returns why a patched ``DPOTrainer`` keeps its own loss, or None."""
+    """Returns the reason why a patched ``DPOTrainer`` keeps its own loss, or None if mpo_ext computes the loss."""
     weights = trainer.loss_weights
     if min(weights) < 0 or not any(weights):
         return _other_loss(trainer.args) or f"loss_weights must be at least 0, and one of them positive, got {weights}"
@@ -378,9 +382,9 @@ def _has_images(dataset: Any) -> bool:
 
 
 def replacements(*, reward_shift: Mapping[str, Any] | None = None) -> tuple[list[Replacement], str]:
-    """Returns the functions that ``mpo_ext.patch("trl")`` puts into ``DPOTrainer``, and a line about them.
+    """Returns what ``mpo_ext.patch("trl")`` replaces in ``DPOTrainer``, and a line that describes it.
 
-    They compute the loss if its terms are among "sigmoid", "bco_pair" and "sft"; other losses stay TRL's.
+    The new methods compute losses with the terms "sigmoid", "bco_pair" and "sft". TRL computes all other losses.
     """
     shift_settings = {"mode": "fixed"} if reward_shift is None else dict(reward_shift)
     settings_of_dpo = settings_function(_other_loss_of, lambda trainer: _config_of(trainer.args), shift_settings)

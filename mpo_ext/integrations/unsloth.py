@@ -25,8 +25,9 @@ def chunked_selective_log_softmax(
         logits: ``[B, T, V]``.
         index: ``[B, T]`` int64 token ids.
         temperature: Divisor of the logits.
-        chunks: Has no effect: nothing of the size of the logits is stored, unless they are divided.
-        support: Unsloth's own function computes the log-probs of a truncated vocabulary (top k, top p, min p).
+        chunks: Has no effect, because the computation needs no copy of the logits, except to divide them.
+        support: Options that truncate the vocabulary (top k, top p, min p); with them, Unsloth's own function computes
+            the log-probs.
     """
     if support:
         return own_function(logits, index, temperature, chunks, **support)
@@ -36,7 +37,7 @@ def chunked_selective_log_softmax(
 
 
 def replacements() -> tuple[list[Replacement], str]:
-    """Returns the functions of ``mpo_ext.patch("unsloth")``, and a line about them."""
+    """Returns what ``mpo_ext.patch("unsloth")`` replaces, and a line that describes it."""
     changes = replace_in_modules(own_function, chunked_selective_log_softmax, "unsloth_zoo", "unsloth")
     generated = [module for title, module in list(sys.modules.items()) if _GENERATED.fullmatch(title)]
     changes += [

@@ -17,7 +17,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     """Returns the log-prob of each label, ``[...]``, in nats; float32, or float64 for float64 logits.
 
     Args:
-        logits: ``[..., V]``. verl's own function computes those of a ``DTensor``.
+        logits: ``[..., V]``. If they are a ``DTensor``, verl's own function computes the log-probs.
         labels: ``[...]`` int64.
         inplace_backward: Whether the gradient may overwrite the logits. As in verl, it does so only with flash
             attention, and not if the environment variable VERL_DISABLE_FLASH_ATTN_CE is 1.
@@ -26,7 +26,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
         return own_function(logits, labels, inplace_backward)
     reuse_logits = (
         inplace_backward
-        and logits.is_contiguous()  # verl copies others, so that the memory of the caller stays as it is
+        and logits.is_contiguous()  # verl copies other logits, so the caller's memory is not overwritten
         and torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE
         and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"
     )
@@ -34,7 +34,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
 
 def replacements() -> tuple[list[Replacement], str]:
-    """Returns the functions of ``mpo_ext.patch("verl")``, and a line about them."""
+    """Returns what ``mpo_ext.patch("verl")`` replaces, and a line that describes it."""
     return replace_in_modules(own_function, logprobs_from_logits, "verl"), (
         "logprobs_from_logits reads the logits once and gives the same bits in every run"
     )

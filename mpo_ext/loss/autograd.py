@@ -100,7 +100,7 @@ def _saved_rows(ctx: Any) -> tuple[Tensor, ...]:
 
 
 def _logits_grad(ctx: Any, logits: Tensor, *rows: Tensor | None) -> Tensor:
-    """Returns the gradient of the logits, with ``reuse_logits`` in their memory."""
+    """Returns the gradient of the logits. With ``reuse_logits``, the gradient overwrites the logits."""
     grad = logits.detach()
     if not ctx.reuse_logits:
         return logits_grad(grad, *rows, ctx.ignore_index, ctx.backend, *ctx.shard)
@@ -193,7 +193,7 @@ def _gradients_over_ranks(
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of hidden states, weight and bias if this rank holds a shard of the head.
 
-    The ranks sum only the labelled rows of the gradient of the hidden states. The sum is rounded afterwards.
+    The ranks sum only the labelled rows of the gradient of the hidden states. The sum is then rounded to their dtype.
     """
     hidden, wanted = inputs[0], ctx.needs_input_grad[:3]
     d_weight, d_bias = None, None

@@ -39,7 +39,7 @@ class BatchSequence:
 
     Attributes:
         name: Name of the sequence in messages, such as "chosen 0".
-        logits_at: Function that returns the logits ``[n, vocab]`` of n positions, from their int64 tensor on the CPU.
+        logits_at: Function of n positions (an int64 tensor on the CPU) that returns their logits, ``[n, vocab]``.
         vocab: Number of logits of a position.
         labels: ``[T]`` on the CPU.
         ids: ``[T]`` token ids of the model's input on the CPU, or None.
@@ -98,9 +98,9 @@ def check_batch(
         ref_logp: ``[2B]`` summed log-probs under the reference, or None.
         weight: ``[V, D]`` weight of the head, or None.
         bias: ``[V]`` bias of the head, or None.
-        logit_scale: As in ``linear_mpo_loss``, as are ``softcap`` and ``temperature``.
-        softcap: Read with ``weight`` only, as are ``logit_scale`` and ``temperature``.
-        temperature: As in ``linear_mpo_loss``.
+        logit_scale: As in ``linear_mpo_loss``; ignored without ``weight``.
+        softcap: As in ``linear_mpo_loss``; ignored without ``weight``.
+        temperature: As in ``linear_mpo_loss``; ignored without ``weight``.
         input_ids: Token ids of the model's input, shaped like ``labels``, including the prompts. None skips the
             checks of prompts and padding.
         tokenizer: Tokenizer that decodes the evidence and names the padding token, or None.
@@ -154,11 +154,11 @@ def is_debugging() -> bool:
 
 
 def warn_of_mistakes(*args: Any, **options: Any) -> None:
-    """Warns of each finding of ``check_batch``, which gets the arguments, as from the caller of the loss function."""
+    """Calls ``check_batch`` with the arguments. Issues each finding as a warning at the call of the loss function."""
     with torch.no_grad():
         findings = check_batch(*args, **options)
     for finding in findings:
-        warnings.warn(f"MPO_DEBUG: {finding}", stacklevel=4)  # behind the decorator of the loss function
+        warnings.warn(f"MPO_DEBUG: {finding}", stacklevel=4)  # above this function, the loss and its decorator
 
 
 def find_mistakes(
@@ -251,7 +251,7 @@ def _check_alignment(sequences: Sequence[BatchSequence], ahead: int, ignore_inde
 
 
 def _alignment_advice(ahead: int, offset: int) -> str:
-    """Returns advice for labels of which the one at position t is the input id at ``t + offset``."""
+    """Returns advice for labels where the label at position t equals the input id at position ``t + offset``."""
     if offset == 1 and ahead == 1:
         return "the labels are shifted already: pass shift=False, or labels that equal input_ids"
     if offset == 0 and ahead == 0:

@@ -20,7 +20,7 @@ from mpo_ext.ops.pair_loss import CUMULATIVE, HOLD
 
 
 class PairLoss(NamedTuple):
-    """The result of the pair loss. The operator ``pair_loss`` returns these fields, followed by the row weights."""
+    """The result of the pair loss. The operator ``pair_loss`` returns these fields, followed by d loss / d logp."""
 
     loss: Tensor  # 0-d
     terms: Tensor  # [3]: DPO, BCO, NTP, without their weights
@@ -45,10 +45,10 @@ def token_logp(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tens
 
 
 def shard_state(logits: Tensor, labels: Tensor, first: int) -> Tensor:
-    """Returns the state of each row, ``[..., ROW_STATE]`` float64, after a shard of the vocabulary.
+    """Returns each row's softmax state over a shard of the vocabulary, ``[..., ROW_STATE]`` float64.
 
     ``logits`` are the columns of the shard, and ``first`` is the vocabulary id of the first column. The values are
-    those of ``ops.logits.token_logp_shard``, but differentiable, except for the maximum.
+    those of ``ops.logits.token_logp_shard``, but the sum and the logit of the label are differentiable.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
     row_max = z.detach().amax(-1)
@@ -116,7 +116,7 @@ def sequence_sums(rows: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
 
 
 def sums_by_mask(rows: Tensor, sequence: Tensor, sequences: int) -> Tensor:
-    """Returns the sums ``[sequences]`` of the values ``[N]`` with equal numbers in ``sequence``.
+    """Returns the sum of the values of each sequence, ``[sequences]``; value i belongs to sequence ``sequence[i]``.
 
     On a GPU, ``index_add`` adds in an order that differs from run to run; these sums have the same bits in every run.
     """

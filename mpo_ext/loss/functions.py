@@ -46,7 +46,7 @@ R = TypeVar("R")
 
 
 def _names_config_fields(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a loss function: a field of MPOConfig given as an argument raises an error that says where it goes."""
+    """Decorates a loss function to raise an error with advice if a field of MPOConfig is passed as an argument."""
 
     @wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
@@ -108,8 +108,8 @@ def mpo_loss(
         vocab_parallel: Process group whose ranks hold the columns of the logits (and of ``ref_logits``) in the order
             of the ranks, at least one each; labels are ids of the whole vocabulary. All ranks get the same loss; each
             rank gets the gradient of its columns. The other arguments must be the same on all ranks.
-        sequence_parallel: Process group whose ranks hold parts of every sequence, with ``shift=False`` (context
-            parallelism; not Megatron's sequence parallelism). ``cu_seqlens`` are the starts of this rank's parts, and
+        sequence_parallel: Process group whose ranks hold parts of every sequence (context parallelism; not Megatron's
+            sequence parallelism). ``shift`` must be False. ``cu_seqlens`` are the starts of this rank's parts, and
             ``ref_logp`` the sums over whole sequences. All ranks get the same loss; each rank gets the gradient of its
             rows.
 
@@ -223,11 +223,11 @@ def linear_mpo_loss(
             memory, at least 256 MiB and at most 1 GiB. The budget changes the speed, and the result only by rounding.
             A CPU is fast down to about 4 MiB and usable down to about 256 KiB; a few bytes are very slow.
         recompute: Whether backward computes the tiles of logits again. False: forward keeps the logits of the labelled
-            rows, which saves one of the four matmuls. They are kept in float32 in most cases; with bfloat16 hidden
-            states and weight, in float16, as distances from the row's maximum. The logits and the gradient of
-            ``weight`` share memory of the size of the larger of the two, plus a tile. None: on a CPU, forward keeps
-            the logits that fit into the memory of that gradient (all if at most D rows have a label); on a GPU, None
-            means True. A second backward computes all tiles again. No effect if ``weight`` needs no gradient.
+            rows, which saves one of the four matmuls. None: on a CPU, forward keeps the logits that fit into the
+            memory of the gradient of ``weight`` (all if at most D rows have a label); on a GPU, None means True. Kept
+            logits are float32, or float16 distances from the row's maximum if hidden states and weight are bfloat16.
+            They share memory with the gradient of ``weight``: the size of the larger of the two, plus a tile. A second
+            backward computes all tiles again. ``recompute`` has no effect if ``weight`` needs no gradient.
         config: As in ``mpo_loss``.
         reward_shift: As in ``mpo_loss``.
         cu_seqlens: As in ``mpo_loss``.

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 _PROBE = (-40.0, -3.0, -0.5, 0.0, 0.25, 1.0, 7.0, 60.0)
 _INSTEAD = "use mpo_loss(model(...).logits, ...) instead"
 
-# Cached factor and softcap by model and the settings that determine them: reading the probe waits for the device.
+# Factor and softcap by model, dtypes and config numbers. Cached, because reading the probe waits for the device.
 _KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[float, float | None]]] = WeakKeyDictionary()
-# The same for ``value_in_forward``, which needs them before the model returns logits, by the numbers of the config.
+# The same without the dtypes, for ``value_in_forward``, which needs factor and softcap before the logits exist.
 _KNOWN_IN_FORWARD: WeakKeyDictionary[nn.Module, dict[tuple[float, ...], tuple[float, float | None]]] = (
     WeakKeyDictionary()
 )
@@ -55,7 +55,7 @@ class HiddenAndHead(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments bias, logit_scale, softcap and, with a sharded head, vocab_parallel of ``linear_mpo_loss``."""
+        """Arguments of ``linear_mpo_loss``: bias, logit_scale, softcap, and vocab_parallel if the head is sharded."""
         options = {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
         return options if self.vocab_parallel is None else {**options, "vocab_parallel": self.vocab_parallel}
 
@@ -64,8 +64,8 @@ def hidden_and_head(model: nn.Module, /, *positional: Any, **inputs: Any) -> Hid
     """Runs the model without its output head, and returns the arguments of ``linear_mpo_loss``.
 
     The model's logits would be ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``, without the
-    tanh if softcap is None. To find the factor and the softcap, the model's forward gets a probe in place of logits.
-    Therefore the first call with a model waits for the device.
+    tanh if softcap is None. To find the factor and the softcap, the head returns a few known numbers (the probe) in
+    place of logits. Therefore the first call with a model waits for the device.
 
     Backward must go through ``hidden``, because that starts the backward hooks of wrappers on the model's outputs. If
     the model runs under its own autocast (accelerate), call ``linear_mpo_loss`` under autocast too; otherwise the
@@ -107,16 +107,16 @@ def value_in_forward(
 ) -> tuple[Tensor, Any]:
     """Runs the model, and computes a value inside the forward of its output head, in place of the logits.
 
-    There every wrapper holds the whole weight of the head. This function therefore also works where
+    During the head's forward, every wrapper holds the head's whole weight. This function therefore also works where
     ``hidden_and_head`` raises: under FSDP2 with a root that is resharded after forward, and under ZeRO-3. The
     gradient of the value goes through the model's output, so the backward hooks of wrappers run first.
 
-    With a model that it does not know, the function first runs another forward, without gradient, to find the factor
-    and the softcap.
+    The first call with a model runs an additional forward, without gradient, to find the model's factor and softcap
+    (``logit_scale`` and ``softcap`` of ``HiddenAndHead``).
 
     Args:
         model: As in ``hidden_and_head``.
-        compute: Returns the value, such as a loss, from hidden states and head (with ``outputs=None``). Called once.
+        compute: Returns the value, such as a loss, from a ``HiddenAndHead`` with ``outputs=None``. Called once.
         inputs: As in ``hidden_and_head``.
 
     Returns:
@@ -261,7 +261,7 @@ class _GradientCell:
 
 
 class _LossProbe(torch.autograd.Function):
-    """Returns the probe in place of logits; its backward starts that of the value that was computed in the head."""
+    """Returns the probe in place of logits; its backward passes the gradient in ``cell`` to the value."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, hidden: Tensor, cell: _GradientCell) -> Tensor:
@@ -274,7 +274,7 @@ class _LossProbe(torch.autograd.Function):
 
 
 class _LossOfLogits(torch.autograd.Function):
-    """Returns the value; its backward stores the gradient, and sends a gradient of zero to the model's output."""
+    """Returns the value; its backward stores the gradient in ``cell``, and sends zeros to the model's output."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, cell: _GradientCell) -> Tensor:
@@ -348,17 +348,17 @@ def _probed(
 
 
 def _is_forward_of_tp_plan(layer: nn.Linear) -> bool:
-    """Returns whether the layer's forward is that by which transformers runs a layer of ``tp_plan``."""
+    """Returns whether transformers has replaced the layer's forward because the layer is in ``tp_plan``."""
     return getattr(vars(layer).get("forward"), "__module__", "") == "transformers.distributed.tensor_parallel"
 
 
 def _local_head(
     layer: nn.Linear, input: Any, is_forward_of_tp_plan: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
-    """Returns the local tensors of a call of the head, and the process group if its rows lie on several ranks.
+    """Returns the head's local input, weight and bias, and the process group if ranks hold different rows of the head.
 
-    FSDP2 shards in the same way as tensor parallelism, but its ranks have different hidden states. The head counts as
-    sharded over the vocabulary only if transformers replaced its forward, or torch made the hidden states a DTensor.
+    FSDP2 also shards the rows of the weight, but its ranks have different hidden states. The head counts as sharded
+    over the vocabulary only if transformers replaced its forward, or torch made the hidden states a DTensor.
     """
     weight, bias = _held(layer.weight), _held(layer.bias)
     if not hasattr(weight, "full_tensor"):
@@ -482,7 +482,7 @@ def _probe_error(logits: Tensor, probe: Tensor, scale: float, softcap: float | N
 
 
 def _measured_scale(logits: Tensor, softcap: float | None) -> float:
-    """Returns the factor that explains the output for the probe's 0.25, which a softcap changes the least."""
+    """Returns the factor of the model by its output for the probe's 0.25, which a softcap changes the least."""
     value = logits[_PROBE.index(0.25)].item()
     if softcap is not None:
         value = softcap * math.atanh(value / softcap) if abs(value) < softcap else math.nan

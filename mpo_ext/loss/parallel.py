@@ -350,7 +350,7 @@ def _pair_loss(
     shift: BatchShift,
     backend: str,
 ) -> tuple[eager.PairLoss, Tensor | None, Tensor]:
-    """Returns the pair loss, the row weights and the statistics, and updates the reward shift.
+    """Returns the pair loss, the row weights (d loss / d logp) and the statistics, and updates the reward shift.
 
     The row weights are None for the backend "reference". The statistics are those of each row, or their sums over all
     rows if sequences lie on several ranks. Among ranks with the same pairs, only the first adds the pairs' rewards to

@@ -24,16 +24,16 @@ DISCOPOP_TAU = 0.05
 class Pairs:
     """The checked inputs of a loss. The log-probs of a pair are replaced by 0 if one of its responses has no label.
 
-    In the formulas, S is the summed log-prob of a response's labels, n the number of these labels, ``h = S - S^ref``
-    the log-ratio and e the label smoothing; c and r mean chosen and rejected.
+    The formulas of the losses use the names of this class.
 
     Attributes:
-        chosen_logp: ``[B]`` S_c.
-        rejected_logp: ``[B]`` S_r.
-        ref_chosen_logp: ``[B]`` S_c^ref without gradient; zeros for a loss without reference.
-        ref_rejected_logp: ``[B]`` S_r^ref without gradient; zeros for a loss without reference.
-        chosen_tokens: ``[B]`` n_c in the dtype of the log-probs, at least 1.
-        rejected_tokens: ``[B]`` n_r in the dtype of the log-probs, at least 1.
+        chosen_logp: ``[B]`` summed log-probs of the chosen responses.
+        rejected_logp: ``[B]`` summed log-probs of the rejected responses.
+        ref_chosen_logp: ``[B]`` as ``chosen_logp``, under the reference, without gradient; zeros for a loss without
+            reference.
+        ref_rejected_logp: ``[B]`` as ``rejected_logp``, likewise.
+        chosen_tokens: ``[B]`` numbers of labels of the chosen responses in the dtype of the log-probs, at least 1.
+        rejected_tokens: ``[B]`` the same for the rejected responses.
         has_both_sides: ``[B]`` bool, whether both responses of the pair have labels.
         beta: Temperature, as in ``preference_loss``.
         label_smoothing: Assumed fraction of pairs with swapped responses, in ``[0, 0.5)``.
@@ -53,22 +53,22 @@ class Pairs:
 
     @property
     def chosen_ratio(self) -> Tensor:
-        """Log-ratio of the chosen responses, h_c, ``[B]``."""
+        """Log-ratios of policy to reference of the chosen responses, ``[B]``."""
         return self.chosen_logp - self.ref_chosen_logp
 
     @property
     def rejected_ratio(self) -> Tensor:
-        """Log-ratio of the rejected responses, h_r, ``[B]``."""
+        """Log-ratios of policy to reference of the rejected responses, ``[B]``."""
         return self.rejected_logp - self.ref_rejected_logp
 
     @property
     def margin(self) -> Tensor:
-        """Margin ``m = beta * (h_c - h_r)``, ``[B]``."""
+        """Margins ``beta * (chosen_ratio - rejected_ratio)``, ``[B]``."""
         return self.beta * (self.chosen_ratio - self.rejected_ratio)
 
     @property
     def mean_margin(self) -> Tensor:
-        """Margin per token, without beta: ``h_c / n_c - h_r / n_r``, ``[B]``."""
+        """Differences of log-ratios per token, without ``beta``, ``[B]``."""
         return self.chosen_ratio / self.chosen_tokens - self.rejected_ratio / self.rejected_tokens
 
 
@@ -103,7 +103,7 @@ def preference_loss(
     gradient 0.) If a log-prob is NaN, the loss of its pair and the mean over the batch are not finite.
 
     Args:
-        name: Key of ``LOSSES``: the usual name, which is TRL 1.16's name if TRL has the loss.
+        name: Key of ``LOSSES``. If TRL 1.16 has the loss, its name is TRL's.
         chosen_logp: ``[B]`` float32 or float64 sum of the label log-probs of each chosen response.
         rejected_logp: ``[B]`` sum for each rejected response, in the same dtype.
         ref_chosen_logp: ``[B]`` sum for each chosen response under the reference model, without gradient. A loss that
@@ -112,8 +112,8 @@ def preference_loss(
             accepted as for ``ref_chosen_logp``.
         chosen_tokens: ``[B]`` int32 or int64 number of labels of each chosen response.
         rejected_tokens: ``[B]`` int32 or int64 number of labels of each rejected response.
-        beta: Temperature of the implicit reward ``beta * h``; tau in "ipo", 1 / eta in "sppo_hard", and the weight
-            lambda in "orpo".
+        beta: Temperature of the implicit reward ``beta * (logp - ref_logp)``; tau in "ipo", 1 / eta in "sppo_hard",
+            and the weight lambda in "orpo".
         label_smoothing: Assumed fraction of pairs with swapped responses, in ``[0, 0.5)``.
         delta: Reward shift of "bco_pair": a number, or a 0-d tensor, which the host does not read.
 
@@ -166,36 +166,38 @@ def _logistic(pairs: Pairs, margin: Tensor) -> Tensor:
 
 
 def _sigmoid(pairs: Pairs) -> Tensor:
-    """Returns the DPO loss (arXiv 2305.18290): ``-log sigmoid(m)``.
+    """Returns the DPO loss (arXiv 2305.18290): ``-log sigmoid(margin)``.
 
-    With label smoothing e, the loss is conservative DPO, ``-(1 - e) * log sigmoid(m) - e * log sigmoid(-m)``, as in
-    TRL before 0.29 (from a note of E. Mitchell, 2023, without arXiv number).
+    With label smoothing e, the loss is conservative DPO (from a note of E. Mitchell, 2023, without arXiv number):
+    ``-(1 - e) * log sigmoid(margin) - e * log sigmoid(-margin)``, as in TRL before 0.29.
     """
     return _logistic(pairs, pairs.margin)
 
 
 def _bco_pair(pairs: Pairs) -> Tensor:
-    """Returns BCO (arXiv 2404.04656) of pairs: ``-log sigmoid(beta * h_c - delta) - log sigmoid(delta - beta * h_r)``.
+    """Returns the BCO loss of pairs (arXiv 2404.04656). A reward is ``beta`` times a log-ratio.
 
-    TRL uses delta = 0 since version 0.29.
+    The loss is ``-log sigmoid(chosen_reward - delta) - log sigmoid(delta - rejected_reward)``. TRL uses delta = 0
+    since version 0.29.
     """
     chosen_reward, rejected_reward = pairs.beta * pairs.chosen_ratio, pairs.beta * pairs.rejected_ratio
     return -F.logsigmoid(chosen_reward - pairs.delta) - F.logsigmoid(pairs.delta - rejected_reward)
 
 
 def _ipo(pairs: Pairs) -> Tensor:
-    """Returns the IPO loss (arXiv 2310.12036, eq. 17): ``(h_c / n_c - h_r / n_r - 1 / (2 * beta))^2``.
+    """Returns the IPO loss (arXiv 2310.12036, eq. 17): ``(mean_margin - 1 / (2 * beta))^2``.
 
-    The log-ratios are per token, as in TRL and as the authors advise; the paper writes sums.
+    The log-ratios in ``mean_margin`` are per token, as in TRL and as the authors advise; those in the paper are sums.
     """
     return (pairs.mean_margin - 1 / (2 * pairs.beta)).square()
 
 
 def _robust(pairs: Pairs) -> Tensor:
-    """Returns robust DPO (arXiv 2403.00409): ``((1 - e) * -log sigmoid(m) - e * -log sigmoid(-m)) / (1 - 2e)``.
+    """Returns the robust DPO loss (arXiv 2403.00409) with label smoothing e.
 
-    If the responses of a fraction e of the pairs are swapped, the loss is an unbiased estimate of the DPO loss on
-    correct pairs. The loss is negative for a large m.
+    The loss is ``((1 - e) * -log sigmoid(margin) - e * -log sigmoid(-margin)) / (1 - 2e)``. If the responses of a
+    fraction e of the pairs are swapped, it is an unbiased estimate of the DPO loss on correct pairs. It is negative
+    for a large margin.
     """
     smoothing = pairs.label_smoothing
     clean, flipped = -F.logsigmoid(pairs.margin), -F.logsigmoid(-pairs.margin)
@@ -203,14 +205,14 @@ def _robust(pairs: Pairs) -> Tensor:
 
 
 def _hinge(pairs: Pairs) -> Tensor:
-    """Returns the hinge loss of RSO (arXiv 2309.06657): ``max(0, 1 - m)``."""
+    """Returns the hinge loss of RSO (arXiv 2309.06657): ``max(0, 1 - margin)``."""
     return torch.relu(1 - pairs.margin)
 
 
 def _sppo_hard(pairs: Pairs) -> Tensor:
     """Returns the SPPO loss (arXiv 2405.00675, eq. 4.7) with win probabilities 1 and 0.
 
-    The loss is ``(h_c - 1 / (2 * beta))^2 + (h_r + 1 / (2 * beta))^2``.
+    The loss is ``(chosen_ratio - 1 / (2 * beta))^2 + (rejected_ratio + 1 / (2 * beta))^2``.
     """
     target = 1 / (2 * pairs.beta)
     return (pairs.chosen_ratio - target).square() + (pairs.rejected_ratio + target).square()
@@ -219,8 +221,9 @@ def _sppo_hard(pairs: Pairs) -> Tensor:
 def _aot(pairs: Pairs) -> Tensor:
     """Returns the AOT loss for paired data (arXiv 2406.05882): sorted policy margins against sorted reference margins.
 
-    With ``a = S_c - S_r`` and ``b = S_c^ref - S_r^ref``, both sorted over the pairs, the loss of the k-th values is
-    ``-log sigmoid(beta * (a_(k) - b_(k)))``. Label smoothing works as in conservative DPO.
+    With ``a = chosen_logp - rejected_logp`` and ``b = ref_chosen_logp - ref_rejected_logp``, both sorted over the
+    pairs, the loss of the k-th values is ``-log sigmoid(beta * (a[k] - b[k]))``. Label smoothing works as in
+    conservative DPO.
     """
     return _sorted_logistic(
         pairs, pairs.chosen_logp - pairs.rejected_logp, pairs.ref_chosen_logp - pairs.ref_rejected_logp
@@ -230,7 +233,8 @@ def _aot(pairs: Pairs) -> Tensor:
 def _aot_unpaired(pairs: Pairs) -> Tensor:
     """Returns AOT for unpaired data (arXiv 2406.05882): sorted chosen log-ratios against sorted rejected log-ratios.
 
-    The formula is that of ``_aot`` with ``a = h_c`` and ``b = h_r``. Earlier TRL calls this loss "aot_pair".
+    The formula is that of ``_aot`` with ``a = chosen_ratio`` and ``b = rejected_ratio``. Earlier TRL calls this loss
+    "aot_pair".
     """
     return _sorted_logistic(pairs, pairs.chosen_ratio, pairs.rejected_ratio)
 
@@ -249,10 +253,11 @@ def _sorted_logistic(pairs: Pairs, better: Tensor, worse: Tensor) -> Tensor:
 
 
 def _orpo(pairs: Pairs) -> Tensor:
-    """Returns the odds-ratio term of ORPO (arXiv 2403.07691): ``-beta * log sigmoid(log odds_c - log odds_r)``.
+    """Returns the odds-ratio term of ORPO (arXiv 2403.07691).
 
-    ``odds = p / (1 - p)`` with ``log p = S / n``, the mean log-prob; ``1 - p`` is at least the dtype's epsilon. The
-    caller adds the cross entropy of the chosen responses, which has weight 1 in ORPO.
+    The term is ``-beta * log sigmoid(log chosen_odds - log rejected_odds)``. The odds of a response are
+    ``p / (1 - p)``, where ``log p`` is the mean log-prob of its labels; ``1 - p`` is at least the dtype's epsilon.
+    The caller adds the cross entropy of the chosen responses, which has weight 1 in ORPO.
     """
     return -pairs.beta * F.logsigmoid(
         _log_odds(pairs.chosen_logp / pairs.chosen_tokens) - _log_odds(pairs.rejected_logp / pairs.rejected_tokens)
@@ -267,8 +272,8 @@ def _log_odds(logp: Tensor) -> Tensor:
 def _exo_pair(pairs: Pairs) -> Tensor:
     """Returns the EXO loss of pairs (arXiv 2402.00856, eq. 16). The paper sets the label smoothing e to 1e-3.
 
-    The loss is the KL divergence of ``(sigmoid(m), sigmoid(-m))`` from ``(1 - e, e)``:
-    ``sigmoid(m) * (log sigmoid(m) - log(1 - e)) + sigmoid(-m) * (log sigmoid(-m) - log e)``.
+    The loss is the KL divergence of ``(p, 1 - p)`` from ``(1 - e, e)``, where ``p = sigmoid(margin)``:
+    ``p * (log p - log(1 - e)) + (1 - p) * (log(1 - p) - log e)``.
     """
     margin, smoothing = pairs.margin, pairs.label_smoothing
     win = torch.sigmoid(margin) * (F.logsigmoid(margin) - math.log1p(-smoothing))
@@ -276,24 +281,25 @@ def _exo_pair(pairs: Pairs) -> Tensor:
 
 
 def _nca_pair(pairs: Pairs) -> Tensor:
-    """Returns the NCA loss of pairs (arXiv 2402.05369), with the reward ``r = beta * h``.
+    """Returns the NCA loss of pairs (arXiv 2402.05369). A reward is ``beta`` times a log-ratio.
 
-    The loss is ``-log sigmoid(r_c) - log sigmoid(-r_c) / 2 - log sigmoid(-r_r) / 2``.
+    The loss is ``-log sigmoid(chosen_reward) - log sigmoid(-chosen_reward) / 2 - log sigmoid(-rejected_reward) / 2``.
     """
     chosen_reward, rejected_reward = pairs.beta * pairs.chosen_ratio, pairs.beta * pairs.rejected_ratio
     return -F.logsigmoid(chosen_reward) - (F.logsigmoid(-chosen_reward) + F.logsigmoid(-rejected_reward)) / 2
 
 
 def _apo_zero(pairs: Pairs) -> Tensor:
-    """Returns APO-zero (arXiv 2408.06266, eq. 7): ``1 - sigmoid(beta * h_c) + sigmoid(beta * h_r)``.
+    """Returns the APO-zero loss (arXiv 2408.06266, eq. 7).
 
-    The paper advises this loss if the chosen responses are better than the model's own responses.
+    The loss is ``1 - sigmoid(beta * chosen_ratio) + sigmoid(beta * rejected_ratio)``. The paper advises it if the
+    chosen responses are better than the model's own responses.
     """
     return torch.sigmoid(-pairs.beta * pairs.chosen_ratio) + torch.sigmoid(pairs.beta * pairs.rejected_ratio)
 
 
 def _apo_down(pairs: Pairs) -> Tensor:
-    """Returns APO-down (arXiv 2408.06266, eq. 8): ``sigmoid(beta * h_c) + 1 - sigmoid(m)``.
+    """Returns the APO-down loss (arXiv 2408.06266, eq. 8): ``sigmoid(beta * chosen_ratio) + 1 - sigmoid(margin)``.
 
     The paper advises this loss if the chosen responses are worse than the model's own responses.
     """
@@ -301,22 +307,22 @@ def _apo_down(pairs: Pairs) -> Tensor:
 
 
 def _discopop(pairs: Pairs) -> Tensor:
-    """Returns the DiscoPOP loss (arXiv 2406.08414, eq. 5) with the mixing weight ``s = sigmoid(m / 0.05)``.
+    """Returns the DiscoPOP loss (arXiv 2406.08414, eq. 5) with the mixing weight ``s = sigmoid(margin / 0.05)``.
 
-    The loss is ``-(1 - s) * log sigmoid(m) + s * exp(-m)``.
+    The loss is ``-(1 - s) * log sigmoid(margin) + s * exp(-margin)``.
     """
     margin = pairs.margin
     ratio = margin / DISCOPOP_TAU
-    exponential = torch.exp(F.logsigmoid(ratio) - margin)  # s * exp(-m) would be 0 * inf for a margin far below 0
+    exponential = torch.exp(F.logsigmoid(ratio) - margin)  # s * exp(-margin) would be 0 * inf for a margin far below 0
     return exponential - torch.sigmoid(-ratio) * F.logsigmoid(margin)
 
 
 def _sigmoid_norm(pairs: Pairs) -> Tensor:
-    """Returns length-normalised DPO (arXiv 2411.15124): ``-log sigmoid(beta * (h_c / n_c - h_r / n_r))``."""
+    """Returns length-normalised DPO (arXiv 2411.15124): ``-log sigmoid(beta * mean_margin)``."""
     return -F.logsigmoid(pairs.beta * pairs.mean_margin)
 
 
-#: Every loss by name. TRL's "sft" is missing, since it has no rejected side; NTP of ``mpo_loss`` is that loss.
+#: Every loss by name. TRL's "sft" is missing, since it uses no rejected responses; it is the NTP term of ``mpo_loss``.
 LOSSES: Mapping[str, PreferenceLoss] = {
     "sigmoid": PreferenceLoss(function=_sigmoid, label_smoothing="optional"),
     "bco_pair": PreferenceLoss(function=_bco_pair, takes_delta=True),

@@ -18,15 +18,15 @@ from mpo_ext.ops.logits import RowOutputs, merge_shards
 from mpo_ext.ops.memory import ROW_STATE, VocabShard
 
 _Checked = TypeVar("_Checked")
-_ERRORS = (TypeError, ValueError, RuntimeError)  # types of errors that ranks send; other types are sent as the last
+_ERRORS = (TypeError, ValueError, RuntimeError)  # types of errors that ranks send; others are sent as RuntimeError
 _MESSAGE_BYTES = 2000
 
 
 class RankFacts(NamedTuple):
-    """Numbers about its inputs that each rank sends to the other ranks before they compute the loss.
+    """Numbers that describe the inputs of a rank. Each rank sends them to the others before the loss is computed.
 
-    The ranks of ``vocab_parallel`` must agree on all numbers except the columns. The ranks of ``sequence_parallel``
-    must agree on ``sequences`` and ``settings`` only.
+    The ranks of ``vocab_parallel`` must agree on all numbers except ``columns`` and ``ref_columns``. The ranks of
+    ``sequence_parallel`` must agree on ``sequences`` and ``settings`` only.
     """
 
     columns: int = 0  # number of vocabulary columns that this rank's logits or head have
@@ -63,7 +63,7 @@ class RankGroups:
 
     @property
     def is_first(self) -> bool:
-        """Returns whether this rank is the first of each group; only this rank counts pairs that the ranks share."""
+        """Returns whether this rank is the first of each group. Only the first rank counts rewards of shared pairs."""
         return all(dist.get_rank(group) == 0 for _, group in self._named())
 
     def agree(
@@ -111,8 +111,9 @@ class RankGroups:
         shard: VocabShard,
         dtype: torch.dtype,
     ) -> RowOutputs:
-        """Returns the outputs of ``token_logp`` for the whole vocabulary from this rank's state, ``[..., ROW_STATE]``.
+        """Returns the outputs of ``token_logp`` for the whole vocabulary from the ranks' softmax states.
 
+        ``state``, ``[..., ROW_STATE]``, is this rank's result of ``token_logp_shard`` or ``linear_token_logp_shard``.
         The ranks exchange three numbers per row (six with statistics), the labels, and the tensors ``same``. Labels
         and ``same`` must be equal on all ranks. If they differ, logp is NaN; on a CPU with only one group, the method
         raises ValueError instead. ``logp`` is differentiable with respect to ``state``.

@@ -36,7 +36,7 @@ class RewardShift:
     ``state_dict()`` from before it and load it again; the trainer of mpo_ext does the same.
 
     Args:
-        mode: "cumulative": every update has a mean reward, and delta is the average of these means so far. With
+        mode: "cumulative": delta is the average of the mean rewards of all updates so far. With
             ``per="micro_batch"``, each rank's mean has the same weight, as in the authors' code. "ema": an update
             gives ``decay * delta + (1 - decay) * mean`` with the mean over all rewards of all ranks, as in NeMo-RL.
             "fixed": delta is always ``value``.
@@ -209,7 +209,10 @@ class RewardShift:
         return torch.tensor(float(number), dtype=torch.float64, device=self._state.device)
 
     def _apply(self, batch: Tensor, *, each_rank_counts: bool) -> None:
-        """Updates the state with ``batch``, ``[2]``: the sum and the count of this rank's rewards."""
+        """Updates the state with ``batch``, ``[2]``: the sum and the count of this rank's rewards.
+
+        With ``each_rank_counts``, the mean reward of each rank is one update; otherwise that of all ranks together.
+        """
         if each_rank_counts:  # the authors' code averages the ranks' means, unweighted by numbers of pairs
             has_pairs = (batch[1] > 0).double()
             batch = torch.stack([batch[0] / batch[1].clamp(min=1), has_pairs])

@@ -109,7 +109,7 @@ class HiddenReference(NamedTuple):
 
 
 class LossPlan(NamedTuple):
-    """The facts about a call of a loss function that its checks return."""
+    """The result of the checks of a loss function's arguments."""
 
     sequences: int  # 2B
     names: tuple[str, ...]  # of the requested statistics

@@ -22,7 +22,7 @@ with suppress(ImportError):
 
 
 def choose_backend(backend: str | None, logits: Tensor, name: str = "logits") -> str:
-    """Returns the backend that runs for ``logits`` (or hidden states): ``backend``, or the fastest if it is None.
+    """Returns ``backend``, or the fastest backend for ``logits`` (or hidden states) if ``backend`` is None.
 
     Error messages call the tensor ``name``.
 
@@ -79,7 +79,8 @@ def cuda_problem(device: torch.device) -> str | None:
 def _device_problem(index: int) -> str | None:
     """Returns the reason why the CUDA runtime cannot load the kernels of this build on a GPU, or None if it can.
 
-    The runtime is asked once per GPU, and a warning tells the reason: tensors on this GPU then use another backend.
+    The result is cached for each GPU. If the kernels do not load, a warning gives the reason, because tensors on this
+    GPU then use another backend.
     """
     with torch.cuda.device(index):
         error = native.compiled().cuda_device_error()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mpo_ext.checks import check_integer, check_number
 
-#: Statistics of a row of logits, in the order of their bits (csrc/mpo/api.h: RowStats).
+#: Statistics of a row of logits. Bit i of an operator's argument ``stats`` requests ``STATS[i]`` (csrc/mpo/api.h:
+#: RowStats).
 STATS = ("entropy", "mean_logit", "top1", "sum_p_squared")
 #: Number of values in ``ops.pair_loss.PairLossSettings``.
 N_SETTINGS = 9
@@ -89,7 +90,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor, name: str, is_part: bo
             f"cu_seqlens must be [2B + 1] for B chosen and B rejected sequences, B at least 1, got shape "
             f"{_shape(cu_seqlens)}"
         )
-    # Reading offsets on a GPU would wait for it; for bad offsets on a GPU, pair_loss returns NaN.
+    # Reading offsets from a GPU would make the host wait. If they are bad, pair_loss returns NaN instead.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         check_offsets(cu_seqlens, logits.shape[0], is_part=is_part)
 
@@ -195,7 +196,7 @@ def check_stats(stats: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_reuse(logits: Tensor) -> None:
-    """Raises unless the gradient can overwrite the logits: vocabulary axis of stride 1, rows that do not overlap."""
+    """Raises if the gradient cannot overwrite the logits: if the vocabulary axis is strided, or rows overlap."""
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"reuse_logits needs logits whose vocabulary axis has stride 1, got strides {tuple(logits.stride())}"
@@ -245,7 +246,7 @@ def check_pair_rows(rows: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
 def check_pair_inputs(
     labels: Tensor, ref_logp: Tensor, state: Tensor, cu_seqlens: Tensor | None, settings: Sequence[float]
 ) -> None:
-    """Raises unless the reference, the state of the reward shift and the settings fit the labels of 2B sequences."""
+    """Raises unless the arguments, which are those of the operator ``pair_loss``, are valid and fit each other."""
     if ref_logp.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"ref_logp must be torch.float32 or torch.float64, got {ref_logp.dtype}")
     sequences = ref_logp.shape[0] if ref_logp.ndim == 1 else 0

@@ -12,8 +12,8 @@ from mpo_ext.ops import native
 from mpo_ext.ops.memory import RowLayout, Tile, addresses, row_arguments
 
 _PER_THREAD_STREAM = 2  # the handle that names a separate stream in each thread (cudaStreamPerThread)
-_MIN_COUNTERS = 4096  # more than any GPU has blocks running
-#: Address and number of the counters, by device, stream and (for the stream of each thread) thread.
+_MIN_COUNTERS = 4096  # more than the number of blocks that any GPU runs at once
+#: Address and number of the counters, by device, stream and thread (0 for streams that threads share).
 _stream_counters: dict[tuple[torch.device, int, int], tuple[int, int]] = {}
 
 
@@ -54,19 +54,20 @@ def current_stream(tensor: Tensor) -> int:
 
 
 def counters(count: int, like: Tensor) -> int | Tensor:
-    """Returns at least ``count`` int32 counters of finished blocks, all 0, on the device of ``like``.
+    """Returns the address of at least ``count`` int32 counters of finished blocks, all 0, on the device of ``like``.
 
-    Kernels reset the counters to 0 after use. All launches on a stream can therefore share their counters, whose
-    address is returned. They do not belong to torch's allocator: torch.compile's CUDA graphs raise if a call leaves a
-    tensor in their memory pool. A launch that is captured into a CUDA graph gets a separate tensor, because a graph
-    may be replayed on any stream. Each replay sets this tensor to 0.
+    Kernels reset the counters to 0 after use, so all launches on a stream share them. The counters are allocated
+    outside of torch, because torch.compile's CUDA graphs raise if a call leaves a tensor in their memory pool.
+
+    While a CUDA graph is being captured, the result is a new tensor instead of an address, because the graph may be
+    replayed on any stream. Each replay sets this tensor to 0.
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=like.device)
     stream = current_stream(like)
     key = (like.device, stream, threading.get_ident() if stream == _PER_THREAD_STREAM else 0)
     address, size = _stream_counters.get(key, (0, 0))
-    if size < count:  # smaller counters stay allocated, because earlier launches may still use them
+    if size < count:  # the smaller array stays allocated, because earlier launches may still use it
         size = max(count, _MIN_COUNTERS)
         address = native.compiled().cuda_counters(count=size, stream=stream)
         _stream_counters[key] = address, size

@@ -1,8 +1,7 @@
-"""Exponentials of tiles of logits on a GPU, from which the gradient of hidden states is summed without a second pass.
+"""Exponentials of tiles of logits on a GPU. With a frozen head, forward sums the gradient of hidden states from them.
 
-With a frozen head, forward sums ``exp(z - r) @ weight`` over the tiles. The reference r of a row need not be the row's
-largest logit. If r is a smaller logit that is close enough, it rarely changes after the first tile, and the sums over
-the earlier tiles stay as they are, instead of being read and written for every tile.
+The sum over the tiles is ``exp(z - r) @ weight``, with a reference r for each row. When r changes, the sum over the
+earlier tiles must be rescaled. To make this rare, r changes only if the row's largest logit exceeds it by a slack.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from torch import Tensor
 from mpo_ext.ops import backends, cuda, native
 from mpo_ext.ops.memory import Tile, addresses, device_guard, row_arguments, row_layout
 
-#: How far a row's largest logit may rise above the reference. exp(40) is 2e17, and float32 sums reach 3e38.
+#: By how much a row's largest logit may exceed the reference. exp(40) is 2e17; float32 numbers reach 3e38.
 _SLACK = 40.0
 
 
@@ -48,7 +47,7 @@ def write_exp_logits(
     Returns:
         The reference of each row, ``[n]`` float32.
     """
-    # float16 ends at 65,504.
+    # Without slack, exp(z - reference) is at most 1. float16 needs that, because its largest number is 65,504.
     slack = 0.0 if is_last or exp_logits.dtype == torch.float16 else _SLACK
     new_reference = torch.empty_like(row_max)
     layout = row_layout(logits.float())

@@ -28,9 +28,9 @@ class LinearOptions(NamedTuple):
     ignore_index: int  # label of rows that are not projected and give 0
     head_scales: list[float]  # logit_scale, softcap (0 for none) and temperature of Head
     memory_budget: int  # bytes for a tile and the tensors computed from it
-    matmul_dtype: torch.dtype  # dtype of the inputs of matrix products, a result of tiles.matmul_dtype
+    matmul_dtype: torch.dtype  # dtype of the inputs of matrix products, a result of matmul.matmul_dtype
     backend: str  # a result of choose_backend other than "reference"
-    only_fitting: bool = False  # whether kept logits are only those that fit into the memory of the gradient of weight
+    only_fitting: bool = False  # whether to keep only the logits that fit into the memory of the gradient of weight
 
 
 @torch.library.custom_op("mpo_ext::linear_token_logp", mutates_args=())
@@ -53,7 +53,7 @@ def linear_token_logp(
     Returns:
         ``(logp, row_max, row_sum, row_stats, kept)``. The first four are the outputs of ``logits.token_logp``, on the
         device of ``hidden``. ``kept`` is the tensor for backward. With n labelled rows, it is empty (KEEP_NOTHING),
-        d logp / d hidden ``[n, D]`` (KEEP_HIDDEN_GRAD), or bytes of logits as ``KeptLogits`` lays them out
+        d logp / d hidden ``[n, D]`` (KEEP_HIDDEN_GRAD), or the bytes of the logits in the layout of ``KeptLogits``
         (KEEP_LOGITS).
     """
     _check_hidden(hidden, weight, bias, labels, head_scales, memory_budget, matmul_dtype, backend)
@@ -123,11 +123,11 @@ def linear_token_logp_shard(
     options: LinearOptions,
     shard: VocabShard,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the state of each row after a shard of the head, ``[..., ROW_STATE]``, and the tensor for backward.
+    """Returns each row's softmax state over a shard of the head, ``[..., ROW_STATE]``, and the tensor for backward.
 
-    The arguments are those of ``linear_token_logp``. Weight and bias are this rank's shard of the head; labels are ids
-    of the whole vocabulary. With KEEP_HIDDEN_GRAD, the caller passes the tensor for backward to
-    ``finish_shard_hidden_grad``.
+    ``logits.merge_shards`` computes log-probs from the states of all shards. ``weight`` and ``bias`` are this rank's
+    shard of the head; labels are ids of the whole vocabulary. The other arguments are those of ``linear_token_logp``.
+    With KEEP_HIDDEN_GRAD, the caller passes the tensor for backward to ``finish_shard_hidden_grad``.
     """
     tiles = _tiled_rows(hidden, weight, bias, labels, keep, options)
     chunks, kept = _score_tiles(tiles, stats, keep, options, shard)
@@ -208,14 +208,14 @@ def _score_tiles(
                     logits, chunk.labels, chunk.outputs[1], chunk.reference, total, options.backend, exp_logits, tile,
                     is_last=end == tiles.vocab,
                 )  # fmt: skip
-            # These are 0 for the label, whose part _finish_hidden_grad adds as 1 - p to avoid cancellation.
+            # exp_logits is 0 for the label; _finish_hidden_grad adds the label's part as 1 - p to avoid cancellation.
             _multiply_by_tanh_slope_(exp_logits, tanh)
             accumulate(total, tiles.as_input(exp_logits), weight_rows, is_first=first == 0)
     return chunks, kept
 
 
 def _rescale_(total: Tensor, old_max: Tensor, row_max: Tensor, *, is_first: bool) -> None:
-    """Turns sums of ``exp(z - old_max) @ weight`` over the earlier tiles, in place, into those relative to row_max."""
+    """Rescales ``total``, the sum of ``exp(z - old_max) @ weight``, to the new maximum ``row_max``, in place."""
     if not is_first:
         total.mul_(torch.where(old_max == -math.inf, 0.0, torch.exp(old_max - row_max)).unsqueeze(1))
 
@@ -226,9 +226,9 @@ def _finish_hidden_grad(
     """Completes the gradient of hidden states in ``total``, in place.
 
     The gradient is d logp / d hidden = slope * ((1 - p_y) * tanh'_y * weight_y - S / row_sum). y is the label, p_y its
-    probability, tanh'_y the derivative of the softcap's tanh (1 without a softcap), and S the sum over the other
-    columns that ``total`` holds. ``columns`` are the positions of the labels in the head. A label in another shard of
-    the head contributes nothing.
+    probability, tanh'_y the derivative of the softcap's tanh (1 without a softcap), and S the previous content of
+    ``total``, the sum over all columns except y. ``columns`` are the positions of the labels in the head. A label in
+    another shard of the head contributes nothing.
     """
     label_factor = -torch.expm1(logp)
     if head.softcap:
@@ -300,8 +300,8 @@ def kept_hidden_rows(
 ) -> tuple[Tensor, Tensor]:
     """Returns the flat indices of the n labelled rows, and the gradient of their hidden states, ``[n, D]``.
 
-    The first arguments are those of ``kept_hidden_grad``, which also fills in the zeros of the other rows. The
-    gradient is in ``dtype``; None means the dtype of ``kept``.
+    The arguments before ``dtype`` are those of ``kept_hidden_grad``, which returns this gradient with zeros in all
+    other rows. The gradient has the given dtype; None means the dtype of ``kept``.
     """
     check_not_capturing(hidden)
     index = labelled_rows(labels, ignore_index).to(hidden.device, non_blocking=True)
@@ -335,8 +335,8 @@ def linear_grad(
     """Returns the gradients of ``scale * (row_weight * logp).sum()`` with respect to hidden states, weight and bias.
 
     The logits of each tile are computed again, or restored from ``kept``, and overwritten with their gradient. Sums
-    over tiles are formed in float32 (float64 for float64 inputs) and rounded once. The call overwrites ``kept``. A
-    wanted gradient of weight is written to the memory of ``kept``, from which ``kept_weight_grad`` returns it.
+    over tiles are formed in float32 (float64 for float64 inputs) and rounded once. If ``kept`` is given, the call
+    overwrites it: a wanted gradient of weight is written there, and ``kept_weight_grad`` returns a view of it.
 
     Returns:
         The gradients of hidden, weight and bias, contiguous, each in the shape of its input. A gradient that is not

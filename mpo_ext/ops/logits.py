@@ -86,7 +86,7 @@ def token_logp_outputs(logits: Tensor, labels: Tensor, stats: int) -> RowOutputs
 def token_logp_shard(
     logits: Tensor, labels: Tensor, ignore_index: int, stats: int, backend: str, shard: VocabShard
 ) -> Tensor:
-    """Returns the state of each row after the columns of a shard, ``[..., ROW_STATE]``, for ``merge_shards``.
+    """Returns each row's softmax state over the columns of a shard, ``[..., ROW_STATE]``, for ``merge_shards``.
 
     The arguments are those of ``token_logp``. ``logits`` are the columns of the shard; labels are ids of the whole
     vocabulary. Each logit is read once.
@@ -139,12 +139,12 @@ def score(
     *,
     exp_logits: Tensor | None = None,
 ) -> None:
-    """Writes the results of ``token_logp``, whose arguments come first, to ``outputs``.
+    """Writes the outputs of ``token_logp`` to ``outputs``. The first five arguments are those of ``token_logp``.
 
-    With a tile, the results cover the columns of the vocabulary up to the end of the tile. With the backend "cpu",
-    ``exp_logits`` may be ``logits``. It then receives ``exp(z - row_max)`` for each logit z, where ``row_max``
-    includes this tile, and 0 for the label's logit. Its values are undefined in a row whose label is out of range or
-    whose logp is NaN. ``write_exp_logits`` does this for the other backends.
+    With a tile, the results cover the columns of the vocabulary up to the end of the tile. ``exp_logits`` is None or,
+    with the backend "cpu", the tensor ``logits``, which the call then overwrites: with ``exp(z - row_max)`` for each
+    logit z, where ``row_max`` includes this tile, and with 0 for the label's logit. The values are undefined in a row
+    whose label is out of range or whose logp is NaN. For other backends, use ``write_exp_logits``.
     """
     if labels.numel() == 0:
         return
@@ -185,8 +185,8 @@ def logits_grad(
     """Returns the gradient of the logits, ``scale * weight * (onehot(label) - softmax(logits))``; 0 in ignored rows.
 
     The result is contiguous and has the shape and dtype of the logits. Each logit of a labelled row is read once and
-    its gradient is written once. On a CPU, the memory of an earlier gradient is reused if it has few ignored rows.
-    Otherwise the zeros of ignored rows cost no time, because newly allocated memory is zero already.
+    its gradient is written once. On a CPU, a large gradient reuses the memory of an earlier gradient if more than a
+    sixth of the rows are labelled. Other gradients are new memory, in which the zeros of ignored rows cost no time.
     """
     _check_grad_inputs(logits, labels, row_max, row_sum, weight, scale, backend)
     grad, is_zeroed = _grad_memory(logits, labels, ignore_index, backend)
@@ -198,11 +198,11 @@ def logits_grad(
 
 
 def _grad_memory(logits: Tensor, labels: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, bool]:
-    """Returns memory for the gradient of logits, and whether it contains zeros."""
+    """Returns memory for the gradient of logits, and whether all of it is zero."""
     if backend != "cpu":
         return logits.new_empty(logits.shape), False
-    # Page faults of the labelled rows of new memory take longer than zeroing the ignored rows of used memory, unless
-    # few rows are labelled. With a fifth of the rows, the loss took 0.016 s instead of 0.020 s; with a tenth, 0.012 s.
+    # New memory costs page faults in the labelled rows; reused memory must be zeroed in the ignored rows. With a fifth
+    # of the rows labelled, reuse was faster: the loss took 0.016 s instead of 0.020 s.
     is_large = logits.numel() * logits.dtype.itemsize >= REUSED_BYTES
     if is_large and int((labels != ignore_index).sum()) * 6 > labels.numel():
         return reused_memory(logits.shape, logits.dtype), False
@@ -264,12 +264,12 @@ def write_grad(
     is_zeroed: bool = False,
     tile: Tile | None = None,
 ) -> None:
-    """Writes the result of ``logits_grad``, whose arguments come first, to ``grad``.
+    """Writes the result of ``logits_grad`` to ``grad``. The first eight arguments are those of ``logits_grad``.
 
     ``grad`` has the shape of the logits and may be the logits themselves. It has their dtype; on a GPU, it may also be
-    half precision for float32 logits, or bfloat16 for float16 logits. ``is_zeroed`` tells that ``grad`` already
-    contains zeros, so ignored rows are not written. ``tile`` names the columns of the vocabulary that the logits
-    cover; None means all columns.
+    half precision for float32 logits, or bfloat16 for float16 logits. If ``is_zeroed``, ``grad`` is already zero, and
+    ignored rows are not written. ``tile`` names the columns of the vocabulary that the logits cover; None means all
+    columns.
     """
     if labels.numel() == 0:
         return

@@ -1,4 +1,4 @@
-"""Matrix products of the linear path: the dtype of their inputs, and what torch can do with a GPU's products."""
+"""Matrix products for losses from hidden states: the dtype of their inputs, and products with float32 results."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 
 
 class WideMatmuls(NamedTuple):
-    """Abilities of torch's matmuls of half-precision inputs on a device, besides returning half precision."""
+    """The support of torch for float32 results of matmuls of half-precision inputs on a device."""
 
-    writes: bool  # whether they write a float32 product to a given tensor
-    adds: bool  # whether they add the product to a float32 tensor
+    writes: bool  # whether a matmul can write its product to a float32 tensor
+    adds: bool  # whether a matmul can add its product to a float32 tensor
 
 
 @functools.cache
 def wide_matmuls(device: torch.device, dtype: torch.dtype) -> WideMatmuls:
-    """Returns what torch can do with products of ``dtype`` on a device, found once by small products.
+    """Returns whether matmuls of inputs of ``dtype`` can write or add float32 results; small products are tried once.
 
-    A CPU can do neither. torch writes float32 products on NVIDIA GPUs from 2.8 on, and adds them from 2.10 on.
+    On a CPU they can do neither. On NVIDIA GPUs they can write since torch 2.8, and add since torch 2.10.
     """
     if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return WideMatmuls(False, False)
@@ -49,7 +49,7 @@ def _gives(value: float, out: Tensor, call: Callable[[], object]) -> bool:
 def scaled_matmul(a: Tensor, b: Tensor, out: Tensor, scale: float, bias: Tensor | None) -> None:
     """Computes ``out = scale * (a @ b + bias)`` in the dtype of ``out``, whatever the dtype of the inputs.
 
-    If the dtypes of inputs and output differ, ``wide_matmuls`` must say that products are written.
+    The dtypes of inputs and output may differ only if ``writes`` is true in the result of ``wide_matmuls``.
     """
     if a.dtype == out.dtype:
         if bias is not None:

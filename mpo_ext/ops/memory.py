@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Number of values in the row state that one tile of the vocabulary passes to the next (csrc/mpo/math.h: RowState).
+#: Number of values in a row's softmax state, which one tile of the vocabulary passes to the next: the maximum, four
+#: sums and the logit of the label (csrc/mpo/math.h: RowState).
 ROW_STATE = 6
 _HUGE_PAGES_BYTES = 1 << 20
-REUSED_BYTES = 16 << 20  # memory for a tensor from this size on is kept for the next tensor of about this size
+REUSED_BYTES = 16 << 20  # memory of a freed tensor of at least this size is kept for the next tensor of similar size
 _free_blocks: list[np.ndarray] = []  # at most one; list operations are atomic, so no lock is needed
 
 
 class Tile(NamedTuple):
     """The vocabulary ids that a tile of logits ``[..., V]`` covers; labels are ids of the whole vocabulary."""
 
-    first: int  # first column; a row's tiles are scored in order, and the first ignores the contents of state
+    first: int  # id of the first column; tiles are scored in order, and a tile with first 0 ignores the old state
     total: int  # size of the whole vocabulary
     state: Tensor | None  # [rows, ROW_STATE] float64, passed from tile to tile; write_grad ignores it
 
@@ -35,7 +36,7 @@ class VocabShard(NamedTuple):
 
 
 def empty_row_state(labels: Tensor) -> Tensor:
-    """Returns the state ``[..., ROW_STATE]`` of rows before their first tile, on the device of the labels."""
+    """Returns the softmax state ``[..., ROW_STATE]`` of rows before their first tile, on the device of the labels."""
     state = torch.zeros(*labels.shape, ROW_STATE, dtype=torch.float64, device=labels.device)
     state[..., 0] = -math.inf  # the maximum
     return state
@@ -105,7 +106,7 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def is_on_cpu(tensor: Tensor) -> bool:
-    """Returns whether a tensor is on the CPU, where tiles should fit the cache and new memory has a price."""
+    """Returns whether a tensor is on the CPU, where tiles should fit the cache and new memory costs page faults."""
     return tensor.device.type == "cpu"
 
 

@@ -7,7 +7,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
-#: Whether this copy has no compiled module on purpose: tools/hub_kernel.py sets it in the variant torch-universal.
+#: True if this copy has no compiled module on purpose. tools/hub_kernel.py sets it in the variant torch-universal.
 PURE_PYTHON = False
 
 

@@ -55,7 +55,7 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the fields of ``mpo_ext.loss.eager.PairLoss`` for B pairs, followed by d loss / d logp of each row.
 
-    The operator reads only tensors with one number per row or per sequence.
+    The operator reads log-probs, not logits.
     """
     check_kernel(backend, logp, "logp")
     is_double = logp.dtype == torch.float64 and backend == "cpu"

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-#: On a GPU, bytes of columns of kept logits: the distance between the logits that backward reads and its output.
+#: Largest budget of a tile on a GPU if logits are kept: each column of a tile adds to the memory of kept logits.
 GPU_KEPT_BYTES = 384 << 20
 _LEAST_GPU_BUDGET, _LARGEST_GPU_BUDGET = 256 << 20, 1 << 30
 _GPU_BUDGET_SHARE = 160  # a GPU's default budget is its memory over this number, within these limits
 _MIN_COLUMNS = 256  # of a tile, unless the vocabulary is smaller: narrower products are slow
 _COLUMN_STEP, _GPU_COLUMN_STEP = 64, 512
-_BLOCK_ROWS, _BLOCK_COLUMNS = 128, 256  # of a product, computed by one multiprocessor (cuBLAS on Hopper)
+_BLOCK_ROWS, _BLOCK_COLUMNS = 128, 256  # part of a product that one multiprocessor computes (cuBLAS on Hopper)
 BLOCK_ELEMENTS = _BLOCK_ROWS * _BLOCK_COLUMNS
 
 
 def gpu_memory_budget(memory: float) -> int:
     """Returns the default memory budget of tiles on a GPU with ``memory`` bytes, in bytes.
 
-    Each tile reads and writes the float32 gradient of all hidden states, so larger tiles save time. 1/160 of the
-    memory is 0.5 GiB on an H100. The result is between 256 MiB and 1 GiB.
+    Each tile reads and writes the float32 gradient of all hidden states, so larger tiles save time. The budget is
+    1/160 of the memory (0.5 GiB on an H100), but at least 256 MiB and at most 1 GiB.
     """
     return int(min(max(memory / _GPU_BUDGET_SHARE, _LEAST_GPU_BUDGET), _LARGEST_GPU_BUDGET))
 
@@ -36,7 +36,7 @@ def tile_shape(
         per_column: Further bytes per column of a tile.
         budget: Bytes that a tile may take.
         preferred: Number of bytes ``rows * columns * per_element`` above which larger tiles are not faster.
-        step: The number of columns is a multiple of it, unless it is smaller or the whole vocabulary.
+        step: The number of columns is a multiple of ``step``, unless it is smaller or is the whole vocabulary.
     """
     columns = min(vocab, _MIN_COLUMNS)
     if per_column:  # at most half of the budget for memory that does not depend on the rows
@@ -56,7 +56,7 @@ def tile_shape(
 def gpu_tile_shape(
     rows: int, vocab: int, hidden_size: int, *, per_element: int, per_column: int, budget: int, multiprocessors: int
 ) -> tuple[int, int]:
-    """Returns the number of rows and columns of a tile on a GPU; the arguments are those of the functions below.
+    """Returns the rows and columns of a tile on a GPU. The arguments are those of ``tile_shape`` and ``fewest_waves``.
 
     If ``multiprocessors`` is 0 (unknown), the number of columns is the largest that fits.
     """
@@ -77,10 +77,10 @@ def product_waves(height: int, width: int, multiprocessors: int) -> int:
 
 
 def fewest_waves(rows: int, vocab: int, hidden_size: int, widest: int, multiprocessors: int) -> int:
-    """Returns the columns of a tile, at most ``widest``, whose products keep the multiprocessors of a GPU busiest.
+    """Returns the number of columns of a tile, at most ``widest``, that keeps the multiprocessors of a GPU busiest.
 
-    A wave takes as long as a full one, even if few multiprocessors work. The result is a multiple of 512 above 3/4 of
-    ``widest``, or ``widest`` if there is none.
+    A wave takes the same time however few multiprocessors work in it. The result is a multiple of 512 above 3/4 of
+    ``widest``, or ``widest`` if no such multiple exists.
     """
 
     def seconds(columns: int) -> int:
@@ -92,5 +92,5 @@ def fewest_waves(rows: int, vocab: int, hidden_size: int, widest: int, multiproc
         return total
 
     largest = widest // _GPU_COLUMN_STEP * _GPU_COLUMN_STEP
-    candidates = range(largest, widest * 3 // 4, -_GPU_COLUMN_STEP)  # of equal ones, the widest
+    candidates = range(largest, widest * 3 // 4, -_GPU_COLUMN_STEP)  # descending, so that min prefers wide tiles
     return min(candidates, key=seconds, default=widest)

@@ -1,14 +1,14 @@
-"""Tiles of logits: how the labelled rows and the vocabulary are cut, and how a tile is computed and kept.
+"""Tiles of logits: how labelled rows and vocabulary are divided into tiles, and how a tile is computed and kept.
 
 A tile holds the logits of some labelled rows (token positions) for some columns of the vocabulary. A matmul of torch
 computes a tile. While the tile is in the cache, the kernels compute log-probs from it or overwrite it with its
-gradient. The outer loop runs over the vocabulary and the inner loop over rows. Each part of the head is therefore
-read, and converted to another dtype if needed, once for all rows, and its gradient is complete after its tiles.
+gradient. The outer loop runs over the vocabulary and the inner loop over rows. Each part of the weight is therefore
+read, and converted to another dtype if needed, once for all rows. Its gradient is complete after the inner loop.
 
 On a CPU that does not multiply bfloat16 or float16 faster than float32, the inputs of the matmuls are converted to
 float32 part by part, which is exact. On other CPUs, tiles have the dtype of the inputs, like a model's own logits. On
-a GPU the inputs keep their dtype and a product is written to its tile in float32. The kernels read the tile and write
-its gradient in the dtype of the inputs, because it is an input of the next matmuls.
+a GPU the inputs keep their dtype, and a product is written to its tile in float32. The kernels read the tile and write
+its gradient in the dtype of the inputs, because the gradient is an input of the next matmuls.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mpo_ext.ops.tile_shape import GPU_KEPT_BYTES, gpu_memory_budget, gpu_tile_s
 
 _CPU_MEMORY_BUDGET = 64 << 20
 _CPU_TILE_BYTES = 16 << 20  # logits of a tile: fits the last-level cache, large enough for fast products
-# Bytes of columns of kept logits: the distance in memory between the logits that backward reads and its output.
+# Largest budget of a tile on a CPU if logits are kept: each column of a tile adds to the memory of kept logits.
 _CPU_KEPT_BYTES = 32 << 20
 _ALIGNMENT = 64  # bytes: kept logits begin at a multiple of it
 
@@ -41,7 +41,7 @@ def default_memory_budget(device: torch.device) -> int:
 
 @functools.cache
 def _memory(device: torch.device) -> int:
-    """Returns the bytes of memory of a GPU, 0 if torch does not tell."""
+    """Returns the bytes of memory of a GPU, 0 if torch cannot query it."""
     runtime = getattr(torch, device.type, None)
     if runtime is None or not hasattr(runtime, "get_device_properties") or not runtime.is_available():
         return 0
@@ -83,13 +83,13 @@ class KeptLogits:
 
     Backward reads the columns from first to last and writes their gradient to the start of the memory. The logits
     start at an offset such that the gradient of a tile's columns ends before the logits of that tile start. With n
-    labelled rows, the memory holds ``max(n, D)`` values per column and a tile, instead of ``n + D`` values per column.
+    labelled rows, the memory holds ``max(n, D)`` values per column plus a tile, instead of ``n + D`` per column.
     With ``only_fitting``, it holds D values per column: if n is larger, only the logits of the first columns are kept.
 
     A float16 logit (used for bfloat16 gradients) is stored as its distance from the largest logit of its row so far.
-    These largest logits are stored after the logits. The error is 2^-12 of the distance. If exp(logit) is above 3e-4
-    of the row's largest exp(logit), its error is therefore below the rounding error of bfloat16. Smaller terms
-    contribute little to the sum.
+    These largest logits are stored after the logits. The error is at most 2^-12 of the distance. The relative error of
+    exp(logit) is therefore below the rounding error of bfloat16 if exp(logit) is above 3e-4 of the row's largest.
+    Smaller terms contribute little to the sum.
 
     Args:
         rows: Number of labelled rows, n.
@@ -112,10 +112,11 @@ class KeptLogits:
         self._column_bytes = rows * dtype.itemsize
         self.stop = vocab
         if only_fitting and self._column_bytes > grad_bytes:
-            # The logits start after the gradient of the first tile, and are then read faster than it is written.
+            # The logits start after the gradient of the first tile. Reading them stays ahead of writing the gradient.
             self.stop = (vocab - columns) * grad_bytes // self._column_bytes // columns * columns
         last = max(self.stop - 1, 0) // columns * columns
-        # The required offset is linear from the first full tile to the last; a partial tile may follow.
+        # The required offset is linear from the first full tile to the last, and a partial tile may follow. The
+        # largest is therefore that of the first tile or of one of the last two.
         tight = {0, max(last - columns, 0), last}
         self._begin = _aligned(
             max(min(first + columns, self.stop) * grad_bytes - first * self._column_bytes for first in tight)
@@ -147,7 +148,7 @@ class KeptLogits:
             torch.sub(logits, safe_max, out=target)
 
     def restore(self, memory: Tensor, rows: slice, first: int, end: int, out: Tensor) -> Tensor:
-        """Writes the logits of a tile from ``store_`` to the float32 tensor ``out``, and returns ``out``."""
+        """Writes the logits of a tile that ``store_`` stored to the float32 tensor ``out``, and returns ``out``."""
         return out.copy_(self.tile(memory, rows, first, end)).add_(self.tile_max(memory, rows, first))
 
     def tile_max(self, memory: Tensor, rows: slice, first: int) -> Tensor:
@@ -198,11 +199,11 @@ class TiledRows:
         is_whole = index.shape[0] == labels.numel()
         self.rows = (rows if is_whole else rows.index_select(0, self.index)).to(self.input_dtype)
         self._buffers: dict[str, Tensor] = {}
-        # Gradients in bfloat16 are rounded to fewer bits than float16 has.
+        # float16 logits suffice if the gradients are bfloat16, which has fewer significant bits.
         is_rounded = hidden.dtype == head.weight.dtype == torch.bfloat16
         kept_dtype = torch.float16 if is_rounded and self.tile_dtype == torch.float32 else self.tile_dtype
         self.keeps_in_place = keeps_logits and kept_dtype == self.tile_dtype
-        #: Whether the kernels read kept logits as they are, so that backward needs no tile of logits.
+        #: Whether the kernels read the stored float16 distances directly, so that backward needs no tile of logits.
         self.reads_kept = keeps_logits and not on_cpu and kept_dtype == torch.float16
         self.reads_kept &= not head.softcap and head.bias is None
         grad_bytes = hidden_size * head.weight.dtype.itemsize
@@ -231,7 +232,7 @@ class TiledRows:
         return self._buffer("weight", part.shape, self.input_dtype).copy_(part)
 
     def as_input(self, grad: Tensor) -> Tensor:
-        """Returns the gradient of a tile in the dtype in which it enters the next matmuls, ``input_dtype``."""
+        """Returns the gradient of a tile in ``input_dtype``, the dtype of the matmul inputs."""
         if grad.dtype == self.input_dtype:
             return grad
         return self._buffer("grad input", grad.shape, self.input_dtype).copy_(grad)
@@ -257,10 +258,10 @@ class TiledRows:
         return out, raw
 
     def grad_target(self, logits: Tensor, *, is_input: bool) -> Tensor:
-        """Returns the tensor for the gradient of a tile.
+        """Returns the tensor to which the gradient of a tile is written: the logits, or a buffer in ``input_dtype``.
 
-        ``is_input`` tells that the gradient is used only as an input of the next matmuls. It is then written in their
-        dtype, to another tensor than the logits if the dtypes differ. Otherwise it is written over the logits.
+        ``is_input`` tells that the gradient is used only as an input of the next matmuls. It is then written to the
+        buffer if the dtype of the logits is not ``input_dtype``.
         """
         if not is_input or logits.dtype == self.input_dtype:
             return logits
@@ -326,10 +327,10 @@ def scatter_rows(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
 
 
 class _TileSize:
-    """The bytes of a tile and of the tensors computed from it, and the shape of the tiles of ``rows``.
+    """Computes the shape of the tiles of ``rows`` from the bytes of a tile and of the tensors computed from it.
 
-    ``rows`` are the labelled rows whose tiles are cut; the other arguments are those of ``KeptLogits``, whose memory
-    the tiles of kept logits share.
+    ``keeps_logits`` is an argument of ``TiledRows``; ``kept_dtype``, ``grad_bytes`` and ``only_fitting`` are arguments
+    of ``KeptLogits``.
     """
 
     def __init__(
@@ -340,17 +341,18 @@ class _TileSize:
         tile, narrow = rows.tile_dtype.itemsize, rows.input_dtype.itemsize
         keeps_all = not only_fitting or count * kept_dtype.itemsize <= grad_bytes
         planes = (not (rows.keeps_in_place and keeps_all)) + bool(head.softcap)
-        # The gradient of a half-precision tile takes another tensor, except where backward has no tile of logits.
+        # A gradient in another dtype than the tile takes a separate tensor, unless backward has no tile of logits.
         has_narrow = rows.input_dtype != rows.tile_dtype and not rows.reads_kept
         self._per_element = planes * tile + has_narrow * narrow
         self._per_column = (head.weight.dtype != rows.input_dtype) * narrow * head.weight.shape[1]
         if keeps_logits:
-            self._per_column += min(count * kept_dtype.itemsize, grad_bytes)  # the distance that ``KeptLogits`` leaves
+            self._per_column += min(count * kept_dtype.itemsize, grad_bytes)  # offset of the logits in ``KeptLogits``
 
     def shape(self, budget: int, has_weight_grad: bool) -> tuple[int, int]:
-        """Returns the number of rows and columns of a tile; ``has_weight_grad``: whether backward uses this shape.
+        """Returns the number of rows and columns of a tile.
 
-        Kept logits lie tile by tile, so forward and backward must cut the same tiles.
+        ``has_weight_grad`` tells whether the gradient of weight is computed in tiles of this shape. Kept logits are
+        stored tile by tile, so forward and backward must use the same shape.
         """
         rows, head = self._rows, self._rows.head
         count, hidden_size = rows.rows.shape
@@ -372,7 +374,7 @@ class _TileSize:
 
 
 def head_grad_memory(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Returns uninitialised memory for the gradient of a head; on a CPU that of an earlier gradient, if it is free."""
+    """Returns uninitialised memory for the gradient of a head. On a CPU, it comes from ``reused_memory``."""
     return reused_memory(shape, dtype) if is_on_cpu(like) else like.new_empty(shape, dtype=dtype)
 
 

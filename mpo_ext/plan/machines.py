@@ -1,8 +1,8 @@
 """Rates of machines, and the time that a stage of work takes at these rates.
 
 Three times are computed for a stage: its matmuls and attention kernels, its memory traffic, and its arithmetic on
-logits. The longest of the three is the time of the stage. On a CPU, the time of page faults is added. The rates belong
-to the machine; no rate belongs to a method.
+logits. The longest of the three is the time of the stage. The time of page faults on a CPU and of kernel launches on a
+GPU is added. All rates belong to the machine; no rate depends on the method that computes the loss.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ import itertools
 import math
 from collections.abc import Mapping
 
-#: Fractions of a GPU's peak rates that large kernels reach. That of bandwidth is assumed. That of matmuls is from the
-#: 42 ms that TRL measured on an H100 for the three bfloat16 products of 8,192 rows, D = 4,096 and V = 151,936: 728
-#: TFLOP/s, and 0.76 of the peak where all multiprocessors work.
+#: Fractions of a GPU's peak rates that large kernels reach. The fraction of bandwidth is assumed. The fraction of
+#: matmuls follows from the 42 ms that TRL measured on an H100 for the three bfloat16 products of 8,192 rows, D = 4,096
+#: and V = 151,936: 728 TFLOP/s on average, and 0.76 of the peak while all multiprocessors work.
 BANDWIDTH_SHARE, PRODUCT_SHARE = 0.9, 0.76
 _LAUNCH_SECONDS = 2e-6  # assumed time between two kernels of a GPU
 #: Assumed fractions of a GPU's peak rate that attention kernels reach. Without a mask: between FlashAttention-2 (0.35)
@@ -76,7 +76,7 @@ class Machine:
         huge: Bytes per second at which the operating system provides new memory in huge pages.
         overhead: Constant number of seconds added to the time of a forward and backward together.
         launch: Seconds between two kernels of a GPU.
-        multiprocessors: Number of multiprocessors of a GPU; 0 if it is unknown, and waves of blocks are not counted.
+        multiprocessors: Number of multiprocessors of a GPU; 0 if it is unknown. Waves of blocks are then not counted.
         memory: Bytes of a GPU's memory, on which the default memory budget of tiles depends; 0 if it is unknown.
         source: Origin of the rates, for reports.
     """
@@ -163,8 +163,8 @@ def _rates(half: float, float32: float) -> dict[str, float]:
     return {"float32": float32, "bfloat16": half, "float16": half}
 
 
-#: Dense rates are half the rates with sparsity, which the data sheets of Hopper and Blackwell print. At the given
-#: clocks, the float32 lanes reach the printed float32 peak; tensor cores of Hopper and Blackwell have lower clocks.
+#: The data sheets of Hopper and Blackwell print the rates with sparsity; the dense rates here are half of them. At the
+#: given clocks, the float32 lanes reach the printed float32 peak. Tensor cores of Hopper and Blackwell run slower.
 GPUS = {
     "A100": DataSheet(
         bandwidth=2.039e12, matmul_rates=_rates(312e12, 19.5e12), multiprocessors=108, clock=1.41e9, memory=80e9,

@@ -243,7 +243,7 @@ class MemoryEstimate:
         return sum(whole)
 
     def _weights(self) -> int:
-        """Returns the bytes of the parameters; bitsandbytes quantizes the language model's linear layers."""
+        """Returns the bytes of the parameters. With QLoRA, linear layers of the language model are quantized."""
         lora = self.recipe.model.lora
         if lora is None or lora.quantization is None:
             return sum(map(_bytes, self.model.parameters()))
@@ -302,7 +302,7 @@ class MemoryEstimate:
 
 
 def has_split_attention(model: nn.Module) -> bool:
-    """Returns whether the decoder of a prepared model attends in causal calls instead of under a mask of the row."""
+    """Returns whether the decoder of a prepared model has split attention (``mpo_ext.train.split_attention``)."""
     return is_split(getattr(decoder_config(unwrap_model(model)), "_attn_implementation", None))
 
 

@@ -41,7 +41,7 @@ class Plan:
     Attributes:
         model_class: Name of the model's class.
         parameters: Number of parameters, adapters included; tied parameters count once.
-        active: Number of parameters without the experts through which a token does not pass.
+        active: Number of parameters that a token uses, that is, without the experts that are not active for a token.
         trainable: Number of parameters that the run trains.
         steps_per_epoch: Number of optimizer steps per epoch, before pairs are skipped.
         warmup_steps: Number of steps in which the learning rate rises.

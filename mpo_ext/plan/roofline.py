@@ -205,7 +205,7 @@ class GpuTiles:
 
     @classmethod
     def of(cls, loss: LossShape, machine: Machine, *, keeps_logits: bool) -> GpuTiles:
-        """Returns the tiles of a loss with the default memory budget; ``keeps_logits``: ``recompute=False``."""
+        """Returns the tiles of a loss with the default memory budget. ``keeps_logits`` means ``recompute=False``."""
         budget, rows = gpu_memory_budget(machine.memory), max(loss.labelled, 1)
         is_half, keeps_half = loss.size < 4, keeps_logits and loss.dtype == "bfloat16"
         # A float32 tile, unless forward keeps it, and its half-precision gradient, unless backward has no tile.
@@ -228,8 +228,8 @@ def _linear_on_gpu(loss: LossShape, machine: Machine, *, keeps_logits: bool = Fa
     """Returns the cost of ``linear_mpo_loss`` on a GPU.
 
     A tile does not fit the cache: a product writes it in float32, kernels read it and write its gradient in the dtype
-    of the inputs, and the next products read that. Each tile but the first of a row also reads and writes the float32
-    gradient of the hidden states.
+    of the inputs, and the next products read this gradient. Each tile except the first of a row also reads and writes
+    the float32 gradient of the hidden states.
     """
     tiles = GpuTiles.of(loss, machine, keeps_logits=keeps_logits)
     logits, hidden = loss.labelled * loss.vocab, loss.labelled * loss.hidden_size

@@ -1,6 +1,6 @@
 """Predicts the time and the memory of a training step: layers, attention, loss, reference, gradient norm, AdamW.
 
-The layers of the decoder are three stages: matrix products (of experts apart), attention, and passes over memory.
+The layers of the decoder are three stages: matrix products, attention, and passes over memory. Experts are a fourth.
 Communication between devices and the preparation of the data are left out.
 """
 
@@ -22,7 +22,7 @@ from mpo_ext.plan.roofline import (
     loss_gradients,
 )
 
-#: Passes over the scores of eager attention, forward and backward together: product, mask, float32 softmax and back.
+#: Number of passes over the scores of eager attention, forward and backward together.
 _EAGER_PASSES = 16
 
 
@@ -178,8 +178,8 @@ class _Layers:
         """Yields the stages of ``forwards`` forward passes and, with ``with_backward``, of one backward pass.
 
         A backward has two matrix products for each product of a forward, and moves twice the bytes. An attention
-        kernel computes the scores again in backward: it has five products, and two in forward. ``of_vision`` tells
-        whether the vision tower has a backward. ``name`` ends the name of each stage.
+        kernel has two products in forward and five in backward, which computes the scores again. ``of_vision`` tells
+        whether the vision tower has a backward. The name of each stage ends in ``name``.
         """
         model, positions = self.model, self.positions
         times = forwards + 2 * with_backward

@@ -35,20 +35,20 @@ _BLOCK = 64  # minimum number of questions whose images are loaded at a time
 class AnswerEvaluation:
     """Asks the policy the questions of ``output.eval_generate`` and scores its answers.
 
-    The ranks share the questions. If they shard the parameters, all ranks ask all questions instead, because each
-    forward pass needs all ranks.
+    The questions are divided among the ranks. If the parameters are sharded, every rank asks all questions instead,
+    because each forward pass needs all ranks.
 
     Args:
         recipe: Recipe of the run, with ``output.eval_generate``.
         accelerator: The ``accelerate.Accelerator`` of the run.
         model: Policy, as ``accelerator.prepare`` returned it.
         processor: Its processor, or the tokenizer of a text model.
-        date: Date that the chat template may write.
+        date: Date that the chat template may print in prompts.
 
     Raises:
         OSError: If the file of questions cannot be read.
-        ValueError: If a rank cannot generate with its part of the model, the file has no question with an answer, or
-            an image is missing.
+        ValueError: If the model is sharded in a way that does not support generation, the file has no question with
+            an answer, or an image is missing.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class AnswerEvaluation:
             self._model.eval()
             try:
                 results = list(self._ask())
-            except (OSError, ValueError, RuntimeError) as failure:  # the other ranks wait for this one
+            except (OSError, ValueError, RuntimeError) as failure:  # raised on all ranks below
                 error = f"{type(failure).__name__}: {failure}"
         ranks = gather(self._accelerator, (results, error))
         if self._in_step:
@@ -148,7 +148,7 @@ def shards_parameters(accelerator: Any, path: str) -> bool:
     Each forward pass then gathers parameters from all ranks, so all ranks must make the same forward passes.
 
     Raises:
-        ValueError: If the model is divided in another way, under which a rank cannot generate.
+        ValueError: If the model is sharded in another way, which does not support generation.
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind == "DEEPSPEED":

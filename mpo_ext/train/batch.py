@@ -25,12 +25,12 @@ class Batch:
     """A batch of B pairs, on the CPU until ``to`` moves it.
 
     Attributes:
-        layout: "shared": a sequence row is ``[prompt | chosen | rejected]``; pairs with the same prompt share a row,
-            ``[prompt | chosen | rejected | chosen | rejected ...]``; a rejected response with other images follows a
-            separate prompt. "packed": these rows one after the other in a
-            single row without padding, which needs split attention. "masked": the rows of "shared", always with a
-            dense attention mask; "shared" needs this mask only without split attention. "separate": a sequence row
-            is ``[prompt | response]``; the chosen rows come first, and images are stored once for both rows of a pair.
+        layout: "shared": a sequence row is ``[prompt | chosen | rejected]``. Pairs with the same prompt share a row,
+            ``[prompt | chosen | rejected | chosen | rejected ...]``. A rejected response with other images follows a
+            separate prompt. "packed": the rows of "shared" are joined to a single row without padding; this needs
+            split attention. "masked": the rows of "shared" with a dense attention mask ("shared" itself uses this mask
+            only without split attention). "separate": a sequence row is ``[prompt | response]``. The chosen rows come
+            first, and images are stored once for both rows of a pair.
         inputs: Keyword arguments of the model except attention masks: ``input_ids`` ``[R, L]`` (R sequence rows of L
             tokens), ``position_ids`` if the layout needs them, other inputs per token, ``pixel_values`` ...
         segments: ``[R, L]`` int32: 0 for a prompt, 1, 2, ... for the responses to this prompt, -1 for padding.
@@ -42,12 +42,12 @@ class Batch:
         names: File and line number of each pair, for messages.
         keys: ``Sample.key`` of each pair.
         digests: ``Sample.digest`` of each pair.
-        copies: Number of sequence rows per prompt: 2 in the layout "separate" with rejected responses, if none of them
-            has other images; otherwise 1.
+        copies: Number of sequence rows per prompt: 2 in the layout "separate" with rejected responses, if no rejected
+            response has other images; otherwise 1.
         segment_lengths: For each prompt of each row, the number of tokens of the prompt and of each response that is
-            not empty; an empty prompt has none. Only the layout "packed" has several prompts in a row.
-        image_blocks: For each prompt of each row, the start and the end (exclusive) of each run of tokens with type 1
-            in ``token_type_ids``, counted in tokens; empty without this input.
+            not empty; ``()`` for an empty prompt. Only the layout "packed" has several prompts in a row.
+        image_blocks: For each prompt of each row, the start and the end (exclusive) of each run of prompt tokens with
+            type 1 in ``token_type_ids``; empty without this input.
     """
 
     layout: RowLayout
@@ -112,7 +112,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Number of token positions without padding. Read it before ``to``: on a GPU it waits for the device."""
+        """Number of token positions without padding. After ``to`` moved the batch to a GPU, reading it waits."""
         return int((self.segments >= 0).sum())
 
     @property
@@ -124,7 +124,7 @@ class Batch:
         """Returns which token positions the auxiliary loss of routers counts: ``[R * L]`` bool, on the CPU.
 
         These are the tokens of the prompts that have a response, and of their responses. Padding, dummy batches and
-        the additional prompts with blank images do not count.
+        the prompt of ``blank`` (an argument of ``collate``) do not count.
         """
         rows, length = self.segments.shape
         is_routed = torch.zeros(rows, length, dtype=torch.bool)
@@ -246,10 +246,10 @@ def collate(
         pad_id: Token id that fills shorter rows on the right. Attention never reads it, but the model must be able to
             embed it, and it must not be the id of an image token.
         with_rejected: Whether rejected responses go through the model; False: they are treated as empty.
-        positions: Function that returns the position ids of a sample's prompt, from ``prompt_positions(model)``. None:
-            tokens are numbered from 0.
-        blank: A sample with images. Its prompt is added, without labels, to a batch that has no images. This is
-            needed if ranks share a model, because all of them must run its vision tower. None: no additional prompt.
+        positions: Function that returns the position ids of a sample's prompt: the result of
+            ``prompt_positions(model)``. None: tokens are numbered from 0.
+        blank: A sample with images. Its prompt is added, without labels, to a batch that has no images. A model that
+            is sharded over ranks needs this, because all ranks must run its vision tower. None: no additional prompt.
 
     Raises:
         TypeError: If token ids are not int64.
@@ -305,13 +305,13 @@ def _responses(sample: Sample, with_rejected: bool) -> list[tuple[Tensor, Tensor
 
 
 def _plan_separate(samples: Sequence[Sample], blanks: list[Sample], with_rejected: bool) -> _RowPlan:
-    """Returns a plan with a row for each response: all chosen rows, then the blank rows, then all rejected rows."""
+    """Returns a plan with a row for each response and each blank sample. The chosen rows come first."""
     owners = [*samples, *blanks]
     copies = 2 if with_rejected else 1
     rows_of = owners * copies
     if with_rejected and any(sample.rejected_prompt is not None for sample in samples):
         rows_of = [*owners, *(sample.rejected_prompt or sample for sample in samples)]
-        copies = 1  # the rejected rows have other images, so each row has its own
+        copies = 1  # images are stored for each row, because those of the rejected rows differ
     prompts = [_PlacedPrompt(row, owner, row, 0) for row, owner in enumerate(rows_of)]
     responses = []
     for side, first in ((0, 0), (1, len(owners) if with_rejected else 0)):
@@ -374,7 +374,7 @@ def _label_rows(responses: Sequence[_PlacedResponse], length: int) -> tuple[Tens
     index, labels = [], []
     for response in responses:
         places = torch.arange(len(response.ids) or 1) + response.start - 1
-        places[0] = max(response.prompt.end - 1, 0)  # the last token of the prompt predicts the first token
+        places[0] = max(response.prompt.end - 1, 0)  # the prompt's last token predicts the response's first token
         index.append(places + response.prompt.row * length)
         labels.append(response.labels)
     return torch.cat(index), torch.cat(labels), [len(ids) for ids in labels]
@@ -471,9 +471,9 @@ def _is_of_video(name: str) -> bool:
 
 
 def _padded_cat(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the tensors concatenated along the first axis, with the other axes padded with zeros to one size.
+    """Returns the tensors joined along the first axis. Zeros pad each other axis to its largest size in the tensors.
 
-    The size of an axis is the largest of the tensors. ``name`` is the name of the input in messages.
+    ``name`` is the name of the input in messages.
     """
     axes, dtypes = {tensor.ndim for tensor in tensors}, {tensor.dtype for tensor in tensors}
     if len(axes) > 1 or len(dtypes) > 1 or 0 in axes:

@@ -36,7 +36,7 @@ class BatchLoss:
         routers: Auxiliary loss of the policy's routers; None if the run has none.
 
     Attributes:
-        first_batch: Check of each micro-batch, or None.
+        first_batch: Check that is called with each micro-batch; None: no check.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class BatchLoss:
 
 
 def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, world_size: int) -> MPOConfig | None:
-    """Returns the loss settings of a micro-batch, with the weight of each term scaled by its share of the step.
+    """Returns the loss settings of a micro-batch: each term's weight is scaled by the micro-batch's share of the step.
 
     The weights have the factor ``world_size``, because accelerate averages gradients over the ranks.
 
@@ -144,9 +144,9 @@ def weighted_config(recipe: Recipe, counts: BatchCounts | None, size: StepSize, 
 def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size: StepSize, world_size: int) -> float:
     """Returns the weight of the auxiliary loss of the routers for a micro-batch; 0 for a dummy batch.
 
-    ``coef`` is the weight of this loss in the step. The share of the micro-batch is that of its tokens: if the
-    experts were used equally often in all micro-batches, the step would have the gradient of one large micro-batch.
-    With ``average_over="micro_batch"`` the share is that of the other terms. The other arguments are those of
+    ``coef``, the weight of this loss in the step, is scaled by the micro-batch's share of the routed tokens of the
+    step. If all micro-batches used the experts equally often, the step would have the gradient of one large batch.
+    With ``average_over="micro_batch"``, the share is that of the other terms. The other arguments are those of
     ``weighted_config``.
     """
     if counts is None:
@@ -163,7 +163,7 @@ def router_weight(recipe: Recipe, coef: float, counts: BatchCounts | None, size:
 def with_logged_average(out: MPOOutput, used: MPOConfig, recipe: LossRecipe, counts: BatchCounts) -> MPOOutput:
     """Returns the output of a loss with its next-token loss averaged as the recipe says, for the log.
 
-    ``used`` are the settings with which the loss was computed; they may average the next-token loss otherwise.
+    ``used`` are the settings with which the loss was computed; they may average the next-token loss in another way.
     """
     if used.ntp_average == recipe.ntp_average:
         return out

@@ -73,17 +73,17 @@ class Checkpoints:
         optimizer, the loss scaler's state, ``state``, and each rank's random states (Python, NumPy, torch, CUDA).
         Saving changes none of them. A checkpoint of the same step is replaced.
 
-        Under DeepSpeed its engine writes and reads the tensors.
+        Under DeepSpeed, the DeepSpeed engine writes the tensors.
 
         Args:
             accelerator: accelerate's ``Accelerator``.
             step: Number of optimizer steps done; names the folder.
             model: Model as ``accelerator.prepare`` returned it.
-            optimizer: Optimizer as ``accelerator.prepare`` returned it. Each state entry must be a tensor that is a
-                scalar or has the parameter's shape, as AdamW's are.
+            optimizer: Optimizer as ``accelerator.prepare`` returned it. If parameters are sharded, each tensor of its
+                state must be a scalar or have the shape of its parameter, as AdamW's have.
             state: JSON values; those of the main rank are written.
             score: Finite evaluation score at this step; None: no score.
-            reference: Reference model that moves during training and is stored completely; None: no such model.
+            reference: Reference model if training updates it, so that the checkpoint must store it; otherwise None.
 
         Raises:
             CheckpointError: If any rank fails, for instance because the disk is full. The half-written folder is
@@ -123,8 +123,8 @@ class Checkpoints:
     ) -> dict[str, Any]:
         """Restores a checkpoint in place, bit for bit, and returns its ``state``. All ranks must call this method.
 
-        Random states are restored only for the number of ranks of the save; otherwise a warning is logged. A
-        checkpoint of DeepSpeed needs the same number of ranks.
+        If the number of ranks differs from that of the save, random states are not restored, and a warning is logged.
+        A checkpoint of DeepSpeed needs the same number of ranks.
 
         Args:
             accelerator: accelerate's ``Accelerator``.
@@ -150,7 +150,7 @@ class Checkpoints:
         return state
 
     def state(self, accelerator: Any, path: Path) -> dict[str, Any]:
-        """Returns the state that was passed to ``save``. All ranks must call this method."""
+        """Returns the ``state`` that a checkpoint was saved with. All ranks must call this method."""
         with together(accelerator):
             manifest = Manifest.read(Path(path))
         self._check_contents(accelerator, manifest, Path(path))
@@ -219,7 +219,7 @@ class Checkpoints:
         return Path(resume)
 
     def _check_contents(self, accelerator: Any, manifest: Manifest, path: Path) -> None:
-        """Raises ``CheckpointError`` if a file has another digest; each process reads a checkpoint once."""
+        """Raises ``CheckpointError`` if a file differs from its digest. A process checks each checkpoint once."""
         if path not in self._checked:
             manifest.check_contents(accelerator, path)
             self._checked.add(path)

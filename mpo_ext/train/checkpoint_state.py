@@ -67,7 +67,7 @@ def save_state(
 class StateReader:
     """Checks a checkpoint against the models and optimizer of a run and restores them. All ranks must take part.
 
-    ``manifest`` is that of the folder; see ``Checkpoints.load`` for other arguments and errors.
+    ``manifest`` is the manifest of ``folder``. ``Checkpoints.load`` describes the other arguments and the errors.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class StateReader:
 
 
 class _TensorWriter(dcp.FileSystemWriter):
-    """Raises the ``OSError`` of a full disk, which torch's writer hides behind a ``RuntimeError``."""
+    """A file writer that raises the ``OSError`` of a full disk. torch's writer hides it behind a ``RuntimeError``."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:

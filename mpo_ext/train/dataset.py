@@ -54,7 +54,7 @@ class StepSlice:
         counts: Sizes of each micro-batch in ``batches``.
         skipped: Pairs that were skipped, with the reason.
         n_cut: Number of pairs with a truncated response.
-        n_split: Number of pairs with a response that was tokenized apart from the prompt.
+        n_split: Number of pairs with a response that was tokenized separately from the prompt.
         error: Error message of a bad pair that must end the run, or None.
     """
 
@@ -128,7 +128,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         world_size: Number of processes.
         micro_batch_size: Number of pairs per micro-batch, if ``micro_batch_tokens`` is None.
         micro_batch_tokens: Maximum number of token positions per micro-batch; None: ``micro_batch_size`` pairs.
-        group_prompts: Whether pairs with the same prompt are adjacent in the order from which micro-batches are cut.
+        group_prompts: Whether pairs with the same prompt stay adjacent when a slice is divided into micro-batches.
         skip_bad: Whether bad pairs are skipped; False: a bad pair ends the run.
     """
 
@@ -184,7 +184,7 @@ class StepDataset(torch.utils.data.Dataset[StepSlice]):
         responses = [[len(getattr(sample, side)) for side in sides] for sample in samples]
         for place, sample in enumerate(samples):
             if sample.rejected_prompt is not None and self.collator.with_rejected:
-                # Two rows of the size of the longer prompt and the longer response.
+                # The pair counts as two rows, each as long as the longer prompt and the longer response.
                 chosen, rejected = responses[place]
                 longer = max(prompts[place], len(sample.rejected_prompt.prompt_ids))
                 prompts[place] = 2 * longer + abs(chosen - rejected)
@@ -284,7 +284,7 @@ class RunData:
             yield from self._load(self._dataset(mixture, sampler, skip_bad=True), range(sampler.steps_per_epoch))
 
     def equal_batches(self, step_slice: StepSlice, size: StepSize) -> Iterator[tuple[Batch, BatchCounts | None]]:
-        """Yields ``size.micro_steps`` micro-batches with their sizes, so that all ranks run equally many.
+        """Yields ``size.micro_steps`` micro-batches with their sizes, so that all ranks run the same number.
 
         After the micro-batches of the slice come dummy batches, with None instead of sizes.
         """

@@ -21,9 +21,9 @@ NO_ROOM = "prompt leaves no room for a response"
 EQUAL = "chosen and rejected are equal"
 EQUAL_CUT = "chosen and rejected are equal once cut"
 BAD_PAIR = "bad pair"
-# Attributes of tokenizers and processors, without "_token", that name the tokens of media and around them.
+# Tokens that represent or enclose media: names of attributes of tokenizers and processors, without "_token".
 _MEDIA_TOKENS = ("image", "video", "audio", "boi", "eoi", "start_image", "end_image", "vision_start", "vision_end")
-# Inputs per image or video, which may have the prompt's shape by chance.
+# Beginnings of the names of inputs per image or video, whose shape may equal that of the prompt by chance.
 _PER_IMAGE = ("image_", "pixel_", "num_", "batch_", "video_", "second_")
 
 
@@ -51,12 +51,12 @@ class Sample:
             counts images, tiles, videos or patches; batches concatenate along this axis.
         digest: Hash of the model's inputs: all token ids, ``token_inputs`` and ``image_inputs``.
         is_cut: Whether a response was cut and lacks the token that ends the turn.
-        is_split: Whether a response was tokenized apart from the prompt; see ``mpo_ext.chat.ChatEncoder``.
+        is_split: Whether a response was tokenized separately from the prompt; see ``mpo_ext.chat.ChatEncoder``.
         chosen_targets: ``[C]`` bool, False for the user's turns in a chosen response of several turns; None: all
             tokens are targets.
         rejected_targets: ``[R]`` bool, defined like ``chosen_targets`` for the rejected response.
-        rejected_prompt: The prompt with the images of the rejected response, without responses; None: both responses
-            have the same prompt.
+        rejected_prompt: A sample without responses: the prompt with the images of the rejected response. None: both
+            responses have the same prompt.
     """
 
     key: str

@@ -19,7 +19,7 @@ from mpo_ext.train.resume import RunState
 if TYPE_CHECKING:
     from mpo_ext.train.answer_evaluation import AnswerEvaluation
 
-_OF_ANSWERS = ("eval_answer", "eval_questions")  # beginnings of the metrics of ``AnswerEvaluation``
+_OF_ANSWERS = ("eval_answer", "eval_questions")  # beginnings of the names of the metrics of ``AnswerEvaluation``
 
 
 @torch.no_grad()

@@ -35,8 +35,8 @@ from mpo_ext.train.zero import full_state_dict, is_deepspeed, is_partitioned, wi
 def with_chat_settings(processor: Any, settings: ModelRecipe) -> Any:
     """Returns a processor whose chat template is that of the training run, with the run's variables as defaults.
 
-    Without such settings in the recipe, the processor itself is returned. With them, every program that loads the
-    exported model makes the prompts of training.
+    Every program that loads the exported processor then makes the same prompts as training. If the recipe sets no
+    template and no variables, the processor itself is returned.
     """
     template = find_chat_template(processor, settings.chat_template)
     if template is None or not (settings.chat_template or settings.chat_template_kwargs):
@@ -101,7 +101,7 @@ def export_model(accelerator: Any, model: nn.Module, processor: Any, folder: Pat
 
 
 def mark_exported(accelerator: Any, folder: Path, checkpoint: Path | None) -> None:
-    """Records that the export in ``folder`` is the model of a checkpoint. None: the run has no checkpoint."""
+    """Records that the export in ``folder`` is the model of ``checkpoint``. Does nothing if ``checkpoint`` is None."""
     if accelerator.is_main_process and checkpoint is not None:
         write_json(_mark_of(folder), {"checkpoint": checkpoint.name, "manifest": _manifest_digest(checkpoint)})
 
@@ -109,9 +109,9 @@ def mark_exported(accelerator: Any, folder: Path, checkpoint: Path | None) -> No
 def is_exported(accelerator: Any, folder: Path, checkpoint: Path) -> bool:
     """Returns whether all ranks see an export in ``folder`` that is the model of the checkpoint.
 
-    All ranks must call this function. Exports are written atomically, so a config file implies a complete export.
-    Times of files do not tell it, because clocks change; they only serve for runs of earlier versions of mpo_ext,
-    which have no record of the export.
+    All ranks must call this function. Exports are written atomically, so a config file implies a complete export. The
+    record of ``mark_exported`` identifies the checkpoint. A run of an earlier version of mpo_ext has no record; then
+    the times of the files decide.
     """
     configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
     try:

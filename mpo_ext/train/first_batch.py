@@ -21,8 +21,9 @@ _IGNORE_INDEX = MPOConfig().ignore_index
 class FirstBatchCheck:
     """Checks the micro-batches of the first step.
 
-    Labels of all micro-batches are checked; the first micro-batch is also compared with its tokens and, if the
-    reference is the starting state of the policy, with the reference log-probs. ``BatchLoss`` calls the methods.
+    The range of the labels is checked in all micro-batches. In the first micro-batch, labels are also compared with
+    tokens, and log-probs with those of the reference if it is the starting state of the policy. ``BatchLoss`` calls
+    ``check``.
 
     Attributes:
         findings: Probable mistakes of this rank.
@@ -30,7 +31,7 @@ class FirstBatchCheck:
 
     def __init__(self, recipe: Recipe, processor: Any) -> None:
         self._loss, self._tokenizer = recipe.loss, getattr(processor, "tokenizer", processor)
-        # Another model as reference may have any log-probs.
+        # If the reference is another model, its log-probs may be far from those of the policy.
         self._compares_reference = recipe.reference_kind is not None and recipe.reference.path is None
         self.findings: list[BatchFinding] = []
         self._is_first = True
@@ -93,8 +94,8 @@ class FirstBatchCheck:
 def batch_sequences(batch: Batch, vocab: int, logits_at: Callable[[Tensor], Tensor]) -> Iterable[BatchSequence]:
     """Yields the B chosen and then the B rejected sequences ``[prompt | response]`` of a batch.
 
-    The labels are aligned: position t predicts the label at t. ``logits_at`` returns the logits of labels, by their
-    positions in ``batch.labels``.
+    The labels are aligned: position t predicts the label at t. ``logits_at`` takes positions in ``batch.labels`` and
+    returns the logits of these labels.
     """
     tokens, segments = batch.inputs["input_ids"].flatten().cpu(), batch.segments.flatten().tolist()
     index, bounds = batch.index.cpu(), batch.cu_seqlens.tolist()
@@ -123,7 +124,7 @@ def batch_sequences(batch: Batch, vocab: int, logits_at: Callable[[Tensor], Tens
 def _logits_of(output: Tensor | HiddenRows) -> tuple[int, Callable[[Tensor], Tensor] | None]:
     """Returns the number of logits of a position, and a function that returns the logits of n labels, ``[n, vocab]``.
 
-    The function takes the int64 positions of the labels on the CPU. It is None if ranks share the output head.
+    The function takes the int64 positions of the labels on the CPU. It is None if the head is sharded over ranks.
     """
     if isinstance(output, Tensor):
         return output.shape[-1], lambda rows: output[rows.to(output.device)]

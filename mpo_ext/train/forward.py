@@ -35,7 +35,7 @@ class HiddenRows(NamedTuple):
     Attributes:
         hidden: ``[N, D]``, the hidden states that predict ``batch.labels``, with their autograd graph.
         weight: ``[V, D]``, the weight of the output head.
-        options: The keyword arguments ``bias``, ``logit_scale`` and ``softcap``.
+        options: Keyword arguments ``bias``, ``logit_scale``, ``softcap`` and (sharded head) ``vocab_parallel``.
     """
 
     hidden: Tensor
@@ -66,7 +66,7 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Runs the model once on a batch and returns the logits that predict the labels, ``[N, V]``.
 
     The loss is ``mpo_loss(logits, batch.labels.to(logits.device), ..., cu_seqlens=batch.cu_seqlens, shift=False)``.
-    The model computes the logits of all positions, ``[R, L, V]``, of which the labelled ones are returned. Arguments
+    The model computes the logits of all positions, ``[R, L, V]``, although only some of them predict labels. Arguments
     and errors are those of ``forward``.
     """
     with model_inputs(unwrap_model(model), batch) as inputs:
@@ -88,7 +88,7 @@ def _label_rows(values: Tensor, batch: Batch) -> Tensor:
 def model_inputs(inner: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
     """Yields the model's keyword arguments for a batch. ``inner`` is the model without wrappers.
 
-    Inside the ``with`` block, the model encodes each image once, also if the image belongs to two sequence rows.
+    Inside the ``with`` block, the model encodes each image once, even if the image belongs to two sequence rows.
     """
     inputs: dict[str, Any] = dict(batch.inputs)
     has_grid = any(name in inputs for name in GRIDS)
@@ -165,10 +165,10 @@ def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
 
 
 def _features_twice(encode: Callable[..., Any], owner: nn.Module, running: list[str]) -> Callable[..., Any]:
-    """Returns a wrapper of ``get_image_features``, whose result contains the features of all images twice.
+    """Returns a wrapper of the method ``encode`` whose result contains the features of all images twice.
 
-    The second copy follows the first. ``owner`` is the module that has the method ``encode``. ``running`` holds the
-    names of the wrapped methods that are running: in Qwen3-VL, ``get_video_features`` calls ``get_image_features``.
+    The second copy follows the first. ``encode`` is a method of ``owner``, such as ``get_image_features``. ``running``
+    is not empty while a wrapper runs: in Qwen3-VL, ``get_video_features`` calls ``get_image_features``.
     """
 
     def encode_once(*args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from mpo_ext.train.ranks import gather
 class HubUpload:
     """Uploads the folder of the final model to a repository of the hub. Only the main process talks to the hub.
 
-    All ranks must call each method, and all of them raise its errors.
+    All ranks must call each method. If a method fails, all ranks raise the error.
     """
 
     def __init__(self, recipe: HubRecipe, accelerator: Any) -> None:
@@ -23,13 +23,13 @@ class HubUpload:
 
         Raises:
             ValueError: If there is no token, the name is invalid, the repository is public although
-                ``push_to_hub.private`` is True, or the hub refuses the token or is out of reach.
+                ``push_to_hub.private`` is True, or the hub rejects the token or cannot be reached.
         """
         if text := self._on_main(self._prepare):
             raise ValueError(text)
 
     def push(self, folder: Path) -> str:
-        """Uploads a folder and returns the address of the commit. Files that the repository has are not sent again.
+        """Uploads a folder and returns the address of the commit. Files that the repository already has are not sent.
 
         Raises:
             RuntimeError: If the upload fails.
@@ -83,7 +83,7 @@ class HubUpload:
 
 
 def check_access(recipe: HubRecipe) -> None:
-    """Raises ``ValueError`` if the hub is offline or there is no token. The hub is not asked."""
+    """Raises ``ValueError`` if HF_HUB_OFFLINE is set or there is no token. This check does not contact the hub."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:

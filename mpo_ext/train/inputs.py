@@ -40,7 +40,7 @@ class InputChanges:
     Attributes:
         refused: Changes that affect training: the training data, their encoding, or weights that checkpoints do not
             hold. A run resumes with such changes only if they are accepted.
-        allowed: Changes that do not affect training, such as other versions of libraries that encode pairs alike.
+        allowed: Changes that do not affect training, such as other library versions that encode pairs in the same way.
         evaluation: Changes of the evaluation data, with which a run may resume.
     """
 
@@ -76,7 +76,7 @@ def collect_inputs(data: RunData, known: Mapping[str, Any] | None, fixed_weights
     Args:
         data: Data and encoder of the run.
         known: Inputs of a checkpoint. Files with the same path, size and modification time are not read again.
-        fixed_weights: Fingerprints of the models whose weights a checkpoint does not hold, by setting.
+        fixed_weights: Fingerprints of the models whose weights a checkpoint does not hold, by name of the setting.
 
     Raises:
         CheckpointError: If a rank cannot read a file.

@@ -37,7 +37,7 @@ class JointCalls(NamedTuple):
     """The ranges of tokens in calls of the kernel. A stop is exclusive.
 
     Attributes:
-        own: ``(start, stop)`` of the tokens of each causal call, which are queries and keys. Ranges do not overlap.
+        own: ``(start, stop)`` of each causal call, whose tokens are both queries and keys. Ranges do not overlap.
         shared: ``(start, stop, key start, key stop)`` of the queries and the keys of each call without a mask.
     """
 
@@ -62,7 +62,7 @@ def joint_calls(parts: Sequence[TokenPart]) -> JointCalls:
             keys = first, first + min(part.prompt_length, parts[part.prompt].size)
             if shared and shared[-1][1:] == (start, *keys):
                 shared[-1] = shared[-1][0], stop, *keys
-            elif part.prompt == i - 1:  # the first response, in the part of the prompt, joins the call
+            elif part.prompt == i - 1:  # the call also takes the first response, which is in the part of the prompt
                 if keys[1] < start:
                     own[-1:] = [keys, (keys[1], start)]
                 shared.append((keys[1], stop, *keys))
@@ -75,7 +75,7 @@ def joint_calls(parts: Sequence[TokenPart]) -> JointCalls:
 
 def can_join(query: Tensor, value: Tensor) -> bool:
     """Returns whether ``joint_attention`` supports the device, the dtype and the head sizes of these tensors."""
-    # Half precision would round the result of each call before they are joined.
+    # Half precision would round the result of each call before the results are joined.
     is_exact = query.dtype in (torch.float32, torch.float64)
     has_kernel = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
     return query.device.type == "cpu" and is_exact and has_kernel and query.shape[-1] == value.shape[-1]

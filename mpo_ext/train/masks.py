@@ -231,7 +231,7 @@ def attention_masks(
     diagonal = torch.eye(length, dtype=torch.bool, device=segments.device)
     masks = {_FULL: visible | diagonal}
     if _SLIDING in plan.kinds and plan.window is not None:
-        # Not rotary positions: an image advances them by less than its number of tokens.
+        # A window counts tokens. Rotary positions would not do: an image advances them by less than its tokens.
         places = sequence_positions(segments)
         masks[_SLIDING] = (visible & (places.unsqueeze(2) - places.unsqueeze(1) < plan.window)) | diagonal
     formatted = {kind: masks[kind].unsqueeze(1) for kind in plan.kinds}
@@ -252,7 +252,7 @@ def _by_kind(masks: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
 def use_split_attention(model: nn.Module) -> str | None:
     """Changes a model such that it runs over rows with several responses without a mask.
 
-    Attention over such rows becomes causal calls, and layers with states (recurrences, convolutions) start each
+    Attention over such rows is computed by causal calls, and layers with states (recurrences, convolutions) start each
     response from the states of its prompt. All other rows go through the model as before. The model may be wrapped.
     Its attention implementation becomes one of ``split_attention.NAMES``; this name is not saved with the model.
 
@@ -280,7 +280,7 @@ def _decoder(inner: nn.Module) -> Any:
 
 
 def decoder_config(inner: nn.Module) -> Any:
-    """Returns the config that the decoder reads, which may be another object than that in the model's config."""
+    """Returns the config that the decoder reads. It may be another object than the text config of the model."""
     decoder = _decoder(inner)
     config: Any = getattr(decoder, "config", None) or getattr(inner, "config", None)
     return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config

@@ -108,7 +108,7 @@ def _balanced_accuracy(sums: Mapping[str, float], accuracy: float) -> float:
 def log_line(
     sums: Mapping[str, float], recipe: LossRecipe, reward_shift: RewardShift, router_coef: float = 0.0
 ) -> dict[str, float]:
-    """Returns the metrics of ``means`` that the loss of the recipe has, and its reward shift if there is one."""
+    """Returns the metrics of ``means`` that apply to the recipe's loss, and the reward shift if the loss has one."""
     config = recipe.config
     line = means(sums, (config.dpo_weight, config.bco_weight, config.ntp_weight), router_coef)
     if not recipe.has_preference:

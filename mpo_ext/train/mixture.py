@@ -21,7 +21,7 @@ from mpo_ext.images import describe_source, image_exists, missing_image_advice
 from mpo_ext.train.encode import prompt_key
 from mpo_ext.train.source_recipe import SourceRecipe
 
-_DRAW = 1  # part of the seed; ``sampler`` uses another number, which keeps their random numbers independent
+_DRAW = 1  # part of the seed; another number in ``sampler`` makes its random numbers independent of those here
 _INSPECTED_LINES = 20_000  # maximum number of lines that ``Mixture.inspect`` reads per source
 _INSPECTED_DATASET_ROWS = 200  # lower, because reading a row may write its images to ``image_dir``
 _EXAMPLES = 3
@@ -68,7 +68,7 @@ class SourceOverview:
         with_videos: Number of read pairs with videos.
         with_rejected_images: Number of read pairs with other images for the rejected response.
         images: Number of different images and video files in the read pairs; 0 if the image files were not checked.
-        missing: Number of different images and video files whose file does not exist.
+        missing: Number of different image and video files that do not exist.
         pairs_missing: Number of read pairs with at least one missing image file; pairs that are counted in
             ``misplaced`` are left out.
         examples: Messages for the first bad lines and missing images.
@@ -297,7 +297,10 @@ def _has_images(pair: Pair, name: str, file_exists: dict[int, bool], overview: S
 
 
 def _labels(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns the names. If subsets of several paths have a name, the shortest distinguishing path end precedes it."""
+    """Returns a label for each subset: its name, preceded by the end of its path if another path has this name.
+
+    The end of the path is the shortest that distinguishes the paths.
+    """
     parts = [Path(os.path.normpath(path)).parts for path in paths]
     labels = []
     for path_parts, name in zip(parts, names, strict=True):

@@ -31,11 +31,11 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
     check_model_path("model.path", recipe.path)
     check_on_hub("model.path", recipe.path)
     config = load_config(recipe.path, **recipe.hub_options)
-    processor = load_processor(recipe.path, config, **recipe.hub_options)  # fails in seconds, unlike the weights
+    processor = load_processor(recipe.path, config, **recipe.hub_options)  # first, because it fails within seconds
     options: dict[str, Any] = {}
     if recipe.lora is not None and recipe.lora.quantization is not None:
         options["quantization_config"] = _quantization(recipe, config)
-    # With ZeRO-3, transformers may draw initial values while it loads, on which the adapters must not depend.
+    # With ZeRO-3, loading may draw random numbers. The initial values of adapters must not depend on that.
     with torch.random.fork_rng(devices=[]):
         model = loader_of(config).from_pretrained(
             recipe.path,
@@ -46,7 +46,7 @@ def load_model(recipe: ModelRecipe) -> tuple[nn.Module, Any]:
         )
     disable_weight_packing(model)
     if is_partitioned(model):
-        # With ZeRO-3, transformers keeps renamings that the checkpoint did not need; a save would revert them.
+        # With ZeRO-3, transformers also records renamings that the checkpoint did not need; a save would undo them.
         renamings = getattr(model, "_weight_conversions", ())
         model._weight_conversions = [entry for entry in renamings if entry.was_used()]  # noqa: SLF001
     return prepare_model(model, recipe), processor
@@ -62,7 +62,7 @@ def loader_of(config: Any) -> Any:
 def prepare_model(model: nn.Module, recipe: ModelRecipe) -> nn.Module:
     """Disables dropout, freezes parts or adds adapters as the recipe says, and returns the model to train.
 
-    Models with an attention implementation that has a split form use it in rows with several responses.
+    If the model supports split attention, this function enables it (``use_split_attention``).
     """
     switch_off_dropout(model)
     use_split_attention(model)

@@ -183,7 +183,7 @@ def _loading(folder: Path, recipe: Recipe) -> str:
 
 
 def _classes(folder: Path, recipe: Recipe) -> tuple[str, str]:
-    """Returns the auto classes of model and processor, judged by the config of the model or of the base model."""
+    """Returns the names of transformers' auto classes that load the model and its processor."""
     for path in (folder / "config.json", folder / "merged" / "config.json", Path(recipe.model.path) / "config.json"):
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -214,7 +214,7 @@ def _number(value: object) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns a text on one line in which no character is Markdown or HTML."""
+    """Returns a text on one line with the special characters of Markdown and HTML escaped."""
     return re.sub(r"([\\`*_{}\[\]()<>#!|&])", r"\\\1", " ".join(text.split()))
 
 

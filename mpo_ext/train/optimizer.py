@@ -15,7 +15,7 @@ from mpo_ext.train.model import has_vision, modules_of
 from mpo_ext.train.optim_recipe import OptimRecipe
 from mpo_ext.train.settings import MODEL_PARTS
 
-#: Optimizers that read whole parameters, or whose kernels take no shards, by the kind of sharding.
+#: Optimizers that cannot train sharded parameters, by the kind of sharding.
 _NOT_ON_SHARDS = {
     "DEEPSPEED": ("adamw_8bit", "paged_adamw_8bit", "adafactor", "muon"),
     "FSDP": ("adamw_8bit", "paged_adamw_8bit", "adafactor"),
@@ -32,7 +32,7 @@ class ParameterGroup(NamedTuple):
         parameters: The trainable parameters.
         learning_rate: Maximum learning rate.
         weight_decay: Weight decay.
-        orthogonalized: Whether Muon updates them; False: AdamW, or the optimizer is not Muon.
+        orthogonalized: Whether Muon updates the parameters. False: AdamW does, or the optimizer is not Muon.
     """
 
     part: str
@@ -74,7 +74,7 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[ParameterGro
 
 
 def _part_of_parameters(model: nn.Module, parts: Iterable[str]) -> dict[int, str]:
-    """Returns the name of the part by ``id`` of the parameter, for the parts with separate settings."""
+    """Returns the name of the part of each parameter, by ``id(parameter)``, for all parameters of ``parts``."""
     inner: Any = unwrap_model(model)
     found: dict[int, str] = {}
     for part in MODEL_PARTS:  # in Qwen2-VL the projector is a submodule of the vision tower
@@ -114,7 +114,8 @@ def make_optimizer(
     if "adamw" in recipe.name or recipe.name == "muon":
         options |= {"betas": recipe.betas, "eps": recipe.eps}
     if recipe.name == "adamw":
-        options["fused"] = accelerator.device.type in ("cpu", "cuda") or None  # else a CPU allocates each result
+        # Without the fused implementation, AdamW on a CPU allocates a tensor for each intermediate result.
+        options["fused"] = accelerator.device.type in ("cpu", "cuda") or None
     options |= recipe.args
     described = [
         {"params": group.parameters, "weight_decay": group.weight_decay}
@@ -142,7 +143,7 @@ def _check_ranks(recipe: OptimRecipe, accelerator: Any) -> None:
 
 
 def _importing(path: str) -> Maker:
-    """Returns a function that makes an optimizer of the class with an import path."""
+    """Returns a function that makes an optimizer of the class at an import path."""
     module, _, name = path.rpartition(".")
     try:
         owner = importlib.import_module(module)
@@ -211,7 +212,7 @@ class Muon(torch.optim.Optimizer):
             self._parts[True] = torch.optim.Muon(sides[True], lr=lr, adjust_lr_fn=adjust_lr_fn, **options)
         if sides[False]:
             self._parts[False] = torch.optim.AdamW(sides[False], lr=lr, betas=betas, eps=eps)
-        super().__init__(groups, {"lr": lr})  # the groups have the defaults of their part by now
+        super().__init__(groups, {"lr": lr})  # Muon and AdamW have already filled their defaults into the groups
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -222,7 +223,7 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for side, part in self._parts.items():
             part.param_groups = [group for group in self.param_groups if group["orthogonalized"] == side]
-            part.state = self.state  # load_state_dict replaces both
+            part.state = self.state  # set in each step, because load_state_dict replaces param_groups and state
             part.step()
         return loss
 
@@ -264,8 +265,8 @@ def set_learning_rates(
 ) -> dict[str, float]:
     """Sets the learning rates of a step, counted from 0, and returns them by their names in the log.
 
-    The name ``learning_rate`` is left out if ``optim.groups`` sets the rates of all trainable parameters. Call the
-    function before backward, in which accelerate steps DeepSpeed's optimizer.
+    The name ``learning_rate`` is left out if ``optim.groups`` sets the rates of all trainable parameters. Call this
+    function before backward, because accelerate steps DeepSpeed's optimizer within backward.
     """
     for group, made in zip(optimizer.param_groups, groups, strict=True):
         group["lr"] = scheduled_learning_rate(recipe, made.learning_rate, step, total_steps)

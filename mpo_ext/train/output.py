@@ -25,7 +25,7 @@ from mpo_ext.train.reference_file import reference_date
 from mpo_ext.train.resume import RunState, changed_settings
 
 _LOCK = "run.lock"
-_SHOWN_EVALUATION = ("loss", "accuracy", "unreadable", "cut_off", "refused")  # ends of the names of metrics
+_SHOWN_EVALUATION = ("loss", "accuracy", "unreadable", "cut_off", "refused")  # ends of the names of printed metrics
 
 
 class RunOutput:
@@ -137,8 +137,7 @@ class RunOutput:
     def check_inputs(self, data: RunData, checkpoint: Path | None, fixed_weights: Mapping[str, str]) -> None:
         """Records the inputs of the run for its checkpoints, and compares them with those of a checkpoint.
 
-        ``data`` are the pairs of the run, and ``fixed_weights`` are those of ``RunSetup``. Without a checkpoint, the
-        inputs are only recorded.
+        ``fixed_weights`` is the field of ``RunSetup``. Without a checkpoint, the inputs are only recorded.
 
         Raises:
             LinesError: If a setting has changed that must not change within a run, or if an input has changed that
@@ -159,7 +158,7 @@ class RunOutput:
         # All ranks must agree, although their machines may round pixels differently.
         self.input_changes = gather(self.accelerator, compare_inputs(stored, self.inputs))[0]
         if any(name.startswith("data.eval") for name in self.changed):
-            self.input_changes.evaluation.clear()  # other sources: the changed setting says it
+            self.input_changes.evaluation.clear()  # the message about the changed setting suffices
         self.input_changes.check(checkpoint, accept=self.recipe.output.resume_changed_data)
 
     def resume(self, path: Path, model: nn.Module, optimizer: Any, reference: nn.Module | None) -> bool:

@@ -25,14 +25,15 @@ class GenerationRecipe:
         path: File of questions with their answers, as ``mpo-ext evaluate --data`` reads it.
         every: Number of steps between two evaluations; 0 evaluates at the end of each epoch. The end of the run is
             always evaluated.
-        max_items: Maximum number of questions, from the first of the file; None: all.
+        max_items: Maximum number of questions, taken from the start of the file; None: all.
         prompt: Name of a prompt template; "none" asks the question without a template.
         matcher: Matcher that compares answers: its kind, or a section with its ``kind`` and its options.
         style: Form of the answer in a response, as in ``extract_answer``; None: the style of the template.
         max_new_tokens: Maximum number of tokens per response. None: 100 for templates that ask only for the answer,
             4096 for all other prompts.
         batch_size: Maximum number of questions per batch on each rank.
-        image_root: Folder at which relative image paths start; a meta file has its own roots.
+        image_root: Folder against which relative image paths are resolved. Not used for a meta file, which names the
+            folders of its images.
         system: System prompt of the questions that have none; None: no system prompt.
     """
 
@@ -75,7 +76,7 @@ class HubRecipe:
     Attributes:
         repo_id: Name of the repository, such as "name/my-model"; a name without owner belongs to the owner of the
             token. The repository is created if it does not exist.
-        private: Whether the repository is private. A public repository is refused if this is True.
+        private: Whether the repository is private. If True, a public repository that exists already is rejected.
     """
 
     repo_id: Text

@@ -14,7 +14,7 @@ class PairCounts:
     Attributes:
         kept: Number of pairs that became samples.
         cut: Number of samples with a cut response.
-        split: Number of samples with a response that was tokenized apart from the prompt.
+        split: Number of samples with a response that was tokenized separately from the prompt.
         skipped: Number of skipped pairs for each reason; the reason of a bad line is its ``BadLine.kind``.
         examples: The first message for each reason.
     """
@@ -41,7 +41,7 @@ class PairCounts:
         self.examples.setdefault(reason, message)
 
     def merge(self, other: "PairCounts") -> None:
-        """Adds the counts of another process. For a reason with an example here, the example stays."""
+        """Adds the counts of another process, and its examples for reasons that have no example here."""
         self.kept += other.kept
         self.cut += other.cut
         self.split += other.split

@@ -18,7 +18,7 @@ _EXPECTED = (ImportError, OSError, ValueError)
 def check_needs(recipe: Recipe) -> None:
     """Raises unless a recipe's paths exist, its packages are installed, and its outputs can be written.
 
-    The error names all problems at once. The hub is not asked.
+    The error names all problems at once. This check does not contact the hub.
 
     Raises:
         ImportError: If the only problem is a missing package.
@@ -68,7 +68,7 @@ def _check_model(name: str, path: str) -> None:
     check_is_no_run(name, path)
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:  # otherwise the hub is asked when the model is loaded
+    if constants.HF_HUB_OFFLINE:  # otherwise loading the model contacts the hub
         check_on_hub(name, path)
 
 

@@ -79,7 +79,7 @@ class Console:
 
 
 def _rates(line: Mapping[str, float]) -> list[str]:
-    """Returns the learning rates of a log line as text, one for each name whose parameters are trained with it."""
+    """Returns the learning rates of a log line as texts, one for each part of the model with a separate rate."""
     names = [name for name in line if name.startswith(_RATE)]
     return [f"{name.removeprefix(_RATE).lstrip('_')} rate {line[name]:.2e}".lstrip() for name in names]
 
@@ -99,9 +99,9 @@ def first_step_lines(recipe: Recipe, line: Mapping[str, float], batches: Sequenc
 
 
 def lone_pairs(limit: int | None, batches: Sequence[Batch]) -> str | None:
-    """Returns a console line if ``optim.micro_batch_tokens`` is less than every pair, so that each is trained alone.
+    """Returns a console line if every pair is longer than ``optim.micro_batch_tokens``, otherwise None.
 
-    ``limit`` is the setting, and ``batches`` are the micro-batches of the first step. None: no line.
+    Each pair is then a micro-batch. ``limit`` is the setting, and ``batches`` are the micro-batches of the first step.
     """
     if limit is None or not batches or not all(batch.pairs == 1 and batch.positions > limit for batch in batches):
         return None

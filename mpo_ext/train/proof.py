@@ -45,8 +45,8 @@ class ProvedPair:
     def lines(self, most: int | None = None) -> Iterator[str]:
         """Yields lines of text: the name and sizes, the prompt and both responses.
 
-        ``most`` is the maximum number of characters of a text: the last of the prompt, the first of a response. None:
-        no limit.
+        ``most`` is the maximum number of characters of each text; a longer prompt loses its beginning, a longer
+        response its end. None: no limit.
         """
         yield f"{self.name}: {self.sizes}"
         for label, text in (("prompt", self.prompt), ("chosen", self.chosen), ("rejected", self.rejected)):
@@ -61,7 +61,7 @@ class Proof:
     """The result of ``prove``.
 
     Attributes:
-        notices: Rules beyond the chat template, and comparisons that could not be made.
+        notices: Rules that the encoder applies beyond the chat template, and comparisons that could not be made.
         pairs: The first pairs, decoded.
         skipped: Messages of pairs that could not be encoded.
         problems: Differences between the encoder and the processor, and other reasons not to train.
@@ -136,7 +136,7 @@ def _decoding_problems(encoder: Encoder, pair: Pair, sample: Sample) -> Iterator
         if sample.is_cut or f"{side}_messages" in pair.source:
             continue
         response, text = getattr(pair, side), chat.response_text(conversation, ids[:-1])
-        block = OPEN_TAG.search(chat.prompt_text(conversation))  # a response may begin with the block of the prompt
+        block = OPEN_TAG.search(chat.prompt_text(conversation))  # the prompt may end with the response's <think> tag
         if squash(response) not in squash(f"{block[0]}{text}" if block else text):
             yield f"the ids of {side} must decode to the response, got {text[:80]!r} for {response[:80]!r}"
         if ids[-1] not in chat.stop_ids:

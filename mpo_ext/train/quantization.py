@@ -49,7 +49,7 @@ def disable_weight_packing(model: nn.Module) -> None:
     """Keeps the 4-bit weights on a CPU in the format that has a backward pass.
 
     On a CPU with AVX512-BF16, the first forward pass in evaluation mode and without gradients packs the weights of
-    bitsandbytes for a kernel that only infers. Training with packed weights would give wrong gradients.
+    bitsandbytes for an inference-only kernel. Training with packed weights would give wrong gradients.
 
     Raises:
         RuntimeError: If the installed bitsandbytes packs the weights nevertheless.

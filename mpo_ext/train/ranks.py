@@ -14,10 +14,10 @@ def gather(accelerator: Any, value: Any) -> list[Any]:
 
 
 def join_cpu_ranks() -> None:
-    """Joins the ranks of a launched run that shards on CPUs; does nothing in other runs.
+    """Connects the ranks of a run that was launched with FSDP or DeepSpeed on CPUs; does nothing in other runs.
 
     accelerate selects FSDP and DeepSpeed only if the ranks have GPUs. With ``ACCELERATE_USE_CPU=true``, this function
-    makes it select them on CPUs, for trying a cluster's config file on any machine.
+    makes accelerate select them on CPUs, so that a cluster's config file can be tried on any machine.
     """
     uses_deepspeed, uses_fsdp = _is_set("ACCELERATE_USE_DEEPSPEED"), _is_set("ACCELERATE_USE_FSDP")
     if "LOCAL_RANK" not in os.environ or not _is_set("ACCELERATE_USE_CPU") or not (uses_deepspeed or uses_fsdp):

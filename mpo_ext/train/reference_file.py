@@ -22,7 +22,7 @@ from mpo_ext.train.recipe import Recipe
 from mpo_ext.train.reference_model import sequence_logp
 from mpo_ext.train.signals import InterruptedRunError, StopRequests
 
-_PROVENANCE = ("processor", "versions", "date")  # compared by other rules than equality
+_PROVENANCE = ("processor", "versions", "date")  # need not be equal in file and run; see ``_check_settings``
 
 
 class PrecomputedReference:
@@ -96,7 +96,7 @@ def reference_settings(recipe: Recipe, data: RunData, fingerprint: str) -> dict[
 
 
 def reference_date(recipe: Recipe) -> datetime.date | None:
-    """Returns the date in the prompts of the stored log-probs, also of an unfinished file; None if there is none."""
+    """Returns the date in the prompts of the stored log-probs (also of an unfinished file), or None without a file."""
     if recipe.reference_kind != "precomputed":
         return None
     path = reference_path(recipe)
@@ -140,7 +140,7 @@ def compute_reference_file(
     journal_path = _journal_path(path, accelerator.process_index)
     begun = (
         read_header(journal_path) if journal_path.exists() else None
-    )  # an interrupted run has equal settings, but maybe other versions of libraries
+    )  # the journal of an interrupted run has equal settings, except perhaps for the versions of libraries
     with Journal(journal_path, begun or settings) as journal:
         for batches in _batches_of_ranks(data, known):
             for batch in batches:

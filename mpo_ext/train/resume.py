@@ -15,8 +15,8 @@ from mpo_ext.train.pair_counts import PairCounts
 from mpo_ext.train.ranks import gather
 from mpo_ext.train.recipe import Recipe
 
-# Settings that may change between a checkpoint and the run that resumes. They change the trained model by rounding
-# only, change how long it is trained, or (micro-batches) must be adjustable when memory runs out.
+# Settings that may change between a checkpoint and the run that resumes. Most of them change the trained model at most
+# by rounding. The others set how long it is trained, or (micro-batches) must be adjustable when memory runs out.
 _FREE_SETTINGS = (
     "output.", "data.eval", "data.skip_bad", "data.max_image_pixels", "data.workers", "optim.epochs",
     "optim.max_steps", "optim.micro_batch_size", "optim.micro_batch_tokens", "loss.memory_budget_mib",
@@ -83,7 +83,7 @@ class RunState:
         """Records the log line of an evaluation after the current step; earlier results of the step are kept."""
         self.evaluation = {**(self.current_evaluation() or {}), **line}
         score = line.get(self._best_key)
-        if score is None:  # another evaluation, or the loss has no preference term
+        if score is None:  # ``line`` is of the other kind of evaluation, or the loss has no preference term
             return
         best = self.best_score
         # A score that is not a number is never the best.
@@ -102,11 +102,11 @@ class RunState:
         return score if score is not None and math.isfinite(score) else None
 
     def is_best(self) -> bool:
-        """Returns whether the evaluation after this step is the best so far, and the run keeps its checkpoint."""
+        """Returns whether the run keeps the best checkpoint, and the evaluation after this step is the best so far."""
         return self._recipe.output.keep_best and self.score() is not None and self.n_stalled == 0
 
     def has_stalled(self) -> bool:
-        """Returns whether the last ``output.early_stopping`` evaluations gave no new best value; for 0, False."""
+        """Returns whether the last ``output.early_stopping`` (if not 0) evaluations gave no new best value."""
         patience = self._recipe.output.early_stopping
         return patience > 0 and self.n_stalled >= patience
 
@@ -151,11 +151,11 @@ class RunState:
 def changed_settings(state: Mapping[str, Any], recipe: Recipe, path: Path) -> dict[str, str]:
     """Returns the settings that differ between a checkpoint and the recipe: a message for each, by setting name.
 
-    ``state`` is the state in the checkpoint at ``path``. If the checkpoint does not know a setting, the setting counts
-    as having had its default. Raises ``LinesError`` if a setting has changed that must not change within a run.
+    ``state`` is the state in the checkpoint at ``path``. A setting that the checkpoint lacks is taken to have had its
+    default. Raises ``LinesError`` if a setting has changed that must not change within a run.
     """
     stored = state["recipe"]
-    with contextlib.suppress(TypeError, ValueError):  # a setting that does not exist any more
+    with contextlib.suppress(TypeError, ValueError):  # the checkpoint may have a setting that no longer exists
         stored = plain_values(Recipe(**stored).to_dict())
     old, new = flat_settings(stored), flat_settings(plain_values(recipe.to_dict()))
     changed = {

@@ -22,7 +22,7 @@ _PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
 class Router(NamedTuple):
-    """A module that returns router logits, at ``position`` of its result if that is a tuple.
+    """A module that returns router logits. If its result is a tuple, the logits are at index ``position``.
 
     ``owner`` is the class of transformers that names the module as a router.
     """
@@ -35,9 +35,9 @@ class Router(NamedTuple):
 class RouterLoss:
     """The load-balancing loss of a model's routers.
 
-    Let E be the number of experts and k the number of experts per token. Let f_e be the mean over tokens and routers
-    of 1 if expert e is among the k most likely experts of a token, otherwise 0, and let P_e be the mean probability of
-    expert e. The loss is ``E * sum_e f_e * P_e``, which is k if all experts are used equally. f_e has no gradient.
+    Let E be the number of experts and k the number of experts per token. Over all tokens and routers, let f_e be the
+    fraction of tokens that have expert e among their k most likely experts, and P_e the mean probability of expert e.
+    The loss is ``E * sum_e f_e * P_e``, which is k if all experts are used equally. f_e has no gradient.
 
     Attributes:
         routers: Modules that return the router logits.
@@ -67,7 +67,7 @@ class RouterLoss:
 
         Args:
             logits: Logits of each router for N tokens, ``[N, E]`` or ``[R, L, E]`` with ``R * L = N``.
-            is_counted: ``[N]`` bool, whether a token counts; padding must not.
+            is_counted: ``[N]`` bool, whether a token counts; must be False for padding.
 
         Raises:
             RuntimeError: If no logits were recorded, or their shapes do not match.
@@ -126,7 +126,7 @@ def find_routers(model: nn.Module) -> list[Router]:
         for spec in specs if isinstance(specs, list) else [specs]:
             for name, module in owner.named_modules():
                 if id(module) not in routers and _matches(spec, name, module):
-                    # A class instead of an OutputRecorder stands for the second result of its modules.
+                    # If spec is a class instead of an OutputRecorder, the logits are the second result of its modules.
                     routers[id(module)] = Router(module, getattr(spec, "index", 1), type(owner))
     return list(routers.values())
 

@@ -8,7 +8,7 @@ import numpy as np
 from mpo_ext.checks import check_integer
 from mpo_ext.train.batch import RowLayout
 
-_ORDER = 2  # part of the seed; ``mixture`` uses another number, which keeps their random numbers independent
+_ORDER = 2  # part of the seed; another number in ``mixture`` makes its random numbers independent of those here
 
 
 class StepSampler:

@@ -43,16 +43,16 @@ _LAYOUTS: dict[SharedLayout, str] = {
     "shared": _ROW_FOR_EACH_PROMPT,
     "masked": _ROW_FOR_EACH_PROMPT,
 }
-#: Words before the reasons why an earlier layout was left out.
+#: Text before the reasons why the layouts that were tried before this layout were rejected.
 _FALLBACKS: dict[SharedLayout, str] = {"shared": "not packed", "masked": "with a dense attention mask"}
 
 
 class RunSetup(NamedTuple):
     """The parts of a run. Accelerate has prepared the models and the optimizer; ``groups`` are the optimizer's groups.
 
-    ``reference_model`` is a model beside the policy, or None. ``reference_fingerprint`` is that of the model that
-    precomputed the log-probs, or "" without precomputed log-probs. ``fixed_weights`` has a result of ``fingerprint``
-    for each setting that names a model whose weights are not in the checkpoints.
+    ``reference_model`` is the separate reference model, or None. ``reference_fingerprint`` identifies the reference
+    model of precomputed log-probs; otherwise it is not used. ``fixed_weights`` holds the ``fingerprint`` of each model
+    whose weights the checkpoints do not hold, by the setting that names the model.
     """
 
     model: nn.Module
@@ -118,7 +118,7 @@ def set_up(
     """Loads models, opens the data, makes the optimizer and prepares all of them with accelerate.
 
     If ``model`` is None, ``recipe.model.path`` and its processor are loaded instead. ``date`` is the date that the
-    chat template may write.
+    chat template may print in prompts.
     """
     if recipe.data.max_image_pixels is not None:
         set_max_pixels(recipe.data.max_image_pixels)
@@ -183,7 +183,7 @@ def _add_stop_id(model: Any, end_id: int) -> None:
 
 
 def _make_reference_model(recipe: Recipe, policy: nn.Module) -> tuple[nn.Module | None, str]:
-    """Returns the separate reference model, or None, and the fingerprint for precomputed log-probs, or ""."""
+    """Returns the separate reference model (or None), and the fingerprint of the reference ("" if not needed)."""
     kind, path = recipe.reference_kind, recipe.reference.path
     digest = fingerprint(policy) if kind == "precomputed" else ""
     model: nn.Module | None = None
@@ -226,9 +226,9 @@ def _check_can_move(recipe: Recipe, accelerator: Any, policy: nn.Module, referen
 
 
 def _choose_wrapped_layers(accelerator: Any, model: nn.Module) -> None:
-    """Sets the layer classes that FSDP shards one by one, unless the config file names them.
+    """Sets the layer classes that FSDP shards one by one, unless the config file of accelerate names them.
 
-    Some models, such as LLaVA and Gemma 3, name classes that they do not have, which accelerate refuses.
+    Some models, such as LLaVA and Gemma 3, name classes that they do not have. accelerate would raise for these names.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.transformer_cls_names_to_wrap:
@@ -253,8 +253,8 @@ def _prepare_reference_model(accelerator: Any, model: nn.Module) -> nn.Module:
 def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | None = None) -> str | None:
     """Chooses the row layout, the sample for dummy batches and the sample for blank images, and sets them in ``data``.
 
-    The layout is the first that the recipe and the models allow and that gives the log-probs of separate rows on the
-    first pairs. A separate reference model is checked if it was loaded from ``reference.path``.
+    The layout is the first that the recipe and the models allow and that gives the same log-probs as separate rows on
+    the first pairs. A separate reference model is also checked if it was loaded from ``reference.path``.
 
     Returns:
         A line for the console, or None if no usable pair was found; the first step reports why.
@@ -287,7 +287,7 @@ def choose_layout(model: nn.Module, data: RunData, reference_model: nn.Module | 
 def _check_layout(
     models: Sequence[nn.Module], samples: Sequence[Sample], data: RunData, layout: SharedLayout
 ) -> str | None:
-    """Returns the reason of ``check_shared_prefix`` on any rank, or None. All ranks must call this function."""
+    """Returns why ``check_shared_prefix`` rejects the layout on some rank, or None. All ranks must call this."""
     pad_id, positions, device = data.collator.pad_id, data.collator.positions, data.accelerator.device
     for model in models:
         with data.accelerator.autocast():

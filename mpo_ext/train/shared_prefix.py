@@ -1,4 +1,4 @@
-"""Checks whether a model supports the layout "shared": its config and code, and log-probs of a few pairs."""
+"""Checks whether a model supports rows with several responses, by its code and by the log-probs of a few pairs."""
 
 import dataclasses
 import math
@@ -102,14 +102,14 @@ def check_shared_prefix(
 
     The model runs three times in evaluation mode, without gradients. In the third run the responses attend to each
     other, which measures the effect of a broken mask. During the runs, sliding windows are reduced below the length of
-    the sequences. Afterwards the model's state is restored. Ranks that share a model must call this function together
-    and agree on the result.
+    the sequences. Afterwards the model's state is restored. If the model is sharded, all ranks must call this function
+    together; the caller then combines their results.
 
     ``model`` is as in ``forward``, ``pad_id`` and ``positions`` are as in ``collate``. At least one sample must be
     given, with images if the run will have images. ``tolerance`` is the maximum root mean square difference of the
-    log-probs, in nats; None: 16 times the machine epsilon of the arithmetic, at least 1e-3. A small effect of a broken
-    mask reduces the limit to half of this effect, but not below a quarter of ``tolerance``. With ``from_logits`` the
-    model computes logits, as with the setting ``loss.from_logits``.
+    log-probs, in nats; None: 16 times the machine epsilon of the arithmetic, at least 1e-3. If a broken mask has a
+    smaller effect than twice ``tolerance``, the maximum is half of this effect, but at least a quarter of
+    ``tolerance``. With ``from_logits`` the model computes logits, as with the setting ``loss.from_logits``.
 
     Raises:
         torch.OutOfMemoryError: If memory runs out.
@@ -208,7 +208,7 @@ def _evaluation_mode(model: nn.Module, window: int) -> Iterator[None]:
     windows: dict[int, tuple[Any, int]] = {}
     for module in unwrap_model(model).modules():
         owner: Any = getattr(module, "config", None)
-        # flash-attn has the window of the attention module instead of a mask.
+        # With flash-attn, the window is read from the attention module, because there is no mask.
         for config in (module, owner, getattr(owner, "text_config", None)):
             size = getattr(config, "sliding_window", None)
             if isinstance(size, int) and size > window:

@@ -65,7 +65,7 @@ class StopRequests:
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Handles SIGTERM and SIGINT by ``handler`` during the ``with`` block; only the main thread can, others do not."""
+    """Handles SIGTERM and SIGINT by ``handler`` during the ``with`` block. Does nothing outside the main thread."""
     try:
         before = {number: signal.signal(number, handler) for number in _SIGNALS}
     except ValueError:  # only the main thread may set handlers
@@ -87,7 +87,7 @@ def blocked_in_new_workers() -> Iterator[None]:
     safe_path = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"
     try:
-        multiprocessing.resource_tracker.ensure_running()  # starting it unblocks the signals
+        multiprocessing.resource_tracker.ensure_running()  # started first, because its start unblocks the signals
         blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             yield

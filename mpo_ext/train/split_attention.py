@@ -32,7 +32,7 @@ _BASES = {name: base for base, name in NAMES.items()}
 #: Maximum number of queries of a call if a sliding window is shorter than the sequence. It limits the call's mask.
 WINDOW_QUERIES = 512
 
-#: Name of the eager attention function in each modeling file of transformers, which computes sinks and soft caps.
+#: Name of the eager attention function in the modeling files of transformers. It also computes sinks and soft caps.
 _EAGER = "eager_attention_forward"
 
 #: Arguments that change attention and that SDPA does not support.
@@ -40,7 +40,7 @@ _NOT_IN_SDPA = ("softcap", "s_aux", "position_bias")
 
 
 class _Part(NamedTuple):
-    """Consecutive tokens of a row whose queries are one causal call, or the padding of a row.
+    """Consecutive tokens of a row whose queries go into one causal call of attention, or the padding of a row.
 
     Attributes:
         size: Number of tokens.
@@ -170,7 +170,7 @@ def split_decoder(decoder: nn.Module, config: Any) -> str | None:
 
 
 def _register_mask(name: str, base: str) -> None:
-    """Registers the mask function of the implementation ``base`` for ``name``.
+    """Registers the mask function of the attention implementation ``base`` under ``name``.
 
     Calls without ``row_segments`` therefore keep their masks.
     """
@@ -197,7 +197,7 @@ def is_marker(mask: Any) -> bool:
 
 
 def _base_of(module: nn.Module) -> tuple[str, Callable[..., tuple[Tensor, Any]]]:
-    """Returns the name and the function of transformers' implementation that an attention module's split form uses."""
+    """Returns the name and the function of transformers' attention implementation that split attention calls."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = _BASES[getattr(module.config, "_attn_implementation", "")]
@@ -304,7 +304,7 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
             continue
         own = keys[i], values[i]
         if part.prompt is not None:
-            if part.prompt not in prompts:  # once per prompt: the backward of each slice has the size of the part
+            if part.prompt not in prompts:  # sliced once, because the backward of each slice fills the whole part
                 # With a window, a response sees at most the last ``window - 1`` tokens of the prompt.
                 start = 0 if call.window is None else max(0, part.prompt_length + 1 - call.window)
                 seen = slice(start, part.prompt_length)
@@ -316,7 +316,7 @@ def _attend_to_parts(call: _Call, query: Tensor, key: Tensor, value: Tensor, att
 
 
 def _joins(query: Tensor, value: Tensor, call: _Call, dropout: float) -> bool:
-    """Returns whether ``joint_attention`` can compute a call: attention to prompts in kernel calls without a mask."""
+    """Returns whether ``joint_attention`` supports a call, and the call has responses that need it."""
     parts = call.segments.parts
     is_plain = not dropout and call.window is None and not any(part.blocks for part in parts)
     return is_plain and any(part.prompt is not None for part in parts) and can_join(query, value)

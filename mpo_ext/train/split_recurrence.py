@@ -22,7 +22,7 @@ from mpo_ext.train.split_attention import RowSegments, is_marker
 #: The responses of a call are padded to the longest. A response shorter than this fraction of it goes to another call.
 SHORTEST = 0.75
 
-#: A layer that steps from a single token updates the given state in place, which destroys it for other responses.
+#: Minimum number of tokens of a call with initial states: for a single token, a layer overwrites the given state.
 MIN_TOKENS = 2
 
 _CHECKED_TOKENS = 24, 16  # numbers of tokens of the sequence in ``_check`` and of its prompt
@@ -128,7 +128,7 @@ def _groups(sizes: dict[int, int], shortest: float) -> Iterator[list[int]]:
 
 
 class _SplitForward:
-    """Replaces ``layer.forward`` of one layer with states. ``cache_name`` is the layer's argument for the states."""
+    """The replacement of ``layer.forward``. ``cache_name`` is the argument through which ``layer`` gets its states."""
 
     def __init__(self, layer: nn.Module, cache_name: str) -> None:
         self._layer = layer
@@ -173,7 +173,7 @@ class _SplitForward:
         outputs: dict[int, Tensor] = {}
         finals: dict[int, tuple[_States, int]] = {}
         prompts = {i: piece.size for i, piece in enumerate(pieces) if piece.keeps_states}
-        for group in _groups(prompts, 1.0):  # of one length: padding would change the final states
+        for group in _groups(prompts, 1.0):  # groups of equal length, because padding would change the final states
             states = _States()
             outputs |= self._call(group, inputs, states, options)
             finals |= {number: (states, row) for row, number in enumerate(group)}
@@ -217,7 +217,7 @@ class _SplitForward:
         tokens, direction = noise.to(hidden.device, hidden.dtype)
         whole, parts = [_Piece(length)], [_Piece(prompt, keeps_states=True), _Piece(length - prompt, 0)]
         apart = [_Piece(prompt), _Piece(length - prompt)]
-        # Recomputation of layers counts the tensors that a forward saves. The hooks hide those of this check from it.
+        # Gradient checkpointing counts the tensors that a forward saves. The hooks hide the tensors of this check.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
             results = []
             for pieces in (whole, parts, apart):
@@ -234,7 +234,8 @@ class _SplitForward:
         # Recurrences compute in float32 whatever the dtype of the model.
         rounding = max(64 * torch.finfo(torch.float32).eps, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
         half = (length - prompt) // 2
-        # A convolution reaches the first outputs and the end of the prompt only; a recurrence reaches the others, too.
+        # The states of a convolution affect only the first outputs, those of a recurrence all outputs. Gradients are
+        # compared before the end of the prompt, where only a recurrence affects them.
         for name, index, places in (
             ("outputs", 0, slice(half)),
             ("outputs", 0, slice(half, None)),

@@ -1,4 +1,4 @@
-"""Experiment trackers of accelerate: checks their names and packages, and where they write."""
+"""Checks and starts the experiment trackers of accelerate."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ _EXTRAS = ("tensorboard", "trackio", "wandb")  # extras of mpo_ext, with the nam
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises if accelerate does not know a tracker, or its package is missing. accelerate itself would ignore both.
+    """Raises if accelerate does not know a tracker, or its package is missing. accelerate would ignore the tracker.
 
     Raises:
         ValueError: If accelerate does not know the name.

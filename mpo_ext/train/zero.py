@@ -54,7 +54,7 @@ def without_partitioning() -> Iterator[None]:
 def copy_model(model: nn.Module) -> nn.Module:
     """Returns a deep copy of a model; the copy is partitioned as the model is. All ranks must call this function.
 
-    One parameter at a time is whole.
+    Parameters are gathered one at a time.
     """
     if not is_partitioned(model):
         return copy.deepcopy(model)
@@ -95,7 +95,7 @@ def prepare_frozen(accelerator: Any, model: nn.Module) -> nn.Module:
 
     policy_config = accelerator.state.deepspeed_plugin.deepspeed_config
     config = {name: copy.deepcopy(policy_config[name]) for name in _SHARED_SETTINGS if name in policy_config}
-    if zero_stage(accelerator) != 3:  # lower stages shard only what is trained
+    if zero_stage(accelerator) != 3:  # lower stages shard only gradients and states of the optimizer
         config["zero_optimization"] = {"stage": 0}
     engine, *_ = deepspeed.initialize(model=model, config=config)
     return engine
