@@ -185,7 +185,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def is_numeric_column(rows: Sequence[Sequence[str]], column: int) -> bool:
-    """Returns whether to right-align a column, because it holds numbers: each cell is empty or begins with a digit.
+    """Returns whether each cell of a column is empty or begins with a digit, so that the column is right-aligned.
 
     The result is False for the first column, and in a table with fewer than three columns.
     """

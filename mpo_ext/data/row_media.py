@@ -83,7 +83,7 @@ def read_video(name: str, value: object, save_image: SaveImage | None) -> Video:
 
 
 def row_rejected_images(row: Mapping[str, Any], save_image: SaveImage | None) -> tuple[str, ...]:
-    """Returns the image paths in the field ``rejected_images`` of a row (ms-swift), or an empty list."""
+    """Returns the image paths in the field ``rejected_images`` of a row (ms-swift); () if the field is empty."""
     value = row.get("rejected_images")
     images = list(value) if isinstance(value, (list, tuple)) else [] if is_empty(value) else [value]
     return tuple(image_path("rejected_images", image, save_image) for image in images)
@@ -194,7 +194,7 @@ class Images:
         return len(self._placed) + len(self._waiting)
 
     def paths(self, name: str) -> tuple[str, ...]:
-        """Returns all paths in the order of their places. If the texts have no places: all paths of the columns.
+        """Returns all paths in the order of their places. If no text has a place, returns all paths of the columns.
 
         Raises FieldError if some, but not all, images have a place. ``name`` is the field in the message.
         """
