@@ -229,8 +229,8 @@ class NumberMatcher(Matcher):
 class ChartMatcher(Matcher):
     """Applies the relaxed accuracy of ChartQA: numbers within 5 % of the truth are right.
 
-    Other answers are compared as text, ignoring case. An answer is unreadable in the cases of ``NumberMatcher``. The
-    only exception is a rounded number beyond the tolerance, which is wrong.
+    Other answers are compared as text, ignoring case. An answer is unreadable in the same cases as for
+    ``NumberMatcher``, except that a rounded number beyond the tolerance is wrong.
 
     Attributes:
         relative: Tolerance as a fraction of the truth.
@@ -266,6 +266,6 @@ class ChartMatcher(Matcher):
         rule = NumberRule(relative=relative, absolute=absolute, is_rounding_wrong=True)
         correct, name = rule.compare(predicted, true)
         if self.years == "exact" and correct:
-            correct = None  # the same value in another form, where the text has to be equal
+            correct = None  # "exact" requires the same text, but the answer has the value in another form
         name = "year" if is_exact and name == "value" else name
         return self._verdict(correct, name, number_text(predicted), number_text(true))

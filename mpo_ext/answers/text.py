@@ -88,7 +88,7 @@ def _may_be_same(first: str, second: str) -> bool:
     if left is None and right is None and first.isascii() and second.isascii() and not _DIGIT.search(first + second):
         return False
     digits, other_digits = re.sub("[^0-9]", "", first), re.sub("[^0-9]", "", second)
-    if digits and other_digits:  # a date with other separators, or a list or range of numbers that begins alike
+    if digits and other_digits:  # a date, list or range in another form has the same digits
         return digits == other_digits and len(digits) >= 4
     return False
 

@@ -103,7 +103,7 @@ class Renderer:
         self._as_parts = hasattr(processor, "tokenizer")
 
     def turn(self, role: str, text: str) -> dict[str, Any]:
-        """Returns a message whose content is the text for a tokenizer, or a list with a text part for a processor."""
+        """Returns a message. Its content is the text for a tokenizer, and a list with a text part for a processor."""
         return {"role": role, "content": [{"type": "text", "text": text}] if self._as_parts else text}
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = ()) -> str:
@@ -120,7 +120,7 @@ class Renderer:
     def ids(
         self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = (), **options: Any
     ) -> list[int]:
-        """Returns the token ids that the processor makes from messages, which hold their images and videos.
+        """Returns the token ids that the processor makes from messages and the images and videos in them.
 
         ``generation_prompt`` and ``tools`` are as in ``render``; ``options`` are passed to ``apply_chat_template``.
         """

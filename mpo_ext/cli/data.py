@@ -267,7 +267,7 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _check_view_options(args: argparse.Namespace) -> None:
-    """Raises ValueError if an option is given that has no effect with, or without, ``--serve``."""
+    """Raises ValueError if an option is given that only works with, or only works without, ``--serve``."""
     names, state = (("out", "limit", "seed"), "with") if args.serve else (("port", "pick_into"), "without")
     for name in names:
         if (value := getattr(args, name)) is not None:

@@ -156,7 +156,7 @@ def _hash_blocks(path: str, block: int, limit: int | None = None) -> tuple[int, 
 
 
 def _line_pieces(path: str) -> Iterator[bytes | None]:
-    """Yields the parts of each line, which may be longer than the memory, and None at the end of each line.
+    """Yields each line in pieces, because a line may not fit into memory, and None at the end of each line.
 
     Empty lines, line ends and a byte order mark at the beginning are left out.
     """

@@ -107,7 +107,7 @@ def empty_picks(source: PairSource) -> dict[str, Any]:
 def page_entry(
     index: int, where: Location, pair: Pair, images: Sequence[dict[str, Any]], max_characters: int
 ) -> dict[str, Any]:
-    """Returns the values of a pair for the page.
+    """Returns the values with which the page shows a pair.
 
     Args:
         index: Index of the line in the source.
@@ -162,7 +162,7 @@ def cut_text(text: str, most: int) -> str:
 
 
 def script_json(value: Any) -> Any:
-    """Returns the value as JSON for an HTML script element: the JSON can neither end it nor start another element."""
+    """Returns the value as JSON that is safe in an HTML script element, because it contains no HTML tags."""
     from markupsafe import Markup
 
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""The trained SFT start that the package contains, so that the demo needs not train it.
+"""The trained SFT start that the package contains, so that the demo need not train it.
 
 ``python -m mpo_ext.demo.start FOLDER`` replaces it with the start of a demo that ran with ``--from-scratch``.
 """

@@ -63,10 +63,10 @@ class Cell:
     Attributes:
         model: Name of the model.
         data: The file of questions.
-        evaluation: The evaluation under the prompt of the cell.
+        evaluation: Asks the questions with the cell's prompt and scores the responses.
         folder: Folder of the journals.
         scores: Scores of the questions in the order of the file; empty until the journals are read.
-        details: What the first record with a problem says about it, by problem.
+        details: For each kind of problem, the detail in the first record with this problem.
         offsets: Byte offset of each question in the file of predictions; empty until the journals are read.
     """
 

@@ -48,7 +48,7 @@ def write_reports(
         cells: Cells of the evaluation, with scores.
         results: Content of ``results.json``.
         out: Folder of the evaluation.
-        model_files: For each model, the form of its name in file names.
+        model_files: The name of each model as it appears in file names.
         limit: Maximum number of questions in ``failures.html``. If more have a wrong answer, they are drawn at random.
         seed: Seed of this draw.
     """

@@ -33,7 +33,7 @@ class RoundStage:
         name: "evaluate", "correctness", "dropout-ntp", "pages" or "train".
         module: Module that Python runs.
         arguments: Arguments of the module.
-        launcher: Words before ``-m MODULE``; empty: the Python of this process.
+        launcher: Words of the command before ``-m MODULE``; empty: the Python of this process.
         product: File or folder that exists after the stage.
     """
 
@@ -102,7 +102,7 @@ def evaluate_stage(recipe: IterateRecipe, number: int) -> RoundStage:
 
 
 def all_stages(recipe: IterateRecipe) -> Iterator[RoundStage]:
-    """Yields the stages of all rounds in their order. A pipeline without pairs skips the stage of its page."""
+    """Yields the stages of all rounds in their order."""
     for number in range(recipe.rounds + 1):
         if number:
             for name in recipe.sample.pipelines:
