@@ -97,7 +97,7 @@ def _trl() -> losses.Provider:
     from trl.kernels import ChunkedLogProbFunction
 
     def token_logp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        # As TRL's trainers on a CPU: every position is scored and masked afterwards, in chunks of 32,768.
+        # TRL's trainers on a CPU do the same: they score every position, in chunks of 32,768, and mask afterwards.
         logp = ChunkedLogProbFunction.apply(hidden, weight, None, labels.clamp(min=0), 1.0, 32768, None, 1.0, ())[0]
         return torch.where(labels == -100, 0.0, logp)
 

@@ -43,7 +43,7 @@ from mpo_ext.generate.runner import run
 from mpo_ext.generate.transformers_engine import TransformersEngine
 from mpo_ext.report import markdown_table
 
-PAPER_SHARE = 571.2 / 992.7  # tokens per pair of DropoutNTP and of RLAIF-V in arXiv 2411.10442
+PAPER_SHARE = 571.2 / 992.7  # tokens per pair of DropoutNTP divided by those of RLAIF-V, in arXiv 2411.10442
 STYLE = digits.STYLES["cot"]
 #: Shares of the kinds of training examples.
 MIX = {"answer": 0.35, "claims": 0.1, "questions": 0.1, "verdict": 0.45}
@@ -77,7 +77,7 @@ def make_example(kind: str, task: digits.Task, rng: np.random.Generator) -> tupl
     """Returns the prompt, the response and whether the prompt has the image, for a training example of a kind."""
     if kind == "answer":
         return task.question, task.response, True
-    stated = dataclasses.replace(task, values=tuple(map(int, rng.integers(10, size=4))))  # as a wrong response
+    stated = dataclasses.replace(task, values=tuple(map(int, rng.integers(10, size=4))))  # gives a wrong response
     claims = claims_of(stated.response, task.region)
     listed = "\n".join(f"- {claim}" for claim in claims)
     if kind == "claims":

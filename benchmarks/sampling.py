@@ -4,8 +4,8 @@ Three questions are answered. All cases run in turn in one process; the results 
 
 1. What is gained by batches instead of single prompts? The model is the untrained InternVL of the digits demo. The
    items are questions about grids of digits with correct step-by-step responses.
-2. What does a run cost beside ``TransformersEngine.generate``: cutting and joining responses, filters, journal syncs
-   and outputs? The model and the items are the same.
+2. What does a run cost in addition to ``TransformersEngine.generate``: cutting and joining responses, filters, journal
+   syncs and outputs? The model and the items are the same.
 3. What is gained if the samples of a question share one prefill? The model is an untrained InternVL with the patches
    and image tokens of the released ones; the question has images and random words.
 """

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Prints whether a native module loads ("True") and whether it has CUDA kernels; run in a process without that module.
+#: Program that prints whether a native module loads ("True") and whether it has CUDA kernels, for a fresh process.
 _PROBE = "from mpo_ext.ops.native import compiled; print(True, bool(compiled().has_cuda))"
 
 
 def ensure_built(out: Path, *, needs_cuda: bool, archs: str | None = None) -> str:
-    """Builds the native module unless a fitting one is there. Returns what was done, in words.
+    """Builds the native module unless a suitable module exists. Returns a text that says whether it was built.
 
-    No index is asked for packages: CMake, ninja, a compiler and pybind11 must be installed.
+    No packages are downloaded: CMake, ninja, a compiler and pybind11 must be installed.
 
     Args:
         out: Folder for build.log.

@@ -81,8 +81,8 @@ class StudyTask:
         starts: Changes of the settings of each start, by the name of the start. ``START`` has none.
         rows: Every run of a seed by name.
         tables: Tables by name.
-        differences: Differences that the pages quote: row, row to compare with, column. Within a table, the verdicts
-            are corrected for their number.
+        differences: Differences that the pages quote: row, row to compare with, column. The verdicts of a table are
+            corrected for the number of its differences.
         pair_files: Names of all files of pairs of the start ``START``.
         main: Names of the tables whose rows run first, for all seeds.
         columns: Additional columns of the tables: header, form, quantity in percent.

@@ -39,7 +39,7 @@ def count_errors(response: str, question: str, values: Sequence[int]) -> int:
 
 
 def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Returns the shares of pairs by their label: "right", "equal" or "wrong", and of chosen responses without error.
+    """Returns the shares of pairs with the label "right", "equal" or "wrong", and of chosen responses without error.
 
     A label is wrong if the chosen response has more errors than the rejected one. Only step-by-step pairs with images
     count; the result is empty if there is none.
@@ -100,7 +100,7 @@ def _starts(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
 
 
 def _tokens_per_pair(starts: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Returns the mean number of generated tokens for each pair of the sampling run ``name`` that was made."""
+    """Returns the mean number of tokens that the sampling run ``name`` generated for each pair that it made."""
     runs = [start["sampling"][name] for start in starts]
     made = [sum(count for output, count in run["lines"].items() if output.endswith("pairs")) for run in runs]
     return statistics.fmean(run["generated_tokens"] / count for run, count in zip(runs, made, strict=True))

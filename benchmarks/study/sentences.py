@@ -23,7 +23,7 @@ _FORMS = {"cot": "step by step", TEXT: "in words", "direct": "directly"}
 _PREPOSITIONS = {
     "higher": " than", "lower": " than", CANNOT_TELL: " against", ONE_SEED: " against", NOT_RUN: " against",
 }  # fmt: skip
-#: Share of unparsable step-by-step answers, in percent, from which a row is named.
+#: Rows with a larger percentage of unparsable step-by-step answers are named.
 MANY_UNPARSABLE = 1.0
 
 
@@ -35,7 +35,7 @@ def finding(verdict: str, paper: str) -> str:
 
 
 def family_of(document: Document, name: str) -> list[tuple[Difference, list[float], DifferenceVerdict]]:
-    """Returns the differences of a table, their value in each seed, and their verdicts, which are made together."""
+    """Returns each difference of a table, its value in each seed, and its verdict, corrected for their number."""
     family = figures.task_of(document).differences[name]
     measured = [figures.differences(document, *each) for each in family]
     return list(zip(family, measured, verdicts(measured), strict=True))
@@ -111,11 +111,11 @@ def _verdict_sentences(document: Document, name: str) -> list[str]:
 
 
 def _topic(difference: Difference, family: Sequence[Difference]) -> tuple[str, bool, str]:
-    """Returns how the sentence about a difference begins, and how the sentence names the difference.
+    """Returns the beginning of the sentence about a difference, and the words for the difference in this sentence.
 
     Returns:
-        The beginning, whether the beginning names the row, and the name: that of the row to compare with if the
-        beginning names the row, otherwise that of the row.
+        The beginning; whether it names the row; and the words, which name the row to compare with if the beginning
+        names the row, and the row otherwise.
     """
     row, other, column = difference
     form = _FORMS[column]
@@ -166,7 +166,7 @@ def best_rates(document: Document) -> str:
 
 
 def strengths(document: Document) -> str:
-    """Returns, for each strength of the prior, how far direct answers are above step-by-step ones, and MPO's gain."""
+    """Returns, for each strength of the prior, the gap between direct and step-by-step accuracy, and MPO's gain."""
     parts = []
     for label, row in figures.task_of(document).tables["strength"].rows:
         if not label.startswith(START):

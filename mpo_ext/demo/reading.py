@@ -162,7 +162,7 @@ def without_image(task: ReadingTask) -> ReadingTask:
 
 
 def read_digits(response: str, cells: Sequence[str]) -> list[int | None]:
-    """Returns the digit that a step-by-step response names for each cell; None if the cell is missing in the order."""
+    """Returns the digit that a step-by-step response names for each cell; None for a cell not named at its place."""
     words = response.split()
     read: list[int | None] = []
     for number, cell in enumerate(cells):

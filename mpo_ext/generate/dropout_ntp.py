@@ -126,7 +126,7 @@ class DropoutNTP:
         return [f"{item.digest}-{sample}" for sample in range(self.config.samples)]
 
     def cut(self, chosen: str, conversation: Conversation, engine: Engine) -> Prefix:
-        """Returns the beginning of ``chosen``, a response to ``conversation``, that the settings keep.
+        """Returns the prefix to keep of ``chosen``, a response to ``conversation``.
 
         A cut inside a character moves back to the beginning of the character.
         """

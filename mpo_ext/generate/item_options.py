@@ -140,7 +140,7 @@ def _option(key: str, value: Any) -> str:
 
 
 def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Returns the letter of the option that an integer answer means. The integer is an index from 0, or a text.
+    """Returns the letter of the option that an integer answer means, as an index from 0 or as the option's text.
 
     ``is_index`` says whether integer answers in this form of items are indices, as in ScienceQA. If they are not, the
     answer must be the text of an option.

@@ -19,11 +19,11 @@ from mpo_ext.provenance import processor_parts
 
 NO_TOKENIZER = "none"
 _NEVER = -100.0  # the lowest value of ``logit_bias``
-_TAIL = 16  # number of tokens before a prompt's end that are decoded with it
+_TAIL = 16  # number of tokens at a prompt's end that an error message shows
 
 
 class OpenAIEngine:
-    """Asks a server for continuations. Each request has a separate seed; the server decides whether it is honored.
+    """Asks a server for continuations. Each request has a separate seed, which some servers ignore.
 
     Short requests at the start test what the server supports (``features``). A prompt without images goes to
     ``/v1/completions`` as token ids, which are those of ``TransformersEngine``, if the server takes token ids. All
@@ -286,7 +286,7 @@ class OpenAIEngine:
         return Generation(generation.token_ids, generation.text, reason)
 
     def _text_generation(self, request: Request, text: str, reason: Any, reply: Reply) -> Generation:
-        """Returns the generation of a request from its text, whose token ids are computed."""
+        """Returns the generation of a request from the text of the answer, and computes its token ids."""
         if self.chat is None:
             usage = reply.get("usage") or {}
             count = usage.get("completion_tokens")
@@ -307,7 +307,7 @@ class OpenAIEngine:
 def check_prompt(chat: ChatEncoder, request: Request, ids: Sequence[int]) -> None:
     """Compares the ids of a server's prompt with those of the model's processor, before and after the images.
 
-    The ids of the prefix may be other ids of the same text, because a server without token ids tokenizes it again.
+    The ids may differ if their text is the same, because a server that gets messages tokenizes the prefix again.
 
     Raises:
         ServerError: If the prompts differ.

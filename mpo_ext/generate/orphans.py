@@ -56,7 +56,7 @@ def watch(parent: int, excluded: set[int]) -> None:
 
     When ``parent`` has started all processes to be ended, it writes a line with the pids of its children to stdin.
     (Closing stdin is not enough: processes that the parent has forked hold it open.) Children that the parent starts
-    later are left alone. Children of known processes are known, too.
+    later are left alone. All descendants of the processes to be ended are ended, too.
 
     Args:
         parent: Pid of the parent.
@@ -105,9 +105,9 @@ def _add(known: dict[int, str], pids: Iterable[int]) -> None:
 
 
 def _start_time(pid: int) -> str | None:
-    """Returns the start time of a process, or None if it has ended. A later process with the same pid starts later.
+    """Returns the start time of a process, which tells it from a later process with the same pid.
 
-    A zombie, which has ended and waits for its parent, counts as ended.
+    Returns None if the process has ended. A zombie, which waits for its parent, counts as ended.
     """
     try:
         with open(f"/proc/{pid}/stat") as file:

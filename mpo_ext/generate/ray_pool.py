@@ -1,4 +1,4 @@
-"""The actors of a Ray run, as the driver sees them: it sends blocks, receives records and replaces dead actors."""
+"""The driver's side of a Ray run: sends blocks to actors, receives their records and replaces dead actors."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from mpo_ext.generate.ray_worker import Block, BlockResult, EngineReport, RayWorker, describe_error
 from mpo_ext.journal import differences
 
-_MAX_DEATHS = 3  # number of actors that may die while they sample a block; the last of them has no other block
+_MAX_DEATHS = 3  # maximum number of actors that die while they sample a block; the last actor gets only this block
 _CALLS = 2  # number of blocks that an actor has at a time, so that it need not wait for the driver
 _AHEAD = 2  # number of samples that a streaming engine has at a time, in units of its concurrency
 _STOP_S = 30.0
@@ -138,7 +138,7 @@ class RayPool:
         return self._to_repeat.pop() if self._to_repeat else next(blocks, None)
 
     def _is_suspicious(self, start: int) -> bool:
-        """Returns whether only one more actor may die during a block. Its actor must then have no other blocks."""
+        """Returns whether only one more actor may die during a block. This actor must then have no other blocks."""
         return self._n_deaths.get(start, 0) == _MAX_DEATHS - 1
 
     def _add_actor(self) -> None:

@@ -33,7 +33,7 @@ UNREADABLE_VERDICT = "verdict on a claim is neither yes nor no"
 _STAGES = {
     "responses": "tokens", "claims": "claim_tokens", "questions": "question_tokens", "verdicts": "verdict_tokens",
 }  # fmt: skip
-_CLEAR = 0.5  # least probability of yes and no together with which a verdict is clear
+_CLEAR = 0.5  # minimum sum of the probabilities of yes and no for a clear verdict
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +315,7 @@ class RlaifV:
 
 
 def n_rejected(record: Mapping[str, Any]) -> int:
-    """Returns the number of claims in a record whose verdict is no, or as probable as yes."""
+    """Returns the number of claims in a record for which no is at least as probable as yes."""
     return sum(yes <= no for yes, no in record["verdicts"])
 
 

@@ -71,7 +71,7 @@ def check_world_size(out: Path, world_size: int) -> None:
 
 
 def stored_date(out: Path) -> str | None:
-    """Returns the date for chat templates that the journals in a folder record, in ISO format, or None without one."""
+    """Returns the date for chat templates, in ISO format, that the journals in a folder record; None: no date."""
     for path in sorted(out.glob("journal-*-of-*.jsonl")):
         engine = (read_header(path) or {}).get("engine", {})
         for settings in (engine, engine.get("judge", {})):

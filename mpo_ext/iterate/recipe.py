@@ -297,7 +297,7 @@ class RoundEvaluationRecipe:
 
 @section
 class LaunchRecipe:
-    """Launchers of the stages: the words of the command before the module, such as ``-m mpo_ext.train RECIPE``.
+    """Launchers of the stages: the words of a command before ``-m MODULE``.
 
     An empty list starts one process with the Python of this command.
 
@@ -323,7 +323,7 @@ class IterateRecipe:
         sample: Settings of the pipelines that make pairs.
         train: Sections of a training recipe (``mpo_ext.train.recipe``), without the settings that each round sets.
             Sources in ``data.train`` are mixed with the pairs of each round.
-        evaluate: Settings of the evaluation of each round's model, and of the model that the first round starts from.
+        evaluate: Settings for evaluating the model of each round, and the model that the first round starts from.
         reference: Reference model of a round: "round" is the model that the round starts from, as in on-policy DPO;
             "first" is the model that the first round starts from.
         seed: Seed of the samples of the first round; each later round adds 1.
