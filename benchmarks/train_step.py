@@ -63,7 +63,7 @@ CASES = {
 }
 DEFAULT_CASES = ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
 ATTENTION_CASES = ("mpo_ext, dense mask", "mpo_ext", "mpo_ext, separate rows")
-#: Longest prompt, in tokens, with eight layers. With longer prompts, the model has two layers, to need less than 5 GiB.
+#: Longest prompt, in tokens, with eight layers. With longer prompts, two layers keep a process below 5 GiB.
 _DEEP_PROMPT = 4096
 
 

@@ -163,7 +163,7 @@ def _shift_problems(stage: GpuStage, backend: str) -> list[str]:
 def _linear_problems(
     stage: GpuStage, dtype: torch.dtype, vocab: int, head: dict[str, Any], has_bias: bool
 ) -> list[str]:
-    """Compares the loss from hidden states with float64, for several modes, memory budgets and devices of the labels."""
+    """Compares the loss from hidden states with float64, by mode, memory budget and device of the labels."""
     generator = torch.Generator(stage.device).manual_seed(vocab)
     on_device: dict[str, Any] = {"generator": generator, "device": stage.device}
     hidden = torch.randn(4, 9, 64, **on_device).to(dtype)
