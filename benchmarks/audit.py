@@ -178,7 +178,7 @@ def count_tests(report: Path, output: str) -> dict[str, int]:
 
 
 def count_native(output: str) -> dict[str, int]:
-    """Returns the numbers of the native tests: checks that passed and that failed."""
+    """Returns the numbers of all, passed, failed and skipped checks of the native tests, from their output."""
     counts = re.findall(r"^(\d+) checks, (\d+) failed$", output, re.MULTILINE)
     failed = sum(int(number) for _, number in counts)
     checks = sum(int(number) for number, _ in counts)

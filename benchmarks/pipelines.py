@@ -165,7 +165,7 @@ def encode(processor: Any, prompt: str, response: str, *, has_image: bool) -> tu
 
 
 def check_encoding(engine: TransformersEngine, task: digits.Task) -> None:
-    """Raises ValueError if the model is trained on other ids than the engine gives it."""
+    """Raises ValueError if the token ids in training differ from the token ids in sampling."""
     request = Request(question=task.question, images=(task.picture,))
     inputs = engine.processor(text=[engine.chat.prompt_text(request)], images=[[task.picture]])
     expected = [*inputs["input_ids"][0], *engine.chat.response_ids(request, task.response)]

@@ -7,7 +7,7 @@ Three questions are answered. All cases run in turn in one process; the results 
 2. What does a run cost in addition to ``TransformersEngine.generate``: cutting and joining responses, filters, journal
    syncs and outputs? The model and the items are the same.
 3. What is gained if the samples of a question share one prefill? The model is an untrained InternVL with the patches
-   and image tokens of the released ones; the question has images and random words.
+   and image tokens of the released models; the question has images and random words.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ def step_groups(
 ) -> list[tuple[str, train_step.Sizes, tuple[str, ...], int]]:
     """Returns the sweep, the sizes, the cases and the number of counted steps of each group.
 
-    ``prompts`` are the tokens of the prompts of the steps whose attention is expensive.
+    ``prompts`` are the prompt lengths, in tokens, of the steps whose attention is expensive.
     """
     ours, cases = ("mpo_ext", "mpo_ext, precomputed"), ("TRL", "TRL, precomputed", "mpo_ext", "mpo_ext, precomputed")
     if quick:

@@ -1,4 +1,4 @@
-"""Compares a training step of mpo_ext with one of TRL (time, memory, losses): ``python -m benchmarks.train_step``.
+"""Compares training steps of mpo_ext and TRL (time, memory, losses): ``python -m benchmarks.train_step``.
 
 Both trainers run completely, from pairs on the disk to the optimizer, each in its own process, with the same model,
 pairs and order of pairs. The processes take turns: one process makes a step while the others wait. TRL 1.16 computes

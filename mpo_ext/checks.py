@@ -10,7 +10,7 @@ _INTERVAL_RULES = {"(-inf, inf)": "finite", "(0, inf)": "positive and finite", "
 
 
 def install_hint(extra: str) -> str:
-    """Returns advice for an error message: to install an extra of mpo-ext, such as "train"."""
+    """Returns the part of an error message that tells how to install an extra of mpo-ext, such as "train"."""
     return f"install the extra '{extra}' of mpo-ext (in its source tree: pip install '.[{extra}]')"
 
 
@@ -56,7 +56,7 @@ def check_integer(name: str, value: object, *, least: int | None = None) -> None
 
 
 def check_index(index: int, size: int) -> int:
-    """Returns an index, which may be negative, as an index from 0; raises IndexError if it is out of range."""
+    """Converts an index that may be negative to an index from 0; raises IndexError if it is out of range."""
     if not -size <= index < size:
         raise IndexError(f"index must be in [{-size}, {size}), got {index}")
     return index % size

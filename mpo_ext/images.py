@@ -353,7 +353,7 @@ def _to_rgb(image: Any) -> Any:
 
 
 def _raw_mode(image: Any) -> str:
-    """Returns the pixel layout of an image such as "L;4", before ``load`` discards it; "" for an unknown layout."""
+    """Returns the pixel layout of an image, such as "L;4", or "" for an unknown layout. ``load`` discards the layout."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else None
     raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments

@@ -194,7 +194,7 @@ def _line_start(file: int, end: int) -> int:
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yields the dotted name, the old and the new value of each difference between nested settings.
 
-    "(absent)" stands for a missing value. ``name`` is the dotted name of ``old`` and ``new`` themselves.
+    "(absent)" stands for a missing value. ``name`` is the prefix of the dotted names.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):

@@ -133,7 +133,7 @@ def _draw_line(axes: Any, line: Line) -> None:
 
 
 def save_page(path: str | os.PathLike[str], template: str, values: Mapping[str, Any]) -> None:
-    """Writes the page of ``render_page`` to ``path``."""
+    """Renders a page with ``render_page``, and writes it to ``path``."""
     page = render_page(template, values)
     with atomic_write(path) as file:
         file.write(page.encode())

@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the stages. Returns 0 if all checks passed, 1 if one failed or a stage was stopped, 2 without a GPU."""
+    """Runs the stages. Returns 0 if all checks passed, 1 if a check failed or a stage was stopped, 2 without a GPU."""
     args = parser().parse_args(argv)
     names = list(ORDER) if "all" in args.stage else args.stage
     args.out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_process(name: str, args: argparse.Namespace, seconds: float) -> int:
-    """Runs a stage in a separate process. After ``seconds``, stops it and the programs that it started."""
+    """Runs a stage in a separate process. After ``seconds``, stops the process and the programs that it started."""
     if seconds <= 0:
         print(f"{name}: not started, because the time is over")
         return 1

@@ -68,6 +68,6 @@ def _arch() -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Returns the environment with nvcc's usual folder and that of this Python's programs on PATH."""
+    """Returns the environment, with the usual folder of nvcc and the folder of this Python's programs on PATH."""
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     return {**os.environ, "PATH": os.pathsep.join(folders)}

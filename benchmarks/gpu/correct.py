@@ -23,7 +23,7 @@ _HEADS: tuple[dict[str, Any], ...] = ({}, {"logit_scale": 0.5, "softcap": 20.0, 
 
 
 def difference(found: Tensor, exact: Tensor, rtol: float, atol: float, what: str) -> list[str]:
-    """Returns a description of the largest error beyond the bounds, in a list, or an empty list."""
+    """Returns a list with a description of the largest error beyond the bounds, or [] if there is no such error."""
     found, exact = found.detach().double(), exact.detach().double()
     error = (found - exact).abs()
     bad = ~(error <= atol + rtol * exact.abs())  # NaN counts as bad
@@ -35,7 +35,7 @@ def difference(found: Tensor, exact: Tensor, rtol: float, atol: float, what: str
 
 
 def run(stage: GpuStage) -> None:
-    """Runs every check; each is a point that passed or failed."""
+    """Runs every check, and adds a point for each check, which says whether it passed."""
     for dtype, vocab in itertools.product(UNIT, _DRY_VOCABS if stage.dry else _VOCABS):
         stage.check(f"logits: {dtype}, V = {vocab}", functools.partial(_logits_problems, stage, dtype, vocab))
     for backend in stage.backends:
@@ -205,7 +205,7 @@ def _linear_problems(
 
 
 def _large_problems(stage: GpuStage) -> list[str]:
-    """Checks the loss and the sums of the gradient's rows on the vocabulary of the benchmarks."""
+    """Checks the loss, and that each row of the gradient sums to 0, with the vocabulary of the benchmarks."""
     tokens, vocab = (8, 101) if stage.dry else (1024, 151_936)
     batch = PairBatch.random(stage.device, 1, tokens, vocab, torch.bfloat16)
     exact = _loss(batch, batch.logits.double(), "reference")

@@ -78,7 +78,7 @@ class StudyTask:
     """A task of the study: its starts, its runs, and the tables that show them.
 
     Attributes:
-        starts: Changes of the settings of each start, by the name of the start. ``START`` has none.
+        starts: For each start model, by name, the settings that differ from those of ``START``.
         rows: Every run of a seed by name.
         tables: Tables by name.
         differences: Differences that the pages quote: row, row to compare with, column. The verdicts of a table are

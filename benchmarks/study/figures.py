@@ -46,7 +46,7 @@ def differences(document: Mapping[str, Any], row: str, other: str, column: str) 
 def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
     """Returns the paired standard error, over the questions, of a difference in the column "cot", in points.
 
-    The answers are those of the first measured seed of each row. None: the results do not tell the single answers.
+    The answers are those of the first measured seed of each row. None: the results have no answers to single questions.
     """
     bits = []
     for name in (row, other):
@@ -68,5 +68,5 @@ def spread(numbers: Sequence[float], *, signed: bool = False) -> str:
 
 
 def start_of(task: StudyTask, row: str) -> str:
-    """Returns the name of the start of a row; a start is its own start."""
+    """Returns the name of the start model that a row begins from; for a start model, its own name."""
     return row if row in task.starts else task.rows[row].start

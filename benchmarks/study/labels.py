@@ -24,7 +24,7 @@ _SHARES = {
 
 
 def count_errors(response: str, question: str, values: Sequence[int]) -> int:
-    """Returns the number of wrong digits, of digits that are not named, and of wrong answers in a response.
+    """Returns the number of errors in a response: wrong digits, digits that are not named, and a wrong answer.
 
     Args:
         response: Step-by-step response.
@@ -76,7 +76,7 @@ def table(document: Mapping[str, Any]) -> str:
 
 
 def cost(document: Mapping[str, Any]) -> str:
-    """Returns sentences that compare the generated tokens per pair of DropoutNTP and RLAIF-V with the paper's."""
+    """Returns sentences that compare the generated tokens per pair of DropoutNTP and RLAIF-V with the paper."""
     starts = _starts(document, RLAIF_V)
     if not starts:
         return "Not run yet.\n"

@@ -78,7 +78,7 @@ ROWS: dict[str, StudyRow] = {
 
 
 def _of_variants(names: list[str]) -> tuple[tuple[str, str], ...]:
-    """Returns the rows of a table that shows the start, SFT and MPO of each variant of the start."""
+    """Returns the rows of a table with a start, SFT and MPO for each of the start's variants in ``names``."""
     rows = []
     for name in names:
         suffix = f", {name}" if name else ""

@@ -40,7 +40,7 @@ SCHEMA = 1
 def load(path: Path, *, has_all: bool = True) -> dict[str, Any]:
     """Returns the content of a result file. A wrong format raises ValueError, whose message names the file.
 
-    ``has_all`` is False for a file that may lack rows, because they were declared after it was written.
+    ``has_all`` is False for a file that may lack rows, which were declared after the file was written.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

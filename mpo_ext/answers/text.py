@@ -40,8 +40,8 @@ class ExactMatcher(Matcher):
 class AnlsMatcher(Matcher):
     """Scores answers by DocVQA's normalized Levenshtein similarity: ``1 - distance / length of the longer text``.
 
-    An answer that is not right is wrong if its score is 0, or if its digits differ from those of the truth; otherwise
-    it is unreadable. It is also unreadable if it may be another form of the truth, such as "Total: $5" for "$5".
+    An answer that is not right is unreadable if it may be another form of the truth, such as "Total: $5" for "$5", or
+    if it has the digits of the truth and its score is not 0. Otherwise it is wrong.
 
     Attributes:
         threshold: Similarity below which the score is 0.

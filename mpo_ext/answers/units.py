@@ -205,7 +205,7 @@ def _fold_word(word: str) -> str:
 
 
 def is_case_off(first: str, second: str) -> bool:
-    """Returns whether two texts differ only in case, and this case may change a unit ("5 M" and "5 m")."""
+    """Returns whether two texts differ only in case, in a way that may change a unit ("5 M" and "5 m")."""
     if first == second or first.casefold() != second.casefold():
         return False
     symbols = zip(_AFTER_NUMBER.findall(first), _AFTER_NUMBER.findall(second), strict=False)

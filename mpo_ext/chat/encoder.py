@@ -145,7 +145,9 @@ class ChatEncoder:
             self._say(f"{surplus} token(s) of the tokenizer have no row in the embedding: texts with them are refused")
 
     def prompt(self, conversation: Conversation) -> EncodedPrompt:
-        """Returns the prompt of a conversation. Images are not opened; videos only if ``media.expanded`` needs frames.
+        """Returns the prompt of a conversation.
+
+        Images are not opened. Videos are opened only if ``media.expanded`` needs their frames.
 
         Raises:
             ChatError: If the conversation does not fit the chat template.
@@ -418,7 +420,7 @@ def _check_single_end(chat: ChatEncoder, ids: Sequence[int], response: str) -> N
 def _tokenize_apart(
     tokenizer: Any, decode: Callable[[Sequence[int]], str], context: list[int], text: str
 ) -> list[int] | None:
-    """Returns the ids of ``text`` that decode to it after the ids ``context``, or None if no ids are found.
+    """Returns ids that decode to ``text`` after the ids ``context``, or None if no such ids are found.
 
     SentencePiece prepends a space to a text. The text is therefore also encoded after an anchor such as a line break,
     whose ids are cut off.

@@ -26,9 +26,9 @@ def expanded(conversation: AnyConversation, processor: Any) -> AnyConversation:
 
 
 def with_frames(conversation: AnyConversation) -> AnyConversation:
-    """Returns a conversation with the frames of each video as images, numbered as InternVL does.
+    """Returns a conversation in which the frames of each video are images, numbered as in InternVL.
 
-    Each video becomes a line ``Frame1: <image>`` for each frame.
+    A video becomes lines such as ``Frame1: <image>``, one line for each frame.
     """
     if not conversation.videos:
         return conversation

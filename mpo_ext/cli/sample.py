@@ -250,7 +250,7 @@ def _check_ray(args: argparse.Namespace, world_size: int) -> None:
 
 
 def _load_in_actor(args: argparse.Namespace) -> Any:
-    """Loads the engines in a process of Ray, after applying the options that change the process."""
+    """Loads the engines in an actor of Ray, after applying the options of ``add_image_limit`` to its process."""
     shared.apply_media_options(args)
     return _load_engines(args)
 

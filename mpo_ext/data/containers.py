@@ -73,7 +73,7 @@ def is_parquet(path: str) -> bool:
 
 
 def as_lines(path: str, *, is_meta_allowed: bool = True) -> str | None:
-    """Converts a file of rows to a file of JSON lines in the cache, unless it already consists of JSON lines.
+    """Converts a file of rows to a file of JSON lines in the cache, unless the file already consists of JSON lines.
 
     Args:
         path: Path of a file that is not parquet.

@@ -26,7 +26,7 @@ _IGNORED_FILES = ("state.json", "dataset_info.json")  # files of a saved dataset
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HashedFile:
-    """A file of a source, of which a fingerprint is computed.
+    """A file of a source, with the properties that its fingerprint needs.
 
     Attributes:
         path: Path of the file that is read.

@@ -145,7 +145,7 @@ def save_dataset(
 
 
 def _is_dataset_file(path: Path) -> bool:
-    """Returns whether a file may belong to a dataset: ``save_to_disk`` or a later use of the dataset wrote it."""
+    """Returns whether ``save_to_disk``, or a later use of the dataset, may have written a file."""
     return path.is_file() and (path.suffix == ".arrow" or path.name in ("state.json", "dataset_info.json"))
 
 

@@ -84,8 +84,8 @@ def load_hub(
 def load_parquet(path: str, *, split: str | None, config: str | None = None) -> "datasets.Dataset":
     """Loads a parquet file, or a folder of parquet files, as a dataset, and returns one of its splits.
 
-    A folder is read like a dataset of the hub: ``test-00000-of-00002.parquet`` belongs to the split "test". A file is
-    the split "train". ``split`` None means the only split; ``config`` is the configuration of a folder, or None.
+    A folder is read like a dataset of the hub: ``test-00000-of-00002.parquet`` belongs to the split "test". A file has
+    only the split "train". ``split`` None means the only split; ``config`` is the configuration of a folder, or None.
 
     Raises:
         ValueError: If the files cannot be read as one table, or the split must be named.

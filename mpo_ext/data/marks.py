@@ -1,4 +1,4 @@
-"""Image marks that other programs write in prompts: numbered marks become ``<image>``, all others are refused.
+"""Reads the image marks of other programs in prompts: numbered marks become ``<image>``, other marks are refused.
 
 Only complete marks count: HTML such as ``<img src="a.png">`` is text.
 """

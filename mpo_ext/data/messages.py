@@ -228,7 +228,7 @@ def with_question(prompt: Sequence[Mapping[str, Any]], question: str) -> list[Tu
 
 
 def split_common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """Returns the number of leading messages that two conversations share, without the last message of each."""
+    """Returns the number of leading messages that two conversations share. The last message of each never counts."""
     most = max(0, min(len(chosen), len(rejected)) - 1)
     return next((index for index in range(most) if chosen[index] != rejected[index]), most)
 

@@ -49,8 +49,7 @@ def map_roots(pair: Pair, root_map: RootMap) -> Pair:
 def absolute_path(image: str, root: str) -> str:
     """Returns an image path joined to the root folder; a ``file://`` URL gives its path, another URL is unchanged.
 
-    Leading ``..`` parts are removed together with the last parts of the root's real path. Relative paths from two
-    folders to the same image thus give the same path.
+    Leading ``..`` parts are applied to the root's real path, so that the result does not have these parts.
     """
     image = local_path(image)
     if is_url(image):

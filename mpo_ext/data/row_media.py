@@ -128,7 +128,7 @@ class Images:
         self._n_places = 0
 
     def add_part(self, name: str, part: Mapping[str, Any]) -> None:
-        """Adds the image of a message part: the image that the part names, or the next image of the columns.
+        """Adds the image of a message part: the image that the part names, or the next image of the row's columns.
 
         ``name`` is the field in messages.
         """
@@ -155,7 +155,7 @@ class Images:
             self.add_video(name, {})
 
     def add_video(self, name: str, part: Mapping[str, Any]) -> None:
-        """Adds the video of a message part: the video that the part names, or the next video of the columns."""
+        """Adds the video of a message part: the video that the part names, or the next video of the row's columns."""
         self._n_video_places += 1
         given = {field: part[field] for field in VIDEO_FIELDS if not is_empty(part.get(field))}
         settings = {field: part[field] for field in VIDEO_SETTINGS if part.get(field) is not None}

@@ -172,7 +172,7 @@ def script_json(value: Any) -> Any:
 
 
 def make_thumbnail(source: Any, size: int) -> Any:
-    """Returns an image as a PIL image with sides of at most ``size`` pixels, converted as for a model."""
+    """Returns an image, converted by ``load_image``, as a PIL image with sides of at most ``size`` pixels."""
     image = load_image(source)
     image.thumbnail((size, size))
     return image
@@ -248,7 +248,7 @@ class Thumbnails:
         return [*named, *(frame for video in pair.videos for frame in self.add_video(video))]
 
     def add_video(self, video: Video) -> list[dict[str, Any]]:
-        """Returns the entries of the key frames of a video, each as ``add`` returns the entry of an image."""
+        """Returns the entries of the key frames of a video, each in the form that ``add`` returns."""
         if video not in self._videos:
             name = video_name(video)
             loaded, problem = self._load(lambda: key_frames(video, KEY_FRAMES))
@@ -268,7 +268,7 @@ class Thumbnails:
         return self._store(image) if problem is None else {"problem": problem}
 
     def _load(self, load: Callable[[], Any]) -> tuple[Any, str | None]:
-        """Returns the value of ``load`` and None, or None and the reason why there is no value."""
+        """Calls ``load``. Returns its result and None, or None and the reason why ``load`` failed."""
         if not self._size:
             return None, "omitted"
         if self._budget <= 0:

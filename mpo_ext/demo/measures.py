@@ -20,8 +20,8 @@ def measure(tasks: Sequence[ReadingTask], responses: Sequence[str], prior_step: 
         For each form: ``accuracy`` and ``unparsable`` (fractions of the questions), ``right`` (a character per
         question: "1" if its answer is correct, else "0") and ``count``. For the step-by-step form "cot" also
         ``digits_right`` (fraction of all digits that the responses name correctly), ``hallucinated`` (fraction of the
-        responses in which at least one wrong digit is the one predicted by the prior) and ``follow_prior`` (fraction
-        of the named digits after the first that the prior predicts; 0.1 would be chance).
+        responses with a wrong digit that the prior predicts) and ``follow_prior`` (fraction of the named digits after
+        the first that the prior predicts; 0.1 would be chance).
     """
     result: dict[str, dict[str, Any]] = {}
     for form in FORMS:

@@ -22,7 +22,7 @@ class RunSettings:
         temperature: Sampling temperature of the answers and of the continuations without an image.
         pairs_per_question: Maximum number, per question, of pairs with a wrong rejected answer. The same maximum
             holds for pairs with an unreadable rejected answer.
-        branch_steps: Number of steps of each branch: a training run on the pairs, from the SFT model.
+        branch_steps: Number of steps of each branch, a training run on the pairs that begins from the SFT model.
         branch_batch: Number of pairs per step of a branch.
         branch_rate: Learning rate of all branches.
         branch_warmup: Fraction of a branch's steps in which the learning rate rises from zero.

@@ -143,7 +143,7 @@ def make_recipe(
         settings: Settings of the demo or the study.
         warmup: Fraction of the steps in which the learning rate rises from zero.
         reference: File of the reference model's log-probabilities. None: the default ``ReferenceRecipe``.
-        save_every: Number of steps between two checkpoints; 0 writes one at the end or after a signal.
+        save_every: Number of steps between two checkpoints; 0: only a checkpoint at the end or after a signal.
     """
     return recipes.Recipe(
         model=recipes.ModelRecipe(path=f"digits demo, seed {settings.seed}"),

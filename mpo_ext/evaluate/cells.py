@@ -47,7 +47,7 @@ class QuestionFile:
 
     Attributes:
         name: Name of the file in the results.
-        path: Path of the file in the results.
+        path: Path of the file, for the results.
         source: The questions.
     """
 
@@ -58,7 +58,7 @@ class QuestionFile:
 
 @dataclasses.dataclass(slots=True)
 class Cell:
-    """The responses of a model to the questions of a file with a prompt template, and their scores.
+    """The responses of a model to the questions of a file, asked with one prompt template, and their scores.
 
     Attributes:
         model: Name of the model.

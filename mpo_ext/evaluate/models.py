@@ -76,8 +76,8 @@ def load_engine(source: ModelSource, make: Callable[[str], Engine]) -> Engine:
 
     Args:
         source: Location of the model.
-        make: Function that creates an engine from the path of a whole model. If its engine has the chat template of
-            the whole model, the engine gets the template in the folder of the adapters.
+        make: Function that creates an engine from the path of a whole model. If this engine uses the chat template of
+            the whole model, the template in the folder of the adapters replaces it.
 
     Raises:
         ImportError: If the model has adapters and peft is missing.

@@ -267,7 +267,7 @@ def _question_entries(cell: Cell, indices: Container[int], images: Thumbnails) -
 
 
 def _answers(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the samples of a question for the page. Of more than ``_MAX_SAMPLES``, wrong samples are preferred."""
+    """Returns at most ``_MAX_SAMPLES`` samples of a question for the page. Wrong samples take precedence."""
     problem = lines[0].get("problem")
     samples = [] if problem else lines
     shown = sorted(range(len(samples)), key=lambda place: samples[place]["correct"])[:_MAX_SAMPLES]

@@ -130,7 +130,7 @@ class Correctness:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests of ``sample``, and returns its records."""
+        """Yields the requests that ``sample`` runs, and returns the records that ``sample`` returns."""
         all_records = yield from self.questions.steps(items, engine)
         for item, records in zip(items, all_records, strict=True):
             for record in records:

@@ -86,7 +86,7 @@ class EarlyBlocks:
     def announce(
         self, start: int, keys: Sequence[str], stored: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]] | None:
-        """Adds the next block of the input, and returns its records; None if it must be sampled.
+        """Adds the next block of the input. Returns its records if the second file has them; None: sample the block.
 
         Args:
             start: Number of records of the input before the block.

@@ -95,7 +95,7 @@ def refused(reason: object) -> Generation:
 
 
 def refused_videos(engine: str, request: Request) -> Generation:
-    """Returns the generation of a request whose videos ``engine``, a value of ``--engine``, does not take."""
+    """Returns the generation of a request that is refused for its videos; ``engine`` is a value of ``--engine``."""
     return refused(
         f"videos must be none for the engine {engine}, got {len(request.videos)}: use --engine transformers"
     )

@@ -1,10 +1,11 @@
-"""Reads the fields of items in the forms in which benchmarks are published. ``video`` or ``videos`` holds videos.
+"""Reads the fields of items in the forms in which benchmarks are published.
 
 Besides the form of MMPR, these are the forms of MMMU (``options`` as the text of a Python list, ``image_1`` to
 ``image_7``, ``<image 1>``), MathVista (``choices``, ``decoded_image``), M3CoT and ScienceQA (``choices``, ``context``
 or ``hint``, an answer that is an index), AI2D (an index as text), MathVision (``<image1>``), ChartQA (``query``,
 ``label``, ``imgname``), POPE (``text``, ``label``), MMBench (columns ``A``, ``B``, ..., an image in base64) and
-SEED-Bench (``choice_a``, ``choice_b``, ...). ``item_turns`` reads conversations.
+SEED-Bench (``choice_a``, ``choice_b``, ...). Each form may have videos in ``video`` or ``videos``. ``item_turns``
+reads conversations.
 """
 
 import base64
@@ -236,7 +237,7 @@ def _take_images(rest: dict[str, Any]) -> tuple[dict[int, Any], list[Any]]:
 def _place_numbered(
     turns: list[Turn], options: list[str] | dict[str, str] | None, images: Mapping[int, Any]
 ) -> tuple[list[Turn], list[str] | dict[str, str] | None, list[Any]]:
-    """Replaces ``<image 1>`` by ``<image>``, and returns the images in the order of the marks in the prompt."""
+    """Replaces ``<image 1>`` by ``<image>`` in turns and options. Returns them, and the images in the marks' order."""
     order: list[Any] = []
     placed: set[int] = set()
 

@@ -159,7 +159,7 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
 
 
 def numbered_answer(answer: str, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Returns a true answer in digits unchanged if it is the text of an option, otherwise the letter at this index.
+    """Converts a true answer in digits: the text of an option is returned unchanged, an index gives the letter.
 
     Indices count from 0; ``is_index`` and the errors are those of ``indexed_answer``.
     """

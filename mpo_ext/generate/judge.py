@@ -146,7 +146,7 @@ class Judge:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests of ``sample``, and returns its records."""
+        """Yields the requests that ``sample`` runs, and returns the records that ``sample`` returns."""
         all_records = yield from self.questions.steps(items, engine)
         verdicts: list[_Verdict] = []
         for item, records in zip(items, all_records, strict=True):

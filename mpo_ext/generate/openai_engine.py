@@ -27,9 +27,9 @@ class OpenAIEngine:
 
     Short requests at the start test what the server supports (``features``). A prompt without images goes to
     ``/v1/completions`` as token ids, which are those of ``TransformersEngine``, if the server takes token ids. All
-    other prompts go to ``/v1/chat/completions`` as messages, with images as ``data:`` URLs. A prefix is then the
-    assistant's open turn (``continue_final_message``). If the server returns the ids of its prompts, they are compared
-    with the processor's. A request that the server cannot answer correctly is refused.
+    other prompts go to ``/v1/chat/completions`` as messages, with images as ``data:`` URLs. A prefix is then sent as
+    an open turn of the assistant (``continue_final_message``). If the server returns the ids of its prompts, they are
+    compared with the ids of the processor. A request that the server cannot answer correctly is refused.
 
     Args:
         model: Name of the model on the server.
@@ -121,7 +121,7 @@ class OpenAIEngine:
         return [results[name] for name in names]
 
     def submit(self, request: Request) -> str:
-        """Starts a request and returns a name for it. A request that cannot be sent ends at once, with the reason.
+        """Starts a request and returns a name for it. A request that cannot be sent is refused at once, with a reason.
 
         Raises:
             ValueError: If the server cannot draw with the request's settings, or cannot continue an open turn.
@@ -262,8 +262,8 @@ class OpenAIEngine:
         """Returns the generation of a request from the server's answer.
 
         Raises:
-            ServerError: If the server has written another prompt than the model's processor, or has taken thoughts out
-                of the text.
+            ServerError: If the server has written another prompt than the model's processor, or has removed the
+                thoughts from the text.
         """
         (choice,) = reply["choices"]
         reason = choice["finish_reason"]

@@ -52,7 +52,7 @@ def children(pid: int) -> set[int]:
 
 
 def watch(parent: int, excluded: set[int]) -> None:
-    """Waits until ``parent``, the parent of this process, has ended, and then ends the processes that it started.
+    """Waits until ``parent``, the parent of this process, has ended, and then ends the processes that it left behind.
 
     When ``parent`` has started all processes to be ended, it writes a line with the pids of its children to stdin.
     (Closing stdin is not enough: processes that the parent has forked hold it open.) Children that the parent starts
@@ -105,7 +105,7 @@ def _add(known: dict[int, str], pids: Iterable[int]) -> None:
 
 
 def _start_time(pid: int) -> str | None:
-    """Returns the start time of a process, which tells it from a later process with the same pid.
+    """Returns the start time of a process; another process with the same pid has another start time.
 
     Returns None if the process has ended. A zombie, which waits for its parent, counts as ended.
     """

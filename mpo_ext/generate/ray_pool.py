@@ -83,7 +83,7 @@ class RayPool:
         """Yields each block with its records, in the order in which the blocks finish.
 
         Raises:
-            BlockError: If a block cannot be sampled. All other blocks that have begun are yielded before.
+            BlockError: If a block cannot be sampled. All other blocks that have begun are yielded first.
         """
         while True:
             for actor in self._actors:
@@ -170,13 +170,13 @@ class RayPool:
         return [(actor.blocks.pop(result.start), result) for result in answer]
 
     def _check(self, report: EngineReport) -> None:
-        """Raises RuntimeError if an engine has other settings than the first one."""
+        """Raises RuntimeError if an engine has other settings than the first engine."""
         self._report = self._report or report
         for name, first, second in differences(self._report.settings, report.settings):
             raise RuntimeError(f"all engines must have the same settings, got {first!r} and {second!r} for {name}")
 
     def _replace(self, actor: _Actor, error: Exception) -> None:
-        """Creates an actor in place of a dead one, and notes its blocks to be sampled again."""
+        """Creates an actor in place of a dead actor, and queues the blocks of the dead actor again."""
         self._ray.kill(actor.handle)
         self._actors.remove(actor)
         self._callers = {ref: caller for ref, caller in self._callers.items() if caller is not actor}

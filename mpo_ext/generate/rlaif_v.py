@@ -114,7 +114,7 @@ class _Draft:
         self.record["failure"] = reason
 
     def is_whole(self, generation: Generation, name: str) -> bool:
-        """Returns whether a generated list is complete; otherwise the draft fails. ``name`` names the list."""
+        """Returns whether a generated list is complete; otherwise calls ``fail``. ``name`` names the list."""
         if generation.refusal is not None:
             self.record["refusal"] = generation.refusal
             self.fail(f"prompt for the {name} refused by the engine")
@@ -156,7 +156,7 @@ class RlaifV:
         return run_steps(self.steps(items, engine), engine)
 
     def steps(self, items: Sequence[Item], engine: Engine) -> Steps:
-        """Yields the requests of ``sample``, and returns its records."""
+        """Yields the requests that ``sample`` runs, and returns the records that ``sample`` returns."""
         all_records = yield from self.questions.steps(items, engine)
         drafts: list[_Draft] = []
         for item, records in zip(items, all_records, strict=True):

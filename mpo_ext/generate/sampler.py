@@ -4,7 +4,7 @@ Each process of a run takes every item whose position modulo the number of proce
 records to a separate journal (``mpo_ext.journal``) in input order. Memory does not grow with the number of items.
 
 Items go through the engine in blocks, whose bounds depend only on the input and the block size. If a kill left a block
-incomplete, the whole block is generated again with the same arithmetic, and only the missing records are appended.
+incomplete, the whole block is generated again, with the same results, and only the missing records are appended.
 Engines that take requests at any time run several blocks at the same time (``mpo_ext.generate.feeding``).
 """
 
@@ -243,7 +243,7 @@ def _no_steps() -> Steps:
 
 
 def stored_blocks(item_blocks: Iterator[list[Item]], pipeline: Pipeline, journal: Journal) -> Iterator[StoredBlock]:
-    """Yields each block with those of its records that the journal holds already."""
+    """Yields each block with the records of the block that the journal already holds."""
     stored = journal.records()
     for items in item_blocks:
         keys = [pipeline.keys(item) for item in items]

@@ -263,7 +263,7 @@ class TransformersEngine:
     def _without_defaults(self) -> Iterator[None]:
         """Hides the model's ``generation_config`` in a ``with`` block.
 
-        Otherwise, ``generate`` would take every setting that is None from it.
+        Otherwise, ``generate`` would fill in the settings that are None from this config.
         """
         from transformers import GenerationConfig
 

@@ -78,7 +78,9 @@ def folder_results(recipe: IterateRecipe) -> dict[str, Any]:
 
 
 def check_inputs(recipe: IterateRecipe) -> dict[str, dict[str, Any]]:
-    """Checks the model, without its weights, and all files of questions. Returns lines and hash of each file.
+    """Checks the model, without its weights, and all files of questions.
+
+    Returns, by path, the number of items and the hash of each file.
 
     Raises:
         OSError: If a file or the model is missing.

@@ -30,7 +30,7 @@ class RoundStage:
 
     Attributes:
         round: Number of the round; 0 is the evaluation of the first model.
-        name: "evaluate", "correctness", "dropout-ntp", "pages" or "train".
+        name: "evaluate", "train", the name of a pipeline such as "correctness", or "page of" and this name.
         module: Module that Python runs.
         arguments: Arguments of the module.
         launcher: Words of the command before ``-m MODULE``; empty: the Python of this process.
