@@ -96,7 +96,7 @@ def _batches_and_overhead(args: argparse.Namespace) -> dict[str, Any]:
 
     engines = {size: TransformersEngine(model, tokenizer, batch_size=size) for size in (1, args.batch_size)}
     for engine in engines.values():
-        engine.shares_prefill = False  # some of the questions are equal
+        engine.shares_prefill = False  # some questions are equal and would share a prefill
     cases: dict[str, Callable[[], object]] = {
         "one by one": lambda: engines[1].generate(requests[: args.single]),
         f"batches of {args.batch_size}": lambda: engines[args.batch_size].generate(requests[: args.single]),

@@ -30,7 +30,7 @@ _GREY_BLOCK = 1 << 20  # pixels that are scaled at a time
 _SHOWN = 80  # maximum number of characters of a source in a message
 _URL = re.compile(r"data:|file:/|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _FILE_URL = re.compile(r"file:(?://(?:localhost)?)?(?=/)(?!//)", re.IGNORECASE)
-_NO_ANIMATIONS = ("MPO", "PSD")  # their further frames are previews and layers
+_NO_ANIMATIONS = ("MPO", "PSD")  # formats whose other frames are previews or layers
 _GREYS = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
 _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
@@ -353,7 +353,7 @@ def _to_rgb(image: Any) -> Any:
 
 
 def _raw_mode(image: Any) -> str:
-    """Returns the pixel layout of an image, such as "L;4", or "" for an unknown layout. ``load`` discards the layout."""
+    """Returns the pixel layout of an image, such as "L;4", or "" if it is unknown. ``load`` discards the layout."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else None
     raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments

@@ -10,7 +10,7 @@ START = "SFT start"  # the model that most runs begin from
 SFT = "SFT"  # every row is compared with its start and with this row
 TEXT = "text"  # step-by-step questions that name the digits and have no image
 COLUMNS = (*FORMS, TEXT)
-EMA_SHIFT = {"mode": "ema", "update": "after", "per": "optimizer_step"}  # as NeMo-RL
+EMA_SHIFT = {"mode": "ema", "update": "after", "per": "optimizer_step"}  # as in NeMo-RL
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,7 @@ def differences(document: Mapping[str, Any], row: str, other: str, column: str) 
 def question_error(document: Mapping[str, Any], row: str, other: str) -> float | None:
     """Returns the paired standard error, over the questions, of a difference in the column "cot", in points.
 
-    The answers are those of the first measured seed of each row. None: the results have no answers to single questions.
+    The answers are those of the first measured seed of each row. None: the results lack single answers.
     """
     bits = []
     for name in (row, other):

@@ -35,8 +35,8 @@ PAIR_FILES = ("mixed", *SHARES, "correctness", HALF, *KEEPS, TEXT, RLAIF_V)
 RATES = {"x 0.25": 0.25, "x 0.5": 0.5, "x 2": 2.0, "x 4": 4.0, "x 8": 8.0}
 SHAPES = {"1:1": 0.5, "9:1": 0.9}  # w_p / (w_p + w_q) by the ratio w_p : w_q
 WEIGHTS_OF_NTP = (0.01, 0.25, 0.5, 2.0, 4.0)
-STRENGTHS = (0.0, 0.5, 0.75, 0.95)  # 0.9 is that of START
-#: Changes of the settings by the name of a variant of the start.
+STRENGTHS = (0.0, 0.5, 0.75, 0.95)  # strengths of the prior; START has 0.9
+#: Changed settings of each variant of the start, by the variant's name.
 OTHERS = {
     "descending prior": {"prior_step": -1},
     "prior + 3": {"prior_step": 3},

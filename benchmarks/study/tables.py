@@ -155,7 +155,7 @@ def _cells(document: Mapping[str, Any], label: str, row: str) -> list[str]:
     ]
 
 
-_NOISE = 2.5  # a mean of three seeds differs from zero at the 5 % level if it is this many standard deviations
+_NOISE = 2.5  # standard deviations; a mean of three seeds beyond them differs from zero at the 5 % level
 
 
 def _differences(document: Mapping[str, Any]) -> str:

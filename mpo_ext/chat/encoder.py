@@ -231,7 +231,7 @@ class ChatEncoder:
         ids, prompt = list(ids), self.prompt(conversation)
         texts = possible_texts(self.decode, self._special_ids, prompt.ids[-_CONTEXT:], ids)
         lead = self.form.lead if not self.form.lead.strip() else ""
-        if not self.decode(prompt.ids[-_CONTEXT:]).endswith(prompt.text[-1:]):  # white space at the end is not decoded
+        if not self.decode(prompt.ids[-_CONTEXT:]).endswith(prompt.text[-1:]):  # white space at the end was dropped
             lead = prompt.text[len(prompt.text.rstrip()) :] + lead
         closing = self.form.tail.partition(self.decode([self.end_id]))[0] if self.ends_in_tail else ""
         texts = list(dict.fromkeys(text.removeprefix(lead).removesuffix(closing) for text in texts))

@@ -10,7 +10,7 @@ from typing import Any
 
 from mpo_ext.chat.time_limit import time_limit
 
-#: Time limit in seconds for rendering a conversation, because a template may loop for ever. It takes milliseconds.
+#: Time limit in seconds for rendering a conversation: a template may loop forever. Rendering takes milliseconds.
 RENDER_SECONDS = 60.0
 PROBE = "Qz7 probe 7zQ"  # a response that does not occur in any template
 OPEN_TAG = re.compile(r"<(\w+)>\s*$")
@@ -193,7 +193,7 @@ def find_form(renderer: Renderer) -> tuple[TurnForm, str | None]:
 def _inner_tail(renderer: Renderer, question: dict[str, Any]) -> str:
     try:
         whole = renderer.render([question, renderer.turn("assistant", PROBE), question], generation_prompt=False)
-    except ChatError:  # some templates take a single turn
+    except ChatError:  # some templates accept only a single turn
         return ""
     return whole.rpartition(PROBE)[2]
 

@@ -46,7 +46,7 @@ _REFUSED = {
     b"<html": "an HTML page, probably of a download that failed",
 }
 _PARQUET = b"PAR1"
-_RESPONSES = ("chosen", "rejected_response", "rejected_messages", "preferred_output")  # fields of rows, not of metas
+_RESPONSES = ("chosen", "rejected_response", "rejected_messages", "preferred_output")  # fields that only rows have
 # Byte order marks. The mark of UTF-32 comes first, because it begins with the mark of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),

@@ -114,7 +114,7 @@ def refuse_meaning(row: Mapping[str, Any], *names: str) -> None:
     The format of the row does not read these fields, but in other formats or programs they change the prompt.
     """
     for name in names:
-        # {"enable_thinking": false} changes the prompt
+        # In chat_template_kwargs, false counts as a value: {"enable_thinking": false} changes the prompt.
         if not (is_unset if name == "chat_template_kwargs" else is_empty)(row.get(name)):
             raise FieldError(
                 f"{name} must be empty, because this format would leave it out, got {type_and_value(row[name])}: "

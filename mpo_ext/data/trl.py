@@ -78,7 +78,7 @@ def to_trl(pair: Pair, kind: Kind = "standard", *, has_images: bool = True) -> d
             "rejected": pair.source.get(REJECTED_TURNS) or [{"role": "assistant", "content": pair.rejected}],
         }
     if tools := pair.source.get(PROMPT_TOOLS):
-        row["tools"] = json.dumps(tools, ensure_ascii=False)  # TRL parses it; the columns of tools would be merged
+        row["tools"] = json.dumps(tools, ensure_ascii=False)  # a dataset would merge the keys of all tools
     if has_images:
         row["images"] = list(pair.images)
     row |= {"answer_gt": pair.answer_gt, "question": None}

@@ -168,7 +168,7 @@ def script_json(value: Any) -> Any:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # the loop escapes it
+    return Markup(text)  # the loop has escaped the text
 
 
 def make_thumbnail(source: Any, size: int) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 _INTERVAL_S = 0.3
 _GRACE_S = 3.0  # time to end after SIGTERM; then SIGKILL follows
-_WATCHERS: list["subprocess.Popen[bytes]"] = []  # a reference to each, so that none is collected while it runs
+_WATCHERS: list["subprocess.Popen[bytes]"] = []  # keeps the running watchers from being garbage-collected
 
 
 @contextlib.contextmanager
