@@ -61,7 +61,7 @@ class Results:
     beside: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add_machine(self, seconds: Mapping[str, Sequence[float]]) -> None:
-        """Adds the seconds of the programs of ``benchmarks.machine``, and replaces ``beside``."""
+        """Adds the seconds of the programs of ``benchmarks.machine``, and stores their medians in ``beside``."""
         self.beside = {}
         for name, values in seconds.items():
             if name.startswith("machine: "):

@@ -132,7 +132,7 @@ def image_exists(source: str) -> bool:
 
 
 def missing_image_advice(source: str) -> str:
-    """Returns advice for the message that the image file ``source`` does not exist; "" if there is no advice.
+    """Returns advice to append to the message that the image file ``source`` does not exist; "" for no advice.
 
     The advice is given if ``source`` is an image in base64 without the prefix of a ``data:`` URL. A root folder may
     have been joined before the base64 text.
@@ -385,7 +385,7 @@ def _orientation(image: Any) -> Any:
 
 
 def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
-    """Returns the colours of an image in mode L, RGB, CMYK or LAB, and its opacity in mode L or None."""
+    """Returns the colours of an image in mode L, RGB, CMYK or LAB, and its opacity in mode L (None: opaque)."""
     mode, transparency = image.mode, image.info.get("transparency")
     if mode.startswith("I") or mode == "F":
         return _grey(image, transparency)
@@ -405,7 +405,7 @@ def _color_and_alpha(image: Any, raw_mode: str) -> tuple[Any, Any]:
 
 
 def _grey(image: Any, transparency: object) -> tuple[Any, Any]:
-    """Returns a grey image of more than 8 bits scaled to mode L, and its opacity in mode L or None."""
+    """Returns a grey image of more than 8 bits scaled to mode L, and its opacity in mode L (None: opaque)."""
     import numpy as np
 
     values, pillow = np.asarray(image), _pillow()

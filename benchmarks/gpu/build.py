@@ -1,4 +1,4 @@
-"""Builds ``mpo_ext._C`` for the GPU at hand with CMake, offline, in the source tree. Imports nothing of mpo_ext."""
+"""Builds ``mpo_ext._C`` for the GPU of this machine, with CMake and without network. Does not import mpo_ext."""
 
 from __future__ import annotations
 

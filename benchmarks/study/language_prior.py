@@ -1,8 +1,8 @@
 """The task "language-prior" of the study: the demo's task, where the errors are digits made up from the model's text.
 
-The settings are those of the demo. They and this file were frozen before the reported seeds ran (docs/study.md). The
-tables "alone", "repair" and "rlaif", and the paper's directions for "weights", were added later, before these rows
-ran.
+The settings are those of the demo. They and this file were frozen before the reported seeds ran (docs/study.md). Later
+additions are the tables "alone", "repair" and "rlaif", and the paper's directions for the table "weights". Each was
+added before its rows ran.
 """
 
 from collections.abc import Mapping
@@ -78,7 +78,7 @@ ROWS: dict[str, StudyRow] = {
 
 
 def _of_variants(names: list[str]) -> tuple[tuple[str, str], ...]:
-    """Returns the rows of a table with a start, SFT and MPO for each of the start's variants in ``names``."""
+    """Returns rows of a table: for each variant of the start in ``names``, the start, SFT and MPO."""
     rows = []
     for name in names:
         suffix = f", {name}" if name else ""

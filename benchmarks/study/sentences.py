@@ -28,28 +28,31 @@ MANY_UNPARSABLE = 1.0
 
 
 def finding(verdict: str, paper: str) -> str:
-    """Returns "appears" if a verdict is the direction ``paper``, and "does not appear" if it is the opposite."""
+    """Returns "appears" if ``verdict`` equals ``paper``, the direction in the paper, and otherwise "does not appear".
+
+    A verdict that cannot be told is returned unchanged.
+    """
     if verdict == CANNOT_TELL:
         return verdict
     return APPEARS if verdict == paper else DOES_NOT_APPEAR
 
 
 def family_of(document: Document, name: str) -> list[tuple[Difference, list[float], DifferenceVerdict]]:
-    """Returns each difference of a table, its value in each seed, and its verdict, corrected for their number."""
+    """Returns each difference of a table with its value in each seed and its verdict, which ``verdicts`` decides."""
     family = figures.task_of(document).differences[name]
     measured = [figures.differences(document, *each) for each in family]
     return list(zip(family, measured, verdicts(measured), strict=True))
 
 
 def group_of(numbers: Sequence[float], verdict: DifferenceVerdict) -> str:
-    """Returns the words that begin a list of differences."""
+    """Returns the text of a verdict, or the text for a difference with one seed or without results."""
     if len(numbers) > 1:
         return verdict.text
     return ONE_SEED if numbers else NOT_RUN
 
 
 def findings(document: Document) -> str:
-    """Returns a list of the paper's directions that appear in the study, do not appear, or cannot be told."""
+    """Returns a Markdown list: which directions of the paper appear in the study, do not appear, or cannot be told."""
     task = figures.task_of(document)
     groups: dict[str, list[str]] = {APPEARS: [], DOES_NOT_APPEAR: [], CANNOT_TELL: [], ONE_SEED: [], NOT_RUN: []}
     for name in task.differences:
@@ -186,7 +189,7 @@ def strengths(document: Document) -> str:
 
 
 def unparsable(document: Document) -> str:
-    """Returns the rows that leave many step-by-step answers without a readable answer."""
+    """Returns a sentence that names the rows with many unreadable step-by-step answers."""
     task = figures.task_of(document)
     shares = {row: figures.values(document, row, "cot", "unparsable") for row in (*task.starts, *task.rows)}
     means = {row: statistics.fmean(values.values()) for row, values in shares.items() if values}

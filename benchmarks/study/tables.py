@@ -174,7 +174,7 @@ def _differences(document: Mapping[str, Any]) -> str:
 
 
 def _verdicts(document: Mapping[str, Any]) -> str:
-    """Returns a table of the differences by table of the page, with the verdict of ``verdicts``."""
+    """Returns a table of the differences and their verdicts, grouped by the tables of the page."""
     rows = []
     for name in task_of(document).differences:
         for (row, other, column), numbers, verdict in sentences.family_of(document, name):

@@ -1,4 +1,4 @@
-"""Trains and evaluates models for the starts and the rows of the study."""
+"""Trains and evaluates the models of the study: the start models, and the models of the rows."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def evaluate_held_out(
 
 
 def encode_right(right: Sequence[bool]) -> str:
-    """Returns hexadecimal digits with a leading 1 bit, followed by a bit per question: 1 for a right answer."""
+    """Encodes a bit for each question (1: the answer is right), after a leading 1, as hexadecimal digits."""
     return f"{int('1' + ''.join(str(int(value)) for value in right), 2):x}"
 
 

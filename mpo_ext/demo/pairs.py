@@ -172,7 +172,7 @@ def read_made(path: Path, folder: Path) -> Iterator[Pair]:
 
 
 def _with_subset(pair: Pair) -> Pair:
-    """Returns the pair with its form as its subset, because the check and the HTML page group pairs by subset."""
+    """Returns the pair with its form, "direct" or "cot", as its subset: the check and the page group by subset."""
     return dataclasses.replace(pair, extra={**pair.extra, SOURCE: {"subset": pair.extra["form"]}})
 
 

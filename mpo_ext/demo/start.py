@@ -72,7 +72,7 @@ def weights_digest(model: InternVLForConditionalGeneration) -> str:
 
 
 def ship(folder: Path) -> None:
-    """Copies the start of the demo in ``folder``, which must have trained it, to the package.
+    """Copies the SFT start that the demo in ``folder`` has trained into the package.
 
     Raises:
         ValueError: If the demo did not train a start.

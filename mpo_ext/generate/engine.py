@@ -102,7 +102,7 @@ def refused_videos(engine: str, request: Request) -> Generation:
 
 
 class Engine(Protocol):
-    """The attributes and methods that a pipeline needs of an engine.
+    """The interface of an engine, as pipelines use it.
 
     Attributes:
         name: Name of the model, which the pairs record.

@@ -211,7 +211,7 @@ class OpenAIEngine:
         self._refused.append((name, refused(error)))
 
     def _sampling(self, request: Request) -> dict[str, Any]:
-        """Returns the fields of a request for drawing tokens."""
+        """Returns the sampling fields of a request to the server, such as ``temperature``."""
         sampling, features = request.sampling, self.features
         fields: dict[str, Any] = {
             "model": self.name,
@@ -232,7 +232,7 @@ class OpenAIEngine:
         return {"prompt": [*self._encoder().prompt_ids(request), *request.prefix_ids]}
 
     def _messages(self, request: Request) -> dict[str, Any]:
-        """Returns the fields of a request to ``/chat/completions``. The images have no URLs yet."""
+        """Returns the fields of a request to ``/chat/completions``; ``_with_images`` adds the images later."""
         chat = self.chat
         as_parts = bool(request.images) or (chat is not None and chat.is_multimodal)
         messages = chat_messages(request, as_parts=as_parts)

@@ -203,7 +203,7 @@ def _matcher_options(matcher: Mapping[str, Any]) -> list[str]:
 
 
 def _option(name: str, value: Any) -> list[str]:
-    """Returns the words of an option: none for None and False, only the name for True."""
+    """Returns an option as words of a command line: no words for None and False, only the name for True."""
     if value is None or value is False:
         return []
     option = f"--{name.replace('_', '-')}"
