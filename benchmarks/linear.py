@@ -35,7 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {"mpo_ext, memory_budget of 512 KiB": {"memor
 
 
 class HiddenBatch:
-    """Random inputs of the loss: hidden states ``[2, B T, D]``, a head ``[V, D]``, ref_logp ``[2]``, labels ``[2, B T]``.
+    """Random inputs: hidden states ``[2, B T, D]``, a head ``[V, D]``, ref_logp ``[2]``, and labels ``[2, B T]``.
 
     Only the last fraction ``share`` of each sequence has labels other than -100. B pairs of T tokens are stored as one
     pair of B * T tokens, which does not change the matmuls.
