@@ -455,7 +455,7 @@ class _PacketIndex:
         return images
 
     def _with_seeks(self, places: Sequence[int]) -> list[Any] | None:
-        """Returns the frames at ``places``, or None if a seek misses a frame. It seeks only to skip packets."""
+        """Returns the frames at ``places``, or None if a seek misses a frame. Seeks only where this skips packets."""
         images: list[Any] = []
         position = -1  # timestamp of the last decoded frame
         frames: Iterator[Any] = iter(())

@@ -103,7 +103,7 @@ def graphs(backend: str) -> list[str]:
 
 
 def capture_of_hidden_states(backend: str) -> list[str]:
-    """Checks that capturing a loss from hidden states raises an error that gives the reason."""
+    """Checks that capturing a loss from hidden states in a CUDA graph raises an error with the reason."""
     hidden, weight = (torch.randn(*shape, device="cuda") for shape in ((2, 5, 32), (1003, 32)))
     labels, ref_logp = torch.ones(2, 5, dtype=torch.int64), torch.zeros(2, device="cuda")
     linear_mpo_loss(hidden, weight, labels, ref_logp, shift=False, backend=backend)

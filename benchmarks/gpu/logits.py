@@ -126,7 +126,7 @@ def _passes(loss_of: logits.LossOf, batch: logits.LogitsBatch, pristine: Tensor 
 
 
 def _measure_fixed(stage: GpuStage, rows: int) -> None:
-    """Measures the fixed costs of a forward: launches, counting labels, and the pair loss in the last block."""
+    """Measures the fixed costs of a forward: launches, counting labels, and the pair loss in the same kernel."""
     loss = LossShape(tokens=rows // 2, vocab=1024)
     values = torch.zeros(2, rows // 2, 1024, device=stage.device, dtype=torch.bfloat16)
     few = torch.full((2, rows // 2), -100, device=stage.device)

@@ -39,10 +39,10 @@ def count_errors(response: str, question: str, values: Sequence[int]) -> int:
 
 
 def label_shares(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Returns the shares of pairs with the label "right", "equal" or "wrong", and of chosen responses without error.
+    """Returns the share of pairs with each label, and "chosen_right", the share of chosen responses without error.
 
-    A label is wrong if the chosen response has more errors than the rejected one. Only step-by-step pairs with images
-    count; the result is empty if there is none.
+    The label is "right" if the chosen response has fewer errors than the rejected one, "equal" if both have as many,
+    and otherwise "wrong". Only step-by-step pairs with images count; the result is empty if there is none.
     """
     errors = [
         tuple(count_errors(text, pair.question, pair.extra["digits"]) for text in (pair.chosen, pair.rejected))

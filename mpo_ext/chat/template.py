@@ -103,7 +103,7 @@ class Renderer:
         self._as_parts = hasattr(processor, "tokenizer")
 
     def turn(self, role: str, text: str) -> dict[str, Any]:
-        """Returns a message. Its content is the text for a tokenizer, and a list with a text part for a processor."""
+        """Returns a message. For a tokenizer, its content is the text; for a processor, a list with one text part."""
         return {"role": role, "content": [{"type": "text", "text": text}] if self._as_parts else text}
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: Tools = ()) -> str:

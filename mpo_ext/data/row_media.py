@@ -145,7 +145,7 @@ class Images:
         self._placed.append(path)
 
     def add_marks(self, name: str, text: str) -> None:
-        """Adds the next image for each ``<image>`` in a text, and the next video of the columns for each ``<video>``.
+        """Adds the row's next image for each ``<image>`` in a text, and the row's next video for each ``<video>``.
 
         ``name`` is the field in messages.
         """

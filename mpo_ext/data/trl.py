@@ -191,7 +191,7 @@ def _prompt_turns(prompt: object, images: Images, question: object) -> list[Turn
     Args:
         prompt: Column ``prompt``, a text or messages.
         images: Object that collects the images of the prompt.
-        question: Column ``question``. If ``to_trl`` makes this prompt from it, the only turn gets it as its content.
+        question: Column ``question``. If ``to_trl`` makes this prompt from it, it is the content of the only turn.
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]

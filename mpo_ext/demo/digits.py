@@ -103,7 +103,7 @@ class Task:
 
     @property
     def style(self) -> str:
-        """The style of ``extract_answer`` for a response in the form of the question."""
+        """The ``style`` of ``extract_answer`` for responses of the form ``form``."""
         return STYLES[self.form]
 
     @property

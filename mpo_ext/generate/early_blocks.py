@@ -24,7 +24,7 @@ class _Place:
     Attributes:
         start: Number of records before the block.
         n_stored: Number of the block's records that the journal holds already.
-        is_finished: Whether the second file holds the block.
+        is_finished: Whether the second file, ``early-RANK-of-WORLD.jsonl``, holds the block.
     """
 
     start: int
@@ -86,7 +86,7 @@ class EarlyBlocks:
     def announce(
         self, start: int, keys: Sequence[str], stored: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]] | None:
-        """Adds the next block of the input. Returns its records if the second file has them; None: sample the block.
+        """Adds the next block of the input. Returns its records if the second file has them all, otherwise None.
 
         Args:
             start: Number of records of the input before the block.

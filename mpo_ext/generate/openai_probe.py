@@ -147,7 +147,7 @@ class _Prober:
     def continues(self, messages: list[dict[str, Any]], chat: ChatEncoder, answer: Reply) -> bool:
         """Returns whether the server continues an open turn: the prompt is then longer by exactly the prefix.
 
-        A server that ignores the fields closes the assistant's turn and begins another turn, which takes more tokens.
+        A server that ignores ``OPEN_TURN`` closes the assistant's turn and begins a new one, which takes more tokens.
         """
         conversation = Conversation(question=_QUESTION)
         n_prefix = len(chat.response_ids(conversation, _PREFIX)) - 1

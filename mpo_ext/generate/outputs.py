@@ -29,7 +29,7 @@ class ItemResult:
         notes: Remarks for the summary, each with the number of lines that it concerns.
         tokens: Number of generated tokens.
         stage_tokens: Number of generated tokens by stage, for pipelines that have several stages.
-        details: For a reason, a detail such as the path of an image.
+        details: For some reasons of skips, a detail such as the path of an image.
     """
 
     lines: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)

@@ -315,7 +315,7 @@ class RlaifV:
 
 
 def n_rejected(record: Mapping[str, Any]) -> int:
-    """Returns the number of claims in a record for which no is at least as probable as yes."""
+    """Returns the number of claims in a record for which "no" is at least as probable as "yes"."""
     return sum(yes <= no for yes, no in record["verdicts"])
 
 

@@ -109,7 +109,7 @@ class VLLMEngine:
         return [results[name] for name in names]
 
     def submit(self, request: Request) -> str:
-        """Starts a request and returns a name for it. A request that vLLM refuses ends at once, with a reason."""
+        """Starts a request and returns a name for it. A request that vLLM rejects is refused, with a reason."""
         name = str(next(self._names))
         if request.videos:
             self._refused.append((name, refused_videos("vllm", request)))

@@ -87,7 +87,7 @@ class StageRunner:
 
     @contextlib.contextmanager
     def _wait_for_old_stages(self) -> Iterator[FileLock]:
-        """Yields a lock. The processes of a stage inherit its descriptor, so they hold the lock, too."""
+        """Waits until the stage of a killed run has ended, and yields the lock that stages inherit."""
         path, what = self.folder / "stage.lock", f"the stages of {self.folder}"
         lock = FileLock(path, what)
         try:

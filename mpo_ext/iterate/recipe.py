@@ -219,7 +219,7 @@ class SampleRecipe:
 
     @property
     def pipelines(self) -> dict[str, PipelineRecipe]:
-        """The pipelines by their name as a command: correctness, dropout-ntp."""
+        """The settings of the given pipelines, by the name "correctness" or "dropout-ntp"."""
         given = {"correctness": self.correctness, "dropout-ntp": self.dropout_ntp}
         return {name: pipeline for name, pipeline in given.items() if pipeline is not None}
 
