@@ -234,7 +234,7 @@ def split_common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 
 
 def read_system(row: Mapping[str, Any], prompt: Sequence[Turn]) -> list[Turn]:
-    """Returns the turns of a prompt with the row's field ``system``, if it is not empty, as the first turn."""
+    """Returns a prompt's turns, after a system turn if the row's field ``system`` is not empty."""
     system = row.get("system")
     if is_empty(system):
         return list(prompt)
