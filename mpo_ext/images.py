@@ -134,8 +134,8 @@ def image_exists(source: str) -> bool:
 def missing_image_advice(source: str) -> str:
     """Returns advice to append to the message that the image file ``source`` does not exist; "" for no advice.
 
-    The advice is given if ``source`` is an image in base64 without the prefix of a ``data:`` URL. A root folder may
-    have been joined before the base64 text.
+    The advice is given if ``source`` ends with an image in base64 and is not a ``data:`` URL. The text before the
+    image may be a root folder, which the caller has joined to it.
     """
     match = _BASE64_IMAGE.search(source)
     if match is None:

@@ -103,7 +103,7 @@ class Video:
 
     @classmethod
     def from_value(cls, value: Any, name: str = "videos") -> "Video":
-        """Returns the video that a JSON value describes; ``name`` is the name of the field in messages.
+        """Returns the video that a JSON value describes.
 
         Args:
             value: A path, a list of paths of frames, or an object with ``path`` (or ``video``) or ``frames``, and

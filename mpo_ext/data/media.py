@@ -224,9 +224,9 @@ def count_places(pair: Pair, kind: str = "image") -> int:
 
 
 def place_problem(pair: Pair) -> str | None:
-    """Returns a message if the number of places in a prompt is not the number of its images or videos, else None.
+    """Returns a message if a prompt does not have a mark for each of its images and videos, else None.
 
-    A single image or video needs no place.
+    The marks are ``<image>`` and ``<video>``. A single image or video needs no mark.
     """
     for kind, mark, count in (
         ("image", IMAGE_PLACEHOLDER, len(pair.images)),

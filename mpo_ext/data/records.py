@@ -42,8 +42,8 @@ class Pair:
             content of a turn has ``<image>`` at the place of each image. A turn of the assistant may have
             ``tool_calls``, and a turn of the role "tool" has a result. ``tools`` describes the functions that the
             assistant may call (``mpo_ext.chat.Conversation``).
-        videos: Videos, in order. ``question`` and the turns have ``<video>`` at the place of each video; without a
-            mark, the videos come first, after the images that come first.
+        videos: Videos, in order. ``question`` and the turns have ``<video>`` at the place of each video. If a prompt
+            with one video has no ``<video>``, the video comes first, after an image without a mark.
         rejected_images: Paths of other images for the rejected response, one for each of ``images``, as in mDPO;
             empty: the rejected response has the same images.
 

@@ -159,9 +159,10 @@ def indexed_answer(answer: int, options: list[str] | dict[str, str], *, is_index
 
 
 def numbered_answer(answer: str, options: list[str] | dict[str, str], *, is_index: bool) -> str:
-    """Converts a true answer in digits: the text of an option is returned unchanged, an index gives the letter.
+    """Converts a true answer in digits, an index from 0, to the letter of the option that has this index.
 
-    Indices count from 0; ``is_index`` and the errors are those of ``indexed_answer``.
+    If the answer is itself the text of an option, it is returned unchanged. ``is_index`` and the errors are those of
+    ``indexed_answer``.
     """
     labels = label_options(options)
     matching = [label for label, text in labels.items() if text.strip() == answer.strip()]

@@ -45,7 +45,7 @@ class BlockResult:
     """The result of a block.
 
     Attributes:
-        start: The block's ``start``.
+        start: The attribute ``start`` of the block.
         records: Records of each item; empty after an error.
         error: The message of an error, or None.
     """
