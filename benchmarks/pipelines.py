@@ -229,7 +229,7 @@ def _greedy(
 
 
 def write_questions(folder: Path, tasks: Sequence[digits.Task]) -> None:
-    """Writes the questions with their answers to ``answered.jsonl``, and without them to ``open.jsonl``."""
+    """Writes the questions with answers to ``answered.jsonl``, and the questions alone to ``open.jsonl``."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with open(folder / "answered.jsonl", "w") as answered, open(folder / "open.jsonl", "w") as without:
         for number, task in enumerate(tasks):

@@ -64,7 +64,7 @@ class ReadingTask:
 
     @property
     def style(self) -> str:
-        """The style of ``extract_answer`` for a response in the form of the question."""
+        """The ``style`` of ``extract_answer`` for responses of the form ``form``."""
         return STYLES["final" if self.is_named else self.form]
 
     @property

@@ -90,7 +90,7 @@ def probe(client: OpenAIClient, model: str, chat: ChatEncoder | None, extra_body
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Form:
-    """The kinds of fields in requests; ``ServerFeatures`` describes the attributes."""
+    """The form of the requests that a server takes; ``ServerFeatures`` describes the attributes."""
 
     extensions: bool
     seed_bits: int
